@@ -1,0 +1,37 @@
+"""The typed schema of preprocessing and of reading. Defaults stand here; YAML names only what differs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from data_pipeline.schema import about, config
+
+
+@config
+class ReaderConfig:
+    """Shards to global steps; see plan.py."""
+
+    shards: Annotated[str, about("folder (or fsspec URL) of shards, as `auricle preprocess` wrote it", min_length=1)]
+    batch_seconds: Annotated[
+        float, about("seconds of audio per optimizer update, over all ranks and accumulation steps", gt=0)
+    ] = 5600.0
+    micro_batches: Annotated[
+        int, about("micro-batches V per optimizer update; the number of ranks must divide it", ge=1)
+    ] = 64
+    min_seconds: Annotated[float, about("shorter segments are left out", ge=0)] = 2.0
+    max_seconds: Annotated[float, about("longer segments are cropped at random to this length", gt=0)] = 15.6
+    bucket_ratio: Annotated[
+        float, about("ratio of neighbouring bucket edges; padding of a batch is at most 1 - 1/ratio", gt=1, le=4)
+    ] = 1.1
+    crop_to_shortest: Annotated[bool, about("crop each micro-batch to its shortest segment: no padding at all")] = False
+    shuffle_window: Annotated[int, about("shards among which samples are mixed; bounds the cache", ge=1)] = 32
+    mix_alpha: Annotated[
+        float,
+        about("corpora and languages are drawn in proportion to hours^alpha; 1 keeps the natural mix", gt=0, le=1),
+    ] = 1.0
+    workers: Annotated[int, about("decoding processes per rank; 0 decodes in the training process", ge=0)] = 2
+    prefetch: Annotated[int, about("global steps read ahead", ge=1)] = 2
+    verify: Annotated[bool, about("check a shard's sha256 before its first use")] = False
+    on_bad_shard: Annotated[
+        Literal["error", "skip"], about("a missing, truncated or altered shard: stop, or leave out and count")
+    ] = "error"

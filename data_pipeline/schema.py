@@ -1,0 +1,192 @@
+"""Typed configs: frozen dataclasses that are loaded strictly, explain themselves, and fail with a remedy.
+
+    @config
+    class Optimizer:
+        lr: Annotated[float, about("peak learning rate", gt=0)] = 5e-4
+
+`load(Optimizer, {"lr": "x"})` raises `ConfigError` listing every bad field with its path, value and limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import annotated_types
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+T = TypeVar("T")
+MISSING = "(required)"
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message is one paragraph for the user."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def config(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass that pydantic validates strictly and that refuses unknown fields."""
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    made.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # type: ignore[attr-defined]
+    return made
+
+
+def about(description: str, **limits: Any) -> Any:
+    """What a field means and its limits (`gt`, `ge`, `lt`, `le`, `min_length` …)."""
+    return Field(description=description, **limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class PluginChoice:
+    """Annotates a field that holds the config of one of several plug-ins, chosen by its `name`."""
+
+    kind: str
+    names: Callable[[], list[str]]
+    config_type: Callable[[str], type[Any]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def read(self, value: Any) -> Any:
+        """A mapping with `name` to the plug-in's own config."""
+        if dataclasses.is_dataclass(value):
+            return value
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise ValueError(f"needs a name, one of: {', '.join(self.names())}")
+        return TypeAdapter(self.config_type(value["name"])).validate_json(json.dumps(value))
+
+
+def load(kind: type[T], values: Mapping[str, Any]) -> T:
+    """`values` (JSON-like, nested) as a `kind`. Raises ConfigError that names every bad field at once."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values))
+    except ValidationError as error:
+        lines = [_explain(kind, problem, values) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def dump(value: Any) -> dict[str, Any]:
+    """A config as plain JSON-like values; `load(type(value), dump(value)) == value`."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(value)))
+    return plain
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldDoc:
+    """One line of `--help`."""
+
+    path: str
+    type: str
+    default: str
+    limits: str
+    description: str
+
+
+def document(kind: type[Any], prefix: str = "", chosen: Mapping[str, Any] | None = None) -> Iterator[FieldDoc]:
+    """Every field below `kind`. `chosen` (composed values) picks which plug-ins are shown, and their values."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        path = f"{prefix}{field.name}"
+        hint, metadata = _unwrap(hints[field.name])
+        value = (chosen or {}).get(field.name, MISSING)
+        choice = next((m for m in metadata if isinstance(m, PluginChoice)), None)
+        inner = value if isinstance(value, dict) else {}
+        if choice is not None:
+            name = inner.get("name")
+            yield FieldDoc(
+                f"{path}.name", "text", str(name or MISSING), "one of " + ", ".join(choice.names()), choice.kind
+            )
+            if isinstance(name, str) and name in choice.names():
+                rows = document(choice.config_type(name), f"{path}.", inner)
+                yield from (row for row in rows if row.path != f"{path}.name")
+        elif dataclasses.is_dataclass(hint):
+            yield from document(typing.cast("type[Any]", hint), f"{path}.", inner)
+        else:
+            yield FieldDoc(
+                path, _type_name(hint), _default(field, value), _limits(hint, metadata), _description(metadata)
+            )
+
+
+def _unwrap(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    if typing.get_origin(hint) is Annotated:
+        inner, *metadata = typing.get_args(hint)
+        return inner, tuple(metadata)
+    return hint, ()
+
+
+def _type_name(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "choice"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if arg is type(None) else _type_name(arg) for arg in args)
+    if origin in (tuple, list):
+        return "list of " + _type_name(_unwrap(args[0])[0])
+    if origin is dict:
+        return "mapping"
+    names = {str: "text", int: "integer", float: "number", bool: "true/false"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )
+
+
+def _default(field: dataclasses.Field[Any], value: Any) -> str:
+    if value is not MISSING:
+        return json.dumps(value)
+    if field.default is not dataclasses.MISSING:
+        return json.dumps(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return json.dumps(field.default_factory())
+    return MISSING
+
+
+def _limits(hint: Any, metadata: tuple[Any, ...]) -> str:
+    found: list[str] = []
+    if typing.get_origin(hint) is typing.Literal:
+        found.append("one of " + ", ".join(map(str, typing.get_args(hint))))
+    for info in metadata:
+        for limit in info.metadata if isinstance(info, FieldInfo) else ():
+            signs = {annotated_types.Gt: ">", annotated_types.Ge: "≥", annotated_types.Lt: "<", annotated_types.Le: "≤"}
+            for kind, sign in signs.items():
+                if isinstance(limit, kind):
+                    found.append(f"{sign} {getattr(limit, kind.__name__.lower()):g}")
+            if isinstance(limit, annotated_types.MinLen):
+                found.append(f"at least {limit.min_length} long")
+    return ", ".join(found)
+
+
+def _description(metadata: tuple[Any, ...]) -> str:
+    return next((info.description or "" for info in metadata if isinstance(info, FieldInfo)), "")
+
+
+def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
+    path = ".".join(str(part) for part in problem["loc"]) or "(the whole config)"
+    shown = json.dumps(problem["input"], default=str)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    if problem["type"] == "unexpected_keyword_argument":
+        parent, _, name = path.rpartition(".")
+        prefix = f"{parent}." if parent else ""
+        siblings = sorted(
+            {row.path[len(prefix) :].split(".")[0] for row in document(kind, "", values) if row.path.startswith(prefix)}
+        )
+        everywhere = [row.path for row in document(kind, "", values)]
+        near = [prefix + n for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
+        near = near or difflib.get_close_matches(path, everywhere, n=1, cutoff=0.6)
+        near = near or [other for other in everywhere if other.rsplit(".", 1)[-1] == name][:1]
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{path}={shown}: there is no such field; {hint}{parent or 'the top level'} has: {', '.join(siblings)}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{path}: is required and was not given"
+    doc = next((row for row in document(kind, "", values) if row.path == path), None)
+    allowed = f" (allowed: {', '.join(filter(None, (doc.type, doc.limits)))})" if doc else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    near = []
+    if problem["type"] == "literal_error" and doc and isinstance(problem["input"], str):
+        near = difflib.get_close_matches(problem["input"], doc.limits.removeprefix("one of ").split(", "), n=1)
+    return f"{path}={shown}: {message}{allowed}" + (f"; did you mean {near[0]}?" if near else "")

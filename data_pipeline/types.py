@@ -1,0 +1,106 @@
+"""What flows through the data side: frozen, and every time is an integer count of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+SAMPLE_RATE = 16_000
+"""Hz. Every shard and every model here runs at this rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class AudioFile:
+    """One recording of a corpus as discovered; nothing has been decoded yet."""
+
+    path: str
+    """Local path or fsspec URL."""
+    file_id: str
+    """Unique inside the corpus and stable between machines (the path below the corpus root)."""
+    corpus: str
+    speaker: str = ""
+    language: str = ""
+    text: str = ""
+    split: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of one recording, in samples of the output rate; becomes one sample of a shard."""
+
+    key: str
+    """Unique in the data set; no dots, since a dot ends the key in WebDataset."""
+    file_id: str
+    start: int
+    length: int
+    sample_rate: int
+    corpus: str
+    speaker: str = ""
+    language: str = ""
+    text: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where a reader stands. `step` counts the global steps of `epoch` already consumed."""
+
+    plan_hash: str
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch.
+
+    wave_BT: float32 in [-1, 1], zero after each sample's length.  lengths_B: int64 samples.
+    micro_batch: its number in the global step, 0 … V-1; with (seed, step) it keys draws that belong to no single
+    sample (dropout), so that they do not depend on the number of ranks.
+    targets: frame labels by name, (B, F) int64, padded with -1.  labels: per-sample metadata by name.
+    """
+
+    wave_BT: Tensor
+    lengths_B: Tensor
+    keys: tuple[str, ...]
+    micro_batch: int
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def to(self, device: str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        move = {name: target.to(device, non_blocking=True) for name, target in self.targets.items()}
+        wave_BT = self.wave_BT.to(device, non_blocking=True)
+        lengths_B = self.lengths_B.to(device, non_blocking=True)
+        return Batch(wave_BT, lengths_B, self.keys, self.micro_batch, move, self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one rank gets of one global step: its micro-batches in accumulation order."""
+
+    batches: tuple[Batch, ...]
+    samples: int
+    """Unpadded audio samples of the whole global step, over all ranks."""
+    padded_samples: int
+    """The same with padding."""
+    after: Cursor
+    """The cursor to store once this step is done."""
+
+
+class StepReader(Protocol):
+    """Yields global steps for ever, epoch after epoch, from a cursor on."""
+
+    plan_hash: str
+
+    def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
+        """From `cursor` (default: the very start). Raises ValueError if the cursor is of another plan."""
+        ...
+
+    def close(self) -> None:
+        """Stops worker processes."""
+        ...

@@ -1,0 +1,80 @@
+"""The typed schema of a pretraining run. Defaults stand here and in the plug-ins; YAML names only what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from data_pipeline.config import ReaderConfig
+from data_pipeline.schema import about, config
+from pretrain import plugins
+
+
+@config
+class OptimizerConfig:
+    lr: Annotated[float, about("peak learning rate", gt=0)] = 5e-4
+    betas: Annotated[tuple[float, float], about("Adam's decay rates of the first and second moment")] = (0.9, 0.98)
+    eps: Annotated[float, about("Adam's epsilon", gt=0)] = 1e-6
+    weight_decay: Annotated[float, about("decoupled weight decay; norms and biases get none", ge=0)] = 0.01
+    clip_norm: Annotated[float, about("clip the global gradient norm to this; 0 does not clip", ge=0)] = 0.0
+
+
+@config
+class ScheduleConfig:
+    """Learning rate over optimizer steps."""
+
+    name: Annotated[Literal["linear", "cosine", "tri_stage", "noam", "constant"], about("shape after the warm-up")] = (
+        "linear"
+    )
+    warmup_steps: Annotated[int, about("steps of linear warm-up from 0", ge=0)] = 32_000
+    hold_fraction: Annotated[float, about("tri_stage: share of all steps at the peak", ge=0, le=1)] = 0.9
+    final_scale: Annotated[float, about("last learning rate as a share of the peak", ge=0, le=1)] = 0.0
+
+
+@config
+class EngineConfig:
+    """How one optimizer step runs."""
+
+    name: Annotated[Literal["deepspeed", "local"], about("deepspeed, or plain torch with the same losses")] = (
+        "deepspeed"
+    )
+    zero_stage: Annotated[int, about("DeepSpeed ZeRO stage (deepspeed only)", ge=0, le=3)] = 1
+    precision: Annotated[
+        Literal["fp32", "bf16"],
+        about("bf16 runs the forward pass under autocast; weights, softmax and code look-ups stay fp32"),
+    ] = "fp32"
+    tf32: Annotated[bool, about("let fp32 matrix products use TF32 on GPUs that have it")] = True
+    activation_checkpointing: Annotated[
+        bool, about("recompute each encoder block in the backward pass: less memory, about a third more compute")
+    ] = False
+    timeout_minutes: Annotated[float, about("give up a collective operation after this long", gt=0)] = 30.0
+
+
+@config
+class TrainConfig:
+    steps: Annotated[int, about("optimizer steps in all", ge=1)] = 400_000
+    log_every: Annotated[int, about("write metrics every so many steps", ge=1)] = 1
+    checkpoint_every: Annotated[int, about("save a checkpoint every so many steps", ge=1)] = 1_000
+    keep_last: Annotated[int, about("checkpoints kept, the newest ones", ge=1)] = 3
+
+
+@config
+class Config:
+    """One pretraining run."""
+
+    name: Annotated[str, about("the run's name, and that of its folder", min_length=1)] = "run"
+    runs: Annotated[str, about("folder that holds the run folders", min_length=1)] = "runs"
+    seed: Annotated[int, about("keys every random draw", ge=0)] = 0
+    device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
+    data: ReaderConfig
+    frontend: Annotated[Any, plugins.choice("frontends")]
+    encoder: Annotated[Any, plugins.choice("encoders")]
+    objective: Annotated[Any, plugins.choice("objectives")]
+    heads: Annotated[
+        dict[str, Annotated[Any, plugins.choice("heads")]],
+        about("further tasks on the encoder's output, by a name of your choice"),
+    ] = dataclasses.field(default_factory=dict)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

@@ -1,0 +1,49 @@
+"""Plug-ins by module name: `objective: {name: best_rq}` is `pretrain/objectives/best_rq.py`, nothing is registered.
+
+A plug-in module defines `Config`, a `@config` dataclass with a field `name: Literal["<module>"]`, and `build`:
+frontends `build(config, dim) -> Frontend`; encoders `build(config) -> Encoder`; objectives and heads
+`build(config, shape) -> Objective | Head`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from data_pipeline.schema import PluginChoice
+
+
+def names(kind: str) -> list[str]:
+    """The plug-ins of a kind ("frontends", "encoders", "objectives", "heads"), sorted."""
+    package = importlib.import_module(f"pretrain.{kind}")
+    return sorted(found.name for found in pkgutil.iter_modules(package.__path__) if not found.name.startswith("_"))
+
+
+def module(kind: str, name: str) -> ModuleType:
+    """The plug-in's module. Raises ValueError naming the choices."""
+    known = names(kind)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"there is no {kind[:-1]} {name!r}{hint}; there are: {', '.join(known)}")
+    return importlib.import_module(f"pretrain.{kind}.{name}")
+
+
+def config_type(kind: str, name: str) -> type[Any]:
+    """The plug-in's `Config` dataclass."""
+    found: type[Any] = module(kind, name).Config
+    return found
+
+
+def build(kind: str, config: Any, *args: Any) -> Any:
+    """What the plug-in named by `config.name` builds."""
+    return module(kind, config.name).build(config, *args)
+
+
+def choice(kind: str) -> PluginChoice:
+    """Annotates a config field that holds a plug-in of this kind."""
+    return PluginChoice(kind[:-1], functools.partial(names, kind), functools.partial(config_type, kind))
