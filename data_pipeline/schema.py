@@ -15,7 +15,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, Final, TypeVar, dataclass_transform
 
 import annotated_types
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 T = TypeVar("T")
-MISSING = "(required)"
+REQUIRED: Final = "(required)"
 
 
 class ConfigError(ValueError):
@@ -95,13 +95,13 @@ def document(kind: type[Any], prefix: str = "", chosen: Mapping[str, Any] | None
     for field in dataclasses.fields(kind):
         path = f"{prefix}{field.name}"
         hint, metadata = _unwrap(hints[field.name])
-        value = (chosen or {}).get(field.name, MISSING)
+        value = (chosen or {}).get(field.name, REQUIRED)
         choice = next((m for m in metadata if isinstance(m, PluginChoice)), None)
         inner = value if isinstance(value, dict) else {}
         if choice is not None:
             name = inner.get("name")
             yield FieldDoc(
-                f"{path}.name", "text", str(name or MISSING), "one of " + ", ".join(choice.names()), choice.kind
+                f"{path}.name", "text", str(name or REQUIRED), "one of " + ", ".join(choice.names()), choice.kind
             )
             if isinstance(name, str) and name in choice.names():
                 rows = document(choice.config_type(name), f"{path}.", inner)
@@ -131,19 +131,18 @@ def _type_name(hint: Any) -> str:
         return "list of " + _type_name(_unwrap(args[0])[0])
     if origin is dict:
         return "mapping"
-    names = {str: "text", int: "integer", float: "number", bool: "true/false"}.get(
-        hint, getattr(hint, "__name__", str(hint))
-    )
+    names = {str: "text", int: "integer", float: "number", bool: "true/false"}
+    return names.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def _default(field: dataclasses.Field[Any], value: Any) -> str:
-    if value is not MISSING:
+    if value is not REQUIRED:
         return json.dumps(value)
     if field.default is not dataclasses.MISSING:
         return json.dumps(field.default)
     if field.default_factory is not dataclasses.MISSING:
         return json.dumps(field.default_factory())
-    return MISSING
+    return REQUIRED
 
 
 def _limits(hint: Any, metadata: tuple[Any, ...]) -> str:
@@ -153,9 +152,9 @@ def _limits(hint: Any, metadata: tuple[Any, ...]) -> str:
     for info in metadata:
         for limit in info.metadata if isinstance(info, FieldInfo) else ():
             signs = {annotated_types.Gt: ">", annotated_types.Ge: "≥", annotated_types.Lt: "<", annotated_types.Le: "≤"}
-            for kind, sign in signs.items():
-                if isinstance(limit, kind):
-                    found.append(f"{sign} {getattr(limit, kind.__name__.lower()):g}")
+            for limit_type, sign in signs.items():
+                if isinstance(limit, limit_type):
+                    found.append(f"{sign} {getattr(limit, limit_type.__name__.lower()):g}")
             if isinstance(limit, annotated_types.MinLen):
                 found.append(f"at least {limit.min_length} long")
     return ", ".join(found)
