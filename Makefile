@@ -1,0 +1,25 @@
+# Two cores and Python 3.11 are enough for all of it. Every target makes the environment first if need be.
+.PHONY: setup demo test check bench prove
+BIN := .venv/bin
+
+setup:
+	@launch/setup.sh
+
+demo: setup ## speech -> shards -> a pretrained checkpoint in minutes; CORPUS=folder takes your own audio
+	$(BIN)/auricle demo $(if $(CORPUS),"corpus=$(CORPUS)")
+
+test: setup ## the whole suite
+	$(BIN)/python -m pytest -m "not slow"
+
+check: setup ## format, lint, types, import rules, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+bench: setup ## comparisons with peers; each prints a ratio
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+prove: setup ## the slower proofs that `make test` leaves out
+	$(BIN)/python -m pytest -m slow
