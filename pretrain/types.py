@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,15 @@ Sum = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """x_BFD: features; lengths_B: valid frames of each row, int64; rate_hz: frames per second."""
+    """x_BFD: features; lengths_B: valid frames of each row, int64; rate_hz: frames per second.
+
+    raw_BFD: the same before a learned last normalisation, where there is one; feature penalties act on it.
+    """
 
     x_BFD: Tensor
     lengths_B: Tensor
     rate_hz: float
+    raw_BFD: Tensor | None = None
 
     def valid_BF(self) -> Tensor:
         """True where a frame is speech and not padding."""
@@ -78,8 +81,8 @@ class Plan:
 class Frontend(nn.Module, abc.ABC):
     """Waveform to frames in two stages: `extract` gives features, `project` brings them to the encoder."""
 
-    couples: ClassVar[frozenset[str]] = frozenset()
-    """Contract checks that cannot hold by design: "padding", "batch"."""
+    couples: frozenset[str] = frozenset()
+    """Contract checks that cannot hold by design with this config: "padding", "batch"."""
     feature_dim: int
     feature_rate_hz: float
     rate_hz: float
@@ -104,9 +107,11 @@ class Frontend(nn.Module, abc.ABC):
 class Encoder(nn.Module, abc.ABC):
     """Frames in, all layers out."""
 
-    couples: ClassVar[frozenset[str]] = frozenset()
+    couples: frozenset[str] = frozenset()
     dim: int
     n_layers: int
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass; dropout draws the same again."""
 
     @abc.abstractmethod
     def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
@@ -150,7 +155,7 @@ class Objective(nn.Module, abc.ABC):
     context gives the same bits, whatever ran before.
     """
 
-    couples: ClassVar[frozenset[str]] = frozenset()
+    couples: frozenset[str] = frozenset()
 
     @abc.abstractmethod
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> Plan:

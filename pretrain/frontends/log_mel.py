@@ -1,0 +1,73 @@
+"""Log-mel features and strided convolutions: 50, 25 or 12.5 frames per second."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.schema import about, config
+from pretrain.nn.numerics import zero_padding
+from pretrain.nn.spectral import LogMel, Normalize
+from pretrain.types import Frames, Frontend
+
+
+@config
+class Config:
+    name: Literal["log_mel"] = "log_mel"
+    n_mels: Annotated[int, about("mel bands", ge=1, le=256)] = 80
+    window: Annotated[int, about("samples per analysis window at 16 kHz", ge=64)] = 400
+    hop: Annotated[int, about("samples between windows", ge=16)] = 160
+    normalize: Annotated[Normalize, about("statistics of each utterance, or fixed ones (needed to stream)")] = (
+        "utterance"
+    )
+    subsampling: Annotated[Literal[1, 2, 4, 8], about("windows per encoder frame")] = 4
+    dropout: Annotated[float, about("dropout on the projected frames", ge=0, lt=1)] = 0.1
+
+
+class LogMelFrontend(Frontend):
+    """log-mel → log2(subsampling) convolutions of stride 2 → layer norm → linear."""
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        self.mel = LogMel(config.n_mels, config.window, config.hop, config.normalize)
+        self.subsampling = config.subsampling
+        self.feature_dim = config.n_mels
+        self.feature_rate_hz = self.mel.rate_hz
+        self.rate_hz = self.mel.rate_hz / config.subsampling
+        n_convs = config.subsampling.bit_length() - 1
+        widths = [config.n_mels] + [dim] * n_convs
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width, dim, kernel_size=3, stride=2, padding=1) for width in widths[:n_convs]
+        )
+        self.norm = nn.LayerNorm(widths[-1])
+        self.linear = nn.Linear(widths[-1], dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def feature_lengths(self, lengths_B: Tensor) -> Tensor:
+        return self.mel.lengths(lengths_B)
+
+    def frame_lengths(self, lengths_B: Tensor) -> Tensor:
+        return self.mel.lengths(lengths_B) // self.subsampling
+
+    def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        frames: Frames = self.mel(wave_BT, lengths_B)
+        return frames
+
+    def project(self, features: Frames) -> Frames:
+        lengths_B = features.lengths_B // self.subsampling
+        kept = features.x_BFD.shape[1] // self.subsampling * self.subsampling
+        x_BFD = features.x_BFD[:, :kept]
+        valid_B = lengths_B * self.subsampling
+        for conv in self.convs:
+            # a row's last frames must not see what a longer neighbour or the convolution's bias put beyond its end
+            x_BFD = zero_padding(x_BFD, valid_B)
+            x_BFD = F.gelu(conv(x_BFD.transpose(1, 2))).transpose(1, 2)
+            valid_B = valid_B // 2
+        x_BFD = self.dropout(self.linear(self.norm(x_BFD)))
+        return Frames(zero_padding(x_BFD, lengths_B), lengths_B, self.rate_hz)
+
+
+def build(config: Config, dim: int) -> LogMelFrontend:
+    return LogMelFrontend(config, dim)

@@ -1,0 +1,105 @@
+"""The convolutional waveform stem of wav2vec 2.0, HuBERT, WavLM and data2vec: 16 kHz audio to 50 frames per second."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.schema import about, config
+from data_pipeline.types import SAMPLE_RATE
+from pretrain.nn.numerics import zero_padding
+from pretrain.nn.spectral import normalize_wave
+from pretrain.types import Frames, Frontend
+
+Norm = Literal["group", "layer"]
+
+
+@config
+class Config:
+    name: Literal["waveform_conv"] = "waveform_conv"
+    channels: Annotated[int, about("channels of every convolution", ge=1)] = 512
+    kernels: Annotated[tuple[int, ...], about("taps of each convolution", min_length=1)] = (10, 3, 3, 3, 3, 2, 2)
+    strides: Annotated[tuple[int, ...], about("stride of each convolution", min_length=1)] = (5, 2, 2, 2, 2, 2, 2)
+    norm: Annotated[
+        Norm,
+        about("group: one group norm over time after the first convolution (BASE); layer: after each one (LARGE)"),
+    ] = "group"
+    bias: Annotated[bool, about("biases in the convolutions (LARGE)")] = False
+    normalize: Annotated[bool, about("bring each utterance to mean 0 and deviation 1 first (LARGE)")] = False
+    dropout: Annotated[float, about("dropout on the projected frames", ge=0, lt=1)] = 0.1
+
+
+class ConvLayer(nn.Module):
+    """Convolution → norm (group, layer or none) → GELU, on (B, D, T)."""
+
+    def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, bias: bool, norm: Norm | None) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(in_dim, dim, kernel, stride, bias=bias)
+        nn.init.kaiming_normal_(self.conv.weight)
+        self.group_norm = nn.GroupNorm(dim, dim) if norm == "group" else None
+        self.layer_norm = nn.LayerNorm(dim) if norm == "layer" else None
+
+    def forward(self, x_BDT: Tensor) -> Tensor:
+        y_BDT: Tensor = self.conv(x_BDT)
+        if self.group_norm is not None:
+            y_BDT = self.group_norm(y_BDT)
+        if self.layer_norm is not None:
+            y_BDT = self.layer_norm(y_BDT.transpose(1, 2)).transpose(1, 2)
+        return F.gelu(y_BDT)
+
+
+class WaveformConv(Frontend):
+    """Features are layer-normed convolution outputs (what wav2vec 2.0 quantises); `raw_BFD` is what came before."""
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        if len(config.kernels) != len(config.strides):
+            raise ValueError(
+                f"frontend.kernels has {len(config.kernels)} entries and frontend.strides {len(config.strides)}; "
+                "they must be as many"
+            )
+        # the group norm's statistics run over padding, too, as in every released BASE model
+        self.couples = frozenset({"padding"}) if config.norm == "group" else frozenset()
+        self.kernels, self.strides, self.normalize = config.kernels, config.strides, config.normalize
+        self.feature_dim = config.channels
+        hop = 1
+        for stride in config.strides:
+            hop *= stride
+        self.feature_rate_hz = self.rate_hz = SAMPLE_RATE / hop
+        self.convs = nn.ModuleList()
+        for layer, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
+            norm = config.norm if config.norm == "layer" or layer == 0 else None
+            in_dim = config.channels if layer else 1
+            self.convs.append(ConvLayer(in_dim, config.channels, kernel, stride, config.bias, norm))
+        self.norm = nn.LayerNorm(config.channels)
+        self.linear = nn.Linear(config.channels, dim)
+        nn.init.uniform_(self.linear.weight, -(config.channels**-0.5), config.channels**-0.5)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def feature_lengths(self, lengths_B: Tensor) -> Tensor:
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            lengths_B = (lengths_B - kernel) // stride + 1
+        return lengths_B.clamp(min=0)
+
+    def frame_lengths(self, lengths_B: Tensor) -> Tensor:
+        return self.feature_lengths(lengths_B)
+
+    def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        if self.normalize:
+            wave_BT = normalize_wave(wave_BT, lengths_B)
+        x_BDT = wave_BT[:, None]
+        for conv in self.convs:
+            x_BDT = conv(x_BDT)
+        raw_BFD = x_BDT.transpose(1, 2)
+        lengths_B = self.feature_lengths(lengths_B)
+        return Frames(zero_padding(self.norm(raw_BFD), lengths_B), lengths_B, self.rate_hz, raw_BFD)
+
+    def project(self, features: Frames) -> Frames:
+        x_BFD = self.dropout(self.linear(features.x_BFD))
+        return Frames(zero_padding(x_BFD, features.lengths_B), features.lengths_B, self.rate_hz)
+
+
+def build(config: Config, dim: int) -> WaveformConv:
+    return WaveformConv(config, dim)

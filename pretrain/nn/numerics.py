@@ -1,0 +1,75 @@
+"""Small numerical helpers: gradient scaling, regions of full fp32 precision, frame stacking."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.types import Frames
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.scale, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """The identity, with its gradient times `scale` (fairseq's feature_grad_mult).
+
+    It acts on the gradient that flows, never on gradients that are already accumulated.
+    """
+    if scale == 1.0:
+        return x
+    if scale == 0.0:
+        return x.detach()
+    scaled: Tensor = _ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32 inside: code look-ups and losses need every fp32 bit."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def stack_frames(frames: Frames, ratio: int) -> Frames:
+    """Joins `ratio` neighbouring frames into one: (B, F, D) to (B, F // ratio, ratio · D). A remainder is dropped."""
+    if ratio == 1:
+        return frames
+    B, F, D = frames.x_BFD.shape
+    kept = F // ratio
+    x_BFD = frames.x_BFD[:, : kept * ratio].reshape(B, kept, ratio * D)
+    return Frames(x_BFD, frames.lengths_B // ratio, frames.rate_hz / ratio)
+
+
+def zero_padding(x_BFD: Tensor, lengths_B: Tensor) -> Tensor:
+    """`x_BFD` with zeros beyond each length."""
+    valid_BF = torch.arange(x_BFD.shape[1], device=x_BFD.device)[None] < lengths_B[:, None]
+    return x_BFD.masked_fill(~valid_BF[:, :, None], 0.0)
+
+
+def rate_ratio(feature_rate_hz: float, rate_hz: float) -> int:
+    """How many feature frames make one encoder frame. Raises ValueError unless it is a whole number."""
+    ratio = round(feature_rate_hz / rate_hz)
+    if ratio < 1 or abs(feature_rate_hz - ratio * rate_hz) > 1e-6:
+        raise ValueError(f"features at {feature_rate_hz} Hz do not divide into frames at {rate_hz} Hz")
+    return ratio

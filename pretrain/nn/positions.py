@@ -1,0 +1,48 @@
+"""What tells an encoder the order of its frames."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvPositions(nn.Module):
+    """Relative positions from one wide grouped convolution with weight norm over taps (wav2vec 2.0, §2).
+
+    Weight norm is written out here, because ZeRO-3 gathers a parameter only in the forward pass of its owner.
+    """
+
+    def __init__(self, dim: int, kernel: int = 128, groups: int = 16) -> None:
+        super().__init__()
+        if dim % groups:
+            raise ValueError(f"positional convolution: {dim} channels do not divide into {groups} groups")
+        self.kernel, self.groups = kernel, groups
+        weight = torch.empty(dim, dim // groups, kernel).normal_(0.0, math.sqrt(4.0 / (kernel * dim)))
+        self.weight_v = nn.Parameter(weight)
+        self.weight_g = nn.Parameter(weight.norm(dim=(0, 1), keepdim=True))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        """What to add to x_BFD."""
+        weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
+        y_BDF = F.conv1d(x_BFD.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        if self.kernel % 2 == 0:
+            y_BDF = y_BDF[:, :, :-1]
+        return F.gelu(y_BDF).transpose(1, 2)
+
+
+def rotary_angles(n_frames: int, head_dim: int, device: torch.device, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (F, head_dim / 2), fp32 (RoFormer, arXiv 2104.09864, eq. 34)."""
+    rates = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(n_frames, device=device, dtype=torch.float32)[:, None] * rates
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHFC: Tensor, cos_FC: Tensor, sin_FC: Tensor) -> Tensor:
+    """Turns pairs (c, c + C/2) of each head by the angle of their frame."""
+    first, second = x_BHFC.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos_FC - second * sin_FC, second * cos_FC + first * sin_FC], dim=-1)
+    return turned.type_as(x_BHFC)

@@ -1,0 +1,91 @@
+"""Vector quantisers: learned (Gumbel) and random. Look-ups run in full fp32, in chunks, whatever autocast says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.nn.numerics import full_precision
+
+
+def nearest_codes(x_ND: Tensor, codebook_KD: Tensor, chunk: int = 2048) -> Tensor:
+    """Index of the nearest code by Euclidean distance, (N,) int64; `chunk` rows at a time bound the memory."""
+    with full_precision(x_ND.device):
+        codes_DK = codebook_KD.float().T.contiguous()
+        half_norm_K = codes_DK.square().sum(0) / 2
+        parts = [(part.float() @ codes_DK - half_norm_K).argmax(1) for part in torch.split(x_ND, chunk)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=x_ND.device)
+
+
+class RandomProjectionQuantizer(nn.Module):
+    """Frozen random projection and unit-norm random codebook (BEST-RQ, arXiv 2202.01855, §3.1). Only buffers.
+
+    The input should have mean 0 and deviation 1, or a few codes take everything.
+    """
+
+    def __init__(self, in_dim: int, code_dim: int = 16, n_codes: int = 8192) -> None:
+        super().__init__()
+        projection = nn.init.xavier_uniform_(torch.empty(in_dim, code_dim))
+        self.register_buffer("projection_DC", projection)
+        self.register_buffer("codebook_KC", F.normalize(torch.randn(n_codes, code_dim), dim=1))
+        self.projection_DC: Tensor
+        self.codebook_KC: Tensor
+
+    @torch.no_grad()
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """(N, in_dim) features to (N,) labels."""
+        with full_precision(x_ND.device):
+            return nearest_codes(F.normalize(x_ND.float() @ self.projection_DC, dim=1), self.codebook_KC)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """codes_ND: quantised vectors.  index_NG: chosen code of each group.  probs_NGV: softmax over codes, fp32."""
+
+    codes_ND: Tensor
+    index_NG: Tensor
+    probs_NGV: Tensor
+
+
+class GumbelQuantizer(nn.Module):
+    """Product quantiser with straight-through Gumbel softmax (wav2vec 2.0, arXiv 2006.11477, §2 and eq. 1)."""
+
+    def __init__(self, in_dim: int, code_dim: int, groups: int = 2, n_codes: int = 320) -> None:
+        super().__init__()
+        if code_dim % groups:
+            raise ValueError(f"a code of {code_dim} dimensions does not divide into {groups} groups")
+        self.groups = groups
+        self.logits = nn.Linear(in_dim, groups * n_codes)
+        nn.init.normal_(self.logits.weight, mean=0.0, std=1.0)
+        nn.init.zeros_(self.logits.bias)
+        self.codebook_GVC = nn.Parameter(torch.rand(groups, n_codes, code_dim // groups))
+
+    def forward(self, x_ND: Tensor, temperature: float) -> Quantized:
+        """(N, in_dim) to quantised (N, code_dim); draws Gumbel noise in training, takes the arg max otherwise."""
+        logits_NGV = self.logits(x_ND).float().unflatten(-1, (self.groups, -1))
+        probs_NGV = logits_NGV.softmax(-1)
+        if not self.training:
+            index_NG = logits_NGV.argmax(-1)
+            return Quantized(self._look_up(index_NG), index_NG, probs_NGV)
+        noise = -torch.empty_like(logits_NGV).exponential_().log()
+        soft_NGV = ((logits_NGV + noise) / temperature).softmax(-1)
+        index_NG = soft_NGV.argmax(-1)
+        # straight-through: the forward value is the chosen code, the gradient that of the soft mixture
+        hard_NGV = torch.zeros_like(soft_NGV).scatter_(-1, index_NG[..., None], 1.0)
+        weights_NGV = hard_NGV - soft_NGV.detach() + soft_NGV
+        with full_precision(x_ND.device):
+            codes_GNC = torch.bmm(weights_NGV.transpose(0, 1), self.codebook_GVC)
+        return Quantized(codes_GNC.transpose(0, 1).flatten(1), index_NG, probs_NGV)
+
+    def _look_up(self, index_NG: Tensor) -> Tensor:
+        groups = torch.arange(self.groups, device=index_NG.device)
+        return self.codebook_GVC[groups[None], index_NG].flatten(1)
+
+
+def perplexity(probs_NGV: Tensor) -> Tensor:
+    """exp(entropy) of the mean distribution, summed over the groups; between groups and groups · codes."""
+    mean_GV = probs_NGV.mean(0)
+    return torch.exp(-torch.xlogy(mean_GV, mean_GV).sum(-1)).sum()

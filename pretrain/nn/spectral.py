@@ -1,0 +1,77 @@
+"""Log-mel features computed on the model's device. No weights."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.types import SAMPLE_RATE
+from pretrain.nn.numerics import zero_padding
+from pretrain.types import Frames
+
+Normalize = Literal["utterance", "fixed"]
+
+
+def mel_filters(n_fft: int, n_mels: int, low_hz: float = 0.0, high_hz: float = SAMPLE_RATE / 2) -> Tensor:
+    """Triangular HTK mel filters, (n_fft // 2 + 1, n_mels), peaks at 1."""
+    hz = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1, dtype=torch.float64)
+    low, high = (2595 * torch.log10(1 + torch.tensor([low_hz, high_hz], dtype=torch.float64) / 700)).tolist()
+    edges = 700 * (10 ** (torch.linspace(low, high, n_mels + 2, dtype=torch.float64) / 2595) - 1)
+    width = edges.diff()
+    slopes = edges[None] - hz[:, None]
+    rising, falling = -slopes[:, :-2] / width[:-1], slopes[:, 2:] / width[1:]
+    return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+class LogMel(nn.Module):
+    """Waveform to normalised log-mel frames, (B, T) to (B, F, n_mels); frame f covers samples hop·f … hop·f + window.
+
+    normalize: "utterance" brings each band of each utterance to mean 0 and deviation 1; "fixed" subtracts and divides
+    by constants that are about right for speech, and so works on a stream, too.
+    """
+
+    FLOOR = 1e-6  # just above the power of 16-bit rounding noise in a mel band
+    MEAN, STD = -5.0, 4.0
+
+    def __init__(self, n_mels: int = 80, window: int = 400, hop: int = 160, normalize: Normalize = "utterance") -> None:
+        super().__init__()
+        self.window, self.hop, self.normalize = window, hop, normalize
+        self.n_fft = 1 << (window - 1).bit_length()
+        self.rate_hz = SAMPLE_RATE / hop
+        self.register_buffer("hann", torch.hann_window(window), persistent=False)
+        self.register_buffer("filters", mel_filters(self.n_fft, n_mels), persistent=False)
+        self.hann: Tensor
+        self.filters: Tensor
+
+    def lengths(self, lengths_B: Tensor) -> Tensor:
+        """Samples to frames."""
+        return ((lengths_B - self.window) // self.hop + 1).clamp(min=0)
+
+    @torch.no_grad()
+    def forward(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        """Zero beyond each length. Raises ValueError if not even one window fits."""
+        if wave_BT.shape[1] < self.window:
+            raise ValueError(f"audio of {wave_BT.shape[1]} samples is shorter than one window of {self.window}")
+        with torch.autocast(wave_BT.device.type, enabled=False):
+            frames_BFW = wave_BT.float().unfold(1, self.window, self.hop)
+            spectrum = torch.fft.rfft(frames_BFW * self.hann, n=self.n_fft)
+            power = spectrum.real.square() + spectrum.imag.square()
+            mel_BFD = torch.log(power @ self.filters + self.FLOOR)
+            lengths_B = self.lengths(lengths_B)
+            if self.normalize == "fixed":
+                return Frames(zero_padding((mel_BFD - self.MEAN) / self.STD, lengths_B), lengths_B, self.rate_hz)
+            return Frames(normalize_frames(mel_BFD, lengths_B), lengths_B, self.rate_hz)
+
+
+def normalize_frames(x_BFD: Tensor, lengths_B: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each channel of each utterance to mean 0 and deviation 1 over its valid frames; zero beyond them."""
+    n_B11 = lengths_B.clamp(min=1)[:, None, None]
+    centred = zero_padding(x_BFD - zero_padding(x_BFD, lengths_B).sum(1, keepdim=True) / n_B11, lengths_B)
+    return centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / n_B11 + eps)
+
+
+def normalize_wave(wave_BT: Tensor, lengths_B: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each utterance to mean 0 and deviation 1 over its samples (fairseq `task.normalize`); zero beyond them."""
+    return normalize_frames(wave_BT[:, :, None], lengths_B, eps)[:, :, 0]

@@ -1,0 +1,118 @@
+"""BEST-RQ: predict the random-projection codes of masked frames (arXiv 2202.01855; SpeechBrain's recipe)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.keyed_random import keyed_rng
+from data_pipeline.schema import about, config
+from data_pipeline.types import Batch
+from pretrain.nn.masking import FrameMask, block_mask, draw_frame_mask
+from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
+from pretrain.nn.quantizers import RandomProjectionQuantizer
+from pretrain.nn.spectral import LogMel
+from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+
+
+@config
+class Config:
+    name: Literal["best_rq"] = "best_rq"
+    n_codes: Annotated[int, about("codes of the codebook", ge=2)] = 8192
+    code_dim: Annotated[int, about("dimensions of a code", ge=1)] = 16
+    codebooks: Annotated[int, about("independent random codebooks, each with its own classifier", ge=1)] = 1
+    mask_share: Annotated[float, about("share of the frames that is masked", gt=0, le=1)] = 0.6
+    mask_block: Annotated[int, about("encoder frames per masked block", ge=1)] = 4
+    noise_std: Annotated[float, about("deviation of the noise that replaces masked features", ge=0)] = 0.1
+    target_mels: Annotated[int, about("mel bands of the features that the targets come from", ge=1)] = 80
+
+
+@dataclass
+class MaskPlan(Plan):
+    mask: FrameMask
+    noise_BFD: Tensor
+    """What masked feature frames become, (B, feature frames, feature_dim)."""
+    count: Tensor
+
+
+class BestRQ(Objective):
+    """Features of masked frames become noise; a linear layer names the code of what was there."""
+
+    def __init__(self, config: Config, shape: ModelShape) -> None:
+        super().__init__()
+        self.config = config
+        self.ratio = rate_ratio(shape.feature_rate_hz, shape.rate_hz)
+        self.feature_dim = shape.feature_dim
+        self.mel = LogMel(config.target_mels)
+        self.mels_per_frame = rate_ratio(self.mel.rate_hz, shape.rate_hz)
+        self.quantizers = nn.ModuleList(
+            RandomProjectionQuantizer(config.target_mels * self.mels_per_frame, config.code_dim, config.n_codes)
+            for _ in range(config.codebooks)
+        )
+        self.classifiers = nn.ModuleList(nn.Linear(shape.dim, config.n_codes) for _ in range(config.codebooks))
+
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
+        def draw(length: int, rng: np.random.Generator) -> np.ndarray:
+            return block_mask(length, self.config.mask_share, self.config.mask_block, rng)
+
+        mask = draw_frame_mask(model.frontend, batch, ctx, draw)
+        lengths = model.frontend.feature_lengths(batch.lengths_B.cpu()).tolist()
+        width = int(model.frontend.feature_lengths(torch.tensor([batch.wave_BT.shape[1]])))
+        noise_BFD = np.zeros((len(lengths), width, self.feature_dim), dtype=np.float32)
+        for row, (length, key) in enumerate(zip(lengths, batch.keys, strict=True)):
+            rng = keyed_rng(ctx.seed, ctx.step, key, "noise")
+            noise_BFD[row, :length] = rng.standard_normal((length, self.feature_dim), dtype=np.float32)
+        noise = torch.from_numpy(noise_BFD).to(batch.wave_BT.device, non_blocking=True)
+        return MaskPlan(mask, noise * self.config.noise_std, mask.count * self.config.codebooks)
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, mask: FrameMask) -> list[Tensor]:
+        """Codes of the masked frames, one (N,) tensor per codebook."""
+        mel = self.mel(batch.wave_BT, batch.lengths_B)
+        stacked_BFD = stack_frames(mel, self.mels_per_frame).x_BFD
+        # a frontend whose windows are shorter than ours may have a frame more at the end
+        missing = mask.mask_BF.shape[1] - stacked_BFD.shape[1]
+        stacked_BFD = F.pad(stacked_BFD, (0, 0, 0, max(missing, 0)))[:, : mask.mask_BF.shape[1]]
+        masked_ND = stacked_BFD.flatten(0, 1)[mask.flat_N]
+        return [quantizer(masked_ND) for quantizer in self.quantizers]
+
+    def masked_features(self, features: Frames, plan: MaskPlan) -> Frames:
+        """Features with noise where the encoder frame they belong to is masked."""
+        masked_BF = plan.mask.mask_BF.repeat_interleave(self.ratio, dim=1)
+        masked_BF = F.pad(masked_BF, (0, features.x_BFD.shape[1] - masked_BF.shape[1]))
+        x_BFD = torch.where(masked_BF[:, :, None], plan.noise_BFD.to(features.x_BFD.dtype), features.x_BFD)
+        return Frames(x_BFD, features.lengths_B, features.rate_hz)
+
+    def forward(
+        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+    ) -> tuple[LossOutput, EncoderOutput]:
+        assert isinstance(plan, MaskPlan)
+        features = model.frontend.extract(batch.wave_BT, batch.lengths_B)
+        encoded: EncoderOutput = model.encoder(model.frontend.project(self.masked_features(features, plan)), ctx)
+        masked_ND = encoded.final.x_BFD.flatten(0, 1)[plan.mask.flat_N]
+        total = masked_ND.new_zeros((), dtype=torch.float32)
+        hits = torch.zeros_like(total)
+        histogram_C = torch.zeros(self.config.n_codes * self.config.codebooks, device=total.device)
+        for book, (classify, labels_N) in enumerate(zip(self.classifiers, self.targets(batch, plan.mask), strict=True)):
+            logits_NC = classify(masked_ND)
+            with full_precision(total.device):
+                total = total + F.cross_entropy(logits_NC.float(), labels_N, reduction="sum")
+            hits = hits + (logits_NC.argmax(-1) == labels_N).sum()
+            start = book * self.config.n_codes
+            histogram_C[start : start + self.config.n_codes] = torch.bincount(labels_N, minlength=self.config.n_codes)
+        count = plan.count.to(total.device)
+        metrics = {
+            "metric/accuracy": (hits, count),
+            "metric/masked_share": (plan.mask.count.to(total.device), encoded.lengths_B.sum()),
+            "hist/codes": (histogram_C, count),
+        }
+        return LossOutput(total, count, metrics), encoded
+
+
+def build(config: Config, shape: ModelShape) -> BestRQ:
+    return BestRQ(config, shape)
