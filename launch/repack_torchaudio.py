@@ -1,6 +1,6 @@
 """Repacks PyPI's torchaudio wheel without its CUDA-linked libraries, as version X+cpu (see setup.sh).
 
-    python launch/repack_torchaudio.py torchaudio-2.11.0-….whl OUT_FOLDER
+python launch/repack_torchaudio.py torchaudio-2.11.0-….whl OUT_FOLDER
 """
 
 from __future__ import annotations

@@ -1,0 +1,96 @@
+"""Overrides from the command line to one plain config, through Hydra. The only home of Hydra.
+
+Hydra only composes: every value goes through `data_pipeline.schema.load` afterwards, which knows types and limits.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_pipeline.schema import ConfigError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[str, Any]:
+    """The config that `folder/root.yaml` and the overrides describe, with `~` expanded in every value.
+
+    An override is `field=value`, `group=choice` (a leading + is accepted) or `~field`. Raises ConfigError.
+    """
+    chosen = groups(folder)
+    in_defaults = _groups_in_defaults(folder / f"{root}.yaml")
+    lines = [_override(line, chosen, in_defaults) for line in overrides]
+    try:
+        with hydra.initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+            composed = hydra.compose(root, lines)
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{root}: {' '.join(str(error).split())}") from None
+    expanded: dict[str, Any] = _expand_home(plain)
+    return expanded
+
+
+def groups(folder: Path = CONF) -> dict[str, list[str]]:
+    """The config groups below `folder` and their choices."""
+    return {
+        group.name: sorted(file.stem for file in group.glob("*.yaml"))
+        for group in sorted(folder.iterdir())
+        if group.is_dir() and not group.name.startswith(("_", "."))
+    }
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """A composed config as YAML that `compose` reads back alike."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+
+
+def _groups_in_defaults(file: Path) -> set[str]:
+    defaults = OmegaConf.to_container(OmegaConf.load(file)).get("defaults", [])  # type: ignore[union-attr]
+    return {next(iter(entry)) for entry in defaults if isinstance(entry, dict)}
+
+
+def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str]) -> str:
+    """One override as Hydra shall see it."""
+    if line.startswith("~") and "=" not in line:
+        return line
+    name, equals, value = line.partition("=")
+    name = name.lstrip("+")
+    if not equals or not name:
+        raise ConfigError(f"{line!r} is no override: write field=value, or group=choice for {', '.join(chosen)}")
+    if name in chosen:
+        return _group_choice(name, value, chosen[name], name in in_defaults)
+    try:
+        plain = not OverridesParser.create().parse_override(f"++{name}={value}").is_sweep_override()
+    except OverrideParseException:
+        plain = False
+    if plain:
+        return f"++{name}={value}"
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")  # a path with a comma, brackets, quotes …
+    return f"++{name}='{quoted}'"
+
+
+def _group_choice(name: str, value: str, choices: list[str], in_defaults: bool) -> str:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{name}={value}: there is no such {name}; {hint}there are: {', '.join(choices) or 'none'}")
+    return f"{name}={value}" if in_defaults else f"+{name}={value}"
+
+
+def _expand_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand_home(item) for item in value]
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        return str(Path(value).expanduser())
+    return value

@@ -1,0 +1,153 @@
+"""What this machine has for auricle, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+GIB = 1 << 30
+Verdict = Literal["ok", "missing", "broken"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `needed`: auricle cannot work without it; otherwise it is an option."""
+
+    topic: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+    needed: bool = True
+
+
+def examine(folder: Path) -> Iterator[Finding]:
+    """Looks at everything; a check that fails itself becomes a finding. `folder`: where runs would go."""
+    checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+        ("python", _python),
+        ("packages", _packages),
+        ("torch", _torch),
+        ("compilers", _compilers),
+        ("codecs", _codecs),
+        ("slurm", _slurm),
+        ("memory", lambda: _resources(folder)),
+    )
+    for topic, check in checks:
+        try:
+            yield from check()
+        except Exception as error:
+            yield Finding(
+                topic, "broken", f"{type(error).__name__}: {error}", "see the message; `make setup` reinstalls"
+            )
+
+
+def _python() -> Iterator[Finding]:
+    version = sys.version.split()[0]
+    good = sys.version_info >= (3, 11)
+    yield Finding("Python", "ok" if good else "broken", f"{version} at {sys.executable}", "3.11 or newer is needed")
+
+
+def _packages() -> Iterator[Finding]:
+    for package in ("deepspeed", "ray", "webdataset", "hydra-core", "tensorboard", "soundfile", "torchaudio"):
+        try:
+            yield Finding(package, "ok", metadata.version(package))
+        except metadata.PackageNotFoundError:
+            yield Finding(package, "missing", "not installed", "make setup")
+    for package, use in (("transformers", "parity tests and export"), ("scikit-learn", "probes")):
+        known = importlib.util.find_spec(package.replace("scikit-learn", "sklearn")) is not None
+        found = metadata.version(package) if known else "not installed"
+        remedy = f"for {use}: pip install {package}"
+        yield Finding(package, "ok" if known else "missing", found, remedy, needed=False)
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    yield Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {_cpu_features()}")
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(number)
+            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+            yield Finding(
+                f"GPU {number}", "ok", f"{device.name}, {device.total_memory / GIB:.0f} GiB, {bf16}", needed=False
+            )
+    else:
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        driver = "with a driver" if shutil.which("nvidia-smi") else "no NVIDIA driver here"
+        remedy = "training runs on the CPU; for a GPU install its driver and a CUDA build of torch, then `make setup`"
+        yield Finding("GPU", "missing", f"{built}, {driver}", remedy, needed=False)
+    for backend, use in (("gloo", "ranks on CPUs"), ("nccl", "ranks on GPUs")):
+        there = torch.distributed.is_available() and torch.distributed.is_backend_available(backend)
+        yield Finding(backend, "ok" if there else "missing", use, "comes with torch", needed=backend == "gloo")
+
+
+def _cpu_features() -> str:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].splitlines()[0].split())
+    except (OSError, IndexError):
+        return "CPU features unknown"
+    return ", ".join(name for name in ("avx2", "avx512f", "amx_bf16") if name in flags) or "no AVX"
+
+
+def _compilers() -> Iterator[Finding]:
+    remedy = (
+        "pretraining does not need it; DeepSpeed compiles some options with it (CPU Adam for offload, fused Adam): {}"
+    )
+    for tool, package in (("g++", "apt-get install g++"), ("ninja", "pip install ninja")):
+        path = shutil.which(tool, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        yield Finding(tool, "ok" if path else "missing", path or "not found", remedy.format(package), needed=False)
+
+
+def _codecs() -> Iterator[Finding]:
+    import soundfile
+
+    formats = ", ".join(name for name in ("WAV", "FLAC", "OGG", "MP3") if name in soundfile.available_formats())
+    yield Finding("libsndfile", "ok", f"{soundfile.__libsndfile_version__}: {formats}")
+    path = shutil.which("ffmpeg")
+    remedy = "decodes what libsndfile cannot (m4a, wma, webm …): apt-get install ffmpeg"
+    yield Finding("ffmpeg", "ok" if path else "missing", path or "not found", remedy, needed=False)
+
+
+def _slurm() -> Iterator[Finding]:
+    path = shutil.which("sbatch")
+    if path:
+        asked = subprocess.run(
+            ["sinfo", "--noheader", "-o", "%P %D nodes %G"], capture_output=True, text=True, timeout=10
+        )
+        if asked.returncode == 0:
+            yield Finding("SLURM", "ok", "; ".join(asked.stdout.split("\n")).strip("; "), needed=False)
+        else:
+            remedy = "is this machine part of a cluster? SLURM_CONF names its configuration"
+            yield Finding("SLURM", "missing", f"{path} is there, but no cluster answers", remedy, needed=False)
+    else:
+        yield Finding(
+            "SLURM", "missing", "no sbatch", "only for a cluster: run auricle on its login node", needed=False
+        )
+
+
+def _resources(folder: Path) -> Iterator[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    enough = memory.available > 4 * GIB
+    found = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}, {cores} cores"
+    yield Finding("memory", "ok" if enough else "missing", found, "the demo wants 4 GiB", needed=False)
+    shared = Path("/dev/shm")
+    if shared.exists():
+        free = shutil.disk_usage(shared).free
+        remedy = "Ray keeps blocks there and falls back to disk: mount a larger one (docker: --shm-size=4g)"
+        yield Finding("/dev/shm", "ok" if free > GIB else "missing", f"{free / GIB:.1f} GiB free", remedy, needed=False)
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    writable = os.access(there, os.W_OK)
+    found = f"{free / GIB:.0f} GiB free at {there}{'' if writable else ', not writable'}"
+    good = writable and free > 5 * GIB
+    yield Finding("disk", "ok" if good else "missing", found, "runs want some GiB: set runs= to another disk")

@@ -1,0 +1,33 @@
+"""Ranks and rendezvous from the variables of whoever started this process, and each rank's own log."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+RANK_LOGS = "AURICLE_RANK_LOGS"
+"""Set by the launchers: each rank then writes to RUN/logs/rank_N.log and not to the terminal."""
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def log_to_folder(run_folder: Path) -> None:
+    """Appends stdout and stderr of this rank to its log file, native code's output included."""
+    if os.environ.get(RANK_LOGS) != "1":
+        return
+    path = run_folder / "logs" / f"rank_{os.environ.get('RANK', '0')}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)

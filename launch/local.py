@@ -1,0 +1,137 @@
+"""Runs a job on this machine: N ranks under the `deepspeed` launcher, watched by guard.py."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.schema import ConfigError
+from launch import guard
+from launch.config import LocalConfig
+from launch.environment import RANK_LOGS, free_port
+from launch.submit import State
+
+STOP_FILE = "STOP"
+"""RUN/STOP asks the ranks to save a checkpoint and end (launch/worker.py)."""
+
+
+class LocalSubmitter:
+    """Starts runs as child processes. Whatever ends this process ends them, too."""
+
+    def __init__(self, config: LocalConfig, engine: str, device: str, module: str = "launch.worker") -> None:
+        """`engine` and `device` as in the run's config; raises ConfigError for what this machine cannot do."""
+        gpus = 0 if device == "cpu" else gpu_count()
+        if device == "cuda" and not gpus:
+            raise ConfigError("device=cuda: torch sees no GPU here; see `auricle doctor`, or take device=cpu")
+        self.processes = config.processes or max(1, gpus)
+        if gpus and self.processes > gpus:
+            raise ConfigError(f"launcher.processes={self.processes}: one GPU per rank, and this machine has {gpus}")
+        self._launcher = engine == "deepspeed" or self.processes > 1
+        self._module = module
+        self._variables = {
+            "OMP_NUM_THREADS": str(config.threads or max(1, (os.cpu_count() or 1) // self.processes)),
+            "PYTHONSAFEPATH": "1",  # a folder named `launch` or `conf` in the working directory must not be imported
+            "PYTHONUNBUFFERED": "1",
+            RANK_LOGS: "1",
+        }
+        if not gpus:
+            self._variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+        self._jobs: dict[str, subprocess.Popen[bytes]] = {}
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        """The processes' command line."""
+        worker = [self._module, str(folder)]
+        if not self._launcher:
+            return [sys.executable, "-u", "-m", *worker]
+        options = ["--num_gpus", str(self.processes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        quiet = ["--hostfile", os.devnull + ".none", "--log_level", "warning"]
+        return [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            *options,
+            *quiet,
+            "--module",
+            "--no_local_rank",
+            *worker,
+        ]
+
+    def plan(self, folder: Path) -> str:
+        """The command as a shell line."""
+        variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in self._variables.items())
+        return f"{variables} {shlex.join(self.command(folder, 29500))}"
+
+    def submit(self, folder: Path) -> str:
+        """Starts the ranks. The handle is the run folder."""
+        (folder / STOP_FILE).unlink(missing_ok=True)
+        command = [sys.executable, guard.__file__, *self.command(folder, free_port())]
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        with (folder / "logs" / "launcher.log").open("ab") as log:
+            job = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # guard.py's life line
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self._variables,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which decides
+            )
+        self._jobs[str(folder)] = job
+        return str(folder)
+
+    def status(self, handle: str) -> State:
+        """Of a job that this process started."""
+        code = self._jobs[handle].poll()
+        return "running" if code is None else "done" if code == 0 else "failed"
+
+    def exit_code(self, handle: str) -> int | None:
+        """The ranks' exit code once all have ended."""
+        return self._jobs[handle].poll()
+
+    def logs(self, handle: str) -> Iterator[str]:
+        """Rank 0's lines."""
+        log = Path(handle) / "logs" / "rank_0.log"
+        yield from log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+
+    def ask_to_stop(self, handle: str) -> None:
+        """Lets the ranks save a checkpoint and end."""
+        (Path(handle) / STOP_FILE).touch()
+
+    def cancel(self, handle: str) -> None:
+        """Ends the ranks now; those that do not end on SIGTERM are killed."""
+        job = self._jobs[handle]
+        if job.stdin and not job.stdin.closed:
+            job.stdin.close()
+        job.wait()
+
+
+def gpu_count() -> int:
+    """GPUs that torch can use here."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def failure_report(folder: Path, lines: int = 12) -> str:
+    """The last words of the ranks that failed, or of the launcher where no rank spoke."""
+    logs = sorted((folder / "logs").glob("rank_*.log"))
+    texts = {log: log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] for log in logs}
+    telling = [log for log, tail in texts.items() if any(_tells(line) for line in tail)]
+    if not telling:
+        telling = [folder / "logs" / "launcher.log"]
+        texts[telling[0]] = telling[0].read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    parts: list[str] = []
+    seen: set[str] = set()
+    for log in telling[:2]:
+        new = [line for line in texts[log] if line.split(": ", 1)[-1] not in seen]
+        seen |= {line.split(": ", 1)[-1] for line in new}
+        if new:
+            parts.append("\n".join([f"--- {log}", *new]))
+    return "\n".join(parts)
+
+
+def _tells(line: str) -> bool:
+    return any(word in line for word in ("Error", "Traceback", "Fatal", "Killed"))

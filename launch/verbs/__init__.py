@@ -1,0 +1,1 @@
+"""One module per family of verbs: SUMMARY, and run(arguments) -> exit code."""
