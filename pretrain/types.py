@@ -19,7 +19,7 @@ Sum = tuple[Tensor, Tensor]
 """A sum and the count to divide it by, once, after both were added over micro-batches and ranks."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks for parameters in __dict__
 class Frames:
     """x_BFD: features; lengths_B: valid frames of each row, int64; rate_hz: frames per second.
 
@@ -36,7 +36,7 @@ class Frames:
         return torch.arange(self.x_BFD.shape[1], device=self.lengths_B.device)[None] < self.lengths_B[:, None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks for parameters in __dict__
 class EncoderOutput:
     """layers: what entered the first block, then the output of each block (normed at the last), all (B, F, D)."""
 
@@ -59,7 +59,7 @@ class StepContext:
     """Optimizer steps done before this one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks for parameters in __dict__
 class LossOutput:
     """`total` is a sum over `count` targets, never a mean; metrics are sums and counts, too (detached)."""
 

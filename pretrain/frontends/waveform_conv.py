@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import SAMPLE_RATE
-from pretrain.nn.numerics import zero_padding
+from pretrain.nn.numerics import scale_gradient, zero_padding
 from pretrain.nn.spectral import normalize_wave
 from pretrain.types import Frames, Frontend
 
@@ -28,6 +28,9 @@ class Config:
     ] = "group"
     bias: Annotated[bool, about("biases in the convolutions (LARGE)")] = False
     normalize: Annotated[bool, about("bring each utterance to mean 0 and deviation 1 first (LARGE)")] = False
+    gradient_scale: Annotated[
+        float, about("the gradient that reaches the convolutions, times this (0.1 for wav2vec 2.0 BASE)", ge=0)
+    ] = 1.0
     dropout: Annotated[float, about("dropout on the projected frames", ge=0, lt=1)] = 0.1
 
 
@@ -63,6 +66,7 @@ class WaveformConv(Frontend):
         # the group norm's statistics run over padding, too, as in every released BASE model
         self.couples = frozenset({"padding"}) if config.norm == "group" else frozenset()
         self.kernels, self.strides, self.normalize = config.kernels, config.strides, config.normalize
+        self.gradient_scale = config.gradient_scale
         self.feature_dim = config.channels
         hop = 1
         for stride in config.strides:
@@ -92,7 +96,7 @@ class WaveformConv(Frontend):
         x_BDT = wave_BT[:, None]
         for conv in self.convs:
             x_BDT = conv(x_BDT)
-        raw_BFD = x_BDT.transpose(1, 2)
+        raw_BFD = scale_gradient(x_BDT.transpose(1, 2), self.gradient_scale)
         lengths_B = self.feature_lengths(lengths_B)
         return Frames(zero_padding(self.norm(raw_BFD), lengths_B), lengths_B, self.rate_hz, raw_BFD)
 

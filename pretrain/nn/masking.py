@@ -18,14 +18,20 @@ from pretrain.types import Frontend, StepContext
 class FrameMask:
     """Which frames of a micro-batch are masked.
 
-    mask_BF: bool.  index_BM: masked frames of each row in order, int64, padded with 0 to the longest row (M ≥ 1).
-    valid_BM: True where index_BM holds a masked frame.  flat_N: the masked frames as indices into B·F, row by row.
+    mask_BF: bool.  flat_N: the masked frames as indices into B·F, row by row.
+    row_BM: the masked frames of each row as indices into N, padded with 0 to the longest row (M ≥ 1).
+    valid_BM: True where row_BM holds a masked frame.
     """
 
     mask_BF: Tensor
-    index_BM: Tensor
-    valid_BM: Tensor
     flat_N: Tensor
+    row_BM: Tensor
+    valid_BM: Tensor
+
+    @property
+    def counts_B(self) -> Tensor:
+        """Masked frames of each row."""
+        return self.valid_BM.sum(1)
 
     @property
     def count(self) -> Tensor:
@@ -68,15 +74,13 @@ def block_mask(length: int, share: float, block: int, rng: np.random.Generator) 
 def pack_masks(masks: Sequence[np.ndarray], width: int, device: torch.device) -> FrameMask:
     """Masks of single utterances (each its own length) as one FrameMask of `width` frames on `device`."""
     mask_BF = np.zeros((len(masks), width), dtype=bool)
-    longest = max([1, *(int(mask.sum()) for mask in masks)])
-    index_BM = np.zeros((len(masks), longest), dtype=np.int64)
-    valid_BM = np.zeros((len(masks), longest), dtype=bool)
     for row, mask in enumerate(masks):
-        where = np.flatnonzero(mask)
         mask_BF[row, : len(mask)] = mask
-        index_BM[row, : len(where)] = where
-        valid_BM[row, : len(where)] = True
-    arrays = (mask_BF, index_BM, valid_BM, np.flatnonzero(mask_BF.ravel()))
+    counts = mask_BF.sum(1)
+    valid_BM = np.arange(max(1, counts.max())) < counts[:, None]
+    row_BM = np.zeros(valid_BM.shape, dtype=np.int64)
+    row_BM[valid_BM] = np.arange(counts.sum())
+    arrays = (mask_BF, np.flatnonzero(mask_BF), row_BM, valid_BM)
     return FrameMask(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
 
@@ -107,8 +111,8 @@ def draw_negatives(mask: FrameMask, keys: Sequence[str], ctx: StepContext, n_neg
     Drawn with replacement and never the frame itself (fairseq `sample_negatives`); rows with one masked frame or
     none get 0, which is then the positive itself and so takes no part in the loss.
     """
-    counts = mask.valid_BM.sum(1).tolist()
-    drawn = np.zeros((len(keys), mask.index_BM.shape[1], n_negatives), dtype=np.int64)
+    counts = mask.counts_B.tolist()
+    drawn = np.zeros((len(keys), mask.row_BM.shape[1], n_negatives), dtype=np.int64)
     for row, (count, key) in enumerate(zip(counts, keys, strict=True)):
         if count < 2:
             continue

@@ -70,12 +70,11 @@ class GumbelQuantizer(nn.Module):
         if not self.training:
             index_NG = logits_NGV.argmax(-1)
             return Quantized(self._look_up(index_NG), index_NG, probs_NGV)
-        noise = -torch.empty_like(logits_NGV).exponential_().log()
-        soft_NGV = ((logits_NGV + noise) / temperature).softmax(-1)
+        soft_NGV = ((logits_NGV + gumbel_noise(logits_NGV)) / temperature).softmax(-1)
         index_NG = soft_NGV.argmax(-1)
         # straight-through: the forward value is the chosen code, the gradient that of the soft mixture
         hard_NGV = torch.zeros_like(soft_NGV).scatter_(-1, index_NG[..., None], 1.0)
-        weights_NGV = hard_NGV - soft_NGV.detach() + soft_NGV
+        weights_NGV = hard_NGV + (soft_NGV - soft_NGV.detach())
         with full_precision(x_ND.device):
             codes_GNC = torch.bmm(weights_NGV.transpose(0, 1), self.codebook_GVC)
         return Quantized(codes_GNC.transpose(0, 1).flatten(1), index_NG, probs_NGV)
@@ -85,7 +84,13 @@ class GumbelQuantizer(nn.Module):
         return self.codebook_GVC[groups[None], index_NG].flatten(1)
 
 
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Standard Gumbel noise from torch's generator."""
+    return -torch.empty_like(like).exponential_().log()
+
+
 def perplexity(probs_NGV: Tensor) -> Tensor:
     """exp(entropy) of the mean distribution, summed over the groups; between groups and groups · codes."""
     mean_GV = probs_NGV.mean(0)
-    return torch.exp(-torch.xlogy(mean_GV, mean_GV).sum(-1)).sum()
+    # clamped, because the gradient of x·log x at an underflowed 0 is not a number
+    return torch.exp(-(mean_GV * mean_GV.clamp(min=1e-30).log()).sum(-1)).sum()

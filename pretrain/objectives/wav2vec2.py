@@ -1,0 +1,154 @@
+"""wav2vec 2.0: tell the quantised feature of a masked frame from those of other masked frames (arXiv 2006.11477)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.schema import about, config
+from data_pipeline.types import Batch
+from pretrain.nn.masking import FrameMask, draw_frame_mask, draw_negatives, span_mask
+from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
+from pretrain.nn.quantizers import GumbelQuantizer, Quantized, perplexity
+from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+
+
+@config
+class Config:
+    name: Literal["wav2vec2"] = "wav2vec2"
+    mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.65
+    mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
+    groups: Annotated[int, about("codebook groups G", ge=1)] = 2
+    n_codes: Annotated[int, about("codes V of each group", ge=2)] = 320
+    code_dim: Annotated[int, about("dimensions of a quantised frame, all groups together", ge=1)] = 256
+    projection_dim: Annotated[int, about("dimensions in which prediction and target are compared", ge=1)] = 256
+    negatives: Annotated[int, about("distractors per masked frame, from the same utterance's masked frames", ge=1)] = (
+        100
+    )
+    logit_temperature: Annotated[float, about("the cosine is divided by this", gt=0)] = 0.1
+    gumbel_temperature: Annotated[float, about("Gumbel temperature at the first update", gt=0)] = 2.0
+    gumbel_temperature_min: Annotated[float, about("its lower limit", gt=0)] = 0.5
+    gumbel_decay: Annotated[float, about("its factor per update", gt=0, le=1)] = 0.999995
+    diversity_weight: Annotated[float, about("weight of the codebook diversity loss", ge=0)] = 0.1
+    penalty_weight: Annotated[float, about("weight of the mean square of the stem's output", ge=0)] = 10.0
+    feature_dropout: Annotated[float, about("dropout on what is quantised", ge=0, lt=1)] = 0.1
+
+
+@dataclass
+class ContrastivePlan(Plan):
+    mask: FrameMask
+    negatives_BMK: Tensor
+    """Positions within M."""
+    count: Tensor
+
+
+class Wav2Vec2(Objective):
+    def __init__(self, config: Config, shape: ModelShape) -> None:
+        super().__init__()
+        self.config = config
+        # diversity is a function of the whole micro-batch's mean code distribution
+        self.couples = frozenset({"batch"}) if config.diversity_weight else frozenset()
+        self.ratio = rate_ratio(shape.feature_rate_hz, shape.rate_hz)
+        self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
+        self.feature_dropout = nn.Dropout(config.feature_dropout)
+        self.quantizer = GumbelQuantizer(shape.feature_dim * self.ratio, config.code_dim, config.groups, config.n_codes)
+        self.project_target = nn.Linear(config.code_dim, config.projection_dim)
+        self.project_prediction = nn.Linear(shape.dim, config.projection_dim)
+
+    def temperature(self, step: int) -> float:
+        """Gumbel temperature after `step` updates."""
+        return max(self.config.gumbel_temperature * self.config.gumbel_decay**step, self.config.gumbel_temperature_min)
+
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> ContrastivePlan:
+        def draw(length: int, rng: np.random.Generator) -> np.ndarray:
+            return span_mask(length, self.config.mask_prob, self.config.mask_span, rng)
+
+        mask = draw_frame_mask(model.frontend, batch, ctx, draw)
+        return ContrastivePlan(mask, draw_negatives(mask, batch.keys, ctx, self.config.negatives), mask.count)
+
+    def forward(
+        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+    ) -> tuple[LossOutput, EncoderOutput]:
+        """Contrastive + diversity_weight · diversity + penalty_weight · feature penalty (eq. 2–4).
+
+        The last two are means, weighted by the number of masked frames (fairseq `Wav2vecCriterion`), so that the sum
+        over a global step can be divided by its masked frames.
+        """
+        assert isinstance(plan, ContrastivePlan)
+        mask = plan.mask
+        features = model.frontend.extract(batch.wave_BT, batch.lengths_B)
+        frames = model.frontend.project(features)
+        x_BFD = torch.where(mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
+        encoded: EncoderOutput = model.encoder(Frames(x_BFD, frames.lengths_B, frames.rate_hz), ctx)
+
+        stacked_BFD = stack_frames(features, self.ratio).x_BFD
+        unmasked_ND = self.feature_dropout(stacked_BFD.flatten(0, 1)[mask.flat_N])
+        quantized: Quantized = self.quantizer(unmasked_ND, self.temperature(ctx.step))
+        targets_ND = self.project_target(quantized.codes_ND)
+        predictions_ND = self.project_prediction(encoded.final.x_BFD.flatten(0, 1)[mask.flat_N])
+
+        count = plan.count.to(x_BFD.device)
+        with full_precision(x_BFD.device):
+            logits_BMK = self.logits(predictions_ND, targets_ND, quantized.index_NG, plan)
+            contrastive, hits = contrastive_loss(logits_BMK, mask.valid_BM)
+            n_codes = self.config.groups * self.config.n_codes
+            code_perplexity = perplexity(quantized.probs_NGV)
+            diversity = (n_codes - code_perplexity) / n_codes * len(unmasked_ND)
+            penalty = feature_penalty(features, mask)
+            total = contrastive + self.config.diversity_weight * diversity + self.config.penalty_weight * penalty
+        histogram = torch.zeros(n_codes, device=total.device)
+        offsets_G = torch.arange(self.config.groups, device=total.device) * self.config.n_codes
+        histogram += torch.bincount((quantized.index_NG + offsets_G).flatten(), minlength=n_codes)
+        metrics = {
+            "loss/contrastive": (contrastive, count),
+            "loss/diversity": (diversity, count),
+            "loss/feature_penalty": (penalty, count),
+            "metric/accuracy": (hits, count),
+            "metric/masked_share": (count, encoded.lengths_B.sum()),
+            "metric/soft_perplexity": (code_perplexity * count, count),
+            "hist/codes": (histogram, count * self.config.groups),
+        }
+        return LossOutput(total, count, metrics), encoded
+
+    def logits(self, predictions_ND: Tensor, targets_ND: Tensor, index_NG: Tensor, plan: ContrastivePlan) -> Tensor:
+        """Scaled cosines of the target (first) and of the negatives, (B, M, 1 + K).
+
+        All pairs of an utterance's masked frames are compared in one product, and the negatives picked from it: K
+        vectors per frame are never gathered. A negative with the positive's own code becomes −∞.
+        """
+        rows_BM = plan.mask.row_BM
+        predicted_BMD = F.normalize(predictions_ND.float(), dim=-1)[rows_BM]
+        target_BMD = F.normalize(targets_ND.float(), dim=-1)[rows_BM]
+        cosine_BMM = predicted_BMD @ target_BMD.transpose(1, 2) / self.config.logit_temperature
+        code_N = index_NG[:, 0]
+        for group in range(1, index_NG.shape[1]):
+            code_N = code_N * self.config.n_codes + index_NG[:, group]
+        code_BM = code_N[rows_BM]
+        same_BMK = torch.gather(code_BM[:, None].expand_as(cosine_BMM), 2, plan.negatives_BMK) == code_BM[:, :, None]
+        negative_BMK = torch.gather(cosine_BMM, 2, plan.negatives_BMK).masked_fill(same_BMK, float("-inf"))
+        return torch.cat([cosine_BMM.diagonal(dim1=1, dim2=2)[:, :, None], negative_BMK], dim=2)
+
+
+def contrastive_loss(logits_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of entry 0 over valid rows, and how often it is strictly the largest (ties are no hits)."""
+    losses_BM = torch.logsumexp(logits_BMK, dim=2) - logits_BMK[:, :, 0]
+    hits_BM = logits_BMK[:, :, 0] > logits_BMK[:, :, 1:].amax(2)
+    return losses_BM.masked_fill(~valid_BM, 0.0).sum(), (hits_BM & valid_BM).sum().float()
+
+
+def feature_penalty(features: Frames, mask: FrameMask) -> Tensor:
+    """Mean square of each utterance's raw features, times its masked frames, summed. 0 for fixed features."""
+    if features.raw_BFD is None:
+        return features.x_BFD.new_zeros((), dtype=torch.float32)
+    raw_BFD = features.raw_BFD.float()
+    square_B = (raw_BFD.square().mean(2) * features.valid_BF()).sum(1) / features.lengths_B.clamp(min=1)
+    return (square_B * mask.counts_B).sum()
+
+
+def build(config: Config, shape: ModelShape) -> Wav2Vec2:
+    return Wav2Vec2(config, shape)
