@@ -6,13 +6,14 @@ Hydra only composes: every value goes through `data_pipeline.schema.load` afterw
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -70,12 +71,15 @@ def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str])
         return _group_choice(name, value, chosen[name], name in in_defaults)
     try:
         plain = not OverridesParser.create().parse_override(f"++{name}={value}").is_sweep_override()
-    except OverrideParseException:
+    except HydraException:
         plain = False
-    if plain:
-        return f"++{name}={value}"
-    quoted = value.replace("\\", "\\\\").replace("'", "\\'")  # a path with a comma, brackets, quotes …
-    return f"++{name}='{quoted}'"
+    return f"++{name}={value}" if plain else f"++{name}={_quoted(value)}"
+
+
+def _quoted(value: str) -> str:
+    """A path with a comma, brackets, quotes … as a Hydra string: there, backslashes escape only before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{escaped}'"
 
 
 def _group_choice(name: str, value: str, choices: list[str], in_defaults: bool) -> str:

@@ -21,6 +21,10 @@ class LocalConfig:
 LAUNCHERS: dict[str, type[Any]] = {"local": LocalConfig}
 
 
+def _launcher_names() -> list[str]:
+    return sorted(LAUNCHERS)
+
+
 def _launcher_type(name: str) -> type[Any]:
     if name not in LAUNCHERS:
         raise ValueError(f"there is no launcher {name!r}; there are: {', '.join(sorted(LAUNCHERS))}")
@@ -31,6 +35,6 @@ def _launcher_type(name: str) -> type[Any]:
 class PretrainJob(Config):
     """A pretraining run and where it runs: the root of conf/pretrain.yaml."""
 
-    launcher: Annotated[Any, PluginChoice("launcher", lambda: sorted(LAUNCHERS), _launcher_type)] = dataclasses.field(
+    launcher: Annotated[Any, PluginChoice("launcher", _launcher_names, _launcher_type)] = dataclasses.field(
         default_factory=LocalConfig
     )

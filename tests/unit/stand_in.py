@@ -1,0 +1,49 @@
+"""Stands in for launch.worker where a test is about the launcher: `STAND_IN` says what its ranks do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launch.environment import log_to_folder
+
+STEPS = 5
+
+
+def main(run_folder: Path) -> int:
+    """Acts, and returns the rank's exit code."""
+    rank, act = int(os.environ.get("RANK", "0")), os.environ["STAND_IN"]
+    log_to_folder(run_folder)
+    print(f"rank {rank} of {os.environ.get('WORLD_SIZE', '1')} at {os.environ.get('MASTER_PORT', 'no port')}")
+    (run_folder / f"pid_{rank}").write_text(str(os.getpid()))
+    if act == "fail" and rank == 1:
+        print("ValueError: rank 1 did not like its data", file=sys.stderr)
+        return 1
+    if act in ("hang", "fail"):
+        helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        (run_folder / f"helper_{rank}").write_text(str(helper.pid))
+        time.sleep(600)
+    if act == "until_stop":
+        while not (run_folder / "STOP").exists():
+            time.sleep(0.05)
+        _save(run_folder, 3)
+        return 85
+    if rank == 0:
+        _save(run_folder, STEPS)
+    return 0
+
+
+def _save(run_folder: Path, step: int) -> None:
+    folder = run_folder / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    (folder / "latest").write_text(f"step_{step:08d}\n")
+    row = {"step": step, "loss/total": 1.0, "opt/lr": 0.1, "perf/audio_seconds_per_second": 7.0}
+    (run_folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[-1])))

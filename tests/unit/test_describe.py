@@ -1,0 +1,57 @@
+"""The run folder says what ran, and holds no secret."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.schema import ConfigError, load
+from launch import describe
+from launch.compose import compose
+from launch.config import PretrainJob
+from pretrain.config import Config
+
+
+def job(runs: Path, *overrides: str) -> PretrainJob:
+    values = compose("pretrain", ["+experiment=best_rq_tiny", "data.shards=shards", f"runs={runs}", *overrides])
+    return load(PretrainJob, values)
+
+
+def test_the_folder_describes_the_run(tmp_path: Path) -> None:
+    wanted = job(tmp_path, "name=mine", "launcher.processes=2")
+    folder = describe.prepare(wanted)
+    assert folder == tmp_path / "mine"
+    stored = load(Config, json.loads((folder / "config.json").read_text()))
+    assert stored == describe.run_config(wanted)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["launcher"]["processes"] == 2
+    assert environment["packages"]["torch"]
+    assert "n_codes: 1024" in (folder / "config.yaml").read_text()
+
+
+def test_no_secret_lands_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "NCCL_TOKEN", "HF_TOKEN", "SLURM_JOB_PASSWORD"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setattr("sys.argv", ["auricle", "pretrain", "api_key=hunter2"])
+    diff = "+ password = 'hunter2'\n+ harmless = 1"
+    monkeypatch.setattr(describe, "_git", lambda *arguments: diff if arguments[0] == "diff" else "abc\n")
+    folder = describe.prepare(job(tmp_path))
+    assert "harmless" in (folder / "git.diff").read_text()
+    for file in folder.rglob("*"):
+        assert file.is_dir() or "hunter2" not in file.read_text(), file
+
+
+def test_checkpoints_of_another_config_are_kept_apart(tmp_path: Path) -> None:
+    folder = describe.prepare(job(tmp_path))
+    checkpoint = folder / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    config = json.loads((folder / "config.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({"format": 1, "step": 1, "cursor": None, "config": config}))
+    (folder / "checkpoints" / "latest").write_text("step_00000001\n")
+    describe.prepare(job(tmp_path, "train.steps=900", "launcher.processes=2"))
+    before = (folder / "config.json").read_text()
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        describe.prepare(job(tmp_path, "optimizer.lr=0.5"))
+    assert (folder / "config.json").read_text() == before
