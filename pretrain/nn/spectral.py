@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ Normalize = Literal["utterance", "fixed"]
 def mel_filters(n_fft: int, n_mels: int, low_hz: float = 0.0, high_hz: float = SAMPLE_RATE / 2) -> Tensor:
     """Triangular HTK mel filters, (n_fft // 2 + 1, n_mels), peaks at 1."""
     hz = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1, dtype=torch.float64)
-    low, high = (2595 * torch.log10(1 + torch.tensor([low_hz, high_hz], dtype=torch.float64) / 700)).tolist()
+    low, high = (2595 * math.log10(1 + edge / 700) for edge in (low_hz, high_hz))
     edges = 700 * (10 ** (torch.linspace(low, high, n_mels + 2, dtype=torch.float64) / 2595) - 1)
     width = edges.diff()
     slopes = edges[None] - hz[:, None]

@@ -1,0 +1,77 @@
+"""Tiny models for the contract suite: every objective found × two front ends × every encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.schema import load
+from data_pipeline.types import Batch
+from pretrain import plugins
+from pretrain.config import Config
+from pretrain.model import TrainModule, build_model
+
+OBJECTIVES = plugins.names("objectives")
+ENCODERS = plugins.names("encoders")
+FRONTENDS: dict[str, dict[str, Any]] = {
+    "log_mel": {"name": "log_mel", "n_mels": 40},
+    "waveform_conv": {"name": "waveform_conv", "channels": 32, "norm": "layer"},
+}
+SMALL = {
+    "dim": 32,
+    "layers": 2,
+    "heads": 2,
+    "ffn_dim": 64,
+    "conv_positions_kernel": 16,
+    "conv_positions_groups": 4,
+    "n_codes": 32,
+    "code_dim": 16,
+    "projection_dim": 16,
+    "negatives": 20,
+    "mask_block": 2,
+    "mask_span": 4,
+}
+"""Fields made small wherever a plug-in has them."""
+
+
+def small(kind: str, name: str, **values: Any) -> dict[str, Any]:
+    """A plug-in's config with every known size made small."""
+    fields = {field.name for field in dataclasses.fields(plugins.config_type(kind, name))}
+    return {"name": name} | {field: value for field, value in SMALL.items() if field in fields} | values
+
+
+def make(objective: str, frontend: str = "log_mel", encoder: str = "transformer", **config: Any) -> TrainModule:
+    """A tiny TrainModule. `config`: further top-level values."""
+    values: dict[str, Any] = {
+        "data": {"shards": "none"},
+        "objective": small("objectives", objective),
+        "frontend": FRONTENDS[frontend],
+        "encoder": small("encoders", encoder),
+    }
+    return build_model(load(Config, values | config))
+
+
+def speech_like(seconds: float, seed: int) -> torch.Tensor:
+    """Gliding harmonics in bursts, (T,): structure that a model can learn."""
+    rng = np.random.default_rng(seed)
+    samples = int(seconds * 16_000)
+    time = np.arange(samples) / 16_000
+    pitch = 120 + 60 * np.sin(2 * np.pi * rng.uniform(0.5, 2) * time + rng.uniform(0, 6))
+    phase = 2 * np.pi * np.cumsum(pitch) / 16_000
+    formant = 600 + 400 * np.sin(2 * np.pi * rng.uniform(1, 4) * time + rng.uniform(0, 6))
+    wave = sum(np.sin(k * phase) * np.exp(-(((k * pitch - formant) / 300) ** 2)) for k in range(1, 15))
+    wave = wave * (0.55 + 0.45 * np.sin(2 * np.pi * 4 * time)) + 0.02 * rng.standard_normal(samples)
+    return torch.from_numpy(0.1 * wave / np.std(wave)).float()
+
+
+def batch(seconds: tuple[float, ...] = (1.4, 1.0), width: float | None = None, first_seed: int = 0) -> Batch:
+    """Utterances of these lengths, zero-padded to the longest or to `width` seconds."""
+    waves = [speech_like(length, first_seed + row) for row, length in enumerate(seconds)]
+    wave_BT = torch.zeros(len(waves), int((width or max(seconds)) * 16_000))
+    for row, wave in enumerate(waves):
+        wave_BT[row, : len(wave)] = wave
+    keys = tuple(f"utterance-{first_seed + row}" for row in range(len(waves)))
+    return Batch(wave_BT, torch.tensor([len(wave) for wave in waves]), keys, 0)
