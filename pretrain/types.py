@@ -2,13 +2,15 @@
 
 Shape suffixes: B batch, T audio samples, F frames, D channels.
 A parameter is used only inside `forward` of the module that owns it: ZeRO-3 gathers parameters there and nowhere else.
+What modules pass to each other are named tuples, since ZeRO-3 looks for tensors in tuples only.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,7 @@ Sum = tuple[Tensor, Tensor]
 """A sum and the count to divide it by, once, after both were added over micro-batches and ranks."""
 
 
-@dataclass(frozen=True)  # no slots: ZeRO-3 looks for parameters in __dict__
-class Frames:
+class Frames(NamedTuple):
     """x_BFD: features; lengths_B: valid frames of each row, int64; rate_hz: frames per second.
 
     raw_BFD: the same before a learned last normalisation, where there is one; feature penalties act on it.
@@ -36,8 +37,7 @@ class Frames:
         return torch.arange(self.x_BFD.shape[1], device=self.lengths_B.device)[None] < self.lengths_B[:, None]
 
 
-@dataclass(frozen=True)  # no slots: ZeRO-3 looks for parameters in __dict__
-class EncoderOutput:
+class EncoderOutput(NamedTuple):
     """layers: what entered the first block, then the output of each block (normed at the last), all (B, F, D)."""
 
     layers: tuple[Tensor, ...]
@@ -59,13 +59,12 @@ class StepContext:
     """Optimizer steps done before this one."""
 
 
-@dataclass(frozen=True)  # no slots: ZeRO-3 looks for parameters in __dict__
-class LossOutput:
+class LossOutput(NamedTuple):
     """`total` is a sum over `count` targets, never a mean; metrics are sums and counts, too (detached)."""
 
     total: Tensor
-    count: Tensor
-    metrics: Mapping[str, Sum] = field(default_factory=dict)
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    metrics: Mapping[str, Sum] = {}
 
 
 class Plan:

@@ -1,0 +1,27 @@
+"""How one optimizer step runs: with DeepSpeed, or in plain torch."""
+
+from __future__ import annotations
+
+from pretrain.config import Config
+from pretrain.engines.base import Engine, StepResult
+from pretrain.engines.local import LocalEngine
+from pretrain.engines.world import World
+from pretrain.model import TrainModule
+
+__all__ = ["Engine", "StepResult", "World", "make_engine"]
+
+
+def make_engine(config: Config, module: TrainModule, world: World) -> Engine:
+    """The engine that `engine.name` asks for. Raises ValueError when the ranks do not divide the micro-batches."""
+    micro_batches = config.data.micro_batches
+    if micro_batches % world.size:
+        allowed = [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+        raise ValueError(
+            f"data.micro_batches={micro_batches} cannot be shared by {world.size} ranks; "
+            f"start one of {allowed} ranks, or change data.micro_batches"
+        )
+    if config.engine.name == "local":
+        return LocalEngine(module, config.engine, config.optimizer, world)
+    from pretrain.engines.deepspeed import DeepSpeedEngine  # heavy, and absent on bare machines
+
+    return DeepSpeedEngine(module, config.engine, config.optimizer, world, micro_batches)

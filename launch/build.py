@@ -1,0 +1,30 @@
+"""The composition root: a config becomes the objects of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.stream import open_reader
+from data_pipeline.types import StepReader
+from pretrain.config import Config
+from pretrain.engines import Engine, World, make_engine
+from pretrain.model import build_model
+from pretrain.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `pretrain.train.train` needs."""
+
+    engine: Engine
+    reader: StepReader
+    folder: RunFolder
+
+
+def build(config: Config, world: World) -> Run:
+    """Builds everything for one rank. Raises ValueError or ConfigError for a config that cannot work here."""
+    folder = RunFolder(Path(config.runs).expanduser() / config.name)
+    reader = open_reader(config.data, config.seed, world.rank, world.size)
+    engine = make_engine(config, build_model(config), world)
+    return Run(engine, reader, folder)

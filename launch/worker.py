@@ -1,0 +1,82 @@
+"""One rank of a pretraining run: `python -m launch.worker RUN_DIR`, started by a launcher.
+
+Exit codes: 0 finished, 85 stopped on request with a checkpoint (start again to continue), 1 failed, 2 bad config.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from launch.environment import log_to_folder
+
+
+class StopRequest:
+    """True once SIGTERM, SIGINT or SIGUSR1 came, or somebody created RUN_DIR/STOP (watched by rank 0)."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / "STOP"
+        self._signalled = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def __call__(self) -> bool:
+        watches = os.environ.get("RANK", "0") == "0"
+        return self._signalled or (watches and self._file.exists())
+
+
+def main(run_dir: str) -> int:
+    """Runs this rank to its end and says in one paragraph what went wrong, if anything did."""
+    path = Path(run_dir)
+    stop = StopRequest(path)  # before the heavy imports: a signal must not kill a rank that is still starting
+    log_to_folder(path)
+    faulthandler.enable()
+    from data_pipeline.schema import ConfigError, load
+    from launch.build import build
+    from pretrain.config import Config
+    from pretrain.engines import world as ranks
+    from pretrain.train import train
+
+    rank = int(os.environ.get("RANK", "0"))
+    reader = None
+    try:
+        config = load(Config, json.loads((path / "config.json").read_text(encoding="utf-8")))
+        world = ranks.join(config.device, config.engine.timeout_minutes)
+        run = build(config, world)
+        reader = run.reader
+        if world.rank == 0:
+            run.folder.claim()
+            run.folder.stop_request.unlink(missing_ok=True)
+        return train(config, run.engine, reader, run.folder, stop, _say).value
+    except (ConfigError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("AURICLE_DEBUG"):
+            traceback.print_exc()
+        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ValueError) else 1
+    finally:
+        if reader is not None:
+            reader.close()
+        ranks.leave()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    if len(arguments) != 1:
+        sys.exit("usage: python -m launch.worker RUN_DIR")
+    code = main(arguments[0])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a collective's threads must not keep a failed rank alive

@@ -1,0 +1,183 @@
+"""The checkpoint format: two safetensors files and one JSON, the same for every engine, ZeRO stage and rank count.
+
+    checkpoints/step_00000100/model.safetensors      weights and buffers of the TrainModule, fp32
+                              optimizer.safetensors  exp_avg/NAME, exp_avg_sq/NAME
+                              state.json             step, reader cursor, resolved config
+    checkpoints/latest                               the name of the newest whole one
+
+Nothing in it is executed on loading (no pickle).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_pipeline.schema import ConfigError, dump
+from data_pipeline.types import Cursor
+from pretrain.config import Config
+from pretrain.engines import Engine
+from pretrain.run_folder import RunFolder, remove, write_atomically, write_json
+
+FORMAT = 1
+MAY_CHANGE = (
+    "name",
+    "runs",
+    "device",
+    "engine.",
+    "train.",
+    "data.workers",
+    "data.prefetch",
+    "data.verify",
+    "data.on_bad",
+)
+"""Config fields that a resumed run may change without becoming another run."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainState:
+    """Everything the loop must remember besides tensors."""
+
+    step: int = 0
+    cursor: Cursor | None = None
+
+
+def save(run: RunFolder, engine: Engine, state: TrainState, config: Config) -> Path:
+    """Writes a checkpoint and moves `latest` to it; a collective.
+
+    Raises StaleIncarnationError when a newer start of the run exists, OSError when the disk is full; the checkpoints
+    already there stay whole.
+    """
+    folder = run.checkpoints / f"step_{state.step:08d}"
+    if engine.world.rank != 0:
+        for _ in engine.tensors():
+            pass
+        return folder
+    files: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    for name, tensor in engine.tensors():
+        kind, _, rest = name.partition("/")
+        if kind == "model":
+            files["model"][rest] = tensor.contiguous()
+        else:
+            files["optimizer"][name] = tensor.contiguous()
+    run.require_current()
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    temporary = run.checkpoints / f".{folder.name}.{run.incarnation}"
+    remove(temporary)
+    temporary.mkdir()
+    try:
+        for kind, tensors in files.items():
+            save_file(tensors, temporary / f"{kind}.safetensors", metadata={"format": "pt"})
+            _sync(temporary / f"{kind}.safetensors")
+        cursor = dataclasses.asdict(state.cursor) if state.cursor else None
+        values = {"format": FORMAT, "step": state.step, "cursor": cursor, "config": dump(config)}
+        write_json(temporary / "state.json", values)
+        run.require_current()
+        remove(folder)
+        temporary.rename(folder)
+    except BaseException:
+        remove(temporary)
+        raise
+    _sync(run.checkpoints)
+    write_atomically(run.checkpoints / "latest", folder.name + "\n")
+    for old in sorted(run.checkpoints.glob("step_*"))[: -config.train.keep_last]:
+        remove(old)
+    return folder
+
+
+def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
+    """Puts the newest checkpoint into `engine`; an empty state where there is none yet.
+
+    Raises ConfigError when the checkpoint belongs to another config, ValueError when it is damaged.
+    """
+    latest = run.checkpoints / "latest"
+    if not latest.exists():
+        return TrainState()
+    folder = run.checkpoints / latest.read_text(encoding="utf-8").strip()
+    values = read_state(folder)
+    require_same_config(values["config"], config, folder)
+    cursor = Cursor(**values["cursor"]) if values["cursor"] else None
+    try:
+        engine.load_tensors(Tensors(folder), values["step"])
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: damaged or of another model ({error}); {_remedy(run)}") from error
+    return TrainState(values["step"], cursor)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises ValueError when it is not whole or of another format."""
+    try:
+        values: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: not a whole auricle checkpoint ({error})") from error
+    if values.get("format") != FORMAT:
+        raise ValueError(f"{folder}: checkpoint format {values.get('format')!r}, this version reads {FORMAT}")
+    return values
+
+
+def require_same_config(saved: Mapping[str, Any], config: Config, folder: Path) -> None:
+    """Raises ConfigError naming each field in which a resumed run would silently become another one."""
+    before, now = dict(_leaves(saved)), dict(_leaves(dump(config)))
+    changed = [
+        f"{path}: {before.get(path, '(absent)')!r} in the checkpoint, {now.get(path, '(absent)')!r} now"
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path) and not path.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} belongs to another config. Start under another name=, or set these back: " + "; ".join(changed)
+        )
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by the engine's names, each read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for kind in ("model", "optimizer"):
+            path = folder / f"{kind}.safetensors"
+            if not path.exists():
+                raise KeyError(f"{path.name} is missing")
+            self._files[kind] = safe_open(path, framework="pt")
+
+    def __getitem__(self, name: str) -> Tensor:
+        kind, _, rest = name.partition("/")
+        file, key = (self._files["model"], rest) if kind == "model" else (self._files["optimizer"], name)
+        tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (f"model/{key}" for key in self._files["model"].keys())  # noqa: SIM118
+        yield from self._files["optimizer"].keys()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _remedy(run: RunFolder) -> str:
+    others = sorted(path.name for path in run.checkpoints.glob("step_*"))
+    return f"write another whole one's name into {run.checkpoints / 'latest'} (there are: {', '.join(others)})"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

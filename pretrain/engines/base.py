@@ -1,0 +1,156 @@
+"""What one optimizer step is, whatever runs it: prepare, one global count, forward and backward, apply."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.keyed_random import keyed_seed
+from data_pipeline.types import Batch
+from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.engines.world import World
+from pretrain.model import TrainModule
+from pretrain.types import StepContext, Sum
+
+NumpySum = tuple[np.ndarray, float]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam remembers of a parameter besides the number of its updates."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One global step, summed over micro-batches and ranks; the same on every rank."""
+
+    loss: float
+    metrics: Mapping[str, NumpySum]
+    """name -> (sum, count)."""
+    extras: Mapping[str, float]
+    """The caller's own numbers, summed over ranks."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+
+
+class Engine(abc.ABC):
+    """Runs optimizer steps on a TrainModule.
+
+    The loss is Σ sums / Σ counts over the whole global step, so it does not depend on how the step's micro-batches
+    are spread over ranks and accumulation slots.
+    """
+
+    module: TrainModule
+
+    def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World) -> None:
+        self.module, self.config, self.optimizer_config, self.world = module, config, optimizer, world
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        torch.backends.cudnn.allow_tf32 = config.tf32
+
+    def step(
+        self, batches: Sequence[Batch], ctx: StepContext, lr: float, extras: Mapping[str, float] | None = None
+    ) -> StepResult:
+        """One optimizer update over this rank's micro-batches of a global step.
+
+        extras: numbers of the caller's that ride along with the metrics' all-reduce. Raises FloatingPointError when
+        the loss or the gradient norm is not finite; go back to a checkpoint then, the weights may be spoilt.
+        """
+        self.module.train()
+        batches = [batch.to(self.world.device) for batch in batches]
+        plans = [self.module.prepare(batch, ctx) for batch in batches]
+        counts_K = torch.stack([plan.counts_K for plan in plans]).sum(0)
+        counts_K = self.world.sum(counts_K.to(self.world.device)).cpu()
+        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        totals: dict[str, list[Tensor]] = {}
+        for batch, plan in zip(batches, plans, strict=True):
+            torch.manual_seed(keyed_seed(ctx.seed, ctx.step, batch.micro_batch, "dropout"))
+            micro_loss, metrics = self._forward_backward(batch, plan, counts_K, ctx)
+            loss += micro_loss.detach().double()
+            _add(totals, metrics)
+        result_loss, reduced, summed_extras = self._reduce(loss, totals, dict(extras or {}))
+        if not np.isfinite(result_loss):
+            raise FloatingPointError(f"the loss of step {ctx.step} is {result_loss}")
+        grad_norm = self._apply(lr)
+        if not np.isfinite(grad_norm):
+            raise FloatingPointError(f"the gradient norm of step {ctx.step} is {grad_norm}")
+        self.module.after_step(ctx)
+        return StepResult(result_loss, reduced, summed_extras, grad_norm)
+
+    def _reduce(
+        self, loss: Tensor, totals: Mapping[str, list[Tensor]], extras: Mapping[str, float]
+    ) -> tuple[float, dict[str, NumpySum], dict[str, float]]:
+        """One all-reduce for everything that is logged."""
+        names = sorted(totals)
+        parts = [loss.reshape(1), torch.tensor(list(extras.values()), dtype=torch.float64, device=loss.device)]
+        parts += [part.double().reshape(-1).to(loss.device) for name in names for part in totals[name]]
+        flat = self.world.sum(torch.cat(parts)).cpu().numpy()
+        summed_extras = {name: float(value) for name, value in zip(extras, flat[1:], strict=False)}
+        start, metrics = 1 + len(extras), {}
+        for name in names:
+            size = totals[name][0].numel()
+            metrics[name] = (flat[start : start + size], float(flat[start + size]))
+            start += size + 1
+        return float(flat[0]), metrics, summed_extras
+
+    @abc.abstractmethod
+    def _forward_backward(
+        self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
+    ) -> tuple[Tensor, Mapping[str, Sum]]:
+        """Adds this micro-batch's gradient; returns its share of the global loss, and its metrics."""
+
+    @abc.abstractmethod
+    def _apply(self, lr: float) -> float:
+        """Sums gradients over ranks, clips, updates the weights; returns the gradient norm before clipping."""
+
+    @abc.abstractmethod
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Every weight, buffer (`model/NAME`) and optimizer moment (`MOMENT/NAME`), whole, in fp32, on the CPU.
+
+        A collective: all ranks iterate, in step. With `load_tensors` it makes one checkpoint format for every engine,
+        ZeRO stage and number of ranks.
+        """
+
+    @abc.abstractmethod
+    def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Takes over what `tensors` gave after `step` updates, bit for bit."""
+
+
+def _add(totals: dict[str, list[Tensor]], metrics: Mapping[str, Sum]) -> None:
+    for name, parts in metrics.items():
+        if name in totals:
+            totals[name] = [old + new.double() for old, new in zip(totals[name], parts, strict=True)]
+        else:
+            totals[name] = [part.double() for part in parts]
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """AdamW groups: matrices and kernels decay, everything of one dimension (biases, norms, gains) does not."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.dim() > 1]
+    plain = [parameter for parameter in trained if parameter.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW as every engine here uses it (Loshchilov & Hutter 2019)."""
+    groups = parameter_groups(module, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def copy_buffers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads the persistent buffers and untrained parameters of `module`, which no engine partitions."""
+    persistent = set(module.state_dict(keep_vars=True))
+    for name, buffer in module.named_buffers():
+        if name in persistent:
+            buffer.data.copy_(tensors[f"model/{name}"])
+
+
+def buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """The persistent buffers of `module` as `model/NAME`."""
+    persistent = set(module.state_dict(keep_vars=True))
+    for name, buffer in module.named_buffers():
+        if name in persistent:
+            yield f"model/{name}", buffer.detach().cpu().contiguous()

@@ -1,0 +1,191 @@
+"""DeepSpeed: ZeRO partitions optimizer states (1), gradients (2) and weights (3) over the ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from data_pipeline.types import Batch
+from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.engines.base import MOMENTS, Engine, buffers, copy_buffers, make_optimizer
+from pretrain.engines.world import World
+from pretrain.model import TrainModule, TrainPlan
+from pretrain.types import StepContext, Sum
+
+
+def deepspeed_config(
+    config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int, world: World, n_weights: int
+) -> dict[str, Any]:
+    """DeepSpeed's own config for a run; `micro_batches` is V, those of one global step over all ranks.
+
+    Precision is not DeepSpeed's business here: TrainModule enters autocast itself, alike under every engine, and
+    weights, gradients and their sums stay fp32.
+    """
+    bucket = min(n_weights, 50_000_000)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches // world.size,
+        "train_batch_size": micro_batches,
+        "gradient_clipping": optimizer.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": world.device != "cpu",
+            "contiguous_gradients": True,
+            "memory_efficient_linear": False,  # it would replace torch's own linear layer in the whole process
+            # DeepSpeed allocates its buckets whole: 2 GB of them by default, whatever the model's size
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+        },
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+    }
+
+
+class DeepSpeedEngine(Engine):
+    """The same step under DeepSpeed's engine."""
+
+    def __init__(
+        self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World, micro_batches: int
+    ) -> None:
+        super().__init__(module, config, optimizer, world)
+        self.slots = micro_batches // world.size
+        n_weights = sum(parameter.numel() for parameter in module.parameters())
+        self.names = {id(parameter): name for name, parameter in module.named_parameters()}
+        # DeepSpeed would compile a faster CPU all-reduce at every first start: half a minute, and it needs a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes over torch's process group
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=make_optimizer(module, optimizer),
+            config=deepspeed_config(config, optimizer, micro_batches, world, n_weights),
+            dist_init_required=False,
+        )
+
+    def _forward_backward(
+        self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
+    ) -> tuple[Tensor, Mapping[str, Sum]]:
+        assert isinstance(plan, TrainPlan)
+        loss, metrics = self.engine(batch, plan, counts_K, ctx)
+        # DeepSpeed averages over ranks and slots; the loss is divided by the global count already, so undo that.
+        self.engine.backward(loss * (self.world.size * self.slots))
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+        return loss, metrics
+
+    def _apply(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        plain_norm = None
+        if self.config.zero_stage == 0:  # the one stage at which DeepSpeed keeps no norm
+            grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            plain_norm = torch.nn.utils.get_total_norm(grads)
+        self.engine.step()
+        if self.config.zero_stage == 3:
+            # else a parameter without gradient in the next step (layer drop) would be given this step's once more
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+        return float(self.engine.get_global_grad_norm() if plain_norm is None else plain_norm)
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        self._link_moments()
+        for parameter in self.module.parameters():
+            name = self.names[id(parameter)]
+            yield f"model/{name}", self._weight(parameter)
+            for moment in MOMENTS if parameter.requires_grad else ():
+                yield f"{moment}/{name}", self._moment(parameter, moment)
+        yield from buffers(self.module)
+
+    def _weight(self, parameter: nn.Parameter) -> Tensor:
+        if self.config.zero_stage and parameter.requires_grad:
+            return _cpu(safe_get_full_fp32_param(parameter))
+        with _whole(parameter):
+            return _cpu(parameter)
+
+    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        if self.config.zero_stage == 0:
+            return _cpu(self.optimizer.state[parameter][moment])
+        return _cpu(safe_get_full_optimizer_state(parameter, moment))
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        copy_buffers(self.module, tensors)
+        if step:
+            self._create_moments(step)
+        for parameter in self.module.parameters():
+            name = self.names[id(parameter)]
+            with _whole(parameter):
+                parameter.data.copy_(tensors[f"model/{name}"])
+            if parameter.requires_grad:
+                self._set_partition(parameter, tensors[f"model/{name}"], None)
+                for moment in MOMENTS if step else ():
+                    self._set_partition(parameter, tensors[f"{moment}/{name}"], moment)
+        self.engine.global_steps = step
+
+    def _create_moments(self, step: int) -> None:
+        """Torch makes optimizer states at the first step, ZeRO links them then; a resume needs them before."""
+        stage = self.config.zero_stage
+        if stage == 0:
+            adam, owners = self.optimizer, [p for p in self.module.parameters() if p.requires_grad]
+        elif stage == 3:
+            adam, owners = self.optimizer.optimizer, self.optimizer.fp32_partitioned_groups_flat
+        else:
+            adam, owners = self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
+        for owner in owners:
+            moments = {moment: torch.zeros_like(owner, requires_grad=False) for moment in MOMENTS}
+            adam.state[owner] = {"step": torch.tensor(float(step)), **moments}
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """ZeRO 1 and 2 link them after the first step of the first group only, and so miss the later groups."""
+        if self.config.zero_stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_partition(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        stage = self.config.zero_stage
+        if stage == 0:
+            if moment is not None:
+                self.optimizer.state[parameter][moment].copy_(value)
+            return
+        if stage == 3:
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            padded = nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
+            value = padded[size * self.world.rank : size * (self.world.rank + 1)].to(self.world.device)
+        write_weight, write_moment = _WRITERS[stage == 3]
+        if moment is None:
+            write_weight(parameter, value)
+        else:
+            write_moment(parameter, value, moment)
+
+
+_WRITERS = {
+    False: (safe_set_full_fp32_param, safe_set_full_optimizer_state),
+    True: (safe_set_local_fp32_param, safe_set_local_optimizer_state),
+}
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """Inside, a parameter that ZeRO-3 has partitioned is whole on every rank, and every rank's write is kept."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    return context
+
+
+def _cpu(value: Tensor) -> Tensor:
+    return value.detach().float().cpu().clone()

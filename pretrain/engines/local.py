@@ -1,0 +1,67 @@
+"""Plain torch: the readable reference that the DeepSpeed engine is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from data_pipeline.types import Batch
+from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.engines.base import MOMENTS, Engine, buffers, copy_buffers, make_optimizer
+from pretrain.engines.world import World
+from pretrain.model import TrainModule, TrainPlan
+from pretrain.types import StepContext, Sum
+
+
+class LocalEngine(Engine):
+    """Every rank holds everything; gradients are summed in one all-reduce."""
+
+    def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World) -> None:
+        super().__init__(module.to(world.device), config, optimizer, world)
+        self.optimizer = make_optimizer(module, optimizer)
+
+    def _forward_backward(
+        self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
+    ) -> tuple[Tensor, Mapping[str, Sum]]:
+        assert isinstance(plan, TrainPlan)
+        loss, metrics = self.module(batch, plan, counts_K, ctx)
+        loss.backward()
+        return loss, metrics
+
+    def _apply(self, lr: float) -> float:
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # layer drop: DeepSpeed sees zeros there, too
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in trained if parameter.grad is not None]
+        if self.world.size > 1:
+            flat = self.world.sum(torch.cat([grad.reshape(-1) for grad in grads]))
+            for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+                grad.copy_(summed.view_as(grad))
+        norm = torch.nn.utils.get_total_norm(grads)
+        if torch.isfinite(norm):
+            if self.optimizer_config.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(trained, self.optimizer_config.clip_norm, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            yield f"model/{name}", parameter.detach().cpu()
+            for moment in MOMENTS if parameter.requires_grad else ():
+                state = self.optimizer.state.get(parameter, {})
+                yield f"{moment}/{name}", state.get(moment, torch.zeros_like(parameter)).detach().cpu()
+        yield from buffers(self.module)
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        copy_buffers(self.module, tensors)
+        for name, parameter in self.module.named_parameters():
+            parameter.data.copy_(tensors[f"model/{name}"])
+            if parameter.requires_grad and step:
+                moments = {moment: tensors[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}

@@ -1,0 +1,64 @@
+"""Who takes part in a run: ranks, device and the collectives that everything here needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One process's place among the ranks."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: str = "cpu"
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds `values` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, text: str, what: str) -> None:
+        """Raises RuntimeError on every rank when `text` is not the same on all of them."""
+        if self.size == 1:
+            return
+        texts: list[str | None] = [None] * self.size
+        dist.all_gather_object(texts, text)
+        if len(set(texts)) > 1:
+            raise RuntimeError(f"the ranks do not agree on {what}: {dict(enumerate(texts))}")
+
+
+def join(device: str, timeout_minutes: float) -> World:
+    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone where they are unset.
+
+    Raises ValueError when a GPU is asked for and there is none.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch sees no GPU here; use device=cpu or device=auto, or see `auricle doctor`")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+        kind = f"cuda:{local_rank}"
+    if not dist.is_initialized():
+        backend = "nccl" if kind.startswith("cuda") else "gloo"
+        alone = HashStore() if size == 1 else None  # DeepSpeed wants a group even of one, which needs no port
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=alone)
+    return World(rank, size, local_rank, kind)
+
+
+def leave() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

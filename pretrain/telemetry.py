@@ -1,0 +1,114 @@
+"""metrics.jsonl is the truth, TensorBoard the view. Names: loss/ metric/ health/ opt/ perf/ data/ hist/."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from data_pipeline.schema import dump
+from data_pipeline.types import SAMPLE_RATE, Step
+from pretrain.config import Config
+from pretrain.engines.base import NumpySum, StepResult
+from pretrain.run_folder import RunFolder, write_atomically
+
+
+class Telemetry:
+    """Writes one row per logged step; rows of steps that a resume will run again are dropped first."""
+
+    def __init__(self, run: RunFolder, config: Config, resumed_at: int) -> None:
+        self._run = run
+        run.path.mkdir(parents=True, exist_ok=True)
+        _drop_rows_after(run.metrics, resumed_at)
+        self._file = run.metrics.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=resumed_at + 1, flush_secs=15)
+        self._board.add_text("config", f"```json\n{json.dumps(dump(config), indent=2)}\n```", resumed_at)
+
+    def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
+        """Scalars go to both; counts per bin to TensorBoard as histograms. Raises StaleIncarnationError."""
+        self._run.require_current()
+        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3), **scalars}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        for name, counts in histograms.items():
+            _add_counts(self._board, name, counts, step)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._file.close()
+        self._board.close()
+
+
+def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, world: int) -> dict[str, float]:
+    """What one optimizer step is logged as. `seconds`: wall time from batch to batch."""
+    scalars = {"loss/total": result.loss, "opt/lr": lr, "opt/grad_norm": result.grad_norm}
+    for name, (total, count) in result.metrics.items():
+        if name.startswith("hist/"):
+            scalars.update(code_use(name, total))
+        elif count > 0:
+            scalars[name] = float(total[0]) / count
+    scalars |= {
+        "perf/step_seconds": seconds,
+        "perf/audio_seconds_per_second": step.samples / SAMPLE_RATE / seconds,
+        "perf/data_wait_share": min(1.0, result.extras["wait_seconds"] / world / seconds),
+        "data/audio_seconds": step.samples / SAMPLE_RATE,
+        "data/padding_share": 1.0 - step.samples / step.padded_samples,
+        "data/epoch": float(step.after.epoch),
+    }
+    return scalars
+
+
+def code_use(name: str, counts: np.ndarray) -> dict[str, float]:
+    """Perplexity and the share of used entries of a code book, from how often each code came in the whole step."""
+    suffix = name.removeprefix("hist/codes").removeprefix("hist/")
+    share = counts / max(1.0, float(counts.sum()))
+    used = share[share > 0]
+    entropy = float(-(used * np.log(used)).sum())
+    return {f"metric/perplexity{suffix}": math.exp(entropy), f"metric/code_usage{suffix}": len(used) / len(share)}
+
+
+def histograms(metrics: Mapping[str, NumpySum]) -> dict[str, np.ndarray]:
+    """The vector metrics: counts per bin."""
+    return {name: total for name, (total, _) in metrics.items() if name.startswith("hist/")}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a crash cut off is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _add_counts(board: SummaryWriter, name: str, counts: np.ndarray, step: int) -> None:
+    total, bins = float(counts.sum()), np.arange(len(counts), dtype=np.float64)
+    if total > 0:
+        board.add_histogram_raw(
+            name,
+            min=0.0,
+            max=float(len(counts)),
+            num=total,
+            sum=float((counts * bins).sum()),
+            sum_squares=float((counts * bins**2).sum()),
+            bucket_limits=(bins + 1.0).tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )

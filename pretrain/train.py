@@ -1,0 +1,88 @@
+"""The training loop: read a global step, run it, say what happened, save. Reads top to bottom as the algorithm."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+
+from data_pipeline.types import StepReader
+from pretrain import checkpoint
+from pretrain.checkpoint import TrainState
+from pretrain.config import Config
+from pretrain.engines import Engine
+from pretrain.run_folder import RunFolder
+from pretrain.schedules import learning_rate
+from pretrain.telemetry import Telemetry, histograms, step_scalars
+from pretrain.types import StepContext
+
+
+class Ending(enum.Enum):
+    """Why training returned; the value is the process's exit code."""
+
+    FINISHED = 0
+    STOPPED = 85
+    """Asked to stop; a checkpoint was written and the same command continues."""
+
+
+def train(
+    config: Config,
+    engine: Engine,
+    reader: StepReader,
+    run: RunFolder,
+    asked_to_stop: Callable[[], bool],
+    say: Callable[[str], None] = print,
+) -> Ending:
+    """Trains until `config.train.steps`, from the newest checkpoint of `run` on.
+
+    asked_to_stop: polled once a step on every rank; one rank's yes is enough, and all stop after the same step.
+    Raises FloatingPointError when the loss diverges and StaleIncarnationError when another start took over.
+    """
+    world, settings = engine.world, config.train
+    world.agree(reader.plan_hash, "the step plan (do all nodes see the same shards?)")
+    state = checkpoint.load_latest(run, engine, config)
+    telemetry = Telemetry(run, config, state.step) if world.rank == 0 else None
+    if telemetry:
+        say(_greeting(config, state, world.size))
+
+    clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
+    while state.step < settings.steps and not stopping:
+        step = next(steps)
+        waited = time.monotonic() - clock
+        lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step)
+        extras = {"wait_seconds": waited, "stop": float(asked_to_stop())}
+        result = engine.step(step.batches, StepContext(config.seed, state.step), lr, extras)
+        state, stopping = TrainState(state.step + 1, step.after), result.extras["stop"] > 0
+        seconds, clock = time.monotonic() - clock, time.monotonic()
+
+        if telemetry and (state.step % settings.log_every == 0 or state.step == settings.steps):
+            scalars = step_scalars(result, step, lr, seconds, world.size)
+            telemetry.log(state.step, scalars, histograms(result.metrics))
+            say(_line(state.step, settings.steps, scalars))
+        if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or stopping:
+            folder = checkpoint.save(run, engine, state, config)
+            if telemetry:
+                say(f"saved {folder}")
+
+    if telemetry:
+        telemetry.close()
+    return Ending.STOPPED if stopping and state.step < settings.steps else Ending.FINISHED
+
+
+def _greeting(config: Config, state: TrainState, ranks: int) -> str:
+    start = f"resuming after step {state.step}" if state.step else "starting"
+    if state.step >= config.train.steps:
+        start = f"nothing to do, {state.step} steps are done"
+    per_rank = config.data.micro_batches // ranks
+    return (
+        f"{start}: {config.objective.name} on {ranks} rank{'s' * (ranks > 1)} × {per_rank} micro-batches, "
+        f"{config.engine.name} engine, {config.train.steps} steps of {config.data.batch_seconds:g} s of audio"
+    )
+
+
+def _line(step: int, steps: int, scalars: dict[str, float]) -> str:
+    return (
+        f"step {step}/{steps}  loss {scalars['loss/total']:.4f}  grad {scalars['opt/grad_norm']:.3g}  "
+        f"lr {scalars['opt/lr']:.2e}  {scalars['perf/audio_seconds_per_second']:.0f} audio-s/s  "
+        f"waited {scalars['perf/data_wait_share']:.0%}"
+    )

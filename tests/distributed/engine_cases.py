@@ -1,0 +1,80 @@
+"""Runs engine cases inside one set of ranks: `python -m tests.distributed.engine_cases CASES.json OUT.json`.
+
+Each case is one engine over the same synthetic global steps; rank 0 writes losses, norms and a digest of all weights
+and moments per case. Not a test by itself: test_engines.py starts it and compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.keyed_random import keyed_rng
+from data_pipeline.schema import load
+from data_pipeline.types import Batch, Cursor
+from pretrain import checkpoint
+from pretrain.checkpoint import TrainState
+from pretrain.config import Config
+from pretrain.engines import World, make_engine
+from pretrain.engines import world as ranks
+from pretrain.model import build_model
+from pretrain.run_folder import RunFolder
+from pretrain.schedules import learning_rate
+from pretrain.types import StepContext
+
+
+def synthetic_batch(step: int, micro_batch: int) -> Batch:
+    """Two clips of noise with a moving formant, the second one shorter."""
+    rng = keyed_rng(7, step, micro_batch, "audio")
+    time = torch.arange(16000) / 16000
+    tones = [torch.sin(2 * torch.pi * rng.uniform(100, 2000) * time * (1 + 0.2 * time)) for _ in range(2)]
+    wave_BT = torch.stack(tones) * 0.3 + 0.05 * torch.from_numpy(rng.standard_normal((2, 16000))).float()
+    lengths_B = torch.tensor([16000, 12000 - 160 * micro_batch])
+    wave_BT[1, lengths_B[1] :] = 0
+    return Batch(wave_BT, lengths_B, (f"a{step}-{micro_batch}", f"b{step}-{micro_batch}"), micro_batch)
+
+
+def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
+    """One engine, `steps` global steps, with an optional load before and save after."""
+    config = load(Config, case["config"])
+    engine = make_engine(config, build_model(config), world)
+    state = TrainState()
+    if case.get("load"):
+        folder = RunFolder(case["load"])
+        state = checkpoint.load_latest(folder, engine, config)
+    losses, norms = [], []
+    for step in range(state.step, case["steps"]):
+        mine = range(world.rank, config.data.micro_batches, world.size)
+        lr = learning_rate(config.optimizer, config.schedule, config.train.steps, step)
+        result = engine.step([synthetic_batch(step, j) for j in mine], StepContext(config.seed, step), lr)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    if case.get("save"):
+        folder = RunFolder(case["save"])
+        if world.rank == 0:
+            folder.claim()
+        checkpoint.save(folder, engine, TrainState(case["steps"], Cursor("toy", 0, case["steps"])), config)
+    digest = hashlib.sha256()
+    for name, tensor in engine.tensors():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return {"losses": losses, "norms": norms, "digest": digest.hexdigest()}
+
+
+def main(cases: str, out: str) -> None:
+    """All cases, one after the other, in this process's world."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    world = ranks.join("cpu", 2)
+    results = {name: run_case(case, world) for name, case in json.loads(Path(cases).read_text()).items()}
+    if world.rank == 0:
+        Path(out).write_text(json.dumps(results))
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

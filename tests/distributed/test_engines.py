@@ -1,0 +1,110 @@
+"""The same steps under every engine, ZeRO stage and number of ranks, and checkpoints that move between them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STEPS = 5
+CONFIG: dict[str, Any] = {
+    "data": {"shards": "synthetic", "micro_batches": 4},
+    "frontend": {"name": "log_mel"},
+    "encoder": {"name": "transformer", "layers": 2, "dim": 64, "heads": 2, "ffn_dim": 128, "dropout": 0.1},
+    "objective": {"name": "best_rq", "n_codes": 64},
+    "optimizer": {"lr": 1e-3, "clip_norm": 1.0},
+    "schedule": {"warmup_steps": 2},
+    "train": {"steps": STEPS},
+    "engine": {"name": "local"},
+}
+
+
+def case(engine: str, stage: int = 1, settings: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    config = copy.deepcopy(CONFIG)
+    config["engine"] = {"name": engine, "zero_stage": stage, **(settings or {})}
+    return {"config": config, "steps": STEPS, **more}
+
+
+def run(tmp: Path, name: str, ranks: int, cases: dict[str, Any]) -> dict[str, Any]:
+    """Starts `ranks` processes over gloo and returns what rank 0 measured."""
+    (tmp / f"{name}.json").write_text(json.dumps(cases))
+    out = tmp / f"{name}.out.json"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    base |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "tests.distributed.engine_cases", str(tmp / f"{name}.json"), str(out)]
+    started = [
+        subprocess.Popen(
+            command,
+            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode == 0 for process in started), "\n".join(outputs)[-4000:]
+    return dict(json.loads(out.read_text()))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    tmp = tmp_path_factory.mktemp("engines")
+    one = {"local": case("local"), "local bf16": case("local", settings={"precision": "bf16"})}
+    one |= {"local checkpointed": case("local", settings={"activation_checkpointing": True})}
+    one |= {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
+    one |= {f"zero {stage} bf16": case("deepspeed", stage, settings={"precision": "bf16"}) for stage in range(4)}
+    results = {f"1 rank, {name}": found for name, found in run(tmp, "one", 1, one).items()}
+    two = {"local": case("local")} | {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
+    for stage in range(4):
+        two[f"first half {stage}"] = case("deepspeed", stage, save=str(tmp / f"run{stage}")) | {"steps": 3}
+        two[f"second half {stage}"] = case("deepspeed", stage, load=str(tmp / f"run{stage}"))
+    results |= {f"2 ranks, {name}": found for name, found in run(tmp, "two", 2, two).items()}
+    moved = {f"from {stage} to local": case("local", load=str(tmp / f"run{stage}")) for stage in range(4)}
+    moved |= {f"from 2 to {stage}": case("deepspeed", stage, load=str(tmp / "run2")) for stage in range(4)}
+    results |= {f"1 rank, {name}": found for name, found in run(tmp, "moved", 1, moved).items()}
+    return results
+
+
+WHOLE = [f"1 rank, zero {stage}" for stage in range(4)] + [f"2 ranks, zero {stage}" for stage in range(4)]
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "2 ranks, local", "1 rank, local checkpointed"])
+def test_losses_and_norms_do_not_depend_on_the_engine(measured: dict[str, Any], name: str) -> None:
+    reference = measured["1 rank, local"]
+    assert measured[name]["losses"] == pytest.approx(reference["losses"], abs=1e-6)
+    assert measured[name]["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bf16_is_the_same_under_both_engines_and_close_to_fp32(measured: dict[str, Any], stage: int) -> None:
+    local, zero = measured["1 rank, local bf16"], measured[f"1 rank, zero {stage} bf16"]
+    assert zero["losses"] == pytest.approx(local["losses"], abs=1e-4)
+    assert local["losses"] == pytest.approx(measured["1 rank, local"]["losses"], rel=2e-2)
+    assert local["losses"] != measured["1 rank, local"]["losses"]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(measured: dict[str, Any], stage: int) -> None:
+    whole, resumed = measured[f"2 ranks, zero {stage}"], measured[f"2 ranks, second half {stage}"]
+    assert resumed["losses"] == whole["losses"][3:]
+    assert resumed["digest"] == whole["digest"]
+
+
+@pytest.mark.parametrize("name", [f"from {s} to local" for s in range(4)] + [f"from 2 to {s}" for s in range(4)])
+def test_a_checkpoint_moves_to_other_ranks_stages_and_engines(measured: dict[str, Any], name: str) -> None:
+    assert measured[f"1 rank, {name}"]["losses"] == pytest.approx(measured["1 rank, local"]["losses"][3:], abs=1e-6)
