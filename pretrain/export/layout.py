@@ -1,0 +1,85 @@
+"""Weights between our names and those of Hugging Face's Wav2Vec2, HuBERT, WavLM and Data2VecAudio models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+RENAMES = (
+    (r"frontend\.convs\.(\d+)\.conv\.", r"feature_extractor.conv_layers.\1.conv."),
+    (r"frontend\.convs\.(\d+)\.(?:group|layer)_norm\.", r"feature_extractor.conv_layers.\1.layer_norm."),
+    (r"frontend\.norm\.", r"feature_projection.layer_norm."),
+    (r"frontend\.linear\.", r"feature_projection.projection."),
+    (r"encoder\.positions\.weight_g$", r"encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
+    (r"encoder\.positions\.weight_v$", r"encoder.pos_conv_embed.conv.parametrizations.weight.original1"),
+    (r"encoder\.positions\.bias$", r"encoder.pos_conv_embed.conv.bias"),
+    (r"encoder\.norm\.", r"encoder.layer_norm."),
+    (r"encoder\.blocks\.(\d+)\.attention\.out\.", r"encoder.layers.\1.attention.out_proj."),
+    (r"encoder\.blocks\.(\d+)\.attention_norm\.", r"encoder.layers.\1.layer_norm."),
+    (r"encoder\.blocks\.(\d+)\.ffn_in\.", r"encoder.layers.\1.feed_forward.intermediate_dense."),
+    (r"encoder\.blocks\.(\d+)\.ffn_out\.", r"encoder.layers.\1.feed_forward.output_dense."),
+    (r"encoder\.blocks\.(\d+)\.ffn_norm\.", r"encoder.layers.\1.final_layer_norm."),
+)
+QKV = re.compile(r"encoder\.blocks\.(\d+)\.attention\.qkv\.(weight|bias)$")
+
+
+def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A SpeechModel's state under Hugging Face's names. Raises ValueError for a weight without a counterpart."""
+    renamed: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        if found := QKV.match(name):
+            for part, third in zip("qkv", weight.chunk(3), strict=True):
+                renamed[f"encoder.layers.{found[1]}.attention.{part}_proj.{found[2]}"] = third
+            continue
+        renamed[_rename(name)] = weight
+    return renamed
+
+
+def from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights named in `ours`, taken from a Hugging Face state (with or without a prefix such as `wav2vec2.`).
+
+    Understands both namings of weight norm. Raises ValueError naming every weight that is missing or of another shape.
+    """
+    prefix = next(
+        (
+            name.removesuffix("encoder.layer_norm.weight")
+            for name in state
+            if name.endswith("encoder.layer_norm.weight")
+        ),
+        "",
+    )
+    theirs = {
+        name.removeprefix(prefix)
+        .replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
+        .replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1"): weight
+        for name, weight in state.items()
+        if name.startswith(prefix)
+    }
+    taken: dict[str, Tensor] = {}
+    problems = []
+    for name, weight in ours.items():
+        found = QKV.match(name)
+        sources = (
+            [f"encoder.layers.{found[1]}.attention.{p}_proj.{found[2]}" for p in "qkv"] if found else [_rename(name)]
+        )
+        missing = [source for source in sources if source not in theirs]
+        if missing:
+            problems.append(f"{', '.join(missing)} is missing")
+            continue
+        taken[name] = torch.cat([theirs[source] for source in sources]) if found else theirs[sources[0]]
+        if taken[name].shape != weight.shape:
+            problems.append(f"{sources[0]} has shape {tuple(taken[name].shape)}, and {name} {tuple(weight.shape)}")
+    if problems:
+        raise ValueError("the Hugging Face checkpoint does not fit this model: " + "; ".join(problems))
+    return taken
+
+
+def _rename(name: str) -> str:
+    for ours, theirs in RENAMES:
+        renamed, times = re.subn("^" + ours, theirs, name)
+        if times:
+            return renamed
+    raise ValueError(f"{name} has no counterpart in Hugging Face's layout")

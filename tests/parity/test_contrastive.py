@@ -1,0 +1,123 @@
+"""wav2vec 2.0's loss and gradients against transformers, given the same masks, negatives and (no) Gumbel noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipeline.types import Batch
+from pretrain.export.layout import to_hugging_face
+from pretrain.nn import quantizers
+from pretrain.objectives import wav2vec2
+from pretrain.types import StepContext
+from tests.parity.hugging_face import copy_weights, hugging_face_config, our_model, ragged_batch, randomize
+
+transformers = pytest.importorskip("transformers")
+CTX = StepContext(seed=0, step=0)
+
+
+def exact_hard_gumbel(logits: Tensor, tau: float = 1.0, hard: bool = False, **_: object) -> Tensor:
+    """torch's gumbel_softmax without noise, its forward value exactly one-hot."""
+    soft = (logits / tau).softmax(-1)
+    one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+    return one_hot + (soft - soft.detach())
+
+
+def copy_objective(theirs: torch.nn.Module, ours: wav2vec2.Wav2Vec2) -> None:
+    state = theirs.state_dict()
+    ours.load_state_dict(
+        {
+            "mask_embedding": state["wav2vec2.masked_spec_embed"],
+            "quantizer.logits.weight": state["quantizer.weight_proj.weight"],
+            "quantizer.logits.bias": state["quantizer.weight_proj.bias"],
+            "quantizer.codebook_GVC": state["quantizer.codevectors"].unflatten(1, (2, -1))[0],
+            "project_target.weight": state["project_q.weight"],
+            "project_target.bias": state["project_q.bias"],
+            "project_prediction.weight": state["project_hid.weight"],
+            "project_prediction.bias": state["project_hid.bias"],
+        }
+    )
+
+
+def negatives_as_theirs(plan: wav2vec2.ContrastivePlan) -> Tensor:
+    """(B, F, K) indices into B·F, as transformers wants them."""
+    B, F = plan.mask.mask_BF.shape
+    frames_BM = plan.mask.flat_N[plan.mask.row_BM]
+    out = torch.zeros(B, F, plan.negatives_BMK.shape[2], dtype=torch.int64)
+    for row in range(B):
+        valid = plan.mask.valid_BM[row]
+        out[row, frames_BM[row, valid] - row * F] = frames_BM[row][plan.negatives_BMK[row, valid]]
+    return out
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
+@pytest.mark.parametrize(("norm", "pre"), [("group", False), ("layer", True)], ids=["base", "large"])
+def test_loss_and_gradients(
+    norm: str, pre: bool, ragged: bool, parity: Callable[[str, float, float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", exact_hard_gumbel)
+    monkeypatch.setattr(quantizers, "gumbel_noise", torch.zeros_like)
+    off = {
+        f"{where}_dropout": 0.0
+        for where in ("hidden", "attention", "activation", "feat_proj", "feat_quantizer", "final")
+    }
+    theirs = transformers.Wav2Vec2ForPreTraining(
+        hugging_face_config(transformers.Wav2Vec2Config, norm, pre, diversity_loss_weight=0.1, **off)
+    )
+    randomize(theirs)
+    with torch.no_grad():  # sharp enough to use many codes, soft enough that no probability underflows
+        theirs.quantizer.weight_proj.weight.mul_(0.3)
+    ours = our_model(norm, pre)
+    copy_weights(theirs, ours)
+    objective = wav2vec2.Wav2Vec2(wav2vec2.Config(penalty_weight=0.0, feature_dropout=0.0), ours.shape)
+    copy_objective(theirs, objective)
+
+    wave_BT, lengths_B = ragged_batch(ragged)
+    plan = objective.prepare(ours, Batch(wave_BT, lengths_B, ("a", "b", "c"), 0), CTX)
+    attention_mask = (torch.arange(wave_BT.shape[1])[None] < lengths_B[:, None]).long() if ragged else None
+    expected = theirs(
+        wave_BT,
+        attention_mask=attention_mask,
+        mask_time_indices=plan.mask.mask_BF,
+        sampled_negative_indices=negatives_as_theirs(plan),
+    )
+    found, _ = objective(ours, Batch(wave_BT, lengths_B, ("a", "b", "c"), 0), plan, CTX)
+
+    def relative(mine: Tensor, other: Tensor) -> float:
+        return float((mine - other).detach().abs() / other.detach().abs())
+
+    def relative_to_largest(mine: Tensor, other: Tensor) -> float:
+        # a key's bias has a gradient of 0 but for rounding, hence the floor
+        return float((mine - other).abs().max() / other.abs().max().clamp(min=1e-4))
+
+    parity("contrastive: total", 1e-5, relative(found.total, expected.loss))
+    parity("contrastive: InfoNCE", 1e-5, relative(found.metrics["loss/contrastive"][0], expected.contrastive_loss))
+    parity("contrastive: diversity", 1e-5, relative(found.metrics["loss/diversity"][0], expected.diversity_loss))
+    perplexity = found.metrics["metric/soft_perplexity"][0] / plan.count
+    parity("contrastive: perplexity", 1e-5, relative(perplexity, expected.codevector_perplexity))
+
+    (found.total / plan.count).backward()
+    (expected.loss / plan.count).backward()
+    gradients = to_hugging_face({name: weight.grad for name, weight in ours.named_parameters()})
+    for name, weight in theirs.wav2vec2.named_parameters():
+        if name != "masked_spec_embed":
+            parity(
+                "contrastive: gradients of stem and encoder", 1e-4, relative_to_largest(gradients[name], weight.grad)
+            )
+    pairs = [
+        (objective.mask_embedding, theirs.wav2vec2.masked_spec_embed),
+        (objective.quantizer.logits.weight, theirs.quantizer.weight_proj.weight),
+        (objective.project_target.weight, theirs.project_q.weight),
+        (objective.project_prediction.weight, theirs.project_hid.weight),
+        (objective.quantizer.codebook_GVC.flatten(0, 1)[None], theirs.quantizer.codevectors),
+    ]
+    codebook_grad = objective.quantizer.codebook_GVC.grad
+    assert codebook_grad is not None
+    mine = [one.grad for one, _ in pairs[:-1]] + [codebook_grad.flatten(0, 1)[None]]
+    for gradient, (_, other) in zip(mine, pairs, strict=True):
+        assert gradient is not None
+        parity("contrastive: gradients of quantiser and projections", 1e-4, relative_to_largest(gradient, other.grad))
