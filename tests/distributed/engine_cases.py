@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from data_pipeline.keyed_random import keyed_rng
 from data_pipeline.schema import load
-from data_pipeline.types import Batch, Cursor
+from data_pipeline.types import Cursor
 from pretrain import checkpoint
 from pretrain.checkpoint import TrainState
 from pretrain.config import Config
@@ -26,17 +25,7 @@ from pretrain.model import build_model
 from pretrain.run_folder import RunFolder
 from pretrain.schedules import learning_rate
 from pretrain.types import StepContext
-
-
-def synthetic_batch(step: int, micro_batch: int) -> Batch:
-    """Two clips of noise with a moving formant, the second one shorter."""
-    rng = keyed_rng(7, step, micro_batch, "audio")
-    time = torch.arange(16000) / 16000
-    tones = [torch.sin(2 * torch.pi * rng.uniform(100, 2000) * time * (1 + 0.2 * time)) for _ in range(2)]
-    wave_BT = torch.stack(tones) * 0.3 + 0.05 * torch.from_numpy(rng.standard_normal((2, 16000))).float()
-    lengths_B = torch.tensor([16000, 12000 - 160 * micro_batch])
-    wave_BT[1, lengths_B[1] :] = 0
-    return Batch(wave_BT, lengths_B, (f"a{step}-{micro_batch}", f"b{step}-{micro_batch}"), micro_batch)
+from tests.synthetic import synthetic_batch
 
 
 def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:

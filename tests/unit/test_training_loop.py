@@ -1,0 +1,193 @@
+"""The loop, its checkpoints and its metrics, in this process on synthetic speech."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_pipeline.schema import ConfigError, load
+from pretrain import checkpoint
+from pretrain.config import Config
+from pretrain.engines import Engine, World, make_engine
+from pretrain.model import build_model
+from pretrain.run_folder import RunFolder, StaleIncarnationError
+from pretrain.telemetry import read_rows
+from pretrain.train import Ending, train
+from tests.synthetic import SyntheticReader
+
+
+def config(steps: int = 6, **top: Any) -> Config:
+    return load(
+        Config,
+        {
+            "data": {"shards": "synthetic", "micro_batches": 4},
+            "frontend": {"name": "log_mel"},
+            "encoder": {"name": "transformer", "layers": 2, "dim": 32, "heads": 2, "ffn_dim": 64},
+            "objective": {"name": "best_rq", "n_codes": 32},
+            "optimizer": {"lr": 1e-3},
+            "schedule": {"warmup_steps": 2},
+            "train": {"steps": steps, "checkpoint_every": 2, "keep_last": 2},
+            "engine": {"name": "local"},
+            **top,
+        },
+    )
+
+
+def run(folder: Path, settings: Config, stop_after: int | None = None) -> tuple[Ending, Engine]:
+    """One start of a run, as the worker does it."""
+    torch.set_num_threads(1)
+    run_folder = RunFolder(folder)
+    run_folder.claim()
+    engine = make_engine(settings, build_model(settings), World())
+    polls = iter(range(10**6))
+    ending = train(
+        settings,
+        engine,
+        SyntheticReader(),
+        run_folder,
+        lambda: stop_after is not None and next(polls) + 1 >= stop_after,
+        say=lambda line: None,
+    )
+    return ending, engine
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss/total"]) for row in read_rows(folder / "metrics.jsonl")]
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.tensors()}
+
+
+def test_a_stopped_run_continues_bitwise(tmp_path: Path) -> None:
+    ending, whole = run(tmp_path / "whole", config())
+    assert ending is Ending.FINISHED
+    ending, _ = run(tmp_path / "parts", config(), stop_after=3)
+    assert ending is Ending.STOPPED
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")[:3]
+    ending, resumed = run(tmp_path / "parts", config())
+    assert ending is Ending.FINISHED
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
+
+
+def test_rows_that_will_be_run_again_are_dropped(tmp_path: Path) -> None:
+    run(tmp_path / "whole", config())
+    run(tmp_path / "parts", config(), stop_after=3)
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss/total": 99.0}\n{"step": 5, "loss/to')
+    run(tmp_path / "parts", config())
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    run(tmp_path, config())
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert run(tmp_path, config())[0] is Ending.FINISHED
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_checkpoints_are_kept_whole_and_few(tmp_path: Path) -> None:
+    run(tmp_path, config())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000004",
+        "step_00000006",
+    ]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000006\n"
+
+
+def test_metrics_have_their_namespaces_and_reach_tensorboard(tmp_path: Path) -> None:
+    run(tmp_path, config())
+    row = read_rows(tmp_path / "metrics.jsonl")[-1]
+    needed = {"loss/total", "loss/objective", "opt/lr", "opt/grad_norm", "perf/audio_seconds_per_second"}
+    needed |= {
+        "perf/data_wait_share",
+        "perf/step_seconds",
+        "metric/perplexity",
+        "metric/code_usage",
+        "data/padding_share",
+    }
+    assert needed <= row.keys()
+    assert all(key in ("step", "time") or key.split("/")[0] in {"loss", "opt", "perf", "metric", "data"} for key in row)
+    assert 1 <= row["metric/perplexity"] <= 32
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert needed <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
+    assert events.Scalars("loss/total")[-1].value == pytest.approx(row["loss/total"], rel=1e-6)
+
+
+def test_the_checkpoint_of_another_config_is_refused_by_field(tmp_path: Path) -> None:
+    run(tmp_path, config(steps=2))
+    with pytest.raises(ConfigError, match=r"seed: 0 in the checkpoint, 1 now"):
+        run(tmp_path, config(seed=1))
+    deeper = {"name": "transformer", "layers": 3, "dim": 32, "heads": 2, "ffn_dim": 64}
+    with pytest.raises(ConfigError, match=r"encoder\.layers: 2 in the checkpoint, 3 now"):
+        run(tmp_path, config(encoder=deeper))
+    with pytest.raises(ConfigError, match="Start under another name"):
+        run(tmp_path, config(optimizer={"lr": 2e-3}))
+    assert run(tmp_path, config(steps=4))[0] is Ending.FINISHED  # a longer run is the same run
+
+
+def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
+    run(tmp_path, config())
+    model = tmp_path / "checkpoints" / "step_00000006" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"step_00000006: damaged.*step_00000004"):
+        run(tmp_path, config(steps=8))
+    model.unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors is missing"):
+        run(tmp_path, config(steps=8))
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000004\n")
+    assert run(tmp_path, config())[0] is Ending.FINISHED
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, config(steps=2))
+    real = checkpoint.save_file
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        real(dict(list(tensors.items())[:1]), path, metadata=metadata)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, config())
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+    assert run(tmp_path, config())[0] is Ending.FINISHED
+
+
+def test_an_older_incarnation_writes_nothing_more(tmp_path: Path) -> None:
+    old, new = RunFolder(tmp_path), RunFolder(tmp_path)
+    assert (old.claim(), new.claim()) == (1, 2)
+    new.require_current()
+    with pytest.raises(StaleIncarnationError, match="start number 1 of the run and number 2 exists"):
+        old.require_current()
+    settings = config(steps=2)
+    engine = make_engine(settings, build_model(settings), World())
+    with pytest.raises(StaleIncarnationError):
+        train(settings, engine, SyntheticReader(), old, lambda: False, say=lambda line: None)
+    assert not (tmp_path / "checkpoints").exists()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
+    run(tmp_path, config(steps=2))
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    assert json.loads((folder / "state.json").read_text())["config"]["objective"]["name"] == "best_rq"
+    shutil.rmtree(tmp_path)
