@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # preprocessing workers start faster without torch
+    from torch import Tensor
 
 SAMPLE_RATE = 16_000
 """Hz. Every shard and every model here runs at this rate."""
@@ -26,6 +27,12 @@ class AudioFile:
     text: str = ""
     split: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Duration as the corpus states it; 0 where it does not."""
+    size: int = 0
+    """Bytes of the file."""
+    mtime: str = ""
+    """When it was last changed, as the file system says (an ETag on object stores)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,8 @@ class Step:
     """The same with padding."""
     after: Cursor
     """The cursor to store once this step is done."""
+    skipped: int = 0
+    """Segments of this rank that were left out because their shard is bad (only with on_bad_shard=skip)."""
 
 
 class StepReader(Protocol):
