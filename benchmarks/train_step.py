@@ -1,0 +1,236 @@
+"""One optimizer step of wav2vec2-base, ours beside transformers', on the same audio and masks in one run.
+
+    python benchmarks/train_step.py                    # CPU, 4 × 5 s, fp32 and bf16
+    python benchmarks/train_step.py --device cuda --batch 32 --seconds 15
+
+Prints audio-seconds per second and the ratio to the faster mode of transformers; on a GPU also audio-hours per
+GPU-hour and MFU. Needs torch, numpy and pydantic; transformers is skipped where it is absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_pipeline.schema import load
+from data_pipeline.types import Batch
+from pretrain.config import Config
+from pretrain.model import TrainModule, build_model
+from pretrain.objectives.wav2vec2 import ContrastivePlan
+from pretrain.types import StepContext
+
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s by what a GPU's name contains (vendor's data sheets, SXM)."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "wav2vec2_base": {
+        "objective": {"name": "wav2vec2"},
+        "frontend": {"name": "waveform_conv", "gradient_scale": 0.1},
+        "encoder": {"name": "transformer"},
+    },
+    "best_rq_25hz": {
+        "objective": {"name": "best_rq"},
+        "frontend": {"name": "log_mel"},
+        "encoder": {"name": "transformer", "norm": "pre", "positions": "rope", "attention_dropout": 0.0},
+    },
+}
+CTX = StepContext(seed=0, step=0)
+
+
+def speech_batch(size: int, seconds: float, device: str) -> Batch:
+    """Noise with a slow envelope: the values do not matter for speed, the shape does."""
+    generator = torch.Generator().manual_seed(0)
+    wave_BT = 0.1 * torch.randn(size, int(seconds * 16_000), generator=generator)
+    lengths_B = torch.full((size,), wave_BT.shape[1])
+    return Batch(wave_BT, lengths_B, tuple(f"utterance-{row}" for row in range(size)), 0).to(device)
+
+
+def ours(recipe: str, precision: str, device: str) -> TrainModule:
+    values = RECIPES[recipe] | {"data": {"shards": "none"}, "engine": {"precision": precision}}
+    return build_model(load(Config, values)).to(device)
+
+
+def our_step(module: TrainModule, batch: Batch) -> Callable[[int], float]:
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-4, (0.9, 0.98), 1e-6, fused=True)
+
+    def step(number: int) -> float:
+        ctx = StepContext(0, number)
+        plan = module.prepare(batch, ctx)
+        loss, _ = module(batch, plan, plan.counts_K, ctx)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        module.after_step(ctx)
+        return float(loss.detach())
+
+    return step
+
+
+def their_inputs(module: TrainModule, batch: Batch, ctx: StepContext) -> dict[str, torch.Tensor]:
+    """Our mask and negatives as transformers' arguments."""
+    plan = module.objective.prepare(module.model, batch, ctx)
+    assert isinstance(plan, ContrastivePlan)
+    B, F = plan.mask.mask_BF.shape
+    frames_BM = plan.mask.flat_N[plan.mask.row_BM]
+    negatives = torch.zeros(B, F, plan.negatives_BMK.shape[2], dtype=torch.int64, device=frames_BM.device)
+    for row in range(B):
+        valid = plan.mask.valid_BM[row]
+        negatives[row, frames_BM[row, valid] - row * F] = frames_BM[row][plan.negatives_BMK[row, valid]]
+    return {
+        "input_values": batch.wave_BT,
+        "mask_time_indices": plan.mask.mask_BF,
+        "sampled_negative_indices": negatives,
+    }
+
+
+def theirs(device: str) -> Any:
+    from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
+
+    return Wav2Vec2ForPreTraining(Wav2Vec2Config(layerdrop=0.05)).to(device)
+
+
+def their_step(model: Any, module: TrainModule, batch: Batch, precision: str) -> Callable[[int], float]:
+    """Masks and negatives are drawn outside the time that counts."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.98), 1e-6)
+    inputs = their_inputs(module, batch, CTX)
+    kind = batch.wave_BT.device.type
+
+    def step(number: int) -> float:
+        context = torch.autocast(kind, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+        with context:
+            loss = model(**inputs).loss / inputs["mask_time_indices"].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def check_equal_loss(module: TrainModule, model: Any, batch: Batch) -> float:
+    """Relative difference of the contrastive losses with the same weights, mask and negatives, no dropout."""
+    from pretrain.export.layout import from_hugging_face
+
+    module.model.load_state_dict(from_hugging_face(model.state_dict(), module.model.state_dict()))
+    state = model.state_dict()
+    renames = {
+        "project_target": "project_q",
+        "project_prediction": "project_hid",
+        "quantizer.logits": "quantizer.weight_proj",
+    }
+    copied = {f"{a}.{part}": state[f"{b}.{part}"] for a, b in renames.items() for part in ("weight", "bias")}
+    copied["mask_embedding"] = state["wav2vec2.masked_spec_embed"]
+    copied["quantizer.codebook_GVC"] = state["quantizer.codevectors"].unflatten(1, (2, -1))[0]
+    module.objective.load_state_dict(copied)
+    module.eval(), model.eval()
+    with torch.no_grad():
+        plan = module.prepare(batch, CTX)
+        _, metrics = module(batch, plan, plan.counts_K, CTX)
+        mine = float(metrics["loss/contrastive"][0])
+        other = float(model(**their_inputs(module, batch, CTX)).contrastive_loss)
+    module.train(), model.train()
+    return abs(mine - other) / abs(other)
+
+
+def seconds_per_step(step: Callable[[int], float], steps: int, warm_up: int, device: str) -> float:
+    """Median time of a step."""
+    times = []
+    for number in range(warm_up + steps):
+        start = time.perf_counter()
+        step(number)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warm_up:])
+
+
+def forward_flops(module: TrainModule, batch: Batch) -> int:
+    """Floating point operations of matrix products, convolutions and attention in one forward pass."""
+    plan = module.prepare(batch, CTX)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(batch, plan, plan.counts_K, CTX)
+    return int(counter.get_total_flops())
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    batch = speech_batch(args.batch, args.seconds, args.device)
+    audio = args.batch * args.seconds
+    peak = next((flops for name, flops in PEAK_BF16.items() if name in machine(args.device)), None)
+    rows: list[dict[str, Any]] = []
+
+    def add(model: str, precision: str, step: Callable[[int], float], flops: int | None) -> None:
+        taken = seconds_per_step(step, args.steps, args.warm_up, args.device)
+        row = {"model": model, "precision": precision, "step_s": taken, "audio_s_per_s": audio / taken}
+        if flops:
+            row["forward_gflop_per_audio_s"] = flops / audio / 1e9
+        if flops and args.device == "cuda":
+            row["audio_h_per_gpu_h"] = audio / taken
+            row["mfu"] = 3 * flops / taken / peak if peak else None
+        rows.append(row)
+        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
+
+    result: dict[str, Any] = {"machine": machine(args.device), "torch": torch.__version__, "rows": rows}
+    result |= {"batch": args.batch, "seconds": args.seconds, "steps": args.steps}
+    print(f"{result['machine']}, torch {torch.__version__}, {args.batch} × {args.seconds:g} s")
+    try:
+        peer: Any = theirs(args.device)
+    except ImportError:
+        peer = None
+        print("transformers is absent: skipped")
+    if peer is not None:
+        module = ours("wav2vec2_base", "fp32", args.device)
+        result["relative_loss_difference"] = check_equal_loss(module, peer, batch)
+        print(f"contrastive loss against transformers': relative difference {result['relative_loss_difference']:.1e}")
+        for precision in args.precision:
+            add("transformers wav2vec2-base", precision, their_step(peer, module, batch, precision), None)
+    for recipe in args.recipes:
+        for precision in args.precision:
+            module = ours(recipe, precision, args.device)
+            add(f"ours {recipe}", precision, our_step(module, batch), forward_flops(module, batch))
+    best = max((row["audio_s_per_s"] for row in rows if row["model"].startswith("transformers")), default=None)
+    for row in rows if best else []:
+        row["ratio"] = row["audio_s_per_s"] / best
+        print(f"{row['model']:<28} {row['precision']}  {row['ratio']:.2f} × the faster mode of transformers")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
+    parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    args = parser.parse_args()
+    result = measure(args)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
