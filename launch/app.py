@@ -17,6 +17,7 @@ VERBS = {
     "demo": ("demo", "the whole way in a few minutes, on speech it finds itself"),
     "shards": ("shards", "inspect, verify or count what a shard folder holds"),
     "data": ("data", "the step plan of a run, and limits for a machine"),
+    "jobs": ("jobs", "list, watch, cancel and restart runs, wherever they were sent"),
     "doctor": ("doctor", "what this machine has, what is missing and how to get it"),
 }
 """Verb -> (module in launch.verbs, one line of help)."""

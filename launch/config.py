@@ -18,7 +18,35 @@ class LocalConfig:
     threads: Annotated[int, about("CPU threads per rank; 0 shares the cores among the ranks", ge=0)] = 0
 
 
-LAUNCHERS: dict[str, type[Any]] = {"local": LocalConfig}
+@config
+class SlurmConfig:
+    """A SLURM cluster: one task per rank, started by slurm/pretrain.sbatch."""
+
+    name: Annotated[Literal["slurm"], about("a SLURM cluster, from one of its login nodes")] = "slurm"
+    nodes: Annotated[int, about("nodes", ge=1)] = 1
+    tasks_per_node: Annotated[int, about("ranks per node: one per GPU", ge=1)] = 1
+    gpus_per_node: Annotated[int, about("GPUs per node; 0 trains on CPUs", ge=0)] = 0
+    cpus_per_task: Annotated[int, about("cores per rank, those of its decoding processes included", ge=1)] = 1
+    memory_gb: Annotated[int, about("memory per node in GiB; 0 takes the cluster's default", ge=0)] = 0
+    minutes: Annotated[int, about("time limit; the run is requeued and continues until it is done", ge=3)] = 240
+    warn_seconds: Annotated[
+        int, about("ask for a checkpoint so long before the limit; SLURM may do it a minute earlier", ge=30)
+    ] = 300
+    retries: Annotated[int, about("crashes in a row without a new checkpoint before giving up", ge=0)] = 3
+    partition: Annotated[str, about("partition; empty takes the cluster's default")] = ""
+    account: Annotated[str, about("account to charge")] = ""
+    qos: Annotated[str, about("quality of service")] = ""
+    constraint: Annotated[str, about("features that the nodes must have")] = ""
+    exclude: Annotated[str, about("nodes to leave out")] = ""
+    after: Annotated[str, about("id of a job that must have succeeded before; this one is cancelled if it fails")] = ""
+    modules: Annotated[tuple[str, ...], about("environment modules to load")] = ()
+    container: Annotated[Literal["none", "pyxis", "apptainer"], about("run the ranks in a container")] = "none"
+    image: Annotated[str, about("the container's image")] = ""
+    mounts: Annotated[str, about("folders to mount in it, as that container runtime writes them")] = ""
+    python: Annotated[str, about("Python that has auricle, on the nodes; empty: the one running now")] = ""
+
+
+LAUNCHERS: dict[str, type[Any]] = {"local": LocalConfig, "slurm": SlurmConfig}
 
 
 def _launcher_names() -> list[str]:

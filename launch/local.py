@@ -6,8 +6,9 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from data_pipeline.schema import ConfigError
 from launch import guard
@@ -16,7 +17,7 @@ from launch.environment import RANK_LOGS, free_port
 from launch.submit import State
 
 STOP_FILE = "STOP"
-"""RUN/STOP asks the ranks to save a checkpoint and end (launch/worker.py)."""
+"""Creating RUN/STOP asks the ranks to save a checkpoint and end (launch/worker.py)."""
 
 
 class LocalSubmitter:
@@ -66,7 +67,7 @@ class LocalSubmitter:
         return f"{variables} {shlex.join(self.command(folder, 29500))}"
 
     def submit(self, folder: Path) -> str:
-        """Starts the ranks. The handle is the run folder."""
+        """Starts the ranks. The handle is the guard's process id and birth, since ids are used again."""
         (folder / STOP_FILE).unlink(missing_ok=True)
         command = [sys.executable, guard.__file__, *self.command(folder, free_port())]
         (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -79,33 +80,39 @@ class LocalSubmitter:
                 env=os.environ | self._variables,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which decides
             )
-        self._jobs[str(folder)] = job
-        return str(folder)
+        handle = f"{job.pid}:{psutil.Process(job.pid).create_time()}"
+        self._jobs[handle] = job
+        return handle
 
     def status(self, handle: str) -> State:
-        """Of a job that this process started."""
-        code = self._jobs[handle].poll()
-        return "running" if code is None else "done" if code == 0 else "failed"
+        """`failed` for a job that is gone: whether its run is complete, the run folder says."""
+        return "running" if _process(handle) else "failed"
 
     def exit_code(self, handle: str) -> int | None:
-        """The ranks' exit code once all have ended."""
+        """Of a job that this process started, once all ranks have ended."""
         return self._jobs[handle].poll()
-
-    def logs(self, handle: str) -> Iterator[str]:
-        """Rank 0's lines."""
-        log = Path(handle) / "logs" / "rank_0.log"
-        yield from log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-
-    def ask_to_stop(self, handle: str) -> None:
-        """Lets the ranks save a checkpoint and end."""
-        (Path(handle) / STOP_FILE).touch()
 
     def cancel(self, handle: str) -> None:
         """Ends the ranks now; those that do not end on SIGTERM are killed."""
-        job = self._jobs[handle]
-        if job.stdin and not job.stdin.closed:
-            job.stdin.close()
-        job.wait()
+        job = self._jobs.get(handle)
+        if job is not None:
+            if job.stdin and not job.stdin.closed:
+                job.stdin.close()
+            job.wait()
+        elif process := _process(handle):
+            process.terminate()
+            process.wait(timeout=3 * guard.GRACE)
+
+
+def _process(handle: str) -> psutil.Process | None:
+    """The living guard process of a handle."""
+    pid, _, birth = handle.partition(":")
+    try:
+        process = psutil.Process(int(pid))
+        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process if alive and str(process.create_time()) == birth else None
+    except psutil.Error:
+        return None
 
 
 def gpu_count() -> int:

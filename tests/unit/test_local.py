@@ -46,28 +46,28 @@ def alive(pid_file: Path) -> bool:
 
 
 def test_two_ranks_under_deepspeed(tmp_path: Path, submit: Callable[..., LocalSubmitter]) -> None:
-    assert attend(submit("finish"), tmp_path, 5) == 0
+    assert attend(submit("finish"), tmp_path, 5, LocalConfig(processes=2)) == 0
     logs = [(tmp_path / "logs" / f"rank_{rank}.log").read_text().split() for rank in (0, 1)]
     assert [log[:4] for log in logs] == [["rank", "0", "of", "2"], ["rank", "1", "of", "2"]]
     assert logs[0][-1] == logs[1][-1] != "port", "both ranks meet at one port"
 
 
 def test_one_local_process_needs_no_launcher(tmp_path: Path, submit: Callable[..., LocalSubmitter]) -> None:
-    assert attend(submit("finish", processes=1, engine="local"), tmp_path, 5) == 0
+    assert attend(submit("finish", processes=1, engine="local"), tmp_path, 5, LocalConfig(processes=2)) == 0
     assert "rank 0 of 1 at no port" in (tmp_path / "logs" / "rank_0.log").read_text()
 
 
 def test_too_few_steps_are_no_success(
     tmp_path: Path, submit: Callable[..., LocalSubmitter], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert attend(submit("finish", processes=1, engine="local"), tmp_path, 6) == 1
+    assert attend(submit("finish", processes=1, engine="local"), tmp_path, 6, LocalConfig(processes=2)) == 1
     assert "ended after step 5 of 6" in capsys.readouterr().err
 
 
 def test_a_failed_rank_ends_all_and_is_quoted(
     tmp_path: Path, submit: Callable[..., LocalSubmitter], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert attend(submit("fail"), tmp_path, 5) == 1
+    assert attend(submit("fail"), tmp_path, 5, LocalConfig(processes=2)) == 1
     said = capsys.readouterr().err
     assert "rank 1 did not like its data" in said
     assert "rank_1.log" in said
@@ -119,7 +119,7 @@ def test_ctrl_c_asks_for_a_checkpoint(
         wait_for(lambda: not running())
 
     monkeypatch.setattr("launch.progress.follow", follow)
-    assert attend(submitter, tmp_path, 5) == 130
+    assert attend(submitter, tmp_path, 5, LocalConfig(processes=2)) == 130
     assert "stopped after step 3" in capsys.readouterr().out
 
 

@@ -1,0 +1,138 @@
+"""auricle jobs: lists, watches, cancels and restarts runs, wherever they were sent."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from launch import submitters
+from launch.progress import Follower, describe
+from launch.submit import NOTE, State, read_note, steps_done, write_note
+
+ENDED = ("done", "failed", "cancelled")
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code 0, or that of the state for `status` (0 unless failed or cancelled)."""
+    parser = argparse.ArgumentParser("auricle jobs", description="runs on this machine, SLURM or Ray")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    listing = verbs.add_parser("list", help="all runs below a folder")
+    listing.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
+    for name, text in (
+        ("status", "state and progress of a run"),
+        ("logs", "what its ranks said"),
+        ("cancel", "end it"),
+        ("requeue", "start it again; it continues from its newest checkpoint"),
+    ):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("run", help="run folder, or a run's name below runs/")
+        if name == "logs":
+            verb.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+            verb.add_argument("--rank", type=int, default=0, help="default: 0")
+    given = parser.parse_args(arguments)
+    if given.verb == "list":
+        return _list(given.runs)
+    folder = _folder(given.run)
+    if given.verb == "logs":
+        return _logs(folder, given.rank, given.follow)
+    return {"status": _status, "cancel": _cancel, "requeue": _requeue}[given.verb](folder)
+
+
+def state_of(folder: Path) -> State:
+    """A run's state: what its launcher says, and `done` once all steps are."""
+    note = read_note(folder)
+    state: State = "failed"
+    if note.launcher != "local" or note.host == os.uname().nodename:
+        state = submitters.for_note(note).status(note.handle)
+    if state == "failed" and steps_done(folder) >= _steps(folder):
+        return "done"
+    return state
+
+
+def _folder(name: str) -> Path:
+    """Raises ValueError naming the runs there are."""
+    for folder in (Path(name).expanduser(), Path("runs") / name):
+        if (folder / NOTE).is_file():
+            return folder
+    known = sorted(note.parent.name for note in Path("runs").glob(f"*/{NOTE}"))
+    raise ValueError(f"{name}: no run of that name or folder; below runs/ there are: {', '.join(known) or 'none'}")
+
+
+def _steps(folder: Path) -> int:
+    steps: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]["steps"]
+    return steps
+
+
+def _list(runs: Path) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "where", "job", "state", "step", "of", "submitted", box=None, pad_edge=False)
+    for note_file in sorted(runs.glob(f"*/{NOTE}")):
+        folder = note_file.parent
+        note, row = read_note(folder), Follower(folder).read()
+        step = str(row["step"] if row else 0)
+        handle = note.handle.partition(":")[0]
+        steps = str(_steps(folder))
+        table.add_row(folder.name, note.launcher, handle, state_of(folder), step, steps, note.submitted)
+    Console().print(table)
+    return 0
+
+
+def _status(folder: Path) -> int:
+    state, row = state_of(folder), Follower(folder).read()
+    progress = f"step {row['step']}/{_steps(folder)}, {describe(row)}" if row else "no step done yet"
+    print(f"{folder}: {state}, {progress}, newest checkpoint at step {steps_done(folder)}")
+    return 1 if state in ("failed", "cancelled") else 0
+
+
+def _logs(folder: Path, rank: int, follow: bool) -> int:
+    path = folder / "logs" / f"rank_{rank}.log"
+    if not path.exists() and not follow:
+        raise ValueError(f"{path} does not exist (yet); there are: {', '.join(_names(folder / 'logs')) or 'no logs'}")
+    for text in _growing(path, folder) if follow else [path.read_text(encoding="utf-8", errors="replace")]:
+        print(text, end="", flush=True)
+    return 0
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.log"))
+
+
+def _growing(path: Path, folder: Path) -> Iterator[str]:
+    offset, ended = 0, False
+    while True:
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(offset)
+                new = file.read()
+            offset += len(new)
+            yield new.decode("utf-8", errors="replace")
+        if ended:
+            return
+        ended = state_of(folder) in ENDED
+        time.sleep(0.5)
+
+
+def _cancel(folder: Path) -> int:
+    note = read_note(folder)
+    submitters.for_note(note).cancel(note.handle)
+    print(f"{folder}: job {note.handle} is ended; its checkpoints stay")
+    return 0
+
+
+def _requeue(folder: Path) -> int:
+    note = read_note(folder)
+    if note.launcher == "local":
+        raise ValueError(f"{folder} ran on this machine: give its `auricle pretrain` command again, it continues")
+    if state_of(folder) in ("waiting", "running"):
+        raise ValueError(f"{folder}: job {note.handle} is {state_of(folder)}; cancel it first")
+    submitter = submitters.for_note(note)
+    handle = submitter.submit(folder)
+    write_note(folder, handle, submitter.config)  # type: ignore[attr-defined]
+    print(f"{folder}: job {handle}")
+    return 0
