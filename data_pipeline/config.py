@@ -22,16 +22,31 @@ class ReaderConfig:
     max_seconds: Annotated[float, about("longer segments are cropped at random to this length", gt=0)] = 15.6
     bucket_ratio: Annotated[
         float, about("ratio of neighbouring bucket edges; padding of a batch is at most 1 - 1/ratio", gt=1, le=4)
-    ] = 1.1
-    crop_to_shortest: Annotated[bool, about("crop each micro-batch to its shortest segment: no padding at all")] = False
+    ] = 1.05
+    crop_to_shortest: Annotated[
+        bool, about("crop segments to the lower edge of their bucket: no padding at all, and few shapes")
+    ] = False
     shuffle_window: Annotated[int, about("shards among which samples are mixed; bounds the cache", ge=1)] = 32
     mix_alpha: Annotated[
         float,
         about("corpora and languages are drawn in proportion to hours^alpha; 1 keeps the natural mix", gt=0, le=1),
     ] = 1.0
+    cap_seconds: Annotated[
+        float, about("most padded seconds a micro-batch may hold, from `auricle data find-caps`; 0 sets no cap", ge=0)
+    ] = 0.0
+    cap_quadratic: Annotated[
+        float, about("a segment of s seconds counts s * (1 + cap_quadratic * s) against the cap", ge=0)
+    ] = 0.0
+    labels: Annotated[
+        tuple[str, ...], about("per-segment metadata to hand to the model: speaker, language, corpus, text ...")
+    ] = ()
     workers: Annotated[int, about("decoding processes per rank; 0 decodes in the training process", ge=0)] = 2
     prefetch: Annotated[int, about("global steps read ahead", ge=1)] = 2
     verify: Annotated[bool, about("check a shard's sha256 before its first use")] = False
+    timeout_seconds: Annotated[float, about("give up when the storage delivers nothing for this long", gt=0)] = 300.0
+    cache: Annotated[
+        str, about("local folder for copies of remote shards and large indexes; empty: a temporary one")
+    ] = ""
     on_bad_shard: Annotated[
         Literal["error", "skip"], about("a missing, truncated or altered shard: stop, or leave out and count")
     ] = "error"

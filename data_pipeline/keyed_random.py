@@ -16,3 +16,14 @@ def keyed_seed(*parts: int | str) -> int:
 def keyed_rng(*parts: int | str) -> np.random.Generator:
     """A generator for one draw, e.g. `keyed_rng(seed, step, key, "mask")`."""
     return np.random.Generator(np.random.PCG64(keyed_seed(*parts)))
+
+
+def keyed_hash(seed: int, numbers: np.ndarray) -> np.ndarray:
+    """One 64-bit hash per number (SplitMix64's finalizer, Steele et al. 2014): the same on every machine and numpy.
+
+    Sorting by it is a permutation that needs no generator state.
+    """
+    z = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
