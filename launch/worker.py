@@ -16,6 +16,9 @@ from types import FrameType
 
 from launch.environment import log_to_folder
 
+SLACK = 30.0
+"""Seconds that a hung rank lives longer than a collective, so that the others can name it."""
+
 
 class StopRequest:
     """True once SIGTERM, SIGINT or SIGUSR1 came, or somebody created RUN_DIR/STOP (watched by rank 0)."""
@@ -44,6 +47,7 @@ def main(run_dir: str) -> int:
     from launch.build import build
     from pretrain.config import Config
     from pretrain.engines import world as ranks
+    from pretrain.heartbeat import Heartbeat, slowest
     from pretrain.train import train
 
     rank = int(os.environ.get("RANK", "0"))
@@ -56,11 +60,14 @@ def main(run_dir: str) -> int:
         if world.rank == 0:
             run.folder.claim()
             run.folder.stop_request.unlink(missing_ok=True)
-        return train(config, run.engine, reader, run.folder, stop, _say).value
+        patience = config.engine.timeout_minutes * 60 + SLACK
+        with Heartbeat(path, world.rank, patience) as heart:
+            return train(config, run.engine, reader, run.folder, heart, stop, _say).value
     except (ConfigError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("AURICLE_DEBUG"):
             traceback.print_exc()
-        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        hint = f"\n{slowest(path)}" if isinstance(error, RuntimeError) else ""
+        print(f"rank {rank}: {type(error).__name__}: {error}{hint}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     finally:
         if reader is not None:

@@ -11,6 +11,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import TrainState
 from pretrain.config import Config
 from pretrain.engines import Engine
+from pretrain.heartbeat import Heartbeat
 from pretrain.run_folder import RunFolder
 from pretrain.schedules import learning_rate
 from pretrain.telemetry import Telemetry, histograms, step_scalars
@@ -30,6 +31,7 @@ def train(
     engine: Engine,
     reader: StepReader,
     run: RunFolder,
+    heart: Heartbeat,
     asked_to_stop: Callable[[], bool],
     say: Callable[[str], None] = print,
 ) -> Ending:
@@ -47,7 +49,9 @@ def train(
 
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
     while state.step < settings.steps and not stopping:
+        heart.beat(state.step, "reading")
         step = next(steps)
+        heart.beat(state.step, "computing")
         waited = time.monotonic() - clock
         lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step)
         extras = {"wait_seconds": waited, "stop": float(asked_to_stop())}
@@ -60,6 +64,7 @@ def train(
             telemetry.log(state.step, scalars, histograms(result.metrics))
             say(_line(state.step, settings.steps, scalars))
         if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or stopping:
+            heart.beat(state.step, "saving")
             folder = checkpoint.save(run, engine, state, config)
             if telemetry:
                 say(f"saved {folder}")

@@ -46,8 +46,9 @@ class Engine(abc.ABC):
 
     def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World) -> None:
         self.module, self.config, self.optimizer_config, self.world = module, config, optimizer, world
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
-        torch.backends.cudnn.allow_tf32 = config.tf32
+        if world.device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = config.tf32
 
     def step(
         self, batches: Sequence[Batch], ctx: StepContext, lr: float, extras: Mapping[str, float] | None = None

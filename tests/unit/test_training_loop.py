@@ -16,6 +16,7 @@ from data_pipeline.schema import ConfigError, load
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.engines import Engine, World, make_engine
+from pretrain.heartbeat import Heartbeat
 from pretrain.model import build_model
 from pretrain.run_folder import RunFolder, StaleIncarnationError
 from pretrain.telemetry import read_rows
@@ -52,6 +53,7 @@ def run(folder: Path, settings: Config, stop_after: int | None = None) -> tuple[
         engine,
         SyntheticReader(),
         run_folder,
+        Heartbeat(folder, 0, 600),
         lambda: stop_after is not None and next(polls) + 1 >= stop_after,
         say=lambda line: None,
     )
@@ -176,7 +178,9 @@ def test_an_older_incarnation_writes_nothing_more(tmp_path: Path) -> None:
     settings = config(steps=2)
     engine = make_engine(settings, build_model(settings), World())
     with pytest.raises(StaleIncarnationError):
-        train(settings, engine, SyntheticReader(), old, lambda: False, say=lambda line: None)
+        train(
+            settings, engine, SyntheticReader(), old, Heartbeat(tmp_path, 0, 600), lambda: False, say=lambda line: None
+        )
     assert not (tmp_path / "checkpoints").exists()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pretrain import heartbeat
+
+HUNG = """
+import sys, time
+from pathlib import Path
+from pretrain.heartbeat import Heartbeat
+with Heartbeat(Path(sys.argv[1]), 3, patience_seconds=1.0) as heart:
+    heart.beat(41, "computing")
+    heart.beat(41, "reading")
+    def a_disk_that_never_answers():
+        time.sleep(60)
+    a_disk_that_never_answers()
+"""
+
+
+def test_a_hung_rank_dumps_its_stack_and_exits(tmp_path: Path) -> None:
+    started = time.monotonic()
+    hung = subprocess.run([sys.executable, "-c", HUNG, str(tmp_path)], capture_output=True, text=True, timeout=30)
+    assert time.monotonic() - started < 20
+    assert hung.returncode == 1
+    assert "Timeout" in hung.stderr
+    assert "a_disk_that_never_answers" in hung.stderr
+
+
+def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
+    moving = HUNG.replace(
+        "def a_disk", "for step in range(8):\n        time.sleep(0.2); heart.beat(step, 'computing')\n    def a_disk"
+    )
+    moving = moving.replace("    a_disk_that_never_answers()\n", "")
+    assert subprocess.run([sys.executable, "-c", moving, str(tmp_path)], timeout=30).returncode == 0
+    note = json.loads((tmp_path / "heartbeats" / "rank_3.json").read_text())
+    assert (note["step"], note["phase"]) == (7, "computing")
+
+
+def test_the_rank_furthest_behind_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+    for rank, step, phase in ((0, 9, "computing"), (1, 9, "reading"), (2, 9, "computing"), (3, 10, "reading")):
+        note = {"rank": rank, "step": step, "phase": phase, "since": 1000.0}
+        (folder / f"rank_{rank}.json").write_text(json.dumps(note))
+    (folder / "rank_4.json").write_text("{cut o")
+    said = heartbeat.slowest(tmp_path, now=1090.0)
+    assert "of 4 ranks is rank 1: reading at step 9 for 90 s" in said
+    assert heartbeat.slowest(tmp_path / "nothing") == ""
