@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_pipeline.schema import ConfigError, load
+from data_pipeline.plan import accumulation
+from data_pipeline.schema import load
 from launch.config import LAUNCHERS, LocalConfig, PretrainJob, SlurmConfig
 from launch.local import LocalSubmitter
 from launch.slurm import SlurmSubmitter
@@ -14,11 +15,7 @@ from launch.submit import JobNote, Submitter
 def for_job(job: PretrainJob) -> Submitter:
     """The submitter of a run. Raises ConfigError where the run cannot be cut into that many ranks."""
     submitter = make(job.launcher, job.engine.name, job.device)
-    if job.data.micro_batches % submitter.processes:
-        raise ConfigError(
-            f"data.micro_batches={job.data.micro_batches}: must be divisible by the {submitter.processes} ranks that "
-            f"the launcher ({job.launcher.name}) would start"
-        )
+    accumulation(job.data.micro_batches, submitter.processes)
     return submitter
 
 
