@@ -19,6 +19,17 @@ def free_port() -> int:
         return port
 
 
+def adopt_slurm_ranks() -> None:
+    """Under `srun` sets RANK, WORLD_SIZE and LOCAL_RANK; where they are set, a nearer launcher's word stands.
+
+    MASTER_ADDR and MASTER_PORT come from the batch script, since all tasks must agree on them.
+    """
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+        return
+    for name, source in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
+        os.environ[name] = os.environ[f"SLURM_{source}"]
+
+
 def log_to_folder(run_folder: Path) -> None:
     """Appends stdout and stderr of this rank to its log file, native code's output included."""
     if os.environ.get(RANK_LOGS) != "1":

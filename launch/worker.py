@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from launch.environment import log_to_folder
+from launch.environment import adopt_slurm_ranks, log_to_folder
 
 SLACK = 30.0
 """Seconds that a hung rank lives longer than a collective, so that the others can name it."""
@@ -41,6 +41,7 @@ def main(run_dir: str) -> int:
     """Runs this rank to its end and says in one paragraph what went wrong, if anything did."""
     path = Path(run_dir)
     stop = StopRequest(path)  # before the heavy imports: a signal must not kill a rank that is still starting
+    adopt_slurm_ranks()
     log_to_folder(path)
     faulthandler.enable()
     from data_pipeline.schema import ConfigError, load
