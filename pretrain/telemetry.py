@@ -61,6 +61,7 @@ def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, worl
         "perf/data_wait_share": min(1.0, result.extras["wait_seconds"] / world / seconds),
         "data/audio_seconds": step.samples / SAMPLE_RATE,
         "data/padding_share": 1.0 - step.samples / step.padded_samples,
+        "data/skipped_segments": result.extras["skipped"],
         "data/epoch": float(step.after.epoch),
     }
     return scalars

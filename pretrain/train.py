@@ -54,7 +54,7 @@ def train(
         heart.beat(state.step, "computing")
         waited = time.monotonic() - clock
         lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step)
-        extras = {"wait_seconds": waited, "stop": float(asked_to_stop())}
+        extras = {"wait_seconds": waited, "skipped": float(step.skipped), "stop": float(asked_to_stop())}
         result = engine.step(step.batches, StepContext(config.seed, state.step), lr, extras)
         state, stopping = TrainState(state.step + 1, step.after), result.extras["stop"] > 0
         seconds, clock = time.monotonic() - clock, time.monotonic()
@@ -71,6 +71,8 @@ def train(
 
     if telemetry:
         telemetry.close()
+    # rank 0 may still be writing, and a launcher ends all ranks soon after the first one has gone
+    world.agree(str(state.step), "the step after which they left the loop")
     return Ending.STOPPED if stopping and state.step < settings.steps else Ending.FINISHED
 
 

@@ -1,0 +1,98 @@
+"""kill -9 in the middle of training; the same command again ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.schema import dump, load
+from pretrain.config import Config
+from pretrain.telemetry import read_rows
+from tests.reader.tiny_shards import sounds, write_shards
+
+STEPS = 12
+
+
+def prepare(runs: Path, name: str, shards: Path) -> Path:
+    """A run folder as `auricle pretrain` leaves it to its workers."""
+    values: dict[str, Any] = {
+        "name": name,
+        "runs": str(runs),
+        "data": {
+            "shards": str(shards),
+            "batch_seconds": 8.0,
+            "micro_batches": 2,
+            "min_seconds": 0.5,
+            "max_seconds": 2.0,
+            "workers": 1,
+        },
+        "frontend": {"name": "log_mel"},
+        "encoder": {"name": "transformer", "layers": 2, "dim": 64, "heads": 2, "ffn_dim": 128},
+        "objective": {"name": "best_rq", "n_codes": 64},
+        "schedule": {"warmup_steps": 4},
+        "train": {"steps": STEPS, "checkpoint_every": 3},
+        "engine": {"name": "local"},
+    }
+    folder = runs / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dump(load(Config, values))))
+    return folder
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "launch.worker", str(folder)]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def kill_after(folder: Path, process: subprocess.Popen[bytes], step: int, extra: float) -> None:
+    """SIGKILL `extra` seconds after the row of `step` was written."""
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_rows(folder / "metrics.jsonl")):
+        assert process.poll() is None, (process.stderr.read() if process.stderr else b"").decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(extra)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    shards = write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(40)])])
+    whole = prepare(tmp_path, "whole", shards)
+    assert start(whole).wait(timeout=120) == 0
+    killed = prepare(tmp_path, "killed", shards)
+    for step in (2, 7):
+        kill_after(killed, start(killed), step, rng.uniform(0, 0.2))
+    last = start(killed)
+    assert last.wait(timeout=120) == 0
+
+    def learned(folder: Path) -> list[tuple[int, float, float]]:
+        return [(row["step"], row["loss/total"], row["opt/grad_norm"]) for row in read_rows(folder / "metrics.jsonl")]
+
+    assert learned(killed) == learned(whole)
+    assert [step for step, _, _ in learned(killed)] == list(range(1, STEPS + 1))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        end = Path("checkpoints") / f"step_{STEPS:08d}" / name
+        assert (killed / end).read_bytes() == (whole / end).read_bytes()
+    assert len(list((killed / "incarnations").iterdir())) == 3
+
+
+def test_a_worker_says_in_one_paragraph_what_is_wrong(tmp_path: Path) -> None:
+    folder = prepare(tmp_path, "run", tmp_path / "nothing")
+    process = start(folder)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" not in said.decode()
+    assert "nothing" in said.decode()
