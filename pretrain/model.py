@@ -93,6 +93,7 @@ def build_model(config: Config) -> TrainModule:
         encoder: Encoder = plugins.build("encoders", config.encoder)
         encoder.activation_checkpointing = config.engine.activation_checkpointing
         model = SpeechModel(plugins.build("frontends", config.frontend, encoder.dim), encoder)
-        objective = plugins.build("objectives", config.objective, model.shape)
+        objective: Objective = plugins.build("objectives", config.objective, model.shape)
+        objective.attach(model)
         heads = {name: plugins.build("heads", head, model.shape) for name, head in config.heads.items()}
     return TrainModule(model, objective, heads, torch.bfloat16 if config.engine.precision == "bf16" else None)

@@ -38,11 +38,15 @@ class Frames(NamedTuple):
 
 
 class EncoderOutput(NamedTuple):
-    """layers: what entered the first block, then the output of each block (normed at the last), all (B, F, D)."""
+    """layers: what entered the first block, then the output of each block (normed at the last), all (B, F, D).
+
+    ffn_layers: the last feed-forward part of each block before its residual sum, if the encoder's `keep_ffn` is on.
+    """
 
     layers: tuple[Tensor, ...]
     lengths_B: Tensor
     rate_hz: float
+    ffn_layers: tuple[Tensor, ...] = ()
 
     @property
     def final(self) -> Frames:
@@ -111,6 +115,8 @@ class Encoder(nn.Module, abc.ABC):
     n_layers: int
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass; dropout draws the same again."""
+    keep_ffn: bool = False
+    """Fill `EncoderOutput.ffn_layers`."""
 
     @abc.abstractmethod
     def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
@@ -155,6 +161,9 @@ class Objective(nn.Module, abc.ABC):
     """
 
     couples: frozenset[str] = frozenset()
+
+    def attach(self, model: SpeechModel) -> None:
+        """Runs once, when the model exists: an EMA teacher copies what it needs. Default: nothing."""
 
     @abc.abstractmethod
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> Plan:

@@ -34,6 +34,25 @@ class ConvPositions(nn.Module):
         return F.gelu(y_BDF).transpose(1, 2)
 
 
+class ConvPositionsStack(nn.Module):
+    """Several narrower convolutions, each followed by a layer norm without weights and GELU (data2vec, §4.2)."""
+
+    def __init__(self, dim: int, kernel: int = 19, groups: int = 16, depth: int = 5) -> None:
+        super().__init__()
+        if dim % groups or kernel % 2 == 0:
+            raise ValueError(f"positional convolutions need an odd kernel, not {kernel}, and groups that divide {dim}")
+        self.convs = nn.ModuleList(
+            nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)
+        )
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        """What to add to x_BFD."""
+        for conv in self.convs:
+            y_BFD = conv(x_BFD.transpose(1, 2)).transpose(1, 2)
+            x_BFD = F.gelu(F.layer_norm(y_BFD, y_BFD.shape[-1:]))
+        return x_BFD
+
+
 def rotary_angles(n_frames: int, head_dim: int, device: torch.device, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each (F, head_dim / 2), fp32 (RoFormer, arXiv 2104.09864, eq. 34)."""
     rates = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)

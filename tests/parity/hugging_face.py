@@ -28,28 +28,19 @@ def hugging_face_config(kind: type[Any], norm: str, pre: bool, **more: Any) -> A
         feat_extract_norm=norm,
         conv_bias=norm == "layer",
         do_stable_layer_norm=pre,
-        attn_implementation="sdpa",
+        attn_implementation="eager",
         layerdrop=0.0,
-        **SIZES | more,
+        **(SIZES | more),
     )
 
 
 def our_model(norm: Any, pre: bool, dropout: float = 0.0, **encoder: Any) -> SpeechModel:
     """The same architecture, ours, with weights still to come."""
     frontend_config = waveform_conv.Config(channels=64, norm=norm, bias=norm == "layer", dropout=dropout)
-    encoder_config = transformer.Config(
-        dim=96,
-        layers=3,
-        heads=4,
-        ffn_dim=192,
-        norm="pre" if pre else "post",
-        conv_positions_kernel=32,
-        conv_positions_groups=4,
-        dropout=dropout,
-        attention_dropout=dropout,
-        layer_drop=0.0,
-        **encoder,
-    )
+    sizes: dict[str, Any] = {"dim": 96, "layers": 3, "heads": 4, "ffn_dim": 192, "layer_drop": 0.0}
+    sizes |= {"conv_positions_kernel": 32, "conv_positions_groups": 4}
+    sizes |= {"norm": "pre" if pre else "post", "dropout": dropout, "attention_dropout": dropout}
+    encoder_config = transformer.Config(**sizes | encoder)
     return SpeechModel(waveform_conv.build(frontend_config, 96), transformer.build(encoder_config))
 
 
