@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +51,65 @@ class TrainState:
     cursor: Cursor | None = None
 
 
-def save(run: RunFolder, engine: Engine, state: TrainState, config: Config) -> Path:
-    """Writes a checkpoint and moves `latest` to it; a collective.
+class Saver:
+    """Saves checkpoints; a context manager, so that a write that has begun is finished whatever ends the loop.
 
-    Raises StaleIncarnationError when a newer start of the run exists, OSError when the disk is full; the checkpoints
-    already there stay whole.
+    Copying the tensors together is a collective; writing them is rank 0's, in a thread where `train.save_behind`.
     """
-    folder = run.checkpoints / f"step_{state.step:08d}"
-    if engine.world.rank != 0:
-        for _ in engine.tensors():
-            pass
+
+    def __init__(self, run: RunFolder, engine: Engine, config: Config) -> None:
+        self._run, self._engine, self._config = run, engine, config
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+    def save(self, state: TrainState) -> Path:
+        """Saves this moment. Raises what the write before this one raised: OSError when the disk is full,
+        StaleIncarnationError when a newer start of the run exists. The checkpoints already there stay whole.
+        """
+        folder = self._run.checkpoints / f"step_{state.step:08d}"
+        if self._engine.world.rank != 0:
+            for _ in self._engine.tensors():
+                pass
+            return folder
+        self.wait()
+        self._run.require_current()
+        files = _gather(self._engine)
+        self._pending = self._pool.submit(_write, self._run, folder, files, state, self._config)
+        if not self._config.train.save_behind:
+            self.wait()
         return folder
+
+    def wait(self) -> None:
+        """Returns once the last save is whole on the disk; raises what it raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+
+def _gather(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """Copies of all tensors by file: the next step must not change what is being written."""
     files: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     for name, tensor in engine.tensors():
         kind, _, rest = name.partition("/")
         if kind == "model":
-            files["model"][rest] = tensor.contiguous()
+            files["model"][rest] = tensor
         else:
-            files["optimizer"][name] = tensor.contiguous()
+            files["optimizer"][name] = tensor
+    return files
+
+
+def _write(
+    run: RunFolder, folder: Path, files: Mapping[str, dict[str, Tensor]], state: TrainState, config: Config
+) -> None:
+    """Writes beside, then moves into place, then points `latest` there, then removes what is old."""
     run.require_current()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     temporary = run.checkpoints / f".{folder.name}.{run.incarnation}"
@@ -88,9 +130,10 @@ def save(run: RunFolder, engine: Engine, state: TrainState, config: Config) -> P
         raise
     _sync(run.checkpoints)
     write_atomically(run.checkpoints / "latest", folder.name + "\n")
+    keep_every = config.train.keep_every
     for old in sorted(run.checkpoints.glob("step_*"))[: -config.train.keep_last]:
-        remove(old)
-    return folder
+        if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+            remove(old)
 
 
 def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:

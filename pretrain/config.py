@@ -56,6 +56,55 @@ class TrainConfig:
     log_every: Annotated[int, about("write metrics every so many steps", ge=1)] = 1
     checkpoint_every: Annotated[int, about("save a checkpoint every so many steps", ge=1)] = 1_000
     keep_last: Annotated[int, about("checkpoints kept, the newest ones", ge=1)] = 3
+    keep_every: Annotated[int, about("also keep those of steps that this divides; 0 keeps none of them", ge=0)] = 0
+    save_behind: Annotated[bool, about("write checkpoints while training goes on; the weights are copied first")] = True
+
+
+@config
+class HealthConfig:
+    """When pretraining is going wrong, and what to do about it. The detectors are in pretrain/health.py."""
+
+    on_nan: Annotated[
+        Literal["stop", "rollback"],
+        about("loss or gradient not finite: end the run, or go back to the last healthy checkpoint with other data"),
+    ] = "stop"
+    on_spike: Annotated[
+        Literal["warn", "skip"], about("a gradient norm far above those before: only say so, or skip that update")
+    ] = "skip"
+    on_collapse: Annotated[
+        Literal["warn", "stop", "rollback"], about("collapsed codes or a dead stage, confirmed several times")
+    ] = "stop"
+    on_chance: Annotated[
+        Literal["warn", "stop", "rollback"], about("loss at chance, dead codes or a falling rank or probe, confirmed")
+    ] = "warn"
+    on_recipe: Annotated[
+        Literal["warn", "stop"], about("updates that see another amount of audio than data.batch_seconds")
+    ] = "warn"
+    max_rollbacks: Annotated[int, about("stop instead once this many rollbacks were made", ge=0)] = 3
+    every: Annotated[int, about("steps between checks", ge=1)] = 10
+    confirm: Annotated[int, about("checks in a row that must find the same before it counts", ge=1)] = 3
+    window: Annotated[int, about("steps over which losses, codes and times are pooled", ge=1)] = 50
+    grace_steps: Annotated[
+        int, about("steps, at most a third of all, before chance, codes and rank are judged", ge=0)
+    ] = 2_000
+    spike_factor: Annotated[
+        float, about("an outlier is this many times the running median of gradient norms", gt=1)
+    ] = 10.0
+    chance_margin: Annotated[float, about("a loss this share below chance counts as better", ge=0, lt=1)] = 0.01
+    min_perplexity: Annotated[float, about("least perplexity of the targets as a share of the codes", ge=0, le=1)] = 0.1
+    max_dead_codes: Annotated[float, about("largest share of codes that may never be used", ge=0, le=1)] = 0.5
+    min_target_entropy: Annotated[
+        float, about("fixed targets: least entropy before training, as a share of log(codes)", ge=0, le=1)
+    ] = 0.6
+    min_stage_std: Annotated[
+        float, about("least deviation of each stage's output, as a share of its first one", ge=0, lt=1)
+    ] = 0.1
+    min_prediction_std: Annotated[float, about("the same for predictions, where an objective reports them", ge=0)] = (
+        0.01
+    )
+    min_rank: Annotated[float, about("least RankMe of a stage as a share of its best", ge=0, lt=1)] = 0.1
+    audio_tolerance: Annotated[float, about("how far the audio per update may be off, as a share", gt=0)] = 0.1
+    max_data_wait: Annotated[float, about("largest share of a step that a rank may wait for data", gt=0, le=1)] = 0.5
 
 
 @config
@@ -78,3 +127,4 @@ class Config:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)

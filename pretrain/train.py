@@ -48,26 +48,27 @@ def train(
         say(_greeting(config, state, world.size))
 
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
-    while state.step < settings.steps and not stopping:
-        heart.beat(state.step, "reading")
-        step = next(steps)
-        heart.beat(state.step, "computing")
-        waited = time.monotonic() - clock
-        lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step)
-        extras = {"wait_seconds": waited, "skipped": float(step.skipped), "stop": float(asked_to_stop())}
-        result = engine.step(step.batches, StepContext(config.seed, state.step), lr, extras)
-        state, stopping = TrainState(state.step + 1, step.after), result.extras["stop"] > 0
-        seconds, clock = time.monotonic() - clock, time.monotonic()
+    with checkpoint.Saver(run, engine, config) as saver:
+        while state.step < settings.steps and not stopping:
+            heart.beat(state.step, "reading")
+            step = next(steps)
+            heart.beat(state.step, "computing")
+            waited = time.monotonic() - clock
+            lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step)
+            extras = {"wait_seconds": waited, "skipped": float(step.skipped), "stop": float(asked_to_stop())}
+            result = engine.step(step.batches, StepContext(config.seed, state.step), lr, extras)
+            state, stopping = TrainState(state.step + 1, step.after), result.extras["stop"] > 0
+            seconds, clock = time.monotonic() - clock, time.monotonic()
 
-        if telemetry and (state.step % settings.log_every == 0 or state.step == settings.steps):
-            scalars = step_scalars(result, step, lr, seconds, world.size)
-            telemetry.log(state.step, scalars, histograms(result.metrics))
-            say(_line(state.step, settings.steps, scalars))
-        if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or stopping:
-            heart.beat(state.step, "saving")
-            folder = checkpoint.save(run, engine, state, config)
-            if telemetry:
-                say(f"saved {folder}")
+            if telemetry and (state.step % settings.log_every == 0 or state.step == settings.steps):
+                scalars = step_scalars(result, step, lr, seconds, world.size)
+                telemetry.log(state.step, scalars, histograms(result.metrics))
+                say(_line(state.step, settings.steps, scalars))
+            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or stopping:
+                heart.beat(state.step, "saving")
+                folder = saver.save(state)
+                if telemetry:
+                    say(f"checkpoint {folder}")
 
     if telemetry:
         telemetry.close()

@@ -107,7 +107,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """Every weight, buffer (`model/NAME`) and optimizer moment (`MOMENT/NAME`), whole, in fp32, on the CPU.
+        """Copies of every weight, buffer (`model/NAME`) and moment (`MOMENT/NAME`), whole, in fp32, on the CPU.
 
         A collective: all ranks iterate, in step. With `load_tensors` it makes one checkpoint format for every engine,
         ZeRO stage and number of ranks.
@@ -154,4 +154,9 @@ def buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     persistent = set(module.state_dict(keep_vars=True))
     for name, buffer in module.named_buffers():
         if name in persistent:
-            yield f"model/{name}", buffer.detach().cpu().contiguous()
+            yield f"model/{name}", copied(buffer)
+
+
+def copied(value: Tensor) -> Tensor:
+    """A copy on the CPU that shares nothing with `value`."""
+    return value.detach().to("cpu", copy=True).contiguous()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from data_pipeline.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.base import MOMENTS, Engine, buffers, copy_buffers, make_optimizer
+from pretrain.engines.base import MOMENTS, Engine, buffers, copied, copy_buffers, make_optimizer
 from pretrain.engines.world import World
 from pretrain.model import TrainModule, TrainPlan
 from pretrain.types import StepContext, Sum
@@ -113,14 +113,14 @@ class DeepSpeedEngine(Engine):
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
         if self.config.zero_stage and parameter.requires_grad:
-            return _cpu(safe_get_full_fp32_param(parameter))
+            return copied(safe_get_full_fp32_param(parameter))
         with _whole(parameter):
-            return _cpu(parameter)
+            return copied(parameter)
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         if self.config.zero_stage == 0:
-            return _cpu(self.optimizer.state[parameter][moment])
-        return _cpu(safe_get_full_optimizer_state(parameter, moment))
+            return copied(self.optimizer.state[parameter][moment])
+        return copied(safe_get_full_optimizer_state(parameter, moment))
 
     def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
         copy_buffers(self.module, tensors)
@@ -185,7 +185,3 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
         return nullcontext()
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
     return context
-
-
-def _cpu(value: Tensor) -> Tensor:
-    return value.detach().float().cpu().clone()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_pipeline.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.base import MOMENTS, Engine, buffers, copy_buffers, make_optimizer
+from pretrain.engines.base import MOMENTS, Engine, buffers, copied, copy_buffers, make_optimizer
 from pretrain.engines.world import World
 from pretrain.model import TrainModule, TrainPlan
 from pretrain.types import StepContext, Sum
@@ -52,10 +52,10 @@ class LocalEngine(Engine):
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
-            yield f"model/{name}", parameter.detach().cpu()
+            yield f"model/{name}", copied(parameter)
             for moment in MOMENTS if parameter.requires_grad else ():
                 state = self.optimizer.state.get(parameter, {})
-                yield f"{moment}/{name}", state.get(moment, torch.zeros_like(parameter)).detach().cpu()
+                yield f"{moment}/{name}", copied(state.get(moment, torch.zeros_like(parameter)))
         yield from buffers(self.module)
 
     def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:

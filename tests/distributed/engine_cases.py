@@ -47,7 +47,8 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
         folder = RunFolder(case["save"])
         if world.rank == 0:
             folder.claim()
-        checkpoint.save(folder, engine, TrainState(case["steps"], Cursor("toy", 0, case["steps"])), config)
+        with checkpoint.Saver(folder, engine, config) as saver:
+            saver.save(TrainState(case["steps"], Cursor("toy", 0, case["steps"])))
     digest = hashlib.sha256()
     for name, tensor in engine.tensors():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,31 @@ def test_checkpoints_are_kept_whole_and_few(tmp_path: Path) -> None:
         "step_00000006",
     ]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000006\n"
+
+
+def test_every_so_many_checkpoints_are_kept_for_good(tmp_path: Path) -> None:
+    train_config = {"steps": 6, "checkpoint_every": 1, "keep_last": 1, "keep_every": 2, "save_behind": False}
+    run(tmp_path, config(train=train_config))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000002", "step_00000004", "step_00000006"]
+
+
+def test_what_is_written_behind_is_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint.save_file
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.3)  # training goes on meanwhile
+        real(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    run(tmp_path / "behind", config(steps=4))
+    monkeypatch.undo()
+    direct = {"steps": 4, "checkpoint_every": 2, "keep_last": 2, "save_behind": False}
+    run(tmp_path / "direct", config(train=direct))
+    for step in (2, 4):
+        for kind in ("model", "optimizer"):
+            name = Path("checkpoints") / f"step_{step:08d}" / f"{kind}.safetensors"
+            assert (tmp_path / "behind" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
 
 
 def test_metrics_have_their_namespaces_and_reach_tensorboard(tmp_path: Path) -> None:
