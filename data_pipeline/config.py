@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from data_pipeline.preprocess_config import PreprocessConfig as PreprocessConfig
 from data_pipeline.schema import about, config
 
 

@@ -58,6 +58,13 @@ class FileStore:
             return []
         return sorted(name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]).endswith(suffix) and name)
 
+    def free_bytes(self) -> int:
+        """Free space on the disk of a local root, which need not be there yet."""
+        folder = Path(self.base)
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
     def put(self, source: Path, name: str) -> None:
         """Moves a finished local file to `name`, whole or not at all; replaces what is there."""
         if not self.local:

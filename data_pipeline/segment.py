@@ -9,8 +9,8 @@ import numpy as np
 from data_pipeline.audio import Wave
 
 
-def cut(blocks: Iterable[Wave], longest: int) -> Iterator[tuple[int, Wave]]:
-    """(start, wave) pieces of at most `longest` samples, without gaps.
+def cut(blocks: Iterable[Wave], longest: int) -> Iterator[tuple[int, Wave, bool]]:
+    """(start, wave, whole) pieces of at most `longest` samples, without gaps; `whole` where it is all of the recording.
 
     The last two pieces of a recording are of equal length, so that none is a short remainder. Holds at most
     2 · `longest` samples and one block.
@@ -22,14 +22,14 @@ def cut(blocks: Iterable[Wave], longest: int) -> Iterator[tuple[int, Wave]]:
         held += len(block)
         while held >= 2 * longest:
             whole = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
-            yield start, whole[:longest]
+            yield start, whole[:longest], False
             waiting, held, start = [whole[longest:]], held - longest, start + longest
     if not held:
         return
     whole = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
     if held <= longest:
-        yield start, whole
+        yield start, whole, start == 0
         return
     half = -(-held // 2)
-    yield start, whole[:half]
-    yield start + half, whole[half:]
+    yield start, whole[:half], False
+    yield start + half, whole[half:], False

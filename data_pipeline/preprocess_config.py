@@ -1,0 +1,120 @@
+"""The typed schema of preprocessing. Defaults stand here; YAML names only what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Final, Literal
+
+from data_pipeline.schema import PluginChoice, about, config
+
+# fmt: off
+SOUND_ENDINGS: Final = (
+    "wav", "flac", "ogg", "opus", "oga", "mp3", "m4a", "aac", "mp4", "webm", "mkv", "mov", "avi", "wma", "amr", "g722",
+    "sph", "nist", "au", "snd", "aif", "aiff", "aifc", "caf", "w64", "rf64", "voc", "ac3", "ape", "wv", "tta",
+)
+# fmt: on
+
+
+@config
+class PathCorpus:
+    """Every sound file below a folder."""
+
+    name: Literal["path"] = "path"
+    path: Annotated[str, about("folder or fsspec URL; ~ is understood", min_length=1)]
+    corpus: Annotated[str, about("the corpus's name in the shards; empty takes the folder's")] = ""
+    language: Annotated[str, about("language of all files, where the pattern gives none")] = ""
+    pattern: Annotated[
+        str,
+        about("regular expression on the path below the folder; its groups speaker, language, text, split are kept"),
+    ] = ""
+    extensions: Annotated[
+        tuple[str, ...],
+        about("endings of sound files, in lower case and without the dot", min_length=1),
+    ] = SOUND_ENDINGS
+    splits: Annotated[tuple[str, ...], about("keep files of these splits only; empty keeps all")] = ()
+
+
+@config
+class ManifestCorpus:
+    """A table of files: tsv, csv (first line names the columns) or jsonl."""
+
+    name: Literal["manifest"] = "manifest"
+    path: Annotated[str, about("the manifest, a .tsv, .csv, .jsonl or .json (one object a line) file", min_length=1)]
+    root: Annotated[str, about("folder that the paths in it are relative to; empty takes the manifest's")] = ""
+    corpus: Annotated[str, about("the corpus's name where the manifest has no column for it; empty: the file's")] = ""
+    language: Annotated[str, about("language where the manifest has no column for it")] = ""
+    columns: Annotated[
+        dict[str, str],
+        about("column of path, speaker, language, text, corpus, split, seconds where it has another name"),
+    ] = dataclasses.field(default_factory=dict)
+    splits: Annotated[tuple[str, ...], about("keep rows of these splits only; empty keeps all")] = ()
+    allow_outside: Annotated[bool, about("accept absolute paths and .. that leave the root")] = False
+
+
+CORPORA: Final[dict[str, type[Any]]] = {"path": PathCorpus, "manifest": ManifestCorpus}
+"""Name -> config of every kind of corpus; discover.py finds their files."""
+
+
+def _names() -> list[str]:
+    return sorted(CORPORA)
+
+
+def _config_type(name: str) -> type[Any]:
+    if name not in CORPORA:
+        raise ValueError(f"there is no corpus {name!r}; there are: {', '.join(_names())}")
+    return CORPORA[name]
+
+
+@config
+class CutConfig:
+    """How recordings become segments."""
+
+    max_seconds: Annotated[float, about("longest segment; longer recordings are cut", gt=0.1, le=600)] = 30.0
+    min_seconds: Annotated[float, about("shorter segments are left out", ge=0)] = 0.5
+
+
+@config
+class FilterConfig:
+    """Segments that are left out, each with a reason in the report."""
+
+    min_level_dbfs: Annotated[
+        float | None, about("quieter segments (root mean square, dB of full scale) are `silence`; null keeps them")
+    ] = -70.0
+    max_clipped: Annotated[
+        float | None, about("share of samples at full scale beyond which a segment is `clipped`; null keeps them", ge=0)
+    ] = None
+    min_snr_db: Annotated[
+        float | None, about("segments below this estimated signal-to-noise ratio are `low_snr`; null keeps them")
+    ] = None
+
+
+@config
+class RayConfig:
+    """Where the work runs."""
+
+    address: Annotated[str, about("of a running Ray cluster, or auto; empty starts a Ray on this machine")] = ""
+    num_cpus: Annotated[int, about("cores of a Ray started here; 0 takes all", ge=0)] = 0
+    dashboard: Annotated[bool, about("start Ray's dashboard on localhost")] = False
+    attempts: Annotated[
+        int, about("how often a unit is tried whose worker dies before it is given up and listed", ge=1)
+    ] = 3
+
+
+@config
+class PreprocessConfig:
+    """One preprocessing job: a corpus in, shards out."""
+
+    out: Annotated[str, about("folder or fsspec URL for the shards; what is done there already stays", min_length=1)]
+    corpus: Annotated[Any, PluginChoice("corpus", _names, _config_type)]
+    codec: Annotated[Literal["flac", "wav", "opus"], about("how audio is stored; flac and wav are lossless")] = "flac"
+    shard_mb: Annotated[float, about("about how many MB a shard gets; small corpora get smaller ones", gt=0)] = 1000.0
+    min_shards: Annotated[int, about("make shards smaller than shard_mb until there are about so many", ge=1)] = 16
+    cut: CutConfig = dataclasses.field(default_factory=CutConfig)
+    filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
+    ray: RayConfig = dataclasses.field(default_factory=RayConfig)
+
+
+def content_settings(config: PreprocessConfig) -> dict[str, Any]:
+    """The part of a config that decides the content of a shard, as plain values."""
+    plain = dataclasses.asdict(config)
+    return {name: plain[name] for name in ("codec", "cut", "filters")}
