@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from data_pipeline.schema import dump, load
 from pretrain.config import Config
 from pretrain.telemetry import read_rows
@@ -66,7 +64,6 @@ def kill_after(folder: Path, process: subprocess.Popen[bytes], step: int, extra:
     process.wait()
 
 
-@pytest.mark.slow
 def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
     rng = random.Random(0)
     shards = write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(40)])])
