@@ -117,6 +117,8 @@ class Encoder(nn.Module, abc.ABC):
     """Recompute each block in the backward pass; dropout draws the same again."""
     keep_ffn: bool = False
     """Fill `EncoderOutput.ffn_layers`."""
+    stop_after: int | None = None
+    """Run only so many blocks; the output then ends with that layer."""
 
     @abc.abstractmethod
     def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:

@@ -105,13 +105,13 @@ class Transformer(Encoder):
             x_BFD = self.norm(x_BFD)
         x_BFD = self.dropout(x_BFD)
         layers, ffn_layers = [x_BFD], []
-        for block, kept in zip(self.blocks, self.kept_blocks(ctx), strict=True):
+        for block, kept in list(zip(self.blocks, self.kept_blocks(ctx), strict=True))[: self.stop_after]:
             if kept:
                 x_BFD, ffn_BFD = self.run_block(block, x_BFD, context)
                 if self.keep_ffn:
                     ffn_layers.append(ffn_BFD)
             layers.append(x_BFD)
-        if self.pre:
+        if self.pre and self.stop_after is None:
             layers[-1] = self.norm(x_BFD)
         return EncoderOutput(tuple(layers), frames.lengths_B, frames.rate_hz, tuple(ffn_layers))
 

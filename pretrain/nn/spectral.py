@@ -40,7 +40,7 @@ class LogMel(nn.Module):
         super().__init__()
         self.window, self.hop, self.normalize = window, hop, normalize
         self.n_fft = 1 << (window - 1).bit_length()
-        self.rate_hz = SAMPLE_RATE / hop
+        self.rate_hz, self.dim = SAMPLE_RATE / hop, n_mels
         self.register_buffer("hann", torch.hann_window(window), persistent=False)
         self.register_buffer("filters", mel_filters(self.n_fft, n_mels), persistent=False)
         self.hann: Tensor
@@ -64,6 +64,48 @@ class LogMel(nn.Module):
             if self.normalize == "fixed":
                 return Frames(zero_padding((mel_BFD - self.MEAN) / self.STD, lengths_B), lengths_B, self.rate_hz)
             return Frames(normalize_frames(mel_BFD, lengths_B), lengths_B, self.rate_hz)
+
+
+class Mfcc(nn.Module):
+    """13 cepstra, Δ and ΔΔ at 100 Hz (HuBERT, §IV-B), each brought to mean 0 and deviation 1 per utterance."""
+
+    N_CEPSTRA = 13
+
+    def __init__(self, n_mels: int = 23) -> None:
+        super().__init__()
+        self.mel = LogMel(n_mels, normalize="fixed")
+        self.rate_hz, self.dim = self.mel.rate_hz, 3 * self.N_CEPSTRA
+        at = torch.arange(n_mels, dtype=torch.float64) + 0.5
+        order = torch.arange(self.N_CEPSTRA, dtype=torch.float64)
+        dct_MC = torch.cos(math.pi / n_mels * at[:, None] * order) * math.sqrt(2 / n_mels)
+        dct_MC[:, 0] /= math.sqrt(2)
+        self.register_buffer("dct_MC", dct_MC.float(), persistent=False)
+        self.dct_MC: Tensor
+
+    def lengths(self, lengths_B: Tensor) -> Tensor:
+        """Samples to frames."""
+        return self.mel.lengths(lengths_B)
+
+    @torch.no_grad()
+    def forward(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        with torch.autocast(wave_BT.device.type, enabled=False):
+            mel = self.mel(wave_BT, lengths_B)
+            cepstra_BFC = mel.x_BFD @ self.dct_MC
+            first_BFC = delta(cepstra_BFC, mel.lengths_B)
+            x_BFD = torch.cat([cepstra_BFC, first_BFC, delta(first_BFC, mel.lengths_B)], dim=2)
+            return Frames(normalize_frames(x_BFD, mel.lengths_B), mel.lengths_B, self.rate_hz)
+
+
+def delta(x_BFD: Tensor, lengths_B: Tensor, reach: int = 2) -> Tensor:
+    """Regression slope over ±reach frames; an utterance's first and last frames are repeated beyond its ends."""
+    last = (lengths_B - 1).clamp(min=0)[:, None]
+    at = torch.arange(x_BFD.shape[1], device=x_BFD.device)[None]
+    slope = torch.zeros_like(x_BFD)
+    for step in range(1, reach + 1):
+        ahead, behind = torch.minimum(at + step, last), torch.minimum((at - step).clamp(min=0), last)
+        rows = torch.arange(len(x_BFD), device=x_BFD.device)[:, None]
+        slope += step * (x_BFD[rows, ahead] - x_BFD[rows, behind])
+    return slope / (2 * sum(step * step for step in range(1, reach + 1)))
 
 
 def normalize_frames(x_BFD: Tensor, lengths_B: Tensor, eps: float = 1e-5) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
+from pretrain.nn.masked_units import feature_penalty
 from pretrain.nn.masking import FrameMask, draw_frame_mask, draw_negatives, span_mask
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.quantizers import GumbelQuantizer, Quantized, perplexity
@@ -139,15 +140,6 @@ def contrastive_loss(logits_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tens
     losses_BM = torch.logsumexp(logits_BMK, dim=2) - logits_BMK[:, :, 0]
     hits_BM = logits_BMK[:, :, 0] > logits_BMK[:, :, 1:].amax(2)
     return losses_BM.masked_fill(~valid_BM, 0.0).sum(), (hits_BM & valid_BM).sum().float()
-
-
-def feature_penalty(features: Frames, mask: FrameMask) -> Tensor:
-    """Mean square of each utterance's raw features, times its masked frames, summed. 0 for fixed features."""
-    if features.raw_BFD is None:
-        return features.x_BFD.new_zeros((), dtype=torch.float32)
-    raw_BFD = features.raw_BFD.float()
-    square_B = (raw_BFD.square().mean(2) * features.valid_BF()).sum(1) / features.lengths_B.clamp(min=1)
-    return (square_B * mask.counts_B).sum()
 
 
 def build(config: Config, shape: ModelShape) -> Wav2Vec2:

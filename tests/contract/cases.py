@@ -43,15 +43,24 @@ def small(kind: str, name: str, **values: Any) -> dict[str, Any]:
     return {"name": name} | {field: value for field, value in SMALL.items() if field in fields} | values
 
 
-def make(objective: str, frontend: str = "log_mel", encoder: str = "transformer", **config: Any) -> TrainModule:
-    """A tiny TrainModule. `config`: further top-level values."""
-    values: dict[str, Any] = {
+def make(
+    objective: str,
+    frontend: str = "log_mel",
+    encoder: str = "transformer",
+    seed: int = 0,
+    precision: str = "fp32",
+    **options: Any,
+) -> TrainModule:
+    """A tiny TrainModule. `options`: further values of the objective."""
+    values = {
         "data": {"shards": "none"},
-        "objective": small("objectives", objective),
+        "objective": small("objectives", objective, **options),
         "frontend": FRONTENDS[frontend],
         "encoder": small("encoders", encoder),
+        "engine": {"precision": precision},
+        "seed": seed,
     }
-    return build_model(load(Config, values | config))
+    return build_model(load(Config, values))
 
 
 def speech_like(seconds: float, seed: int) -> torch.Tensor:

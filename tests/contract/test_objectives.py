@@ -39,12 +39,12 @@ def train(module: TrainModule, batch: Batch, steps: int, lr: float = 3e-3) -> li
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr)
     losses = []
     for step in range(steps):
-        # step % 2: the masks alternate between two, and the weights' age is the true one
-        loss, _ = run(module, batch, StepContext(3, step % 2))
+        ctx = StepContext(3, step)
+        loss, _ = run(module, batch, ctx)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        module.after_step(StepContext(3, step))
+        module.after_step(ctx)
         losses.append(float(loss.detach()))
     return losses
 
@@ -109,7 +109,7 @@ def test_one_batch_can_be_overfitted(objective: str, frontend: str, encoder: str
 @EVERY
 def test_bf16(objective: str, frontend: str, encoder: str) -> None:
     exact, _ = run(make(objective, frontend, encoder).eval(), batch())
-    module = make(objective, frontend, encoder, engine={"precision": "bf16"}).eval()
+    module = make(objective, frontend, encoder, precision="bf16").eval()
     rounded, _ = run(module, batch())
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.02)

@@ -1,0 +1,45 @@
+"""Teachers: frozen copies of a module, moved after the optimizer's step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Teacher(nn.Module):
+    """A copy of `source` that never trains and is always in evaluation mode."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.copy = copy.deepcopy(source).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def follow(self, source: nn.Module, decay: float, averaged: Callable[[str], bool] = lambda name: True) -> None:
+        """weight ← decay · weight + (1 − decay) · source's; what is not `averaged`, and buffers, are copied."""
+        theirs = dict(source.named_parameters())
+        for name, weight in self.copy.named_parameters():
+            mine, other = _local(weight), _local(theirs[name])
+            if averaged(name):
+                mine.lerp_(other.to(mine.dtype), 1 - decay)
+            else:
+                mine.copy_(other)
+        for mine, other in zip(self.copy.buffers(), source.buffers(), strict=True):
+            mine.copy_(other)
+
+
+def annealed_decay(step: int, start: float, end: float, over_steps: int) -> float:
+    """Linear from `start` at step 0 to `end` at `over_steps` (data2vec, §3.3)."""
+    return end if step >= over_steps else start + (end - start) * step / over_steps
+
+
+def _local(weight: Tensor) -> Tensor:
+    """The weight, or under ZeRO-3 this rank's part of it: copies of one shape are cut alike."""
+    part: Tensor = getattr(weight, "ds_tensor", weight.data)
+    return part

@@ -1,0 +1,223 @@
+"""What HuBERT and its relatives share: name the unit (cluster) of each masked frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.keyed_random import keyed_seed
+from data_pipeline.schema import about, config
+from data_pipeline.types import Batch
+from pretrain.nn.ema import Teacher
+from pretrain.nn.kmeans import from_first_rank, gather_rows, kmeans
+from pretrain.nn.masking import FrameMask, draw_frame_mask, frame_width, span_mask
+from pretrain.nn.numerics import full_precision, rate_ratio
+from pretrain.nn.quantizers import nearest_codes
+from pretrain.nn.spectral import LogMel, Mfcc
+from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+
+
+@config
+class MaskedUnitsConfig:
+    """Labels are either frame labels of the batch, or made in the run: k-means on the frames of one update."""
+
+    labels: Annotated[str, about("name of frame labels that come with the data; empty: units are found in the run")] = (
+        ""
+    )
+    label_rate_hz: Annotated[float, about("rate of the labels that come with the data", gt=0)] = 50.0
+    units: Annotated[int, about("number of units K", ge=2)] = 100
+    features: Annotated[
+        Literal["mfcc", "log_mel"], about("what k-means clusters after the first update, until a relabelling")
+    ] = "mfcc"
+    relabel_step: Annotated[
+        int, about("after this update, units are k-means clusters of a layer of the model itself; 0: never", ge=0)
+    ] = 0
+    relabel_layer: Annotated[int, about("that layer; 1 is the first block's output", ge=1)] = 6
+    relabel_units: Annotated[int, about("number of units from then on; 0: as before", ge=0)] = 0
+    mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.8
+    mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
+    projection_dim: Annotated[
+        int, about("dimensions in which frames and units are compared; 0: plain softmax", ge=0)
+    ] = 256
+    logit_temperature: Annotated[float, about("the cosine is divided by this", gt=0)] = 0.1
+    predict_layers: Annotated[tuple[int, ...], about("layers that are supervised, equally; empty: the last")] = ()
+    penalty_weight: Annotated[float, about("weight of the mean square of the stem's output", ge=0)] = 10.0
+
+
+@dataclass
+class UnitsPlan(Plan):
+    mask: FrameMask
+    labels_N: Tensor | None
+    """Units of the masked frames, −1 where there is none; None: to be found in the forward pass."""
+    count: Tensor
+
+
+class UnitClassifier(nn.Module):
+    """Logits over units: cosine to a learned embedding / temperature (HuBERT, eq. 3), or a linear layer."""
+
+    def __init__(self, dim: int, units: int, projection_dim: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.linear = nn.Linear(dim, projection_dim or units)
+        self.embedding_KD = nn.Parameter(torch.rand(units, projection_dim)) if projection_dim else None
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """(N, dim) to fp32 (N, units)."""
+        x_ND = self.linear(x_ND).float()
+        if self.embedding_KD is None:
+            return x_ND
+        with full_precision(x_ND.device):
+            return F.normalize(x_ND, dim=1) @ F.normalize(self.embedding_KD.float(), dim=1).T / self.temperature
+
+
+class MaskedUnits(Objective):
+    """Cross-entropy over the units of masked frames."""
+
+    def __init__(self, config: MaskedUnitsConfig, shape: ModelShape) -> None:
+        super().__init__()
+        self.units_config = config
+        self.shape = shape
+        self.predict_layers = config.predict_layers or (shape.n_layers,)
+        if max(*self.predict_layers, config.relabel_layer * bool(config.relabel_step)) > shape.n_layers:
+            raise ValueError(
+                f"objective.predict_layers={list(self.predict_layers)} or relabel_layer={config.relabel_layer} lies "
+                f"beyond the encoder's {shape.n_layers} layers"
+            )
+        self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
+        later_units = config.relabel_units or config.units
+        most_units = max(config.units, later_units if config.relabel_step else 0)
+        self.classifiers = nn.ModuleList(
+            UnitClassifier(shape.dim, most_units, config.projection_dim, config.logit_temperature)
+            for _ in self.predict_layers
+        )
+        self.features: Mfcc | LogMel = Mfcc() if config.features == "mfcc" else LogMel()
+        feature_dim = self.features.dim
+        self.teacher: Teacher | None = None
+        if not config.labels:
+            self.register_buffer("centres_KD", torch.randn(config.units, feature_dim))
+            if config.relabel_step:
+                self.register_buffer("layer_centres_KD", torch.randn(later_units, shape.dim))
+        self.centres_KD: Tensor
+        self.layer_centres_KD: Tensor
+        self._seen: list[Tensor] = []
+        """Frames of the update that k-means will be fitted to; empty between updates."""
+
+    def attach(self, model: SpeechModel) -> None:
+        if self.units_config.relabel_step and not self.units_config.labels:
+            self.teacher = Teacher(model)
+            encoder = self.teacher.copy.encoder
+            assert isinstance(encoder, type(model.encoder))
+            encoder.stop_after = self.units_config.relabel_layer
+
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> UnitsPlan:
+        def draw(length: int, rng: np.random.Generator) -> np.ndarray:
+            return span_mask(length, self.units_config.mask_prob, self.units_config.mask_span, rng)
+
+        mask = draw_frame_mask(model.frontend, batch, ctx, draw)
+        name = self.units_config.labels
+        if not name:
+            return UnitsPlan(mask, None, mask.count)
+        if name not in batch.targets:
+            raise ValueError(
+                f"objective.labels={name!r}: the data has no such frame labels, only {sorted(batch.targets)}"
+            )
+        ratio = rate_ratio(self.units_config.label_rate_hz, self.shape.rate_hz)
+        labels_BF = pad_labels(batch.targets[name][:, ::ratio], frame_width(model.frontend, batch))
+        labels_N = labels_BF.flatten()[mask.flat_N]
+        return UnitsPlan(mask, labels_N, (labels_N >= 0).sum().double())
+
+    def audio(self, batch: Batch, ctx: StepContext) -> Tensor:
+        """What the student hears."""
+        return batch.wave_BT
+
+    def forward(
+        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+    ) -> tuple[LossOutput, EncoderOutput]:
+        assert isinstance(plan, UnitsPlan)
+        labels_N = self.find_units(model, batch, plan.mask, ctx) if plan.labels_N is None else plan.labels_N
+        features = model.frontend.extract(self.audio(batch, ctx), batch.lengths_B)
+        frames = model.frontend.project(features)
+        x_BFD = torch.where(plan.mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
+        encoded: EncoderOutput = model.encoder(Frames(x_BFD, frames.lengths_B, frames.rate_hz), ctx)
+
+        prediction = torch.zeros((), device=x_BFD.device)
+        for layer, classify in zip(self.predict_layers, self.classifiers, strict=True):
+            logits_NK = classify(encoded.layers[layer].flatten(0, 1)[plan.mask.flat_N])[:, : self.active_units(ctx)]
+            losses = F.cross_entropy(logits_NK, labels_N, ignore_index=-1, reduction="sum")
+            prediction = prediction + losses / len(self.predict_layers)
+        hits = (logits_NK.argmax(1) == labels_N).sum()
+        count = plan.count.to(x_BFD.device)
+        penalty = feature_penalty(features, plan.mask)
+        known_N = labels_N[labels_N >= 0]
+        metrics = {
+            "loss/prediction": (prediction, count),
+            "loss/feature_penalty": (penalty, count),
+            "metric/accuracy": (hits, count),
+            "metric/masked_share": (plan.mask.count.to(x_BFD.device), encoded.lengths_B.sum()),
+            "hist/codes": (torch.bincount(known_N, minlength=self.active_units(ctx)).float(), count),
+        }
+        return LossOutput(prediction + self.units_config.penalty_weight * penalty, count, metrics), encoded
+
+    def active_units(self, ctx: StepContext) -> int:
+        """Number of units at this step."""
+        config = self.units_config
+        return config.relabel_units or config.units if self.relabelled(ctx) else config.units
+
+    def relabelled(self, ctx: StepContext) -> bool:
+        """Whether the units come from the model's own layer by now."""
+        return not self.units_config.labels and 0 < self.units_config.relabel_step < ctx.step
+
+    @torch.no_grad()
+    def find_units(self, model: SpeechModel, batch: Batch, mask: FrameMask, ctx: StepContext) -> Tensor:
+        """Units of the masked frames from the clean audio, (N,); also collects frames for k-means when it is due."""
+        relabel = self.units_config.relabel_step
+        if self.training and ctx.step == relabel > 0:
+            was_training = model.training
+            clean = model.eval()(batch.wave_BT, batch.lengths_B)
+            model.train(was_training)
+            self._seen.append(clean.layers[self.units_config.relabel_layer][clean.final.valid_BF()].float())
+        if self.relabelled(ctx):
+            assert self.teacher is not None
+            encoded: EncoderOutput = self.teacher.copy(batch.wave_BT, batch.lengths_B)
+            return nearest_codes(encoded.layers[-1].flatten(0, 1)[mask.flat_N], self.layer_centres_KD)
+        features: Frames = self.features(batch.wave_BT, batch.lengths_B)
+        if self.training and ctx.step == 0:
+            self._seen.append(features.x_BFD[features.valid_BF()])
+        ratio = rate_ratio(features.rate_hz, self.shape.rate_hz)
+        thinned_BFD = features.x_BFD[:, ::ratio]
+        missing = mask.mask_BF.shape[1] - thinned_BFD.shape[1]
+        thinned_BFD = F.pad(thinned_BFD, (0, 0, 0, max(missing, 0)))[:, : mask.mask_BF.shape[1]]
+        return nearest_codes(thinned_BFD.flatten(0, 1)[mask.flat_N], self.centres_KD)
+
+    @torch.no_grad()
+    def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
+        """Fits k-means to the frames of this update, if it is the first one or that of the relabelling."""
+        if not self._seen:
+            return
+        rows_ND = gather_rows(torch.cat(self._seen))
+        self._seen.clear()
+        seed = keyed_seed(ctx.seed, ctx.step, "units")
+        book_KD = self.centres_KD if ctx.step == 0 else self.layer_centres_KD
+        book_KD.copy_(from_first_rank(kmeans(rows_ND, len(book_KD), seed)))
+        if ctx.step > 0:
+            assert self.teacher is not None
+            self.teacher.follow(model, decay=0.0)
+
+
+def pad_labels(labels_BF: Tensor, width: int) -> Tensor:
+    """Labels cut or padded with −1 to `width` frames."""
+    return F.pad(labels_BF, (0, max(width - labels_BF.shape[1], 0)), value=-1)[:, :width]
+
+
+def feature_penalty(features: Frames, mask: FrameMask) -> Tensor:
+    """Mean square of each utterance's raw features, times its masked frames, summed. 0 for fixed features."""
+    if features.raw_BFD is None:
+        return features.x_BFD.new_zeros((), dtype=torch.float32)
+    raw_BFD = features.raw_BFD.float()
+    square_B = (raw_BFD.square().mean(2) * features.valid_BF()).sum(1) / features.lengths_B.clamp(min=1)
+    return (square_B * mask.counts_B).sum()

@@ -1,0 +1,18 @@
+"""HuBERT: predict the cluster of each masked frame (arXiv 2106.07447)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from data_pipeline.schema import config
+from pretrain.nn.masked_units import MaskedUnits, MaskedUnitsConfig
+from pretrain.types import ModelShape
+
+
+@config
+class Config(MaskedUnitsConfig):
+    name: Literal["hubert"] = "hubert"
+
+
+def build(config: Config, shape: ModelShape) -> MaskedUnits:
+    return MaskedUnits(config, shape)
