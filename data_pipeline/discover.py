@@ -72,7 +72,7 @@ def discover(corpus: Any) -> Discovered:
 
 
 def printable(name: str) -> str:
-    """A file name as valid Unicode: bytes that are not UTF-8 become \\udcXX escapes."""
+    """A file name as valid Unicode: bytes that are not UTF-8 become \\xXX escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

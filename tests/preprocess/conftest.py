@@ -1,0 +1,17 @@
+"""One small Ray for all tests of preprocessing that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from data_pipeline.preprocess_config import RayConfig
+from data_pipeline.ray_jobs import cluster
+
+
+@pytest.fixture(scope="package")
+def local_ray() -> Iterator[None]:
+    """A Ray of two workers; `preprocess` uses it instead of starting its own."""
+    with cluster(RayConfig(num_cpus=2)):
+        yield

@@ -1,0 +1,53 @@
+"""Small recordings for the tests of preprocessing: coloured noise with pauses, the same on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from data_pipeline.config import PreprocessConfig
+from data_pipeline.keyed_random import keyed_rng
+from data_pipeline.schema import load
+
+
+def sound(name: str, seconds: float, rate: int = 16_000, level: float = 0.1) -> np.ndarray:
+    """Noise bursts of 0.4 s and pauses of 0.1 s; float32 in [-1, 1]."""
+    length = round(seconds * rate)
+    noise = keyed_rng("sound", name).standard_normal(length).astype(np.float32)
+    burst = (np.arange(length) % (rate // 2) < 0.8 * (rate // 2)).astype(np.float32)
+    return np.clip(level * noise * (burst + 0.001), -1, 1).astype(np.float32)
+
+
+def write_corpus(root: Path, seconds: Mapping[str, float], **options: Any) -> Path:
+    """One file for each name ("speaker/clip.flac") of so many seconds."""
+    for name, duration in seconds.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, sound(name, duration), 16_000, **options)
+    return root
+
+
+def many(count: int, seconds: float = 2.0) -> dict[str, float]:
+    """Names of `count` clips of five speakers."""
+    return {f"speaker{number % 5}/clip{number:03d}.flac": seconds for number in range(count)}
+
+
+def path_config(corpus: Path, out: Path, **values: Any) -> PreprocessConfig:
+    """A config as the command line would make it."""
+    given = {
+        "out": str(out),
+        "corpus": {"name": "path", "path": str(corpus), "pattern": "^(?P<speaker>[^/]+)/"},
+        "shard_mb": 0.1,
+        **values,
+    }
+    return load(PreprocessConfig, given)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of a data set, scratch folders left out."""
+    files = (path for path in root.rglob("*") if path.is_file() and ".tmp" not in path.parts)
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
