@@ -131,7 +131,7 @@ class MaskedUnits(Objective):
         labels_N = labels_BF.flatten()[mask.flat_N]
         return UnitsPlan(mask, labels_N, (labels_N >= 0).sum().double())
 
-    def audio(self, batch: Batch, ctx: StepContext) -> Tensor:
+    def audio(self, batch: Batch, plan: Plan) -> Tensor:
         """What the student hears."""
         return batch.wave_BT
 
@@ -140,7 +140,7 @@ class MaskedUnits(Objective):
     ) -> tuple[LossOutput, EncoderOutput]:
         assert isinstance(plan, UnitsPlan)
         labels_N = self.find_units(model, batch, plan.mask, ctx) if plan.labels_N is None else plan.labels_N
-        features = model.frontend.extract(self.audio(batch, ctx), batch.lengths_B)
+        features = model.frontend.extract(self.audio(batch, plan), batch.lengths_B)
         frames = model.frontend.project(features)
         x_BFD = torch.where(plan.mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
         encoded: EncoderOutput = model.encoder(Frames(x_BFD, frames.lengths_B, frames.rate_hz), ctx)

@@ -1,0 +1,110 @@
+"""data2vec: regress an averaging teacher's layers at masked frames (arXiv 2202.03555)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.schema import about, config
+from data_pipeline.types import Batch
+from pretrain.nn.ema import Teacher, annealed_decay
+from pretrain.nn.masking import FrameMask, draw_frame_mask, span_mask
+from pretrain.nn.spectral import normalize_frames
+from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+
+
+@config
+class Config:
+    name: Literal["data2vec"] = "data2vec"
+    mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.65
+    mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
+    top_layers: Annotated[int, about("the teacher's last so many layers are averaged", ge=1)] = 8
+    ema_start: Annotated[float, about("the teacher's decay at first", ge=0, le=1)] = 0.999
+    ema_end: Annotated[float, about("the teacher's decay later", ge=0, le=1)] = 0.9999
+    ema_steps: Annotated[int, about("updates from the one to the other", ge=1)] = 30_000
+
+
+@dataclass
+class MaskPlan(Plan):
+    mask: FrameMask
+    count: Tensor
+
+
+class Data2Vec(Objective):
+    """The teacher is an average of the encoder's blocks; it hears the unmasked frames of the same front end.
+
+    Target: feed-forward outputs of the last `top_layers` blocks before their residual sum, each normalised over time
+    per channel, averaged. Loss: squared error / √D, summed over masked frames and channels; counted in numbers.
+    """
+
+    def __init__(self, config: Config, shape: ModelShape) -> None:
+        super().__init__()
+        self.config, self.dim = config, shape.dim
+        self.top_layers = min(config.top_layers, shape.n_layers)
+        self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
+        self.regression = nn.Linear(shape.dim, shape.dim)
+        self.teacher: Teacher | None = None
+
+    def attach(self, model: SpeechModel) -> None:
+        self.teacher = Teacher(model.encoder)
+        self.teacher.copy.keep_ffn = True  # type: ignore[assignment]
+
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
+        def draw(length: int, rng: np.random.Generator) -> np.ndarray:
+            return span_mask(length, self.config.mask_prob, self.config.mask_span, rng)
+
+        mask = draw_frame_mask(model.frontend, batch, ctx, draw)
+        return MaskPlan(mask, mask.count * self.dim)
+
+    def forward(
+        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+    ) -> tuple[LossOutput, EncoderOutput]:
+        assert isinstance(plan, MaskPlan)
+        frames = model.frontend.project(model.frontend.extract(batch.wave_BT, batch.lengths_B))
+        targets_ND = self.targets(frames).flatten(0, 1)[plan.mask.flat_N]
+        x_BFD = torch.where(plan.mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
+        encoded: EncoderOutput = model.encoder(Frames(x_BFD, frames.lengths_B, frames.rate_hz), ctx)
+        predictions_ND = self.regression(encoded.final.x_BFD.flatten(0, 1)[plan.mask.flat_N]).float()
+        total = (predictions_ND - targets_ND).square().sum() / math.sqrt(self.dim)
+        count = plan.count.to(x_BFD.device)
+        frames_count = plan.mask.count.to(x_BFD.device)
+        metrics = {
+            "metric/masked_share": (frames_count, encoded.lengths_B.sum()),
+            "health/target_std": (deviation(targets_ND) * frames_count, frames_count),
+            "health/prediction_std": (deviation(predictions_ND) * frames_count, frames_count),
+        }
+        return LossOutput(total, count, metrics), encoded
+
+    @torch.no_grad()
+    def targets(self, frames: Frames) -> Tensor:
+        """(B, F, D) fp32."""
+        assert self.teacher is not None
+        output: EncoderOutput = self.teacher.copy(Frames(frames.x_BFD.detach(), frames.lengths_B, frames.rate_hz))
+        top = output.ffn_layers[-self.top_layers :]
+        total = torch.zeros_like(top[0], dtype=torch.float32)
+        for layer_BFD in top:
+            total += normalize_frames(layer_BFD.float(), output.lengths_B)
+        return total / len(top)
+
+    @torch.no_grad()
+    def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
+        """The blocks are averaged; positions and norms are the student's own (fairseq `ema_layers_only`)."""
+        assert self.teacher is not None
+        decay = annealed_decay(ctx.step, self.config.ema_start, self.config.ema_end, self.config.ema_steps)
+        self.teacher.follow(model.encoder, decay, lambda name: name.startswith("blocks."))
+
+
+def deviation(x_ND: Tensor) -> Tensor:
+    """Standard deviation over frames, averaged over channels: near 0 when all frames are alike, that is, collapsed."""
+    if len(x_ND) < 2:
+        return torch.zeros((), device=x_ND.device)
+    return x_ND.detach().float().std(0).mean()
+
+
+def build(config: Config, shape: ModelShape) -> Data2Vec:
+    return Data2Vec(config, shape)

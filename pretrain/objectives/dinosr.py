@@ -1,0 +1,130 @@
+"""DinoSR: name the online clusters that an averaging teacher's layers put masked frames into (arXiv 2305.10005)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.schema import about, config
+from data_pipeline.types import Batch
+from pretrain.nn.ema import Teacher, annealed_decay
+from pretrain.nn.masking import FrameMask, draw_frame_mask, span_mask
+from pretrain.nn.numerics import full_precision
+from pretrain.nn.quantizers import nearest_codes
+from pretrain.nn.spectral import normalize_frames
+from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+
+
+@config
+class Config:
+    name: Literal["dinosr"] = "dinosr"
+    mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.8
+    mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
+    top_layers: Annotated[int, about("the teacher's last so many layers have a codebook each", ge=1)] = 8
+    n_codes: Annotated[int, about("codes of each codebook", ge=2)] = 256
+    code_decay: Annotated[float, about("decay of the codes' running sums", ge=0, lt=1)] = 0.9
+    ema_start: Annotated[float, about("the teacher's decay at first", ge=0, le=1)] = 0.999
+    ema_end: Annotated[float, about("the teacher's decay later", ge=0, le=1)] = 0.9999
+    ema_steps: Annotated[int, about("updates from the one to the other", ge=1)] = 30_000
+    freeze_step: Annotated[int, about("from this update on the teacher stands still; 0: never", ge=0)] = 200_000
+
+
+@dataclass
+class MaskPlan(Plan):
+    mask: FrameMask
+    count: Tensor
+
+
+class DinoSR(Objective):
+    """One codebook and one classifier per teacher layer; all classifiers read the student's last layer (eq. 3–6)."""
+
+    def __init__(self, config: Config, shape: ModelShape) -> None:
+        super().__init__()
+        self.config = config
+        self.top_layers = min(config.top_layers, shape.n_layers)
+        self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
+        self.classifiers = nn.ModuleList(nn.Linear(shape.dim, config.n_codes) for _ in range(self.top_layers))
+        codes = F.normalize(torch.randn(self.top_layers, config.n_codes, shape.dim), dim=2)
+        self.register_buffer("sums_LVD", codes)
+        self.register_buffer("sizes_LV", torch.ones(self.top_layers, config.n_codes))
+        self.register_buffer("new_sums_LVD", torch.zeros_like(codes), persistent=False)
+        self.register_buffer("new_sizes_LV", torch.zeros(self.top_layers, config.n_codes), persistent=False)
+        self.sums_LVD: Tensor
+        self.sizes_LV: Tensor
+        self.new_sums_LVD: Tensor
+        self.new_sizes_LV: Tensor
+        self.teacher: Teacher | None = None
+
+    def attach(self, model: SpeechModel) -> None:
+        self.teacher = Teacher(model.encoder)
+        self.teacher.copy.keep_ffn = True  # type: ignore[assignment]
+
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
+        def draw(length: int, rng: np.random.Generator) -> np.ndarray:
+            return span_mask(length, self.config.mask_prob, self.config.mask_span, rng)
+
+        mask = draw_frame_mask(model.frontend, batch, ctx, draw)
+        return MaskPlan(mask, mask.count * self.top_layers)
+
+    def forward(
+        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+    ) -> tuple[LossOutput, EncoderOutput]:
+        assert isinstance(plan, MaskPlan)
+        frames = model.frontend.project(model.frontend.extract(batch.wave_BT, batch.lengths_B))
+        labels_LN = self.labels(frames, plan.mask)
+        x_BFD = torch.where(plan.mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
+        encoded: EncoderOutput = model.encoder(Frames(x_BFD, frames.lengths_B, frames.rate_hz), ctx)
+        masked_ND = encoded.final.x_BFD.flatten(0, 1)[plan.mask.flat_N]
+        total = torch.zeros((), device=x_BFD.device)
+        hits = torch.zeros_like(total)
+        count = plan.count.to(x_BFD.device)
+        metrics = {"metric/masked_share": (plan.mask.count.to(x_BFD.device), encoded.lengths_B.sum())}
+        for layer, classify in enumerate(self.classifiers):
+            logits_NV = classify(masked_ND).float()
+            total = total + F.cross_entropy(logits_NV, labels_LN[layer], reduction="sum")
+            hits = hits + (logits_NV.argmax(1) == labels_LN[layer]).sum()
+        use_V = torch.bincount(labels_LN[-1], minlength=self.config.n_codes).float()
+        metrics |= {"metric/accuracy": (hits, count), "hist/codes": (use_V, use_V.sum())}
+        return LossOutput(total, count, metrics), encoded
+
+    @torch.no_grad()
+    def labels(self, frames: Frames, mask: FrameMask) -> Tensor:
+        """Nearest code of each teacher layer at the masked frames, (L, N). In training, remembers what came to each."""
+        assert self.teacher is not None
+        output: EncoderOutput = self.teacher.copy(Frames(frames.x_BFD.detach(), frames.lengths_B, frames.rate_hz))
+        codes_LVD = self.sums_LVD / self.sizes_LV[:, :, None]
+        labels = []
+        for layer, x_BFD in enumerate(output.ffn_layers[-self.top_layers :]):
+            x_ND = normalize_frames(x_BFD.float(), output.lengths_B).flatten(0, 1)[mask.flat_N]
+            labels.append(nearest_codes(x_ND, codes_LVD[layer]))
+            if self.training:
+                self.new_sums_LVD[layer].index_add_(0, labels[-1], x_ND)
+                self.new_sizes_LV[layer] += torch.bincount(labels[-1], minlength=self.config.n_codes)
+        return torch.stack(labels)
+
+    @torch.no_grad()
+    def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
+        """Moves the teacher, and the codes that got frames in this update; a code without frames stays (α = 1)."""
+        assert self.teacher is not None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.new_sums_LVD)
+            dist.all_reduce(self.new_sizes_LV)
+        if not self.config.freeze_step or ctx.step < self.config.freeze_step:
+            with full_precision(self.sums_LVD.device):
+                decay_LV = torch.where(self.new_sizes_LV > 0, self.config.code_decay, 1.0)
+                self.sums_LVD.mul_(decay_LV[:, :, None]).add_(self.new_sums_LVD * (1 - decay_LV)[:, :, None])
+                self.sizes_LV.mul_(decay_LV).add_(self.new_sizes_LV * (1 - decay_LV))
+            decay = annealed_decay(ctx.step, self.config.ema_start, self.config.ema_end, self.config.ema_steps)
+            self.teacher.follow(model.encoder, decay, lambda name: name.startswith("blocks."))
+        self.new_sums_LVD.zero_()
+        self.new_sizes_LV.zero_()
+
+
+def build(config: Config, shape: ModelShape) -> DinoSR:
+    return DinoSR(config, shape)
