@@ -54,6 +54,11 @@ class Plan:
         self._layouts: OrderedDict[int, Layout] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
 
+    def largest_micro_batch(self) -> int:
+        """No micro-batch has more padded samples."""
+        mean = self.rules.worst_step(int(self._entries.samples_E.sum())) / self.rules.micro_batches
+        return int(max(self.rules.room(mean), self.rules.cap)) + self.rules.longest
+
     def layout(self, epoch: int) -> Layout:
         """Units, windows and step numbers of `epoch`."""
         return _kept(

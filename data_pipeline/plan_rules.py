@@ -90,10 +90,13 @@ class Rules:
             used = lower[np.searchsorted(self.edges, used, side="right")]
         return used
 
+    def worst_step(self, total: int) -> float:
+        """Mean samples of a step in the window that rounding treats worst, if passes hold `total` samples."""
+        return self.batch * (1 + 1 / max(1, min(MIN_STEPS, total // self.batch)))
+
     def check_cap(self, total: int) -> None:
         """Raises ConfigError if some micro-batch of `total` samples of audio could pass the memory cap."""
-        steps = max(1, min(MIN_STEPS, total // self.batch))
-        worst = self.batch * (1 + 1 / steps)  # samples of a step in the window that rounding treats worst
+        worst = self.worst_step(total)
 
         def over(micro_batches: int) -> bool:
             return self.cost(self.room(worst / micro_batches)) > self.cap

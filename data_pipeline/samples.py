@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,99 +39,104 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A segment that was read: wave is float32 in [-1, 1]; start: its first sample within the segment."""
+class Fetched:
+    """The bytes of a segment, not yet decoded. length, start: what is wanted of its n_samples."""
 
-    row: Row
-    key: str
-    wave: Wave
-    start: int
-    labels: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Found:
     row: Row
     key: str
     start: int
     length: int
     n_samples: int
+    labels: Mapping[str, str]
+    data: memoryview
+    raw: bool
+    """`data` is nothing but the crop's int16 samples."""
+    shard: str
+
+    def decode(self, out: Wave) -> None:
+        """Writes the audio to `out`, (length,), in [-1, 1]. Raises ShardError."""
+        if self.raw:
+            np.multiply(np.frombuffer(self.data, "<i2"), np.float32(1 / 32768), out=out)
+            return
+        try:
+            with soundfile.SoundFile(io.BytesIO(self.data)) as file:
+                header, expected = (file.samplerate, file.channels, file.frames), (SAMPLE_RATE, 1, self.n_samples)
+                if header != expected:
+                    raise ValueError(f"it holds (Hz, channels, samples) {header}, its index says {expected}")
+                if self.start:
+                    file.seek(self.start)
+                got = len(file.read(self.length, dtype="float32", out=out))
+            if got != self.length:
+                raise ValueError(f"it ends after {self.start + got} of {self.n_samples} samples")
+        except (soundfile.SoundFileError, ValueError) as error:
+            raise ShardError(self.shard, f"sample {self.key} cannot be decoded: {error}") from None
+
+
+@dataclass(frozen=True)
+class _Place:
     extent: Extent
     payload: slice
     """Where the audio lies in the extent."""
+    key: str
+    start: int
+    length: int
+    n_samples: int
     raw: bool
-    """The extent holds only the int16 samples of the crop."""
 
 
-def read_samples(files: ShardFiles, rows: Sequence[Row], labels: tuple[str, ...] = ()) -> list[Sample | ShardError]:
-    """Audio and labels of each row, or what was wrong with it."""
-    found: list[_Found | ShardError] = []
+def fetch(files: ShardFiles, rows: Sequence[Row], labels: tuple[str, ...] = ()) -> list[Fetched | ShardError]:
+    """Bytes and labels of each row, or what was wrong with it. All is read in one call, so that it can overlap."""
+    places: list[_Place | ShardError] = []
     for row in rows:
         try:
-            found.append(_find(files, row, labels))
+            places.append(_locate(files, row, labels))
         except ShardError as error:
-            found.append(error)
-    data = iter(files.read([f.extent for f in found if isinstance(f, _Found)]))
-    samples: list[Sample | ShardError] = []
-    for f in found:
-        got = next(data) if isinstance(f, _Found) else f
-        if isinstance(f, ShardError) or isinstance(got, ShardError):
-            samples.append(f if isinstance(f, ShardError) else got)  # type: ignore[arg-type]
+            places.append(error)
+    found = iter(files.read([place.extent for place in places if isinstance(place, _Place)]))
+    fetched: list[Fetched | ShardError] = []
+    for row, place in zip(rows, places, strict=True):
+        data = next(found) if isinstance(place, _Place) else place
+        if isinstance(place, ShardError) or isinstance(data, ShardError):
+            fetched.append(place if isinstance(place, ShardError) else data)  # type: ignore[arg-type]
             continue
+        shard = files.records[row.shard].shard
         try:
-            wave = _decode(f, got)
-            samples.append(Sample(f.row, f.key, wave, f.start, _labels(files, f, got, labels)))
-        except (soundfile.SoundFileError, ValueError, tarfile.TarError) as error:
-            shard = files.records[f.row.shard].shard
-            samples.append(ShardError(shard, f"sample {f.key} cannot be decoded: {error}"))
-    return samples
+            named = _labels(files.index(row.shard), row.row, data, labels)
+        except (tarfile.TarError, ValueError) as error:
+            fetched.append(ShardError(shard, f"the JSON of sample {place.key} cannot be read: {error}"))
+            continue
+        payload = memoryview(data)[place.payload]
+        numbers = (place.start, place.length, place.n_samples)
+        fetched.append(Fetched(row, place.key, *numbers, named, payload, place.raw, shard))
+    return fetched
 
 
-def _find(files: ShardFiles, row: Row, labels: tuple[str, ...]) -> _Found:
+def _locate(files: ShardFiles, row: Row, labels: tuple[str, ...]) -> _Place:
     index = files.index(row.shard)
     key, n_samples = index.text("key", row.row), int(index.n_samples[row.row])
     payload, size = int(index.payload_offset[row.row]), int(index.payload_size[row.row])
-    length = min(row.length, n_samples)
-    start = 0
+    length, start = min(row.length, n_samples), 0
     if length < n_samples:
         start = int(keyed_rng(*row.key_of_draw(key, "crop")).integers(0, n_samples - length + 1))
+    extent, inside, raw = Extent(row.shard, payload, size), slice(None), False
     if _needs_json(index, labels):
         offset, whole = (int(index.table.column(name)[row.row].as_py()) for name in ("offset", "size"))
-        inside = slice(payload - offset, payload - offset + size)
-        return _Found(row, key, start, length, n_samples, Extent(row.shard, offset, whole), inside, raw=False)
-    if index.text("suffix", row.row) == "wav" and size == WAV_HEADER + 2 * n_samples:
-        crop = Extent(row.shard, payload + WAV_HEADER + 2 * start, 2 * length)
-        return _Found(row, key, start, length, n_samples, crop, slice(None), raw=True)
-    return _Found(row, key, start, length, n_samples, Extent(row.shard, payload, size), slice(None), raw=False)
-
-
-def _decode(found: _Found, data: bytes) -> Wave:
-    if found.raw:
-        return np.frombuffer(data, "<i2").astype(np.float32) * np.float32(1 / 32768)
-    with soundfile.SoundFile(io.BytesIO(data[found.payload])) as file:
-        header, expected = (file.samplerate, file.channels, file.frames), (SAMPLE_RATE, 1, found.n_samples)
-        if header != expected:
-            raise ValueError(f"it holds (Hz, channels, samples) {header}, its index says {expected}")
-        if found.start:
-            file.seek(found.start)
-        wave: Wave = file.read(found.length, dtype="float32")
-    if len(wave) != found.length:
-        raise ValueError(f"it ends after {found.start + len(wave)} of {found.n_samples} samples")
-    return wave
+        extent, inside = Extent(row.shard, offset, whole), slice(payload - offset, payload - offset + size)
+    elif index.text("suffix", row.row) == "wav" and size == WAV_HEADER + 2 * n_samples:
+        extent, raw = Extent(row.shard, payload + WAV_HEADER + 2 * start, 2 * length), True
+    return _Place(extent, inside, key, start, length, n_samples, raw)
 
 
 def _needs_json(index: ShardIndex, labels: tuple[str, ...]) -> bool:
     return any(name not in index.table.column_names for name in labels)
 
 
-def _labels(files: ShardFiles, found: _Found, data: bytes, names: tuple[str, ...]) -> dict[str, str]:
+def _labels(index: ShardIndex, row: int, data: bytes, names: tuple[str, ...]) -> dict[str, str]:
     """Columns of the index, and whatever else is asked for from the sample's JSON or the `labels` inside it."""
-    index = files.index(found.row.shard)
     document: dict[str, Any] = _json_of(data) if _needs_json(index, names) else {}
-    nested = document.get("labels") or {}
-    columns = index.table.column_names
+    nested, columns = document.get("labels") or {}, index.table.column_names
     return {
-        name: index.text(name, found.row.row) if name in columns else str(document.get(name, nested.get(name, "")))
+        name: index.text(name, row) if name in columns else str(document.get(name, nested.get(name, "")))
         for name in names
     }
 
@@ -143,4 +148,4 @@ def _json_of(data: bytes) -> dict[str, Any]:
             if member.name.endswith(".json") and (file := members.extractfile(member)) is not None:
                 document: dict[str, Any] = json.loads(file.read())
                 return document
-    raise ValueError("it has no JSON member")
+    raise ValueError("there is none")

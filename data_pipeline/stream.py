@@ -7,116 +7,34 @@ that of ranks can change a batch, and a resume at any step starts there directly
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import logging
 import multiprocessing
 import os
-import resource
-import signal
-import sys
+import queue
+import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import Synchronized
+from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from data_pipeline import shards
 from data_pipeline.catalogue import load_catalogue
 from data_pipeline.config import ReaderConfig
 from data_pipeline.plan import Plan, accumulation, audio_per_step_check, make_plan
-from data_pipeline.samples import Row, Sample, read_samples
 from data_pipeline.schema import ConfigError
 from data_pipeline.shard_files import ShardError, ShardFiles
-from data_pipeline.types import Batch, Cursor, Step
+from data_pipeline.types import Cursor, Step
+from data_pipeline.workers import Loaded, PlannedBatches, Request, Slabs, become_worker
 
 log = logging.getLogger(__name__)
-Request = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a worker sends: a micro-batch and the size of its global step; or `error`. `skipped`: (shard, reason)."""
-
-    batch: Batch | None
-    samples: int = 0
-    padded_samples: int = 0
-    skipped: tuple[tuple[str, str], ...] = ()
-    error: str = ""
-
-    def pin_memory(self) -> Loaded:
-        """Called by torch's pinning thread."""
-        if self.batch is None:
-            return self
-        targets = {name: target.pin_memory() for name, target in self.batch.targets.items()}
-        wave_BT, lengths_B = self.batch.wave_BT.pin_memory(), self.batch.lengths_B.pin_memory()
-        return replace(self, batch=replace(self.batch, wave_BT=wave_BT, lengths_B=lengths_B, targets=targets))
-
-
-class PlannedBatches(Dataset[Loaded]):
-    """Micro-batches by request; lives in the worker processes."""
-
-    def __init__(self, plan: Plan, files: ShardFiles, config: ReaderConfig) -> None:
-        self.plan, self.files, self.config = plan, files, config
-
-    def __getitem__(self, request: Request) -> Loaded:
-        try:
-            return self._load(*request)
-        except ShardError as error:
-            return Loaded(None, error=str(error))
-
-    def _load(self, epoch: int, step: int, j: int) -> Loaded:
-        window, inside = self.plan.place(epoch, step)
-        rows = window.micro_batch(inside, j)
-        columns = (rows.shard_n, rows.row_n, rows.length_n, rows.repeat_n)
-        wanted = [
-            Row(int(s), int(r), int(n), int(k), epoch, self.plan.seed) for s, r, n, k in zip(*columns, strict=True)
-        ]
-        read, skipped = self._read(wanted)
-        read = read or [self._substitute(wanted[0])]
-        lengths = [len(sample.wave) for sample in read]
-        wave_BT = np.zeros((len(read), max(lengths)), np.float32)
-        for line, sample in zip(wave_BT, read, strict=True):
-            line[: len(sample.wave)] = sample.wave
-        batch = Batch(
-            torch.from_numpy(wave_BT),
-            torch.tensor(lengths),
-            tuple(sample.key for sample in read),
-            j,
-            labels={name: tuple(sample.labels[name] for sample in read) for name in self.config.labels},
-        )
-        return Loaded(batch, window.samples(inside), window.padded_samples(inside), tuple(skipped))
-
-    def _read(self, rows: list[Row]) -> tuple[list[Sample], list[tuple[str, str]]]:
-        read, skipped = [], []
-        for got in read_samples(self.files, rows, self.config.labels):
-            if isinstance(got, Sample):
-                read.append(got)
-            elif self.config.on_bad_shard == "error":
-                raise got
-            else:
-                skipped.append((got.shard, got.reason))
-        return read, skipped
-
-    def _substitute(self, row: Row) -> Sample:
-        """The first segment after `row`'s shard that can be read, so that no rank ever lacks a micro-batch."""
-        n_shards = len(self.plan.catalogue.shards)
-        for distance in range(1, n_shards + 1):
-            shard = (row.shard + distance) % n_shards
-            lengths = self.plan.catalogue.length_N[slice(*self.plan.catalogue.starts_S[shard : shard + 2])]
-            usable = np.flatnonzero(self.plan.rules.usable(np.asarray(lengths)))[:3]
-            others = [replace(row, shard=shard, row=int(r), length=min(row.length, int(lengths[r]))) for r in usable]
-            for got in read_samples(self.files, others, self.config.labels):
-                if isinstance(got, Sample):
-                    return got
-        raise ShardError(self.plan.catalogue.shards[row.shard], "cannot be read, nor can any other shard")
 
 
 class PlanReader:
-    """The StepReader over a plan. One `steps` iterator at a time."""
+    """The StepReader over a plan, for one rank. One `steps` iterator at a time."""
 
     def __init__(self, config: ReaderConfig, seed: int, rank: int, world: int) -> None:
         self.slots = accumulation(config.micro_batches, world)
@@ -125,13 +43,12 @@ class PlanReader:
         self.config, self.rank, self.world = config, rank, world
         records = shards.done_records(config.shards)
         self._files = ShardFiles(config.shards, records, 2 * config.shuffle_window, config.verify)
-        bad = self._files.check()
-        self._report(bad)
+        self._report(self._files.check())
         self.plan = make_plan(load_catalogue(self._files, config.cache), config, seed)
         self.plan_hash = self.plan.hash
         audio_per_step_check(self.plan, world, self.slots)
-        self._steps: Iterator[Step] | None = None
-        self._closing: Synchronized[int] = multiprocessing.Value("b", 0)
+        self._cursor = Cursor(self.plan_hash, 0, 0)
+        self._running: _Running | None = None
         atexit.register(_close, weakref.ref(self))
 
     def _report(self, bad: list[ShardError]) -> None:
@@ -146,70 +63,139 @@ class PlanReader:
         log.warning("leaving out %d bad shards: %s", len(bad), listed)
 
     def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
-        """Global steps from `cursor` on, for ever. Raises ConfigError for another plan, ShardError for a bad shard."""
+        """Global steps from `cursor` on, for ever; by default from where `load_state_dict` says, or the start.
+
+        Raises ConfigError if the cursor is of another plan, ShardError for a bad shard, RuntimeError for a dead worker.
+        """
         self.close()
-        cursor = cursor or Cursor(self.plan_hash, 0, 0)
+        cursor = cursor or self._cursor
         if cursor.plan_hash != self.plan_hash:
             raise ConfigError(
                 f"the checkpoint was made with data plan {cursor.plan_hash}, and this run's is {self.plan_hash}: the "
                 "shards, the seed, or a data.* field that shapes batches changed; restore it, or start a new run"
             )
-        self._steps = self._run(cursor)
-        return self._steps
+        self._running = _Running(self, cursor)
+        return self._follow(self._running)
+
+    def _follow(self, running: _Running) -> Iterator[Step]:
+        for step in running:
+            self._cursor = step.after
+            yield step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the step yielded last ends: all that a resume needs, on any number of ranks and workers."""
+        return {"plan_hash": self._cursor.plan_hash, "epoch": self._cursor.epoch, "step": self._cursor.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes the next `steps()` go on from there."""
+        self._cursor = Cursor(str(state["plan_hash"]), int(state["epoch"]), int(state["step"]))
 
     def close(self) -> None:
         """Stops the workers."""
-        if self._steps is not None:
-            self._steps.close()  # type: ignore[attr-defined]
-            self._steps = None
+        if self._running is not None:
+            self._running.close()
+            self._running = None
         self._files.close()
 
-    def _run(self, cursor: Cursor) -> Iterator[Step]:
-        requests = _Requests(self.plan, cursor, self.rank, self.world)
-        self._closing.value = 0
-        loaded = iter(self._loader(requests))
-        where = cursor
-        try:
-            while True:
-                parts = [self._next(loaded) for _ in range(self.slots)]
-                last = where.step + 1 == self.plan.layout(where.epoch).steps
-                where = Cursor(self.plan_hash, where.epoch + last, 0 if last else where.step + 1)
-                batches = tuple(part.batch for part in parts if part.batch is not None)
-                skipped = sum(len(part.skipped) for part in parts)
-                yield Step(batches, parts[0].samples, parts[0].padded_samples, where, skipped)
-        finally:
-            self._closing.value = 1
-            del loaded  # ends the workers
 
-    def _next(self, loaded: Iterator[Loaded]) -> Loaded:
+class _Running:
+    """An iteration under way: workers, and a thread that turns what they send into steps ahead of the trainer."""
+
+    def __init__(self, reader: PlanReader, cursor: Cursor) -> None:
+        self._plan, self._slots, self._config, self._rank = reader.plan, reader.slots, reader.config, reader.rank
+        self._where = cursor
+        self._closing: Synchronized[int] = multiprocessing.Value("b", 0)
+        self._pin = torch.cuda.is_available()
+        self._slabs: Slabs | None = None
+        requests = _Requests(reader.plan, cursor, reader.rank, reader.world)
+        # Workers are forked here and not in the thread: they are tied to the life of the thread that forks them.
+        self._loaded: Iterator[Loaded] = iter(self._loader(requests, reader._files))
+        self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=1)
+        self._thread: threading.Thread | None = None
+        if reader.config.workers:
+            self._thread = threading.Thread(target=self._work, name="auricle-reader", daemon=True)
+            self._thread.start()
+
+    def _loader(self, requests: _Requests, files: ShardFiles) -> DataLoader[Loaded]:
+        workers = self._config.workers
+        if not workers:
+            return DataLoader(PlannedBatches(self._plan, files, self._config, None), sampler=requests, batch_size=None)
+        ahead = max(2, -(-self._config.prefetch * self._slots // workers))
+        self._slabs = Slabs(workers, ahead, self._plan.largest_micro_batch())
+        batches = PlannedBatches(self._plan, files, self._config, self._slabs)
+        begin = functools.partial(become_worker, os.getpid(), self._closing)
+        return DataLoader(
+            batches, sampler=requests, batch_size=None, num_workers=workers, prefetch_factor=ahead,
+            multiprocessing_context="fork", worker_init_fn=begin,
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Step]:
         try:
-            part = next(loaded)
+            while not self._closing.value:
+                got = self._wait() if self._thread else self._next_step()
+                if isinstance(got, BaseException):
+                    raise got
+                yield got
         except (RuntimeError, OSError, EOFError) as error:  # what comes of a worker that is dead or silent
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RuntimeError(
-                f"the data workers of rank {self.rank} stopped: {reason} (data.timeout_seconds="
-                f"{self.config.timeout_seconds:g}). A worker killed by the system usually means too little memory: "
-                "lower data.workers or data.prefetch"
+                f"the data workers of rank {self._rank} stopped: {reason}. A worker killed by the system usually means "
+                "too little memory: lower data.workers or data.prefetch"
             ) from error
+        finally:
+            self.close()
+
+    def _wait(self) -> Step | BaseException:
+        try:
+            return self._ready.get(timeout=self._config.timeout_seconds)
+        except queue.Empty:
+            raise RuntimeError(f"no data for data.timeout_seconds={self._config.timeout_seconds:g}") from None
+
+    def _work(self) -> None:
+        got: Step | BaseException | None = None
+        while not self._closing.value and not isinstance(got, BaseException):
+            try:
+                got = self._next_step()
+            except BaseException as error:  # handed to the trainer's thread
+                got = error
+            while not self._closing.value:
+                try:
+                    self._ready.put(got, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+
+    def _next_step(self) -> Step:
+        parts, batches = [], []
+        for _ in range(self._slots):
+            part = self._next()
+            parts.append(part)
+            batches.append(part.batch(self._slabs, self._pin))
+        where = self._where
+        last = where.step + 1 == self._plan.layout(where.epoch).steps
+        self._where = Cursor(where.plan_hash, where.epoch + last, 0 if last else where.step + 1)
+        skipped = sum(len(part.skipped) for part in parts)
+        return Step(tuple(batches), parts[0].samples, parts[0].padded_samples, self._where, skipped)
+
+    def _next(self) -> Loaded:
+        part = next(self._loaded)
         if part.error:
-            raise ShardError(*part.error.split(": ", 1))
+            raise ShardError(*part.error)
         for shard, reason in part.skipped:
             log.warning("left out a segment: %s: %s", shard, reason)
         return part
 
-    def _loader(self, requests: _Requests) -> DataLoader[Loaded]:
-        workers = self.config.workers
-        batches = PlannedBatches(self.plan, self._files, self.config)
-        if not workers:
-            return DataLoader(batches, sampler=requests, batch_size=None)
-        _allow_open_files()
-        begin = functools.partial(_become_worker, os.getpid(), self._closing)
-        ahead = max(2, -(-self.config.prefetch * self.slots // workers))
-        return DataLoader(
-            batches, sampler=requests, batch_size=None, num_workers=workers, prefetch_factor=ahead,
-            timeout=self.config.timeout_seconds, multiprocessing_context="fork", worker_init_fn=begin,
-            pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
+    def close(self) -> None:
+        """Ends thread and workers."""
+        self._closing.value = 1
+        if self._thread is not None:
+            self._thread.join(timeout=1)
+            if self._thread.is_alive():  # it waits for a worker that is dead or stuck
+                for worker in getattr(self._loaded, "_workers", ()):
+                    worker.terminate()
+                self._thread.join(timeout=20)
+            self._thread = None
+        self._loaded = iter(())  # the loader's iterator ends its workers when nothing refers to it
 
 
 class _Requests(Sampler[Request]):
@@ -227,30 +213,9 @@ class _Requests(Sampler[Request]):
             epoch, step = epoch + 1, 0
 
 
-def _become_worker(parent: int, closing: Synchronized[int], _: int) -> None:
-    """Signals in a worker: it ends when its trainer does, even by `kill -9`, and not before.
-
-    A cluster signals every process of a job to ask for a checkpoint; the trainer needs its data until that is written.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)
-
-
 def _close(reader: weakref.ref[PlanReader]) -> None:
     if (alive := reader()) is not None:
         alive.close()
-
-
-def _allow_open_files() -> None:
-    """Every batch in flight holds a file descriptor of shared memory."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def open_reader(config: ReaderConfig, seed: int, rank: int, world: int) -> PlanReader:

@@ -111,6 +111,21 @@ def test_resume_from_any_step_gives_the_rest(corpus: Path) -> None:
     assert time.perf_counter() - start < 5
 
 
+def test_state_dict_goes_on_where_it_was_taken(corpus: Path) -> None:
+    whole = take(reader_of(corpus), 6)
+    reader = reader_of(corpus, workers=2)
+    steps = reader.steps()
+    for _ in range(3):
+        next(steps)
+    state = reader.state_dict()
+    reader.close()
+    assert state == {"plan_hash": reader.plan_hash, "epoch": 0, "step": 3}
+    other = reader_of(corpus)
+    other.load_state_dict(state)
+    for a, b in zip(whole[3:], other.steps(), strict=False):
+        assert all(same(x, y) for x, y in zip(a.batches, b.batches, strict=True))
+
+
 def test_another_plan_is_refused(corpus: Path) -> None:
     cursor = take(reader_of(corpus), 1)[0].after
     with pytest.raises(ConfigError, match="the checkpoint was made with data plan"):
@@ -212,10 +227,15 @@ def children_of(pid: int) -> list[psutil.Process]:
 
 def test_close_and_abandoned_iterators_leave_no_process(corpus: Path) -> None:
     reader = reader_of(corpus, workers=2)
-    next(iter(reader.steps()))
+    first = reader.steps()
+    next(first)
     assert len(children_of(os.getpid())) == 2
-    next(iter(reader.steps()))  # a second iterator ends the first one's workers
+    second = reader.steps()  # ends the first one's workers
+    next(second)
     assert len(children_of(os.getpid())) == 2
+    del second
+    assert not children_of(os.getpid())
+    next(reader.steps())
     reader.close()
     assert not children_of(os.getpid())
 
