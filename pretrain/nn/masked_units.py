@@ -16,8 +16,8 @@ from data_pipeline.types import Batch
 from pretrain.nn.ema import Teacher
 from pretrain.nn.kmeans import from_first_rank, gather_rows, kmeans
 from pretrain.nn.masking import FrameMask, draw_frame_mask, frame_width, span_mask
-from pretrain.nn.numerics import full_precision, rate_ratio
-from pretrain.nn.quantizers import nearest_codes
+from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
+from pretrain.nn.quantizers import RandomProjectionQuantizer, nearest_codes
 from pretrain.nn.spectral import LogMel, Mfcc
 from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
 
@@ -32,7 +32,11 @@ class MaskedUnitsConfig:
     label_rate_hz: Annotated[float, about("rate of the labels that come with the data", gt=0)] = 50.0
     units: Annotated[int, about("number of units K", ge=2)] = 100
     features: Annotated[
-        Literal["mfcc", "log_mel"], about("what k-means clusters after the first update, until a relabelling")
+        Literal["mfcc", "log_mel", "best_rq"],
+        about(
+            "what the first units are: k-means clusters of MFCC or log-mel frames, or random codes of PCA-whitened "
+            "log-mel; fitted to the first update's frames"
+        ),
     ] = "mfcc"
     relabel_step: Annotated[
         int, about("after this update, units are k-means clusters of a layer of the model itself; 0: never", ge=0)
@@ -96,12 +100,17 @@ class MaskedUnits(Objective):
             for _ in self.predict_layers
         )
         self.features: Mfcc | LogMel = Mfcc() if config.features == "mfcc" else LogMel()
-        feature_dim = self.features.dim
+        self.stacked = rate_ratio(self.features.rate_hz, shape.rate_hz) if config.features == "best_rq" else 1
+        self.quantizer = (
+            RandomProjectionQuantizer(self.features.dim * self.stacked, 16, config.units)
+            if config.features == "best_rq" and not config.labels
+            else None
+        )
         self.teacher: Teacher | None = None
-        if not config.labels:
-            self.register_buffer("centres_KD", torch.randn(config.units, feature_dim))
-            if config.relabel_step:
-                self.register_buffer("layer_centres_KD", torch.randn(later_units, shape.dim))
+        if not config.labels and self.quantizer is None:
+            self.register_buffer("centres_KD", torch.randn(config.units, self.features.dim))
+        if not config.labels and config.relabel_step:
+            self.register_buffer("layer_centres_KD", torch.randn(later_units, shape.dim))
         self.centres_KD: Tensor
         self.layer_centres_KD: Tensor
         self._seen: list[Tensor] = []
@@ -185,22 +194,30 @@ class MaskedUnits(Objective):
             assert self.teacher is not None
             encoded: EncoderOutput = self.teacher.copy(batch.wave_BT, batch.lengths_B)
             return nearest_codes(encoded.layers[-1].flatten(0, 1)[mask.flat_N], self.layer_centres_KD)
-        features: Frames = self.features(batch.wave_BT, batch.lengths_B)
+        features = stack_frames(self.features(batch.wave_BT, batch.lengths_B), self.stacked)
         if self.training and ctx.step == 0:
             self._seen.append(features.x_BFD[features.valid_BF()])
         ratio = rate_ratio(features.rate_hz, self.shape.rate_hz)
         thinned_BFD = features.x_BFD[:, ::ratio]
         missing = mask.mask_BF.shape[1] - thinned_BFD.shape[1]
         thinned_BFD = F.pad(thinned_BFD, (0, 0, 0, max(missing, 0)))[:, : mask.mask_BF.shape[1]]
-        return nearest_codes(thinned_BFD.flatten(0, 1)[mask.flat_N], self.centres_KD)
+        masked_ND = thinned_BFD.flatten(0, 1)[mask.flat_N]
+        units_N: Tensor = (
+            nearest_codes(masked_ND, self.centres_KD) if self.quantizer is None else self.quantizer(masked_ND)
+        )
+        return units_N
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
-        """Fits k-means to the frames of this update, if it is the first one or that of the relabelling."""
+        """Fits the units to the frames of this update, if it is the first one or that of the relabelling."""
         if not self._seen:
             return
         rows_ND = gather_rows(torch.cat(self._seen))
         self._seen.clear()
+        if ctx.step == 0 and self.quantizer is not None:
+            self.quantizer.whiten(rows_ND)
+            from_first_rank(self.quantizer.projection_DC)
+            return
         seed = keyed_seed(ctx.seed, ctx.step, "units")
         book_KD = self.centres_KD if ctx.step == 0 else self.layer_centres_KD
         book_KD.copy_(from_first_rank(kmeans(rows_ND, len(book_KD), seed)))

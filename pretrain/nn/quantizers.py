@@ -31,14 +31,38 @@ class RandomProjectionQuantizer(nn.Module):
         projection = nn.init.xavier_uniform_(torch.empty(in_dim, code_dim))
         self.register_buffer("projection_DC", projection)
         self.register_buffer("codebook_KC", F.normalize(torch.randn(n_codes, code_dim), dim=1))
+        self.register_buffer("mean_D", torch.zeros(in_dim))
+        self.mean_D: Tensor
         self.projection_DC: Tensor
         self.codebook_KC: Tensor
+
+    def project(self, x_ND: Tensor) -> Tensor:
+        """(N, in_dim) to unit-norm (N, code_dim)."""
+        with full_precision(x_ND.device):
+            return F.normalize((x_ND.float() - self.mean_D) @ self.projection_DC, dim=1)
 
     @torch.no_grad()
     def forward(self, x_ND: Tensor) -> Tensor:
         """(N, in_dim) features to (N,) labels."""
+        return nearest_codes(self.project(x_ND), self.codebook_KC)
+
+    @torch.no_grad()
+    def whiten(self, x_ND: Tensor) -> None:
+        """Replaces the random projection by the first principal axes of `x_ND`, each scaled to deviation 1.
+
+        Random directions mix mostly what varies most; whitened ones give each axis its say (arXiv 2606.30671).
+        """
         with full_precision(x_ND.device):
-            return nearest_codes(F.normalize(x_ND.float() @ self.projection_DC, dim=1), self.codebook_KC)
+            mean_D = x_ND.float().mean(0)
+            centred_ND = (x_ND.float() - mean_D).double()
+            variances_D, axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / max(len(x_ND) - 1, 1))
+            top = slice(-self.projection_DC.shape[1], None)
+            scale_C = variances_D[top].clamp(min=1e-8).rsqrt()
+            # an axis has no sign of its own: the largest entry is made positive, so that all machines agree
+            axes_DC = axes_DD[:, top]
+            axes_DC = axes_DC * axes_DC.gather(0, axes_DC.abs().argmax(0, keepdim=True)).sign()
+            self.mean_D.copy_(mean_D)
+            self.projection_DC.copy_((axes_DC * scale_C).float())
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.keyed_random import keyed_rng
+from data_pipeline.keyed_random import keyed_rng, keyed_seed
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
+from pretrain.nn.kmeans import from_first_rank, gather_rows, kmeans
 from pretrain.nn.masking import FrameMask, block_mask, draw_frame_mask
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.quantizers import RandomProjectionQuantizer
@@ -25,6 +26,10 @@ class Config:
     name: Literal["best_rq"] = "best_rq"
     n_codes: Annotated[int, about("codes of the codebook", ge=2)] = 8192
     code_dim: Annotated[int, about("dimensions of a code", ge=1)] = 16
+    projection: Annotated[
+        Literal["random", "pca"], about("random, or the whitened principal axes of the first update's frames")
+    ] = "random"
+    refine: Annotated[bool, about("move the codes by k-means on the first update's frames")] = False
     codebooks: Annotated[int, about("independent random codebooks, each with its own classifier", ge=1)] = 1
     mask_share: Annotated[float, about("share of the frames that is masked", gt=0, le=1)] = 0.6
     mask_block: Annotated[int, about("encoder frames per masked block", ge=1)] = 4
@@ -54,6 +59,8 @@ class BestRQ(Objective):
             RandomProjectionQuantizer(config.target_mels * self.mels_per_frame, config.code_dim, config.n_codes)
             for _ in range(config.codebooks)
         )
+        self._seen: list[Tensor] = []
+        """Frames of the first update, if the quantisers are fitted to them; empty between updates."""
         self.classifiers = nn.ModuleList(nn.Linear(shape.dim, config.n_codes) for _ in range(config.codebooks))
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
@@ -70,8 +77,13 @@ class BestRQ(Objective):
         noise = torch.from_numpy(noise_BFD).to(batch.wave_BT.device, non_blocking=True)
         return MaskPlan(mask, noise * self.config.noise_std, mask.count * self.config.codebooks)
 
+    @property
+    def fitted(self) -> bool:
+        """Whether the first update's frames shape the quantisers."""
+        return self.config.refine or self.config.projection == "pca"
+
     @torch.no_grad()
-    def targets(self, batch: Batch, mask: FrameMask) -> list[Tensor]:
+    def targets(self, batch: Batch, mask: FrameMask, ctx: StepContext) -> list[Tensor]:
         """Codes of the masked frames, one (N,) tensor per codebook."""
         mel = self.mel(batch.wave_BT, batch.lengths_B)
         stacked_BFD = stack_frames(mel, self.mels_per_frame).x_BFD
@@ -79,6 +91,8 @@ class BestRQ(Objective):
         missing = mask.mask_BF.shape[1] - stacked_BFD.shape[1]
         stacked_BFD = F.pad(stacked_BFD, (0, 0, 0, max(missing, 0)))[:, : mask.mask_BF.shape[1]]
         masked_ND = stacked_BFD.flatten(0, 1)[mask.flat_N]
+        if self.fitted and self.training and ctx.step == 0:
+            self._seen.append(masked_ND)
         return [quantizer(masked_ND) for quantizer in self.quantizers]
 
     def masked_features(self, features: Frames, plan: MaskPlan) -> Frames:
@@ -98,7 +112,9 @@ class BestRQ(Objective):
         total = masked_ND.new_zeros((), dtype=torch.float32)
         hits = torch.zeros_like(total)
         histogram_C = torch.zeros(self.config.n_codes * self.config.codebooks, device=total.device)
-        for book, (classify, labels_N) in enumerate(zip(self.classifiers, self.targets(batch, plan.mask), strict=True)):
+        for book, (classify, labels_N) in enumerate(
+            zip(self.classifiers, self.targets(batch, plan.mask, ctx), strict=True)
+        ):
             logits_NC = classify(masked_ND)
             with full_precision(total.device):
                 total = total + F.cross_entropy(logits_NC.float(), labels_N, reduction="sum")
@@ -112,6 +128,23 @@ class BestRQ(Objective):
             "hist/codes": (histogram_C, count),
         }
         return LossOutput(total, count, metrics), encoded
+
+    @torch.no_grad()
+    def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
+        """After the first update: principal axes and refined codes, from its masked frames."""
+        if not self._seen:
+            return
+        rows_ND = gather_rows(torch.cat(self._seen))
+        self._seen.clear()
+        for book, quantizer in enumerate(self.quantizers):
+            assert isinstance(quantizer, RandomProjectionQuantizer)
+            if self.config.projection == "pca":
+                quantizer.whiten(rows_ND)
+                from_first_rank(quantizer.projection_DC)
+            if self.config.refine:
+                seed = keyed_seed(ctx.seed, book, "refine")
+                centres_KC = kmeans(quantizer.project(rows_ND), self.config.n_codes, seed)
+                quantizer.codebook_KC.copy_(from_first_rank(F.normalize(centres_KC, dim=1)))
 
 
 def build(config: Config, shape: ModelShape) -> BestRQ:

@@ -15,7 +15,6 @@ from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
 from pretrain.nn.ema import Teacher, annealed_decay
 from pretrain.nn.masking import FrameMask, draw_frame_mask, span_mask
-from pretrain.nn.numerics import full_precision
 from pretrain.nn.quantizers import nearest_codes
 from pretrain.nn.spectral import normalize_frames
 from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
@@ -115,11 +114,10 @@ class DinoSR(Objective):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.new_sums_LVD)
             dist.all_reduce(self.new_sizes_LV)
+        decay_LV = torch.where(self.new_sizes_LV > 0, self.config.code_decay, 1.0)
+        self.sums_LVD.mul_(decay_LV[:, :, None]).add_(self.new_sums_LVD * (1 - decay_LV)[:, :, None])
+        self.sizes_LV.mul_(decay_LV).add_(self.new_sizes_LV * (1 - decay_LV))
         if not self.config.freeze_step or ctx.step < self.config.freeze_step:
-            with full_precision(self.sums_LVD.device):
-                decay_LV = torch.where(self.new_sizes_LV > 0, self.config.code_decay, 1.0)
-                self.sums_LVD.mul_(decay_LV[:, :, None]).add_(self.new_sums_LVD * (1 - decay_LV)[:, :, None])
-                self.sizes_LV.mul_(decay_LV).add_(self.new_sizes_LV * (1 - decay_LV))
             decay = annealed_decay(ctx.step, self.config.ema_start, self.config.ema_end, self.config.ema_steps)
             self.teacher.follow(model.encoder, decay, lambda name: name.startswith("blocks."))
         self.new_sums_LVD.zero_()

@@ -33,6 +33,7 @@ SMALL = {
     "negatives": 20,
     "mask_block": 2,
     "mask_span": 4,
+    "units": 32,
 }
 """Fields made small wherever a plug-in has them."""
 

@@ -1,0 +1,31 @@
+"""The project's default: few frames, cheap targets, then its own.
+
+PCA-whitened BEST-RQ codes first; after `relabel_step` updates, k-means units of a middle layer (as HuBERT's second
+iteration, without its second run); plain softmax, supervised at a middle layer and at the last (as Fast-HuBERT).
+An unpublished combination of published parts; LOG.md holds what was measured.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from data_pipeline.schema import about, config
+from pretrain.nn.masked_units import MaskedUnits, MaskedUnitsConfig
+from pretrain.types import ModelShape
+
+
+@config
+class Config(MaskedUnitsConfig):
+    name: Literal["efficient"] = "efficient"
+    features: Annotated[
+        Literal["mfcc", "log_mel", "best_rq"], about("the first units; best_rq: random codes of PCA-whitened log-mel")
+    ] = "best_rq"
+    units: Annotated[int, about("number of the first units", ge=2)] = 2048
+    relabel_units: Annotated[int, about("number of units after the relabelling; 0: as before", ge=0)] = 1000
+    mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 5
+    projection_dim: Annotated[int, about("0: plain softmax; else the dimensions of HuBERT's cosine", ge=0)] = 0
+    penalty_weight: Annotated[float, about("weight of the mean square of a stem's output", ge=0)] = 0.0
+
+
+def build(config: Config, shape: ModelShape) -> MaskedUnits:
+    return MaskedUnits(config, shape)

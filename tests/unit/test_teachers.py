@@ -1,0 +1,150 @@
+"""EMA teachers, online codebooks, whitening and mixtures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from data_pipeline.types import Batch
+from pretrain.nn.ema import Teacher, annealed_decay
+from pretrain.nn.quantizers import RandomProjectionQuantizer
+from pretrain.objectives.data2vec import Data2Vec, deviation
+from pretrain.objectives.dinosr import DinoSR
+from pretrain.objectives.wavlm import MixturePlan, WavLM
+from pretrain.types import StepContext
+from tests.contract.cases import batch, make
+
+
+def test_a_teacher_follows_and_never_trains() -> None:
+    student = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    teacher = Teacher(student)
+    before = teacher.copy[0].weight.clone()  # type: ignore[index]
+    with torch.no_grad():
+        student[0].weight.add_(1.0)
+        student[0].bias.add_(1.0)
+    teacher.follow(student, 0.9, lambda name: name.endswith("weight"))
+    torch.testing.assert_close(teacher.copy[0].weight, before + 0.1)  # type: ignore[index]
+    torch.testing.assert_close(teacher.copy[0].bias, student[0].bias)  # type: ignore[index]
+    assert not nn.ModuleList([teacher]).train()[0].training
+    assert not any(weight.requires_grad for weight in teacher.parameters())
+
+
+def test_ema_schedule() -> None:
+    assert annealed_decay(0, 0.999, 0.9999, 30_000) == 0.999
+    assert annealed_decay(15_000, 0.999, 0.9999, 30_000) == pytest.approx(0.99945)
+    assert annealed_decay(90_000, 0.999, 0.9999, 30_000) == 0.9999
+
+
+def test_data2vec_targets_ignore_the_mask_and_have_unit_scale() -> None:
+    module = make("data2vec").eval()
+    objective, model = module.objective, module.model
+    assert isinstance(objective, Data2Vec)
+    frames = model.frontend.project(model.frontend.extract(batch().wave_BT, batch().lengths_B))
+    targets = objective.targets(frames)
+    assert not targets.requires_grad
+    length = int(frames.lengths_B[1])
+    assert targets[1, :length].mean(0).abs().max() < 1e-4
+    assert targets[1, length:].abs().max() == 0
+
+
+def test_a_collapse_shows_in_the_deviation() -> None:
+    """Trap: a guard that looks at the variance over channels misses frames that are all alike."""
+    assert float(deviation(torch.randn(1, 64).expand(100, 64))) == pytest.approx(0.0, abs=1e-6)
+    assert float(deviation(torch.randn(1000, 64))) == pytest.approx(1.0, abs=0.05)
+
+
+def test_dinosr_codes_move_only_where_frames_came() -> None:
+    module = make("dinosr")
+    objective = module.objective
+    assert isinstance(objective, DinoSR)
+    sums, sizes = objective.sums_LVD.clone(), objective.sizes_LV.clone()
+    ctx = StepContext(0, 0)
+    plan = module.prepare(batch(), ctx)
+    module(batch(), plan, plan.counts_K, ctx)
+    new_sums, new_sizes = objective.new_sums_LVD.clone(), objective.new_sizes_LV.clone()
+    assert int(new_sizes[0].sum()) == int(plan.plan.count) // objective.top_layers
+    module.after_step(ctx)
+    used = new_sizes > 0
+    assert used.any()
+    assert not used.all()
+    torch.testing.assert_close(objective.sums_LVD[used], 0.9 * sums[used] + 0.1 * new_sums[used])
+    torch.testing.assert_close(objective.sizes_LV[used], 0.9 * sizes[used] + 0.1 * new_sizes[used])
+    assert torch.equal(objective.sums_LVD[~used], sums[~used])
+    assert float(objective.new_sizes_LV.sum()) == 0
+
+
+def test_whitening_spreads_the_codes() -> None:
+    """Few directions carry the variance of log-mel; random codes of whitened axes are used more evenly."""
+    x_ND = torch.randn(4000, 40) * torch.logspace(1, -1, 40)
+    quantizer = RandomProjectionQuantizer(40, 8, 256)
+
+    def entropy() -> float:
+        share = torch.bincount(quantizer(x_ND), minlength=256).float() / len(x_ND)
+        return float(-torch.xlogy(share, share).sum()) / math.log(256)
+
+    random = entropy()
+    quantizer.whiten(x_ND)
+    whitened = ((x_ND - quantizer.mean_D) @ quantizer.projection_DC).std(0)
+    torch.testing.assert_close(whitened, torch.ones(8), rtol=1e-3, atol=1e-3)
+    assert entropy() > max(random, 0.9)
+
+
+def test_best_rq_fits_its_codes_after_the_first_update() -> None:
+    module = make("best_rq", projection="pca", refine=True, codebooks=2)
+    before = module.state_dict()
+    before = {name: value.clone() for name, value in before.items() if "quantizers" in name}
+    for step in range(2):
+        ctx = StepContext(0, step)
+        plan = module.prepare(batch(), ctx)
+        loss, _ = module(batch(), plan, plan.counts_K, ctx)
+        assert torch.isfinite(loss)
+        module.after_step(ctx)
+        now = module.state_dict()
+        if step == 0:
+            assert not any(torch.equal(now[name], value) for name, value in before.items())
+            fitted = {name: now[name].clone() for name in before}
+    assert all(torch.equal(now[name], value) for name, value in fitted.items())
+
+
+def test_mixtures_have_the_asked_level_and_leave_half_alone() -> None:
+    module = make("wavlm", mix_prob=1.0, noise_share=0.0, speech_snr_db=[-5.0, -5.0])
+    objective = module.objective
+    assert isinstance(objective, WavLM)
+    data = batch((1.4, 1.0, 1.2))
+    for step in range(20):
+        plan = objective.prepare(module.model, data, StepContext(0, step))
+        assert isinstance(plan, MixturePlan)
+        added = plan.mixed_BT - data.wave_BT
+        for row, length in enumerate(data.lengths_B.tolist()):
+            touched = added[row].nonzero()[:, 0]
+            if len(touched) < 100:
+                continue
+            assert int(touched[-1]) < length
+            assert int(touched[-1] - touched[0]) < length // 2
+            power = (
+                added[row, touched[0] : touched[-1] + 1].square().mean() / data.wave_BT[row, :length].square().mean()
+            )
+            assert 10 * math.log10(float(power)) == pytest.approx(5.0, abs=0.1)
+
+
+def test_mixing_leaves_the_labels_alone() -> None:
+    clean, mixed = make("wavlm", mix_prob=0.0), make("wavlm", mix_prob=1.0)
+    mixed.load_state_dict(clean.state_dict())
+    ctx = StepContext(0, 4)
+    histograms = []
+    for module in (clean, mixed):
+        plan = module.prepare(batch(), ctx)
+        _, metrics = module(batch(), plan, plan.counts_K, ctx)
+        histograms.append(metrics["hist/codes"][0])
+    assert torch.equal(*histograms)
+
+
+def test_a_batch_of_one_can_mix_with_itself() -> None:
+    module = make("wavlm", mix_prob=1.0)
+    data = batch((1.0,))
+    plan = module.objective.prepare(module.model, Batch(data.wave_BT, data.lengths_B, data.keys, 0), StepContext(0, 1))
+    assert isinstance(plan, MixturePlan)
+    assert torch.isfinite(plan.mixed_BT).all()
