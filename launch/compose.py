@@ -73,6 +73,7 @@ def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str])
         plain = not OverridesParser.create().parse_override(f"++{name}={value}").is_sweep_override()
     except HydraException:
         plain = False
+    plain = plain and "\\" not in value  # Hydra would drop some
     return f"++{name}={value}" if plain else f"++{name}={_quoted(value)}"
 
 

@@ -33,8 +33,10 @@ def prepare(job: PretrainJob) -> Path:
 
     Raises ConfigError when the folder holds checkpoints of a run with another config.
     """
-    if "/" in job.name or job.name in (".", ".."):
-        raise ConfigError(f"name={job.name!r}: the name of a folder inside {job.runs}, so it cannot hold a slash")
+    if any(sign in job.name for sign in "/\\") or job.name in (".", "..") or not job.name.isprintable():
+        raise ConfigError(
+            f"name={job.name!r}: it names a folder inside {job.runs}; slashes and control signs cannot be"
+        )
     folder = Path(job.runs) / job.name
     launcher = dump(job)["launcher"]
     values = dump(run_config(job))

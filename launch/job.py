@@ -34,7 +34,9 @@ def read(verb: str, kind: type[T], arguments: list[str], switches: tuple[str, ..
             near = difflib.get_close_matches(switch, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(f"there is no switch {switch}; {hint}there are: {', '.join(known)}")
-    values = compose(verb, [argument for argument in arguments if argument not in given])
+    overrides = [argument for argument in arguments if argument not in given]
+    values = compose(verb, overrides)
+    _keep_texts(kind, values, overrides)
     if "--help" in given or "-h" in given:
         show_help(verb, kind, values, switches)
         return None
@@ -42,6 +44,18 @@ def read(verb: str, kind: type[T], arguments: list[str], switches: tuple[str, ..
         print(to_yaml(values), end="")
         return None
     return Job(load(kind, values), values, frozenset(given))
+
+
+def _keep_texts(kind: type[Any], values: dict[str, Any], overrides: list[str]) -> None:
+    """Where a field is a text, `name=007` and `after=12` are texts, not the numbers that Hydra takes them for."""
+    given = {path.lstrip("+"): text for path, equals, text in (line.partition("=") for line in overrides) if equals}
+    for path in given.keys() & {row.path for row in document(kind, "", values) if row.type == "text"}:
+        *parents, name = path.split(".")
+        section = values
+        for parent in parents:
+            section = section[parent]
+        if isinstance(section.get(name), (int, float)):
+            section[name] = given[path]
 
 
 def show_help(verb: str, kind: type[Any], values: dict[str, Any], switches: tuple[str, ...]) -> None:

@@ -41,6 +41,8 @@ class LocalSubmitter:
         }
         if not gpus:
             self._variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+        if not self._launcher:
+            self._variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # inside a SLURM job, too
         self._jobs: dict[str, subprocess.Popen[bytes]] = {}
 
     def command(self, folder: Path, port: int) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.schema import ConfigError
 from launch.config import SlurmConfig
 from launch.submit import State
 
@@ -42,8 +43,6 @@ class SlurmSubmitter:
     def command(self, folder: Path) -> list[str]:
         """The sbatch command line."""
         c = self.config
-        # in sbatch's patterns a % begins a field (%j), so a literal one is doubled
-        log = str(folder.absolute() / "logs" / "slurm.log").replace("%", "%%")
         options = {
             "job-name": folder.name,
             "nodes": c.nodes,
@@ -51,8 +50,7 @@ class SlurmSubmitter:
             "cpus-per-task": c.cpus_per_task,
             "time": c.minutes,
             "signal": f"B:USR1@{c.warn_seconds}",
-            "output": log,
-            "chdir": Path.cwd(),
+            "output": str(folder.absolute() / "logs" / "slurm.log").replace("%", "%%"),  # %j and the like are fields
             "gres": f"gpu:{c.gpus_per_node}" if c.gpus_per_node else "",
             "mem": f"{c.memory_gb}G" if c.memory_gb else "",
             "partition": c.partition,
@@ -80,7 +78,9 @@ class SlurmSubmitter:
         return f"{shlex.join(self.command(folder))}\n\n# {self.script}\n{self.script.read_text(encoding='utf-8')}"
 
     def submit(self, folder: Path) -> str:
-        """Raises SlurmError with sbatch's own words."""
+        """Raises SlurmError with sbatch's own words, ConfigError for a path that SLURM cannot write to."""
+        if "\\" in str(folder.absolute()):
+            raise ConfigError(f"{folder.absolute()}: SLURM cannot write into folders with a backslash in their path")
         return ask(*self.command(folder)).strip().split(";")[0]
 
     def status(self, handle: str) -> State:

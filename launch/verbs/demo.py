@@ -13,8 +13,8 @@ from launch.compose import compose
 from launch.config import PretrainJob
 from launch.demo_corpus import Corpus, find_corpus
 from launch.local import LocalSubmitter
-from launch.verbs.pretrain import attend
 from launch.verbs.preprocess import show
+from launch.verbs.pretrain import attend
 
 USAGE = """auricle demo [corpus=FOLDER] [field=value of `auricle pretrain`] ...
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_pipeline.files import FileStore
 from data_pipeline.shards import DoneRecord, done_records, finished_units, read_index
 from data_pipeline.types import SAMPLE_RATE
+from data_pipeline.verify import verify
 
 QUANTILES = (0, 5, 50, 95, 100)
 
@@ -90,23 +88,9 @@ def _rows(root: str, records: list[DoneRecord]) -> Iterator[tuple[dict[str, Any]
 
 
 def _verify(root: str, records: list[DoneRecord]) -> int:
-    store, faults = FileStore(root), []
-    for record in track(records, "verifying", console=Console(stderr=True), transient=True):
-        try:
-            read_index(root, record)
-            if _sha256(store.path(record.shard)) != record.sha256:
-                faults.append(f"{record.shard}: its sha256 is not the recorded one")
-        except ValueError as error:
-            faults.append(str(error))
-    for fault in faults:
-        print(fault)
-    print(f"{len(records) - len(faults)} of {len(records)} shards are whole")
+    faults = dict(track(verify(root), "verifying", console=Console(stderr=True), transient=True))
+    for name, fault in faults.items():
+        print(f"{name}: {fault}")
+    bad = sum(record.shard in faults or f"{record.shard}.idx" in faults for record in records)
+    print(f"{len(records) - bad} of {len(records)} shards are whole")
     return 1 if faults else 0
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with fsspec.open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -156,6 +156,14 @@ def test_the_command_line_wins_over_the_experiment() -> None:
     assert values["train"]["steps"] == 7
 
 
+def test_texts_that_look_like_numbers_stay_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["pretrain", *TINY, "name=007", "launcher=slurm", "launcher.after=12", "seed=3", "--cfg"]) == 0
+    said = capsys.readouterr().out
+    assert "name: '007'" in said
+    assert "after: '12'" in said
+    assert "seed: 3" in said
+
+
 def test_home_is_expanded() -> None:
     values = compose("pretrain", ["data.shards=~/shards", "heads={}", "name=x~/y"])
     assert values["data"]["shards"] == str(Path("~/shards").expanduser())
