@@ -93,7 +93,9 @@ def _read_numbers(
 
 def _encoded(column: pa.ChunkedArray) -> tuple[Array, list[str]]:
     """Numbers and names of a text column."""
-    encoded = column.fill_null("").combine_chunks().dictionary_encode()
+    if column.null_count or not pa.types.is_dictionary(column.type):
+        column = column.cast(pa.string()).fill_null("").dictionary_encode()
+    encoded = column.unify_dictionaries().combine_chunks()
     return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
 
 

@@ -138,7 +138,8 @@ class ShardFiles:
     def read_table(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """The index of a shard, or some of its columns. Raises OSError or ValueError."""
         record = self.records[number]
-        table = pq.read_table(self._index_source(number), columns=columns, use_threads=False)
+        file = pq.ParquetFile(self._index_source(number), read_dictionary=["corpus", "language"])
+        table = file.read(columns=columns, use_threads=False)
         if table.num_rows != record.segments:
             raise ValueError(f"it has {table.num_rows} rows instead of the recorded {record.segments}")
         return table
