@@ -13,7 +13,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -71,8 +71,14 @@ class DoneRecord:
     """(corpus, language, stage, reason, count, samples): what came in, what was left out and why, what went out."""
 
     def to_json(self) -> builtins.bytes:
-        """Sorted, so that equal records are equal bytes."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1).encode() + b"\n"
+        """Sorted, so that equal records are equal bytes; `check` is the sha256 of all the rest."""
+        values = dataclasses.asdict(self)
+        return json.dumps({**values, "check": self.check}, sort_keys=True, indent=1).encode() + b"\n"
+
+    @property
+    def check(self) -> str:
+        """The sha256 of everything that the record says."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
     @staticmethod
     def from_json(text: builtins.bytes, name: str) -> DoneRecord:
@@ -287,19 +293,6 @@ def read_index(root: str, record: DoneRecord) -> pa.Table:
     if size != record.bytes:
         raise ValueError(f"{root}/{record.shard} has {size:,} bytes instead of {record.bytes:,}; {again}")
     return pq.read_table(io.BytesIO(content))
-
-
-def members(file: IO[bytes], name: str) -> Iterator[tuple[str, int, int]]:
-    """(member name, payload offset, payload size) of a tar. Raises ValueError for damage and for members of code."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:", format=tarfile.USTAR_FORMAT) as tar:
-            for info in tar:
-                if not info.isfile():
-                    raise ValueError(f"{name}: member {info.name!r} is not a plain file")
-                refuse_code(info.name, name)
-                yield info.name, info.offset_data, info.size
-    except tarfile.TarError as error:
-        raise ValueError(f"{name} is damaged or cut short: {error}") from None
 
 
 def refuse_code(member: str, shard: str) -> None:

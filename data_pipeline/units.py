@@ -1,7 +1,8 @@
 """Plans the work: which recordings make up which shard, decided once and frozen on disk.
 
-`_plan/0000.parquet`, `0001.parquet` … in the data set each list recordings by unit. A file is created exclusively, so
-two jobs at once agree on one plan; a later job adds a file for recordings that are new and leaves the older ones alone.
+`_plan/0000.sha256`, `0001.sha256` … in the data set each name a table of recordings by unit. They are created
+exclusively, so two jobs at once agree on one plan; a later job adds one for recordings that are new and leaves the
+older ones alone.
 """
 
 from __future__ import annotations
@@ -83,16 +84,22 @@ def freeze_plan(store: FileStore, files: Sequence[AudioFile], config: Preprocess
         if not fresh:
             return plan
         units = group(fresh, config)
-        if dry or store.create(f"_plan/{generations:04d}.parquet", _plan_bytes(units)):
+        if dry or _claim(store, generations, _plan_bytes(units)):
             plan.units = sorted([*plan.units, *units], key=lambda unit: unit.name)
             plan.new_files = len(fresh)
             return plan
 
 
 def read_plan(store: FileStore) -> tuple[Plan, int]:
-    """What is planned so far, and in how many generations."""
-    names = store.names("_plan", ".parquet")
-    units = [unit for name in names for unit in _read_units(store.read(f"_plan/{name}"))]
+    """What is planned so far, and in how many generations. Raises ValueError for a plan that was altered."""
+    names = store.names("_plan", ".sha256")
+    units = []
+    for name in names:
+        sha256 = store.read(f"_plan/{name}").decode().strip()
+        content = store.read(f"_plan/{sha256[:16]}.parquet")
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"{store.root}/_plan/{sha256[:16]}.parquet is not as it was written")
+        units += _read_units(content)
     return Plan(sorted(units, key=lambda unit: unit.name)), len(names)
 
 
@@ -111,6 +118,12 @@ def group(files: Iterable[AudioFile], config: PreprocessConfig) -> list[Unit]:
     if ordered:
         units.append(_unit(ordered[start:], settings))
     return units
+
+
+def _claim(store: FileStore, generation: int, content: bytes) -> bool:
+    sha256 = hashlib.sha256(content).hexdigest()
+    store.replace(f"_plan/{sha256[:16]}.parquet", content)
+    return store.create(f"_plan/{generation:04d}.sha256", sha256.encode() + b"\n")
 
 
 def _unit(files: Sequence[AudioFile], settings: str) -> Unit:
@@ -138,7 +151,7 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
     """`dataset.json` holds the settings that all shards of a folder share."""
     wanted = {"format": WRITER_VERSION, "sample_rate": SAMPLE_RATE, "codec": config.codec}
     wanted["settings"] = json.loads(json.dumps(content_settings(config)))
-    text = json.dumps(wanted, indent=1, sort_keys=True).encode() + b"\n"
+    text = dataset_json(wanted)
     if not store.exists("dataset.json") and (dry or store.create("dataset.json", text)):
         return
     found = json.loads(store.read("dataset.json"))
@@ -153,6 +166,13 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
             f"out={store.root}: holds shards of other settings ({'; '.join(different)}); "
             "choose the same settings or another folder"
         )
+
+
+def dataset_json(values: dict[str, Any]) -> bytes:
+    """`dataset.json` of these values, with a checksum of them."""
+    plain = {key: value for key, value in values.items() if key != "check"}
+    check = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**plain, "check": check}, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def _differences(new: Any, old: Any, path: str = "") -> list[tuple[str, Any, Any]]:

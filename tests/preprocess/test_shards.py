@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import subprocess
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -145,8 +144,6 @@ def test_truncated_or_altered_files_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.pyd", "a.pickle", "a.PTH", "a.flac.pkl"])
 def test_members_that_would_be_unpickled_are_refused(name: str) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     with pytest.raises(ValueError, match="unpickled"):
-        list(shards.members(io.BytesIO(buffer.getvalue()), "x.tar"))
+        shards.refuse_code(name, "x.tar")
+    shards.refuse_code("a.flac", "x.tar")

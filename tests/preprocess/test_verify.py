@@ -1,0 +1,71 @@
+"""`verify` finds whatever is not as it was written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.discover import discover
+from data_pipeline.files import FileStore
+from data_pipeline.preprocess_config import PreprocessConfig
+from data_pipeline.process import process_unit
+from data_pipeline.units import freeze_plan
+from data_pipeline.verify import verify
+from tests.preprocess.sounds import contents, many, path_config, write_corpus
+
+
+def preprocess_here(config: PreprocessConfig) -> None:
+    """Without Ray."""
+    store = FileStore(config.out)
+    for unit in freeze_plan(store, discover(config.corpus).files, config).units:
+        process_unit(unit, config)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("verify")
+    corpus = write_corpus(root / "corpus", many(6, 0.6))
+    (corpus / "broken.wav").write_bytes(b"RIFF")
+    preprocess_here(path_config(corpus, root / "out", shard_mb=0.03))
+    return root / "out"
+
+
+def test_nothing_is_wrong_with_what_was_just_written(whole: Path) -> None:
+    assert len(list(whole.glob("*.tar"))) > 1
+    assert list(verify(str(whole))) == []
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_bit_is_found(whole: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(contents(whole))))
+    path = whole / name
+    before = path.read_bytes()
+    position = data.draw(st.integers(0, len(before) - 1))
+    altered = bytearray(before)
+    altered[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(altered)
+    try:
+        assert list(verify(str(whole), decode=False)), f"byte {position} of {name}"
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.idx", ".parquet"])
+def test_missing_and_foreign_files_are_found(whole: Path, tmp_path: Path, ending: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    next(path for path in sorted(copy.iterdir()) if path.name.endswith(ending)).unlink()
+    (copy / "stray.tar").write_bytes(bytes(1024))
+    problems = dict(verify(str(copy)))
+    assert len(problems) == 2
+    assert "belongs to no finished unit" in problems["stray.tar"]
+
+
+def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no finished shards"):
+        list(verify(str(tmp_path)))
