@@ -48,6 +48,9 @@ class ReaderConfig:
     cache: Annotated[
         str, about("local folder for copies of remote shards and large indexes; empty: a temporary one")
     ] = ""
+    keys_log: Annotated[
+        str, about("folder where each rank notes the keys of every step it hands over, to prove a resume; empty: none")
+    ] = ""
     on_bad_shard: Annotated[
         Literal["error", "skip"], about("a missing, truncated or altered shard: stop, or leave out and count")
     ] = "error"

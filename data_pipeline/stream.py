@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,8 +81,18 @@ class PlanReader:
 
     def _follow(self, running: _Running) -> Iterator[Step]:
         for step in running:
+            if self.config.keys_log:
+                self._note_keys(step)
             self._cursor = step.after
             yield step
+
+    def _note_keys(self, step: Step) -> None:
+        folder = Path(self.config.keys_log)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"rank_{self.rank}.jsonl").open("a") as file:
+            for batch in step.batches:
+                row = {"epoch": step.after.epoch, "after": step.after.step, "micro_batch": batch.micro_batch}
+                file.write(json.dumps(row | {"keys": batch.keys, "lengths": batch.lengths_B.tolist()}) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         """Where the step yielded last ends: all that a resume needs, on any number of ranks and workers."""
