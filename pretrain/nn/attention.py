@@ -13,11 +13,17 @@ from pretrain.nn.positions import rotate
 
 
 class AttentionContext(NamedTuple):
-    """What all blocks share. mask: bool, broadcasts to (B, heads, F, F), True attends; None lets a fast kernel run."""
+    """What all blocks share. mask: bool, broadcasts to (B, heads, F, F), True attends; None lets a fast kernel run.
+
+    reach: attend only to frames so near, and to the first `n_registers` ones, which attend to all; None: no limit.
+    """
 
     mask: Tensor | None
     rotary: tuple[Tensor, Tensor] | None = None
     bias_HFF: Tensor | None = None
+    valid_BF: Tensor | None = None
+    reach: int | None = None
+    n_registers: int = 0
 
 
 class SelfAttention(nn.Module):
@@ -40,9 +46,12 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x_BFD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        mask = context.mask if self.gate is None else self._gated_bias(x_BFD, context).to(q.dtype)
         dropout = self.dropout if self.training else 0.0
-        y_BHFC = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        if context.reach is not None:
+            y_BHFC = local_attention(q, k, v, context, dropout)
+        else:
+            mask = context.mask if self.gate is None else self._gated_bias(x_BFD, context).to(q.dtype)
+            y_BHFC = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         out: Tensor = self.out(y_BHFC.transpose(1, 2).flatten(2))
         return out
 
@@ -80,6 +89,56 @@ class RelativeBias(nn.Module):
         ratio = torch.log(away.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
         far = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
         return (distance > 0).long() * half + torch.where(away < exact, away, far)
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, dropout: float = 0.0) -> Tensor:
+    """Attention of (B, H, R + F, C) to frames at distance ≤ reach and to the R registers; registers attend to all.
+
+    Frames are cut into blocks of `reach`; each block attends to itself and its two neighbours, so that time and memory
+    grow with F and no F × F mask exists.
+    """
+    reach, R, valid_BF = context.reach, context.n_registers, context.valid_BF
+    assert reach is not None
+    assert valid_BF is not None
+    B, H, total, C = q.shape
+    n_blocks = -(-(total - R) // reach)
+    spare = n_blocks * reach - (total - R)
+    queries = F.pad(q[:, :, R:], (0, 0, 0, spare)).view(B, H, n_blocks, reach, C)
+    keys, values = (
+        F.pad(x[:, :, R:], (0, 0, reach, reach + spare)).unfold(2, 3 * reach, reach).transpose(3, 4) for x in (k, v)
+    )
+    valid = F.pad(valid_BF[:, R:], (reach, reach + spare)).unfold(1, 3 * reach, reach)[:, None, :, None]
+    at = torch.arange(3 * reach, device=q.device)
+    distance = (at[None] - reach - at[:reach, None]).abs()
+    # each frame attends to itself, so that padding, which attends to nothing else, stays finite
+    mask = ((distance <= reach) & valid) | (distance == 0)
+    if R:
+        keys = torch.cat([k[:, :, None, :R].expand(B, H, n_blocks, R, C), keys], dim=3)
+        values = torch.cat([v[:, :, None, :R].expand(B, H, n_blocks, R, C), values], dim=3)
+        mask = F.pad(mask, (R, 0), value=True)
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+    y_BHFC = y.flatten(2, 3)[:, :, : total - R]
+    if not R:
+        return y_BHFC
+    registers = F.scaled_dot_product_attention(q[:, :, :R], k, v, attn_mask=context.mask, dropout_p=dropout)
+    return torch.cat([registers, y_BHFC], dim=2)
+
+
+def chunk_mask(
+    n_frames: int, chunk: int, left_chunks: int, padding: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """(1 or B, 1, F, F) bool: each frame sees its own chunk and `left_chunks` before it (all, if negative).
+
+    chunk 0 sees everything. Each frame sees itself, so that padding stays finite.
+    """
+    if chunk == 0:
+        return padding
+    number = torch.arange(n_frames, device=device) // chunk
+    behind = number[:, None] - number[None]
+    mask = (behind >= 0) & ((behind <= left_chunks) if left_chunks >= 0 else True)
+    if padding is None:
+        return mask[None, None]
+    return (mask & padding) | torch.eye(n_frames, dtype=torch.bool, device=device)
 
 
 def padding_mask(valid_BF: Tensor) -> Tensor | None:

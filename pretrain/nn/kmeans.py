@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -52,8 +54,16 @@ def _seed_centres(x_ND: Tensor, n_codes: int, generator: torch.Generator) -> Ten
 
 
 @torch.no_grad()
-def gather_rows(x_ND: Tensor) -> Tensor:
-    """The rows of all ranks, rank by rank; just `x_ND` outside a process group."""
+def gather_rows(parts: Mapping[int, Tensor]) -> Tensor:
+    """The (N, D) rows of all ranks in the order of their micro-batch numbers, so that it is the same on any ranks."""
+    rows_ND = torch.cat(list(parts.values()))
+    numbers_N = torch.cat([torch.full((len(part),), number) for number, part in parts.items()]).to(rows_ND.device)
+    rows_ND, numbers_N = _from_all_ranks(rows_ND), _from_all_ranks(numbers_N[:, None])[:, 0]
+    return rows_ND[numbers_N.argsort(stable=True)]
+
+
+def _from_all_ranks(x_ND: Tensor) -> Tensor:
+    """Rank by rank; just `x_ND` outside a process group."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x_ND
     sizes = [torch.zeros(1, dtype=torch.int64, device=x_ND.device) for _ in range(dist.get_world_size())]

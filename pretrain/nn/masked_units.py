@@ -113,8 +113,8 @@ class MaskedUnits(Objective):
             self.register_buffer("layer_centres_KD", torch.randn(later_units, shape.dim))
         self.centres_KD: Tensor
         self.layer_centres_KD: Tensor
-        self._seen: list[Tensor] = []
-        """Frames of the update that k-means will be fitted to; empty between updates."""
+        self._seen: dict[int, Tensor] = {}
+        """By micro-batch, frames of the update that k-means will be fitted to; empty between updates."""
 
     def attach(self, model: SpeechModel) -> None:
         if self.units_config.relabel_step and not self.units_config.labels:
@@ -189,14 +189,15 @@ class MaskedUnits(Objective):
             was_training = model.training
             clean = model.eval()(batch.wave_BT, batch.lengths_B)
             model.train(was_training)
-            self._seen.append(clean.layers[self.units_config.relabel_layer][clean.final.valid_BF()].float())
+            layer_BFD = clean.layers[self.units_config.relabel_layer]
+            self._seen[batch.micro_batch] = layer_BFD[clean.final.valid_BF()].float()
         if self.relabelled(ctx):
             assert self.teacher is not None
             encoded: EncoderOutput = self.teacher.copy(batch.wave_BT, batch.lengths_B)
             return nearest_codes(encoded.layers[-1].flatten(0, 1)[mask.flat_N], self.layer_centres_KD)
         features = stack_frames(self.features(batch.wave_BT, batch.lengths_B), self.stacked)
         if self.training and ctx.step == 0:
-            self._seen.append(features.x_BFD[features.valid_BF()])
+            self._seen[batch.micro_batch] = features.x_BFD[features.valid_BF()]
         ratio = rate_ratio(features.rate_hz, self.shape.rate_hz)
         thinned_BFD = features.x_BFD[:, ::ratio]
         missing = mask.mask_BF.shape[1] - thinned_BFD.shape[1]
@@ -212,7 +213,7 @@ class MaskedUnits(Objective):
         """Fits the units to the frames of this update, if it is the first one or that of the relabelling."""
         if not self._seen:
             return
-        rows_ND = gather_rows(torch.cat(self._seen))
+        rows_ND = gather_rows(self._seen)
         self._seen.clear()
         if ctx.step == 0 and self.quantizer is not None:
             self.quantizer.whiten(rows_ND)

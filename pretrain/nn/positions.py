@@ -53,10 +53,16 @@ class ConvPositionsStack(nn.Module):
         return x_BFD
 
 
-def rotary_angles(n_frames: int, head_dim: int, device: torch.device, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (F, head_dim / 2), fp32 (RoFormer, arXiv 2104.09864, eq. 34)."""
+def rotary_angles(
+    n_frames: int, head_dim: int, device: torch.device, skip: int = 0, base: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (F, head_dim / 2), fp32 (RoFormer, arXiv 2104.09864, eq. 34).
+
+    The first `skip` frames have no place in time (registers): all have angle 0, as the first true frame.
+    """
     rates = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.arange(n_frames, device=device, dtype=torch.float32)[:, None] * rates
+    places = (torch.arange(n_frames, device=device, dtype=torch.float32) - skip).clamp(min=0)
+    angles = places[:, None] * rates
     return angles.cos(), angles.sin()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,7 @@ class RandomProjectionQuantizer(nn.Module):
             self.projection_DC.copy_((axes_DC * scale_C).float())
 
 
-@dataclass(frozen=True, slots=True)
-class Quantized:
+class Quantized(NamedTuple):
     """codes_ND: quantised vectors.  index_NG: chosen code of each group.  probs_NGV: softmax over codes, fp32."""
 
     codes_ND: Tensor

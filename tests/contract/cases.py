@@ -77,7 +77,7 @@ def speech_like(seconds: float, seed: int) -> torch.Tensor:
     return torch.from_numpy(0.1 * wave / np.std(wave)).float()
 
 
-def batch(seconds: tuple[float, ...] = (1.4, 1.0), width: float | None = None, first_seed: int = 0) -> Batch:
+def batch(seconds: tuple[float, ...] = (1.0, 0.7), width: float | None = None, first_seed: int = 0) -> Batch:
     """Utterances of these lengths, zero-padded to the longest or to `width` seconds."""
     waves = [speech_like(length, first_seed + row) for row, length in enumerate(seconds)]
     wave_BT = torch.zeros(len(waves), int((width or max(seconds)) * 16_000))

