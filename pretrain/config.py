@@ -47,6 +47,12 @@ class EngineConfig:
     activation_checkpointing: Annotated[
         bool, about("recompute each encoder block in the backward pass: less memory, about a third more compute")
     ] = False
+    offload: Annotated[
+        Literal["none", "cpu"], about("cpu keeps optimizer states in host memory (deepspeed, ZeRO 1 to 3)")
+    ] = "none"
+    compile: Annotated[
+        bool, about("torch.compile the encoder: slow first steps, then faster; dropout draws differ")
+    ] = False
     timeout_minutes: Annotated[float, about("give up a collective operation after this long", gt=0)] = 30.0
 
 
@@ -85,7 +91,7 @@ class HealthConfig:
     confirm: Annotated[int, about("checks in a row that must find the same before it counts", ge=1)] = 3
     window: Annotated[int, about("steps over which losses, codes and times are pooled", ge=1)] = 50
     grace_steps: Annotated[
-        int, about("steps, at most a third of all, before chance, codes and rank are judged", ge=0)
+        int, about("steps, at most two thirds of all, before chance, codes and rank are judged", ge=0)
     ] = 2_000
     spike_factor: Annotated[
         float, about("an outlier is this many times the running median of gradient norms", gt=1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +35,8 @@ class StepResult:
     """The caller's own numbers, summed over ranks."""
     grad_norm: float
     """Global gradient norm before clipping."""
+    skipped: bool = False
+    """The update was an outlier, and weights and moments were left as they were."""
 
 
 class Engine(abc.ABC):
@@ -46,16 +50,24 @@ class Engine(abc.ABC):
 
     def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World) -> None:
         self.module, self.config, self.optimizer_config, self.world = module, config, optimizer, world
+        if config.compile:
+            module.model.encoder.compile(dynamic=True)
         if world.device.startswith("cuda"):
             torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = config.tf32
 
     def step(
-        self, batches: Sequence[Batch], ctx: StepContext, lr: float, extras: Mapping[str, float] | None = None
+        self,
+        batches: Sequence[Batch],
+        ctx: StepContext,
+        lr: float,
+        extras: Mapping[str, float] | None = None,
+        skip_above: float = math.inf,
     ) -> StepResult:
         """One optimizer update over this rank's micro-batches of a global step.
 
-        extras: numbers of the caller's that ride along with the metrics' all-reduce. Raises FloatingPointError when
+        extras: numbers of the caller's that ride along with the metrics' all-reduce. skip_above: leave weights and
+        moments alone where the gradient norm is larger, the same number on all ranks. Raises FloatingPointError when
         the loss or the gradient norm is not finite; go back to a checkpoint then, the weights may be spoilt.
         """
         self.module.train()
@@ -72,12 +84,15 @@ class Engine(abc.ABC):
             _add(totals, metrics)
         result_loss, reduced, summed_extras = self._reduce(loss, totals, dict(extras or {}))
         if not np.isfinite(result_loss):
+            self._apply(lr, -math.inf)  # throws the gradients away
             raise FloatingPointError(f"the loss of step {ctx.step} is {result_loss}")
-        grad_norm = self._apply(lr)
+        grad_norm = self._apply(lr, skip_above)
         if not np.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm of step {ctx.step} is {grad_norm}")
-        self.module.after_step(ctx)
-        return StepResult(result_loss, reduced, summed_extras, grad_norm)
+        skipped = grad_norm > skip_above
+        if not skipped:
+            self.module.after_step(ctx)
+        return StepResult(result_loss, reduced, summed_extras, grad_norm, skipped)
 
     def _reduce(
         self, loss: Tensor, totals: Mapping[str, list[Tensor]], extras: Mapping[str, float]
@@ -102,8 +117,11 @@ class Engine(abc.ABC):
         """Adds this micro-batch's gradient; returns its share of the global loss, and its metrics."""
 
     @abc.abstractmethod
-    def _apply(self, lr: float) -> float:
-        """Sums gradients over ranks, clips, updates the weights; returns the gradient norm before clipping."""
+    def _apply(self, lr: float, skip_above: float) -> float:
+        """Sums gradients over ranks, clips, updates the weights unless the norm is above `skip_above`.
+
+        Returns the gradient norm before clipping.
+        """
 
     @abc.abstractmethod
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
@@ -135,10 +153,26 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+class GatedAdamW(torch.optim.AdamW):
+    """AdamW that can be told to let an update pass. ZeRO calls `step` once per group, after it knows the norm."""
+
+    closed: Callable[[], bool] = staticmethod(lambda: False)
+    """True: this update leaves weights and moments alone, and only counts."""
+
+    def step(self, closure: Any = None) -> Any:
+        if not self.closed():
+            return super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self.state:
+                    self.state[parameter]["step"] += 1  # so that a resume, which knows only the step, is the same
+        return None
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> GatedAdamW:
     """AdamW as every engine here uses it (Loshchilov & Hutter 2019)."""
     groups = parameter_groups(module, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return GatedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def copy_buffers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

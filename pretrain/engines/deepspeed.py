@@ -28,21 +28,24 @@ from pretrain.types import StepContext, Sum
 
 
 def deepspeed_config(
-    config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int, world: World, n_weights: int
+    config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int, world: World, module: nn.Module
 ) -> dict[str, Any]:
     """DeepSpeed's own config for a run; `micro_batches` is V, those of one global step over all ranks.
 
     Precision is not DeepSpeed's business here: TrainModule enters autocast itself, alike under every engine, and
     weights, gradients and their sums stay fp32.
     """
-    bucket = min(n_weights, 50_000_000)
+    bucket = min(sum(parameter.numel() for parameter in module.parameters()), 50_000_000)
+    frozen = any(not parameter.requires_grad for parameter in module.parameters())
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches // world.size,
         "train_batch_size": micro_batches,
         "gradient_clipping": optimizer.clip_norm,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on either side and needs no compiler
         "zero_optimization": {
+            "offload_optimizer": {"device": config.offload, "pin_memory": world.device != "cpu"},
             "stage": config.zero_stage,
             "overlap_comm": world.device != "cpu",
             "contiguous_gradients": True,
@@ -51,6 +54,8 @@ def deepspeed_config(
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
+            # what ZeRO-3 keeps whole it refreshes after updates of its own only, and would miss a teacher's
+            "stage3_param_persistence_threshold": 0 if frozen else 100_000,
         },
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
@@ -65,7 +70,6 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         super().__init__(module, config, optimizer, world)
         self.slots = micro_batches // world.size
-        n_weights = sum(parameter.numel() for parameter in module.parameters())
         self.names = {id(parameter): name for name, parameter in module.named_parameters()}
         # DeepSpeed would compile a faster CPU all-reduce at every first start: half a minute, and it needs a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -74,7 +78,7 @@ class DeepSpeedEngine(Engine):
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(module, optimizer),
-            config=deepspeed_config(config, optimizer, micro_batches, world, n_weights),
+            config=deepspeed_config(config, optimizer, micro_batches, world, module),
             dist_init_required=False,
         )
 
@@ -89,18 +93,24 @@ class DeepSpeedEngine(Engine):
             self.engine.step()
         return loss, metrics
 
-    def _apply(self, lr: float) -> float:
+    def _apply(self, lr: float, skip_above: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         plain_norm = None
         if self.config.zero_stage == 0:  # the one stage at which DeepSpeed keeps no norm
             grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             plain_norm = torch.nn.utils.get_total_norm(grads)
+        adam = self.optimizer if self.config.zero_stage == 0 else self.optimizer.optimizer
+        adam.closed = lambda: not float(self._norm(plain_norm)) <= skip_above
         self.engine.step()
         if self.config.zero_stage == 3:
             # else a parameter without gradient in the next step (layer drop) would be given this step's once more
             self.optimizer.grad_partitions_flat_buffer.zero_()
-        return float(self.engine.get_global_grad_norm() if plain_norm is None else plain_norm)
+        return float(self._norm(plain_norm))
+
+    def _norm(self, plain_norm: Tensor | None) -> Any:
+        """ZeRO writes its norm down before it calls the optimizer."""
+        return self.optimizer._global_grad_norm if plain_norm is None else plain_norm
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         self._link_moments()

@@ -30,7 +30,7 @@ class LocalEngine(Engine):
         loss.backward()
         return loss, metrics
 
-    def _apply(self, lr: float) -> float:
+    def _apply(self, lr: float, skip_above: float) -> float:
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in trained:
             if parameter.grad is None:  # layer drop: DeepSpeed sees zeros there, too
@@ -46,6 +46,7 @@ class LocalEngine(Engine):
                 torch.nn.utils.clip_grads_with_norm_(trained, self.optimizer_config.clip_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            self.optimizer.closed = lambda: not float(norm) <= skip_above
             self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)

@@ -59,7 +59,7 @@ class BestRQ(Objective):
             RandomProjectionQuantizer(config.target_mels * self.mels_per_frame, config.code_dim, config.n_codes)
             for _ in range(config.codebooks)
         )
-        self._seen: list[Tensor] = []
+        self._seen: dict[int, Tensor] = {}
         """Frames of the first update, if the quantisers are fitted to them; empty between updates."""
         self.classifiers = nn.ModuleList(nn.Linear(shape.dim, config.n_codes) for _ in range(config.codebooks))
 
@@ -92,7 +92,7 @@ class BestRQ(Objective):
         stacked_BFD = F.pad(stacked_BFD, (0, 0, 0, max(missing, 0)))[:, : mask.mask_BF.shape[1]]
         masked_ND = stacked_BFD.flatten(0, 1)[mask.flat_N]
         if self.fitted and self.training and ctx.step == 0:
-            self._seen.append(masked_ND)
+            self._seen[batch.micro_batch] = masked_ND
         return [quantizer(masked_ND) for quantizer in self.quantizers]
 
     def masked_features(self, features: Frames, plan: MaskPlan) -> Frames:
@@ -134,7 +134,7 @@ class BestRQ(Objective):
         """After the first update: principal axes and refined codes, from its masked frames."""
         if not self._seen:
             return
-        rows_ND = gather_rows(torch.cat(self._seen))
+        rows_ND = gather_rows(self._seen)
         self._seen.clear()
         for book, quantizer in enumerate(self.quantizers):
             assert isinstance(quantizer, RandomProjectionQuantizer)

@@ -73,6 +73,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for stage in range(4):
         two[f"first half {stage}"] = case("deepspeed", stage, save=str(tmp / f"run{stage}")) | {"steps": 3}
         two[f"second half {stage}"] = case("deepspeed", stage, load=str(tmp / f"run{stage}"))
+    two["offloaded"] = case("deepspeed", 2, settings={"offload": "cpu"})
     results |= {f"2 ranks, {name}": found for name, found in run(tmp, "two", 2, two).items()}
     moved = {f"from {stage} to local": case("local", load=str(tmp / f"run{stage}")) for stage in range(4)}
     moved |= {f"from 2 to {stage}": case("deepspeed", stage, load=str(tmp / "run2")) for stage in range(4)}
@@ -83,7 +84,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 WHOLE = [f"1 rank, zero {stage}" for stage in range(4)] + [f"2 ranks, zero {stage}" for stage in range(4)]
 
 
-@pytest.mark.parametrize("name", [*WHOLE, "2 ranks, local", "1 rank, local checkpointed"])
+@pytest.mark.parametrize("name", [*WHOLE, "2 ranks, local", "2 ranks, offloaded", "1 rank, local checkpointed"])
 def test_losses_and_norms_do_not_depend_on_the_engine(measured: dict[str, Any], name: str) -> None:
     reference = measured["1 rank, local"]
     assert measured[name]["losses"] == pytest.approx(reference["losses"], abs=1e-6)
@@ -108,3 +109,13 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(measured: dict[str, Any]
 @pytest.mark.parametrize("name", [f"from {s} to local" for s in range(4)] + [f"from 2 to {s}" for s in range(4)])
 def test_a_checkpoint_moves_to_other_ranks_stages_and_engines(measured: dict[str, Any], name: str) -> None:
     assert measured[f"1 rank, {name}"]["losses"] == pytest.approx(measured["1 rank, local"]["losses"][3:], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_computes_the_same(tmp_path: Path) -> None:
+    cases = {"eager": case("local"), "compiled": case("local", settings={"compile": True})}
+    for found in cases.values():
+        found["config"]["encoder"] |= {"dropout": 0.0, "attention_dropout": 0.0}
+        found["config"]["frontend"] |= {"dropout": 0.0}
+    measured = run(tmp_path, "compile", 1, cases)
+    assert measured["compiled"]["losses"] == pytest.approx(measured["eager"]["losses"], abs=1e-5)
