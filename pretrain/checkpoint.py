@@ -2,7 +2,7 @@
 
     checkpoints/step_00000100/model.safetensors      weights and buffers of the TrainModule, fp32
                               optimizer.safetensors  exp_avg/NAME, exp_avg_sq/NAME
-                              state.json             step, reader cursor, resolved config
+                              state.json             step, reader cursor, what the health watch knows, config
     checkpoints/latest                               the name of the newest whole one
 
 Nothing in it is executed on loading (no pickle).
@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "device",
     "engine.",
     "train.",
+    "health.",
     "data.workers",
     "data.prefetch",
     "data.verify",
@@ -49,6 +50,8 @@ class TrainState:
 
     step: int = 0
     cursor: Cursor | None = None
+    health: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the health watch remembers, as plain JSON."""
 
 
 class Saver:
@@ -120,7 +123,8 @@ def _write(
             save_file(tensors, temporary / f"{kind}.safetensors", metadata={"format": "pt"})
             _sync(temporary / f"{kind}.safetensors")
         cursor = dataclasses.asdict(state.cursor) if state.cursor else None
-        values = {"format": FORMAT, "step": state.step, "cursor": cursor, "config": dump(config)}
+        values = {"format": FORMAT, "step": state.step, "cursor": cursor, "health": state.health}
+        values["config"] = dump(config)
         write_json(temporary / "state.json", values)
         run.require_current()
         remove(folder)
@@ -144,7 +148,31 @@ def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
     latest = run.checkpoints / "latest"
     if not latest.exists():
         return TrainState()
-    folder = run.checkpoints / latest.read_text(encoding="utf-8").strip()
+    return _load(run, run.checkpoints / latest.read_text(encoding="utf-8").strip(), engine, config)
+
+
+def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> TrainState:
+    """Puts the newest checkpoint of at most `before` steps into `engine`; a collective.
+
+    Newer ones are set aside as `unhealthy_step_N`. Raises ValueError where there is no such checkpoint any more.
+    """
+    found = {int(path.name.removeprefix("step_")): path for path in run.checkpoints.glob("step_*")}
+    healthy = max((step for step in found if step <= before), default=None)
+    if healthy is None:
+        kept = ", ".join(map(str, sorted(found))) or "none"
+        raise ValueError(f"there is no checkpoint of step {before} or earlier to go back to (there are: {kept})")
+    state = _load(run, found[healthy], engine, config)
+    engine.world.agree(str(healthy), "the checkpoint to go back to")
+    if engine.world.rank == 0:
+        for step in sorted(step for step in found if step > healthy):
+            aside = run.checkpoints / f"unhealthy_step_{step:08d}"
+            remove(aside)
+            found[step].rename(aside)
+        write_atomically(run.checkpoints / "latest", found[healthy].name + "\n")
+    return state
+
+
+def _load(run: RunFolder, folder: Path, engine: Engine, config: Config) -> TrainState:
     values = read_state(folder)
     require_same_config(values["config"], config, folder)
     cursor = Cursor(**values["cursor"]) if values["cursor"] else None
@@ -152,7 +180,7 @@ def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
         engine.load_tensors(Tensors(folder), values["step"])
     except (KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged or of another model ({error}); {_remedy(run)}") from error
-    return TrainState(values["step"], cursor)
+    return TrainState(values["step"], cursor, values.get("health", {}))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

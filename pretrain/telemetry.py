@@ -23,7 +23,7 @@ class Telemetry:
     """Writes one row per logged step; rows of steps that a resume will run again are dropped first."""
 
     def __init__(self, run: RunFolder, config: Config, resumed_at: int) -> None:
-        self._run = run
+        self._run, self._config = run, config
         run.path.mkdir(parents=True, exist_ok=True)
         _drop_rows_after(run.metrics, resumed_at)
         self._file = run.metrics.open("a", encoding="utf-8")
@@ -40,6 +40,11 @@ class Telemetry:
             self._board.add_scalar(name, value, step)
         for name, counts in histograms.items():
             _add_counts(self._board, name, counts, step)
+
+    def reopened(self, resumed_at: int) -> Telemetry:
+        """Another one that goes on after step `resumed_at`, to which the run has rolled back."""
+        self.close()
+        return Telemetry(self._run, self._config, resumed_at)
 
     def close(self) -> None:
         """Flushes everything."""

@@ -16,6 +16,7 @@ from pretrain.run_folder import RunFolder
 from pretrain.schedules import learning_rate
 from pretrain.telemetry import Telemetry, histograms, step_scalars
 from pretrain.types import StepContext
+from pretrain.watch import Watch
 
 
 class Ending(enum.Enum):
@@ -38,11 +39,12 @@ def train(
     """Trains until `config.train.steps`, from the newest checkpoint of `run` on.
 
     asked_to_stop: polled once a step on every rank; one rank's yes is enough, and all stop after the same step.
-    Raises FloatingPointError when the loss diverges and StaleIncarnationError when another start took over.
+    Raises UnhealthyError when the run does not learn and StaleIncarnationError when another start took over.
     """
     world, settings = engine.world, config.train
     world.agree(reader.plan_hash, "the step plan (do all nodes see the same shards?)")
     state = checkpoint.load_latest(run, engine, config)
+    watch = Watch(config, engine, run, state.health, say)
     telemetry = Telemetry(run, config, state.step) if world.rank == 0 else None
     if telemetry:
         say(_greeting(config, state, world.size))
@@ -55,13 +57,23 @@ def train(
             heart.beat(state.step, "computing")
             waited = time.monotonic() - clock
             lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step)
+            ctx = StepContext(config.seed, state.step)
             extras = {"wait_seconds": waited, "skipped": float(step.skipped), "stop": float(asked_to_stop())}
-            result = engine.step(step.batches, StepContext(config.seed, state.step), lr, extras)
-            state, stopping = TrainState(state.step + 1, step.after), result.extras["stop"] > 0
+            try:
+                result = engine.step(step.batches, ctx, lr, extras | watch.extras(ctx, waited), watch.skip_above)
+                back_to = watch.obey(result)
+            except FloatingPointError as error:
+                back_to = watch.diverged(error, ctx, step.batches)
+            if back_to is not None:
+                state = _roll_back(run, engine, config, saver, TrainState(back_to, step.after, watch.memory()))
+                telemetry = telemetry and telemetry.reopened(state.step)
+                continue
             seconds, clock = time.monotonic() - clock, time.monotonic()
+            health = watch.after(ctx, result, step, seconds)
+            state, stopping = TrainState(state.step + 1, step.after, watch.memory()), result.extras["stop"] > 0
 
             if telemetry and (state.step % settings.log_every == 0 or state.step == settings.steps):
-                scalars = step_scalars(result, step, lr, seconds, world.size)
+                scalars = step_scalars(result, step, lr, seconds, world.size) | health
                 telemetry.log(state.step, scalars, histograms(result.metrics))
                 say(_line(state.step, settings.steps, scalars))
             if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or stopping:
@@ -75,6 +87,18 @@ def train(
     # rank 0 may still be writing, and a launcher ends all ranks soon after the first one has gone
     world.agree(str(state.step), "the step after which they left the loop")
     return Ending.STOPPED if stopping and state.step < settings.steps else Ending.FINISHED
+
+
+def _roll_back(
+    run: RunFolder, engine: Engine, config: Config, saver: checkpoint.Saver, wanted: TrainState
+) -> TrainState:
+    """The newest state of at most `wanted.step` updates, but with the data after `wanted.cursor`, saved as such."""
+    saver.wait()
+    engine.world.agree(str(wanted.step), "the step to roll back to")
+    healthy = checkpoint.roll_back(run, engine, config, wanted.step)
+    state = TrainState(healthy.step, wanted.cursor, wanted.health)
+    saver.save(state)
+    return state
 
 
 def _greeting(config: Config, state: TrainState, ranks: int) -> str:

@@ -145,7 +145,10 @@ def test_metrics_have_their_namespaces_and_reach_tensorboard(tmp_path: Path) -> 
         "data/padding_share",
     }
     assert needed <= row.keys()
-    assert all(key in ("step", "time") or key.split("/")[0] in {"loss", "opt", "perf", "metric", "data"} for key in row)
+    assert all(
+        key in ("step", "time") or key.split("/")[0] in {"loss", "opt", "perf", "metric", "data", "health"}
+        for key in row
+    )
     assert 1 <= row["metric/perplexity"] <= 32
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()

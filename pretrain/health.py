@@ -1,0 +1,216 @@
+"""Health detectors: pure functions, numbers in, a Finding or None out. What calls them, and when, is watch.py.
+
+Each threshold comes from a way in which self-supervised pretraining is known to fail; see HealthConfig.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Kind = Literal["nan", "spike", "collapse", "chance", "recipe", "speed"]
+"""What a finding is, and so which `health.on_…` setting answers it; "speed" is always a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something is wrong: what was seen and what usually helps."""
+
+    detector: str
+    kind: Kind
+    seen: str
+    helps: str
+
+    def sentence(self, since: int) -> str:
+        """What was seen, since which step, and what usually helps."""
+        return f"{self.seen}, since step {since}; what usually helps: {self.helps}"
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of a distribution given by counts, with Miller and Madow's correction for few of them."""
+    total = float(counts.sum())
+    if total <= 0:
+        return 0.0
+    share = counts[counts > 0] / total
+    return float(-(share * np.log(share)).sum()) + (len(share) - 1) / (2.0 * total)
+
+
+def not_finite(name: str, value: float) -> Finding | None:
+    """A loss or a gradient norm that is no number."""
+    if math.isfinite(value):
+        return None
+    helps = "a lower optimizer.lr, a longer warm-up, optimizer.clip_norm=1, or fp32; `auricle replay RUN` shows where"
+    return Finding("not finite", "nan", f"the {name} is {value}", helps)
+
+
+def gradient_limit(norms: Sequence[float], factor: float, at_least: int = 20) -> float:
+    """The gradient norm above which an update is an outlier: `factor` times the running median; at first infinite."""
+    return factor * statistics.median(norms) if len(norms) >= at_least else math.inf
+
+
+def gradient_spike(norm: float, limit: float) -> Finding | None:
+    """One update far out of line with those before."""
+    if norm <= limit:
+        return None
+    return Finding(
+        "gradient spike",
+        "spike",
+        f"the gradient norm of one update is {norm:.3g}, and {limit:.3g} is the limit that those before it set",
+        "nothing if it stays rare; else a lower optimizer.lr, optimizer.clip_norm, or a look at the saved batch",
+    )
+
+
+def at_chance(loss: float, chance: float, margin: float) -> Finding | None:
+    """A loss no better than that of a model which knows nothing but how frequent each target is."""
+    if chance <= 0 or loss < chance * (1.0 - margin):
+        return None
+    return Finding(
+        "chance",
+        "chance",
+        f"the loss is {loss:.3f} and knowing nothing gives {chance:.3f}",
+        "a higher optimizer.lr or a longer warm-up, fewer masked frames, larger updates (data.batch_seconds), and a "
+        "check that targets and frames lie at the same times",
+    )
+
+
+def too_good(loss: float, chance: float, perplexity: float, best_perplexity: float) -> Finding | None:
+    """A contrastive loss near zero while fewer and fewer codes are in use: the task has become trivial."""
+    if not (chance > 0 and loss < 0.05 * chance and perplexity < 0.5 * best_perplexity):
+        return None
+    return Finding(
+        "too good",
+        "collapse",
+        f"the contrastive loss is {loss:.4f} (chance: {chance:.2f}) while the perplexity fell from "
+        f"{best_perplexity:.1f} to {perplexity:.1f}",
+        "a larger objective.diversity_weight, a slower Gumbel temperature, and a look for clicks or silences",
+    )
+
+
+def low_code_use(counts: np.ndarray, min_share: float, at_least: float = 20.0) -> Finding | None:
+    """Perplexity of the targets below `min_share` of the book (and below K^0.6, what a large random book reaches).
+
+    counts: how often each code came, over enough steps: with fewer than `at_least` per code nothing is judged.
+    """
+    book, total = len(counts), float(counts.sum())
+    if book < 2 or total < at_least * min(book, 1000):
+        return None
+    perplexity = math.exp(entropy(counts))
+    limit = min(min_share * book, book**0.6)
+    if perplexity >= limit:
+        return None
+    return Finding(
+        "code use",
+        "collapse",
+        f"the targets use {perplexity:.1f} of {book} codes in effect (limit {limit:.1f})",
+        "a larger diversity weight or a slower temperature for learned codes; for fixed ones, features of mean 0 and "
+        "deviation 1, or PCA-whitened ones",
+    )
+
+
+def dead_codes(counts: np.ndarray, max_share: float, at_least: float = 20.0) -> Finding | None:
+    """More than `max_share` of the codes never came, though each could have come `at_least` times."""
+    book, total = len(counts), float(counts.sum())
+    if book < 2 or total < at_least * book:
+        return None
+    dead = float((counts == 0).mean())
+    if dead <= max_share:
+        return None
+    return Finding(
+        "dead codes",
+        "chance",
+        f"{dead:.0%} of {book} codes were never used in {total:.0f} targets",
+        "fewer codes, re-seeding dead ones, or a larger diversity weight",
+    )
+
+
+def low_target_entropy(counts: np.ndarray, min_share: float) -> Finding | None:
+    """Fixed targets that say little even before training: entropy below `min_share` of what these counts allow."""
+    total = float(counts.sum())
+    most = math.log(min(len(counts), total)) if min(len(counts), total) > 1 else 0.0
+    if total < 100 or most == 0.0 or entropy(counts) >= min_share * most:
+        return None
+    return Finding(
+        "target entropy",
+        "collapse",
+        f"the targets' entropy is {entropy(counts):.2f} nats of {most:.2f} possible before any training",
+        "normalising the target features to mean 0 and deviation 1, and audio that is not mostly silence",
+    )
+
+
+def shrunken(stage: str, deviation: float, first: float, min_share: float) -> Finding | None:
+    """A stage whose output no longer changes over batch and time."""
+    if math.isfinite(deviation) and deviation >= max(min_share * first, 1e-6):
+        return None
+    return Finding(
+        f"{stage} deviation",
+        "collapse",
+        f"the output of {stage} varies by {deviation:.2g} over batch and time, and by {first:.2g} at the start",
+        "a lower learning rate, a smaller frontend.gradient_scale or a longer warm-up; a dead stem never recovers",
+    )
+
+
+def rank_fell(stage: str, rank: float, best: float, min_share: float) -> Finding | None:
+    """RankMe (arXiv 2210.02885) of a stage far below the best it had."""
+    if rank >= min_share * best:
+        return None
+    return Finding(
+        f"{stage} rank",
+        "chance",
+        f"the output of {stage} spans {rank:.1f} dimensions in effect, and once spanned {best:.1f}",
+        "a lower learning rate, more varied targets, or stopping here and taking an earlier checkpoint",
+    )
+
+
+def falling(name: str, values: Sequence[float], times: int = 3, tolerance: float = 0.0) -> Finding | None:
+    """A measure of quality (probe accuracy, PNMI) that got worse `times` evaluations in a row."""
+    recent = list(values)[-(times + 1) :]
+    if len(recent) <= times or any(later >= earlier - tolerance for earlier, later in itertools.pairwise(recent)):
+        return None
+    return Finding(
+        f"{name} falling",
+        "chance",
+        f"{name} fell {times} evaluations in a row, from {recent[0]:.3f} to {recent[-1]:.3f}",
+        "an earlier checkpoint, a lower learning rate, or less weight on further tasks",
+    )
+
+
+def wrong_audio(seconds: float, recipe: float, tolerance: float) -> Finding | None:
+    """Updates that see another amount of audio than the recipe asks for: the optimum of the learning rate moves."""
+    if abs(seconds / recipe - 1.0) <= tolerance:
+        return None
+    return Finding(
+        "audio per update",
+        "recipe",
+        f"an update sees {seconds:.1f} s of audio on average, and data.batch_seconds={recipe:g}",
+        "accumulating data.micro_batches / ranks micro-batches per update, and shards with enough audio",
+    )
+
+
+def waiting_ranks(waits: Mapping[int, float], step_seconds: float, max_share: float) -> Finding | None:
+    """Ranks that spend a large share of each step waiting for data. waits: mean seconds of each rank."""
+    slowest = max(waits, key=lambda rank: waits[rank])
+    share = waits[slowest] / step_seconds if step_seconds > 0 else 0.0
+    if share <= max_share:
+        return None
+    return Finding(
+        "data wait",
+        "speed",
+        f"rank {slowest} waits for data {share:.0%} of the time (the ranks' mean: "
+        f"{statistics.fmean(waits.values()) / step_seconds:.0%})",
+        "a higher data.workers or data.prefetch, and shards or data.cache on a local disk",
+    )
+
+
+def rank_me(x_ND: np.ndarray, eps: float = 1e-7) -> float:
+    """exp(entropy) of the singular values of centred features, 1 … D (RankMe, arXiv 2210.02885, eq. 3)."""
+    values = np.linalg.svd(x_ND - x_ND.mean(0), compute_uv=False)
+    if not values.sum() > 0:
+        return 1.0
+    share = values / values.sum() + eps
+    return float(np.exp(-(share * np.log(share)).sum()))

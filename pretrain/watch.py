@@ -1,0 +1,238 @@
+"""Watches a run: pools what the detectors of health.py need, remembers since when, and says what to do.
+
+Rank 0 judges; its wish rides along with the next step's all-reduce, so that every rank does the same after the same
+step. What could change an update (the limit that skips outliers) is computed alike on every rank and kept in the
+checkpoint, so a resumed run stays bitwise the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.types import SAMPLE_RATE, Batch, Step
+from pretrain import health
+from pretrain.config import Config
+from pretrain.engines import Engine, StepResult
+from pretrain.health import Finding
+from pretrain.replay import save_batches
+from pretrain.run_folder import RunFolder
+from pretrain.stages import StageGauge
+from pretrain.types import StepContext
+
+NORMS = 100
+"""Gradient norms that the running median is taken of."""
+LOSSES = ("loss/contrastive", "loss/prediction", "loss/objective")
+"""Where the loss per target is found, the first that an objective reports."""
+
+
+class UnhealthyError(RuntimeError):
+    """The run was stopped because it does not learn; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One step, as far as the pooled detectors need it."""
+
+    loss: float
+    counts: np.ndarray
+    samples: int
+    seconds: float
+    waits: np.ndarray
+
+
+class Watch:
+    """One rank's view of the run's health. `remembered` is what an earlier start's `memory()` gave."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        run: RunFolder,
+        remembered: Mapping[str, Any],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.config, self.settings, self._say = config, config.health, say
+        self._run, self._rank, self._world = run, engine.world.rank, engine.world.size
+        self._norms: deque[float] = deque(remembered.get("norms", []), NORMS)
+        self._first: dict[str, float] = dict(remembered.get("first", {}))
+        self._best: dict[str, float] = dict(remembered.get("best", {}))
+        self.rollbacks: int = remembered.get("rollbacks", 0)
+        self._recent: deque[Observation] = deque(maxlen=self.settings.window)
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._alarmed: set[str] = set()
+        self._wish = {"stop": 0.0, "rollback": 0.0}
+        self._why = ""
+        self.alarms: list[tuple[int, Finding, int]] = []
+        """(step, finding, since) of each alarm of this start."""
+        self._gauge = StageGauge(engine.module) if self._rank == 0 else None
+
+    @property
+    def limit(self) -> float:
+        """The gradient norm above which an update is an outlier; alike on all ranks."""
+        return health.gradient_limit(list(self._norms), self.settings.spike_factor)
+
+    @property
+    def skip_above(self) -> float:
+        """The gradient norm above which the engine shall leave the weights alone."""
+        return self.limit if self.settings.on_spike == "skip" else math.inf
+
+    def memory(self) -> dict[str, Any]:
+        """What a resumed run must know, for the checkpoint."""
+        return {"norms": list(self._norms), "first": self._first, "best": self._best, "rollbacks": self.rollbacks}
+
+    def extras(self, ctx: StepContext, waited: float) -> dict[str, float]:
+        """What this rank adds to the step's all-reduce: rank 0's wish, and how long each rank waited for data."""
+        if self._gauge is not None:
+            self._gauge.armed = ctx.step % self.settings.every == 0
+        waits = {f"wait/{rank}": waited if rank == self._rank else 0.0 for rank in range(self._world)}
+        return {f"health/{wish}": value for wish, value in self._wish.items()} | waits
+
+    def obey(self, result: StepResult) -> int | None:
+        """Before which step to roll back to, or None. Raises UnhealthyError on every rank when rank 0 wants to stop."""
+        if result.extras["health/stop"]:
+            raise UnhealthyError(self._why or "rank 0 found the run unhealthy; see its log and RUN/health.jsonl")
+        before = int(result.extras["health/rollback"])
+        return self._count_rollback(before, self._why) if before else None
+
+    def diverged(self, error: FloatingPointError, ctx: StepContext, batches: Sequence[Batch]) -> int:
+        """Keeps the batch for `auricle replay`; the step to roll back before, if the config says so, else raises."""
+        found = Finding("not finite", "nan", str(error), _NAN_HELPS)
+        save_batches(self._run, self._rank, ctx, batches, found.seen)
+        self._alarm(ctx.step, ctx.step, found)
+        if self.settings.on_nan == "stop":
+            raise UnhealthyError(f"{found.sentence(ctx.step)} (the batch is kept: auricle replay {self._run.path})")
+        return self._count_rollback(ctx.step, found.sentence(ctx.step))
+
+    def after(self, ctx: StepContext, result: StepResult, step: Step, seconds: float) -> dict[str, float]:
+        """Takes in one finished update. Returns scalars named health/… (rank 0)."""
+        spike = health.gradient_spike(result.grad_norm, self.limit)
+        self._norms.append(result.grad_norm)
+        if spike:
+            save_batches(self._run, self._rank, ctx, step.batches, spike.seen)
+        if self._rank != 0:
+            return {}
+        if spike:
+            self._alarm(ctx.step, ctx.step, spike)
+        waits = np.array([result.extras[f"wait/{rank}"] for rank in range(self._world)])
+        self._recent.append(Observation(_loss(result), _counts(result), step.samples, seconds, waits))
+        scalars = {"health/skipped": float(result.skipped)}
+        if ctx.step % self.settings.every == 0:
+            stages, ranks = self._gauge.read() if self._gauge else ({}, {})
+            scalars |= {f"health/std/{name}": value for name, value in stages.items()}
+            scalars |= {f"health/rank/{name}": value for name, value in ranks.items()}
+            deviations = {
+                name.removeprefix("metric/"): float(total[0]) / count
+                for name, (total, count) in result.metrics.items()
+                if name.startswith("metric/") and name.endswith("_std") and count > 0
+            }
+            self._judge(ctx.step, self._findings(ctx.step, stages | deviations, ranks))
+        return scalars | {"health/alarms": float(len(self.alarms))}
+
+    def _findings(self, step: int, stages: dict[str, float], ranks: dict[str, float]) -> list[Finding | None]:
+        limits = self.settings
+        found: list[Finding | None] = []
+        for name, value in stages.items():
+            share = limits.min_prediction_std if name.startswith("prediction") else limits.min_stage_std
+            found.append(health.shrunken(name, value, self._first.setdefault(name, value), share))
+        counts = np.sum([seen.counts for seen in self._recent], axis=0)
+        if step == 0 and self.config.objective.name in FIXED_TARGETS:
+            found.append(health.low_target_entropy(counts, limits.min_target_entropy))
+        if len(self._recent) >= limits.window:
+            samples = sum(seen.samples for seen in self._recent) / len(self._recent)
+            found.append(
+                health.wrong_audio(samples / SAMPLE_RATE, self.config.data.batch_seconds, limits.audio_tolerance)
+            )
+            waits = dict(enumerate(np.mean([seen.waits for seen in self._recent], axis=0).tolist()))
+            seconds = sum(seen.seconds for seen in self._recent) / len(self._recent)
+            found.append(health.waiting_ranks(waits, seconds, limits.max_data_wait))
+        if step >= min(limits.grace_steps, self.config.train.steps * 2 // 3) and len(self._recent) >= limits.window:
+            found += self._learning_findings(counts, ranks)
+        return found
+
+    def _learning_findings(self, counts: np.ndarray, ranks: dict[str, float]) -> list[Finding | None]:
+        limits, found = self.settings, list[Finding | None]()
+        losses = [seen.loss for seen in self._recent]
+        chance, loss = self._chance(counts), sum(losses) / len(losses)
+        found.append(health.at_chance(loss, chance, limits.chance_margin))
+        if len(counts) > 1:
+            found.append(health.low_code_use(counts, limits.min_perplexity))
+            found.append(health.dead_codes(counts, limits.max_dead_codes))
+            perplexity = math.exp(health.entropy(counts))
+            best = self._best["perplexity"] = max(perplexity, self._best.get("perplexity", 0.0))
+            if getattr(self.config.objective, "negatives", 0):
+                found.append(health.too_good(loss, chance, perplexity, best))
+        for name, rank in ranks.items():
+            best = self._best[name] = max(rank, self._best.get(name, 0.0))
+            found.append(health.rank_fell(name, rank, best, limits.min_rank))
+        return found
+
+    def _chance(self, counts: np.ndarray) -> float:
+        """The loss of a model that knows nothing but how frequent each target is; 0 where that is not defined."""
+        objective = self.config.objective
+        if negatives := getattr(objective, "negatives", 0):
+            return math.log(1 + negatives)
+        books = getattr(objective, "codebooks", 1)
+        return health.entropy(counts) - math.log(books) if len(counts) > 1 else 0.0
+
+    def _judge(self, step: int, findings: Sequence[Finding | None]) -> None:
+        present = {found.detector: found for found in findings if found is not None}
+        self._seen = {name: self._seen.get(name, (step, 0)) for name in present}
+        self._alarmed &= present.keys()
+        for name, found in present.items():
+            since, times = self._seen[name]
+            self._seen[name] = (since, times + 1)
+            sure = times + 1 >= self.settings.confirm or found.detector == "target entropy"
+            if sure and name not in self._alarmed:
+                self._alarmed.add(name)
+                self._alarm(step, since, found)
+                self._answer(since, found)
+
+    def _answer(self, since: int, found: Finding) -> None:
+        settings = self.settings
+        actions = {"collapse": settings.on_collapse, "chance": settings.on_chance, "recipe": settings.on_recipe}
+        action = actions.get(found.kind, "warn")
+        if action != "warn":
+            self._wish[action] = float(since) if action == "rollback" else 1.0
+            self._why = found.sentence(since)
+            if action == "rollback" and since == 0:
+                self._wish = {"stop": 1.0, "rollback": 0.0}
+
+    def _alarm(self, step: int, since: int, found: Finding) -> None:
+        self.alarms.append((step, found, since))
+        if self._rank == 0:
+            self._say(f"health: {found.sentence(since)}")
+            event = {"step": step, "since": since, "detector": found.detector, "kind": found.kind}
+            with (self._run.path / "health.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event | {"message": found.sentence(since)}) + "\n")
+
+    def _count_rollback(self, before: int, why: str) -> int:
+        self.rollbacks += 1
+        if self.rollbacks > self.settings.max_rollbacks:
+            raise UnhealthyError(f"{why}; health.max_rollbacks={self.settings.max_rollbacks} are used up")
+        return before
+
+
+FIXED_TARGETS = ("best_rq",)
+"""Objectives whose targets stand before the first update."""
+_NAN_HELPS = "a lower optimizer.lr, a longer warm-up, optimizer.clip_norm=1, or engine.precision=fp32"
+
+
+def _loss(result: StepResult) -> float:
+    for name in LOSSES:
+        total, count = result.metrics.get(name, (np.zeros(1), 0.0))
+        if count > 0:
+            return float(total[0]) / count
+    return result.loss
+
+
+def _counts(result: StepResult) -> np.ndarray:
+    """How often each code came; of several books, the first one reported."""
+    names = sorted(name for name in result.metrics if name.startswith("hist/codes"))
+    return np.asarray(result.metrics[names[0]][0]) if names else np.zeros(0)

@@ -1,0 +1,224 @@
+"""Failures planted into real tiny training: each is caught, after how many steps; healthy runs raise no alarm."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.schema import load
+from data_pipeline.types import Cursor, Step
+from pretrain.config import Config
+from pretrain.engines import Engine, World, make_engine
+from pretrain.heartbeat import Heartbeat
+from pretrain.model import build_model
+from pretrain.replay import load_batches, replay
+from pretrain.run_folder import RunFolder
+from pretrain.telemetry import read_rows
+from pretrain.train import train
+from pretrain.watch import UnhealthyError
+from tests.synthetic import SyntheticReader
+
+PLANTED = 22
+"""The step at which a failure is planted."""
+BEST_RQ: dict[str, Any] = {"name": "best_rq", "n_codes": 32}
+WAV2VEC2: dict[str, Any] = {"name": "wav2vec2", "n_codes": 16, "code_dim": 16, "projection_dim": 16, "negatives": 20}
+Plant = Callable[[Engine], None]
+
+
+class Repeating(SyntheticReader):
+    """The same global step again and again, which a tiny model learns soon."""
+
+    def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
+        first = next(super().steps())
+        for number in itertools.count(1):
+            yield dataclasses.replace(first, after=Cursor(self.plan_hash, 0, number))
+
+
+def config(steps: int = 60, objective: dict[str, Any] | None = None, **top: Any) -> Config:
+    health = {"every": 2, "confirm": 3, "window": 10, "grace_steps": 20} | top.pop("health", {})
+    return load(
+        Config,
+        {
+            "data": {"shards": "synthetic", "micro_batches": 4, "batch_seconds": 6.94},
+            "frontend": {"name": "log_mel"},
+            "encoder": {"name": "transformer", "layers": 2, "dim": 32, "heads": 2, "ffn_dim": 64, "norm": "pre"},
+            "objective": objective or BEST_RQ,
+            "optimizer": {"lr": 3e-3},
+            "schedule": {"warmup_steps": 2, "name": "constant"},
+            "train": {"steps": steps, "checkpoint_every": 10, "keep_last": 20},
+            "engine": {"name": "local"},
+            "health": health,
+            **top,
+        },
+    )
+
+
+def run(
+    folder: Path,
+    settings: Config,
+    plant: Plant | None = None,
+    once: bool = True,
+    louder: tuple[int, ...] = (),
+    reader: type[SyntheticReader] = SyntheticReader,
+) -> Engine:
+    """One start of a run; `plant` acts on the engine before update PLANTED (or before each from then on).
+
+    `louder`: the loss of these updates counts a thousandfold.
+    """
+    torch.set_num_threads(1)
+    run_folder = RunFolder(folder)
+    run_folder.claim()
+    engine = make_engine(settings, build_model(settings), World())
+    make_louder(engine, louder)
+    polled = 0
+
+    def poll() -> bool:
+        nonlocal polled
+        if plant is not None and (polled == PLANTED if once else polled >= PLANTED):
+            plant(engine)
+        polled += 1
+        return False
+
+    with Heartbeat(folder, 0, 600) as heart:
+        train(settings, engine, reader(), run_folder, heart, poll, say=lambda line: None)
+    return engine
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "health.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@torch.no_grad()
+def zero_stem(engine: Engine) -> None:
+    for parameter in engine.module.model.frontend.parameters():
+        parameter.zero_()
+
+
+@torch.no_grad()
+def break_stem(engine: Engine) -> None:
+    next(engine.module.model.frontend.parameters()).fill_(math.nan)
+
+
+@torch.no_grad()
+def one_code(engine: Engine) -> None:
+    for name, tensor in [*engine.module.objective.named_buffers(), *engine.module.objective.named_parameters()]:
+        if name.endswith("projection_DC") or name.startswith("quantizer.logits"):
+            tensor.zero_()
+        if name == "quantizer.logits.bias":
+            tensor[0] = tensor[16] = 100.0
+
+
+def make_louder(engine: Engine, steps: tuple[int, ...]) -> None:
+    plain = engine._forward_backward
+
+    def loud(batch: Any, plan: Any, counts_K: Any, ctx: Any) -> Any:
+        return plain(batch, plan, counts_K / 1000 if ctx.step in steps else counts_K, ctx)
+
+    engine._forward_backward = loud  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("objective", [BEST_RQ, WAV2VEC2], ids=["best_rq", "wav2vec2"])
+def test_a_healthy_run_raises_no_alarm(tmp_path: Path, objective: dict[str, Any]) -> None:
+    encoder = {"name": "transformer", "layers": 2, "dim": 64, "heads": 2, "ffn_dim": 128, "norm": "pre", "dropout": 0.0}
+    health = {"grace_steps": 70, "window": 20}
+    run(tmp_path, config(110, objective, encoder=encoder, health=health), reader=Repeating)
+    assert events(tmp_path) == []
+    row = read_rows(tmp_path / "metrics.jsonl")[-2]
+    assert {"health/std/stem", "health/std/layer_2", "health/rank/layer_2", "health/alarms"} <= row.keys()
+
+
+@pytest.mark.parametrize(
+    ("plant", "once", "detector", "within", "objective"),
+    [
+        (zero_stem, False, "stem deviation", 6, BEST_RQ),
+        (break_stem, True, "not finite", 0, BEST_RQ),
+        (one_code, False, "code use", 20, BEST_RQ),
+        (one_code, False, "code use", 20, WAV2VEC2),
+    ],
+    ids=["dead stem", "NaN stem", "collapsed targets", "collapsed codebook"],
+)
+def test_a_planted_failure_is_caught(
+    tmp_path: Path, plant: Plant, once: bool, detector: str, within: int, objective: dict[str, Any]
+) -> None:
+    with pytest.raises(UnhealthyError, match="what usually helps"):
+        run(tmp_path, config(objective=objective), plant, once)
+    caught = next(event for event in events(tmp_path) if event["step"] >= PLANTED and event["detector"] == detector)
+    assert caught["step"] - PLANTED <= within
+    assert PLANTED <= caught["since"] <= caught["step"]
+
+
+def test_a_model_that_does_not_learn_is_caught(tmp_path: Path) -> None:
+    run(tmp_path, config(40, optimizer={"lr": 1e-9}))
+    caught = [event for event in events(tmp_path) if event["detector"] == "chance"]
+    assert caught
+    assert caught[0]["step"] <= 20 + 3 * 2
+
+
+def test_a_wrong_amount_of_audio_per_update_is_caught(tmp_path: Path) -> None:
+    run(tmp_path, config(20, data={"shards": "synthetic", "micro_batches": 4, "batch_seconds": 13.88}))
+    caught = next(event for event in events(tmp_path) if event["detector"] == "audio per update")
+    assert caught["step"] <= 10 + 3 * 2
+
+
+def test_a_spike_is_skipped_and_its_batch_kept(tmp_path: Path) -> None:
+    spiked = run(tmp_path, config(PLANTED + 1), louder=(PLANTED,))
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["health/skipped"] == 1.0
+    assert [event["detector"] for event in events(tmp_path) if event["step"] == PLANTED] == ["gradient spike"]
+    one_less = run(tmp_path / "short", config(PLANTED))
+    expected = dict(one_less.tensors())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in spiked.tensors())
+    ctx, batches, why = load_batches(tmp_path / "health" / f"step_{PLANTED:08d}")
+    assert ctx.step == PLANTED
+    assert len(batches) == 4
+    assert "gradient norm" in why
+    results = replay(build_model(config()), ctx, batches)
+    assert all(math.isfinite(result.loss) and result.first_not_finite == "" for result in results)
+
+
+def test_a_broken_batch_is_named_by_replay(tmp_path: Path) -> None:
+    with pytest.raises(UnhealthyError):
+        run(tmp_path, config(), break_stem)
+    ctx, batches, _ = load_batches(tmp_path / "health" / f"step_{PLANTED:08d}")
+    module = build_model(config())
+    with torch.no_grad():
+        next(module.model.frontend.parameters()).fill_(math.nan)
+    assert replay(module, ctx, batches)[0].first_not_finite.startswith("model.frontend")
+
+
+def test_a_collapse_is_rolled_back_with_other_data(tmp_path: Path) -> None:
+    settings = config(36, health={"on_collapse": "rollback", "on_nan": "rollback", "grace_steps": 1000})
+    run(tmp_path, settings, break_stem)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 37))
+    assert all(math.isfinite(row["loss/total"]) for row in rows)
+    assert [event["detector"] for event in events(tmp_path) if event["kind"] == "nan"] == ["not finite"]
+    state = json.loads((tmp_path / "checkpoints" / "step_00000036" / "state.json").read_text())
+    # steps 21 and 22 were done again after the failure, with data that comes after it
+    assert state["cursor"]["epoch"] * 10 + state["cursor"]["step"] == 36 + 3
+    assert state["health"]["rollbacks"] == 1
+
+
+def test_rollbacks_end(tmp_path: Path) -> None:
+    settings = config(36, health={"on_nan": "rollback", "max_rollbacks": 2})
+    with pytest.raises(UnhealthyError, match="max_rollbacks=2 are used up"):
+        run(tmp_path, settings, break_stem, once=False)
+
+
+def test_a_resumed_run_skips_the_same_updates(tmp_path: Path) -> None:
+    spikes = (PLANTED, PLANTED + 4)
+    whole = run(tmp_path / "whole", config(PLANTED + 6), louder=spikes)
+    rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
+    assert [row["step"] - 1 for row in rows if row["health/skipped"]] == list(spikes)
+    run(tmp_path / "parts", config(PLANTED + 2, schedule={"name": "constant", "warmup_steps": 2}), louder=spikes)
+    resumed = run(tmp_path / "parts", config(PLANTED + 6), louder=spikes)
+    expected = dict(whole.tensors())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.tensors())
