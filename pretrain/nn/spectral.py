@@ -115,6 +115,6 @@ def normalize_frames(x_BFD: Tensor, lengths_B: Tensor, eps: float = 1e-5) -> Ten
     return centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / n_B11 + eps)
 
 
-def normalize_wave(wave_BT: Tensor, lengths_B: Tensor, eps: float = 1e-5) -> Tensor:
-    """Each utterance to mean 0 and deviation 1 over its samples (fairseq `task.normalize`); zero beyond them."""
+def normalize_wave(wave_BT: Tensor, lengths_B: Tensor, eps: float = 1e-7) -> Tensor:
+    """Each utterance to mean 0 and deviation 1 over its samples, as the released feature extractors do it."""
     return normalize_frames(wave_BT[:, :, None], lengths_B, eps)[:, :, 0]

@@ -1,0 +1,105 @@
+"""Export → from_pretrained → the same features; weights of released layouts as a start; clear refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.schema import ConfigError, load
+from pretrain.config import Config
+from pretrain.export.hugging_face import export, load_hugging_face
+from pretrain.model import build_model
+
+pytest.importorskip("transformers")
+SMALL = {"dim": 48, "layers": 2, "heads": 2, "ffn_dim": 64, "conv_positions_kernel": 16, "conv_positions_groups": 4}
+STACK = {"positions": "conv_stack", "conv_positions_kernel": 19, "conv_positions_depth": 3}
+LAYER = {"norm": "layer", "bias": True, "normalize": True}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "wav2vec2 base": ("wav2vec2", {}, {}),
+    "wav2vec2 large": ("wav2vec2", LAYER, {"norm": "pre"}),
+    "hubert": ("hubert", {}, {}),
+    "wavlm": ("wavlm", {}, {"relative_bias": True}),
+    "data2vec": ("data2vec", {"norm": "layer", "normalize": True}, STACK),
+}
+
+
+def config(objective: str, frontend: dict[str, Any], encoder: dict[str, Any], /, **more: Any) -> Config:
+    values = {
+        "data": {"shards": "none"},
+        "objective": {"name": objective},
+        "frontend": {"name": "waveform_conv", "channels": 32} | frontend,
+        "encoder": {"name": "transformer"} | SMALL | encoder,
+    }
+    return load(Config, values | more)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip(case: str, tmp_path: Path, parity: Callable[[str, float, float], None]) -> None:
+    described = config(*CASES[case])
+    module = build_model(described)
+    error = export(described, module, tmp_path / "out")
+    parity("export: features of from_pretrained against ours", 1e-5, error)
+    fresh = build_model(config(*CASES[case], seed=1))
+    load_hugging_face(fresh.model, tmp_path / "out")
+    for name, weight in module.model.state_dict().items():
+        assert torch.equal(fresh.model.state_dict()[name], weight), name
+
+
+def test_both_namings_of_weight_norm_and_prefixes_load(tmp_path: Path) -> None:
+    described = config("wav2vec2", {}, {})
+    module = build_model(described)
+    export(described, module, tmp_path / "new")
+    old = {
+        "wav2vec2."
+        + name.replace("parametrizations.weight.original0", "weight_g").replace(
+            "parametrizations.weight.original1", "weight_v"
+        ): weight
+        for name, weight in load_file(tmp_path / "new" / "model.safetensors").items()
+    }
+    assert any(name.endswith("weight_g") for name in old)
+    (tmp_path / "old").mkdir()
+    save_file(old | {"project_hid.weight": torch.zeros(1)}, tmp_path / "old" / "model.safetensors")
+    fresh = build_model(config("wav2vec2", {}, {}, seed=1))
+    load_hugging_face(fresh.model, tmp_path / "old")
+    assert all(torch.equal(a, b) for a, b in zip(fresh.model.parameters(), module.model.parameters(), strict=True))
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    described = config("wav2vec2", {}, {})
+    export(described, build_model(described), tmp_path / "out")
+    wider = build_model(config("wav2vec2", {}, {"ffn_dim": 80}))
+    with pytest.raises(ConfigError, match=r"intermediate_dense\.weight has shape \(64, 48\)"):
+        load_hugging_face(wider.model, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"no model\.safetensors"):
+        load_hugging_face(wider.model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"frontend": {"name": "log_mel"}}, "frontend.name=log_mel"),
+        ({"encoder": {"name": "conformer"}}, "encoder.name=conformer"),
+        ({"encoder": {"name": "transformer", "positions": "rope"}}, "encoder.positions=rope"),
+        ({"encoder": {"name": "transformer", "attention": "chunked"}}, "encoder.attention=chunked"),
+    ],
+)
+def test_refusals(values: dict[str, Any], named: str, tmp_path: Path) -> None:
+    described = config("wav2vec2", {}, {}, **values)
+    with torch.device("meta"):
+        module = build_model(described)
+    with pytest.raises(ConfigError, match=named):
+        export(described, module, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_gate_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = config("wav2vec2", {}, {})
+    monkeypatch.setattr("pretrain.export.hugging_face.gate", lambda *_: 1.0)
+    with pytest.raises(ConfigError, match="differ by"):
+        export(described, build_model(described), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
