@@ -96,7 +96,8 @@ reader.plan.window(0, windows // 3)
 window = time.perf_counter() - at
 per_step = window / max(1, int(layout.step_W1[windows // 3 + 1] - layout.step_W1[windows // 3]))
 print(json.dumps({
-    "cpu_to_first_batch_s": cpu, "import_s": imported - start, "open_s": opened - imported, "first_batch_s": first - start, "steps": steps,
+    "cpu_s": cpu,
+    "import_s": imported - start, "open_s": opened - imported, "first_batch_s": first - start, "steps": steps,
     "windows": windows, "hours": layout.samples / 16000 / 3600, "window_s": window, "plan_ms_per_step": per_step * 1e3,
     "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
 }))

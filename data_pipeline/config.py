@@ -48,6 +48,9 @@ class ReaderConfig:
     cache: Annotated[
         str, about("local folder for copies of remote shards and large indexes; empty: a temporary one")
     ] = ""
+    cache_gigabytes: Annotated[
+        float, about("room for local copies of remote shards; 0 reads single segments from the remote instead", ge=0)
+    ] = 0.0
     keys_log: Annotated[
         str, about("folder where each rank notes the keys of every step it hands over, to prove a resume; empty: none")
     ] = ""

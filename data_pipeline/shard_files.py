@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline import shards
+
+if TYPE_CHECKING:
+    from data_pipeline.plan import Plan
 
 Array = npt.NDArray[Any]
 CHUNK = 1 << 22
@@ -86,8 +89,11 @@ class ShardFiles:
         """The bytes of each extent, or what went wrong with it."""
         return [self._read_one(extent) for extent in wanted]
 
+    def know(self, plan: Plan) -> None:
+        """Tells those that fetch ahead what will be read."""
+
     def look_ahead(self, epoch: int, step: int) -> None:
-        """Says where the reader is, to those storages that fetch ahead."""
+        """Tells those that fetch ahead where in the plan the reader is."""
 
     def close(self) -> None:
         """Closes all files."""

@@ -27,6 +27,7 @@ from data_pipeline import shards
 from data_pipeline.catalogue import load_catalogue
 from data_pipeline.config import ReaderConfig
 from data_pipeline.plan import Plan, accumulation, audio_per_step_check, make_plan
+from data_pipeline.remote import open_files
 from data_pipeline.schema import ConfigError
 from data_pipeline.shard_files import ShardError, ShardFiles
 from data_pipeline.types import Cursor, Step
@@ -44,10 +45,11 @@ class PlanReader:
             raise ConfigError(f"rank {rank} is not one of {world} ranks")
         self.config, self.rank, self.world = config, rank, world
         records = shards.done_records(config.shards)
-        self._files = ShardFiles(config.shards, records, 2 * config.shuffle_window, config.verify)
+        self._files = open_files(config, records)
         self._report(self._files.check())
         self.plan = make_plan(load_catalogue(self._files, config.cache), config, seed)
         self.plan_hash = self.plan.hash
+        self._files.know(self.plan)
         audio_per_step_check(self.plan, world, self.slots)
         self._cursor = Cursor(self.plan_hash, 0, 0)
         self._running: _Running | None = None

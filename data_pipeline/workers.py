@@ -94,6 +94,7 @@ class PlannedBatches(Dataset[Loaded]):
     def __getitem__(self, request: Request) -> Loaded:
         self._turn += 1
         try:
+            self.files.look_ahead(request[0], request[1])
             return self._load(*request)
         except ShardError as error:
             return Loaded(request[2], error=(error.shard, error.reason))
