@@ -16,6 +16,7 @@ VERBS = {
     "pretrain": ("pretrain", "shards -> a pretrained checkpoint, with DeepSpeed"),
     "demo": ("demo", "the whole way in a few minutes, on speech it finds itself"),
     "shards": ("shards", "inspect, verify or count what a shard folder holds"),
+    "plan-run": ("plan_run", "memory, time and communication of a run on a cluster, on paper"),
     "data": ("data", "the step plan of a run, and limits for a machine"),
     "jobs": ("jobs", "list, watch, cancel and restart runs, wherever they were sent"),
     "doctor": ("doctor", "what this machine has, what is missing and how to get it"),

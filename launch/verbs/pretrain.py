@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data_pipeline.schema import ConfigError
+from data_pipeline.shards import done_records
 from launch import describe, job, local, progress, submitters
 from launch.config import PretrainJob
 from launch.submit import steps_done, write_note
@@ -24,6 +26,8 @@ def run(arguments: list[str]) -> int:
     if DRY_RUN in request.switches:
         print(submitter.plan(Path(config.runs) / config.name))
         return 0
+    if isinstance(submitter, local.LocalSubmitter):
+        _require_shards(config.data.shards)
     folder = describe.prepare(config)
     if isinstance(submitter, local.LocalSubmitter):
         return attend(submitter, folder, config.train.steps, config.launcher)
@@ -31,6 +35,14 @@ def run(arguments: list[str]) -> int:
     write_note(folder, handle, config.launcher)
     print(f"{config.launcher.name} job {handle}, run folder {folder}; auricle jobs status {folder} follows it")
     return 0
+
+
+def _require_shards(root: str) -> None:
+    """Says so at once, before any rank is started, where there is nothing to read."""
+    try:
+        done_records(root)
+    except ValueError as error:
+        raise ConfigError(f"data.shards={root}: {error}") from None
 
 
 def attend(submitter: local.LocalSubmitter, folder: Path, steps: int, launcher: object) -> int:

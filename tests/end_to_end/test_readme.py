@@ -1,0 +1,154 @@
+"""The README's commands, as a new user gives them, on a small corpus: from raw audio to a checkpoint and its curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.demo_corpus import synthesise
+from tests.conftest import ROOT
+
+COMMANDS = [
+    line.strip().split("  #")[0].strip()
+    for line in (ROOT / "README.md").read_text().splitlines()
+    if line.startswith("    auricle ")
+]
+SMALL = [
+    "train.steps=6",
+    "train.checkpoint_every=3",
+    "data.batch_seconds=32",
+    "encoder.layers=1",
+    "encoder.dim=64",
+    "health.on_collapse=warn",
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's home with a folder `speech`, one broken file among the good ones."""
+    home = tmp_path_factory.mktemp("home")
+    synthesise(home / "speech", 24)
+    (home / "speech" / "broken.wav").write_bytes(b"RIFF, but no more than that")
+    return home
+
+
+def auricle(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    command = [sys.executable, "-m", "launch.app", *arguments]
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=home, env=environment)
+
+
+def command(word: str) -> list[str]:
+    """The README's first command that holds `word`, without `auricle`."""
+    return shlex.split(next(line for line in COMMANDS if word in line))[1:]
+
+
+@pytest.fixture(scope="module")
+def shards(home: Path) -> Path:
+    """What the README's preprocess command writes."""
+    done = auricle(home, *command("preprocess"), "ray.num_cpus=2")
+    assert done.returncode == 0, done.stderr
+    assert "quarantined files" in done.stdout
+    return home / "shards"
+
+
+@pytest.fixture(scope="module")
+def run_folder(home: Path, shards: Path) -> Path:
+    """What the README's pretrain command leaves, under the deepspeed launcher on two ranks."""
+    done = auricle(home, *command("launcher.processes=2"), *SMALL)
+    assert done.returncode == 0, done.stderr
+    return home / "runs" / "best_rq_tiny"
+
+
+def test_the_readme_is_short_and_names_the_two_commands() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert any(line.startswith("    make demo") for line in lines)
+    assert any(line.startswith("    make test") for line in lines)
+
+
+def test_doctor(home: Path) -> None:
+    done = auricle(home, *command("doctor"))
+    assert done.returncode == 0, done.stdout
+    assert "everything that is needed is there" in done.stdout
+
+
+def test_preprocess_again_finds_nothing_to_do(home: Path, shards: Path) -> None:
+    before = {file.name: file.stat().st_mtime_ns for file in shards.glob("*.tar")}
+    done = auricle(home, *command("preprocess"))
+    assert done.returncode == 0, done.stderr
+    assert {file.name: file.stat().st_mtime_ns for file in shards.glob("*.tar")} == before
+
+
+def test_shard_commands(home: Path, shards: Path) -> None:
+    assert auricle(home, *command("shards stats")).returncode == 0
+    assert auricle(home, "shards", "verify", "shards/").returncode == 0
+
+
+def test_the_run_describes_itself(run_folder: Path) -> None:
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert rows[-1]["loss/total"] < rows[0]["loss/total"]
+    for name in ("config.json", "config.yaml", "environment.json", "git.diff", "logs/rank_0.log", "logs/rank_1.log"):
+        assert (run_folder / name).is_file()
+    assert (run_folder / "checkpoints" / "latest").read_text().strip() == "step_00000006"
+
+
+def test_tensorboard_reads_the_curves(run_folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_folder / "tb"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    wanted = {"loss/total", "opt/lr", "opt/grad_norm", "perf/audio_seconds_per_second", "perf/data_wait_share"}
+    assert wanted | {"perf/step_seconds", "metric/perplexity", "metric/code_usage"} <= scalars
+    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 7))
+
+
+def test_more_steps_continue_the_run(home: Path, run_folder: Path) -> None:
+    done = auricle(home, *command("launcher.processes=2"), *SMALL, "train.steps=8", "launcher.processes=1")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    refused = auricle(home, *command("launcher.processes=2"), *SMALL, "optimizer.lr=0.5")
+    assert refused.returncode == 2
+    assert "optimizer.lr" in refused.stderr
+
+
+def test_configuration_commands(home: Path) -> None:
+    assert auricle(home, *command("--help")).returncode == 0
+    shown = auricle(home, *command("--cfg"))
+    assert shown.returncode == 0
+    assert "lr: 0.0003" in shown.stdout
+    wrong = auricle(home, *command("optimiser"))
+    assert wrong.returncode == 2
+    assert "did you mean optimizer?" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["preprocess", "corpus.path=nowhere", "out=o"], 2, ["nowhere"]),
+        (["preprocess", "corpus.path=empty", "out=o"], 2, ["empty"]),
+        (
+            ["pretrain", "+experiment=best_rq_tiny", "data.shards=nowhere", "name=a"],
+            2,
+            ["auricle preprocess"],
+        ),
+        (["pretrain", "+experiment=best_rq_tiny", "data.shards=empty", "name=a"], 2, ["empty"]),
+    ],
+)
+def test_bad_input_is_said_in_a_paragraph(home: Path, arguments: list[str], code: int, words: list[str]) -> None:
+    (home / "empty").mkdir(exist_ok=True)
+    done = auricle(home, *arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr

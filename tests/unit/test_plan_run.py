@@ -1,0 +1,62 @@
+"""Forecasts against what is known: published operation counts, and the real optimizer's memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data_pipeline.schema import ConfigError, load
+from launch import app, plan_run
+from launch.compose import compose
+from launch.config import PretrainJob
+from pretrain.config import Config
+
+
+def config(*overrides: str) -> Config:
+    return load(PretrainJob, compose("pretrain", ["data.shards=none", *overrides]))
+
+
+def test_base_costs_what_is_known_of_it() -> None:
+    measured = plan_run.measure(config("+experiment=wav2vec2_base"), (1.0, 2.0))
+    assert measured.parameters == pytest.approx(95.05e6, rel=1e-3), "transformers' Wav2Vec2ForPreTraining has as many"
+    assert measured.flops.of(15.0) / 15.0 == pytest.approx(15.3e9, rel=0.06), "recipes.md, a count by hand"
+
+
+def test_states_are_those_of_a_real_optimizer() -> None:
+    small = config("+experiment=best_rq_tiny")
+    measured = plan_run.measure(small, (1.0, 1.5))
+    from pretrain.model import build_model
+
+    trained = [parameter for parameter in build_model(small).parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    sum(parameter.sum() for parameter in trained).backward()
+    optimizer.step()
+    held = [*trained, *(parameter.grad for parameter in trained)]
+    held += [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
+    real = sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+    assert plan_run.state_bytes(measured, 0, 1) == pytest.approx(real, rel=0.02)
+    stages = [plan_run.state_bytes(measured, stage, 8) for stage in range(4)]
+    assert stages == sorted(stages, reverse=True)
+    assert stages[3] == pytest.approx(stages[0] / 8)
+
+
+def test_scaling_never_beats_the_machine() -> None:
+    measured = plan_run.Measured(95_000_000, 95_000_000, plan_run.Cost(15e9, 1e7), plan_run.Cost(1e8, 0.0))
+    base, cluster = config("+experiment=wav2vec2_base"), plan_run.Cluster(128, 8, "H100")
+    steps = [plan_run.forecast(measured, base, cluster, gpus, 0.3).step for gpus in plan_run.counts(1024)]
+    assert steps == sorted(steps, reverse=True)
+    assert all(steps[0] / step <= 1024 >> shift for shift, step in enumerate(reversed(steps)))
+    one = plan_run.forecast(measured, base, cluster, 1, 0.3)
+    assert one.sent == one.exposed == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["cluster=8x8xH10"], ["H100", "8x8xH100"]), (["cluster=8"], ["NODESxGPUSxKIND"]), (["mfu=2"], ["mfu=2"])],
+)
+def test_what_is_wrong_is_said(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["plan-run", "+experiment=best_rq_tiny", *arguments]) == app.USAGE
+    said = capsys.readouterr().err
+    assert all(word in said for word in words)
+    with pytest.raises(ConfigError):
+        plan_run.parse_cluster("0x8xH100")
