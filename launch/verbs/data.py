@@ -1,47 +1,66 @@
-"""auricle data: the step plan that a pretraining config makes of its shards."""
+"""auricle data: the step plan that a pretraining config makes of its shards, and the micro-batches that fit."""
 
 from __future__ import annotations
 
+from data_pipeline.schema import ConfigError
 from launch import job
 from launch.config import PretrainJob
 
-USAGE = "auricle data plan [the same overrides as for `auricle pretrain`]"
+USAGE = """auricle data plan       one epoch before it runs: steps, hours, padding, shapes, memory
+auricle data find-caps  the largest micro-batches that this device can train on [--memory=GB]
+
+both take the same overrides as `auricle pretrain`"""
 
 
 def run(arguments: list[str]) -> int:
+    """Answers for one of the two."""
+    verbs = {"plan": plan, "find-caps": find_caps}
+    if arguments[:1] and arguments[0] in verbs:
+        return verbs[arguments[0]](arguments[1:])
+    print(USAGE)
+    return 0 if arguments[:1] in (["--help"], ["-h"]) else 2
+
+
+def plan(arguments: list[str]) -> int:
     """Prints what one epoch looks like."""
-    if arguments[:1] != ["plan"]:
-        print(USAGE)
-        return 0 if arguments[:1] in (["--help"], ["-h"]) else 2
-    request = job.read("pretrain", PretrainJob, arguments[1:])
+    request = job.read("pretrain", PretrainJob, arguments)
     if request is None:
         return 0
-    from data_pipeline.plan import allowed_worlds
+    from data_pipeline.plan_report import describe, to_text
     from data_pipeline.stream import open_reader
 
     config = request.config
     reader = open_reader(config.data, config.seed, 0, 1)
     try:
-        plan = reader.plan
-        layout = plan.layout(0)
-        used = padded = segments = 0
-        steps = min(layout.steps, 200)
-        for number in range(steps):
-            for batch in plan.step(0, number):
-                used, padded = used + batch.samples, padded + batch.padded_samples
-                segments += len(batch.length_n)
-        seconds = layout.samples / 16_000
-        lines = {
-            "plan": reader.plan_hash,
-            "epoch": f"{layout.steps} steps, {seconds / 3600:.2f} h of audio, {len(plan.catalogue.shards)} shards",
-            "step": f"{seconds / layout.steps:.1f} s in {segments / steps:.0f} segments, {config.data.micro_batches} "
-            "micro-batches",
-            "padding": f"{1 - used / padded:.2%} (first {steps} steps)",
-            "epochs": f"{config.train.steps / layout.steps:.1f} in train.steps={config.train.steps}",
-            "ranks": ", ".join(map(str, allowed_worlds(config.data.micro_batches))),
-        }
+        report = describe(reader.plan, config.data)
     finally:
         reader.close()
-    for name, text in lines.items():
-        print(f"{name:<8} {text}")
+    print(to_text(report))
+    print(f"\ntrain.steps={config.train.steps:,} are {config.train.steps / report.steps:,.2f} epochs")
+    return 0
+
+
+def find_caps(arguments: list[str]) -> int:
+    """Bisects on the real model and device; prints the overrides to use."""
+    limits = [argument.removeprefix("--memory=") for argument in arguments if argument.startswith("--memory=")]
+    rest = [argument for argument in arguments if not argument.startswith("--memory=")]
+    try:
+        memory_gb = float(limits[-1]) if limits else 0.0
+    except ValueError:
+        raise ConfigError(f"--memory={limits[-1]}: must be a number of gigabytes, such as --memory=70") from None
+    request = job.read("pretrain", PretrainJob, rest)
+    if request is None:
+        return 0
+    from pretrain.caps import measure_caps
+    from pretrain.engines import world as ranks
+
+    config = request.config
+    world = ranks.join(config.device, config.engine.timeout_minutes)
+    try:
+        caps = measure_caps(config, world, memory_gb)
+    finally:
+        ranks.leave()
+    for seconds, rows in caps.rows:
+        print(f"{rows:5} segments of {seconds:6.2f} s = {rows * seconds:8.1f} s")
+    print(f"\ndata.cap_seconds={caps.cap_seconds:.4g} data.cap_quadratic={caps.cap_quadratic:.4g}")
     return 0

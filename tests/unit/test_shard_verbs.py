@@ -58,7 +58,7 @@ def test_plan_of_a_config(root: Path, capsys: pytest.CaptureFixture[str]) -> Non
     overrides = ["+experiment=best_rq_tiny", f"data.shards={root}", "data.batch_seconds=40", "data.max_seconds=6"]
     assert app.main(["data", "plan", *overrides]) == 0
     said = capsys.readouterr().out
-    assert "ranks    1, 2, 4" in said
+    assert "ranks      1, 2, 4" in said
     assert "2 shards" in said
     assert app.main(["data", "plan", *overrides, "data.batch_seconds=1e6"]) == app.USAGE
     assert "less than a fiftieth" in capsys.readouterr().err
