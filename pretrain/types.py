@@ -31,6 +31,8 @@ class Frames(NamedTuple):
     lengths_B: Tensor
     rate_hz: float
     raw_BFD: Tensor | None = None
+    places_BF: Tensor | None = None
+    """Index in time of each frame, where some were taken out; padding repeats the last. None: 0, 1, 2 …"""
 
     def valid_BF(self) -> Tensor:
         """True where a frame is speech and not padding."""

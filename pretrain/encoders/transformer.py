@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -84,12 +85,24 @@ class Transformer(BlockStack):
     def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
         x_BFD = frames.x_BFD
         if self.positions is not None:
-            x_BFD = x_BFD + self.positions(x_BFD)
+            x_BFD = x_BFD + self.position_features(frames)
         if not self.pre:
             x_BFD = self.norm(x_BFD)
         bias_HFF = self.relative_bias(x_BFD.shape[1]) if self.relative_bias is not None else None
         output = self.run_blocks(self.dropout(x_BFD), frames, ctx, bias_HFF)
         return self.norm_last(output, self.norm) if self.pre else output
+
+    def position_features(self, frames: Frames) -> Tensor:
+        """The positional convolution's output; frames that were taken out count as silence in their places."""
+        assert self.positions is not None
+        if frames.places_BF is None:
+            found: Tensor = self.positions(frames.x_BFD)
+            return found
+        index = frames.places_BF[:, :, None].expand_as(frames.x_BFD)
+        x_BFD = frames.x_BFD.masked_fill(~frames.valid_BF()[:, :, None], 0.0)
+        grid_BFD = x_BFD.new_zeros(len(index), int(frames.places_BF.max()) + 1, self.dim)
+        # added, not set: padding points at the last place and must not wipe it out
+        return torch.gather(self.positions(grid_BFD.scatter_add(1, index, x_BFD)), 1, index)
 
 
 def _positions(config: Config) -> nn.Module | None:

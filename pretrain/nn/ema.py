@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pretrain.nn.spectral import normalize_frames
+from pretrain.types import EncoderOutput
+
 
 class Teacher(nn.Module):
     """A copy of `source` that never trains and is always in evaluation mode."""
@@ -32,6 +35,23 @@ class Teacher(nn.Module):
                 mine.copy_(other)
         for mine, other in zip(self.copy.buffers(), source.buffers(), strict=True):
             mine.copy_(other)
+
+
+@torch.no_grad()
+def averaged_layers(output: EncoderOutput, top: int) -> Tensor:
+    """data2vec's target, (B, F, D) fp32: the last `top` feed-forward outputs, each normed over time, averaged."""
+    chosen = output.ffn_layers[-top:]
+    total = torch.zeros_like(chosen[0], dtype=torch.float32)
+    for layer_BFD in chosen:
+        total += normalize_frames(layer_BFD.float(), output.lengths_B)
+    return total / len(chosen)
+
+
+def deviation(x_ND: Tensor) -> Tensor:
+    """Standard deviation over frames, averaged over channels: near 0 when all frames are alike, that is, collapsed."""
+    if len(x_ND) < 2:
+        return torch.zeros((), device=x_ND.device)
+    return x_ND.detach().float().std(0).mean()
 
 
 def annealed_decay(step: int, start: float, end: float, over_steps: int) -> float:

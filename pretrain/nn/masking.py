@@ -71,6 +71,25 @@ def block_mask(length: int, share: float, block: int, rng: np.random.Generator) 
     return mask
 
 
+def inverse_block_mask(length: int, prob: float, adjust: float, block: int, rng: np.random.Generator) -> np.ndarray:
+    """Masked frames of one utterance, bool (length,): what is kept lies in blocks (data2vec 2.0, §3.2 and appendix).
+
+    Blocks of `block` frames are kept until they would cover 1 − prob + adjust without overlaps; then single frames
+    change sides until round(prob · length) are masked, at least one, and at least one is kept.
+    """
+    kept = np.zeros(length, dtype=bool)
+    if length == 0:
+        return kept
+    n_blocks = max(1, round(length * (1 - prob + adjust) / block))
+    first = rng.integers(0, max(length - block, 0) + 1, n_blocks)
+    kept[np.minimum(first[:, None] + np.arange(block), length - 1).ravel()] = True
+    wanted = length - min(max(round(prob * length), 1), max(length - 1, 1))
+    surplus = int(kept.sum()) - wanted
+    side = np.flatnonzero(kept if surplus > 0 else ~kept)
+    kept[rng.choice(side, abs(surplus), replace=False)] = surplus < 0
+    return ~kept
+
+
 def pack_masks(masks: Sequence[np.ndarray], width: int, device: torch.device) -> FrameMask:
     """Masks of single utterances (each its own length) as one FrameMask of `width` frames on `device`."""
     mask_BF = np.zeros((len(masks), width), dtype=bool)

@@ -53,16 +53,17 @@ class ConvPositionsStack(nn.Module):
         return x_BFD
 
 
-def rotary_angles(
-    n_frames: int, head_dim: int, device: torch.device, skip: int = 0, base: float = 10_000.0
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (F, head_dim / 2), fp32 (RoFormer, arXiv 2104.09864, eq. 34).
+def rotary_angles(places: Tensor, head_dim: int, skip: int = 0, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, fp32 (RoFormer, arXiv 2104.09864, eq. 34).
 
-    The first `skip` frames have no place in time (registers): all have angle 0, as the first true frame.
+    places: (F,) indices in time, giving (F, head_dim / 2), or (B, F), giving (B, 1, F, head_dim / 2). `skip` frames
+    before them have no place in time (registers): their angle is 0, as that of the first true frame.
     """
-    rates = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    places = (torch.arange(n_frames, device=device, dtype=torch.float32) - skip).clamp(min=0)
-    angles = places[:, None] * rates
+    places = F.pad(places.float(), (skip, 0))
+    rates = base ** (-torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float32) / head_dim)
+    angles = places[..., None] * rates
+    if places.ndim == 2:
+        angles = angles[:, None]
     return angles.cos(), angles.sin()
 
 

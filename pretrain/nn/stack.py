@@ -69,7 +69,7 @@ class BlockStack(Encoder):
             registers_BRD = self.registers_RD.to(x_BFD.dtype).expand(len(x_BFD), R, self.dim)
             x_BFD = torch.cat([registers_BRD, x_BFD], dim=1)
             valid_BF = nn.functional.pad(valid_BF, (R, 0), value=True)
-        full, local = self.contexts(valid_BF, ctx, bias_HFF)
+        full, local = self.contexts(valid_BF, frames.places_BF, ctx, bias_HFF)
         layers, ffn_layers = [x_BFD[:, R:]], []
         for number, kept in enumerate(self.kept_blocks(ctx)[: self.stop_after]):
             if kept:
@@ -81,12 +81,13 @@ class BlockStack(Encoder):
         return EncoderOutput(tuple(layers), frames.lengths_B, frames.rate_hz, tuple(ffn_layers))
 
     def contexts(
-        self, valid_BF: Tensor, ctx: StepContext | None, bias_HFF: Tensor | None
+        self, valid_BF: Tensor, places_BF: Tensor | None, ctx: StepContext | None, bias_HFF: Tensor | None
     ) -> tuple[AttentionContext, AttentionContext]:
         """What full and local blocks attend with, computed once for all of them."""
         config, R = self.stack_config, self.n_registers
         mask, n_frames, device = padding_mask(valid_BF), valid_BF.shape[1], valid_BF.device
-        rotary = rotary_angles(n_frames, self.head_dim, device, skip=R) if self.rotary else None
+        places = torch.arange(n_frames - R, device=device) if places_BF is None else places_BF
+        rotary = rotary_angles(places, self.head_dim, skip=R) if self.rotary else None
         if config.attention == "chunked":
             mask = chunk_mask(n_frames, self.chunk_length(ctx), config.left_chunks, mask, device)
         full = AttentionContext(mask, rotary, bias_HFF, valid_BF, n_registers=R)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, annealed_decay
+from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, deviation
 from pretrain.nn.masking import FrameMask, draw_frame_mask, span_mask
-from pretrain.nn.spectral import normalize_frames
 from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
 
 
@@ -85,11 +84,7 @@ class Data2Vec(Objective):
         """(B, F, D) fp32."""
         assert self.teacher is not None
         output: EncoderOutput = self.teacher.copy(Frames(frames.x_BFD.detach(), frames.lengths_B, frames.rate_hz))
-        top = output.ffn_layers[-self.top_layers :]
-        total = torch.zeros_like(top[0], dtype=torch.float32)
-        for layer_BFD in top:
-            total += normalize_frames(layer_BFD.float(), output.lengths_B)
-        return total / len(top)
+        return averaged_layers(output, self.top_layers)
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
@@ -97,13 +92,6 @@ class Data2Vec(Objective):
         assert self.teacher is not None
         decay = annealed_decay(ctx.step, self.config.ema_start, self.config.ema_end, self.config.ema_steps)
         self.teacher.follow(model.encoder, decay, lambda name: name.startswith("blocks."))
-
-
-def deviation(x_ND: Tensor) -> Tensor:
-    """Standard deviation over frames, averaged over channels: near 0 when all frames are alike, that is, collapsed."""
-    if len(x_ND) < 2:
-        return torch.zeros((), device=x_ND.device)
-    return x_ND.detach().float().std(0).mean()
 
 
 def build(config: Config, shape: ModelShape) -> Data2Vec:

@@ -34,6 +34,8 @@ SMALL = {
     "mask_block": 2,
     "mask_span": 4,
     "units": 32,
+    "decoder_dim": 32,
+    "masks": 2,
 }
 """Fields made small wherever a plug-in has them."""
 

@@ -100,3 +100,17 @@ def test_layer_drop_is_alike_on_all_ranks() -> None:
     assert first == [there.kept_blocks(StepContext(7, step)) for step in range(20)]
     assert 0.35 < sum(map(sum, first)) / 240 < 0.65
     assert all(here.eval().kept_blocks(StepContext(7, 0)))
+
+
+@pytest.mark.parametrize("positions", ["rope", "conv", "conv_stack"])
+def test_frames_that_were_taken_out_leave_the_places_of_others(positions: str) -> None:
+    config = transformer.Config(**SMALL, positions=positions, conv_positions_kernel=5, conv_positions_groups=4)
+    encoder = transformer.build(config).eval()
+    x_BFD = torch.randn(2, 20, 32)
+    lengths_B = torch.tensor([20, 20])
+    plain = encoder(Frames(x_BFD, lengths_B, 25.0)).final.x_BFD
+    named = encoder(Frames(x_BFD, lengths_B, 25.0, places_BF=torch.arange(20).repeat(2, 1))).final.x_BFD
+    torch.testing.assert_close(named, plain)
+    order = torch.randperm(20)  # attention does not mind the order in which frames stand, only their places
+    shuffled = encoder(Frames(x_BFD[:, order], lengths_B, 25.0, places_BF=order.repeat(2, 1))).final.x_BFD
+    torch.testing.assert_close(shuffled, plain[:, order], rtol=0, atol=1e-5)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.nn.masking import block_mask, draw_negatives, pack_masks, span_mask
+from pretrain.nn.masking import block_mask, draw_negatives, inverse_block_mask, pack_masks, span_mask
 from pretrain.nn.numerics import scale_gradient
 from pretrain.nn.quantizers import GumbelQuantizer, nearest_codes, perplexity
 from pretrain.nn.spectral import LogMel
@@ -40,6 +40,13 @@ def test_span_mask_covers_what_fairseq_covers() -> None:
 def test_block_mask_covers_its_share() -> None:
     share = np.mean([block_mask(375, 0.6, 4, np.random.default_rng(seed)).mean() for seed in range(200)])
     assert share == pytest.approx(0.6, abs=0.01)
+
+
+@settings(max_examples=50, deadline=None)
+@given(length=st.integers(2, 400), prob=st.floats(0.05, 0.95), seed=st.integers(0, 99))
+def test_inverse_block_mask_masks_exactly_its_share(length: int, prob: float, seed: int) -> None:
+    mask = inverse_block_mask(length, prob, 0.05, 5, np.random.default_rng(seed))
+    assert mask.sum() == min(max(round(prob * length), 1), length - 1)
 
 
 def test_negatives_are_other_masked_frames_of_the_utterance() -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, annealed_decay
+from pretrain.nn.ema import Teacher, annealed_decay, deviation
 from pretrain.nn.quantizers import RandomProjectionQuantizer
-from pretrain.objectives.data2vec import Data2Vec, deviation
+from pretrain.objectives.data2vec import Data2Vec
 from pretrain.objectives.dinosr import DinoSR
 from pretrain.objectives.wavlm import MixturePlan, WavLM
 from pretrain.types import StepContext

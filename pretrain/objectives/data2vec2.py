@@ -1,0 +1,156 @@
+"""data2vec 2.0: one teacher pass, several masks; the student encodes only what it sees (arXiv 2212.07525)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.keyed_random import keyed_rng
+from data_pipeline.schema import about, config
+from data_pipeline.types import Batch
+from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, deviation
+from pretrain.nn.masking import frame_width, inverse_block_mask
+from pretrain.nn.numerics import zero_padding
+from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+
+
+@config
+class Config:
+    name: Literal["data2vec2"] = "data2vec2"
+    masks: Annotated[int, about("masked copies of each utterance per teacher pass", ge=1)] = 8
+    mask_prob: Annotated[float, about("share of the frames that is masked", gt=0, lt=1)] = 0.5
+    mask_adjust: Annotated[float, about("added to the share that blocks cover, against overlaps", ge=0, lt=1)] = 0.05
+    mask_block: Annotated[int, about("frames per block of what is kept", ge=1)] = 5
+    mask_noise: Annotated[float, about("deviation of the noise that stands for masked frames in the decoder", ge=0)] = (
+        0.01
+    )
+    top_layers: Annotated[int, about("the teacher's last so many layers are averaged", ge=1)] = 8
+    decoder_dim: Annotated[int, about("channels of the decoder; 16 or fewer groups must divide them", ge=1)] = 384
+    decoder_layers: Annotated[int, about("convolutions of the decoder", ge=1)] = 4
+    decoder_kernel: Annotated[int, about("their taps; odd", ge=1)] = 7
+    ema_start: Annotated[float, about("the teacher's decay at first", ge=0, le=1)] = 0.999
+    ema_end: Annotated[float, about("the teacher's decay later", ge=0, le=1)] = 0.99999
+    ema_steps: Annotated[int, about("updates from the one to the other", ge=1)] = 75_000
+
+
+@dataclass
+class CopiesPlan(Plan):
+    """R = B · masks rows, the copies of an utterance next to each other."""
+
+    mask_RF: Tensor
+    kept_RK: Tensor
+    """Kept frames of each row in order; padding repeats the last."""
+    kept_lengths_R: Tensor
+    noise_RFD: Tensor
+    count: Tensor
+
+
+class Decoder(nn.Module):
+    """Convolutions over all frames, each with a layer norm without weights and GELU; residuals from the second on."""
+
+    def __init__(self, dim: int, config: Config) -> None:
+        super().__init__()
+        width, kernel = config.decoder_dim, config.decoder_kernel
+        if kernel % 2 == 0:
+            raise ValueError(f"objective.decoder_kernel={kernel} must be odd")
+        groups = math.gcd(16, math.gcd(dim, width))
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width if layer else dim, width, kernel, padding=kernel // 2, groups=groups)
+            for layer in range(config.decoder_layers)
+        )
+        self.linear = nn.Linear(width, dim)
+
+    def forward(self, x_BFD: Tensor, lengths_B: Tensor) -> Tensor:
+        for layer, conv in enumerate(self.convs):
+            y_BFD = conv(zero_padding(x_BFD, lengths_B).transpose(1, 2)).transpose(1, 2)
+            y_BFD = F.gelu(F.layer_norm(y_BFD, y_BFD.shape[-1:]))
+            x_BFD = x_BFD + y_BFD if layer else y_BFD
+        out: Tensor = self.linear(x_BFD)
+        return out
+
+
+class Data2Vec2(Objective):
+    """Loss: squared error / √D between decoder and data2vec's targets at masked frames of all copies."""
+
+    def __init__(self, config: Config, shape: ModelShape) -> None:
+        super().__init__()
+        self.config, self.dim = config, shape.dim
+        self.top_layers = min(config.top_layers, shape.n_layers)
+        self.decoder = Decoder(shape.dim, config)
+        self.teacher: Teacher | None = None
+
+    def attach(self, model: SpeechModel) -> None:
+        self.teacher = Teacher(model.encoder)
+        self.teacher.copy.keep_ffn = True  # type: ignore[assignment]
+
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> CopiesPlan:
+        config, width = self.config, frame_width(model.frontend, batch)
+        lengths = model.frontend.frame_lengths(batch.lengths_B.cpu()).tolist()
+        rows = len(lengths) * config.masks
+        mask_RF = np.zeros((rows, width), dtype=bool)
+        noise_RFD = np.zeros((rows, width, self.dim), dtype=np.float32)
+        kept = []
+        for row in range(rows):
+            length, key = lengths[row // config.masks], batch.keys[row // config.masks]
+            rng = keyed_rng(ctx.seed, ctx.step, key, "mask", row % config.masks)
+            mask = inverse_block_mask(length, config.mask_prob, config.mask_adjust, config.mask_block, rng)
+            mask_RF[row, :length] = mask
+            noise_RFD[row, :length] = rng.standard_normal((length, self.dim), dtype=np.float32)
+            kept.append(np.flatnonzero(~mask))
+        kept_RK = np.stack([np.pad(found, (0, max(map(len, kept)) - len(found)), mode="edge") for found in kept])
+        device = batch.wave_BT.device
+        return CopiesPlan(
+            mask_RF=torch.from_numpy(mask_RF).to(device),
+            kept_RK=torch.from_numpy(kept_RK).to(device),
+            kept_lengths_R=torch.tensor([len(found) for found in kept], device=device),
+            noise_RFD=torch.from_numpy(noise_RFD * config.mask_noise).to(device),
+            count=torch.tensor(float(mask_RF.sum()) * self.dim, dtype=torch.float64),
+        )
+
+    def forward(
+        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+    ) -> tuple[LossOutput, EncoderOutput]:
+        """The encoder's output handed on is that of the first copy, with zeros at its masked frames."""
+        assert isinstance(plan, CopiesPlan)
+        assert self.teacher is not None
+        frames = model.frontend.project(model.frontend.extract(batch.wave_BT, batch.lengths_B))
+        with torch.no_grad():
+            seen = self.teacher.copy(Frames(frames.x_BFD.detach(), frames.lengths_B, frames.rate_hz))
+        targets_BFD = averaged_layers(seen, self.top_layers)
+
+        copies_RFD = frames.x_BFD.repeat_interleave(self.config.masks, dim=0)
+        index_RKD = plan.kept_RK[:, :, None].expand(-1, -1, self.dim)
+        kept = Frames(copies_RFD.gather(1, index_RKD), plan.kept_lengths_R, frames.rate_hz, places_BF=plan.kept_RK)
+        encoded: EncoderOutput = model.encoder(kept, ctx)
+        final_RKD = zero_padding(encoded.final.x_BFD, plan.kept_lengths_R)
+        grid_RFD = torch.zeros_like(copies_RFD, dtype=final_RKD.dtype).scatter_add(1, index_RKD, final_RKD)
+        filled_RFD = torch.where(plan.mask_RF[:, :, None], plan.noise_RFD.to(grid_RFD.dtype), grid_RFD)
+        predictions_RFD = self.decoder(filled_RFD, frames.lengths_B.repeat_interleave(self.config.masks)).float()
+
+        error_RF = (predictions_RFD - targets_BFD.repeat_interleave(self.config.masks, dim=0)).square().sum(2)
+        total = error_RF.masked_fill(~plan.mask_RF, 0.0).sum() / math.sqrt(self.dim)
+        count, n_frames = plan.count.to(total.device), frames.lengths_B.sum()
+        targets_ND, predictions_ND = targets_BFD[frames.valid_BF()], predictions_RFD[plan.mask_RF]
+        metrics = {
+            "metric/masked_share": (count / self.dim, n_frames * self.config.masks),
+            "health/target_std": (deviation(targets_ND) * n_frames, n_frames),
+            "health/prediction_std": (deviation(predictions_ND) * n_frames, n_frames),
+        }
+        first_BFD = grid_RFD[:: self.config.masks]
+        return LossOutput(total, count, metrics), EncoderOutput((first_BFD,), frames.lengths_B, frames.rate_hz)
+
+    @torch.no_grad()
+    def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
+        assert self.teacher is not None
+        decay = annealed_decay(ctx.step, self.config.ema_start, self.config.ema_end, self.config.ema_steps)
+        self.teacher.follow(model.encoder, decay)
+
+
+def build(config: Config, shape: ModelShape) -> Data2Vec2:
+    return Data2Vec2(config, shape)
