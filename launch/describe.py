@@ -28,16 +28,21 @@ KEPT_VARIABLES = re.compile(
 SECRET = re.compile(r"(token|secret|passw|credential|api_?key|private_?key|access_?key)", re.IGNORECASE)
 
 
+def folder_of(job: PretrainJob) -> Path:
+    """RUNS/NAME. Raises ConfigError for a name that names no folder."""
+    if any(sign in job.name for sign in "/\\") or job.name in (".", "..") or not job.name.isprintable():
+        raise ConfigError(
+            f"name={job.name!r}: it names a folder inside {job.runs}; slashes and control signs cannot be"
+        )
+    return Path(job.runs) / job.name
+
+
 def prepare(job: PretrainJob) -> Path:
     """Makes RUNS/NAME and writes config.json, config.yaml, environment.json and git.diff into it.
 
     Raises ConfigError when the folder holds checkpoints of a run with another config.
     """
-    if any(sign in job.name for sign in "/\\") or job.name in (".", "..") or not job.name.isprintable():
-        raise ConfigError(
-            f"name={job.name!r}: it names a folder inside {job.runs}; slashes and control signs cannot be"
-        )
-    folder = Path(job.runs) / job.name
+    folder = folder_of(job)
     launcher = dump(job)["launcher"]
     values = dump(run_config(job))
     _refuse_another_config(folder, job)

@@ -24,8 +24,9 @@ def run(arguments: list[str]) -> int:
     config = request.config
     submitter = submitters.for_job(config)
     if DRY_RUN in request.switches:
-        print(submitter.plan(Path(config.runs) / config.name))
+        print(submitter.plan(describe.folder_of(config)))
         return 0
+    describe.folder_of(config)
     if isinstance(submitter, local.LocalSubmitter):
         _require_shards(config.data.shards)
     folder = describe.prepare(config)
