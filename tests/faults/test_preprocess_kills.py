@@ -1,0 +1,122 @@
+"""Exactly once: whatever is killed, run twice or filled up, the bytes are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.verify import verify
+from tests.faults import kills
+from tests.preprocess.sounds import contents, many, write_corpus
+
+
+class Setting:
+    """A corpus, and what an undisturbed job makes of it."""
+
+    def __init__(self, folder: Path, files: int, seconds: float) -> None:
+        self.folder = folder
+        self.corpus = write_corpus(folder / "corpus", many(files, seconds))
+        (self.corpus / "broken.flac").write_bytes(b"fLaC" * 100)
+        assert kills.finish(self.config("whole"), folder / "job") == 0
+        self.whole = contents(folder / "whole")
+
+    def config(self, name: str, **ray: Any) -> dict[str, Any]:
+        """Opus, since that takes longest and is hardest to make the same twice."""
+        return {
+            "out": str(self.folder / name),
+            "corpus": {"name": "path", "path": str(self.corpus)},
+            "codec": "opus",
+            "shard_mb": 0.05,
+            "min_shards": 1,
+            "ray": {"num_cpus": 2, "attempts": 10, **ray},
+        }
+
+    def survives(self, name: str, kinds: list[str], seed: int) -> Counter[str]:
+        """The kills that happened; the result equals the undisturbed one."""
+        killed = kills.survive(self.config(name), self.folder / f"job-{name}", kinds, seed)
+        assert contents(self.folder / name) == self.whole
+        assert not list(verify(str(self.folder / name), decode=False))
+        return killed
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("faults"), 40, 6.0)
+
+
+def test_killed_workers_raylet_and_driver_leave_no_trace(small: Setting) -> None:
+    killed = small.survives("killed", ["worker", "driver", "raylet"], seed=1)
+    assert killed["worker"] >= 1
+    assert killed["driver"] == 1
+
+
+def test_two_jobs_at_once_and_other_numbers_of_workers(small: Setting) -> None:
+    with (
+        kills.running(small.config("twice", num_cpus=1), small.folder / "job-a") as first,
+        kills.running(small.config("twice", num_cpus=3), small.folder / "job-b") as second,
+    ):
+        ends = time.monotonic() + kills.PATIENCE
+        while first.process.poll() is None or second.process.poll() is None:
+            assert time.monotonic() < ends
+            first.look(), second.look()
+            time.sleep(0.1)
+        assert (first.process.returncode, second.process.returncode) == (0, 0)
+    assert contents(small.folder / "twice") == small.whole
+
+
+def test_a_unit_whose_worker_dies_too_often_is_listed_and_the_rest_kept(small: Setting) -> None:
+    config = small.config("given up", attempts=1)
+    with kills.running(config, small.folder / "job-c") as job:
+        while (victim := job.find("worker")) is None:
+            assert job.process.poll() is None
+            time.sleep(0.02)
+        victim.kill()
+        assert job.process.wait(timeout=kills.PATIENCE) == 1
+    said = (small.folder / "job-c" / "output.txt").read_text()
+    assert "could not be finished" in said
+    assert "its worker died 1 times" in said
+    listed = (small.folder / "given up" / "quarantine.jsonl").read_text().splitlines()
+    assert "worker_died" in {json.loads(line)["reason"] for line in listed}
+    assert kills.done(config["out"]) >= 1
+    assert kills.finish(config, small.folder / "job-c") == 0
+    assert contents(small.folder / "given up") == small.whole
+
+
+def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(small: Setting) -> None:
+    disk = small.folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=260k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        config = small.config("disk/out")
+        assert kills.finish(config, small.folder / "job-d") == 3
+        assert "No space left" in (small.folder / "job-d" / "output.txt").read_text()
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert kills.finish(config, small.folder / "job-d") == 0
+        assert contents(disk / "out") == small.whole
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+        shutil.rmtree(disk, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, 60, 12.0)
+    killed: Counter[str] = Counter()
+    for seed in range(5):
+        kinds = ["worker", "driver", "worker", "raylet", "worker"]
+        killed += setting.survives(f"killed {seed}", kinds, seed)
+    print(f"survived {dict(killed)}")
+    assert killed.total() >= 20
+    assert min(killed["worker"], killed["driver"], killed["raylet"]) >= 3
