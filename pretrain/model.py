@@ -71,6 +71,8 @@ class TrainModule(nn.Module):
             loss = loss + output.total.float() * (weight / global_count if global_count else 0.0)
             metrics[f"loss/{name}"] = (output.total.detach(), output.count.detach())
             metrics |= {key: (total.detach(), count.detach()) for key, (total, count) in output.metrics.items()}
+        one = torch.ones((), device=loss.device)
+        metrics |= {name: (value.detach().float(), one) for name, value in self.model.frontend.watched().items()}
         return loss, metrics
 
     def after_step(self, ctx: StepContext) -> None:

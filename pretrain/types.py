@@ -92,6 +92,10 @@ class Frontend(nn.Module, abc.ABC):
     feature_rate_hz: float
     rate_hz: float
 
+    def watched(self) -> Mapping[str, Tensor]:
+        """Scalars of the last forward pass that are worth a curve, by name. Default: none."""
+        return {}
+
     @abc.abstractmethod
     def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
         """(B, T) audio to (B, F', feature_dim) at feature_rate_hz; zero beyond each length."""

@@ -71,9 +71,9 @@ class Mfcc(nn.Module):
 
     N_CEPSTRA = 13
 
-    def __init__(self, n_mels: int = 23) -> None:
+    def __init__(self, n_mels: int = 23, window: int = 400) -> None:
         super().__init__()
-        self.mel = LogMel(n_mels, normalize="fixed")
+        self.mel = LogMel(n_mels, window, normalize="fixed")
         self.rate_hz, self.dim = self.mel.rate_hz, 3 * self.N_CEPSTRA
         at = torch.arange(n_mels, dtype=torch.float64) + 0.5
         order = torch.arange(self.N_CEPSTRA, dtype=torch.float64)
