@@ -11,13 +11,14 @@ import contextlib
 import importlib.util
 import io
 import os
+import stat
 import struct
 import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import fsspec
 import numpy as np
@@ -30,6 +31,8 @@ from data_pipeline.files import is_url
 Wave = npt.NDArray[np.float32]
 MIN_RATE, MAX_RATE, MAX_CHANNELS = 4_000, 384_000, 64
 """What is plausible as speech; a header beyond these limits lies."""
+OPEN_SIZE: Final = 0xFFFFFFFF
+"""What programs that write to a pipe put in place of a length."""
 BLOCK_VALUES: Final = 1 << 19
 """Values (frames × channels) decoded at a time; part of the bytes of a shard, since resampling is blockwise."""
 MEDIA_FORMATS: Final = (
@@ -152,10 +155,12 @@ def _no_os_errors() -> Iterator[None]:
 
 def _libsndfile(path: str) -> soundfile.SoundFile:
     # by descriptor: given a name, the binding trusts its ending where that is .raw
-    handle = os.open(path, os.O_RDONLY)
-    if os.fstat(handle).st_size == 0:
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not block
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or not status.st_size:
         os.close(handle)
-        raise AudioError("empty", "is an empty file")
+        regular = stat.S_ISREG(status.st_mode)
+        raise AudioError(*("empty", "is an empty file") if regular else ("no_file", "is no regular file"))
     return soundfile.SoundFile(handle)  # libsndfile closes it, also when it fails
 
 
@@ -247,7 +252,11 @@ def _whole(blocks: Iterator[Wave], info: AudioInfo) -> Iterator[Wave]:
 
 def _finite(blocks: Iterator[Wave]) -> Iterator[Wave]:
     for block in blocks:
-        if not np.isfinite(np.dot(block.ravel(), block.ravel())) and not np.isfinite(block).all():
+        with np.errstate(over="ignore", invalid="ignore"):
+            power = float(np.dot(block.ravel(), block.ravel()))
+        if not power <= 100.0 * block.size:
+            if np.isfinite(block).all():
+                raise AudioError("scale", "its samples are far beyond full scale: integers written as floats?")
             raise AudioError("not_finite", "holds NaN or infinite samples")
         yield block
 
@@ -277,18 +286,33 @@ def _resampled(blocks: Iterator[Wave], source: int, target: int) -> Iterator[Wav
 
 
 def _missing_bytes(path: str) -> int:
-    """How many bytes the data chunk of a RIFF file promises beyond the file's end; 0 for other files."""
+    """How many bytes a WAV, RF64, W64, AIFF or AU header promises beyond the file's end; 0 for other files."""
     with Path(path).open("rb") as file:
-        head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return 0
-        size = os.fstat(file.fileno()).st_size
-        while len(chunk := file.read(8)) == 8:
-            length = struct.unpack("<I", chunk[4:])[0]
-            if chunk[:4] == b"data":
-                streamed = length >= 0x7FFFFF00  # pipes leave the size open
-                return 0 if streamed else max(0, int(length) - (size - file.tell()))
-            file.seek(length + length % 2, os.SEEK_CUR)
+        head, size = file.read(32).ljust(32, b"\0"), os.fstat(file.fileno()).st_size
+        if head[:4] == b"RIFF":
+            promised = _end_of_data(file)
+        elif head[:4] == b"FORM":
+            promised = 8 + int.from_bytes(head[4:8], "big")
+        elif head[:4] == b".snd":
+            length = int.from_bytes(head[8:12], "big")
+            promised = 0 if length == OPEN_SIZE else int.from_bytes(head[4:8], "big") + length
+        elif head[:4] == b"riff":
+            promised = int.from_bytes(head[16:24], "little")
+        elif head[:4] == b"RF64":
+            promised = 8 + int.from_bytes(head[20:28], "little")
+        else:
+            promised = 0
+    return max(0, promised - size)
+
+
+def _end_of_data(file: IO[bytes]) -> int:
+    """Where the data chunk of a RIFF file ends as its header says; 0 without one."""
+    file.seek(12)
+    while len(chunk := file.read(8)) == 8:
+        length = struct.unpack("<I", chunk[4:])[0]
+        if chunk[:4] == b"data":
+            return 0 if length >= OPEN_SIZE - 255 else file.tell() + int(length)
+        file.seek(length + length % 2, os.SEEK_CUR)
     return 0
 
 
