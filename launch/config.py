@@ -46,7 +46,23 @@ class SlurmConfig:
     python: Annotated[str, about("Python that has auricle, on the nodes; empty: the one running now")] = ""
 
 
-LAUNCHERS: dict[str, type[Any]] = {"local": LocalConfig, "slurm": SlurmConfig}
+@config
+class RayConfig:
+    """A Ray cluster: one actor per rank; goes on with fewer ranks when nodes are lost."""
+
+    name: Annotated[Literal["ray"], about("a Ray cluster")] = "ray"
+    address: Annotated[str, about("of the cluster, or auto; empty starts a Ray on this machine")] = ""
+    dashboard: Annotated[
+        str, about("http address of the cluster's dashboard: hand the run over as a Ray Job; empty drives it from here")
+    ] = ""
+    workers: Annotated[int, about("most ranks; 0 takes all that fit and divide data.micro_batches", ge=0)] = 0
+    min_workers: Annotated[int, about("wait rather than train on fewer", ge=1)] = 1
+    gpus_per_worker: Annotated[int, about("0 trains on CPUs", ge=0, le=1)] = 0
+    cpus_per_worker: Annotated[int, about("cores per rank", ge=1)] = 1
+    retries: Annotated[int, about("failures in a row without a new checkpoint before giving up", ge=0)] = 3
+
+
+LAUNCHERS: dict[str, type[Any]] = {"local": LocalConfig, "ray": RayConfig, "slurm": SlurmConfig}
 
 
 def _launcher_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 import shlex
 import subprocess
@@ -20,48 +21,17 @@ STOP_FILE = "STOP"
 """Creating RUN/STOP asks the ranks to save a checkpoint and end (launch/worker.py)."""
 
 
-class LocalSubmitter:
-    """Starts runs as child processes. Whatever ends this process ends them, too."""
+class ChildProcesses(abc.ABC):
+    """Starts a run as child processes of this one. Whatever ends this process ends them, too."""
 
-    def __init__(self, config: LocalConfig, engine: str, device: str, module: str = "launch.worker") -> None:
-        """`engine` and `device` as in the run's config; raises ConfigError for what this machine cannot do."""
-        gpus = 0 if device == "cpu" else gpu_count()
-        if device == "cuda" and not gpus:
-            raise ConfigError("device=cuda: torch sees no GPU here; see `auricle doctor`, or take device=cpu")
-        self.processes = config.processes or max(1, gpus)
-        if gpus and self.processes > gpus:
-            raise ConfigError(f"launcher.processes={self.processes}: one GPU per rank, and this machine has {gpus}")
-        self._launcher = engine == "deepspeed" or self.processes > 1
-        self._module = module
-        self._variables = {
-            "OMP_NUM_THREADS": str(config.threads or max(1, (os.cpu_count() or 1) // self.processes)),
-            "PYTHONSAFEPATH": "1",  # a folder named `launch` or `conf` in the working directory must not be imported
-            "PYTHONUNBUFFERED": "1",
-            RANK_LOGS: "1",
-        }
-        if not gpus:
-            self._variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-        if not self._launcher:
-            self._variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # inside a SLURM job, too
+    def __init__(self, processes: int, variables: dict[str, str]) -> None:
+        self.processes = processes
+        self._variables = variables
         self._jobs: dict[str, subprocess.Popen[bytes]] = {}
 
+    @abc.abstractmethod
     def command(self, folder: Path, port: int) -> list[str]:
-        """The processes' command line."""
-        worker = [self._module, str(folder)]
-        if not self._launcher:
-            return [sys.executable, "-u", "-m", *worker]
-        options = ["--num_gpus", str(self.processes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
-        quiet = ["--hostfile", os.devnull + ".none", "--log_level", "warning"]
-        return [
-            sys.executable,
-            "-m",
-            "deepspeed.launcher.runner",
-            *options,
-            *quiet,
-            "--module",
-            "--no_local_rank",
-            *worker,
-        ]
+        """The command line. `port`: one that is free for the ranks to meet at."""
 
     def plan(self, folder: Path) -> str:
         """The command as a shell line."""
@@ -104,6 +74,47 @@ class LocalSubmitter:
         elif process := _process(handle):
             process.terminate()
             process.wait(timeout=3 * guard.GRACE)
+
+
+class LocalSubmitter(ChildProcesses):
+    """N ranks under the `deepspeed` launcher; one rank of the local engine needs no launcher."""
+
+    def __init__(self, config: LocalConfig, engine: str, device: str, module: str = "launch.worker") -> None:
+        """`engine` and `device` as in the run's config; raises ConfigError for what this machine cannot do."""
+        gpus = 0 if device == "cpu" else gpu_count()
+        if device == "cuda" and not gpus:
+            raise ConfigError("device=cuda: torch sees no GPU here; see `auricle doctor`, or take device=cpu")
+        processes = config.processes or max(1, gpus)
+        if gpus and processes > gpus:
+            raise ConfigError(f"launcher.processes={processes}: one GPU per rank, and this machine has {gpus}")
+        self._gpus = gpus
+        self._launcher = engine == "deepspeed" or processes > 1
+        self._module = module
+        variables = {
+            "OMP_NUM_THREADS": str(config.threads or max(1, (os.cpu_count() or 1) // processes)),
+            "PYTHONSAFEPATH": "1",  # a folder named `launch` or `conf` in the working directory must not be imported
+            "PYTHONUNBUFFERED": "1",
+            RANK_LOGS: "1",
+        }
+        if not gpus:
+            variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+        if not self._launcher:
+            variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # inside a SLURM job, too
+        super().__init__(processes, variables)
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        """The processes' command line."""
+        worker = [self._module, str(folder)]
+        if not self._launcher:
+            return [sys.executable, "-u", "-m", *worker]
+        visible = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
+        devices = ["--num_gpus", str(self.processes)]
+        if self._gpus and visible:  # which --num_gpus would ignore
+            devices = ["--include", f"localhost:{','.join(visible[: self.processes])}"]
+        meeting = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        quiet = ["--hostfile", os.devnull + ".none", "--log_level", "warning"]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *devices, *meeting, *quiet]
+        return [*launcher, "--module", "--no_local_rank", *worker]
 
 
 def _process(handle: str) -> psutil.Process | None:

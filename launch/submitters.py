@@ -6,8 +6,9 @@ from typing import Any
 
 from data_pipeline.plan import accumulation
 from data_pipeline.schema import load
-from launch.config import LAUNCHERS, LocalConfig, PretrainJob, SlurmConfig
+from launch.config import LAUNCHERS, LocalConfig, PretrainJob, RayConfig, SlurmConfig
 from launch.local import LocalSubmitter
+from launch.ray import RayHere, RayJobs
 from launch.slurm import SlurmSubmitter
 from launch.submit import JobNote, Submitter
 
@@ -28,5 +29,7 @@ def make(launcher: Any, engine: str, device: str) -> Submitter:
     """By the type of its config."""
     if isinstance(launcher, LocalConfig):
         return LocalSubmitter(launcher, engine, device)
+    if isinstance(launcher, RayConfig):
+        return RayJobs(launcher) if launcher.dashboard else RayHere(launcher)
     assert isinstance(launcher, SlurmConfig)
     return SlurmSubmitter(launcher)

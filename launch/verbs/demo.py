@@ -12,7 +12,7 @@ from launch import app, describe, submitters
 from launch.compose import compose
 from launch.config import PretrainJob
 from launch.demo_corpus import Corpus, find_corpus
-from launch.local import LocalSubmitter
+from launch.local import ChildProcesses
 from launch.verbs.preprocess import show
 from launch.verbs.pretrain import attend
 
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     overrides = ["health.on_collapse=warn", *overrides] if corpus.name == "synthetic" else overrides
     job = _job(shards, home, overrides)
     submitter = submitters.for_job(job)
-    if not isinstance(submitter, LocalSubmitter):
+    if not isinstance(submitter, ChildProcesses):
         raise ConfigError(f"launcher={job.launcher.name}: the demo runs on this machine")
     folder = describe.prepare(job)
     code = attend(submitter, folder, job.train.steps, job.launcher)

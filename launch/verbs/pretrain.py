@@ -27,10 +27,10 @@ def run(arguments: list[str]) -> int:
         print(submitter.plan(describe.folder_of(config)))
         return 0
     describe.folder_of(config)
-    if isinstance(submitter, local.LocalSubmitter):
+    if isinstance(submitter, local.ChildProcesses):
         _require_shards(config.data.shards)
     folder = describe.prepare(config)
-    if isinstance(submitter, local.LocalSubmitter):
+    if isinstance(submitter, local.ChildProcesses):
         return attend(submitter, folder, config.train.steps, config.launcher)
     handle = submitter.submit(folder)
     write_note(folder, handle, config.launcher)
@@ -46,7 +46,7 @@ def _require_shards(root: str) -> None:
         raise ConfigError(f"data.shards={root}: {error}") from None
 
 
-def attend(submitter: local.LocalSubmitter, folder: Path, steps: int, launcher: object) -> int:
+def attend(submitter: local.ChildProcesses, folder: Path, steps: int, launcher: object) -> int:
     """Starts the run, shows it, and returns its exit code. Ctrl-C asks for a checkpoint, a second one ends it."""
     handle = submitter.submit(folder)
     write_note(folder, handle, launcher)

@@ -1,0 +1,87 @@
+"""Runs a job on a Ray cluster: driven from here, or handed over as a Ray Job."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.config import RayConfig
+from launch.local import ChildProcesses
+from launch.submit import State
+
+STATES: dict[str, State] = {
+    "PENDING": "waiting",
+    "RUNNING": "running",
+    "SUCCEEDED": "done",
+    "STOPPED": "cancelled",
+    "FAILED": "failed",
+}
+
+
+def gang_command(config: RayConfig, folder: Path) -> list[str]:
+    """The driver's command line (ray_gang.py)."""
+    options = {
+        "address": config.address or ("auto" if config.dashboard else ""),
+        "workers": config.workers,
+        "min-workers": config.min_workers,
+        "gpus": config.gpus_per_worker,
+        "cpus": config.cpus_per_worker,
+        "retries": config.retries,
+    }
+    given = [f"--{name}={value}" for name, value in options.items() if value != ""]
+    return [sys.executable, "-m", "launch.ray_gang", *given, str(folder.absolute())]
+
+
+class RayHere(ChildProcesses):
+    """The driver is a child process of this one; the ranks are wherever Ray puts them."""
+
+    def __init__(self, config: RayConfig) -> None:
+        self.config = config
+        variables = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        # with workers=0 the gang takes what the cluster has and the plan allows
+        super().__init__(config.workers or 1, variables)
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        """Without a port: the ranks agree on one where rank 0 runs."""
+        return gang_command(self.config, folder)
+
+
+class RayJobs:
+    """The driver runs on the cluster, as a Ray Job; the handle is its submission id.
+
+    Whoever reaches a Ray dashboard can run any code on the cluster. auricle starts none that others can reach: let the
+    dashboard listen on localhost (Ray's default), and go through an ssh tunnel.
+    """
+
+    def __init__(self, config: RayConfig) -> None:
+        self.config = config
+        self.processes = config.workers or 1
+
+    def plan(self, folder: Path) -> str:
+        """The entrypoint, quoted: Ray hands it to a shell."""
+        return shlex.join(gang_command(self.config, folder))
+
+    def submit(self, folder: Path) -> str:
+        """Raises RuntimeError or ConnectionError where no dashboard answers."""
+        directory = shlex.quote(str(Path.cwd()))
+        entrypoint = f"cd {directory} && exec {self.plan(folder)}"
+        handle: str = self._client().submit_job(entrypoint=entrypoint)
+        return handle
+
+    def status(self, handle: str) -> State:
+        """Ray's word for it; `failed` for a job that the cluster does not know any more."""
+        try:
+            return STATES.get(str(self._client().get_job_status(handle)), "failed")
+        except RuntimeError:
+            return "failed"
+
+    def cancel(self, handle: str) -> None:
+        """Ends the driver; its actors and their ranks end with it."""
+        self._client().stop_job(handle)
+
+    def _client(self) -> Any:
+        from ray.job_submission import JobSubmissionClient
+
+        return JobSubmissionClient(self.config.dashboard)

@@ -1,0 +1,79 @@
+"""Training on a Ray cluster of two nodes; one is lost, and the run goes on with fewer ranks to the same end."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.ray_gang import choose_world
+from launch.submit import steps_done
+from pretrain.telemetry import read_rows
+from tests.conftest import ROOT
+from tests.faults.mini_slurm import wait_for
+from tests.reader.tiny_shards import sounds, write_shards
+
+STEPS = 40
+TINY = (
+    *("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "launcher=ray", "engine.name=local"),
+    *("objective.n_codes=64", "encoder.dim=64", "encoder.layers=2", "encoder.ffn_dim=128", "encoder.heads=2"),
+    *("data.batch_seconds=8", "data.micro_batches=2", "data.min_seconds=0.5", "data.max_seconds=2", "data.workers=1"),
+    *(f"train.steps={STEPS}", "train.checkpoint_every=5", "schedule.warmup_steps=4", "engine.timeout_minutes=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two raylets on this machine, one core each."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+def pretrain(base: Path, name: str, address: str) -> subprocess.Popen[bytes]:
+    paths = (f"name={name}", f"runs={base}", f"data.shards={base / 'shards'}", f"launcher.address={address}")
+    return subprocess.Popen([sys.executable, "-m", "launch.app", "pretrain", *TINY, *paths], cwd=ROOT)
+
+
+def said(folder: Path) -> str:
+    logs = sorted((folder / "logs").glob("*.log"))
+    return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
+
+
+@pytest.mark.timeout(280)
+def test_a_lost_node_leaves_fewer_ranks_and_the_same_run(tmp_path: Path, cluster: Any) -> None:
+    rng = random.Random(0)
+    write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(60)])])
+    node = next(node for node in cluster.worker_nodes)
+    hurt = pretrain(tmp_path, "hurt", cluster.address)
+    folder = tmp_path / "hurt"
+    wait_for(lambda: steps_done(folder) >= 10, 90, f"a checkpoint; {said(folder)}")
+    cluster.remove_node(node, allow_graceful=False)
+    assert hurt.wait(timeout=150) == 0, said(folder)
+    driver = (folder / "logs" / "launcher.log").read_text()
+    assert "2 ranks, from step 0" in driver
+    assert "1 ranks, from step" in driver
+
+    calm = pretrain(tmp_path, "calm", cluster.address)
+    assert calm.wait(timeout=100) == 0, said(tmp_path / "calm")
+    ours, theirs = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("hurt", "calm"))
+    assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss/total"] == pytest.approx(other["loss/total"], abs=1e-5)
+    assert ours[-1]["loss/total"] == pytest.approx(theirs[-1]["loss/total"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "room", "largest", "world"),
+    [(64, 100, 0, 64), (64, 63, 0, 32), (12, 5, 0, 4), (12, 100, 3, 3), (7, 6, 0, 1), (4, 0, 0, 0)],
+)
+def test_the_world_divides_the_micro_batches(micro_batches: int, room: int, largest: int, world: int) -> None:
+    assert choose_world(micro_batches, room, largest) == world
