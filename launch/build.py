@@ -9,6 +9,7 @@ from data_pipeline.stream import open_reader
 from data_pipeline.types import StepReader
 from pretrain.config import Config
 from pretrain.engines import Engine, World, make_engine
+from pretrain.export.initial import load_initial
 from pretrain.model import build_model
 from pretrain.run_folder import RunFolder
 
@@ -26,5 +27,9 @@ def build(config: Config, world: World) -> Run:
     """Builds everything for one rank. Raises ValueError or ConfigError for a config that cannot work here."""
     folder = RunFolder(Path(config.runs).expanduser() / config.name)
     reader = open_reader(config.data, config.seed, world.rank, world.size)
-    engine = make_engine(config, build_model(config), world)
+    module = build_model(config)
+    if config.init:
+        load_initial(module.model, config.init)
+        module.objective.attach(module.model)
+    engine = make_engine(config, module, world)
     return Run(engine, reader, folder)

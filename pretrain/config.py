@@ -120,6 +120,9 @@ class Config:
     name: Annotated[str, about("the run's name, and that of its folder", min_length=1)] = "run"
     runs: Annotated[str, about("folder that holds the run folders", min_length=1)] = "runs"
     seed: Annotated[int, about("keys every random draw", ge=0)] = 0
+    init: Annotated[
+        str, about("start from these weights: a run folder, or a Hugging Face folder with model.safetensors")
+    ] = ""
     device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
     data: ReaderConfig
     frontend: Annotated[Any, plugins.choice("frontends")]

@@ -1,13 +1,10 @@
-"""A run as a Hugging Face model folder, and Hugging Face weights as a start.
-
-    python -m pretrain.export.hugging_face runs/NAME out/
+"""A run as a Hugging Face model folder (`auricle export`), and Hugging Face weights as a start (`init=`).
 
 Nothing is written unless `from_pretrained` on it gives our features to 1e-5.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import shutil
@@ -182,19 +179,3 @@ def load_run(folder: Path) -> tuple[Config, TrainModule]:
     state: Mapping[str, Tensor] = load_file(folder / "checkpoints" / latest.read_text().strip() / "model.safetensors")
     module.load_state_dict(state)
     return config, module
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="export a run as a Hugging Face model folder")
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    arguments = parser.parse_args()
-    try:
-        error = export(*load_run(arguments.run), arguments.out)
-    except ConfigError as problem:
-        raise SystemExit(f"error: {problem}") from None
-    print(f"{arguments.out}: features of the loaded copy differ by {error:.1e} (allowed: {TOLERANCE:.0e})")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.schema import ConfigError, load
 from pretrain.config import Config
 from pretrain.export.hugging_face import export, load_hugging_face
+from pretrain.export.initial import load_initial
 from pretrain.model import build_model
 
 pytest.importorskip("transformers")
@@ -103,3 +104,14 @@ def test_a_failed_gate_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="differ by"):
         export(described, build_model(described), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_can_start_from_a_folder(tmp_path: Path) -> None:
+    described = config("data2vec", *CASES["data2vec"][1:])
+    module = build_model(described)
+    export(described, module, tmp_path / "out")
+    fresh = build_model(config("data2vec", *CASES["data2vec"][1:], seed=1))
+    load_initial(fresh.model, str(tmp_path / "out"))
+    fresh.objective.attach(fresh.model)
+    for ours, theirs in zip(fresh.objective.teacher.copy.parameters(), module.model.encoder.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,52 @@
+"""auricle recipes: every shipped experiment with its parameters, audio per update and operations."""
+
+from __future__ import annotations
+
+import argparse
+
+from data_pipeline.schema import load
+from launch.compose import CONF, compose
+
+
+def run(arguments: list[str]) -> int:
+    """Prints the table; exit code 0."""
+    parser = argparse.ArgumentParser("auricle recipes", description="what each shipped experiment amounts to")
+    known = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+    parser.add_argument("names", nargs="*", choices=[[], *known], help="only these (default: all)")
+    names = parser.parse_args(arguments).names or known
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pretrain.config import Config
+    from pretrain.recipes import summarize
+
+    columns = (
+        "recipe",
+        "parameters",
+        "published",
+        "frames/s",
+        "min/update",
+        "published",
+        "updates",
+        "GFLOP/s of audio",
+    )
+    table = Table(*columns, "source", box=None, pad_edge=False)
+    for name in names:
+        values = compose("pretrain", [f"experiment={name}", "data.shards=none"])
+        row = summarize(load(Config, {key: value for key, value in values.items() if key != "launcher"}))
+        table.add_row(
+            row.name,
+            f"{row.parameters / 1e6:.2f} M",
+            f"{row.published_parameters:.1f} M" if row.published_parameters else "",
+            f"{row.frames_hz:g}",
+            f"{row.minutes_per_update:.1f}",
+            f"{row.published_minutes:.1f}" if row.published_minutes else "",
+            f"{row.updates:,}",
+            f"{row.gflop_per_audio_second:.1f}",
+            row.source,
+        )
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(table)
+    console.print("operations: one forward pass of front end and encoder, crops of 15 s; training takes about thrice")
+    return 0
