@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 from data_pipeline import shards
 from data_pipeline.catalogue import load_catalogue
 from data_pipeline.config import ReaderConfig
+from data_pipeline.frame_labels import LabelSet
 from data_pipeline.plan import Plan, accumulation, audio_per_step_check, make_plan
 from data_pipeline.remote import open_files
 from data_pipeline.schema import ConfigError
@@ -48,7 +50,7 @@ class PlanReader:
         self._files = open_files(config, records)
         self._report(self._files.check())
         self.plan = make_plan(load_catalogue(self._files, config.cache), config, seed)
-        self.plan_hash = self.plan.hash
+        self.plan_hash = _with_targets(self.plan.hash, config)
         self._files.know(self.plan)
         audio_per_step_check(self.plan, world, self.slots)
         self._cursor = Cursor(self.plan_hash, 0, 0)
@@ -225,6 +227,14 @@ class _Requests(Sampler[Request]):
                 for j in range(self.rank, self.plan.rules.micro_batches, self.world):
                     yield epoch, g, j
             epoch, step = epoch + 1, 0
+
+
+def _with_targets(plan_hash: str, config: ReaderConfig) -> str:
+    """A run must not go on with frame labels of another artefact, so these are part of the hash."""
+    if not config.targets:
+        return plan_hash
+    artefacts = sorted((name, LabelSet.read(root).artefact) for name, root in config.targets.items())
+    return hashlib.sha256(f"{plan_hash} {artefacts}".encode()).hexdigest()[:16]
 
 
 def _close(reader: weakref.ref[PlanReader]) -> None:

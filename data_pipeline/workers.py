@@ -17,9 +17,12 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from data_pipeline.augment import Augmenter, Wave
 from data_pipeline.config import ReaderConfig
+from data_pipeline.frame_labels import pad
+from data_pipeline.keyed_random import keyed_rng
 from data_pipeline.plan import Plan
-from data_pipeline.samples import Fetched, Row, Wave, fetch
+from data_pipeline.samples import Fetched, Fetcher, Row
 from data_pipeline.shard_files import ShardError, ShardFiles
 from data_pipeline.types import Batch
 
@@ -89,6 +92,8 @@ class PlannedBatches(Dataset[Loaded]):
 
     def __init__(self, plan: Plan, files: ShardFiles, config: ReaderConfig, slabs: Slabs | None) -> None:
         self.plan, self.files, self.config, self.slabs = plan, files, config, slabs
+        self.augmenter = Augmenter(config.augment)
+        self.fetcher = Fetcher(files, config, self.augmenter)
         self._turn = -1
 
     def __getitem__(self, request: Request) -> Loaded:
@@ -113,7 +118,7 @@ class PlannedBatches(Dataset[Loaded]):
 
     def _batch(self, rows: list[Row], j: int) -> Loaded:
         """A micro-batch of the rows that can be read."""
-        fetched = fetch(self.files, rows, self.config.labels)
+        fetched = self.fetcher.fetch(rows)
         skipped = [self._bad(got) for got in fetched if isinstance(got, ShardError)]
         good = [got for got in fetched if isinstance(got, Fetched)]
         place, wave = self._room((len(good), max((got.length for got in good), default=0)))
@@ -127,6 +132,8 @@ class PlannedBatches(Dataset[Loaded]):
                 continue
             line[got.length :] = 0
             kept.append(got)
+        if self.augmenter.changes_waves:
+            self._augment(wave, kept)
         return Loaded(
             j,
             tuple(got.key for got in kept),
@@ -135,8 +142,15 @@ class PlannedBatches(Dataset[Loaded]):
             place,
             None if place else wave[: len(kept)],
             {name: tuple(got.labels[name] for got in kept) for name in self.config.labels},
+            {name: pad([got.targets[name] for got in kept]) for name in self.config.targets},
             skipped=tuple(skipped),
         )
+
+    def _augment(self, wave: Wave, kept: list[Fetched]) -> None:
+        clean = [line[: got.length].copy() for line, got in zip(wave, kept, strict=False)]
+        for line, own, got in zip(wave, clean, kept, strict=False):
+            rng = keyed_rng(*got.row.key_of_draw(got.key, "augment"))
+            line[: got.length] = self.augmenter.apply(own, clean, rng)
 
     def _room(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, Wave]:
         info = get_worker_info()
