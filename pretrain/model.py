@@ -13,7 +13,8 @@ from data_pipeline.keyed_random import keyed_seed
 from data_pipeline.types import Batch
 from pretrain import plugins
 from pretrain.config import Config
-from pretrain.types import Encoder, Head, LossOutput, Objective, Plan, SpeechModel, StepContext, Sum
+from pretrain.nn.numerics import masked_deviation
+from pretrain.types import Encoder, EncoderOutput, Head, LossOutput, Objective, Plan, SpeechModel, StepContext, Sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class TrainModule(nn.Module):
             metrics[f"loss/{name}"] = (output.total.detach(), output.count.detach())
             metrics |= {key: (total.detach(), count.detach()) for key, (total, count) in output.metrics.items()}
         one = torch.ones((), device=loss.device)
-        metrics |= {name: (value.detach().float(), one) for name, value in self.model.frontend.watched().items()}
+        watched = self.model.frontend.watched() | stage_deviations(encoded)
+        metrics |= {name: (value.detach().float(), one) for name, value in watched.items()}
         return loss, metrics
 
     def after_step(self, ctx: StepContext) -> None:
@@ -86,6 +88,13 @@ class TrainModule(nn.Module):
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
+
+
+def stage_deviations(encoded: EncoderOutput) -> dict[str, Tensor]:
+    """How much frames differ from each other at the encoder's input, middle and output: near 0 is a collapse."""
+    layers, valid_BF = encoded.layers, encoded.final.valid_BF()
+    stages = {"input": layers[0], "middle": layers[len(layers) // 2], "output": layers[-1]}
+    return {f"health/std_{stage}": masked_deviation(x_BFD, valid_BF) for stage, x_BFD in stages.items()}
 
 
 def build_model(config: Config) -> TrainModule:

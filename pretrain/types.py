@@ -92,7 +92,7 @@ class Frontend(nn.Module, abc.ABC):
     feature_rate_hz: float
     rate_hz: float
 
-    def watched(self) -> Mapping[str, Tensor]:
+    def watched(self) -> dict[str, Tensor]:
         """Scalars of the last forward pass that are worth a curve, by name. Default: none."""
         return {}
 

@@ -5,7 +5,6 @@ MFCC are a linear map of log-mel of the same window, so the cepstral branch has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -102,10 +101,11 @@ class Multiscale(Frontend):
         projected = torch.stack([linear(branch) for linear, branch in zip(self.linears, normed, strict=True)], dim=3)
         lengths_B = features.lengths_B // self.subsampling
         frames = Frames((projected * gate_BFK[:, :, None]).sum(3), lengths_B, self.rate_hz)
-        self.gate_means.copy_(gate_BFK.detach()[frames.valid_BF()].float().mean(0))
+        total_K = (gate_BFK.detach().float() * frames.valid_BF()[:, :, None]).sum((0, 1))
+        self.gate_means.copy_(total_K / lengths_B.sum().clamp(min=1))
         return frames._replace(x_BFD=zero_padding(self.dropout(frames.x_BFD), lengths_B))
 
-    def watched(self) -> Mapping[str, Tensor]:
+    def watched(self) -> dict[str, Tensor]:
         return {f"health/gate_{name}": self.gate_means[branch] for branch, name in enumerate(BRANCHES)}
 
 

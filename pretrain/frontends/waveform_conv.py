@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import SAMPLE_RATE
-from pretrain.nn.numerics import scale_gradient, zero_padding
+from pretrain.nn.numerics import masked_deviation, scale_gradient, zero_padding
 from pretrain.nn.spectral import normalize_wave
 from pretrain.types import Frames, Frontend
 
@@ -81,6 +82,8 @@ class WaveformConv(Frontend):
         self.linear = nn.Linear(config.channels, dim)
         nn.init.uniform_(self.linear.weight, -(config.channels**-0.5), config.channels**-0.5)
         self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("stem_deviation", torch.zeros(()), persistent=False)
+        self.stem_deviation: Tensor
 
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
@@ -98,7 +101,13 @@ class WaveformConv(Frontend):
             x_BDT = conv(x_BDT)
         raw_BFD = scale_gradient(x_BDT.transpose(1, 2), self.gradient_scale)
         lengths_B = self.feature_lengths(lengths_B)
+        valid_BF = torch.arange(raw_BFD.shape[1], device=raw_BFD.device) < lengths_B[:, None]
+        self.stem_deviation.copy_(masked_deviation(raw_BFD, valid_BF))
         return Frames(zero_padding(self.norm(raw_BFD), lengths_B), lengths_B, self.rate_hz, raw_BFD)
+
+    def watched(self) -> dict[str, Tensor]:
+        """A stem that gives the same for every frame has collapsed, even if later layers still differ."""
+        return {"health/std_stem": self.stem_deviation}
 
     def project(self, features: Frames) -> Frames:
         x_BFD = self.dropout(self.linear(features.x_BFD))

@@ -67,6 +67,19 @@ def zero_padding(x_BFD: Tensor, lengths_B: Tensor) -> Tensor:
     return x_BFD.masked_fill(~valid_BF[:, :, None], 0.0)
 
 
+@torch.no_grad()
+def masked_deviation(x_BFD: Tensor, mask_BF: Tensor) -> Tensor:
+    """Standard deviation over the chosen frames of a batch, averaged over channels: near 0 when all are alike.
+
+    Without boolean indexing, which would make a GPU wait.
+    """
+    weight_BF1 = mask_BF[:, :, None].float()
+    n = weight_BF1.sum().clamp(min=1)
+    x_BFD = x_BFD.detach().float()
+    centred = (x_BFD - (x_BFD * weight_BF1).sum((0, 1)) / n) * weight_BF1
+    return (centred.square().sum((0, 1)) / n).sqrt().mean()
+
+
 def rate_ratio(feature_rate_hz: float, rate_hz: float) -> int:
     """How many feature frames make one encoder frame. Raises ValueError unless it is a whole number."""
     ratio = round(feature_rate_hz / rate_hz)

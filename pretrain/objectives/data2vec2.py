@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from data_pipeline.keyed_random import keyed_rng
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, deviation
+from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers
 from pretrain.nn.masking import frame_width, inverse_block_mask
-from pretrain.nn.numerics import zero_padding
+from pretrain.nn.numerics import masked_deviation, zero_padding
 from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
 
 
@@ -136,11 +136,10 @@ class Data2Vec2(Objective):
         error_RF = (predictions_RFD - targets_BFD.repeat_interleave(self.config.masks, dim=0)).square().sum(2)
         total = error_RF.masked_fill(~plan.mask_RF, 0.0).sum() / math.sqrt(self.dim)
         count, n_frames = plan.count.to(total.device), frames.lengths_B.sum()
-        targets_ND, predictions_ND = targets_BFD[frames.valid_BF()], predictions_RFD[plan.mask_RF]
         metrics = {
             "metric/masked_share": (count / self.dim, n_frames * self.config.masks),
-            "health/target_std": (deviation(targets_ND) * n_frames, n_frames),
-            "health/prediction_std": (deviation(predictions_ND) * n_frames, n_frames),
+            "health/target_std": (masked_deviation(targets_BFD, frames.valid_BF()) * n_frames, n_frames),
+            "health/prediction_std": (masked_deviation(predictions_RFD, plan.mask_RF) * n_frames, n_frames),
         }
         first_BFD = grid_RFD[:: self.config.masks]
         return LossOutput(total, count, metrics), EncoderOutput((first_BFD,), frames.lengths_B, frames.rate_hz)

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.nn.masking import block_mask, draw_negatives, inverse_block_mask, pack_masks, span_mask
-from pretrain.nn.numerics import scale_gradient
+from pretrain.nn.numerics import masked_deviation, scale_gradient
 from pretrain.nn.quantizers import GumbelQuantizer, nearest_codes, perplexity
 from pretrain.nn.spectral import LogMel
 from pretrain.objectives.wav2vec2 import contrastive_loss
 from pretrain.types import StepContext
+from tests.contract.cases import batch, make
 
 
 @settings(max_examples=50, deadline=None)
@@ -124,3 +125,36 @@ def test_log_mel_is_normalised_and_blind_to_padding() -> None:
     assert frames.x_BFD[1, len(alone) :].abs().max() == 0
     assert alone.mean(0).abs().max() < 1e-4
     torch.testing.assert_close(alone.std(0, correction=0), torch.ones(80), rtol=0.01, atol=0.01)
+
+
+def test_masked_deviation_is_that_of_the_chosen_frames() -> None:
+    x_BFD = torch.randn(3, 20, 8) * 2 + 5
+    mask_BF = torch.rand(3, 20) < 0.5
+    expected = x_BFD[mask_BF].std(0, correction=0).mean()
+    torch.testing.assert_close(masked_deviation(x_BFD, mask_BF), expected)
+
+
+def test_a_collapsed_stem_shows_although_targets_look_healthy() -> None:
+    """Trap: data2vec's variance guard looks at targets and predictions, and misses a dead stem (fairseq#5239)."""
+    module = make("data2vec", "waveform_conv")
+    ctx = StepContext(0, 0)
+
+    def stem_deviation() -> float:
+        plan = module.prepare(batch(), ctx)
+        return float(module(batch(), plan, plan.counts_K, ctx)[1]["health/std_stem"][0])
+
+    healthy = stem_deviation()
+    with torch.no_grad():
+        module.model.frontend.get_submodule("convs.6.conv").weight.zero_()
+    assert stem_deviation() < 1e-4 * healthy
+
+
+def test_the_diversity_loss_is_weighted_by_the_number_of_targets() -> None:
+    """Trap: HF#14471 once added it without."""
+    module = make("wav2vec2").eval()
+    plan = module.prepare(batch(), StepContext(0, 0))
+    _, metrics = module(batch(), plan, plan.counts_K, StepContext(0, 0))
+    total = metrics["loss/objective"][0] - metrics["loss/contrastive"][0]
+    n_codes, count = 2 * 32, plan.counts_K[0]
+    perplexity_ = metrics["metric/soft_perplexity"][0] / count
+    torch.testing.assert_close(total.double(), 0.1 * (n_codes - perplexity_) / n_codes * count, rtol=1e-3, atol=1e-3)
