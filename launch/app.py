@@ -18,6 +18,13 @@ VERBS = {
     "shards": ("shards", "inspect, verify or count what a shard folder holds"),
     "plan-run": ("plan_run", "memory, time and communication of a run on a cluster, on paper"),
     "data": ("data", "the step plan of a run, and limits for a machine"),
+    "evaluate": ("evaluate", "what frozen encoders know: probes, ABX, PNMI, RankMe, baselines beside"),
+    "board": ("board", "TensorBoard on the runs, by their names"),
+    "compare": ("compare", "two runs against each other, printed and plotted"),
+    "runs": ("runs", "all runs with their key figures, from their folders"),
+    "replay": ("replay", "the batch of an update that went wrong, run again"),
+    "recipes": ("recipes", "what each shipped experiment amounts to, beside published figures"),
+    "export": ("export", "a run -> a Hugging Face model folder, checked before it is written"),
     "jobs": ("jobs", "list, watch, cancel and restart runs, wherever they were sent"),
     "doctor": ("doctor", "what this machine has, what is missing and how to get it"),
 }

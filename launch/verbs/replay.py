@@ -1,0 +1,55 @@
+"""auricle replay: runs the kept batch of an update that went wrong again, and says where it breaks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from data_pipeline.schema import load
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code 0 where the batch was run again. Raises ValueError where nothing was kept."""
+    parser = argparse.ArgumentParser("auricle replay", description="the batch of an update that went wrong, run again")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("step", type=int, nargs="?", help="updates done before it (default: the last one kept)")
+    given = parser.parse_args(arguments)
+    kept = sorted((given.run / "health").glob("step_*"))
+    if not kept:
+        raise ValueError(f"{given.run}: no batch was kept there (RUN/health/step_N); nothing seems to have gone wrong")
+    names = [folder.name for folder in kept]
+    wanted = kept[-1].name if given.step is None else f"step_{given.step:08d}"
+    if wanted not in names:
+        raise ValueError(f"{given.run}: no batch of step {given.step} was kept; there are: {', '.join(names)}")
+    show(given.run, given.run / "health" / wanted)
+    return 0
+
+
+def show(run_folder: Path, folder: Path) -> None:
+    """Prints what each micro-batch does to the weights of the newest checkpoint before it."""
+    from rich.console import Console
+    from rich.table import Table
+    from safetensors.torch import load_file
+
+    from pretrain.config import Config
+    from pretrain.model import build_model
+    from pretrain.replay import load_batches, replay
+
+    config = load(Config, json.loads((run_folder / "config.json").read_text(encoding="utf-8")))
+    ctx, batches, why = load_batches(folder)
+    module = build_model(config)
+    before = [path for path in sorted((run_folder / "checkpoints").glob("step_*")) if int(path.name[5:]) <= ctx.step]
+    if before:
+        module.load_state_dict(load_file(before[-1] / "model.safetensors"), strict=False)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{why}; {len(batches)} micro-batches, weights of {before[-1].name if before else 'step 0'}")
+    table = Table(
+        "segments", "seconds", "peak", "loss", "gradient norm", "largest gradients", "first not finite", box=None
+    )
+    for result in replay(module, ctx, batches):
+        largest = ", ".join(f"{name} {norm:.2g}" for name, norm in result.largest[:3])
+        keys = ", ".join(result.keys[:3]) + (" …" if len(result.keys) > 3 else "")
+        row = (f"{result.seconds:.1f}", f"{result.peak:.3g}", f"{result.loss:.4g}", f"{result.grad_norm:.3g}")
+        table.add_row(keys, *row, largest, result.first_not_finite or "–")
+    console.print(table)

@@ -1,0 +1,1 @@
+"""What a frozen encoder knows: probes and label-free measures beside their baselines."""

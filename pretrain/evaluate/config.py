@@ -1,0 +1,61 @@
+"""The typed schema of `auricle evaluate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from data_pipeline.schema import about, config
+
+
+@config
+class ProbeConfig:
+    """A linear classifier on frozen features, with learned weights of the layers."""
+
+    epochs: Annotated[int, about("passes over the training part", ge=1)] = 8
+    min_updates: Annotated[int, about("more passes where the training part is small, until so many updates", ge=1)] = (
+        600
+    )
+    lr: Annotated[float, about("Adam's peak learning rate, with a cosine to 0", gt=0)] = 2e-3
+    batch: Annotated[int, about("frames (or utterances) per update", ge=1)] = 512
+    weight_decay: Annotated[float, about("decoupled weight decay", ge=0)] = 1e-4
+
+
+@config
+class SupervisedConfig:
+    """The same encoder trained from scratch on the probe's own labels: what the labels alone can teach."""
+
+    epochs: Annotated[int, about("passes over the training part; 0 leaves this baseline out", ge=0)] = 10
+    lr: Annotated[float, about("Adam's peak learning rate", gt=0)] = 1e-3
+    batch_seconds: Annotated[float, about("audio per update", gt=0)] = 40.0
+
+
+@config
+class EvaluateConfig:
+    """One evaluation: checkpoints × tasks, with the baselines beside them."""
+
+    checkpoint: Annotated[
+        str, about("checkpoint folder, run folder or Hugging Face folder; several with commas", min_length=1)
+    ]
+    task: Annotated[
+        str, about("phones, keywords, digits, speaker, language, abx, pnmi, rankme; several with commas", min_length=1)
+    ] = "phones"
+    manifest: Annotated[
+        str, about("tab-separated list of the audio: path, speaker, text, label, language, corpus, split", min_length=1)
+    ] = "../shared/data/manifest.tsv"
+    phones: Annotated[
+        str, about("tab-separated alignment: path, start_s, end_s, phone; relative to the manifest's folder")
+    ] = "phones/auto_pocketsphinx.tsv"
+    corpora: Annotated[str, about("take only these corpora, with commas; empty: those that suit the task")] = ""
+    layers: Annotated[str, about("layers to use, with commas; 0 is what enters the first block; empty: all")] = ""
+    seeds: Annotated[int, about("probes, random encoders and supervised runs are made this often", ge=1)] = 3
+    baselines: Annotated[bool, about("log-mel with context, random weights and supervised from scratch beside")] = True
+    bootstrap: Annotated[int, about("resamplings of the test speakers for the intervals", ge=100)] = 2_000
+    max_utterances: Annotated[int, about("at most so many utterances per split; 0 takes all", ge=0)] = 0
+    out: Annotated[str, about("folder for results.json and the table; empty: print only")] = ""
+    follow: Annotated[
+        bool, about("stay beside a running run: evaluate each new checkpoint, results to its TensorBoard")
+    ] = False
+    every: Annotated[int, about("follow: evaluate only checkpoints whose step this divides", ge=1)] = 1
+    device: Annotated[str, about("cpu, or cuda where there is one", min_length=1)] = "cpu"
+    probe: ProbeConfig = ProbeConfig()
+    supervised: SupervisedConfig = SupervisedConfig()

@@ -1,0 +1,131 @@
+"""Frozen encoders of several makes behind one call: audio to the features of every layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline.keyed_random import keyed_seed
+from data_pipeline.schema import load
+from pretrain.checkpoint import read_state
+from pretrain.config import Config
+from pretrain.model import build_model
+from pretrain.nn.spectral import LogMel
+from pretrain.types import SpeechModel
+
+
+@dataclass(frozen=True)
+class FrozenEncoder:
+    """encode: (T,) waveform at 16 kHz to layers (L, F, D) at rate_hz; frame f is at (f + ½) / rate_hz seconds.
+
+    fresh: makes the same architecture with random weights (by seed), as a SpeechModel to train or to freeze; None where
+    there is none to make.
+    """
+
+    name: str
+    encode: Callable[[Tensor], Tensor]
+    rate_hz: float
+    step: int = 0
+    fresh: Callable[[int], SpeechModel] | None = field(default=None, repr=False)
+
+
+def find_checkpoint(given: str) -> Path:
+    """The checkpoint folder meant by a run folder, a checkpoints folder or a checkpoint. Raises ValueError."""
+    path = Path(given).expanduser()
+    for folder in (path / "checkpoints", path):
+        latest = folder / "latest"
+        if latest.is_file():
+            return folder / latest.read_text(encoding="utf-8").strip()
+    if (path / "state.json").is_file() or (path / "config.json").is_file():
+        return path
+    raise ValueError(f"checkpoint={given}: no run folder, no checkpoint (state.json) and no Hugging Face folder there")
+
+
+def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
+    """A checkpoint of ours or of Hugging Face's layout. Raises ValueError for one that cannot be used."""
+    folder = find_checkpoint(given)
+    if not (folder / "state.json").is_file():
+        return _hugging_face(folder, device)
+    values = read_state(folder)
+    config = load(Config, values["config"])
+    model = build_model(config).model
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'}: {error}") from error
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    return freeze(model, config.name, device, values["step"], fresh=lambda seed: fresh_model(config, seed))
+
+
+def fresh_model(config: Config, seed: int) -> SpeechModel:
+    """The architecture of `config` with the random weights of `seed`."""
+    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    return build_model(Config(**{**values, "seed": keyed_seed(seed, "fresh") % 2**31})).model
+
+
+def freeze(
+    model: SpeechModel,
+    name: str,
+    device: str = "cpu",
+    step: int = 0,
+    fresh: Callable[[int], SpeechModel] | None = None,
+) -> FrozenEncoder:
+    """A SpeechModel in evaluation mode."""
+    model.eval().to(device)
+
+    @torch.inference_mode()
+    def encode(wave_T: Tensor) -> Tensor:
+        encoded = model(wave_T[None].to(device), torch.tensor([len(wave_T)], device=device))
+        return torch.stack([layer[0] for layer in encoded.layers]).cpu()
+
+    return FrozenEncoder(name, encode, model.shape.rate_hz, step, fresh)
+
+
+def log_mel_with_context(context: int = 10, n_mels: int = 80, rate_hz: float = 50.0) -> FrozenEncoder:
+    """log-mel of the frame and of `context` 10 ms frames on either side, one "layer" of (2·context + 1) · n_mels."""
+    mel = LogMel(n_mels)
+
+    @torch.inference_mode()
+    def encode(wave_T: Tensor) -> Tensor:
+        frames_FD = mel(wave_T[None], torch.tensor([len(wave_T)])).x_BFD[0]
+        padded = torch.nn.functional.pad(frames_FD.T, (context, context)).T
+        windows_FDC = padded.unfold(0, 2 * context + 1, 1)
+        centre_s = (np.arange(int(len(wave_T) / 16_000 * rate_hz)) + 0.5) / rate_hz
+        # a mel frame of 25 ms every 10 ms has its middle at 10·f + 12.5 ms
+        nearest = np.clip(np.rint((centre_s - 0.0125) * mel.rate_hz), 0, len(frames_FD) - 1).astype(np.int64)
+        return windows_FDC[torch.from_numpy(nearest)].flatten(1)[None]
+
+    return FrozenEncoder(f"log-mel ±{context} frames", encode, rate_hz)
+
+
+def _hugging_face(folder: Path, device: str) -> FrozenEncoder:
+    try:
+        from transformers import AutoModel
+    except ImportError as error:
+        raise ValueError(f"{folder}: a Hugging Face checkpoint needs the package transformers ({error})") from error
+    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "conv_stride" not in settings:
+        raise ValueError(f"{folder}: model_type={settings.get('model_type')!r} has no waveform stem; not supported")
+    # safetensors only: nothing in a checkpoint may be executed on loading
+    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().to(device)
+    processor = folder / "preprocessor_config.json"
+    described = json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {}
+    normalize = described.get("do_normalize", settings.get("feat_extract_norm") == "layer")
+
+    @torch.inference_mode()
+    def encode(wave_T: Tensor) -> Tensor:
+        if normalize:
+            wave_T = (wave_T - wave_T.mean()) / torch.sqrt(wave_T.var(unbiased=False) + 1e-7)
+        hidden: Sequence[Tensor] = model(wave_T[None].to(device), output_hidden_states=True).hidden_states
+        return torch.stack([layer[0] for layer in hidden]).cpu()
+
+    return FrozenEncoder(folder.name, encode, 16_000 / float(np.prod(settings["conv_stride"])))

@@ -1,0 +1,109 @@
+"""Utterances to labelled feature vectors: frames on a common 50 Hz grid, or one pooled vector each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.evaluate.corpus import Interval, Utterance, grid_labels, read_audio
+from pretrain.evaluate.encoders import FrozenEncoder
+
+GRID_HZ = 50.0
+"""Frames are labelled and counted at this rate, so that encoders of any rate answer the same questions."""
+SILENCE = ("SIL", "sil", "", "spn", "SPN", "sp", "<sil>", "+SPN+")
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """x_NLD: float16 features of every layer.  y_N: class.  speaker_N: index into `speakers`."""
+
+    x_NLD: Tensor
+    y_N: Tensor
+    speaker_N: np.ndarray
+    speakers: tuple[str, ...]
+
+    def tally(self, hits_N: np.ndarray, counted_N: np.ndarray) -> dict[str, tuple[float, float]]:
+        """Hits and trials of each speaker among the vectors that count."""
+        n = len(self.speakers)
+        hits = np.bincount(self.speaker_N, weights=hits_N * counted_N, minlength=n)
+        trials = np.bincount(self.speaker_N, weights=counted_N, minlength=n)
+        return {s: (float(h), float(t)) for s, h, t in zip(self.speakers, hits, trials, strict=True)}
+
+
+class Waves:
+    """Decoded audio, kept: every encoder hears the same utterances."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, utterance: Utterance) -> Tensor:
+        """(T,) float32."""
+        if utterance.name not in self._kept:
+            self._kept[utterance.name] = torch.from_numpy(read_audio(utterance.path))
+        return self._kept[utterance.name]
+
+
+def grid_frames(rate_hz: float, n_frames: int, cells: int) -> Tensor:
+    """For each cell of the grid, the encoder frame whose middle is nearest to the cell's."""
+    centre_s = (torch.arange(cells) + 0.5) / GRID_HZ
+    return (centre_s * rate_hz - 0.5).round().long().clamp(0, n_frames - 1)
+
+
+def phone_frames(
+    encoder: FrozenEncoder,
+    utterances: Sequence[Utterance],
+    phones: Mapping[str, Sequence[Interval]],
+    classes: Mapping[str, int],
+    waves: Waves,
+    layers: Sequence[int] | None = None,
+) -> Labelled:
+    """Every labelled cell of the grid. Cells whose phone is not in `classes` are left out."""
+    xs, ys, owners = [], [], []
+    speakers = tuple(sorted({u.speaker for u in utterances}))
+    for utterance in utterances:
+        wave_T = waves(utterance)
+        labels = grid_labels(phones[utterance.name], len(wave_T) / 16_000, GRID_HZ)
+        known = torch.tensor([i for i, phone in enumerate(labels) if phone in classes], dtype=torch.long)
+        if not len(known):
+            continue
+        x_LFD = _chosen(encoder.encode(wave_T), layers)
+        x_LCD = x_LFD[:, grid_frames(encoder.rate_hz, x_LFD.shape[1], len(labels))[known]]
+        xs.append(x_LCD.transpose(0, 1).half())
+        ys.append(torch.tensor([classes[labels[i]] for i in known.tolist()]))
+        owners.append(np.full(len(known), speakers.index(utterance.speaker)))
+    return Labelled(torch.cat(xs), torch.cat(ys), np.concatenate(owners), speakers)
+
+
+def pooled(
+    encoder: FrozenEncoder,
+    utterances: Sequence[Utterance],
+    target: Callable[[Utterance], str],
+    classes: Mapping[str, int],
+    waves: Waves,
+    pool: Callable[[Tensor], Tensor],
+    layers: Sequence[int] | None = None,
+) -> Labelled:
+    """One vector per utterance; `pool` brings (L, F, D) to (L, D')."""
+    speakers = tuple(sorted({u.speaker for u in utterances}))
+    x_NLD = torch.stack([pool(_chosen(encoder.encode(waves(u)), layers)).half() for u in utterances])
+    y_N = torch.tensor([classes[target(u)] for u in utterances])
+    return Labelled(x_NLD, y_N, np.array([speakers.index(u.speaker) for u in utterances]), speakers)
+
+
+def quarters(x_LFD: Tensor) -> Tensor:
+    """Means of the four quarters of an utterance: what was said, roughly in order."""
+    x_LFD = x_LFD if x_LFD.shape[1] >= 4 else x_LFD.repeat_interleave(4, dim=1)
+    return torch.cat([part.mean(1) for part in x_LFD.tensor_split(4, dim=1)], dim=-1)
+
+
+def mean_and_deviation(x_LFD: Tensor) -> Tensor:
+    """Statistics over time: who speaks, in which language."""
+    return torch.cat([x_LFD.mean(1), x_LFD.std(1, unbiased=False)], dim=-1)
+
+
+def _chosen(x_LFD: Tensor, layers: Sequence[int] | None) -> Tensor:
+    return x_LFD if not layers or len(x_LFD) == 1 else x_LFD[list(layers)]

@@ -1,0 +1,145 @@
+"""The probe: softmax-weighted layers, standardised, and one linear layer. And the supervised reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.keyed_random import keyed_seed
+from pretrain.evaluate.config import ProbeConfig, SupervisedConfig
+from pretrain.evaluate.features import Labelled
+from pretrain.types import SpeechModel
+
+NO_LABEL = -1
+
+
+class Probe(nn.Module):
+    """(N, L, D) features to (N, classes)."""
+
+    def __init__(self, train: Labelled, classes: int) -> None:
+        super().__init__()
+        _, n_layers, dim = train.x_NLD.shape
+        self.layer_weights = nn.Parameter(torch.zeros(n_layers))
+        self.linear = nn.Linear(dim, classes)
+        some = train.x_NLD[:: max(1, len(train.x_NLD) // 20_000)].float()
+        self.register_buffer("mean_LD", some.mean(0))
+        self.register_buffer("scale_LD", 1.0 / (some.std(0) + 1e-4))
+        self.mean_LD: Tensor
+        self.scale_LD: Tensor
+
+    def forward(self, x_NLD: Tensor) -> Tensor:
+        x_NLD = (x_NLD.float() - self.mean_LD) * self.scale_LD
+        out: Tensor = self.linear(torch.einsum("nld,l->nd", x_NLD, self.layer_weights.softmax(0)))
+        return out
+
+    @torch.inference_mode()
+    def predict(self, x_NLD: Tensor) -> np.ndarray:
+        """Classes, (N,)."""
+        return torch.cat([self(part).argmax(1) for part in torch.split(x_NLD, 8192)]).numpy()
+
+
+def fit_probe(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int) -> Probe:
+    """The weights of the epoch that is best on `valid`; the test speakers take no part."""
+    torch.manual_seed(keyed_seed(seed, "probe"))
+    probe = Probe(train, classes)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    per_epoch = -(-len(train.y_N) // config.batch)
+    epochs = max(config.epochs, -(-config.min_updates // per_epoch))
+    updates = epochs * per_epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    best, best_state = -1.0, probe.state_dict()
+    for _ in range(epochs):
+        for pick in torch.split(torch.randperm(len(train.y_N)), config.batch):
+            loss = F.cross_entropy(probe(train.x_NLD[pick]), train.y_N[pick])
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            schedule.step()
+        score = float((probe.predict(valid.x_NLD) == valid.y_N.numpy()).mean())
+        if score > best:
+            best, best_state = score, {name: value.clone() for name, value in probe.state_dict().items()}
+    probe.load_state_dict(best_state)
+    return probe
+
+
+class Supervised(nn.Module):
+    """The encoder and a linear layer on its last frames, all trained."""
+
+    def __init__(self, model: SpeechModel, classes: int) -> None:
+        super().__init__()
+        self.model = model
+        self.linear = nn.Linear(model.shape.dim, classes)
+
+
+Example = tuple[Tensor, Tensor, Tensor]
+"""A waveform (T,), which encoder frame each label belongs to (C,), and the labels (C,); one label: the whole mean."""
+
+
+def fit_supervised(
+    model: SpeechModel,
+    train: Sequence[Example],
+    valid: Sequence[Example],
+    classes: int,
+    config: SupervisedConfig,
+    seed: int,
+    per_frame: bool,
+) -> Callable[[Sequence[Example]], list[np.ndarray]]:
+    """Trains from scratch on the labels; returns what names the classes of further examples."""
+    torch.manual_seed(keyed_seed(seed, "supervised"))
+    net = Supervised(model, classes)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr)
+    rng = np.random.default_rng(seed)
+    batches = _batches(train, config.batch_seconds)
+    warmup = max(1, min(100, len(batches)))
+    updates = config.epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min((done + 1) / warmup, max(0.02, 1 - done / max(1, updates)))
+    )
+
+    def logits(examples: Sequence[Example]) -> list[Tensor]:
+        lengths_B = torch.tensor([len(wave) for wave, _, _ in examples])
+        wave_BT = nn.utils.rnn.pad_sequence([wave for wave, _, _ in examples], batch_first=True)
+        final = net.model(wave_BT, lengths_B).final
+        rows = []
+        for row, (_, frames, _) in enumerate(examples):
+            x_FD = final.x_BFD[row, : max(1, int(final.lengths_B[row]))]
+            picked = x_FD[frames.clamp(max=len(x_FD) - 1)] if per_frame else x_FD.mean(0, keepdim=True)
+            rows.append(net.linear(picked))
+        return rows
+
+    @torch.inference_mode()
+    def predict(examples: Sequence[Example]) -> list[np.ndarray]:
+        net.eval()
+        return [row.argmax(1).numpy() for example in examples for row in logits([example])]
+
+    best, best_state = -1.0, net.state_dict()
+    for _ in range(config.epochs):
+        net.train()
+        for number in rng.permutation(len(batches)):
+            chosen = [train[i] for i in batches[number]]
+            loss = F.cross_entropy(torch.cat(logits(chosen)), torch.cat([labels for _, _, labels in chosen]))
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        guesses = np.concatenate(predict(valid))
+        score = float((guesses == torch.cat([labels for _, _, labels in valid]).numpy()).mean())
+        if score > best:
+            best, best_state = score, {name: value.clone() for name, value in net.state_dict().items()}
+    net.load_state_dict(best_state)
+    return predict
+
+
+def _batches(examples: Sequence[Example], seconds: float) -> list[list[int]]:
+    """Examples of like length together, up to `seconds` of padded audio."""
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(examples)), key=lambda i: len(examples[i][0])):
+        if batches[-1] and (len(batches[-1]) + 1) * len(examples[i][0]) > seconds * 16_000:
+            batches.append([])
+        batches[-1].append(i)
+    return batches

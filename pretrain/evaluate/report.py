@@ -1,0 +1,61 @@
+"""Rows of an evaluation as a table, as JSON and as scalars beside a run's training curves."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.evaluate.run import Row, plain
+from pretrain.run_folder import write_json
+
+HEAD = ("task", "measure", "features", "value", "95 %", "− log-mel", "− random", "retained")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row as text, in the order of HEAD. Shares are in percent, differences in points."""
+    share = row.measure.startswith(("accuracy", "non-silence", "all frames", "ABX", "PNMI", "phone", "cluster", "EER"))
+    value = f"{row.value:.1%}" if share else f"{row.value:.1f}"
+    interval = f"{row.low:.1%} … {row.high:.1%}" if row.low == row.low else ""
+    gaps = [
+        f"{100 * gap[0]:+.1f} ({100 * gap[1]:+.1f} … {100 * gap[2]:+.1f})" if gap else ""
+        for gap in (row.over_log_mel, row.over_random)
+    ]
+    retained = f"{row.retained:.0%}" if row.retained is not None else ""
+    return (row.task, row.measure, row.who, value, interval, *gaps, retained)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """For the terminal."""
+    made = Table(*HEAD, box=None, pad_edge=False)
+    for row in rows:
+        made.add_row(*cells(row))
+    return made
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """For a file."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
+    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows]) + "\n"
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """results.json and results.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", plain(rows))
+    (folder / "results.md").write_text(markdown(rows), encoding="utf-8")
+
+
+def into_run(rows: Sequence[Row], run: Path, step: int) -> None:
+    """Adds to RUN/evaluations.jsonl, and to its TensorBoard under evaluate/."""
+    board = SummaryWriter(str(run / "tb" / "evaluate"))
+    with (run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+        for row in rows:
+            name = re.sub(r"[^A-Za-z0-9]+", "_", f"{row.task}/{row.measure}").replace("_", "/", 1)
+            file.write(json.dumps({"step": step, "name": name, **plain([row])[0]}) + "\n")
+            board.add_scalar(f"evaluate/{name}", row.value, step)
+    board.close()

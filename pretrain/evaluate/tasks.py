@@ -1,0 +1,66 @@
+"""The probing tasks: which utterances, which labels, and how a vector is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pretrain.evaluate.corpus import Utterance
+from pretrain.evaluate.features import mean_and_deviation, quarters
+
+
+@dataclass(frozen=True)
+class Task:
+    """corpora: those used by default.  target: the class of an utterance; None: phones, frame by frame.
+
+    hold_out: every so many-th utterance of a class is for test, the one after it for validation, where classes cannot
+    be told apart by the manifest's speaker-disjoint splits (0: use these).
+    """
+
+    name: str
+    corpora: tuple[str, ...]
+    target: Callable[[Utterance], str] | None
+    pool: Callable[[Tensor], Tensor]
+    hold_out: int = 0
+    caveat: str = ""
+
+
+PROBES = {
+    "phones": Task("phones", ("speechocean762",), None, quarters),
+    "keywords": Task("keywords", ("speech_commands_v1",), lambda u: u.label, quarters),
+    "digits": Task("digits", ("arabic_speech_commands",), lambda u: u.label, quarters),
+    "speaker": Task("speaker", ("speechocean762",), lambda u: u.speaker, mean_and_deviation, hold_out=5),
+    "language": Task(
+        "language",
+        ("asterisk-core-sounds",),
+        lambda u: u.language,
+        mean_and_deviation,
+        hold_out=5,
+        caveat="one voice per language, but for en and es: a voice may pass for a language",
+    ),
+}
+MEASURES = ("abx", "pnmi", "rankme")
+TASKS = (*PROBES, *MEASURES)
+
+
+def splits(task: Task, utterances: Sequence[Utterance], corpora: Sequence[str], most: int) -> list[list[Utterance]]:
+    """train, valid and test, at most `most` of each (0: all). Raises ValueError where one is empty."""
+    chosen = [u for u in utterances if u.corpus in (corpora or task.corpora)]
+    if task.hold_out and task.target:
+        parts: list[list[Utterance]] = [[], [], []]
+        seen: dict[str, int] = {}
+        for u in chosen:
+            turn = seen[task.target(u)] = seen.get(task.target(u), -1) + 1
+            parts[2 if turn % task.hold_out == 0 else 1 if turn % task.hold_out == 1 else 0].append(u)
+    else:
+        parts = [[u for u in chosen if u.split == split] for split in ("train", "valid", "test")]
+    if not all(parts):
+        names = ", ".join(sorted({u.corpus for u in utterances}))
+        raise ValueError(
+            f"task={task.name}: needs utterances of {', '.join(corpora or task.corpora)} in the splits train, valid "
+            f"and test of the manifest, which has the corpora {names}"
+        )
+    # every n-th, so that few utterances still have many speakers
+    return [part[:: -(-len(part) // most)] if most else part for part in parts]

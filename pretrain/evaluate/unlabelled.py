@@ -1,0 +1,71 @@
+"""Measures that train nothing: ABX, PNMI of k-means units, and RankMe, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from pretrain.evaluate.corpus import Interval, Utterance
+from pretrain.evaluate.encoders import FrozenEncoder
+from pretrain.evaluate.features import SILENCE, Waves, phone_frames
+from pretrain.evaluate.measures import abx_error, phone_normalized_mutual_information
+from pretrain.health import rank_me
+
+Found = list[tuple[str, float]]
+Phones = Mapping[str, Sequence[Interval]]
+TRIPLES, UNITS, MAX_FRAMES = 1_500, 100, 20_000
+
+
+def abx(
+    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
+) -> Found:
+    """Phone ABX error within and across speakers."""
+    tokens: list[tuple[str, str, np.ndarray]] = []
+    for utterance in part:
+        x_LFD = encoder.encode(waves(utterance)).float().numpy()
+        for interval in phones[utterance.name]:
+            first, last = (round(edge * encoder.rate_hz) for edge in (interval.start, interval.end))
+            last = min(last, x_LFD.shape[1])
+            if interval.phone not in SILENCE and 2 <= last - first <= 30:
+                tokens.append((interval.phone, utterance.speaker, x_LFD[:, first:last]))
+    if not tokens:
+        raise ValueError("abx: no phone of these utterances is 2 to 30 frames long")
+    found: Found = []
+    for layer in range(len(tokens[0][2])):
+        single = [(phone, speaker, x_LFD[layer]) for phone, speaker, x_LFD in tokens]
+        for across in (False, True):
+            error, _ = abx_error(single, TRIPLES, across)
+            found.append((f"ABX error {'across' if across else 'within'} speakers, layer {layer}", error))
+    return found
+
+
+def pnmi(
+    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
+) -> Found:
+    """k-means units of each layer against the phones."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    frames = phone_frames(encoder, part, phones, classes, waves)
+    kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // MAX_FRAMES)]
+    labels = frames.y_N[:: max(1, len(frames.x_NLD) // MAX_FRAMES)].numpy()
+    found: Found = []
+    for layer in range(kept.shape[1]):
+        x_ND = kept[:, layer].float().numpy()
+        means = MiniBatchKMeans(min(UNITS, len(x_ND) // 4), n_init=3, batch_size=4096, random_state=0)
+        value, purity, cluster = phone_normalized_mutual_information(labels, means.fit_predict(x_ND))
+        found += [(f"PNMI, layer {layer}", value), (f"phone purity, layer {layer}", purity)]
+        found.append((f"cluster purity, layer {layer}", cluster))
+    return found
+
+
+def rankme(
+    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
+) -> Found:
+    """Dimensions in effect of each layer."""
+    frames = phone_frames(encoder, part, phones, classes, waves)
+    kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // 4096)].float().numpy()
+    return [(f"RankMe, layer {layer}", rank_me(kept[:, layer])) for layer in range(kept.shape[1])]
+
+
+MEASURES: dict[str, Callable[..., Found]] = {"abx": abx, "pnmi": pnmi, "rankme": rankme}

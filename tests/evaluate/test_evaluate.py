@@ -1,0 +1,132 @@
+"""`auricle evaluate` from a manifest and a checkpoint to a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from launch.app import main
+from pretrain import checkpoint
+from pretrain.checkpoint import TrainState
+from pretrain.engines import World, make_engine
+from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig
+from pretrain.evaluate.encoders import find_checkpoint, open_encoder
+from pretrain.evaluate.run import evaluate
+from pretrain.model import build_model
+from pretrain.run_folder import RunFolder
+from tests.unit.test_training_loop import config
+
+PITCHES = {"low": 200.0, "middle": 600.0, "high": 1800.0}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tones of three pitches by six speakers, with an alignment."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    lines = ["path\tspeaker\ttext\tlabel\tlanguage\tcorpus\tsplit"]
+    phones = ["path\tstart_s\tend_s\tphone"]
+    for s in range(6):
+        for label, pitch in PITCHES.items():
+            for take in range(3):
+                name = f"{s}-{label}-{take}.wav"
+                time = np.arange(9600) / 16000
+                tone = np.sin(2 * np.pi * pitch * (1 + 0.02 * s) * time) * (time > 0.2)
+                soundfile.write(folder / name, 0.2 * tone + 0.01 * rng.standard_normal(9600), 16000)
+                split = ("train", "train", "train", "valid", "test", "test")[s]
+                lines.append(f"{name}\tspeaker{s}\t{label}\t{label}\ten\ttones\t{split}")
+                phones += [f"{name}\t0.0\t0.2\tSIL", f"{name}\t0.2\t0.6\t{label}"]
+    (folder / "manifest.tsv").write_text("\n".join(lines))
+    (folder / "phones.tsv").write_text("\n".join(phones))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with one checkpoint of an untrained model."""
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "tiny")
+    folder.claim()
+    settings = config(4)
+    engine = make_engine(settings, build_model(settings), World())
+    with checkpoint.Saver(folder, engine, settings) as saver:
+        saver.save(TrainState(4))
+    return folder.path
+
+
+def settings(corpus: Path, given: Path, task: str, **more: object) -> EvaluateConfig:
+    values: dict[str, object] = {"corpora": "tones", "phones": "phones.tsv", "seeds": 2, "bootstrap": 100} | more
+    probe = ProbeConfig(epochs=4, lr=1e-2, batch=128, min_updates=60)
+    supervised = SupervisedConfig(epochs=2, batch_seconds=6)
+    return EvaluateConfig(
+        checkpoint=str(given), task=task, manifest=str(corpus / "manifest.tsv"), probe=probe, supervised=supervised,
+        **values,
+    )  # fmt: skip
+
+
+def test_phones_with_all_baselines(corpus: Path, saved: Path) -> None:
+    torch.set_num_threads(1)
+    rows = evaluate(settings(corpus, saved, "phones"), say=lambda line: None)
+    by = {(row.measure, row.who.split(" (")[0]): row for row in rows}
+    for who in ("log-mel ±10 frames", "random weights", "supervised from scratch"):
+        assert ("non-silence frames", who) in by
+    assert by["non-silence frames", "log-mel ±10 frames"].value > 0.9
+    ours = by["non-silence frames", "run"]
+    assert ours.over_log_mel is not None
+    assert ours.over_random is not None
+    gap = ours.value - by["non-silence frames", "log-mel ±10 frames"].value
+    assert ours.over_log_mel[0] == pytest.approx(gap)
+    # a third of each clip is silence, which counts in one measure only
+    everything = by["all frames", "log-mel ±10 frames"]
+    assert everything.value > 0.8
+
+
+def test_the_verb_prints_and_writes(
+    corpus: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["corpora=tones", "seeds=1", "bootstrap=100", "supervised.epochs=0", f"manifest={corpus}/manifest.tsv"]
+    options += ["phones=phones.tsv", "probe.min_updates=20", f"out={tmp_path / 'out'}"]
+    assert main(["evaluate", f"checkpoint={saved}", "task=keywords,rankme,abx,pnmi", *options]) == 0
+    assert "random weights" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["task"] for row in rows} == {"keywords", "rankme", "abx", "pnmi"}
+    assert all(0 <= row["value"] <= 1 for row in rows if row["task"] in ("abx", "pnmi", "keywords"))
+    assert (tmp_path / "out" / "results.md").read_text().startswith("| task |")
+
+
+def test_following_a_run_writes_into_its_tensorboard(corpus: Path, saved: Path) -> None:
+    (saved / "config.json").write_text("{}")
+    options = ["corpora=tones", "seeds=1", "bootstrap=100", f"manifest={corpus}/manifest.tsv", "probe.min_updates=20"]
+    assert main(["evaluate", f"checkpoint={saved}", "task=keywords", "follow=true", *options]) == 0
+    (saved / "config.json").unlink()
+    (line,) = (saved / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "keywords/accuracy"
+    assert json.loads(line)["step"] == 4
+    assert list((saved / "tb" / "evaluate").iterdir())
+
+
+def test_a_hugging_face_folder_is_evaluated_alike(corpus: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tiny = transformers.HubertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    )  # fmt: skip
+    transformers.HubertModel(tiny).save_pretrained(tmp_path / "hub")
+    encoder = open_encoder(str(tmp_path / "hub"))
+    assert encoder.rate_hz == 50.0
+    assert encoder.encode(torch.randn(16000)).shape == (3, 49, 32)
+    rows = evaluate(settings(corpus, tmp_path / "hub", "keywords", seeds=1), say=lambda line: None)
+    assert rows[-1].who.startswith("hub")
+
+
+def test_what_cannot_be_evaluated_is_said(corpus: Path, saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such task"):
+        evaluate(settings(corpus, saved, "fonemes"))
+    with pytest.raises(ValueError, match="no run folder, no checkpoint"):
+        find_checkpoint(str(tmp_path))
+    with pytest.raises(ValueError, match="which has the corpora tones"):
+        evaluate(settings(corpus, saved, "keywords", corpora="other"))

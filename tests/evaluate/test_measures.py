@@ -1,0 +1,109 @@
+"""Figures of merit on data whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.evaluate import measures
+from pretrain.evaluate.config import ProbeConfig
+from pretrain.evaluate.corpus import Interval, Utterance, grid_labels, require_disjoint
+from pretrain.evaluate.features import Labelled, grid_frames, quarters
+from pretrain.evaluate.probe import fit_probe
+
+RNG = np.random.default_rng(0)
+
+
+def test_bootstrap_pairs_speakers() -> None:
+    # every speaker gains exactly five points, however different they are: the paired interval is a point
+    base = {f"s{i}": (float(10 * i), 100.0) for i in range(1, 9)}
+    better = {s: (hits + 5, n) for s, (hits, n) in base.items()}
+    gap = measures.bootstrap([better], 500, [base])
+    assert gap.value == pytest.approx(0.05)
+    assert (gap.low, gap.high) == pytest.approx((0.05, 0.05))
+    alone = measures.bootstrap([base], 500)
+    assert alone.value == pytest.approx(0.45)
+    assert alone.low < 0.35
+    assert alone.high > 0.55
+
+
+def test_accuracy_counts_trials_and_averages_seeds() -> None:
+    assert measures.accuracy([{"a": (1, 1), "b": (0, 3)}, {"a": (1, 1), "b": (3, 3)}]) == pytest.approx((0.25 + 1) / 2)
+
+
+def test_equal_error_rate() -> None:
+    assert measures.equal_error_rate(np.array([3.0, 4.0, 5.0]), np.array([0.0, 1.0, 2.0])) == 0.0
+    shift = measures.equal_error_rate(RNG.normal(2, 1, 20_000), RNG.normal(0, 1, 20_000))
+    assert shift == pytest.approx(0.1587, abs=0.01)  # Φ(−1)
+    same = RNG.normal(0, 1, 20_000)
+    assert measures.equal_error_rate(same, RNG.normal(0, 1, 20_000)) == pytest.approx(0.5, abs=0.02)
+
+
+def test_pnmi_of_the_same_and_of_independent_labels() -> None:
+    phones = RNG.integers(0, 10, 50_000)
+    assert measures.phone_normalized_mutual_information(phones, phones + 7) == pytest.approx((1.0, 1.0, 1.0))
+    value, purity, _ = measures.phone_normalized_mutual_information(phones, RNG.integers(0, 10, 50_000))
+    assert value < 0.01
+    assert purity == pytest.approx(0.1, abs=0.02)
+
+
+def test_dtw_ignores_tempo() -> None:
+    x = np.eye(8)[[0, 1, 2, 3]]
+    assert measures.dtw_distance(x, np.eye(8)[[0, 0, 1, 2, 2, 2, 3]]) == pytest.approx(0.0, abs=1e-6)
+    assert measures.dtw_distance(x, np.eye(8)[[4, 5, 6]]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_abx_of_separable_and_of_meaningless_features(across: bool) -> None:
+    def tokens(informed: float) -> list[tuple[str, str, np.ndarray]]:
+        centres = np.eye(16)[:4]
+        return [
+            (f"p{p}", f"s{s}", informed * centres[p] + RNG.normal(0, 0.1, (4, 16)))
+            for p in range(4)
+            for s in range(3)
+            for _ in range(10)
+        ]
+
+    assert measures.abx_error(tokens(1.0), 300, across)[0] < 0.01
+    assert measures.abx_error(tokens(0.0), 300, across)[0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_grid_labels_take_the_phone_at_the_middle_of_a_cell() -> None:
+    intervals = [Interval(0.0, 0.05, "A"), Interval(0.05, 0.10, "B")]
+    assert grid_labels(intervals, 0.13, 50) == ["A", "A", "B", "B", "B", ""]
+
+
+@pytest.mark.parametrize("rate_hz", [12.5, 25.0, 50.0, 100.0])
+def test_grid_frames_are_the_nearest_ones(rate_hz: float) -> None:
+    frames = grid_frames(rate_hz, int(2 * rate_hz), 100)
+    middles = (frames + 0.5) / rate_hz
+    assert float((middles - (torch.arange(100) + 0.5) / 50).abs().max()) <= 0.5 / rate_hz + 1e-6
+
+
+def test_quarters_keep_the_order() -> None:
+    assert quarters(torch.tensor([[[1.0], [1.0], [2.0], [3.0], [4.0]]])).tolist() == [[1.0, 2.0, 3.0, 4.0]]
+
+
+def test_speakers_of_test_may_not_be_in_train() -> None:
+    one = Utterance(__file__, "a", "speaker-1", "", "", "", "c", "train")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="speaker-1"):
+        require_disjoint([one], [one])
+
+
+def test_the_probe_finds_the_layer_that_knows() -> None:
+    y_N = torch.from_numpy(RNG.integers(0, 4, 1200))
+    x_NLD = torch.from_numpy(RNG.normal(0, 1, (1200, 3, 8))).float()
+    x_NLD[:, 1, :4] += 4 * torch.eye(4)[y_N]
+    speakers = RNG.integers(0, 5, 1200)
+    made = [Labelled(x_NLD[part].half(), y_N[part], speakers[part], tuple("abcde")) for part in
+            (slice(0, 800), slice(800, 1000), slice(1000, 1200))]  # fmt: skip
+    probe = fit_probe(made[0], made[1], 4, ProbeConfig(epochs=15, lr=1e-2, batch=128), seed=0)
+    hits = probe.predict(made[2].x_NLD) == made[2].y_N.numpy()
+    assert hits.mean() > 0.9
+    assert int(probe.layer_weights.argmax()) == 1
+    assert sum(n for _, n in made[2].tally(hits, np.ones(200)).values()) == 200
+    # labels shuffled in time: chance
+    wrong = Labelled(made[0].x_NLD, made[0].y_N[torch.randperm(800)], made[0].speaker_N, made[0].speakers)
+    shuffled = fit_probe(wrong, made[1], 4, ProbeConfig(epochs=3, min_updates=20), seed=0).predict(made[2].x_NLD)
+    assert (shuffled == made[2].y_N.numpy()).mean() < 0.5
