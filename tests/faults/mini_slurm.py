@@ -83,11 +83,11 @@ def missing() -> str:
     return f"needs {', '.join(lacking)}: apt-get install slurm-wlm munge iproute2" if lacking else ""
 
 
-def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Raises AssertionError naming `what` when it does not come true in time."""
+def wait_for(condition: Callable[[], object], seconds: float, what: str, log: Callable[[], str] = str) -> None:
+    """Raises AssertionError naming `what`, with what `log` then says, when it does not come true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}"
+        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}; {log()}"
         time.sleep(0.1)
 
 

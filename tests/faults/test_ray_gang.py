@@ -55,7 +55,7 @@ def test_a_lost_node_leaves_fewer_ranks_and_the_same_run(tmp_path: Path, cluster
     node = next(node for node in cluster.worker_nodes)
     hurt = pretrain(tmp_path, "hurt", cluster.address)
     folder = tmp_path / "hurt"
-    wait_for(lambda: steps_done(folder) >= 10, 90, f"a checkpoint; {said(folder)}")
+    wait_for(lambda: steps_done(folder) >= 10, 90, "a checkpoint", lambda: said(folder))
     cluster.remove_node(node, allow_graceful=False)
     assert hurt.wait(timeout=150) == 0, said(folder)
     driver = (folder / "logs" / "launcher.log").read_text()

@@ -44,7 +44,13 @@ class Site:
             ),
             *("objective.n_codes=64", "encoder.dim=64", "encoder.layers=2", "encoder.ffn_dim=128", "encoder.heads=2"),
             *("data.batch_seconds=8", "data.micro_batches=2", "data.min_seconds=0.5", "data.max_seconds=2"),
-            *("data.workers=1", f"train.steps={STEPS}", "train.checkpoint_every=10", "schedule.warmup_steps=4"),
+            *(
+                "data.workers=1",
+                f"train.steps={STEPS}",
+                "train.checkpoint_every=10",
+                "schedule.warmup_steps=4",
+                "schedule.name=constant",
+            ),
             *("launcher.nodes=2", "launcher.minutes=10", "launcher.warn_seconds=60", "engine.timeout_minutes=2"),
         )
         paths = (f"name={name}", f"runs={self.base}", f"data.shards={self.base / 'shards'}")
@@ -71,7 +77,7 @@ class Site:
             assert slurm.STATES.get(state, "failed") in ("waiting", "running", "done"), f"{state}: {self.log(name)}"
             return state == "COMPLETED"
 
-        wait_for(ended, seconds, f"the end of {name}; {self.log(name)}")
+        wait_for(ended, seconds, f"the end of {name}", lambda: self.log(name))
 
     def log(self, name: str) -> str:
         """What the batch script and the ranks said."""
@@ -112,9 +118,9 @@ def runs(site: Site) -> Site:
     """Three runs side by side: a calm one, one that is warned of its time limit, one that loses a rank twice."""
     for name in ("calm", "warned", "struck"):
         site.submit(name)
-    wait_for(lambda: site.step("warned") >= LATE, 90, f"steps; {site.log('warned')}")
+    wait_for(lambda: site.step("warned") >= LATE, 90, "steps", lambda: site.log("warned"))
     slurm.ask("scancel", "--batch", "--signal=USR1", site.handles["warned"])
-    wait_for(lambda: site.step("struck") >= EARLY, 60, f"steps; {site.log('struck')}")
+    wait_for(lambda: site.step("struck") >= EARLY, 60, "steps", lambda: site.log("struck"))
     site.kill_rank("struck", site.nodes("struck")[1])
     return site
 
@@ -162,7 +168,7 @@ def test_a_killed_rank_is_tried_again(runs: Site) -> None:
 def test_a_lost_node_is_replaced(runs: Site) -> None:
     runs.finish("calm")
     folder = runs.submit("bereft")
-    wait_for(lambda: runs.step("bereft") >= LATE, 60, f"steps; {runs.log('bereft')}")
+    wait_for(lambda: runs.step("bereft") >= LATE, 60, "steps", lambda: runs.log("bereft"))
     before = runs.nodes("bereft")
     runs.cluster.power_off(before[1])
     runs.finish("bereft")
@@ -173,7 +179,7 @@ def test_a_lost_node_is_replaced(runs: Site) -> None:
 
 def test_scancel_ends_the_run_and_keeps_it(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     folder = site.submit("unwanted", "train.steps=100000", "train.checkpoint_every=5")
-    wait_for(lambda: steps_done(folder) >= 5, 90, f"a checkpoint; {site.log('unwanted')}")
+    wait_for(lambda: steps_done(folder) >= 5, 90, "a checkpoint", lambda: site.log("unwanted"))
     assert app.main(["jobs", "status", str(folder)]) == 0
     assert "running" in capsys.readouterr().out
     assert app.main(["jobs", "cancel", str(folder)]) == 0
@@ -189,7 +195,12 @@ def test_a_chain_stops_at_its_first_failure(site: Site) -> None:
     first = site.submit("broken", "data.shards=/nowhere")
     after = f"launcher.after={site.handles['broken']}"
     site.submit("never", after)
-    wait_for(lambda: slurm.job_state(site.handles["never"]) == "CANCELLED", 90, site.log("broken"))
+    wait_for(
+        lambda: slurm.job_state(site.handles["never"]) == "CANCELLED",
+        90,
+        "the end of the chain",
+        lambda: site.log("broken"),
+    )
     assert slurm.job_state(site.handles["broken"]) == "FAILED"
     assert "not tried again" in (first / "logs" / "slurm.log").read_text()
     assert "there is no shard folder /nowhere" in (first / "logs" / "rank_0.log").read_text()
@@ -202,10 +213,10 @@ def test_a_cut_off_node_does_no_harm(runs: Site) -> None:
     """Split brain: it computes on alone, and comes back when its job has been started elsewhere."""
     runs.finish("calm")
     folder = runs.submit("severed", "engine.timeout_minutes=0.5")
-    wait_for(lambda: runs.step("severed") >= LATE, 60, f"steps; {runs.log('severed')}")
+    wait_for(lambda: runs.step("severed") >= LATE, 60, "steps", lambda: runs.log("severed"))
     node = runs.nodes("severed")[0]
     runs.cluster.cut(node)
-    wait_for(lambda: starts(folder) == 2, 90, f"a second start; {runs.log('severed')}")
+    wait_for(lambda: starts(folder) == 2, 180, "a second start", lambda: runs.log("severed"))
     runs.cluster.mend(node)
     runs.finish("severed")
     same_bits(runs, "severed")
@@ -213,16 +224,16 @@ def test_a_cut_off_node_does_no_harm(runs: Site) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_dead_slurmd_and_a_dead_controller(runs: Site) -> None:
+def test_a_dead_slurmd_moves_the_run(runs: Site) -> None:
     runs.finish("calm")
     folder = runs.submit("orphaned", "train.steps=600", "train.checkpoint_every=100")
-    wait_for(lambda: runs.step("orphaned") >= LATE, 60, f"steps; {runs.log('orphaned')}")
+    wait_for(lambda: runs.step("orphaned") >= LATE, 60, "steps", lambda: runs.log("orphaned"))
     node = runs.nodes("orphaned")[1]
     runs.cluster.kill_slurmd(node)
-    wait_for(lambda: starts(folder) == 2, 90, f"a second start; {runs.log('orphaned')}")
+    wait_for(lambda: starts(folder) == 2, 180, "a second start", lambda: runs.log("orphaned"))
     runs.cluster.boot(node)
     runs.finish("orphaned", 200)
-    assert learned(folder)[: STEPS // 2] == learned(runs.base / "calm")[: STEPS // 2]
+    assert learned(folder)[:STEPS] == learned(runs.base / "calm")
 
 
 HOSTILE = "x$(touch pwned);`touch pwned`&touch pwned|'\" %j #SBATCH --nodes=9"
