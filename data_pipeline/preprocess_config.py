@@ -74,6 +74,44 @@ class CutConfig:
 
 
 @config
+class VadConfig:
+    """Voice activity detection (Silero): keeps stretches of speech, drops what lies between."""
+
+    enabled: Annotated[bool, about("cut recordings into stretches of speech; needs the extra vad")] = False
+    threshold: Annotated[float, about("speech probability from which on a stretch begins", gt=0.15, lt=1)] = 0.5
+    min_silence_seconds: Annotated[float, about("a pause so long ends a stretch", gt=0)] = 0.5
+    pad_seconds: Annotated[float, about("kept before and after a stretch", ge=0)] = 0.1
+
+
+@config
+class DedupConfig:
+    """Recordings that are there twice; finding them reads the whole corpus once more, before shards are written."""
+
+    exact: Annotated[bool, about("leave out recordings whose decoded audio is the same, sample by sample")] = False
+    near: Annotated[bool, about("leave out recordings of the same sound at another gain, codec or offset")] = False
+    min_matches: Annotated[int, about("fingerprints that two recordings must share at one offset", ge=2)] = 6
+    min_share: Annotated[
+        float, about("and which share of the shorter recording's fingerprints that must be", gt=0, le=1)
+    ] = 0.04
+
+
+@config
+class SplitConfig:
+    """Speakers held out, in folders of their own (train, valid, test); no speaker is in two of them."""
+
+    valid: Annotated[
+        float, about("share of speakers for out/valid; 0 and 0 write one set without folders", ge=0, lt=1)
+    ] = 0.0
+    test: Annotated[float, about("share of speakers for out/test", ge=0, lt=1)] = 0.0
+    seed: Annotated[int, about("keys which speakers", ge=0)] = 0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there are folders at all."""
+        return self.valid + self.test > 0
+
+
+@config
 class FilterConfig:
     """Segments that are left out, each with a reason in the report."""
 
@@ -110,11 +148,21 @@ class PreprocessConfig:
     shard_mb: Annotated[float, about("about how many MB a shard gets; small corpora get smaller ones", gt=0)] = 1000.0
     min_shards: Annotated[int, about("make shards smaller than shard_mb until there are about so many", ge=1)] = 16
     cut: CutConfig = dataclasses.field(default_factory=CutConfig)
+    vad: VadConfig = dataclasses.field(default_factory=VadConfig)
     filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
+    loudness_dbfs: Annotated[
+        float | None,
+        about("bring each segment to this level (root mean square), short of clipping; null keeps levels", lt=0),
+    ] = None
+    dedup: DedupConfig = dataclasses.field(default_factory=DedupConfig)
+    split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
+    weights: Annotated[
+        dict[str, float], about("sampling weight of segments by corpus or language, for the reader; others get 1")
+    ] = dataclasses.field(default_factory=dict)
     ray: RayConfig = dataclasses.field(default_factory=RayConfig)
 
 
 def content_settings(config: PreprocessConfig) -> dict[str, Any]:
     """The part of a config that decides the content of a shard, as plain values."""
     plain = dataclasses.asdict(config)
-    return {name: plain[name] for name in ("codec", "cut", "filters")}
+    return {name: plain[name] for name in ("codec", "cut", "vad", "filters", "loudness_dbfs", "split", "weights")}

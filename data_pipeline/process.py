@@ -7,18 +7,19 @@ import json
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from data_pipeline import audio
+from data_pipeline import audio, vad
 from data_pipeline.discover import Reject, printable, stat
 from data_pipeline.files import FileStore, is_url
 from data_pipeline.keyed_random import keyed_seed
 from data_pipeline.preprocess_config import PreprocessConfig
-from data_pipeline.quality import measure, verdict
+from data_pipeline.quality import measure, normalised, verdict
 from data_pipeline.segment import cut
 from data_pipeline.shards import DoneRecord, ShardWriter, commit
 from data_pipeline.types import SAMPLE_RATE, AudioFile, Segment
-from data_pipeline.units import Unit
+from data_pipeline.units import Unit, set_root
 
 FlowKey = tuple[str, str, str, str]
 """(corpus, language, stage, reason); the stages "in" and "out" have no reason."""
@@ -68,7 +69,7 @@ def process_unit(unit: Unit, config: PreprocessConfig) -> UnitResult:
     Raises OSError when the output cannot be written, e.g. when the disk is full; nothing half-done is left then.
     """
     began = time.monotonic()
-    store = FileStore(config.out)
+    store = FileStore(set_root(config, unit))
     done = f"_done/{unit.name}.json"
     if store.exists(done):
         return UnitResult(DoneRecord.from_json(store.read(done), done), 0.0)
@@ -95,23 +96,39 @@ def rejects_jsonl(rejects: list[Reject]) -> bytes:
 
 
 def _process_file(file: AudioFile, config: PreprocessConfig, writer: ShardWriter, tally: Tally) -> None:
-    mark, mine, read = writer.mark(), Tally(), 0
-    longest = round(config.cut.max_seconds * SAMPLE_RATE)
+    mark, mine, read, kept = writer.mark(), Tally(), [0], 0
     try:
         _check_unchanged(file)
         with audio.local_copy(file.path) as path:
-            for start, wave, whole in cut(audio.decode(path, SAMPLE_RATE), longest):
-                read += len(wave)
+            blocks = _counted(audio.decode(path, SAMPLE_RATE), read)
+            for start, wave, whole in _pieces(blocks, config):
+                kept += len(wave)
                 # the words of a recording belong to no single piece of it
                 said = file if whole else dataclasses.replace(file, text="")
                 _write_segment(said, start, wave, config, writer, mine)
         _check_unchanged(file)
+        if kept < read[0]:
+            mine.add((file.corpus, file.language, "vad", "no_speech"), read[0] - kept)
     except audio.AudioError as error:
         writer.rollback(mark)
         mine = Tally()
-        mine.reject(_reject(file, "decode", error.reason, str(error), 0, read))
+        mine.reject(_reject(file, "decode", error.reason, str(error), 0, read[0]))
     tally.merge(mine)
-    tally.add((file.corpus, file.language, "in", ""), read)
+    tally.add((file.corpus, file.language, "in", ""), read[0])
+
+
+def _counted(blocks: Iterable[audio.Wave], read: list[int]) -> Iterator[audio.Wave]:
+    for block in blocks:
+        read[0] += len(block)
+        yield block
+
+
+def _pieces(blocks: Iterable[audio.Wave], config: PreprocessConfig) -> Iterator[tuple[int, audio.Wave, bool]]:
+    """(start, wave, whether that is all of the recording)."""
+    longest = round(config.cut.max_seconds * SAMPLE_RATE)
+    if not config.vad.enabled:
+        return cut(blocks, longest)
+    return ((start, wave, False) for start, wave in vad.speech(blocks, longest, config.vad))
 
 
 def _write_segment(
@@ -136,8 +153,14 @@ def _write_segment(
         text=file.text,
         labels={**file.labels, "split": file.split},
     )
+    extra: dict[str, float] = {"level_dbfs": measures.level_dbfs, "snr_db": measures.snr_db}
+    if config.loudness_dbfs is not None:
+        wave, extra["gain_db"] = normalised(wave, measures, config.loudness_dbfs)
+    weight = config.weights.get(file.corpus, 1.0) * config.weights.get(file.language, 1.0)
+    if weight != 1.0:
+        extra["weight"] = weight
     encoded = audio.encode(audio.to_int16(wave), SAMPLE_RATE, config.codec)
-    writer.add(segment, config.codec, encoded, len(wave), level_dbfs=measures.level_dbfs, snr_db=measures.snr_db)
+    writer.add(segment, config.codec, encoded, len(wave), **extra)
     tally.add((file.corpus, file.language, "out", ""), len(wave))
 
 

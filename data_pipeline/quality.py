@@ -59,5 +59,14 @@ def verdict(measures: Measures, config: FilterConfig) -> str:
     return ""
 
 
+def normalised(wave: Wave, measures: Measures, target_dbfs: float) -> tuple[Wave, float]:
+    """The segment at a level of `target_dbfs`, or as near as its peak allows, and the gain in dB."""
+    peak = float(max(wave.max(), -wave.min()))
+    wanted = target_dbfs - measures.level_dbfs
+    possible = 20.0 * float(np.log10(0.99 / peak)) if peak > 0 else 0.0
+    gain = round(min(wanted, possible), 2)
+    return wave * np.float32(10.0 ** (gain / 20.0)), gain
+
+
 def _decibel(power: float) -> float:
     return max(FLOOR_DB, 10.0 * float(np.log10(power))) if power > 0 else FLOOR_DB

@@ -8,10 +8,12 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_pipeline import vad
+from data_pipeline.dedup import find_doubles, scan
 from data_pipeline.discover import Discovered, Reject, discover, fingerprint
 from data_pipeline.files import FileStore
 from data_pipeline.preprocess_config import PreprocessConfig, RayConfig
@@ -19,8 +21,11 @@ from data_pipeline.process import UnitResult, process_unit, rejects_jsonl
 from data_pipeline.progress import live_progress
 from data_pipeline.schema import ConfigError
 from data_pipeline.shards import DoneRecord, finished_units, rejects_name
-from data_pipeline.types import SAMPLE_RATE
-from data_pipeline.units import BYTES_PER_SECOND, Plan, Unit, freeze_plan
+from data_pipeline.types import SAMPLE_RATE, AudioFile
+from data_pipeline.units import BYTES_PER_SECOND, Dropped, FindDoubles, Plan, Unit, freeze_plan, set_roots
+
+SCANNED = 200
+"""Recordings that one task looks through for doubles."""
 
 QUARANTINE = "quarantine.jsonl"
 """In the data set: every file that gave nothing, with stage, reason and error."""
@@ -132,7 +137,7 @@ def plan_units(config: PreprocessConfig) -> Forecast:
     store = FileStore(config.out)
     found = discover(config.corpus)
     plan = freeze_plan(store, found.files, config, dry=True)
-    done = {record.unit for record in _standing(store)}
+    done = {record.unit for record in _standing(config)}
     todo = Plan([unit for unit in plan.units if unit.name not in done])
     seconds = todo.expected_seconds()
     return Forecast(
@@ -153,25 +158,42 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
     cannot be written. Bad files are quarantined, units whose workers die again and again are listed in the summary.
     """
     began = time.monotonic()
+    if config.vad.enabled:
+        vad.require()
     store = FileStore(config.out)
-    store.sweep()
+    for root in {config.out, *set_roots(config)}:
+        FileStore(root).sweep()
     found = discover(config.corpus)
-    _note_rejects(store, config, found)
-    plan = freeze_plan(store, found.files, config)
-    before = {record.unit for record in _standing(store, repair=True)}
-    todo = [unit for unit in plan.units if unit.name not in before]
     failed: dict[str, str] = {}
-    if todo:
-        with cluster(config.ray), live_progress(todo, progress) as advance:
-            try:
-                failed = _run(todo, config, advance)
-            except OSError as error:
-                raise OSError(
-                    f"out={config.out}: cannot be written ({error}); what is finished stays, and the same command "
-                    "continues once there is room"
-                ) from None
-    store.sweep()
+    with contextlib.ExitStack() as stack:
+        doubles = _doubles_finder(config, stack) if config.dedup.exact or config.dedup.near else None
+        plan = freeze_plan(store, found.files, config, find_doubles=doubles)
+        _note_rejects(store, config, found)
+        before = {record.unit for record in _standing(config, repair=True)}
+        todo = [unit for unit in plan.units if unit.name not in before]
+        if todo:
+            stack.enter_context(cluster(config.ray))
+            advance = stack.enter_context(live_progress(todo, progress))
+            failed = _run_units(todo, config, advance)
+    for root in {config.out, *set_roots(config)}:
+        FileStore(root).sweep()
     return _summary(store, config, plan, before, failed, time.monotonic() - began)
+
+
+def _doubles_finder(config: PreprocessConfig, stack: contextlib.ExitStack) -> FindDoubles:
+    """Reads the new recordings on Ray, to find those that are there twice."""
+
+    def find(fresh: Sequence[AudioFile], plan: Plan) -> Sequence[Dropped]:
+        older = {(file.corpus, file.file_id) for unit in plan.units for file in unit.files}
+        parts = {str(start): fresh[start : start + SCANNED] for start in range(0, len(fresh), SCANNED)}
+        stack.enter_context(cluster(config.ray))
+        arguments = {name: (part, config.dedup.near, config.out) for name, part in parts.items()}
+        failed = run_tasks(scan, arguments, config.ray, lambda _: None)
+        if failed:
+            raise OSError(f"the search for doubles did not finish: {next(iter(failed.values()))}")
+        return find_doubles(config.out, config.dedup, fresh, older)
+
+    return find
 
 
 @contextlib.contextmanager
@@ -206,52 +228,73 @@ def cluster(config: RayConfig) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _run(todo: Sequence[Unit], config: PreprocessConfig, advance: Callable[[UnitResult], None]) -> dict[str, str]:
+def _run_units(todo: Sequence[Unit], config: PreprocessConfig, advance: Callable[[UnitResult], None]) -> dict[str, str]:
     """Units that failed, and why. Raises OSError when a worker cannot write."""
     import ray
 
-    task = ray.remote(process_unit).options(num_cpus=1, max_retries=config.ray.attempts - 1)
     shared = ray.put(config)
+    try:
+        failed = run_tasks(process_unit, {unit.name: (unit, shared) for unit in todo}, config.ray, advance)
+    except OSError as error:
+        raise OSError(
+            f"out={config.out}: cannot be written ({error}); what is finished stays, and the same command "
+            "continues once there is room"
+        ) from None
+    first_files = {unit.name: unit.files[0].file_id for unit in todo}
+    return {name: f"{why}; its files begin with {first_files[name]}" for name, why in failed.items()}
+
+
+def run_tasks(
+    function: Callable[..., Any],
+    arguments: Mapping[str, tuple[Any, ...]],
+    config: RayConfig,
+    advance: Callable[[Any], None],
+) -> dict[str, str]:
+    """Calls `function` once for each name, on Ray, a bounded number at a time; `advance` gets each result.
+
+    Returns the names that failed and why. A task whose worker dies is tried again. Raises OSError if a task does.
+    """
+    import ray
+
+    task = ray.remote(function).options(num_cpus=1, max_retries=config.attempts - 1)
     limit = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-    waiting, failed = list(reversed(todo)), dict[str, str]()
-    running: dict[Any, Unit] = {}
+    waiting, failed = list(arguments)[::-1], dict[str, str]()
+    running: dict[Any, str] = {}
     try:
         while waiting or running:
             while waiting and len(running) < limit:
-                unit = waiting.pop()
-                running[task.remote(unit, shared)] = unit
+                name = waiting.pop()
+                running[task.remote(*arguments[name])] = name
             ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
-                unit = running.pop(reference)
+                name = running.pop(reference)
                 try:
                     advance(ray.get(reference))
                 except ray.exceptions.RayTaskError as error:
                     if isinstance(error.cause, OSError):
                         raise error.cause from None
-                    failed[unit.name] = f"{type(error.cause).__name__}: {error.cause}"
+                    failed[name] = f"{type(error.cause).__name__}: {error.cause}"
                 except ray.exceptions.RayError as error:
-                    failed[unit.name] = (
-                        f"its worker died {config.ray.attempts} times ({type(error).__name__}); its files begin with "
-                        f"{unit.files[0].file_id}"
-                    )
+                    failed[name] = f"its worker died {config.attempts} times ({type(error).__name__})"
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
     return failed
 
 
-def _standing(store: FileStore, repair: bool = False) -> list[DoneRecord]:
+def _standing(config: PreprocessConfig, repair: bool = False) -> list[DoneRecord]:
     """Finished units whose shard is there in full; with `repair`, the records of others are removed."""
     good = []
-    for record in finished_units(store.root):
-        try:
-            whole = not record.shard or store.size(record.shard) == record.bytes
-        except FileNotFoundError:
-            whole = False
-        if whole:
-            good.append(record)
-        elif repair:
-            store.remove(f"_done/{record.unit}.json")
+    for store in map(FileStore, set_roots(config)):
+        for record in finished_units(store.root):
+            try:
+                whole = not record.shard or store.size(record.shard) == record.bytes
+            except FileNotFoundError:
+                whole = False
+            if whole:
+                good.append(record)
+            elif repair:
+                store.remove(f"_done/{record.unit}.json")
     return good
 
 
@@ -264,27 +307,27 @@ def _note_rejects(store: FileStore, config: PreprocessConfig, found: Discovered)
         store.remove(rejects_name(f"discover-{corpus}"))
 
 
-def _collect_quarantine(store: FileStore, units: Sequence[DoneRecord]) -> list[Reject]:
+def _collect_quarantine(config: PreprocessConfig, units: Sequence[DoneRecord]) -> list[Reject]:
     """Files that gave nothing, over the whole data set."""
     finished = {f"{record.unit}.jsonl" for record in units if record.rejects_sha256}
-    names = [name for name in store.names("_rejects", ".jsonl") if name in finished or name.startswith("discover-")]
-    rows = [json.loads(line) for name in names for line in store.read(f"_rejects/{name}").splitlines()]
-    rejects = [Reject(**row) for row in rows]
+    rejects = []
+    for store in map(FileStore, sorted({config.out, *set_roots(config)})):
+        names = [name for name in store.names("_rejects", ".jsonl") if name in finished or name.startswith("discover-")]
+        rows = [json.loads(line) for name in names for line in store.read(f"_rejects/{name}").splitlines()]
+        rejects += [Reject(**row) for row in rows]
     return [reject for reject in rejects if reject.stage in ("discover", "decode")]
 
 
 def _summary(
     store: FileStore, config: PreprocessConfig, plan: Plan, before: set[str], failed: dict[str, str], seconds: float
 ) -> Summary:
-    records = finished_units(store.root)
-    quarantine = _collect_quarantine(store, records)
+    records = [record for root in set_roots(config) for record in finished_units(root)]
+    quarantine = _collect_quarantine(config, records)
     quarantine += [Reject("", unit, "", "", "unit", "worker_died", why) for unit, why in sorted(failed.items())]
     store.replace(QUARANTINE, rejects_jsonl(quarantine))
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter(f"discover/{reject.reason}" for reject in quarantine if reject.stage == "discover")
+    counts.update(f"dedup/{drop.reason}" for drop in plan.dropped)
     samples: Counter[str] = Counter()
-    for reject in quarantine:
-        if reject.stage == "discover":
-            counts[f"discover/{reject.reason}"] += 1
     for record in records:
         for _, _, stage, reason, count, length in record.flow:
             counts[f"{stage}/{reason}"] += count

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,10 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.files import FileStore
+from data_pipeline.keyed_random import keyed_seed
 from data_pipeline.preprocess_config import PreprocessConfig, content_settings
 from data_pipeline.schema import ConfigError
 from data_pipeline.types import SAMPLE_RATE, AudioFile
 
+SPLITS: Final = ("train", "valid", "test")
 WRITER_VERSION: Final = 1
 """Part of every unit's name; raise it when the same input gives other bytes."""
 BYTES_PER_SECOND: Final = {"flac": 18_000, "wav": 32_000, "opus": 4_000}
@@ -36,6 +38,9 @@ SECONDS_PER_BYTE: Final = {
 PLAN_SCHEMA: Final = pa.schema(
     [
         ("unit", pa.string()),
+        ("folder", pa.string()),
+        ("dropped", pa.string()),
+        ("same_as", pa.string()),
         ("path", pa.binary()),
         *((name, pa.string()) for name in ("file_id", "corpus", "speaker", "language", "text", "split", "labels")),
         ("seconds", pa.float64()),
@@ -51,6 +56,17 @@ class Unit:
 
     name: str
     files: tuple[AudioFile, ...]
+    split: str = ""
+    """Folder below `out` that the shard goes to: train, valid, test, or "" for `out` itself."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A recording that goes into no unit, since `same_as` (corpus/file_id) holds the same; `reason`: exact or near."""
+
+    file: AudioFile
+    reason: str
+    same_as: str
 
 
 @dataclass
@@ -58,7 +74,7 @@ class Plan:
     """All units of a data set, in the order of their names, and what was found when planning."""
 
     units: list[Unit] = field(default_factory=list)
-    new_files: int = 0
+    dropped: list[Dropped] = field(default_factory=list)
     changed_files: list[AudioFile] = field(default_factory=list)
     """Recordings that are in a unit already but have since changed on disk; they are left as they are."""
 
@@ -72,7 +88,17 @@ def expected_seconds(file: AudioFile) -> float:
     return file.seconds or file.size * SECONDS_PER_BYTE.get(file.path.rsplit(".", 1)[-1].lower(), 1 / 16_000)
 
 
-def freeze_plan(store: FileStore, files: Sequence[AudioFile], config: PreprocessConfig, dry: bool = False) -> Plan:
+FindDoubles = Callable[[Sequence[AudioFile], "Plan"], Sequence[Dropped]]
+"""(new recordings, the plan so far) to those of the new ones that are to be left out."""
+
+
+def freeze_plan(
+    store: FileStore,
+    files: Sequence[AudioFile],
+    config: PreprocessConfig,
+    dry: bool = False,
+    find_doubles: FindDoubles | None = None,
+) -> Plan:
     """The plan with `files` added as far as they are new; `dry` writes nothing.
 
     Raises ConfigError where the folder holds shards of other settings.
@@ -83,40 +109,67 @@ def freeze_plan(store: FileStore, files: Sequence[AudioFile], config: Preprocess
         fresh = _new_files(plan, files)
         if not fresh:
             return plan
-        units = group(fresh, config)
-        if dry or _claim(store, generations, _plan_bytes(units)):
+        dropped = list(find_doubles(fresh, plan)) if find_doubles else []
+        left_out = {(drop.file.corpus, drop.file.file_id) for drop in dropped}
+        units = group([file for file in fresh if (file.corpus, file.file_id) not in left_out], config)
+        if dry or _claim(store, generations, _plan_bytes(units, dropped)):
             plan.units = sorted([*plan.units, *units], key=lambda unit: unit.name)
-            plan.new_files = len(fresh)
+            plan.dropped += dropped
             return plan
 
 
 def read_plan(store: FileStore) -> tuple[Plan, int]:
     """What is planned so far, and in how many generations. Raises ValueError for a plan that was altered."""
-    names = store.names("_plan", ".sha256")
-    units = []
+    names, plan = store.names("_plan", ".sha256"), Plan()
     for name in names:
         sha256 = store.read(f"_plan/{name}").decode().strip()
         content = store.read(f"_plan/{sha256[:16]}.parquet")
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError(f"{store.root}/_plan/{sha256[:16]}.parquet is not as it was written")
-        units += _read_units(content)
-    return Plan(sorted(units, key=lambda unit: unit.name)), len(names)
+        _read_into(plan, content)
+    plan.units.sort(key=lambda unit: unit.name)
+    return plan, len(names)
+
+
+def set_roots(config: PreprocessConfig) -> list[str]:
+    """The data sets that a job writes: `out`, or its folders train, valid and test."""
+    return [f"{config.out.rstrip('/')}/{split}" for split in SPLITS] if config.split.enabled else [config.out]
+
+
+def set_root(config: PreprocessConfig, unit: Unit) -> str:
+    """The data set that a unit belongs to."""
+    return f"{config.out.rstrip('/')}/{unit.split}" if unit.split else config.out
+
+
+def split_of(file: AudioFile, config: PreprocessConfig) -> str:
+    """Which set a recording goes to: by its speaker, so that new recordings follow the old ones."""
+    if not config.split.enabled:
+        return ""
+    draw = keyed_seed(config.split.seed, file.corpus, file.speaker or f"file {file.file_id}", "split") / 2**63
+    if draw < config.split.valid:
+        return "valid"
+    return "test" if draw < config.split.valid + config.split.test else "train"
 
 
 def group(files: Iterable[AudioFile], config: PreprocessConfig) -> list[Unit]:
     """Units of about `shard_mb`, each a random mix of the recordings: they are ordered by the hash of their name."""
-    ordered = sorted(files, key=lambda file: (_hash(file.corpus, file.file_id), file.file_id))
+    sets: dict[str, list[AudioFile]] = {}
+    for file in sorted(files, key=lambda file: (_hash(file.corpus, file.file_id), file.file_id)):
+        sets.setdefault(split_of(file, config), []).append(file)
+    return [unit for split in sorted(sets) for unit in _group_set(sets[split], split, config)]
+
+
+def _group_set(ordered: Sequence[AudioFile], split: str, config: PreprocessConfig) -> list[Unit]:
     sizes = [expected_seconds(file) * BYTES_PER_SECOND[config.codec] for file in ordered]
     limit = min(config.shard_mb * 1e6, max(sum(sizes) / config.min_shards, 1e6))
     settings = json.dumps(content_settings(config), sort_keys=True)
     units, start, held = [], 0, 0.0
     for number, size in enumerate(sizes):
         if number > start and held + size > limit:
-            units.append(_unit(ordered[start:number], settings))
+            units.append(_unit(ordered[start:number], split, settings))
             start, held = number, 0.0
         held += size
-    if ordered:
-        units.append(_unit(ordered[start:], settings))
+    units.append(_unit(ordered[start:], split, settings))
     return units
 
 
@@ -126,9 +179,9 @@ def _claim(store: FileStore, generation: int, content: bytes) -> bool:
     return store.create(f"_plan/{generation:04d}.sha256", sha256.encode() + b"\n")
 
 
-def _unit(files: Sequence[AudioFile], settings: str) -> Unit:
+def _unit(files: Sequence[AudioFile], split: str, settings: str) -> Unit:
     sources = [f"{file.corpus}\x1f{file.file_id}\x1f{file.size}\x1f{file.mtime}" for file in files]
-    return Unit(_hash(str(WRITER_VERSION), settings, *sources), tuple(files))
+    return Unit(_hash(str(WRITER_VERSION), settings, *sources), tuple(files), split)
 
 
 def _hash(*parts: str) -> str:
@@ -136,7 +189,8 @@ def _hash(*parts: str) -> str:
 
 
 def _new_files(plan: Plan, files: Iterable[AudioFile]) -> list[AudioFile]:
-    known = {(file.corpus, file.file_id): file for unit in plan.units for file in unit.files}
+    planned = [file for unit in plan.units for file in unit.files] + [drop.file for drop in plan.dropped]
+    known = {(file.corpus, file.file_id): file for file in planned}
     fresh = []
     for file in files:
         before = known.get((file.corpus, file.file_id))
@@ -155,10 +209,9 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
     if not store.exists("dataset.json") and (dry or store.create("dataset.json", text)):
         return
     found = json.loads(store.read("dataset.json"))
-    different = [
-        f"{path}={new!r} here, {old!r} there"
-        for path, new, old in _differences(wanted["settings"], found.get("settings", {}))
-    ]
+    # a field that is younger than the data set had its default then
+    before = _merged(_default_settings(), found.get("settings", {}))
+    different = [f"{path}={new!r} here, {old!r} there" for path, new, old in _differences(wanted["settings"], before)]
     if found.get("format") != WRITER_VERSION:
         different.append(f"format {WRITER_VERSION} here, {found.get('format')} there")
     if different:
@@ -166,6 +219,16 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
             f"out={store.root}: holds shards of other settings ({'; '.join(different)}); "
             "choose the same settings or another folder"
         )
+
+
+def _default_settings() -> Any:
+    return json.loads(json.dumps(content_settings(PreprocessConfig(out="-", corpus=None))))
+
+
+def _merged(default: Any, given: Any) -> Any:
+    if isinstance(default, dict) and isinstance(given, dict):
+        return {key: _merged(default.get(key), given.get(key, default.get(key))) for key in default | given}
+    return given
 
 
 def dataset_json(values: dict[str, Any]) -> bytes:
@@ -185,29 +248,34 @@ def _differences(new: Any, old: Any, path: str = "") -> list[tuple[str, Any, Any
     return [] if new == old else [(path, new, old)]
 
 
-def _plan_bytes(units: Sequence[Unit]) -> bytes:
-    rows = [
-        {
-            "unit": unit.name,
-            "path": os.fsencode(file.path),
-            "labels": json.dumps(dict(file.labels), sort_keys=True),
-            **{
-                name: getattr(file, name)
-                for name in ("file_id", "corpus", "speaker", "language", "text", "split", "seconds", "size", "mtime")
-            },
-        }
-        for unit in units
-        for file in unit.files
-    ]
+def _plan_bytes(units: Sequence[Unit], dropped: Sequence[Dropped]) -> bytes:
+    rows = [_plan_row(file, unit.name, unit.split) for unit in units for file in unit.files]
+    rows += [_plan_row(drop.file, "", "", drop.reason, drop.same_as) for drop in dropped]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA), buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def _read_units(content: bytes) -> list[Unit]:
-    units: dict[str, list[AudioFile]] = {}
+def _plan_row(file: AudioFile, unit: str, folder: str, dropped: str = "", same_as: str = "") -> dict[str, Any]:
+    same = ("file_id", "corpus", "speaker", "language", "text", "split", "seconds", "size", "mtime")
+    return {
+        "unit": unit,
+        "folder": folder,
+        "dropped": dropped,
+        "same_as": same_as,
+        "path": os.fsencode(file.path),
+        "labels": json.dumps(dict(file.labels), sort_keys=True),
+        **{name: getattr(file, name) for name in same},
+    }
+
+
+def _read_into(plan: Plan, content: bytes) -> None:
+    units: dict[tuple[str, str], list[AudioFile]] = {}
     for row in pq.read_table(io.BytesIO(content)).to_pylist():
-        name = row.pop("unit")
-        row["path"], row["labels"] = os.fsdecode(row["path"]), json.loads(row["labels"])
-        units.setdefault(name, []).append(AudioFile(**row))
-    return [Unit(name, tuple(files)) for name, files in units.items()]
+        unit, dropped, same_as = (row.pop("unit"), row.pop("folder")), row.pop("dropped"), row.pop("same_as")
+        file = AudioFile(**{**row, "path": os.fsdecode(row["path"]), "labels": json.loads(row["labels"])})
+        if dropped:
+            plan.dropped.append(Dropped(file, dropped, same_as))
+        else:
+            units.setdefault(unit, []).append(file)
+    plan.units += [Unit(name, tuple(files), folder) for (name, folder), files in units.items()]
