@@ -60,6 +60,9 @@ class EngineConfig:
 class TrainConfig:
     steps: Annotated[int, about("optimizer steps in all", ge=1)] = 400_000
     log_every: Annotated[int, about("write metrics every so many steps", ge=1)] = 1
+    media_every: Annotated[
+        int, about("audio, spectrograms with units and frames go to TensorBoard every so many steps; 0: never", ge=0)
+    ] = 1_000
     checkpoint_every: Annotated[int, about("save a checkpoint every so many steps", ge=1)] = 1_000
     keep_last: Annotated[int, about("checkpoints kept, the newest ones", ge=1)] = 3
     keep_every: Annotated[int, about("also keep those of steps that this divides; 0 keeps none of them", ge=0)] = 0

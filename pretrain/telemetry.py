@@ -4,31 +4,78 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from data_pipeline.schema import dump
 from data_pipeline.types import SAMPLE_RATE, Step
+from pretrain.camera import Camera
 from pretrain.config import Config
 from pretrain.engines.base import NumpySum, StepResult
+from pretrain.model import TrainModule
+from pretrain.pictures import add_snapshot
 from pretrain.run_folder import RunFolder, write_atomically
+
+MAX_TEXT = 50_000
+"""Characters of the git diff that are shown; all of it is in RUN/git.diff."""
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "learning": {
+        "losses": ["Multiline", ["loss/.*"]],
+        "accuracy": ["Multiline", ["metric/accuracy.*"]],
+        "codes in use": ["Multiline", ["metric/perplexity.*", "metric/soft_perplexity"]],
+        "quality": ["Multiline", ["evaluate/.*"]],
+    },
+    "health": {
+        "deviation of each stage": ["Multiline", ["health/std/.*"]],
+        "RankMe of each layer": ["Multiline", ["health/rank/.*"]],
+        "gradient norm": ["Multiline", ["opt/grad_norm"]],
+        "alarms and skipped updates": ["Multiline", ["health/alarms", "health/skipped"]],
+    },
+    "speed": {
+        "audio-seconds per second": ["Multiline", ["perf/audio_seconds_per_second"]],
+        "waiting and padding": ["Multiline", ["perf/data_wait_share", "data/padding_share"]],
+        "memory, GiB": ["Multiline", ["perf/memory_gib"]],
+    },
+}
+"""What the custom-scalars page puts together."""
 
 
 class Telemetry:
     """Writes one row per logged step; rows of steps that a resume will run again are dropped first."""
 
-    def __init__(self, run: RunFolder, config: Config, resumed_at: int) -> None:
+    def __init__(self, run: RunFolder, config: Config, module: TrainModule, resumed_at: int) -> None:
         self._run, self._config = run, config
+        self._camera = Camera(module) if config.train.media_every else None
         run.path.mkdir(parents=True, exist_ok=True)
-        _drop_rows_after(run.metrics, resumed_at)
-        self._file = run.metrics.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=resumed_at + 1, flush_secs=15)
-        self._board.add_text("config", f"```json\n{json.dumps(dump(config), indent=2)}\n```", resumed_at)
+        self._open(resumed_at)
+
+    def _open(self, resumed_at: int) -> None:
+        _drop_rows_after(self._run.metrics, resumed_at)
+        self._file = self._run.metrics.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._run.tensorboard), purge_step=resumed_at + 1, flush_secs=15)
+        values = dump(self._config)
+        self._board.add_text("config", f"```json\n{json.dumps(values, indent=2)}\n```", resumed_at)
+        diff = self._run.path / "git.diff"
+        if diff.is_file() and (text := diff.read_text(encoding="utf-8", errors="replace")):
+            self._board.add_text("git_diff", f"```diff\n{text[:MAX_TEXT]}\n```", resumed_at)
+        shown = {"loss/total": None, "metric/accuracy": None}
+        for summary in hparams(_flat(values), shown):  # type: ignore[no-untyped-call]
+            self._board._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+        self._board.add_custom_scalars(LAYOUT)
+
+    def expect(self, step: int) -> None:
+        """Update number `step` comes next: it is pictured if it is due (each `train.media_every`, if logged)."""
+        settings = self._config.train
+        if self._camera is not None:
+            self._camera.armed = step % settings.log_every == 0 and step % settings.media_every < settings.log_every
 
     def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
         """Scalars go to both; counts per bin to TensorBoard as histograms. Raises StaleIncarnationError."""
@@ -40,11 +87,13 @@ class Telemetry:
             self._board.add_scalar(name, value, step)
         for name, counts in histograms.items():
             _add_counts(self._board, name, counts, step)
+        if self._camera is not None and (snapshot := self._camera.take()):
+            add_snapshot(self._board, snapshot, step)
 
-    def reopened(self, resumed_at: int) -> Telemetry:
-        """Another one that goes on after step `resumed_at`, to which the run has rolled back."""
+    def go_back(self, resumed_at: int) -> None:
+        """Goes on after step `resumed_at`, to which the run has rolled back."""
         self.close()
-        return Telemetry(self._run, self._config, resumed_at)
+        self._open(resumed_at)
 
     def close(self) -> None:
         """Flushes everything."""
@@ -63,6 +112,7 @@ def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, worl
     scalars |= {
         "perf/step_seconds": seconds,
         "perf/audio_seconds_per_second": step.samples / SAMPLE_RATE / seconds,
+        "perf/memory_gib": peak_memory_gib(),
         "perf/data_wait_share": min(1.0, result.extras["wait_seconds"] / world / seconds),
         "data/audio_seconds": step.samples / SAMPLE_RATE,
         "data/padding_share": 1.0 - step.samples / step.padded_samples,
@@ -70,6 +120,24 @@ def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, worl
         "data/epoch": float(step.after.epoch),
     }
     return scalars
+
+
+def peak_memory_gib() -> float:
+    """Most memory this process ever took: on its GPU, or of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted path; lists as text."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+    return found
 
 
 def code_use(name: str, counts: np.ndarray) -> dict[str, float]:

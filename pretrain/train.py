@@ -45,7 +45,7 @@ def train(
     world.agree(reader.plan_hash, "the step plan (do all nodes see the same shards?)")
     state = checkpoint.load_latest(run, engine, config)
     watch = Watch(config, engine, run, state.health, say)
-    telemetry = Telemetry(run, config, state.step) if world.rank == 0 else None
+    telemetry = Telemetry(run, config, engine.module, state.step) if world.rank == 0 else None
     if telemetry:
         say(_greeting(config, state, world.size))
 
@@ -57,6 +57,8 @@ def train(
             heart.beat(state.step, "computing")
             waited = time.monotonic() - clock
             lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step)
+            if telemetry:
+                telemetry.expect(state.step + 1)
             ctx = StepContext(config.seed, state.step)
             extras = {"wait_seconds": waited, "skipped": float(step.skipped), "stop": float(asked_to_stop())}
             try:
@@ -66,7 +68,8 @@ def train(
                 back_to = watch.diverged(error, ctx, step.batches)
             if back_to is not None:
                 state = _roll_back(run, engine, config, saver, TrainState(back_to, step.after, watch.memory()))
-                telemetry = telemetry and telemetry.reopened(state.step)
+                if telemetry:
+                    telemetry.go_back(state.step)
                 continue
             seconds, clock = time.monotonic() - clock, time.monotonic()
             health = watch.after(ctx, result, step, seconds)

@@ -43,15 +43,15 @@ def run(arguments: list[str]) -> int:
 
 def print_differences(folders: Sequence[Path]) -> None:
     """Key figures side by side, then every config field in which the runs differ."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True, highlight=False)
+    from launch.tables import show
+
     summaries = [summarise(folder) for folder in folders]
     figures = Table("", *(s.name for s in summaries), box=None)
     for label, pattern in FIGURES:
         figures.add_row(label, *(pattern.format(s) for s in summaries))
-    console.print(figures)
+    show(figures)
     configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in folders]
     changed: dict[str, None] = {}
     for one, other in itertools.combinations(configs, 2):
@@ -59,7 +59,7 @@ def print_differences(folders: Sequence[Path]) -> None:
     fields = Table("config", *(s.name for s in summaries), box=None)
     for path in sorted(changed):
         fields.add_row(path, *(json.dumps(_at(config, path)) for config in configs))
-    console.print(fields)
+    show(fields)
 
 
 def _at(config: Any, path: str) -> Any:

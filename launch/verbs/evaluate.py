@@ -20,13 +20,12 @@ def run(arguments: list[str]) -> int:
         return 0
     if request.config.follow:
         return follow(request.config)
-    from rich.console import Console
-
+    from launch.tables import show
     from pretrain.evaluate import report
     from pretrain.evaluate.run import evaluate
 
     rows = evaluate(request.config)
-    Console(soft_wrap=True).print(report.table(rows))
+    show(report.table(rows))
     if request.config.out:
         report.write(rows, Path(request.config.out).expanduser())
     return 0

@@ -28,10 +28,10 @@ def run(arguments: list[str]) -> int:
 
 def show(run_folder: Path, folder: Path) -> None:
     """Prints what each micro-batch does to the weights of the newest checkpoint before it."""
-    from rich.console import Console
     from rich.table import Table
     from safetensors.torch import load_file
 
+    from launch.tables import show as show_table
     from pretrain.config import Config
     from pretrain.model import build_model
     from pretrain.replay import load_batches, replay
@@ -42,8 +42,7 @@ def show(run_folder: Path, folder: Path) -> None:
     before = [path for path in sorted((run_folder / "checkpoints").glob("step_*")) if int(path.name[5:]) <= ctx.step]
     if before:
         module.load_state_dict(load_file(before[-1] / "model.safetensors"), strict=False)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{why}; {len(batches)} micro-batches, weights of {before[-1].name if before else 'step 0'}")
+    print(f"{why}; {len(batches)} micro-batches, weights of {before[-1].name if before else 'step 0'}")
     table = Table(
         "segments", "seconds", "peak", "loss", "gradient norm", "largest gradients", "first not finite", box=None
     )
@@ -52,4 +51,4 @@ def show(run_folder: Path, folder: Path) -> None:
         keys = ", ".join(result.keys[:3]) + (" …" if len(result.keys) > 3 else "")
         row = (f"{result.seconds:.1f}", f"{result.peak:.3g}", f"{result.loss:.4g}", f"{result.grad_norm:.3g}")
         table.add_row(keys, *row, largest, result.first_not_finite or "–")
-    console.print(table)
+    show_table(table)

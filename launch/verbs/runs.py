@@ -12,8 +12,9 @@ def run(arguments: list[str]) -> int:
     """Exit code 0 where there is at least one run. Raises ValueError where there is none."""
     parser = argparse.ArgumentParser("auricle runs", description="all runs with their key figures, from their folders")
     parser.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], help="where to look (default: runs)")
-    from rich.console import Console
     from rich.table import Table
+
+    from launch.tables import show
 
     table = Table(
         "run", "objective", "state", "step", "loss", "accuracy", "hours", "audio-s/s", "alarms", "evaluated", box=None
@@ -23,5 +24,5 @@ def run(arguments: list[str]) -> int:
         step, loss, accuracy = f"{s.step}/{s.steps}", f"{s.loss:.4f}", f"{s.accuracy:.3f}"
         row = (s.name, s.objective, s.state, step, loss, accuracy, f"{s.hours:.1f}", f"{s.speed:.0f}", str(s.alarms))
         table.add_row(*row, s.evaluation)
-    Console(soft_wrap=True, highlight=False).print(table)
+    show(table)
     return 0
