@@ -1,0 +1,178 @@
+"""Audio to shards: this project on Ray, lhotse's Shar export, and the bare cost, on the same files and cores.
+
+    python benchmarks/preprocess.py --hours 20 --long-hours 10 --json benchmarks/results/preprocess_cpu.json
+
+Half of the files are 16 kHz FLAC, half 44.1 kHz FLAC that has to be resampled; all of them become 16 kHz FLAC. The bare
+cost decodes, resamples and encodes with the same libraries in a pool of processes and writes nothing. Ours includes the
+start of Ray, planning, measuring, hashing and syncing to disk. Rounds alternate, since the machine may be shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from data_pipeline.config import PreprocessConfig
+from data_pipeline.schema import load
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEECH = ROOT.parent / "shared" / "data" / "speech" / "librispeech"
+RATE = 16_000
+
+
+def make_corpus(folder: Path, hours: float) -> float:
+    """Real speech where it is at hand, otherwise noise; the same clips under many names. Seconds of audio."""
+    folder.mkdir()
+    clips = [soundfile.read(path, dtype="int16")[0] for path in sorted(SPEECH.glob("*.flac"))]
+    if not clips:
+        rng = np.random.default_rng(0)
+        clips = [(rng.standard_normal(RATE * 14) * 1000).astype(np.int16) for _ in range(20)]
+    total, number = 0.0, 0
+    while total < hours * 3600:
+        clip = clips[number % len(clips)]
+        path = folder / f"clip{number:06d}.flac"
+        if number >= 2 * len(clips):
+            os.link(folder / f"clip{number - 2 * len(clips):06d}.flac", path)
+        elif number < len(clips):
+            soundfile.write(path, clip, RATE)
+        else:
+            soundfile.write(path, soxr.resample(clip, RATE, 44_100), 44_100)
+        total += len(clip) / RATE
+        number += 1
+    return total
+
+
+def _bare_one(path: str) -> int:
+    wave, rate = soundfile.read(path, dtype="float32")
+    if rate != RATE:
+        wave = soxr.resample(wave, rate, RATE, quality="HQ")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16), RATE, format="FLAC")
+    return len(wave)
+
+
+def bare(corpus: Path, out: Path, cores: int) -> None:
+    """Decode, resample, encode; nothing else."""
+    with multiprocessing.Pool(cores) as pool:
+        for _ in pool.imap_unordered(_bare_one, map(str, sorted(corpus.iterdir())), chunksize=32):
+            pass
+
+
+def ours(corpus: Path, out: Path, cores: int) -> None:
+    """`auricle preprocess`, in a process of its own like the command."""
+    values = {"out": str(out), "corpus": {"name": "path", "path": str(corpus)}, "ray": {"num_cpus": cores}}
+    code = (
+        "import json, sys\n"
+        "from data_pipeline.config import PreprocessConfig\n"
+        "from data_pipeline.ray_jobs import preprocess\n"
+        "from data_pipeline.schema import load\n"
+        "sys.exit(preprocess(load(PreprocessConfig, json.loads(sys.argv[1])), progress=False).exit_code)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, json.dumps(values)], check=True, cwd=ROOT)
+
+
+def lhotse_shar(corpus: Path, out: Path, cores: int) -> None:
+    """lhotse: recordings to cuts to Shar with FLAC fields."""
+    from lhotse import CutSet, Recording, RecordingSet
+
+    recordings = RecordingSet.from_recordings(Recording.from_file(path) for path in sorted(corpus.iterdir()))
+    cuts = CutSet.from_manifests(recordings=recordings).resample(RATE)
+    out.mkdir()
+    cuts.to_shar(str(out), fields={"recording": "flac"}, shard_size=1000, num_jobs=cores)
+
+
+def long_file(hours: float, folder: Path) -> dict[str, float]:
+    """Peak memory of one worker process for a recording of so many hours."""
+    corpus = folder / "long"
+    corpus.mkdir()
+    noise = (np.random.default_rng(0).standard_normal(RATE * 60) * 500).astype(np.int16)
+    with soundfile.SoundFile(corpus / "long.flac", "w", RATE, 1) as sound:
+        for _ in range(round(hours * 60)):
+            sound.write(noise)
+    code = (
+        "import resource, sys, json\n"
+        "from data_pipeline.config import PreprocessConfig\n"
+        "from data_pipeline.discover import discover\n"
+        "from data_pipeline.process import process_unit\n"
+        "from data_pipeline.schema import load\n"
+        "from data_pipeline.units import Unit\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "config = load(PreprocessConfig, json.loads(sys.argv[1]))\n"
+        "result = process_unit(Unit('long', tuple(discover(config.corpus).files)), config)\n"
+        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(json.dumps({'before_mb': before / 1024, 'peak_mb': after / 1024,\n"
+        "                  'hours': result.record.samples / 16000 / 3600}))\n"
+    )
+    values = {"out": str(folder / "long-out"), "corpus": {"name": "path", "path": str(corpus)}}
+    load(PreprocessConfig, values)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(values)], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    measured: dict[str, float] = json.loads(done.stdout)
+    return measured
+
+
+def main() -> None:
+    """Prints a table; `--json` keeps it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hours", type=float, default=2.0, help="of audio (default: 2; the published table used 20)")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--long-hours", type=float, default=0.0, help="also measure memory for one such recording")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    contestants: dict[str, Callable[[Path, Path, int], None]] = {"bare cost": bare, "auricle": ours}
+    try:
+        import lhotse
+
+        contestants[f"lhotse {lhotse.__version__} Shar"] = lhotse_shar
+    except ImportError:
+        print("lhotse is not installed: left out")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory(prefix="auricle-bench-") as name:
+        folder = Path(name)
+        seconds = make_corpus(folder / "corpus", given.hours)
+        walls: dict[str, list[float]] = {contestant: [] for contestant in contestants}
+        for _ in range(given.rounds):
+            for contestant, work in contestants.items():
+                began = time.perf_counter()
+                work(folder / "corpus", folder / "out", given.cores)
+                walls[contestant].append(time.perf_counter() - began)
+                shutil.rmtree(folder / "out", ignore_errors=True)
+        speeds = {key: seconds / statistics.median(wall) / given.cores for key, wall in walls.items()}
+        memory = long_file(given.long_hours, folder) if given.long_hours else None
+    print(f"{seconds / 3600:.1f} h of audio, {given.cores} cores, medians of {given.rounds} rounds")
+    for contestant, speed in speeds.items():
+        times = ", ".join(f"{wall:.1f}" for wall in walls[contestant])
+        print(
+            f"{contestant:24} {speed:8.0f} h per core-hour   {speed / speeds['bare cost']:5.2f} of bare   ({times} s)"
+        )
+    if memory:
+        print(
+            f"a recording of {memory['hours']:.1f} h: peak {memory['peak_mb']:.0f} MB, "
+            f"of which {memory['before_mb']:.0f} MB before it was opened"
+        )
+    if given.json:
+        host = {"machine": platform.processor() or platform.machine(), "cores": given.cores, "load": os.getloadavg()}
+        result = {"hours": seconds / 3600, "walls": walls, "hours_per_core_hour": speeds, "long": memory, **host}
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
