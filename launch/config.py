@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
+from data_pipeline.preprocess_config import PreprocessConfig
 from data_pipeline.schema import PluginChoice, about, config
 from pretrain.config import Config
 
@@ -73,6 +74,15 @@ def _launcher_type(name: str) -> type[Any]:
     if name not in LAUNCHERS:
         raise ValueError(f"there is no launcher {name!r}; there are: {', '.join(sorted(LAUNCHERS))}")
     return LAUNCHERS[name]
+
+
+@config
+class PreprocessJob(PreprocessConfig):
+    """A preprocessing job and where it runs: the root of conf/preprocess.yaml."""
+
+    launcher: Annotated[Any, PluginChoice("launcher", _launcher_names, _launcher_type)] = dataclasses.field(
+        default_factory=LocalConfig
+    )
 
 
 @config

@@ -33,11 +33,13 @@ class SlurmError(RuntimeError):
 
 
 class SlurmSubmitter:
-    """Submits slurm/<template>.sbatch; the handle is the job's id."""
+    """Submits slurm/pretrain.sbatch, or slurm/preprocess.sbatch with `overrides`; the handle is the job's id."""
 
-    def __init__(self, config: SlurmConfig, template: str = "pretrain") -> None:
+    def __init__(self, config: SlurmConfig, overrides: Sequence[str] | None = None) -> None:
+        """`overrides`: those of `auricle preprocess`; None pretrains."""
         self.config = config
-        self.script = TEMPLATES / f"{template}.sbatch"
+        self.overrides = overrides
+        self.script = TEMPLATES / ("pretrain.sbatch" if overrides is None else "preprocess.sbatch")
         self.processes = config.nodes * config.tasks_per_node
 
     def command(self, folder: Path) -> list[str]:
@@ -49,7 +51,7 @@ class SlurmSubmitter:
             "ntasks-per-node": c.tasks_per_node,
             "cpus-per-task": c.cpus_per_task,
             "time": c.minutes,
-            "signal": f"B:USR1@{c.warn_seconds}",
+            "signal": f"B:USR1@{c.warn_seconds}" if self.overrides is None else "",
             "output": str(folder.absolute() / "logs" / "slurm.log").replace("%", "%%"),  # %j and the like are fields
             "gres": f"gpu:{c.gpus_per_node}" if c.gpus_per_node else "",
             "mem": f"{c.memory_gb}G" if c.memory_gb else "",
@@ -67,10 +69,12 @@ class SlurmSubmitter:
     def _script_arguments(self, folder: Path) -> list[str]:
         c = self.config
         arguments = ["--python", c.python or sys.executable, "--retries", str(c.retries)]
-        if c.container != "none":
-            arguments += ["--container", c.container, "--image", c.image, "--mounts", c.mounts]
         for module in c.modules:
             arguments += ["--module", module]
+        if self.overrides is not None:
+            return [*arguments, *self.overrides]
+        if c.container != "none":
+            arguments += ["--container", c.container, "--image", c.image, "--mounts", c.mounts]
         return [*arguments, str(folder.absolute())]
 
     def plan(self, folder: Path) -> str:

@@ -48,7 +48,8 @@ def state_of(folder: Path) -> State:
     state: State = "failed"
     if note.launcher != "local" or note.host == os.uname().nodename:
         state = submitters.for_note(note).status(note.handle)
-    if state == "failed" and steps_done(folder) >= _steps(folder):
+    steps = _steps(folder)
+    if state == "failed" and steps and steps_done(folder) >= steps:
         return "done"
     return state
 
@@ -63,6 +64,9 @@ def _folder(name: str) -> Path:
 
 
 def _steps(folder: Path) -> int:
+    """Of a pretraining run; 0 for other jobs."""
+    if not (folder / "config.json").exists():
+        return 0
     steps: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]["steps"]
     return steps
 
@@ -77,7 +81,7 @@ def _list(runs: Path) -> int:
         note, row = read_note(folder), Follower(folder).read()
         step = str(row["step"] if row else 0)
         handle = note.handle.partition(":")[0]
-        steps = str(_steps(folder))
+        steps = str(_steps(folder) or "–")
         table.add_row(folder.name, note.launcher, handle, state_of(folder), step, steps, note.submitted)
     Console().print(table)
     return 0
@@ -85,13 +89,16 @@ def _list(runs: Path) -> int:
 
 def _status(folder: Path) -> int:
     state, row = state_of(folder), Follower(folder).read()
+    if not _steps(folder):
+        print(f"{folder}: {state}")
+        return 1 if state in ("failed", "cancelled") else 0
     progress = f"step {row['step']}/{_steps(folder)}, {describe(row)}" if row else "no step done yet"
     print(f"{folder}: {state}, {progress}, newest checkpoint at step {steps_done(folder)}")
     return 1 if state in ("failed", "cancelled") else 0
 
 
 def _logs(folder: Path, rank: int, follow: bool) -> int:
-    path = folder / "logs" / f"rank_{rank}.log"
+    path = folder / "logs" / (f"rank_{rank}.log" if _steps(folder) else "slurm.log")
     if not path.exists() and not follow:
         raise ValueError(f"{path} does not exist (yet); there are: {', '.join(_names(folder / 'logs')) or 'no logs'}")
     for text in _growing(path, folder) if follow else [path.read_text(encoding="utf-8", errors="replace")]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch import app, slurm
+from launch.demo_corpus import synthesise
 from launch.submit import read_note, steps_done
 from pretrain.telemetry import read_rows
 from tests.faults.mini_slurm import MiniSlurm, missing, wait_for
@@ -234,6 +235,26 @@ def test_a_dead_slurmd_moves_the_run(runs: Site) -> None:
     runs.cluster.boot(node)
     runs.finish("orphaned", 200)
     assert learned(folder)[:STEPS] == learned(runs.base / "calm")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(site: Site) -> None:
+    """A Ray of two nodes writes the shards that one process writes, byte for byte; a run waits for them."""
+    synthesise(site.base / "speech", 24)
+    plain = ("preprocess", "corpus=path", f"corpus.path={site.base / 'speech'}", "min_shards=6")
+    on_slurm = ("+launcher=slurm", "launcher.nodes=2", "launcher.minutes=10")
+    assert app.main([*plain, f"out={site.base / 'by_slurm'}", *on_slurm]) == 0
+    folder = site.base / "runs" / "preprocess_by_slurm"
+    site.handles["preprocess"] = read_note(folder).handle
+    shards = f"data.shards={site.base / 'by_slurm'}"
+    site.submit("chained", shards, f"launcher.after={site.handles['preprocess']}", "train.steps=3")
+    site.finish("chained", 200)
+    assert slurm.job_state(site.handles["preprocess"]) == "COMPLETED"
+    assert "Ray on n1 n2" in (folder / "logs" / "slurm.log").read_text()
+    assert app.main([*plain, f"out={site.base / 'by_hand'}"]) == 0
+    tars = [{tar.name: tar.read_bytes() for tar in (site.base / out).glob("*.tar")} for out in ("by_slurm", "by_hand")]
+    assert tars[0] == tars[1] != {}
 
 
 HOSTILE = "x$(touch pwned);`touch pwned`&touch pwned|'\" %j #SBATCH --nodes=9"
