@@ -60,11 +60,16 @@ def _packages() -> Iterator[Finding]:
             yield Finding(package, "ok", metadata.version(package))
         except metadata.PackageNotFoundError:
             yield Finding(package, "missing", "not installed", "make setup")
-    for package, use in (("transformers", "parity tests and export"), ("scikit-learn", "probes")):
-        known = importlib.util.find_spec(package.replace("scikit-learn", "sklearn")) is not None
+    optional = (
+        ("transformers", "transformers", "export and parity tests"),
+        ("scikit-learn", "sklearn", "probes of `auricle evaluate`"),
+        ("onnxruntime", "onnxruntime", "voice activity detection by Silero (extra `vad`)"),
+        ("s3fs", "s3fs", "shards in S3 (extra `s3`)"),
+    )
+    for package, module, use in optional:
+        known = importlib.util.find_spec(module) is not None
         found = metadata.version(package) if known else "not installed"
-        remedy = f"for {use}: pip install {package}"
-        yield Finding(package, "ok" if known else "missing", found, remedy, needed=False)
+        yield Finding(package, "ok" if known else "missing", found, f"for {use}: pip install {package}", needed=False)
 
 
 def _torch() -> Iterator[Finding]:
@@ -110,9 +115,10 @@ def _codecs() -> Iterator[Finding]:
 
     formats = ", ".join(name for name in ("WAV", "FLAC", "OGG", "MP3") if name in soundfile.available_formats())
     yield Finding("libsndfile", "ok", f"{soundfile.__libsndfile_version__}: {formats}")
-    path = shutil.which("ffmpeg")
-    remedy = "decodes what libsndfile cannot (m4a, wma, webm …): apt-get install ffmpeg"
-    yield Finding("ffmpeg", "ok" if path else "missing", path or "not found", remedy, needed=False)
+    known = importlib.util.find_spec("av") is not None
+    found = f"PyAV {metadata.version('av')}" if known else "not installed"
+    remedy = "decodes what libsndfile cannot (m4a, webm, wma, g722 …): pip install 'auricle[media]'"
+    yield Finding("FFmpeg", "ok" if known else "missing", found, remedy, needed=False)
 
 
 def _slurm() -> Iterator[Finding]:

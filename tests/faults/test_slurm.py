@@ -248,7 +248,9 @@ def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(site: Site) 
     folder = site.base / "runs" / "preprocess_by_slurm"
     site.handles["preprocess"] = read_note(folder).handle
     shards = f"data.shards={site.base / 'by_slurm'}"
-    site.submit("chained", shards, f"launcher.after={site.handles['preprocess']}", "train.steps=3")
+    site.submit(
+        "chained", shards, f"launcher.after={site.handles['preprocess']}", "train.steps=3", "engine.name=deepspeed"
+    )
     site.finish("chained", 200)
     assert slurm.job_state(site.handles["preprocess"]) == "COMPLETED"
     assert "Ray on n1 n2" in (folder / "logs" / "slurm.log").read_text()

@@ -1,0 +1,60 @@
+"""`auricle doctor` finds what is missing and says how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import app, doctor
+from launch.doctor import Finding
+
+
+def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert app.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for topic in ("Python", "torch", "deepspeed", "gloo", "libsndfile", "FFmpeg", "SLURM", "ray", "memory", "disk"):
+        assert topic in said
+
+
+def test_each_missing_thing_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", gone)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    findings = list(doctor.examine(tmp_path / "runs"))
+    lacking = {finding.topic for finding in findings if finding.verdict != "ok"}
+    assert {"deepspeed", "ray", "FFmpeg", "SLURM", "g++", "ninja", "transformers"} <= lacking
+    assert all(finding.remedy for finding in findings if finding.verdict != "ok")
+
+
+def test_a_needed_thing_that_is_missing_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def examine(folder: Path) -> Iterator[Finding]:
+        yield Finding("deepspeed", "missing", "not installed", "make setup")
+        yield Finding("GPU", "missing", "none", "buy one", needed=False)
+
+    monkeypatch.setattr("launch.verbs.doctor.examine", examine)
+    assert app.main(["doctor"]) == app.FAILED
+    said = capsys.readouterr().out
+    assert "not ready: deepspeed\n" in said
+    assert "make setup" in said
+
+
+def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no /proc here")
+
+    monkeypatch.setattr(doctor, "_resources", broken)
+    last = list(doctor.examine(tmp_path))[-1]
+    assert last.verdict == "broken"
+    assert "no /proc here" in last.found
