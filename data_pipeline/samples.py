@@ -147,7 +147,7 @@ class Fetcher:
 
     def _locate(self, row: Row) -> _Place:
         index = self.files.index(row.shard)
-        key, n_samples = index.text("key", row.row), int(index.n_samples[row.row])
+        key, n_samples = index.keys[row.row], int(index.n_samples[row.row])
         payload, size = int(index.payload_offset[row.row]), int(index.payload_size[row.row])
         speed = self.augmenter.speed(keyed_rng(*row.key_of_draw(key, "speed"))) if self.augmenter.config.speeds else 1.0
         source = min(n_samples, round(row.length * speed))
@@ -159,7 +159,7 @@ class Fetcher:
         if _needs_json(index, self.labels):
             offset, whole = (int(index.table.column(name)[row.row].as_py()) for name in ("offset", "size"))
             extent, inside = Extent(row.shard, offset, whole), slice(payload - offset, payload - offset + size)
-        elif index.text("suffix", row.row) == "wav" and size == WAV_HEADER + 2 * n_samples:
+        elif index.wav[row.row] and size == WAV_HEADER + 2 * n_samples:
             extent, raw = Extent(row.shard, payload + WAV_HEADER + 2 * start, 2 * source), True
         return _Place(extent, inside, key, start, source, length, n_samples, speed, raw)
 
@@ -170,6 +170,8 @@ def _needs_json(index: ShardIndex, labels: tuple[str, ...]) -> bool:
 
 def _labels(index: ShardIndex, row: int, data: bytes, names: tuple[str, ...]) -> dict[str, str]:
     """Columns of the index, and whatever else is asked for from the sample's JSON or the `labels` inside it."""
+    if not names:
+        return {}
     document: dict[str, Any] = _json_of(data) if _needs_json(index, names) else {}
     nested, columns = document.get("labels") or {}, index.table.column_names
     return {

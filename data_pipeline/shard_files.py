@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import shards
@@ -46,6 +47,8 @@ class ShardIndex:
     """Where the samples of one shard lie: `table` has the columns of X.parquet; the rest is taken out for speed."""
 
     table: Any
+    keys: list[str]
+    wav: Array
     payload_offset: Array
     payload_size: Array
     n_samples: Array
@@ -163,7 +166,8 @@ class ShardFiles:
             columns = {name: table.column(name).to_numpy() for name in ("payload_offset", "payload_size", "n_samples")}
         except (OSError, ValueError, KeyError) as error:
             raise self._mark(number, f"its index cannot be read ({error})") from None
-        return ShardIndex(table, **{name: np.asarray(column) for name, column in columns.items()})
+        keys, wav = table.column("key").to_pylist(), pc.equal(table.column("suffix"), "wav").to_numpy()
+        return ShardIndex(table, keys, wav, **{name: np.asarray(column) for name, column in columns.items()})
 
 
 def sha256_of(file: int) -> str:
