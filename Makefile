@@ -21,5 +21,6 @@ check: setup ## format, lint, types, import rules, spelling
 bench: setup ## comparisons with peers; each prints a ratio
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-prove: setup ## the slower proofs that `make test` leaves out
+prove: setup ## the slower proofs that `make test` leaves out, and the quality of half an hour of pretraining
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/prove/quality.py

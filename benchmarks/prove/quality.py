@@ -1,0 +1,172 @@
+"""Does pretraining pay? Phones by a linear probe, beside log-mel, random weights and supervision from scratch.
+
+    python benchmarks/prove/quality.py                                   # ≤ 30 minutes on two cores
+    python benchmarks/prove/quality.py --experiments quality_hubert quality_best_rq --minutes 60
+
+Speech: ../shared/data. Pretraining hears its splits pretrain and train only; no label, and no speaker of valid or test.
+Writes benchmarks/results/quality.md, .json and .png. Exit code 1 where the gate is missed: +5 points over random
+weights and +3 over log-mel with context, non-silence frames, unseen speakers, three seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig  # noqa: E402
+from pretrain.evaluate.encoders import open_encoder  # noqa: E402
+from pretrain.evaluate.report import markdown  # noqa: E402
+from pretrain.evaluate.run import Row, evaluate, plain  # noqa: E402
+from pretrain.telemetry import read_rows  # noqa: E402
+
+MEASURE = "non-silence frames"
+OVER_RANDOM, OVER_LOG_MEL = 0.05, 0.03
+TIMED_STEPS = 40
+CHECKPOINTS = 5
+
+
+def auricle(*arguments: str) -> None:
+    """Runs the command; raises CalledProcessError when it fails."""
+    subprocess.run([sys.executable, "-m", "launch.app", *arguments], check=True, cwd=ROOT)
+
+
+def pretrain(experiment: str, shards: Path, runs: Path, minutes: float) -> Path:
+    """As many steps as fit into `minutes`, by the speed of a few first ones; a cosine ends where the time does."""
+    common = [f"+experiment={experiment}", f"data.shards={shards}", f"runs={runs}"]
+    timing = f"{experiment}_timing"
+    auricle("pretrain", *common, f"name={timing}", f"train.steps={TIMED_STEPS}", "health.on_collapse=warn")
+    seconds = sorted(row["perf/step_seconds"] for row in read_rows(runs / timing / "metrics.jsonl"))
+    steps = max(TIMED_STEPS, int(minutes * 60 / seconds[len(seconds) // 2]))
+    every = -(-steps // CHECKPOINTS)
+    auricle(
+        "pretrain", *common, f"name={experiment}", f"train.steps={steps}", f"train.checkpoint_every={every}",
+        f"train.keep_last={CHECKPOINTS + 1}", f"train.media_every={every}",
+    )  # fmt: skip
+    return runs / experiment
+
+
+def settings(checkpoint: Path, manifest: Path, **more: Any) -> EvaluateConfig:
+    """The probe of this proof."""
+    probe = ProbeConfig(epochs=4, batch=1024)
+    return EvaluateConfig(checkpoint=str(checkpoint), task="phones", manifest=str(manifest), probe=probe, **more)
+
+
+def curve(run: Path, manifest: Path) -> list[tuple[float, float, float]]:
+    """(audio-hours, training FLOP, probe accuracy) of each checkpoint, one seed."""
+    rows = read_rows(run / "metrics.jsonl")
+    per_second = 3 * forward_flops_per_second(run)
+    points = []
+    for folder in sorted((run / "checkpoints").glob("step_*")):
+        step = int(folder.name[5:])
+        seconds = sum(row["data/audio_seconds"] for row in rows if row["step"] <= step)
+        found = evaluate(settings(folder, manifest, seeds=1, baselines=False, bootstrap=100), say=lambda line: None)
+        points.append((seconds / 3600, seconds * per_second, pick(found, MEASURE)[-1].value))
+    return points
+
+
+def forward_flops_per_second(run: Path) -> float:
+    """FLOP of one forward pass per second of audio, by counting."""
+    encoder = open_encoder(str(run))
+    with FlopCounterMode(display=False) as counter:
+        encoder.encode(torch.randn(8 * 16_000))
+    return counter.get_total_flops() / 8
+
+
+def pick(rows: list[Row], measure: str) -> list[Row]:
+    """The rows of one measure."""
+    return [row for row in rows if row.measure == measure]
+
+
+def gate(row: Row) -> bool:
+    """Whether this checkpoint is far enough above both baselines."""
+    assert row.over_random is not None
+    assert row.over_log_mel is not None
+    return row.over_random[0] >= OVER_RANDOM and row.over_log_mel[0] >= OVER_LOG_MEL
+
+
+def plot(curves: dict[str, list[tuple[float, float, float]]], rows: list[Row], path: Path) -> None:
+    """Accuracy over audio-hours and over FLOP, baselines as lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    for axis, column, label in zip(
+        figure.subplots(1, 2, sharey=True), (0, 1), ("hours of audio seen", "training FLOP"), strict=True
+    ):
+        for name, points in curves.items():
+            axis.plot([p[column] for p in points], [100 * p[2] for p in points], marker="o", label=name)
+        for row, style in zip(
+            [r for r in pick(rows, MEASURE) if "(step" not in r.who], (":", "--", "-."), strict=False
+        ):
+            axis.axhline(100 * row.value, color="grey", linestyle=style, label=row.who)
+        axis.set(xlabel=label, ylabel=f"phones, {MEASURE}, %" if not column else "")
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def alarms(run: Path) -> list[str]:
+    """What the health watch said."""
+    path = run / "health.jsonl"
+    return [json.loads(line)["message"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> int:
+    """Exit code 0 where at least one experiment passes the gate."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experiments", nargs="+", default=["quality_hubert"])
+    parser.add_argument("--minutes", type=float, default=16.0, help="of pretraining, over all experiments")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--supervised-epochs", type=int, default=4)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    given = parser.parse_args()
+    manifest = ROOT.parent / "shared" / "data" / "manifest.tsv"
+    if not manifest.is_file():
+        print(f"the quality proof needs real speech at {manifest.parent}; skipped")
+        return 0
+    begun = time.monotonic()
+    shards = given.work / "shards"
+    auricle("preprocess", "corpus=shared_dev", f"out={shards}")
+    supervised = SupervisedConfig(epochs=given.supervised_epochs)
+    rows: list[Row] = []
+    curves, said = {}, []
+    for experiment in given.experiments:
+        run = pretrain(experiment, shards, given.work / "runs", given.minutes / len(given.experiments))
+        rows += evaluate(settings(run, manifest, seeds=given.seeds, supervised=supervised))
+        curves[experiment] = curve(run, manifest)
+        said += [f"- {experiment}: {message}" for message in alarms(run)]
+    ours = [row for row in pick(rows, MEASURE) if "(step" in row.who]
+    verdicts = [f"- {row.who}: the gate is {'passed' if gate(row) else 'missed'}" for row in ours]
+    given.out.mkdir(parents=True, exist_ok=True)
+    plot(curves, rows, given.out / "quality.png")
+    hours = {name: points[-1][0] for name, points in curves.items()}
+    text = [
+        "# Quality: phones from frozen features, speakers never heard", "",
+        f"{platform.machine()}, {os.cpu_count()} cores, {(time.monotonic() - begun) / 60:.0f} minutes in all; "
+        + ", ".join(f"{name}: {value:.1f} h of audio seen" for name, value in hours.items())
+        + f". {given.seeds} seeds, intervals over the test speakers.", "",
+        markdown(rows), "Gate: +5 points over random weights and +3 over log-mel, non-silence frames.", "",
+        *verdicts, "", "![probe accuracy over audio and FLOP](quality.png)", "", "Health alarms:", "",
+        *(said or ["none"]), "",
+    ]  # fmt: skip
+    (given.out / "quality.md").write_text("\n".join(text), encoding="utf-8")
+    (given.out / "quality.json").write_text(json.dumps({"rows": plain(rows), "curves": curves}, indent=2) + "\n")
+    print("\n".join(verdicts))
+    return 0 if any(gate(row) for row in ours) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
