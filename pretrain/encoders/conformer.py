@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from pretrain.nn.attention import AttentionContext, SelfAttention
+from pretrain.nn.dropout import Dropout
 from pretrain.nn.stack import BlockStack, StackConfig, zero_context_padding
 from pretrain.types import EncoderOutput, Frames, StepContext
 
@@ -32,7 +33,7 @@ class FeedForward(nn.Sequential):
             nn.LayerNorm(config.dim),
             nn.Linear(config.dim, config.ffn_dim),
             nn.SiLU(),
-            nn.Dropout(config.activation_dropout),
+            Dropout(config.activation_dropout),
             nn.Linear(config.ffn_dim, config.dim),
         )
 
@@ -73,7 +74,7 @@ class Block(nn.Module):
         self.convolution = Convolution(config)
         self.ffn_second = FeedForward(config)
         self.norm = nn.LayerNorm(config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """The block's output, and its last feed-forward part before the residual sum."""
@@ -90,7 +91,7 @@ class Conformer(BlockStack):
     def __init__(self, config: Config) -> None:
         super().__init__(config, rotary=config.positions == "rope")
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
         return self.run_blocks(self.dropout(frames.x_BFD), frames, ctx)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from pretrain.nn.attention import AttentionContext, RelativeBias, SelfAttention
+from pretrain.nn.dropout import Dropout
 from pretrain.nn.positions import ConvPositions, ConvPositionsStack
 from pretrain.nn.stack import BlockStack, StackConfig
 from pretrain.types import EncoderOutput, Frames, StepContext
@@ -44,8 +45,8 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
         self.ffn_norm = nn.LayerNorm(config.dim)
-        self.dropout = nn.Dropout(config.dropout)
-        self.activation_dropout = nn.Dropout(config.activation_dropout)
+        self.dropout = Dropout(config.dropout)
+        self.activation_dropout = Dropout(config.activation_dropout)
 
     def feed_forward(self, x_BFD: Tensor) -> Tensor:
         out: Tensor = self.ffn_out(self.activation_dropout(F.gelu(self.ffn_in(x_BFD))))
@@ -68,7 +69,7 @@ class Transformer(BlockStack):
         self.pre = config.norm == "pre"
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
+from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import zero_padding
 from pretrain.nn.spectral import LogMel, Normalize
 from pretrain.types import Frames, Frontend
@@ -43,7 +44,7 @@ class LogMelFrontend(Frontend):
         )
         self.norm = nn.LayerNorm(widths[-1])
         self.linear = nn.Linear(widths[-1], dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
         return self.mel.lengths(lengths_B)

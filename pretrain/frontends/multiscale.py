@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
+from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import stack_frames, zero_padding
 from pretrain.nn.spectral import LogMel, Mfcc
 from pretrain.types import Frames, Frontend
@@ -69,7 +70,7 @@ class Multiscale(Frontend):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in stacked)
         self.linears = nn.ModuleList(nn.Linear(width, dim) for width in stacked)
         self.gate = nn.Linear(sum(stacked), len(BRANCHES))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.register_buffer("gate_means", torch.full((len(BRANCHES),), 1 / len(BRANCHES)), persistent=False)
         self.gate_means: Tensor
 

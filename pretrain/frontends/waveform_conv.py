@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import SAMPLE_RATE
+from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import masked_deviation, scale_gradient, zero_padding
 from pretrain.nn.spectral import normalize_wave
 from pretrain.types import Frames, Frontend
@@ -81,7 +82,7 @@ class WaveformConv(Frontend):
         self.norm = nn.LayerNorm(config.channels)
         self.linear = nn.Linear(config.channels, dim)
         nn.init.uniform_(self.linear.weight, -(config.channels**-0.5), config.channels**-0.5)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.register_buffer("stem_deviation", torch.zeros(()), persistent=False)
         self.stem_deviation: Tensor
 

@@ -1,4 +1,4 @@
-"""Multi-head self-attention through PyTorch's scaled_dot_product_attention."""
+"""Multi-head self-attention and its patterns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.nn.dropout import dropout
 from pretrain.nn.positions import rotate
 
 
@@ -46,12 +47,12 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x_BFD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        dropout = self.dropout if self.training else 0.0
+        p = self.dropout if self.training else 0.0
         if context.reach is not None:
-            y_BHFC = local_attention(q, k, v, context, dropout)
+            y_BHFC = local_attention(q, k, v, context, p)
         else:
             mask = context.mask if self.gate is None else self._gated_bias(x_BFD, context).to(q.dtype)
-            y_BHFC = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            y_BHFC = attend(q, k, v, mask, p)
         out: Tensor = self.out(y_BHFC.transpose(1, 2).flatten(2))
         return out
 
@@ -66,6 +67,21 @@ class SelfAttention(nn.Module):
         if context.mask is not None:
             bias = bias.masked_fill(~context.mask, float("-inf"))
         return bias
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0) -> Tensor:
+    """softmax(q·kᵀ/√C)·v with dropout of the weights, (B, H, F, C).
+
+    PyTorch's fused kernels, except where they are slow: on a CPU with dropout or in bf16, plain products take half
+    the time (LOG.md), as long as the F × F weights are small.
+    """
+    plain = q.device.type == "cpu" and (p > 0 or q.dtype == torch.bfloat16) and k.shape[-2] <= 2048
+    if not plain:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return dropout(scores.softmax(-1), p) @ v
 
 
 class RelativeBias(nn.Module):
@@ -91,7 +107,7 @@ class RelativeBias(nn.Module):
         return (distance > 0).long() * half + torch.where(away < exact, away, far)
 
 
-def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, dropout: float = 0.0) -> Tensor:
+def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float = 0.0) -> Tensor:
     """Attention of (B, H, R + F, C) to frames at distance ≤ reach and to the R registers; registers attend to all.
 
     Frames are cut into blocks of `reach`; each block attends to itself and its two neighbours, so that time and memory
@@ -116,11 +132,11 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, 
         keys = torch.cat([k[:, :, None, :R].expand(B, H, n_blocks, R, C), keys], dim=3)
         values = torch.cat([v[:, :, None, :R].expand(B, H, n_blocks, R, C), values], dim=3)
         mask = F.pad(mask, (R, 0), value=True)
-    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+    y = attend(queries, keys, values, mask, p)
     y_BHFC = y.flatten(2, 3)[:, :, : total - R]
     if not R:
         return y_BHFC
-    registers = F.scaled_dot_product_attention(q[:, :, :R], k, v, attn_mask=context.mask, dropout_p=dropout)
+    registers = attend(q[:, :, :R], k, v, context.mask, p)
     return torch.cat([registers, y_BHFC], dim=2)
 
 

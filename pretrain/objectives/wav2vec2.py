@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
+from pretrain.nn.dropout import Dropout
 from pretrain.nn.masked_units import feature_penalty
 from pretrain.nn.masking import FrameMask, draw_frame_mask, draw_negatives, span_mask
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
@@ -56,7 +57,7 @@ class Wav2Vec2(Objective):
         self.couples = frozenset({"batch"}) if config.diversity_weight else frozenset()
         self.ratio = rate_ratio(shape.feature_rate_hz, shape.rate_hz)
         self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
-        self.feature_dropout = nn.Dropout(config.feature_dropout)
+        self.feature_dropout = Dropout(config.feature_dropout)
         self.quantizer = GumbelQuantizer(shape.feature_dim * self.ratio, config.code_dim, config.groups, config.n_codes)
         self.project_target = nn.Linear(config.code_dim, config.projection_dim)
         self.project_prediction = nn.Linear(shape.dim, config.projection_dim)

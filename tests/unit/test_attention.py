@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.encoders import conformer, transformer
-from pretrain.nn.attention import AttentionContext, chunk_mask, local_attention
+from pretrain.nn.attention import AttentionContext, attend, chunk_mask, local_attention
+from pretrain.nn.dropout import dropout
 from pretrain.types import Frames, StepContext
 
 
@@ -114,3 +115,27 @@ def test_frames_that_were_taken_out_leave_the_places_of_others(positions: str) -
     order = torch.randperm(20)  # attention does not mind the order in which frames stand, only their places
     shuffled = encoder(Frames(x_BFD[:, order], lengths_B, 25.0, places_BF=order.repeat(2, 1))).final.x_BFD
     torch.testing.assert_close(shuffled, plain[:, order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", ["no mask", "bool", "bias"])
+def test_plain_attention_is_the_fused_one(masked: str) -> None:
+    q, k, v = (torch.randn(2, 3, 9, 8, dtype=torch.bfloat16) for _ in range(3))
+    mask = {"no mask": None, "bool": torch.rand(2, 1, 9, 9) < 0.7, "bias": torch.randn(3, 9, 9).bfloat16()}[masked]
+    if masked == "bool":
+        mask = mask | torch.eye(9, dtype=torch.bool)
+    exact = None if mask is None else mask if mask.dtype == torch.bool else mask.double()
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=exact)
+    torch.testing.assert_close(attend(q, k, v, mask).double(), expected, rtol=0.05, atol=0.02)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(400_001, requires_grad=True)
+    y = dropout(x, 0.3)
+    y.sum().backward()
+    assert float((y == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
+    assert float(y.detach().mean()) == pytest.approx(1.0, abs=0.01)
+    assert torch.equal(x.grad, y.detach())
+    assert dropout(x, 0.3, training=False) is x
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, 0.3), y)
