@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from data_pipeline.config import ReaderConfig
 from data_pipeline.schema import ConfigError
-from data_pipeline.shard_files import ShardError
+from data_pipeline.shard_files import Extent, ShardError, ShardFiles
 from data_pipeline.stream import PlanReader, open_reader
 from data_pipeline.types import Batch, Cursor, Step
 from tests.reader.tiny_shards import Sound, sounds, wave_of, write_shards
@@ -69,16 +70,22 @@ def test_audio_is_what_was_written(corpus: Path, written: list[list[Sound]]) -> 
                 assert length == min(known[key].length, 25600)
 
 
-@pytest.mark.parametrize("codec", ["wav", "flac"])
-def test_codecs_give_the_same_batches(tmp_path: Path, codec: str, corpus: Path, written: list[list[Sound]]) -> None:
-    other = write_shards(tmp_path, written, codec)
-    mine, theirs = take(reader_of(other), 3), take(reader_of(corpus), 3)
-    flat = lambda steps: {k: w for s in steps for b in s.batches for k, w in zip(b.keys, b.wave_BT, strict=True)}  # noqa: E731
-    shared = flat(mine).keys() & flat(theirs).keys()
-    assert shared
-    for key in shared:
-        n = min(len(flat(mine)[key]), len(flat(theirs)[key]), 4000)
-        assert torch.equal(flat(mine)[key][:n], flat(theirs)[key][:n])
+def test_wav_is_cropped_by_bytes_to_the_same_batches(
+    tmp_path: Path, corpus: Path, written: list[list[Sound]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flac = take(reader_of(corpus), 6)
+    asked: list[int] = []
+    read = ShardFiles.read
+
+    def spy(self: ShardFiles, wanted: Sequence[Extent]) -> list[bytes | ShardError]:
+        asked.extend(extent.size for extent in wanted)
+        return read(self, wanted)
+
+    monkeypatch.setattr(ShardFiles, "read", spy)
+    wav = take(reader_of(write_shards(tmp_path, written, "wav")), 6)
+    assert all(same(a, b) for x, y in zip(flac, wav, strict=True) for a, b in zip(x.batches, y.batches, strict=True))
+    lengths = [length for step in wav for batch in step.batches for length in batch.lengths_B.tolist()]
+    assert asked[: len(lengths)] == [2 * length for length in lengths]
 
 
 def test_worlds_and_workers_see_the_same_steps(corpus: Path) -> None:
@@ -297,3 +304,15 @@ def test_a_shard_lost_with_its_index_is_left_out_of_the_plan(damaged: Path, corp
     reader = reader_of(damaged, on_bad_shard="skip")
     assert reader.plan_hash != reader_of(corpus).plan_hash
     assert sum(step.skipped for step in take(reader, 10)) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_storage_that_never_answers_is_an_error(corpus: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setattr(ShardFiles, "read", lambda self, wanted: time.sleep(300))
+    reader = reader_of(corpus, workers=workers, timeout_seconds=1.0)
+    begin = time.perf_counter()
+    with pytest.raises(RuntimeError, match=r"no data for data\.timeout_seconds=1"):
+        next(reader.steps())
+    assert time.perf_counter() - begin < 60
+    reader.close()
+    assert not children_of(os.getpid())
