@@ -1,0 +1,93 @@
+"""Frame labels: as good as scikit-learn's, the same for any number of workers, never of two k-means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline import targets
+from data_pipeline.frame_labels import LabelSet
+from data_pipeline.schema import ConfigError, load
+from data_pipeline.shards import done_records, read_index
+from tests.preprocess.sounds import many, path_config, write_corpus
+from tests.preprocess.test_verify import preprocess_here
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    root = tmp_path_factory.mktemp("targets")
+    preprocess_here(path_config(write_corpus(root / "corpus", many(24, 2.0)), root / "out", shard_mb=0.4))
+    return root / "out"
+
+
+def settings(shards: Path, out: Path, **values: object) -> targets.TargetsConfig:
+    given = {"shards": str(shards), "out": str(out), "classes": 8, "rounds": 6, "tolerance": 0.0, **values}
+    return load(targets.TargetsConfig, given)
+
+
+def all_features(shards: Path) -> np.ndarray:
+    parts = [
+        features
+        for record in done_records(str(shards))
+        for _, features in targets.shard_features(str(shards), record, targets.mfcc)
+    ]
+    return np.concatenate(parts)
+
+
+def labels_of(out: Path) -> dict[str, list[int]]:
+    tables = [pq.read_table(path) for path in sorted(out.glob("*.labels.parquet"))]
+    return {key: row for table in tables for key, row in zip(*table.to_pydict().values(), strict=True)}
+
+
+def test_as_good_as_scikit_learn_and_resumable(shards: Path, tmp_path: Path) -> None:
+    from sklearn.cluster import KMeans
+
+    config = settings(shards, tmp_path / "labels")
+    summary = targets.make_targets(config)
+    frames = all_features(shards)
+    theirs = KMeans(8, n_init=4, max_iter=30, random_state=0).fit(frames)
+    centres = targets.load_tensors((tmp_path / "labels" / targets.KMEANS).read_bytes())["centres"]
+    mine = targets.assign(frames, centres)[1].mean()
+    assert mine <= 1.01 * theirs.inertia_ / len(frames)
+    assert all(a >= b for a, b in zip(summary.inertia, summary.inertia[1:], strict=False))
+    assert LabelSet.read(str(tmp_path / "labels")).classes == 8
+    keys = [row for record in done_records(str(shards)) for row in read_index(str(shards), record)["key"].to_pylist()]
+    labels = labels_of(tmp_path / "labels")
+    assert sorted(labels) == sorted(keys)
+    assert {len(row) for row in labels.values()} == {198}, "2 s in frames of 25 ms every 10 ms"
+    interrupted = settings(shards, tmp_path / "twin", rounds=3)
+    targets.make_targets(interrupted)
+    for path in (*(tmp_path / "twin").glob("*"),):
+        if path.is_file():
+            path.unlink()  # as if killed after round 3
+    again = targets.make_targets(settings(shards, tmp_path / "twin"))
+    assert len(again.inertia) == 6
+    assert labels_of(tmp_path / "twin") == labels
+    assert again.artefact == summary.artefact
+
+
+def test_one_round_equals_lloyds(shards: Path) -> None:
+    from sklearn.cluster import KMeans
+
+    frames = all_features(shards)
+    centres = frames[:: len(frames) // 8][:8]
+    config = settings(shards, shards / "unused")
+    parts = [targets.accumulate(config, record, targets.mfcc, centres) for record in done_records(str(shards))]
+    mine = sum(part[0] for part in parts) / sum(part[1] for part in parts)[:, None]
+    theirs = KMeans(8, init=centres, n_init=1, max_iter=1).fit(frames).cluster_centers_
+    np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=5e-3)
+
+
+def test_another_set_gets_the_same_centres_and_other_settings_are_refused(shards: Path, tmp_path: Path) -> None:
+    first = targets.make_targets(settings(shards, tmp_path / "train", rounds=2))
+    second = targets.make_targets(settings(shards, tmp_path / "valid", rounds=2, kmeans=str(tmp_path / "train")))
+    assert first.artefact == second.artefact
+    with pytest.raises(ConfigError, match="classes=9 here, 8 there"):
+        targets.make_targets(settings(shards, tmp_path / "train", rounds=2, classes=9))
+    with pytest.raises(ConfigError, match="holds no kmeans"):
+        targets.make_targets(settings(shards, tmp_path / "other", kmeans=str(tmp_path)))
