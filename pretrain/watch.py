@@ -24,10 +24,13 @@ from pretrain.health import Finding
 from pretrain.replay import save_batches
 from pretrain.run_folder import RunFolder
 from pretrain.stages import StageGauge
+from pretrain.telemetry import read_rows
 from pretrain.types import StepContext
 
 NORMS = 100
 """Gradient norms that the running median is taken of."""
+JUDGED = ("accuracy", "non-silence", "PNMI")
+"""Measures of evaluations that should not fall."""
 LOSSES = ("loss/contrastive", "loss/prediction", "loss/objective")
 """Where the loss per target is found, the first that an objective reports."""
 
@@ -141,6 +144,7 @@ class Watch:
         for name, value in stages.items():
             share = limits.min_prediction_std if name.startswith("prediction") else limits.min_stage_std
             found.append(health.shrunken(name, value, self._first.setdefault(name, value), share))
+        found += [health.falling(name, values) for name, values in self._evaluations().items()]
         counts = np.sum([seen.counts for seen in self._recent], axis=0)
         if step == 0 and self.config.objective.name in FIXED_TARGETS:
             found.append(health.low_target_entropy(counts, limits.min_target_entropy))
@@ -155,6 +159,15 @@ class Watch:
         if step >= min(limits.grace_steps, self.config.train.steps * 2 // 3) and len(self._recent) >= limits.window:
             found += self._learning_findings(counts, ranks)
         return found
+
+    def _evaluations(self) -> dict[str, list[float]]:
+        """What `auricle evaluate follow=true` has measured beside this run, by name, in the order of steps."""
+        path = self._run.path / "evaluations.jsonl"
+        measured: dict[str, dict[int, float]] = {}
+        for row in read_rows(path):
+            if str(row["measure"]).startswith(JUDGED):
+                measured.setdefault(row["name"], {})[row["step"]] = row["value"]
+        return {name: [value for _, value in sorted(by_step.items())] for name, by_step in measured.items()}
 
     def _learning_findings(self, counts: np.ndarray, ranks: dict[str, float]) -> list[Finding | None]:
         limits, found = self.settings, list[Finding | None]()

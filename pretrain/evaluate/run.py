@@ -164,7 +164,26 @@ class Room:
                     rows += self._rows(name, taught, log_mel, random, {})
             found = self._said(encoder.name, self.probe(lambda seed: encoder, same=True))  # noqa: B023
             rows += self._rows(f"{encoder.name} (step {encoder.step})", found, log_mel, random, taught)
-        return rows
+        return rows + (self.verification(encoders) if self.name == "speaker" else [])
+
+    def verification(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
+        """Equal error rates on speakers that nothing was fitted to, where the manifest has such splits."""
+        everyone = [u for part in self.parts for u in part]
+        valid, test = ([u for u in everyone if u.split == split] for split in ("valid", "test"))
+        if not valid or not test:
+            return []
+        beside = self.beside(encoders, context=10)
+        return [
+            Row(self.name, "EER of verification", e.name, unlabelled.verification(e, valid, test, self.waves))
+            for e in (*beside, *encoders)
+        ]
+
+    def beside(self, encoders: Sequence[FrozenEncoder], context: int) -> list[FrozenEncoder]:
+        """log-mel and the random encoders, for measures that fit nothing."""
+        if not self.config.baselines:
+            return []
+        random = [freeze(e.fresh(0), f"random weights ({e.name})") for e in encoders if e.fresh is not None]
+        return [log_mel_with_context(context), *random]
 
     def _said(self, who: str, tallies: dict[str, list[Tally]]) -> dict[str, list[Tally]]:
         for measure, by_seed in tallies.items():
@@ -197,12 +216,8 @@ class Room:
 
     def measures(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
         """Label-free measures and ABX of every layer on the test part, random weights and log-mel beside."""
-        beside = [log_mel_with_context(0)] if self.config.baselines else []
-        for encoder in encoders if self.config.baselines else ():
-            if encoder.fresh is not None:
-                beside.append(freeze(encoder.fresh(0), f"random weights ({encoder.name})"))
         rows = []
-        for encoder in (*beside, *encoders):
+        for encoder in (*self.beside(encoders, context=0), *encoders):
             found = unlabelled.MEASURES[self.name](encoder, self.parts[2], self.phones, self.classes, self.waves)
             rows += [Row(self.name, measure, encoder.name, value) for measure, value in found]
             self.say(f"{self.name}: {encoder.name} measured")

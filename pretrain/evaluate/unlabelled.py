@@ -9,7 +9,7 @@ import numpy as np
 from pretrain.evaluate.corpus import Interval, Utterance
 from pretrain.evaluate.encoders import FrozenEncoder
 from pretrain.evaluate.features import SILENCE, Waves, phone_frames
-from pretrain.evaluate.measures import abx_error, phone_normalized_mutual_information
+from pretrain.evaluate.measures import abx_error, equal_error_rate, phone_normalized_mutual_information
 from pretrain.health import rank_me
 
 Found = list[tuple[str, float]]
@@ -66,6 +66,25 @@ def rankme(
     frames = phone_frames(encoder, part, phones, classes, waves)
     kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // 4096)].float().numpy()
     return [(f"RankMe, layer {layer}", rank_me(kept[:, layer])) for layer in range(kept.shape[1])]
+
+
+def verification(encoder: FrozenEncoder, valid: Sequence[Utterance], test: Sequence[Utterance], waves: Waves) -> float:
+    """Equal error rate of telling speakers apart by the cosine of mean frames; the layer is chosen on `valid`."""
+    by_layer = [_errors(encoder, part, waves) for part in (valid, test)]
+    return by_layer[1][int(np.argmin(by_layer[0]))]
+
+
+def _errors(encoder: FrozenEncoder, part: Sequence[Utterance], waves: Waves) -> list[float]:
+    x_NLD = np.stack([encoder.encode(waves(u)).float().mean(1).numpy() for u in part])
+    same_NN = np.array([[a.speaker == b.speaker for b in part] for a in part])
+    above_NN = np.triu(np.ones(same_NN.shape, dtype=bool), 1)
+    errors = []
+    for layer in range(x_NLD.shape[1]):
+        x_ND = x_NLD[:, layer] - x_NLD[:, layer].mean(0)
+        x_ND /= np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-9)
+        cosine_NN = x_ND @ x_ND.T
+        errors.append(equal_error_rate(cosine_NN[same_NN & above_NN], cosine_NN[~same_NN & above_NN]))
+    return errors
 
 
 MEASURES: dict[str, Callable[..., Found]] = {"abx": abx, "pnmi": pnmi, "rankme": rankme}

@@ -98,6 +98,12 @@ def test_the_verb_prints_and_writes(
     assert (tmp_path / "out" / "results.md").read_text().startswith("| task |")
 
 
+def test_speakers_by_probe_and_by_verification(corpus: Path, saved: Path) -> None:
+    rows = evaluate(settings(corpus, saved, "speaker", seeds=1), say=lambda line: None)
+    assert {row.measure for row in rows} == {"accuracy", "EER of verification"}
+    assert all(0.0 <= row.value <= 1.0 for row in rows)
+
+
 def test_following_a_run_writes_into_its_tensorboard(corpus: Path, saved: Path) -> None:
     (saved / "config.json").write_text("{}")
     options = ["corpora=tones", "seeds=1", "bootstrap=100", f"manifest={corpus}/manifest.tsv", "probe.min_updates=20"]

@@ -169,6 +169,16 @@ def test_a_wrong_amount_of_audio_per_update_is_caught(tmp_path: Path) -> None:
     assert caught["step"] <= 10 + 3 * 2
 
 
+def test_a_probe_that_gets_worse_is_reported(tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"step": step, "name": "phones/non_silence", "measure": "non-silence frames", "value": value})
+        for step, value in ((4, 0.4), (8, 0.37), (12, 0.33), (16, 0.31))
+    ]
+    (tmp_path / "evaluations.jsonl").write_text("\n".join(lines))
+    run(tmp_path, config(8))
+    assert [event["detector"] for event in events(tmp_path)] == ["phones/non_silence falling"]
+
+
 def test_a_spike_is_skipped_and_its_batch_kept(tmp_path: Path) -> None:
     spiked = run(tmp_path, config(PLANTED + 1), louder=(PLANTED,))
     assert read_rows(tmp_path / "metrics.jsonl")[-1]["health/skipped"] == 1.0
