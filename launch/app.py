@@ -19,6 +19,7 @@ VERBS = {
     "plan-run": ("plan_run", "memory, time and communication of a run on a cluster, on paper"),
     "data": ("data", "the step plan of a run, and limits for a machine"),
     "evaluate": ("evaluate", "what frozen encoders know: probes, ABX, PNMI, RankMe, baselines beside"),
+    "finetune": ("finetune", "a checkpoint -> a speech recogniser (CTC), with its word and character error rates"),
     "board": ("board", "TensorBoard on the runs, by their names"),
     "compare": ("compare", "two runs against each other, printed and plotted"),
     "runs": ("runs", "all runs with their key figures, from their folders"),

@@ -55,6 +55,12 @@ def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
     folder = find_checkpoint(given)
     if not (folder / "state.json").is_file():
         return _hugging_face(folder, device)
+    model, config, step = load_model(folder)
+    return freeze(model, config.name, device, step, fresh=lambda seed: fresh_model(config, seed))
+
+
+def load_model(folder: Path) -> tuple[SpeechModel, Config, int]:
+    """The pretrained part of one of our checkpoints, its config and step. Raises ValueError for a damaged one."""
     values = read_state(folder)
     config = load(Config, values["config"])
     model = build_model(config).model
@@ -63,7 +69,7 @@ def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / 'model.safetensors'}: {error}") from error
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    return freeze(model, config.name, device, values["step"], fresh=lambda seed: fresh_model(config, seed))
+    return model, config, values["step"]
 
 
 def fresh_model(config: Config, seed: int) -> SpeechModel:
