@@ -10,7 +10,7 @@ An epoch is a sequence of *units* (a shard, or a repeat of a part of it) in shuf
 What is guaranteed, for every number of ranks, because the plan does not know them:
 - The mean audio of a global step is `batch_seconds` to within 2.5 % (a whole number of steps shares out all seconds;
   an epoch has at least MIN_STEPS steps, by whole repeats of a corpus that is smaller). A single step differs from the
-  mean of its window by less than `max_seconds`.
+  mean of its window by less than `max_seconds`, if that mean leaves each micro-batch room for the longest segment.
 - A micro-batch inside one bucket has at most 1 - 1/rho padding. Where few segments are left at some lengths a
   micro-batch spans buckets (fewer in a window than there are buckets); its segments are mostly sorted by length, and
   they are cropped only where it would exceed the room of an ordinary one. With `crop_to_shortest` nothing is padded.

@@ -113,6 +113,8 @@ def test_audio_per_step_is_the_recipes(case: dict[str, object]) -> None:
         audio = window.samples_K[window.order_GV].sum(axis=1)
         total += int(audio.sum()) + window.cropped
         mean = (audio.sum() + window.cropped) / len(audio)
+        if mean < plan.rules.micro_batches * plan.rules.longest:
+            continue  # no micro-batch may be empty, so where each has room for one segment only, lengths decide
         assert (audio <= mean + plan.rules.longest).all()
         if window.cropped == 0:
             assert (audio >= mean - plan.rules.longest).all()
