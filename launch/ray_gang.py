@@ -56,15 +56,17 @@ def main(arguments: list[str]) -> int:
 
 def _persist(given: argparse.Namespace) -> int:
     """Starts gangs until the run is done, cannot work, or fails too often without a new checkpoint."""
-    micro_batches = json.loads((given.folder / "config.json").read_text(encoding="utf-8"))["data"]["micro_batches"]
-    failures, largest = 0, given.workers
+    config = json.loads((given.folder / "config.json").read_text(encoding="utf-8"))
+    failures, micro_batches = 0, config["data"]["micro_batches"]
     while True:
         before = steps_done(given.folder)
-        world = _wait_for_room(micro_batches, largest, given)
+        world = _wait_for_room(micro_batches, given)
         _say(f"{world} ranks, from step {before}")
         code = _run_gang(given, world)
         if code in (FINISHED, BAD_CONFIG, STOPPED):
             return code
+        if steps_done(given.folder) >= config["train"]["steps"]:
+            return FINISHED  # what was lost had nothing left to do
         failures = 0 if steps_done(given.folder) > before else failures + 1
         _say(f"the gang ended with exit code {code}; {failures} failures without a new checkpoint")
         if failures > given.retries:
@@ -78,11 +80,11 @@ def choose_world(micro_batches: int, room: int, largest: int) -> int:
     return max((world for world in allowed_worlds(micro_batches) if world <= limit), default=0)
 
 
-def _wait_for_room(micro_batches: int, largest: int, given: argparse.Namespace) -> int:
+def _wait_for_room(micro_batches: int, given: argparse.Namespace) -> int:
     """Waits for a cluster that has at least --min-workers places."""
     told = False
     while True:
-        world = choose_world(micro_batches, _room(given.cpus, given.gpus), largest)
+        world = choose_world(micro_batches, _room(given.cpus, given.gpus), given.workers)
         if world >= given.min_workers:
             return world
         if not told:
@@ -138,7 +140,7 @@ def _run_gang(given: argparse.Namespace, world: int) -> int:
     bundle = {"CPU": given.cpus} | ({"GPU": given.gpus} if given.gpus else {})
     group = placement_group([bundle] * world, strategy="PACK")
     try:
-        if not group.wait(60):
+        if not group.wait(30):  # Ray may still count on a node that has just died
             return LOST
         strategies = [
             PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(world)

@@ -18,9 +18,9 @@ from tests.conftest import ROOT
 from tests.faults.mini_slurm import wait_for
 from tests.reader.tiny_shards import sounds, write_shards
 
-STEPS = 40
+STEPS = 150
 TINY = (
-    *("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "launcher=ray", "engine.name=local"),
+    *("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "engine.name=local"),
     *("objective.n_codes=64", "encoder.dim=64", "encoder.layers=2", "encoder.ffn_dim=128", "encoder.heads=2"),
     *("data.batch_seconds=8", "data.micro_batches=2", "data.min_seconds=0.5", "data.max_seconds=2", "data.workers=1"),
     *(f"train.steps={STEPS}", "train.checkpoint_every=5", "schedule.warmup_steps=4", "engine.timeout_minutes=1"),
@@ -38,9 +38,9 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
-def pretrain(base: Path, name: str, address: str) -> subprocess.Popen[bytes]:
-    paths = (f"name={name}", f"runs={base}", f"data.shards={base / 'shards'}", f"launcher.address={address}")
-    return subprocess.Popen([sys.executable, "-m", "launch.app", "pretrain", *TINY, *paths], cwd=ROOT)
+def pretrain(base: Path, name: str, *launcher: str) -> subprocess.Popen[bytes]:
+    paths = (f"name={name}", f"runs={base}", f"data.shards={base / 'shards'}")
+    return subprocess.Popen([sys.executable, "-m", "launch.app", "pretrain", *TINY, *paths, *launcher], cwd=ROOT)
 
 
 def said(folder: Path) -> str:
@@ -53,7 +53,7 @@ def test_a_lost_node_leaves_fewer_ranks_and_the_same_run(tmp_path: Path, cluster
     rng = random.Random(0)
     write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(60)])])
     node = next(node for node in cluster.worker_nodes)
-    hurt = pretrain(tmp_path, "hurt", cluster.address)
+    hurt = pretrain(tmp_path, "hurt", "launcher=ray", f"launcher.address={cluster.address}")
     folder = tmp_path / "hurt"
     wait_for(lambda: steps_done(folder) >= 10, 90, "a checkpoint", lambda: said(folder))
     cluster.remove_node(node, allow_graceful=False)
@@ -62,13 +62,13 @@ def test_a_lost_node_leaves_fewer_ranks_and_the_same_run(tmp_path: Path, cluster
     assert "2 ranks, from step 0" in driver
     assert "1 ranks, from step" in driver
 
-    calm = pretrain(tmp_path, "calm", cluster.address)
+    calm = pretrain(tmp_path, "calm", "launcher.processes=1")
     assert calm.wait(timeout=100) == 0, said(tmp_path / "calm")
     ours, theirs = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("hurt", "calm"))
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine["loss/total"] == pytest.approx(other["loss/total"], abs=1e-5)
-    assert ours[-1]["loss/total"] == pytest.approx(theirs[-1]["loss/total"], abs=1e-5)
+    differences = [abs(mine["loss/total"] - other["loss/total"]) for mine, other in zip(ours, theirs, strict=True)]
+    print("largest difference of a loss:", max(differences))
+    assert max(differences) < 1e-5, "another number of ranks rounds sums in another order"
 
 
 @pytest.mark.parametrize(

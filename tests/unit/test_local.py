@@ -76,9 +76,9 @@ def test_a_failed_rank_ends_all_and_is_quoted(
 
 
 def test_cancel_leaves_no_process(tmp_path: Path, submit: Callable[..., LocalSubmitter]) -> None:
-    submitter = submit("hang")
+    submitter = submit("hang", processes=1, engine="local")
     handle = submitter.submit(tmp_path)
-    wait_for(lambda: all((tmp_path / f"helper_{rank}").exists() for rank in (0, 1)))
+    wait_for((tmp_path / "helper_0").exists)
     assert submitter.status(handle) == "running"
     submitter.cancel(handle)
     assert submitter.status(handle) == "failed"
@@ -89,18 +89,19 @@ def test_cancel_leaves_no_process(tmp_path: Path, submit: Callable[..., LocalSub
 def test_a_killed_launcher_leaves_no_process(
     tmp_path: Path, submit: Callable[..., LocalSubmitter], sign: signal.Signals
 ) -> None:
+    ranks, engine = (2, "deepspeed") if sign == signal.SIGKILL else (1, "local")
     submit("hang")
     code = (
         "import sys, time; from pathlib import Path; from launch.config import LocalConfig; from launch import local\n"
-        f"s = local.LocalSubmitter(LocalConfig(processes=2), 'deepspeed', 'cpu', module='{STAND_IN}')\n"
+        f"s = local.LocalSubmitter(LocalConfig(processes={ranks}), '{engine}', 'cpu', module='{STAND_IN}')\n"
         "s.submit(Path(sys.argv[1])); time.sleep(600)"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    wait_for(lambda: all((tmp_path / f"helper_{rank}").exists() for rank in (0, 1)))
+    wait_for(lambda: all((tmp_path / f"helper_{rank}").exists() for rank in range(ranks)))
     os.kill(launcher.pid, sign)
     launcher.wait()
     processes = [*tmp_path.glob("pid_*"), *tmp_path.glob("helper_*")]
-    assert len(processes) == 4
+    assert len(processes) == 2 * ranks
     wait_for(lambda: not any(map(alive, processes)), seconds=25)
 
 
@@ -110,7 +111,7 @@ def test_ctrl_c_asks_for_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    submitter, pressed = submit("until_stop"), [False]
+    submitter, pressed = submit("until_stop", processes=1, engine="local"), [False]
 
     def follow(folder: Path, steps: int, running: Callable[[], bool]) -> None:
         if not pressed[0]:
