@@ -71,6 +71,12 @@ class Telemetry:
             self._board._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
         self._board.add_custom_scalars(LAYOUT)
 
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def expect(self, step: int) -> None:
         """Update number `step` comes next: it is pictured if it is due (each `train.media_every`, if logged)."""
         settings = self._config.train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def train(
         say(_greeting(config, state, world.size))
 
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
-    with checkpoint.Saver(run, engine, config) as saver:
+    with checkpoint.Saver(run, engine, config) as saver, telemetry or contextlib.nullcontext():
         while state.step < settings.steps and not stopping:
             heart.beat(state.step, "reading")
             step = next(steps)
@@ -85,8 +86,6 @@ def train(
                 if telemetry:
                     say(f"checkpoint {folder}")
 
-    if telemetry:
-        telemetry.close()
     # rank 0 may still be writing, and a launcher ends all ranks soon after the first one has gone
     world.agree(str(state.step), "the step after which they left the loop")
     return Ending.STOPPED if stopping and state.step < settings.steps else Ending.FINISHED

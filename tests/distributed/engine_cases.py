@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,19 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     if case.get("load"):
         folder = RunFolder(case["load"])
         state = checkpoint.load_latest(folder, engine, config)
-    losses, norms = [], []
+    losses: list[float | None] = []
+    norms: list[float] = []
     for step in range(state.step, case["steps"]):
         mine = range(world.rank, config.data.micro_batches, world.size)
         lr = learning_rate(config.optimizer, config.schedule, config.train.steps, step)
-        result = engine.step([synthetic_batch(step, j) for j in mine], StepContext(config.seed, step), lr)
+        batches, skip_above = [synthetic_batch(step, j) for j in mine], 0.0 if step == case.get("skip_at") else math.inf
+        if step == case.get("broken_at") and world.rank == world.size - 1:
+            batches[-1].wave_BT[0, 5000] = math.nan
+        try:
+            result = engine.step(batches, StepContext(config.seed, step), lr, None, skip_above)
+        except FloatingPointError:
+            losses.append(None)
+            continue
         losses.append(result.loss)
         norms.append(result.grad_norm)
     if case.get("save"):
