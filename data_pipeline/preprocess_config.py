@@ -159,6 +159,7 @@ class PreprocessConfig:
     weights: Annotated[
         dict[str, float], about("sampling weight of segments by corpus or language, for the reader; others get 1")
     ] = dataclasses.field(default_factory=dict)
+    report: Annotated[bool, about("write report.html into the folder at the end")] = True
     ray: RayConfig = dataclasses.field(default_factory=RayConfig)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -19,6 +18,7 @@ from data_pipeline.files import FileStore
 from data_pipeline.preprocess_config import PreprocessConfig, RayConfig
 from data_pipeline.process import UnitResult, process_unit, rejects_jsonl
 from data_pipeline.progress import live_progress
+from data_pipeline.report import build_report
 from data_pipeline.schema import ConfigError
 from data_pipeline.shards import DoneRecord, finished_units, rejects_name
 from data_pipeline.types import SAMPLE_RATE, AudioFile
@@ -27,6 +27,7 @@ from data_pipeline.units import BYTES_PER_SECOND, Dropped, FindDoubles, Plan, Un
 SCANNED = 200
 """Recordings that one task looks through for doubles."""
 
+REPORT = "report.html"
 QUARANTINE = "quarantine.jsonl"
 """In the data set: every file that gave nothing, with stage, reason and error."""
 
@@ -48,6 +49,8 @@ class Summary:
     quarantined: int
     """Files that gave nothing; listed in `quarantine`."""
     quarantine: str
+    report: str
+    """The HTML page; "" where none was wanted."""
     units_done: int
     """By this job."""
     units_before: int
@@ -100,6 +103,7 @@ class Summary:
             rows.append(("changed since", f"{self.changed_files:,} recordings; the shards hold them as they were"))
         if self.units_before:
             rows.append(("done before", f"{self.units_before:,} units"))
+        rows.append(("report", self.report))
         rows.append(("time", f"{self.seconds:,.1f} s, {self.hours_per_second * 3600:,.0f} hours of audio an hour"))
         return rows
 
@@ -335,7 +339,7 @@ def _summary(
     new = [record for record in records if record.unit not in before]
     hours = {key: value / SAMPLE_RATE / 3600 for key, value in samples.items()}
     new_hours = sum(row[5] for record in new for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
-    return Summary(
+    summary = Summary(
         out=config.out,
         files=counts["in/"],
         hours_in=hours.get("in/", 0.0),
@@ -346,6 +350,7 @@ def _summary(
         rejects={key: (counts[key], hours.get(key, 0.0)) for key in sorted(counts) if key not in ("in/", "out/")},
         quarantined=sum(1 for reject in quarantine if reject.stage != "unit"),
         quarantine=f"{config.out.rstrip('/')}/{QUARANTINE}",
+        report=f"{config.out.rstrip('/')}/{REPORT}" if config.report else "",
         units_done=len(new),
         units_before=len(before),
         failed_units=failed,
@@ -353,8 +358,8 @@ def _summary(
         seconds=seconds,
         hours_per_second=new_hours / seconds,
     )
-
-
-def as_dict(summary: Summary) -> dict[str, Any]:
-    """For a JSON file."""
-    return dataclasses.asdict(summary)
+    if config.report:
+        sets = [(root, finished_units(root)) for root in set_roots(config)]
+        page = build_report(config.out, sets, summary.rows(), quarantine)
+        store.replace(REPORT, page.encode("utf-8", "replace"))
+    return summary

@@ -48,6 +48,7 @@ def path_config(corpus: Path, out: Path, **values: Any) -> PreprocessConfig:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file of a data set, scratch folders left out."""
+    """Every file of a data set; scratch folders and the report, which tells times, are left out."""
     files = (path for path in root.rglob("*") if path.is_file() and ".tmp" not in path.parts)
+    files = (path for path in files if path.name != "report.html")
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
