@@ -40,7 +40,8 @@ p{color:var(--soft);margin:.2rem 0}
 .card b{display:block;font-size:1.35rem}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(310px,1fr));
 gap:1rem}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.88rem}th,td{text-align:left;
 padding:.25rem .7rem .25rem 0;border-bottom:1px solid var(--line);overflow-wrap:anywhere}td.n,th.n{text-align:right;
-font-variant-numeric:tabular-nums;white-space:nowrap}td.k,th.k{white-space:nowrap}svg text{fill:var(--soft);font:11px system-ui,sans-serif}
+font-variant-numeric:tabular-nums;white-space:nowrap}td.k,th.k{white-space:nowrap}
+svg text{fill:var(--soft);font:11px system-ui,sans-serif}
 svg rect{fill:var(--bar)}figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;
 padding:.6rem}figure img{width:100%;height:110px;image-rendering:auto}figcaption{font-size:.8rem;color:var(--soft);
 overflow-wrap:anywhere}audio{width:100%;height:32px}
