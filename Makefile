@@ -8,7 +8,7 @@ setup:
 demo: setup ## speech -> shards -> a pretrained checkpoint in minutes; CORPUS=folder takes your own audio
 	$(BIN)/auricle demo $(if $(CORPUS),"corpus=$(CORPUS)")
 
-test: setup ## the whole suite
+test: setup ## the test suite, without the slowest proofs (make prove)
 	$(BIN)/python -m pytest -m "not slow"
 
 check: setup ## format, lint, types, import rules, spelling

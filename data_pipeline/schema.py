@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final, TypeVar, dataclass_transform
 import annotated_types
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 T = TypeVar("T")
 REQUIRED: Final = "(required)"
@@ -58,8 +58,18 @@ class PluginChoice:
         """A mapping with `name` to the plug-in's own config."""
         if dataclasses.is_dataclass(value):
             return value
-        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            raise ValueError(f"needs a name, one of: {', '.join(self.names())}")
+        known = self.names()
+        if not isinstance(value, dict):
+            raise ValueError(f"is a group of fields with a name, one of: {', '.join(known)}")
+        name = value.get("name")
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            said = PydanticCustomError(
+                "no_such_name", "there is no such {kind}{hint}", {"kind": self.kind, "hint": hint}
+            )
+            bad = InitErrorDetails(type=said, loc=("name",), input=name)
+            raise ValidationError.from_exception_data(self.kind, [bad])
         return TypeAdapter(self.config_type(value["name"])).validate_json(json.dumps(value))
 
 
@@ -170,6 +180,7 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     if problem["type"] == "unexpected_keyword_argument":
         parent, _, name = path.rpartition(".")
+        path, shown = _leaf(path, problem["input"], shown)
         prefix = f"{parent}." if parent else ""
         siblings = sorted(
             {row.path[len(prefix) :].split(".")[0] for row in document(kind, "", values) if row.path.startswith(prefix)}
@@ -181,11 +192,26 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{path}={shown}: there is no such field; {hint}{parent or 'the top level'} has: {', '.join(siblings)}"
     if problem["type"] in ("missing", "missing_argument"):
-        return f"{path}: is required and was not given"
+        if isinstance(problem["loc"][-1], int):
+            return f"{path.rpartition('.')[0]}={shown}: has too few values"
+        required = [row.path for row in document(kind, "", values) if row.default == REQUIRED]
+        missing = [row for row in required if row == path or row.startswith(f"{path}.")] or [path]
+        return "\n".join(f"{row}: is required and was not given" for row in missing)
     doc = next((row for row in document(kind, "", values) if row.path == path), None)
     allowed = f" (allowed: {', '.join(filter(None, (doc.type, doc.limits)))})" if doc else ""
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("dataclass_type", "dict_type"):
+        rows = [row.path for row in document(kind, "", values) if row.path.startswith(f"{path}.")]
+        message = f"is a group of fields: {', '.join(rows)}" if rows else "is a mapping of names to values"
     near = []
     if problem["type"] == "literal_error" and doc and isinstance(problem["input"], str):
         near = difflib.get_close_matches(problem["input"], doc.limits.removeprefix("one of ").split(", "), n=1)
     return f"{path}={shown}: {message}{allowed}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _leaf(path: str, value: Any, shown: str) -> tuple[str, str]:
+    """`filter={"a": 1}` as the user wrote it: `filter.a=1`."""
+    while isinstance(value, dict) and len(value) == 1:
+        [(name, value)] = value.items()
+        path, shown = f"{path}.{name}", json.dumps(value, default=str)
+    return path, shown

@@ -75,6 +75,8 @@ class ShardFiles:
                 self._mark(number, "is missing")
             elif size != record.bytes:
                 self._mark(number, f"has {size} bytes; its record says {record.bytes}")
+            elif not self.has_index(number):
+                self._mark(number, f"its index {shards.index_name(record.shard)} is missing")
         return list(self.bad.values())
 
     def index(self, number: int) -> ShardIndex:

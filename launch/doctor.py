@@ -108,6 +108,18 @@ def _compilers() -> Iterator[Finding]:
     for tool, package in (("g++", "apt-get install g++"), ("ninja", "pip install ninja")):
         path = shutil.which(tool, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
         yield Finding(tool, "ok" if path else "missing", path or "not found", remedy.format(package), needed=False)
+    yield _deepspeed_ops()
+
+
+def _deepspeed_ops() -> Finding:
+    """Which of DeepSpeed's compiled operators could be built here."""
+    try:
+        from deepspeed.ops.op_builder import ALL_OPS
+
+        fit = sorted(name for name, builder in ALL_OPS.items() if builder.is_compatible(verbose=False))
+    except Exception as error:  # an operator's own probe may fail in any way
+        return Finding("DeepSpeed ops", "missing", f"{type(error).__name__}: {error}", "not needed", needed=False)
+    return Finding("DeepSpeed ops", "ok", ", ".join(fit) or "none can be built", "built when first used", needed=False)
 
 
 def _codecs() -> Iterator[Finding]:

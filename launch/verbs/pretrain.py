@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 from pathlib import Path
 
+from data_pipeline.plan_rules import Rules
 from data_pipeline.schema import ConfigError
 from data_pipeline.shards import done_records
 from launch import describe, job, local, progress, submitters
@@ -28,6 +31,7 @@ def run(arguments: list[str]) -> int:
         return 0
     describe.folder_of(config)
     if isinstance(submitter, local.ChildProcesses):
+        Rules.of(config.data)
         _require_shards(config.data.shards)
     folder = describe.prepare(config)
     if isinstance(submitter, local.ChildProcesses):
@@ -50,7 +54,7 @@ def attend(submitter: local.ChildProcesses, folder: Path, steps: int, launcher: 
     """Starts the run, shows it, and returns its exit code. Ctrl-C asks for a checkpoint, a second one ends it."""
     handle = submitter.submit(folder)
     write_note(folder, handle, launcher)
-    print(f"run folder {folder}; watch with: tensorboard --logdir {folder / 'tb'}", file=sys.stderr)
+    print(f"run folder {folder}; watch with: auricle board {shlex.quote(str(folder))}", file=sys.stderr)
 
     def running() -> bool:
         return submitter.exit_code(handle) is None
@@ -77,6 +81,16 @@ def _verdict(code: int, folder: Path, steps: int) -> int:
         print(f"done: {newest}")
         return 0
     print(local.failure_report(folder), file=sys.stderr)
-    ending = f"ended with exit code {code}" if code else f"ended after step {done} of {steps}"
+    ending = f"ended with {_meaning(code)}" if code else f"ended after step {done} of {steps}"
     print(f"auricle pretrain: the run {ending}; all logs are in {folder / 'logs'}", file=sys.stderr)
     return 2 if code == 2 else 1
+
+
+def _meaning(code: int) -> str:
+    """An exit code in words; DeepSpeed's launcher passes on that of a rank that signal N ended as 256 - N."""
+    for number in (256 - code, code - 128):
+        if number in {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS}:
+            name = signal.Signals(number).name
+            memory = "; the system kills so what needs too much memory" if number == signal.SIGKILL else ""
+            return f"exit code {code}: a rank was ended by {name}{memory}"
+    return f"exit code {code}"
