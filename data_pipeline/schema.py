@@ -186,7 +186,8 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
             {row.path[len(prefix) :].split(".")[0] for row in document(kind, "", values) if row.path.startswith(prefix)}
         )
         everywhere = [row.path for row in document(kind, "", values)]
-        near = [prefix + n for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
+        near = difflib.get_close_matches(path, everywhere, n=1, cutoff=0.8)
+        near = near or [prefix + n for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
         near = near or difflib.get_close_matches(path, everywhere, n=1, cutoff=0.6)
         near = near or [other for other in everywhere if other.rsplit(".", 1)[-1] == name][:1]
         hint = f"did you mean {near[0]}? " if near else ""

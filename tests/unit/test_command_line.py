@@ -76,6 +76,12 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
         ([*TINY, "--dry-runs"], ["no switch --dry-runs", "did you mean --dry-run?"]),
         (TINY[:1], ["data.shards", "required"]),
         ([*TINY, "optimizer.lr=-1", "seed=x"], ["optimizer.lr", "seed"]),
+        ([*TINY, "objective.name=hubrt"], ['objective.name="hubrt"', "no such objective", "did you mean hubert?"]),
+        ([*TINY, "date.workers=3"], ["date.workers=3", "did you mean data.workers?"]),
+        ([*TINY, "optimizer=3"], ["optimizer=3", "optimizer.lr"]),
+        ([*TINY, "optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "too few values"]),
+        ([], ["data.shards: is required"]),
+        ([*TINY, "data.batch_seconds=20"], ["data.batch_seconds=20", "data.micro_batches=4", "at least 32"]),
     ],
 )
 def test_a_wrong_override_says_what_is_right(
