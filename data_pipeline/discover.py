@@ -16,6 +16,7 @@ from typing import Any
 
 import fsspec
 
+from data_pipeline import layouts
 from data_pipeline.files import is_url
 from data_pipeline.preprocess_config import ManifestCorpus, PathCorpus
 from data_pipeline.schema import ConfigError
@@ -59,7 +60,7 @@ def discover(corpus: Any) -> Discovered:
     elif isinstance(corpus, ManifestCorpus):
         _from_manifest(corpus, found)
     else:
-        raise AssertionError(f"no discovery for {type(corpus).__name__}")
+        _from_layout(corpus, found)
     _refuse_doubles(found)
     if not found.files and not found.rejects:
         splits = f" in the splits {', '.join(corpus.splits)}" if corpus.splits else ""
@@ -106,6 +107,27 @@ def _from_path(corpus: PathCorpus, found: Discovered) -> None:
                 mtime=mtime,
             )
         )
+
+
+def _from_layout(corpus: Any, found: Discovered) -> None:
+    if getattr(corpus, "download", False):
+        layouts.download(corpus)
+    describe = layouts.READERS[corpus.name](corpus)
+    listing = _list_url(corpus.path) if is_url(corpus.path) else _list_folder(corpus.path)
+    for path, relative, size, mtime, error in listing:
+        file_id = printable(relative)
+        about = describe(file_id)
+        if about is None:
+            continue
+        if error:
+            found.rejects.append(Reject(printable(path), file_id, corpus.name, about.language, "discover", *error))
+        elif not corpus.splits or about.split in corpus.splits:
+            found.files.append(
+                AudioFile(
+                    path, file_id, corpus.name, about.speaker, about.language, about.text, about.split, {},
+                    about.seconds, size, mtime,
+                )
+            )  # fmt: skip
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:

@@ -51,7 +51,66 @@ class ManifestCorpus:
     allow_outside: Annotated[bool, about("accept absolute paths and .. that leave the root")] = False
 
 
-CORPORA: Final[dict[str, type[Any]]] = {"path": PathCorpus, "manifest": ManifestCorpus}
+@config
+class LibriSpeechCorpus:
+    """LibriSpeech and Libri-light's labelled parts: SUBSET/SPEAKER/CHAPTER/ID.flac beside SPEAKER-CHAPTER.trans.txt."""
+
+    name: Literal["librispeech"] = "librispeech"
+    path: Annotated[str, about("the folder LibriSpeech, or the one that holds it", min_length=1)]
+    splits: Annotated[tuple[str, ...], about("subsets, such as train-clean-100; empty keeps all")] = ()
+    language: Annotated[str, about("language of all files")] = "en"
+    download: Annotated[bool, about("fetch the subsets named by splits first, with torchaudio's downloader")] = False
+
+
+@config
+class MlsCorpus:
+    """Multilingual LibriSpeech: SPLIT/audio/SPEAKER/BOOK/ID.flac and SPLIT/transcripts.txt."""
+
+    name: Literal["mls"] = "mls"
+    path: Annotated[str, about("folder of one language, such as mls_german", min_length=1)]
+    splits: Annotated[tuple[str, ...], about("train, dev, test; empty keeps all")] = ()
+    language: Annotated[str, about("language of all files; empty takes it from the folder's name")] = ""
+
+
+@config
+class CommonVoiceCorpus:
+    """Common Voice: clips/*.mp3 and one tsv a split; a clip belongs to the first split that lists it."""
+
+    name: Literal["common_voice"] = "common_voice"
+    path: Annotated[str, about("folder of one locale", min_length=1)]
+    splits: Annotated[tuple[str, ...], about("tables to read, without .tsv", min_length=1)] = ("train", "dev", "test")
+    language: Annotated[str, about("language where the table has no column locale")] = ""
+
+
+@config
+class VoxPopuliCorpus:
+    """VoxPopuli: LANGUAGE/YEAR/ID.ogg, for transcribed data beside LANGUAGE/asr_SPLIT.tsv."""
+
+    name: Literal["voxpopuli"] = "voxpopuli"
+    path: Annotated[str, about("folder unlabelled_data or transcribed_data", min_length=1)]
+    splits: Annotated[tuple[str, ...], about("train, dev, test of transcribed data; empty keeps all")] = ()
+    language: Annotated[str, about("keep this language only; empty keeps all")] = ""
+
+
+@config
+class GigaSpeechCorpus:
+    """GigaSpeech: whole recordings as GigaSpeech.json lists them, cut by `cut` or `vad`."""
+
+    name: Literal["gigaspeech"] = "gigaspeech"
+    path: Annotated[str, about("folder that holds GigaSpeech.json", min_length=1)]
+    splits: Annotated[tuple[str, ...], about("subsets, such as {M}; empty keeps all")] = ()
+    language: Annotated[str, about("language where the table names none")] = "en"
+
+
+CORPORA: Final[dict[str, type[Any]]] = {
+    "path": PathCorpus,
+    "manifest": ManifestCorpus,
+    "librispeech": LibriSpeechCorpus,
+    "mls": MlsCorpus,
+    "common_voice": CommonVoiceCorpus,
+    "voxpopuli": VoxPopuliCorpus,
+    "gigaspeech": GigaSpeechCorpus,
+}
 """Name -> config of every kind of corpus; discover.py finds their files."""
 
 
