@@ -126,7 +126,7 @@ def make_targets(config: TargetsConfig, extractor: Callable[[], Extractor] = mfc
             content = FileStore(config.kmeans).read(KMEANS)
         artefact = hashlib.sha256(content).hexdigest()
         store.replace(KMEANS, content)
-        labels = LabelSet(artefact, extractor().rate_hz, len(centres))
+        labels = LabelSet(artefact, _cached(extractor).rate_hz, len(centres))
         labels.write(config.out)
         arguments = {record.shard: (config, record, extractor, centres, labels) for record in records}
         failed = run_tasks(label_shard, arguments, config.ray, lambda _: None)
@@ -323,6 +323,12 @@ def _artefact_of(store: FileStore, shard: str) -> str:
     return str(metadata.get(b"artefact", b"").decode())
 
 
-@functools.cache
+_EXTRACTORS: dict[str, Extractor] = {}
+
+
 def _cached(extractor: Callable[[], Extractor]) -> Extractor:
-    return extractor()
+    """One per process; a partial that was pickled is a new object, though it makes the same."""
+    name = repr((extractor.func, extractor.args)) if isinstance(extractor, functools.partial) else repr(extractor)
+    if name not in _EXTRACTORS:
+        _EXTRACTORS[name] = extractor()
+    return _EXTRACTORS[name]

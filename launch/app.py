@@ -13,6 +13,7 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 VERBS = {
     "preprocess": ("preprocess", "raw audio -> shards, with Ray"),
+    "targets": ("targets", "frame labels over shards, by k-means on MFCC or on a layer of a checkpoint"),
     "pretrain": ("pretrain", "shards -> a pretrained checkpoint, with DeepSpeed"),
     "demo": ("demo", "the whole way in a few minutes, on speech it finds itself"),
     "shards": ("shards", "inspect, verify or count what a shard folder holds"),
