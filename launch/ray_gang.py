@@ -22,6 +22,7 @@ from typing import Any
 from data_pipeline.plan import allowed_worlds
 from launch import guard
 from launch.environment import RANK_LOGS, free_port
+from launch.local import STOP_FILE
 from launch.submit import steps_done
 
 FINISHED, BAD_CONFIG, STOPPED = 0, 2, 85
@@ -63,8 +64,8 @@ def _persist(given: argparse.Namespace) -> int:
         world = _wait_for_room(micro_batches, given)
         _say(f"{world} ranks, from step {before}")
         code = _run_gang(given, world)
-        if code in (FINISHED, BAD_CONFIG, STOPPED):
-            return code
+        if code in (FINISHED, BAD_CONFIG) or (code == STOPPED and (given.folder / STOP_FILE).exists()):
+            return code  # a rank that stopped without being asked to lost its node
         if steps_done(given.folder) >= config["train"]["steps"]:
             return FINISHED  # what was lost had nothing left to do
         failures = 0 if steps_done(given.folder) > before else failures + 1
