@@ -310,9 +310,10 @@ def main() -> None:
     sounds = collect(arguments.audio, arguments.copies)
     hours = sum(n for _, _, n in sounds) / SAMPLE_RATE / 3600
     about = (
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} x {_cpu_name()}, torch {torch.__version__}; {len(sounds)} "
-        f"segments, {hours:.1f} h in {arguments.shards} shards, {arguments.workers} workers, micro-batches of "
-        f"{BATCH_SECONDS:g} s, {arguments.rounds} rounds of {arguments.seconds:g} s"
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} x {_cpu_name()}, load {os.getloadavg()[0]:.1f} at the start, "
+        f"torch {torch.__version__}; {len(sounds)} segments, {hours:.1f} h in {arguments.shards} shards, "
+        f"{arguments.workers} workers, micro-batches of {BATCH_SECONDS:g} s, {arguments.rounds} rounds of "
+        f"{arguments.seconds:g} s"
     )
     print(about)
     with tempfile.TemporaryDirectory() as scratch:
@@ -353,19 +354,26 @@ def note(result: Result, total: Delivered, wall: float, cpu: float) -> None:
 
 
 def print_table(results: dict[str, Result]) -> None:
+    """Medians; ratios to the bare loop of the same round."""
     bare = results["bare loop"]
-    print(f"{'reader':34}{'audio-s/s':>11}{'of bare':>9}{'segments/s':>12}{'audio-s/CPU-s':>15}"
-          f"{'padding':>9}{'first batch':>13}{'resume':>9}")  # fmt: skip
+    print(
+        f"{'reader':34}{'audio-s/s':>11}{'of bare':>9}{'segments/s':>12}{'audio-s/CPU-s':>15}{'of bare':>9}"
+        f"{'padding':>9}{'first batch':>13}{'resume':>9}"
+    )
     for result in results.values():
-        pairs = zip(result.audio_per_second, bare.audio_per_second, strict=True)
-        ratio = statistics.median(mine / base for mine, base in pairs)
         times = [f"{statistics.median(t):.2f} s" if t else "-" for t in (result.first_batch_s, result.resume_s)]
-        median = statistics.median
         print(
-            f"{result.name:34}{median(result.audio_per_second):11,.0f}{ratio:9.2f}"
-            f"{median(result.segments_per_second):12,.0f}{median(result.audio_per_cpu_second):15,.0f}"
-            f"{median(result.padding):9.1%}{times[0]:>13}{times[1]:>9}"
+            f"{result.name:34}{statistics.median(result.audio_per_second):11,.0f}"
+            f"{_ratio(result.audio_per_second, bare.audio_per_second):9.2f}"
+            f"{statistics.median(result.segments_per_second):12,.0f}"
+            f"{statistics.median(result.audio_per_cpu_second):15,.0f}"
+            f"{_ratio(result.audio_per_cpu_second, bare.audio_per_cpu_second):9.2f}"
+            f"{statistics.median(result.padding):9.1%}{times[0]:>13}{times[1]:>9}"
         )
+
+
+def _ratio(mine: list[float], base: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(mine, base, strict=True))
 
 
 def _cpu_name() -> str:
