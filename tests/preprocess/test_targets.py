@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     root = tmp_path_factory.mktemp("targets")
-    preprocess_here(path_config(write_corpus(root / "corpus", many(24, 2.0)), root / "out", shard_mb=0.4))
+    preprocess_here(path_config(write_corpus(root / "corpus", many(12, 2.0)), root / "out", shard_mb=0.6))
     return root / "out"
 
 
