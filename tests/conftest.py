@@ -1,8 +1,11 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and how two workers share them."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 
 import pytest
 
@@ -16,3 +19,11 @@ def shared_data() -> Path:
     if not (folder / "manifest.tsv").is_file():
         pytest.skip(f"needs real speech at {folder}")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `-n 2 --dist loadgroup`: a file stays with one worker, which shares its fixtures; long ones are dealt out."""
+    for item in items:
+        if item.path.parent.name not in ("contract", "parity"):
+            group = "slurm" if item.path.stem in ("test_slurm", "test_ray_gang") else str(item.path.relative_to(ROOT))
+            item.add_marker(pytest.mark.xdist_group(group))
