@@ -24,7 +24,7 @@ install_torchaudio() {
   # PyPI's torchaudio is linked to CUDA; beside a CPU build of torch its Python part works without those libraries.
   local version folder
   version=$(pinned torchaudio)
-  if .venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
+  if .venv/bin/python -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
     .venv/bin/pip install -qq --no-deps "torchaudio==$version"
   elif ! .venv/bin/pip list --format=freeze 2>/dev/null | grep -qx "torchaudio==$version+cpu"; then
     folder=$(mktemp -d)
