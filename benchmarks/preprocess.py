@@ -138,16 +138,19 @@ def long_file(hours: float, folder: Path) -> dict[str, float]:
         for _ in range(round(hours * 60)):
             sound.write(noise)
     code = (
-        "import resource, sys, json\n"
+        "import re, sys, json\n"
+        "from pathlib import Path\n"
         "from data_pipeline.config import PreprocessConfig\n"
         "from data_pipeline.discover import discover\n"
         "from data_pipeline.process import process_unit\n"
         "from data_pipeline.schema import load\n"
         "from data_pipeline.units import Unit\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        # ru_maxrss would count what the parent held before exec
+        "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "before = peak()\n"
         "config = load(PreprocessConfig, json.loads(sys.argv[1]))\n"
         "result = process_unit(Unit('long', tuple(discover(config.corpus).files)), config)\n"
-        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "after = peak()\n"
         "print(json.dumps({'before_mb': before / 1024, 'peak_mb': after / 1024,\n"
         "                  'hours': result.record.samples / 16000 / 3600}))\n"
     )
