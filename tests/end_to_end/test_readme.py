@@ -129,7 +129,7 @@ def test_configuration_commands(home: Path) -> None:
     assert "lr: 0.0003" in shown.stdout
     wrong = auricle(home, *command("optimiser"))
     assert wrong.returncode == 2
-    assert "did you mean optimizer?" in wrong.stderr
+    assert "did you mean optimizer" in wrong.stderr
 
 
 @pytest.mark.parametrize(

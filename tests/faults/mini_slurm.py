@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.conftest import ROOT
+
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter", "unshare")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
@@ -64,15 +66,17 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=U
 # two minutes. SlurmdTimeout=10: a lost node is acted upon within about 20 s. jobcomp: `sacct -c` knows ended jobs.
 
 FIRST_PROCESS = """
-hostname "$1"
-mount --bind "$3" /mnt
+node=$1 state=$2; shift 2
+hostname "$node"
+mount -t tmpfs tmpfs /mnt
+for i in $(seq $#); do mkdir "/mnt/$i" && mount --bind "${!i}" "/mnt/$i"; done
 mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && chmod 1777 /tmp /dev/shm
-mkdir -p "$3" && mount --bind /mnt "$3"
-mount --bind "$2/hosts" /etc/hosts
-touch "$2/ready-$1"
+for i in $(seq $#); do mkdir -p "${!i}" && mount --bind "/mnt/$i" "${!i}"; done
+mount --bind "$state/hosts" /etc/hosts
+touch "$state/ready-$node"
 while :; do sleep 3600 & wait $!; done
 """
-"""Arguments: node, state folder, and the folder that all nodes share, which may lie below the host's /tmp."""
+"""Arguments: node, state folder, and the folders that all nodes share though they may lie below the host's /tmp."""
 
 
 def missing() -> str:
@@ -94,7 +98,7 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str, log: Ca
 class MiniSlurm:
     """A cluster with its state in `folder` (a short path: UNIX sockets' end at 108 bytes).
 
-    The nodes share `folder`'s parent, and everything outside of /tmp, with this host.
+    The nodes share `folder`'s parent, this checkout, and everything outside of /tmp, with this host.
     """
 
     def __init__(self, folder: Path, nodes: int = 3) -> None:
@@ -211,7 +215,7 @@ class MiniSlurm:
         spaces = ["--uts", "--mount", "--ipc", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
         command = ["nsenter", f"--net=/run/netns/{space}", "unshare", *spaces, "bash", "-c", FIRST_PROCESS]
         parent = subprocess.Popen(
-            [*command, "init", node, str(self.folder), str(self.folder.parent)],
+            [*command, "init", node, str(self.folder), str(self.folder.parent), str(ROOT)],
             env=self._environment(),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
