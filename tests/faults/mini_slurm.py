@@ -65,7 +65,6 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=U
 # config_overrides: nodes may claim more cores than there are. cred_expire=5: a requeued job starts after seconds, not
 # two minutes. SlurmdTimeout=10: a lost node is acted upon within about 20 s. jobcomp: `sacct -c` knows ended jobs.
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 FIRST_PROCESS = """
 node=$1 state=$2; shift 2
 hostname "$node"
