@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
 from pretrain.nn.ema import Teacher
 from pretrain.nn.kmeans import from_first_rank, gather_rows, kmeans
-from pretrain.nn.masking import FrameMask, draw_frame_mask, frame_width, span_mask
+from pretrain.nn.masking import FrameMask, draw_span_mask, frame_width
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.quantizers import RandomProjectionQuantizer, nearest_codes
 from pretrain.nn.spectral import LogMel, Mfcc
@@ -124,10 +123,7 @@ class MaskedUnits(Objective):
             encoder.stop_after = self.units_config.relabel_layer
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> UnitsPlan:
-        def draw(length: int, rng: np.random.Generator) -> np.ndarray:
-            return span_mask(length, self.units_config.mask_prob, self.units_config.mask_span, rng)
-
-        mask = draw_frame_mask(model.frontend, batch, ctx, draw)
+        mask = draw_span_mask(model.frontend, batch, ctx, self.units_config.mask_prob, self.units_config.mask_span)
         name = self.units_config.labels
         if not name:
             return UnitsPlan(mask, None, mask.count)

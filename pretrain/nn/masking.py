@@ -138,3 +138,8 @@ def draw_negatives(mask: FrameMask, keys: Sequence[str], ctx: StepContext, n_neg
         others = keyed_rng(ctx.seed, ctx.step, key, "negatives").integers(0, count - 1, (count, n_negatives))
         drawn[row, :count] = others + (others >= np.arange(count)[:, None])
     return torch.from_numpy(drawn).to(mask.mask_BF.device, non_blocking=True)
+
+
+def draw_span_mask(frontend: Frontend, batch: Batch, ctx: StepContext, prob: float, span: int) -> FrameMask:
+    """`draw_frame_mask` with the spans of `span_mask`."""
+    return draw_frame_mask(frontend, batch, ctx, lambda length, rng: span_mask(length, prob, span, rng))

@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
 from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, deviation
-from pretrain.nn.masking import FrameMask, draw_frame_mask, span_mask
+from pretrain.nn.masking import FrameMask, draw_span_mask
 from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
 
 
@@ -54,10 +53,7 @@ class Data2Vec(Objective):
         self.teacher.copy.keep_ffn = True  # type: ignore[assignment]
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
-        def draw(length: int, rng: np.random.Generator) -> np.ndarray:
-            return span_mask(length, self.config.mask_prob, self.config.mask_span, rng)
-
-        mask = draw_frame_mask(model.frontend, batch, ctx, draw)
+        mask = draw_span_mask(model.frontend, batch, ctx, self.config.mask_prob, self.config.mask_span)
         return MaskPlan(mask, mask.count * self.dim)
 
     def forward(

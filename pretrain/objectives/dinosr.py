@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
 from pretrain.nn.ema import Teacher, annealed_decay
-from pretrain.nn.masking import FrameMask, draw_frame_mask, span_mask
+from pretrain.nn.masking import FrameMask, draw_span_mask
 from pretrain.nn.quantizers import nearest_codes
 from pretrain.nn.spectral import normalize_frames
 from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
@@ -65,10 +64,7 @@ class DinoSR(Objective):
         self.teacher.copy.keep_ffn = True  # type: ignore[assignment]
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
-        def draw(length: int, rng: np.random.Generator) -> np.ndarray:
-            return span_mask(length, self.config.mask_prob, self.config.mask_span, rng)
-
-        mask = draw_frame_mask(model.frontend, batch, ctx, draw)
+        mask = draw_span_mask(model.frontend, batch, ctx, self.config.mask_prob, self.config.mask_span)
         return MaskPlan(mask, mask.count * self.top_layers)
 
     def forward(
