@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
+from pretrain.nn.contrastive import contrast_logits, contrastive_loss
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.masked_units import feature_penalty
 from pretrain.nn.masking import FrameMask, draw_frame_mask, draw_negatives, span_mask
@@ -96,7 +96,14 @@ class Wav2Vec2(Objective):
 
         count = plan.count.to(x_BFD.device)
         with full_precision(x_BFD.device):
-            logits_BMK = self.logits(predictions_ND, targets_ND, quantized.index_NG, plan)
+            logits_BMK = contrast_logits(
+                predictions_ND,
+                targets_ND,
+                self.clusters(quantized.index_NG),
+                mask,
+                plan.negatives_BMK,
+                self.config.logit_temperature,
+            )
             contrastive, hits = contrastive_loss(logits_BMK, mask.valid_BM)
             n_codes = self.config.groups * self.config.n_codes
             code_perplexity = perplexity(quantized.probs_NGV)
@@ -117,30 +124,12 @@ class Wav2Vec2(Objective):
         }
         return LossOutput(total, count, metrics), encoded
 
-    def logits(self, predictions_ND: Tensor, targets_ND: Tensor, index_NG: Tensor, plan: ContrastivePlan) -> Tensor:
-        """Scaled cosines of the target (first) and of the negatives, (B, M, 1 + K).
-
-        All pairs of an utterance's masked frames are compared in one product, and the negatives picked from it: K
-        vectors per frame are never gathered. A negative with the positive's own code becomes −∞.
-        """
-        rows_BM = plan.mask.row_BM
-        predicted_BMD = F.normalize(predictions_ND.float(), dim=-1)[rows_BM]
-        target_BMD = F.normalize(targets_ND.float(), dim=-1)[rows_BM]
-        cosine_BMM = predicted_BMD @ target_BMD.transpose(1, 2) / self.config.logit_temperature
+    def clusters(self, index_NG: Tensor) -> Tensor:
+        """One number for the codes of all groups: a negative with all of the positive's codes is none, (N,)."""
         code_N = index_NG[:, 0]
         for group in range(1, index_NG.shape[1]):
             code_N = code_N * self.config.n_codes + index_NG[:, group]
-        code_BM = code_N[rows_BM]
-        same_BMK = torch.gather(code_BM[:, None].expand_as(cosine_BMM), 2, plan.negatives_BMK) == code_BM[:, :, None]
-        negative_BMK = torch.gather(cosine_BMM, 2, plan.negatives_BMK).masked_fill(same_BMK, float("-inf"))
-        return torch.cat([cosine_BMM.diagonal(dim1=1, dim2=2)[:, :, None], negative_BMK], dim=2)
-
-
-def contrastive_loss(logits_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of entry 0 over valid rows, and how often it is strictly the largest (ties are no hits)."""
-    losses_BM = torch.logsumexp(logits_BMK, dim=2) - logits_BMK[:, :, 0]
-    hits_BM = logits_BMK[:, :, 0] > logits_BMK[:, :, 1:].amax(2)
-    return losses_BM.masked_fill(~valid_BM, 0.0).sum(), (hits_BM & valid_BM).sum().float()
+        return code_N
 
 
 def build(config: Config, shape: ModelShape) -> Wav2Vec2:

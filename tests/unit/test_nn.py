@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.nn.contrastive import contrastive_loss
 from pretrain.nn.masking import block_mask, draw_negatives, inverse_block_mask, pack_masks, span_mask
 from pretrain.nn.numerics import masked_deviation, scale_gradient
 from pretrain.nn.quantizers import GumbelQuantizer, nearest_codes, perplexity
 from pretrain.nn.spectral import LogMel
-from pretrain.objectives.wav2vec2 import contrastive_loss
 from pretrain.types import StepContext
 from tests.contract.cases import batch, make
 

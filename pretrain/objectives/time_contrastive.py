@@ -1,0 +1,194 @@
+"""A contrastive objective that uses time: masked frames, and the same speech at another speed.
+
+Each utterance is heard twice, as it is and `speed` times as fast. In both views masked frames are told from others of
+their utterance (frame InfoNCE, as in wav2vec 2.0, arXiv 2006.11477, but on continuous targets, as in CPC, arXiv
+1807.03748), and each masked frame's output is told from other frames of the other view, the positive being the frame
+where the same instant lies (temporal InfoNCE). The alignment is known, since the speed is: monotone and linear.
+Negatives of the positive's own acoustic cluster (k-means of MFCC, fitted after the first update) take no part: they may
+be the same phone said again. The survey behind this project calls such an objective "wav2vec 3.0"; there is no release
+to compare with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.keyed_random import keyed_rng, keyed_seed
+from data_pipeline.schema import about, config
+from data_pipeline.types import Batch
+from pretrain.nn.contrastive import contrast_logits, contrastive_loss
+from pretrain.nn.kmeans import from_first_rank, gather_rows, kmeans
+from pretrain.nn.masked_units import feature_penalty
+from pretrain.nn.masking import FrameMask, draw_negatives, draw_span_mask
+from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
+from pretrain.nn.quantizers import nearest_codes
+from pretrain.nn.spectral import Mfcc
+from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+
+
+@config
+class Config:
+    name: Literal["time_contrastive"] = "time_contrastive"
+    mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.65
+    mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
+    slowest: Annotated[float, about("least speed of the second view", ge=0.5, le=1)] = 0.8
+    fastest: Annotated[float, about("greatest speed of the second view", ge=1, le=2)] = 1.25
+    clusters: Annotated[int, about("acoustic clusters; negatives of the positive's own are dropped", ge=2)] = 100
+    projection_dim: Annotated[int, about("dimensions in which frames are compared", ge=1)] = 256
+    negatives: Annotated[int, about("distractors per masked frame, from the same utterance's masked frames", ge=1)] = (
+        100
+    )
+    logit_temperature: Annotated[float, about("the cosine is divided by this", gt=0)] = 0.1
+    temporal_weight: Annotated[float, about("weight of the loss between the views", ge=0)] = 1.0
+    penalty_weight: Annotated[float, about("weight of the mean square of a stem's output", ge=0)] = 10.0
+
+
+@dataclass
+class ViewsPlan(Plan):
+    """R = 2·B rows: the utterances, then the same at another speed."""
+
+    views: Batch
+    mask: FrameMask
+    negatives_RMK: Tensor
+    partner_RF: Tensor
+    """For each frame the place of the same instant in the other view, as an index into R·F."""
+    count: Tensor
+
+
+class TimeContrastive(Objective):
+    def __init__(self, config: Config, shape: ModelShape) -> None:
+        super().__init__()
+        self.config = config
+        self.ratio = rate_ratio(shape.feature_rate_hz, shape.rate_hz)
+        self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
+        self.project_target = nn.Linear(shape.feature_dim * self.ratio, config.projection_dim)
+        self.project_prediction = nn.Linear(shape.dim, config.projection_dim)
+        self.project_view = nn.Linear(shape.dim, config.projection_dim)
+        self.mfcc = Mfcc()
+        self.mfcc_ratio = rate_ratio(self.mfcc.rate_hz, shape.rate_hz)
+        self.register_buffer("centres_KD", torch.randn(config.clusters, self.mfcc.dim))
+        self.centres_KD: Tensor
+        self._seen: dict[int, Tensor] = {}
+        """MFCC of the first update by micro-batch; empty between updates."""
+
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> ViewsPlan:
+        slowest, fastest = self.config.slowest, self.config.fastest
+        speeds = [float(keyed_rng(ctx.seed, ctx.step, key, "speed").uniform(slowest, fastest)) for key in batch.keys]
+        views = with_other_speeds(batch, speeds)
+        mask = draw_span_mask(model.frontend, views, ctx, self.config.mask_prob, self.config.mask_span)
+        negatives_RMK = draw_negatives(mask, views.keys, ctx, self.config.negatives)
+        lengths_R = model.frontend.frame_lengths(views.lengths_B)
+        speed_B = torch.tensor(speeds, device=lengths_R.device)
+        partner_RF = partners(lengths_R, speed_B, mask.mask_BF.shape[1])
+        return ViewsPlan(views, mask, negatives_RMK, partner_RF, mask.count)
+
+    def forward(
+        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+    ) -> tuple[LossOutput, EncoderOutput]:
+        """Frame + temporal_weight · temporal + penalty_weight · feature penalty, over the masked frames of both views.
+
+        The encoder's output handed on is that of the utterances as they are.
+        """
+        assert isinstance(plan, ViewsPlan)
+        mask, config = plan.mask, self.config
+        features = model.frontend.extract(plan.views.wave_BT, plan.views.lengths_B)
+        frames = model.frontend.project(features)
+        x_RFD = torch.where(mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
+        encoded: EncoderOutput = model.encoder(Frames(x_RFD, frames.lengths_B, frames.rate_hz), ctx)
+
+        targets_ND = self.project_target(stack_frames(features, self.ratio).x_BFD.flatten(0, 1)[mask.flat_N])
+        output_XD = encoded.final.x_BFD.flatten(0, 1)
+        partner_N = plan.partner_RF.flatten()[mask.flat_N]
+        predictions_ND = self.project_prediction(output_XD[mask.flat_N])
+        view_ND, other_ND = self.project_view(output_XD[mask.flat_N]), self.project_view(output_XD[partner_N])
+        cluster_N = self.clusters(batch, plan, ctx).flatten()[mask.flat_N]
+
+        count = plan.count.to(x_RFD.device)
+        with full_precision(x_RFD.device):
+            shared = (cluster_N, mask, plan.negatives_RMK, config.logit_temperature)
+            frame, hits = contrastive_loss(contrast_logits(predictions_ND, targets_ND, *shared), mask.valid_BM)
+            temporal, found = contrastive_loss(contrast_logits(view_ND, other_ND, *shared), mask.valid_BM)
+            penalty = feature_penalty(features, mask)
+            total = frame + config.temporal_weight * temporal + config.penalty_weight * penalty
+        metrics = {
+            "loss/contrastive": (frame, count),
+            "loss/temporal": (temporal, count),
+            "loss/feature_penalty": (penalty, count),
+            "metric/accuracy": (hits, count),
+            "metric/temporal_accuracy": (found, count),
+            "metric/masked_share": (count, encoded.lengths_B.sum()),
+            "hist/codes": (torch.bincount(cluster_N, minlength=config.clusters).float(), count),
+        }
+        return LossOutput(total, count, metrics), first_rows(encoded, len(batch.keys))
+
+    @torch.no_grad()
+    def clusters(self, batch: Batch, plan: ViewsPlan, ctx: StepContext) -> Tensor:
+        """The acoustic cluster of every frame of both views, (R, F); it is that of the utterance as it is."""
+        mfcc = self.mfcc(batch.wave_BT, batch.lengths_B)
+        if self.training and ctx.step == 0:
+            self._seen[batch.micro_batch] = mfcc.x_BFD[mfcc.valid_BF()]
+        R, width = plan.mask.mask_BF.shape
+        thinned_BFD = mfcc.x_BFD[:, :: self.mfcc_ratio]
+        thinned_BFD = F.pad(thinned_BFD, (0, 0, 0, max(width - thinned_BFD.shape[1], 0)))[:, :width]
+        found_BF = nearest_codes(thinned_BFD.flatten(0, 1), self.centres_KD).view(R // 2, width)
+        return torch.cat([found_BF, found_BF.flatten()[plan.partner_RF[R // 2 :]]])
+
+    @torch.no_grad()
+    def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
+        """Fits the clusters to the frames of the first update."""
+        if self._seen:
+            rows_ND = gather_rows(self._seen)
+            self._seen.clear()
+            seed = keyed_seed(ctx.seed, "clusters")
+            self.centres_KD.copy_(from_first_rank(kmeans(rows_ND, len(self.centres_KD), seed)))
+
+
+def with_other_speeds(batch: Batch, speeds: list[float]) -> Batch:
+    """The utterances, and after them each `speed` times as fast; keys of the latter end in " speed"."""
+    changed = [
+        change_speed(wave_T[:length], speed)
+        for wave_T, length, speed in zip(batch.wave_BT, batch.lengths_B.tolist(), speeds, strict=True)
+    ]
+    lengths_R = torch.cat([batch.lengths_B, batch.lengths_B.new_tensor([len(wave_T) for wave_T in changed])])
+    wave_RT = batch.wave_BT.new_zeros(len(lengths_R), max(batch.wave_BT.shape[1], *map(len, changed)))
+    for row, wave_T in enumerate((*batch.wave_BT, *changed)):
+        wave_RT[row, : len(wave_T)] = wave_T
+    keys = (*batch.keys, *(f"{key} speed" for key in batch.keys))
+    return Batch(wave_RT, lengths_R, keys, batch.micro_batch)
+
+
+def change_speed(wave_T: Tensor, speed: float) -> Tensor:
+    """`wave_T` played `speed` times as fast, pitch and all: its spectrum on another number of samples."""
+    length = max(1, round(len(wave_T) / speed))
+    changed: Tensor = torch.fft.irfft(torch.fft.rfft(wave_T), n=length)
+    return changed * (length / len(wave_T))
+
+
+def partners(lengths_R: Tensor, speed_B: Tensor, width: int) -> Tensor:
+    """For each frame the index into R·width of the frame of the other view where the same instant lies, (R, width).
+
+    The middle of frame f, at f + ½ frames, lies at (f + ½) / speed in the faster view; beyond the end: its last frame.
+    """
+    B = len(speed_B)
+    middle_F = torch.arange(width, device=lengths_R.device) + 0.5
+    stretch_R = torch.cat([1 / speed_B, speed_B])
+    other_R = torch.arange(2 * B, device=lengths_R.device).roll(B)
+    at_RF = (middle_F * stretch_R[:, None]).long()
+    last_R1 = (lengths_R[other_R] - 1).clamp(min=0)[:, None]
+    return other_R[:, None] * width + torch.minimum(at_RF, last_R1)
+
+
+def first_rows(encoded: EncoderOutput, rows: int) -> EncoderOutput:
+    """The output of the first `rows` rows."""
+    layers = tuple(layer[:rows] for layer in encoded.layers)
+    ffn_layers = tuple(layer[:rows] for layer in encoded.ffn_layers)
+    return EncoderOutput(layers, encoded.lengths_B[:rows], encoded.rate_hz, ffn_layers)
+
+
+def build(config: Config, shape: ModelShape) -> TimeContrastive:
+    return TimeContrastive(config, shape)
