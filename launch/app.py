@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: done; the work failed; the command or the config is wrong; stopped with Ctrl-C."""
+DONE, FAILED, USAGE, UNHEALTHY, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: done; the work failed; the command or the config is wrong; pretraining that its health watch stopped;
+stopped with Ctrl-C."""
 
 VERBS = {
     "preprocess": ("preprocess", "raw audio -> shards, with Ray"),
@@ -93,7 +94,8 @@ def _overview() -> str:
             "",
             "`auricle VERB --help` lists every field of that verb with its meaning, default and limits;",
             "`auricle VERB ... --cfg` prints the composed config and does nothing else.",
-            "Exit codes: 0 done, 1 the work failed, 2 the command or config is wrong, 130 stopped with Ctrl-C.",
+            "Exit codes: 0 done, 1 the work failed, 2 the command or config is wrong, 3 the run is unhealthy,",
+            "130 stopped with Ctrl-C.",
         ]
     )
 

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from data_pipeline.preprocess_config import PreprocessConfig
 from data_pipeline.schema import PluginChoice, about, config
+from data_pipeline.targets import TargetsConfig
 from pretrain.config import Config
+from pretrain.evaluate.config import EvaluateConfig
 
 
 @config
@@ -21,7 +23,7 @@ class LocalConfig:
 
 @config
 class SlurmConfig:
-    """A SLURM cluster: one task per rank, started by slurm/pretrain.sbatch."""
+    """A SLURM cluster: slurm/*.sbatch. Pretraining starts one task per rank, the others one Ray node per node."""
 
     name: Annotated[Literal["slurm"], about("a SLURM cluster, from one of its login nodes")] = "slurm"
     nodes: Annotated[int, about("nodes", ge=1)] = 1
@@ -34,6 +36,7 @@ class SlurmConfig:
         int, about("ask for a checkpoint so long before the limit; SLURM may do it a minute earlier", ge=30)
     ] = 300
     retries: Annotated[int, about("crashes in a row without a new checkpoint before giving up", ge=0)] = 3
+    parallel: Annotated[int, about("runs of a sweep (--multirun) at a time; 0: as many as fit", ge=0)] = 0
     partition: Annotated[str, about("partition; empty takes the cluster's default")] = ""
     account: Annotated[str, about("account to charge")] = ""
     qos: Annotated[str, about("quality of service")] = ""
@@ -61,6 +64,7 @@ class RayConfig:
     gpus_per_worker: Annotated[int, about("0 trains on CPUs", ge=0, le=1)] = 0
     cpus_per_worker: Annotated[int, about("cores per rank", ge=1)] = 1
     retries: Annotated[int, about("failures in a row without a new checkpoint before giving up", ge=0)] = 3
+    after: Annotated[str, about("id of a Ray Job that must have succeeded before; needs launcher.dashboard")] = ""
 
 
 LAUNCHERS: dict[str, type[Any]] = {"local": LocalConfig, "ray": RayConfig, "slurm": SlurmConfig}
@@ -76,19 +80,40 @@ def _launcher_type(name: str) -> type[Any]:
     return LAUNCHERS[name]
 
 
+Launcher = Annotated[Any, PluginChoice("launcher", _launcher_names, _launcher_type)]
+RUNS = "folder that holds the run folders"
+TASK_NAME = "name of the run folder; empty: the verb and the last part of what it makes"
+
+
 @config
 class PreprocessJob(PreprocessConfig):
     """A preprocessing job and where it runs: the root of conf/preprocess.yaml."""
 
-    launcher: Annotated[Any, PluginChoice("launcher", _launcher_names, _launcher_type)] = dataclasses.field(
-        default_factory=LocalConfig
-    )
+    runs: Annotated[str, about(RUNS, min_length=1)] = "runs"
+    name: Annotated[str, about(TASK_NAME)] = ""
+    launcher: Launcher = dataclasses.field(default_factory=LocalConfig)
+
+
+@config
+class TargetsJob(TargetsConfig):
+    """A labelling job and where it runs: the root of conf/targets.yaml."""
+
+    runs: Annotated[str, about(RUNS, min_length=1)] = "runs"
+    name: Annotated[str, about(TASK_NAME)] = ""
+    launcher: Launcher = dataclasses.field(default_factory=LocalConfig)
+
+
+@config
+class EvaluateJob(EvaluateConfig):
+    """An evaluation and where it runs: the root of conf/evaluate.yaml."""
+
+    runs: Annotated[str, about(RUNS, min_length=1)] = "runs"
+    name: Annotated[str, about(TASK_NAME)] = ""
+    launcher: Launcher = dataclasses.field(default_factory=LocalConfig)
 
 
 @config
 class PretrainJob(Config):
     """A pretraining run and where it runs: the root of conf/pretrain.yaml."""
 
-    launcher: Annotated[Any, PluginChoice("launcher", _launcher_names, _launcher_type)] = dataclasses.field(
-        default_factory=LocalConfig
-    )
+    launcher: Launcher = dataclasses.field(default_factory=LocalConfig)

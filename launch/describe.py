@@ -12,7 +12,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data_pipeline.schema import ConfigError, dump
 from launch.compose import to_yaml
@@ -25,10 +25,20 @@ PACKAGES = ("torch", "torchaudio", "deepspeed", "ray", "webdataset", "numpy", "h
 KEPT_VARIABLES = re.compile(
     r"^(OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|DS_ACCELERATOR|TORCH_\w+|NCCL_\w+|GLOO_\w+|SLURM_(JOB|NODE|STEP|CLUSTER)\w*)$"
 )
+PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 SECRET = re.compile(r"(token|secret|passw|credential|api_?key|private_?key|access_?key)", re.IGNORECASE)
 
 
-def folder_of(job: PretrainJob) -> Path:
+class Named(Protocol):
+    """A job with a run folder."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def runs(self) -> str: ...
+
+
+def folder_of(job: Named) -> Path:
     """RUNS/NAME. Raises ConfigError for a name that names no folder."""
     if any(sign in job.name for sign in "/\\") or job.name in (".", "..") or not job.name.isprintable():
         raise ConfigError(
@@ -40,19 +50,40 @@ def folder_of(job: PretrainJob) -> Path:
 def prepare(job: PretrainJob) -> Path:
     """Makes RUNS/NAME and writes config.json, config.yaml, environment.json and git.diff into it.
 
-    Raises ConfigError when the folder holds checkpoints of a run with another config.
+    Raises ConfigError when the folder holds checkpoints of a run with another config, or a value holds a password.
     """
     folder = folder_of(job)
     launcher = dump(job)["launcher"]
     values = dump(run_config(job))
+    refuse_secrets(values)
     _refuse_another_config(folder, job)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", values)
     write_atomically(folder / "config.yaml", to_yaml({**values, "launcher": launcher}))
+    write_surroundings(folder, launcher)
+    return folder
+
+
+def write_surroundings(folder: Path, launcher: dict[str, Any]) -> None:
+    """environment.json and git.diff: on what, and by which code."""
     sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
     write_atomically(folder / "git.diff", "\n".join(line for line in diff.splitlines() if not SECRET.search(line)))
     write_json(folder / "environment.json", _environment(launcher, sha))
-    return folder
+
+
+def refuse_secrets(values: Any, path: str = "") -> None:
+    """Raises ConfigError for an address with a password: configs are kept in run folders, which people share."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            refuse_secrets(value, f"{path}.{name}".lstrip("."))
+    elif isinstance(values, list):
+        for value in values:
+            refuse_secrets(value, path)
+    elif isinstance(values, str) and PASSWORD.search(values):
+        raise ConfigError(
+            f"{path}: holds an address with a password, which would land in the run folder; give credentials by the "
+            "environment (AWS_ACCESS_KEY_ID … or the storage's own config file)"
+        )
 
 
 def run_config(job: PretrainJob) -> Config:
@@ -73,7 +104,7 @@ def _environment(launcher: dict[str, Any], sha: str) -> dict[str, Any]:
     installed = {package: metadata.version(package) for package in PACKAGES if _is_installed(package)}
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [argument for argument in sys.argv if not SECRET.search(argument)],
+        "command": [word for word in sys.argv if not SECRET.search(word) and not PASSWORD.search(word)],
         "directory": str(Path.cwd()),
         "host": socket.gethostname(),
         "platform": platform.platform(),

@@ -31,10 +31,13 @@ def adopt_slurm_ranks() -> None:
 
 
 def log_to_folder(run_folder: Path) -> None:
-    """Appends stdout and stderr of this rank to its log file, native code's output included."""
-    if os.environ.get(RANK_LOGS) != "1":
-        return
-    path = run_folder / "logs" / f"rank_{os.environ.get('RANK', '0')}.log"
+    """Appends stdout and stderr of this rank to its log file, where the launcher asks for it."""
+    if os.environ.get(RANK_LOGS) == "1":
+        log_to(run_folder / "logs" / f"rank_{os.environ.get('RANK', '0')}.log")
+
+
+def log_to(path: Path) -> None:
+    """Appends stdout and stderr of this process to a file, native code's output included."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()

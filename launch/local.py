@@ -58,7 +58,7 @@ class ChildProcesses(abc.ABC):
 
     def status(self, handle: str) -> State:
         """`failed` for a job that is gone: whether its run is complete, the run folder says."""
-        return "running" if _process(handle) else "failed"
+        return "running" if find_process(handle) else "failed"
 
     def exit_code(self, handle: str) -> int | None:
         """Of a job that this process started, once all ranks have ended."""
@@ -71,7 +71,7 @@ class ChildProcesses(abc.ABC):
             if job.stdin and not job.stdin.closed:
                 job.stdin.close()
             job.wait()
-        elif process := _process(handle):
+        elif process := find_process(handle):
             process.terminate()
             process.wait(timeout=3 * guard.GRACE)
 
@@ -117,8 +117,8 @@ class LocalSubmitter(ChildProcesses):
         return [*launcher, "--module", "--no_local_rank", *worker]
 
 
-def _process(handle: str) -> psutil.Process | None:
-    """The living guard process of a handle."""
+def find_process(handle: str) -> psutil.Process | None:
+    """The living process of a handle."""
     pid, _, birth = handle.partition(":")
     try:
         process = psutil.Process(int(pid))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from data_pipeline.schema import ConfigError
 from launch.config import RayConfig
+from launch.environment import RANK_LOGS
 from launch.local import ChildProcesses
 from launch.submit import State
 
@@ -55,27 +57,50 @@ class RayJobs:
     dashboard listen on localhost (Ray's default), and go through an ssh tunnel.
     """
 
-    def __init__(self, config: RayConfig) -> None:
+    VARIABLES: Final = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", RANK_LOGS: "1"}
+
+    def __init__(self, config: RayConfig, verb: str = "pretrain") -> None:
         self.config = config
         self.processes = config.workers or 1
+        self._verb = verb
+
+    def command(self, folder: Path) -> list[str]:
+        """What runs on the cluster."""
+        address = self.config.address or "auto"
+        task = [sys.executable, "-m", "launch.tasks", str(folder.absolute())]
+        verbs = {"pretrain": gang_command(self.config, folder), "evaluate": task}
+        command = verbs.get(self._verb, [*task, "--ray", address])
+        if self.config.after:
+            command = [sys.executable, "-m", "launch.ray_after", self.config.after, *command]
+        return command
 
     def plan(self, folder: Path) -> str:
         """The entrypoint, quoted: Ray hands it to a shell."""
-        return shlex.join(gang_command(self.config, folder))
+        return f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(self.command(folder))}"
 
     def submit(self, folder: Path) -> str:
-        """Raises RuntimeError or ConnectionError where no dashboard answers."""
-        directory = shlex.quote(str(Path.cwd()))
-        entrypoint = f"cd {directory} && exec {self.plan(folder)}"
-        handle: str = self._client().submit_job(entrypoint=entrypoint)
+        """Raises ConfigError where no dashboard answers."""
+        place = {}
+        if self._verb == "evaluate":  # the one that computes where its entrypoint runs
+            place = {"entrypoint_num_cpus": self.config.cpus_per_worker}
+            place |= {"entrypoint_num_gpus": self.config.gpus_per_worker} if self.config.gpus_per_worker else {}
+        variables = self.VARIABLES | ({} if self.config.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})
+        handle: str = self._client().submit_job(
+            entrypoint=self.plan(folder), runtime_env={"env_vars": variables}, **place
+        )
         return handle
 
     def status(self, handle: str) -> State:
         """Ray's word for it; `failed` for a job that the cluster does not know any more."""
         try:
             return STATES.get(str(self._client().get_job_status(handle)), "failed")
-        except RuntimeError:
+        except (RuntimeError, ConfigError):
             return "failed"
+
+    def logs(self, handle: str) -> str:
+        """What the driver said."""
+        said: str = self._client().get_job_logs(handle)
+        return said
 
     def cancel(self, handle: str) -> None:
         """Ends the driver; its actors and their ranks end with it."""
@@ -84,4 +109,7 @@ class RayJobs:
     def _client(self) -> Any:
         from ray.job_submission import JobSubmissionClient
 
-        return JobSubmissionClient(self.config.dashboard)
+        try:
+            return JobSubmissionClient(self.config.dashboard)
+        except ConnectionError as error:
+            raise ConfigError(f"launcher.dashboard={self.config.dashboard}: no Ray answers there ({error})") from None

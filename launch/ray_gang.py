@@ -25,7 +25,7 @@ from launch.environment import RANK_LOGS, free_port
 from launch.local import STOP_FILE
 from launch.submit import steps_done
 
-FINISHED, BAD_CONFIG, STOPPED = 0, 2, 85
+FINISHED, BAD_CONFIG, UNHEALTHY, STOPPED = 0, 2, 3, 85
 """Exit codes of launch.worker after which the gang is not started again."""
 LOST = 70
 """Exit code of a rank whose actor or node is gone."""
@@ -64,7 +64,7 @@ def _persist(given: argparse.Namespace) -> int:
         world = _wait_for_room(micro_batches, given)
         _say(f"{world} ranks, from step {before}")
         code = _run_gang(given, world)
-        if code in (FINISHED, BAD_CONFIG) or (code == STOPPED and (given.folder / STOP_FILE).exists()):
+        if code in (FINISHED, BAD_CONFIG, UNHEALTHY) or (code == STOPPED and (given.folder / STOP_FILE).exists()):
             return code  # a rank that stopped without being asked to lost its node
         if steps_done(given.folder) >= config["train"]["steps"]:
             return FINISHED  # what was lost had nothing left to do

@@ -14,6 +14,13 @@ from launch.config import SlurmConfig
 from launch.submit import State
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "slurm"
+SCRIPTS = {
+    "pretrain": "pretrain.sbatch",
+    "preprocess": "ray.sbatch",
+    "targets": "ray.sbatch",
+    "evaluate": "evaluate.sbatch",
+}
+"""Verb -> its template."""
 STATES: dict[str, State] = {
     "PENDING": "waiting",
     "CONFIGURING": "waiting",
@@ -33,26 +40,26 @@ class SlurmError(RuntimeError):
 
 
 class SlurmSubmitter:
-    """Submits slurm/pretrain.sbatch, or slurm/preprocess.sbatch with `overrides`; the handle is the job's id."""
+    """Submits the verb's template of slurm/; the handle is the job's id."""
 
-    def __init__(self, config: SlurmConfig, overrides: Sequence[str] | None = None) -> None:
-        """`overrides`: those of `auricle preprocess`; None pretrains."""
+    def __init__(self, config: SlurmConfig, verb: str = "pretrain") -> None:
         self.config = config
-        self.overrides = overrides
-        self.script = TEMPLATES / ("pretrain.sbatch" if overrides is None else "preprocess.sbatch")
+        self.script = TEMPLATES / SCRIPTS[verb]
         self.processes = config.nodes * config.tasks_per_node
 
-    def command(self, folder: Path) -> list[str]:
-        """The sbatch command line."""
+    def command(self, folder: Path, runs: Sequence[Path] = ()) -> list[str]:
+        """The sbatch command line. `runs`: those of a sweep, an array, each with its index at the end of its name."""
         c = self.config
+        log = str(folder.absolute()).replace("%", "%%") + "_%a" * bool(runs) + "/logs/slurm.log"  # %j, too, is a field
         options = {
             "job-name": folder.name,
             "nodes": c.nodes,
-            "ntasks-per-node": c.tasks_per_node,
+            "ntasks-per-node": c.tasks_per_node if self.script.name == SCRIPTS["pretrain"] else 1,
             "cpus-per-task": c.cpus_per_task,
             "time": c.minutes,
-            "signal": f"B:USR1@{c.warn_seconds}" if self.overrides is None else "",
-            "output": str(folder.absolute() / "logs" / "slurm.log").replace("%", "%%"),  # %j and the like are fields
+            "signal": f"B:USR1@{c.warn_seconds}" if self.script.name != SCRIPTS["evaluate"] else "",
+            "array": f"0-{len(runs) - 1}" + f"%{c.parallel}" * bool(c.parallel) if runs else "",
+            "output": log,
             "gres": f"gpu:{c.gpus_per_node}" if c.gpus_per_node else "",
             "mem": f"{c.memory_gb}G" if c.memory_gb else "",
             "partition": c.partition,
@@ -64,28 +71,36 @@ class SlurmSubmitter:
             "kill-on-invalid-dep": "yes" if c.after else "",
         }
         given = [f"--{name}={value}" for name, value in options.items() if value != ""]
-        return ["sbatch", "--parsable", *given, str(self.script), *self._script_arguments(folder)]
+        folders = [str(run.absolute()) for run in runs or (folder,)]
+        return [
+            "sbatch",
+            "--parsable",
+            *given,
+            str(self.script),
+            *self._script_arguments(),
+            *["--"] * bool(runs),
+            *folders,
+        ]
 
-    def _script_arguments(self, folder: Path) -> list[str]:
+    def _script_arguments(self) -> list[str]:
         c = self.config
         arguments = ["--python", c.python or sys.executable, "--retries", str(c.retries)]
         for module in c.modules:
             arguments += ["--module", module]
-        if self.overrides is not None:
-            return [*arguments, *self.overrides]
         if c.container != "none":
             arguments += ["--container", c.container, "--image", c.image, "--mounts", c.mounts]
-        return [*arguments, str(folder.absolute())]
+        return arguments
 
-    def plan(self, folder: Path) -> str:
+    def plan(self, folder: Path, runs: Sequence[Path] = ()) -> str:
         """The command and the script it submits."""
-        return f"{shlex.join(self.command(folder))}\n\n# {self.script}\n{self.script.read_text(encoding='utf-8')}"
+        command = shlex.join(self.command(folder, runs))
+        return f"{command}\n\n# {self.script}\n{self.script.read_text(encoding='utf-8')}"
 
-    def submit(self, folder: Path) -> str:
+    def submit(self, folder: Path, runs: Sequence[Path] = ()) -> str:
         """Raises SlurmError with sbatch's own words, ConfigError for a path that SLURM cannot write to."""
         if "\\" in str(folder.absolute()):
             raise ConfigError(f"{folder.absolute()}: SLURM cannot write into folders with a backslash in their path")
-        return ask(*self.command(folder)).strip().split(";")[0]
+        return ask(*self.command(folder, runs)).strip().split(";")[0]
 
     def status(self, handle: str) -> State:
         """`failed` for a job that SLURM has forgotten, too."""

@@ -17,13 +17,14 @@ NOTE = "job.json"
 
 
 class Submitter(Protocol):
-    """Starts `python -m launch.worker RUN_FOLDER` on every rank of a run, somewhere.
+    """Starts the job of a run folder somewhere: `python -m launch.worker FOLDER` on every rank of a pretraining run,
+    `python -m launch.tasks FOLDER` for the other verbs.
 
     Logs need no part of it: wherever a rank runs, it writes RUN/logs/rank_N.log.
     """
 
     processes: int
-    """Ranks."""
+    """Ranks of a pretraining run."""
 
     def plan(self, folder: Path) -> str:
         """Exactly what `submit` would start, to be read by a person."""
@@ -52,12 +53,13 @@ class JobNote:
     submitted: str
     config: dict[str, Any]
     """The launcher's config."""
+    verb: str = "pretrain"
 
 
-def write_note(folder: Path, handle: str, config: Any) -> None:
+def write_note(folder: Path, handle: str, config: Any, verb: str = "pretrain") -> None:
     """Notes that the run of `folder` was submitted."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    note = JobNote(config.name, handle, os.uname().nodename, now, dataclasses.asdict(config))
+    note = JobNote(config.name, handle, os.uname().nodename, now, dataclasses.asdict(config), verb)
     write_json(folder / NOTE, dataclasses.asdict(note))
 
 

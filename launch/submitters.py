@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipeline.plan import accumulation
-from data_pipeline.schema import load
+from data_pipeline.schema import ConfigError, load
 from launch.config import LAUNCHERS, LocalConfig, PretrainJob, RayConfig, SlurmConfig
+from launch.foreground import Foreground
 from launch.local import LocalSubmitter
 from launch.ray import RayHere, RayJobs
 from launch.slurm import SlurmSubmitter
@@ -15,21 +16,26 @@ from launch.submit import JobNote, Submitter
 
 def for_job(job: PretrainJob) -> Submitter:
     """The submitter of a run. Raises ConfigError where the run cannot be cut into that many ranks."""
-    submitter = make(job.launcher, job.engine.name, job.device)
+    submitter = make(job.launcher, "pretrain", job.engine.name, job.device)
     accumulation(job.data.micro_batches, submitter.processes)
     return submitter
 
 
 def for_note(note: JobNote) -> Submitter:
-    """The submitter that a run was given to."""
-    return make(load(LAUNCHERS[note.launcher], note.config), "deepspeed", "auto")
+    """The submitter that a job was given to."""
+    return make(load(LAUNCHERS[note.launcher], note.config), note.verb, "deepspeed", "auto")
 
 
-def make(launcher: Any, engine: str, device: str) -> Submitter:
-    """By the type of its config."""
+def make(launcher: Any, verb: str, engine: str = "deepspeed", device: str = "auto") -> Submitter:
+    """By the type of its config. Raises ConfigError for a launcher that cannot do what it is asked to."""
+    if isinstance(launcher, SlurmConfig):
+        return SlurmSubmitter(launcher, verb)
+    if isinstance(launcher, RayConfig) and launcher.dashboard:
+        return RayJobs(launcher, verb)
+    if isinstance(launcher, RayConfig) and launcher.after:
+        raise ConfigError(f"launcher.after={launcher.after}: needs launcher.dashboard; without, jobs run from here")
+    if verb != "pretrain":
+        return Foreground(launcher)
     if isinstance(launcher, LocalConfig):
         return LocalSubmitter(launcher, engine, device)
-    if isinstance(launcher, RayConfig):
-        return RayJobs(launcher) if launcher.dashboard else RayHere(launcher)
-    assert isinstance(launcher, SlurmConfig)
-    return SlurmSubmitter(launcher)
+    return RayHere(launcher)

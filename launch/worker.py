@@ -1,6 +1,7 @@
 """One rank of a pretraining run: `python -m launch.worker RUN_DIR`, started by a launcher.
 
-Exit codes: 0 finished, 85 stopped on request with a checkpoint (start again to continue), 1 failed, 2 bad config.
+Exit codes: 0 finished, 85 stopped on request with a checkpoint (start again to continue), 1 failed, 2 bad config,
+3 stopped by the health watch (to start again would end the same way; RUN/UNHEALTHY says why).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from types import FrameType
 
 from launch.environment import adopt_slurm_ranks, log_to_folder
 
+UNHEALTHY = 3
 SLACK = 30.0
 """Seconds that a hung rank lives longer than a collective, so that the others can name it."""
 
@@ -50,6 +52,7 @@ def main(run_dir: str) -> int:
     from pretrain.engines import world as ranks
     from pretrain.heartbeat import Heartbeat, slowest
     from pretrain.train import train
+    from pretrain.watch import UnhealthyError
 
     rank = int(os.environ.get("RANK", "0"))
     reader = None
@@ -61,14 +64,19 @@ def main(run_dir: str) -> int:
         if world.rank == 0:
             run.folder.claim()
             run.folder.stop_request.unlink(missing_ok=True)
+            run.folder.unhealthy.unlink(missing_ok=True)
         patience = config.engine.timeout_minutes * 60 + SLACK
         with Heartbeat(path, world.rank, patience) as heart:
             return train(config, run.engine, reader, run.folder, heart, stop, _say).value
     except (ConfigError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("AURICLE_DEBUG"):
             traceback.print_exc()
-        hint = f"\n{slowest(path)}" if isinstance(error, RuntimeError) else ""
+        unhealthy = isinstance(error, UnhealthyError)
+        hint = f"\n{slowest(path)}" if isinstance(error, RuntimeError) and not unhealthy else ""
         print(f"rank {rank}: {type(error).__name__}: {error}{hint}", file=sys.stderr, flush=True)
+        if unhealthy:
+            run.folder.unhealthy.write_text(f"{error}\n", encoding="utf-8")
+            return UNHEALTHY
         return 2 if isinstance(error, ValueError) else 1
     finally:
         if reader is not None:

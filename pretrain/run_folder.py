@@ -26,6 +26,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tb"
         self.stop_request = self.path / "STOP"
+        self.unhealthy = self.path / "UNHEALTHY"
         self._incarnations = self.path / "incarnations"
         self.incarnation = 0
 

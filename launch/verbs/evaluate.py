@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.schema import ConfigError
-from launch import job
+from launch import send
+from launch.config import EvaluateJob
+from launch.verbs.targets import checkpoint_fingerprint
 from pretrain.evaluate.config import EvaluateConfig
 
 POLL_SECONDS = 10.0
 
 
+KIND = EvaluateConfig
+
+
 def run(arguments: list[str]) -> int:
-    """Exit code 0 once every task is measured, 2 for a bad config."""
-    request = job.read("evaluate", EvaluateConfig, arguments)
-    if request is None:
-        return 0
-    if request.config.follow:
-        return follow(request.config)
+    """Exit code 0 once every task is measured, or the job is queued; 2 for a bad config."""
+    return send.run("evaluate", EvaluateJob, arguments)
+
+
+def work(config: EvaluateConfig) -> None:
+    """Measures, prints the table, and writes it where `out` says."""
+    if config.follow:
+        follow(config)
+        return
     from launch.tables import show
     from pretrain.evaluate import report
     from pretrain.evaluate.run import evaluate
 
-    rows = evaluate(request.config)
+    rows = evaluate(config)
     show(report.table(rows))
-    if request.config.out:
-        report.write(rows, Path(request.config.out).expanduser())
-    return 0
+    if config.out:
+        report.write(rows, Path(config.out).expanduser())
 
 
-def follow(config: EvaluateConfig) -> int:
+def made_from(config: EvaluateConfig) -> dict[str, str]:
+    """The checkpoints' weights and the list of the audio."""
+    if config.follow:  # which may begin before there is a checkpoint
+        return {}
+    manifest = Path(config.manifest).expanduser()
+    listed = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
+    return {"manifest": listed, **checkpoint_fingerprint(config.checkpoint)}
+
+
+def made(config: EvaluateConfig) -> dict[str, str]:
+    """The results; without `out` nothing is kept, and so nothing stands."""
+    file = Path(config.out).expanduser() / "results.json"
+    if not config.out or not file.is_file():
+        return {}
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def follow(config: EvaluateConfig) -> None:
     """Beside a run until its last step: each new checkpoint is evaluated once, without baselines."""
     from pretrain.checkpoint import read_state
     from pretrain.evaluate import report
@@ -55,5 +80,5 @@ def follow(config: EvaluateConfig) -> int:
             rows = evaluate(replace(config, checkpoint=str(newest), baselines=False))
             report.into_run(rows, run_folder, step)
         if step >= steps:
-            return 0
+            return
         time.sleep(POLL_SECONDS)

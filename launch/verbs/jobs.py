@@ -7,13 +7,18 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from launch import submitters
+from data_pipeline.schema import load
+from launch import local, submitters, tasks
+from launch.config import LAUNCHERS
+from launch.foreground import Foreground
 from launch.progress import Follower, describe
 from launch.submit import NOTE, State, read_note, steps_done, write_note
 
 ENDED = ("done", "failed", "cancelled")
+_LOST: State = "failed"
 
 
 def run(arguments: list[str]) -> int:
@@ -45,13 +50,16 @@ def run(arguments: list[str]) -> int:
 def state_of(folder: Path) -> State:
     """A run's state: what its launcher says, and `done` once all steps are."""
     note = read_note(folder)
-    state: State = "failed"
-    if note.launcher != "local" or note.host == os.uname().nodename:
-        state = submitters.for_note(note).status(note.handle)
+    submitter, state = submitters.for_note(note), _LOST
+    if not isinstance(submitter, local.ChildProcesses | Foreground) or note.host == os.uname().nodename:
+        state = submitter.status(note.handle)
+    return "done" if state == "failed" and _complete(folder) else state
+
+
+def _complete(folder: Path) -> bool:
+    """Whether the run folder itself says that all is done."""
     steps = _steps(folder)
-    if state == "failed" and steps and steps_done(folder) >= steps:
-        return "done"
-    return state
+    return steps_done(folder) >= steps if steps else (folder / tasks.RESULT).is_file()
 
 
 def _folder(name: str) -> Path:
@@ -75,14 +83,14 @@ def _list(runs: Path) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("run", "where", "job", "state", "step", "of", "submitted", box=None, pad_edge=False)
+    table = Table("run", "verb", "where", "job", "state", "step", "of", "submitted", box=None, pad_edge=False)
     for note_file in sorted(runs.glob(f"*/{NOTE}")):
         folder = note_file.parent
         note, row = read_note(folder), Follower(folder).read()
-        step = str(row["step"] if row else 0)
+        step = str(row["step"] if row else 0) if _steps(folder) else "–"
         handle = note.handle.partition(":")[0]
         steps = str(_steps(folder) or "–")
-        table.add_row(folder.name, note.launcher, handle, state_of(folder), step, steps, note.submitted)
+        table.add_row(folder.name, note.verb, note.launcher, handle, state_of(folder), step, steps, note.submitted)
     Console().print(table)
     return 0
 
@@ -90,7 +98,7 @@ def _list(runs: Path) -> int:
 def _status(folder: Path) -> int:
     state, row = state_of(folder), Follower(folder).read()
     if not _steps(folder):
-        print(f"{folder}: {state}")
+        print(f"{folder}: {read_note(folder).verb} {state}")
         return 1 if state in ("failed", "cancelled") else 0
     progress = f"step {row['step']}/{_steps(folder)}, {describe(row)}" if row else "no step done yet"
     print(f"{folder}: {state}, {progress}, newest checkpoint at step {steps_done(folder)}")
@@ -98,7 +106,9 @@ def _status(folder: Path) -> int:
 
 
 def _logs(folder: Path, rank: int, follow: bool) -> int:
-    path = folder / "logs" / (f"rank_{rank}.log" if _steps(folder) else "slurm.log")
+    path = folder / "logs" / f"rank_{rank}.log"
+    if not _steps(folder):
+        path = folder / "logs" / ("slurm.log" if read_note(folder).launcher == "slurm" else tasks.LOG)
     if not path.exists() and not follow:
         raise ValueError(f"{path} does not exist (yet); there are: {', '.join(_names(folder / 'logs')) or 'no logs'}")
     for text in _growing(path, folder) if follow else [path.read_text(encoding="utf-8", errors="replace")]:
@@ -134,12 +144,13 @@ def _cancel(folder: Path) -> int:
 
 def _requeue(folder: Path) -> int:
     note = read_note(folder)
-    if note.launcher == "local":
-        raise ValueError(f"{folder} ran on this machine: give its `auricle pretrain` command again, it continues")
+    submitter = submitters.for_note(note)
+    if isinstance(submitter, local.ChildProcesses | Foreground):
+        raise ValueError(f"{folder} ran from this machine: give its `auricle {note.verb}` command again, it continues")
     if state_of(folder) in ("waiting", "running"):
         raise ValueError(f"{folder}: job {note.handle} is {state_of(folder)}; cancel it first")
-    submitter = submitters.for_note(note)
-    handle = submitter.submit(folder)
-    write_note(folder, handle, submitter.config)  # type: ignore[attr-defined]
+    launcher = replace(load(LAUNCHERS[note.launcher], note.config), after="")  # what it waited for has ended
+    handle = submitters.make(launcher, note.verb).submit(folder)
+    write_note(folder, handle, launcher, note.verb)
     print(f"{folder}: job {handle}")
     return 0

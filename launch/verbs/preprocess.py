@@ -2,57 +2,55 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from data_pipeline.preprocess_config import PreprocessConfig
-from data_pipeline.schema import ConfigError
-from launch import job
-from launch.config import LocalConfig, PreprocessJob, SlurmConfig
-from launch.slurm import SlurmSubmitter
-from launch.submit import write_note
+from launch import send
+from launch.config import LocalConfig, PreprocessJob
 
-DRY_RUN = "--dry-run"
+KIND = PreprocessConfig
 
 
 def run(arguments: list[str]) -> int:
     """Exit code 0 where all is written (or the job is queued), 1 where something could not be, 2 for a bad config."""
-    request = job.read("preprocess", PreprocessJob, arguments, switches=(DRY_RUN,))
-    if request is None:
-        return 0
-    launcher = request.config.launcher
-    if isinstance(launcher, SlurmConfig):
-        return _submit(request.config, launcher, arguments, DRY_RUN in request.switches)
-    if not isinstance(launcher, LocalConfig):
-        raise ConfigError(f"launcher={launcher.name}: preprocessing runs on a Ray cluster by ray.address=, from here")
-    fields = (field.name for field in dataclasses.fields(PreprocessConfig))
-    config = PreprocessConfig(**{name: getattr(request.config, name) for name in fields})
-    from data_pipeline.ray_jobs import plan_units, preprocess
+    return send.run("preprocess", PreprocessJob, arguments, _forecast)
 
-    if DRY_RUN in request.switches:
+
+def _forecast(config: PreprocessJob) -> None:
+    """What a job on this machine would do."""
+    if isinstance(config.launcher, LocalConfig):
+        from data_pipeline.ray_jobs import plan_units
+
         show(plan_units(config).rows())
-        return 0
+
+
+def work(config: PreprocessConfig) -> None:
+    """Writes what is missing. Raises OSError where something could not be written."""
+    from data_pipeline.ray_jobs import preprocess
+
     summary = preprocess(config)
     show(summary.rows())
     if summary.problem:
         raise OSError(summary.problem)
-    return 0
 
 
-def _submit(config: PreprocessJob, launcher: SlurmConfig, arguments: list[str], dry_run: bool) -> int:
-    """As a SLURM job that starts a Ray of its own; its folder is runs/preprocess_<name of out>."""
-    overrides = [line for line in arguments if not line.startswith(("-", "launcher", "+launcher", "++launcher"))]
-    submitter = SlurmSubmitter(launcher, overrides)
-    folder = Path("runs") / f"preprocess_{Path(config.out).name}"
-    if dry_run:
-        print(submitter.plan(folder))
-        return 0
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    handle = submitter.submit(folder)
-    write_note(folder, handle, launcher)
-    print(f"slurm job {handle}; auricle jobs status {folder} follows it, launcher.after={handle} can follow it")
-    return 0
+def made_from(config: PreprocessConfig) -> dict[str, str]:
+    """Nothing: which recordings are in, the plan in the data set knows."""
+    return {}
+
+
+def made(config: PreprocessConfig) -> dict[str, str]:
+    """The data set, where nothing of the corpus is missing and every byte is as it was written."""
+    from data_pipeline.ray_jobs import plan_units
+    from data_pipeline.shards import finished_units
+    from data_pipeline.units import set_roots
+    from data_pipeline.verify import verify
+
+    forecast, roots = plan_units(config), set_roots(config)
+    if forecast.units_done < forecast.units or any(fault for root in roots for fault in verify(root, decode=False)):
+        return {}
+    return {root: hashlib.sha256(b"".join(r.to_json() for r in finished_units(root))).hexdigest() for root in roots}
 
 
 def show(rows: Sequence[tuple[str, str]]) -> None:

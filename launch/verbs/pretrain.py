@@ -12,16 +12,18 @@ from data_pipeline.schema import ConfigError
 from data_pipeline.shards import done_records
 from launch import describe, job, local, progress, submitters
 from launch.config import PretrainJob
+from launch.send import DRY_RUN, PREPARE, SWITCHES, tell
 from launch.submit import steps_done, write_note
 
 STOPPED = 85
 """A worker's exit code when it saved a checkpoint and stopped on request."""
-DRY_RUN = "--dry-run"
+UNHEALTHY = 3
+"""… and when the health watch stopped it."""
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code: 0 all steps are done or the job is queued, 1 a rank failed, 2 bad config, 130 stopped."""
-    request = job.read("pretrain", PretrainJob, arguments, switches=(DRY_RUN,))
+    """Exit code: 0 all steps are done or the job is queued, 1 a rank failed, 2 bad config, 3 unhealthy, 130 stopped."""
+    request = job.read("pretrain", PretrainJob, arguments, switches=SWITCHES)
     if request is None:
         return 0
     config = request.config
@@ -34,11 +36,14 @@ def run(arguments: list[str]) -> int:
         Rules.of(config.data)
         _require_shards(config.data.shards)
     folder = describe.prepare(config)
+    if PREPARE in request.switches:
+        print(folder)
+        return 0
     if isinstance(submitter, local.ChildProcesses):
         return attend(submitter, folder, config.train.steps, config.launcher)
     handle = submitter.submit(folder)
     write_note(folder, handle, config.launcher)
-    print(f"{config.launcher.name} job {handle}, run folder {folder}; auricle jobs status {folder} follows it")
+    tell(handle, folder, config.launcher.name)
     return 0
 
 
@@ -83,7 +88,7 @@ def _verdict(code: int, folder: Path, steps: int) -> int:
     print(local.failure_report(folder), file=sys.stderr)
     ending = f"ended with {_meaning(code)}" if code else f"ended after step {done} of {steps}"
     print(f"auricle pretrain: the run {ending}; all logs are in {folder / 'logs'}", file=sys.stderr)
-    return 2 if code == 2 else 1
+    return code if code in (2, UNHEALTHY) else 1
 
 
 def _meaning(code: int) -> str:

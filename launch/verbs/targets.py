@@ -3,24 +3,58 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 
 import numpy as np
 
 from data_pipeline.audio import Wave
-from data_pipeline.targets import Extractor, Matrix, TargetsConfig, make_targets, mfcc
-from launch import job
+from data_pipeline.files import FileStore
+from data_pipeline.frame_labels import file_name
+from data_pipeline.shards import done_records
+from data_pipeline.targets import KMEANS, Extractor, Matrix, TargetsConfig, make_targets, mfcc
+from launch import send
+from launch.config import TargetsJob
 from launch.verbs.preprocess import show
+
+KIND = TargetsConfig
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code 0 where all shards are labelled."""
-    request = job.read("targets", TargetsConfig, arguments)
-    if request is None:
-        return 0
-    config = request.config
+    """Exit code 0 where all shards are labelled, or the job is queued."""
+    return send.run("targets", TargetsJob, arguments)
+
+
+def work(config: TargetsConfig) -> None:
+    """Labels what is not labelled. Raises OSError where something could not be written."""
     extractor = mfcc if config.features == "mfcc" else functools.partial(layer_of, config.features, config.layer)
     show(make_targets(config, extractor).rows())
-    return 0
+
+
+def made_from(config: TargetsConfig) -> dict[str, str]:
+    """The shards, and the checkpoint whose layer is taken."""
+    shards = hashlib.sha256("".join(record.sha256 for record in done_records(config.shards)).encode()).hexdigest()
+    return {"shards": shards, **({} if config.features == "mfcc" else checkpoint_fingerprint(config.features))}
+
+
+def made(config: TargetsConfig) -> dict[str, str]:
+    """Centres and labels of every shard."""
+    store = FileStore(config.out)
+    names = [KMEANS, *(file_name(record.shard) for record in done_records(config.shards))]
+    if not all(store.exists(name) for name in names):
+        return {}
+    return {name: hashlib.sha256(store.read(name)).hexdigest() for name in names}
+
+
+def checkpoint_fingerprint(checkpoints: str) -> dict[str, str]:
+    """sha256 of the weights of each checkpoint of a comma-separated list."""
+    from pretrain.evaluate.encoders import find_checkpoint
+
+    found = {}
+    for text in checkpoints.split(","):
+        weights = find_checkpoint(text.strip()) / "model.safetensors"
+        with weights.open("rb") as file:
+            found[str(weights)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def layer_of(checkpoint: str, layer: int) -> Extractor:
