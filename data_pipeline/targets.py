@@ -135,6 +135,18 @@ def make_targets(config: TargetsConfig, extractor: Callable[[], Extractor] = mfc
     return TargetsSummary(artefact, len(records), labels.classes, labels.rate_hz, inertia)
 
 
+def all_labelled(config: TargetsConfig) -> bool:
+    """Whether every shard has its labels. Raises ConfigError where they are there, but of other settings."""
+    records, store = done_records(config.shards), FileStore(config.out)
+    if not store.exists("targets.json") or not store.exists("labels.json"):
+        return False
+    _same_settings(store, _settings(config, records))
+    artefact = LabelSet.read(config.out).artefact
+    return all(
+        store.exists(file_name(record.shard)) and _artefact_of(store, record.shard) == artefact for record in records
+    )
+
+
 def accumulate(
     config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], float]:

@@ -113,7 +113,29 @@ class EvaluateJob(EvaluateConfig):
 
 
 @config
+class Iteration:
+    """Frame labels of all shards, and a training on them: one turn of a chain (launch/chain.py)."""
+
+    steps: Annotated[int, about("optimizer steps of its training", ge=1)]
+    classes: Annotated[int, about("number of labels", ge=2, le=65_535)] = 100
+    features: Annotated[
+        str,
+        about("what the labels are made of: mfcc, or a checkpoint; empty: mfcc, later the model of the turn before"),
+    ] = ""
+    layer: Annotated[int, about("layer of the checkpoint", ge=0)] = 6
+    rate_hz: Annotated[float, about("rate of the checkpoint's frames; 0: that of the model to be trained", ge=0)] = 0.0
+    fraction: Annotated[float, about("share of the shards that k-means is fitted on", gt=0, le=1)] = 0.1
+    overrides: Annotated[tuple[str, ...], about("of this training, as on the command line")] = ()
+
+
+@config
 class PretrainJob(Config):
     """A pretraining run and where it runs: the root of conf/pretrain.yaml."""
 
+    chain: Annotated[
+        dict[str, Iteration], about("iterations by name, one after the other; the run is named NAME-ITERATION")
+    ] = dataclasses.field(default_factory=dict)
+    link: Annotated[
+        str, about("only this link of the chain: an iteration's name, or with -labels behind it; empty: all")
+    ] = ""
     launcher: Launcher = dataclasses.field(default_factory=LocalConfig)

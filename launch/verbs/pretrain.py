@@ -10,10 +10,11 @@ from pathlib import Path
 from data_pipeline.plan_rules import Rules
 from data_pipeline.schema import ConfigError
 from data_pipeline.shards import done_records
-from launch import describe, job, local, progress, submitters
+from launch import chain, describe, job, local, progress, submitters, sweep
 from launch.config import PretrainJob
 from launch.send import DRY_RUN, PREPARE, SWITCHES, tell
 from launch.submit import steps_done, write_note
+from launch.verbs import targets
 
 STOPPED = 85
 """A worker's exit code when it saved a checkpoint and stopped on request."""
@@ -23,10 +24,16 @@ UNHEALTHY = 3
 
 def run(arguments: list[str]) -> int:
     """Exit code: 0 all steps are done or the job is queued, 1 a rank failed, 2 bad config, 3 unhealthy, 130 stopped."""
-    request = job.read("pretrain", PretrainJob, arguments, switches=SWITCHES)
+    if sweep.MULTIRUN in arguments:
+        return sweep.run(arguments, run)
+    request = job.read("pretrain", PretrainJob, arguments, switches=(*SWITCHES, sweep.MULTIRUN))
     if request is None:
         return 0
     config = request.config
+    if config.chain:
+        return chain.run(config, arguments, {"targets": targets.run, "pretrain": run})
+    if config.link:
+        raise ConfigError(f"link={config.link}: this run has no chain")
     submitter = submitters.for_job(config)
     if DRY_RUN in request.switches:
         print(submitter.plan(describe.folder_of(config)))

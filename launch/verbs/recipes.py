@@ -6,6 +6,8 @@ import argparse
 
 from data_pipeline.schema import load
 from launch.compose import CONF, compose
+from launch.config import PretrainJob
+from launch.describe import run_config
 
 
 def run(arguments: list[str]) -> int:
@@ -18,7 +20,6 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.config import Config
     from pretrain.recipes import summarize
 
     columns = (
@@ -34,7 +35,7 @@ def run(arguments: list[str]) -> int:
     table = Table(*columns, "source", box=None, pad_edge=False)
     for name in names:
         values = compose("pretrain", [f"experiment={name}", "data.shards=none"])
-        row = summarize(load(Config, {key: value for key, value in values.items() if key != "launcher"}))
+        row = summarize(run_config(load(PretrainJob, values)))
         table.add_row(
             row.name,
             f"{row.parameters / 1e6:.2f} M",

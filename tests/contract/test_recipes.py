@@ -7,6 +7,8 @@ import torch
 
 from data_pipeline.schema import load
 from launch.compose import CONF, compose
+from launch.config import PretrainJob
+from launch.describe import run_config
 from pretrain import plugins
 from pretrain.config import Config
 from pretrain.model import build_model
@@ -19,7 +21,7 @@ def stems(group: str) -> list[str]:
 
 def composed(*overrides: str) -> Config:
     values = compose("pretrain", ["data.shards=nowhere", *overrides])
-    return load(Config, {name: value for name, value in values.items() if name != "launcher"})
+    return run_config(load(PretrainJob, values))
 
 
 @pytest.mark.parametrize("experiment", stems("experiment"))

@@ -1,0 +1,88 @@
+"""Iterations as a chain of commands: what follows what, what is skipped, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.schema import ConfigError, load
+from launch import chain
+from launch.compose import compose
+from launch.config import PretrainJob
+
+ARGUMENTS = ["+experiment=hubert_base", "data.shards=shards", "chain.it1.steps=2", "chain.it2.steps=3"]
+
+
+def job(*more: str) -> PretrainJob:
+    return load(PretrainJob, compose("pretrain", [*ARGUMENTS, *more]))
+
+
+def test_each_link_starts_from_the_one_before() -> None:
+    found = chain.links(job("runs=here", "seed=5"), [*ARGUMENTS, "runs=here", "seed=5"])
+    assert [link.name for link in found] == ["it1-labels", "it1", "it2-labels", "it2"]
+    assert [link.needs for link in found] == ["", "it1-labels", "it1", "it2-labels"]
+    first, training, second, last = (dict(line.partition("=")[::2] for line in link.arguments) for link in found)
+    assert first["features"] == "mfcc"
+    assert second["features"] == "here/hubert_base-it1/checkpoints/step_00000002"
+    for labels, run, classes, rate in ((first, training, "100", "100.0"), (second, last, "500", "50.0")):
+        assert labels["classes"] == run["objective.units"] == classes
+        assert run["objective.label_rate_hz"] == rate
+        assert run["data.targets.units"] == labels["out"]
+        assert run["seed"] == labels["seed"] == "5"
+    alone = load(PretrainJob, compose("pretrain", list(found[3].arguments)))
+    assert alone.train.steps == 3
+    assert not alone.chain, "a link is a run like any other"
+
+
+class Verbs:
+    """Stands for the commands: notes what was run, and leaves what a queue would."""
+
+    def __init__(self, queued: bool, fails: str = "") -> None:
+        self.queued, self.fails = queued, fails
+        self.ran: list[dict[str, str]] = []
+
+    def __call__(self, arguments: list[str]) -> int:
+        values = dict(line.partition("=")[::2] for line in arguments)
+        self.ran.append(values)
+        if self.queued:
+            folder = Path(values["runs"]) / values["name"]
+            folder.mkdir(parents=True)
+            note = {"launcher": "slurm", "handle": f"{40 + len(self.ran)}", "host": "", "submitted": "", "config": {}}
+            (folder / "job.json").write_text(json.dumps(note))
+        return 1 if values["name"] == self.fails else 0
+
+
+def run(verbs: Verbs, runs: Path, *more: str) -> int:
+    arguments = [*ARGUMENTS, f"runs={runs}", *more]
+    return chain.run(job(f"runs={runs}", *more), arguments, {"targets": verbs, "pretrain": verbs})
+
+
+def test_a_failed_link_ends_the_chain(tmp_path: Path) -> None:
+    verbs = Verbs(queued=False, fails="hubert_base-it1")
+    assert run(verbs, tmp_path) == 1
+    assert [values["name"] for values in verbs.ran] == ["hubert_base-it1-labels", "hubert_base-it1"]
+
+
+def test_a_queue_gets_all_links_each_after_the_one_before(tmp_path: Path) -> None:
+    verbs = Verbs(queued=True)
+    assert run(verbs, tmp_path, "launcher=slurm") == 0
+    assert [values.get("launcher.after") for values in verbs.ran] == [None, "41", "42", "43"]
+    assert all(values["launcher"] == "slurm" for values in verbs.ran)
+
+
+def test_one_link_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verbs = Verbs(queued=False)
+    with pytest.raises(ConfigError, match="link=it1 needs it1-labels"):
+        run(verbs, tmp_path, "link=it1")
+    monkeypatch.setattr(chain.Link, "finished", lambda link: link.name != "it2")
+    assert run(verbs, tmp_path, "link=it2") == 0
+    assert [values["name"] for values in verbs.ran] == ["hubert_base-it2"]
+    with pytest.raises(ConfigError, match="no such link"):
+        run(verbs, tmp_path, "link=it3")
+
+
+def test_what_an_iteration_decides_cannot_be_given_for_all() -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps.*chain\.it1\.steps"):
+        chain.links(job(), [*ARGUMENTS, "train.steps=5"])
