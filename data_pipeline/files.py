@@ -74,7 +74,7 @@ class FileStore:
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)
-        _sync_folder(target.parent)
+        sync(target.parent)
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes a file that must not be there yet, whole or not at all; False where somebody was faster."""
@@ -88,7 +88,7 @@ class FileStore:
                 os.link(folder / "claim", target)
             except FileExistsError:
                 return False
-        _sync_folder(target.parent)
+        sync(target.parent)
         return True
 
     def replace(self, name: str, content: bytes) -> None:
@@ -155,8 +155,9 @@ def _is_dead(name: str) -> bool:
     return bool(mark) and pid.isdigit() and not psutil.pid_exists(int(pid))
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -16,6 +16,7 @@ VERBS = {
     "preprocess": ("preprocess", "raw audio -> shards, with Ray"),
     "targets": ("targets", "frame labels over shards, by k-means on MFCC or on a layer of a checkpoint"),
     "pretrain": ("pretrain", "shards -> a pretrained checkpoint, with DeepSpeed"),
+    "pipeline": ("pipeline", "preprocess, targets, pretrain and evaluate as one chain, here, on SLURM or on Ray"),
     "demo": ("demo", "the whole way in a few minutes, on speech it finds itself"),
     "shards": ("shards", "inspect, verify or count what a shard folder holds"),
     "plan-run": ("plan_run", "memory, time and communication of a run on a cluster, on paper"),

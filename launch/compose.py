@@ -6,6 +6,7 @@ Hydra only composes: every value goes through `data_pipeline.schema.load` afterw
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -38,6 +39,27 @@ def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[st
         raise ConfigError(f"{root}: {' '.join(str(error).split())}") from None
     expanded: dict[str, Any] = _expand_home(plain)
     return expanded
+
+
+def sweep(overrides: Iterable[str]) -> list[list[str]]:
+    """Hydra's multirun: every combination of the values that overrides list (a=1,2 or a=range(3)), the last fastest.
+
+    Raises ConfigError where nothing is listed.
+    """
+    axes: list[list[str]] = []
+    for line in overrides:
+        try:
+            read = OverridesParser.create().parse_override(line)
+            listed = read.is_sweep_override()
+        except HydraException:
+            listed = False
+        sign = line[: len(line) - len(line.lstrip("+"))]
+        axes.append(
+            [f"{sign}{read.key_or_group}={value}" for value in read.sweep_string_iterator()] if listed else [line]
+        )
+    if all(len(axis) == 1 for axis in axes):
+        raise ConfigError("--multirun: no override lists several values, such as seed=1,2,3 or seed=range(3)")
+    return [list(point) for point in itertools.product(*axes)]
 
 
 def groups(folder: Path = CONF) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
     checkpoints/step_00000100/model.safetensors      weights and buffers of the TrainModule, fp32
                               optimizer.safetensors  exp_avg/NAME, exp_avg_sq/NAME
-                              state.json             step, reader cursor, what the health watch knows, config
+                              state.json             step, reader cursor, what the health watch knows, config, sha256
     checkpoints/latest                               the name of the newest whole one
 
 Nothing in it is executed on loading (no pickle).
@@ -11,8 +11,8 @@ Nothing in it is executed on loading (no pickle).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_pipeline.files import sync
 from data_pipeline.schema import ConfigError, dump
 from data_pipeline.types import Cursor
 from pretrain.config import Config
@@ -119,12 +120,15 @@ def _write(
     remove(temporary)
     temporary.mkdir()
     try:
+        digests = {}
         for kind, tensors in files.items():
-            save_file(tensors, temporary / f"{kind}.safetensors", metadata={"format": "pt"})
-            _sync(temporary / f"{kind}.safetensors")
+            path = temporary / f"{kind}.safetensors"
+            save_file(tensors, path, metadata={"format": "pt"})
+            sync(path)
+            digests[path.name] = _sha256(path)
         cursor = dataclasses.asdict(state.cursor) if state.cursor else None
         values = {"format": FORMAT, "step": state.step, "cursor": cursor, "health": state.health}
-        values["config"] = dump(config)
+        values |= {"config": dump(config), "sha256": digests}
         write_json(temporary / "state.json", values)
         run.require_current()
         remove(folder)
@@ -132,7 +136,7 @@ def _write(
     except BaseException:
         remove(temporary)
         raise
-    _sync(run.checkpoints)
+    sync(run.checkpoints)
     write_atomically(run.checkpoints / "latest", folder.name + "\n")
     keep_every = config.train.keep_every
     for old in sorted(run.checkpoints.glob("step_*"))[: -config.train.keep_last]:
@@ -194,6 +198,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     return values
 
 
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, read whole and compared with its checksums; empty where nothing is."""
+    try:
+        digests = read_state(folder).get("sha256", {})
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            with safe_open(folder / name, framework="pt"):
+                pass
+            if digests.get(name, _sha256(folder / name)) != _sha256(folder / name):
+                return f"{folder / name} is not as it was written"
+    except (OSError, ValueError, SafetensorError) as error:
+        return f"{folder} cannot be read ({error})"
+    return ""
+
+
 def require_same_config(saved: Mapping[str, Any], config: Config, folder: Path) -> None:
     """Raises ConfigError naming each field in which a resumed run would silently become another one."""
     before, now = dict(_leaves(saved)), dict(_leaves(dump(config)))
@@ -246,9 +264,6 @@ def _remedy(run: RunFolder) -> str:
     return f"write another whole one's name into {run.checkpoints / 'latest'} (there are: {', '.join(others)})"
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
