@@ -1,0 +1,33 @@
+"""The tiny recipes learn real speech, through the command, on two ranks."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from pretrain.telemetry import read_rows
+from tests.conftest import ROOT
+
+
+@pytest.mark.slow
+def test_wav2vec2_tiny_leaves_chance_and_keeps_its_codes(shared_data: Path, tmp_path: Path) -> None:
+    def auricle(*arguments: str) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-m", "launch.app", *arguments], check=True, env=environment, cwd=tmp_path)
+
+    auricle("preprocess", "corpus=path", f"corpus.path={shared_data / 'speech'}", f"out={tmp_path / 'shards'}")
+    auricle(
+        "pretrain", "+experiment=wav2vec2_tiny", f"data.shards={tmp_path / 'shards'}", f"runs={tmp_path}",
+        "name=tiny", "launcher=local", "launcher.processes=2", "train.steps=160",
+    )  # fmt: skip
+    rows = read_rows(tmp_path / "tiny" / "metrics.jsonl")
+    last = rows[-20:]
+    assert mean(row["loss/contrastive"] for row in rows[20:40]) > math.log(101) - 0.1, "chance, to begin with"
+    assert mean(row["loss/contrastive"] for row in last) < math.log(101) - 0.1
+    assert mean(row["metric/perplexity"] for row in last) > 40, "of 128 codes: a book that collapses is easy to tell"
