@@ -15,7 +15,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Final, TypeVar, dataclass_transform
+from typing import Annotated, Any, Final, NoReturn, TypeVar, dataclass_transform
 
 import annotated_types
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -41,6 +41,12 @@ def config(cls: type[T]) -> type[T]:
 def about(description: str, **limits: Any) -> Any:
     """What a field means and its limits (`gt`, `ge`, `lt`, `le`, `min_length` …)."""
     return Field(description=description, **limits)
+
+
+def refuse(field: str, value: Any, told: str) -> NoReturn:
+    """For `__post_init__` of a config whose fields do not go together: an error at `field`, told as those of limits."""
+    said = PydanticCustomError("do_not_fit", "{told}", {"told": told})
+    raise ValidationError.from_exception_data(field, [InitErrorDetails(type=said, loc=(field,), input=value)])
 
 
 @dataclasses.dataclass(frozen=True)

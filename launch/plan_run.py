@@ -181,7 +181,7 @@ def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mf
     """One step on `gpus` GPUs of the cluster's kind. The audio per step is the recipe's, whatever their number."""
     gpu, longest = GPUS[cluster.kind], config.data.max_seconds
     peak = gpu.bf16 if config.engine.precision == "bf16" else gpu.tf32 if config.engine.tf32 else gpu.fp32
-    recompute = 1.0 if config.engine.activation_checkpointing else 0.0
+    recompute = 1.0 if config.engine.activation_checkpointing == "full" else 0.0
     segments = config.data.batch_seconds / longest
     flops = segments * measured.flops.of(longest) * (1.0 + BACKWARD + recompute)
     compute = flops / gpus / (peak * 1e12 * mfu)

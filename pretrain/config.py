@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
+
 from data_pipeline.config import ReaderConfig
-from data_pipeline.schema import about, config
+from data_pipeline.schema import about, config, refuse
 from pretrain import plugins
 
 
@@ -45,7 +47,17 @@ class EngineConfig:
     ] = "fp32"
     tf32: Annotated[bool, about("let fp32 matrix products use TF32 on GPUs that have it")] = True
     activation_checkpointing: Annotated[
-        bool, about("recompute each encoder block in the backward pass: less memory, about a third more compute")
+        Literal["none", "full", "selective"],
+        BeforeValidator(
+            lambda value: {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
+        ),
+        about(
+            "what the backward pass runs again of each encoder block: full, all of it (least memory, a third more "
+            "compute); selective, norms, activations and dropout, but no matrix product or attention"
+        ),
+    ] = "none"
+    packed: Annotated[
+        bool, about("compute no padding: utterances of a micro-batch end to end in one row, same outputs and gradients")
     ] = False
     offload: Annotated[
         Literal["none", "cpu"], about("cpu keeps optimizer states in host memory (deepspeed, ZeRO 1 to 3)")
@@ -140,3 +152,8 @@ class Config:
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
+
+    def __post_init__(self) -> None:
+        if self.engine.packed and not getattr(self.frontend, "packable", True):
+            told = "needs a front end without a group norm, which runs over the whole row; set frontend.norm=layer"
+            refuse("engine.packed", self.engine.packed, told)

@@ -14,7 +14,18 @@ from data_pipeline.types import Batch
 from pretrain import plugins
 from pretrain.config import Config
 from pretrain.nn.numerics import masked_deviation
-from pretrain.types import Encoder, EncoderOutput, Head, LossOutput, Objective, Plan, SpeechModel, StepContext, Sum
+from pretrain.types import (
+    Encoder,
+    EncoderOutput,
+    Frontend,
+    Head,
+    LossOutput,
+    Objective,
+    Plan,
+    SpeechModel,
+    StepContext,
+    Sum,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +114,9 @@ def build_model(config: Config) -> TrainModule:
         torch.manual_seed(keyed_seed(config.seed, "weights"))
         encoder: Encoder = plugins.build("encoders", config.encoder)
         encoder.activation_checkpointing = config.engine.activation_checkpointing
-        model = SpeechModel(plugins.build("frontends", config.frontend, encoder.dim), encoder)
+        frontend: Frontend = plugins.build("frontends", config.frontend, encoder.dim)
+        encoder.packed = frontend.packed = config.engine.packed
+        model = SpeechModel(frontend, encoder)
         objective: Objective = plugins.build("objectives", config.objective, model.shape)
         objective.attach(model)
         heads = {name: plugins.build("heads", head, model.shape) for name, head in config.heads.items()}

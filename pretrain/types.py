@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,8 @@ class Frontend(nn.Module, abc.ABC):
 
     couples: frozenset[str] = frozenset()
     """Contract checks that cannot hold by design with this config: "padding", "batch"."""
+    packed: bool = False
+    """Run convolutions on utterances end to end, without padding; what comes in and goes out stays the same."""
     feature_dim: int
     feature_rate_hz: float
     rate_hz: float
@@ -119,8 +121,10 @@ class Encoder(nn.Module, abc.ABC):
     couples: frozenset[str] = frozenset()
     dim: int
     n_layers: int
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass; dropout draws the same again."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Recompute each block, or only its cheap parts, in the backward pass; dropout draws the same again."""
+    packed: bool = False
+    """Compute on utterances end to end in one row, without padding; what comes in and goes out stays (B, F, D)."""
     keep_ffn: bool = False
     """Fill `EncoderOutput.ffn_layers`."""
     stop_after: int | None = None

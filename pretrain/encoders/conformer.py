@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.schema import about, config
-from pretrain.nn.attention import AttentionContext, SelfAttention
+from data_pipeline.schema import about, config, refuse
+from pretrain.nn.attention import SelfAttention
 from pretrain.nn.dropout import Dropout
-from pretrain.nn.stack import BlockStack, StackConfig, zero_context_padding
+from pretrain.nn.packing import Packing
+from pretrain.nn.patterns import AttentionContext
+from pretrain.nn.stack import BlockStack, Residual, StackConfig, over_time
 from pretrain.types import EncoderOutput, Frames, StepContext
 
 
@@ -23,6 +25,13 @@ class Config(StackConfig):
     kernel: Annotated[int, about("taps of the depthwise convolution; odd", ge=1)] = 31
     causal: Annotated[bool, about("the convolution sees no later frames (needed to stream)")] = False
     positions: Annotated[Literal["rope", "none"], about("rotary angles, or only what the convolutions tell")] = "rope"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions == "rope":
+            self.refuse_odd_heads()
+        if self.kernel % 2 == 0:
+            refuse("kernel", self.kernel, f"must be odd; take {self.kernel + 1}")
 
 
 class FeedForward(nn.Sequential):
@@ -46,8 +55,6 @@ class Convolution(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.kernel % 2 == 0:
-            raise ValueError(f"encoder.kernel={config.kernel} must be odd")
         self.before = (config.kernel - 1) if config.causal else config.kernel // 2
         self.after = 0 if config.causal else config.kernel // 2
         self.norm = nn.LayerNorm(config.dim)
@@ -57,12 +64,13 @@ class Convolution(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
 
     def forward(self, x_BFD: Tensor, context: AttentionContext) -> Tensor:
-        R = context.n_registers  # registers have no neighbours in time
-        x_BFD = zero_context_padding(F.glu(self.gated(self.norm(x_BFD)), dim=2), context)
-        frames_BDF = F.pad(x_BFD[:, R:].transpose(1, 2), (self.before, self.after))
-        y_BFD = F.pad(self.depthwise(frames_BDF).transpose(1, 2), (0, 0, R, 0))
+        y_BFD = over_time(F.glu(self.gated(self.norm(x_BFD)), dim=2), context, self.convolve)
         out: Tensor = self.out(F.silu(self.depthwise_norm(y_BFD)))
         return out
+
+    def convolve(self, x_BFD: Tensor) -> Tensor:
+        found: Tensor = self.depthwise(F.pad(x_BFD.transpose(1, 2), (self.before, self.after)))
+        return found.transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -74,27 +82,30 @@ class Block(nn.Module):
         self.convolution = Convolution(config)
         self.ffn_second = FeedForward(config)
         self.norm = nn.LayerNorm(config.dim)
-        self.dropout = Dropout(config.dropout)
+        self.residual = Residual(config.dropout)
 
     def forward(self, x_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """The block's output, and its last feed-forward part before the residual sum."""
-        x_BFD = x_BFD + 0.5 * self.dropout(self.ffn_first(x_BFD))
-        x_BFD = x_BFD + self.dropout(self.attention(self.attention_norm(x_BFD), context))
-        x_BFD = x_BFD + self.dropout(self.convolution(x_BFD, context))
+        x_BFD = x_BFD + 0.5 * self.residual(self.ffn_first(x_BFD), context, 0)
+        x_BFD = x_BFD + self.residual(self.attention(self.attention_norm(x_BFD), context), context, 1)
+        x_BFD = x_BFD + self.residual(self.convolution(x_BFD, context), context, 2)
         ffn_BFD = self.ffn_second(x_BFD)
-        return self.norm(x_BFD + 0.5 * self.dropout(ffn_BFD)), ffn_BFD
+        return self.norm(x_BFD + 0.5 * self.residual(ffn_BFD, context, 3)), ffn_BFD
 
 
 class Conformer(BlockStack):
     """Each block ends with its own norm, so the last layer needs no further one."""
 
+    branches = 4
+
     def __init__(self, config: Config) -> None:
         super().__init__(config, rotary=config.positions == "rope")
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.dropout = Dropout(config.dropout)
+        self.gap = config.kernel - 1 if config.causal else config.kernel // 2
 
-    def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
-        return self.run_blocks(self.dropout(frames.x_BFD), frames, ctx)
+    def encode(self, frames: Frames, ctx: StepContext | None, packing: Packing | None) -> EncoderOutput:
+        return self.run_blocks(self.dropout(frames.x_BFD), frames, ctx, packing)
 
 
 def build(config: Config) -> Conformer:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import zero_padding
+from pretrain.nn.packing import Packing, TimeGrid
 from pretrain.nn.spectral import LogMel, Normalize
 from pretrain.types import Frames, Frontend
 
@@ -59,15 +61,27 @@ class LogMelFrontend(Frontend):
     def project(self, features: Frames) -> Frames:
         lengths_B = features.lengths_B // self.subsampling
         kept = features.x_BFD.shape[1] // self.subsampling * self.subsampling
-        x_BFD = features.x_BFD[:, :kept]
-        valid_B = lengths_B * self.subsampling
+        valid_B, x_BFD = lengths_B * self.subsampling, features.x_BFD[:, :kept]
+        if not self.packed:
+            inside_BF = torch.arange(kept, device=x_BFD.device) < valid_B[:, None]
+            x_BFD = self.dropout(self.linear(self.norm(self.convolve(x_BFD, inside_BF[:, :, None]))))
+            return Frames(zero_padding(x_BFD, lengths_B), lengths_B, self.rate_hz)
+        fine, coarse = Packing.of(valid_B, kept), Packing.of(lengths_B, kept // self.subsampling)
+        # a whole stride of zeros, so that convolutions in a row keep one between utterances
+        grid = TimeGrid.spaced(fine.lengths, self.subsampling, x_BFD.device, multiple=self.subsampling)
+        assert grid.inside_RW1 is not None
+        row_1WD = self.convolve(grid.spread(fine.pack(x_BFD)), grid.inside_RW1)
+        row_1ND = row_1WD[:, grid.inside_RW1[0, :: self.subsampling, 0]]
+        return Frames(coarse.unpack(self.dropout(self.linear(self.norm(row_1ND)))), lengths_B, self.rate_hz)
+
+    def convolve(self, x_BFD: Tensor, inside_BF1: Tensor) -> Tensor:
+        """Strided convolutions, each of which finds zeros where no utterance is inside."""
         for conv in self.convs:
             # a row's last frames must not see what a longer neighbour or the convolution's bias put beyond its end
-            x_BFD = zero_padding(x_BFD, valid_B)
+            x_BFD = x_BFD.masked_fill(~inside_BF1, 0.0)
             x_BFD = F.gelu(conv(x_BFD.transpose(1, 2))).transpose(1, 2)
-            valid_B = valid_B // 2
-        x_BFD = self.dropout(self.linear(self.norm(x_BFD)))
-        return Frames(zero_padding(x_BFD, lengths_B), lengths_B, self.rate_hz)
+            inside_BF1 = inside_BF1[:, ::2]
+        return x_BFD
 
 
 def build(config: Config, dim: int) -> LogMelFrontend:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.schema import about, config
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import stack_frames, zero_padding
+from pretrain.nn.packing import Packing, packed_strided
 from pretrain.nn.spectral import LogMel, Mfcc
 from pretrain.types import Frames, Frontend
 
@@ -86,8 +87,13 @@ class Multiscale(Frontend):
         # the long window is centred on the short one, with silence around the audio
         around = F.pad(wave_BT, (self.reach, self.reach))
         mfcc: Frames = self.mfcc(around, lengths_B + 2 * self.reach)
-        # enough silence behind that a short row in a long batch sees no other end than alone
-        wave_BFD = self.wave(F.pad(wave_BT, (0, 2 * self.mel.window)))
+        if self.packed:
+            packing = Packing.of(mel.lengths_B, n_frames)
+            row_1ND = packed_strided(self.wave, wave_BT, lengths_B, packing.lengths, self.mel.hop)
+            wave_BFD = packing.unpack(row_1ND)
+        else:
+            # enough silence behind that a short row in a long batch sees no other end than alone
+            wave_BFD = self.wave(F.pad(wave_BT, (0, 2 * self.mel.window)))
         parts = [mel.x_BFD, mfcc.x_BFD[:, :n_frames], wave_BFD[:, :n_frames]]
         x_BFD = torch.cat([part.to(wave_BFD.dtype) for part in parts], dim=2)
         return Frames(zero_padding(x_BFD, mel.lengths_B), mel.lengths_B, mel.rate_hz)

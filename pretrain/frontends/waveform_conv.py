@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.schema import about, config
+from data_pipeline.schema import about, config, refuse
 from data_pipeline.types import SAMPLE_RATE
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import masked_deviation, scale_gradient, zero_padding
+from pretrain.nn.packing import Packing, packed_strided
 from pretrain.nn.spectral import normalize_wave
 from pretrain.types import Frames, Frontend
 
@@ -34,6 +36,15 @@ class Config:
         float, about("the gradient that reaches the convolutions, times this (0.1 for wav2vec 2.0 BASE)", ge=0)
     ] = 1.0
     dropout: Annotated[float, about("dropout on the projected frames", ge=0, lt=1)] = 0.1
+
+    def __post_init__(self) -> None:
+        if len(self.kernels) != len(self.strides):
+            refuse("strides", list(self.strides), f"must be as many as frontend.kernels={list(self.kernels)}")
+
+    @property
+    def packable(self) -> bool:
+        """Whether utterances can lie end to end: not with a group norm, whose statistics run over the whole row."""
+        return self.norm == "layer"
 
 
 class ConvLayer(nn.Module):
@@ -60,20 +71,13 @@ class WaveformConv(Frontend):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        if len(config.kernels) != len(config.strides):
-            raise ValueError(
-                f"frontend.kernels has {len(config.kernels)} entries and frontend.strides {len(config.strides)}; "
-                "they must be as many"
-            )
         # the group norm's statistics run over padding, too, as in every released BASE model
         self.couples = frozenset({"padding"}) if config.norm == "group" else frozenset()
         self.kernels, self.strides, self.normalize = config.kernels, config.strides, config.normalize
         self.gradient_scale = config.gradient_scale
         self.feature_dim = config.channels
-        hop = 1
-        for stride in config.strides:
-            hop *= stride
-        self.feature_rate_hz = self.rate_hz = SAMPLE_RATE / hop
+        self.hop = math.prod(config.strides)
+        self.feature_rate_hz = self.rate_hz = SAMPLE_RATE / self.hop
         self.convs = nn.ModuleList()
         for layer, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
             norm = config.norm if config.norm == "layer" or layer == 0 else None
@@ -97,14 +101,25 @@ class WaveformConv(Frontend):
     def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
         if self.normalize:
             wave_BT = normalize_wave(wave_BT, lengths_B)
+        frame_lengths_B = self.feature_lengths(lengths_B)
+        if self.packed:
+            width = int(self.feature_lengths(torch.tensor(wave_BT.shape[1])))
+            packing = Packing.of(frame_lengths_B, width)
+            row_1ND = packed_strided(self.convolve, wave_BT, lengths_B, packing.lengths, self.hop)
+            raw_BFD, normed_BFD = packing.unpack(row_1ND), packing.unpack(self.norm(row_1ND))
+        else:
+            raw_BFD = self.convolve(wave_BT)
+            normed_BFD = zero_padding(self.norm(raw_BFD), frame_lengths_B)
+        features = Frames(normed_BFD, frame_lengths_B, self.rate_hz, raw_BFD)
+        self.stem_deviation.copy_(masked_deviation(raw_BFD, features.valid_BF()))
+        return features
+
+    def convolve(self, wave_BT: Tensor) -> Tensor:
+        """(B, T) to (B, F, channels), the gradient scaled."""
         x_BDT = wave_BT[:, None]
         for conv in self.convs:
             x_BDT = conv(x_BDT)
-        raw_BFD = scale_gradient(x_BDT.transpose(1, 2), self.gradient_scale)
-        lengths_B = self.feature_lengths(lengths_B)
-        valid_BF = torch.arange(raw_BFD.shape[1], device=raw_BFD.device) < lengths_B[:, None]
-        self.stem_deviation.copy_(masked_deviation(raw_BFD, valid_BF))
-        return Frames(zero_padding(self.norm(raw_BFD), lengths_B), lengths_B, self.rate_hz, raw_BFD)
+        return scale_gradient(x_BDT.transpose(1, 2), self.gradient_scale)
 
     def watched(self) -> dict[str, Tensor]:
         """A stem that gives the same for every frame has collapsed, even if later layers still differ."""

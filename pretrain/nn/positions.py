@@ -25,8 +25,8 @@ class ConvPositions(nn.Module):
         self.weight_g = nn.Parameter(weight.norm(dim=(0, 1), keepdim=True))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x_BFD: Tensor) -> Tensor:
-        """What to add to x_BFD."""
+    def forward(self, x_BFD: Tensor, inside_BF1: Tensor | None = None) -> Tensor:
+        """What to add to x_BFD, which is 0 between utterances."""
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
         y_BDF = F.conv1d(x_BFD.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         if self.kernel % 2 == 0:
@@ -41,13 +41,16 @@ class ConvPositionsStack(nn.Module):
         super().__init__()
         if dim % groups or kernel % 2 == 0:
             raise ValueError(f"positional convolutions need an odd kernel, not {kernel}, and groups that divide {dim}")
+        self.kernel = kernel
         self.convs = nn.ModuleList(
             nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)
         )
 
-    def forward(self, x_BFD: Tensor) -> Tensor:
-        """What to add to x_BFD."""
+    def forward(self, x_BFD: Tensor, inside_BF1: Tensor | None = None) -> Tensor:
+        """What to add to x_BFD. inside_BF1: False between packed utterances, where each convolution finds zeros."""
         for conv in self.convs:
+            if inside_BF1 is not None:
+                x_BFD = x_BFD * inside_BF1
             y_BFD = conv(x_BFD.transpose(1, 2)).transpose(1, 2)
             x_BFD = F.gelu(F.layer_norm(y_BFD, y_BFD.shape[-1:]))
         return x_BFD

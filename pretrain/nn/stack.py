@@ -1,17 +1,23 @@
-"""What encoders made of equal blocks share: layer drop, checkpointing, attention patterns, collecting layers."""
+"""What encoders made of equal blocks share: packing, layer drop, checkpointing, patterns, collecting layers."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import abc
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.keyed_random import keyed_rng
-from data_pipeline.schema import about, config
-from pretrain.nn.attention import AttentionContext, chunk_mask, padding_mask
+from data_pipeline.schema import about, config, refuse
+from pretrain.nn.dropout import Dropout
+from pretrain.nn.numerics import zero_padding
+from pretrain.nn.packing import Packing, TimeGrid
+from pretrain.nn.patterns import AttentionContext, Pattern, flex_mask
 from pretrain.nn.positions import rotary_angles
+from pretrain.nn.recompute import run_checkpointed
+from pretrain.nn.resolution import HalfRate, repeated
 from pretrain.types import Encoder, EncoderOutput, Frames, StepContext
 
 
@@ -29,6 +35,15 @@ class StackConfig:
     layer_drop: Annotated[float, about("probability to skip a block, the same on all ranks in a step", ge=0, lt=1)] = (
         0.05
     )
+    stochastic_depth: Annotated[
+        float,
+        about(
+            "probability to leave out a residual branch of the last block for one utterance; less before", ge=0, lt=1
+        ),
+    ] = 0.0
+    half_rate_blocks: Annotated[
+        int, about("so many blocks in the middle run at half the frame rate (U-shape); 0: none", ge=0)
+    ] = 0
     attention: Annotated[
         Literal["full", "local_global", "chunked"],
         about("who attends to whom: all; neighbours, with every n-th block full; the own chunk and those before it"),
@@ -41,12 +56,70 @@ class StackConfig:
         about("chunked: chunk lengths, drawn for each update in training; the first is used otherwise; 0 is no limit"),
     ] = (16, 8, 32, 0)
     left_chunks: Annotated[int, about("chunked: chunks before the own one that are seen; -1: all", ge=-1)] = -1
+    attention_kernel: Annotated[
+        Literal["auto", "blocks", "flex"],
+        about(
+            "auto: FlexAttention for patterns and packed rows on a GPU without attention dropout, else blocks; flex on "
+            "a CPU is for tests, without gradients"
+        ),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            fit = [heads for heads in range(1, self.dim + 1) if self.dim % heads == 0]
+            near = sorted(sorted(fit, key=lambda heads: abs(heads - self.heads))[:2])
+            refuse("heads", self.heads, f"must divide encoder.dim={self.dim}; take {' or '.join(map(str, near))}")
+        if self.half_rate_blocks and self.half_rate_blocks > self.layers - 2:
+            refuse(
+                "half_rate_blocks",
+                self.half_rate_blocks,
+                f"must leave a block on each side of encoder.layers={self.layers}",
+            )
+        if self.attention == "chunked":
+            odd = [chunk for chunk in self.chunk_frames if chunk < 0 or (self.half_rate_blocks and chunk % 2)]
+            if odd or not self.chunk_frames:
+                told = "even numbers, as encoder.half_rate_blocks joins pairs" if self.half_rate_blocks else "0 or more"
+                refuse("chunk_frames", list(self.chunk_frames), f"must be one or more lengths, {told}")
+
+    def refuse_odd_heads(self) -> None:
+        """For rotary positions, which turn pairs of channels."""
+        if self.dim // self.heads % 2:
+            refuse("heads", self.heads, f"leaves {self.dim // self.heads} channels per head; rope needs an even number")
+
+
+class Level(NamedTuple):
+    """Frames at one rate, and what blocks attend with there. documents: frames of each packed utterance, or nothing."""
+
+    lengths_B: Tensor
+    places_BF: Tensor | None
+    documents: tuple[int, ...]
+    full: AttentionContext = AttentionContext()
+    local: AttentionContext = AttentionContext()
+
+
+class Draws(NamedTuple):
+    """What is left out in this pass. blocks: kept ones.  branches_LKB: factors of residual branches, or None."""
+
+    blocks: list[bool]
+    branches_LKB: Tensor | None
+
+
+class Ran(NamedTuple):
+    """x_BFD: registers and frames.  layers, ffn_layers: of the blocks that ran, without registers."""
+
+    x_BFD: Tensor
+    layers: list[Tensor]
+    ffn_layers: list[Tensor]
 
 
 class BlockStack(Encoder):
-    """Subclasses set `blocks`, each `(x_BFD, AttentionContext) -> (x_BFD, ffn_BFD)`, and call `run_blocks`."""
+    """Subclasses set `blocks`, each `(x_BFD, AttentionContext) -> (x_BFD, ffn_BFD)`, and implement `encode`."""
 
     blocks: nn.ModuleList
+    branches: int
+    """Residual branches of a block, which stochastic depth may leave out."""
+    gap: int = 0
+    """Zeros that the convolutions inside blocks need between packed utterances."""
 
     def __init__(self, config: StackConfig, rotary: bool) -> None:
         super().__init__()
@@ -54,46 +127,129 @@ class BlockStack(Encoder):
         self.dim, self.n_layers = config.dim, config.layers
         self.head_dim = config.dim // config.heads
         self.rotary = rotary
-        if rotary and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even number of channels per head, not {self.head_dim}")
         self.n_registers = config.registers if config.attention == "local_global" else 0
         self.registers_RD = nn.Parameter(0.02 * torch.randn(self.n_registers, config.dim)) if self.n_registers else None
+        self.half_rate = HalfRate(config.dim) if config.half_rate_blocks else None
+        first = (config.layers - config.half_rate_blocks) // 2
+        self.at_half_rate = range(first, first + config.half_rate_blocks)
+
+    def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
+        """Packed, if asked for, on the way in and unpacked on the way out."""
+        if not self.packed:
+            return self.encode(frames, ctx, None)
+        B, F, _ = frames.x_BFD.shape
+        packing = Packing.of(frames.lengths_B, F, frames.places_BF)
+        places_BF = torch.arange(F, device=frames.x_BFD.device).expand(B, F)
+        places_1N = packing.pack(places_BF if frames.places_BF is None else frames.places_BF)
+        row = Frames(packing.pack(frames.x_BFD), packing.total_1, frames.rate_hz, places_BF=places_1N)
+        output = self.encode(row, ctx, packing)
+        layers, ffn_layers = (tuple(map(packing.unpack, part)) for part in (output.layers, output.ffn_layers))
+        return EncoderOutput(layers, frames.lengths_B, frames.rate_hz, ffn_layers)
+
+    @abc.abstractmethod
+    def encode(self, frames: Frames, ctx: StepContext | None, packing: Packing | None) -> EncoderOutput:
+        """All layers in the layout of `frames`: a row for each utterance, or the one row that `packing` made."""
 
     def run_blocks(
-        self, x_BFD: Tensor, frames: Frames, ctx: StepContext | None, bias_HFF: Tensor | None = None
+        self,
+        x_BFD: Tensor,
+        frames: Frames,
+        ctx: StepContext | None,
+        packing: Packing | None = None,
+        bias_HFF: Tensor | None = None,
     ) -> EncoderOutput:
         """All blocks on x_BFD, whose padding is that of `frames`. The last layer is not normed here."""
-        R = self.n_registers
-        valid_BF = frames.valid_BF()
+        level = Level(frames.lengths_B, frames.places_BF, packing.lengths if packing else ())
+        level = self.with_contexts(level, x_BFD.shape[1], self.chunk_length(ctx), bias_HFF)
+        draws = Draws(self.kept_blocks(ctx), self.kept_branches(ctx, len(level.documents) or len(x_BFD), x_BFD))
+        layers = [x_BFD]
         if self.registers_RD is not None:
-            registers_BRD = self.registers_RD.to(x_BFD.dtype).expand(len(x_BFD), R, self.dim)
-            x_BFD = torch.cat([registers_BRD, x_BFD], dim=1)
-            valid_BF = nn.functional.pad(valid_BF, (R, 0), value=True)
-        full, local = self.contexts(valid_BF, frames.places_BF, ctx, bias_HFF)
-        layers, ffn_layers = [x_BFD[:, R:]], []
-        for number, kept in enumerate(self.kept_blocks(ctx)[: self.stop_after]):
-            if kept:
-                context = full if (number + 1) % self.stack_config.full_every == 0 else local
-                x_BFD, ffn_BFD = self.run_block(self.blocks[number], x_BFD, context)
-                if self.keep_ffn:
-                    ffn_layers.append(ffn_BFD[:, R:])
-            layers.append(x_BFD[:, R:])
-        return EncoderOutput(tuple(layers), frames.lengths_B, frames.rate_hz, tuple(ffn_layers))
+            registers_RD = self.registers_RD.to(x_BFD.dtype).repeat(max(1, len(level.documents)), 1)
+            x_BFD = torch.cat([registers_RD.expand(len(x_BFD), -1, -1), x_BFD], dim=1)
+        run = self.run_u_shape if self.half_rate is not None else self.run_some
+        ran = run(range(self.n_layers)[: self.stop_after], x_BFD, level, draws, ctx)
+        return EncoderOutput((*layers, *ran.layers), frames.lengths_B, frames.rate_hz, tuple(ran.ffn_layers))
 
-    def contexts(
-        self, valid_BF: Tensor, places_BF: Tensor | None, ctx: StepContext | None, bias_HFF: Tensor | None
-    ) -> tuple[AttentionContext, AttentionContext]:
+    def run_some(
+        self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None = None
+    ) -> Ran:
+        """The blocks of these numbers."""
+        layers, ffn_layers, L = [], [], level.full.n_leading
+        for number in numbers:
+            if draws.blocks[number]:
+                context = level.full if (number + 1) % self.stack_config.full_every == 0 else level.local
+                if draws.branches_LKB is not None:
+                    factors_KBF1 = per_frame(draws.branches_LKB[number], context)
+                    context = context._replace(residual_KBF1=factors_KBF1)
+                x_BFD, ffn_BFD = run_checkpointed(self.activation_checkpointing, self.blocks[number], x_BFD, context)
+                if self.keep_ffn:
+                    ffn_layers.append(ffn_BFD[:, L:])
+            layers.append(x_BFD[:, L:])
+        return Ran(x_BFD, layers, ffn_layers)
+
+    def run_u_shape(self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None) -> Ran:
+        """The same with the middle ones at half the rate; their layers are shown with each frame twice."""
+        assert self.half_rate is not None
+        L, middle = level.full.n_leading, self.at_half_rate
+        first = self.run_some(numbers[: middle.start], x_BFD, level, draws)
+        fine_BFD = first.x_BFD[:, L:]
+        grid = TimeGrid.spaced(level.documents, 0, x_BFD.device, multiple=2) if level.documents else None
+        half = self.half_level(level, grid, fine_BFD.shape[1], ctx)
+        joined_BFD = self.half_rate.down(zero_padding(fine_BFD, level.lengths_B), grid)
+        inner = self.run_some(
+            numbers[middle.start : middle.stop], torch.cat([first.x_BFD[:, :L], joined_BFD], dim=1), half, draws
+        )
+        layers = first.layers + [repeated(layer_BFD, fine_BFD, grid) for layer_BFD in inner.layers]
+        ffn_layers = first.ffn_layers + [repeated(layer_BFD, fine_BFD, grid) for layer_BFD in inner.ffn_layers]
+        fine_BFD = self.half_rate.up(inner.x_BFD[:, L:], fine_BFD, grid)
+        if len(layers) == middle.stop:
+            layers[-1] = fine_BFD
+        last = self.run_some(numbers[middle.stop :], torch.cat([inner.x_BFD[:, :L], fine_BFD], dim=1), level, draws)
+        return Ran(last.x_BFD, layers + last.layers, ffn_layers + last.ffn_layers)
+
+    def half_level(self, level: Level, grid: TimeGrid | None, n_frames: int, ctx: StepContext | None) -> Level:
+        """Pairs of frames; a pair stands where its first frame does."""
+        places_BF = level.places_BF
+        if grid is not None:
+            assert places_BF is not None
+            places_BF = grid.spread(places_BF[:, :, None])[:, :, 0]
+        places_BF = None if places_BF is None else places_BF[:, ::2] / 2
+        documents = tuple((n + 1) // 2 for n in level.documents)
+        lengths_B = (level.lengths_B + 1) // 2 if grid is None else level.lengths_B.new_tensor([sum(documents)])
+        half = Level(lengths_B, places_BF, documents)
+        return self.with_contexts(half, sum(documents) or (n_frames + 1) // 2, self.chunk_length(ctx) // 2, None)
+
+    def with_contexts(self, level: Level, n_frames: int, chunk: int, bias_HFF: Tensor | None) -> Level:
         """What full and local blocks attend with, computed once for all of them."""
-        config, R = self.stack_config, self.n_registers
-        mask, n_frames, device = padding_mask(valid_BF), valid_BF.shape[1], valid_BF.device
-        places = torch.arange(n_frames - R, device=device) if places_BF is None else places_BF
-        rotary = rotary_angles(places, self.head_dim, skip=R) if self.rotary else None
-        if config.attention == "chunked":
-            mask = chunk_mask(n_frames, self.chunk_length(ctx), config.left_chunks, mask, device)
-        full = AttentionContext(mask, rotary, bias_HFF, valid_BF, n_registers=R)
-        if config.attention != "local_global":
-            return full, full
-        return full, full._replace(reach=config.window // 2)
+        config, device, documents = self.stack_config, level.lengths_B.device, level.documents
+        leading = self.n_registers * max(1, len(documents))
+        valid_BF = None
+        if not documents:
+            valid_BF = torch.arange(n_frames, device=device) < level.lengths_B[:, None]
+            valid_BF = None if bool(valid_BF.all()) else nn.functional.pad(valid_BF, (leading, 0), value=True)
+        places = torch.arange(n_frames, device=device) if level.places_BF is None else level.places_BF
+        full = AttentionContext(
+            valid_BF,
+            Pattern(chunk=chunk, left_chunks=config.left_chunks) if config.attention == "chunked" else Pattern(),
+            rotary_angles(places, self.head_dim, skip=leading) if self.rotary else None,
+            bias_HFF,
+            self.n_registers,
+            documents,
+            TimeGrid.spaced(documents, self.gap, device) if documents and self.gap else None,
+        )
+        local = full._replace(pattern=Pattern(config.window // 2)) if config.attention == "local_global" else full
+        if self.uses_flex(device):
+            masks = [flex_mask(context, len(level.lengths_B), leading + n_frames, device) for context in (full, local)]
+            full, local = full._replace(flex=masks[0]), local._replace(flex=masks[1])
+        return level._replace(full=full, local=local)
+
+    def uses_flex(self, device: torch.device) -> bool:
+        """Whether FlexAttention computes the pattern; it has no dropout."""
+        config = self.stack_config
+        dropout = config.attention_dropout > 0 and self.training
+        return config.attention_kernel == "flex" or (
+            config.attention_kernel == "auto" and device.type == "cuda" and not dropout
+        )
 
     def chunk_length(self, ctx: StepContext | None) -> int:
         """Chunk length of this update, keyed by (seed, step)."""
@@ -101,15 +257,6 @@ class BlockStack(Encoder):
         if not self.training or ctx is None or len(choices) == 1:
             return choices[0]
         return choices[int(keyed_rng(ctx.seed, ctx.step, "chunk").integers(len(choices)))]
-
-    def run_block(self, block: nn.Module, x_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """One block, checkpointed if asked for."""
-        out: tuple[Tensor, Tensor]
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            out = checkpoint(block, x_BFD, context, use_reentrant=False)
-        else:
-            out = block(x_BFD, context)
-        return out
 
     def kept_blocks(self, ctx: StepContext | None) -> list[bool]:
         """Layer drop of this step, keyed by (seed, step), so that all ranks and micro-batches agree."""
@@ -119,6 +266,19 @@ class BlockStack(Encoder):
         kept: list[bool] = (keyed_rng(ctx.seed, ctx.step, "layer_drop").random(self.n_layers) >= rate).tolist()
         return kept
 
+    def kept_branches(self, ctx: StepContext | None, utterances: int, like: Tensor) -> Tensor | None:
+        """Stochastic depth (Huang et al. 2016, §3): 0 or 1 / (1 − p) for each residual branch of each utterance.
+
+        p grows linearly from block to block. Drawn from torch's generator, which engines seed by (seed, step,
+        micro-batch), as dropout is; once per pass and outside of what checkpointing runs again.
+        """
+        rate = self.stack_config.stochastic_depth
+        if not self.training or ctx is None or rate == 0:
+            return None
+        rates_L11 = rate * torch.arange(1, self.n_layers + 1, device=like.device)[:, None, None] / self.n_layers
+        kept_LKB = torch.rand(self.n_layers, self.branches, utterances, device=like.device) >= rates_L11
+        return (kept_LKB / (1 - rates_L11)).to(like.dtype)
+
     def norm_last(self, output: EncoderOutput, norm: nn.Module) -> EncoderOutput:
         """The output with its last layer normed (pre-norm encoders), unless the stack stopped early."""
         if self.stop_after is not None:
@@ -126,7 +286,33 @@ class BlockStack(Encoder):
         return output._replace(layers=(*output.layers[:-1], norm(output.layers[-1])))
 
 
-def zero_context_padding(x_BFD: Tensor, context: AttentionContext) -> Tensor:
-    """Zeros beyond each length, for convolutions over time inside a block."""
-    assert context.valid_BF is not None
-    return x_BFD if context.mask is None else x_BFD.masked_fill(~context.valid_BF[:, :, None], 0.0)
+class Residual(nn.Module):
+    """Dropout and stochastic depth at the end of a residual branch."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+
+    def forward(self, y_BFD: Tensor, context: AttentionContext, branch: int) -> Tensor:
+        y_BFD = self.dropout(y_BFD)
+        return y_BFD if context.residual_KBF1 is None else y_BFD * context.residual_KBF1[branch]
+
+
+def per_frame(factors_KB: Tensor, context: AttentionContext) -> Tensor:
+    """A factor for each utterance as one that multiplies its frames and registers, (branches, B, 1 or F, 1)."""
+    if not context.documents:
+        return factors_KB[:, :, None, None]
+    lengths = torch.tensor(context.documents, device=factors_KB.device)
+    leading_KF = factors_KB.repeat_interleave(context.n_registers, dim=1)
+    return torch.cat([leading_KF, factors_KB.repeat_interleave(lengths, dim=1)], dim=1)[:, None, :, None]
+
+
+def over_time(x_BFD: Tensor, context: AttentionContext, convolve: Callable[[Tensor], Tensor]) -> Tensor:
+    """A convolution over the frames' time, zeros before, behind and between utterances; registers become 0."""
+    L, valid_BF, grid = context.n_leading, context.valid_BF, context.grid
+    if valid_BF is not None:
+        x_BFD = x_BFD.masked_fill(~valid_BF[:, :, None], 0.0)
+    frames_BFD = x_BFD[:, L:]
+    if grid is None:
+        return nn.functional.pad(convolve(frames_BFD), (0, 0, L, 0))
+    return nn.functional.pad(grid.collect(convolve(grid.spread(frames_BFD)), frames_BFD), (0, 0, L, 0))

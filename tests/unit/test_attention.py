@@ -5,49 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from pretrain.encoders import conformer, transformer
-from pretrain.nn.attention import AttentionContext, attend, chunk_mask, local_attention
 from pretrain.nn.dropout import dropout
+from pretrain.nn.patterns import attend
 from pretrain.types import Frames, StepContext
-
-
-def dense_mask(total: int, reach: int, registers: int, valid_BF: Tensor) -> Tensor:
-    """(B, 1, F, F)."""
-    at = torch.arange(total)
-    near = (at[:, None] - at[None]).abs() <= reach
-    is_register = at < registers
-    allowed = near | is_register[:, None] | is_register[None]
-    return (allowed & valid_BF[:, None, None, :]) | torch.eye(total, dtype=torch.bool)
-
-
-@pytest.mark.parametrize("registers", [0, 3])
-@pytest.mark.parametrize(("frames", "reach"), [(50, 8), (64, 8), (5, 8), (33, 32)])
-def test_local_attention_is_its_dense_mask(frames: int, reach: int, registers: int) -> None:
-    torch.manual_seed(0)
-    total = registers + frames
-    q, k, v = (torch.randn(2, 4, total, 16, requires_grad=True) for _ in range(3))
-    valid_BF = torch.arange(total)[None] < torch.tensor([[total], [registers + frames * 2 // 3]])
-    context = AttentionContext(valid_BF[:, None, None], None, None, valid_BF, reach, registers)
-    weight = torch.randn(2, 4, total, 16) * valid_BF[:, None, :, None]
-    found = local_attention(q, k, v, context) * valid_BF[:, None, :, None]
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(total, reach, registers, valid_BF))
-    expected = expected * valid_BF[:, None, :, None]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
-    theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
-
-
-def test_chunk_mask() -> None:
-    mask = chunk_mask(10, 4, 1, None, torch.device("cpu"))
-    assert mask is not None
-    seen = [mask[0, 0, frame].nonzero()[:, 0].tolist() for frame in (0, 5, 9)]
-    assert seen == [[0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9]]
-    assert chunk_mask(10, 0, 1, None, torch.device("cpu")) is None
-
 
 SMALL = {"dim": 32, "layers": 3, "heads": 2, "ffn_dim": 64}
 STREAMING = {"attention": "chunked", "chunk_frames": (8,), "left_chunks": 1}

@@ -1,0 +1,117 @@
+"""Packed utterances: a batch end to end in one row, without padding, and back.
+
+Packing is the inside of front ends and encoders: what they take and give stays (B, F, D), zero beyond each length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """lengths: frames of each utterance.  spans: the time it spans, longer where frames were taken out.
+
+    Both are on the host.  index_N: where a packed frame stands in B · width.
+    """
+
+    lengths: tuple[int, ...]
+    spans: tuple[int, ...]
+    width: int
+    index_N: Tensor
+
+    @classmethod
+    def of(cls, lengths_B: Tensor, width: int, places_BF: Tensor | None = None) -> Packing:
+        """For rows of `width` frames. Waits for the device, since shapes follow from lengths."""
+        lengths = tuple(lengths_B.tolist())
+        spans = lengths if places_BF is None else tuple((places_BF.amax(1) + 1).tolist())
+        starts = [row * width for row in range(len(lengths))]
+        return cls(lengths, spans, width, _runs(starts, lengths).to(lengths_B.device))
+
+    @property
+    def total_1(self) -> Tensor:
+        """The length of the one row, as `Frames.lengths_B`."""
+        return torch.tensor([sum(self.lengths)], device=self.index_N.device)
+
+    def pack(self, x_BFD: Tensor) -> Tensor:
+        """(B, F, …) to (1, N, …)."""
+        return x_BFD.flatten(0, 1).index_select(0, self.index_N)[None]
+
+    def unpack(self, x_1ND: Tensor) -> Tensor:
+        """(1, N, D) to (B, F, D), zero beyond each length."""
+        B, D = len(self.lengths), x_1ND.shape[2]
+        return x_1ND.new_zeros(B * self.width, D).index_copy(0, self.index_N, x_1ND[0]).view(B, self.width, D)
+
+
+class TimeGrid(NamedTuple):
+    """A time axis for convolutions over frames that do not stand in memory as they do in time.
+
+    index_M: where each of the (B, F) frames stands in rows · width.  inside_RW1: True where an utterance lies, for
+    convolutions in a row, each of which must find zeros between utterances; None: only the first one does.
+    """
+
+    rows: int
+    width: int
+    index_M: Tensor
+    inside_RW1: Tensor | None = None
+
+    @classmethod
+    def spaced(
+        cls,
+        lengths: Sequence[int],
+        gap: int,
+        device: torch.device,
+        multiple: int = 1,
+        places: tuple[Tensor, Sequence[int]] | None = None,
+    ) -> TimeGrid:
+        """For packed utterances: each starts at a multiple of `multiple`, at least `gap` zeros behind the last one.
+
+        places: where frames were taken out, the place in time of each, (1, N), and the time that each utterance spans.
+        """
+        spans = lengths if places is None else places[1]
+        starts, width = [], 0
+        for span in spans:
+            starts.append(width)
+            width = -(-(width + span + gap) // multiple) * multiple
+        inside_W = torch.zeros(width, dtype=torch.bool)
+        inside_W[_runs(starts, spans)] = True
+        if places is None:
+            index_N = _runs(starts, lengths).to(device)
+        else:
+            index_N = places[0][0] + torch.tensor(starts).repeat_interleave(torch.tensor(lengths)).to(device)
+        return cls(1, width, index_N, inside_W[None, :, None].to(device))
+
+    def spread(self, x_BFD: Tensor) -> Tensor:
+        """(B, F, D) to (rows, width, D), zero where no frame stands."""
+        # added, not set: padding, which is zero, may point at another frame's place
+        grid = x_BFD.new_zeros(self.rows * self.width, x_BFD.shape[2])
+        return grid.index_add(0, self.index_M, x_BFD.flatten(0, 1)).view(self.rows, self.width, -1)
+
+    def collect(self, y_RWD: Tensor, like_BFD: Tensor) -> Tensor:
+        """(rows, width, E) back to (B, F, E)."""
+        return y_RWD.flatten(0, 1).index_select(0, self.index_M).view(*like_BFD.shape[:2], y_RWD.shape[2])
+
+
+def packed_strided(
+    convolve: Callable[[Tensor], Tensor], wave_BT: Tensor, lengths_B: Tensor, frames: Sequence[int], hop: int
+) -> Tensor:
+    """Convolutions without padding over waveforms, of one stride `hop` in all, as over each utterance alone.
+
+    convolve: (1, T) to (1, F, D).  frames: how many of each utterance count; these come back packed, (1, N, D).
+    Utterances start at multiples of `hop`, so that no frame that counts hears two of them.
+    """
+    samples = lengths_B.tolist()
+    spans = [-(-n // hop) * hop for n in samples]
+    waves = [F.pad(wave_T[:n], (0, span - n)) for wave_T, n, span in zip(wave_BT, samples, spans, strict=True)]
+    x_FD = convolve(torch.cat(waves)[None])[0]
+    starts = [sum(spans[:row]) // hop for row in range(len(spans))]
+    return x_FD.index_select(0, _runs(starts, frames).to(x_FD.device))[None]
+
+
+def _runs(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """start, start + 1, … of each run, (Σ lengths,)."""
+    return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])

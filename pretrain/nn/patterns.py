@@ -1,0 +1,211 @@
+"""Attention patterns: who attends to whom, computed without an F × F mask wherever none is needed.
+
+A pattern is computed by blocks (any device, any dropout), or on a GPU by one FlexAttention kernel for all patterns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from pretrain.nn.dropout import dropout
+from pretrain.nn.packing import TimeGrid
+
+
+class Pattern(NamedTuple):
+    """reach: attend only to frames so near, and to the registers, which attend to all; None: no limit.
+
+    chunk: attend only to the own chunk of so many frames and `left_chunks` before it (all, if negative); 0: no limit.
+    """
+
+    reach: int | None = None
+    chunk: int = 0
+    left_chunks: int = -1
+
+
+class AttentionContext(NamedTuple):
+    """What all blocks share. Registers lead the row: those of one utterance, or of all packed ones in turn."""
+
+    valid_BF: Tensor | None = None
+    """False where a frame is padding; None where nothing is padded, which lets the fastest kernels run."""
+    pattern: Pattern = Pattern()
+    rotary: tuple[Tensor, Tensor] | None = None
+    bias_HFF: Tensor | None = None
+    n_registers: int = 0
+    """Of each utterance."""
+    documents: tuple[int, ...] = ()
+    """Frames of each utterance that is packed into the one row; empty: each row is an utterance."""
+    grid: TimeGrid | None = None
+    """Where packed frames stand for convolutions over time."""
+    flex: BlockMask | None = None
+    """Set: FlexAttention computes the pattern."""
+    residual_KBF1: Tensor | None = None
+    """Stochastic depth of this block: factors of its K residual branches; F may be 1."""
+
+    @property
+    def n_leading(self) -> int:
+        """Registers before the first frame of a row."""
+        return self.n_registers * max(1, len(self.documents))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0) -> Tensor:
+    """softmax(q·kᵀ/√C)·v with dropout of the weights, (B, H, F, C).
+
+    PyTorch's fused kernels, except where they are slow: on a CPU with dropout or in bf16, plain products take half
+    the time (LOG.md), as long as the F × F weights are small.
+    """
+    plain = q.device.type == "cpu" and (p > 0 or q.dtype == torch.bfloat16) and k.shape[-2] <= 2048
+    if not plain:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return dropout(scores.softmax(-1), p) @ v
+
+
+def pattern_attention(
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float = 0.0, gate_BHF1: Tensor | None = None
+) -> Tensor:
+    """Attention of (B, H, F, C) by the context's pattern; packed utterances attend within themselves only."""
+    if context.flex is not None and p == 0 and gate_BHF1 is None:
+        found: Tensor = _flex(q.device.type)(q, k, v, block_mask=context.flex)
+        return found
+    if not context.documents:
+        return _utterances(q, k, v, context, p, gate_BHF1)
+    R, sizes = context.n_registers, list(context.documents)
+    alone = context._replace(documents=())
+    queries, keys, values = (_documents(x, R, sizes) for x in (q, k, v))
+    gates = [None] * len(sizes) if gate_BHF1 is None else _documents(gate_BHF1, R, sizes)
+    each = zip(queries, keys, values, gates, strict=True)
+    y_BHFC = [_utterances(query, key, value, alone, p, gate) for query, key, value, gate in each]
+    return torch.cat([y[:, :, :R] for y in y_BHFC] + [y[:, :, R:] for y in y_BHFC] if R else y_BHFC, dim=2)
+
+
+def _documents(x_1HNC: Tensor, registers: int, sizes: list[int]) -> list[Tensor]:
+    """Registers and frames of each packed utterance."""
+    frames = torch.split(x_1HNC[:, :, registers * len(sizes) :], sizes, dim=2)
+    if not registers:
+        return list(frames)
+    first = torch.split(x_1HNC[:, :, : registers * len(sizes)], registers, dim=2)
+    return [torch.cat(part, dim=2) for part in zip(first, frames, strict=True)]
+
+
+def _utterances(
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float, gate_BHF1: Tensor | None
+) -> Tensor:
+    pattern, n_frames = context.pattern, q.shape[2]
+    if gate_BHF1 is not None:  # a bias of its own for each pair of frames is dense by nature
+        assert context.bias_HFF is not None
+        bias = gate_BHF1 * context.bias_HFF[:, :n_frames, :n_frames]
+        if pattern != Pattern():
+            bias = bias.masked_fill(~dense_mask(context, len(q), n_frames, q.device)[:, None], float("-inf"))
+        elif context.valid_BF is not None:
+            bias = bias.masked_fill(~context.valid_BF[:, None, None], float("-inf"))
+        return attend(q, k, v, bias.to(q.dtype), p)
+    if pattern.reach is not None:
+        return local_attention(q, k, v, context, p)
+    if 0 < pattern.chunk < n_frames:
+        return chunked_attention(q, k, v, context, p)
+    return attend(q, k, v, None if context.valid_BF is None else context.valid_BF[:, None, None], p)
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float = 0.0) -> Tensor:
+    """Attention of (B, H, R + F, C) to frames at distance ≤ reach and to the R registers; registers attend to all.
+
+    Frames are cut into blocks of `reach`; each block attends to itself and its two neighbours, so that time and memory
+    grow with F and no F × F mask exists.
+    """
+    reach, R, valid_BF = context.pattern.reach, context.n_registers, context.valid_BF
+    assert reach is not None
+    B, H, total, C = q.shape
+    n_blocks = -(-(total - R) // reach)
+    spare = n_blocks * reach - (total - R)
+    queries = F.pad(q[:, :, R:], (0, 0, 0, spare)).view(B, H, n_blocks, reach, C)
+    keys, values = (
+        F.pad(x[:, :, R:], (0, 0, reach, reach + spare)).unfold(2, 3 * reach, reach).transpose(3, 4) for x in (k, v)
+    )
+    frames_BF = torch.ones(1, total - R, dtype=torch.bool, device=q.device) if valid_BF is None else valid_BF[:, R:]
+    valid = F.pad(frames_BF, (reach, reach + spare)).unfold(1, 3 * reach, reach)[:, None, :, None]
+    at = torch.arange(3 * reach, device=q.device)
+    distance = (at[None] - reach - at[:reach, None]).abs()
+    # each frame attends to itself, so that padding, which attends to nothing else, stays finite
+    mask = ((distance <= reach) & valid) | (distance == 0)
+    if R:
+        keys = torch.cat([k[:, :, None, :R].expand(B, H, n_blocks, R, C), keys], dim=3)
+        values = torch.cat([v[:, :, None, :R].expand(B, H, n_blocks, R, C), values], dim=3)
+        mask = F.pad(mask, (R, 0), value=True)
+    y = attend(queries, keys, values, mask, p)
+    y_BHFC = y.flatten(2, 3)[:, :, : total - R]
+    if not R:
+        return y_BHFC
+    registers = attend(q[:, :, :R], k, v, None if valid_BF is None else valid_BF[:, None, None], p)
+    return torch.cat([registers, y_BHFC], dim=2)
+
+
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float = 0.0) -> Tensor:
+    """Attention of (B, H, F, C) to the own chunk and those before it, one chunk of queries after the other."""
+    _, chunk, left = context.pattern
+    n_frames, parts = q.shape[2], []
+    for start in range(0, n_frames, chunk):
+        first, end = max(0, start - left * chunk) if left >= 0 else 0, min(start + chunk, n_frames)
+        mask = None
+        if context.valid_BF is not None:  # padding attends to itself and so stays finite
+            own = torch.ones(end - start, end - first, dtype=torch.bool, device=q.device)
+            own = own.triu(start - first).tril(start - first)
+            mask = context.valid_BF[:, None, None, first:end] | own
+        parts.append(attend(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask, p))
+    return torch.cat(parts, dim=2)
+
+
+def _allowed(context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> Callable[..., Tensor]:
+    """The pattern as a function of (row, head, query, key): what FlexAttention and `dense_mask` are made from."""
+    (reach, chunk, left), R, leading = context.pattern, context.n_registers, context.n_leading
+    sizes = context.documents or (n_frames - leading,)
+    count = torch.tensor(sizes)
+    places_F = torch.cat([torch.zeros(leading, dtype=torch.int64), *map(torch.arange, sizes)])
+    owner_F = torch.arange(len(sizes)).repeat_interleave(count)
+    owner_F = torch.cat([torch.arange(leading) // max(R, 1), owner_F])
+    places, owner_BF = places_F.to(device), owner_F.to(device).expand(rows, n_frames)
+    if context.valid_BF is not None:  # each padding frame is alone
+        owner_BF = torch.where(context.valid_BF, owner_BF, 1 + len(sizes) + torch.arange(n_frames, device=device))
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = owner_BF[row, query] == owner_BF[row, key]
+        if reach is not None:
+            near = (places[query] - places[key]).abs() <= reach
+            seen = seen & (near | (query < leading) | (key < leading))
+        if chunk:
+            behind = places[query] // chunk - places[key] // chunk
+            seen = seen & (behind >= 0)
+            if left >= 0:
+                seen = seen & (behind <= left)
+        return seen
+
+    return allowed
+
+
+def dense_mask(context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> Tensor:
+    """The pattern as a (B, F, F) bool, True attends."""
+    at = torch.arange(n_frames, device=device)
+    row = torch.arange(rows, device=device)
+    allowed = _allowed(context, rows, n_frames, device)
+    return allowed(row[:, None, None], torch.zeros_like(row), at[None, :, None], at[None, None])
+
+
+def flex_mask(context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> BlockMask | None:
+    """The pattern for FlexAttention; None where each frame attends to its whole row, which has faster kernels."""
+    if context.pattern == Pattern() and len(context.documents) < 2:
+        return None
+    return create_block_mask(_allowed(context, rows, n_frames, device), rows, None, n_frames, n_frames, str(device))
+
+
+@functools.cache
+def _flex(device: str) -> Any:
+    """Compiled where it is meant to be fast; a CPU takes PyTorch's reference of it."""
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention

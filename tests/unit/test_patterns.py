@@ -1,0 +1,105 @@
+"""Attention patterns, padded and packed, by blocks and by FlexAttention, against dense masks made pair by pair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.nn.patterns import AttentionContext, Pattern, dense_mask, flex_mask, pattern_attention
+
+PATTERNS = {
+    "full": (Pattern(), 0),
+    "local": (Pattern(reach=4), 0),
+    "local, registers": (Pattern(reach=7), 3),
+    "full, registers": (Pattern(), 3),
+    "chunked, all before": (Pattern(chunk=8), 0),
+    "chunked, one before": (Pattern(chunk=8, left_chunks=1), 0),
+    "chunked, none before": (Pattern(chunk=5, left_chunks=0), 0),
+    "one chunk is longer": (Pattern(chunk=64, left_chunks=2), 0),
+}
+LENGTHS = (29, 8, 1, 17)
+
+
+def allowed(pattern: Pattern, registers: int, length: int) -> Tensor:
+    """(R + length, R + length) bool of one utterance, pair by pair."""
+    total = registers + length
+    mask = torch.zeros(total, total, dtype=torch.bool)
+    for query in range(total):
+        for key in range(total):
+            at, other = query - registers, key - registers
+            if at < 0 or other < 0:
+                mask[query, key] = True
+            elif pattern.reach is not None:
+                mask[query, key] = abs(at - other) <= pattern.reach
+            elif pattern.chunk:
+                behind = at // pattern.chunk - other // pattern.chunk
+                mask[query, key] = behind >= 0 and (pattern.left_chunks < 0 or behind <= pattern.left_chunks)
+            else:
+                mask[query, key] = True
+    return mask
+
+
+def padded(pattern: Pattern, registers: int) -> tuple[AttentionContext, Tensor, Tensor]:
+    """The context, the dense mask (B, F, F), and which frames count."""
+    total = registers + max(LENGTHS)
+    valid_BF = torch.arange(total) < registers + torch.tensor(LENGTHS)[:, None]
+    mask = torch.eye(total, dtype=torch.bool).repeat(len(LENGTHS), 1, 1)
+    for row, length in enumerate(LENGTHS):
+        mask[row, : registers + length, : registers + length] = allowed(pattern, registers, length)
+    return AttentionContext(valid_BF, pattern, n_registers=registers), mask, valid_BF
+
+
+def packed(pattern: Pattern, registers: int) -> tuple[AttentionContext, Tensor, Tensor]:
+    n, leading = len(LENGTHS), registers * len(LENGTHS)
+    total = leading + sum(LENGTHS)
+    mask = torch.zeros(1, total, total, dtype=torch.bool)
+    for row, length in enumerate(LENGTHS):
+        start = leading + sum(LENGTHS[:row])
+        own = [*range(row * registers, (row + 1) * registers), *range(start, start + length)]
+        mask[0, torch.tensor(own)[:, None], torch.tensor(own)] = allowed(pattern, registers, length)
+    assert n == 4
+    return AttentionContext(None, pattern, n_registers=registers, documents=LENGTHS), mask, torch.ones(1, total) > 0
+
+
+@pytest.mark.parametrize("layout", [padded, packed])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_blocks_and_flex_are_the_dense_mask(name: str, layout: object) -> None:
+    torch.manual_seed(0)
+    context, mask, counts_BF = layout(*PATTERNS[name])  # type: ignore[operator]
+    rows, total = counts_BF.shape
+    assert torch.equal(
+        dense_mask(context, rows, total, mask.device) & counts_BF[:, :, None], mask & counts_BF[:, :, None]
+    )
+    q, k, v = (torch.randn(rows, 2, total, 8, requires_grad=True) for _ in range(3))
+    weight = torch.randn(rows, 2, total, 8) * counts_BF[:, None, :, None]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]) * counts_BF[:, None, :, None]
+    found = pattern_attention(q, k, v, context) * counts_BF[:, None, :, None]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    for mine, other in zip(ours, torch.autograd.grad((expected * weight).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+    flex = context._replace(flex=flex_mask(context, rows, total, mask.device))
+    by_flex = pattern_attention(q.detach(), k.detach(), v.detach(), flex) * counts_BF[:, None, :, None]
+    torch.testing.assert_close(by_flex, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(reach=32), Pattern(chunk=32, left_chunks=1)])
+@pytest.mark.parametrize("documents", [(), (700, 340)])
+def test_no_mask_over_all_pairs_exists(pattern: Pattern, documents: tuple[int, ...]) -> None:
+    """The largest tensor that patterns make is far from F × F."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            self.numbers = max([self.numbers, *(x.numel() for x in (out,) if isinstance(x, Tensor))])
+            return out
+
+    q, k, v = (torch.randn(1, 1, 1040, 4) for _ in range(3))
+    with Largest() as largest:
+        pattern_attention(q, k, v, AttentionContext(None, pattern, documents=documents))
+    assert largest.numbers < 0.15 * 1040 * 1040
