@@ -42,7 +42,7 @@ TaskPlugin=task/none
 MpiDefault=none
 MailProg=/bin/true
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
@@ -62,8 +62,9 @@ NodeName=n[1-{nodes}] NodeAddr={net}.[1-{nodes}] Port={node_port} CPUs=4 Boards=
 ThreadsPerCore=1 RealMemory=8000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP
 """
-# config_overrides: nodes may claim more cores than there are. cred_expire=5: a requeued job starts after seconds, not
-# two minutes. SlurmdTimeout=10: a lost node is acted upon within about 20 s. jobcomp: `sacct -c` knows ended jobs.
+# CR_Core_Memory: a job that names no memory has its nodes for itself. config_overrides: nodes may claim more cores than
+# there are. cred_expire=5: a requeued job starts after seconds, not two minutes. SlurmdTimeout=10: a lost node is acted
+# upon within about 20 s. jobcomp: `sacct -c` knows ended jobs.
 
 FIRST_PROCESS = """
 node=$1 state=$2; shift 2
