@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 Checkpointing = Literal["none", "full", "selective"]
 
@@ -34,15 +36,55 @@ def run_checkpointed(mode: Checkpointing, block: Callable[..., Any], *args: Any)
         return block(*args)
     if mode == "full":
         return checkpoint(block, *args, use_reentrant=False)
-    return checkpoint(block, *args, use_reentrant=False, context_fn=_selective)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=_keep_products)
 
 
-_selective = functools.partial(create_selective_checkpoint_contexts, lambda ctx, op, *args, **kw: _policy(op, args, kw))
+def _keep_products() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    kept: dict[Any, deque[Any]] = defaultdict(deque)
+    return _Keep(kept), _Reuse(kept)
 
 
-def _policy(op: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> CheckpointPolicy:
-    if op not in PRODUCTS:
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    named = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | keywords
+class _Keep(TorchDispatchMode):
+    """The forward pass: remembers products in order.
+
+    torch's own selective checkpointing wants each operation, cheap ones too, to come again, which the gathering of
+    weights under ZeRO-3 breaks; here only products must.
+    """
+
+    def __init__(self, kept: dict[Any, deque[Any]]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if _is_kept(func, args, kwargs or {}):
+            self.kept[func].append(_detached(out))
+        return out
+
+
+class _Reuse(TorchDispatchMode):
+    """The recomputation: gives them again."""
+
+    def __init__(self, kept: dict[Any, deque[Any]]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_kept(func, args, kwargs or {}):
+            return self.kept[func].popleft()
+        return func(*args, **(kwargs or {}))
+
+
+def _is_kept(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    if func not in PRODUCTS:
+        return False
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | keywords
     # a kernel that draws dropout itself must draw again, or all later draws of the recomputation would be others
-    return CheckpointPolicy.PREFER_RECOMPUTE if named.get("dropout_p", 0.0) else CheckpointPolicy.MUST_SAVE
+    return not named.get("dropout_p", 0.0)
+
+
+def _detached(out: Any) -> Any:
+    """Without the autograd graph, which would keep all that selective checkpointing means to free."""
+    if isinstance(out, Tensor):
+        return out.detach()
+    return tuple(_detached(part) for part in out) if isinstance(out, tuple) else out

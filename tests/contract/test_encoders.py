@@ -17,7 +17,7 @@ from data_pipeline.types import Batch
 from pretrain.config import Config
 from pretrain.model import build_model
 from pretrain.types import EncoderOutput, SpeechModel, StepContext
-from tests.contract.cases import ENCODERS, FRONTENDS, batch, small
+from tests.contract.cases import ENCODERS, FRONTENDS, OBJECTIVES, batch, small
 
 CTX = StepContext(seed=3, step=5)
 SECONDS = (0.61, 1.0, 0.26)
@@ -115,6 +115,26 @@ def test_packed_and_padded_are_each_utterance_alone(encoder: str, case: str, fro
         torch.testing.assert_close(found_sums[name], expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("frontend_encoder", [("log_mel", "conformer"), ("waveform_conv", "transformer")])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_packing_changes_neither_loss_nor_gradient(objective: str, frontend_encoder: tuple[str, str]) -> None:
+    """Objectives know nothing of it, teachers are packed, too."""
+    frontend, encoder = frontend_encoder
+    found = []
+    for packed in (False, True):
+        chosen = values(encoder, {}) | {"frontend": FRONT_ENDS[frontend], "objective": small("objectives", objective)}
+        module = build_model(load(Config, chosen | {"engine": {"packed": packed}})).eval()
+        plan = module.prepare(batch(SECONDS), CTX)
+        loss, _ = module(batch(SECONDS), plan, plan.counts_K, CTX)
+        loss.backward()
+        sums = {name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}
+        found.append(sums | {"loss": loss.detach()})
+    padded, tight = found
+    assert padded.keys() == tight.keys()
+    for name, expected in padded.items():
+        torch.testing.assert_close(tight[name], expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize(("case", "packed"), [("full", False), ("half rate, local_global", True), ("chunked", False)])
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -162,7 +182,6 @@ def test_recomputing_saves_memory(encoder: str) -> None:
         model.encoder.activation_checkpointing = mode  # type: ignore[assignment]
         frames = model.frontend.project(model.frontend.extract(data.wave_BT, data.lengths_B))
         sizes[mode] = alive_after(functools.partial(model.encoder, frames, CTX))
-    print(encoder, sizes)
     assert sizes["selective"] < 0.6 * sizes["none"]
     assert sizes["full"] < 0.2 * sizes["none"]
 
