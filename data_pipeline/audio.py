@@ -8,6 +8,7 @@ whole.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import os
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import fsspec
 import numpy as np
@@ -33,8 +34,8 @@ MIN_RATE, MAX_RATE, MAX_CHANNELS = 4_000, 384_000, 64
 """What is plausible as speech; a header beyond these limits lies."""
 OPEN_SIZE: Final = 0xFFFFFFFF
 """What programs that write to a pipe put in place of a length."""
-BLOCK_VALUES: Final = 1 << 19
-"""Values (frames × channels) decoded at a time; part of the bytes of a shard, since resampling is blockwise."""
+BLOCK_VALUES: Final = 1 << 18
+"""Values (frames × channels) decoded at a time: few enough to stay in a core's cache."""
 MEDIA_FORMATS: Final = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,flac,flv,g722,g726,matroska,webm,mov,mp3,mp4,mpeg,mpegts,ogg,tta,wav,"
     "w64,wv"
@@ -122,6 +123,26 @@ def encode(wave: npt.NDArray[np.int16], rate: int, codec: str) -> bytes:
     return _with_fixed_serial(buffer.getvalue()) if codec == "opus" else buffer.getvalue()
 
 
+def stored_flac(path: str, wave: npt.NDArray[np.int16], rate: int) -> bytes | None:
+    """The bytes of a local FLAC file without its tags, if it holds just `wave`: encoding it anew would gain nothing.
+
+    Judged by its STREAMINFO (RFC 9639): rate, one channel, 16 bits, length, and the MD5 of its samples.
+    """
+    with Path(path).open("rb") as file:
+        if file.read(4) != b"fLaC" or os.fstat(file.fileno()).st_size > 4 * len(wave) + 65_536:
+            return None
+        content = file.read()
+    info, fields = content[4:38], int.from_bytes(content[14:22], "big")
+    expected = rate << 44 | 0 << 41 | (16 - 1) << 36 | len(wave)
+    if content[0] & 0x7F or fields != expected or hashlib.md5(wave.data, usedforsecurity=False).digest() != info[18:]:
+        return None
+    at, last = 0, False
+    while not last and at + 4 <= len(content):
+        last = bool(content[at] & 0x80)
+        at += 4 + int.from_bytes(content[at + 1 : at + 4], "big")
+    return b"fLaC\x80\x00\x00\x22" + info + content[at:]
+
+
 def to_int16(wave: Wave) -> npt.NDArray[np.int16]:
     """[-1, 1) to 16 bit; exact for audio that was 16 bit before. What is beyond full scale is clipped."""
     scaled = wave * np.float32(32768.0)
@@ -153,7 +174,15 @@ def _no_os_errors() -> Iterator[None]:
         raise AudioError("corrupt", f"breaks off while being decoded: {str(error)[:200]}") from None
 
 
-def _libsndfile(path: str) -> soundfile.SoundFile:
+class _Forward(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
+    """Read from begin to end: the binding otherwise seeks after each block, and FLAC decodes a frame again for that."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _libsndfile(path: str, whole: bool = False) -> soundfile.SoundFile:
+    """Raises AudioError for what is no file with bytes in it and, with `whole`, for one that is cut short."""
     # by descriptor: given a name, the binding trusts its ending where that is .raw
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not block
     status = os.fstat(handle)
@@ -161,7 +190,11 @@ def _libsndfile(path: str) -> soundfile.SoundFile:
         os.close(handle)
         regular = stat.S_ISREG(status.st_mode)
         raise AudioError(*("empty", "is an empty file") if regular else ("no_file", "is no regular file"))
-    return soundfile.SoundFile(handle)  # libsndfile closes it, also when it fails
+    missing = _missing_bytes(handle) if whole else 0
+    if missing:
+        os.close(handle)
+        raise AudioError("truncated", f"its header promises {missing:,} bytes more than there are")
+    return _Forward(handle)  # libsndfile closes it, also when it fails
 
 
 def _info(sound: soundfile.SoundFile) -> AudioInfo:
@@ -180,13 +213,12 @@ def _checked(info: AudioInfo) -> AudioInfo:
 
 def _libsndfile_blocks(path: str) -> Iterator[Any]:
     """First the AudioInfo, then blocks (frames, channels)."""
-    with _libsndfile(path) as sound:
+    with _libsndfile(path, whole=True) as sound:
         info = _checked(_info(sound))
-        if missing := _missing_bytes(path):
-            raise AudioError("truncated", f"its header promises {missing:,} bytes more than there are")
         yield info
-        frames = max(BLOCK_VALUES // info.channels, 1)
-        while len(block := sound.read(frames, dtype="float32", always_2d=True, fill_value=None)):
+        frames, left = max(BLOCK_VALUES // info.channels, 1), info.frames or 1 << 62
+        while left > 0 and len(block := sound.read(min(frames, left), dtype="float32", always_2d=True)):
+            left -= len(block)
             yield block
 
 
@@ -252,8 +284,7 @@ def _whole(blocks: Iterator[Wave], info: AudioInfo) -> Iterator[Wave]:
 
 def _finite(blocks: Iterator[Wave]) -> Iterator[Wave]:
     for block in blocks:
-        with np.errstate(over="ignore", invalid="ignore"):
-            power = float(np.dot(block.ravel(), block.ravel()))
+        power = float(np.dot(block.ravel(), block.ravel()))
         if not power <= 100.0 * block.size:
             if np.isfinite(block).all():
                 raise AudioError("scale", "its samples are far beyond full scale: integers written as floats?")
@@ -285,34 +316,33 @@ def _resampled(blocks: Iterator[Wave], source: int, target: int) -> Iterator[Wav
         yield made
 
 
-def _missing_bytes(path: str) -> int:
+def _missing_bytes(handle: int) -> int:
     """How many bytes a WAV, RF64, W64, AIFF or AU header promises beyond the file's end; 0 for other files."""
-    with Path(path).open("rb") as file:
-        head, size = file.read(32).ljust(32, b"\0"), os.fstat(file.fileno()).st_size
-        if head[:4] == b"RIFF":
-            promised = _end_of_data(file)
-        elif head[:4] == b"FORM":
-            promised = 8 + int.from_bytes(head[4:8], "big")
-        elif head[:4] == b".snd":
-            length = int.from_bytes(head[8:12], "big")
-            promised = 0 if length == OPEN_SIZE else int.from_bytes(head[4:8], "big") + length
-        elif head[:4] == b"riff":
-            promised = int.from_bytes(head[16:24], "little")
-        elif head[:4] == b"RF64":
-            promised = 8 + int.from_bytes(head[20:28], "little")
-        else:
-            promised = 0
+    head, size = os.pread(handle, 32, 0).ljust(32, b"\0"), os.fstat(handle).st_size
+    if head[:4] == b"RIFF":
+        promised = _end_of_data(handle)
+    elif head[:4] == b"FORM":
+        promised = 8 + int.from_bytes(head[4:8], "big")
+    elif head[:4] == b".snd":
+        length = int.from_bytes(head[8:12], "big")
+        promised = 0 if length == OPEN_SIZE else int.from_bytes(head[4:8], "big") + length
+    elif head[:4] == b"riff":
+        promised = int.from_bytes(head[16:24], "little")
+    elif head[:4] == b"RF64":
+        promised = 8 + int.from_bytes(head[20:28], "little")
+    else:
+        promised = 0
     return max(0, promised - size)
 
 
-def _end_of_data(file: IO[bytes]) -> int:
+def _end_of_data(handle: int) -> int:
     """Where the data chunk of a RIFF file ends as its header says; 0 without one."""
-    file.seek(12)
-    while len(chunk := file.read(8)) == 8:
-        length = struct.unpack("<I", chunk[4:])[0]
+    at = 12
+    while len(chunk := os.pread(handle, 8, at)) == 8:
+        at, length = at + 8, int.from_bytes(chunk[4:], "little")
         if chunk[:4] == b"data":
-            return 0 if length >= OPEN_SIZE - 255 else file.tell() + int(length)
-        file.seek(length + length % 2, os.SEEK_CUR)
+            return 0 if length >= OPEN_SIZE - 255 else at + length
+        at += length + length % 2
     return 0
 
 

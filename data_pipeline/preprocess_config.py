@@ -204,6 +204,10 @@ class PreprocessConfig:
     out: Annotated[str, about("folder or fsspec URL for the shards; what is done there already stays", min_length=1)]
     corpus: Annotated[Any, PluginChoice("corpus", _names, _config_type)]
     codec: Annotated[Literal["flac", "wav", "opus"], about("how audio is stored; flac and wav are lossless")] = "flac"
+    copy_flac: Annotated[
+        bool,
+        about("with codec=flac, take 16 kHz mono 16-bit FLAC that stays whole as it is instead of encoding it anew"),
+    ] = True
     shard_mb: Annotated[float, about("about how many MB a shard gets; small corpora get smaller ones", gt=0)] = 1000.0
     min_shards: Annotated[int, about("make shards smaller than shard_mb until there are about so many", ge=1)] = 16
     cut: CutConfig = dataclasses.field(default_factory=CutConfig)
@@ -225,4 +229,7 @@ class PreprocessConfig:
 def content_settings(config: PreprocessConfig) -> dict[str, Any]:
     """The part of a config that decides the content of a shard, as plain values."""
     plain = dataclasses.asdict(config)
-    return {name: plain[name] for name in ("codec", "cut", "vad", "filters", "loudness_dbfs", "split", "weights")}
+    return {
+        name: plain[name]
+        for name in ("codec", "copy_flac", "cut", "vad", "filters", "loudness_dbfs", "split", "weights")
+    }

@@ -98,14 +98,13 @@ def rejects_jsonl(rejects: list[Reject]) -> bytes:
 def _process_file(file: AudioFile, config: PreprocessConfig, writer: ShardWriter, tally: Tally) -> None:
     mark, mine, read, kept = writer.mark(), Tally(), [0], 0
     try:
-        _check_unchanged(file)
         with audio.local_copy(file.path) as path:
             blocks = _counted(audio.decode(path, SAMPLE_RATE), read)
             for start, wave, whole in _pieces(blocks, config):
                 kept += len(wave)
                 # the words of a recording belong to no single piece of it
                 said = file if whole else dataclasses.replace(file, text="")
-                _write_segment(said, start, wave, config, writer, mine)
+                _write_segment(said, start, wave, config, writer, mine, path if whole else "")
         _check_unchanged(file)
         if kept < read[0]:
             mine.add((file.corpus, file.language, "vad", "no_speech"), read[0] - kept)
@@ -132,8 +131,15 @@ def _pieces(blocks: Iterable[audio.Wave], config: PreprocessConfig) -> Iterator[
 
 
 def _write_segment(
-    file: AudioFile, start: int, wave: audio.Wave, config: PreprocessConfig, writer: ShardWriter, tally: Tally
+    file: AudioFile,
+    start: int,
+    wave: audio.Wave,
+    config: PreprocessConfig,
+    writer: ShardWriter,
+    tally: Tally,
+    source: str,
 ) -> None:
+    """`source`: local path of a recording of which `wave` is all; "" for a piece of one."""
     if len(wave) < config.cut.min_seconds * SAMPLE_RATE:
         tally.reject(_reject(file, "cut", "too_short", "", start, len(wave)))
         return
@@ -159,7 +165,10 @@ def _write_segment(
     weight = config.weights.get(file.corpus, 1.0) * config.weights.get(file.language, 1.0)
     if weight != 1.0:
         extra["weight"] = weight
-    encoded = audio.encode(audio.to_int16(wave), SAMPLE_RATE, config.codec)
+    samples = audio.to_int16(wave)
+    copy = config.copy_flac and config.codec == "flac" and source
+    encoded = copy and audio.stored_flac(source, samples, SAMPLE_RATE)
+    encoded = encoded or audio.encode(samples, SAMPLE_RATE, config.codec)
     writer.add(segment, config.codec, encoded, len(wave), **extra)
     tally.add((file.corpus, file.language, "out", ""), len(wave))
 

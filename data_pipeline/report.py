@@ -164,12 +164,12 @@ def _gallery(sets: Sequence[tuple[str, Sequence[DoneRecord]]]) -> Iterable[str]:
         content = store.fs.cat_file(store.path(record.shard), start=start, end=end)
         wave, _ = soundfile.read(io.BytesIO(content), dtype="float32")
         clip = wave[: CLIP_SECONDS * SAMPLE_RATE]
-        sound = base64.b64encode(encode(to_int16(clip), SAMPLE_RATE, "opus")).decode()
+        sound = base64.b64encode(encode(to_int16(clip), SAMPLE_RATE, "flac")).decode()
         image = base64.b64encode(_png(_spectrogram(clip))).decode()
         what = f"{row['corpus']} · {row['speaker'] or 'unknown speaker'} · {row['n_samples'] / SAMPLE_RATE:.1f} s"
         yield (
             f"<figure><img alt='spectrogram, 0 to 8 kHz' src='data:image/png;base64,{image}'>"
-            f"<audio controls preload=none src='data:audio/ogg;base64,{sound}'></audio>"
+            f"<audio controls preload=none src='data:audio/flac;base64,{sound}'></audio>"
             f"<figcaption>{html.escape(what)}<br>{html.escape(row['key'])}</figcaption></figure>"
         )
 

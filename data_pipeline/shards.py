@@ -13,7 +13,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -169,9 +169,8 @@ class ShardWriter:
         self._file.close()
         offsets = np.array([row["offset"] for row in self._rows] + [end], dtype="<u8")
         write_synced(self.offsets_path, offsets.tobytes())
-        table = pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA)
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(_index_table(self._rows), buffer, compression="zstd")
         write_synced(self.index_path, buffer.getvalue())
         return self._hash.hexdigest(), self._offset
 
@@ -180,10 +179,7 @@ class ShardWriter:
         self._file.close()
 
     def _member(self, name: str, content: bytes) -> int:
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        info.mode = 0o644
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        self._write(tar_header(name, len(content)))
         payload_offset = self._offset
         self._write(content)
         self._write(bytes(-len(content) % BLOCK))
@@ -193,6 +189,43 @@ class ShardWriter:
         self._file.write(content)
         self._hash.update(content)
         self._offset += len(content)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """What `tarfile.TarInfo` makes of an ASCII name of at most 100 bytes, in a fifth of the time."""
+    head = bytearray(_HEADER)
+    head[: len(name)] = name.encode("ascii")
+    head[124:135] = b"%011o" % size
+    head[148:156] = b"%06o\0 " % (sum(head) + 8 * ord(" "))
+    return bytes(head)
+
+
+def _blank_header() -> bytes:
+    head = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
+    head[148:156] = bytes(8)  # the checksum
+    return bytes(head)
+
+
+_HEADER: Final = _blank_header()
+
+
+def _index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """As `Table.from_pylist`, which imports pandas: that costs a worker more time than a minute of audio."""
+    arrays = []
+    for column in INDEX_SCHEMA:
+        values = [row[column.name] for row in rows]
+        valid = pa.py_buffer(
+            np.packbits(np.array([value is not None for value in values], bool), bitorder="little").tobytes()
+        )
+        if column.type == pa.string():
+            texts = [value.encode() for value in values]
+            ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+            buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
+        else:
+            numbers = np.array([value or 0 for value in values], column.type.to_pandas_dtype())
+            buffers = [valid if None in values else None, pa.py_buffer(numbers)]
+        arrays.append(pa.Array.from_buffers(column.type, len(rows), buffers))
+    return pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA)
 
 
 def sample_json(segment: Segment, n_samples: int, extra: Mapping[str, Any]) -> bytes:

@@ -144,3 +144,20 @@ def test_cutting_loses_and_repeats_nothing(sizes: list[int], longest: int) -> No
     assert [whole for _, _, whole in pieces].count(True) == (1 if 0 < len(wave) <= longest else 0)
     if len(wave) > longest:
         assert min(len(piece) for _, piece, _ in pieces) >= longest // 2
+
+
+def test_flac_that_needs_nothing_is_taken_without_its_tags(tmp_path: Path) -> None:
+    path, pcm = tmp_path / "a.flac", audio.to_int16(sound("kept", 2.0))
+    with soundfile.SoundFile(path, "w", 16_000, 1) as file:
+        file.title = "a private note"
+        file.write(pcm)
+    kept = audio.stored_flac(str(path), pcm, 16_000)
+    assert kept is not None
+    assert b"private" in path.read_bytes()
+    assert b"private" not in kept
+    np.testing.assert_array_equal(soundfile.read(io.BytesIO(kept), dtype="int16")[0], pcm)
+    assert audio.stored_flac(str(path), pcm + np.int16(1), 16_000) is None, "other samples"
+    assert audio.stored_flac(str(path), pcm[:-1], 16_000) is None, "a part of it"
+    assert audio.stored_flac(str(path), pcm, 8_000) is None, "another rate"
+    soundfile.write(tmp_path / "a.wav", pcm, 16_000)
+    assert audio.stored_flac(str(tmp_path / "a.wav"), pcm, 16_000) is None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 import webdataset
@@ -147,3 +149,15 @@ def test_members_that_would_be_unpickled_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="unpickled"):
         shards.refuse_code(name, "x.tar")
     shards.refuse_code("a.flac", "x.tar")
+
+
+def test_headers_and_index_are_those_of_the_libraries(tmp_path: Path) -> None:
+    for name, size in (("a.flac", 0), ("x" * 95 + ".flac", 123_456_789)):
+        info = tarfile.TarInfo(name)
+        info.size = size
+        assert shards.tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+    record = write(tmp_path, [0, 1, 2])
+    table = shards.read_index(str(tmp_path), record)
+    table.validate(full=True)
+    assert table["snr_db"].null_count == 3
+    assert table.equals(pa.Table.from_pylist(table.to_pylist(), schema=shards.INDEX_SCHEMA))
