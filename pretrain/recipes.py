@@ -16,6 +16,7 @@ from pretrain.types import SpeechModel
 CROP_SECONDS = 15.0
 PUBLISHED: dict[str, tuple[float | None, float, str]] = {
     "wav2vec2_base": (95.0, 93.6, "arXiv 2006.11477; fairseq wav2vec2_base_librispeech.yaml"),
+    "wav2vec2_large": (317.4, 162.0, "arXiv 2006.11477, §4.2"),
     "hubert_base": (94.7, 46.7, "arXiv 2106.07447; fairseq hubert_base_librispeech.yaml"),
     "wavlm_base": (94.7, 46.7, "arXiv 2110.13900"),
     "data2vec_base": (None, 63.0, "arXiv 2202.03555; fairseq data2vec base_librispeech.yaml"),

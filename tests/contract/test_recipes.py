@@ -44,7 +44,10 @@ def test_frontend_and_encoder_yaml(group: str, name: str) -> None:
         build_model(composed(f"{group}={name}"))
 
 
-@pytest.mark.parametrize(("name", "millions"), [("wav2vec2_base", 95.0), ("hubert_base", 94.7), ("wavlm_base", 94.7)])
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("wav2vec2_base", 95.0), ("wav2vec2_large", 317.4), ("hubert_base", 94.7), ("wavlm_base", 94.7)],
+)
 def test_published_parameter_counts(name: str, millions: float) -> None:
     with torch.device("meta"):
         module = build_model(composed(f"experiment={name}"))
