@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 from data_pipeline.schema import ConfigError
 from data_pipeline.targets import all_labelled
 from launch import describe, job
+from launch.compose import compose
 from launch.config import Iteration, PretrainJob, TargetsJob
 from launch.submit import read_note, steps_done
 
@@ -100,6 +101,7 @@ def links(config: PretrainJob, overrides: Sequence[str]) -> list[Link]:
         )
     common = [line for line in overrides if line.lstrip("+").partition("=")[0] not in ("name", "link")]
     common = [line for line in common if not line.lstrip("+~").startswith("chain")]
+    without = ["~chain"] if "chain" in compose("pretrain", common) else []
     launcher = [line for line in common if line.lstrip("+").startswith("launcher")]
     found: list[Link] = []
     for name, iteration in config.chain.items():
@@ -112,7 +114,7 @@ def links(config: PretrainJob, overrides: Sequence[str]) -> list[Link]:
             f"runs={config.runs}", f"name={folder.name}", *launcher,
         ]  # fmt: skip
         training = [
-            *common, *iteration.overrides, "~chain", f"name={run_name}", f"train.steps={iteration.steps}",
+            *common, *iteration.overrides, *without, f"name={run_name}", f"train.steps={iteration.steps}",
             f"objective.labels={LABELS}", f"objective.units={iteration.classes}", f"objective.label_rate_hz={rate_hz}",
             f"data.targets.{LABELS}={labels}",
         ]  # fmt: skip

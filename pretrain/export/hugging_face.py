@@ -88,7 +88,8 @@ def describe(config: Config) -> dict[str, Any]:
     if obstacles:
         raise ConfigError(
             f"{', '.join(obstacles)}: Hugging Face has no such model; only a waveform_conv front end with a "
-            "transformer of convolutional positions and full attention can be exported. The run's own checkpoint stays"
+            "transformer of convolutional positions and full attention can be exported. `auricle export --to onnx` or "
+            "`--to torchscript` makes one file that needs no code of ours"
         )
     stack = encoder.positions == "conv_stack"
     if stack and (encoder.relative_bias or encoder.norm == "pre" or frontend.norm == "group"):

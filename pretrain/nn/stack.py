@@ -161,11 +161,11 @@ class BlockStack(Encoder):
         """All blocks on x_BFD, whose padding is that of `frames`. The last layer is not normed here."""
         level = Level(frames.lengths_B, frames.places_BF, packing.lengths if packing else ())
         level = self.with_contexts(level, x_BFD.shape[1], self.chunk_length(ctx), bias_HFF)
-        draws = Draws(self.kept_blocks(ctx), self.kept_branches(ctx, len(level.documents) or len(x_BFD), x_BFD))
+        draws = Draws(self.kept_blocks(ctx), self.kept_branches(ctx, len(level.documents) or x_BFD.shape[0], x_BFD))
         layers = [x_BFD]
         if self.registers_RD is not None:
             registers_RD = self.registers_RD.to(x_BFD.dtype).repeat(max(1, len(level.documents)), 1)
-            x_BFD = torch.cat([registers_RD.expand(len(x_BFD), -1, -1), x_BFD], dim=1)
+            x_BFD = torch.cat([registers_RD.expand(x_BFD.shape[0], -1, -1), x_BFD], dim=1)
         run = self.run_u_shape if self.half_rate is not None else self.run_some
         ran = run(range(self.n_layers)[: self.stop_after], x_BFD, level, draws, ctx)
         return EncoderOutput((*layers, *ran.layers), frames.lengths_B, frames.rate_hz, tuple(ran.ffn_layers))
@@ -226,7 +226,9 @@ class BlockStack(Encoder):
         valid_BF = None
         if not documents:
             valid_BF = torch.arange(n_frames, device=device) < level.lengths_B[:, None]
-            valid_BF = None if bool(valid_BF.all()) else nn.functional.pad(valid_BF, (leading, 0), value=True)
+            # an exported graph is for audio without padding, which it could not test for
+            unpadded = torch.compiler.is_exporting() or bool(valid_BF.all())
+            valid_BF = None if unpadded else nn.functional.pad(valid_BF, (leading, 0), value=True)
         places = torch.arange(n_frames, device=device) if level.places_BF is None else level.places_BF
         full = AttentionContext(
             valid_BF,

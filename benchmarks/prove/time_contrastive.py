@@ -1,0 +1,249 @@
+"""Does time help? The time-contrastive objective beside plain wav2vec 2.0 at equal operations, at three speeds.
+
+    python benchmarks/prove/time_contrastive.py                # about 18 minutes on two cores
+
+Both train the same model on the same speech (../shared/data, splits pretrain and train, no labels) for as many updates,
+with as many operations per update: the time-contrastive one hears each utterance twice and so half of the utterances.
+A linear probe for phones is then fitted at speed 1 and asked at 1, 0.8 and 1.2, on speakers that nothing heard.
+Writes benchmarks/results/time_contrastive.md and .json. Exit code 1 where the bar is missed: better at speed 1, and at
+0.8 and 1.2 at most half of the loss of accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from data_pipeline.augment import change_speed  # noqa: E402
+from data_pipeline.schema import load  # noqa: E402
+from data_pipeline.types import Batch  # noqa: E402
+from launch.compose import compose  # noqa: E402
+from pretrain.config import Config  # noqa: E402
+from pretrain.evaluate.config import EvaluateConfig, ProbeConfig  # noqa: E402
+from pretrain.evaluate.corpus import Interval, Utterance, read_manifest  # noqa: E402
+from pretrain.evaluate.encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder  # noqa: E402
+from pretrain.evaluate.features import SILENCE, Labelled, phone_frames  # noqa: E402
+from pretrain.evaluate.measures import Tally, bootstrap  # noqa: E402
+from pretrain.evaluate.probe import fit_probe  # noqa: E402
+from pretrain.evaluate.run import Room  # noqa: E402
+from pretrain.model import build_model  # noqa: E402
+from pretrain.telemetry import read_rows  # noqa: E402
+from pretrain.types import StepContext  # noqa: E402
+
+PLAIN, TIMED = "wav2vec2", "time_contrastive"
+SPEEDS = (1.0, 0.8, 1.2)
+BATCH_SECONDS = 24.0
+TIMED_STEPS = 30
+COMMON = (
+    "frontend=log_mel", "frontend.subsampling=2", "frontend.dropout=0", "encoder=transformer_tiny", "encoder.dropout=0",
+    "data.micro_batches=2", "data.min_seconds=1", "data.max_seconds=6", "data.workers=1",
+    "objective.mask_span=6", "objective.projection_dim=128", "objective.negatives=50",
+    "optimizer.lr=1e-3", "optimizer.clip_norm=1", "schedule.name=cosine", "schedule.warmup_steps=60",
+    "engine.name=local", "engine.precision=bf16", "train.media_every=0",
+    "health.on_collapse=warn", "health.on_chance=warn",
+)  # fmt: skip
+OWN = {PLAIN: ("objective.n_codes=64", "objective.code_dim=128"), TIMED: ("objective.clusters=50",)}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one model's probe says: one tally per seed for each speed."""
+
+    who: str
+    tallies: Mapping[float, list[Tally]]
+
+    def accuracy(self, speed: float) -> float:
+        """Share of non-silence frames, mean over seeds and speakers."""
+        return bootstrap(self.tallies[speed], 100).value
+
+    def lost(self, speed: float) -> float:
+        """Accuracy lost against speed 1."""
+        return self.accuracy(1.0) - self.accuracy(speed)
+
+
+def overrides(objective: str, batch_seconds: float) -> list[str]:
+    """The run's config beside `COMMON`."""
+    return [f"objective={objective}", *COMMON, *OWN[objective], f"data.batch_seconds={batch_seconds:.2f}"]
+
+
+def forward_flops(objective: str) -> float:
+    """Operations of one forward pass with loss and all views, per second of audio that the reader gives."""
+    values = compose("pretrain", ["data.shards=none", *overrides(objective, BATCH_SECONDS)])
+    module = build_model(load(Config, {name: value for name, value in values.items() if name != "launcher"})).train()
+    seconds, total = 6.0, 0.0
+    for step in range(8):  # the second view's length is drawn
+        wave_BT = 0.1 * torch.randn(4, int(seconds * 16_000))
+        batch = Batch(wave_BT, torch.full((4,), wave_BT.shape[1]), tuple("abcd"), 0)
+        ctx = StepContext(0, step + 1)
+        plan = module.prepare(batch, ctx)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(batch, plan, plan.counts_K, ctx)
+        total += counter.get_total_flops() / (4 * seconds)
+    return total / 8
+
+
+def auricle(*arguments: str) -> None:
+    """Runs the command; raises CalledProcessError when it fails."""
+    subprocess.run([sys.executable, "-m", "launch.app", *arguments], check=True, cwd=ROOT)
+
+
+def pretrain(objective: str, shards: Path, runs: Path, batch_seconds: float, steps: int, name: str) -> Path:
+    """One training run; its folder."""
+    common = [f"data.shards={shards}", f"runs={runs}", f"name={name}", f"train.steps={steps}"]
+    auricle("pretrain", *overrides(objective, batch_seconds), *common, f"train.checkpoint_every={steps}")
+    return runs / name
+
+
+def steps_in(minutes: float, shards: Path, runs: Path, seconds_of: Mapping[str, float]) -> int:
+    """Updates of each objective that fit into `minutes` of both together, by the speed of a few first ones."""
+    taken = 0.0
+    for objective, batch_seconds in seconds_of.items():
+        run = pretrain(objective, shards, runs, batch_seconds, TIMED_STEPS, f"{objective}_timing")
+        seconds = sorted(row["perf/step_seconds"] for row in read_rows(run / "metrics.jsonl"))
+        taken += seconds[len(seconds) // 2]
+    return max(TIMED_STEPS, int(minutes * 60 / taken))
+
+
+class Speeds:
+    """The phone task's utterances, as they are or played at another speed, alignments and all."""
+
+    def __init__(self, manifest: Path, most: int) -> None:
+        config = EvaluateConfig(checkpoint="none", manifest=str(manifest), max_utterances=most)
+        self.room = Room(config, "phones", read_manifest(manifest), print)
+
+    def features(self, encoder: FrozenEncoder, part: Sequence[Utterance], speed: float) -> Labelled:
+        """Labelled frames of `part` at a speed."""
+        phones = {
+            u.name: [Interval(i.start / speed, i.end / speed, i.phone) for i in self.room.phones[u.name]] for u in part
+        }
+
+        def waves(utterance: Utterance) -> torch.Tensor:
+            wave = self.room.waves(utterance)
+            if speed == 1.0:
+                return wave
+            return torch.from_numpy(change_speed(wave.numpy(), speed, round(len(wave) / speed)))
+
+        return phone_frames(encoder, part, phones, self.room.classes, waves)  # type: ignore[arg-type]
+
+    def probe(self, who: str, encoder: FrozenEncoder, seeds: int) -> Found:
+        """Fitted at speed 1 on train, chosen on valid, asked on test at every speed."""
+        train, valid = (self.features(encoder, part, 1.0) for part in self.room.parts[:2])
+        settings = ProbeConfig(epochs=4, batch=1024)
+        probes = [fit_probe(train, valid, len(self.room.classes), settings, seed) for seed in range(seeds)]
+        silent = torch.tensor([self.room.classes[phone] for phone in SILENCE if phone in self.room.classes])
+        tallies: dict[float, list[Tally]] = {}
+        for speed in SPEEDS:
+            test = self.features(encoder, self.room.parts[2], speed)
+            counted = (~torch.isin(test.y_N, silent)).double().numpy()
+            hits = [(probe.predict(test.x_NLD) == test.y_N.numpy()).astype(float) for probe in probes]
+            tallies[speed] = [test.tally(hit, counted) for hit in hits]
+        found = Found(who, tallies)
+        print(f"{who}: " + ", ".join(f"{found.accuracy(speed):.1%} at {speed:g}×" for speed in SPEEDS), flush=True)
+        return found
+
+
+def verdicts(plain: Found, timed: Found) -> tuple[list[str], bool]:
+    """Each half of the bar in words, and whether all of it is met."""
+    gap = bootstrap(timed.tallies[1.0], 2_000, plain.tallies[1.0])
+    better = "yes" if gap.low > 0 else "no" if gap.high < 0 else "not beyond chance"
+    lines = [
+        f"- at 1×: {100 * gap.value:+.1f} points over wav2vec 2.0 "
+        f"(95 %: {100 * gap.low:+.1f} … {100 * gap.high:+.1f}); better: {better}"
+    ]
+    met = gap.low > 0
+    for speed in SPEEDS[1:]:
+        ours, theirs = timed.lost(speed), plain.lost(speed)
+        half = ours <= 0.5 * theirs
+        met = met and half
+        lines.append(
+            f"- at {speed:g}×: loses {100 * ours:.1f} points, wav2vec 2.0 {100 * theirs:.1f}; "
+            f"at most half: {'yes' if half else 'no'}"
+        )
+    return lines, met
+
+
+def main() -> int:
+    """Exit code 0 where the bar is met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=12.0, help="of pretraining, both objectives together")
+    parser.add_argument("--seeds", type=int, default=3, help="probes per model")
+    parser.add_argument("--max-utterances", type=int, default=0, help="per split of the probe; 0 takes all")
+    parser.add_argument("--shards", type=Path, help="shards of the shared speech; made where not given")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "time_contrastive")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    given = parser.parse_args()
+    manifest = ROOT.parent / "shared" / "data" / "manifest.tsv"
+    if not manifest.is_file():
+        print(f"this proof needs real speech at {manifest.parent}; skipped")
+        return 0
+    begun = time.monotonic()
+    shards = given.shards or given.work / "shards"
+    if given.shards is None:
+        auricle("preprocess", "corpus=shared_dev", f"out={shards}")
+    flops = {objective: forward_flops(objective) for objective in (PLAIN, TIMED)}
+    seconds_of = {PLAIN: BATCH_SECONDS, TIMED: BATCH_SECONDS * flops[PLAIN] / flops[TIMED]}
+    steps = steps_in(given.minutes, shards, given.work, seconds_of)
+    runs = {o: pretrain(o, shards, given.work, seconds_of[o], steps, f"{o}_{steps}") for o in (PLAIN, TIMED)}
+    spent: dict[str, tuple[float, float]] = {}
+    for objective, run in runs.items():
+        heard = sum(row["data/audio_seconds"] for row in read_rows(run / "metrics.jsonl"))
+        spent[objective] = heard / 3600, 3 * heard * flops[objective]
+
+    speeds = Speeds(manifest, given.max_utterances)
+    encoders = {objective: open_encoder(str(run)) for objective, run in runs.items()}
+    fresh = encoders[PLAIN].fresh
+    assert fresh is not None
+    found = {objective: speeds.probe(objective, encoder, given.seeds) for objective, encoder in encoders.items()}
+    others = [
+        speeds.probe("random weights", freeze(fresh(0), "random weights"), given.seeds),
+        speeds.probe("log-mel ±10 frames", log_mel_with_context(), given.seeds),
+    ]
+    lines, met = verdicts(found[PLAIN], found[TIMED])
+    report(given, [*found.values(), *others], spent, steps, lines, time.monotonic() - begun)
+    print("\n".join(lines))
+    return 0 if met else 1
+
+
+def report(
+    given: Any, found: list[Found], spent: Mapping[str, tuple[float, float]], steps: int, lines: list[str], took: float
+) -> None:
+    """time_contrastive.md and .json."""
+    rows = []
+    for one in found:
+        values = [f"{100 * one.accuracy(speed):.1f}" for speed in SPEEDS] + [
+            f"{100 * one.lost(s):.1f}" for s in SPEEDS[1:]
+        ]
+        heard = f"{spent[one.who][0]:.1f} h, {spent[one.who][1]:.2e} FLOP" if one.who in spent else "–"
+        rows.append(f"| {one.who} | {heard} | " + " | ".join(values) + " |")
+    text = [
+        "# Time-contrastive beside wav2vec 2.0 at equal operations", "",
+        f"{platform.machine()}, {os.cpu_count()} cores, {took / 60:.0f} minutes in all; {steps} updates each, 4 × 256 "
+        f"transformer on log-mel at 50 Hz, {given.seeds} probes. Phones, non-silence frames, unknown speakers, in %.",
+        "", "| model | audio given, training operations | 1× | 0.8× | 1.2× | lost at 0.8× | lost at 1.2× |",
+        "|---|---|---|---|---|---|---|", *rows, "",
+        "Bar: better at 1×, and half of the loss at 0.8× and 1.2×.", "", *lines, "",
+    ]  # fmt: skip
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "time_contrastive.md").write_text("\n".join(text), encoding="utf-8")
+    plain = {one.who: {str(speed): one.accuracy(speed) for speed in SPEEDS} for one in found}
+    values = {"steps": steps, "hours_and_flop": spent, "accuracy": plain}
+    (given.out / "time_contrastive.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
