@@ -2,7 +2,7 @@
 
     checkpoints/step_00000100/model.safetensors      weights and buffers of the TrainModule, fp32
                               optimizer.safetensors  exp_avg/NAME, exp_avg_sq/NAME
-                              state.json             step, reader cursor, what the health watch knows, config, sha256
+                              state.json             step, reader cursor, health's memory, loss scale, config, sha256
     checkpoints/latest                               the name of the newest whole one
 
 Nothing in it is executed on loading (no pickle).
@@ -85,8 +85,8 @@ class Saver:
             return folder
         self.wait()
         self._run.require_current()
-        files = _gather(self._engine)
-        self._pending = self._pool.submit(_write, self._run, folder, files, state, self._config)
+        files, scale = _gather(self._engine), self._engine.scale.state()
+        self._pending = self._pool.submit(_write, self._run, folder, files, state, self._config, scale)
         if not self._config.train.save_behind:
             self.wait()
         return folder
@@ -111,7 +111,12 @@ def _gather(engine: Engine) -> dict[str, dict[str, Tensor]]:
 
 
 def _write(
-    run: RunFolder, folder: Path, files: Mapping[str, dict[str, Tensor]], state: TrainState, config: Config
+    run: RunFolder,
+    folder: Path,
+    files: Mapping[str, dict[str, Tensor]],
+    state: TrainState,
+    config: Config,
+    scale: Mapping[str, Any],
 ) -> None:
     """Writes beside, then moves into place, then points `latest` there, then removes what is old."""
     run.require_current()
@@ -128,7 +133,7 @@ def _write(
             digests[path.name] = _sha256(path)
         cursor = dataclasses.asdict(state.cursor) if state.cursor else None
         values = {"format": FORMAT, "step": state.step, "cursor": cursor, "health": state.health}
-        values |= {"config": dump(config), "sha256": digests}
+        values |= {"config": dump(config), "sha256": digests, "loss_scale": dict(scale)}
         write_json(temporary / "state.json", values)
         run.require_current()
         remove(folder)
@@ -184,6 +189,7 @@ def _load(run: RunFolder, folder: Path, engine: Engine, config: Config) -> Train
         engine.load_tensors(Tensors(folder), values["step"])
     except (KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged or of another model ({error}); {_remedy(run)}") from error
+    engine.scale.load(values.get("loss_scale", {}))
     return TrainState(values["step"], cursor, values.get("health", {}))
 
 

@@ -42,8 +42,11 @@ class EngineConfig:
     )
     zero_stage: Annotated[int, about("DeepSpeed ZeRO stage (deepspeed only)", ge=0, le=3)] = 1
     precision: Annotated[
-        Literal["fp32", "bf16"],
-        about("bf16 runs the forward pass under autocast; weights, softmax and code look-ups stay fp32"),
+        Literal["fp32", "bf16", "fp16"],
+        about(
+            "bf16 and fp16 run the forward pass under autocast, fp16 with a scaled loss; weights, softmax and code "
+            "look-ups stay fp32"
+        ),
     ] = "fp32"
     tf32: Annotated[bool, about("let fp32 matrix products use TF32 on GPUs that have it")] = True
     activation_checkpointing: Annotated[
@@ -60,12 +63,22 @@ class EngineConfig:
         bool, about("compute no padding: utterances of a micro-batch end to end in one row, same outputs and gradients")
     ] = False
     offload: Annotated[
-        Literal["none", "cpu"], about("cpu keeps optimizer states in host memory (deepspeed, ZeRO 1 to 3)")
+        Literal["none", "cpu", "nvme"],
+        about("keep optimizer states in host memory (deepspeed, ZeRO 1 to 3), or on a disk (deepspeed, ZeRO 3)"),
     ] = "none"
+    offload_folder: Annotated[str, about("offload=nvme: a folder on a fast disk of each node")] = ""
+    fused: Annotated[bool, about("torch's fused AdamW: one kernel for all parameters; the same up to rounding")] = False
     compile: Annotated[
         bool, about("torch.compile the encoder: slow first steps, then faster; dropout draws differ")
     ] = False
     timeout_minutes: Annotated[float, about("give up a collective operation after this long", gt=0)] = 30.0
+
+    def __post_init__(self) -> None:
+        if self.compile and self.activation_checkpointing == "selective":
+            told = "cannot run with engine.compile=true, which chooses itself what to recompute; take none or full"
+            refuse("activation_checkpointing", "selective", told)
+        if self.compile and self.packed:
+            refuse("packed", self.packed, "cannot run with engine.compile=true: its loops differ from batch to batch")
 
 
 @config

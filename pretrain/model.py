@@ -101,6 +101,10 @@ class TrainModule(nn.Module):
         return torch.autocast(device.type, dtype=self.autocast)
 
 
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""engine.precision -> the type of the forward pass's products."""
+
+
 def stage_deviations(encoded: EncoderOutput) -> dict[str, Tensor]:
     """How much frames differ from each other at the encoder's input, middle and output: near 0 is a collapse."""
     layers, valid_BF = encoded.layers, encoded.final.valid_BF()
@@ -120,4 +124,4 @@ def build_model(config: Config) -> TrainModule:
         objective: Objective = plugins.build("objectives", config.objective, model.shape)
         objective.attach(model)
         heads = {name: plugins.build("heads", head, model.shape) for name, head in config.heads.items()}
-    return TrainModule(model, objective, heads, torch.bfloat16 if config.engine.precision == "bf16" else None)
+    return TrainModule(model, objective, heads, AUTOCAST[config.engine.precision])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data_pipeline.keyed_random import keyed_seed
 from data_pipeline.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.engines.scaling import LossScale
 from pretrain.engines.world import World
 from pretrain.model import TrainModule
 from pretrain.types import StepContext, Sum
@@ -50,6 +51,7 @@ class Engine(abc.ABC):
 
     def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World) -> None:
         self.module, self.config, self.optimizer_config, self.world = module, config, optimizer, world
+        self.scale = LossScale(config.precision)
         if config.compile:
             module.model.encoder.compile(dynamic=True)
         if world.device.startswith("cuda"):
@@ -75,6 +77,27 @@ class Engine(abc.ABC):
         plans = [self.module.prepare(batch, ctx) for batch in batches]
         counts_K = torch.stack([plan.counts_K for plan in plans]).sum(0)
         counts_K = self.world.sum(counts_K.to(self.world.device)).cpu()
+        while True:
+            loss, totals = self._accumulate(batches, plans, counts_K, ctx)
+            result_loss, reduced, summed_extras = self._reduce(loss, totals, dict(extras or {}))
+            if not np.isfinite(result_loss):
+                self._apply(lr, -math.inf)  # throws the gradients away
+                raise FloatingPointError(f"the loss of step {ctx.step} is {result_loss}")
+            grad_norm = self._apply(lr, skip_above)
+            if np.isfinite(grad_norm):
+                break
+            if not self.scale.lower():
+                raise FloatingPointError(f"the gradient norm of step {ctx.step} is {grad_norm}")
+        self.scale.fitted()
+        skipped = grad_norm > skip_above
+        if not skipped:
+            self.module.after_step(ctx)
+        return StepResult(result_loss, reduced, summed_extras, grad_norm, skipped)
+
+    def _accumulate(
+        self, batches: Sequence[Batch], plans: Sequence[object], counts_K: Tensor, ctx: StepContext
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Gradients of this rank's micro-batches; their share of the loss, and the sums of their metrics."""
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         totals: dict[str, list[Tensor]] = {}
         for batch, plan in zip(batches, plans, strict=True):
@@ -82,17 +105,7 @@ class Engine(abc.ABC):
             micro_loss, metrics = self._forward_backward(batch, plan, counts_K, ctx)
             loss += micro_loss.detach().double()
             _add(totals, metrics)
-        result_loss, reduced, summed_extras = self._reduce(loss, totals, dict(extras or {}))
-        if not np.isfinite(result_loss):
-            self._apply(lr, -math.inf)  # throws the gradients away
-            raise FloatingPointError(f"the loss of step {ctx.step} is {result_loss}")
-        grad_norm = self._apply(lr, skip_above)
-        if not np.isfinite(grad_norm):
-            raise FloatingPointError(f"the gradient norm of step {ctx.step} is {grad_norm}")
-        skipped = grad_norm > skip_above
-        if not skipped:
-            self.module.after_step(ctx)
-        return StepResult(result_loss, reduced, summed_extras, grad_norm, skipped)
+        return loss, totals
 
     def _reduce(
         self, loss: Tensor, totals: Mapping[str, list[Tensor]], extras: Mapping[str, float]
@@ -114,13 +127,13 @@ class Engine(abc.ABC):
     def _forward_backward(
         self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, Mapping[str, Sum]]:
-        """Adds this micro-batch's gradient; returns its share of the global loss, and its metrics."""
+        """Adds this micro-batch's gradient, times `scale`; returns its share of the global loss, and its metrics."""
 
     @abc.abstractmethod
     def _apply(self, lr: float, skip_above: float) -> float:
-        """Sums gradients over ranks, clips, updates the weights unless the norm is above `skip_above`.
+        """Sums gradients over ranks, divides by `scale`, clips, updates unless the norm is above `skip_above`.
 
-        Returns the gradient norm before clipping.
+        Returns the gradient norm before clipping. Where that is not finite, the gradients are thrown away.
         """
 
     @abc.abstractmethod
@@ -154,13 +167,17 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 class GatedAdamW(torch.optim.AdamW):
-    """AdamW that can be told to let an update pass. ZeRO calls `step` once per group, after it knows the norm."""
+    """AdamW that leaves out updates of too large a norm. ZeRO calls `step` once per group, when it knows the norm."""
 
-    closed: Callable[[], bool] = staticmethod(lambda: False)
-    """True: this update leaves weights and moments alone, and only counts."""
+    norm: Callable[[], float] = staticmethod(lambda: 0.0)
+    limit = math.inf
 
     def step(self, closure: Any = None) -> Any:
-        if not self.closed():
+        """Updates; with a norm above the limit only counts, with one that is not finite does nothing."""
+        norm = self.norm()
+        if not math.isfinite(norm):
+            return None
+        if norm <= self.limit:
             return super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -169,10 +186,17 @@ class GatedAdamW(torch.optim.AdamW):
         return None
 
 
-def make_optimizer(module: nn.Module, config: OptimizerConfig) -> GatedAdamW:
+def make_optimizer(module: nn.Module, config: OptimizerConfig, fused: bool = False) -> GatedAdamW:
     """AdamW as every engine here uses it (Loshchilov & Hutter 2019)."""
     groups = parameter_groups(module, config.weight_decay)
-    return GatedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return GatedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def first_state(owner: Tensor, step: int, fused: bool) -> dict[str, Tensor]:
+    """Adam's state of a parameter (or of ZeRO's flat part of many) after `step` updates, its moments still zero."""
+    device = owner.device if fused else torch.device("cpu")
+    moments = {moment: torch.zeros_like(owner, requires_grad=False) for moment in MOMENTS}
+    return {"step": torch.tensor(float(step), device=device), **moments}
 
 
 def copy_buffers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

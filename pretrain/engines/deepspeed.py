@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from data_pipeline.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.base import MOMENTS, Engine, buffers, copied, copy_buffers, make_optimizer
+from pretrain.engines.base import MOMENTS, Engine, buffers, copied, copy_buffers, first_state, make_optimizer
 from pretrain.engines.world import World
 from pretrain.model import TrainModule, TrainPlan
 from pretrain.types import StepContext, Sum
@@ -45,7 +46,11 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on either side and needs no compiler
         "zero_optimization": {
-            "offload_optimizer": {"device": config.offload, "pin_memory": world.device != "cpu"},
+            "offload_optimizer": {
+                "device": config.offload,
+                "pin_memory": world.device != "cpu",
+                **({"nvme_path": config.offload_folder} if config.offload == "nvme" else {}),
+            },
             "stage": config.zero_stage,
             "overlap_comm": world.device != "cpu",
             "contiguous_gradients": True,
@@ -77,7 +82,7 @@ class DeepSpeedEngine(Engine):
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes over torch's process group
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=make_optimizer(module, optimizer),
+            optimizer=make_optimizer(module, optimizer, config.fused),
             config=deepspeed_config(config, optimizer, micro_batches, world, module),
             dist_init_required=False,
         )
@@ -87,8 +92,11 @@ class DeepSpeedEngine(Engine):
     ) -> tuple[Tensor, Mapping[str, Sum]]:
         assert isinstance(plan, TrainPlan)
         loss, metrics = self.engine(batch, plan, counts_K, ctx)
+        scale = 1.0 if self.config.zero_stage else self.scale.value
+        if self.config.zero_stage and self.scale.dynamic:
+            self.optimizer.override_loss_scale(self.scale.value)
         # DeepSpeed averages over ranks and slots; the loss is divided by the global count already, so undo that.
-        self.engine.backward(loss * (self.world.size * self.slots))
+        self.engine.backward(loss * (self.world.size * self.slots * scale))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
         return loss, metrics
@@ -99,18 +107,22 @@ class DeepSpeedEngine(Engine):
         plain_norm = None
         if self.config.zero_stage == 0:  # the one stage at which DeepSpeed keeps no norm
             grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            if self.scale.value != 1.0:
+                torch._foreach_mul_(grads, 1.0 / self.scale.value)
             plain_norm = torch.nn.utils.get_total_norm(grads)
         adam = self.optimizer if self.config.zero_stage == 0 else self.optimizer.optimizer
-        adam.closed = lambda: not float(self._norm(plain_norm)) <= skip_above
+        adam.norm, adam.limit = lambda: self._norm(plain_norm), skip_above
         self.engine.step()
         if self.config.zero_stage == 3:
             # else a parameter without gradient in the next step (layer drop) would be given this step's once more
             self.optimizer.grad_partitions_flat_buffer.zero_()
-        return float(self._norm(plain_norm))
+        return self._norm(plain_norm)
 
-    def _norm(self, plain_norm: Tensor | None) -> Any:
-        """ZeRO writes its norm down before it calls the optimizer."""
-        return self.optimizer._global_grad_norm if plain_norm is None else plain_norm
+    def _norm(self, plain_norm: Tensor | None) -> float:
+        """ZeRO writes its norm down before it calls the optimizer; ZeRO-3 does not where the gradients overflowed."""
+        if plain_norm is not None:
+            return float(plain_norm)
+        return math.inf if self.optimizer.overflow else float(self.optimizer._global_grad_norm)
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         self._link_moments()
@@ -156,8 +168,7 @@ class DeepSpeedEngine(Engine):
         else:
             adam, owners = self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
         for owner in owners:
-            moments = {moment: torch.zeros_like(owner, requires_grad=False) for moment in MOMENTS}
-            adam.state[owner] = {"step": torch.tensor(float(step)), **moments}
+            adam.state[owner] = first_state(owner, step, self.config.fused)
         self._link_moments()
 
     def _link_moments(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_pipeline.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.base import MOMENTS, Engine, buffers, copied, copy_buffers, make_optimizer
+from pretrain.engines.base import MOMENTS, Engine, buffers, copied, copy_buffers, first_state, make_optimizer
 from pretrain.engines.world import World
 from pretrain.model import TrainModule, TrainPlan
 from pretrain.types import StepContext, Sum
@@ -20,14 +20,14 @@ class LocalEngine(Engine):
 
     def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World) -> None:
         super().__init__(module.to(world.device), config, optimizer, world)
-        self.optimizer = make_optimizer(module, optimizer)
+        self.optimizer = make_optimizer(module, optimizer, config.fused)
 
     def _forward_backward(
         self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, Mapping[str, Sum]]:
         assert isinstance(plan, TrainPlan)
         loss, metrics = self.module(batch, plan, counts_K, ctx)
-        loss.backward()
+        (loss * self.scale.value).backward()
         return loss, metrics
 
     def _apply(self, lr: float, skip_above: float) -> float:
@@ -40,13 +40,15 @@ class LocalEngine(Engine):
             flat = self.world.sum(torch.cat([grad.reshape(-1) for grad in grads]))
             for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
                 grad.copy_(summed.view_as(grad))
+        if self.scale.value != 1.0:
+            torch._foreach_mul_(grads, 1.0 / self.scale.value)
         norm = torch.nn.utils.get_total_norm(grads)
         if torch.isfinite(norm):
             if self.optimizer_config.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(trained, self.optimizer_config.clip_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.closed = lambda: not float(norm) <= skip_above
+            self.optimizer.norm, self.optimizer.limit = lambda: float(norm), skip_above
             self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
@@ -64,5 +66,7 @@ class LocalEngine(Engine):
         for name, parameter in self.module.named_parameters():
             parameter.data.copy_(tensors[f"model/{name}"])
             if parameter.requires_grad and step:
-                moments = {moment: tensors[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+                state = first_state(parameter, step, self.config.fused)
+                for moment in MOMENTS:
+                    state[moment].copy_(tensors[f"{moment}/{name}"])
+                self.optimizer.state[parameter] = state

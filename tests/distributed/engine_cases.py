@@ -34,6 +34,8 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     """One engine, `steps` global steps, with an optional load before and save after."""
     config = load(Config, case["config"])
     engine = make_engine(config, build_model(config), world)
+    if case.get("scale"):
+        engine.scale.value = case["scale"]
     state = TrainState()
     if case.get("load"):
         folder = RunFolder(case["load"])
@@ -62,7 +64,7 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, tensor in engine.tensors():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return {"losses": losses, "norms": norms, "digest": digest.hexdigest()}
+    return {"losses": losses, "norms": norms, "digest": digest.hexdigest(), "scale": engine.scale.value}
 
 
 def main(cases: str, out: str) -> None:

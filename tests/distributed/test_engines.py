@@ -68,6 +68,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     one |= {"local checkpointed": case("local", settings={"activation_checkpointing": True})}
     one |= {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
     one |= {f"zero {stage} bf16": case("deepspeed", stage, settings={"precision": "bf16"}) for stage in range(4)}
+    half = {"settings": {"precision": "fp16"}, "scale": 2.0**19}  # two updates overflow
+    one |= {f"zero {stage} fp16": case("deepspeed", stage, **half) for stage in range(4)}
+    one["local fp16"] = case("local", **half)
+    one |= {f"zero {stage} fused": case("deepspeed", stage, settings={"fused": True}) for stage in (2, 3)}
+    one["local fused"] = case("local", settings={"fused": True})
     results = {f"1 rank, {name}": found for name, found in run(tmp, "one", 1, one).items()}
     two = {"local": case("local")} | {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
     for stage in range(4):
@@ -81,10 +86,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results
 
 
+FUSED = ["1 rank, local fused", "1 rank, zero 2 fused", "1 rank, zero 3 fused"]
 WHOLE = [f"1 rank, zero {stage}" for stage in range(4)] + [f"2 ranks, zero {stage}" for stage in range(4)]
 
 
-@pytest.mark.parametrize("name", [*WHOLE, "2 ranks, local", "2 ranks, offloaded", "1 rank, local checkpointed"])
+@pytest.mark.parametrize("name", [*WHOLE, *FUSED, "2 ranks, local", "2 ranks, offloaded", "1 rank, local checkpointed"])
 def test_losses_and_norms_do_not_depend_on_the_engine(measured: dict[str, Any], name: str) -> None:
     reference = measured["1 rank, local"]
     assert measured[name]["losses"] == pytest.approx(reference["losses"], abs=1e-6)
@@ -97,6 +103,16 @@ def test_bf16_is_the_same_under_both_engines_and_close_to_fp32(measured: dict[st
     assert zero["losses"] == pytest.approx(local["losses"], abs=1e-4)
     assert local["losses"] == pytest.approx(measured["1 rank, local"]["losses"], rel=2e-2)
     assert local["losses"] != measured["1 rank, local"]["losses"]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_fp16_is_the_same_under_both_engines_and_close_to_fp32(measured: dict[str, Any], stage: int) -> None:
+    local, zero = measured["1 rank, local fp16"], measured[f"1 rank, zero {stage} fp16"]
+    assert zero["losses"] == pytest.approx(local["losses"], abs=1e-4)
+    assert zero["norms"] == pytest.approx(local["norms"], rel=1e-2)
+    assert local["losses"] == pytest.approx(measured["1 rank, local"]["losses"], rel=2e-3)
+    assert local["losses"] != measured["1 rank, local"]["losses"]
+    assert zero["scale"] == local["scale"] < 2.0**19, "the same updates overflowed and were computed again"
 
 
 @pytest.mark.parametrize("stage", range(4))
