@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,8 @@ from pretrain.run_folder import write_json
 TASK = "task.json"
 RESULT = "result.json"
 LOG = "task.log"
+PATIENCE = 120.0
+"""Seconds for a Ray cluster to come up."""
 
 
 class Verb(Protocol):
@@ -150,6 +153,22 @@ def stands(verb: str, job: Any) -> str:
     return "" if made and made == result["made"] else "is not any more as it was made"
 
 
+def _connect(address: str) -> None:
+    """Joins a Ray cluster that may still be starting. Raises OSError, since a later start may find it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            return
+        except (ConnectionError, RuntimeError) as error:
+            if time.monotonic() > deadline:
+                raise OSError(f"no Ray cluster answers at {address} ({error})") from None
+            time.sleep(1.0)
+
+
 def main(arguments: list[str]) -> int:
     """Exit code 0 done, 1 failed, 2 for a config that cannot work."""
     parser = argparse.ArgumentParser("launch.tasks")
@@ -159,6 +178,8 @@ def main(arguments: list[str]) -> int:
     if os.environ.get(RANK_LOGS) == "1":
         log_to(given.folder / "logs" / LOG)
     try:
+        if given.ray:
+            _connect(given.ray)
         perform(given.folder, given.ray)
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr, flush=True)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from launch.arguments import Parser
 from launch.environment import free_port
 from launch.history import find_runs
 
 
 def run(arguments: list[str]) -> int:
     """Runs TensorBoard until Ctrl-C. Raises ValueError where there is no run."""
-    parser = argparse.ArgumentParser("auricle board", description="TensorBoard on the runs, by their names")
+    parser = Parser("auricle board", description="TensorBoard on the runs, by their names")
     parser.add_argument("runs", type=Path, nargs="*", default=[Path("runs")], help="run folders, or folders of runs")
     parser.add_argument("--port", type=int, default=6006, help="on localhost; 0 takes a free one (default: 6006)")
     given = parser.parse_args(arguments)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import Parser
 from launch.history import differences, find_runs, rows, smoothed, summarise
 
 PLOTTED = ("loss/total", "metric/accuracy", "metric/perplexity", "opt/grad_norm")
@@ -28,7 +28,7 @@ FIGURES = (
 
 def run(arguments: list[str]) -> int:
     """Exit code 0 once compared. Raises ValueError for fewer than two runs."""
-    parser = argparse.ArgumentParser("auricle compare", description="runs against each other, printed and plotted")
+    parser = Parser("auricle compare", description="runs against each other, printed and plotted")
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--plot", type=Path, default=Path("compare.png"), help="the picture (default: compare.png)")
     given = parser.parse_args(arguments)

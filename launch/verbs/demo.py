@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def _table(corpus: Corpus, shards: Path, folder: Path, job: PretrainJob, ranks: 
         ("training", f"{rows[-1]['step']} steps on {ranks} ranks, {speed:.0f} audio-seconds per second"),
         ("loss", f"{rows[0]['loss/total']:.3f} → {last:.3f} (mean of the last {len(tail)} steps)"),
         ("checkpoint", str(folder / "checkpoints" / f"step_{job.train.steps:08d}")),
-        ("curves", f"{shown} --logdir {folder / 'tb'}"),
+        ("curves", shlex.join([str(shown), "--logdir", str(folder / "tb")])),
     ]
 
 

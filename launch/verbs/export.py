@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from launch.arguments import Parser
 
 FORMATS = ("hugging_face", "torchscript", "onnx")
 
 
 def run(arguments: list[str]) -> int:
     """Exit code 0 once the folder is written; ConfigError for what cannot be exported."""
-    parser = argparse.ArgumentParser(
-        "auricle export", description="a run for other tools, checked before it is written"
-    )
+    parser = Parser("auricle export", description="a run for other tools, checked before it is written")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(

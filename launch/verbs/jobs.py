@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from data_pipeline.schema import load
 from launch import local, submitters, tasks
+from launch.arguments import Parser
 from launch.config import LAUNCHERS
 from launch.foreground import Foreground
 from launch.progress import Follower, describe
@@ -23,7 +23,7 @@ _LOST: State = "failed"
 
 def run(arguments: list[str]) -> int:
     """Exit code 0, or that of the state for `status` (0 unless failed or cancelled)."""
-    parser = argparse.ArgumentParser("auricle jobs", description="runs on this machine, SLURM or Ray")
+    parser = Parser("auricle jobs", description="runs on this machine, SLURM or Ray")
     verbs = parser.add_subparsers(dest="verb", required=True)
     listing = verbs.add_parser("list", help="all runs below a folder")
     listing.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")

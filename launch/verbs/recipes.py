@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
 from data_pipeline.schema import load
+from launch.arguments import Parser
 from launch.compose import CONF, compose
 from launch.config import PretrainJob
 from launch.describe import run_config
@@ -12,7 +11,7 @@ from launch.describe import run_config
 
 def run(arguments: list[str]) -> int:
     """Prints the table; exit code 0."""
-    parser = argparse.ArgumentParser("auricle recipes", description="what each shipped experiment amounts to")
+    parser = Parser("auricle recipes", description="what each shipped experiment amounts to")
     known = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
     parser.add_argument("names", nargs="*", choices=[[], *known], help="only these (default: all)")
     names = parser.parse_args(arguments).names or known

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from data_pipeline.schema import load
+from launch.arguments import Parser
 
 
 def run(arguments: list[str]) -> int:
     """Exit code 0 where the batch was run again. Raises ValueError where nothing was kept."""
-    parser = argparse.ArgumentParser("auricle replay", description="the batch of an update that went wrong, run again")
+    parser = Parser("auricle replay", description="the batch of an update that went wrong, run again")
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("step", type=int, nargs="?", help="updates done before it (default: the last one kept)")
     given = parser.parse_args(arguments)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from launch.arguments import Parser
 from launch.history import find_runs, summarise
 
 
 def run(arguments: list[str]) -> int:
     """Exit code 0 where there is at least one run. Raises ValueError where there is none."""
-    parser = argparse.ArgumentParser("auricle runs", description="all runs with their key figures, from their folders")
+    parser = Parser("auricle runs", description="all runs with their key figures, from their folders")
     parser.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], help="where to look (default: runs)")
     from rich.table import Table
 

@@ -20,13 +20,16 @@ EARLY = 8
 LATE = 24
 """… between two checkpoints."""
 
+HOSTILE = "x$(touch pwned);`touch pwned`&touch pwned|'\" %j #SBATCH --nodes=9"
+HOSTILE_SHARDS = "/nowhere/$(touch pwned)"
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Eight nodes."""
+    """Twelve nodes."""
     if reason := missing():
         pytest.skip(reason)
-    with site_at(tmp_path_factory.mktemp("slurm"), 8) as site:
+    with site_at(tmp_path_factory.mktemp("slurm"), 12) as site:
         yield site
 
 
@@ -64,12 +67,25 @@ def bereaved(runs: Site) -> Site:
     lost = runs.nodes("bereft")[1]
     runs.cluster.power_off(lost)
     dead, pids = runs.lose_slurmd("orphaned")
+    submit_others(runs)  # meanwhile, SLURM takes its time
     runs.go_on("orphaned", pids)
     for name in ("bereft", "orphaned"):
         runs.finish(name)
     for node in (lost, dead):
         runs.cluster.boot(node)
     return runs
+
+
+def submit_others(site: Site) -> None:
+    """Small jobs: a sweep, a run that diverges, one with hostile names, and one that waits for one that fails."""
+    plain = (*ON_SLURM, f"runs={site.base}", f"data.shards={site.base / 'shards'}", "launcher.nodes=1")
+    assert app.main(["pretrain", *TOY, *plain, "name=swept", "train.steps=3", "seed=1,2", "--multirun"]) == 0
+    for number in (0, 1):
+        site.handles[f"swept_{number}"] = read_note(site.base / f"swept_{number}").handle
+    site.submit("ill", "launcher.nodes=1", "optimizer.lr=1e30", "schedule.warmup_steps=0")
+    site.submit(HOSTILE, f"data.shards={HOSTILE_SHARDS}", "launcher.nodes=1")
+    site.submit("broken", "data.shards=/nowhere", "launcher.nodes=1")
+    site.submit("never", f"launcher.after={site.handles['broken']}", "launcher.nodes=1")
 
 
 def same_bits(site: Site, name: str) -> None:
@@ -136,26 +152,22 @@ def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(
     assert "job" not in said
 
 
-def test_a_sweep_is_an_array(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = ("name=swept", f"runs={site.base}", f"data.shards={site.base / 'shards'}", "launcher.nodes=1")
-    short = ("train.steps=3", "seed=1,2", "--multirun")
-    assert app.main(["pretrain", *TOY, *ON_SLURM, *plain, *short]) == 0
-    notes = [read_note(site.base / f"swept_{number}") for number in (0, 1)]
-    assert [note.handle.partition("_")[2] for note in notes] == ["0", "1"]
-    for number, note in enumerate(notes):
-        site.handles[f"swept_{number}"] = note.handle
-        site.finish(f"swept_{number}")
-    assert learned(site.base / "swept_0") != learned(site.base / "swept_1")
-    assert app.main(["jobs", "status", str(site.base / "swept_1")]) == 0
+@pytest.mark.timeout(400)
+def test_a_sweep_is_an_array(bereaved: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (0, 1):
+        assert bereaved.handles[f"swept_{number}"].partition("_")[2] == str(number)
+        bereaved.finish(f"swept_{number}")
+    assert learned(bereaved.base / "swept_0") != learned(bereaved.base / "swept_1")
+    assert app.main(["jobs", "status", str(bereaved.base / "swept_1")]) == 0
     assert "done, step 3/3" in capsys.readouterr().out
 
 
-def test_an_unhealthy_run_is_not_tried_again(site: Site) -> None:
-    """Learning rate without end: the loss is soon no number."""
-    folder = site.submit("ill", "launcher.nodes=1", "optimizer.lr=1e30", "schedule.warmup_steps=0")
-    wait_for(lambda: site.state("ill") == "FAILED", 120, "the end of the job", lambda: site.log("ill"))
-    assert "the run is unhealthy: not tried again" in (folder / "logs" / "slurm.log").read_text()
-    assert starts(folder) == 1
+@pytest.mark.timeout(400)
+def test_an_unhealthy_run_is_not_tried_again(bereaved: Site) -> None:
+    """Its learning rate is so large that the loss is soon no number."""
+    wait_for(lambda: bereaved.state("ill") == "FAILED", 120, "the end of the job", lambda: bereaved.log("ill"))
+    assert "the run is unhealthy: not tried again" in (bereaved.base / "ill" / "logs" / "slurm.log").read_text()
+    assert starts(bereaved.base / "ill") == 1
 
 
 def test_scancel_ends_the_run_and_keeps_it(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,19 +184,13 @@ def test_scancel_ends_the_run_and_keeps_it(site: Site, capsys: pytest.CaptureFix
     assert steps_done(folder) >= 5
 
 
-def test_a_chain_stops_at_its_first_failure(site: Site) -> None:
-    first = site.submit("broken", "data.shards=/nowhere", "launcher.nodes=1")
-    after = f"launcher.after={site.handles['broken']}"
-    site.submit("never", after, "launcher.nodes=1")
-    wait_for(
-        lambda: slurm.job_state(site.handles["never"]) == "CANCELLED",
-        90,
-        "the end of the chain",
-        lambda: site.log("broken"),
-    )
-    assert slurm.job_state(site.handles["broken"]) == "FAILED"
-    assert "not tried again" in (first / "logs" / "slurm.log").read_text()
-    assert "there is no shard folder /nowhere" in (first / "logs" / "rank_0.log").read_text()
+@pytest.mark.timeout(400)
+def test_a_chain_stops_at_its_first_failure(bereaved: Site) -> None:
+    site, folder = bereaved, bereaved.base / "broken"
+    wait_for(lambda: site.state("never") == "CANCELLED", 90, "the end of the chain", lambda: site.log("broken"))
+    assert site.state("broken") == "FAILED"
+    assert "not tried again" in (folder / "logs" / "slurm.log").read_text()
+    assert "there is no shard folder /nowhere" in (folder / "logs" / "rank_0.log").read_text()
     assert starts(site.base / "broken") == 0
 
 
@@ -203,12 +209,9 @@ def test_a_cut_off_node_does_no_harm(runs: Site) -> None:
     same_bits(runs, "severed")
 
 
-HOSTILE = "x$(touch pwned);`touch pwned`&touch pwned|'\" %j #SBATCH --nodes=9"
-
-
-def test_hostile_names_are_only_names(site: Site) -> None:
-    shards = "/nowhere/$(touch pwned)"
-    folder = site.submit(HOSTILE, f"data.shards={shards}", "launcher.nodes=1", "seed=1")
-    wait_for(lambda: slurm.job_state(site.handles[HOSTILE]) == "FAILED", 60, "the end of the job")
-    assert not list(site.base.rglob("pwned"))
-    assert f"there is no shard folder {shards}" in (folder / "logs" / "rank_0.log").read_text()
+@pytest.mark.timeout(400)
+def test_hostile_names_are_only_names(bereaved: Site) -> None:
+    wait_for(lambda: bereaved.state(HOSTILE) == "FAILED", 60, "the end of the job", lambda: bereaved.log(HOSTILE))
+    assert not list(bereaved.base.rglob("pwned"))
+    log = (bereaved.base / HOSTILE / "logs" / "rank_0.log").read_text()
+    assert f"there is no shard folder {HOSTILE_SHARDS}" in log
