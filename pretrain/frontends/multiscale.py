@@ -27,7 +27,7 @@ BRANCHES = ("mel", "mfcc", "wave")
 class Config:
     name: Literal["multiscale"] = "multiscale"
     n_mels: Annotated[int, about("mel bands of the 25 ms branch", ge=1, le=256)] = 80
-    mfcc_window: Annotated[int, about("samples per window of the cepstral branch", ge=400)] = 1024
+    mfcc_window: Annotated[int, about("samples per window of the cepstral branch", gt=400)] = 1024
     wave_channels: Annotated[int, about("channels of the waveform branch", ge=1)] = 128
     subsampling: Annotated[Literal[2, 4, 8], about("10 ms features per encoder frame")] = 4
     dropout: Annotated[float, about("dropout on the mixed frames", ge=0, lt=1)] = 0.1

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.schema import ConfigError, load
+from data_pipeline.types import Batch
 from pretrain.config import Config
 from pretrain.export.hugging_face import export, load_hugging_face
 from pretrain.export.initial import load_initial
 from pretrain.model import build_model
+from pretrain.types import StepContext
 
 pytest.importorskip("transformers")
 SMALL = {"dim": 48, "layers": 2, "heads": 2, "ffn_dim": 64, "conv_positions_kernel": 16, "conv_positions_groups": 4}
@@ -115,3 +117,44 @@ def test_a_run_can_start_from_a_folder(tmp_path: Path) -> None:
     fresh.objective.attach(fresh.model)
     for ours, theirs in zip(fresh.objective.teacher.copy.parameters(), module.model.encoder.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+LAYOUTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "Wav2Vec2ForPreTraining": ("Wav2Vec2", "wav2vec2", {}, {}),
+    "Wav2Vec2ForCTC": ("Wav2Vec2", "wav2vec2", LAYER, {"norm": "pre"}),
+    "HubertForCTC": ("Hubert", "hubert", {}, {}),
+    "WavLMModel": ("WavLM", "wavlm", {}, {"relative_bias": True}),
+    "Data2VecAudioForCTC": ("Data2VecAudio", "data2vec", {"norm": "layer"}, STACK),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_continued_pretraining_from_their_own_checkpoints(
+    name: str, tmp_path: Path, parity: Callable[[str, float, float], None]
+) -> None:
+    """What transformers writes is a start for ours: the same features, and a loss that can be trained."""
+    import transformers
+
+    kind, objective, frontend, encoder = LAYOUTS[name]
+    stack, large = "positions" in encoder, encoder.get("norm") == "pre"
+    theirs_config = getattr(transformers, f"{kind}Config")(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=[32] * 7,
+        feat_extract_norm=frontend.get("norm", "group"), conv_bias=frontend.get("bias", False),
+        do_stable_layer_norm=large, num_conv_pos_embeddings=3 if stack else 16, num_conv_pos_embedding_groups=4,
+        **({"max_bucket_distance": 800} if kind == "WavLM" else {}),
+    )  # fmt: skip
+    theirs = getattr(transformers, name)(theirs_config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    module = build_model(config(objective, {**frontend, "normalize": False}, encoder))
+    load_initial(module.model, str(tmp_path / "theirs"))
+    module.objective.attach(module.model)
+    wave_BT = 0.1 * torch.randn(2, 12_000)
+    with torch.no_grad():
+        expected = getattr(theirs, theirs.base_model_prefix, theirs)(wave_BT).last_hidden_state
+        found = module.eval().model(wave_BT, torch.tensor([12_000] * 2)).final.x_BFD
+    parity("import: features of a transformers checkpoint against ours", 1e-5, float((found - expected).abs().max()))
+    batch = Batch(wave_BT, torch.tensor([12_000] * 2), ("a", "b"), 0)
+    plan = module.train().prepare(batch, StepContext(0, 0))
+    loss, _ = module(batch, plan, plan.counts_K, StepContext(0, 0))
+    loss.backward()
+    assert torch.isfinite(loss)
