@@ -248,6 +248,12 @@ def test_a_group_norm_cannot_be_packed() -> None:
         load(Config, bad)
 
 
+@pytest.mark.parametrize("chosen", [{"packed": True}, {"activation_checkpointing": "selective"}])
+def test_what_cannot_be_compiled_is_refused(chosen: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.\w+=.*: cannot run with engine.compile=true"):
+        load(Config, values("transformer", {}) | {"engine": chosen | {"compile": True}})
+
+
 @pytest.mark.parametrize(("given", "meant"), [(True, "full"), (False, "none"), ("selective", "selective")])
 def test_old_booleans_still_choose_what_is_recomputed(given: object, meant: str) -> None:
     config = load(Config, values("transformer", {}) | {"engine": {"activation_checkpointing": given}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -49,6 +50,15 @@ def test_frames(case: str) -> None:
         single = module.project(module.extract(alone.wave_BT, alone.lengths_B)).x_BFD[0]
         torch.testing.assert_close(frames.x_BFD[row, : len(single)], single, rtol=1e-4, atol=2e-5)
         assert frames.x_BFD[row, length:].abs().max() == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_features_are_made_on_the_models_device(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every constant moves with the module: one left on the host would meet those of "meta" and fail."""
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())  # meta has none
+    module = frontend(case).to("meta")
+    wave_BT, lengths_B = torch.zeros(2, 20_000, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    assert module.project(module.extract(wave_BT, lengths_B)).x_BFD.device.type == "meta"
 
 
 def test_the_gate_is_logged() -> None:
