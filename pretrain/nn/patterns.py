@@ -164,28 +164,31 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext
 
 
 def _allowed(context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> Callable[..., Tensor]:
-    """The pattern as a function of (row, head, query, key): what FlexAttention and `dense_mask` are made from."""
+    """The pattern as a function of (row, head, query, key): what FlexAttention and `dense_mask` are made from.
+
+    Each query sees the registers and one interval of its utterance's frames. Tensors alone are captured, since a
+    compiled kernel would be made anew for each other number.
+    """
     (reach, chunk, left), R, leading = context.pattern, context.n_registers, context.n_leading
     sizes = context.documents or (n_frames - leading,)
-    count = torch.tensor(sizes)
-    places_F = torch.cat([torch.zeros(leading, dtype=torch.int64), *map(torch.arange, sizes)])
-    owner_F = torch.arange(len(sizes)).repeat_interleave(count)
-    owner_F = torch.cat([torch.arange(leading) // max(R, 1), owner_F])
-    places, owner_BF = places_F.to(device), owner_F.to(device).expand(rows, n_frames)
+    places_F = torch.cat([torch.full((leading,), -1), *map(torch.arange, sizes)])
+    utterances_F = torch.cat([torch.arange(len(sizes)).repeat_interleave(torch.tensor(n)) for n in (R, sizes)])
+    first_F, last_F = torch.zeros_like(places_F), torch.full_like(places_F, max(sizes))
+    if reach is not None:
+        first_F, last_F = places_F - reach, places_F + reach
+    elif chunk:
+        first_F = (places_F // chunk - left) * chunk if left >= 0 else first_F
+        last_F = (places_F // chunk + 1) * chunk - 1
+    is_register_F = places_F < 0
+    first_F, last_F = first_F.masked_fill(is_register_F, 0), last_F.masked_fill(is_register_F, max(sizes))
+    places, first, last, register = (x.to(device) for x in (places_F, first_F, last_F, is_register_F))
+    owner_BF = utterances_F.to(device).expand(rows, n_frames)
     if context.valid_BF is not None:  # each padding frame is alone
         owner_BF = torch.where(context.valid_BF, owner_BF, 1 + len(sizes) + torch.arange(n_frames, device=device))
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = owner_BF[row, query] == owner_BF[row, key]
-        if reach is not None:
-            near = (places[query] - places[key]).abs() <= reach
-            seen = seen & (near | (query < leading) | (key < leading))
-        if chunk:
-            behind = places[query] // chunk - places[key] // chunk
-            seen = seen & (behind >= 0)
-            if left >= 0:
-                seen = seen & (behind <= left)
-        return seen
+        near = (first[query] <= places[key]) & (places[key] <= last[query])
+        return (owner_BF[row, query] == owner_BF[row, key]) & (near | register[key])
 
     return allowed
 
