@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data_pipeline import vad
@@ -260,15 +261,16 @@ def run_tasks(
     """
     import ray
 
-    task = ray.remote(function).options(num_cpus=1, max_retries=config.attempts - 1)
+    task = ray.remote(_at).options(name=function.__name__, num_cpus=1, max_retries=config.attempts - 1)
     limit = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+    directory = str(Path.cwd())
     waiting, failed = list(arguments)[::-1], dict[str, str]()
     running: dict[Any, str] = {}
     try:
         while waiting or running:
             while waiting and len(running) < limit:
                 name = waiting.pop()
-                running[task.remote(*arguments[name])] = name
+                running[task.remote(directory, function, *arguments[name])] = name
             ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
                 name = running.pop(reference)
@@ -284,6 +286,12 @@ def run_tasks(
         for reference in running:
             ray.cancel(reference, force=True)
     return failed
+
+
+def _at(directory: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls `function` in the driver's working directory: relative paths of a config mean the same on every node."""
+    os.chdir(directory)
+    return function(*arguments)
 
 
 def _standing(config: PreprocessConfig, repair: bool = False) -> list[DoneRecord]:

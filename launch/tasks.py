@@ -112,10 +112,12 @@ def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
     if hasattr(config, "ray") or not launcher.address:
         perform(folder, launcher.address)
         return
+    import ray
+
     from data_pipeline.preprocess_config import RayConfig as Cluster
     from data_pipeline.ray_jobs import cluster
 
-    with cluster(Cluster(address=launcher.address)) as ray:
+    with cluster(Cluster(address=launcher.address)):
         task = ray.remote(_start).options(
             num_cpus=launcher.cpus_per_worker, num_gpus=launcher.gpus_per_worker, max_retries=launcher.retries
         )

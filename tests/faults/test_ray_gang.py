@@ -1,7 +1,8 @@
-"""Training on a Ray cluster of two nodes; one is lost, and the run goes on with fewer ranks to the same end."""
+"""A Ray cluster of two nodes: one is lost in training, one in preprocessing; both end as if nothing had happened."""
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -12,11 +13,15 @@ from typing import Any
 import psutil
 import pytest
 
+from data_pipeline.preprocess_config import PreprocessConfig
+from data_pipeline.schema import load
 from launch.ray_gang import choose_world
 from launch.submit import steps_done
 from pretrain.telemetry import read_rows
 from tests.conftest import ROOT
 from tests.faults.mini_slurm import wait_for
+from tests.preprocess.sounds import many, write_corpus
+from tests.preprocess.test_verify import preprocess_here
 from tests.reader.tiny_shards import sounds, write_shards
 
 STEPS = 60
@@ -78,6 +83,39 @@ def test_a_lost_node_leaves_fewer_ranks_and_the_same_run(tmp_path: Path, cluster
     differences = [abs(mine["loss/total"] - other["loss/total"]) for mine, other in zip(ours, theirs, strict=True)]
     print("largest difference of a loss:", max(differences))
     assert max(differences) < 1e-5, "another number of ranks rounds sums in another order"
+
+
+@pytest.mark.timeout(560)
+def test_a_node_lost_in_preprocessing_leaves_the_same_bytes(tmp_path: Path, cluster: Any) -> None:
+    node = cluster.add_node(num_cpus=1)
+    corpus = ("corpus=path", f"corpus.path={write_corpus(tmp_path / 'corpus', many(24, 8.0))}", "codec=opus")
+    plain = (*corpus, "min_shards=12", "report=false", f"runs={tmp_path / 'runs'}")
+    command = ["preprocess", *plain, f"out={tmp_path / 'hurt'}", "launcher=ray", f"launcher.address={cluster.address}"]
+    hurt = subprocess.Popen([sys.executable, "-m", "launch.app", *command], cwd=ROOT)
+    done = tmp_path / "hurt" / "_done"
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    wait_for(lambda: done.exists() and any(works(child) for child in raylet.children(recursive=True)), 120, "a worker")
+    power_off(cluster, node)
+    finished = len(list(done.iterdir()))
+    assert hurt.wait(timeout=240) == 0
+    assert finished < 12, "the node was lost while there was work"
+    calm = load(PreprocessConfig, {**job_values(tmp_path / "runs" / "preprocess_hurt"), "out": str(tmp_path / "calm")})
+    preprocess_here(calm)
+    tars = [{tar.name: tar.read_bytes() for tar in (tmp_path / name).glob("*.tar")} for name in ("hurt", "calm")]
+    assert tars[0] == tars[1] != {}
+
+
+def works(process: psutil.Process) -> bool:
+    """Whether it is a worker with a unit in hand."""
+    try:
+        return "process_unit" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def job_values(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "task.json").read_text())["config"]
+    return values
 
 
 @pytest.mark.parametrize(

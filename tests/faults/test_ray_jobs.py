@@ -1,0 +1,110 @@
+"""Jobs handed to a real Ray cluster as Ray Jobs; who listens where; hostile names in an entrypoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launch import app
+from launch.config import RayConfig
+from launch.environment import free_port
+from launch.ray import RayJobs
+from launch.ray_after import succeeded
+from launch.submit import read_note, steps_done
+from tests.faults.mini_slurm import wait_for
+from tests.faults.site import TOY
+from tests.preprocess.sounds import many, write_corpus
+
+HOSTILE = "x$(touch pwned);`touch pwned`&touch pwned|'\" #"
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray of one node, closed to all who do not know its token; its dashboard's address."""
+    port, gcs = free_port(), free_port()
+    folder = tmp_path_factory.mktemp("r")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
+    command += [f"--port={gcs}", f"--dashboard-port={port}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    command += ["--object-store-memory=100000000", f"--ray-client-server-port={free_port()}", f"--temp-dir={folder}"]
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "token")
+    patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with (folder / "said.txt").open("w") as said:
+        ray = subprocess.Popen(command, stdout=said, stderr=said, env=dict(os.environ), start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: answers(address), 120, "the dashboard", lambda: (folder / "said.txt").read_text())
+        yield address
+    finally:
+        family = [psutil.Process(ray.pid), *psutil.Process(ray.pid).children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        patch.undo()
+
+
+def answers(address: str) -> bool:
+    """Whether the dashboard takes jobs."""
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        JobSubmissionClient(address).list_jobs()
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.timeout(560)
+def test_a_chain_of_ray_jobs(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preprocessing and, once it has succeeded, a run; then all of it stands."""
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "speech", many(6, 2.0))
+    toy = [f"pretrain.{line}" for line in (*TOY, "train.steps=4", f"name={HOSTILE.replace('/', '')}")]
+    corpus = ["preprocess.corpus.path=speech", "preprocess.min_shards=2", "preprocess.report=false"]
+    ray = ["launcher=ray", f"launcher.dashboard={head}", "launcher.workers=1"]
+    chain = ["pipeline", "folder=work", "steps=[preprocess,pretrain]", *ray, *corpus, *toy]
+    assert app.main(chain) == 0
+    runs = tmp_path / "work" / "runs"
+    note = read_note(runs / HOSTILE)
+    submitter = RayJobs(RayConfig(**note.config))
+    wait_for(
+        lambda: submitter.status(note.handle) in ("done", "failed"), 300, "the run", lambda: submitter.logs(note.handle)
+    )
+    assert submitter.status(note.handle) == "done", submitter.logs(note.handle)
+    assert steps_done(runs / HOSTILE) == 4
+    assert submitter.status(read_note(runs / "preprocess").handle) == "done"
+    assert not list(tmp_path.rglob("pwned"))
+    before = read_note(runs / HOSTILE)
+    assert app.main(chain) == 0
+    assert read_note(runs / HOSTILE) == before, "nothing was handed over again"
+    assert app.main(["jobs", "status", str(runs / "preprocess")]) == 0
+
+
+@pytest.mark.timeout(120)
+def test_the_dashboard_is_on_the_loopback_and_wants_the_token(head: str) -> None:
+    port = int(head.rpartition(":")[2])
+    listening = [entry.laddr.ip for entry in psutil.net_connections("tcp") if is_server(entry, port)]
+    assert listening == ["127.0.0.1"]
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{head}/api/jobs/", timeout=10)
+
+
+def is_server(entry: Any, port: int) -> bool:
+    return entry.status == psutil.CONN_LISTEN and entry.laddr.port == port
+
+
+def test_what_waits_for_a_failed_job_does_not_start(capsys: pytest.CaptureFixture[str]) -> None:
+    states = iter(["PENDING", "FAILED"])
+    assert not succeeded(lambda: next(states), "raysubmit_1")
+    assert "raysubmit_1 is FAILED" in capsys.readouterr().err
