@@ -49,14 +49,15 @@ class FileStore:
         """The bytes of a file. Raises FileNotFoundError."""
         return bytes(self.fs.cat_file(self.path(name)))
 
-    def names(self, folder: str = "", suffix: str = "") -> list[str]:
-        """Sorted names of what is directly in `folder` and ends in `suffix`; [] where there is no such folder."""
+    def names(self, folder: str = "", suffix: str = "", prefix: str = "") -> list[str]:
+        """Sorted names of what is directly in `folder` and ends (and begins) so; [] where there is no such folder."""
         self.fs.invalidate_cache()
         try:
             found = self.fs.ls(self.path(folder), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]).endswith(suffix) and name)
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+        return sorted(name for name in names if name and name.endswith(suffix) and name.startswith(prefix))
 
     def free_bytes(self) -> int:
         """Free space on the disk of a local root, which need not be there yet."""

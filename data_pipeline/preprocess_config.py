@@ -148,10 +148,10 @@ class DedupConfig:
 
     exact: Annotated[bool, about("leave out recordings whose decoded audio is the same, sample by sample")] = False
     near: Annotated[bool, about("leave out recordings of the same sound at another gain, codec or offset")] = False
-    min_matches: Annotated[int, about("fingerprints that two recordings must share at one offset", ge=2)] = 6
+    min_matches: Annotated[int, about("fingerprints that two recordings must share at one offset", ge=2)] = 4
     min_share: Annotated[
         float, about("and which share of the shorter recording's fingerprints that must be", gt=0, le=1)
-    ] = 0.04
+    ] = 0.01
 
 
 @config

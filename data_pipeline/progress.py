@@ -15,7 +15,9 @@ from data_pipeline.units import Unit, expected_seconds
 
 
 @contextlib.contextmanager
-def live_progress(todo: Sequence[Unit], show: bool) -> Iterator[Callable[[UnitResult], None]]:
+def live_progress(
+    todo: Sequence[Unit], show: bool, console: Console | None = None
+) -> Iterator[Callable[[UnitResult], None]]:
     """A bar that the given function advances by one finished unit; nothing is drawn unless `show`."""
     weights = {unit.name: sum(expected_seconds(file) for file in unit.files) or 1.0 for unit in todo}
     columns = (
@@ -29,7 +31,7 @@ def live_progress(todo: Sequence[Unit], show: bool) -> Iterator[Callable[[UnitRe
     files = rejects = 0
     hours = 0.0
     # the bar moves by expected seconds of audio, which are more even than units
-    with Progress(*columns, console=Console(stderr=True), disable=not show, transient=False) as bar:
+    with Progress(*columns, console=console or Console(stderr=True), disable=not show, transient=False) as bar:
         task = bar.add_task("", total=round(sum(weights.values())), state="starting")
 
         def advance(result: UnitResult) -> None:

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from data_pipeline import vad
+from data_pipeline.checksums import sealed, write_checksums
 from data_pipeline.dedup import find_doubles, scan
 from data_pipeline.discover import Discovered, Reject, discover, fingerprint
 from data_pipeline.files import FileStore
@@ -171,13 +174,13 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
     found = discover(config.corpus)
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        doubles = _doubles_finder(config, stack) if config.dedup.exact or config.dedup.near else None
+        doubles = _doubles_finder(config, stack, progress) if config.dedup.exact or config.dedup.near else None
         plan = freeze_plan(store, found.files, config, find_doubles=doubles)
         _note_rejects(store, config, found)
         before = {record.unit for record in _standing(config, repair=True)}
         todo = [unit for unit in plan.units if unit.name not in before]
         if todo:
-            stack.enter_context(cluster(config.ray))
+            stack.enter_context(cluster(config.ray, show=progress))
             advance = stack.enter_context(live_progress(todo, progress))
             failed = _run_units(todo, config, advance)
     for root in {config.out, *set_roots(config)}:
@@ -185,13 +188,13 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
     return _summary(store, config, plan, before, failed, time.monotonic() - began)
 
 
-def _doubles_finder(config: PreprocessConfig, stack: contextlib.ExitStack) -> FindDoubles:
+def _doubles_finder(config: PreprocessConfig, stack: contextlib.ExitStack, show: bool) -> FindDoubles:
     """Reads the new recordings on Ray, to find those that are there twice."""
 
     def find(fresh: Sequence[AudioFile], plan: Plan) -> Sequence[Dropped]:
         older = {(file.corpus, file.file_id) for unit in plan.units for file in unit.files}
         parts = {str(start): fresh[start : start + SCANNED] for start in range(0, len(fresh), SCANNED)}
-        stack.enter_context(cluster(config.ray))
+        stack.enter_context(cluster(config.ray, show))
         arguments = {name: (part, config.dedup.near, config.out) for name, part in parts.items()}
         failed = run_tasks(scan, arguments, config.ray, lambda _: None)
         if failed:
@@ -202,8 +205,11 @@ def _doubles_finder(config: PreprocessConfig, stack: contextlib.ExitStack) -> Fi
 
 
 @contextlib.contextmanager
-def cluster(config: RayConfig) -> Iterator[Any]:
-    """A Ray to work on: the one this process is connected to, the one at `address`, or a local one for the while."""
+def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
+    """A Ray to work on: the one this process is connected to, the one at `address`, or a local one for the while.
+
+    With `show`, says where its dashboard is, if it has one.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -213,11 +219,11 @@ def cluster(config: RayConfig) -> Iterator[Any]:
         return
     if config.address:
         try:
-            ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
+            context = ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError) as error:
             raise ConfigError(f"ray.address={config.address}: no Ray cluster answers there ({error})") from None
     else:
-        ray.init(
+        context = ray.init(
             address="local",
             num_cpus=config.num_cpus or None,
             include_dashboard=config.dashboard,
@@ -228,6 +234,8 @@ def cluster(config: RayConfig) -> Iterator[Any]:
             logging_level="ERROR",
         )
     try:
+        if show and context.dashboard_url:
+            Console(stderr=True).print(f"Ray dashboard: http://{context.dashboard_url}", highlight=False)
         yield ray
     finally:
         ray.shutdown()
@@ -337,6 +345,8 @@ def _summary(
     quarantine = _collect_quarantine(config, records)
     quarantine += [Reject("", unit, "", "", "unit", "worker_died", why) for unit, why in sorted(failed.items())]
     store.replace(QUARANTINE, rejects_jsonl(quarantine))
+    found = [f"_rejects/{name}" for name in store.names("_rejects", ".jsonl") if name.startswith("discover-")]
+    write_checksums(store, [QUARANTINE, *found])
     counts: Counter[str] = Counter(f"discover/{reject.reason}" for reject in quarantine if reject.stage == "discover")
     counts.update(f"dedup/{drop.reason}" for drop in plan.dropped)
     samples: Counter[str] = Counter()
@@ -369,5 +379,5 @@ def _summary(
     if config.report:
         sets = [(root, finished_units(root)) for root in set_roots(config)]
         page = build_report(config.out, sets, summary.rows(), quarantine)
-        store.replace(REPORT, page.encode("utf-8", "replace"))
+        store.replace(REPORT, sealed(page))
     return summary

@@ -24,6 +24,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from data_pipeline.audio import Wave
+from data_pipeline.checksums import write_checksums
 from data_pipeline.files import FileStore
 from data_pipeline.frame_labels import LabelSet, file_name, write_labels
 from data_pipeline.keyed_random import keyed_rng
@@ -132,6 +133,9 @@ def make_targets(config: TargetsConfig, extractor: Callable[[], Extractor] = mfc
         failed = run_tasks(label_shard, arguments, config.ray, lambda _: None)
     if failed:
         raise OSError(f"{len(failed)} of {len(records)} shards could not be labelled: {next(iter(failed.items()))}")
+    rounds = [f"_fit/{name}" for name in store.names("_fit", ".safetensors")]
+    sidecars = [file_name(record.shard) for record in records]
+    write_checksums(store, [KMEANS, "labels.json", "targets.json", *rounds, *sidecars])
     return TargetsSummary(artefact, len(records), labels.classes, labels.rate_hz, inertia)
 
 

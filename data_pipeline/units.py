@@ -18,6 +18,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.checksums import with_check
 from data_pipeline.files import FileStore
 from data_pipeline.keyed_random import keyed_seed
 from data_pipeline.preprocess_config import PreprocessConfig, content_settings
@@ -205,7 +206,7 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
     """`dataset.json` holds the settings that all shards of a folder share."""
     wanted = {"format": WRITER_VERSION, "sample_rate": SAMPLE_RATE, "codec": config.codec}
     wanted["settings"] = json.loads(json.dumps(content_settings(config)))
-    text = dataset_json(wanted)
+    text = with_check(wanted)
     if not store.exists("dataset.json") and (dry or store.create("dataset.json", text)):
         return
     found = json.loads(store.read("dataset.json"))
@@ -229,13 +230,6 @@ def _merged(default: Any, given: Any) -> Any:
     if isinstance(default, dict) and isinstance(given, dict):
         return {key: _merged(default.get(key), given.get(key, default.get(key))) for key in default | given}
     return given
-
-
-def dataset_json(values: dict[str, Any]) -> bytes:
-    """`dataset.json` of these values, with a checksum of them."""
-    plain = {key: value for key, value in values.items() if key != "check"}
-    check = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**plain, "check": check}, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def _differences(new: Any, old: Any, path: str = "") -> list[tuple[str, Any, Any]]:

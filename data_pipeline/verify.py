@@ -6,33 +6,58 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
 import soundfile
 
+from data_pipeline.checksums import CHECKSUMS, altered_files, is_sealed, with_check
+from data_pipeline.dedup import scan_is_altered
 from data_pipeline.files import FileStore
+from data_pipeline.schema import ConfigError
 from data_pipeline.shards import AUDIO_SUFFIXES, DoneRecord, read_index, refuse_code, rejects_name
-from data_pipeline.units import dataset_json, read_plan
+from data_pipeline.units import SPLITS, read_plan
 
 CHUNK = 1 << 22
+REPORT = "report.html"
 NO_ROW = dict.fromkeys(("key", "payload_offset", "payload_size", "n_samples"))
 
 
 def verify(root: str, decode: bool = True) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it) for everything below `root`; nothing where all is well.
 
-    Compares every hash, and with `decode` reads every sample as another reader would. Raises ValueError for a folder
-    that holds no data set.
+    Compares every hash, and with `decode` reads every sample as another reader would. `root` is a data set, one with
+    the folders train, valid and test, or the frame labels of one. Raises ConfigError for a folder that is none of
+    these.
     """
     store = FileStore(root)
-    names = store.names("_done", ".json")
-    if not names:
-        raise ValueError(f"{root} holds no finished shards (no _done/*.json)")
-    claimed: set[str] = set()
+    if store.exists("labels.json") or store.exists("targets.json"):
+        yield from altered_files(store)
+        if not store.exists(CHECKSUMS):
+            yield CHECKSUMS, "is missing: `auricle targets` has not come to its end"
+        return
+    sets = [part for part in ("", *SPLITS) if store.names(f"{part}/_done".lstrip("/"), ".json")]
+    if not sets:
+        raise ConfigError(
+            f"{root} holds no finished shards (no _done/*.json); write some with `auricle preprocess out={root}`"
+        )
     keys: dict[str, str] = {}
-    for name in names:
+    for part in sets:
+        for name, problem in _verify_set(FileStore(f"{store.root}/{part}".rstrip("/")), keys, decode):
+            yield f"{part}/{name}".lstrip("/"), problem
+    yield from _verify_plan(store, sets)
+    yield from altered_files(store)
+    if store.exists(REPORT) and not is_sealed(store.read(REPORT)):
+        yield REPORT, "is not as it was written"
+    for name in store.names("_scan", ".parquet"):
+        if scan_is_altered(name, store.read(f"_scan/{name}")):
+            yield f"_scan/{name}", "is not as it was written"
+
+
+def _verify_set(store: FileStore, keys: dict[str, str], decode: bool) -> Iterator[tuple[str, str]]:
+    claimed: set[str] = set()
+    for name in store.names("_done", ".json"):
         content = store.read(f"_done/{name}")
         try:
             record = DoneRecord.from_json(content, name)
@@ -48,7 +73,6 @@ def verify(root: str, decode: bool = True) -> Iterator[tuple[str, str]]:
     for tar in store.names("", ".tar"):
         if tar not in claimed:
             yield tar, "belongs to no finished unit; readers that list the folder would read it"
-    yield from _verify_plan(store)
 
 
 def _verify_unit(store: FileStore, record: DoneRecord, keys: dict[str, str], decode: bool) -> Iterator[tuple[str, str]]:
@@ -107,19 +131,20 @@ def _read_samples(file: IO[bytes], rows: list[dict[str, Any]]) -> Iterator[str]:
         yield "holds fewer samples than its index says"
 
 
-def _verify_plan(store: FileStore) -> Iterator[tuple[str, str]]:
+def _verify_plan(store: FileStore, sets: Sequence[str]) -> Iterator[tuple[str, str]]:
     try:
         if store.exists("dataset.json"):
             content = store.read("dataset.json")
-            if dataset_json(json.loads(content)) != content:
+            if with_check(json.loads(content)) != content:
                 yield "dataset.json", "is not as it was written"
         planned = {unit.name for unit in read_plan(store)[0].units}
     except (OSError, ValueError) as error:
         yield "_plan", f"cannot be read ({error})"
         return
-    for name in store.names("_done", ".json"):
-        if planned and name.removesuffix(".json") not in planned:
-            yield f"_done/{name}", "is a unit that no plan holds"
+    for done in (f"{part}/_done".lstrip("/") for part in sets):
+        for name in store.names(done, ".json"):
+            if planned and name.removesuffix(".json") not in planned:
+                yield f"{done}/{name}", "is a unit that no plan holds"
 
 
 def _sha256(file: IO[bytes]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -12,16 +11,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from data_pipeline.files import FileStore
+from data_pipeline.schema import ConfigError
 from data_pipeline.shards import DoneRecord, done_records, finished_units, read_index
 from data_pipeline.types import SAMPLE_RATE
+from data_pipeline.units import SPLITS
 from data_pipeline.verify import verify
+from launch.arguments import Parser
 
 QUANTILES = (0, 5, 50, 95, 100)
 
 
 def run(arguments: list[str]) -> int:
     """Exit code 1 where `verify` finds a fault."""
-    parser = argparse.ArgumentParser("auricle shards", description="what a shard folder holds")
+    parser = Parser("auricle shards", description="what a shard folder holds")
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, text in (
         ("stats", "hours by corpus and language, lengths, what was left out and why"),
@@ -34,12 +37,15 @@ def run(arguments: list[str]) -> int:
             verb.add_argument("--key", default="", help="only keys that hold this")
             verb.add_argument("-n", type=int, default=20, help="samples to show (default: 20)")
     given = parser.parse_args(arguments)
-    records = done_records(given.folder)
+    if given.verb == "verify":
+        return _verify(given.folder)
+    try:
+        records = done_records(given.folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if given.verb == "stats":
         return _stats(given.folder, records)
-    if given.verb == "inspect":
-        return _inspect(given.folder, records, given.key, given.n)
-    return _verify(given.folder, records)
+    return _inspect(given.folder, records, given.key, given.n)
 
 
 def _stats(root: str, records: list[DoneRecord]) -> int:
@@ -87,10 +93,19 @@ def _rows(root: str, records: list[DoneRecord]) -> Iterator[tuple[dict[str, Any]
             yield row, record.shard
 
 
-def _verify(root: str, records: list[DoneRecord]) -> int:
-    faults = dict(track(verify(root), "verifying", console=Console(stderr=True), transient=True))
-    for name, fault in faults.items():
+def _verify(root: str) -> int:
+    faults = list(track(verify(root), "verifying", console=Console(stderr=True), transient=True))
+    for name, fault in faults:
         print(f"{name}: {fault}")
-    bad = sum(record.shard in faults or f"{record.shard}.idx" in faults for record in records)
-    print(f"{len(records) - bad} of {len(records)} shards are whole")
+    shards = [name for part in ("", *SPLITS) for name in _shards(f"{root.rstrip('/')}/{part}".rstrip("/"), part)]
+    if shards:
+        bad = {name.removesuffix(".idx") for name, _ in faults}
+        print(f"{sum(name not in bad for name in shards)} of {len(shards)} shards are whole")
+    if not faults:
+        print("every file is as it was written")
     return 1 if faults else 0
+
+
+def _shards(root: str, part: str) -> list[str]:
+    tars = FileStore(root).names("", ".tar")
+    return [f"{part}/{name}".lstrip("/") for name in tars]

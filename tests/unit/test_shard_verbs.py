@@ -50,8 +50,10 @@ def test_verify_finds_a_changed_byte_and_a_missing_index(tmp_path: Path, capsys:
 
 
 def test_no_shards_says_how_to_make_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["shards", "stats", str(tmp_path / "none")]) == app.FAILED
-    assert "auricle preprocess" in capsys.readouterr().err
+    for verb in ("stats", "inspect", "verify"):
+        for folder in (tmp_path / "none", tmp_path):
+            assert app.main(["shards", verb, str(folder)]) == app.USAGE
+            assert "auricle preprocess" in capsys.readouterr().err
 
 
 def test_plan_of_a_config(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,99 @@
+"""Doubles among many: found at another gain, codec or offset, in memory that does not grow with the corpus."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+import soxr
+
+from data_pipeline import audio, matching
+from data_pipeline.dedup import BITS, Fingerprinter
+from data_pipeline.matching import Table, equal_hashes, shared_prints
+from data_pipeline.preprocess_config import DedupConfig
+
+
+def table(owners: list[int], keys: list[np.ndarray], frames: list[np.ndarray]) -> Table:
+    columns = [pa.array(keys, pa.list_(pa.uint64())), pa.array(frames, pa.list_(pa.uint32()))]
+    return np.array(owners, np.uint32), columns
+
+
+def corpus(recordings: int, prints: int, doubles: int, batch: int = 5_000) -> Iterator[Table]:
+    """Random keys; of the last `doubles` recordings each repeats a fifth of one of the first, nine frames later."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 1 << 2 * BITS, (doubles, prints))
+    for start in range(0, recordings, batch):
+        owners = np.arange(start, min(start + batch, recordings))
+        keys = rng.integers(0, 1 << 2 * BITS, (len(owners), prints))
+        for place in np.flatnonzero(owners < doubles):
+            keys[place] = first[owners[place]]
+        for place in np.flatnonzero(owners >= recordings - doubles):
+            heard = rng.choice(prints - 9, prints // 5, replace=False)
+            keys[place][heard] = first[owners[place] - recordings + doubles][heard + 9]
+        yield table(owners.tolist(), list(keys), [np.arange(prints)] * len(keys))
+
+
+def found_of(recordings: int, prints: int, doubles: int, folder: Path) -> tuple[float, int]:
+    """(share of the planted pairs that are found, pairs that are none)."""
+    pairs = set(shared_prints(corpus(recordings, prints, doubles), recordings, DedupConfig(near=True), folder))
+    planted = {(number, recordings - doubles + number) for number in range(doubles)}
+    return len(pairs & planted) / doubles, len(pairs - planted)
+
+
+def test_every_planted_pair_is_found_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "FILES", 3)
+    assert found_of(3_000, 60, 50, tmp_path) == (1.0, 0)
+    assert not list(tmp_path.iterdir()), "scratch files are gone"
+
+
+def test_many_copies_of_one_recording_all_lead_to_the_first(tmp_path: Path) -> None:
+    keys, frames = np.arange(10) * 977, np.arange(10)
+    pairs = set(shared_prints([table(list(range(300)), [keys] * 300, [frames] * 300)], 300, DedupConfig(), tmp_path))
+    assert {(0, other) for other in range(1, 300)} <= pairs
+
+
+def test_equal_hashes_name_the_first(tmp_path: Path) -> None:
+    hashes = [f"{number % 4:064x}" for number in range(10)]
+    tables = [(np.array([9 - n], np.uint32), [pa.array([hashes[9 - n]])]) for n in range(10)]
+    assert dict(equal_hashes(tables, 10, tmp_path)) == {4: 0, 5: 1, 6: 2, 7: 3, 8: 0, 9: 1}
+
+
+def degraded(wave: audio.Wave) -> dict[str, audio.Wave]:
+    """The same speech as it comes back from other corpora."""
+    pcm = audio.to_int16(wave)
+    mp3 = io.BytesIO()
+    soundfile.write(mp3, wave, 16_000, format="MP3")
+    late = audio.encode(audio.to_int16(0.4 * wave[5_037:]), 16_000, "opus")
+    return {
+        "gain": (0.3 * pcm).astype(np.int16).astype(np.float32) / 32_768,
+        "opus": soundfile.read(io.BytesIO(audio.encode(pcm, 16_000, "opus")), dtype="float32")[0],
+        "mp3": soundfile.read(io.BytesIO(mp3.getvalue()), dtype="float32")[0],
+        "offset": wave[8_123:],
+        "telephone": soxr.resample(soxr.resample(wave, 16_000, 8_000), 8_000, 16_000),
+        "opus, quieter, later": soundfile.read(io.BytesIO(late), dtype="float32")[0],
+    }
+
+
+@pytest.mark.shared
+def test_real_speech_is_known_again(shared_data: Path, tmp_path: Path) -> None:
+    names, keys, frames = [], [], []
+    for path in sorted((shared_data / "speech" / "librispeech").glob("*.flac"))[:8]:
+        wave = np.concatenate(list(audio.decode(str(path), 16_000)))
+        for kind, version in {"": wave, **degraded(wave)}.items():
+            prints = Fingerprinter()
+            prints.feed(version)
+            names.append((path.name, kind))
+            for kept, made in zip((keys, frames), prints.finish(), strict=True):
+                kept.append(made)
+    tables = [table(list(range(len(names))), keys, frames)]
+    pairs = set(shared_prints(tables, len(names), DedupConfig(near=True), tmp_path))
+    assert all(names[one][0] == names[other][0] for one, other in pairs), "strangers"
+    wanted = {(number - number % 7, number) for number in range(len(names)) if number % 7}
+    missed = [names[other] for _, other in wanted - pairs]
+    print(f"found {1 - len(missed) / len(wanted):.3f} of {len(wanted)}, missed {missed}")
+    assert len(missed) <= 0.05 * len(wanted)

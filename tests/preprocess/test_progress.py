@@ -1,0 +1,26 @@
+"""What the terminal shows while preprocessing runs."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from data_pipeline.process import UnitResult
+from data_pipeline.progress import live_progress
+from data_pipeline.shards import DoneRecord
+from data_pipeline.types import AudioFile
+from data_pipeline.units import Unit
+
+
+def test_it_tells_files_hours_speed_and_rejects() -> None:
+    todo = [Unit(name, (AudioFile(f"{name}.wav", name, "corpus", seconds=3600.0),)) for name in ("a", "b")]
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=True, width=160)
+    flow = (("corpus", "en", "in", "", 1, 3600 * 16_000),)
+    record = DoneRecord("a", "", "", 0, "", 0, 0, rejects={"cut/too_short": 2}, files=1, flow=flow)
+    with live_progress(todo, True, console) as advance:
+        advance(UnitResult(record, 1.0))
+    text = said.getvalue()
+    for shown in ("50%", "1 files", "1.00 h", "h/s", "2 left out", "ETA"):
+        assert shown in text
