@@ -1,10 +1,12 @@
-"""One optimizer step of wav2vec2-base, ours beside transformers', on the same audio and masks in one run.
+"""One optimizer step of wav2vec2-base and HuBERT-base, ours beside transformers' and torchaudio's, then other recipes.
 
     python benchmarks/train_step.py                    # CPU, 4 × 5 s, fp32 and bf16
+    python benchmarks/train_step.py --recipes all      # every objective against wav2vec2-base
     python benchmarks/train_step.py --device cuda --batch 32 --seconds 15
 
-Prints audio-seconds per second and the ratio to the faster mode of transformers; on a GPU also audio-hours per
-GPU-hour and MFU. Needs torch, numpy and pydantic; transformers is skipped where it is absent.
+Same audio and masks in one run. Prints audio-seconds per second and the ratio to the faster mode of transformers and to
+our wav2vec2-base; on a GPU also audio-hours per GPU-hour and MFU. Needs torch, torchaudio, numpy and pydantic; peers
+are skipped where they are absent.
 """
 
 from __future__ import annotations
@@ -34,24 +36,50 @@ from pretrain.types import StepContext
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by what a GPU's name contains (vendor's data sheets, SXM)."""
+STEM = {"name": "waveform_conv"}
+SCALED = STEM | {"gradient_scale": 0.1}
+LAYER_NORM = STEM | {"norm": "layer", "normalize": True, "dropout": 0.0}
+STACK = {
+    "name": "transformer",
+    "positions": "conv_stack",
+    "conv_positions_kernel": 19,
+    "conv_positions_depth": 5,
+}
+ROPE = {"name": "transformer", "norm": "pre", "positions": "rope", "attention_dropout": 0.0, "layer_drop": 0.0}
+UNITS = {"labels": "units", "units": 500}
 RECIPES: dict[str, dict[str, Any]] = {
-    "wav2vec2_base": {
-        "objective": {"name": "wav2vec2"},
-        "frontend": {"name": "waveform_conv", "gradient_scale": 0.1},
+    "wav2vec2_base": {"objective": {"name": "wav2vec2"}, "frontend": SCALED, "encoder": {"name": "transformer"}},
+    "hubert_base": {
+        "objective": {"name": "hubert"} | UNITS,
+        "frontend": SCALED,
         "encoder": {"name": "transformer"},
     },
     "efficient_base": {
         "objective": {"name": "efficient", "predict_layers": [6, 12]},
         "frontend": {"name": "log_mel"},
-        "encoder": {
-            "name": "transformer",
-            "norm": "pre",
-            "positions": "rope",
-            "attention_dropout": 0.0,
-            "layer_drop": 0.0,
-        },
+        "encoder": ROPE,
+    },
+    "wavlm_base": {
+        "objective": {"name": "wavlm"} | UNITS,
+        "frontend": SCALED,
+        "encoder": {"name": "transformer", "relative_bias": True},
+    },
+    "data2vec_base": {"objective": {"name": "data2vec"}, "frontend": LAYER_NORM, "encoder": STACK},
+    "data2vec2_base": {"objective": {"name": "data2vec2"}, "frontend": LAYER_NORM, "encoder": STACK},
+    "dinosr_base": {"objective": {"name": "dinosr"}, "frontend": LAYER_NORM, "encoder": STACK},
+    "best_rq_base": {
+        "objective": {"name": "best_rq"},
+        "frontend": {"name": "log_mel"},
+        "encoder": {"name": "conformer", "layer_drop": 0.0},
+    },
+    "time_contrastive_base": {
+        "objective": {"name": "time_contrastive"},
+        "frontend": SCALED,
+        "encoder": {"name": "transformer"},
     },
 }
+"""The models of conf/experiment, written out, since Hydra need not be there; a test compares them."""
+FIRST = ("wav2vec2_base", "hubert_base", "efficient_base")
 CTX = StepContext(seed=0, step=0)
 
 
@@ -60,7 +88,9 @@ def speech_batch(size: int, seconds: float, device: str) -> Batch:
     generator = torch.Generator().manual_seed(0)
     wave_BT = 0.1 * torch.randn(size, int(seconds * 16_000), generator=generator)
     lengths_B = torch.full((size,), wave_BT.shape[1])
-    return Batch(wave_BT, lengths_B, tuple(f"utterance-{row}" for row in range(size)), 0).to(device)
+    units_BF = torch.randint(0, 500, (size, int(seconds * 50)), generator=generator)
+    keys = tuple(f"utterance-{row}" for row in range(size))
+    return Batch(wave_BT, lengths_B, keys, 0, targets={"units": units_BF}).to(device)
 
 
 def ours(recipe: str, precision: str, device: str) -> TrainModule:
@@ -69,7 +99,8 @@ def ours(recipe: str, precision: str, device: str) -> TrainModule:
 
 
 def our_step(module: TrainModule, batch: Batch) -> Callable[[int], float]:
-    optimizer = torch.optim.AdamW(module.parameters(), 1e-4, (0.9, 0.98), 1e-6, fused=True)
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-4, (0.9, 0.98), 1e-6, fused=True)
 
     def step(number: int) -> float:
         ctx = StepContext(0, number)
@@ -117,6 +148,39 @@ def their_step(model: Any, module: TrainModule, batch: Batch, precision: str) ->
         context = torch.autocast(kind, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         with context:
             loss = model(**inputs).loss / inputs["mask_time_indices"].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def torchaudio_hubert(device: str) -> Any:
+    from torchaudio.models import hubert_pretrain_base
+
+    return hubert_pretrain_base(num_classes=500).to(device)
+
+
+def torchaudio_step(model: Any, module: TrainModule, batch: Batch, precision: str) -> Callable[[int], float]:
+    """Our mask instead of the one that torchaudio would draw within the time that counts."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.98), 1e-6)
+    mask_BF = module.objective.prepare(module.model, batch, CTX).mask.mask_BF
+    labels_BF = batch.targets["units"][:, : mask_BF.shape[1]]
+
+    def masked(x_BFD: torch.Tensor, padding: object) -> tuple[torch.Tensor, torch.Tensor]:
+        embedding = model.mask_generator.mask_embedding.to(x_BFD.dtype)
+        return torch.where(mask_BF[:, :, None], embedding, x_BFD), mask_BF
+
+    model.mask_generator.forward = masked
+
+    def step(number: int) -> float:
+        kind = batch.wave_BT.device.type
+        context = torch.autocast(kind, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+        with context:
+            logits, _, penalty = model(batch.wave_BT, labels_BF)
+            zeros = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+            loss = torch.nn.functional.cross_entropy(logits.float(), zeros) + 10 * penalty
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -214,7 +278,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         print(f"contrastive loss, same weights and masks: ours {mine:.7f}, transformers' {other:.7f}")
         for precision in args.precision:
             add("transformers wav2vec2-base", precision, their_step(peer, module, batch, precision), None)
-    for recipe in args.recipes:
+        del peer
+    try:
+        hubert: Any = torchaudio_hubert(args.device)
+    except ImportError:
+        hubert = None
+        print("torchaudio is absent: skipped")
+    for precision in args.precision if hubert is not None else ():
+        step = torchaudio_step(hubert, ours("hubert_base", "fp32", args.device), batch, precision)
+        add("torchaudio hubert-base", precision, step, None)
+    for recipe in RECIPES if "all" in args.recipes else args.recipes:
         for precision in args.precision:
             module = ours(recipe, precision, args.device)
             add(f"ours {recipe}", precision, our_step(module, batch), forward_flops(module, batch))
@@ -223,19 +296,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Adds to each row its ratio to the faster mode of transformers, by the clock and by CPU time."""
-    peers = [row for row in rows if row["model"].startswith("transformers")]
-    if not peers:
-        return
-    for key, ratio in (("audio_s_per_s", "ratio"), ("audio_s_per_cpu_s", "ratio_cpu_time")):
-        best = max(row[key] for row in peers)
-        for row in rows:
-            row[ratio] = row[key] / best
+    """Adds to each row its ratio to the faster mode of each peer and of our wav2vec2-base, by clock and CPU time."""
+    for peer in ("transformers", "torchaudio", "ours wav2vec2_base"):
+        others = [row for row in rows if row["model"].startswith(peer)]
+        for key, suffix in (("audio_s_per_s", ""), ("audio_s_per_cpu_s", "_cpu_time")) if others else ():
+            best = max(row[key] for row in others)
+            for row in rows:
+                row[f"ratio_{peer.split()[-1]}{suffix}"] = row[key] / best
     for row in rows:
-        print(
-            f"{row['model']:<28} {row['precision']}  {row['ratio']:.2f} × the faster mode of transformers "
-            f"by the clock, {row['ratio_cpu_time']:.2f} × by CPU time"
-        )
+        ratios = [f"{name[6:]} {value:.2f}" for name, value in row.items() if name.startswith("ratio_")]
+        print(f"{row['model']:<28} {row['precision']}  × the faster mode of: {', '.join(ratios)}")
 
 
 def main() -> None:
@@ -246,7 +316,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
-    parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
+    parser.add_argument("--recipes", nargs="+", choices=("all", *RECIPES), default=FIRST)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     args = parser.parse_args()

@@ -14,16 +14,33 @@ from pretrain.model import build_model
 from pretrain.types import SpeechModel
 
 CROP_SECONDS = 15.0
-PUBLISHED: dict[str, tuple[float | None, float, str]] = {
-    "wav2vec2_base": (95.0, 93.6, "arXiv 2006.11477; fairseq wav2vec2_base_librispeech.yaml"),
-    "wav2vec2_large": (317.4, 162.0, "arXiv 2006.11477, §4.2"),
-    "hubert_base": (94.7, 46.7, "arXiv 2106.07447; fairseq hubert_base_librispeech.yaml"),
-    "wavlm_base": (94.7, 46.7, "arXiv 2110.13900"),
-    "data2vec_base": (None, 63.0, "arXiv 2202.03555; fairseq data2vec base_librispeech.yaml"),
-    "data2vec2_base": (None, 8.3, "arXiv 2212.07525; fairseq data2vec v2"),
-    "dinosr_base": (None, 63.0, "arXiv 2305.10005"),
+OURS = "unpublished: this project's own"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a source says of a recipe. millions: parameters; minutes: of audio per update; gflop: per audio second."""
+
+    millions: float | None
+    minutes: float | None
+    gflop: float | None
+    source: str
+
+
+# operations: those that the project's design worked out for crops of 15 s; the papers give none
+PUBLISHED = {
+    "wav2vec2_base": Published(95.0, 93.6, 15.3, "arXiv 2006.11477; fairseq wav2vec2_base_librispeech.yaml"),
+    "wav2vec2_large": Published(317.4, 162.0, 39.6, "arXiv 2006.11477, §4.2"),
+    "hubert_base": Published(94.7, 46.7, 15.3, "arXiv 2106.07447; fairseq hubert_base_librispeech.yaml"),
+    "wavlm_base": Published(94.7, 46.7, 15.3, "arXiv 2110.13900"),
+    "data2vec_base": Published(None, 63.0, 15.3, "arXiv 2202.03555; fairseq data2vec base_librispeech.yaml"),
+    "data2vec2_base": Published(None, 8.3, 15.3, "arXiv 2212.07525; fairseq data2vec v2"),
+    "dinosr_base": Published(None, 63.0, 15.3, "arXiv 2305.10005"),
+    "best_rq_base": Published(None, 120.0, None, "arXiv 2202.01855; SpeechBrain's LibriSpeech recipe"),
+    "efficient_base": Published(None, None, 4.8, f"{OURS} combination (recipes of Fast-HuBERT and BEST-RQ)"),
+    "time_contrastive_base": Published(None, None, 15.3, f"{OURS}; beside wav2vec 2.0 BASE"),
 }
-"""Recipe -> (parameters in millions where a source gives them, minutes of audio per update, source)."""
+"""By recipe; those with other names are this project's own small ones."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +54,12 @@ class Recipe:
     minutes_per_update: float
     updates: int
     gflop_per_audio_second: float
-    published_parameters: float | None
-    published_minutes: float | None
-    source: str
+    published: Published
 
 
 def summarize(config: Config) -> Recipe:
     """Builds the model of `config` (random weights) and counts."""
     module = build_model(config)
-    published: tuple[float | None, float | None, str] = PUBLISHED.get(config.name, (None, None, ""))
     return Recipe(
         name=config.name,
         parameters=sum(weight.numel() for weight in module.parameters() if weight.requires_grad),
@@ -54,9 +68,7 @@ def summarize(config: Config) -> Recipe:
         minutes_per_update=config.data.batch_seconds / 60,
         updates=config.train.steps,
         gflop_per_audio_second=forward_gflop(module.model, CROP_SECONDS),
-        published_parameters=published[0],
-        published_minutes=published[1],
-        source=published[2],
+        published=PUBLISHED.get(config.name, Published(None, None, None, OURS)),
     )
 
 

@@ -30,6 +30,7 @@ def run(arguments: list[str]) -> int:
         "published",
         "updates",
         "GFLOP/s of audio",
+        "worked out",
     )
     table = Table(*columns, "source", box=None, pad_edge=False)
     for name in names:
@@ -38,13 +39,14 @@ def run(arguments: list[str]) -> int:
         table.add_row(
             row.name,
             f"{row.parameters / 1e6:.2f} M",
-            f"{row.published_parameters:.1f} M" if row.published_parameters else "",
+            f"{row.published.millions:.1f} M" if row.published.millions else "",
             f"{row.frames_hz:g}",
             f"{row.minutes_per_update:.1f}",
-            f"{row.published_minutes:.1f}" if row.published_minutes else "",
+            f"{row.published.minutes:.1f}" if row.published.minutes else "",
             f"{row.updates:,}",
             f"{row.gflop_per_audio_second:.1f}",
-            row.source,
+            f"{row.published.gflop:.1f}" if row.published.gflop else "",
+            row.published.source,
         )
     console = Console(width=None if Console().is_terminal else 200)
     console.print(table)

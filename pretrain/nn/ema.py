@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.nn.spectral import normalize_frames
-from pretrain.types import EncoderOutput
+from pretrain.types import EncoderOutput, SpeechModel
 
 
 class Teacher(nn.Module):
@@ -35,6 +35,13 @@ class Teacher(nn.Module):
                 mine.copy_(other)
         for mine, other in zip(self.copy.buffers(), source.buffers(), strict=True):
             mine.copy_(other)
+
+
+def layer_teacher(model: SpeechModel) -> Teacher:
+    """A teacher of the encoder that also gives the feed-forward output of every block."""
+    teacher = Teacher(model.encoder)
+    teacher.copy.keep_ffn = True  # type: ignore[assignment]
+    return teacher
 
 
 @torch.no_grad()

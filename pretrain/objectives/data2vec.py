@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, deviation
+from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, deviation, layer_teacher
 from pretrain.nn.masking import FrameMask, draw_span_mask
 from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
 
@@ -49,8 +49,7 @@ class Data2Vec(Objective):
         self.teacher: Teacher | None = None
 
     def attach(self, model: SpeechModel) -> None:
-        self.teacher = Teacher(model.encoder)
-        self.teacher.copy.keep_ffn = True  # type: ignore[assignment]
+        self.teacher = layer_teacher(model)
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
         mask = draw_span_mask(model.frontend, batch, ctx, self.config.mask_prob, self.config.mask_span)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.keyed_random import keyed_rng
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers
+from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, layer_teacher
 from pretrain.nn.masking import frame_width, inverse_block_mask
 from pretrain.nn.numerics import masked_deviation, zero_padding
 from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
@@ -86,8 +86,7 @@ class Data2Vec2(Objective):
         self.teacher: Teacher | None = None
 
     def attach(self, model: SpeechModel) -> None:
-        self.teacher = Teacher(model.encoder)
-        self.teacher.copy.keep_ffn = True  # type: ignore[assignment]
+        self.teacher = layer_teacher(model)
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> CopiesPlan:
         config, width = self.config, frame_width(model.frontend, batch)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, annealed_decay
+from pretrain.nn.ema import Teacher, annealed_decay, layer_teacher
 from pretrain.nn.masking import FrameMask, draw_span_mask
 from pretrain.nn.quantizers import nearest_codes
 from pretrain.nn.spectral import normalize_frames
@@ -60,8 +60,7 @@ class DinoSR(Objective):
         self.teacher: Teacher | None = None
 
     def attach(self, model: SpeechModel) -> None:
-        self.teacher = Teacher(model.encoder)
-        self.teacher.copy.keep_ffn = True  # type: ignore[assignment]
+        self.teacher = layer_teacher(model)
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
         mask = draw_span_mask(model.frontend, batch, ctx, self.config.mask_prob, self.config.mask_span)

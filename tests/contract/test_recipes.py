@@ -59,3 +59,15 @@ def test_operations_of_wav2vec2_base() -> None:
     """recipes.md: 15.3 GFLOP per second of audio, forward, crops of 15 s."""
     model = build_model(composed("experiment=wav2vec2_base")).model
     assert forward_gflop(model, 15.0) == pytest.approx(15.3, abs=0.5)
+
+
+def test_the_benchmark_measures_the_shipped_models() -> None:
+    """benchmarks/train_step.py must run without Hydra, and so repeats what conf/experiment says."""
+    from benchmarks.train_step import RECIPES
+
+    for name, parts in RECIPES.items():
+        shipped = composed(f"experiment={name}")
+        measured = load(Config, {"data": {"shards": "nowhere"}, **parts})
+        for part in ("frontend", "encoder"):
+            assert getattr(measured, part) == getattr(shipped, part), f"{name}: {part}"
+        assert measured.objective.name == shipped.objective.name
