@@ -74,6 +74,8 @@ class DeepSpeedEngine(Engine):
         self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World, micro_batches: int
     ) -> None:
         super().__init__(module, config, optimizer, world)
+        if config.offload == "nvme":
+            _require_nvme(config)
         self.slots = micro_batches // world.size
         self.names = {id(parameter): name for name, parameter in module.named_parameters()}
         # DeepSpeed would compile a faster CPU all-reduce at every first start: half a minute, and it needs a compiler
@@ -192,6 +194,21 @@ class DeepSpeedEngine(Engine):
             write_weight(parameter, value)
         else:
             write_moment(parameter, value, moment)
+
+
+def _require_nvme(config: EngineConfig) -> None:
+    """Raises ValueError naming what offloading to a disk lacks."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if config.zero_stage != 3:
+        raise ValueError(f"engine.offload=nvme: DeepSpeed offers it for zero_stage=3, and it is {config.zero_stage}")
+    if not config.offload_folder:
+        raise ValueError("engine.offload=nvme: engine.offload_folder must name a folder on a fast disk of each node")
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(
+            "engine.offload=nvme: DeepSpeed's async_io operator cannot be built here; install libaio-dev, ninja and a "
+            "C++ compiler, or take engine.offload=cpu"
+        )
 
 
 _WRITERS = {

@@ -65,6 +65,7 @@ def answers(address: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(560)
 def test_a_chain_of_ray_jobs(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Preprocessing and, once it has succeeded, a run; then all of it stands."""
@@ -91,7 +92,8 @@ def test_a_chain_of_ray_jobs(head: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert app.main(["jobs", "status", str(runs / "preprocess")]) == 0
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_dashboard_is_on_the_loopback_and_wants_the_token(head: str) -> None:
     port = int(head.rpartition(":")[2])
     listening = [entry.laddr.ip for entry in psutil.net_connections("tcp") if is_server(entry, port)]
