@@ -20,7 +20,7 @@ from data_pipeline import layouts
 from data_pipeline.files import is_url
 from data_pipeline.preprocess_config import ManifestCorpus, PathCorpus
 from data_pipeline.schema import ConfigError
-from data_pipeline.types import AudioFile
+from data_pipeline.types import SAMPLE_RATE, AudioFile, Span
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _from_layout(corpus: Any, found: Discovered) -> None:
             found.files.append(
                 AudioFile(
                     path, file_id, corpus.name, about.speaker, about.language, about.text, about.split, {},
-                    about.seconds, size, mtime,
+                    about.seconds, size, mtime, about.spans,
                 )
             )  # fmt: skip
 
@@ -207,8 +207,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "corpus": ("corpus", "dataset", "source"),
     "split": ("split", "subset"),
     "seconds": ("seconds", "duration_s", "duration"),
+    "begin": ("begin_s", "begin_time", "start_s", "start_time"),
+    "end": ("end_s", "end_time"),
 }
-"""Names under which a manifest's columns are looked for; every other column becomes a label."""
+"""Names under which a manifest's columns are looked for; every other column becomes a label. A row with begin and end
+(in seconds) means that stretch of its file; a file may have several such rows."""
 
 
 def _from_manifest(corpus: ManifestCorpus, found: Discovered) -> None:
@@ -219,6 +222,8 @@ def _from_manifest(corpus: ManifestCorpus, found: Discovered) -> None:
     root = root if is_url(root) else str(Path(root).expanduser().absolute())
     named = corpus.corpus or PurePosixPath(corpus.path).stem
     columns: dict[str, str] = {}
+    marked: dict[tuple[str, str], list[tuple[AudioFile, Span]]] = {}
+    extra = _labels_beside(corpus)
     for number, row in enumerate(_rows(corpus.path), start=1):
         if number == 1:
             columns = _columns(corpus, row)
@@ -243,33 +248,69 @@ def _from_manifest(corpus: ManifestCorpus, found: Discovered) -> None:
             key: str(value)
             for key, value in row.items()
             if key and key not in columns.values() and value not in (None, "")
-        }
-        found.files.append(
-            AudioFile(
-                path=path,
-                file_id=printable(file_id),
-                corpus=name,
-                speaker=values.get("speaker", ""),
-                language=language,
-                text=values.get("text", ""),
-                split=values.get("split", ""),
-                labels=labels,
-                seconds=_seconds(values.get("seconds", "")),
-                size=size,
-                mtime=mtime,
-            )
+        } | extra.get(file_id, {})
+        file = AudioFile(
+            path=path,
+            file_id=printable(file_id),
+            corpus=name,
+            speaker=values.get("speaker", ""),
+            language=language,
+            text=values.get("text", ""),
+            split=values.get("split", ""),
+            labels=labels,
+            seconds=_seconds(values.get("seconds", "")),
+            size=size,
+            mtime=mtime,
         )
+        span = _span(values, file)
+        if span is None:
+            found.files.append(file)
+        else:
+            marked.setdefault((name, file_id), []).append((file, span))
+    found.files += [_with_spans(rows) for rows in marked.values()]
 
 
-def _rows(path: str) -> Iterator[dict[str, Any]]:
+def _span(values: dict[str, str], file: AudioFile) -> Span | None:
+    """The stretch that a row means; None where it means the whole file."""
+    try:
+        begin, end = float(values.get("begin") or 0.0), float(values.get("end") or 0.0)
+    except ValueError:
+        return None
+    if not 0 <= begin < end < 1e7:
+        return None
+    return Span(round(begin * SAMPLE_RATE), round(end * SAMPLE_RATE), file.speaker, file.text, file.labels)
+
+
+def _with_spans(rows: list[tuple[AudioFile, Span]]) -> AudioFile:
+    """One recording of all its rows; its speaker is theirs if they have one in common."""
+    spans = sorted((span for _, span in rows), key=lambda span: (span.start, span.stop))
+    speakers = {span.speaker for span in spans}
+    speaker = speakers.pop() if len(speakers) == 1 else ""
+    return dataclasses.replace(rows[0][0], speaker=speaker, text="", labels={}, seconds=0.0, spans=tuple(spans))
+
+
+def _labels_beside(corpus: ManifestCorpus) -> dict[str, dict[str, str]]:
+    """Labels by path from the table `corpus.labels`; the values of several rows of one path are joined by spaces."""
+    joined: dict[str, dict[str, list[str]]] = {}
+    for row in _rows(corpus.labels, "labels") if corpus.labels else ():
+        columns = joined.setdefault(str(row.get("path") or ""), {})
+        for name, value in row.items():
+            if name and name != "path" and value not in (None, ""):
+                columns.setdefault(name, []).append(str(value))
+    if corpus.labels and not any(path and columns for path, columns in joined.items()):
+        raise ConfigError(f"corpus.labels={corpus.labels}: has no column path beside others")
+    return {path: {name: " ".join(values) for name, values in columns.items()} for path, columns in joined.items()}
+
+
+def _rows(path: str, field: str = "path") -> Iterator[dict[str, Any]]:
     ending = path.rsplit(".", 1)[-1].lower()
     if ending not in ("tsv", "csv", "jsonl", "json"):
-        raise ConfigError(f"corpus.path={path}: a manifest ends in .tsv, .csv, .jsonl or .json")
+        raise ConfigError(f"corpus.{field}={path}: a manifest ends in .tsv, .csv, .jsonl or .json")
     try:
         with fsspec.open(str(Path(path).expanduser()) if not is_url(path) else path, "rb") as file:
             text = file.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"corpus.path={path}: cannot be read as a manifest ({error})") from None
+        raise ConfigError(f"corpus.{field}={path}: cannot be read as a manifest ({error})") from None
     if ending in ("tsv", "csv"):
         csv.field_size_limit(1 << 30)
         lines = io.StringIO(text, newline="")
@@ -284,9 +325,9 @@ def _rows(path: str) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"corpus.path={path}: line {number} is no JSON ({error})") from None
+            raise ConfigError(f"corpus.{field}={path}: line {number} is no JSON ({error})") from None
         if not isinstance(row, dict):
-            raise ConfigError(f"corpus.path={path}: line {number} is no JSON object")
+            raise ConfigError(f"corpus.{field}={path}: line {number} is no JSON object")
         yield row
 
 

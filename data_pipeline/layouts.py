@@ -20,6 +20,7 @@ from data_pipeline.preprocess_config import (
     VoxPopuliCorpus,
 )
 from data_pipeline.schema import ConfigError
+from data_pipeline.types import SAMPLE_RATE, Span
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class About:
     text: str = ""
     split: str = ""
     seconds: float = 0.0
+    spans: tuple[Span, ...] = ()
 
 
 Describe = Callable[[str], About | None]
@@ -105,7 +107,7 @@ def voxpopuli(corpus: VoxPopuliCorpus) -> Describe:
 
 
 def gigaspeech(corpus: GigaSpeechCorpus) -> Describe:
-    """Chen et al. 2021. A recording's split is the one of `corpus.splits` that it is in."""
+    """Chen et al. 2021. A recording's split is the one of `corpus.splits` that it is in; samples are its segments."""
     store = FileStore(corpus.path)
     if not store.exists("GigaSpeech.json"):
         raise ConfigError(f"corpus.path={corpus.path}: holds no GigaSpeech.json")
@@ -115,8 +117,15 @@ def gigaspeech(corpus: GigaSpeechCorpus) -> Describe:
         subsets = [str(subset) for subset in audio.get("subsets", [])]
         split = next((subset for subset in subsets if subset in corpus.splits), subsets[0] if subsets else "")
         language = str(table.get("language") or corpus.language).lower()
-        known[audio["path"]] = About("", language, "", split, float(audio.get("duration") or 0.0))
+        spans = [_giga_span(row) for row in audio.get("segments", [])]
+        ordered = tuple(sorted(spans, key=lambda span: (span.start, span.stop)))
+        known[audio["path"]] = About("", language, "", split, float(audio.get("duration") or 0.0), ordered)
     return known.get
+
+
+def _giga_span(row: dict[str, Any]) -> Span:
+    start, stop = (round(float(row[name]) * SAMPLE_RATE) for name in ("begin_time", "end_time"))
+    return Span(start, stop, str(row.get("speaker") or ""), str(row.get("text_tn") or ""))
 
 
 READERS: dict[str, Callable[[Any], Describe]] = {

@@ -45,8 +45,11 @@ class ManifestCorpus:
     language: Annotated[str, about("language where the manifest has no column for it")] = ""
     columns: Annotated[
         dict[str, str],
-        about("column of path, speaker, language, text, corpus, split, seconds where it has another name"),
+        about("column of path, speaker, language, text, corpus, split, seconds, begin, end where it has another name"),
     ] = dataclasses.field(default_factory=dict)
+    labels: Annotated[
+        str, about("a second table with a column path; its other columns (phones, say) become labels of the samples")
+    ] = ""
     splits: Annotated[tuple[str, ...], about("keep rows of these splits only; empty keeps all")] = ()
     allow_outside: Annotated[bool, about("accept absolute paths and .. that leave the root")] = False
 
@@ -94,7 +97,7 @@ class VoxPopuliCorpus:
 
 @config
 class GigaSpeechCorpus:
-    """GigaSpeech: whole recordings as GigaSpeech.json lists them, cut by `cut` or `vad`."""
+    """GigaSpeech: the segments that GigaSpeech.json lists in each recording; where it lists none, all of it."""
 
     name: Literal["gigaspeech"] = "gigaspeech"
     path: Annotated[str, about("folder that holds GigaSpeech.json", min_length=1)]

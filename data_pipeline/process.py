@@ -7,8 +7,9 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from data_pipeline import audio, vad
 from data_pipeline.discover import Reject, printable, stat
@@ -16,11 +17,13 @@ from data_pipeline.files import FileStore, is_url
 from data_pipeline.keyed_random import keyed_seed
 from data_pipeline.preprocess_config import PreprocessConfig
 from data_pipeline.quality import measure, normalised, verdict
-from data_pipeline.segment import cut
+from data_pipeline.segment import cut, marked
 from data_pipeline.shards import DoneRecord, ShardWriter, commit
 from data_pipeline.types import SAMPLE_RATE, AudioFile, Segment
 from data_pipeline.units import Unit, set_root
 
+TIMED_LABELS: Final = ("phones", "phone", "words", "word", "start_s", "end_s")
+"""Labels that describe a whole utterance and say nothing of a part of it."""
 FlowKey = tuple[str, str, str, str]
 """(corpus, language, stage, reason); the stages "in" and "out" have no reason."""
 
@@ -100,14 +103,13 @@ def _process_file(file: AudioFile, config: PreprocessConfig, writer: ShardWriter
     try:
         with audio.local_copy(file.path) as path:
             blocks = _counted(audio.decode(path, SAMPLE_RATE), read)
-            for start, wave, whole in _pieces(blocks, config):
+            for said, start, wave, whole in _pieces(file, blocks, config):
                 kept += len(wave)
-                # the words of a recording belong to no single piece of it
-                said = file if whole else dataclasses.replace(file, text="")
                 _write_segment(said, start, wave, config, writer, mine, path if whole else "")
         _check_unchanged(file)
         if kept < read[0]:
-            mine.add((file.corpus, file.language, "vad", "no_speech"), read[0] - kept)
+            stage, reason = ("cut", "not_marked") if file.spans else ("vad", "no_speech")
+            mine.add((file.corpus, file.language, stage, reason), read[0] - kept)
     except audio.AudioError as error:
         writer.rollback(mark)
         mine = Tally()
@@ -122,12 +124,34 @@ def _counted(blocks: Iterable[audio.Wave], read: list[int]) -> Iterator[audio.Wa
         yield block
 
 
-def _pieces(blocks: Iterable[audio.Wave], config: PreprocessConfig) -> Iterator[tuple[int, audio.Wave, bool]]:
-    """(start, wave, whether that is all of the recording)."""
+def _pieces(
+    file: AudioFile, blocks: Iterator[audio.Wave], config: PreprocessConfig
+) -> Iterator[tuple[AudioFile, int, audio.Wave, bool]]:
+    """(what is known of it, start, wave, whether that is all of the recording)."""
     longest = round(config.cut.max_seconds * SAMPLE_RATE)
-    if not config.vad.enabled:
-        return cut(blocks, longest)
-    return ((start, wave, False) for start, wave in vad.speech(blocks, longest, config.vad))
+    # the words of a recording, and its phones, belong to no single piece of it
+    silent = dataclasses.replace(file, text="", labels=_without_words(file.labels))
+    if file.spans:
+        taken: set[int] = set()
+        for span, start, wave, whole in marked(blocks, file.spans, longest):
+            if start in taken:  # listed twice
+                continue
+            taken.add(start)
+            known = dataclasses.replace(file, speaker=span.speaker or file.speaker, text=span.text)
+            known = dataclasses.replace(known, labels={**silent.labels, **span.labels})
+            if not whole:
+                known = dataclasses.replace(known, text="", labels=_without_words(known.labels))
+            yield known, start, wave, False
+    elif config.vad.enabled:
+        for start, wave in vad.speech(blocks, longest, config.vad):
+            yield silent, start, wave, False
+    else:
+        for start, wave, whole in cut(blocks, longest):
+            yield file if whole else silent, start, wave, whole
+
+
+def _without_words(labels: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in labels.items() if name not in TIMED_LABELS}
 
 
 def _write_segment(

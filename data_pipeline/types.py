@@ -14,6 +14,18 @@ SAMPLE_RATE = 16_000
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch that the corpus itself marks inside a long recording."""
+
+    start: int
+    """In samples of the output rate, like `stop`."""
+    stop: int
+    speaker: str = ""
+    text: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class AudioFile:
     """One recording of a corpus as discovered; nothing has been decoded yet."""
 
@@ -33,6 +45,8 @@ class AudioFile:
     """Bytes of the file."""
     mtime: str = ""
     """When it was last changed, as the file system says (an ETag on object stores)."""
+    spans: tuple[Span, ...] = ()
+    """Only these stretches are speech that counts; sorted by start. Empty: all of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ older ones alone.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -23,7 +24,7 @@ from data_pipeline.files import FileStore
 from data_pipeline.keyed_random import keyed_seed
 from data_pipeline.preprocess_config import PreprocessConfig, content_settings
 from data_pipeline.schema import ConfigError
-from data_pipeline.types import SAMPLE_RATE, AudioFile
+from data_pipeline.types import SAMPLE_RATE, AudioFile, Span
 
 SPLITS: Final = ("train", "valid", "test")
 WRITER_VERSION: Final = 1
@@ -47,6 +48,7 @@ PLAN_SCHEMA: Final = pa.schema(
         ("seconds", pa.float64()),
         ("size", pa.int64()),
         ("mtime", pa.string()),
+        ("spans", pa.string()),
     ]
 )
 
@@ -181,7 +183,7 @@ def _claim(store: FileStore, generation: int, content: bytes) -> bool:
 
 
 def _unit(files: Sequence[AudioFile], split: str, settings: str) -> Unit:
-    sources = [f"{file.corpus}\x1f{file.file_id}\x1f{file.size}\x1f{file.mtime}" for file in files]
+    sources = [f"{file.corpus}\x1f{file.file_id}\x1f{file.size}\x1f{file.mtime}{_spans_json(file)}" for file in files]
     return Unit(_hash(str(WRITER_VERSION), settings, *sources), tuple(files), split)
 
 
@@ -250,6 +252,10 @@ def _plan_bytes(units: Sequence[Unit], dropped: Sequence[Dropped]) -> bytes:
     return buffer.getvalue()
 
 
+def _spans_json(file: AudioFile) -> str:
+    return json.dumps([dataclasses.asdict(span) for span in file.spans], sort_keys=True) if file.spans else ""
+
+
 def _plan_row(file: AudioFile, unit: str, folder: str, dropped: str = "", same_as: str = "") -> dict[str, Any]:
     same = ("file_id", "corpus", "speaker", "language", "text", "split", "seconds", "size", "mtime")
     return {
@@ -259,6 +265,7 @@ def _plan_row(file: AudioFile, unit: str, folder: str, dropped: str = "", same_a
         "same_as": same_as,
         "path": os.fsencode(file.path),
         "labels": json.dumps(dict(file.labels), sort_keys=True),
+        "spans": _spans_json(file),
         **{name: getattr(file, name) for name in same},
     }
 
@@ -267,7 +274,10 @@ def _read_into(plan: Plan, content: bytes) -> None:
     units: dict[tuple[str, str], list[AudioFile]] = {}
     for row in pq.read_table(io.BytesIO(content)).to_pylist():
         unit, dropped, same_as = (row.pop("unit"), row.pop("folder")), row.pop("dropped"), row.pop("same_as")
-        file = AudioFile(**{**row, "path": os.fsdecode(row["path"]), "labels": json.loads(row["labels"])})
+        spans = tuple(Span(**span) for span in json.loads(row.pop("spans", "") or "[]"))
+        file = AudioFile(
+            **{**row, "path": os.fsdecode(row["path"]), "labels": json.loads(row["labels"]), "spans": spans}
+        )
         if dropped:
             plan.dropped.append(Dropped(file, dropped, same_as))
         else:
