@@ -44,7 +44,7 @@ def _keep_products() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     return _Keep(kept), _Reuse(kept)
 
 
-class _Keep(TorchDispatchMode):
+class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The forward pass: remembers products in order.
 
     torch's own selective checkpointing wants each operation, cheap ones too, to come again, which the gathering of
@@ -52,7 +52,7 @@ class _Keep(TorchDispatchMode):
     """
 
     def __init__(self, kept: dict[Any, deque[Any]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,11 +62,11 @@ class _Keep(TorchDispatchMode):
         return out
 
 
-class _Reuse(TorchDispatchMode):
+class _Reuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The recomputation: gives them again."""
 
     def __init__(self, kept: dict[Any, deque[Any]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
