@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    started = {"include_dashboard": False} if not given.address else {}
+    here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}  # nobody else can reach a Ray started here
+    started = {} if given.address else here
     ray.init(address=given.address or "local", log_to_driver=False, logging_level="ERROR", **started)
     try:
         return _persist(given)

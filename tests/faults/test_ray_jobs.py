@@ -22,6 +22,7 @@ from launch.environment import free_port
 from launch.ray import RayJobs
 from launch.ray_after import succeeded
 from launch.submit import read_note, steps_done
+from tests.conftest import ROOT
 from tests.faults.mini_slurm import wait_for
 from tests.faults.site import TOY
 from tests.preprocess.sounds import many, write_corpus
@@ -100,6 +101,28 @@ def test_the_dashboard_is_on_the_loopback_and_wants_the_token(head: str) -> None
     assert listening == ["127.0.0.1"]
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{head}/api/jobs/", timeout=10)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_ray_that_auricle_starts_listens_on_the_loopback_only() -> None:
+    """As `ss -ltn` would show: all sockets of all its processes."""
+    code = (
+        "import psutil, sys\n"
+        "from data_pipeline.preprocess_config import RayConfig\n"
+        "from data_pipeline.ray_jobs import cluster\n"
+        "with cluster(RayConfig(num_cpus=1)):\n"
+        "    import ray\n"
+        "    ray.get(ray.remote(lambda: 1).remote())\n"
+        "    family = {p.pid for p in psutil.Process().children(recursive=True)} | {psutil.Process().pid}\n"
+        "    found = [c for c in psutil.net_connections('tcp') if c.pid in family and c.status == psutil.CONN_LISTEN]\n"
+        "    print('LISTEN', *sorted({c.laddr.ip for c in found}), len(found))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    said = next(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("LISTEN"))
+    assert int(said[-1]) >= 3
+    assert set(said[:-1]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, said
 
 
 def is_server(entry: Any, port: int) -> bool:
