@@ -138,7 +138,7 @@ def test_a_sweep_shows_one_array(capsys: pytest.CaptureFixture[str], tmp_path: P
     plain = ["+experiment=best_rq_tiny", "data.shards=s", f"runs={tmp_path}", "launcher=slurm", "launcher.parallel=2"]
     assert app.main(["pretrain", *plain, "optimizer.lr=1e-3,1e-4", "seed=1,2", "--multirun", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "best_rq_tiny_3: optimizer.lr=1e-4 seed=2" in said
+    assert "best_rq_tiny_3: optimizer.lr=0.0001 seed=2" in said
     assert "--array=0-3%2" in said
     assert f"{tmp_path}/best_rq_tiny_%a/logs/slurm.log" in said
     assert not list(tmp_path.iterdir())
