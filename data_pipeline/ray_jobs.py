@@ -223,22 +223,37 @@ def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
         except (ConnectionError, RuntimeError) as error:
             raise ConfigError(f"ray.address={config.address}: no Ray cluster answers there ({error})") from None
     else:
-        context = ray.init(
-            address="local",
-            num_cpus=config.num_cpus or None,
-            include_dashboard=config.dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            object_store_memory=100_000_000,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        with _on_loopback():
+            context = ray.init(
+                address="local",
+                num_cpus=config.num_cpus or None,
+                include_dashboard=config.dashboard,
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",
+                object_store_memory=100_000_000,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
     try:
         if show and context.dashboard_url:
             Console(stderr=True).print(f"Ray dashboard: http://{context.dashboard_url}", highlight=False)
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts meanwhile listens on 127.0.0.1: it takes the address of the network otherwise, even if told."""
+    from ray._private import ray_constants
+
+    name, clusters = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    before = os.environ.get(name, str(int(clusters)))
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = before, clusters
 
 
 def _run_units(todo: Sequence[Unit], config: PreprocessConfig, advance: Callable[[UnitResult], None]) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import webdataset
@@ -121,3 +123,13 @@ def test_the_forecast_writes_nothing(tmp_path: Path) -> None:
     assert forecast.units == summary.shards
     assert forecast.hours == pytest.approx(summary.hours_in, rel=0.9)
     assert plan_units(path_config(corpus, tmp_path / "out")).files == 0
+
+
+def test_a_local_ray_listens_on_localhost_alone() -> None:
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            listening |= {c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert listening
+    assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
