@@ -80,13 +80,6 @@ class EngineConfig:
         if self.compile and self.packed:
             refuse("packed", self.packed, "cannot run with engine.compile=true: its loops differ from batch to batch")
 
-    def __post_init__(self) -> None:
-        if self.compile and self.activation_checkpointing == "selective":
-            told = "cannot run with engine.compile=true, which chooses itself what to recompute; take none or full"
-            refuse("activation_checkpointing", "selective", told)
-        if self.compile and self.packed:
-            refuse("packed", self.packed, "cannot run with engine.compile=true: its loops differ from batch to batch")
-
 
 @config
 class TrainConfig:
