@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,8 @@ from launch.environment import RANK_LOGS
 from launch.local import ChildProcesses
 from launch.submit import State
 
+STARTING = 60.0
+"""Seconds for a cluster whose dashboard answers to take its first job."""
 STATES: dict[str, State] = {
     "PENDING": "waiting",
     "RUNNING": "running",
@@ -85,10 +88,17 @@ class RayJobs:
             place = {"entrypoint_num_cpus": self.config.cpus_per_worker}
             place |= {"entrypoint_num_gpus": self.config.gpus_per_worker} if self.config.gpus_per_worker else {}
         variables = self.VARIABLES | ({} if self.config.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})
-        handle: str = self._client().submit_job(
-            entrypoint=self.plan(folder), runtime_env={"env_vars": variables}, **place
-        )
-        return handle
+        environment = {"env_vars": variables}
+        deadline = time.monotonic() + STARTING
+        while True:
+            try:
+                handle: str = self._client().submit_job(entrypoint=self.plan(folder), runtime_env=environment, **place)
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)  # the cluster is just starting
+                continue
+            return handle
 
     def status(self, handle: str) -> State:
         """Ray's word for it; `failed` for a job that the cluster does not know any more."""
