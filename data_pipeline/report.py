@@ -129,7 +129,7 @@ def _histogram(title: str, values: npt.NDArray[Any]) -> str:
         for i, c in enumerate(counts)
     )
     low, middle, high = (
-        np.format_float_positional(v, 3, fractional=False) for v in (edges[0], np.median(values), edges[-1])
+        np.format_float_positional(v, 3, fractional=False, trim="-") for v in (edges[0], np.median(values), edges[-1])
     )
     return (
         f"<figure><figcaption>{html.escape(title)} · median {middle}</figcaption>"
