@@ -45,7 +45,8 @@ def auricle(*arguments: str) -> None:
 
 def pretrain(experiment: str, shards: Path, runs: Path, minutes: float) -> Path:
     """As many steps as fit into `minutes`, by the speed of a few first ones; a cosine ends where the time does."""
-    common = [f"+experiment={experiment}", f"data.shards={shards}", f"runs={runs}"]
+    common = [f"+experiment={experiment}", f"data.shards={shards}", f"runs={runs}", "launcher.processes=2"]
+    common += [f"data.targets={{mfcc: {shards.parent / 'mfcc'}}}"]
     timing = f"{experiment}_timing"
     auricle("pretrain", *common, f"name={timing}", f"train.steps={TIMED_STEPS}", "health.on_collapse=warn")
     seconds = sorted(row["perf/step_seconds"] for row in read_rows(runs / timing / "metrics.jsonl"))
@@ -140,6 +141,7 @@ def main() -> int:
     begun = time.monotonic()
     shards = given.work / "shards"
     auricle("preprocess", "corpus=shared_dev", f"out={shards}")
+    auricle("targets", f"shards={shards}", f"out={shards.parent / 'mfcc'}", "rounds=8")
     supervised = SupervisedConfig(epochs=given.supervised_epochs)
     rows: list[Row] = []
     curves, said = {}, []
