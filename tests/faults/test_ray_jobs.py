@@ -37,7 +37,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("r")
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
     command += [f"--port={gcs}", f"--dashboard-port={port}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-    command += ["--object-store-memory=100000000", f"--ray-client-server-port={free_port()}", f"--temp-dir={folder}"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=100000000"]
+    command += [f"--ray-client-server-port={free_port()}", f"--temp-dir={folder}"]
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_AUTH_MODE", "token")
     patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
