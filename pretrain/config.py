@@ -20,6 +20,10 @@ class OptimizerConfig:
     weight_decay: Annotated[float, about("decoupled weight decay; norms and biases get none", ge=0)] = 0.01
     clip_norm: Annotated[float, about("clip the global gradient norm to this; 0 does not clip", ge=0)] = 0.0
 
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            refuse("betas", list(self.betas), "each must be ≥ 0 and < 1, as in 0.9 and 0.98")
+
 
 @config
 class ScheduleConfig:
@@ -74,6 +78,13 @@ class EngineConfig:
     timeout_minutes: Annotated[float, about("give up a collective operation after this long", gt=0)] = 30.0
 
     def __post_init__(self) -> None:
+        if self.offload != "none" and self.name != "deepspeed":
+            refuse("offload", self.offload, "needs engine.name=deepspeed; the local engine keeps its states in place")
+        if self.offload != "none" and self.zero_stage < (3 if self.offload == "nvme" else 1):
+            least = "engine.zero_stage=3" if self.offload == "nvme" else "engine.zero_stage of 1 to 3"
+            refuse("offload", self.offload, f"needs {least}, and it is {self.zero_stage}")
+        if self.offload == "nvme" and not self.offload_folder:
+            refuse("offload_folder", "", "offload=nvme needs a folder on a fast disk of each node")
         if self.compile and self.activation_checkpointing == "selective":
             told = "cannot run with engine.compile=true, which chooses itself what to recompute; take none or full"
             refuse("activation_checkpointing", "selective", told)

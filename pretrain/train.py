@@ -49,6 +49,8 @@ def train(
     telemetry = Telemetry(run, config, engine.module, state.step) if world.rank == 0 else None
     if telemetry:
         say(_greeting(config, state, world.size))
+        if config.schedule.warmup_steps > settings.steps:
+            say(f"note: the warm-up ({config.schedule.warmup_steps} steps) is longer than the run ({settings.steps})")
 
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
     with checkpoint.Saver(run, engine, config) as saver, telemetry or contextlib.nullcontext():

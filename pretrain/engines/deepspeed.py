@@ -75,7 +75,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         super().__init__(module, config, optimizer, world)
         if config.offload == "nvme":
-            _require_nvme(config)
+            _require_nvme()
         self.slots = micro_batches // world.size
         self.names = {id(parameter): name for name, parameter in module.named_parameters()}
         # DeepSpeed would compile a faster CPU all-reduce at every first start: half a minute, and it needs a compiler
@@ -196,14 +196,10 @@ class DeepSpeedEngine(Engine):
             write_moment(parameter, value, moment)
 
 
-def _require_nvme(config: EngineConfig) -> None:
+def _require_nvme() -> None:
     """Raises ValueError naming what offloading to a disk lacks."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    if config.zero_stage != 3:
-        raise ValueError(f"engine.offload=nvme: DeepSpeed offers it for zero_stage=3, and it is {config.zero_stage}")
-    if not config.offload_folder:
-        raise ValueError("engine.offload=nvme: engine.offload_folder must name a folder on a fast disk of each node")
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError(
             "engine.offload=nvme: DeepSpeed's async_io operator cannot be built here; install libaio-dev, ninja and a "
