@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file
 
 from pretrain.telemetry import read_rows
 from tests.faults.kills import ROOT, Job
@@ -58,10 +60,17 @@ def finish(shards: Path, runs: Path) -> None:
 
 
 def made(runs: Path) -> dict[str, bytes]:
-    """What a chain leaves: centres and labels of both turns, and both models."""
-    files = [*runs.glob("toy-it?-labels/labels/*.parquet"), *runs.glob("toy-it?-labels/labels/kmeans.safetensors")]
-    files += runs.glob(f"toy-it?/checkpoints/step_{STEPS:08d}/model.safetensors")
-    return {str(file.relative_to(runs)): file.read_bytes() for file in sorted(files)}
+    """What a chain leaves: centres and labels of both turns, and both models. Their files also hold paths."""
+    found = {}
+    for file in sorted([*runs.glob("toy-it?-labels/labels/*.parquet"), *runs.glob("toy-it?-labels/labels/kmeans.*")]):
+        if file.suffix == ".parquet":
+            content = repr(pq.read_table(file).to_pylist()).encode()
+        else:
+            content = load_file(file)["centres"].tobytes()
+        found[str(file.relative_to(runs))] = content
+    for file in runs.glob(f"toy-it?/checkpoints/step_{STEPS:08d}/model.safetensors"):
+        found[str(file.relative_to(runs))] = file.read_bytes()
+    return found
 
 
 @pytest.mark.timeout(3600)
