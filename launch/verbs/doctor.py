@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from launch.arguments import Parser
 from launch.doctor import examine
 
 MARKS = {"ok": "[green]ok[/]", "missing": "[yellow]–[/]", "broken": "[red]broken[/]"}
@@ -12,9 +12,7 @@ MARKS = {"ok": "[green]ok[/]", "missing": "[yellow]–[/]", "broken": "[red]brok
 
 def run(arguments: list[str]) -> int:
     """Exit code 0 where everything needed is there."""
-    parser = argparse.ArgumentParser(
-        "auricle doctor", description="what this machine has, and how to get what is missing"
-    )
+    parser = Parser("auricle doctor", description="what this machine has, and how to get what is missing")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder where runs would go (default: runs)")
     folder: Path = parser.parse_args(arguments).runs
 

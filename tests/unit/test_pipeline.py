@@ -48,7 +48,7 @@ def test_the_launcher_is_everybodys_and_more_of_it_can_be_somebodys() -> None:
     assert [step.job().launcher.nodes for step in made] == [2, 8, 2]
 
 
-@pytest.mark.parametrize("wrong", ["pretrain.train.stepz=3", "preproces.out=x", "steps=[preprocess,pretarin]"])
+@pytest.mark.parametrize("wrong", ["pretrain.train.stepz=3", "preprocess_.out=x", "steps=[preprocess,pretarin]"])
 def test_a_wrong_field_of_any_step_ends_it_at_once(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main(["pipeline", "folder=work", CORPUS, "pretrain.objective=best_rq", wrong, "--dry-run"]) == app.USAGE
     assert wrong.partition("=")[0].partition(".")[2][:4] in capsys.readouterr().err
