@@ -9,7 +9,7 @@ demo: setup ## speech -> shards -> a pretrained checkpoint in minutes; CORPUS=fo
 	$(BIN)/auricle demo $(if $(CORPUS),"corpus=$(CORPUS)")
 
 test: setup ## the test suite, without the slowest proofs (make prove)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup ## format, lint, types, import rules, spelling
 	$(BIN)/ruff format --check .

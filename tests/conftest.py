@@ -21,9 +21,10 @@ def shared_data() -> Path:
     return folder
 
 
+FIRST = ("test_slurm", "test_every_objective", "test_ray_gang")
+"""The longest files begin; xdist gives a worker every other one, so that both clusters are with the same."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup`: a file stays with one worker, which shares its fixtures; long ones are dealt out."""
-    for item in items:
-        if item.path.parent.name not in ("contract", "parity"):
-            group = "slurm" if item.path.stem in ("test_slurm", "test_ray_gang") else str(item.path.relative_to(ROOT))
-            item.add_marker(pytest.mark.xdist_group(group))
+    """For `-n 2 --dist loadfile --no-loadscope-reorder`."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
