@@ -176,7 +176,7 @@ def long_file(hours: float, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Prints a table; `--json` keeps it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, default=2.0, help="of audio (default: 2; the published table used 20)")
+    parser.add_argument("--hours", type=float, default=2.0, help="of audio (default: 2; the published table used 60)")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--long-hours", type=float, default=0.0, help="also measure memory for one such recording")
