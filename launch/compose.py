@@ -88,7 +88,8 @@ def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str])
     name, equals, value = line.partition("=")
     name = name.lstrip("+")
     if not equals or not name:
-        raise ConfigError(f"{line!r} is no override: write field=value, or group=choice for {', '.join(chosen)}")
+        parts = ", ".join(sorted(in_defaults))
+        raise ConfigError(f"{line!r} is no override: write field=value, or group=choice for {parts}")
     if name in chosen:
         return _group_choice(name, value, chosen[name], name in in_defaults)
     try:

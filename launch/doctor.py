@@ -88,9 +88,10 @@ def _torch() -> Iterator[Finding]:
         driver = "with a driver" if shutil.which("nvidia-smi") else "no NVIDIA driver here"
         remedy = "training runs on the CPU; for a GPU install its driver and a CUDA build of torch, then `make setup`"
         yield Finding("GPU", "missing", f"{built}, {driver}", remedy, needed=False)
+    sources = {"gloo": "comes with torch", "nccl": "comes with a CUDA build of torch"}
     for backend, use in (("gloo", "ranks on CPUs"), ("nccl", "ranks on GPUs")):
         there = torch.distributed.is_available() and torch.distributed.is_backend_available(backend)
-        yield Finding(backend, "ok" if there else "missing", use, "comes with torch", needed=backend == "gloo")
+        yield Finding(backend, "ok" if there else "missing", use, sources[backend], needed=backend == "gloo")
 
 
 def _cpu_features() -> str:
@@ -114,7 +115,7 @@ def _compilers() -> Iterator[Finding]:
 def _deepspeed_ops() -> Finding:
     """Which of DeepSpeed's compiled operators could be built here."""
     try:
-        from deepspeed.ops.op_builder import ALL_OPS
+        from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
         fit = sorted(name for name, builder in ALL_OPS.items() if builder.is_compatible(verbose=False))
     except Exception as error:  # an operator's own probe may fail in any way

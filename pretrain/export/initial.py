@@ -21,6 +21,11 @@ def load_initial(model: SpeechModel, path: str) -> None:
         wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
         if wrong:
             raise ConfigError(f"init={path}: {wrong[0]} and {len(wrong) - 1} more weights are not there in this shape")
+        left = [name for name in theirs if name not in ours]
+        if left:
+            raise ConfigError(
+                f"init={path}: this model has no place for {left[0]} and {len(left) - 1} more of its weights"
+            )
         model.load_state_dict({name: theirs[name] for name in ours})
         return
     load_hugging_face(model, folder)

@@ -21,6 +21,7 @@ def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str], monkeypatch: 
     said = capsys.readouterr().out
     for topic in ("Python", "torch", "deepspeed", "gloo", "libsndfile", "FFmpeg", "SLURM", "ray", "memory", "disk"):
         assert topic in said
+    assert doctor._deepspeed_ops().verdict == "ok"
 
 
 def test_each_missing_thing_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
