@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import sys
 from pathlib import Path
 
 import psutil
@@ -26,14 +27,16 @@ def measure_caps(config: Config, world: World, memory_gb: float = 0.0) -> Caps:
 
     One rank holds the whole optimizer state here, so that ZeRO leaves some room to spare.
     """
-    alone = dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="local"))
+    alone = dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="local", offload="none"))
     engine = make_engine(alone, build_model(alone), world)
     budget = memory_gb * 1e9 or SHARE_OF_MEMORY * _memory(world)
     data = config.data
     lengths = sorted({data.max_seconds, (data.max_seconds * data.min_seconds) ** 0.5, max(data.min_seconds, 0.1)})
 
     def fits(rows: int, seconds: float) -> bool:
-        return _peak(engine, rows, seconds) <= budget
+        peak = _peak(engine, rows, seconds)
+        print(f"{rows} segments of {seconds:.2f} s: {peak / 1e9:.2f} of {budget / 1e9:.2f} GB", file=sys.stderr)
+        return peak <= budget
 
     fits(1, data.max_seconds)  # allocates gradients and moments, which every later step has
     return find_caps(fits, lengths, data.batch_seconds / data.micro_batches)
