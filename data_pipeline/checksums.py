@@ -10,6 +10,8 @@ from typing import Any, Final
 from data_pipeline.files import FileStore
 
 CHECKSUMS: Final = "checksums.json"
+REPORT: Final = "report.html"
+"""In the data set: the report of its preprocessing, sealed with the other files."""
 
 
 def with_check(values: dict[str, Any]) -> bytes:

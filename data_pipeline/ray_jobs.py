@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from data_pipeline import vad
-from data_pipeline.checksums import sealed, write_checksums
+from data_pipeline.checksums import REPORT, sealed, write_checksums
 from data_pipeline.dedup import find_doubles, scan
 from data_pipeline.discover import Discovered, Reject, discover, fingerprint
 from data_pipeline.files import FileStore
@@ -31,7 +31,6 @@ from data_pipeline.units import BYTES_PER_SECOND, Dropped, FindDoubles, Plan, Un
 SCANNED = 200
 """Recordings that one task looks through for doubles."""
 
-REPORT = "report.html"
 QUARANTINE = "quarantine.jsonl"
 """In the data set: every file that gave nothing, with stage, reason and error."""
 

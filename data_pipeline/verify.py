@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 import soundfile
 
-from data_pipeline.checksums import CHECKSUMS, altered_files, is_sealed, with_check
+from data_pipeline.checksums import CHECKSUMS, REPORT, altered_files, is_sealed, with_check
 from data_pipeline.dedup import scan_is_altered
 from data_pipeline.files import FileStore
 from data_pipeline.schema import ConfigError
@@ -20,7 +20,6 @@ from data_pipeline.shards import AUDIO_SUFFIXES, DoneRecord, read_index, refuse_
 from data_pipeline.units import SPLITS, read_plan
 
 CHUNK = 1 << 22
-REPORT = "report.html"
 NO_ROW = dict.fromkeys(("key", "payload_offset", "payload_size", "n_samples"))
 
 

@@ -86,30 +86,27 @@ TASK_NAME = "name of the run folder; empty: the verb and the last part of what i
 
 
 @config
-class PreprocessJob(PreprocessConfig):
+class Placed:
+    """What every job has that is no training: a run folder, and a place to run."""
+
+    runs: Annotated[str, about(RUNS, min_length=1)] = "runs"
+    name: Annotated[str, about(TASK_NAME)] = ""
+    launcher: Launcher = dataclasses.field(default_factory=LocalConfig)
+
+
+@config
+class PreprocessJob(Placed, PreprocessConfig):
     """A preprocessing job and where it runs: the root of conf/preprocess.yaml."""
 
-    runs: Annotated[str, about(RUNS, min_length=1)] = "runs"
-    name: Annotated[str, about(TASK_NAME)] = ""
-    launcher: Launcher = dataclasses.field(default_factory=LocalConfig)
-
 
 @config
-class TargetsJob(TargetsConfig):
+class TargetsJob(Placed, TargetsConfig):
     """A labelling job and where it runs: the root of conf/targets.yaml."""
 
-    runs: Annotated[str, about(RUNS, min_length=1)] = "runs"
-    name: Annotated[str, about(TASK_NAME)] = ""
-    launcher: Launcher = dataclasses.field(default_factory=LocalConfig)
-
 
 @config
-class EvaluateJob(EvaluateConfig):
+class EvaluateJob(Placed, EvaluateConfig):
     """An evaluation and where it runs: the root of conf/evaluate.yaml."""
-
-    runs: Annotated[str, about(RUNS, min_length=1)] = "runs"
-    name: Annotated[str, about(TASK_NAME)] = ""
-    launcher: Launcher = dataclasses.field(default_factory=LocalConfig)
 
 
 @config
