@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only 
 
 import pytest
 
+pytest_plugins = ("tests.parity_table",)
 ROOT = Path(__file__).resolve().parent.parent
 
 

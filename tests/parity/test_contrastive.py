@@ -14,6 +14,7 @@ from pretrain.nn import quantizers
 from pretrain.objectives import wav2vec2
 from pretrain.types import StepContext
 from tests.parity.hugging_face import copy_weights, hugging_face_config, our_model, ragged_batch, randomize
+from tests.parity_table import Parity
 
 transformers = pytest.importorskip("transformers")
 CTX = StepContext(seed=0, step=0)
@@ -42,6 +43,19 @@ def copy_objective(theirs: torch.nn.Module, ours: wav2vec2.Wav2Vec2) -> None:
     )
 
 
+GRADIENTS: dict[str, Callable[[wav2vec2.Wav2Vec2], Tensor]] = {
+    "wav2vec2.masked_spec_embed": lambda ours: ours.mask_embedding.grad,
+    "quantizer.weight_proj.weight": lambda ours: ours.quantizer.logits.weight.grad,
+    "quantizer.weight_proj.bias": lambda ours: ours.quantizer.logits.bias.grad,
+    "quantizer.codevectors": lambda ours: ours.quantizer.codebook_GVC.grad.flatten(0, 1)[None],
+    "project_q.weight": lambda ours: ours.project_target.weight.grad,
+    "project_q.bias": lambda ours: ours.project_target.bias.grad,
+    "project_hid.weight": lambda ours: ours.project_prediction.weight.grad,
+    "project_hid.bias": lambda ours: ours.project_prediction.bias.grad,
+}
+"""Ours by the name that transformers' weight has."""
+
+
 def negatives_as_theirs(plan: wav2vec2.ContrastivePlan) -> Tensor:
     """(B, F, K) indices into B·F, as transformers wants them."""
     B, F = plan.mask.mask_BF.shape
@@ -56,7 +70,7 @@ def negatives_as_theirs(plan: wav2vec2.ContrastivePlan) -> Tensor:
 @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
 @pytest.mark.parametrize(("norm", "pre"), [("group", False), ("layer", True)], ids=["base", "large"])
 def test_loss_and_gradients(
-    norm: str, pre: bool, ragged: bool, parity: Callable[[str, float, float], None], monkeypatch: pytest.MonkeyPatch
+    norm: str, pre: bool, ragged: bool, parity: Parity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", exact_hard_gumbel)
@@ -103,21 +117,9 @@ def test_loss_and_gradients(
     (found.total / plan.count).backward()
     (expected.loss / plan.count).backward()
     gradients = to_hugging_face({name: weight.grad for name, weight in ours.named_parameters()})
-    for name, weight in theirs.wav2vec2.named_parameters():
-        if name != "masked_spec_embed":
-            parity(
-                "contrastive: gradients of stem and encoder", 1e-4, relative_to_largest(gradients[name], weight.grad)
-            )
-    pairs = [
-        (objective.mask_embedding, theirs.wav2vec2.masked_spec_embed),
-        (objective.quantizer.logits.weight, theirs.quantizer.weight_proj.weight),
-        (objective.project_target.weight, theirs.project_q.weight),
-        (objective.project_prediction.weight, theirs.project_hid.weight),
-        (objective.quantizer.codebook_GVC.flatten(0, 1)[None], theirs.quantizer.codevectors),
-    ]
-    codebook_grad = objective.quantizer.codebook_GVC.grad
-    assert codebook_grad is not None
-    mine = [one.grad for one, _ in pairs[:-1]] + [codebook_grad.flatten(0, 1)[None]]
-    for gradient, (_, other) in zip(mine, pairs, strict=True):
-        assert gradient is not None
-        parity("contrastive: gradients of quantiser and projections", 1e-4, relative_to_largest(gradient, other.grad))
+    gradients = {f"wav2vec2.{name}": gradient for name, gradient in gradients.items()}
+    gradients |= {theirs_name: read(objective) for theirs_name, read in GRADIENTS.items()}
+    weights = dict(theirs.named_parameters())
+    assert gradients.keys() == weights.keys()
+    for name, weight in weights.items():
+        parity("contrastive: all gradients", 1e-4, relative_to_largest(gradients[name], weight.grad))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from tests.parity.hugging_face import copy_weights, hugging_face_config, our_model, ragged_batch, randomize
+from tests.parity_table import Parity
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,7 +43,7 @@ def test_hidden_states(
     ragged: bool,
     dtype: torch.dtype,
     tolerance: float,
-    parity: Callable[[str, float, float], None],
+    parity: Parity,
 ) -> None:
     torch.manual_seed(0)
     more, encoder = KINDS[kind]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pretrain.export.hugging_face import export, load_hugging_face
 from pretrain.export.initial import load_initial
 from pretrain.model import build_model
 from pretrain.types import StepContext
+from tests.parity_table import Parity
 
 pytest.importorskip("transformers")
 SMALL = {"dim": 48, "layers": 2, "heads": 2, "ffn_dim": 64, "conv_positions_kernel": 16, "conv_positions_groups": 4}
@@ -42,7 +42,7 @@ def config(objective: str, frontend: dict[str, Any], encoder: dict[str, Any], /,
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_round_trip(case: str, tmp_path: Path, parity: Callable[[str, float, float], None]) -> None:
+def test_round_trip(case: str, tmp_path: Path, parity: Parity) -> None:
     described = config(*CASES[case])
     module = build_model(described)
     error = export(described, module, tmp_path / "out")
@@ -129,9 +129,7 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_continued_pretraining_from_their_own_checkpoints(
-    name: str, tmp_path: Path, parity: Callable[[str, float, float], None]
-) -> None:
+def test_continued_pretraining_from_their_own_checkpoints(name: str, tmp_path: Path, parity: Parity) -> None:
     """What transformers writes is a start for ours: the same features, and a loss that can be trained."""
     import transformers
 

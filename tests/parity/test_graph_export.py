@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from data_pipeline.schema import ConfigError, load
 from pretrain.config import Config
 from pretrain.export import graph
 from pretrain.model import build_model
+from tests.parity_table import Parity
 
 SMALL = {"dim": 48, "layers": 2, "heads": 2, "ffn_dim": 64}
 POSITIONS = {"conv_positions_kernel": 16, "conv_positions_groups": 4}
@@ -39,7 +39,7 @@ def made(frontend: dict[str, Any], encoder: dict[str, Any]) -> tuple[Config, Any
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_torchscript(case: str, tmp_path: Path, parity: Callable[[str, float, float], None]) -> None:
+def test_torchscript(case: str, tmp_path: Path, parity: Parity) -> None:
     config, model = made(*CASES[case])
     error = graph.export_graph(config, model, tmp_path / "out", "torchscript")
     parity("TorchScript: features, as a share of the largest", 1e-5, error)
@@ -50,7 +50,7 @@ def test_torchscript(case: str, tmp_path: Path, parity: Callable[[str, float, fl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_onnx(case: str, tmp_path: Path, parity: Callable[[str, float, float], None]) -> None:
+def test_onnx(case: str, tmp_path: Path, parity: Parity) -> None:
     pytest.importorskip("onnxscript")
     error = graph.export_graph(*made(*CASES[case]), tmp_path / "out", "onnx")
     parity("ONNX: features, as a share of the largest", 1e-4, error)

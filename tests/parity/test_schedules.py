@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from pretrain.config import OptimizerConfig, ScheduleConfig
 from pretrain.schedules import learning_rate
+from tests.parity_table import Parity
 
 optimization = pytest.importorskip("transformers.optimization")
 WARM_UP, TOTAL, LR = 20, 100, 5e-4
@@ -29,7 +29,7 @@ def theirs(name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
-def test_against_transformers(name: str, parity: Callable[[str, float, float], None]) -> None:
+def test_against_transformers(name: str, parity: Parity) -> None:
     """Ours gives the first update a rate above 0, theirs gives it to the second: the same curve, one update earlier."""
     config = ScheduleConfig(name=name, warmup_steps=WARM_UP)
     ours = [learning_rate(OptimizerConfig(lr=LR), config, TOTAL, step) for step in range(TOTAL)]
@@ -37,7 +37,7 @@ def test_against_transformers(name: str, parity: Callable[[str, float, float], N
     parity("schedules linear, cosine, constant against transformers", 1e-6, error)
 
 
-def test_tri_stage_and_noam(parity: Callable[[str, float, float], None]) -> None:
+def test_tri_stage_and_noam(parity: Parity) -> None:
     """fairseq `tri_stage`: warm up, hold, decay to 1 % of the peak; Noam: peak · sqrt(warm-up / update)."""
     tri = ScheduleConfig(name="tri_stage", warmup_steps=3, hold_fraction=0.9)
     noam = ScheduleConfig(name="noam", warmup_steps=25)

@@ -1,0 +1,91 @@
+"""`parity(quantity, tolerance, error)` asserts, and makes a row of the table that pytest prints at its end.
+
+`--parity-table FILE` runs the tests that use it and no others, the slow ones included, and writes the table to FILE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Parity = Callable[[str, float, float], None]
+PEERS = ("torch", "torchaudio", "transformers", "scikit-learn", "numpy")
+HEADER = """# Parity
+
+What is compared with an independent implementation or with itself, the tolerance asked for, and the worst error seen in
+all cases. `make parity-table` writes this file; `make test` checks the same rows but for those of slow tests.
+"""
+
+
+@pytest.fixture
+def parity(request: pytest.FixtureRequest) -> Parity:
+    """Fails above the tolerance. An error is absolute unless the quantity says otherwise."""
+
+    def check(quantity: str, tolerance: float, error: float) -> None:
+        request.node.user_properties.append(("parity", (quantity, tolerance, float(error))))
+        assert error <= tolerance, f"{quantity}: error {error:.2e} is above {tolerance:.0e}"
+
+    return check
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--parity-table", type=Path, metavar="FILE", help="run parity tests alone; write their table")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--parity-table"):
+        config.hook.pytest_deselected(items=[item for item in items if not compares(item)])
+        items[:] = [item for item in items if compares(item)]
+
+
+def compares(item: pytest.Item) -> bool:
+    return "parity" in getattr(item, "fixturenames", ())
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    worst, cases, files = rows(terminalreporter.getreports("passed") + terminalreporter.getreports("failed"))
+    if not worst:
+        return
+    terminalreporter.section("parity")
+    for (quantity, tolerance), error in sorted(worst.items()):
+        terminalreporter.write_line(f"{quantity:<80} asked ≤ {tolerance:.0e}   worst {error:.1e}")
+    target = config.getoption("--parity-table")
+    if target is None:
+        return
+    if exitstatus != 0 or terminalreporter.getreports("skipped"):
+        terminalreporter.write_line(f"{target} is left as it was, since a test failed or was skipped")
+        return
+    lines = [HEADER, f"With {', '.join(f'{peer} {version(peer)}' for peer in PEERS)}.\n"]
+    lines += ["| quantity | asked | worst seen | cases | test |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {key[0]} | {show(key[1])} | {show(error)} | {cases[key]} | {', '.join(sorted(files[key]))} |"
+        for key, error in sorted(worst.items(), key=lambda row: (min(files[row[0]]), row[0]))
+    ]
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    terminalreporter.write_line(f"wrote {target}")
+
+
+def rows(reports: list[Any]) -> tuple[dict[Any, float], dict[Any, int], dict[Any, set[str]]]:
+    """By (quantity, tolerance): the worst error, in how many tests it was looked at, and their files.
+
+    Taken from the tests' reports, which come from all workers of pytest-xdist.
+    """
+    worst: dict[Any, float] = {}
+    cases: dict[Any, int] = {}
+    files: dict[Any, set[str]] = {}
+    for report in reports:
+        seen = [value for name, value in report.user_properties if name == "parity"] if report.when == "call" else []
+        for quantity, tolerance, error in seen:
+            worst[quantity, tolerance] = max(worst.get((quantity, tolerance), 0.0), error)
+            files.setdefault((quantity, tolerance), set()).add(f"`{report.nodeid.partition('::')[0]}`")
+        for key in {(quantity, tolerance) for quantity, tolerance, _ in seen}:
+            cases[key] = cases.get(key, 0) + 1
+    return worst, cases, files
+
+
+def show(value: float) -> str:
+    return "0 (the same bits)" if value == 0 else f"{value:.1e}"
