@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from data_pipeline.keyed_random import keyed_rng
@@ -19,6 +20,11 @@ from pretrain.nn.positions import rotary_angles
 from pretrain.nn.recompute import run_checkpointed
 from pretrain.nn.resolution import HalfRate, repeated
 from pretrain.types import Encoder, EncoderOutput, Frames, StepContext
+
+
+def _choices(given: Any) -> Any:
+    """One number is the only choice. (A list becomes what strict validation wants after this.)"""
+    return (given,) if isinstance(given, int) else tuple(given) if isinstance(given, list) else given
 
 
 @config
@@ -54,8 +60,12 @@ class StackConfig:
     chunk_frames: Annotated[
         tuple[int, ...],
         about("chunked: chunk lengths, drawn for each update in training; the first is used otherwise; 0 is no limit"),
-    ] = (16, 8, 32, 0)
-    left_chunks: Annotated[int, about("chunked: chunks before the own one that are seen; -1: all", ge=-1)] = -1
+    ] = (0, 8, 16, 32)
+    left_chunks: Annotated[
+        tuple[int, ...],
+        BeforeValidator(_choices),
+        about("chunked: chunks before the own one that are seen, drawn likewise; -1: all"),
+    ] = (-1,)
     attention_kernel: Annotated[
         Literal["auto", "blocks", "flex"],
         about(
@@ -80,6 +90,8 @@ class StackConfig:
             if odd or not self.chunk_frames:
                 told = "even numbers, as encoder.half_rate_blocks joins pairs" if self.half_rate_blocks else "0 or more"
                 refuse("chunk_frames", list(self.chunk_frames), f"must be one or more lengths, {told}")
+            if not self.left_chunks or min(self.left_chunks) < -1:
+                refuse("left_chunks", list(self.left_chunks), "must be one or more numbers of chunks, -1 for all")
 
     def refuse_odd_heads(self) -> None:
         """For rotary positions, which turn pairs of channels."""
@@ -120,6 +132,8 @@ class BlockStack(Encoder):
     """Residual branches of a block, which stochastic depth may leave out."""
     gap: int = 0
     """Zeros that the convolutions inside blocks need between packed utterances."""
+    stream: Pattern | None = None
+    """Who attends to whom outside of training, instead of the first of the config's chunks; for attention=chunked."""
 
     def __init__(self, config: StackConfig, rotary: bool) -> None:
         super().__init__()
@@ -160,7 +174,7 @@ class BlockStack(Encoder):
     ) -> EncoderOutput:
         """All blocks on x_BFD, whose padding is that of `frames`. The last layer is not normed here."""
         level = Level(frames.lengths_B, frames.places_BF, packing.lengths if packing else ())
-        level = self.with_contexts(level, x_BFD.shape[1], self.chunk_length(ctx), bias_HFF)
+        level = self.with_contexts(level, x_BFD.shape[1], self.chunk_pattern(ctx), bias_HFF)
         draws = Draws(self.kept_blocks(ctx), self.kept_branches(ctx, len(level.documents) or x_BFD.shape[0], x_BFD))
         layers = [x_BFD]
         if self.registers_RD is not None:
@@ -217,9 +231,11 @@ class BlockStack(Encoder):
         documents = tuple((n + 1) // 2 for n in level.documents)
         lengths_B = (level.lengths_B + 1) // 2 if grid is None else level.lengths_B.new_tensor([sum(documents)])
         half = Level(lengths_B, places_BF, documents)
-        return self.with_contexts(half, sum(documents) or (n_frames + 1) // 2, self.chunk_length(ctx) // 2, None)
+        pattern = self.chunk_pattern(ctx)
+        pattern = pattern._replace(chunk=pattern.chunk // 2)
+        return self.with_contexts(half, sum(documents) or (n_frames + 1) // 2, pattern, None)
 
-    def with_contexts(self, level: Level, n_frames: int, chunk: int, bias_HFF: Tensor | None) -> Level:
+    def with_contexts(self, level: Level, n_frames: int, pattern: Pattern, bias_HFF: Tensor | None) -> Level:
         """What full and local blocks attend with, computed once for all of them."""
         config, device, documents = self.stack_config, level.lengths_B.device, level.documents
         leading = self.n_registers * max(1, len(documents))
@@ -232,7 +248,7 @@ class BlockStack(Encoder):
         places = torch.arange(n_frames, device=device) if level.places_BF is None else level.places_BF
         full = AttentionContext(
             valid_BF,
-            Pattern(chunk=chunk, left_chunks=config.left_chunks) if config.attention == "chunked" else Pattern(),
+            pattern,
             rotary_angles(places, self.head_dim, skip=leading) if self.rotary else None,
             bias_HFF,
             self.n_registers,
@@ -253,12 +269,18 @@ class BlockStack(Encoder):
             config.attention_kernel == "auto" and device.type == "cuda" and not dropout
         )
 
-    def chunk_length(self, ctx: StepContext | None) -> int:
-        """Chunk length of this update, keyed by (seed, step)."""
-        choices = self.stack_config.chunk_frames
-        if not self.training or ctx is None or len(choices) == 1:
-            return choices[0]
-        return choices[int(keyed_rng(ctx.seed, ctx.step, "chunk").integers(len(choices)))]
+    def chunk_pattern(self, ctx: StepContext | None) -> Pattern:
+        """Chunks of this update, keyed by (seed, step); no limit unless attention is chunked."""
+        config = self.stack_config
+        if config.attention != "chunked":
+            return Pattern()
+        if not self.training and self.stream is not None:
+            return self.stream
+        chunk, left = config.chunk_frames[0], config.left_chunks[0]
+        if self.training and ctx is not None:
+            rng = keyed_rng(ctx.seed, ctx.step, "chunk")
+            chunk, left = int(rng.choice(config.chunk_frames)), int(rng.choice(config.left_chunks))
+        return Pattern(chunk=chunk, left_chunks=left) if chunk else Pattern()
 
     def kept_blocks(self, ctx: StepContext | None) -> list[bool]:
         """Layer drop of this step, keyed by (seed, step), so that all ranks and micro-batches agree."""

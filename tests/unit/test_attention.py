@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from pretrain.encoders import conformer, transformer
 from pretrain.nn.dropout import dropout
-from pretrain.nn.patterns import attend
+from pretrain.nn.patterns import Pattern, attend
 from pretrain.types import Frames, StepContext
 
 SMALL = {"dim": 32, "layers": 3, "heads": 2, "ffn_dim": 64}
-STREAMING = {"attention": "chunked", "chunk_frames": (8,), "left_chunks": 1}
+STREAMING = {"attention": "chunked", "chunk_frames": (8,), "left_chunks": (1,)}
 ENCODERS = {
     "transformer": transformer.build(transformer.Config(**SMALL, **STREAMING, norm="pre", positions="rope")),
     "conformer": conformer.build(conformer.Config(**SMALL, **STREAMING, causal=True, kernel=5)),
@@ -44,13 +44,16 @@ def test_local_global_with_registers_ignores_padding(kind: object) -> None:
         torch.testing.assert_close(long[:, :30], short, rtol=0, atol=1e-5)
 
 
-def test_chunk_lengths_change_from_update_to_update_and_alike_everywhere() -> None:
-    config = transformer.Config(**SMALL, attention="chunked", chunk_frames=(4, 8, 16, 0))
+def test_chunks_change_from_update_to_update_and_alike_everywhere() -> None:
+    config = transformer.Config(**SMALL, attention="chunked", chunk_frames=(4, 8, 0), left_chunks=(2, -1))
     encoder = transformer.build(config).train()
-    drawn = [encoder.chunk_length(StepContext(0, step)) for step in range(40)]
-    assert set(drawn) == {4, 8, 16, 0}
-    assert drawn == [transformer.build(config).train().chunk_length(StepContext(0, step)) for step in range(40)]
-    assert encoder.eval().chunk_length(None) == 4
+    drawn = [encoder.chunk_pattern(StepContext(0, step)) for step in range(60)]
+    assert set(drawn) == {Pattern(chunk=chunk, left_chunks=left) for chunk in (4, 8) for left in (2, -1)} | {Pattern()}
+    assert drawn == [transformer.build(config).train().chunk_pattern(StepContext(0, step)) for step in range(60)]
+    assert encoder.eval().chunk_pattern(None) == Pattern(chunk=4, left_chunks=2)
+    encoder.stream = Pattern(chunk=6, left_chunks=1)
+    assert encoder.chunk_pattern(None) == encoder.stream
+    assert encoder.train().chunk_pattern(StepContext(0, 0)) == drawn[0]
 
 
 def test_layer_drop_is_alike_on_all_ranks() -> None:

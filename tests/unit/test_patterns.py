@@ -85,10 +85,13 @@ def test_blocks_and_flex_are_the_dense_mask(name: str, layout: object) -> None:
     torch.testing.assert_close(by_flex, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", [Pattern(reach=32), Pattern(chunk=32, left_chunks=1)])
-@pytest.mark.parametrize("documents", [(), (700, 340)])
-def test_no_mask_over_all_pairs_exists(pattern: Pattern, documents: tuple[int, ...]) -> None:
-    """The largest tensor that patterns make is far from F × F."""
+@pytest.mark.parametrize("pattern", [Pattern(reach=32), Pattern(chunk=32, left_chunks=1), Pattern(chunk=32)])
+@pytest.mark.parametrize(("documents", "padding"), [((), 0), ((), 40), ((700, 340), 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_mask_over_all_pairs_exists(
+    pattern: Pattern, documents: tuple[int, ...], padding: int, dtype: torch.dtype
+) -> None:
+    """The largest tensor that patterns make is far from F × F, also where all chunks before are seen."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -99,7 +102,8 @@ def test_no_mask_over_all_pairs_exists(pattern: Pattern, documents: tuple[int, .
             self.numbers = max([self.numbers, *(x.numel() for x in (out,) if isinstance(x, Tensor))])
             return out
 
-    q, k, v = (torch.randn(1, 1, 1040, 4) for _ in range(3))
+    q, k, v = (torch.randn(1, 1, 1040, 4, dtype=dtype) for _ in range(3))
+    valid_BF = torch.arange(1040)[None] < 1040 - padding if padding else None
     with Largest() as largest:
-        pattern_attention(q, k, v, AttentionContext(None, pattern, documents=documents))
+        pattern_attention(q, k, v, AttentionContext(valid_BF, pattern, documents=documents))
     assert largest.numbers < 0.15 * 1040 * 1040

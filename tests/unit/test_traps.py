@@ -87,7 +87,7 @@ def test_code_look_ups_need_little_memory() -> None:
 
 def hears_the_future(frontend: Frontend, positions: str, seconds: float = 0.5) -> bool:
     """Whether the output of the first `seconds` changes with what comes after one second."""
-    pattern = {"attention": "chunked", "chunk_frames": (4,), "left_chunks": -1}
+    pattern = {"attention": "chunked", "chunk_frames": (4,), "left_chunks": (-1,)}
     sizes = {"dim": 32, "layers": 1, "heads": 2, "ffn_dim": 32}
     convolution = {"conv_positions_kernel": 16, "conv_positions_groups": 4}
     encoder = transformer.build(transformer.Config(**sizes, **pattern, **convolution, norm="pre", positions=positions))
