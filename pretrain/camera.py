@@ -1,7 +1,9 @@
 """Keeps what one micro-batch looked like on its way through a training step: mask, units, last layer. No extra compute.
 
-It listens to modules that objectives have in common: `classifiers` (predictions), and `quantizers`, `quantizer` or
-`find_units` (targets). An objective without them still gets its mask and its frames.
+It listens to what objectives have in common. Targets: the plan's `labels_N`, the method `find_units`, `clusters` or
+`labels`, or else `quantizers`. Predictions: the last of `classifiers`; where `project_prediction` is compared with
+`project_target`, the unit of the masked frame of the same utterance whose target lies nearest. An objective without
+them still gets its mask and its frames.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.types import Batch
 from pretrain.model import TrainModule, TrainPlan
 from pretrain.nn.masking import FrameMask
 from pretrain.types import EncoderOutput, StepContext
+
+NAMING = ("find_units", "clusters", "labels")
+"""Methods that return units: of the masked frames (N,), of each layer's masked frames (L, N), or of all frames."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Camera:
             plan = prepare(batch, ctx)
             if self.armed and "batch" not in self._seen:
                 self._seen |= {"batch": batch, "mask": getattr(plan.plan, "mask", None)}
+                if isinstance(given := getattr(plan.plan, "labels_N", None), Tensor):
+                    self._keep("targets", given)
             return plan
 
         module.prepare = watched_prepare  # type: ignore[method-assign]
@@ -50,17 +58,15 @@ class Camera:
         classifiers = getattr(objective, "classifiers", None)
         if isinstance(classifiers, nn.ModuleList) and len(classifiers):
             classifiers[-1].register_forward_hook(self._predicted)
-        quantizers = getattr(objective, "quantizers", [getattr(objective, "quantizer", None)])
-        if len(quantizers) and isinstance(quantizers[-1], nn.Module):
-            quantizers[-1].register_forward_hook(self._quantized)
-        if find := getattr(objective, "find_units", None):
-
-            def watched_find(*arguments: Any) -> Tensor:
-                units: Tensor = find(*arguments)
-                self._keep("targets", units)
-                return units
-
-            objective.find_units = watched_find  # type: ignore[assignment]
+        for name in ("project_prediction", "project_target"):
+            if isinstance(part := getattr(objective, name, None), nn.Module):
+                part.register_forward_hook(self._keeping(name))
+        naming = [name for name in NAMING if callable(getattr(objective, name, None))]
+        for name in naming:
+            self._listen(objective, name)
+        quantizers = getattr(objective, "quantizers", [])
+        if not naming and len(quantizers):
+            quantizers[-1].register_forward_hook(self._keeping("targets"))
 
     def take(self) -> Snapshot | None:
         """What was seen since arming; None where no step has run."""
@@ -68,13 +74,14 @@ class Camera:
         if "batch" not in seen or "frames" not in seen:
             return None
         mask = seen["mask"] if isinstance(seen["mask"], FrameMask) else None
-        n_masked = len(mask.flat_N) if mask else -1
-        units = {name: seen.get(name) for name in ("targets", "predictions")}
-        whole = {name: unit if unit is not None and len(unit) == n_masked else None for name, unit in units.items()}
+        targets = _of_masked(seen.get("targets"), mask)
+        predictions = _of_masked(seen.get("predictions"), mask)
+        if predictions is None and targets is not None and {"project_prediction", "project_target"} <= seen.keys():
+            assert mask is not None
+            predictions = nearest_units(seen["project_prediction"], seen["project_target"], targets, mask)
         return Snapshot(
-            seen["batch"].to("cpu"), mask, whole["targets"], whole["predictions"],
-            seen["frames"], seen["lengths"], seen["rate_hz"],
-        )  # fmt: skip
+            seen["batch"].to("cpu"), mask, targets, predictions, seen["frames"], seen["lengths"], seen["rate_hz"]
+        )
 
     def _keep(self, name: str, value: Tensor) -> None:
         if self.armed and name not in self._seen:
@@ -91,7 +98,40 @@ class Camera:
         if self.armed:
             self._keep("predictions", logits_NK.argmax(-1))
 
-    def _quantized(self, quantizer: nn.Module, arguments: object, output: Any) -> None:
-        index = output if isinstance(output, Tensor) else getattr(output, "index_NG", None)
-        if self.armed and isinstance(index, Tensor):
-            self._keep("targets", index if index.dim() == 1 else index[:, 0])
+    def _keeping(self, name: str) -> Any:
+        def hook(module: nn.Module, arguments: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                self._keep(name, output)
+
+        return hook
+
+    def _listen(self, objective: nn.Module, name: str) -> None:
+        method = getattr(objective, name)
+
+        def watched(*arguments: Any) -> Tensor:
+            units: Tensor = method(*arguments)
+            self._keep("targets", units)
+            return units
+
+        setattr(objective, name, watched)
+
+
+def _of_masked(units: Tensor | None, mask: FrameMask | None) -> Tensor | None:
+    """Units of the masked frames, (N,), whatever NAMING they came by; None where they do not fit the mask."""
+    if units is None or mask is None:
+        return None
+    if units.shape == mask.mask_BF.shape:
+        units = units.flatten()[mask.flat_N.cpu()]
+    units = units[-1] if units.dim() == 2 else units
+    return units if len(units) == len(mask.flat_N) else None
+
+
+def nearest_units(predictions_ND: Tensor, targets_ND: Tensor, units_N: Tensor, mask: FrameMask) -> Tensor:
+    """For each masked frame the unit of the target that its prediction is nearest to, among those of its row, (N,)."""
+    found_N = torch.full_like(units_N, -1)
+    for row_M, valid_M in zip(mask.row_BM.cpu(), mask.valid_BM.cpu(), strict=True):
+        frames = row_M[valid_M]
+        if len(frames):
+            predicted, targets = (F.normalize(x[frames].float(), dim=1) for x in (predictions_ND, targets_ND))
+            found_N[frames] = units_N[frames[(predicted @ targets.T).argmax(1)]]
+    return found_N

@@ -129,9 +129,9 @@ class HealthConfig:
     every: Annotated[int, about("steps between checks", ge=1)] = 10
     confirm: Annotated[int, about("checks in a row that must find the same before it counts", ge=1)] = 3
     window: Annotated[int, about("steps over which losses, codes and times are pooled", ge=1)] = 50
-    grace_steps: Annotated[
-        int, about("steps, at most two thirds of all, before chance, codes and rank are judged", ge=0)
-    ] = 2_000
+    grace_steps: Annotated[int, about("steps, at most two thirds of all, before chance and codes are judged", ge=0)] = (
+        2_000
+    )
     spike_factor: Annotated[
         float, about("an outlier is this many times the running median of gradient norms", gt=1)
     ] = 10.0
@@ -147,7 +147,9 @@ class HealthConfig:
     min_prediction_std: Annotated[float, about("the same for predictions, where an objective reports them", ge=0)] = (
         0.01
     )
-    min_rank: Annotated[float, about("least RankMe of a stage as a share of its best", ge=0, lt=1)] = 0.1
+    min_rank: Annotated[
+        float, about("least RankMe of a stage as a share of its best since the warm-up", ge=0, lt=1)
+    ] = 0.2
     audio_tolerance: Annotated[float, about("how far the audio per update may be off, as a share", gt=0)] = 0.1
     max_data_wait: Annotated[float, about("largest share of a step that a rank may wait for data", gt=0, le=1)] = 0.5
 

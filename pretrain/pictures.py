@@ -69,9 +69,12 @@ def spectrogram(snapshot: Snapshot) -> Figure:
 
 
 def projected(snapshot: Snapshot) -> tuple[Tensor, list[str], list[list[str]]]:
-    """Up to MAX_PROJECTED frames of the last layer, with segment, time, masked or not, unit, and the batch's labels."""
-    names = sorted(snapshot.batch.labels)
-    header = ["segment", "second", "masked", "unit", *names]
+    """Up to MAX_PROJECTED frames of the last layer, with segment, time, masked or not, unit, and the batch's labels.
+
+    The labels are those of the segment (data.labels: speaker, language ...) and of the frame (data.targets).
+    """
+    names, sets = sorted(snapshot.batch.labels), sorted(snapshot.batch.targets)
+    header = ["segment", "second", "masked", "unit", *names, *sets]
     position = torch.full(snapshot.frames_BFD.shape[:2], -1)
     if snapshot.mask is not None and snapshot.targets_N is not None:
         position.flatten()[snapshot.mask.flat_N.cpu()] = snapshot.targets_N
@@ -82,6 +85,16 @@ def projected(snapshot: Snapshot) -> tuple[Tensor, list[str], list[list[str]]]:
             masked = snapshot.mask is not None and bool(snapshot.mask.mask_BF[row, frame])
             frames.append(snapshot.frames_BFD[row, frame])
             labels = [snapshot.batch.labels[name][row] for name in names]
+            labels += [frame_label(snapshot, name, row, frame) for name in sets]
             time = f"{frame / snapshot.rate_hz:.2f}"
             metadata.append([key, time, "yes" if masked else "no", str(int(position[row, frame])), *labels])
     return torch.stack(frames), header, metadata
+
+
+def frame_label(snapshot: Snapshot, name: str, row: int, frame: int) -> str:
+    """The label of the set `name` at the middle of a frame; a row's labels lie evenly over its audio."""
+    labels_F = snapshot.batch.targets[name][row]
+    count = int((labels_F >= 0).sum())
+    seconds = int(snapshot.batch.lengths_B[row]) / SAMPLE_RATE
+    place = int((frame + 0.5) / snapshot.rate_hz / seconds * count)
+    return str(int(labels_F[min(place, count - 1)])) if count else ""

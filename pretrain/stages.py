@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pretrain.health import rank_me
 from pretrain.model import TrainModule
+from pretrain.nn.quantizers import RandomProjectionQuantizer
 from pretrain.types import EncoderOutput, Frames
 
 MAX_FRAMES = 512
@@ -14,7 +15,7 @@ MAX_FRAMES = 512
 
 
 class StageGauge:
-    """Measures the first micro-batch after it was armed: features, stem and every layer of the encoder.
+    """Measures the first micro-batch after it was armed: features, stem, every layer, and what fixed targets come from.
 
     The front end has two stages that objectives call directly, so these are wrapped; the encoder gets a forward hook.
     """
@@ -23,6 +24,8 @@ class StageGauge:
         self.armed = False
         self._deviations: dict[str, float] = {}
         self._ranks: dict[str, float] = {}
+        self.target_inputs: tuple[float, float] | None = None
+        """Mean and deviation of what a random-projection quantiser was given last, while armed."""
         frontend = module.model.frontend
         extract, project = frontend.extract, frontend.project
 
@@ -39,6 +42,9 @@ class StageGauge:
         frontend.extract = watched_extract  # type: ignore[method-assign]
         frontend.project = watched_project  # type: ignore[method-assign]
         module.model.encoder.register_forward_hook(self._encoded)
+        for part in module.objective.modules():
+            if isinstance(part, RandomProjectionQuantizer):
+                part.register_forward_pre_hook(self._quantized)
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """Deviations and ranks by stage; empties the gauge."""
@@ -51,6 +57,11 @@ class StageGauge:
         valid_BF = encoded.final.valid_BF()
         for number, x_BFD in enumerate(encoded.layers[1:], 1):
             self._note(f"layer_{number}", x_BFD, valid_BF)
+
+    def _quantized(self, quantizer: nn.Module, arguments: tuple[Tensor]) -> None:
+        if self.armed and len(arguments[0]) > 1:
+            x_ND = arguments[0].detach().float()
+            self.target_inputs = float(x_ND.mean()), float(x_ND.std())
 
     @torch.no_grad()
     def _note(self, stage: str, x_BFD: Tensor, valid_BF: Tensor) -> None:

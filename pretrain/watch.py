@@ -44,6 +44,8 @@ class Observation:
     """One step, as far as the pooled detectors need it."""
 
     loss: float
+    accuracy: float
+    """Share of hits, or NaN where the objective counts none."""
     counts: np.ndarray
     samples: int
     seconds: float
@@ -124,7 +126,9 @@ class Watch:
         if spike:
             self._alarm(ctx.step, ctx.step, spike)
         waits = np.array([result.extras[f"wait/{rank}"] for rank in range(self._world)])
-        self._recent.append(Observation(_loss(result), _counts(result), step.samples, seconds, waits))
+        self._recent.append(
+            Observation(_loss(result), _accuracy(result), _counts(result), step.samples, seconds, waits)
+        )
         scalars = {"health/skipped": float(result.skipped)}
         if ctx.step % self.settings.every == 0:
             stages, ranks = self._gauge.read() if self._gauge else ({}, {})
@@ -148,6 +152,12 @@ class Watch:
         counts = np.sum([seen.counts for seen in self._recent], axis=0)
         if step == 0 and self.config.objective.name in FIXED_TARGETS:
             found.append(health.low_target_entropy(counts, limits.min_target_entropy))
+        if step == 0 and self._gauge and self._gauge.target_inputs:
+            found.append(health.off_scale("the features that targets are made of", *self._gauge.target_inputs))
+        if step >= self._ranks_from:
+            for name, rank in ranks.items():
+                best = self._best[name] = max(rank, self._best.get(name, 0.0))
+                found.append(health.rank_fell(name, rank, best, limits.min_rank))
         if len(self._recent) >= limits.window:
             samples = sum(seen.samples for seen in self._recent) / len(self._recent)
             found.append(
@@ -157,7 +167,7 @@ class Watch:
             seconds = sum(seen.seconds for seen in self._recent) / len(self._recent)
             found.append(health.waiting_ranks(waits, seconds, limits.max_data_wait))
         if step >= min(limits.grace_steps, self.config.train.steps * 2 // 3) and len(self._recent) >= limits.window:
-            found += self._learning_findings(counts, ranks)
+            found += self._learning_findings(counts)
         return found
 
     def _evaluations(self) -> dict[str, list[float]]:
@@ -169,21 +179,28 @@ class Watch:
                 measured.setdefault(row["name"], {})[row["step"]] = row["value"]
         return {name: [value for _, value in sorted(by_step.items())] for name, by_step in measured.items()}
 
-    def _learning_findings(self, counts: np.ndarray, ranks: dict[str, float]) -> list[Finding | None]:
+    @property
+    def _ranks_from(self) -> int:
+        """From this step on ranks are judged: in the warm-up they fall from those of random weights, as they should."""
+        warm = max(self.config.schedule.warmup_steps, self.settings.window)
+        return min(warm, self.config.train.steps * 2 // 3)
+
+    def _learning_findings(self, counts: np.ndarray) -> list[Finding | None]:
         limits, found = self.settings, list[Finding | None]()
         losses = [seen.loss for seen in self._recent]
         chance, loss = self._chance(counts), sum(losses) / len(losses)
         found.append(health.at_chance(loss, chance, limits.chance_margin))
+        negatives = getattr(self.config.objective, "negatives", 0)
+        hits = [seen.accuracy for seen in self._recent if not math.isnan(seen.accuracy)]
+        if negatives and hits:
+            found.append(health.accuracy_at_chance(sum(hits) / len(hits), 1 / (1 + negatives)))
         if len(counts) > 1:
             found.append(health.low_code_use(counts, limits.min_perplexity))
             found.append(health.dead_codes(counts, limits.max_dead_codes))
             perplexity = math.exp(health.entropy(counts))
             best = self._best["perplexity"] = max(perplexity, self._best.get("perplexity", 0.0))
-            if getattr(self.config.objective, "negatives", 0):
+            if negatives:
                 found.append(health.too_good(loss, chance, perplexity, best))
-        for name, rank in ranks.items():
-            best = self._best[name] = max(rank, self._best.get(name, 0.0))
-            found.append(health.rank_fell(name, rank, best, limits.min_rank))
         return found
 
     def _chance(self, counts: np.ndarray) -> float:
@@ -201,7 +218,7 @@ class Watch:
         for name, found in present.items():
             since, times = self._seen[name]
             self._seen[name] = (since, times + 1)
-            sure = times + 1 >= self.settings.confirm or found.detector == "target entropy"
+            sure = times + 1 >= self.settings.confirm or found.detector in AT_ONCE
             if sure and name not in self._alarmed:
                 self._alarmed.add(name)
                 self._alarm(step, since, found)
@@ -234,6 +251,8 @@ class Watch:
 
 FIXED_TARGETS = ("best_rq",)
 """Objectives whose targets stand before the first update."""
+AT_ONCE = ("target entropy", "target inputs")
+"""Detectors of what can be seen before the first update, and will not change."""
 _NAN_HELPS = "a lower optimizer.lr, a longer warm-up, optimizer.clip_norm=1, or engine.precision=fp32"
 
 
@@ -243,6 +262,11 @@ def _loss(result: StepResult) -> float:
         if count > 0:
             return float(total[0]) / count
     return result.loss
+
+
+def _accuracy(result: StepResult) -> float:
+    total, count = result.metrics.get("metric/accuracy", (np.zeros(1), 0.0))
+    return float(total[0]) / count if count > 0 else math.nan
 
 
 def _counts(result: StepResult) -> np.ndarray:

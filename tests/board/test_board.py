@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,11 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.schema import dump
 from launch.app import main
 from launch.verbs.board import command, link
+from pretrain.camera import Camera, nearest_units
+from pretrain.model import build_model
+from pretrain.nn.masking import FrameMask
+from pretrain.pictures import projected
+from pretrain.types import StepContext
+from tests.synthetic import synthetic_batch
 from tests.unit.test_watch import BEST_RQ, WAV2VEC2, config, run
 
 HUBERT: dict[str, Any] = {"name": "hubert", "units": 8, "projection_dim": 16}
@@ -61,6 +69,38 @@ def test_everything_reaches_tensorboard(runs: Path, name: str) -> None:
     masked = [line.split("\t") for line in lines if line.split("\t")[2] == "yes"]
     assert masked
     assert all(int(line[3]) >= 0 for line in masked)
+
+
+@pytest.mark.parametrize("objective", [BEST_RQ, WAV2VEC2, HUBERT], ids=lambda given: str(given["name"]))
+def test_a_snapshot_knows_targets_and_predictions(objective: dict[str, Any]) -> None:
+    module = build_model(config(objective=objective)).train()
+    camera, ctx = Camera(module), StepContext(0, 3)
+    camera.armed = True
+    phones = torch.arange(100).expand(2, 100)
+    batch = dataclasses.replace(synthetic_batch(0, 0), targets={"phones": phones}, labels={"speaker": ("ann", "bob")})
+    plan = module.prepare(batch, ctx)
+    module(batch, plan, plan.counts_K, ctx)
+    snapshot = camera.take()
+    assert snapshot is not None
+    assert snapshot.mask is not None
+    assert snapshot.targets_N is not None
+    assert snapshot.predictions_N is not None
+    assert len(snapshot.targets_N) == len(snapshot.predictions_N) == len(snapshot.mask.flat_N)
+    assert set(snapshot.predictions_N.tolist()) <= set(range(16 * 16))
+    _, header, rows = projected(snapshot)
+    assert header == ["segment", "second", "masked", "unit", "speaker", "phones"]
+    first = [row for row in rows if row[0] == "a0-0"]
+    assert {row[4] for row in first} == {"ann"}
+    # 100 labels over the one second of the first row: the label is the hundredth of a second, of a frame's middle
+    assert all(abs(int(row[5]) - 100 * float(row[1])) <= 2 for row in first)
+
+
+def test_a_contrastive_prediction_is_the_unit_of_the_nearest_target_of_its_row() -> None:
+    mask = FrameMask(torch.ones(2, 2, dtype=torch.bool), torch.arange(4), torch.tensor([[0, 1], [2, 3]]),
+                     torch.ones(2, 2, dtype=torch.bool))  # fmt: skip
+    targets_ND = torch.eye(4)
+    predictions_ND = torch.tensor([[0.1, 0.9, 0, 0], [0, 1.0, 0, 0], [5.0, 0, 0.2, 0.1], [0, 0, 0, 0.01]])
+    assert nearest_units(predictions_ND, targets_ND, torch.tensor([7, 8, 9, 6]), mask).tolist() == [8, 8, 9, 6]
 
 
 def test_runs_and_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
