@@ -51,32 +51,30 @@ class WavLM(MaskedUnits):
         return plan.mixed_BT
 
     def mix(self, batch: Batch, ctx: StepContext) -> Tensor:
-        """Adds, with probability `mix_prob`, a stretch of another utterance of the batch or noise (algorithm 1).
+        """Adds, with probability `mix_prob`, a stretch of an utterance of the batch or of noise (algorithm 1).
 
-        The stretch has a length of U{0 … T/2}; the other utterance may be the same one.
+        As the released `mixing_collated_audios` does it: a stretch of U{0 … T/2} samples goes to a random place; the
+        other utterance may be the same one, or one that something was mixed into before; the ratio is that of the
+        powers of whole utterances, not of the stretch.
         """
         mixed_BT = batch.wave_BT.clone()
-        lengths = batch.lengths_B.tolist()
-        for row, key in enumerate(batch.keys):
+        rows = [wave_T[:length] for wave_T, length in zip(mixed_BT, batch.lengths_B.tolist(), strict=True)]
+        for main_T, key in zip(rows, batch.keys, strict=True):
             rng = keyed_rng(ctx.seed, ctx.step, key, "mixture")
             if rng.random() >= self.config.mix_prob:
                 continue
-            noise = rng.random() < self.config.noise_share
-            partner = int(rng.integers(len(lengths)))
-            length = int(rng.integers(min(lengths[row] // 2, lengths[row if noise else partner]) + 1))
-            if length == 0:
-                continue
-            at = int(rng.integers(lengths[row] - length + 1))
-            if noise:
-                added = torch.from_numpy(pink_noise(length, rng)).to(mixed_BT.device)
-                snr = rng.uniform(*self.config.noise_snr_db)
+            longest = len(main_T) // 2
+            if rng.random() < self.config.noise_share:
+                other_T = torch.from_numpy(pink_noise(max(longest, 1), rng)).to(mixed_BT.device)
+                snr_db = self.config.noise_snr_db
             else:
-                begin = int(rng.integers(lengths[partner] - length + 1))
-                added = batch.wave_BT[partner, begin : begin + length]
-                snr = rng.uniform(*self.config.speech_snr_db)
-            main_power = batch.wave_BT[row, : lengths[row]].square().mean()
-            gain = (main_power / (10 ** (snr / 10) * added.square().mean()).clamp(min=1e-10)).sqrt()
-            mixed_BT[row, at : at + length] += gain * added
+                other_T, snr_db = rows[int(rng.integers(len(rows)))], self.config.speech_snr_db
+            length = min(int(rng.integers(longest + 1)), len(other_T))
+            begin = int(rng.integers(len(other_T) - length + 1))
+            at = int(rng.integers(len(main_T) - length + 1))
+            power = other_T.square().mean()
+            gain = (main_T.square().mean() / (10 ** (rng.uniform(*snr_db) / 10) * power)).sqrt()
+            main_T[at : at + length] += torch.where(power > 0, gain, 0.0) * other_T[begin : begin + length]
         return mixed_BT
 
 
