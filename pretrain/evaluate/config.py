@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from data_pipeline.schema import about, config
 
@@ -46,6 +46,10 @@ class EvaluateConfig:
         str, about("tab-separated alignment: path, start_s, end_s, phone; relative to the manifest's folder")
     ] = "phones/auto_pocketsphinx.tsv"
     corpora: Annotated[str, about("take only these corpora, with commas; empty: those that suit the task")] = ""
+    ask: Annotated[
+        Literal["test", "valid"],
+        about("whose accuracy is given: speakers of valid while settings are chosen, of test for the figure itself"),
+    ] = "test"
     layers: Annotated[str, about("layers to use, with commas; 0 is what enters the first block; empty: all")] = ""
     seeds: Annotated[int, about("probes, random encoders and supervised runs are made this often", ge=1)] = 3
     baselines: Annotated[bool, about("log-mel with context, random weights and supervised from scratch beside")] = True

@@ -64,7 +64,7 @@ class Room:
         if self.task.target is None:
             self.phones = read_phones(Path(config.manifest).expanduser().parent / config.phones)
             utterances = [u for u in utterances if u.name in self.phones]
-        self.parts = splits(self.task, utterances, corpora, config.max_utterances)
+        self.parts = splits(self.task, utterances, corpora, config.max_utterances, config.ask)
         if not self.task.hold_out:
             require_disjoint(self.parts[0], self.parts[2])
         labels = (

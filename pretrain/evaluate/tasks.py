@@ -45,8 +45,13 @@ MEASURES = ("abx", "pnmi", "rankme")
 TASKS = (*PROBES, *MEASURES)
 
 
-def splits(task: Task, utterances: Sequence[Utterance], corpora: Sequence[str], most: int) -> list[list[Utterance]]:
-    """train, valid and test, at most `most` of each (0: all). Raises ValueError where one is empty."""
+def splits(
+    task: Task, utterances: Sequence[Utterance], corpora: Sequence[str], most: int, ask: str = "test"
+) -> list[list[Utterance]]:
+    """train, valid and test, at most `most` of each (0: all). Raises ValueError where one is empty.
+
+    ask: "valid" puts the manifest's valid in the place of test, and a few speakers of train in that of valid.
+    """
     chosen = [u for u in utterances if u.corpus in (corpora or task.corpora)]
     if task.hold_out and task.target:
         parts: list[list[Utterance]] = [[], [], []]
@@ -62,5 +67,11 @@ def splits(task: Task, utterances: Sequence[Utterance], corpora: Sequence[str], 
             f"task={task.name}: needs utterances of {', '.join(corpora or task.corpora)} in the splits train, valid "
             f"and test of the manifest, which has the corpora {names}"
         )
+    if ask == "valid" and task.hold_out:
+        parts = [parts[0], parts[2], parts[1]]
+    elif ask == "valid":
+        kept = sorted({u.speaker for u in parts[0]})[::6]
+        inner = [u for u in parts[0] if u.speaker in kept]
+        parts = [[u for u in parts[0] if u.speaker not in kept], inner, parts[1]]
     # every n-th, so that few utterances still have many speakers
     return [part[:: -(-len(part) // most)] if most else part for part in parts]

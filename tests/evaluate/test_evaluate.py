@@ -15,8 +15,10 @@ from pretrain import checkpoint
 from pretrain.checkpoint import TrainState
 from pretrain.engines import World, make_engine
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig
+from pretrain.evaluate.corpus import Utterance
 from pretrain.evaluate.encoders import find_checkpoint, open_encoder
 from pretrain.evaluate.run import evaluate
+from pretrain.evaluate.tasks import PROBES, splits
 from pretrain.model import build_model
 from pretrain.run_folder import RunFolder
 from tests.unit.test_training_loop import config
@@ -136,3 +138,18 @@ def test_what_cannot_be_evaluated_is_said(corpus: Path, saved: Path, tmp_path: P
         find_checkpoint(str(tmp_path))
     with pytest.raises(ValueError, match="which has the corpora tones"):
         evaluate(settings(corpus, saved, "keywords", corpora="other"))
+
+
+def test_choices_are_made_without_the_test_speakers() -> None:
+    """ask=valid: no utterance of the test part is fitted to or asked, and no speaker stands in two parts."""
+    everyone = [
+        Utterance(Path(), f"{split}-{speaker}-{take}", f"{split}-{speaker}", "", "", "", "speechocean762", split)
+        for split, speakers in (("train", 12), ("valid", 2), ("test", 2))
+        for speaker in range(speakers)
+        for take in range(3)
+    ]
+    parts = splits(PROBES["phones"], everyone, (), 0, ask="valid")
+    speakers = [{u.speaker for u in part} for part in parts]
+    assert [len(found) for found in speakers] == [10, 2, 2]
+    assert set().union(*speakers) == {u.speaker for u in everyone if u.split != "test"}
+    assert speakers[2] == {"valid-0", "valid-1"}
