@@ -42,7 +42,7 @@ def batch(step: int) -> Batch:
 
 
 def mixed(
-    monkeypatch: pytest.MonkeyPatch, step: int, **options: Any
+    monkeypatch: pytest.MonkeyPatch, objective: Any, step: int
 ) -> tuple[Batch, torch.Tensor, list[dict[str, Any]]]:
     """A batch, what we make of it, and what was drawn for each row: {} where nothing is mixed in."""
     recorders, clips = [], []
