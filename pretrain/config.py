@@ -75,6 +75,10 @@ class EngineConfig:
     compile: Annotated[
         bool, about("torch.compile the encoder: slow first steps, then faster; dropout draws differ")
     ] = False
+    peak_tflops: Annotated[
+        float,
+        about("what one device could do at best in this precision, for perf/mfu; 0: as known of common GPUs", ge=0),
+    ] = 0.0
     timeout_minutes: Annotated[float, about("give up a collective operation after this long", gt=0)] = 30.0
 
     def __post_init__(self) -> None:

@@ -112,15 +112,20 @@ def stage_deviations(encoded: EncoderOutput) -> dict[str, Tensor]:
     return {f"health/std_{stage}": masked_deviation(x_BFD, valid_BF) for stage, x_BFD in stages.items()}
 
 
+def build_speech_model(config: Config) -> SpeechModel:
+    """Front end and encoder alone, with weights from torch's generator."""
+    encoder: Encoder = plugins.build("encoders", config.encoder)
+    encoder.activation_checkpointing = config.engine.activation_checkpointing
+    frontend: Frontend = plugins.build("frontends", config.frontend, encoder.dim)
+    encoder.packed = frontend.packed = config.engine.packed
+    return SpeechModel(frontend, encoder)
+
+
 def build_model(config: Config) -> TrainModule:
     """The module that `config` describes; its first weights depend on `config.seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(config.seed, "weights"))
-        encoder: Encoder = plugins.build("encoders", config.encoder)
-        encoder.activation_checkpointing = config.engine.activation_checkpointing
-        frontend: Frontend = plugins.build("frontends", config.frontend, encoder.dim)
-        encoder.packed = frontend.packed = config.engine.packed
-        model = SpeechModel(frontend, encoder)
+        model = build_speech_model(config)
         objective: Objective = plugins.build("objectives", config.objective, model.shape)
         objective.attach(model)
         heads = {name: plugins.build("heads", head, model.shape) for name, head in config.heads.items()}

@@ -17,8 +17,10 @@ from torch.utils.tensorboard.summary import hparams
 
 from data_pipeline.schema import dump
 from data_pipeline.types import SAMPLE_RATE, Step
+from pretrain import utilisation
 from pretrain.camera import Camera
 from pretrain.config import Config
+from pretrain.engines import World
 from pretrain.engines.base import NumpySum, StepResult
 from pretrain.model import TrainModule
 from pretrain.pictures import add_snapshot
@@ -42,6 +44,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     "speed": {
         "audio-seconds per second": ["Multiline", ["perf/audio_seconds_per_second"]],
         "waiting and padding": ["Multiline", ["perf/data_wait_share", "data/padding_share"]],
+        "model FLOP utilisation": ["Multiline", ["perf/mfu"]],
         "memory, GiB": ["Multiline", ["perf/memory_gib"]],
     },
 }
@@ -51,8 +54,12 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 class Telemetry:
     """Writes one row per logged step; rows of steps that a resume will run again are dropped first."""
 
-    def __init__(self, run: RunFolder, config: Config, module: TrainModule, resumed_at: int) -> None:
+    def __init__(
+        self, run: RunFolder, config: Config, module: TrainModule, resumed_at: int, world: World | None = None
+    ) -> None:
         self._run, self._config = run, config
+        world = world or World()
+        self._utilisation = utilisation.measure(config, world.device, world.size)
         self._camera = Camera(module) if config.train.media_every else None
         run.path.mkdir(parents=True, exist_ok=True)
         self._open(resumed_at)
@@ -86,6 +93,9 @@ class Telemetry:
     def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
         """Scalars go to both; counts per bin to TensorBoard as histograms. Raises StaleIncarnationError."""
         self._run.require_current()
+        if self._utilisation is not None:
+            share = self._utilisation.share(scalars["perf/audio_seconds_per_second"])
+            scalars = {**scalars, "perf/mfu": share}
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3), **scalars}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -46,7 +46,7 @@ def train(
     world.agree(reader.plan_hash, "the step plan (do all nodes see the same shards?)")
     state = checkpoint.load_latest(run, engine, config)
     watch = Watch(config, engine, run, state.health, say)
-    telemetry = Telemetry(run, config, engine.module, state.step) if world.rank == 0 else None
+    telemetry = Telemetry(run, config, engine.module, state.step, world) if world.rank == 0 else None
     if telemetry:
         say(_greeting(config, state, world.size))
         if config.schedule.warmup_steps > settings.steps:
