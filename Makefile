@@ -1,5 +1,5 @@
 # Two cores and Python 3.11 are enough for all of it. Every target makes the environment first if need be.
-.PHONY: setup demo test check bench prove
+.PHONY: setup demo test check bench prove parity-table
 BIN := .venv/bin
 
 setup:
@@ -24,3 +24,6 @@ bench: setup ## comparisons with peers; each prints a ratio
 prove: setup ## the slower proofs that `make test` leaves out, and the quality of half an hour of pretraining
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/prove/quality.py
+
+parity-table: setup ## what is compared with other implementations and with itself: benchmarks/results/parity.md
+	$(BIN)/python -m pytest --parity-table benchmarks/results/parity.md

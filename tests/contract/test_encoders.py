@@ -18,6 +18,7 @@ from pretrain.config import Config
 from pretrain.model import build_model
 from pretrain.types import EncoderOutput, SpeechModel, StepContext
 from tests.contract.cases import ENCODERS, FRONTENDS, OBJECTIVES, batch, small
+from tests.parity_table import Parity, difference
 
 CTX = StepContext(seed=3, step=5)
 SECONDS = (0.61, 1.0, 0.26)
@@ -89,8 +90,7 @@ def weigh(encoded: EncoderOutput, row: int = 0) -> Tensor:
     [(*pair, "log_mel") for pair in CASES]
     + [(name, case, f) for name in ENCODERS for f in FRONT_ENDS for case in ("full", "half rate") if f != "log_mel"],
 )
-def test_packed_and_padded_are_each_utterance_alone(encoder: str, case: str, frontend: str) -> None:
-    """Outputs of all layers and gradients of all weights ≤ 1e-5."""
+def test_packed_and_padded_are_each_utterance_alone(encoder: str, case: str, frontend: str, parity: Parity) -> None:
     plain, packed = speech_model(encoder, case, frontend), speech_model(encoder, case, frontend, packed=True)
     data = batch(SECONDS, width=1.3)
     together = packed(data.wave_BT, data.lengths_B)
@@ -102,22 +102,25 @@ def test_packed_and_padded_are_each_utterance_alone(encoder: str, case: str, fro
         n = int(alone.lengths_B[0])
         assert n == int(together.lengths_B[row])
         for found, other, expected in zip(together.layers, padded.layers, alone.layers, strict=True):
-            torch.testing.assert_close(found[row, :n], expected[0], rtol=0, atol=1e-5)
+            parity("packed = each utterance alone: all layers", 1e-5, float((found[row, :n] - expected[0]).abs().max()))
             assert not found[row, n:].any()
             if "padding" not in plain.encoder.couples:
-                torch.testing.assert_close(other[row, :n], expected[0], rtol=0, atol=1e-5)
+                error = float((other[row, :n] - expected[0]).abs().max())
+                parity("padded = each utterance alone: all layers", 1e-5, error)
         weigh(alone).backward()
     expected_sums = gradients(plain)
     torch.stack([weigh(together, row) for row in range(len(SECONDS))]).sum().backward()
     found_sums = gradients(packed)
     assert expected_sums.keys() == found_sums.keys()
     for name, expected in expected_sums.items():
-        torch.testing.assert_close(found_sums[name], expected, rtol=1e-5, atol=1e-5, msg=name)
+        parity("packed = each utterance alone: gradients", 1e-5, difference(found_sums[name], expected))
 
 
 @pytest.mark.parametrize("frontend_encoder", [("log_mel", "conformer"), ("waveform_conv", "transformer")])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_packing_changes_neither_loss_nor_gradient(objective: str, frontend_encoder: tuple[str, str]) -> None:
+def test_packing_changes_neither_loss_nor_gradient(
+    objective: str, frontend_encoder: tuple[str, str], parity: Parity
+) -> None:
     """Objectives know nothing of it, teachers are packed, too."""
     frontend, encoder = frontend_encoder
     found = []
@@ -132,14 +135,14 @@ def test_packing_changes_neither_loss_nor_gradient(objective: str, frontend_enco
     padded, tight = found
     assert padded.keys() == tight.keys()
     for name, expected in padded.items():
-        torch.testing.assert_close(tight[name], expected, rtol=1e-5, atol=1e-5, msg=name)
+        parity("packed = padded: loss and gradients of every objective", 1e-5, difference(tight[name], expected))
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize(("case", "packed"), [("full", False), ("half rate, local_global", True), ("chunked", False)])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_recomputing_changes_no_gradient(encoder: str, case: str, packed: bool, mode: str) -> None:
-    """≤ 1e-6, with every kind of dropout on."""
+def test_recomputing_changes_no_gradient(encoder: str, case: str, packed: bool, mode: str, parity: Parity) -> None:
+    """With every kind of dropout on."""
     found: list[dict[str, Tensor]] = []
     for chosen in ("none", mode):
         model = speech_model(encoder, case, packed=packed, **LOUD).train()
@@ -151,7 +154,8 @@ def test_recomputing_changes_no_gradient(encoder: str, case: str, packed: bool, 
         found.append(gradients(model))
     plain, recomputed = found
     for name, expected in plain.items():
-        torch.testing.assert_close(recomputed[name], expected, rtol=0, atol=1e-6, msg=name)
+        error = float((recomputed[name] - expected).abs().max())
+        parity("checkpointed = plain, dropout on: gradients of encoders", 1e-6, error)
 
 
 def alive_after(run: Callable[[], Any]) -> int:

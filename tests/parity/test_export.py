@@ -15,10 +15,11 @@ from pretrain.config import Config
 from pretrain.export.hugging_face import export, load_hugging_face
 from pretrain.export.initial import load_initial
 from pretrain.model import build_model
+from pretrain.nn.spectral import normalize_wave
 from pretrain.types import StepContext
 from tests.parity_table import Parity
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 SMALL = {"dim": 48, "layers": 2, "heads": 2, "ffn_dim": 64, "conv_positions_kernel": 16, "conv_positions_groups": 4}
 STACK = {"positions": "conv_stack", "conv_positions_kernel": 19, "conv_positions_depth": 3}
 LAYER = {"norm": "layer", "bias": True, "normalize": True}
@@ -45,8 +46,18 @@ def config(objective: str, frontend: dict[str, Any], encoder: dict[str, Any], /,
 def test_round_trip(case: str, tmp_path: Path, parity: Parity) -> None:
     described = config(*CASES[case])
     module = build_model(described)
-    error = export(described, module, tmp_path / "out")
-    parity("export: features of from_pretrained against ours", 1e-5, error)
+    parity("export: the gate's own comparison, fp64", 1e-5, export(described, module, tmp_path / "out"))
+    theirs, report = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    parity("export: keys missing or unexpected", 0, len(report["missing_keys"]) + len(report["unexpected_keys"]))
+    wave_BT = 0.1 * torch.randn(2, 16_000, generator=torch.Generator().manual_seed(1))
+    given_BT = normalize_wave(wave_BT, torch.tensor([16_000] * 2)) if described.frontend.normalize else wave_BT
+    with torch.no_grad():
+        hidden = theirs.eval()(given_BT, output_hidden_states=True).hidden_states
+        ours = module.eval().model(wave_BT, torch.tensor([16_000] * 2)).layers
+    n = len(hidden) - (described.encoder.norm == "pre")  # theirs gives the last of these before its norm
+    error = max(float((a - b).abs().max()) for a, b in zip(ours[:n], hidden[:n], strict=True))
+    last = float((theirs(given_BT).last_hidden_state - ours[-1]).detach().abs().max())
+    parity("export: every layer of from_pretrained against ours, fp32", 1e-5, max(error, last))
     fresh = build_model(config(*CASES[case], seed=1))
     load_hugging_face(fresh.model, tmp_path / "out")
     for name, weight in module.model.state_dict().items():
@@ -131,8 +142,7 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_continued_pretraining_from_their_own_checkpoints(name: str, tmp_path: Path, parity: Parity) -> None:
     """What transformers writes is a start for ours: the same features, and a loss that can be trained."""
-    import transformers
-
+    torch.manual_seed(0)
     kind, objective, frontend, encoder = LAYOUTS[name]
     stack, large = "positions" in encoder, encoder.get("norm") == "pre"
     theirs_config = getattr(transformers, f"{kind}Config")(

@@ -1,4 +1,4 @@
-"""Features and code look-ups against torchaudio and NumPy."""
+"""Features, code look-ups and buckets of distance against torchaudio, NumPy and transformers."""
 
 from __future__ import annotations
 
@@ -6,39 +6,51 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.nn.attention import RelativeBias
 from pretrain.nn.quantizers import RandomProjectionQuantizer
 from pretrain.nn.spectral import LogMel, mel_filters
+from tests.parity_table import Parity
 
 
-def test_mel_filters_are_torchaudios() -> None:
+def test_mel_filters_are_torchaudios(parity: Parity) -> None:
     functional = pytest.importorskip("torchaudio.functional")
     for n_fft, n_mels in ((512, 80), (512, 40), (1024, 64)):
         theirs = functional.melscale_fbanks(n_fft // 2 + 1, 0.0, 8000.0, n_mels, 16_000)
-        torch.testing.assert_close(mel_filters(n_fft, n_mels), theirs, rtol=0, atol=1e-5)
+        parity("mel filters against torchaudio", 1e-5, float((mel_filters(n_fft, n_mels) - theirs).abs().max()))
 
 
-def test_log_mel_is_torchaudios() -> None:
+def test_log_mel_is_torchaudios(parity: Parity) -> None:
     transforms = pytest.importorskip("torchaudio.transforms")
-    wave_BT = torch.randn(2, 16_000)
+    wave_BT = torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
     spectrum = transforms.MelSpectrogram(16_000, n_fft=512, win_length=400, hop_length=160, n_mels=80, center=False)
     ours = LogMel(normalize="fixed")
     # torchaudio centres its window in the FFT: its frame f covers ours shifted by (512 - 400) / 2 samples
     mine = ours(wave_BT[:, 56:], torch.tensor([16_000 - 56] * 2)).x_BFD * ours.STD + ours.MEAN
     theirs = torch.log(spectrum(wave_BT).transpose(1, 2) + ours.FLOOR)
-    torch.testing.assert_close(mine[:, : theirs.shape[1]], theirs, rtol=1e-4, atol=1e-4)
+    parity("log-mel against torchaudio", 1e-4, float((mine[:, : theirs.shape[1]] - theirs).abs().max()))
 
 
-def test_random_projection_indices_are_numpys() -> None:
-    """Recipe: ≥ 99.99 % alike, given the same projection and codebook."""
-    quantizer = RandomProjectionQuantizer(320)
-    x_ND = torch.randn(20_000, 320)
-    projected = x_ND.numpy().astype(np.float64) @ quantizer.projection_DC.numpy().astype(np.float64)
-    projected /= np.linalg.norm(projected, axis=1, keepdims=True)
+def test_random_projection_indices_are_numpys(parity: Parity) -> None:
+    """BEST-RQ's look-up said again in double precision: project, norm, nearest code by Euclidean distance."""
+    generator = torch.Generator().manual_seed(0)
+    quantizer = RandomProjectionQuantizer(320, 16, 8192)
+    x_ND = torch.randn(10_000, 320, generator=generator)
     codebook = quantizer.codebook_KC.numpy().astype(np.float64)
-    theirs = np.concatenate(
-        [
-            np.argmin(np.linalg.norm(part[:, None] - codebook[None], axis=2), axis=1)
-            for part in np.array_split(projected[:1000], 20)
-        ]
-    )
-    assert (quantizer(x_ND)[:1000].numpy() == theirs).mean() >= 0.9999
+    theirs = []
+    for part in np.array_split(x_ND.numpy().astype(np.float64), 10):
+        projected = part @ quantizer.projection_DC.numpy().astype(np.float64)
+        projected /= np.linalg.norm(projected, axis=1, keepdims=True)
+        squares = (projected**2).sum(1)[:, None] + (codebook**2).sum(1) - 2 * projected @ codebook.T
+        theirs.append(squares.argmin(1))
+    other = float((quantizer(x_ND).numpy() != np.concatenate(theirs)).mean())
+    parity("random-projection codes against NumPy in fp64: share of 10,000 frames that differ", 1e-4, other)
+
+
+@pytest.mark.parametrize("max_distance", [800, 1280])
+def test_buckets_of_distance_are_transformers(max_distance: int, parity: Parity) -> None:
+    """At the released sizes, for all distances within a minute."""
+    wavlm = pytest.importorskip("transformers.models.wavlm.modeling_wavlm")
+    theirs = wavlm.WavLMAttention(8, 2, num_buckets=320, max_distance=max_distance)
+    distance = torch.arange(-3000, 3001)
+    other = theirs._relative_positions_bucket(distance) != RelativeBias(2, 320, max_distance).bucket(distance)
+    parity("WavLM's buckets against transformers: how many differ", 0.0, float(other.sum()))

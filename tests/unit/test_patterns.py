@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.nn.patterns import AttentionContext, Pattern, dense_mask, flex_mask, pattern_attention
+from tests.parity_table import Parity
 
 PATTERNS = {
     "full": (Pattern(), 0),
@@ -65,7 +66,7 @@ def packed(pattern: Pattern, registers: int) -> tuple[AttentionContext, Tensor, 
 
 @pytest.mark.parametrize("layout", [padded, packed])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_blocks_and_flex_are_the_dense_mask(name: str, layout: object) -> None:
+def test_blocks_and_flex_are_the_dense_mask(name: str, layout: object, parity: Parity) -> None:
     torch.manual_seed(0)
     context, mask, counts_BF = layout(*PATTERNS[name])  # type: ignore[operator]
     rows, total = counts_BF.shape
@@ -76,13 +77,13 @@ def test_blocks_and_flex_are_the_dense_mask(name: str, layout: object) -> None:
     weight = torch.randn(rows, 2, total, 8) * counts_BF[:, None, :, None]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]) * counts_BF[:, None, :, None]
     found = pattern_attention(q, k, v, context) * counts_BF[:, None, :, None]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    parity("attention patterns by blocks = dense mask", 1e-5, float((found - expected).abs().max()))
     ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
     for mine, other in zip(ours, torch.autograd.grad((expected * weight).sum(), (q, k, v)), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+        parity("attention patterns by blocks = dense mask: gradients", 1e-5, float((mine - other).abs().max()))
     flex = context._replace(flex=flex_mask(context, rows, total, mask.device))
     by_flex = pattern_attention(q.detach(), k.detach(), v.detach(), flex) * counts_BF[:, None, :, None]
-    torch.testing.assert_close(by_flex, expected, rtol=0, atol=1e-5)
+    parity("attention patterns by FlexAttention = dense mask", 1e-5, float((by_flex - expected).abs().max()))
 
 
 @pytest.mark.parametrize("pattern", [Pattern(reach=32), Pattern(chunk=32, left_chunks=1), Pattern(chunk=32)])
