@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from google.protobuf import text_format  # type: ignore[import-untyped]
 from matplotlib.figure import Figure
+from tensorboard.plugins.projector import ProjectorConfig  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -25,7 +29,21 @@ def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
     board.add_figure("units/spectrogram", spectrogram(snapshot), step)
     frames_ND, header, metadata = projected(snapshot)
     if len(frames_ND) > 1:
-        board.add_embedding(frames_ND, metadata, tag="frames", global_step=step, metadata_header=header)
+        add_frames(board, frames_ND, metadata, header, "frames", step)
+
+
+def add_frames(
+    board: SummaryWriter, frames_ND: Tensor, rows: list[list[str]], header: list[str], tag: str, step: int
+) -> None:
+    """Frames for the projector, one row of `header` for each. Those that another writer left in the folder stay."""
+    config = Path(board.log_dir) / "projector_config.pbtxt"
+    if config.is_file() and not hasattr(board, "_projector_config"):
+        # torch writes the list anew with each SummaryWriter, and frames of the start before would be gone from it
+        listed = text_format.Parse(config.read_text(encoding="utf-8"), ProjectorConfig())
+        for embedding in [e for e in listed.embeddings if int(e.tensor_name.rpartition(":")[2]) >= step]:
+            listed.embeddings.remove(embedding)
+        board._projector_config = listed
+    board.add_embedding(frames_ND, rows, tag=tag, global_step=step, metadata_header=header)
 
 
 def masked_audio(snapshot: Snapshot) -> Tensor:

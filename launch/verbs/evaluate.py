@@ -61,6 +61,7 @@ def follow(config: EvaluateConfig) -> None:
     from pretrain.checkpoint import read_state
     from pretrain.evaluate import report
     from pretrain.evaluate.encoders import find_checkpoint
+    from pretrain.evaluate.projection import labelled_frames
     from pretrain.evaluate.run import evaluate
 
     run_folder = Path(config.checkpoint).expanduser()
@@ -78,7 +79,7 @@ def follow(config: EvaluateConfig) -> None:
         if step not in done and (step % config.every == 0 or step >= steps):
             done.add(step)
             rows = evaluate(replace(config, checkpoint=str(newest), baselines=False))
-            report.into_run(rows, run_folder, step)
+            report.into_run(rows, run_folder, step, labelled_frames(config, str(newest)))
         if step >= steps:
             return
         time.sleep(POLL_SECONDS)

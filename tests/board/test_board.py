@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.schema import dump
 from launch.app import main
@@ -23,7 +24,7 @@ from launch.verbs.board import command, link
 from pretrain.camera import Camera, nearest_units
 from pretrain.model import build_model
 from pretrain.nn.masking import FrameMask
-from pretrain.pictures import projected
+from pretrain.pictures import add_frames, projected
 from pretrain.types import StepContext
 from tests.synthetic import synthetic_batch
 from tests.unit.test_watch import BEST_RQ, WAV2VEC2, config, run
@@ -93,6 +94,15 @@ def test_a_snapshot_knows_targets_and_predictions(objective: dict[str, Any]) -> 
     assert {row[4] for row in first} == {"ann"}
     # 100 labels over the one second of the first row: the label is the hundredth of a second, of a frame's middle
     assert all(abs(int(row[5]) - 100 * float(row[1])) <= 2 for row in first)
+
+
+def test_the_projector_keeps_the_frames_of_earlier_starts(tmp_path: Path) -> None:
+    for steps in ((4, 8), (8, 12)):  # the second start has gone back to step 7
+        with SummaryWriter(str(tmp_path)) as board:
+            for step in steps:
+                add_frames(board, torch.eye(3), [["a", "b"]] * 3, ["phone", "speaker"], "frames", step)
+    listed = (tmp_path / "projector_config.pbtxt").read_text()
+    assert [listed.count(f"frames:{step:05d}") for step in (4, 8, 12)] == [1, 1, 1]
 
 
 def test_a_contrastive_prediction_is_the_unit_of_the_nearest_target_of_its_row() -> None:

@@ -109,12 +109,19 @@ def test_speakers_by_probe_and_by_verification(corpus: Path, saved: Path) -> Non
 def test_following_a_run_writes_into_its_tensorboard(corpus: Path, saved: Path) -> None:
     (saved / "config.json").write_text("{}")
     options = ["corpora=tones", "seeds=1", "bootstrap=100", f"manifest={corpus}/manifest.tsv", "probe.min_updates=20"]
+    options += ["phones=phones.tsv"]
     assert main(["evaluate", f"checkpoint={saved}", "task=keywords", "follow=true", *options]) == 0
     (saved / "config.json").unlink()
     (line,) = (saved / "evaluations.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "keywords/accuracy"
     assert json.loads(line)["step"] == 4
-    assert list((saved / "tb" / "evaluate").iterdir())
+    assert list((saved / "tb" / "evaluate").glob("events.*"))
+    rows = [
+        line.split("\t") for line in next((saved / "tb").glob("evaluate/*/*/metadata.tsv")).read_text().splitlines()
+    ]
+    assert rows[0] == ["phone", "speaker", "language", "utterance", "second"]
+    assert {row[0] for row in rows[1:]} == set(PITCHES)
+    assert {row[1] for row in rows[1:]} == {"speaker3"}
 
 
 def test_a_hugging_face_folder_is_evaluated_alike(corpus: Path, tmp_path: Path) -> None:
