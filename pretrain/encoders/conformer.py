@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config, refuse
 from pretrain.nn.attention import SelfAttention
+from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.packing import Packing
 from pretrain.nn.patterns import AttentionContext
@@ -59,7 +60,7 @@ class Convolution(nn.Module):
         self.after = 0 if config.causal else config.kernel // 2
         self.norm = nn.LayerNorm(config.dim)
         self.gated = nn.Linear(config.dim, 2 * config.dim)
-        self.depthwise = nn.Conv1d(config.dim, config.dim, config.kernel, groups=config.dim)
+        self.depthwise = TimeConv(config.dim, config.dim, config.kernel, groups=config.dim)
         self.depthwise_norm = nn.LayerNorm(config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
@@ -69,8 +70,8 @@ class Convolution(nn.Module):
         return out
 
     def convolve(self, x_BFD: Tensor) -> Tensor:
-        found: Tensor = self.depthwise(F.pad(x_BFD.transpose(1, 2), (self.before, self.after)))
-        return found.transpose(1, 2)
+        found: Tensor = self.depthwise(F.pad(x_BFD, (0, 0, self.before, self.after)))
+        return found
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
+from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import zero_padding
 from pretrain.nn.packing import Packing, TimeGrid
@@ -41,9 +42,7 @@ class LogMelFrontend(Frontend):
         self.rate_hz = self.mel.rate_hz / config.subsampling
         n_convs = config.subsampling.bit_length() - 1
         widths = [config.n_mels] + [dim] * n_convs
-        self.convs = nn.ModuleList(
-            nn.Conv1d(width, dim, kernel_size=3, stride=2, padding=1) for width in widths[:n_convs]
-        )
+        self.convs = nn.ModuleList(TimeConv(width, dim, kernel=3, stride=2, padding=1) for width in widths[:n_convs])
         self.norm = nn.LayerNorm(widths[-1])
         self.linear = nn.Linear(widths[-1], dim)
         self.dropout = Dropout(config.dropout)
@@ -79,7 +78,7 @@ class LogMelFrontend(Frontend):
         for conv in self.convs:
             # a row's last frames must not see what a longer neighbour or the convolution's bias put beyond its end
             x_BFD = x_BFD.masked_fill(~inside_BF1, 0.0)
-            x_BFD = F.gelu(conv(x_BFD.transpose(1, 2))).transpose(1, 2)
+            x_BFD = F.gelu(conv(x_BFD))
             inside_BF1 = inside_BF1[:, ::2]
         return x_BFD
 

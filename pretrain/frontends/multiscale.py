@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
+from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import stack_frames, zero_padding
 from pretrain.nn.packing import Packing, packed_strided
@@ -39,7 +40,7 @@ class WaveBranch(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
-            nn.Conv1d(channels if layer else 1, channels, kernel, stride)
+            TimeConv(channels if layer else 1, channels, kernel, stride)
             for layer, (kernel, stride) in enumerate(WAVE_LAYERS)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in WAVE_LAYERS)
@@ -47,7 +48,7 @@ class WaveBranch(nn.Module):
     def forward(self, wave_BT: Tensor) -> Tensor:
         x_BFD = wave_BT[:, :, None]
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x_BFD = F.gelu(norm(conv(x_BFD.transpose(1, 2)).transpose(1, 2)))
+            x_BFD = F.gelu(norm(conv(x_BFD)))
         return x_BFD
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config, refuse
 from data_pipeline.types import SAMPLE_RATE
+from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import masked_deviation, scale_gradient, zero_padding
 from pretrain.nn.packing import Packing, packed_strided
@@ -48,22 +49,22 @@ class Config:
 
 
 class ConvLayer(nn.Module):
-    """Convolution → norm (group, layer or none) → GELU, on (B, D, T)."""
+    """Convolution → norm (group, layer or none) → GELU, on (B, T, D)."""
 
     def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, bias: bool, norm: Norm | None) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(in_dim, dim, kernel, stride, bias=bias)
+        self.conv = TimeConv(in_dim, dim, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
         self.group_norm = nn.GroupNorm(dim, dim) if norm == "group" else None
         self.layer_norm = nn.LayerNorm(dim) if norm == "layer" else None
 
-    def forward(self, x_BDT: Tensor) -> Tensor:
-        y_BDT: Tensor = self.conv(x_BDT)
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTD: Tensor = self.conv(x_BTD)
         if self.group_norm is not None:
-            y_BDT = self.group_norm(y_BDT)
+            y_BTD = self.group_norm(y_BTD.transpose(1, 2)).transpose(1, 2)
         if self.layer_norm is not None:
-            y_BDT = self.layer_norm(y_BDT.transpose(1, 2)).transpose(1, 2)
-        return F.gelu(y_BDT)
+            y_BTD = self.layer_norm(y_BTD)
+        return F.gelu(y_BTD)
 
 
 class WaveformConv(Frontend):
@@ -116,10 +117,10 @@ class WaveformConv(Frontend):
 
     def convolve(self, wave_BT: Tensor) -> Tensor:
         """(B, T) to (B, F, channels), the gradient scaled."""
-        x_BDT = wave_BT[:, None]
+        x_BTD = wave_BT[:, :, None]
         for conv in self.convs:
-            x_BDT = conv(x_BDT)
-        return scale_gradient(x_BDT.transpose(1, 2), self.gradient_scale)
+            x_BTD = conv(x_BTD)
+        return scale_gradient(x_BTD, self.gradient_scale)
 
     def watched(self) -> dict[str, Tensor]:
         """A stem that gives the same for every frame has collapsed, even if later layers still differ."""

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.nn.convolution import TimeConv, time_conv
+
 
 class ConvPositions(nn.Module):
     """Relative positions from one wide grouped convolution with weight norm over taps (wav2vec 2.0, §2).
@@ -28,10 +30,10 @@ class ConvPositions(nn.Module):
     def forward(self, x_BFD: Tensor, inside_BF1: Tensor | None = None) -> Tensor:
         """What to add to x_BFD, which is 0 between utterances."""
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
-        y_BDF = F.conv1d(x_BFD.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        y_BFD = time_conv(x_BFD, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         if self.kernel % 2 == 0:
-            y_BDF = y_BDF[:, :, :-1]
-        return F.gelu(y_BDF).transpose(1, 2)
+            y_BFD = y_BFD[:, :-1]
+        return F.gelu(y_BFD)
 
 
 class ConvPositionsStack(nn.Module):
@@ -42,16 +44,14 @@ class ConvPositionsStack(nn.Module):
         if dim % groups or kernel % 2 == 0:
             raise ValueError(f"positional convolutions need an odd kernel, not {kernel}, and groups that divide {dim}")
         self.kernel = kernel
-        self.convs = nn.ModuleList(
-            nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)
-        )
+        self.convs = nn.ModuleList(TimeConv(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth))
 
     def forward(self, x_BFD: Tensor, inside_BF1: Tensor | None = None) -> Tensor:
         """What to add to x_BFD. inside_BF1: False between packed utterances, where each convolution finds zeros."""
         for conv in self.convs:
             if inside_BF1 is not None:
                 x_BFD = x_BFD * inside_BF1
-            y_BFD = conv(x_BFD.transpose(1, 2)).transpose(1, 2)
+            y_BFD = conv(x_BFD)
             x_BFD = F.gelu(F.layer_norm(y_BFD, y_BFD.shape[-1:]))
         return x_BFD
 

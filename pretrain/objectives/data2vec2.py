@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.keyed_random import keyed_rng
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
+from pretrain.nn.convolution import TimeConv
 from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, layer_teacher
 from pretrain.nn.masking import frame_width, inverse_block_mask
 from pretrain.nn.numerics import masked_deviation, zero_padding
@@ -61,14 +62,14 @@ class Decoder(nn.Module):
             raise ValueError(f"objective.decoder_kernel={kernel} must be odd")
         groups = math.gcd(16, math.gcd(dim, width))
         self.convs = nn.ModuleList(
-            nn.Conv1d(width if layer else dim, width, kernel, padding=kernel // 2, groups=groups)
+            TimeConv(width if layer else dim, width, kernel, padding=kernel // 2, groups=groups)
             for layer in range(config.decoder_layers)
         )
         self.linear = nn.Linear(width, dim)
 
     def forward(self, x_BFD: Tensor, lengths_B: Tensor) -> Tensor:
         for layer, conv in enumerate(self.convs):
-            y_BFD = conv(zero_padding(x_BFD, lengths_B).transpose(1, 2)).transpose(1, 2)
+            y_BFD = conv(zero_padding(x_BFD, lengths_B))
             y_BFD = F.gelu(F.layer_norm(y_BFD, y_BFD.shape[-1:]))
             x_BFD = x_BFD + y_BFD if layer else y_BFD
         out: Tensor = self.linear(x_BFD)
