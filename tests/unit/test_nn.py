@@ -51,6 +51,7 @@ def test_inverse_block_mask_masks_exactly_its_share(length: int, prob: float, se
 
 
 def test_negatives_are_other_masked_frames_of_the_utterance() -> None:
+    """Trap: negatives from unmasked frames, too (HF#14471)."""
     rng = np.random.default_rng(0)
     mask = pack_masks([span_mask(50, 0.5, 5, rng), span_mask(30, 0.5, 5, rng)], 50, torch.device("cpu"))
     drawn_BMK = draw_negatives(mask, ("a", "b"), StepContext(0, 0), 2000)

@@ -70,6 +70,7 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def test_a_stopped_run_continues_bitwise(tmp_path: Path) -> None:
+    """Trap: a script that ignores its resume flag (torchaudio's HuBERT). Here the same command is the flag."""
     ending, whole = run(tmp_path / "whole", config())
     assert ending is Ending.FINISHED
     ending, _ = run(tmp_path / "parts", config(), stop_after=3)

@@ -16,6 +16,7 @@ from pretrain.engines import World, make_engine
 from pretrain.engines.base import make_optimizer
 from pretrain.frontends import log_mel, multiscale, waveform_conv
 from pretrain.model import build_model
+from pretrain.nn.numerics import full_precision
 from pretrain.nn.quantizers import RandomProjectionQuantizer
 from pretrain.types import Frontend, SpeechModel, StepContext
 from tests.contract.cases import FRONTENDS, batch, make, small
@@ -59,6 +60,32 @@ def test_bf16_scales_no_loss_and_the_norm_is_that_of_the_mean_gradient() -> None
         by_hand(data, plan, counts, ctx)[0].backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in by_hand.parameters() if p.grad is not None])
     assert engine.step(batches, ctx, 1e-4).grad_norm == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_an_fp16_norm_cannot_overflow() -> None:
+    """Trap: a sum of squares in fp16, or before gradients are averaged, ends at 65,504 (fairseq#4555)."""
+    norms = {}
+    for precision in ("fp32", "fp16"):
+        values = {"data": {"shards": "none"}, "engine": {"name": "local", "precision": precision}} | PARTS
+        module = build_model(load(Config, values))
+        with torch.no_grad():
+            module.objective.get_submodule("classifiers.0").weight.mul_(2e3)
+        engine = make_engine(load(Config, values), module, World())
+        norms[precision] = engine.step([batch()], StepContext(0, 0), 1e-4).grad_norm
+    assert norms["fp32"] ** 2 > 65_504
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.03)
+
+
+def test_no_tf32_where_every_bit_counts() -> None:
+    """Trap: distances to codes in TF32 name another code. `nearest_codes` and the losses run in such a region."""
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        with full_precision(torch.device("cuda")):
+            assert not matmul.allow_tf32
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
 
 
 class Largest(TorchDispatchMode):
