@@ -26,8 +26,8 @@ from pretrain.model import build_model
 from pretrain.nn.masking import FrameMask
 from pretrain.pictures import add_frames, projected
 from pretrain.types import StepContext
+from tests.plants import BEST_RQ, WAV2VEC2, config, run
 from tests.synthetic import synthetic_batch
-from tests.unit.test_watch import BEST_RQ, WAV2VEC2, config, run
 
 HUBERT: dict[str, Any] = {"name": "hubert", "units": 8, "projection_dim": 16}
 CHROMIUM = [

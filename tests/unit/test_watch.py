@@ -6,31 +6,33 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from data_pipeline.schema import load
 from data_pipeline.types import Cursor, Step
-from pretrain.config import Config
-from pretrain.engines import Engine, World, make_engine
-from pretrain.heartbeat import Heartbeat
+from pretrain.engines import Engine
 from pretrain.model import build_model
 from pretrain.replay import load_batches, replay
-from pretrain.run_folder import RunFolder
 from pretrain.telemetry import read_rows
-from pretrain.train import train
 from pretrain.watch import UnhealthyError
+from tests.plants import (
+    BEST_RQ,
+    PLANTED,
+    WAV2VEC2,
+    Plant,
+    break_stem,
+    config,
+    drown,
+    events,
+    one_code,
+    run,
+    zero_stem,
+)
 from tests.synthetic import SyntheticReader
-
-PLANTED = 22
-"""The step at which a failure is planted."""
-BEST_RQ: dict[str, Any] = {"name": "best_rq", "n_codes": 32}
-WAV2VEC2: dict[str, Any] = {"name": "wav2vec2", "n_codes": 16, "code_dim": 16, "projection_dim": 16, "negatives": 20}
-Plant = Callable[[Engine], None]
 
 
 class Repeating(SyntheticReader):
@@ -40,90 +42,6 @@ class Repeating(SyntheticReader):
         first = next(super().steps())
         for number in itertools.count(1):
             yield dataclasses.replace(first, after=Cursor(self.plan_hash, 0, number))
-
-
-def config(steps: int = 60, objective: dict[str, Any] | None = None, **top: Any) -> Config:
-    health = {"every": 2, "confirm": 3, "window": 10, "grace_steps": 20} | top.pop("health", {})
-    return load(
-        Config,
-        {
-            "data": {"shards": "synthetic", "micro_batches": 4, "batch_seconds": 6.94},
-            "frontend": {"name": "log_mel"},
-            "encoder": {"name": "transformer", "layers": 2, "dim": 32, "heads": 2, "ffn_dim": 64, "norm": "pre"},
-            "objective": objective or BEST_RQ,
-            "optimizer": {"lr": 3e-3},
-            "schedule": {"warmup_steps": 2, "name": "constant"},
-            "train": {"steps": steps, "checkpoint_every": 10, "keep_last": 20},
-            "engine": {"name": "local"},
-            "health": health,
-            **top,
-        },
-    )
-
-
-def run(
-    folder: Path,
-    settings: Config,
-    plant: Plant | None = None,
-    once: bool = True,
-    louder: tuple[int, ...] = (),
-    reader: type[SyntheticReader] = SyntheticReader,
-) -> Engine:
-    """One start of a run; `plant` acts on the engine before update PLANTED (or before each from then on).
-
-    `louder`: the loss of these updates counts a thousandfold.
-    """
-    torch.set_num_threads(1)
-    run_folder = RunFolder(folder)
-    run_folder.claim()
-    engine = make_engine(settings, build_model(settings), World())
-    make_louder(engine, louder)
-    polled = 0
-
-    def poll() -> bool:
-        nonlocal polled
-        if plant is not None and (polled == PLANTED if once else polled >= PLANTED):
-            plant(engine)
-        polled += 1
-        return False
-
-    with Heartbeat(folder, 0, 600) as heart:
-        train(settings, engine, reader(), run_folder, heart, poll, say=lambda line: None)
-    return engine
-
-
-def events(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "health.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-@torch.no_grad()
-def zero_stem(engine: Engine) -> None:
-    for parameter in engine.module.model.frontend.parameters():
-        parameter.zero_()
-
-
-@torch.no_grad()
-def break_stem(engine: Engine) -> None:
-    next(engine.module.model.frontend.parameters()).fill_(math.nan)
-
-
-@torch.no_grad()
-def one_code(engine: Engine) -> None:
-    for name, tensor in [*engine.module.objective.named_buffers(), *engine.module.objective.named_parameters()]:
-        if name.endswith("projection_DC") or name.startswith("quantizer.logits"):
-            tensor.zero_()
-        if name == "quantizer.logits.bias":
-            tensor[0] = tensor[16] = 100.0
-
-
-def make_louder(engine: Engine, steps: tuple[int, ...]) -> None:
-    plain = engine._forward_backward
-
-    def loud(batch: Any, plan: Any, counts_K: Any, ctx: Any) -> Any:
-        return plain(batch, plan, counts_K / 1000 if ctx.step in steps else counts_K, ctx)
-
-    engine._forward_backward = loud  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("objective", [BEST_RQ, WAV2VEC2], ids=["best_rq", "wav2vec2"])
@@ -154,6 +72,30 @@ def test_a_planted_failure_is_caught(
     caught = next(event for event in events(tmp_path) if event["step"] >= PLANTED and event["detector"] == detector)
     assert caught["step"] - PLANTED <= within
     assert PLANTED <= caught["since"] <= caught["step"]
+
+
+def test_a_rank_that_falls_is_caught(tmp_path: Path) -> None:
+    run(tmp_path, config(36), drown)
+    caught = [event for event in events(tmp_path) if event["detector"].endswith("rank")]
+    assert {event["detector"] for event in caught} >= {"layer_1 rank"}
+    assert PLANTED <= caught[0]["since"] <= caught[0]["step"] <= PLANTED + 6
+
+
+def test_targets_of_unnormalised_features_stop_a_run_at_its_first_update(tmp_path: Path) -> None:
+    def louder_features(engine: Engine) -> None:
+        mel = engine.module.objective.mel
+        plain = mel.forward
+        mel.forward = lambda *given: plain(*given)._replace(x_BFD=4.0 * plain(*given).x_BFD - 6.0)
+
+    with pytest.raises(UnhealthyError, match="fixed targets need 0 and 1"):
+        run(tmp_path, config(), louder_features, planted=0)
+    assert events(tmp_path)[0]["step"] == 0
+
+
+def test_a_contrastive_model_that_guesses_is_caught(tmp_path: Path) -> None:
+    run(tmp_path, config(30, WAV2VEC2, optimizer={"lr": 1e-9}))
+    caught = {event["detector"] for event in events(tmp_path)}
+    assert "chance" in caught
 
 
 def test_a_model_that_does_not_learn_is_caught(tmp_path: Path) -> None:
