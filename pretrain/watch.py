@@ -76,7 +76,7 @@ class Watch:
         self._why = ""
         self.alarms: list[tuple[int, Finding, int]] = []
         """(step, finding, since) of each alarm of this start."""
-        self._gauge = StageGauge(engine.module) if self._rank == 0 else None
+        self.gauge = StageGauge(engine.module) if self._rank == 0 else None
 
     @property
     def limit(self) -> float:
@@ -94,8 +94,8 @@ class Watch:
 
     def extras(self, ctx: StepContext, waited: float) -> dict[str, float]:
         """What this rank adds to the step's all-reduce: rank 0's wish, and how long each rank waited for data."""
-        if self._gauge is not None:
-            self._gauge.armed = ctx.step % self.settings.every == 0
+        if self.gauge is not None:
+            self.gauge.armed = ctx.step % self.settings.every == 0
         waits = {f"wait/{rank}": waited if rank == self._rank else 0.0 for rank in range(self._world)}
         return {f"health/{wish}": value for wish, value in self._wish.items()} | waits
 
@@ -131,13 +131,13 @@ class Watch:
         )
         scalars = {"health/skipped": float(result.skipped)}
         if ctx.step % self.settings.every == 0:
-            stages, ranks = self._gauge.read() if self._gauge else ({}, {})
+            stages, ranks = self.gauge.read() if self.gauge else ({}, {})
             scalars |= {f"health/std/{name}": value for name, value in stages.items()}
             scalars |= {f"health/rank/{name}": value for name, value in ranks.items()}
             deviations = {
-                name.removeprefix("metric/"): float(total[0]) / count
+                name.rpartition("/")[2]: float(total[0]) / count
                 for name, (total, count) in result.metrics.items()
-                if name.startswith("metric/") and name.endswith("_std") and count > 0
+                if name.endswith("_std") and count > 0
             }
             self._judge(ctx.step, self._findings(ctx.step, stages | deviations, ranks))
         return scalars | {"health/alarms": float(len(self.alarms))}
@@ -152,8 +152,8 @@ class Watch:
         counts = np.sum([seen.counts for seen in self._recent], axis=0)
         if step == 0 and self.config.objective.name in FIXED_TARGETS:
             found.append(health.low_target_entropy(counts, limits.min_target_entropy))
-        if step == 0 and self._gauge and self._gauge.target_inputs:
-            found.append(health.off_scale("the features that targets are made of", *self._gauge.target_inputs))
+        if step == 0 and self.gauge and self.gauge.target_inputs:
+            found.append(health.off_scale("the features that targets are made of", *self.gauge.target_inputs))
         if step >= self._ranks_from:
             for name, rank in ranks.items():
                 best = self._best[name] = max(rank, self._best.get(name, 0.0))

@@ -24,6 +24,7 @@ PLANTED = 22
 """The update before which the tests plant a failure."""
 BEST_RQ: dict[str, Any] = {"name": "best_rq", "n_codes": 32}
 WAV2VEC2: dict[str, Any] = {"name": "wav2vec2", "n_codes": 16, "code_dim": 16, "projection_dim": 16, "negatives": 20}
+DATA2VEC: dict[str, Any] = {"name": "data2vec"}
 Plant = Callable[[Engine], None]
 
 
@@ -106,6 +107,12 @@ def one_code(engine: Engine) -> None:
             tensor.zero_()
         if name == "quantizer.logits.bias":
             tensor[0] = tensor[len(tensor) // 2] = 100.0
+
+
+@torch.no_grad()
+def same_prediction(engine: Engine) -> None:
+    """A regression that gives its mean whatever comes in."""
+    engine.module.objective.get_parameter("regression.weight").zero_()
 
 
 @torch.no_grad()

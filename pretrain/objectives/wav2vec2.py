@@ -13,6 +13,7 @@ from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
 from pretrain.nn.contrastive import contrast_logits, contrastive_loss
 from pretrain.nn.dropout import Dropout
+from pretrain.nn.ema import deviation
 from pretrain.nn.masked_units import feature_penalty
 from pretrain.nn.masking import FrameMask, draw_frame_mask, draw_negatives, span_mask
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
@@ -120,6 +121,8 @@ class Wav2Vec2(Objective):
             "metric/accuracy": (hits, count),
             "metric/masked_share": (count, encoded.lengths_B.sum()),
             "metric/soft_perplexity": (code_perplexity * count, count),
+            "health/target_std": (deviation(targets_ND) * count, count),
+            "health/prediction_std": (deviation(predictions_ND) * count, count),
             "hist/codes": (histogram, count * self.config.groups),
         }
         return LossOutput(total, count, metrics), encoded

@@ -21,6 +21,7 @@ from pretrain.telemetry import read_rows
 from pretrain.watch import UnhealthyError
 from tests.plants import (
     BEST_RQ,
+    DATA2VEC,
     PLANTED,
     WAV2VEC2,
     Plant,
@@ -30,6 +31,7 @@ from tests.plants import (
     events,
     one_code,
     run,
+    same_prediction,
     zero_stem,
 )
 from tests.synthetic import SyntheticReader
@@ -61,14 +63,18 @@ def test_a_healthy_run_raises_no_alarm(tmp_path: Path, objective: dict[str, Any]
         (break_stem, True, "not finite", 0, BEST_RQ),
         (one_code, False, "code use", 20, BEST_RQ),
         (one_code, False, "code use", 20, WAV2VEC2),
+        (one_code, False, "target_std deviation", 8, WAV2VEC2),
+        (same_prediction, False, "prediction_std deviation", 8, DATA2VEC),
     ],
-    ids=["dead stem", "NaN stem", "collapsed targets", "collapsed codebook"],
+    ids=["dead stem", "NaN stem", "collapsed targets", "collapsed codebook", "constant targets", "constant prediction"],
 )
 def test_a_planted_failure_is_caught(
     tmp_path: Path, plant: Plant, once: bool, detector: str, within: int, objective: dict[str, Any]
 ) -> None:
+    # constant targets of a collapsed book are seen sooner than its codes, which need counts
+    health = {"min_stage_std": 0.0} if detector == "code use" else {}
     with pytest.raises(UnhealthyError, match="what usually helps"):
-        run(tmp_path, config(objective=objective), plant, once)
+        run(tmp_path, config(objective=objective, health=health), plant, once)
     caught = next(event for event in events(tmp_path) if event["step"] >= PLANTED and event["detector"] == detector)
     assert caught["step"] - PLANTED <= within
     assert PLANTED <= caught["since"] <= caught["step"]
