@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from data_pipeline.schema import load
+from launch.compose import compose
+from launch.config import PretrainJob
+from launch.describe import run_config
+from pretrain.model import build_model
 from tests.parity.hugging_face import copy_weights, hugging_face_config, our_model, ragged_batch, randomize
 from tests.parity_table import Parity
 
@@ -63,3 +68,34 @@ def test_hidden_states(
     assert len(hidden) == len(found.layers)
     worst = max(float((a - b)[valid_BF].abs().max()) for a, b in zip(found.layers, hidden, strict=True))
     parity(f"{kind}Model hidden states, {str(dtype)[6:]}", tolerance, worst)
+
+
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "feat_extract_norm": "layer",
+    "conv_bias": True,
+    "do_stable_layer_norm": True,
+}
+SHIPPED = {
+    "wav2vec2_base": ("Wav2Vec2", {}),
+    "wav2vec2_large": ("Wav2Vec2", LARGE),
+    "hubert_base": ("Hubert", {}),
+    "wavlm_base": ("WavLM", {}),
+    "data2vec_base": ("Data2VecAudio", {}),
+}
+
+
+@pytest.mark.parametrize("experiment", SHIPPED)
+def test_shipped_models_have_the_parameters_of_transformers(experiment: str, parity: Parity) -> None:
+    """Transformers' defaults are the released BASE models; its mask embedding is our objective's."""
+    kind, more = SHIPPED[experiment]
+    values = compose("pretrain", [f"experiment={experiment}", "data.shards=nowhere"])
+    with torch.device("meta"):
+        theirs = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**more))
+        module = build_model(run_config(load(PretrainJob, values)))
+    ours = sum(weight.numel() for weight in module.model.parameters()) + module.objective.mask_embedding.numel()
+    expected = sum(weight.numel() for weight in theirs.parameters())
+    parity("parameters of shipped models against transformers': how many more or fewer", 0, abs(ours - expected))
