@@ -51,8 +51,8 @@ def run(arguments: list[str]) -> int:
     console = Console(width=None if Console().is_terminal else 200)
     console.print(table)
     console.print(
-        "parameters: all that are trained. Operations: one forward pass of front end and encoder over unmasked crops of "
-        "15 s, ours counted, beside what the project's design worked out; training takes about thrice, times the passes "
-        "that the objective makes (teachers, several masks or views)"
+        "parameters: all that are trained. Operations: one forward pass of front end and encoder, crops of 15 s, as "
+        "counted and as the project's design worked them out; training takes about thrice, times the passes that the "
+        "objective makes (teachers, several masks or views)"
     )
     return 0
