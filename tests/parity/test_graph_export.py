@@ -27,7 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         STEM | {"norm": "layer"},
         TRANSFORMER | POSITIONS | {"positions": "conv_stack", "conv_positions_kernel": 19},
     ),
-    "efficient": ({"name": "log_mel"}, ROPE),
+    "efficient": ({"name": "log_mel", "normalize": "fixed"}, ROPE | {"attention": "chunked"}),
     "conformer": ({"name": "log_mel"}, {"name": "conformer"} | SMALL),
 }
 
