@@ -10,7 +10,9 @@ from torch import Tensor
 
 RENAMES = (
     (r"frontend\.convs\.(\d+)\.conv\.", r"feature_extractor.conv_layers.\1.conv."),
-    (r"frontend\.convs\.(\d+)\.(?:group|layer)_norm\.", r"feature_extractor.conv_layers.\1.layer_norm."),
+    (r"frontend\.convs\.(\d+)\.layer_norm\.", r"feature_extractor.conv_layers.\1.layer_norm."),
+    (r"frontend\.convs\.0\.norm_(weight|bias)$", r"feature_extractor.conv_layers.0.layer_norm.\1"),
+    (r"frontend\.convs\.0\.(weight|bias)$", r"feature_extractor.conv_layers.0.conv.\1"),
     (r"frontend\.norm\.", r"feature_projection.layer_norm."),
     (r"frontend\.linear\.", r"feature_projection.projection."),
     (r"encoder\.positions\.weight_g$", r"encoder.pos_conv_embed.conv.parametrizations.weight.original0"),

@@ -48,23 +48,53 @@ class Config:
         return self.norm == "layer"
 
 
-class ConvLayer(nn.Module):
-    """Convolution → norm (group, layer or none) → GELU, on (B, T, D)."""
+class NormedConv(nn.Module):
+    """The first convolution with its group norm over time (one group a channel) and GELU, (B, T, 1) to (B, F, D).
 
-    def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, bias: bool, norm: Norm | None) -> None:
+    A channel w is linear in the windows that it sees, so its mean and variance over time follow from the windows' mean
+    m and covariance C: w·m and w·Cw. The norm is therefore a scale of each row's weights, and the widest tensor of the
+    model is neither kept nor passed over twice.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, dim: int, kernel: int, stride: int, bias: bool) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel))
+        nn.init.kaiming_normal_(self.weight)
+        # the norm takes it out again; released models with biases hold one here, too
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+        self.norm_weight = nn.Parameter(torch.ones(dim))
+        self.norm_bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, wave_BT1: Tensor) -> Tensor:
+        windows_BFK = wave_BT1[:, :, 0].unfold(1, self.kernel, self.stride)
+        with torch.autocast(wave_BT1.device.type, enabled=False):
+            exact_BFK, weight_KD = windows_BFK.double(), self.weight[:, 0].T.double()
+            mean_B1K = exact_BFK.mean(1, keepdim=True)
+            centred_BFK = exact_BFK - mean_B1K
+            covariance_BKK = centred_BFK.transpose(1, 2) @ centred_BFK / windows_BFK.shape[1]
+            variance_B1D = (weight_KD * (covariance_BKK @ weight_KD)).sum(1, keepdim=True).clamp(min=0)
+            scale_B1D = self.norm_weight * (variance_B1D + self.eps).rsqrt()
+            bias = 0.0 if self.bias is None else self.bias
+            offset_B1D = self.norm_bias + scale_B1D * (bias - (mean_B1K @ weight_KD + bias))
+            normed_BKD = (weight_KD * scale_B1D).to(wave_BT1.dtype)
+        return F.gelu(torch.baddbmm(offset_B1D.to(wave_BT1.dtype), windows_BFK, normed_BKD))
+
+
+class ConvLayer(nn.Module):
+    """Convolution → layer norm, or none → GELU, on (B, T, D)."""
+
+    def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, bias: bool, norm: bool) -> None:
         super().__init__()
         self.conv = TimeConv(in_dim, dim, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
-        self.group_norm = nn.GroupNorm(dim, dim) if norm == "group" else None
-        self.layer_norm = nn.LayerNorm(dim) if norm == "layer" else None
+        self.layer_norm = nn.LayerNorm(dim) if norm else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         y_BTD: Tensor = self.conv(x_BTD)
-        if self.group_norm is not None:
-            y_BTD = self.group_norm(y_BTD.transpose(1, 2)).transpose(1, 2)
-        if self.layer_norm is not None:
-            y_BTD = self.layer_norm(y_BTD)
-        return F.gelu(y_BTD)
+        return F.gelu(y_BTD if self.layer_norm is None else self.layer_norm(y_BTD))
 
 
 class WaveformConv(Frontend):
@@ -81,9 +111,11 @@ class WaveformConv(Frontend):
         self.feature_rate_hz = self.rate_hz = SAMPLE_RATE / self.hop
         self.convs = nn.ModuleList()
         for layer, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
-            norm = config.norm if config.norm == "layer" or layer == 0 else None
+            if layer == 0 and config.norm == "group":
+                self.convs.append(NormedConv(config.channels, kernel, stride, config.bias))
+                continue
             in_dim = config.channels if layer else 1
-            self.convs.append(ConvLayer(in_dim, config.channels, kernel, stride, config.bias, norm))
+            self.convs.append(ConvLayer(in_dim, config.channels, kernel, stride, config.bias, config.norm == "layer"))
         self.norm = nn.LayerNorm(config.channels)
         self.linear = nn.Linear(config.channels, dim)
         nn.init.uniform_(self.linear.weight, -(config.channels**-0.5), config.channels**-0.5)

@@ -16,11 +16,12 @@ def time_conv(
     convolutions in any precision, full ones in bf16 or fp16 only. One input channel is the exception (LOG.md).
     """
     device = x_BFD.device.type
-    reduced = torch.is_autocast_enabled(device) or x_BFD.dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BFD.dtype
+    reduced = dtype in (torch.bfloat16, torch.float16)
     if device != "cpu" or x_BFD.shape[2] == 1 or (groups == 1 and not reduced):
         return F.conv1d(x_BFD.transpose(1, 2), weight_EDK, bias_E, stride, padding, 1, groups).transpose(1, 2)
     image_BD1F = x_BFD.transpose(1, 2)[:, :, None]
-    weight_ED1K = weight_EDK[:, :, None].contiguous(memory_format=torch.channels_last)
+    weight_ED1K = weight_EDK.to(dtype)[:, :, None].contiguous(memory_format=torch.channels_last)
     y_BE1F = F.conv2d(image_BD1F, weight_ED1K, bias_E, (1, stride), (0, padding), 1, groups)
     return y_BE1F[:, :, 0].transpose(1, 2)
 
