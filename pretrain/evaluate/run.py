@@ -219,7 +219,7 @@ class Room:
         rows = []
         for encoder in (*self.beside(encoders, context=0), *encoders):
             found = unlabelled.MEASURES[self.name](encoder, self.parts[2], self.phones, self.classes, self.waves)
-            rows += [Row(self.name, measure, encoder.name, value) for measure, value in found]
+            rows += [Row(self.name, measure, encoder.name, i.value, i.low, i.high) for measure, i in found]
             self.say(f"{self.name}: {encoder.name} measured")
         return rows
 

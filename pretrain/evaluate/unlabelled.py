@@ -6,21 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from pretrain.evaluate import abx as phone_abx
 from pretrain.evaluate.corpus import Interval, Utterance
 from pretrain.evaluate.encoders import FrozenEncoder
 from pretrain.evaluate.features import SILENCE, Waves, phone_frames
-from pretrain.evaluate.measures import abx_error, equal_error_rate, phone_normalized_mutual_information
+from pretrain.evaluate.measures import Interval95, equal_error_rate, phone_normalized_mutual_information
 from pretrain.health import rank_me
 
-Found = list[tuple[str, float]]
+Found = list[tuple[str, Interval95]]
+"""Measures by name; without an interval where it is not over speakers."""
 Phones = Mapping[str, Sequence[Interval]]
-TRIPLES, UNITS, MAX_FRAMES = 1_500, 100, 20_000
+PER_PHONE, RESAMPLINGS, UNITS, MAX_FRAMES = 3, 500, 100, 20_000
 
 
 def abx(
     encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
 ) -> Found:
-    """Phone ABX error within and across speakers."""
+    """Phone ABX error within and across speakers, with intervals over speakers."""
     tokens: list[tuple[str, str, np.ndarray]] = []
     for utterance in part:
         x_LFD = encoder.encode(waves(utterance)).float().numpy()
@@ -29,14 +31,15 @@ def abx(
             last = min(last, x_LFD.shape[1])
             if interval.phone not in SILENCE and 2 <= last - first <= 30:
                 tokens.append((interval.phone, utterance.speaker, x_LFD[:, first:last]))
+    tokens = phone_abx.thinned(tokens, PER_PHONE)
     if not tokens:
         raise ValueError("abx: no phone of these utterances is 2 to 30 frames long")
     found: Found = []
     for layer in range(len(tokens[0][2])):
         single = [(phone, speaker, x_LFD[layer]) for phone, speaker, x_LFD in tokens]
         for across in (False, True):
-            error, _ = abx_error(single, TRIPLES, across)
-            found.append((f"ABX error {'across' if across else 'within'} speakers, layer {layer}", error))
+            name = f"ABX error {'across' if across else 'within'} speakers, layer {layer}"
+            found.append((name, phone_abx.error(phone_abx.cells(single, across), RESAMPLINGS)))
     return found
 
 
@@ -54,8 +57,8 @@ def pnmi(
         x_ND = kept[:, layer].float().numpy()
         means = MiniBatchKMeans(min(UNITS, len(x_ND) // 4), n_init=3, batch_size=4096, random_state=0)
         value, purity, cluster = phone_normalized_mutual_information(labels, means.fit_predict(x_ND))
-        found += [(f"PNMI, layer {layer}", value), (f"phone purity, layer {layer}", purity)]
-        found.append((f"cluster purity, layer {layer}", cluster))
+        named = {"PNMI": value, "phone purity": purity, "cluster purity": cluster}
+        found += [(f"{name}, layer {layer}", point(value)) for name, value in named.items()]
     return found
 
 
@@ -65,7 +68,12 @@ def rankme(
     """Dimensions in effect of each layer."""
     frames = phone_frames(encoder, part, phones, classes, waves)
     kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // 4096)].float().numpy()
-    return [(f"RankMe, layer {layer}", rank_me(kept[:, layer])) for layer in range(kept.shape[1])]
+    return [(f"RankMe, layer {layer}", point(rank_me(kept[:, layer]))) for layer in range(kept.shape[1])]
+
+
+def point(value: float) -> Interval95:
+    """A figure without an interval."""
+    return Interval95(value, float("nan"), float("nan"))
 
 
 def verification(encoder: FrozenEncoder, valid: Sequence[Utterance], test: Sequence[Utterance], waves: Waves) -> float:

@@ -48,27 +48,6 @@ def test_pnmi_of_the_same_and_of_independent_labels() -> None:
     assert purity == pytest.approx(0.1, abs=0.02)
 
 
-def test_dtw_ignores_tempo() -> None:
-    x = np.eye(8)[[0, 1, 2, 3]]
-    assert measures.dtw_distance(x, np.eye(8)[[0, 0, 1, 2, 2, 2, 3]]) == pytest.approx(0.0, abs=1e-6)
-    assert measures.dtw_distance(x, np.eye(8)[[4, 5, 6]]) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("across", [False, True])
-def test_abx_of_separable_and_of_meaningless_features(across: bool) -> None:
-    def tokens(informed: float) -> list[tuple[str, str, np.ndarray]]:
-        centres = np.eye(16)[:4]
-        return [
-            (f"p{p}", f"s{s}", informed * centres[p] + RNG.normal(0, 0.1, (4, 16)))
-            for p in range(4)
-            for s in range(3)
-            for _ in range(10)
-        ]
-
-    assert measures.abx_error(tokens(1.0), 300, across)[0] < 0.01
-    assert measures.abx_error(tokens(0.0), 300, across)[0] == pytest.approx(0.5, abs=0.1)
-
-
 def test_grid_labels_take_the_phone_at_the_middle_of_a_cell() -> None:
     intervals = [Interval(0.0, 0.05, "A"), Interval(0.05, 0.10, "B")]
     assert grid_labels(intervals, 0.13, 50) == ["A", "A", "B", "B", "B", ""]

@@ -1,0 +1,71 @@
+"""ABX equals fastabx's, cell by cell (fastabx/cells.json holds its answers; make.py there made them)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.evaluate import abx
+
+CELLS = Path(__file__).resolve().parent / "fastabx" / "cells.json"
+RNG = np.random.default_rng(0)
+
+
+def reference() -> tuple[list[abx.Token], dict[str, list[dict[str, object]]]]:
+    values = json.loads(CELLS.read_text())
+    tokens = [(phone, speaker, np.array(x)) for phone, speaker, x in values.pop("tokens")]
+    return tokens, values
+
+
+@pytest.mark.parametrize("name", ["within", "across"])
+def test_every_cell_is_that_of_fastabx(name: str) -> None:
+    tokens, theirs = reference()
+    ours = abx.cells(tokens, name == "across", others=2)
+    expected = {
+        (cell["phone"], cell["phone_b"], cell["speaker"], cell.get("speaker_x", cell["speaker"])): cell["score"]
+        for cell in theirs[name]
+    }
+    found = {(cell.phone, cell.against, cell.speaker, cell.other): cell.error for cell in ours}
+    assert len(expected) == {"within": 27, "across": 72}[name]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_alignment_ignores_tempo() -> None:
+    x, same, other = np.eye(8)[[0, 1, 2, 3]], np.eye(8)[[0, 0, 1, 2, 2, 2, 3]], np.eye(8)[[4, 5, 6]]
+    assert abx.distances([x], [same, other], np.array([[0, 0], [0, 1]])) == pytest.approx([0.0, 0.5], abs=1e-6)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_separable_and_meaningless_features(across: bool) -> None:
+    def cells(informed: float) -> list[abx.Cell]:
+        centres = np.eye(16)[:4]
+        tokens = [
+            (f"p{p}", f"s{s}", informed * centres[p] + RNG.normal(0, 0.1, (4, 16)))
+            for p in range(4)
+            for s in range(5)
+            for _ in range(5)
+        ]
+        return abx.cells(tokens, across)
+
+    assert abx.error(cells(1.0)).value < 0.01
+    guessing = abx.error(cells(0.0), 200)
+    assert guessing.value == pytest.approx(0.5, abs=0.1)
+    assert guessing.low < guessing.value < guessing.high
+
+
+def test_pairs_of_phones_weigh_alike_and_speakers_within_them() -> None:
+    cells = [abx.Cell("a", "b", "s", "s", 0.0), abx.Cell("a", "b", "t", "t", 0.4), abx.Cell("b", "a", "s", "s", 0.6)]
+    assert abx.error(cells).value == pytest.approx((0.2 + 0.6) / 2)
+
+
+def test_thinning_keeps_so_many_of_each_phone_and_speaker() -> None:
+    tokens: list[abx.Token] = [(phone, speaker, np.ones((2, 2))) for phone in "ab" for speaker in "st"] * 5
+    assert len(abx.thinned(tokens, 3)) == 12
+
+
+def test_speech_without_a_triple_is_refused() -> None:
+    with pytest.raises(ValueError, match="no triple"):
+        abx.cells([("a", "s", np.ones((2, 2)))], across=False)
