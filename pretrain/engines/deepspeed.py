@@ -114,11 +114,24 @@ class DeepSpeedEngine(Engine):
             plain_norm = torch.nn.utils.get_total_norm(grads)
         adam = self.optimizer if self.config.zero_stage == 0 else self.optimizer.optimizer
         adam.norm, adam.limit = lambda: self._norm(plain_norm), skip_above
+        if self.config.zero_stage == 3 and self.config.offload != "none":
+            self._hand_over_missing_gradients()
         self.engine.step()
         if self.config.zero_stage == 3:
             # else a parameter without gradient in the next step (layer drop) would be given this step's once more
             self.optimizer.grad_partitions_flat_buffer.zero_()
         return self._norm(plain_norm)
+
+    def _hand_over_missing_gradients(self) -> None:
+        """ZeRO-3 copies to the host or disk what this step gave a gradient, and keeps the last step's of the others.
+
+        Theirs (layer drop) are zeros in the buffer of partitions, and are handed over here.
+        """
+        zero = self.optimizer
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        missing = [parameter for parameter in trained if zero.get_param_id(parameter) not in zero.norm_for_param_grads]
+        zero._offload_boundary_param_ids = {parameter.ds_id for parameter in missing}  # type: ignore[attr-defined]
+        zero._finalize_offload_gradient_accumulation()
 
     def _norm(self, plain_norm: Tensor | None) -> float:
         """ZeRO writes its norm down before it calls the optimizer; ZeRO-3 does not where the gradients overflowed."""
@@ -169,8 +182,13 @@ class DeepSpeedEngine(Engine):
             adam, owners = self.optimizer.optimizer, self.optimizer.fp32_partitioned_groups_flat
         else:
             adam, owners = self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
-        for owner in owners:
+        for number, owner in enumerate(owners):
+            on_disk = self.config.offload == "nvme" and self.optimizer._swappable_optimizer_subgroup(number)
+            if on_disk:  # whose weights are empty until they are read
+                self.optimizer._optimizer_states_and_gradient_swap_in(number)
             adam.state[owner] = first_state(owner, step, self.config.fused)
+            if on_disk:
+                self.optimizer._optimizer_states_and_gradient_swap_out(number)
         self._link_moments()
 
     def _link_moments(self) -> None:
