@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.schema import ConfigError, dump
+from launch import redaction
 from launch.compose import to_yaml
 from launch.config import PretrainJob
 from pretrain.config import Config
@@ -25,8 +26,6 @@ PACKAGES = ("torch", "torchaudio", "deepspeed", "ray", "webdataset", "numpy", "h
 KEPT_VARIABLES = re.compile(
     r"^(OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|DS_ACCELERATOR|TORCH_\w+|NCCL_\w+|GLOO_\w+|SLURM_(JOB|NODE|STEP|CLUSTER)\w*)$"
 )
-PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
-SECRET = re.compile(r"(token|secret|passw|credential|api_?key|private_?key|access_?key)", re.IGNORECASE)
 
 
 class Named(Protocol):
@@ -55,7 +54,7 @@ def prepare(job: PretrainJob) -> Path:
     folder = folder_of(job)
     launcher = dump(job)["launcher"]
     values = dump(run_config(job))
-    refuse_secrets(values)
+    redaction.refuse_secrets({**values, "launcher": launcher})
     _refuse_another_config(folder, job)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", values)
@@ -67,23 +66,8 @@ def prepare(job: PretrainJob) -> Path:
 def write_surroundings(folder: Path, launcher: dict[str, Any]) -> None:
     """environment.json and git.diff: on what, and by which code."""
     sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
-    write_atomically(folder / "git.diff", "\n".join(line for line in diff.splitlines() if not SECRET.search(line)))
+    write_atomically(folder / "git.diff", "\n".join(redaction.without_secrets(diff.splitlines())))
     write_json(folder / "environment.json", _environment(launcher, sha))
-
-
-def refuse_secrets(values: Any, path: str = "") -> None:
-    """Raises ConfigError for an address with a password: configs are kept in run folders, which people share."""
-    if isinstance(values, dict):
-        for name, value in values.items():
-            refuse_secrets(value, f"{path}.{name}".lstrip("."))
-    elif isinstance(values, list):
-        for value in values:
-            refuse_secrets(value, path)
-    elif isinstance(values, str) and PASSWORD.search(values):
-        raise ConfigError(
-            f"{path}: holds an address with a password, which would land in the run folder; give credentials by the "
-            "environment (AWS_ACCESS_KEY_ID … or the storage's own config file)"
-        )
 
 
 def run_config(job: PretrainJob) -> Config:
@@ -104,7 +88,7 @@ def _environment(launcher: dict[str, Any], sha: str) -> dict[str, Any]:
     installed = {package: metadata.version(package) for package in PACKAGES if _is_installed(package)}
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [word for word in sys.argv if not SECRET.search(word) and not PASSWORD.search(word)],
+        "command": redaction.without_secrets(sys.argv),
         "directory": str(Path.cwd()),
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -116,7 +100,7 @@ def _environment(launcher: dict[str, Any], sha: str) -> dict[str, Any]:
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
-            if KEPT_VARIABLES.match(name) and not SECRET.search(name)
+            if KEPT_VARIABLES.match(name) and not redaction.NAME.search(name)
         },
     }
 

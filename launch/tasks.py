@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.schema import ConfigError, dump, load
-from launch import describe
+from launch import describe, redaction
 from launch.config import RayConfig
 from launch.environment import RANK_LOGS, log_to
 from pretrain.run_folder import write_json
@@ -73,7 +73,7 @@ def prepare(verb: str, job: Any) -> Path:
     folder, launcher = folder_of(verb, job), dump(job.launcher)
     kind = verb_of(verb).KIND
     config = dump(kind(**{field.name: getattr(job, field.name) for field in dataclasses.fields(kind)}))
-    describe.refuse_secrets(config)
+    redaction.refuse_secrets({**config, "launcher": launcher})
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     write_json(folder / TASK, {"verb": verb, "config": config})
     describe.write_surroundings(folder, launcher)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.schema import ConfigError, load
-from launch import describe
+from launch import describe, redaction
 from launch.compose import compose
 from launch.config import PretrainJob
+from launch.submit import write_note
 from pretrain.config import Config
 
 
@@ -33,14 +34,49 @@ def test_the_folder_describes_the_run(tmp_path: Path) -> None:
 
 def test_no_secret_lands_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "NCCL_TOKEN", "HF_TOKEN", "SLURM_JOB_PASSWORD"):
-        monkeypatch.setenv(name, "hunter2")
-    monkeypatch.setattr("sys.argv", ["auricle", "pretrain", "api_key=hunter2"])
-    diff = "+ password = 'hunter2'\n+ harmless = 1"
+        monkeypatch.setenv(name, "hunter2-and-more")
+    monkeypatch.setattr(
+        "sys.argv", ["auricle", "pretrain", "api_key=hunter2", "x=hunter2-and-more", "s3://a:hunter2@b"]
+    )
+    diff = "+ password = 'hunter2'\n+ harmless = 1\n+ root = 'https://me:hunter2@host/x'\n+ odd = 'hunter2-and-more'"
     monkeypatch.setattr(describe, "_git", lambda *arguments: diff if arguments[0] == "diff" else "abc\n")
-    folder = describe.prepare(job(tmp_path))
+    wanted = job(tmp_path)
+    folder = describe.prepare(wanted)
+    write_note(folder, "1:1.0", wanted.launcher)
     assert "harmless" in (folder / "git.diff").read_text()
     for file in folder.rglob("*"):
         assert file.is_dir() or "hunter2" not in file.read_text(), file
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "s3://KEY:hunter2@bucket/shards",
+        "https://host/shards?X-Amz-Signature=abc&x=1",
+        "https://host/x?sv=2&sig=abc",
+        "s3://AKIAABCDEFGHIJKLMNOP/shards",
+        "/data/${oc.env:PLANTED_TOKEN}",
+    ],
+)
+@pytest.mark.parametrize("field", ["data.shards", "launcher.image"])
+def test_a_config_with_a_secret_is_refused(
+    field: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLANTED_TOKEN", "correct-horse-battery")
+    with pytest.raises(ConfigError, match=rf"{field}: .*environment"):
+        describe.prepare(job(tmp_path, "launcher=slurm", f"{field}='{value}'"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_addresses_and_paths_without_secrets_are_kept() -> None:
+    for harmless in (
+        "s3://bucket/shards",
+        "http://127.0.0.1:8265",
+        "a@b:/c",
+        "https://host/x?list=1",
+        "/data/tokens/x",
+    ):
+        assert not redaction.holds_secret(harmless)
 
 
 def test_checkpoints_of_another_config_are_kept_apart(tmp_path: Path) -> None:
