@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from pretrain.nn.dropout import dropout
 from pretrain.nn.packing import TimeGrid
+
+BLOCK = 128
+"""Frames per block of queries and of keys in FlexAttention."""
 
 
 class Pattern(NamedTuple):
@@ -163,49 +166,100 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext
     return torch.cat(parts, dim=2)
 
 
-def _allowed(context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> Callable[..., Tensor]:
-    """The pattern as a function of (row, head, query, key): what FlexAttention and `dense_mask` are made from.
+class _Sight(NamedTuple):
+    """What each query sees: the registers and one interval of its own utterance's frames.
 
-    Each query sees the registers and one interval of its utterance's frames. Tensors alone are captured, since a
-    compiled kernel would be made anew for each other number.
+    places: of each frame in its utterance, −1 for registers.  first, last: the interval.  owner: each padding frame is
+    alone. Tensors only, since a compiled kernel would be made anew for each other number.
     """
-    (reach, chunk, left), R, leading = context.pattern, context.n_registers, context.n_leading
-    sizes = context.documents or (n_frames - leading,)
-    places_F = torch.cat([torch.full((leading,), -1), *map(torch.arange, sizes)])
-    utterances_F = torch.cat([torch.arange(len(sizes)).repeat_interleave(torch.tensor(n)) for n in (R, sizes)])
-    first_F, last_F = torch.zeros_like(places_F), torch.full_like(places_F, max(sizes))
-    if reach is not None:
-        first_F, last_F = places_F - reach, places_F + reach
-    elif chunk:
-        first_F = (places_F // chunk - left) * chunk if left >= 0 else first_F
-        last_F = (places_F // chunk + 1) * chunk - 1
-    is_register_F = places_F < 0
-    first_F, last_F = first_F.masked_fill(is_register_F, 0), last_F.masked_fill(is_register_F, max(sizes))
-    places, first, last, register = (x.to(device) for x in (places_F, first_F, last_F, is_register_F))
-    owner_BF = utterances_F.to(device).expand(rows, n_frames)
-    if context.valid_BF is not None:  # each padding frame is alone
-        owner_BF = torch.where(context.valid_BF, owner_BF, 1 + len(sizes) + torch.arange(n_frames, device=device))
 
-    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        near = (first[query] <= places[key]) & (places[key] <= last[query])
-        return (owner_BF[row, query] == owner_BF[row, key]) & (near | register[key])
+    places_F: Tensor
+    first_F: Tensor
+    last_F: Tensor
+    register_F: Tensor
+    owner_BF: Tensor
 
-    return allowed
+    @classmethod
+    def of(cls, context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> _Sight:
+        (reach, chunk, left), R, leading = context.pattern, context.n_registers, context.n_leading
+        sizes = context.documents or (n_frames - leading,)
+        places_F = torch.cat([torch.full((leading,), -1), *map(torch.arange, sizes)])
+        utterances_F = torch.cat([torch.arange(len(sizes)).repeat_interleave(torch.tensor(n)) for n in (R, sizes)])
+        first_F, last_F = torch.zeros_like(places_F), torch.full_like(places_F, max(sizes))
+        if reach is not None:
+            first_F, last_F = places_F - reach, places_F + reach
+        elif chunk:
+            first_F = (places_F // chunk - left) * chunk if left >= 0 else first_F
+            last_F = (places_F // chunk + 1) * chunk - 1
+        register_F = places_F < 0
+        first_F, last_F = first_F.masked_fill(register_F, 0), last_F.masked_fill(register_F, max(sizes))
+        owner_BF = utterances_F.to(device).expand(rows, n_frames)
+        if context.valid_BF is not None:
+            owner_BF = torch.where(context.valid_BF, owner_BF, 1 + len(sizes) + torch.arange(n_frames, device=device))
+        places, first, last, register = (x.to(device) for x in (places_F, first_F, last_F, register_F))
+        return cls(places, first, last, register, owner_BF)
+
+    def function(self) -> Callable[..., Tensor]:
+        """Of (row, head, query, key): what FlexAttention and `dense_mask` ask for."""
+        places, first, last, register, owner_BF = self
+
+        def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            near = (first[query] <= places[key]) & (places[key] <= last[query])
+            return (owner_BF[row, query] == owner_BF[row, key]) & (near | register[key])
+
+        return allowed
+
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """Blocks of keys that a block of queries may see in part, and those that it sees whole, (B, Q, K) bool.
+
+        From the least and greatest number of each block, so that nothing of F × F is made.
+        """
+        (first, first_max), (last_min, last) = _range(self.first_F), _range(self.last_F)
+        (place, place_max), (owner, owner_max) = _range(self.places_F), _range(self.owner_BF)
+        register = _range(self.register_F.long())[1] > 0
+        near = (first[:, None] <= place_max) & (place <= last[:, None])
+        related = (owner[:, :, None] <= owner_max[:, None]) & (owner[:, None] <= owner_max[:, :, None])
+        seen = related & (near | register)
+        alone = owner == owner_max
+        whole = (first_max[:, None] <= place) & (place_max <= last_min[:, None]) & ~register
+        whole = whole & related & alone[:, :, None] & alone[:, None]
+        if self.places_F.shape[0] % BLOCK:  # blocks that reach beyond the last frame are none
+            whole[:, -1], whole[:, :, -1] = False, False
+        return seen & ~whole, whole
+
+
+def _range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest number of each block of (…, F)."""
+    spare = -x.shape[-1] % BLOCK
+    blocks = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], spare)], dim=-1).view(*x.shape[:-1], -1, BLOCK)
+    return blocks.amin(-1), blocks.amax(-1)
 
 
 def dense_mask(context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> Tensor:
     """The pattern as a (B, F, F) bool, True attends."""
     at = torch.arange(n_frames, device=device)
     row = torch.arange(rows, device=device)
-    allowed = _allowed(context, rows, n_frames, device)
+    allowed = _Sight.of(context, rows, n_frames, device).function()
     return allowed(row[:, None, None], torch.zeros_like(row), at[None, :, None], at[None, None])
 
 
 def flex_mask(context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> BlockMask | None:
-    """The pattern for FlexAttention; None where each frame attends to its whole row, which has faster kernels."""
+    """The pattern for FlexAttention; None where each frame attends to its whole row, which has faster kernels.
+
+    PyTorch's `create_block_mask` would make a dense mask first.
+    """
     if context.pattern == Pattern() and len(context.documents) < 2:
         return None
-    return create_block_mask(_allowed(context, rows, n_frames, device), rows, None, n_frames, n_frames, str(device))
+    sight = _Sight.of(context, rows, n_frames, device)
+    partial, whole = (_listed(some_BQK) for some_BQK in sight.blocks())
+    sizes = (n_frames, n_frames)
+    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=BLOCK, mask_mod=sight.function(), seq_lengths=sizes)
+
+
+def _listed(some_BQK: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and an order in which they come first, for all heads."""
+    order_BQK = some_BQK.int().argsort(dim=-1, descending=True, stable=True)
+    return some_BQK.sum(-1, dtype=torch.int32)[:, None], order_BQK.int()[:, None]
 
 
 @functools.cache
