@@ -49,9 +49,13 @@ def not_finite(name: str, value: float) -> Finding | None:
     return Finding("not finite", "nan", f"the {name} is {value}", helps)
 
 
-def gradient_limit(norms: Sequence[float], factor: float, at_least: int = 20) -> float:
-    """The gradient norm above which an update is an outlier: `factor` times the running median; at first infinite."""
-    return factor * statistics.median(norms) if len(norms) >= at_least else math.inf
+def gradient_limit(norms: Sequence[float], factor: float, floor: float = 0.0, at_least: int = 20) -> float:
+    """The gradient norm above which an update is an outlier: `factor` times the running median; at first infinite.
+
+    floor: the norm that gradients are clipped to. What would not even be clipped is no outlier: norms of a run that
+    leaves chance grow tenfold within ten updates (LOG.md).
+    """
+    return max(floor, factor * statistics.median(norms)) if len(norms) >= at_least else math.inf
 
 
 def gradient_spike(norm: float, limit: float) -> Finding | None:

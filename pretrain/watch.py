@@ -81,7 +81,7 @@ class Watch:
     @property
     def limit(self) -> float:
         """The gradient norm above which an update is an outlier; alike on all ranks."""
-        return health.gradient_limit(list(self._norms), self.settings.spike_factor)
+        return health.gradient_limit(list(self._norms), self.settings.spike_factor, self.config.optimizer.clip_norm)
 
     @property
     def skip_above(self) -> float:

@@ -27,6 +27,8 @@ class Sound:
     corpus: str = "a"
     language: str = "en"
     speaker: str = "s"
+    broken: bool = False
+    """One sample is no number; needs a shard of floating-point WAV."""
 
 
 def wave_of(sound: Sound) -> np.ndarray:
@@ -56,7 +58,11 @@ def _write_shard(root: Path, name: str, content: list[Sound], codec: str) -> Non
         for sound in content:
             offset = out.offset
             buffer = io.BytesIO()
-            soundfile.write(buffer, wave_of(sound), SAMPLE_RATE, format=codec.upper(), subtype="PCM_16")
+            wave, subtype = wave_of(sound), "PCM_16"
+            if sound.broken:
+                wave, subtype = (wave / 2.0**15).astype(np.float32), "FLOAT"
+                wave[sound.length // 2] = np.nan
+            soundfile.write(buffer, wave, SAMPLE_RATE, format=codec.upper(), subtype=subtype)
             meta = {"speaker": sound.speaker, "text": f"words of {sound.key}", "labels": {"mood": "calm"}}
             for suffix, data in ((codec, buffer.getvalue()), ("json", json.dumps(meta).encode())):
                 info = tarfile.TarInfo(f"{sound.key}.{suffix}")

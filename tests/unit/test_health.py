@@ -18,6 +18,7 @@ ZIPF = np.rint(1e6 / np.arange(1, 321))
 def test_gradient_limit_follows_the_median_and_waits_for_evidence() -> None:
     assert health.gradient_limit([1.0] * 19, 10.0) == math.inf
     assert health.gradient_limit([1.0] * 30 + [50.0] * 3, 10.0) == 10.0
+    assert health.gradient_limit([0.08] * 30, 10.0, floor=10.0) == 10.0
 
 
 @pytest.mark.parametrize(

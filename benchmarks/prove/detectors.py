@@ -1,0 +1,385 @@
+"""Does the health watch see what goes wrong, and nothing else? Failures planted into real training on real speech.
+
+    python benchmarks/prove/detectors.py                        # ≤ 6 minutes on one core
+    python benchmarks/prove/detectors.py --replay RUN...        # today's detectors over what runs have written down
+
+Trains small models on a few minutes of ../shared/data: healthy ones, and one per failure. Writes
+benchmarks/results/detectors.md. Exit code 1 where a failure was missed or a healthy run raised an alarm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from data_pipeline.keyed_random import keyed_rng  # noqa: E402
+from data_pipeline.schema import load  # noqa: E402
+from data_pipeline.types import SAMPLE_RATE, Batch, Cursor, Step  # noqa: E402
+from pretrain.config import Config, HealthConfig  # noqa: E402
+from pretrain.engines import Engine, World, make_engine  # noqa: E402
+from pretrain.engines import world as ranks  # noqa: E402
+from pretrain.engines.base import StepResult  # noqa: E402
+from pretrain.evaluate.corpus import read_audio, read_manifest  # noqa: E402
+from pretrain.heartbeat import Heartbeat, slowest  # noqa: E402
+from pretrain.model import build_model  # noqa: E402
+from pretrain.run_folder import RunFolder  # noqa: E402
+from pretrain.telemetry import read_rows  # noqa: E402
+from pretrain.train import train  # noqa: E402
+from pretrain.types import StepContext  # noqa: E402
+from pretrain.watch import UnhealthyError, Watch  # noqa: E402
+from tests import plants  # noqa: E402
+
+MANIFEST = ROOT.parent / "shared" / "data" / "manifest.tsv"
+CLIP, CLIPS, MICRO_BATCHES = 2, 4, 3
+"""Seconds of a clip, clips of a micro-batch, micro-batches of an update: 24 s of audio."""
+SECONDS = CLIP * CLIPS * MICRO_BATCHES
+PLANTED, HEALTHY_STEPS, STEPS = 120, 240, 200
+"""The update before which a failure is planted, and the lengths of runs without and with one."""
+BEST_RQ: dict[str, Any] = {"name": "best_rq", "n_codes": 128}
+WAV2VEC2: dict[str, Any] = {"name": "wav2vec2", "n_codes": 32, "code_dim": 64, "projection_dim": 64, "negatives": 50}
+HUBERT: dict[str, Any] = {"name": "hubert", "units": 50, "projection_dim": 0, "mask_span": 4}
+EFFICIENT: dict[str, Any] = {"name": "efficient", "units": 64, "predict_layers": [1, 2], "relabel_step": 0}
+DATA2VEC: dict[str, Any] = {"name": "data2vec", "ema_steps": 100}
+HEALTHY = (BEST_RQ, WAV2VEC2, HUBERT, EFFICIENT, DATA2VEC)
+
+
+class Speech:
+    """Global steps of real speech held in memory: random clips of the split `pretrain`, the same for every start."""
+
+    plan_hash = "speech in memory"
+
+    def __init__(self, waves: list[np.ndarray], rank: int = 0, world: int = 1) -> None:
+        self.waves, self.rank, self.world = waves, rank, world
+
+    def batch(self, number: int, micro_batch: int) -> Batch:
+        rng = keyed_rng(number, micro_batch, "clips")
+        clips, keys = [], []
+        for wave_i in rng.integers(len(self.waves), size=CLIPS).tolist():
+            wave = self.waves[wave_i]
+            start = int(rng.integers(0, len(wave) - CLIP * SAMPLE_RATE))
+            clips.append(torch.from_numpy(wave[start : start + CLIP * SAMPLE_RATE]))
+            keys.append(f"{wave_i}-{start}-{number}")
+        wave_BT = torch.stack(clips)
+        return Batch(wave_BT, torch.full((CLIPS,), wave_BT.shape[1]), tuple(keys), micro_batch)
+
+    def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
+        number = cursor.step if cursor else 0
+        while True:
+            batches = [self.batch(number, j) for j in range(MICRO_BATCHES)][self.rank :: self.world]
+            samples = SECONDS * SAMPLE_RATE
+            number += 1
+            yield Step(tuple(batches), samples, samples, Cursor(self.plan_hash, 0, number))
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class Changed(Speech):
+    """Steps that `change` has altered from update PLANTED on."""
+
+    def __init__(self, waves: list[np.ndarray], change: Callable[[int, Step], Step]) -> None:
+        super().__init__(waves)
+        self.change = change
+
+    def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
+        first = cursor.step if cursor else 0
+        for number, step in enumerate(super().steps(cursor), first):
+            yield self.change(number, step) if number >= PLANTED else step
+
+
+def half_the_audio(number: int, step: Step) -> Step:
+    return dataclasses.replace(step, samples=step.samples // 2)
+
+
+def slowly(number: int, step: Step) -> Step:
+    time.sleep(0.6)
+    return step
+
+
+def with_a_nan(number: int, step: Step) -> Step:
+    if number == PLANTED:
+        step.batches[1].wave_BT[2, 5_000] = float("nan")
+    return step
+
+
+def features_of_another_scale(engine: Engine) -> None:
+    mel = engine.module.objective.mel
+    plain = mel.forward
+
+    def scaled(*given: Any) -> Any:
+        frames = plain(*given)
+        return frames._replace(x_BFD=4.0 * frames.x_BFD - 6.0)
+
+    mel.forward = scaled
+
+
+@dataclass(frozen=True)
+class Case:
+    """A failure, how it is planted, and the detectors of which one must see it."""
+
+    name: str
+    detectors: tuple[str, ...]
+    objective: dict[str, Any] = field(default_factory=lambda: BEST_RQ)
+    plant: plants.Plant | None = None
+    once: bool = True
+    planted: int = PLANTED
+    louder: tuple[int, ...] = ()
+    change: Callable[[int, Step], Step] | None = None
+    top: dict[str, Any] = field(default_factory=dict)
+    evaluations: tuple[float, ...] = ()
+
+
+FIXED_LR = {"optimizer": {"lr": 1e-9}}
+CASES = (
+    Case("dead stem: its weights become 0", ("stem deviation",), plant=plants.zero_stem, once=False),
+    Case("collapsed targets: all of one code", ("code use", "dead codes"), plant=plants.one_code, once=False),
+    Case("collapsed code book (wav2vec 2.0)", ("target_std deviation", "code use", "too good"), WAV2VEC2,
+         plants.one_code, once=False),
+    Case("constant prediction (data2vec)", ("prediction_std deviation",), DATA2VEC, plants.same_prediction, once=False),
+    Case("nothing is learnt: loss at chance", ("chance",), planted=0, top=FIXED_LR),
+    Case("nothing is learnt (wav2vec 2.0)", ("chance", "accuracy at chance"), WAV2VEC2, planted=0, top=FIXED_LR),
+    Case("a sample that is no number", ("not finite",), change=with_a_nan),
+    Case("weights that are no numbers", ("not finite",), plant=plants.break_stem),
+    Case("a gradient a thousand times as large", ("gradient spike",), louder=(PLANTED,)),
+    Case("half the audio per update", ("audio per update",), change=half_the_audio),
+    Case("fall of the rank: two channels drown the rest", ("layer_1 rank", "layer_2 rank"), plant=plants.drown),
+    Case("targets of features that are not normalised", ("target inputs",), plant=features_of_another_scale, planted=0),
+    Case("fixed targets that say nothing", ("target entropy",), plant=plants.one_code, once=False, planted=0),
+    Case("data comes too late", ("data wait",), change=slowly),
+    Case("a probe that falls three times", ("phones/non_silence_frames falling",), planted=0,
+         evaluations=(0.40, 0.37, 0.33, 0.31)),
+)  # fmt: skip
+
+
+def config(objective: dict[str, Any], steps: int, **top: Any) -> Config:
+    """Two blocks of 64 at 25 Hz; checks as often as the defaults, but after less grace: the runs are short."""
+    return load(
+        Config,
+        {
+            "data": {"shards": "memory", "micro_batches": MICRO_BATCHES, "batch_seconds": SECONDS},
+            "frontend": {"name": "log_mel"},
+            "encoder": {"name": "transformer", "layers": 2, "dim": 64, "heads": 2, "ffn_dim": 256, "norm": "pre",
+                        "dropout": 0.0, "layer_drop": 0.0},
+            "objective": objective,
+            "optimizer": {"lr": 2e-3, "clip_norm": 10.0},
+            "schedule": {"name": "constant", "warmup_steps": 20},
+            "train": {"steps": steps, "checkpoint_every": steps, "media_every": 0},
+            "engine": {"name": "local", "timeout_minutes": 0.2},
+            "health": {"every": 5, "window": 40, "grace_steps": 100},
+            **top,
+        },
+    )  # fmt: skip
+
+
+def healthy(waves: list[np.ndarray], objective: dict[str, Any], folder: Path) -> str:
+    """A row of the table: trains, and says what alarms there were."""
+    plants.run(folder, config(objective, HEALTHY_STEPS), reader=lambda: Speech(waves))
+    rows, found = read_rows(folder / "metrics.jsonl"), plants.events(folder)
+    losses = [row["loss/total"] for row in rows]
+    said = ", ".join(f"{event['detector']} at {event['step']}" for event in found)
+    curve = f"{np.mean(losses[:10]):.3f} → {np.mean(losses[-10:]):.3f}"
+    return f"| {objective['name']} | {len(rows)} | {curve} | {len(found)}{f' ({said})' if said else ''} |"
+
+
+def planted(waves: list[np.ndarray], case: Case, folder: Path) -> tuple[str, bool]:
+    """A row of the table, and whether the failure was seen."""
+    folder.mkdir(parents=True)
+    if case.evaluations:
+        lines = [
+            {"step": step, "name": "phones/non_silence_frames", "measure": "non-silence frames", "value": value}
+            for step, value in enumerate(case.evaluations)
+        ]
+        (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reader = Changed(waves, case.change) if case.change else Speech(waves)
+    steps = 30 if case.evaluations else 140 if case.planted == 0 else STEPS
+    stopped = ""
+    try:
+        settings = config(case.objective, steps, **case.top)
+        plants.run(folder, settings, case.plant, case.once, case.louder, lambda: reader, case.planted)
+    except UnhealthyError as error:
+        stopped = str(error)
+    found = plants.events(folder)
+    before = [event for event in found if event["step"] < case.planted]
+    seen = next((e for e in found if e["step"] >= case.planted and e["detector"] in case.detectors), None)
+    kept = " and kept the batch" if list((folder / "health").glob("step_*/rank_0.safetensors")) else ""
+    skipped = any(row.get("health/skipped") for row in read_rows(folder / "metrics.jsonl"))
+    action = f"stopped{kept}" if stopped else f"skipped the update{kept}" if skipped else "warned"
+    if seen is None or before:
+        return f"| {case.name} | missed: {[event['detector'] for event in found]} | | |", False
+    return f"| {case.name} | {seen['detector']} | {seen['step'] - case.planted} | {action} |", True
+
+
+def rank(folder: Path) -> int:
+    """One of two ranks of a run (the child process of `stalled`)."""
+    settings = config(BEST_RQ, 100_000)
+    world = ranks.join("cpu", settings.engine.timeout_minutes)
+    run = RunFolder(folder)
+    if world.rank == 0:
+        run.claim()
+    engine = make_engine(settings, build_model(settings), world)
+    try:
+        with Heartbeat(folder, world.rank, 600) as heart:
+            train(settings, engine, Speech(speech(), world.rank, world.size), run, heart, lambda: False, lambda _: None)
+    except RuntimeError:
+        print(slowest(folder), flush=True)
+        os._exit(1)
+    return 0
+
+
+def stalled(folder: Path) -> tuple[str, bool]:
+    """Stops one of two ranks dead, and waits for the other to name it."""
+    folder.mkdir(parents=True)
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    children = [
+        subprocess.Popen([sys.executable, __file__, "--rank", str(folder)], env=environment | {"RANK": str(number)},
+                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while len(read_rows(folder / "metrics.jsonl")) < 5 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        time.sleep(6)  # a heartbeat is written every five seconds
+        children[1].send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        said, _ = children[0].communicate(timeout=90)
+        seconds = time.monotonic() - begun
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    seen = "the slowest of 2 ranks is rank 1" in said
+    wait = config(BEST_RQ, 1).engine.timeout_minutes * 60
+    row = (
+        f"| a rank that stands still | heartbeat: rank 1 | after {seconds:.0f} s (engine.timeout_minutes: {wait:g} s) |"
+    )
+    return f"{row} ended the run |" if seen else f"| a rank that stands still | missed: {said!r} | | |", seen
+
+
+def free_port() -> int:
+    from launch.environment import free_port as found
+
+    return found()
+
+
+def speech() -> list[np.ndarray]:
+    """Some minutes of many speakers."""
+    utterances = [u for u in read_manifest(MANIFEST) if u.split == "pretrain" and u.corpus == "librispeech"]
+    return [read_audio(u.path) for u in utterances[::2]]
+
+
+class Recorded:
+    """Stands in for the gauge of a run that is over: what its rows say."""
+
+    target_inputs = None
+    armed = False
+
+    def __init__(self) -> None:
+        self.row: dict[str, Any] = {}
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        return tuple(
+            {name.removeprefix(prefix): value for name, value in self.row.items() if name.startswith(prefix)}
+            for prefix in ("health/std/", "health/rank/")
+        )  # type: ignore[return-value]
+
+
+def replay(folder: Path) -> list[str]:
+    """What detectors with today's thresholds say to the rows of a run, which have no counts of codes."""
+    config = load(Config, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    then = config.health
+    today = HealthConfig(every=then.every, window=then.window, grace_steps=then.grace_steps, confirm=then.confirm)
+    config = dataclasses.replace(config, health=today)
+    with tempfile.TemporaryDirectory() as scratch:
+        engine: Any = SimpleNamespace(world=World(), module=build_model(config))
+        watch = Watch(config, engine, RunFolder(Path(scratch)), {}, say=lambda line: None)
+        gauge = Recorded()
+        watch.gauge = gauge  # type: ignore[assignment]
+        for row in read_rows(folder / "metrics.jsonl"):
+            gauge.row = row
+            metrics = {name: (np.array([value]), 1.0) for name, value in row.items() if isinstance(value, float)}
+            seconds = row["perf/step_seconds"]
+            extras = {"wait/0": row["perf/data_wait_share"] * seconds, "skipped": 0.0}
+            result = StepResult(row["loss/total"], metrics, extras, row["opt/grad_norm"])
+            samples = round(row["data/audio_seconds"] * SAMPLE_RATE)
+            step = Step((), samples, samples, Cursor("", 0, row["step"]))
+            watch.after(StepContext(config.seed, row["step"] - 1), result, step, seconds)
+        return [f"{found.detector} at {step}" for step, found, _ in watch.alarms]
+
+
+def main() -> int:
+    """Exit code 0 where every failure was seen and no healthy run raised an alarm."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--replay", type=Path, nargs="+", help="run folders: print what the detectors say to their rows"
+    )
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    given = parser.parse_args()
+    if given.replay:
+        for folder in given.replay:
+            print(f"{folder}: {', '.join(replay(folder)) or 'no alarm'}", flush=True)
+        return 0
+    if not MANIFEST.is_file():
+        print(f"the detectors' proof needs real speech at {MANIFEST.parent}; skipped")
+        return 0
+    if given.rank:
+        return rank(given.rank)
+    begun, waves = time.monotonic(), speech()
+    seen, calm = [], []
+    with tempfile.TemporaryDirectory(prefix="auricle-detectors-") as home:
+        for number, objective in enumerate(HEALTHY if not given.only else ()):
+            calm.append(healthy(waves, objective, Path(home) / f"healthy-{number}"))
+            print(calm[-1], flush=True)
+        for number, case in enumerate(case for case in CASES if given.only in case.name):
+            seen.append(planted(waves, case, Path(home) / f"planted-{number}"))
+            print(seen[-1][0], flush=True)
+        if given.only in "a rank that stands still":
+            seen.append(stalled(Path(home) / "stalled"))
+            print(seen[-1][0], flush=True)
+    alarms = [row for row in calm if not row.endswith("| 0 |")]
+    if not given.only:
+        write(given.out / "detectors.md", [row for row, _ in seen], calm, len(alarms), time.monotonic() - begun)
+    return 0 if all(good for _, good in seen) and not alarms else 1
+
+
+def write(path: Path, seen: list[str], calm: list[str], alarms: int, seconds: float) -> None:
+    """The table for people."""
+    settings = config(BEST_RQ, 1).health
+    text = [
+        "# Health: planted failure → caught after how many updates", "",
+        f"`benchmarks/prove/detectors.py`, {seconds / 60:.1f} minutes on one core. Real speech, {SECONDS} s an update, "
+        f"two blocks of 64. Planted before update {PLANTED} (or the first), checked every {settings.every} updates, "
+        f"{settings.confirm} times in a row, codes and losses pooled over {settings.window}, loss and codes judged "
+        f"from update {settings.grace_steps} on.", "",
+        "| planted | seen by | updates later | and then |", "| --- | --- | --- | --- |", *seen, "",
+        f"False alarms over {len(calm)} healthy runs: {alarms}.", "",
+        "| healthy run | updates | loss | alarms |", "| --- | --- | --- | --- |", *calm, "",
+    ]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
