@@ -19,7 +19,9 @@ from launch.environment import adopt_slurm_ranks, log_to_folder
 
 UNHEALTHY = 3
 SLACK = 30.0
-"""Seconds that a hung rank lives longer than a collective, so that the others can name it."""
+"""Seconds that a rank in which Python is stuck lives longer than a collective, so that the others can name it."""
+WARN = 0.75
+"""Share of a collective's time after which a rank that hangs says so."""
 
 
 class StopRequest:
@@ -65,8 +67,8 @@ def main(run_dir: str) -> int:
             run.folder.claim()
             run.folder.stop_request.unlink(missing_ok=True)
             run.folder.unhealthy.unlink(missing_ok=True)
-        patience = config.engine.timeout_minutes * 60 + SLACK
-        with Heartbeat(path, world.rank, patience) as heart:
+        limit = config.engine.timeout_minutes * 60
+        with Heartbeat(path, world.rank, limit + SLACK, WARN * limit) as heart:
             return train(config, run.engine, reader, run.folder, heart, stop, _say).value
     except (ConfigError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("AURICLE_DEBUG"):

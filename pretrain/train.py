@@ -52,6 +52,7 @@ def train(
         if config.schedule.warmup_steps > settings.steps:
             say(f"note: the warm-up ({config.schedule.warmup_steps} steps) is longer than the run ({settings.steps})")
 
+    engine.tell = heart.part
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
     with checkpoint.Saver(run, engine, config) as saver, telemetry or contextlib.nullcontext():
         while state.step < settings.steps and not stopping:

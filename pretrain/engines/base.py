@@ -52,6 +52,8 @@ class Engine(abc.ABC):
     def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World) -> None:
         self.module, self.config, self.optimizer_config, self.world = module, config, optimizer, world
         self.scale = LossScale(config.precision)
+        self.tell: Callable[[str], None] = lambda part: None
+        """Called at the begin of each part of a step, so that a rank that hangs can be told from those that wait."""
         if config.compile:
             module.model.encoder.compile(dynamic=True)
         if world.device.startswith("cuda"):
@@ -74,15 +76,19 @@ class Engine(abc.ABC):
         """
         self.module.train()
         batches = [batch.to(self.world.device) for batch in batches]
+        self.tell("targets")
         plans = [self.module.prepare(batch, ctx) for batch in batches]
+        self.tell("sum of counts")
         counts_K = torch.stack([plan.counts_K for plan in plans]).sum(0)
         counts_K = self.world.sum(counts_K.to(self.world.device)).cpu()
         while True:
             loss, totals = self._accumulate(batches, plans, counts_K, ctx)
+            self.tell("sum of losses")
             result_loss, reduced, summed_extras = self._reduce(loss, totals, dict(extras or {}))
             if not np.isfinite(result_loss):
                 self._apply(lr, -math.inf)  # throws the gradients away
                 raise FloatingPointError(f"the loss of step {ctx.step} is {result_loss}")
+            self.tell("update")
             grad_norm = self._apply(lr, skip_above)
             if np.isfinite(grad_norm):
                 break
@@ -102,6 +108,7 @@ class Engine(abc.ABC):
         totals: dict[str, list[Tensor]] = {}
         for batch, plan in zip(batches, plans, strict=True):
             torch.manual_seed(keyed_seed(ctx.seed, ctx.step, batch.micro_batch, "dropout"))
+            self.tell("forward pass")
             micro_loss, metrics = self._forward_backward(batch, plan, counts_K, ctx)
             loss += micro_loss.detach().double()
             _add(totals, metrics)
@@ -127,7 +134,10 @@ class Engine(abc.ABC):
     def _forward_backward(
         self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, Mapping[str, Sum]]:
-        """Adds this micro-batch's gradient, times `scale`; returns its share of the global loss, and its metrics."""
+        """Adds this micro-batch's gradient, times `scale`; returns its share of the global loss, and its metrics.
+
+        Calls `tell` before the backward pass.
+        """
 
     @abc.abstractmethod
     def _apply(self, lr: float, skip_above: float) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data_pipeline.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engines.base import MOMENTS, Engine, buffers, copied, copy_buffers, first_state, make_optimizer
-from pretrain.engines.world import World
+from pretrain.engines.world import World, limit_groups
 from pretrain.model import TrainModule, TrainPlan
 from pretrain.types import StepContext, Sum
 
@@ -88,12 +88,14 @@ class DeepSpeedEngine(Engine):
             config=deepspeed_config(config, optimizer, micro_batches, world, module),
             dist_init_required=False,
         )
+        limit_groups(config.timeout_minutes)
 
     def _forward_backward(
         self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, Mapping[str, Sum]]:
         assert isinstance(plan, TrainPlan)
         loss, metrics = self.engine(batch, plan, counts_K, ctx)
+        self.tell("backward pass")
         scale = 1.0 if self.config.zero_stage else self.scale.value
         if self.config.zero_stage and self.scale.dynamic:
             self.optimizer.override_loss_scale(self.scale.value)

@@ -27,6 +27,7 @@ class LocalEngine(Engine):
     ) -> tuple[Tensor, Mapping[str, Sum]]:
         assert isinstance(plan, TrainPlan)
         loss, metrics = self.module(batch, plan, counts_K, ctx)
+        self.tell("backward pass")
         (loss * self.scale.value).backward()
         return loss, metrics
 

@@ -50,3 +50,14 @@ def test_the_rank_furthest_behind_is_named(tmp_path: Path) -> None:
     said = heartbeat.slowest(tmp_path, now=1090.0)
     assert "of 4 ranks is rank 1: reading at step 9 for 90 s" in said
     assert heartbeat.slowest(tmp_path / "nothing") == ""
+
+
+def test_ranks_that_wait_are_told_from_the_one_that_computes(tmp_path: Path) -> None:
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+    for rank, parts, part in ((0, 4, "sum of losses"), (1, 3, "backward pass"), (2, 4, "sum of losses")):
+        note = {"rank": rank, "step": 9, "phase": "computing", "parts": parts, "part": part, "since": 1000.0}
+        (folder / f"rank_{rank}.json").write_text(json.dumps(note))
+    assert "is rank 1: computing (backward pass) at step 9 for 5 s" in heartbeat.slowest(tmp_path, now=1005.0)
+    (folder / "rank_1.json").unlink()
+    assert "is one of 0, 2: computing (sum of losses)" in heartbeat.slowest(tmp_path, now=1005.0)

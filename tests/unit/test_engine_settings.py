@@ -1,0 +1,42 @@
+"""What the config tells torch's and DeepSpeed's engines where there are GPUs; nothing here needs one."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.engines import world
+from pretrain.engines.deepspeed import deepspeed_config
+from pretrain.engines.world import World
+
+
+@pytest.mark.parametrize(("cuda", "backend"), [(True, "nccl"), (False, "gloo")])
+def test_the_timeout_of_collectives_is_the_configs(cuda: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.cuda.set_device", lambda number: None)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda name, **more: given.update(more, name=name))
+    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    joined = world.join("auto", 7.5)
+    assert (given["name"], given["timeout"]) == (backend, timedelta(minutes=7.5))
+    assert (given["rank"], given["world_size"]) == (3, 8)
+    assert joined == World(3, 8, 1, "cuda:1" if cuda else "cpu")
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_deepspeed_overlaps_communication_on_gpus_and_accumulates_what_is_left_of_the_batch(stage: int) -> None:
+    module, optimizer = torch.nn.Linear(8, 8), OptimizerConfig(lr=1e-3, clip_norm=2.0)
+    config = EngineConfig(zero_stage=stage, offload="cpu" if stage else "none")
+    made = deepspeed_config(config, optimizer, 32, World(0, 8, 0, "cuda:0"), module)
+    assert made["zero_optimization"]["overlap_comm"] is True
+    assert made["zero_optimization"]["stage"] == stage
+    assert made["zero_optimization"]["offload_optimizer"]["pin_memory"] is True
+    assert (made["train_batch_size"], made["gradient_accumulation_steps"]) == (32, 4)
+    assert made["gradient_clipping"] == 2.0
+    assert not deepspeed_config(config, optimizer, 32, World(0, 8), module)["zero_optimization"]["overlap_comm"]
