@@ -53,7 +53,7 @@ class SlurmSubmitter:
         log = str(folder.absolute()).replace("%", "%%") + "_%a" * bool(runs) + "/logs/slurm.log"  # %j, too, is a field
         options = {
             "job-name": folder.name,
-            "nodes": c.nodes,
+            "nodes": c.nodes if self.script.name != SCRIPTS["evaluate"] else 1,  # one process
             "ntasks-per-node": c.tasks_per_node if self.script.name == SCRIPTS["pretrain"] else 1,
             "cpus-per-task": c.cpus_per_task,
             "time": c.minutes,

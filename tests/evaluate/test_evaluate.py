@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
 from launch.app import main
@@ -21,31 +19,13 @@ from pretrain.evaluate.run import evaluate
 from pretrain.evaluate.tasks import PROBES, splits
 from pretrain.model import build_model
 from pretrain.run_folder import RunFolder
+from tests.evaluate.tones import PITCHES, write_tones
 from tests.unit.test_training_loop import config
-
-PITCHES = {"low": 200.0, "middle": 600.0, "high": 1800.0}
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tones of three pitches by six speakers, with an alignment."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    lines = ["path\tspeaker\ttext\tlabel\tlanguage\tcorpus\tsplit"]
-    phones = ["path\tstart_s\tend_s\tphone"]
-    for s in range(6):
-        for label, pitch in PITCHES.items():
-            for take in range(3):
-                name = f"{s}-{label}-{take}.wav"
-                time = np.arange(9600) / 16000
-                tone = np.sin(2 * np.pi * pitch * (1 + 0.02 * s) * time) * (time > 0.2)
-                soundfile.write(folder / name, 0.2 * tone + 0.01 * rng.standard_normal(9600), 16000)
-                split = ("train", "train", "train", "valid", "test", "test")[s]
-                lines.append(f"{name}\tspeaker{s}\t{label}\t{label}\ten\ttones\t{split}")
-                phones += [f"{name}\t0.0\t0.2\tSIL", f"{name}\t0.2\t0.6\t{label}"]
-    (folder / "manifest.tsv").write_text("\n".join(lines))
-    (folder / "phones.tsv").write_text("\n".join(phones))
-    return folder
+    return write_tones(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

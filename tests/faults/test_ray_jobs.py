@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from launch.ray import RayJobs
 from launch.ray_after import succeeded
 from launch.submit import read_note, steps_done
 from tests.conftest import ROOT
+from tests.faults import whole_chain
 from tests.faults.mini_slurm import wait_for
 from tests.faults.site import TOY
 from tests.preprocess.sounds import many, write_corpus
@@ -134,3 +136,28 @@ def test_what_waits_for_a_failed_job_does_not_start(capsys: pytest.CaptureFixtur
     states = iter(["PENDING", "FAILED"])
     assert not succeeded(lambda: next(states), "raysubmit_1")
     assert "raysubmit_1 is FAILED" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_chain_of_ray_jobs(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Preprocessing, labels, a training and its evaluation, each a Ray Job that waits for the one before."""
+    monkeypatch.chdir(tmp_path)
+    turns = whole_chain.ONE_TURN
+    whole_chain.write(tmp_path)
+    ray = ("launcher=ray", f"launcher.dashboard={head}", "launcher.workers=1")
+    command = whole_chain.command(tmp_path, turns, *ray)
+    assert app.main(command) == 0
+    for name in whole_chain.names(turns):
+        note = read_note(tmp_path / "whole" / "runs" / name)
+        submitter = RayJobs(RayConfig(**note.config), note.verb)
+        ended = partial(has_ended, submitter, note.handle)
+        wait_for(ended, 400, f"the end of {name}", partial(submitter.logs, note.handle))
+        assert submitter.status(note.handle) == "done", submitter.logs(note.handle)
+    whole_chain.require_whole(tmp_path, turns, command, capsys)
+
+
+def has_ended(submitter: RayJobs, handle: str) -> bool:
+    return submitter.status(handle) in ("done", "failed", "cancelled")

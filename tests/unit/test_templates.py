@@ -117,3 +117,9 @@ def test_every_text_of_the_config_is_one_word_of_a_ray_entrypoint(verb: str, tmp
 
 def test_texts_are_found() -> None:
     assert {"partition", "account", "qos", "constraint", "exclude", "after", "image", "mounts", "python"} <= set(TEXTS)
+
+
+def test_an_evaluation_takes_one_node_of_a_chain_that_trains_on_many(tmp_path: Path) -> None:
+    words = SlurmSubmitter(SlurmConfig(nodes=8, tasks_per_node=8), "evaluate").command(tmp_path)
+    assert "--nodes=1" in words
+    assert "--ntasks-per-node=1" in words

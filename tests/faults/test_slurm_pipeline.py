@@ -1,0 +1,47 @@
+"""The whole chain with two turns of HuBERT on a real SLURM: six jobs, each waiting for the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from launch import app, slurm
+from launch.submit import read_note
+from tests.faults import whole_chain
+from tests.faults.mini_slurm import missing, wait_for
+from tests.faults.site import ON_SLURM, Site, site_at
+
+
+@pytest.fixture
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Three nodes."""
+    if reason := missing():
+        pytest.skip(reason)
+    with site_at(tmp_path_factory.mktemp("slurm"), 3) as site:
+        yield site
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_chain_with_afterok(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = whole_chain.TWO_TURNS
+    whole_chain.write(site.base)
+    command = whole_chain.command(site.base, turns, *ON_SLURM, "pretrain.launcher.nodes=1")
+    assert app.main(command) == 0
+    names = whole_chain.names(turns)
+    for name in names:
+        site.handles[f"whole/runs/{name}"] = read_note(site.base / "whole" / "runs" / name).handle
+    first, second = (site.handles[f"whole/runs/{name}"] for name in names[:2])
+    waiting = slurm.ask("scontrol", "--oneliner", "show", "job", second)
+    assert f"Dependency=afterok:{first}" in waiting or "JobState=PENDING" not in waiting
+    for name in names:
+        run = f"whole/runs/{name}"
+        wait_for(partial(has_ended, site, run), 600, f"the end of {name}", partial(site.log, run))
+        assert site.state(run) == "COMPLETED", site.log(run)
+    whole_chain.require_whole(site.base, turns, command, capsys)
+
+
+def has_ended(site: Site, run: str) -> bool:
+    return slurm.STATES.get(site.state(run), "failed") not in ("waiting", "running")
