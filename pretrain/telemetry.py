@@ -28,6 +28,11 @@ from pretrain.run_folder import RunFolder, write_atomically
 
 MAX_TEXT = 50_000
 """Characters of the git diff that are shown; all of it is in RUN/git.diff."""
+HPARAMS = (
+    "data.batch_seconds", "data.micro_batches", "encoder.", "engine.precision", "frontend.", "objective.", "optimizer.",
+    "schedule.", "seed", "train.steps",
+)  # fmt: skip
+"""Fields of the config on the page that compares runs by them; all of them are in the text beside."""
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "learning": {
         "losses": ["Multiline", ["loss/.*"]],
@@ -74,7 +79,8 @@ class Telemetry:
         if diff.is_file() and (text := diff.read_text(encoding="utf-8", errors="replace")):
             self._board.add_text("git_diff", f"```diff\n{text[:MAX_TEXT]}\n```", resumed_at)
         shown = {"loss/total": None, "metric/accuracy": None}
-        for summary in hparams(_flat(values), shown):  # type: ignore[no-untyped-call]
+        chosen = {name: value for name, value in _flat(values).items() if name.startswith(HPARAMS)}
+        for summary in hparams(chosen, shown):  # type: ignore[no-untyped-call]
             self._board._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
         self._board.add_custom_scalars(LAYOUT)
 

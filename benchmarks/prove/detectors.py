@@ -285,7 +285,8 @@ def free_port() -> int:
 def speech() -> list[np.ndarray]:
     """Some minutes of many speakers."""
     utterances = [u for u in read_manifest(MANIFEST) if u.split == "pretrain" and u.corpus == "librispeech"]
-    return [read_audio(u.path) for u in utterances[::2]]
+    waves = [read_audio(u.path) for u in utterances[::2]]
+    return [wave for wave in waves if len(wave) > CLIP * SAMPLE_RATE]
 
 
 class Recorded:
