@@ -121,8 +121,9 @@ def record(site: Site) -> str:
     folder = site.submit("watched", "train.steps=3000")
     site.reach("watched", 12)
     lines = []
-    for typed in ("list --runs .", "status watched", "logs watched", "cancel watched", "status watched"):
+    for typed in ("list --runs .", "status watched", "logs watched"):
         lines.append(auricle_jobs(site, typed.replace("watched", str(folder))))
+    lines += followed(site, folder)
     wait_for(lambda: site.state("watched") == "CANCELLED", 60, "the cancelled state")
     lines.append(auricle_jobs(site, f"status {folder}"))
     lines.append(auricle_jobs(site, f"requeue {folder}"))
@@ -131,11 +132,30 @@ def record(site: Site) -> str:
     return "\n".join(lines).replace(str(site.base), "/work/runs")
 
 
+def followed(site: Site, folder: Path) -> list[str]:
+    """`logs -f` in one terminal, which ends by itself after `cancel` in another."""
+    command = [sys.executable, "-m", "launch.app", "jobs", "logs", "-f", str(folder)]
+    follower = subprocess.Popen(command, cwd=site.base, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    before = site.step(folder.name)
+    site.reach(folder.name, before + 20)
+    cancelled = auricle_jobs(site, f"cancel {folder}")
+    said, _ = follower.communicate(timeout=120)
+    last = site.step(folder.name)
+    assert f"step {last}/" in said, f"it followed to the last step, {last}"
+    return [shown(f"logs -f {folder}", said, follower.returncode), cancelled]
+
+
 def auricle_jobs(site: Site, typed: str) -> str:
     command = [sys.executable, "-m", "launch.app", "jobs", *shlex.split(typed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=site.base, check=False)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "accelerator" not in line][-12:]
-    return "\n".join([f"$ auricle jobs {typed}", *said, f"[exit code {done.returncode}]", ""])
+    return shown(typed, done.stdout + done.stderr, done.returncode)
+
+
+def shown(typed: str, text: str, code: int) -> str:
+    """A command and the last lines of its answer."""
+    said = [line for line in text.splitlines() if "accelerator" not in line]
+    more = [f"… {len(said) - 12} lines"] if len(said) > 12 else []
+    return "\n".join([f"$ auricle jobs {typed}", *more, *said[-12:], f"[exit code {code}]", ""])
 
 
 def ray_rows(times: int) -> list[str]:

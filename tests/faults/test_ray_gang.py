@@ -78,13 +78,13 @@ def test_a_lost_node_leaves_fewer_ranks_and_the_same_run(tmp_path: Path, cluster
     assert "2 ranks, from step 0" in driver
     assert "1 ranks, from step" in driver
 
-    calm = pretrain(tmp_path, "calm", "launcher.processes=1")
+    calm = pretrain(tmp_path, "calm", "launcher.processes=1", "launcher.threads=1")  # as many as Ray gives a rank
     assert calm.wait(timeout=240) == 0, said(tmp_path / "calm")
     ours, theirs = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("hurt", "calm"))
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     differences = [abs(mine["loss/total"] - other["loss/total"]) for mine, other in zip(ours, theirs, strict=True)]
     print("largest difference of a loss:", max(differences))
-    assert max(differences) < 1e-5, "another number of ranks rounds sums in another order"
+    assert max(differences) <= 1e-6, "two micro-batches have one sum, on one rank as on two"
 
 
 @pytest.mark.timeout(560)
