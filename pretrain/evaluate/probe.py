@@ -1,8 +1,9 @@
-"""The probe: softmax-weighted layers, standardised, and one linear layer. And the supervised reference."""
+"""The probe: scaled layers, a softmax-weighted sum of them, one linear layer. And the supervised reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,29 +12,52 @@ from torch import Tensor, nn
 
 from data_pipeline.keyed_random import keyed_seed
 from pretrain.evaluate.config import ProbeConfig, SupervisedConfig
+from pretrain.evaluate.encoders import Model
 from pretrain.evaluate.features import Labelled
-from pretrain.types import SpeechModel
 
 NO_LABEL = -1
+SHRINKAGE = 1e-4
+"""Added to the variance of each direction, times the mean variance; 1e-4 to 0.1 gave the same (LOG.md)."""
 
 
-class Probe(nn.Module):
-    """(N, L, D) features to (N, classes)."""
+class Scaling(nn.Module):
+    """Features of each layer made comparable, by the statistics of the training part.
 
-    def __init__(self, train: Labelled, classes: int) -> None:
+    whiten: directions of little variance count as much as the widest ones. Trained features spread over few directions
+    (the widest of 256 may hold half of the variance), on which a probe of some hundred updates would spend itself.
+    """
+
+    def __init__(self, x_NLD: Tensor, whiten: bool) -> None:
         super().__init__()
-        _, n_layers, dim = train.x_NLD.shape
+        some = x_NLD[:: max(1, len(x_NLD) // 40_000)].float()
+        self.register_buffer("mean_LD", some.mean(0))
+        self.mean_LD: Tensor
+        if not whiten:
+            self.register_buffer("scale_LDD", torch.diag_embed(1.0 / (some.std(0) + 1e-4)))
+        else:
+            centred_LND = (some - self.mean_LD).transpose(0, 1).double()
+            values_LD, vectors_LDD = torch.linalg.eigh(centred_LND.transpose(1, 2) @ centred_LND / len(some))
+            values_LD = values_LD.clamp(min=0) + SHRINKAGE * values_LD.mean(1, keepdim=True)
+            self.register_buffer("scale_LDD", (vectors_LDD * values_LD[:, None].rsqrt()).float())
+        self.scale_LDD: Tensor
+
+    @torch.no_grad()
+    def forward(self, x_NLD: Tensor) -> Tensor:
+        """float16 again, as features are kept."""
+        parts = torch.split(x_NLD, 8192)
+        return torch.cat([torch.einsum("nld,lde->nle", x.float() - self.mean_LD, self.scale_LDD).half() for x in parts])
+
+
+class Linear(nn.Module):
+    """(N, L, D) scaled features to (N, classes)."""
+
+    def __init__(self, n_layers: int, dim: int, classes: int) -> None:
+        super().__init__()
         self.layer_weights = nn.Parameter(torch.zeros(n_layers))
         self.linear = nn.Linear(dim, classes)
-        some = train.x_NLD[:: max(1, len(train.x_NLD) // 20_000)].float()
-        self.register_buffer("mean_LD", some.mean(0))
-        self.register_buffer("scale_LD", 1.0 / (some.std(0) + 1e-4))
-        self.mean_LD: Tensor
-        self.scale_LD: Tensor
 
     def forward(self, x_NLD: Tensor) -> Tensor:
-        x_NLD = (x_NLD.float() - self.mean_LD) * self.scale_LD
-        out: Tensor = self.linear(torch.einsum("nld,l->nd", x_NLD, self.layer_weights.softmax(0)))
+        out: Tensor = self.linear(torch.einsum("nld,l->nd", x_NLD.float(), self.layer_weights.softmax(0)))
         return out
 
     @torch.inference_mode()
@@ -42,10 +66,35 @@ class Probe(nn.Module):
         return torch.cat([self(part).argmax(1) for part in torch.split(x_NLD, 8192)]).numpy()
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A fitted probe."""
+
+    scaling: Scaling
+    linear: Linear
+
+    def predict(self, x_NLD: Tensor) -> np.ndarray:
+        """Classes of features as an encoder gives them, (N,)."""
+        return self.linear.predict(self.scaling(x_NLD))
+
+
 def fit_probe(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int) -> Probe:
-    """The weights of the epoch that is best on `valid`; the test speakers take no part."""
+    """The scaling and the epoch that are best on `valid`, for every encoder and baseline alike.
+
+    The test speakers take no part.
+    """
+    scalings = [Scaling(train.x_NLD, whiten) for whiten in (False, True)]
+    fitted = [_fit(scaling, train, valid, classes, config, seed) for scaling in scalings]
+    return max(fitted, key=lambda pair: pair[0])[1]
+
+
+def _fit(
+    scaling: Scaling, train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int
+) -> tuple[float, Probe]:
+    """(accuracy on `valid`, probe)."""
     torch.manual_seed(keyed_seed(seed, "probe"))
-    probe = Probe(train, classes)
+    x_NLD, valid_NLD = scaling(train.x_NLD), scaling(valid.x_NLD)
+    probe = Linear(x_NLD.shape[1], x_NLD.shape[2], classes)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     per_epoch = -(-len(train.y_N) // config.batch)
     epochs = max(config.epochs, -(-config.min_updates // per_epoch))
@@ -54,22 +103,22 @@ def fit_probe(train: Labelled, valid: Labelled, classes: int, config: ProbeConfi
     best, best_state = -1.0, probe.state_dict()
     for _ in range(epochs):
         for pick in torch.split(torch.randperm(len(train.y_N)), config.batch):
-            loss = F.cross_entropy(probe(train.x_NLD[pick]), train.y_N[pick])
+            loss = F.cross_entropy(probe(x_NLD[pick]), train.y_N[pick])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
-        score = float((probe.predict(valid.x_NLD) == valid.y_N.numpy()).mean())
+        score = float((probe.predict(valid_NLD) == valid.y_N.numpy()).mean())
         if score > best:
             best, best_state = score, {name: value.clone() for name, value in probe.state_dict().items()}
     probe.load_state_dict(best_state)
-    return probe
+    return best, Probe(scaling, probe)
 
 
 class Supervised(nn.Module):
     """The encoder and a linear layer on its last frames, all trained."""
 
-    def __init__(self, model: SpeechModel, classes: int) -> None:
+    def __init__(self, model: Model, classes: int) -> None:
         super().__init__()
         self.model = model
         self.linear = nn.Linear(model.shape.dim, classes)
@@ -80,7 +129,7 @@ Example = tuple[Tensor, Tensor, Tensor]
 
 
 def fit_supervised(
-    model: SpeechModel,
+    model: Model,
     train: Sequence[Example],
     valid: Sequence[Example],
     classes: int,

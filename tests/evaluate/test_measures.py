@@ -80,9 +80,25 @@ def test_the_probe_finds_the_layer_that_knows() -> None:
     probe = fit_probe(made[0], made[1], 4, ProbeConfig(epochs=15, lr=1e-2, batch=128), seed=0)
     hits = probe.predict(made[2].x_NLD) == made[2].y_N.numpy()
     assert hits.mean() > 0.9
-    assert int(probe.layer_weights.argmax()) == 1
+    assert int(probe.linear.layer_weights.argmax()) == 1
     assert sum(n for _, n in made[2].tally(hits, np.ones(200)).values()) == 200
+    assert float(probe.scaling(made[2].x_NLD).float().std(0).sub(1).abs().max()) < 0.3
     # labels shuffled in time: chance
     wrong = Labelled(made[0].x_NLD, made[0].y_N[torch.randperm(800)], made[0].speaker_N, made[0].speakers)
     shuffled = fit_probe(wrong, made[1], 4, ProbeConfig(epochs=3, min_updates=20), seed=0).predict(made[2].x_NLD)
     assert (shuffled == made[2].y_N.numpy()).mean() < 0.5
+
+
+def test_what_lies_in_narrow_directions_is_found() -> None:
+    """One direction holds nearly all variance in every dimension; the class lies in others, a thousandth as wide."""
+    y_N = torch.from_numpy(RNG.integers(0, 4, 1500))
+    inner_ND = torch.from_numpy(RNG.normal(0, 0.1, (1500, 8))).float()
+    inner_ND[:, :4] += torch.eye(4)[y_N]
+    wide_N1 = torch.from_numpy(RNG.normal(0, 30, (1500, 1))).float()
+    x_N1D = (inner_ND + wide_N1)[:, None]
+    made = [
+        Labelled(x_N1D[part].half().float(), y_N[part], np.zeros(len(y_N[part]), int), ("a",))
+        for part in (slice(0, 900), slice(900, 1200), slice(1200, 1500))
+    ]
+    probe = fit_probe(made[0], made[1], 4, ProbeConfig(epochs=15, lr=1e-2, batch=128), seed=0)
+    assert (probe.predict(made[2].x_NLD) == made[2].y_N.numpy()).mean() > 0.9
