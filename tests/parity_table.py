@@ -1,6 +1,7 @@
 """`parity(quantity, tolerance, error)` asserts, and makes a row of the table that pytest prints at its end.
 
 `--parity-table FILE` runs the tests that use it and no others, the slow ones included, and writes the table to FILE.
+Where only some test files are given, the rows of the others stay as they are.
 """
 
 from __future__ import annotations
@@ -66,14 +67,25 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if exitstatus != 0 or terminalreporter.getreports("skipped"):
         terminalreporter.write_line(f"{target} is left as it was, since a test failed or was skipped")
         return
+    table = {
+        f"| {key[0]} | {show(key[1])} | {show(error)} | {cases[key]} | {', '.join(sorted(files[key]))} |": min(
+            files[key]
+        )
+        for key, error in worst.items()
+    }
+    table |= kept(target, set().union(*files.values()))
     lines = [HEADER, f"With {', '.join(f'{peer} {version(peer)}' for peer in PEERS)}.\n"]
     lines += ["| quantity | asked | worst seen | cases | test |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {key[0]} | {show(key[1])} | {show(error)} | {cases[key]} | {', '.join(sorted(files[key]))} |"
-        for key, error in sorted(worst.items(), key=lambda row: (min(files[row[0]]), row[0]))
-    ]
+    lines += sorted(table, key=lambda row: (table[row], row))
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     terminalreporter.write_line(f"wrote {target}")
+
+
+def kept(table: Path, run: set[str]) -> dict[str, str]:
+    """Rows of a table that come from none of the test files that were run now, and their first file."""
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    files = {line: line.split("|")[-2].strip().split(", ") for line in lines if "`tests/" in line}
+    return {line: min(names) for line, names in files.items() if not run & set(names)}
 
 
 def rows(reports: list[Any]) -> tuple[dict[Any, float], dict[Any, int], dict[Any, set[str]]]:
