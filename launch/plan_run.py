@@ -25,6 +25,10 @@ from pretrain.types import StepContext
 GIB = 1 << 30
 BACKWARD = 2.0
 """Operations of the backward pass per one of the forward pass."""
+LARGEST_BUCKET = 50_000_000
+"""Numbers; as engines/deepspeed.py sets it."""
+LIVE = 1_000_000_000
+"""Weights that ZeRO-3 leaves whole between their uses: DeepSpeed's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +167,26 @@ def _forward(module: TrainModule, seconds: float) -> tuple[float, float]:
 
 
 def state_bytes(measured: Measured, stage: int, ranks: int) -> float:
-    """fp32 weights (4 bytes), gradients (4) and Adam's two moments (8) of one GPU under a ZeRO stage."""
+    """fp32 weights (4 bytes), gradients (4) and Adam's two moments (8) of one GPU under a ZeRO stage.
+
+    From stage 1 on DeepSpeed updates a partitioned copy of the weights (4) and sums gradients in a bucket, which lives
+    during the backward pass; ZeRO-3 gathers weights, and keeps up to LIVE of them between the
+    passes. Compared with what real engines hold in tests/distributed/test_memory.py.
+    """
     weights, gradients, moments = 4.0 * measured.parameters, 4.0 * measured.trained, 8.0 * measured.trained
+    copy = 4.0 * measured.trained / ranks if stage >= 1 else 0.0
+    gathered = 4.0 * min(measured.parameters, LIVE) if stage == 3 and ranks > 1 else 0.0
     return (
         weights / (ranks if stage == 3 else 1)
+        + gathered
         + gradients / (ranks if stage >= 2 else 1)
-        + moments / (ranks if stage >= 1 else 1)
+        + (moments / ranks + copy + bucket_bytes(measured) if stage >= 1 else moments)
     )
+
+
+def bucket_bytes(measured: Measured) -> float:
+    """DeepSpeed's gradient bucket, whose size engines/deepspeed.py sets."""
+    return 4.0 * min(measured.parameters, LARGEST_BUCKET)
 
 
 def activation_bytes(measured: Measured, config: Config) -> float:
@@ -209,7 +226,7 @@ def assumptions(config: Config, cluster: Cluster, mfu: float) -> dict[str, Any]:
         "MFU": f"{mfu:.0%} of the peak (published speech pretraining reaches 9 to 11 % on an H100)",
         "GPU": f"{gpu.bf16:g} TFLOP/s bf16, {gpu.tf32:g} tf32, {gpu.memory:g} GiB, {gpu.inside:g} GB/s inside a node, "
         f"{gpu.between:g} GB/s between nodes",
-        "precision": f"{config.engine.precision}; weights, gradients and Adam stay fp32 (16 bytes a parameter)",
+        "precision": f"{config.engine.precision}; weights, gradients, Adam in fp32: 16 bytes a parameter, with ZeRO 20",
         "overlap": "gradients are reduced behind the backward pass; data never waits",
         "memory": "without the allocator's slack and work space; leave a fifth free",
     }

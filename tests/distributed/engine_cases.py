@@ -6,6 +6,7 @@ and moments per case. Not a test by itself: test_engines.py starts it and compar
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -33,7 +34,17 @@ from tests.synthetic import synthetic_batch
 def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     """One engine, `steps` global steps, with an optional load before and save after."""
     config = load(Config, case["config"])
+    before = held_bytes() if case.get("memory") else {}
     engine = make_engine(config, build_model(config), world)
+    parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+    held = 0
+
+    def look(part: str) -> None:
+        nonlocal held
+        if part == "backward pass" and case.get("memory"):
+            held = max(held, sum(size for place, size in held_bytes().items() if place not in before))
+
+    engine.tell = look
     if case.get("scale"):
         engine.scale.value = case["scale"]
     state = TrainState()
@@ -64,7 +75,20 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, tensor in engine.tensors():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return {"losses": losses, "norms": norms, "digest": digest.hexdigest(), "scale": engine.scale.value}
+    found = {"losses": losses, "norms": norms, "digest": digest.hexdigest(), "scale": engine.scale.value}
+    return found | {"held": held, "parameters": parameters}
+
+
+def held_bytes() -> dict[int, int]:
+    """Address and size of the storage of every tensor that Python knows of, gradients included."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.device.type == "cpu":
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return found
 
 
 def main(cases: str, out: str) -> None:
