@@ -23,6 +23,7 @@ bench: setup ## comparisons with peers; each prints a ratio
 
 prove: setup ## the slower proofs that `make test` leaves out, and the quality of half an hour of pretraining
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/prove/detectors.py
 	$(BIN)/python benchmarks/prove/quality.py
 
 parity-table: setup ## what is compared with other implementations and with itself: benchmarks/results/parity.md
