@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from data_pipeline.keyed_random import keyed_seed
 from pretrain.evaluate.config import ProbeConfig, SupervisedConfig
-from pretrain.evaluate.encoders import Model
 from pretrain.evaluate.features import Labelled
+from pretrain.types import SpeechModel
 
 NO_LABEL = -1
 SHRINKAGE = 1e-4
@@ -118,7 +118,7 @@ def _fit(
 class Supervised(nn.Module):
     """The encoder and a linear layer on its last frames, all trained."""
 
-    def __init__(self, model: Model, classes: int) -> None:
+    def __init__(self, model: SpeechModel, classes: int) -> None:
         super().__init__()
         self.model = model
         self.linear = nn.Linear(model.shape.dim, classes)
@@ -129,7 +129,7 @@ Example = tuple[Tensor, Tensor, Tensor]
 
 
 def fit_supervised(
-    model: Model,
+    model: SpeechModel,
     train: Sequence[Example],
     valid: Sequence[Example],
     classes: int,
