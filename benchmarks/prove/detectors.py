@@ -184,7 +184,7 @@ def config(objective: dict[str, Any], steps: int, **top: Any) -> Config:
             "optimizer": {"lr": 2e-3, "clip_norm": 10.0},
             "schedule": {"name": "constant", "warmup_steps": 20},
             "train": {"steps": steps, "checkpoint_every": steps, "media_every": 0},
-            "engine": {"name": "local", "timeout_minutes": 0.2},
+            "engine": {"name": "local", "timeout_minutes": 0.5},
             "health": {"every": 5, "window": 40, "grace_steps": 100},
             **top,
         },
