@@ -35,7 +35,7 @@ from pretrain.telemetry import read_rows  # noqa: E402
 MEASURE = "non-silence frames"
 OVER_RANDOM, OVER_LOG_MEL = 0.05, 0.03
 TIMED_STEPS = 40
-CHECKPOINTS = 5
+CHECKPOINTS = 4
 
 
 def auricle(*arguments: str) -> None:
@@ -128,9 +128,9 @@ def main() -> int:
     """Exit code 0 where at least one experiment passes the gate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiments", nargs="+", default=["quality_hubert"])
-    parser.add_argument("--minutes", type=float, default=16.0, help="of pretraining, over all experiments")
+    parser.add_argument("--minutes", type=float, default=12.0, help="of pretraining, over all experiments")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--supervised-epochs", type=int, default=4)
+    parser.add_argument("--supervised-epochs", type=int, default=3)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()

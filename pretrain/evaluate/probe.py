@@ -1,9 +1,10 @@
-"""The probe: scaled layers, a softmax-weighted sum of them, one linear layer. And the supervised reference."""
+"""The probe: one scaled layer or a weighted sum of all, then one linear layer. And the supervised reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,32 +21,48 @@ SHRINKAGE = 1e-4
 """Added to the variance of each direction, times the mean variance; 1e-4 to 0.1 gave the same (LOG.md)."""
 
 
+class View(NamedTuple):
+    """What a probe sees of the features.  layers: one of them, or all, which it then weights."""
+
+    whiten: bool
+    layers: tuple[int, ...]
+
+
 class Scaling(nn.Module):
-    """Features of each layer made comparable, by the statistics of the training part.
+    """Features of the layers of a view made comparable, by the statistics of the training part.
 
     whiten: directions of little variance count as much as the widest ones. Trained features spread over few directions
     (the widest of 256 may hold half of the variance), on which a probe of some hundred updates would spend itself.
     """
 
-    def __init__(self, x_NLD: Tensor, whiten: bool) -> None:
+    def __init__(self, x_NLD: Tensor, view: View) -> None:
         super().__init__()
-        some = x_NLD[:: max(1, len(x_NLD) // 40_000)].float()
+        self.view = view
+        some = self.seen(x_NLD[:: max(1, len(x_NLD) // 40_000)])
         self.register_buffer("mean_LD", some.mean(0))
         self.mean_LD: Tensor
-        if not whiten:
-            self.register_buffer("scale_LDD", torch.diag_embed(1.0 / (some.std(0) + 1e-4)))
+        if not view.whiten:
+            self.register_buffer("scale", 1.0 / (some.std(0) + 1e-4))
         else:
             centred_LND = (some - self.mean_LD).transpose(0, 1).double()
             values_LD, vectors_LDD = torch.linalg.eigh(centred_LND.transpose(1, 2) @ centred_LND / len(some))
             values_LD = values_LD.clamp(min=0) + SHRINKAGE * values_LD.mean(1, keepdim=True)
-            self.register_buffer("scale_LDD", (vectors_LDD * values_LD[:, None].rsqrt()).float())
-        self.scale_LDD: Tensor
+            # turned back (ZCA), so that layers of one residual stream can still be summed
+            whitening_LDD = (vectors_LDD * values_LD[:, None].rsqrt()) @ vectors_LDD.transpose(1, 2)
+            self.register_buffer("scale", whitening_LDD.float())
+        self.scale: Tensor
+
+    def seen(self, x_NLD: Tensor) -> Tensor:
+        """The layers of the view, fp32."""
+        return x_NLD[:, list(self.view.layers)].float()
 
     @torch.no_grad()
     def forward(self, x_NLD: Tensor) -> Tensor:
         """float16 again, as features are kept."""
-        parts = torch.split(x_NLD, 8192)
-        return torch.cat([torch.einsum("nld,lde->nle", x.float() - self.mean_LD, self.scale_LDD).half() for x in parts])
+        centred = (self.seen(part) - self.mean_LD for part in torch.split(x_NLD, 8192))
+        if not self.view.whiten:
+            return torch.cat([(part * self.scale).half() for part in centred])
+        return torch.cat([torch.einsum("nld,lde->nle", part, self.scale).half() for part in centred])
 
 
 class Linear(nn.Module):
@@ -78,21 +95,30 @@ class Probe:
         return self.linear.predict(self.scaling(x_NLD))
 
 
-def fit_probe(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int) -> Probe:
-    """The scaling and the epoch that are best on `valid`, for every encoder and baseline alike.
+def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int) -> View:
+    """The view that is best on `valid`, fitted to every third vector; for encoders and baselines alike."""
+    some = Labelled(train.x_NLD[::3], train.y_N[::3], train.speaker_N[::3], train.speakers)
+    everything = tuple(range(train.x_NLD.shape[1]))
+    selections = [everything, *((layer,) for layer in everything)] if len(everything) > 1 else [everything]
+    views = [View(whiten, layers) for whiten in (False, True) for layers in selections]
+    scores = [_fit(view, some, valid, classes, config, seed)[0] for view in views]
+    return views[int(np.argmax(scores))]
 
-    The test speakers take no part.
-    """
-    scalings = [Scaling(train.x_NLD, whiten) for whiten in (False, True)]
-    fitted = [_fit(scaling, train, valid, classes, config, seed) for scaling in scalings]
-    return max(fitted, key=lambda pair: pair[0])[1]
+
+def fit_probe(
+    train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int, view: View | None = None
+) -> Probe:
+    """The epoch that is best on `valid`, with the view that is; the test speakers take no part."""
+    view = view or choose_view(train, valid, classes, config, seed)
+    return _fit(view, train, valid, classes, config, seed)[1]
 
 
 def _fit(
-    scaling: Scaling, train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int
+    view: View, train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int
 ) -> tuple[float, Probe]:
     """(accuracy on `valid`, probe)."""
     torch.manual_seed(keyed_seed(seed, "probe"))
+    scaling = Scaling(train.x_NLD, view)
     x_NLD, valid_NLD = scaling(train.x_NLD), scaling(valid.x_NLD)
     probe = Linear(x_NLD.shape[1], x_NLD.shape[2], classes)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=config.lr, weight_decay=config.weight_decay)

@@ -16,7 +16,7 @@ from pretrain.evaluate.corpus import Utterance, grid_labels, read_manifest, read
 from pretrain.evaluate.encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder
 from pretrain.evaluate.features import GRID_HZ, SILENCE, Labelled, Waves, grid_frames, phone_frames, pooled
 from pretrain.evaluate.measures import Tally, bootstrap
-from pretrain.evaluate.probe import Example, fit_probe, fit_supervised
+from pretrain.evaluate.probe import Example, View, choose_view, fit_probe, fit_supervised
 from pretrain.evaluate.tasks import MEASURES, PROBES, TASKS, Task, splits
 
 Say = Callable[[str], None]
@@ -94,13 +94,15 @@ class Room:
         """Tallies by measure, one per seed. same: the encoder does not depend on the seed, so its features are kept."""
         tallies: dict[str, list[Tally]] = {}
         parts: list[Labelled] = []
+        view: View | None = None
         for seed in range(self.config.seeds):
             if not (same and parts):
                 parts = []  # frees the last seed's features before the next are made
                 encoder = make(seed)
                 parts = [self.features(encoder, part) for part in self.parts]
             train, valid, test = parts
-            probe = fit_probe(train, valid, len(self.classes), self.config.probe, seed)
+            view = view or choose_view(train, valid, len(self.classes), self.config.probe, seed)
+            probe = fit_probe(train, valid, len(self.classes), self.config.probe, seed, view)
             hits = (probe.predict(test.x_NLD) == test.y_N.numpy()).astype(float)
             for measure, counts in self.counted(test).items():
                 tallies.setdefault(measure, []).append(test.tally(hits, counts))

@@ -10,7 +10,7 @@ from pretrain.evaluate import measures
 from pretrain.evaluate.config import ProbeConfig
 from pretrain.evaluate.corpus import Interval, Utterance, grid_labels, require_disjoint
 from pretrain.evaluate.features import Labelled, grid_frames, quarters
-from pretrain.evaluate.probe import fit_probe
+from pretrain.evaluate.probe import View, fit_probe
 
 RNG = np.random.default_rng(0)
 
@@ -80,7 +80,9 @@ def test_the_probe_finds_the_layer_that_knows() -> None:
     probe = fit_probe(made[0], made[1], 4, ProbeConfig(epochs=15, lr=1e-2, batch=128), seed=0)
     hits = probe.predict(made[2].x_NLD) == made[2].y_N.numpy()
     assert hits.mean() > 0.9
-    assert int(probe.linear.layer_weights.argmax()) == 1
+    assert 1 in probe.scaling.view.layers
+    mixed = fit_probe(made[0], made[1], 4, ProbeConfig(epochs=15, lr=1e-2, batch=128), 0, View(False, (0, 1, 2)))
+    assert int(mixed.linear.layer_weights.argmax()) == 1
     assert sum(n for _, n in made[2].tally(hits, np.ones(200)).values()) == 200
     assert float(probe.scaling(made[2].x_NLD).float().std(0).sub(1).abs().max()) < 0.3
     # labels shuffled in time: chance
