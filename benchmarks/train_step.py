@@ -56,8 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "efficient_base": {
         "objective": {"name": "efficient", "predict_layers": [6, 12]},
-        "frontend": {"name": "log_mel"},
-        "encoder": ROPE,
+        "frontend": {"name": "log_mel", "normalize": "fixed"},
+        "encoder": ROPE | {"attention": "chunked", "left_chunks": [8, 16, -1]},
     },
     "wavlm_base": {
         "objective": {"name": "wavlm"} | UNITS,

@@ -78,11 +78,10 @@ def test_the_efficient_default_streams_and_hears_all_if_asked_for(experiment: st
         assert (float((whole - first).abs().max()) <= 1e-5) == streams
 
 
-def benchmarked() -> list[object]:
+def benchmarked() -> list[str]:
     from benchmarks.train_step import RECIPES
 
-    late = pytest.mark.xfail(reason="benchmarks/train_step.py measures it with full attention still")
-    return [pytest.param(name, marks=late if name == "efficient_base" else ()) for name in RECIPES]
+    return list(RECIPES)
 
 
 @pytest.mark.parametrize("name", benchmarked())
