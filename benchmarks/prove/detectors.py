@@ -13,8 +13,6 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,15 +34,12 @@ from data_pipeline.keyed_random import keyed_rng  # noqa: E402
 from data_pipeline.schema import load  # noqa: E402
 from data_pipeline.types import SAMPLE_RATE, Batch, Cursor, Step  # noqa: E402
 from pretrain.config import Config, HealthConfig  # noqa: E402
-from pretrain.engines import Engine, World, make_engine  # noqa: E402
-from pretrain.engines import world as ranks  # noqa: E402
+from pretrain.engines import Engine, World  # noqa: E402
 from pretrain.engines.base import StepResult  # noqa: E402
 from pretrain.evaluate.corpus import read_audio, read_manifest  # noqa: E402
-from pretrain.heartbeat import Heartbeat, slowest  # noqa: E402
 from pretrain.model import build_model  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
 from pretrain.telemetry import read_rows  # noqa: E402
-from pretrain.train import train  # noqa: E402
 from pretrain.types import StepContext  # noqa: E402
 from pretrain.watch import UnhealthyError, Watch  # noqa: E402
 from tests import plants  # noqa: E402
@@ -68,8 +63,8 @@ class Speech:
 
     plan_hash = "speech in memory"
 
-    def __init__(self, waves: list[np.ndarray], rank: int = 0, world: int = 1) -> None:
-        self.waves, self.rank, self.world = waves, rank, world
+    def __init__(self, waves: list[np.ndarray]) -> None:
+        self.waves = waves
 
     def batch(self, number: int, micro_batch: int) -> Batch:
         rng = keyed_rng(number, micro_batch, "clips")
@@ -85,7 +80,7 @@ class Speech:
     def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
         number = cursor.step if cursor else 0
         while True:
-            batches = [self.batch(number, j) for j in range(MICRO_BATCHES)][self.rank :: self.world]
+            batches = [self.batch(number, j) for j in range(MICRO_BATCHES)]
             samples = SECONDS * SAMPLE_RATE
             number += 1
             yield Step(tuple(batches), samples, samples, Cursor(self.plan_hash, 0, number))
@@ -229,59 +224,6 @@ def planted(waves: list[np.ndarray], case: Case, folder: Path) -> tuple[str, boo
     return f"| {case.name} | {seen['detector']} | {seen['step'] - case.planted} | {action} |", True
 
 
-def rank(folder: Path) -> int:
-    """One of two ranks of a run (the child process of `stalled`)."""
-    settings = config(BEST_RQ, 100_000)
-    world = ranks.join("cpu", settings.engine.timeout_minutes)
-    run = RunFolder(folder)
-    if world.rank == 0:
-        run.claim()
-    engine = make_engine(settings, build_model(settings), world)
-    try:
-        with Heartbeat(folder, world.rank, 600) as heart:
-            train(settings, engine, Speech(speech(), world.rank, world.size), run, heart, lambda: False, lambda _: None)
-    except RuntimeError:
-        print(slowest(folder), flush=True)
-        os._exit(1)
-    return 0
-
-
-def stalled(folder: Path) -> tuple[str, bool]:
-    """Stops one of two ranks dead, and waits for the other to name it."""
-    folder.mkdir(parents=True)
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = [
-        subprocess.Popen([sys.executable, __file__, "--rank", str(folder)], env=environment | {"RANK": str(number)},
-                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        for number in range(2)
-    ]  # fmt: skip
-    try:
-        deadline = time.monotonic() + 90
-        while len(read_rows(folder / "metrics.jsonl")) < 5 and time.monotonic() < deadline:
-            time.sleep(0.5)
-        time.sleep(6)  # a heartbeat is written every five seconds
-        children[1].send_signal(signal.SIGSTOP)
-        begun = time.monotonic()
-        said, _ = children[0].communicate(timeout=90)
-        seconds = time.monotonic() - begun
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    seen = "the slowest of 2 ranks is rank 1" in said
-    wait = config(BEST_RQ, 1).engine.timeout_minutes * 60
-    row = (
-        f"| a rank that stands still | heartbeat: rank 1 | after {seconds:.0f} s (engine.timeout_minutes: {wait:g} s) |"
-    )
-    return f"{row} ended the run |" if seen else f"| a rank that stands still | missed: {said!r} | | |", seen
-
-
-def free_port() -> int:
-    from launch.environment import free_port as found
-
-    return found()
-
-
 def speech() -> list[np.ndarray]:
     """Some minutes of many speakers."""
     utterances = [u for u in read_manifest(MANIFEST) if u.split == "pretrain" and u.corpus == "librispeech"]
@@ -334,7 +276,6 @@ def main() -> int:
     parser.add_argument(
         "--replay", type=Path, nargs="+", help="run folders: print what the detectors say to their rows"
     )
-    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
@@ -345,8 +286,6 @@ def main() -> int:
     if not MANIFEST.is_file():
         print(f"the detectors' proof needs real speech at {MANIFEST.parent}; skipped")
         return 0
-    if given.rank:
-        return rank(given.rank)
     begun, waves = time.monotonic(), speech()
     seen, calm = [], []
     with tempfile.TemporaryDirectory(prefix="auricle-detectors-") as home:
@@ -355,9 +294,6 @@ def main() -> int:
             print(calm[-1], flush=True)
         for number, case in enumerate(case for case in CASES if given.only in case.name):
             seen.append(planted(waves, case, Path(home) / f"planted-{number}"))
-            print(seen[-1][0], flush=True)
-        if given.only in "a rank that stands still":
-            seen.append(stalled(Path(home) / "stalled"))
             print(seen[-1][0], flush=True)
     alarms = [row for row in calm if not row.endswith("| 0 |")]
     if not given.only:
@@ -375,6 +311,8 @@ def write(path: Path, seen: list[str], calm: list[str], alarms: int, seconds: fl
         f"{settings.confirm} times in a row, codes and losses pooled over {settings.window}, loss and codes judged "
         f"from update {settings.grace_steps} on.", "",
         "| planted | seen by | updates later | and then |", "| --- | --- | --- | --- |", *seen, "",
+        "A rank that hangs is named, with its stacks, before the collective gives up, in both engines: "
+        "`tests/faults/test_hung_rank.py`.", "",
         f"False alarms over {len(calm)} healthy runs: {alarms}.", "",
         "| healthy run | updates | loss | alarms |", "| --- | --- | --- | --- |", *calm, "",
     ]  # fmt: skip
