@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,24 +16,28 @@ from data_pipeline.keyed_random import keyed_seed
 from data_pipeline.schema import load
 from pretrain.checkpoint import read_state
 from pretrain.config import Config
+from pretrain.evaluate import hugging_face
+from pretrain.evaluate.hugging_face import HuggingFaceModel
 from pretrain.model import build_model
 from pretrain.nn.spectral import LogMel
 from pretrain.types import SpeechModel
+
+Model = SpeechModel | HuggingFaceModel
 
 
 @dataclass(frozen=True)
 class FrozenEncoder:
     """encode: (T,) waveform at 16 kHz to layers (L, F, D) at rate_hz; frame f is at (f + ½) / rate_hz seconds.
 
-    fresh: makes the same architecture with random weights (by seed), as a SpeechModel to train or to freeze; None where
-    there is none to make.
+    fresh: makes the same architecture with random weights (by seed), to train or to freeze; None where there is none to
+    make.
     """
 
     name: str
     encode: Callable[[Tensor], Tensor]
     rate_hz: float
     step: int = 0
-    fresh: Callable[[int], SpeechModel] | None = field(default=None, repr=False)
+    fresh: Callable[[int], Model] | None = field(default=None, repr=False)
 
 
 def find_checkpoint(given: str) -> Path:
@@ -54,7 +56,9 @@ def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
     """A checkpoint of ours or of Hugging Face's layout. Raises ValueError for one that cannot be used."""
     folder = find_checkpoint(given)
     if not (folder / "state.json").is_file():
-        return _hugging_face(folder, device)
+        return freeze(
+            hugging_face.load(folder), folder.name, device, fresh=lambda seed: hugging_face.fresh(folder, seed)
+        )
     model, config, step = load_model(folder)
     return freeze(model, config.name, device, step, fresh=lambda seed: fresh_model(config, seed))
 
@@ -79,13 +83,13 @@ def fresh_model(config: Config, seed: int) -> SpeechModel:
 
 
 def freeze(
-    model: SpeechModel,
+    model: Model,
     name: str,
     device: str = "cpu",
     step: int = 0,
-    fresh: Callable[[int], SpeechModel] | None = None,
+    fresh: Callable[[int], Model] | None = None,
 ) -> FrozenEncoder:
-    """A SpeechModel in evaluation mode."""
+    """A model in evaluation mode."""
     model.eval().to(device)
 
     @torch.inference_mode()
@@ -111,27 +115,3 @@ def log_mel_with_context(context: int = 10, n_mels: int = 80, rate_hz: float = 5
         return windows_FDC[torch.from_numpy(nearest)].flatten(1)[None]
 
     return FrozenEncoder(f"log-mel ±{context} frames", encode, rate_hz)
-
-
-def _hugging_face(folder: Path, device: str) -> FrozenEncoder:
-    try:
-        from transformers import AutoModel
-    except ImportError as error:
-        raise ValueError(f"{folder}: a Hugging Face checkpoint needs the package transformers ({error})") from error
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "conv_stride" not in settings:
-        raise ValueError(f"{folder}: model_type={settings.get('model_type')!r} has no waveform stem; not supported")
-    # safetensors only: nothing in a checkpoint may be executed on loading
-    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().to(device)
-    processor = folder / "preprocessor_config.json"
-    described = json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {}
-    normalize = described.get("do_normalize", settings.get("feat_extract_norm") == "layer")
-
-    @torch.inference_mode()
-    def encode(wave_T: Tensor) -> Tensor:
-        if normalize:
-            wave_T = (wave_T - wave_T.mean()) / torch.sqrt(wave_T.var(unbiased=False) + 1e-7)
-        hidden: Sequence[Tensor] = model(wave_T[None].to(device), output_hidden_states=True).hidden_states
-        return torch.stack([layer[0] for layer in hidden]).cpu()
-
-    return FrozenEncoder(folder.name, encode, 16_000 / float(np.prod(settings["conv_stride"])))

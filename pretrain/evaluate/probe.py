@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from data_pipeline.keyed_random import keyed_seed
 from pretrain.evaluate.config import ProbeConfig, SupervisedConfig
+from pretrain.evaluate.encoders import Model
 from pretrain.evaluate.features import Labelled
-from pretrain.types import SpeechModel
 
 NO_LABEL = -1
 SHRINKAGE = 1e-4
@@ -100,7 +100,9 @@ def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeCon
     some = Labelled(train.x_NLD[::3], train.y_N[::3], train.speaker_N[::3], train.speakers)
     everything = tuple(range(train.x_NLD.shape[1]))
     selections = [everything, *((layer,) for layer in everything)] if len(everything) > 1 else [everything]
-    views = [View(whiten, layers) for whiten in (False, True) for layers in selections]
+    # a covariance wants several vectors a dimension
+    scalings = (False, True) if len(some.y_N) >= 4 * train.x_NLD.shape[2] else (False,)
+    views = [View(whiten, layers) for whiten in scalings for layers in selections]
     scores = [_fit(view, some, valid, classes, config, seed)[0] for view in views]
     return views[int(np.argmax(scores))]
 
@@ -144,7 +146,7 @@ def _fit(
 class Supervised(nn.Module):
     """The encoder and a linear layer on its last frames, all trained."""
 
-    def __init__(self, model: SpeechModel, classes: int) -> None:
+    def __init__(self, model: Model, classes: int) -> None:
         super().__init__()
         self.model = model
         self.linear = nn.Linear(model.shape.dim, classes)
@@ -155,7 +157,7 @@ Example = tuple[Tensor, Tensor, Tensor]
 
 
 def fit_supervised(
-    model: SpeechModel,
+    model: Model,
     train: Sequence[Example],
     valid: Sequence[Example],
     classes: int,

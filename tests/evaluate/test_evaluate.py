@@ -15,6 +15,7 @@ from pretrain.engines import World, make_engine
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig
 from pretrain.evaluate.corpus import Utterance
 from pretrain.evaluate.encoders import find_checkpoint, open_encoder
+from pretrain.evaluate.hugging_face import HuggingFaceModel
 from pretrain.evaluate.run import evaluate
 from pretrain.evaluate.tasks import PROBES, splits
 from pretrain.model import build_model
@@ -115,7 +116,30 @@ def test_a_hugging_face_folder_is_evaluated_alike(corpus: Path, tmp_path: Path) 
     assert encoder.rate_hz == 50.0
     assert encoder.encode(torch.randn(16000)).shape == (3, 49, 32)
     rows = evaluate(settings(corpus, tmp_path / "hub", "keywords", seeds=1), say=lambda line: None)
-    assert rows[-1].who.startswith("hub")
+    beside = ["log-mel ±10 frames", "random weights (hub)", "supervised from scratch (hub)", "hub (step 0)"]
+    assert [row.who for row in rows] == beside
+    assert encoder.fresh is not None
+    first, again, other = (
+        encoder.fresh(seed).state_dict()["net.feature_projection.projection.weight"] for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_padding_does_not_change_a_hugging_face_models_frames(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tiny = transformers.HubertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_extract_norm="layer",
+    )  # fmt: skip
+    model = HuggingFaceModel(transformers.HubertModel(tiny), normalize=True).eval()
+    wave_BT = torch.randn(2, 16000)
+    wave_BT[1, 9600:] = 0
+    together = model(wave_BT, torch.tensor([16000, 9600]))
+    alone = model(wave_BT[1:, :9600], torch.tensor([9600]))
+    frames = int(alone.lengths_B[0])
+    assert together.lengths_B.tolist() == [49, frames]
+    assert torch.allclose(together.final.x_BFD[1, :frames], alone.final.x_BFD[0], atol=1e-4)
 
 
 def test_what_cannot_be_evaluated_is_said(corpus: Path, saved: Path, tmp_path: Path) -> None:
