@@ -1,7 +1,7 @@
 """kill -9 at random moments, resumed on one rank and on two in turn: every step sees the keys of an uninterrupted run.
 
 The reader notes each step it hands over. A killed run may hand a step over twice (it died before the checkpoint), but
-never another one, and at the end none may be missing. `make prove-slow` runs the long form: 21 kills over ZeRO 1, 2 and 3.
+never another one, and at the end none may be missing. `make prove-slow` runs the long form: 21 kills over ZeRO 1–3.
 """
 
 from __future__ import annotations
