@@ -182,7 +182,8 @@ def write_page(found: dict[str, Any], out: Path) -> None:
     rows = {name: [Row(**row) for row in one["rows"]] for name, one in found.items()}
     heard = [
         f"- {name}: {one['curve'][-1][0]:.1f} h heard, {one['minutes']} minutes in all "
-        f"({one['when']}, {one['machine']}, {one['seeds']} seeds); the gate is {'passed' if gate(pick(rows[name], MEASURE)[-1]) else 'missed'}; "
+        f"({one['when']}, {one['machine']}, {one['seeds']} seeds); "
+        f"the gate is {'passed' if gate(pick(rows[name], MEASURE)[-1]) else 'missed'}; "
         f"health alarms: {'; '.join(one['alarms']) or 'none'}"
         for name, one in found.items()
     ]
@@ -190,7 +191,7 @@ def write_page(found: dict[str, Any], out: Path) -> None:
     text = [
         "# Quality: phones from frozen features, speakers never heard", "",
         *heard, "", markdown([row for some in rows.values() for row in some]),
-        "Intervals: over the test speakers. Gate, on non-silence frames: +5 points over random weights, +3 over log-mel.",
+        "Intervals: test speakers. Gate, on non-silence frames: +5 points over random weights, +3 over log-mel.",
         "", "![probe accuracy over audio and FLOP](quality.png)", "",
     ]  # fmt: skip
     (out / "quality.md").write_text("\n".join(text), encoding="utf-8")
