@@ -41,9 +41,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += [f"--port={gcs}", f"--dashboard-port={port}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
     command += [f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=100000000"]
     command += [f"--ray-client-server-port={free_port()}", f"--temp-dir={folder}"]
+    from ray._private.authentication_test_utils import reset_auth_token_state
+
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_AUTH_MODE", "token")
     patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    reset_auth_token_state()  # read once in a process: an earlier test may have had none
     with (folder / "said.txt").open("w") as said:
         ray = subprocess.Popen(command, stdout=said, stderr=said, env=dict(os.environ), start_new_session=True)
     address = f"http://127.0.0.1:{port}"
@@ -56,6 +59,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         patch.undo()
+        reset_auth_token_state()
 
 
 def answers(address: str) -> bool:
