@@ -109,7 +109,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, column, label in zip(axes, (0, 1), ("hours of audio seen", "training FLOP"), strict=True):
+    for axis, column, label in zip(
+        axes, (0, 1), ("hours of audio seen", "FLOP, 3 × forward passes of the encoder"), strict=True
+    ):
         for number, (name, one) in enumerate(found.items()):
             colour = f"C{number}"
             axis.plot(
@@ -166,6 +168,7 @@ def main() -> int:
             "when": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "seeds": given.seeds,
+            "supervised_epochs": given.supervised_epochs,
             "rows": plain(rows),
             "curve": curve(run, manifest, ours.value),
             "alarms": alarms(run),
@@ -182,7 +185,8 @@ def write_page(found: dict[str, Any], out: Path) -> None:
     rows = {name: [Row(**row) for row in one["rows"]] for name, one in found.items()}
     heard = [
         f"- {name}: {one['curve'][-1][0]:.1f} h heard, {one['minutes']} minutes in all "
-        f"({one['when']}, {one['machine']}, {one['seeds']} seeds); "
+        f"({one['when']}, {one['machine']}, {one['seeds']} seeds, "
+        f"{one['supervised_epochs']} epochs of supervision from scratch); "
         f"the gate is {'passed' if gate(pick(rows[name], MEASURE)[-1]) else 'missed'}; "
         f"health alarms: {'; '.join(one['alarms']) or 'none'}"
         for name, one in found.items()
@@ -192,6 +196,9 @@ def write_page(found: dict[str, Any], out: Path) -> None:
         "# Quality: phones from frozen features, speakers never heard", "",
         *heard, "", markdown([row for some in rows.values() for row in some]),
         "Intervals: test speakers. Gate, on non-silence frames: +5 points over random weights, +3 over log-mel.",
+        "Curves: the last point has all seeds, those before it one. Supervision of a few epochs has not converged:",
+        "`retained` flatters. Positions, learning rate and clusters of quality_hubert were first chosen with the test",
+        "speakers in sight, everything since 2026-11-22 21:41 on the valid ones (LOG.md).",
         "", "![probe accuracy over audio and FLOP](quality.png)", "",
     ]  # fmt: skip
     (out / "quality.md").write_text("\n".join(text), encoding="utf-8")
