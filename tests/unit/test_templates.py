@@ -20,10 +20,17 @@ TEXTS = [
     field.name for field in dataclasses.fields(SlurmConfig) if field.type == "str" or "Annotated[str" in field.type
 ]
 STAND_INS = {
-    "srun": 'printf "%s\\0" "$@" > "$CALLS/srun-$$"',
-    "scontrol": 'case $2 in hostnames) echo n1;; node) echo "NodeAddr=127.0.0.1 NodeHostName=n1";; esac',
+    "srun": """printf "%s\\0" "$@" > "$CALLS/srun-$$"
+        case "$*" in *launch.*) eval "${SLURM_MEANWHILE:-}"; exit "${SLURM_RANKS_END:-0}";; esac""",
+    "scontrol": """case "$*" in
+        *hostnames*) echo n1;;
+        *"show node"*) echo "NodeAddr=127.0.0.1 NodeHostName=n1";;
+        *"show job"*) echo "JobId=1 Restarts=${SLURM_KNOWN_RESTARTS-${SLURM_RESTART_COUNT:-0}} BatchFlag=1";;
+        requeue*) printf "%s\\0" "$@" > "$CALLS/requeue";;
+    esac""",
+    "sleep": "",  # SLURM would end the script
 }
-MODULE = 'module() { printf "%s\\0" "$@" > "$CALLS/module"; }; export -f module; exec bash "$@"'
+MODULE = 'module() { printf "%s\\0" "$@" > "$CALLS/module"; }; export -f module; export BATCH=$$; exec bash "$@"'
 
 
 def job_with_a_port() -> tuple[int, socket.socket]:
@@ -40,29 +47,64 @@ def job_with_a_port() -> tuple[int, socket.socket]:
     raise AssertionError("no free port")
 
 
-def calls_of(tmp_path: Path, verb: str, config: SlurmConfig) -> dict[str, list[str]]:
-    """Runs the verb's template as sbatch would, and returns the argument lists that srun and module were given."""
-    place, run = tmp_path / "work", tmp_path / "work" / f"run {HOSTILE}".replace("/", "").replace("\n", "")
+@dataclasses.dataclass
+class Ended:
+    """What came of a batch script, and the argument lists it gave to SLURM's commands."""
+
+    code: int
+    said: str
+    calls: dict[str, list[str]]
+
+    @property
+    def requeued(self) -> list[str]:
+        """What it asked SLURM to start again."""
+        return self.calls.get("requeue", [])
+
+
+def work_folder(tmp_path: Path, verb: str, name: str = "run") -> Path:
+    """A prepared run folder, and stand-ins for SLURM's commands."""
+    run = tmp_path / "work" / name
     for folder in (tmp_path / "bin", tmp_path / "calls", run / "logs"):
         folder.mkdir(parents=True)
-    for name, text in STAND_INS.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
+    for command, text in STAND_INS.items():
+        (tmp_path / "bin" / command).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / command).chmod(0o755)
     (run / ("config.json" if verb == "pretrain" else "task.json")).write_text("{}")
-    command = SlurmSubmitter(config, verb).command(run)
-    script = command.index(str(SlurmSubmitter(config, verb).script))
+    return run
+
+
+def execute(tmp_path: Path, words: list[str], **variables: object) -> Ended:
+    """Runs a batch script as SLURM would; `variables` are SLURM's, without SLURM_, and those of the stand-ins."""
+    place, calls = tmp_path / "work", tmp_path / "calls"
+    for file in calls.iterdir():
+        file.unlink()
     job, listener = job_with_a_port()
-    slurm = {"JOB_ID": job, "JOB_NODELIST": "n1", "NTASKS": 1, "CPUS_PER_TASK": 2, "SUBMIT_DIR": place}
+    slurm = {"JOB_ID": job, "JOB_NODELIST": "n1", "NTASKS": 1, "CPUS_PER_TASK": 2, "SUBMIT_DIR": place, **variables}
     environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
-    environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls)}
     with listener:
         done = subprocess.run(
-            ["bash", "-c", MODULE, "bash", *command[script:]], env=environment, cwd=place, timeout=30, check=False,
+            ["bash", "-c", MODULE, "bash", *words], env=environment, cwd=place, timeout=30, check=False,
             capture_output=True, text=True,
         )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
     assert not list(tmp_path.rglob("pwned"))
-    return {file.name: file.read_text().split("\0")[:-1] for file in (tmp_path / "calls").iterdir()}
+    found = {file.name: file.read_text().split("\0")[:-1] for file in calls.iterdir()}
+    return Ended(done.returncode, done.stdout + done.stderr, found)
+
+
+def batch_words(run: Path, verb: str, config: SlurmConfig | None = None) -> list[str]:
+    """The batch script and its arguments, as they are submitted."""
+    submitter = SlurmSubmitter(config or SlurmConfig(python="python"), verb)
+    command = submitter.command(run)
+    return command[command.index(str(submitter.script)) :]
+
+
+def calls_of(tmp_path: Path, verb: str, config: SlurmConfig) -> dict[str, list[str]]:
+    """Runs the verb's template to a good end: the argument lists that srun and module were given."""
+    run = work_folder(tmp_path, verb, f"run {HOSTILE}".replace("/", "").replace("\n", ""))
+    ended = execute(tmp_path, batch_words(run, verb, config))
+    assert ended.code == 0, ended.said
+    return ended.calls
 
 
 @pytest.mark.parametrize("container", ["none", "pyxis", "apptainer"])
@@ -123,3 +165,83 @@ def test_an_evaluation_takes_one_node_of_a_chain_that_trains_on_many(tmp_path: P
     words = SlurmSubmitter(SlurmConfig(nodes=8, tasks_per_node=8), "evaluate").command(tmp_path)
     assert "--nodes=1" in words
     assert "--ntasks-per-node=1" in words
+
+
+@pytest.mark.parametrize("verb", list(SCRIPTS))
+def test_crashes_in_a_row_end_a_job_and_the_next_job_has_all_its_tries(verb: str, tmp_path: Path) -> None:
+    run = work_folder(tmp_path, verb)
+    words = batch_words(run, verb, SlurmConfig(python="python", retries=1))
+    for _ in range(2):  # two jobs of one run folder
+        assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=0).requeued
+        ended = execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=1)
+        assert not ended.requeued
+        assert "giving up" in ended.said
+    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=2).requeued, "somebody has started it once more"
+    assert execute(tmp_path, words, RANKS_END=0, RESTART_COUNT=3).code == 0
+    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=4).requeued, "it had come to a good end"
+    words = batch_words(run, verb, SlurmConfig(python="python", retries=0))
+    assert not execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=0).requeued
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "preprocess"])
+def test_ends_at_the_time_limit_are_no_failures(verb: str, tmp_path: Path) -> None:
+    words = batch_words(work_folder(tmp_path, verb), verb, SlurmConfig(python="python", retries=1))
+    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=0).requeued
+    for restart in range(1, 4):
+        warned = {"MEANWHILE": "kill -USR1 $BATCH; /bin/sleep 0.3", "RANKS_END": 85}
+        ended = execute(tmp_path, words, RESTART_COUNT=restart, **warned)
+        assert "time is nearly up" in ended.said
+        assert ended.requeued, ended.said
+    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=4).requeued, "the crash before them does not count"
+
+
+@pytest.mark.parametrize("verb", list(SCRIPTS))
+def test_a_job_that_slurm_has_started_again_elsewhere_is_left_alone(verb: str, tmp_path: Path) -> None:
+    words = batch_words(work_folder(tmp_path, verb), verb)
+    ended = execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=1, KNOWN_RESTARTS=2)
+    assert not ended.requeued
+    assert ended.code == 1
+    assert "left alone" in ended.said
+    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=1, KNOWN_RESTARTS="").requeued, "SLURM does not say"
+
+
+def test_a_superseded_run_is_not_tried_again(tmp_path: Path) -> None:
+    run = work_folder(tmp_path, "pretrain")
+    words = batch_words(run, "pretrain")
+    claim = "claim() {{ mkdir -p {0}; touch {0}/$(ls {0} | wc -l); }}; ".format(shlex.quote(str(run / "incarnations")))
+    assert execute(tmp_path, words, RANKS_END=137, MEANWHILE=claim + "claim").requeued, "nobody but this start"
+    # srun returns the highest code: that of the ranks which the superseded one has taken along
+    for code, meanwhile in ((4, "claim"), (137, "claim; claim")):
+        ended = execute(tmp_path, words, RANKS_END=code, MEANWHILE=claim + meanwhile)
+        assert not ended.requeued
+        assert ended.code == 4
+        assert "superseded by a newer start" in ended.said
+
+
+def test_an_array_trains_each_run_once_and_requeues_only_its_task(tmp_path: Path) -> None:
+    runs = [work_folder(tmp_path / name, "pretrain", name) for name in ("a", "b")]
+    script, *options = batch_words(runs[0], "pretrain")
+    words = [script, *options[:-1], "--", *map(str, runs)]
+    array = {"ARRAY_JOB_ID": 7, "ARRAY_TASK_ID": 1}
+    ended = execute(tmp_path / "a", words, **array, RANKS_END=1)
+    assert [call[-1] for name, call in ended.calls.items() if name.startswith("srun")] == [str(runs[1])]
+    assert ended.requeued == ["requeue", "7_1"]
+    for index, given in ((2, words), (0, [script])):
+        ended = execute(tmp_path / "a", given, ARRAY_TASK_ID=index)
+        assert ended.code == 2
+        assert f"run folder {index} is asked for" in ended.said
+        assert not ended.calls
+
+
+@pytest.mark.parametrize("verb", list(SCRIPTS))
+def test_the_commands_in_the_heads_of_the_scripts_work(verb: str, tmp_path: Path) -> None:
+    """Their options are the script's own, and what follows them is found."""
+    script = SlurmSubmitter(SlurmConfig(), verb).script
+    lines = script.read_text().replace("\\\n#", "").splitlines()
+    given = [line.split(script.name, 1)[1] for line in lines if line.startswith("#   sbatch")]
+    assert len(given) == (2 if verb == "pretrain" else 1)
+    for line in given:
+        run = work_folder(tmp_path / str(len(line)), verb)
+        words = ["run" if word == "RUN" or word.startswith("runs/") else word for word in shlex.split(line)]
+        ended = execute(run.parent.parent, [str(script), *words], ARRAY_TASK_ID=3 if "RUN" in line else 0)
+        assert ended.code == 0, ended.said
