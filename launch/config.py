@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 from data_pipeline.preprocess_config import PreprocessConfig
-from data_pipeline.schema import PluginChoice, about, config
+from data_pipeline.schema import PluginChoice, about, config, refuse
 from data_pipeline.targets import TargetsConfig
 from pretrain.config import Config
 from pretrain.evaluate.config import EvaluateConfig
@@ -27,15 +27,19 @@ class SlurmConfig:
 
     name: Annotated[Literal["slurm"], about("a SLURM cluster, from one of its login nodes")] = "slurm"
     nodes: Annotated[int, about("nodes", ge=1)] = 1
-    tasks_per_node: Annotated[int, about("ranks per node: one per GPU", ge=1)] = 1
+    tasks_per_node: Annotated[int, about("ranks per node; 0 takes one per GPU, or one where there is none", ge=0)] = 0
     gpus_per_node: Annotated[int, about("GPUs per node; 0 trains on CPUs", ge=0)] = 0
     cpus_per_task: Annotated[int, about("cores per rank, those of its decoding processes included", ge=1)] = 1
     memory_gb: Annotated[int, about("memory per node in GiB; 0 takes the cluster's default", ge=0)] = 0
-    minutes: Annotated[int, about("time limit; the run is requeued and continues until it is done", ge=3)] = 240
+    minutes: Annotated[
+        int, about("time limit; all but an evaluation are requeued then and continue until they are done", ge=3)
+    ] = 240
     warn_seconds: Annotated[
-        int, about("ask for a checkpoint so long before the limit; SLURM may do it a minute earlier", ge=30)
+        int, about("stop so long before the limit, a run with a checkpoint; SLURM may do it a minute earlier", ge=30)
     ] = 300
-    retries: Annotated[int, about("crashes in a row without a new checkpoint before giving up", ge=0)] = 3
+    retries: Annotated[
+        int, about("crashes in a row, of a run without a new checkpoint, that are tried again", ge=0)
+    ] = 3
     parallel: Annotated[int, about("runs of a sweep (--multirun) at a time; 0: as many as fit", ge=0)] = 0
     partition: Annotated[str, about("partition; empty takes the cluster's default")] = ""
     account: Annotated[str, about("account to charge")] = ""
@@ -48,6 +52,19 @@ class SlurmConfig:
     image: Annotated[str, about("the container's image")] = ""
     mounts: Annotated[str, about("folders to mount in it, as that container runtime writes them")] = ""
     python: Annotated[str, about("Python that has auricle, on the nodes; empty: the one running now")] = ""
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Tasks of a pretraining run on each node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    def __post_init__(self) -> None:
+        """Refuses GPUs that nobody would use, ranks that would share one, and a container of nothing."""
+        if self.gpus_per_node and self.ranks_per_node != self.gpus_per_node:
+            told = f"one rank takes one GPU, and gpus_per_node={self.gpus_per_node}; leave it out, or make them equal"
+            refuse("tasks_per_node", self.tasks_per_node, told)
+        if self.container != "none" and not self.image:
+            refuse("image", "", f"container={self.container} needs an image")
 
 
 @config

@@ -45,22 +45,24 @@ class SlurmSubmitter:
     def __init__(self, config: SlurmConfig, verb: str = "pretrain") -> None:
         self.config = config
         self.script = TEMPLATES / SCRIPTS[verb]
-        self.processes = config.nodes * config.tasks_per_node
+        self.processes = config.nodes * config.ranks_per_node
 
     def command(self, folder: Path, runs: Sequence[Path] = ()) -> list[str]:
         """The sbatch command line. `runs`: those of a sweep, an array, each with its index at the end of its name."""
         c = self.config
         log = str(folder.absolute()).replace("%", "%%") + "_%a" * bool(runs) + "/logs/slurm.log"  # %j, too, is a field
+        alone = self.script.name == SCRIPTS["evaluate"]  # one process
+        gpus = min(1, c.gpus_per_node) if alone else c.gpus_per_node
         options = {
             "job-name": folder.name,
-            "nodes": c.nodes if self.script.name != SCRIPTS["evaluate"] else 1,  # one process
-            "ntasks-per-node": c.tasks_per_node if self.script.name == SCRIPTS["pretrain"] else 1,
+            "nodes": 1 if alone else c.nodes,
+            "ntasks-per-node": c.ranks_per_node if self.script.name == SCRIPTS["pretrain"] else 1,
             "cpus-per-task": c.cpus_per_task,
             "time": c.minutes,
-            "signal": f"B:USR1@{c.warn_seconds}" if self.script.name != SCRIPTS["evaluate"] else "",
+            "signal": f"B:USR1@{c.warn_seconds}" if not alone else "",
             "array": f"0-{len(runs) - 1}" + f"%{c.parallel}" * bool(c.parallel) if runs else "",
             "output": log,
-            "gres": f"gpu:{c.gpus_per_node}" if c.gpus_per_node else "",
+            "gres": f"gpu:{gpus}" if gpus else "",
             "mem": f"{c.memory_gb}G" if c.memory_gb else "",
             "partition": c.partition,
             "account": c.account,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.schema import ConfigError, load
 from launch.config import RayConfig, SlurmConfig
 from launch.ray import RayJobs
 from launch.slurm import SCRIPTS, SlurmSubmitter
@@ -136,8 +137,8 @@ def test_containers_and_modules_reach_srun_word_by_word(tmp_path: Path, verb: st
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_text_of_the_config_is_one_word_of_sbatch(name: str, tmp_path: Path) -> None:
     """sbatch gets an argument list, no shell reads it; the plan that people copy is quoted."""
-    more = {"container": "pyxis"} if name in ("image", "mounts") else {}
-    config = SlurmConfig(**{name: HOSTILE, **more})  # type: ignore[arg-type]
+    more = {"container": "pyxis", "image": "base"} if name in ("image", "mounts") else {}
+    config = SlurmConfig(**{**more, name: HOSTILE})  # type: ignore[arg-type]
     submitter = SlurmSubmitter(config)
     words = submitter.command(tmp_path)
     assert [word for word in words if HOSTILE in word and word.startswith(("--", HOSTILE))]
@@ -162,9 +163,26 @@ def test_texts_are_found() -> None:
 
 
 def test_an_evaluation_takes_one_node_of_a_chain_that_trains_on_many(tmp_path: Path) -> None:
-    words = SlurmSubmitter(SlurmConfig(nodes=8, tasks_per_node=8), "evaluate").command(tmp_path)
-    assert "--nodes=1" in words
-    assert "--ntasks-per-node=1" in words
+    words = SlurmSubmitter(SlurmConfig(nodes=8, gpus_per_node=8), "evaluate").command(tmp_path)
+    assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:1"} <= set(words)
+
+
+@pytest.mark.parametrize(("gpus", "tasks", "ranks"), [(8, 0, 8), (8, 8, 8), (0, 0, 1), (0, 4, 4)])
+def test_each_gpu_gets_a_rank(gpus: int, tasks: int, ranks: int, tmp_path: Path) -> None:
+    submitter = SlurmSubmitter(SlurmConfig(nodes=2, gpus_per_node=gpus, tasks_per_node=tasks))
+    assert submitter.processes == 2 * ranks
+    words = submitter.command(tmp_path)
+    assert f"--ntasks-per-node={ranks}" in words
+    assert (f"--gres=gpu:{gpus}" in words) == bool(gpus)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [({"gpus_per_node": 8, "tasks_per_node": 1}, "tasks_per_node"), ({"container": "pyxis"}, "image")],
+)
+def test_what_does_not_fit_together_is_refused(given: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        load(SlurmConfig, given)
 
 
 @pytest.mark.parametrize("verb", list(SCRIPTS))
