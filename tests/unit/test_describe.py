@@ -75,8 +75,44 @@ def test_addresses_and_paths_without_secrets_are_kept() -> None:
         "a@b:/c",
         "https://host/x?list=1",
         "/data/tokens/x",
+        "+ cd $(pwd); PWD=/work",
+        '+ apptainer exec --pwd "$PWD" image',
+        "+ " + 64 * "0f",
+        "+ the bearer of good news",
     ):
         assert not redaction.holds_secret(harmless)
+        assert redaction.NAME.search(harmless) or redaction.without_secrets([harmless]) == [harmless]
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "xox" + "b-123456789012-abcdefghij",
+        "glpat" + "-abcdefghij0123456789",
+        "AI" + "za" + "Sy0123456789_abcdefghijklmnopqrst-u",
+        "Authorization: Bearer " + "ey" + "JhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln",
+        "Bearer " + "0123456789abcdef0123",
+        "pwd=hunter2",
+        'db_pwd: "hunter2"',
+        "Server=db;Uid=me;Pwd=hunter2;",
+    ],
+)
+def test_secrets_are_known_by_their_shape(secret: str) -> None:
+    assert redaction.without_secrets([f"+ x = '{secret}'", "+ y = 1"]) == ["+ y = 1"]
+    with pytest.raises(ConfigError, match="shards"):
+        redaction.refuse_secrets({"data": {"shards": secret}})
+
+
+def test_a_private_key_leaves_no_line() -> None:
+    body = ["b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAAAAAAABAAAAMwAAAAtzc2gtZW", "QyNTUxOQAAACDk"]
+    first, last = (f"-----{word} OPENSSH PRIVATE KEY-----" for word in ("BEGIN", "END"))
+    key = [f"+{line}" for line in (first, *body, last)]
+    around = ["@@ -0,0 +1,4 @@", "+before", "+after", "@@ -9 +9 @@"]
+    assert redaction.without_secrets([*around[:2], *key, *around[2:]]) == around
+    assert redaction.without_secrets([*key[:2], *around]) == around, "its end is not shown"
+    assert redaction.without_secrets([f" {body[0]}", *around]) == around, "nor its beginning"
+    with pytest.raises(ConfigError, match="image"):
+        redaction.refuse_secrets({"image": "\n".join((first, *body, last))})
 
 
 def test_checkpoints_of_another_config_are_kept_apart(tmp_path: Path) -> None:
