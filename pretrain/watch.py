@@ -126,9 +126,11 @@ class Watch:
         if spike:
             self._alarm(ctx.step, ctx.step, spike)
         waits = np.array([result.extras[f"wait/{rank}"] for rank in range(self._world)])
-        self._recent.append(
-            Observation(_loss(result), _accuracy(result), _counts(result), step.samples, seconds, waits)
-        )
+        counts = _counts(result)
+        if ctx.step == self._targets_from(ctx.step) or (self._recent and len(counts) != len(self._recent[-1].counts)):
+            self._recent.clear()
+            self._best.pop("perplexity", None)
+        self._recent.append(Observation(_loss(result), _accuracy(result), counts, step.samples, seconds, waits))
         scalars = {"health/skipped": float(result.skipped)}
         if ctx.step % self.settings.every == 0:
             stages, ranks = self.gauge.read() if self.gauge else ({}, {})
@@ -166,9 +168,16 @@ class Watch:
             waits = dict(enumerate(np.mean([seen.waits for seen in self._recent], axis=0).tolist()))
             seconds = sum(seen.seconds for seen in self._recent) / len(self._recent)
             found.append(health.waiting_ranks(waits, seconds, limits.max_data_wait))
-        if step >= min(limits.grace_steps, self.config.train.steps * 2 // 3) and len(self._recent) >= limits.window:
+        since = self._targets_from(step)
+        grace = min(limits.grace_steps, (self.config.train.steps - since) * 2 // 3)
+        if step >= since + grace and len(self._recent) >= limits.window:
             found += self._learning_findings(counts)
         return found
+
+    def _targets_from(self, step: int) -> int:
+        """The first step with the targets of `step`: the model learns anew after a relabelling."""
+        relabelled = getattr(self.config.objective, "relabel_step", 0)
+        return relabelled + 1 if 0 < relabelled < step else 0
 
     def _evaluations(self) -> dict[str, list[float]]:
         """What `auricle evaluate follow=true` has measured beside this run, by name, in the order of steps."""

@@ -53,7 +53,8 @@ PLANTED, HEALTHY_STEPS, STEPS = 120, 240, 200
 BEST_RQ: dict[str, Any] = {"name": "best_rq", "n_codes": 128}
 WAV2VEC2: dict[str, Any] = {"name": "wav2vec2", "n_codes": 32, "code_dim": 64, "projection_dim": 64, "negatives": 50}
 HUBERT: dict[str, Any] = {"name": "hubert", "units": 50, "projection_dim": 0, "mask_span": 4}
-EFFICIENT: dict[str, Any] = {"name": "efficient", "units": 64, "predict_layers": [1, 2], "relabel_step": 0}
+EFFICIENT: dict[str, Any] = {"name": "efficient", "units": 64, "predict_layers": [1, 2], "relabel_step": 120,
+                             "relabel_layer": 1, "relabel_units": 50}  # fmt: skip
 DATA2VEC: dict[str, Any] = {"name": "data2vec", "ema_steps": 100}
 HEALTHY = (BEST_RQ, WAV2VEC2, HUBERT, EFFICIENT, DATA2VEC)
 

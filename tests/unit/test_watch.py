@@ -23,6 +23,7 @@ from tests.plants import (
     BEST_RQ,
     DATA2VEC,
     PLANTED,
+    RELABELLED,
     WAV2VEC2,
     Plant,
     break_stem,
@@ -54,6 +55,24 @@ def test_a_healthy_run_raises_no_alarm(tmp_path: Path, objective: dict[str, Any]
     assert events(tmp_path) == []
     row = read_rows(tmp_path / "metrics.jsonl")[-2]
     assert {"health/std/stem", "health/std/layer_2", "health/rank/layer_2", "health/alarms"} <= row.keys()
+
+
+@pytest.mark.parametrize("units", [16, 32], ids=["another length", "the same length"])
+def test_a_relabelling_is_watched_as_a_new_beginning(tmp_path: Path, units: int) -> None:
+    objective = RELABELLED | {"relabel_units": units}
+    run(tmp_path, config(22, objective), reader=Repeating)
+    run(tmp_path, config(60, objective), reader=Repeating)
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 60
+    assert events(tmp_path) == []
+
+
+def test_codes_that_collapse_after_a_relabelling_are_caught(tmp_path: Path) -> None:
+    def one_centre(engine: Engine) -> None:
+        engine.module.objective.get_buffer("layer_centres_KD")[1:] = 1e3
+
+    with pytest.raises(UnhealthyError, match="of 16 codes"):
+        run(tmp_path, config(60, RELABELLED), one_centre)
+    assert all(event["since"] > PLANTED for event in events(tmp_path))
 
 
 @pytest.mark.parametrize(
