@@ -12,10 +12,13 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -43,6 +46,9 @@ MpiDefault=none
 MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
@@ -59,12 +65,16 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/jobcomp.txt
 NodeName=n[1-{nodes}] NodeAddr={net}.[1-{nodes}] Port={node_port} CPUs=4 Boards=1 Sockets=1 CoresPerSocket=4 \
-ThreadsPerCore=1 RealMemory=8000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP
+ThreadsPerCore=1 RealMemory=8000 Gres=gpu:2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 PriorityTier=1 State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 PriorityTier=2 State=UP
 """
 # CR_Core_Memory: a job that names no memory has its nodes for itself. config_overrides: nodes may claim more cores than
 # there are. cred_expire=5: a requeued job starts after seconds, not two minutes. SlurmdTimeout=10: a lost node is acted
-# upon within about 20 s. jobcomp: `sacct -c` knows ended jobs.
+# upon within about 20 s. jobcomp: `sacct -c` knows ended jobs. urgent: its jobs take the nodes of main's.
+
+GRES_CONF = "NodeName=n[1-{nodes}] Name=gpu File={folder}/gpu[0-1] Flags=nvidia_gpu_env\n"
+"""GPUs to be counted and given away, not to be used: devices like /dev/null."""
 
 FIRST_PROCESS = """
 node=$1 state=$2; shift 2
@@ -86,6 +96,14 @@ def missing() -> str:
         return "a SLURM cluster of namespaces needs root"
     lacking = [tool for tool in TOOLS if not shutil.which(tool, path=PATH)]
     return f"needs {', '.join(lacking)}: apt-get install slurm-wlm munge iproute2" if lacking else ""
+
+
+def require_slurm() -> None:
+    """Skips the test where no cluster can run, or fails it where AURICLE_REQUIRE_SLURM says that one must (.ci/run)."""
+    if reason := missing():
+        if os.environ.get("AURICLE_REQUIRE_SLURM"):
+            pytest.fail(f"AURICLE_REQUIRE_SLURM is set, and {reason}")
+        pytest.skip(reason)
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str, log: Callable[[], str] = str) -> None:
@@ -119,6 +137,9 @@ class MiniSlurm:
         values = {"host": host, "net": self._net, "port": self._port, "node_port": self._port + 1}
         conf = SLURM_CONF.format(folder=self.folder, nodes=len(self.nodes), **values)
         (self.folder / "slurm.conf").write_text(conf)
+        (self.folder / "gres.conf").write_text(GRES_CONF.format(folder=self.folder, nodes=len(self.nodes)))
+        for gpu in ("gpu0", "gpu1"):
+            os.mknod(self.folder / gpu, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         names = [f"{self._net}.{number} {name}" for number, name in enumerate(self.nodes, 1)]
         hosts = ["127.0.0.1 localhost", f"{self._net}.254 {host}", *names]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
@@ -179,7 +200,11 @@ class MiniSlurm:
     def idle(self) -> list[str]:
         """Names of idle nodes."""
         done = subprocess.run(
-            ["sinfo", "-h", "-N", "-o", "%N %T"], env=self._environment(), capture_output=True, text=True, timeout=20
+            ["sinfo", "-h", "-N", "-p", "main", "-o", "%N %T"],
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
         rows = [line.split() for line in done.stdout.splitlines()]
         return [node for node, state in rows if state == "idle"]

@@ -26,6 +26,8 @@ TOY = (
     *(f"train.steps={STEPS}", "train.checkpoint_every=10", "schedule.warmup_steps=4", "schedule.name=constant"),
     "engine.timeout_minutes=2",
 )
+ZERO = ("engine.name=deepspeed", "engine.zero_stage=2", "device=cpu", "launcher.nodes=1", "launcher.gpus_per_node=2")
+"""Two ranks on one node under DeepSpeed, each for one of the two GPUs that the emulated node claims to have."""
 ON_SLURM = ("launcher=slurm", "launcher.nodes=2", "launcher.minutes=10", "launcher.warn_seconds=60")
 
 
@@ -38,8 +40,9 @@ class Site:
     handles: dict[str, str] = field(default_factory=dict)
 
     def submit(self, name: str, *overrides: str) -> Path:
-        """`auricle pretrain launcher=slurm` of a tiny model on two nodes."""
-        paths = (f"name={name}", f"runs={self.base}", f"data.shards={self.base / 'shards'}")
+        """`auricle pretrain launcher=slurm` of a tiny model on two nodes, which notes what it reads."""
+        keys = self.base / name / "keys"
+        paths = (f"name={name}", f"runs={self.base}", f"data.shards={self.base / 'shards'}", f"data.keys_log={keys}")
         assert app.main(["pretrain", *TOY, *ON_SLURM, *paths, *overrides]) == 0
         folder = self.base / name
         self.handles[name] = read_note(folder).handle
@@ -84,8 +87,8 @@ class Site:
         return [pid for pid in found if Path(f"/proc/{pid}/comm").read_text().startswith("python")]
 
     def kill_rank(self, name: str, node: str) -> None:
-        """kill -9 of the run's processes on one node."""
-        pids = self.ranks(name, node)
+        """kill -9 of one of the run's ranks on a node."""
+        pids = [pid for pid in self.ranks(name, node) if variable(pid, "SLURM_LOCALID") == "0"]
         assert pids
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -103,12 +106,48 @@ class Site:
             os.kill(pid, signal.SIGSTOP)
         return nodes[1], pids
 
+    def sever(self, name: str) -> tuple[str, list[int]]:
+        """Cuts the node of a run's only rank off and holds the rank still: a toy run ends before SLURM notices.
+
+        Returns the node and the rank's processes, which `go_on_cut_off` lets go.
+        """
+        (node,) = self.nodes(name)
+        pids = self.ranks(name, node)
+        assert pids
+        self.cluster.cut(node)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        return node, pids
+
+    def go_on_cut_off(self, name: str, pids: list[int]) -> None:
+        """Lets the rank compute on once the job has been started elsewhere, until the old start's script has ended."""
+        self.reach_start(name, 2)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        ended = "start 0: superseded by a newer start"
+        log = self.base / name / "logs" / "slurm.log"
+        wait_for(lambda: ended in log.read_text(), 120, "the end of the old start", lambda: self.log(name))
+
+    def reach_start(self, name: str, number: int) -> None:
+        """Waits until a run has been started so often."""
+        folder = self.base / name
+        wait_for(lambda: starts(folder) >= number, 180, f"start {number} of {name}", lambda: self.log(name))
+
     def go_on(self, name: str, pids: list[int]) -> None:
         """Lets the ranks go on once SLURM has taken the job from its dead node."""
         wait_for(lambda: self.state(name) != "RUNNING", 120, "SLURM's notice", lambda: self.log(name))
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def variable(pid: int, name: str) -> str:
+    """Of a process's environment; "" where it has none of that name."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0"):
+            if line.startswith(f"{name}="):
+                return line.partition("=")[2]
+    return ""
 
 
 def learned(folder: Path) -> list[tuple[int, float, float]]:

@@ -22,10 +22,8 @@ import pytest
 from data_pipeline.schema import dump, load
 from pretrain.config import Config
 from pretrain.telemetry import read_rows
+from tests.faults.keys import handed_over
 from tests.reader.tiny_shards import sounds, write_shards
-
-Where = tuple[int, int, int]
-"""Epoch, step after, micro-batch."""
 
 
 def prepare(runs: Path, name: str, shards: Path, engine: dict[str, Any], steps: int) -> Path:
@@ -83,20 +81,6 @@ def kill_at(folder: Path, processes: list[subprocess.Popen[bytes]], step: int, w
         process.send_signal(signal.SIGKILL)
     for process in processes:
         process.communicate()
-
-
-def handed_over(folder: Path) -> dict[Where, list[Any]]:
-    """Keys and lengths of each micro-batch; fails if it was ever handed over with others."""
-    found: dict[Where, list[Any]] = {}
-    for path in (folder / "keys").iterdir():
-        for line in path.read_text().splitlines():
-            if not line.endswith("}"):
-                continue  # cut short by the kill
-            row = json.loads(line)
-            where = (row["epoch"], row["after"], row["micro_batch"])
-            content = [row["keys"], row["lengths"]]
-            assert found.setdefault(where, content) == content
-    return found
 
 
 def soak(tmp_path: Path, engine: dict[str, Any], kills: int, seed: int, worlds: tuple[int, ...] = (1, 2)) -> None:

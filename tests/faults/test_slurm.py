@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +14,9 @@ from launch import app, slurm
 from launch.demo_corpus import synthesise
 from launch.pipeline import Step
 from launch.submit import read_note, steps_done
-from tests.faults.mini_slurm import missing, wait_for
-from tests.faults.site import ON_SLURM, STEPS, TOY, Site, learned, site_at, starts
+from tests.faults.keys import handed_over
+from tests.faults.mini_slurm import require_slurm, wait_for
+from tests.faults.site import ON_SLURM, STEPS, TOY, ZERO, Site, learned, site_at, starts, variable
 from tests.preprocess.test_verify import preprocess_here
 
 EARLY = 8
@@ -27,8 +31,7 @@ HOSTILE_SHARDS = "/nowhere/$(touch pwned)"
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Twelve nodes."""
-    if reason := missing():
-        pytest.skip(reason)
+    require_slurm()
     with site_at(tmp_path_factory.mktemp("slurm"), 12) as site:
         yield site
 
@@ -88,9 +91,11 @@ def submit_others(site: Site) -> None:
     site.submit("never", f"launcher.after={site.handles['broken']}", "launcher.nodes=1")
 
 
-def same_bits(site: Site, name: str) -> None:
-    """The run's every loss and its last weights are those of the calm run."""
-    calm, other = site.base / "calm", site.base / name
+def same_bits(site: Site, name: str, undisturbed: str = "calm") -> None:
+    """What the run read, its every loss and its last weights are those of the calm run."""
+    calm, other = site.base / undisturbed, site.base / name
+    assert handed_over(other) == handed_over(calm)
+    assert len(handed_over(other)) == 2 * STEPS, "each step's two micro-batches"
     assert [step for step, _, _ in learned(other)] == list(range(1, STEPS + 1))
     assert learned(other) == learned(calm)
     for file in ("model.safetensors", "optimizer.safetensors"):
@@ -195,18 +200,72 @@ def test_a_chain_stops_at_its_first_failure(bereaved: Site) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_a_cut_off_node_does_no_harm(runs: Site) -> None:
-    """Split brain: it computes on alone, and comes back when its job has been started elsewhere."""
+    """Split brain, twice: the only rank of a run computes on, in vain, while its job has been started elsewhere.
+
+    One node's cable is mended when all is over there, the other's before its rank goes on. The latter's srun then ends
+    the step of its number, which the new start has, too: that one saves, and is started once more.
+    """
+    for name in ("alone", "severed", "rejoined"):
+        runs.submit(name, "launcher.nodes=1")
+    cut = {}
+    for name in ("severed", "rejoined"):
+        runs.reach(name, LATE)
+        cut[name] = runs.sever(name)
+    runs.reach_start("rejoined", 2)
+    runs.cluster.mend(cut["rejoined"][0])
+    for pid in cut["rejoined"][1]:
+        with contextlib.suppress(ProcessLookupError):  # SLURM may have found it by now
+            os.kill(pid, signal.SIGCONT)
+    runs.go_on_cut_off("severed", cut["severed"][1])
+    runs.cluster.mend(cut["severed"][0])
+    for name in ("alone", "severed", "rejoined"):
+        runs.finish(name)
+    logs = {name: runs.base / name / "logs" for name in cut}
+    for name in cut:
+        same_bits(runs, name, "alone")
+        assert "start 0: requeue" not in (logs[name] / "slurm.log").read_text()
+    assert starts(runs.base / "severed") == 2
+    assert "is start number 1 of the run and number 2 exists" in (logs["severed"] / "rank_0.log").read_text()
+    assert starts(runs.base / "rejoined") in (2, 3)
+
+
+@pytest.mark.timeout(300)
+def test_a_preempted_job_makes_room_and_continues(runs: Site) -> None:
+    """A job of a partition that comes before takes one of its nodes."""
     runs.finish("calm")
-    folder = runs.submit("severed", "engine.timeout_minutes=0.5")
-    runs.reach("severed", LATE)
-    node = runs.nodes("severed")[0]
-    runs.cluster.cut(node)
-    wait_for(lambda: starts(folder) == 2, 180, "a second start", lambda: runs.log("severed"))
-    runs.cluster.mend(node)
-    runs.finish("severed")
-    same_bits(runs, "severed")
+    folder = runs.submit("displaced")
+    runs.reach("displaced", LATE)
+    node = runs.nodes("displaced")[1]
+    urgent = ("--parsable", "--partition=urgent", f"--nodelist={node}", "--output=/dev/null", "--wrap=true")
+    job = slurm.ask("sbatch", *urgent).strip()
+    wait_for(lambda: slurm.job_state(job) == "COMPLETED", 60, "the urgent job", lambda: runs.log("displaced"))
+    assert starts(folder) == 1, "it made room"
+    runs.finish("displaced")
+    same_bits(runs, "displaced")
+    assert starts(folder) == 2
+    log = (folder / "logs" / "slurm.log").read_text()
+    assert "asked to end" in log
+    assert "requeue (" not in log, "that was SLURM's doing"
+
+
+@pytest.mark.timeout(400)
+def test_deepspeed_with_two_ranks_on_a_node_of_gpus(runs: Site) -> None:
+    for name in ("zero_calm", "zero_struck"):
+        runs.submit(name, *ZERO)
+    runs.reach("zero_struck", LATE)
+    (node,) = runs.nodes("zero_struck")
+    given = {variable(pid, "CUDA_VISIBLE_DEVICES") for pid in runs.ranks("zero_struck", node)}
+    assert given == {"0,1"}
+    runs.kill_rank("zero_struck", node)
+    for name in ("zero_calm", "zero_struck"):
+        runs.finish(name)
+    same_bits(runs, "zero_struck", "zero_calm")
+    assert starts(runs.base / "zero_struck") == 2
+    log = (runs.base / "zero_struck" / "logs" / "slurm.log").read_text()
+    assert "start 0: 2 ranks on n" in log
+    assert "requeue (" in log
 
 
 @pytest.mark.timeout(400)

@@ -10,15 +10,14 @@ import pytest
 from launch import app, slurm
 from launch.submit import read_note
 from tests.faults import whole_chain
-from tests.faults.mini_slurm import missing, wait_for
+from tests.faults.mini_slurm import require_slurm, wait_for
 from tests.faults.site import ON_SLURM, Site, site_at
 
 
 @pytest.fixture
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Three nodes."""
-    if reason := missing():
-        pytest.skip(reason)
+    require_slurm()
     with site_at(tmp_path_factory.mktemp("slurm"), 3) as site:
         yield site
 

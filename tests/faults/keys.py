@@ -1,0 +1,24 @@
+"""What a run's ranks have read, from the notes of `data.keys_log`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Where = tuple[int, int, int]
+"""Epoch, step after, micro-batch."""
+
+
+def handed_over(folder: Path) -> dict[Where, list[Any]]:
+    """Keys and lengths of each micro-batch; fails if it was ever handed over with others."""
+    found: dict[Where, list[Any]] = {}
+    for path in (folder / "keys").iterdir():
+        for line in path.read_text().splitlines():
+            if not line.endswith("}"):
+                continue  # cut short by the kill
+            row = json.loads(line)
+            where = (row["epoch"], row["after"], row["micro_batch"])
+            content = [row["keys"], row["lengths"]]
+            assert found.setdefault(where, content) == content
+    return found
