@@ -88,6 +88,10 @@ class TrainModule(nn.Module):
         metrics |= {name: (value.detach().float(), one) for name, value in watched.items()}
         return loss, metrics
 
+    def forget(self) -> None:
+        """To be called before the first forward pass of each attempt at an update."""
+        self.objective.forget()
+
     def after_step(self, ctx: StepContext) -> None:
         """To be called once after each optimizer step."""
         self.objective.after_step(self.model, ctx)

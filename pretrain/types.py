@@ -187,8 +187,14 @@ class Objective(nn.Module, abc.ABC):
     ) -> tuple[LossOutput, EncoderOutput]:
         """The loss summed over its targets, and the encoder's output for the heads."""
 
+    def forget(self) -> None:
+        """Throws away what forward passes collect for `after_step`. Runs before each attempt at an update.
+
+        An attempt may fail, be computed again or be left out; `after_step` sees those of its own update alone.
+        """
+
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
-        """Runs after the optimizer (EMA teachers, code books)."""
+        """Runs after an update of the optimizer that was not left out (EMA teachers, code books)."""
 
 
 class Head(nn.Module, abc.ABC):

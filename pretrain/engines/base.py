@@ -106,6 +106,7 @@ class Engine(abc.ABC):
         """Gradients of this rank's micro-batches; their share of the loss, and the sums of their metrics."""
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         totals: dict[str, list[Tensor]] = {}
+        self.module.forget()
         for batch, plan in zip(batches, plans, strict=True):
             torch.manual_seed(keyed_seed(ctx.seed, ctx.step, batch.micro_batch, "dropout"))
             self.tell("forward pass")

@@ -13,7 +13,8 @@ from data_pipeline.keyed_random import keyed_seed
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
 from pretrain.nn.ema import Teacher
-from pretrain.nn.kmeans import from_first_rank, gather_rows, kmeans
+from pretrain.nn.fitting import FittedOnce
+from pretrain.nn.kmeans import from_first_rank, kmeans
 from pretrain.nn.masking import FrameMask, draw_span_mask, frame_width
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.quantizers import RandomProjectionQuantizer, nearest_codes
@@ -38,7 +39,12 @@ class MaskedUnitsConfig:
         ),
     ] = "mfcc"
     relabel_step: Annotated[
-        int, about("after this update, units are k-means clusters of a layer of the model itself; 0: never", ge=0)
+        int,
+        about(
+            "after this update (or the next one that is not left out), units are k-means clusters of a layer of the "
+            "model itself; 0: never",
+            ge=0,
+        ),
     ] = 0
     relabel_layer: Annotated[int, about("that layer; 1 is the first block's output", ge=1)] = 6
     relabel_units: Annotated[int, about("number of units from then on; 0: as before", ge=0)] = 0
@@ -108,12 +114,13 @@ class MaskedUnits(Objective):
         self.teacher: Teacher | None = None
         if not config.labels and self.quantizer is None:
             self.register_buffer("centres_KD", torch.randn(config.units, self.features.dim))
+        if not config.labels:
+            self.first_fit = FittedOnce()
         if not config.labels and config.relabel_step:
             self.register_buffer("layer_centres_KD", torch.randn(later_units, shape.dim))
+            self.layer_fit = FittedOnce()
         self.centres_KD: Tensor
         self.layer_centres_KD: Tensor
-        self._seen: dict[int, Tensor] = {}
-        """By micro-batch, frames of the update that k-means will be fitted to; empty between updates."""
 
     def attach(self, model: SpeechModel) -> None:
         if self.units_config.relabel_step and not self.units_config.labels:
@@ -150,9 +157,9 @@ class MaskedUnits(Objective):
         x_BFD = torch.where(plan.mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
         encoded: EncoderOutput = model.encoder(Frames(x_BFD, frames.lengths_B, frames.rate_hz), ctx)
 
-        prediction = torch.zeros((), device=x_BFD.device)
+        units, prediction = self.active_units(), torch.zeros((), device=x_BFD.device)
         for layer, classify in zip(self.predict_layers, self.classifiers, strict=True):
-            logits_NK = classify(encoded.layers[layer].flatten(0, 1)[plan.mask.flat_N])[:, : self.active_units(ctx)]
+            logits_NK = classify(encoded.layers[layer].flatten(0, 1)[plan.mask.flat_N])[:, :units]
             losses = F.cross_entropy(logits_NK, labels_N, ignore_index=-1, reduction="sum")
             prediction = prediction + losses / len(self.predict_layers)
         hits = (logits_NK.argmax(1) == labels_N).sum()
@@ -164,36 +171,42 @@ class MaskedUnits(Objective):
             "loss/feature_penalty": (penalty, count),
             "metric/accuracy": (hits, count),
             "metric/masked_share": (plan.mask.count.to(x_BFD.device), encoded.lengths_B.sum()),
-            "hist/codes": (torch.bincount(known_N, minlength=self.active_units(ctx)).float(), count),
+            "hist/codes": (torch.bincount(known_N, minlength=units).float(), count),
         }
         return LossOutput(prediction + self.units_config.penalty_weight * penalty, count, metrics), encoded
 
-    def active_units(self, ctx: StepContext) -> int:
-        """Number of units at this step."""
+    def active_units(self) -> int:
+        """Number of units by now."""
         config = self.units_config
-        return config.relabel_units or config.units if self.relabelled(ctx) else config.units
+        return config.relabel_units or config.units if self.relabelled else config.units
 
-    def relabelled(self, ctx: StepContext) -> bool:
+    @property
+    def relabelled(self) -> bool:
         """Whether the units come from the model's own layer by now."""
-        return not self.units_config.labels and 0 < self.units_config.relabel_step < ctx.step
+        return self.teacher is not None and bool(self.layer_fit.done)
+
+    def forget(self) -> None:
+        if not self.units_config.labels:
+            self.first_fit.forget()
+        if self.teacher is not None:
+            self.layer_fit.forget()
 
     @torch.no_grad()
     def find_units(self, model: SpeechModel, batch: Batch, mask: FrameMask, ctx: StepContext) -> Tensor:
         """Units of the masked frames from the clean audio, (N,); also collects frames for k-means when it is due."""
-        relabel = self.units_config.relabel_step
-        if self.training and ctx.step == relabel > 0:
+        if self.teacher is not None and ctx.step >= self.units_config.relabel_step and self.layer_fit.due:
             was_training = model.training
             clean = model.eval()(batch.wave_BT, batch.lengths_B)
             model.train(was_training)
             layer_BFD = clean.layers[self.units_config.relabel_layer]
-            self._seen[batch.micro_batch] = layer_BFD[clean.final.valid_BF()].float()
-        if self.relabelled(ctx):
+            self.layer_fit.rows[batch.micro_batch] = layer_BFD[clean.final.valid_BF()].float()
+        if self.relabelled:
             assert self.teacher is not None
             encoded: EncoderOutput = self.teacher.copy(batch.wave_BT, batch.lengths_B)
             return nearest_codes(encoded.layers[-1].flatten(0, 1)[mask.flat_N], self.layer_centres_KD)
         features = stack_frames(self.features(batch.wave_BT, batch.lengths_B), self.stacked)
-        if self.training and ctx.step == 0:
-            self._seen[batch.micro_batch] = features.x_BFD[features.valid_BF()]
+        if self.first_fit.due:
+            self.first_fit.rows[batch.micro_batch] = features.x_BFD[features.valid_BF()]
         ratio = rate_ratio(features.rate_hz, self.shape.rate_hz)
         thinned_BFD = features.x_BFD[:, ::ratio]
         missing = mask.mask_BF.shape[1] - thinned_BFD.shape[1]
@@ -207,19 +220,17 @@ class MaskedUnits(Objective):
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
         """Fits the units to the frames of this update, if it is the first one or that of the relabelling."""
-        if not self._seen:
-            return
-        rows_ND = gather_rows(self._seen)
-        self._seen.clear()
-        if ctx.step == 0 and self.quantizer is not None:
-            self.quantizer.whiten(rows_ND)
-            from_first_rank(self.quantizer.projection_DC)
+        if self.units_config.labels:
             return
         seed = keyed_seed(ctx.seed, ctx.step, "units")
-        book_KD = self.centres_KD if ctx.step == 0 else self.layer_centres_KD
-        book_KD.copy_(from_first_rank(kmeans(rows_ND, len(book_KD), seed)))
-        if ctx.step > 0:
-            assert self.teacher is not None
+        if (rows_ND := self.first_fit.take()) is not None:
+            if self.quantizer is None:
+                self.centres_KD.copy_(from_first_rank(kmeans(rows_ND, len(self.centres_KD), seed)))
+            else:
+                self.quantizer.whiten(rows_ND)
+                from_first_rank(self.quantizer.projection_DC)
+        if self.teacher is not None and (rows_ND := self.layer_fit.take()) is not None:
+            self.layer_centres_KD.copy_(from_first_rank(kmeans(rows_ND, len(self.layer_centres_KD), seed)))
             self.teacher.follow(model, decay=0.0)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from data_pipeline.keyed_random import keyed_rng, keyed_seed
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
-from pretrain.nn.kmeans import from_first_rank, gather_rows, kmeans
+from pretrain.nn.fitting import FittedOnce
+from pretrain.nn.kmeans import from_first_rank, kmeans
 from pretrain.nn.masking import FrameMask, block_mask, draw_frame_mask
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.quantizers import RandomProjectionQuantizer
@@ -59,8 +60,8 @@ class BestRQ(Objective):
             RandomProjectionQuantizer(config.target_mels * self.mels_per_frame, config.code_dim, config.n_codes)
             for _ in range(config.codebooks)
         )
-        self._seen: dict[int, Tensor] = {}
-        """Frames of the first update, if the quantisers are fitted to them; empty between updates."""
+        self.fit = FittedOnce() if config.refine or config.projection == "pca" else None
+        """Masked frames of the first update, where they shape the quantisers."""
         self.classifiers = nn.ModuleList(nn.Linear(shape.dim, config.n_codes) for _ in range(config.codebooks))
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
@@ -77,13 +78,12 @@ class BestRQ(Objective):
         noise = torch.from_numpy(noise_BFD).to(batch.wave_BT.device, non_blocking=True)
         return MaskPlan(mask, noise * self.config.noise_std, mask.count * self.config.codebooks)
 
-    @property
-    def fitted(self) -> bool:
-        """Whether the first update's frames shape the quantisers."""
-        return self.config.refine or self.config.projection == "pca"
+    def forget(self) -> None:
+        if self.fit is not None:
+            self.fit.forget()
 
     @torch.no_grad()
-    def targets(self, batch: Batch, mask: FrameMask, ctx: StepContext) -> list[Tensor]:
+    def targets(self, batch: Batch, mask: FrameMask) -> list[Tensor]:
         """Codes of the masked frames, one (N,) tensor per codebook."""
         mel = self.mel(batch.wave_BT, batch.lengths_B)
         stacked_BFD = stack_frames(mel, self.mels_per_frame).x_BFD
@@ -91,8 +91,8 @@ class BestRQ(Objective):
         missing = mask.mask_BF.shape[1] - stacked_BFD.shape[1]
         stacked_BFD = F.pad(stacked_BFD, (0, 0, 0, max(missing, 0)))[:, : mask.mask_BF.shape[1]]
         masked_ND = stacked_BFD.flatten(0, 1)[mask.flat_N]
-        if self.fitted and self.training and ctx.step == 0:
-            self._seen[batch.micro_batch] = masked_ND
+        if self.fit is not None and self.fit.due:
+            self.fit.rows[batch.micro_batch] = masked_ND
         return [quantizer(masked_ND) for quantizer in self.quantizers]
 
     def masked_features(self, features: Frames, plan: MaskPlan) -> Frames:
@@ -112,9 +112,7 @@ class BestRQ(Objective):
         total = masked_ND.new_zeros((), dtype=torch.float32)
         hits = torch.zeros_like(total)
         histogram_C = torch.zeros(self.config.n_codes * self.config.codebooks, device=total.device)
-        for book, (classify, labels_N) in enumerate(
-            zip(self.classifiers, self.targets(batch, plan.mask, ctx), strict=True)
-        ):
+        for book, (classify, labels_N) in enumerate(zip(self.classifiers, self.targets(batch, plan.mask), strict=True)):
             logits_NC = classify(masked_ND)
             with full_precision(total.device):
                 total = total + F.cross_entropy(logits_NC.float(), labels_N, reduction="sum")
@@ -132,10 +130,9 @@ class BestRQ(Objective):
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
         """After the first update: principal axes and refined codes, from its masked frames."""
-        if not self._seen:
+        rows_ND = self.fit.take() if self.fit is not None else None
+        if rows_ND is None:
             return
-        rows_ND = gather_rows(self._seen)
-        self._seen.clear()
         for book, quantizer in enumerate(self.quantizers):
             assert isinstance(quantizer, RandomProjectionQuantizer)
             if self.config.projection == "pca":

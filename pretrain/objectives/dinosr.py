@@ -62,6 +62,10 @@ class DinoSR(Objective):
     def attach(self, model: SpeechModel) -> None:
         self.teacher = layer_teacher(model)
 
+    def forget(self) -> None:
+        self.new_sums_LVD.zero_()
+        self.new_sizes_LV.zero_()
+
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
         mask = draw_span_mask(model.frontend, batch, ctx, self.config.mask_prob, self.config.mask_span)
         return MaskPlan(mask, mask.count * self.top_layers)
@@ -115,8 +119,7 @@ class DinoSR(Objective):
         if not self.config.freeze_step or ctx.step < self.config.freeze_step:
             decay = annealed_decay(ctx.step, self.config.ema_start, self.config.ema_end, self.config.ema_steps)
             self.teacher.follow(model.encoder, decay, lambda name: name.startswith("blocks."))
-        self.new_sums_LVD.zero_()
-        self.new_sizes_LV.zero_()
+        self.forget()
 
 
 def build(config: Config, shape: ModelShape) -> DinoSR:

@@ -22,7 +22,8 @@ from data_pipeline.keyed_random import keyed_rng, keyed_seed
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
 from pretrain.nn.contrastive import contrast_logits, contrastive_loss
-from pretrain.nn.kmeans import from_first_rank, gather_rows, kmeans
+from pretrain.nn.fitting import FittedOnce
+from pretrain.nn.kmeans import from_first_rank, kmeans
 from pretrain.nn.masked_units import feature_penalty
 from pretrain.nn.masking import FrameMask, draw_negatives, draw_span_mask
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
@@ -73,8 +74,10 @@ class TimeContrastive(Objective):
         self.mfcc_ratio = rate_ratio(self.mfcc.rate_hz, shape.rate_hz)
         self.register_buffer("centres_KD", torch.randn(config.clusters, self.mfcc.dim))
         self.centres_KD: Tensor
-        self._seen: dict[int, Tensor] = {}
-        """MFCC of the first update by micro-batch; empty between updates."""
+        self.fit = FittedOnce()
+
+    def forget(self) -> None:
+        self.fit.forget()
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> ViewsPlan:
         slowest, fastest = self.config.slowest, self.config.fastest
@@ -106,7 +109,7 @@ class TimeContrastive(Objective):
         partner_N = plan.partner_RF.flatten()[mask.flat_N]
         predictions_ND = self.project_prediction(output_XD[mask.flat_N])
         view_ND, other_ND = self.project_view(output_XD[mask.flat_N]), self.project_view(output_XD[partner_N])
-        cluster_N = self.clusters(batch, plan, ctx).flatten()[mask.flat_N]
+        cluster_N = self.clusters(batch, plan).flatten()[mask.flat_N]
 
         count = plan.count.to(x_RFD.device)
         with full_precision(x_RFD.device):
@@ -127,11 +130,11 @@ class TimeContrastive(Objective):
         return LossOutput(total, count, metrics), first_rows(encoded, len(batch.keys))
 
     @torch.no_grad()
-    def clusters(self, batch: Batch, plan: ViewsPlan, ctx: StepContext) -> Tensor:
+    def clusters(self, batch: Batch, plan: ViewsPlan) -> Tensor:
         """The acoustic cluster of every frame of both views, (R, F); it is that of the utterance as it is."""
         mfcc = self.mfcc(batch.wave_BT, batch.lengths_B)
-        if self.training and ctx.step == 0:
-            self._seen[batch.micro_batch] = mfcc.x_BFD[mfcc.valid_BF()]
+        if self.fit.due:
+            self.fit.rows[batch.micro_batch] = mfcc.x_BFD[mfcc.valid_BF()]
         R, width = plan.mask.mask_BF.shape
         thinned_BFD = mfcc.x_BFD[:, :: self.mfcc_ratio]
         thinned_BFD = F.pad(thinned_BFD, (0, 0, 0, max(width - thinned_BFD.shape[1], 0)))[:, :width]
@@ -141,9 +144,7 @@ class TimeContrastive(Objective):
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
         """Fits the clusters to the frames of the first update."""
-        if self._seen:
-            rows_ND = gather_rows(self._seen)
-            self._seen.clear()
+        if (rows_ND := self.fit.take()) is not None:
             seed = keyed_seed(ctx.seed, "clusters")
             self.centres_KD.copy_(from_first_rank(kmeans(rows_ND, len(self.centres_KD), seed)))
 

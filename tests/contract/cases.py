@@ -46,6 +46,19 @@ def small(kind: str, name: str, **values: Any) -> dict[str, Any]:
     return {"name": name} | {field: value for field, value in SMALL.items() if field in fields} | values
 
 
+RELABELLED = small(
+    "objectives",
+    "efficient",
+    relabel_step=1,
+    relabel_layer=1,
+    relabel_units=24,
+    predict_layers=[1, 2],
+)
+"""What the recipes of the efficient default turn on and its dataclass does not."""
+CASES = {name: small("objectives", name) for name in OBJECTIVES} | {"efficient, relabelled": RELABELLED}
+"""Every objective, and what else of one is a way of its own through the code."""
+
+
 def make(
     objective: str,
     frontend: str = "log_mel",
@@ -54,10 +67,10 @@ def make(
     precision: str = "fp32",
     **options: Any,
 ) -> TrainModule:
-    """A tiny TrainModule. `options`: further values of the objective."""
+    """A tiny TrainModule. `objective`: one of CASES. `options`: further values of it."""
     values = {
         "data": {"shards": "none"},
-        "objective": small("objectives", objective, **options),
+        "objective": CASES[objective] | options,
         "frontend": FRONTENDS[frontend],
         "encoder": small("encoders", encoder),
         "engine": {"precision": precision},

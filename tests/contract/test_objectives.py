@@ -12,11 +12,11 @@ from torch import Tensor
 from data_pipeline.types import Batch
 from pretrain.model import TrainModule
 from pretrain.types import StepContext, Sum
-from tests.contract.cases import ENCODERS, FRONTENDS, OBJECTIVES, batch, make
+from tests.contract.cases import CASES, ENCODERS, FRONTENDS, batch, make
 from tests.parity_table import Parity, difference
 
 EVERY = pytest.mark.parametrize(
-    ("objective", "frontend", "encoder"), [(o, f, e) for o in OBJECTIVES for f in FRONTENDS for e in ENCODERS]
+    ("objective", "frontend", "encoder"), [(o, f, e) for o in CASES for f in FRONTENDS for e in ENCODERS]
 )
 CTX = StepContext(seed=3, step=5)
 
@@ -128,7 +128,7 @@ def test_state_round_trip(objective: str, frontend: str, encoder: str) -> None:
     assert torch.equal(run(fresh, batch())[0], run(module, batch())[0])
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", CASES)
 def test_weights_depend_on_the_seed_alone(objective: str) -> None:
     torch.manual_seed(0)
     first: dict[str, Any] = make(objective).state_dict()

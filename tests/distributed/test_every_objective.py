@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.cases import ENCODERS, FRONTENDS, OBJECTIVES, small
+from tests.contract.cases import CASES, ENCODERS, FRONTENDS, small
 from tests.distributed.test_engines import run
 
 STEPS = 4
@@ -29,32 +29,70 @@ def optional(encoder: str, engine: str, stage: int = 1) -> dict[str, Any]:
     return made
 
 
-def case(objective: str, engine: str, stage: int = 1) -> dict[str, Any]:
+def case(objective: str, engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
     config = {
         "data": {"shards": "synthetic", "micro_batches": 4},
         "frontend": FRONTENDS["log_mel"],
         "encoder": small("encoders", "transformer", layer_drop=0.3),
-        "objective": small("objectives", objective),
+        "objective": CASES[objective],
         "optimizer": {"lr": 1e-3},
         "schedule": {"warmup_steps": 2},
         "train": {"steps": STEPS},
         "engine": {"name": engine, "zero_stage": stage},
     }
-    return {"config": config, "steps": STEPS}
+    return {"config": config, "steps": STEPS, **more}
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tmp = tmp_path_factory.mktemp("objectives")
-    cases = dict.fromkeys(OBJECTIVES, case) | dict.fromkeys(ENCODERS, optional)
+    cases = dict.fromkeys(CASES, case) | dict.fromkeys(ENCODERS, optional)
     one = {name: make(name, "local") for name, make in cases.items()}
     two = {f"{name}, zero {stage}": make(name, "deepspeed", stage) for name, make in cases.items() for stage in (1, 3)}
     return run(tmp, "one", 1, one) | run(tmp, "two", 2, two)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("name", [*OBJECTIVES, *ENCODERS])
+@pytest.mark.parametrize("name", [*CASES, *ENCODERS])
 def test_losses_are_those_of_one_rank(measured: dict[str, Any], name: str, stage: int) -> None:
     found, expected = measured[f"{name}, zero {stage}"], measured[name]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def relabelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The efficient default over the update after which its units come from a layer of its own, number 1."""
+    tmp, name = tmp_path_factory.mktemp("relabelled"), "efficient, relabelled"
+    cases = {}
+    for stage in (1, 3):
+        cases[f"whole, zero {stage}"] = case(name, "deepspeed", stage)
+        for done in (1, 2):  # resumed just before that update, and just after it
+            folder = str(tmp / f"zero{stage}-{done}")
+            cases[f"first {done}, zero {stage}"] = case(name, "deepspeed", stage, save=folder) | {"steps": done}
+            cases[f"after {done}, zero {stage}"] = case(name, "deepspeed", stage, load=folder)
+        # the update is left out, and the checkpoint taken right after it
+        folder, lost = str(tmp / f"zero{stage}-lost"), {"skip_at": 1}
+        cases[f"whole without 1, zero {stage}"] = case(name, "deepspeed", stage, **lost)
+        cases[f"first without 1, zero {stage}"] = case(name, "deepspeed", stage, save=folder, **lost) | {"steps": 2}
+        cases[f"after without 1, zero {stage}"] = case(name, "deepspeed", stage, load=folder)
+    one = {"whole without 1": case(name, "local", skip_at=1)}
+    return run(tmp, "one", 1, one) | run(tmp, "two", 2, cases)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(("part", "done"), [("1", 1), ("2", 2), ("without 1", 2)])
+def test_a_resume_over_the_relabelling_is_bitwise(relabelled: dict[str, Any], part: str, done: int, stage: int) -> None:
+    whole = relabelled[f"whole without 1, zero {stage}" if part == "without 1" else f"whole, zero {stage}"]
+    resumed = relabelled[f"after {part}, zero {stage}"]
+    assert resumed["losses"] == whole["losses"][done:]
+    assert resumed["digest"] == whole["digest"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_relabelling_that_was_left_out_comes_next_on_all_ranks(relabelled: dict[str, Any], stage: int) -> None:
+    found, expected = relabelled[f"whole without 1, zero {stage}"], relabelled["whole without 1"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    whole = relabelled[f"whole, zero {stage}"]["losses"]
+    assert found["losses"][:2] == whole[:2]
+    assert abs(found["losses"][2] - whole[2]) > 0.1, "units of the layer, and still the first ones"
