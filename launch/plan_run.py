@@ -1,6 +1,6 @@
 """What a run would cost on a cluster: memory, communication and time, from a few seconds' forward pass on this CPU.
 
-Measured here, on the real model: parameters, multiplications and saved activations of one forward pass at two lengths.
+Measured here, on the real model: parameters, multiplications and saved activations of a forward pass at two lengths.
 Both are polynomials a·t + b·t² in the length t of a segment (everything but attention is linear). Assumed: the GPU's
 peak and links from its data sheet, the share of the peak that is reached (MFU), and that gradients are reduced behind
 the backward pass. The assumptions are printed with the result.
@@ -35,7 +35,8 @@ LIVE = 1_000_000_000
 class Gpu:
     """From data sheets: dense TFLOP/s, GiB, and GB/s a GPU sends inside its node and between nodes."""
 
-    bf16: float
+    half: float
+    """In 16 bits, fp16 as well as bf16."""
     tf32: float
     fp32: float
     memory: float
@@ -82,12 +83,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """One model: parameters, forward operations per segment, bytes kept for the backward pass per segment."""
+    """One model: parameters, forward operations per segment, bytes kept for the backward pass per segment and once."""
 
     parameters: int
     trained: int
     flops: Cost
     activations: Cost
+    kept_once: float = 0.0
+    """However many segments there are: weights cast to 16 bits, for one."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,15 @@ def measure(config: Config, lengths: tuple[float, float] = (2.0, 4.0)) -> Measur
     module = build_model(config)
     if module.model.encoder.activation_checkpointing == "selective":
         module.model.encoder.activation_checkpointing = "none"  # the hooks do not see what it keeps: an upper bound
-    shorter, longer = (_forward(module, seconds) for seconds in lengths)
+    shorter, longer = (_forward(module, config, seconds) for seconds in lengths)
+    once = max(0.0, 2 * shorter[1] - _forward(module, config, lengths[0], segments=2)[1])
     parameters = list(module.parameters())
     return Measured(
         sum(parameter.numel() for parameter in parameters),
         sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         _fit(lengths, (shorter[0], longer[0])),
-        _fit(lengths, (shorter[1], longer[1])),
+        _fit(lengths, (shorter[1] - once, longer[1] - once)),
+        once,
     )
 
 
@@ -142,10 +147,14 @@ def _fit(lengths: tuple[float, float], values: tuple[float, float]) -> Cost:
     return Cost(v / t - quadratic * t, quadratic)
 
 
-def _forward(module: TrainModule, seconds: float) -> tuple[float, float]:
-    """Operations and saved bytes of a forward pass over one segment of noise."""
+def _forward(module: TrainModule, config: Config, seconds: float, segments: int = 1) -> tuple[float, float]:
+    """Operations and saved bytes of a forward pass over segments of noise."""
     samples = int(seconds * SAMPLE_RATE)
-    batch = Batch(0.1 * torch.randn(1, samples), torch.tensor([samples]), ("noise",), 0)
+    keys = tuple(f"noise {number}" for number in range(segments))
+    targets = {}
+    if name := getattr(config.objective, "labels", ""):
+        targets[name] = torch.zeros(segments, round(seconds * config.objective.label_rate_hz), dtype=torch.int64)
+    batch = Batch(0.1 * torch.randn(segments, samples), torch.full((segments,), samples), keys, 0, targets)
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}
 
@@ -193,13 +202,13 @@ def activation_bytes(measured: Measured, config: Config) -> float:
     """Of one micro-batch whose segments all have the longest length, the worst case."""
     per_micro_batch = config.data.batch_seconds / config.data.micro_batches
     longest = min(config.data.max_seconds, per_micro_batch)
-    return measured.activations.of(longest) * per_micro_batch / longest
+    return measured.kept_once + measured.activations.of(longest) * per_micro_batch / longest
 
 
 def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mfu: float) -> Forecast:
     """One step on `gpus` GPUs of the cluster's kind. The audio per step is the recipe's, whatever their number."""
     gpu, longest = GPUS[cluster.kind], config.data.max_seconds
-    peak = gpu.bf16 if config.engine.precision == "bf16" else gpu.tf32 if config.engine.tf32 else gpu.fp32
+    peak = gpu.half if config.engine.precision != "fp32" else gpu.tf32 if config.engine.tf32 else gpu.fp32
     recompute = 1.0 if config.engine.activation_checkpointing == "full" else 0.0
     segments = config.data.batch_seconds / longest
     flops = segments * measured.flops.of(longest) * (1.0 + BACKWARD + recompute)
@@ -221,12 +230,15 @@ def counts(largest: int) -> list[int]:
 
 def assumptions(config: Config, cluster: Cluster, mfu: float) -> dict[str, Any]:
     """What the forecast takes for granted."""
-    gpu = GPUS[cluster.kind]
+    gpu, offload = GPUS[cluster.kind], config.engine.offload
+    moved = f"engine.offload={offload} moves Adam's states off the GPU; neither the room nor the time of it is counted"
     return {
-        "MFU": f"{mfu:.0%} of the peak (published speech pretraining reaches 9 to 11 % on an H100)",
-        "GPU": f"{gpu.bf16:g} TFLOP/s bf16, {gpu.tf32:g} tf32, {gpu.memory:g} GiB, {gpu.inside:g} GB/s inside a node, "
-        f"{gpu.between:g} GB/s between nodes",
+        "MFU": f"{mfu:.0%} of the peak; unless told 30 %, a guess at a well-fed transformer: published speech "
+        "pretraining reaches 9 to 11 % on an H100 (mfu=0.1), and perf/mfu of a run is your own",
+        "GPU": f"{gpu.half:g} TFLOP/s in 16 bits, {gpu.tf32:g} tf32, {gpu.memory:g} GiB, {gpu.inside:g} GB/s inside a "
+        f"node, {gpu.between:g} GB/s between nodes",
         "precision": f"{config.engine.precision}; weights, gradients, Adam in fp32: 16 bytes a parameter, with ZeRO 20",
         "overlap": "gradients are reduced behind the backward pass; data never waits",
+        **({"offload": moved} if offload != "none" else {}),
         "memory": "without the allocator's slack and work space; leave a fifth free",
     }

@@ -1,12 +1,20 @@
-"""What one of two ranks holds under each ZeRO stage, against the forecast of `auricle plan-run`."""
+"""What one of two ranks holds under each ZeRO stage, and what a forward pass keeps, against `auricle plan-run`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
-from launch.plan_run import Cost, Measured, bucket_bytes, state_bytes
+from data_pipeline.schema import load
+from data_pipeline.types import SAMPLE_RATE, Batch
+from launch.compose import compose
+from launch.config import PretrainJob
+from launch.plan_run import Cost, Measured, activation_bytes, bucket_bytes, measure, state_bytes
+from pretrain.model import build_model
+from pretrain.types import StepContext
 from tests.distributed.test_engines import case, run
 
 
@@ -26,3 +34,25 @@ def test_each_stage_holds_what_is_forecast(tmp_path: Path) -> None:
         # of stage 2 the bucket is not there yet when the backward pass begins
         expected = forecast - (bucket_bytes(model) if stage == 2 else 0.0)
         assert 0.93 * expected < held < 1.03 * expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("experiment", ["best_rq_tiny", "wav2vec2_tiny"])
+def test_a_micro_batch_keeps_what_is_forecast(experiment: str, precision: str) -> None:
+    """The allocator's own account of a forward pass over the largest micro-batch."""
+    seconds, segments = 4, 6
+    data = (f"data.max_seconds={seconds}", f"data.batch_seconds={seconds * segments}", "data.micro_batches=1")
+    given = [f"+experiment={experiment}", "data.shards=none", *data, f"engine.precision={precision}"]
+    config = load(PretrainJob, compose("pretrain", given))
+    forecast = activation_bytes(measure(config, (1.0, 2.0)), config)
+    module, context = build_model(config), StepContext(0, 0)
+    samples = seconds * SAMPLE_RATE
+    keys = tuple(map(str, range(segments)))
+    batch = Batch(0.1 * torch.randn(segments, samples), torch.full((segments,), samples), keys, 0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as account:
+        plan = module.prepare(batch, context)
+        result = module(batch, plan, plan.counts_K, context)
+    held = sum(event.self_cpu_memory_usage for event in account.events())
+    del result
+    print(f"{experiment} in {precision}: {held / 1e6:.1f} MB held, {forecast / 1e6:.1f} forecast")
+    assert 0.8 * held < forecast < 1.25 * held

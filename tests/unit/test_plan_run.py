@@ -50,6 +50,30 @@ def test_scaling_never_beats_the_machine() -> None:
     assert one.sent == one.exposed == 0.0
 
 
+def test_fp16_is_as_fast_as_bf16_and_neither_as_slow_as_tf32() -> None:
+    measured = plan_run.Measured(95_000_000, 95_000_000, plan_run.Cost(15e9, 1e7), plan_run.Cost(1e8, 0.0))
+    cluster = plan_run.Cluster(1, 8, "H100")
+    times = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        wanted = config("+experiment=wav2vec2_base", f"engine.precision={precision}", "engine.tf32=true")
+        times[precision] = plan_run.forecast(measured, wanted, cluster, 8, 0.3).compute
+    assert times["fp16"] == times["bf16"]
+    assert times["fp32"] == pytest.approx(2 * times["fp16"], rel=0.01)
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_what_offloading_leaves_out_is_said(offload: str) -> None:
+    wanted = config("+experiment=best_rq_tiny", "engine.zero_stage=1", f"engine.offload={offload}")
+    told = plan_run.assumptions(wanted, plan_run.Cluster(1, 8, "H100"), 0.3)
+    assert ("engine.offload=cpu" in told.get("offload", "")) == (offload == "cpu")
+
+
+def test_frame_labels_are_made_up(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("encoder.layers=1", "encoder.dim=32", "encoder.ffn_dim=64", "encoder.heads=2")
+    assert app.main(["plan-run", "+experiment=hubert_base", *small]) == 0
+    assert "GiB per GPU" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["cluster=8x8xH10"], ["H100", "8x8xH100"]), (["cluster=8"], ["NODESxGPUSxKIND"]), (["mfu=2"], ["mfu=2"])],
