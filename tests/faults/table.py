@@ -2,9 +2,9 @@
 
     python -m tests.faults.table --times 5
 
-Needs what the SLURM tests need. Every round submits four runs of two ranks to a SLURM of twelve emulated nodes, does
-one fault to each of them at a random step, waits for their ends, and compares all losses and the last weights with an
-undisturbed run.
+Needs what the SLURM tests need. Every round submits a run per fault to a SLURM of fourteen emulated nodes, does the
+fault to it at a random step, waits for the end, and compares what was read, all losses and the last weights with an
+undisturbed run of the same engine and ranks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch import slurm
 from tests.conftest import ROOT
+from tests.faults.keys import handed_over
 from tests.faults.mini_slurm import missing, wait_for
-from tests.faults.site import STEPS, Site, learned, site_at, starts
+from tests.faults.site import STEPS, ZERO, Site, learned, site_at, starts
 
 RESULTS = ROOT / "benchmarks" / "results"
 END = Path("checkpoints") / f"step_{STEPS:08d}" / "model.safetensors"
@@ -43,50 +44,91 @@ class Tally:
     notes: list[str] = field(default_factory=list)
 
 
-def warn(site: Site, name: str) -> Callable[[], None]:
+# A fault is done, and at the second `next` its ranks that are held still go on, and at the third all is mended.
+
+
+def warn(site: Site, name: str) -> Iterator[None]:
     """The signal that SLURM sends before the time limit."""
     slurm.ask("scancel", "--batch", "--signal=USR1", site.handles[name])
-    return lambda: None
+    yield
 
 
-def strike(site: Site, name: str) -> Callable[[], None]:
+def strike(site: Site, name: str) -> Iterator[None]:
     """kill -9 of a rank."""
     site.kill_rank(name, random.choice(site.nodes(name)))
-    return lambda: None
+    yield
 
 
-def cut_power(site: Site, name: str) -> Callable[[], None]:
+def displace(site: Site, name: str) -> Iterator[None]:
+    """Another job takes one of its nodes."""
+    node = random.choice(site.nodes(name))
+    slurm.ask("sbatch", "--partition=urgent", f"--nodelist={node}", "--output=/dev/null", "--wrap=true")
+    yield
+
+
+def cut_power(site: Site, name: str) -> Iterator[None]:
     """Everything on one node is gone."""
     node = random.choice(site.nodes(name))
     site.cluster.power_off(node)
-    return lambda: site.cluster.boot(node)
+    yield
+    yield
+    site.cluster.boot(node)
 
 
-def orphan(site: Site, name: str) -> Callable[[], None]:
+def orphan(site: Site, name: str) -> Iterator[None]:
     """kill -9 of a node's slurmd; the ranks live on, held still until SLURM acts."""
     node, pids = site.lose_slurmd(name)
+    yield
     site.go_on(name, pids)
-    return lambda: site.cluster.boot(node)
+    yield
+    site.cluster.boot(node)
 
 
-FAULTS = {
-    "time limit (USR1 of SLURM): checkpoint, requeue, resume": warn,
-    "kill -9 of a rank": strike,
-    "a node loses its power": cut_power,
-    "kill -9 of slurmd": orphan,
+def cut_cable(site: Site, name: str) -> Iterator[None]:
+    """The node is cut off, and its rank computes on when the job has been started elsewhere."""
+    node, pids = site.sever(name)
+    yield
+    site.go_on_cut_off(name, pids)
+    site.cluster.mend(node)
+    yield
+
+
+SETUPS = {
+    "local engine, 2 nodes × 1 rank": (),
+    "local engine, 1 rank": ("launcher.nodes=1",),
+    "DeepSpeed ZeRO-2, 1 node × 2 ranks with a gres each": ZERO,
 }
+"""Engine and ranks: overrides of a submission."""
+PLAIN, ALONE, DEEPSPEED = SETUPS
+FAULTS = {
+    "time limit (USR1 of SLURM): checkpoint, requeue, resume": (warn, PLAIN),
+    "kill -9 of a rank": (strike, PLAIN),
+    "kill -9 of one of a node's ranks": (strike, DEEPSPEED),
+    "a node loses its power": (cut_power, PLAIN),
+    "kill -9 of slurmd": (orphan, PLAIN),
+    "a cut cable: the rank computes on, and the node comes back": (cut_cable, ALONE),
+    "preempted by a job of another partition": (displace, PLAIN),
+}
+"""What is done, and to which kind of run."""
+
+
+def calm(setup: str) -> str:
+    """Name of its undisturbed run."""
+    return f"calm{list(SETUPS).index(setup)}"
 
 
 def one_round(site: Site, number: int, tallies: dict[str, Tally]) -> None:
     """All faults at once, each to a run of its own."""
-    names = {fault: f"round{number}_{do.__name__}" for fault, do in FAULTS.items()}
-    for name in names.values():
-        site.submit(name)
-    mend = []
-    for fault, do in FAULTS.items():
+    names = {fault: f"round{number}_fault{index}" for index, fault in enumerate(FAULTS)}
+    for fault, (_, setup) in FAULTS.items():
+        site.submit(names[fault], *SETUPS[setup])
+    done = {fault: do(site, names[fault]) for fault, (do, _) in FAULTS.items()}
+    for fault, course in done.items():
         site.reach(names[fault], random.randint(2, STEPS // 2))
-        mend.append(do(site, names[fault]))
+        next(course)
     began = time.monotonic()
+    for course in done.values():
+        next(course, None)
     for fault, name in names.items():
         tally = tallies[fault]
         tally.tried += 1
@@ -96,24 +138,28 @@ def one_round(site: Site, number: int, tallies: dict[str, Tally]) -> None:
             tally.notes.append(f"round {number}: {str(error).splitlines()[0][:120]}")
             continue
         tally.seconds.append(time.monotonic() - began)
-        compare(site, name, tally)
-    for back in mend:
-        back()
+        compare(site, name, calm(FAULTS[fault][1]), tally)
+    for course in done.values():
+        next(course, None)
     wait_for(lambda: len(site.cluster.idle()) == len(site.cluster.nodes), 120, "idle nodes")
 
 
-def compare(site: Site, name: str, tally: Tally) -> None:
+def compare(site: Site, name: str, undisturbed: str, tally: Tally) -> None:
     """With the undisturbed run."""
-    ours, calm = learned(site.base / name), learned(site.base / "calm")
+    ours, theirs = learned(site.base / name), learned(site.base / undisturbed)
     if [step for step, _, _ in ours] != list(range(1, STEPS + 1)):
         tally.notes.append(f"{name}: steps are missing or there twice")
         return
     if starts(site.base / name) < 2:
         tally.notes.append(f"{name}: ended before the fault was noticed")
         return
+    if handed_over(site.base / name) != handed_over(site.base / undisturbed):
+        tally.notes.append(f"{name}: read other samples")
+        return
     tally.recovered += 1
-    tally.difference = max(tally.difference, *(abs(a[1] - b[1]) for a, b in zip(ours, calm, strict=True)))
-    tally.bitwise += ours == calm and (site.base / name / END).read_bytes() == (site.base / "calm" / END).read_bytes()
+    tally.difference = max(tally.difference, *(abs(a[1] - b[1]) for a, b in zip(ours, theirs, strict=True)))
+    weights = [(site.base / run / END).read_bytes() for run in (name, undisturbed)]
+    tally.bitwise += ours == theirs and weights[0] == weights[1]
 
 
 def record(site: Site) -> str:
@@ -161,11 +207,11 @@ def shown(typed: str, text: str, code: int) -> str:
 def ray_rows(times: int) -> list[str]:
     """The two faults on a Ray of two nodes, from their own tests."""
     tests = {
-        "a Ray node lost in training: on with half the ranks": "fewer_ranks",
-        "a Ray node lost in preprocessing": "in_preprocessing",
+        "a Ray node lost in training: on with half the ranks": ("fewer_ranks", "local engine, 2 nodes × 1 rank"),
+        "a Ray node lost in preprocessing": ("in_preprocessing", "none"),
     }
     rows = []
-    for fault, word in tests.items():
+    for fault, (word, engine) in tests.items():
         passed, largest = 0, 0.0
         for _ in range(times):
             command = [sys.executable, "-m", "pytest", "-q", "-s", "tests/faults/test_ray_gang.py", "-k", word]
@@ -173,7 +219,7 @@ def ray_rows(times: int) -> list[str]:
             passed += done.returncode == 0
             largest = max([largest, *map(float, re.findall(r"difference of a loss: (\S+)", done.stdout))])
         said = f"{largest:.1e}" if word == "fewer_ranks" else "the same bytes"
-        rows.append(f"| {fault} | {times} | {passed} | {said} | – | |")
+        rows.append(f"| {fault} | {engine} | {times} | {passed} | {said} | – | |")
     return rows
 
 
@@ -188,9 +234,11 @@ def main() -> None:
         sys.exit(reason)
     random.seed(given.seed)
     tallies: dict[str, Tally] = defaultdict(Tally)
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder, site_at(Path(folder), 12) as site:
-        site.submit("calm")
-        site.finish("calm")
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder, site_at(Path(folder), 14) as site:
+        for setup, overrides in SETUPS.items():
+            site.submit(calm(setup), *overrides)
+        for setup in SETUPS:
+            site.finish(calm(setup))
         recording = record(site)
         for number in range(given.times):
             one_round(site, number, tallies)
@@ -201,13 +249,15 @@ def main() -> None:
 def write(given: argparse.Namespace, tallies: dict[str, Tally], recording: str, more: list[str]) -> None:
     """After each round, so that a stopped script has something to show."""
     rows = [
-        f"| {fault} | {t.tried} | {t.recovered} | {t.difference:.1e} ({t.bitwise} of {t.tried} bitwise, weights too) | "
+        f"| {fault} | {FAULTS[fault][1]} | {t.tried} | {t.recovered} | "
+        f"{t.difference:.1e} ({t.bitwise} of {t.tried} bitwise, weights too) | "
         f"{max(t.seconds, default=0):.0f} s | {'; '.join(t.notes)} |"
         for fault, t in tallies.items()
     ]
     head = f"    python -m tests.faults.table --times {given.times} --ray {given.ray} --seed {given.seed}\n"
-    columns = "| fault | times | recovered | largest difference of a loss | longest way to the end | notes |"
-    table = "\n".join(["# Faults done to real runs", "", head, columns, "|---|---|---|---|---|---|", *rows, *more])
+    columns = "| fault | engine and ranks | times | recovered | largest difference of a loss | longest way | notes |"
+    told = "All recovered runs read the samples of the undisturbed one, each step once."
+    table = "\n".join(["# Faults done to real runs", "", head, told, "", columns, "|---" * 7 + "|", *rows, *more])
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "faults.md").write_text(f"{table}\n", encoding="utf-8")
     (RESULTS / "jobs.md").write_text(

@@ -14,6 +14,7 @@ from launch import app, slurm
 from launch.demo_corpus import synthesise
 from launch.pipeline import Step
 from launch.submit import read_note, steps_done
+from tests.faults import mini_slurm
 from tests.faults.keys import handed_over
 from tests.faults.mini_slurm import require_slurm, wait_for
 from tests.faults.site import ON_SLURM, STEPS, TOY, ZERO, Site, learned, site_at, starts, variable
@@ -274,3 +275,15 @@ def test_hostile_names_are_only_names(bereaved: Site) -> None:
     assert not list(bereaved.base.rglob("pwned"))
     log = (bereaved.base / HOSTILE / "logs" / "rank_0.log").read_text()
     assert f"there is no shard folder {HOSTILE_SHARDS}" in log
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_no_slurm_is_a_failure_where_one_must_be(
+    required: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CI does not pass by skipping."""
+    monkeypatch.setenv("AURICLE_REQUIRE_SLURM", required)
+    monkeypatch.setattr(mini_slurm, "TOOLS", ("no-such-tool",))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(outcome, match="no-such-tool"):
+        require_slurm()
