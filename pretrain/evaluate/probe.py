@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,26 +22,26 @@ SHRINKAGE = 1e-4
 
 
 class View(NamedTuple):
-    """What a probe sees of the features.  layers: one of them, or all, which it then weights."""
+    """What a probe sees of the features.  layers: one of them, or several, which it then weights."""
 
     whiten: bool
     layers: tuple[int, ...]
 
 
 class Scaling(nn.Module):
-    """Features of the layers of a view made comparable, by the statistics of the training part.
+    """Features of every layer made comparable, by the statistics of the training part.
 
     whiten: directions of little variance count as much as the widest ones. Trained features spread over few directions
     (the widest of 256 may hold half of the variance), on which a probe of some hundred updates would spend itself.
     """
 
-    def __init__(self, x_NLD: Tensor, view: View) -> None:
+    def __init__(self, x_NLD: Tensor, whiten: bool) -> None:
         super().__init__()
-        self.view = view
-        some = self.seen(x_NLD[:: max(1, len(x_NLD) // 40_000)])
+        self.whiten = whiten
+        some = x_NLD[:: max(1, len(x_NLD) // 40_000)].float()
         self.register_buffer("mean_LD", some.mean(0))
         self.mean_LD: Tensor
-        if not view.whiten:
+        if not whiten:
             self.register_buffer("scale", 1.0 / (some.std(0) + 1e-4))
         else:
             centred_LND = (some - self.mean_LD).transpose(0, 1).double()
@@ -52,47 +52,52 @@ class Scaling(nn.Module):
             self.register_buffer("scale", whitening_LDD.float())
         self.scale: Tensor
 
-    def seen(self, x_NLD: Tensor) -> Tensor:
-        """The layers of the view, fp32."""
-        return x_NLD[:, list(self.view.layers)].float()
-
     @torch.no_grad()
     def forward(self, x_NLD: Tensor) -> Tensor:
         """float16 again, as features are kept."""
-        centred = (self.seen(part) - self.mean_LD for part in torch.split(x_NLD, 8192))
-        if not self.view.whiten:
+        centred = (part.float() - self.mean_LD for part in torch.split(x_NLD, 8192))
+        if not self.whiten:
             return torch.cat([(part * self.scale).half() for part in centred])
         return torch.cat([torch.einsum("nld,lde->nle", part, self.scale).half() for part in centred])
 
 
-class Linear(nn.Module):
-    """(N, L, D) scaled features to (N, classes)."""
+class Linears(nn.Module):
+    """V linear probes fitted at once, each with its own selection of layers: (N, L, D) to (V, N, classes)."""
 
-    def __init__(self, n_layers: int, dim: int, classes: int) -> None:
+    def __init__(self, selections: Sequence[tuple[int, ...]], n_layers: int, dim: int, classes: int) -> None:
         super().__init__()
-        self.layer_weights = nn.Parameter(torch.zeros(n_layers))
-        self.linear = nn.Linear(dim, classes)
+        drawn = nn.Linear(dim, classes)
+        self.weight_VCD = nn.Parameter(drawn.weight.detach().repeat(len(selections), 1, 1))
+        self.bias_VC = nn.Parameter(drawn.bias.detach().repeat(len(selections), 1))
+        self.layer_weights_VL = nn.Parameter(torch.zeros(len(selections), n_layers))
+        outside = [[0.0 if layer in chosen else float("-inf") for layer in range(n_layers)] for chosen in selections]
+        self.register_buffer("outside_VL", torch.tensor(outside))
+        self.outside_VL: Tensor
 
     def forward(self, x_NLD: Tensor) -> Tensor:
-        out: Tensor = self.linear(torch.einsum("nld,l->nd", x_NLD.float(), self.layer_weights.softmax(0)))
-        return out
+        mix_VL = (self.layer_weights_VL + self.outside_VL).softmax(1)
+        x_VND = torch.einsum("nld,vl->vnd", x_NLD.float(), mix_VL)
+        return torch.baddbmm(self.bias_VC[:, None], x_VND, self.weight_VCD.transpose(1, 2))
 
     @torch.inference_mode()
     def predict(self, x_NLD: Tensor) -> np.ndarray:
-        """Classes, (N,)."""
-        return torch.cat([self(part).argmax(1) for part in torch.split(x_NLD, 8192)]).numpy()
+        """Classes, (V, N)."""
+        classes_VN: np.ndarray = torch.cat([self(part).argmax(2) for part in torch.split(x_NLD, 8192)], dim=1).numpy()
+        return classes_VN
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted probe."""
+    """A fitted probe of some layers."""
 
+    layers: tuple[int, ...]
     scaling: Scaling
-    linear: Linear
+    linear: Linears
 
     def predict(self, x_NLD: Tensor) -> np.ndarray:
         """Classes of features as an encoder gives them, (N,)."""
-        return self.linear.predict(self.scaling(x_NLD))
+        guesses_N: np.ndarray = self.linear.predict(self.scaling(x_NLD[:, list(self.layers)]))[0]
+        return guesses_N
 
 
 def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int) -> View:
@@ -102,9 +107,9 @@ def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeCon
     selections = [everything, *((layer,) for layer in everything)] if len(everything) > 1 else [everything]
     # a covariance wants several vectors a dimension
     scalings = (False, True) if len(some.y_N) >= 4 * train.x_NLD.shape[2] else (False,)
-    views = [View(whiten, layers) for whiten in scalings for layers in selections]
-    scores = [_fit(view, some, valid, classes, config, seed)[0] for view in views]
-    return views[int(np.argmax(scores))]
+    scores = np.stack([_fit(whiten, selections, some, valid, classes, config, seed)[2] for whiten in scalings])
+    best = int(scores.argmax())
+    return View(scalings[best // len(selections)], selections[best % len(selections)])
 
 
 def fit_probe(
@@ -112,35 +117,45 @@ def fit_probe(
 ) -> Probe:
     """The epoch that is best on `valid`, with the view that is; the test speakers take no part."""
     view = view or choose_view(train, valid, classes, config, seed)
-    return _fit(view, train, valid, classes, config, seed)[1]
+    train, valid = (replace(part, x_NLD=part.x_NLD[:, list(view.layers)]) for part in (train, valid))
+    scaling, linear, _ = _fit(view.whiten, [tuple(range(len(view.layers)))], train, valid, classes, config, seed)
+    return Probe(view.layers, scaling, linear)
 
 
 def _fit(
-    view: View, train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int
-) -> tuple[float, Probe]:
-    """(accuracy on `valid`, probe)."""
+    whiten: bool,
+    selections: Sequence[tuple[int, ...]],
+    train: Labelled,
+    valid: Labelled,
+    classes: int,
+    config: ProbeConfig,
+    seed: int,
+) -> tuple[Scaling, Linears, np.ndarray]:
+    """Probes as of the epoch that is best for their mean, and the best accuracy of each on `valid`."""
     torch.manual_seed(keyed_seed(seed, "probe"))
-    scaling = Scaling(train.x_NLD, view)
+    scaling = Scaling(train.x_NLD, whiten)
     x_NLD, valid_NLD = scaling(train.x_NLD), scaling(valid.x_NLD)
-    probe = Linear(x_NLD.shape[1], x_NLD.shape[2], classes)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    probes = Linears(selections, x_NLD.shape[1], x_NLD.shape[2], classes)
+    optimizer = torch.optim.AdamW(probes.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     per_epoch = -(-len(train.y_N) // config.batch)
     epochs = max(config.epochs, -(-config.min_updates // per_epoch))
-    updates = epochs * per_epoch
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    best, best_state = -1.0, probe.state_dict()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
+    best, best_V, best_state = -1.0, np.zeros(len(selections)), probes.state_dict()
     for _ in range(epochs):
         for pick in torch.split(torch.randperm(len(train.y_N)), config.batch):
-            loss = F.cross_entropy(probe(x_NLD[pick]), train.y_N[pick])
+            logits_VNC, y_N = probes(x_NLD[pick]), train.y_N[pick]
+            # a sum of means: no probe feels the others
+            loss = len(selections) * F.cross_entropy(logits_VNC.flatten(0, 1), y_N.repeat(len(selections)))
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
-        score = float((probe.predict(valid_NLD) == valid.y_N.numpy()).mean())
-        if score > best:
-            best, best_state = score, {name: value.clone() for name, value in probe.state_dict().items()}
-    probe.load_state_dict(best_state)
-    return best, Probe(scaling, probe)
+        score_V = (probes.predict(valid_NLD) == valid.y_N.numpy()).mean(1)
+        if score_V.mean() > best:
+            best, best_state = score_V.mean(), {name: value.clone() for name, value in probes.state_dict().items()}
+        best_V = np.maximum(best_V, score_V)
+    probes.load_state_dict(best_state)
+    return scaling, probes, best_V
 
 
 class Supervised(nn.Module):

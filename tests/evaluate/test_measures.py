@@ -10,7 +10,7 @@ from pretrain.evaluate import measures
 from pretrain.evaluate.config import ProbeConfig
 from pretrain.evaluate.corpus import Interval, Utterance, grid_labels, require_disjoint
 from pretrain.evaluate.features import Labelled, grid_frames, quarters
-from pretrain.evaluate.probe import View, fit_probe
+from pretrain.evaluate.probe import View, _fit, fit_probe
 
 RNG = np.random.default_rng(0)
 
@@ -80,15 +80,28 @@ def test_the_probe_finds_the_layer_that_knows() -> None:
     probe = fit_probe(made[0], made[1], 4, ProbeConfig(epochs=15, lr=1e-2, batch=128), seed=0)
     hits = probe.predict(made[2].x_NLD) == made[2].y_N.numpy()
     assert hits.mean() > 0.9
-    assert 1 in probe.scaling.view.layers
+    assert 1 in probe.layers
     mixed = fit_probe(made[0], made[1], 4, ProbeConfig(epochs=15, lr=1e-2, batch=128), 0, View(False, (0, 1, 2)))
-    assert int(mixed.linear.layer_weights.argmax()) == 1
+    assert int(mixed.linear.layer_weights_VL.argmax()) == 1
     assert sum(n for _, n in made[2].tally(hits, np.ones(200)).values()) == 200
-    assert float(probe.scaling(made[2].x_NLD).float().std(0).sub(1).abs().max()) < 0.3
+    assert float(probe.scaling(made[2].x_NLD[:, list(probe.layers)]).float().std(0).sub(1).abs().max()) < 0.3
     # labels shuffled in time: chance
     wrong = Labelled(made[0].x_NLD, made[0].y_N[torch.randperm(800)], made[0].speaker_N, made[0].speakers)
     shuffled = fit_probe(wrong, made[1], 4, ProbeConfig(epochs=3, min_updates=20), seed=0).predict(made[2].x_NLD)
     assert (shuffled == made[2].y_N.numpy()).mean() < 0.5
+
+
+def test_probes_fitted_together_are_those_fitted_alone() -> None:
+    y_N = torch.from_numpy(RNG.integers(0, 3, 300))
+    x_NLD = torch.from_numpy(RNG.normal(0, 1, (300, 2, 6))).float()
+    x_NLD[:, 0, :3] += 2 * torch.eye(3)[y_N]
+    part = Labelled(x_NLD.half(), y_N, np.zeros(300, int), ("a",))
+    config = ProbeConfig(epochs=1, min_updates=1, batch=32, lr=1e-2)  # one epoch: both keep the same
+    together = _fit(False, [(0, 1), (0,), (1,)], part, part, 3, config, 0)
+    for place, layers in enumerate([(0, 1), (0,), (1,)]):
+        alone = fit_probe(part, part, 3, config, 0, View(False, layers))
+        torch.testing.assert_close(alone.linear.weight_VCD[0], together[1].weight_VCD[place], rtol=1e-4, atol=1e-5)
+        assert (alone.predict(part.x_NLD) == y_N.numpy()).mean() == pytest.approx(together[2][place], abs=0.01)
 
 
 def test_what_lies_in_narrow_directions_is_found() -> None:
