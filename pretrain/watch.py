@@ -65,6 +65,7 @@ class Watch:
     ) -> None:
         self.config, self.settings, self._say = config, config.health, say
         self._run, self._rank, self._world = run, engine.world.rank, engine.world.size
+        self._targets_stand = engine.module.objective.targets_stand
         self._norms: deque[float] = deque(remembered.get("norms", []), NORMS)
         self._first: dict[str, float] = dict(remembered.get("first", {}))
         self._best: dict[str, float] = dict(remembered.get("best", {}))
@@ -152,7 +153,7 @@ class Watch:
             found.append(health.shrunken(name, value, self._first.setdefault(name, value), share))
         found += [health.falling(name, values) for name, values in self._evaluations().items()]
         counts = np.sum([seen.counts for seen in self._recent], axis=0)
-        if step == 0 and self.config.objective.name in FIXED_TARGETS:
+        if step == 0 and self._targets_stand:
             found.append(health.low_target_entropy(counts, limits.min_target_entropy))
         if step == 0 and self.gauge and self.gauge.target_inputs:
             found.append(health.off_scale("the features that targets are made of", *self.gauge.target_inputs))
@@ -258,8 +259,6 @@ class Watch:
         return before
 
 
-FIXED_TARGETS = ("best_rq",)
-"""Objectives whose targets stand before the first update."""
 AT_ONCE = ("target entropy", "target inputs")
 """Detectors of what can be seen before the first update, and will not change."""
 _NAN_HELPS = "a lower optimizer.lr, a longer warm-up, optimizer.clip_norm=1, or engine.precision=fp32"

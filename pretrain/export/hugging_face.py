@@ -35,7 +35,7 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists; give a new folder to export to")
-    described = describe(config)
+    described = describe(config, module.objective.exports_as)
     weights = {
         name: weight.detach().cpu().float() for name, weight in to_hugging_face(module.model.state_dict()).items()
     }
@@ -68,8 +68,8 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
     return error
 
 
-def describe(config: Config) -> dict[str, Any]:
-    """Hugging Face's config.json. Raises ConfigError naming what has no counterpart there."""
+def describe(config: Config, plain: str) -> dict[str, Any]:
+    """Hugging Face's config.json; `plain` names a model of no kind of its own. Raises ConfigError naming what has no counterpart there."""
     frontend, encoder = config.frontend, config.encoder
     obstacles = [
         f"{field}={value}"
@@ -97,9 +97,7 @@ def describe(config: Config) -> dict[str, Any]:
             "encoder.positions=conv_stack exports as Data2VecAudio, which has frontend.norm=layer, encoder.norm=post "
             "and no relative bias"
         )
-    kind = "WavLM" if encoder.relative_bias else "Data2VecAudio" if stack else "Wav2Vec2"
-    if kind == "Wav2Vec2" and config.objective.name == "hubert":
-        kind = "Hubert"
+    kind = "WavLM" if encoder.relative_bias else "Data2VecAudio" if stack else plain
     described = {
         "architectures": [f"{kind}Model"],
         "model_type": {"Data2VecAudio": "data2vec-audio"}.get(kind, kind.lower()),
