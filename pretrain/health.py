@@ -26,6 +26,8 @@ class Finding:
     kind: Kind
     seen: str
     helps: str
+    pooled: int = 0
+    """Over how many steps before a check this was measured: it may have begun so much earlier than it was seen."""
 
     def sentence(self, since: int) -> str:
         """What was seen, since which step, and what usually helps."""

@@ -71,9 +71,10 @@ def train(
             except FloatingPointError as error:
                 back_to = watch.diverged(error, ctx, step.batches)
             if back_to is not None:
-                state = _roll_back(run, engine, config, saver, TrainState(back_to, step.after, watch.memory()))
+                state = _roll_back(run, engine, config, saver, watch, TrainState(back_to, step.after))
                 if telemetry:
                     telemetry.go_back(state.step)
+                clock = time.monotonic()
                 continue
             seconds, clock = time.monotonic() - clock, time.monotonic()
             health = watch.after(ctx, result, step, seconds)
@@ -95,13 +96,14 @@ def train(
 
 
 def _roll_back(
-    run: RunFolder, engine: Engine, config: Config, saver: checkpoint.Saver, wanted: TrainState
+    run: RunFolder, engine: Engine, config: Config, saver: checkpoint.Saver, watch: Watch, wanted: TrainState
 ) -> TrainState:
     """The newest state of at most `wanted.step` updates, but with the data after `wanted.cursor`, saved as such."""
     saver.wait()
     engine.world.agree(str(wanted.step), "the step to roll back to")
     healthy = checkpoint.roll_back(run, engine, config, wanted.step)
-    state = TrainState(healthy.step, wanted.cursor, wanted.health)
+    watch.go_back(healthy.step, healthy.health)
+    state = TrainState(healthy.step, wanted.cursor, watch.memory())
     saver.save(state)
     return state
 

@@ -7,6 +7,7 @@ checkpoint, so a resumed run stays bitwise the uninterrupted one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import deque
@@ -66,18 +67,27 @@ class Watch:
         self.config, self.settings, self._say = config, config.health, say
         self._run, self._rank, self._world = run, engine.world.rank, engine.world.size
         self._targets_stand = engine.module.objective.targets_stand
-        self._norms: deque[float] = deque(remembered.get("norms", []), NORMS)
-        self._first: dict[str, float] = dict(remembered.get("first", {}))
-        self._best: dict[str, float] = dict(remembered.get("best", {}))
+        self._objective = engine.module.objective
         self.rollbacks: int = remembered.get("rollbacks", 0)
-        self._recent: deque[Observation] = deque(maxlen=self.settings.window)
-        self._seen: dict[str, tuple[int, int]] = {}
-        self._alarmed: set[str] = set()
-        self._wish = {"stop": 0.0, "rollback": 0.0}
-        self._why = ""
+        self._outdated: tuple[int, int] = tuple(remembered.get("outdated", (0, 0)))
+        self._remember(remembered)
         self.alarms: list[tuple[int, Finding, int]] = []
         """(step, finding, since) of each alarm of this start."""
         self.gauge = StageGauge(engine.module) if self._rank == 0 else None
+
+    def _remember(self, healthy: Mapping[str, Any]) -> None:
+        """Begins anew with what a checkpoint remembers."""
+        self._norms: deque[float] = deque(healthy.get("norms", []), NORMS)
+        self._first: dict[str, float] = dict(healthy.get("first", {}))
+        self._best: dict[str, float] = dict(healthy.get("best", {}))
+        self._targets_since: int = healthy.get("targets_since", 0)
+        self._relabelled = bool(getattr(self._objective, "relabelled", False))
+        self._recent: deque[Observation] = deque(maxlen=self.settings.window)
+        self._seen: dict[str, tuple[int, int, int]] = {}
+        """Of each finding of the last check: since when it is seen, how often, and from when on it may be there."""
+        self._alarmed: set[str] = set()
+        self._wish = {"stop": 0.0, "rollback": 0.0}
+        self._why = ""
 
     @property
     def limit(self) -> float:
@@ -91,7 +101,19 @@ class Watch:
 
     def memory(self) -> dict[str, Any]:
         """What a resumed run must know, for the checkpoint."""
-        return {"norms": list(self._norms), "first": self._first, "best": self._best, "rollbacks": self.rollbacks}
+        return {
+            "norms": list(self._norms),
+            "first": self._first,
+            "best": self._best,
+            "targets_since": self._targets_since,
+            "rollbacks": self.rollbacks,
+            "outdated": self._outdated,
+        }
+
+    def go_back(self, step: int, healthy: Mapping[str, Any]) -> None:
+        """The run has rolled back to `step`: nothing seen since counts, the evaluations of later steps neither."""
+        self._remember(healthy)
+        self._outdated = (len(read_rows(self._run.path / "evaluations.jsonl")), step)
 
     def extras(self, ctx: StepContext, waited: float) -> dict[str, float]:
         """What this rank adds to the step's all-reduce: rank 0's wish, and how long each rank waited for data."""
@@ -128,9 +150,8 @@ class Watch:
             self._alarm(ctx.step, ctx.step, spike)
         waits = np.array([result.extras[f"wait/{rank}"] for rank in range(self._world)])
         counts = _counts(result)
-        if ctx.step == self._targets_from(ctx.step) or (self._recent and len(counts) != len(self._recent[-1].counts)):
-            self._recent.clear()
-            self._best.pop("perplexity", None)
+        if self._recent and len(counts) != len(self._recent[-1].counts):
+            self._new_targets(ctx.step)
         self._recent.append(Observation(_loss(result), _accuracy(result), counts, step.samples, seconds, waits))
         scalars = {"health/skipped": float(result.skipped)}
         if ctx.step % self.settings.every == 0:
@@ -143,6 +164,9 @@ class Watch:
                 if name.endswith("_std") and count > 0
             }
             self._judge(ctx.step, self._findings(ctx.step, stages | deviations, ranks))
+        if not self._relabelled and getattr(self._objective, "relabelled", False):
+            self._relabelled = True
+            self._new_targets(ctx.step + 1)
         return scalars | {"health/alarms": float(len(self.alarms))}
 
     def _findings(self, step: int, stages: dict[str, float], ranks: dict[str, float]) -> list[Finding | None]:
@@ -151,7 +175,10 @@ class Watch:
         for name, value in stages.items():
             share = limits.min_prediction_std if name.startswith("prediction") else limits.min_stage_std
             found.append(health.shrunken(name, value, self._first.setdefault(name, value), share))
-        found += [health.falling(name, values) for name, values in self._evaluations().items()]
+        for name, measured in self._evaluations().items():
+            steps = sorted(measured)
+            fell = health.falling(name, [measured[at] for at in steps])
+            found.append(fell and dataclasses.replace(fell, pooled=max(0, step - steps[-4])))
         counts = np.sum([seen.counts for seen in self._recent], axis=0)
         if step == 0 and self._targets_stand:
             found.append(health.low_target_entropy(counts, limits.min_target_entropy))
@@ -169,25 +196,26 @@ class Watch:
             waits = dict(enumerate(np.mean([seen.waits for seen in self._recent], axis=0).tolist()))
             seconds = sum(seen.seconds for seen in self._recent) / len(self._recent)
             found.append(health.waiting_ranks(waits, seconds, limits.max_data_wait))
-        since = self._targets_from(step)
-        grace = min(limits.grace_steps, (self.config.train.steps - since) * 2 // 3)
-        if step >= since + grace and len(self._recent) >= limits.window:
-            found += self._learning_findings(counts)
+        grace = min(limits.grace_steps, (self.config.train.steps - self._targets_since) * 2 // 3)
+        if step >= self._targets_since + grace and len(self._recent) >= limits.window:
+            learning = self._learning_findings(counts)
+            found += [seen and dataclasses.replace(seen, pooled=limits.window) for seen in learning]
         return found
 
-    def _targets_from(self, step: int) -> int:
-        """The first step with the targets of `step`: the model learns anew after a relabelling."""
-        relabelled = getattr(self.config.objective, "relabel_step", 0)
-        return relabelled + 1 if 0 < relabelled < step else 0
+    def _new_targets(self, step: int) -> None:
+        """From `step` on the model has other targets, which it must learn anew."""
+        self._targets_since = step
+        self._recent.clear()
+        self._best.pop("perplexity", None)
 
-    def _evaluations(self) -> dict[str, list[float]]:
-        """What `auricle evaluate follow=true` has measured beside this run, by name, in the order of steps."""
-        path = self._run.path / "evaluations.jsonl"
+    def _evaluations(self) -> dict[str, dict[int, float]]:
+        """What `auricle evaluate follow=true` has measured beside this run, by name and step."""
         measured: dict[str, dict[int, float]] = {}
-        for row in read_rows(path):
-            if str(row["measure"]).startswith(JUDGED):
+        before, healthy = self._outdated
+        for number, row in enumerate(read_rows(self._run.path / "evaluations.jsonl")):
+            if str(row["measure"]).startswith(JUDGED) and (number >= before or row["step"] <= healthy):
                 measured.setdefault(row["name"], {})[row["step"]] = row["value"]
-        return {name: [value for _, value in sorted(by_step.items())] for name, by_step in measured.items()}
+        return measured
 
     @property
     def _ranks_from(self) -> int:
@@ -223,26 +251,30 @@ class Watch:
 
     def _judge(self, step: int, findings: Sequence[Finding | None]) -> None:
         present = {found.detector: found for found in findings if found is not None}
-        self._seen = {name: self._seen.get(name, (step, 0)) for name in present}
+        self._seen = {name: self._seen.get(name, (step, 0, step - found.pooled)) for name, found in present.items()}
         self._alarmed &= present.keys()
         for name, found in present.items():
-            since, times = self._seen[name]
-            self._seen[name] = (since, times + 1)
+            since, times, begun = self._seen[name]
+            self._seen[name] = (since, times + 1, begun)
             sure = times + 1 >= self.settings.confirm or found.detector in AT_ONCE
             if sure and name not in self._alarmed:
                 self._alarmed.add(name)
                 self._alarm(step, since, found)
-                self._answer(since, found)
+                self._answer(since, begun, found)
 
-    def _answer(self, since: int, found: Finding) -> None:
+    def _answer(self, since: int, begun: int, found: Finding) -> None:
+        """Asks for what the config wants done; of two findings that go back, for the earlier step."""
         settings = self.settings
         actions = {"collapse": settings.on_collapse, "chance": settings.on_chance, "recipe": settings.on_recipe}
         action = actions.get(found.kind, "warn")
-        if action != "warn":
-            self._wish[action] = float(since) if action == "rollback" else 1.0
-            self._why = found.sentence(since)
-            if action == "rollback" and since == 0:
-                self._wish = {"stop": 1.0, "rollback": 0.0}
+        if action == "warn":
+            return
+        self._why = found.sentence(since)
+        healthy = begun - settings.every
+        if action == "rollback" and healthy > 0:
+            self._wish["rollback"] = min(healthy, self._wish["rollback"] or math.inf)
+        else:
+            self._wish["stop"] = 1.0
 
     def _alarm(self, step: int, since: int, found: Finding) -> None:
         self.alarms.append((step, found, since))

@@ -181,6 +181,51 @@ def test_a_collapse_is_rolled_back_with_other_data(tmp_path: Path) -> None:
     assert state["health"]["rollbacks"] == 1
 
 
+def test_a_dead_stem_is_rolled_back_once(tmp_path: Path) -> None:
+    settings = config(44, health={"on_collapse": "rollback"}, train={"steps": 44, "checkpoint_every": 4})
+    run(tmp_path, settings, zero_stem)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 45))
+    assert "stem deviation" in {event["detector"] for event in events(tmp_path)}
+    assert rows[PLANTED + 2]["health/std/stem"] > 0.1 * rows[0]["health/std/stem"]
+    state = json.loads((tmp_path / "checkpoints" / "step_00000044" / "state.json").read_text())
+    assert state["health"]["rollbacks"] == 1
+    assert all(event["step"] <= PLANTED + 8 for event in events(tmp_path) if event["kind"] == "collapse")
+
+
+def test_a_failure_seen_over_a_window_is_rolled_back_to_before_it(tmp_path: Path) -> None:
+    # the collapse shows late in the pool of the last 10 updates: saved after it are the checkpoints from 24 on
+    settings = config(
+        60,
+        health={"on_collapse": "rollback", "min_perplexity": 0.6, "confirm": 1},
+        train={"steps": 60, "checkpoint_every": 2, "keep_last": 40},
+    )
+    run(tmp_path, settings, one_code)
+    seen = next(event for event in events(tmp_path) if event["detector"] == "code use")
+    assert seen["since"] > PLANTED + 2
+    aside = sorted(int(path.name[-8:]) for path in (tmp_path / "checkpoints").glob("unhealthy_step_*"))
+    assert aside[0] <= PLANTED + 2
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert rows[-1]["metric/perplexity"] > 10
+
+
+def test_evaluations_of_steps_that_were_rolled_back_do_not_count(tmp_path: Path) -> None:
+    def evaluate(engine: Engine) -> None:
+        lines = [
+            {"step": step, "name": "phones/non_silence", "measure": "non-silence frames", "value": value}
+            for step, value in ((4, 0.4), (8, 0.37), (12, 0.33), (16, 0.31))
+        ]
+        (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    often = {"steps": 36, "checkpoint_every": 2, "keep_last": 40}
+    settings = config(36, health={"on_chance": "rollback", "window": 40}, train=often)
+    run(tmp_path, settings, evaluate)
+    assert [event["detector"] for event in events(tmp_path)] == ["phones/non_silence falling"]
+    assert (tmp_path / "checkpoints" / "unhealthy_step_00000004").is_dir()
+    assert (tmp_path / "checkpoints" / "step_00000002").is_dir()
+
+
 def test_rollbacks_end(tmp_path: Path) -> None:
     settings = config(36, health={"on_nan": "rollback", "max_rollbacks": 2})
     with pytest.raises(UnhealthyError, match="max_rollbacks=2 are used up"):
