@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -81,11 +82,18 @@ def summarise(folder: Path, now: float | None = None) -> RunSummary:
         steps=steps,
         loss=_mean(tail, "loss/total"),
         accuracy=_mean(tail, "metric/accuracy"),
-        hours=sum(row.get("data/audio_seconds", 0.0) for row in metrics) / 3600,
+        hours=audio_hours(metrics)[-1] if metrics else 0.0,
         speed=statistics.median([row.get("perf/audio_seconds_per_second", 0.0) for row in tail]) if tail else 0.0,
         alarms=len(rows(folder, "health.jsonl")),
         evaluation=f"{newest['name']} {newest['value']:.3f}" if newest else "",
     )
+
+
+def audio_hours(metrics: Sequence[dict[str, Any]]) -> list[float]:
+    """Hours of audio heard by each row. Rows without that figure, of older runs, count those logged."""
+    if all("data/audio_hours" in row for row in metrics):
+        return [row["data/audio_hours"] for row in metrics]
+    return [hours / 3600 for hours in itertools.accumulate(row.get("data/audio_seconds", 0.0) for row in metrics)]
 
 
 def _mean(chosen: Sequence[dict[str, Any]], name: str) -> float:

@@ -133,10 +133,10 @@ def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, worl
             scalars[name] = float(total[0]) / count
     scalars |= {
         "perf/step_seconds": seconds,
-        "perf/audio_seconds_per_second": step.samples / SAMPLE_RATE / seconds,
+        "perf/audio_seconds_per_second": result.samples / SAMPLE_RATE / seconds,
         "perf/memory_gib": peak_memory_gib(),
         "perf/data_wait_share": min(1.0, result.extras["wait_seconds"] / world / seconds),
-        "data/audio_seconds": step.samples / SAMPLE_RATE,
+        "data/audio_seconds": result.samples / SAMPLE_RATE,
         "data/padding_share": 1.0 - step.samples / step.padded_samples,
         "data/skipped_segments": result.extras["skipped"],
         "data/epoch": float(step.after.epoch),

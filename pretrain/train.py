@@ -77,11 +77,11 @@ def train(
                 clock = time.monotonic()
                 continue
             seconds, clock = time.monotonic() - clock, time.monotonic()
-            health = watch.after(ctx, result, step, seconds)
+            watch.after(ctx, result, step, seconds)
             state, stopping = TrainState(state.step + 1, step.after, watch.memory()), result.extras["stop"] > 0
 
             if telemetry and (state.step % settings.log_every == 0 or state.step == settings.steps):
-                scalars = step_scalars(result, step, lr, seconds, world.size) | health
+                scalars = step_scalars(result, step, lr, seconds, world.size) | watch.report()
                 telemetry.log(state.step, scalars, histograms(result.metrics))
                 say(_line(state.step, settings.steps, scalars))
             if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or stopping:

@@ -81,6 +81,9 @@ class Watch:
         self._first: dict[str, float] = dict(healthy.get("first", {}))
         self._best: dict[str, float] = dict(healthy.get("best", {}))
         self._targets_since: int = healthy.get("targets_since", 0)
+        self._heard: int = healthy.get("heard", 0)
+        """Samples of audio computed on up to here, from the first update on."""
+        self._report: dict[str, float] = {}
         self._relabelled = bool(getattr(self._objective, "relabelled", False))
         self._recent: deque[Observation] = deque(maxlen=self.settings.window)
         self._seen: dict[str, tuple[int, int, int]] = {}
@@ -106,6 +109,7 @@ class Watch:
             "first": self._first,
             "best": self._best,
             "targets_since": self._targets_since,
+            "heard": self._heard,
             "rollbacks": self.rollbacks,
             "outdated": self._outdated,
         }
@@ -138,26 +142,33 @@ class Watch:
             raise UnhealthyError(f"{found.sentence(ctx.step)} (the batch is kept: auricle replay {self._run.path})")
         return self._count_rollback(ctx.step, found.sentence(ctx.step))
 
-    def after(self, ctx: StepContext, result: StepResult, step: Step, seconds: float) -> dict[str, float]:
-        """Takes in one finished update. Returns scalars named health/… (rank 0)."""
+    def report(self) -> dict[str, float]:
+        """Scalars of the updates since the last report (rank 0): those skipped, the newest check, the hours heard."""
+        report, self._report = self._report, {}
+        hours = {"data/audio_hours": self._heard / SAMPLE_RATE / 3600}
+        return {"health/skipped": 0.0, "health/alarms": float(len(self.alarms))} | report | hours
+
+    def after(self, ctx: StepContext, result: StepResult, step: Step, seconds: float) -> None:
+        """Takes in one finished update."""
+        self._heard += result.samples
         spike = health.gradient_spike(result.grad_norm, self.limit)
         self._norms.append(result.grad_norm)
         if spike:
             save_batches(self._run, self._rank, ctx, step.batches, spike.seen)
         if self._rank != 0:
-            return {}
+            return
         if spike:
             self._alarm(ctx.step, ctx.step, spike)
         waits = np.array([result.extras[f"wait/{rank}"] for rank in range(self._world)])
         counts = _counts(result)
         if self._recent and len(counts) != len(self._recent[-1].counts):
             self._new_targets(ctx.step)
-        self._recent.append(Observation(_loss(result), _accuracy(result), counts, step.samples, seconds, waits))
-        scalars = {"health/skipped": float(result.skipped)}
+        self._recent.append(Observation(_loss(result), _accuracy(result), counts, result.samples, seconds, waits))
+        self._report["health/skipped"] = self._report.get("health/skipped", 0.0) + result.skipped
         if ctx.step % self.settings.every == 0:
             stages, ranks = self.gauge.read() if self.gauge else ({}, {})
-            scalars |= {f"health/std/{name}": value for name, value in stages.items()}
-            scalars |= {f"health/rank/{name}": value for name, value in ranks.items()}
+            self._report |= {f"health/std/{name}": value for name, value in stages.items()}
+            self._report |= {f"health/rank/{name}": value for name, value in ranks.items()}
             deviations = {
                 name.rpartition("/")[2]: float(total[0]) / count
                 for name, (total, count) in result.metrics.items()
@@ -167,7 +178,6 @@ class Watch:
         if not self._relabelled and getattr(self._objective, "relabelled", False):
             self._relabelled = True
             self._new_targets(ctx.step + 1)
-        return scalars | {"health/alarms": float(len(self.alarms))}
 
     def _findings(self, step: int, stages: dict[str, float], ranks: dict[str, float]) -> list[Finding | None]:
         limits = self.settings

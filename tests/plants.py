@@ -126,6 +126,16 @@ def drown(engine: Engine) -> None:
     engine.module.model.frontend.get_parameter("linear.weight")[:2] *= 200.0
 
 
+def leave_out(engine: Engine) -> None:
+    """An engine that computes on all micro-batches of an update but the last."""
+    plain = engine._accumulate
+
+    def fewer(batches: Any, plans: Any, counts_K: Any, ctx: Any) -> Any:
+        return plain(batches[:-1], plans[:-1], counts_K, ctx)
+
+    engine._accumulate = fewer  # type: ignore[method-assign]
+
+
 def make_louder(engine: Engine, steps: tuple[int, ...]) -> None:
     """The loss of these updates counts a thousandfold."""
     plain = engine._forward_backward

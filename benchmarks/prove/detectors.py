@@ -35,7 +35,7 @@ from data_pipeline.schema import load  # noqa: E402
 from data_pipeline.types import SAMPLE_RATE, Batch, Cursor, Step  # noqa: E402
 from pretrain.config import Config, HealthConfig  # noqa: E402
 from pretrain.engines import Engine, World  # noqa: E402
-from pretrain.engines.base import StepResult  # noqa: E402
+from pretrain.engines.base import SAMPLES, StepResult  # noqa: E402
 from pretrain.evaluate.corpus import read_audio, read_manifest  # noqa: E402
 from pretrain.model import build_model  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
@@ -103,10 +103,6 @@ class Changed(Speech):
             yield self.change(number, step) if number >= PLANTED else step
 
 
-def half_the_audio(number: int, step: Step) -> Step:
-    return dataclasses.replace(step, samples=step.samples // 2)
-
-
 def slowly(number: int, step: Step) -> Step:
     time.sleep(0.6)
     return step
@@ -157,7 +153,7 @@ CASES = (
     Case("a sample that is no number", ("not finite",), change=with_a_nan),
     Case("weights that are no numbers", ("not finite",), plant=plants.break_stem),
     Case("a gradient a thousand times as large", ("gradient spike",), louder=(PLANTED,)),
-    Case("half the audio per update", ("audio per update",), change=half_the_audio),
+    Case("a micro-batch of each update left out", ("audio per update",), plant=plants.leave_out),
     Case("fall of the rank: two channels drown the rest", ("layer_1 rank", "layer_2 rank"), plant=plants.drown),
     Case("targets of features that are not normalised", ("target inputs",), plant=features_of_another_scale, planted=0),
     Case("fixed targets that say nothing", ("target entropy",), plant=plants.one_code, once=False, planted=0),
@@ -262,11 +258,11 @@ def replay(folder: Path) -> list[str]:
         for row in read_rows(folder / "metrics.jsonl"):
             gauge.row = row
             metrics = {name: (np.array([value]), 1.0) for name, value in row.items() if isinstance(value, float)}
+            metrics[SAMPLES] = (np.array([row["data/audio_seconds"] * SAMPLE_RATE]), 1.0)
             seconds = row["perf/step_seconds"]
             extras = {"wait/0": row["perf/data_wait_share"] * seconds, "skipped": 0.0}
             result = StepResult(row["loss/total"], metrics, extras, row["opt/grad_norm"])
-            samples = round(row["data/audio_seconds"] * SAMPLE_RATE)
-            step = Step((), samples, samples, Cursor("", 0, row["step"]))
+            step = Step((), result.samples, result.samples, Cursor("", 0, row["step"]))
             watch.after(StepContext(config.seed, row["step"] - 1), result, step, seconds)
         return [f"{found.detector} at {step}" for step, found, _ in watch.alarms]
 

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from launch.history import audio_hours  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.encoders import open_encoder  # noqa: E402
 from pretrain.evaluate.report import markdown  # noqa: E402
@@ -74,7 +75,7 @@ def curve(run: Path, manifest: Path, last: float) -> list[tuple[float, float, fl
     folders = sorted((run / "checkpoints").glob("step_*"))
     for folder in folders:
         step = int(folder.name[5:])
-        seconds = sum(row["data/audio_seconds"] for row in rows if row["step"] <= step)
+        seconds = 3600 * audio_hours([row for row in rows if row["step"] <= step])[-1]
         accuracy = last
         if folder != folders[-1]:
             one = settings(folder, manifest, seeds=1, baselines=False, bootstrap=100)

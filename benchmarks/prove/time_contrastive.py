@@ -33,6 +33,7 @@ from data_pipeline.augment import change_speed  # noqa: E402
 from data_pipeline.schema import load  # noqa: E402
 from data_pipeline.types import Batch  # noqa: E402
 from launch.compose import compose  # noqa: E402
+from launch.history import audio_hours  # noqa: E402
 from pretrain.config import Config  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig  # noqa: E402
 from pretrain.evaluate.corpus import Interval, Utterance, read_manifest  # noqa: E402
@@ -201,8 +202,8 @@ def main() -> int:
     runs = {o: pretrain(o, shards, given.work, seconds_of[o], steps, f"{o}_{steps}") for o in (PLAIN, TIMED)}
     spent: dict[str, tuple[float, float]] = {}
     for objective, run in runs.items():
-        heard = sum(row["data/audio_seconds"] for row in read_rows(run / "metrics.jsonl"))
-        spent[objective] = heard / 3600, 3 * heard * flops[objective]
+        hours = audio_hours(read_rows(run / "metrics.jsonl"))[-1]
+        spent[objective] = hours, 3 * 3600 * hours * flops[objective]
 
     speeds = Speeds(manifest, given.max_utterances)
     encoders = {objective: open_encoder(str(run)) for objective, run in runs.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.arguments import Parser
-from launch.history import differences, find_runs, rows, smoothed, summarise
+from launch.history import audio_hours, differences, find_runs, rows, smoothed, summarise
 
 PLOTTED = ("loss/total", "metric/accuracy", "metric/perplexity", "opt/grad_norm")
 
@@ -76,7 +76,7 @@ def plot(folders: Sequence[Path], path: Path) -> None:
     for axis, name in zip(figure.subplots(2, 2).flat, PLOTTED, strict=True):
         for folder in folders:
             found = [row for row in rows(folder) if name in row]
-            hours = list(itertools.accumulate(row.get("data/audio_seconds", 0.0) / 3600 for row in found))
+            hours = audio_hours(found)
             (line,) = axis.plot(hours, smoothed([row[name] for row in found]), label=folder.name)
             axis.plot(hours, [row[name] for row in found], color=line.get_color(), alpha=0.2, linewidth=0.5)
         axis.set(title=name, xlabel="hours of audio seen")

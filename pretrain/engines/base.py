@@ -21,6 +21,8 @@ from pretrain.model import TrainModule
 from pretrain.types import StepContext, Sum
 
 NumpySum = tuple[np.ndarray, float]
+SAMPLES = "data/micro_batch_samples"
+"""The metric that sums the unpadded samples of what was really trained on; its count: micro-batches."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam remembers of a parameter besides the number of its updates."""
 
@@ -38,6 +40,11 @@ class StepResult:
     """Global gradient norm before clipping."""
     skipped: bool = False
     """The update was an outlier, and weights and moments were left as they were."""
+
+    @property
+    def samples(self) -> int:
+        """Unpadded audio samples that were computed on, over all ranks."""
+        return round(float(self.metrics[SAMPLES][0][0]))
 
 
 class Engine(abc.ABC):
@@ -113,6 +120,7 @@ class Engine(abc.ABC):
             micro_loss, metrics = self._forward_backward(batch, plan, counts_K, ctx)
             loss += micro_loss.detach().double()
             _add(totals, metrics)
+            _add(totals, {SAMPLES: (batch.lengths_B.sum(), torch.ones((), device=batch.lengths_B.device))})
         return loss, totals
 
     def _reduce(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from data_pipeline.types import Cursor, Step
+from launch.history import audio_hours
 from pretrain.engines import Engine
 from pretrain.model import build_model
 from pretrain.replay import load_batches, replay
@@ -30,6 +31,7 @@ from tests.plants import (
     config,
     drown,
     events,
+    leave_out,
     one_code,
     run,
     same_prediction,
@@ -133,6 +135,28 @@ def test_a_wrong_amount_of_audio_per_update_is_caught(tmp_path: Path) -> None:
     assert caught["step"] <= 10 + 3 * 2
 
 
+def test_an_engine_that_leaves_out_a_micro_batch_is_caught(tmp_path: Path) -> None:
+    run(tmp_path, config(40), leave_out)
+    caught = next(event for event in events(tmp_path) if event["detector"] == "audio per update")
+    assert PLANTED <= caught["since"] <= caught["step"] <= PLANTED + 5 + 3 * 2
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert rows[-1]["data/audio_seconds"] < 0.8 * rows[0]["data/audio_seconds"]
+
+
+def test_rows_that_are_written_seldom_leave_nothing_out(tmp_path: Path) -> None:
+    spikes = (PLANTED, PLANTED + 4)
+    often = {"steps": 40, "checkpoint_every": 10, "keep_last": 20}
+    run(tmp_path / "each", config(40, train=often), louder=spikes)
+    run(tmp_path / "tenth", config(25, train=often | {"steps": 25, "log_every": 10}), louder=spikes)
+    run(tmp_path / "tenth", config(40, train=often | {"log_every": 10}), louder=spikes)
+    each, tenth = read_rows(tmp_path / "each" / "metrics.jsonl"), read_rows(tmp_path / "tenth" / "metrics.jsonl")
+    heard = list(itertools.accumulate(row["data/audio_seconds"] for row in each))
+    assert [row["data/audio_hours"] for row in tenth] == pytest.approx([heard[row["step"] - 1] / 3600 for row in tenth])
+    assert audio_hours(tenth)[-1] == audio_hours(each)[-1] == pytest.approx(heard[-1] / 3600)
+    assert all("health/std/stem" in row for row in tenth)
+    assert sum(row["health/skipped"] for row in tenth) == 2
+
+
 def test_a_probe_that_gets_worse_is_reported(tmp_path: Path) -> None:
     lines = [
         json.dumps({"step": step, "name": "phones/non_silence", "measure": "non-silence frames", "value": value})
@@ -186,6 +210,7 @@ def test_a_dead_stem_is_rolled_back_once(tmp_path: Path) -> None:
     run(tmp_path, settings, zero_stem)
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 45))
+    assert rows[-1]["data/audio_hours"] == pytest.approx(sum(row["data/audio_seconds"] for row in rows) / 3600)
     assert "stem deviation" in {event["detector"] for event in events(tmp_path)}
     assert rows[PLANTED + 2]["health/std/stem"] > 0.1 * rows[0]["health/std/stem"]
     state = json.loads((tmp_path / "checkpoints" / "step_00000044" / "state.json").read_text())
