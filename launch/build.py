@@ -29,7 +29,6 @@ def build(config: Config, world: World) -> Run:
     reader = open_reader(config.data, config.seed, world.rank, world.size)
     module = build_model(config)
     if config.init:
-        load_initial(module.model, config.init)
-        module.objective.attach(module.model)
+        load_initial(config, module)
     engine = make_engine(config, module, world)
     return Run(engine, reader, folder)

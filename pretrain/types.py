@@ -173,6 +173,10 @@ class Objective(nn.Module, abc.ABC):
     """
 
     couples: frozenset[str] = frozenset()
+    targets_stand: bool = False
+    """Whether its targets are there before the first update, and so can be judged at it."""
+    exports_as: str = "Wav2Vec2"
+    """Hugging Face's name for a model trained so, where the encoder is of no kind that has its own."""
 
     def attach(self, model: SpeechModel) -> None:
         """Runs once, when the model exists: an EMA teacher copies what it needs. Default: nothing."""

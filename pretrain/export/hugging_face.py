@@ -69,7 +69,10 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
 
 
 def describe(config: Config, plain: str) -> dict[str, Any]:
-    """Hugging Face's config.json; `plain` names a model of no kind of its own. Raises ConfigError naming what has no counterpart there."""
+    """Hugging Face's config.json; `plain` is the kind of a model without one of its own.
+
+    Raises ConfigError naming what has no counterpart there.
+    """
     frontend, encoder = config.frontend, config.encoder
     obstacles = [
         f"{field}={value}"

@@ -29,6 +29,12 @@ RENAMES = (
     (r"encoder\.blocks\.(\d+)\.ffn_out\.", r"encoder.layers.\1.feed_forward.output_dense."),
     (r"encoder\.blocks\.(\d+)\.ffn_norm\.", r"encoder.layers.\1.final_layer_norm."),
 )
+OBJECTIVE = {
+    "project_target": "project_q",
+    "project_prediction": "project_hid",
+    "quantizer.logits": "quantizer.weight_proj",
+}
+"""wav2vec 2.0's linear layers, and what Wav2Vec2ForPreTraining calls them."""
 QKV = re.compile(r"encoder\.blocks\.(\d+)\.attention\.qkv\.(weight|bias)$")
 
 
@@ -49,14 +55,7 @@ def from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -
 
     Understands both namings of weight norm. Raises ValueError naming every weight that is missing or of another shape.
     """
-    prefix = next(
-        (
-            name.removesuffix("encoder.layer_norm.weight")
-            for name in state
-            if name.endswith("encoder.layer_norm.weight")
-        ),
-        "",
-    )
+    prefix = _prefix(state)
     theirs = {
         name.removeprefix(prefix)
         .replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
@@ -81,6 +80,35 @@ def from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -
     if problems:
         raise ValueError("the Hugging Face checkpoint does not fit this model: " + "; ".join(problems))
     return taken
+
+
+def objective_from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an objective that a Hugging Face state has: its mask embedding; wav2vec 2.0's projections and
+    codes, if all of them are of its shapes."""
+    found = {
+        f"{mine}.{part}": state[f"{other}.{part}"]
+        for mine, other in OBJECTIVE.items()
+        for part in ("weight", "bias")
+        if f"{other}.{part}" in state
+    }
+    codes = ours.get("quantizer.codebook_GVC")
+    if codes is not None and "quantizer.codevectors" in state:
+        codes_GVC = state["quantizer.codevectors"]
+        if codes_GVC.numel() == codes.numel():
+            found["quantizer.codebook_GVC"] = codes_GVC.reshape(codes.shape)
+    wanted = {name: weight.shape for name, weight in ours.items() if name.partition(".")[0] != "mask_embedding"}
+    if {name: weight.shape for name, weight in found.items()} != wanted:
+        found = {}
+    embedding, own = state.get(f"{_prefix(state)}masked_spec_embed"), ours.get("mask_embedding")
+    if embedding is not None and own is not None and embedding.shape == own.shape:
+        found["mask_embedding"] = embedding
+    return found
+
+
+def _prefix(state: Mapping[str, Tensor]) -> str:
+    """What stands before a base model's names in one with a head, such as `wav2vec2.`."""
+    last = "encoder.layer_norm.weight"
+    return next((name.removesuffix(last) for name in state if name.endswith(last)), "")
 
 
 def _rename(name: str) -> str:

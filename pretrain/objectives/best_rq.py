@@ -49,6 +49,8 @@ class MaskPlan(Plan):
 class BestRQ(Objective):
     """Features of masked frames become noise; a linear layer names the code of what was there."""
 
+    targets_stand = True
+
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
         self.config = config

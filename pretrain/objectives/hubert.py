@@ -14,5 +14,11 @@ class Config(MaskedUnitsConfig):
     name: Literal["hubert"] = "hubert"
 
 
-def build(config: Config, shape: ModelShape) -> MaskedUnits:
-    return MaskedUnits(config, shape)
+class HuBERT(MaskedUnits):
+    """The masked units themselves, and no more."""
+
+    exports_as = "Hubert"
+
+
+def build(config: Config, shape: ModelShape) -> HuBERT:
+    return HuBERT(config, shape)

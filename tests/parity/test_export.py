@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.schema import ConfigError, load
 from data_pipeline.types import Batch
 from pretrain.config import Config
-from pretrain.export.hugging_face import export, load_hugging_face
+from pretrain.export.hugging_face import export
 from pretrain.export.initial import load_initial
-from pretrain.model import build_model
+from pretrain.model import TrainModule, build_model
 from pretrain.nn.spectral import normalize_wave
+from pretrain.objectives.data2vec import Data2Vec
 from pretrain.types import StepContext
+from tests.parity.test_contrastive import negatives_as_theirs
 from tests.parity_table import Parity
 
 transformers = pytest.importorskip("transformers")
@@ -42,6 +49,14 @@ def config(objective: str, frontend: dict[str, Any], encoder: dict[str, Any], /,
     return load(Config, values | more)
 
 
+def started(folder: Path, /, *parts: Any, **more: Any) -> TrainModule:
+    """A module of other random weights, with `init=folder`."""
+    described = config(*parts, seed=1, init=str(folder), **more)
+    module = build_model(described)
+    load_initial(described, module)
+    return module
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_round_trip(case: str, tmp_path: Path, parity: Parity) -> None:
     described = config(*CASES[case])
@@ -58,8 +73,7 @@ def test_round_trip(case: str, tmp_path: Path, parity: Parity) -> None:
     error = max(float((a - b).abs().max()) for a, b in zip(ours[:n], hidden[:n], strict=True))
     last = float((theirs(given_BT).last_hidden_state - ours[-1]).detach().abs().max())
     parity("export: every layer of from_pretrained against ours, fp32", 1e-5, max(error, last))
-    fresh = build_model(config(*CASES[case], seed=1))
-    load_hugging_face(fresh.model, tmp_path / "out")
+    fresh = started(tmp_path / "out", *CASES[case])
     for name, weight in module.model.state_dict().items():
         assert torch.equal(fresh.model.state_dict()[name], weight), name
 
@@ -77,20 +91,79 @@ def test_both_namings_of_weight_norm_and_prefixes_load(tmp_path: Path) -> None:
     }
     assert any(name.endswith("weight_g") for name in old)
     (tmp_path / "old").mkdir()
+    shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old")
     save_file(old | {"project_hid.weight": torch.zeros(1)}, tmp_path / "old" / "model.safetensors")
-    fresh = build_model(config("wav2vec2", {}, {}, seed=1))
-    load_hugging_face(fresh.model, tmp_path / "old")
+    fresh = started(tmp_path / "old", "wav2vec2", {}, {})
     assert all(torch.equal(a, b) for a, b in zip(fresh.model.parameters(), module.model.parameters(), strict=True))
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "frontend", "encoder", "words"),
+    [
+        (
+            "wav2vec2 base",
+            {},
+            {"ffn_dim": 80},
+            "encoder.ffn_dim=80 here and 64 there; to fit it, add encoder.ffn_dim=64",
+        ),
+        ("wav2vec2 base", {}, {"heads": 4}, "encoder.heads=4 here and 2 there"),
+        ("wav2vec2 base", {"strides": [5, 2, 2, 2, 2, 2, 1]}, {}, r"add frontend.strides=\[5,2,2,2,2,2,2\]"),
+        ("wav2vec2 large", LAYER, {"norm": "post"}, "encoder.norm=post here and pre there"),
+        ("wav2vec2 large", LAYER | {"normalize": False}, {"norm": "pre"}, "frontend.normalize=false here and true"),
+        ("wavlm", {}, {"relative_bias": True, "relative_max_distance": 400}, "relative_max_distance=400 here and 800"),
+        ("wav2vec2 base", {}, {"positions": "rope"}, "encoder.positions=rope here and conv there"),
+        ("wav2vec2 base", {"name": "log_mel"}, {}, "to fit it, add frontend=waveform_conv"),
+    ],
+)
+def test_another_architecture_is_refused(
+    case: str, frontend: dict[str, Any], encoder: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """The shapes of most of these are the same."""
+    described = config(*CASES[case])
+    export(described, build_model(described), tmp_path / "out")
+    parts = {"frontend": {"name": "log_mel"}} if frontend.get("name") else {}
+    with pytest.raises(ConfigError, match=words):
+        started(tmp_path / "out", "hubert", {} if parts else frontend, encoder, **parts)
+
+
+def test_their_activations_and_types_are_ours_or_refused(tmp_path: Path) -> None:
     described = config("wav2vec2", {}, {})
     export(described, build_model(described), tmp_path / "out")
-    wider = build_model(config("wav2vec2", {}, {"ffn_dim": 80}))
-    with pytest.raises(ConfigError, match=r"intermediate_dense\.weight has shape \(64, 48\)"):
-        load_hugging_face(wider.model, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"no model\.safetensors"):
-        load_hugging_face(wider.model, tmp_path)
+    file = tmp_path / "out" / "config.json"
+    for change, words in (({"hidden_act": "relu"}, "hidden_act=relu"), ({"model_type": "sew"}, "model_type=sew")):
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps(values | change))
+        with pytest.raises(ConfigError, match=words):
+            started(tmp_path / "out", "wav2vec2", {}, {})
+        file.write_text(json.dumps(values))
+
+
+def test_folders_of_several_files_and_of_pickles(tmp_path: Path) -> None:
+    described = config("wav2vec2", {}, {})
+    module = build_model(described)
+    export(described, module, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    state = load_file(file)
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"no model\.safetensors; download"):
+        started(tmp_path / "out", "wav2vec2", {}, {})
+    torch.save(state, tmp_path / "out" / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="pickle is never opened") as refused:
+        started(tmp_path / "out", "wav2vec2", {}, {})
+    command = str(refused.value).partition("convert it: ")[2].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(["/bin/sh", "-c", command], check=True)
+    converted = started(tmp_path / "out", "wav2vec2", {}, {})
+    file.unlink()
+    names, index = sorted(state), {}
+    for part, some in (("a", names[:20]), ("b", names[20:])):
+        save_file({name: state[name] for name in some}, tmp_path / "out" / f"model-{part}.safetensors")
+        index |= dict.fromkeys(some, f"model-{part}.safetensors")
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for fresh in (converted, started(tmp_path / "out", "wav2vec2", {}, {})):
+        assert all(torch.equal(a, b) for a, b in zip(fresh.model.parameters(), module.model.parameters(), strict=True))
+    (tmp_path / "out" / "model-b.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"names model-b\.safetensors, which is missing"):
+        started(tmp_path / "out", "wav2vec2", {}, {})
 
 
 @pytest.mark.parametrize(
@@ -123,9 +196,10 @@ def test_a_run_can_start_from_a_folder(tmp_path: Path) -> None:
     described = config("data2vec", *CASES["data2vec"][1:])
     module = build_model(described)
     export(described, module, tmp_path / "out")
-    fresh = build_model(config("data2vec", *CASES["data2vec"][1:], seed=1))
-    load_initial(fresh.model, str(tmp_path / "out"))
-    fresh.objective.attach(fresh.model)
+    fresh = started(tmp_path / "out", *CASES["data2vec"])
+    assert isinstance(fresh.objective, Data2Vec)
+    assert fresh.objective.teacher is not None
+    assert torch.equal(fresh.objective.mask_embedding, module.objective.mask_embedding)
     for ours, theirs in zip(fresh.objective.teacher.copy.parameters(), module.model.encoder.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -153,9 +227,7 @@ def test_continued_pretraining_from_their_own_checkpoints(name: str, tmp_path: P
     )  # fmt: skip
     theirs = getattr(transformers, name)(theirs_config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    module = build_model(config(objective, {**frontend, "normalize": False}, encoder))
-    load_initial(module.model, str(tmp_path / "theirs"))
-    module.objective.attach(module.model)
+    module = started(tmp_path / "theirs", objective, {**frontend, "normalize": False}, encoder)
     wave_BT = 0.1 * torch.randn(2, 12_000)
     with torch.no_grad():
         expected = getattr(theirs, theirs.base_model_prefix, theirs)(wave_BT).last_hidden_state
@@ -166,3 +238,31 @@ def test_continued_pretraining_from_their_own_checkpoints(name: str, tmp_path: P
     loss, _ = module(batch, plan, plan.counts_K, StepContext(0, 0))
     loss.backward()
     assert torch.isfinite(loss)
+
+
+def test_wav2vec2s_own_weights_come_along(tmp_path: Path, parity: Parity) -> None:
+    """Quantiser, projections and mask embedding of Wav2Vec2ForPreTraining: the loss is theirs, not chance."""
+    torch.manual_seed(0)
+    theirs = transformers.Wav2Vec2ForPreTraining(
+        transformers.Wav2Vec2Config(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=[32] * 7,
+            num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+        )
+    ).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path / "theirs")
+    module = started(tmp_path / "theirs", "wav2vec2", {}, {}).eval()
+    batch = Batch(0.1 * torch.randn(2, 12_000), torch.tensor([12_000] * 2), ("a", "b"), 0)
+    plan = module.prepare(batch, StepContext(0, 0))
+    with torch.no_grad():
+        expected = theirs(
+            batch.wave_BT,
+            mask_time_indices=plan.plan.mask.mask_BF,
+            sampled_negative_indices=negatives_as_theirs(plan.plan),
+        )
+        _, metrics = module(batch, plan, plan.counts_K, StepContext(0, 0))
+    error = float((metrics["loss/contrastive"][0] - expected.contrastive_loss).abs() / expected.contrastive_loss)
+    parity("import: wav2vec 2.0's loss with Wav2Vec2ForPreTraining's own quantiser", 1e-5, error)
+    smaller = config("wav2vec2", {}, {}, objective={"name": "wav2vec2", "n_codes": 32}, init=str(tmp_path / "theirs"))
+    other = build_model(smaller)
+    load_initial(smaller, other)
+    assert torch.equal(other.objective.mask_embedding, theirs.wav2vec2.masked_spec_embed)

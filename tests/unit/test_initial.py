@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,44 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_weights_are_taken_over(run: Path) -> None:
-    module, source = build_model(config(dropout=0.3)), build_model(config())
-    torch.nn.init.zeros_(next(module.model.encoder.parameters()))
-    load_initial(module.model, str(run))
-    for name, weight in source.model.state_dict().items():
-        assert torch.equal(module.model.state_dict()[name], weight), name
+def start(run: Path, **encoder: Any) -> Any:
+    described = dataclasses.replace(config(**encoder), init=str(run), seed=1)
+    module = build_model(described)
+    load_initial(described, module)
+    return module
+
+
+def test_all_weights_are_taken_over(run: Path) -> None:
+    """Those of the same objective, too."""
+    module, source = start(run, dropout=0.3, attention="chunked"), build_model(config())
+    for name, weight in source.state_dict().items():
+        assert torch.equal(module.state_dict()[name], weight), name
+
+
+def test_another_objective_starts_anew(run: Path) -> None:
+    described = dataclasses.replace(config(), init=str(run), seed=1)
+    described = dataclasses.replace(described, objective=dataclasses.replace(described.objective, n_codes=9))
+    module = build_model(described)
+    fresh = {name: weight.clone() for name, weight in module.objective.state_dict().items()}
+    load_initial(described, module)
+    assert all(torch.equal(weight, fresh[name]) for name, weight in module.objective.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("encoder", "words"),
-    [({"layers": 3}, "not there in this shape"), ({"layers": 1}, "has no place for"), ({"dim": 32}, "in this shape")],
+    [
+        ({"layers": 3}, "encoder.layers=3 here and 2 there; to fit it, add encoder.layers=2"),
+        ({"dim": 32}, "encoder.dim=32 here and 16 there"),
+        ({"heads": 4}, "encoder.heads=4 here and 2 there"),
+        ({"norm": "pre"}, "encoder.norm=pre here and post there"),
+        ({"positions": "none"}, "encoder.positions=none here and rope there"),
+        (
+            {"name": "conformer"},
+            "encoder.name=conformer here and transformer there; to fit it, add encoder=transformer",
+        ),
+        ({"attention": "local_global", "registers": 2}, "not there in this shape"),
+    ],
 )
 def test_another_model_is_refused(run: Path, encoder: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        load_initial(build_model(config(**encoder)).model, str(run))
+        start(run, **encoder)
