@@ -37,6 +37,11 @@ class Teacher(nn.Module):
             mine.copy_(other)
 
 
+def all_but_positions(name: str) -> bool:
+    """What of an encoder data2vec and DinoSR average: their positions are the student's (fairseq `ema_layers_only`)."""
+    return not name.startswith("positions.")
+
+
 def layer_teacher(model: SpeechModel) -> Teacher:
     """A teacher of the encoder that also gives the feed-forward output of every block."""
     teacher = Teacher(model.encoder)

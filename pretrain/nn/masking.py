@@ -71,23 +71,26 @@ def block_mask(length: int, share: float, block: int, rng: np.random.Generator) 
     return mask
 
 
-def inverse_block_mask(length: int, prob: float, adjust: float, block: int, rng: np.random.Generator) -> np.ndarray:
-    """Masked frames of one utterance, bool (length,): what is kept lies in blocks (data2vec 2.0, §3.2 and appendix).
+def adjusted_block_mask(
+    length: int, prob: float, adjust: float, block: int, rng: np.random.Generator, inverse: bool = False
+) -> np.ndarray:
+    """Masked frames of one utterance, bool (length,), in blocks that may overlap (fairseq `compute_block_mask_1d`).
 
-    Blocks of `block` frames are kept until they would cover 1 − prob + adjust without overlaps; then single frames
-    change sides until round(prob · length) are masked, at least one, and at least one is kept.
+    int(length · (prob + adjust) / block) blocks around centres drawn with replacement, cut at the ends; then single
+    frames change sides until int(prob · length) are masked, at least one, and at least one is kept. `inverse`: the
+    same for what is kept, with 1 − prob.
     """
-    kept = np.zeros(length, dtype=bool)
+    share = 1 - prob if inverse else prob
+    covered = np.zeros(length, dtype=bool)
     if length == 0:
-        return kept
-    n_blocks = max(1, round(length * (1 - prob + adjust) / block))
-    first = rng.integers(0, max(length - block, 0) + 1, n_blocks)
-    kept[np.minimum(first[:, None] + np.arange(block), length - 1).ravel()] = True
-    wanted = length - min(max(round(prob * length), 1), max(length - 1, 1))
-    surplus = int(kept.sum()) - wanted
-    side = np.flatnonzero(kept if surplus > 0 else ~kept)
-    kept[rng.choice(side, abs(surplus), replace=False)] = surplus < 0
-    return ~kept
+        return covered
+    centres = rng.integers(0, length, max(1, int(length * (share + adjust) / block)))
+    covered[np.clip(centres[:, None] + np.arange(block) - block // 2, 0, length - 1).ravel()] = True
+    wanted = min(max(int(length * share), 1), max(length - 1, 1))
+    surplus = int(covered.sum()) - wanted
+    side = np.flatnonzero(covered if surplus > 0 else ~covered)
+    covered[rng.choice(side, abs(surplus), replace=False)] = surplus < 0
+    return ~covered if inverse else covered
 
 
 def pack_masks(masks: Sequence[np.ndarray], width: int, device: torch.device) -> FrameMask:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, deviation, layer_teacher
+from pretrain.nn.ema import Teacher, all_but_positions, annealed_decay, averaged_layers, deviation, layer_teacher
 from pretrain.nn.masking import FrameMask, draw_span_mask
 from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
 
@@ -34,10 +34,10 @@ class MaskPlan(Plan):
 
 
 class Data2Vec(Objective):
-    """The teacher is an average of the encoder's blocks; it hears the unmasked frames of the same front end.
+    """The teacher averages the encoder but for its positions, and hears the unmasked frames of the same front end.
 
     Target: feed-forward outputs of the last `top_layers` blocks before their residual sum, each normalised over time
-    per channel, averaged. Loss: squared error / √D, summed over masked frames and channels; counted in numbers.
+    per channel, averaged. Loss: squared error / √D, summed over channels, per masked frame.
     """
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
@@ -53,7 +53,7 @@ class Data2Vec(Objective):
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
         mask = draw_span_mask(model.frontend, batch, ctx, self.config.mask_prob, self.config.mask_span)
-        return MaskPlan(mask, mask.count * self.dim)
+        return MaskPlan(mask, mask.count)
 
     def forward(
         self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
@@ -66,11 +66,10 @@ class Data2Vec(Objective):
         predictions_ND = self.regression(encoded.final.x_BFD.flatten(0, 1)[plan.mask.flat_N]).float()
         total = (predictions_ND - targets_ND).square().sum() / math.sqrt(self.dim)
         count = plan.count.to(x_BFD.device)
-        frames_count = plan.mask.count.to(x_BFD.device)
         metrics = {
-            "metric/masked_share": (frames_count, encoded.lengths_B.sum()),
-            "health/target_std": (deviation(targets_ND) * frames_count, frames_count),
-            "health/prediction_std": (deviation(predictions_ND) * frames_count, frames_count),
+            "metric/masked_share": (count, encoded.lengths_B.sum()),
+            "health/target_std": (deviation(targets_ND) * count, count),
+            "health/prediction_std": (deviation(predictions_ND) * count, count),
         }
         return LossOutput(total, count, metrics), encoded
 
@@ -83,10 +82,9 @@ class Data2Vec(Objective):
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
-        """The blocks are averaged; positions and norms are the student's own (fairseq `ema_layers_only`)."""
         assert self.teacher is not None
         decay = annealed_decay(ctx.step, self.config.ema_start, self.config.ema_end, self.config.ema_steps)
-        self.teacher.follow(model.encoder, decay, lambda name: name.startswith("blocks."))
+        self.teacher.follow(model.encoder, decay, all_but_positions)
 
 
 def build(config: Config, shape: ModelShape) -> Data2Vec:

@@ -15,8 +15,9 @@ from data_pipeline.keyed_random import keyed_rng
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
 from pretrain.nn.convolution import TimeConv
+from pretrain.nn.dropout import Dropout
 from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, layer_teacher
-from pretrain.nn.masking import frame_width, inverse_block_mask
+from pretrain.nn.masking import adjusted_block_mask, frame_width
 from pretrain.nn.numerics import masked_deviation, zero_padding
 from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
 
@@ -27,11 +28,15 @@ class Config:
     masks: Annotated[int, about("masked copies of each utterance per teacher pass", ge=1)] = 8
     mask_prob: Annotated[float, about("share of the frames that is masked", gt=0, lt=1)] = 0.5
     mask_adjust: Annotated[float, about("added to the share that blocks cover, against overlaps", ge=0, lt=1)] = 0.05
-    mask_block: Annotated[int, about("frames per block of what is kept", ge=1)] = 5
+    mask_block: Annotated[int, about("frames per block of what is masked", ge=1)] = 5
+    mask_inverse: Annotated[bool, about("what is kept lies in blocks, instead of what is masked")] = False
     mask_noise: Annotated[float, about("deviation of the noise that stands for masked frames in the decoder", ge=0)] = (
         0.01
     )
     top_layers: Annotated[int, about("the teacher's last so many layers are averaged", ge=1)] = 8
+    decoder_dropout: Annotated[float, about("dropout of the encoded frames that the decoder is given", ge=0, lt=1)] = (
+        0.1
+    )
     decoder_dim: Annotated[int, about("channels of the decoder; 16 or fewer groups must divide them", ge=1)] = 384
     decoder_layers: Annotated[int, about("convolutions of the decoder", ge=1)] = 4
     decoder_kernel: Annotated[int, about("their taps; odd", ge=1)] = 7
@@ -77,12 +82,13 @@ class Decoder(nn.Module):
 
 
 class Data2Vec2(Objective):
-    """Loss: squared error / √D between decoder and data2vec's targets at masked frames of all copies."""
+    """Loss: squared error / √D between decoder and data2vec's targets, summed over channels, per masked frame."""
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
         self.config, self.dim = config, shape.dim
         self.top_layers = min(config.top_layers, shape.n_layers)
+        self.decoder_dropout = Dropout(config.decoder_dropout)
         self.decoder = Decoder(shape.dim, config)
         self.teacher: Teacher | None = None
 
@@ -99,7 +105,9 @@ class Data2Vec2(Objective):
         for row in range(rows):
             length, key = lengths[row // config.masks], batch.keys[row // config.masks]
             rng = keyed_rng(ctx.seed, ctx.step, key, "mask", row % config.masks)
-            mask = inverse_block_mask(length, config.mask_prob, config.mask_adjust, config.mask_block, rng)
+            mask = adjusted_block_mask(
+                length, config.mask_prob, config.mask_adjust, config.mask_block, rng, config.mask_inverse
+            )
             mask_RF[row, :length] = mask
             noise_RFD[row, :length] = rng.standard_normal((length, self.dim), dtype=np.float32)
             kept.append(np.flatnonzero(~mask))
@@ -110,7 +118,7 @@ class Data2Vec2(Objective):
             kept_RK=torch.from_numpy(kept_RK).to(device),
             kept_lengths_R=torch.tensor([len(found) for found in kept], device=device),
             noise_RFD=torch.from_numpy(noise_RFD * config.mask_noise).to(device),
-            count=torch.tensor(float(mask_RF.sum()) * self.dim, dtype=torch.float64),
+            count=torch.tensor(float(mask_RF.sum()), dtype=torch.float64),
         )
 
     def forward(
@@ -129,19 +137,20 @@ class Data2Vec2(Objective):
         kept = Frames(copies_RFD.gather(1, index_RKD), plan.kept_lengths_R, frames.rate_hz, places_BF=plan.kept_RK)
         encoded: EncoderOutput = model.encoder(kept, ctx)
         final_RKD = zero_padding(encoded.final.x_BFD, plan.kept_lengths_R)
-        grid_RFD = torch.zeros_like(copies_RFD, dtype=final_RKD.dtype).scatter_add(1, index_RKD, final_RKD)
+        width, masks = copies_RFD.shape[1], self.config.masks
+        grid_RFD = on_grid(self.decoder_dropout(final_RKD), index_RKD, width)
         filled_RFD = torch.where(plan.mask_RF[:, :, None], plan.noise_RFD.to(grid_RFD.dtype), grid_RFD)
-        predictions_RFD = self.decoder(filled_RFD, frames.lengths_B.repeat_interleave(self.config.masks)).float()
+        predictions_RFD = self.decoder(filled_RFD, frames.lengths_B.repeat_interleave(masks)).float()
 
-        error_RF = (predictions_RFD - targets_BFD.repeat_interleave(self.config.masks, dim=0)).square().sum(2)
+        error_RF = (predictions_RFD - targets_BFD.repeat_interleave(masks, dim=0)).square().sum(2)
         total = error_RF.masked_fill(~plan.mask_RF, 0.0).sum() / math.sqrt(self.dim)
         count, n_frames = plan.count.to(total.device), frames.lengths_B.sum()
         metrics = {
-            "metric/masked_share": (count / self.dim, n_frames * self.config.masks),
+            "metric/masked_share": (count, n_frames * masks),
             "health/target_std": (masked_deviation(targets_BFD, frames.valid_BF()) * n_frames, n_frames),
             "health/prediction_std": (masked_deviation(predictions_RFD, plan.mask_RF) * n_frames, n_frames),
         }
-        first_BFD = grid_RFD[:: self.config.masks]
+        first_BFD = on_grid(final_RKD[::masks], index_RKD[::masks], width)
         return LossOutput(total, count, metrics), EncoderOutput((first_BFD,), frames.lengths_B, frames.rate_hz)
 
     @torch.no_grad()
@@ -149,6 +158,11 @@ class Data2Vec2(Objective):
         assert self.teacher is not None
         decay = annealed_decay(ctx.step, self.config.ema_start, self.config.ema_end, self.config.ema_steps)
         self.teacher.follow(model.encoder, decay)
+
+
+def on_grid(x_RKD: Tensor, index_RKD: Tensor, width: int) -> Tensor:
+    """Kept frames in their places among `width` frames, zeros between them."""
+    return x_RKD.new_zeros(len(x_RKD), width, x_RKD.shape[2]).scatter_add(1, index_RKD, x_RKD)
 
 
 def build(config: Config, shape: ModelShape) -> Data2Vec2:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.schema import about, config
 from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, annealed_decay, layer_teacher
+from pretrain.nn.ema import Teacher, all_but_positions, annealed_decay, layer_teacher
 from pretrain.nn.masking import FrameMask, draw_span_mask
 from pretrain.nn.quantizers import nearest_codes
 from pretrain.nn.spectral import normalize_frames
@@ -48,7 +48,8 @@ class DinoSR(Objective):
         self.top_layers = min(config.top_layers, shape.n_layers)
         self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
         self.classifiers = nn.ModuleList(nn.Linear(shape.dim, config.n_codes) for _ in range(self.top_layers))
-        codes = F.normalize(torch.randn(self.top_layers, config.n_codes, shape.dim), dim=2)
+        # each channel of mean 0 and deviation 1 over the codes, as the teacher's are over the frames
+        codes = F.instance_norm(torch.randn(self.top_layers, shape.dim, config.n_codes)).transpose(1, 2).contiguous()
         self.register_buffer("sums_LVD", codes)
         self.register_buffer("sizes_LV", torch.ones(self.top_layers, config.n_codes))
         self.register_buffer("new_sums_LVD", torch.zeros_like(codes), persistent=False)
@@ -118,7 +119,7 @@ class DinoSR(Objective):
         self.sizes_LV.mul_(decay_LV).add_(self.new_sizes_LV * (1 - decay_LV))
         if not self.config.freeze_step or ctx.step < self.config.freeze_step:
             decay = annealed_decay(ctx.step, self.config.ema_start, self.config.ema_end, self.config.ema_steps)
-            self.teacher.follow(model.encoder, decay, lambda name: name.startswith("blocks."))
+            self.teacher.follow(model.encoder, decay, all_but_positions)
         self.forget()
 
 

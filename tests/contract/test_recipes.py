@@ -45,6 +45,15 @@ def test_frontend_and_encoder_yaml(group: str, name: str) -> None:
         build_model(composed(f"{group}={name}"))
 
 
+@pytest.mark.parametrize("name", ["data2vec_base", "data2vec2_base", "dinosr_base"])
+def test_crops_and_optimizer_are_those_of_the_released_config(name: str) -> None:
+    """max_sample_size 320000, min_sample_size 32000, adam_betas (0.9, 0.98), adam_eps 1e-6, weight_decay 0.01."""
+    config = composed(f"experiment={name}")
+    assert (config.data.max_seconds, config.data.min_seconds) == (20.0, 2.0)
+    optimizer = config.optimizer
+    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),
     [("wav2vec2_base", 95.0), ("wav2vec2_large", 317.4), ("hubert_base", 94.7), ("wavlm_base", 94.7)],

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.nn.contrastive import contrastive_loss
-from pretrain.nn.masking import block_mask, draw_negatives, inverse_block_mask, pack_masks, span_mask
+from pretrain.nn.masking import adjusted_block_mask, block_mask, draw_negatives, pack_masks, span_mask
 from pretrain.nn.numerics import masked_deviation, scale_gradient
 from pretrain.nn.quantizers import GumbelQuantizer, nearest_codes, perplexity
 from pretrain.nn.spectral import LogMel
+from pretrain.objectives.data2vec2 import CopiesPlan
 from pretrain.types import StepContext
 from tests.contract.cases import batch, make
 
@@ -44,10 +45,38 @@ def test_block_mask_covers_its_share() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(length=st.integers(2, 400), prob=st.floats(0.05, 0.95), seed=st.integers(0, 99))
-def test_inverse_block_mask_masks_exactly_its_share(length: int, prob: float, seed: int) -> None:
-    mask = inverse_block_mask(length, prob, 0.05, 5, np.random.default_rng(seed))
-    assert mask.sum() == min(max(round(prob * length), 1), length - 1)
+@given(length=st.integers(2, 400), prob=st.floats(0.05, 0.95), seed=st.integers(0, 99), inverse=st.booleans())
+def test_adjusted_block_mask_masks_exactly_its_share(length: int, prob: float, seed: int, inverse: bool) -> None:
+    mask = adjusted_block_mask(length, prob, 0.05, 5, np.random.default_rng(seed), inverse)
+    share, chosen = (1 - prob, ~mask) if inverse else (prob, mask)
+    assert chosen.sum() == min(max(int(share * length), 1), length - 1)
+
+
+def mean_run(mask: np.ndarray) -> float:
+    """Mean length of the stretches that are True."""
+    return float(mask.sum() / (np.diff(mask.astype(int), prepend=0) == 1).sum())
+
+
+def test_what_data2vec2_masks_lies_in_blocks_and_with_inverse_what_it_keeps() -> None:
+    """The released audio recipe has inverse_mask: false. A third is covered, so that blocks seldom touch."""
+    for inverse in (False, True):
+        prob = 2 / 3 if inverse else 1 / 3
+        masks = [adjusted_block_mask(400, prob, 0.05, 5, np.random.default_rng(s), inverse) for s in range(50)]
+        masked, kept = (float(np.mean([mean_run(m) for m in side])) for side in (masks, [~m for m in masks]))
+        blocks, rest = (kept, masked) if inverse else (masked, kept)
+        assert 3.5 < blocks < 8
+        assert rest > 1.3 * blocks
+
+
+def test_data2vec2_masks_in_blocks_by_default() -> None:
+    runs = []
+    for options in ({}, {"mask_inverse": True}):
+        module = make("data2vec2", mask_block=5, mask_prob=1 / 3, masks=8, **options)
+        plan = module.objective.prepare(module.model, batch((16.0,)), StepContext(0, 0))
+        assert isinstance(plan, CopiesPlan)
+        runs.append(float(np.mean([mean_run(mask_F.numpy()) for mask_F in plan.mask_RF])))
+    assert runs[0] > 3.5
+    assert runs[1] < 3.0
 
 
 def test_negatives_are_other_masked_frames_of_the_utterance() -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, annealed_decay, deviation
+from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, deviation
 from pretrain.nn.quantizers import RandomProjectionQuantizer
 from pretrain.objectives.data2vec import Data2Vec
+from pretrain.objectives.data2vec2 import CopiesPlan, Data2Vec2
 from pretrain.objectives.dinosr import DinoSR
 from pretrain.objectives.wavlm import MixturePlan
 from pretrain.types import StepContext
@@ -48,6 +49,67 @@ def test_data2vec_targets_ignore_the_mask_and_have_unit_scale() -> None:
     length = int(frames.lengths_B[1])
     assert targets[1, :length].mean(0).abs().max() < 1e-4
     assert targets[1, length:].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["data2vec", "data2vec2"])
+def test_the_regression_is_counted_in_masked_frames(name: str) -> None:
+    """As released: error summed over channels / √D, per frame; per number it would vanish in Adam's epsilon."""
+    module = make(name, frontend="waveform_conv").eval()
+    objective = module.objective
+    assert isinstance(objective, Data2Vec | Data2Vec2)
+    last = objective.regression if isinstance(objective, Data2Vec) else objective.decoder.linear
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    data, model, ctx = batch(), module.model, StepContext(0, 0)
+    plan = module.prepare(data, ctx)
+    loss, metrics = module(data, plan, plan.counts_K, ctx)
+    frames = model.frontend.project(model.frontend.extract(data.wave_BT, data.lengths_B))
+    assert objective.teacher is not None
+    targets_BFD = averaged_layers(objective.teacher.copy(frames), 8)
+    if isinstance(plan.plan, CopiesPlan):
+        mask_RF, targets_BFD = plan.plan.mask_RF, targets_BFD.repeat_interleave(objective.config.masks, dim=0)  # type: ignore[union-attr]
+    else:
+        mask_RF = plan.plan.mask.mask_BF
+    expected = targets_BFD[mask_RF].square().sum(1).mean() / math.sqrt(32)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert metrics["metric/masked_share"][0] == mask_RF.sum()
+
+
+@pytest.mark.parametrize("name", ["data2vec", "dinosr"])
+def test_only_the_positions_of_a_teacher_are_the_students_own(name: str) -> None:
+    """fairseq's `ema_layers_only` leaves out the positional convolution; the norm before the blocks is averaged."""
+    module = make(name)
+    teacher = dict(module.objective.teacher.copy.named_parameters())  # type: ignore[union-attr]
+    student = dict(module.model.encoder.named_parameters())
+    with torch.no_grad():
+        for weight in student.values():
+            weight.add_(1.0)
+    ctx = StepContext(0, 0)
+    plan = module.prepare(batch(), ctx)
+    module(batch(), plan, plan.counts_K, ctx)
+    module.after_step(ctx)
+    copied = {part for part, weight in teacher.items() if torch.equal(weight, student[part])}
+    assert copied == {part for part in teacher if part.startswith("positions.")} != set()
+
+
+def test_first_codes_are_on_the_scale_of_what_they_stand_for() -> None:
+    objective = make("dinosr").objective
+    assert isinstance(objective, DinoSR)
+    torch.testing.assert_close(objective.sums_LVD.mean(1), torch.zeros(2, 32), rtol=0, atol=1e-5)
+    torch.testing.assert_close(objective.sums_LVD.std(1, correction=0), torch.ones(2, 32), rtol=0, atol=1e-3)
+
+
+def test_the_decoder_drops_only_what_it_is_given() -> None:
+    """The release's decoder.input_dropout; nothing else of this model is random."""
+    outcomes = {}
+    for share in (0.0, 0.5):
+        module = make("data2vec2", decoder_dropout=share).eval()
+        assert isinstance(module.objective, Data2Vec2)
+        module.objective.decoder_dropout.train()
+        plan = module.prepare(batch(), StepContext(0, 0))
+        first, second = (module(batch(), plan, plan.counts_K, StepContext(0, 0))[0] for _ in range(2))
+        outcomes[share] = bool(torch.equal(first, second))
+    assert outcomes == {0.0: True, 0.5: False}
 
 
 def test_a_collapse_shows_in_the_deviation() -> None:
