@@ -19,13 +19,15 @@ from pretrain.run_folder import RunFolder, write_json
 from pretrain.types import StepContext
 
 MAX_KEPT = 20
-"""Updates kept per run; more would fill the disk of a run that goes wrong for long."""
+"""Spikes kept per run, and as many updates again that were not finite; more would fill the disk in time."""
 
 
-def save_batches(run: RunFolder, rank: int, ctx: StepContext, batches: Sequence[Batch], why: str) -> Path | None:
-    """Writes RUN/health/step_N/rank_R.safetensors and .json; None once MAX_KEPT updates are kept."""
+def save_batches(
+    run: RunFolder, rank: int, ctx: StepContext, batches: Sequence[Batch], why: str, room: int = MAX_KEPT
+) -> Path | None:
+    """Writes RUN/health/step_N/rank_R.safetensors and .json; None once `room` updates are kept."""
     folder = run.path / "health" / f"step_{ctx.step:08d}"
-    if not folder.exists() and len(list(folder.parent.glob("step_*"))) >= MAX_KEPT:
+    if not folder.exists() and len(list(folder.parent.glob("step_*"))) >= room:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}

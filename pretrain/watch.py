@@ -22,7 +22,7 @@ from pretrain import health
 from pretrain.config import Config
 from pretrain.engines import Engine, StepResult
 from pretrain.health import Finding
-from pretrain.replay import save_batches
+from pretrain.replay import MAX_KEPT, save_batches
 from pretrain.run_folder import RunFolder
 from pretrain.stages import StageGauge
 from pretrain.telemetry import read_rows
@@ -136,10 +136,11 @@ class Watch:
     def diverged(self, error: FloatingPointError, ctx: StepContext, batches: Sequence[Batch]) -> int:
         """Keeps the batch for `auricle replay`; the step to roll back before, if the config says so, else raises."""
         found = Finding("not finite", "nan", str(error), _NAN_HELPS)
-        save_batches(self._run, self._rank, ctx, batches, found.seen)
+        kept = save_batches(self._run, self._rank, ctx, batches, found.seen, room=2 * MAX_KEPT)
         self._alarm(ctx.step, ctx.step, found)
         if self.settings.on_nan == "stop":
-            raise UnhealthyError(f"{found.sentence(ctx.step)} (the batch is kept: auricle replay {self._run.path})")
+            where = f"the batch is kept: auricle replay {self._run.path}" if kept else "RUN/health is full: not kept"
+            raise UnhealthyError(f"{found.sentence(ctx.step)} ({where})")
         return self._count_rollback(ctx.step, found.sentence(ctx.step))
 
     def report(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ from data_pipeline.types import Cursor, Step
 from launch.history import audio_hours
 from pretrain.engines import Engine
 from pretrain.model import build_model
-from pretrain.replay import load_batches, replay
+from pretrain.replay import MAX_KEPT, load_batches, replay
 from pretrain.telemetry import read_rows
 from pretrain.watch import UnhealthyError
 from tests.plants import (
@@ -180,6 +180,17 @@ def test_a_spike_is_skipped_and_its_batch_kept(tmp_path: Path) -> None:
     assert "gradient norm" in why
     results = replay(build_model(config()), ctx, batches)
     assert all(math.isfinite(result.loss) and result.first_not_finite == "" for result in results)
+
+
+@pytest.mark.parametrize(("before", "said"), [(MAX_KEPT, "auricle replay"), (2 * MAX_KEPT, "not kept")])
+def test_a_batch_that_broke_has_room_beside_the_spikes_and_is_said_to_be_kept_if_it_is(
+    tmp_path: Path, before: int, said: str
+) -> None:
+    for number in range(before):
+        (tmp_path / "health" / f"step_9{number:07d}").mkdir(parents=True)
+    with pytest.raises(UnhealthyError, match=said):
+        run(tmp_path, config(), break_stem, planted=2)
+    assert (tmp_path / "health" / "step_00000002").exists() == (said == "auricle replay")
 
 
 def test_a_broken_batch_is_named_by_replay(tmp_path: Path) -> None:
