@@ -1,4 +1,4 @@
-"""A run as a Hugging Face model folder (`auricle export`), and Hugging Face weights as a start (`init=`).
+"""A run as a Hugging Face model folder (`auricle export`).
 
 Nothing is written unless `from_pretrained` on it gives our features to 1e-5.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from data_pipeline.schema import ConfigError, load
 from data_pipeline.types import SAMPLE_RATE
 from pretrain.config import Config
-from pretrain.export.layout import from_hugging_face, to_hugging_face
+from pretrain.export.layout import to_hugging_face
 from pretrain.model import TrainModule, build_model
 from pretrain.types import SpeechModel
 
@@ -157,18 +157,6 @@ def gate(model: SpeechModel, normalized: bool, folder: Path) -> float:
         extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
         wave_BT = extractor(list(wave_BT.numpy()), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values
     return float((theirs.double().eval()(wave_BT.double()).last_hidden_state - ours).abs().max())
-
-
-def load_hugging_face(model: SpeechModel, folder: Path) -> None:
-    """Takes all weights of `model` from a Hugging Face folder with model.safetensors (wav2vec 2.0, HuBERT, WavLM,
-    data2vec; a head is left aside). Raises ConfigError naming what is missing or of another shape."""
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise ConfigError(f"{folder} has no model.safetensors; pickled checkpoints are never opened, convert it first")
-    try:
-        model.load_state_dict(from_hugging_face(load_file(file), model.state_dict()))
-    except ValueError as error:
-        raise ConfigError(f"{folder}: {error}") from None
 
 
 def load_run(folder: Path) -> tuple[Config, TrainModule]:
