@@ -201,18 +201,11 @@ def torchaudio_step(model: Any, module: TrainModule, batch: Batch, precision: st
 
 def contrastive_losses(module: TrainModule, model: Any, batch: Batch) -> tuple[float, float]:
     """Ours and theirs per masked frame with the same weights, mask and negatives, no dropout."""
-    from pretrain.export.layout import from_hugging_face
+    from pretrain.export.layout import from_hugging_face, objective_from_hugging_face
 
     module.model.load_state_dict(from_hugging_face(model.state_dict(), module.model.state_dict()))
     state = model.state_dict()
-    renames = {
-        "project_target": "project_q",
-        "project_prediction": "project_hid",
-        "quantizer.logits": "quantizer.weight_proj",
-    }
-    copied = {f"{a}.{part}": state[f"{b}.{part}"] for a, b in renames.items() for part in ("weight", "bias")}
-    copied["mask_embedding"] = state["wav2vec2.masked_spec_embed"]
-    copied["quantizer.codebook_GVC"] = state["quantizer.codevectors"].unflatten(1, (2, -1))[0]
+    copied = objective_from_hugging_face(state, module.objective.state_dict())
     module.objective.load_state_dict(copied)
     module.eval(), model.eval()
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.types import Batch
-from pretrain.export.layout import to_hugging_face
+from pretrain.export.layout import objective_from_hugging_face, to_hugging_face
 from pretrain.nn import quantizers
 from pretrain.objectives import wav2vec2
 from pretrain.types import StepContext
@@ -25,22 +25,6 @@ def exact_hard_gumbel(logits: Tensor, tau: float = 1.0, hard: bool = False, **_:
     soft = (logits / tau).softmax(-1)
     one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
     return one_hot + (soft - soft.detach())
-
-
-def copy_objective(theirs: torch.nn.Module, ours: wav2vec2.Wav2Vec2) -> None:
-    state = theirs.state_dict()
-    ours.load_state_dict(
-        {
-            "mask_embedding": state["wav2vec2.masked_spec_embed"],
-            "quantizer.logits.weight": state["quantizer.weight_proj.weight"],
-            "quantizer.logits.bias": state["quantizer.weight_proj.bias"],
-            "quantizer.codebook_GVC": state["quantizer.codevectors"].unflatten(1, (2, -1))[0],
-            "project_target.weight": state["project_q.weight"],
-            "project_target.bias": state["project_q.bias"],
-            "project_prediction.weight": state["project_hid.weight"],
-            "project_prediction.bias": state["project_hid.bias"],
-        }
-    )
 
 
 GRADIENTS: dict[str, Callable[[wav2vec2.Wav2Vec2], Tensor]] = {
@@ -88,7 +72,7 @@ def test_loss_and_gradients(
     ours = our_model(norm, pre)
     copy_weights(theirs, ours)
     objective = wav2vec2.Wav2Vec2(wav2vec2.Config(penalty_weight=0.0, feature_dropout=0.0), ours.shape)
-    copy_objective(theirs, objective)
+    objective.load_state_dict(objective_from_hugging_face(theirs.state_dict(), objective.state_dict()))
 
     wave_BT, lengths_B = ragged_batch(ragged)
     plan = objective.prepare(ours, Batch(wave_BT, lengths_B, ("a", "b", "c"), 0), CTX)
