@@ -110,7 +110,9 @@ def too_good(loss: float, chance: float, perplexity: float, best_perplexity: flo
     )
 
 
-def low_code_use(counts: np.ndarray, min_share: float, at_least: float = 20.0) -> Finding | None:
+def low_code_use(
+    counts: np.ndarray, min_share: float, at_least: float = 20.0, what: str = "the targets"
+) -> Finding | None:
     """Perplexity of the targets below `min_share` of the book (and below K^0.6, what a large random book reaches).
 
     counts: how often each code came, over enough steps: with fewer than `at_least` per code nothing is judged.
@@ -125,13 +127,15 @@ def low_code_use(counts: np.ndarray, min_share: float, at_least: float = 20.0) -
     return Finding(
         "code use",
         "collapse",
-        f"the targets use {perplexity:.1f} of {book} codes in effect (limit {limit:.1f})",
+        f"{what} use {perplexity:.1f} of {book} codes in effect (limit {limit:.1f})",
         "a larger diversity weight or a slower temperature for learned codes; for fixed ones, features of mean 0 and "
         "deviation 1, or PCA-whitened ones",
     )
 
 
-def dead_codes(counts: np.ndarray, max_share: float, at_least: float = 20.0) -> Finding | None:
+def dead_codes(
+    counts: np.ndarray, max_share: float, at_least: float = 20.0, what: str = "the targets"
+) -> Finding | None:
     """More than `max_share` of the codes never came, though each could have come `at_least` times."""
     book, total = len(counts), float(counts.sum())
     if book < 2 or total < at_least * book:
@@ -142,7 +146,7 @@ def dead_codes(counts: np.ndarray, max_share: float, at_least: float = 20.0) -> 
     return Finding(
         "dead codes",
         "chance",
-        f"{dead:.0%} of {book} codes were never used in {total:.0f} targets",
+        f"{what} never used {dead:.0%} of {book} codes in {total:.0f} frames",
         "fewer codes, re-seeding dead ones, or a larger diversity weight",
     )
 

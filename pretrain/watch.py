@@ -47,7 +47,8 @@ class Observation:
     loss: float
     accuracy: float
     """Share of hits, or NaN where the objective counts none."""
-    counts: np.ndarray
+    books: tuple[np.ndarray, ...]
+    """How often each code came, of each code book."""
     samples: int
     seconds: float
     waits: np.ndarray
@@ -161,10 +162,10 @@ class Watch:
         if spike:
             self._alarm(ctx.step, ctx.step, spike)
         waits = np.array([result.extras[f"wait/{rank}"] for rank in range(self._world)])
-        counts = _counts(result)
-        if self._recent and len(counts) != len(self._recent[-1].counts):
+        books = self._books(result)
+        if self._recent and [*map(len, books)] != [*map(len, self._recent[-1].books)]:
             self._new_targets(ctx.step)
-        self._recent.append(Observation(_loss(result), _accuracy(result), counts, result.samples, seconds, waits))
+        self._recent.append(Observation(_loss(result), _accuracy(result), books, result.samples, seconds, waits))
         self._report["health/skipped"] = self._report.get("health/skipped", 0.0) + result.skipped
         if ctx.step % self.settings.every == 0:
             stages, ranks = self.gauge.read() if self.gauge else ({}, {})
@@ -190,9 +191,9 @@ class Watch:
             steps = sorted(measured)
             fell = health.falling(name, [measured[at] for at in steps])
             found.append(fell and dataclasses.replace(fell, pooled=max(0, step - steps[-4])))
-        counts = np.sum([seen.counts for seen in self._recent], axis=0)
+        books = [np.sum(counts, axis=0) for counts in zip(*(seen.books for seen in self._recent), strict=True)]
         if step == 0 and self._targets_stand:
-            found.append(health.low_target_entropy(counts, limits.min_target_entropy))
+            found += [health.low_target_entropy(counts, limits.min_target_entropy) for counts in books]
         if step == 0 and self.gauge and self.gauge.target_inputs:
             found.append(health.off_scale("the features that targets are made of", *self.gauge.target_inputs))
         if step >= self._ranks_from:
@@ -209,7 +210,7 @@ class Watch:
             found.append(health.waiting_ranks(waits, seconds, limits.max_data_wait))
         grace = min(limits.grace_steps, (self.config.train.steps - self._targets_since) * 2 // 3)
         if step >= self._targets_since + grace and len(self._recent) >= limits.window:
-            learning = self._learning_findings(counts)
+            learning = self._learning_findings(books)
             found += [seen and dataclasses.replace(seen, pooled=limits.window) for seen in learning]
         return found
 
@@ -234,31 +235,37 @@ class Watch:
         warm = max(self.config.schedule.warmup_steps, self.settings.window)
         return min(warm, self.config.train.steps * 2 // 3)
 
-    def _learning_findings(self, counts: np.ndarray) -> list[Finding | None]:
+    def _learning_findings(self, books: Sequence[np.ndarray]) -> list[Finding | None]:
         limits, found = self.settings, list[Finding | None]()
         losses = [seen.loss for seen in self._recent]
-        chance, loss = self._chance(counts), sum(losses) / len(losses)
+        chance, loss = self._chance(books), sum(losses) / len(losses)
         found.append(health.at_chance(loss, chance, limits.chance_margin))
         negatives = getattr(self.config.objective, "negatives", 0)
         hits = [seen.accuracy for seen in self._recent if not math.isnan(seen.accuracy)]
         if negatives and hits:
             found.append(health.accuracy_at_chance(sum(hits) / len(hits), 1 / (1 + negatives)))
-        if len(counts) > 1:
-            found.append(health.low_code_use(counts, limits.min_perplexity))
-            found.append(health.dead_codes(counts, limits.max_dead_codes))
-            perplexity = math.exp(health.entropy(counts))
+        for number, counts in enumerate(books, 1):
+            what = "the targets" if len(books) == 1 else f"the targets of code book {number} of {len(books)}"
+            found.append(health.low_code_use(counts, limits.min_perplexity, what=what))
+            found.append(health.dead_codes(counts, limits.max_dead_codes, what=what))
+        if books and negatives:
+            perplexity = sum(math.exp(health.entropy(counts)) for counts in books)
             best = self._best["perplexity"] = max(perplexity, self._best.get("perplexity", 0.0))
-            if negatives:
-                found.append(health.too_good(loss, chance, perplexity, best))
+            found.append(health.too_good(loss, chance, perplexity, best))
         return found
 
-    def _chance(self, counts: np.ndarray) -> float:
+    def _chance(self, books: Sequence[np.ndarray]) -> float:
         """The loss of a model that knows nothing but how frequent each target is; 0 where that is not defined."""
-        objective = self.config.objective
-        if negatives := getattr(objective, "negatives", 0):
+        if negatives := getattr(self.config.objective, "negatives", 0):
             return math.log(1 + negatives)
-        books = getattr(objective, "codebooks", 1)
-        return health.entropy(counts) - math.log(books) if len(counts) > 1 else 0.0
+        return sum(map(health.entropy, books)) / len(books) if books else 0.0
+
+    def _books(self, result: StepResult) -> tuple[np.ndarray, ...]:
+        """How often each code came in one update. One metric may hold several books of one size, end to end."""
+        objective = self.config.objective
+        within = getattr(objective, "codebooks", 0) or getattr(objective, "groups", 1)
+        names = sorted(name for name in result.metrics if name.startswith("hist/codes"))
+        return tuple(book for name in names for book in np.split(np.asarray(result.metrics[name][0]), within))
 
     def _judge(self, step: int, findings: Sequence[Finding | None]) -> None:
         present = {found.detector: found for found in findings if found is not None}
@@ -318,9 +325,3 @@ def _loss(result: StepResult) -> float:
 def _accuracy(result: StepResult) -> float:
     total, count = result.metrics.get("metric/accuracy", (np.zeros(1), 0.0))
     return float(total[0]) / count if count > 0 else math.nan
-
-
-def _counts(result: StepResult) -> np.ndarray:
-    """How often each code came; of several books, the first one reported."""
-    names = sorted(name for name in result.metrics if name.startswith("hist/codes"))
-    return np.asarray(result.metrics[names[0]][0]) if names else np.zeros(0)

@@ -122,6 +122,29 @@ def test_a_contrastive_model_that_guesses_is_caught(tmp_path: Path) -> None:
     assert "chance" in caught
 
 
+@pytest.mark.parametrize(
+    ("objective", "weights"),
+    [
+        (BEST_RQ | {"codebooks": 4}, "quantizers.2.projection_DC"),
+        (WAV2VEC2 | {"n_codes": 32}, "quantizer.logits.bias"),
+    ],
+    ids=["best_rq", "wav2vec2"],
+)
+def test_one_collapsed_book_of_several_is_caught(tmp_path: Path, objective: dict[str, Any], weights: str) -> None:
+    def one_book(engine: Engine) -> None:
+        with torch.no_grad():
+            for name, tensor in engine.module.objective.state_dict(keep_vars=True).items():
+                if name == weights:
+                    tensor.zero_()
+                    tensor.flatten()[0] = 1e4 if "bias" in name else 0.0
+
+    health = {"on_collapse": "warn", "min_stage_std": 0.0}
+    run(tmp_path, config(44, objective, health=health), one_book, once=False)
+    caught = next(event for event in events(tmp_path) if event["detector"] == "code use")
+    assert PLANTED < caught["step"] <= PLANTED + 20
+    assert ("code book 3 of 4" if "codebooks" in objective else "code book 1 of 2") in caught["message"]
+
+
 def test_a_model_that_does_not_learn_is_caught(tmp_path: Path) -> None:
     run(tmp_path, config(40, optimizer={"lr": 1e-9}))
     caught = [event for event in events(tmp_path) if event["detector"] == "chance"]
