@@ -25,6 +25,7 @@ PLANTED = 22
 BEST_RQ: dict[str, Any] = {"name": "best_rq", "n_codes": 32}
 WAV2VEC2: dict[str, Any] = {"name": "wav2vec2", "n_codes": 16, "code_dim": 16, "projection_dim": 16, "negatives": 20}
 DATA2VEC: dict[str, Any] = {"name": "data2vec"}
+DINOSR: dict[str, Any] = {"name": "dinosr", "top_layers": 2, "n_codes": 32}
 RELABELLED: dict[str, Any] = {
     "name": "efficient", "units": 32, "predict_layers": [1, 2], "relabel_step": 14, "relabel_layer": 1,
     "relabel_units": 16,

@@ -88,8 +88,10 @@ class DinoSR(Objective):
             logits_NV = classify(masked_ND).float()
             total = total + F.cross_entropy(logits_NV, labels_LN[layer], reduction="sum")
             hits = hits + (logits_NV.argmax(1) == labels_LN[layer]).sum()
-        use_V = torch.bincount(labels_LN[-1], minlength=self.config.n_codes).float()
-        metrics |= {"metric/accuracy": (hits, count), "hist/codes": (use_V, use_V.sum())}
+            use_V = torch.bincount(labels_LN[layer], minlength=self.config.n_codes).float()
+            below_last = f"/layer_{len(encoded.layers) - self.top_layers + layer}"
+            metrics[f"hist/codes{below_last if layer < self.top_layers - 1 else ''}"] = (use_V, use_V.sum())
+        metrics["metric/accuracy"] = (hits, count)
         return LossOutput(total, count, metrics), encoded
 
     @torch.no_grad()

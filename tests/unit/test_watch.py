@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pretrain.watch import UnhealthyError
 from tests.plants import (
     BEST_RQ,
     DATA2VEC,
+    DINOSR,
     PLANTED,
     RELABELLED,
     WAV2VEC2,
@@ -123,26 +124,28 @@ def test_a_contrastive_model_that_guesses_is_caught(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "weights"),
+    ("objective", "weights", "spoil", "named"),
     [
-        (BEST_RQ | {"codebooks": 4}, "quantizers.2.projection_DC"),
-        (WAV2VEC2 | {"n_codes": 32}, "quantizer.logits.bias"),
+        (BEST_RQ | {"codebooks": 4}, "quantizers.2.projection_DC", lambda x: x.zero_(), "book 3 of 4"),
+        (WAV2VEC2 | {"n_codes": 32}, "quantizer.logits.bias", lambda x: x[0].fill_(1e4), "book 1 of 2"),
+        (DINOSR, "sums_LVD", lambda x: x[0, 1:].fill_(1e3), "book 2 of 2"),
     ],
-    ids=["best_rq", "wav2vec2"],
+    ids=["best_rq", "wav2vec2", "dinosr"],
 )
-def test_one_collapsed_book_of_several_is_caught(tmp_path: Path, objective: dict[str, Any], weights: str) -> None:
+def test_one_collapsed_book_of_several_is_caught(
+    tmp_path: Path, objective: dict[str, Any], weights: str, spoil: Callable[[torch.Tensor], object], named: str
+) -> None:
     def one_book(engine: Engine) -> None:
         with torch.no_grad():
             for name, tensor in engine.module.objective.state_dict(keep_vars=True).items():
                 if name == weights:
-                    tensor.zero_()
-                    tensor.flatten()[0] = 1e4 if "bias" in name else 0.0
+                    spoil(tensor)
 
     health = {"on_collapse": "warn", "min_stage_std": 0.0}
     run(tmp_path, config(44, objective, health=health), one_book, once=False)
     caught = next(event for event in events(tmp_path) if event["detector"] == "code use")
     assert PLANTED < caught["step"] <= PLANTED + 20
-    assert ("code book 3 of 4" if "codebooks" in objective else "code book 1 of 2") in caught["message"]
+    assert named in caught["message"]
 
 
 def test_a_model_that_does_not_learn_is_caught(tmp_path: Path) -> None:
