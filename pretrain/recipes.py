@@ -19,7 +19,11 @@ OURS = "unpublished: this project's own"
 
 @dataclass(frozen=True)
 class Published:
-    """What a source says of a recipe. millions: parameters; minutes: of audio per update; gflop: per audio second."""
+    """What a source says of a recipe. millions: parameters; minutes: of audio per update; gflop: per audio second.
+
+    None where it says nothing: the papers and releases of data2vec, data2vec 2.0 and DinoSR count no parameters of
+    their speech models, nor does SpeechBrain's BEST-RQ; the paper's own has 24 large blocks.
+    """
 
     millions: float | None
     minutes: float | None

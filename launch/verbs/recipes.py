@@ -39,10 +39,10 @@ def run(arguments: list[str]) -> int:
         table.add_row(
             row.name,
             f"{row.parameters / 1e6:.2f} M",
-            f"{row.published.millions:.1f} M" if row.published.millions else "",
+            f"{row.published.millions:.1f} M" if row.published.millions else "none",
             f"{row.frames_hz:g}",
             f"{row.minutes_per_update:.1f}",
-            f"{row.published.minutes:.1f}" if row.published.minutes else "",
+            f"{row.published.minutes:.1f}" if row.published.minutes else "none",
             f"{row.updates:,}",
             f"{row.gflop_per_audio_second:.1f}",
             f"{row.published.gflop:.1f}" if row.published.gflop else "",
