@@ -64,9 +64,11 @@ def train(
             if telemetry:
                 telemetry.expect(state.step + 1)
             ctx = StepContext(config.seed, state.step)
-            extras = {"wait_seconds": waited, "skipped": float(step.skipped), "stop": float(asked_to_stop())}
+            extras = watch.extras(ctx, waited)
+            extras |= {"wait_seconds": waited, "skipped": float(step.skipped), "stop": float(asked_to_stop())}
             try:
-                result = engine.step(step.batches, ctx, lr, extras | watch.extras(ctx, waited), watch.skip_above)
+                check = watch.may_begin if state.step == 0 else None
+                result = engine.step(step.batches, ctx, lr, extras, watch.skip_above, check)
                 back_to = watch.obey(result)
             except FloatingPointError as error:
                 back_to = watch.diverged(error, ctx, step.batches)

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from data_pipeline.types import SAMPLE_RATE, Batch, Step
 from pretrain import health
 from pretrain.config import Config
 from pretrain.engines import Engine, StepResult
+from pretrain.engines.base import NumpySum
 from pretrain.health import Finding
 from pretrain.replay import MAX_KEPT, save_batches
 from pretrain.run_folder import RunFolder
@@ -67,8 +69,7 @@ class Watch:
     ) -> None:
         self.config, self.settings, self._say = config, config.health, say
         self._run, self._rank, self._world = run, engine.world.rank, engine.world.size
-        self._targets_stand = engine.module.objective.targets_stand
-        self._objective = engine.module.objective
+        self._objective, self._all_ranks = engine.module.objective, engine.world
         self.rollbacks: int = remembered.get("rollbacks", 0)
         self._outdated: tuple[int, int] = tuple(remembered.get("outdated", (0, 0)))
         self._remember(remembered)
@@ -127,10 +128,24 @@ class Watch:
         waits = {f"wait/{rank}": waited if rank == self._rank else 0.0 for rank in range(self._world)}
         return {f"health/{wish}": value for wish, value in self._wish.items()} | waits
 
+    def may_begin(self, metrics: Mapping[str, NumpySum]) -> None:
+        """Judges what stands before the first update. Raises UnhealthyError, on every rank, where that rules it out."""
+        found: list[Finding | None] = []
+        if self._objective.targets_stand:
+            books = self._books(metrics)
+            found += [health.low_target_entropy(counts, self.settings.min_target_entropy) for counts in books]
+        if self.gauge and self.gauge.target_inputs:
+            found.append(health.off_scale("the features that targets are made of", *self.gauge.target_inputs))
+        if self._rank == 0:
+            self._judge(0, found)
+        stop = torch.tensor([self._wish["stop"]], device=self._all_ranks.device)
+        if self._all_ranks.sum(stop).item():
+            raise UnhealthyError(self._why or ELSEWHERE)
+
     def obey(self, result: StepResult) -> int | None:
         """Before which step to roll back to, or None. Raises UnhealthyError on every rank when rank 0 wants to stop."""
         if result.extras["health/stop"]:
-            raise UnhealthyError(self._why or "rank 0 found the run unhealthy; see its log and RUN/health.jsonl")
+            raise UnhealthyError(self._why or ELSEWHERE)
         before = int(result.extras["health/rollback"])
         return self._count_rollback(before, self._why) if before else None
 
@@ -162,7 +177,7 @@ class Watch:
         if spike:
             self._alarm(ctx.step, ctx.step, spike)
         waits = np.array([result.extras[f"wait/{rank}"] for rank in range(self._world)])
-        books = self._books(result)
+        books = self._books(result.metrics)
         if self._recent and [*map(len, books)] != [*map(len, self._recent[-1].books)]:
             self._new_targets(ctx.step)
         self._recent.append(Observation(_loss(result), _accuracy(result), books, result.samples, seconds, waits))
@@ -192,10 +207,6 @@ class Watch:
             fell = health.falling(name, [measured[at] for at in steps])
             found.append(fell and dataclasses.replace(fell, pooled=max(0, step - steps[-4])))
         books = [np.sum(counts, axis=0) for counts in zip(*(seen.books for seen in self._recent), strict=True)]
-        if step == 0 and self._targets_stand:
-            found += [health.low_target_entropy(counts, limits.min_target_entropy) for counts in books]
-        if step == 0 and self.gauge and self.gauge.target_inputs:
-            found.append(health.off_scale("the features that targets are made of", *self.gauge.target_inputs))
         if step >= self._ranks_from:
             for name, rank in ranks.items():
                 best = self._best[name] = max(rank, self._best.get(name, 0.0))
@@ -260,12 +271,12 @@ class Watch:
             return math.log(1 + negatives)
         return sum(map(health.entropy, books)) / len(books) if books else 0.0
 
-    def _books(self, result: StepResult) -> tuple[np.ndarray, ...]:
+    def _books(self, metrics: Mapping[str, NumpySum]) -> tuple[np.ndarray, ...]:
         """How often each code came in one update. One metric may hold several books of one size, end to end."""
         objective = self.config.objective
         within = getattr(objective, "codebooks", 0) or getattr(objective, "groups", 1)
-        names = sorted(name for name in result.metrics if name.startswith("hist/codes"))
-        return tuple(book for name in names for book in np.split(np.asarray(result.metrics[name][0]), within))
+        names = sorted(name for name in metrics if name.startswith("hist/codes"))
+        return tuple(book for name in names for book in np.split(metrics[name][0], within))
 
     def _judge(self, step: int, findings: Sequence[Finding | None]) -> None:
         present = {found.detector: found for found in findings if found is not None}
@@ -309,6 +320,7 @@ class Watch:
         return before
 
 
+ELSEWHERE = "rank 0 found the run unhealthy; see its log and RUN/health.jsonl"
 AT_ONCE = ("target entropy", "target inputs")
 """Detectors of what can be seen before the first update, and will not change."""
 _NAN_HELPS = "a lower optimizer.lr, a longer warm-up, optimizer.clip_norm=1, or engine.precision=fp32"

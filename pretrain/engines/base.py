@@ -74,11 +74,13 @@ class Engine(abc.ABC):
         lr: float,
         extras: Mapping[str, float] | None = None,
         skip_above: float = math.inf,
+        check: Callable[[Mapping[str, NumpySum]], None] | None = None,
     ) -> StepResult:
         """One optimizer update over this rank's micro-batches of a global step.
 
         extras: numbers of the caller's that ride along with the metrics' all-reduce. skip_above: leave weights and
-        moments alone where the gradient norm is larger, the same number on all ranks. Raises FloatingPointError when
+        moments alone where the gradient norm is larger, the same number on all ranks. check: gets the summed metrics
+        before anything is updated; what it raises, it must raise on all ranks. Raises FloatingPointError when
         the loss or the gradient norm is not finite; go back to a checkpoint then, the weights may be spoilt.
         """
         self.module.train()
@@ -95,6 +97,8 @@ class Engine(abc.ABC):
             if not np.isfinite(result_loss):
                 self._apply(lr, -math.inf)  # throws the gradients away
                 raise FloatingPointError(f"the loss of step {ctx.step} is {result_loss}")
+            if check is not None:
+                check(reduced)
             self.tell("update")
             grad_norm = self._apply(lr, skip_above)
             if np.isfinite(grad_norm):

@@ -90,6 +90,7 @@ class MaskedUnits(Objective):
     def __init__(self, config: MaskedUnitsConfig, shape: ModelShape) -> None:
         super().__init__()
         self.units_config = config
+        self.targets_stand = bool(config.labels)
         self.shape = shape
         self.predict_layers = config.predict_layers or (shape.n_layers,)
         if max(*self.predict_layers, config.relabel_layer * bool(config.relabel_step)) > shape.n_layers:

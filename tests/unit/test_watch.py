@@ -117,6 +117,40 @@ def test_targets_of_unnormalised_features_stop_a_run_at_its_first_update(tmp_pat
     assert events(tmp_path)[0]["step"] == 0
 
 
+class Labelled(SyntheticReader):
+    """Given labels that say nothing."""
+
+    def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
+        for step in super().steps(cursor):
+            given = {"units": torch.zeros(2, 200, dtype=torch.long)}
+            yield dataclasses.replace(step, batches=tuple(dataclasses.replace(b, targets=given) for b in step.batches))
+
+
+@pytest.mark.parametrize(
+    ("objective", "reader", "plant"),
+    [
+        (BEST_RQ | {"mask_share": 0.6}, SyntheticReader, one_code),
+        ({"name": "hubert", "units": 32, "labels": "units", "projection_dim": 0}, Labelled, lambda engine: None),
+    ],
+    ids=["best_rq", "hubert"],
+)
+def test_given_targets_that_say_nothing_are_refused_before_the_first_update(
+    tmp_path: Path, objective: dict[str, Any], reader: type[SyntheticReader], plant: Plant
+) -> None:
+    weights: list[torch.Tensor] = []
+    before: list[torch.Tensor] = []
+
+    def look(engine: Engine) -> None:
+        plant(engine)
+        weights[:] = engine.module.parameters()
+        before[:] = [weight.detach().clone() for weight in weights]
+
+    with pytest.raises(UnhealthyError, match=r"entropy is 0\.00 nats"):
+        run(tmp_path, config(4, objective), look, reader=reader, planted=0)
+    assert all(torch.equal(one, other) for one, other in zip(weights, before, strict=True))
+    assert [(event["detector"], event["step"]) for event in events(tmp_path)] == [("target entropy", 0)]
+
+
 def test_a_contrastive_model_that_guesses_is_caught(tmp_path: Path) -> None:
     run(tmp_path, config(30, WAV2VEC2, optimizer={"lr": 1e-9}))
     caught = {event["detector"] for event in events(tmp_path)}
