@@ -129,7 +129,7 @@ class Labelled(SyntheticReader):
 @pytest.mark.parametrize(
     ("objective", "reader", "plant"),
     [
-        (BEST_RQ | {"mask_share": 0.6}, SyntheticReader, one_code),
+        (BEST_RQ | {"mask_share": 0.9}, SyntheticReader, one_code),
         ({"name": "hubert", "units": 32, "labels": "units", "projection_dim": 0}, Labelled, lambda engine: None),
     ],
     ids=["best_rq", "hubert"],
