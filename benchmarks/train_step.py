@@ -87,6 +87,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 """The models of conf/experiment, written out, since Hydra need not be there; a test compares them."""
 FIRST_PHASE = {"efficient_base": 0.25}
 """Share of the updates before the model's own layer gives the units, 50,000 of 200,000; then a teacher listens, too."""
+PRECISIONS = ("fp32", "bf16")
 FIRST = ("wav2vec2_base", "hubert_base", "efficient_base")
 CTX = StepContext(seed=0, step=0)
 
@@ -280,7 +281,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result["contrastive_losses"] = contrastive_losses(module, peer, batch)
         mine, other = result["contrastive_losses"]
         print(f"contrastive loss, same weights and masks: ours {mine:.7f}, transformers' {other:.7f}")
-        for precision in args.precision:
+        for precision in PRECISIONS:
             add("transformers wav2vec2-base", precision, their_step(peer, module, batch, precision), None)
         del peer
     try:
@@ -288,7 +289,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     except ImportError:
         hubert = None
         print("torchaudio is absent: skipped")
-    for precision in args.precision if hubert is not None else ():
+    for precision in PRECISIONS if hubert is not None else ():
         step = torchaudio_step(hubert, ours("hubert_base", "fp32", args.device), batch, precision)
         add("torchaudio hubert-base", precision, step, None)
     for recipe in RECIPES if "all" in args.recipes else args.recipes:
@@ -340,7 +341,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1)
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of ours; peers run in both"
+    )
     parser.add_argument("--recipes", nargs="+", choices=("all", *RECIPES), default=FIRST)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")

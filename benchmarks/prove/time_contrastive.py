@@ -48,7 +48,7 @@ from pretrain.types import StepContext  # noqa: E402
 
 PLAIN, TIMED = "wav2vec2", "time_contrastive"
 SPEEDS = (1.0, 0.8, 1.2)
-BATCH_SECONDS = 24.0
+BATCH_SECONDS = 28.0
 TIMED_STEPS = 30
 COMMON = (
     "frontend=log_mel", "frontend.subsampling=2", "frontend.dropout=0", "encoder=transformer_tiny", "encoder.dropout=0",
