@@ -1,7 +1,8 @@
 """One rank of a pretraining run: `python -m launch.worker RUN_DIR`, started by a launcher.
 
 Exit codes: 0 finished, 85 stopped on request with a checkpoint (start again to continue), 1 failed, 2 bad config,
-3 stopped by the health watch (to start again would end the same way; RUN/UNHEALTHY says why).
+3 stopped by the health watch (to start again would end the same way; RUN/UNHEALTHY says why), 4 superseded by a newer
+start of the run (to start again would depose that one).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from types import FrameType
 
 from launch.environment import adopt_slurm_ranks, log_to_folder
 
-UNHEALTHY = 3
+UNHEALTHY, STALE = 3, 4
 SLACK = 30.0
 """Seconds that a rank in which Python is stuck lives longer than a collective, so that the others can name it."""
 WARN = 0.75
@@ -53,37 +54,51 @@ def main(run_dir: str) -> int:
     from pretrain.config import Config
     from pretrain.engines import world as ranks
     from pretrain.heartbeat import Heartbeat, slowest
+    from pretrain.run_folder import RunFolder, StaleIncarnationError
     from pretrain.train import train
     from pretrain.watch import UnhealthyError
 
     rank = int(os.environ.get("RANK", "0"))
-    reader = None
+    reader, folder = None, RunFolder(path)
     try:
         config = load(Config, json.loads((path / "config.json").read_text(encoding="utf-8")))
         world = ranks.join(config.device, config.engine.timeout_minutes)
         run = build(config, world)
-        reader = run.reader
+        reader, folder = run.reader, run.folder
         if world.rank == 0:
-            run.folder.claim()
-            run.folder.stop_request.unlink(missing_ok=True)
-            run.folder.unhealthy.unlink(missing_ok=True)
+            folder.claim()
+            folder.stop_request.unlink(missing_ok=True)
+            folder.unhealthy.unlink(missing_ok=True)
+        folder.incarnation = _of_rank_0(folder.incarnation, world.size)
         limit = config.engine.timeout_minutes * 60
-        with Heartbeat(path, world.rank, limit + SLACK, WARN * limit) as heart:
-            return train(config, run.engine, reader, run.folder, heart, stop, _say).value
+        with Heartbeat(path, world.rank, limit + SLACK, WARN * limit, folder.incarnation) as heart:
+            return train(config, run.engine, reader, folder, heart, stop, _say).value
     except (ConfigError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("AURICLE_DEBUG"):
             traceback.print_exc()
-        unhealthy = isinstance(error, UnhealthyError)
-        hint = f"\n{slowest(path)}" if isinstance(error, RuntimeError) and not unhealthy else ""
+        told = isinstance(error, UnhealthyError | StaleIncarnationError)
+        hint = f"\n{slowest(path, folder.incarnation)}" if isinstance(error, RuntimeError) and not told else ""
         print(f"rank {rank}: {type(error).__name__}: {error}{hint}", file=sys.stderr, flush=True)
-        if unhealthy:
-            run.folder.unhealthy.write_text(f"{error}\n", encoding="utf-8")
+        if folder.superseded():  # not only where that is the error: the other ranks see a collective end
+            return STALE
+        if isinstance(error, UnhealthyError):
+            folder.unhealthy.write_text(f"{error}\n", encoding="utf-8")
             return UNHEALTHY
         return 2 if isinstance(error, ValueError) else 1
     finally:
         if reader is not None:
             reader.close()
         ranks.leave()
+
+
+def _of_rank_0(number: int, size: int) -> int:
+    """Rank 0's number, on every rank; a collective."""
+    from torch import distributed as dist
+
+    numbers = [number]
+    if size > 1:
+        dist.broadcast_object_list(numbers)
+    return numbers[0]
 
 
 def _say(line: str) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -118,7 +120,11 @@ def _write(
     config: Config,
     scale: Mapping[str, Any],
 ) -> None:
-    """Writes beside, then moves into place, then points `latest` there, then removes what is old."""
+    """Writes beside, then moves into place, then points `latest` there, then removes what is old.
+
+    Whenever it is cut off, `latest` names a whole checkpoint: one that is written again (after a roll-back, with
+    another cursor) has a stand-in meanwhile.
+    """
     run.require_current()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     temporary = run.checkpoints / f".{folder.name}.{run.incarnation}"
@@ -136,17 +142,36 @@ def _write(
         values |= {"config": dump(config), "sha256": digests, "loss_scale": dict(scale)}
         write_json(temporary / "state.json", values)
         run.require_current()
-        remove(folder)
+        if folder.exists():
+            stand_in = run.checkpoints / f".stand_in_{folder.name}"
+            remove(stand_in)
+            shutil.copytree(temporary, stand_in, copy_function=_link)
+            _point_latest(run, stand_in)
+            remove(folder)
         temporary.rename(folder)
     except BaseException:
         remove(temporary)
         raise
-    sync(run.checkpoints)
-    write_atomically(run.checkpoints / "latest", folder.name + "\n")
+    _point_latest(run, folder)
+    for stand_in in run.checkpoints.glob(".stand_in_*"):
+        remove(stand_in)
     keep_every = config.train.keep_every
     for old in sorted(run.checkpoints.glob("step_*"))[: -config.train.keep_last]:
         if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
             remove(old)
+
+
+def _link(source: str, target: str) -> None:
+    """Another name for the same file; a copy where the file system knows no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _point_latest(run: RunFolder, folder: Path) -> None:
+    sync(run.checkpoints)
+    write_atomically(run.checkpoints / "latest", folder.name + "\n")
 
 
 def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
@@ -163,7 +188,8 @@ def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
 def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> TrainState:
     """Puts the newest checkpoint of at most `before` steps into `engine`; a collective.
 
-    Newer ones are set aside as `unhealthy_step_N`. Raises ValueError where there is no such checkpoint any more.
+    Newer ones are set aside as `unhealthy_step_N`. Raises ValueError where there is no such checkpoint any more,
+    StaleIncarnationError when a newer start of the run exists.
     """
     found = {int(path.name.removeprefix("step_")): path for path in run.checkpoints.glob("step_*")}
     healthy = max((step for step in found if step <= before), default=None)
@@ -173,11 +199,12 @@ def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> Tr
     state = _load(run, found[healthy], engine, config)
     engine.world.agree(str(healthy), "the checkpoint to go back to")
     if engine.world.rank == 0:
+        run.require_current()
+        _point_latest(run, found[healthy])  # first, so that it never names what is set aside
         for step in sorted(step for step in found if step > healthy):
             aside = run.checkpoints / f"unhealthy_step_{step:08d}"
             remove(aside)
             found[step].rename(aside)
-        write_atomically(run.checkpoints / "latest", found[healthy].name + "\n")
     return state
 
 

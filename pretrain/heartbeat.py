@@ -27,15 +27,19 @@ INTERVAL = 5.0
 class Heartbeat:
     """One rank's notes. Use as a context manager around the loop.
 
-    warn_seconds: a phase that takes longer is told about, with stacks; patience_seconds: … ends the process.
+    warn_seconds: a phase that takes longer is told about, with stacks; patience_seconds: … ends the process. start: the
+    incarnation of the run, by which its ranks are told from those that an earlier start had.
     """
 
-    def __init__(self, run_folder: Path, rank: int, patience_seconds: float, warn_seconds: float = math.inf) -> None:
+    def __init__(
+        self, run_folder: Path, rank: int, patience_seconds: float, warn_seconds: float = math.inf, start: int = 0
+    ) -> None:
         self._folder, self._path = run_folder, run_folder / "heartbeats" / f"rank_{rank}.json"
         self._patience, self._warn = patience_seconds, warn_seconds
         self._interval = min(INTERVAL, warn_seconds / 4)
         self._told = 0.0
-        self._note: dict[str, Any] = {"rank": rank, "step": 0, "phase": PHASES[0], "parts": 0, "since": time.time()}
+        self._note: dict[str, Any] = {"start": start, "rank": rank, "step": 0, "phase": PHASES[0], "parts": 0}
+        self._note["since"] = time.time()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._write, name="heartbeat", daemon=True)
 
@@ -69,18 +73,21 @@ class Heartbeat:
             if time.time() - self._note["since"] > self._warn and self._note["since"] != self._told:
                 self._told = self._note["since"]
                 self._closed.wait(self._interval)  # until the others have written where they stand, too
-                print(f"this rank hangs; {slowest(self._folder)}", file=sys.stderr, flush=True)
+                print(f"this rank hangs; {slowest(self._folder, self._note['start'])}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=STDERR)
 
 
-def slowest(run_folder: Path, now: float | None = None) -> str:
-    """One sentence naming the rank that is furthest behind, or those; empty where nothing is known."""
+def slowest(run_folder: Path, start: int, now: float | None = None) -> str:
+    """One sentence naming the rank that is furthest behind, or those, among the ranks of incarnation `start`; empty
+    where nothing is known of them. (An earlier start may have had more ranks, and its notes are still there.)
+    """
     notes = []
     for path in sorted((run_folder / "heartbeats").glob("rank_*.json")):
         try:
             notes.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, json.JSONDecodeError):
             continue
+    notes = [note for note in notes if note["start"] == start]
     if not notes:
         return ""
     least = min(map(_place, notes))

@@ -17,7 +17,7 @@ class RunFolder:
     """RUNS/NAME. Each start of a run takes the next incarnation number.
 
     A node that was cut off keeps computing and may come back after its job was started elsewhere: its incarnation is
-    then older than the newest one, and every write is refused.
+    then older than the newest one, and every write is refused. Rank 0 claims the number and tells it to the others.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -53,6 +53,13 @@ class RunFolder:
                 f"{self.path}: this process is start number {self.incarnation} of the run and number {newest} exists; "
                 "it stops here and writes nothing more"
             )
+
+    def superseded(self) -> bool:
+        """Whether a newer start of this run is known to exist; no for one that never claimed a number."""
+        try:
+            return self.incarnation > 0 and self._newest() != self.incarnation
+        except OSError:
+            return False
 
     def _newest(self) -> int:
         return max((int(entry.name) for entry in self._incarnations.iterdir()), default=0)

@@ -57,7 +57,10 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 
 
 class Telemetry:
-    """Writes one row per logged step; rows of steps that a resume will run again are dropped first."""
+    """Writes one row per logged step; rows of steps that a resume will run again are dropped first.
+
+    Raises StaleIncarnationError when a newer start of the run exists, before anything is dropped or written.
+    """
 
     def __init__(
         self, run: RunFolder, config: Config, module: TrainModule, resumed_at: int, world: World | None = None
@@ -70,6 +73,7 @@ class Telemetry:
         self._open(resumed_at)
 
     def _open(self, resumed_at: int) -> None:
+        self._run.require_current()
         _drop_rows_after(self._run.metrics, resumed_at)
         self._file = self._run.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self._run.tensorboard), purge_step=resumed_at + 1, flush_secs=15)

@@ -44,20 +44,38 @@ def test_the_rank_furthest_behind_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "heartbeats"
     folder.mkdir()
     for rank, step, phase in ((0, 9, "computing"), (1, 9, "reading"), (2, 9, "computing"), (3, 10, "reading")):
-        note = {"rank": rank, "step": step, "phase": phase, "since": 1000.0}
+        note = {"start": 2, "rank": rank, "step": step, "phase": phase, "since": 1000.0}
         (folder / f"rank_{rank}.json").write_text(json.dumps(note))
     (folder / "rank_4.json").write_text("{cut o")
-    said = heartbeat.slowest(tmp_path, now=1090.0)
+    said = heartbeat.slowest(tmp_path, 2, now=1090.0)
     assert "of 4 ranks is rank 1: reading at step 9 for 90 s" in said
-    assert heartbeat.slowest(tmp_path / "nothing") == ""
+    assert heartbeat.slowest(tmp_path / "nothing", 2) == ""
+
+
+def test_ranks_of_an_earlier_start_are_not_named(tmp_path: Path) -> None:
+    """A run on four ranks goes on with two: the notes of the others stay where they were, steps behind."""
+    for start, world, step in ((1, 4, 9), (2, 2, 12)):
+        for rank in range(world):
+            with heartbeat.Heartbeat(tmp_path, rank, 600, start=start) as heart:
+                heart.beat(step + (rank == 0), "computing")
+    assert "of 2 ranks is rank 1: computing at step 12" in heartbeat.slowest(tmp_path, 2)
+    assert heartbeat.slowest(tmp_path, 3) == ""
 
 
 def test_ranks_that_wait_are_told_from_the_one_that_computes(tmp_path: Path) -> None:
     folder = tmp_path / "heartbeats"
     folder.mkdir()
     for rank, parts, part in ((0, 4, "sum of losses"), (1, 3, "backward pass"), (2, 4, "sum of losses")):
-        note = {"rank": rank, "step": 9, "phase": "computing", "parts": parts, "part": part, "since": 1000.0}
+        note = {
+            "start": 1,
+            "rank": rank,
+            "step": 9,
+            "phase": "computing",
+            "parts": parts,
+            "part": part,
+            "since": 1000.0,
+        }
         (folder / f"rank_{rank}.json").write_text(json.dumps(note))
-    assert "is rank 1: computing (backward pass) at step 9 for 5 s" in heartbeat.slowest(tmp_path, now=1005.0)
+    assert "is rank 1: computing (backward pass) at step 9 for 5 s" in heartbeat.slowest(tmp_path, 1, now=1005.0)
     (folder / "rank_1.json").unlink()
-    assert "is one of 0, 2: computing (sum of losses)" in heartbeat.slowest(tmp_path, now=1005.0)
+    assert "is one of 0, 2: computing (sum of losses)" in heartbeat.slowest(tmp_path, 1, now=1005.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.schema import ConfigError, load
+from launch.submit import steps_done
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.engines import Engine, World, make_engine
 from pretrain.heartbeat import Heartbeat
 from pretrain.model import build_model
 from pretrain.run_folder import RunFolder, StaleIncarnationError
-from pretrain.telemetry import read_rows
+from pretrain.telemetry import Telemetry, read_rows
 from pretrain.train import Ending, train
 from tests.synthetic import SyntheticReader
 
@@ -212,7 +215,56 @@ def test_an_older_incarnation_writes_nothing_more(tmp_path: Path) -> None:
             settings, engine, SyntheticReader(), old, Heartbeat(tmp_path, 0, 600), lambda: False, say=lambda line: None
         )
     assert not (tmp_path / "checkpoints").exists()
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_older_incarnation_does_not_touch_what_the_newer_one_wrote(tmp_path: Path) -> None:
+    """Neither by a roll-back, nor by dropping rows before it begins."""
+    settings = config()
+    _, engine = run(tmp_path, settings)
+    old = RunFolder(tmp_path)
+    old.claim()
+    RunFolder(tmp_path).claim()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(StaleIncarnationError):
+        checkpoint.roll_back(old, engine, settings, 4)
+    with pytest.raises(StaleIncarnationError):
+        Telemetry(old, settings, engine.module, 2)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("cut_off_at", range(4))
+def test_latest_names_a_whole_checkpoint_wherever_a_roll_back_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_off_at: int
+) -> None:
+    """Going back sets newer ones aside and then saves the same step again: before each move, the power goes."""
+    settings = config()
+    _, engine = run(tmp_path, settings)
+    folder = RunFolder(tmp_path)
+    folder.claim()
+    moves = 0
+
+    def counted(move: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(path: Path, *rest: Any) -> Any:
+            nonlocal moves
+            if path.exists() and path.parent == folder.checkpoints:
+                if moves == cut_off_at:
+                    raise KeyboardInterrupt
+                moves += 1
+            return move(path, *rest)
+
+        return moved
+
+    monkeypatch.setattr(Path, "rename", counted(Path.rename))
+    monkeypatch.setattr(checkpoint, "remove", counted(checkpoint.remove))
+    with contextlib.suppress(KeyboardInterrupt), checkpoint.Saver(folder, engine, settings) as saver:
+        saver.save(checkpoint.roll_back(folder, engine, settings, 4))
+    monkeypatch.undo()
+    assert moves == cut_off_at, "it was cut off there"
+    named = folder.checkpoints / (folder.checkpoints / "latest").read_text().strip()
+    assert checkpoint.damage(named) == ""
+    assert steps_done(tmp_path) == 4
+    assert checkpoint.load_latest(folder, engine, settings).step == 4
 
 
 def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
