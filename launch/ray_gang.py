@@ -20,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.plan import allowed_worlds
+from data_pipeline.preprocess_config import RayConfig
+from data_pipeline.ray_jobs import cluster
 from launch import guard
 from launch.environment import RANK_LOGS, free_port
 from launch.local import STOP_FILE
 from launch.submit import steps_done
+from launch.worker import STALE, UNHEALTHY
 
-FINISHED, BAD_CONFIG, UNHEALTHY, STOPPED = 0, 2, 3, 85
+FINISHED, BAD_CONFIG, STOPPED = 0, 2, 85
+FINAL = (FINISHED, BAD_CONFIG, UNHEALTHY, STALE)
 """Exit codes of launch.worker after which the gang is not started again."""
 LOST = 70
 """Exit code of a rank whose actor or node is gone."""
@@ -44,16 +48,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--retries", type=int, default=3)
     given = parser.parse_args(arguments)
-    import ray
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}  # nobody else can reach a Ray started here
-    started = {} if given.address else here
-    ray.init(address=given.address or "local", log_to_driver=False, logging_level="ERROR", **started)
-    try:
+    with cluster(RayConfig(address=given.address)):  # nobody else can reach a Ray started here
         return _persist(given)
-    finally:
-        ray.shutdown()
 
 
 def _persist(given: argparse.Namespace) -> int:
@@ -65,7 +61,9 @@ def _persist(given: argparse.Namespace) -> int:
         world = _wait_for_room(micro_batches, given)
         _say(f"{world} ranks, from step {before}")
         code = _run_gang(given, world)
-        if code in (FINISHED, BAD_CONFIG, UNHEALTHY) or (code == STOPPED and (given.folder / STOP_FILE).exists()):
+        if code is None:
+            continue
+        if code in FINAL or (code == STOPPED and (given.folder / STOP_FILE).exists()):
             return code  # a rank that stopped without being asked to lost its node
         if steps_done(given.folder) >= config["train"]["steps"]:
             return FINISHED  # what was lost had nothing left to do
@@ -133,8 +131,8 @@ class Rank:
             return process.wait()
 
 
-def _run_gang(given: argparse.Namespace, world: int) -> int:
-    """One gang to its end: 0, or the exit code of the first rank that failed."""
+def _run_gang(given: argparse.Namespace, world: int) -> int | None:
+    """One gang to its end: 0, or the exit code of the first rank that failed; None where it has no place any more."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -142,8 +140,13 @@ def _run_gang(given: argparse.Namespace, world: int) -> int:
     bundle = {"CPU": given.cpus} | ({"GPU": given.gpus} if given.gpus else {})
     group = placement_group([bundle] * world, strategy="PACK")
     try:
-        if not group.wait(30):  # Ray may still count on a node that has just died
-            return LOST
+        told = False
+        while not group.wait(30):  # others keep the cluster busy, or Ray still counts on a node that has just died
+            if _room(given.cpus, given.gpus) < world:
+                return None
+            if not told:
+                _say(f"waiting: the cluster is busy, {world} ranks have no place yet")
+                told = True
         strategies = [
             PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(world)
         ]

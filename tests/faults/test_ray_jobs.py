@@ -110,20 +110,33 @@ def test_the_dashboard_is_on_the_loopback_and_wants_the_token(head: str) -> None
         urllib.request.urlopen(f"{head}/api/jobs/", timeout=10)
 
 
+PREPROCESSING = """
+from data_pipeline.preprocess_config import RayConfig
+from data_pipeline.ray_jobs import cluster
+with cluster(RayConfig(num_cpus=1)):
+    look()
+"""
+GANG = """
+from launch import ray_gang
+ray_gang._persist = look
+ray_gang.main(["."])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_ray_that_auricle_starts_listens_on_the_loopback_only() -> None:
+@pytest.mark.parametrize("started", [PREPROCESSING, GANG], ids=["preprocessing", "gang"])
+def test_a_ray_that_auricle_starts_listens_on_the_loopback_only(started: str) -> None:
     """As `ss -ltn` would show: all sockets of all its processes."""
     code = (
         "import psutil, sys\n"
-        "from data_pipeline.preprocess_config import RayConfig\n"
-        "from data_pipeline.ray_jobs import cluster\n"
-        "with cluster(RayConfig(num_cpus=1)):\n"
+        "def look(given=None):\n"
         "    import ray\n"
         "    ray.get(ray.remote(lambda: 1).remote())\n"
         "    family = {p.pid for p in psutil.Process().children(recursive=True)} | {psutil.Process().pid}\n"
         "    found = [c for c in psutil.net_connections('tcp') if c.pid in family and c.status == psutil.CONN_LISTEN]\n"
         "    print('LISTEN', *sorted({c.laddr.ip for c in found}), len(found))\n"
+        f"{started}"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
