@@ -101,11 +101,17 @@ class RayJobs:
             return handle
 
     def status(self, handle: str) -> State:
-        """Ray's word for it; `failed` for a job that the cluster does not know any more."""
+        """Ray's word for it; `failed` for a job that the cluster does not know any more.
+
+        Raises ConfigError where no dashboard answers.
+        """
+        client = self._client()
         try:
-            return STATES.get(str(self._client().get_job_status(handle)), "failed")
-        except (RuntimeError, ConfigError):
-            return "failed"
+            return STATES.get(str(client.get_job_status(handle)), "failed")
+        except (OSError, RuntimeError) as error:
+            if "does not exist" in str(error):
+                return "failed"
+            raise ConfigError(f"launcher.dashboard={self.config.dashboard}: {error}") from None
 
     def logs(self, handle: str) -> str:
         """What the driver said."""

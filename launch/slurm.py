@@ -105,7 +105,7 @@ class SlurmSubmitter:
         return ask(*self.command(folder, runs)).strip().split(";")[0]
 
     def status(self, handle: str) -> State:
-        """`failed` for a job that SLURM has forgotten, too."""
+        """`failed` for a job that SLURM has forgotten, too. Raises SlurmError where SLURM does not answer."""
         return STATES.get(job_state(handle), "failed")
 
     def cancel(self, handle: str) -> None:
@@ -118,7 +118,7 @@ class SlurmSubmitter:
 
 
 def job_state(job: str) -> str:
-    """SLURM's word for the state of a job, "" when it is not known any more."""
+    """SLURM's word for the state of a job, "" when it is not known any more. Raises SlurmError for no answer."""
     state = _job_fields(job).get("JobState", "")
     if not state:
         for source in ((), ("-c",)):  # accounting database, or job completion file
@@ -135,7 +135,9 @@ def job_state(job: str) -> str:
 def _job_fields(job: str) -> dict[str, str]:
     try:
         text = ask("scontrol", "--oneliner", "show", "job", job)
-    except SlurmError:
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
         return {}
     return dict(word.split("=", 1) for word in text.split() if "=" in word)
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
-from data_pipeline.schema import load
+from data_pipeline.schema import ConfigError, load
 from launch import local, submitters, tasks
 from launch.arguments import Parser
 from launch.config import LAUNCHERS
 from launch.foreground import Foreground
 from launch.progress import Follower, describe
+from launch.slurm import SlurmError
 from launch.submit import NOTE, State, read_note, steps_done, write_note
 
 ENDED = ("done", "failed", "cancelled")
@@ -47,13 +51,31 @@ def run(arguments: list[str]) -> int:
     return {"status": _status, "cancel": _cancel, "requeue": _requeue}[given.verb](folder)
 
 
-def state_of(folder: Path) -> State:
-    """A run's state: what its launcher says, and `done` once all steps are."""
+def state_of(folder: Path) -> State | Literal["unknown"]:
+    """A run's state: what its launcher says, `done` once all steps are, `unknown` where nobody answers."""
     note = read_note(folder)
     submitter, state = submitters.for_note(note), _LOST
     if not isinstance(submitter, local.ChildProcesses | Foreground) or note.host == os.uname().nodename:
-        state = submitter.status(note.handle)
+        try:
+            state = submitter.status(note.handle)
+        except (SlurmError, ConfigError):
+            return "done" if _complete(folder) else "unknown"
     return "done" if state == "failed" and _complete(folder) else state
+
+
+def require_ended(folder: Path) -> None:
+    """Raises ConfigError where the run of `folder` waits or runs: a second start would depose the first."""
+    try:
+        note, state = read_note(folder), state_of(folder)
+    except (ValueError, KeyError):
+        return  # never submitted, or by a version whose notes are no longer understood
+    if note.handle.startswith(f"{os.getpid()}:"):
+        return  # an earlier job of this very process
+    if state in ("waiting", "running"):
+        raise ConfigError(
+            f"{folder}: {note.launcher} job {note.handle} is {state}; `auricle jobs cancel {shlex.quote(str(folder))}` "
+            "ends it"
+        )
 
 
 def _complete(folder: Path) -> bool:
@@ -86,13 +108,21 @@ def _list(runs: Path) -> int:
     table = Table("run", "verb", "where", "job", "state", "step", "of", "submitted", box=None, pad_edge=False)
     for note_file in sorted(runs.glob(f"*/{NOTE}")):
         folder = note_file.parent
-        note, row = read_note(folder), Follower(folder).read()
-        step = str(row["step"] if row else 0) if _steps(folder) else "–"
-        handle = note.handle.partition(":")[0]
-        steps = str(_steps(folder) or "–")
-        table.add_row(folder.name, note.verb, note.launcher, handle, state_of(folder), step, steps, note.submitted)
+        try:
+            table.add_row(*_row(folder))
+        except (ValueError, KeyError) as error:  # of one run: the others are listed all the same
+            table.add_row(folder.name, *"–––", "unreadable", *"–––")
+            print(f"{folder}: {error}", file=sys.stderr)
     Console().print(table)
     return 0
+
+
+def _row(folder: Path) -> tuple[str, ...]:
+    note, row = read_note(folder), Follower(folder).read()
+    step = str(row["step"] if row else 0) if _steps(folder) else "–"
+    handle = note.handle.partition(":")[0]
+    steps = str(_steps(folder) or "–")
+    return folder.name, note.verb, note.launcher, handle, state_of(folder), step, steps, note.submitted
 
 
 def _status(folder: Path) -> int:
@@ -108,7 +138,10 @@ def _status(folder: Path) -> int:
 def _logs(folder: Path, rank: int, follow: bool) -> int:
     path = folder / "logs" / f"rank_{rank}.log"
     if not _steps(folder):
-        path = folder / "logs" / ("slurm.log" if read_note(folder).launcher == "slurm" else tasks.LOG)
+        note = read_note(folder)
+        if isinstance(submitters.for_note(note), Foreground) and not (folder / "logs" / tasks.LOG).exists():
+            raise ValueError(f"{folder}: `auricle {note.verb}` ran in the foreground: what it said is on its terminal")
+        path = folder / "logs" / ("slurm.log" if note.launcher == "slurm" else tasks.LOG)
     if not path.exists() and not follow:
         raise ValueError(f"{path} does not exist (yet); there are: {', '.join(_names(folder / 'logs')) or 'no logs'}")
     for text in _growing(path, folder) if follow else [path.read_text(encoding="utf-8", errors="replace")]:
@@ -147,8 +180,7 @@ def _requeue(folder: Path) -> int:
     submitter = submitters.for_note(note)
     if isinstance(submitter, local.ChildProcesses | Foreground):
         raise ValueError(f"{folder} ran from this machine: give its `auricle {note.verb}` command again, it continues")
-    if state_of(folder) in ("waiting", "running"):
-        raise ValueError(f"{folder}: job {note.handle} is {state_of(folder)}; cancel it first")
+    require_ended(folder)
     launcher = replace(load(LAUNCHERS[note.launcher], note.config), after="")  # what it waited for has ended
     handle = submitters.make(launcher, note.verb).submit(folder)
     write_note(folder, handle, launcher, note.verb)

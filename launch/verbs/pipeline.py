@@ -9,6 +9,7 @@ from launch.config import RayConfig, SlurmConfig
 from launch.pipeline import PipelineConfig, Step, split, steps
 from launch.send import DRY_RUN
 from launch.submit import read_note
+from launch.verbs import jobs
 
 
 def run(arguments: list[str]) -> int:
@@ -20,6 +21,9 @@ def run(arguments: list[str]) -> int:
     chain = steps(request.config, given, [line for line in launcher if not line.startswith("-")])
     where = request.config.launcher
     queued = isinstance(where, SlurmConfig) or (isinstance(where, RayConfig) and bool(where.dashboard))
+    if DRY_RUN not in request.switches:
+        for step in chain:  # before anything is queued
+            jobs.require_ended(step.folder())
     return _walk(chain, queued, DRY_RUN in request.switches)
 
 

@@ -14,16 +14,17 @@ from launch import chain, describe, job, local, progress, submitters, sweep
 from launch.config import PretrainJob
 from launch.send import DRY_RUN, PREPARE, SWITCHES, tell
 from launch.submit import steps_done, write_note
-from launch.verbs import targets
+from launch.verbs import jobs, targets
+from launch.worker import STALE, UNHEALTHY
 
 STOPPED = 85
 """A worker's exit code when it saved a checkpoint and stopped on request."""
-UNHEALTHY = 3
-"""… and when the health watch stopped it."""
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code: 0 all steps are done or the job is queued, 1 a rank failed, 2 bad config, 3 unhealthy, 130 stopped."""
+    """Exit code: 0 all steps are done or the job is queued, 1 a rank failed, 2 bad config, 3 unhealthy, 4 superseded by
+    a newer start, 130 stopped.
+    """
     if sweep.MULTIRUN in arguments:
         return sweep.run(arguments, run)
     request = job.read("pretrain", PretrainJob, arguments, switches=(*SWITCHES, sweep.MULTIRUN))
@@ -38,7 +39,8 @@ def run(arguments: list[str]) -> int:
     if DRY_RUN in request.switches:
         print(submitter.plan(describe.folder_of(config)))
         return 0
-    describe.folder_of(config)
+    if PREPARE not in request.switches:
+        jobs.require_ended(describe.folder_of(config))
     if isinstance(submitter, local.ChildProcesses):
         Rules.of(config.data)
         _require_shards(config.data.shards)
@@ -95,7 +97,7 @@ def _verdict(code: int, folder: Path, steps: int) -> int:
     print(local.failure_report(folder), file=sys.stderr)
     ending = f"ended with {_meaning(code)}" if code else f"ended after step {done} of {steps}"
     print(f"auricle pretrain: the run {ending}; all logs are in {folder / 'logs'}", file=sys.stderr)
-    return code if code in (2, UNHEALTHY) else 1
+    return code if code in (2, UNHEALTHY, STALE) else 1
 
 
 def _meaning(code: int) -> str:

@@ -11,9 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_pipeline.schema import ConfigError
 from launch import app
-from launch.config import LocalConfig
+from launch.config import LocalConfig, RayConfig, SlurmConfig
+from launch.slurm import SlurmError, SlurmSubmitter
 from launch.submit import read_note, write_note
+from launch.verbs.jobs import require_ended, state_of
 
 
 @pytest.fixture
@@ -73,3 +76,70 @@ def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str])
     (folder / "job.json").write_text("{")
     with pytest.raises(ValueError, match="no run was submitted"):
         read_note(folder)
+
+
+def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Puts SLURM commands that do this in front of those of this machine."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, script in scripts.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_slurm_that_does_not_answer_says_nothing_about_the_job(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_note(folder, "17", SlurmConfig())
+    commands(folder, monkeypatch, scontrol="echo 'Unable to contact slurm controller' >&2; exit 1", sacct="exit 1")
+    assert state_of(folder) == "unknown"
+    with pytest.raises(SlurmError, match="Unable to contact"):
+        SlurmSubmitter(SlurmConfig()).status("17")
+    assert app.main(["jobs", "list"]) == 0
+    assert "unknown" in capsys.readouterr().out
+    commands(folder, monkeypatch, scontrol="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert state_of(folder) == "failed", "SLURM has forgotten it"
+
+
+def test_a_closed_dashboard_says_nothing_about_the_job(folder: Path) -> None:
+    write_note(folder, "raysubmit_1", RayConfig(dashboard="http://127.0.0.1:9"))
+    assert state_of(folder) == "unknown"
+
+
+def test_a_broken_note_costs_the_list_no_other_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_note(folder, "1:1.0", LocalConfig())
+    (folder.parent / "broken").mkdir()
+    (folder.parent / "broken" / "job.json").write_text("{")
+    assert app.main(["jobs", "list"]) == 0
+    said = capsys.readouterr()
+    assert "unreadable" in said.out
+    assert "mine" in said.out
+    assert "no readable job.json" in said.err
+
+
+def test_the_log_of_a_foreground_job_is_said_to_be_on_its_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "config.json").unlink()
+    write_note(folder, "1:1.0", LocalConfig(), "preprocess")
+    assert app.main(["jobs", "logs", "mine"]) == app.FAILED
+    assert "ran in the foreground: what it said is on its terminal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("state", "word"), [("PENDING", "waiting"), ("RUNNING", "running")])
+def test_what_waits_or_runs_is_not_submitted_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: str, word: str
+) -> None:
+    write_note(folder, "17", SlurmConfig())
+    queued = folder / "queued"
+    commands(folder, monkeypatch, scontrol=f"echo JobId=17 JobState={state}", sbatch=f"touch {queued}; echo 18")
+    with pytest.raises(ConfigError, match=f"slurm job 17 is {word}; `auricle jobs cancel"):
+        require_ended(folder)
+    best_rq = ("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "launcher=slurm")
+    assert app.main(["pretrain", *best_rq, "name=mine", f"runs={folder.parent}"]) == app.USAGE
+    chain = ["pipeline", "preprocess.corpus=path", "preprocess.corpus.path=c", "launcher=slurm", f"folder={folder}"]
+    (folder / "runs" / "run").mkdir(parents=True)
+    write_note(folder / "runs" / "run", "17", SlurmConfig())
+    assert app.main([*chain, *[f"pretrain.{line}" for line in best_rq[:3]]]) == app.USAGE
+    assert capsys.readouterr().err.count("job 17 is") == 2
+    assert not queued.exists()
