@@ -1,7 +1,7 @@
 """Does pretraining pay? Phones by a linear probe, beside log-mel, random weights and supervision from scratch.
 
     python benchmarks/prove/quality.py                                   # ≤ 30 minutes on two cores
-    python benchmarks/prove/quality.py --experiments quality_best_rq quality_wav2vec2 quality_efficient --minutes 33
+    python benchmarks/prove/quality.py --experiments quality_best_rq quality_wav2vec2 quality_efficient --minutes 21
 
 Speech: ../shared/data. Pretraining hears its splits pretrain and train only; no label, and no speaker of valid or test.
 Writes benchmarks/results/quality.json (an entry per experiment; others stay), .md and .png. Exit code 1 where no
@@ -142,7 +142,7 @@ def main() -> int:
     """Exit code 0 where at least one experiment passes the gate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiments", nargs="+", default=["quality_hubert"])
-    parser.add_argument("--minutes", type=float, default=11.0, help="of pretraining, over all experiments")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of pretraining, over all experiments")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--supervised-epochs", type=int, default=2)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from data_pipeline.schema import ConfigError
 from launch import send
 from launch.config import EvaluateJob
+from launch.history import rows
 from launch.verbs.targets import checkpoint_fingerprint
 from pretrain.evaluate.config import EvaluateConfig
+
+if TYPE_CHECKING:
+    from pretrain.evaluate.encoders import FrozenEncoder
 
 POLL_SECONDS = 10.0
 
@@ -33,10 +39,10 @@ def work(config: EvaluateConfig) -> None:
     from pretrain.evaluate import report
     from pretrain.evaluate.run import evaluate
 
-    rows = evaluate(config)
-    show(report.table(rows))
+    measured = evaluate(config)
+    show(report.table(measured))
     if config.out:
-        report.write(rows, Path(config.out).expanduser())
+        report.write(measured, Path(config.out).expanduser())
 
 
 def made_from(config: EvaluateConfig) -> dict[str, str]:
@@ -56,30 +62,100 @@ def made(config: EvaluateConfig) -> dict[str, str]:
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
+class Saved(NamedTuple):
+    """A checkpoint of a run that is followed; known by its step and weights, for a roll-back does steps anew."""
+
+    step: int
+    weights: str
+    steps: int
+    folder: Path
+
+
 def follow(config: EvaluateConfig) -> None:
-    """Beside a run until its last step: each new checkpoint is evaluated once, without baselines."""
-    from pretrain.checkpoint import read_state
+    """Beside a run until its last step, or until it is over before: each checkpoint is evaluated, without baselines.
+
+    What RUN/evaluations.jsonl has already is not measured again. Raises ValueError for an unusable checkpoint.
+    """
     from pretrain.evaluate import report
-    from pretrain.evaluate.encoders import find_checkpoint
     from pretrain.evaluate.projection import labelled_frames
     from pretrain.evaluate.run import evaluate
 
     run_folder = Path(config.checkpoint).expanduser()
     if not (run_folder / "config.json").is_file() or "," in config.checkpoint:
         raise ConfigError(f"checkpoint={config.checkpoint}: with follow=true this must be one run folder")
-    done: set[int] = set()
+    tasks = {name.strip() for name in config.task.split(",")}
+    kept = rows(run_folder, "evaluations.jsonl")
+    done = {(row["step"], row.get("weights")) for row in kept if row["task"] in tasks}
+    sign, since = 0.0, time.monotonic()
     while True:
-        try:
-            newest = find_checkpoint(str(run_folder))
-            state = read_state(newest)
-        except ValueError:  # nothing saved yet, or replaced while we looked
+        if (newest := signs_of_life(run_folder)) != sign:
+            sign, since = newest, time.monotonic()
+        over = end_of(run_folder, time.monotonic() - since, config.follow_minutes)  # before looking what is there
+        found = checkpoints(run_folder)
+        due = [s for s in found if s[:2] not in done and (s.step % config.every == 0 or s.step >= s.steps)]
+        if not due:
+            if over or (found and found[-1].step >= found[-1].steps):
+                print(over or f"{run_folder}: all {found[-1].steps} steps are done", flush=True)
+                return
             time.sleep(POLL_SECONDS)
             continue
-        step, steps = state["step"], state["config"]["train"]["steps"]
-        if step not in done and (step % config.every == 0 or step >= steps):
-            done.add(step)
-            rows = evaluate(replace(config, checkpoint=str(newest), baselines=False))
-            report.into_run(rows, run_folder, step, labelled_frames(config, str(newest)))
-        if step >= steps:
-            return
-        time.sleep(POLL_SECONDS)
+        saved = due[0]  # the oldest: it is the next to be removed
+        encoder = opened(saved, config.device)
+        if encoder is None:
+            continue
+        done.add(saved[:2])
+        measured = evaluate(replace(config, baselines=False), encoders=[encoder])
+        frames = labelled_frames(config, encoder)
+        if saved[:2] == read(saved.folder.with_name(f"unhealthy_{saved.folder.name}"))[:2]:
+            print(f"step {saved.step}: the run has rolled back from there meanwhile; not counted", flush=True)
+            continue
+        report.into_run(measured, run_folder, saved.step, frames, saved.weights)
+
+
+def checkpoints(run_folder: Path) -> list[Saved]:
+    """Those of a run that can be read just now, by step."""
+    return sorted(s for s in map(read, (run_folder / "checkpoints").glob("step_*")) if s.steps)
+
+
+def read(folder: Path) -> Saved:
+    """A checkpoint; one of no steps where none is there (any more)."""
+    from pretrain.checkpoint import read_state
+
+    try:
+        state = read_state(folder)
+    except ValueError:
+        return Saved(0, "", 0, folder)
+    weights = state.get("sha256", {}).get("model.safetensors", "")
+    return Saved(state["step"], weights, state["config"]["train"]["steps"], folder)
+
+
+def opened(saved: Saved, device: str) -> FrozenEncoder | None:
+    """Its encoder; None where it was removed or replaced before it was read."""
+    from pretrain.evaluate.encoders import open_encoder
+
+    try:
+        encoder = open_encoder(str(saved.folder), device)
+    except (OSError, ValueError):
+        if read(saved.folder) == saved:
+            raise
+        return None
+    return encoder if read(saved.folder) == saved else None
+
+
+def signs_of_life(run_folder: Path) -> float:
+    """When a rank of the run last wrote anything."""
+    times = [0.0]
+    for pattern in ("heartbeats/*.json", "metrics.jsonl", "incarnations/*", "checkpoints/latest"):
+        for path in run_folder.glob(pattern):
+            with contextlib.suppress(OSError):  # replaced while we looked
+                times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def end_of(run_folder: Path, silent_seconds: float, follow_minutes: float) -> str:
+    """Why nothing more is to be expected of a run; empty while something is."""
+    if (run_folder / "UNHEALTHY").is_file():
+        return f"{run_folder}: the run was stopped as unhealthy; not followed any further"
+    if follow_minutes and silent_seconds > 60 * follow_minutes:
+        return f"{run_folder}: no sign of life for follow_minutes={follow_minutes:g}; not followed any further"
+    return ""

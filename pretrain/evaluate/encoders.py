@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.keyed_random import keyed_seed
-from data_pipeline.schema import load
+from data_pipeline.schema import dump, load
 from pretrain.checkpoint import read_state
 from pretrain.config import Config
 from pretrain.evaluate import hugging_face
@@ -52,15 +53,33 @@ def find_checkpoint(given: str) -> Path:
     raise ValueError(f"checkpoint={given}: no run folder, no checkpoint (state.json) and no Hugging Face folder there")
 
 
-def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
+@dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint's model; fresh: as FrozenEncoder's; settings: the config that it was made from."""
+
+    name: str
+    model: Model
+    fresh: Callable[[int], Model]
+    settings: dict[str, Any]
+    step: int = 0
+
+
+def open_pretrained(given: str) -> Pretrained:
     """A checkpoint of ours or of Hugging Face's layout. Raises ValueError for one that cannot be used."""
     folder = find_checkpoint(given)
     if not (folder / "state.json").is_file():
-        return freeze(
-            hugging_face.load(folder), folder.name, device, fresh=lambda seed: hugging_face.fresh(folder, seed)
+        model = hugging_face.load(folder)
+        return Pretrained(
+            folder.name, model, lambda seed: hugging_face.fresh(folder, seed), model.net.config.to_diff_dict()
         )
-    model, config, step = load_model(folder)
-    return freeze(model, config.name, device, step, fresh=lambda seed: fresh_model(config, seed))
+    ours, config, step = load_model(folder)
+    return Pretrained(config.name, ours, lambda seed: fresh_model(config, seed), dump(config), step)
+
+
+def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
+    """The same, frozen."""
+    found = open_pretrained(given)
+    return freeze(found.model, found.name, device, found.step, found.fresh)
 
 
 def load_model(folder: Path) -> tuple[SpeechModel, Config, int]:

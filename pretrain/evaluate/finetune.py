@@ -17,15 +17,16 @@ from data_pipeline.keyed_random import keyed_rng, keyed_seed
 from data_pipeline.schema import about, config, dump
 from pretrain.evaluate.corpus import Utterance, read_manifest, require_disjoint
 from pretrain.evaluate.decode import BLANK, NGram, beam_search, greedy
-from pretrain.evaluate.encoders import find_checkpoint, fresh_model, load_model
+from pretrain.evaluate.encoders import Model, open_pretrained
 from pretrain.evaluate.features import Waves
+from pretrain.evaluate.hugging_face import HuggingFaceModel
 from pretrain.run_folder import write_json
-from pretrain.types import Frames, SpeechModel
+from pretrain.types import EncoderOutput, Frames
 
 
 @config
 class FinetuneConfig:
-    checkpoint: Annotated[str, about("run or checkpoint folder to start from", min_length=1)]
+    checkpoint: Annotated[str, about("run, checkpoint or Hugging Face folder to start from", min_length=1)]
     task: Annotated[Literal["ctc"], about("connectionist temporal classification of characters")] = "ctc"
     random_weights: Annotated[bool, about("the same architecture from scratch, as a baseline")] = False
     manifest: Annotated[
@@ -45,6 +46,7 @@ class FinetuneConfig:
     ngram: Annotated[int, about("order of the character n-gram of the training texts; 0: none", ge=0, le=10)] = 5
     ngram_weight: Annotated[float, about("its weight beside the acoustics", ge=0)] = 0.5
     seed: Annotated[int, about("keys every random draw", ge=0)] = 0
+    device: Annotated[str, about("cpu, or cuda where there is one", min_length=1)] = "cpu"
     out: Annotated[str, about("folder for the model and results.json; empty: print only")] = ""
 
 
@@ -61,29 +63,40 @@ class Errors:
 class Recogniser(nn.Module):
     """Encoder and a linear layer to characters."""
 
-    def __init__(self, model: SpeechModel, symbols: str) -> None:
+    def __init__(self, model: Model, symbols: str) -> None:
         super().__init__()
         self.model, self.symbols = model, symbols
         self.linear = nn.Linear(model.shape.dim, len(symbols) + 1)
 
     def forward(self, wave_BT: Tensor, lengths_B: Tensor, dropped_BF: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """ln p of each symbol, (B, F, V), and the number of frames of each row. dropped_BF: features set to 0."""
+        encoded = self._encode(wave_BT, lengths_B, dropped_BF)
+        return self.linear(encoded.final.x_BFD).float().log_softmax(-1), encoded.lengths_B
+
+    def _encode(self, wave_BT: Tensor, lengths_B: Tensor, dropped_BF: Tensor | None) -> EncoderOutput:
+        if isinstance(self.model, HuggingFaceModel):
+            encoded: EncoderOutput = self.model(wave_BT, lengths_B, dropped_BF)
+            return encoded
         features = self.model.frontend.extract(wave_BT, lengths_B)
         if dropped_BF is not None:
             x_BFD = features.x_BFD.masked_fill(dropped_BF[:, : features.x_BFD.shape[1], None], 0.0)
             features = Frames(x_BFD, features.lengths_B, features.rate_hz, features.raw_BFD)
         encoded = self.model.encoder(self.model.frontend.project(features))
-        return self.linear(encoded.final.x_BFD).float().log_softmax(-1), encoded.lengths_B
+        return encoded
+
+    def feature_lengths(self, lengths_B: Tensor) -> Tensor:
+        """Features, of which some are dropped, of so many samples."""
+        where = self.model if isinstance(self.model, HuggingFaceModel) else self.model.frontend
+        return where.feature_lengths(lengths_B)
 
 
 def finetune(settings: FinetuneConfig, say: Callable[[str], None] = print) -> list[Errors]:
     """Trains on `train`, judges on `test`. Raises ValueError where there is no text or the checkpoint is bad."""
     train, test = _utterances(settings)
-    model, pretrained, step = load_model(find_checkpoint(settings.checkpoint))
-    if settings.random_weights:
-        model = fresh_model(pretrained, settings.seed)
+    pretrained = open_pretrained(settings.checkpoint)
+    model = pretrained.fresh(settings.seed) if settings.random_weights else pretrained.model
     torch.manual_seed(keyed_seed(settings.seed, "finetune"))
-    net = Recogniser(model, settings.symbols)
+    net = Recogniser(model, settings.symbols).to(settings.device)
     waves = Waves()
     _fit(net, train, waves, settings, say)
     found = judge(net, train, test, waves, settings)
@@ -92,7 +105,7 @@ def finetune(settings: FinetuneConfig, say: Callable[[str], None] = print) -> li
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in net.state_dict().items()}, folder / "model.safetensors")
         rows = [{"decoder": e.decoder, "wer": e.wer, "cer": e.cer, "utterances": e.utterances} for e in found]
-        described = {"finetune": dump(settings), "pretrained": dump(pretrained), "step": step}
+        described = {"finetune": dump(settings), "pretrained": pretrained.settings, "step": pretrained.step}
         write_json(folder / "results.json", {"errors": rows, **described})
     return found
 
@@ -129,15 +142,15 @@ def _fit(
     net.train()
     for step in range(settings.steps):
         chosen = _draw(train, waves, settings, step)
-        wave_BT = nn.utils.rnn.pad_sequence([waves(train[i]) for i in chosen], batch_first=True)
-        lengths_B = torch.tensor([len(waves(train[i])) for i in chosen])
+        wave_BT = nn.utils.rnn.pad_sequence([waves(train[i]) for i in chosen], batch_first=True).to(settings.device)
+        lengths_B = torch.tensor([len(waves(train[i])) for i in chosen], device=settings.device)
         rate = min((step + 1) / warmup, (settings.steps - step) / max(1, settings.steps - warmup))
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * rate
         net.model.requires_grad_(step >= settings.frozen_steps)
         log_probs_BFV, frames_B = net(wave_BT, lengths_B, _dropped(net, lengths_B, settings, step))
-        goal_B = torch.tensor([len(targets[i]) for i in chosen])
-        flat = torch.cat([targets[i] for i in chosen])
+        goal_B = torch.tensor([len(targets[i]) for i in chosen], device=settings.device)
+        flat = torch.cat([targets[i] for i in chosen]).to(settings.device)
         loss = F.ctc_loss(log_probs_BFV.transpose(0, 1), flat, frames_B, goal_B, BLANK, "sum", zero_infinity=True)
         loss = loss / goal_B.sum()
         optimizer.zero_grad()
@@ -165,13 +178,13 @@ def _dropped(net: Recogniser, lengths_B: Tensor, settings: FinetuneConfig, step:
     """Spans of features to hide, as SpecAugment does (arXiv 1904.08779)."""
     if not settings.mask_time:
         return None
-    frames = net.model.frontend.feature_lengths(lengths_B).tolist()
+    frames = net.feature_lengths(lengths_B).tolist()
     dropped_BF = torch.zeros(len(frames), max(frames), dtype=torch.bool)
     rng = keyed_rng(settings.seed, step, "dropped")
     for row, n in enumerate(frames):
         for first in rng.integers(0, max(1, n - 10), int(settings.mask_time * n / 10 + rng.random())).tolist():
             dropped_BF[row, first : first + 10] = True
-    return dropped_BF
+    return dropped_BF.to(settings.device)
 
 
 @torch.inference_mode()
@@ -183,9 +196,9 @@ def judge(
     references = [written(u.text, settings.symbols) for u in test]
     outputs: list[np.ndarray] = []
     for utterance in test:
-        wave_T = waves(utterance)
-        log_probs_BFV, frames_B = net(wave_T[None], torch.tensor([len(wave_T)]))
-        outputs.append(log_probs_BFV[0, : int(frames_B[0])].numpy())
+        wave_T = waves(utterance).to(settings.device)
+        log_probs_BFV, frames_B = net(wave_T[None], torch.tensor([len(wave_T)], device=settings.device))
+        outputs.append(log_probs_BFV[0, : int(frames_B[0])].cpu().numpy())
     found = [errors("greedy", references, [greedy(o, settings.symbols) for o in outputs])]
     if settings.beam:
         texts = [beam_search(o, settings.symbols, settings.beam) for o in outputs]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,37 @@ class HuggingFaceModel(nn.Module):
         # what a probe's supervised baseline must not have: masks and skipped layers of pretraining
         settings.apply_spec_augment, settings.layerdrop = False, 0.0
 
-    def forward(self, wave_BT: Tensor, lengths_B: Tensor) -> EncoderOutput:
-        """(B, T) audio to all layers."""
+    def feature_lengths(self, lengths_B: Tensor) -> Tensor:
+        """Frames of so many samples."""
+        frames_B: Tensor = self.net._get_feat_extract_output_lengths(lengths_B)
+        return frames_B
+
+    def forward(self, wave_BT: Tensor, lengths_B: Tensor, dropped_BF: Tensor | None = None) -> EncoderOutput:
+        """(B, T) audio to all layers. dropped_BF: features set to 0."""
         valid_BT = torch.arange(wave_BT.shape[1], device=wave_BT.device)[None] < lengths_B[:, None]
         if self.normalize:
             mean_B1 = wave_BT.sum(1, keepdim=True) / lengths_B[:, None]
             centred_BT = (wave_BT - mean_B1) * valid_BT
             wave_BT = centred_BT / torch.sqrt(centred_BT.square().sum(1, keepdim=True) / lengths_B[:, None] + 1e-7)
         padded = bool((lengths_B < wave_BT.shape[1]).any())
-        found = self.net(wave_BT, attention_mask=valid_BT.long() if padded else None, output_hidden_states=True)
-        frames_B = self.net._get_feat_extract_output_lengths(lengths_B)
-        return EncoderOutput(tuple(found.hidden_states), frames_B, self.shape.rate_hz)
+        with self._without(dropped_BF):
+            found = self.net(wave_BT, attention_mask=valid_BT.long() if padded else None, output_hidden_states=True)
+        return EncoderOutput(tuple(found.hidden_states), self.feature_lengths(lengths_B), self.shape.rate_hz)
+
+    @contextlib.contextmanager
+    def _without(self, dropped_BF: Tensor | None) -> Iterator[None]:
+        if dropped_BF is None:
+            yield
+            return
+
+        def zero(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (given[0].masked_fill(dropped_BF[:, : given[0].shape[1], None], 0.0), *given[1:])
+
+        handle = self.net.feature_projection.register_forward_pre_hook(zero)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def load(folder: Path) -> HuggingFaceModel:

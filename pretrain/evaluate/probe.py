@@ -179,10 +179,11 @@ def fit_supervised(
     config: SupervisedConfig,
     seed: int,
     per_frame: bool,
+    device: str = "cpu",
 ) -> Callable[[Sequence[Example]], list[np.ndarray]]:
     """Trains from scratch on the labels; returns what names the classes of further examples."""
     torch.manual_seed(keyed_seed(seed, "supervised"))
-    net = Supervised(model, classes)
+    net = Supervised(model, classes).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr)
     rng = np.random.default_rng(seed)
     batches = _batches(train, config.batch_seconds)
@@ -193,27 +194,27 @@ def fit_supervised(
     )
 
     def logits(examples: Sequence[Example]) -> list[Tensor]:
-        lengths_B = torch.tensor([len(wave) for wave, _, _ in examples])
-        wave_BT = nn.utils.rnn.pad_sequence([wave for wave, _, _ in examples], batch_first=True)
+        lengths_B = torch.tensor([len(wave) for wave, _, _ in examples], device=device)
+        wave_BT = nn.utils.rnn.pad_sequence([wave for wave, _, _ in examples], batch_first=True).to(device)
         final = net.model(wave_BT, lengths_B).final
         rows = []
         for row, (_, frames, _) in enumerate(examples):
             x_FD = final.x_BFD[row, : max(1, int(final.lengths_B[row]))]
-            picked = x_FD[frames.clamp(max=len(x_FD) - 1)] if per_frame else x_FD.mean(0, keepdim=True)
+            picked = x_FD[frames.to(device).clamp(max=len(x_FD) - 1)] if per_frame else x_FD.mean(0, keepdim=True)
             rows.append(net.linear(picked))
         return rows
 
     @torch.inference_mode()
     def predict(examples: Sequence[Example]) -> list[np.ndarray]:
         net.eval()
-        return [row.argmax(1).numpy() for example in examples for row in logits([example])]
+        return [row.argmax(1).cpu().numpy() for example in examples for row in logits([example])]
 
     best, best_state = -1.0, net.state_dict()
     for _ in range(config.epochs):
         net.train()
         for number in rng.permutation(len(batches)):
             chosen = [train[i] for i in batches[number]]
-            loss = F.cross_entropy(torch.cat(logits(chosen)), torch.cat([labels for _, _, labels in chosen]))
+            loss = F.cross_entropy(torch.cat(logits(chosen)), torch.cat([labels for _, _, labels in chosen]).to(device))
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.corpus import Utterance, grid_labels, read_audio, read_manifest, read_phones
-from pretrain.evaluate.encoders import FrozenEncoder, open_encoder
+from pretrain.evaluate.encoders import FrozenEncoder
 from pretrain.evaluate.features import SILENCE
 from pretrain.evaluate.tasks import PROBES, splits
 
@@ -18,7 +18,7 @@ UTTERANCES, FRAMES = 24, 1_000
 HEADER = ["phone", "speaker", "language", "utterance", "second"]
 
 
-def labelled_frames(config: EvaluateConfig, checkpoint: str) -> tuple[Tensor, list[list[str]]]:
+def labelled_frames(config: EvaluateConfig, encoder: FrozenEncoder) -> tuple[Tensor, list[list[str]]]:
     """Up to FRAMES frames of the last layer, (N, D), and a row of HEADER for each; of the validation speakers.
 
     Speech of the first probing task of `config`; where it has an alignment, silence is left out. Raises ValueError as
@@ -33,7 +33,6 @@ def labelled_frames(config: EvaluateConfig, checkpoint: str) -> tuple[Tensor, li
         utterances = [u for u in utterances if u.name in phones]
     corpora = [c.strip() for c in config.corpora.split(",") if c.strip()]
     chosen = splits(tasks[0] if tasks else PROBES["phones"], utterances, corpora, UTTERANCES)[1]
-    encoder = open_encoder(checkpoint, config.device)
     frames, rows = [], []
     for utterance in chosen:
         wave_T = torch.from_numpy(read_audio(utterance.path))

@@ -53,13 +53,18 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     (folder / "results.md").write_text(markdown(rows), encoding="utf-8")
 
 
-def into_run(rows: Sequence[Row], run: Path, step: int, frames: tuple[Tensor, list[list[str]]] | None = None) -> None:
-    """Adds to RUN/evaluations.jsonl, and to its TensorBoard under evaluate/; `frames` to its projector."""
+def into_run(
+    rows: Sequence[Row], run: Path, step: int, frames: tuple[Tensor, list[list[str]]] | None = None, weights: str = ""
+) -> None:
+    """Adds to RUN/evaluations.jsonl, and to its TensorBoard under evaluate/; `frames` to its projector.
+
+    weights: the checksum of what was evaluated.
+    """
     board = SummaryWriter(str(run / "tb" / "evaluate"))
     with (run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
         for row in rows:
             name = re.sub(r"[^A-Za-z0-9]+", "_", f"{row.task}/{row.measure}").replace("_", "/", 1)
-            file.write(json.dumps({"step": step, "name": name, **plain([row])[0]}) + "\n")
+            file.write(json.dumps({"step": step, "weights": weights, "name": name, **plain([row])[0]}) + "\n")
             board.add_scalar(f"evaluate/{name}", row.value, step)
     if frames is not None:
         add_frames(board, *frames, projection.HEADER, "labelled_frames", step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from pretrain.evaluate.features import GRID_HZ, SILENCE, Labelled, Waves, grid_f
 from pretrain.evaluate.measures import Tally, bootstrap
 from pretrain.evaluate.probe import Example, View, choose_view, fit_probe, fit_supervised
 from pretrain.evaluate.tasks import MEASURES, PROBES, TASKS, Task, splits
+from pretrain.evaluate.unlabelled import point, verification
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Intervals are 95 % over test speakers; differences are paired by speaker."""
+    """One line of the table. Intervals are 95 % over test speakers; differences are paired by speaker.
+
+    Of measures that fit nothing, `value` and interval of random weights are means over the seeds.
+    """
 
     task: str
     measure: str
@@ -38,13 +43,16 @@ class Row:
     """(value − log-mel) / (supervised − log-mel)."""
 
 
-def evaluate(config: EvaluateConfig, say: Say = print) -> list[Row]:
-    """All checkpoints × tasks. Raises ValueError for an unknown task, an unreadable checkpoint or a missing corpus."""
+def evaluate(config: EvaluateConfig, say: Say = print, encoders: Sequence[FrozenEncoder] = ()) -> list[Row]:
+    """All checkpoints × tasks; `encoders` where they are open already.
+
+    Raises ValueError for an unknown task, an unreadable checkpoint or a missing corpus.
+    """
     names = [name.strip() for name in config.task.split(",") if name.strip()]
     for name in names:
         if name not in TASKS:
             raise ValueError(f"task={name}: there is no such task; there are: {', '.join(TASKS)}")
-    encoders = [open_encoder(given.strip(), config.device) for given in config.checkpoint.split(",")]
+    encoders = encoders or [open_encoder(given.strip(), config.device) for given in config.checkpoint.split(",")]
     utterances = read_manifest(Path(config.manifest).expanduser())
     rows: list[Row] = []
     for name in names:
@@ -128,6 +136,7 @@ class Room:
                 self.config.supervised,
                 seed,
                 self.task.target is None,
+                self.config.device,
             )
             hits = (np.concatenate(predict(examples[2])) == truth.numpy()).astype(float)
             for measure, counts in self.counted(test).items():
@@ -157,8 +166,9 @@ class Room:
             random: dict[str, list[Tally]] = {}
             taught: dict[str, list[Tally]] = {}
             if self.config.baselines and encoder.fresh is not None:
-                fresh, name = encoder.fresh, f"random weights ({encoder.name})"
-                random = self._said(name, self.probe(lambda seed: freeze(fresh(seed), name), same=False))  # noqa: B023
+                name = f"random weights ({encoder.name})"
+                made = partial(self.random, encoder)
+                random = self._said(name, self.probe(made, same=False))
                 rows += self._rows(name, random, log_mel, {}, {})
                 if self.config.supervised.epochs:
                     name = f"supervised from scratch ({encoder.name})"
@@ -174,18 +184,40 @@ class Room:
         valid, test = ([u for u in everyone if u.split == split] for split in ("valid", "test"))
         if not valid or not test:
             return []
-        beside = self.beside(encoders, context=10)
-        return [
-            Row(self.name, "EER of verification", e.name, unlabelled.verification(e, valid, test, self.waves))
-            for e in (*beside, *encoders)
-        ]
 
-    def beside(self, encoders: Sequence[FrozenEncoder], context: int) -> list[FrozenEncoder]:
-        """log-mel and the random encoders, for measures that fit nothing."""
-        if not self.config.baselines:
-            return []
-        random = [freeze(e.fresh(0), f"random weights ({e.name})") for e in encoders if e.fresh is not None]
-        return [log_mel_with_context(context), *random]
+        def measure(encoder: FrozenEncoder) -> unlabelled.Found:
+            return [("EER of verification", point(verification(encoder, valid, test, self.waves)))]
+
+        return self.beside(encoders, measure, context=10)
+
+    def random(self, encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
+        """The architecture of `encoder` with the random weights of a seed."""
+        assert encoder.fresh is not None
+        return freeze(encoder.fresh(seed), f"random weights ({encoder.name})", self.config.device)
+
+    def beside(
+        self, encoders: Sequence[FrozenEncoder], measure: Callable[[FrozenEncoder], unlabelled.Found], context: int
+    ) -> list[Row]:
+        """What fits nothing: log-mel, the means over random weights of all seeds, and the checkpoints."""
+        rows: list[Row] = []
+        if self.config.baselines:
+            baseline = log_mel_with_context(context)
+            rows += self._found(baseline.name, [measure(baseline)])
+            for encoder in encoders:
+                if encoder.fresh is not None:
+                    found = [measure(self.random(encoder, seed)) for seed in range(self.config.seeds)]
+                    rows += self._found(f"random weights ({encoder.name})", found)
+        for encoder in encoders:
+            rows += self._found(f"{encoder.name} (step {encoder.step})", [measure(encoder)])
+        return rows
+
+    def _found(self, who: str, by_seed: Sequence[unlabelled.Found]) -> list[Row]:
+        self.say(f"{self.name}: {who} measured")
+        rows = []
+        for same in zip(*by_seed, strict=True):
+            means = np.mean([(i.value, i.low, i.high) for _, i in same], axis=0).tolist()
+            rows.append(Row(self.name, same[0][0], who, *means))
+        return rows
 
     def _said(self, who: str, tallies: dict[str, list[Tally]]) -> dict[str, list[Tally]]:
         for measure, by_seed in tallies.items():
@@ -218,12 +250,11 @@ class Room:
 
     def measures(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
         """Label-free measures and ABX of every layer on the test part, random weights and log-mel beside."""
-        rows = []
-        for encoder in (*self.beside(encoders, context=0), *encoders):
-            found = unlabelled.MEASURES[self.name](encoder, self.parts[2], self.phones, self.classes, self.waves)
-            rows += [Row(self.name, measure, encoder.name, i.value, i.low, i.high) for measure, i in found]
-            self.say(f"{self.name}: {encoder.name} measured")
-        return rows
+
+        def measure(encoder: FrozenEncoder) -> unlabelled.Found:
+            return unlabelled.MEASURES[self.name](encoder, self.parts[2], self.phones, self.classes, self.waves)
+
+        return self.beside(encoders, measure, context=0)
 
 
 def plain(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from pretrain.evaluate import abx as phone_abx
 from pretrain.evaluate.corpus import Interval, Utterance
@@ -46,12 +47,14 @@ def abx(
 def pnmi(
     encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
 ) -> Found:
-    """k-means units of each layer against the phones."""
+    """k-means units of each layer against the phones, on frames that are not silence."""
     from sklearn.cluster import MiniBatchKMeans
 
     frames = phone_frames(encoder, part, phones, classes, waves)
-    kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // MAX_FRAMES)]
-    labels = frames.y_N[:: max(1, len(frames.x_NLD) // MAX_FRAMES)].numpy()
+    spoken_N = torch.isin(frames.y_N, torch.tensor([classes[p] for p in SILENCE if p in classes]), invert=True)
+    (chosen_N,) = spoken_N.nonzero(as_tuple=True)
+    chosen_N = chosen_N[:: max(1, len(chosen_N) // MAX_FRAMES)]
+    kept, labels = frames.x_NLD[chosen_N], frames.y_N[chosen_N].numpy()
     found: Found = []
     for layer in range(kept.shape[1]):
         x_ND = kept[:, layer].float().numpy()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +18,7 @@ from pretrain.checkpoint import TrainState
 from pretrain.engines import World, make_engine
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig
 from pretrain.evaluate.corpus import Utterance
-from pretrain.evaluate.encoders import find_checkpoint, open_encoder
+from pretrain.evaluate.encoders import FrozenEncoder, find_checkpoint, open_encoder
 from pretrain.evaluate.hugging_face import HuggingFaceModel
 from pretrain.evaluate.run import evaluate
 from pretrain.evaluate.tasks import PROBES, splits
@@ -32,13 +36,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with one checkpoint of an untrained model."""
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "tiny")
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    save(folder, 4)
+    return folder
+
+
+def save(path: Path, *steps: int, seed: int = 0) -> None:
+    """Checkpoints of a run of 4 steps."""
+    folder = RunFolder(path)
     folder.claim()
-    settings = config(4)
+    settings = replace(config(4), seed=seed)
+    settings = replace(settings, train=replace(settings.train, keep_last=10))
     engine = make_engine(settings, build_model(settings), World())
     with checkpoint.Saver(folder, engine, settings) as saver:
-        saver.save(TrainState(4))
-    return folder.path
+        for step in steps:
+            saver.save(TrainState(step))
 
 
 def settings(corpus: Path, given: Path, task: str, **more: object) -> EvaluateConfig:
@@ -103,6 +115,95 @@ def test_following_a_run_writes_into_its_tensorboard(corpus: Path, saved: Path) 
     assert rows[0] == ["phone", "speaker", "language", "utterance", "second"]
     assert {row[0] for row in rows[1:]} == set(PITCHES)
     assert {row[1] for row in rows[1:]} == {"speaker3"}
+
+
+@pytest.fixture
+def follow(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Follows tmp_path/run; the steps that its evaluations.jsonl has then."""
+    monkeypatch.setattr("launch.verbs.evaluate.POLL_SECONDS", 0.05)
+    options = ["task=keywords", "follow=true", "corpora=tones", "seeds=1", "bootstrap=100", "probe.min_updates=2"]
+    options += [f"manifest={corpus}/manifest.tsv", "phones=phones.tsv", f"checkpoint={tmp_path / 'run'}"]
+
+    def follow(*more: str) -> list[int]:
+        (tmp_path / "run" / "config.json").write_text("{}")
+        assert main(["evaluate", *options, *more]) == 0
+        lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+        return [json.loads(line)["step"] for line in lines]
+
+    return follow
+
+
+def test_each_checkpoint_of_a_followed_run_is_evaluated_once(
+    follow: Callable[..., list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "run", 1, 2, 3, 4)
+    assert follow("every=2") == [2, 4]
+    assert follow() == [2, 4, 1, 3]
+    assert "all 4 steps are done" in capsys.readouterr().out
+
+
+def test_steps_done_anew_are_evaluated_anew(follow: Callable[..., list[int]], tmp_path: Path) -> None:
+    save(tmp_path / "run", 2, 4)
+    follow()
+    save(tmp_path / "run", 4, seed=1)
+    assert follow() == [2, 4, 4]
+
+
+def test_a_run_that_died_is_not_followed_for_ever(
+    follow: Callable[..., list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "run", 2)
+    assert follow("follow_minutes=0.001") == [2]
+    assert "no sign of life for follow_minutes=0.001" in capsys.readouterr().out
+    (tmp_path / "run" / "UNHEALTHY").write_text("loss is NaN")
+    assert follow() == [2]
+    assert "stopped as unhealthy" in capsys.readouterr().out
+
+
+def test_a_checkpoint_removed_before_it_was_read_is_passed_over(
+    follow: Callable[..., list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "run", 2, 4)
+
+    def gone(given: str, device: str) -> FrozenEncoder:
+        if given.endswith("2"):
+            shutil.rmtree(given)
+        return open_encoder(given, device)
+
+    monkeypatch.setattr("pretrain.evaluate.encoders.open_encoder", gone)
+    assert follow() == [4]
+
+
+def test_all_that_is_trained_or_frozen_goes_to_the_device(
+    corpus: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, to = [], torch.nn.Module.to
+
+    def noted(module: torch.nn.Module, *given: object) -> torch.nn.Module:
+        moved.append(given)
+        return to(module, "cpu")
+
+    monkeypatch.setattr(torch.nn.Module, "to", noted)
+    evaluate(settings(corpus, saved, "keywords", seeds=1, device="cpu:0"), say=lambda line: None)
+    assert moved == [("cpu:0",)] * 3  # the checkpoint, random weights, the supervised twin
+
+
+def test_units_are_compared_with_phones_where_there_is_speech(
+    corpus: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+
+    def noted(labels: np.ndarray, units: np.ndarray) -> tuple[float, float, float]:
+        seen.append(set(labels.tolist()))
+        return 0.1 * len(seen), 0.0, 0.0
+
+    monkeypatch.setattr("pretrain.evaluate.unlabelled.phone_normalized_mutual_information", noted)
+    rows = evaluate(settings(corpus, saved, "pnmi"), say=lambda line: None)
+    assert all(len(labels) == len(PITCHES) for labels in seen)  # a third of each clip is silence
+    layers = (len(seen) - 1) // 3  # log-mel has one, then come two seeds of random weights and the checkpoint
+    (mean,) = (row.value for row in rows if row.who.startswith("random") and row.measure == "PNMI, layer 0")
+    assert len(seen) == 1 + 3 * layers
+    assert mean == pytest.approx(0.1 * (2 + 2 + layers) / 2)
 
 
 def test_a_hugging_face_folder_is_evaluated_alike(corpus: Path, tmp_path: Path) -> None:

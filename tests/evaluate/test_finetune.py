@@ -14,6 +14,8 @@ import torch
 
 from launch.app import main
 from pretrain.evaluate.decode import NGram, beam_search, greedy
+from pretrain.evaluate.encoders import open_pretrained
+from pretrain.evaluate.finetune import Recogniser
 from tests.evaluate.test_evaluate import corpus, saved  # noqa: F401  # fixtures
 
 SYMBOLS = "abc"
@@ -63,6 +65,30 @@ def test_the_n_gram_is_a_distribution_that_knows_its_texts() -> None:
     for context in ("", "a", "ab", "cc"):
         assert sum(math.exp(model.log_prob(context, s)) for s in SYMBOLS) == pytest.approx(1.0)
     assert model.log_prob("aba", "b") > math.log(0.8)
+
+
+def test_a_hugging_face_model_becomes_a_recogniser(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    tiny = transformers.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_extract_norm="layer",
+    )  # fmt: skip
+    transformers.Wav2Vec2Model(tiny).save_pretrained(tmp_path / "hub")
+    net = Recogniser(open_pretrained(str(tmp_path / "hub")).model, SYMBOLS).eval()
+    wave_BT, lengths_B = torch.randn(1, 16000), torch.tensor([16000])
+    whole, _ = net(wave_BT, lengths_B)
+    dropped, frames_B = net(wave_BT, lengths_B, torch.arange(49)[None] < 10)
+    assert whole.shape == dropped.shape == (1, int(frames_B[0]), len(SYMBOLS) + 1)
+    assert not torch.equal(whole, dropped)
+    assert torch.equal(whole, net(wave_BT, lengths_B)[0])
+
+    options = ["corpora=tones", "steps=8", "frozen_steps=2", "batch_seconds=6", "mask_time=0.05", "beam=0"]
+    options += [f"manifest={corpus}/manifest.tsv", f"out={tmp_path / 'out'}"]
+    assert main(["finetune", f"checkpoint={tmp_path / 'hub'}", *options]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["pretrained"]["model_type"] == "wav2vec2"
+    assert [row["decoder"] for row in found["errors"]] == ["greedy"]
 
 
 def test_finetuning_learns_to_write_tones(corpus: Path, saved: Path, tmp_path: Path) -> None:  # noqa: F811
