@@ -36,7 +36,7 @@ class Heartbeat:
     ) -> None:
         self._folder, self._path = run_folder, run_folder / "heartbeats" / f"rank_{rank}.json"
         self._patience, self._warn = patience_seconds, warn_seconds
-        self._interval = min(INTERVAL, warn_seconds / 4)
+        self._interval = min(INTERVAL, warn_seconds / 10)  # it tells after at most two of them more
         self._told = 0.0
         self._note: dict[str, Any] = {"start": start, "rank": rank, "step": 0, "phase": PHASES[0], "parts": 0}
         self._note["since"] = time.time()

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.faults.test_kill_training import prepare
 from tests.reader.tiny_shards import sounds, write_shards
 
-TIMEOUT_MINUTES = 0.15
+TIMEOUT_MINUTES = 0.2
 
 
 @pytest.mark.slow
