@@ -110,21 +110,22 @@ def mfcc() -> Extractor:
     return Extractor(compute, 100)
 
 
-def make_targets(config: TargetsConfig, extractor: Callable[[], Extractor] = mfcc) -> TargetsSummary:
+def make_targets(config: TargetsConfig, extractor: Callable[[], Extractor] = mfcc, weights: str = "") -> TargetsSummary:
     """Fits the centres, then labels every shard; what is there already is not done again.
 
-    extractor: makes the features; called once in each worker, so it has to be importable there. Raises ConfigError for
-    a folder of labels of other settings, OSError when it cannot be written.
+    extractor: makes the features; called once in each worker, so it has to be importable there. weights: checksum of
+    its weights, where it has any. Raises ConfigError for a folder of labels of other settings or weights, OSError when
+    it cannot be written.
     """
     records = done_records(config.shards)
     store = FileStore(config.out)
     with cluster(config.ray):
-        settings = _settings(config, records)
+        settings = _settings(config, records, weights)
         _same_settings(store, settings)
         centres, inertia = (_given(config), ()) if config.kmeans else _fit(config, records, extractor, store)
         content = save_tensors({"centres": centres}, metadata={"settings": json.dumps(settings, sort_keys=True)})
         if config.kmeans:
-            content = FileStore(config.kmeans).read(KMEANS)
+            content = _read_centres(config)
         artefact = hashlib.sha256(content).hexdigest()
         store.replace(KMEANS, content)
         labels = LabelSet(artefact, _cached(extractor).rate_hz, len(centres))
@@ -139,12 +140,15 @@ def make_targets(config: TargetsConfig, extractor: Callable[[], Extractor] = mfc
     return TargetsSummary(artefact, len(records), labels.classes, labels.rate_hz, inertia)
 
 
-def all_labelled(config: TargetsConfig) -> bool:
-    """Whether every shard has its labels. Raises ConfigError where they are there, but of other settings."""
+def all_labelled(config: TargetsConfig, weights: str = "") -> bool:
+    """Whether every shard has its labels. Raises ConfigError where they are there, but of other settings.
+
+    weights: as in `make_targets`; empty does not ask for them.
+    """
     records, store = done_records(config.shards), FileStore(config.out)
     if not store.exists("targets.json") or not store.exists("labels.json"):
         return False
-    _same_settings(store, _settings(config, records))
+    _same_settings(store, _settings(config, records, weights))
     artefact = LabelSet.read(config.out).artefact
     return all(
         store.exists(file_name(record.shard)) and _artefact_of(store, record.shard) == artefact for record in records
@@ -304,18 +308,24 @@ def _last_round(store: FileStore) -> tuple[Matrix | None, list[float]]:
 
 
 def _given(config: TargetsConfig) -> Matrix:
-    try:
-        centres: Matrix = load_tensors(FileStore(config.kmeans).read(KMEANS))["centres"]
-    except FileNotFoundError:
-        raise ConfigError(f"kmeans={config.kmeans}: holds no {KMEANS}") from None
+    centres: Matrix = load_tensors(_read_centres(config))["centres"]
     return centres
 
 
-def _settings(config: TargetsConfig, records: list[DoneRecord]) -> dict[str, Any]:
+def _read_centres(config: TargetsConfig) -> bytes:
+    try:
+        return FileStore(config.kmeans).read(KMEANS)
+    except FileNotFoundError:
+        raise ConfigError(f"kmeans={config.kmeans}: holds no {KMEANS}") from None
+
+
+def _settings(config: TargetsConfig, records: list[DoneRecord], weights: str) -> dict[str, Any]:
     """What the labels follow from."""
     names = ("features", "layer", "classes", "fraction", "seed", "kmeans")
     shards = hashlib.sha256("".join(record.sha256 for record in records).encode()).hexdigest()
-    return {**{name: getattr(config, name) for name in names}, "shards": shards}
+    centres = hashlib.sha256(_read_centres(config)).hexdigest() if config.kmeans else ""
+    given = {name: text for name, text in (("weights", weights), ("centres", centres)) if text}
+    return {**{name: getattr(config, name) for name in names}, "shards": shards, **given}
 
 
 def _same_settings(store: FileStore, settings: dict[str, Any]) -> None:

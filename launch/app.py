@@ -96,7 +96,7 @@ def _overview() -> str:
             "`auricle VERB --help` lists every field of that verb with its meaning, default and limits;",
             "`auricle VERB ... --cfg` prints the composed config and does nothing else.",
             "Exit codes: 0 done, 1 the work failed, 2 the command or config is wrong, 3 the run is unhealthy,",
-            "130 stopped with Ctrl-C.",
+            "4 a newer start of the run took over, 130 stopped with Ctrl-C.",
         ]
     )
 

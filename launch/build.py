@@ -28,7 +28,7 @@ def build(config: Config, world: World) -> Run:
     folder = RunFolder(Path(config.runs).expanduser() / config.name)
     reader = open_reader(config.data, config.seed, world.rank, world.size)
     module = build_model(config)
-    if config.init:
+    if config.init and not (folder.checkpoints / "latest").is_file():  # a resume brings its own weights
         load_initial(config, module)
     engine = make_engine(config, module, world)
     return Run(engine, reader, folder)

@@ -17,7 +17,9 @@ from data_pipeline.targets import all_labelled
 from launch import describe, job
 from launch.compose import compose
 from launch.config import Iteration, PretrainJob, TargetsJob
+from launch.states import require_ended
 from launch.submit import read_note, steps_done
+from launch.verbs.targets import weights_of
 
 T = TypeVar("T")
 LABELS = "units"
@@ -47,7 +49,12 @@ class Link:
         if not self.folder.exists():
             return False
         if self.verb == "targets":
-            return all_labelled(_config("targets", TargetsJob, self.arguments))
+            labels = _config("targets", TargetsJob, self.arguments)
+            try:
+                weights = weights_of(labels)
+            except (ValueError, OSError):
+                weights = ""  # the model was removed since: its labels remain
+            return all_labelled(labels, weights)
         config = _config("pretrain", PretrainJob, self.arguments)
         if steps_done(self.folder) < config.train.steps:
             return False
@@ -67,6 +74,9 @@ def run(config: PretrainJob, arguments: Sequence[str], verbs: Mapping[str, Verb]
             raise ConfigError(f"{switches[0]} is for one link of a chain: {', '.join(f'link={x.name}' for x in every)}")
         print("\n".join(link.command() for link in every))
         return 0
+    for link in every:
+        if config.link in ("", link.name) and not switches and not link.finished():
+            require_ended(link.folder)
     queued = bool(config.launcher.name == "slurm" or getattr(config.launcher, "dashboard", ""))
     done, after = {""}, ""
     for link in every:

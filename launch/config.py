@@ -21,6 +21,10 @@ class LocalConfig:
     threads: Annotated[int, about("CPU threads per rank; 0 shares the cores among the ranks", ge=0)] = 0
 
 
+STARTING_SECONDS = 120
+"""A start needs so long until it can hear the warning, which SLURM may give a minute early."""
+
+
 @config
 class SlurmConfig:
     """A SLURM cluster: slurm/*.sbatch. Pretraining starts one task per rank, the others one Ray node per node."""
@@ -65,6 +69,10 @@ class SlurmConfig:
             refuse("tasks_per_node", self.tasks_per_node, told)
         if self.container != "none" and not self.image:
             refuse("image", "", f"container={self.container} needs an image")
+        if 60 * self.minutes < self.warn_seconds + STARTING_SECONDS:
+            most = 60 * self.minutes - STARTING_SECONDS
+            told = f"at most {most} with minutes={self.minutes}: a start takes up to {STARTING_SECONDS} s"
+            refuse("warn_seconds", self.warn_seconds, told)
 
 
 @config

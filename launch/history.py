@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -51,6 +52,16 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The lines of a run's JSON-lines file; a last line that a crash cut off is left out."""
     return list(_lines(folder / name))
+
+
+def signs_of_life(folder: Path) -> float:
+    """When a rank of the run last wrote anything, in seconds since 1970; 0 if none ever did."""
+    times = [0.0]
+    for pattern in ("heartbeats/*.json", "metrics.jsonl", "incarnations/*", "checkpoints/latest"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):  # replaced while we looked
+                times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

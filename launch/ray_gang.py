@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> int:
 def _persist(given: argparse.Namespace) -> int:
     """Starts gangs until the run is done, cannot work, or fails too often without a new checkpoint."""
     config = json.loads((given.folder / "config.json").read_text(encoding="utf-8"))
+    (given.folder / STOP_FILE).unlink(missing_ok=True)
     failures, micro_batches = 0, config["data"]["micro_batches"]
     while True:
         before = steps_done(given.folder)

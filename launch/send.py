@@ -8,6 +8,7 @@ from typing import Any
 
 from launch import job, submitters, tasks
 from launch.foreground import Foreground
+from launch.states import require_ended
 from launch.submit import write_note
 
 DRY_RUN, PREPARE = "--dry-run", "--prepare"
@@ -42,6 +43,7 @@ def plan(verb: str, config: Any) -> str:
 def start(verb: str, config: Any) -> str:
     """Starts it. The job's handle; "" where it ran in this process and is done."""
     submitter = submitters.make(config.launcher, verb)
+    require_ended(tasks.folder_of(verb, config))
     folder = tasks.prepare(verb, config)
     handle = submitter.submit(folder)
     write_note(folder, handle, config.launcher, verb)

@@ -14,6 +14,7 @@ from launch.compose import sweep
 from launch.config import PretrainJob
 from launch.send import DRY_RUN, PREPARE, SWITCHES
 from launch.slurm import SlurmSubmitter
+from launch.states import require_ended
 from launch.submit import write_note
 
 MULTIRUN = "--multirun"
@@ -52,6 +53,8 @@ def _array(first: PretrainJob, lines: list[list[str]], dry_run: bool) -> int:
     if dry_run:
         print(submitter.plan(base, folders))
         return 0
+    for folder in folders:
+        require_ended(folder)
     for one in jobs:
         describe.prepare(one)
     handle = submitter.submit(base, folders)

@@ -67,7 +67,6 @@ def main(run_dir: str) -> int:
         reader, folder = run.reader, run.folder
         if world.rank == 0:
             folder.claim()
-            folder.stop_request.unlink(missing_ok=True)
             folder.unhealthy.unlink(missing_ok=True)
         folder.incarnation = _of_rank_0(folder.incarnation, world.size)
         limit = config.engine.timeout_minutes * 60
@@ -82,7 +81,8 @@ def main(run_dir: str) -> int:
         if folder.superseded():  # not only where that is the error: the other ranks see a collective end
             return STALE
         if isinstance(error, UnhealthyError):
-            folder.unhealthy.write_text(f"{error}\n", encoding="utf-8")
+            if rank == 0 or not folder.unhealthy.exists():  # rank 0 knows what it saw
+                folder.unhealthy.write_text(f"{error}\n", encoding="utf-8")
             return UNHEALTHY
         return 2 if isinstance(error, ValueError) else 1
     finally:

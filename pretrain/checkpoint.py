@@ -185,17 +185,24 @@ def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
     return _load(run, run.checkpoints / latest.read_text(encoding="utf-8").strip(), engine, config)
 
 
+class NothingToGoBackToError(ValueError):
+    """No checkpoint is old enough."""
+
+
 def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> TrainState:
     """Puts the newest checkpoint of at most `before` steps into `engine`; a collective.
 
-    Newer ones are set aside as `unhealthy_step_N`. Raises ValueError where there is no such checkpoint any more,
-    StaleIncarnationError when a newer start of the run exists.
+    Newer ones are set aside as `unhealthy_step_N`. Raises NothingToGoBackToError where there is no such checkpoint
+    (any more), StaleIncarnationError when a newer start of the run exists.
     """
     found = {int(path.name.removeprefix("step_")): path for path in run.checkpoints.glob("step_*")}
     healthy = max((step for step in found if step <= before), default=None)
     if healthy is None:
         kept = ", ".join(map(str, sorted(found))) or "none"
-        raise ValueError(f"there is no checkpoint of step {before} or earlier to go back to (there are: {kept})")
+        raise NothingToGoBackToError(
+            f"there is no checkpoint of step {before} or earlier to go back to (there are: {kept}; "
+            f"train.checkpoint_every={config.train.checkpoint_every}, train.keep_last={config.train.keep_last})"
+        )
     state = _load(run, found[healthy], engine, config)
     engine.world.agree(str(healthy), "the checkpoint to go back to")
     if engine.world.rank == 0:

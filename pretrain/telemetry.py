@@ -27,6 +27,8 @@ from pretrain.pictures import add_snapshot
 from pretrain.run_folder import RunFolder, write_atomically
 
 MAX_TEXT = 50_000
+RANKS_SHOWN = 64
+"""Of more ranks, only the one that waits longest for data has a curve."""
 """Characters of the git diff that are shown; all of it is in RUN/git.diff."""
 HPARAMS = (
     "data.batch_seconds", "data.micro_batches", "encoder.", "engine.precision", "frontend.", "objective.", "optimizer.",
@@ -140,12 +142,25 @@ def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, worl
         "perf/audio_seconds_per_second": result.samples / SAMPLE_RATE / seconds,
         "perf/memory_gib": peak_memory_gib(),
         "perf/data_wait_share": min(1.0, result.extras["wait_seconds"] / world / seconds),
+        **data_waits(result, seconds, world),
         "data/audio_seconds": result.samples / SAMPLE_RATE,
         "data/padding_share": 1.0 - step.samples / step.padded_samples,
         "data/skipped_segments": result.extras["skipped"],
         "data/epoch": float(step.after.epoch),
     }
     return scalars
+
+
+def data_waits(result: StepResult, seconds: float, world: int) -> dict[str, float]:
+    """Share of the step that each rank waited for data, and the rank that waited longest, where there are several."""
+    waits = [min(1.0, result.extras.get(f"wait/{rank}", 0.0) / seconds) for rank in range(world)]
+    if world == 1:
+        return {}
+    worst = max(range(world), key=waits.__getitem__)
+    found = {"perf/data_wait_share_worst": waits[worst], "perf/data_wait_worst_rank": float(worst)}
+    if world <= RANKS_SHOWN:
+        found |= {f"perf/data_wait_share/rank_{rank}": share for rank, share in enumerate(waits)}
+    return found
 
 
 def peak_memory_gib() -> float:

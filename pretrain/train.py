@@ -17,7 +17,7 @@ from pretrain.run_folder import RunFolder
 from pretrain.schedules import learning_rate
 from pretrain.telemetry import Telemetry, histograms, step_scalars
 from pretrain.types import StepContext
-from pretrain.watch import Watch
+from pretrain.watch import UnhealthyError, Watch
 
 
 class Ending(enum.Enum):
@@ -51,6 +51,8 @@ def train(
         say(_greeting(config, state, world.size))
         if config.schedule.warmup_steps > settings.steps:
             say(f"note: the warm-up ({config.schedule.warmup_steps} steps) is longer than the run ({settings.steps})")
+        if getattr(config.objective, "relabel_step", 0) >= settings.steps:
+            say(f"note: objective.relabel_step={config.objective.relabel_step} is never reached")
 
     engine.tell = heart.part
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
@@ -103,7 +105,10 @@ def _roll_back(
     """The newest state of at most `wanted.step` updates, but with the data after `wanted.cursor`, saved as such."""
     saver.wait()
     engine.world.agree(str(wanted.step), "the step to roll back to")
-    healthy = checkpoint.roll_back(run, engine, config, wanted.step)
+    try:
+        healthy = checkpoint.roll_back(run, engine, config, wanted.step)
+    except checkpoint.NothingToGoBackToError as error:
+        raise UnhealthyError(f"{watch.why}; {error}") from None
     watch.go_back(healthy.step, healthy.health)
     state = TrainState(healthy.step, wanted.cursor, watch.memory())
     saver.save(state)

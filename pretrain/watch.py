@@ -95,6 +95,11 @@ class Watch:
         self._why = ""
 
     @property
+    def why(self) -> str:
+        """The sentence of what this rank last wanted to stop or go back for."""
+        return self._why or ELSEWHERE
+
+    @property
     def limit(self) -> float:
         """The gradient norm above which an update is an outlier; alike on all ranks."""
         return health.gradient_limit(list(self._norms), self.settings.spike_factor, self.config.optimizer.clip_norm)
@@ -140,12 +145,12 @@ class Watch:
             self._judge(0, found)
         stop = torch.tensor([self._wish["stop"]], device=self._all_ranks.device)
         if self._all_ranks.sum(stop).item():
-            raise UnhealthyError(self._why or ELSEWHERE)
+            raise UnhealthyError(self.why)
 
     def obey(self, result: StepResult) -> int | None:
         """Before which step to roll back to, or None. Raises UnhealthyError on every rank when rank 0 wants to stop."""
         if result.extras["health/stop"]:
-            raise UnhealthyError(self._why or ELSEWHERE)
+            raise UnhealthyError(self.why)
         before = int(result.extras["health/rollback"])
         return self._count_rollback(before, self._why) if before else None
 
@@ -157,7 +162,8 @@ class Watch:
         if self.settings.on_nan == "stop":
             where = f"the batch is kept: auricle replay {self._run.path}" if kept else "RUN/health is full: not kept"
             raise UnhealthyError(f"{found.sentence(ctx.step)} ({where})")
-        return self._count_rollback(ctx.step, found.sentence(ctx.step))
+        self._why = found.sentence(ctx.step)
+        return self._count_rollback(ctx.step, self._why)
 
     def report(self) -> dict[str, float]:
         """Scalars of the updates since the last report (rank 0): those skipped, the newest check, the hours heard."""
@@ -205,7 +211,8 @@ class Watch:
         for name, measured in self._evaluations().items():
             steps = sorted(measured)
             fell = health.falling(name, [measured[at] for at in steps])
-            found.append(fell and dataclasses.replace(fell, pooled=max(0, step - steps[-4])))
+            # the first of them was the best, and its checkpoint is healthy
+            found.append(fell and dataclasses.replace(fell, pooled=max(0, step - steps[-4] - limits.every)))
         books = [np.sum(counts, axis=0) for counts in zip(*(seen.books for seen in self._recent), strict=True)]
         if step >= self._ranks_from:
             for name, rank in ranks.items():

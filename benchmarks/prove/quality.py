@@ -54,6 +54,8 @@ def pretrain(experiment: str, shards: Path, runs: Path, minutes: float) -> Path:
     seconds = sorted(row["perf/step_seconds"] for row in read_rows(runs / timing / "metrics.jsonl"))
     steps = max(TIMED_STEPS, int(minutes * 60 / seconds[len(seconds) // 2]))
     every = -(-steps // CHECKPOINTS)
+    if experiment == "quality_efficient":
+        common.append(f"objective.relabel_step={2 * steps // 3}")
     auricle(
         "pretrain", *common, f"name={experiment}", f"train.steps={steps}", f"train.checkpoint_every={every}",
         f"train.keep_last={CHECKPOINTS + 1}", f"train.media_every={every}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from data_pipeline.schema import ConfigError
 from launch import send
 from launch.config import EvaluateJob
-from launch.history import rows
+from launch.history import rows, signs_of_life
 from launch.verbs.targets import checkpoint_fingerprint
 from pretrain.evaluate.config import EvaluateConfig
 
@@ -140,16 +139,6 @@ def opened(saved: Saved, device: str) -> FrozenEncoder | None:
             raise
         return None
     return encoder if read(saved.folder) == saved else None
-
-
-def signs_of_life(run_folder: Path) -> float:
-    """When a rank of the run last wrote anything."""
-    times = [0.0]
-    for pattern in ("heartbeats/*.json", "metrics.jsonl", "incarnations/*", "checkpoints/latest"):
-        for path in run_folder.glob(pattern):
-            with contextlib.suppress(OSError):  # replaced while we looked
-                times.append(path.stat().st_mtime)
-    return max(times)
 
 
 def end_of(run_folder: Path, silent_seconds: float, follow_minutes: float) -> str:

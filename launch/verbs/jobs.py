@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-from data_pipeline.schema import ConfigError, load
+from data_pipeline.schema import load
 from launch import local, submitters, tasks
 from launch.arguments import Parser
 from launch.config import LAUNCHERS
 from launch.foreground import Foreground
 from launch.progress import Follower, describe
-from launch.slurm import SlurmError
-from launch.submit import NOTE, State, read_note, steps_done, write_note
+from launch.states import is_elsewhere, require_ended, state_of, total_steps
+from launch.submit import NOTE, read_note, steps_done, write_note
 
 ENDED = ("done", "failed", "cancelled")
-_LOST: State = "failed"
 
 
 def run(arguments: list[str]) -> int:
@@ -51,39 +46,6 @@ def run(arguments: list[str]) -> int:
     return {"status": _status, "cancel": _cancel, "requeue": _requeue}[given.verb](folder)
 
 
-def state_of(folder: Path) -> State | Literal["unknown"]:
-    """A run's state: what its launcher says, `done` once all steps are, `unknown` where nobody answers."""
-    note = read_note(folder)
-    submitter, state = submitters.for_note(note), _LOST
-    if not isinstance(submitter, local.ChildProcesses | Foreground) or note.host == os.uname().nodename:
-        try:
-            state = submitter.status(note.handle)
-        except (SlurmError, ConfigError):
-            return "done" if _complete(folder) else "unknown"
-    return "done" if state == "failed" and _complete(folder) else state
-
-
-def require_ended(folder: Path) -> None:
-    """Raises ConfigError where the run of `folder` waits or runs: a second start would depose the first."""
-    try:
-        note, state = read_note(folder), state_of(folder)
-    except (ValueError, KeyError):
-        return  # never submitted, or by a version whose notes are no longer understood
-    if note.handle.startswith(f"{os.getpid()}:"):
-        return  # an earlier job of this very process
-    if state in ("waiting", "running"):
-        raise ConfigError(
-            f"{folder}: {note.launcher} job {note.handle} is {state}; `auricle jobs cancel {shlex.quote(str(folder))}` "
-            "ends it"
-        )
-
-
-def _complete(folder: Path) -> bool:
-    """Whether the run folder itself says that all is done."""
-    steps = _steps(folder)
-    return steps_done(folder) >= steps if steps else (folder / tasks.RESULT).is_file()
-
-
 def _folder(name: str) -> Path:
     """Raises ValueError naming the runs there are."""
     for folder in (Path(name).expanduser(), Path("runs") / name):
@@ -91,14 +53,6 @@ def _folder(name: str) -> Path:
             return folder
     known = sorted(note.parent.name for note in Path("runs").glob(f"*/{NOTE}"))
     raise ValueError(f"{name}: no run of that name or folder; below runs/ there are: {', '.join(known) or 'none'}")
-
-
-def _steps(folder: Path) -> int:
-    """Of a pretraining run; 0 for other jobs."""
-    if not (folder / "config.json").exists():
-        return 0
-    steps: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]["steps"]
-    return steps
 
 
 def _list(runs: Path) -> int:
@@ -119,25 +73,25 @@ def _list(runs: Path) -> int:
 
 def _row(folder: Path) -> tuple[str, ...]:
     note, row = read_note(folder), Follower(folder).read()
-    step = str(row["step"] if row else 0) if _steps(folder) else "–"
+    step = str(row["step"] if row else 0) if total_steps(folder) else "–"
     handle = note.handle.partition(":")[0]
-    steps = str(_steps(folder) or "–")
+    steps = str(total_steps(folder) or "–")
     return folder.name, note.verb, note.launcher, handle, state_of(folder), step, steps, note.submitted
 
 
 def _status(folder: Path) -> int:
     state, row = state_of(folder), Follower(folder).read()
-    if not _steps(folder):
+    if not total_steps(folder):
         print(f"{folder}: {read_note(folder).verb} {state}")
         return 1 if state in ("failed", "cancelled") else 0
-    progress = f"step {row['step']}/{_steps(folder)}, {describe(row)}" if row else "no step done yet"
+    progress = f"step {row['step']}/{total_steps(folder)}, {describe(row)}" if row else "no step done yet"
     print(f"{folder}: {state}, {progress}, newest checkpoint at step {steps_done(folder)}")
     return 1 if state in ("failed", "cancelled") else 0
 
 
 def _logs(folder: Path, rank: int, follow: bool) -> int:
     path = folder / "logs" / f"rank_{rank}.log"
-    if not _steps(folder):
+    if not total_steps(folder):
         note = read_note(folder)
         if isinstance(submitters.for_note(note), Foreground) and not (folder / "logs" / tasks.LOG).exists():
             raise ValueError(f"{folder}: `auricle {note.verb}` ran in the foreground: what it said is on its terminal")
@@ -170,8 +124,12 @@ def _growing(path: Path, folder: Path) -> Iterator[str]:
 
 def _cancel(folder: Path) -> int:
     note = read_note(folder)
+    if is_elsewhere(note):
+        raise ValueError(f"{folder} was started on {note.host}, and only there it can be ended")
+    before = state_of(folder)
     submitters.for_note(note).cancel(note.handle)
-    print(f"{folder}: job {note.handle} is ended; its checkpoints stay")
+    had = f"had ended before ({before})" if before in ENDED else "is ended"
+    print(f"{folder}: job {note.handle} {had}; its checkpoints stay")
     return 0
 
 

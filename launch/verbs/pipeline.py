@@ -8,8 +8,8 @@ from launch import job
 from launch.config import RayConfig, SlurmConfig
 from launch.pipeline import PipelineConfig, Step, split, steps
 from launch.send import DRY_RUN
+from launch.states import require_ended
 from launch.submit import read_note
-from launch.verbs import jobs
 
 
 def run(arguments: list[str]) -> int:
@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> int:
     queued = isinstance(where, SlurmConfig) or (isinstance(where, RayConfig) and bool(where.dashboard))
     if DRY_RUN not in request.switches:
         for step in chain:  # before anything is queued
-            jobs.require_ended(step.folder())
+            require_ended(step.folder())
     return _walk(chain, queued, DRY_RUN in request.switches)
 
 

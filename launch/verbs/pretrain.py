@@ -13,8 +13,9 @@ from data_pipeline.shards import done_records
 from launch import chain, describe, job, local, progress, submitters, sweep
 from launch.config import PretrainJob
 from launch.send import DRY_RUN, PREPARE, SWITCHES, tell
+from launch.states import require_ended
 from launch.submit import steps_done, write_note
-from launch.verbs import jobs, targets
+from launch.verbs import targets
 from launch.worker import STALE, UNHEALTHY
 
 STOPPED = 85
@@ -40,7 +41,7 @@ def run(arguments: list[str]) -> int:
         print(submitter.plan(describe.folder_of(config)))
         return 0
     if PREPARE not in request.switches:
-        jobs.require_ended(describe.folder_of(config))
+        require_ended(describe.folder_of(config))
     if isinstance(submitter, local.ChildProcesses):
         Rules.of(config.data)
         _require_shards(config.data.shards)

@@ -27,13 +27,18 @@ def run(arguments: list[str]) -> int:
 def work(config: TargetsConfig) -> None:
     """Labels what is not labelled. Raises OSError where something could not be written."""
     extractor = mfcc if config.features == "mfcc" else functools.partial(layer_of, config.features, config.layer)
-    show(make_targets(config, extractor).rows())
+    show(make_targets(config, extractor, weights_of(config)).rows())
 
 
 def made_from(config: TargetsConfig) -> dict[str, str]:
     """The shards, and the checkpoint whose layer is taken."""
     shards = hashlib.sha256("".join(record.sha256 for record in done_records(config.shards)).encode()).hexdigest()
     return {"shards": shards, **({} if config.features == "mfcc" else checkpoint_fingerprint(config.features))}
+
+
+def weights_of(config: TargetsConfig) -> str:
+    """What tells the checkpoint from another at the same place; empty for MFCC."""
+    return "" if config.features == "mfcc" else " ".join(checkpoint_fingerprint(config.features).values())
 
 
 def made(config: TargetsConfig) -> dict[str, str]:
@@ -48,12 +53,13 @@ def made(config: TargetsConfig) -> dict[str, str]:
 def checkpoint_fingerprint(checkpoints: str) -> dict[str, str]:
     """sha256 of the weights of each checkpoint of a comma-separated list."""
     from pretrain.evaluate.encoders import find_checkpoint
+    from pretrain.export.initial import weight_files
 
     found = {}
     for text in checkpoints.split(","):
-        weights = find_checkpoint(text.strip()) / "model.safetensors"
-        with weights.open("rb") as file:
-            found[str(weights)] = hashlib.file_digest(file, "sha256").hexdigest()
+        for weights in weight_files(find_checkpoint(text.strip())):
+            with weights.open("rb") as file:
+                found[str(weights)] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 

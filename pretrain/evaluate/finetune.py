@@ -81,8 +81,8 @@ class Recogniser(nn.Module):
         if dropped_BF is not None:
             x_BFD = features.x_BFD.masked_fill(dropped_BF[:, : features.x_BFD.shape[1], None], 0.0)
             features = Frames(x_BFD, features.lengths_B, features.rate_hz, features.raw_BFD)
-        encoded = self.model.encoder(self.model.frontend.project(features))
-        return encoded
+        masked: EncoderOutput = self.model.encoder(self.model.frontend.project(features))
+        return masked
 
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
         """Features, of which some are dropped, of so many samples."""

@@ -80,8 +80,8 @@ def _from_hugging_face(config: Config, module: TrainModule, folder: Path) -> Non
     module.objective.attach(module.model)
 
 
-def read_hugging_face(folder: Path) -> dict[str, Tensor]:
-    """All weights of a Hugging Face folder, in one file or several. Raises ConfigError if none are safetensors."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights, one or several. Raises ConfigError if none are safetensors."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         names = {"model.safetensors"}
@@ -97,7 +97,12 @@ def read_hugging_face(folder: Path) -> dict[str, Tensor]:
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise ConfigError(f"{folder}: {index.name} names {missing[0]}, which is missing; download it, too")
-    return {key: weight for name in sorted(names) for key, weight in load_file(folder / name).items()}
+    return [folder / name for name in sorted(names)]
+
+
+def read_hugging_face(folder: Path) -> dict[str, Tensor]:
+    """All weights of a Hugging Face folder. Raises as `weight_files`."""
+    return {key: weight for file in weight_files(folder) for key, weight in load_file(file).items()}
 
 
 def architecture(config: Config) -> dict[str, Any]:

@@ -93,3 +93,27 @@ def test_a_worker_says_in_one_paragraph_what_is_wrong(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert "Traceback" not in said.decode()
     assert "nothing" in said.decode()
+
+
+def test_a_wish_to_stop_is_kept_while_ranks_start(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [sounds([1.5] * 20)])
+    folder = prepare(tmp_path, "run", shards)
+    (folder / "STOP").touch()  # as Ctrl-C does, before any rank is up
+    process = start(folder)
+    assert process.wait(timeout=120) == 85
+    assert 0 < read_rows(folder / "metrics.jsonl")[-1]["step"] < STEPS
+    assert (folder / "checkpoints" / "latest").is_file()
+
+
+def test_a_resume_does_not_need_what_the_run_started_from(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [sounds([1.5] * 20)])
+    source, folder = prepare(tmp_path, "source", shards), prepare(tmp_path, "run", shards)
+    (source / "STOP").touch()
+    assert start(source).wait(timeout=120) == 85
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"init": str(source)}))
+    (folder / "STOP").touch()
+    assert start(folder).wait(timeout=120) == 85
+    (folder / "STOP").unlink()
+    source.rename(tmp_path / "gone")
+    assert start(folder).wait(timeout=120) == 0

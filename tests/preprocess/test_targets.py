@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from data_pipeline import targets
 from data_pipeline.frame_labels import LabelSet
 from data_pipeline.schema import ConfigError, load
 from data_pipeline.shards import done_records, read_index
+from launch.verbs.targets import checkpoint_fingerprint
 from tests.preprocess.sounds import many, path_config, write_corpus
 from tests.preprocess.test_verify import preprocess_here
 
@@ -91,3 +93,33 @@ def test_another_set_gets_the_same_centres_and_other_settings_are_refused(shards
         targets.make_targets(settings(shards, tmp_path / "train", rounds=2, classes=9))
     with pytest.raises(ConfigError, match="holds no kmeans"):
         targets.make_targets(settings(shards, tmp_path / "other", kmeans=str(tmp_path)))
+
+
+def test_labels_of_other_weights_are_refused(shards: Path, tmp_path: Path) -> None:
+    config = settings(shards, tmp_path / "labels", rounds=1)
+    targets.make_targets(config, weights="one")
+    assert targets.all_labelled(config, "one")
+    assert targets.all_labelled(config), "the model is gone: its labels remain"
+    with pytest.raises(ConfigError, match="weights='two' here, 'one' there"):
+        targets.make_targets(config, weights="two")
+    with pytest.raises(ConfigError, match="holds labels of other settings"):
+        targets.all_labelled(config, "two")
+    other = settings(shards, tmp_path / "other", rounds=1, kmeans=str(tmp_path / "labels"))
+    targets.make_targets(other)
+    centres = targets.load_tensors((tmp_path / "labels" / targets.KMEANS).read_bytes())["centres"]
+    (tmp_path / "labels" / targets.KMEANS).write_bytes(targets.save_tensors({"centres": 2 * centres}))
+    with pytest.raises(ConfigError, match="centres="):
+        targets.make_targets(other)
+
+
+def test_weights_in_several_files_are_all_known(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [Path(name).name for name in checkpoint_fingerprint(str(tmp_path))] == ["a.safetensors", "b.safetensors"]
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="a pickle is never opened here"):
+        checkpoint_fingerprint(str(tmp_path))

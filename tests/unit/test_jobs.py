@@ -15,8 +15,8 @@ from data_pipeline.schema import ConfigError
 from launch import app
 from launch.config import LocalConfig, RayConfig, SlurmConfig
 from launch.slurm import SlurmError, SlurmSubmitter
+from launch.states import require_ended, state_of
 from launch.submit import read_note, write_note
-from launch.verbs.jobs import require_ended, state_of
 
 
 @pytest.fixture
@@ -143,3 +143,43 @@ def test_what_waits_or_runs_is_not_submitted_twice(
     assert app.main([*chain, *[f"pretrain.{line}" for line in best_rq[:3]]]) == app.USAGE
     assert capsys.readouterr().err.count("job 17 is") == 2
     assert not queued.exists()
+
+
+def test_a_second_task_array_or_chain_is_refused_before_anything_is_queued(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queued = folder / "queued"
+    commands(folder, monkeypatch, scontrol="echo JobId=17 JobState=RUNNING", sbatch=f"touch {queued}; echo 18")
+    runs = folder.parent
+    for name in ("preprocess_s", "sweep_0", "hubert-it1"):
+        (runs / name).mkdir()
+        write_note(runs / name, "17", SlurmConfig())
+    slurm = ("launcher=slurm", f"runs={runs}")
+    sweep = ("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "seed=1,2")
+    assert app.main(["preprocess", "corpus=path", "corpus.path=c", "out=s", *slurm]) == app.USAGE
+    assert app.main(["pretrain", *sweep, "name=sweep", "--multirun", *slurm]) == app.USAGE
+    assert app.main(["pretrain", "+experiment=hubert_base", "name=hubert", "data.shards=s", *slurm]) == app.USAGE
+    assert capsys.readouterr().err.count("job 17 is running") == 3
+    assert not queued.exists()
+
+
+def test_a_process_of_another_machine_is_known_by_its_notes_only(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_note(folder, f"{os.getpid() + 1}:1.0", LocalConfig())
+    values = json.loads((folder / "job.json").read_text())
+    (folder / "job.json").write_text(json.dumps(values | {"host": "elsewhere"}))
+    assert state_of(folder) == "running", "it has just written a row"
+    with pytest.raises(ConfigError, match=r"is running on elsewhere; .* on elsewhere ends it; if it died there"):
+        require_ended(folder)
+    assert app.main(["jobs", "cancel", "mine"]) == app.FAILED
+    assert "was started on elsewhere, and only there it can be ended" in capsys.readouterr().err
+    os.utime(folder / "metrics.jsonl", (1.0, 1.0))
+    assert state_of(folder) == "unknown"
+    require_ended(folder)
+
+
+def test_cancelling_what_has_ended_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_note(folder, "1:1.0", LocalConfig())
+    assert app.main(["jobs", "cancel", "mine"]) == 0
+    assert "had ended before (failed)" in capsys.readouterr().out

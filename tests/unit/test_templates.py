@@ -178,7 +178,11 @@ def test_each_gpu_gets_a_rank(gpus: int, tasks: int, ranks: int, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("given", "field"),
-    [({"gpus_per_node": 8, "tasks_per_node": 1}, "tasks_per_node"), ({"container": "pyxis"}, "image")],
+    [
+        ({"gpus_per_node": 8, "tasks_per_node": 1}, "tasks_per_node"),
+        ({"container": "pyxis"}, "image"),
+        ({"minutes": 5}, "warn_seconds"),
+    ],
 )
 def test_what_does_not_fit_together_is_refused(given: dict[str, object], field: str) -> None:
     with pytest.raises(ConfigError, match=field):

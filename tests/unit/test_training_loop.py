@@ -20,10 +20,11 @@ from launch.submit import steps_done
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.engines import Engine, World, make_engine
+from pretrain.engines.base import StepResult
 from pretrain.heartbeat import Heartbeat
 from pretrain.model import build_model
 from pretrain.run_folder import RunFolder, StaleIncarnationError
-from pretrain.telemetry import Telemetry, read_rows
+from pretrain.telemetry import RANKS_SHOWN, Telemetry, data_waits, read_rows
 from pretrain.train import Ending, train
 from tests.synthetic import SyntheticReader
 
@@ -277,3 +278,15 @@ def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
     ]
     assert json.loads((folder / "state.json").read_text())["config"]["objective"]["name"] == "best_rq"
     shutil.rmtree(tmp_path)
+
+
+def test_how_long_each_rank_waited_for_data_is_logged() -> None:
+    result = StepResult(0.0, {}, {"wait/0": 0.5, "wait/1": 9.0}, 0.0)
+    assert data_waits(result, 2.0, 2) == {
+        "perf/data_wait_share/rank_0": 0.25,
+        "perf/data_wait_share/rank_1": 1.0,
+        "perf/data_wait_share_worst": 1.0,
+        "perf/data_wait_worst_rank": 1.0,
+    }
+    assert len(data_waits(result, 2.0, RANKS_SHOWN + 1)) == 2
+    assert data_waits(result, 2.0, 1) == {}

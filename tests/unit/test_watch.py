@@ -318,8 +318,14 @@ def test_evaluations_of_steps_that_were_rolled_back_do_not_count(tmp_path: Path)
     settings = config(36, health={"on_chance": "rollback", "window": 40}, train=often)
     run(tmp_path, settings, evaluate)
     assert [event["detector"] for event in events(tmp_path)] == ["phones/non_silence falling"]
-    assert (tmp_path / "checkpoints" / "unhealthy_step_00000004").is_dir()
-    assert (tmp_path / "checkpoints" / "step_00000002").is_dir()
+    assert (tmp_path / "checkpoints" / "unhealthy_step_00000006").is_dir()
+    assert (tmp_path / "checkpoints" / "step_00000004").is_dir(), "the best of them"
+
+
+def test_where_no_checkpoint_is_old_enough_the_run_ends_as_unhealthy(tmp_path: Path) -> None:
+    settings = config(36, health={"on_nan": "rollback"}, train={"steps": 36, "checkpoint_every": 36})
+    with pytest.raises(UnhealthyError, match=r"there is no checkpoint of step .* train.checkpoint_every=36"):
+        run(tmp_path, settings, break_stem)
 
 
 def test_rollbacks_end(tmp_path: Path) -> None:
