@@ -39,7 +39,7 @@ PAGES = {
     "histograms": ("hist/codes",),
     "text": ("config/text_summary", "git_diff/text_summary"),
     "hparams": ("TABLE VIEW", "objective.name"),
-    "projector": ("frames:00004", "Total variance described"),
+    "projector": ("3 runs found", "1 tensor found", "Total variance described"),
 }
 """What each tab of TensorBoard has to show."""
 
