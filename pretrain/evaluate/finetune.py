@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -140,7 +141,8 @@ def _fit(
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, betas=(0.9, 0.98))
     warmup = max(1, settings.steps // 10)
     net.train()
-    for step in range(settings.steps):
+    every = max(1, settings.steps // 20)
+    for step in track(range(settings.steps), "fine-tuning", transient=True):
         chosen = _draw(train, waves, settings, step)
         wave_BT = nn.utils.rnn.pad_sequence([waves(train[i]) for i in chosen], batch_first=True).to(settings.device)
         lengths_B = torch.tensor([len(waves(train[i])) for i in chosen], device=settings.device)
@@ -157,7 +159,7 @@ def _fit(
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % 100 == 0 or step + 1 == settings.steps:
+        if (step + 1) % every == 0 or step + 1 == settings.steps:
             say(f"step {step + 1}/{settings.steps}  loss {float(loss.detach()):.3f} per character")
 
 
@@ -195,7 +197,7 @@ def judge(
     net.eval()
     references = [written(u.text, settings.symbols) for u in test]
     outputs: list[np.ndarray] = []
-    for utterance in test:
+    for utterance in track(test, "recognising", transient=True):
         wave_T = waves(utterance).to(settings.device)
         log_probs_BFV, frames_B = net(wave_T[None], torch.tensor([len(wave_T)], device=settings.device))
         outputs.append(log_probs_BFV[0, : int(frames_B[0])].cpu().numpy())
