@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_pipeline.stream import open_reader
 from data_pipeline.types import StepReader
@@ -20,15 +19,16 @@ class Run:
 
     engine: Engine
     reader: StepReader
-    folder: RunFolder
 
 
-def build(config: Config, world: World) -> Run:
-    """Builds everything for one rank. Raises ValueError or ConfigError for a config that cannot work here."""
-    folder = RunFolder(Path(config.runs).expanduser() / config.name)
+def build(config: Config, world: World, folder: RunFolder) -> Run:
+    """Builds everything for one rank of the run in `folder`.
+
+    Raises ValueError or ConfigError for a config that cannot work here.
+    """
     reader = open_reader(config.data, config.seed, world.rank, world.size)
     module = build_model(config)
     if config.init and not (folder.checkpoints / "latest").is_file():  # a resume brings its own weights
         load_initial(config, module)
     engine = make_engine(config, module, world)
-    return Run(engine, reader, folder)
+    return Run(engine, reader)

@@ -85,6 +85,12 @@ class LocalSubmitter(ChildProcesses):
         if device == "cuda" and not gpus:
             raise ConfigError("device=cuda: torch sees no GPU here; see `auricle doctor`, or take device=cpu")
         processes = config.processes or max(1, gpus)
+        named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        if gpus and (engine == "deepspeed" or processes > 1) and not all(name.isdigit() for name in named):
+            raise ConfigError(
+                f"CUDA_VISIBLE_DEVICES={','.join(named)}: the deepspeed launcher knows GPUs by number only; "
+                "`nvidia-smi -L` lists both. One MIG slice: engine.name=local launcher.processes=1"
+            )
         if gpus and processes > gpus:
             raise ConfigError(f"launcher.processes={processes}: one GPU per rank, and this machine has {gpus}")
         self._gpus = gpus

@@ -119,9 +119,13 @@ def _chained(pretrain: Step, run: PretrainJob) -> list[Step]:
 
 
 def pretraining_why(run: PretrainJob) -> str:
-    """Why a pretraining has to run (again); empty where its last checkpoint is whole, of this config and these data."""
+    """Why a pretraining has to run (again); empty where its last checkpoint is whole, of this config and these data.
+
+    Raises ConfigError where it is damaged: to train once more would change nothing, since all steps are done.
+    """
     from data_pipeline.stream import open_reader
     from pretrain import checkpoint
+    from pretrain.run_folder import RunFolder
 
     folder = describe.folder_of(run)
     done = steps_done(folder)
@@ -129,7 +133,7 @@ def pretraining_why(run: PretrainJob) -> str:
         return f"is at step {done} of {run.train.steps}"
     newest = folder / "checkpoints" / f"step_{done:08d}"
     if damaged := checkpoint.damage(newest):
-        return f"is damaged: {damaged}"
+        raise ConfigError(f"{damaged}; {checkpoint.remedy(RunFolder(folder))}")
     state = checkpoint.read_state(newest)
     checkpoint.require_same_config(state["config"], describe.run_config(run), newest)
     reader = open_reader(run.data, run.seed, 0, 1)

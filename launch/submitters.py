@@ -22,8 +22,8 @@ def for_job(job: PretrainJob) -> Submitter:
 
 
 def for_note(note: JobNote) -> Submitter:
-    """The submitter that a job was given to."""
-    return make(load(LAUNCHERS[note.launcher], note.config), note.verb, "deepspeed", "auto")
+    """The submitter that a job was given to, to ask after it or to end it: that needs no GPU here."""
+    return make(load(LAUNCHERS[note.launcher], note.config), note.verb, "deepspeed", "cpu")
 
 
 def make(launcher: Any, verb: str, engine: str = "deepspeed", device: str = "auto") -> Submitter:

@@ -63,8 +63,8 @@ def main(run_dir: str) -> int:
     try:
         config = load(Config, json.loads((path / "config.json").read_text(encoding="utf-8")))
         world = ranks.join(config.device, config.engine.timeout_minutes)
-        run = build(config, world)
-        reader, folder = run.reader, run.folder
+        run = build(config, world, folder)
+        reader = run.reader
         if world.rank == 0:
             folder.claim()
             folder.unhealthy.unlink(missing_ok=True)
@@ -109,7 +109,11 @@ if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     if len(arguments) != 1:
         sys.exit("usage: python -m launch.worker RUN_DIR")
-    code = main(arguments[0])
+    try:
+        code = main(arguments[0])
+    except BaseException:  # a defect: its whole traceback
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a collective's threads must not keep a failed rank alive

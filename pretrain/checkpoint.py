@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.files import sync
@@ -29,7 +28,7 @@ from data_pipeline.schema import ConfigError, dump
 from data_pipeline.types import Cursor
 from pretrain.config import Config
 from pretrain.engines import Engine
-from pretrain.run_folder import RunFolder, remove, write_atomically, write_json
+from pretrain.run_folder import RunFolder, remove, save_tensors, write_atomically, write_json
 
 FORMAT = 1
 MAY_CHANGE = (
@@ -134,7 +133,7 @@ def _write(
         digests = {}
         for kind, tensors in files.items():
             path = temporary / f"{kind}.safetensors"
-            save_file(tensors, path, metadata={"format": "pt"})
+            save_tensors(tensors, path)
             sync(path)
             digests[path.name] = _sha256(path)
         cursor = dataclasses.asdict(state.cursor) if state.cursor else None
@@ -222,7 +221,9 @@ def _load(run: RunFolder, folder: Path, engine: Engine, config: Config) -> Train
     try:
         engine.load_tensors(Tensors(folder), values["step"])
     except (KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: damaged or of another model ({error}); {_remedy(run)}") from error
+        raise ValueError(f"{folder}: damaged or of another model ({error}); {remedy(run)}") from error
+    if wrong := damage(folder):  # on every rank, so that all end for the same reason
+        raise ValueError(f"{folder}: damaged ({wrong}); {remedy(run)}")
     engine.scale.load(values.get("loss_scale", {}))
     return TrainState(values["step"], cursor, values.get("health", {}))
 
@@ -299,7 +300,8 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _remedy(run: RunFolder) -> str:
+def remedy(run: RunFolder) -> str:
+    """What to do about a checkpoint that is no good."""
     others = sorted(path.name for path in run.checkpoints.glob("step_*"))
     return f"write another whole one's name into {run.checkpoints / 'latest'} (there are: {', '.join(others)})"
 

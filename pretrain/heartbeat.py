@@ -7,6 +7,7 @@ before anybody fails. Where Python itself is stuck, a C timer does that and ends
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import math
@@ -66,8 +67,9 @@ class Heartbeat:
         while True:
             last = self._closed.wait(self._interval)
             temporary = self._path.with_suffix(".new")
-            temporary.write_text(json.dumps(self._note), encoding="utf-8")
-            temporary.replace(self._path)
+            with contextlib.suppress(OSError):  # a full or absent disk may come back; a thread that ended does not
+                temporary.write_text(json.dumps(self._note), encoding="utf-8")
+                temporary.replace(self._path)
             if last:
                 return
             if time.time() - self._note["since"] > self._warn and self._note["since"] != self._told:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.keyed_random import keyed_seed
 from data_pipeline.types import Batch
 from pretrain.model import TrainModule
-from pretrain.run_folder import RunFolder, write_json
+from pretrain.run_folder import RunFolder, save_tensors, write_json
 from pretrain.types import StepContext
 
 MAX_KEPT = 20
@@ -34,9 +34,8 @@ def save_batches(
     for i, batch in enumerate(batches):
         tensors |= {f"{i}/wave_BT": batch.wave_BT, f"{i}/lengths_B": batch.lengths_B}
         tensors |= {f"{i}/targets/{name}": target for name, target in batch.targets.items()}
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / f"rank_{rank}.safetensors"
-    )
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(contiguous, folder / f"rank_{rank}.safetensors")
     described = [{"keys": b.keys, "micro_batch": b.micro_batch, "labels": dict(b.labels)} for b in batches]
     write_json(folder / f"rank_{rank}.json", {"seed": ctx.seed, "step": ctx.step, "why": why, "batches": described})
     return folder

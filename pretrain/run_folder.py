@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 class StaleIncarnationError(RuntimeError):
@@ -78,6 +83,20 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """`values` as readable JSON, atomically."""
     write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file, readable to whom the umask lets (safetensors' own: to nobody else).
+
+    Raises OSError where it cannot be written (safetensors: an error of its own).
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(mode)
 
 
 def remove(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -139,6 +141,10 @@ def _requeue(folder: Path) -> int:
     if isinstance(submitter, local.ChildProcesses | Foreground):
         raise ValueError(f"{folder} ran from this machine: give its `auricle {note.verb}` command again, it continues")
     require_ended(folder)
+    folder = folder.absolute()
+    described = folder / "environment.json"
+    if described.exists():  # relative paths of the config count from where the run was given
+        os.chdir(json.loads(described.read_text(encoding="utf-8"))["directory"])
     launcher = replace(load(LAUNCHERS[note.launcher], note.config), after="")  # what it waited for has ended
     handle = submitters.make(launcher, note.verb).submit(folder)
     write_note(folder, handle, launcher, note.verb)

@@ -37,13 +37,26 @@ def run(arguments: list[str]) -> int:
     flops = measured.flops.of(config.data.max_seconds) / config.data.max_seconds / 1e9
     console.print(
         f"[bold]{config.name}[/]: {measured.parameters / 1e6:.1f} M parameters; forward pass {flops:.1f} GFLOP per "
-        f"second of audio; {config.train.steps:,} updates of {config.data.batch_seconds / 60:.0f} min of audio\n"
+        f"second of audio; {_updates(config):,} updates of {config.data.batch_seconds / 60:.0f} min of audio"
+        f"{_turns(config)}\n"
     )
     console.print(_memory(config, cluster, measured), _scaling(config, cluster, measured, mfu), sep="\n\n")
     console.print("\n[bold]assumed[/]")
     for name, text in plan_run.assumptions(config, cluster, mfu).items():
         console.print(f"  {name}: {text}")
     return 0
+
+
+def _updates(config: PretrainJob) -> int:
+    """Of all iterations, where the experiment is a chain of them."""
+    return sum(turn.steps for turn in config.chain.values()) or config.train.steps
+
+
+def _turns(config: PretrainJob) -> str:
+    if not config.chain:
+        return ""
+    counted = " + ".join(f"{name} {turn.steps:,}" for name, turn in config.chain.items())
+    return f" ({counted}; the labels in between are not counted)"
 
 
 def _share(text: str) -> float:
@@ -68,7 +81,7 @@ def _memory(config: Config, cluster: Cluster, measured: Measured) -> Table:
     return table
 
 
-def _scaling(config: Config, cluster: Cluster, measured: Measured, mfu: float) -> Table:
+def _scaling(config: PretrainJob, cluster: Cluster, measured: Measured, mfu: float) -> Table:
     columns = ("GPUs", "s of audio each", "step s", "sent GB", "not hidden s", "audio-h / GPU-h", "days", "")
     table = Table(*columns, title=f"with engine.zero_stage={config.engine.zero_stage}", title_justify="left", box=None)
     for gpus in sorted({*plan_run.counts(LARGEST), cluster.size}):
@@ -78,7 +91,7 @@ def _scaling(config: Config, cluster: Cluster, measured: Measured, mfu: float) -
             note = "less than one segment each: raise data.batch_seconds"
         table.add_row(
             *(str(gpus), f"{f.seconds_each:.1f}", f"{f.step:.3f}", f"{f.sent / 1e9:.2f}", f"{f.exposed:.3f}"),
-            *(f"{config.data.batch_seconds / f.step / gpus:,.0f}", f"{f.step * config.train.steps / 86400:,.2f}", note),
+            *(f"{config.data.batch_seconds / f.step / gpus:,.0f}", f"{f.step * _updates(config) / 86400:,.2f}", note),
             style="bold" if gpus == cluster.size else "",
         )
     return table

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_pipeline.keyed_random import keyed_rng, keyed_seed
@@ -21,7 +20,7 @@ from pretrain.evaluate.decode import BLANK, NGram, beam_search, greedy
 from pretrain.evaluate.encoders import Model, open_pretrained
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.hugging_face import HuggingFaceModel
-from pretrain.run_folder import write_json
+from pretrain.run_folder import save_tensors, write_json
 from pretrain.types import EncoderOutput, Frames
 
 
@@ -104,7 +103,9 @@ def finetune(settings: FinetuneConfig, say: Callable[[str], None] = print) -> li
     if settings.out:
         folder = Path(settings.out).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, folder / "model.safetensors")
+        save_tensors(
+            {name: value.contiguous() for name, value in net.state_dict().items()}, folder / "model.safetensors"
+        )
         rows = [{"decoder": e.decoder, "wer": e.wer, "cer": e.cer, "utterances": e.utterances} for e in found]
         described = {"finetune": dump(settings), "pretrained": pretrained.settings, "step": pretrained.step}
         write_json(folder / "results.json", {"errors": rows, **described})

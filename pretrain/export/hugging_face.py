@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.schema import ConfigError, load
@@ -22,6 +22,7 @@ from data_pipeline.types import SAMPLE_RATE
 from pretrain.config import Config
 from pretrain.export.layout import to_hugging_face
 from pretrain.model import TrainModule, build_model
+from pretrain.run_folder import save_tensors
 from pretrain.types import SpeechModel
 
 TOLERANCE = 1e-5
@@ -60,7 +61,7 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
         (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
         contiguous = {key: weight.contiguous().clone() for key, weight in weights.items()}
-        save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(contiguous, temporary / "model.safetensors")
         error = gate(module.model, config.frontend.normalize, temporary)
         if not error <= TOLERANCE:
             raise ConfigError(f"the exported model's features differ by {error:.1e} (allowed: {TOLERANCE:.0e})")

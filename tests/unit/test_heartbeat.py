@@ -40,6 +40,15 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
     assert (note["step"], note["phase"]) == (7, "computing")
 
 
+def test_a_disk_that_fails_for_a_while_ends_no_watch(tmp_path: Path) -> None:
+    with heartbeat.Heartbeat(tmp_path, 0, 600, warn_seconds=0.5) as heart:
+        (tmp_path / "heartbeats").rename(tmp_path / "gone")
+        time.sleep(0.3)
+        (tmp_path / "gone").rename(tmp_path / "heartbeats")
+        heart.beat(7, "computing")
+    assert json.loads((tmp_path / "heartbeats" / "rank_0.json").read_text())["step"] == 7
+
+
 def test_the_rank_furthest_behind_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "heartbeats"
     folder.mkdir()

@@ -59,6 +59,31 @@ def test_another_process_with_the_same_id_is_not_the_job(folder: Path) -> None:
     assert app.main(["jobs", "cancel", "mine"]) == 0, "and this very process lives on"
 
 
+def test_to_ask_after_a_job_needs_no_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks on the processor, or on GPUs that this shell does not see."""
+    monkeypatch.setattr("launch.local.gpu_count", lambda: 1)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    note(folder, process)
+    assert state_of(folder) == "running"
+    with pytest.raises(ConfigError, match="is running"):
+        require_ended(folder)
+    assert app.main(["jobs", "cancel", "mine"]) == 0
+    process.wait(timeout=10)
+
+
+def test_a_job_is_requeued_where_it_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config's relative paths, that of the run folder too, count from there."""
+    (folder / "environment.json").write_text(json.dumps({"directory": str(folder.parent.parent)}))
+    write_note(folder, "17", SlurmConfig())
+    script = f"pwd > {folder}/where; echo 18"
+    commands(folder, monkeypatch, scontrol="echo 'Invalid job id specified' >&2; exit 1", sbatch=script)
+    (folder.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(folder.parent / "elsewhere")
+    assert app.main(["jobs", "requeue", "../mine"]) == 0
+    assert (folder / "where").read_text().strip() == str(folder.parent.parent)
+    assert read_note(folder).handle == "18"
+
+
 def test_all_steps_done_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_note(folder, "1:1.0", LocalConfig())
     (folder / "checkpoints").mkdir()

@@ -138,3 +138,7 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("launch.local.gpu_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"launcher.processes=3.*has 2"):
         LocalSubmitter(LocalConfig(processes=3), "local", "auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1234")
+    with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES=MIG-1234: .* by number only"):
+        LocalSubmitter(LocalConfig(processes=1), "deepspeed", "auto")
+    assert LocalSubmitter(LocalConfig(processes=1), "local", "auto").processes == 1

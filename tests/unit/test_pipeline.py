@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.schema import ConfigError
-from launch import app, tasks
+from launch import app, job, tasks
 from launch.compose import sweep
-from launch.config import EvaluateJob, PreprocessJob, RayConfig, SlurmConfig, TargetsJob
-from launch.pipeline import PipelineConfig, Step, split, steps
+from launch.config import EvaluateJob, PreprocessJob, PretrainJob, RayConfig, SlurmConfig, TargetsJob
+from launch.pipeline import PipelineConfig, Step, pretraining_why, split, steps
 from launch.ray import RayJobs
 from launch.slurm import SlurmSubmitter
 from launch.submit import read_note
+from pretrain.run_folder import save_tensors
 from tests.preprocess.sounds import many, write_corpus
 from tests.preprocess.test_verify import preprocess_here
 
@@ -126,6 +128,20 @@ def test_a_task_that_failed_does_not_stand(tmp_path: Path, monkeypatch: pytest.M
     assert tasks.stands("preprocess", Step("preprocess", ("corpus.path=nowhere", "out=shards")).job())
     assert tasks.main([str(folder)]) == 2
     assert isinstance(PreprocessJob, type)
+
+
+def test_a_damaged_run_ends_a_pipeline_with_its_remedy(tmp_path: Path) -> None:
+    wanted = ["+experiment=best_rq_tiny", "data.shards=none", f"runs={tmp_path}", "name=mine", "train.steps=5"]
+    request = job.read("pretrain", PretrainJob, wanted)
+    assert request is not None
+    folder = tmp_path / "mine" / "checkpoints" / "step_00000005"
+    folder.mkdir(parents=True)
+    save_tensors({"weight": torch.ones(3)}, folder / "model.safetensors")
+    state = {"format": 1, "sha256": {"model.safetensors": "0" * 64}}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder.parent / "latest").write_text("step_00000005\n")
+    with pytest.raises(ConfigError, match=r"model.safetensors is not as it was written; write another whole one"):
+        pretraining_why(request.config)
 
 
 def test_a_sweep_is_every_combination() -> None:

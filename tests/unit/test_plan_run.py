@@ -74,6 +74,18 @@ def test_frame_labels_are_made_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert "GiB per GPU" in capsys.readouterr().out
 
 
+def test_a_chain_is_all_its_iterations(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("encoder.layers=1", "encoder.dim=32", "encoder.ffn_dim=64", "encoder.heads=2")
+    days = []
+    for of in ((), ("~chain",)):
+        assert app.main(["plan-run", "+experiment=hubert_base", *small, *of]) == 0
+        said = capsys.readouterr().out
+        on_one_gpu = [line.split() for line in said.splitlines() if line.split()[:1] == ["1"]][-1]
+        days.append(float(on_one_gpu[6]))
+        assert (("650,000 updates" in said) and ("it1 250,000 + it2 400,000" in said)) == (not of)
+    assert days[0] == pytest.approx(days[1] * 650 / 400, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["cluster=8x8xH10"], ["H100", "8x8xH100"]), (["cluster=8"], ["NODESxGPUSxKIND"]), (["mfu=2"], ["mfu=2"])],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
+import os
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -121,13 +122,13 @@ def test_every_so_many_checkpoints_are_kept_for_good(tmp_path: Path) -> None:
 
 
 def test_what_is_written_behind_is_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint.save_file
+    real = checkpoint.save_tensors
 
     def slow(*arguments: Any, **options: Any) -> None:
         time.sleep(0.3)  # training goes on meanwhile
         real(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
     run(tmp_path / "behind", config(steps=4))
     monkeypatch.undo()
     direct = {"steps": 4, "checkpoint_every": 2, "keep_last": 2, "save_behind": False}
@@ -177,8 +178,15 @@ def test_the_checkpoint_of_another_config_is_refused_by_field(tmp_path: Path) ->
 def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
     run(tmp_path, config())
     model = tmp_path / "checkpoints" / "step_00000006" / "model.safetensors"
-    model.write_bytes(model.read_bytes()[:1000])
+    whole = model.read_bytes()
+    model.write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=r"step_00000006: damaged.*step_00000004"):
+        run(tmp_path, config(steps=8))
+    model.write_bytes(whole)
+    flipped = bytearray(whole)
+    flipped[-100] ^= 64
+    model.write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"damaged \(.*model.safetensors is not as it was written\).*step_00000004"):
         run(tmp_path, config(steps=8))
     model.unlink()
     with pytest.raises(ValueError, match=r"model.safetensors is missing"):
@@ -187,18 +195,17 @@ def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
     assert run(tmp_path, config())[0] is Ending.FINISHED
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """No file may be larger than half of the model: the write itself fails, as on a full disk."""
     run(tmp_path, config(steps=2))
-    real = checkpoint.save_file
-
-    def full(tensors: Any, path: Path, metadata: Any) -> None:
-        real(dict(list(tensors.items())[:1]), path, metadata=metadata)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        run(tmp_path, config())
-    monkeypatch.undo()
+    size = (tmp_path / "checkpoints" / "step_00000002" / "model.safetensors").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors cannot be written: .*too large"):
+            run(tmp_path, config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
     assert run(tmp_path, config())[0] is Ending.FINISHED
 
@@ -266,6 +273,16 @@ def test_latest_names_a_whole_checkpoint_wherever_a_roll_back_is_cut_off(
     assert checkpoint.damage(named) == ""
     assert steps_done(tmp_path) == 4
     assert checkpoint.load_latest(folder, engine, settings).step == 4
+
+
+def test_others_may_read_a_checkpoint_where_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run(tmp_path, config(steps=2))
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "checkpoints" / "step_00000002").iterdir())
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o640 for path in files}
 
 
 def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
