@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from data_pipeline.frame_labels import LabelSet
+from data_pipeline.schema import ConfigError
 from data_pipeline.stream import open_reader
 from data_pipeline.types import StepReader
 from pretrain.config import Config
@@ -21,11 +24,32 @@ class Run:
     reader: StepReader
 
 
+def require_fitting_labels(config: Config) -> None:
+    """Raises ConfigError where frame labels have another rate, or more classes, than the objective reckons with."""
+    objective: Any = config.objective
+    name = getattr(objective, "labels", "")
+    if name not in config.data.targets:
+        return
+    root = config.data.targets[name]
+    labels = LabelSet.read(root)
+    if labels.rate_hz != objective.label_rate_hz:
+        raise ConfigError(
+            f"objective.label_rate_hz={objective.label_rate_hz:g}: the labels in {root} come at {labels.rate_hz} Hz; "
+            f"set objective.label_rate_hz={labels.rate_hz}"
+        )
+    if labels.classes > objective.units:
+        raise ConfigError(
+            f"objective.units={objective.units}: the labels in {root} are of {labels.classes} classes; "
+            f"set objective.units={labels.classes}"
+        )
+
+
 def build(config: Config, world: World, folder: RunFolder) -> Run:
     """Builds everything for one rank of the run in `folder`.
 
     Raises ValueError or ConfigError for a config that cannot work here.
     """
+    require_fitting_labels(config)
     reader = open_reader(config.data, config.seed, world.rank, world.size)
     module = build_model(config)
     if config.init and not (folder.checkpoints / "latest").is_file():  # a resume brings its own weights

@@ -80,8 +80,10 @@ def summarise(folder: Path, now: float | None = None) -> RunSummary:
     last = metrics[-1] if metrics else {}
     tail = metrics[-20:]
     step = int(last.get("step", 0))
-    age = (now or time.time()) - float(last.get("time", 0.0))
+    age = (now or time.time()) - max(signs_of_life(folder), float(last.get("time", 0.0)))
     state = "done" if step >= steps else "running" if age < ALIVE_SECONDS else "stopped" if step else "no step yet"
+    if (folder / "UNHEALTHY").is_file():
+        state = "unhealthy"
     evaluations = rows(folder, "evaluations.jsonl")
     newest = evaluations[-1] if evaluations else None
     return RunSummary(

@@ -27,11 +27,14 @@ def run(arguments: list[str]) -> int:
 
 
 def link(folders: list[Path], home: Path) -> None:
-    """One link per run below `home`, by its name; runs of one name get their parent's in front."""
-    names = [folder.name for folder in folders]
-    for folder in folders:
-        name = f"{folder.resolve().parent.name}-{folder.name}" if names.count(folder.name) > 1 else folder.name
-        (home / name).symlink_to((folder / "tb").resolve(), target_is_directory=True)
+    """One link per run below `home`, by its name; runs of one name get as many of their parents' as tell them apart."""
+    every = sorted({folder.resolve() for folder in folders})
+    for folder in every:
+        length, others = 1, [other for other in every if other != folder]
+        while any(other.parts[-length:] == folder.parts[-length:] for other in others):
+            length += 1
+        name = "-".join(part.strip("/") for part in folder.parts[-length:])
+        (home / name).symlink_to(folder / "tb", target_is_directory=True)
 
 
 def command(home: Path, port: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,16 +83,19 @@ def follow(config: EvaluateConfig) -> None:
     run_folder = Path(config.checkpoint).expanduser()
     if not (run_folder / "config.json").is_file() or "," in config.checkpoint:
         raise ConfigError(f"checkpoint={config.checkpoint}: with follow=true this must be one run folder")
-    tasks = {name.strip() for name in config.task.split(",")}
-    kept = rows(run_folder, "evaluations.jsonl")
-    done = {(row["step"], row.get("weights")) for row in kept if row["task"] in tasks}
+    tasks = [name.strip() for name in config.task.split(",")]
+    done: defaultdict[tuple[int, str], set[str]] = defaultdict(set)
+    for row in rows(run_folder, "evaluations.jsonl"):
+        done[row["step"], row.get("weights", "")].add(row["task"])
     sign, since = 0.0, time.monotonic()
     while True:
         if (newest := signs_of_life(run_folder)) != sign:
             sign, since = newest, time.monotonic()
         over = end_of(run_folder, time.monotonic() - since, config.follow_minutes)  # before looking what is there
         found = checkpoints(run_folder)
-        due = [s for s in found if s[:2] not in done and (s.step % config.every == 0 or s.step >= s.steps)]
+        due = [
+            s for s in found if not done[s[:2]].issuperset(tasks) and (s.step % config.every == 0 or s.step >= s.steps)
+        ]
         if not due:
             if over or (found and found[-1].step >= found[-1].steps):
                 print(over or f"{run_folder}: all {found[-1].steps} steps are done", flush=True)
@@ -102,8 +106,9 @@ def follow(config: EvaluateConfig) -> None:
         encoder = opened(saved, config.device)
         if encoder is None:
             continue
-        done.add(saved[:2])
-        measured = evaluate(replace(config, baselines=False), encoders=[encoder])
+        lacking = ",".join(task for task in tasks if task not in done[saved[:2]])
+        done[saved[:2]] |= set(tasks)
+        measured = evaluate(replace(config, task=lacking, baselines=False), encoders=[encoder])
         frames = labelled_frames(config, encoder)
         if saved[:2] == read(saved.folder.with_name(f"unhealthy_{saved.folder.name}"))[:2]:
             print(f"step {saved.step}: the run has rolled back from there meanwhile; not counted", flush=True)

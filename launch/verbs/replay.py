@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipeline.schema import load
 from launch.arguments import Parser
+
+if TYPE_CHECKING:
+    from pretrain.config import Config
+    from pretrain.model import TrainModule
 
 
 def run(arguments: list[str]) -> int:
@@ -29,20 +34,15 @@ def run(arguments: list[str]) -> int:
 def show(run_folder: Path, folder: Path) -> None:
     """Prints what each micro-batch does to the weights of the newest checkpoint before it."""
     from rich.table import Table
-    from safetensors.torch import load_file
 
     from launch.tables import show as show_table
     from pretrain.config import Config
-    from pretrain.model import build_model
     from pretrain.replay import load_batches, replay
 
     config = load(Config, json.loads((run_folder / "config.json").read_text(encoding="utf-8")))
     ctx, batches, why = load_batches(folder)
-    module = build_model(config)
-    before = [path for path in sorted((run_folder / "checkpoints").glob("step_*")) if int(path.name[5:]) <= ctx.step]
-    if before:
-        module.load_state_dict(load_file(before[-1] / "model.safetensors"), strict=False)
-    print(f"{why}; {len(batches)} micro-batches, weights of {before[-1].name if before else 'step 0'}")
+    module, whose = model_at(config, run_folder, ctx.step)
+    print(f"{why}; {len(batches)} micro-batches, weights of {whose}")
     table = Table(
         "segments", "seconds", "peak", "loss", "gradient norm", "largest gradients", "first not finite", box=None
     )
@@ -52,3 +52,20 @@ def show(run_folder: Path, folder: Path) -> None:
         row = (f"{result.seconds:.1f}", f"{result.peak:.3g}", f"{result.loss:.4g}", f"{result.grad_norm:.3g}")
         table.add_row(keys, *row, largest, result.first_not_finite or "–")
     show_table(table)
+
+
+def model_at(config: Config, run_folder: Path, step: int) -> tuple[TrainModule, str]:
+    """The model with the newest weights of at most `step` updates, and whose they are."""
+    from safetensors.torch import load_file
+
+    from pretrain.export.initial import load_initial
+    from pretrain.model import build_model
+
+    module = build_model(config)
+    before = [path for path in sorted((run_folder / "checkpoints").glob("step_*")) if int(path.name[5:]) <= step]
+    if before:
+        module.load_state_dict(load_file(before[-1] / "model.safetensors"), strict=False)
+        return module, before[-1].name
+    if config.init:
+        load_initial(config, module)
+    return module, f"step 0{f', which are those of {config.init}' * bool(config.init)}"

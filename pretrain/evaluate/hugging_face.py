@@ -66,9 +66,8 @@ class HuggingFaceModel(nn.Module):
 
 def load(folder: Path) -> HuggingFaceModel:
     """The model of a folder with config.json and model.safetensors. Raises ValueError where it cannot be used."""
-    return HuggingFaceModel(
-        _auto(folder).from_pretrained(folder, local_files_only=True, use_safetensors=True), _normalized(folder)
-    )
+    model = _auto(folder).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    return HuggingFaceModel(model.float(), _normalized(folder))  # they may lie there in half precision
 
 
 def fresh(folder: Path, seed: int) -> HuggingFaceModel:
@@ -78,7 +77,7 @@ def fresh(folder: Path, seed: int) -> HuggingFaceModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "fresh"))
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return HuggingFaceModel(_auto(folder).from_config(config), _normalized(folder))
+        return HuggingFaceModel(_auto(folder).from_config(config).float(), _normalized(folder))
 
 
 def _auto(folder: Path) -> Any:

@@ -41,6 +41,7 @@ class Features(nn.Module):
         super().__init__()
         assert isinstance(model.encoder, Encoder)
         self.model, self.layer = model, layer
+        model.frontend.packed = model.encoder.packed = False  # rows of one length: the same, and a graph can hold it
         if layer < model.encoder.n_layers:
             model.encoder.stop_after = layer
 

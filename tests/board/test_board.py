@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.schema import dump
 from launch.app import main
+from launch.history import summarise
 from launch.verbs.board import command, link
 from pretrain.camera import Camera, nearest_units
 from pretrain.model import build_model
@@ -133,6 +134,26 @@ def test_runs_and_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["compare", str(runs / "best_rq")]) == 1
     assert main(["runs", str(tmp_path)]) == 1
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+    folders = [tmp_path / parent / "runs" / "mine" for parent in ("a", "b")]
+    for folder in folders:
+        (folder / "tb").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    link([*folders, tmp_path / "a" / ".." / "a" / "runs" / "mine"], tmp_path / "home")
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["a-runs-mine", "b-runs-mine"]
+
+
+def test_a_run_says_how_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"steps": 9}, "objective": {"name": "hubert"}}))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3, "time": 1000.0}) + "\n")
+    (tmp_path / "heartbeats" / "rank_0.json").write_text("{}")
+    assert summarise(tmp_path).state == "running", "its updates are long, its ranks live"
+    assert summarise(tmp_path, time.time() + 1000).state == "stopped"
+    (tmp_path / "UNHEALTHY").write_text("loss is NaN")
+    assert summarise(tmp_path).state == "unhealthy"
 
 
 def test_replay_without_a_kept_batch_says_so(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

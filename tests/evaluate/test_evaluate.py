@@ -142,6 +142,16 @@ def test_each_checkpoint_of_a_followed_run_is_evaluated_once(
     assert "all 4 steps are done" in capsys.readouterr().out
 
 
+def test_a_task_asked_for_later_is_measured_where_others_were(follow: Callable[..., list[int]], tmp_path: Path) -> None:
+    save(tmp_path / "run", 2, 4)
+    assert follow() == [2, 4]
+    follow("task=keywords,rankme")
+    lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    seen = [(row["step"], row["task"]) for row in map(json.loads, lines)]
+    assert [seen.count((step, "keywords")) for step in (2, 4)] == [1, 1]
+    assert {(2, "rankme"), (4, "rankme")} < set(seen)
+
+
 def test_steps_done_anew_are_evaluated_anew(follow: Callable[..., list[int]], tmp_path: Path) -> None:
     save(tmp_path / "run", 2, 4)
     follow()
@@ -225,6 +235,19 @@ def test_a_hugging_face_folder_is_evaluated_alike(corpus: Path, tmp_path: Path) 
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_weights_in_half_precision_are_read(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tiny = transformers.HubertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    )  # fmt: skip
+    transformers.HubertModel(tiny).half().save_pretrained(tmp_path / "hub")
+    encoder = open_encoder(str(tmp_path / "hub"))
+    assert encoder.encode(torch.randn(16000)).dtype == torch.float32
+    assert encoder.fresh is not None
+    assert {weight.dtype for weight in encoder.fresh(0).parameters()} == {torch.float32}
 
 
 def test_padding_does_not_change_a_hugging_face_models_frames(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ def calm(setup: str) -> str:
 
 def one_round(site: Site, number: int, tallies: dict[str, Tally]) -> None:
     """All faults at once, each to a run of its own."""
+    states = lambda: slurm.ask("sinfo", "--Node", "--long")  # noqa: E731
+    wait_for(lambda: len(site.cluster.idle()) == len(site.cluster.nodes), 300, "idle nodes", states)
     names = {fault: f"round{number}_fault{index}" for index, fault in enumerate(FAULTS)}
     for fault, (_, setup) in FAULTS.items():
         site.submit(names[fault], *SETUPS[setup])
@@ -149,7 +151,6 @@ def one_round(site: Site, number: int, tallies: dict[str, Tally]) -> None:
         compare(site, name, calm(FAULTS[fault][1]), tally)
     for course in done.values():
         next(course, None)
-    wait_for(lambda: len(site.cluster.idle()) == len(site.cluster.nodes), 120, "idle nodes")
 
 
 def compare(site: Site, name: str, undisturbed: str, tally: Tally) -> None:

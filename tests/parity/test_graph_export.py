@@ -51,6 +51,13 @@ def test_torchscript(case: str, tmp_path: Path, parity: Parity) -> None:
     torch.testing.assert_close(torch.jit.load(str(tmp_path / "out" / "model.ts"))(wave_BT), expected)
 
 
+def test_a_run_on_packed_rows_is_exported_like_any_other(tmp_path: Path) -> None:
+    _, model = made(*CASES["wav2vec2 base"])
+    model.frontend.packed = model.encoder.packed = True
+    assert graph.export_graph(made(*CASES["wav2vec2 base"])[0], model, tmp_path / "out", "torchscript") <= 1e-5
+    assert model.encoder.packed, "only the copy was changed"
+
+
 @pytest.mark.parametrize("case", [ONE, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != ONE)])
 def test_onnx(case: str, tmp_path: Path, parity: Parity) -> None:
     pytest.importorskip("onnxscript")

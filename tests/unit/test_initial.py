@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.schema import ConfigError, dump, load
+from launch.verbs.replay import model_at
 from pretrain.config import Config
 from pretrain.export.initial import load_initial
 from pretrain.model import build_model
@@ -48,6 +49,14 @@ def test_all_weights_are_taken_over(run: Path) -> None:
     """Those of the same objective, too."""
     module, source = start(run, dropout=0.3, attention="chunked"), build_model(config())
     for name, weight in source.state_dict().items():
+        assert torch.equal(module.state_dict()[name], weight), name
+
+
+def test_a_replay_before_the_first_checkpoint_has_the_weights_of_the_start(run: Path, tmp_path: Path) -> None:
+    described = dataclasses.replace(config(), init=str(run), seed=1)
+    module, whose = model_at(described, tmp_path / "diverged", 3)
+    assert whose == f"step 0, which are those of {run}"
+    for name, weight in build_model(config()).state_dict().items():
         assert torch.equal(module.state_dict()[name], weight), name
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_pipeline.frame_labels import LabelSet
 from data_pipeline.schema import ConfigError
 from launch import app, job, tasks
+from launch.build import require_fitting_labels
 from launch.compose import sweep
 from launch.config import EvaluateJob, PreprocessJob, PretrainJob, RayConfig, SlurmConfig, TargetsJob
 from launch.pipeline import PipelineConfig, Step, pretraining_why, split, steps
@@ -142,6 +145,23 @@ def test_a_damaged_run_ends_a_pipeline_with_its_remedy(tmp_path: Path) -> None:
     (folder.parent / "latest").write_text("step_00000005\n")
     with pytest.raises(ConfigError, match=r"model.safetensors is not as it was written; write another whole one"):
         pretraining_why(request.config)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (LabelSet("k1", 100, 100), r"objective.label_rate_hz=50: .* at 100 Hz; set objective.label_rate_hz=100"),
+        (LabelSet("k1", 50, 500), r"objective.units=100: .* of 500 classes; set objective.units=500"),
+        (LabelSet("k1", 50, 100), ""),
+    ],
+)
+def test_labels_that_do_not_fit_the_objective_are_refused(labels: LabelSet, said: str, tmp_path: Path) -> None:
+    labels.write(str(tmp_path / "labels"))
+    wanted = ["objective=hubert", "objective.labels=units", "objective.units=100", "data.shards=none"]
+    request = job.read("pretrain", PretrainJob, [*wanted, f"data.targets.units={tmp_path / 'labels'}"])
+    assert request is not None
+    with pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext():
+        require_fitting_labels(request.config)
 
 
 def test_a_sweep_is_every_combination() -> None:
