@@ -200,8 +200,10 @@ def write_page(found: dict[str, Any], out: Path) -> None:
         *heard, "", markdown([row for some in rows.values() for row in some]),
         "Intervals: test speakers. Gate, on non-silence frames: +5 points over random weights, +3 over log-mel.",
         "Curves: the last point has all seeds, those before it one. Supervision of a few epochs has not converged:",
-        "`retained` flatters. Positions, learning rate and clusters of quality_hubert were first chosen with the test",
-        "speakers in sight, everything since 2026-11-22 21:41 on the valid ones (LOG.md).",
+        "`retained` flatters. Random weights and supervision from scratch know no objective: quality_hubert,",
+        "quality_best_rq and quality_wav2vec2 are of one architecture, and share both. Positions, learning rate and",
+        "clusters of quality_hubert were first chosen with the test speakers in sight, everything since",
+        "2026-11-22 21:41 on the valid ones (LOG.md).",
         "", "![probe accuracy over audio and FLOP](quality.png)", "",
     ]  # fmt: skip
     (out / "quality.md").write_text("\n".join(text), encoding="utf-8")
