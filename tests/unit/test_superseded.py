@@ -25,9 +25,9 @@ from launch import worker
 from pretrain.run_folder import RunFolder
 from pretrain.watch import UnhealthyError
 
-def build(config, world):
+def build(config, world, folder):
     reader = types.SimpleNamespace(close=lambda: None)
-    return types.SimpleNamespace(engine=None, reader=reader, folder=RunFolder(sys.argv[1]))
+    return types.SimpleNamespace(engine=None, reader=reader)
 
 def train(config, engine, reader, folder, *rest):
     if sys.argv[2] == "superseded" and os.environ["RANK"] == "0":
