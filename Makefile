@@ -3,7 +3,7 @@
 BIN := .venv/bin
 
 setup:
-	@launch/setup.sh
+	@launch/setup/setup.sh
 
 demo: setup ## speech -> shards -> a pretrained checkpoint in minutes; CORPUS=folder takes your own audio
 	$(BIN)/auricle demo $(if $(CORPUS),"corpus=$(CORPUS)")

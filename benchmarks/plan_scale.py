@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_pipeline.shards import INDEX_SCHEMA, DoneRecord
-from data_pipeline.types import SAMPLE_RATE
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.shards.writer import INDEX_SCHEMA, DoneRecord
 
 PER_SHARD = 5_500
 DISTINCT = 64
@@ -79,9 +79,9 @@ def write_corpus(root: Path, segments: int) -> None:
 PROBE = """
 import json, resource, sys, time
 start = time.perf_counter()
-from data_pipeline.config import ReaderConfig
-from data_pipeline.stream import open_reader
-from data_pipeline.types import Cursor
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.loader.reader import open_reader
+from data_pipeline.core.types import Cursor
 imported = time.perf_counter()
 root, cache, fraction, alpha = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
 reader = open_reader(ReaderConfig(shards=root, workers=0, cache=cache, mix_alpha=alpha), 0, 0, 64)

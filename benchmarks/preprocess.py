@@ -86,9 +86,9 @@ def ours(corpus: Path, out: Path, cores: int, copy_flac: bool = True) -> None:
     values["copy_flac"] = copy_flac
     code = (
         "import json, sys\n"
-        "from data_pipeline.config import PreprocessConfig\n"
-        "from data_pipeline.ray_jobs import preprocess\n"
-        "from data_pipeline.schema import load\n"
+        "from data_pipeline.sampling.config import PreprocessConfig\n"
+        "from data_pipeline.preprocess.job import preprocess\n"
+        "from data_pipeline.core.schema import load\n"
         "sys.exit(preprocess(load(PreprocessConfig, json.loads(sys.argv[1])), progress=False).exit_code)\n"
     )
     subprocess.run([sys.executable, "-c", code, json.dumps(values)], check=True, cwd=ROOT)
@@ -151,11 +151,11 @@ def long_file(hours: float, folder: Path) -> dict[str, float]:
     code = (
         "import re, sys, json\n"
         "from pathlib import Path\n"
-        "from data_pipeline.config import PreprocessConfig\n"
-        "from data_pipeline.discover import discover\n"
-        "from data_pipeline.process import process_unit\n"
-        "from data_pipeline.schema import load\n"
-        "from data_pipeline.units import Unit\n"
+        "from data_pipeline.sampling.config import PreprocessConfig\n"
+        "from data_pipeline.corpora.discovery import discover\n"
+        "from data_pipeline.preprocess.unit_worker import process_unit\n"
+        "from data_pipeline.core.schema import load\n"
+        "from data_pipeline.preprocess.work_plan import Unit\n"
         # ru_maxrss would count what the parent held before exec
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "before = peak()\n"

@@ -34,11 +34,11 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_pipeline.config import ReaderConfig
-from data_pipeline.files import FileStore
-from data_pipeline.shards import DoneRecord, ShardWriter, commit
-from data_pipeline.stream import PlanReader, open_reader
-from data_pipeline.types import SAMPLE_RATE, Cursor, Segment
+from data_pipeline.core.storage import FileStore
+from data_pipeline.core.types import SAMPLE_RATE, Cursor, Segment
+from data_pipeline.loader.reader import PlanReader, open_reader
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.shards.writer import DoneRecord, ShardWriter, commit
 
 BATCH_SECONDS = 100.0
 MICRO_BATCHES = 8

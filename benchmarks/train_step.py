@@ -27,13 +27,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_pipeline.schema import load
-from data_pipeline.types import Batch
+from data_pipeline.core.schema import load
+from data_pipeline.core.types import Batch
 from pretrain.config import Config
-from pretrain.model import TrainModule, build_model
-from pretrain.nn.masked_units import MaskedUnits
+from pretrain.interfaces.objectives import StepContext
 from pretrain.objectives.wav2vec2 import ContrastivePlan
-from pretrain.types import StepContext
+from pretrain.self_supervision.masked_prediction import MaskedUnits
+from pretrain.train_module import TrainModule, build_model
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by what a GPU's name contains (vendor's data sheets, SXM)."""
@@ -202,7 +202,7 @@ def torchaudio_step(model: Any, module: TrainModule, batch: Batch, precision: st
 
 def contrastive_losses(module: TrainModule, model: Any, batch: Batch) -> tuple[float, float]:
     """Ours and theirs per masked frame with the same weights, mask and negatives, no dropout."""
-    from pretrain.export.layout import from_hugging_face, objective_from_hugging_face
+    from pretrain.interop.hf_names import from_hugging_face, objective_from_hugging_face
 
     module.model.load_state_dict(from_hugging_face(model.state_dict(), module.model.state_dict()))
     state = model.state_dict()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from data_pipeline.preprocess_config import PreprocessConfig
-from data_pipeline.schema import PluginChoice, about, config, refuse
-from data_pipeline.targets import TargetsConfig
+from data_pipeline.core.schema import PluginChoice, about, config, refuse
+from data_pipeline.labels.kmeans import TargetsConfig
+from data_pipeline.preprocess.config import PreprocessConfig
 from pretrain.config import Config
 from pretrain.evaluate.config import EvaluateConfig
 
@@ -136,7 +136,7 @@ class EvaluateJob(Placed, EvaluateConfig):
 
 @config
 class Iteration:
-    """Frame labels of all shards, and a training on them: one turn of a chain (launch/chain.py)."""
+    """Frame labels of all shards, and a training on them: one turn of a chain (launch/workflows/iterations.py)."""
 
     steps: Annotated[int, about("optimizer steps of its training", ge=1)]
     classes: Annotated[int, about("number of labels", ge=2, le=65_535)] = 100

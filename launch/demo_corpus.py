@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.keyed_random import keyed_rng
-from data_pipeline.schema import ConfigError
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.schema import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (

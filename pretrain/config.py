@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from data_pipeline.config import ReaderConfig
-from data_pipeline.schema import about, config, refuse
-from pretrain import plugins
+from data_pipeline.core.schema import about, config, refuse
+from data_pipeline.sampling.config import ReaderConfig
+from pretrain import registry
 
 
 @config
@@ -111,7 +111,7 @@ class TrainConfig:
 
 @config
 class HealthConfig:
-    """When pretraining is going wrong, and what to do about it. The detectors are in pretrain/health.py."""
+    """When pretraining is going wrong, and what to do about it. Detectors: pretrain/monitoring/detectors.py."""
 
     on_nan: Annotated[
         Literal["stop", "rollback"],
@@ -170,11 +170,11 @@ class Config:
     ] = ""
     device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
     data: ReaderConfig
-    frontend: Annotated[Any, plugins.choice("frontends")]
-    encoder: Annotated[Any, plugins.choice("encoders")]
-    objective: Annotated[Any, plugins.choice("objectives")]
+    frontend: Annotated[Any, registry.choice("frontends")]
+    encoder: Annotated[Any, registry.choice("encoders")]
+    objective: Annotated[Any, registry.choice("objectives")]
     heads: Annotated[
-        dict[str, Annotated[Any, plugins.choice("heads")]],
+        dict[str, Annotated[Any, registry.choice("heads")]],
         about("further tasks on the encoder's output, by a name of your choice"),
     ] = dataclasses.field(default_factory=dict)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

@@ -7,17 +7,17 @@ import enum
 import time
 from collections.abc import Callable
 
-from data_pipeline.types import StepReader
-from pretrain import checkpoint
-from pretrain.checkpoint import TrainState
+from data_pipeline.core.types import StepReader
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.checkpoint import TrainState
+from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
-from pretrain.engines import Engine
-from pretrain.heartbeat import Heartbeat
-from pretrain.run_folder import RunFolder
-from pretrain.schedules import learning_rate
-from pretrain.telemetry import Telemetry, histograms, step_scalars
-from pretrain.types import StepContext
-from pretrain.watch import UnhealthyError, Watch
+from pretrain.engines.base import Engine
+from pretrain.interfaces.objectives import StepContext
+from pretrain.lr_schedule import learning_rate
+from pretrain.monitoring.health_monitor import UnhealthyError, Watch
+from pretrain.monitoring.heartbeat import Heartbeat
+from pretrain.monitoring.metrics_writer import Telemetry, histograms, step_scalars
 
 
 class Ending(enum.Enum):

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
-from data_pipeline.schema import load
-from data_pipeline.types import StepReader
+from data_pipeline.core.schema import load
+from data_pipeline.core.types import StepReader
+from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
-from pretrain.engines import Engine, World, make_engine
-from pretrain.heartbeat import Heartbeat
-from pretrain.model import build_model
-from pretrain.run_folder import RunFolder
+from pretrain.engines import make_engine
+from pretrain.engines.base import Engine
+from pretrain.engines.distributed import World
+from pretrain.monitoring.heartbeat import Heartbeat
 from pretrain.train import train
+from pretrain.train_module import build_model
 from tests.synthetic import SyntheticReader
 
 PLANTED = 22

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from data_pipeline.keyed_random import keyed_rng
-from data_pipeline.types import Batch, Cursor, Step
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.types import Batch, Cursor, Step
 
 
 def synthetic_batch(step: int, micro_batch: int) -> Batch:

@@ -30,18 +30,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.keyed_random import keyed_rng  # noqa: E402
-from data_pipeline.schema import load  # noqa: E402
-from data_pipeline.types import SAMPLE_RATE, Batch, Cursor, Step  # noqa: E402
+from data_pipeline.core.rng import keyed_rng  # noqa: E402
+from data_pipeline.core.schema import load  # noqa: E402
+from data_pipeline.core.types import SAMPLE_RATE, Batch, Cursor, Step  # noqa: E402
+from pretrain.checkpointing.run_folder import RunFolder  # noqa: E402
 from pretrain.config import Config, HealthConfig  # noqa: E402
-from pretrain.engines import Engine, World  # noqa: E402
-from pretrain.engines.base import SAMPLES, StepResult  # noqa: E402
-from pretrain.evaluate.corpus import read_audio, read_manifest  # noqa: E402
-from pretrain.model import build_model  # noqa: E402
-from pretrain.run_folder import RunFolder  # noqa: E402
-from pretrain.telemetry import read_rows  # noqa: E402
-from pretrain.types import StepContext  # noqa: E402
-from pretrain.watch import UnhealthyError, Watch  # noqa: E402
+from pretrain.engines.base import (  # noqa: E402
+    SAMPLES,
+    Engine,
+    StepResult,
+)
+from pretrain.engines.distributed import World  # noqa: E402
+from pretrain.evaluate.manifest import read_audio, read_manifest  # noqa: E402
+from pretrain.interfaces.objectives import StepContext  # noqa: E402
+from pretrain.monitoring.health_monitor import UnhealthyError, Watch  # noqa: E402
+from pretrain.monitoring.metrics_writer import read_rows  # noqa: E402
+from pretrain.train_module import build_model  # noqa: E402
 from tests import plants  # noqa: E402
 
 MANIFEST = ROOT.parent / "shared" / "data" / "manifest.tsv"

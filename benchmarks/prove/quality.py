@@ -27,12 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from launch.history import audio_hours  # noqa: E402
+from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig  # noqa: E402
-from pretrain.evaluate.encoders import open_encoder  # noqa: E402
+from pretrain.evaluate.evaluator import Row, evaluate, plain  # noqa: E402
+from pretrain.evaluate.frozen_encoders import open_encoder  # noqa: E402
 from pretrain.evaluate.report import markdown  # noqa: E402
-from pretrain.evaluate.run import Row, evaluate, plain  # noqa: E402
-from pretrain.telemetry import read_rows  # noqa: E402
+from pretrain.monitoring.metrics_writer import read_rows  # noqa: E402
 
 MEASURE = "non-silence frames"
 OVER_RANDOM, OVER_LOG_MEL = 0.05, 0.03
@@ -42,7 +42,7 @@ CHECKPOINTS = 4
 
 def auricle(*arguments: str) -> None:
     """Runs the command; raises CalledProcessError when it fails."""
-    subprocess.run([sys.executable, "-m", "launch.app", *arguments], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=True, cwd=ROOT)
 
 
 def pretrain(experiment: str, shards: Path, runs: Path, minutes: float) -> Path:

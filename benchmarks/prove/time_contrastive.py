@@ -29,22 +29,22 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.augment import change_speed  # noqa: E402
-from data_pipeline.schema import load  # noqa: E402
-from data_pipeline.types import Batch  # noqa: E402
-from launch.compose import compose  # noqa: E402
-from launch.history import audio_hours  # noqa: E402
+from data_pipeline.audio.augmentation import change_speed  # noqa: E402
+from data_pipeline.core.schema import load  # noqa: E402
+from data_pipeline.core.types import Batch  # noqa: E402
+from launch.cli.compose import compose  # noqa: E402
+from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.config import Config  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig  # noqa: E402
-from pretrain.evaluate.corpus import Interval, Utterance, read_manifest  # noqa: E402
-from pretrain.evaluate.encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder  # noqa: E402
+from pretrain.evaluate.evaluator import Room  # noqa: E402
 from pretrain.evaluate.features import SILENCE, Labelled, phone_frames  # noqa: E402
-from pretrain.evaluate.measures import Tally, bootstrap  # noqa: E402
+from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder  # noqa: E402
+from pretrain.evaluate.manifest import Interval, Utterance, read_manifest  # noqa: E402
+from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.probe import fit_probe  # noqa: E402
-from pretrain.evaluate.run import Room  # noqa: E402
-from pretrain.model import build_model  # noqa: E402
-from pretrain.telemetry import read_rows  # noqa: E402
-from pretrain.types import StepContext  # noqa: E402
+from pretrain.interfaces.objectives import StepContext  # noqa: E402
+from pretrain.monitoring.metrics_writer import read_rows  # noqa: E402
+from pretrain.train_module import build_model  # noqa: E402
 
 PLAIN, TIMED = "wav2vec2", "time_contrastive"
 SPEEDS = (1.0, 0.8, 1.2)
@@ -100,7 +100,7 @@ def forward_flops(objective: str) -> float:
 
 def auricle(*arguments: str) -> None:
     """Runs the command; raises CalledProcessError when it fails."""
-    subprocess.run([sys.executable, "-m", "launch.app", *arguments], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=True, cwd=ROOT)
 
 
 def pretrain(objective: str, shards: Path, runs: Path, batch_seconds: float, steps: int, name: str) -> Path:

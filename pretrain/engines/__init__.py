@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pretrain.config import Config
 from pretrain.engines.base import Engine, StepResult
-from pretrain.engines.local import LocalEngine
-from pretrain.engines.world import World
-from pretrain.model import TrainModule
+from pretrain.engines.distributed import World
+from pretrain.engines.plain_torch import LocalEngine
+from pretrain.train_module import TrainModule
 
 __all__ = ["Engine", "StepResult", "World", "make_engine"]
 

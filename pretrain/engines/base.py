@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.keyed_random import keyed_seed
-from data_pipeline.types import Batch
+from data_pipeline.core.rng import keyed_seed
+from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.scaling import LossScale
-from pretrain.engines.world import World
-from pretrain.model import TrainModule
-from pretrain.types import StepContext, Sum
+from pretrain.engines.distributed import World
+from pretrain.engines.loss_scaler import LossScale
+from pretrain.interfaces.objectives import StepContext, Sum
+from pretrain.train_module import TrainModule
 
 NumpySum = tuple[np.ndarray, float]
 SAMPLES = "data/micro_batch_samples"

@@ -20,12 +20,12 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from data_pipeline.types import Batch
+from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engines.base import MOMENTS, Engine, buffers, copied, copy_buffers, first_state, make_optimizer
-from pretrain.engines.world import World, limit_groups
-from pretrain.model import TrainModule, TrainPlan
-from pretrain.types import StepContext, Sum
+from pretrain.engines.distributed import World, limit_groups
+from pretrain.interfaces.objectives import StepContext, Sum
+from pretrain.train_module import TrainModule, TrainPlan
 
 
 def deepspeed_config(

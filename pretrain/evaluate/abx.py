@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.evaluate.measures import Interval95
+from pretrain.evaluate.metrics import Interval95
 
 Matrix = npt.NDArray[np.floating]
 Token = tuple[str, str, Matrix]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from data_pipeline.schema import about, config
+from data_pipeline.core.schema import about, config
 
 
 @config

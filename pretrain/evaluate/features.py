@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.evaluate.corpus import Interval, Utterance, grid_labels, read_audio
-from pretrain.evaluate.encoders import FrozenEncoder
+from pretrain.evaluate.frozen_encoders import FrozenEncoder
+from pretrain.evaluate.manifest import Interval, Utterance, grid_labels, read_audio
 
 GRID_HZ = 50.0
 """Frames are labelled and counted at this rate, so that encoders of any rate answer the same questions."""

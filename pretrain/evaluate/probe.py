@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.keyed_random import keyed_seed
+from data_pipeline.core.rng import keyed_seed
 from pretrain.evaluate.config import ProbeConfig, SupervisedConfig
-from pretrain.evaluate.encoders import Model
 from pretrain.evaluate.features import Labelled
+from pretrain.evaluate.frozen_encoders import Model
 
 NO_LABEL = -1
 SHRINKAGE = 1e-4

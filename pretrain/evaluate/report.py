@@ -11,10 +11,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pretrain.evaluate import projection
-from pretrain.evaluate.run import Row, plain
-from pretrain.pictures import add_frames
-from pretrain.run_folder import write_json
+from pretrain.checkpointing.run_folder import write_json
+from pretrain.evaluate import projector
+from pretrain.evaluate.evaluator import Row, plain
+from pretrain.monitoring.figures import add_frames
 
 HEAD = ("task", "measure", "features", "value", "95 %", "− log-mel", "− random", "retained")
 
@@ -67,5 +67,5 @@ def into_run(
             file.write(json.dumps({"step": step, "weights": weights, "name": name, **plain([row])[0]}) + "\n")
             board.add_scalar(f"evaluate/{name}", row.value, step)
     if frames is not None:
-        add_frames(board, *frames, projection.HEADER, "labelled_frames", step)
+        add_frames(board, *frames, projector.HEADER, "labelled_frames", step)
     board.close()

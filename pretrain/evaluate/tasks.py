@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pretrain.evaluate.corpus import Utterance
 from pretrain.evaluate.features import mean_and_deviation, quarters
+from pretrain.evaluate.manifest import Utterance
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.schema import about, config
-from data_pipeline.types import Batch
+from data_pipeline.core.schema import about, config
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import EncoderOutput, Head, LossOutput, ModelShape
 from pretrain.nn.numerics import full_precision
-from pretrain.types import EncoderOutput, Head, LossOutput, ModelShape
 
 BLANK = 0
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pretrain.nn.patterns import AttentionContext, pattern_attention
+from pretrain.nn.attention_patterns import AttentionContext, pattern_attention
 from pretrain.nn.positions import rotate
 
 

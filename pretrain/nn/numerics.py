@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.types import Frames
+from pretrain.interfaces.objectives import Frames
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.types import SAMPLE_RATE
+from data_pipeline.core.types import SAMPLE_RATE
+from pretrain.interfaces.objectives import Frames
 from pretrain.nn.numerics import zero_padding
-from pretrain.types import Frames
 
 Normalize = Literal["utterance", "fixed"]
 

@@ -10,16 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.keyed_random import keyed_rng, keyed_seed
-from data_pipeline.schema import about, config
-from data_pipeline.types import Batch
-from pretrain.nn.fitting import FittedOnce
-from pretrain.nn.kmeans import from_first_rank, kmeans
-from pretrain.nn.masking import FrameMask, block_mask, draw_frame_mask
+from data_pipeline.core.rng import keyed_rng, keyed_seed
+from data_pipeline.core.schema import about, config
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import (
+    EncoderOutput,
+    Frames,
+    LossOutput,
+    ModelShape,
+    Objective,
+    Plan,
+    SpeechModel,
+    StepContext,
+)
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
-from pretrain.nn.quantizers import RandomProjectionQuantizer
 from pretrain.nn.spectral import LogMel
-from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+from pretrain.self_supervision.deferred_fit import FittedOnce
+from pretrain.self_supervision.kmeans import from_first_rank, kmeans
+from pretrain.self_supervision.masking import FrameMask, block_mask, draw_frame_mask
+from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
 
 
 @config

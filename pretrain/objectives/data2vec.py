@@ -9,11 +9,27 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.schema import about, config
-from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, all_but_positions, annealed_decay, averaged_layers, deviation, layer_teacher
-from pretrain.nn.masking import FrameMask, draw_span_mask
-from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+from data_pipeline.core.schema import about, config
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import (
+    EncoderOutput,
+    Frames,
+    LossOutput,
+    ModelShape,
+    Objective,
+    Plan,
+    SpeechModel,
+    StepContext,
+)
+from pretrain.self_supervision.masking import FrameMask, draw_span_mask
+from pretrain.self_supervision.teacher import (
+    Teacher,
+    all_but_positions,
+    annealed_decay,
+    averaged_layers,
+    deviation,
+    layer_teacher,
+)
 
 
 @config

@@ -11,15 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.keyed_random import keyed_rng
-from data_pipeline.schema import about, config
-from data_pipeline.types import Batch
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.schema import about, config
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import (
+    EncoderOutput,
+    Frames,
+    LossOutput,
+    ModelShape,
+    Objective,
+    Plan,
+    SpeechModel,
+    StepContext,
+)
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
-from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, layer_teacher
-from pretrain.nn.masking import adjusted_block_mask, frame_width
 from pretrain.nn.numerics import masked_deviation, zero_padding
-from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+from pretrain.self_supervision.masking import adjusted_block_mask, frame_width
+from pretrain.self_supervision.teacher import Teacher, annealed_decay, averaged_layers, layer_teacher
 
 
 @config

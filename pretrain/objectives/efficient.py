@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from data_pipeline.schema import about, config
-from pretrain.nn.masked_units import MaskedUnits, MaskedUnitsConfig
-from pretrain.types import ModelShape
+from data_pipeline.core.schema import about, config
+from pretrain.interfaces.objectives import ModelShape
+from pretrain.self_supervision.masked_prediction import MaskedUnits, MaskedUnitsConfig
 
 
 @config

@@ -18,18 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.keyed_random import keyed_rng, keyed_seed
-from data_pipeline.schema import about, config
-from data_pipeline.types import Batch
-from pretrain.nn.contrastive import contrast_logits, contrastive_loss
-from pretrain.nn.fitting import FittedOnce
-from pretrain.nn.kmeans import from_first_rank, kmeans
-from pretrain.nn.masked_units import feature_penalty
-from pretrain.nn.masking import FrameMask, draw_negatives, draw_span_mask
+from data_pipeline.core.rng import keyed_rng, keyed_seed
+from data_pipeline.core.schema import about, config
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import (
+    EncoderOutput,
+    Frames,
+    LossOutput,
+    ModelShape,
+    Objective,
+    Plan,
+    SpeechModel,
+    StepContext,
+)
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
-from pretrain.nn.quantizers import nearest_codes
 from pretrain.nn.spectral import Mfcc
-from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss
+from pretrain.self_supervision.deferred_fit import FittedOnce
+from pretrain.self_supervision.kmeans import from_first_rank, kmeans
+from pretrain.self_supervision.masked_prediction import feature_penalty
+from pretrain.self_supervision.masking import FrameMask, draw_negatives, draw_span_mask
+from pretrain.self_supervision.quantizers import nearest_codes
 
 
 @config

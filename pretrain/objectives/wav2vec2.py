@@ -9,16 +9,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.schema import about, config
-from data_pipeline.types import Batch
-from pretrain.nn.contrastive import contrast_logits, contrastive_loss
+from data_pipeline.core.schema import about, config
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import (
+    EncoderOutput,
+    Frames,
+    LossOutput,
+    ModelShape,
+    Objective,
+    Plan,
+    SpeechModel,
+    StepContext,
+)
 from pretrain.nn.dropout import Dropout
-from pretrain.nn.ema import deviation
-from pretrain.nn.masked_units import feature_penalty
-from pretrain.nn.masking import FrameMask, draw_frame_mask, draw_negatives, span_mask
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
-from pretrain.nn.quantizers import GumbelQuantizer, Quantized, perplexity
-from pretrain.types import EncoderOutput, Frames, LossOutput, ModelShape, Objective, Plan, SpeechModel, StepContext
+from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss
+from pretrain.self_supervision.masked_prediction import feature_penalty
+from pretrain.self_supervision.masking import FrameMask, draw_frame_mask, draw_negatives, span_mask
+from pretrain.self_supervision.quantizers import GumbelQuantizer, Quantized, perplexity
+from pretrain.self_supervision.teacher import deviation
 
 
 @config

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.keyed_random import keyed_rng
-from data_pipeline.schema import about, config
-from data_pipeline.types import Batch
-from pretrain.nn.masked_units import MaskedUnits, MaskedUnitsConfig, UnitsPlan
-from pretrain.types import ModelShape, Plan, SpeechModel, StepContext
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.schema import about, config
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import ModelShape, Plan, SpeechModel, StepContext
+from pretrain.self_supervision.masked_prediction import MaskedUnits, MaskedUnitsConfig, UnitsPlan
 
 
 @config

@@ -19,15 +19,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from data_pipeline.schema import dump
-from launch.app import main
-from launch.history import summarise
-from launch.verbs.board import command, link
-from pretrain.camera import Camera, nearest_units
-from pretrain.model import build_model
-from pretrain.nn.masking import FrameMask
-from pretrain.pictures import add_frames, projected
-from pretrain.types import StepContext
+from data_pipeline.core.schema import dump
+from launch.commands.board import command, link
+from launch.main import main
+from launch.runs.summary import summarise
+from pretrain.interfaces.objectives import StepContext
+from pretrain.monitoring.figures import add_frames, projected
+from pretrain.monitoring.snapshot import Camera, nearest_units
+from pretrain.self_supervision.masking import FrameMask
+from pretrain.train_module import build_model
 from tests.plants import BEST_RQ, WAV2VEC2, config, run
 from tests.synthetic import synthetic_batch
 

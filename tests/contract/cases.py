@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.schema import load
-from data_pipeline.types import Batch
-from pretrain import plugins
+from data_pipeline.core.schema import load
+from data_pipeline.core.types import Batch
+from pretrain import registry
 from pretrain.config import Config
-from pretrain.model import TrainModule, build_model
+from pretrain.train_module import TrainModule, build_model
 
-OBJECTIVES = plugins.names("objectives")
-ENCODERS = plugins.names("encoders")
+OBJECTIVES = registry.names("objectives")
+ENCODERS = registry.names("encoders")
 FRONTENDS: dict[str, dict[str, Any]] = {
     "log_mel": {"name": "log_mel", "n_mels": 40},
     "waveform_conv": {"name": "waveform_conv", "channels": 32, "norm": "layer"},
@@ -42,7 +42,7 @@ SMALL = {
 
 def small(kind: str, name: str, **values: Any) -> dict[str, Any]:
     """A plug-in's config with every known size made small."""
-    fields = {field.name for field in dataclasses.fields(plugins.config_type(kind, name))}
+    fields = {field.name for field in dataclasses.fields(registry.config_type(kind, name))}
     return {"name": name} | {field: value for field, value in SMALL.items() if field in fields} | values
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_pipeline.schema import ConfigError, load
-from data_pipeline.types import Batch
+from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.core.types import Batch
 from pretrain.config import Config
-from pretrain.model import build_model
-from pretrain.types import EncoderOutput, SpeechModel, StepContext
+from pretrain.interfaces.objectives import EncoderOutput, SpeechModel, StepContext
+from pretrain.train_module import build_model
 from tests.contract.cases import ENCODERS, FRONTENDS, OBJECTIVES, batch, small
 from tests.parity_table import Parity, difference
 

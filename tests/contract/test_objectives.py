@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.types import Batch
-from pretrain.model import TrainModule
-from pretrain.types import StepContext, Sum
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import StepContext, Sum
+from pretrain.train_module import TrainModule
 from tests.contract.cases import CASES, ENCODERS, FRONTENDS, batch, make
 from tests.parity_table import Parity, difference
 

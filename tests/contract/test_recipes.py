@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data_pipeline.schema import load
-from launch.compose import CONF, compose
+from data_pipeline.core.schema import load
+from launch.cli.compose import CONF, compose
 from launch.config import PretrainJob
-from launch.describe import run_config
-from pretrain import plugins
+from launch.runs.metadata import run_config
+from pretrain import registry
 from pretrain.config import Config
-from pretrain.model import build_model
-from pretrain.nn.patterns import Pattern
-from pretrain.recipes import forward_gflop
+from pretrain.nn.attention_patterns import Pattern
+from pretrain.profiling.recipe_table import forward_gflop
+from pretrain.train_module import build_model
 
 
 def stems(group: str) -> list[str]:
@@ -34,7 +34,7 @@ def test_experiment(experiment: str) -> None:
     assert config.schedule.warmup_steps < config.train.steps
 
 
-@pytest.mark.parametrize("name", plugins.names("objectives"))
+@pytest.mark.parametrize("name", registry.names("objectives"))
 def test_objective_has_a_yaml(name: str) -> None:
     assert composed(f"objective={name}").objective.name == name
 

@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 
-from data_pipeline.schema import load
-from data_pipeline.types import Cursor
-from pretrain import checkpoint
-from pretrain.checkpoint import TrainState
+from data_pipeline.core.schema import load
+from data_pipeline.core.types import Cursor
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.checkpoint import TrainState
+from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
-from pretrain.engines import World, make_engine
-from pretrain.engines import world as ranks
-from pretrain.model import build_model
-from pretrain.run_folder import RunFolder
-from pretrain.schedules import learning_rate
-from pretrain.types import StepContext
+from pretrain.engines import distributed as ranks
+from pretrain.engines import make_engine
+from pretrain.engines.distributed import World
+from pretrain.interfaces.objectives import StepContext
+from pretrain.lr_schedule import learning_rate
+from pretrain.train_module import build_model
 from tests.synthetic import synthetic_batch
 
 
@@ -105,4 +106,6 @@ def main(cases: str, out: str) -> None:
 if __name__ == "__main__":
     main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(0)  # as launch.worker leaves: gloo's threads now and then abort an interpreter that takes itself apart
+    os._exit(
+        0
+    )  # as launch.workers.rank leaves: gloo's threads now and then abort an interpreter that takes itself apart

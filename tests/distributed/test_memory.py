@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from data_pipeline.schema import load
-from data_pipeline.types import SAMPLE_RATE, Batch
-from launch.compose import compose
+from data_pipeline.core.schema import load
+from data_pipeline.core.types import SAMPLE_RATE, Batch
+from launch.cli.compose import compose
 from launch.config import PretrainJob
-from launch.plan_run import Cost, Measured, activation_bytes, bucket_bytes, measure, state_bytes
-from pretrain.model import build_model
-from pretrain.types import StepContext
+from pretrain.interfaces.objectives import StepContext
+from pretrain.profiling.cost_model import Cost, Measured, activation_bytes, bucket_bytes, measure, state_bytes
+from pretrain.train_module import build_model
 from tests.distributed.test_engines import case, run
 
 

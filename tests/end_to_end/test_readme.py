@@ -40,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def auricle(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "launch.app", *arguments]
+    command = [sys.executable, "-m", "launch.main", *arguments]
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=home, env=environment)
 

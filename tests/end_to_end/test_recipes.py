@@ -11,7 +11,7 @@ from statistics import mean
 
 import pytest
 
-from pretrain.telemetry import read_rows
+from pretrain.monitoring.metrics_writer import read_rows
 from tests.conftest import ROOT
 
 
@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 def test_wav2vec2_tiny_leaves_chance_and_keeps_its_codes(shared_data: Path, tmp_path: Path) -> None:
     def auricle(*arguments: str) -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-m", "launch.app", *arguments], check=True, env=environment, cwd=tmp_path)
+        subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=True, env=environment, cwd=tmp_path)
 
     auricle("preprocess", "corpus=path", f"corpus.path={shared_data / 'speech'}", f"out={tmp_path / 'shards'}")
     auricle(

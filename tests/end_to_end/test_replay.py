@@ -24,7 +24,7 @@ TINY = [
 
 def auricle(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "250"}
-    command = [sys.executable, "-m", "launch.app", *arguments]
+    command = [sys.executable, "-m", "launch.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=home, env=environment)
 
 

@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from launch.app import main
-from pretrain import checkpoint
-from pretrain.checkpoint import TrainState
-from pretrain.engines import World, make_engine
+from launch.main import main
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.checkpoint import TrainState
+from pretrain.checkpointing.run_folder import RunFolder
+from pretrain.engines import make_engine
+from pretrain.engines.distributed import World
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig
-from pretrain.evaluate.corpus import Utterance
-from pretrain.evaluate.encoders import FrozenEncoder, find_checkpoint, open_encoder
-from pretrain.evaluate.hugging_face import HuggingFaceModel
-from pretrain.evaluate.run import evaluate
+from pretrain.evaluate.evaluator import evaluate
+from pretrain.evaluate.frozen_encoders import FrozenEncoder, find_checkpoint, open_encoder
+from pretrain.evaluate.hf_encoder import HuggingFaceModel
+from pretrain.evaluate.manifest import Utterance
 from pretrain.evaluate.tasks import PROBES, splits
-from pretrain.model import build_model
-from pretrain.run_folder import RunFolder
+from pretrain.train_module import build_model
 from tests.evaluate.tones import PITCHES, write_tones
 from tests.unit.test_training_loop import config
 
@@ -120,7 +121,7 @@ def test_following_a_run_writes_into_its_tensorboard(corpus: Path, saved: Path) 
 @pytest.fixture
 def follow(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Follows tmp_path/run; the steps that its evaluations.jsonl has then."""
-    monkeypatch.setattr("launch.verbs.evaluate.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("launch.commands.evaluate.POLL_SECONDS", 0.05)
     options = ["task=keywords", "follow=true", "corpora=tones", "seeds=1", "bootstrap=100", "probe.min_updates=2"]
     options += [f"manifest={corpus}/manifest.tsv", "phones=phones.tsv", f"checkpoint={tmp_path / 'run'}"]
 
@@ -180,7 +181,7 @@ def test_a_checkpoint_removed_before_it_was_read_is_passed_over(
             shutil.rmtree(given)
         return open_encoder(given, device)
 
-    monkeypatch.setattr("pretrain.evaluate.encoders.open_encoder", gone)
+    monkeypatch.setattr("pretrain.evaluate.frozen_encoders.open_encoder", gone)
     assert follow() == [4]
 
 
@@ -207,7 +208,7 @@ def test_units_are_compared_with_phones_where_there_is_speech(
         seen.append(set(labels.tolist()))
         return 0.1 * len(seen), 0.0, 0.0
 
-    monkeypatch.setattr("pretrain.evaluate.unlabelled.phone_normalized_mutual_information", noted)
+    monkeypatch.setattr("pretrain.evaluate.intrinsic.phone_normalized_mutual_information", noted)
     rows = evaluate(settings(corpus, saved, "pnmi"), say=lambda line: None)
     assert all(len(labels) == len(PITCHES) for labels in seen)  # a third of each clip is silence
     layers = (len(seen) - 1) // 3  # log-mel has one, then come two seeds of random weights and the checkpoint

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from launch.app import main
-from pretrain.evaluate.decode import NGram, beam_search, greedy
-from pretrain.evaluate.encoders import open_pretrained
-from pretrain.evaluate.finetune import Recogniser
+from launch.main import main
+from pretrain.adaptation.ctc_finetune import Recogniser
+from pretrain.evaluate.frozen_encoders import open_pretrained
+from pretrain.inference.ctc_decoding import NGram, beam_search, greedy
 from tests.evaluate.test_evaluate import corpus, saved  # noqa: F401  # fixtures
 
 SYMBOLS = "abc"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.evaluate import measures
+from pretrain.evaluate import metrics
 from pretrain.evaluate.config import ProbeConfig
-from pretrain.evaluate.corpus import Interval, Utterance, grid_labels, require_disjoint
 from pretrain.evaluate.features import Labelled, grid_frames, quarters
+from pretrain.evaluate.manifest import Interval, Utterance, grid_labels, require_disjoint
 from pretrain.evaluate.probe import View, _fit, fit_probe
 
 RNG = np.random.default_rng(0)
@@ -19,31 +19,31 @@ def test_bootstrap_pairs_speakers() -> None:
     # every speaker gains exactly five points, however different they are: the paired interval is a point
     base = {f"s{i}": (float(10 * i), 100.0) for i in range(1, 9)}
     better = {s: (hits + 5, n) for s, (hits, n) in base.items()}
-    gap = measures.bootstrap([better], 500, [base])
+    gap = metrics.bootstrap([better], 500, [base])
     assert gap.value == pytest.approx(0.05)
     assert (gap.low, gap.high) == pytest.approx((0.05, 0.05))
-    alone = measures.bootstrap([base], 500)
+    alone = metrics.bootstrap([base], 500)
     assert alone.value == pytest.approx(0.45)
     assert alone.low < 0.35
     assert alone.high > 0.55
 
 
 def test_accuracy_counts_trials_and_averages_seeds() -> None:
-    assert measures.accuracy([{"a": (1, 1), "b": (0, 3)}, {"a": (1, 1), "b": (3, 3)}]) == pytest.approx((0.25 + 1) / 2)
+    assert metrics.accuracy([{"a": (1, 1), "b": (0, 3)}, {"a": (1, 1), "b": (3, 3)}]) == pytest.approx((0.25 + 1) / 2)
 
 
 def test_equal_error_rate() -> None:
-    assert measures.equal_error_rate(np.array([3.0, 4.0, 5.0]), np.array([0.0, 1.0, 2.0])) == 0.0
-    shift = measures.equal_error_rate(RNG.normal(2, 1, 20_000), RNG.normal(0, 1, 20_000))
+    assert metrics.equal_error_rate(np.array([3.0, 4.0, 5.0]), np.array([0.0, 1.0, 2.0])) == 0.0
+    shift = metrics.equal_error_rate(RNG.normal(2, 1, 20_000), RNG.normal(0, 1, 20_000))
     assert shift == pytest.approx(0.1587, abs=0.01)  # Φ(−1)
     same = RNG.normal(0, 1, 20_000)
-    assert measures.equal_error_rate(same, RNG.normal(0, 1, 20_000)) == pytest.approx(0.5, abs=0.02)
+    assert metrics.equal_error_rate(same, RNG.normal(0, 1, 20_000)) == pytest.approx(0.5, abs=0.02)
 
 
 def test_pnmi_of_the_same_and_of_independent_labels() -> None:
     phones = RNG.integers(0, 10, 50_000)
-    assert measures.phone_normalized_mutual_information(phones, phones + 7) == pytest.approx((1.0, 1.0, 1.0))
-    value, purity, _ = measures.phone_normalized_mutual_information(phones, RNG.integers(0, 10, 50_000))
+    assert metrics.phone_normalized_mutual_information(phones, phones + 7) == pytest.approx((1.0, 1.0, 1.0))
+    value, purity, _ = metrics.phone_normalized_mutual_information(phones, RNG.integers(0, 10, 50_000))
     assert value < 0.01
     assert purity == pytest.approx(0.1, abs=0.02)
 

@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
-from launch import worker
-from pretrain.model import TrainModule
+from launch.workers import rank
+from pretrain.train_module import TrainModule
 
 computed = TrainModule.forward
 
@@ -25,4 +25,4 @@ def a_kernel_that_never_ends() -> None:
 
 if __name__ == "__main__":
     TrainModule.forward = forward  # type: ignore[method-assign, assignment]
-    os._exit(worker.main(sys.argv[1]))
+    os._exit(rank.main(sys.argv[1]))

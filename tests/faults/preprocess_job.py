@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from data_pipeline.preprocess_config import PreprocessConfig
-from data_pipeline.ray_jobs import preprocess
-from data_pipeline.schema import load
+from data_pipeline.core.schema import load
+from data_pipeline.preprocess.config import PreprocessConfig
+from data_pipeline.preprocess.job import preprocess
 
 
 def main() -> int:

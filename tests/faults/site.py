@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import app, slurm
-from launch.submit import read_note
-from pretrain.telemetry import read_rows
+from launch import main
+from launch.launchers import slurm
+from launch.runs.job_record import read_note
+from pretrain.monitoring.metrics_writer import read_rows
 from tests.faults.mini_slurm import MiniSlurm, wait_for
 from tests.reader.tiny_shards import sounds, write_shards
 
@@ -43,7 +44,7 @@ class Site:
         """`auricle pretrain launcher=slurm` of a tiny model on two nodes, which notes what it reads."""
         keys = self.base / name / "keys"
         paths = (f"name={name}", f"runs={self.base}", f"data.shards={self.base / 'shards'}", f"data.keys_log={keys}")
-        assert app.main(["pretrain", *TOY, *ON_SLURM, *paths, *overrides]) == 0
+        assert main.main(["pretrain", *TOY, *ON_SLURM, *paths, *overrides]) == 0
         folder = self.base / name
         self.handles[name] = read_note(folder).handle
         return folder
@@ -83,7 +84,9 @@ class Site:
 
     def ranks(self, name: str, *nodes: str) -> list[int]:
         """Processes of a run's ranks on some nodes."""
-        found = [pid for node in nodes for pid in self.cluster.processes(node, f"launch.worker {self.base / name}")]
+        found = [
+            pid for node in nodes for pid in self.cluster.processes(node, f"launch.workers.rank {self.base / name}")
+        ]
         return [pid for pid in found if Path(f"/proc/{pid}/comm").read_text().startswith("python")]
 
     def kill_rank(self, name: str, node: str) -> None:

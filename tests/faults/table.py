@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch import slurm
+from launch.launchers import slurm
 from tests.conftest import ROOT
 from tests.faults.keys import handed_over
 from tests.faults.mini_slurm import missing, wait_for
@@ -189,7 +189,7 @@ def record(site: Site) -> str:
 
 def followed(site: Site, folder: Path) -> list[str]:
     """`logs -f` in one terminal, which ends by itself after `cancel` in another."""
-    command = [sys.executable, "-m", "launch.app", "jobs", "logs", "-f", str(folder)]
+    command = [sys.executable, "-m", "launch.main", "jobs", "logs", "-f", str(folder)]
     follower = subprocess.Popen(command, cwd=site.base, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     before = site.step(folder.name)
     site.reach(folder.name, before + 20)
@@ -201,7 +201,7 @@ def followed(site: Site, folder: Path) -> list[str]:
 
 
 def auricle_jobs(site: Site, typed: str) -> str:
-    command = [sys.executable, "-m", "launch.app", "jobs", *shlex.split(typed)]
+    command = [sys.executable, "-m", "launch.main", "jobs", *shlex.split(typed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=site.base, check=False)
     return shown(typed, done.stdout + done.stderr, done.returncode)
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from pretrain.telemetry import read_rows
+from pretrain.monitoring.metrics_writer import read_rows
 from tests.faults.kills import ROOT, Job
 from tests.reader.tiny_shards import sounds, write_shards
 
@@ -31,7 +31,7 @@ TOY = (
 
 
 def start(shards: Path, runs: Path) -> Job:
-    command = [sys.executable, "-m", "launch.app", "pretrain", *TOY, f"data.shards={shards}", f"runs={runs}"]
+    command = [sys.executable, "-m", "launch.main", "pretrain", *TOY, f"data.shards={shards}", f"runs={runs}"]
     runs.mkdir(exist_ok=True)
     output = (runs / "output.txt").open("a")
     return Job(subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True))

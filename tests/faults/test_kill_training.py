@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.schema import dump, load
+from data_pipeline.core.schema import dump, load
 from pretrain.config import Config
-from pretrain.telemetry import read_rows
+from pretrain.monitoring.metrics_writer import read_rows
 from tests.reader.tiny_shards import sounds, write_shards
 
 STEPS = 12
@@ -48,7 +48,7 @@ def prepare(runs: Path, name: str, shards: Path) -> Path:
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "launch.worker", str(folder)]
+    command = [sys.executable, "-m", "launch.workers.rank", str(folder)]
     return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

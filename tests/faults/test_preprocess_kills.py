@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.verify import verify
+from data_pipeline.preprocess.verify import verify
 from tests.faults import kills
 from tests.preprocess.sounds import contents, many, write_corpus
 

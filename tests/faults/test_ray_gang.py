@@ -13,11 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
-from data_pipeline.preprocess_config import PreprocessConfig
-from data_pipeline.schema import load
-from launch.ray_gang import choose_world
-from launch.submit import steps_done
-from pretrain.telemetry import read_rows
+from data_pipeline.core.schema import load
+from data_pipeline.preprocess.config import PreprocessConfig
+from launch.launchers.ray_driver import choose_world
+from launch.runs.job_record import steps_done
+from pretrain.monitoring.metrics_writer import read_rows
 from tests.conftest import ROOT
 from tests.faults.keys import handed_over
 from tests.faults.mini_slurm import wait_for
@@ -48,7 +48,7 @@ def cluster() -> Iterator[Any]:
 
 def pretrain(base: Path, name: str, *launcher: str) -> subprocess.Popen[bytes]:
     paths = (f"name={name}", f"runs={base}", f"data.shards={base / 'shards'}", f"data.keys_log={base / name / 'keys'}")
-    return subprocess.Popen([sys.executable, "-m", "launch.app", "pretrain", *TINY, *paths, *launcher], cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-m", "launch.main", "pretrain", *TINY, *paths, *launcher], cwd=ROOT)
 
 
 def power_off(cluster: Any, node: Any) -> None:
@@ -98,7 +98,7 @@ def test_a_node_lost_in_preprocessing_leaves_the_same_bytes(tmp_path: Path, clus
     corpus = ("corpus=path", f"corpus.path={write_corpus(tmp_path / 'corpus', many(90, 8.0))}", "codec=opus")
     plain = (*corpus, "shard_mb=0.05", "report=false", f"runs={tmp_path / 'runs'}")
     command = ["preprocess", *plain, f"out={tmp_path / 'hurt'}", "launcher=ray", f"launcher.address={cluster.address}"]
-    hurt = subprocess.Popen([sys.executable, "-m", "launch.app", *command], cwd=ROOT)
+    hurt = subprocess.Popen([sys.executable, "-m", "launch.main", *command], cwd=ROOT)
     done = tmp_path / "hurt" / "_done"
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     wait_for(lambda: done.exists() and any(works(child) for child in raylet.children(recursive=True)), 120, "a worker")

@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from launch import app
+from launch import main
 from launch.config import RayConfig
-from launch.environment import free_port
-from launch.ray import RayJobs
-from launch.ray_after import succeeded
-from launch.submit import read_note, steps_done
+from launch.launchers.ray import RayJobs
+from launch.launchers.ray_wait import succeeded
+from launch.runs.job_record import read_note, steps_done
+from launch.workers.environment import free_port
 from tests.conftest import ROOT
 from tests.faults import whole_chain
 from tests.faults.mini_slurm import wait_for
@@ -83,7 +83,7 @@ def test_a_chain_of_ray_jobs(head: str, tmp_path: Path, monkeypatch: pytest.Monk
     corpus = ["preprocess.corpus.path=speech", "preprocess.min_shards=2", "preprocess.report=false"]
     ray = ["launcher=ray", f"launcher.dashboard={head}", "launcher.workers=1"]
     chain = ["pipeline", "folder=work", "steps=[preprocess,pretrain]", *ray, *corpus, *toy]
-    assert app.main(chain) == 0
+    assert main.main(chain) == 0
     runs = tmp_path / "work" / "runs"
     note = read_note(runs / HOSTILE)
     submitter = RayJobs(RayConfig(**note.config))
@@ -95,9 +95,9 @@ def test_a_chain_of_ray_jobs(head: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert submitter.status(read_note(runs / "preprocess").handle) == "done"
     assert not list(tmp_path.rglob("pwned"))
     before = read_note(runs / HOSTILE)
-    assert app.main(chain) == 0
+    assert main.main(chain) == 0
     assert read_note(runs / HOSTILE) == before, "nothing was handed over again"
-    assert app.main(["jobs", "status", str(runs / "preprocess")]) == 0
+    assert main.main(["jobs", "status", str(runs / "preprocess")]) == 0
 
 
 @pytest.mark.slow
@@ -111,8 +111,8 @@ def test_the_dashboard_is_on_the_loopback_and_wants_the_token(head: str) -> None
 
 
 PREPROCESSING = """
-from data_pipeline.preprocess_config import RayConfig
-from data_pipeline.ray_jobs import cluster
+from data_pipeline.preprocess.config import RayConfig
+from data_pipeline.preprocess.job import cluster
 with cluster(RayConfig(num_cpus=1)):
     look()
 """
@@ -166,7 +166,7 @@ def test_the_whole_chain_of_ray_jobs(
     whole_chain.write(tmp_path)
     ray = ("launcher=ray", f"launcher.dashboard={head}", "launcher.workers=1")
     command = whole_chain.command(tmp_path, turns, *ray)
-    assert app.main(command) == 0
+    assert main.main(command) == 0
     for name in whole_chain.names(turns):
         note = read_note(tmp_path / "whole" / "runs" / name)
         submitter = RayJobs(RayConfig(**note.config), note.verb)

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.schema import dump, load
+from data_pipeline.core.schema import dump, load
 from pretrain.config import Config
-from pretrain.telemetry import read_rows
+from pretrain.monitoring.metrics_writer import read_rows
 from tests.faults.keys import handed_over
 from tests.reader.tiny_shards import sounds, write_shards
 
@@ -56,7 +56,7 @@ def start(folder: Path, world: int) -> list[subprocess.Popen[bytes]]:
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         variables = os.environ | {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "launch.worker", str(folder)]
+        command = [sys.executable, "-m", "launch.workers.rank", str(folder)]
         processes.append(subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     return processes
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import app, slurm
+from launch import main
 from launch.demo_corpus import synthesise
-from launch.pipeline import Step
-from launch.submit import read_note, steps_done
+from launch.launchers import slurm
+from launch.runs.job_record import read_note, steps_done
+from launch.workflows.pipeline import Step
 from tests.faults import mini_slurm
 from tests.faults.keys import handed_over
 from tests.faults.mini_slurm import require_slurm, wait_for
@@ -43,7 +44,7 @@ def runs(site: Site) -> Site:
     synthesise(site.base / "speech", 12)
     for name in ("calm", "warned", "struck"):
         site.submit(name)
-    assert app.main(pipeline(site)) == 0
+    assert main.main(pipeline(site)) == 0
     site.reach("warned", LATE)
     slurm.ask("scancel", "--batch", "--signal=USR1", site.handles["warned"])
     site.reach("struck", EARLY)
@@ -83,7 +84,7 @@ def bereaved(runs: Site) -> Site:
 def submit_others(site: Site) -> None:
     """Small jobs: a sweep, a run that diverges, one with hostile names, and one that waits for one that fails."""
     plain = (*ON_SLURM, f"runs={site.base}", f"data.shards={site.base / 'shards'}", "launcher.nodes=1")
-    assert app.main(["pretrain", *TOY, *plain, "name=swept", "train.steps=3", "seed=1,2", "--multirun"]) == 0
+    assert main.main(["pretrain", *TOY, *plain, "name=swept", "train.steps=3", "seed=1,2", "--multirun"]) == 0
     for number in (0, 1):
         site.handles[f"swept_{number}"] = read_note(site.base / f"swept_{number}").handle
     site.submit("ill", "launcher.nodes=1", "optimizer.lr=1e30", "schedule.warmup_steps=0")
@@ -151,7 +152,7 @@ def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(
     ]
     assert tars[0] == tars[1] != {}
     capsys.readouterr()
-    assert app.main(pipeline(runs)) == 0
+    assert main.main(pipeline(runs)) == 0
     said = capsys.readouterr().out
     assert "preprocess: stands, skipped" in said
     assert "chained: stands, skipped" in said
@@ -164,7 +165,7 @@ def test_a_sweep_is_an_array(bereaved: Site, capsys: pytest.CaptureFixture[str])
         assert bereaved.handles[f"swept_{number}"].partition("_")[2] == str(number)
         bereaved.finish(f"swept_{number}")
     assert learned(bereaved.base / "swept_0") != learned(bereaved.base / "swept_1")
-    assert app.main(["jobs", "status", str(bereaved.base / "swept_1")]) == 0
+    assert main.main(["jobs", "status", str(bereaved.base / "swept_1")]) == 0
     assert "done, step 3/3" in capsys.readouterr().out
 
 
@@ -179,13 +180,13 @@ def test_an_unhealthy_run_is_not_tried_again(bereaved: Site) -> None:
 def test_scancel_ends_the_run_and_keeps_it(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     folder = site.submit("unwanted", "train.steps=100000", "train.checkpoint_every=5", "launcher.nodes=1")
     wait_for(lambda: steps_done(folder) >= 5, 90, "a checkpoint", lambda: site.log("unwanted"))
-    assert app.main(["jobs", "status", str(folder)]) == 0
+    assert main.main(["jobs", "status", str(folder)]) == 0
     assert "running" in capsys.readouterr().out
-    assert app.main(["jobs", "cancel", str(folder)]) == 0
+    assert main.main(["jobs", "cancel", str(folder)]) == 0
     wait_for(lambda: slurm.job_state(site.handles["unwanted"]) == "CANCELLED", 30, "the cancelled state")
-    gone = [site.cluster.processes(node, f"launch.worker {folder}") for node in site.cluster.nodes]
+    gone = [site.cluster.processes(node, f"launch.workers.rank {folder}") for node in site.cluster.nodes]
     assert not any(gone)
-    assert app.main(["jobs", "status", str(folder)]) == app.FAILED
+    assert main.main(["jobs", "status", str(folder)]) == main.FAILED
     assert "cancelled" in capsys.readouterr().out
     assert steps_done(folder) >= 5
 

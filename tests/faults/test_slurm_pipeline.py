@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 
-from launch import app, slurm
-from launch.submit import read_note
+from launch import main
+from launch.launchers import slurm
+from launch.runs.job_record import read_note
 from tests.faults import whole_chain
 from tests.faults.mini_slurm import require_slurm, wait_for
 from tests.faults.site import ON_SLURM, Site, site_at
@@ -28,7 +29,7 @@ def test_the_whole_chain_with_afterok(site: Site, capsys: pytest.CaptureFixture[
     turns = whole_chain.TWO_TURNS
     whole_chain.write(site.base)
     command = whole_chain.command(site.base, turns, *ON_SLURM, "pretrain.launcher.nodes=1")
-    assert app.main(command) == 0
+    assert main.main(command) == 0
     names = whole_chain.names(turns)
     for name in names:
         site.handles[f"whole/runs/{name}"] = read_note(site.base / "whole" / "runs" / name).handle

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import app
+from launch import main
 from launch.demo_corpus import synthesise
 from tests.evaluate.tones import quick, write_tones
 
@@ -56,6 +56,6 @@ def require_whole(base: Path, turns: tuple[str, ...], again: list[str], capsys: 
     labels = "runs/toy-it2-labels/labels" if turns == TWO_TURNS else "labels"
     assert len(list((folder / labels).glob("*.parquet"))) == len(list((folder / "shards").glob("*.tar"))) > 0
     capsys.readouterr()
-    assert app.main(again) == 0
+    assert main.main(again) == 0
     said = capsys.readouterr().out
     assert said.count("stands, skipped") == len(names(turns)), said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.nn.patterns import AttentionContext, Pattern, flex_mask, pattern_attention
+from pretrain.nn.attention_patterns import AttentionContext, Pattern, flex_mask, pattern_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

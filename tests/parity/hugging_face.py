@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from pretrain.encoders import transformer
-from pretrain.export.layout import from_hugging_face
-from pretrain.frontends import waveform_conv
-from pretrain.types import SpeechModel
+from pretrain.interfaces.objectives import SpeechModel
+from pretrain.interop.hf_names import from_hugging_face
+from pretrain.models.encoders import transformer
+from pretrain.models.frontends import waveform_conv
 
 SIZES: dict[str, Any] = {
     "hidden_size": 96,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.types import Batch
-from pretrain.export.layout import objective_from_hugging_face, to_hugging_face
-from pretrain.nn import quantizers
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import StepContext
+from pretrain.interop.hf_names import objective_from_hugging_face, to_hugging_face
 from pretrain.objectives import wav2vec2
-from pretrain.types import StepContext
+from pretrain.self_supervision import quantizers
 from tests.parity.hugging_face import copy_weights, hugging_face_config, our_model, ragged_batch, randomize
 from tests.parity_table import Parity
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data_pipeline.schema import load
-from launch.compose import compose
+from data_pipeline.core.schema import load
+from launch.cli.compose import compose
 from launch.config import PretrainJob
-from launch.describe import run_config
-from pretrain.model import build_model
+from launch.runs.metadata import run_config
+from pretrain.train_module import build_model
 from tests.parity.hugging_face import copy_weights, hugging_face_config, our_model, ragged_batch, randomize
 from tests.parity_table import Parity
 

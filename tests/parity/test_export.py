@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.schema import ConfigError, load
-from data_pipeline.types import Batch
+from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.core.types import Batch
 from pretrain.config import Config
-from pretrain.export.hugging_face import export
-from pretrain.export.initial import load_initial
-from pretrain.model import TrainModule, build_model
+from pretrain.interfaces.objectives import StepContext
+from pretrain.interop.hf_export import export
+from pretrain.interop.init_weights import load_initial
 from pretrain.nn.spectral import normalize_wave
 from pretrain.objectives.data2vec import Data2Vec
-from pretrain.types import StepContext
+from pretrain.train_module import TrainModule, build_model
 from tests.parity.test_contrastive import negatives_as_theirs
 from tests.parity_table import Parity
 
@@ -186,7 +186,7 @@ def test_refusals(values: dict[str, Any], named: str, tmp_path: Path) -> None:
 
 def test_a_failed_gate_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described = config("wav2vec2", {}, {})
-    monkeypatch.setattr("pretrain.export.hugging_face.gate", lambda *_: 1.0)
+    monkeypatch.setattr("pretrain.interop.hf_export.gate", lambda *_: 1.0)
     with pytest.raises(ConfigError, match="differ by"):
         export(described, build_model(described), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

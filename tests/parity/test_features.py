@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pretrain.nn.attention import RelativeBias
-from pretrain.nn.quantizers import RandomProjectionQuantizer
 from pretrain.nn.spectral import LogMel, mel_filters
+from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
 from tests.parity_table import Parity
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.schema import ConfigError, load
+from data_pipeline.core.schema import ConfigError, load
 from pretrain.config import Config
-from pretrain.export import graph
-from pretrain.model import build_model
+from pretrain.interop import graph_export
+from pretrain.train_module import build_model
 from tests.parity_table import Parity
 
 SMALL = {"dim": 48, "layers": 2, "heads": 2, "ffn_dim": 64}
@@ -44,7 +44,7 @@ def made(frontend: dict[str, Any], encoder: dict[str, Any]) -> tuple[Config, Any
 @pytest.mark.parametrize("case", CASES)
 def test_torchscript(case: str, tmp_path: Path, parity: Parity) -> None:
     config, model = made(*CASES[case])
-    error = graph.export_graph(config, model, tmp_path / "out", "torchscript")
+    error = graph_export.export_graph(config, model, tmp_path / "out", "torchscript")
     parity("TorchScript: features, as a share of the largest", 1e-5, error)
     wave_BT = torch.randn(1, 20_000)
     expected = model.eval()(wave_BT, torch.tensor([20_000])).final.x_BFD
@@ -54,43 +54,43 @@ def test_torchscript(case: str, tmp_path: Path, parity: Parity) -> None:
 def test_a_run_on_packed_rows_is_exported_like_any_other(tmp_path: Path) -> None:
     _, model = made(*CASES["wav2vec2 base"])
     model.frontend.packed = model.encoder.packed = True
-    assert graph.export_graph(made(*CASES["wav2vec2 base"])[0], model, tmp_path / "out", "torchscript") <= 1e-5
+    assert graph_export.export_graph(made(*CASES["wav2vec2 base"])[0], model, tmp_path / "out", "torchscript") <= 1e-5
     assert model.encoder.packed, "only the copy was changed"
 
 
 @pytest.mark.parametrize("case", [ONE, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != ONE)])
 def test_onnx(case: str, tmp_path: Path, parity: Parity) -> None:
     pytest.importorskip("onnxscript")
-    error = graph.export_graph(*made(*CASES[case]), tmp_path / "out", "onnx")
+    error = graph_export.export_graph(*made(*CASES[case]), tmp_path / "out", "onnx")
     parity("ONNX: features, as a share of the largest", 1e-4, error)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.onnx", "features.json"}
 
 
 def test_a_layer_in_the_middle(tmp_path: Path) -> None:
     config, model = made(*CASES["efficient"])
-    graph.export_graph(config, model, tmp_path / "out", "torchscript", layer=1)
+    graph_export.export_graph(config, model, tmp_path / "out", "torchscript", layer=1)
     wave_BT = torch.randn(2, 17_000)
     expected = model.eval()(wave_BT, torch.tensor([17_000] * 2)).layers[1]
     torch.testing.assert_close(torch.jit.load(str(tmp_path / "out" / "model.ts"))(wave_BT), expected)
     with pytest.raises(ConfigError, match="has the layers 0 to 2"):
-        graph.export_graph(config, model, tmp_path / "other", "torchscript", layer=3)
+        graph_export.export_graph(config, model, tmp_path / "other", "torchscript", layer=3)
 
 
 def test_a_pattern_that_does_not_fit_is_refused_and_nothing_written(tmp_path: Path) -> None:
     chunked = ROPE | {"attention": "chunked", "chunk_frames": [4], "left_chunks": 1}
     with pytest.raises(ConfigError, match=r"attention=chunked: the exported .* differ by|does not run on"):
-        graph.export_graph(*made({"name": "log_mel"}, chunked), tmp_path / "out", "torchscript")
+        graph_export.export_graph(*made({"name": "log_mel"}, chunked), tmp_path / "out", "torchscript")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_gate_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "gate", lambda *_: 1e-3)
+    monkeypatch.setattr(graph_export, "gate", lambda *_: 1e-3)
     with pytest.raises(ConfigError, match=r"differ by 1\.0e-03"):
-        graph.export_graph(*made(*CASES["efficient"]), tmp_path / "out", "torchscript")
+        graph_export.export_graph(*made(*CASES["efficient"]), tmp_path / "out", "torchscript")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_onnx_without_its_packages_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'auricle\[onnx\]'"):
-        graph.export_graph(*made(*CASES["efficient"]), tmp_path / "out", "onnx")
+        graph_export.export_graph(*made(*CASES["efficient"]), tmp_path / "out", "onnx")

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.types import Batch
-from pretrain.encoders import transformer
-from pretrain.export.layout import from_hugging_face, to_hugging_face
-from pretrain.frontends import waveform_conv
-from pretrain.nn.kmeans import kmeans
-from pretrain.nn.quantizers import nearest_codes
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import SpeechModel, StepContext
+from pretrain.interop.hf_names import from_hugging_face, to_hugging_face
+from pretrain.models.encoders import transformer
+from pretrain.models.frontends import waveform_conv
 from pretrain.objectives import hubert
-from pretrain.types import SpeechModel, StepContext
+from pretrain.self_supervision.kmeans import kmeans
+from pretrain.self_supervision.quantizers import nearest_codes
 from tests.parity.hugging_face import our_model, ragged_batch, randomize
 from tests.parity_table import Parity
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.keyed_random import keyed_rng
-from data_pipeline.types import Batch
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import StepContext
 from pretrain.objectives import wavlm
-from pretrain.types import StepContext
 from tests.contract.cases import make
 from tests.parity_table import Parity
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.encoders import conformer, transformer
-from pretrain.frontends import multiscale
+from pretrain.interfaces.objectives import Frames
+from pretrain.models.encoders import conformer, transformer
+from pretrain.models.frontends import multiscale
+from pretrain.nn.half_rate import HalfRate
 from pretrain.nn.positions import rotary_angles, rotate
-from pretrain.nn.quantizers import RandomProjectionQuantizer
-from pretrain.nn.resolution import HalfRate
 from pretrain.nn.spectral import LogMel, Mfcc, delta
-from pretrain.types import Frames
+from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
 from tests.parity.hugging_face import randomize
 from tests.parity_table import Parity, difference
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.config import OptimizerConfig, ScheduleConfig
-from pretrain.schedules import learning_rate
+from pretrain.lr_schedule import learning_rate
 from tests.parity_table import Parity
 
 optimization = pytest.importorskip("transformers.optimization")

@@ -9,14 +9,14 @@ import pytest
 import torch
 from scipy.special import erf
 
-from data_pipeline.schema import load
-from data_pipeline.types import Batch
+from data_pipeline.core.schema import load
+from data_pipeline.core.types import Batch
 from pretrain.config import Config
-from pretrain.model import TrainModule, build_model
+from pretrain.interfaces.objectives import Frames, StepContext
 from pretrain.objectives.data2vec import Data2Vec
 from pretrain.objectives.data2vec2 import Data2Vec2
 from pretrain.objectives.dinosr import DinoSR
-from pretrain.types import Frames, StepContext
+from pretrain.train_module import TrainModule, build_model
 from tests.parity.hugging_face import ragged_batch
 from tests.parity_table import Parity
 

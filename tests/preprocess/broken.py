@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from data_pipeline.keyed_random import keyed_rng
+from data_pipeline.core.rng import keyed_rng
 from tests.preprocess.sounds import sound
 
 FORMATS = {

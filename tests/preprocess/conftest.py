@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_pipeline.preprocess_config import RayConfig
-from data_pipeline.ray_jobs import cluster
+from data_pipeline.preprocess.config import RayConfig
+from data_pipeline.preprocess.job import cluster
 
 
 @pytest.fixture(scope="package")

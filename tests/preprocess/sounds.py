@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from data_pipeline.config import PreprocessConfig
-from data_pipeline.keyed_random import keyed_rng
-from data_pipeline.schema import load
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.schema import load
+from data_pipeline.preprocess.config import PreprocessConfig
 
 
 def sound(name: str, seconds: float, rate: int = 16_000, level: float = 0.1) -> np.ndarray:

@@ -13,22 +13,22 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import audio
-from data_pipeline.segment import cut
+from data_pipeline.audio import codecs
+from data_pipeline.audio.segmentation import cut
 from tests.preprocess.sounds import sound
 
 
 def decoded(path: Path) -> np.ndarray:
-    return np.concatenate(list(audio.decode(str(path), 16_000)))
+    return np.concatenate(list(codecs.decode(str(path), 16_000)))
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
 def test_16_bit_audio_survives_bit_by_bit(tmp_path: Path, subtype: str) -> None:
-    pcm = audio.to_int16(sound("bits", 1.0))
+    pcm = codecs.to_int16(sound("bits", 1.0))
     soundfile.write(tmp_path / "a.wav", pcm.astype(np.float64) / 32768, 16_000, subtype=subtype)
-    again = audio.to_int16(decoded(tmp_path / "a.wav"))
+    again = codecs.to_int16(decoded(tmp_path / "a.wav"))
     np.testing.assert_array_equal(again, pcm)
-    flac, _ = soundfile.read(io.BytesIO(audio.encode(again, 16_000, "flac")), dtype="int16")
+    flac, _ = soundfile.read(io.BytesIO(codecs.encode(again, 16_000, "flac")), dtype="int16")
     np.testing.assert_array_equal(flac, pcm)
 
 
@@ -51,7 +51,7 @@ def test_channels_are_averaged_unless_they_cancel(tmp_path: Path) -> None:
 
 
 def test_beyond_full_scale_is_clipped_not_wrapped() -> None:
-    assert audio.to_int16(np.array([1.5, -1.5, 1.0, -1.0, 0.5], np.float32)).tolist() == [
+    assert codecs.to_int16(np.array([1.5, -1.5, 1.0, -1.0, 0.5], np.float32)).tolist() == [
         32767,
         -32768,
         32767,
@@ -61,8 +61,8 @@ def test_beyond_full_scale_is_clipped_not_wrapped() -> None:
 
 
 def test_opus_bytes_are_equal_and_pages_have_valid_checksums() -> None:
-    pcm = audio.to_int16(sound("opus", 3.0))
-    first, second = audio.encode(pcm, 16_000, "opus"), audio.encode(pcm, 16_000, "opus")
+    pcm = codecs.to_int16(sound("opus", 3.0))
+    first, second = codecs.encode(pcm, 16_000, "opus"), codecs.encode(pcm, 16_000, "opus")
     assert first == second
     wave, _ = soundfile.read(io.BytesIO(first))  # libogg drops pages of wrong checksum
     assert len(wave) >= 48_000
@@ -80,24 +80,24 @@ def test_opus_bytes_are_equal_and_pages_have_valid_checksums() -> None:
 )
 def test_what_is_no_audio_has_a_reason(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.wav").write_bytes(content)
-    with pytest.raises(audio.AudioError) as caught:
+    with pytest.raises(codecs.AudioError) as caught:
         decoded(tmp_path / "a.wav")
     assert caught.value.reason == reason
 
 
 def test_vanished_truncated_and_implausible_files_have_reasons(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
-    with pytest.raises(audio.AudioError) as vanished:
+    with pytest.raises(codecs.AudioError) as vanished:
         decoded(path)
     soundfile.write(path, sound("cut", 2.0), 16_000)
     path.write_bytes(path.read_bytes()[:30_000])
-    with pytest.raises(audio.AudioError) as truncated:
+    with pytest.raises(codecs.AudioError) as truncated:
         decoded(path)
     soundfile.write(path, np.zeros(10), 100)
-    with pytest.raises(audio.AudioError) as slow:
+    with pytest.raises(codecs.AudioError) as slow:
         decoded(path)
     soundfile.write(path, np.array([0.1, np.nan] * 100), 16_000, subtype="FLOAT")
-    with pytest.raises(audio.AudioError) as not_a_number:
+    with pytest.raises(codecs.AudioError) as not_a_number:
         decoded(path)
     reasons = [caught.value.reason for caught in (vanished, truncated, slow, not_a_number)]
     assert reasons == ["vanished", "truncated", "sample_rate", "not_finite"]
@@ -105,8 +105,8 @@ def test_vanished_truncated_and_implausible_files_have_reasons(tmp_path: Path) -
 
 def test_missing_ffmpeg_is_told_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x1cftypM4A " + bytes(2000))
-    monkeypatch.setattr(audio.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(audio.AudioError, match=r"auricle\[media\]"):
+    monkeypatch.setattr(codecs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(codecs.AudioError, match=r"auricle\[media\]"):
         decoded(tmp_path / "a.m4a")
 
 
@@ -121,7 +121,7 @@ def test_every_odd_format_does_what_its_manifest_expects(shared_data: Path) -> N
         try:
             seconds = len(decoded(folder / row["path"])) / 16_000
             happened = "decode" if abs(seconds - float(row["duration_s"])) < 0.1 else f"{seconds} s"
-        except audio.AudioError as error:
+        except codecs.AudioError as error:
             happened = "error"
             if error.reason == "not_finite":
                 happened = "decode"  # refusing NaN is allowed
@@ -147,17 +147,17 @@ def test_cutting_loses_and_repeats_nothing(sizes: list[int], longest: int) -> No
 
 
 def test_flac_that_needs_nothing_is_taken_without_its_tags(tmp_path: Path) -> None:
-    path, pcm = tmp_path / "a.flac", audio.to_int16(sound("kept", 2.0))
+    path, pcm = tmp_path / "a.flac", codecs.to_int16(sound("kept", 2.0))
     with soundfile.SoundFile(path, "w", 16_000, 1) as file:
         file.title = "a private note"
         file.write(pcm)
-    kept = audio.stored_flac(str(path), pcm, 16_000)
+    kept = codecs.stored_flac(str(path), pcm, 16_000)
     assert kept is not None
     assert b"private" in path.read_bytes()
     assert b"private" not in kept
     np.testing.assert_array_equal(soundfile.read(io.BytesIO(kept), dtype="int16")[0], pcm)
-    assert audio.stored_flac(str(path), pcm + np.int16(1), 16_000) is None, "other samples"
-    assert audio.stored_flac(str(path), pcm[:-1], 16_000) is None, "a part of it"
-    assert audio.stored_flac(str(path), pcm, 8_000) is None, "another rate"
+    assert codecs.stored_flac(str(path), pcm + np.int16(1), 16_000) is None, "other samples"
+    assert codecs.stored_flac(str(path), pcm[:-1], 16_000) is None, "a part of it"
+    assert codecs.stored_flac(str(path), pcm, 8_000) is None, "another rate"
     soundfile.write(tmp_path / "a.wav", pcm, 16_000)
-    assert audio.stored_flac(str(tmp_path / "a.wav"), pcm, 16_000) is None
+    assert codecs.stored_flac(str(tmp_path / "a.wav"), pcm, 16_000) is None

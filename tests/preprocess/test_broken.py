@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import audio
-from data_pipeline.discover import discover
-from data_pipeline.preprocess_config import ManifestCorpus
-from data_pipeline.process import process_unit
-from data_pipeline.ray_jobs import preprocess
-from data_pipeline.schema import ConfigError
-from data_pipeline.types import AudioFile
-from data_pipeline.units import Unit
+from data_pipeline.audio import codecs
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import AudioFile
+from data_pipeline.corpora.discovery import discover
+from data_pipeline.preprocess.config import ManifestCorpus
+from data_pipeline.preprocess.job import preprocess
+from data_pipeline.preprocess.unit_worker import process_unit
+from data_pipeline.preprocess.work_plan import Unit
 from tests.preprocess.broken import FORMATS, fuzzed, make_broken
 from tests.preprocess.sounds import many, path_config, write_corpus
 
@@ -49,8 +49,8 @@ def test_two_hundred_broken_files_among_good_ones(tmp_path: Path) -> None:
 def test_readers_decode_or_give_a_reason(tmp_path_factory: pytest.TempPathFactory, ending, flips, cut) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path_factory.getbasetemp() / f"fuzzed.{ending}"
     path.write_bytes(fuzzed(ending, flips, cut))
-    with contextlib.suppress(audio.AudioError):
-        for block in audio.decode(str(path), 16_000):
+    with contextlib.suppress(codecs.AudioError):
+        for block in codecs.decode(str(path), 16_000):
             assert np.isfinite(block).all()
             assert block.dtype == np.float32
 
@@ -72,7 +72,7 @@ def test_files_that_vanish_or_change_while_being_read(tmp_path: Path, monkeypatc
     corpus = write_corpus(tmp_path / "corpus", {"gone.wav": 2.0, "grows.wav": 2.0, "stays.wav": 2.0})
     config = path_config(corpus, tmp_path / "out")
     files = tuple(discover(config.corpus).files)
-    real = audio.decode
+    real = codecs.decode
 
     def disturbed(path: str, rate: int):  # type: ignore[no-untyped-def]
         if path.endswith("grows.wav"):
@@ -80,7 +80,7 @@ def test_files_that_vanish_or_change_while_being_read(tmp_path: Path, monkeypatc
                 file.write(b"more")
         yield from real(path, rate)
 
-    monkeypatch.setattr(audio, "decode", disturbed)
+    monkeypatch.setattr(codecs, "decode", disturbed)
     (corpus / "gone.wav").unlink()
     record = process_unit(Unit("unit", files), config).record
     assert (record.segments, record.files) == (1, 3)

@@ -12,10 +12,11 @@ import pytest
 import soundfile
 import soxr
 
-from data_pipeline import audio, matching
-from data_pipeline.dedup import BITS, Fingerprinter
-from data_pipeline.matching import Table, equal_hashes, shared_prints
-from data_pipeline.preprocess_config import DedupConfig
+from data_pipeline.audio import codecs
+from data_pipeline.preprocess import duplicate_search
+from data_pipeline.preprocess.config import DedupConfig
+from data_pipeline.preprocess.duplicate_search import Table, equal_hashes, shared_prints
+from data_pipeline.preprocess.fingerprints import BITS, Fingerprinter
 
 
 def table(owners: list[int], keys: list[np.ndarray], frames: list[np.ndarray]) -> Table:
@@ -46,7 +47,7 @@ def found_of(recordings: int, prints: int, doubles: int, folder: Path) -> tuple[
 
 
 def test_every_planted_pair_is_found_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "FILES", 3)
+    monkeypatch.setattr(duplicate_search, "FILES", 3)
     assert found_of(3_000, 60, 50, tmp_path) == (1.0, 0)
     assert not list(tmp_path.iterdir()), "scratch files are gone"
 
@@ -63,15 +64,15 @@ def test_equal_hashes_name_the_first(tmp_path: Path) -> None:
     assert dict(equal_hashes(tables, 10, tmp_path)) == {4: 0, 5: 1, 6: 2, 7: 3, 8: 0, 9: 1}
 
 
-def degraded(wave: audio.Wave) -> dict[str, audio.Wave]:
+def degraded(wave: codecs.Wave) -> dict[str, codecs.Wave]:
     """The same speech as it comes back from other corpora."""
-    pcm = audio.to_int16(wave)
+    pcm = codecs.to_int16(wave)
     mp3 = io.BytesIO()
     soundfile.write(mp3, wave, 16_000, format="MP3")
-    late = audio.encode(audio.to_int16(0.4 * wave[5_037:]), 16_000, "opus")
+    late = codecs.encode(codecs.to_int16(0.4 * wave[5_037:]), 16_000, "opus")
     return {
         "gain": (0.3 * pcm).astype(np.int16).astype(np.float32) / 32_768,
-        "opus": soundfile.read(io.BytesIO(audio.encode(pcm, 16_000, "opus")), dtype="float32")[0],
+        "opus": soundfile.read(io.BytesIO(codecs.encode(pcm, 16_000, "opus")), dtype="float32")[0],
         "mp3": soundfile.read(io.BytesIO(mp3.getvalue()), dtype="float32")[0],
         "offset": wave[8_123:],
         "telephone": soxr.resample(soxr.resample(wave, 16_000, 8_000), 8_000, 16_000),
@@ -83,7 +84,7 @@ def degraded(wave: audio.Wave) -> dict[str, audio.Wave]:
 def test_real_speech_is_known_again(shared_data: Path, tmp_path: Path) -> None:
     names, keys, frames = [], [], []
     for path in sorted((shared_data / "speech" / "librispeech").glob("*.flac"))[:8]:
-        wave = np.concatenate(list(audio.decode(str(path), 16_000)))
+        wave = np.concatenate(list(codecs.decode(str(path), 16_000)))
         for kind, version in {"": wave, **degraded(wave)}.items():
             prints = Fingerprinter()
             prints.feed(version)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.discover import Discovered, discover
-from data_pipeline.preprocess_config import ManifestCorpus, PathCorpus
-from data_pipeline.schema import ConfigError
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.corpora.discovery import Discovered, discover
+from data_pipeline.preprocess.config import ManifestCorpus, PathCorpus
 from tests.preprocess.sounds import write_corpus
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.discover import discover
-from data_pipeline.preprocess_config import (
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.corpora.discovery import discover
+from data_pipeline.preprocess.config import (
     CommonVoiceCorpus,
     GigaSpeechCorpus,
     LibriSpeechCorpus,
     MlsCorpus,
     VoxPopuliCorpus,
 )
-from data_pipeline.schema import ConfigError
 from tests.preprocess.sounds import write_corpus
 
 

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import soxr
 
-from data_pipeline import audio
+from data_pipeline.audio import codecs
 from tests.preprocess.sounds import sound
 
 av = pytest.importorskip("av", reason="needs the extra media")
@@ -22,7 +22,7 @@ def write_media(path: Path, codec: str, rate: int, layout: str, picture: bool = 
     """The same three seconds in any container, with a moving picture beside it if asked for."""
     wave = soxr.resample(sound("media", SECONDS), 16_000, rate)
     channels = 2 if layout == "stereo" else 1
-    pcm = np.tile(audio.to_int16(wave.astype(np.float32))[:, None], (1, channels)).reshape(1, -1)
+    pcm = np.tile(codecs.to_int16(wave.astype(np.float32))[:, None], (1, channels)).reshape(1, -1)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
         if picture:
@@ -57,7 +57,7 @@ def test_the_same_speech_comes_out_of_every_container(
     tmp_path: Path, name: str, codec: str, rate: int, layout: str
 ) -> None:
     write_media(tmp_path / name, codec, rate, layout, picture=name.startswith("film"))
-    found = np.concatenate(list(audio.decode(str(tmp_path / name), 16_000)))
+    found = np.concatenate(list(codecs.decode(str(tmp_path / name), 16_000)))
     expected = sound("media", SECONDS)
     assert len(found) / 16_000 == pytest.approx(SECONDS, abs=0.15), "codecs may pad"
     size = 1 << 17
@@ -70,5 +70,5 @@ def test_the_same_speech_comes_out_of_every_container(
 def test_8_bits_and_many_channels(tmp_path: Path, channels: int) -> None:
     wave = sound("eight", 1.0)
     soundfile.write(tmp_path / "a.wav", np.tile(wave[:, None], (1, channels)), 16_000, subtype="PCM_U8")
-    found = np.concatenate(list(audio.decode(str(tmp_path / "a.wav"), 16_000)))
+    found = np.concatenate(list(codecs.decode(str(tmp_path / "a.wav"), 16_000)))
     np.testing.assert_allclose(found, wave, atol=1 / 100)

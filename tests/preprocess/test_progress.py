@@ -6,11 +6,11 @@ import io
 
 from rich.console import Console
 
-from data_pipeline.process import UnitResult
-from data_pipeline.progress import live_progress
-from data_pipeline.shards import DoneRecord
-from data_pipeline.types import AudioFile
-from data_pipeline.units import Unit
+from data_pipeline.core.types import AudioFile
+from data_pipeline.preprocess.progress import live_progress
+from data_pipeline.preprocess.unit_worker import UnitResult
+from data_pipeline.preprocess.work_plan import Unit
+from data_pipeline.shards.writer import DoneRecord
 
 
 def test_it_tells_files_hours_speed_and_rejects() -> None:

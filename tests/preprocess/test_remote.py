@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.files import FileStore
-from data_pipeline.shards import done_records, read_index
-from data_pipeline.verify import verify
+from data_pipeline.core.storage import FileStore
+from data_pipeline.preprocess.verify import verify
+from data_pipeline.shards.writer import done_records, read_index
 from tests.preprocess.sounds import many, path_config, write_corpus
 from tests.preprocess.test_verify import preprocess_here
 
@@ -73,9 +73,9 @@ def test_from_bucket_to_bucket_equals_from_disk_to_disk(s3: str, tmp_path: Path)
     # a Ray of its own: its workers inherit the server's address
     code = (
         "import json, sys\n"
-        "from data_pipeline.config import PreprocessConfig\n"
-        "from data_pipeline.ray_jobs import preprocess\n"
-        "from data_pipeline.schema import load\n"
+        "from data_pipeline.sampling.config import PreprocessConfig\n"
+        "from data_pipeline.preprocess.job import preprocess\n"
+        "from data_pipeline.core.schema import load\n"
         "summary = preprocess(load(PreprocessConfig, json.loads(sys.argv[1])), progress=False)\n"
         "print(json.dumps([summary.segments, summary.quarantined, summary.units_done]))\n"
     )

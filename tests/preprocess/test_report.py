@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.ray_jobs import preprocess
+from data_pipeline.preprocess.job import preprocess
 from tests.preprocess.sounds import many, path_config, write_corpus
 
 

@@ -14,9 +14,10 @@ import pytest
 import soundfile
 import webdataset
 
-from data_pipeline import audio, shards
-from data_pipeline.files import FileStore
-from data_pipeline.types import Segment
+from data_pipeline.audio import codecs
+from data_pipeline.core.storage import FileStore
+from data_pipeline.core.types import Segment
+from data_pipeline.shards import writer as shards
 from tests.preprocess.sounds import contents, sound
 
 EMPTY = shards.DoneRecord(unit="unit", shard="", sha256="", bytes=0, index_sha256="", segments=0, samples=0)
@@ -27,7 +28,7 @@ def segment(number: int, text: str = "") -> Segment:
 
 
 def pcm(number: int) -> np.ndarray:
-    return audio.to_int16(sound(f"clip {number}", 1.0))
+    return codecs.to_int16(sound(f"clip {number}", 1.0))
 
 
 def write(root: Path, numbers: list[int], codec: str = "flac") -> shards.DoneRecord:
@@ -35,7 +36,7 @@ def write(root: Path, numbers: list[int], codec: str = "flac") -> shards.DoneRec
     with store.scratch() as folder:
         writer = shards.ShardWriter(folder)
         for number in numbers:
-            encoded = audio.encode(pcm(number), 16_000, codec)
+            encoded = codecs.encode(pcm(number), 16_000, codec)
             writer.add(segment(number, "grüß dich"), codec, encoded, 16_000, level_dbfs=-20.5)
         return shards.commit(store, writer, EMPTY)
 
@@ -78,7 +79,7 @@ def test_the_index_points_at_the_payload(tmp_path: Path, codec: str) -> None:
     assert tar[int(offsets[-1]) :] == bytes(1024)
     row = rows[1]
     payload = tar[row["payload_offset"] : row["payload_offset"] + row["payload_size"]]
-    assert payload == audio.encode(pcm(1), 16_000, codec)
+    assert payload == codecs.encode(pcm(1), 16_000, codec)
     assert (row["key"], row["n_samples"], row["start"], row["suffix"]) == ("clip-1", 16_000, 16_000, codec)
 
 
@@ -89,7 +90,7 @@ def test_rollback_leaves_no_trace(tmp_path: Path) -> None:
         writer = shards.ShardWriter(folder)
         for number in (0, 1, 2):
             mark = writer.mark()
-            encoded = audio.encode(pcm(number), 16_000, "flac")
+            encoded = codecs.encode(pcm(number), 16_000, "flac")
             writer.add(segment(number, "grüß dich"), "flac", encoded, 16_000, level_dbfs=-20.5)
             if number == 1:
                 writer.rollback(mark)

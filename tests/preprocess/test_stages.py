@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_pipeline import audio, vad
-from data_pipeline.config import PreprocessConfig
-from data_pipeline.preprocess_config import FilterConfig, VadConfig
-from data_pipeline.quality import measure, normalised, verdict
-from data_pipeline.ray_jobs import preprocess
-from data_pipeline.schema import ConfigError
-from data_pipeline.shards import done_records, read_index
+from data_pipeline.audio import codecs, vad
+from data_pipeline.audio.quality import measure, normalised, verdict
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.preprocess.config import FilterConfig, PreprocessConfig, VadConfig
+from data_pipeline.preprocess.job import preprocess
+from data_pipeline.shards.writer import done_records, read_index
 from tests.preprocess.sounds import many, path_config, sound, write_corpus
 
 
@@ -24,19 +23,19 @@ def rows(root: Path) -> list[dict[str, object]]:
 
 
 @pytest.fixture
-def spoken(shared_data: Path) -> audio.Wave:
+def spoken(shared_data: Path) -> codecs.Wave:
     """Real speech with two seconds of silence before and after each of two utterances."""
     pytest.importorskip("onnxruntime", reason="needs the extra vad")
     pytest.importorskip("silero_vad", reason="needs the extra vad")
     hush = np.zeros(32_000, np.float32)
     parts = [hush]
     for path in sorted((shared_data / "speech" / "librispeech").glob("*.flac"))[:2]:
-        parts += [np.concatenate(list(audio.decode(str(path), 16_000)))[: 16_000 * 6], hush]
+        parts += [np.concatenate(list(codecs.decode(str(path), 16_000)))[: 16_000 * 6], hush]
     return np.concatenate(parts)
 
 
 @pytest.mark.shared
-def test_speech_probabilities_are_those_of_the_package(spoken: audio.Wave) -> None:
+def test_speech_probabilities_are_those_of_the_package(spoken: codecs.Wave) -> None:
     import torch
     from silero_vad import load_silero_vad
 
@@ -50,7 +49,7 @@ def test_speech_probabilities_are_those_of_the_package(spoken: audio.Wave) -> No
 
 @pytest.mark.shared
 @pytest.mark.parametrize("block", [700, 16_000, 10**7])
-def test_stretches_of_speech_keep_their_place_whatever_the_blocks(spoken: audio.Wave, block: int) -> None:
+def test_stretches_of_speech_keep_their_place_whatever_the_blocks(spoken: codecs.Wave, block: int) -> None:
     config = VadConfig(enabled=True)
     blocks = [spoken[start : start + block] for start in range(0, len(spoken), block)]
     found = list(vad.speech(blocks, 16_000 * 30, config))
@@ -113,7 +112,7 @@ def test_doubles_are_left_out_and_named(tmp_path: Path) -> None:
     wave, _ = soundfile.read(corpus / "speaker0" / "clip000.flac", dtype="int16")
     soundfile.write(corpus / "zz_same.wav", wave, 16_000)
     soundfile.write(corpus / "zz_quiet.flac", (wave * 0.4).astype(np.int16), 16_000)
-    (corpus / "zz_later.opus").write_bytes(audio.encode(wave[8_123:], 16_000, "opus"))
+    (corpus / "zz_later.opus").write_bytes(codecs.encode(wave[8_123:], 16_000, "opus"))
     config = path_config(corpus, tmp_path / "out", dedup={"exact": True, "near": True})
     summary = preprocess(config, progress=False)
     assert (summary.segments, summary.rejects["dedup/exact"][0], summary.rejects["dedup/near"][0]) == (6, 1, 2)

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import targets
-from data_pipeline.frame_labels import LabelSet
-from data_pipeline.schema import ConfigError, load
-from data_pipeline.shards import done_records, read_index
-from launch.verbs.targets import checkpoint_fingerprint
+from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.labels import kmeans
+from data_pipeline.labels.store import LabelSet
+from data_pipeline.shards.writer import done_records, read_index
+from launch.commands.targets import checkpoint_fingerprint
 from tests.preprocess.sounds import many, path_config, write_corpus
 from tests.preprocess.test_verify import preprocess_here
 
@@ -27,16 +27,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     return root / "out"
 
 
-def settings(shards: Path, out: Path, **values: object) -> targets.TargetsConfig:
+def settings(shards: Path, out: Path, **values: object) -> kmeans.TargetsConfig:
     given = {"shards": str(shards), "out": str(out), "classes": 8, "rounds": 6, "tolerance": 0.0, **values}
-    return load(targets.TargetsConfig, given)
+    return load(kmeans.TargetsConfig, given)
 
 
 def all_features(shards: Path) -> np.ndarray:
     parts = [
         features
         for record in done_records(str(shards))
-        for _, features in targets.shard_features(str(shards), record, targets.mfcc)
+        for _, features in kmeans.shard_features(str(shards), record, kmeans.mfcc)
     ]
     return np.concatenate(parts)
 
@@ -50,11 +50,11 @@ def test_as_good_as_scikit_learn_and_resumable(shards: Path, tmp_path: Path) -> 
     from sklearn.cluster import KMeans
 
     config = settings(shards, tmp_path / "labels")
-    summary = targets.make_targets(config)
+    summary = kmeans.make_targets(config)
     frames = all_features(shards)
     theirs = KMeans(8, n_init=4, max_iter=30, random_state=0).fit(frames)
-    centres = targets.load_tensors((tmp_path / "labels" / targets.KMEANS).read_bytes())["centres"]
-    mine = targets.assign(frames, centres)[1].mean()
+    centres = kmeans.load_tensors((tmp_path / "labels" / kmeans.KMEANS).read_bytes())["centres"]
+    mine = kmeans.assign(frames, centres)[1].mean()
     assert mine <= 1.01 * theirs.inertia_ / len(frames)
     assert all(a >= b for a, b in zip(summary.inertia, summary.inertia[1:], strict=False))
     assert LabelSet.read(str(tmp_path / "labels")).classes == 8
@@ -63,11 +63,11 @@ def test_as_good_as_scikit_learn_and_resumable(shards: Path, tmp_path: Path) -> 
     assert sorted(labels) == sorted(keys)
     assert {len(row) for row in labels.values()} == {198}, "2 s in frames of 25 ms every 10 ms"
     interrupted = settings(shards, tmp_path / "twin", rounds=3)
-    targets.make_targets(interrupted)
+    kmeans.make_targets(interrupted)
     for path in (*(tmp_path / "twin").glob("*"),):
         if path.is_file():
             path.unlink()  # as if killed after round 3
-    again = targets.make_targets(settings(shards, tmp_path / "twin"))
+    again = kmeans.make_targets(settings(shards, tmp_path / "twin"))
     assert len(again.inertia) == 6
     assert labels_of(tmp_path / "twin") == labels
     assert again.artefact == summary.artefact
@@ -79,37 +79,37 @@ def test_one_round_equals_lloyds(shards: Path) -> None:
     frames = all_features(shards)
     centres = frames[:: len(frames) // 8][:8]
     config = settings(shards, shards / "unused")
-    parts = [targets.accumulate(config, record, targets.mfcc, centres) for record in done_records(str(shards))]
+    parts = [kmeans.accumulate(config, record, kmeans.mfcc, centres) for record in done_records(str(shards))]
     mine = sum(part[0] for part in parts) / sum(part[1] for part in parts)[:, None]
     theirs = KMeans(8, init=centres, n_init=1, max_iter=1).fit(frames).cluster_centers_
     np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=5e-3)
 
 
 def test_another_set_gets_the_same_centres_and_other_settings_are_refused(shards: Path, tmp_path: Path) -> None:
-    first = targets.make_targets(settings(shards, tmp_path / "train", rounds=2))
-    second = targets.make_targets(settings(shards, tmp_path / "valid", rounds=2, kmeans=str(tmp_path / "train")))
+    first = kmeans.make_targets(settings(shards, tmp_path / "train", rounds=2))
+    second = kmeans.make_targets(settings(shards, tmp_path / "valid", rounds=2, kmeans=str(tmp_path / "train")))
     assert first.artefact == second.artefact
     with pytest.raises(ConfigError, match="classes=9 here, 8 there"):
-        targets.make_targets(settings(shards, tmp_path / "train", rounds=2, classes=9))
+        kmeans.make_targets(settings(shards, tmp_path / "train", rounds=2, classes=9))
     with pytest.raises(ConfigError, match="holds no kmeans"):
-        targets.make_targets(settings(shards, tmp_path / "other", kmeans=str(tmp_path)))
+        kmeans.make_targets(settings(shards, tmp_path / "other", kmeans=str(tmp_path)))
 
 
 def test_labels_of_other_weights_are_refused(shards: Path, tmp_path: Path) -> None:
     config = settings(shards, tmp_path / "labels", rounds=1)
-    targets.make_targets(config, weights="one")
-    assert targets.all_labelled(config, "one")
-    assert targets.all_labelled(config), "the model is gone: its labels remain"
+    kmeans.make_targets(config, weights="one")
+    assert kmeans.all_labelled(config, "one")
+    assert kmeans.all_labelled(config), "the model is gone: its labels remain"
     with pytest.raises(ConfigError, match="weights='two' here, 'one' there"):
-        targets.make_targets(config, weights="two")
+        kmeans.make_targets(config, weights="two")
     with pytest.raises(ConfigError, match="holds labels of other settings"):
-        targets.all_labelled(config, "two")
+        kmeans.all_labelled(config, "two")
     other = settings(shards, tmp_path / "other", rounds=1, kmeans=str(tmp_path / "labels"))
-    targets.make_targets(other)
-    centres = targets.load_tensors((tmp_path / "labels" / targets.KMEANS).read_bytes())["centres"]
-    (tmp_path / "labels" / targets.KMEANS).write_bytes(targets.save_tensors({"centres": 2 * centres}))
+    kmeans.make_targets(other)
+    centres = kmeans.load_tensors((tmp_path / "labels" / kmeans.KMEANS).read_bytes())["centres"]
+    (tmp_path / "labels" / kmeans.KMEANS).write_bytes(kmeans.save_tensors({"centres": 2 * centres}))
     with pytest.raises(ConfigError, match="centres="):
-        targets.make_targets(other)
+        kmeans.make_targets(other)
 
 
 def test_weights_in_several_files_are_all_known(tmp_path: Path) -> None:

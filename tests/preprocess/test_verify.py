@@ -9,15 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.discover import discover
-from data_pipeline.files import FileStore
-from data_pipeline.preprocess_config import PreprocessConfig
-from data_pipeline.process import process_unit
-from data_pipeline.ray_jobs import preprocess
-from data_pipeline.schema import load
-from data_pipeline.targets import TargetsConfig, make_targets
-from data_pipeline.units import freeze_plan
-from data_pipeline.verify import verify
+from data_pipeline.core.schema import load
+from data_pipeline.core.storage import FileStore
+from data_pipeline.corpora.discovery import discover
+from data_pipeline.labels.kmeans import TargetsConfig, make_targets
+from data_pipeline.preprocess.config import PreprocessConfig
+from data_pipeline.preprocess.job import preprocess
+from data_pipeline.preprocess.unit_worker import process_unit
+from data_pipeline.preprocess.verify import verify
+from data_pipeline.preprocess.work_plan import freeze_plan
 from tests.preprocess.sounds import many, path_config, write_corpus
 
 

@@ -10,13 +10,13 @@ import pytest
 import soundfile
 import torch
 
-from data_pipeline.augment import Augmenter, add_at_snr, change_speed, mix, reverberate, tiled
-from data_pipeline.config import AugmentConfig, ReaderConfig
-from data_pipeline.frame_labels import LabelSet, write_labels
-from data_pipeline.schema import ConfigError
-from data_pipeline.shard_files import ShardError
-from data_pipeline.stream import open_reader
-from data_pipeline.types import SAMPLE_RATE, Step
+from data_pipeline.audio.augmentation import Augmenter, add_at_snr, change_speed, mix, reverberate, tiled
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import SAMPLE_RATE, Step
+from data_pipeline.labels.store import LabelSet, write_labels
+from data_pipeline.loader.reader import open_reader
+from data_pipeline.sampling.config import AugmentConfig, ReaderConfig
+from data_pipeline.shards.local import ShardError
 from tests.reader.tiny_shards import sounds, write_shards
 
 BATCH = {"batch_seconds": 8.0, "micro_batches": 4, "min_seconds": 0.3, "max_seconds": 1.6}

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.catalogue import Catalogue
-from data_pipeline.config import ReaderConfig
-from data_pipeline.plan import Plan, accumulation, allowed_worlds, audio_per_step_check, make_plan
-from data_pipeline.plan_rules import SHARE
-from data_pipeline.schema import ConfigError
-from data_pipeline.types import SAMPLE_RATE
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.sampling.catalog import Catalogue
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.constraints import SHARE
+from data_pipeline.sampling.plan import Plan, accumulation, allowed_worlds, audio_per_step_check, make_plan
 
 SECOND = SAMPLE_RATE
 

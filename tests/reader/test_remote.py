@@ -17,13 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import ReaderConfig
-from data_pipeline.plan import make_plan
-from data_pipeline.remote import next_use, to_evict
-from data_pipeline.schema import ConfigError
-from data_pipeline.shard_files import ShardError
-from data_pipeline.stream import open_reader
-from data_pipeline.types import Step
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import Step
+from data_pipeline.loader.reader import open_reader
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.plan import make_plan
+from data_pipeline.shards.local import ShardError
+from data_pipeline.shards.remote import next_use, to_evict
 from tests.reader.test_plan import catalogue_of, random_shards, reader_config
 from tests.reader.tiny_shards import sounds, write_shards
 

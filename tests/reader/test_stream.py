@@ -16,11 +16,11 @@ import psutil
 import pytest
 import torch
 
-from data_pipeline.config import ReaderConfig
-from data_pipeline.schema import ConfigError
-from data_pipeline.shard_files import Extent, ShardError, ShardFiles
-from data_pipeline.stream import PlanReader, open_reader
-from data_pipeline.types import Batch, Cursor, Step
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import Batch, Cursor, Step
+from data_pipeline.loader.reader import PlanReader, open_reader
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.shards.local import Extent, ShardError, ShardFiles
 from tests.reader.tiny_shards import Sound, sounds, wave_of, write_shards
 
 BATCH = {"batch_seconds": 8.0, "micro_batches": 4, "min_seconds": 0.3, "max_seconds": 1.6, "shuffle_window": 3}
@@ -249,8 +249,8 @@ def test_close_and_abandoned_iterators_leave_no_process(corpus: Path) -> None:
 
 PROGRAM = """
 import sys
-from data_pipeline.config import ReaderConfig
-from data_pipeline.stream import open_reader
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.loader.reader import open_reader
 reader = open_reader(ReaderConfig(shards=sys.argv[1], workers=2, **{batch}), 7, 0, 1)
 for step in reader.steps():
     if step.after.epoch == 0 and step.after.step == 1:  # nobody reads on: a full pipe would hold it at its exit

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 
-from data_pipeline.keyed_random import keyed_rng
-from data_pipeline.types import SAMPLE_RATE
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.types import SAMPLE_RATE
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Stands in for launch.worker where a test is about the launcher: `STAND_IN` says what its ranks do."""
+"""Stands in for launch.workers.rank where a test is about the launcher: `STAND_IN` says what its ranks do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.environment import log_to_folder
+from launch.workers.environment import log_to_folder
 
 STEPS = 5
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.schema import load
-from data_pipeline.types import Batch
+from data_pipeline.core.schema import load
+from data_pipeline.core.types import Batch
 from pretrain.config import Config
-from pretrain.engines import World, make_engine
+from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
-from pretrain.model import build_model
-from pretrain.nn.masked_units import MaskedUnits
+from pretrain.engines.distributed import World
+from pretrain.interfaces.objectives import StepContext
 from pretrain.objectives.dinosr import DinoSR
-from pretrain.types import StepContext
+from pretrain.self_supervision.masked_prediction import MaskedUnits
+from pretrain.train_module import build_model
 from tests.contract.cases import FRONTENDS, RELABELLED, small
 from tests.contract.cases import batch as contract_batch
 

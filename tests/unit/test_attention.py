@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.encoders import conformer, transformer
+from pretrain.interfaces.objectives import Frames, StepContext
+from pretrain.models.encoders import conformer, transformer
+from pretrain.nn.attention_patterns import Pattern, attend
 from pretrain.nn.dropout import dropout
-from pretrain.nn.patterns import Pattern, attend
-from pretrain.types import Frames, StepContext
 
 SMALL = {"dim": 32, "layers": 3, "heads": 2, "ffn_dim": 64}
 STREAMING = {"attention": "chunked", "chunk_frames": (8,), "left_chunks": (1,)}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.schema import ConfigError, load
-from launch import chain
-from launch.compose import compose
+from data_pipeline.core.schema import ConfigError, load
+from launch.cli.compose import compose
 from launch.config import PretrainJob
+from launch.workflows import iterations
 
 ARGUMENTS = ["+experiment=hubert_base", "data.shards=shards", "chain.it1.steps=2", "chain.it2.steps=3"]
 
@@ -20,7 +20,7 @@ def job(*more: str) -> PretrainJob:
 
 
 def test_each_link_starts_from_the_one_before() -> None:
-    found = chain.links(job("runs=here", "seed=5"), [*ARGUMENTS, "runs=here", "seed=5"])
+    found = iterations.links(job("runs=here", "seed=5"), [*ARGUMENTS, "runs=here", "seed=5"])
     assert [link.name for link in found] == ["it1-labels", "it1", "it2-labels", "it2"]
     assert [link.needs for link in found] == ["", "it1-labels", "it1", "it2-labels"]
     first, training, second, last = (dict(line.partition("=")[::2] for line in link.arguments) for link in found)
@@ -56,7 +56,7 @@ class Verbs:
 
 def run(verbs: Verbs, runs: Path, *more: str) -> int:
     arguments = [*ARGUMENTS, f"runs={runs}", *more]
-    return chain.run(job(f"runs={runs}", *more), arguments, {"targets": verbs, "pretrain": verbs})
+    return iterations.run(job(f"runs={runs}", *more), arguments, {"targets": verbs, "pretrain": verbs})
 
 
 def test_a_failed_link_ends_the_chain(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_one_link_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     verbs = Verbs(queued=False)
     with pytest.raises(ConfigError, match="link=it1 needs it1-labels"):
         run(verbs, tmp_path, "link=it1")
-    monkeypatch.setattr(chain.Link, "finished", lambda link: link.name != "it2")
+    monkeypatch.setattr(iterations.Link, "finished", lambda link: link.name != "it2")
     assert run(verbs, tmp_path, "link=it2") == 0
     assert [values["name"] for values in verbs.ran] == ["hubert_base-it2"]
     with pytest.raises(ConfigError, match="no such link"):
@@ -85,4 +85,4 @@ def test_one_link_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_an_iteration_decides_cannot_be_given_for_all() -> None:
     with pytest.raises(ConfigError, match=r"train\.steps.*chain\.it1\.steps"):
-        chain.links(job(), [*ARGUMENTS, "train.steps=5"])
+        iterations.links(job(), [*ARGUMENTS, "train.steps=5"])

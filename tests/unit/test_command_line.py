@@ -16,9 +16,9 @@ from hydra.core.override_parser.types import QuotedString
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.schema import ConfigError, document, dump, load
-from launch import app
-from launch.compose import CONF, _override, compose, groups, to_yaml
+from data_pipeline.core.schema import ConfigError, document, dump, load
+from launch import main
+from launch.cli.compose import CONF, _override, compose, groups, to_yaml
 from launch.config import PretrainJob
 from tests.conftest import ROOT
 
@@ -27,7 +27,7 @@ TINY = ["+experiment=best_rq_tiny", "data.shards=shards"]
 
 def auricle(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "launch.app", *arguments]
+    command = [sys.executable, "-m", "launch.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd, env=environment)
 
 
@@ -36,8 +36,8 @@ def test_help_is_fast_and_names_every_verb() -> None:
     done = auricle("--help")
     assert time.monotonic() - start < 3.0
     assert done.returncode == 0
-    assert all(verb in done.stdout for verb in app.VERBS)
-    heavy = "import launch.app, sys; launch.app.main(['--help']); print({'torch', 'ray', 'hydra'} & set(sys.modules))"
+    assert all(verb in done.stdout for verb in main.VERBS)
+    heavy = "import launch.main, sys; launch.main.main(['--help']); print({'torch', 'ray', 'hydra'} & set(sys.modules))"
     loaded = subprocess.run(
         [sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60, check=True
     ).stdout
@@ -93,7 +93,7 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
 def test_a_wrong_override_says_what_is_right(
     overrides: list[str], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert app.main(["pretrain", f"runs={tmp_path}", *overrides]) == app.USAGE
+    assert main.main(["pretrain", f"runs={tmp_path}", *overrides]) == main.USAGE
     said = capsys.readouterr().err
     assert "Traceback" not in said
     for word in words:
@@ -102,9 +102,9 @@ def test_a_wrong_override_says_what_is_right(
 
 
 def test_wrong_verbs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["pretrian"]) == app.USAGE
+    assert main.main(["pretrian"]) == main.USAGE
     assert "did you mean `auricle pretrain`?" in capsys.readouterr().err
-    assert app.main([]) == app.USAGE
+    assert main.main([]) == main.USAGE
 
 
 def test_unexpected_errors_are_one_paragraph(
@@ -113,17 +113,17 @@ def test_unexpected_errors_are_one_paragraph(
     def broken(arguments: list[str]) -> int:
         raise OSError("the disk is on fire")
 
-    monkeypatch.setattr("launch.verbs.doctor.run", broken)
+    monkeypatch.setattr("launch.commands.doctor.run", broken)
     monkeypatch.delenv("AURICLE_DEBUG", raising=False)
-    assert app.main(["doctor"]) == app.FAILED
+    assert main.main(["doctor"]) == main.FAILED
     assert capsys.readouterr().err.startswith("auricle doctor: the disk is on fire\n")
     monkeypatch.setenv("AURICLE_DEBUG", "1")
     with pytest.raises(OSError, match="on fire"):
-        app.main(["doctor"])
+        main.main(["doctor"])
 
 
 def test_cfg_prints_what_compose_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["pretrain", *TINY, "optimizer.lr=3e-4", "--cfg"]) == 0
+    assert main.main(["pretrain", *TINY, "optimizer.lr=3e-4", "--cfg"]) == 0
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out))
@@ -132,10 +132,10 @@ def test_cfg_prints_what_compose_reads_back(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert app.main(["pretrain", *TINY, f"runs={tmp_path}", "launcher.processes=2", "device=cpu", "--dry-run"]) == 0
+    assert main.main(["pretrain", *TINY, f"runs={tmp_path}", "launcher.processes=2", "device=cpu", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "deepspeed.launcher.runner --num_gpus 2" in said
-    assert "launch.worker" in said
+    assert "launch.workers.rank" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -169,7 +169,7 @@ def test_the_command_line_wins_over_the_experiment() -> None:
 
 
 def test_texts_that_look_like_numbers_stay_texts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["pretrain", *TINY, "name=007", "launcher=slurm", "launcher.after=12", "seed=3", "--cfg"]) == 0
+    assert main.main(["pretrain", *TINY, "name=007", "launcher=slurm", "launcher.after=12", "seed=3", "--cfg"]) == 0
     said = capsys.readouterr().out
     assert "name: '007'" in said
     assert "after: '12'" in said

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.schema import ConfigError, load
-from launch import describe, redaction
-from launch.compose import compose
+from data_pipeline.core.schema import ConfigError, load
+from launch.cli.compose import compose
 from launch.config import PretrainJob
-from launch.submit import write_note
+from launch.runs import metadata, redaction
+from launch.runs.job_record import write_note
 from pretrain.config import Config
 
 
@@ -22,10 +22,10 @@ def job(runs: Path, *overrides: str) -> PretrainJob:
 
 def test_the_folder_describes_the_run(tmp_path: Path) -> None:
     wanted = job(tmp_path, "name=mine", "launcher.processes=2")
-    folder = describe.prepare(wanted)
+    folder = metadata.prepare(wanted)
     assert folder == tmp_path / "mine"
     stored = load(Config, json.loads((folder / "config.json").read_text()))
-    assert stored == describe.run_config(wanted)
+    assert stored == metadata.run_config(wanted)
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["launcher"]["processes"] == 2
     assert environment["packages"]["torch"]
@@ -39,9 +39,9 @@ def test_no_secret_lands_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "sys.argv", ["auricle", "pretrain", "api_key=hunter2", "x=hunter2-and-more", "s3://a:hunter2@b"]
     )
     diff = "+ password = 'hunter2'\n+ harmless = 1\n+ root = 'https://me:hunter2@host/x'\n+ odd = 'hunter2-and-more'"
-    monkeypatch.setattr(describe, "_git", lambda *arguments: diff if arguments[0] == "diff" else "abc\n")
+    monkeypatch.setattr(metadata, "_git", lambda *arguments: diff if arguments[0] == "diff" else "abc\n")
     wanted = job(tmp_path)
-    folder = describe.prepare(wanted)
+    folder = metadata.prepare(wanted)
     write_note(folder, "1:1.0", wanted.launcher)
     assert "harmless" in (folder / "git.diff").read_text()
     for file in folder.rglob("*"):
@@ -64,7 +64,7 @@ def test_a_config_with_a_secret_is_refused(
 ) -> None:
     monkeypatch.setenv("PLANTED_TOKEN", "correct-horse-battery")
     with pytest.raises(ConfigError, match=rf"{field}: .*environment"):
-        describe.prepare(job(tmp_path, "launcher=slurm", f"{field}='{value}'"))
+        metadata.prepare(job(tmp_path, "launcher=slurm", f"{field}='{value}'"))
     assert not list(tmp_path.iterdir())
 
 
@@ -116,14 +116,14 @@ def test_a_private_key_leaves_no_line() -> None:
 
 
 def test_checkpoints_of_another_config_are_kept_apart(tmp_path: Path) -> None:
-    folder = describe.prepare(job(tmp_path))
+    folder = metadata.prepare(job(tmp_path))
     checkpoint = folder / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     config = json.loads((folder / "config.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps({"format": 1, "step": 1, "cursor": None, "config": config}))
     (folder / "checkpoints" / "latest").write_text("step_00000001\n")
-    describe.prepare(job(tmp_path, "train.steps=900", "launcher.processes=2"))
+    metadata.prepare(job(tmp_path, "train.steps=900", "launcher.processes=2"))
     before = (folder / "config.json").read_text()
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
-        describe.prepare(job(tmp_path, "optimizer.lr=0.5"))
+        metadata.prepare(job(tmp_path, "optimizer.lr=0.5"))
     assert (folder / "config.json").read_text() == before

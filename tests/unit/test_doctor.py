@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from launch import app, doctor
-from launch.doctor import Finding
+from launch import diagnostics, main
+from launch.diagnostics import Finding
 
 
 def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    assert app.main(["doctor"]) == 0
+    assert main.main(["doctor"]) == 0
     said = capsys.readouterr().out
     for topic in ("Python", "torch", "deepspeed", "gloo", "libsndfile", "FFmpeg", "SLURM", "ray", "memory", "disk"):
         assert topic in said
-    assert doctor._deepspeed_ops().verdict == "ok"
+    assert diagnostics._deepspeed_ops().verdict == "ok"
 
 
 def test_each_missing_thing_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_each_missing_thing_has_a_remedy(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(metadata, "version", gone)
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    findings = list(doctor.examine(tmp_path / "runs"))
+    findings = list(diagnostics.examine(tmp_path / "runs"))
     lacking = {finding.topic for finding in findings if finding.verdict != "ok"}
     assert {"deepspeed", "ray", "FFmpeg", "SLURM", "g++", "ninja", "transformers"} <= lacking
     assert all(finding.remedy for finding in findings if finding.verdict != "ok")
@@ -44,8 +44,8 @@ def test_a_needed_thing_that_is_missing_fails(
         yield Finding("deepspeed", "missing", "not installed", "make setup")
         yield Finding("GPU", "missing", "none", "buy one", needed=False)
 
-    monkeypatch.setattr("launch.verbs.doctor.examine", examine)
-    assert app.main(["doctor"]) == app.FAILED
+    monkeypatch.setattr("launch.commands.doctor.examine", examine)
+    assert main.main(["doctor"]) == main.FAILED
     said = capsys.readouterr().out
     assert "not ready: deepspeed\n" in said
     assert "make setup" in said
@@ -55,7 +55,7 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mo
     def broken(*_: Any) -> Any:
         raise RuntimeError("no /proc here")
 
-    monkeypatch.setattr(doctor, "_resources", broken)
-    last = list(doctor.examine(tmp_path))[-1]
+    monkeypatch.setattr(diagnostics, "_resources", broken)
+    last = list(diagnostics.examine(tmp_path))[-1]
     assert last.verdict == "broken"
     assert "no /proc here" in last.found

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines import world
+from pretrain.engines import distributed
 from pretrain.engines.deepspeed import deepspeed_config
-from pretrain.engines.world import World
+from pretrain.engines.distributed import World
 
 
 @pytest.mark.parametrize(("cuda", "backend"), [(True, "nccl"), (False, "gloo")])
@@ -23,7 +23,7 @@ def test_the_timeout_of_collectives_is_the_configs(cuda: bool, backend: str, mon
     monkeypatch.setattr("torch.distributed.init_process_group", lambda name, **more: given.update(more, name=name))
     for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    joined = world.join("auto", 7.5)
+    joined = distributed.join("auto", 7.5)
     assert (given["name"], given["timeout"]) == (backend, timedelta(minutes=7.5))
     assert (given["rank"], given["world_size"]) == (3, 8)
     assert joined == World(3, 8, 1, "cuda:1" if cuda else "cpu")

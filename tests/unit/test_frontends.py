@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.schema import load
-from pretrain import plugins
-from pretrain.frontends.multiscale import Multiscale
-from pretrain.types import Frontend
+from data_pipeline.core.schema import load
+from pretrain import registry
+from pretrain.interfaces.objectives import Frontend
+from pretrain.models.frontends.multiscale import Multiscale
 from tests.contract.cases import batch, make
 
 CASES: dict[str, dict[str, Any]] = {
@@ -27,8 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
 def frontend(case: str) -> Frontend:
     torch.manual_seed(0)
     values = CASES[case]
-    config = load(plugins.config_type("frontends", values["name"]), values)
-    built: Frontend = plugins.build("frontends", config, 24)
+    config = load(registry.config_type("frontends", values["name"]), values)
+    built: Frontend = registry.build("frontends", config, 24)
     return built.eval()
 
 

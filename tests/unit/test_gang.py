@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 
-from launch import ray_gang
-from launch.worker import STALE
+from launch.launchers import ray_driver
+from launch.workers.rank import STALE
 
 
 @pytest.fixture
 def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     """The arguments of a run that has not begun."""
-    monkeypatch.setattr(ray_gang, "SETTLE", 0.0)
+    monkeypatch.setattr(ray_driver, "SETTLE", 0.0)
     (tmp_path / "config.json").write_text(json.dumps({"data": {"micro_batches": 4}, "train": {"steps": 9}}))
     return argparse.Namespace(folder=tmp_path, workers=0, min_workers=1, gpus=0, cpus=1, retries=3)
 
 
 def test_a_superseded_gang_is_not_started_again(given: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = iter([1, STALE])
-    monkeypatch.setattr(ray_gang, "_room", lambda cpus, gpus: 4)
-    monkeypatch.setattr(ray_gang, "_run_gang", lambda given, world: next(codes))
-    assert ray_gang._persist(given) == STALE
+    monkeypatch.setattr(ray_driver, "_room", lambda cpus, gpus: 4)
+    monkeypatch.setattr(ray_driver, "_run_gang", lambda given, world: next(codes))
+    assert ray_driver._persist(given) == STALE
 
 
 def test_a_busy_cluster_is_waited_for_and_a_smaller_one_is_taken_as_it_is(
@@ -43,16 +43,16 @@ def test_a_busy_cluster_is_waited_for_and_a_smaller_one_is_taken_as_it_is(
 
     def attend(ranks: list[Any], given: argparse.Namespace, world: int) -> int:
         attended.append(world)
-        return ray_gang.FINISHED
+        return ray_driver.FINISHED
 
     groups = importlib.import_module("ray.util.placement_group")  # a function of that name hides it
     monkeypatch.setattr(groups, "placement_group", lambda bundles, strategy: Group())
     monkeypatch.setattr(groups, "remove_placement_group", lambda group: None)
     monkeypatch.setattr("ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy", lambda *a, **b: None)
     monkeypatch.setattr("ray.remote", lambda kind: Actor())
-    monkeypatch.setattr(ray_gang, "_room", lambda cpus, gpus: next(room))
-    monkeypatch.setattr(ray_gang, "_attend", attend)
-    assert ray_gang._persist(given) == ray_gang.FINISHED
+    monkeypatch.setattr(ray_driver, "_room", lambda cpus, gpus: next(room))
+    monkeypatch.setattr(ray_driver, "_attend", attend)
+    assert ray_driver._persist(given) == ray_driver.FINISHED
     assert attended == [2]
     said = capsys.readouterr().out
     assert said.count("waiting: the cluster is busy") == 1

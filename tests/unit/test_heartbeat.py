@@ -6,12 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-from pretrain import heartbeat
+from pretrain.monitoring import heartbeat
 
 HUNG = """
 import sys, time
 from pathlib import Path
-from pretrain.heartbeat import Heartbeat
+from pretrain.monitoring.heartbeat import Heartbeat
 with Heartbeat(Path(sys.argv[1]), 3, patience_seconds=1.0) as heart:
     heart.beat(41, "computing")
     heart.beat(41, "reading")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.schema import ConfigError, dump, load
-from launch.verbs.replay import model_at
+from data_pipeline.core.schema import ConfigError, dump, load
+from launch.commands.replay import model_at
 from pretrain.config import Config
-from pretrain.export.initial import load_initial
-from pretrain.model import build_model
+from pretrain.interop.init_weights import load_initial
+from pretrain.train_module import build_model
 
 
 def config(**encoder: Any) -> Config:

@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline.schema import ConfigError
-from launch import app
+from data_pipeline.core.schema import ConfigError
+from launch import main
 from launch.config import LocalConfig, RayConfig, SlurmConfig
-from launch.slurm import SlurmError, SlurmSubmitter
-from launch.states import require_ended, state_of
-from launch.submit import read_note, write_note
+from launch.launchers.slurm import SlurmError, SlurmSubmitter
+from launch.launchers.status import require_ended, state_of
+from launch.runs.job_record import read_note, write_note
 
 
 @pytest.fixture
@@ -39,35 +39,35 @@ def note(folder: Path, process: subprocess.Popen[bytes]) -> None:
 def test_a_running_job_is_listed_followed_and_cancelled(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     note(folder, process)
-    assert app.main(["jobs", "list"]) == 0
+    assert main.main(["jobs", "list"]) == 0
     assert "running" in capsys.readouterr().out
-    assert app.main(["jobs", "status", "mine"]) == 0
+    assert main.main(["jobs", "status", "mine"]) == 0
     said = capsys.readouterr().out
     assert "running, step 2/5" in said
     assert "1.2500" in said
-    assert app.main(["jobs", "requeue", "mine"]) == app.FAILED
-    assert app.main(["jobs", "cancel", str(folder)]) == 0
+    assert main.main(["jobs", "requeue", "mine"]) == main.FAILED
+    assert main.main(["jobs", "cancel", str(folder)]) == 0
     process.wait(timeout=10)
-    assert app.main(["jobs", "status", "mine"]) == app.FAILED
-    assert app.main(["jobs", "logs", "mine", "-f"]) == 0
+    assert main.main(["jobs", "status", "mine"]) == main.FAILED
+    assert main.main(["jobs", "logs", "mine", "-f"]) == 0
     assert "hello from rank 0" in capsys.readouterr().out
 
 
 def test_another_process_with_the_same_id_is_not_the_job(folder: Path) -> None:
     write_note(folder, f"{os.getpid()}:1.0", LocalConfig())
-    assert app.main(["jobs", "status", "mine"]) == app.FAILED
-    assert app.main(["jobs", "cancel", "mine"]) == 0, "and this very process lives on"
+    assert main.main(["jobs", "status", "mine"]) == main.FAILED
+    assert main.main(["jobs", "cancel", "mine"]) == 0, "and this very process lives on"
 
 
 def test_to_ask_after_a_job_needs_no_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks on the processor, or on GPUs that this shell does not see."""
-    monkeypatch.setattr("launch.local.gpu_count", lambda: 1)
+    monkeypatch.setattr("launch.launchers.local.gpu_count", lambda: 1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     note(folder, process)
     assert state_of(folder) == "running"
     with pytest.raises(ConfigError, match="is running"):
         require_ended(folder)
-    assert app.main(["jobs", "cancel", "mine"]) == 0
+    assert main.main(["jobs", "cancel", "mine"]) == 0
     process.wait(timeout=10)
 
 
@@ -79,7 +79,7 @@ def test_a_job_is_requeued_where_it_was_given(folder: Path, monkeypatch: pytest.
     commands(folder, monkeypatch, scontrol="echo 'Invalid job id specified' >&2; exit 1", sbatch=script)
     (folder.parent / "elsewhere").mkdir()
     monkeypatch.chdir(folder.parent / "elsewhere")
-    assert app.main(["jobs", "requeue", "../mine"]) == 0
+    assert main.main(["jobs", "requeue", "../mine"]) == 0
     assert (folder / "where").read_text().strip() == str(folder.parent.parent)
     assert read_note(folder).handle == "18"
 
@@ -88,15 +88,15 @@ def test_all_steps_done_is_done(folder: Path, capsys: pytest.CaptureFixture[str]
     write_note(folder, "1:1.0", LocalConfig())
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "latest").write_text("step_00000005\n")
-    assert app.main(["jobs", "status", "mine"]) == 0
+    assert main.main(["jobs", "status", "mine"]) == 0
     assert "done" in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_note(folder, "1:1.0", LocalConfig())
-    assert app.main(["jobs", "status", "yours"]) == app.FAILED
+    assert main.main(["jobs", "status", "yours"]) == main.FAILED
     assert "below runs/ there are: mine" in capsys.readouterr().err
-    assert app.main(["jobs", "logs", "mine", "--rank", "3"]) == app.FAILED
+    assert main.main(["jobs", "logs", "mine", "--rank", "3"]) == main.FAILED
     assert "rank_0.log" in capsys.readouterr().err
     (folder / "job.json").write_text("{")
     with pytest.raises(ValueError, match="no run was submitted"):
@@ -120,7 +120,7 @@ def test_a_slurm_that_does_not_answer_says_nothing_about_the_job(
     assert state_of(folder) == "unknown"
     with pytest.raises(SlurmError, match="Unable to contact"):
         SlurmSubmitter(SlurmConfig()).status("17")
-    assert app.main(["jobs", "list"]) == 0
+    assert main.main(["jobs", "list"]) == 0
     assert "unknown" in capsys.readouterr().out
     commands(folder, monkeypatch, scontrol="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert state_of(folder) == "failed", "SLURM has forgotten it"
@@ -135,7 +135,7 @@ def test_a_broken_note_costs_the_list_no_other_run(folder: Path, capsys: pytest.
     write_note(folder, "1:1.0", LocalConfig())
     (folder.parent / "broken").mkdir()
     (folder.parent / "broken" / "job.json").write_text("{")
-    assert app.main(["jobs", "list"]) == 0
+    assert main.main(["jobs", "list"]) == 0
     said = capsys.readouterr()
     assert "unreadable" in said.out
     assert "mine" in said.out
@@ -147,7 +147,7 @@ def test_the_log_of_a_foreground_job_is_said_to_be_on_its_terminal(
 ) -> None:
     (folder / "config.json").unlink()
     write_note(folder, "1:1.0", LocalConfig(), "preprocess")
-    assert app.main(["jobs", "logs", "mine"]) == app.FAILED
+    assert main.main(["jobs", "logs", "mine"]) == main.FAILED
     assert "ran in the foreground: what it said is on its terminal" in capsys.readouterr().err
 
 
@@ -161,11 +161,11 @@ def test_what_waits_or_runs_is_not_submitted_twice(
     with pytest.raises(ConfigError, match=f"slurm job 17 is {word}; `auricle jobs cancel"):
         require_ended(folder)
     best_rq = ("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "launcher=slurm")
-    assert app.main(["pretrain", *best_rq, "name=mine", f"runs={folder.parent}"]) == app.USAGE
+    assert main.main(["pretrain", *best_rq, "name=mine", f"runs={folder.parent}"]) == main.USAGE
     chain = ["pipeline", "preprocess.corpus=path", "preprocess.corpus.path=c", "launcher=slurm", f"folder={folder}"]
     (folder / "runs" / "run").mkdir(parents=True)
     write_note(folder / "runs" / "run", "17", SlurmConfig())
-    assert app.main([*chain, *[f"pretrain.{line}" for line in best_rq[:3]]]) == app.USAGE
+    assert main.main([*chain, *[f"pretrain.{line}" for line in best_rq[:3]]]) == main.USAGE
     assert capsys.readouterr().err.count("job 17 is") == 2
     assert not queued.exists()
 
@@ -181,9 +181,9 @@ def test_a_second_task_array_or_chain_is_refused_before_anything_is_queued(
         write_note(runs / name, "17", SlurmConfig())
     slurm = ("launcher=slurm", f"runs={runs}")
     sweep = ("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "seed=1,2")
-    assert app.main(["preprocess", "corpus=path", "corpus.path=c", "out=s", *slurm]) == app.USAGE
-    assert app.main(["pretrain", *sweep, "name=sweep", "--multirun", *slurm]) == app.USAGE
-    assert app.main(["pretrain", "+experiment=hubert_base", "name=hubert", "data.shards=s", *slurm]) == app.USAGE
+    assert main.main(["preprocess", "corpus=path", "corpus.path=c", "out=s", *slurm]) == main.USAGE
+    assert main.main(["pretrain", *sweep, "name=sweep", "--multirun", *slurm]) == main.USAGE
+    assert main.main(["pretrain", "+experiment=hubert_base", "name=hubert", "data.shards=s", *slurm]) == main.USAGE
     assert capsys.readouterr().err.count("job 17 is running") == 3
     assert not queued.exists()
 
@@ -197,7 +197,7 @@ def test_a_process_of_another_machine_is_known_by_its_notes_only(
     assert state_of(folder) == "running", "it has just written a row"
     with pytest.raises(ConfigError, match=r"is running on elsewhere; .* on elsewhere ends it; if it died there"):
         require_ended(folder)
-    assert app.main(["jobs", "cancel", "mine"]) == app.FAILED
+    assert main.main(["jobs", "cancel", "mine"]) == main.FAILED
     assert "was started on elsewhere, and only there it can be ended" in capsys.readouterr().err
     os.utime(folder / "metrics.jsonl", (1.0, 1.0))
     assert state_of(folder) == "unknown"
@@ -206,5 +206,5 @@ def test_a_process_of_another_machine_is_known_by_its_notes_only(
 
 def test_cancelling_what_has_ended_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_note(folder, "1:1.0", LocalConfig())
-    assert app.main(["jobs", "cancel", "mine"]) == 0
+    assert main.main(["jobs", "cancel", "mine"]) == 0
     assert "had ended before (failed)" in capsys.readouterr().out

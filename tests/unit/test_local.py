@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.schema import ConfigError
+from data_pipeline.core.schema import ConfigError
+from launch.commands.pretrain import attend
 from launch.config import LocalConfig
-from launch.local import LocalSubmitter, failure_report
-from launch.verbs.pretrain import attend
+from launch.launchers.local import LocalSubmitter, failure_report
 from tests.conftest import ROOT
 
 STAND_IN = "tests.unit.stand_in"
@@ -119,7 +119,7 @@ def test_ctrl_c_asks_for_a_checkpoint(
             raise KeyboardInterrupt
         wait_for(lambda: not running())
 
-    monkeypatch.setattr("launch.progress.follow", follow)
+    monkeypatch.setattr("launch.runs.follow.follow", follow)
     assert attend(submitter, tmp_path, 5, LocalConfig(processes=2)) == 130
     assert "stopped after step 3" in capsys.readouterr().out
 
@@ -132,10 +132,10 @@ def test_the_launcher_is_quoted_when_no_rank_spoke(tmp_path: Path) -> None:
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.local.gpu_count", lambda: 0)
+    monkeypatch.setattr("launch.launchers.local.gpu_count", lambda: 0)
     with pytest.raises(ConfigError, match=r"device=cuda.*no GPU"):
         LocalSubmitter(LocalConfig(), "local", "cuda")
-    monkeypatch.setattr("launch.local.gpu_count", lambda: 2)
+    monkeypatch.setattr("launch.launchers.local.gpu_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"launcher.processes=3.*has 2"):
         LocalSubmitter(LocalConfig(processes=3), "local", "auto")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1234")

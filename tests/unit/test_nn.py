@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.nn.contrastive import contrastive_loss
-from pretrain.nn.masking import adjusted_block_mask, block_mask, draw_negatives, pack_masks, span_mask
+from pretrain.interfaces.objectives import StepContext
 from pretrain.nn.numerics import masked_deviation, scale_gradient
-from pretrain.nn.quantizers import GumbelQuantizer, nearest_codes, perplexity
 from pretrain.nn.spectral import LogMel
 from pretrain.objectives.data2vec2 import CopiesPlan
-from pretrain.types import StepContext
+from pretrain.self_supervision.contrastive import contrastive_loss
+from pretrain.self_supervision.masking import adjusted_block_mask, block_mask, draw_negatives, pack_masks, span_mask
+from pretrain.self_supervision.quantizers import GumbelQuantizer, nearest_codes, perplexity
 from tests.contract.cases import batch, make
 
 

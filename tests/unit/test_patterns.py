@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.nn.patterns import BLOCK, AttentionContext, Pattern, dense_mask, flex_mask, pattern_attention
+from pretrain.nn.attention_patterns import BLOCK, AttentionContext, Pattern, dense_mask, flex_mask, pattern_attention
 from tests.parity_table import Parity
 
 PATTERNS = {

@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.frame_labels import LabelSet
-from data_pipeline.schema import ConfigError
-from launch import app, job, tasks
-from launch.build import require_fitting_labels
-from launch.compose import sweep
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.labels.store import LabelSet
+from launch import main
+from launch.cli import request as job
+from launch.cli.compose import sweep
 from launch.config import EvaluateJob, PreprocessJob, PretrainJob, RayConfig, SlurmConfig, TargetsJob
-from launch.pipeline import PipelineConfig, Step, pretraining_why, split, steps
-from launch.ray import RayJobs
-from launch.slurm import SlurmSubmitter
-from launch.submit import read_note
-from pretrain.run_folder import save_tensors
+from launch.launchers.ray import RayJobs
+from launch.launchers.slurm import SlurmSubmitter
+from launch.runs.job_record import read_note
+from launch.workers import task
+from launch.workers.build import require_fitting_labels
+from launch.workflows.pipeline import PipelineConfig, Step, pretraining_why, split, steps
+from pretrain.checkpointing.run_folder import save_tensors
 from tests.preprocess.sounds import many, write_corpus
 from tests.preprocess.test_verify import preprocess_here
 
@@ -55,7 +57,9 @@ def test_the_launcher_is_everybodys_and_more_of_it_can_be_somebodys() -> None:
 
 @pytest.mark.parametrize("wrong", ["pretrain.train.stepz=3", "preprocess_.out=x", "steps=[preprocess,pretarin]"])
 def test_a_wrong_field_of_any_step_ends_it_at_once(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["pipeline", "folder=work", CORPUS, "pretrain.objective=best_rq", wrong, "--dry-run"]) == app.USAGE
+    assert (
+        main.main(["pipeline", "folder=work", CORPUS, "pretrain.objective=best_rq", wrong, "--dry-run"]) == main.USAGE
+    )
     assert wrong.partition("=")[0].partition(".")[2][:4] in capsys.readouterr().err
 
 
@@ -64,7 +68,7 @@ def test_a_dry_run_shows_every_script_and_submits_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert (
-        app.main(["pipeline", "folder=work", CORPUS, "pretrain.objective=hubert", "launcher=slurm", "--dry-run"]) == 0
+        main.main(["pipeline", "folder=work", CORPUS, "pretrain.objective=hubert", "launcher=slurm", "--dry-run"]) == 0
     )
     said = capsys.readouterr().out
     assert said.count("sbatch --parsable") == 4
@@ -79,14 +83,14 @@ def test_what_was_made_stands_until_a_byte_of_it_changes(tmp_path: Path, monkeyp
     write_corpus(tmp_path / "corpus", many(4, 0.6))
     step = Step("preprocess", ("corpus.path=corpus", "out=shards", "min_shards=2"))
     assert step.why() == "was not finished before"
-    monkeypatch.setattr("launch.verbs.preprocess.work", preprocess_here)
-    folder = tasks.prepare("preprocess", step.job())
-    tasks.perform(folder)
+    monkeypatch.setattr("launch.commands.preprocess.work", preprocess_here)
+    folder = task.prepare("preprocess", step.job())
+    task.perform(folder)
     assert step.why() == ""
     assert Step("preprocess", (*step.arguments, "codec=wav")).why() == "was finished with another config"
     write_corpus(tmp_path / "corpus", many(5, 0.6))
     assert step.why() == "is not any more as it was made", "there are new recordings"
-    tasks.perform(folder)
+    task.perform(folder)
     assert step.why() == ""
     shard = next((tmp_path / "shards").glob("*.tar"))
     content = bytearray(shard.read_bytes())
@@ -100,7 +104,11 @@ def test_what_was_made_stands_until_a_byte_of_it_changes(tmp_path: Path, monkeyp
 def test_every_verb_has_a_plan_on_every_launcher(verb: str, launcher: SlurmConfig | RayConfig, tmp_path: Path) -> None:
     submitter = SlurmSubmitter(launcher, verb) if isinstance(launcher, SlurmConfig) else RayJobs(launcher, verb)
     plan = submitter.plan(tmp_path / HOSTILE)
-    assert "launch.ray_gang" in plan if verb == "pretrain" and isinstance(launcher, RayConfig) else "launch." in plan
+    assert (
+        "launch.launchers.ray_driver" in plan
+        if verb == "pretrain" and isinstance(launcher, RayConfig)
+        else "launch." in plan
+    )
     if isinstance(submitter, RayJobs):
         import shlex
 
@@ -113,23 +121,23 @@ def test_the_run_folder_of_a_task_describes_it_and_keeps_no_secret(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
     monkeypatch.setattr("sys.argv", ["auricle", "evaluate", "api_key=hush-hush"])
     job = EvaluateJob(checkpoint="runs/mine", runs=str(tmp_path))
-    folder = tasks.prepare("evaluate", job)
+    folder = task.prepare("evaluate", job)
     assert folder == tmp_path / "evaluate_mine"
     assert json.loads((folder / "task.json").read_text())["config"]["checkpoint"] == "runs/mine"
     assert {"task.json", "environment.json", "git.diff"} <= {path.name for path in folder.iterdir()}
     assert not [path for path in folder.rglob("*") if path.is_file() and "hush-hush" in path.read_text()]
     with pytest.raises(ConfigError, match="out: holds an address with a password"):
-        tasks.prepare("targets", TargetsJob(shards="s", out="s3://me:hush-hush@host/x", runs=str(tmp_path)))
+        task.prepare("targets", TargetsJob(shards="s", out="s3://me:hush-hush@host/x", runs=str(tmp_path)))
 
 
 def test_a_task_that_failed_does_not_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert app.main(["preprocess", "corpus.path=nowhere", "out=shards"]) == app.USAGE
+    assert main.main(["preprocess", "corpus.path=nowhere", "out=shards"]) == main.USAGE
     folder = tmp_path / "runs" / "preprocess_shards"
     assert read_note(folder).verb == "preprocess"
     assert not (folder / "result.json").exists()
-    assert tasks.stands("preprocess", Step("preprocess", ("corpus.path=nowhere", "out=shards")).job())
-    assert tasks.main([str(folder)]) == 2
+    assert task.stands("preprocess", Step("preprocess", ("corpus.path=nowhere", "out=shards")).job())
+    assert task.main([str(folder)]) == 2
     assert isinstance(PreprocessJob, type)
 
 
@@ -172,7 +180,7 @@ def test_a_sweep_is_every_combination() -> None:
 
 def test_a_sweep_shows_one_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plain = ["+experiment=best_rq_tiny", "data.shards=s", f"runs={tmp_path}", "launcher=slurm", "launcher.parallel=2"]
-    assert app.main(["pretrain", *plain, "optimizer.lr=1e-3,1e-4", "seed=1,2", "--multirun", "--dry-run"]) == 0
+    assert main.main(["pretrain", *plain, "optimizer.lr=1e-3,1e-4", "seed=1,2", "--multirun", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "best_rq_tiny_3: optimizer.lr=0.0001 seed=2" in said
     assert "--array=0-3%2" in said

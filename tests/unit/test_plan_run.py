@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data_pipeline.schema import ConfigError, load
-from launch import app, plan_run
-from launch.compose import compose
+from data_pipeline.core.schema import ConfigError, load
+from launch import main
+from launch.cli.compose import compose
 from launch.config import PretrainJob
 from pretrain.config import Config
+from pretrain.profiling import cost_model
 
 
 def config(*overrides: str) -> Config:
@@ -17,15 +18,15 @@ def config(*overrides: str) -> Config:
 
 
 def test_base_costs_what_is_known_of_it() -> None:
-    measured = plan_run.measure(config("+experiment=wav2vec2_base"), (1.0, 2.0))
+    measured = cost_model.measure(config("+experiment=wav2vec2_base"), (1.0, 2.0))
     assert measured.parameters == pytest.approx(95.05e6, rel=1e-3), "transformers' Wav2Vec2ForPreTraining has as many"
     assert measured.flops.of(15.0) / 15.0 == pytest.approx(15.3e9, rel=0.06), "recipes.md, a count by hand"
 
 
 def test_states_are_those_of_a_real_optimizer() -> None:
     small = config("+experiment=best_rq_tiny")
-    measured = plan_run.measure(small, (1.0, 1.5))
-    from pretrain.model import build_model
+    measured = cost_model.measure(small, (1.0, 1.5))
+    from pretrain.train_module import build_model
 
     trained = [parameter for parameter in build_model(small).parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -34,29 +35,31 @@ def test_states_are_those_of_a_real_optimizer() -> None:
     held = [*trained, *(parameter.grad for parameter in trained)]
     held += [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
     real = sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
-    assert plan_run.state_bytes(measured, 0, 1) == pytest.approx(real, rel=0.02)
-    held = {stage: plan_run.state_bytes(measured, stage, 1024) - plan_run.bucket_bytes(measured) for stage in (1, 2, 3)}
+    assert cost_model.state_bytes(measured, 0, 1) == pytest.approx(real, rel=0.02)
+    held = {
+        stage: cost_model.state_bytes(measured, stage, 1024) - cost_model.bucket_bytes(measured) for stage in (1, 2, 3)
+    }
     assert held[1] > held[2]
     assert held[3] - 4 * measured.parameters == pytest.approx(20 * measured.trained / 1024, rel=0.05)
 
 
 def test_scaling_never_beats_the_machine() -> None:
-    measured = plan_run.Measured(95_000_000, 95_000_000, plan_run.Cost(15e9, 1e7), plan_run.Cost(1e8, 0.0))
-    base, cluster = config("+experiment=wav2vec2_base"), plan_run.Cluster(128, 8, "H100")
-    steps = [plan_run.forecast(measured, base, cluster, gpus, 0.3).step for gpus in plan_run.counts(1024)]
+    measured = cost_model.Measured(95_000_000, 95_000_000, cost_model.Cost(15e9, 1e7), cost_model.Cost(1e8, 0.0))
+    base, cluster = config("+experiment=wav2vec2_base"), cost_model.Cluster(128, 8, "H100")
+    steps = [cost_model.forecast(measured, base, cluster, gpus, 0.3).step for gpus in cost_model.counts(1024)]
     assert steps == sorted(steps, reverse=True)
     assert all(steps[0] / step <= 1024 >> shift for shift, step in enumerate(reversed(steps)))
-    one = plan_run.forecast(measured, base, cluster, 1, 0.3)
+    one = cost_model.forecast(measured, base, cluster, 1, 0.3)
     assert one.sent == one.exposed == 0.0
 
 
 def test_fp16_is_as_fast_as_bf16_and_neither_as_slow_as_tf32() -> None:
-    measured = plan_run.Measured(95_000_000, 95_000_000, plan_run.Cost(15e9, 1e7), plan_run.Cost(1e8, 0.0))
-    cluster = plan_run.Cluster(1, 8, "H100")
+    measured = cost_model.Measured(95_000_000, 95_000_000, cost_model.Cost(15e9, 1e7), cost_model.Cost(1e8, 0.0))
+    cluster = cost_model.Cluster(1, 8, "H100")
     times = {}
     for precision in ("fp32", "bf16", "fp16"):
         wanted = config("+experiment=wav2vec2_base", f"engine.precision={precision}", "engine.tf32=true")
-        times[precision] = plan_run.forecast(measured, wanted, cluster, 8, 0.3).compute
+        times[precision] = cost_model.forecast(measured, wanted, cluster, 8, 0.3).compute
     assert times["fp16"] == times["bf16"]
     assert times["fp32"] == pytest.approx(2 * times["fp16"], rel=0.01)
 
@@ -64,13 +67,13 @@ def test_fp16_is_as_fast_as_bf16_and_neither_as_slow_as_tf32() -> None:
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_what_offloading_leaves_out_is_said(offload: str) -> None:
     wanted = config("+experiment=best_rq_tiny", "engine.zero_stage=1", f"engine.offload={offload}")
-    told = plan_run.assumptions(wanted, plan_run.Cluster(1, 8, "H100"), 0.3)
+    told = cost_model.assumptions(wanted, cost_model.Cluster(1, 8, "H100"), 0.3)
     assert ("engine.offload=cpu" in told.get("offload", "")) == (offload == "cpu")
 
 
 def test_frame_labels_are_made_up(capsys: pytest.CaptureFixture[str]) -> None:
     small = ("encoder.layers=1", "encoder.dim=32", "encoder.ffn_dim=64", "encoder.heads=2")
-    assert app.main(["plan-run", "+experiment=hubert_base", *small]) == 0
+    assert main.main(["plan-run", "+experiment=hubert_base", *small]) == 0
     assert "GiB per GPU" in capsys.readouterr().out
 
 
@@ -78,7 +81,7 @@ def test_a_chain_is_all_its_iterations(capsys: pytest.CaptureFixture[str]) -> No
     small = ("encoder.layers=1", "encoder.dim=32", "encoder.ffn_dim=64", "encoder.heads=2")
     days = []
     for of in ((), ("~chain",)):
-        assert app.main(["plan-run", "+experiment=hubert_base", *small, *of]) == 0
+        assert main.main(["plan-run", "+experiment=hubert_base", *small, *of]) == 0
         said = capsys.readouterr().out
         on_one_gpu = [line.split() for line in said.splitlines() if line.split()[:1] == ["1"]][-1]
         days.append(float(on_one_gpu[6]))
@@ -91,8 +94,8 @@ def test_a_chain_is_all_its_iterations(capsys: pytest.CaptureFixture[str]) -> No
     [(["cluster=8x8xH10"], ["H100", "8x8xH100"]), (["cluster=8"], ["NODESxGPUSxKIND"]), (["mfu=2"], ["mfu=2"])],
 )
 def test_what_is_wrong_is_said(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["plan-run", "+experiment=best_rq_tiny", *arguments]) == app.USAGE
+    assert main.main(["plan-run", "+experiment=best_rq_tiny", *arguments]) == main.USAGE
     said = capsys.readouterr().err
     assert all(word in said for word in words)
     with pytest.raises(ConfigError):
-        plan_run.parse_cluster("0x8xH100")
+        cost_model.parse_cluster("0x8xH100")

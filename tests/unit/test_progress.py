@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.progress import Follower, follow, losses, sparkline, time_left
+from launch.runs.follow import Follower, follow, losses, sparkline, time_left
 
 
 def row(step: int, time: float, loss: float) -> dict[str, float]:

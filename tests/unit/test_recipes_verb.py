@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from launch.verbs import recipes as verb
-from pretrain import recipes
+from launch.commands import recipes as verb
 from pretrain.config import Config
+from pretrain.profiling import recipe_table
 
 
 @pytest.mark.parametrize("name", ["data2vec_base", "data2vec2_base", "dinosr_base", "best_rq_base"])
 def test_a_figure_that_nobody_published_reads_none(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    published = recipes.PUBLISHED[name]
+    published = recipe_table.PUBLISHED[name]
     assert published.millions is None
 
-    def counted(config: Config) -> recipes.Recipe:
-        return recipes.Recipe(config.name, 1_000_000, 1_000_000, 50.0, 1.0, 1, 1.0, published)
+    def counted(config: Config) -> recipe_table.Recipe:
+        return recipe_table.Recipe(config.name, 1_000_000, 1_000_000, 50.0, 1.0, 1, 1.0, published)
 
-    monkeypatch.setattr(recipes, "summarize", counted)
+    monkeypatch.setattr(recipe_table, "summarize", counted)
     assert verb.run([name]) == 0
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
     assert row.split()[1:4] == ["1.00", "M", "none"]

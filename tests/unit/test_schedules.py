@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from pretrain.config import OptimizerConfig, ScheduleConfig
-from pretrain.schedules import learning_rate
+from pretrain.lr_schedule import learning_rate
 
 PEAK = OptimizerConfig(lr=1.0)
 

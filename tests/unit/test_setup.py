@@ -12,7 +12,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
-from launch.repack_torchaudio import repack
+from launch.setup.repack_torchaudio import repack
 from tests.conftest import ROOT
 
 
@@ -56,7 +56,7 @@ def test_every_dependency_is_pinned_and_within_its_range() -> None:
 def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     (copy / "launch").mkdir(parents=True)
-    for file in ("pyproject.toml", "constraints.txt", "launch/setup.sh", "launch/repack_torchaudio.py"):
+    for file in ("pyproject.toml", "constraints.txt", "launch/setup/setup.sh", "launch/setup/repack_torchaudio.py"):
         (copy / file).write_bytes((ROOT / file).read_bytes())
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\nexit 1\n")

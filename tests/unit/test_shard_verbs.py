@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import app
+from launch import main
 from tests.reader.tiny_shards import sounds, write_shards
 
 
@@ -18,7 +18,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stats_count_what_is_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["shards", "stats", str(root)]) == 0
+    assert main.main(["shards", "stats", str(root)]) == 0
     said = capsys.readouterr().out
     assert "first" in said
     assert "40" in said
@@ -27,7 +27,7 @@ def test_stats_count_what_is_there(root: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_inspect_finds_a_key(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["shards", "inspect", str(root), "--key", "second-0002"]) == 0
+    assert main.main(["shards", "inspect", str(root), "--key", "second-0002"]) == 0
     said = capsys.readouterr().out
     assert "second-0002" in said
     assert "4.00" in said
@@ -36,13 +36,13 @@ def test_inspect_finds_a_key(root: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_verify_finds_a_changed_byte_and_a_missing_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_shards(tmp_path / "shards", [sounds([2.0] * 3, corpus=name) for name in ("a", "b", "c")])
-    assert app.main(["shards", "verify", str(root)]) == 0
+    assert main.main(["shards", "verify", str(root)]) == 0
     tars = sorted(root.glob("*.tar"))
     content = bytearray(tars[0].read_bytes())
     content[1000] ^= 1
     tars[0].write_bytes(content)
     tars[1].with_suffix(".parquet").unlink()
-    assert app.main(["shards", "verify", str(root)]) == app.FAILED
+    assert main.main(["shards", "verify", str(root)]) == main.FAILED
     said = capsys.readouterr().out
     assert f"{tars[0].name}: its sha256" in said
     assert tars[1].stem in said
@@ -52,15 +52,15 @@ def test_verify_finds_a_changed_byte_and_a_missing_index(tmp_path: Path, capsys:
 def test_no_shards_says_how_to_make_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("stats", "inspect", "verify"):
         for folder in (tmp_path / "none", tmp_path):
-            assert app.main(["shards", verb, str(folder)]) == app.USAGE
+            assert main.main(["shards", verb, str(folder)]) == main.USAGE
             assert "auricle preprocess" in capsys.readouterr().err
 
 
 def test_plan_of_a_config(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["+experiment=best_rq_tiny", f"data.shards={root}", "data.batch_seconds=40", "data.max_seconds=6"]
-    assert app.main(["data", "plan", *overrides]) == 0
+    assert main.main(["data", "plan", *overrides]) == 0
     said = capsys.readouterr().out
     assert "ranks      1, 2, 4" in said
     assert "2 shards" in said
-    assert app.main(["data", "plan", *overrides, "data.batch_seconds=1e6"]) == app.USAGE
+    assert main.main(["data", "plan", *overrides, "data.batch_seconds=1e6"]) == main.USAGE
     assert "less than a fiftieth" in capsys.readouterr().err

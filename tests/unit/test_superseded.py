@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.schema import dump
-from launch.environment import free_port
-from launch.worker import STALE, UNHEALTHY
+from data_pipeline.core.schema import dump
+from launch.workers.environment import free_port
+from launch.workers.rank import STALE, UNHEALTHY
 from tests.conftest import ROOT
 from tests.unit.test_training_loop import config
 
@@ -20,10 +20,10 @@ RANK = """
 import os, sys, types
 from pathlib import Path
 from torch import distributed as dist
-import launch.build, pretrain.train
-from launch import worker
-from pretrain.run_folder import RunFolder
-from pretrain.watch import UnhealthyError
+import launch.workers.build, pretrain.train
+from launch.workers import rank
+from pretrain.checkpointing.run_folder import RunFolder
+from pretrain.monitoring.health_monitor import UnhealthyError
 
 def build(config, world, folder):
     reader = types.SimpleNamespace(close=lambda: None)
@@ -35,8 +35,8 @@ def train(config, engine, reader, folder, *rest):
     dist.barrier()
     raise UnhealthyError("it does not learn")
 
-launch.build.build, pretrain.train.train = build, train
-code = worker.main(sys.argv[1])
+launch.workers.build.build, pretrain.train.train = build, train
+code = rank.main(sys.argv[1])
 sys.stderr.flush()
 os._exit(code)
 """

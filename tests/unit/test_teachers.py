@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.types import Batch
-from pretrain.nn.ema import Teacher, annealed_decay, averaged_layers, deviation
-from pretrain.nn.quantizers import RandomProjectionQuantizer
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import StepContext
 from pretrain.objectives.data2vec import Data2Vec
 from pretrain.objectives.data2vec2 import CopiesPlan, Data2Vec2
 from pretrain.objectives.dinosr import DinoSR
 from pretrain.objectives.wavlm import MixturePlan
-from pretrain.types import StepContext
+from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
+from pretrain.self_supervision.teacher import Teacher, annealed_decay, averaged_layers, deviation
 from tests.contract.cases import batch, make
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.schema import ConfigError, load
+from data_pipeline.core.schema import ConfigError, load
 from launch.config import RayConfig, SlurmConfig
-from launch.ray import RayJobs
-from launch.slurm import SCRIPTS, SlurmSubmitter
+from launch.launchers.ray import RayJobs
+from launch.launchers.slurm import SCRIPTS, SlurmSubmitter
 
 HOSTILE = "x y$(touch pwned);`touch pwned`&touch pwned|'\" ${IFS} *\n#SBATCH --nodes=9"
 TEXTS = [
@@ -130,8 +130,8 @@ def test_containers_and_modules_reach_srun_word_by_word(tmp_path: Path, verb: st
         else:
             assert not any(word.startswith("--container") or word == "apptainer" for word in words)
     modules = {words[words.index(given["python"]) + 2] for words in calls.values()}
-    expected = {"pretrain": {"launch.worker"}, "evaluate": {"launch.tasks"}}
-    assert modules == expected.get(verb, {"ray.scripts.scripts", "launch.tasks"})
+    expected = {"pretrain": {"launch.workers.rank"}, "evaluate": {"launch.workers.task"}}
+    assert modules == expected.get(verb, {"ray.scripts.scripts", "launch.workers.task"})
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from pretrain.nn.contrastive import contrast_logits, contrastive_loss
-from pretrain.nn.masking import pack_masks
+from pretrain.interfaces.objectives import StepContext
 from pretrain.objectives.time_contrastive import TimeContrastive, ViewsPlan, change_speed, partners
-from pretrain.types import StepContext
+from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss
+from pretrain.self_supervision.masking import pack_masks
 from tests.contract.cases import batch, make
 
 

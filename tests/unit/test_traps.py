@@ -9,16 +9,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data_pipeline.schema import ConfigError, load
+from data_pipeline.core.schema import ConfigError, load
 from pretrain.config import Config
-from pretrain.encoders import transformer
-from pretrain.engines import World, make_engine
+from pretrain.engines import make_engine
 from pretrain.engines.base import make_optimizer
-from pretrain.frontends import log_mel, multiscale, waveform_conv
-from pretrain.model import build_model
+from pretrain.engines.distributed import World
+from pretrain.interfaces.objectives import Frontend, SpeechModel, StepContext
+from pretrain.models.encoders import transformer
+from pretrain.models.frontends import log_mel, multiscale, waveform_conv
 from pretrain.nn.numerics import full_precision
-from pretrain.nn.quantizers import RandomProjectionQuantizer
-from pretrain.types import Frontend, SpeechModel, StepContext
+from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
+from pretrain.train_module import build_model
 from tests.contract.cases import FRONTENDS, batch, make, small
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from pretrain.nn.kmeans import kmeans
-from pretrain.nn.masked_units import MaskedUnits
+from pretrain.interfaces.objectives import StepContext
 from pretrain.nn.spectral import delta
-from pretrain.types import StepContext
+from pretrain.self_supervision.kmeans import kmeans
+from pretrain.self_supervision.masked_prediction import MaskedUnits
 from tests.contract.cases import batch, make
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.schema import load
+from data_pipeline.core.schema import load
 from pretrain.config import EngineConfig
-from pretrain.telemetry import read_rows
-from pretrain.utilisation import Utilisation, forward_flop, measure, peak_tflops
+from pretrain.monitoring.metrics_writer import read_rows
+from pretrain.profiling.mfu import Utilisation, forward_flop, measure, peak_tflops
 from tests.unit.test_training_loop import config, run
 
 

@@ -1,0 +1,72 @@
+"""What a segment sounds like in a few numbers, and whether that is good enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.audio.codecs import Wave
+from data_pipeline.preprocess.config import FilterConfig
+
+FLOOR_DB = -120.0
+
+
+@dataclass(frozen=True)
+class Measures:
+    """level_dbfs: root mean square against full scale. snr_db: see `snr`. clipped: share of samples at full scale."""
+
+    level_dbfs: float
+    snr_db: float
+    clipped: float
+
+
+def measure(wave: Wave, rate: int) -> Measures:
+    """Measures of one segment."""
+    frame = rate // 50
+    whole = len(wave) // frame * frame
+    rows = wave[:whole].reshape(-1, frame)
+    power = np.einsum("ij,ij->i", rows, rows) / frame
+    total = float(np.dot(wave, wave)) / max(len(wave), 1)
+    clipped = 0.0
+    if len(wave) and (wave.max() >= 0.999 or wave.min() <= -0.999):
+        clipped = float((np.abs(wave) >= 0.999).mean())
+    return Measures(round(_decibel(total), 2), round(snr(power), 2), round(clipped, 6))
+
+
+def snr(frame_power: np.ndarray[tuple[int], np.dtype[np.float32]]) -> float:
+    """Signal-to-noise ratio in dB, estimated from the power of 20 ms frames.
+
+    Noise is the 10th percentile (pauses hold it alone), signal and noise together the mean above the median. Coarse:
+    meant for histograms and for throwing out what is mostly noise. Between 0 and 100.
+    """
+    if len(frame_power) < 5:
+        return 0.0
+    ordered = np.sort(frame_power.astype(np.float64))
+    noise = max(float(ordered[len(ordered) // 10]), 1e-12)
+    both = float(ordered[len(ordered) // 2 :].mean())
+    return float(np.clip(10 * np.log10(max(both - noise, 1e-12) / noise), 0.0, 100.0))
+
+
+def verdict(measures: Measures, config: FilterConfig) -> str:
+    """Why a segment is left out; "" if it stays."""
+    if config.min_level_dbfs is not None and measures.level_dbfs < config.min_level_dbfs:
+        return "silence"
+    if config.max_clipped is not None and measures.clipped > config.max_clipped:
+        return "clipped"
+    if config.min_snr_db is not None and measures.snr_db < config.min_snr_db:
+        return "low_snr"
+    return ""
+
+
+def normalised(wave: Wave, measures: Measures, target_dbfs: float) -> tuple[Wave, float]:
+    """The segment at a level of `target_dbfs`, or as near as its peak allows, and the gain in dB."""
+    peak = float(max(wave.max(), -wave.min()))
+    wanted = target_dbfs - measures.level_dbfs
+    possible = 20.0 * float(np.log10(0.99 / peak)) if peak > 0 else 0.0
+    gain = round(min(wanted, possible), 2)
+    return wave * np.float32(10.0 ** (gain / 20.0)), gain
+
+
+def _decibel(power: float) -> float:
+    return max(FLOOR_DB, 10.0 * float(np.log10(power))) if power > 0 else FLOOR_DB

@@ -1,0 +1,109 @@
+"""Speech segments by Silero VAD: a streaming detector whose weights come with its package (the extra `vad`).
+
+Silero's network (https://github.com/snakers4/silero-vad) gives a speech probability for each 32 ms at 16 kHz; it needs
+audio at that rate, so it runs behind the resampler. Start and end follow its own hysteresis rule.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from data_pipeline.audio.codecs import Wave
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.preprocess.config import VadConfig
+
+WINDOW: Final = 512
+CONTEXT: Final = 64
+RATE: Final = 16_000
+HYSTERESIS: Final = 0.15
+"""Speech ends below the threshold minus this."""
+
+
+def require() -> None:
+    """Raises ConfigError where the packages are missing."""
+    missing = [name for name in ("onnxruntime", "silero_vad") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"vad.enabled=true: needs {' and '.join(missing)}: pip install 'auricle[vad]'")
+
+
+@functools.cache
+def _session() -> Any:
+    require()
+    import onnxruntime
+
+    spec = importlib.util.find_spec("silero_vad")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    weights = Path(spec.submodule_search_locations[0]) / "data" / "silero_vad.onnx"
+    return onnxruntime.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"])
+
+
+class Detector:
+    """Speech probabilities of one recording, window by window."""
+
+    def __init__(self) -> None:
+        self._state = np.zeros((2, 1, 128), np.float32)
+        self._context = np.zeros(CONTEXT, np.float32)
+
+    def probability(self, window: Wave) -> float:
+        """Of `WINDOW` samples; fewer are padded with zeros."""
+        padded = np.zeros(CONTEXT + WINDOW, np.float32)
+        padded[:CONTEXT] = self._context
+        padded[CONTEXT : CONTEXT + len(window)] = window
+        self._context = padded[-CONTEXT:]
+        feed = {"input": padded[None], "state": self._state, "sr": np.array(RATE)}
+        output, self._state = _session().run(None, feed)
+        return float(output[0, 0])
+
+
+def speech(blocks: Iterable[Wave], longest: int, config: VadConfig) -> Iterator[tuple[int, Wave]]:
+    """(start, wave) of the stretches with speech, at most `longest` samples each, in the order of the recording.
+
+    A longer stretch is cut where speech is least probable in its second half. Holds `longest` samples and a block.
+    """
+    detector, probabilities = Detector(), list[float]()
+    patience = max(1, round(config.min_silence_seconds * RATE / WINDOW))
+    pad = round(config.pad_seconds * RATE / WINDOW)
+    limit = longest // WINDOW
+    held, first = np.zeros(0, np.float32), 0
+    # windows since the begin: `begin` of the present stretch (None: silence), `last` that held speech
+    begin: int | None = None
+    last = free = number = 0
+
+    def piece(start: int, stop: int) -> tuple[int, Wave]:
+        return start * WINDOW, held[start * WINDOW - first : min(stop * WINDOW - first, len(held))]
+
+    for block in blocks:
+        held = np.concatenate([held, block])
+        while (number + 1) * WINDOW <= first + len(held):
+            window = held[number * WINDOW - first : (number + 1) * WINDOW - first]
+            probabilities.append(detector.probability(window))
+            value, number = probabilities[-1], number + 1
+            if value >= config.threshold:
+                begin = max(free, number - 1 - pad) if begin is None else begin
+                last = number
+            elif value >= config.threshold - HYSTERESIS and begin is not None:
+                last = number
+            if begin is not None and number - last >= max(patience, pad):
+                free = min(last + pad, begin + limit)
+                yield piece(begin, free)
+                begin = None
+            elif begin is not None and number - begin >= limit:
+                middle = begin + limit // 2
+                free = middle + 1 + int(np.argmin(probabilities[middle:number]))
+                yield piece(begin, free)
+                begin = free
+        # forgets what no stretch can reach any more
+        keep = begin if begin is not None else max(free, number - pad)
+        if keep * WINDOW > first:
+            held, first = held[keep * WINDOW - first :], keep * WINDOW
+    if begin is not None:
+        yield piece(begin, min(begin + limit, max(number, last + pad) + 1))

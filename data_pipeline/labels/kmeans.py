@@ -1,0 +1,360 @@
+"""Frame labels by k-means over shards: streaming and distributed, no feature is ever stored.
+
+Lloyd's algorithm in full: in each round every shard is a task that computes its features, assigns them to the centres
+and returns sums, counts and inertia, K × (D + 1) numbers whatever the corpus size. Sums are added in the order of the
+shards in float64, so that the result does not depend on the number of workers. A round that is done is kept on disk:
+the same call again continues after it. The result is one file; its sha256 names it in every label (frame_labels.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from data_pipeline.audio.codecs import Wave
+from data_pipeline.core.integrity import write_checksums
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.schema import ConfigError, about, config
+from data_pipeline.core.storage import FileStore
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.labels.store import LabelSet, file_name, write_labels
+from data_pipeline.preprocess.config import RayConfig
+from data_pipeline.preprocess.job import cluster, run_tasks
+from data_pipeline.shards.writer import DoneRecord, done_records, read_index
+
+Matrix = npt.NDArray[np.float32]
+KMEANS = "kmeans.safetensors"
+RESTARTS = 5
+SEEDS = 20_000
+"""Frames among which k-means++ draws the first centres."""
+ROWS = 8_192
+"""Frames compared with the centres at a time."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """compute: (T,) waveform at 16 kHz to (F, D) features at rate_hz."""
+
+    compute: Callable[[Wave], Matrix]
+    rate_hz: int
+
+
+@config
+class TargetsConfig:
+    """Shards in, frame labels out."""
+
+    shards: Annotated[str, about("data set of shards", min_length=1)]
+    out: Annotated[str, about("folder for the labels", min_length=1)]
+    features: Annotated[
+        str, about("mfcc, or a checkpoint (run folder or Hugging Face folder) whose layer is taken", min_length=1)
+    ] = "mfcc"
+    layer: Annotated[int, about("layer of the checkpoint; 0 is what enters the first block")] = 6
+    classes: Annotated[int, about("number of labels", ge=2, le=65_535)] = 100
+    rounds: Annotated[int, about("rounds of Lloyd's algorithm at most", ge=1)] = 30
+    tolerance: Annotated[float, about("stop when a round lowers the inertia by a smaller share", ge=0)] = 1e-4
+    fraction: Annotated[float, about("share of the shards that the centres are fitted on", gt=0, le=1)] = 1.0
+    seed: Annotated[int, about("keys the first centres", ge=0)] = 0
+    kmeans: Annotated[str, about("label folder whose centres are used instead of fitting: for a valid set")] = ""
+    ray: RayConfig = dataclasses.field(default_factory=RayConfig)
+
+
+@dataclass(frozen=True)
+class TargetsSummary:
+    """inertia: mean squared distance of a frame to its centre, by round (empty where nothing was fitted)."""
+
+    artefact: str
+    shards: int
+    classes: int
+    rate_hz: int
+    inertia: tuple[float, ...]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table in the terminal."""
+        return [
+            ("shards labelled", f"{self.shards:,}"),
+            ("classes", f"{self.classes:,} at {self.rate_hz} Hz"),
+            ("inertia", " → ".join(f"{value:.4g}" for value in self.inertia[:: max(1, len(self.inertia) - 1)]) or "–"),
+            ("artefact", self.artefact),
+        ]
+
+
+def mfcc() -> Extractor:
+    """HuBERT's first features (Hsu et al. 2021): 13 MFCC, their differences and second differences, at 100 Hz."""
+    import torch
+    from torchaudio.compliance import kaldi
+    from torchaudio.functional import compute_deltas
+
+    torch.set_num_threads(1)
+
+    @torch.inference_mode()
+    def compute(wave: Wave) -> Matrix:
+        if len(wave) < 400:
+            return np.zeros((0, 39), np.float32)
+        found = kaldi.mfcc(torch.from_numpy(wave)[None] * 32768.0, sample_frequency=SAMPLE_RATE, use_energy=False).T
+        first = compute_deltas(found)
+        made: Matrix = torch.cat([found, first, compute_deltas(first)]).T.contiguous().numpy()
+        return made
+
+    return Extractor(compute, 100)
+
+
+def make_targets(config: TargetsConfig, extractor: Callable[[], Extractor] = mfcc, weights: str = "") -> TargetsSummary:
+    """Fits the centres, then labels every shard; what is there already is not done again.
+
+    extractor: makes the features; called once in each worker, so it has to be importable there. weights: checksum of
+    its weights, where it has any. Raises ConfigError for a folder of labels of other settings or weights, OSError when
+    it cannot be written.
+    """
+    records = done_records(config.shards)
+    store = FileStore(config.out)
+    with cluster(config.ray):
+        settings = _settings(config, records, weights)
+        _same_settings(store, settings)
+        centres, inertia = (_given(config), ()) if config.kmeans else _fit(config, records, extractor, store)
+        content = save_tensors({"centres": centres}, metadata={"settings": json.dumps(settings, sort_keys=True)})
+        if config.kmeans:
+            content = _read_centres(config)
+        artefact = hashlib.sha256(content).hexdigest()
+        store.replace(KMEANS, content)
+        labels = LabelSet(artefact, _cached(extractor).rate_hz, len(centres))
+        labels.write(config.out)
+        arguments = {record.shard: (config, record, extractor, centres, labels) for record in records}
+        failed = run_tasks(label_shard, arguments, config.ray, lambda _: None)
+    if failed:
+        raise OSError(f"{len(failed)} of {len(records)} shards could not be labelled: {next(iter(failed.items()))}")
+    rounds = [f"_fit/{name}" for name in store.names("_fit", ".safetensors")]
+    sidecars = [file_name(record.shard) for record in records]
+    write_checksums(store, [KMEANS, "labels.json", "targets.json", *rounds, *sidecars])
+    return TargetsSummary(artefact, len(records), labels.classes, labels.rate_hz, inertia)
+
+
+def all_labelled(config: TargetsConfig, weights: str = "") -> bool:
+    """Whether every shard has its labels. Raises ConfigError where they are there, but of other settings.
+
+    weights: as in `make_targets`; empty does not ask for them.
+    """
+    records, store = done_records(config.shards), FileStore(config.out)
+    if not store.exists("targets.json") or not store.exists("labels.json"):
+        return False
+    _same_settings(store, _settings(config, records, weights))
+    artefact = LabelSet.read(config.out).artefact
+    return all(
+        store.exists(file_name(record.shard)) and _artefact_of(store, record.shard) == artefact for record in records
+    )
+
+
+def accumulate(
+    config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], float]:
+    """One shard's part of a round: (K, D) sums and (K,) counts of the frames nearest to each centre, and inertia."""
+    sums, counts, inertia = np.zeros(centres.shape), np.zeros(len(centres), np.int64), 0.0
+    for _, features in shard_features(config.shards, record, extractor):
+        nearest, distance = assign(features, centres)
+        np.add.at(sums, nearest, features.astype(np.float64))
+        counts += np.bincount(nearest, minlength=len(centres))
+        inertia += float(distance.sum())
+    return sums, counts, inertia
+
+
+def label_shard(
+    config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix, labels: LabelSet
+) -> None:
+    """Writes the labels of one shard unless they are there."""
+    store = FileStore(config.out)
+    if store.exists(file_name(record.shard)) and _artefact_of(store, record.shard) == labels.artefact:
+        return
+    keys, rows = [], []
+    for key, features in shard_features(config.shards, record, extractor):
+        keys.append(key)
+        rows.append(assign(features, centres)[0].astype(np.uint16))
+    write_labels(config.out, record.shard, labels, keys, rows)
+
+
+def shard_features(root: str, record: DoneRecord, extractor: Callable[[], Extractor]) -> Iterator[tuple[str, Matrix]]:
+    """(key, features) of each sample of a shard, in the order of its index."""
+    store, compute = FileStore(root), _cached(extractor).compute
+    with store.fs.open(store.path(record.shard), "rb") as file:
+        for row in read_index(root, record).to_pylist():
+            file.seek(row["payload_offset"])
+            wave, _ = soundfile.read(io.BytesIO(file.read(row["payload_size"])), dtype="float32")
+            yield row["key"], compute(wave[: row["n_samples"]])
+
+
+def assign(features: Matrix, centres: Matrix) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The nearest centre of each frame and the squared distance to it."""
+    nearest, distance = np.empty(len(features), np.int64), np.empty(len(features))
+    half = 0.5 * np.einsum("kd,kd->k", centres, centres)
+    for start in range(0, len(features), ROWS):
+        part = features[start : start + ROWS]
+        scores = half - part @ centres.T
+        best = scores.argmin(axis=1)
+        nearest[start : start + ROWS] = best
+        difference = part.astype(np.float64) - centres[best]
+        distance[start : start + ROWS] = np.einsum("fd,fd->f", difference, difference)
+    return nearest, distance
+
+
+def _fit(
+    config: TargetsConfig, records: list[DoneRecord], extractor: Callable[[], Extractor], store: FileStore
+) -> tuple[Matrix, tuple[float, ...]]:
+    if store.exists(KMEANS):
+        return load_tensors(store.read(KMEANS))["centres"], ()
+    draw = keyed_rng(config.seed, "targets", "shards")
+    count = max(1, round(config.fraction * len(records)))
+    chosen = [records[number] for number in sorted(draw.permutation(len(records))[:count].tolist())]
+    centres, history = _last_round(store)
+    if centres is None:
+        centres = _first_centres(config, chosen, extractor)
+    while len(history) < config.rounds:
+        if len(history) > 1 and history[-2] - history[-1] < config.tolerance * history[-2]:
+            break
+        parts: list[tuple[str, Any]] = []
+        arguments = {record.shard: (config, record, extractor, centres) for record in chosen}
+        failed = run_tasks(_accumulate_named, arguments, config.ray, parts.append)
+        if failed:
+            raise OSError(f"{len(failed)} shards could not be read: {next(iter(failed.items()))}")
+        ordered = [part for _, part in sorted(parts, key=lambda part: part[0])]
+        sums = np.sum([part[0] for part in ordered], axis=0)
+        counts = np.sum([part[1] for part in ordered], axis=0)
+        # a centre without frames stays where it is
+        centres = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres).astype(np.float32)
+        history.append(sum(part[2] for part in ordered) / max(int(counts.sum()), 1))
+        saved = save_tensors({"centres": centres, "inertia": np.array(history)})
+        store.replace(f"_fit/{len(history):04d}.safetensors", saved)
+    return centres, tuple(history)
+
+
+def _accumulate_named(
+    config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix
+) -> tuple[str, Any]:
+    return record.shard, accumulate(config, record, extractor, centres)
+
+
+def _first_centres(config: TargetsConfig, records: list[DoneRecord], extractor: Callable[[], Extractor]) -> Matrix:
+    """The best of some k-means++ (Arthur & Vassilvitskii 2007) on frames that are spread evenly over the shards."""
+    each = -(-SEEDS // len(records))
+    sampled: dict[str, Matrix] = {}
+    arguments = {record.shard: (config, record, extractor, each) for record in records}
+    failed = run_tasks(_sample, arguments, config.ray, lambda part: sampled.update([part]))
+    if failed:
+        raise OSError(f"{len(failed)} shards could not be read: {next(iter(failed.items()))}")
+    frames = np.concatenate([sampled[record.shard] for record in records])
+    if len(frames) < config.classes:
+        raise ConfigError(f"classes={config.classes}: there are only {len(frames)} frames to fit them on")
+    found = [_seeded(frames, config, number) for number in range(RESTARTS)]
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _seeded(frames: Matrix, config: TargetsConfig, restart: int) -> tuple[float, Matrix]:
+    """(inertia, centres) of greedy k-means++ and twenty of Lloyd's rounds on these frames."""
+    draw = keyed_rng(config.seed, restart, "targets", "centres")
+    chosen = [int(draw.integers(len(frames)))]
+    distance = _distances(frames, chosen)[0]
+    trials = 2 + int(np.log(config.classes))
+    while len(chosen) < config.classes:
+        total = distance.sum()
+        weights = distance / total if total > 0 else np.full(len(frames), 1 / len(frames))
+        tried = draw.choice(len(frames), size=trials, p=weights).tolist()
+        after = np.minimum(distance, _distances(frames, tried))
+        best = int(after.sum(axis=1).argmin())
+        chosen.append(tried[best])
+        distance = after[best]
+    centres = frames[chosen].astype(np.float64)
+    for _ in range(20):
+        nearest, squared = assign(frames, centres.astype(np.float32))
+        counts = np.bincount(nearest, minlength=len(centres))
+        sums = np.zeros_like(centres)
+        np.add.at(sums, nearest, frames)
+        centres = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres)
+    return float(squared.sum()), centres.astype(np.float32)
+
+
+def _distances(frames: Matrix, chosen: list[int]) -> npt.NDArray[np.float64]:
+    """(len(chosen), F) squared distances."""
+    rows = [frames - frames[number] for number in chosen]
+    return np.stack([np.einsum("fd,fd->f", row, row) for row in rows]).astype(np.float64)
+
+
+def _sample(
+    config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], count: int
+) -> tuple[str, Matrix]:
+    """`count` frames of a shard, evenly from segments that are chosen at random."""
+    draw = keyed_rng(config.seed, record.shard, "targets", "frames")
+    rate = _cached(extractor).rate_hz
+    share = min(1.0, 2 * count / max(record.samples / SAMPLE_RATE * rate, 1))
+    found = shard_features(config.shards, record, extractor)
+    frames = np.concatenate([features[draw.random(len(features)) < share] for _, features in found])
+    return record.shard, frames[draw.permutation(len(frames))[:count]]
+
+
+def _last_round(store: FileStore) -> tuple[Matrix | None, list[float]]:
+    names = store.names("_fit", ".safetensors")
+    if not names:
+        return None, []
+    kept = load_tensors(store.read(f"_fit/{names[-1]}"))
+    return kept["centres"], kept["inertia"].tolist()
+
+
+def _given(config: TargetsConfig) -> Matrix:
+    centres: Matrix = load_tensors(_read_centres(config))["centres"]
+    return centres
+
+
+def _read_centres(config: TargetsConfig) -> bytes:
+    try:
+        return FileStore(config.kmeans).read(KMEANS)
+    except FileNotFoundError:
+        raise ConfigError(f"kmeans={config.kmeans}: holds no {KMEANS}") from None
+
+
+def _settings(config: TargetsConfig, records: list[DoneRecord], weights: str) -> dict[str, Any]:
+    """What the labels follow from."""
+    names = ("features", "layer", "classes", "fraction", "seed", "kmeans")
+    shards = hashlib.sha256("".join(record.sha256 for record in records).encode()).hexdigest()
+    centres = hashlib.sha256(_read_centres(config)).hexdigest() if config.kmeans else ""
+    given = {name: text for name, text in (("weights", weights), ("centres", centres)) if text}
+    return {**{name: getattr(config, name) for name in names}, "shards": shards, **given}
+
+
+def _same_settings(store: FileStore, settings: dict[str, Any]) -> None:
+    text = json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n"
+    if store.create("targets.json", text):
+        return
+    before = json.loads(store.read("targets.json"))
+    different = [
+        f"{key}={new!r} here, {before.get(key)!r} there" for key, new in settings.items() if new != before.get(key)
+    ]
+    if different:
+        raise ConfigError(
+            f"out={store.root}: holds labels of other settings ({'; '.join(different)}); choose another folder"
+        )
+
+
+def _artefact_of(store: FileStore, shard: str) -> str:
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_schema(io.BytesIO(store.read(file_name(shard)))).metadata or {}
+    return str(metadata.get(b"artefact", b"").decode())
+
+
+_EXTRACTORS: dict[str, Extractor] = {}
+
+
+def _cached(extractor: Callable[[], Extractor]) -> Extractor:
+    """One per process; a partial that was pickled is a new object, though it makes the same."""
+    name = repr((extractor.func, extractor.args)) if isinstance(extractor, functools.partial) else repr(extractor)
+    if name not in _EXTRACTORS:
+        _EXTRACTORS[name] = extractor()
+    return _EXTRACTORS[name]

@@ -1,0 +1,119 @@
+"""Frame labels beside the shards: for every shard X.tar of a data set, X.labels.parquet in a folder of its own.
+
+Rows are those of the shard's index, in its order: `key` and `labels` (list of uint16, one per frame from the segment's
+first sample on). `labels.json` names the artefact that made them (the sha256 of its k-means, say), the frame rate and
+the number of classes; every file repeats the artefact, so that labels of two different ones can never be mixed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.storage import FileStore
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.shards.local import Array, ShardError, ShardIndex
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """`labels.json`. rate_hz divides the sample rate; labels are 0 … classes - 1."""
+
+    artefact: str
+    rate_hz: int
+    classes: int
+
+    @property
+    def hop(self) -> int:
+        """Audio samples per label."""
+        return SAMPLE_RATE // self.rate_hz
+
+    @staticmethod
+    def read(root: str) -> LabelSet:
+        """Raises ConfigError where there is none."""
+        try:
+            found = LabelSet(**json.loads(FileStore(root).read("labels.json")))
+        except FileNotFoundError:
+            raise ConfigError(f"{root} holds no frame labels (no labels.json); make some first") from None
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{root}/labels.json cannot be used: {error}") from None
+        if found.rate_hz <= 0 or SAMPLE_RATE % found.rate_hz:
+            raise ConfigError(f"{root}/labels.json: rate_hz={found.rate_hz} does not divide {SAMPLE_RATE}")
+        return found
+
+    def write(self, root: str) -> None:
+        """Begins a label folder."""
+        FileStore(root).replace("labels.json", json.dumps(asdict(self)).encode() + b"\n")
+
+
+def file_name(shard: str) -> str:
+    """`X.tar` to `X.labels.parquet`."""
+    return shard.removesuffix(".tar") + ".labels.parquet"
+
+
+def write_labels(root: str, shard: str, labels: LabelSet, keys: Sequence[str], rows: Sequence[Array]) -> None:
+    """The labels of one shard, in the order of its index. Raises ValueError for labels out of range."""
+    flat = np.concatenate(rows) if rows else np.zeros(0, np.uint16)
+    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < labels.classes:
+        raise ValueError(f"labels of {shard} must be 0 to {labels.classes - 1}, got {flat.min()} to {flat.max()}")
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
+    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(np.uint16)))
+    table = pa.table({"key": list(keys), "labels": column}).replace_schema_metadata({"artefact": labels.artefact})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    FileStore(root).replace(file_name(shard), buffer.getvalue())
+
+
+class FrameLabels:
+    """Labels by row, one shard at a time from its file; the last ones are kept. Each process opens its own."""
+
+    def __init__(self, root: str, keep: int) -> None:
+        self.root, self.keep, self.set = root, keep, LabelSet.read(root)
+        self._shards: OrderedDict[str, tuple[Array, Array]] = OrderedDict()
+
+    def of(self, shard: str, index: ShardIndex, row: int, start: int, length: int) -> Array:
+        """int64 labels of the frames that begin in samples start … start + length - 1; start lies on a frame.
+
+        Raises ShardError if the labels are missing, of another artefact or of other segments.
+        """
+        if shard not in self._shards:
+            self._shards[shard] = self._load(shard, index)
+            if len(self._shards) > self.keep:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(shard)
+        flat, offsets = self._shards[shard]
+        first = int(offsets[row]) + start // self.set.hop
+        last = min(int(offsets[row + 1]), first + -(-length // self.set.hop))
+        return flat[first:last].astype(np.int64)
+
+    def _load(self, shard: str, index: ShardIndex) -> tuple[Array, Array]:
+        name = file_name(shard)
+        try:
+            table = pq.ParquetFile(io.BytesIO(FileStore(self.root).read(name))).read(use_threads=False)
+        except (OSError, ValueError) as error:
+            raise ShardError(shard, f"its labels {self.root}/{name} cannot be read ({error})") from None
+        artefact = (table.schema.metadata or {}).get(b"artefact", b"").decode()
+        if artefact != self.set.artefact:
+            raise ShardError(
+                shard, f"its labels are of artefact {artefact!r}, but {self.root} is {self.set.artefact!r}"
+            )
+        if not table.column("key").cast(pa.string()).equals(index.table.column("key").cast(pa.string())):
+            raise ShardError(shard, f"its labels in {self.root} are of other segments; make them again")
+        column = table.column("labels").combine_chunks()
+        return column.values.to_numpy(), column.offsets.to_numpy()
+
+
+def pad(rows: Sequence[Array]) -> Array:
+    """(B, F) int64, padded with -1."""
+    out = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int64)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
+    return out

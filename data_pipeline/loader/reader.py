@@ -1,0 +1,247 @@
+"""Reads a plan: worker processes decode what this rank needs next, in plan order.
+
+A request is (epoch, step, micro-batch); what it returns depends on nothing else, so neither the number of workers nor
+that of ranks can change a batch, and a resume at any step starts there directly.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import Cursor, Step
+from data_pipeline.labels.store import LabelSet
+from data_pipeline.loader.workers import Loaded, PlannedBatches, Request, Slabs, become_worker
+from data_pipeline.sampling.catalog import load_catalogue
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.plan import Plan, accumulation, audio_per_step_check, make_plan
+from data_pipeline.shards import writer
+from data_pipeline.shards.local import ShardError, ShardFiles
+from data_pipeline.shards.remote import open_files
+
+log = logging.getLogger(__name__)
+
+
+class PlanReader:
+    """The StepReader over a plan, for one rank. One `steps` iterator at a time."""
+
+    def __init__(self, config: ReaderConfig, seed: int, rank: int, world: int) -> None:
+        self.slots = accumulation(config.micro_batches, world)
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank {rank} is not one of {world} ranks")
+        self.config, self.rank, self.world = config, rank, world
+        records = writer.done_records(config.shards)
+        self._files = open_files(config, records)
+        self._report(self._files.check())
+        self.plan = make_plan(load_catalogue(self._files, config.cache), config, seed)
+        self.plan_hash = _with_targets(self.plan.hash, config)
+        self._files.know(self.plan)
+        audio_per_step_check(self.plan, world, self.slots)
+        self._cursor = Cursor(self.plan_hash, 0, 0)
+        self._running: _Running | None = None
+        atexit.register(_close, weakref.ref(self))
+
+    def _report(self, bad: list[ShardError]) -> None:
+        if not bad:
+            return
+        listed = "; ".join(str(error) for error in bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+        if self.config.on_bad_shard == "error":
+            raise ConfigError(
+                f"{len(bad)} of {len(self._files.records)} shards in {self.config.shards} are bad: {listed}. "
+                "Run `auricle preprocess` again to restore them, or set data.on_bad_shard=skip to train without them"
+            )
+        log.warning("leaving out %d bad shards: %s", len(bad), listed)
+
+    def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
+        """Global steps from `cursor` on, for ever; by default from where `load_state_dict` says, or the start.
+
+        Raises ConfigError if the cursor is of another plan, ShardError for a bad shard, RuntimeError for a dead worker.
+        """
+        self.close()
+        cursor = cursor or self._cursor
+        if cursor.plan_hash != self.plan_hash:
+            raise ConfigError(
+                f"the checkpoint was made with data plan {cursor.plan_hash}, and this run's is {self.plan_hash}: the "
+                "shards, the seed, or a data.* field that shapes batches changed; restore it, or start a new run"
+            )
+        self._running = _Running(self, cursor)
+        return self._follow(self._running)
+
+    def _follow(self, running: _Running) -> Iterator[Step]:
+        for step in running:
+            if self.config.keys_log:
+                self._note_keys(step)
+            self._cursor = step.after
+            yield step
+
+    def _note_keys(self, step: Step) -> None:
+        folder = Path(self.config.keys_log)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"rank_{self.rank}.jsonl").open("a") as file:
+            for batch in step.batches:
+                row = {"epoch": step.after.epoch, "after": step.after.step, "micro_batch": batch.micro_batch}
+                file.write(json.dumps(row | {"keys": batch.keys, "lengths": batch.lengths_B.tolist()}) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the step yielded last ends: all that a resume needs, on any number of ranks and workers."""
+        return {"plan_hash": self._cursor.plan_hash, "epoch": self._cursor.epoch, "step": self._cursor.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes the next `steps()` go on from there."""
+        self._cursor = Cursor(str(state["plan_hash"]), int(state["epoch"]), int(state["step"]))
+
+    def close(self) -> None:
+        """Stops the workers."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+        self._files.close()
+
+
+class _Running:
+    """An iteration under way: workers, and a thread that turns what they send into steps ahead of the trainer."""
+
+    def __init__(self, reader: PlanReader, cursor: Cursor) -> None:
+        self._plan, self._slots, self._config, self._rank = reader.plan, reader.slots, reader.config, reader.rank
+        self._where = cursor
+        self._closing: Synchronized[int] = multiprocessing.Value("b", 0)
+        self._pin = torch.cuda.is_available()
+        self._slabs: Slabs | None = None
+        requests = _Requests(reader.plan, cursor, reader.rank, reader.world)
+        # Workers are forked here and not in the thread: they are tied to the life of the thread that forks them.
+        self._loaded: Iterator[Loaded] = iter(self._loader(requests, reader._files))
+        self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=1)
+        self._thread: threading.Thread | None = None
+        if reader.config.workers:
+            self._thread = threading.Thread(target=self._work, name="auricle-reader", daemon=True)
+            self._thread.start()
+
+    def _loader(self, requests: _Requests, files: ShardFiles) -> DataLoader[Loaded]:
+        workers = self._config.workers
+        if not workers:
+            return DataLoader(PlannedBatches(self._plan, files, self._config, None), sampler=requests, batch_size=None)
+        ahead = max(2, -(-self._config.prefetch * self._slots // workers))
+        self._slabs = Slabs(workers, ahead, self._plan.largest_micro_batch())
+        batches = PlannedBatches(self._plan, files, self._config, self._slabs)
+        begin = functools.partial(become_worker, os.getpid(), self._closing)
+        return DataLoader(
+            batches, sampler=requests, batch_size=None, num_workers=workers, prefetch_factor=ahead,
+            multiprocessing_context="fork", worker_init_fn=begin,
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Step]:
+        try:
+            while not self._closing.value:
+                got = self._wait() if self._thread else self._next_step()
+                if isinstance(got, BaseException):
+                    raise got
+                yield got
+        except (RuntimeError, OSError, EOFError) as error:  # what comes of a worker that is dead or silent
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RuntimeError(
+                f"the data workers of rank {self._rank} stopped: {reason}. A worker killed by the system usually means "
+                "too little memory: lower data.workers or data.prefetch"
+            ) from error
+        finally:
+            self.close()
+
+    def _wait(self) -> Step | BaseException:
+        try:
+            return self._ready.get(timeout=self._config.timeout_seconds)
+        except queue.Empty:
+            raise RuntimeError(f"no data for data.timeout_seconds={self._config.timeout_seconds:g}") from None
+
+    def _work(self) -> None:
+        got: Step | BaseException | None = None
+        while not self._closing.value and not isinstance(got, BaseException):
+            try:
+                got = self._next_step()
+            except BaseException as error:  # handed to the trainer's thread
+                got = error
+            while not self._closing.value:
+                try:
+                    self._ready.put(got, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+
+    def _next_step(self) -> Step:
+        parts, batches = [], []
+        for _ in range(self._slots):
+            part = self._next()
+            parts.append(part)
+            batches.append(part.batch(self._slabs, self._pin))
+        where = self._where
+        last = where.step + 1 == self._plan.layout(where.epoch).steps
+        self._where = Cursor(where.plan_hash, where.epoch + last, 0 if last else where.step + 1)
+        skipped = sum(len(part.skipped) for part in parts)
+        return Step(tuple(batches), parts[0].samples, parts[0].padded_samples, self._where, skipped)
+
+    def _next(self) -> Loaded:
+        part = next(self._loaded)
+        if part.error:
+            raise ShardError(*part.error)
+        for shard, reason in part.skipped:
+            log.warning("left out a segment: %s: %s", shard, reason)
+        return part
+
+    def close(self) -> None:
+        """Ends thread and workers."""
+        self._closing.value = 1
+        if self._thread is not None:
+            self._thread.join(timeout=1)
+            if self._thread.is_alive():  # it waits for a worker that is dead or stuck
+                for worker in getattr(self._loaded, "_workers", ()):
+                    worker.terminate()
+                self._thread.join(timeout=20)
+            self._thread = None
+        self._loaded = iter(())  # the loader's iterator ends its workers when nothing refers to it
+
+
+class _Requests(Sampler[Request]):
+    """What rank `rank` of `world` reads, from a cursor on, for ever."""
+
+    def __init__(self, plan: Plan, cursor: Cursor, rank: int, world: int) -> None:
+        self.plan, self.cursor, self.rank, self.world = plan, cursor, rank, world
+
+    def __iter__(self) -> Iterator[Request]:
+        epoch, step = self.cursor.epoch, self.cursor.step
+        while True:
+            for g in range(step, self.plan.layout(epoch).steps):
+                for j in range(self.rank, self.plan.rules.micro_batches, self.world):
+                    yield epoch, g, j
+            epoch, step = epoch + 1, 0
+
+
+def _with_targets(plan_hash: str, config: ReaderConfig) -> str:
+    """A run must not go on with frame labels of another artefact, so these are part of the hash."""
+    if not config.targets:
+        return plan_hash
+    artefacts = sorted((name, LabelSet.read(root).artefact) for name, root in config.targets.items())
+    return hashlib.sha256(f"{plan_hash} {artefacts}".encode()).hexdigest()[:16]
+
+
+def _close(reader: weakref.ref[PlanReader]) -> None:
+    if (alive := reader()) is not None:
+        alive.close()
+
+
+def open_reader(config: ReaderConfig, seed: int, rank: int, world: int) -> PlanReader:
+    """The reader of one rank. Raises ConfigError for too few data, bad shards, or a world that does not divide V."""
+    return PlanReader(config, seed, rank, world)

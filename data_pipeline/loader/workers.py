@@ -1,0 +1,194 @@
+"""What a data worker does: turns a request (epoch, step, micro-batch) into a padded micro-batch in shared memory."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from data_pipeline.audio.augmentation import Augmenter, Wave
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.types import Batch
+from data_pipeline.labels.store import pad
+from data_pipeline.loader.fetch import Fetched, Fetcher, Row
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.plan import Plan
+from data_pipeline.shards.local import ShardError, ShardFiles
+
+Request = tuple[int, int, int]
+
+
+class Slabs:
+    """Memory shared with workers, one slab per micro-batch in flight, used again and again.
+
+    Fresh shared memory for each batch, as DataLoader takes it, costs a third of the decoding time in page faults.
+    Mapped anonymously before the fork, so that it needs no file descriptors and no room in /dev/shm.
+    """
+
+    def __init__(self, workers: int, ahead: int, floats: int) -> None:
+        # A worker gets request n when the parent has received its result n - ahead and copied the ones before.
+        self.turns = ahead + 2
+        self._slabs = [
+            [np.frombuffer(mmap.mmap(-1, 4 * floats), np.float32) for _ in range(self.turns)] for _ in range(workers)
+        ]
+
+    def get(self, place: tuple[int, int], shape: tuple[int, int]) -> Wave | None:
+        """Slab `turn` of `worker`, as an array of that shape; None if it is too small."""
+        worker, turn = place
+        slab, size = self._slabs[worker][turn % self.turns], shape[0] * shape[1]
+        return slab[:size].reshape(shape) if size <= len(slab) else None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker sends. The audio is in the slab `place`, or in `wave` where there is none or it is too small.
+
+    samples, padded_samples: of the whole global step.  skipped: (shard, reason) of each segment left out.
+    error: (shard, reason) if there is no batch at all.
+    """
+
+    micro_batch: int
+    keys: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    shape: tuple[int, int] = (0, 0)
+    place: tuple[int, int] | None = None
+    wave: Wave | None = None
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    targets: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    samples: int = 0
+    padded_samples: int = 0
+    skipped: tuple[tuple[str, str], ...] = ()
+    error: tuple[str, str] | None = None
+
+    def batch(self, slabs: Slabs | None, pin: bool) -> Batch:
+        """The batch in memory of its own, page-locked if asked; the slab is free afterwards."""
+        wave = self.wave
+        if wave is None:
+            assert slabs is not None
+            assert self.place is not None
+            wave = slabs.get(self.place, self.shape)
+            assert wave is not None
+            wave_BT = torch.empty(self.shape, pin_memory=pin)
+            np.copyto(wave_BT.numpy(), wave)  # one thread; torch would wake all of them
+        else:
+            wave_BT = torch.from_numpy(wave)
+        targets = {name: torch.from_numpy(target) for name, target in self.targets.items()}
+        return Batch(wave_BT, torch.tensor(self.lengths), self.keys, self.micro_batch, targets, self.labels)
+
+
+class PlannedBatches(Dataset[Loaded]):
+    """Micro-batches by request; lives in the worker processes, or in the trainer where there are none."""
+
+    def __init__(self, plan: Plan, files: ShardFiles, config: ReaderConfig, slabs: Slabs | None) -> None:
+        self.plan, self.files, self.config, self.slabs = plan, files, config, slabs
+        self.augmenter = Augmenter(config.augment)
+        self.fetcher = Fetcher(files, config, self.augmenter)
+        self._turn = -1
+
+    def __getitem__(self, request: Request) -> Loaded:
+        self._turn += 1
+        try:
+            self.files.look_ahead(request[0], request[1])
+            return self._load(*request)
+        except ShardError as error:
+            return Loaded(request[2], error=(error.shard, error.reason))
+
+    def _load(self, epoch: int, step: int, j: int) -> Loaded:
+        window, inside = self.plan.place(epoch, step)
+        rows = window.micro_batch(inside, j)
+        columns = (rows.shard_n, rows.row_n, rows.length_n, rows.repeat_n)
+        wanted = [
+            Row(int(s), int(r), int(n), int(k), epoch, self.plan.seed) for s, r, n, k in zip(*columns, strict=True)
+        ]
+        loaded = self._batch(wanted, j)
+        if not loaded.keys:
+            loaded = replace(self._batch([self._substitute(wanted[0])], j), skipped=loaded.skipped)
+        return replace(loaded, samples=window.samples(inside), padded_samples=window.padded_samples(inside))
+
+    def _batch(self, rows: list[Row], j: int) -> Loaded:
+        """A micro-batch of the rows that can be read."""
+        fetched = self.fetcher.fetch(rows)
+        skipped = [self._bad(got) for got in fetched if isinstance(got, ShardError)]
+        good = [got for got in fetched if isinstance(got, Fetched)]
+        place, wave = self._room((len(good), max((got.length for got in good), default=0)))
+        kept: list[Fetched] = []
+        for got in good:
+            line = wave[len(kept)]  # the next one overwrites what cannot be decoded
+            try:
+                got.decode(line[: got.length])
+            except ShardError as error:
+                skipped.append(self._bad(error))
+                continue
+            line[got.length :] = 0
+            kept.append(got)
+        if self.augmenter.changes_waves:
+            self._augment(wave, kept)
+        return Loaded(
+            j,
+            tuple(got.key for got in kept),
+            tuple(got.length for got in kept),
+            (len(kept), wave.shape[1]),
+            place,
+            None if place else wave[: len(kept)],
+            {name: tuple(got.labels[name] for got in kept) for name in self.config.labels},
+            {name: pad([got.targets[name] for got in kept]) for name in self.config.targets},
+            skipped=tuple(skipped),
+        )
+
+    def _augment(self, wave: Wave, kept: list[Fetched]) -> None:
+        clean = [line[: got.length].copy() for line, got in zip(wave, kept, strict=False)]
+        for line, own, got in zip(wave, clean, kept, strict=False):
+            rng = keyed_rng(*got.row.key_of_draw(got.key, "augment"))
+            line[: got.length] = self.augmenter.apply(own, clean, rng)
+
+    def _room(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, Wave]:
+        info = get_worker_info()
+        if info is not None and self.slabs is not None:
+            place = (info.id, self._turn)
+            slab = self.slabs.get(place, shape)
+            if slab is not None:
+                return place, slab
+        return None, np.empty(shape, np.float32)
+
+    def _bad(self, error: ShardError) -> tuple[str, str]:
+        if self.config.on_bad_shard == "error":
+            raise error
+        return error.shard, error.reason
+
+    def _substitute(self, row: Row) -> Row:
+        """The first segment after `row`'s shard that can be read, so that no rank ever lacks a micro-batch."""
+        n_shards = len(self.plan.catalogue.shards)
+        for distance in range(1, n_shards + 1):
+            shard = (row.shard + distance) % n_shards
+            lengths = self.plan.catalogue.length_N[slice(*self.plan.catalogue.starts_S[shard : shard + 2])]
+            for other in np.flatnonzero(self.plan.rules.usable(np.asarray(lengths)))[:3]:
+                found = replace(row, shard=shard, row=int(other), length=min(row.length, int(lengths[other])))
+                if self._batch([found], 0).keys:
+                    return found
+        raise ShardError(self.plan.catalogue.shards[row.shard], "cannot be read, nor can any other shard")
+
+
+def become_worker(parent: int, closing: Synchronized[int], _: int) -> None:
+    """Signals in a worker: it ends when its trainer does, even by `kill -9`, and not before.
+
+    A cluster signals every process of a job to ask for a checkpoint; the trainer needs its data until that is written.
+    """
+    if sys.platform == "linux":
+        libc: Any = ctypes.CDLL(None)
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)

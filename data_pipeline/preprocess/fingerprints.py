@@ -1,0 +1,199 @@
+"""Recordings that are there twice: the same samples, or the same sound at another gain, codec or offset.
+
+Near-duplicates are found by spectral fingerprints after Haitsma & Kalker (2002): each bit says whether the energy
+difference of two neighbouring bands grew or fell, which neither gain nor a codec changes much. A key joins the bits of
+two frames a quarter of a second apart: 40 bits, so that strangers share next to none however large the corpus is. Only
+keys whose hash falls below a bound are kept, the same ones in every copy; matching.py finds who shares some.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soxr
+
+from data_pipeline.audio import codecs
+from data_pipeline.core.storage import FileStore
+from data_pipeline.core.types import SAMPLE_RATE, AudioFile
+from data_pipeline.preprocess.config import DedupConfig
+from data_pipeline.preprocess.duplicate_search import Table, equal_hashes, shared_prints
+from data_pipeline.preprocess.work_plan import Dropped
+
+Keys = npt.NDArray[np.uint64]
+Frames = npt.NDArray[np.uint32]
+RATE: Final = 4_000
+FRAME: Final = 1_024
+HOP: Final = 64
+BITS: Final = 20
+APART: Final = 16
+"""Frames between the two halves of a key."""
+KEEP: Final = 2
+"""One key in so many is kept."""
+SCAN_SCHEMA: Final = pa.schema(
+    [
+        *((name, pa.string()) for name in ("corpus", "file_id", "mtime", "pcm")),
+        ("size", pa.int64()),
+        ("prints", pa.list_(pa.uint64())),
+        ("frames", pa.list_(pa.uint32())),
+    ]
+)
+
+
+class Fingerprinter:
+    """Collects the fingerprints of one recording block by block."""
+
+    def __init__(self) -> None:
+        self._down = soxr.ResampleStream(SAMPLE_RATE, RATE, 1, dtype="float32", quality="MQ")
+        self._held = np.zeros(0, np.float32)
+        self._before: npt.NDArray[np.float32] | None = None
+        self._number = 0
+        self._bits = np.zeros(0, np.uint64)
+        self._loud = np.zeros(0, bool)
+        self._keys: list[Keys] = []
+        self._frames: list[Frames] = []
+        edges = np.geomspace(300, 1_900, BITS + 2) * FRAME / RATE
+        self._edges = np.round(edges).astype(int)
+        self._window = np.hanning(FRAME).astype(np.float32)
+
+    def feed(self, block: codecs.Wave) -> None:
+        """A block at 16 kHz."""
+        self._held = np.concatenate([self._held, self._down.resample_chunk(block)])
+        count = (len(self._held) - FRAME) // HOP + 1
+        if count <= 0:
+            return
+        frames = np.lib.stride_tricks.sliding_window_view(self._held, FRAME)[: count * HOP : HOP]
+        power = np.abs(np.fft.rfft(frames * self._window, axis=1)).astype(np.float32) ** 2
+        bands = np.add.reduceat(power, self._edges, axis=1)[:, :-1]
+        slope = np.diff(bands, axis=1)
+        slope = slope if self._before is None else np.concatenate([self._before, slope])
+        bits = np.diff(slope, axis=0) > 0
+        words = (bits[:, :BITS] << np.arange(BITS)).sum(axis=1).astype(np.uint64)
+        self._bits = np.concatenate([self._bits, words])
+        self._loud = np.concatenate([self._loud, bands.sum(axis=1)[-len(words) :] > 1e-6]) if len(words) else self._loud
+        self._join()
+        self._before = slope[-1:]
+        self._held = self._held[count * HOP :]
+
+    def _join(self) -> None:
+        """Keys of all frames whose partner is known by now."""
+        count = len(self._bits) - APART
+        if count <= 0:
+            return
+        keys = self._bits[:count] | self._bits[APART:] << np.uint64(BITS)
+        # the multiplicative hash (Knuth) spreads neighbouring values
+        chosen = (keys * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32) < (1 << 32) // KEEP
+        chosen &= self._loud[:count] & self._loud[APART:]
+        self._keys.append(keys[chosen])
+        self._frames.append(np.arange(self._number, self._number + count, dtype=np.uint32)[chosen])
+        self._number += count
+        self._bits, self._loud = self._bits[count:], self._loud[count:]
+
+    def finish(self) -> tuple[Keys, Frames]:
+        """(keys, the frames that they begin at)."""
+        if not self._keys:
+            return np.zeros(0, np.uint64), np.zeros(0, np.uint32)
+        return np.concatenate(self._keys), np.concatenate(self._frames)
+
+
+def scan(files: Sequence[AudioFile], near: bool, out: str) -> str:
+    """Writes hashes and fingerprints of the files to `_scan/` once; the file's name. Files that fail are left to the
+    unit that will process them.
+    """
+    store = FileStore(out)
+    name = scan_name(files, near)
+    if before := store.names("_scan", ".parquet", prefix=name):
+        return before[0]
+    rows = []
+    for file in files:
+        digest, prints = hashlib.sha256(), Fingerprinter()
+        try:
+            with codecs.local_copy(file.path) as path:
+                for block in codecs.decode(path, SAMPLE_RATE):
+                    digest.update(codecs.to_int16(block).data)
+                    if near:
+                        prints.feed(block)
+        except codecs.AudioError:
+            continue
+        values, frames = prints.finish()
+        row = {"corpus": file.corpus, "file_id": file.file_id, "mtime": file.mtime, "size": file.size}
+        rows.append({**row, "pcm": digest.hexdigest(), "prints": values, "frames": frames})
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCAN_SCHEMA), buffer, compression="zstd")
+    whole = f"{name}-{_short(buffer.getvalue())}.parquet"
+    store.create(f"_scan/{whole}", buffer.getvalue())
+    return whole
+
+
+def scan_name(files: Iterable[AudioFile], near: bool) -> str:
+    """How the name of the scan of these files begins; the hash of its content follows."""
+    sources = [f"{file.corpus}\x1f{file.file_id}\x1f{file.size}\x1f{file.mtime}" for file in files]
+    text = "\x1e".join([f"near={near}", *sources]).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def scan_is_altered(name: str, content: bytes) -> bool:
+    """Whether a scan is no longer what its name says."""
+    return _short(content) != name.removesuffix(".parquet").rpartition("-")[2]
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def find_doubles(
+    out: str, config: DedupConfig, fresh: Sequence[AudioFile], older: set[tuple[str, str]]
+) -> list[Dropped]:
+    """Which of the `fresh` recordings, all scanned, to leave out. Of each group one stays: an `older` one (in a unit
+    already) if there is one, otherwise the first by name.
+
+    Fingerprints and hashes are sorted on disk: memory holds the names of the recordings, and the doubles found.
+    """
+    new = {(file.corpus, file.file_id): file for file in fresh}
+    ranked = [*sorted(older), *sorted(new.keys() - older)]
+    place = {name: number for number, name in enumerate(ranked)}
+    store, doubles = FileStore(out), dict[int, tuple[str, int]]()
+    with store.scratch() as folder:
+        if config.exact:
+            hashes = _tables(store, place, new, ["pcm"])
+            doubles = {other: ("exact", one) for other, one in equal_hashes(hashes, len(ranked), folder)}
+        if config.near:
+            prints = _tables(store, place, new, ["prints", "frames"])
+            for one, other in sorted(shared_prints(prints, len(ranked), config, folder)):
+                if other not in doubles and one not in doubles:
+                    doubles[other] = ("near", one)
+    return [
+        Dropped(new[ranked[number]], reason, "/".join(ranked[kept]))
+        for number, (reason, kept) in sorted(doubles.items())
+        if ranked[number] in new
+    ]
+
+
+def _tables(
+    store: FileStore, place: Mapping[tuple[str, str], int], new: Mapping[tuple[str, str], AudioFile], columns: list[str]
+) -> Iterator[Table]:
+    """Scan by scan the owners of the rows and some columns; each owner once."""
+    seen = np.zeros(len(place), bool)
+    for name in store.names("_scan", ".parquet"):
+        content = store.read(f"_scan/{name}")
+        if scan_is_altered(name, content):
+            raise OSError(f"{store.root}/_scan/{name} is not as it was written; remove it and run the same again")
+        table = pq.read_table(io.BytesIO(content))
+        rows, owners = [], []
+        stamps = zip(*(table[key].to_pylist() for key in ("corpus", "file_id", "size", "mtime")), strict=True)
+        for row, (corpus, file_id, size, mtime) in enumerate(stamps):
+            owner, file = place.get((corpus, file_id)), new.get((corpus, file_id))
+            # scans of earlier jobs may hold recordings that are in no unit, or one that has changed since
+            if owner is None or seen[owner] or (file and (file.size, file.mtime) != (size, mtime)):
+                continue
+            seen[owner] = True
+            rows.append(row)
+            owners.append(owner)
+        kept: Any = table.take(rows)
+        yield np.array(owners, np.uint32), [kept[column].combine_chunks() for column in columns]

@@ -1,0 +1,218 @@
+"""One self-contained HTML page on a data set: hours in and out and why, histograms, speakers, sounds, what failed."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import soundfile
+
+from data_pipeline.audio.codecs import encode, to_int16
+from data_pipeline.core.rng import keyed_seed
+from data_pipeline.core.storage import FileStore
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.corpora.discovery import Reject
+from data_pipeline.shards.writer import INDEX_SCHEMA, DoneRecord, read_index
+
+COLUMNS = ["n_samples", "snr_db", "level_dbfs", "speaker", "corpus"]
+GALLERY = 8
+LISTED = 500
+"""Rows of the quarantine list on the page; the file has all."""
+CLIP_SECONDS = 5
+STYLE = """
+:root{color-scheme:light dark;--ink:#1d2733;--soft:#5d6b7a;--line:#d8dee6;--bar:#2f6fb2;--back:#fff;--card:#f6f8fa}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e9ef;--soft:#9aa7b5;--line:#36414d;--bar:#6aa9e9;--back:#14191f;
+--card:#1c232b}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-width:1080px;margin:2rem auto;
+padding:0 1rem}h1{font-size:1.6rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem}
+p{color:var(--soft);margin:.2rem 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.8rem;margin:1.2rem 0}
+.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.7rem .9rem}
+.card b{display:block;font-size:1.35rem}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(310px,1fr));
+gap:1rem}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.88rem}th,td{text-align:left;
+padding:.25rem .7rem .25rem 0;border-bottom:1px solid var(--line);overflow-wrap:anywhere}td.n,th.n{text-align:right;
+font-variant-numeric:tabular-nums;white-space:nowrap}td.k,th.k{white-space:nowrap}
+svg text{fill:var(--soft);font:11px system-ui,sans-serif}
+svg rect{fill:var(--bar)}figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;
+padding:.6rem}figure img{width:100%;height:110px;image-rendering:auto}figcaption{font-size:.8rem;color:var(--soft);
+overflow-wrap:anywhere}audio{width:100%;height:32px}
+"""
+
+
+def build_report(
+    title: str,
+    sets: Sequence[tuple[str, Sequence[DoneRecord]]],
+    facts: Sequence[tuple[str, str]],
+    quarantine: Sequence[Reject],
+) -> str:
+    """The page. sets: (root, finished units) of each folder; facts: rows of the terminal's table."""
+    records = [record for _, found in sets for record in found]
+    table = pa.concat_tables(
+        [_columns(root, record) for root, found in sets for record in found if record.shard] or [_no_rows()]
+    )
+    hours = table["n_samples"].to_numpy() / SAMPLE_RATE / 3600
+    body = [
+        f"<h1>{html.escape(title)}</h1><p>what preprocessing made of it</p>",
+        _cards(table, hours, records),
+        "<h2>Hours in and out</h2>" + _flow(records),
+        "<h2>What the segments are like</h2><div class=charts>",
+        _histogram("duration, s", table["n_samples"].to_numpy() / SAMPLE_RATE),
+        _histogram("signal-to-noise ratio (estimate), dB", table["snr_db"].to_numpy(zero_copy_only=False)),
+        _histogram("level, dB of full scale", table["level_dbfs"].to_numpy(zero_copy_only=False)),
+        "</div><h2>Speakers</h2>" + _speakers(table, hours),
+        "<h2>A look and a listen</h2><div class=charts>" + "".join(_gallery(sets)) + "</div>",
+        f"<h2>Quarantine ({len(quarantine):,} files)</h2>" + _quarantine(quarantine),
+        "<h2>This job</h2>" + _table(("", ""), facts, numbers=()),
+    ]
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _columns(root: str, record: DoneRecord) -> Any:
+    return read_index(root, record).select(COLUMNS)
+
+
+def _no_rows() -> Any:
+    return INDEX_SCHEMA.empty_table().select(COLUMNS)
+
+
+def _cards(table: Any, hours: npt.NDArray[np.float64], records: Sequence[DoneRecord]) -> str:
+    read = sum(row[5] for record in records for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
+    speakers = len(set(zip(table["corpus"].to_pylist(), table["speaker"].to_pylist(), strict=True)))
+    facts = [
+        (f"{read:,.2f} h", "in"),
+        (f"{hours.sum():,.2f} h", "out"),
+        (f"{table.num_rows:,}", "segments"),
+        (f"{sum(record.files for record in records):,}", "recordings"),
+        (f"{speakers:,}", "speakers"),
+        (f"{sum(1 for record in records if record.shard):,}", "shards"),
+    ]
+    return "<div class=cards>" + "".join(f"<div class=card><b>{b}</b>{t}</div>" for b, t in facts) + "</div>"
+
+
+def _flow(records: Sequence[DoneRecord]) -> str:
+    counts: Counter[tuple[str, str, str, str]] = Counter()
+    samples: Counter[tuple[str, str, str, str]] = Counter()
+    for record in records:
+        for corpus, language, stage, reason, count, length in record.flow:
+            counts[corpus, language, stage, reason] += count
+            samples[corpus, language, stage, reason] += length
+    order = {"in": 0, "decode": 1, "vad": 2, "cut": 3, "filter": 4, "out": 9}
+    keys = sorted(counts, key=lambda key: (key[0], key[1], order.get(key[2], 5), key[3]))
+    rows = [
+        (key[0], key[1] or "–", key[2], key[3] or "–", f"{counts[key]:,}", f"{samples[key] / SAMPLE_RATE / 3600:,.3f}")
+        for key in keys
+    ]
+    return _table(("corpus", "language", "stage", "reason", "files or segments", "hours"), rows, numbers=(4, 5))
+
+
+def _histogram(title: str, values: npt.NDArray[Any]) -> str:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return ""
+    counts, edges = np.histogram(values, bins=30)
+    width, height, tallest = 300, 120, max(int(counts.max()), 1)
+    bars = "".join(
+        f"<rect x='{10 + i * width / 30:.1f}' y='{height - 100 * c / tallest:.1f}' width='{width / 30 - 1:.1f}' "
+        f"height='{100 * c / tallest:.1f}'><title>{edges[i]:.3g} to {edges[i + 1]:.3g}: {c:,}</title></rect>"
+        for i, c in enumerate(counts)
+    )
+    low, middle, high = (
+        np.format_float_positional(v, 3, fractional=False, trim="-") for v in (edges[0], np.median(values), edges[-1])
+    )
+    return (
+        f"<figure><figcaption>{html.escape(title)} · median {middle}</figcaption>"
+        f"<svg viewBox='0 0 320 140' role=img aria-label='{html.escape(title)}'>{bars}"
+        f"<text x='10' y='135'>{low}</text><text x='310' y='135' text-anchor='end'>{high}</text></svg></figure>"
+    )
+
+
+def _speakers(table: Any, hours: npt.NDArray[np.float64]) -> str:
+    total: Counter[tuple[str, str]] = Counter()
+    number: Counter[tuple[str, str]] = Counter()
+    for corpus, speaker, length in zip(
+        table["corpus"].to_pylist(), table["speaker"].to_pylist(), hours.tolist(), strict=True
+    ):
+        total[corpus, speaker] += length
+        number[corpus, speaker] += 1
+    rows = [(c, s or "unknown", f"{number[c, s]:,}", f"{h:,.3f}") for (c, s), h in total.most_common(12)]
+    more = f"<p>the {len(rows)} with the most hours of {len(total):,}</p>"
+    return more + _table(("corpus", "speaker", "segments", "hours"), rows, numbers=(2, 3))
+
+
+def _gallery(sets: Sequence[tuple[str, Sequence[DoneRecord]]]) -> Iterable[str]:
+    """Some segments, the same ones for the same data set."""
+    units = [(root, record) for root, found in sets for record in found if record.shard]
+    units.sort(key=lambda unit: keyed_seed(unit[1].unit, "gallery"))
+    for number in range(min(GALLERY, sum(record.segments for _, record in units))):
+        root, record = units[number % len(units)]
+        rows = read_index(root, record).to_pylist()
+        row = rows[keyed_seed(record.unit, number, "segment") % len(rows)]
+        store = FileStore(root)
+        start, end = row["payload_offset"], row["payload_offset"] + row["payload_size"]
+        content = store.fs.cat_file(store.path(record.shard), start=start, end=end)
+        wave, _ = soundfile.read(io.BytesIO(content), dtype="float32")
+        clip = wave[: CLIP_SECONDS * SAMPLE_RATE]
+        sound = base64.b64encode(encode(to_int16(clip), SAMPLE_RATE, "flac")).decode()
+        image = base64.b64encode(_png(_spectrogram(clip))).decode()
+        what = f"{row['corpus']} · {row['speaker'] or 'unknown speaker'} · {row['n_samples'] / SAMPLE_RATE:.1f} s"
+        yield (
+            f"<figure><img alt='spectrogram, 0 to 8 kHz' src='data:image/png;base64,{image}'>"
+            f"<audio controls preload=none src='data:audio/flac;base64,{sound}'></audio>"
+            f"<figcaption>{html.escape(what)}<br>{html.escape(row['key'])}</figcaption></figure>"
+        )
+
+
+def _quarantine(rejects: Sequence[Reject]) -> str:
+    if not rejects:
+        return "<p>no file had to be left out as unreadable</p>"
+    rows = [(reject.path or reject.file_id, reject.stage, reject.reason, reject.error) for reject in rejects[:LISTED]]
+    more = f"<p>the first {LISTED:,}; quarantine.jsonl has all</p>" if len(rejects) > LISTED else ""
+    return more + _table(("file", "stage", "reason", "what was wrong"), rows, numbers=(), whole=(1, 2))
+
+
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int], whole: Sequence[int] = ()
+) -> str:
+    def cell(tag: str, column: int, text: str) -> str:
+        kind = " class=n" if column in numbers else " class=k" if column in whole else ""
+        return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
+
+    lines = ["<tr>" + "".join(cell("th", i, text) for i, text in enumerate(head)) + "</tr>"] if any(head) else []
+    lines += ["<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows]
+    return "<div class=scroll><table>" + "".join(lines) + "</table></div>"
+
+
+def _spectrogram(wave: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """(128, frames) grey values, 70 dB deep; low frequencies below."""
+    padded = np.pad(wave, (0, max(0, 512 - len(wave))))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, 512)[::160] * np.hanning(512)
+    power = np.abs(np.fft.rfft(frames, axis=1))[:, :256].reshape(len(frames), 128, 2).sum(axis=2) ** 2
+    decibel = 10 * np.log10(power + 1e-10)
+    scaled = np.clip((decibel - decibel.max() + 70) / 70, 0, 1)
+    grey: npt.NDArray[np.uint8] = (255 * scaled.T[::-1]).astype(np.uint8)
+    return grey
+
+
+def _png(grey: npt.NDArray[np.uint8]) -> bytes:
+    """An 8-bit grey PNG (ISO 15948)."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width = grey.shape
+    lines = b"".join(b"\0" + row.tobytes() for row in grey)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines, 9)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

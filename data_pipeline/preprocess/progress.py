@@ -1,0 +1,47 @@
+"""Live progress in the terminal: files, hours, hours per second, time left, files and segments left out."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.preprocess.unit_worker import UnitResult
+from data_pipeline.preprocess.work_plan import Unit, expected_seconds
+
+
+@contextlib.contextmanager
+def live_progress(
+    todo: Sequence[Unit], show: bool, console: Console | None = None
+) -> Iterator[Callable[[UnitResult], None]]:
+    """A bar that the given function advances by one finished unit; nothing is drawn unless `show`."""
+    weights = {unit.name: sum(expected_seconds(file) for file in unit.files) or 1.0 for unit in todo}
+    columns = (
+        TextColumn("preprocess"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+    )
+    began = time.monotonic()
+    files = rejects = 0
+    hours = 0.0
+    # the bar moves by expected seconds of audio, which are more even than units
+    with Progress(*columns, console=console or Console(stderr=True), disable=not show, transient=False) as bar:
+        task = bar.add_task("", total=round(sum(weights.values())), state="starting")
+
+        def advance(result: UnitResult) -> None:
+            nonlocal files, rejects, hours
+            record = result.record
+            files += record.files
+            rejects += sum(record.rejects.values())
+            hours += sum(row[5] for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
+            rate = hours / max(time.monotonic() - began, 1e-9)
+            state = f"{files:,} files · {hours:,.2f} h · {rate:.3f} h/s · {rejects:,} left out · ETA"
+            bar.update(task, advance=weights.get(record.unit, 0.0), state=state)
+
+        yield advance

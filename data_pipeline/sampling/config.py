@@ -1,0 +1,87 @@
+"""The typed schema of preprocessing and of reading. Defaults stand here; YAML names only what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+from data_pipeline.core.schema import about, config
+
+
+@config
+class AugmentConfig:
+    """Changes to the audio as it is read, drawn by (seed, epoch, key); see augment.py. All are off by default."""
+
+    speeds: Annotated[
+        tuple[float, ...], about("speed factors, one of which is drawn for each segment, such as [0.9, 1.0, 1.1]")
+    ] = ()
+    rir: Annotated[str, about("folder of room impulse responses")] = ""
+    rir_prob: Annotated[float, about("probability of a room impulse response", ge=0, le=1)] = 0.0
+    mix_prob: Annotated[float, about("probability that part of another utterance is mixed in", ge=0, le=1)] = 0.0
+    mix_snr_db: Annotated[tuple[float, float], about("level of the utterance over the one mixed in, from and to")] = (
+        -5.0,
+        5.0,
+    )
+    mix_share: Annotated[float, about("longest mixed part as a share of the utterance", gt=0, le=1)] = 0.5
+    noise: Annotated[str, about("folder of noise recordings")] = ""
+    noise_prob: Annotated[float, about("probability of noise", ge=0, le=1)] = 0.0
+    noise_snr_db: Annotated[tuple[float, float], about("level of the utterance over the noise, from and to")] = (
+        -5.0,
+        20.0,
+    )
+    gain_db: Annotated[tuple[float, float], about("gain, from and to")] = (0.0, 0.0)
+
+
+@config
+class ReaderConfig:
+    """Shards to global steps; see plan.py."""
+
+    shards: Annotated[str, about("folder (or fsspec URL) of shards, as `auricle preprocess` wrote it", min_length=1)]
+    batch_seconds: Annotated[
+        float, about("seconds of audio per optimizer update, over all ranks and accumulation steps", gt=0)
+    ] = 5600.0
+    micro_batches: Annotated[
+        int, about("micro-batches V per optimizer update; the number of ranks must divide it", ge=1)
+    ] = 64
+    min_seconds: Annotated[float, about("shorter segments are left out", ge=0)] = 2.0
+    max_seconds: Annotated[float, about("longer segments are cropped at random to this length", gt=0)] = 15.6
+    bucket_ratio: Annotated[
+        float, about("ratio of neighbouring bucket edges; padding of a batch is at most 1 - 1/ratio", gt=1, le=4)
+    ] = 1.05
+    crop_to_shortest: Annotated[
+        bool, about("crop segments to the lower edge of their bucket: no padding at all, and few shapes")
+    ] = False
+    shuffle_window: Annotated[int, about("shards among which samples are mixed; bounds the cache", ge=1)] = 32
+    mix_alpha: Annotated[
+        float,
+        about("corpora and languages are drawn in proportion to hours^alpha; 1 keeps the natural mix", gt=0, le=1),
+    ] = 1.0
+    cap_seconds: Annotated[
+        float, about("most padded seconds a micro-batch may hold, from `auricle data find-caps`; 0 sets no cap", ge=0)
+    ] = 0.0
+    cap_quadratic: Annotated[
+        float, about("a segment of s seconds counts s * (1 + cap_quadratic * s) against the cap", ge=0)
+    ] = 0.0
+    augment: Annotated[AugmentConfig, about("changes to the audio")] = dataclasses.field(default_factory=AugmentConfig)
+    targets: Annotated[
+        dict[str, str], about("folders of frame labels, by the name that the objective knows them by")
+    ] = dataclasses.field(default_factory=dict)
+    labels: Annotated[
+        tuple[str, ...], about("per-segment metadata to hand to the model: speaker, language, corpus, text ...")
+    ] = ()
+    workers: Annotated[int, about("decoding processes per rank; 0 decodes in the training process", ge=0)] = 2
+    prefetch: Annotated[int, about("global steps read ahead", ge=1)] = 2
+    verify: Annotated[bool, about("check a shard's sha256 before its first use")] = False
+    timeout_seconds: Annotated[float, about("give up when the storage delivers nothing for this long", gt=0)] = 300.0
+    cache: Annotated[
+        str, about("local folder for copies of remote shards and large indexes; empty: a temporary one")
+    ] = ""
+    cache_gigabytes: Annotated[
+        float, about("room for local copies of remote shards; 0 reads single segments from the remote instead", ge=0)
+    ] = 0.0
+    keys_log: Annotated[
+        str, about("folder where each rank notes the keys of every step it hands over, to prove a resume; empty: none")
+    ] = ""
+    on_bad_shard: Annotated[
+        Literal["error", "skip"], about("a missing, truncated or altered shard: stop, or leave out and count")
+    ] = "error"

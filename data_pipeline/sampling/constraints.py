@@ -1,0 +1,117 @@
+"""The rules of a plan in samples: bucket edges, usable lengths, room of a micro-batch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.sampling.config import ReaderConfig
+
+Array = npt.NDArray[Any]
+MIN_STEPS: Final = 20
+"""Steps of an epoch and of a full window, at least: bounds the rounding of seconds per step."""
+SHARE: Final = 4096
+"""Repeats of a corpus are multiples of 1/SHARE, so that all machines round alike."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """ReaderConfig in samples: all that the plan depends on besides the data and the seed."""
+
+    batch: int
+    micro_batches: int
+    shortest: int
+    longest: int
+    ratio: float
+    crop: bool
+    window: int
+    alpha: float
+    cap: float
+    quadratic: float
+
+    @staticmethod
+    def of(config: ReaderConfig) -> Rules:
+        """Raises ConfigError where no plan can hold the batch size or the memory cap."""
+        rules = Rules(
+            batch=_samples(config.batch_seconds),
+            micro_batches=config.micro_batches,
+            shortest=max(1, _samples(config.min_seconds)),
+            longest=_samples(config.max_seconds),
+            ratio=config.bucket_ratio,
+            crop=config.crop_to_shortest,
+            window=config.shuffle_window,
+            alpha=config.mix_alpha,
+            cap=config.cap_seconds * SAMPLE_RATE,
+            quadratic=config.cap_quadratic / SAMPLE_RATE,
+        )
+        if rules.longest < rules.shortest:
+            raise ConfigError(
+                f"data.max_seconds={config.max_seconds:g} is below data.min_seconds={config.min_seconds:g}"
+            )
+        if rules.batch < rules.micro_batches * rules.longest:
+            fits = rules.batch // rules.longest
+            remedy = f"data.micro_batches to at most {fits}" if fits else "data.max_seconds"
+            raise ConfigError(
+                f"data.batch_seconds={config.batch_seconds:g} over data.micro_batches={config.micro_batches} leaves "
+                f"{config.batch_seconds / config.micro_batches:.3g} s a micro-batch, less than one segment of "
+                f"data.max_seconds={config.max_seconds:g}; raise data.batch_seconds to at least "
+                f"{config.micro_batches * config.max_seconds:g} or lower {remedy}"
+            )
+        return rules
+
+    def room(self, micro_batch: float) -> float:
+        """Most padded samples of an ordinary micro-batch where they hold `micro_batch` samples on average."""
+        return (micro_batch + self.longest) * (1 if self.crop else self.ratio)
+
+    def cost(self, padded: float) -> float:
+        """What `padded` samples count against the cap if all are of the longest segments."""
+        return padded * (1 + self.quadratic * self.longest)
+
+    @functools.cached_property
+    def edges(self) -> Array:
+        """Lower edges of the buckets, ascending; the last bucket is the longest length alone."""
+        edges = [self.longest]
+        while edges[-1] > self.shortest:
+            edges.append(max(self.shortest, min(edges[-1] - 1, int(np.ceil(edges[-1] / self.ratio)))))
+        return np.array(edges[::-1], dtype=np.int64)
+
+    def usable(self, length_N: Array) -> Array:
+        """Samples of each segment that are used: 0 if too short, cropped if too long."""
+        used = np.minimum(length_N, np.uint32(self.longest))
+        used[length_N < self.shortest] = 0
+        if self.crop:
+            lower = np.concatenate([[0], self.edges]).astype(np.uint32)
+            used = lower[np.searchsorted(self.edges, used, side="right")]
+        return used
+
+    def worst_step(self, total: int) -> float:
+        """Mean samples of a step in the window that rounding treats worst, if passes hold `total` samples."""
+        return self.batch * (1 + 1 / max(1, min(MIN_STEPS, total // self.batch)))
+
+    def check_cap(self, total: int) -> None:
+        """Raises ConfigError if some micro-batch of `total` samples of audio could pass the memory cap."""
+        worst = self.worst_step(total)
+
+        def over(micro_batches: int) -> bool:
+            return self.cost(self.room(worst / micro_batches)) > self.cap
+
+        if not self.cap or not over(self.micro_batches):
+            return
+        most = self.batch // self.longest
+        fits = next((v for v in range(self.micro_batches, most + 1) if not over(v)), 0)
+        seconds = self.cost(self.room(worst / self.micro_batches)) / SAMPLE_RATE
+        raise ConfigError(
+            f"data.cap_seconds={self.cap / SAMPLE_RATE:g} is less than the {seconds:.4g} s that a micro-batch can "
+            f"reach with data.batch_seconds={self.batch / SAMPLE_RATE:g} over data.micro_batches="
+            f"{self.micro_batches}; " + (f"raise data.micro_batches to {fits}" if fits else "lower data.max_seconds")
+        )
+
+
+def _samples(seconds: float) -> int:
+    return round(seconds * SAMPLE_RATE)

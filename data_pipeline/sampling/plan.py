@@ -1,0 +1,160 @@
+"""The plan of an epoch: from indexes, seed and epoch number to global steps of V micro-batches. Pure and deterministic.
+
+An epoch is a sequence of *units* (a shard, or a repeat of a part of it) in shuffled order. Units are grouped into
+*windows*; samples mix inside a window only, so a window is planned by itself and a resume plans just one. In a window:
+
+1. Segments are ordered by length bucket (geometric edges, ratio rho) and at random inside a bucket.
+2. That order is cut into K = steps x V micro-batches at equal seconds: nothing is left over and nothing dropped.
+3. V neighbours make a global step; steps are shuffled.
+
+What is guaranteed, for every number of ranks, because the plan does not know them:
+- The mean audio of a global step is `batch_seconds` to within 2.5 % (a whole number of steps shares out all seconds;
+  an epoch has at least MIN_STEPS steps, by whole repeats of a corpus that is smaller). A single step differs from the
+  mean of its window by less than `max_seconds`, if that mean leaves each micro-batch room for the longest segment.
+- A micro-batch inside one bucket has at most 1 - 1/rho padding. Where few segments are left at some lengths a
+  micro-batch spans buckets (fewer in a window than there are buckets); its segments are mostly sorted by length, and
+  they are cropped only where it would exceed the room of an ordinary one. With `crop_to_shortest` nothing is padded.
+- Every segment appears exactly as often as its corpus and language is repeated: once, if `mix_alpha` is 1.
+
+Only integers and exactly rounded float operations decide, so that all machines agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.sampling.catalog import Catalogue
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.constraints import Array, Rules
+from data_pipeline.sampling.epoch import Entries, Layout, lay_out, repeats_of, summarize
+from data_pipeline.sampling.window import MicroBatch, Window, plan_window
+
+K = TypeVar("K")
+T = TypeVar("T")
+VERSION: Final = "plan-1"
+"""Part of the hash: changes with anything that changes a plan."""
+TOLERANCE: Final = 0.05
+"""How far the mean audio per step may be from `batch_seconds` before training refuses to start."""
+
+
+class Plan:
+    """All epochs of a data set. Layouts and windows are computed on demand; the last few are kept."""
+
+    def __init__(self, catalogue: Catalogue, rules: Rules, seed: int, entries: Entries, repeats: Array) -> None:
+        self.catalogue, self.rules, self.seed = catalogue, rules, seed
+        self._entries, self.repeats = entries, repeats
+        parts = (VERSION, catalogue.fingerprint, repr(rules), seed, repeats.tobytes().hex())
+        self.hash = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+        self._layouts: OrderedDict[int, Layout] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
+
+    def largest_micro_batch(self) -> int:
+        """No micro-batch has more padded samples."""
+        mean = self.rules.worst_step(int(self._entries.samples_E.sum())) / self.rules.micro_batches
+        return int(max(self.rules.room(mean), self.rules.cap)) + self.rules.longest
+
+    def layout(self, epoch: int) -> Layout:
+        """Units, windows and step numbers of `epoch`."""
+        return _kept(
+            self._layouts, epoch, 3, lambda: lay_out(self._entries, self.repeats, self.rules, self.seed, epoch)
+        )
+
+    def window(self, epoch: int, number: int) -> Window:
+        """Window `number` of `epoch`, planned from its own shards alone."""
+
+        def make() -> Window:
+            key, layout = (self.seed, epoch), self.layout(epoch)
+            return plan_window(self.catalogue, self._entries, self.repeats, self.rules, layout, number, key)
+
+        return _kept(self._windows, (epoch, number), 2, make)
+
+    def place(self, epoch: int, step: int) -> tuple[Window, int]:
+        """The window of global step `step`, and the step's number inside it."""
+        first_W1 = self.layout(epoch).step_W1
+        if not 0 <= step < first_W1[-1]:
+            raise ConfigError(f"step {step} is not in epoch {epoch}, which has {first_W1[-1]} steps")
+        number = int(first_W1.searchsorted(step, side="right")) - 1
+        return self.window(epoch, number), step - int(first_W1[number])
+
+    def step(self, epoch: int, step: int) -> tuple[MicroBatch, ...]:
+        """The V micro-batches of a global step. Micro-batch j belongs to rank j mod world."""
+        window, inside = self.place(epoch, step)
+        return tuple(window.micro_batch(inside, j) for j in range(self.rules.micro_batches))
+
+
+def _kept(kept: OrderedDict[K, T], key: K, size: int, make: Callable[[], T]) -> T:
+    if key not in kept:
+        kept[key] = make()
+        if len(kept) > size:
+            kept.popitem(last=False)
+    return kept[key]
+
+
+def make_plan(catalogue: Catalogue, config: ReaderConfig, seed: int) -> Plan:
+    """The plan of `catalogue` under `config`. Raises ConfigError where there is too little audio or memory."""
+    rules = Rules.of(config)
+    entries = summarize(catalogue, rules, grouped=config.mix_alpha != 1)
+    total = int(entries.samples_E.sum())
+    if total * 50 < rules.batch:
+        raise ConfigError(
+            f"the {int(catalogue.starts_S[-1])} segments of data.shards={config.shards!r} hold "
+            f"{total / SAMPLE_RATE:.1f} s of audio in segments of at least data.min_seconds={config.min_seconds:g}, "
+            f"less than a fiftieth of data.batch_seconds={config.batch_seconds:g}; "
+            "give more data or lower data.batch_seconds"
+        )
+    rules.check_cap(total)
+    repeats = repeats_of(entries, max(1, len(catalogue.groups)), config.mix_alpha)
+    return Plan(catalogue, rules, seed, entries, repeats)
+
+
+def allowed_worlds(micro_batches: int) -> list[int]:
+    """Numbers of ranks that can share V micro-batches equally."""
+    return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+
+
+def accumulation(micro_batches: int, world: int) -> int:
+    """Micro-batches per rank and step. Raises ConfigError where the ranks cannot share them equally."""
+    if micro_batches % world:
+        worlds = ", ".join(map(str, allowed_worlds(micro_batches)))
+        raise ConfigError(
+            f"data.micro_batches={micro_batches} cannot be shared equally by {world} ranks; "
+            f"run on one of: {worlds}; or make data.micro_batches a multiple of {world}"
+        )
+    return micro_batches // world
+
+
+@dataclass(frozen=True)
+class AudioPerStep:
+    """seconds: mean unpadded audio of a global step over the first epoch; asked: `batch_seconds`."""
+
+    seconds: float
+    asked: float
+    steps: int
+
+
+def audio_per_step_check(plan: Plan, world: int, slots: int) -> AudioPerStep:
+    """What every optimizer update sees. Raises ConfigError unless it is the recipe's `batch_seconds`.
+
+    `slots`: accumulation steps per rank of the engine. The plan never depends on world or slots, so the audio of an
+    update is right if and only if world x slots micro-batches are summed in it.
+    """
+    if accumulation(plan.rules.micro_batches, world) != slots:
+        raise ConfigError(
+            f"{world} ranks x {slots} accumulation steps sum {world * slots} micro-batches per update, "
+            f"but data.micro_batches={plan.rules.micro_batches}; the engine must accumulate "
+            f"{plan.rules.micro_batches // world} steps"
+        )
+    layout, asked = plan.layout(0), plan.rules.batch / SAMPLE_RATE
+    seconds = layout.samples / layout.steps / SAMPLE_RATE
+    if abs(seconds / asked - 1) > TOLERANCE:
+        raise ConfigError(
+            f"a step would hold {seconds:.1f} s of audio on average, but data.batch_seconds={asked:g}; "
+            "give more data, or lower data.batch_seconds"
+        )
+    return AudioPerStep(seconds, asked, layout.steps)

@@ -1,0 +1,157 @@
+"""What an epoch will look like, before it runs: steps, hours, padding, shapes, memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.constraints import SHARE
+from data_pipeline.sampling.epoch import repeats_of, summarize
+from data_pipeline.sampling.plan import Plan, allowed_worlds
+
+HOUR = 3600 * SAMPLE_RATE
+WINDOWS_LOOKED_AT = 40
+
+
+@dataclass(frozen=True)
+class Group:
+    """Hours of one corpus and language: in the shards (usable), and in one epoch with its repeats."""
+
+    corpus: str
+    language: str
+    segments: int
+    hours: float
+    epoch_hours: float
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """One epoch. Figures per micro-batch come from `windows_looked_at` of the epoch's windows."""
+
+    plan_hash: str
+    shards: int
+    segments: int
+    left_out_segments: int
+    groups: Sequence[Group]
+    steps: int
+    passes: int
+    hours: float
+    seconds_per_step: float
+    least_seconds_per_step: float
+    most_seconds_per_step: float
+    segments_per_step: float
+    padding: float
+    cropped: float
+    """Share of audio cut away where a micro-batch spans buckets (crops to max_seconds are not counted)."""
+    spanning: float
+    """Share of micro-batches that hold more than one length bucket."""
+    shapes: Sequence[tuple[float, float, int, int]]
+    """(seconds of the longest segment from, to, fewest rows, most rows) of micro-batches, a tenth of them each."""
+    distinct_shapes: int
+    largest_micro_batch_seconds: float
+    host_bytes: int
+    """Shared memory and ready steps of one rank, at most."""
+    windows: int
+    windows_looked_at: int
+    worlds: Sequence[int]
+
+
+def describe(plan: Plan, config: ReaderConfig, world: int = 1) -> PlanReport:
+    """The first epoch of `plan`, as `world` ranks would read it."""
+    catalogue, rules, layout = plan.catalogue, plan.rules, plan.layout(0)
+    entries = summarize(catalogue, rules, grouped=True)
+    repeats = repeats_of(entries, max(1, len(catalogue.groups)), rules.alpha)
+    passes = int(layout.turn_U.max()) + 1
+    count_G = np.bincount(entries.group_E, entries.count_E, len(repeats))
+    samples_G = np.bincount(entries.group_E, entries.samples_E, len(repeats))
+    groups = [
+        Group(*name, int(count_G[g]), samples_G[g] / HOUR, samples_G[g] / HOUR * repeats[g] / SHARE * passes)
+        for g, name in enumerate(catalogue.groups)
+    ]
+    n_windows = len(layout.step_W1) - 1
+    chosen = np.unique(np.linspace(0, n_windows - 1, min(n_windows, WINDOWS_LOOKED_AT)).astype(int))
+    windows = [plan.window(0, int(number)) for number in chosen]
+    samples, padded, rows, spanning = (
+        np.concatenate(columns)
+        for columns in zip(
+            *((w.samples_K, w.padded_K, np.diff(w.first_K1), w.spanning_K) for w in windows), strict=True
+        )
+    )
+    per_step = np.concatenate([w.samples_K[w.order_GV].sum(axis=1) for w in windows]) / SAMPLE_RATE
+    longest = padded // rows
+    used = int(count_G.sum())
+    return PlanReport(
+        plan_hash=plan.hash,
+        shards=len(catalogue.shards),
+        segments=used,
+        left_out_segments=int(catalogue.starts_S[-1]) - used,
+        groups=sorted(groups, key=lambda group: -group.hours),
+        steps=layout.steps,
+        passes=passes,
+        hours=layout.samples / HOUR,
+        seconds_per_step=float(per_step.mean()),
+        least_seconds_per_step=float(per_step.min()),
+        most_seconds_per_step=float(per_step.max()),
+        segments_per_step=float(rows.sum() / len(per_step)),
+        padding=float(1 - samples.sum() / padded.sum()),
+        cropped=sum(w.cropped for w in windows) / float(samples.sum()),
+        spanning=float(spanning.mean()),
+        shapes=_shapes(longest, rows),
+        distinct_shapes=len(Counter(zip(longest.tolist(), rows.tolist(), strict=True))),
+        largest_micro_batch_seconds=float(padded.max()) / SAMPLE_RATE,
+        host_bytes=_host_bytes(plan, config, world),
+        windows=n_windows,
+        windows_looked_at=len(windows),
+        worlds=allowed_worlds(rules.micro_batches),
+    )
+
+
+def _shapes(longest_K: np.ndarray, rows_K: np.ndarray) -> list[tuple[float, float, int, int]]:
+    order = np.argsort(longest_K, kind="stable")
+    tenths = [part for part in np.array_split(order, 10) if len(part)]
+    seconds = longest_K / SAMPLE_RATE
+    return [
+        (float(seconds[t].min()), float(seconds[t].max()), int(rows_K[t].min()), int(rows_K[t].max())) for t in tenths
+    ]
+
+
+def _host_bytes(plan: Plan, config: ReaderConfig, world: int) -> int:
+    slots = -(-plan.rules.micro_batches // world)
+    step = int(4 * slots * plan.rules.room(plan.rules.batch / plan.rules.micro_batches))
+    if not config.workers:
+        return step
+    ahead = max(2, -(-config.prefetch * slots // config.workers)) + 2
+    return 4 * plan.largest_micro_batch() * ahead * config.workers + 3 * step
+
+
+def to_text(report: PlanReport) -> str:
+    """The report for a terminal."""
+    looked = "" if report.windows == report.windows_looked_at else f" ({report.windows_looked_at} windows looked at)"
+    repeated = f", {report.passes} passes over the data" if report.passes > 1 else ""
+    lines = [
+        f"plan       {report.plan_hash}",
+        f"data       {report.segments:,} segments in {report.shards:,} shards; {report.left_out_segments:,} too short",
+        f"epoch      {report.steps:,} steps, {report.hours:,.2f} h in {report.windows:,} windows{repeated}",
+        f"step       {report.seconds_per_step:,.1f} s of audio ({report.least_seconds_per_step:,.1f} to "
+        f"{report.most_seconds_per_step:,.1f}) in {report.segments_per_step:.0f} segments{looked}",
+        f"padding    {report.padding:.2%}; {report.spanning:.2%} of micro-batches span length buckets, "
+        f"{report.cropped:.2%} of the audio cropped there",
+        f"shapes     {report.distinct_shapes:,} different; the largest micro-batch holds "
+        f"{report.largest_micro_batch_seconds:.1f} s with padding",
+        f"memory     up to {report.host_bytes / 2**20:,.0f} MiB per rank for batches in flight",
+        f"ranks      {', '.join(map(str, report.worlds))}",
+        "",
+        f"{'corpus':20} {'language':10} {'segments':>12} {'hours':>12} {'per epoch':>12}",
+    ]
+    lines += [
+        f"{group.corpus:20} {group.language:10} {group.segments:12,} {group.hours:12,.2f} {group.epoch_hours:12,.2f}"
+        for group in report.groups
+    ]
+    lines += ["", "micro-batches, a tenth each: length of the longest segment, rows"]
+    lines += [f"  {low:6.2f} to {high:6.2f} s   {few:3} to {many:3} rows" for low, high, few, many in report.shapes]
+    return "\n".join(lines)

@@ -1,0 +1,33 @@
+"""argparse whose errors name what was probably meant; they end as every wrong command line here, with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterator
+from typing import NoReturn
+
+from data_pipeline.core.schema import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """For verbs without a composed config."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError with the nearest name of a wrong verb or option."""
+        wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)", message)
+        word = (wrong[1] or wrong[2]) if wrong else ""
+        near = difflib.get_close_matches(word.partition("=")[0], [*_words(self)], n=1) if word else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{message}{hint} ({self.prog} --help lists what there is)")
+
+
+def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Options and verbs of a parser and of the verbs below it."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices
+            for below in action.choices.values():
+                yield from _words(below)

@@ -1,0 +1,89 @@
+"""auricle demo: the whole way in a few minutes, ending with a table."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.core.schema import ConfigError, load
+from launch import main
+from launch.cli.compose import compose
+from launch.commands.preprocess import show
+from launch.commands.pretrain import attend
+from launch.config import PretrainJob
+from launch.demo_corpus import Corpus, find_corpus
+from launch.launchers import factory
+from launch.launchers.local import ChildProcesses
+from launch.runs import metadata
+
+USAGE = """auricle demo [corpus=FOLDER] [field=value of `auricle pretrain`] ...
+
+Takes speech from the folder, or ../shared/data, or Debian's voice packages, or makes speech-like sounds; cuts it into
+shards with Ray, pretrains BEST-RQ on two ranks and says what came out. All of it stays below demo/."""
+WORK = Path("demo")
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code of the first step that fails, 0 where all went well."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(USAGE)
+        return 0
+    given = [argument.partition("=")[2] for argument in arguments if argument.startswith("corpus=")]
+    overrides = [argument for argument in arguments if not argument.startswith("corpus=")]
+    corpus = find_corpus(given[-1] if given else "", WORK)
+    print(f"speech: {corpus.origin}")
+    home = WORK / corpus.name
+    shards = home / "shards"
+    if code := main.main(["preprocess", "corpus=path", f"corpus.path={corpus.folder}", f"out={shards}"]):
+        return code
+    # twelve synthetic voices say too little for the detector of poor targets
+    overrides = ["health.on_collapse=warn", *overrides] if corpus.name == "synthetic" else overrides
+    job = _job(shards, home, overrides)
+    submitter = factory.for_job(job)
+    if not isinstance(submitter, ChildProcesses):
+        raise ConfigError(f"launcher={job.launcher.name}: the demo runs on this machine")
+    folder = metadata.prepare(job)
+    code = attend(submitter, folder, job.train.steps, job.launcher)
+    if code == 0:
+        print()
+        show(_table(corpus, shards, folder, job, submitter.processes))
+    return code
+
+
+def _job(shards: Path, home: Path, overrides: list[str]) -> PretrainJob:
+    fixed = ["+experiment=best_rq_tiny", f"data.shards={shards}", f"runs={home / 'runs'}", "name=demo"]
+    return load(PretrainJob, compose("pretrain", [*fixed, "launcher.processes=2", *overrides]))
+
+
+def _table(corpus: Corpus, shards: Path, folder: Path, job: PretrainJob, ranks: int) -> list[tuple[str, str]]:
+    from data_pipeline.core.types import SAMPLE_RATE
+    from data_pipeline.shards.writer import finished_units
+
+    records = finished_units(str(shards))
+    hours_in = sum(row[5] for record in records for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
+    hours_out = sum(record.samples for record in records) / SAMPLE_RATE / 3600
+    rows = _rows(folder / "metrics.jsonl")
+    # the first steps warm up caches and allocators
+    steady = rows[len(rows) // 10 :]
+    seconds = sum(row["perf/step_seconds"] for row in steady)
+    speed = sum(row["data/audio_seconds"] for row in steady) / seconds
+    tail = rows[-10:]
+    last = sum(row["loss/total"] for row in tail) / len(tail)
+    python = Path(sys.executable).parent
+    tensorboard = python / "tensorboard" if (python / "tensorboard").exists() else Path("tensorboard")
+    shown = tensorboard.relative_to(Path.cwd()) if tensorboard.is_relative_to(Path.cwd()) else tensorboard
+    return [
+        ("speech", corpus.origin),
+        ("hours", f"{hours_in:.2f} in, {hours_out:.2f} in {sum(1 for record in records if record.shard)} shards"),
+        ("training", f"{rows[-1]['step']} steps on {ranks} ranks, {speed:.0f} audio-seconds per second"),
+        ("loss", f"{rows[0]['loss/total']:.3f} → {last:.3f} (mean of the last {len(tail)} steps)"),
+        ("checkpoint", str(folder / "checkpoints" / f"step_{job.train.steps:08d}")),
+        ("curves", shlex.join([str(shown), "--logdir", str(folder / "tb")])),
+    ]
+
+
+def _rows(metrics: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,39 @@
+"""auricle export: a run as a Hugging Face model folder, or as a TorchScript or ONNX graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.cli.parser import Parser
+
+FORMATS = ("hugging_face", "torchscript", "onnx")
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code 0 once the folder is written; ConfigError for what cannot be exported."""
+    parser = Parser("auricle export", description="a run for other tools, checked before it is written")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    parser.add_argument(
+        "--to",
+        choices=FORMATS,
+        default="hugging_face",
+        help="hugging_face: for from_pretrained, where transformers has the architecture; torchscript, onnx: one file, "
+        "for most others, too (default: hugging_face)",
+    )
+    parser.add_argument(
+        "--layer", type=int, default=-1, help="torchscript, onnx: the layer that is given (-1: the last)"
+    )
+    given = parser.parse_args(arguments)
+
+    from pretrain.interop import graph_export
+    from pretrain.interop.hf_export import TOLERANCE, export, load_run
+
+    config, module = load_run(given.run)
+    if given.to == "hugging_face":
+        error, allowed = export(config, module, given.out), TOLERANCE
+    else:
+        error = graph_export.export_graph(config, module.model, given.out, given.to, given.layer)
+        allowed = graph_export.TOLERANCE[given.to]
+    print(f"{given.out}: features of the loaded copy differ by {error:.1e} (allowed: {allowed:.0e})")
+    return 0

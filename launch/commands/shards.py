@@ -1,0 +1,111 @@
+"""auricle shards: what a shard folder holds, and whether it is whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.storage import FileStore
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.preprocess.verify import verify
+from data_pipeline.preprocess.work_plan import SPLITS
+from data_pipeline.shards.writer import DoneRecord, done_records, finished_units, read_index
+from launch.cli.parser import Parser
+
+QUANTILES = (0, 5, 50, 95, 100)
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code 1 where `verify` finds a fault."""
+    parser = Parser("auricle shards", description="what a shard folder holds")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, text in (
+        ("stats", "hours by corpus and language, lengths, what was left out and why"),
+        ("inspect", "the first samples, or those whose key holds a word"),
+        ("verify", "reads every byte and compares checksums"),
+    ):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("folder", help="shard folder or fsspec URL")
+        if name == "inspect":
+            verb.add_argument("--key", default="", help="only keys that hold this")
+            verb.add_argument("-n", type=int, default=20, help="samples to show (default: 20)")
+    given = parser.parse_args(arguments)
+    if given.verb == "verify":
+        return _verify(given.folder)
+    try:
+        records = done_records(given.folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if given.verb == "stats":
+        return _stats(given.folder, records)
+    return _inspect(given.folder, records, given.key, given.n)
+
+
+def _stats(root: str, records: list[DoneRecord]) -> int:
+    console, hours, segments, lengths = Console(), Counter[tuple[str, str]](), Counter[tuple[str, str]](), []
+    for record in records:
+        index = read_index(root, record)
+        lengths.append(index["n_samples"].to_numpy())
+        groups = zip(index["corpus"].to_pylist(), index["language"].to_pylist(), strict=True)
+        for group, samples in zip(groups, lengths[-1].tolist(), strict=True):
+            hours[group] += samples / SAMPLE_RATE / 3600
+            segments[group] += 1
+    table = Table("corpus", "language", "segments", "hours", box=None, pad_edge=False)
+    for group in sorted(hours):
+        table.add_row(group[0], group[1] or "–", f"{segments[group]:,}", f"{hours[group]:.2f}")
+    table.add_row("all", "", f"{sum(segments.values()):,}", f"{sum(hours.values()):.2f}", style="bold")
+    console.print(table)
+    seconds = np.percentile(np.concatenate(lengths) / SAMPLE_RATE, QUANTILES)
+    shown = ", ".join(f"{quantile} %: {value:.1f} s" for quantile, value in zip(QUANTILES, seconds, strict=True))
+    size = sum(record.bytes for record in records)
+    console.print(f"lengths  {shown}\n{len(records)} shards, {size / 1e6:,.1f} MB", highlight=False)
+    rejects: Counter[str] = Counter()
+    for record in finished_units(root):
+        rejects.update(record.rejects)
+    if rejects:
+        console.print("left out " + ", ".join(f"{reason}: {count:,}" for reason, count in rejects.most_common()))
+    return 0
+
+
+def _inspect(root: str, records: list[DoneRecord], key: str, limit: int) -> int:
+    table = Table("key", "seconds", "from", "at", "speaker", "language", "shard", box=None, pad_edge=False)
+    for row, shard in _rows(root, records):
+        if key in row["key"]:
+            at, length = (row[name] / SAMPLE_RATE for name in ("start", "n_samples"))
+            names = (row["speaker"], row["language"], shard)
+            table.add_row(row["key"], f"{length:.2f}", row["file_id"], f"{at:.2f}", *names)
+            if table.row_count == limit:
+                break
+    Console(soft_wrap=True).print(table)
+    return 0
+
+
+def _rows(root: str, records: list[DoneRecord]) -> Iterator[tuple[dict[str, Any], str]]:
+    for record in records:
+        for row in read_index(root, record).to_pylist():
+            yield row, record.shard
+
+
+def _verify(root: str) -> int:
+    faults = list(track(verify(root), "verifying", console=Console(stderr=True), transient=True))
+    for name, fault in faults:
+        print(f"{name}: {fault}")
+    shards = [name for part in ("", *SPLITS) for name in _shards(f"{root.rstrip('/')}/{part}".rstrip("/"), part)]
+    if shards:
+        bad = {name.removesuffix(".idx") for name, _ in faults}
+        print(f"{sum(name not in bad for name in shards)} of {len(shards)} shards are whole")
+    if not faults:
+        print("every file is as it was written")
+    return 1 if faults else 0
+
+
+def _shards(root: str, part: str) -> list[str]:
+    tars = FileStore(root).names("", ".tar")
+    return [f"{part}/{name}".lstrip("/") for name in tars]

@@ -1,0 +1,163 @@
+"""Runs a job on this machine: N ranks under the `deepspeed` launcher, watched by guard.py."""
+
+from __future__ import annotations
+
+import abc
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from data_pipeline.core.schema import ConfigError
+from launch.config import LocalConfig
+from launch.launchers import process_guard
+from launch.runs.job_record import State
+from launch.workers.environment import RANK_LOGS, free_port
+
+STOP_FILE = "STOP"
+"""Creating RUN/STOP asks the ranks to save a checkpoint and end (launch/workers/rank.py)."""
+
+
+class ChildProcesses(abc.ABC):
+    """Starts a run as child processes of this one. Whatever ends this process ends them, too."""
+
+    def __init__(self, processes: int, variables: dict[str, str]) -> None:
+        self.processes = processes
+        self._variables = variables
+        self._jobs: dict[str, subprocess.Popen[bytes]] = {}
+
+    @abc.abstractmethod
+    def command(self, folder: Path, port: int) -> list[str]:
+        """The command line. `port`: one that is free for the ranks to meet at."""
+
+    def plan(self, folder: Path) -> str:
+        """The command as a shell line."""
+        variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in self._variables.items())
+        return f"{variables} {shlex.join(self.command(folder, 29500))}"
+
+    def submit(self, folder: Path) -> str:
+        """Starts the ranks. The handle is the guard's process id and birth, since ids are used again."""
+        (folder / STOP_FILE).unlink(missing_ok=True)
+        command = [sys.executable, process_guard.__file__, *self.command(folder, free_port())]
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        with (folder / "logs" / "launcher.log").open("ab") as log:
+            job = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # guard.py's life line
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self._variables,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which decides
+            )
+        handle = f"{job.pid}:{psutil.Process(job.pid).create_time()}"
+        self._jobs[handle] = job
+        return handle
+
+    def status(self, handle: str) -> State:
+        """`failed` for a job that is gone: whether its run is complete, the run folder says."""
+        return "running" if find_process(handle) else "failed"
+
+    def exit_code(self, handle: str) -> int | None:
+        """Of a job that this process started, once all ranks have ended."""
+        return self._jobs[handle].poll()
+
+    def cancel(self, handle: str) -> None:
+        """Ends the ranks now; those that do not end on SIGTERM are killed."""
+        job = self._jobs.get(handle)
+        if job is not None:
+            if job.stdin and not job.stdin.closed:
+                job.stdin.close()
+            job.wait()
+        elif process := find_process(handle):
+            process.terminate()
+            process.wait(timeout=3 * process_guard.GRACE)
+
+
+class LocalSubmitter(ChildProcesses):
+    """N ranks under the `deepspeed` launcher; one rank of the local engine needs no launcher."""
+
+    def __init__(self, config: LocalConfig, engine: str, device: str, module: str = "launch.workers.rank") -> None:
+        """`engine` and `device` as in the run's config; raises ConfigError for what this machine cannot do."""
+        gpus = 0 if device == "cpu" else gpu_count()
+        if device == "cuda" and not gpus:
+            raise ConfigError("device=cuda: torch sees no GPU here; see `auricle doctor`, or take device=cpu")
+        processes = config.processes or max(1, gpus)
+        named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        if gpus and (engine == "deepspeed" or processes > 1) and not all(name.isdigit() for name in named):
+            raise ConfigError(
+                f"CUDA_VISIBLE_DEVICES={','.join(named)}: the deepspeed launcher knows GPUs by number only; "
+                "`nvidia-smi -L` lists both. One MIG slice: engine.name=local launcher.processes=1"
+            )
+        if gpus and processes > gpus:
+            raise ConfigError(f"launcher.processes={processes}: one GPU per rank, and this machine has {gpus}")
+        self._gpus = gpus
+        self._launcher = engine == "deepspeed" or processes > 1
+        self._module = module
+        variables = {
+            "OMP_NUM_THREADS": str(config.threads or max(1, (os.cpu_count() or 1) // processes)),
+            "PYTHONSAFEPATH": "1",  # a folder named `launch` or `conf` in the working directory must not be imported
+            "PYTHONUNBUFFERED": "1",
+            RANK_LOGS: "1",
+        }
+        if not gpus:
+            variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+        if not self._launcher:
+            variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # inside a SLURM job, too
+        super().__init__(processes, variables)
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        """The processes' command line."""
+        worker = [self._module, str(folder)]
+        if not self._launcher:
+            return [sys.executable, "-u", "-m", *worker]
+        visible = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
+        devices = ["--num_gpus", str(self.processes)]
+        if self._gpus and visible:  # which --num_gpus would ignore
+            devices = ["--include", f"localhost:{','.join(visible[: self.processes])}"]
+        meeting = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        quiet = ["--hostfile", os.devnull + ".none", "--log_level", "warning"]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *devices, *meeting, *quiet]
+        return [*launcher, "--module", "--no_local_rank", *worker]
+
+
+def find_process(handle: str) -> psutil.Process | None:
+    """The living process of a handle."""
+    pid, _, birth = handle.partition(":")
+    try:
+        process = psutil.Process(int(pid))
+        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process if alive and str(process.create_time()) == birth else None
+    except psutil.Error:
+        return None
+
+
+def gpu_count() -> int:
+    """GPUs that torch can use here."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def failure_report(folder: Path, lines: int = 12) -> str:
+    """The last words of the ranks that failed, or of the launcher where no rank spoke."""
+    logs = sorted((folder / "logs").glob("rank_*.log"))
+    texts = {log: log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] for log in logs}
+    telling = [log for log, tail in texts.items() if any(_tells(line) for line in tail)]
+    if not telling:
+        telling = [folder / "logs" / "launcher.log"]
+        texts[telling[0]] = telling[0].read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    parts: list[str] = []
+    seen: set[str] = set()
+    for log in telling[:2]:
+        new = [line for line in texts[log] if line.split(": ", 1)[-1] not in seen]
+        seen |= {line.split(": ", 1)[-1] for line in new}
+        if new:
+            parts.append("\n".join([f"--- {log}", *new]))
+    return "\n".join(parts)
+
+
+def _tells(line: str) -> bool:
+    return any(word in line for word in ("Error", "Traceback", "Fatal", "Killed"))

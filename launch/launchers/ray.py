@@ -1,0 +1,131 @@
+"""Runs a job on a Ray cluster: driven from here, or handed over as a Ray Job."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from data_pipeline.core.schema import ConfigError
+from launch.config import RayConfig
+from launch.launchers.local import ChildProcesses
+from launch.runs.job_record import State
+from launch.workers.environment import RANK_LOGS
+
+STARTING = 60.0
+"""Seconds for a cluster whose dashboard answers to take its first job."""
+STATES: dict[str, State] = {
+    "PENDING": "waiting",
+    "RUNNING": "running",
+    "SUCCEEDED": "done",
+    "STOPPED": "cancelled",
+    "FAILED": "failed",
+}
+
+
+def gang_command(config: RayConfig, folder: Path) -> list[str]:
+    """The driver's command line (ray_gang.py)."""
+    options = {
+        "address": config.address or ("auto" if config.dashboard else ""),
+        "workers": config.workers,
+        "min-workers": config.min_workers,
+        "gpus": config.gpus_per_worker,
+        "cpus": config.cpus_per_worker,
+        "retries": config.retries,
+    }
+    given = [f"--{name}={value}" for name, value in options.items() if value != ""]
+    return [sys.executable, "-m", "launch.launchers.ray_driver", *given, str(folder.absolute())]
+
+
+class RayHere(ChildProcesses):
+    """The driver is a child process of this one; the ranks are wherever Ray puts them."""
+
+    def __init__(self, config: RayConfig) -> None:
+        self.config = config
+        variables = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        # with workers=0 the gang takes what the cluster has and the plan allows
+        super().__init__(config.workers or 1, variables)
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        """Without a port: the ranks agree on one where rank 0 runs."""
+        return gang_command(self.config, folder)
+
+
+class RayJobs:
+    """The driver runs on the cluster, as a Ray Job; the handle is its submission id.
+
+    Whoever reaches a Ray dashboard can run any code on the cluster. auricle starts none that others can reach: let the
+    dashboard listen on localhost (Ray's default), and go through an ssh tunnel.
+    """
+
+    VARIABLES: Final = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", RANK_LOGS: "1"}
+
+    def __init__(self, config: RayConfig, verb: str = "pretrain") -> None:
+        self.config = config
+        self.processes = config.workers or 1
+        self._verb = verb
+
+    def command(self, folder: Path) -> list[str]:
+        """What runs on the cluster."""
+        address = self.config.address or "auto"
+        task = [sys.executable, "-m", "launch.workers.task", str(folder.absolute())]
+        verbs = {"pretrain": gang_command(self.config, folder), "evaluate": task}
+        command = verbs.get(self._verb, [*task, "--ray", address])
+        if self.config.after:
+            command = [sys.executable, "-m", "launch.launchers.ray_wait", self.config.after, *command]
+        return command
+
+    def plan(self, folder: Path) -> str:
+        """The entrypoint, quoted: Ray hands it to a shell."""
+        return f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(self.command(folder))}"
+
+    def submit(self, folder: Path) -> str:
+        """Raises ConfigError where no dashboard answers."""
+        place = {}
+        if self._verb == "evaluate":  # the one that computes where its entrypoint runs
+            place = {"entrypoint_num_cpus": self.config.cpus_per_worker}
+            place |= {"entrypoint_num_gpus": self.config.gpus_per_worker} if self.config.gpus_per_worker else {}
+        variables = self.VARIABLES | ({} if self.config.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})
+        environment = {"env_vars": variables}
+        deadline = time.monotonic() + STARTING
+        while True:
+            try:
+                handle: str = self._client().submit_job(entrypoint=self.plan(folder), runtime_env=environment, **place)
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)  # the cluster is just starting
+                continue
+            return handle
+
+    def status(self, handle: str) -> State:
+        """Ray's word for it; `failed` for a job that the cluster does not know any more.
+
+        Raises ConfigError where no dashboard answers.
+        """
+        client = self._client()
+        try:
+            return STATES.get(str(client.get_job_status(handle)), "failed")
+        except (OSError, RuntimeError) as error:
+            if "does not exist" in str(error):
+                return "failed"
+            raise ConfigError(f"launcher.dashboard={self.config.dashboard}: {error}") from None
+
+    def logs(self, handle: str) -> str:
+        """What the driver said."""
+        said: str = self._client().get_job_logs(handle)
+        return said
+
+    def cancel(self, handle: str) -> None:
+        """Ends the driver; its actors and their ranks end with it."""
+        self._client().stop_job(handle)
+
+    def _client(self) -> Any:
+        from ray.job_submission import JobSubmissionClient
+
+        try:
+            return JobSubmissionClient(self.config.dashboard)
+        except ConnectionError as error:
+            raise ConfigError(f"launcher.dashboard={self.config.dashboard}: no Ray answers there ({error})") from None

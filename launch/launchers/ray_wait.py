@@ -1,0 +1,41 @@
+"""Runs a command once another Ray Job has succeeded: the `afterok` that Ray does not have.
+
+    python -m launch.launchers.ray_wait JOB_ID COMMAND …
+
+It is the entrypoint of a Ray Job itself, and so runs inside the cluster. It holds no core while it waits.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+POLL = 2.0
+FAILED_BEFORE = 4
+"""Exit code when the other job did not succeed."""
+
+
+def main(arguments: list[str]) -> int:
+    """FAILED_BEFORE, or does not return: the command takes this process's place."""
+    job, *command = arguments
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient()
+    if not succeeded(lambda: str(client.get_job_status(job)), job):
+        return FAILED_BEFORE
+    return os.execvp(command[0], command)
+
+
+def succeeded(status: Callable[[], str], job: str) -> bool:
+    """Waits for the end of a job."""
+    while (state := status()) in ("PENDING", "RUNNING"):
+        time.sleep(POLL)
+    if state != "SUCCEEDED":
+        print(f"{job} is {state}: nothing is started", file=sys.stderr, flush=True)
+    return state == "SUCCEEDED"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

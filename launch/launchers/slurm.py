@@ -1,0 +1,168 @@
+"""Runs a job on a SLURM cluster. All values reach sbatch as arguments, none is ever part of a shell text."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipeline.core.schema import ConfigError
+from launch.config import SlurmConfig
+from launch.runs.job_record import State
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "slurm"
+SCRIPTS = {
+    "pretrain": "pretrain.sbatch",
+    "preprocess": "ray.sbatch",
+    "targets": "ray.sbatch",
+    "evaluate": "evaluate.sbatch",
+}
+"""Verb -> its template."""
+STATES: dict[str, State] = {
+    "PENDING": "waiting",
+    "CONFIGURING": "waiting",
+    "REQUEUED": "waiting",
+    "REQUEUE_HOLD": "waiting",
+    "SUSPENDED": "waiting",
+    "RUNNING": "running",
+    "COMPLETING": "running",
+    "COMPLETED": "done",
+    "CANCELLED": "cancelled",
+}
+"""SLURM's job states; every other one (FAILED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY …) is a failure."""
+
+
+class SlurmError(RuntimeError):
+    """A SLURM command did not work; the message is SLURM's own."""
+
+
+class SlurmSubmitter:
+    """Submits the verb's template of slurm/; the handle is the job's id."""
+
+    def __init__(self, config: SlurmConfig, verb: str = "pretrain") -> None:
+        self.config = config
+        self.script = TEMPLATES / SCRIPTS[verb]
+        self.processes = config.nodes * config.ranks_per_node
+
+    def command(self, folder: Path, runs: Sequence[Path] = ()) -> list[str]:
+        """The sbatch command line. `runs`: those of a sweep, an array, each with its index at the end of its name."""
+        c = self.config
+        log = str(folder.absolute()).replace("%", "%%") + "_%a" * bool(runs) + "/logs/slurm.log"  # %j, too, is a field
+        alone = self.script.name == SCRIPTS["evaluate"]  # one process
+        gpus = min(1, c.gpus_per_node) if alone else c.gpus_per_node
+        options = {
+            "job-name": folder.name,
+            "nodes": 1 if alone else c.nodes,
+            "ntasks-per-node": c.ranks_per_node if self.script.name == SCRIPTS["pretrain"] else 1,
+            "cpus-per-task": c.cpus_per_task,
+            "time": c.minutes,
+            "signal": f"B:USR1@{c.warn_seconds}" if not alone else "",
+            "array": f"0-{len(runs) - 1}" + f"%{c.parallel}" * bool(c.parallel) if runs else "",
+            "output": log,
+            "gres": f"gpu:{gpus}" if gpus else "",
+            "mem": f"{c.memory_gb}G" if c.memory_gb else "",
+            "partition": c.partition,
+            "account": c.account,
+            "qos": c.qos,
+            "constraint": c.constraint,
+            "exclude": c.exclude,
+            "dependency": f"afterok:{c.after}" if c.after else "",
+            "kill-on-invalid-dep": "yes" if c.after else "",
+        }
+        given = [f"--{name}={value}" for name, value in options.items() if value != ""]
+        folders = [str(run.absolute()) for run in runs or (folder,)]
+        return [
+            "sbatch",
+            "--parsable",
+            *given,
+            str(self.script),
+            *self._script_arguments(),
+            *["--"] * bool(runs),
+            *folders,
+        ]
+
+    def _script_arguments(self) -> list[str]:
+        c = self.config
+        arguments = ["--python", c.python or sys.executable, "--retries", str(c.retries)]
+        for module in c.modules:
+            arguments += ["--module", module]
+        if c.container != "none":
+            arguments += ["--container", c.container, "--image", c.image, "--mounts", c.mounts]
+        return arguments
+
+    def plan(self, folder: Path, runs: Sequence[Path] = ()) -> str:
+        """The command and the script it submits."""
+        command = shlex.join(self.command(folder, runs))
+        return f"{command}\n\n# {self.script}\n{self.script.read_text(encoding='utf-8')}"
+
+    def submit(self, folder: Path, runs: Sequence[Path] = ()) -> str:
+        """Raises SlurmError with sbatch's own words, ConfigError for a path that SLURM cannot write to."""
+        if "\\" in str(folder.absolute()):
+            raise ConfigError(f"{folder.absolute()}: SLURM cannot write into folders with a backslash in their path")
+        return ask(*self.command(folder, runs)).strip().split(";")[0]
+
+    def status(self, handle: str) -> State:
+        """`failed` for a job that SLURM has forgotten, too. Raises SlurmError where SLURM does not answer."""
+        return STATES.get(job_state(handle), "failed")
+
+    def cancel(self, handle: str) -> None:
+        """Ends the job; its ranks get SIGTERM, and time for a checkpoint as the cluster's KillWait allows."""
+        ask("scancel", handle)
+
+    def requeue(self, handle: str) -> None:
+        """Starts a job again that ended or runs; it continues from its newest checkpoint."""
+        ask("scontrol", "requeue", handle)
+
+
+def job_state(job: str) -> str:
+    """SLURM's word for the state of a job, "" when it is not known any more. Raises SlurmError for no answer."""
+    state = _job_fields(job).get("JobState", "")
+    if not state:
+        for source in ((), ("-c",)):  # accounting database, or job completion file
+            try:
+                rows = ask("sacct", *source, "-n", "-P", "-X", "-j", job, "--format=State").splitlines()
+            except SlurmError:
+                continue
+            state = rows[-1].split(" ")[0] if rows else ""
+            if state:
+                break
+    return state
+
+
+def _job_fields(job: str) -> dict[str, str]:
+    try:
+        text = ask("scontrol", "--oneliner", "show", "job", job)
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return {}
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def ask(*command: str) -> str:
+    """Output of a SLURM command. Raises SlurmError."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=_environment(), check=False)
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]} is not installed here: run auricle on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} did not answer within a minute") from None
+    if done.returncode:
+        raise SlurmError(f"{_shown(command)}: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def _shown(command: Sequence[str]) -> str:
+    return shlex.join(command) if len(command) < 8 else command[0]
+
+
+def _environment() -> dict[str, str]:
+    """Without what a surrounding job would pass on to sbatch."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SBATCH_", "SLURM_")) or name in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+    }

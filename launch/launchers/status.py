@@ -1,0 +1,71 @@
+"""Where a run stands: what its launcher says, and what its folder says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.core.schema import ConfigError
+from launch.launchers import factory, local
+from launch.launchers.in_process import Foreground
+from launch.launchers.slurm import SlurmError
+from launch.runs.job_record import JobNote, State, read_note, steps_done
+from launch.runs.summary import ALIVE_SECONDS, signs_of_life
+from launch.workers import task
+
+
+def state_of(folder: Path) -> State | Literal["unknown"]:
+    """A run's state: what its launcher says, `done` once all steps are, `unknown` where nobody answers.
+
+    Of processes of another machine only the notes of their ranks can be seen: `running` while those are fresh.
+    """
+    note = read_note(folder)
+    if is_elsewhere(note):
+        if complete(folder):
+            return "done"
+        return "running" if time.time() - signs_of_life(folder) < ALIVE_SECONDS else "unknown"
+    try:
+        state = factory.for_note(note).status(note.handle)
+    except (SlurmError, ConfigError):
+        return "done" if complete(folder) else "unknown"
+    return "done" if state == "failed" and complete(folder) else state
+
+
+def is_elsewhere(note: JobNote) -> bool:
+    """Whether it is a process of another machine, which nobody here can ask or end."""
+    return note.host != os.uname().nodename and isinstance(factory.for_note(note), local.ChildProcesses | Foreground)
+
+
+def require_ended(folder: Path) -> None:
+    """Raises ConfigError where the run of `folder` waits or runs: a second start would depose the first."""
+    try:
+        note, state = read_note(folder), state_of(folder)
+    except (ValueError, KeyError):
+        return  # never submitted, or by a version whose notes are no longer understood
+    if note.handle.startswith(f"{os.getpid()}:"):
+        return  # an earlier job of this very process
+    if state in ("waiting", "running"):
+        where = f" on {note.host}" if is_elsewhere(note) else ""
+        silent = f"; if it died there, wait until it has been silent for {ALIVE_SECONDS:.0f} s" if where else ""
+        raise ConfigError(
+            f"{folder}: {note.launcher} job {note.handle} is {state}{where}; "
+            f"`auricle jobs cancel {shlex.quote(str(folder))}`{where} ends it{silent}"
+        )
+
+
+def complete(folder: Path) -> bool:
+    """Whether the run folder itself says that all is done."""
+    steps = total_steps(folder)
+    return steps_done(folder) >= steps if steps else (folder / task.RESULT).is_file()
+
+
+def total_steps(folder: Path) -> int:
+    """Of a pretraining run; 0 for other jobs."""
+    if not (folder / "config.json").exists():
+        return 0
+    steps: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]["steps"]
+    return steps

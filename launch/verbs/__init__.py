@@ -1,1 +1,0 @@
-"""One module per family of verbs: SUMMARY, and run(arguments) -> exit code."""

@@ -1,0 +1,60 @@
+"""The composition root: a config becomes the objects of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import StepReader
+from data_pipeline.labels.store import LabelSet
+from data_pipeline.loader.reader import open_reader
+from pretrain.checkpointing.run_folder import RunFolder
+from pretrain.config import Config
+from pretrain.engines import make_engine
+from pretrain.engines.base import Engine
+from pretrain.engines.distributed import World
+from pretrain.interop.init_weights import load_initial
+from pretrain.train_module import build_model
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `pretrain.train.train` needs."""
+
+    engine: Engine
+    reader: StepReader
+
+
+def require_fitting_labels(config: Config) -> None:
+    """Raises ConfigError where frame labels have another rate, or more classes, than the objective reckons with."""
+    objective: Any = config.objective
+    name = getattr(objective, "labels", "")
+    if name not in config.data.targets:
+        return
+    root = config.data.targets[name]
+    labels = LabelSet.read(root)
+    if labels.rate_hz != objective.label_rate_hz:
+        raise ConfigError(
+            f"objective.label_rate_hz={objective.label_rate_hz:g}: the labels in {root} come at {labels.rate_hz} Hz; "
+            f"set objective.label_rate_hz={labels.rate_hz}"
+        )
+    if labels.classes > objective.units:
+        raise ConfigError(
+            f"objective.units={objective.units}: the labels in {root} are of {labels.classes} classes; "
+            f"set objective.units={labels.classes}"
+        )
+
+
+def build(config: Config, world: World, folder: RunFolder) -> Run:
+    """Builds everything for one rank of the run in `folder`.
+
+    Raises ValueError or ConfigError for a config that cannot work here.
+    """
+    require_fitting_labels(config)
+    reader = open_reader(config.data, config.seed, world.rank, world.size)
+    module = build_model(config)
+    if config.init and not (folder.checkpoints / "latest").is_file():  # a resume brings its own weights
+        load_initial(config, module)
+    engine = make_engine(config, module, world)
+    return Run(engine, reader)

@@ -1,0 +1,163 @@
+"""Pretraining in iterations, as HuBERT does it: labels → training → labels from a layer of that model → training → …
+
+Each link is a command line of its own, `auricle targets …` or `auricle pretrain …`, so it can be run alone, sent to a
+queue, and continued after a kill like any other. What is finished is seen from what lies on the disk.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.labels.kmeans import all_labelled
+from launch.cli import request as job
+from launch.cli.compose import compose
+from launch.commands.targets import weights_of
+from launch.config import Iteration, PretrainJob, TargetsJob
+from launch.launchers.status import require_ended
+from launch.runs import metadata
+from launch.runs.job_record import read_note, steps_done
+
+T = TypeVar("T")
+LABELS = "units"
+"""What the trainings know their labels as."""
+MFCC_HZ = 100.0
+
+
+Verb = Callable[[list[str]], int]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One command of a chain. folder: its run folder; needs: the link whose result it starts from, if there is one."""
+
+    name: str
+    verb: Literal["targets", "pretrain"]
+    arguments: tuple[str, ...]
+    folder: Path
+    needs: str = ""
+
+    def command(self) -> str:
+        """As a shell line."""
+        return shlex.join(["auricle", self.verb, *self.arguments])
+
+    def finished(self) -> bool:
+        """Whether all of its work is done. Raises ConfigError where it was done with other settings."""
+        if not self.folder.exists():
+            return False
+        if self.verb == "targets":
+            labels = _config("targets", TargetsJob, self.arguments)
+            try:
+                weights = weights_of(labels)
+            except (ValueError, OSError):
+                weights = ""  # the model was removed since: its labels remain
+            return all_labelled(labels, weights)
+        config = _config("pretrain", PretrainJob, self.arguments)
+        if steps_done(self.folder) < config.train.steps:
+            return False
+        metadata.prepare(config)
+        return True
+
+
+def run(config: PretrainJob, arguments: Sequence[str], verbs: Mapping[str, Verb]) -> int:
+    """Runs, or gives to a queue, what is not finished, in order; the first exit code that is not 0 ends it.
+
+    arguments: those of the command line that gave `config`. Raises ConfigError for a link whose turn has not come.
+    """
+    switches = [argument for argument in arguments if argument.startswith("-")]
+    every = links(config, [argument for argument in arguments if not argument.startswith("-")])
+    if switches and not config.link:
+        if switches != ["--dry-run"]:
+            raise ConfigError(f"{switches[0]} is for one link of a chain: {', '.join(f'link={x.name}' for x in every)}")
+        print("\n".join(link.command() for link in every))
+        return 0
+    for link in every:
+        if config.link in ("", link.name) and not switches and not link.finished():
+            require_ended(link.folder)
+    queued = bool(config.launcher.name == "slurm" or getattr(config.launcher, "dashboard", ""))
+    done, after = {""}, ""
+    for link in every:
+        if link.finished():
+            done.add(link.name)
+            print(f"{link.name}: {link.folder} is complete", flush=True)
+        elif config.link in ("", link.name):
+            if link.needs not in done and not queued:
+                raise ConfigError(
+                    f"link={link.name} needs {link.needs}: run link={link.needs} first, or leave link out"
+                )
+            print(f"{link.name}: {link.command()}", flush=True)
+            dependency = [f"launcher.after={after}"] if after else []
+            if code := verbs[link.verb]([*link.arguments, *dependency, *switches]):
+                return code
+            done.add(link.name)
+            after = read_note(link.folder).handle if queued and not switches else ""
+    return 0
+
+
+def links(config: PretrainJob, overrides: Sequence[str]) -> list[Link]:
+    """The commands of `config.chain`, in order.
+
+    Raises ConfigError for settings that a chain decides itself, and for a `link` that it does not have.
+    """
+    given = {line.lstrip("+").partition("=")[0] for line in overrides}
+    if wrong := given & {"train.steps", "objective.labels", "objective.label_rate_hz", "objective.units"}:
+        names = ", ".join(f"chain.{name}.steps" for name in config.chain)
+        raise ConfigError(
+            f"{min(wrong)}: each iteration of the chain has its own; set {names} and the like, or leave the chain out "
+            "with ~chain"
+        )
+    common = [line for line in overrides if line.lstrip("+").partition("=")[0] not in ("name", "link")]
+    common = [line for line in common if not line.lstrip("+~").startswith("chain")]
+    without = ["~chain"] if "chain" in compose("pretrain", common) else []
+    launcher = [line for line in common if line.lstrip("+").startswith("launcher")]
+    found: list[Link] = []
+    for name, iteration in config.chain.items():
+        run_name, features, rate_hz, needs = f"{config.name}-{name}", *_features(config, iteration, found)
+        folder = Path(config.runs) / f"{run_name}-labels"
+        labels = folder / "labels"
+        targets = [
+            f"shards={config.data.shards}", f"out={labels}", f"features={features}", f"layer={iteration.layer}",
+            f"classes={iteration.classes}", f"fraction={iteration.fraction}", f"seed={config.seed}",
+            f"runs={config.runs}", f"name={folder.name}", *launcher,
+        ]  # fmt: skip
+        training = [
+            *common, *iteration.overrides, *without, f"name={run_name}", f"train.steps={iteration.steps}",
+            f"objective.labels={LABELS}", f"objective.units={iteration.classes}", f"objective.label_rate_hz={rate_hz}",
+            f"data.targets.{LABELS}={labels}",
+        ]  # fmt: skip
+        found.append(Link(f"{name}-labels", "targets", tuple(targets), folder, needs))
+        found.append(Link(name, "pretrain", tuple(training), Path(config.runs) / run_name, f"{name}-labels"))
+    if config.link and config.link not in (known := [link.name for link in found]):
+        raise ConfigError(f"link={config.link}: the chain has no such link; it has {', '.join(known)}")
+    return found
+
+
+def _features(config: PretrainJob, iteration: Iteration, before: list[Link]) -> tuple[str, float, str]:
+    """What the labels of an iteration are made of, their rate, and the link that has to be done first."""
+    last = before[-1] if before and not iteration.features else None
+    features = iteration.features or "mfcc"
+    if last is not None:
+        steps = config.chain[last.name].steps
+        features = str(last.folder / "checkpoints" / f"step_{steps:08d}")
+    rate_hz = MFCC_HZ if features == "mfcc" else iteration.rate_hz or _frames_hz(config)
+    return features, rate_hz, last.name if last else ""
+
+
+def _frames_hz(config: PretrainJob) -> float:
+    import torch
+
+    from pretrain import registry
+
+    with torch.device("meta"):
+        rate: float = registry.build("frontends", config.frontend, config.encoder.dim).rate_hz
+    return rate
+
+
+def _config(verb: str, kind: type[T], arguments: Sequence[str]) -> T:
+    request = job.read(verb, kind, list(arguments))
+    assert request is not None
+    return request.config

@@ -1,0 +1,73 @@
+"""Plain torch: the readable reference that the DeepSpeed engine is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from data_pipeline.core.types import Batch
+from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.engines.base import MOMENTS, Engine, buffers, copied, copy_buffers, first_state, make_optimizer
+from pretrain.engines.distributed import World
+from pretrain.interfaces.objectives import StepContext, Sum
+from pretrain.train_module import TrainModule, TrainPlan
+
+
+class LocalEngine(Engine):
+    """Every rank holds everything; gradients are summed in one all-reduce."""
+
+    def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World) -> None:
+        super().__init__(module.to(world.device), config, optimizer, world)
+        self.optimizer = make_optimizer(module, optimizer, config.fused)
+
+    def _forward_backward(
+        self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
+    ) -> tuple[Tensor, Mapping[str, Sum]]:
+        assert isinstance(plan, TrainPlan)
+        loss, metrics = self.module(batch, plan, counts_K, ctx)
+        self.tell("backward pass")
+        (loss * self.scale.value).backward()
+        return loss, metrics
+
+    def _apply(self, lr: float, skip_above: float) -> float:
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # layer drop: DeepSpeed sees zeros there, too
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in trained if parameter.grad is not None]
+        if self.world.size > 1:
+            flat = self.world.sum(torch.cat([grad.reshape(-1) for grad in grads]))
+            for grad, summed in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+                grad.copy_(summed.view_as(grad))
+        if self.scale.value != 1.0:
+            torch._foreach_mul_(grads, 1.0 / self.scale.value)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if torch.isfinite(norm):
+            if self.optimizer_config.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(trained, self.optimizer_config.clip_norm, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.norm, self.optimizer.limit = lambda: float(norm), skip_above
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            yield f"model/{name}", copied(parameter)
+            for moment in MOMENTS if parameter.requires_grad else ():
+                state = self.optimizer.state.get(parameter, {})
+                yield f"{moment}/{name}", copied(state.get(moment, torch.zeros_like(parameter)))
+        yield from buffers(self.module)
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        copy_buffers(self.module, tensors)
+        for name, parameter in self.module.named_parameters():
+            parameter.data.copy_(tensors[f"model/{name}"])
+            if parameter.requires_grad and step:
+                state = first_state(parameter, step, self.config.fused)
+                for moment in MOMENTS:
+                    state[moment].copy_(tensors[f"{moment}/{name}"])
+                self.optimizer.state[parameter] = state

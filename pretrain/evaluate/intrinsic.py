@@ -1,0 +1,101 @@
+"""Measures that train nothing: ABX, PNMI of k-means units, and RankMe, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from pretrain.evaluate import abx as phone_abx
+from pretrain.evaluate.features import SILENCE, Waves, phone_frames
+from pretrain.evaluate.frozen_encoders import FrozenEncoder
+from pretrain.evaluate.manifest import Interval, Utterance
+from pretrain.evaluate.metrics import Interval95, equal_error_rate, phone_normalized_mutual_information
+from pretrain.monitoring.detectors import rank_me
+
+Found = list[tuple[str, Interval95]]
+"""Measures by name; without an interval where it is not over speakers."""
+Phones = Mapping[str, Sequence[Interval]]
+PER_PHONE, RESAMPLINGS, UNITS, MAX_FRAMES = 3, 500, 100, 20_000
+
+
+def abx(
+    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
+) -> Found:
+    """Phone ABX error within and across speakers, with intervals over speakers."""
+    tokens: list[tuple[str, str, np.ndarray]] = []
+    for utterance in part:
+        x_LFD = encoder.encode(waves(utterance)).float().numpy()
+        for interval in phones[utterance.name]:
+            first, last = (round(edge * encoder.rate_hz) for edge in (interval.start, interval.end))
+            last = min(last, x_LFD.shape[1])
+            if interval.phone not in SILENCE and 2 <= last - first <= 30:
+                tokens.append((interval.phone, utterance.speaker, x_LFD[:, first:last]))
+    tokens = phone_abx.thinned(tokens, PER_PHONE)
+    if not tokens:
+        raise ValueError("abx: no phone of these utterances is 2 to 30 frames long")
+    found: Found = []
+    for layer in range(len(tokens[0][2])):
+        single = [(phone, speaker, x_LFD[layer]) for phone, speaker, x_LFD in tokens]
+        for across in (False, True):
+            name = f"ABX error {'across' if across else 'within'} speakers, layer {layer}"
+            found.append((name, phone_abx.error(phone_abx.cells(single, across), RESAMPLINGS)))
+    return found
+
+
+def pnmi(
+    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
+) -> Found:
+    """k-means units of each layer against the phones, on frames that are not silence."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    frames = phone_frames(encoder, part, phones, classes, waves)
+    spoken_N = torch.isin(frames.y_N, torch.tensor([classes[p] for p in SILENCE if p in classes]), invert=True)
+    (chosen_N,) = spoken_N.nonzero(as_tuple=True)
+    chosen_N = chosen_N[:: max(1, len(chosen_N) // MAX_FRAMES)]
+    kept, labels = frames.x_NLD[chosen_N], frames.y_N[chosen_N].numpy()
+    found: Found = []
+    for layer in range(kept.shape[1]):
+        x_ND = kept[:, layer].float().numpy()
+        means = MiniBatchKMeans(min(UNITS, len(x_ND) // 4), n_init=3, batch_size=4096, random_state=0)
+        value, purity, cluster = phone_normalized_mutual_information(labels, means.fit_predict(x_ND))
+        named = {"PNMI": value, "phone purity": purity, "cluster purity": cluster}
+        found += [(f"{name}, layer {layer}", point(value)) for name, value in named.items()]
+    return found
+
+
+def rankme(
+    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
+) -> Found:
+    """Dimensions in effect of each layer."""
+    frames = phone_frames(encoder, part, phones, classes, waves)
+    kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // 4096)].float().numpy()
+    return [(f"RankMe, layer {layer}", point(rank_me(kept[:, layer]))) for layer in range(kept.shape[1])]
+
+
+def point(value: float) -> Interval95:
+    """A figure without an interval."""
+    return Interval95(value, float("nan"), float("nan"))
+
+
+def verification(encoder: FrozenEncoder, valid: Sequence[Utterance], test: Sequence[Utterance], waves: Waves) -> float:
+    """Equal error rate of telling speakers apart by the cosine of mean frames; the layer is chosen on `valid`."""
+    by_layer = [_errors(encoder, part, waves) for part in (valid, test)]
+    return by_layer[1][int(np.argmin(by_layer[0]))]
+
+
+def _errors(encoder: FrozenEncoder, part: Sequence[Utterance], waves: Waves) -> list[float]:
+    x_NLD = np.stack([encoder.encode(waves(u)).float().mean(1).numpy() for u in part])
+    same_NN = np.array([[a.speaker == b.speaker for b in part] for a in part])
+    above_NN = np.triu(np.ones(same_NN.shape, dtype=bool), 1)
+    errors = []
+    for layer in range(x_NLD.shape[1]):
+        x_ND = x_NLD[:, layer] - x_NLD[:, layer].mean(0)
+        x_ND /= np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-9)
+        cosine_NN = x_ND @ x_ND.T
+        errors.append(equal_error_rate(cosine_NN[same_NN & above_NN], cosine_NN[~same_NN & above_NN]))
+    return errors
+
+
+MEASURES: dict[str, Callable[..., Found]] = {"abx": abx, "pnmi": pnmi, "rankme": rankme}

@@ -1,0 +1,98 @@
+"""Labelled utterances from a manifest, their audio, and phone alignments. Speakers of test are unknown to train."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from data_pipeline.core.types import SAMPLE_RATE
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One line of the manifest."""
+
+    path: Path
+    name: str
+    speaker: str
+    text: str
+    label: str
+    language: str
+    corpus: str
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A phone from `start` to `end`, in seconds."""
+
+    start: float
+    end: float
+    phone: str
+
+
+def read_manifest(manifest: Path) -> list[Utterance]:
+    """All lines. Raises ValueError where the file or one of its columns is missing."""
+    if not manifest.is_file():
+        raise ValueError(
+            f"manifest={manifest}: there is no such file; it lists path, speaker, corpus, split and labels"
+        )
+    with manifest.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    missing = {"path", "speaker", "corpus", "split"} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"manifest={manifest}: lacks the columns {', '.join(sorted(missing))}")
+    texts = ("speaker", "text", "label", "language", "corpus", "split")
+    return [
+        Utterance(manifest.parent / row["path"], row["path"], *(row.get(name) or "" for name in texts)) for row in rows
+    ]
+
+
+def read_phones(alignment: Path) -> dict[str, list[Interval]]:
+    """Path (as in the manifest) -> its phones in order. Raises ValueError where the file is missing."""
+    if not alignment.is_file():
+        raise ValueError(f"phones={alignment}: there is no such file; phone tasks need an alignment")
+    found: dict[str, list[Interval]] = defaultdict(list)
+    with alignment.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            found[row["path"]].append(Interval(float(row["start_s"]), float(row["end_s"]), row["phone"]))
+    return dict(found)
+
+
+def read_audio(path: Path) -> np.ndarray:
+    """Mono float32 at 16 kHz. Raises OSError naming a file that cannot be decoded."""
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise OSError(f"{path}: {error}") from error
+    mono: np.ndarray = samples.mean(1)
+    if rate != SAMPLE_RATE:
+        mono = soxr.resample(mono, rate, SAMPLE_RATE)
+    return mono.astype(np.float32)
+
+
+def grid_labels(intervals: Sequence[Interval], seconds: float, rate_hz: float) -> list[str]:
+    """The phone at the middle of each cell of a time grid; empty where none is. Length floor(seconds · rate)."""
+    labels = [""] * int(seconds * rate_hz)
+    for interval in intervals:
+        first = int(np.ceil(interval.start * rate_hz - 0.5))
+        last = int(np.ceil(interval.end * rate_hz - 0.5))
+        for cell in range(max(0, first), min(last, len(labels))):
+            labels[cell] = interval.phone
+    return labels
+
+
+def require_disjoint(train: Iterable[Utterance], test: Iterable[Utterance]) -> None:
+    """Raises ValueError naming speakers that are in both."""
+    both = {u.speaker for u in train} & {u.speaker for u in test}
+    if both:
+        raise ValueError(f"these speakers are in train and in test, so the figure would say little: {sorted(both)[:5]}")

@@ -1,1 +1,0 @@
-"""Checkpoints in the layouts of other tools."""

@@ -1,0 +1,113 @@
+"""Conformer: feed-forward, attention, convolution, feed-forward (arXiv 2005.08100); FastConformer with kernel 9."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.core.schema import about, config, refuse
+from pretrain.interfaces.objectives import EncoderOutput, Frames, StepContext
+from pretrain.nn.attention import SelfAttention
+from pretrain.nn.attention_patterns import AttentionContext
+from pretrain.nn.block_stack import BlockStack, Residual, StackConfig, over_time
+from pretrain.nn.convolution import TimeConv
+from pretrain.nn.dropout import Dropout
+from pretrain.nn.packing import Packing
+
+
+@config
+class Config(StackConfig):
+    name: Literal["conformer"] = "conformer"
+    dim: Annotated[int, about("channels", ge=1)] = 576
+    heads: Annotated[int, about("attention heads; must divide dim", ge=1)] = 8
+    ffn_dim: Annotated[int, about("inner channels of a feed-forward part", ge=1)] = 2304
+    kernel: Annotated[int, about("taps of the depthwise convolution; odd", ge=1)] = 31
+    causal: Annotated[bool, about("the convolution sees no later frames (needed to stream)")] = False
+    positions: Annotated[Literal["rope", "none"], about("rotary angles, or only what the convolutions tell")] = "rope"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions == "rope":
+            self.refuse_odd_heads()
+        if self.kernel % 2 == 0:
+            refuse("kernel", self.kernel, f"must be odd; take {self.kernel + 1}")
+
+
+class FeedForward(nn.Sequential):
+    """Norm → linear → SiLU → linear."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(
+            nn.LayerNorm(config.dim),
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.SiLU(),
+            Dropout(config.activation_dropout),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+
+
+class Convolution(nn.Module):
+    """Norm → gated linear unit → depthwise convolution → norm → SiLU → linear.
+
+    A layer norm stands where the paper has a batch norm, which would couple the samples of a batch.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.before = (config.kernel - 1) if config.causal else config.kernel // 2
+        self.after = 0 if config.causal else config.kernel // 2
+        self.norm = nn.LayerNorm(config.dim)
+        self.gated = nn.Linear(config.dim, 2 * config.dim)
+        self.depthwise = TimeConv(config.dim, config.dim, config.kernel, groups=config.dim)
+        self.depthwise_norm = nn.LayerNorm(config.dim)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x_BFD: Tensor, context: AttentionContext) -> Tensor:
+        y_BFD = over_time(F.glu(self.gated(self.norm(x_BFD)), dim=2), context, self.convolve)
+        out: Tensor = self.out(F.silu(self.depthwise_norm(y_BFD)))
+        return out
+
+    def convolve(self, x_BFD: Tensor) -> Tensor:
+        found: Tensor = self.depthwise(F.pad(x_BFD, (0, 0, self.before, self.after)))
+        return found
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.ffn_first = FeedForward(config)
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.attention = SelfAttention(config.dim, config.heads, config.attention_dropout)
+        self.convolution = Convolution(config)
+        self.ffn_second = FeedForward(config)
+        self.norm = nn.LayerNorm(config.dim)
+        self.residual = Residual(config.dropout)
+
+    def forward(self, x_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """The block's output, and its last feed-forward part before the residual sum."""
+        x_BFD = x_BFD + 0.5 * self.residual(self.ffn_first(x_BFD), context, 0)
+        x_BFD = x_BFD + self.residual(self.attention(self.attention_norm(x_BFD), context), context, 1)
+        x_BFD = x_BFD + self.residual(self.convolution(x_BFD, context), context, 2)
+        ffn_BFD = self.ffn_second(x_BFD)
+        return self.norm(x_BFD + 0.5 * self.residual(ffn_BFD, context, 3)), ffn_BFD
+
+
+class Conformer(BlockStack):
+    """Each block ends with its own norm, so the last layer needs no further one."""
+
+    branches = 4
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, rotary=config.positions == "rope")
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.dropout = Dropout(config.dropout)
+        self.gap = config.kernel - 1 if config.causal else config.kernel // 2
+
+    def encode(self, frames: Frames, ctx: StepContext | None, packing: Packing | None) -> EncoderOutput:
+        return self.run_blocks(self.dropout(frames.x_BFD), frames, ctx, packing)
+
+
+def build(config: Config) -> Conformer:
+    return Conformer(config)

@@ -1,0 +1,87 @@
+"""Log-mel features and strided convolutions: 50, 25 or 12.5 frames per second."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.core.schema import about, config
+from pretrain.interfaces.objectives import Frames, Frontend
+from pretrain.nn.convolution import TimeConv
+from pretrain.nn.dropout import Dropout
+from pretrain.nn.numerics import zero_padding
+from pretrain.nn.packing import Packing, TimeGrid
+from pretrain.nn.spectral import LogMel, Normalize
+
+
+@config
+class Config:
+    name: Literal["log_mel"] = "log_mel"
+    n_mels: Annotated[int, about("mel bands", ge=1, le=256)] = 80
+    window: Annotated[int, about("samples per analysis window at 16 kHz", ge=64)] = 400
+    hop: Annotated[int, about("samples between windows", ge=16)] = 160
+    normalize: Annotated[Normalize, about("statistics of each utterance, or fixed ones (needed to stream)")] = (
+        "utterance"
+    )
+    subsampling: Annotated[Literal[1, 2, 4, 8], about("windows per encoder frame")] = 4
+    dropout: Annotated[float, about("dropout on the projected frames", ge=0, lt=1)] = 0.1
+
+
+class LogMelFrontend(Frontend):
+    """log-mel → log2(subsampling) convolutions of stride 2 → layer norm → linear."""
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        self.mel = LogMel(config.n_mels, config.window, config.hop, config.normalize)
+        self.subsampling = config.subsampling
+        self.feature_dim = config.n_mels
+        self.feature_rate_hz = self.mel.rate_hz
+        self.rate_hz = self.mel.rate_hz / config.subsampling
+        n_convs = config.subsampling.bit_length() - 1
+        widths = [config.n_mels] + [dim] * n_convs
+        self.convs = nn.ModuleList(TimeConv(width, dim, kernel=3, stride=2, padding=1) for width in widths[:n_convs])
+        self.norm = nn.LayerNorm(widths[-1])
+        self.linear = nn.Linear(widths[-1], dim)
+        self.dropout = Dropout(config.dropout)
+
+    def feature_lengths(self, lengths_B: Tensor) -> Tensor:
+        return self.mel.lengths(lengths_B)
+
+    def frame_lengths(self, lengths_B: Tensor) -> Tensor:
+        return self.mel.lengths(lengths_B) // self.subsampling
+
+    def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        frames: Frames = self.mel(wave_BT, lengths_B)
+        return frames
+
+    def project(self, features: Frames) -> Frames:
+        lengths_B = features.lengths_B // self.subsampling
+        kept = features.x_BFD.shape[1] // self.subsampling * self.subsampling
+        valid_B, x_BFD = lengths_B * self.subsampling, features.x_BFD[:, :kept]
+        if not self.packed:
+            inside_BF = torch.arange(kept, device=x_BFD.device) < valid_B[:, None]
+            x_BFD = self.dropout(self.linear(self.norm(self.convolve(x_BFD, inside_BF[:, :, None]))))
+            return Frames(zero_padding(x_BFD, lengths_B), lengths_B, self.rate_hz)
+        fine, coarse = Packing.of(valid_B, kept), Packing.of(lengths_B, kept // self.subsampling)
+        # a whole stride of zeros, so that convolutions in a row keep one between utterances
+        grid = TimeGrid.spaced(fine.lengths, self.subsampling, x_BFD.device, multiple=self.subsampling)
+        assert grid.inside_RW1 is not None
+        row_1WD = self.convolve(grid.spread(fine.pack(x_BFD)), grid.inside_RW1)
+        row_1ND = row_1WD[:, grid.inside_RW1[0, :: self.subsampling, 0]]
+        return Frames(coarse.unpack(self.dropout(self.linear(self.norm(row_1ND)))), lengths_B, self.rate_hz)
+
+    def convolve(self, x_BFD: Tensor, inside_BF1: Tensor) -> Tensor:
+        """Strided convolutions, each of which finds zeros where no utterance is inside."""
+        for conv in self.convs:
+            # a row's last frames must not see what a longer neighbour or the convolution's bias put beyond its end
+            x_BFD = x_BFD.masked_fill(~inside_BF1, 0.0)
+            x_BFD = F.gelu(conv(x_BFD))
+            inside_BF1 = inside_BF1[:, ::2]
+        return x_BFD
+
+
+def build(config: Config, dim: int) -> LogMelFrontend:
+    return LogMelFrontend(config, dim)

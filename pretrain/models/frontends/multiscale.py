@@ -1,0 +1,121 @@
+"""Three views of the audio at one rate: short windows, long windows, and the waveform itself, mixed by a gate.
+
+MFCC are a linear map of log-mel of the same window, so the cepstral branch has a longer one: 64 ms beside 25 ms.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.core.schema import about, config
+from pretrain.interfaces.objectives import Frames, Frontend
+from pretrain.nn.convolution import TimeConv
+from pretrain.nn.dropout import Dropout
+from pretrain.nn.numerics import stack_frames, zero_padding
+from pretrain.nn.packing import Packing, packed_strided
+from pretrain.nn.spectral import LogMel, Mfcc
+
+WAVE_LAYERS = ((10, 5), (8, 4), (4, 2), (4, 4))
+"""Taps and stride of the waveform branch: one frame per 160 samples."""
+BRANCHES = ("mel", "mfcc", "wave")
+
+
+@config
+class Config:
+    name: Literal["multiscale"] = "multiscale"
+    n_mels: Annotated[int, about("mel bands of the 25 ms branch", ge=1, le=256)] = 80
+    mfcc_window: Annotated[int, about("samples per window of the cepstral branch", gt=400)] = 1024
+    wave_channels: Annotated[int, about("channels of the waveform branch", ge=1)] = 128
+    subsampling: Annotated[Literal[2, 4, 8], about("10 ms features per encoder frame")] = 4
+    dropout: Annotated[float, about("dropout on the mixed frames", ge=0, lt=1)] = 0.1
+
+
+class WaveBranch(nn.Module):
+    """Strided convolutions with a layer norm after each, (B, T) to (B, F, channels) at 100 Hz."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            TimeConv(channels if layer else 1, channels, kernel, stride)
+            for layer, (kernel, stride) in enumerate(WAVE_LAYERS)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in WAVE_LAYERS)
+
+    def forward(self, wave_BT: Tensor) -> Tensor:
+        x_BFD = wave_BT[:, :, None]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x_BFD = F.gelu(norm(conv(x_BFD)))
+        return x_BFD
+
+
+class Multiscale(Frontend):
+    """Features are the branches side by side at 100 Hz; `project` norms, stacks, projects and mixes them.
+
+    The gate is a softmax over branches for each frame, from all branches' features; `watched` gives its means.
+    """
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        self.subsampling = config.subsampling
+        self.mel = LogMel(config.n_mels)
+        self.mfcc = Mfcc(40, config.mfcc_window)
+        self.wave = WaveBranch(config.wave_channels)
+        self.reach = (config.mfcc_window - self.mel.window) // 2
+        self.widths = [config.n_mels, self.mfcc.dim, config.wave_channels]
+        self.feature_dim = sum(self.widths)
+        self.feature_rate_hz, self.rate_hz = self.mel.rate_hz, self.mel.rate_hz / config.subsampling
+        stacked = [width * config.subsampling for width in self.widths]
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in stacked)
+        self.linears = nn.ModuleList(nn.Linear(width, dim) for width in stacked)
+        self.gate = nn.Linear(sum(stacked), len(BRANCHES))
+        self.dropout = Dropout(config.dropout)
+        self.register_buffer("gate_means", torch.full((len(BRANCHES),), 1 / len(BRANCHES)), persistent=False)
+        self.gate_means: Tensor
+
+    def feature_lengths(self, lengths_B: Tensor) -> Tensor:
+        return self.mel.lengths(lengths_B)
+
+    def frame_lengths(self, lengths_B: Tensor) -> Tensor:
+        return self.mel.lengths(lengths_B) // self.subsampling
+
+    def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        mel: Frames = self.mel(wave_BT, lengths_B)
+        n_frames = mel.x_BFD.shape[1]
+        # the long window is centred on the short one, with silence around the audio
+        around = F.pad(wave_BT, (self.reach, self.reach))
+        mfcc: Frames = self.mfcc(around, lengths_B + 2 * self.reach)
+        if self.packed:
+            packing = Packing.of(mel.lengths_B, n_frames)
+            row_1ND = packed_strided(self.wave, wave_BT, lengths_B, packing.lengths, self.mel.hop)
+            wave_BFD = packing.unpack(row_1ND)
+        else:
+            # enough silence behind that a short row in a long batch sees no other end than alone
+            wave_BFD = self.wave(F.pad(wave_BT, (0, 2 * self.mel.window)))
+        parts = [mel.x_BFD, mfcc.x_BFD[:, :n_frames], wave_BFD[:, :n_frames]]
+        x_BFD = torch.cat([part.to(wave_BFD.dtype) for part in parts], dim=2)
+        return Frames(zero_padding(x_BFD, mel.lengths_B), mel.lengths_B, mel.rate_hz)
+
+    def project(self, features: Frames) -> Frames:
+        branches = [
+            stack_frames(features._replace(x_BFD=x_BFD), self.subsampling).x_BFD
+            for x_BFD in features.x_BFD.split(self.widths, dim=2)  # type: ignore[no-untyped-call]
+        ]
+        normed = [norm(branch) for norm, branch in zip(self.norms, branches, strict=True)]
+        gate_BFK = self.gate(torch.cat(normed, dim=2)).softmax(dim=-1)
+        projected = torch.stack([linear(branch) for linear, branch in zip(self.linears, normed, strict=True)], dim=3)
+        lengths_B = features.lengths_B // self.subsampling
+        frames = Frames((projected * gate_BFK[:, :, None]).sum(3), lengths_B, self.rate_hz)
+        total_K = (gate_BFK.detach().float() * frames.valid_BF()[:, :, None]).sum((0, 1))
+        self.gate_means.copy_(total_K / lengths_B.sum().clamp(min=1))
+        return frames._replace(x_BFD=zero_padding(self.dropout(frames.x_BFD), lengths_B))
+
+    def watched(self) -> dict[str, Tensor]:
+        return {f"health/gate_{name}": self.gate_means[branch] for branch, name in enumerate(BRANCHES)}
+
+
+def build(config: Config, dim: int) -> Multiscale:
+    return Multiscale(config, dim)

@@ -1,0 +1,167 @@
+"""The convolutional waveform stem of wav2vec 2.0, HuBERT, WavLM and data2vec: 16 kHz audio to 50 frames per second."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.core.schema import about, config, refuse
+from data_pipeline.core.types import SAMPLE_RATE
+from pretrain.interfaces.objectives import Frames, Frontend
+from pretrain.nn.convolution import TimeConv
+from pretrain.nn.dropout import Dropout
+from pretrain.nn.numerics import masked_deviation, scale_gradient, zero_padding
+from pretrain.nn.packing import Packing, packed_strided
+from pretrain.nn.spectral import normalize_wave
+
+Norm = Literal["group", "layer"]
+
+
+@config
+class Config:
+    name: Literal["waveform_conv"] = "waveform_conv"
+    channels: Annotated[int, about("channels of every convolution", ge=1)] = 512
+    kernels: Annotated[tuple[int, ...], about("taps of each convolution", min_length=1)] = (10, 3, 3, 3, 3, 2, 2)
+    strides: Annotated[tuple[int, ...], about("stride of each convolution", min_length=1)] = (5, 2, 2, 2, 2, 2, 2)
+    norm: Annotated[
+        Norm,
+        about("group: one group norm over time after the first convolution (BASE); layer: after each one (LARGE)"),
+    ] = "group"
+    bias: Annotated[bool, about("biases in the convolutions (LARGE)")] = False
+    normalize: Annotated[bool, about("bring each utterance to mean 0 and deviation 1 first (LARGE)")] = False
+    gradient_scale: Annotated[
+        float, about("the gradient that reaches the convolutions, times this (0.1 for wav2vec 2.0 BASE)", ge=0)
+    ] = 1.0
+    dropout: Annotated[float, about("dropout on the projected frames", ge=0, lt=1)] = 0.1
+
+    def __post_init__(self) -> None:
+        if len(self.kernels) != len(self.strides):
+            refuse("strides", list(self.strides), f"must be as many as frontend.kernels={list(self.kernels)}")
+
+    @property
+    def packable(self) -> bool:
+        """Whether utterances can lie end to end: not with a group norm, whose statistics run over the whole row."""
+        return self.norm == "layer"
+
+
+class NormedConv(nn.Module):
+    """The first convolution with its group norm over time (one group a channel) and GELU, (B, T, 1) to (B, F, D).
+
+    A channel w is linear in the windows that it sees, so its mean and variance over time follow from the windows' mean
+    m and covariance C: w·m and w·Cw. The norm is therefore a scale of each row's weights, and the widest tensor of the
+    model is neither kept nor passed over twice.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, dim: int, kernel: int, stride: int, bias: bool) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel))
+        nn.init.kaiming_normal_(self.weight)
+        # the norm takes it out again; released models with biases hold one here, too
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+        self.norm_weight = nn.Parameter(torch.ones(dim))
+        self.norm_bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, wave_BT1: Tensor) -> Tensor:
+        windows_BFK = wave_BT1[:, :, 0].unfold(1, self.kernel, self.stride)
+        with torch.autocast(wave_BT1.device.type, enabled=False):
+            exact_BFK, weight_KD = windows_BFK.double(), self.weight[:, 0].T.double()
+            mean_B1K = exact_BFK.mean(1, keepdim=True)
+            centred_BFK = exact_BFK - mean_B1K
+            covariance_BKK = centred_BFK.transpose(1, 2) @ centred_BFK / windows_BFK.shape[1]
+            variance_B1D = (weight_KD * (covariance_BKK @ weight_KD)).sum(1, keepdim=True).clamp(min=0)
+            scale_B1D = self.norm_weight * (variance_B1D + self.eps).rsqrt()
+            bias = 0.0 if self.bias is None else self.bias
+            offset_B1D = self.norm_bias + scale_B1D * (bias - (mean_B1K @ weight_KD + bias))
+            normed_BKD = (weight_KD * scale_B1D).to(wave_BT1.dtype)
+        return F.gelu(torch.baddbmm(offset_B1D.to(wave_BT1.dtype), windows_BFK, normed_BKD))
+
+
+class ConvLayer(nn.Module):
+    """Convolution → layer norm, or none → GELU, on (B, T, D)."""
+
+    def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, bias: bool, norm: bool) -> None:
+        super().__init__()
+        self.conv = TimeConv(in_dim, dim, kernel, stride, bias=bias)
+        nn.init.kaiming_normal_(self.conv.weight)
+        self.layer_norm = nn.LayerNorm(dim) if norm else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTD: Tensor = self.conv(x_BTD)
+        return F.gelu(y_BTD if self.layer_norm is None else self.layer_norm(y_BTD))
+
+
+class WaveformConv(Frontend):
+    """Features are layer-normed convolution outputs (what wav2vec 2.0 quantises); `raw_BFD` is what came before."""
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        # the group norm's statistics run over padding, too, as in every released BASE model
+        self.couples = frozenset({"padding"}) if config.norm == "group" else frozenset()
+        self.kernels, self.strides, self.normalize = config.kernels, config.strides, config.normalize
+        self.gradient_scale = config.gradient_scale
+        self.feature_dim = config.channels
+        self.hop = math.prod(config.strides)
+        self.feature_rate_hz = self.rate_hz = SAMPLE_RATE / self.hop
+        self.convs = nn.ModuleList()
+        for layer, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
+            if layer == 0 and config.norm == "group":
+                self.convs.append(NormedConv(config.channels, kernel, stride, config.bias))
+                continue
+            in_dim = config.channels if layer else 1
+            self.convs.append(ConvLayer(in_dim, config.channels, kernel, stride, config.bias, config.norm == "layer"))
+        self.norm = nn.LayerNorm(config.channels)
+        self.linear = nn.Linear(config.channels, dim)
+        nn.init.uniform_(self.linear.weight, -(config.channels**-0.5), config.channels**-0.5)
+        self.dropout = Dropout(config.dropout)
+        self.register_buffer("stem_deviation", torch.zeros(()), persistent=False)
+        self.stem_deviation: Tensor
+
+    def feature_lengths(self, lengths_B: Tensor) -> Tensor:
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            lengths_B = (lengths_B - kernel) // stride + 1
+        return lengths_B.clamp(min=0)
+
+    def frame_lengths(self, lengths_B: Tensor) -> Tensor:
+        return self.feature_lengths(lengths_B)
+
+    def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        if self.normalize:
+            wave_BT = normalize_wave(wave_BT, lengths_B)
+        frame_lengths_B = self.feature_lengths(lengths_B)
+        if self.packed:
+            width = int(self.feature_lengths(torch.tensor(wave_BT.shape[1])))
+            packing = Packing.of(frame_lengths_B, width)
+            row_1ND = packed_strided(self.convolve, wave_BT, lengths_B, packing.lengths, self.hop)
+            raw_BFD, normed_BFD = packing.unpack(row_1ND), packing.unpack(self.norm(row_1ND))
+        else:
+            raw_BFD = self.convolve(wave_BT)
+            normed_BFD = zero_padding(self.norm(raw_BFD), frame_lengths_B)
+        features = Frames(normed_BFD, frame_lengths_B, self.rate_hz, raw_BFD)
+        self.stem_deviation.copy_(masked_deviation(raw_BFD, features.valid_BF()))
+        return features
+
+    def convolve(self, wave_BT: Tensor) -> Tensor:
+        """(B, T) to (B, F, channels), the gradient scaled."""
+        x_BTD = wave_BT[:, :, None]
+        for conv in self.convs:
+            x_BTD = conv(x_BTD)
+        return scale_gradient(x_BTD, self.gradient_scale)
+
+    def watched(self) -> dict[str, Tensor]:
+        """A stem that gives the same for every frame has collapsed, even if later layers still differ."""
+        return {"health/std_stem": self.stem_deviation}
+
+    def project(self, features: Frames) -> Frames:
+        x_BFD = self.dropout(self.linear(features.x_BFD))
+        return Frames(zero_padding(x_BFD, features.lengths_B), features.lengths_B, self.rate_hz)
+
+
+def build(config: Config, dim: int) -> WaveformConv:
+    return WaveformConv(config, dim)

@@ -1,0 +1,111 @@
+"""The batches of an update that went wrong, kept as safetensors and JSON, and run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from data_pipeline.core.rng import keyed_seed
+from data_pipeline.core.types import Batch
+from pretrain.checkpointing.run_folder import RunFolder, save_tensors, write_json
+from pretrain.interfaces.objectives import StepContext
+from pretrain.train_module import TrainModule
+
+MAX_KEPT = 20
+"""Spikes kept per run, and as many updates again that were not finite; more would fill the disk in time."""
+
+
+def save_batches(
+    run: RunFolder, rank: int, ctx: StepContext, batches: Sequence[Batch], why: str, room: int = MAX_KEPT
+) -> Path | None:
+    """Writes RUN/health/step_N/rank_R.safetensors and .json; None once `room` updates are kept."""
+    folder = run.path / "health" / f"step_{ctx.step:08d}"
+    if not folder.exists() and len(list(folder.parent.glob("step_*"))) >= room:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        tensors |= {f"{i}/wave_BT": batch.wave_BT, f"{i}/lengths_B": batch.lengths_B}
+        tensors |= {f"{i}/targets/{name}": target for name, target in batch.targets.items()}
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(contiguous, folder / f"rank_{rank}.safetensors")
+    described = [{"keys": b.keys, "micro_batch": b.micro_batch, "labels": dict(b.labels)} for b in batches]
+    write_json(folder / f"rank_{rank}.json", {"seed": ctx.seed, "step": ctx.step, "why": why, "batches": described})
+    return folder
+
+
+def load_batches(folder: Path) -> tuple[StepContext, list[Batch], str]:
+    """What all ranks wrote, in order of their micro-batches, and why. Raises ValueError where there is nothing."""
+    batches: list[Batch] = []
+    values: dict[str, Any] = {}
+    for path in sorted(folder.glob("rank_*.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        tensors = load_file(path.with_suffix(".safetensors"))
+        for i, described in enumerate(values["batches"]):
+            targets = {
+                name.removeprefix(f"{i}/targets/"): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(f"{i}/targets/")
+            }
+            labels = {name: tuple(texts) for name, texts in described["labels"].items()}
+            keys, number = tuple(described["keys"]), int(described["micro_batch"])
+            batches.append(Batch(tensors[f"{i}/wave_BT"], tensors[f"{i}/lengths_B"], keys, number, targets, labels))
+    if not batches:
+        raise ValueError(f"{folder} holds no kept batches")
+    batches.sort(key=lambda batch: batch.micro_batch)
+    return StepContext(values["seed"], values["step"]), batches, values["why"]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What one micro-batch did: its loss, gradient norm, the largest gradients, and the first module that broke."""
+
+    keys: tuple[str, ...]
+    seconds: float
+    peak: float
+    loss: float
+    grad_norm: float
+    largest: tuple[tuple[str, float], ...]
+    first_not_finite: str
+
+
+def replay(module: TrainModule, ctx: StepContext, batches: Sequence[Batch]) -> list[Replayed]:
+    """Runs each micro-batch alone, with the draws that it had in training, and looks at losses and gradients."""
+    module.train()
+    results = []
+    for batch in batches:
+        broken: list[str] = []
+        hooks = [
+            part.register_forward_hook(_note_not_finite(name, broken)) for name, part in module.named_modules() if name
+        ]
+        plan = module.prepare(batch, ctx)
+        torch.manual_seed(keyed_seed(ctx.seed, ctx.step, batch.micro_batch, "dropout"))
+        module.zero_grad()
+        loss, _ = module(batch, plan, plan.counts_K, ctx)
+        loss.backward()
+        for hook in hooks:
+            hook.remove()
+        norms = {name: float(p.grad.norm()) for name, p in module.named_parameters() if p.grad is not None}
+        total = float(torch.tensor(list(norms.values())).norm())
+        largest = tuple(sorted(norms.items(), key=lambda item: -item[1] if item[1] == item[1] else float("-inf"))[:5])
+        first = "the audio itself" if not bool(torch.isfinite(batch.wave_BT).all()) else next(iter(broken), "")
+        seconds, peak = float(batch.lengths_B.sum()) / 16_000, float(batch.wave_BT.abs().max())
+        results.append(Replayed(batch.keys, seconds, peak, float(loss.detach()), total, largest, first))
+    return results
+
+
+def _note_not_finite(name: str, broken: list[str]) -> Any:
+    def hook(module: nn.Module, arguments: object, output: object) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                broken.append(name)
+
+    return hook

@@ -1,0 +1,342 @@
+"""What encoders made of equal blocks share: packing, layer drop, checkpointing, patterns, collecting layers."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor, nn
+
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.schema import about, config, refuse
+from pretrain.interfaces.objectives import Encoder, EncoderOutput, Frames, StepContext
+from pretrain.nn.activation_checkpointing import run_checkpointed
+from pretrain.nn.attention_patterns import AttentionContext, Pattern, flex_mask
+from pretrain.nn.dropout import Dropout
+from pretrain.nn.half_rate import HalfRate, repeated
+from pretrain.nn.numerics import zero_padding
+from pretrain.nn.packing import Packing, TimeGrid
+from pretrain.nn.positions import rotary_angles
+
+
+def _choices(given: Any) -> Any:
+    """One number is the only choice. (A list becomes what strict validation wants after this.)"""
+    return (given,) if isinstance(given, int) else tuple(given) if isinstance(given, list) else given
+
+
+@config
+class StackConfig:
+    """Fields that every encoder of this kind has."""
+
+    dim: Annotated[int, about("channels", ge=1)] = 768
+    layers: Annotated[int, about("blocks", ge=1)] = 12
+    heads: Annotated[int, about("attention heads; must divide dim", ge=1)] = 12
+    ffn_dim: Annotated[int, about("inner channels of a feed-forward part", ge=1)] = 3072
+    dropout: Annotated[float, about("dropout of each residual branch and of the input", ge=0, lt=1)] = 0.1
+    attention_dropout: Annotated[float, about("dropout of attention weights", ge=0, lt=1)] = 0.1
+    activation_dropout: Annotated[float, about("dropout inside the feed-forward part", ge=0, lt=1)] = 0.0
+    layer_drop: Annotated[float, about("probability to skip a block, the same on all ranks in a step", ge=0, lt=1)] = (
+        0.05
+    )
+    stochastic_depth: Annotated[
+        float,
+        about(
+            "probability to leave out a residual branch of the last block for one utterance; less before", ge=0, lt=1
+        ),
+    ] = 0.0
+    half_rate_blocks: Annotated[
+        int, about("so many blocks in the middle run at half the frame rate (U-shape); 0: none", ge=0)
+    ] = 0
+    attention: Annotated[
+        Literal["full", "local_global", "chunked"],
+        about("who attends to whom: all; neighbours, with every n-th block full; the own chunk and those before it"),
+    ] = "full"
+    window: Annotated[int, about("local_global: frames that a local block sees, half on each side", ge=2)] = 64
+    full_every: Annotated[int, about("local_global: every so many blocks attend to all", ge=1)] = 3
+    registers: Annotated[int, about("local_global: learned frames that all attend to and that attend to all", ge=0)] = 0
+    chunk_frames: Annotated[
+        tuple[int, ...],
+        about("chunked: chunk lengths, drawn for each update in training; the first is used otherwise; 0 is no limit"),
+    ] = (0, 8, 16, 32)
+    left_chunks: Annotated[
+        tuple[int, ...],
+        BeforeValidator(_choices),
+        about("chunked: chunks before the own one that are seen, drawn likewise; -1: all"),
+    ] = (-1,)
+    attention_kernel: Annotated[
+        Literal["auto", "blocks", "flex"],
+        about(
+            "auto: FlexAttention for patterns and packed rows on a GPU without attention dropout, else blocks; flex on "
+            "a CPU is for tests, without gradients"
+        ),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            fit = [heads for heads in range(1, self.dim + 1) if self.dim % heads == 0]
+            near = sorted(sorted(fit, key=lambda heads: abs(heads - self.heads))[:2])
+            refuse("heads", self.heads, f"must divide encoder.dim={self.dim}; take {' or '.join(map(str, near))}")
+        if self.half_rate_blocks and self.half_rate_blocks > self.layers - 2:
+            refuse(
+                "half_rate_blocks",
+                self.half_rate_blocks,
+                f"must leave a block on each side of encoder.layers={self.layers}",
+            )
+        if self.attention == "chunked":
+            odd = [chunk for chunk in self.chunk_frames if chunk < 0 or (self.half_rate_blocks and chunk % 2)]
+            if odd or not self.chunk_frames:
+                told = "even numbers, as encoder.half_rate_blocks joins pairs" if self.half_rate_blocks else "0 or more"
+                refuse("chunk_frames", list(self.chunk_frames), f"must be one or more lengths, {told}")
+            if not self.left_chunks or min(self.left_chunks) < -1:
+                refuse("left_chunks", list(self.left_chunks), "must be one or more numbers of chunks, -1 for all")
+
+    def refuse_odd_heads(self) -> None:
+        """For rotary positions, which turn pairs of channels."""
+        if self.dim // self.heads % 2:
+            refuse("heads", self.heads, f"leaves {self.dim // self.heads} channels per head; rope needs an even number")
+
+
+class Level(NamedTuple):
+    """Frames at one rate, and what blocks attend with there. documents: frames of each packed utterance, or nothing."""
+
+    lengths_B: Tensor
+    places_BF: Tensor | None
+    documents: tuple[int, ...]
+    full: AttentionContext = AttentionContext()
+    local: AttentionContext = AttentionContext()
+
+
+class Draws(NamedTuple):
+    """What is left out in this pass. blocks: kept ones.  branches_LKB: factors of residual branches, or None."""
+
+    blocks: list[bool]
+    branches_LKB: Tensor | None
+
+
+class Ran(NamedTuple):
+    """x_BFD: registers and frames.  layers, ffn_layers: of the blocks that ran, without registers."""
+
+    x_BFD: Tensor
+    layers: list[Tensor]
+    ffn_layers: list[Tensor]
+
+
+class BlockStack(Encoder):
+    """Subclasses set `blocks`, each `(x_BFD, AttentionContext) -> (x_BFD, ffn_BFD)`, and implement `encode`."""
+
+    blocks: nn.ModuleList
+    branches: int
+    """Residual branches of a block, which stochastic depth may leave out."""
+    gap: int = 0
+    """Zeros that the convolutions inside blocks need between packed utterances."""
+    stream: Pattern | None = None
+    """Who attends to whom outside of training, instead of the first of the config's chunks; for attention=chunked."""
+
+    def __init__(self, config: StackConfig, rotary: bool) -> None:
+        super().__init__()
+        self.stack_config = config
+        self.dim, self.n_layers = config.dim, config.layers
+        self.head_dim = config.dim // config.heads
+        self.rotary = rotary
+        self.n_registers = config.registers if config.attention == "local_global" else 0
+        self.registers_RD = nn.Parameter(0.02 * torch.randn(self.n_registers, config.dim)) if self.n_registers else None
+        self.half_rate = HalfRate(config.dim) if config.half_rate_blocks else None
+        first = (config.layers - config.half_rate_blocks) // 2
+        self.at_half_rate = range(first, first + config.half_rate_blocks)
+
+    def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
+        """Packed, if asked for, on the way in and unpacked on the way out."""
+        if not self.packed:
+            return self.encode(frames, ctx, None)
+        B, F, _ = frames.x_BFD.shape
+        packing = Packing.of(frames.lengths_B, F, frames.places_BF)
+        places_BF = torch.arange(F, device=frames.x_BFD.device).expand(B, F)
+        places_1N = packing.pack(places_BF if frames.places_BF is None else frames.places_BF)
+        row = Frames(packing.pack(frames.x_BFD), packing.total_1, frames.rate_hz, places_BF=places_1N)
+        output = self.encode(row, ctx, packing)
+        layers, ffn_layers = (tuple(map(packing.unpack, part)) for part in (output.layers, output.ffn_layers))
+        return EncoderOutput(layers, frames.lengths_B, frames.rate_hz, ffn_layers)
+
+    @abc.abstractmethod
+    def encode(self, frames: Frames, ctx: StepContext | None, packing: Packing | None) -> EncoderOutput:
+        """All layers in the layout of `frames`: a row for each utterance, or the one row that `packing` made."""
+
+    def run_blocks(
+        self,
+        x_BFD: Tensor,
+        frames: Frames,
+        ctx: StepContext | None,
+        packing: Packing | None = None,
+        bias_HFF: Tensor | None = None,
+    ) -> EncoderOutput:
+        """All blocks on x_BFD, whose padding is that of `frames`. The last layer is not normed here."""
+        level = Level(frames.lengths_B, frames.places_BF, packing.lengths if packing else ())
+        level = self.with_contexts(level, x_BFD.shape[1], self.chunk_pattern(ctx), bias_HFF)
+        draws = Draws(self.kept_blocks(ctx), self.kept_branches(ctx, len(level.documents) or x_BFD.shape[0], x_BFD))
+        layers = [x_BFD]
+        if self.registers_RD is not None:
+            registers_RD = self.registers_RD.to(x_BFD.dtype).repeat(max(1, len(level.documents)), 1)
+            x_BFD = torch.cat([registers_RD.expand(x_BFD.shape[0], -1, -1), x_BFD], dim=1)
+        run = self.run_u_shape if self.half_rate is not None else self.run_some
+        ran = run(range(self.n_layers)[: self.stop_after], x_BFD, level, draws, ctx)
+        return EncoderOutput((*layers, *ran.layers), frames.lengths_B, frames.rate_hz, tuple(ran.ffn_layers))
+
+    def run_some(
+        self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None = None
+    ) -> Ran:
+        """The blocks of these numbers."""
+        layers, ffn_layers, L = [], [], level.full.n_leading
+        for number in numbers:
+            if draws.blocks[number]:
+                context = level.full if (number + 1) % self.stack_config.full_every == 0 else level.local
+                if draws.branches_LKB is not None:
+                    factors_KBF1 = per_frame(draws.branches_LKB[number], context)
+                    context = context._replace(residual_KBF1=factors_KBF1)
+                x_BFD, ffn_BFD = run_checkpointed(self.activation_checkpointing, self.blocks[number], x_BFD, context)
+                if self.keep_ffn:
+                    ffn_layers.append(ffn_BFD[:, L:])
+            layers.append(x_BFD[:, L:])
+        return Ran(x_BFD, layers, ffn_layers)
+
+    def run_u_shape(self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None) -> Ran:
+        """The same with the middle ones at half the rate; their layers are shown with each frame twice."""
+        assert self.half_rate is not None
+        L, middle = level.full.n_leading, self.at_half_rate
+        first = self.run_some(numbers[: middle.start], x_BFD, level, draws)
+        fine_BFD = first.x_BFD[:, L:]
+        grid = TimeGrid.spaced(level.documents, 0, x_BFD.device, multiple=2) if level.documents else None
+        half = self.half_level(level, grid, fine_BFD.shape[1], ctx)
+        joined_BFD = self.half_rate.down(zero_padding(fine_BFD, level.lengths_B), grid)
+        inner = self.run_some(
+            numbers[middle.start : middle.stop], torch.cat([first.x_BFD[:, :L], joined_BFD], dim=1), half, draws
+        )
+        layers = first.layers + [repeated(layer_BFD, fine_BFD, grid) for layer_BFD in inner.layers]
+        ffn_layers = first.ffn_layers + [repeated(layer_BFD, fine_BFD, grid) for layer_BFD in inner.ffn_layers]
+        fine_BFD = self.half_rate.up(inner.x_BFD[:, L:], fine_BFD, grid)
+        if len(layers) == middle.stop:
+            layers[-1] = fine_BFD
+        last = self.run_some(numbers[middle.stop :], torch.cat([inner.x_BFD[:, :L], fine_BFD], dim=1), level, draws)
+        return Ran(last.x_BFD, layers + last.layers, ffn_layers + last.ffn_layers)
+
+    def half_level(self, level: Level, grid: TimeGrid | None, n_frames: int, ctx: StepContext | None) -> Level:
+        """Pairs of frames; a pair stands where its first frame does."""
+        places_BF = level.places_BF
+        if grid is not None:
+            assert places_BF is not None
+            places_BF = grid.spread(places_BF[:, :, None])[:, :, 0]
+        places_BF = None if places_BF is None else places_BF[:, ::2] / 2
+        documents = tuple((n + 1) // 2 for n in level.documents)
+        lengths_B = (level.lengths_B + 1) // 2 if grid is None else level.lengths_B.new_tensor([sum(documents)])
+        half = Level(lengths_B, places_BF, documents)
+        pattern = self.chunk_pattern(ctx)
+        pattern = pattern._replace(chunk=pattern.chunk // 2)
+        return self.with_contexts(half, sum(documents) or (n_frames + 1) // 2, pattern, None)
+
+    def with_contexts(self, level: Level, n_frames: int, pattern: Pattern, bias_HFF: Tensor | None) -> Level:
+        """What full and local blocks attend with, computed once for all of them."""
+        config, device, documents = self.stack_config, level.lengths_B.device, level.documents
+        leading = self.n_registers * max(1, len(documents))
+        valid_BF = None
+        if not documents:
+            valid_BF = torch.arange(n_frames, device=device) < level.lengths_B[:, None]
+            # an exported graph is for audio without padding, which it could not test for
+            unpadded = torch.compiler.is_exporting() or bool(valid_BF.all())
+            valid_BF = None if unpadded else nn.functional.pad(valid_BF, (leading, 0), value=True)
+        places = torch.arange(n_frames, device=device) if level.places_BF is None else level.places_BF
+        full = AttentionContext(
+            valid_BF,
+            pattern,
+            rotary_angles(places, self.head_dim, skip=leading) if self.rotary else None,
+            bias_HFF,
+            self.n_registers,
+            documents,
+            TimeGrid.spaced(documents, self.gap, device) if documents and self.gap else None,
+        )
+        local = full._replace(pattern=Pattern(config.window // 2)) if config.attention == "local_global" else full
+        if self.uses_flex(device):
+            masks = [flex_mask(context, len(level.lengths_B), leading + n_frames, device) for context in (full, local)]
+            full, local = full._replace(flex=masks[0]), local._replace(flex=masks[1])
+        return level._replace(full=full, local=local)
+
+    def uses_flex(self, device: torch.device) -> bool:
+        """Whether FlexAttention computes the pattern; it has no dropout."""
+        config = self.stack_config
+        dropout = config.attention_dropout > 0 and self.training
+        return config.attention_kernel == "flex" or (
+            config.attention_kernel == "auto" and device.type == "cuda" and not dropout
+        )
+
+    def chunk_pattern(self, ctx: StepContext | None) -> Pattern:
+        """Chunks of this update, keyed by (seed, step); no limit unless attention is chunked."""
+        config = self.stack_config
+        if config.attention != "chunked":
+            return Pattern()
+        if not self.training and self.stream is not None:
+            return self.stream
+        chunk, left = config.chunk_frames[0], config.left_chunks[0]
+        if self.training and ctx is not None:
+            rng = keyed_rng(ctx.seed, ctx.step, "chunk")
+            chunk, left = int(rng.choice(config.chunk_frames)), int(rng.choice(config.left_chunks))
+        return Pattern(chunk=chunk, left_chunks=left) if chunk else Pattern()
+
+    def kept_blocks(self, ctx: StepContext | None) -> list[bool]:
+        """Layer drop of this step, keyed by (seed, step), so that all ranks and micro-batches agree."""
+        rate = self.stack_config.layer_drop
+        if not self.training or ctx is None or rate == 0:
+            return [True] * self.n_layers
+        kept: list[bool] = (keyed_rng(ctx.seed, ctx.step, "layer_drop").random(self.n_layers) >= rate).tolist()
+        return kept
+
+    def kept_branches(self, ctx: StepContext | None, utterances: int, like: Tensor) -> Tensor | None:
+        """Stochastic depth (Huang et al. 2016, §3): 0 or 1 / (1 − p) for each residual branch of each utterance.
+
+        p grows linearly from block to block. Drawn from torch's generator, which engines seed by (seed, step,
+        micro-batch), as dropout is; once per pass and outside of what checkpointing runs again.
+        """
+        rate = self.stack_config.stochastic_depth
+        if not self.training or ctx is None or rate == 0:
+            return None
+        rates_L11 = rate * torch.arange(1, self.n_layers + 1, device=like.device)[:, None, None] / self.n_layers
+        kept_LKB = torch.rand(self.n_layers, self.branches, utterances, device=like.device) >= rates_L11
+        return (kept_LKB / (1 - rates_L11)).to(like.dtype)
+
+    def norm_last(self, output: EncoderOutput, norm: nn.Module) -> EncoderOutput:
+        """The output with its last layer normed (pre-norm encoders), unless the stack stopped early."""
+        if self.stop_after is not None:
+            return output
+        return output._replace(layers=(*output.layers[:-1], norm(output.layers[-1])))
+
+
+class Residual(nn.Module):
+    """Dropout and stochastic depth at the end of a residual branch."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+
+    def forward(self, y_BFD: Tensor, context: AttentionContext, branch: int) -> Tensor:
+        y_BFD = self.dropout(y_BFD)
+        return y_BFD if context.residual_KBF1 is None else y_BFD * context.residual_KBF1[branch]
+
+
+def per_frame(factors_KB: Tensor, context: AttentionContext) -> Tensor:
+    """A factor for each utterance as one that multiplies its frames and registers, (branches, B, 1 or F, 1)."""
+    if not context.documents:
+        return factors_KB[:, :, None, None]
+    lengths = torch.tensor(context.documents, device=factors_KB.device)
+    leading_KF = factors_KB.repeat_interleave(context.n_registers, dim=1)
+    return torch.cat([leading_KF, factors_KB.repeat_interleave(lengths, dim=1)], dim=1)[:, None, :, None]
+
+
+def over_time(x_BFD: Tensor, context: AttentionContext, convolve: Callable[[Tensor], Tensor]) -> Tensor:
+    """A convolution over the frames' time, zeros before, behind and between utterances; registers become 0."""
+    L, valid_BF, grid = context.n_leading, context.valid_BF, context.grid
+    if valid_BF is not None:
+        x_BFD = x_BFD.masked_fill(~valid_BF[:, :, None], 0.0)
+    frames_BFD = x_BFD[:, L:]
+    if grid is None:
+        return nn.functional.pad(convolve(frames_BFD), (0, 0, L, 0))
+    return nn.functional.pad(grid.collect(convolve(grid.spread(frames_BFD)), frames_BFD), (0, 0, L, 0))

@@ -1,0 +1,96 @@
+"""What a recipe amounts to: parameters, audio per update, operations per second of audio, beside published figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_pipeline.core.types import SAMPLE_RATE
+from pretrain.config import Config
+from pretrain.interfaces.objectives import SpeechModel
+from pretrain.train_module import build_model
+
+CROP_SECONDS = 15.0
+OURS = "unpublished: this project's own"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a source says of a recipe. millions: parameters; minutes: of audio per update; gflop: per audio second.
+
+    None where it says nothing: the papers and releases of data2vec, data2vec 2.0 and DinoSR count no parameters of
+    their speech models, nor does SpeechBrain's BEST-RQ; the paper's own has 24 large blocks.
+    """
+
+    millions: float | None
+    minutes: float | None
+    gflop: float | None
+    source: str
+
+
+# operations: those that the project's design worked out for crops of 15 s; the papers give none
+PUBLISHED = {
+    "wav2vec2_base": Published(95.0, 93.6, 15.3, "arXiv 2006.11477; fairseq wav2vec2_base_librispeech.yaml"),
+    "wav2vec2_large": Published(317.4, 162.0, 39.6, "arXiv 2006.11477, §4.2"),
+    "hubert_base": Published(94.7, 46.7, 15.3, "arXiv 2106.07447; fairseq hubert_base_librispeech.yaml"),
+    "wavlm_base": Published(94.7, 46.7, 15.3, "arXiv 2110.13900"),
+    "data2vec_base": Published(None, 63.0, 15.3, "arXiv 2202.03555; fairseq data2vec base_librispeech.yaml"),
+    "data2vec2_base": Published(None, 8.3, 15.3, "arXiv 2212.07525; fairseq data2vec v2"),
+    "dinosr_base": Published(None, 63.0, 15.3, "arXiv 2305.10005"),
+    "best_rq_base": Published(None, 120.0, None, "arXiv 2202.01855; SpeechBrain's LibriSpeech recipe"),
+    "efficient_base": Published(None, None, 4.8, f"{OURS} combination (recipes of Fast-HuBERT and BEST-RQ)"),
+    "time_contrastive_base": Published(None, None, 15.3, f"{OURS}; beside wav2vec 2.0 BASE"),
+}
+"""By recipe; those with other names are this project's own small ones."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the table. parameters: all that are trained; model_parameters: front end and encoder alone."""
+
+    name: str
+    parameters: int
+    model_parameters: int
+    frames_hz: float
+    minutes_per_update: float
+    updates: int
+    gflop_per_audio_second: float
+    published: Published
+
+
+def summarize(config: Config) -> Recipe:
+    """Builds the model of `config` (random weights) and counts."""
+    module = build_model(config)
+    return Recipe(
+        name=config.name,
+        parameters=sum(weight.numel() for weight in module.parameters() if weight.requires_grad),
+        model_parameters=sum(weight.numel() for weight in module.model.parameters()),
+        frames_hz=module.model.frontend.rate_hz,
+        minutes_per_update=config.data.batch_seconds / 60,
+        updates=config.train.steps,
+        gflop_per_audio_second=forward_gflop(module.model, CROP_SECONDS),
+        published=PUBLISHED.get(config.name, Published(None, None, None, OURS)),
+    )
+
+
+def forward_gflop(model: SpeechModel, seconds: float) -> float:
+    """Operations (10⁹) of one forward pass per second of audio, for crops of `seconds`; training takes about thrice.
+
+    Counted at one and two seconds: attention grows with the square of the length, all else with the length.
+    """
+    one, two = _flops(model.eval(), 1.0), _flops(model, 2.0)
+    square = (two - 2 * one) / 2
+    return (one - square + square * seconds) / 1e9
+
+
+@torch.no_grad()
+def _flops(model: SpeechModel, seconds: float) -> float:
+    # a window is 400 samples and a hop 160: with 240 more than whole seconds, frames are whole multiples, too
+    samples = int(seconds * SAMPLE_RATE) + 240
+    # the counter does not know the CPU's fused attention
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, samples), torch.tensor([samples]))
+    return float(counter.get_total_flops())

@@ -1,0 +1,84 @@
+"""k-means on one machine or over all ranks of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.nn.numerics import full_precision
+from pretrain.self_supervision.quantizers import nearest_codes
+
+
+@torch.no_grad()
+def kmeans(x_ND: Tensor, n_codes: int, seed: int, iterations: int = 50) -> Tensor:
+    """Centres of k-means (k-means++ seeding, then Lloyd's iterations in fp32), (n_codes, D).
+
+    A centre that loses all its points moves to the point that is farthest from its own centre. With fewer points than
+    centres, the points are used more than once.
+    """
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    x_ND = x_ND.float()
+    if len(x_ND) <= n_codes:
+        return x_ND[torch.arange(n_codes, device=x_ND.device) % len(x_ND)].clone()
+    with full_precision(x_ND.device):
+        centres_KD = _seed_centres(x_ND, n_codes, generator)
+        for _ in range(iterations):
+            index_N = nearest_codes(x_ND, centres_KD)
+            sizes_K = torch.bincount(index_N, minlength=n_codes)
+            moved_KD = torch.zeros_like(centres_KD).index_add_(0, index_N, x_ND) / sizes_K.clamp(min=1)[:, None]
+            empty = (sizes_K == 0).nonzero()[:, 0]
+            if len(empty):
+                far = (x_ND - centres_KD[index_N]).square().sum(1).topk(len(empty)).indices
+                moved_KD[empty] = x_ND[far]
+            elif torch.equal(moved_KD, centres_KD):
+                break
+            centres_KD = moved_KD
+    return centres_KD
+
+
+def _seed_centres(x_ND: Tensor, n_codes: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii 2007): each next centre in proportion to squared distance."""
+    first = int(torch.randint(len(x_ND), (1,), generator=generator))
+    chosen = [x_ND[first]]
+    distance_N = (x_ND - chosen[0]).square().sum(1)
+    draws = torch.rand(n_codes - 1, generator=generator, dtype=torch.float64).tolist()
+    for draw in draws:
+        cumulative_N = distance_N.double().cumsum(0)
+        at = int(torch.searchsorted(cumulative_N, cumulative_N[-1] * draw).clamp(max=len(x_ND) - 1))
+        chosen.append(x_ND[at])
+        distance_N = torch.minimum(distance_N, (x_ND - x_ND[at]).square().sum(1))
+    return torch.stack(chosen)
+
+
+@torch.no_grad()
+def gather_rows(parts: Mapping[int, Tensor]) -> Tensor:
+    """The (N, D) rows of all ranks in the order of their micro-batch numbers, so that it is the same on any ranks."""
+    rows_ND = torch.cat(list(parts.values()))
+    numbers_N = torch.cat([torch.full((len(part),), number) for number, part in parts.items()]).to(rows_ND.device)
+    rows_ND, numbers_N = _from_all_ranks(rows_ND), _from_all_ranks(numbers_N[:, None])[:, 0]
+    return rows_ND[numbers_N.argsort(stable=True)]
+
+
+def _from_all_ranks(x_ND: Tensor) -> Tensor:
+    """Rank by rank; just `x_ND` outside a process group."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return x_ND
+    sizes = [torch.zeros(1, dtype=torch.int64, device=x_ND.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(x_ND)], device=x_ND.device))
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, x_ND.shape[1], device=x_ND.device, dtype=x_ND.dtype)
+    padded[: len(x_ND)] = x_ND
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
+@torch.no_grad()
+def from_first_rank(x: Tensor) -> Tensor:
+    """Rank 0's tensor on all ranks."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(x, 0)
+    return x

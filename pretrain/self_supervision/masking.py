@@ -1,0 +1,148 @@
+"""Span masks and negatives, drawn on the host and keyed by the segment, so that they depend on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.objectives import Frontend, StepContext
+
+
+@dataclass(frozen=True, slots=True)
+class FrameMask:
+    """Which frames of a micro-batch are masked.
+
+    mask_BF: bool.  flat_N: the masked frames as indices into B·F, row by row.
+    row_BM: the masked frames of each row as indices into N, padded with 0 to the longest row (M ≥ 1).
+    valid_BM: True where row_BM holds a masked frame.
+    """
+
+    mask_BF: Tensor
+    flat_N: Tensor
+    row_BM: Tensor
+    valid_BM: Tensor
+
+    @property
+    def counts_B(self) -> Tensor:
+        """Masked frames of each row."""
+        return self.valid_BM.sum(1)
+
+    @property
+    def count(self) -> Tensor:
+        """Masked frames in all, a float64 scalar on the host."""
+        return torch.tensor(float(len(self.flat_N)), dtype=torch.float64)
+
+
+def span_mask(length: int, prob: float, span: int, rng: np.random.Generator, min_spans: int = 2) -> np.ndarray:
+    """Masked frames of one utterance, bool (length,).
+
+    int(prob · length / span + U[0, 1)) spans, at least `min_spans`; starts without replacement, overlap allowed
+    (fairseq `compute_mask_indices`, "static"). fairseq then trims all rows of a batch to the shortest count; we do
+    not, because a row's mask must not depend on its neighbours.
+    """
+    mask = np.zeros(length, dtype=bool)
+    span = min(span, max(length - 1, 0))
+    if span == 0:
+        return mask
+    starts = length - span + 1
+    n_spans = min(max(int(prob * length / span + rng.random()), min_spans), starts)
+    first = rng.choice(starts, n_spans, replace=False)
+    mask[(first[:, None] + np.arange(span)).ravel()] = True
+    return mask
+
+
+def block_mask(length: int, share: float, block: int, rng: np.random.Generator) -> np.ndarray:
+    """Masked frames of one utterance, bool (length,): int(share · length / block + U[0, 1)) blocks, at least one.
+
+    Blocks lie on a grid of `block` frames and so never overlap (SpeechBrain's BEST-RQ `compute_mask`).
+    """
+    mask = np.zeros(length, dtype=bool)
+    block = min(block, max(length, 1))
+    grid = length // block
+    n_blocks = min(max(int(share * length / block + rng.random()), 1), grid)
+    first = rng.permutation(grid)[:n_blocks] * block
+    mask[(first[:, None] + np.arange(block)).ravel()] = True
+    return mask
+
+
+def adjusted_block_mask(
+    length: int, prob: float, adjust: float, block: int, rng: np.random.Generator, inverse: bool = False
+) -> np.ndarray:
+    """Masked frames of one utterance, bool (length,), in blocks that may overlap (fairseq `compute_block_mask_1d`).
+
+    int(length · (prob + adjust) / block) blocks around centres drawn with replacement, cut at the ends; then single
+    frames change sides until int(prob · length) are masked, at least one, and at least one is kept. `inverse`: the
+    same for what is kept, with 1 − prob.
+    """
+    share = 1 - prob if inverse else prob
+    covered = np.zeros(length, dtype=bool)
+    if length == 0:
+        return covered
+    centres = rng.integers(0, length, max(1, int(length * (share + adjust) / block)))
+    covered[np.clip(centres[:, None] + np.arange(block) - block // 2, 0, length - 1).ravel()] = True
+    wanted = min(max(int(length * share), 1), max(length - 1, 1))
+    surplus = int(covered.sum()) - wanted
+    side = np.flatnonzero(covered if surplus > 0 else ~covered)
+    covered[rng.choice(side, abs(surplus), replace=False)] = surplus < 0
+    return ~covered if inverse else covered
+
+
+def pack_masks(masks: Sequence[np.ndarray], width: int, device: torch.device) -> FrameMask:
+    """Masks of single utterances (each its own length) as one FrameMask of `width` frames on `device`."""
+    mask_BF = np.zeros((len(masks), width), dtype=bool)
+    for row, mask in enumerate(masks):
+        mask_BF[row, : len(mask)] = mask
+    counts = mask_BF.sum(1)
+    valid_BM = np.arange(max(1, counts.max())) < counts[:, None]
+    row_BM = np.zeros(valid_BM.shape, dtype=np.int64)
+    row_BM[valid_BM] = np.arange(counts.sum())
+    arrays = (mask_BF, np.flatnonzero(mask_BF), row_BM, valid_BM)
+    return FrameMask(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+
+
+def draw_frame_mask(
+    frontend: Frontend,
+    batch: Batch,
+    ctx: StepContext,
+    draw: Callable[[int, np.random.Generator], np.ndarray],
+    purpose: str = "mask",
+) -> FrameMask:
+    """Masks over the encoder frames of `batch`; `draw(length, rng)` makes one, keyed by (seed, step, key, purpose)."""
+    lengths = frontend.frame_lengths(batch.lengths_B.cpu()).tolist()
+    masks = [
+        draw(length, keyed_rng(ctx.seed, ctx.step, key, purpose))
+        for length, key in zip(lengths, batch.keys, strict=True)
+    ]
+    return pack_masks(masks, frame_width(frontend, batch), batch.wave_BT.device)
+
+
+def frame_width(frontend: Frontend, batch: Batch) -> int:
+    """Encoder frames of the padded batch."""
+    return int(frontend.frame_lengths(torch.tensor([batch.wave_BT.shape[1]])))
+
+
+def draw_negatives(mask: FrameMask, keys: Sequence[str], ctx: StepContext, n_negatives: int) -> Tensor:
+    """For each masked frame, `n_negatives` other masked frames of its utterance, (B, M, K) as positions within M.
+
+    Drawn with replacement and never the frame itself (fairseq `sample_negatives`); rows with one masked frame or
+    none get 0, which is then the positive itself and so takes no part in the loss.
+    """
+    counts = mask.counts_B.tolist()
+    drawn = np.zeros((len(keys), mask.row_BM.shape[1], n_negatives), dtype=np.int64)
+    for row, (count, key) in enumerate(zip(counts, keys, strict=True)):
+        if count < 2:
+            continue
+        others = keyed_rng(ctx.seed, ctx.step, key, "negatives").integers(0, count - 1, (count, n_negatives))
+        drawn[row, :count] = others + (others >= np.arange(count)[:, None])
+    return torch.from_numpy(drawn).to(mask.mask_BF.device, non_blocking=True)
+
+
+def draw_span_mask(frontend: Frontend, batch: Batch, ctx: StepContext, prob: float, span: int) -> FrameMask:
+    """`draw_frame_mask` with the spans of `span_mask`."""
+    return draw_frame_mask(frontend, batch, ctx, lambda length, rng: span_mask(length, prob, span, rng))

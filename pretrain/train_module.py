@@ -1,0 +1,136 @@
+"""TrainModule: model + objective + heads, as one module that an engine can step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.core.rng import keyed_seed
+from data_pipeline.core.types import Batch
+from pretrain import registry
+from pretrain.config import Config
+from pretrain.interfaces.objectives import (
+    Encoder,
+    EncoderOutput,
+    Frontend,
+    Head,
+    LossOutput,
+    Objective,
+    Plan,
+    SpeechModel,
+    StepContext,
+    Sum,
+)
+from pretrain.nn.numerics import masked_deviation
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """plan: the objective's.  counts_K: number of targets of each task in this micro-batch, float64, on the host."""
+
+    plan: Plan
+    counts_K: Tensor
+
+
+class TrainModule(nn.Module):
+    """Computes this micro-batch's share of the loss of the whole global step.
+
+    autocast: dtype of the forward pass's matrix products, or None for fp32. Weights are fp32 in both cases.
+    """
+
+    def __init__(
+        self,
+        model: SpeechModel,
+        objective: Objective,
+        heads: Mapping[str, Head] | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.heads = nn.ModuleDict(heads or {})
+        self.autocast = autocast
+        self.tasks: tuple[str, ...] = ("objective", *self.heads)
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch, ctx: StepContext) -> TrainPlan:
+        """Draws masks and counts targets; runs no layer."""
+        plan = self.objective.prepare(self.model, batch, ctx)
+        counts = [plan.count, *(head.count(batch) for head in self._heads().values())]
+        return TrainPlan(plan, torch.stack([count.detach().cpu().double() for count in counts]))
+
+    def forward(
+        self, batch: Batch, plan: TrainPlan, global_counts_K: Tensor, ctx: StepContext
+    ) -> tuple[Tensor, dict[str, Sum]]:
+        """Σ over tasks of weight · total / global count (0 for a task without targets), and metrics as sums.
+
+        Added up over micro-batches and ranks, this is the loss of the whole step; no further division is due.
+        """
+        with self._precision(batch.wave_BT.device):
+            objective: LossOutput
+            objective, encoded = self.objective(self.model, batch, plan.plan, ctx)
+            outputs = {"objective": (1.0, objective)}
+            for name, head in self._heads().items():
+                outputs[name] = (head.weight, head(encoded, batch))
+        loss = torch.zeros((), device=batch.wave_BT.device)
+        metrics: dict[str, Sum] = {}
+        for global_count, (name, (weight, output)) in zip(global_counts_K.tolist(), outputs.items(), strict=True):
+            # a task without targets still takes part, with weight 0: every rank then has a gradient for every weight
+            loss = loss + output.total.float() * (weight / global_count if global_count else 0.0)
+            metrics[f"loss/{name}"] = (output.total.detach(), output.count.detach())
+            metrics |= {key: (total.detach(), count.detach()) for key, (total, count) in output.metrics.items()}
+        one = torch.ones((), device=loss.device)
+        watched = self.model.frontend.watched() | stage_deviations(encoded)
+        metrics |= {name: (value.detach().float(), one) for name, value in watched.items()}
+        return loss, metrics
+
+    def forget(self) -> None:
+        """To be called before the first forward pass of each attempt at an update."""
+        self.objective.forget()
+
+    def after_step(self, ctx: StepContext) -> None:
+        """To be called once after each optimizer step."""
+        self.objective.after_step(self.model, ctx)
+
+    def _heads(self) -> dict[str, Head]:
+        return {name: head for name, head in self.heads.items() if isinstance(head, Head)}
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
+
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""engine.precision -> the type of the forward pass's products."""
+
+
+def stage_deviations(encoded: EncoderOutput) -> dict[str, Tensor]:
+    """How much frames differ from each other at the encoder's input, middle and output: near 0 is a collapse."""
+    layers, valid_BF = encoded.layers, encoded.final.valid_BF()
+    stages = {"input": layers[0], "middle": layers[len(layers) // 2], "output": layers[-1]}
+    return {f"health/std_{stage}": masked_deviation(x_BFD, valid_BF) for stage, x_BFD in stages.items()}
+
+
+def build_speech_model(config: Config) -> SpeechModel:
+    """Front end and encoder alone, with weights from torch's generator."""
+    encoder: Encoder = registry.build("encoders", config.encoder)
+    encoder.activation_checkpointing = config.engine.activation_checkpointing
+    frontend: Frontend = registry.build("frontends", config.frontend, encoder.dim)
+    encoder.packed = frontend.packed = config.engine.packed
+    return SpeechModel(frontend, encoder)
+
+
+def build_model(config: Config) -> TrainModule:
+    """The module that `config` describes; its first weights depend on `config.seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed_seed(config.seed, "weights"))
+        model = build_speech_model(config)
+        objective: Objective = registry.build("objectives", config.objective, model.shape)
+        objective.attach(model)
+        heads = {name: registry.build("heads", head, model.shape) for name, head in config.heads.items()}
+    return TrainModule(model, objective, heads, AUTOCAST[config.engine.precision])
