@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.shards.writer import INDEX_SCHEMA, DoneRecord
+from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord
 
 PER_SHARD = 5_500
 DISTINCT = 64

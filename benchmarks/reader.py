@@ -38,7 +38,8 @@ from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, Cursor, Segment
 from data_pipeline.loader.reader import PlanReader, open_reader
 from data_pipeline.sampling.config import ReaderConfig
-from data_pipeline.shards.writer import DoneRecord, ShardWriter, commit
+from data_pipeline.shards.records import DoneRecord
+from data_pipeline.shards.writer import ShardWriter, commit
 
 BATCH_SECONDS = 100.0
 MICRO_BATCHES = 8

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_pipeline.core.schema import load
 from data_pipeline.core.types import Batch
 from pretrain.config import Config
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.objectives.wav2vec2 import ContrastivePlan
 from pretrain.self_supervision.masked_prediction import MaskedUnits
 from pretrain.train_module import TrainModule, build_model

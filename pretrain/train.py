@@ -13,11 +13,12 @@ from pretrain.checkpointing.checkpoint import TrainState
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines.base import Engine
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.lr_schedule import learning_rate
 from pretrain.monitoring.health_monitor import UnhealthyError, Watch
 from pretrain.monitoring.heartbeat import Heartbeat
-from pretrain.monitoring.metrics_writer import Telemetry, histograms, step_scalars
+from pretrain.monitoring.metrics_writer import Telemetry
+from pretrain.monitoring.step_metrics import histograms, step_scalars
 
 
 class Ending(enum.Enum):

@@ -13,18 +13,9 @@ from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.types import Batch
 from pretrain import registry
 from pretrain.config import Config
-from pretrain.interfaces.objectives import (
-    Encoder,
-    EncoderOutput,
-    Frontend,
-    Head,
-    LossOutput,
-    Objective,
-    Plan,
-    SpeechModel,
-    StepContext,
-    Sum,
-)
+from pretrain.interfaces.frames import EncoderOutput, StepContext
+from pretrain.interfaces.models import Encoder, Frontend, SpeechModel
+from pretrain.interfaces.objectives import Head, LossOutput, Objective, Plan, Sum
 from pretrain.nn.numerics import masked_deviation
 
 

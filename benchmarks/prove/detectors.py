@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from data_pipeline.core.types import SAMPLE_RATE, Batch, Cursor, Step  # noqa: E402
@@ -42,9 +43,8 @@ from pretrain.engines.base import (  # noqa: E402
 )
 from pretrain.engines.distributed import World  # noqa: E402
 from pretrain.evaluate.manifest import read_audio, read_manifest  # noqa: E402
-from pretrain.interfaces.objectives import StepContext  # noqa: E402
+from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.monitoring.health_monitor import UnhealthyError, Watch  # noqa: E402
-from pretrain.monitoring.metrics_writer import read_rows  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
 from tests import plants  # noqa: E402
 

@@ -27,12 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.evaluator import Row, evaluate, plain  # noqa: E402
 from pretrain.evaluate.frozen_encoders import open_encoder  # noqa: E402
 from pretrain.evaluate.report import markdown  # noqa: E402
-from pretrain.monitoring.metrics_writer import read_rows  # noqa: E402
 
 MEASURE = "non-silence frames"
 OVER_RANDOM, OVER_LOG_MEL = 0.05, 0.03

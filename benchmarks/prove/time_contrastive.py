@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from data_pipeline.audio.augmentation import change_speed  # noqa: E402
+from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from data_pipeline.core.types import Batch  # noqa: E402
 from launch.cli.compose import compose  # noqa: E402
@@ -42,8 +43,7 @@ from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_wit
 from pretrain.evaluate.manifest import Interval, Utterance, read_manifest  # noqa: E402
 from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.probe import fit_probe  # noqa: E402
-from pretrain.interfaces.objectives import StepContext  # noqa: E402
-from pretrain.monitoring.metrics_writer import read_rows  # noqa: E402
+from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
 
 PLAIN, TIMED = "wav2vec2", "time_contrastive"

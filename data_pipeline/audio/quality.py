@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from data_pipeline.audio.codecs import Wave
-from data_pipeline.preprocess.config import FilterConfig
+from data_pipeline.core.schema import about, config
 
 FLOOR_DB = -120.0
+
+
+@config
+class FilterConfig:
+    """Segments that are left out, each with a reason in the report."""
+
+    min_level_dbfs: Annotated[
+        float | None, about("quieter segments (root mean square, dB of full scale) are `silence`; null keeps them")
+    ] = -70.0
+    max_clipped: Annotated[
+        float | None, about("share of samples at full scale beyond which a segment is `clipped`; null keeps them", ge=0)
+    ] = None
+    min_snr_db: Annotated[
+        float | None, about("segments below this estimated signal-to-noise ratio are `low_snr`; null keeps them")
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,28 @@ import functools
 import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
 
 from data_pipeline.audio.codecs import Wave
-from data_pipeline.core.schema import ConfigError
-from data_pipeline.preprocess.config import VadConfig
+from data_pipeline.core.schema import ConfigError, about, config
 
 WINDOW: Final = 512
 CONTEXT: Final = 64
 RATE: Final = 16_000
 HYSTERESIS: Final = 0.15
 """Speech ends below the threshold minus this."""
+
+
+@config
+class VadConfig:
+    """Voice activity detection (Silero): keeps stretches of speech, drops what lies between."""
+
+    enabled: Annotated[bool, about("cut recordings into stretches of speech; needs the extra vad")] = False
+    threshold: Annotated[float, about("speech probability from which on a stretch begins", gt=0.15, lt=1)] = 0.5
+    min_silence_seconds: Annotated[float, about("a pause so long ends a stretch", gt=0)] = 0.5
+    pad_seconds: Annotated[float, about("kept before and after a stretch", ge=0)] = 0.1
 
 
 def require() -> None:

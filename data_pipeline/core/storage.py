@@ -12,6 +12,8 @@ from pathlib import Path
 import fsspec
 import psutil
 
+from data_pipeline.core.atomic_files import sync, write_synced
+
 
 def is_url(path: str) -> bool:
     """True for `s3://…` and the like; `file://` and plain paths are local."""
@@ -142,24 +144,7 @@ class FileStore:
         return True
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Writes a local file and waits until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _is_dead(name: str) -> bool:
     _, mark, rest = name.rpartition(f"{os.uname().nodename}+")
     pid = rest.partition("+")[0]
     return bool(mark) and pid.isdigit() and not psutil.pid_exists(int(pid))
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the list of a folder's files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,7 @@ from typing import Any
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, Span
-from data_pipeline.preprocess.config import (
+from data_pipeline.corpora.config import (
     CommonVoiceCorpus,
     GigaSpeechCorpus,
     LibriSpeechCorpus,

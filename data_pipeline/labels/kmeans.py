@@ -23,32 +23,28 @@ import soundfile
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from data_pipeline.audio.codecs import Wave
 from data_pipeline.core.integrity import write_checksums
+from data_pipeline.core.ray_tasks import RayConfig, cluster, run_tasks
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.labels.features import Extractor, Matrix, mfcc
 from data_pipeline.labels.store import LabelSet, file_name, write_labels
-from data_pipeline.preprocess.config import RayConfig
-from data_pipeline.preprocess.job import cluster, run_tasks
-from data_pipeline.shards.writer import DoneRecord, done_records, read_index
+from data_pipeline.shards.records import DoneRecord, done_records, read_index
 
-Matrix = npt.NDArray[np.float32]
 KMEANS = "kmeans.safetensors"
+
+
 RESTARTS = 5
+
+
 SEEDS = 20_000
 """Frames among which k-means++ draws the first centres."""
+
+
 ROWS = 8_192
 """Frames compared with the centres at a time."""
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """compute: (T,) waveform at 16 kHz to (F, D) features at rate_hz."""
-
-    compute: Callable[[Wave], Matrix]
-    rate_hz: int
 
 
 @config
@@ -88,26 +84,6 @@ class TargetsSummary:
             ("inertia", " → ".join(f"{value:.4g}" for value in self.inertia[:: max(1, len(self.inertia) - 1)]) or "–"),
             ("artefact", self.artefact),
         ]
-
-
-def mfcc() -> Extractor:
-    """HuBERT's first features (Hsu et al. 2021): 13 MFCC, their differences and second differences, at 100 Hz."""
-    import torch
-    from torchaudio.compliance import kaldi
-    from torchaudio.functional import compute_deltas
-
-    torch.set_num_threads(1)
-
-    @torch.inference_mode()
-    def compute(wave: Wave) -> Matrix:
-        if len(wave) < 400:
-            return np.zeros((0, 39), np.float32)
-        found = kaldi.mfcc(torch.from_numpy(wave)[None] * 32768.0, sample_frequency=SAMPLE_RATE, use_energy=False).T
-        first = compute_deltas(found)
-        made: Matrix = torch.cat([found, first, compute_deltas(first)]).T.contiguous().numpy()
-        return made
-
-    return Extractor(compute, 100)
 
 
 def make_targets(config: TargetsConfig, extractor: Callable[[], Extractor] = mfcc, weights: str = "") -> TargetsSummary:

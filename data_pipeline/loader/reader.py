@@ -27,13 +27,15 @@ from torch.utils.data import DataLoader, Sampler
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Cursor, Step
 from data_pipeline.labels.store import LabelSet
-from data_pipeline.loader.workers import Loaded, PlannedBatches, Request, Slabs, become_worker
+from data_pipeline.loader.open_shards import open_files
+from data_pipeline.loader.shared_buffers import Slabs
+from data_pipeline.loader.workers import Loaded, PlannedBatches, Request, become_worker
 from data_pipeline.sampling.catalog import load_catalogue
 from data_pipeline.sampling.config import ReaderConfig
 from data_pipeline.sampling.plan import Plan, accumulation, audio_per_step_check, make_plan
-from data_pipeline.shards import writer
+from data_pipeline.sampling.prefetch_order import PlanSchedule
 from data_pipeline.shards.local import ShardError, ShardFiles
-from data_pipeline.shards.remote import open_files
+from data_pipeline.shards.records import done_records
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +48,12 @@ class PlanReader:
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} is not one of {world} ranks")
         self.config, self.rank, self.world = config, rank, world
-        records = writer.done_records(config.shards)
+        records = done_records(config.shards)
         self._files = open_files(config, records)
         self._report(self._files.check())
         self.plan = make_plan(load_catalogue(self._files, config.cache), config, seed)
         self.plan_hash = _with_targets(self.plan.hash, config)
-        self._files.know(self.plan)
+        self._files.follow(PlanSchedule(self.plan))
         audio_per_step_check(self.plan, world, self.slots)
         self._cursor = Cursor(self.plan_hash, 0, 0)
         self._running: _Running | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import signal
 import sys
@@ -22,32 +21,12 @@ from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.types import Batch
 from data_pipeline.labels.store import pad
 from data_pipeline.loader.fetch import Fetched, Fetcher, Row
+from data_pipeline.loader.shared_buffers import Slabs
 from data_pipeline.sampling.config import ReaderConfig
 from data_pipeline.sampling.plan import Plan
 from data_pipeline.shards.local import ShardError, ShardFiles
 
 Request = tuple[int, int, int]
-
-
-class Slabs:
-    """Memory shared with workers, one slab per micro-batch in flight, used again and again.
-
-    Fresh shared memory for each batch, as DataLoader takes it, costs a third of the decoding time in page faults.
-    Mapped anonymously before the fork, so that it needs no file descriptors and no room in /dev/shm.
-    """
-
-    def __init__(self, workers: int, ahead: int, floats: int) -> None:
-        # A worker gets request n when the parent has received its result n - ahead and copied the ones before.
-        self.turns = ahead + 2
-        self._slabs = [
-            [np.frombuffer(mmap.mmap(-1, 4 * floats), np.float32) for _ in range(self.turns)] for _ in range(workers)
-        ]
-
-    def get(self, place: tuple[int, int], shape: tuple[int, int]) -> Wave | None:
-        """Slab `turn` of `worker`, as an array of that shape; None if it is too small."""
-        worker, turn = place
-        slab, size = self._slabs[worker][turn % self.turns], shape[0] * shape[1]
-        return slab[:size].reshape(shape) if size <= len(slab) else None
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.preprocess.config import DedupConfig
+from data_pipeline.core.schema import about, config
 
 Array = npt.NDArray[Any]
 Table = tuple[npt.NDArray[np.uint32], list[Any]]
@@ -25,6 +25,18 @@ NEIGHBOURS: Final = 8
 PRINT: Final = np.dtype([("key", "<u8"), ("owner", "<u4"), ("frame", "<u4")])
 VOTE: Final = np.dtype([("key", "<u8"), ("shift", "<i4"), ("count", "<u4")])
 HASH: Final = np.dtype([("key", "S64"), ("owner", "<u4")])
+
+
+@config
+class DedupConfig:
+    """Recordings that are there twice; finding them reads the whole corpus once more, before shards are written."""
+
+    exact: Annotated[bool, about("leave out recordings whose decoded audio is the same, sample by sample")] = False
+    near: Annotated[bool, about("leave out recordings of the same sound at another gain, codec or offset")] = False
+    min_matches: Annotated[int, about("fingerprints that two recordings must share at one offset", ge=2)] = 4
+    min_share: Annotated[
+        float, about("and which share of the shorter recording's fingerprints that must be", gt=0, le=1)
+    ] = 0.01
 
 
 class Spread:

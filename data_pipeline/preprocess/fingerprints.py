@@ -22,8 +22,7 @@ import soxr
 from data_pipeline.audio import codecs
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
-from data_pipeline.preprocess.config import DedupConfig
-from data_pipeline.preprocess.duplicate_search import Table, equal_hashes, shared_prints
+from data_pipeline.preprocess.duplicate_search import DedupConfig, Table, equal_hashes, shared_prints
 from data_pipeline.preprocess.work_plan import Dropped
 
 Keys = npt.NDArray[np.uint64]

@@ -20,8 +20,8 @@ from data_pipeline.audio.codecs import encode, to_int16
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.corpora.discovery import Reject
-from data_pipeline.shards.writer import INDEX_SCHEMA, DoneRecord, read_index
+from data_pipeline.corpora.records import Reject
+from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, read_index
 
 COLUMNS = ["n_samples", "snr_db", "level_dbfs", "speaker", "corpus"]
 GALLERY = 8

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from collections.abc import Callable, Sequence
 
 from data_pipeline.audio import vad
 from data_pipeline.core.integrity import REPORT, sealed, write_checksums
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.ray_tasks import cluster, run_tasks
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
-from data_pipeline.corpora.discovery import Discovered, Reject, discover, fingerprint
-from data_pipeline.preprocess.config import PreprocessConfig, RayConfig
+from data_pipeline.corpora.discovery import discover, fingerprint
+from data_pipeline.corpora.records import Discovered, Reject
+from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.fingerprints import find_doubles, scan
 from data_pipeline.preprocess.html_report import build_report
 from data_pipeline.preprocess.progress import live_progress
+from data_pipeline.preprocess.summary import Forecast, Summary
 from data_pipeline.preprocess.unit_worker import UnitResult, process_unit, rejects_jsonl
 from data_pipeline.preprocess.work_plan import (
     BYTES_PER_SECOND,
@@ -34,117 +30,14 @@ from data_pipeline.preprocess.work_plan import (
     freeze_plan,
     set_roots,
 )
-from data_pipeline.shards.writer import DoneRecord, finished_units, rejects_name
+from data_pipeline.shards.records import DoneRecord, finished_units, rejects_name
 
 SCANNED = 200
 """Recordings that one task looks through for doubles."""
 
+
 QUARANTINE = "quarantine.jsonl"
 """In the data set: every file that gave nothing, with stage, reason and error."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What stands in the data set after a job, and what the job did. Hours are hours of audio."""
-
-    out: str
-    files: int
-    """Recordings in all finished units."""
-    hours_in: float
-    hours_out: float
-    segments: int
-    shards: int
-    megabytes: float
-    rejects: dict[str, tuple[int, float]]
-    """stage/reason: (how many files or segments, their hours where known)."""
-    quarantined: int
-    """Files that gave nothing; listed in `quarantine`."""
-    quarantine: str
-    report: str
-    """The HTML page; "" where none was wanted."""
-    units_done: int
-    """By this job."""
-    units_before: int
-    """Finished already when it began."""
-    failed_units: dict[str, str] = field(default_factory=dict)
-    """Units that could not be finished, and why."""
-    changed_files: int = 0
-    """Recordings that changed after they were written; the shards hold them as they were."""
-    seconds: float = 0.0
-    hours_per_second: float = 0.0
-
-    @property
-    def problem(self) -> str:
-        """One paragraph on what is not done; empty where all is."""
-        if self.failed_units:
-            first, why = next(iter(self.failed_units.items()))
-            return (
-                f"{len(self.failed_units)} of {self.units_done + self.units_before + len(self.failed_units)} units "
-                f"could not be finished (first {first}: {why}); the others are written, and the same command tries "
-                "again what is missing"
-            )
-        if not self.segments:
-            return (
-                f"nothing could be used: {self.quarantined} files are listed in {self.quarantine} and the segments "
-                f"were left out as {', '.join(self.rejects) or 'there were none'}"
-            )
-        return ""
-
-    @property
-    def exit_code(self) -> int:
-        """0 where all work is done."""
-        return 1 if self.problem else 0
-
-    def rows(self) -> list[tuple[str, str]]:
-        """For a table in the terminal."""
-        rows = [
-            ("recordings", f"{self.files:,}"),
-            ("hours in", f"{self.hours_in:,.2f}"),
-            ("hours out", f"{self.hours_out:,.2f}"),
-            ("segments", f"{self.segments:,}"),
-            ("shards", f"{self.shards:,} ({self.megabytes:,.1f} MB) in {self.out}"),
-        ]
-        rows += [
-            (f"left out: {reason}", f"{count:,}" + (f" ({hours:,.2f} h)" if hours else ""))
-            for reason, (count, hours) in self.rejects.items()
-        ]
-        if self.quarantined:
-            rows.append(("quarantined files", f"{self.quarantined:,}, listed in {self.quarantine}"))
-        if self.changed_files:
-            rows.append(("changed since", f"{self.changed_files:,} recordings; the shards hold them as they were"))
-        if self.units_before:
-            rows.append(("done before", f"{self.units_before:,} units"))
-        rows.append(("report", self.report))
-        rows.append(("time", f"{self.seconds:,.1f} s, {self.hours_per_second * 3600:,.0f} hours of audio an hour"))
-        return rows
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a job would do."""
-
-    units: int
-    units_done: int
-    files: int
-    hours: float
-    """Expected, where the corpus does not say durations from file sizes."""
-    megabytes: float
-    """Expected disk need of what is still to be written."""
-    free_megabytes: float | None
-    """On the disk of `out`; None where that is unknown."""
-    unusable: int
-    """Files known to be unusable before anything is decoded."""
-
-    def rows(self) -> list[tuple[str, str]]:
-        """For a table in the terminal."""
-        free = "unknown" if self.free_megabytes is None else f"{self.free_megabytes:,.0f} MB"
-        return [
-            ("units", f"{self.units:,}, of which {self.units_done:,} are done"),
-            ("recordings to do", f"{self.files:,}"),
-            ("hours to do", f"about {self.hours:,.1f}"),
-            ("disk need", f"about {self.megabytes:,.0f} MB (free: {free})"),
-            ("unusable files", f"{self.unusable:,}"),
-        ]
 
 
 def plan_units(config: PreprocessConfig) -> Forecast:
@@ -211,58 +104,6 @@ def _doubles_finder(config: PreprocessConfig, stack: contextlib.ExitStack, show:
     return find
 
 
-@contextlib.contextmanager
-def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
-    """A Ray to work on: the one this process is connected to, the one at `address`, or a local one for the while.
-
-    With `show`, says where its dashboard is, if it has one.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    if ray.is_initialized():
-        yield ray
-        return
-    if config.address:
-        try:
-            context = ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError) as error:
-            raise ConfigError(f"ray.address={config.address}: no Ray cluster answers there ({error})") from None
-    else:
-        with _on_loopback():
-            context = ray.init(
-                address="local",
-                num_cpus=config.num_cpus or None,
-                include_dashboard=config.dashboard,
-                dashboard_host="127.0.0.1",
-                _node_ip_address="127.0.0.1",
-                object_store_memory=100_000_000,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-    try:
-        if show and context.dashboard_url:
-            Console(stderr=True).print(f"Ray dashboard: http://{context.dashboard_url}", highlight=False)
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """A Ray that starts meanwhile listens on 127.0.0.1: it takes the address of the network otherwise, even if told."""
-    from ray._private import ray_constants
-
-    name, clusters = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    before = os.environ.get(name, str(int(clusters)))
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = before, clusters
-
-
 def _run_units(todo: Sequence[Unit], config: PreprocessConfig, advance: Callable[[UnitResult], None]) -> dict[str, str]:
     """Units that failed, and why. Raises OSError when a worker cannot write."""
     import ray
@@ -277,51 +118,6 @@ def _run_units(todo: Sequence[Unit], config: PreprocessConfig, advance: Callable
         ) from None
     first_files = {unit.name: unit.files[0].file_id for unit in todo}
     return {name: f"{why}; its files begin with {first_files[name]}" for name, why in failed.items()}
-
-
-def run_tasks(
-    function: Callable[..., Any],
-    arguments: Mapping[str, tuple[Any, ...]],
-    config: RayConfig,
-    advance: Callable[[Any], None],
-) -> dict[str, str]:
-    """Calls `function` once for each name, on Ray, a bounded number at a time; `advance` gets each result.
-
-    Returns the names that failed and why. A task whose worker dies is tried again. Raises OSError if a task does.
-    """
-    import ray
-
-    task = ray.remote(_at).options(name=function.__name__, num_cpus=1, max_retries=config.attempts - 1)
-    limit = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-    directory = str(Path.cwd())
-    waiting, failed = list(arguments)[::-1], dict[str, str]()
-    running: dict[Any, str] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < limit:
-                name = waiting.pop()
-                running[task.remote(directory, function, *arguments[name])] = name
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for reference in ready:
-                name = running.pop(reference)
-                try:
-                    advance(ray.get(reference))
-                except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, OSError):
-                        raise error.cause from None
-                    failed[name] = f"{type(error.cause).__name__}: {error.cause}"
-                except ray.exceptions.RayError as error:
-                    failed[name] = f"its worker died {config.attempts} times ({type(error).__name__})"
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
-    return failed
-
-
-def _at(directory: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls `function` in the driver's working directory: relative paths of a config mean the same on every node."""
-    os.chdir(directory)
-    return function(*arguments)
 
 
 def _standing(config: PreprocessConfig, repair: bool = False) -> list[DoneRecord]:

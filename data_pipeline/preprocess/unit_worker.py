@@ -17,10 +17,11 @@ from data_pipeline.audio.segmentation import cut, marked
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.storage import FileStore, is_url
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Segment
-from data_pipeline.corpora.discovery import Reject, printable, stat
+from data_pipeline.corpora.records import Reject, printable, stat
 from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.work_plan import Unit, set_root
-from data_pipeline.shards.writer import DoneRecord, ShardWriter, commit
+from data_pipeline.shards.records import DoneRecord
+from data_pipeline.shards.writer import ShardWriter, commit
 
 TIMED_LABELS: Final = ("phones", "phone", "words", "word", "start_s", "end_s")
 """Labels that describe a whole utterance and say nothing of a part of it."""

@@ -17,7 +17,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.preprocess.fingerprints import scan_is_altered
 from data_pipeline.preprocess.work_plan import SPLITS, read_plan
-from data_pipeline.shards.writer import AUDIO_SUFFIXES, DoneRecord, read_index, refuse_code, rejects_name
+from data_pipeline.shards.records import AUDIO_SUFFIXES, DoneRecord, read_index, refuse_code, rejects_name
 
 CHUNK = 1 << 22
 NO_ROW = dict.fromkeys(("key", "payload_offset", "payload_size", "n_samples"))

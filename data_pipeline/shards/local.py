@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.shards import writer
-
-if TYPE_CHECKING:
-    from data_pipeline.sampling.plan import Plan
+from data_pipeline.shards.records import DoneRecord, index_name
 
 Array = npt.NDArray[Any]
 CHUNK = 1 << 22
+
+
+class ReadSchedule(Protocol):
+    """The order in which shards will be read, for caches that fetch ahead."""
+
+    def windows(self, epoch: int) -> Iterable[Array]:
+        """Numbers of the shards of each shuffle window of `epoch`, window by window."""
+        ...
+
+    def window_of(self, epoch: int, step: int) -> int:
+        """Number of the shuffle window that holds optimizer step `step` of `epoch`."""
+        ...
+
+    def next_use(self, epoch: int, window: int) -> Array:
+        """(S,) windows from `window` of `epoch` until each shard is read next."""
+        ...
 
 
 class ShardError(ValueError):
@@ -62,7 +75,7 @@ class ShardIndex:
 class ShardFiles:
     """The shards below the folder `root`. Each process opens files for itself; those of the last shards stay open."""
 
-    def __init__(self, root: str, records: Sequence[writer.DoneRecord], keep: int, verify: bool) -> None:
+    def __init__(self, root: str, records: Sequence[DoneRecord], keep: int, verify: bool) -> None:
         self.root, self.records, self.keep, self.verify = root, records, keep, verify
         self.bad: dict[int, ShardError] = {}
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -76,7 +89,7 @@ class ShardFiles:
             elif size != record.bytes:
                 self._mark(number, f"has {size} bytes; its record says {record.bytes}")
             elif not self.has_index(number):
-                self._mark(number, f"its index {writer.index_name(record.shard)} is missing")
+                self._mark(number, f"its index {index_name(record.shard)} is missing")
         return list(self.bad.values())
 
     def index(self, number: int) -> ShardIndex:
@@ -94,11 +107,11 @@ class ShardFiles:
         """The bytes of each extent, or what went wrong with it."""
         return [self._read_one(extent) for extent in wanted]
 
-    def know(self, plan: Plan) -> None:
-        """Tells those that fetch ahead what will be read."""
+    def follow(self, schedule: ReadSchedule) -> None:
+        """Prepares for reads in the order of `schedule`; does nothing where nothing is fetched ahead."""
 
     def look_ahead(self, epoch: int, step: int) -> None:
-        """Tells those that fetch ahead where in the plan the reader is."""
+        """Fetches what is read next after `step` of `epoch`; does nothing where nothing is fetched ahead."""
 
     def close(self) -> None:
         """Closes all files."""
@@ -160,7 +173,7 @@ class ShardFiles:
         return Path(self._index_source(number)).exists()
 
     def _index_source(self, number: int) -> Any:
-        return str(Path(self.root, writer.index_name(self.records[number].shard)))
+        return str(Path(self.root, index_name(self.records[number].shard)))
 
     def _read_index(self, number: int) -> ShardIndex:
         try:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.schema import ConfigError, load
-from launch import main
 from launch.cli.compose import compose
-from launch.commands.preprocess import show
-from launch.commands.pretrain import attend
+from launch.cli.tables import show_rows
+from launch.commands import preprocess
 from launch.config import PretrainJob
 from launch.demo_corpus import Corpus, find_corpus
 from launch.launchers import factory
-from launch.launchers.local import ChildProcesses
+from launch.launchers.processes import ChildProcesses
 from launch.runs import metadata
+from launch.workflows.attended_run import attend
 
 USAGE = """auricle demo [corpus=FOLDER] [field=value of `auricle pretrain`] ...
 
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
     print(f"speech: {corpus.origin}")
     home = WORK / corpus.name
     shards = home / "shards"
-    if code := main.main(["preprocess", "corpus=path", f"corpus.path={corpus.folder}", f"out={shards}"]):
+    if code := preprocess.run(["corpus=path", f"corpus.path={corpus.folder}", f"out={shards}"]):
         return code
     # twelve synthetic voices say too little for the detector of poor targets
     overrides = ["health.on_collapse=warn", *overrides] if corpus.name == "synthetic" else overrides
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
     code = attend(submitter, folder, job.train.steps, job.launcher)
     if code == 0:
         print()
-        show(_table(corpus, shards, folder, job, submitter.processes))
+        show_rows(_table(corpus, shards, folder, job, submitter.processes))
     return code
 
 
@@ -60,7 +60,7 @@ def _job(shards: Path, home: Path, overrides: list[str]) -> PretrainJob:
 
 def _table(corpus: Corpus, shards: Path, folder: Path, job: PretrainJob, ranks: int) -> list[tuple[str, str]]:
     from data_pipeline.core.types import SAMPLE_RATE
-    from data_pipeline.shards.writer import finished_units
+    from data_pipeline.shards.records import finished_units
 
     records = finished_units(str(shards))
     hours_in = sum(row[5] for record in records for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from data_pipeline.core.schema import ConfigError
-from launch.commands.targets import checkpoint_fingerprint
 from launch.config import EvaluateJob
 from launch.runs.summary import rows, signs_of_life
 from launch.workflows import submit
 from pretrain.evaluate.config import EvaluateConfig
+from pretrain.interop.fingerprint import checkpoint_fingerprint
 
 if TYPE_CHECKING:
     from pretrain.evaluate.frozen_encoders import FrozenEncoder

@@ -13,12 +13,14 @@ from pathlib import Path
 from data_pipeline.core.schema import load
 from launch.cli.parser import Parser
 from launch.config import LAUNCHERS
-from launch.launchers import factory, local
+from launch.launchers import factory
 from launch.launchers.in_process import Foreground
+from launch.launchers.processes import ChildProcesses
 from launch.launchers.status import is_elsewhere, require_ended, state_of, total_steps
 from launch.runs.follow import Follower, describe
-from launch.runs.job_record import NOTE, read_note, steps_done, write_note
+from launch.runs.job_record import NOTE, read_note, write_note
 from launch.workers import task
+from pretrain.checkpointing.locate import steps_done
 
 ENDED = ("done", "failed", "cancelled")
 
@@ -139,7 +141,7 @@ def _cancel(folder: Path) -> int:
 def _requeue(folder: Path) -> int:
     note = read_note(folder)
     submitter = factory.for_note(note)
-    if isinstance(submitter, local.ChildProcesses | Foreground):
+    if isinstance(submitter, ChildProcesses | Foreground):
         raise ValueError(f"{folder} ran from this machine: give its `auricle {note.verb}` command again, it continues")
     require_ended(folder)
     folder = folder.absolute()

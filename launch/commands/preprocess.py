@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 from data_pipeline.preprocess.config import PreprocessConfig
+from launch.cli.tables import show_rows
 from launch.config import LocalConfig, PreprocessJob
 from launch.workflows import submit
 
@@ -22,7 +22,7 @@ def _forecast(config: PreprocessJob) -> None:
     if isinstance(config.launcher, LocalConfig):
         from data_pipeline.preprocess.job import plan_units
 
-        show(plan_units(config).rows())
+        show_rows(plan_units(config).rows())
 
 
 def work(config: PreprocessConfig) -> None:
@@ -30,7 +30,7 @@ def work(config: PreprocessConfig) -> None:
     from data_pipeline.preprocess.job import preprocess
 
     summary = preprocess(config)
-    show(summary.rows())
+    show_rows(summary.rows())
     if summary.problem:
         raise OSError(summary.problem)
 
@@ -45,20 +45,9 @@ def made(config: PreprocessConfig) -> dict[str, str]:
     from data_pipeline.preprocess.job import plan_units
     from data_pipeline.preprocess.verify import verify
     from data_pipeline.preprocess.work_plan import set_roots
-    from data_pipeline.shards.writer import finished_units
+    from data_pipeline.shards.records import finished_units
 
     forecast, roots = plan_units(config), set_roots(config)
     if forecast.units_done < forecast.units or any(fault for root in roots for fault in verify(root, decode=False)):
         return {}
     return {root: hashlib.sha256(b"".join(r.to_json() for r in finished_units(root))).hexdigest() for root in roots}
-
-
-def show(rows: Sequence[tuple[str, str]]) -> None:
-    """A table of names and values."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True, highlight=False).print(table)

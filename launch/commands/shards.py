@@ -16,7 +16,7 @@ from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.preprocess.verify import verify
 from data_pipeline.preprocess.work_plan import SPLITS
-from data_pipeline.shards.writer import DoneRecord, done_records, finished_units, read_index
+from data_pipeline.shards.records import DoneRecord, done_records, finished_units, read_index
 from launch.cli.parser import Parser
 
 QUANTILES = (0, 5, 50, 95, 100)

@@ -7,11 +7,12 @@ from typing import Any
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.sampling.plan import accumulation
 from launch.config import LAUNCHERS, LocalConfig, PretrainJob, RayConfig, SlurmConfig
+from launch.launchers.base import Submitter
 from launch.launchers.in_process import Foreground
 from launch.launchers.local import LocalSubmitter
 from launch.launchers.ray import RayHere, RayJobs
 from launch.launchers.slurm import SlurmSubmitter
-from launch.runs.job_record import JobNote, Submitter
+from launch.runs.job_record import JobNote
 
 
 def for_job(job: PretrainJob) -> Submitter:

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 
 from launch.config import LocalConfig, RayConfig
-from launch.launchers.local import find_process
-from launch.runs.job_record import State
+from launch.launchers.base import State
+from launch.launchers.processes import find_process
 from launch.workers import task
 
 

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from data_pipeline.core.schema import ConfigError
 from launch.config import RayConfig
-from launch.launchers.local import ChildProcesses
-from launch.runs.job_record import State
+from launch.launchers.base import State
+from launch.launchers.processes import ChildProcesses
 from launch.workers.environment import RANK_LOGS
 
 STARTING = 60.0

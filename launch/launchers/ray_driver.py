@@ -19,14 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.preprocess.config import RayConfig
-from data_pipeline.preprocess.job import cluster
+from data_pipeline.core.ray_tasks import RayConfig, cluster
 from data_pipeline.sampling.plan import allowed_worlds
 from launch.launchers import process_guard
-from launch.launchers.local import STOP_FILE
-from launch.runs.job_record import steps_done
+from launch.launchers.processes import STOP_FILE
 from launch.workers.environment import RANK_LOGS, free_port
 from launch.workers.rank import STALE, UNHEALTHY
+from pretrain.checkpointing.locate import steps_done
 
 FINISHED, BAD_CONFIG, STOPPED = 0, 2, 85
 FINAL = (FINISHED, BAD_CONFIG, UNHEALTHY, STALE)

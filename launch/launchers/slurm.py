@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipeline.core.schema import ConfigError
 from launch.config import SlurmConfig
-from launch.runs.job_record import State
+from launch.launchers.base import State
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "slurm"
 SCRIPTS = {

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.core.schema import ConfigError
-from launch.launchers import factory, local
+from launch.launchers import factory
+from launch.launchers.base import State
 from launch.launchers.in_process import Foreground
+from launch.launchers.processes import ChildProcesses
 from launch.launchers.slurm import SlurmError
-from launch.runs.job_record import JobNote, State, read_note, steps_done
+from launch.runs.job_record import JobNote, read_note
 from launch.runs.summary import ALIVE_SECONDS, signs_of_life
 from launch.workers import task
+from pretrain.checkpointing.locate import steps_done
 
 
 def state_of(folder: Path) -> State | Literal["unknown"]:
@@ -37,7 +40,7 @@ def state_of(folder: Path) -> State | Literal["unknown"]:
 
 def is_elsewhere(note: JobNote) -> bool:
     """Whether it is a process of another machine, which nobody here can ask or end."""
-    return note.host != os.uname().nodename and isinstance(factory.for_note(note), local.ChildProcesses | Foreground)
+    return note.host != os.uname().nodename and isinstance(factory.for_note(note), ChildProcesses | Foreground)
 
 
 def require_ended(folder: Path) -> None:

@@ -14,11 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.core.atomic_files import write_atomically, write_json
 from data_pipeline.core.schema import ConfigError, dump
 from launch.cli.compose import to_yaml
 from launch.config import PretrainJob
 from launch.runs import redaction
-from pretrain.checkpointing.run_folder import write_atomically, write_json
 from pretrain.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,11 +22,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.core.atomic_files import write_json
 from data_pipeline.core.schema import ConfigError, dump, load
 from launch.config import RayConfig
 from launch.runs import metadata, redaction
 from launch.workers.environment import RANK_LOGS, log_to
-from pretrain.checkpointing.run_folder import write_json
 
 TASK = "task.json"
 RESULT = "result.json"
@@ -114,8 +114,8 @@ def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
         return
     import ray
 
-    from data_pipeline.preprocess.config import RayConfig as Cluster
-    from data_pipeline.preprocess.job import cluster
+    from data_pipeline.core.ray_tasks import RayConfig as Cluster
+    from data_pipeline.core.ray_tasks import cluster
 
     with cluster(Cluster(address=launcher.address)):
         task = ray.remote(_start).options(

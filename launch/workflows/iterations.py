@@ -16,11 +16,12 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.labels.kmeans import all_labelled
 from launch.cli import request as job
 from launch.cli.compose import compose
-from launch.commands.targets import weights_of
 from launch.config import Iteration, PretrainJob, TargetsJob
 from launch.launchers.status import require_ended
 from launch.runs import metadata
-from launch.runs.job_record import read_note, steps_done
+from launch.runs.job_record import read_note
+from pretrain.checkpointing.locate import steps_done
+from pretrain.interop.fingerprint import weights_of
 
 T = TypeVar("T")
 LABELS = "units"

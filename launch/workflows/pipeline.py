@@ -12,8 +12,8 @@ from data_pipeline.core.schema import ConfigError, about, config
 from launch.cli import request as job
 from launch.config import EvaluateJob, Launcher, LocalConfig, PreprocessJob, PretrainJob, TargetsJob
 from launch.runs import metadata
-from launch.runs.job_record import steps_done
 from launch.workers import task
+from pretrain.checkpointing.locate import steps_done
 
 JOBS: dict[str, type[Any]] = {
     "preprocess": PreprocessJob,

@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
+from data_pipeline.core.atomic_files import write_json
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import about, config, dump
-from pretrain.checkpointing.run_folder import save_tensors, write_json
+from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import Model, open_pretrained
 from pretrain.evaluate.hf_encoder import HuggingFaceModel
 from pretrain.evaluate.manifest import Utterance, read_manifest, require_disjoint
 from pretrain.inference.ctc_decoding import BLANK, NGram, beam_search, greedy
-from pretrain.interfaces.objectives import EncoderOutput, Frames
+from pretrain.interfaces.frames import EncoderOutput, Frames
 
 
 @config

@@ -23,10 +23,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data_pipeline.core.atomic_files import remove, sync, write_atomically, write_json
 from data_pipeline.core.schema import ConfigError, dump
-from data_pipeline.core.storage import sync
 from data_pipeline.core.types import Cursor
-from pretrain.checkpointing.run_folder import RunFolder, remove, save_tensors, write_atomically, write_json
+from pretrain.checkpointing.run_folder import RunFolder
+from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.config import Config
 from pretrain.engines.base import Engine
 

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 
 class StaleIncarnationError(RuntimeError):
@@ -68,37 +60,3 @@ class RunFolder:
 
     def _newest(self) -> int:
         return max((int(entry.name) for entry in self._incarnations.iterdir()), default=0)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` in one step: a reader, or a crash, sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """`values` as readable JSON, atomically."""
-    write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file, readable to whom the umask lets (safetensors' own: to nobody else).
-
-    Raises OSError where it cannot be written (safetensors: an error of its own).
-    """
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(mode)
-
-
-def remove(path: Path) -> None:
-    """Removes a folder that may be half there."""
-    shutil.rmtree(path, ignore_errors=True)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.base import MOMENTS, Engine, buffers, copied, copy_buffers, first_state, make_optimizer
+from pretrain.engines.base import Engine, buffers, copied, copy_buffers
 from pretrain.engines.distributed import World
-from pretrain.interfaces.objectives import StepContext, Sum
+from pretrain.engines.optimizer import MOMENTS, first_state, make_optimizer
+from pretrain.interfaces.frames import StepContext
+from pretrain.interfaces.objectives import Sum
 from pretrain.train_module import TrainModule, TrainPlan
 
 

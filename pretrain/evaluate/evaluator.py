@@ -18,7 +18,8 @@ from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_wit
 from pretrain.evaluate.intrinsic import point, verification
 from pretrain.evaluate.manifest import Utterance, grid_labels, read_manifest, read_phones, require_disjoint
 from pretrain.evaluate.metrics import Tally, bootstrap
-from pretrain.evaluate.probe import Example, View, choose_view, fit_probe, fit_supervised
+from pretrain.evaluate.probe import View, choose_view, fit_probe
+from pretrain.evaluate.supervised import Example, fit_supervised
 from pretrain.evaluate.tasks import MEASURES, PROBES, TASKS, Task, splits
 
 Say = Callable[[str], None]

@@ -16,10 +16,11 @@ from torch import Tensor
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import dump, load
 from pretrain.checkpointing.checkpoint import read_state
+from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.config import Config
 from pretrain.evaluate import hf_encoder
 from pretrain.evaluate.hf_encoder import HuggingFaceModel
-from pretrain.interfaces.objectives import SpeechModel
+from pretrain.interfaces.models import SpeechModel
 from pretrain.nn.spectral import LogMel
 from pretrain.train_module import build_model
 
@@ -39,18 +40,6 @@ class FrozenEncoder:
     rate_hz: float
     step: int = 0
     fresh: Callable[[int], Model] | None = field(default=None, repr=False)
-
-
-def find_checkpoint(given: str) -> Path:
-    """The checkpoint folder meant by a run folder, a checkpoints folder or a checkpoint. Raises ValueError."""
-    path = Path(given).expanduser()
-    for folder in (path / "checkpoints", path):
-        latest = folder / "latest"
-        if latest.is_file():
-            return folder / latest.read_text(encoding="utf-8").strip()
-    if (path / "state.json").is_file() or (path / "config.json").is_file():
-        return path
-    raise ValueError(f"checkpoint={given}: no run folder, no checkpoint (state.json) and no Hugging Face folder there")
 
 
 @dataclass(frozen=True)

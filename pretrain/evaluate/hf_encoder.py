@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_seed
-from pretrain.interfaces.objectives import EncoderOutput, ModelShape
+from pretrain.interfaces.frames import EncoderOutput
+from pretrain.interfaces.models import ModelShape
 
 
 class HuggingFaceModel(nn.Module):

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pretrain.checkpointing.run_folder import write_json
+from data_pipeline.core.atomic_files import write_json
 from pretrain.evaluate import projector
 from pretrain.evaluate.evaluator import Row, plain
 from pretrain.monitoring.figures import add_frames

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import EncoderOutput, Head, LossOutput, ModelShape
+from pretrain.interfaces.frames import EncoderOutput
+from pretrain.interfaces.models import ModelShape
+from pretrain.interfaces.objectives import Head, LossOutput
 from pretrain.nn.numerics import full_precision
 
 BLANK = 0

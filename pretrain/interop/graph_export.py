@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.config import Config
-from pretrain.interfaces.objectives import Encoder, SpeechModel
+from pretrain.interfaces.models import Encoder, SpeechModel
 
 Format = Literal["torchscript", "onnx"]
 FILES: dict[Format, str] = {"torchscript": "model.ts", "onnx": "model.onnx"}

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.core.types import SAMPLE_RATE
-from pretrain.checkpointing.run_folder import save_tensors
+from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.config import Config
-from pretrain.interfaces.objectives import SpeechModel
+from pretrain.interfaces.models import SpeechModel
 from pretrain.interop.hf_names import to_hugging_face
 from pretrain.train_module import TrainModule, build_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pretrain.interfaces.objectives import EncoderOutput, Frames
+from pretrain.interfaces.frames import EncoderOutput, Frames
 from pretrain.monitoring.detectors import rank_me
 from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
 from pretrain.train_module import TrainModule

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data_pipeline.core.atomic_files import write_json
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.types import Batch
-from pretrain.checkpointing.run_folder import RunFolder, save_tensors, write_json
-from pretrain.interfaces.objectives import StepContext
+from pretrain.checkpointing.run_folder import RunFolder
+from pretrain.checkpointing.tensor_files import save_tensors
+from pretrain.interfaces.frames import StepContext
 from pretrain.train_module import TrainModule
 
 MAX_KEPT = 20

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.types import SAMPLE_RATE, Batch, Step
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines.base import Engine, NumpySum, StepResult
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.monitoring import detectors
 from pretrain.monitoring.activation_stats import StageGauge
 from pretrain.monitoring.batch_dump import MAX_KEPT, save_batches
 from pretrain.monitoring.detectors import Finding
-from pretrain.monitoring.metrics_writer import read_rows
 
 NORMS = 100
 """Gradient norms that the running median is taken of."""

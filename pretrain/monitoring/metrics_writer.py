@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from data_pipeline.core.atomic_files import write_atomically
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import dump
-from data_pipeline.core.types import SAMPLE_RATE, Step
-from pretrain.checkpointing.run_folder import RunFolder, write_atomically
+from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
-from pretrain.engines.base import NumpySum, StepResult
 from pretrain.engines.distributed import World
 from pretrain.monitoring.figures import add_snapshot
 from pretrain.monitoring.snapshot import Camera
@@ -27,14 +24,18 @@ from pretrain.profiling import mfu
 from pretrain.train_module import TrainModule
 
 MAX_TEXT = 50_000
-RANKS_SHOWN = 64
-"""Of more ranks, only the one that waits longest for data has a curve."""
+
+
 """Characters of the git diff that are shown; all of it is in RUN/git.diff."""
+
+
 HPARAMS = (
     "data.batch_seconds", "data.micro_batches", "encoder.", "engine.precision", "frontend.", "objective.", "optimizer.",
     "schedule.", "seed", "train.steps",
 )  # fmt: skip
 """Fields of the config on the page that compares runs by them; all of them are in the text beside."""
+
+
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "learning": {
         "losses": ["Multiline", ["loss/.*"]],
@@ -129,47 +130,6 @@ class Telemetry:
         self._board.close()
 
 
-def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, world: int) -> dict[str, float]:
-    """What one optimizer step is logged as. `seconds`: wall time from batch to batch."""
-    scalars = {"loss/total": result.loss, "opt/lr": lr, "opt/grad_norm": result.grad_norm}
-    for name, (total, count) in result.metrics.items():
-        if name.startswith("hist/"):
-            scalars.update(code_use(name, total))
-        elif count > 0:
-            scalars[name] = float(total[0]) / count
-    scalars |= {
-        "perf/step_seconds": seconds,
-        "perf/audio_seconds_per_second": result.samples / SAMPLE_RATE / seconds,
-        "perf/memory_gib": peak_memory_gib(),
-        "perf/data_wait_share": min(1.0, result.extras["wait_seconds"] / world / seconds),
-        **data_waits(result, seconds, world),
-        "data/audio_seconds": result.samples / SAMPLE_RATE,
-        "data/padding_share": 1.0 - step.samples / step.padded_samples,
-        "data/skipped_segments": result.extras["skipped"],
-        "data/epoch": float(step.after.epoch),
-    }
-    return scalars
-
-
-def data_waits(result: StepResult, seconds: float, world: int) -> dict[str, float]:
-    """Share of the step that each rank waited for data, and the rank that waited longest, where there are several."""
-    waits = [min(1.0, result.extras.get(f"wait/{rank}", 0.0) / seconds) for rank in range(world)]
-    if world == 1:
-        return {}
-    worst = max(range(world), key=waits.__getitem__)
-    found = {"perf/data_wait_share_worst": waits[worst], "perf/data_wait_worst_rank": float(worst)}
-    if world <= RANKS_SHOWN:
-        found |= {f"perf/data_wait_share/rank_{rank}": share for rank, share in enumerate(waits)}
-    return found
-
-
-def peak_memory_gib() -> float:
-    """Most memory this process ever took: on its GPU, or of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted path; lists as text."""
     found: dict[str, Any] = {}
@@ -179,32 +139,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + key] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
     return found
-
-
-def code_use(name: str, counts: np.ndarray) -> dict[str, float]:
-    """Perplexity and the share of used entries of a code book, from how often each code came in the whole step."""
-    suffix = name.removeprefix("hist/codes").removeprefix("hist/")
-    share = counts / max(1.0, float(counts.sum()))
-    used = share[share > 0]
-    entropy = float(-(used * np.log(used)).sum())
-    return {f"metric/perplexity{suffix}": math.exp(entropy), f"metric/code_usage{suffix}": len(used) / len(share)}
-
-
-def histograms(metrics: Mapping[str, NumpySum]) -> dict[str, np.ndarray]:
-    """The vector metrics: counts per bin."""
-    return {name: total for name, (total, _) in metrics.items() if name.startswith("hist/")}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a crash cut off is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

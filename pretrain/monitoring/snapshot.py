@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import EncoderOutput, StepContext
+from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.self_supervision.masking import FrameMask
 from pretrain.train_module import TrainModule, TrainPlan
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import about, config, refuse
-from pretrain.interfaces.objectives import Encoder, EncoderOutput, Frames, StepContext
+from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.models import Encoder
 from pretrain.nn.activation_checkpointing import run_checkpointed
 from pretrain.nn.attention_patterns import AttentionContext, Pattern, flex_mask
 from pretrain.nn.dropout import Dropout

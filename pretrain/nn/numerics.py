@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.interfaces.objectives import Frames
+from pretrain.interfaces.frames import Frames
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.types import SAMPLE_RATE
-from pretrain.interfaces.objectives import Frames
+from pretrain.interfaces.frames import Frames
 from pretrain.nn.numerics import zero_padding
 
 Normalize = Literal["utterance", "fixed"]

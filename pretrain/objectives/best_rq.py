@@ -13,16 +13,9 @@ from torch import Tensor, nn
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import (
-    EncoderOutput,
-    Frames,
-    LossOutput,
-    ModelShape,
-    Objective,
-    Plan,
-    SpeechModel,
-    StepContext,
-)
+from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.objectives import LossOutput, Objective, Plan
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel
 from pretrain.self_supervision.deferred_fit import FittedOnce

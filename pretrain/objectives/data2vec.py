@@ -11,16 +11,9 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import (
-    EncoderOutput,
-    Frames,
-    LossOutput,
-    ModelShape,
-    Objective,
-    Plan,
-    SpeechModel,
-    StepContext,
-)
+from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.objectives import LossOutput, Objective, Plan
 from pretrain.self_supervision.masking import FrameMask, draw_span_mask
 from pretrain.self_supervision.teacher import (
     Teacher,

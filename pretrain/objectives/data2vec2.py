@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import (
-    EncoderOutput,
-    Frames,
-    LossOutput,
-    ModelShape,
-    Objective,
-    Plan,
-    SpeechModel,
-    StepContext,
-)
+from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.objectives import LossOutput, Objective, Plan
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import masked_deviation, zero_padding

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from data_pipeline.core.schema import config
-from pretrain.interfaces.objectives import ModelShape
+from pretrain.interfaces.models import ModelShape
 from pretrain.self_supervision.masked_prediction import MaskedUnits, MaskedUnitsConfig
 
 

@@ -11,16 +11,9 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import (
-    EncoderOutput,
-    Frames,
-    LossOutput,
-    ModelShape,
-    Objective,
-    Plan,
-    SpeechModel,
-    StepContext,
-)
+from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.objectives import LossOutput, Objective, Plan
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss

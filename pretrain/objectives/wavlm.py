@@ -12,7 +12,9 @@ from torch import Tensor
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import ModelShape, Plan, SpeechModel, StepContext
+from pretrain.interfaces.frames import StepContext
+from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.objectives import Plan
 from pretrain.self_supervision.masked_prediction import MaskedUnits, MaskedUnitsConfig, UnitsPlan
 
 

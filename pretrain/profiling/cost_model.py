@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE, Batch
 from pretrain.config import Config
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.train_module import TrainModule, build_model
 
 GIB = 1 << 30

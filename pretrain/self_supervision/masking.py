@@ -11,7 +11,8 @@ from torch import Tensor
 
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import Frontend, StepContext
+from pretrain.interfaces.frames import StepContext
+from pretrain.interfaces.models import Frontend
 
 
 @dataclass(frozen=True, slots=True)

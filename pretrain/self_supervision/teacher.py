@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pretrain.interfaces.objectives import EncoderOutput, SpeechModel
+from pretrain.interfaces.frames import EncoderOutput
+from pretrain.interfaces.models import SpeechModel
 from pretrain.nn.spectral import normalize_frames
 
 

@@ -23,7 +23,7 @@ from data_pipeline.core.schema import dump
 from launch.commands.board import command, link
 from launch.main import main
 from launch.runs.summary import summarise
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.monitoring.figures import add_frames, projected
 from pretrain.monitoring.snapshot import Camera, nearest_units
 from pretrain.self_supervision.masking import FrameMask

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.core.types import Batch
 from pretrain.config import Config
-from pretrain.interfaces.objectives import EncoderOutput, SpeechModel, StepContext
+from pretrain.interfaces.frames import EncoderOutput, StepContext
+from pretrain.interfaces.models import SpeechModel
 from pretrain.train_module import build_model
 from tests.contract.cases import ENCODERS, FRONTENDS, OBJECTIVES, batch, small
 from tests.parity_table import Parity, difference

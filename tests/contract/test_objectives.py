@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import StepContext, Sum
+from pretrain.interfaces.frames import StepContext
+from pretrain.interfaces.objectives import Sum
 from pretrain.train_module import TrainModule
 from tests.contract.cases import CASES, ENCODERS, FRONTENDS, batch, make
 from tests.parity_table import Parity, difference

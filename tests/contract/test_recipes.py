@@ -12,7 +12,7 @@ from launch.runs.metadata import run_config
 from pretrain import registry
 from pretrain.config import Config
 from pretrain.nn.attention_patterns import Pattern
-from pretrain.profiling.recipe_table import forward_gflop
+from pretrain.profiling.flops import forward_gflop
 from pretrain.train_module import build_model
 
 

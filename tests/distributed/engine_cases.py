@@ -26,7 +26,7 @@ from pretrain.config import Config
 from pretrain.engines import distributed as ranks
 from pretrain.engines import make_engine
 from pretrain.engines.distributed import World
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.lr_schedule import learning_rate
 from pretrain.train_module import build_model
 from tests.synthetic import synthetic_batch

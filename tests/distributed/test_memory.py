@@ -12,7 +12,7 @@ from data_pipeline.core.schema import load
 from data_pipeline.core.types import SAMPLE_RATE, Batch
 from launch.cli.compose import compose
 from launch.config import PretrainJob
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.profiling.cost_model import Cost, Measured, activation_bytes, bucket_bytes, measure, state_bytes
 from pretrain.train_module import build_model
 from tests.distributed.test_engines import case, run

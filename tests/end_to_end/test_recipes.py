@@ -11,7 +11,7 @@ from statistics import mean
 
 import pytest
 
-from pretrain.monitoring.metrics_writer import read_rows
+from data_pipeline.core.jsonl import read_rows
 from tests.conftest import ROOT
 
 

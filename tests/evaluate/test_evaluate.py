@@ -15,12 +15,13 @@ import torch
 from launch.main import main
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.checkpoint import TrainState
+from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.engines import make_engine
 from pretrain.engines.distributed import World
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig
 from pretrain.evaluate.evaluator import evaluate
-from pretrain.evaluate.frozen_encoders import FrozenEncoder, find_checkpoint, open_encoder
+from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.hf_encoder import HuggingFaceModel
 from pretrain.evaluate.manifest import Utterance
 from pretrain.evaluate.tasks import PROBES, splits

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.core.jsonl import read_rows
 from launch import main
 from launch.launchers import slurm
 from launch.runs.job_record import read_note
-from pretrain.monitoring.metrics_writer import read_rows
 from tests.faults.mini_slurm import MiniSlurm, wait_for
 from tests.reader.tiny_shards import sounds, write_shards
 

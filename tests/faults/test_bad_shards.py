@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.monitoring.metrics_writer import read_rows
+from data_pipeline.core.jsonl import read_rows
 from tests.faults.test_sequence_of_keys import prepare, start
 from tests.reader.tiny_shards import sounds, write_shards
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from pretrain.monitoring.metrics_writer import read_rows
+from data_pipeline.core.jsonl import read_rows
 from tests.faults.kills import ROOT, Job
 from tests.reader.tiny_shards import sounds, write_shards
 

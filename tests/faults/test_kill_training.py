@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import dump, load
 from pretrain.config import Config
-from pretrain.monitoring.metrics_writer import read_rows
 from tests.reader.tiny_shards import sounds, write_shards
 
 STEPS = 12

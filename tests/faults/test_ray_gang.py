@@ -13,11 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import load
 from data_pipeline.preprocess.config import PreprocessConfig
 from launch.launchers.ray_driver import choose_world
-from launch.runs.job_record import steps_done
-from pretrain.monitoring.metrics_writer import read_rows
+from pretrain.checkpointing.locate import steps_done
 from tests.conftest import ROOT
 from tests.faults.keys import handed_over
 from tests.faults.mini_slurm import wait_for

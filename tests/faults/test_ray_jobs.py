@@ -21,8 +21,9 @@ from launch import main
 from launch.config import RayConfig
 from launch.launchers.ray import RayJobs
 from launch.launchers.ray_wait import succeeded
-from launch.runs.job_record import read_note, steps_done
+from launch.runs.job_record import read_note
 from launch.workers.environment import free_port
+from pretrain.checkpointing.locate import steps_done
 from tests.conftest import ROOT
 from tests.faults import whole_chain
 from tests.faults.mini_slurm import wait_for

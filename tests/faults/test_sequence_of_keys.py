@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import dump, load
 from pretrain.config import Config
-from pretrain.monitoring.metrics_writer import read_rows
 from tests.faults.keys import handed_over
 from tests.reader.tiny_shards import sounds, write_shards
 

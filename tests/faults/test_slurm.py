@@ -13,8 +13,9 @@ import pytest
 from launch import main
 from launch.demo_corpus import synthesise
 from launch.launchers import slurm
-from launch.runs.job_record import read_note, steps_done
+from launch.runs.job_record import read_note
 from launch.workflows.pipeline import Step
+from pretrain.checkpointing.locate import steps_done
 from tests.faults import mini_slurm
 from tests.faults.keys import handed_over
 from tests.faults.mini_slurm import require_slurm, wait_for

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pretrain.interfaces.objectives import SpeechModel
+from pretrain.interfaces.models import SpeechModel
 from pretrain.interop.hf_names import from_hugging_face
 from pretrain.models.encoders import transformer
 from pretrain.models.frontends import waveform_conv

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.interop.hf_names import objective_from_hugging_face, to_hugging_face
 from pretrain.objectives import wav2vec2
 from pretrain.self_supervision import quantizers

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.core.types import Batch
 from pretrain.config import Config
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.interop.hf_export import export
 from pretrain.interop.init_weights import load_initial
 from pretrain.nn.spectral import normalize_wave

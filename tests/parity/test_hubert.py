@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import SpeechModel, StepContext
+from pretrain.interfaces.frames import StepContext
+from pretrain.interfaces.models import SpeechModel
 from pretrain.interop.hf_names import from_hugging_face, to_hugging_face
 from pretrain.models.encoders import transformer
 from pretrain.models.frontends import waveform_conv

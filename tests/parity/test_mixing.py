@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.objectives import wavlm
 from tests.contract.cases import make
 from tests.parity_table import Parity

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.interfaces.objectives import Frames
+from pretrain.interfaces.frames import Frames
 from pretrain.models.encoders import conformer, transformer
 from pretrain.models.frontends import multiscale
 from pretrain.nn.half_rate import HalfRate

@@ -12,7 +12,7 @@ from scipy.special import erf
 from data_pipeline.core.schema import load
 from data_pipeline.core.types import Batch
 from pretrain.config import Config
-from pretrain.interfaces.objectives import Frames, StepContext
+from pretrain.interfaces.frames import Frames, StepContext
 from pretrain.objectives.data2vec import Data2Vec
 from pretrain.objectives.data2vec2 import Data2Vec2
 from pretrain.objectives.dinosr import DinoSR

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_pipeline.preprocess.config import RayConfig
-from data_pipeline.preprocess.job import cluster
+from data_pipeline.core.ray_tasks import RayConfig, cluster
 
 
 @pytest.fixture(scope="package")

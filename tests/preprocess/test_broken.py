@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from data_pipeline.audio import codecs
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import AudioFile
+from data_pipeline.corpora.config import ManifestCorpus
 from data_pipeline.corpora.discovery import discover
-from data_pipeline.preprocess.config import ManifestCorpus
 from data_pipeline.preprocess.job import preprocess
 from data_pipeline.preprocess.unit_worker import process_unit
 from data_pipeline.preprocess.work_plan import Unit

@@ -14,8 +14,7 @@ import soxr
 
 from data_pipeline.audio import codecs
 from data_pipeline.preprocess import duplicate_search
-from data_pipeline.preprocess.config import DedupConfig
-from data_pipeline.preprocess.duplicate_search import Table, equal_hashes, shared_prints
+from data_pipeline.preprocess.duplicate_search import DedupConfig, Table, equal_hashes, shared_prints
 from data_pipeline.preprocess.fingerprints import BITS, Fingerprinter
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.corpora.discovery import Discovered, discover
-from data_pipeline.preprocess.config import ManifestCorpus, PathCorpus
+from data_pipeline.corpora.config import ManifestCorpus, PathCorpus
+from data_pipeline.corpora.discovery import discover
+from data_pipeline.corpora.records import Discovered
 from tests.preprocess.sounds import write_corpus
 
 

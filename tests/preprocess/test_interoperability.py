@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_pipeline.shards.writer import done_records, read_index
+from data_pipeline.shards.records import done_records, read_index
 from tests.preprocess.sounds import many, path_config, write_corpus
 from tests.preprocess.test_verify import preprocess_here
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.corpora.discovery import discover
-from data_pipeline.preprocess.config import (
+from data_pipeline.corpora.config import (
     CommonVoiceCorpus,
     GigaSpeechCorpus,
     LibriSpeechCorpus,
     MlsCorpus,
     VoxPopuliCorpus,
 )
+from data_pipeline.corpora.discovery import discover
 from tests.preprocess.sounds import write_corpus
 
 

@@ -14,7 +14,7 @@ import webdataset
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.preprocess.job import plan_units, preprocess
-from data_pipeline.shards.writer import done_records, read_index
+from data_pipeline.shards.records import done_records, read_index
 from tests.preprocess.sounds import contents, many, path_config, sound, write_corpus
 
 pytestmark = pytest.mark.usefixtures("local_ray")

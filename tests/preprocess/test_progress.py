@@ -10,7 +10,7 @@ from data_pipeline.core.types import AudioFile
 from data_pipeline.preprocess.progress import live_progress
 from data_pipeline.preprocess.unit_worker import UnitResult
 from data_pipeline.preprocess.work_plan import Unit
-from data_pipeline.shards.writer import DoneRecord
+from data_pipeline.shards.records import DoneRecord
 
 
 def test_it_tells_files_hours_speed_and_rejects() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from data_pipeline.core.storage import FileStore
 from data_pipeline.preprocess.verify import verify
-from data_pipeline.shards.writer import done_records, read_index
+from data_pipeline.shards.records import done_records, read_index
 from tests.preprocess.sounds import many, path_config, write_corpus
 from tests.preprocess.test_verify import preprocess_here
 

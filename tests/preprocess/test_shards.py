@@ -18,9 +18,10 @@ from data_pipeline.audio import codecs
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import Segment
 from data_pipeline.shards import writer as shards
+from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, done_records, index_name, read_index, refuse_code
 from tests.preprocess.sounds import contents, sound
 
-EMPTY = shards.DoneRecord(unit="unit", shard="", sha256="", bytes=0, index_sha256="", segments=0, samples=0)
+EMPTY = DoneRecord(unit="unit", shard="", sha256="", bytes=0, index_sha256="", segments=0, samples=0)
 
 
 def segment(number: int, text: str = "") -> Segment:
@@ -31,7 +32,7 @@ def pcm(number: int) -> np.ndarray:
     return codecs.to_int16(sound(f"clip {number}", 1.0))
 
 
-def write(root: Path, numbers: list[int], codec: str = "flac") -> shards.DoneRecord:
+def write(root: Path, numbers: list[int], codec: str = "flac") -> DoneRecord:
     store = FileStore(str(root))
     with store.scratch() as folder:
         writer = shards.ShardWriter(folder)
@@ -73,7 +74,7 @@ def test_the_index_points_at_the_payload(tmp_path: Path, codec: str) -> None:
     record = write(tmp_path, [0, 1, 2], codec)
     tar = (tmp_path / record.shard).read_bytes()
     offsets = np.frombuffer((tmp_path / (record.shard + ".idx")).read_bytes(), "<u8")
-    rows = shards.read_index(str(tmp_path), record).to_pylist()
+    rows = read_index(str(tmp_path), record).to_pylist()
     assert [row["offset"] for row in rows] == offsets[:-1].tolist()
     assert offsets[-1] == rows[-1]["offset"] + rows[-1]["size"]
     assert tar[int(offsets[-1]) :] == bytes(1024)
@@ -116,16 +117,16 @@ def test_keys_are_unique_and_have_no_dots(tmp_path: Path) -> None:
 
 def test_folders_without_finished_shards_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="auricle preprocess"):
-        shards.done_records(str(tmp_path / "nowhere"))
+        done_records(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="is empty"):
-        shards.done_records(str(tmp_path))
+        done_records(str(tmp_path))
     (tmp_path / "old.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="1 tars but no _done"):
-        shards.done_records(str(tmp_path))
+        done_records(str(tmp_path))
     (tmp_path / "_done").mkdir()
     (tmp_path / "_done" / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json is no record"):
-        shards.done_records(str(tmp_path))
+        done_records(str(tmp_path))
 
 
 def test_truncated_or_altered_files_are_told(tmp_path: Path) -> None:
@@ -134,22 +135,22 @@ def test_truncated_or_altered_files_are_told(tmp_path: Path) -> None:
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-600])
     with pytest.raises(ValueError, match="bytes instead of"):
-        shards.read_index(str(tmp_path), record)
+        read_index(str(tmp_path), record)
     tar.write_bytes(whole)
-    index = tmp_path / shards.index_name(record.shard)
+    index = tmp_path / index_name(record.shard)
     index.write_bytes(index.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="sha256 differs"):
-        shards.read_index(str(tmp_path), record)
+        read_index(str(tmp_path), record)
     index.unlink()
     with pytest.raises(ValueError, match="missing"):
-        shards.read_index(str(tmp_path), record)
+        read_index(str(tmp_path), record)
 
 
 @pytest.mark.parametrize("name", ["a.pyd", "a.pickle", "a.PTH", "a.flac.pkl"])
 def test_members_that_would_be_unpickled_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="unpickled"):
-        shards.refuse_code(name, "x.tar")
-    shards.refuse_code("a.flac", "x.tar")
+        refuse_code(name, "x.tar")
+    refuse_code("a.flac", "x.tar")
 
 
 def test_headers_and_index_are_those_of_the_libraries(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_headers_and_index_are_those_of_the_libraries(tmp_path: Path) -> None:
         info.size = size
         assert shards.tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
     record = write(tmp_path, [0, 1, 2])
-    table = shards.read_index(str(tmp_path), record)
+    table = read_index(str(tmp_path), record)
     table.validate(full=True)
     assert table["snr_db"].null_count == 3
-    assert table.equals(pa.Table.from_pylist(table.to_pylist(), schema=shards.INDEX_SCHEMA))
+    assert table.equals(pa.Table.from_pylist(table.to_pylist(), schema=INDEX_SCHEMA))

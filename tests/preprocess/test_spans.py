@@ -14,11 +14,12 @@ import soundfile
 from data_pipeline.audio.segmentation import marked
 from data_pipeline.core.schema import load
 from data_pipeline.core.types import Span
+from data_pipeline.corpora.config import GigaSpeechCorpus
 from data_pipeline.corpora.discovery import discover
-from data_pipeline.preprocess.config import GigaSpeechCorpus, PreprocessConfig
+from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.unit_worker import process_unit
 from data_pipeline.preprocess.work_plan import Unit
-from data_pipeline.shards.writer import done_records
+from data_pipeline.shards.records import done_records
 from tests.preprocess.sounds import sound, write_corpus
 
 

@@ -10,11 +10,12 @@ import pytest
 import soundfile
 
 from data_pipeline.audio import codecs, vad
-from data_pipeline.audio.quality import measure, normalised, verdict
+from data_pipeline.audio.quality import FilterConfig, measure, normalised, verdict
+from data_pipeline.audio.vad import VadConfig
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.preprocess.config import FilterConfig, PreprocessConfig, VadConfig
+from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.job import preprocess
-from data_pipeline.shards.writer import done_records, read_index
+from data_pipeline.shards.records import done_records, read_index
 from tests.preprocess.sounds import many, path_config, sound, write_corpus
 
 

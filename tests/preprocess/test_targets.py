@@ -11,9 +11,10 @@ import pytest
 
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.labels import kmeans
+from data_pipeline.labels.features import mfcc
 from data_pipeline.labels.store import LabelSet
-from data_pipeline.shards.writer import done_records, read_index
-from launch.commands.targets import checkpoint_fingerprint
+from data_pipeline.shards.records import done_records, read_index
+from pretrain.interop.fingerprint import checkpoint_fingerprint
 from tests.preprocess.sounds import many, path_config, write_corpus
 from tests.preprocess.test_verify import preprocess_here
 
@@ -36,7 +37,7 @@ def all_features(shards: Path) -> np.ndarray:
     parts = [
         features
         for record in done_records(str(shards))
-        for _, features in kmeans.shard_features(str(shards), record, kmeans.mfcc)
+        for _, features in kmeans.shard_features(str(shards), record, mfcc)
     ]
     return np.concatenate(parts)
 
@@ -79,7 +80,7 @@ def test_one_round_equals_lloyds(shards: Path) -> None:
     frames = all_features(shards)
     centres = frames[:: len(frames) // 8][:8]
     config = settings(shards, shards / "unused")
-    parts = [kmeans.accumulate(config, record, kmeans.mfcc, centres) for record in done_records(str(shards))]
+    parts = [kmeans.accumulate(config, record, mfcc, centres) for record in done_records(str(shards))]
     mine = sum(part[0] for part in parts) / sum(part[1] for part in parts)[:, None]
     theirs = KMeans(8, init=centres, n_init=1, max_iter=1).fit(frames).cluster_centers_
     np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=5e-3)

@@ -10,12 +10,12 @@ import pytest
 import soundfile
 import torch
 
-from data_pipeline.audio.augmentation import Augmenter, add_at_snr, change_speed, mix, reverberate, tiled
+from data_pipeline.audio.augmentation import AugmentConfig, Augmenter, add_at_snr, change_speed, mix, reverberate, tiled
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE, Step
 from data_pipeline.labels.store import LabelSet, write_labels
 from data_pipeline.loader.reader import open_reader
-from data_pipeline.sampling.config import AugmentConfig, ReaderConfig
+from data_pipeline.sampling.config import ReaderConfig
 from data_pipeline.shards.local import ShardError
 from tests.reader.tiny_shards import sounds, write_shards
 

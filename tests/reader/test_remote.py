@@ -22,8 +22,9 @@ from data_pipeline.core.types import Step
 from data_pipeline.loader.reader import open_reader
 from data_pipeline.sampling.config import ReaderConfig
 from data_pipeline.sampling.plan import make_plan
+from data_pipeline.sampling.prefetch_order import PlanSchedule
+from data_pipeline.shards.cache import to_evict
 from data_pipeline.shards.local import ShardError
-from data_pipeline.shards.remote import next_use, to_evict
 from tests.reader.test_plan import catalogue_of, random_shards, reader_config
 from tests.reader.tiny_shards import sounds, write_shards
 
@@ -188,7 +189,7 @@ def test_next_use_counts_windows_ahead() -> None:
     windows = len(plan.layout(0).step_W1) - 1
     assert windows == 4
     for window in range(windows):
-        use_S = next_use(plan, 0, window)
+        use_S = PlanSchedule(plan).next_use(0, window)
         for s in range(12):
             at = int(np.flatnonzero(plan.layout(0).shard_U == s)[0]) // 3
             again = int(np.flatnonzero(plan.layout(1).shard_U == s)[0]) // 3

@@ -7,7 +7,7 @@ import pytest
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.sampling.plan import make_plan
 from data_pipeline.sampling.summary import describe, to_text
-from pretrain.profiling.plan_caps import find_caps, most_rows
+from pretrain.profiling.memory_caps import find_caps, most_rows
 from tests.reader.test_plan import catalogue_of, random_shards, reader_config
 
 

@@ -15,7 +15,7 @@ from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.distributed import World
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.objectives.dinosr import DinoSR
 from pretrain.self_supervision.masked_prediction import MaskedUnits
 from pretrain.train_module import build_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.interfaces.objectives import Frames, StepContext
+from pretrain.interfaces.frames import Frames, StepContext
 from pretrain.models.encoders import conformer, transformer
 from pretrain.nn.attention_patterns import Pattern, attend
 from pretrain.nn.dropout import dropout

@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.core.schema import load
 from pretrain import registry
-from pretrain.interfaces.objectives import Frontend
+from pretrain.interfaces.models import Frontend
 from pretrain.models.frontends.multiscale import Multiscale
 from tests.contract.cases import batch, make
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.schema import ConfigError
-from launch.commands.pretrain import attend
 from launch.config import LocalConfig
 from launch.launchers.local import LocalSubmitter, failure_report
+from launch.workflows.attended_run import attend
 from tests.conftest import ROOT
 
 STAND_IN = "tests.unit.stand_in"

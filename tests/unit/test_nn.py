@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.nn.numerics import masked_deviation, scale_gradient
 from pretrain.nn.spectral import LogMel
 from pretrain.objectives.data2vec2 import CopiesPlan

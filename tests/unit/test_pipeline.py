@@ -21,7 +21,7 @@ from launch.runs.job_record import read_note
 from launch.workers import task
 from launch.workers.build import require_fitting_labels
 from launch.workflows.pipeline import PipelineConfig, Step, pretraining_why, split, steps
-from pretrain.checkpointing.run_folder import save_tensors
+from pretrain.checkpointing.tensor_files import save_tensors
 from tests.preprocess.sounds import many, write_corpus
 from tests.preprocess.test_verify import preprocess_here
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.objectives.data2vec import Data2Vec
 from pretrain.objectives.data2vec2 import CopiesPlan, Data2Vec2
 from pretrain.objectives.dinosr import DinoSR

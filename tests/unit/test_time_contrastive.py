@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.objectives.time_contrastive import TimeContrastive, ViewsPlan, change_speed, partners
 from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss
 from pretrain.self_supervision.masking import pack_masks

@@ -16,16 +16,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError, load
-from launch.runs.job_record import steps_done
 from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.locate import steps_done
 from pretrain.checkpointing.run_folder import RunFolder, StaleIncarnationError
 from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine, StepResult
 from pretrain.engines.distributed import World
 from pretrain.monitoring.heartbeat import Heartbeat
-from pretrain.monitoring.metrics_writer import RANKS_SHOWN, Telemetry, data_waits, read_rows
+from pretrain.monitoring.metrics_writer import Telemetry
+from pretrain.monitoring.step_metrics import RANKS_SHOWN, data_waits
 from pretrain.train import Ending, train
 from pretrain.train_module import build_model
 from tests.synthetic import SyntheticReader

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 from data_pipeline.core.schema import ConfigError, load
 from pretrain.config import Config
 from pretrain.engines import make_engine
-from pretrain.engines.base import make_optimizer
 from pretrain.engines.distributed import World
-from pretrain.interfaces.objectives import Frontend, SpeechModel, StepContext
+from pretrain.engines.optimizer import make_optimizer
+from pretrain.interfaces.frames import StepContext
+from pretrain.interfaces.models import Frontend, SpeechModel
 from pretrain.models.encoders import transformer
 from pretrain.models.frontends import log_mel, multiscale, waveform_conv
 from pretrain.nn.numerics import full_precision

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pretrain.interfaces.objectives import StepContext
+from pretrain.interfaces.frames import StepContext
 from pretrain.nn.spectral import delta
 from pretrain.self_supervision.kmeans import kmeans
 from pretrain.self_supervision.masked_prediction import MaskedUnits

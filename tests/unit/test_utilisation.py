@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import load
 from pretrain.config import EngineConfig
-from pretrain.monitoring.metrics_writer import read_rows
 from pretrain.profiling.mfu import Utilisation, forward_flop, measure, peak_tflops
 from tests.unit.test_training_loop import config, run
 

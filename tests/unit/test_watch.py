@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.types import Cursor, Step
 from launch.runs.summary import audio_hours
 from pretrain.engines.base import Engine
 from pretrain.monitoring.batch_dump import MAX_KEPT, load_batches, replay
 from pretrain.monitoring.health_monitor import UnhealthyError
-from pretrain.monitoring.metrics_writer import read_rows
 from pretrain.train_module import build_model
 from tests.plants import (
     BEST_RQ,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config, refuse
-from pretrain.interfaces.objectives import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.nn.attention import SelfAttention
 from pretrain.nn.attention_patterns import AttentionContext
 from pretrain.nn.block_stack import BlockStack, Residual, StackConfig, over_time

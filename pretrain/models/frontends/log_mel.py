@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
-from pretrain.interfaces.objectives import Frames, Frontend
+from pretrain.interfaces.frames import Frames
+from pretrain.interfaces.models import Frontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import zero_padding

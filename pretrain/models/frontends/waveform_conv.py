@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config, refuse
 from data_pipeline.core.types import SAMPLE_RATE
-from pretrain.interfaces.objectives import Frames, Frontend
+from pretrain.interfaces.frames import Frames
+from pretrain.interfaces.models import Frontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import masked_deviation, scale_gradient, zero_padding

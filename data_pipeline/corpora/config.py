@@ -1,0 +1,126 @@
+"""Configuration of the corpora that `auricle preprocess` reads: one class per layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Final, Literal
+
+from data_pipeline.core.schema import about, config
+
+# fmt: off
+SOUND_ENDINGS: Final = (
+    "wav", "flac", "ogg", "opus", "oga", "mp3", "m4a", "aac", "mp4", "webm", "mkv", "mov", "avi", "wma", "amr", "g722",
+    "sph", "nist", "au", "snd", "aif", "aiff", "aifc", "caf", "w64", "rf64", "voc", "ac3", "ape", "wv", "tta",
+)
+
+
+@config
+class PathCorpus:
+    """Every sound file below a folder."""
+
+    name: Literal["path"] = "path"
+    path: Annotated[str, about("folder or fsspec URL; ~ is understood", min_length=1)]
+    corpus: Annotated[str, about("the corpus's name in the shards; empty takes the folder's")] = ""
+    language: Annotated[str, about("language of all files, where the pattern gives none")] = ""
+    pattern: Annotated[
+        str,
+        about("regular expression on the path below the folder; its groups speaker, language, text, split are kept"),
+    ] = ""
+    extensions: Annotated[
+        tuple[str, ...],
+        about("endings of sound files, in lower case and without the dot", min_length=1),
+    ] = SOUND_ENDINGS
+    splits: Annotated[tuple[str, ...], about("keep files of these splits only; empty keeps all")] = ()
+
+
+@config
+class ManifestCorpus:
+    """A table of files: tsv, csv (first line names the columns) or jsonl."""
+
+    name: Literal["manifest"] = "manifest"
+    path: Annotated[str, about("the manifest, a .tsv, .csv, .jsonl or .json (one object a line) file", min_length=1)]
+    root: Annotated[str, about("folder that the paths in it are relative to; empty takes the manifest's")] = ""
+    corpus: Annotated[str, about("the corpus's name where the manifest has no column for it; empty: the file's")] = ""
+    language: Annotated[str, about("language where the manifest has no column for it")] = ""
+    columns: Annotated[
+        dict[str, str],
+        about("column of path, speaker, language, text, corpus, split, seconds, begin, end where it has another name"),
+    ] = dataclasses.field(default_factory=dict)
+    labels: Annotated[
+        str, about("a second table with a column path; its other columns (phones, say) become labels of the samples")
+    ] = ""
+    splits: Annotated[tuple[str, ...], about("keep rows of these splits only; empty keeps all")] = ()
+    allow_outside: Annotated[bool, about("accept absolute paths and .. that leave the root")] = False
+
+
+@config
+class LibriSpeechCorpus:
+    """LibriSpeech and Libri-light's labelled parts: SUBSET/SPEAKER/CHAPTER/ID.flac beside SPEAKER-CHAPTER.trans.txt."""
+
+    name: Literal["librispeech"] = "librispeech"
+    path: Annotated[str, about("the folder LibriSpeech, or the one that holds it", min_length=1)]
+    splits: Annotated[tuple[str, ...], about("subsets, such as train-clean-100; empty keeps all")] = ()
+    language: Annotated[str, about("language of all files")] = "en"
+    download: Annotated[bool, about("fetch the subsets named by splits first, with torchaudio's downloader")] = False
+
+
+@config
+class MlsCorpus:
+    """Multilingual LibriSpeech: SPLIT/audio/SPEAKER/BOOK/ID.flac and SPLIT/transcripts.txt."""
+
+    name: Literal["mls"] = "mls"
+    path: Annotated[str, about("folder of one language, such as mls_german", min_length=1)]
+    splits: Annotated[tuple[str, ...], about("train, dev, test; empty keeps all")] = ()
+    language: Annotated[str, about("language of all files; empty takes it from the folder's name")] = ""
+
+
+@config
+class CommonVoiceCorpus:
+    """Common Voice: clips/*.mp3 and one tsv a split; a clip belongs to the first split that lists it."""
+
+    name: Literal["common_voice"] = "common_voice"
+    path: Annotated[str, about("folder of one locale", min_length=1)]
+    splits: Annotated[tuple[str, ...], about("tables to read, without .tsv", min_length=1)] = ("train", "dev", "test")
+    language: Annotated[str, about("language where the table has no column locale")] = ""
+
+
+@config
+class VoxPopuliCorpus:
+    """VoxPopuli: LANGUAGE/YEAR/ID.ogg, for transcribed data beside LANGUAGE/asr_SPLIT.tsv."""
+
+    name: Literal["voxpopuli"] = "voxpopuli"
+    path: Annotated[str, about("folder unlabelled_data or transcribed_data", min_length=1)]
+    splits: Annotated[tuple[str, ...], about("train, dev, test of transcribed data; empty keeps all")] = ()
+    language: Annotated[str, about("keep this language only; empty keeps all")] = ""
+
+
+@config
+class GigaSpeechCorpus:
+    """GigaSpeech: the segments that GigaSpeech.json lists in each recording; where it lists none, all of it."""
+
+    name: Literal["gigaspeech"] = "gigaspeech"
+    path: Annotated[str, about("folder that holds GigaSpeech.json", min_length=1)]
+    splits: Annotated[tuple[str, ...], about("subsets, such as {M}; empty keeps all")] = ()
+    language: Annotated[str, about("language where the table names none")] = "en"
+
+
+CORPORA: Final[dict[str, type[Any]]] = {
+    "path": PathCorpus,
+    "manifest": ManifestCorpus,
+    "librispeech": LibriSpeechCorpus,
+    "mls": MlsCorpus,
+    "common_voice": CommonVoiceCorpus,
+    "voxpopuli": VoxPopuliCorpus,
+    "gigaspeech": GigaSpeechCorpus,
+}
+"""Name -> config of every kind of corpus; discover.py finds their files."""
+
+
+def _names() -> list[str]:
+    return sorted(CORPORA)
+
+
+def _config_type(name: str) -> type[Any]:
+    if name not in CORPORA:
+        raise ValueError(f"there is no corpus {name!r}; there are: {', '.join(_names())}")
+    return CORPORA[name]
