@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
-
 import pytest
 
-pytest_plugins = ("tests.parity_table",)
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+
+
+pytest_plugins = ("tests.support.parity_table",)
 
 
 @pytest.fixture(scope="session")

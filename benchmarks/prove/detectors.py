@@ -46,7 +46,7 @@ from pretrain.evaluate.manifest import read_audio, read_manifest  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.monitoring.health_monitor import UnhealthyError, Watch  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
-from tests import plants  # noqa: E402
+from tests.support import planted_failures  # noqa: E402
 
 MANIFEST = ROOT.parent / "shared" / "data" / "manifest.tsv"
 CLIP, CLIPS, MICRO_BATCHES = 2, 4, 3
@@ -136,7 +136,7 @@ class Case:
     name: str
     detectors: tuple[str, ...]
     objective: dict[str, Any] = field(default_factory=lambda: BEST_RQ)
-    plant: plants.Plant | None = None
+    plant: planted_failures.Plant | None = None
     once: bool = True
     planted: int = PLANTED
     louder: tuple[int, ...] = ()
@@ -147,20 +147,23 @@ class Case:
 
 FIXED_LR = {"optimizer": {"lr": 1e-9}}
 CASES = (
-    Case("dead stem: its weights become 0", ("stem deviation",), plant=plants.zero_stem, once=False),
-    Case("collapsed targets: all of one code", ("code use", "dead codes"), plant=plants.one_code, once=False),
+    Case("dead stem: its weights become 0", ("stem deviation",), plant=planted_failures.zero_stem, once=False),
+    Case("collapsed targets: all of one code", ("code use", "dead codes"), plant=planted_failures.one_code, once=False),
     Case("collapsed code book (wav2vec 2.0)", ("target_std deviation", "code use", "too good"), WAV2VEC2,
-         plants.one_code, once=False),
-    Case("constant prediction (data2vec)", ("prediction_std deviation",), DATA2VEC, plants.same_prediction, once=False),
+         planted_failures.one_code, once=False),
+    Case("constant prediction (data2vec)", ("prediction_std deviation",), DATA2VEC,
+         planted_failures.same_prediction, once=False),
     Case("nothing is learnt: loss at chance", ("chance",), planted=0, top=FIXED_LR),
     Case("nothing is learnt (wav2vec 2.0)", ("chance", "accuracy at chance"), WAV2VEC2, planted=0, top=FIXED_LR),
     Case("a sample that is no number", ("not finite",), change=with_a_nan),
-    Case("weights that are no numbers", ("not finite",), plant=plants.break_stem),
+    Case("weights that are no numbers", ("not finite",), plant=planted_failures.break_stem),
     Case("a gradient a thousand times as large", ("gradient spike",), louder=(PLANTED,)),
-    Case("a micro-batch of each update left out", ("audio per update",), plant=plants.leave_out),
-    Case("fall of the rank: two channels drown the rest", ("layer_1 rank", "layer_2 rank"), plant=plants.drown),
-    Case("targets of features that are not normalised", ("target inputs",), plant=features_of_another_scale, planted=0),
-    Case("fixed targets that say nothing", ("target entropy",), plant=plants.one_code, once=False, planted=0),
+    Case("a micro-batch of each update left out", ("audio per update",), plant=planted_failures.leave_out),
+    Case("fall of the rank: two channels drown the rest", ("layer_1 rank", "layer_2 rank"),
+         plant=planted_failures.drown),
+    Case("targets of features that are not normalised", ("target inputs",),
+         plant=features_of_another_scale, planted=0),
+    Case("fixed targets that say nothing", ("target entropy",), plant=planted_failures.one_code, once=False, planted=0),
     Case("data comes too late", ("data wait",), change=slowly),
     Case("a probe that falls three times", ("phones/non_silence_frames falling",), planted=0,
          evaluations=(0.40, 0.37, 0.33, 0.31)),
@@ -189,8 +192,8 @@ def config(objective: dict[str, Any], steps: int, **top: Any) -> Config:
 
 def healthy(waves: list[np.ndarray], objective: dict[str, Any], folder: Path) -> str:
     """A row of the table: trains, and says what alarms there were."""
-    plants.run(folder, config(objective, HEALTHY_STEPS), reader=lambda: Speech(waves))
-    rows, found = read_rows(folder / "metrics.jsonl"), plants.events(folder)
+    planted_failures.run(folder, config(objective, HEALTHY_STEPS), reader=lambda: Speech(waves))
+    rows, found = read_rows(folder / "metrics.jsonl"), planted_failures.events(folder)
     losses = [row["loss/total"] for row in rows]
     said = ", ".join(f"{event['detector']} at {event['step']}" for event in found)
     curve = f"{np.mean(losses[:10]):.3f} → {np.mean(losses[-10:]):.3f}"
@@ -211,10 +214,10 @@ def planted(waves: list[np.ndarray], case: Case, folder: Path) -> tuple[str, boo
     stopped = ""
     try:
         settings = config(case.objective, steps, **case.top)
-        plants.run(folder, settings, case.plant, case.once, case.louder, lambda: reader, case.planted)
+        planted_failures.run(folder, settings, case.plant, case.once, case.louder, lambda: reader, case.planted)
     except UnhealthyError as error:
         stopped = str(error)
-    found = plants.events(folder)
+    found = planted_failures.events(folder)
     before = [event for event in found if event["step"] < case.planted]
     seen = next((e for e in found if e["step"] >= case.planted and e["detector"] in case.detectors), None)
     kept = " and kept the batch" if list((folder / "health").glob("step_*/rank_0.safetensors")) else ""

@@ -28,8 +28,8 @@ from pretrain.monitoring.figures import add_frames, projected
 from pretrain.monitoring.snapshot import Camera, nearest_units
 from pretrain.self_supervision.masking import FrameMask
 from pretrain.train_module import build_model
-from tests.plants import BEST_RQ, WAV2VEC2, config, run
-from tests.synthetic import synthetic_batch
+from tests.support.planted_failures import BEST_RQ, WAV2VEC2, config, run
+from tests.support.synthetic_reader import synthetic_batch
 
 HUBERT: dict[str, Any] = {"name": "hubert", "units": 8, "projection_dim": 16}
 PAGES = {

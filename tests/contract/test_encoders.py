@@ -18,8 +18,8 @@ from pretrain.config import Config
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import SpeechModel
 from pretrain.train_module import build_model
-from tests.contract.cases import ENCODERS, FRONTENDS, OBJECTIVES, batch, small
-from tests.parity_table import Parity, difference
+from tests.support.contract_cases import ENCODERS, FRONTENDS, OBJECTIVES, batch, small
+from tests.support.parity_table import Parity, difference
 
 CTX = StepContext(seed=3, step=5)
 SECONDS = (0.61, 1.0, 0.26)

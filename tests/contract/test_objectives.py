@@ -13,8 +13,8 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Sum
 from pretrain.train_module import TrainModule
-from tests.contract.cases import CASES, ENCODERS, FRONTENDS, batch, make
-from tests.parity_table import Parity, difference
+from tests.support.contract_cases import CASES, ENCODERS, FRONTENDS, batch, make
+from tests.support.parity_table import Parity, difference
 
 EVERY = pytest.mark.parametrize(
     ("objective", "frontend", "encoder"), [(o, f, e) for o in CASES for f in FRONTENDS for e in ENCODERS]

@@ -2,65 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.parity_table import Parity
-
-STEPS = 5
-CONFIG: dict[str, Any] = {
-    "data": {"shards": "synthetic", "micro_batches": 4},
-    "frontend": {"name": "log_mel"},
-    "encoder": {"name": "transformer", "layers": 2, "dim": 64, "heads": 2, "ffn_dim": 128, "dropout": 0.1},
-    "objective": {"name": "best_rq", "n_codes": 64},
-    "optimizer": {"lr": 1e-3, "clip_norm": 1.0},
-    "schedule": {"warmup_steps": 2},
-    "train": {"steps": STEPS},
-    "engine": {"name": "local"},
-}
-
-
-def case(engine: str, stage: int = 1, settings: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    config = copy.deepcopy(CONFIG)
-    config["engine"] = {"name": engine, "zero_stage": stage, **(settings or {})}
-    return {"config": config, "steps": STEPS, **more}
-
-
-def run(tmp: Path, name: str, ranks: int, cases: dict[str, Any]) -> dict[str, Any]:
-    """Starts `ranks` processes over gloo and returns what rank 0 measured."""
-    (tmp / f"{name}.json").write_text(json.dumps(cases))
-    out = tmp / f"{name}.out.json"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    base |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "tests.distributed.engine_cases", str(tmp / f"{name}.json"), str(out)]
-    started = [
-        subprocess.Popen(
-            command,
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(outputs)[-4000:]
-    return dict(json.loads(out.read_text()))
+from tests.support.engine_runs import case, furthest, run
+from tests.support.parity_table import Parity
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +37,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 FUSED = ["1 rank, local fused", "1 rank, zero 2 fused", "1 rank, zero 3 fused"]
+
+
 WHOLE = [f"1 rank, zero {stage}" for stage in range(4)] + [f"2 ranks, zero {stage}" for stage in range(4)]
-
-
-def furthest(found: list[float], expected: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", [*WHOLE, *FUSED, "2 ranks, local", "2 ranks, offloaded", "1 rank, local checkpointed"])

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.contract.cases import CASES, ENCODERS, FRONTENDS, small
-from tests.distributed.test_engines import run
+from tests.support.contract_cases import CASES, ENCODERS, FRONTENDS, small
+from tests.support.engine_runs import run
 
 STEPS = 4
 OPTIONS = {

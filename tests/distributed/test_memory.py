@@ -15,7 +15,7 @@ from launch.config import PretrainJob
 from pretrain.interfaces.frames import StepContext
 from pretrain.profiling.cost_model import Cost, Measured, activation_bytes, bucket_bytes, measure, state_bytes
 from pretrain.train_module import build_model
-from tests.distributed.test_engines import case, run
+from tests.support.engine_runs import case, run
 
 
 @pytest.mark.slow

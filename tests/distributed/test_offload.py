@@ -12,7 +12,7 @@ import deepspeed
 import pytest
 
 from pretrain.engines.deepspeed import _require_nvme
-from tests.distributed.test_engines import case, furthest, run
+from tests.support.engine_runs import case, furthest, run
 
 ON_DISK = 4
 """Steps; the model has more than the MiB per rank and group below which DeepSpeed leaves states in memory."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.test_engines import case, run
+from tests.support.engine_runs import case, run
 
 ENGINES = {"local": ("local", 1)} | {f"zero {stage}": ("deepspeed", stage) for stage in range(4)}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.demo_corpus import synthesise
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 COMMANDS = [
     line.strip().split("  #")[0].strip()

@@ -12,7 +12,7 @@ from statistics import mean
 import pytest
 
 from data_pipeline.core.jsonl import read_rows
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.reader.tiny_shards import sounds, write_shards
+from tests.support.paths import ROOT
+from tests.support.tiny_shards import sounds, write_shards
 
 TINY = [
     "frontend=log_mel", "encoder=transformer", "encoder.layers=1", "encoder.dim=32", "encoder.heads=2",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,46 +12,15 @@ import pytest
 import torch
 
 from launch.main import main
-from pretrain.checkpointing import checkpoint
-from pretrain.checkpointing.checkpoint import TrainState
 from pretrain.checkpointing.locate import find_checkpoint
-from pretrain.checkpointing.run_folder import RunFolder
-from pretrain.engines import make_engine
-from pretrain.engines.distributed import World
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig
 from pretrain.evaluate.evaluator import evaluate
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.hf_encoder import HuggingFaceModel
 from pretrain.evaluate.manifest import Utterance
 from pretrain.evaluate.tasks import PROBES, splits
-from pretrain.train_module import build_model
-from tests.evaluate.tones import PITCHES, write_tones
-from tests.unit.test_training_loop import config
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tones(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with one checkpoint of an untrained model."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    save(folder, 4)
-    return folder
-
-
-def save(path: Path, *steps: int, seed: int = 0) -> None:
-    """Checkpoints of a run of 4 steps."""
-    folder = RunFolder(path)
-    folder.claim()
-    settings = replace(config(4), seed=seed)
-    settings = replace(settings, train=replace(settings.train, keep_last=10))
-    engine = make_engine(settings, build_model(settings), World())
-    with checkpoint.Saver(folder, engine, settings) as saver:
-        for step in steps:
-            saver.save(TrainState(step))
+from tests.support.tones import PITCHES
+from tests.support.training import save
 
 
 def settings(corpus: Path, given: Path, task: str, **more: object) -> EvaluateConfig:

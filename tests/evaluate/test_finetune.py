@@ -16,7 +16,6 @@ from launch.main import main
 from pretrain.adaptation.ctc_finetune import Recogniser
 from pretrain.evaluate.frozen_encoders import open_pretrained
 from pretrain.inference.ctc_decoding import NGram, beam_search, greedy
-from tests.evaluate.test_evaluate import corpus, saved  # noqa: F401  # fixtures
 
 SYMBOLS = "abc"
 
@@ -67,7 +66,7 @@ def test_the_n_gram_is_a_distribution_that_knows_its_texts() -> None:
     assert model.log_prob("aba", "b") > math.log(0.8)
 
 
-def test_a_hugging_face_model_becomes_a_recogniser(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_hugging_face_model_becomes_a_recogniser(corpus: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
     tiny = transformers.Wav2Vec2Config(
@@ -91,7 +90,7 @@ def test_a_hugging_face_model_becomes_a_recogniser(corpus: Path, tmp_path: Path)
     assert [row["decoder"] for row in found["errors"]] == ["greedy"]
 
 
-def test_finetuning_learns_to_write_tones(corpus: Path, saved: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_finetuning_learns_to_write_tones(corpus: Path, saved: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     options = ["corpora=tones", "steps=150", "frozen_steps=10", "lr=3e-3", "batch_seconds=6", "mask_time=0.05"]
     options += [f"manifest={corpus}/manifest.tsv", f"out={tmp_path}", "beam=8", "ngram=4"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.jsonl import read_rows
-from tests.faults.test_sequence_of_keys import prepare, start
-from tests.reader.tiny_shards import sounds, write_shards
+from tests.support.faults.key_runs import prepare, start
+from tests.support.tiny_shards import sounds, write_shards
 
 STEPS = 12
 

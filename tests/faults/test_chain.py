@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from data_pipeline.core.jsonl import read_rows
-from tests.faults.kills import ROOT, Job
-from tests.reader.tiny_shards import sounds, write_shards
+from tests.support.faults.kills import ROOT, Job
+from tests.support.tiny_shards import sounds, write_shards
 
 pytestmark = pytest.mark.slow
 STEPS = 6

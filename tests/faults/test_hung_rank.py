@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from launch.workers.environment import free_port
-from tests.conftest import ROOT
-from tests.faults.test_kill_training import prepare
-from tests.reader.tiny_shards import sounds, write_shards
+from tests.support.faults.kill_runs import prepare
+from tests.support.paths import ROOT
+from tests.support.tiny_shards import sounds, write_shards
 
 TIMEOUT_MINUTES = 0.2
 
@@ -32,7 +32,7 @@ def test_the_rank_that_hangs_is_named_and_dumps_its_stack(tmp_path: Path, engine
     (folder / "config.json").write_text(json.dumps(config))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     shared |= {"AURICLE_RANK_LOGS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    modules = ("launch.workers.rank", "tests.faults.hung_rank")
+    modules = ("launch.workers.rank", "tests.support.faults.hung_rank")
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(folder)],

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from data_pipeline.preprocess.verify import verify
-from tests.faults import kills
-from tests.preprocess.sounds import contents, many, write_corpus
+from tests.support.faults import kills
+from tests.support.sounds import contents, many, write_corpus
 
 
 class Setting:

@@ -18,12 +18,12 @@ from data_pipeline.core.schema import load
 from data_pipeline.preprocess.config import PreprocessConfig
 from launch.launchers.ray_driver import choose_world
 from pretrain.checkpointing.locate import steps_done
-from tests.conftest import ROOT
-from tests.faults.keys import handed_over
-from tests.faults.mini_slurm import wait_for
-from tests.preprocess.sounds import many, write_corpus
-from tests.preprocess.test_verify import preprocess_here
-from tests.reader.tiny_shards import sounds, write_shards
+from tests.support.corpora import preprocess_here
+from tests.support.faults.keys import handed_over
+from tests.support.faults.mini_slurm import wait_for
+from tests.support.paths import ROOT
+from tests.support.sounds import many, write_corpus
+from tests.support.tiny_shards import sounds, write_shards
 
 STEPS = 60
 TINY = (

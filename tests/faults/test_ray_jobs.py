@@ -24,11 +24,11 @@ from launch.launchers.ray_wait import succeeded
 from launch.runs.job_record import read_note
 from launch.workers.environment import free_port
 from pretrain.checkpointing.locate import steps_done
-from tests.conftest import ROOT
-from tests.faults import whole_chain
-from tests.faults.mini_slurm import wait_for
-from tests.faults.site import TOY
-from tests.preprocess.sounds import many, write_corpus
+from tests.support.faults import whole_chain
+from tests.support.faults.mini_slurm import wait_for
+from tests.support.faults.site import TOY
+from tests.support.paths import ROOT
+from tests.support.sounds import many, write_corpus
 
 HOSTILE = "x$(touch pwned);`touch pwned`&touch pwned|'\" #"
 

@@ -16,11 +16,11 @@ from launch.launchers import slurm
 from launch.runs.job_record import read_note
 from launch.workflows.pipeline import Step
 from pretrain.checkpointing.locate import steps_done
-from tests.faults import mini_slurm
-from tests.faults.keys import handed_over
-from tests.faults.mini_slurm import require_slurm, wait_for
-from tests.faults.site import ON_SLURM, STEPS, TOY, ZERO, Site, learned, site_at, starts, variable
-from tests.preprocess.test_verify import preprocess_here
+from tests.support.corpora import preprocess_here
+from tests.support.faults import mini_slurm
+from tests.support.faults.keys import handed_over
+from tests.support.faults.mini_slurm import require_slurm, wait_for
+from tests.support.faults.site import ON_SLURM, STEPS, TOY, ZERO, Site, learned, site_at, starts, variable
 
 EARLY = 8
 """A fault strikes after this step and before the first checkpoint, or …"""

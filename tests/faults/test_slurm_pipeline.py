@@ -10,9 +10,9 @@ import pytest
 from launch import main
 from launch.launchers import slurm
 from launch.runs.job_record import read_note
-from tests.faults import whole_chain
-from tests.faults.mini_slurm import require_slurm, wait_for
-from tests.faults.site import ON_SLURM, Site, site_at
+from tests.support.faults import whole_chain
+from tests.support.faults.mini_slurm import require_slurm, wait_for
+from tests.support.faults.site import ON_SLURM, Site, site_at
 
 
 @pytest.fixture

@@ -13,10 +13,19 @@ from pretrain.interfaces.frames import StepContext
 from pretrain.interop.hf_names import objective_from_hugging_face, to_hugging_face
 from pretrain.objectives import wav2vec2
 from pretrain.self_supervision import quantizers
-from tests.parity.hugging_face import copy_weights, hugging_face_config, our_model, ragged_batch, randomize
-from tests.parity_table import Parity
+from tests.support.hugging_face import (
+    copy_weights,
+    hugging_face_config,
+    negatives_as_theirs,
+    our_model,
+    ragged_batch,
+    randomize,
+)
+from tests.support.parity_table import Parity
 
 transformers = pytest.importorskip("transformers")
+
+
 CTX = StepContext(seed=0, step=0)
 
 
@@ -38,17 +47,6 @@ GRADIENTS: dict[str, Callable[[wav2vec2.Wav2Vec2], Tensor]] = {
     "project_hid.bias": lambda ours: ours.project_prediction.bias.grad,
 }
 """Ours by the name that transformers' weight has."""
-
-
-def negatives_as_theirs(plan: wav2vec2.ContrastivePlan) -> Tensor:
-    """(B, F, K) indices into B·F, as transformers wants them."""
-    B, F = plan.mask.mask_BF.shape
-    frames_BM = plan.mask.flat_N[plan.mask.row_BM]
-    out = torch.zeros(B, F, plan.negatives_BMK.shape[2], dtype=torch.int64)
-    for row in range(B):
-        valid = plan.mask.valid_BM[row]
-        out[row, frames_BM[row, valid] - row * F] = frames_BM[row][plan.negatives_BMK[row, valid]]
-    return out
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])

@@ -10,8 +10,8 @@ from launch.cli.compose import compose
 from launch.config import PretrainJob
 from launch.runs.metadata import run_config
 from pretrain.train_module import build_model
-from tests.parity.hugging_face import copy_weights, hugging_face_config, our_model, ragged_batch, randomize
-from tests.parity_table import Parity
+from tests.support.hugging_face import copy_weights, hugging_face_config, our_model, ragged_batch, randomize
+from tests.support.parity_table import Parity
 
 transformers = pytest.importorskip("transformers")
 

@@ -23,8 +23,8 @@ from pretrain.interop.init_weights import load_initial
 from pretrain.nn.spectral import normalize_wave
 from pretrain.objectives.data2vec import Data2Vec
 from pretrain.train_module import TrainModule, build_model
-from tests.parity.test_contrastive import negatives_as_theirs
-from tests.parity_table import Parity
+from tests.support.hugging_face import negatives_as_theirs
+from tests.support.parity_table import Parity
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"dim": 48, "layers": 2, "heads": 2, "ffn_dim": 64, "conv_positions_kernel": 16, "conv_positions_groups": 4}

@@ -9,7 +9,7 @@ import torch
 from pretrain.nn.attention import RelativeBias
 from pretrain.nn.spectral import LogMel, mel_filters
 from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
-from tests.parity_table import Parity
+from tests.support.parity_table import Parity
 
 
 def test_mel_filters_are_torchaudios(parity: Parity) -> None:

@@ -12,7 +12,7 @@ from data_pipeline.core.schema import ConfigError, load
 from pretrain.config import Config
 from pretrain.interop import graph_export
 from pretrain.train_module import build_model
-from tests.parity_table import Parity
+from tests.support.parity_table import Parity
 
 SMALL = {"dim": 48, "layers": 2, "heads": 2, "ffn_dim": 64}
 POSITIONS = {"conv_positions_kernel": 16, "conv_positions_groups": 4}

@@ -16,8 +16,8 @@ from pretrain.models.frontends import waveform_conv
 from pretrain.objectives import hubert
 from pretrain.self_supervision.kmeans import kmeans
 from pretrain.self_supervision.quantizers import nearest_codes
-from tests.parity.hugging_face import our_model, ragged_batch, randomize
-from tests.parity_table import Parity
+from tests.support.hugging_face import our_model, ragged_batch, randomize
+from tests.support.parity_table import Parity
 
 models = pytest.importorskip("torchaudio.models")
 UNITS = 17

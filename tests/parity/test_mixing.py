@@ -12,8 +12,8 @@ from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import StepContext
 from pretrain.objectives import wavlm
-from tests.contract.cases import make
-from tests.parity_table import Parity
+from tests.support.contract_cases import make
+from tests.support.parity_table import Parity
 
 B, T = 3, 601
 NAMES = ("mix", "noise", "partner", "length", "begin", "at", "snr")

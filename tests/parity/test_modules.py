@@ -17,8 +17,8 @@ from pretrain.nn.half_rate import HalfRate
 from pretrain.nn.positions import rotary_angles, rotate
 from pretrain.nn.spectral import LogMel, Mfcc, delta
 from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
-from tests.parity.hugging_face import randomize
-from tests.parity_table import Parity, difference
+from tests.support.hugging_face import randomize
+from tests.support.parity_table import Parity, difference
 
 
 class NormOverChannels(nn.LayerNorm):

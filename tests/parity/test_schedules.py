@@ -9,7 +9,7 @@ import torch
 
 from pretrain.config import OptimizerConfig, ScheduleConfig
 from pretrain.lr_schedule import learning_rate
-from tests.parity_table import Parity
+from tests.support.parity_table import Parity
 
 optimization = pytest.importorskip("transformers.optimization")
 WARM_UP, TOTAL, LR = 20, 100, 5e-4

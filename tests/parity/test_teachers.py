@@ -17,8 +17,8 @@ from pretrain.objectives.data2vec import Data2Vec
 from pretrain.objectives.data2vec2 import Data2Vec2
 from pretrain.objectives.dinosr import DinoSR
 from pretrain.train_module import TrainModule, build_model
-from tests.parity.hugging_face import ragged_batch
-from tests.parity_table import Parity
+from tests.support.hugging_face import ragged_batch
+from tests.support.parity_table import Parity
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 CTX = StepContext(seed=0, step=0)

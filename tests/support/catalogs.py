@@ -1,0 +1,29 @@
+"""Catalogs of random shards for the sampler's tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.sampling.catalog import Catalogue
+from data_pipeline.sampling.config import ReaderConfig
+
+SECOND = SAMPLE_RATE
+
+
+def catalogue_of(shards: list[list[float]], groups: list[list[int]] | None = None, n_groups: int = 1) -> Catalogue:
+    """Shards of segments given in seconds."""
+    starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards])]).astype(np.int64)
+    lengths = np.array([round(s * SECOND) for shard in shards for s in shard], np.uint32)
+    numbers = np.array([g for shard in groups or [] for g in shard] or np.zeros(len(lengths)), np.uint16)
+    names = tuple(f"{i}.tar" for i in range(len(shards)))
+    return Catalogue(names, starts, lengths, numbers, tuple((f"c{g}", "en") for g in range(n_groups)), "x")
+
+
+def random_shards(seed: int, n_shards: int, per_shard: int, low: float = 0.5, high: float = 20.0) -> list[list[float]]:
+    rng = np.random.default_rng(seed)
+    return [list(rng.uniform(low, high, per_shard)) for _ in range(n_shards)]
+
+
+def reader_config(**values: object) -> ReaderConfig:
+    return ReaderConfig(**{"shards": "x", "batch_seconds": 64.0, "micro_batches": 4, **values})  # type: ignore[arg-type]

@@ -1,0 +1,149 @@
+"""Failures to plant into real tiny training, for the tests and for benchmarks/prove/detectors.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.core.schema import load
+from data_pipeline.core.types import StepReader
+from pretrain.checkpointing.run_folder import RunFolder
+from pretrain.config import Config
+from pretrain.engines import make_engine
+from pretrain.engines.base import Engine
+from pretrain.engines.distributed import World
+from pretrain.monitoring.heartbeat import Heartbeat
+from pretrain.train import train
+from pretrain.train_module import build_model
+from tests.support.synthetic_reader import SyntheticReader
+
+PLANTED = 22
+"""The update before which the tests plant a failure."""
+BEST_RQ: dict[str, Any] = {"name": "best_rq", "n_codes": 32}
+WAV2VEC2: dict[str, Any] = {"name": "wav2vec2", "n_codes": 16, "code_dim": 16, "projection_dim": 16, "negatives": 20}
+DATA2VEC: dict[str, Any] = {"name": "data2vec"}
+DINOSR: dict[str, Any] = {"name": "dinosr", "top_layers": 2, "n_codes": 32}
+RELABELLED: dict[str, Any] = {
+    "name": "efficient", "units": 32, "predict_layers": [1, 2], "relabel_step": 14, "relabel_layer": 1,
+    "relabel_units": 16,
+}  # fmt: skip
+"""Another book of another length from update 15 on."""
+Plant = Callable[[Engine], None]
+
+
+def config(steps: int = 60, objective: dict[str, Any] | None = None, **top: Any) -> Config:
+    """A toy run that is judged often."""
+    health = {"every": 2, "confirm": 3, "window": 10, "grace_steps": 20} | top.pop("health", {})
+    return load(
+        Config,
+        {
+            "data": {"shards": "synthetic", "micro_batches": 4, "batch_seconds": 6.94},
+            "frontend": {"name": "log_mel"},
+            "encoder": {"name": "transformer", "layers": 2, "dim": 32, "heads": 2, "ffn_dim": 64, "norm": "pre"},
+            "objective": objective or BEST_RQ,
+            "optimizer": {"lr": 3e-3},
+            "schedule": {"warmup_steps": 2, "name": "constant"},
+            "train": {"steps": steps, "checkpoint_every": 10, "keep_last": 20},
+            "engine": {"name": "local"},
+            "health": health,
+            **top,
+        },
+    )
+
+
+def run(
+    folder: Path,
+    settings: Config,
+    plant: Plant | None = None,
+    once: bool = True,
+    louder: tuple[int, ...] = (),
+    reader: Callable[[], StepReader] = SyntheticReader,
+    planted: int = PLANTED,
+) -> Engine:
+    """One start of a run; `plant` acts on the engine before update `planted` (or before each from then on).
+
+    `louder`: the loss of these updates counts a thousandfold.
+    """
+    torch.set_num_threads(1)
+    run_folder = RunFolder(folder)
+    run_folder.claim()
+    engine = make_engine(settings, build_model(settings), World())
+    make_louder(engine, louder)
+    polled = 0
+
+    def poll() -> bool:
+        nonlocal polled
+        if plant is not None and (polled == planted if once else polled >= planted):
+            plant(engine)
+        polled += 1
+        return False
+
+    with Heartbeat(folder, 0, 600) as heart:
+        train(settings, engine, reader(), run_folder, heart, poll, say=lambda line: None)
+    return engine
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """What the health watch noted."""
+    path = folder / "health.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@torch.no_grad()
+def zero_stem(engine: Engine) -> None:
+    """A dead stem: every frame becomes the same."""
+    for parameter in engine.module.model.frontend.parameters():
+        parameter.zero_()
+
+
+@torch.no_grad()
+def break_stem(engine: Engine) -> None:
+    """A weight that is no number."""
+    next(engine.module.model.frontend.parameters()).fill_(math.nan)
+
+
+@torch.no_grad()
+def one_code(engine: Engine) -> None:
+    """A collapsed code book: every target is the same code."""
+    for name, tensor in [*engine.module.objective.named_buffers(), *engine.module.objective.named_parameters()]:
+        if name.endswith("projection_DC") or name.startswith("quantizer.logits"):
+            tensor.zero_()
+        if name == "quantizer.logits.bias":
+            tensor[0] = tensor[len(tensor) // 2] = 100.0
+
+
+@torch.no_grad()
+def same_prediction(engine: Engine) -> None:
+    """A regression that gives its mean whatever comes in."""
+    engine.module.objective.get_parameter("regression.weight").zero_()
+
+
+@torch.no_grad()
+def drown(engine: Engine) -> None:
+    """Two channels of a log-mel stem grow until the others do not matter: the rank of all that follows falls."""
+    engine.module.model.frontend.get_parameter("linear.weight")[:2] *= 200.0
+
+
+def leave_out(engine: Engine) -> None:
+    """An engine that computes on all micro-batches of an update but the last."""
+    plain = engine._accumulate
+
+    def fewer(batches: Any, plans: Any, counts_K: Any, ctx: Any) -> Any:
+        return plain(batches[:-1], plans[:-1], counts_K, ctx)
+
+    engine._accumulate = fewer  # type: ignore[method-assign]
+
+
+def make_louder(engine: Engine, steps: tuple[int, ...]) -> None:
+    """The loss of these updates counts a thousandfold."""
+    plain = engine._forward_backward
+
+    def loud(batch: Any, plan: Any, counts_K: Any, ctx: Any) -> Any:
+        return plain(batch, plan, counts_K / 1000 if ctx.step in steps else counts_K, ctx)
+
+    engine._forward_backward = loud  # type: ignore[method-assign]

@@ -1,0 +1,121 @@
+"""Finding the files of a corpus."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.corpora.config import ManifestCorpus, PathCorpus
+from data_pipeline.corpora.discovery import discover
+from data_pipeline.corpora.records import Discovered
+from tests.support.sounds import write_corpus
+
+
+def reasons(found: Discovered) -> dict[str, str]:
+    return {reject.file_id: reject.reason for reject in found.rejects}
+
+
+def test_a_tree_with_unusual_names_links_and_loops(tmp_path: Path) -> None:
+    root = write_corpus(tmp_path / "my speech", {"a b/naïve 语音.wav": 0.1, "SHOUTING.WAV": 0.1, "x/y/z.flac": 0.1})
+    (root / "notes.txt").write_text("no audio")
+    (root / "x" / "loop").symlink_to(root)
+    (root / "self.wav").symlink_to(root / "self.wav")
+    (root / "gone.wav").symlink_to(root / "nothing")
+    (root / "linked.flac").symlink_to(root / "x" / "y" / "z.flac")
+    bad_name = os.fsencode(root) + b"/\xff\xfe.wav"
+    os.link(os.fsencode(root / "SHOUTING.WAV"), bad_name)
+    found = discover(PathCorpus(path=str(root)))
+    assert [file.file_id for file in found.files] == sorted(
+        ["SHOUTING.WAV", "a b/naïve 语音.wav", "linked.flac", "x/y/z.flac", "\\xff\\xfe.wav"]
+    )
+    assert {file.corpus for file in found.files} == {"my speech"}
+    assert reasons(found) == {"self.wav": "broken_link", "gone.wav": "broken_link"}
+
+
+def test_a_pattern_gives_speaker_and_split(tmp_path: Path) -> None:
+    root = write_corpus(tmp_path, {"train/ann/1.wav": 0.1, "test/bob/1.wav": 0.1, "other.wav": 0.1})
+    pattern = "^(?P<split>[^/]+)/(?P<speaker>[^/]+)/"
+    found = discover(PathCorpus(path=str(root), pattern=pattern, language="en", splits=("train",)))
+    assert [(file.speaker, file.split, file.language) for file in found.files] == [("ann", "train", "en")]
+    with pytest.raises(ConfigError, match="regular expression"):
+        discover(PathCorpus(path=str(root), pattern="("))
+
+
+def test_empty_and_missing_corpora_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        discover(PathCorpus(path=str(tmp_path / "none")))
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(ConfigError, match="holds no sound files"):
+        discover(PathCorpus(path=str(tmp_path)))
+
+
+def manifest(tmp_path: Path, name: str = "set.tsv") -> Path:
+    write_corpus(tmp_path, {"a/1.wav": 0.5, "a/2.wav": 0.5, "outside.wav": 0.5})
+    lines = [
+        "path\tspeaker\ttext\tduration_s\tsplit\tsex",
+        '1.wav\tann\tsaid "yes\t0.5\ttrain\tf',
+        "2.wav\tbob\t\t\ttest\t",
+        "../outside.wav\teve\t\t\ttrain\t",
+        "/etc/passwd\teve\t\t\ttrain\t",
+        "missing.wav\teve\t\t\ttrain\t",
+        "1.wav\tann\t\t\ttrain\t",
+        "\tann\t\t\ttrain\t",
+        "nul\0.wav\tann\t\t\ttrain\t",
+    ]
+    path = tmp_path / "a" / name
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_manifest_may_not_leave_its_folder(tmp_path: Path) -> None:
+    found = discover(ManifestCorpus(path=str(manifest(tmp_path)), language="en"))
+    first = found.files[0]
+    assert [file.file_id for file in found.files] == ["1.wav", "2.wav"]
+    assert (first.speaker, first.text, first.seconds, first.labels["sex"]) == ("ann", 'said "yes', 0.5, "f")
+    assert (first.corpus, first.language) == ("set", "en")
+    listed = [(reject.file_id, reject.reason) for reject in found.rejects]
+    assert sorted(listed) == sorted(
+        [
+            ("../outside.wav", "outside_root"),
+            ("/etc/passwd", "outside_root"),
+            ("missing.wav", "vanished"),
+            ("1.wav", "listed_twice"),
+            ("", "no_path"),
+            ("nul\0.wav", "no_path"),
+        ]
+    )
+
+
+def test_a_link_that_leaves_the_folder_is_outside_too(tmp_path: Path) -> None:
+    path = manifest(tmp_path)
+    (path.parent / "sneaky.wav").symlink_to(tmp_path / "outside.wav")
+    path.write_text("path\nsneaky.wav\n")
+    assert reasons(discover(ManifestCorpus(path=str(path)))) == {"sneaky.wav": "outside_root"}
+    allowed = discover(ManifestCorpus(path=str(path), allow_outside=True))
+    assert [file.file_id for file in allowed.files] == ["sneaky.wav"]
+
+
+def test_splits_and_other_column_names(tmp_path: Path) -> None:
+    path = manifest(tmp_path).with_name("set.jsonl")
+    rows = [{"clip": "1.wav", "who": "ann", "split": "train"}, {"clip": "2.wav", "who": "bob", "split": "test"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    corpus = ManifestCorpus(path=str(path), columns={"path": "clip", "speaker": "who"}, splits=("test",))
+    assert [(file.file_id, file.speaker) for file in discover(corpus).files] == [("2.wav", "bob")]
+    with pytest.raises(ConfigError, match=r"corpus\.columns\.path=klip; its columns are: clip, who, split"):
+        discover(ManifestCorpus(path=str(path), columns={"path": "klip"}))
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="line 1 is no JSON"):
+        discover(ManifestCorpus(path=str(path)))
+
+
+@pytest.mark.shared
+def test_the_shared_manifest(shared_data: Path) -> None:
+    corpus = ManifestCorpus(path=str(shared_data / "manifest.tsv"), splits=("pretrain", "train"))
+    found = discover(corpus)
+    assert len(found.files) == 2411
+    assert not found.rejects
+    assert {"kerstin", "librispeech"} <= {file.corpus for file in found.files}

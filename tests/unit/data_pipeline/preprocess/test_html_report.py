@@ -1,0 +1,57 @@
+"""The report: one page that needs nothing else, trusts no file name, and looks right in a browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.preprocess.job import preprocess
+from tests.support.sounds import many, path_config, write_corpus
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    root = tmp_path_factory.mktemp("report")
+    corpus = write_corpus(root / "corpus", many(12) | {"<script>alert(1)</script>/x.flac": 2.0, "s/short.wav": 0.1})
+    (corpus / "<img src=x onerror=alert(2)>.wav").write_bytes(b"RIFF")
+    preprocess(path_config(corpus, root / "out"), progress=False)
+    return root / "out" / "report.html"
+
+
+def test_it_says_what_happened_and_loads_nothing(page: Path) -> None:
+    text = page.read_text()
+    assert "<script" not in text
+    assert "<img src=x" not in text
+    assert "&lt;img src=x onerror=alert(2)&gt;.wav" in text
+    assert not re.findall(r"<[^>]*(?:src|href)=(?!'data:)", text), "everything is inside the page"
+    for said in (
+        "too_short",
+        "unreadable",
+        "Quarantine (1 files)",
+        "duration, s",
+        "speaker0",
+        "hours of audio an hour",
+    ):
+        assert said in text
+    assert text.count("<audio") == 8
+    assert text.count("data:image/png;base64") == 8
+
+
+def test_a_browser_shows_it(page: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
+    made = [f"--user-data-dir={tmp_path}", f"--screenshot={tmp_path / 'page.png'}", "--window-size=1100,1600"]
+    subprocess.run([*command, *made, page.as_uri()], check=True, capture_output=True, timeout=120)
+    assert (tmp_path / "page.png").stat().st_size > 50_000, "an empty page is smaller"
+    dom = subprocess.run(
+        [*command, f"--user-data-dir={tmp_path}", "--dump-dom", page.as_uri()],
+        check=True, capture_output=True, text=True, timeout=120,
+    ).stdout  # fmt: skip
+    assert dom.count("<figure") == 11
+    assert dom.count("<svg") == 3

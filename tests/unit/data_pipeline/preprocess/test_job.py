@@ -1,0 +1,135 @@
+"""Corpus in, shards out, on a real local Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+import webdataset
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.preprocess.job import plan_units, preprocess
+from data_pipeline.shards.records import done_records, read_index
+from tests.support.sounds import contents, many, path_config, sound, write_corpus
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def rows(out: Path) -> list[dict[str, object]]:
+    return [row for record in done_records(str(out)) for row in read_index(str(out), record).to_pylist()]
+
+
+def test_good_files_become_shards_and_a_broken_one_is_listed(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", many(10) | {"speaker9/long.flac": 70.0, "speaker9/short.wav": 0.2})
+    (corpus / "speaker0" / "broken.flac").write_bytes(b"fLaC, or so it says" * 99)
+    soundfile.write(corpus / "speaker9" / "hush.wav", np.zeros(32_000), 16_000)
+    soundfile.write(corpus / "speaker9" / "studio.wav", np.stack([sound("l", 3, 48_000)] * 2, 1), 48_000)
+    summary = preprocess(path_config(corpus, tmp_path / "out"), progress=False)
+    assert summary.exit_code == 0
+    assert (summary.files, summary.segments, summary.quarantined) == (15, 14, 1)
+    assert summary.rejects["cut/too_short"] == (1, pytest.approx(0.2 / 3600))
+    assert summary.rejects["filter/silence"] == (1, pytest.approx(2 / 3600))
+    assert summary.rejects["decode/unreadable"][0] == 1
+    assert summary.hours_in == pytest.approx((20 + 70 + 0.2 + 2 + 3) / 3600)
+    assert summary.hours_out == pytest.approx((20 + 70 + 3) / 3600)
+    listed = [json.loads(line) for line in Path(summary.quarantine).read_text().splitlines()]
+    assert [(row["file_id"], row["stage"], row["reason"]) for row in listed] == [
+        ("speaker0/broken.flac", "decode", "unreadable")
+    ]
+    pieces = sorted((row["start"], row["n_samples"]) for row in rows(tmp_path / "out") if "long" in str(row["key"]))
+    assert pieces == [(0, 480_000), (480_000, 320_000), (800_000, 320_000)]
+    tars = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
+    seen = [sample["__key__"] for sample in webdataset.WebDataset(tars, shardshuffle=False)]
+    assert sorted(seen) == sorted(str(row["key"]) for row in rows(tmp_path / "out"))
+    assert len(set(seen)) == len(seen) == 14
+
+
+def test_again_does_nothing_and_another_folder_gets_the_same_bytes(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", many(20))
+    config = path_config(corpus, tmp_path / "out")
+    preprocess(config, progress=False)
+    first = contents(tmp_path / "out")
+    again = preprocess(config, progress=False)
+    assert (again.units_done, again.units_before) == (0, again.shards)
+    assert contents(tmp_path / "out") == first
+    preprocess(path_config(corpus, tmp_path / "twin"), progress=False)
+    assert contents(tmp_path / "twin") == first
+
+
+def test_new_files_leave_finished_shards_alone(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", many(20))
+    config = path_config(corpus, tmp_path / "out")
+    preprocess(config, progress=False)
+    first = contents(tmp_path / "out")
+    write_corpus(corpus, {"speaker7/new.flac": 3.0})
+    later = preprocess(config, progress=False)
+    second = contents(tmp_path / "out")
+    assert later.files == 21
+    assert later.units_done == 1
+    changed = {name for name in first if second[name] != first[name]}
+    assert not changed
+    assert sum("new" in str(row["key"]) for row in rows(tmp_path / "out")) == 1
+
+
+def test_a_file_that_changes_later_is_counted_and_not_doubled(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", many(4))
+    config = path_config(corpus, tmp_path / "out")
+    preprocess(config, progress=False)
+    write_corpus(corpus, {"speaker0/clip000.flac": 9.0})
+    later = preprocess(config, progress=False)
+    assert (later.changed_files, later.segments) == (1, 4)
+
+
+def test_a_lost_shard_is_made_again(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", many(20))
+    config = path_config(corpus, tmp_path / "out")
+    preprocess(config, progress=False)
+    first = contents(tmp_path / "out")
+    tars = sorted((tmp_path / "out").glob("*.tar"))
+    tars[0].unlink()
+    tars[1].write_bytes(tars[1].read_bytes()[:1000])
+    assert preprocess(config, progress=False).units_done == 2
+    assert contents(tmp_path / "out") == first
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", many(2))
+    preprocess(path_config(corpus, tmp_path / "out"), progress=False)
+    other = path_config(corpus, tmp_path / "out", cut={"max_seconds": 5.0})
+    with pytest.raises(ConfigError, match=r"cut.max_seconds=5.0 here, 30.0 there"):
+        preprocess(other, progress=False)
+
+
+def test_nothing_usable_is_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.wav").write_bytes(b"RIFF")
+    summary = preprocess(path_config(tmp_path / "corpus", tmp_path / "out"), progress=False)
+    assert summary.exit_code == 1
+    assert "nothing could be used" in summary.problem
+    with pytest.raises(ConfigError, match="no such folder"):
+        preprocess(path_config(tmp_path / "none", tmp_path / "out"), progress=False)
+
+
+def test_the_forecast_writes_nothing(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", many(20))
+    forecast = plan_units(path_config(corpus, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    summary = preprocess(path_config(corpus, tmp_path / "out"), progress=False)
+    assert forecast.units == summary.shards
+    assert forecast.hours == pytest.approx(summary.hours_in, rel=0.9)
+    assert plan_units(path_config(corpus, tmp_path / "out")).files == 0
+
+
+def test_a_local_ray_listens_on_localhost_alone() -> None:
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            listening |= {c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert listening
+    assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}

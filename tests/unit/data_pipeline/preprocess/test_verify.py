@@ -1,0 +1,88 @@
+"""`verify` finds whatever is not as it was written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.core.schema import load
+from data_pipeline.labels.kmeans import TargetsConfig, make_targets
+from data_pipeline.preprocess.job import preprocess
+from data_pipeline.preprocess.verify import verify
+from tests.support.sounds import many, path_config, write_corpus
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    """A data set with every kind of file, and labels beside it."""
+    root = tmp_path_factory.mktemp("verify")
+    corpus = write_corpus(root / "corpus", many(6, 0.6))
+    (corpus / "broken.wav").write_bytes(b"RIFF")
+    (corpus / "nowhere.wav").symlink_to("nothing")
+    preprocess(path_config(corpus, root / "out", shard_mb=0.03, dedup={"exact": True, "near": True}), progress=False)
+    given = {"shards": str(root / "out"), "out": str(root / "labels"), "classes": 4, "rounds": 1}
+    make_targets(load(TargetsConfig, given))
+    return root / "out"
+
+
+def every_file(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def test_nothing_is_wrong_with_what_was_just_written(whole: Path) -> None:
+    assert len(list(whole.glob("*.tar"))) > 1
+    assert list(verify(str(whole))) == []
+    assert list(verify(str(whole.parent / "labels"))) == []
+
+
+def test_one_flipped_bit_in_each_file_is_found(whole: Path) -> None:
+    kinds = set()
+    for folder in (whole, whole.parent / "labels"):
+        for name in every_file(folder):
+            path = folder / name
+            before = path.read_bytes()
+            altered = bytearray(before)
+            altered[len(before) // 2] ^= 4
+            path.write_bytes(altered)
+            assert list(verify(str(folder), decode=False)), name
+            path.write_bytes(before)
+            kinds.add(name.partition("/")[0] if "/" in name else name[name.find(".") :] if "-" in name else name)
+    assert kinds >= {"_done", "_plan", "_rejects", "_scan", "dataset.json", "quarantine.jsonl", "report.html"}
+    assert kinds >= {"checksums.json", ".tar", ".tar.idx", ".parquet", ".labels.parquet", "labels.json", "targets.json"}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_bit_is_found(whole: Path, data: st.DataObject) -> None:
+    folder = data.draw(st.sampled_from([whole, whole.parent / "labels"]))
+    name = data.draw(st.sampled_from(sorted(every_file(folder))))
+    path = folder / name
+    before = path.read_bytes()
+    position = data.draw(st.integers(0, len(before) - 1))
+    altered = bytearray(before)
+    altered[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(altered)
+    try:
+        assert list(verify(str(folder), decode=False)), f"byte {position} of {name}"
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.idx", ".parquet"])
+def test_missing_and_foreign_files_are_found(whole: Path, tmp_path: Path, ending: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    next(path for path in sorted(copy.iterdir()) if path.name.endswith(ending)).unlink()
+    (copy / "stray.tar").write_bytes(bytes(1024))
+    problems = dict(verify(str(copy)))
+    assert len(problems) == 2
+    assert "belongs to no finished unit" in problems["stray.tar"]
+
+
+def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no finished shards"):
+        list(verify(str(tmp_path)))

@@ -1,0 +1,235 @@
+"""Properties of the plan, on synthetic catalogues."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.constraints import SHARE
+from data_pipeline.sampling.plan import Plan, accumulation, allowed_worlds, audio_per_step_check, make_plan
+from tests.support.catalogs import SECOND, catalogue_of, random_shards, reader_config
+
+
+def epoch_rows(plan: Plan, epoch: int = 0) -> Counter[tuple[int, int]]:
+    """How often each (shard, row) appears in an epoch."""
+    seen: Counter[tuple[int, int]] = Counter()
+    for g in range(plan.layout(epoch).steps):
+        for micro in plan.step(epoch, g):
+            seen.update(zip(micro.shard_n.tolist(), micro.row_n.tolist(), strict=True))
+    return seen
+
+
+cases = st.fixed_dictionaries({
+    "seed": st.integers(0, 10_000),
+    "n_shards": st.integers(1, 12),
+    "per_shard": st.integers(20, 90),
+    "micro_batches": st.sampled_from([1, 2, 4, 6]),
+    "batch_seconds": st.sampled_from([96.0, 150.0, 400.0]),
+    "ratio": st.sampled_from([1.03, 1.1, 1.5]),
+    "window": st.integers(1, 6),
+    "crop": st.booleans(),
+})  # fmt: skip
+
+
+bounded = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def plan_of(case: dict[str, object], **values: object) -> Plan:
+    shards = random_shards(case["seed"], case["n_shards"], case["per_shard"])  # type: ignore[arg-type]
+    config = reader_config(
+        batch_seconds=case["batch_seconds"], micro_batches=case["micro_batches"], bucket_ratio=case["ratio"],
+        shuffle_window=case["window"], crop_to_shortest=case["crop"], **values,
+    )  # fmt: skip
+    return make_plan(catalogue_of(shards), config, 3)
+
+
+@bounded
+@given(cases)
+def test_each_usable_segment_appears_equally_often(case: dict[str, object]) -> None:
+    plan = plan_of(case)
+    seen = epoch_rows(plan, epoch=1)
+    usable = plan.rules.usable(plan.catalogue.length_N) > 0
+    turns = int(plan.layout(1).turn_U.max()) + 1
+    assert len(seen) == usable.sum()
+    assert set(seen.values()) == {turns}
+    enough = plan.layout(1).samples // turns >= 20 * plan.rules.batch
+    assert turns == 1 or not enough
+
+
+@bounded
+@given(cases)
+def test_padding_is_bounded(case: dict[str, object]) -> None:
+    plan = plan_of(case)
+    layout, rules = plan.layout(0), plan.rules
+    for number in range(len(layout.step_W1) - 1):
+        window = plan.window(0, number)
+        inside = ~window.spanning_K
+        bound = 0 if rules.crop else 1 - 1 / rules.ratio
+        padding = 1 - window.samples_K / window.padded_K
+        assert (padding[inside] <= bound + 1e-9).all()
+        assert window.spanning_K.sum() < len(rules.edges)
+        if rules.crop:
+            assert padding.max() == 0
+        mean = window.samples_K.sum() + window.cropped
+        assert (window.padded_K[~inside] <= rules.room(mean / len(inside)) + rules.ratio * len(inside)).all()
+
+
+@bounded
+@given(cases)
+def test_audio_per_step_is_the_recipes(case: dict[str, object]) -> None:
+    plan = plan_of(case)
+    found = audio_per_step_check(plan, 1, plan.rules.micro_batches)
+    assert found.seconds == pytest.approx(found.asked, rel=0.025)
+    layout = plan.layout(0)
+    total = 0
+    for number in range(len(layout.step_W1) - 1):
+        window = plan.window(0, number)
+        audio = window.samples_K[window.order_GV].sum(axis=1)
+        total += int(audio.sum()) + window.cropped
+        mean = (audio.sum() + window.cropped) / len(audio)
+        if mean < plan.rules.micro_batches * plan.rules.longest:
+            continue  # no micro-batch may be empty, so where each has room for one segment only, lengths decide
+        assert (audio <= mean + plan.rules.longest).all()
+        if window.cropped == 0:
+            assert (audio >= mean - plan.rules.longest).all()
+    assert total == layout.samples
+
+
+@bounded
+@given(cases, st.integers(0, 10**6))
+def test_a_step_is_the_same_however_it_is_reached(case: dict[str, object], pick: int) -> None:
+    walked, fresh = plan_of(case), plan_of(case)
+    steps = walked.layout(0).steps
+    wanted = pick % steps
+    for g in range(wanted):
+        walked.step(0, g)
+    for a, b in zip(walked.step(0, wanted), fresh.step(0, wanted), strict=True):
+        assert np.array_equal(a.row_n, b.row_n)
+        assert np.array_equal(a.shard_n, b.shard_n)
+        assert np.array_equal(a.length_n, b.length_n)
+
+
+@bounded
+@given(st.integers(0, 1000), st.sampled_from([0.3, 0.5, 0.8]))
+def test_mixing_repeats_groups_an_exact_number_of_times(seed: int, alpha: float) -> None:
+    rng = np.random.default_rng(seed)
+    shards = random_shards(seed, 6, 60, low=3, high=15)
+    share = [0.75, 0.2, 0.05]
+    groups = [list(rng.choice(3, len(shard), p=share)) for shard in shards]
+    catalogue = catalogue_of(shards, groups, 3)
+    plan = make_plan(catalogue, reader_config(mix_alpha=alpha, shuffle_window=2), seed)
+    seen = epoch_rows(plan)
+    turns = int(plan.layout(0).turn_U.max()) + 1
+    times = np.array([
+        seen[s, r] for s in range(6) for r in range(60)
+    ])  # fmt: skip
+    for g in range(3):
+        of_group = times[catalogue.group_N == g]
+        share_g = Fraction(int(plan.repeats[g]), SHARE)
+        assert of_group.sum() == turns * (len(of_group) * int(plan.repeats[g]) + SHARE // 2) // SHARE
+        assert of_group.min() >= turns * int(share_g)
+        assert of_group.max() <= turns * (int(share_g) + 1)
+    hours = [catalogue.length_N[catalogue.group_N == g].sum(dtype=float) for g in range(3)]
+    for g in range(3):
+        assert plan.repeats[g] / SHARE == pytest.approx((max(hours) / hours[g]) ** (1 - alpha), rel=1e-3)
+
+
+def test_epochs_differ_and_repeat_exactly() -> None:
+    make = lambda seed: make_plan(catalogue_of(random_shards(1, 4, 80)), reader_config(), seed)  # noqa: E731
+    first, again, other = make(0), make(0), make(1)
+    rows = lambda plan, epoch: [m.row_n.tolist() for g in range(5) for m in plan.step(epoch, g)]  # noqa: E731
+    assert rows(first, 0) == rows(again, 0)
+    assert rows(first, 0) != rows(first, 1)
+    assert rows(first, 0) != rows(other, 0)
+    assert first.hash == again.hash != other.hash
+
+
+def test_windows_bound_the_shards_in_use() -> None:
+    plan = make_plan(catalogue_of(random_shards(2, 40, 200)), reader_config(shuffle_window=8), 0)
+    layout = plan.layout(0)
+    assert len(layout.window_W1) - 1 == 5
+    assert np.diff(layout.window_W1).max() <= 8
+
+
+def test_neighbours_of_a_shard_are_mixed_in_its_window() -> None:
+    plan = make_plan(catalogue_of([[10.0] * 200] * 8), reader_config(shuffle_window=8, max_seconds=15.6), 0)
+    shards = np.concatenate([m.shard_n for g in range(20) for m in plan.step(0, g)])
+    assert len(set(shards.tolist())) == 8
+    assert (np.diff(shards) == 0).mean() < 0.3
+
+
+def test_a_tiny_corpus_keeps_all_its_audio_at_little_padding() -> None:
+    """0.4 h like one LibriSpeech speaker each: mostly 12 to 16 s, a few short ones."""
+    rng = np.random.default_rng(0)
+    lengths = list(np.concatenate([rng.uniform(12, 16.5, 95), rng.uniform(2, 12, 20)]))
+    plan = make_plan(
+        catalogue_of([lengths[i::4] for i in range(4)]), reader_config(batch_seconds=60.0, micro_batches=2), 0
+    )
+    window = plan.window(0, 0)
+    used = plan.rules.usable(plan.catalogue.length_N).sum()
+    assert window.samples_K.sum() + window.cropped == used
+    assert window.cropped < 0.01 * used
+    assert 1 - window.samples_K.sum() / window.padded_K.sum() < 0.03
+
+
+def test_default_settings_pad_less_than_three_percent() -> None:
+    rng = np.random.default_rng(0)
+    shards = [list(np.clip(rng.gamma(3.0, 3.0, 2000), 1, 30)) for _ in range(32)]
+    plan = make_plan(catalogue_of(shards), ReaderConfig(shards="x"), 0)
+    window = plan.window(0, 0)
+    assert 1 - window.samples_K.sum() / window.padded_K.sum() < 0.03
+    assert window.cropped == 0
+
+
+def test_worlds_that_do_not_divide_are_refused_by_name() -> None:
+    assert accumulation(6, 3) == 2
+    with pytest.raises(ConfigError, match=r"6 cannot be shared equally by 4 ranks; run on one of: 1, 2, 3, 6"):
+        accumulation(6, 4)
+    assert allowed_worlds(8) == [1, 2, 4, 8]
+
+
+def test_wrong_accumulation_is_refused() -> None:
+    plan = make_plan(catalogue_of(random_shards(1, 4, 80)), reader_config(), 0)
+    assert audio_per_step_check(plan, 2, 2).asked == 64
+    with pytest.raises(ConfigError, match="must accumulate 2 steps"):
+        audio_per_step_check(plan, 2, 1)
+
+
+def test_impossible_sizes_are_refused_with_a_remedy() -> None:
+    catalogue = catalogue_of(random_shards(1, 4, 80))
+    with pytest.raises(
+        ConfigError, match=r"raise data\.batch_seconds to at least 124\.8 or lower data\.micro_batches to at most 4"
+    ):
+        make_plan(catalogue, reader_config(batch_seconds=64.0, micro_batches=8), 0)
+    with pytest.raises(ConfigError, match=r"less than a fiftieth"):
+        make_plan(catalogue_of([[3.0, 4.0]]), reader_config(batch_seconds=6400.0), 0)
+    with pytest.raises(ConfigError, match=r"max_seconds=5 is below"):
+        make_plan(catalogue, reader_config(min_seconds=6.0, max_seconds=5.0), 0)
+
+
+def test_a_cap_is_kept_or_refused() -> None:
+    catalogue = catalogue_of(random_shards(1, 12, 200))
+    with pytest.raises(ConfigError, match=r"raise data\.micro_batches to 10") as refused:
+        make_plan(catalogue, reader_config(batch_seconds=320.0, micro_batches=4, cap_seconds=52.0), 0)
+    assert "52" in str(refused.value)
+    plan = make_plan(catalogue, reader_config(batch_seconds=320.0, micro_batches=10, cap_seconds=52.0), 0)
+    layout = plan.layout(0)
+    windows = [plan.window(0, w) for w in range(len(layout.step_W1) - 1)]
+    assert max(int(window.padded_K.max()) for window in windows) <= 52 * SECOND
+    config = reader_config(batch_seconds=320.0, micro_batches=10, cap_seconds=52.0, cap_quadratic=0.05)
+    with pytest.raises(ConfigError, match="cap_seconds"):
+        make_plan(catalogue, config, 0)
+
+
+def test_the_largest_micro_batches_of_a_step_come_first() -> None:
+    plan = make_plan(catalogue_of(random_shards(1, 8, 80)), reader_config(), 0)
+    for g in range(plan.layout(0).steps):
+        sizes = [micro.padded_samples for micro in plan.step(0, g)]
+        assert sizes == sorted(sizes, reverse=True)

@@ -1,0 +1,66 @@
+"""`auricle shards` and `auricle data plan` on small shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import main
+from tests.support.tiny_shards import sounds, write_shards
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards, 40 segments, 160 s."""
+    content = [sounds([2.0, 3.0, 4.0, 5.0, 6.0] * 4, corpus=name) for name in ("first", "second")]
+    return write_shards(tmp_path_factory.mktemp("shards"), content)
+
+
+def test_stats_count_what_is_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["shards", "stats", str(root)]) == 0
+    said = capsys.readouterr().out
+    assert "first" in said
+    assert "40" in said
+    assert "0.04" in said, "hours"
+    assert "50 %: 4.0 s" in said
+
+
+def test_inspect_finds_a_key(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["shards", "inspect", str(root), "--key", "second-0002"]) == 0
+    said = capsys.readouterr().out
+    assert "second-0002" in said
+    assert "4.00" in said
+    assert "first" not in said
+
+
+def test_verify_finds_a_changed_byte_and_a_missing_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_shards(tmp_path / "shards", [sounds([2.0] * 3, corpus=name) for name in ("a", "b", "c")])
+    assert main.main(["shards", "verify", str(root)]) == 0
+    tars = sorted(root.glob("*.tar"))
+    content = bytearray(tars[0].read_bytes())
+    content[1000] ^= 1
+    tars[0].write_bytes(content)
+    tars[1].with_suffix(".parquet").unlink()
+    assert main.main(["shards", "verify", str(root)]) == main.FAILED
+    said = capsys.readouterr().out
+    assert f"{tars[0].name}: its sha256" in said
+    assert tars[1].stem in said
+    assert "1 of 3 shards are whole" in said
+
+
+def test_no_shards_says_how_to_make_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("stats", "inspect", "verify"):
+        for folder in (tmp_path / "none", tmp_path):
+            assert main.main(["shards", verb, str(folder)]) == main.USAGE
+            assert "auricle preprocess" in capsys.readouterr().err
+
+
+def test_plan_of_a_config(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["+experiment=best_rq_tiny", f"data.shards={root}", "data.batch_seconds=40", "data.max_seconds=6"]
+    assert main.main(["data", "plan", *overrides]) == 0
+    said = capsys.readouterr().out
+    assert "ranks      1, 2, 4" in said
+    assert "2 shards" in said
+    assert main.main(["data", "plan", *overrides, "data.batch_seconds=1e6"]) == main.USAGE
+    assert "less than a fiftieth" in capsys.readouterr().err

@@ -1,0 +1,67 @@
+"""The environment: what setup.sh repacks, and what constraints.txt pins."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import subprocess
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+from launch.setup.repack_torchaudio import repack
+from tests.support.paths import ROOT
+
+
+def test_repack_drops_the_libraries_and_stays_a_valid_wheel(tmp_path: Path) -> None:
+    wheel = tmp_path / "torchaudio-2.0.0-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("torchaudio/__init__.py", "x = 1\n")
+        file.writestr("torchaudio/lib/a.so", b"\0")
+        file.writestr("torchaudio-2.0.0.dist-info/METADATA", "Name: torchaudio\nVersion: 2.0.0\n\nVersion: 2.0.0\n")
+        file.writestr("torchaudio-2.0.0.dist-info/RECORD", "torchaudio/lib/a.so,,\n")
+    made = repack(wheel, tmp_path / "out")
+    assert made.name == "torchaudio-2.0.0+cpu-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(made) as file:
+        names = file.namelist()
+        assert not [name for name in names if name.endswith(".so")]
+        lines = file.read("torchaudio-2.0.0+cpu.dist-info/METADATA").decode().splitlines()
+        assert lines == ["Name: torchaudio", "Version: 2.0.0+cpu", "", "Version: 2.0.0"]
+        for line in file.read("torchaudio-2.0.0+cpu.dist-info/RECORD").decode().split():
+            name, digest, size = line.rsplit(",", 2)
+            if digest:
+                data = file.read(name)
+                wanted = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+                assert (digest, int(size)) == (f"sha256={wanted}", len(data))
+
+
+def test_every_dependency_is_pinned_and_within_its_range() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    normal = {re.sub("[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *(line for extra in extras.values() for line in extra)]:
+        name = re.match(r"[\w.-]+", requirement)
+        assert name
+        if name[0] == "auricle":  # an extra that holds other extras
+            continue
+        assert re.sub("[-_.]+", "-", name[0]).lower() in normal, f"{requirement} has no pin"
+    assert not [pin for pin in pins.values() if "+" in pin], "local versions exist on this machine only"
+    assert metadata.version("torch").split("+")[0] == normal["torch"]
+
+
+def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    (copy / "launch").mkdir(parents=True)
+    for file in ("pyproject.toml", "constraints.txt", "launch/setup/setup.sh", "launch/setup/repack_torchaudio.py"):
+        (copy / file).write_bytes((ROOT / file).read_bytes())
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    command = ["bash", str(copy / "launch" / "setup.sh")]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": str(old)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "needs Python 3.11 or newer; tried: " + str(old) in done.stderr

@@ -1,0 +1,210 @@
+"""The `auricle` command: overrides, help, errors that help, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import string
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.core.schema import ConfigError, document, dump, load
+from launch import main
+from launch.cli.compose import CONF, _override, compose, groups, to_yaml
+from launch.config import PretrainJob
+from tests.support.paths import ROOT
+
+TINY = ["+experiment=best_rq_tiny", "data.shards=shards"]
+
+
+def auricle(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launch.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd, env=environment)
+
+
+def test_help_is_fast_and_names_every_verb() -> None:
+    start = time.monotonic()
+    done = auricle("--help")
+    assert time.monotonic() - start < 3.0
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in main.VERBS)
+    heavy = "import launch.main, sys; launch.main.main(['--help']); print({'torch', 'ray', 'hydra'} & set(sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert loaded.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("choice", [["objective=wav2vec2"], TINY[:1]])
+def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
+    done = auricle("pretrain", *choice, "--help")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    for row in document(PretrainJob, "", compose("pretrain", choice)):
+        assert row.path in said
+        assert " ".join(row.description.split()) in said
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective=best_rk"], ["objective=best_rk", "did you mean best_rq?", "wav2vec2"]),
+        (["+experiment=best_rq_tinny"], ["experiment=best_rq_tinny", "best_rq_tiny"]),
+        (["launcher=slurmm"], ["launcher=slurmm", "local"]),
+        (
+            [*TINY, "optimizer.lrr=1"],
+            ["optimizer.lrr=1", "no such field", "did you mean optimizer.lr?", "weight_decay"],
+        ),
+        ([*TINY, "optimizer.lr=-1"], ["optimizer.lr=-1", "greater than 0", "> 0"]),
+        ([*TINY, "optimizer.lr=fast"], ['optimizer.lr="fast"', "number"]),
+        ([*TINY, "engine.precision=bf61"], ["engine.precision", "fp32, bf16", "did you mean bf16?"]),
+        ([*TINY, "objective.codez=3"], ["objective.codez=3", "no such field"]),
+        ([*TINY, "batch_seconds=3"], ["batch_seconds=3", "did you mean data.batch_seconds?"]),
+        ([*TINY, "launcher.processes=3"], ["data.micro_batches=4", "3 ranks"]),
+        ([*TINY, "name=a/b"], ["name='a/b'", "slash"]),
+        (["data.shards"], ["'data.shards' is no override", "field=value"]),
+        ([*TINY, "--dry-runs"], ["no switch --dry-runs", "did you mean --dry-run?"]),
+        (TINY[:1], ["data.shards", "required"]),
+        ([*TINY, "optimizer.lr=-1", "seed=x"], ["optimizer.lr", "seed"]),
+        ([*TINY, "objective.name=hubrt"], ['objective.name="hubrt"', "no such objective", "did you mean hubert?"]),
+        ([*TINY, "date.workers=3"], ["date.workers=3", "did you mean data.workers?"]),
+        ([*TINY, "optimizer=3"], ["optimizer=3", "optimizer.lr"]),
+        ([*TINY, "optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "too few values"]),
+        ([*TINY, "optimizer.betas=[0.9,1.2]"], ["optimizer.betas", "1.2", "< 1"]),
+        ([*TINY, "encoder.heads=3"], ["encoder.heads=3", "256"]),
+        ([*TINY, "engine.name=local", "engine.offload=cpu"], ["engine.offload", "cpu", "engine.name=deepspeed"]),
+        ([*TINY, "engine.zero_stage=0", "engine.offload=cpu"], ["engine.offload", "zero_stage of 1 to 3"]),
+        ([*TINY, "engine.zero_stage=2", "engine.offload=nvme"], ["engine.offload", "zero_stage=3, and it is 2"]),
+        ([*TINY, "engine.zero_stage=3", "engine.offload=nvme"], ["engine.offload_folder", "needs a folder"]),
+        ([], ["data.shards: is required"]),
+        ([*TINY, "data.batch_seconds=20"], ["data.batch_seconds=20", "data.micro_batches=4", "at least 32"]),
+    ],
+)
+def test_a_wrong_override_says_what_is_right(
+    overrides: list[str], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main.main(["pretrain", f"runs={tmp_path}", *overrides]) == main.USAGE
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said
+    assert not list(tmp_path.iterdir()), "nothing may be left behind by a refused config"
+
+
+def test_wrong_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["pretrian"]) == main.USAGE
+    assert "did you mean `auricle pretrain`?" in capsys.readouterr().err
+    assert main.main([]) == main.USAGE
+
+
+def test_unexpected_errors_are_one_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(arguments: list[str]) -> int:
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setattr("launch.commands.doctor.run", broken)
+    monkeypatch.delenv("AURICLE_DEBUG", raising=False)
+    assert main.main(["doctor"]) == main.FAILED
+    assert capsys.readouterr().err.startswith("auricle doctor: the disk is on fire\n")
+    monkeypatch.setenv("AURICLE_DEBUG", "1")
+    with pytest.raises(OSError, match="on fire"):
+        main.main(["doctor"])
+
+
+def test_cfg_prints_what_compose_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["pretrain", *TINY, "optimizer.lr=3e-4", "--cfg"]) == 0
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out))
+    assert values == compose("pretrain", [*TINY, "optimizer.lr=3e-4"])
+    assert values["optimizer"]["lr"] == 3e-4
+
+
+def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main.main(["pretrain", *TINY, f"runs={tmp_path}", "launcher.processes=2", "device=cpu", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "deepspeed.launcher.runner --num_gpus 2" in said
+    assert "launch.workers.rank" in said
+    assert not list(tmp_path.iterdir())
+
+
+TEXT = st.text(string.printable + "äéß語", min_size=1).filter(lambda text: text.strip() == text and "${" not in text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT.map(lambda text: f"/data/{text}"))
+def test_any_path_survives_quoting(path: str) -> None:
+    read = OverridesParser.create().parse_override(_override(f"data.shards={path}", {}, set())).value()
+    assert (read.text if isinstance(read, QuotedString) else read) == path
+
+
+@pytest.mark.parametrize(
+    "path", ["/a b/c,d", "/it's (mine)", "/back\\slash\\", '/"x"', "/a=b&c;rm -rf $HOME", "/[1]{2}"]
+)
+def test_odd_paths_survive_composition(path: str) -> None:
+    assert compose("pretrain", [f"data.shards={path}"])["data"]["shards"] == path
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_groups_and_signs(sign: str) -> None:
+    assert compose("pretrain", [f"{sign}objective=best_rq"])["objective"]["name"] == "best_rq"
+    assert compose("pretrain", [f"{sign}experiment=best_rq_tiny"])["name"] == "best_rq_tiny"
+
+
+def test_the_command_line_wins_over_the_experiment() -> None:
+    values = compose("pretrain", ["encoder=transformer", "+experiment=best_rq_tiny", "train.steps=7"])
+    assert "dim" not in values["encoder"]
+    assert values["train"]["steps"] == 7
+
+
+def test_texts_that_look_like_numbers_stay_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["pretrain", *TINY, "name=007", "launcher=slurm", "launcher.after=12", "seed=3", "--cfg"]) == 0
+    said = capsys.readouterr().out
+    assert "name: '007'" in said
+    assert "after: '12'" in said
+    assert "seed: 3" in said
+
+
+def test_home_is_expanded() -> None:
+    values = compose("pretrain", ["data.shards=~/shards", "heads={}", "name=x~/y"])
+    assert values["data"]["shards"] == str(Path("~/shards").expanduser())
+    assert values["name"] == "x~/y"
+
+
+@pytest.mark.parametrize("experiment", groups()["experiment"])
+def test_every_shipped_experiment_loads(experiment: str) -> None:
+    job = load(PretrainJob, compose("pretrain", [f"+experiment={experiment}", "data.shards=s"]))
+    assert load(PretrainJob, dump(job)) == job
+
+
+@pytest.mark.parametrize("group", ["objective", "frontend", "encoder", "launcher"])
+def test_every_shipped_choice_loads(group: str) -> None:
+    for choice in groups()[group]:
+        load(PretrainJob, compose("pretrain", [f"{group}={choice}", "data.shards=s"]))
+
+
+def test_broken_yaml_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "pretrain.yaml").write_text("defaults:\n  - objective: gone\n")
+    (tmp_path / "objective").mkdir()
+    with pytest.raises(ConfigError, match=r"pretrain: .*gone"):
+        compose("pretrain", [], folder=tmp_path)
+
+
+def test_yaml_round_trip() -> None:
+    values = compose("pretrain", TINY)
+    from omegaconf import OmegaConf
+
+    assert OmegaConf.to_container(OmegaConf.create(to_yaml(values))) == values
+    assert json.dumps(values)
+    assert CONF == ROOT / "conf"

@@ -1,0 +1,188 @@
+"""The chain as command lines, what stands and what does not, sweeps, and the run folder that all verbs share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.labels.store import LabelSet
+from launch import main
+from launch.cli import request as job
+from launch.cli.compose import sweep
+from launch.config import EvaluateJob, PreprocessJob, PretrainJob, RayConfig, SlurmConfig, TargetsJob
+from launch.launchers.ray import RayJobs
+from launch.launchers.slurm import SlurmSubmitter
+from launch.runs.job_record import read_note
+from launch.workers import task
+from launch.workers.build import require_fitting_labels
+from launch.workflows.pipeline import PipelineConfig, Step, pretraining_why, split, steps
+from pretrain.checkpointing.tensor_files import save_tensors
+from tests.support.corpora import preprocess_here
+from tests.support.sounds import many, write_corpus
+
+CORPUS = "preprocess.corpus.path=/data/speech"
+HOSTILE = "x$(touch pwned);`id`&|'\" #SBATCH --nodes=9"
+
+
+def chain(*arguments: str) -> list[Step]:
+    _, given, launcher = split([CORPUS, *arguments])
+    return steps(PipelineConfig(folder="work"), given, launcher)
+
+
+def test_each_step_reads_what_the_one_before_made() -> None:
+    preprocess, targets, pretrain, evaluate = chain(
+        "pretrain.objective=hubert", "targets.classes=50", "evaluate.task=abx"
+    )
+    assert preprocess.job().out == targets.job().shards == pretrain.job().data.shards == "work/shards"
+    assert pretrain.job().data.targets == {"units": targets.job().out}
+    assert (pretrain.job().objective.labels, pretrain.job().objective.units) == ("units", 50)
+    assert pretrain.job().objective.label_rate_hz == 100.0
+    assert Path(evaluate.job().checkpoint) == pretrain.folder()
+    assert evaluate.job().task == "abx"
+
+
+def test_an_objective_without_labels_needs_no_targets() -> None:
+    assert [step.verb for step in chain("pretrain.objective=best_rq")] == ["preprocess", "pretrain", "evaluate"]
+
+
+def test_the_launcher_is_everybodys_and_more_of_it_can_be_somebodys() -> None:
+    made = chain("pretrain.objective=best_rq", "launcher=slurm", "launcher.nodes=2", "pretrain.launcher.nodes=8")
+    assert [step.job().launcher.nodes for step in made] == [2, 8, 2]
+
+
+@pytest.mark.parametrize("wrong", ["pretrain.train.stepz=3", "preprocess_.out=x", "steps=[preprocess,pretarin]"])
+def test_a_wrong_field_of_any_step_ends_it_at_once(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main.main(["pipeline", "folder=work", CORPUS, "pretrain.objective=best_rq", wrong, "--dry-run"]) == main.USAGE
+    )
+    assert wrong.partition("=")[0].partition(".")[2][:4] in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_every_script_and_submits_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main.main(["pipeline", "folder=work", CORPUS, "pretrain.objective=hubert", "launcher=slurm", "--dry-run"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert said.count("sbatch --parsable") == 4
+    assert said.count("ray.sbatch") >= 2
+    assert "--dependency=afterok:JOB_OF_preprocess" in said
+    assert "--dependency=afterok:JOB_OF_targets" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_made_stands_until_a_byte_of_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "corpus", many(4, 0.6))
+    step = Step("preprocess", ("corpus.path=corpus", "out=shards", "min_shards=2"))
+    assert step.why() == "was not finished before"
+    monkeypatch.setattr("launch.commands.preprocess.work", preprocess_here)
+    folder = task.prepare("preprocess", step.job())
+    task.perform(folder)
+    assert step.why() == ""
+    assert Step("preprocess", (*step.arguments, "codec=wav")).why() == "was finished with another config"
+    write_corpus(tmp_path / "corpus", many(5, 0.6))
+    assert step.why() == "is not any more as it was made", "there are new recordings"
+    task.perform(folder)
+    assert step.why() == ""
+    shard = next((tmp_path / "shards").glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    assert step.why() == "is not any more as it was made"
+
+
+@pytest.mark.parametrize("launcher", [SlurmConfig(), RayConfig(dashboard="http://127.0.0.1:1")])
+@pytest.mark.parametrize("verb", ["preprocess", "targets", "evaluate", "pretrain"])
+def test_every_verb_has_a_plan_on_every_launcher(verb: str, launcher: SlurmConfig | RayConfig, tmp_path: Path) -> None:
+    submitter = SlurmSubmitter(launcher, verb) if isinstance(launcher, SlurmConfig) else RayJobs(launcher, verb)
+    plan = submitter.plan(tmp_path / HOSTILE)
+    assert (
+        "launch.launchers.ray_driver" in plan
+        if verb == "pretrain" and isinstance(launcher, RayConfig)
+        else "launch." in plan
+    )
+    if isinstance(submitter, RayJobs):
+        import shlex
+
+        assert shlex.split(plan)[-1 if "--ray" not in plan else -3] == str(tmp_path / HOSTILE), "one word of the shell"
+
+
+def test_the_run_folder_of_a_task_describes_it_and_keeps_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    monkeypatch.setattr("sys.argv", ["auricle", "evaluate", "api_key=hush-hush"])
+    job = EvaluateJob(checkpoint="runs/mine", runs=str(tmp_path))
+    folder = task.prepare("evaluate", job)
+    assert folder == tmp_path / "evaluate_mine"
+    assert json.loads((folder / "task.json").read_text())["config"]["checkpoint"] == "runs/mine"
+    assert {"task.json", "environment.json", "git.diff"} <= {path.name for path in folder.iterdir()}
+    assert not [path for path in folder.rglob("*") if path.is_file() and "hush-hush" in path.read_text()]
+    with pytest.raises(ConfigError, match="out: holds an address with a password"):
+        task.prepare("targets", TargetsJob(shards="s", out="s3://me:hush-hush@host/x", runs=str(tmp_path)))
+
+
+def test_a_task_that_failed_does_not_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["preprocess", "corpus.path=nowhere", "out=shards"]) == main.USAGE
+    folder = tmp_path / "runs" / "preprocess_shards"
+    assert read_note(folder).verb == "preprocess"
+    assert not (folder / "result.json").exists()
+    assert task.stands("preprocess", Step("preprocess", ("corpus.path=nowhere", "out=shards")).job())
+    assert task.main([str(folder)]) == 2
+    assert isinstance(PreprocessJob, type)
+
+
+def test_a_damaged_run_ends_a_pipeline_with_its_remedy(tmp_path: Path) -> None:
+    wanted = ["+experiment=best_rq_tiny", "data.shards=none", f"runs={tmp_path}", "name=mine", "train.steps=5"]
+    request = job.read("pretrain", PretrainJob, wanted)
+    assert request is not None
+    folder = tmp_path / "mine" / "checkpoints" / "step_00000005"
+    folder.mkdir(parents=True)
+    save_tensors({"weight": torch.ones(3)}, folder / "model.safetensors")
+    state = {"format": 1, "sha256": {"model.safetensors": "0" * 64}}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder.parent / "latest").write_text("step_00000005\n")
+    with pytest.raises(ConfigError, match=r"model.safetensors is not as it was written; write another whole one"):
+        pretraining_why(request.config)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (LabelSet("k1", 100, 100), r"objective.label_rate_hz=50: .* at 100 Hz; set objective.label_rate_hz=100"),
+        (LabelSet("k1", 50, 500), r"objective.units=100: .* of 500 classes; set objective.units=500"),
+        (LabelSet("k1", 50, 100), ""),
+    ],
+)
+def test_labels_that_do_not_fit_the_objective_are_refused(labels: LabelSet, said: str, tmp_path: Path) -> None:
+    labels.write(str(tmp_path / "labels"))
+    wanted = ["objective=hubert", "objective.labels=units", "objective.units=100", "data.shards=none"]
+    request = job.read("pretrain", PretrainJob, [*wanted, f"data.targets.units={tmp_path / 'labels'}"])
+    assert request is not None
+    with pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext():
+        require_fitting_labels(request.config)
+
+
+def test_a_sweep_is_every_combination() -> None:
+    assert sweep(["a=1", "b=1,2", "c=range(2)"]) == [["a=1", f"b={b}", f"c={c}"] for b in (1, 2) for c in (0, 1)]
+    with pytest.raises(ConfigError, match="no override lists several values"):
+        sweep(["a=1"])
+
+
+def test_a_sweep_shows_one_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plain = ["+experiment=best_rq_tiny", "data.shards=s", f"runs={tmp_path}", "launcher=slurm", "launcher.parallel=2"]
+    assert main.main(["pretrain", *plain, "optimizer.lr=1e-3,1e-4", "seed=1,2", "--multirun", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "best_rq_tiny_3: optimizer.lr=0.0001 seed=2" in said
+    assert "--array=0-3%2" in said
+    assert f"{tmp_path}/best_rq_tiny_%a/logs/slurm.log" in said
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,75 @@
+"""Front ends: frames are counted right, padding leaves no trace, rates are what they say."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.core.schema import load
+from pretrain import registry
+from pretrain.interfaces.models import Frontend
+from pretrain.models.frontends.multiscale import Multiscale
+from tests.support.contract_cases import batch, make
+
+CASES: dict[str, dict[str, Any]] = {
+    "log_mel 50 Hz": {"name": "log_mel", "subsampling": 2},
+    "log_mel 25 Hz": {"name": "log_mel", "subsampling": 4},
+    "log_mel 12.5 Hz": {"name": "log_mel", "subsampling": 8, "normalize": "fixed"},
+    "waveform_conv": {"name": "waveform_conv", "channels": 16, "norm": "layer", "normalize": True},
+    "multiscale 25 Hz": {"name": "multiscale", "wave_channels": 16},
+    "multiscale 50 Hz": {"name": "multiscale", "wave_channels": 16, "subsampling": 2},
+}
+
+
+def frontend(case: str) -> Frontend:
+    torch.manual_seed(0)
+    values = CASES[case]
+    config = load(registry.config_type("frontends", values["name"]), values)
+    built: Frontend = registry.build("frontends", config, 24)
+    return built.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frames(case: str) -> None:
+    module = frontend(case)
+    data = batch((1.31, 0.87), width=1.77)
+    features = module.extract(data.wave_BT, data.lengths_B)
+    frames = module.project(features)
+    assert features.x_BFD.shape[2] == module.feature_dim
+    assert torch.equal(features.lengths_B, module.feature_lengths(data.lengths_B))
+    assert torch.equal(frames.lengths_B, module.frame_lengths(data.lengths_B))
+    assert frames.x_BFD.shape[1] == int(module.frame_lengths(torch.tensor([data.wave_BT.shape[1]])))
+    seconds = (1.31, 0.87)
+    for row, second in enumerate(seconds):
+        length = int(frames.lengths_B[row])
+        assert length == pytest.approx(second * module.rate_hz, abs=2.5)
+        alone = batch((second,), first_seed=row)
+        single = module.project(module.extract(alone.wave_BT, alone.lengths_B)).x_BFD[0]
+        torch.testing.assert_close(frames.x_BFD[row, : len(single)], single, rtol=1e-4, atol=2e-5)
+        assert frames.x_BFD[row, length:].abs().max() == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_features_are_made_on_the_models_device(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every constant moves with the module: one left on the host would meet those of "meta" and fail."""
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())  # meta has none
+    module = frontend(case).to("meta")
+    wave_BT, lengths_B = torch.zeros(2, 20_000, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    assert module.project(module.extract(wave_BT, lengths_B)).x_BFD.device.type == "meta"
+
+
+def test_the_gate_is_logged() -> None:
+    module = frontend("multiscale 25 Hz")
+    assert isinstance(module, Multiscale)
+    module.project(module.extract(batch().wave_BT, batch().lengths_B))
+    gates = module.watched()
+    assert set(gates) == {"health/gate_mel", "health/gate_mfcc", "health/gate_wave"}
+    assert float(sum(gates.values())) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_too_short_audio_is_named() -> None:
+    with pytest.raises(ValueError, match="shorter than one window"):
+        make("best_rq").model(torch.zeros(1, 100), torch.tensor([100]))

@@ -1,0 +1,58 @@
+"""MFU: the FLOP that are counted, and the peaks that are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.core.jsonl import read_rows
+from data_pipeline.core.schema import load
+from pretrain.config import EngineConfig
+from pretrain.profiling.mfu import Utilisation, forward_flop, measure, peak_tflops
+from tests.support.training import config, run
+
+
+def test_the_flop_of_a_transformer_are_those_of_its_matrices() -> None:
+    # per frame at 25 Hz: 2 · weights of each matrix, and 4 · frames · dim for attention; log-mel filters at 100 Hz
+    settings = config(data={"shards": "synthetic", "micro_batches": 4, "min_seconds": 4.0, "max_seconds": 4.0})
+    dim, ffn, layers, stacked, frames = 32, 64, 2, 320, 99
+    weights = layers * (4 * dim * dim + 2 * dim * ffn) + stacked * dim
+    attention = layers * 4 * frames * dim
+    filters = 398 * 2 * 257 * 80
+    expected = (frames * (2 * weights + attention) + filters) / 4
+    assert forward_flop(settings) == pytest.approx(expected, rel=0.05)  # convolutional positions besides
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", {"precision": "bf16"}, 989),
+        ("NVIDIA H100 PCIe", {"precision": "bf16"}, 756),
+        ("NVIDIA A100-SXM4-80GB", {"precision": "fp32"}, 156),
+        ("NVIDIA A100-SXM4-80GB", {"precision": "fp32", "tf32": False}, 0),
+        ("NVIDIA L40S", {"precision": "fp16"}, 362),
+        ("NVIDIA A10G", {"precision": "bf16"}, 70),
+        ("Some new thing", {"precision": "bf16"}, 0),
+        ("Some new thing", {"precision": "bf16", "peak_tflops": 50.0}, 50),
+        ("", {}, 0),
+    ],
+)
+def test_the_peak_of_a_device(name: str, engine: dict[str, Any], tflops: float) -> None:
+    assert peak_tflops(load(EngineConfig, engine), name) == tflops
+
+
+def test_the_share_is_what_is_used_of_all_devices() -> None:
+    assert Utilisation(3e10, 8 * 989e12).share(100_000) == pytest.approx(3e15 / 7.912e15)
+    assert measure(config(), "cpu", 1) is None
+
+
+def test_a_run_with_a_known_peak_logs_it(tmp_path: Path) -> None:
+    settings = config(2, engine={"name": "local", "peak_tflops": 0.5})
+    run(tmp_path, settings)
+    row = read_rows(tmp_path / "metrics.jsonl")[-1]
+    found = measure(settings, "cpu", 1)
+    assert found is not None
+    assert row["perf/mfu"] == pytest.approx(found.share(row["perf/audio_seconds_per_second"]))
+    assert 0 < row["perf/mfu"] < 1

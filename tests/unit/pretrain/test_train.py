@@ -1,0 +1,276 @@
+"""The loop, its checkpoints and its metrics, in this process on synthetic speech."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_pipeline.core.jsonl import read_rows
+from data_pipeline.core.schema import ConfigError
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.locate import steps_done
+from pretrain.checkpointing.run_folder import RunFolder, StaleIncarnationError
+from pretrain.engines import make_engine
+from pretrain.engines.base import Engine, StepResult
+from pretrain.engines.distributed import World
+from pretrain.monitoring.heartbeat import Heartbeat
+from pretrain.monitoring.metrics_writer import Telemetry
+from pretrain.monitoring.step_metrics import RANKS_SHOWN, data_waits
+from pretrain.train import Ending, train
+from pretrain.train_module import build_model
+from tests.support.synthetic_reader import SyntheticReader
+from tests.support.training import config, run
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss/total"]) for row in read_rows(folder / "metrics.jsonl")]
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.tensors()}
+
+
+def test_a_stopped_run_continues_bitwise(tmp_path: Path) -> None:
+    """Trap: a script that ignores its resume flag (torchaudio's HuBERT). Here the same command is the flag."""
+    ending, whole = run(tmp_path / "whole", config())
+    assert ending is Ending.FINISHED
+    ending, _ = run(tmp_path / "parts", config(), stop_after=3)
+    assert ending is Ending.STOPPED
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")[:3]
+    ending, resumed = run(tmp_path / "parts", config())
+    assert ending is Ending.FINISHED
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
+
+
+def test_rows_that_will_be_run_again_are_dropped(tmp_path: Path) -> None:
+    run(tmp_path / "whole", config())
+    run(tmp_path / "parts", config(), stop_after=3)
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss/total": 99.0}\n{"step": 5, "loss/to')
+    run(tmp_path / "parts", config())
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    run(tmp_path, config())
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert run(tmp_path, config())[0] is Ending.FINISHED
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_checkpoints_are_kept_whole_and_few(tmp_path: Path) -> None:
+    run(tmp_path, config())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000004",
+        "step_00000006",
+    ]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000006\n"
+
+
+def test_every_so_many_checkpoints_are_kept_for_good(tmp_path: Path) -> None:
+    train_config = {"steps": 6, "checkpoint_every": 1, "keep_last": 1, "keep_every": 2, "save_behind": False}
+    run(tmp_path, config(train=train_config))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000002", "step_00000004", "step_00000006"]
+
+
+def test_what_is_written_behind_is_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint.save_tensors
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.3)  # training goes on meanwhile
+        real(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    run(tmp_path / "behind", config(steps=4))
+    monkeypatch.undo()
+    direct = {"steps": 4, "checkpoint_every": 2, "keep_last": 2, "save_behind": False}
+    run(tmp_path / "direct", config(train=direct))
+    for step in (2, 4):
+        for kind in ("model", "optimizer"):
+            name = Path("checkpoints") / f"step_{step:08d}" / f"{kind}.safetensors"
+            assert (tmp_path / "behind" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+
+
+def test_metrics_have_their_namespaces_and_reach_tensorboard(tmp_path: Path) -> None:
+    run(tmp_path, config())
+    row = read_rows(tmp_path / "metrics.jsonl")[-1]
+    needed = {"loss/total", "loss/objective", "opt/lr", "opt/grad_norm", "perf/audio_seconds_per_second"}
+    needed |= {
+        "perf/data_wait_share",
+        "perf/step_seconds",
+        "metric/perplexity",
+        "metric/code_usage",
+        "data/padding_share",
+    }
+    assert needed <= row.keys()
+    assert all(
+        key in ("step", "time") or key.split("/")[0] in {"loss", "opt", "perf", "metric", "data", "health"}
+        for key in row
+    )
+    assert 1 <= row["metric/perplexity"] <= 32
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert needed <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
+    assert events.Scalars("loss/total")[-1].value == pytest.approx(row["loss/total"], rel=1e-6)
+
+
+def test_the_checkpoint_of_another_config_is_refused_by_field(tmp_path: Path) -> None:
+    run(tmp_path, config(steps=2))
+    with pytest.raises(ConfigError, match=r"seed: 0 in the checkpoint, 1 now"):
+        run(tmp_path, config(seed=1))
+    deeper = {"name": "transformer", "layers": 3, "dim": 32, "heads": 2, "ffn_dim": 64}
+    with pytest.raises(ConfigError, match=r"encoder\.layers: 2 in the checkpoint, 3 now"):
+        run(tmp_path, config(encoder=deeper))
+    with pytest.raises(ConfigError, match="Start under another name"):
+        run(tmp_path, config(optimizer={"lr": 2e-3}))
+    assert run(tmp_path, config(steps=4))[0] is Ending.FINISHED  # a longer run is the same run
+
+
+def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
+    run(tmp_path, config())
+    model = tmp_path / "checkpoints" / "step_00000006" / "model.safetensors"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match=r"step_00000006: damaged.*step_00000004"):
+        run(tmp_path, config(steps=8))
+    model.write_bytes(whole)
+    flipped = bytearray(whole)
+    flipped[-100] ^= 64
+    model.write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"damaged \(.*model.safetensors is not as it was written\).*step_00000004"):
+        run(tmp_path, config(steps=8))
+    model.unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors is missing"):
+        run(tmp_path, config(steps=8))
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000004\n")
+    assert run(tmp_path, config())[0] is Ending.FINISHED
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """No file may be larger than half of the model: the write itself fails, as on a full disk."""
+    run(tmp_path, config(steps=2))
+    size = (tmp_path / "checkpoints" / "step_00000002" / "model.safetensors").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors cannot be written: .*too large"):
+            run(tmp_path, config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+    assert run(tmp_path, config())[0] is Ending.FINISHED
+
+
+def test_an_older_incarnation_writes_nothing_more(tmp_path: Path) -> None:
+    old, new = RunFolder(tmp_path), RunFolder(tmp_path)
+    assert (old.claim(), new.claim()) == (1, 2)
+    new.require_current()
+    with pytest.raises(StaleIncarnationError, match="start number 1 of the run and number 2 exists"):
+        old.require_current()
+    settings = config(steps=2)
+    engine = make_engine(settings, build_model(settings), World())
+    with pytest.raises(StaleIncarnationError):
+        train(
+            settings, engine, SyntheticReader(), old, Heartbeat(tmp_path, 0, 600), lambda: False, say=lambda line: None
+        )
+    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_older_incarnation_does_not_touch_what_the_newer_one_wrote(tmp_path: Path) -> None:
+    """Neither by a roll-back, nor by dropping rows before it begins."""
+    settings = config()
+    _, engine = run(tmp_path, settings)
+    old = RunFolder(tmp_path)
+    old.claim()
+    RunFolder(tmp_path).claim()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(StaleIncarnationError):
+        checkpoint.roll_back(old, engine, settings, 4)
+    with pytest.raises(StaleIncarnationError):
+        Telemetry(old, settings, engine.module, 2)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("cut_off_at", range(4))
+def test_latest_names_a_whole_checkpoint_wherever_a_roll_back_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_off_at: int
+) -> None:
+    """Going back sets newer ones aside and then saves the same step again: before each move, the power goes."""
+    settings = config()
+    _, engine = run(tmp_path, settings)
+    folder = RunFolder(tmp_path)
+    folder.claim()
+    moves = 0
+
+    def counted(move: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(path: Path, *rest: Any) -> Any:
+            nonlocal moves
+            if path.exists() and path.parent == folder.checkpoints:
+                if moves == cut_off_at:
+                    raise KeyboardInterrupt
+                moves += 1
+            return move(path, *rest)
+
+        return moved
+
+    monkeypatch.setattr(Path, "rename", counted(Path.rename))
+    monkeypatch.setattr(checkpoint, "remove", counted(checkpoint.remove))
+    with contextlib.suppress(KeyboardInterrupt), checkpoint.Saver(folder, engine, settings) as saver:
+        saver.save(checkpoint.roll_back(folder, engine, settings, 4))
+    monkeypatch.undo()
+    assert moves == cut_off_at, "it was cut off there"
+    named = folder.checkpoints / (folder.checkpoints / "latest").read_text().strip()
+    assert checkpoint.damage(named) == ""
+    assert steps_done(tmp_path) == 4
+    assert checkpoint.load_latest(folder, engine, settings).step == 4
+
+
+def test_others_may_read_a_checkpoint_where_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run(tmp_path, config(steps=2))
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "checkpoints" / "step_00000002").iterdir())
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o640 for path in files}
+
+
+def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
+    run(tmp_path, config(steps=2))
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    assert json.loads((folder / "state.json").read_text())["config"]["objective"]["name"] == "best_rq"
+    shutil.rmtree(tmp_path)
+
+
+def test_how_long_each_rank_waited_for_data_is_logged() -> None:
+    result = StepResult(0.0, {}, {"wait/0": 0.5, "wait/1": 9.0}, 0.0)
+    assert data_waits(result, 2.0, 2) == {
+        "perf/data_wait_share/rank_0": 0.25,
+        "perf/data_wait_share/rank_1": 1.0,
+        "perf/data_wait_share_worst": 1.0,
+        "perf/data_wait_worst_rank": 1.0,
+    }
+    assert len(data_waits(result, 2.0, RANKS_SHOWN + 1)) == 2
+    assert data_waits(result, 2.0, 1) == {}
