@@ -5,7 +5,7 @@ BIN := .venv/bin
 setup:
 	@launch/setup/setup.sh
 
-demo: setup ## speech -> shards -> a pretrained checkpoint in minutes; CORPUS=folder takes your own audio
+demo: setup ## speech -> shards -> a pretrained checkpoint in minutes; CORPUS=FOLDER uses your own audio
 	$(BIN)/auricle demo $(if $(CORPUS),"corpus=$(CORPUS)")
 
 test: setup ## the test suite, without the slowest proofs (make prove-slow)

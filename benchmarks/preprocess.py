@@ -34,14 +34,19 @@ import soundfile
 import soxr
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEECH = ROOT.parent / "shared" / "data" / "speech" / "librispeech"
+sys.path.insert(0, str(ROOT))
+
+from data_pipeline.corpora.local_speech import speech_folder  # noqa: E402
+
 RATE = 16_000
 
 
 def make_corpus(folder: Path, hours: float) -> float:
-    """Real speech where it is at hand, otherwise noise; the same clips under many names. Seconds of audio."""
+    """Writes clips of AURICLE_SPEECH, or noise where it is unset, under many names; returns seconds of audio."""
     folder.mkdir()
-    clips = [soundfile.read(path, dtype="int16")[0] for path in sorted(SPEECH.glob("*.flac"))]
+    speech = speech_folder()
+    files = sorted(speech.rglob("*.flac")) if speech else []
+    clips = [soundfile.read(path, dtype="int16")[0] for path in files if is_clip(path)][:60]
     if not clips:
         rng = np.random.default_rng(0)
         clips = [(rng.standard_normal(RATE * 14) * 1000).astype(np.int16) for _ in range(20)]
@@ -97,6 +102,12 @@ def ours(corpus: Path, out: Path, cores: int, copy_flac: bool = True) -> None:
 def ours_encoding_all(corpus: Path, out: Path, cores: int) -> None:
     """The same without taking 16 kHz FLAC as it is."""
     ours(corpus, out, cores, copy_flac=False)
+
+
+def is_clip(path: Path) -> bool:
+    """Whether a file is mono, at 16 kHz, and lasts between 6 s and 20 s."""
+    found = soundfile.info(path)
+    return found.samplerate == RATE and found.channels == 1 and 6 <= found.duration <= 20
 
 
 def lhotse_shar(corpus: Path, out: Path, cores: int) -> None:

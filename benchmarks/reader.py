@@ -1,6 +1,6 @@
 """Reads the same audio with this project's reader and with its peers, in one run, and prints a table.
 
-    python benchmarks/reader.py --audio ../shared/data/speech/librispeech ../shared/data/speech/speechocean762
+    python benchmarks/reader.py --audio SPEECH/librispeech SPEECH/speechocean762      # default: AURICLE_SPEECH
 
 Every reader gets the same FLAC bytes in its own container, the same number of worker processes, and delivers padded
 float32 batches to the parent process. The bare loop only reads and decodes, in as many processes, and delivers nothing.
@@ -36,10 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, Cursor, Segment
+from data_pipeline.corpora.local_speech import speech_folder
 from data_pipeline.loader.reader import PlanReader, open_reader
 from data_pipeline.sampling.config import ReaderConfig
 from data_pipeline.shards.records import DoneRecord
 from data_pipeline.shards.writer import ShardWriter, commit
+from launch.demo_corpus import synthesise
 
 BATCH_SECONDS = 100.0
 MICRO_BATCHES = 8
@@ -80,6 +82,16 @@ def collect(folders: list[Path], copies: int) -> list[Sound]:
         soundfile.write(buffer, wave[:, 0], rate, format="FLAC", subtype="PCM_16")
         found.append((f"{len(found):06d}", buffer.getvalue(), len(wave)))
     return [(f"{key}-{copy}", data, n) for copy in range(copies) for key, data, n in found]
+
+
+def speech(folders: list[Path] | None, copies: int) -> list[Sound]:
+    """Returns the audio of the given folders, else of AURICLE_SPEECH, else synthetic speech."""
+    own = speech_folder()
+    if folders or own:
+        return collect(folders or [own], copies)
+    with tempfile.TemporaryDirectory() as scratch:
+        synthesise(Path(scratch))
+        return collect([Path(scratch)], copies)
 
 
 def write_ours(root: Path, sounds: list[Sound], shards: int) -> None:
@@ -300,7 +312,9 @@ def prepare(folder: Path, sounds: list[Sound], shards: int, workers: int) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--audio", type=Path, nargs="+", required=True, help="folders of speech")
+    parser.add_argument(
+        "--audio", type=Path, nargs="+", help="folders of speech (default: AURICLE_SPEECH, else synthetic speech)"
+    )
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--shards", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
@@ -308,7 +322,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results there, too")
     arguments = parser.parse_args()
-    sounds = collect(arguments.audio, arguments.copies)
+    sounds = speech(arguments.audio, arguments.copies)
     hours = sum(n for _, _, n in sounds) / SAMPLE_RATE / 3600
     about = (
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} x {_cpu_name()}, load {os.getloadavg()[0]:.1f} at the start, "

@@ -1,4 +1,4 @@
-"""Finds speech for the demo: a folder of yours, ../shared/data, Debian's voice packages, or a synthesis of our own."""
+"""Finds speech for the demo: a given folder, that of AURICLE_SPEECH, Debian's voice packages, or synthetic speech."""
 
 from __future__ import annotations
 
@@ -15,51 +15,76 @@ import numpy.typing as npt
 
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "asterisk-core-sounds-en-wav",
     "asterisk-core-sounds-fr-wav",
     "asterisk-core-sounds-it-wav",
     "pocketsphinx-testdata",
 )
-"""Debian packages of real speech in formats that libsndfile reads: 1.2 h, 57 MB."""
+"""Debian packages of recorded speech in formats that libsndfile reads: 1.2 h, 57 MB."""
 RATE = 16_000
 Wave = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder of audio and where it came from."""
+    """Speech for the demo: a short name for its folder below demo/, the corpus to preprocess, and its origin.
+
+    `overrides` are fields of `auricle preprocess`.
+    """
 
     name: str
-    folder: Path
+    overrides: tuple[str, ...]
     origin: str
 
 
 def find_corpus(given: str, work: Path, say: Callable[[str], None] = print) -> Corpus:
-    """The first source that is at hand, `given` (a folder, may be empty) before all others. `work` may be written to.
+    """Returns the first source that is available.
 
-    Raises ConfigError when `given` is no folder.
+    The order is `given`, the folder that AURICLE_SPEECH names, Debian's voice packages, synthetic speech. A folder of
+    AURICLE_SPEECH with a manifest.tsv contributes the rows of its splits pretrain and train.
+
+    Args:
+        given: folder of audio; may be empty.
+        work: folder for downloaded and synthetic speech.
+        say: receives progress lines.
+
+    Raises:
+        ConfigError: `given` or AURICLE_SPEECH is not a folder.
     """
     if given:
         folder = Path(given).expanduser()
         if not folder.is_dir():
-            raise ConfigError(f"corpus={given}: there is no such folder")
-        key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-        return Corpus(f"{re.sub('[^A-Za-z0-9]+', '_', folder.resolve().name)}_{key}", folder, f"your folder {folder}")
-    shared = ROOT.parent / "shared" / "data"
-    if (shared / "manifest.tsv").is_file():
-        return Corpus("shared", shared / "speech", f"real speech in {shared}")
+            raise ConfigError(f"corpus={given}: not a folder; give a folder of audio files")
+        return Corpus(_short_name(folder), _below(folder), f"your folder {folder}")
+    speech = speech_folder()
+    if speech:
+        manifest = speech / MANIFEST_NAME
+        listed = ("corpus=manifest", f"corpus.path={manifest}", "corpus.splits=[pretrain,train]")
+        overrides = listed if manifest.is_file() else _below(speech)
+        return Corpus(_short_name(speech), overrides, f"{SPEECH_VARIABLE}={speech}")
     target = work / "debian"
     if (target / "whole").exists() or _from_debian(target, say):
-        return Corpus("debian", target / "audio", f"recorded voices of Debian's {', '.join(PACKAGES)}")
+        origin = f"recorded voices of Debian's {', '.join(PACKAGES)}"
+        return Corpus("debian", _below(target / "audio"), origin)
     synthesise(work / "synthetic" / "audio")
-    return Corpus("synthetic", work / "synthetic" / "audio", "speech-like sounds made by auricle itself, not speech")
+    origin = "speech-like sounds made by auricle itself, not speech"
+    return Corpus("synthetic", _below(work / "synthetic" / "audio"), origin)
+
+
+def _short_name(folder: Path) -> str:
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    return f"{re.sub('[^A-Za-z0-9]+', '_', folder.resolve().name)}_{key}"
+
+
+def _below(folder: Path) -> tuple[str, ...]:
+    return ("corpus=path", f"corpus.path={folder}")
 
 
 def _from_debian(target: Path, say: Callable[[str], None]) -> bool:
-    """Downloads and unpacks the packages without installing them; False where that does not work."""
+    """Downloads and unpacks the packages without installing them; returns False where that fails."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         return False
     say(f"downloading speech: Debian's {', '.join(PACKAGES)} (57 MB)")
@@ -67,7 +92,7 @@ def _from_debian(target: Path, say: Callable[[str], None]) -> bool:
     for folder in (packages, apt / "lists" / "partial", apt / "cache" / "archives" / "partial"):
         folder.mkdir(parents=True, exist_ok=True)
     own = ("-o", f"Dir::State::lists={apt.resolve()}/lists", "-o", f"Dir::Cache={apt.resolve()}/cache")
-    # first with the machine's package lists, then with lists of our own, since many containers come without
+    # first with the machine's package lists, then with private ones, since many containers come without lists
     works = _run("apt-get", "download", *PACKAGES, cwd=packages) or (
         _run("apt-get", *own, "update", cwd=apt) and _run("apt-get", *own, "download", *PACKAGES, cwd=packages)
     )
@@ -97,8 +122,8 @@ def _run(*command: str, cwd: Path) -> bool:
 def synthesise(folder: Path, utterances: int = 240) -> None:
     """Writes half an hour of formant synthesis: twelve voices, vowels, fricatives and pauses. Deterministic.
 
-    A pulse train's harmonics are weighted by three moving resonances (Fant's source-filter model), which gives a model
-    something of speech's structure to learn; it is no measure of how well it learns speech.
+    The harmonics of a pulse train are weighted by three moving resonances (Fant's source-filter model), so there is
+    some of the structure of speech to learn. The result does not measure how well a model learns speech.
     """
     import soundfile
 

@@ -1,13 +1,14 @@
-"""Fixtures for all tests, and how two workers share them."""
+"""Fixtures shared by all tests, and the order in which two workers take the test files."""
 
 from __future__ import annotations
 
+import csv
 import os
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
+from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_folder
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 
@@ -16,16 +17,33 @@ pytest_plugins = ("tests.support.parity_table",)
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The real speech beside the checkout; tests that need it are skipped where it is absent."""
-    folder = ROOT.parent / "shared" / "data"
-    if not (folder / "manifest.tsv").is_file():
-        pytest.skip(f"needs real speech at {folder}")
+def real_speech() -> Path:
+    """The folder of real speech that AURICLE_SPEECH names; tests that need it are skipped where it is unset."""
+    folder = speech_folder()
+    if folder is None:
+        pytest.skip(f"needs real speech: set {SPEECH_VARIABLE} to a folder with {MANIFEST_NAME}")
+    if not (folder / MANIFEST_NAME).is_file():
+        pytest.skip(f"needs labelled speech: {SPEECH_VARIABLE}={folder} has no {MANIFEST_NAME}")
     return folder
 
 
+@pytest.fixture(scope="session")
+def utterances(real_speech: Path) -> list[Path]:
+    """FLAC files of the manifest's split `pretrain` that last six seconds or more, in the order of their paths."""
+    with (real_speech / MANIFEST_NAME).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    found = sorted(
+        real_speech / row["path"]
+        for row in rows
+        if row["split"] == "pretrain" and row["path"].endswith(".flac") and float(row["duration_s"]) >= 6
+    )
+    if len(found) < 8:
+        pytest.skip(f"needs eight FLAC files of 6 s or more in split pretrain of {SPEECH_VARIABLE}={real_speech}")
+    return found
+
+
 FIRST = ("test_slurm", "test_every_objective", "test_ray_gang")
-"""The longest files begin; xdist gives a worker every other one, so that both clusters are with the same."""
+"""The longest test files start first. xdist deals files out alternately, so both clusters fall to the same worker."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

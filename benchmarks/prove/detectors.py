@@ -3,8 +3,8 @@
     python benchmarks/prove/detectors.py                        # ≤ 6 minutes on one core
     python benchmarks/prove/detectors.py --replay RUN...        # today's detectors over what runs have written down
 
-Trains small models on a few minutes of ../shared/data: healthy ones, and one per failure. Writes
-benchmarks/results/detectors.md. Exit code 1 where a failure was missed or a healthy run raised an alarm.
+Trains small models on a few minutes of speech (split pretrain of AURICLE_SPEECH): healthy ones, and one per failure.
+Writes benchmarks/results/detectors.md. Exit code 1 where a failure was missed or a healthy run raised an alarm.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from data_pipeline.core.types import SAMPLE_RATE, Batch, Cursor, Step  # noqa: E402
+from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from pretrain.checkpointing.run_folder import RunFolder  # noqa: E402
 from pretrain.config import Config, HealthConfig  # noqa: E402
 from pretrain.engines.base import (  # noqa: E402
@@ -48,7 +49,6 @@ from pretrain.monitoring.health_monitor import UnhealthyError, Watch  # noqa: E4
 from pretrain.train_module import build_model  # noqa: E402
 from tests.support import planted_failures  # noqa: E402
 
-MANIFEST = ROOT.parent / "shared" / "data" / "manifest.tsv"
 CLIP, CLIPS, MICRO_BATCHES = 2, 4, 3
 """Seconds of a clip, clips of a micro-batch, micro-batches of an update: 24 s of audio."""
 SECONDS = CLIP * CLIPS * MICRO_BATCHES
@@ -228,9 +228,9 @@ def planted(waves: list[np.ndarray], case: Case, folder: Path) -> tuple[str, boo
     return f"| {case.name} | {seen['detector']} | {seen['step'] - case.planted} | {action} |", True
 
 
-def speech() -> list[np.ndarray]:
-    """Some minutes of many speakers."""
-    utterances = [u for u in read_manifest(MANIFEST) if u.split == "pretrain" and u.corpus == "librispeech"]
+def speech(manifest: Path) -> list[np.ndarray]:
+    """Returns some minutes of speech of many speakers."""
+    utterances = [u for u in read_manifest(manifest) if u.split == "pretrain" and u.corpus == "librispeech"]
     waves = [read_audio(u.path) for u in utterances[::2]]
     return [wave for wave in waves if len(wave) > CLIP * SAMPLE_RATE]
 
@@ -287,10 +287,11 @@ def main() -> int:
         for folder in given.replay:
             print(f"{folder}: {', '.join(replay(folder)) or 'no alarm'}", flush=True)
         return 0
-    if not MANIFEST.is_file():
-        print(f"the detectors' proof needs real speech at {MANIFEST.parent}; skipped")
+    manifest = speech_manifest()
+    if manifest is None:
+        print("skipped: needs real speech; set AURICLE_SPEECH to a folder with manifest.tsv")
         return 0
-    begun, waves = time.monotonic(), speech()
+    begun, waves = time.monotonic(), speech(manifest)
     seen, calm = [], []
     with tempfile.TemporaryDirectory(prefix="auricle-detectors-") as home:
         for number, objective in enumerate(HEALTHY if not given.only else ()):

@@ -3,7 +3,8 @@
     python benchmarks/prove/quality.py                                   # ≤ 30 minutes on two cores
     python benchmarks/prove/quality.py --experiments quality_best_rq quality_wav2vec2 quality_efficient --minutes 21
 
-Speech: ../shared/data. Pretraining hears its splits pretrain and train only; no label, and no speaker of valid or test.
+Speech: manifest.tsv of the folder that AURICLE_SPEECH names. Pretraining reads its splits pretrain and train only: no
+labels, and no speaker of the splits valid and test.
 Writes benchmarks/results/quality.json (an entry per experiment; others stay), .md and .png. Exit code 1 where no
 experiment passes the gate: +5 points over random weights and +3 over log-mel with context, non-silence frames, unseen
 speakers, three seeds.
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
+from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.evaluator import Row, evaluate, plain  # noqa: E402
@@ -150,14 +152,16 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
-    manifest = ROOT.parent / "shared" / "data" / "manifest.tsv"
-    if not manifest.is_file():
-        print(f"the quality proof needs real speech at {manifest.parent}; skipped")
+    manifest = speech_manifest()
+    if manifest is None:
+        print("skipped: needs real speech; set AURICLE_SPEECH to a folder with manifest.tsv")
         return 0
     results = given.out / "quality.json"
     found = json.loads(results.read_text()) if results.is_file() else {}
     shards = given.work / "shards"
-    auricle("preprocess", "corpus=shared_dev", f"out={shards}")
+    auricle(
+        "preprocess", "corpus=manifest", f"corpus.path={manifest}", "corpus.splits=[pretrain,train]", f"out={shards}"
+    )
     auricle("targets", f"shards={shards}", f"out={shards.parent / 'mfcc'}", "rounds=8")
     supervised = SupervisedConfig(epochs=given.supervised_epochs)
     passed = False

@@ -2,8 +2,8 @@
 
     python benchmarks/prove/time_contrastive.py                # about 18 minutes on two cores
 
-Both train the same model on the same speech (../shared/data, splits pretrain and train, no labels) for as many updates,
-with as many operations per update: the time-contrastive one hears each utterance twice and so half of the utterances.
+Both train the same model on the same speech (splits pretrain and train of AURICLE_SPEECH, no labels) for as many
+updates, with as many operations per update: the time-contrastive one encodes each utterance twice, and so half as many.
 A linear probe for phones is then fitted at speed 1 and asked at 1, 0.8 and 1.2, on speakers that nothing heard.
 Writes benchmarks/results/time_contrastive.md and .json. Exit code 1 where the bar is missed: better at speed 1, and at
 0.8 and 1.2 at most half of the loss of accuracy.
@@ -33,6 +33,7 @@ from data_pipeline.audio.augmentation import change_speed  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from data_pipeline.core.types import Batch  # noqa: E402
+from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from launch.cli.compose import compose  # noqa: E402
 from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.config import Config  # noqa: E402
@@ -184,18 +185,24 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=12.0, help="of pretraining, both objectives together")
     parser.add_argument("--seeds", type=int, default=3, help="probes per model")
     parser.add_argument("--max-utterances", type=int, default=0, help="per split of the probe; 0 takes all")
-    parser.add_argument("--shards", type=Path, help="shards of the shared speech; made where not given")
+    parser.add_argument("--shards", type=Path, help="shards of AURICLE_SPEECH; written where not given")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "time_contrastive")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
-    manifest = ROOT.parent / "shared" / "data" / "manifest.tsv"
-    if not manifest.is_file():
-        print(f"this proof needs real speech at {manifest.parent}; skipped")
+    manifest = speech_manifest()
+    if manifest is None:
+        print("skipped: needs real speech; set AURICLE_SPEECH to a folder with manifest.tsv")
         return 0
     begun = time.monotonic()
     shards = given.shards or given.work / "shards"
     if given.shards is None:
-        auricle("preprocess", "corpus=shared_dev", f"out={shards}")
+        auricle(
+            "preprocess",
+            "corpus=manifest",
+            f"corpus.path={manifest}",
+            "corpus.splits=[pretrain,train]",
+            f"out={shards}",
+        )
     flops = {objective: forward_flops(objective) for objective in (PLAIN, TIMED)}
     seconds_of = {PLAIN: BATCH_SECONDS, TIMED: BATCH_SECONDS * flops[PLAIN] / flops[TIMED]}
     steps = steps_in(given.minutes, shards, given.work, seconds_of)

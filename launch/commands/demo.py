@@ -1,13 +1,12 @@
-"""auricle demo: the whole way in a few minutes, ending with a table."""
+"""auricle demo: speech, shards and a pretrained checkpoint in a few minutes, ending with a table."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError, load
 from launch.cli.compose import compose
 from launch.cli.tables import show_rows
@@ -21,13 +20,14 @@ from launch.workflows.attended_run import attend
 
 USAGE = """auricle demo [corpus=FOLDER] [field=value of `auricle pretrain`] ...
 
-Takes speech from the folder, or ../shared/data, or Debian's voice packages, or makes speech-like sounds; cuts it into
-shards with Ray, pretrains BEST-RQ on two ranks and says what came out. All of it stays below demo/."""
+Takes speech from the folder, else from the folder that the environment variable AURICLE_SPEECH names, else from
+Debian's voice packages, else makes speech-like sounds. Writes shards with Ray, pretrains BEST-RQ on two ranks and
+prints a table of the result. All files are written below demo/."""
 WORK = Path("demo")
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code of the first step that fails, 0 where all went well."""
+    """Runs the demo; returns the exit code of the first step that fails, or 0."""
     if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)
         return 0
@@ -37,9 +37,9 @@ def run(arguments: list[str]) -> int:
     print(f"speech: {corpus.origin}")
     home = WORK / corpus.name
     shards = home / "shards"
-    if code := preprocess.run(["corpus=path", f"corpus.path={corpus.folder}", f"out={shards}"]):
+    if code := preprocess.run([*corpus.overrides, f"out={shards}"]):
         return code
-    # twelve synthetic voices say too little for the detector of poor targets
+    # twelve synthetic voices vary too little for the detector of poor targets
     overrides = ["health.on_collapse=warn", *overrides] if corpus.name == "synthetic" else overrides
     job = _job(shards, home, overrides)
     submitter = factory.for_job(job)
@@ -65,7 +65,7 @@ def _table(corpus: Corpus, shards: Path, folder: Path, job: PretrainJob, ranks: 
     records = finished_units(str(shards))
     hours_in = sum(row[5] for record in records for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
     hours_out = sum(record.samples for record in records) / SAMPLE_RATE / 3600
-    rows = _rows(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")
     # the first steps warm up caches and allocators
     steady = rows[len(rows) // 10 :]
     seconds = sum(row["perf/step_seconds"] for row in steady)
@@ -83,7 +83,3 @@ def _table(corpus: Corpus, shards: Path, folder: Path, job: PretrainJob, ranks: 
         ("checkpoint", str(folder / "checkpoints" / f"step_{job.train.steps:08d}")),
         ("curves", shlex.join([str(shown), "--logdir", str(folder / "tb")])),
     ]
-
-
-def _rows(metrics: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]

@@ -16,12 +16,18 @@ from tests.support.paths import ROOT
 
 
 @pytest.mark.slow
-def test_wav2vec2_tiny_leaves_chance_and_keeps_its_codes(shared_data: Path, tmp_path: Path) -> None:
+def test_wav2vec2_tiny_leaves_chance_and_keeps_its_codes(real_speech: Path, tmp_path: Path) -> None:
     def auricle(*arguments: str) -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=True, env=environment, cwd=tmp_path)
 
-    auricle("preprocess", "corpus=path", f"corpus.path={shared_data / 'speech'}", f"out={tmp_path / 'shards'}")
+    auricle(
+        "preprocess",
+        "corpus=manifest",
+        f"corpus.path={real_speech / 'manifest.tsv'}",
+        "corpus.splits=[pretrain,train]",
+        f"out={tmp_path / 'shards'}",
+    )
     auricle(
         "pretrain", "+experiment=wav2vec2_tiny", f"data.shards={tmp_path / 'shards'}", f"runs={tmp_path}",
         "name=tiny", "launcher=local", "launcher.processes=2", "train.steps=160",

@@ -79,10 +79,10 @@ def degraded(wave: codecs.Wave) -> dict[str, codecs.Wave]:
     }
 
 
-@pytest.mark.shared
-def test_real_speech_is_known_again(shared_data: Path, tmp_path: Path) -> None:
+@pytest.mark.real_speech
+def test_real_speech_is_known_again(utterances: list[Path], tmp_path: Path) -> None:
     names, keys, frames = [], [], []
-    for path in sorted((shared_data / "speech" / "librispeech").glob("*.flac"))[:8]:
+    for path in utterances[:8]:
         wave = np.concatenate(list(codecs.decode(str(path), 16_000)))
         for kind, version in {"": wave, **degraded(wave)}.items():
             prints = Fingerprinter()

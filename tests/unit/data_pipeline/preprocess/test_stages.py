@@ -24,18 +24,18 @@ def rows(root: Path) -> list[dict[str, object]]:
 
 
 @pytest.fixture
-def spoken(shared_data: Path) -> codecs.Wave:
+def spoken(utterances: list[Path]) -> codecs.Wave:
     """Real speech with two seconds of silence before and after each of two utterances."""
     pytest.importorskip("onnxruntime", reason="needs the extra vad")
     pytest.importorskip("silero_vad", reason="needs the extra vad")
     hush = np.zeros(32_000, np.float32)
     parts = [hush]
-    for path in sorted((shared_data / "speech" / "librispeech").glob("*.flac"))[:2]:
+    for path in utterances[:2]:
         parts += [np.concatenate(list(codecs.decode(str(path), 16_000)))[: 16_000 * 6], hush]
     return np.concatenate(parts)
 
 
-@pytest.mark.shared
+@pytest.mark.real_speech
 def test_speech_probabilities_are_those_of_the_package(spoken: codecs.Wave) -> None:
     import torch
     from silero_vad import load_silero_vad
@@ -48,7 +48,7 @@ def test_speech_probabilities_are_those_of_the_package(spoken: codecs.Wave) -> N
     np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-@pytest.mark.shared
+@pytest.mark.real_speech
 @pytest.mark.parametrize("block", [700, 16_000, 10**7])
 def test_stretches_of_speech_keep_their_place_whatever_the_blocks(spoken: codecs.Wave, block: int) -> None:
     config = VadConfig(enabled=True)
