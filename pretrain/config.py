@@ -41,9 +41,11 @@ class ScheduleConfig:
 class EngineConfig:
     """How one optimizer step runs."""
 
-    name: Annotated[Literal["deepspeed", "local"], about("deepspeed, or plain torch with the same losses")] = (
-        "deepspeed"
-    )
+    name: Annotated[
+        Literal["deepspeed", "torch"],
+        BeforeValidator(lambda value: "torch" if value == "local" else value),
+        about("deepspeed, or plain torch (torch) with the same losses; local is the former name of torch"),
+    ] = "deepspeed"
     zero_stage: Annotated[int, about("DeepSpeed ZeRO stage (deepspeed only)", ge=0, le=3)] = 1
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
@@ -83,7 +85,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.offload != "none" and self.name != "deepspeed":
-            refuse("offload", self.offload, "needs engine.name=deepspeed; the local engine keeps its states in place")
+            refuse(
+                "offload", self.offload, "needs engine.name=deepspeed; the plain torch engine keeps its states in place"
+            )
         if self.offload != "none" and self.zero_stage < (3 if self.offload == "nvme" else 1):
             least = "engine.zero_stage=3" if self.offload == "nvme" else "engine.zero_stage of 1 to 3"
             refuse("offload", self.offload, f"needs {least}, and it is {self.zero_stage}")

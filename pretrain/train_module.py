@@ -15,7 +15,7 @@ from pretrain import registry
 from pretrain.config import Config
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import Encoder, Frontend, SpeechModel
-from pretrain.interfaces.objectives import Head, LossOutput, Objective, Plan, Sum
+from pretrain.interfaces.objectives import Head, LossOutput, MicroBatchPlan, Objective, Sum
 from pretrain.nn.numerics import masked_deviation
 
 
@@ -23,7 +23,7 @@ from pretrain.nn.numerics import masked_deviation
 class TrainPlan:
     """plan: the objective's.  counts_K: number of targets of each task in this micro-batch, float64, on the host."""
 
-    plan: Plan
+    plan: MicroBatchPlan
     counts_K: Tensor
 
 

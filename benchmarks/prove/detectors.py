@@ -42,7 +42,7 @@ from pretrain.engines.base import (  # noqa: E402
     Engine,
     StepResult,
 )
-from pretrain.engines.distributed import World  # noqa: E402
+from pretrain.engines.distributed import DistributedContext  # noqa: E402
 from pretrain.evaluate.manifest import read_audio, read_manifest  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.monitoring.health_monitor import UnhealthyError, Watch  # noqa: E402
@@ -183,7 +183,7 @@ def config(objective: dict[str, Any], steps: int, **top: Any) -> Config:
             "optimizer": {"lr": 2e-3, "clip_norm": 10.0},
             "schedule": {"name": "constant", "warmup_steps": 20},
             "train": {"steps": steps, "checkpoint_every": steps, "media_every": 0},
-            "engine": {"name": "local", "timeout_minutes": 0.5},
+            "engine": {"name": "torch", "timeout_minutes": 0.5},
             "health": {"every": 5, "window": 40, "grace_steps": 100},
             **top,
         },
@@ -258,7 +258,7 @@ def replay(folder: Path) -> list[str]:
     today = HealthConfig(every=then.every, window=then.window, grace_steps=then.grace_steps, confirm=then.confirm)
     config = dataclasses.replace(config, health=today)
     with tempfile.TemporaryDirectory() as scratch:
-        engine: Any = SimpleNamespace(world=World(), module=build_model(config))
+        engine: Any = SimpleNamespace(world=DistributedContext(), module=build_model(config))
         watch = Watch(config, engine, RunFolder(Path(scratch)), {}, say=lambda line: None)
         gauge = Recorded()
         watch.gauge = gauge  # type: ignore[assignment]

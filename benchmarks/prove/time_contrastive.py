@@ -56,7 +56,7 @@ COMMON = (
     "data.micro_batches=2", "data.min_seconds=1", "data.max_seconds=6", "data.workers=1",
     "objective.mask_span=6", "objective.projection_dim=128", "objective.negatives=50",
     "optimizer.lr=1e-3", "optimizer.clip_norm=1", "schedule.name=cosine", "schedule.warmup_steps=60",
-    "engine.name=local", "engine.precision=bf16", "train.media_every=0",
+    "engine.name=torch", "engine.precision=bf16", "train.media_every=0",
     "health.on_collapse=warn", "health.on_chance=warn",
 )  # fmt: skip
 OWN = {PLAIN: ("objective.n_codes=64", "objective.code_dim=128"), TIMED: ("objective.clusters=50",)}

@@ -25,7 +25,7 @@ class LocalSubmitter(ChildProcesses):
         if gpus and (engine == "deepspeed" or processes > 1) and not all(name.isdigit() for name in named):
             raise ConfigError(
                 f"CUDA_VISIBLE_DEVICES={','.join(named)}: the deepspeed launcher knows GPUs by number only; "
-                "`nvidia-smi -L` lists both. One MIG slice: engine.name=local launcher.processes=1"
+                "`nvidia-smi -L` lists both. One MIG slice: engine.name=torch launcher.processes=1"
             )
         if gpus and processes > gpus:
             raise ConfigError(f"launcher.processes={processes}: one GPU per rank, and this machine has {gpus}")

@@ -13,7 +13,7 @@ from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.interop.init_weights import load_initial
 from pretrain.train_module import build_model
 
@@ -46,7 +46,7 @@ def require_fitting_labels(config: Config) -> None:
         )
 
 
-def build(config: Config, world: World, folder: RunFolder) -> Run:
+def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     """Builds everything for one rank of the run in `folder`.
 
     Raises ValueError or ConfigError for a config that cannot work here.

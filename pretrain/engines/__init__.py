@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pretrain.config import Config
 from pretrain.engines.base import Engine, StepResult
-from pretrain.engines.distributed import World
-from pretrain.engines.plain_torch import LocalEngine
+from pretrain.engines.distributed import DistributedContext
+from pretrain.engines.plain_torch import TorchEngine
 from pretrain.train_module import TrainModule
 
-__all__ = ["Engine", "StepResult", "World", "make_engine"]
+__all__ = ["DistributedContext", "Engine", "StepResult", "make_engine"]
 
 
-def make_engine(config: Config, module: TrainModule, world: World) -> Engine:
+def make_engine(config: Config, module: TrainModule, world: DistributedContext) -> Engine:
     """The engine that `engine.name` asks for; the ranks divide `data.micro_batches`, which the reader has checked."""
     micro_batches = config.data.micro_batches
     assert micro_batches % world.size == 0
-    if config.engine.name == "local":
-        return LocalEngine(module, config.engine, config.optimizer, world)
+    if config.engine.name == "torch":
+        return TorchEngine(module, config.engine, config.optimizer, world)
     from pretrain.engines.deepspeed import DeepSpeedEngine  # heavy, and absent on bare machines
 
     return DeepSpeedEngine(module, config.engine, config.optimizer, world, micro_batches)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.loss_scaler import LossScale
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Sum
@@ -56,7 +56,9 @@ class Engine(abc.ABC):
 
     module: TrainModule
 
-    def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World) -> None:
+    def __init__(
+        self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: DistributedContext
+    ) -> None:
         self.module, self.config, self.optimizer_config, self.world = module, config, optimizer, world
         self.scale = LossScale(config.precision)
         self.tell: Callable[[str], None] = lambda part: None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engines.base import Engine, buffers, copied, copy_buffers
-from pretrain.engines.distributed import World, limit_groups
+from pretrain.engines.distributed import DistributedContext, limit_groups
 from pretrain.engines.optimizer import MOMENTS, first_state, make_optimizer
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Sum
@@ -31,7 +31,7 @@ from pretrain.train_module import TrainModule, TrainPlan
 
 
 def deepspeed_config(
-    config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int, world: World, module: nn.Module
+    config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int, world: DistributedContext, module: nn.Module
 ) -> dict[str, Any]:
     """DeepSpeed's own config for a run; `micro_batches` is V, those of one global step over all ranks.
 
@@ -73,7 +73,12 @@ class DeepSpeedEngine(Engine):
     """The same step under DeepSpeed's engine."""
 
     def __init__(
-        self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World, micro_batches: int
+        self,
+        module: TrainModule,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        world: DistributedContext,
+        micro_batches: int,
     ) -> None:
         super().__init__(module, config, optimizer, world)
         if config.offload == "nvme":

@@ -13,7 +13,7 @@ from torch.distributed import HashStore, distributed_c10d  # type: ignore[attr-d
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class DistributedContext:
     """One process's place among the ranks."""
 
     rank: int = 0
@@ -37,7 +37,7 @@ class World:
             raise RuntimeError(f"the ranks do not agree on {what}: {dict(enumerate(texts))}")
 
 
-def join(device: str, timeout_minutes: float) -> World:
+def join(device: str, timeout_minutes: float) -> DistributedContext:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone where they are unset.
 
     Raises ValueError when a GPU is asked for and there is none.
@@ -55,7 +55,7 @@ def join(device: str, timeout_minutes: float) -> World:
         alone = HashStore() if size == 1 else None  # DeepSpeed wants a group even of one, which needs no port
         timeout = timedelta(minutes=timeout_minutes)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=alone)
-    return World(rank, size, local_rank, kind)
+    return DistributedContext(rank, size, local_rank, kind)
 
 
 def limit_groups(timeout_minutes: float) -> None:

@@ -10,17 +10,19 @@ from torch import Tensor
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engines.base import Engine, buffers, copied, copy_buffers
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.optimizer import MOMENTS, first_state, make_optimizer
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Sum
 from pretrain.train_module import TrainModule, TrainPlan
 
 
-class LocalEngine(Engine):
+class TorchEngine(Engine):
     """Every rank holds everything; gradients are summed in one all-reduce."""
 
-    def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: World) -> None:
+    def __init__(
+        self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: DistributedContext
+    ) -> None:
         super().__init__(module.to(world.device), config, optimizer, world)
         self.optimizer = make_optimizer(module, optimizer, config.fused)
 

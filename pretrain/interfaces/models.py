@@ -6,6 +6,7 @@ import abc
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
@@ -41,6 +42,22 @@ class Frontend(nn.Module, abc.ABC):
     @abc.abstractmethod
     def frame_lengths(self, lengths_B: Tensor) -> Tensor:
         """Samples to valid encoder frames."""
+
+    def least_samples(self, frames: int = 1) -> int:
+        """Returns the shortest audio, in samples, that gives at least `frames` encoder frames.
+
+        Found from `frame_lengths`, which never falls as the audio grows, so that the two cannot disagree.
+        """
+        shortest, enough = 0, 1
+        while int(self.frame_lengths(torch.tensor([enough]))) < frames:
+            shortest, enough = enough, 2 * enough
+        while enough - shortest > 1:
+            middle = (shortest + enough) // 2
+            if int(self.frame_lengths(torch.tensor([middle]))) < frames:
+                shortest = middle
+            else:
+                enough = middle
+        return enough
 
 
 class Encoder(nn.Module, abc.ABC):

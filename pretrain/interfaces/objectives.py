@@ -29,7 +29,7 @@ class LossOutput(NamedTuple):
     metrics: Mapping[str, Sum] = {}
 
 
-class Plan:
+class MicroBatchPlan:
     """What `Objective.prepare` decided for one micro-batch (masks and the like). Objectives subclass it.
 
     count: number of targets, a scalar tensor. Known before the forward pass, so that the loss can be divided by the
@@ -56,12 +56,12 @@ class Objective(nn.Module, abc.ABC):
         """Runs once, when the model exists: an EMA teacher copies what it needs. Default: nothing."""
 
     @abc.abstractmethod
-    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> Plan:
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MicroBatchPlan:
         """Draws masks and counts targets; no gradient, no forward pass."""
 
     @abc.abstractmethod
     def forward(
-        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+        self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         """The loss summed over its targets, and the encoder's output for the heads."""
 

@@ -17,7 +17,7 @@ from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import dump
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.monitoring.figures import add_snapshot
 from pretrain.monitoring.snapshot import Camera
 from pretrain.profiling import mfu
@@ -66,10 +66,15 @@ class Telemetry:
     """
 
     def __init__(
-        self, run: RunFolder, config: Config, module: TrainModule, resumed_at: int, world: World | None = None
+        self,
+        run: RunFolder,
+        config: Config,
+        module: TrainModule,
+        resumed_at: int,
+        world: DistributedContext | None = None,
     ) -> None:
         self._run, self._config = run, config
-        world = world or World()
+        world = world or DistributedContext()
         self._utilisation = mfu.measure(config, world.device, world.size)
         self._camera = Camera(module) if config.train.media_every else None
         run.path.mkdir(parents=True, exist_ok=True)

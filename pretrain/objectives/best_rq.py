@@ -15,7 +15,7 @@ from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.objectives import LossOutput, Objective, Plan
+from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel
 from pretrain.self_supervision.deferred_fit import FittedOnce
@@ -41,7 +41,7 @@ class Config:
 
 
 @dataclass
-class MaskPlan(Plan):
+class MaskPlan(MicroBatchPlan):
     mask: FrameMask
     noise_BFD: Tensor
     """What masked feature frames become, (B, feature frames, feature_dim)."""
@@ -107,7 +107,7 @@ class BestRQ(Objective):
         return Frames(x_BFD, features.lengths_B, features.rate_hz)
 
     def forward(
-        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+        self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         assert isinstance(plan, MaskPlan)
         features = model.frontend.extract(batch.wave_BT, batch.lengths_B)

@@ -16,7 +16,7 @@ from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.objectives import LossOutput, Objective, Plan
+from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import masked_deviation, zero_padding
@@ -48,7 +48,7 @@ class Config:
 
 
 @dataclass
-class CopiesPlan(Plan):
+class CopiesPlan(MicroBatchPlan):
     """R = B · masks rows, the copies of an utterance next to each other."""
 
     mask_RF: Tensor
@@ -124,7 +124,7 @@ class Data2Vec2(Objective):
         )
 
     def forward(
-        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+        self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         """The encoder's output handed on is that of the first copy, with zeros at its masked frames."""
         assert isinstance(plan, CopiesPlan)

@@ -14,7 +14,7 @@ from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.objectives import LossOutput, Objective, Plan
+from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.spectral import normalize_frames
 from pretrain.self_supervision.masking import FrameMask, draw_span_mask
 from pretrain.self_supervision.quantizers import nearest_codes
@@ -36,7 +36,7 @@ class Config:
 
 
 @dataclass
-class MaskPlan(Plan):
+class MaskPlan(MicroBatchPlan):
     mask: FrameMask
     count: Tensor
 
@@ -74,7 +74,7 @@ class DinoSR(Objective):
         return MaskPlan(mask, mask.count * self.top_layers)
 
     def forward(
-        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+        self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         assert isinstance(plan, MaskPlan)
         frames = model.frontend.project(model.frontend.extract(batch.wave_BT, batch.lengths_B))

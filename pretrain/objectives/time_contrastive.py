@@ -23,7 +23,7 @@ from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.objectives import LossOutput, Objective, Plan
+from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import Mfcc
 from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss
@@ -52,7 +52,7 @@ class Config:
 
 
 @dataclass
-class ViewsPlan(Plan):
+class ViewsPlan(MicroBatchPlan):
     """R = 2·B rows: the utterances, then the same at another speed."""
 
     views: Batch
@@ -93,7 +93,7 @@ class TimeContrastive(Objective):
         return ViewsPlan(views, mask, negatives_RMK, partner_RF, mask.count)
 
     def forward(
-        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+        self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         """Frame + temporal_weight · temporal + penalty_weight · feature penalty, over the masked frames of both views.
 

@@ -13,7 +13,7 @@ from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.objectives import LossOutput, Objective, Plan
+from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss
@@ -45,7 +45,7 @@ class Config:
 
 
 @dataclass
-class ContrastivePlan(Plan):
+class ContrastivePlan(MicroBatchPlan):
     mask: FrameMask
     negatives_BMK: Tensor
     """Positions within M."""
@@ -77,7 +77,7 @@ class Wav2Vec2(Objective):
         return ContrastivePlan(mask, draw_negatives(mask, batch.keys, ctx, self.config.negatives), mask.count)
 
     def forward(
-        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+        self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         """Contrastive + diversity_weight · diversity + penalty_weight · feature penalty (eq. 2–4).
 

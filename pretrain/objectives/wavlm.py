@@ -14,7 +14,7 @@ from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.objectives import Plan
+from pretrain.interfaces.objectives import MicroBatchPlan
 from pretrain.self_supervision.masked_prediction import MaskedUnits, MaskedUnitsConfig, UnitsPlan
 
 
@@ -48,7 +48,7 @@ class WavLM(MaskedUnits):
         units = super().prepare(model, batch, ctx)
         return MixturePlan(units.mask, units.labels_N, units.count, self.mix(batch, ctx))
 
-    def audio(self, batch: Batch, plan: Plan) -> Tensor:
+    def audio(self, batch: Batch, plan: MicroBatchPlan) -> Tensor:
         assert isinstance(plan, MixturePlan)
         return plan.mixed_BT
 

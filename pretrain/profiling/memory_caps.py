@@ -18,19 +18,19 @@ from data_pipeline.core.types import SAMPLE_RATE, Batch
 from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.interfaces.frames import StepContext
 from pretrain.train_module import build_model
 
 SHARE_OF_MEMORY = 0.9
 
 
-def measure_caps(config: Config, world: World, memory_gb: float = 0.0) -> Caps:
+def measure_caps(config: Config, world: DistributedContext, memory_gb: float = 0.0) -> Caps:
     """Caps for `config` on this device, of which 0.9 (or `memory_gb`) may be used.
 
     One rank holds the whole optimizer state here, so that ZeRO leaves some room to spare.
     """
-    alone = dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="local", offload="none"))
+    alone = dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="torch", offload="none"))
     engine = make_engine(alone, build_model(alone), world)
     budget = memory_gb * 1e9 or SHARE_OF_MEMORY * _memory(world)
     data = config.data
@@ -80,7 +80,7 @@ def _reset(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _memory(world: World) -> float:
+def _memory(world: DistributedContext) -> float:
     if world.device.startswith("cuda"):
         return float(torch.cuda.get_device_properties(world.device).total_memory)
     return float(psutil.virtual_memory().available)

@@ -14,7 +14,7 @@ from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.objectives import LossOutput, Objective, Plan
+from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel, Mfcc
 from pretrain.self_supervision.deferred_fit import FittedOnce
@@ -61,7 +61,7 @@ class MaskedUnitsConfig:
 
 
 @dataclass
-class UnitsPlan(Plan):
+class UnitsPlan(MicroBatchPlan):
     mask: FrameMask
     labels_N: Tensor | None
     """Units of the masked frames, −1 where there is none; None: to be found in the forward pass."""
@@ -146,12 +146,12 @@ class MaskedUnits(Objective):
         labels_N = labels_BF.flatten()[mask.flat_N]
         return UnitsPlan(mask, labels_N, (labels_N >= 0).sum().double())
 
-    def audio(self, batch: Batch, plan: Plan) -> Tensor:
+    def audio(self, batch: Batch, plan: MicroBatchPlan) -> Tensor:
         """What the student hears."""
         return batch.wave_BT
 
     def forward(
-        self, model: SpeechModel, batch: Batch, plan: Plan, ctx: StepContext
+        self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         assert isinstance(plan, UnitsPlan)
         labels_N = self.find_units(model, batch, plan.mask, ctx) if plan.labels_N is None else plan.labels_N

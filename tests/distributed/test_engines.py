@@ -14,38 +14,38 @@ from tests.support.parity_table import Parity
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tmp = tmp_path_factory.mktemp("engines")
-    one = {"local": case("local"), "local bf16": case("local", settings={"precision": "bf16"})}
-    one |= {"local checkpointed": case("local", settings={"activation_checkpointing": True})}
+    one = {"torch": case("torch"), "torch bf16": case("torch", settings={"precision": "bf16"})}
+    one |= {"torch checkpointed": case("torch", settings={"activation_checkpointing": True})}
     one |= {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
     one |= {f"zero {stage} bf16": case("deepspeed", stage, settings={"precision": "bf16"}) for stage in range(4)}
     half = {"settings": {"precision": "fp16"}, "scale": 2.0**19}  # two updates overflow
     one |= {f"zero {stage} fp16": case("deepspeed", stage, **half) for stage in range(4)}
-    one["local fp16"] = case("local", **half)
+    one["torch fp16"] = case("torch", **half)
     one |= {f"zero {stage} fused": case("deepspeed", stage, settings={"fused": True}) for stage in (2, 3)}
-    one["local fused"] = case("local", settings={"fused": True})
+    one["torch fused"] = case("torch", settings={"fused": True})
     results = {f"1 rank, {name}": found for name, found in run(tmp, "one", 1, one).items()}
-    two = {"local": case("local")} | {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
+    two = {"torch": case("torch")} | {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
     for stage in range(4):
         two[f"first half {stage}"] = case("deepspeed", stage, save=str(tmp / f"run{stage}")) | {"steps": 3}
         two[f"second half {stage}"] = case("deepspeed", stage, load=str(tmp / f"run{stage}"))
     two["offloaded"] = case("deepspeed", 2, settings={"offload": "cpu"})
     results |= {f"2 ranks, {name}": found for name, found in run(tmp, "two", 2, two).items()}
-    moved = {f"from {stage} to local": case("local", load=str(tmp / f"run{stage}")) for stage in range(4)}
+    moved = {f"from {stage} to torch": case("torch", load=str(tmp / f"run{stage}")) for stage in range(4)}
     moved |= {f"from 2 to {stage}": case("deepspeed", stage, load=str(tmp / "run2")) for stage in range(4)}
     results |= {f"1 rank, {name}": found for name, found in run(tmp, "moved", 1, moved).items()}
     return results
 
 
-FUSED = ["1 rank, local fused", "1 rank, zero 2 fused", "1 rank, zero 3 fused"]
+FUSED = ["1 rank, torch fused", "1 rank, zero 2 fused", "1 rank, zero 3 fused"]
 
 
 WHOLE = [f"1 rank, zero {stage}" for stage in range(4)] + [f"2 ranks, zero {stage}" for stage in range(4)]
 
 
-@pytest.mark.parametrize("name", [*WHOLE, *FUSED, "2 ranks, local", "2 ranks, offloaded", "1 rank, local checkpointed"])
+@pytest.mark.parametrize("name", [*WHOLE, *FUSED, "2 ranks, torch", "2 ranks, offloaded", "1 rank, torch checkpointed"])
 def test_losses_and_norms_do_not_depend_on_the_engine(measured: dict[str, Any], name: str, parity: Parity) -> None:
     """Two ranks of B make the same step as one of 2 · B."""
-    found, reference = measured[name], measured["1 rank, local"]
+    found, reference = measured[name], measured["1 rank, torch"]
     ranks = "2 ranks × B = 1 rank × 2 B" if name.startswith("2") else "DeepSpeed, fused or checkpointed = plain torch"
     parity(f"{ranks}, every ZeRO stage: losses", 1e-6, furthest(found["losses"], reference["losses"]))
     ratios = [a / b for a, b in zip(found["norms"], reference["norms"], strict=True)]
@@ -54,20 +54,20 @@ def test_losses_and_norms_do_not_depend_on_the_engine(measured: dict[str, Any], 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_bf16_is_the_same_under_both_engines_and_close_to_fp32(measured: dict[str, Any], stage: int) -> None:
-    local, zero = measured["1 rank, local bf16"], measured[f"1 rank, zero {stage} bf16"]
-    assert zero["losses"] == pytest.approx(local["losses"], abs=1e-4)
-    assert local["losses"] == pytest.approx(measured["1 rank, local"]["losses"], rel=2e-2)
-    assert local["losses"] != measured["1 rank, local"]["losses"]
+    torch, zero = measured["1 rank, torch bf16"], measured[f"1 rank, zero {stage} bf16"]
+    assert zero["losses"] == pytest.approx(torch["losses"], abs=1e-4)
+    assert torch["losses"] == pytest.approx(measured["1 rank, torch"]["losses"], rel=2e-2)
+    assert torch["losses"] != measured["1 rank, torch"]["losses"]
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_fp16_is_the_same_under_both_engines_and_close_to_fp32(measured: dict[str, Any], stage: int) -> None:
-    local, zero = measured["1 rank, local fp16"], measured[f"1 rank, zero {stage} fp16"]
-    assert zero["losses"] == pytest.approx(local["losses"], abs=1e-4)
-    assert zero["norms"] == pytest.approx(local["norms"], rel=1e-2)
-    assert local["losses"] == pytest.approx(measured["1 rank, local"]["losses"], rel=2e-3)
-    assert local["losses"] != measured["1 rank, local"]["losses"]
-    assert zero["scale"] == local["scale"] < 2.0**19, "the same updates overflowed and were computed again"
+    torch, zero = measured["1 rank, torch fp16"], measured[f"1 rank, zero {stage} fp16"]
+    assert zero["losses"] == pytest.approx(torch["losses"], abs=1e-4)
+    assert zero["norms"] == pytest.approx(torch["norms"], rel=1e-2)
+    assert torch["losses"] == pytest.approx(measured["1 rank, torch"]["losses"], rel=2e-3)
+    assert torch["losses"] != measured["1 rank, torch"]["losses"]
+    assert zero["scale"] == torch["scale"] < 2.0**19, "the same updates overflowed and were computed again"
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -77,17 +77,17 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(measured: dict[str, Any]
     assert resumed["digest"] == whole["digest"]
 
 
-@pytest.mark.parametrize("name", [f"from {s} to local" for s in range(4)] + [f"from 2 to {s}" for s in range(4)])
+@pytest.mark.parametrize("name", [f"from {s} to torch" for s in range(4)] + [f"from 2 to {s}" for s in range(4)])
 def test_a_checkpoint_moves_to_other_ranks_stages_and_engines(
     measured: dict[str, Any], name: str, parity: Parity
 ) -> None:
-    found, expected = measured[f"1 rank, {name}"]["losses"], measured["1 rank, local"]["losses"][3:]
+    found, expected = measured[f"1 rank, {name}"]["losses"], measured["1 rank, torch"]["losses"][3:]
     parity("resumed on other ranks, stage or engine = uninterrupted: losses", 1e-6, furthest(found, expected))
 
 
 @pytest.mark.slow
 def test_a_compiled_encoder_computes_the_same(tmp_path: Path) -> None:
-    cases = {"eager": case("local"), "compiled": case("local", settings={"compile": True})}
+    cases = {"eager": case("torch"), "compiled": case("torch", settings={"compile": True})}
     for found in cases.values():
         found["config"]["encoder"] |= {"dropout": 0.0, "attention_dropout": 0.0}
         found["config"]["frontend"] |= {"dropout": 0.0}

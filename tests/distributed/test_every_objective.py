@@ -47,7 +47,7 @@ def case(objective: str, engine: str, stage: int = 1, **more: Any) -> dict[str, 
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tmp = tmp_path_factory.mktemp("objectives")
     cases = dict.fromkeys(CASES, case) | dict.fromkeys(ENCODERS, optional)
-    one = {name: make(name, "local") for name, make in cases.items()}
+    one = {name: make(name, "torch") for name, make in cases.items()}
     two = {f"{name}, zero {stage}": make(name, "deepspeed", stage) for name, make in cases.items() for stage in (1, 3)}
     return run(tmp, "one", 1, one) | run(tmp, "two", 2, two)
 
@@ -76,7 +76,7 @@ def relabelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         cases[f"whole without 1, zero {stage}"] = case(name, "deepspeed", stage, **lost)
         cases[f"first without 1, zero {stage}"] = case(name, "deepspeed", stage, save=folder, **lost) | {"steps": 2}
         cases[f"after without 1, zero {stage}"] = case(name, "deepspeed", stage, load=folder)
-    one = {"whole without 1": case(name, "local", skip_at=1)}
+    one = {"whole without 1": case(name, "torch", skip_at=1)}
     return run(tmp, "one", 1, one) | run(tmp, "two", 2, cases)
 
 

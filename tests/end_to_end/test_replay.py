@@ -16,7 +16,7 @@ from tests.support.tiny_shards import sounds, write_shards
 
 TINY = [
     "frontend=log_mel", "encoder=transformer", "encoder.layers=1", "encoder.dim=32", "encoder.heads=2",
-    "encoder.ffn_dim=64", "objective=best_rq", "objective.n_codes=16", "engine.name=local", "schedule.warmup_steps=2",
+    "encoder.ffn_dim=64", "objective=best_rq", "objective.n_codes=16", "engine.name=torch", "schedule.warmup_steps=2",
     "data.batch_seconds=6", "data.micro_batches=2", "data.min_seconds=0.5", "data.max_seconds=2", "data.workers=0",
     "train.steps=60", "train.checkpoint_every=3", "health.on_collapse=warn", "launcher.processes=1",
 ]  # fmt: skip

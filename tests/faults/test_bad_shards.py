@@ -44,12 +44,12 @@ def ends(folder: Path) -> list[tuple[int, str]]:
 @pytest.mark.timeout(400)
 def test_an_altered_shard_ends_both_ranks_or_is_left_out_by_both(tmp_path: Path) -> None:
     root = altered(tmp_path)
-    strict = prepare(tmp_path, "strict", root, {"name": "local"}, STEPS)
+    strict = prepare(tmp_path, "strict", root, {"name": "torch"}, STEPS)
     found = ends(strict)
     assert all(code not in (0, None) for code, _ in found)
     assert any("shard-0001.tar" in said and "Traceback" not in said for _, said in found)
 
-    lenient = prepare(tmp_path, "lenient", root, {"name": "local"}, STEPS)
+    lenient = prepare(tmp_path, "lenient", root, {"name": "torch"}, STEPS)
     config = json.loads((lenient / "config.json").read_text())
     config["data"]["on_bad_shard"] = "skip"
     (lenient / "config.json").write_text(json.dumps(config))

@@ -24,7 +24,7 @@ TOY = (
     "frontend.subsampling=2", "encoder=transformer_tiny", "encoder.dim=32", "encoder.heads=2", "encoder.layers=2",
     "encoder.ffn_dim=64", "data.batch_seconds=8", "data.micro_batches=2", "data.min_seconds=0.5", "data.max_seconds=2",
     "data.workers=1", "schedule.warmup_steps=3", "train.checkpoint_every=2", "train.media_every=0",
-    "train.save_behind=false", "engine.name=local", "health.on_collapse=warn", "name=toy",
+    "train.save_behind=false", "engine.name=torch", "health.on_collapse=warn", "name=toy",
     f"chain.it1.steps={STEPS}", "chain.it1.classes=8", "chain.it1.fraction=1",
     f"chain.it2.steps={STEPS}", "chain.it2.classes=12", "chain.it2.layer=1", "chain.it2.fraction=1",
 )  # fmt: skip

@@ -22,7 +22,7 @@ TIMEOUT_MINUTES = 0.2
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("engine", ["local", "deepspeed"])
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
 def test_the_rank_that_hangs_is_named_and_dumps_its_stack(tmp_path: Path, engine: str) -> None:
     rng = random.Random(0)
     shards = write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(40)])])

@@ -27,7 +27,7 @@ from tests.support.tiny_shards import sounds, write_shards
 
 STEPS = 60
 TINY = (
-    *("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "engine.name=local"),
+    *("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "engine.name=torch"),
     *("objective.n_codes=64", "encoder.dim=64", "encoder.layers=2", "encoder.ffn_dim=128", "encoder.heads=2"),
     *("data.batch_seconds=8", "data.micro_batches=2", "data.min_seconds=0.5", "data.max_seconds=2", "data.workers=1"),
     *(f"train.steps={STEPS}", "train.checkpoint_every=5", "schedule.warmup_steps=4", "engine.timeout_minutes=1"),
@@ -65,7 +65,7 @@ def said(folder: Path) -> str:
 
 
 @pytest.mark.timeout(560)
-@pytest.mark.parametrize("engine", ["local", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["torch", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_lost_node_leaves_fewer_ranks_and_the_same_run(tmp_path: Path, cluster: Any, engine: str) -> None:
     rng = random.Random(0)
     write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(60)])])

@@ -65,7 +65,7 @@ def soak(tmp_path: Path, engine: dict[str, Any], kills: int, seed: int, worlds: 
 
 
 def test_resumed_runs_read_the_same_keys_on_one_rank_and_on_two(tmp_path: Path) -> None:
-    soak(tmp_path, {"name": "local"}, kills=2, seed=1)
+    soak(tmp_path, {"name": "torch"}, kills=2, seed=1)
 
 
 @pytest.mark.slow

@@ -25,14 +25,14 @@ from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines import distributed as ranks
 from pretrain.engines import make_engine
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.interfaces.frames import StepContext
 from pretrain.lr_schedule import learning_rate
 from pretrain.train_module import build_model
 from tests.support.synthetic_reader import synthetic_batch
 
 
-def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
+def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
     """One engine, `steps` global steps, with an optional load before and save after."""
     config = load(Config, case["config"])
     before = held_bytes() if case.get("memory") else {}

@@ -22,7 +22,7 @@ CONFIG: dict[str, Any] = {
     "optimizer": {"lr": 1e-3, "clip_norm": 1.0},
     "schedule": {"warmup_steps": 2},
     "train": {"steps": STEPS},
-    "engine": {"name": "local"},
+    "engine": {"name": "torch"},
 }
 
 

@@ -16,7 +16,7 @@ from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.monitoring.heartbeat import Heartbeat
 from pretrain.train import train
 from pretrain.train_module import build_model
@@ -49,7 +49,7 @@ def config(steps: int = 60, objective: dict[str, Any] | None = None, **top: Any)
             "optimizer": {"lr": 3e-3},
             "schedule": {"warmup_steps": 2, "name": "constant"},
             "train": {"steps": steps, "checkpoint_every": 10, "keep_last": 20},
-            "engine": {"name": "local"},
+            "engine": {"name": "torch"},
             "health": health,
             **top,
         },
@@ -72,7 +72,7 @@ def run(
     torch.set_num_threads(1)
     run_folder = RunFolder(folder)
     run_folder.claim()
-    engine = make_engine(settings, build_model(settings), World())
+    engine = make_engine(settings, build_model(settings), DistributedContext())
     make_louder(engine, louder)
     polled = 0
 

@@ -15,7 +15,7 @@ from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.monitoring.heartbeat import Heartbeat
 from pretrain.train import Ending, train
 from pretrain.train_module import build_model
@@ -33,7 +33,7 @@ def config(steps: int = 6, **top: Any) -> Config:
             "optimizer": {"lr": 1e-3},
             "schedule": {"warmup_steps": 2},
             "train": {"steps": steps, "checkpoint_every": 2, "keep_last": 2},
-            "engine": {"name": "local"},
+            "engine": {"name": "torch"},
             **top,
         },
     )
@@ -44,7 +44,7 @@ def run(folder: Path, settings: Config, stop_after: int | None = None) -> tuple[
     torch.set_num_threads(1)
     run_folder = RunFolder(folder)
     run_folder.claim()
-    engine = make_engine(settings, build_model(settings), World())
+    engine = make_engine(settings, build_model(settings), DistributedContext())
     polls = iter(range(10**6))
     ending = train(
         settings,
@@ -64,7 +64,7 @@ def save(path: Path, *steps: int, seed: int = 0) -> None:
     folder.claim()
     settings = replace(config(4), seed=seed)
     settings = replace(settings, train=replace(settings.train, keep_last=10))
-    engine = make_engine(settings, build_model(settings), World())
+    engine = make_engine(settings, build_model(settings), DistributedContext())
     with checkpoint.Saver(folder, engine, settings) as saver:
         for step in steps:
             saver.save(TrainState(step))

@@ -30,7 +30,7 @@ def prepare(runs: Path, name: str, shards: Path) -> Path:
         "objective": {"name": "best_rq", "n_codes": 64},
         "schedule": {"warmup_steps": 4},
         "train": {"steps": STEPS, "checkpoint_every": 3},
-        "engine": {"name": "local"},
+        "engine": {"name": "torch"},
     }
     folder = runs / name
     folder.mkdir(parents=True)

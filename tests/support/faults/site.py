@@ -21,7 +21,7 @@ from tests.support.tiny_shards import sounds, write_shards
 
 STEPS = 60
 TOY = (
-    *("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "engine.name=local"),
+    *("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "engine.name=torch"),
     *("objective.n_codes=64", "encoder.dim=64", "encoder.layers=2", "encoder.ffn_dim=128", "encoder.heads=2"),
     *("data.batch_seconds=8", "data.micro_batches=2", "data.min_seconds=0.5", "data.max_seconds=2", "data.workers=1"),
     *(f"train.steps={STEPS}", "train.checkpoint_every=10", "schedule.warmup_steps=4", "schedule.name=constant"),

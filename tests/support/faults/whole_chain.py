@@ -17,7 +17,7 @@ HUBERT = (
     "frontend.subsampling=2", "encoder=transformer_tiny", "encoder.dim=32", "encoder.heads=2", "encoder.layers=2",
     "encoder.ffn_dim=64", "data.batch_seconds=8", "data.micro_batches=2", "data.min_seconds=0.5", "data.max_seconds=2",
     "data.workers=1", "schedule.warmup_steps=3", "train.checkpoint_every=2", "train.media_every=0",
-    "engine.name=local", "health.on_collapse=warn", "name=toy",
+    "engine.name=torch", "health.on_collapse=warn", "name=toy",
 )  # fmt: skip
 ONE_TURN = (f"train.steps={STEPS}",)
 TWO_TURNS = (

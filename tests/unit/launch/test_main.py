@@ -82,7 +82,7 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
         ([*TINY, "optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "too few values"]),
         ([*TINY, "optimizer.betas=[0.9,1.2]"], ["optimizer.betas", "1.2", "< 1"]),
         ([*TINY, "encoder.heads=3"], ["encoder.heads=3", "256"]),
-        ([*TINY, "engine.name=local", "engine.offload=cpu"], ["engine.offload", "cpu", "engine.name=deepspeed"]),
+        ([*TINY, "engine.name=torch", "engine.offload=cpu"], ["engine.offload", "cpu", "engine.name=deepspeed"]),
         ([*TINY, "engine.zero_stage=0", "engine.offload=cpu"], ["engine.offload", "zero_stage of 1 to 3"]),
         ([*TINY, "engine.zero_stage=2", "engine.offload=nvme"], ["engine.offload", "zero_stage=3, and it is 2"]),
         ([*TINY, "engine.zero_stage=3", "engine.offload=nvme"], ["engine.offload_folder", "needs a folder"]),

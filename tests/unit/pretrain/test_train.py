@@ -23,7 +23,7 @@ from pretrain.checkpointing.locate import steps_done
 from pretrain.checkpointing.run_folder import RunFolder, StaleIncarnationError
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine, StepResult
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.monitoring.heartbeat import Heartbeat
 from pretrain.monitoring.metrics_writer import Telemetry
 from pretrain.monitoring.step_metrics import RANKS_SHOWN, data_waits
@@ -184,7 +184,7 @@ def test_an_older_incarnation_writes_nothing_more(tmp_path: Path) -> None:
     with pytest.raises(StaleIncarnationError, match="start number 1 of the run and number 2 exists"):
         old.require_current()
     settings = config(steps=2)
-    engine = make_engine(settings, build_model(settings), World())
+    engine = make_engine(settings, build_model(settings), DistributedContext())
     with pytest.raises(StaleIncarnationError):
         train(
             settings, engine, SyntheticReader(), old, Heartbeat(tmp_path, 0, 600), lambda: False, say=lambda line: None

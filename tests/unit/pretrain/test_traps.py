@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from data_pipeline.core.schema import ConfigError, load
 from pretrain.config import Config
 from pretrain.engines import make_engine
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.optimizer import make_optimizer
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.models import Frontend, SpeechModel
@@ -51,10 +51,10 @@ PARTS: dict[str, Any] = {
 
 def test_bf16_scales_no_loss_and_the_norm_is_that_of_the_mean_gradient() -> None:
     """Traps: a loss scaler under bf16; a norm that is taken before gradients are averaged (fairseq#4555)."""
-    values = {"data": {"shards": "none", "micro_batches": 2}, "engine": {"name": "local", "precision": "bf16"}} | PARTS
+    values = {"data": {"shards": "none", "micro_batches": 2}, "engine": {"name": "torch", "precision": "bf16"}} | PARTS
     config = load(Config, values)
     batches, ctx = [batch(first_seed=0), batch(first_seed=5)], StepContext(0, 0)
-    engine = make_engine(config, build_model(config), World())
+    engine = make_engine(config, build_model(config), DistributedContext())
     by_hand = build_model(config).train()
     plans = [by_hand.prepare(data, ctx) for data in batches]
     counts = plans[0].counts_K + plans[1].counts_K
@@ -68,11 +68,11 @@ def test_an_fp16_norm_cannot_overflow() -> None:
     """Trap: a sum of squares in fp16, or before gradients are averaged, ends at 65,504 (fairseq#4555)."""
     norms = {}
     for precision in ("fp32", "fp16"):
-        values = {"data": {"shards": "none"}, "engine": {"name": "local", "precision": precision}} | PARTS
+        values = {"data": {"shards": "none"}, "engine": {"name": "torch", "precision": precision}} | PARTS
         module = build_model(load(Config, values))
         with torch.no_grad():
             module.objective.get_submodule("classifiers.0").weight.mul_(2e3)
-        engine = make_engine(load(Config, values), module, World())
+        engine = make_engine(load(Config, values), module, DistributedContext())
         norms[precision] = engine.step([batch()], StepContext(0, 0), 1e-4).grad_norm
     assert norms["fp32"] ** 2 > 65_504
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.03)

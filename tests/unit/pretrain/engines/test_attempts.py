@@ -14,7 +14,7 @@ from data_pipeline.core.types import Batch
 from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 from pretrain.interfaces.frames import StepContext
 from pretrain.objectives.dinosr import DinoSR
 from pretrain.self_supervision.masked_prediction import MaskedUnits
@@ -22,7 +22,7 @@ from pretrain.train_module import build_model
 from tests.support.contract_cases import FRONTENDS, RELABELLED, small
 from tests.support.contract_cases import batch as contract_batch
 
-WORLD = World(0, 1, 0, "cpu")
+WORLD = DistributedContext(0, 1, 0, "cpu")
 SKIP = 0.0
 
 
@@ -32,7 +32,7 @@ def engine(objective: dict[str, Any], precision: str = "fp32") -> Engine:
         "objective": objective,
         "frontend": FRONTENDS["log_mel"],
         "encoder": small("encoders", "transformer"),
-        "engine": {"name": "local", "precision": precision},
+        "engine": {"name": "torch", "precision": precision},
     }
     config = load(Config, values)
     return make_engine(config, build_model(config), WORLD)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.config import EngineConfig, OptimizerConfig
+from data_pipeline.core.schema import dump, load
+from pretrain import registry
+from pretrain.config import Config, EngineConfig, OptimizerConfig
 from pretrain.engines import distributed
 from pretrain.engines.deepspeed import deepspeed_config
-from pretrain.engines.distributed import World
+from pretrain.engines.distributed import DistributedContext
 
 
 @pytest.mark.parametrize(("cuda", "backend"), [(True, "nccl"), (False, "gloo")])
@@ -26,17 +28,34 @@ def test_the_timeout_of_collectives_is_the_configs(cuda: bool, backend: str, mon
     joined = distributed.join("auto", 7.5)
     assert (given["name"], given["timeout"]) == (backend, timedelta(minutes=7.5))
     assert (given["rank"], given["world_size"]) == (3, 8)
-    assert joined == World(3, 8, 1, "cuda:1" if cuda else "cpu")
+    assert joined == DistributedContext(3, 8, 1, "cuda:1" if cuda else "cpu")
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_deepspeed_overlaps_communication_on_gpus_and_accumulates_what_is_left_of_the_batch(stage: int) -> None:
     module, optimizer = torch.nn.Linear(8, 8), OptimizerConfig(lr=1e-3, clip_norm=2.0)
     config = EngineConfig(zero_stage=stage, offload="cpu" if stage else "none")
-    made = deepspeed_config(config, optimizer, 32, World(0, 8, 0, "cuda:0"), module)
+    made = deepspeed_config(config, optimizer, 32, DistributedContext(0, 8, 0, "cuda:0"), module)
     assert made["zero_optimization"]["overlap_comm"] is True
     assert made["zero_optimization"]["stage"] == stage
     assert made["zero_optimization"]["offload_optimizer"]["pin_memory"] is True
     assert (made["train_batch_size"], made["gradient_accumulation_steps"]) == (32, 4)
     assert made["gradient_clipping"] == 2.0
-    assert not deepspeed_config(config, optimizer, 32, World(0, 8), module)["zero_optimization"]["overlap_comm"]
+    assert not deepspeed_config(config, optimizer, 32, DistributedContext(0, 8), module)["zero_optimization"][
+        "overlap_comm"
+    ]
+
+
+def test_the_former_name_of_the_torch_engine_still_loads() -> None:
+    parts = {"data": {"shards": "none"}, "frontend": {"name": "log_mel"}, "encoder": {"name": "transformer"}}
+    config = load(Config, {**parts, "objective": {"name": "best_rq"}, "engine": {"name": "local"}})
+    assert config.engine.name == "torch"
+    assert dump(config)["engine"]["name"] == "torch"
+
+
+def test_the_shortest_audio_of_a_front_end_gives_its_frames() -> None:
+    """160 samples a window of 400: 25 Hz log-mel needs 4 windows for each frame, the 50 Hz stem 400 samples."""
+    shapes = {"log_mel": {1: 400 + 3 * 160, 3: 400 + 11 * 160}, "waveform_conv": {1: 400, 2: 720}}
+    for name, expected in shapes.items():
+        frontend = registry.build("frontends", registry.config_type("frontends", name)(), 32)
+        assert {frames: frontend.least_samples(frames) for frames in expected} == expected

@@ -49,7 +49,7 @@ def test_the_share_is_what_is_used_of_all_devices() -> None:
 
 
 def test_a_run_with_a_known_peak_logs_it(tmp_path: Path) -> None:
-    settings = config(2, engine={"name": "local", "peak_tflops": 0.5})
+    settings = config(2, engine={"name": "torch", "peak_tflops": 0.5})
     run(tmp_path, settings)
     row = read_rows(tmp_path / "metrics.jsonl")[-1]
     found = measure(settings, "cpu", 1)
