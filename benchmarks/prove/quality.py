@@ -207,7 +207,7 @@ def write_page(found: dict[str, Any], out: Path) -> None:
         "`retained` flatters. Random weights and supervision from scratch know no objective: quality_hubert,",
         "quality_best_rq and quality_wav2vec2 are of one architecture, and share both. Positions, learning rate and",
         "clusters of quality_hubert were first chosen with the test speakers in sight, everything since",
-        "2026-11-22 21:41 on the valid ones (LOG.md).",
+        "2026-11-22 21:41 on the valid ones (docs/findings.md).",
         "", "![probe accuracy over audio and FLOP](quality.png)", "",
     ]  # fmt: skip
     (out / "quality.md").write_text("\n".join(text), encoding="utf-8")

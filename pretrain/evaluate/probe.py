@@ -19,7 +19,7 @@ NO_LABEL = -1
 
 
 SHRINKAGE = 1e-4
-"""Added to the variance of each direction, times the mean variance; 1e-4 to 0.1 gave the same (LOG.md)."""
+"""Added to the variance of each direction, times the mean variance; 1e-4 to 0.1 gave the same (docs/findings.md)."""
 
 
 class View(NamedTuple):

@@ -55,7 +55,7 @@ def gradient_limit(norms: Sequence[float], factor: float, floor: float = 0.0, at
     """The gradient norm above which an update is an outlier: `factor` times the running median; at first infinite.
 
     floor: the norm that gradients are clipped to. What would not even be clipped is no outlier: norms of a run that
-    leaves chance grow tenfold within ten updates (LOG.md).
+    leaves chance grow tenfold within ten updates (docs/findings.md).
     """
     return max(floor, factor * statistics.median(norms)) if len(norms) >= at_least else math.inf
 
@@ -93,7 +93,7 @@ def accuracy_at_chance(accuracy: float, chance: float, margin: float = 0.1) -> F
         "accuracy at chance",
         "chance",
         f"the accuracy is {accuracy:.2%} and guessing gives {chance:.2%}",
-        "a higher optimizer.lr or a longer warm-up, and targets that neighbouring frames can tell (LOG.md, wav2vec2)",
+        "a higher optimizer.lr or a longer warm-up, and targets that differ between neighbouring frames (docs/findings.md)",
     )
 
 
@@ -194,7 +194,7 @@ def rank_fell(stage: str, rank: float, best: float, min_share: float) -> Finding
 
     Random weights pass on the rank of their input, 170 of 256 with log-mel, and training takes it to about 30 where all
     is well, too; so the first steps are no measure. Since the warm-up, runs that learnt kept 29 % of their best at
-    least, and one that did not came to 12 % (LOG.md).
+    least, and one that did not came to 12 % (docs/findings.md).
     """
     if rank >= min_share * best:
         return None

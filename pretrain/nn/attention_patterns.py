@@ -61,7 +61,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0)
     """softmax(q·kᵀ/√C)·v with dropout of the weights, (B, H, F, C).
 
     PyTorch's fused kernels, except where they are slow: on a CPU with dropout or in bf16, plain products take half
-    the time (LOG.md), as long as the F × F weights are small.
+    the time (docs/findings.md), as long as the F × F weights are small.
     """
     plain = q.device.type == "cpu" and (p > 0 or q.dtype == torch.bfloat16) and k.shape[-2] <= 2048
     if not plain:

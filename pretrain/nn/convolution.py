@@ -13,7 +13,7 @@ def time_conv(
     """(B, F, D) to (B, F', E), as `conv1d` on (B, D, F).
 
     On a CPU, oneDNN is up to four times faster where channels lie next to each other, which they do here: grouped
-    convolutions in any precision, full ones in bf16 or fp16 only. One input channel is the exception (LOG.md).
+    convolutions in any precision, full ones in bf16 or fp16 only. One input channel is an exception (docs/findings.md).
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BFD.dtype
     reduced = dtype in (torch.bfloat16, torch.float16)

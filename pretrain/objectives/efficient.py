@@ -2,7 +2,7 @@
 
 PCA-whitened BEST-RQ codes first; after `relabel_step` updates, k-means units of a middle layer (as HuBERT's second
 iteration, without its second run); plain softmax, supervised at a middle layer and at the last (as Fast-HuBERT).
-An unpublished combination of published parts; LOG.md holds what was measured.
+An unpublished combination of published parts; docs/findings.md holds what was measured.
 """
 
 from __future__ import annotations
