@@ -93,7 +93,7 @@ def accuracy_at_chance(accuracy: float, chance: float, margin: float = 0.1) -> F
         "accuracy at chance",
         "chance",
         f"the accuracy is {accuracy:.2%} and guessing gives {chance:.2%}",
-        "a higher optimizer.lr, a longer warm-up, or targets that differ between neighbouring frames (docs/findings.md)",
+        "a higher optimizer.lr, a longer warm-up, or targets that differ between neighbouring frames",
     )
 
 
