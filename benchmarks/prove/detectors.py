@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from data_pipeline.audio.codecs import read_mono  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
@@ -43,7 +44,7 @@ from pretrain.engines.base import (  # noqa: E402
     StepResult,
 )
 from pretrain.engines.distributed import DistributedContext  # noqa: E402
-from pretrain.evaluate.manifest import read_audio, read_manifest  # noqa: E402
+from pretrain.evaluate.manifest import read_manifest  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.monitoring.health_monitor import UnhealthyError, Watch  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
@@ -231,7 +232,7 @@ def planted(waves: list[np.ndarray], case: Case, folder: Path) -> tuple[str, boo
 def speech(manifest: Path) -> list[np.ndarray]:
     """Returns some minutes of speech of many speakers."""
     utterances = [u for u in read_manifest(manifest) if u.split == "pretrain" and u.corpus == "librispeech"]
-    waves = [read_audio(u.path) for u in utterances[::2]]
+    waves = [read_mono(str(u.path)) for u in utterances[::2]]
     return [wave for wave in waves if len(wave) > CLIP * SAMPLE_RATE]
 
 

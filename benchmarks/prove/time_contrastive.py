@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.audio.augmentation import change_speed  # noqa: E402
+from data_pipeline.audio.transforms import change_speed  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from data_pipeline.core.types import Batch  # noqa: E402

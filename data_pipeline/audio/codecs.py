@@ -28,6 +28,7 @@ import soundfile
 import soxr
 
 from data_pipeline.core.storage import is_url
+from data_pipeline.core.types import SAMPLE_RATE
 
 Wave = npt.NDArray[np.float32]
 MIN_RATE, MAX_RATE, MAX_CHANNELS = 4_000, 384_000, 64
@@ -112,6 +113,26 @@ def decode(path: str, rate: int) -> Iterator[Wave]:
             info = next(source)
         assert isinstance(info, AudioInfo)
         yield from _resampled(_mono(_finite(_whole(source, info))), info.sample_rate, rate)
+
+
+def read_mono(path: str, rate: int = SAMPLE_RATE) -> Wave:
+    """Returns all of a recording as one array.
+
+    Args:
+        path: local path or fsspec URL.
+        rate: Hz.
+
+    Returns:
+        (T,) float32 in [-1, 1], the mean of the channels.
+
+    Raises:
+        AudioError: naming the file.
+    """
+    try:
+        with local_copy(path) as local:
+            return np.concatenate(list(decode(local, rate)))
+    except AudioError as error:
+        raise AudioError(error.reason, f"{path}: {error}") from None
 
 
 def encode(wave: npt.NDArray[np.int16], rate: int, codec: str) -> bytes:

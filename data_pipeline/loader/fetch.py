@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from data_pipeline.audio.augmentation import Augmenter, Wave, change_speed
+from data_pipeline.audio.augmentation import Augmenter
+from data_pipeline.audio.codecs import Wave
+from data_pipeline.audio.transforms import change_speed
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE

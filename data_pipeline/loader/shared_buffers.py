@@ -6,7 +6,7 @@ import mmap
 
 import numpy as np
 
-from data_pipeline.audio.augmentation import Wave
+from data_pipeline.audio.codecs import Wave
 
 
 class Slabs:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from data_pipeline.audio.augmentation import Augmenter, Wave
+from data_pipeline.audio.augmentation import Augmenter
+from data_pipeline.audio.codecs import Wave
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.types import Batch
 from data_pipeline.labels.store import pad

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.audio.codecs import read_mono
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
-from pretrain.evaluate.manifest import Interval, Utterance, grid_labels, read_audio
+from pretrain.evaluate.manifest import Interval, Utterance, grid_labels
 
 GRID_HZ = 50.0
 """Frames are labelled and counted at this rate, so that encoders of any rate answer the same questions."""
@@ -43,7 +44,7 @@ class Waves:
     def __call__(self, utterance: Utterance) -> Tensor:
         """(T,) float32."""
         if utterance.name not in self._kept:
-            self._kept[utterance.name] = torch.from_numpy(read_audio(utterance.path))
+            self._kept[utterance.name] = torch.from_numpy(read_mono(str(utterance.path)))
         return self._kept[utterance.name]
 
 

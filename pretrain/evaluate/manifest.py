@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import soxr
-
-from data_pipeline.core.types import SAMPLE_RATE
 
 SPLITS = ("train", "valid", "test")
 
@@ -66,18 +62,6 @@ def read_phones(alignment: Path) -> dict[str, list[Interval]]:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
             found[row["path"]].append(Interval(float(row["start_s"]), float(row["end_s"]), row["phone"]))
     return dict(found)
-
-
-def read_audio(path: Path) -> np.ndarray:
-    """Mono float32 at 16 kHz. Raises OSError naming a file that cannot be decoded."""
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise OSError(f"{path}: {error}") from error
-    mono: np.ndarray = samples.mean(1)
-    if rate != SAMPLE_RATE:
-        mono = soxr.resample(mono, rate, SAMPLE_RATE)
-    return mono.astype(np.float32)
 
 
 def grid_labels(intervals: Sequence[Interval], seconds: float, rate_hz: float) -> list[str]:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_pipeline.audio.codecs import read_mono
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.features import SILENCE
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
-from pretrain.evaluate.manifest import Utterance, grid_labels, read_audio, read_manifest, read_phones
+from pretrain.evaluate.manifest import Utterance, grid_labels, read_manifest, read_phones
 from pretrain.evaluate.tasks import PROBES, splits
 
 UTTERANCES, FRAMES = 24, 1_000
@@ -35,7 +36,7 @@ def labelled_frames(config: EvaluateConfig, encoder: FrozenEncoder) -> tuple[Ten
     chosen = splits(tasks[0] if tasks else PROBES["phones"], utterances, corpora, UTTERANCES)[1]
     frames, rows = [], []
     for utterance in chosen:
-        wave_T = torch.from_numpy(read_audio(utterance.path))
+        wave_T = torch.from_numpy(read_mono(str(utterance.path)))
         x_FD = encoder.encode(wave_T)[-1].float()
         spoken = grid_labels(phones.get(utterance.name, ()), len(wave_T) / 16_000, encoder.rate_hz)
         spoken += [""] * (len(x_FD) - len(spoken))

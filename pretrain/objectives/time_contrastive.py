@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_pipeline.audio.transforms import change_speed_on_device
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
@@ -154,7 +155,7 @@ class TimeContrastive(Objective):
 def with_other_speeds(batch: Batch, speeds: list[float]) -> Batch:
     """The utterances, and after them each `speed` times as fast; keys of the latter end in " speed"."""
     changed = [
-        change_speed(wave_T[:length], speed)
+        change_speed_on_device(wave_T[:length], speed)
         for wave_T, length, speed in zip(batch.wave_BT, batch.lengths_B.tolist(), speeds, strict=True)
     ]
     lengths_R = torch.cat([batch.lengths_B, batch.lengths_B.new_tensor([len(wave_T) for wave_T in changed])])
@@ -163,13 +164,6 @@ def with_other_speeds(batch: Batch, speeds: list[float]) -> Batch:
         wave_RT[row, : len(wave_T)] = wave_T
     keys = (*batch.keys, *(f"{key} speed" for key in batch.keys))
     return Batch(wave_RT, lengths_R, keys, batch.micro_batch)
-
-
-def change_speed(wave_T: Tensor, speed: float) -> Tensor:
-    """`wave_T` played `speed` times as fast, pitch and all: its spectrum on another number of samples."""
-    length = max(1, round(len(wave_T) / speed))
-    changed: Tensor = torch.fft.irfft(torch.fft.rfft(wave_T), n=length)
-    return changed * (length / len(wave_T))
 
 
 def partners(lengths_R: Tensor, speed_B: Tensor, width: int) -> Tensor:

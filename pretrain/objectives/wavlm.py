@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.audio.transforms import draw_stretch, mix_in
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
@@ -71,12 +72,8 @@ class WavLM(MaskedUnits):
                 snr_db = self.config.noise_snr_db
             else:
                 other_T, snr_db = rows[int(rng.integers(len(rows)))], self.config.speech_snr_db
-            length = min(int(rng.integers(longest + 1)), len(other_T))
-            begin = int(rng.integers(len(other_T) - length + 1))
-            at = int(rng.integers(len(main_T) - length + 1))
-            power = other_T.square().mean()
-            gain = (main_T.square().mean() / (10 ** (rng.uniform(*snr_db) / 10) * power)).sqrt()
-            main_T[at : at + length] += torch.where(power > 0, gain, 0.0) * other_T[begin : begin + length]
+            stretch = draw_stretch(rng, len(main_T), len(other_T), longest)
+            mix_in(main_T, other_T, stretch, rng.uniform(*snr_db))
         return mixed_BT
 
 

@@ -10,7 +10,8 @@ import pytest
 import soundfile
 import torch
 
-from data_pipeline.audio.augmentation import AugmentConfig, Augmenter, add_at_snr, change_speed, mix, reverberate, tiled
+from data_pipeline.audio.augmentation import AugmentConfig, Augmenter, mix
+from data_pipeline.audio.transforms import add_noise, change_speed, repeat_to_length, reverberate
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE, Step
 from data_pipeline.labels.store import LabelSet, write_labels
@@ -78,9 +79,9 @@ def test_augmented_audio_does_not_depend_on_ranks_or_workers(corpus: Path, recor
 def test_noise_has_the_ratio_asked_for() -> None:
     rng = np.random.default_rng(0)
     wave, noise = rng.standard_normal(16000).astype(np.float32), rng.standard_normal(300).astype(np.float32)
-    added = add_at_snr(wave, tiled(noise, 16000, rng), 10.0) - wave
+    added = add_noise(wave, repeat_to_length(noise, 16000, rng), 10.0) - wave
     assert 10 * np.log10(power(wave) / power(added)) == pytest.approx(10, abs=0.1)
-    assert np.array_equal(add_at_snr(wave, np.zeros(16000, np.float32), 0.0), wave)
+    assert np.array_equal(add_noise(wave, np.zeros(16000, np.float32), 0.0), wave)
 
 
 def test_a_response_of_one_tap_changes_nothing() -> None:

@@ -1,0 +1,115 @@
+"""Transforms of waveforms that the data loader and the objectives share: speed, reverberation, mixing, noise.
+
+Arrays on the CPU serve the loader's worker processes, tensors on the model's device serve the objectives. All random
+numbers come from the caller, so each function is a plain function of its arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.core.types import SAMPLE_RATE
+
+if TYPE_CHECKING:  # the command line composes configs without torch; training benchmarks run without codecs
+    from torch import Tensor
+
+    from data_pipeline.audio.codecs import Wave
+
+SILENCE_POWER = 1e-12
+"""Mean square below which a signal counts as silent."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`length` samples from `begin` of one signal, placed at `at` of another."""
+
+    length: int
+    begin: int
+    at: int
+
+
+def change_speed(wave: Wave, factor: float, length: int) -> Wave:
+    """Returns `wave` played `factor` times as fast, pitch included.
+
+    Args:
+        wave: (T,) samples.
+        factor: 2 halves the duration.
+        length: samples to return; the result is zero-padded or cut by a few to have exactly so many.
+    """
+    import soxr
+
+    changed = soxr.resample(wave, factor * SAMPLE_RATE, SAMPLE_RATE).astype(np.float32)
+    out = np.zeros(length, np.float32)
+    out[: min(length, len(changed))] = changed[:length]
+    return out
+
+
+def change_speed_on_device(wave_T: Tensor, factor: float) -> Tensor:
+    """Returns `wave_T` played `factor` times as fast, pitch included: its spectrum on another number of samples.
+
+    For speeds drawn from a continuous range and tensors on any device. A polyphase resampler, which `change_speed`
+    uses, needs a ratio of small integers: torchaudio's kernel for a ratio such as 1.1037 has 16,000 phases.
+    """
+    import torch
+
+    length = max(1, round(len(wave_T) / factor))
+    changed: Tensor = torch.fft.irfft(torch.fft.rfft(wave_T), n=length)
+    return changed * (length / len(wave_T))
+
+
+def reverberate(wave: Wave, response: Wave) -> Wave:
+    """Returns `wave` convolved with a room impulse response, its strongest tap at delay 0, at the power of `wave`."""
+    response = response[int(np.abs(response).argmax()) :]
+    size = 1 << (len(wave) + len(response) - 2).bit_length()
+    wet = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(response, size), size)[: len(wave)]
+    level = np.sqrt(power(wave) / max(power(wet), 1e-20))
+    scaled: Wave = (wet * level).astype(np.float32)
+    return scaled
+
+
+def draw_stretch(rng: np.random.Generator, wave_length: int, other_length: int, longest: int) -> Stretch:
+    """Draws which part of another utterance is mixed in, and where (WavLM, arXiv 2110.13900, algorithm 1).
+
+    Its length is uniform on 0 … `longest` and at most `other_length`; both positions are uniform.
+    """
+    length = min(int(rng.integers(longest + 1)), other_length)
+    begin = int(rng.integers(other_length - length + 1))
+    return Stretch(length, begin, int(rng.integers(wave_length - length + 1)))
+
+
+def mix_in(wave_T: Tensor, other_T: Tensor, stretch: Stretch, snr_db: float) -> None:
+    """Adds a stretch of `other_T` to `wave_T` in place; adds nothing where `other_T` is silent.
+
+    As the released `mixing_collated_audios` of WavLM: `snr_db` is the ratio of the powers of the whole signals, not of
+    the stretch.
+    """
+    import torch
+
+    other_power = other_T.square().mean()
+    gain = (wave_T.square().mean() / (10 ** (snr_db / 10) * other_power)).sqrt()
+    # torch.where instead of a branch: no wait for the device
+    added_T = torch.where(other_power > 0, gain, 0.0) * other_T[stretch.begin : stretch.begin + stretch.length]
+    wave_T[stretch.at : stretch.at + stretch.length] += added_T
+
+
+def add_noise(wave: Wave, noise: Wave, snr_db: float) -> Wave:
+    """Returns the sum of two equally long signals at a signal-to-noise ratio; `wave` itself where `noise` is silent."""
+    signal, other = power(wave), power(noise)
+    if other <= SILENCE_POWER:
+        return wave
+    return wave + np.float32(np.sqrt(signal / other * 10 ** (-snr_db / 10))) * noise
+
+
+def repeat_to_length(noise: Wave, length: int, rng: np.random.Generator) -> Wave:
+    """Returns `length` samples of a recording from a random position on, continued from its start at its end."""
+    start = int(rng.integers(len(noise)))
+    return np.take(noise, np.arange(start, start + length), mode="wrap")
+
+
+def power(wave: npt.NDArray[np.floating]) -> float:
+    """Returns the mean square; 0 for an empty signal."""
+    return float(np.mean(np.square(wave, dtype=np.float64))) if len(wave) else 0.0
