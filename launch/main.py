@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -47,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"auricle {version('auricle')}")
         return DONE
     if given[0] not in VERBS:
-        near = difflib.get_close_matches(given[0], VERBS, n=1)
-        hint = f"did you mean `auricle {near[0]}`? " if near else ""
+        from data_pipeline.core.schema import suggest
+
+        near = suggest(given[0], VERBS)
+        hint = f"did you mean `auricle {near}`? " if near else ""
         return _fail(f"there is no verb {given[0]!r}; {hint}there are: {', '.join(VERBS)}", USAGE)
     return _guarded(given[0], given[1:])
 

@@ -7,14 +7,13 @@ frontends `build(config, dim) -> Frontend`; encoders `build(config) -> Encoder`;
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import pkgutil
 from types import ModuleType
 from typing import Any
 
-from data_pipeline.core.schema import PluginChoice
+from data_pipeline.core.schema import PluginChoice, suggest
 
 PACKAGES = {
     "frontends": "pretrain.models.frontends",
@@ -36,8 +35,8 @@ def module(kind: str, name: str) -> ModuleType:
     """The plug-in's module. Raises ValueError naming the choices."""
     known = names(kind)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        near = suggest(name, known)
+        hint = f" (did you mean {near!r}?)" if near else ""
         raise ValueError(f"there is no {kind[:-1]} {name!r}{hint}; there are: {', '.join(known)}")
     return importlib.import_module(f"{PACKAGES[kind]}.{name}")
 

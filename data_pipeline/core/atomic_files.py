@@ -1,12 +1,13 @@
-"""Writes and removes files atomically and durably."""
+"""Writes and removes files atomically and durably, and computes their sha256."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -20,13 +21,21 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """`values` as readable JSON, atomically."""
+    """Writes `values` as indented JSON, atomically."""
     write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def remove(path: Path) -> None:
-    """Removes a folder that may be half there."""
+    """Removes a folder, whole or partly there, ignoring errors."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def sha256_of(source: Path | IO[bytes]) -> str:
+    """Returns the sha256, in hexadecimal, of a file or of what is left to read of an open one."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return sha256_of(file)
+    return hashlib.file_digest(source, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def write_synced(path: Path, content: bytes) -> None:

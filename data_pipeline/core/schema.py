@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import json
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Final, NoReturn, TypeVar, dataclass_transform
 
 import annotated_types
@@ -69,14 +70,57 @@ class PluginChoice:
             raise ValueError(f"is a group of fields with a name, one of: {', '.join(known)}")
         name = value.get("name")
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = suggest(str(name), known)
+            hint = f"; did you mean {near}?" if near else ""
             said = PydanticCustomError(
                 "no_such_name", "there is no such {kind}{hint}", {"kind": self.kind, "hint": hint}
             )
             bad = InitErrorDetails(type=said, loc=("name",), input=name)
             raise ValidationError.from_exception_data(self.kind, [bad])
         return TypeAdapter(self.config_type(value["name"])).validate_json(json.dumps(value))
+
+
+def suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Returns the name among `known` nearest to `name`, or "" where none is near.
+
+    Args:
+        name: The name that was given and is not known.
+        known: The names that are.
+        cutoff: Similarity in [0, 1] that a suggestion needs at least (difflib's ratio).
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return near[0] if near else ""
+
+
+class Absent(enum.Enum):
+    """The value of a field that one of two configs does not have."""
+
+    ABSENT = "(absent)"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+ABSENT: Final = Absent.ABSENT
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values by dotted path: `{"a": {"b": 1}}` becomes `{"a.b": 1}`; lists are values."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def diff(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns (dotted path, value before, value after) of each field that differs, sorted by path.
+
+    A field that one side lacks has the value `ABSENT` there. Values of other types differ (1 and True do, 1 and 1.0
+    do not).
+    """
+    old, new = flatten(before), flatten(after)
+    rows = ((path, old.get(path, ABSENT), new.get(path, ABSENT)) for path in sorted(old.keys() | new.keys()))
+    return [(path, a, b) for path, a, b in rows if a != b or isinstance(a, bool) != isinstance(b, bool)]
 
 
 def load(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -192,11 +236,10 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
             {row.path[len(prefix) :].split(".")[0] for row in document(kind, "", values) if row.path.startswith(prefix)}
         )
         everywhere = [row.path for row in document(kind, "", values)]
-        near = difflib.get_close_matches(path, everywhere, n=1, cutoff=0.8)
-        near = near or [prefix + n for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
-        near = near or difflib.get_close_matches(path, everywhere, n=1, cutoff=0.6)
-        near = near or [other for other in everywhere if other.rsplit(".", 1)[-1] == name][:1]
-        hint = f"did you mean {near[0]}? " if near else ""
+        sibling = suggest(name, siblings, cutoff=0.5)
+        near = suggest(path, everywhere, cutoff=0.8) or (prefix + sibling if sibling else suggest(path, everywhere))
+        near = near or next((other for other in everywhere if other.rsplit(".", 1)[-1] == name), "")
+        hint = f"did you mean {near}? " if near else ""
         return f"{path}={shown}: there is no such field; {hint}{parent or 'the top level'} has: {', '.join(siblings)}"
     if problem["type"] in ("missing", "missing_argument"):
         if isinstance(problem["loc"][-1], int):
@@ -210,10 +253,10 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
     if problem["type"] in ("dataclass_type", "dict_type"):
         rows = [row.path for row in document(kind, "", values) if row.path.startswith(f"{path}.")]
         message = f"is a group of fields: {', '.join(rows)}" if rows else "is a mapping of names to values"
-    near = []
+    near = ""
     if problem["type"] == "literal_error" and doc and isinstance(problem["input"], str):
-        near = difflib.get_close_matches(problem["input"], doc.limits.removeprefix("one of ").split(", "), n=1)
-    return f"{path}={shown}: {message}{allowed}" + (f"; did you mean {near[0]}?" if near else "")
+        near = suggest(problem["input"], doc.limits.removeprefix("one of ").split(", "))
+    return f"{path}={shown}: {message}{allowed}" + (f"; did you mean {near}?" if near else "")
 
 
 def _leaf(path: str, value: Any, shown: str) -> tuple[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.core.lru import LruCache
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
@@ -76,20 +76,15 @@ class FrameLabels:
     """Labels by row, one shard at a time from its file; the last ones are kept. Each process opens its own."""
 
     def __init__(self, root: str, keep: int) -> None:
-        self.root, self.keep, self.set = root, keep, LabelSet.read(root)
-        self._shards: OrderedDict[str, tuple[Array, Array]] = OrderedDict()
+        self.root, self.set = root, LabelSet.read(root)
+        self._shards = LruCache[str, tuple[Array, Array]](keep)
 
     def of(self, shard: str, index: ShardIndex, row: int, start: int, length: int) -> Array:
         """int64 labels of the frames that begin in samples start … start + length - 1; start lies on a frame.
 
         Raises ShardError if the labels are missing, of another artefact or of other segments.
         """
-        if shard not in self._shards:
-            self._shards[shard] = self._load(shard, index)
-            if len(self._shards) > self.keep:
-                self._shards.popitem(last=False)
-        self._shards.move_to_end(shard)
-        flat, offsets = self._shards[shard]
+        flat, offsets = self._shards.get(shard, lambda: self._load(shard, index))
         first = int(offsets[row]) + start // self.set.hop
         last = min(int(offsets[row + 1]), first + -(-length // self.set.hop))
         return flat[first:last].astype(np.int64)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import functools
 import hashlib
-import json
 import logging
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from data_pipeline.core.jsonl import append_rows
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Cursor, Step
 from data_pipeline.labels.store import LabelSet
@@ -95,10 +95,17 @@ class PlanReader:
     def _note_keys(self, step: Step) -> None:
         folder = Path(self.config.keys_log)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"rank_{self.rank}.jsonl").open("a") as file:
-            for batch in step.batches:
-                row = {"epoch": step.after.epoch, "after": step.after.step, "micro_batch": batch.micro_batch}
-                file.write(json.dumps(row | {"keys": batch.keys, "lengths": batch.lengths_B.tolist()}) + "\n")
+        rows = [
+            {
+                "epoch": step.after.epoch,
+                "after": step.after.step,
+                "micro_batch": batch.micro_batch,
+                "keys": batch.keys,
+                "lengths": batch.lengths_B.tolist(),
+            }
+            for batch in step.batches
+        ]
+        append_rows(folder / f"rank_{self.rank}.jsonl", rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the step yielded last ends: all that a resume needs, on any number of ranks and workers."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from data_pipeline.audio import vad
 from data_pipeline.core.integrity import REPORT, sealed, write_checksums
+from data_pipeline.core.jsonl import parse
 from data_pipeline.core.ray_tasks import cluster, run_tasks
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
@@ -151,7 +151,7 @@ def _collect_quarantine(config: PreprocessConfig, units: Sequence[DoneRecord]) -
     rejects = []
     for store in map(FileStore, sorted({config.out, *set_roots(config)})):
         names = [name for name in store.names("_rejects", ".jsonl") if name in finished or name.startswith("discover-")]
-        rows = [json.loads(line) for name in names for line in store.read(f"_rejects/{name}").splitlines()]
+        rows = [row for name in names for row in parse(store.read(f"_rejects/{name}")).rows]
         rejects += [Reject(**row) for row in rows]
     return [reject for reject in rejects if reject.stage in ("discover", "decode")]
 

@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 import soundfile
 
+from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.integrity import CHECKSUMS, REPORT, altered_files, is_sealed, with_check
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
@@ -19,7 +20,6 @@ from data_pipeline.preprocess.fingerprints import scan_is_altered
 from data_pipeline.preprocess.work_plan import SPLITS, read_plan
 from data_pipeline.shards.records import AUDIO_SUFFIXES, DoneRecord, read_index, refuse_code, rejects_name
 
-CHUNK = 1 << 22
 NO_ROW = dict.fromkeys(("key", "payload_offset", "payload_size", "n_samples"))
 
 
@@ -98,7 +98,7 @@ def _verify_unit(store: FileStore, record: DoneRecord, keys: dict[str, str], dec
     if not store.exists(name) or store.read(name) != np.array(offsets, "<u8").tobytes():
         yield name, "does not hold the offsets of the samples"
     with store.fs.open(store.path(record.shard), "rb") as file:
-        if _sha256(file) != record.sha256:
+        if sha256_of(file) != record.sha256:
             yield record.shard, "its sha256 is not the recorded one"
         elif decode:
             yield from ((record.shard, problem) for problem in _read_samples(file, rows))
@@ -143,10 +143,3 @@ def _verify_plan(store: FileStore, sets: Sequence[str]) -> Iterator[tuple[str, s
         for name in store.names(done, ".json"):
             if planned and name.removesuffix(".json") not in planned:
                 yield f"{done}/{name}", "is a unit that no plan holds"
-
-
-def _sha256(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()

@@ -22,11 +22,10 @@ Only integers and exactly rounded float operations decide, so that all machines 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
+from data_pipeline.core.lru import LruCache
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.sampling.catalog import Catalogue
@@ -35,8 +34,6 @@ from data_pipeline.sampling.constraints import Array, Rules
 from data_pipeline.sampling.epoch import Entries, Layout, lay_out, repeats_of, summarize
 from data_pipeline.sampling.window import MicroBatch, Window, plan_window
 
-K = TypeVar("K")
-T = TypeVar("T")
 VERSION: Final = "plan-1"
 """Part of the hash: changes with anything that changes a plan."""
 TOLERANCE: Final = 0.05
@@ -51,8 +48,8 @@ class Plan:
         self._entries, self.repeats = entries, repeats
         parts = (VERSION, catalogue.fingerprint, repr(rules), seed, repeats.tobytes().hex())
         self.hash = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
-        self._layouts: OrderedDict[int, Layout] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
+        self._layouts = LruCache[int, Layout](3)
+        self._windows = LruCache[tuple[int, int], Window](2)
 
     def largest_micro_batch(self) -> int:
         """No micro-batch has more padded samples."""
@@ -61,9 +58,7 @@ class Plan:
 
     def layout(self, epoch: int) -> Layout:
         """Units, windows and step numbers of `epoch`."""
-        return _kept(
-            self._layouts, epoch, 3, lambda: lay_out(self._entries, self.repeats, self.rules, self.seed, epoch)
-        )
+        return self._layouts.get(epoch, lambda: lay_out(self._entries, self.repeats, self.rules, self.seed, epoch))
 
     def window(self, epoch: int, number: int) -> Window:
         """Window `number` of `epoch`, planned from its own shards alone."""
@@ -72,7 +67,7 @@ class Plan:
             key, layout = (self.seed, epoch), self.layout(epoch)
             return plan_window(self.catalogue, self._entries, self.repeats, self.rules, layout, number, key)
 
-        return _kept(self._windows, (epoch, number), 2, make)
+        return self._windows.get((epoch, number), make)
 
     def place(self, epoch: int, step: int) -> tuple[Window, int]:
         """The window of global step `step`, and the step's number inside it."""
@@ -86,14 +81,6 @@ class Plan:
         """The V micro-batches of a global step. Micro-batch j belongs to rank j mod world."""
         window, inside = self.place(epoch, step)
         return tuple(window.micro_batch(inside, j) for j in range(self.rules.micro_batches))
-
-
-def _kept(kept: OrderedDict[K, T], key: K, size: int, make: Callable[[], T]) -> T:
-    if key not in kept:
-        kept[key] = make()
-        if len(kept) > size:
-            kept.popitem(last=False)
-    return kept[key]
 
 
 def make_plan(catalogue: Catalogue, config: ReaderConfig, seed: int) -> Plan:

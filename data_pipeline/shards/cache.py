@@ -74,8 +74,7 @@ class CachedShards(RemoteShards):
             return
         first, self._ahead = self._ahead is None, (epoch, window)
         self._use_S = self._schedule.next_use(epoch, window)
-        for number in [number for number in self._files if self._use_S[number] > 0]:
-            os.close(self._files.pop(number))  # an open file keeps its room on the disk
+        self._files.evict(lambda number: bool(self._use_S[number] > 0))  # an open file keeps its space on the disk
         self._wake.set()
         if first:
             threading.Thread(target=self._fetch_ahead, name="auricle-cache", daemon=True).start()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.core.atomic_files import sha256_of
+from data_pipeline.core.lru import LruCache
 from data_pipeline.shards.records import DoneRecord, index_name
 
 Array = npt.NDArray[Any]
@@ -78,8 +78,8 @@ class ShardFiles:
     def __init__(self, root: str, records: Sequence[DoneRecord], keep: int, verify: bool) -> None:
         self.root, self.records, self.keep, self.verify = root, records, keep, verify
         self.bad: dict[int, ShardError] = {}
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._files = LruCache[int, int](keep, os.close)
+        self._indexes = LruCache[int, ShardIndex](keep)
 
     def check(self) -> list[ShardError]:
         """Finds shards that are missing or not as long as recorded; looks at sizes only."""
@@ -96,12 +96,7 @@ class ShardFiles:
         """Raises ShardError if the index is missing or does not fit its record."""
         if number in self.bad:
             raise self.bad[number]
-        if number not in self._indexes:
-            self._indexes[number] = self._read_index(number)
-            if len(self._indexes) > self.keep:
-                self._indexes.popitem(last=False)
-        self._indexes.move_to_end(number)
-        return self._indexes[number]
+        return self._indexes.get(number, lambda: self._read_index(number))
 
     def read(self, wanted: Sequence[Extent]) -> list[bytes | ShardError]:
         """The bytes of each extent, or what went wrong with it."""
@@ -115,8 +110,7 @@ class ShardFiles:
 
     def close(self) -> None:
         """Closes all files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.clear()
 
     def _sizes(self) -> list[int | None]:
         with os.scandir(self.root) as entries:
@@ -145,14 +139,13 @@ class ShardFiles:
         return self._mark(extent.shard, f"ends inside the sample at byte {extent.offset}: it was truncated")
 
     def _file(self, number: int) -> int:
-        if number not in self._files:
-            self._files[number] = os.open(self._local_path(number), os.O_RDONLY | os.O_CLOEXEC)
-            if self.verify and sha256_of(self._files[number]) != self.records[number].sha256:
-                raise self._mark(number, "was altered: its sha256 is not the recorded one")
-            if len(self._files) > self.keep:
-                os.close(self._files.popitem(last=False)[1])
-        self._files.move_to_end(number)
-        return self._files[number]
+        return self._files.get(number, lambda: self._open(number))
+
+    def _open(self, number: int) -> int:
+        path = self._local_path(number)
+        if self.verify and sha256_of(path) != self.records[number].sha256:
+            raise self._mark(number, "checksum mismatch: its sha256 is not the recorded one")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _mark(self, number: int, reason: str) -> ShardError:
         """Remembers that a shard is bad."""
@@ -183,12 +176,3 @@ class ShardFiles:
             raise self._mark(number, f"its index cannot be read ({error})") from None
         keys, wav = table.column("key").to_pylist(), pc.equal(table.column("suffix"), "wav").to_numpy()
         return ShardIndex(table, keys, wav, **{name: np.asarray(column) for name, column in columns.items()})
-
-
-def sha256_of(file: int) -> str:
-    """Of a whole open file."""
-    digest, at = hashlib.sha256(), 0
-    while data := os.pread(file, CHUNK, at):
-        digest.update(data)
-        at += len(data)
-    return digest.hexdigest()

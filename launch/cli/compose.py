@@ -5,7 +5,6 @@ Hydra only composes: every value goes through `data_pipeline.core.schema.load` a
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.schema import ConfigError, suggest
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -108,8 +107,8 @@ def _quoted(value: str) -> str:
 
 def _group_choice(name: str, value: str, choices: list[str], in_defaults: bool) -> str:
     if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = suggest(value, choices)
+        hint = f"did you mean {near}? " if near else ""
         raise ConfigError(f"{name}={value}: there is no such {name}; {hint}there are: {', '.join(choices) or 'none'}")
     return f"{name}={value}" if in_defaults else f"+{name}={value}"
 

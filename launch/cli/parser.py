@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterator
 from typing import NoReturn
 
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.schema import ConfigError, suggest
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,8 +17,8 @@ class Parser(argparse.ArgumentParser):
         """Raises ConfigError with the nearest name of a wrong verb or option."""
         wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)", message)
         word = (wrong[1] or wrong[2]) if wrong else ""
-        near = difflib.get_close_matches(word.partition("=")[0], [*_words(self)], n=1) if word else []
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = suggest(word.partition("=")[0], _words(self)) if word else ""
+        hint = f"; did you mean {near}?" if near else ""
         raise ConfigError(f"{message}{hint} ({self.prog} --help lists what there is)")
 
 

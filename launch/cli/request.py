@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from data_pipeline.core.schema import REQUIRED, ConfigError, FieldDoc, document, load
+from data_pipeline.core.schema import REQUIRED, ConfigError, FieldDoc, document, load, suggest
 from launch.cli.compose import compose, groups, to_yaml
 
 T = TypeVar("T")
@@ -31,8 +30,8 @@ def read(verb: str, kind: type[T], arguments: list[str], switches: tuple[str, ..
     given = [argument for argument in arguments if argument.startswith("-")]
     for switch in given:
         if switch not in known:
-            near = difflib.get_close_matches(switch, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            near = suggest(switch, known)
+            hint = f"did you mean {near}? " if near else ""
             raise ConfigError(f"there is no switch {switch}; {hint}there are: {', '.join(known)}")
     overrides = [argument for argument in arguments if argument not in given]
     values = compose(verb, overrides)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import math
 import statistics
 import time
@@ -14,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from data_pipeline.core.jsonl import Tail
 
 PLAIN_EVERY = 15.0
 """Seconds between lines where the output is no terminal."""
@@ -25,25 +26,19 @@ RECENT = 50
 
 
 class Follower:
-    """Reads the rows that were added to a run's metrics.jsonl since the last look."""
+    """Reads a run's metrics.jsonl while the run writes it."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.jsonl"
-        self._identity = 0
-        self._offset = 0
-        self.rows: list[dict[str, Any]] = []
+        self._tail = Tail(folder / "metrics.jsonl")
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows read so far."""
+        return self._tail.rows
 
     def read(self) -> dict[str, Any] | None:
-        """The newest row, if any. A resumed run replaces the file: it is then read anew."""
-        if self._path.exists():
-            status = self._path.stat()
-            if status.st_ino != self._identity or status.st_size < self._offset:
-                self._identity, self._offset, self.rows = status.st_ino, 0, []
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                whole, newline, _ = file.read().rpartition(b"\n")
-            self._offset += len(whole) + len(newline)
-            self.rows += [json.loads(line) for line in whole.splitlines()]
+        """Reads what was added and returns the newest row, if any; reads the whole file after a resume replaced it."""
+        self._tail.read()
         return self.rows[-1] if self.rows else None
 
 

@@ -8,10 +8,12 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.core.jsonl import read_rows
 
 ALIVE_SECONDS = 120.0
 
@@ -50,8 +52,8 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
 
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of a run's JSON-lines file; a last line that a crash cut off is left out."""
-    return list(_lines(folder / name))
+    """The lines of a run's JSON-lines file; lines that cannot be read are left out."""
+    return read_rows(folder / name)
 
 
 def signs_of_life(folder: Path) -> float:
@@ -62,15 +64,6 @@ def signs_of_life(folder: Path) -> float:
             with contextlib.suppress(OSError):  # replaced while we looked
                 times.append(path.stat().st_mtime)
     return max(times)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
 
 
 def summarise(folder: Path, now: float | None = None) -> RunSummary:

@@ -11,7 +11,6 @@ Nothing in it is executed on loading (no pickle).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_pipeline.core.atomic_files import remove, sync, write_atomically, write_json
+from data_pipeline.core.atomic_files import remove, sha256_of, sync, write_atomically, write_json
 from data_pipeline.core.schema import ConfigError, dump
 from data_pipeline.core.types import Cursor
 from pretrain.checkpointing.run_folder import RunFolder
@@ -136,7 +135,7 @@ def _write(
             path = temporary / f"{kind}.safetensors"
             save_tensors(tensors, path)
             sync(path)
-            digests[path.name] = _sha256(path)
+            digests[path.name] = sha256_of(path)
         cursor = dataclasses.asdict(state.cursor) if state.cursor else None
         values = {"format": FORMAT, "step": state.step, "cursor": cursor, "health": state.health}
         values |= {"config": dump(config), "sha256": digests, "loss_scale": dict(scale)}
@@ -247,7 +246,7 @@ def damage(folder: Path) -> str:
         for name in ("model.safetensors", "optimizer.safetensors"):
             with safe_open(folder / name, framework="pt"):
                 pass
-            if name in digests and digests[name] != _sha256(folder / name):
+            if name in digests and digests[name] != sha256_of(folder / name):
                 return f"{folder / name} is not as it was written"
     except (OSError, ValueError, SafetensorError) as error:
         return f"{folder} cannot be read ({error})"
@@ -305,8 +304,3 @@ def remedy(run: RunFolder) -> str:
     """What to do about a checkpoint that is no good."""
     others = sorted(path.name for path in run.checkpoints.glob("step_*"))
     return f"write another whole one's name into {run.checkpoints / 'latest'} (there are: {', '.join(others)})"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

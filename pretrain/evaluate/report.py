@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.core.atomic_files import write_json
+from data_pipeline.core.jsonl import append_row
 from pretrain.evaluate import projector
 from pretrain.evaluate.evaluator import Row, plain
 from pretrain.monitoring.figures import add_frames
@@ -61,11 +61,11 @@ def into_run(
     weights: the checksum of what was evaluated.
     """
     board = SummaryWriter(str(run / "tb" / "evaluate"))
-    with (run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-        for row in rows:
-            name = re.sub(r"[^A-Za-z0-9]+", "_", f"{row.task}/{row.measure}").replace("_", "/", 1)
-            file.write(json.dumps({"step": step, "weights": weights, "name": name, **plain([row])[0]}) + "\n")
-            board.add_scalar(f"evaluate/{name}", row.value, step)
+    for row in rows:
+        name = re.sub(r"[^A-Za-z0-9]+", "_", f"{row.task}/{row.measure}").replace("_", "/", 1)
+        found = {"step": step, "weights": weights, "name": name, **plain([row])[0]}
+        append_row(run / "evaluations.jsonl", found)
+        board.add_scalar(f"evaluate/{name}", row.value, step)
     if frames is not None:
         add_frames(board, *frames, projector.HEADER, "labelled_frames", step)
     board.close()

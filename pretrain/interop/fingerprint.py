@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-
+from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.labels.kmeans import TargetsConfig
 
 
@@ -20,6 +19,5 @@ def checkpoint_fingerprint(checkpoints: str) -> dict[str, str]:
     found = {}
     for text in checkpoints.split(","):
         for weights in weight_files(find_checkpoint(text.strip())):
-            with weights.open("rb") as file:
-                found[str(weights)] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[str(weights)] = sha256_of(weights)
     return found

@@ -8,7 +8,6 @@ checkpoint, so a resumed run stays bitwise the uninterrupted one.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.core.jsonl import read_rows
+from data_pipeline.core.jsonl import append_row, read_rows
 from data_pipeline.core.types import SAMPLE_RATE, Batch, Step
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
@@ -316,8 +315,7 @@ class Watch:
         if self._rank == 0:
             self._say(f"health: {found.sentence(since)}")
             event = {"step": step, "since": since, "detector": found.detector, "kind": found.kind}
-            with (self._run.path / "health.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event | {"message": found.sentence(since)}) + "\n")
+            append_row(self._run.path / "health.jsonl", event | {"message": found.sentence(since)})
 
     def _count_rollback(self, before: int, why: str) -> int:
         self.rollbacks += 1

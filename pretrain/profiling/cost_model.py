@@ -8,7 +8,6 @@ the backward pass. The assumptions are printed with the result.
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.schema import ConfigError, suggest
 from data_pipeline.core.types import SAMPLE_RATE, Batch
 from pretrain.config import Config
 from pretrain.interfaces.frames import StepContext
@@ -117,8 +116,8 @@ def parse_cluster(text: str) -> Cluster:
     found = re.fullmatch(r"(\d+)x(\d+)x(\w+)", text)
     kind = found[3].upper() if found else ""
     if not found or kind not in GPUS or not int(found[1]) * int(found[2]):
-        near = difflib.get_close_matches(kind, GPUS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = suggest(kind, GPUS)
+        hint = f"did you mean {near}? " if near else ""
         raise ConfigError(f"cluster={text}: write NODESxGPUSxKIND, as in 8x8xH100; {hint}known: {', '.join(GPUS)}")
     return Cluster(int(found[1]), int(found[2]), kind)
 

@@ -1,0 +1,62 @@
+"""JSON-lines files: damaged lines are counted and hide nothing, and appending never joins a torn line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.core.jsonl import Tail, append_row, parse, read, read_rows
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"step": 2',
+        b"[1, 2]",
+        b'"text"',
+        b"null",
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b'{"a": ' * 50_000 + b"1" + b"}" * 50_000,
+    ],
+)
+def test_a_bad_line_is_counted_and_hides_no_other(bad: bytes) -> None:
+    found = parse(b'{"step": 1}\n' + bad + b'\n\n{"step": 3}\n')
+    assert found.rows == [{"step": 1}, {"step": 3}]
+    assert found.bad_lines == (2,)
+
+
+def test_lines_end_at_newlines_alone() -> None:
+    rows = [{"text": "one\u2028two\u0085three\u000bfour"}, {"text": "\r"}]
+    content = "".join(f'{{"text": "{row["text"]}"}}\n' for row in rows[:1]).encode()
+    assert parse(content).rows == rows[:1]
+
+
+def test_append_ends_a_torn_last_line_first(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo')
+    append_row(path, {"step": 3})
+    append_row(path, {"step": 4})
+    found = read(path)
+    assert [row["step"] for row in found.rows] == [1, 3, 4]
+    assert found.bad_lines == (2,)
+
+
+def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "none.jsonl") == []
+    assert Tail(tmp_path / "none.jsonl").read() == []
+
+
+def test_tail_waits_for_the_end_of_a_line_and_follows_a_replaced_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    tail = Tail(path)
+    path.write_text('{"step": 1}\n{"step"')
+    assert tail.read() == [{"step": 1}]
+    with path.open("a") as file:
+        file.write(": 2}\n")
+    assert tail.read() == [{"step": 2}]
+    other = tmp_path / "other"
+    other.write_text('{"step": 7}\n')
+    other.replace(path)
+    assert tail.read() == tail.rows == [{"step": 7}]

@@ -1,0 +1,21 @@
+"""Comparing configs and suggesting names."""
+
+from __future__ import annotations
+
+from data_pipeline.core.schema import ABSENT, diff, flatten, suggest
+
+
+def test_flatten_gives_dotted_paths() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None}) == {"a.b": 1, "a.c.d": [1, 2], "e": None}
+
+
+def test_diff_lists_changed_added_and_removed_fields_by_path() -> None:
+    before, after = {"a": {"b": 1, "c": 2}, "d": True}, {"a": {"b": 3}, "d": 1, "e": None}
+    assert diff(before, after) == [("a.b", 1, 3), ("a.c", 2, ABSENT), ("d", True, 1), ("e", ABSENT, None)]
+    assert diff(before, before) == []
+    assert repr(ABSENT) == "(absent)"
+
+
+def test_suggest_returns_the_nearest_name_or_nothing() -> None:
+    assert suggest("hubrt", ["wavlm", "hubert"]) == "hubert"
+    assert suggest("xyz", ["wavlm", "hubert"]) == ""
