@@ -79,12 +79,12 @@ def write_corpus(root: Path, segments: int) -> None:
 PROBE = """
 import json, resource, sys, time
 start = time.perf_counter()
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.loader.reader import open_reader
 from data_pipeline.core.types import Cursor
 imported = time.perf_counter()
 root, cache, fraction, alpha = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
-reader = open_reader(ReaderConfig(shards=root, workers=0, cache=cache, mix_alpha=alpha), 0, 0, 64)
+reader = open_reader(DataConfig(shards=root, workers=0, cache=cache, mix_alpha=alpha), 0, 0, 64)
 opened = time.perf_counter()
 steps = reader.plan.layout(0).steps
 next(reader.steps(Cursor(reader.plan_hash, 0, int(steps * fraction))))

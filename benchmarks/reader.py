@@ -38,7 +38,7 @@ from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, Cursor, Segment
 from data_pipeline.corpora.local_speech import speech_folder
 from data_pipeline.loader.reader import PlanReader, open_reader
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.records import DoneRecord
 from data_pipeline.shards.writer import ShardWriter, commit
 from launch.demo_corpus import synthesise
@@ -143,7 +143,7 @@ def bare_loop(root: Path, workers: int, seconds: float) -> tuple[int, int, float
 
 def open_ours(root: Path, workers: int) -> PlanReader:
     """Default settings, but for the batch size."""
-    config = ReaderConfig(
+    config = DataConfig(
         shards=str(root), batch_seconds=BATCH_SECONDS * MICRO_BATCHES, micro_batches=MICRO_BATCHES, workers=workers
     )
     return open_reader(config, 0, 0, 1)

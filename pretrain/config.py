@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from data_pipeline.core.schema import about, config, refuse
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from pretrain import registry
 
 
@@ -173,7 +173,7 @@ class Config:
         str, about("start from these weights: a run folder, or a Hugging Face folder with model.safetensors")
     ] = ""
     device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
-    data: ReaderConfig
+    data: DataConfig
     frontend: Annotated[Any, registry.choice("frontends")]
     encoder: Annotated[Any, registry.choice("encoders")]
     objective: Annotated[Any, registry.choice("objectives")]

@@ -20,7 +20,7 @@ from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.labels.store import FrameLabels
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import Array, Extent, ShardError, ShardFiles, ShardIndex
 
 TAR_BLOCK = 512
@@ -105,7 +105,7 @@ class _Place:
 class Fetcher:
     """Rows to bytes, with what else the config asks for. Raises ConfigError for wishes that exclude each other."""
 
-    def __init__(self, files: ShardFiles, config: ReaderConfig, augmenter: Augmenter) -> None:
+    def __init__(self, files: ShardFiles, config: DataConfig, augmenter: Augmenter) -> None:
         self.files, self.labels, self.augmenter = files, config.labels, augmenter
         self.targets = {name: FrameLabels(root, files.keep) for name, root in config.targets.items()}
         self.grid = math.lcm(*(labels.set.hop for labels in self.targets.values()))  # crops start on a label

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore, is_url
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.cache import CachedShards
 from data_pipeline.shards.local import ShardFiles
 from data_pipeline.shards.records import DoneRecord
 from data_pipeline.shards.remote import RemoteShards
 
 
-def open_files(config: ReaderConfig, records: Sequence[DoneRecord]) -> ShardFiles:
+def open_files(config: DataConfig, records: Sequence[DoneRecord]) -> ShardFiles:
     """The right way to read `config.shards`. Raises ConfigError for settings that contradict each other."""
     keep = 2 * config.shuffle_window
     if not is_url(config.shards):

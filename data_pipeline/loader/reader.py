@@ -31,7 +31,7 @@ from data_pipeline.loader.open_shards import open_files
 from data_pipeline.loader.shared_buffers import Slabs
 from data_pipeline.loader.workers import Loaded, PlannedBatches, Request, become_worker
 from data_pipeline.sampling.catalog import load_catalogue
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.plan import Plan, accumulation, audio_per_step_check, make_plan
 from data_pipeline.sampling.prefetch_order import PlanSchedule
 from data_pipeline.shards.local import ShardError, ShardFiles
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 class PlanReader:
     """The StepReader over a plan, for one rank. One `steps` iterator at a time."""
 
-    def __init__(self, config: ReaderConfig, seed: int, rank: int, world: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, rank: int, world: int) -> None:
         self.slots = accumulation(config.micro_batches, world)
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} is not one of {world} ranks")
@@ -233,12 +233,12 @@ class _Requests(Sampler[Request]):
         epoch, step = self.cursor.epoch, self.cursor.step
         while True:
             for g in range(step, self.plan.layout(epoch).steps):
-                for j in range(self.rank, self.plan.rules.micro_batches, self.world):
+                for j in range(self.rank, self.plan.constraints.micro_batches, self.world):
                     yield epoch, g, j
             epoch, step = epoch + 1, 0
 
 
-def _with_targets(plan_hash: str, config: ReaderConfig) -> str:
+def _with_targets(plan_hash: str, config: DataConfig) -> str:
     """A run must not go on with frame labels of another artefact, so these are part of the hash."""
     if not config.targets:
         return plan_hash
@@ -251,6 +251,6 @@ def _close(reader: weakref.ref[PlanReader]) -> None:
         alive.close()
 
 
-def open_reader(config: ReaderConfig, seed: int, rank: int, world: int) -> PlanReader:
+def open_reader(config: DataConfig, seed: int, rank: int, world: int) -> PlanReader:
     """The reader of one rank. Raises ConfigError for too few data, bad shards, or a world that does not divide V."""
     return PlanReader(config, seed, rank, world)

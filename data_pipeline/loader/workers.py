@@ -23,7 +23,7 @@ from data_pipeline.core.types import Batch
 from data_pipeline.labels.store import pad
 from data_pipeline.loader.fetch import Fetched, Fetcher, Row
 from data_pipeline.loader.shared_buffers import Slabs
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.plan import Plan
 from data_pipeline.shards.local import ShardError, ShardFiles
 
@@ -70,7 +70,7 @@ class Loaded:
 class PlannedBatches(Dataset[Loaded]):
     """Micro-batches by request; lives in the worker processes, or in the trainer where there are none."""
 
-    def __init__(self, plan: Plan, files: ShardFiles, config: ReaderConfig, slabs: Slabs | None) -> None:
+    def __init__(self, plan: Plan, files: ShardFiles, config: DataConfig, slabs: Slabs | None) -> None:
         self.plan, self.files, self.config, self.slabs = plan, files, config, slabs
         self.augmenter = Augmenter(config.augment)
         self.fetcher = Fetcher(files, config, self.augmenter)
@@ -152,7 +152,7 @@ class PlannedBatches(Dataset[Loaded]):
         for distance in range(1, n_shards + 1):
             shard = (row.shard + distance) % n_shards
             lengths = self.plan.catalogue.length_N[slice(*self.plan.catalogue.starts_S[shard : shard + 2])]
-            for other in np.flatnonzero(self.plan.rules.usable(np.asarray(lengths)))[:3]:
+            for other in np.flatnonzero(self.plan.constraints.usable(np.asarray(lengths)))[:3]:
                 found = replace(row, shard=shard, row=int(other), length=min(row.length, int(lengths[other])))
                 if self._batch([found], 0).keys:
                     return found

@@ -10,7 +10,7 @@ from data_pipeline.core.schema import about, config
 
 
 @config
-class ReaderConfig:
+class DataConfig:
     """Shards to global steps; see plan.py."""
 
     shards: Annotated[str, about("folder (or fsspec URL) of shards, as `auricle preprocess` wrote it", min_length=1)]

@@ -1,4 +1,4 @@
-"""The rules of a plan in samples: bucket edges, usable lengths, room of a micro-batch."""
+"""Constraints of a plan, in samples: bucket edges, usable lengths, largest micro-batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 
 Array = npt.NDArray[Any]
 MIN_STEPS: Final = 20
@@ -21,8 +21,8 @@ SHARE: Final = 4096
 
 
 @dataclass(frozen=True)
-class Rules:
-    """ReaderConfig in samples: all that the plan depends on besides the data and the seed."""
+class BatchConstraints:
+    """DataConfig in samples: everything that the plan depends on besides the data and the seed."""
 
     batch: int
     micro_batches: int
@@ -36,9 +36,9 @@ class Rules:
     quadratic: float
 
     @staticmethod
-    def of(config: ReaderConfig) -> Rules:
+    def of(config: DataConfig) -> BatchConstraints:
         """Raises ConfigError where no plan can hold the batch size or the memory cap."""
-        rules = Rules(
+        made = BatchConstraints(
             batch=_samples(config.batch_seconds),
             micro_batches=config.micro_batches,
             shortest=max(1, _samples(config.min_seconds)),
@@ -50,12 +50,12 @@ class Rules:
             cap=config.cap_seconds * SAMPLE_RATE,
             quadratic=config.cap_quadratic / SAMPLE_RATE,
         )
-        if rules.longest < rules.shortest:
+        if made.longest < made.shortest:
             raise ConfigError(
                 f"data.max_seconds={config.max_seconds:g} is below data.min_seconds={config.min_seconds:g}"
             )
-        if rules.batch < rules.micro_batches * rules.longest:
-            fits = rules.batch // rules.longest
+        if made.batch < made.micro_batches * made.longest:
+            fits = made.batch // made.longest
             remedy = f"data.micro_batches to at most {fits}" if fits else "data.max_seconds"
             raise ConfigError(
                 f"data.batch_seconds={config.batch_seconds:g} over data.micro_batches={config.micro_batches} leaves "
@@ -63,26 +63,35 @@ class Rules:
                 f"data.max_seconds={config.max_seconds:g}; raise data.batch_seconds to at least "
                 f"{config.micro_batches * config.max_seconds:g} or lower {remedy}"
             )
-        return rules
+        return made
 
-    def room(self, micro_batch: float) -> float:
-        """Most padded samples of an ordinary micro-batch where they hold `micro_batch` samples on average."""
-        return (micro_batch + self.longest) * (1 if self.crop else self.ratio)
+    @property
+    def identity(self) -> str:
+        """Text of all values, for the plan's hash; checkpoints hold that hash, so its form must not change."""
+        return repr(self).replace("BatchConstraints", "Rules", 1)
+
+    def ordinary_limit(self, mean: float) -> float:
+        """Most padded samples of a micro-batch inside one bucket, where micro-batches have `mean` samples."""
+        return (mean + self.longest) * (1 if self.crop else self.ratio)
+
+    def padded_limit(self, mean: float) -> float:
+        """Most padded samples of a micro-batch that spans buckets: the memory cap, or that of an ordinary one."""
+        return self.cap / (1 + self.quadratic * self.longest) if self.cap else self.ordinary_limit(mean)
 
     def cost(self, padded: float) -> float:
-        """What `padded` samples count against the cap if all are of the longest segments."""
+        """Cost of `padded` samples, to compare with the cap, if all are of the longest segments."""
         return padded * (1 + self.quadratic * self.longest)
 
     @functools.cached_property
     def edges(self) -> Array:
-        """Lower edges of the buckets, ascending; the last bucket is the longest length alone."""
+        """(B,) lower edges of the buckets, ascending; the last bucket is the longest length alone."""
         edges = [self.longest]
         while edges[-1] > self.shortest:
             edges.append(max(self.shortest, min(edges[-1] - 1, int(np.ceil(edges[-1] / self.ratio)))))
         return np.array(edges[::-1], dtype=np.int64)
 
     def usable(self, length_N: Array) -> Array:
-        """Samples of each segment that are used: 0 if too short, cropped if too long."""
+        """(N,) samples of each segment that are used: 0 if too short, cropped if too long."""
         used = np.minimum(length_N, np.uint32(self.longest))
         used[length_N < self.shortest] = 0
         if self.crop:
@@ -91,21 +100,21 @@ class Rules:
         return used
 
     def worst_step(self, total: int) -> float:
-        """Mean samples of a step in the window that rounding treats worst, if passes hold `total` samples."""
+        """Largest mean samples of a step of any window after rounding, if passes hold `total` samples."""
         return self.batch * (1 + 1 / max(1, min(MIN_STEPS, total // self.batch)))
 
     def check_cap(self, total: int) -> None:
-        """Raises ConfigError if some micro-batch of `total` samples of audio could pass the memory cap."""
+        """Raises ConfigError if a micro-batch could exceed the memory cap, for `total` samples of audio."""
         worst = self.worst_step(total)
 
         def over(micro_batches: int) -> bool:
-            return self.cost(self.room(worst / micro_batches)) > self.cap
+            return self.cost(self.ordinary_limit(worst / micro_batches)) > self.cap
 
         if not self.cap or not over(self.micro_batches):
             return
         most = self.batch // self.longest
         fits = next((v for v in range(self.micro_batches, most + 1) if not over(v)), 0)
-        seconds = self.cost(self.room(worst / self.micro_batches)) / SAMPLE_RATE
+        seconds = self.cost(self.ordinary_limit(worst / self.micro_batches)) / SAMPLE_RATE
         raise ConfigError(
             f"data.cap_seconds={self.cap / SAMPLE_RATE:g} is less than the {seconds:.4g} s that a micro-batch can "
             f"reach with data.batch_seconds={self.batch / SAMPLE_RATE:g} over data.micro_batches="

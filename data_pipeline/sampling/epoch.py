@@ -1,4 +1,4 @@
-"""An epoch in outline: which shards in which order, where windows end, how many steps each window makes."""
+"""The layout of an epoch: the order of its shards, the windows they form, and the number of steps of each window."""
 
 from __future__ import annotations
 
@@ -8,29 +8,51 @@ import numpy as np
 
 from data_pipeline.core.rng import keyed_hash, keyed_seed
 from data_pipeline.sampling.catalog import Catalogue
-from data_pipeline.sampling.constraints import MIN_STEPS, SHARE, Array, Rules
+from data_pipeline.sampling.constraints import MIN_STEPS, SHARE, Array, BatchConstraints
+from data_pipeline.sampling.window import Rows, Window, build_window
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Usable segments and samples per shard and group, E pairs sorted by shard and then group."""
+    """Usable segments and samples per shard and group: E pairs sorted by shard and then group."""
 
     shard_E: Array
     group_E: Array
     count_E: Array
     samples_E: Array
 
+    @property
+    def samples(self) -> int:
+        """Usable audio samples in total."""
+        return int(self.samples_E.sum())
+
 
 @dataclass(frozen=True)
-class Layout:
-    """U units in order, W windows of them. A unit is a shard, or a part of it that is repeated.
+class PlanInputs:
+    """Everything that determines a plan.
 
-    turn_U: which pass over the data; level_U: which repeat by mixing (level 0 holds every segment).
-    extra_TE: segments of each entry that are repeated once more in each turn.
-    window_W1: first unit of each window; step_W1: its first global step; samples: audio of the epoch (expected,
-    where a part of a group is repeated).
+    entries: usable audio per shard and group.  repeats_G: how often each group is seen per pass, in 1/SHARE.
     """
 
+    catalogue: Catalogue
+    constraints: BatchConstraints
+    seed: int
+    entries: Entries
+    repeats_G: Array
+
+
+@dataclass(frozen=True)
+class EpochLayout:
+    """U units in order, in W windows. A unit is a shard, or a part of it that is repeated.
+
+    turn_U: the pass over the data that a unit belongs to; level_U: its repeat by mixing (level 0 has every segment).
+    extra_TE: segments of each entry that are repeated once more in each turn.
+    window_W1: first unit of each window; step_W1: first global step of each window.
+    samples: audio of the epoch (expected, where a part of a group is repeated).
+    """
+
+    inputs: PlanInputs
+    epoch: int
     shard_U: Array
     turn_U: Array
     level_U: Array
@@ -41,20 +63,78 @@ class Layout:
 
     @property
     def steps(self) -> int:
+        """Global steps of the epoch."""
         return int(self.step_W1[-1])
 
     @property
+    def windows(self) -> int:
+        """Windows of the epoch."""
+        return len(self.step_W1) - 1
+
+    @property
+    def turns(self) -> int:
+        """Passes over the data."""
+        return int(self.turn_U.max()) + 1
+
+    @property
     def levels(self) -> int:
+        """Repeats by mixing, the first one included."""
         return int(self.level_U.max()) + 1
 
+    def plan_window(self, number: int) -> Window:
+        """Returns window `number`: its rows in micro-batches and steps, planned from its own shards alone."""
+        steps = int(self.step_W1[number + 1] - self.step_W1[number])
+        key = (self.inputs.seed, self.epoch, number)
+        return build_window(self._rows(number), constraints=self.inputs.constraints, steps=steps, key=key)
 
-def summarize(catalogue: Catalogue, rules: Rules, grouped: bool) -> Entries:
-    """One pass over all lengths, block by block. Without `grouped` all segments count as group 0."""
+    def _rows(self, number: int) -> Rows:
+        """All rows of a window, shard by shard."""
+        units = range(int(self.window_W1[number]), int(self.window_W1[number + 1]))
+        parts = [self._rows_of_unit(u) for u in units]
+        return Rows(*(np.concatenate(column) for column in zip(*(part.columns for part in parts), strict=True)))
+
+    def _rows_of_unit(self, u: int) -> Rows:
+        s, turn, level = int(self.shard_U[u]), int(self.turn_U[u]), int(self.level_U[u])
+        catalogue = self.inputs.catalogue
+        span = slice(int(catalogue.starts_S[s]), int(catalogue.starts_S[s + 1]))
+        used = self.inputs.constraints.usable(np.asarray(catalogue.length_N[span]))
+        seed = keyed_seed(self.inputs.seed, self.epoch, turn, level, s, "rows")
+        rank = keyed_hash(seed, np.arange(len(used)))
+        take = used > 0
+        if (self.inputs.repeats_G != SHARE).any():
+            group = np.asarray(catalogue.group_N[span])
+            take &= self._times(s, turn=turn, level=level, group=group, usable=take, rank=rank) > level
+        rows = np.flatnonzero(take)
+        return Rows(
+            shard_R=np.full(len(rows), s, np.int64),
+            row_R=rows,
+            length_R=used[rows].astype(np.int64),
+            repeat_R=np.full(len(rows), turn * self.levels + level, np.int64),
+            rank_R=rank[rows],
+        )
+
+    def _times(self, s: int, *, turn: int, level: int, group: Array, usable: Array, rank: Array) -> Array:
+        """How often each row of shard `s` is seen in this turn, as far as it matters for `level`."""
+        repeats_G, entries = self.inputs.repeats_G, self.inputs.entries
+        times = (repeats_G // SHARE)[group]
+        for e in range(*np.searchsorted(entries.shard_E, [s, s + 1])):
+            g, extra = entries.group_E[e], self.extra_TE[turn, e]
+            if extra and repeats_G[g] // SHARE == level:
+                rows = np.flatnonzero((group == g) & usable)
+                times[rows[np.argsort(rank[rows], kind="stable")[:extra]]] += 1
+        return times
+
+
+def summarize(catalogue: Catalogue, constraints: BatchConstraints, grouped: bool) -> Entries:
+    """Counts usable segments and samples in one pass over all lengths, block by block.
+
+    Without `grouped`, all segments count as group 0.
+    """
     n_groups = len(catalogue.groups) if grouped else 1
     found: list[tuple[Array, Array, Array]] = []
     for a, b in catalogue.blocks():
         first, last = int(catalogue.starts_S[a]), int(catalogue.starts_S[b])
-        used = rules.usable(np.asarray(catalogue.length_N[first:last]))
+        used = constraints.usable(np.asarray(catalogue.length_N[first:last]))
         sizes = np.diff(catalogue.starts_S[a : b + 1])
         code = np.repeat(np.arange(b - a, dtype=np.int64) * n_groups, sizes)
         if grouped:
@@ -68,7 +148,7 @@ def summarize(catalogue: Catalogue, rules: Rules, grouped: bool) -> Entries:
 
 
 def repeats_of(entries: Entries, n_groups: int, alpha: float) -> Array:
-    """(G,) how often each group is seen per pass, in 1/SHARE: hours^alpha in proportion, and the largest group once."""
+    """Returns (G,) repeats of each group per pass, in 1/SHARE: in proportion to hours^alpha, the largest group once."""
     repeats = np.full(n_groups, SHARE, dtype=np.int64)
     if alpha != 1:
         samples_G = np.bincount(entries.group_E, entries.samples_E, n_groups)
@@ -77,37 +157,53 @@ def repeats_of(entries: Entries, n_groups: int, alpha: float) -> Array:
     return repeats
 
 
-def lay_out(entries: Entries, repeats: Array, rules: Rules, seed: int, epoch: int) -> Layout:
-    """The outline of `epoch`. Whole passes are repeated until the epoch has at least MIN_STEPS steps."""
-    first = _one_pass(entries, repeats, seed, epoch, 0)
-    total = int(first[3].sum())
-    turns = max(1, -(-MIN_STEPS * rules.batch // total))
-    passes = [first] + [_one_pass(entries, repeats, seed, epoch, turn) for turn in range(1, turns)]
-    shard_U, level_U, count_U, samples_U = (np.concatenate([one[i] for one in passes]) for i in range(4))
-    turn_U = np.repeat(np.arange(turns), [len(one[0]) for one in passes])
-    enough = max(rules.batch, min(MIN_STEPS * rules.batch, total))
-    ends = _window_ends(turn_U, count_U, samples_U, rules, enough)
+def lay_out(inputs: PlanInputs, epoch: int) -> EpochLayout:
+    """Returns the layout of `epoch`. Whole passes are repeated until the epoch has at least MIN_STEPS steps."""
+    constraints = inputs.constraints
+    first = _one_pass(inputs, epoch, turn=0)
+    total = int(first.samples_U.sum())
+    turns = max(1, -(-MIN_STEPS * constraints.batch // total))
+    passes = [first] + [_one_pass(inputs, epoch, turn) for turn in range(1, turns)]
+    count_U = np.concatenate([one.count_U for one in passes])
+    samples_U = np.concatenate([one.samples_U for one in passes])
+    turn_U = np.repeat(np.arange(turns), [len(one.shard_U) for one in passes])
+    enough = max(constraints.batch, min(MIN_STEPS * constraints.batch, total))
+    ends = _window_ends(turn_U, count_U, samples_U, constraints, enough)
     samples_W = _sums(samples_U)[ends]
     # Rounding the running total, not each window, keeps the epoch's mean exact.
-    steps_W = np.diff((2 * samples_W + rules.batch) // (2 * rules.batch))
-    steps_W = np.maximum(1, np.minimum(steps_W, np.diff(_sums(count_U)[ends]) // rules.micro_batches))
-    extra_TE = np.stack([one[4] for one in passes])
-    return Layout(shard_U, turn_U, level_U, extra_TE, ends, _sums(steps_W), int(samples_U.sum()))
+    steps_W = np.diff((2 * samples_W + constraints.batch) // (2 * constraints.batch))
+    steps_W = np.maximum(1, np.minimum(steps_W, np.diff(_sums(count_U)[ends]) // constraints.micro_batches))
+    return EpochLayout(
+        inputs=inputs,
+        epoch=epoch,
+        shard_U=np.concatenate([one.shard_U for one in passes]),
+        turn_U=turn_U,
+        level_U=np.concatenate([one.level_U for one in passes]),
+        extra_TE=np.stack([one.extra_E for one in passes]),
+        window_W1=ends,
+        step_W1=_sums(steps_W),
+        samples=int(samples_U.sum()),
+    )
 
 
-def _sums(x: Array) -> Array:
-    return np.concatenate([[0], np.cumsum(x)]).astype(np.int64)
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over the data: its units in shuffled order, and the extra repeats of each entry."""
+
+    shard_U: Array
+    level_U: Array
+    count_U: Array
+    samples_U: Array
+    extra_E: Array
 
 
-def _one_pass(
-    entries: Entries, repeats: Array, seed: int, epoch: int, turn: int
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Shard, level, count and samples of each unit in shuffled order; and the extra repeats of each entry."""
-    whole_E, part_E = np.divmod(repeats[entries.group_E], SHARE)
+def _one_pass(inputs: PlanInputs, epoch: int, turn: int) -> _Pass:
+    entries, seed = inputs.entries, inputs.seed
+    whole_E, part_E = np.divmod(inputs.repeats_G[entries.group_E], SHARE)
     extra_E = np.zeros_like(entries.count_E)
     partial = np.flatnonzero(part_E)
     if len(partial):
-        extra_E[partial] = _extra(entries, repeats, partial, keyed_seed(seed, epoch, turn, "extra"))
+        extra_E[partial] = _extra(inputs, partial, keyed_seed(seed, epoch, turn, "extra"))
     columns: list[tuple[Array, Array, Array, Array]] = []
     for level in range(int(whole_E.max()) + 1):
         count_E = np.where(whole_E > level, entries.count_E, np.where(whole_E == level, extra_E, 0))
@@ -122,15 +218,16 @@ def _one_pass(
     shard_U, level_U, count_U, samples_U = (np.concatenate(column) for column in zip(*columns, strict=True))
     names = level_U * (int(entries.shard_E.max()) + 1) + shard_U
     order = np.argsort(keyed_hash(keyed_seed(seed, epoch, turn, "units"), names), kind="stable")
-    return shard_U[order], level_U[order], count_U[order], samples_U[order], extra_E
+    return _Pass(shard_U[order], level_U[order], count_U[order], samples_U[order], extra_E)
 
 
-def _extra(entries: Entries, repeats: Array, at: Array, key: int) -> Array:
-    """Segments of the entries `at` that get one repeat more: shared out so that each group's total is exact."""
+def _extra(inputs: PlanInputs, at: Array, key: int) -> Array:
+    """Segments of the entries `at` that are repeated once more, distributed so that each group's total is exact."""
+    entries, repeats_G = inputs.entries, inputs.repeats_G
     order = np.lexsort((keyed_hash(key, entries.shard_E[at]), entries.group_E[at]))
     group, count = entries.group_E[at][order], entries.count_E[at][order]
-    total_G = np.bincount(group, count, len(repeats)).astype(np.int64)
-    wanted_G = (total_G * (repeats % SHARE) + SHARE // 2) // SHARE
+    total_G = np.bincount(group, count, len(repeats_G)).astype(np.int64)
+    wanted_G = (total_G * (repeats_G % SHARE) + SHARE // 2) // SHARE
     before = np.cumsum(count) - count
     starts = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
     before -= np.repeat(before[starts], np.diff(np.append(starts, len(group))))
@@ -140,19 +237,24 @@ def _extra(entries: Entries, repeats: Array, at: Array, key: int) -> Array:
     return extra
 
 
-def _window_ends(turn_U: Array, count_U: Array, samples_U: Array, rules: Rules, enough: int) -> Array:
-    """Cuts after every `rules.window` units of a pass, but never before a window holds `enough` audio."""
+def _window_ends(turn_U: Array, count_U: Array, samples_U: Array, constraints: BatchConstraints, enough: int) -> Array:
+    """Ends a window after every `constraints.window` units of a pass, but not before it has `enough` audio."""
     candidates: list[int] = []
     for turn in range(int(turn_U[-1]) + 1):
         a, b = (int(x) for x in np.searchsorted(turn_U, [turn, turn + 1]))
-        pieces = -(-(b - a) // rules.window)
+        pieces = -(-(b - a) // constraints.window)
         candidates += [a + (b - a) * (i + 1) // pieces for i in range(pieces)]
     samples, counts = _sums(samples_U), _sums(count_U)
     ends = [0]
     for end in candidates:
-        if samples[end] - samples[ends[-1]] >= enough and counts[end] - counts[ends[-1]] >= rules.micro_batches:
+        has_audio = samples[end] - samples[ends[-1]] >= enough
+        if has_audio and counts[end] - counts[ends[-1]] >= constraints.micro_batches:
             ends.append(end)
     if len(ends) == 1:
         ends.append(candidates[-1])
     ends[-1] = candidates[-1]
     return np.array(ends, dtype=np.int64)
+
+
+def _sums(x: Array) -> Array:
+    return np.concatenate([[0], np.cumsum(x)]).astype(np.int64)

@@ -7,13 +7,13 @@ An epoch is a sequence of *units* (a shard, or a repeat of a part of it) in shuf
 2. That order is cut into K = steps x V micro-batches at equal seconds: nothing is left over and nothing dropped.
 3. V neighbours make a global step; steps are shuffled.
 
-What is guaranteed, for every number of ranks, because the plan does not know them:
+Guarantees, for every number of ranks, since the plan does not depend on it:
 - The mean audio of a global step is `batch_seconds` to within 2.5 % (a whole number of steps shares out all seconds;
   an epoch has at least MIN_STEPS steps, by whole repeats of a corpus that is smaller). A single step differs from the
-  mean of its window by less than `max_seconds`, if that mean leaves each micro-batch room for the longest segment.
+  mean of its window by less than `max_seconds`, if that mean lets each micro-batch hold the longest segment.
 - A micro-batch inside one bucket has at most 1 - 1/rho padding. Where few segments are left at some lengths a
   micro-batch spans buckets (fewer in a window than there are buckets); its segments are mostly sorted by length, and
-  they are cropped only where it would exceed the room of an ordinary one. With `crop_to_shortest` nothing is padded.
+  they are cropped only where it would exceed the limit of an ordinary one. With `crop_to_shortest` nothing is padded.
 - Every segment appears exactly as often as its corpus and language is repeated: once, if `mix_alpha` is 1.
 
 Only integers and exactly rounded float operations decide, so that all machines agree.
@@ -21,6 +21,7 @@ Only integers and exactly rounded float operations decide, so that all machines 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import Final
@@ -29,10 +30,10 @@ from data_pipeline.core.lru import LruCache
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.sampling.catalog import Catalogue
-from data_pipeline.sampling.config import ReaderConfig
-from data_pipeline.sampling.constraints import Array, Rules
-from data_pipeline.sampling.epoch import Entries, Layout, lay_out, repeats_of, summarize
-from data_pipeline.sampling.window import MicroBatch, Window, plan_window
+from data_pipeline.sampling.config import DataConfig
+from data_pipeline.sampling.constraints import Array, BatchConstraints
+from data_pipeline.sampling.epoch import EpochLayout, PlanInputs, lay_out, repeats_of, summarize
+from data_pipeline.sampling.window import MicroBatch, Window
 
 VERSION: Final = "plan-1"
 """Part of the hash: changes with anything that changes a plan."""
@@ -43,34 +44,61 @@ TOLERANCE: Final = 0.05
 class Plan:
     """All epochs of a data set. Layouts and windows are computed on demand; the last few are kept."""
 
-    def __init__(self, catalogue: Catalogue, rules: Rules, seed: int, entries: Entries, repeats: Array) -> None:
-        self.catalogue, self.rules, self.seed = catalogue, rules, seed
-        self._entries, self.repeats = entries, repeats
-        parts = (VERSION, catalogue.fingerprint, repr(rules), seed, repeats.tobytes().hex())
-        self.hash = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
-        self._layouts = LruCache[int, Layout](3)
+    def __init__(self, inputs: PlanInputs) -> None:
+        self._inputs = inputs
+        self._layouts = LruCache[int, EpochLayout](3)
         self._windows = LruCache[tuple[int, int], Window](2)
 
-    def largest_micro_batch(self) -> int:
-        """No micro-batch has more padded samples."""
-        mean = self.rules.worst_step(int(self._entries.samples_E.sum())) / self.rules.micro_batches
-        return int(max(self.rules.room(mean), self.rules.cap)) + self.rules.longest
+    @property
+    def catalogue(self) -> Catalogue:
+        """The segments that are planned."""
+        return self._inputs.catalogue
 
-    def layout(self, epoch: int) -> Layout:
-        """Units, windows and step numbers of `epoch`."""
-        return self._layouts.get(epoch, lambda: lay_out(self._entries, self.repeats, self.rules, self.seed, epoch))
+    @property
+    def constraints(self) -> BatchConstraints:
+        """Bucket edges, usable lengths and micro-batch limits."""
+        return self._inputs.constraints
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order, the crops and the augmentation."""
+        return self._inputs.seed
+
+    @property
+    def repeats_G(self) -> Array:
+        """(G,) how often each group of the catalogue is seen per pass, in 1/SHARE."""
+        return self._inputs.repeats_G
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Identifies the sequence of batches: content of the shards, seed, and fields of `data` that shape batches.
+
+        It does not depend on where the shards are or how they are read; equal hashes mean equal batches.
+        """
+        seed, repeats = self.seed, self.repeats_G.tobytes().hex()
+        parts = (VERSION, self.catalogue.fingerprint, self.constraints.identity, seed, repeats)
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+    def largest_micro_batch(self) -> int:
+        """Returns a number of padded samples that no micro-batch exceeds."""
+        constraints = self.constraints
+        mean = constraints.worst_step(self._inputs.entries.samples) / constraints.micro_batches
+        return int(max(constraints.ordinary_limit(mean), constraints.cap)) + constraints.longest
+
+    def layout(self, epoch: int) -> EpochLayout:
+        """Returns the units, windows and step numbers of `epoch`."""
+        return self._layouts.get(epoch, lambda: lay_out(self._inputs, epoch))
 
     def window(self, epoch: int, number: int) -> Window:
-        """Window `number` of `epoch`, planned from its own shards alone."""
-
-        def make() -> Window:
-            key, layout = (self.seed, epoch), self.layout(epoch)
-            return plan_window(self.catalogue, self._entries, self.repeats, self.rules, layout, number, key)
-
-        return self._windows.get((epoch, number), make)
+        """Returns window `number` of `epoch`, planned from its own shards alone."""
+        return self._windows.get((epoch, number), lambda: self.layout(epoch).plan_window(number))
 
     def place(self, epoch: int, step: int) -> tuple[Window, int]:
-        """The window of global step `step`, and the step's number inside it."""
+        """Returns the window of global step `step`, and the step's number inside it.
+
+        Raises:
+            ConfigError: The epoch has fewer steps.
+        """
         first_W1 = self.layout(epoch).step_W1
         if not 0 <= step < first_W1[-1]:
             raise ConfigError(f"step {step} is not in epoch {epoch}, which has {first_W1[-1]} steps")
@@ -78,35 +106,44 @@ class Plan:
         return self.window(epoch, number), step - int(first_W1[number])
 
     def step(self, epoch: int, step: int) -> tuple[MicroBatch, ...]:
-        """The V micro-batches of a global step. Micro-batch j belongs to rank j mod world."""
+        """Returns the V micro-batches of a global step. Micro-batch j belongs to rank j mod world."""
         window, inside = self.place(epoch, step)
-        return tuple(window.micro_batch(inside, j) for j in range(self.rules.micro_batches))
+        return tuple(window.micro_batch(inside, j) for j in range(self.constraints.micro_batches))
 
 
-def make_plan(catalogue: Catalogue, config: ReaderConfig, seed: int) -> Plan:
-    """The plan of `catalogue` under `config`. Raises ConfigError where there is too little audio or memory."""
-    rules = Rules.of(config)
-    entries = summarize(catalogue, rules, grouped=config.mix_alpha != 1)
-    total = int(entries.samples_E.sum())
-    if total * 50 < rules.batch:
+def make_plan(catalogue: Catalogue, config: DataConfig, seed: int) -> Plan:
+    """Returns the plan of `catalogue` under `config`.
+
+    Args:
+        catalogue: Lengths and groups of all segments.
+        config: The run's `data`.
+        seed: The run's seed.
+
+    Raises:
+        ConfigError: Too little audio for `batch_seconds`, or a micro-batch that may exceed the memory cap.
+    """
+    constraints = BatchConstraints.of(config)
+    entries = summarize(catalogue, constraints, grouped=config.mix_alpha != 1)
+    total = entries.samples
+    if total * 50 < constraints.batch:
         raise ConfigError(
             f"the {int(catalogue.starts_S[-1])} segments of data.shards={config.shards!r} hold "
             f"{total / SAMPLE_RATE:.1f} s of audio in segments of at least data.min_seconds={config.min_seconds:g}, "
             f"less than a fiftieth of data.batch_seconds={config.batch_seconds:g}; "
             "give more data or lower data.batch_seconds"
         )
-    rules.check_cap(total)
-    repeats = repeats_of(entries, max(1, len(catalogue.groups)), config.mix_alpha)
-    return Plan(catalogue, rules, seed, entries, repeats)
+    constraints.check_cap(total)
+    repeats_G = repeats_of(entries, max(1, len(catalogue.groups)), config.mix_alpha)
+    return Plan(PlanInputs(catalogue, constraints, seed, entries, repeats_G))
 
 
 def allowed_worlds(micro_batches: int) -> list[int]:
-    """Numbers of ranks that can share V micro-batches equally."""
+    """Returns the numbers of ranks that can share V micro-batches equally."""
     return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
 
 
 def accumulation(micro_batches: int, world: int) -> int:
-    """Micro-batches per rank and step. Raises ConfigError where the ranks cannot share them equally."""
+    """Returns the micro-batches per rank and step. Raises ConfigError where the ranks cannot share them equally."""
     if micro_batches % world:
         worlds = ", ".join(map(str, allowed_worlds(micro_batches)))
         raise ConfigError(
@@ -126,18 +163,24 @@ class AudioPerStep:
 
 
 def audio_per_step_check(plan: Plan, world: int, slots: int) -> AudioPerStep:
-    """What every optimizer update sees. Raises ConfigError unless it is the recipe's `batch_seconds`.
+    """Returns the audio of an optimizer update.
 
-    `slots`: accumulation steps per rank of the engine. The plan never depends on world or slots, so the audio of an
-    update is right if and only if world x slots micro-batches are summed in it.
+    Args:
+        plan: The run's plan.
+        world: Number of ranks.
+        slots: Accumulation steps per rank of the engine. The plan does not depend on world or slots, so the audio of
+            an update is right if and only if world x slots micro-batches are summed in it.
+
+    Raises:
+        ConfigError: The audio per update is not the `batch_seconds` of the recipe.
     """
-    if accumulation(plan.rules.micro_batches, world) != slots:
+    if accumulation(plan.constraints.micro_batches, world) != slots:
         raise ConfigError(
             f"{world} ranks x {slots} accumulation steps sum {world * slots} micro-batches per update, "
-            f"but data.micro_batches={plan.rules.micro_batches}; the engine must accumulate "
-            f"{plan.rules.micro_batches // world} steps"
+            f"but data.micro_batches={plan.constraints.micro_batches}; the engine must accumulate "
+            f"{plan.constraints.micro_batches // world} steps"
         )
-    layout, asked = plan.layout(0), plan.rules.batch / SAMPLE_RATE
+    layout, asked = plan.layout(0), plan.constraints.batch / SAMPLE_RATE
     seconds = layout.samples / layout.steps / SAMPLE_RATE
     if abs(seconds / asked - 1) > TOLERANCE:
         raise ConfigError(

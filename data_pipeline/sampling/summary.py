@@ -1,4 +1,4 @@
-"""What an epoch will look like, before it runs: steps, hours, padding, shapes, memory."""
+"""Summary of an epoch before it runs: steps, hours, padding, shapes, memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.constraints import SHARE
 from data_pipeline.sampling.epoch import repeats_of, summarize
 from data_pipeline.sampling.plan import Plan, allowed_worlds
 
 HOUR = 3600 * SAMPLE_RATE
-WINDOWS_LOOKED_AT = 40
+SAMPLED_WINDOWS = 40
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Group:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """One epoch. Figures per micro-batch come from `windows_looked_at` of the epoch's windows."""
+    """One epoch. Figures per micro-batch come from `sampled_windows` of the epoch's windows."""
 
     plan_hash: str
     shards: int
@@ -57,24 +57,24 @@ class PlanReport:
     host_bytes: int
     """Shared memory and ready steps of one rank, at most."""
     windows: int
-    windows_looked_at: int
+    sampled_windows: int
     worlds: Sequence[int]
 
 
-def describe(plan: Plan, config: ReaderConfig, world: int = 1) -> PlanReport:
-    """The first epoch of `plan`, as `world` ranks would read it."""
-    catalogue, rules, layout = plan.catalogue, plan.rules, plan.layout(0)
-    entries = summarize(catalogue, rules, grouped=True)
-    repeats = repeats_of(entries, max(1, len(catalogue.groups)), rules.alpha)
-    passes = int(layout.turn_U.max()) + 1
+def describe(plan: Plan, config: DataConfig, world: int = 1) -> PlanReport:
+    """Returns the figures of the first epoch of `plan`, read by `world` ranks."""
+    catalogue, constraints, layout = plan.catalogue, plan.constraints, plan.layout(0)
+    entries = summarize(catalogue, constraints, grouped=True)
+    repeats = repeats_of(entries, max(1, len(catalogue.groups)), constraints.alpha)
+    passes = layout.turns
     count_G = np.bincount(entries.group_E, entries.count_E, len(repeats))
     samples_G = np.bincount(entries.group_E, entries.samples_E, len(repeats))
     groups = [
         Group(*name, int(count_G[g]), samples_G[g] / HOUR, samples_G[g] / HOUR * repeats[g] / SHARE * passes)
         for g, name in enumerate(catalogue.groups)
     ]
-    n_windows = len(layout.step_W1) - 1
-    chosen = np.unique(np.linspace(0, n_windows - 1, min(n_windows, WINDOWS_LOOKED_AT)).astype(int))
+    n_windows = layout.windows
+    chosen = np.unique(np.linspace(0, n_windows - 1, min(n_windows, SAMPLED_WINDOWS)).astype(int))
     windows = [plan.window(0, int(number)) for number in chosen]
     samples, padded, rows, spanning = (
         np.concatenate(columns)
@@ -106,8 +106,8 @@ def describe(plan: Plan, config: ReaderConfig, world: int = 1) -> PlanReport:
         largest_micro_batch_seconds=float(padded.max()) / SAMPLE_RATE,
         host_bytes=_host_bytes(plan, config, world),
         windows=n_windows,
-        windows_looked_at=len(windows),
-        worlds=allowed_worlds(rules.micro_batches),
+        sampled_windows=len(windows),
+        worlds=allowed_worlds(constraints.micro_batches),
     )
 
 
@@ -120,9 +120,10 @@ def _shapes(longest_K: np.ndarray, rows_K: np.ndarray) -> list[tuple[float, floa
     ]
 
 
-def _host_bytes(plan: Plan, config: ReaderConfig, world: int) -> int:
-    slots = -(-plan.rules.micro_batches // world)
-    step = int(4 * slots * plan.rules.room(plan.rules.batch / plan.rules.micro_batches))
+def _host_bytes(plan: Plan, config: DataConfig, world: int) -> int:
+    constraints = plan.constraints
+    slots = -(-constraints.micro_batches // world)
+    step = int(4 * slots * constraints.ordinary_limit(constraints.batch / constraints.micro_batches))
     if not config.workers:
         return step
     ahead = max(2, -(-config.prefetch * slots // config.workers)) + 2
@@ -130,8 +131,8 @@ def _host_bytes(plan: Plan, config: ReaderConfig, world: int) -> int:
 
 
 def to_text(report: PlanReport) -> str:
-    """The report for a terminal."""
-    looked = "" if report.windows == report.windows_looked_at else f" ({report.windows_looked_at} windows looked at)"
+    """Returns the report as text for a terminal."""
+    looked = "" if report.windows == report.sampled_windows else f" ({report.sampled_windows} windows sampled)"
     repeated = f", {report.passes} passes over the data" if report.passes > 1 else ""
     lines = [
         f"plan       {report.plan_hash}",

@@ -1,4 +1,4 @@
-"""One window of an epoch: its segments in buckets, cut into micro-batches at equal seconds, grouped into steps."""
+"""One window of an epoch: its segments in buckets, cut into micro-batches of equal seconds, grouped into steps."""
 
 from __future__ import annotations
 
@@ -7,17 +7,35 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.core.rng import keyed_hash, keyed_seed
-from data_pipeline.sampling.catalog import Catalogue
-from data_pipeline.sampling.constraints import SHARE, Array, Rules
-from data_pipeline.sampling.epoch import Entries, Layout
+from data_pipeline.sampling.constraints import Array, BatchConstraints
 
 POPULOUS = 4
-"""Micro-batches' worth of audio from which on a bucket is shuffled; a smaller one is sorted by length."""
+"""Audio, in micro-batches, from which on a bucket is shuffled; a smaller bucket is sorted by length."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R rows of a window: shard number, row in the shard, usable samples, number of the repeat, random rank."""
+
+    shard_R: Array
+    row_R: Array
+    length_R: Array
+    repeat_R: Array
+    rank_R: Array
+
+    @property
+    def columns(self) -> tuple[Array, Array, Array, Array, Array]:
+        """All columns in the order of the fields."""
+        return self.shard_R, self.row_R, self.length_R, self.repeat_R, self.rank_R
+
+    def take(self, order: Array) -> Rows:
+        """Returns the rows `order`."""
+        return Rows(*(column[order] for column in self.columns))
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one micro-batch, n of them: shard number, row in the shard, samples to read, number of the repeat."""
+    """The n rows of one micro-batch: shard number, row in the shard, samples to read, number of the repeat."""
 
     shard_n: Array
     row_n: Array
@@ -26,10 +44,12 @@ class MicroBatch:
 
     @property
     def samples(self) -> int:
+        """Audio samples without padding."""
         return int(self.length_n.sum())
 
     @property
     def padded_samples(self) -> int:
+        """Audio samples with padding."""
         return int(self.length_n.max()) * len(self.length_n)
 
 
@@ -37,7 +57,7 @@ class MicroBatch:
 class Window:
     """R rows in micro-batch order. first_K1: first row of each micro-batch. order_GV: the micro-batches of each step.
 
-    spanning_K: micro-batches of more than one bucket; cropped: samples cut away to keep those within their room.
+    spanning_K: micro-batches of more than one bucket; cropped: samples cut away to keep those within their limit.
     """
 
     shard_R: Array
@@ -52,96 +72,66 @@ class Window:
     cropped: int
 
     def micro_batch(self, step: int, j: int) -> MicroBatch:
-        """Micro-batch j of the window's own step number `step`."""
+        """Returns micro-batch `j` of step `step` of this window."""
         k = self.order_GV[step, j]
         rows = slice(int(self.first_K1[k]), int(self.first_K1[k + 1]))
         return MicroBatch(self.shard_R[rows], self.row_R[rows], self.length_R[rows], self.repeat_R[rows])
 
     def samples(self, step: int) -> int:
+        """Audio samples of a step of this window, without padding."""
         return int(self.samples_K[self.order_GV[step]].sum())
 
     def padded_samples(self, step: int) -> int:
+        """Audio samples of a step of this window, with padding."""
         return int(self.padded_K[self.order_GV[step]].sum())
 
 
-def plan_window(
-    catalogue: Catalogue,
-    entries: Entries,
-    repeats: Array,
-    rules: Rules,
-    layout: Layout,
-    number: int,
-    key: tuple[int, int],
-) -> Window:
-    """Window `number`; `key` is (seed, epoch)."""
-    shard_R, row_R, length_R, repeat_R, hash_R = _rows(catalogue, entries, repeats, rules, layout, number, key)
-    steps = int(layout.step_W1[number + 1] - layout.step_W1[number])
-    n_micro, total = steps * rules.micro_batches, int(length_R.sum())
+def build_window(rows: Rows, *, constraints: BatchConstraints, steps: int, key: tuple[int, int, int]) -> Window:
+    """Orders the rows of a window by bucket and cuts them into `steps` x V micro-batches.
 
-    bucket_R = np.searchsorted(rules.edges, length_R, side="right") - 1
-    audio_B = np.bincount(bucket_R, length_R, len(rules.edges))
+    Args:
+        rows: All rows of the window, in any order that is the same on every rank.
+        constraints: Bucket edges, V, and the limits of a micro-batch.
+        steps: Global steps to make.
+        key: (seed, epoch, window number); keys the order of the steps.
+    """
+    n_micro, total = steps * constraints.micro_batches, int(rows.length_R.sum())
+    edges = constraints.edges
+    bucket_R = np.searchsorted(edges, rows.length_R, side="right") - 1
+    audio_B = np.bincount(bucket_R, rows.length_R, len(edges))
     sparse_R = (audio_B * n_micro < POPULOUS * total)[bucket_R]
-    order = np.lexsort((hash_R, np.where(sparse_R, length_R, 0), bucket_R))
-    shard_R, row_R, length_R, repeat_R = shard_R[order], row_R[order], length_R[order], repeat_R[order]
-    bucket_R = bucket_R[order]
+    order = np.lexsort((rows.rank_R, np.where(sparse_R, rows.length_R, 0), bucket_R))
+    rows, bucket_R = rows.take(order), bucket_R[order]
 
-    first_K1 = _cut(length_R, n_micro)
+    first_K1 = _cut(rows.length_R, n_micro)
     begins, sizes = first_K1[:-1], np.diff(first_K1)
     spanning_K = bucket_R[begins] != bucket_R[first_K1[1:] - 1]
-    shortest_K = np.minimum.reduceat(length_R, begins)
-    room = rules.cap / (1 + rules.quadratic * rules.longest) if rules.cap else rules.room(total / n_micro)
-    allowed_K = np.maximum((shortest_K * rules.ratio).astype(np.int64), (room / sizes).astype(np.int64))
-    allowed_K = np.where(spanning_K, shortest_K if rules.crop else allowed_K, rules.longest)
-    length_R = np.minimum(length_R, np.repeat(allowed_K, sizes))
+    shortest_K = np.minimum.reduceat(rows.length_R, begins)
+    limit = constraints.padded_limit(total / n_micro)
+    allowed_K = np.maximum((shortest_K * constraints.ratio).astype(np.int64), (limit / sizes).astype(np.int64))
+    allowed_K = np.where(spanning_K, shortest_K if constraints.crop else allowed_K, constraints.longest)
+    length_R = np.minimum(rows.length_R, np.repeat(allowed_K, sizes))
 
     samples_K = np.add.reduceat(length_R, begins)
     padded_K = np.maximum.reduceat(length_R, begins) * sizes
     return Window(
-        shard_R, row_R, length_R, repeat_R, first_K1, _steps(padded_K, steps, (*key, number)),
-        samples_K, padded_K, spanning_K, total - int(length_R.sum()),
-    )  # fmt: skip
-
-
-def _rows(
-    catalogue: Catalogue,
-    entries: Entries,
-    repeats: Array,
-    rules: Rules,
-    layout: Layout,
-    number: int,
-    key: tuple[int, int],
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Shard, row, usable length, repeat number and random rank of all rows of a window."""
-    parts: list[tuple[Array, ...]] = []
-    mixed = bool((repeats != SHARE).any())
-    for u in range(int(layout.window_W1[number]), int(layout.window_W1[number + 1])):
-        s, turn, level = int(layout.shard_U[u]), int(layout.turn_U[u]), int(layout.level_U[u])
-        span = slice(int(catalogue.starts_S[s]), int(catalogue.starts_S[s + 1]))
-        used = rules.usable(np.asarray(catalogue.length_N[span]))
-        rank = keyed_hash(keyed_seed(*key, turn, level, s, "rows"), np.arange(len(used)))
-        take = used > 0
-        if mixed:
-            group = np.asarray(catalogue.group_N[span])
-            whole = (repeats // SHARE)[group]
-            for e in range(*np.searchsorted(entries.shard_E, [s, s + 1])):
-                if layout.extra_TE[turn, e]:
-                    g = entries.group_E[e]
-                    rows = np.flatnonzero((group == g) & (used > 0))
-                    if repeats[g] // SHARE == level:
-                        chosen = rows[np.argsort(rank[rows], kind="stable")[: layout.extra_TE[turn, e]]]
-                        whole[chosen] += 1
-            take &= whole > level
-        rows = np.flatnonzero(take)
-        shard, repeat = np.full(len(rows), s, np.int64), np.full(len(rows), turn * layout.levels + level, np.int64)
-        parts.append((shard, rows, used[rows].astype(np.int64), repeat, rank[rows]))
-    shard_R, row_R, length_R, repeat_R, hash_R = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return shard_R, row_R, length_R, repeat_R, hash_R
+        shard_R=rows.shard_R,
+        row_R=rows.row_R,
+        length_R=length_R,
+        repeat_R=rows.repeat_R,
+        first_K1=first_K1,
+        order_GV=_steps(padded_K, steps, key),
+        samples_K=samples_K,
+        padded_K=padded_K,
+        spanning_K=spanning_K,
+        cropped=total - int(length_R.sum()),
+    )
 
 
 def _cut(length_R: Array, n_micro: int) -> Array:
-    """First row of each of `n_micro` stretches of nearly equal audio, none of them empty, and the end."""
+    """Returns the first row of each of `n_micro` non-empty stretches of nearly equal audio, and the end."""
     sums = np.concatenate([[0], np.cumsum(length_R)])
-    # Python integers: k * total may pass 2**63.
+    # Python integers: k * total may exceed 2**63.
     total = int(sums[-1])
     aims = np.array([k * total // n_micro for k in range(1, n_micro)], dtype=np.int64)
     above = np.clip(np.searchsorted(sums, aims), 1, len(sums) - 1)
@@ -153,8 +143,11 @@ def _cut(length_R: Array, n_micro: int) -> Array:
 
 
 def _steps(padded_K: Array, steps: int, key: tuple[int, int, int]) -> Array:
-    """Neighbours make a step, steps are shuffled; in a step the largest come first, so that the ranks of an
-    accumulation slot, whatever their number, have nearly equal work."""
+    """Groups neighbouring micro-batches into steps and shuffles the steps.
+
+    Within a step the largest come first, so that the ranks of an accumulation slot, for every number of ranks, have
+    nearly equal work.
+    """
     order_GV = np.arange(len(padded_K)).reshape(steps, -1)
     within = np.argsort(-padded_K.reshape(steps, -1), axis=1, kind="stable")
     order_GV = np.take_along_axis(order_GV, within, axis=1)

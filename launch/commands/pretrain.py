@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.sampling.constraints import Rules
+from data_pipeline.sampling.constraints import BatchConstraints
 from data_pipeline.shards.records import done_records
 from launch.cli import request as job
 from launch.commands import targets
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
     if PREPARE not in request.switches:
         require_ended(metadata.folder_of(config))
     if isinstance(submitter, ChildProcesses):
-        Rules.of(config.data)
+        BatchConstraints.of(config.data)
         _require_shards(config.data.shards)
     folder = metadata.prepare(config)
     if PREPARE in request.switches:

@@ -94,7 +94,7 @@ MOST_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class Caps:
-    """rows: (seconds of a segment, most rows that fit), longest first. The others: see ReaderConfig."""
+    """rows: (seconds of a segment, most rows that fit), longest first. The others: see DataConfig."""
 
     rows: Sequence[tuple[float, int]]
     cap_seconds: float

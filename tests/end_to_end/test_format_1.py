@@ -19,7 +19,7 @@ import soundfile
 from data_pipeline.labels.kmeans import TargetsConfig, all_labelled
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.reader import open_reader
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from launch import main
 from launch.workers import rank
 from pretrain.evaluate.frozen_encoders import open_encoder
@@ -55,7 +55,7 @@ def overrides(home: Path) -> list[str]:
 
 def test_shards_are_read(home: Path) -> None:
     assert main.main(["shards", "verify", "shards"]) == 0
-    config = ReaderConfig(shards="shards", batch_seconds=5.0, micro_batches=1, min_seconds=0.5, max_seconds=2.0)
+    config = DataConfig(shards="shards", batch_seconds=5.0, micro_batches=1, min_seconds=0.5, max_seconds=2.0)
     reader = open_reader(config, 0, 0, 1)
     (batch,) = next(reader.steps(None)).batches
     assert sorted(batch.lengths_B.tolist()) == [25_600, 28_800, 32_000]

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.sampling.catalog import Catalogue
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 
 SECOND = SAMPLE_RATE
 
@@ -25,5 +25,5 @@ def random_shards(seed: int, n_shards: int, per_shard: int, low: float = 0.5, hi
     return [list(rng.uniform(low, high, per_shard)) for _ in range(n_shards)]
 
 
-def reader_config(**values: object) -> ReaderConfig:
-    return ReaderConfig(**{"shards": "x", "batch_seconds": 64.0, "micro_batches": 4, **values})  # type: ignore[arg-type]
+def reader_config(**values: object) -> DataConfig:
+    return DataConfig(**{"shards": "x", "batch_seconds": 64.0, "micro_batches": 4, **values})  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE, Step
 from data_pipeline.labels.store import LabelSet, write_labels
 from data_pipeline.loader.reader import open_reader
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import ShardError
 from tests.support.tiny_shards import sounds, write_shards
 
@@ -40,7 +40,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(root: Path, count: int, rank: int = 0, world: int = 1, **values: object) -> list[Step]:
-    reader = open_reader(ReaderConfig(**{"shards": str(root), "workers": 0, **BATCH, **values}), 7, rank, world)  # type: ignore[arg-type]
+    reader = open_reader(DataConfig(**{"shards": str(root), "workers": 0, **BATCH, **values}), 7, rank, world)  # type: ignore[arg-type]
     try:
         return list(itertools.islice(reader.steps(), count))
     finally:
@@ -151,7 +151,7 @@ def test_labels_of_another_artefact_or_corpus_are_refused(corpus: Path, tmp_path
     write_units(first, corpus)
     write_units(second, corpus, "k2")
     hashes = [
-        open_reader(ReaderConfig(shards=str(corpus), workers=0, targets={"u": str(root)}, **BATCH), 0, 0, 1).plan_hash  # type: ignore[arg-type]
+        open_reader(DataConfig(shards=str(corpus), workers=0, targets={"u": str(root)}, **BATCH), 0, 0, 1).plan_hash  # type: ignore[arg-type]
         for root in (first, second)
     ]
     assert hashes[0] != hashes[1]

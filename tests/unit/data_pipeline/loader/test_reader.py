@@ -19,7 +19,7 @@ import torch
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch, Cursor, Step
 from data_pipeline.loader.reader import PlanReader, open_reader
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import Extent, ShardError, ShardFiles
 from tests.support.tiny_shards import Sound, sounds, wave_of, write_shards
 
@@ -39,7 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, written: list[list[Sound]])
 
 
 def reader_of(root: Path, rank: int = 0, world: int = 1, **values: object) -> PlanReader:
-    config = ReaderConfig(**{"shards": str(root), "workers": 0, **BATCH, **values})  # type: ignore[arg-type]
+    config = DataConfig(**{"shards": str(root), "workers": 0, **BATCH, **values})  # type: ignore[arg-type]
     return open_reader(config, 7, rank, world)
 
 
@@ -249,9 +249,9 @@ def test_close_and_abandoned_iterators_leave_no_process(corpus: Path) -> None:
 
 PROGRAM = """
 import sys
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.loader.reader import open_reader
-reader = open_reader(ReaderConfig(shards=sys.argv[1], workers=2, **{batch}), 7, 0, 1)
+reader = open_reader(DataConfig(shards=sys.argv[1], workers=2, **{batch}), 7, 0, 1)
 for step in reader.steps():
     if step.after.epoch == 0 and step.after.step == 1:  # nobody reads on: a full pipe would hold it at its exit
         print("reading", flush=True)

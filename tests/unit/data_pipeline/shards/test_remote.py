@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Step
 from data_pipeline.loader.reader import open_reader
-from data_pipeline.sampling.config import ReaderConfig
+from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.plan import make_plan
 from data_pipeline.sampling.prefetch_order import PlanSchedule
 from data_pipeline.shards.cache import to_evict
@@ -72,7 +72,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
 
 def read(root: str, count: int, **values: object) -> list[Step]:
-    reader = open_reader(ReaderConfig(**{"shards": root, "workers": 0, **BATCH, **values}), 7, 0, 1)  # type: ignore[arg-type]
+    reader = open_reader(DataConfig(**{"shards": root, "workers": 0, **BATCH, **values}), 7, 0, 1)  # type: ignore[arg-type]
     try:
         return list(itertools.islice(reader.steps(), count))
     finally:
@@ -101,7 +101,7 @@ def test_the_cache_keeps_below_its_limit(bucket: tuple[str, Path], tmp_path: Pat
     small = BATCH | {"batch_seconds": 1.7, "micro_batches": 1}
     assert limit < total
     reader = open_reader(
-        ReaderConfig(shards=url, workers=0, cache=str(tmp_path), cache_gigabytes=limit / 1e9, **small), 7, 0, 1  # type: ignore[arg-type]
+        DataConfig(shards=url, workers=0, cache=str(tmp_path), cache_gigabytes=limit / 1e9, **small), 7, 0, 1  # type: ignore[arg-type]
     )  # fmt: skip
     for _, _ in zip(range(80), reader.steps(), strict=False):
         assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= limit
@@ -115,7 +115,7 @@ def test_a_shard_that_vanishes_is_an_error_or_a_counted_skip(bucket: tuple[str, 
     fs = s3fs.S3FileSystem()
     config = {"shards": url, "workers": 0, **BATCH}
     strict, lenient = (
-        open_reader(ReaderConfig(**config, on_bad_shard=choice), 7, 0, 1) for choice in ("error", "skip")  # type: ignore[arg-type]
+        open_reader(DataConfig(**config, on_bad_shard=choice), 7, 0, 1) for choice in ("error", "skip")  # type: ignore[arg-type]
     )  # fmt: skip
     saved = fs.cat_file("speech/shards/shard-0003.tar")
     fs.rm_file("speech/shards/shard-0003.tar")
