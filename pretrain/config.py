@@ -35,6 +35,15 @@ class ScheduleConfig:
     warmup_steps: Annotated[int, about("steps of linear warm-up from 0", ge=0)] = 32_000
     hold_fraction: Annotated[float, about("tri_stage: share of all steps at the peak", ge=0, le=1)] = 0.9
     final_scale: Annotated[float, about("last learning rate as a share of the peak", ge=0, le=1)] = 0.0
+    continuation: Annotated[
+        Literal["as_planned", "rewarm", "constant"],
+        about(
+            "learning rate of a resumed run whose train.steps changed (also written schedule.continue): that of the "
+            "schedule of the new length at once, warmed up to it again, or the last rate kept",
+            resume="free",
+            aliases=("continuation", "continue"),
+        ),
+    ] = "as_planned"
 
 
 @config
@@ -166,13 +175,16 @@ class HealthConfig:
 class Config:
     """One pretraining run."""
 
-    name: Annotated[str, about("the run's name, and that of its folder", min_length=1)] = "run"
-    runs: Annotated[str, about("folder that holds the run folders", min_length=1)] = "runs"
+    name: Annotated[str, about("the run's name, and that of its folder", resume="free", min_length=1)] = "run"
+    runs: Annotated[str, about("folder that holds the run folders", resume="free", min_length=1)] = "runs"
     seed: Annotated[int, about("keys every random draw", ge=0)] = 0
     init: Annotated[
-        str, about("start from these weights: a run folder, or a Hugging Face folder with model.safetensors")
+        str,
+        about("start from these weights: a run folder, or a Hugging Face folder with model.safetensors", resume="path"),
     ] = ""
-    device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one", resume="free")] = (
+        "auto"
+    )
     data: DataConfig
     frontend: Annotated[Any, registry.choice("frontends")]
     encoder: Annotated[Any, registry.choice("encoders")]
@@ -183,9 +195,15 @@ class Config:
     ] = dataclasses.field(default_factory=dict)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
-    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
+    engine: Annotated[EngineConfig, about("how one optimizer step runs", resume="free")] = dataclasses.field(
+        default_factory=EngineConfig
+    )
+    train: Annotated[TrainConfig, about("length, logging and checkpoints", resume="free")] = dataclasses.field(
+        default_factory=TrainConfig
+    )
+    health: Annotated[HealthConfig, about("detectors of runs that go wrong", resume="free")] = dataclasses.field(
+        default_factory=HealthConfig
+    )
 
     def __post_init__(self) -> None:
         if self.engine.packed and not getattr(self.frontend, "packable", True):

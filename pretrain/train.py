@@ -50,6 +50,8 @@ def train(
     telemetry = Telemetry(run, config, engine.module, state.step, world) if world.rank == 0 else None
     if telemetry:
         say(_greeting(config, state, world.size))
+        if state.note:
+            say(state.note)
         if config.schedule.warmup_steps > settings.steps:
             say(f"note: the warm-up ({config.schedule.warmup_steps} steps) is longer than the run ({settings.steps})")
         if getattr(config.objective, "relabel_step", 0) >= settings.steps:
@@ -63,7 +65,7 @@ def train(
             step = next(steps)
             heart.beat(state.step, "computing")
             waited = time.monotonic() - clock
-            lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step)
+            lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step, state.prolonged)
             if telemetry:
                 telemetry.expect(state.step + 1)
             ctx = StepContext(config.seed, state.step)
@@ -83,7 +85,8 @@ def train(
                 continue
             seconds, clock = time.monotonic() - clock, time.monotonic()
             watch.after(ctx, result, step, seconds)
-            state, stopping = TrainState(state.step + 1, step.after, watch.memory()), result.extras["stop"] > 0
+            state = TrainState(state.step + 1, step.after, watch.memory(), state.prolonged)
+            stopping = result.extras["stop"] > 0
 
             if telemetry and (state.step % settings.log_every == 0 or state.step == settings.steps):
                 scalars = step_scalars(result, step, lr, seconds, world.size) | watch.report()
@@ -111,7 +114,7 @@ def _roll_back(
     except checkpoint.NothingToGoBackToError as error:
         raise UnhealthyError(f"{watch.why}; {error}") from None
     watch.go_back(healthy.step, healthy.health)
-    state = TrainState(healthy.step, wanted.cursor, watch.memory())
+    state = TrainState(healthy.step, wanted.cursor, watch.memory(), healthy.prolonged)
     saver.save(state)
     return state
 

@@ -31,7 +31,7 @@ class AugmentConfig:
     speeds: Annotated[
         tuple[float, ...], about("speed factors, one of which is drawn for each segment, such as [0.9, 1.0, 1.1]")
     ] = ()
-    rir: Annotated[str, about("folder of room impulse responses")] = ""
+    rir: Annotated[str, about("folder of room impulse responses", resume="path")] = ""
     rir_prob: Annotated[float, about("probability of a room impulse response", ge=0, le=1)] = 0.0
     mix_prob: Annotated[float, about("probability that part of another utterance is mixed in", ge=0, le=1)] = 0.0
     mix_snr_db: Annotated[tuple[float, float], about("level of the utterance over the one mixed in, from and to")] = (
@@ -39,7 +39,7 @@ class AugmentConfig:
         5.0,
     )
     mix_share: Annotated[float, about("longest mixed part as a share of the utterance", gt=0, le=1)] = 0.5
-    noise: Annotated[str, about("folder of noise recordings")] = ""
+    noise: Annotated[str, about("folder of noise recordings", resume="path")] = ""
     noise_prob: Annotated[float, about("probability of noise", ge=0, le=1)] = 0.0
     noise_snr_db: Annotated[tuple[float, float], about("level of the utterance over the noise, from and to")] = (
         -5.0,

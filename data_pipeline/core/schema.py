@@ -16,10 +16,10 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Annotated, Any, Final, NoReturn, TypeVar, dataclass_transform
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar, dataclass_transform
 
 import annotated_types
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
@@ -39,9 +39,39 @@ def config(cls: type[T]) -> type[T]:
     return made
 
 
-def about(description: str, **limits: Any) -> Any:
-    """What a field means and its limits (`gt`, `ge`, `lt`, `le`, `min_length` …)."""
-    return Field(description=description, **limits)
+Resume = Literal["fixed", "free", "path", "data"]
+"""What a resumed run may change in a field: nothing; its value; only how it writes the same path; or the path of its
+data set, whose content the hash of the plan proves to be the same."""
+
+
+def about(description: str, *, resume: Resume = "fixed", aliases: tuple[str, ...] = (), **limits: Any) -> Any:
+    """Returns the annotation of a config field.
+
+    Args:
+        description: What the field means: one phrase for `--help`.
+        resume: What a resumed run may change; of a section, it holds for all fields below it.
+        aliases: Other names that configs may use for the field.
+        limits: pydantic's `gt`, `ge`, `lt`, `le`, `min_length` …
+    """
+    if aliases:
+        limits["validation_alias"] = AliasChoices(*aliases)
+    return Field(description=description, json_schema_extra={"resume": resume}, **limits)
+
+
+def resume_rules(kind: type[Any], prefix: str = "") -> dict[str, Resume]:
+    """Returns the fields and sections below `kind` that are not "fixed", by dotted path, each with its rule."""
+    found: dict[str, Resume] = {}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint, metadata = _unwrap(hints[field.name])
+        path = f"{prefix}{field.name}"
+        extras = [info.json_schema_extra for info in metadata if isinstance(info, FieldInfo)]
+        rule = next((extra["resume"] for extra in extras if isinstance(extra, dict) and "resume" in extra), "fixed")
+        if rule != "fixed":
+            found[path] = typing.cast("Resume", rule)
+        elif dataclasses.is_dataclass(hint):
+            found |= resume_rules(typing.cast("type[Any]", hint), f"{path}.")
+    return found
 
 
 def refuse(field: str, value: Any, told: str) -> NoReturn:

@@ -13,7 +13,9 @@ from data_pipeline.core.schema import about, config
 class DataConfig:
     """Shards to global steps; see plan.py."""
 
-    shards: Annotated[str, about("folder (or fsspec URL) of shards, as `auricle preprocess` wrote it", min_length=1)]
+    shards: Annotated[
+        str, about("folder (or fsspec URL) of shards, as `auricle preprocess` wrote it", resume="data", min_length=1)
+    ]
     batch_seconds: Annotated[
         float, about("seconds of audio per optimizer update, over all ranks and accumulation steps", gt=0)
     ] = 5600.0
@@ -41,24 +43,38 @@ class DataConfig:
     ] = 0.0
     augment: Annotated[AugmentConfig, about("changes to the audio")] = dataclasses.field(default_factory=AugmentConfig)
     targets: Annotated[
-        dict[str, str], about("folders of frame labels, by the name that the objective knows them by")
+        dict[str, str], about("folders of frame labels, by the name that the objective knows them by", resume="data")
     ] = dataclasses.field(default_factory=dict)
     labels: Annotated[
         tuple[str, ...], about("per-segment metadata to hand to the model: speaker, language, corpus, text ...")
     ] = ()
-    workers: Annotated[int, about("decoding processes per rank; 0 decodes in the training process", ge=0)] = 2
-    prefetch: Annotated[int, about("global steps read ahead", ge=1)] = 2
-    verify: Annotated[bool, about("check a shard's sha256 before its first use")] = False
-    timeout_seconds: Annotated[float, about("give up when the storage delivers nothing for this long", gt=0)] = 300.0
+    workers: Annotated[
+        int, about("decoding processes per rank; 0 decodes in the training process", resume="free", ge=0)
+    ] = 2
+    prefetch: Annotated[int, about("global steps read ahead", resume="free", ge=1)] = 2
+    verify: Annotated[bool, about("check a shard's sha256 before its first use", resume="free")] = False
+    timeout_seconds: Annotated[
+        float, about("give up when the storage delivers nothing for this long", resume="free", gt=0)
+    ] = 300.0
     cache: Annotated[
-        str, about("local folder for copies of remote shards and large indexes; empty: a temporary one")
+        str, about("local folder for copies of remote shards and large indexes; empty: a temporary one", resume="free")
     ] = ""
     cache_gigabytes: Annotated[
-        float, about("room for local copies of remote shards; 0 reads single segments from the remote instead", ge=0)
+        float,
+        about(
+            "room for local copies of remote shards; 0 reads single segments from the remote instead",
+            resume="free",
+            ge=0,
+        ),
     ] = 0.0
     keys_log: Annotated[
-        str, about("folder where each rank notes the keys of every step it hands over, to prove a resume; empty: none")
+        str,
+        about(
+            "folder where each rank notes the keys of every step it hands over, to prove a resume; empty: none",
+            resume="free",
+        ),
     ] = ""
     on_bad_shard: Annotated[
-        Literal["error", "skip"], about("a missing, truncated or altered shard: stop, or leave out and count")
+        Literal["error", "skip"],
+        about("a missing, truncated or altered shard: stop, or leave out and count", resume="free"),
     ] = "error"

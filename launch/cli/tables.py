@@ -1,24 +1,65 @@
-"""Tables for terminals and for files."""
+"""Tables and messages on the terminal. Names and other text that is not ours never acts as markup or control codes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-WIDE = 200
+from data_pipeline.core.text import visible
+
+PIPED_WIDTH = 200
+"""Columns where the output is not a terminal, whatever COLUMNS says."""
 
 
-def show(table: Table) -> None:
-    """Prints `table`; what is no terminal gets it wide, so that nothing is cut."""
-    Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
+def console(stream: TextIO | None = None) -> Console:
+    """Returns a console that prints strings as they are: no markup, no emoji codes, no highlighting.
+
+    Args:
+        stream: sys.stdout (default) or sys.stderr. What is not a terminal gets a fixed width.
+    """
+    stream = stream or sys.stdout
+    width = None if stream.isatty() else PIPED_WIDTH
+    return Console(file=stream, width=width, markup=False, emoji=False, highlight=False)
+
+
+def cell(value: object, style: str = "") -> Text:
+    """Returns a table cell with any text."""
+    return Text(visible(str(value)), style=style)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", bold: Iterable[int] = ()) -> Table:
+    """Returns a table of any values.
+
+    Args:
+        columns: Column titles. The first column is never cut: it holds what is copied from.
+        rows: Cells by row; a `Text` keeps its style, everything else is shown as text.
+        title: Line above the table.
+        bold: Numbers of rows that are emphasised; -1 is the last.
+    """
+    made = Table(title=cell(title) if title else None, title_justify="left", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(cell(column), overflow="fold" if number == 0 else "ellipsis", no_wrap=False)
+    listed = list(rows)
+    emphasised = {number % len(listed) for number in bold} if listed else set()
+    for number, row in enumerate(listed):
+        cells = [value if isinstance(value, Text) else cell(value) for value in row]
+        made.add_row(*cells, style="bold" if number in emphasised else None)
+    return made
+
+
+def show(made: Table) -> None:
+    """Prints a table."""
+    console().print(made)
 
 
 def show_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Prints a table of names and values."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True, highlight=False).print(table)
+    """Prints names and values, one pair a line; long values continue on the next line."""
+    made = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows:
+        made.add_row(cell(name), cell(value))
+    Console(file=sys.stdout, soft_wrap=True, markup=False, emoji=False, highlight=False).print(made)

@@ -19,6 +19,7 @@ from data_pipeline.core.schema import ConfigError, dump
 from launch.cli.compose import to_yaml
 from launch.config import PretrainJob
 from launch.runs import redaction
+from pretrain.checkpointing.locate import latest_checkpoint
 from pretrain.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ def prepare(job: PretrainJob) -> Path:
     launcher = dump(job)["launcher"]
     values = dump(run_config(job))
     redaction.refuse_secrets({**values, "launcher": launcher})
-    _refuse_another_config(folder, job)
+    _require_same_run(folder, run_config(job))
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", values)
     write_atomically(folder / "config.yaml", to_yaml({**values, "launcher": launcher}))
@@ -75,13 +76,19 @@ def run_config(job: PretrainJob) -> Config:
     return Config(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Config)})
 
 
-def _refuse_another_config(folder: Path, job: PretrainJob) -> None:
-    latest = folder / "checkpoints" / "latest"
-    if latest.is_file():
-        from pretrain.checkpointing import checkpoint  # imports torch and the engines
+def _require_same_run(folder: Path, config: Config) -> None:
+    """Raises ConfigError unless the checkpoints of `folder` are of this config and data; prints what changes."""
+    newest = latest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        return
+    from pretrain.checkpointing import checkpoint, resume  # imports torch and the engines
 
-        saved = folder / "checkpoints" / latest.read_text(encoding="utf-8").strip()
-        checkpoint.require_same_config(checkpoint.read_state(saved)["config"], run_config(job), saved)
+    state = checkpoint.read_state(newest)
+    resume.require_same_config(state["config"], config, newest)
+    resume.require_same_data(state, config, newest)
+    found = resume.prolongation(state["config"], config, state["step"], state.get("prolonged"))
+    if note := resume.prolongation_notice(state["config"], config, state["step"], found):
+        print(note, file=sys.stderr, flush=True)
 
 
 def _environment(launcher: dict[str, Any], sha: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import StepReader
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.reader import open_reader
+from pretrain.checkpointing.locate import latest_checkpoint
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines import make_engine
@@ -54,7 +55,7 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     require_fitting_labels(config)
     reader = open_reader(config.data, config.seed, world.rank, world.size)
     module = build_model(config)
-    if config.init and not (folder.checkpoints / "latest").is_file():  # a resume brings its own weights
+    if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume brings its own weights
         load_initial(config, module)
     engine = make_engine(config, module, world)
     return Run(engine, reader)

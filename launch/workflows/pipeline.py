@@ -13,7 +13,7 @@ from launch.cli import request as job
 from launch.config import EvaluateJob, Launcher, LocalConfig, PreprocessJob, PretrainJob, TargetsJob
 from launch.runs import metadata
 from launch.workers import task
-from pretrain.checkpointing.locate import steps_done
+from pretrain.checkpointing.locate import remedy, steps_done
 
 JOBS: dict[str, type[Any]] = {
     "preprocess": PreprocessJob,
@@ -126,8 +126,7 @@ def pretraining_why(run: PretrainJob) -> str:
     Raises ConfigError where it is damaged: to train once more would change nothing, since all steps are done.
     """
     from data_pipeline.loader.reader import open_reader
-    from pretrain.checkpointing import checkpoint
-    from pretrain.checkpointing.run_folder import RunFolder
+    from pretrain.checkpointing import checkpoint, resume
 
     folder = metadata.folder_of(run)
     done = steps_done(folder)
@@ -135,9 +134,9 @@ def pretraining_why(run: PretrainJob) -> str:
         return f"is at step {done} of {run.train.steps}"
     newest = folder / "checkpoints" / f"step_{done:08d}"
     if damaged := checkpoint.damage(newest):
-        raise ConfigError(f"{damaged}; {checkpoint.remedy(RunFolder(folder))}")
+        raise ConfigError(f"{damaged}; {remedy(newest.parent)}")
     state = checkpoint.read_state(newest)
-    checkpoint.require_same_config(state["config"], metadata.run_config(run), newest)
+    resume.require_same_config(state["config"], metadata.run_config(run), newest)
     reader = open_reader(run.data, run.seed, 0, 1)
     try:
         same = state["cursor"]["plan_hash"] == reader.plan_hash

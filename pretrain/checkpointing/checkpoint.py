@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,27 +23,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.core.atomic_files import remove, sha256_of, sync, write_atomically, write_json
-from data_pipeline.core.schema import ConfigError, dump
+from data_pipeline.core.schema import dump
 from data_pipeline.core.types import Cursor
+from pretrain.checkpointing.locate import latest_checkpoint, remedy, saved_steps
+from pretrain.checkpointing.resume import is_prolongation, prolongation, prolongation_notice, require_same_config
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.config import Config
 from pretrain.engines.base import Engine
+from pretrain.lr_schedule import Prolongation
 
 FORMAT = 1
-MAY_CHANGE = (
-    "name",
-    "runs",
-    "device",
-    "engine.",
-    "train.",
-    "health.",
-    "data.workers",
-    "data.prefetch",
-    "data.verify",
-    "data.on_bad",
-)
-"""Config fields that a resumed run may change without becoming another run."""
+FILES = ("model.safetensors", "optimizer.safetensors")
+"""The tensor files of a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,6 +46,10 @@ class TrainState:
     cursor: Cursor | None = None
     health: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the health watch remembers, as plain JSON."""
+    prolonged: Prolongation | None = None
+    """Where a change of train.steps found the learning rate."""
+    note: str = ""
+    """What to report about the resume; not saved."""
 
 
 class Saver:
@@ -139,6 +135,7 @@ def _write(
         cursor = dataclasses.asdict(state.cursor) if state.cursor else None
         values = {"format": FORMAT, "step": state.step, "cursor": cursor, "health": state.health}
         values |= {"config": dump(config), "sha256": digests, "loss_scale": dict(scale)}
+        values["prolonged"] = dataclasses.asdict(state.prolonged) if state.prolonged else None
         write_json(temporary / "state.json", values)
         run.require_current()
         if folder.exists():
@@ -178,10 +175,8 @@ def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
 
     Raises ConfigError when the checkpoint belongs to another config, ValueError when it is damaged.
     """
-    latest = run.checkpoints / "latest"
-    if not latest.exists():
-        return TrainState()
-    return _load(run, run.checkpoints / latest.read_text(encoding="utf-8").strip(), engine, config)
+    newest = latest_checkpoint(run.checkpoints)
+    return _load(newest, engine, config) if newest else TrainState()
 
 
 class NothingToGoBackToError(ValueError):
@@ -194,7 +189,7 @@ def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> Tr
     Newer ones are set aside as `unhealthy_step_N`. Raises NothingToGoBackToError where there is no such checkpoint
     (any more), StaleIncarnationError when a newer start of the run exists.
     """
-    found = {int(path.name.removeprefix("step_")): path for path in run.checkpoints.glob("step_*")}
+    found = saved_steps(run.checkpoints)
     healthy = max((step for step in found if step <= before), default=None)
     if healthy is None:
         kept = ", ".join(map(str, sorted(found))) or "none"
@@ -202,7 +197,7 @@ def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> Tr
             f"there is no checkpoint of step {before} or earlier to go back to (there are: {kept}; "
             f"train.checkpoint_every={config.train.checkpoint_every}, train.keep_last={config.train.keep_last})"
         )
-    state = _load(run, found[healthy], engine, config)
+    state = _load(found[healthy], engine, config)
     engine.world.agree(str(healthy), "the checkpoint to go back to")
     if engine.world.rank == 0:
         run.require_current()
@@ -214,57 +209,97 @@ def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> Tr
     return state
 
 
-def _load(run: RunFolder, folder: Path, engine: Engine, config: Config) -> TrainState:
+def _load(folder: Path, engine: Engine, config: Config) -> TrainState:
     values = read_state(folder)
     require_same_config(values["config"], config, folder)
+    found = prolongation(values["config"], config, values["step"], values.get("prolonged"))
+    note = prolongation_notice(values["config"], config, values["step"], found)
     cursor = Cursor(**values["cursor"]) if values["cursor"] else None
     try:
         engine.load_tensors(Tensors(folder), values["step"])
     except (KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: damaged or of another model ({error}); {remedy(run)}") from error
+        raise ValueError(f"{folder}: damaged or of another model ({error}); {remedy(folder.parent)}") from error
     if wrong := damage(folder):  # on every rank, so that all end for the same reason
-        raise ValueError(f"{folder}: damaged ({wrong}); {remedy(run)}")
+        raise ValueError(f"{folder}: damaged ({wrong}); {remedy(folder.parent)}")
     engine.scale.load(values.get("loss_scale", {}))
-    return TrainState(values["step"], cursor, values.get("health", {}))
+    return TrainState(values["step"], cursor, values.get("health", {}), found, note)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises ValueError when it is not whole or of another format."""
+    """Reads state.json of a checkpoint; the only reader of it.
+
+    Raises:
+        ValueError: It is missing, of another format, or a value in it has the wrong form; with the remedy.
+    """
     try:
-        values: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: not a whole auricle checkpoint ({error})") from error
-    if values.get("format") != FORMAT:
-        raise ValueError(f"{folder}: checkpoint format {values.get('format')!r}, this version reads {FORMAT}")
+        return _read_state(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy(folder.parent)}") from error.__cause__
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    file = folder / "state.json"
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}: not a whole auricle checkpoint ({file.name}: {error})") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else values
+        raise ValueError(f"{folder}: checkpoint format {str(found)[:40]!r}, this version reads {FORMAT}")
+    for name, wanted, is_right in _STATE:
+        if not is_right(values.get(name)):
+            raise ValueError(f"{file}: {name} must be {wanted}, and is {json.dumps(values.get(name))[:40]}")
     return values
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_cursor(value: Any) -> bool:
+    if value is None:
+        return True
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"plan_hash", "epoch", "step"}
+        and isinstance(value["plan_hash"], str)
+        and _is_count(value["epoch"])
+        and _is_count(value["step"])
+    )
+
+
+def _is_digests(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in FILES)
+
+
+def _is_optional_object(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+_STATE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("step", "a number of steps, 0 or more", _is_count),
+    ("cursor", "null, or an object with plan_hash, epoch and step", _is_cursor),
+    ("config", "an object", lambda value: isinstance(value, dict)),
+    ("sha256", f"an object with the checksums of {' and '.join(FILES)}", _is_digests),
+    ("health", "an object", _is_optional_object),
+    ("loss_scale", "an object", _is_optional_object),
+    ("prolonged", "null, or an object with step and rate", is_prolongation),
+)
+"""Fields of state.json: name, form in words, check."""
 
 
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint, read whole and compared with its checksums; empty where nothing is."""
     try:
-        digests = read_state(folder).get("sha256", {})
-        for name in ("model.safetensors", "optimizer.safetensors"):
+        digests = _read_state(folder)["sha256"]
+        for name in FILES:
             with safe_open(folder / name, framework="pt"):
                 pass
-            if name in digests and digests[name] != sha256_of(folder / name):
-                return f"{folder / name} is not as it was written"
+            if digests[name] != sha256_of(folder / name):
+                return f"checksum mismatch in {folder / name}"
     except (OSError, ValueError, SafetensorError) as error:
         return f"{folder} cannot be read ({error})"
     return ""
-
-
-def require_same_config(saved: Mapping[str, Any], config: Config, folder: Path) -> None:
-    """Raises ConfigError naming each field in which a resumed run would silently become another one."""
-    before, now = dict(_leaves(saved)), dict(_leaves(dump(config)))
-    changed = [
-        f"{path}: {before.get(path, '(absent)')!r} in the checkpoint, {now.get(path, '(absent)')!r} now"
-        for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path) and not path.startswith(MAY_CHANGE)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{folder} belongs to another config. Start under another name=, or set these back: " + "; ".join(changed)
-        )
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -290,17 +325,3 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def remedy(run: RunFolder) -> str:
-    """What to do about a checkpoint that is no good."""
-    others = sorted(path.name for path in run.checkpoints.glob("step_*"))
-    return f"write another whole one's name into {run.checkpoints / 'latest'} (there are: {', '.join(others)})"

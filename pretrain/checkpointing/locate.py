@@ -1,24 +1,105 @@
-"""Finds the checkpoints of a run."""
+"""Finds the checkpoints of a run: the only reader of `checkpoints/latest`."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+POINTER = "latest"
+"""File in a run's checkpoints folder with the name of the newest whole checkpoint."""
+_NAME = re.compile(r"(?:\.stand_in_)?step_([0-9]{1,18})")
+_LONGEST = 200
+"""Bytes of the file that are read at most."""
 
-def steps_done(folder: Path) -> int:
-    """Steps of the newest checkpoint."""
-    latest = folder / "checkpoints" / "latest"
-    name = latest.read_text(encoding="utf-8").strip() if latest.exists() else ""
-    return int(name.rpartition("_")[2]) if name else 0
+
+def latest_name(checkpoints: Path) -> str:
+    """Returns the name in CHECKPOINTS/latest; "" where no checkpoint was saved yet.
+
+    Args:
+        checkpoints: The checkpoints folder of a run.
+
+    Raises:
+        ValueError: The file does not hold the name of a checkpoint.
+        OSError: It cannot be read.
+    """
+    pointer = checkpoints / POINTER
+    try:
+        with pointer.open("rb") as file:
+            content = file.read(_LONGEST).strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    name = content.decode("utf-8", errors="backslashreplace")
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{pointer}: must hold the name of a checkpoint, such as step_00000100, and holds {name[:40]!r}; "
+            f"{remedy(checkpoints)}"
+        )
+    return name
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """Returns the folder of the newest whole checkpoint; None where none was saved yet.
+
+    Raises:
+        ValueError: CHECKPOINTS/latest does not name a checkpoint that is there.
+    """
+    name = latest_name(checkpoints)
+    if not name:
+        return None
+    if not (checkpoints / name).is_dir():
+        raise ValueError(f"{checkpoints / POINTER}: names {name}, and there is no such folder; {remedy(checkpoints)}")
+    return checkpoints / name
+
+
+def steps_done(run: Path) -> int:
+    """Returns the number of steps after which the newest checkpoint of a run folder was saved; 0 without one.
+
+    Raises:
+        ValueError: checkpoints/latest does not hold the name of a checkpoint.
+    """
+    found = _NAME.fullmatch(latest_name(run / "checkpoints"))
+    return int(found[1]) if found else 0
+
+
+def saved_steps(checkpoints: Path) -> dict[int, Path]:
+    """Returns the checkpoints that are there, by their step, sorted."""
+    named = ((_NAME.fullmatch(path.name), path) for path in checkpoints.glob("step_*") if path.is_dir())
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
+
+
+def remedy(checkpoints: Path) -> str:
+    """Returns what to do about a newest checkpoint that cannot be used."""
+    names = [path.name for path in saved_steps(checkpoints).values()]
+    if not names:
+        return f"no checkpoint is left in {checkpoints}: start the run under another name="
+    return f"write the name of a whole checkpoint into {checkpoints / POINTER} (there are: {', '.join(names)})"
 
 
 def find_checkpoint(given: str) -> Path:
-    """The checkpoint folder meant by a run folder, a checkpoints folder or a checkpoint. Raises ValueError."""
+    """Returns the checkpoint folder meant by a run folder, a checkpoints folder or a checkpoint.
+
+    Raises:
+        ValueError: None of these, nor a Hugging Face folder, is there.
+    """
     path = Path(given).expanduser()
     for folder in (path / "checkpoints", path):
-        latest = folder / "latest"
-        if latest.is_file():
-            return folder / latest.read_text(encoding="utf-8").strip()
+        if found := latest_checkpoint(folder):
+            return found
     if (path / "state.json").is_file() or (path / "config.json").is_file():
         return path
-    raise ValueError(f"checkpoint={given}: no run folder, no checkpoint (state.json) and no Hugging Face folder there")
+    raise ValueError(
+        f"checkpoint={given}: not a run folder with a checkpoint, a checkpoint (state.json) or a Hugging Face folder "
+        f"(config.json){near(path)}"
+    )
+
+
+def near(path: Path) -> str:
+    """Returns a hint at the entry beside `path` with the nearest name, or ""."""
+    import difflib
+
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / found[0]}?" if found and found[0] != path.name else ""

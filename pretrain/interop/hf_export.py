@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.core.types import SAMPLE_RATE
+from pretrain.checkpointing.locate import latest_checkpoint, near
 from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.config import Config
 from pretrain.interfaces.models import SpeechModel
@@ -162,11 +163,11 @@ def gate(model: SpeechModel, normalized: bool, folder: Path) -> float:
 
 def load_run(folder: Path) -> tuple[Config, TrainModule]:
     """The config and the newest weights of a run folder."""
-    latest = folder / "checkpoints" / "latest"
-    if not latest.is_file():
-        raise ConfigError(f"{folder} is no run folder with a checkpoint: {latest} is missing")
+    newest = latest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        raise ConfigError(f"{folder}: not a run folder with a checkpoint (checkpoints/latest is missing){near(folder)}")
     config = load(Config, json.loads((folder / "config.json").read_text()))
     module = build_model(config)
-    state: Mapping[str, Tensor] = load_file(folder / "checkpoints" / latest.read_text().strip() / "model.safetensors")
+    state: Mapping[str, Tensor] = load_file(newest / "model.safetensors")
     module.load_state_dict(state)
     return config, module

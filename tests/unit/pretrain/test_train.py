@@ -137,7 +137,7 @@ def test_the_checkpoint_of_another_config_is_refused_by_field(tmp_path: Path) ->
     deeper = {"name": "transformer", "layers": 3, "dim": 32, "heads": 2, "ffn_dim": 64}
     with pytest.raises(ConfigError, match=r"encoder\.layers: 2 in the checkpoint, 3 now"):
         run(tmp_path, config(encoder=deeper))
-    with pytest.raises(ConfigError, match="Start under another name"):
+    with pytest.raises(ConfigError, match="another name="):
         run(tmp_path, config(optimizer={"lr": 2e-3}))
     assert run(tmp_path, config(steps=4))[0] is Ending.FINISHED  # a longer run is the same run
 
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
     flipped = bytearray(whole)
     flipped[-100] ^= 64
     model.write_bytes(flipped)
-    with pytest.raises(ValueError, match=r"damaged \(.*model.safetensors is not as it was written\).*step_00000004"):
+    with pytest.raises(ValueError, match=r"damaged \(.*checksum mismatch.*model.safetensors.*step_00000004"):
         run(tmp_path, config(steps=8))
     model.unlink()
     with pytest.raises(ValueError, match=r"model.safetensors is missing"):

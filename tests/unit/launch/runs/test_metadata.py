@@ -13,6 +13,7 @@ from launch.config import PretrainJob
 from launch.runs import metadata, redaction
 from launch.runs.job_record import write_note
 from pretrain.config import Config
+from tests.support.checkpoint_states import write_state
 
 
 def job(runs: Path, *overrides: str) -> PretrainJob:
@@ -117,11 +118,7 @@ def test_a_private_key_leaves_no_line() -> None:
 
 def test_checkpoints_of_another_config_are_kept_apart(tmp_path: Path) -> None:
     folder = metadata.prepare(job(tmp_path))
-    checkpoint = folder / "checkpoints" / "step_00000001"
-    checkpoint.mkdir(parents=True)
-    config = json.loads((folder / "config.json").read_text())
-    (checkpoint / "state.json").write_text(json.dumps({"format": 1, "step": 1, "cursor": None, "config": config}))
-    (folder / "checkpoints" / "latest").write_text("step_00000001\n")
+    write_state(folder, 1, config=json.loads((folder / "config.json").read_text()))
     metadata.prepare(job(tmp_path, "train.steps=900", "launcher.processes=2"))
     before = (folder / "config.json").read_text()
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):

@@ -22,6 +22,7 @@ from launch.workers import task
 from launch.workers.build import require_fitting_labels
 from launch.workflows.pipeline import PipelineConfig, Step, pretraining_why, split, steps
 from pretrain.checkpointing.tensor_files import save_tensors
+from tests.support.checkpoint_states import write_state
 from tests.support.corpora import preprocess_here
 from tests.support.sounds import many, write_corpus
 
@@ -148,10 +149,8 @@ def test_a_damaged_run_ends_a_pipeline_with_its_remedy(tmp_path: Path) -> None:
     folder = tmp_path / "mine" / "checkpoints" / "step_00000005"
     folder.mkdir(parents=True)
     save_tensors({"weight": torch.ones(3)}, folder / "model.safetensors")
-    state = {"format": 1, "sha256": {"model.safetensors": "0" * 64}}
-    (folder / "state.json").write_text(json.dumps(state))
-    (folder.parent / "latest").write_text("step_00000005\n")
-    with pytest.raises(ConfigError, match=r"model.safetensors is not as it was written; write another whole one"):
+    write_state(tmp_path / "mine", 5)
+    with pytest.raises(ConfigError, match=r"checksum mismatch.*model.safetensors.*latest"):
         pretraining_why(request.config)
 
 
