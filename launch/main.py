@@ -7,9 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-DONE, FAILED, USAGE, UNHEALTHY, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit codes: done; the work failed; the command or the config is wrong; pretraining that its health watch stopped;
-stopped with Ctrl-C."""
+from launch.exit_codes import ExitCode
 
 VERBS = {
     "preprocess": ("preprocess", "raw audio -> shards, with Ray"),
@@ -39,18 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
         print(_overview())
-        return DONE if given else USAGE
+        return ExitCode.DONE if given else ExitCode.USAGE
     if given[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         print(f"auricle {version('auricle')}")
-        return DONE
+        return ExitCode.DONE
     if given[0] not in VERBS:
         from data_pipeline.core.schema import suggest
 
         near = suggest(given[0], VERBS)
         hint = f"did you mean `auricle {near}`? " if near else ""
-        return _fail(f"there is no verb {given[0]!r}; {hint}there are: {', '.join(VERBS)}", USAGE)
+        return _fail(f"there is no verb {given[0]!r}; {hint}there are: {', '.join(VERBS)}", ExitCode.USAGE)
     return _guarded(given[0], given[1:])
 
 
@@ -62,19 +60,19 @@ def _guarded(verb: str, arguments: list[str]) -> int:
         code: int = module.run(arguments)
         return code
     except KeyboardInterrupt:
-        return _fail("stopped", INTERRUPTED)
+        return _fail("stopped", ExitCode.INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return ExitCode.FAILED
     except Exception as error:
         if debug:
             raise
         from data_pipeline.core.schema import ConfigError
 
         if isinstance(error, ConfigError):
-            return _fail(f"auricle {verb}: {error}", USAGE)
+            return _fail(f"auricle {verb}: {error}", ExitCode.USAGE)
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        return _fail(f"auricle {verb}: {kind}{error}\n(AURICLE_DEBUG=1 shows where)", FAILED)
+        return _fail(f"auricle {verb}: {kind}{error}\n(AURICLE_DEBUG=1 shows where)", ExitCode.FAILED)
 
 
 def _fail(message: str, code: int) -> int:

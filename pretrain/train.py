@@ -22,10 +22,10 @@ from pretrain.monitoring.step_metrics import histograms, step_scalars
 
 
 class Ending(enum.Enum):
-    """Why training returned; the value is the process's exit code."""
+    """Why training returned."""
 
-    FINISHED = 0
-    STOPPED = 85
+    FINISHED = enum.auto()
+    STOPPED = enum.auto()
     """Asked to stop; a checkpoint was written and the same command continues."""
 
 

@@ -13,6 +13,7 @@ import fsspec
 import psutil
 
 from data_pipeline.core.atomic_files import sync, write_synced
+from data_pipeline.core.schema import ConfigError
 
 
 def is_url(path: str) -> bool:
@@ -29,7 +30,7 @@ class FileStore:
         try:
             self.fs, base = fsspec.core.url_to_fs(self.root)
         except ImportError as error:
-            raise ValueError(
+            raise ConfigError(
                 f"{root}: this kind of address needs a package that is not installed ({error}); "
                 "for S3 that is `pip install 'auricle[s3]'`"
             ) from None

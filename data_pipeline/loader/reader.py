@@ -64,7 +64,7 @@ class PlanReader:
             return
         listed = "; ".join(str(error) for error in bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
         if self.config.on_bad_shard == "error":
-            raise ConfigError(
+            raise ValueError(
                 f"{len(bad)} of {len(self._files.records)} shards in {self.config.shards} are bad: {listed}. "
                 "Run `auricle preprocess` again to restore them, or set data.on_bad_shard=skip to train without them"
             )
@@ -252,5 +252,6 @@ def _close(reader: weakref.ref[PlanReader]) -> None:
 
 
 def open_reader(config: DataConfig, seed: int, rank: int, world: int) -> PlanReader:
-    """The reader of one rank. Raises ConfigError for too few data, bad shards, or a world that does not divide V."""
+    """The reader of one rank. Raises ConfigError for too few data or a world that does not divide V, ValueError
+    for bad shards."""
     return PlanReader(config, seed, rank, world)

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_pipeline.core.schema import ConfigError
 from data_pipeline.shards.local import ShardError, ShardFiles
 
 Array = npt.NDArray[Any]
@@ -122,5 +121,5 @@ def _mapped(
     length_N = np.memmap(folder / "length.u32", np.uint32, "r")
     group_N = np.memmap(folder / "group.u16", np.uint16, "r")
     if len(length_N) != starts_S[-1] or len(group_N) != starts_S[-1]:
-        raise ConfigError(f"the catalogue in {folder} is damaged; delete that folder, it will be made again")
+        raise ValueError(f"the catalogue in {folder} is damaged; delete that folder, it will be made again")
     return length_N, group_N, groups

@@ -14,6 +14,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 
 REFUSED_SUFFIXES: Final = ("pyd", "pickle", "pkl", "pth", "pt")
@@ -107,10 +108,10 @@ def finished_units(root: str) -> list[DoneRecord]:
 
 
 def done_records(root: str) -> list[DoneRecord]:
-    """The finished shards of a data set, sorted by shard name. Raises ValueError where there are none."""
+    """The finished shards of a data set, sorted by shard name. Raises ConfigError where there are none."""
     store = FileStore(root)
     if not store.exists():
-        raise ValueError(
+        raise ConfigError(
             f"there is no shard folder {root}; write one with `auricle preprocess corpus=path corpus.path=FOLDER "
             f"out={root}`"
         )
@@ -120,7 +121,7 @@ def done_records(root: str) -> list[DoneRecord]:
         parts = [name for name in ("train", "valid", "test") if store.names(f"{name}/_done", ".json")]
         why = f"it holds {tars} tars but no _done/*.json, by which finished shards are known" if tars else "it is empty"
         why = f"its shards lie in {', '.join(f'{root}/{part}' for part in parts)}" if parts else why
-        raise ValueError(f"{root} holds no finished shards: {why}; run `auricle preprocess … out={root}` to its end")
+        raise ConfigError(f"{root} holds no finished shards: {why}; run `auricle preprocess … out={root}` to its end")
     return records
 
 

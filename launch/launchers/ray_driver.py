@@ -21,15 +21,12 @@ from typing import Any
 
 from data_pipeline.core.ray_tasks import RayConfig, cluster
 from data_pipeline.sampling.plan import allowed_worlds
+from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.launchers import process_guard
 from launch.launchers.processes import STOP_FILE
 from launch.workers.environment import RANK_LOGS, free_port
-from launch.workers.rank import STALE, UNHEALTHY
 from pretrain.checkpointing.locate import steps_done
 
-FINISHED, BAD_CONFIG, STOPPED = 0, 2, 85
-FINAL = (FINISHED, BAD_CONFIG, UNHEALTHY, STALE)
-"""Exit codes of launch.workers.rank after which the gang is not started again."""
 LOST = 70
 """Exit code of a rank whose actor or node is gone."""
 SETTLE = 2.0
@@ -63,10 +60,14 @@ def _persist(given: argparse.Namespace) -> int:
         code = _run_gang(given, world)
         if code is None:
             continue
-        if code in FINAL or (code == STOPPED and (given.folder / STOP_FILE).exists()):
+        if (
+            code in NEVER_RETRY
+            or code == ExitCode.DONE
+            or (code == ExitCode.STOPPED and (given.folder / STOP_FILE).exists())
+        ):
             return code  # a rank that stopped without being asked to lost its node
         if steps_done(given.folder) >= config["train"]["steps"]:
-            return FINISHED  # what was lost had nothing left to do
+            return ExitCode.DONE  # what was lost had nothing left to do
         failures = 0 if steps_done(given.folder) > before else failures + 1
         _say(f"the gang ended with exit code {code}; {failures} failures without a new checkpoint")
         if failures > given.retries:
@@ -184,10 +185,10 @@ def _attend(ranks: list[Any], given: argparse.Namespace, world: int) -> int:
     while running:
         ready, running = ray.wait(running, num_returns=1)
         code: int = ray.get(ready[0])
-        if code != FINISHED:
+        if code != ExitCode.DONE:
             ray.wait(running, num_returns=len(running), timeout=10)  # let the others say what they saw
             return code
-    return FINISHED
+    return ExitCode.DONE
 
 
 def _say(text: str) -> None:

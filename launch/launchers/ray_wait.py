@@ -12,19 +12,19 @@ import sys
 import time
 from collections.abc import Callable
 
+from launch.exit_codes import ExitCode
+
 POLL = 2.0
-FAILED_BEFORE = 4
-"""Exit code when the other job did not succeed."""
 
 
 def main(arguments: list[str]) -> int:
-    """FAILED_BEFORE, or does not return: the command takes this process's place."""
+    """Replaces this process by the command; returns FAILED where the other job did not succeed."""
     job, *command = arguments
     from ray.job_submission import JobSubmissionClient
 
     client = JobSubmissionClient()
     if not succeeded(lambda: str(client.get_job_status(job)), job):
-        return FAILED_BEFORE
+        return ExitCode.FAILED
     return os.execvp(command[0], command)
 
 

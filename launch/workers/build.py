@@ -21,14 +21,14 @@ from pretrain.train_module import build_model
 
 @dataclass(frozen=True)
 class Run:
-    """What `pretrain.train.train` needs."""
+    """Engine and reader of one rank."""
 
     engine: Engine
     reader: StepReader
 
 
 def require_fitting_labels(config: Config) -> None:
-    """Raises ConfigError where frame labels have another rate, or more classes, than the objective reckons with."""
+    """Raises ConfigError where frame labels have another rate, or more classes, than the objective expects."""
     objective: Any = config.objective
     name = getattr(objective, "labels", "")
     if name not in config.data.targets:
@@ -48,13 +48,27 @@ def require_fitting_labels(config: Config) -> None:
 
 
 def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
-    """Builds everything for one rank of the run in `folder`.
+    """Builds engine and reader for one rank of the run in `folder`.
 
-    Raises ValueError or ConfigError for a config that cannot work here.
+    Args:
+        config: the run's config.
+        world: this rank's place among the ranks.
+        folder: the run folder; with a checkpoint in it, `config.init` is not read.
+
+    Returns:
+        The engine, without a checkpoint's state, and the reader at the start of the plan.
+
+    Raises:
+        ConfigError: the config cannot work here.
+        ValueError: shards, labels or initial weights are damaged.
+        OSError: they cannot be read.
     """
     require_fitting_labels(config)
     reader = open_reader(config.data, config.seed, world.rank, world.size)
-    module = build_model(config)
+    try:
+        module = build_model(config)
+    except ValueError as error:  # it follows from the config alone
+        raise ConfigError(str(error)) from error
     if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume brings its own weights
         load_initial(config, module)
     engine = make_engine(config, module, world)

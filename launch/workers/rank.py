@@ -1,8 +1,8 @@
-"""One rank of a pretraining run: `python -m launch.workers.rank RUN_DIR`, started by a launcher.
+"""One rank of a pretraining run: `python -m launch.workers.rank RUN_FOLDER`, started by a launcher.
 
-Exit codes: 0 finished, 85 stopped on request with a checkpoint (start again to continue), 1 failed, 2 bad config,
-3 stopped by the health watch (to start again would end the same way; RUN/UNHEALTHY says why), 4 superseded by a newer
-start of the run (to start again would depose that one).
+The process ends with an `ExitCode`: DONE, STOPPED (on request, with a checkpoint; the same command continues), USAGE
+for a config that cannot work, UNHEALTHY or SUPERSEDED (no launcher starts it again after these three), or FAILED for
+everything else: damaged data, lost storage, lost peers, defects.
 """
 
 from __future__ import annotations
@@ -15,24 +15,29 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from launch.exit_codes import ExitCode
 from launch.workers.environment import adopt_slurm_ranks, log_to_folder
 
-UNHEALTHY, STALE = 3, 4
-SLACK = 30.0
-"""Seconds that a rank in which Python is stuck lives longer than a collective, so that the others can name it."""
-WARN = 0.75
-"""Share of a collective's time after which a rank that hangs says so."""
+if TYPE_CHECKING:
+    from pretrain.checkpointing.run_folder import RunFolder
+
+HANG_SLACK_SECONDS = 30.0
+"""A rank stuck in native code lives this much longer than a collective, so that the other ranks can name it."""
+HANG_WARNING_SHARE = 0.75
+"""Share of a collective's time limit after which a rank that does not progress reports where it hangs."""
 
 
 class StopRequest:
-    """True once SIGTERM, SIGINT or SIGUSR1 came, or somebody created RUN_DIR/STOP (watched by rank 0)."""
+    """True once SIGTERM, SIGINT, SIGHUP or SIGUSR1 arrived, or RUN_FOLDER/STOP exists (watched by rank 0)."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file = run_dir / "STOP"
+    def __init__(self, run_folder: Path) -> None:
+        self._file = run_folder / "STOP"
         self._signalled = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -42,56 +47,75 @@ class StopRequest:
         return self._signalled or (watches and self._file.exists())
 
 
-def main(run_dir: str) -> int:
-    """Runs this rank to its end and says in one paragraph what went wrong, if anything did."""
-    path = Path(run_dir)
-    stop = StopRequest(path)  # before the heavy imports: a signal must not kill a rank that is still starting
+def main(run_folder: str) -> ExitCode:
+    """Runs this rank to its end; prints one paragraph if it fails.
+
+    Args:
+        run_folder: a prepared run folder, with config.json.
+
+    Returns:
+        The exit code of the process.
+    """
+    path = Path(run_folder)
+    stop = StopRequest(path)  # before the slow imports: a signal must not kill a rank that is still starting
     adopt_slurm_ranks()
     log_to_folder(path)
     faulthandler.enable()
-    from data_pipeline.core.schema import ConfigError, load
+    from data_pipeline.core.schema import load
     from launch.workers.build import build
-    from pretrain.checkpointing.run_folder import RunFolder, StaleIncarnationError
+    from pretrain.checkpointing.run_folder import RunFolder
     from pretrain.config import Config
-    from pretrain.engines import distributed as ranks
-    from pretrain.monitoring.health_monitor import UnhealthyError
-    from pretrain.monitoring.heartbeat import Heartbeat, slowest
-    from pretrain.train import train
+    from pretrain.engines import distributed
+    from pretrain.monitoring.heartbeat import Heartbeat
+    from pretrain.train import Ending, train
 
-    rank = int(os.environ.get("RANK", "0"))
     reader, folder = None, RunFolder(path)
     try:
         config = load(Config, json.loads((path / "config.json").read_text(encoding="utf-8")))
-        world = ranks.join(config.device, config.engine.timeout_minutes)
+        world = distributed.join(config.device, config.engine.timeout_minutes)
         run = build(config, world, folder)
         reader = run.reader
         if world.rank == 0:
             folder.claim()
             folder.unhealthy.unlink(missing_ok=True)
-        folder.incarnation = _of_rank_0(folder.incarnation, world.size)
+        folder.incarnation = _broadcast_from_rank_0(folder.incarnation, world.size)
         limit = config.engine.timeout_minutes * 60
-        with Heartbeat(path, world.rank, limit + SLACK, WARN * limit, folder.incarnation) as heart:
-            return train(config, run.engine, reader, folder, heart, stop, _say).value
-    except (ConfigError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        if os.environ.get("AURICLE_DEBUG"):
-            traceback.print_exc()
-        told = isinstance(error, UnhealthyError | StaleIncarnationError)
-        hint = f"\n{slowest(path, folder.incarnation)}" if isinstance(error, RuntimeError) and not told else ""
-        print(f"rank {rank}: {type(error).__name__}: {error}{hint}", file=sys.stderr, flush=True)
-        if folder.superseded():  # not only where that is the error: the other ranks see a collective end
-            return STALE
-        if isinstance(error, UnhealthyError):
-            if rank == 0 or not folder.unhealthy.exists():  # rank 0 knows what it saw
-                folder.unhealthy.write_text(f"{error}\n", encoding="utf-8")
-            return UNHEALTHY
-        return 2 if isinstance(error, ValueError) else 1
+        patience, warning = limit + HANG_SLACK_SECONDS, HANG_WARNING_SHARE * limit
+        with Heartbeat(path, world.rank, patience, warning, folder.incarnation) as heart:
+            ending = train(config, run.engine, reader, folder, heart, stop, _print)
+        return ExitCode.STOPPED if ending is Ending.STOPPED else ExitCode.DONE
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        return _report_failure(error, folder)
     finally:
         if reader is not None:
             reader.close()
-        ranks.leave()
+        distributed.leave()
 
 
-def _of_rank_0(number: int, size: int) -> int:
+def _report_failure(error: Exception, folder: RunFolder) -> ExitCode:
+    """Prints what ended this rank and returns the exit code for it. Only a config that cannot work is USAGE."""
+    from data_pipeline.core.schema import ConfigError
+    from pretrain.checkpointing.run_folder import StaleIncarnationError
+    from pretrain.monitoring.health_monitor import UnhealthyError
+    from pretrain.monitoring.heartbeat import slowest
+
+    if os.environ.get("AURICLE_DEBUG"):
+        traceback.print_exc()
+    rank = int(os.environ.get("RANK", "0"))
+    explained = isinstance(error, UnhealthyError | StaleIncarnationError)
+    # a failed collective shows as a RuntimeError on the ranks that waited for the one that caused it
+    hint = f"\n{slowest(folder.path, folder.incarnation)}" if isinstance(error, RuntimeError) and not explained else ""
+    print(f"rank {rank}: {type(error).__name__}: {error}{hint}", file=sys.stderr, flush=True)
+    if folder.superseded():  # checked for every error: on the other ranks a collective fails first
+        return ExitCode.SUPERSEDED
+    if isinstance(error, UnhealthyError):
+        if rank == 0 or not folder.unhealthy.exists():  # the reason that rank 0 found takes precedence
+            folder.unhealthy.write_text(f"{error}\n", encoding="utf-8")
+        return ExitCode.UNHEALTHY
+    return ExitCode.USAGE if isinstance(error, ConfigError) else ExitCode.FAILED
+
+
+def _broadcast_from_rank_0(number: int, size: int) -> int:
     """Rank 0's number, on every rank; a collective."""
     from torch import distributed as dist
 
@@ -101,19 +125,19 @@ def _of_rank_0(number: int, size: int) -> int:
     return numbers[0]
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, flush=True)
 
 
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     if len(arguments) != 1:
-        sys.exit("usage: python -m launch.workers.rank RUN_DIR")
+        sys.exit("usage: python -m launch.workers.rank RUN_FOLDER")
     try:
         code = main(arguments[0])
-    except BaseException:  # a defect: its whole traceback
+    except BaseException:  # a defect: print its whole traceback
         traceback.print_exc()
-        code = 1
+        code = ExitCode.FAILED
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a collective's threads must not keep a failed rank alive
+    os._exit(code)  # the threads of a collective must not keep a failed rank alive

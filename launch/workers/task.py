@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from data_pipeline.core.atomic_files import write_json
 from data_pipeline.core.schema import ConfigError, dump, load
 from launch.config import RayConfig
+from launch.exit_codes import ExitCode
 from launch.runs import metadata, redaction
 from launch.workers.environment import RANK_LOGS, log_to
 
@@ -172,7 +173,7 @@ def _connect(address: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 done, 1 failed, 2 for a config that cannot work."""
+    """Runs the job of a folder; returns DONE, FAILED, or USAGE for a config that cannot work."""
     parser = argparse.ArgumentParser("launch.workers.task")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ray", default="", help="address of the Ray cluster to work on")
@@ -185,11 +186,11 @@ def main(arguments: list[str]) -> int:
         perform(given.folder, given.ray)
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr, flush=True)
-        return 2
+        return ExitCode.USAGE
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+        return ExitCode.FAILED
+    return ExitCode.DONE
 
 
 if __name__ == "__main__":

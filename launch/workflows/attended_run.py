@@ -7,15 +7,12 @@ import signal
 import sys
 from pathlib import Path
 
+from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.launchers import local
 from launch.launchers.processes import STOP_FILE, ChildProcesses
 from launch.runs import follow
 from launch.runs.job_record import write_note
-from launch.workers.rank import STALE, UNHEALTHY
 from pretrain.checkpointing.locate import steps_done
-
-STOPPED = 85
-"""A worker's exit code when it saved a checkpoint and stopped on request."""
 
 
 def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: object) -> int:
@@ -42,16 +39,16 @@ def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: object
 def _verdict(code: int, folder: Path, steps: int) -> int:
     done = steps_done(folder)
     newest = folder / "checkpoints" / f"step_{done:08d}"
-    if code == STOPPED:
+    if code == ExitCode.STOPPED:
         print(f"stopped after step {done}; the same command continues from {newest}")
-        return 130
-    if code == 0 and done >= steps:
+        return ExitCode.INTERRUPTED
+    if code == ExitCode.DONE and done >= steps:
         print(f"done: {newest}")
-        return 0
+        return ExitCode.DONE
     print(local.failure_report(folder), file=sys.stderr)
     ending = f"ended with {_meaning(code)}" if code else f"ended after step {done} of {steps}"
     print(f"auricle pretrain: the run {ending}; all logs are in {folder / 'logs'}", file=sys.stderr)
-    return code if code in (2, UNHEALTHY, STALE) else 1
+    return code if code in NEVER_RETRY else ExitCode.FAILED
 
 
 def _meaning(code: int) -> str:

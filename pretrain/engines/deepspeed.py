@@ -20,6 +20,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engines.base import Engine, buffers, copied, copy_buffers
@@ -224,11 +225,11 @@ class DeepSpeedEngine(Engine):
 
 
 def _require_nvme() -> None:
-    """Raises ValueError naming what offloading to a disk lacks."""
+    """Raises ConfigError naming what offloading to a disk lacks."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ValueError(
+        raise ConfigError(
             "engine.offload=nvme: DeepSpeed's async_io operator cannot be built here; install libaio-dev, ninja and a "
             "C++ compiler, or take engine.offload=cpu"
         )

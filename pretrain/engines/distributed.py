@@ -11,6 +11,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import HashStore, distributed_c10d  # type: ignore[attr-defined]
 
+from data_pipeline.core.schema import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class DistributedContext:
@@ -40,12 +42,12 @@ class DistributedContext:
 def join(device: str, timeout_minutes: float) -> DistributedContext:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone where they are unset.
 
-    Raises ValueError when a GPU is asked for and there is none.
+    Raises ConfigError when a GPU is asked for and there is none.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: torch sees no GPU here; use device=cpu or device=auto, or see `auricle doctor`")
+        raise ConfigError("device=cuda: torch sees no GPU here; use device=cpu or device=auto, or see `auricle doctor`")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda":
         torch.cuda.set_device(local_rank)

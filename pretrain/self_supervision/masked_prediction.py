@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_seed
-from data_pipeline.core.schema import about, config
+from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
@@ -138,7 +138,7 @@ class MaskedUnits(Objective):
         if not name:
             return UnitsPlan(mask, None, mask.count)
         if name not in batch.targets:
-            raise ValueError(
+            raise ConfigError(
                 f"objective.labels={name!r}: the data has no such frame labels, only {sorted(batch.targets)}"
             )
         ratio = rate_ratio(self.units_config.label_rate_hz, self.shape.rate_hz)

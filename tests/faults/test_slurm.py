@@ -12,6 +12,7 @@ import pytest
 
 from launch import main
 from launch.demo_corpus import synthesise
+from launch.exit_codes import ExitCode
 from launch.launchers import slurm
 from launch.runs.job_record import read_note
 from launch.workflows.pipeline import Step
@@ -123,7 +124,7 @@ def test_a_killed_rank_is_tried_again(runs: Site) -> None:
     runs.finish("calm")
     runs.finish("struck")
     same_bits(runs, "struck")
-    assert "requeue (" in (runs.base / "struck" / "logs" / "slurm.log").read_text()
+    assert "starting again after" in (runs.base / "struck" / "logs" / "slurm.log").read_text()
     assert starts(runs.base / "struck") == 2
 
 
@@ -187,7 +188,7 @@ def test_scancel_ends_the_run_and_keeps_it(site: Site, capsys: pytest.CaptureFix
     wait_for(lambda: slurm.job_state(site.handles["unwanted"]) == "CANCELLED", 30, "the cancelled state")
     gone = [site.cluster.processes(node, f"launch.workers.rank {folder}") for node in site.cluster.nodes]
     assert not any(gone)
-    assert main.main(["jobs", "status", str(folder)]) == main.FAILED
+    assert main.main(["jobs", "status", str(folder)]) == ExitCode.FAILED
     assert "cancelled" in capsys.readouterr().out
     assert steps_done(folder) >= 5
 
@@ -228,7 +229,7 @@ def test_a_cut_off_node_does_no_harm(runs: Site) -> None:
     logs = {name: runs.base / name / "logs" for name in cut}
     for name in cut:
         same_bits(runs, name, "alone")
-        assert "start 0: requeue" not in (logs[name] / "slurm.log").read_text()
+        assert "start 0: starting again" not in (logs[name] / "slurm.log").read_text()
     assert starts(runs.base / "severed") == 2
     assert "is start number 1 of the run and number 2 exists" in (logs["severed"] / "rank_0.log").read_text()
     assert starts(runs.base / "rejoined") in (2, 3)
@@ -250,7 +251,7 @@ def test_a_preempted_job_makes_room_and_continues(runs: Site) -> None:
     assert starts(folder) == 2
     log = (folder / "logs" / "slurm.log").read_text()
     assert "asked to end" in log
-    assert "requeue (" not in log, "that was SLURM's doing"
+    assert "starting again after" not in log, "that was SLURM's doing"
 
 
 @pytest.mark.timeout(400)
@@ -268,7 +269,7 @@ def test_deepspeed_with_two_ranks_on_a_node_of_gpus(runs: Site) -> None:
     assert starts(runs.base / "zero_struck") == 2
     log = (runs.base / "zero_struck" / "logs" / "slurm.log").read_text()
     assert "start 0: 2 ranks on n" in log
-    assert "requeue (" in log
+    assert "starting again after" in log
 
 
 @pytest.mark.timeout(400)

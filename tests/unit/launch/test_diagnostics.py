@@ -13,6 +13,7 @@ import pytest
 
 from launch import diagnostics, main
 from launch.diagnostics import Finding
+from launch.exit_codes import ExitCode
 
 
 def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +46,7 @@ def test_a_needed_thing_that_is_missing_fails(
         yield Finding("GPU", "missing", "none", "buy one", needed=False)
 
     monkeypatch.setattr("launch.commands.doctor.examine", examine)
-    assert main.main(["doctor"]) == main.FAILED
+    assert main.main(["doctor"]) == ExitCode.FAILED
     said = capsys.readouterr().out
     assert "not ready: deepspeed\n" in said
     assert "make setup" in said

@@ -20,6 +20,7 @@ from data_pipeline.core.schema import ConfigError, document, dump, load
 from launch import main
 from launch.cli.compose import CONF, _override, compose, groups, to_yaml
 from launch.config import PretrainJob
+from launch.exit_codes import ExitCode
 from tests.support.paths import ROOT
 
 TINY = ["+experiment=best_rq_tiny", "data.shards=shards"]
@@ -93,7 +94,7 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
 def test_a_wrong_override_says_what_is_right(
     overrides: list[str], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main.main(["pretrain", f"runs={tmp_path}", *overrides]) == main.USAGE
+    assert main.main(["pretrain", f"runs={tmp_path}", *overrides]) == ExitCode.USAGE
     said = capsys.readouterr().err
     assert "Traceback" not in said
     for word in words:
@@ -102,9 +103,9 @@ def test_a_wrong_override_says_what_is_right(
 
 
 def test_wrong_verbs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["pretrian"]) == main.USAGE
+    assert main.main(["pretrian"]) == ExitCode.USAGE
     assert "did you mean `auricle pretrain`?" in capsys.readouterr().err
-    assert main.main([]) == main.USAGE
+    assert main.main([]) == ExitCode.USAGE
 
 
 def test_unexpected_errors_are_one_paragraph(
@@ -115,7 +116,7 @@ def test_unexpected_errors_are_one_paragraph(
 
     monkeypatch.setattr("launch.commands.doctor.run", broken)
     monkeypatch.delenv("AURICLE_DEBUG", raising=False)
-    assert main.main(["doctor"]) == main.FAILED
+    assert main.main(["doctor"]) == ExitCode.FAILED
     assert capsys.readouterr().err.startswith("auricle doctor: the disk is on fire\n")
     monkeypatch.setenv("AURICLE_DEBUG", "1")
     with pytest.raises(OSError, match="on fire"):

@@ -14,6 +14,7 @@ import pytest
 from data_pipeline.core.schema import ConfigError
 from launch import main
 from launch.config import LocalConfig, RayConfig, SlurmConfig
+from launch.exit_codes import ExitCode
 from launch.launchers.slurm import SlurmError, SlurmSubmitter
 from launch.launchers.status import require_ended, state_of
 from launch.runs.job_record import read_note, write_note
@@ -45,17 +46,17 @@ def test_a_running_job_is_listed_followed_and_cancelled(folder: Path, capsys: py
     said = capsys.readouterr().out
     assert "running, step 2/5" in said
     assert "1.2500" in said
-    assert main.main(["jobs", "requeue", "mine"]) == main.FAILED
+    assert main.main(["jobs", "requeue", "mine"]) == ExitCode.FAILED
     assert main.main(["jobs", "cancel", str(folder)]) == 0
     process.wait(timeout=10)
-    assert main.main(["jobs", "status", "mine"]) == main.FAILED
+    assert main.main(["jobs", "status", "mine"]) == ExitCode.FAILED
     assert main.main(["jobs", "logs", "mine", "-f"]) == 0
     assert "hello from rank 0" in capsys.readouterr().out
 
 
 def test_another_process_with_the_same_id_is_not_the_job(folder: Path) -> None:
     write_note(folder, f"{os.getpid()}:1.0", LocalConfig())
-    assert main.main(["jobs", "status", "mine"]) == main.FAILED
+    assert main.main(["jobs", "status", "mine"]) == ExitCode.FAILED
     assert main.main(["jobs", "cancel", "mine"]) == 0, "and this very process lives on"
 
 
@@ -94,9 +95,9 @@ def test_all_steps_done_is_done(folder: Path, capsys: pytest.CaptureFixture[str]
 
 def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_note(folder, "1:1.0", LocalConfig())
-    assert main.main(["jobs", "status", "yours"]) == main.FAILED
+    assert main.main(["jobs", "status", "yours"]) == ExitCode.FAILED
     assert "below runs/ there are: mine" in capsys.readouterr().err
-    assert main.main(["jobs", "logs", "mine", "--rank", "3"]) == main.FAILED
+    assert main.main(["jobs", "logs", "mine", "--rank", "3"]) == ExitCode.FAILED
     assert "rank_0.log" in capsys.readouterr().err
     (folder / "job.json").write_text("{")
     with pytest.raises(ValueError, match="no run was submitted"):
@@ -147,7 +148,7 @@ def test_the_log_of_a_foreground_job_is_said_to_be_on_its_terminal(
 ) -> None:
     (folder / "config.json").unlink()
     write_note(folder, "1:1.0", LocalConfig(), "preprocess")
-    assert main.main(["jobs", "logs", "mine"]) == main.FAILED
+    assert main.main(["jobs", "logs", "mine"]) == ExitCode.FAILED
     assert "ran in the foreground: what it said is on its terminal" in capsys.readouterr().err
 
 
@@ -161,11 +162,11 @@ def test_what_waits_or_runs_is_not_submitted_twice(
     with pytest.raises(ConfigError, match=f"slurm job 17 is {word}; `auricle jobs cancel"):
         require_ended(folder)
     best_rq = ("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "launcher=slurm")
-    assert main.main(["pretrain", *best_rq, "name=mine", f"runs={folder.parent}"]) == main.USAGE
+    assert main.main(["pretrain", *best_rq, "name=mine", f"runs={folder.parent}"]) == ExitCode.USAGE
     chain = ["pipeline", "preprocess.corpus=path", "preprocess.corpus.path=c", "launcher=slurm", f"folder={folder}"]
     (folder / "runs" / "run").mkdir(parents=True)
     write_note(folder / "runs" / "run", "17", SlurmConfig())
-    assert main.main([*chain, *[f"pretrain.{line}" for line in best_rq[:3]]]) == main.USAGE
+    assert main.main([*chain, *[f"pretrain.{line}" for line in best_rq[:3]]]) == ExitCode.USAGE
     assert capsys.readouterr().err.count("job 17 is") == 2
     assert not queued.exists()
 
@@ -181,9 +182,9 @@ def test_a_second_task_array_or_chain_is_refused_before_anything_is_queued(
         write_note(runs / name, "17", SlurmConfig())
     slurm = ("launcher=slurm", f"runs={runs}")
     sweep = ("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "seed=1,2")
-    assert main.main(["preprocess", "corpus=path", "corpus.path=c", "out=s", *slurm]) == main.USAGE
-    assert main.main(["pretrain", *sweep, "name=sweep", "--multirun", *slurm]) == main.USAGE
-    assert main.main(["pretrain", "+experiment=hubert_base", "name=hubert", "data.shards=s", *slurm]) == main.USAGE
+    assert main.main(["preprocess", "corpus=path", "corpus.path=c", "out=s", *slurm]) == ExitCode.USAGE
+    assert main.main(["pretrain", *sweep, "name=sweep", "--multirun", *slurm]) == ExitCode.USAGE
+    assert main.main(["pretrain", "+experiment=hubert_base", "name=hubert", "data.shards=s", *slurm]) == ExitCode.USAGE
     assert capsys.readouterr().err.count("job 17 is running") == 3
     assert not queued.exists()
 
@@ -197,7 +198,7 @@ def test_a_process_of_another_machine_is_known_by_its_notes_only(
     assert state_of(folder) == "running", "it has just written a row"
     with pytest.raises(ConfigError, match=r"is running on elsewhere; .* on elsewhere ends it; if it died there"):
         require_ended(folder)
-    assert main.main(["jobs", "cancel", "mine"]) == main.FAILED
+    assert main.main(["jobs", "cancel", "mine"]) == ExitCode.FAILED
     assert "was started on elsewhere, and only there it can be ended" in capsys.readouterr().err
     os.utime(folder / "metrics.jsonl", (1.0, 1.0))
     assert state_of(folder) == "unknown"

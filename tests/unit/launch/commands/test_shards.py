@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import main
+from launch.exit_codes import ExitCode
 from tests.support.tiny_shards import sounds, write_shards
 
 
@@ -42,7 +43,7 @@ def test_verify_finds_a_changed_byte_and_a_missing_index(tmp_path: Path, capsys:
     content[1000] ^= 1
     tars[0].write_bytes(content)
     tars[1].with_suffix(".parquet").unlink()
-    assert main.main(["shards", "verify", str(root)]) == main.FAILED
+    assert main.main(["shards", "verify", str(root)]) == ExitCode.FAILED
     said = capsys.readouterr().out
     assert f"{tars[0].name}: its sha256" in said
     assert tars[1].stem in said
@@ -52,7 +53,7 @@ def test_verify_finds_a_changed_byte_and_a_missing_index(tmp_path: Path, capsys:
 def test_no_shards_says_how_to_make_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("stats", "inspect", "verify"):
         for folder in (tmp_path / "none", tmp_path):
-            assert main.main(["shards", verb, str(folder)]) == main.USAGE
+            assert main.main(["shards", verb, str(folder)]) == ExitCode.USAGE
             assert "auricle preprocess" in capsys.readouterr().err
 
 
@@ -62,5 +63,5 @@ def test_plan_of_a_config(root: Path, capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().out
     assert "ranks      1, 2, 4" in said
     assert "2 shards" in said
-    assert main.main(["data", "plan", *overrides, "data.batch_seconds=1e6"]) == main.USAGE
+    assert main.main(["data", "plan", *overrides, "data.batch_seconds=1e6"]) == ExitCode.USAGE
     assert "less than a fiftieth" in capsys.readouterr().err

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from launch.exit_codes import ExitCode
 from launch.launchers import ray_driver
-from launch.workers.rank import STALE
 
 
 @pytest.fixture
@@ -23,10 +23,10 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace
 
 
 def test_a_superseded_gang_is_not_started_again(given: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = iter([1, STALE])
+    codes = iter([1, ExitCode.SUPERSEDED])
     monkeypatch.setattr(ray_driver, "_room", lambda cpus, gpus: 4)
     monkeypatch.setattr(ray_driver, "_run_gang", lambda given, world: next(codes))
-    assert ray_driver._persist(given) == STALE
+    assert ray_driver._persist(given) == ExitCode.SUPERSEDED
 
 
 def test_a_busy_cluster_is_waited_for_and_a_smaller_one_is_taken_as_it_is(
@@ -43,7 +43,7 @@ def test_a_busy_cluster_is_waited_for_and_a_smaller_one_is_taken_as_it_is(
 
     def attend(ranks: list[Any], given: argparse.Namespace, world: int) -> int:
         attended.append(world)
-        return ray_driver.FINISHED
+        return ExitCode.DONE
 
     groups = importlib.import_module("ray.util.placement_group")  # a function of that name hides it
     monkeypatch.setattr(groups, "placement_group", lambda bundles, strategy: Group())
@@ -52,7 +52,7 @@ def test_a_busy_cluster_is_waited_for_and_a_smaller_one_is_taken_as_it_is(
     monkeypatch.setattr("ray.remote", lambda kind: Actor())
     monkeypatch.setattr(ray_driver, "_room", lambda cpus, gpus: next(room))
     monkeypatch.setattr(ray_driver, "_attend", attend)
-    assert ray_driver._persist(given) == ray_driver.FINISHED
+    assert ray_driver._persist(given) == ExitCode.DONE
     assert attended == [2]
     said = capsys.readouterr().out
     assert said.count("waiting: the cluster is busy") == 1

@@ -1,12 +1,14 @@
-"""slurm/*.sbatch run in bash with stand-ins for SLURM's commands: what reaches srun, and that no value is a command."""
+"""slurm/*.sbatch run in bash with stand-ins for SLURM's commands: arguments of srun, retries, hostile values."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from data_pipeline.core.schema import ConfigError, load
 from launch.config import RayConfig, SlurmConfig
 from launch.launchers.ray import RayJobs
 from launch.launchers.slurm import SCRIPTS, SlurmSubmitter
+from tests.support.paths import ROOT
 
 HOSTILE = "x y$(touch pwned);`touch pwned`&touch pwned|'\" ${IFS} *\n#SBATCH --nodes=9"
 TEXTS = [
@@ -22,24 +25,28 @@ TEXTS = [
 ]
 STAND_INS = {
     "srun": """printf "%s\\0" "$@" > "$CALLS/srun-$$"
-        case "$*" in *launch.*) eval "${SLURM_MEANWHILE:-}"; exit "${SLURM_RANKS_END:-0}";; esac""",
+        case "$*" in
+        *launch.launchers.retry*) while [ "$1" != -m ]; do shift; done; exec python "$@";;
+        *launch.workers.*) eval "${SLURM_MEANWHILE:-}"; exit "${SLURM_RANKS_END:-0}";; esac""",
     "scontrol": """case "$*" in
         *hostnames*) echo n1;;
         *"show node"*) echo "NodeAddr=127.0.0.1 NodeHostName=n1";;
         *"show job"*) echo "JobId=1 Restarts=${SLURM_KNOWN_RESTARTS-${SLURM_RESTART_COUNT:-0}} BatchFlag=1";;
         requeue*) printf "%s\\0" "$@" > "$CALLS/requeue";;
     esac""",
+    "apptainer": 'while [ "$1" != -m ]; do shift; done; exec python "$@"',
+    "python": f'PYTHONPATH={ROOT} exec {sys.executable} "$@"',
     "sleep": "",  # SLURM would end the script
 }
 MODULE = 'module() { printf "%s\\0" "$@" > "$CALLS/module"; }; export -f module; export BATCH=$$; exec bash "$@"'
 
 
-def job_with_a_port() -> tuple[int, socket.socket]:
+def job_with_a_port(restart: int) -> tuple[int, socket.socket]:
     """A job id whose rendezvous port somebody listens on, as a Ray head would."""
     for job in range(1, 2000):
         listener = socket.socket()
         try:
-            listener.bind(("127.0.0.1", 20000 + job * 7 % 20000))
+            listener.bind(("127.0.0.1", 20000 + (job * 7 + restart) % 20000))
         except OSError:
             listener.close()
             continue
@@ -79,9 +86,9 @@ def execute(tmp_path: Path, words: list[str], **variables: object) -> Ended:
     place, calls = tmp_path / "work", tmp_path / "calls"
     for file in calls.iterdir():
         file.unlink()
-    job, listener = job_with_a_port()
+    job, listener = job_with_a_port(int(str(variables.get("RESTART_COUNT", 0))))
     slurm = {"JOB_ID": job, "JOB_NODELIST": "n1", "NTASKS": 1, "CPUS_PER_TASK": 2, "SUBMIT_DIR": place, **variables}
-    environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    environment = {f"SLURM_{name}": str(value) for name, value in slurm.items() if value is not None}
     environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls)}
     with listener:
         done = subprocess.run(
@@ -101,8 +108,11 @@ def batch_words(run: Path, verb: str, config: SlurmConfig | None = None) -> list
 
 
 def calls_of(tmp_path: Path, verb: str, config: SlurmConfig) -> dict[str, list[str]]:
-    """Runs the verb's template to a good end: the argument lists that srun and module were given."""
+    """Runs the command's batch script to a good end; returns the argument lists that srun and module received."""
     run = work_folder(tmp_path, verb, f"run {HOSTILE}".replace("/", "").replace("\n", ""))
+    python = Path(config.python)
+    python.parent.mkdir(parents=True)
+    python.symlink_to(tmp_path / "bin" / "python")
     ended = execute(tmp_path, batch_words(run, verb, config))
     assert ended.code == 0, ended.said
     return ended.calls
@@ -111,7 +121,7 @@ def calls_of(tmp_path: Path, verb: str, config: SlurmConfig) -> dict[str, list[s
 @pytest.mark.parametrize("container", ["none", "pyxis", "apptainer"])
 @pytest.mark.parametrize("verb", list(SCRIPTS))
 def test_containers_and_modules_reach_srun_word_by_word(tmp_path: Path, verb: str, container: str) -> None:
-    given = {"image": f"{HOSTILE}.sqsh", "mounts": f"/data:{HOSTILE}", "python": f"/opt/{HOSTILE}/python"}
+    given = {"image": f"{HOSTILE}.sqsh", "mounts": f"/data:{HOSTILE}", "python": f"{tmp_path}/opt/{HOSTILE}/python"}
     config = SlurmConfig(container=container, modules=(f"cuda {HOSTILE}", "gcc"), **given)  # type: ignore[arg-type]
     calls = calls_of(tmp_path, verb, config)
     assert calls.pop("module") == ["load", f"cuda {HOSTILE}", "gcc"]
@@ -131,7 +141,9 @@ def test_containers_and_modules_reach_srun_word_by_word(tmp_path: Path, verb: st
             assert not any(word.startswith("--container") or word == "apptainer" for word in words)
     modules = {words[words.index(given["python"]) + 2] for words in calls.values()}
     expected = {"pretrain": {"launch.workers.rank"}, "evaluate": {"launch.workers.task"}}
-    assert modules == expected.get(verb, {"ray.scripts.scripts", "launch.workers.task"})
+    expected = expected.get(verb, {"ray.scripts.scripts", "launch.workers.task"})
+    # the decision is made inside the container, too, which pyxis can only enter through srun
+    assert modules == expected | ({"launch.launchers.retry"} if container == "pyxis" else set())
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -265,5 +277,42 @@ def test_the_commands_in_the_heads_of_the_scripts_work(verb: str, tmp_path: Path
     for line in given:
         run = work_folder(tmp_path / str(len(line)), verb)
         words = ["run" if word == "RUN" or word.startswith("runs/") else word for word in shlex.split(line)]
+        words = ["python" if word.endswith("/python") else word for word in words]
         ended = execute(run.parent.parent, [str(script), *words], ARRAY_TASK_ID=3 if "RUN" in line else 0)
         assert ended.code == 0, ended.said
+
+
+@pytest.mark.parametrize(
+    ("unset", "said"),
+    [
+        ({"NTASKS": None, "JOB_NUM_NODES": 2, "NTASKS_PER_NODE": 4}, "8 ranks on n1"),
+        ({"NTASKS": None}, "1 ranks on n1"),
+        ({"JOB_NODELIST": None, "CPUS_PER_TASK": None}, "1 ranks on"),
+        ({"SUBMIT_DIR": None}, "1 ranks on n1"),
+        ({"JOB_ID": None}, "submit this script with sbatch"),
+    ],
+)
+def test_variables_that_slurm_may_leave_unset(tmp_path: Path, unset: dict[str, object], said: str) -> None:
+    """Which ones are set depends on the options of sbatch and on SLURM's version."""
+    run = work_folder(tmp_path, "pretrain")
+    ended = execute(tmp_path, batch_words(run, "pretrain"), **unset)
+    assert "unbound variable" not in ended.said
+    assert said in ended.said
+    ranks = [call for name, call in ended.calls.items() if name.startswith("srun")]
+    assert [f"--ntasks={said.split()[0]}" in call for call in ranks] == (
+        [] if unset.get("JOB_ID", 1) is None else [True]
+    )
+
+
+@pytest.mark.parametrize("verb", list(SCRIPTS))
+def test_no_run_folder_is_named(verb: str, tmp_path: Path) -> None:
+    run = work_folder(tmp_path, verb)
+    script = batch_words(run, verb)[0]
+    for words, said in (
+        ([script], "no argument|0 are given"),
+        ([script, "elsewhere"], "elsewhere is not a run folder"),
+    ):
+        ended = execute(tmp_path, words)
+        assert ended.code == 2
+        assert re.search(said, ended.said)
+        assert not ended.calls

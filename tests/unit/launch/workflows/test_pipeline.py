@@ -15,6 +15,7 @@ from launch import main
 from launch.cli import request as job
 from launch.cli.compose import sweep
 from launch.config import EvaluateJob, PreprocessJob, PretrainJob, RayConfig, SlurmConfig, TargetsJob
+from launch.exit_codes import ExitCode
 from launch.launchers.ray import RayJobs
 from launch.launchers.slurm import SlurmSubmitter
 from launch.runs.job_record import read_note
@@ -59,7 +60,8 @@ def test_the_launcher_is_everybodys_and_more_of_it_can_be_somebodys() -> None:
 @pytest.mark.parametrize("wrong", ["pretrain.train.stepz=3", "preprocess_.out=x", "steps=[preprocess,pretarin]"])
 def test_a_wrong_field_of_any_step_ends_it_at_once(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main.main(["pipeline", "folder=work", CORPUS, "pretrain.objective=best_rq", wrong, "--dry-run"]) == main.USAGE
+        main.main(["pipeline", "folder=work", CORPUS, "pretrain.objective=best_rq", wrong, "--dry-run"])
+        == ExitCode.USAGE
     )
     assert wrong.partition("=")[0].partition(".")[2][:4] in capsys.readouterr().err
 
@@ -133,7 +135,7 @@ def test_the_run_folder_of_a_task_describes_it_and_keeps_no_secret(
 
 def test_a_task_that_failed_does_not_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main.main(["preprocess", "corpus.path=nowhere", "out=shards"]) == main.USAGE
+    assert main.main(["preprocess", "corpus.path=nowhere", "out=shards"]) == ExitCode.USAGE
     folder = tmp_path / "runs" / "preprocess_shards"
     assert read_note(folder).verb == "preprocess"
     assert not (folder / "result.json").exists()

@@ -9,6 +9,7 @@ from data_pipeline.core.schema import ConfigError, load
 from launch import main
 from launch.cli.compose import compose
 from launch.config import PretrainJob
+from launch.exit_codes import ExitCode
 from pretrain.config import Config
 from pretrain.profiling import cost_model
 
@@ -94,7 +95,7 @@ def test_a_chain_is_all_its_iterations(capsys: pytest.CaptureFixture[str]) -> No
     [(["cluster=8x8xH10"], ["H100", "8x8xH100"]), (["cluster=8"], ["NODESxGPUSxKIND"]), (["mfu=2"], ["mfu=2"])],
 )
 def test_what_is_wrong_is_said(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["plan-run", "+experiment=best_rq_tiny", *arguments]) == main.USAGE
+    assert main.main(["plan-run", "+experiment=best_rq_tiny", *arguments]) == ExitCode.USAGE
     said = capsys.readouterr().err
     assert all(word in said for word in words)
     with pytest.raises(ConfigError):
