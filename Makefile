@@ -1,33 +1,40 @@
-# Two cores and Python 3.11 are enough for all of it. Every target makes the environment first if need be.
-.PHONY: setup demo test check bench prove prove-slow parity-table
+# Two cores and Python 3.11 are enough for all targets. Each of them creates or updates .venv first if needed.
+.PHONY: help setup demo test check docs bench prove prove-slow parity-table
 BIN := .venv/bin
 
-setup:
+help: ## print the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
+
+setup: ## create .venv with the pinned versions of constraints.txt
 	@launch/setup/setup.sh
 
-demo: setup ## speech -> shards -> a pretrained checkpoint in minutes; CORPUS=FOLDER uses your own audio
+demo: setup ## speech -> shards -> a pretrained checkpoint, in minutes; CORPUS=FOLDER uses your own audio
 	$(BIN)/auricle demo $(if $(CORPUS),"corpus=$(CORPUS)")
 
-test: setup ## the test suite, without the slowest proofs (make prove-slow)
+test: setup ## the test suite without the slow proofs; AURICLE_SPEECH=FOLDER adds the tests on real speech
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-check: setup ## format, lint, types, import rules, spelling
+check: setup ## format, lint, types, import layers, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-bench: setup ## comparisons with peers; each prints a ratio
+docs: setup ## the documentation site, in site/; needs no network
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+bench: setup ## comparisons with other implementations; each prints ratios
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-prove: setup ## does pretraining pay? half an hour, three baselines beside: benchmarks/results/quality.md
+prove: setup ## quality of pretraining against three baselines, half an hour: benchmarks/results/quality.md
 	$(BIN)/python benchmarks/prove/quality.py
 
-prove-slow: setup ## the slower proofs that `make test` leaves out
+prove-slow: setup ## the slow proofs that `make test` leaves out
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/prove/detectors.py
 	$(BIN)/python benchmarks/prove/time_contrastive.py
 
-parity-table: setup ## what is compared with other implementations and with itself: benchmarks/results/parity.md
+parity-table: setup ## agreement with other implementations and with itself: benchmarks/results/parity.md
 	$(BIN)/python -m pytest --parity-table benchmarks/results/parity.md

@@ -1,10 +1,9 @@
-"""The README's commands, as a new user gives them, on a small corpus: from raw audio to a checkpoint and its curves."""
+"""Runs the README's commands on a small corpus, in a home folder of their own: raw audio to a checkpoint and curves."""
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +11,11 @@ from pathlib import Path
 import pytest
 
 from launch.demo_corpus import synthesise
+from launch.main import main
+from tests.support.documents import commands, programs
 from tests.support.paths import ROOT
 
-COMMANDS = [
-    line.strip().split("  #")[0].strip()
-    for line in (ROOT / "README.md").read_text().splitlines()
-    if line.startswith("    auricle ")
-]
+README = ROOT / "README.md"
 SMALL = [
     "train.steps=6",
     "train.checkpoint_every=3",
@@ -31,7 +28,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's home with a folder `speech`, one broken file among the good ones."""
+    """A home folder with a folder `speech`, in which one file is broken."""
     home = tmp_path_factory.mktemp("home")
     synthesise(home / "speech", 24)
     (home / "speech" / "broken.wav").write_bytes(b"RIFF, but no more than that")
@@ -46,13 +43,13 @@ def auricle(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def command(word: str) -> list[str]:
-    """The README's first command that holds `word`, without `auricle`."""
-    return shlex.split(next(line for line in COMMANDS if word in line))[1:]
+    """Returns the arguments of the README's first command that has the argument `word`."""
+    return next(line for line in commands(README) if word in line)
 
 
 @pytest.fixture(scope="module")
 def shards(home: Path) -> Path:
-    """What the README's preprocess command writes."""
+    """The shards that the README's preprocess command writes."""
     done = auricle(home, *command("preprocess"), "ray.num_cpus=2")
     assert done.returncode == 0, done.stderr
     assert "quarantined files" in done.stdout
@@ -61,14 +58,14 @@ def shards(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run_folder(home: Path, shards: Path) -> Path:
-    """What the README's pretrain command leaves, under the deepspeed launcher on two ranks."""
+    """The run folder of the README's pretrain command, under the deepspeed launcher on two ranks."""
     done = auricle(home, *command("launcher.processes=2"), *SMALL)
     assert done.returncode == 0, done.stderr
     return home / "runs" / "best_rq_tiny"
 
 
 def test_the_readme_is_short_and_names_the_two_commands() -> None:
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = README.read_text().splitlines()
     assert len(lines) <= 150
     assert any(line.startswith("    make demo") for line in lines)
     assert any(line.startswith("    make test") for line in lines)
@@ -88,7 +85,7 @@ def test_preprocess_again_finds_nothing_to_do(home: Path, shards: Path) -> None:
 
 
 def test_shard_commands(home: Path, shards: Path) -> None:
-    assert auricle(home, *command("shards stats")).returncode == 0
+    assert auricle(home, *command("stats")).returncode == 0
     assert auricle(home, "shards", "verify", "shards/").returncode == 0
 
 
@@ -122,33 +119,42 @@ def test_more_steps_continue_the_run(home: Path, run_folder: Path) -> None:
     assert "optimizer.lr" in refused.stderr
 
 
-def test_configuration_commands(home: Path) -> None:
-    assert auricle(home, *command("--help")).returncode == 0
-    shown = auricle(home, *command("--cfg"))
-    assert shown.returncode == 0
-    assert "lr: 0.0003" in shown.stdout
-    wrong = auricle(home, *command("optimiser"))
-    assert wrong.returncode == 2
-    assert "did you mean optimizer" in wrong.stderr
+def test_the_python_programs_of_the_documentation_run(home: Path, shards: Path, run_folder: Path) -> None:
+    shown = [*programs(README), *programs(ROOT / "docs" / "python_api.md")]
+    assert len(shown) == 2
+    assert len(programs(README)[0].strip().splitlines()) <= 11
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    checked = [*shown, "assert layers_LFD.ndim == 3 and batches[0].wave_BT.ndim == 2"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(checked)], cwd=home, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_cfg_prints_the_composed_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command("--cfg")) == 0
+    assert "lr: 0.0003" in capsys.readouterr().out
+
+
+def test_a_misspelt_field_is_answered_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "+experiment=best_rq_tiny", "data.shards=shards/", "optimiser.lr=1e-3"]) == 2
+    assert "optimizer.lr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "words"),
     [
-        (["preprocess", "corpus.path=nowhere", "out=o"], 2, ["nowhere"]),
-        (["preprocess", "corpus.path=empty", "out=o"], 2, ["empty"]),
-        (
-            ["pretrain", "+experiment=best_rq_tiny", "data.shards=nowhere", "name=a"],
-            2,
-            ["auricle preprocess"],
-        ),
-        (["pretrain", "+experiment=best_rq_tiny", "data.shards=empty", "name=a"], 2, ["empty"]),
+        (["preprocess", "corpus.path=nowhere", "out=o"], ["nowhere"]),
+        (["preprocess", "corpus.path=empty", "out=o"], ["empty"]),
+        (["pretrain", "+experiment=best_rq_tiny", "data.shards=nowhere", "name=a"], ["auricle preprocess"]),
+        (["pretrain", "+experiment=best_rq_tiny", "data.shards=empty", "name=a"], ["empty"]),
     ],
 )
-def test_bad_input_is_said_in_a_paragraph(home: Path, arguments: list[str], code: int, words: list[str]) -> None:
-    (home / "empty").mkdir(exist_ok=True)
-    done = auricle(home, *arguments)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert word in done.stderr
+def test_unusable_input_gives_a_message_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str],
+    words: list[str],
+) -> None:  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert all(word in printed for word in words)

@@ -1,0 +1,83 @@
+"""Every command of the documentation exists, and its overrides compose to a valid configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launch.cli.request import read
+from launch.config import EvaluateJob, PreprocessJob, PretrainJob, TargetsJob
+from launch.main import main
+from launch.workflows import pipeline
+from pretrain.adaptation.ctc_finetune import FinetuneConfig
+from tests.support.documents import PAGES, commands
+from tests.support.paths import ROOT
+
+CONFIGS = {
+    "preprocess": PreprocessJob,
+    "targets": TargetsJob,
+    "pretrain": PretrainJob,
+    "evaluate": EvaluateJob,
+    "finetune": FinetuneConfig,
+}
+"""Commands with a composed configuration."""
+LIKE_PRETRAIN = {"plan-run": ("cluster", "mfu"), "data": ()}
+"""Commands that take the overrides of `pretrain` beside fields of their own."""
+SHOWN = {shlex.join(line): line for page in PAGES for line in commands(page)}
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_a_documented_command_is_valid(shown: str) -> None:
+    command, *given = SHOWN[shown]
+    overrides = [argument for argument in given if not argument.startswith("-")]
+    options = [argument for argument in given if argument.startswith("-")]
+    if command in CONFIGS and "--help" not in given:
+        if "--multirun" in given:
+            overrides = [line.partition(",")[0] for line in overrides]
+        assert read(command, CONFIGS[command], overrides) is not None
+    elif command == "pipeline":
+        own, steps, launcher = pipeline.split(overrides)
+        request = read("pipeline", pipeline.PipelineConfig, own)
+        assert request is not None
+        assert pipeline.steps(request.config, steps, launcher)
+    elif command in LIKE_PRETRAIN:
+        overrides = overrides[1:] if command == "data" else overrides
+        fields = [line for line in overrides if line.partition("=")[0] not in LIKE_PRETRAIN[command]]
+        assert read("pretrain", PretrainJob, [*fields, "data.shards=none"]) is not None
+    elif command not in CONFIGS:
+        words = given[:1] if command in ("jobs", "shards") else []
+        listed = usage(command, *words)
+        assert all(option in listed for option in options), options
+
+
+@functools.cache
+def usage(*words: str) -> str:
+    """Returns the help text of a command without a composed configuration."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        assert main([*words, "--help"]) == 0
+    return printed.getvalue()
+
+
+def test_the_documentation_shows_commands_of_every_kind() -> None:
+    assert len(SHOWN) > 30
+    assert {"preprocess", "pretrain", "evaluate", "export", "jobs", "pipeline"} <= {line[0] for line in SHOWN.values()}
+
+
+def test_the_site_lists_every_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.name for page in (ROOT / "docs").glob("*.md")]
+    assert [name for name in pages if f": {name}\n" not in navigation] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_the_documentation_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:data_pipeline|pretrain|launch|conf|slurm|tests|benchmarks|docs)/[\w./-]+)`", text)
+    assert [name for name in named if not (ROOT / name).exists() and "NAME" not in name] == []

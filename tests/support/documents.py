@@ -1,0 +1,26 @@
+"""Commands and programs that the documentation shows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from tests.support.paths import ROOT
+
+PAGES = (
+    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Returns the arguments of every `auricle …` line of an indented block, continuation lines joined."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line[4:].split("  #")[0] for line in text.splitlines() if line.startswith("    auricle ")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def programs(page: Path) -> list[str]:
+    """Returns the Python programs in fenced blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
