@@ -16,14 +16,18 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Extractor:
-    """compute: (T,) waveform at 16 kHz to (F, D) features at rate_hz."""
+    """A feature extractor. `compute` turns (T,) samples at 16 kHz into (F, D) features at `rate_hz` frames a second."""
 
     compute: Callable[[Wave], Matrix]
     rate_hz: int
 
 
-def mfcc() -> Extractor:
-    """HuBERT's first features (Hsu et al. 2021): 13 MFCC, their differences and second differences, at 100 Hz."""
+def kaldi_mfcc() -> Extractor:
+    """Returns HuBERT's first features (Hsu et al. 2021, §IV-B): Kaldi's 13 MFCC, Δ and ΔΔ, (F, 39) at 100 Hz.
+
+    Kaldi's definition (pre-emphasis, Povey window, liftering) on one utterance at a time; the one that models compute
+    on their device is `pretrain.nn.spectral.TorchaudioMfcc`.
+    """
     import torch
     from torchaudio.compliance import kaldi
     from torchaudio.functional import compute_deltas
@@ -34,9 +38,10 @@ def mfcc() -> Extractor:
     def compute(wave: Wave) -> Matrix:
         if len(wave) < 400:
             return np.zeros((0, 39), np.float32)
-        found = kaldi.mfcc(torch.from_numpy(wave)[None] * 32768.0, sample_frequency=SAMPLE_RATE, use_energy=False).T
-        first = compute_deltas(found)
-        made: Matrix = torch.cat([found, first, compute_deltas(first)]).T.contiguous().numpy()
+        # Kaldi's scale: 16-bit integers
+        cepstra = kaldi.mfcc(torch.from_numpy(wave)[None] * 32768.0, sample_frequency=SAMPLE_RATE, use_energy=False).T
+        first = compute_deltas(cepstra)
+        made: Matrix = torch.cat([cepstra, first, compute_deltas(first)]).T.contiguous().numpy()
         return made
 
     return Extractor(compute, 100)

@@ -29,7 +29,7 @@ from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.labels.features import Extractor, Matrix, mfcc
+from data_pipeline.labels.features import Extractor, Matrix, kaldi_mfcc
 from data_pipeline.labels.store import LabelSet, file_name, write_labels
 from data_pipeline.shards.records import DoneRecord, done_records, read_index
 
@@ -86,7 +86,9 @@ class TargetsSummary:
         ]
 
 
-def make_targets(config: TargetsConfig, extractor: Callable[[], Extractor] = mfcc, weights: str = "") -> TargetsSummary:
+def make_targets(
+    config: TargetsConfig, extractor: Callable[[], Extractor] = kaldi_mfcc, weights: str = ""
+) -> TargetsSummary:
     """Fits the centres, then labels every shard; what is there already is not done again.
 
     extractor: makes the features; called once in each worker, so it has to be importable there. weights: checksum of

@@ -6,7 +6,7 @@ import functools
 import hashlib
 
 from data_pipeline.core.storage import FileStore
-from data_pipeline.labels.features import mfcc
+from data_pipeline.labels.features import kaldi_mfcc
 from data_pipeline.labels.kmeans import KMEANS, TargetsConfig, make_targets
 from data_pipeline.labels.store import file_name
 from data_pipeline.shards.records import done_records
@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
 
 def work(config: TargetsConfig) -> None:
     """Labels what is not labelled. Raises OSError where something could not be written."""
-    extractor = mfcc if config.features == "mfcc" else functools.partial(layer_of, config.features, config.layer)
+    extractor = kaldi_mfcc if config.features == "mfcc" else functools.partial(layer_of, config.features, config.layer)
     show_rows(make_targets(config, extractor, weights_of(config)).rows())
 
 

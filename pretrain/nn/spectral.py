@@ -1,4 +1,12 @@
-"""Log-mel features computed on the model's device. No weights."""
+"""Spectral features computed on the model's device: log-mel, MFCC, differences over time. No weights.
+
+torchaudio provides the DCT. What stays here, with the cost of the alternative (benchmarks/features.py measures it):
+mel filters in double precision, since torchaudio's are up to 3e-5 off and move log-mels by 2e-5 (80 bands) to 1e-3
+(256 bands), beyond what checkpoints trained with them allow; the spectrogram, since torchaudio's centres a short window
+in its FFT, so that the waveform must first be copied with padding, and takes 1.0 to 1.3 times as long; differences of
+utterances of different lengths, since torchaudio's need equal lengths and a convolution group per row, which an
+exported graph would fix to one batch size.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchaudio.functional import create_dct
 
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.interfaces.frames import Frames
@@ -16,7 +25,14 @@ Normalize = Literal["utterance", "fixed"]
 
 
 def mel_filters(n_fft: int, n_mels: int, low_hz: float = 0.0, high_hz: float = SAMPLE_RATE / 2) -> Tensor:
-    """Triangular HTK mel filters, (n_fft // 2 + 1, n_mels), peaks at 1."""
+    """Returns triangular filters on HTK's mel scale, (n_fft // 2 + 1, n_mels), with peaks at 1.
+
+    Args:
+        n_fft: samples of the FFT at 16 kHz.
+        n_mels: number of filters.
+        low_hz: lower edge of the first filter.
+        high_hz: upper edge of the last filter.
+    """
     hz = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1, dtype=torch.float64)
     low, high = (2595 * math.log10(1 + edge / 700) for edge in (low_hz, high_hz))
     edges = 700 * (10 ** (torch.linspace(low, high, n_mels + 2, dtype=torch.float64) / 2595) - 1)
@@ -29,8 +45,12 @@ def mel_filters(n_fft: int, n_mels: int, low_hz: float = 0.0, high_hz: float = S
 class LogMel(nn.Module):
     """Waveform to normalised log-mel frames, (B, T) to (B, F, n_mels); frame f covers samples hop·f … hop·f + window.
 
-    normalize: "utterance" brings each band of each utterance to mean 0 and deviation 1; "fixed" subtracts and divides
-    by constants that are about right for speech, and so works on a stream, too.
+    Args:
+        n_mels: mel bands.
+        window: samples per Hann window at 16 kHz.
+        hop: samples between windows.
+        normalize: "utterance" brings each band of each utterance to mean 0 and standard deviation 1; "fixed" subtracts
+            and divides by constants that suit speech, which also works on a stream.
     """
 
     FLOOR = 1e-6  # just above the power of 16-bit rounding noise in a mel band
@@ -47,12 +67,20 @@ class LogMel(nn.Module):
         self.filters: Tensor
 
     def lengths(self, lengths_B: Tensor) -> Tensor:
-        """Samples to frames."""
+        """Returns the number of frames for each number of samples, (B,)."""
         return ((lengths_B - self.window) // self.hop + 1).clamp(min=0)
 
     @torch.no_grad()
     def forward(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
-        """Zero beyond each length. Raises ValueError if not even one window fits."""
+        """Returns features, zero beyond each utterance's length.
+
+        Args:
+            wave_BT: (B, T) samples at 16 kHz.
+            lengths_B: (B,) valid samples.
+
+        Raises:
+            ValueError: not even one window fits.
+        """
         if wave_BT.shape[1] < self.window:
             raise ValueError(f"audio of {wave_BT.shape[1]} samples is shorter than one window of {self.window}")
         with torch.autocast(wave_BT.device.type, enabled=False):
@@ -66,8 +94,13 @@ class LogMel(nn.Module):
             return Frames(normalize_frames(mel_BFD, lengths_B), lengths_B, self.rate_hz)
 
 
-class Mfcc(nn.Module):
-    """13 cepstra, Δ and ΔΔ at 100 Hz (HuBERT, §IV-B), each brought to mean 0 and deviation 1 per utterance."""
+class TorchaudioMfcc(nn.Module):
+    """MFCC by torchaudio's definition (`transforms.MFCC(log_mels=True)`) with Δ and ΔΔ, at 100 Hz.
+
+    13 cepstra of natural-log HTK mels, orthonormal DCT, no pre-emphasis and no liftering; each of the 39 channels is
+    brought to mean 0 and standard deviation 1 per utterance. Kaldi's definition, from which HuBERT's first labels are
+    computed (Hsu et al. 2021, §IV-B), is `data_pipeline.labels.features.kaldi_mfcc`.
+    """
 
     N_CEPSTRA = 13
 
@@ -75,15 +108,11 @@ class Mfcc(nn.Module):
         super().__init__()
         self.mel = LogMel(n_mels, window, normalize="fixed")
         self.rate_hz, self.dim = self.mel.rate_hz, 3 * self.N_CEPSTRA
-        at = torch.arange(n_mels, dtype=torch.float64) + 0.5
-        order = torch.arange(self.N_CEPSTRA, dtype=torch.float64)
-        dct_MC = torch.cos(math.pi / n_mels * at[:, None] * order) * math.sqrt(2 / n_mels)
-        dct_MC[:, 0] /= math.sqrt(2)
-        self.register_buffer("dct_MC", dct_MC.float(), persistent=False)
+        self.register_buffer("dct_MC", create_dct(self.N_CEPSTRA, n_mels, "ortho"), persistent=False)
         self.dct_MC: Tensor
 
     def lengths(self, lengths_B: Tensor) -> Tensor:
-        """Samples to frames."""
+        """Returns the number of frames for each number of samples, (B,)."""
         return self.mel.lengths(lengths_B)
 
     @torch.no_grad()
@@ -97,7 +126,7 @@ class Mfcc(nn.Module):
 
 
 def delta(x_BFD: Tensor, lengths_B: Tensor, reach: int = 2) -> Tensor:
-    """Regression slope over ±reach frames; an utterance's first and last frames are repeated beyond its ends."""
+    """Returns regression slopes over ±reach frames, (B, F, D); first and last frames are repeated beyond the ends."""
     last = (lengths_B - 1).clamp(min=0)[:, None]
     at = torch.arange(x_BFD.shape[1], device=x_BFD.device)[None]
     slope = torch.zeros_like(x_BFD)
@@ -109,12 +138,12 @@ def delta(x_BFD: Tensor, lengths_B: Tensor, reach: int = 2) -> Tensor:
 
 
 def normalize_frames(x_BFD: Tensor, lengths_B: Tensor, eps: float = 1e-5) -> Tensor:
-    """Each channel of each utterance to mean 0 and deviation 1 over its valid frames; zero beyond them."""
+    """Returns each channel of each utterance with mean 0 and deviation 1 over its valid frames; zero beyond them."""
     n_B11 = lengths_B.clamp(min=1)[:, None, None]
     centred = zero_padding(x_BFD - zero_padding(x_BFD, lengths_B).sum(1, keepdim=True) / n_B11, lengths_B)
     return centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / n_B11 + eps)
 
 
 def normalize_wave(wave_BT: Tensor, lengths_B: Tensor, eps: float = 1e-7) -> Tensor:
-    """Each utterance to mean 0 and deviation 1 over its samples, as the released feature extractors do it."""
+    """Returns each utterance with mean 0 and deviation 1 over its samples, as the released feature extractors do."""
     return normalize_frames(wave_BT[:, :, None], lengths_B, eps)[:, :, 0]

@@ -26,7 +26,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
-from pretrain.nn.spectral import Mfcc
+from pretrain.nn.spectral import TorchaudioMfcc
 from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss
 from pretrain.self_supervision.deferred_fit import FittedOnce
 from pretrain.self_supervision.kmeans import from_first_rank, kmeans
@@ -73,7 +73,7 @@ class TimeContrastive(Objective):
         self.project_target = nn.Linear(shape.feature_dim * self.ratio, config.projection_dim)
         self.project_prediction = nn.Linear(shape.dim, config.projection_dim)
         self.project_view = nn.Linear(shape.dim, config.projection_dim)
-        self.mfcc = Mfcc()
+        self.mfcc = TorchaudioMfcc()
         self.mfcc_ratio = rate_ratio(self.mfcc.rate_hz, shape.rate_hz)
         self.register_buffer("centres_KD", torch.randn(config.clusters, self.mfcc.dim))
         self.centres_KD: Tensor

@@ -16,7 +16,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
-from pretrain.nn.spectral import LogMel, Mfcc
+from pretrain.nn.spectral import LogMel, TorchaudioMfcc
 from pretrain.self_supervision.deferred_fit import FittedOnce
 from pretrain.self_supervision.kmeans import from_first_rank, kmeans
 from pretrain.self_supervision.masking import FrameMask, draw_span_mask, frame_width
@@ -107,7 +107,7 @@ class MaskedUnits(Objective):
             UnitClassifier(shape.dim, most_units, config.projection_dim, config.logit_temperature)
             for _ in self.predict_layers
         )
-        self.features: Mfcc | LogMel = Mfcc() if config.features == "mfcc" else LogMel()
+        self.features: TorchaudioMfcc | LogMel = TorchaudioMfcc() if config.features == "mfcc" else LogMel()
         self.stacked = rate_ratio(self.features.rate_hz, shape.rate_hz) if config.features == "best_rq" else 1
         self.quantizer = (
             RandomProjectionQuantizer(self.features.dim * self.stacked, 16, config.units)

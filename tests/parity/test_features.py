@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.audio.transforms import add_noise, reverberate
 from pretrain.nn.attention import RelativeBias
-from pretrain.nn.spectral import LogMel, mel_filters
+from pretrain.nn.spectral import LogMel, TorchaudioMfcc, mel_filters
 from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
 from tests.support.parity_table import Parity
 
@@ -28,6 +29,38 @@ def test_log_mel_is_torchaudios(parity: Parity) -> None:
     mine = ours(wave_BT[:, 56:], torch.tensor([16_000 - 56] * 2)).x_BFD * ours.STD + ours.MEAN
     theirs = torch.log(spectrum(wave_BT).transpose(1, 2) + ours.FLOOR)
     parity("log-mel against torchaudio", 1e-4, float((mine[:, : theirs.shape[1]] - theirs).abs().max()))
+
+
+def test_the_dct_of_mfcc_is_the_definition(parity: Parity) -> None:
+    """DCT-II, orthonormal, in double precision."""
+    mels = np.arange(23) + 0.5
+    dct_MC = np.cos(np.pi / 23 * mels[:, None] * np.arange(13)) * np.sqrt(2 / 23)
+    dct_MC[:, 0] /= np.sqrt(2)
+    parity(
+        "MFCC's DCT (torchaudio) against its definition", 1e-5, float(np.abs(TorchaudioMfcc().dct_MC - dct_MC).max())
+    )
+
+
+def test_added_noise_is_the_definition(parity: Parity) -> None:
+    rng = np.random.default_rng(0)
+    wave, noise = (rng.standard_normal(16_000).astype(np.float32) * 0.1 for _ in range(2))
+    scale = np.sqrt(np.mean(wave.astype(np.float64) ** 2) / np.mean(noise.astype(np.float64) ** 2) * 10 ** (-7.5 / 10))
+    parity(
+        "noise at a ratio (torchaudio) against its definition",
+        1e-5,
+        np.abs(add_noise(wave, noise, 7.5) - wave - scale * noise).max(),
+    )
+
+
+def test_reverberation_is_torchaudios(parity: Parity) -> None:
+    functional = pytest.importorskip("torchaudio.functional")
+    rng = np.random.default_rng(0)
+    wave = (rng.standard_normal(16_000) * 0.1).astype(np.float32)
+    response = (np.exp(-np.arange(4_000) / 500) * rng.standard_normal(4_000)).astype(np.float32)
+    tail = torch.from_numpy(response[np.abs(response).argmax() :].copy())
+    wet = functional.fftconvolve(torch.from_numpy(wave), tail)[:16_000]
+    expected = wet * (np.mean(wave**2) / (wet**2).mean()).sqrt()
+    parity("reverberation against torchaudio", 1e-5, np.abs(reverberate(wave, response) - expected.numpy()).max())
 
 
 def test_random_projection_indices_are_numpys(parity: Parity) -> None:

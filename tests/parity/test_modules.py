@@ -15,7 +15,7 @@ from pretrain.models.encoders import conformer, transformer
 from pretrain.models.frontends import multiscale
 from pretrain.nn.half_rate import HalfRate
 from pretrain.nn.positions import rotary_angles, rotate
-from pretrain.nn.spectral import LogMel, Mfcc, delta
+from pretrain.nn.spectral import LogMel, TorchaudioMfcc, delta
 from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
 from tests.support.hugging_face import randomize
 from tests.support.parity_table import Parity, difference
@@ -108,7 +108,7 @@ def test_mfcc_are_torchaudios(n_mels: int, window: int, parity: Parity) -> None:
     transforms = pytest.importorskip("torchaudio.transforms")
     functional = pytest.importorskip("torchaudio.functional")
     wave_BT = torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
-    ours = Mfcc(n_mels, window)
+    ours = TorchaudioMfcc(n_mels, window)
     n_fft = ours.mel.n_fft
     options = {"n_fft": n_fft, "win_length": window, "hop_length": 160, "n_mels": n_mels, "center": False}
     theirs = transforms.MFCC(16_000, n_mfcc=13, log_mels=True, melkwargs=options)(wave_BT)
@@ -183,7 +183,7 @@ def test_multiscale_front_end_is_numpys(parity: Parity) -> None:
     mel = LogMel(80)(wave_BT, torch.tensor([8_000])).x_BFD[0]
     n_frames = len(mel)
     around = F.pad(wave_BT, (312, 312))  # (1024 - 400) / 2 samples on each side
-    mfcc = Mfcc(40, 1024)(around, torch.tensor([8_624])).x_BFD[0, :n_frames]
+    mfcc = TorchaudioMfcc(40, 1024)(around, torch.tensor([8_624])).x_BFD[0, :n_frames]
     x_1DT = F.pad(wave_BT, (0, 800))[:, None]
     for conv, norm, stride in zip(ours.wave.convs, ours.wave.norms, (5, 4, 2, 4), strict=True):
         y_1DT = F.conv1d(x_1DT, conv.weight, conv.bias, stride).transpose(1, 2)

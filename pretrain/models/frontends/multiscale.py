@@ -18,7 +18,7 @@ from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import stack_frames, zero_padding
 from pretrain.nn.packing import Packing, packed_strided
-from pretrain.nn.spectral import LogMel, Mfcc
+from pretrain.nn.spectral import LogMel, TorchaudioMfcc
 
 WAVE_LAYERS = ((10, 5), (8, 4), (4, 2), (4, 4))
 """Taps and stride of the waveform branch: one frame per 160 samples."""
@@ -63,7 +63,7 @@ class Multiscale(Frontend):
         super().__init__()
         self.subsampling = config.subsampling
         self.mel = LogMel(config.n_mels)
-        self.mfcc = Mfcc(40, config.mfcc_window)
+        self.mfcc = TorchaudioMfcc(40, config.mfcc_window)
         self.wave = WaveBranch(config.wave_channels)
         self.reach = (config.mfcc_window - self.mel.window) // 2
         self.widths = [config.n_mels, self.mfcc.dim, config.wave_channels]

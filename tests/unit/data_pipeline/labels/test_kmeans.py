@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.labels import kmeans
-from data_pipeline.labels.features import mfcc
+from data_pipeline.labels.features import kaldi_mfcc
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.shards.records import done_records, read_index
 from pretrain.interop.fingerprint import checkpoint_fingerprint
@@ -37,7 +37,7 @@ def all_features(shards: Path) -> np.ndarray:
     parts = [
         features
         for record in done_records(str(shards))
-        for _, features in kmeans.shard_features(str(shards), record, mfcc)
+        for _, features in kmeans.shard_features(str(shards), record, kaldi_mfcc)
     ]
     return np.concatenate(parts)
 
@@ -80,7 +80,7 @@ def test_one_round_equals_lloyds(shards: Path) -> None:
     frames = all_features(shards)
     centres = frames[:: len(frames) // 8][:8]
     config = settings(shards, shards / "unused")
-    parts = [kmeans.accumulate(config, record, mfcc, centres) for record in done_records(str(shards))]
+    parts = [kmeans.accumulate(config, record, kaldi_mfcc, centres) for record in done_records(str(shards))]
     mine = sum(part[0] for part in parts) / sum(part[1] for part in parts)[:, None]
     theirs = KMeans(8, init=centres, n_init=1, max_iter=1).fit(frames).cluster_centers_
     np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=5e-3)
