@@ -8,6 +8,8 @@ whole.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import importlib.util
 import io
@@ -44,6 +46,10 @@ MEDIA_FORMATS: Final = (
 """Demuxers that FFmpeg may use: none of those that open further files or addresses."""
 
 
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of writing a copy, which are not errors of the file that is read."""
+
+
 class AudioError(ValueError):
     """A file that gives no usable audio; `reason` is a short code for reports."""
 
@@ -73,7 +79,12 @@ class AudioInfo:
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """A local path with the content of `path`, which may be an fsspec URL. Raises AudioError("vanished")."""
+    """Gives a local path with the content of `path`, which may be an fsspec URL.
+
+    Raises:
+        AudioError: There is no such file (`vanished`), or it cannot be read now (`read_error`).
+        OSError: There is no room for the copy.
+    """
     if not is_url(path):
         yield path.removeprefix("file://")
         return
@@ -84,6 +95,10 @@ def local_copy(path: str) -> Iterator[str]:
             fs.get_file(remote, target)
         except FileNotFoundError:
             raise AudioError("vanished", "is not there any more") from None
+        except Exception as error:  # every protocol of fsspec has its own exceptions
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise OSError(error.errno, f"no room in {folder} for a copy of {path}") from None
+            raise AudioError("read_error", f"cannot be read: {type(error).__name__}: {error}") from None
         yield target
 
 
@@ -99,10 +114,11 @@ def probe(path: str) -> AudioInfo:
             return _checked(_media_info(container))
 
 
-def decode(path: str, rate: int) -> Iterator[Wave]:
+def decode(path: str, rate: int, channel: int | None = None) -> Iterator[Wave]:
     """The audio of a local file as mono float32 blocks at `rate` Hz. Raises AudioError, also half-way.
 
-    Channels are averaged, unless they cancel each other out: then the first one is taken.
+    Channels are averaged, unless they cancel each other out: then the first one is taken. `channel`: take that one
+    alone, counted from 0.
     """
     with _no_os_errors():
         source = _libsndfile_blocks(path)
@@ -112,7 +128,8 @@ def decode(path: str, rate: int) -> Iterator[Wave]:
             source = _media_blocks(_av(error), path)
             info = next(source)
         assert isinstance(info, AudioInfo)
-        yield from _resampled(_mono(_finite(_whole(source, info))), info.sample_rate, rate)
+        mono = _mono if channel is None else functools.partial(_one_channel, channel=channel)
+        yield from _resampled(mono(_finite(_whole(source, info))), info.sample_rate, rate)
 
 
 def read_mono(path: str, rate: int = SAMPLE_RATE) -> Wave:
@@ -190,7 +207,7 @@ def _no_os_errors() -> Iterator[None]:
     except FileNotFoundError:
         raise AudioError("vanished", "is not there any more") from None
     except OSError as error:
-        raise AudioError("unreadable", f"cannot be read: {error.strerror or error}") from None
+        raise AudioError("read_error", f"cannot be read: {error.strerror or error}") from None
     except (soundfile.SoundFileError, RuntimeError, MemoryError) as error:
         raise AudioError("corrupt", f"breaks off while being decoded: {str(error)[:200]}") from None
 
@@ -323,6 +340,13 @@ def _mono(blocks: Iterator[Wave]) -> Iterator[Wave]:
         if first_only is None and (power := float(np.square(block[:, 0]).mean())) > 1e-9:
             first_only = float(np.square(mixed).mean()) < 1e-3 * power
         yield np.ascontiguousarray(block[:, 0]) if first_only else mixed
+
+
+def _one_channel(blocks: Iterator[Wave], channel: int) -> Iterator[Wave]:
+    for block in blocks:
+        if channel >= block.shape[1]:
+            raise AudioError("no_channel", f"has no channel {channel}; it has {block.shape[1]}, counted from 0")
+        yield np.ascontiguousarray(block[:, channel])
 
 
 def _resampled(blocks: Iterator[Wave], source: int, target: int) -> Iterator[Wave]:

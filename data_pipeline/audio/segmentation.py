@@ -1,9 +1,11 @@
-"""Cuts a stream of audio into segments. Source times stay exact: `start` counts samples from the recording's begin."""
+"""Cuts a stream of audio into segments. Source times are exact: `start` counts samples from the recording's begin."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 import numpy as np
 
@@ -38,20 +40,47 @@ def cut(blocks: Iterable[Wave], longest: int) -> Iterator[tuple[int, Wave, bool]
 
 
 def marked(blocks: Iterable[Wave], spans: Sequence[Span], longest: int) -> Iterator[tuple[Span, int, Wave, bool]]:
-    """(span, start, wave, whole) for the stretches that the corpus marks; longer ones than `longest` are cut.
+    """Cuts the stretches that a corpus marks out of a recording; they may overlap, and each is a piece of its own.
 
-    Spans are sorted by start and may overlap; what lies beyond the recording's end is not there. Holds the audio of the
-    first span that is open, and what overlaps it.
+    Holds the audio since the start of the oldest open span, but at most 2 · `longest` samples and one block of it.
+
+    Args:
+        blocks: The recording, in blocks of any size.
+        spans: Stretches in samples; one with `stop` None ends with the recording.
+        longest: Samples of the longest piece; longer spans are cut as by `cut`.
+
+    Yields:
+        (span, start, wave, whole) in the order in which the pieces are complete, whatever the blocks. `whole` where
+        the piece is all that there is of its span; it is shorter than the span where the recording ends first. A span
+        beyond the end of the recording yields nothing.
     """
-    waiting, held, first = list(spans), np.zeros(0, np.float32), 0
+    at = [span.start for span in spans]
+    waiting = [(_next_cut(span, span.start, longest), number) for number, span in enumerate(spans)]
+    heapq.heapify(waiting)
+    held, first = np.zeros(0, np.float32), 0
     for block in itertools.chain(blocks, [None]):
         held = held if block is None else np.concatenate([held, block])
-        while waiting and (block is None or waiting[0].stop <= first + len(held)):
-            span = waiting.pop(0)
-            wave = held[max(span.start - first, 0) : max(span.stop - first, 0)]
-            if len(wave):
-                yield from ((span, span.start + at, piece, whole) for at, piece, whole in cut([wave], longest))
-        keep = waiting[0].start if waiting else first + len(held)
+        end = first + len(held)
+        while waiting and (block is None or waiting[0][0] <= end):
+            place, number = heapq.heappop(waiting)
+            span, start = spans[number], at[number]
+            if place < (_END if span.stop is None else span.stop) and place <= end:
+                yield span, start, held[start - first : start - first + longest], False
+                at[number] = start + longest
+                heapq.heappush(waiting, (_next_cut(span, at[number], longest), number))
+                continue
+            rest = held[start - first : min(place, end) - first] if start < end else held[:0]
+            pieces = cut([rest], longest) if len(rest) else ()
+            yield from ((span, start + offset, wave, whole and start == span.start) for offset, wave, whole in pieces)
+        keep = min((at[number] for _, number in waiting), default=end)
         if keep > first:
             gone = min(keep - first, len(held))
             held, first = held[gone:], first + gone
+
+
+_END: Final = 1 << 62
+
+
+def _next_cut(span: Span, start: int, longest: int) -> int:
+    """Where the recording has to be known to for the next piece of a span: as `cut`, which keeps the last two equal."""
+    return min(start + 2 * longest, _END if span.stop is None else span.stop)

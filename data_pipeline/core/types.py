@@ -15,14 +15,22 @@ SAMPLE_RATE = 16_000
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch that the corpus itself marks inside a long recording."""
+    """A stretch that the corpus itself marks inside a recording; it becomes a segment of its own."""
 
     start: int
     """In samples of the output rate, like `stop`."""
-    stop: int
+    stop: int | None
+    """None: to the end of the recording."""
     speaker: str = ""
     text: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    language: str = ""
+    """Where it differs from the recording's, like `split`."""
+    split: str = ""
+    channel: int | None = None
+    """The only channel that counts, from 0; None takes all of them, mixed."""
+    row: int = 0
+    """Row of the table that names it, from 1; 0 where no table does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,7 @@ class AudioFile:
     mtime: str = ""
     """When it was last changed, as the file system says (an ETag on object stores)."""
     spans: tuple[Span, ...] = ()
-    """Only these stretches are speech that counts; sorted by start. Empty: all of it."""
+    """Only these stretches count; sorted by start, and they may overlap. Empty: all of the recording."""
 
 
 @dataclass(frozen=True, slots=True)

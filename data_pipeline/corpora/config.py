@@ -9,9 +9,13 @@ from data_pipeline.core.schema import about, config
 
 # fmt: off
 SOUND_ENDINGS: Final = (
-    "wav", "flac", "ogg", "opus", "oga", "mp3", "m4a", "aac", "mp4", "webm", "mkv", "mov", "avi", "wma", "amr", "g722",
-    "sph", "nist", "au", "snd", "aif", "aiff", "aifc", "caf", "w64", "rf64", "voc", "ac3", "ape", "wv", "tta",
+    "wav", "wave", "flac", "ogg", "opus", "oga", "spx", "mp3", "mp2", "mpga", "m4a", "m4b", "m4r", "aac", "adts", "mp4",
+    "m4v", "mov", "3gp", "3g2", "webm", "weba", "mkv", "mka", "ogv", "avi", "flv", "asf", "wma", "wmv", "amr", "awb",
+    "g722", "g726", "gsm", "sph", "nist", "au", "snd", "aif", "aiff", "aifc", "caf", "w64", "rf64", "voc", "ac3", "ape",
+    "wv", "tta", "ts", "m2ts", "mts", "mpg", "mpeg",
 )
+"""Endings of files that hold sound, films included."""
+# fmt: on
 
 
 @config
@@ -24,18 +28,24 @@ class PathCorpus:
     language: Annotated[str, about("language of all files, where the pattern gives none")] = ""
     pattern: Annotated[
         str,
-        about("regular expression on the path below the folder; its groups speaker, language, text, split are kept"),
+        about(
+            "regular expression searched in the path below the folder; its groups give speaker, language, text, split"
+        ),
     ] = ""
     extensions: Annotated[
         tuple[str, ...],
         about("endings of sound files, in lower case and without the dot", min_length=1),
     ] = SOUND_ENDINGS
+    probe: Annotated[
+        bool, about("open files of other endings too, and take those that hold audio (remote ones are copied for it)")
+    ] = False
     splits: Annotated[tuple[str, ...], about("keep files of these splits only; empty keeps all")] = ()
 
 
 @config
 class ManifestCorpus:
-    """A table of files: tsv, csv (first line names the columns) or jsonl."""
+    """A table of files: tsv, csv (first line names the columns) or jsonl. A row with begin and end, or offset and
+    duration, in seconds means that stretch of its file and becomes a segment of its own."""
 
     name: Literal["manifest"] = "manifest"
     path: Annotated[str, about("the manifest, a .tsv, .csv, .jsonl or .json (one object a line) file", min_length=1)]
@@ -44,7 +54,10 @@ class ManifestCorpus:
     language: Annotated[str, about("language where the manifest has no column for it")] = ""
     columns: Annotated[
         dict[str, str],
-        about("column of path, speaker, language, text, corpus, split, seconds, begin, end where it has another name"),
+        about(
+            "column of path, speaker, language, text, corpus, split, seconds, begin, end, channel where it has another "
+            "name; channels count from 0"
+        ),
     ] = dataclasses.field(default_factory=dict)
     labels: Annotated[
         str, about("a second table with a column path; its other columns (phones, say) become labels of the samples")
@@ -96,7 +109,7 @@ class VoxPopuliCorpus:
 
 @config
 class GigaSpeechCorpus:
-    """GigaSpeech: the segments that GigaSpeech.json lists in each recording; where it lists none, all of it."""
+    """GigaSpeech: the segments that GigaSpeech.json lists, by their own subsets; all of a recording that lists none."""
 
     name: Literal["gigaspeech"] = "gigaspeech"
     path: Annotated[str, about("folder that holds GigaSpeech.json", min_length=1)]
@@ -113,14 +126,16 @@ CORPORA: Final[dict[str, type[Any]]] = {
     "voxpopuli": VoxPopuliCorpus,
     "gigaspeech": GigaSpeechCorpus,
 }
-"""Name -> config of every kind of corpus; discover.py finds their files."""
+"""Config class of every kind of corpus by its name; discovery.py finds their files."""
 
 
-def _names() -> list[str]:
+def corpus_names() -> list[str]:
+    """Names of all kinds of corpora."""
     return sorted(CORPORA)
 
 
-def _config_type(name: str) -> type[Any]:
+def corpus_type(name: str) -> type[Any]:
+    """The config class of a kind of corpus. Raises ValueError for an unknown name."""
     if name not in CORPORA:
-        raise ValueError(f"there is no corpus {name!r}; there are: {', '.join(_names())}")
+        raise ValueError(f"there is no corpus {name!r}; there are: {', '.join(corpus_names())}")
     return CORPORA[name]

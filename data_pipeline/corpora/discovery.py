@@ -1,50 +1,65 @@
-"""Finds the recordings of a corpus. What cannot be used is listed with a reason, never skipped silently."""
+"""Finds the recordings of a corpus. What cannot be used is listed with a reason or counted."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
-
+from data_pipeline.audio import codecs
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import is_url
+from data_pipeline.core.text import visible
 from data_pipeline.core.types import AudioFile
 from data_pipeline.corpora import layouts
-from data_pipeline.corpora.config import ManifestCorpus, PathCorpus
-from data_pipeline.corpora.manifest import _from_manifest
-from data_pipeline.corpora.records import Discovered, Reject, _remote_stat, printable
+from data_pipeline.corpora.config import LibriSpeechCorpus, ManifestCorpus, PathCorpus
+from data_pipeline.corpora.listing import Entry, list_files
+from data_pipeline.corpora.manifest import read_manifest
+from data_pipeline.corpora.records import Discovered, RecordingId, recording_id, reject_file
 
 
 def fingerprint(corpus: Any) -> str:
-    """A short name for a corpus config."""
+    """Returns a short name for a corpus config."""
     text = json.dumps(dataclasses.asdict(corpus), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def discover(corpus: Any) -> Discovered:
-    """The files of a corpus config. Raises ConfigError where the corpus is not there or is empty."""
+    """Finds the recordings of a corpus; nothing is decoded, except by `corpus.probe`.
+
+    Each file, and each row of a table, ends as a recording, a span of one, a reject, or in the count of files skipped.
+
+    Args:
+        corpus: One of the config classes of `corpora.config`.
+
+    Returns:
+        Recordings sorted by `file_id`, rejects with reasons, files not taken by ending, and warnings.
+
+    Raises:
+        ConfigError: The corpus is not there, is empty, or its table or pattern cannot be used.
+        ReadError: The storage cannot list it now.
+    """
     found = Discovered()
     if isinstance(corpus, PathCorpus):
         _from_path(corpus, found)
     elif isinstance(corpus, ManifestCorpus):
-        _from_manifest(corpus, found)
+        read_manifest(corpus, found)
     else:
         _from_layout(corpus, found)
-    _refuse_doubles(found)
+    _reject_repeated(found)
     if not found.files and not found.rejects:
         splits = f" in the splits {', '.join(corpus.splits)}" if corpus.splits else ""
+        others = ", ".join(
+            f"{count:,} of {visible(name) or 'no ending'}" for name, count in found.skipped.most_common(5)
+        )
         raise ConfigError(
             f"corpus.path={corpus.path}: holds no sound files{splits}; check the path, corpus.extensions and "
-            "corpus.splits"
+            f"corpus.splits{f' (files not taken: {others})' if others else ''}"
         )
     found.files.sort(key=lambda file: file.file_id)
+    _mark_recordings(found)
     return found
 
 
@@ -52,119 +67,110 @@ def _from_path(corpus: PathCorpus, found: Discovered) -> None:
     name = corpus.corpus or PurePosixPath(corpus.path.rstrip("/")).name or "corpus"
     pattern = _compiled(corpus.pattern)
     endings = tuple("." + ending.lower().lstrip(".") for ending in corpus.extensions)
-    listing = _list_url(corpus.path) if is_url(corpus.path) else _list_folder(corpus.path)
-    for path, relative, size, mtime, error in listing:
-        is_folder = error is not None and error[0] == "unreadable"
-        if not is_folder and not relative.lower().endswith(endings):
+    matched = unmatched = 0
+    example = ""
+    for entry in list_files(corpus.path):
+        if not entry.is_folder and not entry.relative.lower().endswith(endings) and not _holds_audio(entry, corpus):
+            found.skipped[entry.ending] += 1
             continue
-        file_id = printable(relative)
-        if error:
-            found.rejects.append(Reject(printable(path), file_id, name, corpus.language, "discover", *error))
+        file = AudioFile(entry.path, entry.file_id, name, language=corpus.language, size=entry.size, mtime=entry.mtime)
+        if entry.problem:
+            found.rejects.append(reject_file(file, "discover", entry.problem, entry.error))
             continue
-        match = pattern.search(file_id) if pattern else None
+        match = pattern.search(entry.file_id) if pattern else None
         groups = {key: value or "" for key, value in match.groupdict().items()} if match else {}
+        if match:
+            matched += 1
+        else:
+            unmatched, example = unmatched + 1, example or entry.file_id
         if corpus.splits and groups.get("split", "") not in corpus.splits:
             continue
         found.files.append(
-            AudioFile(
-                path=path,
-                file_id=file_id,
-                corpus=name,
+            dataclasses.replace(
+                file,
                 speaker=groups.get("speaker", ""),
                 language=groups.get("language", "") or corpus.language,
                 text=groups.get("text", ""),
                 split=groups.get("split", ""),
-                size=size,
-                mtime=mtime,
             )
         )
+    if pattern and unmatched:
+        message = f"corpus.pattern={corpus.pattern!r}: matches {matched:,} of {matched + unmatched:,} recordings"
+        if not matched:
+            raise ConfigError(f"{message}; it is searched in paths below corpus.path, such as {visible(example)!r}")
+        found.warnings.append(f"{message}; the other ones have no speaker, such as {visible(example)!r}")
+
+
+def _holds_audio(entry: Entry, corpus: PathCorpus) -> bool:
+    """Whether a file of an unknown ending can be opened as audio, where `corpus.probe` asks for that."""
+    if not corpus.probe or entry.problem:
+        return False
+    try:
+        with codecs.local_copy(entry.path) as path:
+            codecs.probe(path)
+    except codecs.AudioError:
+        return False
+    return True
 
 
 def _from_layout(corpus: Any, found: Discovered) -> None:
-    if getattr(corpus, "download", False):
+    if isinstance(corpus, LibriSpeechCorpus) and corpus.download:
         layouts.download(corpus)
-    describe = layouts.READERS[corpus.name](corpus)
-    listing = _list_url(corpus.path) if is_url(corpus.path) else _list_folder(corpus.path)
-    for path, relative, size, mtime, error in listing:
-        file_id = printable(relative)
-        about = describe(file_id)
-        if about is None:
+    entries = list(list_files(corpus.path))
+    layout = layouts.READERS[corpus.name](corpus, {entry.file_id for entry in entries if not entry.is_folder})
+    for entry in entries:
+        about = layout.describe(entry.file_id)
+        if about is None and not entry.is_folder:
+            found.skipped[entry.ending] += 1
             continue
-        if error:
-            found.rejects.append(Reject(printable(path), file_id, corpus.name, about.language, "discover", *error))
+        about = about or layouts.About()
+        file = AudioFile(
+            path=entry.path,
+            file_id=entry.file_id,
+            corpus=corpus.name,
+            speaker=about.speaker,
+            language=about.language,
+            text=about.text,
+            split=about.split,
+            seconds=about.seconds,
+            size=entry.size,
+            mtime=entry.mtime,
+            spans=about.spans,
+        )
+        if entry.problem:
+            found.rejects.append(reject_file(file, "discover", entry.problem, entry.error))
         elif not corpus.splits or about.split in corpus.splits:
-            found.files.append(
-                AudioFile(
-                    path, file_id, corpus.name, about.speaker, about.language, about.text, about.split, {},
-                    about.seconds, size, mtime, about.spans,
-                )
-            )  # fmt: skip
+            found.files.append(file)
+    found.rejects += layout.rejects
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:
     try:
         return re.compile(pattern) if pattern else None
     except re.error as error:
-        raise ConfigError(f"corpus.pattern={pattern!r}: is no regular expression ({error})") from None
+        raise ConfigError(f"corpus.pattern={pattern!r}: is not a regular expression ({error})") from None
 
 
-Listed = tuple[str, str, int, str, tuple[str, str] | None]
-"""(path, path below the root, size, mtime, what is wrong with it as (reason, error))"""
-
-
-def _list_folder(given: str) -> Iterator[Listed]:
-    root = Path(given.removeprefix("file://")).expanduser()
-    if not root.is_dir():
-        raise ConfigError(f"corpus.path={given}: there is no such folder")
-    # follows links to folders, each folder once, so that loops end
-    seen: set[tuple[int, int]] = set()
-    waiting = [(str(root), "")]
-    while waiting:
-        folder, relative = waiting.pop()
-        try:
-            status = Path(folder).stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
-                ordered = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            yield folder, relative or ".", 0, "", ("unreadable", f"folder: {error.strerror}")
-            continue
-        for entry in ordered:
-            below = f"{relative}/{entry.name}" if relative else entry.name
-            try:
-                if entry.is_dir():
-                    waiting.append((entry.path, below))
-                elif entry.is_file():
-                    info = entry.stat()
-                    yield entry.path, below, info.st_size, str(info.st_mtime_ns), None
-                elif entry.is_symlink():
-                    yield entry.path, below, 0, "", ("broken_link", "is a link to nothing")
-            except OSError as error:
-                yield entry.path, below, 0, "", ("broken_link", f"{error.strerror}")
-
-
-def _list_url(url: str) -> Iterator[Listed]:
-    fs, base = fsspec.core.url_to_fs(url)
-    base = base.rstrip("/")
-    fs.invalidate_cache()
-    if not fs.exists(base):
-        raise ConfigError(f"corpus.path={url}: there is no such folder")
-    for path, info in sorted(fs.find(base, detail=True).items()):
-        yield fs.unstrip_protocol(path), path[len(base) :].lstrip("/"), *_remote_stat(info), None
-
-
-def _refuse_doubles(found: Discovered) -> None:
-    """Two files of one id would give two samples of one key."""
-    seen: set[tuple[str, str]] = set()
+def _reject_repeated(found: Discovered) -> None:
+    """Rejects the second file of an id: it would give samples of the same keys."""
+    seen: set[RecordingId] = set()
     kept = []
     for file in found.files:
-        if (file.corpus, file.file_id) in seen:
+        if recording_id(file) in seen:
             found.rejects.append(
-                Reject(printable(file.path), file.file_id, file.corpus, file.language, "discover", "listed_twice")
+                reject_file(file, "discover", "listed_twice", "another file has the same printable name")
             )
         else:
-            seen.add((file.corpus, file.file_id))
+            seen.add(recording_id(file))
             kept.append(file)
     found.files = kept
+
+
+def _mark_recordings(found: Discovered) -> None:
+    """Marks one reject of each recording that is not usable at all, so that recordings in and out can be balanced."""
+    known = {recording_id(file) for file in found.files}
+    for number, reject in enumerate(found.rejects):
+        is_recording = bool(reject.file_id) and not reject.error.startswith("folder:")
+        if is_recording and reject.recording_id not in known:
+            known.add(reject.recording_id)
+            found.rejects[number] = dataclasses.replace(reject, recording=True)

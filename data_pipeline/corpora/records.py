@@ -1,7 +1,9 @@
-"""Records of corpus discovery: the recordings found and the rejected inputs."""
+"""Records of corpus discovery: the recordings found, the rejected inputs, and what was not taken."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,47 +11,115 @@ from typing import Any
 import fsspec
 
 from data_pipeline.core.storage import is_url
-from data_pipeline.core.types import AudioFile
+from data_pipeline.core.types import AudioFile, Span
+
+RecordingId = tuple[str, str]
+"""(corpus, file_id): names a recording in a data set."""
+
+
+class ReadError(OSError):
+    """An input that cannot be read now: denied, an I/O error, a server's error. It may be readable later."""
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A file or segment that was left out. `samples` at the output rate, 0 where unknown; `start` likewise."""
+    """A recording, a row of a table or a segment that was left out."""
 
     path: str
     file_id: str
     corpus: str
     language: str
     stage: str
+    """discover, decode, vad, cut, filter or unit."""
     reason: str
+    """Short code, counted in reports."""
     error: str = ""
     start: int = 0
+    """First sample, at the output rate."""
     samples: int = 0
+    """Length at the output rate; 0 where it is unknown."""
+    row: int = 0
+    """Row of the table that names it, from 1; 0 for what no table names."""
+    recording: bool = False
+    """True for the one row that stands for a recording of which nothing was kept."""
+
+    @property
+    def recording_id(self) -> RecordingId:
+        """(corpus, file_id)."""
+        return self.corpus, self.file_id
 
 
 @dataclass
 class Discovered:
-    """The usable files, sorted by `file_id`, and those that are not."""
+    """The usable recordings of a corpus, sorted by `file_id`, and what is not usable."""
 
     files: list[AudioFile] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Files that were not taken as recordings, by ending (".txt"; "" for none)."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def recording_id(file: AudioFile) -> RecordingId:
+    """(corpus, file_id) of a recording."""
+    return file.corpus, file.file_id
+
+
+def sorted_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Orders spans by start, end, channel and row; one that is open ends last."""
+    return tuple(sorted(spans, key=lambda span: (span.start, span.stop or 1 << 62, span.channel or 0, span.row)))
+
+
+def reject_file(file: AudioFile, stage: str, reason: str, error: str = "", **more: Any) -> Reject:
+    """Makes the reject of a recording, or of a part of one. `more`: further fields of `Reject`."""
+    path = file.path if is_url(file.path) else printable(file.path)
+    return Reject(path, file.file_id, file.corpus, file.language, stage, reason, error, **more)
+
+
+def reject_from_json(values: Mapping[str, Any]) -> Reject:
+    """Reads a row of a rejects file; rows of earlier versions lack the newer fields.
+
+    Raises:
+        ValueError: The row has other fields.
+    """
+    try:
+        return Reject(**values)
+    except TypeError as error:
+        raise ValueError(f"not a row of rejects: {error}") from None
 
 
 def printable(name: str) -> str:
-    """A file name as valid Unicode: bytes that are not UTF-8 become \\xXX escapes."""
+    """Returns a file name as valid Unicode: bytes that are not UTF-8 become \\xXX escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _remote_stat(info: dict[str, Any]) -> tuple[int, str]:
+def remote_stat(info: Mapping[str, Any]) -> tuple[int, str]:
+    """Returns (size, version) from what fsspec reports about a file."""
     stamp = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
     return int(info.get("size") or 0), str(stamp).strip('"')
 
 
 def stat(path: str) -> tuple[int, str]:
-    """(size, mtime) of a file as `discover` notes them. Raises FileNotFoundError."""
+    """Returns (size, modification time or version) of a local file or URL.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ReadError: It may be there, but the file system or server did not say so: denied, an I/O error, HTTP 500.
+        ValueError: The path is not valid.
+    """
     if not is_url(path):
-        info = Path(path).stat()
+        try:
+            info = Path(path).stat()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ReadError(f"cannot be read: {error.strerror or error}") from None
         return info.st_size, str(info.st_mtime_ns)
-    fs, remote = fsspec.core.url_to_fs(path)
-    fs.invalidate_cache()
-    return _remote_stat(fs.info(remote))
+    try:
+        fs, remote = fsspec.core.url_to_fs(path)
+        fs.invalidate_cache()
+        return remote_stat(fs.info(remote))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # every protocol of fsspec has its own exceptions
+        raise ReadError(f"cannot be read: {type(error).__name__}: {error}") from None

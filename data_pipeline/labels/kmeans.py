@@ -37,12 +37,11 @@ KMEANS = "kmeans.safetensors"
 
 
 RESTARTS = 5
-
-
+"""Seedings of which the best is taken."""
+SEED_ROUNDS = 20
+"""Lloyd iterations by which seedings are compared."""
 SEEDS = 20_000
 """Frames among which k-means++ draws the first centres."""
-
-
 ROWS = 8_192
 """Frames compared with the centres at a time."""
 
@@ -236,33 +235,23 @@ def _first_centres(config: TargetsConfig, records: list[DoneRecord], extractor: 
 
 
 def _seeded(frames: Matrix, config: TargetsConfig, restart: int) -> tuple[float, Matrix]:
-    """(inertia, centres) of greedy k-means++ and twenty of Lloyd's rounds on these frames."""
-    draw = keyed_rng(config.seed, restart, "targets", "centres")
-    chosen = [int(draw.integers(len(frames)))]
-    distance = _distances(frames, chosen)[0]
-    trials = 2 + int(np.log(config.classes))
-    while len(chosen) < config.classes:
-        total = distance.sum()
-        weights = distance / total if total > 0 else np.full(len(frames), 1 / len(frames))
-        tried = draw.choice(len(frames), size=trials, p=weights).tolist()
-        after = np.minimum(distance, _distances(frames, tried))
-        best = int(after.sum(axis=1).argmin())
-        chosen.append(tried[best])
-        distance = after[best]
+    """Returns (inertia, centres) of greedy k-means++ followed by `SEED_ROUNDS` Lloyd iterations on these frames."""
+    import torch
+
+    from data_pipeline.labels.seeding import kmeans_plus_plus
+
+    rng = keyed_rng(config.seed, restart, "targets", "centres")
+    first = int(rng.integers(len(frames)))
+    draws = rng.random((config.classes - 1, 2 + int(np.log(config.classes))))
+    chosen = kmeans_plus_plus(torch.from_numpy(frames), first, torch.from_numpy(draws))
     centres = frames[chosen].astype(np.float64)
-    for _ in range(20):
+    for _ in range(SEED_ROUNDS):
         nearest, squared = assign(frames, centres.astype(np.float32))
         counts = np.bincount(nearest, minlength=len(centres))
         sums = np.zeros_like(centres)
         np.add.at(sums, nearest, frames)
         centres = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres)
     return float(squared.sum()), centres.astype(np.float32)
-
-
-def _distances(frames: Matrix, chosen: list[int]) -> npt.NDArray[np.float64]:
-    """(len(chosen), F) squared distances."""
-    rows = [frames - frames[number] for number in chosen]
-    return np.stack([np.einsum("fd,fd->f", row, row) for row in rows]).astype(np.float64)
 
 
 def _sample(

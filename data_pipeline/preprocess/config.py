@@ -9,7 +9,7 @@ from data_pipeline.audio.quality import FilterConfig
 from data_pipeline.audio.vad import VadConfig
 from data_pipeline.core.ray_tasks import RayConfig
 from data_pipeline.core.schema import PluginChoice, about, config
-from data_pipeline.corpora.config import _config_type, _names
+from data_pipeline.corpora.config import corpus_names, corpus_type
 from data_pipeline.preprocess.duplicate_search import DedupConfig
 
 
@@ -42,11 +42,11 @@ class PreprocessConfig:
     """One preprocessing job: a corpus in, shards out."""
 
     out: Annotated[str, about("folder or fsspec URL for the shards; what is done there already stays", min_length=1)]
-    corpus: Annotated[Any, PluginChoice("corpus", _names, _config_type)]
+    corpus: Annotated[Any, PluginChoice("corpus", corpus_names, corpus_type)]
     codec: Annotated[Literal["flac", "wav", "opus"], about("how audio is stored; flac and wav are lossless")] = "flac"
     copy_flac: Annotated[
         bool,
-        about("with codec=flac, take 16 kHz mono 16-bit FLAC that stays whole as it is instead of encoding it anew"),
+        about("with codec=flac, take 16 kHz mono 16-bit FLAC that stays whole as it is instead of encoding it again"),
     ] = True
     shard_mb: Annotated[float, about("about how many MB a shard gets; small corpora get smaller ones", gt=0)] = 1000.0
     min_shards: Annotated[int, about("make shards smaller than shard_mb until there are about so many", ge=1)] = 16

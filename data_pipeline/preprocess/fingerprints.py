@@ -23,7 +23,7 @@ from data_pipeline.audio import codecs
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
 from data_pipeline.preprocess.duplicate_search import DedupConfig, Table, equal_hashes, shared_prints
-from data_pipeline.preprocess.work_plan import Dropped
+from data_pipeline.preprocess.plan_file import Dropped
 
 Keys = npt.NDArray[np.uint64]
 Frames = npt.NDArray[np.uint32]
@@ -146,30 +146,30 @@ def _short(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def find_doubles(
+def find_duplicates(
     out: str, config: DedupConfig, fresh: Sequence[AudioFile], older: set[tuple[str, str]]
 ) -> list[Dropped]:
     """Which of the `fresh` recordings, all scanned, to leave out. Of each group one stays: an `older` one (in a unit
     already) if there is one, otherwise the first by name.
 
-    Fingerprints and hashes are sorted on disk: memory holds the names of the recordings, and the doubles found.
+    Fingerprints and hashes are sorted on disk: memory holds the names of the recordings, and the duplicates found.
     """
     new = {(file.corpus, file.file_id): file for file in fresh}
     ranked = [*sorted(older), *sorted(new.keys() - older)]
     place = {name: number for number, name in enumerate(ranked)}
-    store, doubles = FileStore(out), dict[int, tuple[str, int]]()
+    store, duplicates = FileStore(out), dict[int, tuple[str, int]]()
     with store.scratch() as folder:
         if config.exact:
             hashes = _tables(store, place, new, ["pcm"])
-            doubles = {other: ("exact", one) for other, one in equal_hashes(hashes, len(ranked), folder)}
+            duplicates = {other: ("exact", one) for other, one in equal_hashes(hashes, len(ranked), folder)}
         if config.near:
             prints = _tables(store, place, new, ["prints", "frames"])
             for one, other in sorted(shared_prints(prints, len(ranked), config, folder)):
-                if other not in doubles and one not in doubles:
-                    doubles[other] = ("near", one)
+                if other not in duplicates and one not in duplicates:
+                    duplicates[other] = ("near", one)
     return [
         Dropped(new[ranked[number]], reason, "/".join(ranked[kept]))
-        for number, (reason, kept) in sorted(doubles.items())
+        for number, (reason, kept) in sorted(duplicates.items())
         if ranked[number] in new
     ]
 

@@ -1,14 +1,14 @@
-"""One self-contained HTML page on a data set: hours in and out and why, histograms, speakers, sounds, what failed."""
+"""The report of a data set, one HTML page: hours in and out and why, histograms, speakers, examples, what failed."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,10 @@ import soundfile
 from data_pipeline.audio.codecs import encode, to_int16
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.storage import FileStore
+from data_pipeline.core.text import html_text
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.corpora.records import Reject
+from data_pipeline.preprocess.ledger import Ledger
 from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, read_index
 
 COLUMNS = ["n_samples", "snr_db", "level_dbfs", "speaker", "corpus"]
@@ -48,34 +50,45 @@ overflow-wrap:anywhere}audio{width:100%;height:32px}
 """
 
 
-def build_report(
-    title: str,
-    sets: Sequence[tuple[str, Sequence[DoneRecord]]],
-    facts: Sequence[tuple[str, str]],
-    quarantine: Sequence[Reject],
-) -> str:
-    """The page. sets: (root, finished units) of each folder; facts: rows of the terminal's table."""
-    records = [record for _, found in sets for record in found]
+@dataclass(frozen=True)
+class Page:
+    """What a report shows."""
+
+    title: str
+    sets: Sequence[tuple[str, Sequence[DoneRecord]]]
+    """(root, finished units) of each folder."""
+    ledger: Ledger
+    duplicates: Sequence[Mapping[str, object]]
+    """Rows of duplicates.jsonl."""
+    facts: Sequence[tuple[str, str]]
+    """Rows of the table in the terminal."""
+
+
+def build_report(page: Page) -> str:
+    """Returns the report as HTML that needs no other file and no network."""
+    records = [record for _, found in page.sets for record in found]
     table = pa.concat_tables(
-        [_columns(root, record) for root, found in sets for record in found if record.shard] or [_no_rows()]
+        [_columns(root, record) for root, found in page.sets for record in found if record.shard] or [_no_rows()]
     )
     hours = table["n_samples"].to_numpy() / SAMPLE_RATE / 3600
+    quarantine, title = page.ledger.quarantine, html_text(page.title)
     body = [
-        f"<h1>{html.escape(title)}</h1><p>what preprocessing made of it</p>",
-        _cards(table, hours, records),
-        "<h2>Hours in and out</h2>" + _flow(records),
-        "<h2>What the segments are like</h2><div class=charts>",
+        f"<h1>{title}</h1><p>report of preprocessing</p>",
+        _cards(table, hours, records, page.ledger),
+        "<h2>Hours in and out</h2>" + _flow(page.ledger),
+        "<h2>Segments</h2><div class=charts>",
         _histogram("duration, s", table["n_samples"].to_numpy() / SAMPLE_RATE),
         _histogram("signal-to-noise ratio (estimate), dB", table["snr_db"].to_numpy(zero_copy_only=False)),
         _histogram("level, dB of full scale", table["level_dbfs"].to_numpy(zero_copy_only=False)),
         "</div><h2>Speakers</h2>" + _speakers(table, hours),
-        "<h2>A look and a listen</h2><div class=charts>" + "".join(_gallery(sets)) + "</div>",
+        "<h2>Examples</h2><div class=charts>" + "".join(_gallery(page.sets)) + "</div>",
+        _duplicates(page.duplicates),
         f"<h2>Quarantine ({len(quarantine):,} files)</h2>" + _quarantine(quarantine),
-        "<h2>This job</h2>" + _table(("", ""), facts, numbers=()),
+        "<h2>This job</h2>" + _table(("", ""), page.facts, numbers=()),
     ]
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
+        f"<title>{title}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
     )
 
 
@@ -87,31 +100,33 @@ def _no_rows() -> Any:
     return INDEX_SCHEMA.empty_table().select(COLUMNS)
 
 
-def _cards(table: Any, hours: npt.NDArray[np.float64], records: Sequence[DoneRecord]) -> str:
-    read = sum(row[5] for record in records for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
+def _cards(table: Any, hours: npt.NDArray[np.float64], records: Sequence[DoneRecord], ledger: Ledger) -> str:
+    recordings, read = ledger.total("in")
     speakers = len(set(zip(table["corpus"].to_pylist(), table["speaker"].to_pylist(), strict=True)))
     facts = [
-        (f"{read:,.2f} h", "in"),
+        (f"{read / SAMPLE_RATE / 3600:,.2f} h", "in"),
         (f"{hours.sum():,.2f} h", "out"),
         (f"{table.num_rows:,}", "segments"),
-        (f"{sum(record.files for record in records):,}", "recordings"),
+        (f"{recordings:,}", "recordings"),
         (f"{speakers:,}", "speakers"),
         (f"{sum(1 for record in records if record.shard):,}", "shards"),
     ]
     return "<div class=cards>" + "".join(f"<div class=card><b>{b}</b>{t}</div>" for b, t in facts) + "</div>"
 
 
-def _flow(records: Sequence[DoneRecord]) -> str:
-    counts: Counter[tuple[str, str, str, str]] = Counter()
-    samples: Counter[tuple[str, str, str, str]] = Counter()
-    for record in records:
-        for corpus, language, stage, reason, count, length in record.flow:
-            counts[corpus, language, stage, reason] += count
-            samples[corpus, language, stage, reason] += length
-    order = {"in": 0, "decode": 1, "vad": 2, "cut": 3, "filter": 4, "out": 9}
-    keys = sorted(counts, key=lambda key: (key[0], key[1], order.get(key[2], 5), key[3]))
+def _flow(ledger: Ledger) -> str:
+    order = {"in": 0, "discover": 1, "dedup": 2, "decode": 3, "vad": 4, "cut": 5, "filter": 6, "text": 8, "out": 9}
+    keys = [key for key in ledger.counts if key[2] != "recording"]
+    keys.sort(key=lambda key: (key[0], key[1], order.get(key[2], 7), key[3]))
     rows = [
-        (key[0], key[1] or "–", key[2], key[3] or "–", f"{counts[key]:,}", f"{samples[key] / SAMPLE_RATE / 3600:,.3f}")
+        (
+            key[0],
+            key[1] or "–",
+            key[2],
+            key[3] or "–",
+            f"{ledger.counts[key]:,}",
+            f"{ledger.samples[key] / SAMPLE_RATE / 3600:,.3f}",
+        )
         for key in keys
     ]
     return _table(("corpus", "language", "stage", "reason", "files or segments", "hours"), rows, numbers=(4, 5))
@@ -170,16 +185,34 @@ def _gallery(sets: Sequence[tuple[str, Sequence[DoneRecord]]]) -> Iterable[str]:
         yield (
             f"<figure><img alt='spectrogram, 0 to 8 kHz' src='data:image/png;base64,{image}'>"
             f"<audio controls preload=none src='data:audio/flac;base64,{sound}'></audio>"
-            f"<figcaption>{html.escape(what)}<br>{html.escape(row['key'])}</figcaption></figure>"
+            f"<figcaption>{html_text(what)}<br>{html_text(row['key'])}</figcaption></figure>"
         )
+
+
+def _duplicates(rows: Sequence[Mapping[str, object]]) -> str:
+    if not rows:
+        return ""
+    shown = [
+        (
+            str(row["file_id"]),
+            str(row["same_as"]),
+            str(row["reason"]),
+            f"{100 * float(str(row['share'])):.0f} %",
+            f"{float(str(row['offset_seconds'])):+.1f} s",
+        )
+        for row in rows[:LISTED]
+    ]
+    more = f"<p>the first {LISTED:,}; duplicates.jsonl has all</p>" if len(rows) > LISTED else ""
+    head = ("left out", "same as", "kind", "shared", "begins at")
+    return f"<h2>Duplicates ({len(rows):,})</h2>{more}" + _table(head, shown, numbers=(3, 4), whole=(2,))
 
 
 def _quarantine(rejects: Sequence[Reject]) -> str:
     if not rejects:
-        return "<p>no file had to be left out as unreadable</p>"
+        return "<p>every recording gave at least one segment</p>"
     rows = [(reject.path or reject.file_id, reject.stage, reject.reason, reject.error) for reject in rejects[:LISTED]]
     more = f"<p>the first {LISTED:,}; quarantine.jsonl has all</p>" if len(rejects) > LISTED else ""
-    return more + _table(("file", "stage", "reason", "what was wrong"), rows, numbers=(), whole=(1, 2))
+    return more + _table(("file", "stage", "reason", "error"), rows, numbers=(), whole=(1, 2))
 
 
 def _table(
@@ -187,7 +220,7 @@ def _table(
 ) -> str:
     def cell(tag: str, column: int, text: str) -> str:
         kind = " class=n" if column in numbers else " class=k" if column in whole else ""
-        return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
+        return f"<{tag}{kind}>{html_text(text)}</{tag}>"
 
     lines = ["<tr>" + "".join(cell("th", i, text) for i, text in enumerate(head)) + "</tr>"] if any(head) else []
     lines += ["<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows]

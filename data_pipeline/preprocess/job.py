@@ -3,50 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
+import json
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from data_pipeline.audio import vad
+from data_pipeline.core import jsonl
 from data_pipeline.core.integrity import REPORT, sealed, write_checksums
-from data_pipeline.core.jsonl import parse
 from data_pipeline.core.ray_tasks import cluster, run_tasks
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
 from data_pipeline.corpora.discovery import discover, fingerprint
-from data_pipeline.corpora.records import Discovered, Reject
+from data_pipeline.corpora.records import Discovered, RecordingId, Reject, recording_id, reject_from_json
 from data_pipeline.preprocess.config import PreprocessConfig
-from data_pipeline.preprocess.fingerprints import find_doubles, scan
-from data_pipeline.preprocess.html_report import build_report
+from data_pipeline.preprocess.fingerprints import find_duplicates, scan
+from data_pipeline.preprocess.html_report import Page, build_report
+from data_pipeline.preprocess.ledger import NOT_LEFT_OUT, Ledger, as_rows, balance
+from data_pipeline.preprocess.plan_file import Dropped, WorkUnit
 from data_pipeline.preprocess.progress import live_progress
 from data_pipeline.preprocess.summary import Forecast, Summary
 from data_pipeline.preprocess.unit_worker import UnitResult, process_unit, rejects_jsonl
 from data_pipeline.preprocess.work_plan import (
     BYTES_PER_SECOND,
-    Dropped,
-    FindDoubles,
-    Plan,
-    Unit,
+    FindDuplicates,
+    WorkPlan,
     freeze_plan,
+    read_plan,
+    set_root,
     set_roots,
 )
 from data_pipeline.shards.records import DoneRecord, finished_units, rejects_name
 
 SCANNED = 200
-"""Recordings that one task looks through for doubles."""
-
-
+"""Recordings that one task reads in search of duplicates."""
 QUARANTINE = "quarantine.jsonl"
-"""In the data set: every file that gave nothing, with stage, reason and error."""
+"""In the data set: every recording that gave nothing, and every row of a table that names none, with the reason."""
+DUPLICATES = "duplicates.jsonl"
+"""In the data set: every recording left out as a duplicate, with the one that is kept, the share in common, and where."""
 
 
 def plan_units(config: PreprocessConfig) -> Forecast:
-    """What `preprocess` would do; writes nothing and starts no Ray. Raises ConfigError like it."""
+    """Returns what `preprocess` would do; writes nothing and starts no Ray.
+
+    Raises:
+        ConfigError: As `preprocess`.
+    """
     store = FileStore(config.out)
     found = discover(config.corpus)
-    plan = freeze_plan(store, found.files, config, dry=True)
-    done = {record.unit for record in _standing(config)}
-    todo = Plan([unit for unit in plan.units if unit.name not in done])
+    records = intact_records(config)
+    failures = _failures(config, read_plan(store)[0], records)
+    plan = freeze_plan(store, found.files, config, failures=failures, dry=True)
+    done = {record.unit for record in records} - plan.again
+    todo = WorkPlan([unit for unit in plan.units if unit.name not in done])
     seconds = todo.expected_seconds()
     return Forecast(
         units=len(plan.units),
@@ -56,14 +66,29 @@ def plan_units(config: PreprocessConfig) -> Forecast:
         megabytes=seconds * BYTES_PER_SECOND[config.codec] / 1e6,
         free_megabytes=store.free_bytes() / 1e6 if store.local else None,
         unusable=len(found.rejects),
+        skipped=dict(found.skipped),
+        warnings=tuple(found.warnings),
     )
 
 
 def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
     """Writes what of the corpus is not yet in `config.out`; the same call again continues, or finds nothing to do.
 
-    Raises ConfigError for a corpus that is missing or empty or a folder of other settings, and OSError when the output
-    cannot be written. Bad files are quarantined, units whose workers die again and again are listed in the summary.
+    Recordings that cannot be read are listed, not raised; the next job reads them again where that may help. Units
+    whose workers die again and again are listed in the summary.
+
+    Args:
+        config: Corpus, stages and output.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        What the data set holds now, what was left out and why, and what this job did.
+
+    Raises:
+        ConfigError: The corpus is missing or empty, or the folder holds shards of other settings.
+        ReadError: The corpus cannot be listed now.
+        OSError: The output cannot be written.
+        ValueError: A file of the data set is damaged.
     """
     began = time.monotonic()
     if config.vad.enabled:
@@ -73,11 +98,16 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
         FileStore(root).sweep()
     found = discover(config.corpus)
     failed: dict[str, str] = {}
+    records = intact_records(config, repair=True)
+    failures = _failures(config, read_plan(store)[0], records)
     with contextlib.ExitStack() as stack:
-        doubles = _doubles_finder(config, stack, progress) if config.dedup.exact or config.dedup.near else None
-        plan = freeze_plan(store, found.files, config, find_doubles=doubles)
-        _note_rejects(store, config, found)
-        before = {record.unit for record in _standing(config, repair=True)}
+        wanted = config.dedup.exact or config.dedup.near
+        finder = _duplicates_finder(config, stack, progress, set(failures)) if wanted else None
+        plan = freeze_plan(store, found.files, config, failures=failures, find_duplicates=finder)
+        _store_rejects(store, config, found)
+        for unit in (unit for unit in plan.units if unit.name in plan.again):
+            FileStore(set_root(config, unit)).remove(f"_done/{unit.name}.json")
+        before = {record.unit for record in records} - plan.again
         todo = [unit for unit in plan.units if unit.name not in before]
         if todo:
             stack.enter_context(cluster(config.ray, show=progress))
@@ -85,46 +115,24 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
             failed = _run_units(todo, config, advance)
     for root in {config.out, *set_roots(config)}:
         FileStore(root).sweep()
-    return _summary(store, config, plan, before, failed, time.monotonic() - began)
+    return _finish(config, plan, found, before=before, failed=failed, seconds=time.monotonic() - began)
 
 
-def _doubles_finder(config: PreprocessConfig, stack: contextlib.ExitStack, show: bool) -> FindDoubles:
-    """Reads the new recordings on Ray, to find those that are there twice."""
+def intact_records(config: PreprocessConfig, repair: bool = False) -> list[DoneRecord]:
+    """Returns the finished units whose shard is there in full; with `repair`, the records of other units are removed.
 
-    def find(fresh: Sequence[AudioFile], plan: Plan) -> Sequence[Dropped]:
-        older = {(file.corpus, file.file_id) for unit in plan.units for file in unit.files}
-        parts = {str(start): fresh[start : start + SCANNED] for start in range(0, len(fresh), SCANNED)}
-        stack.enter_context(cluster(config.ray, show))
-        arguments = {name: (part, config.dedup.near, config.out) for name, part in parts.items()}
-        failed = run_tasks(scan, arguments, config.ray, lambda _: None)
-        if failed:
-            raise OSError(f"the search for doubles did not finish: {next(iter(failed.values()))}")
-        return find_doubles(config.out, config.dedup, fresh, older)
-
-    return find
-
-
-def _run_units(todo: Sequence[Unit], config: PreprocessConfig, advance: Callable[[UnitResult], None]) -> dict[str, str]:
-    """Units that failed, and why. Raises OSError when a worker cannot write."""
-    import ray
-
-    shared = ray.put(config)
-    try:
-        failed = run_tasks(process_unit, {unit.name: (unit, shared) for unit in todo}, config.ray, advance)
-    except OSError as error:
-        raise OSError(
-            f"out={config.out}: cannot be written ({error}); what is finished stays, and the same command "
-            "continues once there is room"
-        ) from None
-    first_files = {unit.name: unit.files[0].file_id for unit in todo}
-    return {name: f"{why}; its files begin with {first_files[name]}" for name, why in failed.items()}
-
-
-def _standing(config: PreprocessConfig, repair: bool = False) -> list[DoneRecord]:
-    """Finished units whose shard is there in full; with `repair`, the records of others are removed."""
+    Raises:
+        ValueError: A record is damaged, or names another unit than its file does, or a path.
+    """
     good = []
     for store in map(FileStore, set_roots(config)):
-        for record in finished_units(store.root):
+        names = store.names("_done", ".json")
+        for name, record in zip(names, finished_units(store.root), strict=True):
+            if name != f"{record.unit}.json" or "/" in record.shard or "\\" in record.shard:
+                raise ValueError(
+                    f"{store.root}/_done/{name}: names unit {record.unit!r} and shard {record.shard!r}, which no job "
+                    "writes; delete it and run the same command again"
+                )
             try:
                 whole = not record.shard or store.size(record.shard) == record.bytes
             except FileNotFoundError:
@@ -132,12 +140,86 @@ def _standing(config: PreprocessConfig, repair: bool = False) -> list[DoneRecord
             if whole:
                 good.append(record)
             elif repair:
-                store.remove(f"_done/{record.unit}.json")
+                store.remove(f"_done/{name}")
     return good
 
 
-def _note_rejects(store: FileStore, config: PreprocessConfig, found: Discovered) -> None:
-    """Keeps what discovery could not use, one file for each corpus that ever went into the data set."""
+def _failures(config: PreprocessConfig, plan: WorkPlan, records: Sequence[DoneRecord]) -> dict[RecordingId, Reject]:
+    """Recordings that could not be read by the last unit that held them."""
+    broken = [record for record in records if any(reason.startswith("decode/") for reason in record.rejects)]
+    rows = _unit_rejects(config, broken)
+    return {
+        reject.recording_id: reject
+        for unit, reject in rows
+        if reject.stage == "decode" and plan.newest.get(reject.recording_id, unit) == unit
+    }
+
+
+def _unit_rejects(config: PreprocessConfig, records: Sequence[DoneRecord]) -> Iterator[tuple[str, Reject]]:
+    """(unit, reject) of finished units."""
+    finished = {record.unit for record in records if record.rejects_sha256}
+    for store in map(FileStore, set_roots(config)):
+        for name in store.names("_rejects", ".jsonl"):
+            unit = name.removesuffix(".jsonl")
+            if unit in finished:
+                yield from ((unit, reject) for reject in _read_rejects(store, name))
+
+
+def _read_rejects(store: FileStore, name: str) -> list[Reject]:
+    """Reads a rejects file. Raises ValueError where a line of it is damaged."""
+    found = jsonl.parse(store.read(f"_rejects/{name}"))
+    try:
+        if found.bad_lines:
+            raise ValueError(f"line {found.bad_lines[0]} is not JSON")
+        return [reject_from_json(row) for row in found.rows]
+    except ValueError as error:
+        raise ValueError(
+            f"{store.root}/_rejects/{name}: damaged ({error}); delete it and _done/{name.removesuffix('l')}, and run the "
+            "same command again"
+        ) from None
+
+
+def _duplicates_finder(
+    config: PreprocessConfig, stack: contextlib.ExitStack, show: bool, retried: set[RecordingId]
+) -> FindDuplicates:
+    """Reads the new recordings on Ray, to find those that are there twice."""
+
+    def find(fresh: Sequence[AudioFile], plan: WorkPlan) -> Sequence[Dropped]:
+        older = {recording_id(file) for unit in plan.units for file in unit.files} - retried
+        parts = {str(start): fresh[start : start + SCANNED] for start in range(0, len(fresh), SCANNED)}
+        stack.enter_context(cluster(config.ray, show))
+        arguments = {name: (part, config.dedup.near, config.out) for name, part in parts.items()}
+        failed = run_tasks(scan, arguments, config.ray, lambda _: None)
+        if failed:
+            raise OSError(f"the search for duplicates did not finish: {next(iter(failed.values()))}")
+        return find_duplicates(config.out, config.dedup, fresh, older)
+
+    return find
+
+
+def _run_units(
+    todo: Sequence[WorkUnit], config: PreprocessConfig, advance: Callable[[UnitResult], None]
+) -> dict[str, str]:
+    """Units that failed, and why. Raises OSError when a worker cannot write."""
+    import ray
+
+    shared = ray.put(config)
+    try:
+        failed = run_tasks(process_unit, {unit.name: (unit, shared) for unit in todo}, config.ray, advance)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "once there is room" if full else "once it can be written"
+        raise OSError(
+            error.errno,
+            f"out={config.out}: cannot be written ({error}); what is finished is kept, and the same command "
+            f"continues {remedy}",
+        ) from None
+    first_files = {unit.name: unit.files[0].file_id for unit in todo}
+    return {name: f"{why}; its files begin with {first_files[name]}" for name, why in failed.items()}
+
+
+def _store_rejects(store: FileStore, config: PreprocessConfig, found: Discovered) -> None:
+    """Stores what discovery could not use, one file for each corpus that ever went into the data set."""
     corpus = f"{config.corpus.name}-{fingerprint(config.corpus)}"
     if found.rejects:
         store.replace(rejects_name(f"discover-{corpus}"), rejects_jsonl(found.rejects))
@@ -145,57 +227,80 @@ def _note_rejects(store: FileStore, config: PreprocessConfig, found: Discovered)
         store.remove(rejects_name(f"discover-{corpus}"))
 
 
-def _collect_quarantine(config: PreprocessConfig, units: Sequence[DoneRecord]) -> list[Reject]:
-    """Files that gave nothing, over the whole data set."""
-    finished = {f"{record.unit}.jsonl" for record in units if record.rejects_sha256}
-    rejects = []
-    for store in map(FileStore, sorted({config.out, *set_roots(config)})):
-        names = [name for name in store.names("_rejects", ".jsonl") if name in finished or name.startswith("discover-")]
-        rows = [row for name in names for row in parse(store.read(f"_rejects/{name}")).rows]
-        rejects += [Reject(**row) for row in rows]
-    return [reject for reject in rejects if reject.stage in ("discover", "decode")]
+def _finish(
+    config: PreprocessConfig,
+    plan: WorkPlan,
+    found: Discovered,
+    *,
+    before: set[str],
+    failed: dict[str, str],
+    seconds: float,
+) -> Summary:
+    """Adds up the data set, and writes its lists and report."""
+    store = FileStore(config.out)
+    records = [record for root in set_roots(config) for record in finished_units(root)]
+    listed = [name for name in store.names("_rejects", ".jsonl") if name.startswith("discover-")]
+    discovered = [reject for name in listed for reject in _read_rejects(store, name)]
+    ledger = balance(plan, records, _unit_rejects(config, records), discovered)
+    quarantine = ledger.quarantine
+    quarantine += [Reject("", unit, "", "", "unit", "worker_died", why) for unit, why in sorted(failed.items())]
+    store.replace(QUARANTINE, rejects_jsonl(quarantine))
+    sums = [QUARANTINE, *(f"_rejects/{name}" for name in listed)]
+    if plan.dropped:
+        rows = as_rows(plan.dropped)
+        store.replace(DUPLICATES, b"".join(json.dumps(row, sort_keys=True).encode() + b"\n" for row in rows))
+        sums.append(DUPLICATES)
+    write_checksums(store, sums)
+    new = [record for record in records if record.unit not in before]
+    summary = dataclasses.replace(
+        _summary(config, ledger, records, new),
+        failed_units=failed,
+        units_done=len(new),
+        units_before=len(before),
+        changed_files=len(plan.changed_files),
+        seconds=seconds,
+        skipped=dict(found.skipped),
+        warnings=tuple(found.warnings),
+    )
+    if config.report:
+        page = Page(
+            title=config.out,
+            sets=[(root, finished_units(root)) for root in set_roots(config)],
+            ledger=ledger,
+            duplicates=as_rows(plan.dropped),
+            facts=summary.rows(),
+        )
+        store.replace(REPORT, sealed(build_report(page)))
+    return summary
 
 
 def _summary(
-    store: FileStore, config: PreprocessConfig, plan: Plan, before: set[str], failed: dict[str, str], seconds: float
+    config: PreprocessConfig,
+    ledger: Ledger,
+    records: Sequence[DoneRecord],
+    new: Sequence[DoneRecord],
 ) -> Summary:
-    records = [record for root in set_roots(config) for record in finished_units(root)]
-    quarantine = _collect_quarantine(config, records)
-    quarantine += [Reject("", unit, "", "", "unit", "worker_died", why) for unit, why in sorted(failed.items())]
-    store.replace(QUARANTINE, rejects_jsonl(quarantine))
-    found = [f"_rejects/{name}" for name in store.names("_rejects", ".jsonl") if name.startswith("discover-")]
-    write_checksums(store, [QUARANTINE, *found])
-    counts: Counter[str] = Counter(f"discover/{reject.reason}" for reject in quarantine if reject.stage == "discover")
-    counts.update(f"dedup/{drop.reason}" for drop in plan.dropped)
-    samples: Counter[str] = Counter()
-    for record in records:
-        for _, _, stage, reason, count, length in record.flow:
-            counts[f"{stage}/{reason}"] += count
-            samples[f"{stage}/{reason}"] += length
-    new = [record for record in records if record.unit not in before]
-    hours = {key: value / SAMPLE_RATE / 3600 for key, value in samples.items()}
-    new_hours = sum(row[5] for record in new for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
-    summary = Summary(
+    left_out: dict[str, tuple[int, float]] = {}
+    for stage, reason in sorted({key[2:] for key in ledger.counts if key[2] not in NOT_LEFT_OUT}):
+        count, samples = ledger.total(stage, reason)
+        left_out[f"{stage}/{reason}"] = (count, samples / SAMPLE_RATE / 3600)
+    files, came = ledger.total("in")
+    segments, went = ledger.total("out")
+    folder = config.out.rstrip("/")
+    return Summary(
         out=config.out,
-        files=counts["in/"],
-        hours_in=hours.get("in/", 0.0),
-        hours_out=hours.get("out/", 0.0),
-        segments=counts["out/"],
+        files=files,
+        files_used=ledger.total("recording", "used")[0],
+        hours_in=came / SAMPLE_RATE / 3600,
+        hours_out=went / SAMPLE_RATE / 3600,
+        hours_overlapping=ledger.total("in", "overlap")[1] / SAMPLE_RATE / 3600,
+        segments=segments,
         shards=sum(1 for record in records if record.shard),
         megabytes=sum(record.bytes for record in records) / 1e6,
-        rejects={key: (counts[key], hours.get(key, 0.0)) for key in sorted(counts) if key not in ("in/", "out/")},
-        quarantined=sum(1 for reject in quarantine if reject.stage != "unit"),
-        quarantine=f"{config.out.rstrip('/')}/{QUARANTINE}",
-        report=f"{config.out.rstrip('/')}/{REPORT}" if config.report else "",
-        units_done=len(new),
-        units_before=len(before),
-        failed_units=failed,
-        changed_files=len(plan.changed_files),
-        seconds=seconds,
-        hours_per_second=new_hours / seconds,
+        rejects=left_out,
+        quarantined=sum(1 for reject in ledger.quarantine if reject.stage != "unit"),
+        quarantine=f"{folder}/{QUARANTINE}",
+        report=f"{folder}/{REPORT}" if config.report else "",
+        imbalances=tuple(ledger.imbalances),
+        new_hours=sum(row[5] for record in new for row in record.flow if row[2:4] == ("in", "")) / SAMPLE_RATE / 3600,
     )
-    if config.report:
-        sets = [(root, finished_units(root)) for root in set_roots(config)]
-        page = build_report(config.out, sets, summary.rows(), quarantine)
-        store.replace(REPORT, sealed(page))
-    return summary

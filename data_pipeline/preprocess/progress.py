@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.preprocess.plan_file import WorkUnit
 from data_pipeline.preprocess.unit_worker import UnitResult
-from data_pipeline.preprocess.work_plan import Unit, expected_seconds
+from data_pipeline.preprocess.work_plan import expected_seconds
 
 
 @contextlib.contextmanager
 def live_progress(
-    todo: Sequence[Unit], show: bool, console: Console | None = None
+    todo: Sequence[WorkUnit], show: bool, console: Console | None = None
 ) -> Iterator[Callable[[UnitResult], None]]:
     """A bar that the given function advances by one finished unit; nothing is drawn unless `show`."""
     weights = {unit.name: sum(expected_seconds(file) for file in unit.files) or 1.0 for unit in todo}

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from data_pipeline.audio import codecs, vad
@@ -16,34 +17,42 @@ from data_pipeline.audio.quality import measure, normalised, verdict
 from data_pipeline.audio.segmentation import cut, marked
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.storage import FileStore, is_url
-from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Segment
-from data_pipeline.corpora.records import Reject, printable, stat
+from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Segment, Span
+from data_pipeline.corpora.records import ReadError, Reject, reject_file, stat
 from data_pipeline.preprocess.config import PreprocessConfig
-from data_pipeline.preprocess.work_plan import Unit, set_root
+from data_pipeline.preprocess.plan_file import WorkUnit
+from data_pipeline.preprocess.work_plan import set_root
 from data_pipeline.shards.records import DoneRecord
 from data_pipeline.shards.writer import ShardWriter, commit
 
 TIMED_LABELS: Final = ("phones", "phone", "words", "word", "start_s", "end_s")
 """Labels that describe a whole utterance and say nothing of a part of it."""
+TRIM_TOLERANCE: Final = SAMPLE_RATE // 50
+"""A span that the recording's end shortens by more than these 20 ms loses its text."""
 FlowKey = tuple[str, str, str, str]
-"""(corpus, language, stage, reason); the stages "in" and "out" have no reason."""
+"""(corpus, language, stage, reason), see `Tally`."""
 
 
 @dataclass
 class Tally:
-    """What became of a unit's files: counts and audio samples by flow key, and the list of what was left out."""
+    """Counts and audio samples by (corpus, language, stage, reason), and the list of what was left out.
+
+    Stages: `in` counts recordings read (its reason `overlap`: samples that are in several segments), `out` segments
+    written, `recording` what became of each recording (`used`, or the stage and reason of its rejection), `text` texts
+    that were dropped; all others what was left out. Samples balance: in = out + those of all others.
+    """
 
     counts: Counter[FlowKey] = field(default_factory=Counter)
     samples: Counter[FlowKey] = field(default_factory=Counter)
     rejects: list[Reject] = field(default_factory=list)
 
     def add(self, key: FlowKey, samples: int) -> None:
-        """One more file or segment."""
+        """Counts one more recording or segment."""
         self.counts[key] += 1
         self.samples[key] += samples
 
     def reject(self, reject: Reject) -> None:
-        """One file or segment less."""
+        """Counts and lists one recording or segment that was left out."""
         self.rejects.append(reject)
         self.add((reject.corpus, reject.language, reject.stage, reject.reason), reject.samples)
 
@@ -54,23 +63,27 @@ class Tally:
         self.rejects += other.rejects
 
     def flow(self) -> tuple[tuple[str, str, str, str, int, int], ...]:
-        """Sorted rows for the record."""
+        """Returns sorted rows for the record."""
         return tuple((*key, self.counts[key], self.samples[key]) for key in sorted(self.counts))
 
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What a worker tells the driver."""
+    """What a worker returns to the driver."""
 
     record: DoneRecord
     seconds: float
-    """Processor time, roughly: how long the unit took."""
+    """How long the unit took."""
 
 
-def process_unit(unit: Unit, config: PreprocessConfig) -> UnitResult:
-    """Writes the unit's shard and commits it. Bad files are listed, not raised.
+def process_unit(unit: WorkUnit, config: PreprocessConfig) -> UnitResult:
+    """Writes a unit's shard and commits it, unless that was done before.
 
-    Raises OSError when the output cannot be written, e.g. when the disk is full; nothing half-done is left then.
+    Returns:
+        The record of the unit: this process's, or that of another one that was faster.
+
+    Raises:
+        OSError: The output, or a copy of an input, cannot be written. Inputs that cannot be read are listed instead.
     """
     began = time.monotonic()
     store = FileStore(set_root(config, unit))
@@ -82,7 +95,7 @@ def process_unit(unit: Unit, config: PreprocessConfig) -> UnitResult:
         writer = ShardWriter(folder)
         try:
             for file in unit.files:
-                _process_file(file, config, writer, tally)
+                tally.merge(_process_file(file, config, writer))
             blank = DoneRecord(unit=unit.name, shard="", sha256="", bytes=0, index_sha256="", segments=0, samples=0)
             reasons = Counter(f"{reject.stage}/{reject.reason}" for reject in tally.rejects)
             record = dataclasses.replace(
@@ -94,115 +107,223 @@ def process_unit(unit: Unit, config: PreprocessConfig) -> UnitResult:
     return UnitResult(record, time.monotonic() - began)
 
 
-def rejects_jsonl(rejects: list[Reject]) -> bytes:
-    """One JSON object a line."""
+def rejects_jsonl(rejects: Iterable[Reject]) -> bytes:
+    """Returns one JSON object per line."""
     return b"".join(json.dumps(dataclasses.asdict(reject), sort_keys=True).encode() + b"\n" for reject in rejects)
 
 
-def _process_file(file: AudioFile, config: PreprocessConfig, writer: ShardWriter, tally: Tally) -> None:
-    mark, mine, read, kept = writer.mark(), Tally(), [0], 0
+def segment_key(file: AudioFile, start: int, channel: int | None = None, repeat: int = 0) -> str:
+    """Makes a key that is readable, unique in the data set, ASCII, and without dots.
+
+    It joins the file's name, a hash of its id, the start in samples, the channel if the corpus names one, and, from the
+    second segment of the same start on, a number.
+    """
+    stem = file.file_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")[:40] or "audio"
+    more = f"-c{channel}" * (channel is not None) + f"-{repeat + 1}" * bool(repeat)
+    return f"{readable}-{keyed_seed(file.corpus, file.file_id):016x}-{start:010d}{more}"
+
+
+def _process_file(file: AudioFile, config: PreprocessConfig, writer: ShardWriter) -> Tally:
+    """Writes the segments of one recording, or none of them where it breaks off."""
+    mark, recording = writer.mark(), _Recording(file, config, writer)
     try:
         with codecs.local_copy(file.path) as path:
-            blocks = _counted(codecs.decode(path, SAMPLE_RATE), read)
-            for said, start, wave, whole in _pieces(file, blocks, config):
-                kept += len(wave)
-                _write_segment(said, start, wave, config, writer, mine, path if whole else "")
+            if is_url(file.path) and file.size and Path(path).stat().st_size != file.size:
+                got = Path(path).stat().st_size
+                raise codecs.AudioError("read_error", f"the server gave {got:,} of {file.size:,} bytes")
+            recording.read(path)
         _check_unchanged(file)
-        if kept < read[0]:
-            stage, reason = ("cut", "not_marked") if file.spans else ("vad", "no_speech")
-            mine.add((file.corpus, file.language, stage, reason), read[0] - kept)
+        return recording.finished()
     except codecs.AudioError as error:
         writer.rollback(mark)
-        mine = Tally()
-        mine.reject(_reject(file, "decode", error.reason, str(error), 0, read[0]))
-    tally.merge(mine)
-    tally.add((file.corpus, file.language, "in", ""), read[0])
+        return recording.failed(error)
 
 
-def _counted(blocks: Iterable[codecs.Wave], read: list[int]) -> Iterator[codecs.Wave]:
-    for block in blocks:
-        read[0] += len(block)
-        yield block
+@dataclass(frozen=True)
+class _Piece:
+    """A segment to be written, if it passes the filters."""
+
+    known: AudioFile
+    """What is known of it, with the text and labels that hold for it."""
+    start: int
+    wave: codecs.Wave
+    channel: int | None = None
+    source: str = ""
+    """Local path of the recording, where the piece is all of it."""
 
 
-def _pieces(
-    file: AudioFile, blocks: Iterator[codecs.Wave], config: PreprocessConfig
-) -> Iterator[tuple[AudioFile, int, codecs.Wave, bool]]:
-    """(what is known of it, start, wave, whether that is all of the recording)."""
-    longest = round(config.cut.max_seconds * SAMPLE_RATE)
-    # the words of a recording, and its phones, belong to no single piece of it
-    silent = dataclasses.replace(file, text="", labels=_without_words(file.labels))
-    if file.spans:
-        taken: set[int] = set()
-        for span, start, wave, whole in marked(blocks, file.spans, longest):
-            if start in taken:  # listed twice
-                continue
-            taken.add(start)
-            known = dataclasses.replace(file, speaker=span.speaker or file.speaker, text=span.text)
-            known = dataclasses.replace(known, labels={**silent.labels, **span.labels})
-            if not whole:
-                known = dataclasses.replace(known, text="", labels=_without_words(known.labels))
-            yield known, start, wave, False
-    elif config.vad.enabled:
-        for start, wave in vad.speech(blocks, longest, config.vad):
-            yield silent, start, wave, False
-    else:
-        for start, wave, whole in cut(blocks, longest):
-            yield file if whole else silent, start, wave, whole
+class _Recording:
+    """The segments of one recording and what was left out of it."""
+
+    def __init__(self, file: AudioFile, config: PreprocessConfig, writer: ShardWriter) -> None:
+        self.file, self.config, self.writer = file, config, writer
+        self.tally = Tally()
+        self.length = 0
+        self._longest = round(config.cut.max_seconds * SAMPLE_RATE)
+        # words and phones of a recording belong to no single piece of it
+        self._wordless = dataclasses.replace(file, text="", labels=_without_words(file.labels))
+        self._taken: list[tuple[int, int]] = []
+        self._starts: Counter[tuple[int, int | None]] = Counter()
+        self._kept = 0
+
+    def read(self, path: str) -> None:
+        """Decodes the recording once for each channel that counts. Raises AudioError."""
+        if self.file.spans:
+            pieces = self._marked(path)
+        elif self.config.vad.enabled:
+            found = vad.speech(self._decoded(path), self._longest, self.config.vad)
+            pieces = (_Piece(self._wordless, start, wave) for start, wave in found)
+        else:
+            found_whole = cut(self._decoded(path), self._longest)
+            pieces = (
+                _Piece(self.file if whole else self._wordless, start, wave, source=path if whole else "")
+                for start, wave, whole in found_whole
+            )
+        for piece in pieces:
+            self._taken.append((piece.start, piece.start + len(piece.wave)))
+            self._write(piece)
+
+    def finished(self) -> Tally:
+        """The tally of a recording that was read to its end."""
+        union = _union(self._taken)
+        gap, overlap = self.length - union, sum(stop - start for start, stop in self._taken) - union
+        if gap and not self._taken and not self.file.spans:
+            self.tally.reject(reject_file(self.file, "vad", "no_speech", samples=gap))
+        elif gap:
+            self._count("cut" if self.file.spans else "vad", "not_marked" if self.file.spans else "pause", gap)
+        if overlap:
+            self._count("in", "overlap", overlap)
+        return self._with_outcome()
+
+    def failed(self, error: codecs.AudioError) -> Tally:
+        """The tally of a recording that cannot be used."""
+        self.tally, self._kept = Tally(), 0
+        self.tally.reject(reject_file(self.file, "decode", error.reason, str(error), samples=self.length))
+        return self._with_outcome()
+
+    def _with_outcome(self) -> Tally:
+        self._count("in", "", self.length)
+        if self._kept:
+            self._count("recording", "used", 0)
+            return self.tally
+        if not self.tally.rejects:
+            self.tally.reject(reject_file(self.file, "decode", "no_samples", "holds no samples"))
+        # the recording gave nothing: the reject that took most of it stands for it
+        rejects = self.tally.rejects
+        number = max(range(len(rejects)), key=lambda number: rejects[number].samples)
+        rejects[number] = dataclasses.replace(rejects[number], recording=True)
+        self._count("recording", f"{rejects[number].stage}/{rejects[number].reason}", 0)
+        return self.tally
+
+    def _count(self, stage: str, reason: str, samples: int) -> None:
+        self.tally.add((self.file.corpus, self.file.language, stage, reason), samples)
+
+    def _decoded(self, path: str, channel: int | None = None) -> Iterator[codecs.Wave]:
+        length = 0
+        for block in codecs.decode(path, SAMPLE_RATE) if channel is None else codecs.decode(path, SAMPLE_RATE, channel):
+            length += len(block)
+            self.length = max(self.length, length)
+            yield block
+
+    def _marked(self, path: str) -> Iterator[_Piece]:
+        """The stretches that the corpus marks, channel by channel."""
+        for channel in sorted(
+            {span.channel for span in self.file.spans}, key=lambda number: (number is not None, number)
+        ):
+            spans = [span for span in self.file.spans if span.channel == channel]
+            missing = dict.fromkeys(range(len(spans)))
+            numbers = {id(span): number for number, span in enumerate(spans)}
+            reason = "beyond_end"
+            try:
+                for span, start, wave, whole in marked(self._decoded(path, channel), spans, self._longest):
+                    missing.pop(numbers[id(span)], None)
+                    yield _Piece(self._known(span, len(wave), whole), start, wave, channel)
+                error = f"the recording ends at {self.length / SAMPLE_RATE:.2f} s"
+            except codecs.AudioError as found:
+                if found.reason != "no_channel":
+                    raise
+                reason, error = found.reason, str(found)
+            for span in (spans[number] for number in missing):
+                where = f"row {span.row}: " * bool(span.row) + f"begins at {span.start / SAMPLE_RATE:.2f} s; {error}"
+                self.tally.reject(reject_file(self.file, "cut", reason, where, start=span.start, row=span.row))
+
+    def _known(self, span: Span, length: int, whole: bool) -> AudioFile:
+        """What is known of a piece of a span; its text where the piece is all of the span."""
+        trimmed = whole and span.stop is not None and span.stop - span.start - length > TRIM_TOLERANCE
+        if trimmed and span.text:
+            self._count("text", "trimmed", 0)
+        whole &= not trimmed
+        labels = {**self._wordless.labels, **span.labels}
+        return dataclasses.replace(
+            self.file,
+            speaker=span.speaker or self.file.speaker,
+            language=span.language or self.file.language,
+            split=span.split or self.file.split,
+            text=span.text if whole else "",
+            labels=labels if whole else _without_words(labels),
+        )
+
+    def _write(self, piece: _Piece) -> None:
+        """Adds a segment to the shard, or rejects it. Raises OSError where the shard cannot be written."""
+        file, start, wave, config = piece.known, piece.start, piece.wave, self.config
+        if len(wave) < config.cut.min_seconds * SAMPLE_RATE:
+            self.tally.reject(reject_file(file, "cut", "too_short", start=start, samples=len(wave)))
+            return
+        measures = measure(wave, SAMPLE_RATE)
+        if reason := verdict(measures, config.filters):
+            self.tally.reject(reject_file(file, "filter", reason, start=start, samples=len(wave)))
+            return
+        repeat = self._starts[start, piece.channel]
+        self._starts[start, piece.channel] += 1
+        segment = Segment(
+            key=segment_key(file, start, piece.channel, repeat),
+            file_id=file.file_id,
+            start=start,
+            length=len(wave),
+            sample_rate=SAMPLE_RATE,
+            corpus=file.corpus,
+            speaker=file.speaker,
+            language=file.language,
+            text=file.text,
+            labels={**file.labels, "split": file.split},
+        )
+        extra: dict[str, float] = {"level_dbfs": measures.level_dbfs, "snr_db": measures.snr_db}
+        if piece.channel is not None:
+            extra["channel"] = piece.channel
+        if config.loudness_dbfs is not None:
+            wave, extra["gain_db"] = normalised(wave, measures, config.loudness_dbfs)
+        weight = config.weights.get(file.corpus, 1.0) * config.weights.get(file.language, 1.0)
+        if weight != 1.0:
+            extra["weight"] = weight
+        self.writer.add(segment, config.codec, self._encoded(wave, piece.source), len(wave), **extra)
+        self.tally.add((file.corpus, file.language, "out", ""), len(wave))
+        self._kept += 1
+
+    def _encoded(self, wave: codecs.Wave, source: str) -> bytes:
+        """The segment's audio as it is stored. `source`: path of the recording, where the segment is all of it."""
+        samples = codecs.to_int16(wave)
+        if source and self.config.copy_flac and self.config.codec == "flac":
+            try:
+                stored = codecs.stored_flac(source, samples, SAMPLE_RATE)
+            except OSError as error:  # the recording, not the shard, cannot be read
+                raise codecs.AudioError("read_error", f"cannot be read: {error.strerror or error}") from None
+            if stored:
+                return stored
+        return codecs.encode(samples, SAMPLE_RATE, self.config.codec)
 
 
 def _without_words(labels: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in labels.items() if name not in TIMED_LABELS}
 
 
-def _write_segment(
-    file: AudioFile,
-    start: int,
-    wave: codecs.Wave,
-    config: PreprocessConfig,
-    writer: ShardWriter,
-    tally: Tally,
-    source: str,
-) -> None:
-    """`source`: local path of a recording of which `wave` is all; "" for a piece of one."""
-    if len(wave) < config.cut.min_seconds * SAMPLE_RATE:
-        tally.reject(_reject(file, "cut", "too_short", "", start, len(wave)))
-        return
-    measures = measure(wave, SAMPLE_RATE)
-    if reason := verdict(measures, config.filters):
-        tally.reject(_reject(file, "filter", reason, "", start, len(wave)))
-        return
-    segment = Segment(
-        key=segment_key(file, start),
-        file_id=file.file_id,
-        start=start,
-        length=len(wave),
-        sample_rate=SAMPLE_RATE,
-        corpus=file.corpus,
-        speaker=file.speaker,
-        language=file.language,
-        text=file.text,
-        labels={**file.labels, "split": file.split},
-    )
-    extra: dict[str, float] = {"level_dbfs": measures.level_dbfs, "snr_db": measures.snr_db}
-    if config.loudness_dbfs is not None:
-        wave, extra["gain_db"] = normalised(wave, measures, config.loudness_dbfs)
-    weight = config.weights.get(file.corpus, 1.0) * config.weights.get(file.language, 1.0)
-    if weight != 1.0:
-        extra["weight"] = weight
-    samples = codecs.to_int16(wave)
-    copy = config.copy_flac and config.codec == "flac" and source
-    encoded = copy and codecs.stored_flac(source, samples, SAMPLE_RATE)
-    encoded = encoded or codecs.encode(samples, SAMPLE_RATE, config.codec)
-    writer.add(segment, config.codec, encoded, len(wave), **extra)
-    tally.add((file.corpus, file.language, "out", ""), len(wave))
-
-
-def segment_key(file: AudioFile, start: int) -> str:
-    """Readable, unique in the data set, ASCII, without dots: name of the file, hash of its id, start in samples."""
-    stem = file.file_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
-    readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")[:40] or "audio"
-    return f"{readable}-{keyed_seed(file.corpus, file.file_id):016x}-{start:010d}"
+def _union(stretches: Iterable[tuple[int, int]]) -> int:
+    """How many samples are in at least one of the stretches."""
+    total = end = 0
+    for start, stop in sorted(stretches):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 def _check_unchanged(file: AudioFile) -> None:
@@ -210,12 +331,7 @@ def _check_unchanged(file: AudioFile) -> None:
         now = stat(file.path)
     except FileNotFoundError:
         raise codecs.AudioError("vanished", "is not there any more") from None
-    except OSError as error:
-        raise codecs.AudioError("unreadable", f"cannot be read: {error.strerror or error}") from None
+    except ReadError as error:
+        raise codecs.AudioError("read_error", str(error)) from None
     if now != (file.size, file.mtime):
         raise codecs.AudioError("changed", "has changed since the work was planned")
-
-
-def _reject(file: AudioFile, stage: str, reason: str, error: str, start: int, samples: int) -> Reject:
-    path = file.path if is_url(file.path) else printable(file.path)
-    return Reject(path, file.file_id, file.corpus, file.language, stage, reason, error, start, samples)

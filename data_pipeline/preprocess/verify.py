@@ -17,7 +17,8 @@ from data_pipeline.core.integrity import CHECKSUMS, REPORT, altered_files, is_se
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.preprocess.fingerprints import scan_is_altered
-from data_pipeline.preprocess.work_plan import SPLITS, read_plan
+from data_pipeline.preprocess.plan_file import SPLITS
+from data_pipeline.preprocess.work_plan import read_plan
 from data_pipeline.shards.records import AUDIO_SUFFIXES, DoneRecord, read_index, refuse_code, rejects_name
 
 NO_ROW = dict.fromkeys(("key", "payload_offset", "payload_size", "n_samples"))

@@ -1,32 +1,30 @@
 """Plans the work: which recordings make up which shard, decided once and frozen on disk.
 
 `_plan/0000.sha256`, `0001.sha256` … in the data set each name a table of recordings by unit. They are created
-exclusively, so two jobs at once agree on one plan; a later job adds one for recordings that are new and leaves the
-older ones alone.
+exclusively, so two jobs at once agree on one plan; a later job adds one for recordings that are new, or that could not
+be read before, and leaves the older ones alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import io
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_pipeline.core.integrity import with_check
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
-from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Span
+from data_pipeline.core.types import SAMPLE_RATE, AudioFile
+from data_pipeline.corpora.records import RecordingId, Reject, recording_id
 from data_pipeline.preprocess.config import PreprocessConfig, content_settings
+from data_pipeline.preprocess.plan_file import SPLITS, Dropped, WorkUnit, read_table, spans_json, write_table
 
-SPLITS: Final = ("train", "valid", "test")
 WRITER_VERSION: Final = 1
 """Part of every unit's name; raise it when the same input gives other bytes."""
 BYTES_PER_SECOND: Final = {"flac": 18_000, "wav": 32_000, "opus": 4_000}
@@ -37,61 +35,44 @@ SECONDS_PER_BYTE: Final = {
     **dict.fromkeys(("mp3", "m4a", "aac", "wma"), 1 / 8_000),
     **dict.fromkeys(("opus", "ogg", "webm", "amr"), 1 / 4_000),
 }
-PLAN_SCHEMA: Final = pa.schema(
-    [
-        ("unit", pa.string()),
-        ("folder", pa.string()),
-        ("dropped", pa.string()),
-        ("same_as", pa.string()),
-        ("path", pa.binary()),
-        *((name, pa.string()) for name in ("file_id", "corpus", "speaker", "language", "text", "split", "labels")),
-        ("seconds", pa.float64()),
-        ("size", pa.int64()),
-        ("mtime", pa.string()),
-        ("spans", pa.string()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The recordings of one shard."""
-
-    name: str
-    files: tuple[AudioFile, ...]
-    split: str = ""
-    """Folder below `out` that the shard goes to: train, valid, test, or "" for `out` itself."""
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A recording that goes into no unit, since `same_as` (corpus/file_id) holds the same; `reason`: exact or near."""
-
-    file: AudioFile
-    reason: str
-    same_as: str
+RETRIED: Final = ("read_error", "vanished", "changed", "needs_media")
+"""Reasons of rejects that say nothing about the file itself: it is read again by every later job."""
 
 
 @dataclass
-class Plan:
+class WorkPlan:
     """All units of a data set, in the order of their names, and what was found when planning."""
 
-    units: list[Unit] = field(default_factory=list)
+    units: list[WorkUnit] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     changed_files: list[AudioFile] = field(default_factory=list)
-    """Recordings that are in a unit already but have since changed on disk; they are left as they are."""
+    """Recordings that are in a shard already but have since changed on disk; they are left as they are."""
+    again: set[str] = field(default_factory=set)
+    """Units of which nothing could be read; this job processes them again."""
+    newest: dict[RecordingId, str] = field(default_factory=dict)
+    """Unit of the last generation that holds a recording, "" for a duplicate; a retry is later than the failure."""
+
+    def add(self, units: Iterable[WorkUnit], dropped: Iterable[Dropped]) -> None:
+        """Adds a generation; what it says of a recording replaces what earlier ones said."""
+        units, dropped = list(units), list(dropped)
+        self.units += units
+        self.newest |= {recording_id(file): unit.name for unit in units for file in unit.files}
+        self.newest |= {recording_id(drop.file): "" for drop in dropped}
+        replaced = {recording_id(file) for unit in units for file in unit.files}
+        replaced |= {recording_id(drop.file) for drop in dropped}
+        self.dropped = [drop for drop in self.dropped if recording_id(drop.file) not in replaced] + dropped
 
     def expected_seconds(self) -> float:
-        """Hours of audio to come, roughly: from the corpus where it says, otherwise from file sizes."""
+        """Returns seconds of audio to come, roughly: from the corpus where it says, otherwise from file sizes."""
         return sum(expected_seconds(file) for unit in self.units for file in unit.files)
 
 
 def expected_seconds(file: AudioFile) -> float:
-    """Duration as far as it is known without opening the file."""
+    """Returns a recording's duration as far as it is known without opening the file."""
     return file.seconds or file.size * SECONDS_PER_BYTE.get(file.path.rsplit(".", 1)[-1].lower(), 1 / 16_000)
 
 
-FindDoubles = Callable[[Sequence[AudioFile], "Plan"], Sequence[Dropped]]
+FindDuplicates = Callable[[Sequence[AudioFile], WorkPlan], Sequence[Dropped]]
 """(new recordings, the plan so far) to those of the new ones that are to be left out."""
 
 
@@ -99,53 +80,77 @@ def freeze_plan(
     store: FileStore,
     files: Sequence[AudioFile],
     config: PreprocessConfig,
+    *,
+    failures: Mapping[RecordingId, Reject] | None = None,
     dry: bool = False,
-    find_doubles: FindDoubles | None = None,
-) -> Plan:
-    """The plan with `files` added as far as they are new; `dry` writes nothing.
+    find_duplicates: FindDuplicates | None = None,
+) -> WorkPlan:
+    """Adds recordings to the plan as far as they are new, or failed before and may be readable now.
 
-    Raises ConfigError where the folder holds shards of other settings.
+    Args:
+        store: The data set.
+        files: The recordings that were discovered.
+        config: The job.
+        failures: Recordings that earlier jobs could not read, with the reject; see `RETRIED`.
+        dry: Write nothing.
+        find_duplicates: Finds those of the new recordings to leave out.
+
+    Returns:
+        The whole plan, with that of earlier jobs.
+
+    Raises:
+        ConfigError: The folder holds shards of other settings.
+        ValueError: A plan in the folder is damaged.
     """
     _check_settings(store, config, dry)
     while True:
         plan, generations = read_plan(store)
-        fresh = _new_files(plan, files)
-        if not fresh:
+        fresh = _fresh_files(plan, files, failures or {})
+        dropped = list(find_duplicates(fresh, plan)) if fresh and find_duplicates else []
+        left_out = {recording_id(drop.file) for drop in dropped}
+        units = group([file for file in fresh if recording_id(file) not in left_out], config)
+        # a retry of just what a unit held has that unit's name: it is processed again instead of planned twice
+        known = {unit.name for unit in plan.units}
+        plan.again = {unit.name for unit in units if unit.name in known}
+        units = [unit for unit in units if unit.name not in known]
+        if not units and not dropped:
             return plan
-        dropped = list(find_doubles(fresh, plan)) if find_doubles else []
-        left_out = {(drop.file.corpus, drop.file.file_id) for drop in dropped}
-        units = group([file for file in fresh if (file.corpus, file.file_id) not in left_out], config)
-        if dry or _claim(store, generations, _plan_bytes(units, dropped)):
-            plan.units = sorted([*plan.units, *units], key=lambda unit: unit.name)
-            plan.dropped += dropped
+        if dry or _claim(store, generations, write_table(units, dropped)):
+            plan.add(units, dropped)
+            plan.units.sort(key=lambda unit: unit.name)
             return plan
 
 
-def read_plan(store: FileStore) -> tuple[Plan, int]:
-    """What is planned so far, and in how many generations. Raises ValueError for a plan that was altered."""
-    names, plan = store.names("_plan", ".sha256"), Plan()
+def read_plan(store: FileStore) -> tuple[WorkPlan, int]:
+    """Returns what is planned so far, and in how many generations. Raises ValueError for a plan that is damaged."""
+    names, plan = store.names("_plan", ".sha256"), WorkPlan()
     for name in names:
-        sha256 = store.read(f"_plan/{name}").decode().strip()
+        sha256 = store.read(f"_plan/{name}").decode("ascii", "replace").strip()
+        if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise ValueError(f"{store.root}/_plan/{name}: does not hold a sha256; restore it from a copy")
         content = store.read(f"_plan/{sha256[:16]}.parquet")
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError(f"{store.root}/_plan/{sha256[:16]}.parquet is not as it was written")
-        _read_into(plan, content)
+            raise ValueError(f"{store.root}/_plan/{sha256[:16]}.parquet: checksum mismatch; restore it from a copy")
+        try:
+            plan.add(*read_table(content))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{store.root}/_plan/{sha256[:16]}.parquet: not a plan ({error!r})") from None
     plan.units.sort(key=lambda unit: unit.name)
     return plan, len(names)
 
 
 def set_roots(config: PreprocessConfig) -> list[str]:
-    """The data sets that a job writes: `out`, or its folders train, valid and test."""
+    """Returns the data sets that a job writes: `out`, or its folders train, valid and test."""
     return [f"{config.out.rstrip('/')}/{split}" for split in SPLITS] if config.split.enabled else [config.out]
 
 
-def set_root(config: PreprocessConfig, unit: Unit) -> str:
-    """The data set that a unit belongs to."""
+def set_root(config: PreprocessConfig, unit: WorkUnit) -> str:
+    """Returns the data set that a unit belongs to."""
     return f"{config.out.rstrip('/')}/{unit.split}" if unit.split else config.out
 
 
 def split_of(file: AudioFile, config: PreprocessConfig) -> str:
-    """Which set a recording goes to: by its speaker, so that new recordings follow the old ones."""
+    """Returns the set that a recording goes to: by its speaker, so that new recordings follow the old ones."""
     if not config.split.enabled:
         return ""
     draw = keyed_seed(config.split.seed, file.corpus, file.speaker or f"file {file.file_id}", "split") / 2**63
@@ -154,15 +159,15 @@ def split_of(file: AudioFile, config: PreprocessConfig) -> str:
     return "test" if draw < config.split.valid + config.split.test else "train"
 
 
-def group(files: Iterable[AudioFile], config: PreprocessConfig) -> list[Unit]:
-    """Units of about `shard_mb`, each a random mix of the recordings: they are ordered by the hash of their name."""
+def group(files: Iterable[AudioFile], config: PreprocessConfig) -> list[WorkUnit]:
+    """Makes units of about `shard_mb`, each a random mix of the recordings: ordered by the hash of their name."""
     sets: dict[str, list[AudioFile]] = {}
     for file in sorted(files, key=lambda file: (_hash(file.corpus, file.file_id), file.file_id)):
         sets.setdefault(split_of(file, config), []).append(file)
     return [unit for split in sorted(sets) for unit in _group_set(sets[split], split, config)]
 
 
-def _group_set(ordered: Sequence[AudioFile], split: str, config: PreprocessConfig) -> list[Unit]:
+def _group_set(ordered: Sequence[AudioFile], split: str, config: PreprocessConfig) -> list[WorkUnit]:
     sizes = [expected_seconds(file) * BYTES_PER_SECOND[config.codec] for file in ordered]
     limit = min(config.shard_mb * 1e6, max(sum(sizes) / config.min_shards, 1e6))
     settings = json.dumps(content_settings(config), sort_keys=True)
@@ -182,38 +187,56 @@ def _claim(store: FileStore, generation: int, content: bytes) -> bool:
     return store.create(f"_plan/{generation:04d}.sha256", sha256.encode() + b"\n")
 
 
-def _unit(files: Sequence[AudioFile], split: str, settings: str) -> Unit:
-    sources = [f"{file.corpus}\x1f{file.file_id}\x1f{file.size}\x1f{file.mtime}{_spans_json(file)}" for file in files]
-    return Unit(_hash(str(WRITER_VERSION), settings, *sources), tuple(files), split)
+def _unit(files: Sequence[AudioFile], split: str, settings: str) -> WorkUnit:
+    sources = [f"{file.corpus}\x1f{file.file_id}\x1f{file.size}\x1f{file.mtime}{spans_json(file)}" for file in files]
+    return WorkUnit(_hash(str(WRITER_VERSION), settings, *sources), tuple(files), split)
 
 
 def _hash(*parts: str) -> str:
     return hashlib.sha256("\x1e".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _new_files(plan: Plan, files: Iterable[AudioFile]) -> list[AudioFile]:
-    planned = [file for unit in plan.units for file in unit.files] + [drop.file for drop in plan.dropped]
-    known = {(file.corpus, file.file_id): file for file in planned}
+def _fresh_files(plan: WorkPlan, files: Iterable[AudioFile], failures: Mapping[RecordingId, Reject]) -> list[AudioFile]:
+    """Recordings to process: new ones, and failed ones where the file has changed or the failure may have passed."""
+    known = {recording_id(file): file for unit in plan.units for file in unit.files}
+    duplicates = {recording_id(drop.file): drop.file for drop in plan.dropped}
+    # earlier versions took ids as manifests wrote them: ./a.wav, or an absolute path
+    by_path = {(file.corpus, _normal(file.path)): file for file in known.values()}
     fresh = []
     for file in files:
-        before = known.get((file.corpus, file.file_id))
+        key = recording_id(file)
+        before = known.get(key) or duplicates.get(key) or by_path.get((file.corpus, _normal(file.path)))
         if before is None:
             fresh.append(file)
-        elif (before.size, before.mtime) != (file.size, file.mtime):
+            continue
+        changed = (before.size, before.mtime) != (file.size, file.mtime)
+        failure = failures.get(recording_id(before))
+        retried = failure is not None and (changed or failure.reason in RETRIED)
+        if retried or (changed and key in duplicates and key not in known):
+            fresh.append(file)
+        elif changed and failure is None:
             plan.changed_files.append(file)
     return fresh
 
 
+def _normal(path: str) -> str:
+    return path if "://" in path else posixpath.normpath(os.path.abspath(path))  # noqa: PTH100
+
+
 def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> None:
-    """`dataset.json` holds the settings that all shards of a folder share."""
+    """Refuses a folder whose `dataset.json` holds other settings than this job; all its shards share them."""
     wanted = {"format": WRITER_VERSION, "sample_rate": SAMPLE_RATE, "codec": config.codec}
     wanted["settings"] = json.loads(json.dumps(content_settings(config)))
     text = with_check(wanted)
     if not store.exists("dataset.json") and (dry or store.create("dataset.json", text)):
         return
-    found = json.loads(store.read("dataset.json"))
+    try:
+        found = json.loads(store.read("dataset.json"))
+        settings = dict(found.get("settings", {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{store.root}/dataset.json: cannot be read ({error}); restore it from a copy") from None
     # a field that is younger than the data set had its default then
-    before = _merged(_default_settings(), found.get("settings", {}))
+    before = _merged(_default_settings(), settings)
     different = [f"{path}={new!r} here, {old!r} there" for path, new, old in _differences(wanted["settings"], before)]
     if found.get("format") != WRITER_VERSION:
         different.append(f"format {WRITER_VERSION} here, {found.get('format')} there")
@@ -242,44 +265,3 @@ def _differences(new: Any, old: Any, path: str = "") -> list[tuple[str, Any, Any
             for found in _differences(new.get(key), old.get(key), f"{path}.{key}" if path else key)
         ]
     return [] if new == old else [(path, new, old)]
-
-
-def _plan_bytes(units: Sequence[Unit], dropped: Sequence[Dropped]) -> bytes:
-    rows = [_plan_row(file, unit.name, unit.split) for unit in units for file in unit.files]
-    rows += [_plan_row(drop.file, "", "", drop.reason, drop.same_as) for drop in dropped]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA), buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def _spans_json(file: AudioFile) -> str:
-    return json.dumps([dataclasses.asdict(span) for span in file.spans], sort_keys=True) if file.spans else ""
-
-
-def _plan_row(file: AudioFile, unit: str, folder: str, dropped: str = "", same_as: str = "") -> dict[str, Any]:
-    same = ("file_id", "corpus", "speaker", "language", "text", "split", "seconds", "size", "mtime")
-    return {
-        "unit": unit,
-        "folder": folder,
-        "dropped": dropped,
-        "same_as": same_as,
-        "path": os.fsencode(file.path),
-        "labels": json.dumps(dict(file.labels), sort_keys=True),
-        "spans": _spans_json(file),
-        **{name: getattr(file, name) for name in same},
-    }
-
-
-def _read_into(plan: Plan, content: bytes) -> None:
-    units: dict[tuple[str, str], list[AudioFile]] = {}
-    for row in pq.read_table(io.BytesIO(content)).to_pylist():
-        unit, dropped, same_as = (row.pop("unit"), row.pop("folder")), row.pop("dropped"), row.pop("same_as")
-        spans = tuple(Span(**span) for span in json.loads(row.pop("spans", "") or "[]"))
-        file = AudioFile(
-            **{**row, "path": os.fsdecode(row["path"]), "labels": json.loads(row["labels"]), "spans": spans}
-        )
-        if dropped:
-            plan.dropped.append(Dropped(file, dropped, same_as))
-        else:
-            units.setdefault(unit, []).append(file)
-    plan.units += [Unit(name, tuple(files), folder) for (name, folder), files in units.items()]

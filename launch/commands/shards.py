@@ -14,8 +14,8 @@ from rich.table import Table
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.preprocess.plan_file import SPLITS
 from data_pipeline.preprocess.verify import verify
-from data_pipeline.preprocess.work_plan import SPLITS
 from data_pipeline.shards.records import DoneRecord, done_records, finished_units, read_index
 from launch.cli.parser import Parser
 

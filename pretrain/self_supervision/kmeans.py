@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.labels.seeding import kmeans_plus_plus
 from pretrain.nn.numerics import full_precision
 from pretrain.self_supervision.quantizers import nearest_codes
 
@@ -40,17 +41,9 @@ def kmeans(x_ND: Tensor, n_codes: int, seed: int, iterations: int = 50) -> Tenso
 
 
 def _seed_centres(x_ND: Tensor, n_codes: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii 2007): each next centre in proportion to squared distance."""
     first = int(torch.randint(len(x_ND), (1,), generator=generator))
-    chosen = [x_ND[first]]
-    distance_N = (x_ND - chosen[0]).square().sum(1)
-    draws = torch.rand(n_codes - 1, generator=generator, dtype=torch.float64).tolist()
-    for draw in draws:
-        cumulative_N = distance_N.double().cumsum(0)
-        at = int(torch.searchsorted(cumulative_N, cumulative_N[-1] * draw).clamp(max=len(x_ND) - 1))
-        chosen.append(x_ND[at])
-        distance_N = torch.minimum(distance_N, (x_ND - x_ND[at]).square().sum(1))
-    return torch.stack(chosen)
+    draws = torch.rand(n_codes - 1, generator=generator, dtype=torch.float64)
+    return x_ND[kmeans_plus_plus(x_ND, first, draws[:, None])]
 
 
 @torch.no_grad()

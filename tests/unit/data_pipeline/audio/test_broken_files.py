@@ -20,8 +20,8 @@ from data_pipeline.core.types import AudioFile
 from data_pipeline.corpora.config import ManifestCorpus
 from data_pipeline.corpora.discovery import discover
 from data_pipeline.preprocess.job import preprocess
+from data_pipeline.preprocess.plan_file import WorkUnit
 from data_pipeline.preprocess.unit_worker import process_unit
-from data_pipeline.preprocess.work_plan import Unit
 from tests.support.broken_audio import FORMATS, fuzzed, make_broken
 from tests.support.sounds import many, path_config, write_corpus
 
@@ -82,7 +82,7 @@ def test_files_that_vanish_or_change_while_being_read(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(codecs, "decode", disturbed)
     (corpus / "gone.wav").unlink()
-    record = process_unit(Unit("unit", files), config).record
+    record = process_unit(WorkUnit("unit", files), config).record
     assert (record.segments, record.files) == (1, 3)
     assert record.rejects == {"decode/changed": 1, "decode/vanished": 1}
 
@@ -95,7 +95,7 @@ def test_a_pipe_that_never_ends_is_not_opened(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.wav"
     swapped = AudioFile(str(pipe), "pipe.wav", "c", size=0, mtime=str(pipe.stat().st_mtime_ns))
     began = time.monotonic()
-    worker = threading.Thread(target=process_unit, args=(Unit("unit", (swapped,)), config), daemon=True)
+    worker = threading.Thread(target=process_unit, args=(WorkUnit("unit", (swapped,)), config), daemon=True)
     worker.start()
     worker.join(timeout=10)
     assert not worker.is_alive(), f"still reading after {time.monotonic() - began:.0f} s"

@@ -17,14 +17,14 @@ from data_pipeline.core.types import Span
 from data_pipeline.corpora.config import GigaSpeechCorpus
 from data_pipeline.corpora.discovery import discover
 from data_pipeline.preprocess.config import PreprocessConfig
+from data_pipeline.preprocess.plan_file import WorkUnit
 from data_pipeline.preprocess.unit_worker import process_unit
-from data_pipeline.preprocess.work_plan import Unit
 from data_pipeline.shards.records import done_records
 from tests.support.sounds import sound, write_corpus
 
 
 def samples(config: PreprocessConfig) -> list[tuple[dict[str, Any], np.ndarray]]:
-    process_unit(Unit("unit", tuple(discover(config.corpus).files)), config)
+    process_unit(WorkUnit("unit", tuple(discover(config.corpus).files)), config)
     found = []
     for record in done_records(config.out):
         with tarfile.open(Path(config.out, record.shard)) as tar:

@@ -7,14 +7,14 @@ import io
 from rich.console import Console
 
 from data_pipeline.core.types import AudioFile
+from data_pipeline.preprocess.plan_file import WorkUnit
 from data_pipeline.preprocess.progress import live_progress
 from data_pipeline.preprocess.unit_worker import UnitResult
-from data_pipeline.preprocess.work_plan import Unit
 from data_pipeline.shards.records import DoneRecord
 
 
 def test_it_tells_files_hours_speed_and_rejects() -> None:
-    todo = [Unit(name, (AudioFile(f"{name}.wav", name, "corpus", seconds=3600.0),)) for name in ("a", "b")]
+    todo = [WorkUnit(name, (AudioFile(f"{name}.wav", name, "corpus", seconds=3600.0),)) for name in ("a", "b")]
     said = io.StringIO()
     console = Console(file=said, force_terminal=True, width=160)
     flow = (("corpus", "en", "in", "", 1, 3600 * 16_000),)

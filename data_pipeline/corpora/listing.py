@@ -1,0 +1,122 @@
+"""Lists the files below a folder or an fsspec URL, with what is wrong with those that cannot be read."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.storage import is_url
+from data_pipeline.corpora.records import ReadError, printable, remote_stat
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file below the root, or a folder that cannot be read."""
+
+    path: str
+    relative: str
+    """Path below the root."""
+    size: int = 0
+    mtime: str = ""
+    problem: str = ""
+    """Reason code of what is wrong with it; "" for a regular file."""
+    error: str = ""
+    is_folder: bool = False
+
+    @property
+    def file_id(self) -> str:
+        """`relative` as valid Unicode."""
+        return printable(self.relative)
+
+    @property
+    def ending(self) -> str:
+        """The ending in lower case with its dot; "" where there is none."""
+        return posixpath.splitext(self.file_id)[1].lower()
+
+
+def list_files(root: str) -> Iterator[Entry]:
+    """Lists everything below a folder or URL in a fixed order; links to folders are followed once.
+
+    Raises:
+        ConfigError: There is no such folder.
+        ReadError: The file system or server cannot list it.
+    """
+    return _list_url(root) if is_url(root) else _list_folder(root)
+
+
+def _list_folder(given: str) -> Iterator[Entry]:
+    root = Path(given.removeprefix("file://")).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"corpus.path={given}: there is no such folder")
+    # each folder once, so that loops of links end
+    seen: set[tuple[int, int]] = set()
+    waiting = [(str(root), "")]
+    while waiting:
+        folder, relative = waiting.pop()
+        try:
+            status = Path(folder).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                ordered = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            yield Entry(
+                folder, relative or ".", problem="unreadable", error=f"folder: {error.strerror}", is_folder=True
+            )
+            continue
+        for entry in ordered:
+            below = f"{relative}/{entry.name}" if relative else entry.name
+            try:
+                if entry.is_dir():
+                    waiting.append((entry.path, below))
+                else:
+                    yield _file_entry(entry, below)
+            except OSError as error:
+                yield Entry(entry.path, below, problem="broken_link", error=str(error.strerror))
+
+
+def _file_entry(entry: os.DirEntry[str], below: str) -> Entry:
+    try:
+        info = entry.stat()
+    except FileNotFoundError:
+        if entry.is_symlink():
+            return Entry(entry.path, below, problem="broken_link", error="is a link to nothing")
+        return Entry(entry.path, below, problem="vanished", error="was removed while the folder was listed")
+    if stat.S_ISREG(info.st_mode):
+        return Entry(entry.path, below, info.st_size, str(info.st_mtime_ns))
+    kinds = {
+        "a FIFO": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+        "a character device": stat.S_ISCHR,
+        "a block device": stat.S_ISBLK,
+    }
+    kind = next((name for name, test in kinds.items() if test(info.st_mode)), "a special file")
+    return Entry(
+        entry.path, below, problem="not_a_file", error=f"is {'a link to ' * entry.is_symlink()}{kind}, not a file"
+    )
+
+
+def _list_url(url: str) -> Iterator[Entry]:
+    try:
+        fs, base = fsspec.core.url_to_fs(url)
+        base = base.rstrip("/")
+        fs.invalidate_cache()
+        there = fs.exists(base)
+        found = sorted(fs.find(base, detail=True).items()) if there else []
+    except (ImportError, ValueError) as error:  # no package for this kind of address, or no such kind
+        raise ConfigError(f"corpus.path={url}: cannot be used: {error}") from None
+    except Exception as error:  # every protocol of fsspec has its own exceptions
+        raise ReadError(f"corpus.path={url}: cannot be listed: {type(error).__name__}: {error}") from None
+    if not there:
+        raise ConfigError(f"corpus.path={url}: there is no such folder")
+    for path, info in found:
+        size, version = remote_stat(info)
+        yield Entry(fs.unstrip_protocol(path), path[len(base) :].lstrip("/"), size, version)

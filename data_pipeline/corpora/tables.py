@@ -1,0 +1,168 @@
+"""Reads tables of text row by row: TSV, CSV and JSON lines.
+
+Rows end at newlines alone; U+2028 and U+0085 are text. Column names and cells are stripped. A row that cannot be read
+is a row with a problem: it changes no other row.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import fsspec
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.storage import is_url
+
+ENDINGS: Final = ("tsv", "csv", "jsonl", "json")
+csv.field_size_limit(1 << 30)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table."""
+
+    number: int
+    """From 1, without the header and empty lines."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Values by column; null and empty cells of TSV and CSV are absent; any other value is a value."""
+    problem: str = ""
+    """Why the row cannot be used; "" where it can."""
+
+
+def read_table(path: str, config_field: str) -> Iterator[Row]:
+    """Reads a table by its ending: .tsv, .csv (first line names the columns), .jsonl or .json (one object per line).
+
+    Args:
+        path: Local path or fsspec URL.
+        config_field: Name of the config field that holds `path`, for messages.
+
+    Raises:
+        ConfigError: The table cannot be read, has no usable row, or names a column twice.
+    """
+    ending = path.rsplit(".", 1)[-1].lower()
+    if ending not in ENDINGS:
+        raise ConfigError(f"{config_field}={path}: a manifest ends in .tsv, .csv, .jsonl or .json")
+    try:
+        with fsspec.open(path if is_url(path) else str(Path(path).expanduser()), "rb") as file:
+            content = file.read()
+    except Exception as error:  # every protocol of fsspec has its own exceptions
+        raise ConfigError(f"{config_field}={path}: cannot be read as a manifest ({error})") from None
+    first = ""
+    usable = False
+    for row in rows_of(content, ending):
+        usable |= not row.problem
+        first = first or (row.problem and f"row {row.number} {row.problem}")
+        yield row
+    if first and not usable:
+        raise ConfigError(f"{config_field}={path}: no row can be used; {first}")
+
+
+def rows_of(content: bytes, kind: str) -> Iterator[Row]:
+    """Parses the bytes of a table. kind: tsv, csv, jsonl or json; `quoted_tsv` also takes CSV's quotes off cells."""
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    parse = _json_rows if kind in ("jsonl", "json") else _csv_rows if kind == "csv" else _tsv_rows(kind)
+    for number, (values, problem) in enumerate(parse(lines), start=1):
+        if not problem and not _encodable(values):
+            problem = "holds characters that cannot be written as UTF-8"
+        yield Row(number, {} if problem else values, problem)
+
+
+def as_text(value: Any) -> str:
+    """Returns a value of a table as stripped text; 0 is "0" and false is "false"."""
+    if isinstance(value, str):
+        return value.strip()
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+Parsed = Iterator[tuple[dict[str, Any], str]]
+"""(values, problem) of each row."""
+
+
+def _json_rows(lines: Sequence[bytes]) -> Parsed:
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8
+            yield {}, f"is not JSON ({error})"
+            continue
+        if isinstance(row, dict):
+            yield {key.strip(): value for key, value in row.items() if value is not None}, ""
+        else:
+            yield {}, "is not a JSON object"
+
+
+def _tsv_rows(kind: str) -> Callable[[Sequence[bytes]], Parsed]:
+    def parse(lines: Sequence[bytes]) -> Parsed:
+        return _with_header(cells(line) for line in lines if line.strip(b"\r"))
+
+    def cells(line: bytes) -> list[str] | str:
+        try:
+            found = line.decode().rstrip("\r").split("\t")
+        except UnicodeDecodeError as error:
+            return f"is not UTF-8 ({error.reason})"
+        return [_unquoted(cell) for cell in found] if kind == "quoted_tsv" else found
+
+    return parse
+
+
+def _csv_rows(lines: Sequence[bytes]) -> Parsed:
+    def rows() -> Iterator[list[str] | str]:
+        # bytes that are not UTF-8 become surrogates, which `rows_of` refuses row by row
+        texts = (line.decode("utf-8", "surrogateescape").rstrip("\r") + "\n" for line in lines)
+        reader = csv.reader(texts, skipinitialspace=True)
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield f"is not CSV ({error})"
+                continue
+            if row:
+                yield row
+
+    return _with_header(rows())
+
+
+def _with_header(rows: Iterator[list[str] | str]) -> Parsed:
+    header: list[str] | None = None
+    for row in rows:
+        if isinstance(row, str):
+            if header is None:
+                raise ConfigError(f"the first line of the table {row}")
+            yield {}, row
+        elif header is None:
+            header = [name.strip() for name in row]
+            twice = sorted({name for name in header if name and header.count(name) > 1})
+            if twice:
+                raise ConfigError(f"the column {twice[0]!r} is named twice in the first line of the table")
+        elif any(cell.strip() for cell in row[len(header) :]):
+            yield {}, f"has {len(row)} cells; the first line names {len(header)} columns"
+        else:
+            cells = zip(header, (cell.strip() for cell in row), strict=False)
+            yield {name: cell for name, cell in cells if name and cell}, ""
+
+
+def _unquoted(cell: str) -> str:
+    """Returns a cell without the quotes that CSV puts around it; a quote that opens none stays as it is."""
+    inner = cell[1:-1]
+    if len(cell) < 2 or cell[0] != '"' or cell[-1] != '"' or '"' in inner.replace('""', ""):
+        return cell
+    return inner.replace('""', '"')
+
+
+def _encodable(values: dict[str, Any]) -> bool:
+    try:
+        for key, value in values.items():
+            key.encode()
+            as_text(value).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
