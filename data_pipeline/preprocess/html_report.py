@@ -147,8 +147,8 @@ def _histogram(title: str, values: npt.NDArray[Any]) -> str:
         np.format_float_positional(v, 3, fractional=False, trim="-") for v in (edges[0], np.median(values), edges[-1])
     )
     return (
-        f"<figure><figcaption>{html.escape(title)} · median {middle}</figcaption>"
-        f"<svg viewBox='0 0 320 140' role=img aria-label='{html.escape(title)}'>{bars}"
+        f"<figure><figcaption>{html_text(title)} · median {middle}</figcaption>"
+        f"<svg viewBox='0 0 320 140' role=img aria-label='{html_text(title)}'>{bars}"
         f"<text x='10' y='135'>{low}</text><text x='310' y='135' text-anchor='end'>{high}</text></svg></figure>"
     )
 

@@ -41,7 +41,7 @@ SCANNED = 200
 QUARANTINE = "quarantine.jsonl"
 """In the data set: every recording that gave nothing, and every row of a table that names none, with the reason."""
 DUPLICATES = "duplicates.jsonl"
-"""In the data set: every recording left out as a duplicate, with the one that is kept, the share in common, and where."""
+"""In the data set: every recording left out as a duplicate, the one that is kept, and what they have in common."""
 
 
 def plan_units(config: PreprocessConfig) -> Forecast:
@@ -174,8 +174,8 @@ def _read_rejects(store: FileStore, name: str) -> list[Reject]:
         return [reject_from_json(row) for row in found.rows]
     except ValueError as error:
         raise ValueError(
-            f"{store.root}/_rejects/{name}: damaged ({error}); delete it and _done/{name.removesuffix('l')}, and run the "
-            "same command again"
+            f"{store.root}/_rejects/{name}: damaged ({error}); delete it and _done/{name.removesuffix('l')}, and run "
+            "the same command again"
         ) from None
 
 

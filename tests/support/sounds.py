@@ -37,10 +37,11 @@ def many(count: int, seconds: float = 2.0) -> dict[str, float]:
 
 
 def path_config(corpus: Path, out: Path, **values: Any) -> PreprocessConfig:
-    """A config as the command line would make it."""
+    """A config as the command line would make it; speakers are the folders of the corpus, if it has any."""
+    folders = any(path.is_dir() for path in corpus.iterdir()) if corpus.is_dir() else False
     given = {
         "out": str(out),
-        "corpus": {"name": "path", "path": str(corpus), "pattern": "^(?P<speaker>[^/]+)/"},
+        "corpus": {"name": "path", "path": str(corpus), "pattern": "^(?P<speaker>[^/]+)/" if folders else ""},
         "shard_mb": 0.1,
         **values,
     }

@@ -109,7 +109,7 @@ def test_splits_and_other_column_names(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"corpus\.columns\.path=klip; its columns are: clip, who, split"):
         discover(ManifestCorpus(path=str(path), columns={"path": "klip"}))
     path.write_text("{")
-    with pytest.raises(ConfigError, match="line 1 is no JSON"):
+    with pytest.raises(ConfigError, match="row 1 is not JSON"):
         discover(ManifestCorpus(path=str(path)))
 
 

@@ -31,7 +31,7 @@ def test_it_says_what_happened_and_loads_nothing(page: Path) -> None:
     for said in (
         "too_short",
         "unreadable",
-        "Quarantine (1 files)",
+        "Quarantine (2 files)",
         "duration, s",
         "speaker0",
         "hours of audio an hour",

@@ -31,7 +31,7 @@ def test_good_files_become_shards_and_a_broken_one_is_listed(tmp_path: Path) -> 
     soundfile.write(corpus / "speaker9" / "studio.wav", np.stack([sound("l", 3, 48_000)] * 2, 1), 48_000)
     summary = preprocess(path_config(corpus, tmp_path / "out"), progress=False)
     assert summary.exit_code == 0
-    assert (summary.files, summary.segments, summary.quarantined) == (15, 14, 1)
+    assert (summary.files, summary.segments, summary.quarantined) == (15, 14, 3)
     assert summary.rejects["cut/too_short"] == (1, pytest.approx(0.2 / 3600))
     assert summary.rejects["filter/silence"] == (1, pytest.approx(2 / 3600))
     assert summary.rejects["decode/unreadable"][0] == 1
@@ -39,7 +39,9 @@ def test_good_files_become_shards_and_a_broken_one_is_listed(tmp_path: Path) -> 
     assert summary.hours_out == pytest.approx((20 + 70 + 3) / 3600)
     listed = [json.loads(line) for line in Path(summary.quarantine).read_text().splitlines()]
     assert [(row["file_id"], row["stage"], row["reason"]) for row in listed] == [
-        ("speaker0/broken.flac", "decode", "unreadable")
+        ("speaker0/broken.flac", "decode", "unreadable"),
+        ("speaker9/hush.wav", "filter", "silence"),
+        ("speaker9/short.wav", "cut", "too_short"),
     ]
     pieces = sorted((row["start"], row["n_samples"]) for row in rows(tmp_path / "out") if "long" in str(row["key"]))
     assert pieces == [(0, 480_000), (480_000, 320_000), (800_000, 320_000)]
