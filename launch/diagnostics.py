@@ -34,6 +34,7 @@ def examine(folder: Path) -> Iterator[Finding]:
         ("python", _python),
         ("packages", _packages),
         ("torch", _torch),
+        ("operations", _operations),
         ("compilers", _compilers),
         ("codecs", _codecs),
         ("slurm", _slurm),
@@ -100,6 +101,24 @@ def _cpu_features() -> str:
     except (OSError, IndexError):
         return "CPU features unknown"
     return ", ".join(name for name in ("avx2", "avx512f", "amx_bf16") if name in flags) or "no AVX"
+
+
+def _operations() -> Iterator[Finding]:
+    """Compares 16-bit operations of the shipped recipes with fp32 on each kind of device."""
+    import torch
+
+    from pretrain.profiling import operation_check
+
+    devices = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    for device in devices:
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            n_right, odd = operation_check.survey(device, dtype)
+            wrong = [verdict for verdict in odd if not verdict.right]
+            shown = [f"{n_right} operations agree with fp32"]
+            shown += [f"{v.operation}: error {v.direct:.2g} as it is, {v.error:.2g} by {v.route}" for v in odd]
+            remedy = f"do not train with engine.precision={name} on {device}; a newer torch may be right"
+            verdict: Verdict = "broken" if wrong else "ok"
+            yield Finding(f"{name} on {device}", verdict, "; ".join(shown), remedy, needed=False)
 
 
 def _compilers() -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from launch.config import PretrainJob
 from pretrain.config import Config
 from pretrain.profiling import cost_model
 from pretrain.profiling.cost_model import GIB, Cluster, Measured
+from pretrain.profiling.hardware import GPUS
 
 USAGE = """auricle plan-run [the overrides of `auricle pretrain`] cluster=NODESxGPUSxKIND [mfu=0.3]
 
@@ -71,7 +72,7 @@ def _share(text: str) -> float:
 
 
 def _memory(config: Config, cluster: Cluster, measured: Measured) -> Table:
-    room = cost_model.GPUS[cluster.kind].memory
+    room = GPUS[cluster.kind].memory
     activations = cost_model.activation_bytes(measured, config) / GIB
     title = f"GiB per GPU on {cluster.nodes} × {cluster.gpus} {cluster.kind} ({room:g} GiB)"
     table = Table("ZeRO", "states", "activations", "sum", "", title=title, title_justify="left", box=None)

@@ -16,6 +16,7 @@ from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
 from pretrain.interop.init_weights import load_initial
+from pretrain.profiling.operation_check import check_operations
 from pretrain.train_module import build_model
 
 
@@ -69,6 +70,7 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
         module = build_model(config)
     except ValueError as error:  # it follows from the config alone
         raise ConfigError(str(error)) from error
+    check_operations(module, world.device, module.autocast, print if world.rank == 0 else lambda line: None)
     if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume brings its own weights
         load_initial(config, module)
     engine = make_engine(config, module, world)

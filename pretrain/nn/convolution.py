@@ -1,23 +1,100 @@
-"""Convolution over time of frames as everything else keeps them, (B, F, D)."""
+"""Convolution over the time axis of (B, F, D) frames, by a kernel that is correct in the precision in force.
+
+oneDNN computes 16-bit convolutions with an even kernel and at most 12 input channels per group wrongly on CPUs with AMX
+(relative error 1.0, no message; torch 2.13; depthwise and odd kernels are correct). `default_route` avoids such shapes
+on every CPU. pretrain/profiling/operation_check.py measures the shapes of a model at start-up and overrides the route
+of any other one that turns out wrong.
+"""
 
 from __future__ import annotations
+
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+REDUCED = (torch.bfloat16, torch.float16)
+"""16-bit floating-point types."""
+FEW_CHANNELS = 12
+"""Input channels per group up to which oneDNN's even 16-bit kernels are not trusted."""
+Route = Literal["direct", "odd_kernel", "fp32"]
+"""How a convolution is computed: as given; with a zero tap appended to its kernel, which is exact; or in fp32."""
+
+
+class ConvShape(NamedTuple):
+    """Everything about a convolution that selects its kernel, apart from device and precision."""
+
+    in_dim: int
+    dim: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+
+
+_OVERRIDES: dict[tuple[str, torch.dtype, ConvShape], Route] = {}
+
+
+def default_route(device_type: str, dtype: torch.dtype, shape: ConvShape) -> Route:
+    """Returns the route by the known fault of oneDNN alone, without any measurement."""
+    depthwise = shape.groups > 1 and shape.in_dim == shape.groups
+    few = shape.in_dim // shape.groups <= FEW_CHANNELS and not depthwise
+    if device_type == "cpu" and dtype in REDUCED and shape.kernel % 2 == 0 and few:
+        return "odd_kernel"
+    return "direct"
+
+
+def override_route(device_type: str, dtype: torch.dtype, shape: ConvShape, route: Route | None) -> None:
+    """Sets the route of a shape for the rest of the process; None restores the default."""
+    if route is None:
+        _OVERRIDES.pop((device_type, dtype, shape), None)
+    else:
+        _OVERRIDES[device_type, dtype, shape] = route
+
 
 def time_conv(
     x_BFD: Tensor, weight_EDK: Tensor, bias_E: Tensor | None, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
-    """(B, F, D) to (B, F', E), as `conv1d` on (B, D, F).
+    """Convolves frames over time, as `conv1d` does on (B, D, F).
 
-    On a CPU, oneDNN is up to four times faster where channels lie next to each other, which they do here: grouped
-    convolutions in any precision, full ones in bf16 or fp16 only. One input channel is an exception (docs/findings.md).
+    Args:
+        x_BFD: input frames, (B, F, D).
+        weight_EDK: kernels, (E, D / groups, K).
+        bias_E: (E,), or None.
+        stride: input frames per output frame.
+        padding: zero frames on either side.
+        groups: groups of channels.
+
+    Returns:
+        (B, F', E) with F' = (F + 2 · padding − K) // stride + 1, in autocast's type where autocast is on.
+    """
+    device = x_BFD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BFD.dtype
+    if dtype not in REDUCED:
+        return _convolve(x_BFD, weight_EDK, bias_E, stride, padding, groups)
+    shape = ConvShape(x_BFD.shape[2], weight_EDK.shape[0], weight_EDK.shape[2], stride, padding, groups)
+    route = _OVERRIDES.get((device, dtype, shape)) or default_route(device, dtype, shape)
+    if route == "fp32":
+        with torch.autocast(device, enabled=False):
+            bias = None if bias_E is None else bias_E.float()
+            return _convolve(x_BFD.float(), weight_EDK.float(), bias, stride, padding, groups).to(dtype)
+    if route == "odd_kernel":
+        # the frame appended here meets the zero tap alone, so that the number of output frames stays the same
+        x_BFD, weight_EDK = F.pad(x_BFD, (0, 0, 0, 1)), F.pad(weight_EDK, (0, 1))
+    return _convolve(x_BFD, weight_EDK, bias_E, stride, padding, groups)
+
+
+def _convolve(
+    x_BFD: Tensor, weight_EDK: Tensor, bias_E: Tensor | None, stride: int, padding: int, groups: int
+) -> Tensor:
+    """`time_conv` by the fastest layout.
+
+    On a CPU, oneDNN is up to four times faster where channels are adjacent in memory, as they are here: grouped
+    convolutions in any precision, full ones in 16 bits only. A single input channel is the exception.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BFD.dtype
-    reduced = dtype in (torch.bfloat16, torch.float16)
-    if x_BFD.device.type != "cpu" or x_BFD.shape[2] == 1 or (groups == 1 and not reduced):
+    if x_BFD.device.type != "cpu" or x_BFD.shape[2] == 1 or (groups == 1 and dtype not in REDUCED):
         return F.conv1d(x_BFD.transpose(1, 2), weight_EDK, bias_E, stride, padding, 1, groups).transpose(1, 2)
     image_BD1F = x_BFD.transpose(1, 2)[:, :, None]
     weight_ED1K = weight_EDK.to(dtype)[:, :, None].contiguous(memory_format=torch.channels_last)
@@ -26,13 +103,14 @@ def time_conv(
 
 
 class TimeConv(nn.Conv1d):
-    """`nn.Conv1d` that takes and gives (B, F, D)."""
+    """`nn.Conv1d` on (B, F, D) instead of (B, D, F)."""
 
     def __init__(
         self, in_dim: int, dim: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True
     ) -> None:
         super().__init__(in_dim, dim, kernel, stride, padding, groups=groups, bias=bias)
+        self.shape = ConvShape(in_dim, dim, kernel, stride, padding, groups)
 
     def forward(self, x_BFD: Tensor) -> Tensor:
-        assert isinstance(self.padding, tuple)
-        return time_conv(x_BFD, self.weight, self.bias, self.stride[0], self.padding[0], self.groups)
+        _, _, _, stride, padding, groups = self.shape
+        return time_conv(x_BFD, self.weight, self.bias, stride, padding, groups)

@@ -1,4 +1,4 @@
-"""What tells an encoder the order of its frames."""
+"""Position encodings: convolutional (relative) and rotary."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.nn.convolution import TimeConv, time_conv
+from pretrain.nn.convolution import ConvShape, TimeConv, time_conv
 
 
 class ConvPositions(nn.Module):
     """Relative positions from one wide grouped convolution with weight norm over taps (wav2vec 2.0, §2).
 
-    Weight norm is written out here, because ZeRO-3 gathers a parameter only in the forward pass of its owner.
+    Weight norm is computed in `forward`, because ZeRO-3 gathers a parameter only in the forward pass of its owner.
     """
 
     def __init__(self, dim: int, kernel: int = 128, groups: int = 16) -> None:
@@ -22,13 +22,14 @@ class ConvPositions(nn.Module):
         if dim % groups:
             raise ValueError(f"positional convolution: {dim} channels do not divide into {groups} groups")
         self.kernel, self.groups = kernel, groups
+        self.shape = ConvShape(dim, dim, kernel, padding=kernel // 2, groups=groups)
         weight = torch.empty(dim, dim // groups, kernel).normal_(0.0, math.sqrt(4.0 / (kernel * dim)))
         self.weight_v = nn.Parameter(weight)
         self.weight_g = nn.Parameter(weight.norm(dim=(0, 1), keepdim=True))
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x_BFD: Tensor, inside_BF1: Tensor | None = None) -> Tensor:
-        """What to add to x_BFD, which is 0 between utterances."""
+        """Returns the position features to add to `x_BFD` (B, F, D), which must be 0 between packed utterances."""
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
         y_BFD = time_conv(x_BFD, weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         if self.kernel % 2 == 0:
@@ -47,7 +48,10 @@ class ConvPositionsStack(nn.Module):
         self.convs = nn.ModuleList(TimeConv(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth))
 
     def forward(self, x_BFD: Tensor, inside_BF1: Tensor | None = None) -> Tensor:
-        """What to add to x_BFD. inside_BF1: False between packed utterances, where each convolution finds zeros."""
+        """Returns the position features to add to `x_BFD` (B, F, D).
+
+        inside_BF1: False between packed utterances, where the input of each convolution is set to 0.
+        """
         for conv in self.convs:
             if inside_BF1 is not None:
                 x_BFD = x_BFD * inside_BF1
@@ -57,10 +61,16 @@ class ConvPositionsStack(nn.Module):
 
 
 def rotary_angles(places: Tensor, head_dim: int, skip: int = 0, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, fp32 (RoFormer, arXiv 2104.09864, eq. 34).
+    """Returns cos and sin of the rotary angles in fp32 (RoFormer, arXiv 2104.09864, eq. 34).
 
-    places: (F,) indices in time, giving (F, head_dim / 2), or (B, F), giving (B, 1, F, head_dim / 2). `skip` frames
-    before them have no place in time (registers): their angle is 0, as that of the first true frame.
+    Args:
+        places: time indices of the frames, (F,) or (B, F).
+        head_dim: channels per attention head.
+        skip: leading frames without a time index (registers); their angle is 0, like that of the first frame.
+        base: longest wavelength in frames, divided by 2π.
+
+    Returns:
+        Two tensors (skip + F, head_dim / 2), or (B, 1, skip + F, head_dim / 2) where `places` has rows.
     """
     places = F.pad(places.float(), (skip, 0))
     rates = base ** (-torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float32) / head_dim)
@@ -71,7 +81,7 @@ def rotary_angles(places: Tensor, head_dim: int, skip: int = 0, base: float = 10
 
 
 def rotate(x_BHFC: Tensor, cos_FC: Tensor, sin_FC: Tensor) -> Tensor:
-    """Turns pairs (c, c + C/2) of each head by the angle of their frame."""
+    """Rotates the channel pairs (c, c + C/2) of each head, (B, H, F, C), by the angle of their frame."""
     first, second = x_BHFC.float().chunk(2, dim=-1)
     turned = torch.cat([first * cos_FC - second * sin_FC, second * cos_FC + first * sin_FC], dim=-1)
     return turned.type_as(x_BHFC)

@@ -1,9 +1,12 @@
-"""What a run would cost on a cluster: memory, communication and time, from a few seconds' forward pass on this CPU.
+"""Forecasts memory, communication and time of a run on a cluster from forward passes on this CPU.
 
-Measured here, on the real model: parameters, multiplications and saved activations of a forward pass at two lengths.
+Measured here, on the real architecture: parameters, operations and saved activations of a forward pass at two lengths.
 Both are polynomials a·t + b·t² in the length t of a segment (everything but attention is linear). Assumed: the GPU's
-peak and links from its data sheet, the share of the peak that is reached (MFU), and that gradients are reduced behind
-the backward pass. The assumptions are printed with the result.
+peak and links (hardware.py), the share of the peak that is reached (MFU), and that gradients are reduced during the
+backward pass. The assumptions are printed with the result.
+
+The measurement fits on a login node: weights are pages that are never written, and saved activations are counted and
+dropped at once.
 """
 
 from __future__ import annotations
@@ -12,13 +15,18 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from data_pipeline.core.schema import ConfigError, suggest
 from data_pipeline.core.types import SAMPLE_RATE, Batch
 from pretrain.config import Config
 from pretrain.interfaces.frames import StepContext
+from pretrain.profiling import hardware
+from pretrain.profiling.flops import counter
+from pretrain.profiling.hardware import GPUS
 from pretrain.train_module import TrainModule, build_model
 
 GIB = 1 << 30
@@ -28,30 +36,8 @@ LARGEST_BUCKET = 50_000_000
 """Numbers; as engines/deepspeed.py sets it."""
 LIVE = 1_000_000_000
 """Weights that ZeRO-3 leaves whole between their uses: DeepSpeed's stage3_max_live_parameters."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """From data sheets: dense TFLOP/s, GiB, and GB/s a GPU sends inside its node and between nodes."""
-
-    half: float
-    """In 16 bits, fp16 as well as bf16."""
-    tf32: float
-    fp32: float
-    memory: float
-    inside: float
-    between: float
-
-
-GPUS = {
-    "V100": Gpu(125, 15.7, 15.7, 32, 150, 12.5),
-    "A100": Gpu(312, 156, 19.5, 80, 300, 25),
-    "L40S": Gpu(362, 183, 91.6, 48, 32, 12.5),
-    "H100": Gpu(989, 494, 67, 80, 450, 50),
-    "H200": Gpu(989, 494, 67, 141, 450, 50),
-    "B200": Gpu(2250, 1125, 75, 180, 900, 50),
-    "MI300X": Gpu(1307, 654, 163, 192, 448, 50),
-}
+KINDS = [name for name in GPUS if name.isalnum()]
+"""GPUs that a cluster can have."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +101,16 @@ def parse_cluster(text: str) -> Cluster:
     """Raises ConfigError naming the form and the known GPUs."""
     found = re.fullmatch(r"(\d+)x(\d+)x(\w+)", text)
     kind = found[3].upper() if found else ""
-    if not found or kind not in GPUS or not int(found[1]) * int(found[2]):
-        near = suggest(kind, GPUS)
+    if not found or kind not in KINDS or not int(found[1]) * int(found[2]):
+        near = suggest(kind, KINDS)
         hint = f"did you mean {near}? " if near else ""
-        raise ConfigError(f"cluster={text}: write NODESxGPUSxKIND, as in 8x8xH100; {hint}known: {', '.join(GPUS)}")
+        raise ConfigError(f"cluster={text}: write NODESxGPUSxKIND, as in 8x8xH100; {hint}known: {', '.join(KINDS)}")
     return Cluster(int(found[1]), int(found[2]), kind)
 
 
 def measure(config: Config, lengths: tuple[float, float] = (2.0, 4.0)) -> Measured:
-    """Runs the model's forward pass on this machine's CPU at two lengths, in the config's precision."""
-    module = build_model(config)
+    """Runs the model's forward pass on this machine's CPU at two lengths in seconds, in the config's precision."""
+    module = build_without_memory(config)
     if module.model.encoder.activation_checkpointing == "selective":
         module.model.encoder.activation_checkpointing = "none"  # the hooks do not see what it keeps: an upper bound
     shorter, longer = (_forward(module, config, seconds) for seconds in lengths)
@@ -139,6 +125,20 @@ def measure(config: Config, lengths: tuple[float, float] = (2.0, 4.0)) -> Measur
     )
 
 
+def build_without_memory(config: Config) -> TrainModule:
+    """Returns the config's module with weights of 0 that occupy no memory until somebody writes to them."""
+    with torch.device("meta"):
+        module = build_model(config)
+
+    def pages(tensor: Tensor) -> Tensor:
+        # numpy takes zeroed pages from the operating system, which exist only once they are written
+        raw = np.zeros(tensor.numel() * tensor.element_size(), dtype=np.uint8)
+        return torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape)
+
+    module._apply(pages)  # type: ignore[no-untyped-call]
+    return module
+
+
 def _fit(lengths: tuple[float, float], values: tuple[float, float]) -> Cost:
     """The polynomial through both points and the origin."""
     (s, t), (u, v) = lengths, values
@@ -147,31 +147,35 @@ def _fit(lengths: tuple[float, float], values: tuple[float, float]) -> Cost:
 
 
 def _forward(module: TrainModule, config: Config, seconds: float, segments: int = 1) -> tuple[float, float]:
-    """Operations and saved bytes of a forward pass over segments of noise."""
+    """Returns operations and bytes saved for the backward pass of a forward pass over segments of noise."""
     samples = int(seconds * SAMPLE_RATE)
     keys = tuple(f"noise {number}" for number in range(segments))
     targets = {}
     if name := getattr(config.objective, "labels", ""):
         targets[name] = torch.zeros(segments, round(seconds * config.objective.label_rate_hz), dtype=torch.int64)
     batch = Batch(0.1 * torch.randn(segments, samples), torch.full((segments,), samples), keys, 0, targets)
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    saved: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: Tensor) -> None:
+        """Counts a storage once and keeps nothing: no backward pass follows."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        if storage._cdata not in own:
+            # the weak reference keeps the address from being used again
+            saved[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
 
-    def unpack(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def unpack(nothing: None) -> Tensor:
+        raise RuntimeError("the cost model runs no backward pass")
 
-    context = StepContext(0, 0)
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        plan = module.prepare(batch, context)
-        loss, _ = module(batch, plan, plan.counts_K, context)
-    del loss
-    return float(counter.get_total_flops()), float(sum(kept.values()))
+    context, cached = StepContext(0, 0), torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # it would keep a 16-bit copy of every weight
+    try:
+        with counter() as counted, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            plan = module.prepare(batch, context)
+            module(batch, plan, plan.counts_K, context)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+    return float(counted.get_total_flops()), float(sum(n_bytes for _, n_bytes in saved.values()))
 
 
 def state_bytes(measured: Measured, stage: int, ranks: int) -> float:
@@ -207,7 +211,7 @@ def activation_bytes(measured: Measured, config: Config) -> float:
 def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mfu: float) -> Forecast:
     """One step on `gpus` GPUs of the cluster's kind. The audio per step is the recipe's, whatever their number."""
     gpu, longest = GPUS[cluster.kind], config.data.max_seconds
-    peak = gpu.half if config.engine.precision != "fp32" else gpu.tf32 if config.engine.tf32 else gpu.fp32
+    peak = hardware.peak_tflops(gpu, config.engine.precision, config.engine.tf32)
     recompute = 1.0 if config.engine.activation_checkpointing == "full" else 0.0
     segments = config.data.batch_seconds / longest
     flops = segments * measured.flops.of(longest) * (1.0 + BACKWARD + recompute)

@@ -1,10 +1,12 @@
 """The layout of a convolution's memory changes its speed, not its result."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain.nn.convolution import time_conv
+from pretrain.nn.convolution import ConvShape, default_route, time_conv
 
 SHAPES = [(8, 6, 3, 2, 0, 1), (8, 8, 19, 1, 9, 4), (12, 12, 7, 1, 0, 12), (1, 6, 10, 5, 0, 1)]
 """In, out, taps, stride, padding, groups."""
@@ -48,3 +50,52 @@ def test_autocast_reaches_it() -> None:
         found = time_conv(torch.randn(1, 20, 4), torch.randn(6, 4, 3), torch.randn(6), stride=2)
     assert found.dtype == torch.bfloat16
     assert found.is_contiguous()
+
+
+FEW = [
+    (channels, groups, taps)
+    for number, (taps, channels, groups) in enumerate(
+        itertools.product((8, 32, 128), (2, 4, 6, 8, 10, 12), (1, 2, 4, 16))
+    )
+    if number % 3 == 0
+]
+"""A sample of the shapes that oneDNN computes wrongly in 16 bits on CPUs with AMX: channels per group, groups, taps."""
+
+
+@pytest.mark.parametrize(("channels", "groups", "taps"), FEW)
+def test_even_kernels_on_few_channels_take_an_odd_one_in_16_bits(
+    channels: int, groups: int, taps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On any CPU: no 16-bit kernel with an even number of taps runs, and outputs and gradients are those of fp32."""
+    generator, dim = torch.Generator().manual_seed(0), channels * groups
+    x_BFD = torch.randn(1, 20, dim, generator=generator).bfloat16().float().requires_grad_()
+    weight_EDK = torch.randn(dim, channels, taps, generator=generator).bfloat16().float().requires_grad_()
+    expected = time_conv(x_BFD, weight_EDK, None, 1, taps // 2, groups)
+    wanted = torch.autograd.grad(expected.square().mean(), (x_BFD, weight_EDK))
+    seen: list[int] = []
+    for name in ("conv1d", "conv2d"):
+        right = getattr(F, name)
+        monkeypatch.setattr(F, name, lambda x, w, *rest, right=right: (seen.append(w.shape[-1]), right(x, w, *rest))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = time_conv(x_BFD, weight_EDK, None, 1, taps // 2, groups)
+    given = torch.autograd.grad(found.float().square().mean(), (x_BFD, weight_EDK))
+    assert seen == [taps + 1]
+    for mine, theirs in zip((found, *given), (expected, *wanted), strict=True):
+        assert mine.shape == theirs.shape
+        assert (mine.float() - theirs).norm() <= 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "route"),
+    [
+        (ConvShape(1, 512, 10, 5), "odd_kernel"),
+        (ConvShape(12, 12, 8), "odd_kernel"),
+        (ConvShape(13, 13, 8), "direct"),
+        (ConvShape(64, 64, 8, groups=64), "direct"),
+        (ConvShape(8, 8, 7), "direct"),
+    ],
+)
+def test_the_known_fault_is_a_matter_of_shape(shape: ConvShape, route: str) -> None:
+    assert default_route("cpu", torch.bfloat16, shape) == route
+    assert default_route("cpu", torch.float32, shape) == "direct"
+    assert default_route("cuda", torch.bfloat16, shape) == "direct"

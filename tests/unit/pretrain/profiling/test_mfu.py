@@ -15,25 +15,28 @@ from tests.support.training import config, run
 
 
 def test_the_flop_of_a_transformer_are_those_of_its_matrices() -> None:
-    # per frame at 25 Hz: 2 · weights of each matrix, and 4 · frames · dim for attention; log-mel filters at 100 Hz
+    """Two per multiply-add: mel filters, convolutions, linear layers and attention, fused on the CPU or not."""
     settings = config(data={"shards": "synthetic", "micro_batches": 4, "min_seconds": 4.0, "max_seconds": 4.0})
-    dim, ffn, layers, stacked, frames = 32, 64, 2, 320, 99
-    weights = layers * (4 * dim * dim + 2 * dim * ffn) + stacked * dim
-    attention = layers * 4 * frames * dim
-    filters = 398 * 2 * 257 * 80
-    expected = (frames * (2 * weights + attention) + filters) / 4
-    assert forward_flop(settings) == pytest.approx(expected, rel=0.05)  # convolutional positions besides
+    dim, ffn, layers, frames = 32, 64, 2, 99
+    filters = 398 * 257 * 80
+    subsampling = 198 * 80 * dim * 3 + frames * dim * dim * 3
+    positions = (frames + 1) * dim * (dim // 4) * 32
+    linear = frames * (dim * dim + layers * (4 * dim * dim + 2 * dim * ffn))
+    attention = layers * 2 * frames * frames * dim
+    assert forward_flop(settings) == 2 * (filters + subsampling + positions + linear + attention) / 4
 
 
 @pytest.mark.parametrize(
     ("name", "engine", "tflops"),
     [
-        ("NVIDIA H100 80GB HBM3", {"precision": "bf16"}, 989),
+        ("NVIDIA H100 80GB HBM3", {"precision": "bf16"}, 989.4),
         ("NVIDIA H100 PCIe", {"precision": "bf16"}, 756),
         ("NVIDIA A100-SXM4-80GB", {"precision": "fp32"}, 156),
-        ("NVIDIA A100-SXM4-80GB", {"precision": "fp32", "tf32": False}, 0),
+        ("NVIDIA A100-SXM4-80GB", {"precision": "fp32", "tf32": False}, 19.5),
         ("NVIDIA L40S", {"precision": "fp16"}, 362),
         ("NVIDIA A10G", {"precision": "bf16"}, 70),
+        ("NVIDIA B200", {"precision": "fp32"}, 1125),
+        ("AMD Instinct MI300X", {"precision": "bf16"}, 1307.4),
         ("Some new thing", {"precision": "bf16"}, 0),
         ("Some new thing", {"precision": "bf16", "peak_tflops": 50.0}, 50),
         ("", {}, 0),

@@ -1,0 +1,162 @@
+"""The start-up check finds wrong 16-bit kernels, reroutes convolutions and refuses what has no other way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_pipeline.core.schema import ConfigError
+from pretrain.nn import convolution
+from pretrain.nn.convolution import ConvShape, TimeConv, override_route
+from pretrain.nn.positions import ConvPositions
+from pretrain.profiling import operation_check
+from pretrain.profiling.operation_check import Convolution, Product, check_operations, judge, operations, survey
+from tests.support.contract_cases import make
+
+BF16 = torch.bfloat16
+ODD_SHAPE = ConvShape(16, 8, 5, 1, 2)
+"""A shape that the rule for oneDNN's fault does not reroute."""
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No results or routes of other tests, and a cache folder of its own."""
+    monkeypatch.setattr(operation_check, "_PROCESS", {})
+    monkeypatch.setattr(convolution, "_OVERRIDES", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor, Tensor], bool]) -> None:
+    """Makes convolutions return noise of their right size where `wrong(input, weight)`."""
+    for name in ("conv1d", "conv2d"):
+        right = getattr(F, name)
+
+        def planted(x: Tensor, weight: Tensor, *rest: Any, right: Any = right) -> Tensor:
+            out: Tensor = right(x, weight, *rest)
+            return out.roll(1, dims=1) if wrong(x, weight) else out
+
+        monkeypatch.setattr(F, name, planted)
+
+
+def reduced(x: Tensor) -> bool:
+    return torch.is_autocast_enabled("cpu") or x.dtype == BF16
+
+
+def test_a_wrong_even_kernel_is_replaced_by_an_odd_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault of even 16-bit kernels with more channels than the known fault has."""
+    plant(monkeypatch, lambda x, weight: reduced(x) and weight.shape[-1] % 2 == 0)
+    shape, said = ConvShape(16, 8, 4, 2, 1), list[str]()
+    conv = TimeConv(*shape)
+    (verdict,) = check_operations(conv, "cpu", BF16, said.append)
+    assert (verdict.route, verdict.right) == ("odd_kernel", True)
+    assert verdict.direct > 0.5
+    assert verdict.error < 0.01
+    assert "kernel 4" in said[0]
+    assert "odd_kernel" in said[0]
+    x_BFD = torch.randn(2, 30, 16)
+    with torch.no_grad(), torch.autocast("cpu", BF16):
+        found = conv(x_BFD)
+    with torch.no_grad():
+        expected = conv(x_BFD)
+    assert (found.float() - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_wrong_odd_kernel_runs_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda x, weight: reduced(x))
+    (verdict,) = check_operations(TimeConv(*ODD_SHAPE), "cpu", BF16, lambda line: None)
+    assert (verdict.route, verdict.right) == ("fp32", True)
+    conv = TimeConv(*ODD_SHAPE)
+    with torch.autocast("cpu", BF16):
+        assert conv(torch.randn(1, 9, 16)).dtype == BF16
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [
+        (
+            lambda out: out.roll(1, dims=-1),
+            r"linear layer of 8 to 6 channels in bfloat16 on cpu differs from fp32 by 1",
+        ),
+        (lambda out: out * float("nan"), "differs from fp32 by inf"),
+        (lambda out: out * 1.05, "by 0.05"),
+    ],
+)
+def test_a_wrong_product_is_refused(
+    planted: Callable[[Tensor], Tensor], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A linear layer has no other way: the message has the operation, its error, the limit and the remedy."""
+    right = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: planted(right(x, w, b)) if reduced(x) else right(x, w, b))
+    with pytest.raises(ConfigError, match=words) as raised:
+        check_operations(nn.Linear(8, 6), "cpu", BF16)
+    assert "set engine.precision=fp32" in str(raised.value)
+    assert "allowed: 0.03" in str(raised.value)
+
+
+def test_operations_of_a_model_are_each_checked_once() -> None:
+    found = operations(make("best_rq", "waveform_conv", "conformer"))
+    assert len(found) == len(set(found))
+    kinds = {type(operation).__name__ for operation in found}
+    assert kinds == {"Convolution", "Product", "Attention"}
+    assert operations(ConvPositions(8, 4, 2)) == [Convolution(ConvShape(8, 8, 4, 1, 2, 2))]
+    verdicts = judge(found, "cpu", BF16)
+    assert all(verdict.right for verdict in verdicts)
+
+
+def test_fp32_needs_no_check() -> None:
+    assert check_operations(nn.Linear(8, 6), "cpu", None) == []
+
+
+def test_results_are_kept_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ConvShape(16, 8, 4, 2, 1)
+    with monkeypatch.context() as faulty:
+        plant(faulty, lambda x, weight: reduced(x) and weight.shape[-1] % 2 == 0)
+        judge([Convolution(shape)], "cpu", BF16)
+    file = tmp_path / "auricle" / "operations.json"
+    assert file.parent.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(operation_check, "_PROCESS", {})
+    override_route("cpu", BF16, shape, None)
+    monkeypatch.setattr(operation_check, "measure", lambda *arguments: pytest.fail("measured again"))
+    (verdict,) = judge([Convolution(shape)], "cpu", BF16)
+    assert verdict.route == "odd_kernel"
+    assert convolution._OVERRIDES["cpu", BF16, shape] == "odd_kernel"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', "\x00"])
+def test_a_damaged_cache_is_measured_again(content: str, tmp_path: Path) -> None:
+    folder = tmp_path / "auricle"
+    folder.mkdir(mode=0o700)
+    (folder / "operations.json").write_text(content)
+    (verdict,) = judge([Product(4, 4)], "cpu", BF16)
+    assert verdict.right
+    assert str(Product(4, 4)) in "".join(json.loads((folder / "operations.json").read_text()))
+
+
+def test_a_cache_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
+    folder = tmp_path / "auricle"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert operation_check.cache_file() is None
+    judge([Product(4, 4)], "cpu", BF16)
+    assert not list(folder.iterdir())
+
+
+def test_another_processor_has_other_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = operation_check.fingerprint("cpu")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert operation_check.fingerprint("cpu") != here
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shipped_shapes_are_right_here(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operation_check, "SAMPLE", operation_check.SAMPLE[3:])
+    n_right, odd = survey("cpu", dtype)
+    assert n_right + len(odd) == len(operation_check.SAMPLE)
+    assert all(verdict.right for verdict in odd)
