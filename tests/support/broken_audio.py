@@ -1,4 +1,4 @@
-"""A folder of more than two hundred broken recordings, each with what may be said about it."""
+"""Writes more than two hundred broken recordings: truncated, wrong headers, random bytes, other file types."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMATS = {
 
 
 def encoded(ending: str, seconds: float = 1.5) -> bytes:
-    """A good file of a format."""
+    """Returns an intact file of a format."""
     buffer = io.BytesIO()
     form, subtype = FORMATS[ending]
     soundfile.write(buffer, sound(ending, seconds), 16_000, format=form, subtype=subtype)
@@ -42,7 +42,7 @@ def _header(rate: int, channels: int, bits: int, tag: int = 1, data: bytes = b""
 
 
 def make_broken(root: Path) -> int:
-    """Writes the files; how many. None of them holds a second of sound that could be used."""
+    """Writes the files and returns their number. None of them has a second of usable audio."""
     root.mkdir(parents=True)
     files: dict[str, bytes] = {"zero bytes.wav": b"", "zero.flac": b"", "空.opus": b"", "one byte.mp3": b"\xff"}
     good = {ending: encoded(ending) for ending in FORMATS}
@@ -118,7 +118,7 @@ _OTHER: dict[str, bytes] = {
 
 
 def fuzzed(ending: str, flips: list[tuple[int, int]], cut: int) -> bytes:
-    """A good file with some bytes overwritten and its end cut off."""
+    """Returns an intact file with some bytes overwritten and its end cut off."""
     content = bytearray(encoded(ending, 0.3))
     for position, value in flips:
         content[position % len(content)] = value

@@ -12,7 +12,7 @@ SECOND = SAMPLE_RATE
 
 
 def catalogue_of(shards: list[list[float]], groups: list[list[int]] | None = None, n_groups: int = 1) -> Catalogue:
-    """Shards of segments given in seconds."""
+    """Returns the catalog of shards whose segments are given in seconds."""
     starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards])]).astype(np.int64)
     lengths = np.array([round(s * SECOND) for shard in shards for s in shard], np.uint32)
     numbers = np.array([g for shard in groups or [] for g in shard] or np.zeros(len(lengths)), np.uint16)

@@ -37,11 +37,11 @@ SMALL = {
     "decoder_dim": 32,
     "masks": 2,
 }
-"""Fields made small wherever a plug-in has them."""
+"""Values of fields that set a size, for every plug-in that has the field."""
 
 
 def small(kind: str, name: str, **values: Any) -> dict[str, Any]:
-    """A plug-in's config with every known size made small."""
+    """Returns a plug-in's config with small sizes."""
     fields = {field.name for field in dataclasses.fields(registry.config_type(kind, name))}
     return {"name": name} | {field: value for field, value in SMALL.items() if field in fields} | values
 
@@ -54,9 +54,9 @@ RELABELLED = small(
     relabel_units=24,
     predict_layers=[1, 2],
 )
-"""What the recipes of the efficient default turn on and its dataclass does not."""
+"""Fields that the recipes of the efficient default set and its dataclass does not."""
 CASES = {name: small("objectives", name) for name in OBJECTIVES} | {"efficient, relabelled": RELABELLED}
-"""Every objective, and what else of one is a way of its own through the code."""
+"""Every objective, and further settings of one that take another path through the code."""
 
 
 def make(
@@ -67,7 +67,7 @@ def make(
     precision: str = "fp32",
     **options: Any,
 ) -> TrainModule:
-    """A tiny TrainModule. `objective`: one of CASES. `options`: further values of it."""
+    """Returns a tiny TrainModule. `objective` is one of CASES; `options` are further fields of it."""
     values = {
         "data": {"shards": "none"},
         "objective": CASES[objective] | options,
@@ -80,7 +80,7 @@ def make(
 
 
 def speech_like(seconds: float, seed: int) -> torch.Tensor:
-    """Gliding harmonics in bursts, (T,): structure that a model can learn."""
+    """Returns gliding harmonics in bursts, (T,) samples: structure that a model can learn."""
     rng = np.random.default_rng(seed)
     samples = int(seconds * 16_000)
     time = np.arange(samples) / 16_000
@@ -93,7 +93,7 @@ def speech_like(seconds: float, seed: int) -> torch.Tensor:
 
 
 def batch(seconds: tuple[float, ...] = (1.0, 0.7), width: float | None = None, first_seed: int = 0) -> Batch:
-    """Utterances of these lengths, zero-padded to the longest or to `width` seconds."""
+    """Returns utterances of these lengths, zero-padded to the longest or to `width` seconds."""
     waves = [speech_like(length, first_seed + row) for row, length in enumerate(seconds)]
     wave_BT = torch.zeros(len(waves), int((width or max(seconds)) * 16_000))
     for row, wave in enumerate(waves):

@@ -10,7 +10,7 @@ from data_pipeline.preprocess.work_plan import freeze_plan
 
 
 def preprocess_here(config: PreprocessConfig) -> None:
-    """Without Ray."""
+    """Runs a preprocessing job in this process, without Ray."""
     store = FileStore(config.out)
     for unit in freeze_plan(store, discover(config.corpus).files, config).units:
         process_unit(unit, config)

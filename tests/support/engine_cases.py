@@ -1,7 +1,7 @@
 """Runs engine cases inside one set of ranks: `python -m tests.support.engine_cases CASES.json OUT.json`.
 
 Each case is one engine over the same synthetic global steps; rank 0 writes losses, norms and a digest of all weights
-and moments per case. Not a test by itself: test_engines.py starts it and compares.
+and moments per case. tests/distributed starts it and compares the results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.support.synthetic_reader import synthetic_batch
 
 
 def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
-    """One engine, `steps` global steps, with an optional load before and save after."""
+    """Runs one engine for `steps` global steps, with an optional load before and save after."""
     config = load(Config, case["config"])
     before = held_bytes() if case.get("memory") else {}
     engine = make_engine(config, build_model(config), world)
@@ -81,7 +81,7 @@ def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
 
 
 def held_bytes() -> dict[int, int]:
-    """Address and size of the storage of every tensor that Python knows of, gradients included."""
+    """Returns address and size of the storage of every live tensor, gradients included."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
@@ -93,7 +93,7 @@ def held_bytes() -> dict[int, int]:
 
 
 def main(cases: str, out: str) -> None:
-    """All cases, one after the other, in this process's world."""
+    """Runs all cases in turn on this process's ranks."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     world = ranks.join("cpu", 2)
@@ -106,6 +106,4 @@ def main(cases: str, out: str) -> None:
 if __name__ == "__main__":
     main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(
-        0
-    )  # as launch.workers.rank leaves: gloo's threads now and then abort an interpreter that takes itself apart
+    os._exit(0)  # as launch.workers.rank does: gloo's threads sometimes abort an interpreter that is shutting down

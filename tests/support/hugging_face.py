@@ -1,4 +1,4 @@
-"""The same architecture here and in transformers, with the same weights."""
+"""Builds one architecture both in auricle and in transformers, with the same weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
 
 
 def hugging_face_config(kind: type[Any], norm: str, pre: bool, **more: Any) -> Any:
-    """A small config of a transformers model: `norm` of the stem, `pre`-norm blocks or post-norm ones."""
+    """Returns a small config of a transformers model: `norm` of the stem, `pre`-norm or post-norm blocks."""
     return kind(
         feat_extract_norm=norm,
         conv_bias=norm == "layer",
@@ -37,7 +37,7 @@ def hugging_face_config(kind: type[Any], norm: str, pre: bool, **more: Any) -> A
 
 
 def our_model(norm: Any, pre: bool, dropout: float = 0.0, **encoder: Any) -> SpeechModel:
-    """The same architecture, ours, with weights still to come."""
+    """Returns the same architecture of auricle, before the weights are copied."""
     frontend_config = waveform_conv.Config(channels=64, norm=norm, bias=norm == "layer", dropout=dropout)
     sizes: dict[str, Any] = {"dim": 96, "layers": 3, "heads": 4, "ffn_dim": 192, "layer_drop": 0.0}
     sizes |= {"conv_positions_kernel": 32, "conv_positions_groups": 4}
@@ -47,7 +47,7 @@ def our_model(norm: Any, pre: bool, dropout: float = 0.0, **encoder: Any) -> Spe
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Weights that leave no part idle: norms and biases are not at their initial 1 and 0."""
+    """Draws all weights, so that norms and biases do not keep their initial 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -63,14 +63,14 @@ def copy_weights(theirs: torch.nn.Module, ours: SpeechModel) -> None:
 
 
 def ragged_batch(ragged: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(wave_BT, lengths_B)."""
+    """Returns (wave_BT, lengths_B) of three rows."""
     wave_BT = torch.randn(3, 16_000, generator=torch.Generator().manual_seed(seed))
     lengths_B = torch.tensor([16_000, 12_345, 9_000] if ragged else [16_000] * 3)
     return wave_BT * (torch.arange(16_000)[None] < lengths_B[:, None]), lengths_B
 
 
 def negatives_as_theirs(plan: wav2vec2.ContrastivePlan) -> Tensor:
-    """(B, F, K) indices into B·F, as transformers wants them."""
+    """Returns (B, F, K) indices into B·F, the form that transformers takes."""
     B, F = plan.mask.mask_BF.shape
     frames_BM = plan.mask.flat_N[plan.mask.row_BM]
     out = torch.zeros(B, F, plan.negatives_BMK.shape[2], dtype=torch.int64)

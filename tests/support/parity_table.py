@@ -1,7 +1,7 @@
-"""`parity(quantity, tolerance, error)` asserts, and makes a row of the table that pytest prints at its end.
+"""The fixture `parity(quantity, tolerance, error)`: asserts, and adds a row to the table that pytest prints at its end.
 
-`--parity-table FILE` runs the tests that use it and no others, the slow ones included, and writes the table to FILE.
-Where only some test files are given, the rows of the others stay as they are.
+`--parity-table FILE` runs only the tests that use it, slow ones included, and writes the table to FILE. Where only some
+test files are given, rows of other files are kept.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Parity = Callable[[str, float, float], None]
 PEERS = ("torch", "torchaudio", "transformers", "scikit-learn", "numpy")
 HEADER = """# Parity
 
-What is compared with an independent implementation or with itself, the tolerance asked for, and the worst error seen in
-all cases. `make parity-table` writes this file; `make test` checks the same rows but for those of slow tests.
+Comparisons with an independent implementation, or of two ways through auricle: tolerance, and the largest error of all
+cases. `make parity-table` writes this file; `make test` checks the same rows, except those of slow tests.
 """
 
 
 @pytest.fixture
 def parity(request: pytest.FixtureRequest) -> Parity:
-    """Fails above the tolerance."""
+    """Returns the check of one quantity, which fails above the tolerance."""
 
     def check(quantity: str, tolerance: float, error: float) -> None:
         request.node.user_properties.append(("parity", (quantity, tolerance, float(error))))
@@ -35,7 +35,7 @@ def parity(request: pytest.FixtureRequest) -> Parity:
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest |found − expected| / (1 + |expected|): absolute for small numbers, relative for large ones."""
+    """Returns the largest |found − expected| / (1 + |expected|): absolute for small, relative for large numbers."""
     assert found.shape == expected.shape
     return float(((found - expected).abs() / (1 + expected.abs())).detach().max())
 
@@ -60,12 +60,12 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         return
     terminalreporter.section("parity")
     for (quantity, tolerance), error in sorted(worst.items()):
-        terminalreporter.write_line(f"{quantity:<80} asked ≤ {tolerance:.0e}   worst {error:.1e}")
+        terminalreporter.write_line(f"{quantity:<80} tolerance {tolerance:.0e}   largest error {error:.1e}")
     target = config.getoption("--parity-table")
     if target is None:
         return
     if exitstatus != 0 or terminalreporter.getreports("skipped"):
-        terminalreporter.write_line(f"{target} is left as it was, since a test failed or was skipped")
+        terminalreporter.write_line(f"{target} was not changed, since a test failed or was skipped")
         return
     table = {
         f"| {key[0]} | {show(key[1])} | {show(error)} | {cases[key]} | {', '.join(sorted(files[key]))} |": min(
@@ -75,23 +75,23 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     }
     table |= kept(target, set().union(*files.values()))
     lines = [HEADER, f"With {', '.join(f'{peer} {version(peer)}' for peer in PEERS)}.\n"]
-    lines += ["| quantity | asked | worst seen | cases | test |", "|---|---|---|---|---|"]
+    lines += ["| quantity | tolerance | largest error | cases | test |", "|---|---|---|---|---|"]
     lines += sorted(table, key=lambda row: (table[row], row))
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     terminalreporter.write_line(f"wrote {target}")
 
 
 def kept(table: Path, run: set[str]) -> dict[str, str]:
-    """Rows of a table that come from none of the test files that were run now, and their first file."""
+    """Returns the rows of a table whose test files were not run now, with their first file."""
     lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
     files = {line: line.split("|")[-2].strip().split(", ") for line in lines if "`tests/" in line}
     return {line: min(names) for line, names in files.items() if not run & set(names)}
 
 
 def rows(reports: list[Any]) -> tuple[dict[Any, float], dict[Any, int], dict[Any, set[str]]]:
-    """By (quantity, tolerance): the worst error, in how many tests it was looked at, and their files.
+    """Returns, by (quantity, tolerance), the largest error, the number of tests, and their files.
 
-    Taken from the tests' reports, which come from all workers of pytest-xdist.
+    Read from the tests' reports, which come from all workers of pytest-xdist.
     """
     worst: dict[Any, float] = {}
     cases: dict[Any, int] = {}

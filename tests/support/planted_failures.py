@@ -1,4 +1,4 @@
-"""Failures to plant into real tiny training, for the tests and for benchmarks/prove/detectors.py."""
+"""Plants failures into tiny training runs, for the tests and for benchmarks/prove/detectors.py."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ RELABELLED: dict[str, Any] = {
     "name": "efficient", "units": 32, "predict_layers": [1, 2], "relabel_step": 14, "relabel_layer": 1,
     "relabel_units": 16,
 }  # fmt: skip
-"""Another book of another length from update 15 on."""
+"""Relabels at update 15, with another number of codes."""
 Plant = Callable[[Engine], None]
 
 
 def config(steps: int = 60, objective: dict[str, Any] | None = None, **top: Any) -> Config:
-    """A toy run that is judged often."""
+    """Returns the config of a tiny run with frequent health checks."""
     health = {"every": 2, "confirm": 3, "window": 10, "grace_steps": 20} | top.pop("health", {})
     return load(
         Config,
@@ -65,9 +65,9 @@ def run(
     reader: Callable[[], StepReader] = SyntheticReader,
     planted: int = PLANTED,
 ) -> Engine:
-    """One start of a run; `plant` acts on the engine before update `planted` (or before each from then on).
+    """Starts a run once; `plant` acts on the engine before update `planted` (or before each one from then on).
 
-    `louder`: the loss of these updates counts a thousandfold.
+    `louder` lists updates whose loss is multiplied by a thousand.
     """
     torch.set_num_threads(1)
     run_folder = RunFolder(folder)
@@ -89,27 +89,27 @@ def run(
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """What the health watch noted."""
+    """Returns the alarms in health.jsonl."""
     path = folder / "health.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @torch.no_grad()
 def zero_stem(engine: Engine) -> None:
-    """A dead stem: every frame becomes the same."""
+    """Plants a dead stem: all frames become equal."""
     for parameter in engine.module.model.frontend.parameters():
         parameter.zero_()
 
 
 @torch.no_grad()
 def break_stem(engine: Engine) -> None:
-    """A weight that is no number."""
+    """Plants NaN weights."""
     next(engine.module.model.frontend.parameters()).fill_(math.nan)
 
 
 @torch.no_grad()
 def one_code(engine: Engine) -> None:
-    """A collapsed code book: every target is the same code."""
+    """Plants a collapsed code book: every target is the same code."""
     for name, tensor in [*engine.module.objective.named_buffers(), *engine.module.objective.named_parameters()]:
         if name.endswith("projection_DC") or name.startswith("quantizer.logits"):
             tensor.zero_()
@@ -119,18 +119,18 @@ def one_code(engine: Engine) -> None:
 
 @torch.no_grad()
 def same_prediction(engine: Engine) -> None:
-    """A regression that gives its mean whatever comes in."""
+    """Plants a regression whose output does not depend on its input."""
     engine.module.objective.get_parameter("regression.weight").zero_()
 
 
 @torch.no_grad()
 def drown(engine: Engine) -> None:
-    """Two channels of a log-mel stem grow until the others do not matter: the rank of all that follows falls."""
+    """Multiplies two channels of a log-mel stem until the rank of all later stages falls."""
     engine.module.model.frontend.get_parameter("linear.weight")[:2] *= 200.0
 
 
 def leave_out(engine: Engine) -> None:
-    """An engine that computes on all micro-batches of an update but the last."""
+    """Makes the engine leave out the last micro-batch of each update."""
     plain = engine._accumulate
 
     def fewer(batches: Any, plans: Any, counts_K: Any, ctx: Any) -> Any:
@@ -140,7 +140,7 @@ def leave_out(engine: Engine) -> None:
 
 
 def make_louder(engine: Engine, steps: tuple[int, ...]) -> None:
-    """The loss of these updates counts a thousandfold."""
+    """Multiplies the loss of these updates by a thousand."""
     plain = engine._forward_backward
 
     def loud(batch: Any, plan: Any, counts_K: Any, ctx: Any) -> Any:

@@ -15,7 +15,7 @@ from data_pipeline.preprocess.config import PreprocessConfig
 
 
 def sound(name: str, seconds: float, rate: int = 16_000, level: float = 0.1) -> np.ndarray:
-    """Noise bursts of 0.4 s and pauses of 0.1 s; float32 in [-1, 1]."""
+    """Returns noise bursts of 0.4 s with pauses of 0.1 s, float32 in [-1, 1]."""
     length = round(seconds * rate)
     noise = keyed_rng("sound", name).standard_normal(length).astype(np.float32)
     burst = (np.arange(length) % (rate // 2) < 0.8 * (rate // 2)).astype(np.float32)
@@ -23,7 +23,7 @@ def sound(name: str, seconds: float, rate: int = 16_000, level: float = 0.1) -> 
 
 
 def write_corpus(root: Path, seconds: Mapping[str, float], **options: Any) -> Path:
-    """One file for each name ("speaker/clip.flac") of so many seconds."""
+    """Writes one file per name ("speaker/clip.flac") with the given number of seconds."""
     for name, duration in seconds.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,12 +32,12 @@ def write_corpus(root: Path, seconds: Mapping[str, float], **options: Any) -> Pa
 
 
 def many(count: int, seconds: float = 2.0) -> dict[str, float]:
-    """Names of `count` clips of five speakers."""
+    """Returns names of `count` clips of five speakers, with their seconds."""
     return {f"speaker{number % 5}/clip{number:03d}.flac": seconds for number in range(count)}
 
 
 def path_config(corpus: Path, out: Path, **values: Any) -> PreprocessConfig:
-    """A config as the command line would make it; speakers are the folders of the corpus, if it has any."""
+    """Returns a config as the command line composes it; the corpus's folders, if any, are its speakers."""
     folders = any(path.is_dir() for path in corpus.iterdir()) if corpus.is_dir() else False
     given = {
         "out": str(out),
@@ -49,7 +49,7 @@ def path_config(corpus: Path, out: Path, **values: Any) -> PreprocessConfig:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file of a data set; scratch folders and the report, which tells times, are left out."""
+    """Returns every file of a data set, except scratch files and the report, which contains times."""
     files = (path for path in root.rglob("*") if path.is_file() and ".tmp" not in path.parts)
     files = (path for path in files if path.name != "report.html")
     return {str(path.relative_to(root)): path.read_bytes() for path in files}

@@ -1,4 +1,4 @@
-"""Stands in for launch.workers.rank where a test is about the launcher: `STAND_IN` says what its ranks do."""
+"""Replaces launch.workers.rank in tests of launchers; the variable STAND_IN selects the behaviour of its ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = 5
 
 
 def main(run_folder: Path) -> int:
-    """Acts, and returns the rank's exit code."""
+    """Behaves as STAND_IN selects; returns the rank's exit code."""
     rank, act = int(os.environ.get("RANK", "0")), os.environ["STAND_IN"]
     log_to_folder(run_folder)
     print(f"rank {rank} of {os.environ.get('WORLD_SIZE', '1')} at {os.environ.get('MASTER_PORT', 'no port')}")

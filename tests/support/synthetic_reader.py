@@ -1,4 +1,4 @@
-"""Global steps without shards: noise with a moving formant, the same for every rank and every start."""
+"""Global steps without shards: noise with a moving formant, equal on every rank and at every start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.core.types import Batch, Cursor, Step
 
 
 def synthetic_batch(step: int, micro_batch: int) -> Batch:
-    """Two clips of noise with a moving formant, the second one shorter."""
+    """Returns two clips of noise with a moving formant; the second is shorter."""
     rng = keyed_rng(7, step, micro_batch, "audio")
     time = torch.arange(16000) / 16000
     tones = [torch.sin(2 * torch.pi * rng.uniform(100, 2000) * time * (1 + 0.2 * time)) for _ in range(2)]
@@ -22,7 +22,7 @@ def synthetic_batch(step: int, micro_batch: int) -> Batch:
 
 
 class SyntheticReader:
-    """A StepReader of 4 micro-batches a step and 10 steps an epoch."""
+    """StepReader with 4 micro-batches per step and 10 steps per epoch."""
 
     plan_hash = "synthetic"
     micro_batches = 4
@@ -41,4 +41,4 @@ class SyntheticReader:
             yield Step(tuple(batches[self.rank :: self.world]), samples, padded, Cursor(self.plan_hash, epoch, step))
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Does nothing: there are no workers."""

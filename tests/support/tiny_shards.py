@@ -1,4 +1,4 @@
-"""Writes small shards of synthetic audio by the index contract, so that the reader is tested apart from the writer."""
+"""Writes small shards of synthetic audio in the documented format, independently of the shard writer."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ class Sound:
     language: str = "en"
     speaker: str = "s"
     broken: bool = False
-    """One sample is no number; needs a shard of floating-point WAV."""
+    """Whether one sample is NaN; needs a shard of floating-point WAV."""
 
 
 def wave_of(sound: Sound) -> np.ndarray:
-    """Its audio: int16 noise that no other key has."""
+    """Returns the int16 noise of a key."""
     return keyed_rng(0, sound.key).integers(-8000, 8000, sound.length).astype(np.int16)
 
 
 def sounds(lengths: list[float], **fields: str) -> list[Sound]:
-    """Segments of so many seconds each."""
+    """Returns segments of the given seconds."""
     return [
         Sound(f"{fields.get('corpus', 'a')}-{i:04d}", round(s * SAMPLE_RATE), **fields) for i, s in enumerate(lengths)
     ]
 
 
 def write_shards(root: Path, shards: list[list[Sound]], codec: str = "flac") -> Path:
-    """One tar, index and record per list."""
+    """Writes one tar, index and record per list."""
     (root / "_done").mkdir(parents=True, exist_ok=True)
     for number, content in enumerate(shards):
         _write_shard(root, f"shard-{number:04d}", content, codec)

@@ -11,7 +11,7 @@ PITCHES = {"low": 200.0, "middle": 600.0, "high": 1800.0}
 
 
 def write_tones(folder: Path) -> Path:
-    """manifest.tsv, phones.tsv and the files; returns `folder`."""
+    """Writes manifest.tsv, phones.tsv and the audio; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     lines = ["path\tspeaker\ttext\tlabel\tlanguage\tcorpus\tsplit"]
@@ -32,7 +32,7 @@ def write_tones(folder: Path) -> Path:
 
 
 def quick(folder: Path) -> tuple[str, ...]:
-    """Overrides of `auricle evaluate` for this corpus, in seconds."""
+    """Returns overrides of `auricle evaluate` that take seconds on this corpus."""
     return (
         *("task=keywords", "corpora=tones", "seeds=1", "bootstrap=100", "supervised.epochs=0", "probe.min_updates=20"),
         *(f"manifest={folder / 'manifest.tsv'}", "phones=phones.tsv"),

@@ -40,7 +40,7 @@ def config(steps: int = 6, **top: Any) -> Config:
 
 
 def run(folder: Path, settings: Config, stop_after: int | None = None) -> tuple[Ending, Engine]:
-    """One start of a run, as the worker does it."""
+    """Starts a run once, as launch.workers.rank does."""
     torch.set_num_threads(1)
     run_folder = RunFolder(folder)
     run_folder.claim()
@@ -59,7 +59,7 @@ def run(folder: Path, settings: Config, stop_after: int | None = None) -> tuple[
 
 
 def save(path: Path, *steps: int, seed: int = 0) -> None:
-    """Checkpoints of a run of 4 steps."""
+    """Trains for 4 steps and saves checkpoints."""
     folder = RunFolder(path)
     folder.claim()
     settings = replace(config(4), seed=seed)

@@ -1,4 +1,4 @@
-"""A rank that stops in the middle of its fourth forward pass: `python -m tests.support.faults.hung_rank RUN_FOLDER`."""
+"""Runs a rank that hangs in its fourth forward pass: `python -m tests.support.faults.hung_rank RUN_FOLDER`."""
 
 from __future__ import annotations
 

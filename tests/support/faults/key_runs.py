@@ -1,4 +1,4 @@
-"""Runs that record the keys of their samples."""
+"""Starts runs that record the keys of their samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain.config import Config
 
 
 def prepare(runs: Path, name: str, shards: Path, engine: dict[str, Any], steps: int) -> Path:
-    """A run folder as `auricle pretrain` leaves it to its workers."""
+    """Writes a run folder as `auricle pretrain` prepares it for its ranks."""
     folder = runs / name
     values: dict[str, Any] = {
         "name": name,

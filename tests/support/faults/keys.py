@@ -1,4 +1,4 @@
-"""What a run's ranks have read, from the notes of `data.keys_log`."""
+"""Reads the keys of samples that a run's ranks recorded (`data.keys_log`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Where = tuple[int, int, int]
 
 
 def handed_over(folder: Path) -> dict[Where, list[Any]]:
-    """Keys and lengths of each micro-batch; fails if it was ever handed over with others."""
+    """Returns keys and lengths of each micro-batch; fails if a repeated micro-batch had other ones."""
     found: dict[Where, list[Any]] = {}
     for path in (folder / "keys").iterdir():
         for line in path.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Runs for tests that kill ranks."""
+"""Prepares runs for tests that kill ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEPS = 12
 
 
 def prepare(runs: Path, name: str, shards: Path) -> Path:
-    """A run folder as `auricle pretrain` leaves it to its workers."""
+    """Writes a run folder as `auricle pretrain` prepares it for its ranks."""
     values: dict[str, Any] = {
         "name": name,
         "runs": str(runs),

@@ -1,4 +1,4 @@
-"""Kills parts of a preprocessing job at random moments and starts it again until it is done."""
+"""Kills processes of a preprocessing job at random times and restarts the job until it is done."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ PATIENCE = 120.0
 
 @dataclass
 class Job:
-    """A running job and every process that it ever started."""
+    """A running job, and all processes that it has started."""
 
     process: subprocess.Popen[str]
     family: dict[int, psutil.Process] = field(default_factory=dict)
 
     def look(self) -> list[psutil.Process]:
-        """Its living descendants."""
+        """Returns the living descendants."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 self.family[child.pid] = child
         return [child for child in self.family.values() if child.is_running()]
 
     def find(self, kind: str) -> psutil.Process | None:
-        """A worker that works, the raylet, or the driver."""
+        """Returns a busy worker, the raylet or the driver; None where there is none."""
         if kind == "driver":
             return psutil.Process(self.process.pid)
         wanted = {"worker": "ray::process_unit", "raylet": "raylet"}[kind]
@@ -48,7 +48,7 @@ class Job:
         return None
 
     def clean_up(self) -> None:
-        """Ends what is left of it, its own processes alone."""
+        """Ends the remaining processes of this job."""
         for child in self.look():
             with contextlib.suppress(psutil.Error):
                 child.kill()
@@ -68,7 +68,7 @@ def start(config: dict[str, Any], folder: Path) -> Job:
 
 @contextlib.contextmanager
 def running(config: dict[str, Any], folder: Path) -> Iterator[Job]:
-    """A job that does not outlive the block."""
+    """Starts a job and ends its processes when the block ends."""
     job = start(config, folder)
     try:
         yield job
@@ -77,7 +77,7 @@ def running(config: dict[str, Any], folder: Path) -> Iterator[Job]:
 
 
 def finish(config: dict[str, Any], folder: Path) -> int:
-    """Runs a job to its end; its exit code."""
+    """Runs a job to its end and returns its exit code."""
     with running(config, folder) as job:
         while job.process.poll() is None:
             job.look()
@@ -86,15 +86,15 @@ def finish(config: dict[str, Any], folder: Path) -> int:
 
 
 def done(out: str) -> int:
-    """How many units are finished."""
+    """Returns the number of finished units."""
     return len(list(Path(out, "_done").glob("*.json")))
 
 
 def survive(config: dict[str, Any], folder: Path, kinds: list[str], seed: int) -> Counter[str]:
-    """Kills one process of each kind in turn, at random moments while units are being written, and starts the job
-    again whenever it ends with work left.
+    """Kills one process of each kind in turn, at random times while units are being written, and restarts the job
+    whenever it ends with work left.
 
-    Returns how many of each kind were killed. What a dead driver leaves behind lives on until the end: a zombie.
+    Returns the number of killed processes by kind. Processes of a dead driver stay until the end.
     """
     draw, killed, waiting = random.Random(seed), Counter[str](), list(kinds)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""A real SLURM cluster for tests: several emulated hosts on this one, without systemd, gone afterwards.
+"""A real SLURM cluster for tests: emulated hosts on this machine, without systemd, removed afterwards.
 
 Each node is a set of namespaces (network, host name, processes, mounts) with its own IP address, /tmp and /dev/shm; the
 working directory is shared, as a cluster's NFS would be. Killing a node's first process is a power cut, taking its
@@ -74,7 +74,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 PriorityTier=2 St
 # upon within about 20 s. jobcomp: `sacct -c` knows ended jobs. urgent: its jobs take the nodes of main's.
 
 GRES_CONF = "NodeName=n[1-{nodes}] Name=gpu File={folder}/gpu[0-1] Flags=nvidia_gpu_env\n"
-"""GPUs to be counted and given away, not to be used: devices like /dev/null."""
+"""GPUs that can be allocated but not used: devices like /dev/null."""
 
 FIRST_PROCESS = """
 node=$1 state=$2; shift 2
@@ -87,11 +87,11 @@ mount --bind "$state/hosts" /etc/hosts
 touch "$state/ready-$node"
 while :; do sleep 3600 & wait $!; done
 """
-"""Arguments: node, state folder, and the folders that all nodes share though they may lie below the host's /tmp."""
+"""Arguments: node, state folder, and folders that all nodes share although they may be below the host's /tmp."""
 
 
 def missing() -> str:
-    """Why no cluster can run here; empty where one can."""
+    """Returns why no cluster can run here; empty where one can."""
     if os.geteuid() != 0:
         return "a SLURM cluster of namespaces needs root"
     lacking = [tool for tool in TOOLS if not shutil.which(tool, path=PATH)]
@@ -99,7 +99,7 @@ def missing() -> str:
 
 
 def require_slurm() -> None:
-    """Skips the test where no cluster can run, or fails it where AURICLE_REQUIRE_SLURM says that one must (.ci/run)."""
+    """Skips the test where no cluster can run; fails it where AURICLE_REQUIRE_SLURM is set, as in .ci/run."""
     if reason := missing():
         if os.environ.get("AURICLE_REQUIRE_SLURM"):
             pytest.fail(f"AURICLE_REQUIRE_SLURM is set, and {reason}")
@@ -107,15 +107,15 @@ def require_slurm() -> None:
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str, log: Callable[[], str] = str) -> None:
-    """Raises AssertionError naming `what`, with what `log` then says, when it does not come true in time."""
+    """Waits for a condition; raises AssertionError naming `what`, with the text of `log`, after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}; {log()}"
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s; {log()}"
         time.sleep(0.1)
 
 
 class MiniSlurm:
-    """A cluster with its state in `folder` (a short path: UNIX sockets' end at 108 bytes).
+    """A cluster whose state is in `folder` (a short path: those of UNIX sockets are limited to 108 bytes).
 
     The nodes share `folder`'s parent, this checkout, and everything outside of /tmp, with this host.
     """
@@ -130,7 +130,7 @@ class MiniSlurm:
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
 
     def start(self) -> None:
-        """Returns when all nodes are idle."""
+        """Starts all daemons and waits until all nodes are idle."""
         self.folder.mkdir(parents=True)
         (self.folder / "state").mkdir()
         host = socket.gethostname().split(".")[0]
@@ -157,7 +157,7 @@ class MiniSlurm:
         wait_for(lambda: len(self.idle()) == len(self.nodes), 30, f"idle nodes; logs in {self.folder}")
 
     def start_controller(self) -> None:
-        """Also after it was killed."""
+        """Starts slurmctld, also after it was killed."""
         self._run("slurmctld", "-f", self.environment["SLURM_CONF"])
 
     def stop(self) -> None:
@@ -180,12 +180,12 @@ class MiniSlurm:
         self._on(node, "slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
 
     def power_off(self, node: str) -> None:
-        """Everything on the node is gone at once."""
+        """Kills everything on the node at once."""
         if node in self._inits:
             _kill(self._inits.pop(node), signal.SIGKILL)
 
     def kill_slurmd(self, node: str) -> None:
-        """Only the daemon: the steps on the node live on."""
+        """Kills only slurmd; the job steps on the node continue."""
         for pid in self.processes(node, "slurmd"):
             _kill(pid, signal.SIGKILL)
 
@@ -194,11 +194,11 @@ class MiniSlurm:
         self._run("ip", "link", "set", f"v{self._tag}{node}", "down")
 
     def mend(self, node: str) -> None:
-        """Puts it back."""
+        """Connects the node's network cable again."""
         self._run("ip", "link", "set", f"v{self._tag}{node}", "up")
 
     def idle(self) -> list[str]:
-        """Names of idle nodes."""
+        """Returns the names of idle nodes."""
         done = subprocess.run(
             ["sinfo", "-h", "-N", "-p", "main", "-o", "%N %T"],
             env=self._environment(),
@@ -210,7 +210,7 @@ class MiniSlurm:
         return [node for node, state in rows if state == "idle"]
 
     def processes(self, node: str, word: str) -> list[int]:
-        """Host ids of the processes on a node whose command line holds `word`."""
+        """Returns the host's ids of the processes on a node whose command line contains `word`."""
         if node not in self._inits:
             return []
         place = Path(f"/proc/{self._inits[node]}/ns/pid").readlink()
@@ -226,7 +226,7 @@ class MiniSlurm:
         return found
 
     def _first_process(self, node: str) -> int:
-        """Makes the node's namespaces; the host's id of its process 1."""
+        """Creates the node's namespaces; returns the host's id of its process 1."""
         space, number = f"{self._tag}{node}", self.nodes.index(node) + 1
         if not Path(f"/run/netns/{space}").exists():
             link = f"v{self._tag}{node}"

@@ -12,7 +12,7 @@ from data_pipeline.preprocess.job import preprocess
 
 
 def main() -> int:
-    """The job's exit code; its summary goes to standard output."""
+    """Returns the job's exit code; its summary goes to standard output."""
     config = load(PreprocessConfig, json.loads(Path(sys.argv[1]).read_text()))
     try:
         summary = preprocess(config, progress=False)

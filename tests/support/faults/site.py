@@ -1,4 +1,4 @@
-"""A SLURM cluster with shards and toy runs on it, and what is done to them, for the tests and the fault table."""
+"""A SLURM cluster with shards and tiny runs, and faults to inject into them; for tests and the fault table."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ TOY = (
     "engine.timeout_minutes=2",
 )
 ZERO = ("engine.name=deepspeed", "engine.zero_stage=2", "device=cpu", "launcher.nodes=1", "launcher.gpus_per_node=2")
-"""Two ranks on one node under DeepSpeed, each for one of the two GPUs that the emulated node claims to have."""
+"""Two ranks on one node under DeepSpeed, one for each GPU that the emulated node declares."""
 ON_SLURM = ("launcher=slurm", "launcher.nodes=2", "launcher.minutes=10", "launcher.warn_seconds=60")
 
 
 @dataclass
 class Site:
-    """A cluster, shards, and runs on them. Every job has its nodes for itself."""
+    """A cluster, shards, and runs on them. Jobs do not share nodes."""
 
     cluster: MiniSlurm
     base: Path
     handles: dict[str, str] = field(default_factory=dict)
 
     def submit(self, name: str, *overrides: str) -> Path:
-        """`auricle pretrain launcher=slurm` of a tiny model on two nodes, which notes what it reads."""
+        """Submits a tiny model on two nodes, which records the keys of its samples; returns the run folder."""
         keys = self.base / name / "keys"
         paths = (f"name={name}", f"runs={self.base}", f"data.shards={self.base / 'shards'}", f"data.keys_log={keys}")
         assert main.main(["pretrain", *TOY, *ON_SLURM, *paths, *overrides]) == 0
@@ -50,7 +50,7 @@ class Site:
         return folder
 
     def step(self, name: str) -> int:
-        """Steps that a run has logged."""
+        """Returns the last step that a run has logged."""
         rows = read_rows(self.base / name / "metrics.jsonl")
         return int(rows[-1]["step"]) if rows else 0
 
@@ -59,16 +59,16 @@ class Site:
         wait_for(lambda: self.step(name) >= step, seconds, f"step {step} of {name}", lambda: self.log(name))
 
     def nodes(self, name: str) -> list[str]:
-        """Where it runs, the batch script's node first."""
+        """Returns the nodes of a run, that of the batch script first."""
         listed = slurm.ask("squeue", "-h", "-o", "%N", "-j", self.handles[name]).strip()
         return slurm.ask("scontrol", "show", "hostnames", listed).split()
 
     def state(self, name: str) -> str:
-        """SLURM's word for it."""
+        """Returns SLURM's name for the state of a run."""
         return slurm.job_state(self.handles[name])
 
     def finish(self, name: str, seconds: float = 180) -> None:
-        """Waits until SLURM calls the job done."""
+        """Waits until SLURM reports the job as completed."""
 
         def ended() -> bool:
             state = self.state(name)
@@ -78,19 +78,19 @@ class Site:
         wait_for(ended, seconds, f"the end of {name}", lambda: self.log(name))
 
     def log(self, name: str) -> str:
-        """What the batch script and the ranks said."""
+        """Returns the ends of the logs of the batch script and the ranks."""
         files = sorted((self.base / name / "logs").glob("*.log"))
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2500:]}" for file in files)
 
     def ranks(self, name: str, *nodes: str) -> list[int]:
-        """Processes of a run's ranks on some nodes."""
+        """Returns the process ids of a run's ranks on some nodes."""
         found = [
             pid for node in nodes for pid in self.cluster.processes(node, f"launch.workers.rank {self.base / name}")
         ]
         return [pid for pid in found if Path(f"/proc/{pid}/comm").read_text().startswith("python")]
 
     def kill_rank(self, name: str, node: str) -> None:
-        """kill -9 of one of the run's ranks on a node."""
+        """Kills one of the run's ranks on a node with SIGKILL."""
         pids = [pid for pid in self.ranks(name, node) if variable(pid, "SLURM_LOCALID") == "0"]
         assert pids
         for pid in pids:
@@ -98,9 +98,9 @@ class Site:
                 os.kill(pid, signal.SIGKILL)
 
     def lose_slurmd(self, name: str) -> tuple[str, list[int]]:
-        """Kills slurmd on the run's second node, and holds the ranks still: a toy run ends before SLURM notices.
+        """Kills slurmd on the run's second node and stops the ranks: a tiny run would end before SLURM notices.
 
-        Returns the node and the ranks, which `go_on` lets go.
+        Returns the node and the ranks, which `go_on` continues.
         """
         nodes = self.nodes(name)
         self.cluster.kill_slurmd(nodes[1])
@@ -110,9 +110,9 @@ class Site:
         return nodes[1], pids
 
     def sever(self, name: str) -> tuple[str, list[int]]:
-        """Cuts the node of a run's only rank off and holds the rank still: a toy run ends before SLURM notices.
+        """Cuts off the node of a run's only rank and stops the rank: a tiny run would end before SLURM notices.
 
-        Returns the node and the rank's processes, which `go_on_cut_off` lets go.
+        Returns the node and the rank's processes, which `go_on_cut_off` continues.
         """
         (node,) = self.nodes(name)
         pids = self.ranks(name, node)
@@ -123,7 +123,7 @@ class Site:
         return node, pids
 
     def go_on_cut_off(self, name: str, pids: list[int]) -> None:
-        """Lets the rank compute on once the job has been started elsewhere, until the old start's script has ended."""
+        """Continues the rank once the job runs elsewhere, and waits until the old start's script has ended."""
         self.reach_start(name, 2)
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
@@ -132,12 +132,12 @@ class Site:
         wait_for(lambda: ended in log.read_text(), 120, "the end of the old start", lambda: self.log(name))
 
     def reach_start(self, name: str, number: int) -> None:
-        """Waits until a run has been started so often."""
+        """Waits until a run has been started `number` times."""
         folder = self.base / name
         wait_for(lambda: starts(folder) >= number, 180, f"start {number} of {name}", lambda: self.log(name))
 
     def go_on(self, name: str, pids: list[int]) -> None:
-        """Lets the ranks go on once SLURM has taken the job from its dead node."""
+        """Continues the ranks once SLURM has taken the job from its dead node."""
         wait_for(lambda: self.state(name) != "RUNNING", 120, "SLURM's notice", lambda: self.log(name))
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -145,7 +145,7 @@ class Site:
 
 
 def variable(pid: int, name: str) -> str:
-    """Of a process's environment; "" where it has none of that name."""
+    """Returns a variable of a process's environment, or "" where it is unset."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0"):
             if line.startswith(f"{name}="):
@@ -154,18 +154,18 @@ def variable(pid: int, name: str) -> str:
 
 
 def learned(folder: Path) -> list[tuple[int, float, float]]:
-    """(step, loss, gradient norm) of every row."""
+    """Returns (step, loss, gradient norm) of every row of metrics.jsonl."""
     return [(row["step"], row["loss/total"], row["opt/grad_norm"]) for row in read_rows(folder / "metrics.jsonl")]
 
 
 def starts(folder: Path) -> int:
-    """How often a run was started."""
+    """Returns how often a run was started."""
     return len(list((folder / "incarnations").glob("*")))
 
 
 @contextlib.contextmanager
 def site_at(base: Path, nodes: int) -> Iterator[Site]:
-    """A cluster with shards, in the working directory `base`; gone at the end."""
+    """Starts a cluster with shards, with `base` as the working directory; removes it at the end."""
     rng = random.Random(0)
     write_shards(base / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(60)])])
     cluster = MiniSlurm(base / "c", nodes)

@@ -1,4 +1,4 @@
-"""Preprocess → targets → pretrain → evaluate as one toy chain, for the tests of every launcher."""
+"""A tiny chain of preprocess → targets → pretrain → evaluate, for the tests of every launcher."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TWO_TURNS = (
 
 
 def command(base: Path, turns: tuple[str, ...], *launcher: str) -> list[str]:
-    """`auricle pipeline` of all steps on corpora that `write` has made."""
+    """Returns the arguments of `auricle pipeline` for all steps on the corpora of `write`."""
     preprocess = (f"corpus.path={base / 'speech'}", "min_shards=4", "report=false")
     given = {"preprocess": preprocess, "pretrain": (*HUBERT, *turns), "evaluate": quick(base / "tones")}
     given["targets"] = () if turns == TWO_TURNS else ("classes=8",)
@@ -36,19 +36,19 @@ def command(base: Path, turns: tuple[str, ...], *launcher: str) -> list[str]:
 
 
 def write(base: Path) -> None:
-    """Speech to learn from, and tones to be judged by."""
+    """Writes synthetic speech to train on and tones to evaluate on."""
     synthesise(base / "speech", 12)
     write_tones(base / "tones")
 
 
 def names(turns: tuple[str, ...]) -> list[str]:
-    """Run folders, in the order of their jobs."""
+    """Returns the names of the run folders, in the order of their jobs."""
     training = ["toy-it1-labels", "toy-it1", "toy-it2-labels", "toy-it2"] if turns == TWO_TURNS else ["targets", "toy"]
     return ["preprocess", *training, "evaluate"]
 
 
 def require_whole(base: Path, turns: tuple[str, ...], again: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """All was made, and the same command finds that all of it stands."""
+    """Asserts that all results exist and that the same command skips all steps."""
     folder = base / "whole"
     rows = json.loads((folder / "evaluation" / "results.json").read_text())
     assert {row["task"] for row in rows} == {"keywords"}
