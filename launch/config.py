@@ -134,6 +134,10 @@ class EvaluateJob(Placed, EvaluateConfig):
     """An evaluation and where it runs: the root of conf/evaluate.yaml."""
 
 
+JOB_TYPES: dict[str, type[Any]] = {"preprocess": PreprocessJob, "targets": TargetsJob, "evaluate": EvaluateJob}
+"""Configs of the jobs that are one program, by command."""
+
+
 @config
 class Iteration:
     """Frame labels of all shards, and a training on them: one turn of a chain (launch/workflows/iterations.py)."""

@@ -10,12 +10,12 @@ from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError, load
 from launch.cli.compose import compose
 from launch.cli.tables import show_rows
-from launch.commands import preprocess
 from launch.config import PretrainJob
 from launch.demo_corpus import Corpus, find_corpus
 from launch.launchers import factory
 from launch.launchers.processes import ChildProcesses
 from launch.runs import metadata
+from launch.workflows import submit
 from launch.workflows.attended_run import attend
 
 USAGE = """auricle demo [corpus=FOLDER] [field=value of `auricle pretrain`] ...
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
     print(f"speech: {corpus.origin}")
     home = WORK / corpus.name
     shards = home / "shards"
-    if code := preprocess.run([*corpus.overrides, f"out={shards}"]):
+    if code := submit.run("preprocess", [*corpus.overrides, f"out={shards}"]):
         return code
     # twelve synthetic voices vary too little for the detector of poor targets
     overrides = ["health.on_collapse=warn", *overrides] if corpus.name == "synthetic" else overrides

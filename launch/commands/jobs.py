@@ -18,7 +18,7 @@ from launch.launchers.in_process import Foreground
 from launch.launchers.processes import ChildProcesses
 from launch.launchers.status import is_elsewhere, require_ended, state_of, total_steps
 from launch.runs.follow import Follower, describe
-from launch.runs.job_record import NOTE, read_note, write_note
+from launch.runs.job_record import FILE_NAME, read_record, write_record
 from launch.workers import task
 from pretrain.checkpointing.locate import steps_done
 
@@ -54,9 +54,9 @@ def run(arguments: list[str]) -> int:
 def _folder(name: str) -> Path:
     """Raises ValueError naming the runs there are."""
     for folder in (Path(name).expanduser(), Path("runs") / name):
-        if (folder / NOTE).is_file():
+        if (folder / FILE_NAME).is_file():
             return folder
-    known = sorted(note.parent.name for note in Path("runs").glob(f"*/{NOTE}"))
+    known = sorted(note.parent.name for note in Path("runs").glob(f"*/{FILE_NAME}"))
     raise ValueError(f"{name}: no run of that name or folder; below runs/ there are: {', '.join(known) or 'none'}")
 
 
@@ -65,7 +65,7 @@ def _list(runs: Path) -> int:
     from rich.table import Table
 
     table = Table("run", "verb", "where", "job", "state", "step", "of", "submitted", box=None, pad_edge=False)
-    for note_file in sorted(runs.glob(f"*/{NOTE}")):
+    for note_file in sorted(runs.glob(f"*/{FILE_NAME}")):
         folder = note_file.parent
         try:
             table.add_row(*_row(folder))
@@ -77,17 +77,17 @@ def _list(runs: Path) -> int:
 
 
 def _row(folder: Path) -> tuple[str, ...]:
-    note, row = read_note(folder), Follower(folder).read()
+    note, row = read_record(folder), Follower(folder).read()
     step = str(row["step"] if row else 0) if total_steps(folder) else "–"
     handle = note.handle.partition(":")[0]
     steps = str(total_steps(folder) or "–")
-    return folder.name, note.verb, note.launcher, handle, state_of(folder), step, steps, note.submitted
+    return folder.name, note.command, note.launcher, handle, state_of(folder), step, steps, note.submitted
 
 
 def _status(folder: Path) -> int:
     state, row = state_of(folder), Follower(folder).read()
     if not total_steps(folder):
-        print(f"{folder}: {read_note(folder).verb} {state}")
+        print(f"{folder}: {read_record(folder).command} {state}")
         return 1 if state in ("failed", "cancelled") else 0
     progress = f"step {row['step']}/{total_steps(folder)}, {describe(row)}" if row else "no step done yet"
     print(f"{folder}: {state}, {progress}, newest checkpoint at step {steps_done(folder)}")
@@ -97,9 +97,11 @@ def _status(folder: Path) -> int:
 def _logs(folder: Path, rank: int, follow: bool) -> int:
     path = folder / "logs" / f"rank_{rank}.log"
     if not total_steps(folder):
-        note = read_note(folder)
-        if isinstance(factory.for_note(note), Foreground) and not (folder / "logs" / task.LOG).exists():
-            raise ValueError(f"{folder}: `auricle {note.verb}` ran in the foreground: what it said is on its terminal")
+        note = read_record(folder)
+        if isinstance(factory.for_record(note), Foreground) and not (folder / "logs" / task.LOG).exists():
+            raise ValueError(
+                f"{folder}: `auricle {note.command}` ran in the foreground: what it said is on its terminal"
+            )
         path = folder / "logs" / ("slurm.log" if note.launcher == "slurm" else task.LOG)
     if not path.exists() and not follow:
         raise ValueError(f"{path} does not exist (yet); there are: {', '.join(_names(folder / 'logs')) or 'no logs'}")
@@ -128,28 +130,30 @@ def _growing(path: Path, folder: Path) -> Iterator[str]:
 
 
 def _cancel(folder: Path) -> int:
-    note = read_note(folder)
+    note = read_record(folder)
     if is_elsewhere(note):
         raise ValueError(f"{folder} was started on {note.host}, and only there it can be ended")
     before = state_of(folder)
-    factory.for_note(note).cancel(note.handle)
+    factory.for_record(note).cancel(note.handle)
     had = f"had ended before ({before})" if before in ENDED else "is ended"
     print(f"{folder}: job {note.handle} {had}; its checkpoints stay")
     return 0
 
 
 def _requeue(folder: Path) -> int:
-    note = read_note(folder)
-    submitter = factory.for_note(note)
+    note = read_record(folder)
+    submitter = factory.for_record(note)
     if isinstance(submitter, ChildProcesses | Foreground):
-        raise ValueError(f"{folder} ran from this machine: give its `auricle {note.verb}` command again, it continues")
+        raise ValueError(
+            f"{folder} ran from this machine: give its `auricle {note.command}` command again, it continues"
+        )
     require_ended(folder)
     folder = folder.absolute()
     described = folder / "environment.json"
     if described.exists():  # relative paths of the config count from where the run was given
         os.chdir(json.loads(described.read_text(encoding="utf-8"))["directory"])
     launcher = replace(load(LAUNCHERS[note.launcher], note.config), after="")  # what it waited for has ended
-    handle = factory.make(launcher, note.verb).submit(folder)
-    write_note(folder, handle, launcher, note.verb)
+    handle = factory.make(launcher, note.command).submit(folder)
+    write_record(folder, handle, launcher, note.command)
     print(f"{folder}: job {handle}")
     return 0

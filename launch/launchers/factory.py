@@ -12,7 +12,7 @@ from launch.launchers.in_process import Foreground
 from launch.launchers.local import LocalSubmitter
 from launch.launchers.ray import RayHere, RayJobs
 from launch.launchers.slurm import SlurmSubmitter
-from launch.runs.job_record import JobNote
+from launch.runs.job_record import JobRecord
 
 
 def for_job(job: PretrainJob) -> Submitter:
@@ -22,9 +22,9 @@ def for_job(job: PretrainJob) -> Submitter:
     return submitter
 
 
-def for_note(note: JobNote) -> Submitter:
+def for_record(note: JobRecord) -> Submitter:
     """The submitter that a job was given to, to ask after it or to end it: that needs no GPU here."""
-    return make(load(LAUNCHERS[note.launcher], note.config), note.verb, "deepspeed", "cpu")
+    return make(load(LAUNCHERS[note.launcher], note.config), note.command, "deepspeed", "cpu")
 
 
 def make(launcher: Any, verb: str, engine: str = "deepspeed", device: str = "auto") -> Submitter:

@@ -15,7 +15,7 @@ from launch.launchers.base import State
 from launch.launchers.in_process import Foreground
 from launch.launchers.processes import ChildProcesses
 from launch.launchers.slurm import SlurmError
-from launch.runs.job_record import JobNote, read_note
+from launch.runs.job_record import JobRecord, read_record
 from launch.runs.summary import ALIVE_SECONDS, signs_of_life
 from launch.workers import task
 from pretrain.checkpointing.locate import steps_done
@@ -26,27 +26,27 @@ def state_of(folder: Path) -> State | Literal["unknown"]:
 
     Of processes of another machine only the notes of their ranks can be seen: `running` while those are fresh.
     """
-    note = read_note(folder)
+    note = read_record(folder)
     if is_elsewhere(note):
         if complete(folder):
             return "done"
         return "running" if time.time() - signs_of_life(folder) < ALIVE_SECONDS else "unknown"
     try:
-        state = factory.for_note(note).status(note.handle)
+        state = factory.for_record(note).status(note.handle)
     except (SlurmError, ConfigError):
         return "done" if complete(folder) else "unknown"
     return "done" if state == "failed" and complete(folder) else state
 
 
-def is_elsewhere(note: JobNote) -> bool:
+def is_elsewhere(note: JobRecord) -> bool:
     """Whether it is a process of another machine, which nobody here can ask or end."""
-    return note.host != os.uname().nodename and isinstance(factory.for_note(note), ChildProcesses | Foreground)
+    return note.host != os.uname().nodename and isinstance(factory.for_record(note), ChildProcesses | Foreground)
 
 
 def require_ended(folder: Path) -> None:
     """Raises ConfigError where the run of `folder` waits or runs: a second start would depose the first."""
     try:
-        note, state = read_note(folder), state_of(folder)
+        note, state = read_record(folder), state_of(folder)
     except (ValueError, KeyError):
         return  # never submitted, or by a version whose notes are no longer understood
     if note.handle.startswith(f"{os.getpid()}:"):

@@ -1,4 +1,4 @@
-"""One interface to every place where a job can run, and the note in the run folder that says where it was sent."""
+"""Where a run was sent: RUN/job.json."""
 
 from __future__ import annotations
 
@@ -11,33 +11,67 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.atomic_files import write_json
+from launch.config import LAUNCHERS
 
-NOTE = "job.json"
+FILE_NAME = "job.json"
 
 
 @dataclass(frozen=True)
-class JobNote:
-    """Where a run was sent: RUN/job.json."""
+class JobRecord:
+    """What a launcher needs to find the job of a run again."""
 
     launcher: str
+    """local, slurm or ray."""
     handle: str
+    """The job's id in the form of that launcher."""
     host: str
+    """The machine that the job was sent from."""
     submitted: str
+    """When, in UTC, as ISO 8601."""
     config: dict[str, Any]
     """The launcher's config."""
-    verb: str = "pretrain"
+    command: str = "pretrain"
+    """What runs: pretrain, or a program (launch.workers.programs)."""
 
 
-def write_note(folder: Path, handle: str, config: Any, verb: str = "pretrain") -> None:
-    """Notes that the run of `folder` was submitted."""
+def write_record(folder: Path, handle: str, config: Any, command: str = "pretrain") -> None:
+    """Records that the run of `folder` was submitted.
+
+    Args:
+        folder: The run folder.
+        handle: The job's id.
+        config: The launcher's config.
+        command: What runs.
+    """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    note = JobNote(config.name, handle, os.uname().nodename, now, dataclasses.asdict(config), verb)
-    write_json(folder / NOTE, dataclasses.asdict(note))
+    record = JobRecord(config.name, handle, os.uname().nodename, now, dataclasses.asdict(config), command)
+    write_json(folder / FILE_NAME, dataclasses.asdict(record))
 
 
-def read_note(folder: Path) -> JobNote:
-    """Raises ValueError where no job was submitted."""
+def read_record(folder: Path) -> JobRecord:
+    """Reads the job.json of a run folder.
+
+    Raises:
+        ValueError: No job was submitted from there, or the file has another form.
+    """
+    file = folder / FILE_NAME
     try:
-        return JobNote(**json.loads((folder / NOTE).read_text(encoding="utf-8")))
-    except (OSError, TypeError, json.JSONDecodeError):
-        raise ValueError(f"{folder}: no run was submitted from here (it holds no readable {NOTE})") from None
+        values = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no run was submitted from here ({FILE_NAME} is missing)") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); start the run again, it continues") from None
+    if isinstance(values, dict) and "verb" in values:  # its name in earlier versions
+        values["command"] = values.pop("verb")
+    fields = {field.name: dict if field.name == "config" else str for field in dataclasses.fields(JobRecord)}
+    problem = "must be an object" if not isinstance(values, dict) else ""
+    if not problem and (unknown := values.keys() - fields.keys()):
+        problem = f"has the unknown field {min(map(str, unknown))}"
+    for name, kind in fields.items() if not problem else ():
+        if not isinstance(values.get(name, "pretrain" if name == "command" else None), kind):
+            problem = f"{name} must be {'an object' if kind is dict else 'a text'}"
+    if not problem and values["launcher"] not in LAUNCHERS:
+        problem = f"launcher={values['launcher']!r}, must be one of {', '.join(sorted(LAUNCHERS))}"
+    if problem:
+        raise ValueError(f"{file}: {problem}; start the run again, it continues")
+    return JobRecord(**values)

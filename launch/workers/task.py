@@ -1,9 +1,9 @@
-"""Jobs that are one program rather than ranks: preprocess, targets, evaluate. Their run folder, and what runs it.
+"""Runs a job that is one program rather than ranks (launch.workers.programs) from its run folder.
 
     python -m launch.workers.task RUN_FOLDER [--ray ADDRESS]
 
-The folder holds task.json (the verb and its config), and result.json once it is done, with fingerprints of what went in
-and what came out: a later start, or `auricle pipeline`, can tell whether the result still stands.
+The folder holds task.json (the command and its config), and result.json once it is done, with fingerprints of what went
+in and what came out: a later start, or `auricle pipeline`, can decide whether the result is up to date.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from data_pipeline.core.atomic_files import write_json
 from data_pipeline.core.schema import ConfigError, dump, load
@@ -28,6 +26,7 @@ from launch.config import RayConfig
 from launch.exit_codes import ExitCode
 from launch.runs import metadata, redaction
 from launch.workers.environment import RANK_LOGS, log_to
+from launch.workers.programs import NAMES, program
 
 TASK = "task.json"
 RESULT = "result.json"
@@ -36,68 +35,56 @@ PATIENCE = 120.0
 """Seconds for a Ray cluster to come up."""
 
 
-class Verb(Protocol):
-    """A module of launch.commands that is such a job."""
-
-    KIND: type[Any]
-    """Its config, without where it runs."""
-
-    def work(self, config: Any) -> None:
-        """Does it, and prints what came out. Raises ConfigError, ValueError or OSError."""
-        ...
-
-    def made_from(self, config: Any) -> Mapping[str, str]:
-        """Fingerprints of what goes in, besides the config."""
-        ...
-
-    def made(self, config: Any) -> Mapping[str, str]:
-        """Fingerprints of what came out, made by reading it again; empty where it is not whole."""
-        ...
-
-
-def verb_of(name: str) -> Verb:
-    """The module of a verb."""
-    module: Any = importlib.import_module(f"launch.commands.{name}")
-    return module  # type: ignore[no-any-return]
-
-
-def folder_of(verb: str, job: Any) -> Path:
-    """RUNS/NAME; without a name the verb and the last part of what the job makes."""
+def folder_of(command: str, job: Any) -> Path:
+    """Returns RUNS/NAME; without a name, that of the command and the last part of the path of its output."""
     if job.name:
         return metadata.folder_of(job)
-    made = str(job.checkpoint if verb == "evaluate" else job.out).rstrip("/")
-    return Path(job.runs) / f"{verb}_{re.sub(r'[^0-9A-Za-z_-]+', '_', made.rpartition('/')[2])}"
+    made = str(job.checkpoint if command == "evaluate" else job.out).rstrip("/")
+    return Path(job.runs) / f"{command}_{re.sub(r'[^0-9A-Za-z_-]+', '_', made.rpartition('/')[2])}"
 
 
-def prepare(verb: str, job: Any) -> Path:
+def prepare(command: str, job: Any) -> Path:
     """Makes the run folder and writes task.json, environment.json and git.diff into it."""
-    folder, launcher = folder_of(verb, job), dump(job.launcher)
-    kind = verb_of(verb).KIND
+    folder, launcher = folder_of(command, job), dump(job.launcher)
+    kind = program(command).CONFIG
     config = dump(kind(**{field.name: getattr(job, field.name) for field in dataclasses.fields(kind)}))
     redaction.refuse_secrets({**config, "launcher": launcher})
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    write_json(folder / TASK, {"verb": verb, "config": config})
+    write_json(folder / TASK, {"command": command, "config": config})
     metadata.write_surroundings(folder, launcher)
     return folder
 
 
 def read(folder: Path) -> tuple[str, Any]:
-    """The verb and config of a prepared folder. Raises ValueError where it is none."""
+    """Reads task.json of a prepared folder: the command and its config.
+
+    Raises:
+        ValueError: The file is missing or has another form.
+        ConfigError: A field of the config is wrong.
+    """
+    file = folder / TASK
     try:
-        values = json.loads((folder / TASK).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is no run folder: it holds no readable {TASK} ({error})") from None
-    return values["verb"], load(verb_of(values["verb"]).KIND, values["config"])
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}: not the run folder of a job: {TASK} cannot be read ({error})") from None
+    command = values.get("command", values.get("verb")) if isinstance(values, dict) else None  # "verb" until format 1
+    if not isinstance(command, str) or command not in NAMES or not isinstance(values.get("config"), dict):
+        raise ValueError(
+            f"{file}: must have a command, one of {', '.join(NAMES)}, and its config; give the command again"
+        )
+    return command, load(program(command).CONFIG, values["config"])
 
 
 def perform(folder: Path, address: str = "") -> None:
-    """Does the job of a prepared folder in this process. Raises what its verb raises.
+    """Runs the job of a prepared folder in this process; raises what the program raises.
 
-    address: of a Ray cluster to work on, where the verb uses Ray.
+    Args:
+        folder: The prepared run folder.
+        address: Address of a Ray cluster to work on, for programs that use Ray.
     """
-    verb, config = read(folder)
+    command, config = read(folder)
     (folder / RESULT).unlink(missing_ok=True)
-    module, where = verb_of(verb), config
+    module, where = program(command), config
     if address and hasattr(config, "ray"):
         where = dataclasses.replace(config, ray=dataclasses.replace(config.ray, address=address))
     came_from = dict(module.made_from(config))
@@ -109,7 +96,7 @@ def perform(folder: Path, address: str = "") -> None:
 
 def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
     """`perform`, on a Ray cluster: what does not use Ray itself becomes a task of it. Raises OSError if it fails."""
-    verb, config = read(folder)
+    command, config = read(folder)
     if hasattr(config, "ray") or not launcher.address:
         perform(folder, launcher.address)
         return
@@ -124,36 +111,40 @@ def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
         )
         code = ray.get(task.remote(str(folder.absolute()), str(Path.cwd())))
     if code:
-        raise OSError(f"{verb} on the cluster ended with exit code {code}; its log is {folder / 'logs' / LOG}")
+        raise OSError(f"{command} on the cluster ended with exit code {code}; its log is {folder / 'logs' / LOG}")
 
 
 def _start(folder: str, directory: str) -> int:
     """Inside the cluster."""
-    command = [sys.executable, "-m", "launch.workers.task", folder]
-    return subprocess.run(command, cwd=directory, env=os.environ | {RANK_LOGS: "1"}, check=False).returncode
+    line = [sys.executable, "-m", "launch.workers.task", folder]
+    return subprocess.run(line, cwd=directory, env=os.environ | {RANK_LOGS: "1"}, check=False).returncode
 
 
-def stands(verb: str, job: Any) -> str:
-    """Why the job has to be done (again); empty where its result stands: same config and input, and output as it was.
+def why_outdated(command: str, job: Any) -> str:
+    """Returns why the job has to be done (again); "" where its result is up to date.
 
-    Everything that was made is read again to say so.
+    It is up to date where config and input are unchanged and the output, which is read again, matches its fingerprint.
     """
-    folder = folder_of(verb, job)
+    folder = folder_of(command, job)
     if not (folder / RESULT).is_file():
         return "was not finished before"
-    module = verb_of(verb)
-    fields = dataclasses.fields(module.KIND)
-    config = module.KIND(**{field.name: getattr(job, field.name) for field in fields})
-    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    if result["config"] != dump(config):
+    module = program(command)
+    fields = dataclasses.fields(module.CONFIG)
+    config = module.CONFIG(**{field.name: getattr(job, field.name) for field in fields})
+    try:
+        result = json.loads((folder / RESULT).read_bytes())
+        before, came_from, made_before = (result[name] for name in ("config", "made_from", "made"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"has an unreadable {RESULT} ({type(error).__name__})"
+    if before != dump(config):
         return "was finished with another config"
     try:
-        if result["made_from"] != dict(module.made_from(config)):
-            return "was made from something else"
+        if came_from != dict(module.made_from(config)):
+            return "was made from other input"
         made = dict(module.made(config))
     except (ConfigError, ValueError, OSError) as error:
         return f"cannot be read any more ({error})"
-    return "" if made and made == result["made"] else "is not any more as it was made"
+    return "" if made and made == made_before else "has output that changed since"
 
 
 def _connect(address: str) -> None:

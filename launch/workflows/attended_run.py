@@ -11,14 +11,14 @@ from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.launchers import local
 from launch.launchers.processes import STOP_FILE, ChildProcesses
 from launch.runs import follow
-from launch.runs.job_record import write_note
+from launch.runs.job_record import write_record
 from pretrain.checkpointing.locate import steps_done
 
 
 def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: object) -> int:
     """Starts the run, shows it, and returns its exit code. Ctrl-C asks for a checkpoint, a second one ends it."""
     handle = submitter.submit(folder)
-    write_note(folder, handle, launcher)
+    write_record(folder, handle, launcher)
     print(f"run folder {folder}; watch with: auricle board {shlex.quote(str(folder))}", file=sys.stderr)
 
     def running() -> bool:

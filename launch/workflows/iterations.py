@@ -1,7 +1,7 @@
-"""Pretraining in iterations, as HuBERT does it: labels → training → labels from a layer of that model → training → …
+"""Pretraining in iterations (HuBERT): labels → training → labels from a layer of that model → training → …
 
-Each link is a command line of its own, `auricle targets …` or `auricle pretrain …`, so it can be run alone, sent to a
-queue, and continued after a kill like any other. What is finished is seen from what lies on the disk.
+Each link is a command line of its own, `auricle targets …` or `auricle pretrain …`, so it can be run alone, queued, and
+continued after a kill like any other. Which links are finished follows from the files on disk.
 """
 
 from __future__ import annotations
@@ -14,48 +14,50 @@ from typing import Literal, TypeVar
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.labels.kmeans import all_labelled
-from launch.cli import request as job
+from launch.cli import request
 from launch.cli.compose import compose
 from launch.config import Iteration, PretrainJob, TargetsJob
 from launch.launchers.status import require_ended
 from launch.runs import metadata
-from launch.runs.job_record import read_note
+from launch.runs.job_record import read_record
 from pretrain.checkpointing.locate import steps_done
 from pretrain.interop.fingerprint import weights_of
 
 T = TypeVar("T")
 LABELS = "units"
-"""What the trainings know their labels as."""
+"""Name of the frame labels in data.targets of the trainings."""
 MFCC_HZ = 100.0
+"""Rate of labels made from MFCC."""
 
-
-Verb = Callable[[list[str]], int]
+Command = Callable[[list[str]], int]
 
 
 @dataclass(frozen=True)
 class Link:
-    """One command of a chain. folder: its run folder; needs: the link whose result it starts from, if there is one."""
+    """One command line of a chain."""
 
     name: str
-    verb: Literal["targets", "pretrain"]
+    command: Literal["targets", "pretrain"]
     arguments: tuple[str, ...]
     folder: Path
+    """Its run folder."""
     needs: str = ""
+    """Name of the link whose result it starts from, if there is one."""
 
-    def command(self) -> str:
-        """As a shell line."""
-        return shlex.join(["auricle", self.verb, *self.arguments])
+    def line(self) -> str:
+        """Returns it as a shell line."""
+        return shlex.join(["auricle", self.command, *self.arguments])
 
     def finished(self) -> bool:
-        """Whether all of its work is done. Raises ConfigError where it was done with other settings."""
+        """Whether all of its work is done. Raises ConfigError where it was done with another config."""
         if not self.folder.exists():
             return False
-        if self.verb == "targets":
+        if self.command == "targets":
             labels = _config("targets", TargetsJob, self.arguments)
             try:
                 weights = weights_of(labels)
             except (ValueError, OSError):
-                weights = ""  # the model was removed since: its labels remain
+                weights = ""  # the model was removed since; its labels remain valid
             return all_labelled(labels, weights)
         config = _config("pretrain", PretrainJob, self.arguments)
         if steps_done(self.folder) < config.train.steps:
@@ -64,17 +66,26 @@ class Link:
         return True
 
 
-def run(config: PretrainJob, arguments: Sequence[str], verbs: Mapping[str, Verb]) -> int:
-    """Runs, or gives to a queue, what is not finished, in order; the first exit code that is not 0 ends it.
+def run(config: PretrainJob, arguments: Sequence[str], commands: Mapping[str, Command]) -> int:
+    """Runs or queues the links that are not finished, in order.
 
-    arguments: those of the command line that gave `config`. Raises ConfigError for a link whose turn has not come.
+    Args:
+        config: The config of the chain.
+        arguments: The command line that gave it.
+        commands: Runs a command line of each command and returns its exit code.
+
+    Returns:
+        0, or the exit code of the first link that failed.
+
+    Raises:
+        ConfigError: The chosen link needs another one that is not finished.
     """
     switches = [argument for argument in arguments if argument.startswith("-")]
     every = links(config, [argument for argument in arguments if not argument.startswith("-")])
     if switches and not config.link:
         if switches != ["--dry-run"]:
             raise ConfigError(f"{switches[0]} is for one link of a chain: {', '.join(f'link={x.name}' for x in every)}")
-        print("\n".join(link.command() for link in every))
+        print("\n".join(link.line() for link in every))
         return 0
     for link in every:
         if config.link in ("", link.name) and not switches and not link.finished():
@@ -90,19 +101,20 @@ def run(config: PretrainJob, arguments: Sequence[str], verbs: Mapping[str, Verb]
                 raise ConfigError(
                     f"link={link.name} needs {link.needs}: run link={link.needs} first, or leave link out"
                 )
-            print(f"{link.name}: {link.command()}", flush=True)
+            print(f"{link.name}: {link.line()}", flush=True)
             dependency = [f"launcher.after={after}"] if after else []
-            if code := verbs[link.verb]([*link.arguments, *dependency, *switches]):
+            if code := commands[link.command]([*link.arguments, *dependency, *switches]):
                 return code
             done.add(link.name)
-            after = read_note(link.folder).handle if queued and not switches else ""
+            after = read_record(link.folder).handle if queued and not switches else ""
     return 0
 
 
 def links(config: PretrainJob, overrides: Sequence[str]) -> list[Link]:
-    """The commands of `config.chain`, in order.
+    """Returns the links of `config.chain`, in order.
 
-    Raises ConfigError for settings that a chain decides itself, and for a `link` that it does not have.
+    Raises:
+        ConfigError: An override sets what a chain decides itself, or `link` names a link that it does not have.
     """
     given = {line.lstrip("+").partition("=")[0] for line in overrides}
     if wrong := given & {"train.steps", "objective.labels", "objective.label_rate_hz", "objective.units"}:
@@ -133,12 +145,12 @@ def links(config: PretrainJob, overrides: Sequence[str]) -> list[Link]:
         found.append(Link(f"{name}-labels", "targets", tuple(targets), folder, needs))
         found.append(Link(name, "pretrain", tuple(training), Path(config.runs) / run_name, f"{name}-labels"))
     if config.link and config.link not in (known := [link.name for link in found]):
-        raise ConfigError(f"link={config.link}: the chain has no such link; it has {', '.join(known)}")
+        raise ConfigError(f"link={config.link}: the chain has no such link; there are: {', '.join(known)}")
     return found
 
 
 def _features(config: PretrainJob, iteration: Iteration, before: list[Link]) -> tuple[str, float, str]:
-    """What the labels of an iteration are made of, their rate, and the link that has to be done first."""
+    """Returns what the labels of an iteration are made of, their rate, and the link that has to be done first."""
     last = before[-1] if before and not iteration.features else None
     features = iteration.features or "mfcc"
     if last is not None:
@@ -158,7 +170,7 @@ def _frames_hz(config: PretrainJob) -> float:
     return rate
 
 
-def _config(verb: str, kind: type[T], arguments: Sequence[str]) -> T:
-    request = job.read(verb, kind, list(arguments))
-    assert request is not None
-    return request.config
+def _config(command: str, kind: type[T], arguments: Sequence[str]) -> T:
+    given = request.read(command, kind, list(arguments))
+    assert given is not None
+    return given.config

@@ -1,4 +1,4 @@
-"""The whole chain as command lines: preprocess → targets → pretrain → evaluate, wired together below one folder."""
+"""preprocess → targets → pretrain → evaluate as command lines, wired together below one folder."""
 
 from __future__ import annotations
 
@@ -8,122 +8,181 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_pipeline.core.schema import ConfigError, about, config
-from launch.cli import request as job
-from launch.config import EvaluateJob, Launcher, LocalConfig, PreprocessJob, PretrainJob, TargetsJob
+from data_pipeline.core.schema import ConfigError, about, config, suggest
+from launch.cli import request
+from launch.config import JOB_TYPES, EvaluateJob, Launcher, LocalConfig, PretrainJob, RayConfig, SlurmConfig
+from launch.exit_codes import ExitCode
+from launch.launchers.status import require_ended
 from launch.runs import metadata
+from launch.runs.job_record import read_record
 from launch.workers import task
+from launch.workflows import iterations, pretraining, submit
+from launch.workflows.iterations import LABELS, MFCC_HZ
+from launch.workflows.submit import DRY_RUN
 from pretrain.checkpointing.locate import remedy, steps_done
 
-JOBS: dict[str, type[Any]] = {
-    "preprocess": PreprocessJob,
-    "targets": TargetsJob,
-    "pretrain": PretrainJob,
-    "evaluate": EvaluateJob,
-}
-"""The verbs of a chain, in their order."""
-LABELS = "units"
-"""What the training knows its labels as."""
-MFCC_HZ = 100.0
+COMMANDS = ("preprocess", "targets", "pretrain", "evaluate")
+"""The commands of a pipeline, in order."""
 
 
 @config
 class PipelineConfig:
-    """A chain of jobs: the root of conf/pipeline.yaml. VERB.field=value, such as pretrain.seed=3, goes to that verb."""
+    """A pipeline: the root of conf/pipeline.yaml. COMMAND.field=value, as in pretrain.seed=3, goes to that command."""
 
-    folder: Annotated[str, about("shards, labels, runs and evaluation are made below it", min_length=1)]
+    folder: Annotated[str, about("shards, labels, runs and evaluation are written below it", min_length=1)]
     steps: Annotated[
         tuple[str, ...],
-        about("which steps; targets are made only where the objective takes labels from outside", min_length=1),
-    ] = tuple(JOBS)
+        about(
+            "which steps; targets are made only where the objective takes labels from outside",
+            min_length=1,
+        ),
+    ] = COMMANDS
     launcher: Launcher = LocalConfig()
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command line of the chain."""
+    """One command line of a pipeline."""
 
-    verb: str
+    command: str
     arguments: tuple[str, ...]
 
-    def command(self) -> str:
-        """As a shell line."""
-        return shlex.join(["auricle", self.verb, *self.arguments])
+    def line(self) -> str:
+        """Returns it as a shell line."""
+        return shlex.join(["auricle", self.command, *self.arguments])
 
     def job(self) -> Any:
-        """Its config. Raises ConfigError."""
-        request = job.read(self.verb, JOBS[self.verb], list(self.arguments))
-        assert request is not None
-        return request.config
+        """Returns its config. Raises ConfigError."""
+        kind: type[Any] = PretrainJob if self.command == "pretrain" else JOB_TYPES[self.command]
+        given = request.read(self.command, kind, list(self.arguments))
+        assert given is not None
+        return given.config
 
     def folder(self) -> Path:
-        """Its run folder."""
-        found = self.job()
-        return metadata.folder_of(found) if self.verb == "pretrain" else task.folder_of(self.verb, found)
+        """Returns its run folder."""
+        job = self.job()
+        return metadata.folder_of(job) if self.command == "pretrain" else task.folder_of(self.command, job)
 
     def why(self) -> str:
-        """Why it has to run (again); empty where its result stands, read again and compared."""
-        found = self.job()
-        return pretraining_why(found) if self.verb == "pretrain" else task.stands(self.verb, found)
+        """Returns why it has to run (again); "" where its result, read again and compared, is up to date."""
+        job = self.job()
+        return why_pretraining(job) if self.command == "pretrain" else task.why_outdated(self.command, job)
+
+    def run(self, more: list[str]) -> int:
+        """Runs it with further arguments; returns the exit code."""
+        if self.command == "pretrain":
+            return pretraining.run([*self.arguments, *more])
+        return submit.run(self.command, [*self.arguments, *more])
+
+
+def run(arguments: list[str]) -> int:
+    """Runs, queues or shows the steps that are not up to date.
+
+    Returns:
+        0 where all steps are done or queued, otherwise the exit code of the first step that failed.
+
+    Raises:
+        ConfigError: A field of the pipeline or of any step is wrong, or an input is missing.
+    """
+    own, given, launcher = split(arguments)
+    asked = request.read("pipeline", PipelineConfig, own, switches=(DRY_RUN,))
+    if asked is None:
+        return ExitCode.DONE
+    chain = steps(asked.config, given, [line for line in launcher if not line.startswith("-")])
+    where, dry_run = asked.config.launcher, DRY_RUN in asked.switches
+    queued = isinstance(where, SlurmConfig) or (isinstance(where, RayConfig) and bool(where.dashboard))
+    if not dry_run:
+        for step in chain:  # all of them before the first one starts
+            require_ended(step.folder())
+    return _run_steps(chain, queued, dry_run)
+
+
+def _run_steps(chain: list[Step], queued: bool, dry_run: bool) -> int:
+    """Runs, queues or shows each step that is not up to date. A queued step waits for the one before to succeed."""
+    after = before = ""
+    for step in chain:
+        why = f"comes after {before}" if before and (queued or dry_run) else step.why()
+        name = step.folder().name
+        print(f"== {name}: {why or 'up to date, skipped'}", flush=True)
+        if not why:
+            continue
+        before = name
+        dependency = [f"launcher.after={after}"] if after else []
+        print(step.line(), flush=True)
+        if code := step.run([*dependency, *[DRY_RUN] * dry_run]):
+            return code
+        if queued:
+            after = f"JOB_OF_{name}" if dry_run else read_record(step.folder()).handle
+    return ExitCode.DONE
 
 
 def split(arguments: list[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
-    """The chain's own arguments, those of each verb, and those of the launcher, which all have in common."""
+    """Returns the pipeline's own arguments, those of each command, and those of the launcher, which all share."""
     own: list[str] = []
     launcher: list[str] = []
-    given: dict[str, list[str]] = {verb: [] for verb in JOBS}
+    given: dict[str, list[str]] = {command: [] for command in COMMANDS}
     for line in arguments:
         sign = line[: len(line) - len(line.lstrip("+~"))]
-        verb, dot, rest = line[len(sign) :].partition(".")
-        if dot and verb in JOBS and "=" not in verb:
-            given[verb].append(sign + rest)
+        command, dot, rest = line[len(sign) :].partition(".")
+        if dot and command in COMMANDS and "=" not in command:
+            given[command].append(sign + rest)
         else:
             own.append(line)
-            if verb.partition("=")[0] == "launcher":
+            if command.partition("=")[0] == "launcher":
                 launcher.append(line)
     return own, given, launcher
 
 
 def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: list[str]) -> list[Step]:
-    """The command lines. Raises ConfigError for a step that does not exist and for a wrong field of any verb."""
-    if wrong := [verb for verb in settings.steps if verb not in JOBS]:
-        raise ConfigError(f"steps: there is no {wrong[0]}; there are: {', '.join(JOBS)}")
+    """Returns the steps in order, with the config and the inputs of each one checked.
+
+    Raises:
+        ConfigError: A step does not exist, a field of any step is wrong, or an input of any step is missing.
+    """
+    if wrong := [name for name in settings.steps if name not in COMMANDS]:
+        near = suggest(wrong[0], COMMANDS)
+        hint = f"did you mean {near}? " if near else ""
+        raise ConfigError(f"steps: there is no step {wrong[0]!r}; {hint}there are: {', '.join(COMMANDS)}")
     root = Path(settings.folder)
     shards, labels, runs = root / "shards", root / "labels", root / "runs"
 
-    def step(verb: str, *wiring: str) -> Step:
-        name = [] if verb == "pretrain" else [f"name={verb}"]
-        return Step(verb, (f"runs={runs}", *name, *launcher, *wiring, *given[verb]))
+    def step(command: str, *wiring: str) -> Step:
+        name = [] if command == "pretrain" else [f"name={command}"]
+        return Step(command, (f"runs={runs}", *name, *launcher, *wiring, *given[command]))
 
     preprocess, targets = step("preprocess", f"out={shards}"), step("targets", f"shards={shards}", f"out={labels}")
     pretrain = step("pretrain", f"data.shards={shards}")
-    run: PretrainJob = pretrain.job()
-    training, wants_labels = [pretrain], "targets" in settings.steps and hasattr(run.objective, "labels")
-    if getattr(run, "chain", None):
-        training, wants_labels = _chained(pretrain, run), False
+    run_config: PretrainJob = pretrain.job()
+    training, wants_labels = [pretrain], "targets" in settings.steps and hasattr(run_config.objective, "labels")
+    if run_config.chain:
+        links = iterations.links(run_config, list(pretrain.arguments))
+        training, wants_labels = [Step(link.command, link.arguments) for link in links], False
     elif wants_labels:
-        made: TargetsJob = targets.job()
+        made = targets.job()
         wiring = [f"objective.labels={LABELS}", f"data.targets.{LABELS}={labels}", f"objective.units={made.classes}"]
         wiring += [f"objective.label_rate_hz={MFCC_HZ}"] if made.features == "mfcc" else []
         training = [step("pretrain", f"data.shards={shards}", *wiring)]
     evaluate = step("evaluate", f"checkpoint={training[-1].folder()}", f"out={root / 'evaluation'}")
     found = [preprocess, *([targets] if wants_labels else []), *training, evaluate]
-    chosen = [one for one in found if one.verb in settings.steps]
+    chosen = [one for one in found if one.command in settings.steps]
     for one in chosen:
-        one.job()
+        _require_inputs(one.job())
     return chosen
 
 
-def _chained(pretrain: Step, run: PretrainJob) -> list[Step]:
-    from launch.workflows import iterations
+def _require_inputs(job: Any) -> None:
+    """Raises ConfigError for an input that no earlier step makes."""
+    if isinstance(job, EvaluateJob):
+        from pretrain.evaluate.manifest import find_manifest
 
-    return [Step(link.verb, link.arguments) for link in iterations.links(run, list(pretrain.arguments))]
+        find_manifest(job.manifest)
 
 
-def pretraining_why(run: PretrainJob) -> str:
-    """Why a pretraining has to run (again); empty where its last checkpoint is whole, of this config and these data.
+def why_pretraining(run: PretrainJob) -> str:
+    """Returns why a pretraining has to run (again); "" where its last checkpoint is whole, of this config and data.
 
-    Raises ConfigError where it is damaged: to train once more would change nothing, since all steps are done.
+    Raises:
+        ConfigError: That checkpoint is damaged: all steps are done, so to train once more would not restore it.
     """
     from data_pipeline.loader.reader import open_reader
     from pretrain.checkpointing import checkpoint, resume

@@ -1,60 +1,82 @@
-"""One way for preprocess, targets and evaluate: read the job, then show it, prepare it, or start it where it says."""
+"""Reads a job that is one program (preprocess, targets, evaluate), then shows it, prepares it, or starts it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch.cli import request as job
+from launch.cli import request
+from launch.config import JOB_TYPES, EvaluateJob
+from launch.exit_codes import ExitCode
 from launch.launchers import factory
 from launch.launchers.in_process import Foreground
 from launch.launchers.status import require_ended
-from launch.runs.job_record import write_note
+from launch.runs.job_record import write_record
 from launch.workers import task
+from launch.workers.programs import program
 
 DRY_RUN, PREPARE = "--dry-run", "--prepare"
 SWITCHES = (DRY_RUN, PREPARE)
+"""Switches of every command that starts a job: show what would start; only write the run folder."""
 
 
-def run(verb: str, kind: type[Any], arguments: list[str], preview: Callable[[Any], None] | None = None) -> int:
-    """A verb that is one program. Exit code 0: done, or queued. `preview`: what a dry run says besides."""
-    request = job.read(verb, kind, arguments, switches=SWITCHES)
-    if request is None:
-        return 0
-    config = request.config
-    if PREPARE in request.switches:
-        print(task.prepare(verb, config))
-        return 0
-    if DRY_RUN in request.switches:
-        print(plan(verb, config))
-        if preview:
-            preview(config)
-        return 0
-    handle = start(verb, config)
-    if handle:
-        tell(handle, task.folder_of(verb, config), config.launcher.name)
-    return 0
+def run(command: str, arguments: list[str]) -> int:
+    """Runs one command line.
+
+    Args:
+        command: The command, a name in launch.workers.programs.
+        arguments: Its overrides and switches.
+
+    Returns:
+        0 where the job is done or queued.
+
+    Raises:
+        ConfigError: The command line or the config is wrong.
+        ValueError, OSError: The work failed.
+    """
+    given = request.read(command, JOB_TYPES[command], arguments, switches=SWITCHES)
+    if given is None:
+        return ExitCode.DONE
+    config = _with_inputs(given.config)
+    if PREPARE in given.switches:
+        print(task.prepare(command, config))
+    elif DRY_RUN in given.switches:
+        print(plan(command, config))
+        program(command).preview(config)
+    elif handle := start(command, config):
+        report_queued(handle, task.folder_of(command, config), config.launcher.name)
+    return ExitCode.DONE
 
 
-def plan(verb: str, config: Any) -> str:
-    """Exactly what `start` would start."""
-    return factory.make(config.launcher, verb).plan(task.folder_of(verb, config))
+def plan(command: str, config: Any) -> str:
+    """Returns exactly what `start` would start, as a shell line or script."""
+    return factory.make(config.launcher, command).plan(task.folder_of(command, config))
 
 
-def start(verb: str, config: Any) -> str:
-    """Starts it. The job's handle; "" where it ran in this process and is done."""
-    submitter = factory.make(config.launcher, verb)
-    require_ended(task.folder_of(verb, config))
-    folder = task.prepare(verb, config)
+def start(command: str, config: Any) -> str:
+    """Starts a job; returns its handle, or "" where it ran in this process and is done."""
+    submitter = factory.make(config.launcher, command)
+    require_ended(task.folder_of(command, config))
+    folder = task.prepare(command, config)
     handle = submitter.submit(folder)
-    write_note(folder, handle, config.launcher, verb)
+    write_record(folder, handle, config.launcher, command)
     if not isinstance(submitter, Foreground):
         return handle
     submitter.perform(folder)
     return ""
 
 
-def tell(handle: str, folder: Path, launcher: str) -> None:
-    """What was queued, and how to follow it."""
-    print(f"{launcher} job {handle}, run folder {folder}; auricle jobs status {folder} follows it")
+def report_queued(handle: str, folder: Path, launcher: str) -> None:
+    """Prints what was queued and how to follow it."""
+    print(f"{launcher} job {handle}, run folder {folder}; `auricle jobs status {shlex.quote(str(folder))}` follows it")
+
+
+def _with_inputs(config: Any) -> Any:
+    """The config with inputs that the environment of this process names: a queued job has another environment."""
+    if isinstance(config, EvaluateJob) and not config.manifest:
+        from pretrain.evaluate.manifest import find_manifest
+
+        return replace(config, manifest=str(find_manifest("").absolute()))
+    return config

@@ -1,72 +1,100 @@
-"""Sweeps, Hydra's multirun: one run per combination of listed values, an array on SLURM, one after the other elsewhere.
+"""Sweeps (Hydra's multirun): one run per combination of listed values, an array on SLURM, in sequence elsewhere.
 
 auricle pretrain … optimizer.lr=1e-4,3e-4 seed=1,2 --multirun      # NAME_0 … NAME_3
 """
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.core.schema import ConfigError
-from launch.cli import request as job
+from data_pipeline.core.text import visible
+from launch.cli import request
 from launch.cli.compose import sweep
 from launch.config import PretrainJob
+from launch.exit_codes import ExitCode
 from launch.launchers import factory
 from launch.launchers.slurm import SlurmSubmitter
 from launch.launchers.status import require_ended
 from launch.runs import metadata
-from launch.runs.job_record import write_note
+from launch.runs.job_record import write_record
 from launch.workflows.submit import DRY_RUN, PREPARE, SWITCHES
 
 MULTIRUN = "--multirun"
 
 
 def run(arguments: list[str], one: Callable[[list[str]], int]) -> int:
-    """Exit code of the first run that fails, 0 where all are done or queued. `one` pretrains one command line."""
+    """Runs every combination; one that fails does not keep the ones after it from running.
+
+    Args:
+        arguments: The command line, with MULTIRUN.
+        one: Pretrains one command line and returns its exit code.
+
+    Returns:
+        0 where all runs are done or queued, 1 where one failed, 130 where Ctrl-C stopped one.
+
+    Raises:
+        ConfigError: Nothing is listed, or the first combination is wrong.
+    """
     switches = [argument for argument in arguments if argument.startswith("-") and argument != MULTIRUN]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     points = sweep(overrides)
     lines = [[*point, *switches] for point in points]
-    first = job.read("pretrain", PretrainJob, lines[0], switches=SWITCHES)
+    first = request.read("pretrain", PretrainJob, lines[0], switches=SWITCHES)
     if first is None:
-        return 0
+        return ExitCode.DONE
     names = [f"{first.config.name}_{number}" for number in range(len(points))]
     lines = [[*line, f"name={name}"] for line, name in zip(lines, names, strict=True)]
     for name, point in zip(names, points, strict=True):
         print(f"{name}: {' '.join(line for line in point if line not in overrides)}", flush=True)
     if isinstance(factory.for_job(first.config), SlurmSubmitter) and PREPARE not in switches:
         return _array(first.config, lines, DRY_RUN in switches)
-    for line in lines:
-        if code := one(line):
+    failed: dict[str, str] = {}
+    for name, line in zip(names, lines, strict=True):
+        try:
+            code = one(line)
+            reason = f"exit code {int(code)}" if code else ""
+        except (ValueError, OSError) as error:
+            code, reason = ExitCode.FAILED, str(error)
+            print(f"{name}: {visible(reason)}", file=sys.stderr, flush=True)
+        if code == ExitCode.INTERRUPTED:  # by the user, who meant the whole sweep
             return code
-    return 0
+        if reason:
+            failed[name] = reason.partition("\n")[0]
+    for name, reason in failed.items():
+        print(f"failed: {name} ({visible(reason)})", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(lines)} runs of the sweep failed", file=sys.stderr, flush=True)
+    return ExitCode.FAILED if failed else ExitCode.DONE
 
 
 def _array(first: PretrainJob, lines: list[list[str]], dry_run: bool) -> int:
-    jobs = [request.config for line in lines if (request := job.read("pretrain", PretrainJob, line, switches=SWITCHES))]
-    for one in jobs:
-        factory.for_job(one)  # refuses what cannot be cut into that many ranks
-        if one.launcher != first.launcher or one.runs != first.runs or getattr(one, "chain", None):
+    """Submits the runs as one SLURM array. Raises ConfigError where they cannot share one."""
+    given = (request.read("pretrain", PretrainJob, line, switches=SWITCHES) for line in lines)
+    jobs = [one.config for one in given if one]
+    for job in jobs:
+        factory.for_job(job)  # refuses what cannot be divided among that many ranks
+        if job.launcher != first.launcher or job.runs != first.runs or job.chain:
             raise ConfigError("--multirun: the runs of an array share launcher and runs folder, and have no chain")
     base = metadata.folder_of(first)
-    folders = [metadata.folder_of(one) for one in jobs]
+    folders = [metadata.folder_of(job) for job in jobs]
     submitter = SlurmSubmitter(first.launcher)
     if dry_run:
         print(submitter.plan(base, folders))
-        return 0
+        return ExitCode.DONE
     for folder in folders:
         require_ended(folder)
-    for one in jobs:
-        metadata.prepare(one)
+    for job in jobs:
+        metadata.prepare(job)
     handle = submitter.submit(base, folders)
     for number, folder in enumerate(folders):
-        write_note(folder, f"{handle}_{number}", first.launcher)
-    print(f"slurm array {handle} of {len(folders)} runs; auricle jobs list --runs {_shown(base.parent)} follows them")
-    return 0
+        write_record(folder, f"{handle}_{number}", first.launcher)
+    print(f"slurm array {handle} of {len(folders)} runs; `auricle jobs list --runs {_shown(base.parent)}` lists them")
+    return ExitCode.DONE
 
 
 def _shown(path: Path) -> str:
-    import shlex
-
     return shlex.quote(str(path))

@@ -20,7 +20,7 @@ from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import Model, open_pretrained
 from pretrain.evaluate.hf_encoder import HuggingFaceModel
-from pretrain.evaluate.manifest import Utterance, read_manifest, require_disjoint
+from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest, require_disjoint
 from pretrain.inference.ctc_decoding import BLANK, NGram, beam_search, greedy
 from pretrain.interfaces.frames import EncoderOutput, Frames
 
@@ -31,8 +31,12 @@ class FinetuneConfig:
     task: Annotated[Literal["ctc"], about("connectionist temporal classification of characters")] = "ctc"
     random_weights: Annotated[bool, about("the same architecture from scratch, as a baseline")] = False
     manifest: Annotated[
-        str, about("tab-separated list of the audio: path, speaker, text, corpus, split", min_length=1)
-    ] = "../shared/data/manifest.tsv"
+        str,
+        about(
+            "tab-separated list of the audio: path, speaker, text, corpus, split; empty: manifest.tsv of the folder "
+            "that the environment variable AURICLE_SPEECH names"
+        ),
+    ] = ""
     corpora: Annotated[str, about("take only these corpora, with commas; empty: all that have text")] = "speechocean762"
     symbols: Annotated[str, about("characters to write; others are left out", min_length=2)] = (
         " 'abcdefghijklmnopqrstuvwxyz"
@@ -122,7 +126,7 @@ def _utterances(settings: FinetuneConfig) -> tuple[list[Utterance], list[Utteran
     corpora = [c.strip() for c in settings.corpora.split(",") if c.strip()]
     chosen = [
         u
-        for u in read_manifest(Path(settings.manifest).expanduser())
+        for u in read_manifest(find_manifest(settings.manifest))
         if written(u.text, settings.symbols) and (not corpora or u.corpus in corpora)
     ]
     train, test = ([u for u in chosen if u.split == split] for split in ("train", "test"))

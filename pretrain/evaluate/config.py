@@ -40,8 +40,12 @@ class EvaluateConfig:
         str, about("phones, keywords, digits, speaker, language, abx, pnmi, rankme; several with commas", min_length=1)
     ] = "phones"
     manifest: Annotated[
-        str, about("tab-separated list of the audio: path, speaker, text, label, language, corpus, split", min_length=1)
-    ] = "../shared/data/manifest.tsv"
+        str,
+        about(
+            "tab-separated list of the audio: path, speaker, text, label, language, corpus, split; empty: manifest.tsv "
+            "of the folder that the environment variable AURICLE_SPEECH names"
+        ),
+    ] = ""
     phones: Annotated[
         str, about("tab-separated alignment: path, start_s, end_s, phone; relative to the manifest's folder")
     ] = "phones/auto_pocketsphinx.tsv"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,14 @@ from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.features import GRID_HZ, SILENCE, Labelled, Waves, grid_frames, phone_frames, pooled
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder
 from pretrain.evaluate.intrinsic import point, verification
-from pretrain.evaluate.manifest import Utterance, grid_labels, read_manifest, read_phones, require_disjoint
+from pretrain.evaluate.manifest import (
+    Utterance,
+    find_manifest,
+    grid_labels,
+    read_manifest,
+    read_phones,
+    require_disjoint,
+)
 from pretrain.evaluate.metrics import Tally, bootstrap
 from pretrain.evaluate.probe import View, choose_view, fit_probe
 from pretrain.evaluate.supervised import Example, fit_supervised
@@ -54,7 +60,7 @@ def evaluate(config: EvaluateConfig, say: Say = print, encoders: Sequence[Frozen
         if name not in TASKS:
             raise ValueError(f"task={name}: there is no such task; there are: {', '.join(TASKS)}")
     encoders = encoders or [open_encoder(given.strip(), config.device) for given in config.checkpoint.split(",")]
-    utterances = read_manifest(Path(config.manifest).expanduser())
+    utterances = read_manifest(find_manifest(config.manifest))
     rows: list[Row] = []
     for name in names:
         room = Room(config, name, utterances, say)
@@ -71,7 +77,7 @@ class Room:
         corpora = [c.strip() for c in config.corpora.split(",") if c.strip()]
         self.phones = {}
         if self.task.target is None:
-            self.phones = read_phones(Path(config.manifest).expanduser().parent / config.phones)
+            self.phones = read_phones(find_manifest(config.manifest).parent / config.phones)
             utterances = [u for u in utterances if u.name in self.phones]
         self.parts = splits(self.task, utterances, corpora, config.max_utterances, config.ask)
         if not self.task.hold_out:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_manifest
+
 SPLITS = ("train", "valid", "test")
 
 
@@ -34,6 +37,25 @@ class Interval:
     start: float
     end: float
     phone: str
+
+
+def find_manifest(given: str) -> Path:
+    """Returns the list of labelled audio: `given`, or manifest.tsv of the folder that AURICLE_SPEECH names.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    path = Path(given).expanduser() if given else speech_manifest()
+    if path is None:
+        raise ConfigError(
+            "manifest: is required and was not given. Set manifest=FILE, a tab-separated list of labelled audio (path, "
+            f"speaker, text, label, language, corpus, split), or the environment variable {SPEECH_VARIABLE}=FOLDER to "
+            f"a folder with {MANIFEST_NAME}"
+        )
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "there is no such file"
+        raise ConfigError(f"manifest={path}: {reason}; name a tab-separated list of labelled audio")
+    return path
 
 
 def read_manifest(manifest: Path) -> list[Utterance]:

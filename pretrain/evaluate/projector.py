@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from data_pipeline.audio.codecs import read_mono
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.features import SILENCE
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
-from pretrain.evaluate.manifest import Utterance, grid_labels, read_manifest, read_phones
+from pretrain.evaluate.manifest import Utterance, find_manifest, grid_labels, read_manifest, read_phones
 from pretrain.evaluate.tasks import PROBES, splits
 
 UTTERANCES, FRAMES = 24, 1_000
@@ -26,7 +25,7 @@ def labelled_frames(config: EvaluateConfig, encoder: FrozenEncoder) -> tuple[Ten
     the task itself would.
     """
     tasks = [PROBES[name.strip()] for name in config.task.split(",") if name.strip() in PROBES]
-    manifest = Path(config.manifest).expanduser()
+    manifest = find_manifest(config.manifest)
     alignment = manifest.parent / config.phones
     phones = read_phones(alignment) if alignment.is_file() else {}
     utterances = read_manifest(manifest)

@@ -90,7 +90,7 @@ def test_following_a_run_writes_into_its_tensorboard(corpus: Path, saved: Path) 
 @pytest.fixture
 def follow(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Follows tmp_path/run; the steps that its evaluations.jsonl has then."""
-    monkeypatch.setattr("launch.commands.evaluate.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("launch.workers.programs.following.POLL_SECONDS", 0.05)
     options = ["task=keywords", "follow=true", "corpora=tones", "seeds=1", "bootstrap=100", "probe.min_updates=2"]
     options += [f"manifest={corpus}/manifest.tsv", "phones=phones.tsv", f"checkpoint={tmp_path / 'run'}"]
 

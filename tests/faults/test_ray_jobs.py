@@ -21,7 +21,7 @@ from launch import main
 from launch.config import RayConfig
 from launch.launchers.ray import RayJobs
 from launch.launchers.ray_wait import succeeded
-from launch.runs.job_record import read_note
+from launch.runs.job_record import read_record
 from launch.workers.environment import free_port
 from pretrain.checkpointing.locate import steps_done
 from tests.support.faults import whole_chain
@@ -86,18 +86,18 @@ def test_a_chain_of_ray_jobs(head: str, tmp_path: Path, monkeypatch: pytest.Monk
     chain = ["pipeline", "folder=work", "steps=[preprocess,pretrain]", *ray, *corpus, *toy]
     assert main.main(chain) == 0
     runs = tmp_path / "work" / "runs"
-    note = read_note(runs / HOSTILE)
+    note = read_record(runs / HOSTILE)
     submitter = RayJobs(RayConfig(**note.config))
     wait_for(
         lambda: submitter.status(note.handle) in ("done", "failed"), 300, "the run", lambda: submitter.logs(note.handle)
     )
     assert submitter.status(note.handle) == "done", submitter.logs(note.handle)
     assert steps_done(runs / HOSTILE) == 4
-    assert submitter.status(read_note(runs / "preprocess").handle) == "done"
+    assert submitter.status(read_record(runs / "preprocess").handle) == "done"
     assert not list(tmp_path.rglob("pwned"))
-    before = read_note(runs / HOSTILE)
+    before = read_record(runs / HOSTILE)
     assert main.main(chain) == 0
-    assert read_note(runs / HOSTILE) == before, "nothing was handed over again"
+    assert read_record(runs / HOSTILE) == before, "nothing was handed over again"
     assert main.main(["jobs", "status", str(runs / "preprocess")]) == 0
 
 
@@ -169,8 +169,8 @@ def test_the_whole_chain_of_ray_jobs(
     command = whole_chain.command(tmp_path, turns, *ray)
     assert main.main(command) == 0
     for name in whole_chain.names(turns):
-        note = read_note(tmp_path / "whole" / "runs" / name)
-        submitter = RayJobs(RayConfig(**note.config), note.verb)
+        note = read_record(tmp_path / "whole" / "runs" / name)
+        submitter = RayJobs(RayConfig(**note.config), note.command)
         ended = partial(has_ended, submitter, note.handle)
         wait_for(ended, 400, f"the end of {name}", partial(submitter.logs, note.handle))
         assert submitter.status(note.handle) == "done", submitter.logs(note.handle)

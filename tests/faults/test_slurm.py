@@ -14,7 +14,7 @@ from launch import main
 from launch.demo_corpus import synthesise
 from launch.exit_codes import ExitCode
 from launch.launchers import slurm
-from launch.runs.job_record import read_note
+from launch.runs.job_record import read_record
 from launch.workflows.pipeline import Step
 from pretrain.checkpointing.locate import steps_done
 from tests.support.corpora import preprocess_here
@@ -88,7 +88,7 @@ def submit_others(site: Site) -> None:
     plain = (*ON_SLURM, f"runs={site.base}", f"data.shards={site.base / 'shards'}", "launcher.nodes=1")
     assert main.main(["pretrain", *TOY, *plain, "name=swept", "train.steps=3", "seed=1,2", "--multirun"]) == 0
     for number in (0, 1):
-        site.handles[f"swept_{number}"] = read_note(site.base / f"swept_{number}").handle
+        site.handles[f"swept_{number}"] = read_record(site.base / f"swept_{number}").handle
     site.submit("ill", "launcher.nodes=1", "optimizer.lr=1e30", "schedule.warmup_steps=0")
     site.submit(HOSTILE, f"data.shards={HOSTILE_SHARDS}", "launcher.nodes=1")
     site.submit("broken", "data.shards=/nowhere", "launcher.nodes=1")
@@ -143,7 +143,7 @@ def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(
     """A Ray of two nodes writes the bytes that one process writes, a run waits for them, and then all of it stands."""
     folder = runs.base / "chain"
     for name in ("preprocess", "chained"):
-        runs.handles[f"chain/runs/{name}"] = read_note(folder / "runs" / name).handle
+        runs.handles[f"chain/runs/{name}"] = read_record(folder / "runs" / name).handle
     runs.finish("chain/runs/chained", 300)
     assert runs.state("chain/runs/preprocess") == "COMPLETED"
     assert "Ray on n" in (folder / "runs" / "preprocess" / "logs" / "slurm.log").read_text()
@@ -156,8 +156,8 @@ def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(
     capsys.readouterr()
     assert main.main(pipeline(runs)) == 0
     said = capsys.readouterr().out
-    assert "preprocess: stands, skipped" in said
-    assert "chained: stands, skipped" in said
+    assert "preprocess: up to date, skipped" in said
+    assert "chained: up to date, skipped" in said
     assert "job" not in said
 
 

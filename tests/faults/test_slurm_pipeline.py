@@ -9,7 +9,7 @@ import pytest
 
 from launch import main
 from launch.launchers import slurm
-from launch.runs.job_record import read_note
+from launch.runs.job_record import read_record
 from tests.support.faults import whole_chain
 from tests.support.faults.mini_slurm import require_slurm, wait_for
 from tests.support.faults.site import ON_SLURM, Site, site_at
@@ -32,7 +32,7 @@ def test_the_whole_chain_with_afterok(site: Site, capsys: pytest.CaptureFixture[
     assert main.main(command) == 0
     names = whole_chain.names(turns)
     for name in names:
-        site.handles[f"whole/runs/{name}"] = read_note(site.base / "whole" / "runs" / name).handle
+        site.handles[f"whole/runs/{name}"] = read_record(site.base / "whole" / "runs" / name).handle
     first, second = (site.handles[f"whole/runs/{name}"] for name in names[:2])
     waiting = slurm.ask("scontrol", "--oneliner", "show", "job", second)
     assert f"Dependency=afterok:{first}" in waiting or "JobState=PENDING" not in waiting

@@ -15,7 +15,7 @@ import pytest
 from data_pipeline.core.jsonl import read_rows
 from launch import main
 from launch.launchers import slurm
-from launch.runs.job_record import read_note
+from launch.runs.job_record import read_record
 from tests.support.faults.mini_slurm import MiniSlurm, wait_for
 from tests.support.tiny_shards import sounds, write_shards
 
@@ -46,7 +46,7 @@ class Site:
         paths = (f"name={name}", f"runs={self.base}", f"data.shards={self.base / 'shards'}", f"data.keys_log={keys}")
         assert main.main(["pretrain", *TOY, *ON_SLURM, *paths, *overrides]) == 0
         folder = self.base / name
-        self.handles[name] = read_note(folder).handle
+        self.handles[name] = read_record(folder).handle
         return folder
 
     def step(self, name: str) -> int:

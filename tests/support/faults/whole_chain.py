@@ -58,4 +58,4 @@ def require_whole(base: Path, turns: tuple[str, ...], again: list[str], capsys: 
     capsys.readouterr()
     assert main.main(again) == 0
     said = capsys.readouterr().out
-    assert said.count("stands, skipped") == len(names(turns)), said
+    assert said.count("up to date, skipped") == len(names(turns)), said

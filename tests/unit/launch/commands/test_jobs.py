@@ -17,7 +17,7 @@ from launch.config import LocalConfig, RayConfig, SlurmConfig
 from launch.exit_codes import ExitCode
 from launch.launchers.slurm import SlurmError, SlurmSubmitter
 from launch.launchers.status import require_ended, state_of
-from launch.runs.job_record import read_note, write_note
+from launch.runs.job_record import read_record, write_record
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def note(folder: Path, process: subprocess.Popen[bytes]) -> None:
-    write_note(folder, f"{process.pid}:{psutil.Process(process.pid).create_time()}", LocalConfig(processes=2))
+    write_record(folder, f"{process.pid}:{psutil.Process(process.pid).create_time()}", LocalConfig(processes=2))
 
 
 def test_a_running_job_is_listed_followed_and_cancelled(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,7 @@ def test_a_running_job_is_listed_followed_and_cancelled(folder: Path, capsys: py
 
 
 def test_another_process_with_the_same_id_is_not_the_job(folder: Path) -> None:
-    write_note(folder, f"{os.getpid()}:1.0", LocalConfig())
+    write_record(folder, f"{os.getpid()}:1.0", LocalConfig())
     assert main.main(["jobs", "status", "mine"]) == ExitCode.FAILED
     assert main.main(["jobs", "cancel", "mine"]) == 0, "and this very process lives on"
 
@@ -75,18 +75,18 @@ def test_to_ask_after_a_job_needs_no_gpu(folder: Path, monkeypatch: pytest.Monke
 def test_a_job_is_requeued_where_it_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The config's relative paths, that of the run folder too, count from there."""
     (folder / "environment.json").write_text(json.dumps({"directory": str(folder.parent.parent)}))
-    write_note(folder, "17", SlurmConfig())
+    write_record(folder, "17", SlurmConfig())
     script = f"pwd > {folder}/where; echo 18"
     commands(folder, monkeypatch, scontrol="echo 'Invalid job id specified' >&2; exit 1", sbatch=script)
     (folder.parent / "elsewhere").mkdir()
     monkeypatch.chdir(folder.parent / "elsewhere")
     assert main.main(["jobs", "requeue", "../mine"]) == 0
     assert (folder / "where").read_text().strip() == str(folder.parent.parent)
-    assert read_note(folder).handle == "18"
+    assert read_record(folder).handle == "18"
 
 
 def test_all_steps_done_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_note(folder, "1:1.0", LocalConfig())
+    write_record(folder, "1:1.0", LocalConfig())
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "latest").write_text("step_00000005\n")
     assert main.main(["jobs", "status", "mine"]) == 0
@@ -94,14 +94,14 @@ def test_all_steps_done_is_done(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_note(folder, "1:1.0", LocalConfig())
+    write_record(folder, "1:1.0", LocalConfig())
     assert main.main(["jobs", "status", "yours"]) == ExitCode.FAILED
     assert "below runs/ there are: mine" in capsys.readouterr().err
     assert main.main(["jobs", "logs", "mine", "--rank", "3"]) == ExitCode.FAILED
     assert "rank_0.log" in capsys.readouterr().err
     (folder / "job.json").write_text("{")
-    with pytest.raises(ValueError, match="no run was submitted"):
-        read_note(folder)
+    with pytest.raises(ValueError, match=r"job\.json: cannot be read"):
+        read_record(folder)
 
 
 def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
@@ -116,7 +116,7 @@ def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> N
 def test_a_slurm_that_does_not_answer_says_nothing_about_the_job(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_note(folder, "17", SlurmConfig())
+    write_record(folder, "17", SlurmConfig())
     commands(folder, monkeypatch, scontrol="echo 'Unable to contact slurm controller' >&2; exit 1", sacct="exit 1")
     assert state_of(folder) == "unknown"
     with pytest.raises(SlurmError, match="Unable to contact"):
@@ -128,26 +128,26 @@ def test_a_slurm_that_does_not_answer_says_nothing_about_the_job(
 
 
 def test_a_closed_dashboard_says_nothing_about_the_job(folder: Path) -> None:
-    write_note(folder, "raysubmit_1", RayConfig(dashboard="http://127.0.0.1:9"))
+    write_record(folder, "raysubmit_1", RayConfig(dashboard="http://127.0.0.1:9"))
     assert state_of(folder) == "unknown"
 
 
 def test_a_broken_note_costs_the_list_no_other_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_note(folder, "1:1.0", LocalConfig())
+    write_record(folder, "1:1.0", LocalConfig())
     (folder.parent / "broken").mkdir()
     (folder.parent / "broken" / "job.json").write_text("{")
     assert main.main(["jobs", "list"]) == 0
     said = capsys.readouterr()
     assert "unreadable" in said.out
     assert "mine" in said.out
-    assert "no readable job.json" in said.err
+    assert "broken/job.json" in said.err
 
 
 def test_the_log_of_a_foreground_job_is_said_to_be_on_its_terminal(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "config.json").unlink()
-    write_note(folder, "1:1.0", LocalConfig(), "preprocess")
+    write_record(folder, "1:1.0", LocalConfig(), "preprocess")
     assert main.main(["jobs", "logs", "mine"]) == ExitCode.FAILED
     assert "ran in the foreground: what it said is on its terminal" in capsys.readouterr().err
 
@@ -156,7 +156,7 @@ def test_the_log_of_a_foreground_job_is_said_to_be_on_its_terminal(
 def test_what_waits_or_runs_is_not_submitted_twice(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: str, word: str
 ) -> None:
-    write_note(folder, "17", SlurmConfig())
+    write_record(folder, "17", SlurmConfig())
     queued = folder / "queued"
     commands(folder, monkeypatch, scontrol=f"echo JobId=17 JobState={state}", sbatch=f"touch {queued}; echo 18")
     with pytest.raises(ConfigError, match=f"slurm job 17 is {word}; `auricle jobs cancel"):
@@ -164,8 +164,9 @@ def test_what_waits_or_runs_is_not_submitted_twice(
     best_rq = ("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "launcher=slurm")
     assert main.main(["pretrain", *best_rq, "name=mine", f"runs={folder.parent}"]) == ExitCode.USAGE
     chain = ["pipeline", "preprocess.corpus=path", "preprocess.corpus.path=c", "launcher=slurm", f"folder={folder}"]
+    chain.append("steps=[preprocess,pretrain]")
     (folder / "runs" / "run").mkdir(parents=True)
-    write_note(folder / "runs" / "run", "17", SlurmConfig())
+    write_record(folder / "runs" / "run", "17", SlurmConfig())
     assert main.main([*chain, *[f"pretrain.{line}" for line in best_rq[:3]]]) == ExitCode.USAGE
     assert capsys.readouterr().err.count("job 17 is") == 2
     assert not queued.exists()
@@ -179,7 +180,7 @@ def test_a_second_task_array_or_chain_is_refused_before_anything_is_queued(
     runs = folder.parent
     for name in ("preprocess_s", "sweep_0", "hubert-it1"):
         (runs / name).mkdir()
-        write_note(runs / name, "17", SlurmConfig())
+        write_record(runs / name, "17", SlurmConfig())
     slurm = ("launcher=slurm", f"runs={runs}")
     sweep = ("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "seed=1,2")
     assert main.main(["preprocess", "corpus=path", "corpus.path=c", "out=s", *slurm]) == ExitCode.USAGE
@@ -192,7 +193,7 @@ def test_a_second_task_array_or_chain_is_refused_before_anything_is_queued(
 def test_a_process_of_another_machine_is_known_by_its_notes_only(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_note(folder, f"{os.getpid() + 1}:1.0", LocalConfig())
+    write_record(folder, f"{os.getpid() + 1}:1.0", LocalConfig())
     values = json.loads((folder / "job.json").read_text())
     (folder / "job.json").write_text(json.dumps(values | {"host": "elsewhere"}))
     assert state_of(folder) == "running", "it has just written a row"
@@ -206,6 +207,6 @@ def test_a_process_of_another_machine_is_known_by_its_notes_only(
 
 
 def test_cancelling_what_has_ended_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_note(folder, "1:1.0", LocalConfig())
+    write_record(folder, "1:1.0", LocalConfig())
     assert main.main(["jobs", "cancel", "mine"]) == 0
     assert "had ended before (failed)" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from data_pipeline.core.schema import ConfigError, load
 from launch.cli.compose import compose
 from launch.config import PretrainJob
 from launch.runs import metadata, redaction
-from launch.runs.job_record import write_note
+from launch.runs.job_record import write_record
 from pretrain.config import Config
 from tests.support.checkpoint_states import write_state
 
@@ -43,7 +43,7 @@ def test_no_secret_lands_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(metadata, "_git", lambda *arguments: diff if arguments[0] == "diff" else "abc\n")
     wanted = job(tmp_path)
     folder = metadata.prepare(wanted)
-    write_note(folder, "1:1.0", wanted.launcher)
+    write_record(folder, "1:1.0", wanted.launcher)
     assert "harmless" in (folder / "git.diff").read_text()
     for file in folder.rglob("*"):
         assert file.is_dir() or "hunter2" not in file.read_text(), file

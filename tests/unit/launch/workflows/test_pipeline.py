@@ -18,10 +18,10 @@ from launch.config import EvaluateJob, PreprocessJob, PretrainJob, RayConfig, Sl
 from launch.exit_codes import ExitCode
 from launch.launchers.ray import RayJobs
 from launch.launchers.slurm import SlurmSubmitter
-from launch.runs.job_record import read_note
+from launch.runs.job_record import read_record
 from launch.workers import task
 from launch.workers.build import require_fitting_labels
-from launch.workflows.pipeline import PipelineConfig, Step, pretraining_why, split, steps
+from launch.workflows.pipeline import PipelineConfig, Step, split, steps, why_pretraining
 from pretrain.checkpointing.tensor_files import save_tensors
 from tests.support.checkpoint_states import write_state
 from tests.support.corpora import preprocess_here
@@ -29,6 +29,15 @@ from tests.support.sounds import many, write_corpus
 
 CORPUS = "preprocess.corpus.path=/data/speech"
 HOSTILE = "x$(touch pwned);`id`&|'\" #SBATCH --nodes=9"
+
+
+@pytest.fixture(autouse=True)
+def speech(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A list of labelled audio for the last step, named by the environment."""
+    folder = tmp_path_factory.mktemp("speech")
+    (folder / "manifest.tsv").write_text("path\tspeaker\tcorpus\tsplit\n")
+    monkeypatch.setenv("AURICLE_SPEECH", str(folder))
+    return folder
 
 
 def chain(*arguments: str) -> list[Step]:
@@ -49,10 +58,29 @@ def test_each_step_reads_what_the_one_before_made() -> None:
 
 
 def test_an_objective_without_labels_needs_no_targets() -> None:
-    assert [step.verb for step in chain("pretrain.objective=best_rq")] == ["preprocess", "pretrain", "evaluate"]
+    assert [step.command for step in chain("pretrain.objective=best_rq")] == ["preprocess", "pretrain", "evaluate"]
 
 
-def test_the_launcher_is_everybodys_and_more_of_it_can_be_somebodys() -> None:
+def test_a_missing_input_of_the_last_step_ends_it_before_the_first_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both remedies are named; a dry run checks it, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AURICLE_SPEECH")
+    for switches in ([], ["--dry-run"]):
+        asked = ["pipeline", "folder=work", CORPUS, "pretrain.objective=best_rq", *switches]
+        assert main.main(asked) == ExitCode.USAGE
+        said = capsys.readouterr().err
+        assert "manifest=" in said
+        assert "AURICLE_SPEECH" in said
+        assert main.main([*asked, "evaluate.manifest=nowhere.tsv"]) == ExitCode.USAGE
+        assert "manifest=nowhere.tsv: there is no such file" in capsys.readouterr().err
+        assert main.main([*asked, f"evaluate.manifest={tmp_path}"]) == ExitCode.USAGE
+        assert "is a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_launcher_is_shared_by_all_steps_and_one_step_can_change_it() -> None:
     made = chain("pretrain.objective=best_rq", "launcher=slurm", "launcher.nodes=2", "pretrain.launcher.nodes=8")
     assert [step.job().launcher.nodes for step in made] == [2, 8, 2]
 
@@ -81,30 +109,32 @@ def test_a_dry_run_shows_every_script_and_submits_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_made_stands_until_a_byte_of_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_up_to_date_until_a_byte_of_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "corpus", many(4, 0.6))
     step = Step("preprocess", ("corpus.path=corpus", "out=shards", "min_shards=2"))
     assert step.why() == "was not finished before"
-    monkeypatch.setattr("launch.commands.preprocess.work", preprocess_here)
+    monkeypatch.setattr("launch.workers.programs.preprocess.work", preprocess_here)
     folder = task.prepare("preprocess", step.job())
     task.perform(folder)
     assert step.why() == ""
     assert Step("preprocess", (*step.arguments, "codec=wav")).why() == "was finished with another config"
     write_corpus(tmp_path / "corpus", many(5, 0.6))
-    assert step.why() == "is not any more as it was made", "there are new recordings"
+    assert step.why() == "has output that changed since", "there are new recordings"
     task.perform(folder)
     assert step.why() == ""
     shard = next((tmp_path / "shards").glob("*.tar"))
     content = bytearray(shard.read_bytes())
     content[700] ^= 1
     shard.write_bytes(content)
-    assert step.why() == "is not any more as it was made"
+    assert step.why() == "has output that changed since"
 
 
 @pytest.mark.parametrize("launcher", [SlurmConfig(), RayConfig(dashboard="http://127.0.0.1:1")])
 @pytest.mark.parametrize("verb", ["preprocess", "targets", "evaluate", "pretrain"])
-def test_every_verb_has_a_plan_on_every_launcher(verb: str, launcher: SlurmConfig | RayConfig, tmp_path: Path) -> None:
+def test_every_command_has_a_plan_on_every_launcher(
+    verb: str, launcher: SlurmConfig | RayConfig, tmp_path: Path
+) -> None:
     submitter = SlurmSubmitter(launcher, verb) if isinstance(launcher, SlurmConfig) else RayJobs(launcher, verb)
     plan = submitter.plan(tmp_path / HOSTILE)
     assert (
@@ -133,13 +163,13 @@ def test_the_run_folder_of_a_task_describes_it_and_keeps_no_secret(
         task.prepare("targets", TargetsJob(shards="s", out="s3://me:hush-hush@host/x", runs=str(tmp_path)))
 
 
-def test_a_task_that_failed_does_not_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_failed_is_not_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main.main(["preprocess", "corpus.path=nowhere", "out=shards"]) == ExitCode.USAGE
     folder = tmp_path / "runs" / "preprocess_shards"
-    assert read_note(folder).verb == "preprocess"
+    assert read_record(folder).command == "preprocess"
     assert not (folder / "result.json").exists()
-    assert task.stands("preprocess", Step("preprocess", ("corpus.path=nowhere", "out=shards")).job())
+    assert task.why_outdated("preprocess", Step("preprocess", ("corpus.path=nowhere", "out=shards")).job())
     assert task.main([str(folder)]) == 2
     assert isinstance(PreprocessJob, type)
 
@@ -153,7 +183,7 @@ def test_a_damaged_run_ends_a_pipeline_with_its_remedy(tmp_path: Path) -> None:
     save_tensors({"weight": torch.ones(3)}, folder / "model.safetensors")
     write_state(tmp_path / "mine", 5)
     with pytest.raises(ConfigError, match=r"checksum mismatch.*model.safetensors.*latest"):
-        pretraining_why(request.config)
+        why_pretraining(request.config)
 
 
 @pytest.mark.parametrize(

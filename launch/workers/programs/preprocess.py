@@ -1,0 +1,48 @@
+"""Raw audio to shards."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from data_pipeline.preprocess.config import PreprocessConfig
+from launch.cli.tables import show_rows
+from launch.config import LocalConfig
+
+CONFIG = PreprocessConfig
+
+
+def work(config: PreprocessConfig) -> None:
+    """Writes the shards that are missing. Raises OSError where one could not be written."""
+    from data_pipeline.preprocess.job import preprocess
+
+    summary = preprocess(config)
+    show_rows(summary.rows())
+    if summary.problem:
+        raise OSError(summary.problem)
+
+
+def made_from(config: PreprocessConfig) -> dict[str, str]:
+    """Returns nothing: the data set itself records which recordings are in it."""
+    return {}
+
+
+def made(config: PreprocessConfig) -> dict[str, str]:
+    """Returns the fingerprint of the data set, where no part of the corpus is missing and all checksums match."""
+    from data_pipeline.preprocess.job import plan_units
+    from data_pipeline.preprocess.verify import verify
+    from data_pipeline.preprocess.work_plan import set_roots
+    from data_pipeline.shards.records import finished_units
+
+    forecast, roots = plan_units(config), set_roots(config)
+    if forecast.units_done < forecast.units or any(fault for root in roots for fault in verify(root, decode=False)):
+        return {}
+    return {root: hashlib.sha256(b"".join(r.to_json() for r in finished_units(root))).hexdigest() for root in roots}
+
+
+def preview(config: Any) -> None:
+    """Prints what a job on this machine would do."""
+    if isinstance(config.launcher, LocalConfig):
+        from data_pipeline.preprocess.job import plan_units
+
+        show_rows(plan_units(config).rows())

@@ -1,0 +1,46 @@
+"""Frame labels over shards, by k-means on MFCC or on a layer of a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Any
+
+from data_pipeline.core.storage import FileStore
+from data_pipeline.labels.kmeans import KMEANS, TargetsConfig, make_targets
+from data_pipeline.labels.store import file_name
+from data_pipeline.shards.records import done_records
+from launch.cli.tables import show_rows
+
+CONFIG = TargetsConfig
+
+
+def work(config: TargetsConfig) -> None:
+    """Labels the shards that have no labels yet. Raises OSError where something could not be written."""
+    from data_pipeline.labels.features import kaldi_mfcc
+    from pretrain.evaluate.layer_features import layer_of
+    from pretrain.interop.fingerprint import weights_of
+
+    extractor = kaldi_mfcc if config.features == "mfcc" else functools.partial(layer_of, config.features, config.layer)
+    show_rows(make_targets(config, extractor, weights_of(config)).rows())
+
+
+def made_from(config: TargetsConfig) -> dict[str, str]:
+    """Returns fingerprints of the shards, and of the checkpoint whose layer is used."""
+    from pretrain.interop.fingerprint import checkpoint_fingerprint
+
+    shards = hashlib.sha256("".join(record.sha256 for record in done_records(config.shards)).encode()).hexdigest()
+    return {"shards": shards, **({} if config.features == "mfcc" else checkpoint_fingerprint(config.features))}
+
+
+def made(config: TargetsConfig) -> dict[str, str]:
+    """Returns fingerprints of the k-means centres and of the labels of every shard."""
+    store = FileStore(config.out)
+    names = [KMEANS, *(file_name(record.shard) for record in done_records(config.shards))]
+    if not all(store.exists(name) for name in names):
+        return {}
+    return {name: hashlib.sha256(store.read(name)).hexdigest() for name in names}
+
+
+def preview(config: Any) -> None:
+    """Prints nothing: the command says it all."""
