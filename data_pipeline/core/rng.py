@@ -1,4 +1,4 @@
-"""Randomness keyed by what it is for, so that it survives a resume, other workers and other numbers of GPUs."""
+"""Random draws keyed by their purpose, so that they do not depend on resumes, workers or the number of GPUs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 
 
 def keyed_seed(*parts: int | str) -> int:
-    """A 63-bit seed from its parts, equal on every machine. `("a", 1)` and `("a1",)` differ."""
+    """Returns a 63-bit seed from its parts, equal on every machine. `("a", 1)` and `("a1",)` differ."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def keyed_rng(*parts: int | str) -> np.random.Generator:
-    """A generator for one draw, e.g. `keyed_rng(seed, step, key, "mask")`."""
+    """Returns a generator for one draw, e.g. `keyed_rng(seed, step, key, "mask")`."""
     return np.random.Generator(np.random.PCG64(keyed_seed(*parts)))
 
 
 def keyed_hash(seed: int, numbers: np.ndarray) -> np.ndarray:
-    """One 64-bit hash per number (SplitMix64's finalizer, Steele et al. 2014): the same on every machine and numpy.
+    """Returns one 64-bit hash per number (finalizer of SplitMix64, Steele et al. 2014), equal on every machine.
 
     Sorting by it is a permutation that needs no generator state.
     """

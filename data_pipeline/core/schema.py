@@ -1,4 +1,4 @@
-"""Typed configs: frozen dataclasses that are loaded strictly, explain themselves, and fail with a remedy.
+"""Typed configs: frozen dataclasses, loaded strictly, with documented fields and errors that name the remedy.
 
     @config
     class Optimizer:
@@ -28,7 +28,7 @@ REQUIRED: Final = "(required)"
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used; the message is one paragraph for the user."""
+    """A config that cannot be used; the message is one paragraph for the user. Ends a command with exit code 2."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
@@ -74,10 +74,10 @@ def resume_rules(kind: type[Any], prefix: str = "") -> dict[str, Resume]:
     return found
 
 
-def refuse(field: str, value: Any, told: str) -> NoReturn:
-    """For `__post_init__` of a config whose fields do not go together: an error at `field`, told as those of limits."""
-    said = PydanticCustomError("do_not_fit", "{told}", {"told": told})
-    raise ValidationError.from_exception_data(field, [InitErrorDetails(type=said, loc=(field,), input=value)])
+def refuse(field: str, value: Any, reason: str) -> NoReturn:
+    """Raises an error at `field`, for `__post_init__` of a config whose fields contradict each other."""
+    problem = PydanticCustomError("do_not_fit", "{reason}", {"reason": reason})
+    raise ValidationError.from_exception_data(field, [InitErrorDetails(type=problem, loc=(field,), input=value)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class PluginChoice:
         return core_schema.no_info_plain_validator_function(self.read)
 
     def read(self, value: Any) -> Any:
-        """A mapping with `name` to the plug-in's own config."""
+        """Returns the plug-in's own config for a mapping with `name`."""
         if dataclasses.is_dataclass(value):
             return value
         known = self.names()
@@ -102,10 +102,10 @@ class PluginChoice:
         if name not in known:
             near = suggest(str(name), known)
             hint = f"; did you mean {near}?" if near else ""
-            said = PydanticCustomError(
+            problem = PydanticCustomError(
                 "no_such_name", "there is no such {kind}{hint}", {"kind": self.kind, "hint": hint}
             )
-            bad = InitErrorDetails(type=said, loc=("name",), input=name)
+            bad = InitErrorDetails(type=problem, loc=("name",), input=name)
             raise ValidationError.from_exception_data(self.kind, [bad])
         return TypeAdapter(self.config_type(value["name"])).validate_json(json.dumps(value))
 
@@ -154,7 +154,7 @@ def diff(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str,
 
 
 def load(kind: type[T], values: Mapping[str, Any]) -> T:
-    """`values` (JSON-like, nested) as a `kind`. Raises ConfigError that names every bad field at once."""
+    """Returns `values` (JSON-like, nested) as a `kind`. Raises ConfigError that names every bad field at once."""
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values))
     except ValidationError as error:
@@ -163,7 +163,7 @@ def load(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def dump(value: Any) -> dict[str, Any]:
-    """A config as plain JSON-like values; `load(type(value), dump(value)) == value`."""
+    """Returns a config as plain JSON-like values; `load(type(value), dump(value)) == value`."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(value)))
     return plain
 
@@ -180,7 +180,7 @@ class FieldDoc:
 
 
 def document(kind: type[Any], prefix: str = "", chosen: Mapping[str, Any] | None = None) -> Iterator[FieldDoc]:
-    """Every field below `kind`. `chosen` (composed values) picks which plug-ins are shown, and their values."""
+    """Yields every field below `kind`. `chosen` (composed values) picks which plug-ins are shown, and their values."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         path = f"{prefix}{field.name}"
@@ -290,7 +290,7 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
 
 
 def _leaf(path: str, value: Any, shown: str) -> tuple[str, str]:
-    """`filter={"a": 1}` as the user wrote it: `filter.a=1`."""
+    """Returns `filter={"a": 1}` as the user wrote it: `filter.a=1`."""
     while isinstance(value, dict) and len(value) == 1:
         [(name, value)] = value.items()
         path, shown = f"{path}.{name}", json.dumps(value, default=str)

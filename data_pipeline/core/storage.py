@@ -1,13 +1,21 @@
-"""A folder, local or behind an fsspec URL: whole files in, whole files out, and one atomic claim."""
+"""Folders on local disks and behind fsspec URLs: whole files in, whole files out, and one atomic claim."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import hashlib
 import os
+import random
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import fsspec
 import psutil
@@ -15,17 +23,168 @@ import psutil
 from data_pipeline.core.atomic_files import sync, write_synced
 from data_pipeline.core.schema import ConfigError
 
+T = TypeVar("T")
+PATIENCE: Final = 60.0
+"""Seconds that reads of remote storage are retried by default."""
+LONGEST_PAUSE: Final = 15.0
+"""Seconds between two attempts, at most."""
+LEASE: Final = 3600.0
+"""Seconds after which a scratch folder that no process renews is abandoned."""
+RENEWAL: Final = 120.0
+"""Seconds between renewals of a scratch folder in use."""
+TRANSIENT_ERRNO: Final = frozenset(
+    {
+        None, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EPIPE, errno.ECONNRESET,
+        errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN,
+    }
+)  # fmt: skip
+
+
+class StorageError(OSError):
+    """A file that storage does not deliver or accept; not a fault of the config or of the data."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.reason)
+
+
+class StorageReadError(StorageError):
+    """A file that exists but cannot be read."""
+
+
+class StorageWriteError(StorageError):
+    """A file that cannot be written: full disk, missing permission, read-only or unreachable storage."""
+
+
+@contextlib.contextmanager
+def read_errors(path: str) -> Iterator[None]:
+    """Turns an OSError in the block into StorageReadError for `path`; FileNotFoundError and StorageError pass."""
+    try:
+        yield
+    except (FileNotFoundError, StorageError):
+        raise
+    except OSError as error:
+        raise StorageReadError(path, f"cannot be read ({describe(error)})") from error
+
+
+@contextlib.contextmanager
+def write_errors(path: str) -> Iterator[None]:
+    """Turns an OSError in the block into StorageWriteError for `path`; FileExistsError and StorageError pass."""
+    try:
+        yield
+    except (FileExistsError, StorageError):
+        raise
+    except OSError as error:
+        raise StorageWriteError(path, f"cannot be written ({describe(error)})") from error
+
+
+def describe(error: BaseException) -> str:
+    """Returns an error as short text: that of the system, or type and message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same access to remote storage may succeed later: lost connections, time-outs, HTTP 408, 429, 5xx."""
+    permanent = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+    if isinstance(error, permanent):
+        return False
+    aiohttp, botocore = sys.modules.get("aiohttp"), sys.modules.get("botocore.exceptions")
+    if aiohttp is not None and isinstance(error, aiohttp.ClientError):
+        is_status = isinstance(error, aiohttp.ClientResponseError)
+        return not is_status or error.status >= 500 or error.status in (408, 429)
+    if botocore is not None and isinstance(error, botocore.BotoCoreError):
+        kinds = (botocore.HTTPClientError, botocore.ConnectionError, botocore.IncompleteReadError)
+        return isinstance(error, kinds)
+    return isinstance(error, OSError) and error.errno in TRANSIENT_ERRNO
+
+
+def retry(action: Callable[[], T], path: str, patience: float = PATIENCE) -> T:
+    """Calls `action`, again with growing pauses after each transient error.
+
+    Args:
+        action: Reads from storage; may be called several times.
+        path: The file that is read, for the error.
+        patience: Seconds after the first error in which the action must succeed.
+
+    Raises:
+        StorageReadError: The storage did not recover in time, or refuses the access.
+        FileNotFoundError: There is no such file.
+    """
+    deadline, pause = 0.0, 0.5
+    while True:
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            transient, now = is_transient(error), time.monotonic()
+            if not transient and not isinstance(error, OSError):
+                raise
+            deadline = deadline or now + patience
+            if not transient or now + pause > deadline:
+                tried = f" for {patience:g} s" if transient else ""
+                raise StorageReadError(path, f"cannot be read{tried} ({describe(error)})") from error
+            time.sleep(pause * random.uniform(0.75, 1.25))  # ranks must not come back all at once
+            pause = min(2 * pause, LONGEST_PAUSE)
+
 
 def is_url(path: str) -> bool:
-    """True for `s3://…` and the like; `file://` and plain paths are local."""
+    """Returns True for `s3://…` and the like; `file://` and plain paths are local."""
     return "://" in path and not path.startswith("file://")
 
 
-class FileStore:
-    """Files below one root. Names are relative and use forward slashes."""
+def is_plain_name(name: object) -> bool:
+    """Whether `name` is the name of a file in a folder: no path separators, not hidden, no control characters."""
+    if not isinstance(name, str) or not name or name.startswith(".") or len(name.encode(errors="replace")) > 255:
+        return False
+    return name.isprintable() and not set("/\\") & set(name)
 
-    def __init__(self, root: str) -> None:
-        self.local = not is_url(root)
+
+def private_folder() -> Path:
+    """Returns a folder below the temporary one that belongs to this user alone; created where it is missing.
+
+    Raises:
+        StorageWriteError: A file, a link or another user's folder is in its place.
+    """
+    folder = Path(tempfile.gettempdir()) / f"auricle-{os.getuid()}"
+    with write_errors(str(folder)):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(handle)
+            if status.st_uid != os.getuid():
+                raise StorageWriteError(
+                    str(folder), f"belongs to user {status.st_uid}; set data.cache to a folder of your own, or TMPDIR"
+                )
+            if status.st_mode & 0o077:
+                os.fchmod(handle, 0o700)
+        finally:
+            os.close(handle)
+    return folder
+
+
+class FileStore:
+    """Files below one root, local or remote. Names are relative and use forward slashes.
+
+    Reads raise FileNotFoundError or StorageReadError, writes raise StorageWriteError. Reads of remote storage are
+    retried after transient errors.
+
+    Args:
+        root: Folder or fsspec URL.
+        patience: Seconds that reads of remote storage are retried.
+
+    Raises:
+        ValueError: The URL needs a package that is not installed.
+    """
+
+    def __init__(self, root: str, patience: float = PATIENCE) -> None:
+        self.local, self.patience = not is_url(root), patience
         self.root = root if not self.local else str(Path(root.removeprefix("file://")).expanduser().absolute())
         try:
             self.fs, base = fsspec.core.url_to_fs(self.root)
@@ -37,96 +196,122 @@ class FileStore:
         self.base = base.rstrip("/") or "/"
 
     def path(self, name: str = "") -> str:
-        """Where `name` lies, for the file system."""
+        """Returns the path of `name` for the file system."""
         return f"{self.base}/{name}" if name else self.base
 
     def exists(self, name: str = "") -> bool:
         """Whether there is such a file (or folder)."""
-        return bool(self.fs.exists(self.path(name)))
+        try:
+            self._reading(name, lambda: self.fs.info(self.path(name)))  # fs.exists hides a failed connection
+        except FileNotFoundError:
+            return False
+        except StorageReadError as error:
+            if isinstance(error.__cause__, NotADirectoryError):
+                return False
+            raise
+        return True
 
     def size(self, name: str) -> int:
-        """Bytes of a file. Raises FileNotFoundError."""
-        return int(self.fs.size(self.path(name)))
+        """Returns the bytes of a file."""
+        return self._reading(name, lambda: int(self.fs.size(self.path(name))))
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file. Raises FileNotFoundError."""
-        return bytes(self.fs.cat_file(self.path(name)))
+        """Returns the content of a file."""
+        return self._reading(name, lambda: bytes(self.fs.cat_file(self.path(name))))
 
     def names(self, folder: str = "", suffix: str = "", prefix: str = "") -> list[str]:
-        """Sorted names of what is directly in `folder` and ends (and begins) so; [] where there is no such folder."""
+        """Returns the sorted names in `folder` that begin and end so; [] where there is no such folder."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self.path(folder), detail=False)
-        except (FileNotFoundError, NotADirectoryError):
+            found = self._reading(folder, lambda: list(self.fs.ls(self.path(folder), detail=False)))
+        except FileNotFoundError:
             return []
+        except StorageReadError as error:
+            if isinstance(error.__cause__, NotADirectoryError):
+                return []
+            raise
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in found)
         return sorted(name for name in names if name and name.endswith(suffix) and name.startswith(prefix))
 
     def free_bytes(self) -> int:
-        """Free space on the disk of a local root, which need not be there yet."""
+        """Returns the free space on the disk of a local root, which need not exist yet."""
         folder = Path(self.base)
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
 
     def put(self, source: Path, name: str) -> None:
-        """Moves a finished local file to `name`, whole or not at all; replaces what is there."""
-        if not self.local:
-            self.fs.put_file(str(source), self.path(name))
-            source.unlink()
-            return
-        target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source.replace(target)
-        sync(target.parent)
+        """Moves a finished local file to `name` atomically; replaces a file of that name."""
+        with write_errors(self._shown(name)):
+            if not self.local:
+                self.fs.put_file(str(source), self.path(name))
+                source.unlink()
+                return
+            target = Path(self.path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
+            sync(target.parent)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes a file that must not be there yet, whole or not at all; False where somebody was faster."""
-        if not self.local:
-            return self._create_remote(name, content)
-        target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with self.scratch() as folder:
-            write_synced(folder / "claim", content)
-            try:
-                os.link(folder / "claim", target)
-            except FileExistsError:
-                return False
-        sync(target.parent)
-        return True
+        """Writes a file that must not exist yet, atomically; returns False where it exists."""
+        with write_errors(self._shown(name)):
+            if not self.local:
+                return self._create_remote(name, content)
+            target = Path(self.path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with self.scratch() as folder:
+                write_synced(folder / "claim", content)
+                try:
+                    os.link(folder / "claim", target)
+                except FileExistsError:
+                    return False
+            sync(target.parent)
+            return True
 
     def replace(self, name: str, content: bytes) -> None:
-        """Writes a file, whole or not at all; replaces what is there."""
+        """Writes a file atomically; replaces a file of that name."""
         with self.scratch() as folder:
-            write_synced(folder / "file", content)
+            with write_errors(self._shown(name)):
+                write_synced(folder / "file", content)
             self.put(folder / "file", name)
 
     def remove(self, name: str) -> None:
-        """Removes a file if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        """Removes a file if it exists."""
+        with write_errors(self._shown(name)), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
 
     @contextlib.contextmanager
     def scratch(self, prefix: str = "") -> Iterator[Path]:
-        """A fresh local folder, removed afterwards; below `.tmp` of a local root so that renames stay atomic.
+        """A new local folder, removed afterwards; below `.tmp` of a local root, so that renames stay atomic.
 
-        Its name holds host and process id, by which `sweep` knows what a killed process left.
+        Its name identifies the process, and its time is renewed while it is in use; `sweep` goes by both.
         """
         parent = Path(self.path(".tmp")) if self.local else None
-        if parent is not None:
-            parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.uname().nodename}+{os.getpid()}+", dir=parent))
+        with write_errors(self._shown(".tmp")):
+            if parent is not None:
+                parent.mkdir(parents=True, exist_ok=True)
+            process = f"{_machine()}+{os.getpid()}+{_started(os.getpid())}"
+            made = Path(tempfile.mkdtemp(prefix=f"{prefix}{process}+", dir=parent))
+        done = threading.Event()
+        threading.Thread(target=_renew, args=(made, done), name="auricle-lease", daemon=True).start()
         try:
             yield made
         finally:
+            done.set()
             shutil.rmtree(made, ignore_errors=True)
 
     def sweep(self) -> int:
-        """Removes scratch folders of dead processes of this host; how many there were."""
+        """Removes scratch folders of processes that ended, and returns their number.
+
+        A process of this machine (and of this container) is looked up; one elsewhere counts as ended when its folder
+        was not renewed for LEASE seconds, by the clock of the storage.
+        """
         parent = Path(self.path(".tmp"))
         if not self.local or not parent.is_dir():
             return 0
-        dead = [left for left in parent.iterdir() if _is_dead(left.name)]
+        with tempfile.NamedTemporaryFile(dir=parent) as probe:
+            now = os.fstat(probe.fileno()).st_mtime
+        dead = [left for left in parent.iterdir() if left.is_dir() and _is_abandoned(left, now)]
         for left in dead:
             shutil.rmtree(left, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -144,8 +329,44 @@ class FileStore:
             raise
         return True
 
+    def _reading(self, name: str, action: Callable[[], T]) -> T:
+        return retry(action, self._shown(name), 0.0 if self.local else self.patience)
 
-def _is_dead(name: str) -> bool:
-    _, mark, rest = name.rpartition(f"{os.uname().nodename}+")
-    pid = rest.partition("+")[0]
-    return bool(mark) and pid.isdigit() and not psutil.pid_exists(int(pid))
+    def _shown(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+
+@functools.cache
+def _machine() -> str:
+    """Identifies this kernel and its process numbers: containers of one host name do not share it."""
+    parts = [os.uname().nodename]
+    with contextlib.suppress(OSError):  # Linux only
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _started(pid: int) -> int:
+    """When a process started, in seconds since 1970; 0 where there is none."""
+    try:
+        return int(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return 0
+
+
+def _is_abandoned(folder: Path, now: float) -> bool:
+    _, is_here, rest = folder.name.rpartition(f"{_machine()}+")
+    pid, _, rest = rest.partition("+")
+    started = rest.partition("+")[0]
+    if is_here and pid.isdecimal() and started.isdecimal():
+        return abs(_started(int(pid)) - int(started)) > 2  # the boot time that it is computed from is rounded
+    try:
+        return now - folder.stat().st_mtime > LEASE
+    except FileNotFoundError:
+        return False
+
+
+def _renew(folder: Path, done: threading.Event) -> None:
+    while not done.wait(RENEWAL):
+        with contextlib.suppress(OSError):
+            os.utime(folder)

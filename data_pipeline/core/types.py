@@ -1,4 +1,4 @@
-"""What flows through the data side: frozen, and every time is an integer count of samples."""
+"""Records that the stages of the data pipeline exchange. They are frozen; times are integer counts of samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # preprocessing workers start faster without torch
     from torch import Tensor
 
 SAMPLE_RATE = 16_000
-"""Hz. Every shard and every model here runs at this rate."""
+"""Hz. All shards and all models use this rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class AudioFile:
     size: int = 0
     """Bytes of the file."""
     mtime: str = ""
-    """When it was last changed, as the file system says (an ETag on object stores)."""
+    """When the file was last changed, from the file system (an ETag on object stores)."""
     spans: tuple[Span, ...] = ()
     """Only these stretches count; sorted by start, and they may overlap. Empty: all of the recording."""
 
@@ -76,7 +76,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where a reader stands. `step` counts the global steps of `epoch` already consumed."""
+    """Position of a reader. `step` counts the global steps of `epoch` already consumed."""
 
     plan_hash: str
     epoch: int
@@ -110,7 +110,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one rank gets of one global step: its micro-batches in accumulation order."""
+    """The part of one global step that one rank gets: its micro-batches in accumulation order."""
 
     batches: tuple[Batch, ...]
     samples: int
@@ -120,16 +120,16 @@ class Step:
     after: Cursor
     """The cursor to store once this step is done."""
     skipped: int = 0
-    """Segments of this rank that were left out because their shard is bad (only with on_bad_shard=skip)."""
+    """Segments of this rank left out because their shard is bad (only with on_bad_shard=skip)."""
 
 
 class StepReader(Protocol):
-    """Yields global steps for ever, epoch after epoch, from a cursor on."""
+    """Yields global steps without end, epoch after epoch, from a cursor on."""
 
     plan_hash: str
 
     def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
-        """From `cursor` (default: the very start). Raises ValueError if the cursor is of another plan."""
+        """Yields steps from `cursor` on (default: the start). Raises ConfigError if the cursor is of another plan."""
         ...
 
     def close(self) -> None:

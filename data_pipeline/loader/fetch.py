@@ -1,13 +1,14 @@
-"""Planned rows to audio: find, read, decode, crop."""
+"""Reads planned rows: locates, reads, decodes and crops their audio."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from data_pipeline.audio.augmentation import Augmenter
 from data_pipeline.audio.codecs import Wave
 from data_pipeline.audio.transforms import change_speed
 from data_pipeline.core.rng import keyed_rng
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.schema import ConfigError, suggest
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.labels.store import FrameLabels
 from data_pipeline.sampling.config import DataConfig
@@ -25,6 +26,12 @@ from data_pipeline.shards.local import Array, Extent, ShardError, ShardFiles, Sh
 
 TAR_BLOCK = 512
 WAV_HEADER = 44
+SEARCHED_SHARDS, SEARCHED_SAMPLES = 8, 8
+"""Shards, and samples of each, in which a label of an unknown name is looked up."""
+SAMPLE_FIELDS = ("corpus", "language", "speaker", "text", "file_id", "start", "split")
+"""Labels that every data set may have; our samples omit empty ones."""
+NOT_LABELS = {"key", "offset", "size", "payload_offset", "payload_size", "labels"}
+"""Columns and fields that describe the shard, not the sample."""
 
 
 @dataclass(frozen=True)
@@ -39,27 +46,31 @@ class Row:
     seed: int
 
     def key_of_draw(self, key: str, purpose: str) -> tuple[int | str, ...]:
-        """What random draws for this row are keyed by: (seed, epoch, key), and the repeat if it is one."""
+        """Returns the key of a random draw for this row: (seed, epoch, key), and the repeat if it is one."""
         return (self.seed, self.epoch, key, purpose, *((self.repeat,) if self.repeat else ()))
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """The bytes of a segment, not yet decoded: `source` of its n_samples from `start` on become `length` samples."""
+    """A segment to decode: `source` of its n_samples from `start` on become `length` samples."""
 
     row: Row
     key: str
+    shard: str
+    extent: Extent
+    """Bytes to read from the shard."""
+    payload: slice
+    """Position of the audio in these bytes."""
     start: int
     source: int
     length: int
     n_samples: int
     speed: float
     raw: bool
-    """`data` is nothing but the crop's int16 samples."""
-    data: memoryview
-    shard: str
-    labels: Mapping[str, str]
-    targets: Mapping[str, Array]
+    """The bytes are the int16 samples of the crop alone."""
+    data: bytes = b""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    targets: Mapping[str, Array] = field(default_factory=dict)
 
     def decode(self, out: Wave) -> None:
         """Writes the audio to `out`, (length,), in [-1, 1]. Raises ShardError."""
@@ -71,84 +82,58 @@ class Fetched:
         out[:] = change_speed(wave, self.speed, self.length)
 
     def _decode(self, out: Wave) -> None:
+        audio = memoryview(self.data)[self.payload]
         if self.raw:
-            np.multiply(np.frombuffer(self.data, "<i2"), np.float32(1 / 32768), out=out)
+            np.multiply(np.frombuffer(audio, "<i2"), np.float32(1 / 32768), out=out)
             return
         try:
-            with soundfile.SoundFile(io.BytesIO(self.data)) as file:
+            with soundfile.SoundFile(io.BytesIO(audio)) as file:
                 header, expected = (file.samplerate, file.channels, file.frames), (SAMPLE_RATE, 1, self.n_samples)
                 if header != expected:
-                    raise ValueError(f"it holds (Hz, channels, samples) {header}, its index says {expected}")
+                    raise ValueError(f"its header says (Hz, channels, samples) {header}, its index {expected}")
                 if self.start:
                     file.seek(self.start)
                 got = len(file.read(self.source, dtype="float32", out=out))
             if got != self.source:
                 raise ValueError(f"it ends after {self.start + got} of {self.n_samples} samples")
-        except (soundfile.SoundFileError, ValueError) as error:
+        except (soundfile.SoundFileError, ValueError, RuntimeError) as error:
             raise ShardError(self.shard, f"sample {self.key} cannot be decoded: {error}") from None
 
 
-@dataclass(frozen=True)
-class _Place:
-    extent: Extent
-    payload: slice
-    """Where the audio lies in the extent."""
-    key: str
-    start: int
-    source: int
-    length: int
-    n_samples: int
-    speed: float
-    raw: bool
-
-
 class Fetcher:
-    """Rows to bytes, with what else the config asks for. Raises ConfigError for wishes that exclude each other."""
+    """Reads the bytes of planned rows, with the labels and targets that the config asks for.
+
+    Args:
+        files: The shards.
+        config: The run's `data`.
+        augmenter: Draws the speed of each segment.
+
+    Raises:
+        ConfigError: Settings that exclude each other.
+    """
 
     def __init__(self, files: ShardFiles, config: DataConfig, augmenter: Augmenter) -> None:
         self.files, self.labels, self.augmenter = files, config.labels, augmenter
-        self.targets = {name: FrameLabels(root, files.keep) for name, root in config.targets.items()}
+        self.targets = {name: FrameLabels(root, files.shards.keep) for name, root in config.targets.items()}
         self.grid = math.lcm(*(labels.set.hop for labels in self.targets.values()))  # crops start on a label
         if self.targets and config.augment.speeds:
             raise ConfigError("data.augment.speeds would move the audio away from the frame labels of data.targets")
 
     def fetch(self, rows: Sequence[Row]) -> list[Fetched | ShardError]:
-        """Bytes of each row, or what was wrong with it. All is read in one call, so that it can overlap."""
-        places: list[_Place | ShardError] = []
-        for row in rows:
-            try:
-                places.append(self._locate(row))
-            except ShardError as error:
-                places.append(error)
-        found = iter(self.files.read([place.extent for place in places if isinstance(place, _Place)]))
-        fetched: list[Fetched | ShardError] = []
-        for row, place in zip(rows, places, strict=True):
-            data = next(found) if isinstance(place, _Place) else place
-            if isinstance(place, ShardError) or isinstance(data, ShardError):
-                fetched.append(place if isinstance(place, ShardError) else data)  # type: ignore[arg-type]
-                continue
-            try:
-                fetched.append(self._with_labels(row, place, data))
-            except ShardError as error:
-                fetched.append(error)
-        return fetched
+        """Returns the segment of each row, or the error of its shard. All are read in one call, so that it can overlap.
 
-    def _with_labels(self, row: Row, place: _Place, data: bytes) -> Fetched:
-        shard, index = self.files.records[row.shard].shard, self.files.index(row.shard)
+        Raises:
+            StorageReadError: The storage does not answer.
+        """
+        located = [self._locate(row) for row in rows]
+        data = iter(self.files.read([found.extent for found in located if isinstance(found, Fetched)]))
+        return [self._complete(found, next(data)) if isinstance(found, Fetched) else found for found in located]
+
+    def _locate(self, row: Row) -> Fetched | ShardError:
         try:
-            named = _labels(index, row.row, data, self.labels)
-        except (tarfile.TarError, ValueError) as error:
-            raise ShardError(shard, f"the JSON of sample {place.key} cannot be read: {error}") from None
-        targets = {
-            name: labels.of(shard, index, row.row, place.start, place.length) for name, labels in self.targets.items()
-        }
-        return Fetched(
-            row, place.key, place.start, place.source, place.length, place.n_samples, place.speed, place.raw,
-            memoryview(data)[place.payload], shard, named, targets,
-        )  # fmt: skip
-
-    def _locate(self, row: Row) -> _Place:
-        index = self.files.index(row.shard)
+            index = self.files.index(row.shard)
+        except ShardError as error:
+            return error
         key, n_samples = index.keys[row.row], int(index.n_samples[row.row])
         payload, size = int(index.payload_offset[row.row]), int(index.payload_size[row.row])
         speed = self.augmenter.speed(keyed_rng(*row.key_of_draw(key, "speed"))) if self.augmenter.config.speeds else 1.0
@@ -163,30 +148,116 @@ class Fetcher:
             extent, inside = Extent(row.shard, offset, whole), slice(payload - offset, payload - offset + size)
         elif index.wav[row.row] and size == WAV_HEADER + 2 * n_samples:
             extent, raw = Extent(row.shard, payload + WAV_HEADER + 2 * start, 2 * source), True
-        return _Place(extent, inside, key, start, source, length, n_samples, speed, raw)
+        return Fetched(
+            row=row,
+            key=key,
+            shard=self.files.records[row.shard].shard,
+            extent=extent,
+            payload=inside,
+            start=start,
+            source=source,
+            length=length,
+            n_samples=n_samples,
+            speed=speed,
+            raw=raw,
+        )
+
+    def _complete(self, found: Fetched, data: bytes | ShardError) -> Fetched | ShardError:
+        if isinstance(data, ShardError):
+            return data
+        row = found.row
+        try:
+            index = self.files.index(row.shard)
+            labels = labels_of(index, row.row, data, self.labels)
+            targets = {
+                name: targets.of(found.shard, index, row.row, found.start, found.length)
+                for name, targets in self.targets.items()
+            }
+        except ShardError as error:
+            return error
+        except (tarfile.TarError, ValueError) as error:
+            return ShardError(found.shard, f"the JSON of sample {found.key} cannot be used: {error}")
+        return replace(found, data=data, labels=labels, targets=targets)
 
 
-def _needs_json(index: ShardIndex, labels: tuple[str, ...]) -> bool:
-    return any(name not in index.table.column_names for name in labels)
+def _needs_json(index: ShardIndex, labels: Sequence[str]) -> bool:
+    return not index.has_all_labels and any(name not in index.table.column_names for name in labels)
 
 
-def _labels(index: ShardIndex, row: int, data: bytes, names: tuple[str, ...]) -> dict[str, str]:
-    """Columns of the index, and whatever else is asked for from the sample's JSON or the `labels` inside it."""
-    if not names:
-        return {}
-    document: dict[str, Any] = _json_of(data) if _needs_json(index, names) else {}
+def labels_of(index: ShardIndex, row: int, data: bytes, names: Sequence[str]) -> dict[str, str]:
+    """Returns labels of one sample: columns of the index, fields of its JSON, or entries of the JSON's `labels`.
+
+    Args:
+        index: The shard's index.
+        row: The sample's row in it.
+        data: The bytes of the sample's members, where the JSON is needed.
+        names: The labels to return; "" for one that the sample does not have.
+
+    Raises:
+        ValueError: The JSON is missing or not an object. tarfile.TarError: The bytes are not members of a tar.
+    """
+    document = json_of(data) if names and _needs_json(index, names) else {}
     nested, columns = document.get("labels") or {}, index.table.column_names
+    if not isinstance(nested, dict):
+        raise ValueError("its field labels is not an object")
     return {
-        name: index.text(name, row) if name in columns else str(document.get(name, nested.get(name, "")))
+        name: index.text(name, row) if name in columns else _text(document.get(name, nested.get(name)))
         for name in names
     }
 
 
-def _json_of(data: bytes) -> dict[str, Any]:
-    """The JSON member of one sample's stretch of a tar."""
+def check_labels(files: ShardFiles, names: Sequence[str]) -> None:
+    """Raises ConfigError for names of `data.labels` that no sample of the data set seems to have.
+
+    A name that is neither a column of the index nor a standard field is looked up in samples of several shards.
+    """
+    good = [number for number in range(len(files.records)) if number not in files.bad]
+    if not names or not good:
+        return
+    known = set(SAMPLE_FIELDS)
+    if not all(name in known for name in names):
+        for number in good[:: -(-len(good) // SEARCHED_SHARDS)]:
+            known |= _label_names(files, number)
+    for name in names:
+        if name not in known:
+            near = suggest(name, known)
+            hint = f"; did you mean {near}?" if near else ""
+            raise ConfigError(
+                f"data.labels={name}: no sample has such a label{hint} (known: {', '.join(sorted(known))})"
+            )
+
+
+def _label_names(files: ShardFiles, number: int) -> set[str]:
+    """Names of the labels of some samples of one shard, as far as they can be read."""
+    found: set[str] = set()
+    with contextlib.suppress(ShardError):
+        index = files.index(number)
+        found |= set(index.table.column_names)
+        rows = range(0, len(index.keys), -(-len(index.keys) // SEARCHED_SAMPLES) or 1)
+        columns = [index.table.column(name) for name in ("offset", "size")]
+        extents = [Extent(number, *(int(column[row].as_py()) for column in columns)) for row in rows]
+        for data in files.read([] if index.has_all_labels else extents):
+            with contextlib.suppress(tarfile.TarError, ValueError):
+                document = json_of(data) if isinstance(data, bytes) else {}
+                nested = document.get("labels")
+                found |= {*document, *(nested if isinstance(nested, dict) else ())}
+    return found - NOT_LABELS
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def json_of(data: bytes) -> dict[str, Any]:
+    """Returns the JSON member of one sample's part of a tar. Raises ValueError or tarfile.TarError."""
     with tarfile.open(fileobj=io.BytesIO(data + bytes(2 * TAR_BLOCK)), mode="r:") as members:
         for member in members:
-            if member.name.endswith(".json") and (file := members.extractfile(member)) is not None:
-                document: dict[str, Any] = json.loads(file.read())
+            if member.name.endswith(".json") and member.isreg() and (file := members.extractfile(member)) is not None:
+                try:
+                    document = json.loads(file.read())
+                except RecursionError:
+                    raise ValueError("it is nested too deeply") from None
+                if not isinstance(document, dict):
+                    raise ValueError(f"it is a {type(document).__name__}, not an object")
                 return document
-    raise ValueError("there is none")
+    raise ValueError("the sample has none")

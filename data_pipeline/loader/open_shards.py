@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import FileStore, is_url
+from data_pipeline.core.storage import is_url, private_folder
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.cache import CachedShards
-from data_pipeline.shards.local import ShardFiles
+from data_pipeline.shards.local import ShardFiles, ShardSet
 from data_pipeline.shards.records import DoneRecord
 from data_pipeline.shards.remote import RemoteShards
 
 
 def open_files(config: DataConfig, records: Sequence[DoneRecord]) -> ShardFiles:
-    """The right way to read `config.shards`. Raises ConfigError for settings that contradict each other."""
-    keep = 2 * config.shuffle_window
-    if not is_url(config.shards):
-        return ShardFiles(FileStore(config.shards).root, records, keep, config.verify)
+    """Returns the files of `config.shards`.
+
+    Args:
+        config: The run's `data`.
+        records: The finished shards in `config.shards`.
+
+    Raises:
+        ConfigError: Settings that contradict each other.
+        StorageWriteError: The cache folder cannot be used.
+    """
+    shards = ShardSet(config.shards, records, 2 * config.shuffle_window, config.verify, config.retry_seconds)
+    if not is_url(shards.tar_root):
+        return ShardFiles(shards)
     if config.cache_gigabytes:
-        folder = Path(config.cache or Path(tempfile.gettempdir()) / f"auricle-{os.getuid()}").expanduser()
-        limit = int(config.cache_gigabytes * 1e9)
-        return CachedShards(config.shards, records, keep, config.verify, folder, limit)
+        return CachedShards(shards, cache_folder(config), limit=int(config.cache_gigabytes * 1e9))
     if config.verify:
         raise ConfigError(
             "data.verify=true needs whole shards, but data.cache_gigabytes=0 reads only ranges of remote ones; "
-            "set data.cache_gigabytes to the room for local copies"
+            "set data.cache_gigabytes to the space for local copies"
         )
-    return RemoteShards(config.shards, records, keep, verify=False)
+    return RemoteShards(shards)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Returns `config.cache`, or a private folder below the temporary one where it is empty."""
+    return Path(config.cache).expanduser() if config.cache else private_folder()

@@ -1,4 +1,4 @@
-"""Reads a plan: worker processes decode what this rank needs next, in plan order.
+"""Reads a plan: worker processes decode the next micro-batches of this rank, in plan order.
 
 A request is (epoch, step, micro-batch); what it returns depends on nothing else, so neither the number of workers nor
 that of ranks can change a batch, and a resume at any step starts there directly.
@@ -25,10 +25,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from data_pipeline.core.jsonl import append_rows
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.storage import is_url
 from data_pipeline.core.types import Cursor, Step
 from data_pipeline.labels.store import LabelSet
+from data_pipeline.loader.fetch import check_labels
 from data_pipeline.loader.open_shards import open_files
-from data_pipeline.loader.shared_buffers import Slabs
+from data_pipeline.loader.shared_buffers import SharedBuffers
 from data_pipeline.loader.workers import Loaded, PlannedBatches, Request, become_worker
 from data_pipeline.sampling.catalog import load_catalogue
 from data_pipeline.sampling.config import DataConfig
@@ -41,7 +43,19 @@ log = logging.getLogger(__name__)
 
 
 class PlanReader:
-    """The StepReader over a plan, for one rank. One `steps` iterator at a time."""
+    """The StepReader of one rank over a plan. One `steps` iterator at a time.
+
+    Args:
+        config: The run's `data`.
+        seed: Keys order, crops and augmentation.
+        rank: This rank's number.
+        world: Number of ranks; must divide `config.micro_batches`.
+
+    Raises:
+        ConfigError: Too little audio, settings that exclude each other, or a world that does not divide V.
+        ValueError: Bad shards, with `on_bad_shard=error`.
+        StorageReadError: The storage does not answer.
+    """
 
     def __init__(self, config: DataConfig, seed: int, rank: int, world: int) -> None:
         self.slots = accumulation(config.micro_batches, world)
@@ -50,8 +64,11 @@ class PlanReader:
         self.config, self.rank, self.world = config, rank, world
         records = done_records(config.shards)
         self._files = open_files(config, records)
+        self.remote = is_url(self._files.shards.tar_root)
         self._report(self._files.check())
-        self.plan = make_plan(load_catalogue(self._files, config.cache), config, seed)
+        catalogue = load_catalogue(self._files, config.cache, skip_bad=config.on_bad_shard == "skip")
+        check_labels(self._files, config.labels)
+        self.plan = make_plan(catalogue, config, seed)
         self.plan_hash = _with_targets(self.plan.hash, config)
         self._files.follow(PlanSchedule(self.plan))
         audio_per_step_check(self.plan, world, self.slots)
@@ -71,9 +88,16 @@ class PlanReader:
         log.warning("leaving out %d bad shards: %s", len(bad), listed)
 
     def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
-        """Global steps from `cursor` on, for ever; by default from where `load_state_dict` says, or the start.
+        """Yields this rank's part of the global steps, without end.
 
-        Raises ConfigError if the cursor is of another plan, ShardError for a bad shard, RuntimeError for a dead worker.
+        Args:
+            cursor: Where to start; default: the position of `load_state_dict`, or the start.
+
+        Raises:
+            ConfigError: The cursor is of another plan.
+            ShardError: A shard cannot be read, with `on_bad_shard=error`.
+            StorageReadError: The storage did not recover within `retry_seconds`.
+            RuntimeError: A data worker died or is silent.
         """
         self.close()
         cursor = cursor or self._cursor
@@ -108,11 +132,11 @@ class PlanReader:
         append_rows(folder / f"rank_{self.rank}.jsonl", rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the step yielded last ends: all that a resume needs, on any number of ranks and workers."""
+        """Returns the position after the step yielded last, for a resume on any number of ranks and workers."""
         return {"plan_hash": self._cursor.plan_hash, "epoch": self._cursor.epoch, "step": self._cursor.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next `steps()` go on from there."""
+        """Makes the next `steps()` continue from `state`."""
         self._cursor = Cursor(str(state["plan_hash"]), int(state["epoch"]), int(state["step"]))
 
     def close(self) -> None:
@@ -124,14 +148,15 @@ class PlanReader:
 
 
 class _Running:
-    """An iteration under way: workers, and a thread that turns what they send into steps ahead of the trainer."""
+    """A running iteration: workers, and a thread that assembles their micro-batches into steps ahead of the trainer."""
 
     def __init__(self, reader: PlanReader, cursor: Cursor) -> None:
         self._plan, self._slots, self._config, self._rank = reader.plan, reader.slots, reader.config, reader.rank
         self._where = cursor
         self._closing: Synchronized[int] = multiprocessing.Value("b", 0)
         self._pin = torch.cuda.is_available()
-        self._slabs: Slabs | None = None
+        self._buffers: SharedBuffers | None = None
+        self._retries = reader.config.retry_seconds if reader.remote else 0.0
         requests = _Requests(reader.plan, cursor, reader.rank, reader.world)
         # Workers are forked here and not in the thread: they are tied to the life of the thread that forks them.
         self._loaded: Iterator[Loaded] = iter(self._loader(requests, reader._files))
@@ -146,8 +171,8 @@ class _Running:
         if not workers:
             return DataLoader(PlannedBatches(self._plan, files, self._config, None), sampler=requests, batch_size=None)
         ahead = max(2, -(-self._config.prefetch * self._slots // workers))
-        self._slabs = Slabs(workers, ahead, self._plan.largest_micro_batch())
-        batches = PlannedBatches(self._plan, files, self._config, self._slabs)
+        self._buffers = SharedBuffers(workers, ahead, self._plan.largest_micro_batch())
+        batches = PlannedBatches(self._plan, files, self._config, self._buffers)
         begin = functools.partial(become_worker, os.getpid(), self._closing)
         return DataLoader(
             batches, sampler=requests, batch_size=None, num_workers=workers, prefetch_factor=ahead,
@@ -161,7 +186,7 @@ class _Running:
                 if isinstance(got, BaseException):
                     raise got
                 yield got
-        except (RuntimeError, OSError, EOFError) as error:  # what comes of a worker that is dead or silent
+        except (RuntimeError, OSError, EOFError) as error:  # raised for a worker that is dead or silent
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RuntimeError(
                 f"the data workers of rank {self._rank} stopped: {reason}. A worker killed by the system usually means "
@@ -172,7 +197,7 @@ class _Running:
 
     def _wait(self) -> Step | BaseException:
         try:
-            return self._ready.get(timeout=self._config.timeout_seconds)
+            return self._ready.get(timeout=self._config.timeout_seconds + self._retries)
         except queue.Empty:
             raise RuntimeError(f"no data for data.timeout_seconds={self._config.timeout_seconds:g}") from None
 
@@ -195,7 +220,7 @@ class _Running:
         for _ in range(self._slots):
             part = self._next()
             parts.append(part)
-            batches.append(part.batch(self._slabs, self._pin))
+            batches.append(part.batch(self._buffers, self._pin))
         where = self._where
         last = where.step + 1 == self._plan.layout(where.epoch).steps
         self._where = Cursor(where.plan_hash, where.epoch + last, 0 if last else where.step + 1)
@@ -205,7 +230,7 @@ class _Running:
     def _next(self) -> Loaded:
         part = next(self._loaded)
         if part.error:
-            raise ShardError(*part.error)
+            raise part.error
         for shard, reason in part.skipped:
             log.warning("left out a segment: %s: %s", shard, reason)
         return part
@@ -224,7 +249,7 @@ class _Running:
 
 
 class _Requests(Sampler[Request]):
-    """What rank `rank` of `world` reads, from a cursor on, for ever."""
+    """Requests of rank `rank` of `world` from a cursor on, without end."""
 
     def __init__(self, plan: Plan, cursor: Cursor, rank: int, world: int) -> None:
         self.plan, self.cursor, self.rank, self.world = plan, cursor, rank, world
@@ -239,7 +264,7 @@ class _Requests(Sampler[Request]):
 
 
 def _with_targets(plan_hash: str, config: DataConfig) -> str:
-    """A run must not go on with frame labels of another artefact, so these are part of the hash."""
+    """Returns a hash that covers the frame labels, since a run must not continue with others."""
     if not config.targets:
         return plan_hash
     artefacts = sorted((name, LabelSet.read(root).artefact) for name, root in config.targets.items())
@@ -252,6 +277,5 @@ def _close(reader: weakref.ref[PlanReader]) -> None:
 
 
 def open_reader(config: DataConfig, seed: int, rank: int, world: int) -> PlanReader:
-    """The reader of one rank. Raises ConfigError for too few data or a world that does not divide V, ValueError
-    for bad shards."""
+    """Returns the reader of one rank; see `PlanReader` for arguments and errors."""
     return PlanReader(config, seed, rank, world)

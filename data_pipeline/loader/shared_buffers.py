@@ -9,22 +9,22 @@ import numpy as np
 from data_pipeline.audio.codecs import Wave
 
 
-class Slabs:
-    """Memory shared with workers, one slab per micro-batch in flight, used again and again.
+class SharedBuffers:
+    """Memory shared with workers: one buffer per micro-batch in flight, reused.
 
     Fresh shared memory for each batch, as DataLoader takes it, costs a third of the decoding time in page faults.
-    Mapped anonymously before the fork, so that it needs no file descriptors and no room in /dev/shm.
+    Mapped anonymously before the fork, so that it needs no file descriptors and no space in /dev/shm.
     """
 
     def __init__(self, workers: int, ahead: int, floats: int) -> None:
         # A worker gets request n when the parent has received its result n - ahead and copied the ones before.
         self.turns = ahead + 2
-        self._slabs = [
+        self._buffers = [
             [np.frombuffer(mmap.mmap(-1, 4 * floats), np.float32) for _ in range(self.turns)] for _ in range(workers)
         ]
 
     def get(self, place: tuple[int, int], shape: tuple[int, int]) -> Wave | None:
-        """Slab `turn` of `worker`, as an array of that shape; None if it is too small."""
+        """Returns buffer `turn` of `worker` as an array of `shape`; None if it is too small."""
         worker, turn = place
-        slab, size = self._slabs[worker][turn % self.turns], shape[0] * shape[1]
-        return slab[:size].reshape(shape) if size <= len(slab) else None
+        buffer, size = self._buffers[worker][turn % self.turns], shape[0] * shape[1]
+        return buffer[:size].reshape(shape) if size <= len(buffer) else None

@@ -1,4 +1,4 @@
-"""What a data worker does: turns a request (epoch, step, micro-batch) into a padded micro-batch in shared memory."""
+"""Data workers: turn a request (epoch, step, micro-batch) into a padded micro-batch in shared memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from torch.utils.data import Dataset, get_worker_info
 from data_pipeline.audio.augmentation import Augmenter
 from data_pipeline.audio.codecs import Wave
 from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.storage import StorageReadError
 from data_pipeline.core.types import Batch
 from data_pipeline.labels.store import pad
 from data_pipeline.loader.fetch import Fetched, Fetcher, Row
-from data_pipeline.loader.shared_buffers import Slabs
+from data_pipeline.loader.shared_buffers import SharedBuffers
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.plan import Plan
 from data_pipeline.shards.local import ShardError, ShardFiles
@@ -32,10 +33,10 @@ Request = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker sends. The audio is in the slab `place`, or in `wave` where there is none or it is too small.
+    """A micro-batch as a worker sends it. The audio is in the shared buffer `place`, or in `wave` without one.
 
     samples, padded_samples: of the whole global step.  skipped: (shard, reason) of each segment left out.
-    error: (shard, reason) if there is no batch at all.
+    error: set if there is no batch.
     """
 
     micro_batch: int
@@ -49,18 +50,18 @@ class Loaded:
     samples: int = 0
     padded_samples: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
-    error: tuple[str, str] | None = None
+    error: ShardError | StorageReadError | None = None
 
-    def batch(self, slabs: Slabs | None, pin: bool) -> Batch:
-        """The batch in memory of its own, page-locked if asked; the slab is free afterwards."""
+    def batch(self, buffers: SharedBuffers | None, pin: bool) -> Batch:
+        """Returns the batch in its own memory, page-locked with `pin`; the shared buffer is free afterwards."""
         wave = self.wave
         if wave is None:
-            assert slabs is not None
+            assert buffers is not None
             assert self.place is not None
-            wave = slabs.get(self.place, self.shape)
+            wave = buffers.get(self.place, self.shape)
             assert wave is not None
             wave_BT = torch.empty(self.shape, pin_memory=pin)
-            np.copyto(wave_BT.numpy(), wave)  # one thread; torch would wake all of them
+            np.copyto(wave_BT.numpy(), wave)  # one thread; torch would use all of them
         else:
             wave_BT = torch.from_numpy(wave)
         targets = {name: torch.from_numpy(target) for name, target in self.targets.items()}
@@ -68,10 +69,10 @@ class Loaded:
 
 
 class PlannedBatches(Dataset[Loaded]):
-    """Micro-batches by request; lives in the worker processes, or in the trainer where there are none."""
+    """Micro-batches by request; used in the worker processes, or in the trainer where there are none."""
 
-    def __init__(self, plan: Plan, files: ShardFiles, config: DataConfig, slabs: Slabs | None) -> None:
-        self.plan, self.files, self.config, self.slabs = plan, files, config, slabs
+    def __init__(self, plan: Plan, files: ShardFiles, config: DataConfig, buffers: SharedBuffers | None) -> None:
+        self.plan, self.files, self.config, self.buffers = plan, files, config, buffers
         self.augmenter = Augmenter(config.augment)
         self.fetcher = Fetcher(files, config, self.augmenter)
         self._turn = -1
@@ -81,15 +82,16 @@ class PlannedBatches(Dataset[Loaded]):
         try:
             self.files.look_ahead(request[0], request[1])
             return self._load(*request)
-        except ShardError as error:
-            return Loaded(request[2], error=(error.shard, error.reason))
+        except (ShardError, StorageReadError) as error:
+            return Loaded(request[2], error=error)
 
     def _load(self, epoch: int, step: int, j: int) -> Loaded:
         window, inside = self.plan.place(epoch, step)
         rows = window.micro_batch(inside, j)
-        columns = (rows.shard_n, rows.row_n, rows.length_n, rows.repeat_n)
+        columns = (rows.shard_n.tolist(), rows.row_n.tolist(), rows.length_n.tolist(), rows.repeat_n.tolist())
         wanted = [
-            Row(int(s), int(r), int(n), int(k), epoch, self.plan.seed) for s, r, n, k in zip(*columns, strict=True)
+            Row(shard=s, row=r, length=n, repeat=k, epoch=epoch, seed=self.plan.seed)
+            for s, r, n, k in zip(*columns, strict=True)
         ]
         loaded = self._batch(wanted, j)
         if not loaded.keys:
@@ -101,10 +103,10 @@ class PlannedBatches(Dataset[Loaded]):
         fetched = self.fetcher.fetch(rows)
         skipped = [self._bad(got) for got in fetched if isinstance(got, ShardError)]
         good = [got for got in fetched if isinstance(got, Fetched)]
-        place, wave = self._room((len(good), max((got.length for got in good), default=0)))
+        place, wave = self._buffer((len(good), max((got.length for got in good), default=0)))
         kept: list[Fetched] = []
         for got in good:
-            line = wave[len(kept)]  # the next one overwrites what cannot be decoded
+            line = wave[len(kept)]  # the next segment overwrites one that cannot be decoded
             try:
                 got.decode(line[: got.length])
             except ShardError as error:
@@ -116,13 +118,13 @@ class PlannedBatches(Dataset[Loaded]):
             self._augment(wave, kept)
         return Loaded(
             j,
-            tuple(got.key for got in kept),
-            tuple(got.length for got in kept),
-            (len(kept), wave.shape[1]),
-            place,
-            None if place else wave[: len(kept)],
-            {name: tuple(got.labels[name] for got in kept) for name in self.config.labels},
-            {name: pad([got.targets[name] for got in kept]) for name in self.config.targets},
+            keys=tuple(got.key for got in kept),
+            lengths=tuple(got.length for got in kept),
+            shape=(len(kept), wave.shape[1]),
+            place=place,
+            wave=None if place else wave[: len(kept)],
+            labels={name: tuple(got.labels[name] for got in kept) for name in self.config.labels},
+            targets={name: pad([got.targets[name] for got in kept]) for name in self.config.targets},
             skipped=tuple(skipped),
         )
 
@@ -132,13 +134,13 @@ class PlannedBatches(Dataset[Loaded]):
             rng = keyed_rng(*got.row.key_of_draw(got.key, "augment"))
             line[: got.length] = self.augmenter.apply(own, clean, rng)
 
-    def _room(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, Wave]:
+    def _buffer(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, Wave]:
         info = get_worker_info()
-        if info is not None and self.slabs is not None:
+        if info is not None and self.buffers is not None:
             place = (info.id, self._turn)
-            slab = self.slabs.get(place, shape)
-            if slab is not None:
-                return place, slab
+            buffer = self.buffers.get(place, shape)
+            if buffer is not None:
+                return place, buffer
         return None, np.empty(shape, np.float32)
 
     def _bad(self, error: ShardError) -> tuple[str, str]:
@@ -147,7 +149,7 @@ class PlannedBatches(Dataset[Loaded]):
         return error.shard, error.reason
 
     def _substitute(self, row: Row) -> Row:
-        """The first segment after `row`'s shard that can be read, so that no rank ever lacks a micro-batch."""
+        """The first readable segment of a following shard, so that no rank ever lacks a micro-batch."""
         n_shards = len(self.plan.catalogue.shards)
         for distance in range(1, n_shards + 1):
             shard = (row.shard + distance) % n_shards
@@ -160,9 +162,9 @@ class PlannedBatches(Dataset[Loaded]):
 
 
 def become_worker(parent: int, closing: Synchronized[int], _: int) -> None:
-    """Signals in a worker: it ends when its trainer does, even by `kill -9`, and not before.
+    """Sets the signals of a worker: it ends when its trainer does, even by `kill -9`, and not before.
 
-    A cluster signals every process of a job to ask for a checkpoint; the trainer needs its data until that is written.
+    A cluster signals every process of a job to request a checkpoint; the trainer needs data until that is written.
     """
     if sys.platform == "linux":
         libc: Any = ctypes.CDLL(None)

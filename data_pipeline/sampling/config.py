@@ -1,4 +1,4 @@
-"""The typed schema of preprocessing and of reading. Defaults stand here; YAML names only what differs."""
+"""Configuration of the data of a run: which shards, and how they become batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.core.schema import about, config
 
 @config
 class DataConfig:
-    """Shards to global steps; see plan.py."""
+    """The shards of a run and how they become global steps."""
 
     shards: Annotated[
         str, about("folder (or fsspec URL) of shards, as `auricle preprocess` wrote it", resume="data", min_length=1)
@@ -43,26 +43,34 @@ class DataConfig:
     ] = 0.0
     augment: Annotated[AugmentConfig, about("changes to the audio")] = dataclasses.field(default_factory=AugmentConfig)
     targets: Annotated[
-        dict[str, str], about("folders of frame labels, by the name that the objective knows them by", resume="data")
+        dict[str, str], about("folders of frame labels, by the name that the objective uses", resume="data")
     ] = dataclasses.field(default_factory=dict)
     labels: Annotated[
-        tuple[str, ...], about("per-segment metadata to hand to the model: speaker, language, corpus, text ...")
+        tuple[str, ...], about("per-segment metadata to pass to the model: speaker, language, corpus, text ...")
     ] = ()
     workers: Annotated[
         int, about("decoding processes per rank; 0 decodes in the training process", resume="free", ge=0)
     ] = 2
     prefetch: Annotated[int, about("global steps read ahead", resume="free", ge=1)] = 2
     verify: Annotated[bool, about("check a shard's sha256 before its first use", resume="free")] = False
-    timeout_seconds: Annotated[
-        float, about("give up when the storage delivers nothing for this long", resume="free", gt=0)
-    ] = 300.0
+    timeout_seconds: Annotated[float, about("end the run when no data arrive for this long", resume="free", gt=0)] = (
+        300.0
+    )
+    retry_seconds: Annotated[
+        float,
+        about(
+            "retry reads of remote storage after transient errors for this long, then end the run",
+            resume="free",
+            ge=0,
+        ),
+    ] = 120.0
     cache: Annotated[
         str, about("local folder for copies of remote shards and large indexes; empty: a temporary one", resume="free")
     ] = ""
     cache_gigabytes: Annotated[
         float,
         about(
-            "room for local copies of remote shards; 0 reads single segments from the remote instead",
+            "space for local copies of remote shards; 0 reads single segments from the remote instead",
             resume="free",
             ge=0,
         ),
@@ -70,7 +78,7 @@ class DataConfig:
     keys_log: Annotated[
         str,
         about(
-            "folder where each rank notes the keys of every step it hands over, to prove a resume; empty: none",
+            "folder where each rank logs the keys of every step, to prove a resume; empty: none",
             resume="free",
         ),
     ] = ""

@@ -1,53 +1,68 @@
-"""Local cache of remote shards, with eviction by next use and one download per machine."""
+"""Local copies of remote shards, evicted by next use, downloaded once per machine."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import os
+import random
+import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.shards.local import CHUNK, Array, Extent, ReadSchedule, ShardError
-from data_pipeline.shards.records import DoneRecord
+from data_pipeline.core.storage import retry, write_errors
+from data_pipeline.shards.local import CHUNK, Array, Extent, ReadSchedule, ShardError, ShardSet
 from data_pipeline.shards.remote import RemoteShards
 
 
 def to_evict(sizes: Mapping[int, int], use_S: Array, limit: int, incoming: int) -> list[int]:
-    """Which cached shards must go so that `incoming` bytes fit below `limit`: those needed last (Belady 1966).
+    """Returns the cached shards to remove so that `incoming` bytes fit below `limit`: those needed last (Belady 1966).
 
-    No shard of the present window goes: a window fits, as `CachedShards.know` has checked.
+    Shards of the current window stay: a window fits, which `CachedShards.follow` checks.
+
+    Args:
+        sizes: Bytes of the cached shards by number.
+        use_S: Windows until each shard is read next.
+        limit: Bytes that the cache may hold.
+        incoming: Bytes of the shard to fetch.
     """
-    total, gone = sum(sizes.values()) + incoming, []
+    total, evicted = sum(sizes.values()) + incoming, []
     for number in sorted(sizes, key=lambda n: (-int(use_S[n]), n)):
         if total <= limit or use_S[number] == 0:
             break
-        gone.append(number)
+        evicted.append(number)
         total -= sizes[number]
-    return gone
+    return evicted
 
 
 class CachedShards(RemoteShards):
     """Whole copies of remote shards in a local folder that all processes of a machine share.
 
-    A thread fetches the shards of the present and the next window. What must make room is what the plan needs last.
+    A thread fetches the shards of the current and the next window. Shards that the plan needs last are evicted first.
+    Every download is compared with the shard's sha256, and a copy that was there before at its first use.
+
+    Args:
+        shards: The shards to read.
+        folder: Local folder of the copies.
+        limit: Bytes of copies at most.
     """
 
-    def __init__(
-        self, root: str, records: Sequence[DoneRecord], keep: int, verify: bool, folder: Path, limit: int
-    ) -> None:
-        super().__init__(root, records, keep, verify=False)
-        self._verify_copy = verify
-        self.folder, self.limit = folder / hashlib.sha256(root.encode()).hexdigest()[:12], limit
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, shards: ShardSet, folder: Path, limit: int) -> None:
+        super().__init__(dataclasses.replace(shards, verify=False))
+        self.folder, self.limit = folder / hashlib.sha256(shards.tar_root.encode()).hexdigest()[:12], limit
+        with write_errors(str(self.folder)):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._schedule: ReadSchedule | None = None
-        self._numbers = {self._copy(number).name: number for number in range(len(records))}
-        self._use_S = np.zeros(len(records), np.int64)
+        self._numbers = {self._copy(number).name: number for number in range(len(self.records))}
+        self._use_S = np.zeros(len(self.records), np.int64)
+        self._verified: set[int] = set()
         self._ahead: tuple[int, int] | None = None
         self._wake = threading.Event()
 
@@ -55,19 +70,19 @@ class CachedShards(RemoteShards):
         return [self._read_one(extent) for extent in wanted]
 
     def follow(self, schedule: ReadSchedule) -> None:
-        """Raises ConfigError if not even one window of the schedule fits into the cache."""
+        """Takes the order of reads. Raises ConfigError if not even one window of it fits into the cache."""
         self._schedule = schedule
         sizes_S = np.array([record.bytes for record in self.records])
         most = max(int(sizes_S[shards].sum()) for shards in schedule.windows(0))
         if self.limit < most:
             raise ConfigError(
                 f"data.cache_gigabytes={self.limit / 1e9:g} is less than the {most / 1e9:.3g} GB of shards that are "
-                "mixed at a time; raise it (twice that also holds what comes next), lower data.shuffle_window, or set "
+                "mixed at a time; raise it (twice that also holds the next window), lower data.shuffle_window, or set "
                 "data.cache_gigabytes=0 to read single segments from the remote"
             )
 
     def look_ahead(self, epoch: int, step: int) -> None:
-        """Called with each request; starts to fetch when a new window begins."""
+        """Starts to fetch when a new window begins; called with each request."""
         assert self._schedule is not None
         window = self._schedule.window_of(epoch, step)
         if (epoch, window) == self._ahead:
@@ -100,19 +115,30 @@ class CachedShards(RemoteShards):
                     self._fetch(number, wait=False)
 
     def _fetch(self, number: int, wait: bool) -> Path | None:
-        """The local copy of a shard; None if another process is fetching it and `wait` is not asked."""
+        """Returns the local copy of a shard; None if another process is fetching it and `wait` is false."""
         copy = self._copy(number)
-        if copy.exists():
+        if number in self._verified and copy.exists():
             return copy
         with _locked(copy.with_suffix(".lock"), wait) as mine:
             if not mine:
                 return None
-            if not copy.exists():
-                self._make_room(number)
+            if not self._is_whole(number, copy):
+                copy.unlink(missing_ok=True)
+                self._make_space(number)
                 self._download(number, copy)
+            self._verified.add(number)
         return copy
 
-    def _make_room(self, number: int) -> None:
+    def _is_whole(self, number: int, copy: Path) -> bool:
+        """Whether a copy exists and matches the record."""
+        record = self.records[number]
+        try:
+            status = copy.lstat()
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_size == record.bytes and sha256_of(copy) == record.sha256
+
+    def _make_space(self, number: int) -> None:
         with _locked(self.folder / "evict.lock", wait=True):
             for other in to_evict(self._sizes_here(), self._use_S, self.limit, self.records[number].bytes):
                 self._copy(other).unlink(missing_ok=True)
@@ -127,27 +153,38 @@ class CachedShards(RemoteShards):
         return sizes
 
     def _download(self, number: int, copy: Path) -> None:
-        record, part, digest = self.records[number], copy.with_suffix(f".{os.getpid()}.part"), hashlib.sha256()
-        try:
-            with self._store.fs.open(self._store.path(record.shard), "rb") as source, part.open("wb") as target:
+        record, part = self.records[number], copy.with_suffix(f".{os.getpid()}.{random.getrandbits(32):08x}.part")
+
+        store = self._store(self.shards.tar_root)
+
+        def fetch() -> tuple[int, str]:
+            size, digest = 0, hashlib.sha256()
+            with store.fs.open(store.path(record.shard), "rb") as source, part.open("wb") as target:
                 while data := source.read(CHUNK):
                     digest.update(data)
-                    target.write(data)
-            if self._verify_copy and digest.hexdigest() != record.sha256:
-                raise self._mark(number, "was altered: its sha256 is not the recorded one")
-            if part.stat().st_size != record.bytes:
-                raise self._mark(number, f"has {part.stat().st_size} bytes; its record says {record.bytes}")
+                    size += len(data)
+                    with write_errors(str(part)):
+                        target.write(data)
+            return size, digest.hexdigest()
+
+        try:
+            size, sha256 = retry(fetch, f"{self.shards.tar_root}/{record.shard}", self.shards.patience)
+            if size != record.bytes:
+                raise self._mark(number, f"has {size} bytes; its record says {record.bytes}")
+            if sha256 != record.sha256:
+                raise self._mark(number, "checksum mismatch: its sha256 is not the recorded one")
             part.replace(copy)
-        except OSError as error:
-            raise self._mark(number, f"cannot be fetched ({type(error).__name__}: {error})") from None
+        except FileNotFoundError:
+            raise self._mark(number, "is missing") from None
         finally:
             part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Holds a lock between processes; False if it is taken and `wait` is not asked. The kernel frees it at death."""
-    with path.open("w") as file:
+    """Holds a lock between processes; False if it is taken and `wait` is false. It ends with its process."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(handle, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

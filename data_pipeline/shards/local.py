@@ -1,14 +1,14 @@
-"""Bytes and index rows of shards on a local file system; remote.py has the other ones."""
+"""Bytes and index rows of shards on a local file system; `remote.py` reads those behind URLs."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,34 +16,41 @@ import pyarrow.parquet as pq
 
 from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.lru import LruCache
+from data_pipeline.core.storage import PATIENCE, FileStore, StorageReadError, describe
+from data_pipeline.shards.index_rows import INDEX_ERRORS, numbers, validate_index, validate_lengths
 from data_pipeline.shards.records import DoneRecord, index_name
 
 Array = npt.NDArray[Any]
 CHUNK = 1 << 22
+LABELS_IN_COLUMNS = b"auricle.labels_in_columns"
+"""Key of an index's metadata: all labels of its samples are columns, so their JSON need not be read."""
 
 
 class ReadSchedule(Protocol):
     """The order in which shards will be read, for caches that fetch ahead."""
 
     def windows(self, epoch: int) -> Iterable[Array]:
-        """Numbers of the shards of each shuffle window of `epoch`, window by window."""
+        """Yields the numbers of the shards of each shuffle window of `epoch`, window by window."""
         ...
 
     def window_of(self, epoch: int, step: int) -> int:
-        """Number of the shuffle window that holds optimizer step `step` of `epoch`."""
+        """Returns the number of the shuffle window that holds optimizer step `step` of `epoch`."""
         ...
 
     def next_use(self, epoch: int, window: int) -> Array:
-        """(S,) windows from `window` of `epoch` until each shard is read next."""
+        """Returns (S,) windows from `window` of `epoch` until each shard is read next."""
         ...
 
 
 class ShardError(ValueError):
-    """A shard that cannot be read as its record says: missing, truncated, altered, or not audio."""
+    """A shard that does not match its record: missing, truncated, altered, or not audio."""
 
     def __init__(self, shard: str, reason: str) -> None:
         super().__init__(f"{shard}: {reason}")
         self.shard, self.reason = shard, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.shard, self.reason)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of one shard lie: `table` has the columns of X.parquet; the rest is taken out for speed."""
+    """Positions of the samples of one shard: `table` has the columns of X.parquet; the other fields are copies."""
 
     table: Any
     keys: list[str]
@@ -66,40 +73,77 @@ class ShardIndex:
     payload_size: Array
     n_samples: Array
 
+    @property
+    def has_all_labels(self) -> bool:
+        """Whether every label of the samples is a column of the table."""
+        return LABELS_IN_COLUMNS in (self.table.schema.metadata or {})
+
     def text(self, column: str, row: int) -> str:
-        """One cell as text."""
+        """Returns one cell as text."""
         value = self.table.column(column)[row].as_py()
         return "" if value is None else str(value)
 
 
-class ShardFiles:
-    """The shards below the folder `root`. Each process opens files for itself; those of the last shards stay open."""
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards of a data set, and how to read them.
 
-    def __init__(self, root: str, records: Sequence[DoneRecord], keep: int, verify: bool) -> None:
-        self.root, self.records, self.keep, self.verify = root, records, keep, verify
+    root: folder or URL of the indexes; the tars are there, too, unless the records name another location.
+    keep: shards of which index and file handle stay open.
+    verify: whether to compare the sha256 of a shard before its first use.
+    patience: seconds that reads of remote storage are retried after transient errors.
+    """
+
+    root: str
+    records: Sequence[DoneRecord]
+    keep: int = 64
+    verify: bool = False
+    patience: float = PATIENCE
+
+    @property
+    def tar_root(self) -> str:
+        """Folder or URL of the tars. Raises ValueError where the records name several."""
+        found = {record.location or self.root for record in self.records}
+        if len(found) > 1:
+            raise ValueError(f"{self.root}: its shards are in several places: {', '.join(sorted(found))}")
+        return found.pop() if found else self.root
+
+
+class ShardFiles:
+    """Reads the shards of a set in local files. Each process opens files for itself; those used last stay open."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self.shards, self.records = shards, shards.records
         self.bad: dict[int, ShardError] = {}
-        self._files = LruCache[int, int](keep, os.close)
-        self._indexes = LruCache[int, ShardIndex](keep)
+        self._stores: dict[str, FileStore] = {}
+        self._stores_of = 0
+        self._files = LruCache[int, int](shards.keep, os.close)
+        self._indexes = LruCache[int, ShardIndex](shards.keep)
 
     def check(self) -> list[ShardError]:
-        """Finds shards that are missing or not as long as recorded; looks at sizes only."""
+        """Finds shards that are missing or of another size than recorded; does not read them."""
+        present = set(self._store(self.shards.root).names("", ".parquet"))
         for number, (record, size) in enumerate(zip(self.records, self._sizes(), strict=True)):
             if size is None:
                 self._mark(number, "is missing")
             elif size != record.bytes:
                 self._mark(number, f"has {size} bytes; its record says {record.bytes}")
-            elif not self.has_index(number):
+            elif index_name(record.shard) not in present:
                 self._mark(number, f"its index {index_name(record.shard)} is missing")
         return list(self.bad.values())
 
     def index(self, number: int) -> ShardIndex:
-        """Raises ShardError if the index is missing or does not fit its record."""
+        """Returns the index of a shard. Raises ShardError if it is missing or does not match its record."""
         if number in self.bad:
             raise self.bad[number]
         return self._indexes.get(number, lambda: self._read_index(number))
 
     def read(self, wanted: Sequence[Extent]) -> list[bytes | ShardError]:
-        """The bytes of each extent, or what went wrong with it."""
+        """Returns the bytes of each extent, or the error of its shard.
+
+        Raises:
+            StorageReadError: The storage does not answer.
+        """
         return [self._read_one(extent) for extent in wanted]
 
     def follow(self, schedule: ReadSchedule) -> None:
@@ -112,14 +156,38 @@ class ShardFiles:
         """Closes all files."""
         self._files.clear()
 
+    def read_lengths(self, number: int) -> pa.Table:
+        """Returns the columns n_samples, corpus and language of a shard's index. Raises ShardError."""
+        try:
+            table = self._read_table(number, ["n_samples", "corpus", "language"])
+            validate_lengths(table)
+        except StorageReadError:
+            raise
+        except INDEX_ERRORS as error:
+            raise self._mark(number, f"its index cannot be used ({describe(error)})") from None
+        return table
+
+    def has_index(self, number: int) -> bool:
+        """Whether the index of a shard exists."""
+        return self._store(self.shards.root).exists(index_name(self.records[number].shard))
+
     def _sizes(self) -> list[int | None]:
-        with os.scandir(self.root) as entries:
+        """Bytes of each shard; None for one that is missing."""
+        with os.scandir(self._store(self.shards.tar_root).root) as entries:
             sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         return [sizes.get(record.shard) for record in self.records]
 
     def _local_path(self, number: int) -> Path:
-        """Where shard `number` is, after it was fetched if need be. Raises OSError or ShardError."""
-        return Path(self.root, self.records[number].shard)
+        """Path of shard `number`, fetched if necessary. Raises OSError or ShardError."""
+        return Path(self._store(self.shards.tar_root).path(self.records[number].shard))
+
+    def _store(self, root: str) -> FileStore:
+        """The store at `root`. Connections do not survive a fork, so each process has its own."""
+        if self._stores_of != os.getpid():
+            self._stores, self._stores_of = {}, os.getpid()
+        if root not in self._stores:
+            self._stores[root] = FileStore(root, self.shards.patience)
+        return self._stores[root]
 
     def _read_one(self, extent: Extent) -> bytes | ShardError:
         number = extent.shard
@@ -127,8 +195,10 @@ class ShardFiles:
             return self.bad[number]
         try:
             data = os.pread(self._file(number), extent.size, extent.offset)
+        except StorageReadError:
+            raise
         except OSError as error:
-            return self._mark(number, f"cannot be read ({error.strerror or error})")
+            return self._mark(number, f"cannot be read ({describe(error)})")
         except ShardError as error:
             return error
         return self._whole(extent, data)
@@ -143,36 +213,37 @@ class ShardFiles:
 
     def _open(self, number: int) -> int:
         path = self._local_path(number)
-        if self.verify and sha256_of(path) != self.records[number].sha256:
+        if self.shards.verify and sha256_of(path) != self.records[number].sha256:
             raise self._mark(number, "checksum mismatch: its sha256 is not the recorded one")
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _mark(self, number: int, reason: str) -> ShardError:
-        """Remembers that a shard is bad."""
+        """Records that a shard is bad."""
         self.bad[number] = ShardError(self.records[number].shard, reason)
         return self.bad[number]
 
-    def read_table(self, number: int, columns: list[str] | None = None) -> pa.Table:
-        """The index of a shard, or some of its columns. Raises OSError or ValueError."""
+    def _read_table(self, number: int, columns: list[str] | None = None) -> pa.Table:
         record = self.records[number]
-        file = pq.ParquetFile(self._index_source(number), read_dictionary=["corpus", "language"])
-        table = file.read(columns=columns, use_threads=False)
-        if table.num_rows != record.segments:
-            raise ValueError(f"it has {table.num_rows} rows instead of the recorded {record.segments}")
-        return table
-
-    def has_index(self, number: int) -> bool:
-        """Whether the index of a shard is there."""
-        return Path(self._index_source(number)).exists()
-
-    def _index_source(self, number: int) -> Any:
-        return str(Path(self.root, index_name(self.records[number].shard)))
+        store, name = self._store(self.shards.root), index_name(record.shard)
+        source = store.path(name) if store.local else io.BytesIO(store.read(name))
+        file = pq.ParquetFile(source, read_dictionary=["corpus", "language"])
+        if file.metadata.num_rows != record.segments:
+            raise ValueError(f"it has {file.metadata.num_rows} rows instead of the recorded {record.segments}")
+        return file.read(columns=columns, use_threads=False)
 
     def _read_index(self, number: int) -> ShardIndex:
         try:
-            table = self.read_table(number)
-            columns = {name: table.column(name).to_numpy() for name in ("payload_offset", "payload_size", "n_samples")}
-        except (OSError, ValueError, KeyError) as error:
-            raise self._mark(number, f"its index cannot be read ({error})") from None
-        keys, wav = table.column("key").to_pylist(), pc.equal(table.column("suffix"), "wav").to_numpy()
-        return ShardIndex(table, keys, wav, **{name: np.asarray(column) for name, column in columns.items()})
+            table = self._read_table(number)
+            validate_index(table, self.records[number].bytes)
+        except StorageReadError:
+            raise
+        except INDEX_ERRORS as error:
+            raise self._mark(number, f"its index cannot be used ({describe(error)})") from None
+        return ShardIndex(
+            table=table,
+            keys=table.column("key").to_pylist(),
+            wav=pc.equal(table.column("suffix"), "wav").fill_null(False).to_numpy(),
+            payload_offset=numbers(table, "payload_offset"),
+            payload_size=numbers(table, "payload_size"),
+            n_samples=numbers(table, "n_samples"),
+        )

@@ -6,24 +6,29 @@ import builtins
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import FileStore
+from data_pipeline.core.storage import FileStore, is_plain_name
+from data_pipeline.shards.index_rows import INDEX_ERRORS, validate_index
 
 REFUSED_SUFFIXES: Final = ("pyd", "pickle", "pkl", "pth", "pt")
 """Members that other readers would unpickle: a shard that holds one is refused."""
 
 
 AUDIO_SUFFIXES: Final = ("flac", "wav", "opus")
+"""Suffixes of audio members that our writer makes."""
 
 
+SMALLEST_SAMPLE: Final = 1024
+"""Bytes of the smallest sample in a tar: one header and one block of audio."""
 INDEX_SCHEMA: Final = pa.schema(
     [
         ("key", pa.string()),
@@ -47,10 +52,11 @@ INDEX_SCHEMA: Final = pa.schema(
 
 @dataclass(frozen=True)
 class DoneRecord:
-    """`_done/<unit>.json`: one finished unit. `shard` is "" where nothing of the unit was kept."""
+    """`_done/<unit>.json`: one finished unit of work and the shard it made."""
 
     unit: str
     shard: str
+    """Name of the tar; "" where nothing of the unit was kept."""
     sha256: str
     bytes: int
     index_sha256: str
@@ -63,52 +69,96 @@ class DoneRecord:
     rejects_sha256: str = ""
     """Of `<unit>.rejects.jsonl`; "" where nothing was left out."""
     flow: tuple[tuple[str, str, str, str, int, int], ...] = ()
-    """(corpus, language, stage, reason, count, samples): what came in, what was left out and why, what went out."""
+    """(corpus, language, stage, reason, count, samples): input, left out by reason, and output."""
+    location: str = ""
+    """Folder or URL of the tar where it is not beside its index."""
 
     def to_json(self) -> builtins.bytes:
-        """Sorted, so that equal records are equal bytes; `check` is the sha256 of all the rest."""
-        values = dataclasses.asdict(self)
-        return json.dumps({**values, "check": self.check}, sort_keys=True, indent=1).encode() + b"\n"
+        """Returns sorted JSON, so that equal records are equal bytes; `check` is the sha256 of all other fields."""
+        return json.dumps({**self._values(), "check": self.check}, sort_keys=True, indent=1).encode() + b"\n"
 
     @property
     def check(self) -> str:
-        """The sha256 of everything that the record says."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        """The sha256 of all fields."""
+        return hashlib.sha256(json.dumps(self._values(), sort_keys=True).encode()).hexdigest()
+
+    def _values(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        if not self.location:  # as records were before there was this field
+            del values["location"]
+        return values
 
     @staticmethod
     def from_json(text: builtins.bytes, name: str) -> DoneRecord:
-        """Unknown fields (of later versions) are ignored. Raises ValueError naming the file."""
+        """Reads a record; unknown fields (of later versions) are ignored.
+
+        Args:
+            text: Content of the file.
+            name: Path of the file, whose name must be that of the unit.
+
+        Raises:
+            ValueError: The file is not such a record; the message names it.
+        """
         try:
             values = json.loads(text)
             known = {f.name for f in dataclasses.fields(DoneRecord)}
             values = {key: value for key, value in values.items() if key in known}
             values["flow"] = tuple(tuple(row) for row in values.get("flow", ()))
-            return DoneRecord(**values)
-        except (ValueError, TypeError, AttributeError) as error:
+            record = DoneRecord(**values)
+            _check_record(record, name.rpartition("/")[2])
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{name} is no record of a finished unit ({error}); delete it and run preprocessing again"
+                f"{name} is not a record of a finished unit ({error}); delete it and run preprocessing again"
             ) from None
+        return record
+
+
+def _check_record(record: DoneRecord, file_name: str) -> None:
+    """Raises ValueError for a record that cannot be right, before its names and sizes are used."""
+    if not is_plain_name(record.unit) or file_name != f"{record.unit}.json":
+        raise ValueError(f"unit={record.unit!r} is not the name of the file")
+    if record.shard != "" and not (is_plain_name(record.shard) and record.shard.endswith(".tar")):
+        raise ValueError(f"shard={record.shard!r} is not the name of a tar")
+    values = dataclasses.asdict(record)
+    for field_name in ("sha256", "index_sha256", "rejects_sha256", "location"):
+        if not isinstance(values[field_name], str):
+            raise ValueError(f"{field_name}={values[field_name]!r} is not a text")
+    for field_name in ("bytes", "segments", "samples", "files"):
+        value = values[field_name]
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise ValueError(f"{field_name}={value!r} is not a count")
+    if record.shard and record.segments * SMALLEST_SAMPLE > record.bytes:
+        raise ValueError(f"segments={record.segments} do not fit into bytes={record.bytes}")
 
 
 def index_name(shard: str) -> str:
-    """`X.tar` to `X.parquet`."""
+    """Returns `X.parquet` for `X.tar`."""
     return shard.removesuffix(".tar") + ".parquet"
 
 
 def rejects_name(unit: str) -> str:
-    """Where a unit lists what it left out, one JSON object a line."""
+    """Returns the name of the JSON-lines file of the inputs that a unit left out."""
     return f"_rejects/{unit}.jsonl"
 
 
 def finished_units(root: str) -> list[DoneRecord]:
-    """Every finished unit, also those of which nothing was kept, sorted by unit; [] for a folder without any."""
+    """Returns every finished unit, also those of which nothing was kept, sorted by unit; [] where there are none."""
     store = FileStore(root)
     names = store.names("_done", ".json")
     return [DoneRecord.from_json(store.read(f"_done/{name}"), f"{root}/_done/{name}") for name in names]
 
 
 def done_records(root: str) -> list[DoneRecord]:
-    """The finished shards of a data set, sorted by shard name. Raises ConfigError where there are none."""
+    """Returns the finished shards of a data set, sorted by shard name.
+
+    Args:
+        root: Folder or fsspec URL of the data set.
+
+    Raises:
+        ConfigError: There are none.
+        ValueError: A record is damaged, or two records name one shard.
+        StorageReadError: The storage does not answer.
+    """
     store = FileStore(root)
     if not store.exists():
         raise ConfigError(
@@ -120,29 +170,49 @@ def done_records(root: str) -> list[DoneRecord]:
         tars = len(store.names("", ".tar"))
         parts = [name for name in ("train", "valid", "test") if store.names(f"{name}/_done", ".json")]
         why = f"it holds {tars} tars but no _done/*.json, by which finished shards are known" if tars else "it is empty"
-        why = f"its shards lie in {', '.join(f'{root}/{part}' for part in parts)}" if parts else why
+        why = f"its shards are in {', '.join(f'{root}/{part}' for part in parts)}" if parts else why
         raise ConfigError(f"{root} holds no finished shards: {why}; run `auricle preprocess … out={root}` to its end")
+    for one, other in itertools.pairwise(records):
+        if one.shard == other.shard:
+            raise ValueError(
+                f"{root}/_done: {one.unit}.json and {other.unit}.json both name {one.shard}; "
+                "delete the wrong one, or the shard would be read twice"
+            )
     return records
 
 
 def read_index(root: str, record: DoneRecord) -> pa.Table:
-    """The index of one shard, checked against its record, and the shard's size with it.
+    """Returns the index of one shard, after comparing index and shard with their record.
 
-    Columns: `INDEX_SCHEMA`. Raises ValueError for an index or tar that is missing, cut short or altered.
+    Args:
+        root: Folder or fsspec URL of the index.
+        record: The shard's record.
+
+    Returns:
+        A table with the columns of `INDEX_SCHEMA`.
+
+    Raises:
+        ValueError: Index or tar is missing, cut short or altered, or a row of the index cannot be right.
     """
     store = FileStore(root)
+    tars = FileStore(record.location) if record.location else store
     name = index_name(record.shard)
-    again = f"remove {root}/_done/{record.unit}.json and run preprocessing again to make it anew"
+    again = f"remove {root}/_done/{record.unit}.json and run preprocessing again to write it again"
     try:
         content = store.read(name)
-        size = store.size(record.shard)
+        size = tars.size(record.shard)
     except FileNotFoundError as error:
         raise ValueError(f"{root}/{record.shard}: the shard or its index is missing ({error}); {again}") from None
     if hashlib.sha256(content).hexdigest() != record.index_sha256:
-        raise ValueError(f"{root}/{name} is not the index that was written (its sha256 differs); {again}")
+        raise ValueError(f"{root}/{name}: checksum mismatch (its sha256 differs); {again}")
     if size != record.bytes:
-        raise ValueError(f"{root}/{record.shard} has {size:,} bytes instead of {record.bytes:,}; {again}")
-    return pq.read_table(io.BytesIO(content))
+        raise ValueError(f"{tars.root}/{record.shard} has {size:,} bytes instead of {record.bytes:,}; {again}")
+    try:
+        table = pq.read_table(io.BytesIO(content))
+        validate_index(table, record.bytes)
+    except INDEX_ERRORS as error:
+        raise ValueError(f"{root}/{name}: {error}; {again}") from None
+    return table
 
 
 def refuse_code(member: str, shard: str) -> None:

@@ -1,55 +1,71 @@
-"""Shards behind an fsspec URL (S3, GCS, ...): ranged reads, or whole local copies kept by what the plan needs next."""
+"""Shards behind an fsspec URL (S3, GCS, HTTP …), read by ranges; `cache.py` keeps whole local copies."""
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Sequence
+import random
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline.core.storage import FileStore
+from data_pipeline.core.storage import LONGEST_PAUSE, StorageReadError, describe, is_transient, retry
 from data_pipeline.shards.local import Extent, ShardError, ShardFiles
-from data_pipeline.shards.records import DoneRecord, index_name
 
 
 class RemoteShards(ShardFiles):
-    """Reads the bytes of each sample by range requests, those of a micro-batch at the same time."""
-
-    def __init__(self, root: str, records: Sequence[DoneRecord], keep: int, verify: bool) -> None:
-        super().__init__(root, records, keep, verify)
-        self._opened: tuple[int, FileStore] | None = None
-
-    @property
-    def _store(self) -> FileStore:
-        """Connections do not survive a fork, so each process has its own."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), FileStore(self.root))
-        return self._opened[1]
+    """Reads the bytes of each sample by range requests, those of a micro-batch concurrently."""
 
     def read(self, wanted: Sequence[Extent]) -> list[bytes | ShardError]:
-        good = [extent for extent in wanted if extent.shard not in self.bad]
-        paths = [self._store.path(self.records[extent.shard].shard) for extent in good]
-        starts = [extent.offset for extent in good]
-        ends = [extent.offset + extent.size for extent in good]
-        data = self._store.fs.cat_ranges(paths, starts, ends, on_error="return") if good else []
-        found = {extent: self._judge(extent, got) for extent, got in zip(good, data, strict=True)}
-        return [self.bad[extent.shard] if extent not in found else found[extent] for extent in wanted]
+        found: dict[Extent, bytes | ShardError] = {}
+        deadline, pause = 0.0, 0.5
+        while left := [e for e in dict.fromkeys(wanted) if e not in found and e.shard not in self.bad]:
+            failed: dict[Extent, BaseException] = {}
+            for extent, got in zip(left, self._ranges(left), strict=True):
+                if isinstance(got, BaseException) and is_transient(got):
+                    failed[extent] = got
+                else:
+                    found[extent] = self._bytes_or_error(extent, got)
+            if failed:
+                deadline = deadline or time.monotonic() + self.shards.patience
+                if time.monotonic() + pause > deadline:
+                    raise self._given_up(failed)
+                time.sleep(pause * random.uniform(0.75, 1.25))
+                pause = min(2 * pause, LONGEST_PAUSE)
+        return [found.get(extent) or self.bad[extent.shard] for extent in wanted]
 
-    def has_index(self, number: int) -> bool:
-        return self._store.exists(index_name(self.records[number].shard))
+    def _ranges(self, extents: Sequence[Extent]) -> Sequence[bytes | BaseException]:
+        store = self._store(self.shards.tar_root)
+        paths = [store.path(self.records[extent.shard].shard) for extent in extents]
+        starts = [extent.offset for extent in extents]
+        ends = [extent.offset + extent.size for extent in extents]
+        try:
+            ranges: Sequence[bytes | BaseException] = store.fs.cat_ranges(paths, starts, ends, on_error="return")
+        except Exception as error:  # some file systems raise what concerns all ranges
+            return [error] * len(extents)
+        return ranges
 
-    def _judge(self, extent: Extent, got: Any) -> bytes | ShardError:
-        if isinstance(got, Exception):
+    def _bytes_or_error(self, extent: Extent, got: Any) -> bytes | ShardError:
+        if isinstance(got, BaseException):
             return self._mark(extent.shard, f"cannot be read ({type(got).__name__}: {got})")
         return self._whole(extent, got)
 
+    def _given_up(self, failed: Mapping[Extent, BaseException]) -> StorageReadError:
+        extent, error = next(iter(failed.items()))
+        return StorageReadError(
+            f"{self.shards.tar_root}/{self.records[extent.shard].shard}",
+            f"cannot be read for data.retry_seconds={self.shards.patience:g} ({describe(error)}); "
+            "the run can be started again when the storage answers",
+        )
+
     def _sizes(self) -> list[int | None]:
-        found = {path.rsplit("/", 1)[-1]: info for path, info in self._listing().items()}
-        return [found.get(record.shard) for record in self.records]
+        store = self._store(self.shards.tar_root)
 
-    def _listing(self) -> dict[str, int]:
-        self._store.fs.invalidate_cache()
-        return {info["name"]: int(info.get("size") or 0) for info in self._store.fs.ls(self._store.path(), detail=True)}
+        def listing() -> list[dict[str, Any]]:
+            store.fs.invalidate_cache()
+            return list(store.fs.ls(store.path(), detail=True))
 
-    def _index_source(self, number: int) -> Any:
-        return io.BytesIO(self._store.read(index_name(self.records[number].shard)))
+        try:
+            found = retry(listing, self.shards.tar_root, self.shards.patience)
+        except FileNotFoundError:
+            found = []
+        sizes = {info["name"].rstrip("/").rsplit("/", 1)[-1]: int(info.get("size") or 0) for info in found}
+        return [sizes.get(record.shard) for record in self.records]

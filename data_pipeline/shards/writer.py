@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.core.atomic_files import write_synced
-from data_pipeline.core.storage import FileStore
+from data_pipeline.core.storage import FileStore, write_errors
 from data_pipeline.core.types import Segment
 from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, index_name, rejects_name
 
@@ -43,7 +43,19 @@ class ShardWriter:
         self._keys: set[str] = set()
 
     def add(self, segment: Segment, suffix: str, audio: bytes, n_samples: int, **extra: Any) -> None:
-        """One sample: `<key>.<suffix>`, then `<key>.json`. Raises ValueError for a key that is used up or has a dot."""
+        """Adds one sample: `<key>.<suffix>`, then `<key>.json`.
+
+        Args:
+            segment: Key, labels and position in the source.
+            suffix: Codec of `audio`: flac, wav or opus.
+            audio: Encoded 16 kHz mono audio.
+            n_samples: Its length in samples.
+            extra: More fields of the JSON, such as level_dbfs, snr_db and weight.
+
+        Raises:
+            ValueError: The key is in the shard already, or has dots, slashes or other than ASCII characters.
+            StorageWriteError: The scratch folder cannot be written.
+        """
         if "." in segment.key or "/" in segment.key or not segment.key.isascii() or len(segment.key) > 90:
             raise ValueError(f"the key {segment.key!r} must be ASCII, at most 90 long, without dots and slashes")
         if segment.key in self._keys:
@@ -72,11 +84,11 @@ class ShardWriter:
         self._rows.append(row)
 
     def mark(self) -> tuple[int, int, Any]:
-        """The present end, for `rollback`."""
+        """Returns the current end, for `rollback`."""
         return self._offset, len(self._rows), self._hash.copy()
 
     def rollback(self, mark: tuple[int, int, Any]) -> None:
-        """Takes back everything since `mark`."""
+        """Removes everything that was added since `mark`."""
         self._offset, rows, self._hash = mark
         self._keys -= {row["key"] for row in self._rows[rows:]}
         del self._rows[rows:]
@@ -85,30 +97,31 @@ class ShardWriter:
 
     @property
     def segments(self) -> int:
-        """How many samples are in it."""
+        """Number of segments in the shard."""
         return len(self._rows)
 
     @property
     def samples(self) -> int:
-        """How much audio is in it, in audio samples."""
+        """Audio samples in the shard."""
         return sum(row["n_samples"] for row in self._rows)
 
     def finish(self) -> tuple[str, int]:
-        """Closes and syncs tar and indexes; the tar's sha256 and its size in bytes."""
+        """Closes and syncs tar and indexes; returns the tar's sha256 and its size in bytes."""
         end = self._offset
         self._write(bytes(2 * BLOCK))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
         offsets = np.array([row["offset"] for row in self._rows] + [end], dtype="<u8")
-        write_synced(self.offsets_path, offsets.tobytes())
         buffer = io.BytesIO()
         pq.write_table(_index_table(self._rows), buffer, compression="zstd")
-        write_synced(self.index_path, buffer.getvalue())
+        with write_errors(str(self.tar_path)):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            write_synced(self.offsets_path, offsets.tobytes())
+            write_synced(self.index_path, buffer.getvalue())
         return self._hash.hexdigest(), self._offset
 
     def close(self) -> None:
-        """Gives up what was not finished."""
+        """Closes the file of a shard that is abandoned."""
         self._file.close()
 
     def _member(self, name: str, content: bytes) -> int:
@@ -119,13 +132,14 @@ class ShardWriter:
         return payload_offset
 
     def _write(self, content: bytes) -> None:
-        self._file.write(content)
+        with write_errors(str(self.tar_path)):
+            self._file.write(content)
         self._hash.update(content)
         self._offset += len(content)
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """What `tarfile.TarInfo` makes of an ASCII name of at most 100 bytes, in a fifth of the time."""
+    """Returns the header that `tarfile.TarInfo` makes for an ASCII name of at most 100 bytes, five times as fast."""
     head = bytearray(_HEADER)
     head[: len(name)] = name.encode("ascii")
     head[124:135] = b"%011o" % size
@@ -143,7 +157,7 @@ _HEADER: Final = _blank_header()
 
 
 def _index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """As `Table.from_pylist`, which imports pandas: that costs a worker more time than a minute of audio."""
+    """Equals `Table.from_pylist`, which imports pandas: that takes longer than processing a minute of audio."""
     arrays = []
     for column in INDEX_SCHEMA:
         values = [row[column.name] for row in rows]
@@ -162,7 +176,7 @@ def _index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def sample_json(segment: Segment, n_samples: int, extra: Mapping[str, Any]) -> bytes:
-    """The `.json` member of a sample: who speaks, what, and where in the source. `start` counts output samples."""
+    """Returns the `.json` member of a sample: labels and position in the source; `start` counts output samples."""
     labels = {name: value for name, value in segment.labels.items() if value}
     values = {
         "file_id": segment.file_id,
@@ -183,7 +197,17 @@ def sample_json(segment: Segment, n_samples: int, extra: Mapping[str, Any]) -> b
 def commit(store: FileStore, writer: ShardWriter, record: DoneRecord, rejects: bytes = b"") -> DoneRecord:
     """Finishes the writer's shard, moves it into place and, last of all, creates `_done/<unit>.json` exclusively.
 
-    Returns the record that stands: another process's, where one was faster.
+    Args:
+        store: The data set.
+        writer: Holds the samples; its scratch folder is on the same disk as a local data set.
+        record: The unit's record without what follows from the shard's bytes.
+        rejects: JSON lines of the inputs that were left out.
+
+    Returns:
+        The record in `_done`: that of another process, where one was faster.
+
+    Raises:
+        StorageWriteError: The data set cannot be written.
     """
     sha256, size = writer.finish()
     if writer.segments:

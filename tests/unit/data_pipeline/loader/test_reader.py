@@ -160,6 +160,13 @@ def test_labels_come_from_index_and_json(corpus: Path) -> None:
     assert len(batch.labels["speaker"]) == len(batch.keys)
 
 
+def test_an_unknown_label_is_refused_with_the_nearest_name(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.labels=speakers: .*did you mean speaker\?"):
+        reader_of(corpus, labels=("speakers",))
+    with pytest.raises(ConfigError, match=r"data\.labels=moods: .*did you mean mood\?"):
+        reader_of(corpus, labels=("text", "moods"))
+
+
 def test_world_that_does_not_divide_is_refused(corpus: Path) -> None:
     with pytest.raises(ConfigError, match="run on one of: 1, 2, 4"):
         reader_of(corpus, 0, 3)
@@ -193,8 +200,9 @@ def break_shard(root: Path, how: str) -> None:
 def test_bad_shards_stop_every_rank_at_once(damaged: Path, how: str, says: str, workers: int) -> None:
     break_shard(damaged, how)
     for rank in range(2):
-        with pytest.raises(ValueError, match=rf"shard-0002\.tar: .*{says}"):
+        with pytest.raises(ValueError, match=rf"shard-0002\.tar: .*{says}") as refused:
             reader_of(damaged, rank, 2, workers=workers)
+        assert not isinstance(refused.value, ConfigError)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

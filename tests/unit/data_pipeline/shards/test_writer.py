@@ -125,7 +125,7 @@ def test_folders_without_finished_shards_are_explained(tmp_path: Path) -> None:
         done_records(str(tmp_path))
     (tmp_path / "_done").mkdir()
     (tmp_path / "_done" / "x.json").write_text("{")
-    with pytest.raises(ValueError, match=r"x\.json is no record"):
+    with pytest.raises(ValueError, match=r"x\.json is not a record"):
         done_records(str(tmp_path))
 
 

@@ -1,0 +1,251 @@
+"""Damaged or hostile records, index rows and JSON: the shard is named, and skipped or refused."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.storage import FileStore, StorageWriteError, private_folder
+from data_pipeline.loader.reader import open_reader
+from data_pipeline.sampling.config import DataConfig
+from data_pipeline.shards.local import ShardError
+from data_pipeline.shards.records import DoneRecord, done_records, read_index
+from tests.support.tiny_shards import sounds, write_shards
+
+BATCH: dict[str, Any] = {"batch_seconds": 6.0, "micro_batches": 2, "min_seconds": 0.1, "max_seconds": 1.0}
+BAD = "shard-0001"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    everything = sounds([0.5 + i % 5 / 10 for i in range(60)])
+    return write_shards(tmp_path / "set", [everything[i::3] for i in range(3)])
+
+
+def change_record(root: Path, **fields: Any) -> None:
+    path = root / "_done" / f"{BAD}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def change_index(root: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    path = root / f"{BAD}.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+    change_record(root, index_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def column(name: str, values: list[Any] | None) -> Callable[[pa.Table], pa.Table]:
+    """Replaces the first values of a column, or drops it."""
+
+    def change(table: pa.Table) -> pa.Table:
+        at = table.column_names.index(name)
+        if values is None:
+            return table.remove_column(at)
+        return table.set_column(at, name, pa.array([*values, *table.column(name).to_pylist()[len(values) :]]))
+
+    return change
+
+
+def keys_of(root: Path, **values: Any) -> tuple[set[str], int]:
+    """Keys of one epoch, and segments skipped."""
+    reader = open_reader(DataConfig(shards=str(root), workers=0, **BATCH, **values), 0, 0, 1)
+    try:
+        steps = list(itertools.islice(reader.steps(), reader.plan.layout(0).steps))
+    finally:
+        reader.close()
+    return {key for step in steps for batch in step.batches for key in batch.keys}, sum(step.skipped for step in steps)
+
+
+HOSTILE_ROWS = {
+    "n_samples 2**33": column("n_samples", [2**33]),
+    "n_samples 2**32 + 8000, which wraps to 8000": column("n_samples", [2**32 + 8000]),
+    "n_samples negative": column("n_samples", [-5]),
+    "n_samples 0": column("n_samples", [0]),
+    "n_samples null": column("n_samples", [None]),
+    "n_samples missing": column("n_samples", None),
+    "n_samples text": lambda table: column("n_samples", ["1"] * len(table))(table),
+    "payload_size 2**40": column("payload_size", [2**40]),
+    "payload_size negative": column("payload_size", [-1]),
+    "payload_offset 2**62": column("payload_offset", [2**62]),
+    "payload_offset before the sample": column("payload_offset", [10**6, 0]),
+    "offset null": column("offset", [None]),
+    "offset between blocks": column("offset", [7]),
+    "size 2**63 - 1": column("size", [2**63 - 1]),
+    "size missing": column("size", None),
+    "key null": column("key", [None]),
+    "key twice": lambda table: column("key", [table["key"][1].as_py()])(table),
+    "suffix missing": column("suffix", None),
+    "corpus missing": column("corpus", None),
+    "corpus a number": lambda table: column("corpus", list(range(len(table))))(table),
+    "rows missing": lambda table: table.slice(2),
+    "rows twice": lambda table: pa.concat_tables([table, table]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_ROWS)
+def test_rows_that_cannot_be_right_concern_their_shard_alone(root: Path, name: str) -> None:
+    whole, _ = keys_of(root)
+    change_index(root, HOSTILE_ROWS[name])
+    with pytest.raises(ValueError, match=rf"{BAD}\.tar: its index cannot be used") as refused:
+        keys_of(root)
+    assert isinstance(refused.value, ShardError)
+    kept, _ = keys_of(root, on_bad_shard="skip")
+    assert whole - kept == {f"a-{i:04d}" for i in range(1, 60, 3)}
+    record = next(record for record in done_records(str(root)) if record.unit == BAD)
+    if not name.startswith("rows"):
+        with pytest.raises(ValueError, match=BAD):
+            read_index(str(root), record)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"[]"])
+def test_an_index_that_is_not_parquet_concerns_its_shard_alone(root: Path, content: bytes) -> None:
+    (root / f"{BAD}.parquet").write_bytes(content)
+    with pytest.raises(ShardError, match=BAD):
+        keys_of(root)
+    assert len(keys_of(root, on_bad_shard="skip")[0]) == 40
+
+
+HOSTILE_JSON = {
+    "list": b"[1, 2]",
+    "null": b"null",
+    "deeply nested": b'{"a": ' * 30_000 + b"1" + b"}" * 30_000,
+    "labels a list": b'{"labels": ["mood"]}',
+    "not UTF-8": b'{"mood": "\xff"}',
+    "empty": b"",
+}
+
+
+def replace_json(root: Path, content: bytes | None) -> None:
+    """Gives every sample of the bad shard this JSON, or a link in its place."""
+    tar, offset = root / f"{BAD}.tar", 0
+    rows = pq.read_table(root / f"{BAD}.parquet").to_pylist()
+    data, out = tar.read_bytes(), io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as new:
+        for row in rows:
+            audio = data[row["payload_offset"] : row["payload_offset"] + row["payload_size"]]
+            offset = new.offset
+            info = tarfile.TarInfo(f"{row['key']}.flac")
+            info.size = len(audio)
+            new.addfile(info, io.BytesIO(audio))
+            info = tarfile.TarInfo(f"{row['key']}.json")
+            if content is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            info.size = len(content or b"")
+            new.addfile(info, io.BytesIO(content or b""))
+            row.update(offset=offset, size=new.offset - offset, payload_offset=offset + 512)
+    tar.write_bytes(out.getvalue())
+    change_index(root, lambda _: pa.Table.from_pylist(rows))
+    change_record(root, bytes=len(out.getvalue()), sha256=hashlib.sha256(out.getvalue()).hexdigest())
+
+
+@pytest.mark.parametrize("name", [*HOSTILE_JSON, "link"])
+def test_json_that_cannot_be_used_is_skipped_and_counted(root: Path, name: str) -> None:
+    replace_json(root, HOSTILE_JSON.get(name))
+    with pytest.raises(ShardError, match=rf"{BAD}\.tar: the JSON of sample"):
+        keys_of(root, labels=("mood",))
+    kept, skipped = keys_of(root, labels=("mood",), on_bad_shard="skip")
+    assert len(kept) == 40
+    assert skipped >= 20  # once in each pass over the data
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"unit": "../../../x/important"},
+        {"unit": "shard-0002"},
+        {"shard": "../shard-0002.tar"},
+        {"shard": "/etc/passwd"},
+        {"shard": "a\x00.tar"},
+        {"shard": ".hidden.tar"},
+        {"shard": ["x.tar"]},
+        {"bytes": -1},
+        {"bytes": 2**70},
+        {"segments": 2**40},
+        {"segments": True},
+        {"samples": 1.5},
+        {"sha256": None},
+        {"flow": 7},
+    ],
+)
+def test_records_hold_plain_names_and_counts(root: Path, fields: dict[str, Any]) -> None:
+    change_record(root, **fields)
+    for read in (done_records, keys_of):
+        with pytest.raises(ValueError, match=rf"_done/{BAD}\.json") as refused:
+            read(str(root))  # type: ignore[arg-type]
+        assert not isinstance(refused.value, ConfigError)
+
+
+def test_a_record_of_the_size_of_its_shard_that_counts_too_many_segments_allocates_nothing(root: Path) -> None:
+    change_record(root, bytes=2**50, segments=2**39)
+    kept, _ = keys_of(root, on_bad_shard="skip")
+    assert len(kept) == 40
+
+
+def test_two_records_of_one_shard_are_refused(root: Path) -> None:
+    values = json.loads((root / "_done" / f"{BAD}.json").read_text())
+    (root / "_done" / "again.json").write_text(json.dumps(values | {"unit": "again"}))
+    with pytest.raises(ValueError, match=rf"again\.json and {BAD}\.json both name {BAD}\.tar"):
+        done_records(str(root))
+
+
+def test_a_record_without_a_location_has_the_checksum_of_earlier_versions(root: Path) -> None:
+    record = done_records(str(root))[0]
+    assert "location" not in json.loads(record.to_json())
+    moved = DoneRecord.from_json(record.to_json(), f"{record.unit}.json")
+    assert moved == record
+
+
+def test_the_temporary_cache_belongs_to_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = private_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert private_folder().stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.symlink_to(elsewhere)
+    with pytest.raises(StorageWriteError, match=str(folder)):
+        private_folder()
+    folder.unlink()
+    folder.mkdir()
+    someone_else = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: someone_else)
+    other = tmp_path / f"auricle-{os.getuid()}"
+    other.mkdir()
+    with pytest.raises(StorageWriteError, match=r"belongs to user .* set data\.cache"):
+        private_folder()
+
+
+def test_scratch_folders_of_ended_processes_are_swept_and_others_stay(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path))
+    with store.scratch("unit+") as mine:
+        machine = mine.name.split("+")[1]
+        ended = mine.with_name(f"unit+{machine}+{os.getpid()}+12345+abc")  # a process number that was used again
+        elsewhere = mine.with_name(f"unit+{'0' * 12}+{os.getpid()}+12345+abc")
+        expired = mine.with_name("unit+host+7+abc")  # named as in earlier versions
+        for folder in (ended, elsewhere, expired):
+            folder.mkdir()
+        os.utime(expired, (0, 0))
+        assert store.sweep() == 2
+        assert mine.is_dir()
+        assert elsewhere.is_dir()
+    assert not mine.exists()
+
+
+def test_numbers_of_the_index_are_those_of_the_tar(root: Path) -> None:
+    table = read_index(str(root), done_records(str(root))[0])
+    assert np.all(np.diff(table["offset"].to_numpy()) > 0)
