@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
 from data_pipeline.core.schema import about, config, refuse
 from data_pipeline.sampling.config import DataConfig
 from pretrain import registry
+from pretrain.interfaces.configs import EncoderConfig, FrontendConfig, HeadConfig, ObjectiveConfig
 
 
 @config
@@ -116,6 +117,9 @@ class TrainConfig:
     media_every: Annotated[
         int, about("audio, spectrograms with units and frames go to TensorBoard every so many steps; 0: never", ge=0)
     ] = 1_000
+    histograms_every: Annotated[
+        int, about("histograms of code use go to TensorBoard every so many steps, in at most 256 bins; 0: never", ge=0)
+    ] = 100
     checkpoint_every: Annotated[int, about("save a checkpoint every so many steps", ge=1)] = 1_000
     keep_last: Annotated[int, about("checkpoints kept, the newest ones", ge=1)] = 3
     keep_every: Annotated[int, about("also keep those of steps that this divides; 0 keeps none of them", ge=0)] = 0
@@ -124,14 +128,14 @@ class TrainConfig:
 
 @config
 class HealthConfig:
-    """When pretraining is going wrong, and what to do about it. Detectors: pretrain/monitoring/detectors.py."""
+    """Limits of the health detectors (pretrain/monitoring/detectors.py), and what to do when one is passed."""
 
     on_nan: Annotated[
         Literal["stop", "rollback"],
         about("loss or gradient not finite: end the run, or go back to the last healthy checkpoint with other data"),
     ] = "stop"
     on_spike: Annotated[
-        Literal["warn", "skip"], about("a gradient norm far above those before: only say so, or skip that update")
+        Literal["warn", "skip"], about("a gradient norm far above those before: only warn, or skip that update")
     ] = "skip"
     on_collapse: Annotated[
         Literal["warn", "stop", "rollback"], about("collapsed codes or a dead stage, confirmed several times")
@@ -142,6 +146,17 @@ class HealthConfig:
     on_recipe: Annotated[
         Literal["warn", "stop"], about("updates that see another amount of audio than data.batch_seconds")
     ] = "warn"
+    max_updates_without_targets: Annotated[
+        int,
+        about(
+            "stop when the objective or a head had no target in so many updates in a row (at most train.steps): a loss "
+            "of 0 is then no success",
+            ge=1,
+        ),
+    ] = 5
+    max_silent_share: Annotated[
+        float, about("largest share of an update's segments that may be silent or constant", ge=0, le=1)
+    ] = 0.5
     max_rollbacks: Annotated[int, about("stop instead once this many rollbacks were made", ge=0)] = 3
     every: Annotated[int, about("steps between checks", ge=1)] = 10
     confirm: Annotated[int, about("checks in a row that must find the same before it counts", ge=1)] = 3
@@ -186,11 +201,11 @@ class Config:
         "auto"
     )
     data: DataConfig
-    frontend: Annotated[Any, registry.choice("frontends")]
-    encoder: Annotated[Any, registry.choice("encoders")]
-    objective: Annotated[Any, registry.choice("objectives")]
+    frontend: Annotated[FrontendConfig, registry.choice("frontends")]
+    encoder: Annotated[EncoderConfig, registry.choice("encoders")]
+    objective: Annotated[ObjectiveConfig, registry.choice("objectives")]
     heads: Annotated[
-        dict[str, Annotated[Any, registry.choice("heads")]],
+        dict[str, Annotated[HeadConfig, registry.choice("heads")]],
         about("further tasks on the encoder's output, by a name of your choice"),
     ] = dataclasses.field(default_factory=dict)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -206,6 +221,16 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if self.engine.packed and not getattr(self.frontend, "packable", True):
+        if self.engine.packed and not self.frontend.packable:
             told = "needs a front end without a group norm, which runs over the whole row; set frontend.norm=layer"
             refuse("engine.packed", self.engine.packed, told)
+
+    def cautions(self) -> list[str]:
+        """Returns what is allowed but probably not meant, one sentence each."""
+        found = []
+        if self.schedule.warmup_steps > self.train.steps:
+            found.append(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than train.steps={self.train.steps}: "
+                "the learning rate never reaches optimizer.lr"
+            )
+        return found + self.objective.cautions(self.train.steps)

@@ -1,4 +1,4 @@
-"""The training loop: read a global step, run it, say what happened, save. Reads top to bottom as the algorithm."""
+"""The training loop: read, prepare, update, observe, log, save."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pretrain.config import Config
 from pretrain.engines.base import Engine
 from pretrain.interfaces.frames import StepContext
 from pretrain.lr_schedule import learning_rate
-from pretrain.monitoring.health_monitor import UnhealthyError, Watch
+from pretrain.monitoring.health_monitor import HealthMonitor, UnhealthyError
 from pretrain.monitoring.heartbeat import Heartbeat
-from pretrain.monitoring.metrics_writer import Telemetry
+from pretrain.monitoring.metrics_writer import MetricsWriter
 from pretrain.monitoring.step_metrics import histograms, step_scalars
 
 
@@ -26,7 +26,7 @@ class Ending(enum.Enum):
 
     FINISHED = enum.auto()
     STOPPED = enum.auto()
-    """Asked to stop; a checkpoint was written and the same command continues."""
+    """Stopped on request; a checkpoint was written and the same command continues."""
 
 
 def train(
@@ -40,63 +40,82 @@ def train(
 ) -> Ending:
     """Trains until `config.train.steps`, from the newest checkpoint of `run` on.
 
-    asked_to_stop: polled once a step on every rank; one rank's yes is enough, and all stop after the same step.
-    Raises UnhealthyError when the run does not learn and StaleIncarnationError when another start took over.
+    Args:
+        config: the run's config.
+        engine: holds the module; makes the updates.
+        reader: this rank's micro-batches of each global step.
+        run: where checkpoints and metrics are written.
+        heart: notes what this rank does, for messages about ranks that hang.
+        asked_to_stop: polled once an update on every rank; one rank is enough, and all stop after the same update.
+        say: prints a line, on rank 0.
+
+    Returns:
+        Whether the run is finished or stopped on request.
+
+    Raises:
+        UnhealthyError: the run does not learn.
+        StaleIncarnationError: a newer start of the run exists.
     """
     world, settings = engine.world, config.train
     world.agree(reader.plan_hash, "the step plan (do all nodes see the same shards?)")
     state = checkpoint.load_latest(run, engine, config)
-    watch = Watch(config, engine, run, state.health, say)
-    telemetry = Telemetry(run, config, engine.module, state.step, world) if world.rank == 0 else None
-    if telemetry:
+    monitor = HealthMonitor(config, engine, run, state.health, say)
+    writer = MetricsWriter(run, config, engine.module, state.step, world, say) if world.rank == 0 else None
+    if writer:
         say(_greeting(config, state, world.size))
         if state.note:
             say(state.note)
-        if config.schedule.warmup_steps > settings.steps:
-            say(f"note: the warm-up ({config.schedule.warmup_steps} steps) is longer than the run ({settings.steps})")
-        if getattr(config.objective, "relabel_step", 0) >= settings.steps:
-            say(f"note: objective.relabel_step={config.objective.relabel_step} is never reached")
 
     engine.tell = heart.part
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
-    with checkpoint.Saver(run, engine, config) as saver, telemetry or contextlib.nullcontext():
+    with checkpoint.Saver(run, engine, config, say) as saver, writer or contextlib.nullcontext():
         while state.step < settings.steps and not stopping:
+            # read: this rank's micro-batches of the next global step
             heart.beat(state.step, "reading")
             step = next(steps)
             heart.beat(state.step, "computing")
             waited = time.monotonic() - clock
-            lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step, state.prolonged)
-            if telemetry:
-                telemetry.expect(state.step + 1)
+
+            # prepare: the keys of all random draws, the learning rate, and this rank's report to the others
             ctx = StepContext(config.seed, state.step)
-            extras = watch.extras(ctx, waited)
-            extras |= {"wait_seconds": waited, "skipped": float(step.skipped), "stop": float(asked_to_stop())}
+            lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step, state.prolonged)
+            signals = monitor.begin(ctx, step, waited, asked_to_stop())
+            if writer:
+                writer.expect(state.step + 1)
+
+            # update: count targets, forward and backward, reduce, apply (Engine.step)
             try:
-                check = watch.may_begin if state.step == 0 else None
-                result = engine.step(step.batches, ctx, lr, extras, watch.skip_above, check)
-                back_to = watch.obey(result)
+                check = monitor.may_begin if state.step == 0 else None
+                result = engine.step(step.batches, ctx, lr, signals, monitor.skip_above, check)
+                back_to = monitor.obey(result)
             except FloatingPointError as error:
-                back_to = watch.diverged(error, ctx, step.batches)
+                back_to = monitor.diverged(error, ctx, step.batches)
+
+            # roll back: an older state, but with the data after this step
             if back_to is not None:
-                state = _roll_back(run, engine, config, saver, watch, TrainState(back_to, step.after))
-                if telemetry:
-                    telemetry.go_back(state.step)
+                state = _roll_back(run, engine, config, saver, monitor, TrainState(back_to, step.after))
+                if writer:
+                    writer.go_back(state.step)
                 clock = time.monotonic()
                 continue
-            seconds, clock = time.monotonic() - clock, time.monotonic()
-            watch.after(ctx, result, step, seconds)
-            state = TrainState(state.step + 1, step.after, watch.memory(), state.prolonged)
-            stopping = result.extras["stop"] > 0
 
-            if telemetry and (state.step % settings.log_every == 0 or state.step == settings.steps):
-                scalars = step_scalars(result, step, lr, seconds, world.size) | watch.report()
-                telemetry.log(state.step, scalars, histograms(result.metrics))
+            # observe: what this update measured, and whether the run is healthy
+            seconds, clock = time.monotonic() - clock, time.monotonic()
+            monitor.after(ctx, result, step, seconds)
+            state = TrainState(state.step + 1, step.after, monitor.memory(), state.prolonged)
+            stopping = result.signals.stop_requested > 0
+
+            # log
+            if writer and (state.step % settings.log_every == 0 or state.step == settings.steps):
+                scalars = step_scalars(result, step, lr, seconds, world.size) | monitor.report()
+                writer.log(state.step, scalars, histograms(result.metrics))
                 say(_line(state.step, settings.steps, scalars))
+
+            # save
+            saver.poll()
             if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or stopping:
                 heart.beat(state.step, "saving")
-                folder = saver.save(state)
-                if telemetry:
-                    say(f"checkpoint {folder}")
+                saver.save(state)
 
     # rank 0 may still be writing, and a launcher ends all ranks soon after the first one has gone
     world.agree(str(state.step), "the step after which they left the loop")
@@ -104,17 +123,22 @@ def train(
 
 
 def _roll_back(
-    run: RunFolder, engine: Engine, config: Config, saver: checkpoint.Saver, watch: Watch, wanted: TrainState
+    run: RunFolder,
+    engine: Engine,
+    config: Config,
+    saver: checkpoint.Saver,
+    monitor: HealthMonitor,
+    wanted: TrainState,
 ) -> TrainState:
-    """The newest state of at most `wanted.step` updates, but with the data after `wanted.cursor`, saved as such."""
+    """Returns the newest state of at most `wanted.step` updates, but with the data after `wanted.cursor`, saved."""
     saver.wait()
     engine.world.agree(str(wanted.step), "the step to roll back to")
     try:
         healthy = checkpoint.roll_back(run, engine, config, wanted.step)
     except checkpoint.NothingToGoBackToError as error:
-        raise UnhealthyError(f"{watch.why}; {error}") from None
-    watch.go_back(healthy.step, healthy.health)
-    state = TrainState(healthy.step, wanted.cursor, watch.memory(), healthy.prolonged)
+        raise UnhealthyError(f"{monitor.why}; {error}") from None
+    monitor.go_back(healthy.step, healthy.health)
+    state = TrainState(healthy.step, wanted.cursor, monitor.memory(), healthy.prolonged)
     saver.save(state)
     return state
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_seed
@@ -21,7 +23,7 @@ from pretrain.nn.numerics import masked_deviation
 
 @dataclass(frozen=True, slots=True)
 class TrainPlan:
-    """plan: the objective's.  counts_K: number of targets of each task in this micro-batch, float64, on the host."""
+    """plan: the objective's.  counts_K: targets of each task in this micro-batch, float64, on the host."""
 
     plan: MicroBatchPlan
     counts_K: Tensor
@@ -47,9 +49,20 @@ class TrainModule(nn.Module):
         self.autocast = autocast
         self.tasks: tuple[str, ...] = ("objective", *self.heads)
 
+    @functools.cached_property
+    def least_samples(self) -> int:
+        """The shortest utterance, in samples, that can have a target: follows from front end, masks and targets."""
+        return self.objective.least_samples(self.model.frontend)
+
     @torch.no_grad()
     def prepare(self, batch: Batch, ctx: StepContext) -> TrainPlan:
-        """Draws masks and counts targets; runs no layer."""
+        """Draws masks and counts targets; runs no layer.
+
+        Args:
+            batch: one micro-batch; padded here, as in `forward`, where all its utterances are too short to encode.
+            ctx: seed and step.
+        """
+        batch = padded_to(batch, self.least_samples)
         plan = self.objective.prepare(self.model, batch, ctx)
         counts = [plan.count, *(head.count(batch) for head in self._heads().values())]
         return TrainPlan(plan, torch.stack([count.detach().cpu().double() for count in counts]))
@@ -57,10 +70,19 @@ class TrainModule(nn.Module):
     def forward(
         self, batch: Batch, plan: TrainPlan, global_counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, dict[str, Sum]]:
-        """Σ over tasks of weight · total / global count (0 for a task without targets), and metrics as sums.
+        """Computes this micro-batch's share of the loss of the whole update.
 
-        Added up over micro-batches and ranks, this is the loss of the whole step; no further division is due.
+        Args:
+            batch: the micro-batch that `plan` was prepared for.
+            plan: what `prepare` returned.
+            global_counts_K: targets of each task over all micro-batches and ranks, in the order of `tasks`.
+            ctx: seed and step.
+
+        Returns:
+            Σ over tasks of weight · total / global count (0 for a task without targets), and metrics as sums and
+            counts. Added up over micro-batches and ranks, the former is the loss of the update.
         """
+        batch = padded_to(batch, self.least_samples)
         with self._precision(batch.wave_BT.device):
             objective: LossOutput
             objective, encoded = self.objective(self.model, batch, plan.plan, ctx)
@@ -94,6 +116,12 @@ class TrainModule(nn.Module):
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
+
+
+def padded_to(batch: Batch, samples: int) -> Batch:
+    """Returns the batch with silence beyond its longest utterance where that is shorter than `samples`."""
+    missing = samples - batch.wave_BT.shape[1]
+    return replace(batch, wave_BT=F.pad(batch.wave_BT, (0, missing))) if missing > 0 else batch
 
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -44,9 +44,10 @@ from pretrain.engines.base import (  # noqa: E402
     StepResult,
 )
 from pretrain.engines.distributed import DistributedContext  # noqa: E402
+from pretrain.engines.signals import RankSignals  # noqa: E402
 from pretrain.evaluate.manifest import read_manifest  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
-from pretrain.monitoring.health_monitor import UnhealthyError, Watch  # noqa: E402
+from pretrain.monitoring.health_monitor import HealthMonitor, UnhealthyError  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
 from tests.support import planted_failures  # noqa: E402
 
@@ -237,10 +238,7 @@ def speech(manifest: Path) -> list[np.ndarray]:
 
 
 class Recorded:
-    """Stands in for the gauge of a run that is over: what its rows say."""
-
-    target_inputs = None
-    armed = False
+    """Activation statistics of a finished run, read from its rows."""
 
     def __init__(self) -> None:
         self.row: dict[str, Any] = {}
@@ -260,19 +258,19 @@ def replay(folder: Path) -> list[str]:
     config = dataclasses.replace(config, health=today)
     with tempfile.TemporaryDirectory() as scratch:
         engine: Any = SimpleNamespace(world=DistributedContext(), module=build_model(config))
-        watch = Watch(config, engine, RunFolder(Path(scratch)), {}, say=lambda line: None)
-        gauge = Recorded()
-        watch.gauge = gauge  # type: ignore[assignment]
+        watch = HealthMonitor(config, engine, RunFolder(Path(scratch)), {}, say=lambda line: None)
+        recorded = Recorded()
+        watch.stats = recorded  # type: ignore[assignment]
         for row in read_rows(folder / "metrics.jsonl"):
-            gauge.row = row
+            recorded.row = row
             metrics = {name: (np.array([value]), 1.0) for name, value in row.items() if isinstance(value, float)}
             metrics[SAMPLES] = (np.array([row["data/audio_seconds"] * SAMPLE_RATE]), 1.0)
             seconds = row["perf/step_seconds"]
-            extras = {"wait/0": row["perf/data_wait_share"] * seconds, "skipped": 0.0}
-            result = StepResult(row["loss/total"], metrics, extras, row["opt/grad_norm"])
+            signals = RankSignals(wait_seconds=(row["perf/data_wait_share"] * seconds,))
+            result = StepResult(row["loss/total"], metrics, signals, row["opt/grad_norm"])
             step = Step((), result.samples, result.samples, Cursor("", 0, row["step"]))
             watch.after(StepContext(config.seed, row["step"] - 1), result, step, seconds)
-        return [f"{found.detector} at {step}" for step, found, _ in watch.alarms]
+        return [f"{alarm.finding.detector} at {alarm.step}" for alarm in watch.alarms]
 
 
 def main() -> int:

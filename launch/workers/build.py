@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import StepReader
@@ -29,21 +28,20 @@ class Run:
 
 
 def require_fitting_labels(config: Config) -> None:
-    """Raises ConfigError where frame labels have another rate, or more classes, than the objective expects."""
-    objective: Any = config.objective
-    name = getattr(objective, "labels", "")
-    if name not in config.data.targets:
+    """Raises ConfigError where frame labels have another rate or more classes than the objective expects."""
+    wanted = config.objective.frame_labels
+    if wanted is None or wanted.name not in config.data.targets:
         return
-    root = config.data.targets[name]
+    root = config.data.targets[wanted.name]
     labels = LabelSet.read(root)
-    if labels.rate_hz != objective.label_rate_hz:
+    if labels.rate_hz != wanted.rate_hz:
         raise ConfigError(
-            f"objective.label_rate_hz={objective.label_rate_hz:g}: the labels in {root} come at {labels.rate_hz} Hz; "
+            f"objective.label_rate_hz={wanted.rate_hz:g}: the labels in {root} come at {labels.rate_hz} Hz; "
             f"set objective.label_rate_hz={labels.rate_hz}"
         )
-    if labels.classes > objective.units:
+    if labels.classes > wanted.classes:
         raise ConfigError(
-            f"objective.units={objective.units}: the labels in {root} are of {labels.classes} classes; "
+            f"objective.units={wanted.classes}: the labels in {root} are of {labels.classes} classes; "
             f"set objective.units={labels.classes}"
         )
 

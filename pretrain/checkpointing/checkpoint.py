@@ -10,7 +10,9 @@ Nothing in it is executed on loading (no pickle).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -52,47 +54,109 @@ class TrainState:
     """What to report about the resume; not saved."""
 
 
+@dataclasses.dataclass
+class _Pending:
+    """A save under way: what it writes, and how often it was tried."""
+
+    folder: Path
+    write: Callable[[], None]
+    future: Future[None]
+    tries: int = 1
+
+
+TRIES = 2
+"""How often a save is tried, at once, before training ends."""
+
+
 class Saver:
     """Saves checkpoints; a context manager, so that a write that has begun is finished whatever ends the loop.
 
-    Copying the tensors together is a collective; writing them is rank 0's, in a thread where `train.save_behind`.
+    Collecting the tensors is a collective; rank 0 writes them, in a thread where `train.save_behind`. A checkpoint is
+    reported when it is whole on the disk. A failed save is noticed at the next `poll` and tried again at once.
     """
 
-    def __init__(self, run: RunFolder, engine: Engine, config: Config) -> None:
-        self._run, self._engine, self._config = run, engine, config
+    def __init__(
+        self, run: RunFolder, engine: Engine, config: Config, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self._run, self._engine, self._config, self._say = run, engine, config, say
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: _Pending | None = None
 
     def __enter__(self) -> Saver:
+        if self._engine.world.rank == 0:
+            remove_leftovers(self._run)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._pool.shutdown(wait=True)
         if kind is None:
             self.wait()
+        else:
+            with contextlib.suppress(OSError, RuntimeError):  # what ended the loop is raised, not this
+                self.wait()
+        self._pool.shutdown(wait=True)
 
-    def save(self, state: TrainState) -> Path:
-        """Saves this moment. Raises what the write before this one raised: OSError when the disk is full,
-        StaleIncarnationError when a newer start of the run exists. The checkpoints already there stay whole.
+    def save(self, state: TrainState) -> None:
+        """Saves this moment; a collective.
+
+        Raises:
+            OSError: an earlier save failed twice (a full disk). The checkpoints already there stay whole.
+            StaleIncarnationError: a newer start of the run exists.
         """
         folder = self._run.checkpoints / f"step_{state.step:08d}"
         if self._engine.world.rank != 0:
             for _ in self._engine.tensors():
                 pass
-            return folder
+            return
         self.wait()
         self._run.require_current()
         files, scale = _gather(self._engine), self._engine.scale.state()
-        self._pending = self._pool.submit(_write, self._run, folder, files, state, self._config, scale)
+        write = functools.partial(_write, self._run, folder, files, state, self._config, scale)
+        self._pending = _Pending(folder, write, self._pool.submit(write))
         if not self._config.train.save_behind:
             self.wait()
-        return folder
+
+    def poll(self) -> None:
+        """Reports a save that has ended since the last call; raises as `save`."""
+        if self._pending is not None and self._pending.future.done():
+            self._finish(self._pending)
 
     def wait(self) -> None:
-        """Returns once the last save is whole on the disk; raises what it raised."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        """Returns once the last save is whole on the disk; raises as `save`."""
+        while self._pending is not None:
+            self._finish(self._pending)
+
+    def _finish(self, pending: _Pending) -> None:
+        """Waits for a save and reports it; starts it again where it failed and may be tried once more."""
+        self._pending = None
+        try:
+            pending.future.result()
+        except OSError as error:
+            if pending.tries == TRIES:
+                raise OSError(f"{pending.folder} cannot be saved, {TRIES} tries failed: {error}") from error
+            self._say(f"warning: {pending.folder} cannot be saved ({error}); trying again")
+            self._pending = _Pending(
+                pending.folder, pending.write, self._pool.submit(pending.write), tries=pending.tries + 1
+            )
+        else:
+            self._say(f"checkpoint {pending.folder}")
+
+
+def remove_leftovers(run: RunFolder) -> None:
+    """Removes from checkpoints/ what earlier starts left half written; `run` must be the newest start.
+
+    A stand-in that `latest` names is a whole checkpoint, and stays.
+    """
+    latest = run.checkpoints / "latest"
+    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    for path in run.checkpoints.glob(".step_*.*"):
+        number = path.name.rpartition(".")[2]
+        if number.isdigit() and int(number) < run.incarnation:
+            remove(path)
+    for path in run.checkpoints.glob(".stand_in_*"):
+        if path.name != named:
+            remove(path)
+    for path in run.checkpoints.glob(".latest.*"):
+        path.unlink(missing_ok=True)
 
 
 def _gather(engine: Engine) -> dict[str, dict[str, Tensor]]:

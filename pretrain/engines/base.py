@@ -1,4 +1,4 @@
-"""What one optimizer step is, whatever runs it: prepare, one global count, forward and backward, apply."""
+"""One optimizer step, whatever engine runs it: prepare, count, forward and backward, reduce, update."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.loss_scaler import LossScale
+from pretrain.engines.signals import RankSignals
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Sum
 from pretrain.train_module import TrainModule
@@ -24,7 +25,7 @@ NumpySum = tuple[np.ndarray, float]
 
 
 SAMPLES = "data/micro_batch_samples"
-"""The metric that sums the unpadded samples of what was really trained on; its count: micro-batches."""
+"""The metric that sums the unpadded samples of the micro-batches trained on; its count: micro-batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class StepResult:
     loss: float
     metrics: Mapping[str, NumpySum]
     """name -> (sum, count)."""
-    extras: Mapping[str, float]
-    """The caller's own numbers, summed over ranks."""
+    signals: RankSignals
+    """What the ranks reported to each other, summed."""
     grad_norm: float
     """Global gradient norm before clipping."""
     skipped: bool = False
@@ -43,7 +44,7 @@ class StepResult:
 
     @property
     def samples(self) -> int:
-        """Unpadded audio samples that were computed on, over all ranks."""
+        """Unpadded audio samples of the update, over all ranks."""
         return round(float(self.metrics[SAMPLES][0][0]))
 
 
@@ -62,7 +63,7 @@ class Engine(abc.ABC):
         self.module, self.config, self.optimizer_config, self.world = module, config, optimizer, world
         self.scale = LossScale(config.precision)
         self.tell: Callable[[str], None] = lambda part: None
-        """Called at the begin of each part of a step, so that a rank that hangs can be told from those that wait."""
+        """Called at the start of each part of a step, which distinguishes a rank that hangs from those that wait."""
         if config.compile:
             module.model.encoder.compile(dynamic=True)
         if world.device.startswith("cuda"):
@@ -74,33 +75,54 @@ class Engine(abc.ABC):
         batches: Sequence[Batch],
         ctx: StepContext,
         lr: float,
-        extras: Mapping[str, float] | None = None,
+        signals: RankSignals | None = None,
         skip_above: float = math.inf,
-        check: Callable[[Mapping[str, NumpySum]], None] | None = None,
+        check: Callable[[Mapping[str, NumpySum], RankSignals], None] | None = None,
     ) -> StepResult:
-        """One optimizer update over this rank's micro-batches of a global step.
+        """Makes one optimizer update.
 
-        extras: numbers of the caller's that ride along with the metrics' all-reduce. skip_above: leave weights and
-        moments alone where the gradient norm is larger, the same number on all ranks. check: gets the summed metrics
-        before anything is updated; what it raises, it must raise on all ranks. Raises FloatingPointError when
-        the loss or the gradient norm is not finite; go back to a checkpoint then, the weights may be spoilt.
+        Args:
+            batches: this rank's micro-batches of the global step.
+            ctx: seed and step, which key all draws.
+            lr: learning rate of this update.
+            signals: this rank's report to the others; travels with the metrics.
+            skip_above: weights and moments stay as they are where the gradient norm is larger; alike on all ranks.
+            check: gets the summed metrics and signals before anything is updated; it must raise on all ranks or none.
+
+        Returns:
+            Loss, metrics and signals, summed over micro-batches and ranks.
+
+        Raises:
+            FloatingPointError: the loss or the gradient norm is not finite. Weights may be damaged: return to a
+                checkpoint.
         """
         self.module.train()
+        signals = signals or RankSignals(wait_seconds=(0.0,) * self.world.size)
+
+        # prepare: masks and the number of targets of each micro-batch, without a forward pass
         batches = [batch.to(self.world.device) for batch in batches]
         self.tell("targets")
         plans = [self.module.prepare(batch, ctx) for batch in batches]
+
+        # count: the loss of every micro-batch is divided by the targets of the whole global step
         self.tell("sum of counts")
         counts_K = torch.stack([plan.counts_K for plan in plans]).sum(0)
         counts_K = self.world.sum(counts_K.to(self.world.device)).cpu()
+
         while True:
+            # forward and backward: gradients add up over this rank's micro-batches
             loss, totals = self._accumulate(batches, plans, counts_K, ctx)
+
+            # reduce: loss, metrics and signals of all ranks in one tensor
             self.tell("sum of losses")
-            result_loss, reduced, summed_extras = self._reduce(loss, totals, dict(extras or {}))
-            if not np.isfinite(result_loss):
-                self._apply(lr, -math.inf)  # throws the gradients away
-                raise FloatingPointError(f"the loss of step {ctx.step} is {result_loss}")
+            total_loss, metrics, received = self._reduce(loss, totals, signals)
+            if not np.isfinite(total_loss):
+                self._apply(lr, -math.inf)  # discards the gradients
+                raise FloatingPointError(f"the loss of step {ctx.step} is {total_loss}")
             if check is not None:
-                check(reduced)
+                check(metrics, received)
+
+            # update: sum the gradients over ranks, clip, AdamW; after an fp16 overflow again at half the loss scale
             self.tell("update")
             grad_norm = self._apply(lr, skip_above)
             if np.isfinite(grad_norm):
@@ -111,12 +133,12 @@ class Engine(abc.ABC):
         skipped = grad_norm > skip_above
         if not skipped:
             self.module.after_step(ctx)
-        return StepResult(result_loss, reduced, summed_extras, grad_norm, skipped)
+        return StepResult(total_loss, metrics, received, grad_norm, skipped)
 
     def _accumulate(
         self, batches: Sequence[Batch], plans: Sequence[object], counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Gradients of this rank's micro-batches; their share of the loss, and the sums of their metrics."""
+        """Computes the gradients of this rank's micro-batches; returns their share of the loss and metric sums."""
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         totals: dict[str, list[Tensor]] = {}
         self.module.forget()
@@ -130,20 +152,20 @@ class Engine(abc.ABC):
         return loss, totals
 
     def _reduce(
-        self, loss: Tensor, totals: Mapping[str, list[Tensor]], extras: Mapping[str, float]
-    ) -> tuple[float, dict[str, NumpySum], dict[str, float]]:
-        """One all-reduce for everything that is logged."""
-        names = sorted(totals)
-        parts = [loss.reshape(1), torch.tensor(list(extras.values()), dtype=torch.float64, device=loss.device)]
+        self, loss: Tensor, totals: Mapping[str, list[Tensor]], signals: RankSignals
+    ) -> tuple[float, dict[str, NumpySum], RankSignals]:
+        """Sums loss, metrics and signals over ranks, in one all-reduce."""
+        names, record = sorted(totals), signals.packed()
+        parts = [loss.reshape(1), record.to(loss.device)]
         parts += [part.double().reshape(-1).to(loss.device) for name in names for part in totals[name]]
-        flat = self.world.sum(torch.cat(parts)).cpu().numpy()
-        summed_extras = {name: float(value) for name, value in zip(extras, flat[1:], strict=False)}
-        start, metrics = 1 + len(extras), {}
+        flat = self.world.sum(torch.cat(parts)).cpu()
+        received = RankSignals.unpacked(flat[1 : 1 + len(record)])
+        sums, metrics = flat[1 + len(record) :].numpy(), {}
         for name in names:
             size = totals[name][0].numel()
-            metrics[name] = (flat[start : start + size], float(flat[start + size]))
-            start += size + 1
-        return float(flat[0]), metrics, summed_extras
+            metrics[name] = (sums[:size], float(sums[size]))
+            sums = sums[size + 1 :]
+        return float(flat[0]), metrics, received
 
     @abc.abstractmethod
     def _forward_backward(
@@ -158,12 +180,12 @@ class Engine(abc.ABC):
     def _apply(self, lr: float, skip_above: float) -> float:
         """Sums gradients over ranks, divides by `scale`, clips, updates unless the norm is above `skip_above`.
 
-        Returns the gradient norm before clipping. Where that is not finite, the gradients are thrown away.
+        Returns the gradient norm before clipping. Where that is not finite, the gradients are discarded.
         """
 
     @abc.abstractmethod
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """Copies of every weight, buffer (`model/NAME`) and moment (`MOMENT/NAME`), whole, in fp32, on the CPU.
+        """Yields copies of every weight, buffer (`model/NAME`) and moment (`MOMENT/NAME`), whole, in fp32, on the CPU.
 
         A collective: all ranks iterate, in step. With `load_tensors` it makes one checkpoint format for every engine,
         ZeRO stage and number of ranks.
@@ -171,7 +193,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Takes over what `tensors` gave after `step` updates, bit for bit."""
+        """Loads what `tensors` yielded after `step` updates, bit for bit."""
 
 
 def _add(totals: dict[str, list[Tensor]], metrics: Mapping[str, Sum]) -> None:
@@ -191,7 +213,7 @@ def copy_buffers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """The persistent buffers of `module` as `model/NAME`."""
+    """Yields the persistent buffers of `module` as `model/NAME`."""
     persistent = set(module.state_dict(keep_vars=True))
     for name, buffer in module.named_buffers():
         if name in persistent:
@@ -199,5 +221,5 @@ def buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def copied(value: Tensor) -> Tensor:
-    """A copy on the CPU that shares nothing with `value`."""
+    """Returns a copy on the CPU that shares nothing with `value`."""
     return value.detach().to("cpu", copy=True).contiguous()

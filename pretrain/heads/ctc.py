@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
+from pretrain.interfaces.configs import HeadConfig
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.models import ModelShape
 from pretrain.interfaces.objectives import Head, LossOutput
@@ -19,13 +20,17 @@ BLANK = 0
 
 
 @config
-class Config:
+class Config(HeadConfig):
     name: Literal["ctc"] = "ctc"
-    weight: Annotated[float, about("weight beside the objective", gt=0)] = 1.0
     label: Annotated[str, about("which label of a segment holds its text", min_length=1)] = "text"
     symbols: Annotated[str, about("characters to write; others are left out", min_length=1)] = (
         " 'abcdefghijklmnopqrstuvwxyz"
     )
+
+    @property
+    def segment_labels(self) -> tuple[str, ...]:
+        """The text."""
+        return (self.label,)
 
 
 class CTC(Head):

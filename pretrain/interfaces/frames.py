@@ -12,7 +12,7 @@ from torch import Tensor
 class Frames(NamedTuple):
     """x_BFD: features; lengths_B: valid frames of each row, int64; rate_hz: frames per second.
 
-    raw_BFD: the same before a learned last normalisation, where there is one; feature penalties act on it.
+    raw_BFD: the features before a learned last normalisation, where there is one; feature penalties act on it.
     """
 
     x_BFD: Tensor
@@ -23,12 +23,12 @@ class Frames(NamedTuple):
     """Index in time of each frame, where some were taken out; padding repeats the last. None: 0, 1, 2 …"""
 
     def valid_BF(self) -> Tensor:
-        """True where a frame is speech and not padding."""
+        """Returns (B, F) bool, True where a frame belongs to the utterance and is not padding."""
         return torch.arange(self.x_BFD.shape[1], device=self.lengths_B.device)[None] < self.lengths_B[:, None]
 
 
 class EncoderOutput(NamedTuple):
-    """layers: what entered the first block, then the output of each block (normed at the last), all (B, F, D).
+    """layers: the first block's input, then the output of each block (normed at the last), all (B, F, D).
 
     ffn_layers: the last feed-forward part of each block before its residual sum, if the encoder's `keep_ffn` is on.
     """
@@ -46,7 +46,7 @@ class EncoderOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What random draws are keyed by. Masks use (seed, step, key); layer drop (seed, step), alike on all ranks."""
+    """Keys random draws. Masks use (seed, step, segment key); layer drop (seed, step), alike on all ranks."""
 
     seed: int
     step: int

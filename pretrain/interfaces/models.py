@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,56 +13,72 @@ from torch import Tensor, nn
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 
 
+def shortest_input(lengths_of: Callable[[Tensor], Tensor], frames: int = 1) -> int:
+    """Returns the fewest samples that give at least `frames` frames.
+
+    Args:
+        lengths_of: samples to frames, int64 (B,) to (B,); never falls as the audio grows, so that a search finds the
+            shortest and the two cannot disagree.
+        frames: how many are wanted.
+    """
+    shortest, enough = 0, 1
+    while int(lengths_of(torch.tensor([enough]))) < frames:
+        shortest, enough = enough, 2 * enough
+    while enough - shortest > 1:
+        middle = (shortest + enough) // 2
+        if int(lengths_of(torch.tensor([middle]))) < frames:
+            shortest = middle
+        else:
+            enough = middle
+    return enough
+
+
 class Frontend(nn.Module, abc.ABC):
-    """Waveform to frames in two stages: `extract` gives features, `project` brings them to the encoder."""
+    """Turns a waveform into frames in two stages: `extract` returns features, `project` the encoder's input."""
 
     couples: frozenset[str] = frozenset()
     """Contract checks that cannot hold by design with this config: "padding", "batch"."""
     packed: bool = False
-    """Run convolutions on utterances end to end, without padding; what comes in and goes out stays the same."""
+    """Run convolutions on utterances end to end, without padding; inputs and outputs stay the same."""
     feature_dim: int
     feature_rate_hz: float
     rate_hz: float
 
     def watched(self) -> dict[str, Tensor]:
-        """Scalars of the last forward pass that are worth a curve, by name. Default: none."""
+        """Returns scalars of the last forward pass to log, by name. Default: none."""
         return {}
 
     @abc.abstractmethod
     def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
-        """(B, T) audio to (B, F', feature_dim) at feature_rate_hz; zero beyond each length."""
+        """Computes the features of audio.
+
+        Args:
+            wave_BT: (B, T) samples in [-1, 1] at 16 kHz, zero beyond each length; T is at least `least_samples()`.
+            lengths_B: valid samples of each row, int64; may be too short for a single frame.
+
+        Returns:
+            (B, F', feature_dim) at `feature_rate_hz`, zero beyond each length.
+        """
 
     @abc.abstractmethod
     def project(self, features: Frames) -> Frames:
-        """(B, F', feature_dim) to (B, F, dim) at rate_hz; zero beyond each length."""
+        """Turns (B, F', feature_dim) features into (B, F, dim) frames at `rate_hz`, zero beyond each length."""
 
     @abc.abstractmethod
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
-        """Samples to valid feature frames."""
+        """Returns the valid feature frames of audio of so many samples."""
 
     @abc.abstractmethod
     def frame_lengths(self, lengths_B: Tensor) -> Tensor:
-        """Samples to valid encoder frames."""
+        """Returns the valid encoder frames of audio of so many samples; never falls as the audio grows."""
 
     def least_samples(self, frames: int = 1) -> int:
-        """Returns the shortest audio, in samples, that gives at least `frames` encoder frames.
-
-        Found from `frame_lengths`, which never falls as the audio grows, so that the two cannot disagree.
-        """
-        shortest, enough = 0, 1
-        while int(self.frame_lengths(torch.tensor([enough]))) < frames:
-            shortest, enough = enough, 2 * enough
-        while enough - shortest > 1:
-            middle = (shortest + enough) // 2
-            if int(self.frame_lengths(torch.tensor([middle]))) < frames:
-                shortest = middle
-            else:
-                enough = middle
-        return enough
+        """Returns the shortest audio, in samples, that gives at least `frames` encoder frames."""
+        return shortest_input(self.frame_lengths, frames)
 
 
 class Encoder(nn.Module, abc.ABC):
-    """Frames in, all layers out."""
+    """Turns frames into the outputs of all its layers."""
 
     couples: frozenset[str] = frozenset()
     dim: int
@@ -69,7 +86,7 @@ class Encoder(nn.Module, abc.ABC):
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Recompute each block, or only its cheap parts, in the backward pass; dropout draws the same again."""
     packed: bool = False
-    """Compute on utterances end to end in one row, without padding; what comes in and goes out stays (B, F, D)."""
+    """Compute on utterances end to end in one row, without padding; inputs and outputs stay (B, F, D)."""
     keep_ffn: bool = False
     """Fill `EncoderOutput.ffn_layers`."""
     stop_after: int | None = None
@@ -77,12 +94,20 @@ class Encoder(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
-        """`ctx` keys layer drop in training; None draws nothing."""
+        """Encodes frames.
+
+        Args:
+            frames: (B, F, dim), of which each row's first `lengths_B` are valid (0 is allowed).
+            ctx: keys layer drop in training; None draws nothing.
+
+        Returns:
+            Outputs of all layers, (B, F, dim) each.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What an objective or head must know of the model before it exists."""
+    """Sizes and rates of a model that objectives and heads are built for."""
 
     dim: int
     n_layers: int
@@ -92,19 +117,35 @@ class ModelShape:
 
 
 class SpeechModel(nn.Module):
-    """frontend + encoder: what pretraining leaves behind."""
+    """Front end and encoder: the part that is kept after pretraining.
+
+    Objectives call `extract` and `project` here and not on the front end: their outputs pass through two identity
+    modules, `features` and `frames`, so that forward hooks see each stage.
+    """
 
     def __init__(self, frontend: Frontend, encoder: Encoder) -> None:
         super().__init__()
         self.frontend = frontend
         self.encoder = encoder
+        self.features, self.frames = nn.Identity(), nn.Identity()
 
     @property
     def shape(self) -> ModelShape:
+        """Sizes and rates that objectives and heads are built for."""
         f, e = self.frontend, self.encoder
         return ModelShape(e.dim, e.n_layers, f.feature_dim, f.feature_rate_hz, f.rate_hz)
 
+    def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        """Returns the front end's features of (B, T) audio, (B, F', feature_dim)."""
+        features: Frames = self.features(self.frontend.extract(wave_BT, lengths_B))
+        return features
+
+    def project(self, features: Frames) -> Frames:
+        """Returns the encoder's input frames, (B, F, dim), of the front end's features."""
+        frames: Frames = self.frames(self.frontend.project(features))
+        return frames
+
     def forward(self, wave_BT: Tensor, lengths_B: Tensor) -> EncoderOutput:
-        """Unmasked encoding, as used after pretraining."""
-        out: EncoderOutput = self.encoder(self.frontend.project(self.frontend.extract(wave_BT, lengths_B)))
+        """Encodes (B, T) audio without a mask, as after pretraining."""
+        out: EncoderOutput = self.encoder(self.project(self.extract(wave_BT, lengths_B)))
         return out

@@ -1,4 +1,4 @@
-"""What every stage of a model gives, while it trains: deviation over batch and time, and RankMe."""
+"""Statistics of every stage's output during training: deviation over batch and time, and RankMe. Forward hooks only."""
 
 from __future__ import annotations
 
@@ -7,61 +7,55 @@ from torch import Tensor, nn
 
 from pretrain.interfaces.frames import EncoderOutput, Frames
 from pretrain.monitoring.detectors import rank_me
-from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
 from pretrain.train_module import TrainModule
 
 MAX_FRAMES = 512
 """Frames that RankMe is computed from."""
 
 
-class StageGauge:
-    """Measures the first micro-batch after it was armed: features, stem, every layer, and what fixed targets come from.
-
-    The front end has two stages that objectives call directly, so these are wrapped; the encoder gets a forward hook.
-    """
+class ActivationStats:
+    """Measures the first forward pass after it was armed: features, stem and every layer of the encoder."""
 
     def __init__(self, module: TrainModule) -> None:
         self.armed = False
+        self._objective = module.objective
         self._deviations: dict[str, float] = {}
         self._ranks: dict[str, float] = {}
-        self.target_inputs: tuple[float, float] | None = None
-        """Mean and deviation of what a random-projection quantiser was given last, while armed."""
-        frontend = module.model.frontend
-        extract, project = frontend.extract, frontend.project
+        model = module.model
+        model.features.register_forward_hook(self._hook("features"))
+        model.frames.register_forward_hook(self._hook("stem"))
+        model.encoder.register_forward_hook(self._encoded)
 
-        def watched_extract(wave_BT: Tensor, lengths_B: Tensor) -> Frames:
-            features = extract(wave_BT, lengths_B)
-            self._note("features", features.x_BFD, features.valid_BF())
-            return features
-
-        def watched_project(features: Frames) -> Frames:
-            frames = project(features)
-            self._note("stem", frames.x_BFD, frames.valid_BF())
-            return frames
-
-        frontend.extract = watched_extract  # type: ignore[method-assign]
-        frontend.project = watched_project  # type: ignore[method-assign]
-        module.model.encoder.register_forward_hook(self._encoded)
-        for part in module.objective.modules():
-            if isinstance(part, RandomProjectionQuantizer):
-                part.register_forward_pre_hook(self._quantized)
+    def arm(self) -> None:
+        """Measures the next forward pass, of which the objective keeps its targets."""
+        self.armed = True
+        self._objective.record_next()
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Deviations and ranks by stage; empties the gauge."""
+        """Returns deviations and ranks by stage, and starts empty again."""
         taken = self._deviations, self._ranks
         self._deviations, self._ranks, self.armed = {}, {}, False
         return taken
+
+    def target_inputs(self) -> tuple[float, float] | None:
+        """Returns mean and deviation of the features that fixed targets were made of; None where there are none."""
+        last = self._objective.monitoring().last
+        if last is None or last.target_inputs_XD is None or len(last.target_inputs_XD) < 2:
+            return None
+        inputs_XD = last.target_inputs_XD.float()
+        return float(inputs_XD.mean()), float(inputs_XD.std())
+
+    def _hook(self, stage: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, arguments: object, frames: Frames) -> None:
+            self._note(stage, frames.x_BFD, frames.valid_BF())
+
+        return hook
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _encoded(self, encoder: nn.Module, arguments: object, encoded: EncoderOutput) -> None:
         valid_BF = encoded.final.valid_BF()
         for number, x_BFD in enumerate(encoded.layers[1:], 1):
             self._note(f"layer_{number}", x_BFD, valid_BF)
-
-    def _quantized(self, quantizer: nn.Module, arguments: tuple[Tensor]) -> None:
-        if self.armed and len(arguments[0]) > 1:
-            x_ND = arguments[0].detach().float()
-            self.target_inputs = float(x_ND.mean()), float(x_ND.std())
 
     @torch.no_grad()
     def _note(self, stage: str, x_BFD: Tensor, valid_BF: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Health detectors: pure functions, numbers in, a Finding or None out. What calls them, and when, is watch.py.
+"""Health detectors: pure functions, numbers in, a Finding or None out. detection.py calls them.
 
 Each threshold comes from a way in which self-supervised pretraining is known to fail; see HealthConfig.
 """
@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 
 Kind = Literal["nan", "spike", "collapse", "chance", "recipe", "speed"]
-"""What a finding is, and so which `health.on_…` setting answers it; "speed" is always a warning."""
+"""The kind of a finding selects the `health.on_…` setting that answers it; "speed" is always a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something is wrong: what was seen and what usually helps."""
+    """A problem: what was measured and what usually helps."""
 
     detector: str
     kind: Kind
@@ -30,12 +30,12 @@ class Finding:
     """Over how many steps before a check this was measured: it may have begun so much earlier than it was seen."""
 
     def sentence(self, since: int) -> str:
-        """What was seen, since which step, and what usually helps."""
+        """Returns what was measured, since which step, and what usually helps."""
         return f"{self.seen}, since step {since}; what usually helps: {self.helps}"
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of a distribution given by counts, with Miller and Madow's correction for few of them."""
+    """Returns the entropy in nats of a distribution given by counts, with Miller and Madow's correction."""
     total = float(counts.sum())
     if total <= 0:
         return 0.0
@@ -44,7 +44,7 @@ def entropy(counts: np.ndarray) -> float:
 
 
 def not_finite(name: str, value: float) -> Finding | None:
-    """A loss or a gradient norm that is no number."""
+    """Reports a loss or a gradient norm that is not finite."""
     if math.isfinite(value):
         return None
     helps = "a lower optimizer.lr, a longer warm-up, optimizer.clip_norm=1, or fp32; `auricle replay RUN` shows where"
@@ -52,16 +52,16 @@ def not_finite(name: str, value: float) -> Finding | None:
 
 
 def gradient_limit(norms: Sequence[float], factor: float, floor: float = 0.0, at_least: int = 20) -> float:
-    """The gradient norm above which an update is an outlier: `factor` times the running median; at first infinite.
+    """Returns the gradient norm above which an update is an outlier: `factor` × the running median; first infinite.
 
-    floor: the norm that gradients are clipped to. What would not even be clipped is no outlier: norms of a run that
+    floor: the norm that gradients are clipped to. A norm that is not even clipped is no outlier: those of a run that
     leaves chance grow tenfold within ten updates (docs/findings.md).
     """
     return max(floor, factor * statistics.median(norms)) if len(norms) >= at_least else math.inf
 
 
 def gradient_spike(norm: float, limit: float) -> Finding | None:
-    """One update far out of line with those before."""
+    """Reports one update with a norm above the limit."""
     if norm <= limit:
         return None
     return Finding(
@@ -73,7 +73,7 @@ def gradient_spike(norm: float, limit: float) -> Finding | None:
 
 
 def at_chance(loss: float, chance: float, margin: float) -> Finding | None:
-    """A loss no better than that of a model which knows nothing but how frequent each target is."""
+    """Reports a loss no better than that of a model that only knows how frequent each target is."""
     if chance <= 0 or loss < chance * (1.0 - margin):
         return None
     return Finding(
@@ -86,7 +86,7 @@ def at_chance(loss: float, chance: float, margin: float) -> Finding | None:
 
 
 def accuracy_at_chance(accuracy: float, chance: float, margin: float = 0.1) -> Finding | None:
-    """No more hits than by guessing, give or take. Ties must not count as hits: of equal predictions, each would."""
+    """Reports an accuracy no better than guessing. Ties must not count as correct: of equal predictions, each would."""
     if chance <= 0 or accuracy > chance * (1.0 + margin):
         return None
     return Finding(
@@ -98,7 +98,7 @@ def accuracy_at_chance(accuracy: float, chance: float, margin: float = 0.1) -> F
 
 
 def too_good(loss: float, chance: float, perplexity: float, best_perplexity: float) -> Finding | None:
-    """A contrastive loss near zero while fewer and fewer codes are in use: the task has become trivial."""
+    """Reports a contrastive loss near zero while fewer and fewer codes are in use: the task has become trivial."""
     if not (chance > 0 and loss < 0.05 * chance and perplexity < 0.5 * best_perplexity):
         return None
     return Finding(
@@ -113,9 +113,9 @@ def too_good(loss: float, chance: float, perplexity: float, best_perplexity: flo
 def low_code_use(
     counts: np.ndarray, min_share: float, at_least: float = 20.0, what: str = "the targets"
 ) -> Finding | None:
-    """Perplexity of the targets below `min_share` of the book (and below K^0.6, what a large random book reaches).
+    """Reports a perplexity of the targets below `min_share` of the book (and below K^0.6, as a large random book has).
 
-    counts: how often each code came, over enough steps: with fewer than `at_least` per code nothing is judged.
+    counts: how often each code occurred, over enough steps: with fewer than `at_least` per code nothing is reported.
     """
     book, total = len(counts), float(counts.sum())
     if book < 2 or total < at_least * min(book, 1000):
@@ -136,7 +136,7 @@ def low_code_use(
 def dead_codes(
     counts: np.ndarray, max_share: float, at_least: float = 20.0, what: str = "the targets"
 ) -> Finding | None:
-    """More than `max_share` of the codes never came, though each could have come `at_least` times."""
+    """Reports that more than `max_share` of the codes never occurred, though each could have `at_least` times."""
     book, total = len(counts), float(counts.sum())
     if book < 2 or total < at_least * book:
         return None
@@ -152,7 +152,7 @@ def dead_codes(
 
 
 def low_target_entropy(counts: np.ndarray, min_share: float) -> Finding | None:
-    """Fixed targets that say little even before training: entropy below `min_share` of what these counts allow."""
+    """Reports fixed targets of little information before training: entropy below `min_share` of the possible one."""
     total = float(counts.sum())
     most = math.log(min(len(counts), total)) if min(len(counts), total) > 1 else 0.0
     if total < 100 or most == 0.0 or entropy(counts) >= min_share * most:
@@ -166,7 +166,7 @@ def low_target_entropy(counts: np.ndarray, min_share: float) -> Finding | None:
 
 
 def off_scale(stage: str, mean: float, deviation: float) -> Finding | None:
-    """Features that fixed targets are made of, far from mean 0 and deviation 1: a few codes would take everything."""
+    """Reports features of fixed targets far from mean 0 and deviation 1: a few codes would take everything."""
     if abs(mean) <= 0.5 and 0.5 <= deviation <= 2.0:
         return None
     return Finding(
@@ -177,8 +177,43 @@ def off_scale(stage: str, mean: float, deviation: float) -> Finding | None:
     )
 
 
+def silence_note(silent: int, segments: int, keys: Sequence[str], shown: int = 5) -> str:
+    """Returns how many segments of an update are silent or constant, with the first keys."""
+    named = ", ".join(keys[:shown]) + (f" and {len(keys) - shown} more" if len(keys) > shown else "")
+    return f"{silent} of {segments} segments of one update are silent or constant" + (f": {named}" if named else "")
+
+
+def silent_audio(silent: int, segments: int, keys: Sequence[str], max_share: float) -> Finding | None:
+    """Reports updates of which more than `max_share` of the segments are silent or constant; nothing can be learnt."""
+    if not silent or silent / segments <= max_share:
+        return None
+    return Finding(
+        "silent audio",
+        "collapse",
+        silence_note(silent, segments, keys),
+        "leaving these recordings out (`auricle preprocess` with filter and vad), or repairing them: a channel without "
+        "a signal, a failed conversion",
+    )
+
+
+def without_targets(task: str, updates: int) -> Finding:
+    """Reports a task that had no target in so many updates in a row: a loss of 0 that is no success."""
+    if task == "objective":
+        helps = (
+            "segments that are long enough to be masked (data.min_seconds), and frame labels that belong to these "
+            "shards where objective.labels names some"
+        )
+    else:
+        helps = (
+            f"the label that heads.{task}.label names among data.labels, shards that have it, symbols of its "
+            "alphabet; a larger health.max_updates_without_targets where few segments have it"
+        )
+    seen = f"the task {task!r} had no target in {updates} updates in a row: it learns nothing"
+    return Finding(f"{task} without targets", "collapse", seen, helps)
+
+
 def shrunken(stage: str, deviation: float, first: float, min_share: float) -> Finding | None:
-    """A stage whose output no longer changes over batch and time."""
+    """Reports a stage whose output no longer changes over batch and time."""
     if math.isfinite(deviation) and deviation >= max(min_share * first, 1e-6):
         return None
     return Finding(
@@ -190,7 +225,7 @@ def shrunken(stage: str, deviation: float, first: float, min_share: float) -> Fi
 
 
 def rank_fell(stage: str, rank: float, best: float, min_share: float) -> Finding | None:
-    """RankMe (arXiv 2210.02885) of a stage far below the best it had since the warm-up.
+    """Reports a RankMe (arXiv 2210.02885) of a stage far below the best it had since the warm-up.
 
     Random weights pass on the rank of their input, 170 of 256 with log-mel, and training takes it to about 30 where all
     is well, too; so the first steps are no measure. Since the warm-up, runs that learnt kept 29 % of their best at
@@ -207,7 +242,7 @@ def rank_fell(stage: str, rank: float, best: float, min_share: float) -> Finding
 
 
 def falling(name: str, values: Sequence[float], times: int = 3, tolerance: float = 0.0) -> Finding | None:
-    """A measure of quality (probe accuracy, PNMI) that got worse `times` evaluations in a row."""
+    """Reports a measure of quality (probe accuracy, PNMI) that got worse `times` evaluations in a row."""
     recent = list(values)[-(times + 1) :]
     if len(recent) <= times or any(later >= earlier - tolerance for earlier, later in itertools.pairwise(recent)):
         return None
@@ -220,7 +255,7 @@ def falling(name: str, values: Sequence[float], times: int = 3, tolerance: float
 
 
 def wrong_audio(seconds: float, recipe: float, tolerance: float) -> Finding | None:
-    """Updates that see another amount of audio than the recipe asks for: the optimum of the learning rate moves."""
+    """Reports updates of another amount of audio than the recipe's: the optimum of the learning rate moves."""
     if abs(seconds / recipe - 1.0) <= tolerance:
         return None
     return Finding(
@@ -232,7 +267,7 @@ def wrong_audio(seconds: float, recipe: float, tolerance: float) -> Finding | No
 
 
 def waiting_ranks(waits: Mapping[int, float], step_seconds: float, max_share: float) -> Finding | None:
-    """Ranks that spend a large share of each step waiting for data. waits: mean seconds of each rank."""
+    """Reports ranks that spend a large share of each step waiting for data. waits: mean seconds of each rank."""
     slowest = max(waits, key=lambda rank: waits[rank])
     share = waits[slowest] / step_seconds if step_seconds > 0 else 0.0
     if share <= max_share:
@@ -247,7 +282,7 @@ def waiting_ranks(waits: Mapping[int, float], step_seconds: float, max_share: fl
 
 
 def rank_me(x_ND: np.ndarray, eps: float = 1e-7) -> float:
-    """exp(entropy) of the singular values of centred features, 1 … D (RankMe, arXiv 2210.02885, eq. 3)."""
+    """Returns exp(entropy) of the singular values of centred features, 1 … D (RankMe, arXiv 2210.02885, eq. 3)."""
     values = np.linalg.svd(x_ND - x_ND.mean(0), compute_uv=False)
     if not values.sum() > 0:
         return 1.0

@@ -1,4 +1,4 @@
-"""A Snapshot as TensorBoard shows it: audio with the masked parts silent, spectrogram with units, frames to project."""
+"""Shows a Snapshot in TensorBoard: audio with silent masked parts, spectrogram with units, frames to project."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ MAX_PROJECTED = 500
 
 
 def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
-    """Audio, figure and embedding of the first utterance (the embedding: of all of them)."""
+    """Adds audio and figure of the first utterance, and the embedding of all of them."""
     length = int(snapshot.batch.lengths_B[0])
     wave_T = snapshot.batch.wave_BT[0, :length].float()
     board.add_audio("audio/heard", wave_T[None].clamp(-1, 1), step, SAMPLE_RATE)
-    if snapshot.mask is not None:
-        board.add_audio("audio/masked_parts_silent", masked_audio(snapshot)[None].clamp(-1, 1), step, SAMPLE_RATE)
+    board.add_audio("audio/masked_parts_silent", masked_audio(snapshot)[None].clamp(-1, 1), step, SAMPLE_RATE)
     board.add_figure("units/spectrogram", spectrogram(snapshot), step)
     frames_ND, header, metadata = projected(snapshot)
     if len(frames_ND) > 1:
@@ -35,7 +34,7 @@ def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
 def add_frames(
     board: SummaryWriter, frames_ND: Tensor, rows: list[list[str]], header: list[str], tag: str, step: int
 ) -> None:
-    """Frames for the projector, one row of `header` for each. Those that another writer left in the folder stay."""
+    """Adds frames for the projector, with a row of values for each; those of earlier writers in the folder stay."""
     config = Path(board.log_dir) / "projector_config.pbtxt"
     if config.is_file() and not hasattr(board, "_projector_config"):
         # torch writes the list anew with each SummaryWriter, and frames of the start before would be gone from it
@@ -47,18 +46,17 @@ def add_frames(
 
 
 def masked_audio(snapshot: Snapshot) -> Tensor:
-    """The first utterance with its masked frames silenced, (T,)."""
+    """Returns the first utterance with its masked frames silenced, (T,)."""
     wave_T = snapshot.batch.wave_BT[0, : int(snapshot.batch.lengths_B[0])].float()
-    assert snapshot.mask is not None
     hop = round(SAMPLE_RATE / snapshot.rate_hz)
-    masked_T = snapshot.mask.mask_BF[0].cpu().repeat_interleave(hop)[: len(wave_T)]
+    masked_T = snapshot.mask_BF[0].repeat_interleave(hop)[: len(wave_T)]
     kept_T = torch.ones(len(wave_T))
     kept_T[: len(masked_T)] -= masked_T.float()
     return wave_T * kept_T
 
 
 def spectrogram(snapshot: Snapshot) -> Figure:
-    """Log-mel of the first utterance; below it target and predicted unit of each masked frame, in the unit's colour."""
+    """Draws the log-mel of the first utterance, and target and predicted unit of each masked frame in its colour."""
     length = int(snapshot.batch.lengths_B[0])
     mel_FD = LogMel(80)(snapshot.batch.wave_BT[:1, :length].float(), torch.tensor([length])).x_BFD[0]
     seconds, n_frames = length / SAMPLE_RATE, int(snapshot.frame_lengths_B[0])
@@ -67,19 +65,18 @@ def spectrogram(snapshot: Snapshot) -> Figure:
     top.imshow(mel_FD.T, origin="lower", aspect="auto", extent=(0, seconds, 0, 80), cmap="magma")
     top.set(ylabel="mel band", title=snapshot.batch.keys[0])
     rows = np.full((2, max(1, n_frames)), np.nan)
-    if snapshot.mask is not None:
-        masked_F = snapshot.mask.mask_BF[0].cpu().numpy()[:n_frames]
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], masked_F, [False]]).astype(int)))
-        for first, last in edges.reshape(-1, 2) / snapshot.rate_hz:
-            top.axvspan(first, last, facecolor="white", alpha=0.35)
-        n_masked = int(masked_F.sum())
-        for row, units in enumerate((snapshot.predictions_N, snapshot.targets_N)):
-            if units is not None:
-                rows[row, masked_F] = units[:n_masked].numpy() * 61 % 97  # neighbouring units get distant colours
-        both = snapshot.predictions_N, snapshot.targets_N
-        if both[0] is not None and both[1] is not None and n_masked:
-            hits = float((both[0][:n_masked] == both[1][:n_masked]).float().mean())
-            top.set_title(f"{snapshot.batch.keys[0]}: {hits:.0%} of {n_masked} masked frames named right")
+    masked_F = snapshot.mask_BF[0].numpy()[:n_frames]
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], masked_F, [False]]).astype(int)))
+    for first, last in edges.reshape(-1, 2) / snapshot.rate_hz:
+        top.axvspan(first, last, facecolor="white", alpha=0.35)
+    n_masked = int(masked_F.sum())
+    for row, units in enumerate((snapshot.predictions_N, snapshot.targets_N)):
+        if units is not None and n_masked:
+            rows[row, : len(masked_F)][masked_F] = units[:n_masked].numpy() * 61 % 97  # neighbours differ in colour
+    both = snapshot.predictions_N, snapshot.targets_N
+    if both[0] is not None and both[1] is not None and n_masked:
+        hits = float((both[0][:n_masked] == both[1][:n_masked]).float().mean())
+        top.set_title(f"{snapshot.batch.keys[0]}: {hits:.0%} of {n_masked} masked frames predicted correctly")
     below.imshow(rows, aspect="auto", cmap="nipy_spectral", vmin=0, vmax=96, interpolation="nearest",
                  extent=(0, n_frames / snapshot.rate_hz, 0, 2))  # fmt: skip
     below.set(xlabel="seconds", yticks=(0.5, 1.5), yticklabels=("target", "predicted"), xlim=(0, seconds))
@@ -87,20 +84,20 @@ def spectrogram(snapshot: Snapshot) -> Figure:
 
 
 def projected(snapshot: Snapshot) -> tuple[Tensor, list[str], list[list[str]]]:
-    """Up to MAX_PROJECTED frames of the last layer, with segment, time, masked or not, unit, and the batch's labels.
+    """Returns up to MAX_PROJECTED frames of the last layer, with segment, time, masked or not, unit, and labels.
 
     The labels are those of the segment (data.labels: speaker, language ...) and of the frame (data.targets).
     """
     names, sets = sorted(snapshot.batch.labels), sorted(snapshot.batch.targets)
     header = ["segment", "second", "masked", "unit", *names, *sets]
     position = torch.full(snapshot.frames_BFD.shape[:2], -1)
-    if snapshot.mask is not None and snapshot.targets_N is not None:
-        position.flatten()[snapshot.mask.flat_N.cpu()] = snapshot.targets_N
+    if snapshot.targets_N is not None:
+        position[snapshot.mask_BF] = snapshot.targets_N
     frames, metadata = [], []
     every = max(1, int(snapshot.frame_lengths_B.sum()) // MAX_PROJECTED)
     for row, key in enumerate(snapshot.batch.keys):
         for frame in range(0, int(snapshot.frame_lengths_B[row]), every):
-            masked = snapshot.mask is not None and bool(snapshot.mask.mask_BF[row, frame])
+            masked = bool(snapshot.mask_BF[row, frame])
             frames.append(snapshot.frames_BFD[row, frame])
             labels = [snapshot.batch.labels[name][row] for name in names]
             labels += [frame_label(snapshot, name, row, frame) for name in sets]
@@ -110,7 +107,7 @@ def projected(snapshot: Snapshot) -> tuple[Tensor, list[str], list[list[str]]]:
 
 
 def frame_label(snapshot: Snapshot, name: str, row: int, frame: int) -> str:
-    """The label of the set `name` at the middle of a frame; a row's labels lie evenly over its audio."""
+    """Returns the label of the set `name` at the middle of a frame; a row's labels are evenly spaced in its audio."""
     labels_F = snapshot.batch.targets[name][row]
     count = int((labels_F >= 0).sum())
     seconds = int(snapshot.batch.lengths_B[row]) / SAMPLE_RATE

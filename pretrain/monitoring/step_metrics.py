@@ -1,4 +1,4 @@
-"""Scalars and histograms of one step, computed from its sums."""
+"""Computes scalars and histograms of one step from its sums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ RANKS_SHOWN = 64
 
 
 def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, world: int) -> dict[str, float]:
-    """What one optimizer step is logged as. `seconds`: wall time from batch to batch."""
+    """Returns the logged scalars of one optimizer step.
+
+    Args:
+        result: sums over all ranks.
+        step: for padding and epoch.
+        lr: learning rate.
+        seconds: wall time from batch to batch.
+        world: number of ranks.
+    """
     scalars = {"loss/total": result.loss, "opt/lr": lr, "opt/grad_norm": result.grad_norm}
     for name, (total, count) in result.metrics.items():
         if name.startswith("hist/"):
@@ -28,19 +36,19 @@ def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, worl
         "perf/step_seconds": seconds,
         "perf/audio_seconds_per_second": result.samples / SAMPLE_RATE / seconds,
         "perf/memory_gib": peak_memory_gib(),
-        "perf/data_wait_share": min(1.0, result.extras["wait_seconds"] / world / seconds),
+        "perf/data_wait_share": min(1.0, sum(result.signals.wait_seconds) / world / seconds),
         **data_waits(result, seconds, world),
         "data/audio_seconds": result.samples / SAMPLE_RATE,
         "data/padding_share": 1.0 - step.samples / step.padded_samples,
-        "data/skipped_segments": result.extras["skipped"],
+        "data/skipped_segments": result.signals.skipped_segments,
         "data/epoch": float(step.after.epoch),
     }
     return scalars
 
 
 def data_waits(result: StepResult, seconds: float, world: int) -> dict[str, float]:
-    """Share of the step that each rank waited for data, and the rank that waited longest, where there are several."""
-    waits = [min(1.0, result.extras.get(f"wait/{rank}", 0.0) / seconds) for rank in range(world)]
+    """Returns the share of the step that each rank waited for data, and the worst rank, where there are several."""
+    waits = [min(1.0, waited / seconds) for waited in result.signals.wait_seconds]
     if world == 1:
         return {}
     worst = max(range(world), key=waits.__getitem__)
@@ -51,14 +59,14 @@ def data_waits(result: StepResult, seconds: float, world: int) -> dict[str, floa
 
 
 def peak_memory_gib() -> float:
-    """Most memory this process ever took: on its GPU, or of the machine."""
+    """Returns the peak memory of this process: on its GPU, or of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
 
 
 def code_use(name: str, counts: np.ndarray) -> dict[str, float]:
-    """Perplexity and the share of used entries of a code book, from how often each code came in the whole step."""
+    """Returns perplexity and the share of used codes of a code book, from how often each occurred in the step."""
     suffix = name.removeprefix("hist/codes").removeprefix("hist/")
     share = counts / max(1.0, float(counts.sum()))
     used = share[share > 0]
@@ -67,5 +75,5 @@ def code_use(name: str, counts: np.ndarray) -> dict[str, float]:
 
 
 def histograms(metrics: Mapping[str, NumpySum]) -> dict[str, np.ndarray]:
-    """The vector metrics: counts per bin."""
+    """Returns the vector metrics: counts per code."""
     return {name: total for name, (total, _) in metrics.items() if name.startswith("hist/")}

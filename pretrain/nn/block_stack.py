@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import about, config, refuse
+from pretrain.interfaces.configs import EncoderConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Encoder
 from pretrain.nn.activation_checkpointing import run_checkpointed
@@ -29,11 +30,9 @@ def _choices(given: Any) -> Any:
 
 
 @config
-class StackConfig:
+class StackConfig(EncoderConfig):
     """Fields that every encoder of this kind has."""
 
-    dim: Annotated[int, about("channels", ge=1)] = 768
-    layers: Annotated[int, about("blocks", ge=1)] = 12
     heads: Annotated[int, about("attention heads; must divide dim", ge=1)] = 12
     ffn_dim: Annotated[int, about("inner channels of a feed-forward part", ge=1)] = 3072
     dropout: Annotated[float, about("dropout of each residual branch and of the input", ge=0, lt=1)] = 0.1
@@ -242,7 +241,8 @@ class BlockStack(Encoder):
         leading = self.n_registers * max(1, len(documents))
         valid_BF = None
         if not documents:
-            valid_BF = torch.arange(n_frames, device=device) < level.lengths_B[:, None]
+            # a row without frames attends to its first padding: a softmax over nothing has no finite gradient
+            valid_BF = torch.arange(n_frames, device=device) < level.lengths_B.clamp(min=1)[:, None]
             # an exported graph is for audio without padding, which it could not test for
             unpadded = torch.compiler.is_exporting() or bool(valid_BF.all())
             valid_BF = None if unpadded else nn.functional.pad(valid_BF, (leading, 0), value=True)

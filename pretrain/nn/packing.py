@@ -107,7 +107,10 @@ def packed_strided(
     samples = lengths_B.tolist()
     spans = [-(-n // hop) * hop for n in samples]
     waves = [F.pad(wave_T[:n], (0, span - n)) for wave_T, n, span in zip(wave_BT, samples, spans, strict=True)]
-    x_FD = convolve(torch.cat(waves)[None])[0]
+    row_T = torch.cat(waves)
+    # utterances too short for a frame may not even fill the convolutions' kernels: the batch's width does
+    row_T = F.pad(row_T, (0, max(0, wave_BT.shape[1] - len(row_T))))
+    x_FD = convolve(row_T[None])[0]
     starts = [sum(spans[:row]) // hop for row in range(len(spans))]
     return x_FD.index_select(0, _runs(starts, frames).to(x_FD.device))[None]
 

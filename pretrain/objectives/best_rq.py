@@ -1,4 +1,4 @@
-"""BEST-RQ: predict the random-projection codes of masked frames (arXiv 2202.01855; SpeechBrain's recipe)."""
+"""BEST-RQ: predict the random-projection codes of masked frames (arXiv 2202.01855, §3; SpeechBrain's recipe)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
+from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
-from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
+from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel
@@ -25,7 +27,7 @@ from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
 
 
 @config
-class Config:
+class Config(ObjectiveConfig):
     name: Literal["best_rq"] = "best_rq"
     n_codes: Annotated[int, about("codes of the codebook", ge=2)] = 8192
     code_dim: Annotated[int, about("dimensions of a code", ge=1)] = 16
@@ -44,14 +46,16 @@ class Config:
 class MaskPlan(MicroBatchPlan):
     mask: FrameMask
     noise_BFD: Tensor
-    """What masked feature frames become, (B, feature frames, feature_dim)."""
+    """What replaces masked feature frames, (B, feature frames, feature_dim)."""
     count: Tensor
 
 
 class BestRQ(Objective):
-    """Features of masked frames become noise; a linear layer names the code of what was there."""
+    """Replaces the features of masked frames by noise; a linear layer predicts the codes of the original features.
 
-    targets_stand = True
+    Targets (§3.1): argmin over codes c of ‖norm(c) − norm(A x)‖ for x, the stacked log-mel of a frame, and a random
+    projection A. Loss (§3.2): cross-entropy per masked frame and codebook.
+    """
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
@@ -65,8 +69,11 @@ class BestRQ(Objective):
             for _ in range(config.codebooks)
         )
         self.fit = FittedOnce() if config.refine or config.projection == "pca" else None
-        """Masked frames of the first update, where they shape the quantisers."""
+        """Masked frames of the first update, where the quantisers are fitted to them."""
         self.classifiers = nn.ModuleList(nn.Linear(shape.dim, config.n_codes) for _ in range(config.codebooks))
+
+    def least_samples(self, frontend: Frontend) -> int:
+        return max(super().least_samples(frontend), shortest_input(self.mel.lengths))
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
         def draw(length: int, rng: np.random.Generator) -> np.ndarray:
@@ -87,8 +94,8 @@ class BestRQ(Objective):
             self.fit.forget()
 
     @torch.no_grad()
-    def targets(self, batch: Batch, mask: FrameMask) -> list[Tensor]:
-        """Codes of the masked frames, one (N,) tensor per codebook."""
+    def target_features(self, batch: Batch, mask: FrameMask) -> Tensor:
+        """Returns the stacked log-mel of the masked frames, (N, target_mels · windows per frame)."""
         mel = self.mel(batch.wave_BT, batch.lengths_B)
         stacked_BFD = stack_frames(mel, self.mels_per_frame).x_BFD
         # a frontend whose windows are shorter than ours may have a frame more at the end
@@ -97,10 +104,10 @@ class BestRQ(Objective):
         masked_ND = stacked_BFD.flatten(0, 1)[mask.flat_N]
         if self.fit is not None and self.fit.due:
             self.fit.rows[batch.micro_batch] = masked_ND
-        return [quantizer(masked_ND) for quantizer in self.quantizers]
+        return masked_ND
 
     def masked_features(self, features: Frames, plan: MaskPlan) -> Frames:
-        """Features with noise where the encoder frame they belong to is masked."""
+        """Returns the features with noise where the encoder frame that they belong to is masked."""
         masked_BF = plan.mask.mask_BF.repeat_interleave(self.ratio, dim=1)
         masked_BF = F.pad(masked_BF, (0, features.x_BFD.shape[1] - masked_BF.shape[1]))
         x_BFD = torch.where(masked_BF[:, :, None], plan.noise_BFD.to(features.x_BFD.dtype), features.x_BFD)
@@ -110,14 +117,15 @@ class BestRQ(Objective):
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         assert isinstance(plan, MaskPlan)
-        features = model.frontend.extract(batch.wave_BT, batch.lengths_B)
-        encoded: EncoderOutput = model.encoder(model.frontend.project(self.masked_features(features, plan)), ctx)
+        features = model.extract(batch.wave_BT, batch.lengths_B)
+        encoded: EncoderOutput = model.encoder(model.project(self.masked_features(features, plan)), ctx)
         masked_ND = encoded.final.x_BFD.flatten(0, 1)[plan.mask.flat_N]
         total = masked_ND.new_zeros((), dtype=torch.float32)
         hits = torch.zeros_like(total)
         histogram_C = torch.zeros(self.config.n_codes * self.config.codebooks, device=total.device)
-        for book, (classify, labels_N) in enumerate(zip(self.classifiers, self.targets(batch, plan.mask), strict=True)):
-            logits_NC = classify(masked_ND)
+        inputs_ND = self.target_features(batch, plan.mask)
+        for book, (classify, quantizer) in enumerate(zip(self.classifiers, self.quantizers, strict=True)):
+            logits_NC, labels_N = classify(masked_ND), quantizer(inputs_ND)
             with full_precision(total.device):
                 total = total + F.cross_entropy(logits_NC.float(), labels_N, reduction="sum")
             hits = hits + (logits_NC.argmax(-1) == labels_N).sum()
@@ -129,11 +137,16 @@ class BestRQ(Objective):
             "metric/masked_share": (plan.mask.count.to(total.device), encoded.lengths_B.sum()),
             "hist/codes": (histogram_C, count),
         }
+        self.record(lambda: MicroBatchRecord(plan.mask.mask_BF, labels_N, logits_NC.argmax(-1), None, None, inputs_ND))
         return LossOutput(total, count, metrics), encoded
+
+    def monitoring(self) -> MonitoringRecord:
+        books = books_of("hist/codes", (self.config.n_codes,) * self.config.codebooks)
+        return MonitoringRecord("loss/objective", "metric/accuracy", books=books, fixed_targets=True, last=self._last)
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
-        """After the first update: principal axes and refined codes, from its masked frames."""
+        """After the first update, fits principal axes and codes to its masked frames."""
         rows_ND = self.fit.take() if self.fit is not None else None
         if rows_ND is None:
             return

@@ -1,4 +1,4 @@
-"""data2vec: regress an averaging teacher's layers at masked frames (arXiv 2202.03555)."""
+"""data2vec: regress the layers of an EMA teacher at masked frames (arXiv 2202.03555, §3)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
+from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.self_supervision.masking import FrameMask, draw_span_mask
 from pretrain.self_supervision.teacher import (
@@ -26,7 +28,7 @@ from pretrain.self_supervision.teacher import (
 
 
 @config
-class Config:
+class Config(ObjectiveConfig):
     name: Literal["data2vec"] = "data2vec"
     mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.65
     mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
@@ -43,10 +45,11 @@ class MaskPlan(MicroBatchPlan):
 
 
 class Data2Vec(Objective):
-    """The teacher averages the encoder but for its positions, and hears the unmasked frames of the same front end.
+    """The teacher is an exponential moving average of the encoder, except for its positions; it encodes the unmasked
+    frames of the same front end.
 
-    Target: feed-forward outputs of the last `top_layers` blocks before their residual sum, each normalised over time
-    per channel, averaged. Loss: squared error / √D, summed over channels, per masked frame.
+    Target (§3.3): feed-forward outputs of the last `top_layers` blocks before their residual sum, each normalised over
+    time per channel, averaged. Loss (§3.4, L2): squared error / √D, summed over channels, per masked frame.
     """
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
@@ -68,7 +71,7 @@ class Data2Vec(Objective):
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         assert isinstance(plan, MaskPlan)
-        frames = model.frontend.project(model.frontend.extract(batch.wave_BT, batch.lengths_B))
+        frames = model.project(model.extract(batch.wave_BT, batch.lengths_B))
         targets_ND = self.targets(frames).flatten(0, 1)[plan.mask.flat_N]
         x_BFD = torch.where(plan.mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
         encoded: EncoderOutput = model.encoder(Frames(x_BFD, frames.lengths_B, frames.rate_hz), ctx)
@@ -80,14 +83,18 @@ class Data2Vec(Objective):
             "health/target_std": (deviation(targets_ND) * count, count),
             "health/prediction_std": (deviation(predictions_ND) * count, count),
         }
+        self.record(lambda: MicroBatchRecord(plan.mask.mask_BF, None, None, targets_ND, predictions_ND))
         return LossOutput(total, count, metrics), encoded
 
     @torch.no_grad()
     def targets(self, frames: Frames) -> Tensor:
-        """(B, F, D) fp32."""
+        """Returns the teacher's targets of (B, F, D) frames, (B, F, D) fp32."""
         assert self.teacher is not None
         output: EncoderOutput = self.teacher.copy(Frames(frames.x_BFD.detach(), frames.lengths_B, frames.rate_hz))
         return averaged_layers(output, self.top_layers)
+
+    def monitoring(self) -> MonitoringRecord:
+        return MonitoringRecord("loss/objective", last=self._last)
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:

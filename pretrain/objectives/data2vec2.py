@@ -1,4 +1,4 @@
-"""data2vec 2.0: one teacher pass, several masks; the student encodes only what it sees (arXiv 2212.07525)."""
+"""data2vec 2.0: one teacher pass, several masks; the student encodes visible frames only (arXiv 2212.07525, §3)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
+from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
@@ -25,13 +27,13 @@ from pretrain.self_supervision.teacher import Teacher, annealed_decay, averaged_
 
 
 @config
-class Config:
+class Config(ObjectiveConfig):
     name: Literal["data2vec2"] = "data2vec2"
     masks: Annotated[int, about("masked copies of each utterance per teacher pass", ge=1)] = 8
     mask_prob: Annotated[float, about("share of the frames that is masked", gt=0, lt=1)] = 0.5
     mask_adjust: Annotated[float, about("added to the share that blocks cover, against overlaps", ge=0, lt=1)] = 0.05
     mask_block: Annotated[int, about("frames per block of what is masked", ge=1)] = 5
-    mask_inverse: Annotated[bool, about("what is kept lies in blocks, instead of what is masked")] = False
+    mask_inverse: Annotated[bool, about("blocks of kept frames instead of blocks of masked ones")] = False
     mask_noise: Annotated[float, about("deviation of the noise that stands for masked frames in the decoder", ge=0)] = (
         0.01
     )
@@ -60,7 +62,10 @@ class CopiesPlan(MicroBatchPlan):
 
 
 class Decoder(nn.Module):
-    """Convolutions over all frames, each with a layer norm without weights and GELU; residuals from the second on."""
+    """Convolutions over all frames, each with a layer norm without weights and GELU; residuals from the second on.
+
+    Takes and returns (B, F, dim), the decoder of §3.1.
+    """
 
     def __init__(self, dim: int, config: Config) -> None:
         super().__init__()
@@ -84,7 +89,10 @@ class Decoder(nn.Module):
 
 
 class Data2Vec2(Objective):
-    """Loss: squared error / √D between decoder and data2vec's targets, summed over channels, per masked frame."""
+    """Regresses data2vec's targets from a decoder over the student's visible frames, for several masks each.
+
+    Loss: squared error / √D between decoder output and target, summed over channels, per masked frame of each copy.
+    """
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
@@ -113,7 +121,10 @@ class Data2Vec2(Objective):
             mask_RF[row, :length] = mask
             noise_RFD[row, :length] = rng.standard_normal((length, self.dim), dtype=np.float32)
             kept.append(np.flatnonzero(~mask))
-        kept_RK = np.stack([np.pad(found, (0, max(map(len, kept)) - len(found)), mode="edge") for found in kept])
+        most = max(1, *map(len, kept))
+        kept_RK = np.zeros((rows, most), dtype=np.int64)
+        for row, found in enumerate(kept):
+            kept_RK[row] = np.pad(found, (0, most - len(found)), mode="edge") if len(found) else 0
         device = batch.wave_BT.device
         return CopiesPlan(
             mask_RF=torch.from_numpy(mask_RF).to(device),
@@ -126,10 +137,10 @@ class Data2Vec2(Objective):
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
-        """The encoder's output handed on is that of the first copy, with zeros at its masked frames."""
+        """As `Objective.forward`; the encoder's output is that of the first copy, with zeros at its masked frames."""
         assert isinstance(plan, CopiesPlan)
         assert self.teacher is not None
-        frames = model.frontend.project(model.frontend.extract(batch.wave_BT, batch.lengths_B))
+        frames = model.project(model.extract(batch.wave_BT, batch.lengths_B))
         with torch.no_grad():
             seen = self.teacher.copy(Frames(frames.x_BFD.detach(), frames.lengths_B, frames.rate_hz))
         targets_BFD = averaged_layers(seen, self.top_layers)
@@ -153,7 +164,14 @@ class Data2Vec2(Objective):
             "health/prediction_std": (masked_deviation(predictions_RFD, plan.mask_RF) * n_frames, n_frames),
         }
         first_BFD = on_grid(final_RKD[::masks], index_RKD[::masks], width)
+        mask_BF = plan.mask_RF[::masks]
+        self.record(
+            lambda: MicroBatchRecord(mask_BF, None, None, targets_BFD[mask_BF], predictions_RFD[::masks][mask_BF])
+        )
         return LossOutput(total, count, metrics), EncoderOutput((first_BFD,), frames.lengths_B, frames.rate_hz)
+
+    def monitoring(self) -> MonitoringRecord:
+        return MonitoringRecord("loss/objective", last=self._last)
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
@@ -163,7 +181,7 @@ class Data2Vec2(Objective):
 
 
 def on_grid(x_RKD: Tensor, index_RKD: Tensor, width: int) -> Tensor:
-    """Kept frames in their places among `width` frames, zeros between them."""
+    """Returns (R, width, D) with kept frames at their times and zeros between them."""
     return x_RKD.new_zeros(len(x_RKD), width, x_RKD.shape[2]).scatter_add(1, index_RKD, x_RKD)
 
 

@@ -1,4 +1,4 @@
-"""DinoSR: name the online clusters that an averaging teacher's layers put masked frames into (arXiv 2305.10005)."""
+"""DinoSR: predict the online clusters of an EMA teacher's layers at masked frames (arXiv 2305.10005, §3)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
+from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.monitoring import CodeBook, MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.spectral import normalize_frames
 from pretrain.self_supervision.masking import FrameMask, draw_span_mask
@@ -22,7 +24,7 @@ from pretrain.self_supervision.teacher import Teacher, all_but_positions, anneal
 
 
 @config
-class Config:
+class Config(ObjectiveConfig):
     name: Literal["dinosr"] = "dinosr"
     mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.8
     mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
@@ -32,7 +34,7 @@ class Config:
     ema_start: Annotated[float, about("the teacher's decay at first", ge=0, le=1)] = 0.999
     ema_end: Annotated[float, about("the teacher's decay later", ge=0, le=1)] = 0.9999
     ema_steps: Annotated[int, about("updates from the one to the other", ge=1)] = 30_000
-    freeze_step: Annotated[int, about("from this update on the teacher stands still; 0: never", ge=0)] = 200_000
+    freeze_step: Annotated[int, about("from this update on the teacher is frozen; 0: never", ge=0)] = 200_000
 
 
 @dataclass
@@ -47,7 +49,7 @@ class DinoSR(Objective):
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
         self.config = config
-        self.top_layers = min(config.top_layers, shape.n_layers)
+        self.top_layers, self.n_layers = min(config.top_layers, shape.n_layers), shape.n_layers
         self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
         self.classifiers = nn.ModuleList(nn.Linear(shape.dim, config.n_codes) for _ in range(self.top_layers))
         # each channel of mean 0 and deviation 1 over the codes, as the teacher's are over the frames
@@ -77,7 +79,7 @@ class DinoSR(Objective):
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         assert isinstance(plan, MaskPlan)
-        frames = model.frontend.project(model.frontend.extract(batch.wave_BT, batch.lengths_B))
+        frames = model.project(model.extract(batch.wave_BT, batch.lengths_B))
         labels_LN = self.labels(frames, plan.mask)
         x_BFD = torch.where(plan.mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
         encoded: EncoderOutput = model.encoder(Frames(x_BFD, frames.lengths_B, frames.rate_hz), ctx)
@@ -91,14 +93,14 @@ class DinoSR(Objective):
             total = total + F.cross_entropy(logits_NV, labels_LN[layer], reduction="sum")
             hits = hits + (logits_NV.argmax(1) == labels_LN[layer]).sum()
             use_V = torch.bincount(labels_LN[layer], minlength=self.config.n_codes).float()
-            below_last = f"/layer_{len(encoded.layers) - self.top_layers + layer}"
-            metrics[f"hist/codes{below_last if layer < self.top_layers - 1 else ''}"] = (use_V, use_V.sum())
+            metrics[self.book_metric(layer)] = (use_V, use_V.sum())
         metrics["metric/accuracy"] = (hits, count)
+        self.record(lambda: MicroBatchRecord(plan.mask.mask_BF, labels_LN[-1], logits_NV.argmax(1)))
         return LossOutput(total, count, metrics), encoded
 
     @torch.no_grad()
     def labels(self, frames: Frames, mask: FrameMask) -> Tensor:
-        """Nearest code of each teacher layer at the masked frames, (L, N). In training, remembers what came to each."""
+        """Returns the nearest code of each teacher layer at the masked frames, (L, N); in training, sums frames."""
         assert self.teacher is not None
         output: EncoderOutput = self.teacher.copy(Frames(frames.x_BFD.detach(), frames.lengths_B, frames.rate_hz))
         codes_LVD = self.sums_LVD / self.sizes_LV[:, :, None]
@@ -110,6 +112,18 @@ class DinoSR(Objective):
                 self.new_sums_LVD[layer].index_add_(0, labels[-1], x_ND)
                 self.new_sizes_LV[layer] += torch.bincount(labels[-1], minlength=self.config.n_codes)
         return torch.stack(labels)
+
+    def book_metric(self, layer: int) -> str:
+        """Returns the metric with the code counts of a teacher layer: `hist/codes` of the last, with a suffix below."""
+        below_last = f"/layer_{self.n_layers - self.top_layers + layer + 1}"
+        return "hist/codes" + (below_last if layer < self.top_layers - 1 else "")
+
+    def monitoring(self) -> MonitoringRecord:
+        n, size = self.top_layers, self.config.n_codes
+        metrics = sorted(self.book_metric(layer) for layer in range(n))  # so that the last layer's is book 1
+        titles = ["the targets"] if n == 1 else [f"the targets of code book {i} of {n}" for i in range(1, n + 1)]
+        books = tuple(CodeBook(metric, 0, size, title) for metric, title in zip(metrics, titles, strict=True))
+        return MonitoringRecord("loss/objective", "metric/accuracy", books=books, last=self._last)
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:

@@ -1,8 +1,9 @@
-"""The project's default: few frames, cheap targets, then its own.
+"""The default objective: low frame rate, cheap targets first, then targets from the model itself.
 
 PCA-whitened BEST-RQ codes first; after `relabel_step` updates, k-means units of a middle layer (as HuBERT's second
-iteration, without its second run); plain softmax, supervised at a middle layer and at the last (as Fast-HuBERT).
-An unpublished combination of published parts; docs/findings.md holds what was measured.
+iteration, arXiv 2106.07447, but in the same run); plain softmax, supervised at a middle layer and at the last (as
+Fast-HuBERT, arXiv 2309.13860). An unpublished combination of published parts;
+docs/findings.md has the measurements.
 """
 
 from __future__ import annotations
@@ -27,5 +28,9 @@ class Config(MaskedUnitsConfig):
     penalty_weight: Annotated[float, about("weight of the mean square of a stem's output", ge=0)] = 0.0
 
 
-def build(config: Config, shape: ModelShape) -> MaskedUnits:
-    return MaskedUnits(config, shape)
+class Efficient(MaskedUnits):
+    """Masked unit prediction with the defaults above."""
+
+
+def build(config: Config, shape: ModelShape) -> Efficient:
+    return Efficient(config, shape)

@@ -1,4 +1,4 @@
-"""HuBERT: predict the cluster of each masked frame (arXiv 2106.07447)."""
+"""HuBERT: predict the cluster of each masked frame (arXiv 2106.07447, §II)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Config(MaskedUnitsConfig):
 
 
 class HuBERT(MaskedUnits):
-    """The masked units themselves, and no more."""
+    """Masked unit prediction as it is: eq. 1 with α = 1, and the logits of eq. 3."""
 
     exports_as = "Hubert"
 

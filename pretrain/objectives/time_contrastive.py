@@ -1,16 +1,16 @@
-"""A contrastive objective that uses time: masked frames, and the same speech at another speed.
+"""A contrastive objective over masked frames and over the same speech at another speed.
 
-Each utterance is heard twice, as it is and `speed` times as fast. In both views masked frames are told from others of
-their utterance (frame InfoNCE, as in wav2vec 2.0, arXiv 2006.11477, but on continuous targets, as in CPC, arXiv
-1807.03748), and each masked frame's output is told from other frames of the other view, the positive being the frame
-where the same instant lies (temporal InfoNCE). The alignment is known, since the speed is: monotone and linear.
+Each utterance has two views: the original, and one `speed` times as fast. In both, the feature of a masked frame is
+contrasted with those of other masked frames of its utterance (frame InfoNCE, as in wav2vec 2.0, arXiv 2006.11477, but
+on continuous targets, as in CPC, arXiv 1807.03748), and its output with frames of the other view, of which the frame at
+the same instant is the positive (temporal InfoNCE). The alignment follows from the speed: monotone and linear.
 Negatives of the positive's own acoustic cluster (k-means of MFCC, fitted after the first update) take no part: they may
-be the same phone said again. The survey behind this project calls such an objective "wav2vec 3.0"; there is no release
-to compare with.
+be the same phone. There is no published release to compare with.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -22,12 +22,14 @@ from data_pipeline.audio.transforms import change_speed_on_device
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
+from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
-from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
+from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import TorchaudioMfcc
-from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss
+from pretrain.self_supervision.contrastive import chance_levels, contrast_logits, contrastive_loss, nearest_units
 from pretrain.self_supervision.deferred_fit import FittedOnce
 from pretrain.self_supervision.kmeans import from_first_rank, kmeans
 from pretrain.self_supervision.masked_prediction import feature_penalty
@@ -36,7 +38,7 @@ from pretrain.self_supervision.quantizers import nearest_codes
 
 
 @config
-class Config:
+class Config(ObjectiveConfig):
     name: Literal["time_contrastive"] = "time_contrastive"
     mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.65
     mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
@@ -60,11 +62,15 @@ class ViewsPlan(MicroBatchPlan):
     mask: FrameMask
     negatives_RMK: Tensor
     partner_RF: Tensor
-    """For each frame the place of the same instant in the other view, as an index into R·F."""
+    """For each frame the index into R·F of the frame at the same instant in the other view."""
     count: Tensor
 
 
 class TimeContrastive(Objective):
+    """Loss: frame InfoNCE + temporal_weight · temporal InfoNCE + penalty_weight · feature penalty, per masked frame."""
+
+    least_frames = 3  # two masked, so that each has a negative, and one visible
+
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
         self.config = config
@@ -79,6 +85,11 @@ class TimeContrastive(Objective):
         self.centres_KD: Tensor
         self.fit = FittedOnce()
 
+    def least_samples(self, frontend: Frontend) -> int:
+        """The faster view is shorter; one sample more, since its length is rounded."""
+        shortest = max(super().least_samples(frontend), shortest_input(self.mfcc.lengths))
+        return math.ceil(shortest * self.config.fastest) + 1
+
     def forget(self) -> None:
         self.fit.forget()
 
@@ -86,7 +97,7 @@ class TimeContrastive(Objective):
         slowest, fastest = self.config.slowest, self.config.fastest
         speeds = [float(keyed_rng(ctx.seed, ctx.step, key, "speed").uniform(slowest, fastest)) for key in batch.keys]
         views = with_other_speeds(batch, speeds)
-        mask = draw_span_mask(model.frontend, views, ctx, self.config.mask_prob, self.config.mask_span)
+        mask = draw_span_mask(model.frontend, views, ctx, self.config.mask_prob, self.config.mask_span, least=2)
         negatives_RMK = draw_negatives(mask, views.keys, ctx, self.config.negatives)
         lengths_R = model.frontend.frame_lengths(views.lengths_B)
         speed_B = torch.tensor(speeds, device=lengths_R.device)
@@ -96,14 +107,11 @@ class TimeContrastive(Objective):
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
-        """Frame + temporal_weight · temporal + penalty_weight · feature penalty, over the masked frames of both views.
-
-        The encoder's output handed on is that of the utterances as they are.
-        """
+        """As `Objective.forward`, over both views; the encoder's output is that of the originals."""
         assert isinstance(plan, ViewsPlan)
         mask, config = plan.mask, self.config
-        features = model.frontend.extract(plan.views.wave_BT, plan.views.lengths_B)
-        frames = model.frontend.project(features)
+        features = model.extract(plan.views.wave_BT, plan.views.lengths_B)
+        frames = model.project(features)
         x_RFD = torch.where(mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
         encoded: EncoderOutput = model.encoder(Frames(x_RFD, frames.lengths_B, frames.rate_hz), ctx)
 
@@ -117,7 +125,9 @@ class TimeContrastive(Objective):
         count = plan.count.to(x_RFD.device)
         with full_precision(x_RFD.device):
             shared = (cluster_N, mask, plan.negatives_RMK, config.logit_temperature)
-            frame, hits = contrastive_loss(contrast_logits(predictions_ND, targets_ND, *shared), mask.valid_BM)
+            frame_logits_RMK = contrast_logits(predictions_ND, targets_ND, *shared)
+            frame, hits = contrastive_loss(frame_logits_RMK, mask.valid_BM)
+            chance_loss, chance_accuracy = chance_levels(frame_logits_RMK, plan.negatives_RMK, mask.valid_BM)
             temporal, found = contrastive_loss(contrast_logits(view_ND, other_ND, *shared), mask.valid_BM)
             penalty = feature_penalty(features, mask)
             total = frame + config.temporal_weight * temporal + config.penalty_weight * penalty
@@ -126,15 +136,35 @@ class TimeContrastive(Objective):
             "loss/temporal": (temporal, count),
             "loss/feature_penalty": (penalty, count),
             "metric/accuracy": (hits, count),
+            "metric/chance_loss": (chance_loss, count),
+            "metric/chance_accuracy": (chance_accuracy, count),
             "metric/temporal_accuracy": (found, count),
             "metric/masked_share": (count, encoded.lengths_B.sum()),
             "hist/codes": (torch.bincount(cluster_N, minlength=config.clusters).float(), count),
         }
+
+        def originals() -> MicroBatchRecord:
+            mask_BF = mask.mask_BF[: len(batch.keys)]
+            predicted_N = nearest_units(predictions_ND, targets_ND, cluster_N, mask)
+            n = int(mask_BF.sum())
+            return MicroBatchRecord(mask_BF, cluster_N[:n], predicted_N[:n], targets_ND[:n], predictions_ND[:n])
+
+        self.record(originals)
         return LossOutput(total, count, metrics), first_rows(encoded, len(batch.keys))
+
+    def monitoring(self) -> MonitoringRecord:
+        return MonitoringRecord(
+            "loss/contrastive",
+            "metric/accuracy",
+            "metric/chance_loss",
+            "metric/chance_accuracy",
+            books=books_of("hist/codes", (self.config.clusters,)),
+            last=self._last,
+        )
 
     @torch.no_grad()
     def clusters(self, batch: Batch, plan: ViewsPlan) -> Tensor:
-        """The acoustic cluster of every frame of both views, (R, F); it is that of the utterance as it is."""
+        """Returns the acoustic cluster of every frame of both views, (R, F): in both that of the original."""
         mfcc = self.mfcc(batch.wave_BT, batch.lengths_B)
         if self.fit.due:
             self.fit.rows[batch.micro_batch] = mfcc.x_BFD[mfcc.valid_BF()]
@@ -153,7 +183,7 @@ class TimeContrastive(Objective):
 
 
 def with_other_speeds(batch: Batch, speeds: list[float]) -> Batch:
-    """The utterances, and after them each `speed` times as fast; keys of the latter end in " speed"."""
+    """Returns the utterances, and after them each `speed` times as fast; keys of the latter end in " speed"."""
     changed = [
         change_speed_on_device(wave_T[:length], speed)
         for wave_T, length, speed in zip(batch.wave_BT, batch.lengths_B.tolist(), speeds, strict=True)
@@ -167,9 +197,9 @@ def with_other_speeds(batch: Batch, speeds: list[float]) -> Batch:
 
 
 def partners(lengths_R: Tensor, speed_B: Tensor, width: int) -> Tensor:
-    """For each frame the index into R·width of the frame of the other view where the same instant lies, (R, width).
+    """Returns for each frame the index into R·width of the frame of the other view at the same instant, (R, width).
 
-    The middle of frame f, at f + ½ frames, lies at (f + ½) / speed in the faster view; beyond the end: its last frame.
+    The middle of frame f, at f + ½ frames, is at (f + ½) / speed in the faster view; beyond the end: its last frame.
     """
     B = len(speed_B)
     middle_F = torch.arange(width, device=lengths_R.device) + 0.5
@@ -181,7 +211,7 @@ def partners(lengths_R: Tensor, speed_B: Tensor, width: int) -> Tensor:
 
 
 def first_rows(encoded: EncoderOutput, rows: int) -> EncoderOutput:
-    """The output of the first `rows` rows."""
+    """Returns the output of the first `rows` rows."""
     layers = tuple(layer[:rows] for layer in encoded.layers)
     ffn_layers = tuple(layer[:rows] for layer in encoded.ffn_layers)
     return EncoderOutput(layers, encoded.lengths_B[:rows], encoded.rate_hz, ffn_layers)

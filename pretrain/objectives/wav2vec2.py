@@ -1,30 +1,31 @@
-"""wav2vec 2.0: tell the quantised feature of a masked frame from those of other masked frames (arXiv 2006.11477)."""
+"""wav2vec 2.0: pick the quantised feature of a masked frame among those of other masked frames (arXiv 2006.11477)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
+from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
-from pretrain.self_supervision.contrastive import contrast_logits, contrastive_loss
+from pretrain.self_supervision.contrastive import chance_levels, contrast_logits, contrastive_loss, nearest_units
 from pretrain.self_supervision.masked_prediction import feature_penalty
-from pretrain.self_supervision.masking import FrameMask, draw_frame_mask, draw_negatives, span_mask
+from pretrain.self_supervision.masking import FrameMask, draw_negatives, draw_span_mask
 from pretrain.self_supervision.quantizers import GumbelQuantizer, Quantized, perplexity
 from pretrain.self_supervision.teacher import deviation
 
 
 @config
-class Config:
+class Config(ObjectiveConfig):
     name: Literal["wav2vec2"] = "wav2vec2"
     mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.65
     mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
@@ -53,6 +54,14 @@ class ContrastivePlan(MicroBatchPlan):
 
 
 class Wav2Vec2(Objective):
+    """Contrasts the encoder's output at masked frames with quantised features of the unmasked front end.
+
+    Loss (eq. 2 to 4): InfoNCE over K negatives from the same utterance's masked frames, plus the diversity of the code
+    distribution, plus fairseq's penalty on the mean square of the stem's output.
+    """
+
+    least_frames = 3  # two masked, so that each has a negative, and one visible
+
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
         self.config = config
@@ -66,28 +75,25 @@ class Wav2Vec2(Objective):
         self.project_prediction = nn.Linear(shape.dim, config.projection_dim)
 
     def temperature(self, step: int) -> float:
-        """Gumbel temperature after `step` updates."""
+        """Returns the Gumbel temperature after `step` updates."""
         return max(self.config.gumbel_temperature * self.config.gumbel_decay**step, self.config.gumbel_temperature_min)
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> ContrastivePlan:
-        def draw(length: int, rng: np.random.Generator) -> np.ndarray:
-            return span_mask(length, self.config.mask_prob, self.config.mask_span, rng)
-
-        mask = draw_frame_mask(model.frontend, batch, ctx, draw)
+        mask = draw_span_mask(model.frontend, batch, ctx, self.config.mask_prob, self.config.mask_span, least=2)
         return ContrastivePlan(mask, draw_negatives(mask, batch.keys, ctx, self.config.negatives), mask.count)
 
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
-        """Contrastive + diversity_weight · diversity + penalty_weight · feature penalty (eq. 2–4).
+        """Returns contrastive + diversity_weight · diversity + penalty_weight · feature penalty (eq. 2 to 4).
 
         The last two are means, weighted by the number of masked frames (fairseq `Wav2vecCriterion`), so that the sum
         over a global step can be divided by its masked frames.
         """
         assert isinstance(plan, ContrastivePlan)
         mask = plan.mask
-        features = model.frontend.extract(batch.wave_BT, batch.lengths_B)
-        frames = model.frontend.project(features)
+        features = model.extract(batch.wave_BT, batch.lengths_B)
+        frames = model.project(features)
         x_BFD = torch.where(mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
         encoded: EncoderOutput = model.encoder(Frames(x_BFD, frames.lengths_B, frames.rate_hz), ctx)
 
@@ -97,16 +103,12 @@ class Wav2Vec2(Objective):
         targets_ND = self.project_target(quantized.codes_ND)
         predictions_ND = self.project_prediction(encoded.final.x_BFD.flatten(0, 1)[mask.flat_N])
 
-        count = plan.count.to(x_BFD.device)
+        count, codes_N = plan.count.to(x_BFD.device), self.joint_codes(quantized.index_NG)
         with full_precision(x_BFD.device):
             logits_BMK = contrast_logits(
-                predictions_ND,
-                targets_ND,
-                self.clusters(quantized.index_NG),
-                mask,
-                plan.negatives_BMK,
-                self.config.logit_temperature,
+                predictions_ND, targets_ND, codes_N, mask, plan.negatives_BMK, self.config.logit_temperature
             )
+            chance_loss, chance_accuracy = chance_levels(logits_BMK, plan.negatives_BMK, mask.valid_BM)
             contrastive, hits = contrastive_loss(logits_BMK, mask.valid_BM)
             n_codes = self.config.groups * self.config.n_codes
             code_perplexity = perplexity(quantized.probs_NGV)
@@ -121,16 +123,37 @@ class Wav2Vec2(Objective):
             "loss/diversity": (diversity, count),
             "loss/feature_penalty": (penalty, count),
             "metric/accuracy": (hits, count),
+            "metric/chance_loss": (chance_loss, count),
+            "metric/chance_accuracy": (chance_accuracy, count),
             "metric/masked_share": (count, encoded.lengths_B.sum()),
             "metric/soft_perplexity": (code_perplexity * count, count),
             "health/target_std": (deviation(targets_ND) * count, count),
             "health/prediction_std": (deviation(predictions_ND) * count, count),
             "hist/codes": (histogram, count * self.config.groups),
         }
+        self.record(
+            lambda: MicroBatchRecord(
+                mask_BF=mask.mask_BF,
+                target_units_N=codes_N,
+                predicted_units_N=nearest_units(predictions_ND, targets_ND, codes_N, mask),
+                targets_ND=targets_ND,
+                predictions_ND=predictions_ND,
+            )
+        )
         return LossOutput(total, count, metrics), encoded
 
-    def clusters(self, index_NG: Tensor) -> Tensor:
-        """One number for the codes of all groups: a negative with all of the positive's codes is none, (N,)."""
+    def monitoring(self) -> MonitoringRecord:
+        return MonitoringRecord(
+            "loss/contrastive",
+            "metric/accuracy",
+            "metric/chance_loss",
+            "metric/chance_accuracy",
+            books=books_of("hist/codes", (self.config.n_codes,) * self.config.groups),
+            last=self._last,
+        )
+
+    def joint_codes(self, index_NG: Tensor) -> Tensor:
+        """Returns one number for the codes of all groups, (N,): a negative with the positive's number takes no part."""
         code_N = index_NG[:, 0]
         for group in range(1, index_NG.shape[1]):
             code_N = code_N * self.config.n_codes + index_NG[:, group]

@@ -1,4 +1,4 @@
-"""WavLM: HuBERT's prediction from audio with other speakers and noise mixed in (arXiv 2110.13900, §III-B)."""
+"""WavLM: HuBERT's prediction from audio with other speakers and noise mixed in (arXiv 2110.13900, §III)."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Config(MaskedUnitsConfig):
 @dataclass
 class MixturePlan(UnitsPlan):
     mixed_BT: Tensor
-    """The audio that the student hears."""
+    """The student's input, (B, T)."""
 
 
 class WavLM(MaskedUnits):
-    """The units are those of the clean main utterance."""
+    """Predicts the units of the clean main utterance (§III-B, algorithm 1; the loss is HuBERT's)."""
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__(config, shape)
@@ -54,11 +54,11 @@ class WavLM(MaskedUnits):
         return plan.mixed_BT
 
     def mix(self, batch: Batch, ctx: StepContext) -> Tensor:
-        """Adds, with probability `mix_prob`, a stretch of an utterance of the batch or of noise (algorithm 1).
+        """Returns (B, T) audio; at probability `mix_prob` with a stretch of another utterance or noise (algorithm 1).
 
-        As the released `mixing_collated_audios` does it: a stretch of U{0 … T/2} samples goes to a random place; the
-        other utterance may be the same one, or one that something was mixed into before; the ratio is that of the
-        powers of whole utterances, not of the stretch.
+        As in the released `mixing_collated_audios`: a stretch of U{0 … T/2} samples goes to a random place; the other
+        utterance may be the same one, or one that is a mixture already; the ratio is that of the powers of whole
+        utterances, not of the stretch.
         """
         mixed_BT = batch.wave_BT.clone()
         rows = [wave_T[:length] for wave_T, length in zip(mixed_BT, batch.lengths_B.tolist(), strict=True)]
@@ -78,7 +78,7 @@ class WavLM(MaskedUnits):
 
 
 def pink_noise(length: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise whose power falls by 3 dB per octave, (length,) float32; stands in where there is no noise corpus."""
+    """Returns noise whose power falls by 3 dB per octave, (length,) float32; used instead of a noise corpus."""
     spectrum = rng.standard_normal(length // 2 + 1) + 1j * rng.standard_normal(length // 2 + 1)
     return np.fft.irfft(spectrum / np.sqrt(np.arange(length // 2 + 1) + 1), n=length).astype(np.float32)
 

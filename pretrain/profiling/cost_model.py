@@ -151,8 +151,8 @@ def _forward(module: TrainModule, config: Config, seconds: float, segments: int 
     samples = int(seconds * SAMPLE_RATE)
     keys = tuple(f"noise {number}" for number in range(segments))
     targets = {}
-    if name := getattr(config.objective, "labels", ""):
-        targets[name] = torch.zeros(segments, round(seconds * config.objective.label_rate_hz), dtype=torch.int64)
+    if labels := config.objective.frame_labels:
+        targets[labels.name] = torch.zeros(segments, round(seconds * labels.rate_hz), dtype=torch.int64)
     batch = Batch(0.1 * torch.randn(segments, samples), torch.full((segments,), samples), keys, 0, targets)
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     saved: dict[int, tuple[StorageWeakRef, int]] = {}

@@ -17,11 +17,25 @@ def contrast_logits(
     negatives_BMK: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Cosines / temperature of each masked frame with its target (first) and its negatives, (B, M, 1 + K) fp32.
+    """Returns the logits of InfoNCE (wav2vec 2.0, arXiv 2006.11477, eq. 3), (B, M, 1 + K) fp32.
 
     All pairs of an utterance's masked frames are compared in one product, and the negatives picked from it: K vectors
-    per frame are never gathered. A negative of the positive's own cluster becomes −∞.
+    per frame are never gathered.
+
+    Args:
+        predictions_ND: predicted vectors of the N masked frames.
+        targets_ND: their targets.
+        cluster_N: int64; a negative of the positive's own cluster becomes −∞.
+        mask: where the N frames are.
+        negatives_BMK: int64 positions within M, as `draw_negatives` returns them.
+        temperature: divides the cosine.
+
+    Returns:
+        Entry 0 is the frame's own target, the others its negatives. Entries beyond `mask.valid_BM` are meaningless.
     """
+    if len(predictions_ND) == 0:  # a micro-batch without a masked frame; one row of zeros keeps the graph connected
+        predictions_ND, targets_ND = F.pad(predictions_ND, (0, 0, 0, 1)), F.pad(targets_ND, (0, 0, 0, 1))
+        cluster_N = F.pad(cluster_N, (0, 1))
     rows_BM = mask.row_BM
     predicted_BMD = F.normalize(predictions_ND.float(), dim=-1)[rows_BM]
     target_BMD = F.normalize(targets_ND.float(), dim=-1)[rows_BM]
@@ -33,7 +47,38 @@ def contrast_logits(
 
 
 def contrastive_loss(logits_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of entry 0 over valid rows, and how often it is strictly the largest (ties are no hits)."""
+    """Returns the summed cross-entropy of entry 0 over valid rows, and how often it is strictly the largest.
+
+    Ties are not correct predictions: of equal predictions, each would be one (fairseq counts them).
+    """
     losses_BM = torch.logsumexp(logits_BMK, dim=2) - logits_BMK[:, :, 0]
     hits_BM = logits_BMK[:, :, 0] > logits_BMK[:, :, 1:].amax(2)
     return losses_BM.masked_fill(~valid_BM, 0.0).sum(), (hits_BM & valid_BM).sum().float()
+
+
+@torch.no_grad()
+def chance_levels(logits_BMK: Tensor, negatives_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the summed loss of equal logits, and the summed probability that a uniform guess is right.
+
+    Both follow from the negatives that a frame really has: those of its own cluster take no part, and a short utterance
+    has fewer distinct ones than were drawn. Loss: log(1 + n) of n negatives, as drawn. Probability: 1 / (1 + d) of d
+    distinct ones.
+    """
+    real_BMK = torch.isfinite(logits_BMK[:, :, 1:])
+    B, M, _ = logits_BMK.shape
+    distinct_BMM = real_BMK.new_zeros(B, M, M).scatter_(2, negatives_BMK, real_BMK)
+    loss_BM = (1.0 + real_BMK.sum(2)).log()
+    probability_BM = 1.0 / (1.0 + distinct_BMM.sum(2))
+    return loss_BM.masked_fill(~valid_BM, 0.0).sum(), probability_BM.masked_fill(~valid_BM, 0.0).sum()
+
+
+@torch.no_grad()
+def nearest_units(predictions_ND: Tensor, targets_ND: Tensor, units_N: Tensor, mask: FrameMask) -> Tensor:
+    """Returns for each masked frame the unit of the target nearest to its prediction among those of its row, (N,)."""
+    found_N = torch.full_like(units_N, -1)
+    for row_M, valid_M in zip(mask.row_BM, mask.valid_BM, strict=True):
+        frames = row_M[valid_M]
+        if len(frames):
+            predicted, targets = (F.normalize(x[frames].float(), dim=1) for x in (predictions_ND, targets_ND))
+            found_N[frames] = units_N[frames[(predicted @ targets.T).argmax(1)]]
+    return found_N

@@ -1,4 +1,4 @@
-"""What is fitted once in a run, to frames of the first update that can be had for it."""
+"""Collects the frames of one update, for parts that are fitted once in a run (clusters, principal axes)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pretrain.self_supervision.kmeans import gather_rows
 
 
 class FittedOnce(nn.Module):
-    """Rows of one update until something was fitted to them; `done` is saved, so that a resume knows.
+    """Holds the rows of one update until something was fitted to them; `done` is saved, so that a resume knows.
 
-    An update that is left out or computed again fits nothing: its rows are forgotten and the next one gives others.
+    An update that is left out or computed again fits nothing: its rows are discarded and the next one gives others.
+    So does one with fewer than `LEAST` rows over all ranks, to which nothing can be fitted.
     """
+
+    LEAST = 2
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,18 +26,20 @@ class FittedOnce(nn.Module):
 
     @property
     def due(self) -> bool:
-        """Whether rows are wanted of this forward pass."""
+        """Whether this forward pass shall add its rows."""
         return self.training and not self.done
 
     def forget(self) -> None:
-        """Throws the rows away."""
+        """Discards the rows."""
         self.rows.clear()
 
     def take(self) -> Tensor | None:
-        """The rows of all ranks, (N, D), and no more after these; None where nothing was due. A collective."""
+        """Returns the rows of all ranks, (N, D), once; None where nothing was due or too few came. A collective."""
         if not self.rows:
             return None
         rows_ND = gather_rows(self.rows)
         self.rows.clear()
+        if len(rows_ND) < self.LEAST:
+            return None
         self.done.fill_(True)
         return rows_ND

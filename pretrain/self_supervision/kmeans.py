@@ -15,10 +15,14 @@ from pretrain.self_supervision.quantizers import nearest_codes
 
 @torch.no_grad()
 def kmeans(x_ND: Tensor, n_codes: int, seed: int, iterations: int = 50) -> Tensor:
-    """Centres of k-means (k-means++ seeding, then Lloyd's iterations in fp32), (n_codes, D).
+    """Returns the centres of k-means, (n_codes, D): k-means++ seeding, then Lloyd's iterations in fp32.
 
-    A centre that loses all its points moves to the point that is farthest from its own centre. With fewer points than
-    centres, the points are used more than once.
+    Args:
+        x_ND: points, N ≥ 1. With fewer points than centres, the points are used more than once.
+        n_codes: number of centres.
+        seed: of the seeding, so that all ranks and machines draw alike.
+        iterations: at most so many; ends earlier where no centre moves. A centre that loses all its points moves to
+            the point that is farthest from its own centre.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     x_ND = x_ND.float()
@@ -48,7 +52,7 @@ def _seed_centres(x_ND: Tensor, n_codes: int, generator: torch.Generator) -> Ten
 
 @torch.no_grad()
 def gather_rows(parts: Mapping[int, Tensor]) -> Tensor:
-    """The (N, D) rows of all ranks in the order of their micro-batch numbers, so that it is the same on any ranks."""
+    """Returns the (N, D) rows of all ranks in the order of their micro-batches: the same for any number of ranks."""
     rows_ND = torch.cat(list(parts.values()))
     numbers_N = torch.cat([torch.full((len(part),), number) for number, part in parts.items()]).to(rows_ND.device)
     rows_ND, numbers_N = _from_all_ranks(rows_ND), _from_all_ranks(numbers_N[:, None])[:, 0]
@@ -56,7 +60,7 @@ def gather_rows(parts: Mapping[int, Tensor]) -> Tensor:
 
 
 def _from_all_ranks(x_ND: Tensor) -> Tensor:
-    """Rank by rank; just `x_ND` outside a process group."""
+    """Returns the rows of all ranks, rank by rank; just `x_ND` outside a process group."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x_ND
     sizes = [torch.zeros(1, dtype=torch.int64, device=x_ND.device) for _ in range(dist.get_world_size())]
@@ -71,7 +75,7 @@ def _from_all_ranks(x_ND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def from_first_rank(x: Tensor) -> Tensor:
-    """Rank 0's tensor on all ranks."""
+    """Returns rank 0's tensor on all ranks, written into `x`."""
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(x, 0)
     return x

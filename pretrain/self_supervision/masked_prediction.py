@@ -1,9 +1,9 @@
-"""What HuBERT and its relatives share: name the unit (cluster) of each masked frame."""
+"""Masked unit prediction, shared by HuBERT, WavLM and `efficient`: classify the acoustic unit of each masked frame."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.types import Batch
+from pretrain.interfaces.configs import FrameLabels, ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
-from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
+from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel, TorchaudioMfcc
@@ -25,8 +27,8 @@ from pretrain.self_supervision.teacher import Teacher
 
 
 @config
-class MaskedUnitsConfig:
-    """Labels are either frame labels of the batch, or made in the run: k-means on the frames of one update."""
+class MaskedUnitsConfig(ObjectiveConfig):
+    """Units are either frame labels of the batch, or found in the run by k-means on the frames of one update."""
 
     labels: Annotated[str, about("name of frame labels that come with the data; empty: units are found in the run")] = (
         ""
@@ -36,7 +38,7 @@ class MaskedUnitsConfig:
     features: Annotated[
         Literal["mfcc", "log_mel", "best_rq"],
         about(
-            "what the first units are: k-means clusters of MFCC or log-mel frames, or random codes of PCA-whitened "
+            "the first units: k-means clusters of MFCC or log-mel frames, or random codes of PCA-whitened "
             "log-mel; fitted to the first update's frames"
         ),
     ] = "mfcc"
@@ -59,6 +61,17 @@ class MaskedUnitsConfig:
     predict_layers: Annotated[tuple[int, ...], about("layers that are supervised, equally; empty: the last")] = ()
     penalty_weight: Annotated[float, about("weight of the mean square of the stem's output", ge=0)] = 10.0
 
+    @property
+    def frame_labels(self) -> FrameLabels | None:
+        """Those of `labels`, where it names some."""
+        return FrameLabels(self.labels, self.label_rate_hz, self.units) if self.labels else None
+
+    def cautions(self, total_steps: int) -> list[str]:
+        """A relabelling that comes after the run's end has no effect."""
+        if self.relabel_step < total_steps:
+            return []
+        return [f"objective.relabel_step={self.relabel_step} is never reached with train.steps={total_steps}"]
+
 
 @dataclass
 class UnitsPlan(MicroBatchPlan):
@@ -66,6 +79,13 @@ class UnitsPlan(MicroBatchPlan):
     labels_N: Tensor | None
     """Units of the masked frames, −1 where there is none; None: to be found in the forward pass."""
     count: Tensor
+
+
+class FoundUnits(NamedTuple):
+    """units_N: of the masked frames.  inputs_ND: features that a fixed quantiser made them of; None: clusters."""
+
+    units_N: Tensor
+    inputs_ND: Tensor | None = None
 
 
 class UnitClassifier(nn.Module):
@@ -78,7 +98,7 @@ class UnitClassifier(nn.Module):
         self.embedding_KD = nn.Parameter(torch.rand(units, projection_dim)) if projection_dim else None
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """(N, dim) to fp32 (N, units)."""
+        """Returns the fp32 (N, units) logits of (N, dim) frames."""
         x_ND = self.linear(x_ND).float()
         if self.embedding_KD is None:
             return x_ND
@@ -87,17 +107,19 @@ class UnitClassifier(nn.Module):
 
 
 class MaskedUnits(Objective):
-    """Cross-entropy over the units of masked frames."""
+    """Cross-entropy over the units of masked frames (HuBERT, arXiv 2106.07447, eq. 1 with α = 1), summed over layers.
+
+    Frames without a label have no target. The feature penalty is fairseq's mean square of the stem's output.
+    """
 
     def __init__(self, config: MaskedUnitsConfig, shape: ModelShape) -> None:
         super().__init__()
         self.units_config = config
-        self.targets_stand = bool(config.labels)
         self.shape = shape
         self.predict_layers = config.predict_layers or (shape.n_layers,)
         if max(*self.predict_layers, config.relabel_layer * bool(config.relabel_step)) > shape.n_layers:
             raise ValueError(
-                f"objective.predict_layers={list(self.predict_layers)} or relabel_layer={config.relabel_layer} lies "
+                f"objective.predict_layers={list(self.predict_layers)} or relabel_layer={config.relabel_layer} is "
                 f"beyond the encoder's {shape.n_layers} layers"
             )
         self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
@@ -132,6 +154,10 @@ class MaskedUnits(Objective):
             assert isinstance(encoder, type(model.encoder))
             encoder.stop_after = self.units_config.relabel_layer
 
+    def least_samples(self, frontend: Frontend) -> int:
+        window = 1 if self.units_config.labels else shortest_input(self.features.lengths)
+        return max(super().least_samples(frontend), window)
+
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> UnitsPlan:
         mask = draw_span_mask(model.frontend, batch, ctx, self.units_config.mask_prob, self.units_config.mask_span)
         name = self.units_config.labels
@@ -147,16 +173,17 @@ class MaskedUnits(Objective):
         return UnitsPlan(mask, labels_N, (labels_N >= 0).sum().double())
 
     def audio(self, batch: Batch, plan: MicroBatchPlan) -> Tensor:
-        """What the student hears."""
+        """Returns the student's input, (B, T)."""
         return batch.wave_BT
 
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
         assert isinstance(plan, UnitsPlan)
-        labels_N = self.find_units(model, batch, plan.mask, ctx) if plan.labels_N is None else plan.labels_N
-        features = model.frontend.extract(self.audio(batch, plan), batch.lengths_B)
-        frames = model.frontend.project(features)
+        found = self.find_units(model, batch, plan.mask, ctx) if plan.labels_N is None else FoundUnits(plan.labels_N)
+        labels_N = found.units_N
+        features = model.extract(self.audio(batch, plan), batch.lengths_B)
+        frames = model.project(features)
         x_BFD = torch.where(plan.mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)
         encoded: EncoderOutput = model.encoder(Frames(x_BFD, frames.lengths_B, frames.rate_hz), ctx)
 
@@ -176,10 +203,23 @@ class MaskedUnits(Objective):
             "metric/masked_share": (plan.mask.count.to(x_BFD.device), encoded.lengths_B.sum()),
             "hist/codes": (torch.bincount(known_N, minlength=units).float(), count),
         }
+        self.record(
+            lambda: MicroBatchRecord(plan.mask.mask_BF, labels_N, logits_NK.argmax(1), target_inputs_XD=found.inputs_ND)
+        )
         return LossOutput(prediction + self.units_config.penalty_weight * penalty, count, metrics), encoded
 
+    def monitoring(self) -> MonitoringRecord:
+        return MonitoringRecord(
+            "loss/prediction",
+            "metric/accuracy",
+            books=books_of("hist/codes", (self.active_units(),)),
+            fixed_targets=bool(self.units_config.labels),
+            target_version=int(self.relabelled),
+            last=self._last,
+        )
+
     def active_units(self) -> int:
-        """Number of units by now."""
+        """Returns the number of units by now."""
         config = self.units_config
         return config.relabel_units or config.units if self.relabelled else config.units
 
@@ -195,8 +235,8 @@ class MaskedUnits(Objective):
             self.layer_fit.forget()
 
     @torch.no_grad()
-    def find_units(self, model: SpeechModel, batch: Batch, mask: FrameMask, ctx: StepContext) -> Tensor:
-        """Units of the masked frames from the clean audio, (N,); also collects frames for k-means when it is due."""
+    def find_units(self, model: SpeechModel, batch: Batch, mask: FrameMask, ctx: StepContext) -> FoundUnits:
+        """Returns the units of the masked frames from the clean audio; also collects frames for k-means when due."""
         if self.teacher is not None and ctx.step >= self.units_config.relabel_step and self.layer_fit.due:
             was_training = model.training
             clean = model.eval()(batch.wave_BT, batch.lengths_B)
@@ -206,7 +246,7 @@ class MaskedUnits(Objective):
         if self.relabelled:
             assert self.teacher is not None
             encoded: EncoderOutput = self.teacher.copy(batch.wave_BT, batch.lengths_B)
-            return nearest_codes(encoded.layers[-1].flatten(0, 1)[mask.flat_N], self.layer_centres_KD)
+            return FoundUnits(nearest_codes(encoded.layers[-1].flatten(0, 1)[mask.flat_N], self.layer_centres_KD))
         features = stack_frames(self.features(batch.wave_BT, batch.lengths_B), self.stacked)
         if self.first_fit.due:
             self.first_fit.rows[batch.micro_batch] = features.x_BFD[features.valid_BF()]
@@ -215,10 +255,9 @@ class MaskedUnits(Objective):
         missing = mask.mask_BF.shape[1] - thinned_BFD.shape[1]
         thinned_BFD = F.pad(thinned_BFD, (0, 0, 0, max(missing, 0)))[:, : mask.mask_BF.shape[1]]
         masked_ND = thinned_BFD.flatten(0, 1)[mask.flat_N]
-        units_N: Tensor = (
-            nearest_codes(masked_ND, self.centres_KD) if self.quantizer is None else self.quantizer(masked_ND)
-        )
-        return units_N
+        if self.quantizer is None:
+            return FoundUnits(nearest_codes(masked_ND, self.centres_KD))
+        return FoundUnits(self.quantizer(masked_ND), masked_ND)
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
@@ -238,12 +277,12 @@ class MaskedUnits(Objective):
 
 
 def pad_labels(labels_BF: Tensor, width: int) -> Tensor:
-    """Labels cut or padded with −1 to `width` frames."""
+    """Returns labels cut or padded with −1 to `width` frames."""
     return F.pad(labels_BF, (0, max(width - labels_BF.shape[1], 0)), value=-1)[:, :width]
 
 
 def feature_penalty(features: Frames, mask: FrameMask) -> Tensor:
-    """Mean square of each utterance's raw features, times its masked frames, summed. 0 for fixed features."""
+    """Returns the mean square of raw features per utterance, times its masked frames, summed; 0 for fixed ones."""
     if features.raw_BFD is None:
         return features.x_BFD.new_zeros((), dtype=torch.float32)
     raw_BFD = features.raw_BFD.float()

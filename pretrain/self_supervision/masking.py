@@ -1,4 +1,4 @@
-"""Span masks and negatives, drawn on the host and keyed by the segment, so that they depend on nothing else."""
+"""Masks and negatives, drawn on the host and keyed by the segment, so that they depend on nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.interfaces.models import Frontend
 
 @dataclass(frozen=True, slots=True)
 class FrameMask:
-    """Which frames of a micro-batch are masked.
+    """The masked frames of a micro-batch.
 
     mask_BF: bool.  flat_N: the masked frames as indices into B·F, row by row.
     row_BM: the masked frames of each row as indices into N, padded with 0 to the longest row (M ≥ 1).
@@ -41,11 +41,12 @@ class FrameMask:
 
 
 def span_mask(length: int, prob: float, span: int, rng: np.random.Generator, min_spans: int = 2) -> np.ndarray:
-    """Masked frames of one utterance, bool (length,).
+    """Returns the masked frames of one utterance, bool (length,), in spans that may overlap.
 
     int(prob · length / span + U[0, 1)) spans, at least `min_spans`; starts without replacement, overlap allowed
-    (fairseq `compute_mask_indices`, "static"). fairseq then trims all rows of a batch to the shortest count; we do
-    not, because a row's mask must not depend on its neighbours.
+    (fairseq `compute_mask_indices`, "static"). fairseq then trims all rows of a batch to the shortest count; this
+    function does not, because a row's mask must not depend on its neighbours. Spans that cover the whole utterance
+    leave one frame visible, so an utterance of one frame has no mask.
     """
     mask = np.zeros(length, dtype=bool)
     span = min(span, max(length - 1, 0))
@@ -55,13 +56,24 @@ def span_mask(length: int, prob: float, span: int, rng: np.random.Generator, min
     n_spans = min(max(int(prob * length / span + rng.random()), min_spans), starts)
     first = rng.choice(starts, n_spans, replace=False)
     mask[(first[:, None] + np.arange(span)).ravel()] = True
+    return keep_one_visible(mask, rng)
+
+
+def keep_one_visible(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Uncovers one frame, drawn from `rng`, of a mask that covers its whole utterance; returns the mask.
+
+    Without a visible frame the encoder has nothing to predict from. Nothing is drawn for any other mask.
+    """
+    if len(mask) and mask.all():
+        mask[rng.integers(len(mask))] = False
     return mask
 
 
 def block_mask(length: int, share: float, block: int, rng: np.random.Generator) -> np.ndarray:
-    """Masked frames of one utterance, bool (length,): int(share · length / block + U[0, 1)) blocks, at least one.
+    """Returns the masked frames of one utterance, bool (length,), in blocks that do not overlap.
 
-    Blocks lie on a grid of `block` frames and so never overlap (SpeechBrain's BEST-RQ `compute_mask`).
+    int(share · length / block + U[0, 1)) blocks, at least one, on a grid of `block` frames (SpeechBrain's BEST-RQ
+    `compute_mask`). A mask that would cover the whole utterance leaves one frame visible.
     """
     mask = np.zeros(length, dtype=bool)
     block = min(block, max(length, 1))
@@ -69,13 +81,15 @@ def block_mask(length: int, share: float, block: int, rng: np.random.Generator) 
     n_blocks = min(max(int(share * length / block + rng.random()), 1), grid)
     first = rng.permutation(grid)[:n_blocks] * block
     mask[(first[:, None] + np.arange(block)).ravel()] = True
-    return mask
+    return keep_one_visible(mask, rng)
 
 
 def adjusted_block_mask(
     length: int, prob: float, adjust: float, block: int, rng: np.random.Generator, inverse: bool = False
 ) -> np.ndarray:
-    """Masked frames of one utterance, bool (length,), in blocks that may overlap (fairseq `compute_block_mask_1d`).
+    """Returns the masked frames of one utterance, bool (length,), in blocks that may overlap.
+
+    As fairseq's `compute_block_mask_1d` (data2vec 2.0, arXiv 2212.07525, §3.2):
 
     int(length · (prob + adjust) / block) blocks around centres drawn with replacement, cut at the ends; then single
     frames change sides until int(prob · length) are masked, at least one, and at least one is kept. `inverse`: the
@@ -87,7 +101,8 @@ def adjusted_block_mask(
         return covered
     centres = rng.integers(0, length, max(1, int(length * (share + adjust) / block)))
     covered[np.clip(centres[:, None] + np.arange(block) - block // 2, 0, length - 1).ravel()] = True
-    wanted = min(max(int(length * share), 1), max(length - 1, 1))
+    # at least one frame stays visible, also where there is only one: masked, or with `inverse` kept
+    wanted = min(max(int(length * share), 1), max(length - 1, int(inverse)))
     surplus = int(covered.sum()) - wanted
     side = np.flatnonzero(covered if surplus > 0 else ~covered)
     covered[rng.choice(side, abs(surplus), replace=False)] = surplus < 0
@@ -95,7 +110,7 @@ def adjusted_block_mask(
 
 
 def pack_masks(masks: Sequence[np.ndarray], width: int, device: torch.device) -> FrameMask:
-    """Masks of single utterances (each its own length) as one FrameMask of `width` frames on `device`."""
+    """Returns the masks of single utterances, each of its own length, as one FrameMask of `width` frames."""
     mask_BF = np.zeros((len(masks), width), dtype=bool)
     for row, mask in enumerate(masks):
         mask_BF[row, : len(mask)] = mask
@@ -114,7 +129,16 @@ def draw_frame_mask(
     draw: Callable[[int, np.random.Generator], np.ndarray],
     purpose: str = "mask",
 ) -> FrameMask:
-    """Masks over the encoder frames of `batch`; `draw(length, rng)` makes one, keyed by (seed, step, key, purpose)."""
+    """Returns masks over the encoder frames of `batch`.
+
+    Args:
+        frontend: for the number of frames of each utterance.
+        batch: one micro-batch.
+        ctx: seed and step.
+        draw: returns the mask of one utterance, bool (length,), given its frames and a generator that is keyed by
+            (seed, step, segment key, purpose).
+        purpose: names the draw, so that an objective can have several.
+    """
     lengths = frontend.frame_lengths(batch.lengths_B.cpu()).tolist()
     masks = [
         draw(length, keyed_rng(ctx.seed, ctx.step, key, purpose))
@@ -124,12 +148,12 @@ def draw_frame_mask(
 
 
 def frame_width(frontend: Frontend, batch: Batch) -> int:
-    """Encoder frames of the padded batch."""
+    """Returns the encoder frames of the padded batch."""
     return int(frontend.frame_lengths(torch.tensor([batch.wave_BT.shape[1]])))
 
 
 def draw_negatives(mask: FrameMask, keys: Sequence[str], ctx: StepContext, n_negatives: int) -> Tensor:
-    """For each masked frame, `n_negatives` other masked frames of its utterance, (B, M, K) as positions within M.
+    """Returns for each masked frame `n_negatives` other masked frames of its utterance, (B, M, K), positions within M.
 
     Drawn with replacement and never the frame itself (fairseq `sample_negatives`); rows with one masked frame or
     none get 0, which is then the positive itself and so takes no part in the loss.
@@ -144,6 +168,16 @@ def draw_negatives(mask: FrameMask, keys: Sequence[str], ctx: StepContext, n_neg
     return torch.from_numpy(drawn).to(mask.mask_BF.device, non_blocking=True)
 
 
-def draw_span_mask(frontend: Frontend, batch: Batch, ctx: StepContext, prob: float, span: int) -> FrameMask:
-    """`draw_frame_mask` with the spans of `span_mask`."""
-    return draw_frame_mask(frontend, batch, ctx, lambda length, rng: span_mask(length, prob, span, rng))
+def draw_span_mask(
+    frontend: Frontend, batch: Batch, ctx: StepContext, prob: float, span: int, least: int = 1
+) -> FrameMask:
+    """Returns `draw_frame_mask` with the spans of `span_mask`; fewer than `least` masked frames of a row become none.
+
+    A contrastive objective needs 2: a single masked frame has no negative.
+    """
+
+    def draw(length: int, rng: np.random.Generator) -> np.ndarray:
+        mask = span_mask(length, prob, span, rng)
+        return mask if mask.sum() >= least else np.zeros_like(mask)
+
+    return draw_frame_mask(frontend, batch, ctx, draw)

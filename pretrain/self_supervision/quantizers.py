@@ -1,4 +1,4 @@
-"""Vector quantisers: learned (Gumbel) and random. Look-ups run in full fp32, in chunks, whatever autocast says."""
+"""Vector quantisers: learned (Gumbel) and random. Look-ups run in full fp32, in chunks, also under autocast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.nn.numerics import full_precision
 
 
 def nearest_codes(x_ND: Tensor, codebook_KD: Tensor, chunk: int = 2048) -> Tensor:
-    """Index of the nearest code by Euclidean distance, (N,) int64; `chunk` rows at a time bound the memory."""
+    """Returns the index of the nearest code by Euclidean distance, (N,) int64; `chunk` rows at a time bound memory."""
     with full_precision(x_ND.device):
         codes_DK = codebook_KD.float().T.contiguous()
         half_norm_K = codes_DK.square().sum(0) / 2
@@ -37,20 +37,20 @@ class RandomProjectionQuantizer(nn.Module):
         self.codebook_KC: Tensor
 
     def project(self, x_ND: Tensor) -> Tensor:
-        """(N, in_dim) to unit-norm (N, code_dim)."""
+        """Projects (N, in_dim) features to unit-norm (N, code_dim)."""
         with full_precision(x_ND.device):
             return F.normalize((x_ND.float() - self.mean_D) @ self.projection_DC, dim=1)
 
     @torch.no_grad()
     def forward(self, x_ND: Tensor) -> Tensor:
-        """(N, in_dim) features to (N,) labels."""
+        """Returns the (N,) codes of (N, in_dim) features."""
         return nearest_codes(self.project(x_ND), self.codebook_KC)
 
     @torch.no_grad()
     def whiten(self, x_ND: Tensor) -> None:
         """Replaces the random projection by the first principal axes of `x_ND`, each scaled to deviation 1.
 
-        Random directions mix mostly what varies most; whitened ones give each axis its say (arXiv 2606.30671).
+        Random directions mostly mix the axes of largest variance; whitened axes all have the same (arXiv 2606.30671).
         """
         with full_precision(x_ND.device):
             mean_D = x_ND.float().mean(0)
@@ -58,7 +58,7 @@ class RandomProjectionQuantizer(nn.Module):
             variances_D, axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / max(len(x_ND) - 1, 1))
             top = slice(-self.projection_DC.shape[1], None)
             scale_C = variances_D[top].clamp(min=1e-8).rsqrt()
-            # an axis has no sign of its own: the largest entry is made positive, so that all machines agree
+            # the sign of an axis is arbitrary: the largest entry is made positive, so that all machines agree
             axes_DC = axes_DD[:, top]
             axes_DC = axes_DC * axes_DC.gather(0, axes_DC.abs().argmax(0, keepdim=True)).sign()
             self.mean_D.copy_(mean_D)
@@ -79,7 +79,7 @@ class GumbelQuantizer(nn.Module):
     def __init__(self, in_dim: int, code_dim: int, groups: int = 2, n_codes: int = 320) -> None:
         super().__init__()
         if code_dim % groups:
-            raise ValueError(f"a code of {code_dim} dimensions does not divide into {groups} groups")
+            raise ValueError(f"objective.code_dim={code_dim} is not a multiple of objective.groups={groups}")
         self.groups = groups
         self.logits = nn.Linear(in_dim, groups * n_codes)
         nn.init.normal_(self.logits.weight, mean=0.0, std=1.0)
@@ -87,7 +87,7 @@ class GumbelQuantizer(nn.Module):
         self.codebook_GVC = nn.Parameter(torch.rand(groups, n_codes, code_dim // groups))
 
     def forward(self, x_ND: Tensor, temperature: float) -> Quantized:
-        """(N, in_dim) to quantised (N, code_dim); draws Gumbel noise in training, takes the arg max otherwise."""
+        """Quantises (N, in_dim) to (N, code_dim); draws Gumbel noise in training, takes the arg max otherwise."""
         logits_NGV = self.logits(x_ND).float().unflatten(-1, (self.groups, -1))
         probs_NGV = logits_NGV.softmax(-1)
         if not self.training:
@@ -108,12 +108,15 @@ class GumbelQuantizer(nn.Module):
 
 
 def gumbel_noise(like: Tensor) -> Tensor:
-    """Standard Gumbel noise from torch's generator."""
+    """Returns standard Gumbel noise from torch's generator."""
     return -torch.empty_like(like).exponential_().log()
 
 
 def perplexity(probs_NGV: Tensor) -> Tensor:
-    """exp(entropy) of the mean distribution, summed over the groups; between groups and groups · codes."""
-    mean_GV = probs_NGV.mean(0)
+    """Returns exp(entropy) of the mean distribution, summed over the groups; between groups and groups · codes.
+
+    0 frames count as one of probability 0, so that the result is finite.
+    """
+    mean_GV = probs_NGV.mean(0) if len(probs_NGV) else probs_NGV.sum(0)
     # clamped, because the gradient of x·log x at an underflowed 0 is not a number
     return torch.exp(-(mean_GV * mean_GV.clamp(min=1e-30).log()).sum(-1)).sum()

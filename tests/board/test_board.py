@@ -25,7 +25,8 @@ from launch.main import main
 from launch.runs.summary import summarise
 from pretrain.interfaces.frames import StepContext
 from pretrain.monitoring.figures import add_frames, projected
-from pretrain.monitoring.snapshot import Camera, nearest_units
+from pretrain.monitoring.snapshot import SnapshotHook
+from pretrain.self_supervision.contrastive import nearest_units
 from pretrain.self_supervision.masking import FrameMask
 from pretrain.train_module import build_model
 from tests.support.planted_failures import BEST_RQ, WAV2VEC2, config, run
@@ -84,18 +85,17 @@ def test_everything_reaches_tensorboard(runs: Path, name: str) -> None:
 @pytest.mark.parametrize("objective", [BEST_RQ, WAV2VEC2, HUBERT], ids=lambda given: str(given["name"]))
 def test_a_snapshot_knows_targets_and_predictions(objective: dict[str, Any]) -> None:
     module = build_model(config(objective=objective)).train()
-    camera, ctx = Camera(module), StepContext(0, 3)
-    camera.armed = True
+    camera, ctx = SnapshotHook(module.objective), StepContext(0, 3)
+    camera.arm()
     phones = torch.arange(100).expand(2, 100)
     batch = dataclasses.replace(synthetic_batch(0, 0), targets={"phones": phones}, labels={"speaker": ("ann", "bob")})
     plan = module.prepare(batch, ctx)
     module(batch, plan, plan.counts_K, ctx)
     snapshot = camera.take()
     assert snapshot is not None
-    assert snapshot.mask is not None
     assert snapshot.targets_N is not None
     assert snapshot.predictions_N is not None
-    assert len(snapshot.targets_N) == len(snapshot.predictions_N) == len(snapshot.mask.flat_N)
+    assert len(snapshot.targets_N) == len(snapshot.predictions_N) == int(snapshot.mask_BF.sum())
     assert set(snapshot.predictions_N.tolist()) <= set(range(16 * 16))
     _, header, rows = projected(snapshot)
     assert header == ["segment", "second", "masked", "unit", "speaker", "phones"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Sum
+from pretrain.monitoring.observation import chance_accuracy
 from pretrain.train_module import TrainModule
 from tests.support.contract_cases import CASES, ENCODERS, FRONTENDS, batch, make
 from tests.support.parity_table import Parity, difference
@@ -150,3 +151,125 @@ def test_activation_checkpointing_changes_no_gradient(
         if one.grad is not None:
             assert two.grad is not None
             parity("checkpointed = plain: gradients of every objective", 1e-6, difference(two.grad, one.grad))
+
+
+FRONT = pytest.mark.parametrize(("objective", "frontend"), [(o, f) for o in CASES for f in FRONTENDS])
+
+
+def beside(good: Batch, *samples: int) -> Batch:
+    """The utterances of `good`, and after them clips of so many samples of noise."""
+    rows = len(good.keys) + len(samples)
+    wave_BT = torch.zeros(rows, max(good.wave_BT.shape[1], *samples))
+    wave_BT[: len(good.keys), : good.wave_BT.shape[1]] = good.wave_BT
+    for row, length in enumerate(samples, len(good.keys)):
+        wave_BT[row, :length] = 0.1 * torch.randn(length, generator=torch.Generator().manual_seed(row))
+    lengths_B = torch.cat([good.lengths_B, torch.tensor(samples)])
+    return Batch(wave_BT, lengths_B, (*good.keys, *(f"short-{length}" for length in samples)), 0)
+
+
+def short_lengths(module: TrainModule) -> tuple[int, int, int]:
+    """One sample; the most samples that give no frame; the fewest that give one."""
+    one = module.model.frontend.least_samples()
+    return 1, one - 1, one
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@FRONT
+def test_utterances_of_no_frame_and_of_one_change_nothing_for_the_others(
+    objective: str, frontend: str, packed: bool
+) -> None:
+    module = make(objective, frontend).eval()
+    module.model.frontend.packed = module.model.encoder.packed = packed
+    good = batch((1.0,))
+    alone, metrics = run(module, good)
+    together, joined = run(module, beside(good, *short_lengths(module)))
+    assert torch.isfinite(together)
+    if "batch" not in module.objective.couples:
+        torch.testing.assert_close(together, alone, rtol=2e-5, atol=1e-6)
+    assert joined["loss/objective"][1] == metrics["loss/objective"][1], "they have no targets"
+    together.backward()
+    assert all(torch.isfinite(w.grad).all() for w in module.parameters() if w.grad is not None)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@FRONT
+def test_a_micro_batch_without_targets_gives_a_loss_of_zero_and_gradients_of_zero(
+    objective: str, frontend: str, packed: bool
+) -> None:
+    module = make(objective, frontend)
+    module.model.frontend.packed = module.model.encoder.packed = packed
+    for samples in ((1,), short_lengths(module)[1:]):
+        module.forget()
+        nothing = Batch(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64), (), 0)
+        loss, metrics = run(module, beside(nothing, *samples))
+        assert float(loss.detach()) == 0.0
+        assert float(metrics["loss/objective"][1]) == 0.0
+        loss.backward()
+        module.after_step(CTX)
+    assert all(float(w.grad.abs().max()) == 0.0 for w in module.parameters() if w.grad is not None)
+    assert [name for name, tensor in module.state_dict().items() if not torch.isfinite(tensor).all()] == []
+    assert torch.isfinite(run(module, batch())[0]), "the next update learns as if nothing had been"
+
+
+@FRONT
+def test_the_shortest_usable_utterance_has_a_target(objective: str, frontend: str) -> None:
+    module = make(objective, frontend).eval()
+    least = module.least_samples
+    counts = [
+        float(module.prepare(beside(batch((1.0,)), least), StepContext(3, step)).counts_K[0])
+        - float(module.prepare(batch((1.0,)), StepContext(3, step)).counts_K[0])
+        for step in range(8)
+    ]
+    assert min(counts) > 0
+
+
+@FRONT
+def test_one_frame_of_every_utterance_stays_visible(objective: str, frontend: str) -> None:
+    """Utterances of 2 to 12 frames, which spans and blocks would cover whole."""
+    module = make(objective, frontend, **({"mask_span": 10} if "mask_span" in CASES[objective] else {})).eval()
+    least = module.model.frontend.least_samples
+    data = beside(batch((1.0,)), *(least(frames) for frames in range(2, 13)))
+    for step in range(4):
+        module.objective.record_next()
+        run(module, data, StepContext(3, step))
+        last = module.objective.monitoring().last
+        assert last is not None
+        visible_B = module.model.frontend.frame_lengths(data.lengths_B) - last.mask_BF.sum(1)
+        assert int(visible_B.min()) >= 1
+
+
+@FRONT
+def test_the_monitoring_record_is_complete(objective: str, frontend: str) -> None:
+    module = make(objective, frontend)
+    module.objective.record_next()
+    data = batch()
+    _, metrics = run(module, data)
+    record = module.objective.monitoring()
+    named = [record.loss, record.accuracy, record.chance_loss, record.chance_accuracy]
+    assert all(name in metrics for name in named if name is not None)
+    assert float(metrics[record.loss][1]) > 0
+    for book in record.books:
+        counts = metrics[book.metric][0]
+        assert 0 <= book.first < book.first + book.size <= len(counts)
+    books = {book.metric for book in record.books}
+    assert books == {name for name in metrics if name.startswith("hist/codes")}
+    assert len({book.title for book in record.books}) == len(record.books)
+    if record.accuracy is not None:
+        assert 0.0 < chance_accuracy(record, {k: (t.numpy(), float(n)) for k, (t, n) in metrics.items()}) < 1.0
+    last = record.last
+    assert last is not None
+    n = int(last.mask_BF.sum())
+    assert len(last.mask_BF) == len(data.keys)
+    assert last.mask_BF.shape[1] >= int(module.model.frontend.frame_lengths(torch.tensor([16_000])))
+    assert n > 0
+    vectors = [last.targets_ND, last.predictions_ND]
+    units = [last.target_units_N, last.predicted_units_N]
+    assert (vectors[0] is None) == (vectors[1] is None)
+    assert (units[0] is None) == (units[1] is None)
+    assert vectors[0] is not None or units[0] is not None, "a target and what was predicted"
+    assert all(len(part) == n and not part.requires_grad for part in (*vectors, *units) if part is not None)
+    assert vectors[0] is None or (vectors[1] is not None and vectors[0].shape == vectors[1].shape)
+    assert all(part.dtype == torch.int64 for part in units if part is not None)
+    assert record.target_version == 0
+    module.objective.record_next()
+    assert module.objective.monitoring().last is None, "it waits for the next forward pass"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
+from pretrain.interfaces.configs import FrontendConfig
 from pretrain.interfaces.frames import Frames
 from pretrain.interfaces.models import Frontend
 from pretrain.nn.convolution import TimeConv
@@ -19,7 +20,7 @@ from pretrain.nn.spectral import LogMel, Normalize
 
 
 @config
-class Config:
+class Config(FrontendConfig):
     name: Literal["log_mel"] = "log_mel"
     n_mels: Annotated[int, about("mel bands", ge=1, le=256)] = 80
     window: Annotated[int, about("samples per analysis window at 16 kHz", ge=64)] = 400

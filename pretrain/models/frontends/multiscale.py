@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
+from pretrain.interfaces.configs import FrontendConfig
 from pretrain.interfaces.frames import Frames
 from pretrain.interfaces.models import Frontend
 from pretrain.nn.convolution import TimeConv
@@ -26,7 +27,7 @@ BRANCHES = ("mel", "mfcc", "wave")
 
 
 @config
-class Config:
+class Config(FrontendConfig):
     name: Literal["multiscale"] = "multiscale"
     n_mels: Annotated[int, about("mel bands of the 25 ms branch", ge=1, le=256)] = 80
     mfcc_window: Annotated[int, about("samples per window of the cepstral branch", gt=400)] = 1024

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config, refuse
 from data_pipeline.core.types import SAMPLE_RATE
+from pretrain.interfaces.configs import FrontendConfig
 from pretrain.interfaces.frames import Frames
 from pretrain.interfaces.models import Frontend
 from pretrain.nn.convolution import TimeConv
@@ -23,7 +24,7 @@ Norm = Literal["group", "layer"]
 
 
 @config
-class Config:
+class Config(FrontendConfig):
     name: Literal["waveform_conv"] = "waveform_conv"
     channels: Annotated[int, about("channels of every convolution", ge=1)] = 512
     kernels: Annotated[tuple[int, ...], about("taps of each convolution", min_length=1)] = (10, 3, 3, 3, 3, 2, 2)

@@ -24,8 +24,9 @@ from pretrain.checkpointing.run_folder import RunFolder, StaleIncarnationError
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine, StepResult
 from pretrain.engines.distributed import DistributedContext
+from pretrain.engines.signals import RankSignals
 from pretrain.monitoring.heartbeat import Heartbeat
-from pretrain.monitoring.metrics_writer import Telemetry
+from pretrain.monitoring.metrics_writer import MetricsWriter
 from pretrain.monitoring.step_metrics import RANKS_SHOWN, data_waits
 from pretrain.train import Ending, train
 from pretrain.train_module import build_model
@@ -204,7 +205,7 @@ def test_an_older_incarnation_does_not_touch_what_the_newer_one_wrote(tmp_path: 
     with pytest.raises(StaleIncarnationError):
         checkpoint.roll_back(old, engine, settings, 4)
     with pytest.raises(StaleIncarnationError):
-        Telemetry(old, settings, engine.module, 2)
+        MetricsWriter(old, settings, engine.module, 2)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -265,12 +266,13 @@ def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
 
 
 def test_how_long_each_rank_waited_for_data_is_logged() -> None:
-    result = StepResult(0.0, {}, {"wait/0": 0.5, "wait/1": 9.0}, 0.0)
+    result = StepResult(0.0, {}, RankSignals(wait_seconds=(0.5, 9.0)), 0.0)
     assert data_waits(result, 2.0, 2) == {
         "perf/data_wait_share/rank_0": 0.25,
         "perf/data_wait_share/rank_1": 1.0,
         "perf/data_wait_share_worst": 1.0,
         "perf/data_wait_worst_rank": 1.0,
     }
-    assert len(data_waits(result, 2.0, RANKS_SHOWN + 1)) == 2
+    many = StepResult(0.0, {}, RankSignals(wait_seconds=(0.5,) * (RANKS_SHOWN + 1)), 0.0)
+    assert len(data_waits(many, 2.0, RANKS_SHOWN + 1)) == 2
     assert data_waits(result, 2.0, 1) == {}

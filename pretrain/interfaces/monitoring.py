@@ -1,0 +1,81 @@
+"""What an objective reports about itself for monitoring: code books, chance levels, targets and predictions.
+
+Monitoring asks an objective for a `MonitoringRecord` and never looks for its parts by name. Sums over the whole
+update (how often each code occurred, hits, losses) travel as metrics of `LossOutput`; the record names those metrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class CodeBook(NamedTuple):
+    """One book of discrete codes: the bins `first` … `first + size - 1` of the metric `metric` count their use."""
+
+    metric: str
+    first: int
+    size: int
+    title: str
+    """For messages, such as "the targets of code book 2 of 4"."""
+
+
+class MicroBatchRecord(NamedTuple):
+    """Targets and predictions of one micro-batch, for the utterances as they are (not for further views or copies).
+
+    N counts the True entries of `mask_BF`, row by row. A field is None where the objective has no such thing:
+    regressions have vectors and no units, classifications units and no vectors, contrastive objectives both.
+    """
+
+    mask_BF: Tensor
+    """(B, F) bool: frames that are masked and have a target."""
+    target_units_N: Tensor | None = None
+    """(N,) int64, the code or unit of each masked frame; -1 where a label is missing."""
+    predicted_units_N: Tensor | None = None
+    """(N,) int64, what the model predicts there."""
+    targets_ND: Tensor | None = None
+    """(N, D) target vectors."""
+    predictions_ND: Tensor | None = None
+    """(N, D) predicted vectors."""
+    target_inputs_XD: Tensor | None = None
+    """(X, D) features that a fixed quantiser makes the targets of; they should have mean 0 and deviation 1."""
+
+    def detached(self) -> MicroBatchRecord:
+        """Returns the record without gradients."""
+        return MicroBatchRecord(*(None if part is None else part.detach() for part in self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class MonitoringRecord:
+    """What can be monitored of an objective. Metrics are named as in `LossOutput.metrics`, of sums and counts."""
+
+    loss: str
+    """The metric that holds the loss per target, without regularisers."""
+    accuracy: str | None = None
+    """The metric that counts correct predictions; ties do not count."""
+    chance_loss: str | None = None
+    """The metric that sums the loss of a uniform guess over each target's own candidates. None: the chance level is
+    the entropy of the books."""
+    chance_accuracy: str | None = None
+    """The metric that sums the probability that such a guess is right. None: the share of the most frequent code."""
+    books: tuple[CodeBook, ...] = ()
+    fixed_targets: bool = False
+    """Whether the targets exist before the first update, and so can be checked before it."""
+    target_version: int = 0
+    """Increases whenever the targets are replaced during the run (re-labelling), so that learning starts again."""
+    last: MicroBatchRecord | None = None
+    """The first micro-batch after `Objective.record_next`; None before."""
+
+
+def books_of(metric: str, sizes: tuple[int, ...]) -> tuple[CodeBook, ...]:
+    """Returns the books that one metric holds end to end.
+
+    Args:
+        metric: name of the metric with the counts.
+        sizes: number of codes of each book, in order.
+    """
+    n = len(sizes)
+    titles = ["the targets"] if n == 1 else [f"the targets of code book {i} of {n}" for i in range(1, n + 1)]
+    return tuple(CodeBook(metric, sum(sizes[:i]), size, titles[i]) for i, size in enumerate(sizes))

@@ -1,0 +1,97 @@
+"""Appends rows to a JSON-lines file of a run without ever ending training: rows wait while the disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpointing.run_folder import RunFolder
+
+MAX_WAITING = 10_000
+"""Rows kept in memory while they cannot be written; the oldest are dropped."""
+
+
+class AppendLog:
+    """One file of rows, written by rank 0 of the newest start only.
+
+    A row that cannot be written waits and is written before the next one; the file never holds half a row of it.
+    """
+
+    def __init__(self, run: RunFolder, path: Path, say: Callable[[str], None] = print) -> None:
+        self._run, self._path, self._say = run, path, say
+        self._waiting: deque[str] = deque(maxlen=MAX_WAITING)
+        self._warned = False
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Writes a row now, or later where the file cannot be written; warns once each time that begins.
+
+        Raises:
+            StaleIncarnationError: when a newer start of the run exists.
+        """
+        self._run.require_current()
+        self._waiting.append(json.dumps(row) + "\n")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                while self._waiting:
+                    _write_whole(handle, self._waiting[0].encode())
+                    self._waiting.popleft()
+            finally:
+                os.close(handle)
+        except OSError as error:
+            if not self._warned:
+                self._say(
+                    f"warning: {self._path} cannot be written ({error}); training goes on, and up to {MAX_WAITING} "
+                    "rows are kept in memory until it can"
+                )
+            self._warned = True
+            return
+        if self._warned:
+            self._say(f"{self._path} is written again")
+        self._warned = False
+
+
+def _write_whole(handle: int, line: bytes) -> None:
+    """Appends a line after a whole one, or leaves the file as it was. Raises OSError."""
+    size = os.fstat(handle).st_size
+    if size and os.pread(handle, 1, size - 1) != b"\n":  # the end of a start that was killed
+        line = b"\n" + line
+    try:
+        written = os.write(handle, line)
+        if written < len(line):
+            written += os.write(handle, line[written:])
+        if written < len(line):
+            raise OSError(f"only {written} of {len(line)} bytes were written")
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(handle, size)
+        raise
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Cuts off the rows of steps after `step`, which come last, and half a row at the end. The rest stays untouched."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("r+b") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+            while end:
+                start = content.rfind(b"\n", 0, end - 1) + 1
+                if _step_of(content[start:end]) <= step:
+                    break
+                end = start
+        file.truncate(end)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,89 @@
+"""TensorBoard's writer, made so that it never ends training: events are dropped while they cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+MAX_BINS = 256
+"""Bins of a histogram; neighbouring codes share one where there are more."""
+
+
+class Board:
+    """Writes events to one folder.
+
+    A failure (a full disk, a quota, a file system that is away) is reported once; a new event file is tried after
+    `retry_seconds`. Errors of TensorBoard's own thread show up at the next call.
+    """
+
+    def __init__(
+        self, folder: Path, purge_step: int, say: Callable[[str], None] = print, retry_seconds: float = 60.0
+    ) -> None:
+        self._folder, self._say, self._retry_seconds = folder, say, retry_seconds
+        self._purge_step: int | None = purge_step
+        self._writer: SummaryWriter | None = None
+        self._failed_at: float | None = None
+        self._dropped = 0
+
+    def write(self, add: Callable[[SummaryWriter], object]) -> None:
+        """Calls `add` with TensorBoard's writer, or drops the events where it cannot write."""
+        waiting = self._failed_at is not None and time.monotonic() - self._failed_at < self._retry_seconds
+        if waiting:
+            self._dropped += 1
+            return
+        try:
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, flush_secs=15)
+                self._purge_step = None  # a later file of this start adds to the first
+            add(self._writer)
+            if self._failed_at is not None:
+                self._writer.flush()
+                self._say(f"TensorBoard events are written again; {self._dropped} were dropped, metrics.jsonl has all")
+                self._failed_at, self._dropped = None, 0
+        except (OSError, RuntimeError, ValueError) as error:
+            if self._failed_at is None:
+                self._say(
+                    f"warning: TensorBoard events cannot be written to {self._folder} ({error}); training goes on "
+                    "without them until they can"
+                )
+            self._failed_at, self._dropped = time.monotonic(), self._dropped + 1
+            self._abandon()
+
+    def close(self) -> None:
+        """Writes what is left; a failure is reported."""
+        writer, self._writer = self._writer, None
+        try:
+            if writer is not None:
+                writer.close()
+        except (OSError, RuntimeError, ValueError) as error:
+            self._say(f"warning: the last TensorBoard events were not written to {self._folder} ({error})")
+
+    def _abandon(self) -> None:
+        writer, self._writer = self._writer, None
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            if writer is not None:
+                writer.close()
+
+
+def add_counts(writer: SummaryWriter, name: str, counts: np.ndarray, step: int) -> None:
+    """Adds counts per code as a histogram of at most MAX_BINS bins, so that a large book costs no more than a small."""
+    total, codes = float(counts.sum()), np.arange(len(counts), dtype=np.float64)
+    if total <= 0:
+        return
+    edges = np.linspace(0, len(counts), min(MAX_BINS, len(counts)) + 1).round().astype(np.int64)
+    writer.add_histogram_raw(
+        name,
+        min=0.0,
+        max=float(len(counts)),
+        num=total,
+        sum=float((counts * codes).sum()),
+        sum_squares=float((counts * codes**2).sum()),
+        bucket_limits=edges[1:].astype(np.float64).tolist(),
+        bucket_counts=np.add.reduceat(counts, edges[:-1]).tolist(),
+        global_step=step,
+    )

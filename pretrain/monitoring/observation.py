@@ -1,0 +1,192 @@
+"""Observation: numbers of a run as they were measured, one update at a time and pooled over a window.
+
+Nothing here decides anything; detection.py compares these numbers with limits, policy.py acts on the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.core.types import Batch
+from pretrain.engines.base import NumpySum, StepResult
+from pretrain.interfaces.monitoring import MonitoringRecord
+from pretrain.monitoring.detectors import entropy
+
+NORMS = 100
+"""Gradient norms that the running median is taken of."""
+SILENT = 1e-4
+"""Audio whose samples span less than this is silent or constant: about three steps of 16-bit audio, or -80 dBFS."""
+
+
+def mean_of(metrics: Mapping[str, NumpySum], name: str | None) -> float:
+    """Returns the mean of a metric; NaN where it is absent or its count is 0."""
+    total, count = metrics.get(name or "", (np.zeros(1), 0.0))
+    return float(np.ravel(total)[0]) / count if count > 0 else math.nan
+
+
+def books_of(record: MonitoringRecord, metrics: Mapping[str, NumpySum]) -> tuple[np.ndarray, ...]:
+    """Returns how often each code occurred, for each of the objective's books that was counted."""
+    counted = [book for book in record.books if book.metric in metrics]
+    return tuple(metrics[book.metric][0][book.first : book.first + book.size] for book in counted)
+
+
+def chance_accuracy(record: MonitoringRecord, metrics: Mapping[str, NumpySum]) -> float:
+    """Returns the accuracy of a guess: over each target's own candidates, or the most frequent code's share."""
+    if record.chance_accuracy is not None:
+        return mean_of(metrics, record.chance_accuracy)
+    shares = [float(counts.max() / counts.sum()) for counts in books_of(record, metrics) if counts.sum() > 0]
+    return float(np.mean(shares)) if shares else math.nan
+
+
+def silent_segments(batches: Sequence[Batch]) -> list[str]:
+    """Returns the keys of segments whose audio is silent or constant."""
+    found = []
+    for batch in batches:
+        for wave_T, length, key in zip(batch.wave_BT, batch.lengths_B.tolist(), batch.keys, strict=True):
+            if length == 0 or float(wave_T[:length].max() - wave_T[:length].min()) < SILENT:
+                found.append(key)
+    return found
+
+
+@dataclass(frozen=True)
+class UpdateObservation:
+    """One update, as far as the pooled detectors need it. NaN: the objective reports no such number."""
+
+    loss: float
+    """Per target, without regularisers."""
+    accuracy: float
+    chance_loss: float
+    chance_accuracy: float
+    books: tuple[np.ndarray, ...]
+    """How often each code occurred, of each code book."""
+    samples: int
+    seconds: float
+    waits: np.ndarray
+    """Seconds that each rank waited for data."""
+
+
+def observe(record: MonitoringRecord, result: StepResult, seconds: float) -> UpdateObservation:
+    """Returns the observation of one finished update.
+
+    Args:
+        record: what the objective reported before the update (its books may be others after it).
+        result: the sums over all ranks.
+        seconds: wall time from batch to batch.
+    """
+    loss = mean_of(result.metrics, record.loss)
+    return UpdateObservation(
+        loss=result.loss if math.isnan(loss) else loss,
+        accuracy=mean_of(result.metrics, record.accuracy),
+        chance_loss=mean_of(result.metrics, record.chance_loss),
+        chance_accuracy=mean_of(result.metrics, record.chance_accuracy),
+        books=books_of(record, result.metrics),
+        samples=result.samples,
+        seconds=seconds,
+        waits=np.array(result.signals.wait_seconds),
+    )
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Means and sums over the window's updates. NaN: nothing was measured."""
+
+    updates: int
+    loss: float
+    accuracy: float
+    chance_loss: float
+    """Of a model that knows only how frequent each target is; 0 where that is not defined."""
+    chance_accuracy: float
+    books: tuple[np.ndarray, ...]
+    contrastive: bool
+    """Whether the chance level is that of a guess among negatives."""
+    samples: float
+    seconds: float
+    waits: Mapping[int, float]
+
+
+def pool(recent: Sequence[UpdateObservation]) -> Pooled:
+    """Returns the window's means and sums."""
+    books = tuple(np.sum(counts, axis=0) for counts in zip(*(seen.books for seen in recent), strict=True))
+    of_guess = _mean([seen.chance_loss for seen in recent])
+    of_books = sum(map(entropy, books)) / len(books) if books else 0.0
+    return Pooled(
+        updates=len(recent),
+        loss=_mean([seen.loss for seen in recent]),
+        accuracy=_mean([seen.accuracy for seen in recent]),
+        chance_loss=of_books if math.isnan(of_guess) else of_guess,
+        chance_accuracy=_mean([seen.chance_accuracy for seen in recent]),
+        books=books,
+        contrastive=not math.isnan(of_guess),
+        samples=_mean([seen.samples for seen in recent]),
+        seconds=_mean([seen.seconds for seen in recent]),
+        waits=dict(enumerate(np.mean([seen.waits for seen in recent], axis=0).tolist())) if recent else {},
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+@dataclass
+class Memory:
+    """What was measured so far and a resumed run must know; part of the checkpoint, as plain JSON."""
+
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=NORMS))
+    """Newest gradient norms; alike on all ranks."""
+    first: dict[str, float] = field(default_factory=dict)
+    """The first deviation of each stage."""
+    best: dict[str, float] = field(default_factory=dict)
+    """The largest rank of each stage since the warm-up, and the largest perplexity."""
+    targets_since: int = 0
+    """The step from which on the model has its present targets."""
+    heard: int = 0
+    """Samples of audio computed on, from the first update on."""
+    without_targets: dict[str, int] = field(default_factory=dict)
+    """Updates in a row in which a task had no target; alike on all ranks."""
+
+    @classmethod
+    def load(cls, values: Mapping[str, Any]) -> Memory:
+        """Returns the memory of a checkpoint; fields that an earlier version did not keep start empty."""
+        return cls(
+            deque(values.get("norms", []), NORMS),
+            dict(values.get("first", {})),
+            dict(values.get("best", {})),
+            int(values.get("targets_since", 0)),
+            int(values.get("heard", 0)),
+            dict(values.get("without_targets", {})),
+        )
+
+    def dump(self) -> dict[str, Any]:
+        """Returns the memory as plain JSON."""
+        return {
+            "norms": list(self.norms),
+            "first": dict(self.first),
+            "best": dict(self.best),
+            "targets_since": self.targets_since,
+            "heard": self.heard,
+            "without_targets": dict(self.without_targets),
+        }
+
+    def add(self, result: StepResult, tasks: Sequence[str]) -> None:
+        """Adds one finished update, the same on every rank."""
+        self.heard += result.samples
+        self.norms.append(result.grad_norm)
+        for task in tasks:
+            count = result.metrics.get(f"loss/{task}", (None, 1.0))[1]
+            self.without_targets[task] = 0 if count > 0 else self.without_targets.get(task, 0) + 1
+
+    def first_of(self, name: str, value: float) -> float:
+        """Returns the first value that was measured under this name."""
+        return self.first.setdefault(name, value)
+
+    def best_of(self, name: str, value: float) -> float:
+        """Returns the largest value so far, this one included."""
+        self.best[name] = max(value, self.best.get(name, 0.0))
+        return self.best[name]
