@@ -1,10 +1,13 @@
-"""Who shares what, among more recordings than fit into memory: rows are spread over files by the hash of what they hold
-(as LSH spreads bands over buckets), and one file at a time is sorted. Memory is bounded by `ROWS`, whatever the corpus.
+"""Finds pairs of recordings that share fingerprints, among more of them than fit into memory.
+
+Rows are spread over files by the hash of what they hold (as LSH spreads bands over buckets), and one file at a time is
+sorted. Memory is bounded by `ROWS`, whatever the size of the corpus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -23,20 +26,41 @@ FILES: Final = 64
 NEIGHBOURS: Final = 8
 """A key of many recordings is compared with that many next ones, and with the first."""
 PRINT: Final = np.dtype([("key", "<u8"), ("owner", "<u4"), ("frame", "<u4")])
-VOTE: Final = np.dtype([("key", "<u8"), ("shift", "<i4"), ("count", "<u4")])
+VOTE: Final = np.dtype([("key", "<u8"), ("shift", "<i4"), ("bin", "<u4"), ("count", "<u4")])
 HASH: Final = np.dtype([("key", "S64"), ("owner", "<u4")])
+
+
+BIN: Final = 64
+"""Frames of the stretches, about a second, in which shared speech is measured."""
+FEWEST: Final = 0.01
+"""Share of the shorter recording's fingerprints that a pair must have in common: fewer are chance."""
 
 
 @config
 class DedupConfig:
-    """Recordings that are there twice; finding them reads the whole corpus once more, before shards are written."""
+    """Duplicate recordings; finding them reads the whole corpus once more, before shards are written."""
 
     exact: Annotated[bool, about("leave out recordings whose decoded audio is the same, sample by sample")] = False
     near: Annotated[bool, about("leave out recordings of the same sound at another gain, codec or offset")] = False
     min_matches: Annotated[int, about("fingerprints that two recordings must share at one offset", ge=2)] = 4
     min_share: Annotated[
-        float, about("and which share of the shorter recording's fingerprints that must be", gt=0, le=1)
-    ] = 0.01
+        float,
+        about(
+            "share of the shorter recording's speech, in seconds, that must be in both; a jingle is less", gt=0, le=1
+        ),
+    ] = 0.5
+
+
+@dataclass(frozen=True)
+class Match:
+    """Two recordings that share speech, the smaller number first."""
+
+    one: int
+    other: int
+    share: float
+    """Share of the shorter one's seconds with speech that both have."""
+    shift: int
+    """Frame of a sound in `other` minus its frame in `one`."""
 
 
 class Spread:
@@ -58,7 +82,7 @@ class Spread:
                     rows[order[start:end]].tofile(file)
 
     def parts(self) -> Iterator[Array]:
-        """The rows of one file after the other; each is removed when it was read."""
+        """Yields the rows of one file after the other; each file is removed when it was read."""
         for path in self.paths:
             if path.exists():
                 rows = np.fromfile(path, self.dtype)
@@ -67,7 +91,7 @@ class Spread:
 
 
 def equal_hashes(tables: Iterable[Table], recordings: int, folder: Path) -> Iterator[tuple[int, int]]:
-    """(recording, the first one with the same hash) for each that is not the first."""
+    """Returns (recording, the first one with the same hash) for each that is not the first."""
     spread = Spread(folder, "hash", HASH, max(1, recordings // ROWS))
     for owners, (column,) in tables:
         rows = np.zeros(len(owners), HASH)
@@ -80,11 +104,16 @@ def equal_hashes(tables: Iterable[Table], recordings: int, folder: Path) -> Iter
             yield int(rows["owner"][number]), int(rows["owner"][first[number]])
 
 
-def shared_prints(
-    tables: Iterable[Table], recordings: int, config: DedupConfig, folder: Path
-) -> Iterator[tuple[int, int]]:
-    """Pairs of recordings, smaller number first, that share enough fingerprints at one offset."""
-    counts = np.zeros(recordings, np.uint32)
+def shared_prints(tables: Iterable[Table], recordings: int, config: DedupConfig, folder: Path) -> Iterator[Match]:
+    """Finds the pairs of recordings that share enough speech at one offset.
+
+    Args:
+        tables: Owners, keys and frames of fingerprints; each owner once.
+        recordings: How many recordings there are; owners are below it.
+        config: What is enough.
+        folder: For scratch files.
+    """
+    counts, seconds = np.zeros(recordings, np.uint32), np.zeros(recordings, np.uint32)
     files = max(FILES, recordings * 200 // ROWS)
     prints, votes = Spread(folder, "prints", PRINT, files), Spread(folder, "votes", VOTE, files)
     for owners, (keys, frames) in tables:
@@ -93,6 +122,8 @@ def shared_prints(
         rows = np.zeros(int(lengths.sum()), PRINT)
         rows["key"], rows["frame"] = keys.flatten().to_numpy(), frames.flatten().to_numpy()
         rows["owner"] = np.repeat(owners, lengths)
+        spoken = np.unique(rows["owner"].astype(np.uint64) << np.uint64(32) | (rows["frame"] // BIN))
+        np.add.at(seconds, (spoken >> np.uint64(32)).astype(np.int64), 1)
         prints.add(rows, rows["key"])
     for rows in prints.parts():
         rows = rows[np.lexsort((rows["owner"], rows["key"]))]
@@ -100,20 +131,23 @@ def shared_prints(
             made = _votes(rows[left], rows[right])
             votes.add(made, made["key"])
     for cast in votes.parts():
-        one, other, best = _best_shift(cast)
-        enough = best >= np.maximum(config.min_matches, config.min_share * np.minimum(counts[one], counts[other]))
-        yield from zip(one[enough].tolist(), other[enough].tolist(), strict=True)
+        found = _best_shift(cast)
+        least = np.minimum(counts[found.one], counts[found.other])
+        share = np.minimum(found.bins / np.maximum(np.minimum(seconds[found.one], seconds[found.other]), 1), 1.0)
+        enough = (found.matches >= np.maximum(config.min_matches, FEWEST * least)) & (share >= config.min_share)
+        columns = (found.one[enough], found.other[enough], share[enough], found.shift[enough])
+        yield from (Match(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
 
 
 def _first_of_run(values: Array) -> npt.NDArray[np.int64]:
-    """For each of the sorted values, where the first equal one stands."""
+    """Returns for each of the sorted values the place of the first equal one."""
     starts = np.arange(len(values))
     starts[1:][values[1:] == values[:-1]] = 0
     return np.maximum.accumulate(starts)
 
 
 def _neighbours(keys: Array) -> Iterator[tuple[Array, Array]]:
-    """Pairs of places of equal keys, which are sorted: each with the next ones, and with the first of its run."""
+    """Yields pairs of places of equal keys, which are sorted: each with the next ones and the first of its run."""
     first, here = _first_of_run(keys), np.arange(len(keys))
     for step in range(1, NEIGHBOURS + 1):
         right = here[step:][first[step:] == first[: len(keys) - step]] if step < len(keys) else here[:0]
@@ -123,36 +157,61 @@ def _neighbours(keys: Array) -> Iterator[tuple[Array, Array]]:
 
 
 def _votes(left: Array, right: Array) -> Array:
-    """One row for each pair and shift, with its count; `key` holds the smaller owner, then the other."""
+    """One row for each pair, shift and stretch of the left one; `key` holds the smaller owner, then the other."""
     different = left["owner"] != right["owner"]
     left, right = left[different], right[different]
     rows = np.zeros(len(left), VOTE)
     rows["key"] = left["owner"].astype(np.uint64) << np.uint64(32) | right["owner"].astype(np.uint64)
     rows["shift"] = right["frame"].astype(np.int64) - left["frame"].astype(np.int64)
+    rows["bin"] = left["frame"] // BIN
     rows["count"] = 1
-    return _summed(rows)
+    return _summed(rows, ("key", "shift", "bin"))
 
 
-def _summed(rows: Array) -> Array:
-    rows = rows[np.lexsort((rows["shift"], rows["key"]))]
+def _summed(rows: Array, columns: tuple[str, ...]) -> Array:
+    """Rows sorted by these columns, with the counts of equal ones added up."""
+    rows = rows[np.lexsort([rows[column] for column in reversed(columns)])]
     if not len(rows):
         return rows
     new = np.ones(len(rows), bool)
-    new[1:] = (rows["key"][1:] != rows["key"][:-1]) | (rows["shift"][1:] != rows["shift"][:-1])
+    new[1:] = np.logical_or.reduce([rows[column][1:] != rows[column][:-1] for column in columns])
     starts = np.flatnonzero(new)
     kept = rows[starts]
     kept["count"] = np.add.reduceat(rows["count"], starts)
     return kept
 
 
-def _best_shift(rows: Array) -> tuple[Array, Array, Array]:
-    """(one, other, matches at the best offset) of each pair."""
-    rows = _summed(rows)
-    matches = rows["count"].astype(np.int64)
+@dataclass(frozen=True)
+class _Best:
+    """The best offset of each pair; all arrays have one row per pair."""
+
+    one: Array
+    other: Array
+    shift: Array
+    matches: Array
+    """Fingerprints in common at that offset."""
+    bins: Array
+    """Stretches of `one` that hold some of them."""
+
+
+def _best_shift(rows: Array) -> _Best:
+    rows = _summed(rows, ("key", "shift", "bin"))
+    totals = _summed(rows, ("key", "shift"))
+    matches = totals["count"].astype(np.int64)
     # a frame's neighbour offset counts too: copies need not be cut at whole frames
-    near = (rows["key"][1:] == rows["key"][:-1]) & (rows["shift"][1:] == rows["shift"][:-1] + 1)
-    matches[:-1] += np.where(near, rows["count"][1:], 0)
-    starts = np.unique(_first_of_run(rows["key"]))
-    best = np.maximum.reduceat(matches, starts) if len(starts) else matches
-    key = rows["key"][starts]
-    return (key >> np.uint64(32)).astype(np.int64), (key & np.uint64(0xFFFFFFFF)).astype(np.int64), best
+    near = (totals["key"][1:] == totals["key"][:-1]) & (totals["shift"][1:] == totals["shift"][:-1] + 1)
+    matches[:-1] += np.where(near, totals["count"][1:], 0)
+    starts = np.unique(_first_of_run(totals["key"]))
+    pairs = len(starts)
+    pair_of_total = np.repeat(np.arange(pairs), np.diff([*starts, len(totals)]))
+    # the first total of each pair that has the most matches
+    order = np.lexsort([np.arange(len(totals)), -matches, pair_of_total])
+    best = order[starts] if pairs else order
+    key, shift = totals["key"][best], totals["shift"][best].astype(np.int64)
+    pair_of_row = np.searchsorted(key, rows["key"])
+    apart = rows["shift"] - shift[pair_of_row] if pairs else rows["shift"]
+    there = (apart == 0) | (apart == 1)
+    covered = np.unique(pair_of_row[there].astype(np.uint64) << np.uint64(32) | rows["bin"][there])
+    bins = np.bincount((covered >> np.uint64(32)).astype(np.int64), minlength=pairs)
+    one, other = (key >> np.uint64(32)).astype(np.int64), (key & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    return _Best(one, other, shift, matches[best], bins)

@@ -1,9 +1,10 @@
-"""Recordings that are there twice: the same samples, or the same sound at another gain, codec or offset.
+"""Finds duplicate recordings: the same samples, or the same sound at another gain, codec or offset.
 
 Near-duplicates are found by spectral fingerprints after Haitsma & Kalker (2002): each bit says whether the energy
 difference of two neighbouring bands grew or fell, which neither gain nor a codec changes much. A key joins the bits of
-two frames a quarter of a second apart: 40 bits, so that strangers share next to none however large the corpus is. Only
-keys whose hash falls below a bound are kept, the same ones in every copy; matching.py finds who shares some.
+two frames a quarter of a second apart: 40 bits, so that unrelated recordings share next to none however large the
+corpus is. Only keys whose hash is below a bound are kept, the same ones in every copy; duplicate_search.py finds who
+shares some.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +24,7 @@ import soxr
 from data_pipeline.audio import codecs
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
+from data_pipeline.corpora.records import RecordingId
 from data_pipeline.preprocess.duplicate_search import DedupConfig, Table, equal_hashes, shared_prints
 from data_pipeline.preprocess.plan_file import Dropped
 
@@ -39,6 +42,7 @@ SCAN_SCHEMA: Final = pa.schema(
     [
         *((name, pa.string()) for name in ("corpus", "file_id", "mtime", "pcm")),
         ("size", pa.int64()),
+        ("samples", pa.int64()),
         ("prints", pa.list_(pa.uint64())),
         ("frames", pa.list_(pa.uint32())),
     ]
@@ -102,8 +106,9 @@ class Fingerprinter:
 
 
 def scan(files: Sequence[AudioFile], near: bool, out: str) -> str:
-    """Writes hashes and fingerprints of the files to `_scan/` once; the file's name. Files that fail are left to the
-    unit that will process them.
+    """Writes hashes and fingerprints of recordings to `_scan/` unless that was done before; returns the file's name.
+
+    Recordings that cannot be read are left to the unit that will process them.
     """
     store = FileStore(out)
     name = scan_name(files, near)
@@ -111,18 +116,19 @@ def scan(files: Sequence[AudioFile], near: bool, out: str) -> str:
         return before[0]
     rows = []
     for file in files:
-        digest, prints = hashlib.sha256(), Fingerprinter()
+        digest, prints, samples = hashlib.sha256(), Fingerprinter(), 0
         try:
             with codecs.local_copy(file.path) as path:
                 for block in codecs.decode(path, SAMPLE_RATE):
                     digest.update(codecs.to_int16(block).data)
+                    samples += len(block)
                     if near:
                         prints.feed(block)
         except codecs.AudioError:
             continue
         values, frames = prints.finish()
         row = {"corpus": file.corpus, "file_id": file.file_id, "mtime": file.mtime, "size": file.size}
-        rows.append({**row, "pcm": digest.hexdigest(), "prints": values, "frames": frames})
+        rows.append({**row, "pcm": digest.hexdigest(), "samples": samples, "prints": values, "frames": frames})
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCAN_SCHEMA), buffer, compression="zstd")
     whole = f"{name}-{_short(buffer.getvalue())}.parquet"
@@ -131,14 +137,14 @@ def scan(files: Sequence[AudioFile], near: bool, out: str) -> str:
 
 
 def scan_name(files: Iterable[AudioFile], near: bool) -> str:
-    """How the name of the scan of these files begins; the hash of its content follows."""
+    """Returns how the name of the scan of these files begins; the hash of its content follows."""
     sources = [f"{file.corpus}\x1f{file.file_id}\x1f{file.size}\x1f{file.mtime}" for file in files]
     text = "\x1e".join([f"near={near}", *sources]).encode("utf-8", "surrogateescape")
     return hashlib.sha256(text).hexdigest()[:16]
 
 
 def scan_is_altered(name: str, content: bytes) -> bool:
-    """Whether a scan is no longer what its name says."""
+    """Whether the content of a scan does not have the hash that its name holds."""
     return _short(content) != name.removesuffix(".parquet").rpartition("-")[2]
 
 
@@ -147,42 +153,81 @@ def _short(content: bytes) -> str:
 
 
 def find_duplicates(
-    out: str, config: DedupConfig, fresh: Sequence[AudioFile], older: set[tuple[str, str]]
+    out: str, config: DedupConfig, fresh: Sequence[AudioFile], older: set[RecordingId]
 ) -> list[Dropped]:
-    """Which of the `fresh` recordings, all scanned, to leave out. Of each group one stays: an `older` one (in a unit
-    already) if there is one, otherwise the first by name.
+    """Finds which of the new recordings to leave out. Of each group one is kept: an older one if there is one,
+    otherwise the first by name.
 
     Fingerprints and hashes are sorted on disk: memory holds the names of the recordings, and the duplicates found.
+
+    Args:
+        out: The data set, whose `_scan` holds the fingerprints of all recordings.
+        config: Which duplicates to look for.
+        fresh: The new recordings.
+        older: Those in a unit already.
+
+    Raises:
+        OSError: A scan is damaged.
     """
     new = {(file.corpus, file.file_id): file for file in fresh}
     ranked = [*sorted(older), *sorted(new.keys() - older)]
     place = {name: number for number, name in enumerate(ranked)}
-    store, duplicates = FileStore(out), dict[int, tuple[str, int]]()
+    store, found = FileStore(out), dict[int, _Duplicate]()
     with store.scratch() as folder:
         if config.exact:
             hashes = _tables(store, place, new, ["pcm"])
-            duplicates = {other: ("exact", one) for other, one in equal_hashes(hashes, len(ranked), folder)}
+            for other, one in equal_hashes(hashes, len(ranked), folder):
+                found[other] = _Duplicate("exact", one)
         if config.near:
             prints = _tables(store, place, new, ["prints", "frames"])
-            for one, other in sorted(shared_prints(prints, len(ranked), config, folder)):
-                if other not in duplicates and one not in duplicates:
-                    duplicates[other] = ("near", one)
+            matches = shared_prints(prints, len(ranked), config, folder)
+            for match in sorted(matches, key=lambda match: (match.one, match.other)):
+                if match.other not in found and match.one not in found:
+                    offset = -match.shift * HOP / RATE
+                    found[match.other] = _Duplicate("near", match.one, match.share, offset)
+    lengths = _lengths(store, place, new) if found else {}
     return [
-        Dropped(new[ranked[number]], reason, "/".join(ranked[kept]))
-        for number, (reason, kept) in sorted(duplicates.items())
+        Dropped(
+            file=new[ranked[number]],
+            reason=duplicate.reason,
+            same_as="/".join(ranked[duplicate.kept]),
+            share=duplicate.share,
+            offset_seconds=duplicate.offset_seconds,
+            samples=lengths.get(number, 0),
+        )
+        for number, duplicate in sorted(found.items())
         if ranked[number] in new
     ]
 
 
+@dataclass(frozen=True)
+class _Duplicate:
+    reason: str
+    kept: int
+    """Number of the recording that is kept."""
+    share: float = 1.0
+    offset_seconds: float = 0.0
+
+
+def _lengths(
+    store: FileStore, place: Mapping[RecordingId, int], new: Mapping[RecordingId, AudioFile]
+) -> dict[int, int]:
+    """Samples of each recording whose scan holds them; those of earlier versions do not."""
+    lengths: dict[int, int] = {}
+    for owners, (column,) in _tables(store, place, new, ["samples"]):
+        lengths |= zip(owners.tolist(), column.fill_null(0).to_pylist(), strict=True)
+    return lengths
+
+
 def _tables(
-    store: FileStore, place: Mapping[tuple[str, str], int], new: Mapping[tuple[str, str], AudioFile], columns: list[str]
+    store: FileStore, place: Mapping[RecordingId, int], new: Mapping[RecordingId, AudioFile], columns: list[str]
 ) -> Iterator[Table]:
     """Scan by scan the owners of the rows and some columns; each owner once."""
     seen = np.zeros(len(place), bool)
     for name in store.names("_scan", ".parquet"):
         content = store.read(f"_scan/{name}")
         if scan_is_altered(name, content):
-            raise OSError(f"{store.root}/_scan/{name} is not as it was written; remove it and run the same again")
+            raise OSError(f"{store.root}/_scan/{name}: checksum mismatch; remove it and run the same command again")
         table = pq.read_table(io.BytesIO(content))
         rows, owners = [], []
         stamps = zip(*(table[key].to_pylist() for key in ("corpus", "file_id", "size", "mtime")), strict=True)
@@ -195,4 +240,6 @@ def _tables(
             rows.append(row)
             owners.append(owner)
         kept: Any = table.take(rows)
-        yield np.array(owners, np.uint32), [kept[column].combine_chunks() for column in columns]
+        empty = pa.nulls(len(rows), pa.int64())
+        found = [kept[name].combine_chunks() if name in kept.column_names else empty for name in columns]
+        yield np.array(owners, np.uint32), found

@@ -1,9 +1,9 @@
-"""Doubles among many: found at another gain, codec or offset, in memory that does not grow with the corpus."""
+"""Duplicates among many recordings: found at another gain, codec or offset, in bounded memory."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,13 @@ import soxr
 
 from data_pipeline.audio import codecs
 from data_pipeline.preprocess import duplicate_search
-from data_pipeline.preprocess.duplicate_search import DedupConfig, Table, equal_hashes, shared_prints
-from data_pipeline.preprocess.fingerprints import BITS, Fingerprinter
+from data_pipeline.preprocess.duplicate_search import DedupConfig, Match, Table, equal_hashes, shared_prints
+from data_pipeline.preprocess.fingerprints import BITS, HOP, RATE, Fingerprinter
+from tests.support.sounds import sound
+
+
+def pairs_of(matches: Iterable[Match]) -> set[tuple[int, int]]:
+    return {(match.one, match.other) for match in matches}
 
 
 def table(owners: list[int], keys: list[np.ndarray], frames: list[np.ndarray]) -> Table:
@@ -40,7 +45,7 @@ def corpus(recordings: int, prints: int, doubles: int, batch: int = 5_000) -> It
 
 def found_of(recordings: int, prints: int, doubles: int, folder: Path) -> tuple[float, int]:
     """(share of the planted pairs that are found, pairs that are none)."""
-    pairs = set(shared_prints(corpus(recordings, prints, doubles), recordings, DedupConfig(near=True), folder))
+    pairs = pairs_of(shared_prints(corpus(recordings, prints, doubles), recordings, DedupConfig(near=True), folder))
     planted = {(number, recordings - doubles + number) for number in range(doubles)}
     return len(pairs & planted) / doubles, len(pairs - planted)
 
@@ -53,7 +58,9 @@ def test_every_planted_pair_is_found_and_no_other(tmp_path: Path, monkeypatch: p
 
 def test_many_copies_of_one_recording_all_lead_to_the_first(tmp_path: Path) -> None:
     keys, frames = np.arange(10) * 977, np.arange(10)
-    pairs = set(shared_prints([table(list(range(300)), [keys] * 300, [frames] * 300)], 300, DedupConfig(), tmp_path))
+    pairs = pairs_of(
+        shared_prints([table(list(range(300)), [keys] * 300, [frames] * 300)], 300, DedupConfig(), tmp_path)
+    )
     assert {(0, other) for other in range(1, 300)} <= pairs
 
 
@@ -79,6 +86,41 @@ def degraded(wave: codecs.Wave) -> dict[str, codecs.Wave]:
     }
 
 
+def matches_of(waves: list[list[codecs.Wave]], folder: Path, **config: float) -> list[Match]:
+    keys, frames = [], []
+    for parts in waves:
+        prints = Fingerprinter()
+        prints.feed(np.concatenate(parts))
+        for kept, made in zip((keys, frames), prints.finish(), strict=True):
+            kept.append(made)
+    tables = [table(list(range(len(waves))), keys, frames)]
+    matches = shared_prints(tables, len(waves), DedupConfig(near=True, **config), folder)
+    return sorted(matches, key=lambda match: (match.one, match.other))
+
+
+@pytest.mark.parametrize(("place", "seconds"), [("begin", 3.0), ("end", 3.0), ("both ends", 3.0), ("begin", 8.0)])
+def test_a_shared_jingle_is_not_a_shared_recording(tmp_path: Path, place: str, seconds: float) -> None:
+    jingle = sound("jingle", seconds)
+    episodes = [
+        [jingle] * (place != "end") + [sound(f"episode {number}", 30.0)] + [jingle] * (place != "begin")
+        for number in range(4)
+    ]
+    assert matches_of(episodes, tmp_path) == []
+    found = matches_of(episodes, tmp_path, min_share=0.02)
+    assert len(found) == 6
+    assert all(match.share < 0.45 for match in found), "the share is measured in seconds of the shorter one"
+
+
+def test_the_share_and_the_offset_of_a_copy_are_known(tmp_path: Path) -> None:
+    one, more = sound("one", 20.0), sound("more", 20.0)
+    [inside] = matches_of([[one], [one[16_000 * 6 : 16_000 * 14]]], tmp_path)
+    assert inside.share > 0.9, "all of the shorter one"
+    assert -inside.shift * HOP / RATE == pytest.approx(6.0, abs=0.1)
+    [half] = matches_of([[one, more], [sound("other", 10.0), one[: 16_000 * 15]]], tmp_path)
+    assert half.share == pytest.approx(15 / 25, abs=0.1)
+    assert -half.shift * HOP / RATE == pytest.approx(-10.0, abs=0.1)
+
+
 @pytest.mark.real_speech
 def test_real_speech_is_known_again(utterances: list[Path], tmp_path: Path) -> None:
     names, keys, frames = [], [], []
@@ -91,7 +133,7 @@ def test_real_speech_is_known_again(utterances: list[Path], tmp_path: Path) -> N
             for kept, made in zip((keys, frames), prints.finish(), strict=True):
                 kept.append(made)
     tables = [table(list(range(len(names))), keys, frames)]
-    pairs = set(shared_prints(tables, len(names), DedupConfig(near=True), tmp_path))
+    pairs = pairs_of(shared_prints(tables, len(names), DedupConfig(near=True), tmp_path))
     assert all(names[one][0] == names[other][0] for one, other in pairs), "strangers"
     wanted = {(number - number % 7, number) for number in range(len(names)) if number % 7}
     missed = [names[other] for _, other in wanted - pairs]

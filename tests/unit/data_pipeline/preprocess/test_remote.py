@@ -73,7 +73,7 @@ def test_from_bucket_to_bucket_equals_from_disk_to_disk(s3: str, tmp_path: Path)
     # a Ray of its own: its workers inherit the server's address
     code = (
         "import json, sys\n"
-        "from data_pipeline.sampling.config import PreprocessConfig\n"
+        "from data_pipeline.preprocess.config import PreprocessConfig\n"
         "from data_pipeline.preprocess.job import preprocess\n"
         "from data_pipeline.core.schema import load\n"
         "summary = preprocess(load(PreprocessConfig, json.loads(sys.argv[1])), progress=False)\n"
