@@ -13,7 +13,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ import soundfile
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from data_pipeline.audio.codecs import Wave
 from data_pipeline.core.integrity import write_checksums
 from data_pipeline.core.ray_tasks import RayConfig, cluster, run_tasks
 from data_pipeline.core.rng import keyed_rng
@@ -42,6 +43,8 @@ SEED_ROUNDS = 20
 """Lloyd iterations by which seedings are compared."""
 SEEDS = 20_000
 """Frames among which k-means++ draws the first centres."""
+LONGEST_SECONDS = 3_600
+"""A sample is in memory as a whole; longer ones are refused."""
 ROWS = 8_192
 """Frames compared with the centres at a time."""
 
@@ -160,13 +163,35 @@ def label_shard(
 
 
 def shard_features(root: str, record: DoneRecord, extractor: Callable[[], Extractor]) -> Iterator[tuple[str, Matrix]]:
-    """(key, features) of each sample of a shard, in the order of its index."""
+    """Yields (key, features) of each sample of a shard, in the order of its index.
+
+    Raises:
+        ValueError: A sample cannot be decoded, or is longer than `LONGEST_SECONDS`, whatever its header claims.
+    """
     store, compute = FileStore(root), _cached(extractor).compute
     with store.fs.open(store.path(record.shard), "rb") as file:
         for row in read_index(root, record).to_pylist():
+            if not 0 < row["n_samples"] <= LONGEST_SECONDS * SAMPLE_RATE:
+                raise ValueError(
+                    f"{record.shard}: sample {row['key']} has {row['n_samples']:,} samples by its index; frame labels "
+                    f"are made for up to {LONGEST_SECONDS} s: cut it shorter with cut.max_seconds"
+                )
             file.seek(row["payload_offset"])
-            wave, _ = soundfile.read(io.BytesIO(file.read(row["payload_size"])), dtype="float32")
-            yield row["key"], compute(wave[: row["n_samples"]])
+            yield row["key"], compute(_read_wave(file.read(row["payload_size"]), row, record.shard))
+
+
+def _read_wave(content: bytes, row: Mapping[str, Any], shard: str) -> Wave:
+    """The first n_samples of a sample, as its index counts them. Raises ValueError where there are fewer."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as sound:
+            if sound.channels != 1:
+                raise ValueError(f"{shard}: sample {row['key']} has {sound.channels} channels instead of 1")
+            wave: Wave = sound.read(row["n_samples"], dtype="float32")
+    except RuntimeError as error:
+        raise ValueError(f"{shard}: sample {row['key']} cannot be decoded ({error})") from None
+    if len(wave) < row["n_samples"]:
+        raise ValueError(f"{shard}: sample {row['key']} has {len(wave):,} samples, its index {row['n_samples']:,}")
+    return wave
 
 
 def assign(features: Matrix, centres: Matrix) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

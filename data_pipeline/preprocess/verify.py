@@ -1,13 +1,12 @@
-"""Reads a whole data set again and says what is not as it was written, down to a single flipped bit."""
+"""Reads a whole data set again and finds what is not as it was written, down to a single flipped bit."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, Final
 
 import numpy as np
 import soundfile
@@ -21,21 +20,35 @@ from data_pipeline.preprocess.plan_file import SPLITS
 from data_pipeline.preprocess.work_plan import read_plan
 from data_pipeline.shards.records import AUDIO_SUFFIXES, DoneRecord, read_index, refuse_code, rejects_name
 
-NO_ROW = dict.fromkeys(("key", "payload_offset", "payload_size", "n_samples"))
+NO_ROW: Final = dict.fromkeys(("key", "payload_offset", "payload_size", "n_samples"))
+BLOCK_VALUES: Final = 1 << 18
+"""Values (frames × channels) decoded at a time: a file of a few MB may claim hours of audio."""
+OPUS_PACKET: Final = 960
+"""Opus streams may hold up to one packet of samples more than they were given."""
+Fault = tuple[str, str]
+"""(file below the folder, what is wrong with it)."""
 
 
-def verify(root: str, decode: bool = True) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it) for everything below `root`; nothing where all is well.
+def verify(root: str, decode: bool = True) -> Iterator[Fault]:
+    """Reads a whole data set again and finds everything that is not as it was written; one row for each fault.
 
-    Compares every hash, and with `decode` reads every sample as another reader would. `root` is a data set, one with
-    the folders train, valid and test, or the frame labels of one. Raises ConfigError for a folder that is none of
-    these.
+    Memory is bounded whatever the files claim, and a fault hides none of the next ones.
+
+    Args:
+        root: A data set, one with the folders train, valid and test, or the frame labels of one.
+        decode: Also decode every sample, as another reader would; otherwise checksums are compared only.
+
+    Yields:
+        (file below `root`, what is wrong with it); nothing where all is well.
+
+    Raises:
+        ConfigError: The folder holds neither shards nor labels.
     """
     store = FileStore(root)
     if store.exists("labels.json") or store.exists("targets.json"):
-        yield from altered_files(store)
+        yield from _guarded(CHECKSUMS, altered_files(store))
         if not store.exists(CHECKSUMS):
-            yield CHECKSUMS, "is missing: `auricle targets` has not come to its end"
+            yield CHECKSUMS, "is missing: `auricle targets` did not finish"
         return
     sets = [part for part in ("", *SPLITS) if store.names(f"{part}/_done".lstrip("/"), ".json")]
     if not sets:
@@ -46,100 +59,161 @@ def verify(root: str, decode: bool = True) -> Iterator[tuple[str, str]]:
     for part in sets:
         for name, problem in _verify_set(FileStore(f"{store.root}/{part}".rstrip("/")), keys, decode):
             yield f"{part}/{name}".lstrip("/"), problem
-    yield from _verify_plan(store, sets)
-    yield from altered_files(store)
-    if store.exists(REPORT) and not is_sealed(store.read(REPORT)):
-        yield REPORT, "is not as it was written"
+    yield from _guarded("_plan", _verify_plan(store, sets))
+    yield from _guarded(CHECKSUMS, altered_files(store))
+    if store.exists(REPORT):
+        yield from _guarded(REPORT, _verify_report(store))
     for name in store.names("_scan", ".parquet"):
-        if scan_is_altered(name, store.read(f"_scan/{name}")):
-            yield f"_scan/{name}", "is not as it was written"
+        yield from _guarded(f"_scan/{name}", _verify_scan(store, name))
 
 
-def _verify_set(store: FileStore, keys: dict[str, str], decode: bool) -> Iterator[tuple[str, str]]:
+def _guarded(name: str, faults: Iterator[Fault]) -> Iterator[Fault]:
+    """The same faults; an error that ends the search for them is a fault of the file `name`."""
+    try:
+        yield from faults
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        yield name, f"cannot be read ({type(error).__name__}: {error})"
+
+
+def _verify_report(store: FileStore) -> Iterator[Fault]:
+    if not is_sealed(store.read(REPORT)):
+        yield REPORT, "checksum mismatch"
+
+
+def _verify_scan(store: FileStore, name: str) -> Iterator[Fault]:
+    if scan_is_altered(name, store.read(f"_scan/{name}")):
+        yield f"_scan/{name}", "checksum mismatch"
+
+
+def _verify_set(store: FileStore, keys: dict[str, str], decode: bool) -> Iterator[Fault]:
     claimed: set[str] = set()
     for name in store.names("_done", ".json"):
-        content = store.read(f"_done/{name}")
-        try:
-            record = DoneRecord.from_json(content, name)
-        except ValueError as error:
-            yield f"_done/{name}", str(error)
-            continue
-        # other writers need not add a checksum
-        if (b'"check"' in content or store.exists("_plan")) and record.to_json() != content:
-            yield f"_done/{name}", "is not as it was written, or another version of auricle wrote it: preprocess again"
-        claimed.add(record.shard)
-        yield from _verify_unit(store, record, keys, decode)
+        yield from _guarded(f"_done/{name}", _verify_record(store, name, keys, claimed, decode))
     for tar in store.names("", ".tar"):
         if tar not in claimed:
             yield tar, "belongs to no finished unit; readers that list the folder would read it"
 
 
-def _verify_unit(store: FileStore, record: DoneRecord, keys: dict[str, str], decode: bool) -> Iterator[tuple[str, str]]:
+def _verify_record(
+    store: FileStore, name: str, keys: dict[str, str], claimed: set[str], decode: bool
+) -> Iterator[Fault]:
+    content = store.read(f"_done/{name}")
+    record = DoneRecord.from_json(content, name)
+    # other writers need not add a checksum
+    if (b'"check"' in content or store.exists("_plan")) and record.to_json() != content:
+        yield f"_done/{name}", "checksum mismatch, or another version of auricle wrote it: preprocess again"
+    if name != f"{record.unit}.json" or "/" in record.shard or "\\" in record.shard:
+        yield f"_done/{name}", f"names unit {record.unit!r} and shard {record.shard!r}, which no job writes"
+        return
+    claimed.add(record.shard)
+    yield from _guarded(record.shard or f"_done/{name}", _verify_unit(store, record, keys, decode))
+
+
+def _verify_unit(store: FileStore, record: DoneRecord, keys: dict[str, str], decode: bool) -> Iterator[Fault]:
     if record.rejects_sha256:
         name = rejects_name(record.unit)
         if not store.exists(name):
             yield name, "is missing"
         elif hashlib.sha256(store.read(name)).hexdigest() != record.rejects_sha256:
-            yield name, "its sha256 is not the recorded one"
+            yield name, "checksum mismatch: its sha256 is not the recorded one"
     if not record.shard:
         return
+    rows: list[dict[str, Any]] | None = None
     try:
         rows = read_index(store.root, record).to_pylist()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         yield record.shard, str(error)
-        return
+    else:
+        yield from _verify_index(store, record, rows, keys)
+    if store.exists(record.shard):
+        with store.fs.open(store.path(record.shard), "rb") as file:
+            if sha256_of(file) != record.sha256:
+                yield record.shard, "checksum mismatch: its sha256 is not the recorded one"
+            if decode:
+                yield from ((record.shard, problem) for problem in _read_samples(file, rows))
+
+
+def _verify_index(
+    store: FileStore, record: DoneRecord, rows: Sequence[Mapping[str, Any]], keys: dict[str, str]
+) -> Iterator[Fault]:
     if (len(rows), sum(row["n_samples"] for row in rows)) != (record.segments, record.samples):
         yield record.shard, "its index and its record count differently"
     for row in rows:
         if row["key"] in keys:
             yield record.shard, f"the key {row['key']} is in {keys[row['key']]} too"
         keys[row["key"]] = record.shard
-    offsets = [row["offset"] for row in rows] + [rows[-1]["offset"] + rows[-1]["size"]]
+    offsets = [row["offset"] for row in rows] + [rows[-1]["offset"] + rows[-1]["size"]] * bool(rows)
     name = record.shard + ".idx"
     if not store.exists(name) or store.read(name) != np.array(offsets, "<u8").tobytes():
         yield name, "does not hold the offsets of the samples"
-    with store.fs.open(store.path(record.shard), "rb") as file:
-        if sha256_of(file) != record.sha256:
-            yield record.shard, "its sha256 is not the recorded one"
-        elif decode:
-            yield from ((record.shard, problem) for problem in _read_samples(file, rows))
 
 
-def _read_samples(file: IO[bytes], rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Reads the tar as any other program would, and holds it against the index."""
+def _read_samples(file: IO[bytes], rows: Sequence[dict[str, Any]] | None) -> Iterator[str]:
+    """Reads the tar as any other program would, and compares it with the index, where that is usable."""
     file.seek(0)
-    expected = iter(rows)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for info in tar:
-            refuse_code(info.name, "")
-            key, _, suffix = info.name.partition(".")
-            content = tar.extractfile(info)
-            assert content is not None
-            if suffix in AUDIO_SUFFIXES:
-                row: dict[str, Any] = next(expected, NO_ROW)
-                if (key, info.offset_data, info.size) != (row["key"], row["payload_offset"], row["payload_size"]):
-                    yield f"member {info.name} is not what the index says"
-                    continue
-                frames = len(soundfile.read(io.BytesIO(content.read()), dtype="int16")[0])
-                # Opus streams may hold up to one packet more than they were given
-                if not 0 <= frames - row["n_samples"] <= (960 if suffix == "opus" else 0):
-                    yield f"{info.name} decodes to {frames} samples instead of {row['n_samples']}"
-            else:
-                json.loads(content.read())
+    expected = iter(rows or ())
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                row = next(expected, NO_ROW) if info.name.partition(".")[2] in AUDIO_SUFFIXES else None
+                try:
+                    problem = _problem_of(tar, info, row, indexed=rows is not None)
+                except (ValueError, RuntimeError, OSError, RecursionError, MemoryError) as error:
+                    problem = f"member {info.name} cannot be read ({error})"
+                if problem:
+                    yield problem
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        yield f"cannot be read on as a tar ({error})"
+        return
     if next(expected, None) is not None:
-        yield "holds fewer samples than its index says"
+        yield "holds fewer samples than its index lists"
+
+
+def _problem_of(tar: tarfile.TarFile, info: tarfile.TarInfo, row: Mapping[str, Any] | None, *, indexed: bool) -> str:
+    """What is wrong with a member of a tar. row: of the index, where the member is audio."""
+    refuse_code(info.name, "")
+    content = tar.extractfile(info) if info.isreg() else None
+    if content is None:
+        return f"member {info.name} is not a regular file"
+    key, _, suffix = info.name.partition(".")
+    if row is None:
+        json.loads(content.read())
+        return ""
+    if indexed and (key, info.offset_data, info.size) != (row["key"], row["payload_offset"], row["payload_size"]):
+        return f"member {info.name} is not the one that the index lists"
+    spare = OPUS_PACKET if suffix == "opus" else 0
+    frames = count_frames(content, row["n_samples"] + spare if indexed else None)
+    wanted = row["n_samples"]
+    if indexed and not 0 <= frames - wanted <= spare:
+        found = f"more than {wanted + spare}" if frames > wanted + spare else str(frames)
+        return f"{info.name} decodes to {found} samples instead of {wanted}"
+    return ""
+
+
+def count_frames(content: IO[bytes], most: int | None) -> int:
+    """Decodes audio block by block and counts its samples, at most one block beyond `most` of them.
+
+    Raises:
+        RuntimeError: It cannot be decoded (soundfile's error).
+    """
+    frames = 0
+    with soundfile.SoundFile(content) as sound:
+        size = max(BLOCK_VALUES // max(sound.channels, 1), 1)
+        while (most is None or frames <= most) and (got := len(sound.read(size, dtype="int16"))):
+            frames += got
+    return frames
+
+
+def _verify_settings(store: FileStore) -> Iterator[Fault]:
+    content = store.read("dataset.json")
+    if with_check(json.loads(content)) != content:
+        yield "dataset.json", "checksum mismatch"
 
 
 def _verify_plan(store: FileStore, sets: Sequence[str]) -> Iterator[tuple[str, str]]:
-    try:
-        if store.exists("dataset.json"):
-            content = store.read("dataset.json")
-            if with_check(json.loads(content)) != content:
-                yield "dataset.json", "is not as it was written"
-        planned = {unit.name for unit in read_plan(store)[0].units}
-    except (OSError, ValueError) as error:
-        yield "_plan", f"cannot be read ({error})"
-        return
+    if store.exists("dataset.json"):
+        yield from _guarded("dataset.json", _verify_settings(store))
+    planned = {unit.name for unit in read_plan(store)[0].units}
     for done in (f"{part}/_done".lstrip("/") for part in sets):
         for name in store.names(done, ".json"):
             if planned and name.removesuffix(".json") not in planned:

@@ -16,7 +16,9 @@ from data_pipeline.labels.store import LabelSet
 from data_pipeline.shards.records import done_records, read_index
 from pretrain.interop.fingerprint import checkpoint_fingerprint
 from tests.support.corpora import preprocess_here
+from tests.support.odd_shards import replace_audio, silent_flac
 from tests.support.sounds import many, path_config, write_corpus
+from tests.support.tiny_shards import sounds, write_shards
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -111,6 +113,21 @@ def test_labels_of_other_weights_are_refused(shards: Path, tmp_path: Path) -> No
     (tmp_path / "labels" / kmeans.KMEANS).write_bytes(kmeans.save_tensors({"centres": 2 * centres}))
     with pytest.raises(ConfigError, match="centres="):
         kmeans.make_targets(other)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "refused"), [(16_000, ""), (16_001 + 60 * 16_000, "its index"), (1 << 33, "3600 s")]
+)
+def test_a_claimed_length_is_compared_before_it_is_believed(tmp_path: Path, claimed: int, refused: str) -> None:
+    root = write_shards(tmp_path / "shards", [sounds([1.0])])
+    replace_audio(root, "shard-0000", silent_flac(60), n_samples=claimed)
+    [record] = done_records(str(root))
+    found = kmeans.shard_features(str(root), record, kaldi_mfcc)
+    if refused:
+        with pytest.raises(ValueError, match=refused):
+            list(found)
+    else:
+        assert [features.shape for _, features in found] == [(98, 39)], "one second of sixty, as the index has it"
 
 
 def test_weights_in_several_files_are_all_known(tmp_path: Path) -> None:

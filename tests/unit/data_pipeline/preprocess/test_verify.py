@@ -1,8 +1,9 @@
-"""`verify` finds whatever is not as it was written."""
+"""`verify` finds everything that is not as it was written."""
 
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from data_pipeline.core.schema import load
 from data_pipeline.labels.kmeans import TargetsConfig, make_targets
 from data_pipeline.preprocess.job import preprocess
 from data_pipeline.preprocess.verify import verify
+from tests.support.odd_shards import overwrite_member, replace_audio, silent_flac
 from tests.support.sounds import many, path_config, write_corpus
+from tests.support.tiny_shards import sounds, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,42 @@ def test_missing_and_foreign_files_are_found(whole: Path, tmp_path: Path, ending
     problems = dict(verify(str(copy)))
     assert len(problems) == 2
     assert "belongs to no finished unit" in problems["stray.tar"]
+
+
+def test_every_fault_of_a_shard_has_a_row_and_hides_no_other(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "shards", [sounds([0.5, 0.5, 0.5]), sounds([0.5, 0.5], corpus="b")])
+    first = ["a-0000.flac", "a-0001.json", "a-0002.flac"]
+    for name, content in zip(first, (b"not audio", b"{not json", b"fLaC\xff"), strict=True):
+        overwrite_member(root / "shard-0000.tar", name, content)
+    overwrite_member(root / "shard-0001.tar", "b-0001.flac", b"not audio")
+    faults = list(verify(str(root)))
+    for shard, names in (("shard-0000.tar", first), ("shard-0001.tar", ["b-0001.flac"])):
+        mine = [fault for name, fault in faults if name == shard]
+        assert [sum(name in fault for fault in mine) for name in names] == [1] * len(names)
+        assert sum("checksum" in fault for fault in mine) == 1
+
+
+@pytest.mark.parametrize("odd", ["record", "index", "tar"])
+def test_a_file_that_cannot_be_parsed_hides_no_other_fault(tmp_path: Path, odd: str) -> None:
+    root = write_shards(tmp_path / "shards", [sounds([0.5, 0.5]), sounds([0.5], corpus="b")])
+    overwrite_member(root / "shard-0001.tar", "b-0000.flac", b"not audio")
+    file = {"record": "_done/shard-0000.json", "index": "shard-0000.parquet", "tar": "shard-0000.tar"}[odd]
+    (root / file).write_bytes(b"[" * 3000)
+    faults = list(verify(str(root)))
+    assert any("b-0000.flac" in fault for _, fault in faults), "the second shard is read too"
+    assert any(name in (file, "shard-0000.tar") for name, _ in faults)
+
+
+def test_a_claimed_length_costs_no_memory(tmp_path: Path) -> None:
+    hours = 2
+    root = write_shards(tmp_path / "shards", [sounds([1.0])])
+    replace_audio(root, "shard-0000", silent_flac(hours * 3600))
+    tracemalloc.start()
+    faults = list(verify(str(root)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6, f"{peak / 1e6:.0f} MB for {hours} hours of audio"
+    assert any("decodes to more than 16000 samples" in fault for _, fault in faults)
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
