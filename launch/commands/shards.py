@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.schema import ConfigError, document, load
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.preprocess.plan_file import SPLITS
 from data_pipeline.preprocess.verify import verify
+from data_pipeline.shards.indexing import IndexConfig, index_tars
 from data_pipeline.shards.records import DoneRecord, done_records, finished_units, read_index
 from launch.cli.parser import Parser
 
@@ -36,7 +38,12 @@ def run(arguments: list[str]) -> int:
         if name == "inspect":
             verb.add_argument("--key", default="", help="only keys that hold this")
             verb.add_argument("-n", type=int, default=20, help="samples to show (default: 20)")
+    index = verbs.add_parser("index", help="indexes WebDataset tars that others wrote, without changing them")
+    index.add_argument("folder", help="folder or fsspec URL of the tars")
+    index.add_argument("settings", nargs="*", help="FIELD=VALUE of: " + ", ".join(_index_fields()))
     given = parser.parse_args(arguments)
+    if given.verb == "index":
+        return _index(given.folder, given.settings)
     if given.verb == "verify":
         return _verify(given.folder)
     try:
@@ -46,6 +53,33 @@ def run(arguments: list[str]) -> int:
     if given.verb == "stats":
         return _stats(given.folder, records)
     return _inspect(given.folder, records, given.key, given.n)
+
+
+def _index_fields() -> list[str]:
+    return [f"{row.path} ({row.description})" for row in document(IndexConfig) if row.path != "tars"]
+
+
+def _index(tars: str, settings: list[str]) -> int:
+    values = {name: _value(value) for name, _, value in (setting.partition("=") for setting in settings)}
+    config = load(IndexConfig, {**values, "tars": tars})
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("indexing", total=len(FileStore(tars).names("", ".tar")))
+        summary = index_tars(config, lambda: bar.advance(task))
+    hours = summary.samples / SAMPLE_RATE / 3600
+    print(f"{summary.tars} tars ({summary.already} indexed before), {summary.segments:,} segments, {hours:.2f} hours")
+    if summary.rejects:
+        print("left out " + ", ".join(f"{reason}: {count:,}" for reason, count in summary.rejects.most_common()))
+    print(f"read them with data.shards={config.index_out or tars}")
+    return 0
+
+
+def _value(text: str) -> Any:
+    """A number, true or false, or the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _stats(root: str, records: list[DoneRecord]) -> int:

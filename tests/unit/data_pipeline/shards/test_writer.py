@@ -70,6 +70,23 @@ def test_the_stock_webdataset_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codec", ["flac", "wav", "opus"])
+def test_members_equal_those_of_webdatasets_writer(tmp_path: Path, codec: str) -> None:
+    """Names, order, sizes, types and content of the members; only times and owners are fixed in ours."""
+    record = write(tmp_path, [0, 1, 2], codec)
+    with webdataset.TarWriter(str(tmp_path / "theirs.tar"), encoder=False, mtime=0, user="", group="") as writer:
+        for number in (0, 1, 2):
+            about = segment(number, "grüß dich")
+            document = shards.sample_json(about, 16_000, {"level_dbfs": -20.5})
+            writer.write({"__key__": about.key, codec: codecs.encode(pcm(number), 16_000, codec), "json": document})
+
+    def members(path: Path) -> list[tuple[str, int, bytes, bytes | None]]:
+        with tarfile.open(path) as tar:
+            return [(m.name, m.size, m.type, f.read() if (f := tar.extractfile(m)) else None) for m in tar]
+
+    assert members(tmp_path / record.shard) == members(tmp_path / "theirs.tar")
+
+
+@pytest.mark.parametrize("codec", ["flac", "wav", "opus"])
 def test_the_index_points_at_the_payload(tmp_path: Path, codec: str) -> None:
     record = write(tmp_path, [0, 1, 2], codec)
     tar = (tmp_path / record.shard).read_bytes()

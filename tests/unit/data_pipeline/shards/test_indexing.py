@@ -1,0 +1,207 @@
+"""Tars that others wrote: indexed without changing a byte, then read, resumed and re-ranked exactly like our own."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import webdataset
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import Step
+from data_pipeline.loader.reader import open_reader
+from data_pipeline.sampling.config import DataConfig
+from data_pipeline.shards.indexing import IndexConfig, IndexSummary, index_tars
+from data_pipeline.shards.records import done_records, read_index
+from launch.main import main
+
+BATCH: dict[str, Any] = {"batch_seconds": 6.0, "micro_batches": 2, "min_seconds": 0.1, "max_seconds": 1.0}
+
+
+def wave(seed: int, seconds: float = 0.7, rate: int = 16_000) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-8000, 8000, round(seconds * rate)).astype(np.int16)
+
+
+def encoded(samples: np.ndarray, suffix: str, rate: int = 16_000) -> bytes:
+    forms = {"flac": "FLAC", "wav": "WAV", "opus": "OGG", "ogg": "OGG", "mp3": "MP3"}
+    subtypes = {"opus": "OPUS", "ogg": "VORBIS"}
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=forms[suffix], subtype=subtypes.get(suffix))
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def write_foreign(root: Path, tars: int = 3, per_tar: int = 20) -> Path:
+    """Tars as webdataset's own writer makes them."""
+    root.mkdir(parents=True, exist_ok=True)
+    for t in range(tars):
+        with webdataset.TarWriter(str(root / f"part-{t:03d}.tar")) as writer:
+            for i in range(per_tar):
+                n, suffix = t * per_tar + i, ("flac", "wav", "opus", "mp3", "ogg")[i % 5]
+                about = {"transcript": f"words {n}", "speaker_id": n % 7, "lang": "de", "mood": "calm", "align": [1, 2]}
+                writer.write({"__key__": f"utt{n:04d}", suffix: encoded(wave(n), suffix), "json": about})
+    return root
+
+
+def index(root: Path, **values: Any) -> IndexSummary:
+    return index_tars(IndexConfig(tars=str(root), workers=1, **values))
+
+
+def steps_of(root: Path, count: int, rank: int = 0, world: int = 1, **values: Any) -> list[Step]:
+    reader = open_reader(DataConfig(shards=str(root), workers=0, **BATCH, **values), 3, rank, world)
+    try:
+        return list(itertools.islice(reader.steps(), count))
+    finally:
+        reader.close()
+
+
+def test_foreign_tars_are_read_resumed_and_re_ranked_like_our_own(tmp_path: Path) -> None:
+    root = write_foreign(tmp_path / "tars")
+    before = {path.name: path.read_bytes() for path in root.iterdir()}
+    summary = index(root)
+    assert (summary.tars, summary.segments, summary.rejects) == (3, 60, {})
+    assert all((root / name).read_bytes() == content for name, content in before.items())
+    labels = ("text", "speaker", "language", "mood", "corpus")
+    whole = steps_of(root, 8, labels=labels)
+    for step in whole:
+        for batch in step.batches:
+            for row, key in enumerate(batch.keys):
+                n = int(key.removeprefix("utt"))
+                assert tuple(batch.labels[name][row] for name in labels) == (
+                    f"words {n}", str(n % 7), "de", "calm", "tars",
+                )  # fmt: skip
+                if n % 20 % 5 < 2:  # lossless
+                    expected = wave(n)[: int(batch.lengths_B[row])] / np.float32(32768)
+                    np.testing.assert_array_equal(batch.wave_BT[row, : len(expected)].numpy(), expected)
+    ranks = [steps_of(root, 8, rank, 2) for rank in range(2)]
+    for g, step in enumerate(whole):
+        for j, batch in enumerate(step.batches):
+            assert ranks[j][g].batches[0].keys == batch.keys
+    reader = open_reader(DataConfig(shards=str(root), workers=0, **BATCH), 3, 0, 1)
+    resumed = list(itertools.islice(reader.steps(whole[3].after), 2))
+    reader.close()
+    assert [step.batches[0].keys for step in resumed] == [step.batches[0].keys for step in whole[4:6]]
+
+
+def test_an_index_beside_the_tars_leaves_their_folder_alone(tmp_path: Path) -> None:
+    root, out = write_foreign(tmp_path / "tars", 2), tmp_path / "index"
+    names = {path.name for path in root.iterdir()}
+    index(root, index_out=str(out), corpus="mine", language="en")
+    assert {path.name for path in root.iterdir()} == names
+    in_place = tmp_path / "copy"
+    shutil.copytree(root, in_place)
+    index(in_place)
+    one, other = (steps_of(folder, 4, labels=("corpus",)) for folder in (out, in_place))
+    assert [s.batches[0].keys for s in one] == [s.batches[0].keys for s in other]
+    assert set(one[0].batches[0].labels["corpus"]) == {"mine"}
+    assert one[0].after.plan_hash == other[0].after.plan_hash  # it follows from the content, wherever that is
+
+
+def test_keys_with_dots_several_audio_members_and_folders(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [
+        ("talk.left.flac", encoded(wave(1), "flac")),
+        ("talk.right.flac", encoded(wave(2), "flac")),
+        ("talk.right.txt", b"of the right one"),
+        ("talk.json", b'{"speaker": 0, "text": "of both"}'),
+        ("dir/v1.2.wav", encoded(wave(3), "wav")),
+        ("dir/v1.2.json", b'{"speaker": "b"}'),
+        ("x" * 150 + ".flac", encoded(wave(4), "flac")),
+        ("y.cls", b"7"),
+    ])  # fmt: skip
+    assert index(tmp_path).segments == 4
+    record = done_records(str(tmp_path))[0]
+    rows = {row["key"]: row for row in read_index(str(tmp_path), record).to_pylist()}
+    assert list(rows) == ["talk.left", "talk.right", "dir/v1.2", "x" * 150]
+    assert (rows["talk.left"]["speaker"], rows["talk.left"]["text"]) == ("0", "of both")
+    assert rows["talk.right"]["text"] == "of the right one"
+    assert rows["dir/v1.2"]["speaker"] == "b"
+    data = (tmp_path / "a.tar").read_bytes()
+    for key, number in (("talk.right", 2), ("dir/v1.2", 3), ("x" * 150, 4)):
+        row = rows[key]
+        content = data[row["payload_offset"] : row["payload_offset"] + row["payload_size"]]
+        np.testing.assert_array_equal(soundfile.read(io.BytesIO(content), dtype="int16")[0], wave(number))
+
+
+def test_members_that_cannot_be_used_are_listed_and_change_no_other(tmp_path: Path) -> None:
+    good = encoded(wave(1), "flac")
+    write_tar(tmp_path / "a.tar", [
+        ("good1.flac", good),
+        ("rate.wav", encoded(wave(2, rate=8000), "wav", 8000)),
+        ("stereo.flac", encoded(np.stack([wave(3), wave(4)], axis=1), "flac")),
+        ("cut.flac", good[: len(good) // 2]),
+        ("noise.mp3", b"not audio" * 50),
+        ("empty.wav", b""),
+        ("list.flac", good), ("list.json", b"[1]"),
+        ("deep.flac", good), ("deep.json", b"[" * 99_999),
+        ("latin.flac", good), ("latin.txt", "grün".encode("latin-1")),
+        ("huge.json", b" " * (2 << 20)),
+        ("noending", b"x"),
+        ("good1.wav", encoded(wave(5), "wav")),
+        ("good2.flac", good), ("good2.json", json.dumps({"text": "so"}).encode()),
+    ])  # fmt: skip
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("link.flac")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    summary = index(tmp_path)
+    assert summary.segments == 2
+    rejects = [json.loads(line) for line in (tmp_path / "_rejects" / "a.jsonl").read_text().splitlines()]
+    assert {row["file_id"]: row["reason"] for row in rejects} == {
+        "rate.wav": "sample_rate", "stereo.flac": "channels", "cut.flac": "corrupt", "noise.mp3": "corrupt",
+        "empty.wav": "corrupt", "list.flac": "labels", "deep.flac": "labels", "latin.flac": "labels",
+        "huge.json": "too_large", "noending": "no_file", "good1.wav": "listed_twice", "link.flac": "no_file",
+    }  # fmt: skip
+    assert summary.rejects.total() == len(rejects)
+
+
+def test_a_truncated_tar_keeps_its_whole_samples(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(f"u{i}.flac", encoded(wave(i), "flac")) for i in range(4)])
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[: len(content) * 6 // 10])
+    summary = index(tmp_path)
+    assert 1 <= summary.segments <= 3
+    assert set(summary.rejects) == {"index/damaged_tar"}
+
+
+def test_running_again_indexes_only_what_is_new_or_changed(tmp_path: Path) -> None:
+    root = write_foreign(tmp_path / "tars", 2, 5)
+    index(root)
+    write_tar(root / "part-000.tar", [("other.flac", encoded(wave(9), "flac"))])
+    write_tar(root / "part-002.tar", [("more.flac", encoded(wave(10), "flac"))])
+    again = index(root)
+    assert (again.tars, again.already, again.segments) == (3, 1, 7)
+
+
+def test_files_of_others_are_never_overwritten(tmp_path: Path) -> None:
+    root = write_foreign(tmp_path / "tars", 1, 5)
+    (root / "part-000.parquet").write_bytes(b"someone's")
+    with pytest.raises(ConfigError, match="set index_out="):
+        index(root)
+    assert (root / "part-000.parquet").read_bytes() == b"someone's"
+    with pytest.raises(ConfigError, match=r"holds no \.tar files"):
+        index(tmp_path)
+
+
+def test_the_command_prints_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_foreign(tmp_path / "tars", 1, 5)
+    assert main(["shards", "index", str(root), f"index_out={tmp_path / 'index'}", "workers=1"]) == 0
+    assert "1 tars (0 indexed before), 5 segments" in capsys.readouterr().out
+    assert main(["shards", "index", str(root), "indexout=x"]) == 2
+    assert "did you mean index_out?" in capsys.readouterr().err
