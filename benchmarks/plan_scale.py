@@ -1,11 +1,11 @@
-"""How planning scales: synthetic shards of 10 M or 300 M segments, read by the real reader in a process of its own.
+"""Measures how planning scales: synthetic shards of 10 M or 300 M segments, read by the real reader in its own process.
 
     python benchmarks/plan_scale.py --segments 10e6
 
 A few distinct shards are written and linked under as many names as needed. Their tars are sparse files of silence, as
-int16 WAV, so that a batch is really read; their indexes and records are real. Printed: time to the first batch when the
-catalogue must be built and when it is there, time to a batch after a resume in mid-epoch, the cost of planning one
-window and one step, and the peak resident memory (which counts memory-mapped pages, too).
+int16 WAV, so that batches are really read; their indexes and records are real. Printed: time to the first batch without
+and with an existing catalog, time to a batch after a resume in mid-epoch, the cost of planning one window and one step,
+and the peak resident memory (memory-mapped pages included).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HEADER = 44
 
 
 def write_shard(root: Path, number: int) -> DoneRecord:
-    """A shard of about a GB as FLAC (here: sparse WAV), 3 to 30 s segments of 4 corpora."""
+    """Writes a shard of segments of 3 to 30 s of 4 corpora, about a GB as FLAC (here: sparse WAV)."""
     rng = np.random.default_rng(number)
     n = (np.clip(rng.gamma(4.0, 3.2, PER_SHARD), 3, 30) * SAMPLE_RATE).astype(np.int64)
     size = 1024 + (HEADER + 2 * n + 511) // 512 * 512
@@ -66,6 +66,7 @@ def write_shard(root: Path, number: int) -> DoneRecord:
 
 
 def write_corpus(root: Path, segments: int) -> None:
+    """Writes shards with so many segments, most of them links."""
     (root / "_done").mkdir()
     distinct = [write_shard(root, i) for i in range(DISTINCT)]
     for i in range(-(-segments // PER_SHARD)):
@@ -105,7 +106,7 @@ print(json.dumps({
 
 
 def probe(root: Path, cache: Path, fraction: float, alpha: float = 1.0) -> dict[str, float]:
-    """Opens the reader in a fresh process on one core."""
+    """Opens the reader in a new process on one core and returns its measurements."""
     command = [sys.executable, "-c", PROBE, str(root), str(cache), str(fraction), str(alpha)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     one_core = {min(os.sched_getaffinity(0))}
@@ -119,6 +120,7 @@ def probe(root: Path, cache: Path, fraction: float, alpha: float = 1.0) -> dict[
 
 
 def main() -> None:
+    """Prints one line per situation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segments", type=float, default=10e6)
     parser.add_argument("--folder", help="where to write the synthetic shards; default: a temporary folder")

@@ -1,12 +1,12 @@
-"""Audio to shards: this project on Ray, lhotse's Shar export, and the bare cost, on the same files and cores.
+"""Compares audio-to-shards conversion: auricle on Ray, lhotse's Shar export, and the bare cost, on the same files.
 
     python benchmarks/preprocess.py --hours 20 --long-hours 10 --json benchmarks/results/preprocess_cpu.json
 
 Half of the files are 16 kHz FLAC, half 44.1 kHz FLAC that has to be resampled; all of them become 16 kHz FLAC. The bare
-cost decodes, resamples and encodes with the same libraries in a pool of processes and writes nothing. Ours includes the
-start of Ray, planning, measuring, hashing and syncing to disk; it takes 16 kHz FLAC as it is, and stands in the table a
-second time without that. Hours per core-hour count processor time, since the
-machine may be shared; wall times stand beside.
+cost decodes, resamples and encodes with the same libraries in a pool of processes and writes nothing. auricle's time
+includes the start of Ray, planning, measuring, hashing and syncing to disk. It copies 16 kHz FLAC without encoding; the
+second row (copy_flac=false) encodes it. Hours per core-hour are of processor time, since the machine may be shared;
+elapsed times are given as well.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def is_clip(path: Path) -> bool:
 
 
 def lhotse_shar(corpus: Path, out: Path, cores: int) -> None:
-    """lhotse: recordings to cuts to Shar with FLAC fields."""
+    """Converts with lhotse: recordings to cuts to Shar with FLAC fields."""
     from lhotse import CutSet, Recording, RecordingSet
 
     recordings = RecordingSet.from_recordings(Recording.from_file(path) for path in sorted(corpus.iterdir()))
@@ -121,9 +121,9 @@ def lhotse_shar(corpus: Path, out: Path, cores: int) -> None:
 
 
 class CpuMeter:
-    """Processor time of everything that this process starts, seen by looking at the process tree every 50 ms.
+    """Measures the processor time of all descendants of this process, by polling the process tree every 50 ms.
 
-    A machine that others use too makes wall time say little; what the work costs stays the same.
+    On a shared machine, processor time is steadier than elapsed time.
     """
 
     def __enter__(self) -> CpuMeter:

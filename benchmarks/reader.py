@@ -1,11 +1,11 @@
-"""Reads the same audio with this project's reader and with its peers, in one run, and prints a table.
+"""Compares readers of training data: auricle's and those of other libraries, on the same audio in one run.
 
     python benchmarks/reader.py --audio SPEECH/librispeech SPEECH/speechocean762      # default: AURICLE_SPEECH
 
-Every reader gets the same FLAC bytes in its own container, the same number of worker processes, and delivers padded
+Every reader gets the same FLAC bytes in its own container and the same number of worker processes, and delivers padded
 float32 batches to the parent process. The bare loop only reads and decodes, in as many processes, and delivers nothing.
-Rounds alternate between readers, as the machine may be shared; the table gives medians over rounds. Peers that are
-not installed are left out with a word.
+Rounds alternate between readers, since the machine may be shared; the table has medians over rounds. Libraries that are
+not installed are named and left out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Sound = tuple[str, bytes, int]
 
 @dataclass
 class Delivered:
-    """One batch that reached the parent: segments, unpadded and padded samples."""
+    """A batch that reached the parent process: segments, samples without and with padding."""
 
     segments: int
     samples: int
@@ -72,7 +72,7 @@ class Result:
 
 
 def collect(folders: list[Path], copies: int) -> list[Sound]:
-    """All audio of 2 s or more below the folders, as FLAC, each `copies` times."""
+    """Returns all audio of 2 s to 15.6 s below the folders as FLAC, each file `copies` times."""
     found: list[Sound] = []
     for path in sorted(p for folder in folders for p in folder.rglob("*") if p.suffix in (".flac", ".opus", ".wav")):
         wave, rate = soundfile.read(path, dtype="int16", always_2d=True)
@@ -95,7 +95,7 @@ def speech(folders: list[Path] | None, copies: int) -> list[Sound]:
 
 
 def write_ours(root: Path, sounds: list[Sound], shards: int) -> None:
-    """Shards by this project's own writer; stock webdataset reads the same files."""
+    """Writes shards with auricle's writer; webdataset reads the same files."""
     store = FileStore(str(root))
     for number in range(shards):
         with tempfile.TemporaryDirectory(dir=root) as scratch:
@@ -106,7 +106,7 @@ def write_ours(root: Path, sounds: list[Sound], shards: int) -> None:
 
 
 def bare_loop(root: Path, workers: int, seconds: float) -> tuple[int, int, float, float]:
-    """Segments, samples, wall and CPU seconds of processes that read and decode and deliver nothing."""
+    """Returns segments, samples, elapsed and CPU seconds of processes that read and decode and deliver nothing."""
     reader = open_ours(root, 0)
     files, catalogue = reader._files, reader.plan.catalogue
     places = [
@@ -142,7 +142,7 @@ def bare_loop(root: Path, workers: int, seconds: float) -> tuple[int, int, float
 
 
 def open_ours(root: Path, workers: int) -> PlanReader:
-    """Default settings, but for the batch size."""
+    """Opens auricle's reader with default settings, except for the batch size."""
     config = DataConfig(
         shards=str(root), batch_seconds=BATCH_SECONDS * MICRO_BATCHES, micro_batches=MICRO_BATCHES, workers=workers
     )

@@ -1,12 +1,12 @@
-"""One optimizer step of wav2vec2-base and HuBERT-base, ours beside transformers' and torchaudio's, then other recipes.
+"""Times one optimizer step of wav2vec2-base and HuBERT-base in auricle, transformers and torchaudio, and other recipes.
 
     python benchmarks/train_step.py                    # CPU, 4 × 5 s, fp32 and bf16
     python benchmarks/train_step.py --recipes all      # every objective against wav2vec2-base
     python benchmarks/train_step.py --device cuda --batch 32 --seconds 15
 
-Same audio and masks in one run. Prints audio-seconds per second and the ratio to the faster mode of transformers and to
-our wav2vec2-base; on a GPU also audio-hours per GPU-hour and MFU. Needs torch, torchaudio, numpy and pydantic; peers
-are skipped where they are absent.
+Audio and masks are the same for all. Prints audio-seconds per second and the ratio to the faster precision of
+transformers and to auricle's wav2vec2-base; on a GPU also audio-hours per GPU-hour and MFU. transformers and torchaudio
+are left out where they are not installed.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def whole_run(phases: list[dict[str, Any]], share: float) -> dict[str, Any]:
-    """Seconds, rates and operations over both phases; the first has this share of the updates."""
+    """Returns seconds, rates and operations of both phases together; the first has this share of the updates."""
     first, second = phases
     row = first | {"model": f"{first['model']}, whole run"}
     for key in row.keys() - {"model", "precision", "mfu"}:
@@ -322,7 +322,7 @@ def whole_run(phases: list[dict[str, Any]], share: float) -> dict[str, Any]:
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Adds to each row its ratio to the faster mode of each peer and of our wav2vec2-base, by clock and CPU time."""
+    """Adds to each row its ratios to the faster precision of each library and of our wav2vec2-base."""
     for peer in ("transformers", "torchaudio", "ours wav2vec2_base"):
         others = [row for row in rows if row["model"].startswith(peer)]
         for key, suffix in (("audio_s_per_s", ""), ("audio_s_per_cpu_s", "_cpu_time")) if others else ():

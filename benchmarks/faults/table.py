@@ -1,10 +1,10 @@
-"""Faults done to real runs again and again, and what came of it: writes benchmarks/results/faults.md and jobs.md.
+"""Injects faults into real runs repeatedly; writes benchmarks/results/faults.md and jobs.md.
 
     python -m benchmarks.faults.table --times 5
 
-Needs what the SLURM tests need. Every round submits a run per fault to a SLURM of fourteen emulated nodes, does the
-fault to it at a random step, waits for the end, and compares what was read, all losses and the last weights with an
-undisturbed run of the same engine and ranks.
+Requirements: those of the SLURM tests. Every round submits one run per fault to a SLURM of fourteen emulated nodes,
+injects the fault at a random step, waits for the end, and compares the samples read, all losses and the last weights
+with an undisturbed run of the same engine and ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ END = Path("checkpoints") / f"step_{STEPS:08d}" / "model.safetensors"
 
 @dataclass
 class Tally:
-    """How one fault went, over all rounds."""
+    """Results of one fault over all rounds."""
 
     tried: int = 0
     recovered: int = 0
@@ -44,30 +44,30 @@ class Tally:
     notes: list[str] = field(default_factory=list)
 
 
-# A fault is done, and at the second `next` its ranks that are held still go on, and at the third all is mended.
+# Each fault is a generator: its first `next` injects it, the second continues stopped ranks, the third repairs the node
 
 
 def warn(site: Site, name: str) -> Iterator[None]:
-    """The signal that SLURM sends before the time limit."""
+    """Sends the signal that SLURM sends before the time limit."""
     slurm.ask("scancel", "--batch", "--signal=USR1", site.handles[name])
     yield
 
 
 def strike(site: Site, name: str) -> Iterator[None]:
-    """kill -9 of a rank."""
+    """Kills a rank with SIGKILL."""
     site.kill_rank(name, random.choice(site.nodes(name)))
     yield
 
 
 def displace(site: Site, name: str) -> Iterator[None]:
-    """Another job takes one of its nodes."""
+    """Submits a job of higher priority to one of the run's nodes."""
     node = random.choice(site.nodes(name))
     slurm.ask("sbatch", "--partition=urgent", f"--nodelist={node}", "--output=/dev/null", "--wrap=true")
     yield
 
 
 def cut_power(site: Site, name: str) -> Iterator[None]:
-    """Everything on one node is gone."""
+    """Kills everything on one node."""
     node = random.choice(site.nodes(name))
     site.cluster.power_off(node)
     yield
@@ -76,7 +76,7 @@ def cut_power(site: Site, name: str) -> Iterator[None]:
 
 
 def orphan(site: Site, name: str) -> Iterator[None]:
-    """kill -9 of a node's slurmd; the ranks live on, held still until SLURM acts."""
+    """Kills a node's slurmd with SIGKILL; the ranks survive, stopped until SLURM acts."""
     node, pids = site.lose_slurmd(name)
     yield
     site.go_on(name, pids)
@@ -85,19 +85,19 @@ def orphan(site: Site, name: str) -> Iterator[None]:
 
 
 def cut_cable(site: Site, name: str) -> Iterator[None]:
-    """The node is cut off, and its rank computes on when the job has been started elsewhere."""
+    """Cuts the node off; its rank continues while the job has been started elsewhere."""
     node, pids = site.sever(name)
     yield
     site.go_on_cut_off(name, pids)
     site.cluster.mend(node)
     yield
-    site.cluster.kill_slurmd(node)  # SLURM asks a lost node seldom, a new slurmd says that it is there
+    site.cluster.kill_slurmd(node)  # SLURM polls a lost node rarely; a new slurmd registers at once
     site.cluster.boot(node)
 
 
 SETUPS = {
-    "local engine, 2 nodes × 1 rank": (),
-    "local engine, 1 rank": ("launcher.nodes=1",),
+    "plain torch, 2 nodes × 1 rank": (),
+    "plain torch, 1 rank": ("launcher.nodes=1",),
     "DeepSpeed ZeRO-2, 1 node × 2 ranks with a gres each": ZERO,
 }
 """Engine and ranks: overrides of a submission."""
@@ -106,21 +106,21 @@ FAULTS = {
     "time limit (USR1 of SLURM): checkpoint, requeue, resume": (warn, PLAIN),
     "kill -9 of a rank": (strike, PLAIN),
     "kill -9 of one of a node's ranks": (strike, DEEPSPEED),
-    "a node loses its power": (cut_power, PLAIN),
+    "power cut of a node": (cut_power, PLAIN),
     "kill -9 of slurmd": (orphan, PLAIN),
-    "a cut cable: the rank computes on, and the node comes back": (cut_cable, ALONE),
+    "cut cable: the rank continues, and the node comes back": (cut_cable, ALONE),
     "preempted by a job of another partition": (displace, PLAIN),
 }
-"""What is done, and to which kind of run."""
+"""Fault -> (generator, set-up of the run)."""
 
 
 def calm(setup: str) -> str:
-    """Name of its undisturbed run."""
+    """Returns the name of the undisturbed run of a set-up."""
     return f"calm{list(SETUPS).index(setup)}"
 
 
 def one_round(site: Site, number: int, tallies: dict[str, Tally]) -> None:
-    """All faults at once, each to a run of its own."""
+    """Injects all faults at the same time, each into its own run."""
     states = lambda: slurm.ask("sinfo", "--Node", "--long")  # noqa: E731
     wait_for(lambda: len(site.cluster.idle()) == len(site.cluster.nodes), 300, "idle nodes", states)
     names = {fault: f"round{number}_fault{index}" for index, fault in enumerate(FAULTS)}
@@ -154,10 +154,10 @@ def one_round(site: Site, number: int, tallies: dict[str, Tally]) -> None:
 
 
 def compare(site: Site, name: str, undisturbed: str, tally: Tally) -> None:
-    """With the undisturbed run."""
+    """Compares a run with the undisturbed one."""
     ours, theirs = learned(site.base / name), learned(site.base / undisturbed)
     if [step for step, _, _ in ours] != list(range(1, STEPS + 1)):
-        tally.notes.append(f"{name}: steps are missing or there twice")
+        tally.notes.append(f"{name}: steps are missing or repeated")
         return
     if starts(site.base / name) < 2:
         tally.notes.append(f"{name}: ended before the fault was noticed")
@@ -172,7 +172,7 @@ def compare(site: Site, name: str, undisturbed: str, tally: Tally) -> None:
 
 
 def record(site: Site) -> str:
-    """`auricle jobs` against this SLURM, as it was typed and as it answered."""
+    """Returns a session of `auricle jobs` commands on this SLURM, with their output."""
     folder = site.submit("watched", "train.steps=3000")
     site.reach("watched", 12)
     lines = []
@@ -188,7 +188,7 @@ def record(site: Site) -> str:
 
 
 def followed(site: Site, folder: Path) -> list[str]:
-    """`logs -f` in one terminal, which ends by itself after `cancel` in another."""
+    """Returns a `logs -f`, which ends by itself after a `cancel`, and that `cancel`."""
     command = [sys.executable, "-m", "launch.main", "jobs", "logs", "-f", str(folder)]
     follower = subprocess.Popen(command, cwd=site.base, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     before = site.step(folder.name)
@@ -201,20 +201,21 @@ def followed(site: Site, folder: Path) -> list[str]:
 
 
 def auricle_jobs(site: Site, typed: str) -> str:
+    """Runs `auricle jobs …` and returns it with its output."""
     command = [sys.executable, "-m", "launch.main", "jobs", *shlex.split(typed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=site.base, check=False)
     return shown(typed, done.stdout + done.stderr, done.returncode)
 
 
 def shown(typed: str, text: str, code: int) -> str:
-    """A command and the last lines of its answer."""
+    """Returns a command, the last lines of its output and its exit code."""
     said = [line for line in text.splitlines() if "accelerator" not in line]
     more = [f"… {len(said) - 12} lines"] if len(said) > 12 else []
     return "\n".join([f"$ auricle jobs {typed}", *more, *said[-12:], f"[exit code {code}]", ""])
 
 
 def ray_rows(times: int) -> list[str]:
-    """The two faults on a Ray of two nodes, from their own tests."""
+    """Returns the rows of the faults on a Ray cluster of two nodes, from their tests."""
     tests = {
         "a Ray node lost in training: on with half the ranks": ("fewer_ranks and local", PLAIN),
         "a Ray node lost in training, DeepSpeed": ("fewer_ranks and deepspeed", "DeepSpeed ZeRO-1, 2 nodes × 1 rank"),
@@ -234,10 +235,10 @@ def ray_rows(times: int) -> list[str]:
 
 
 def main() -> None:
-    """Writes both files."""
+    """Runs the rounds and writes both files."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--ray", type=int, default=0, help="how often for the faults on Ray")
+    parser.add_argument("--ray", type=int, default=0, help="rounds of the faults on Ray")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if reason := missing():
@@ -257,7 +258,7 @@ def main() -> None:
 
 
 def write(given: argparse.Namespace, tallies: dict[str, Tally], recording: str, more: list[str]) -> None:
-    """After each round, so that a stopped script has something to show."""
+    """Writes both files; called after each round, so that an interrupted program leaves results."""
     rows = [
         f"| {fault} | {FAULTS[fault][1]} | {t.tried} | {t.recovered} | "
         f"{t.difference:.1e} ({t.bitwise} of {t.tried} bitwise, weights too) | "
@@ -265,12 +266,14 @@ def write(given: argparse.Namespace, tallies: dict[str, Tally], recording: str, 
         for fault, t in tallies.items()
     ]
     head = f"    python -m benchmarks.faults.table --times {given.times} --ray {given.ray} --seed {given.seed}\n"
-    columns = "| fault | engine and ranks | times | recovered | largest difference of a loss | longest way | notes |"
-    told = (
-        "All recovered runs read the samples of the undisturbed one, each step once. Measured beside other work on two "
-        "cores: the times are upper bounds."
+    columns = (
+        "| fault | engine and ranks | times | recovered | largest difference of a loss | longest recovery | notes |"
     )
-    table = "\n".join(["# Faults done to real runs", "", head, told, "", columns, "|---" * 7 + "|", *rows, *more])
+    note = (
+        "All recovered runs read the samples of the undisturbed one, each step once. Measured on two cores beside "
+        "other work, so the times are upper bounds."
+    )
+    table = "\n".join(["# Faults injected into real runs", "", head, note, "", columns, "|---" * 7 + "|", *rows, *more])
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "faults.md").write_text(f"{table}\n", encoding="utf-8")
     (RESULTS / "jobs.md").write_text(

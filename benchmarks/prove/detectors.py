@@ -1,10 +1,10 @@
-"""Does the health watch see what goes wrong, and nothing else? Failures planted into real training on real speech.
+"""Measures the health detectors: failures planted into training on real speech, and healthy runs.
 
     python benchmarks/prove/detectors.py                        # ≤ 6 minutes on one core
-    python benchmarks/prove/detectors.py --replay RUN...        # today's detectors over what runs have written down
+    python benchmarks/prove/detectors.py --replay RUN...        # applies the current detectors to recorded runs
 
 Trains small models on a few minutes of speech (split pretrain of AURICLE_SPEECH): healthy ones, and one per failure.
-Writes benchmarks/results/detectors.md. Exit code 1 where a failure was missed or a healthy run raised an alarm.
+Writes benchmarks/results/detectors.md. Exit code 1 where a failure is missed or a healthy run raises an alarm.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from pretrain.train_module import build_model  # noqa: E402
 from tests.support import planted_failures  # noqa: E402
 
 CLIP, CLIPS, MICRO_BATCHES = 2, 4, 3
-"""Seconds of a clip, clips of a micro-batch, micro-batches of an update: 24 s of audio."""
+"""Seconds of a clip, clips of a micro-batch, micro-batches of an update: 24 s of audio per update."""
 SECONDS = CLIP * CLIPS * MICRO_BATCHES
 PLANTED, HEALTHY_STEPS, STEPS = 120, 240, 200
 """The update before which a failure is planted, and the lengths of runs without and with one."""
@@ -66,7 +66,7 @@ HEALTHY = (BEST_RQ, WAV2VEC2, HUBERT, EFFICIENT, DATA2VEC)
 
 
 class Speech:
-    """Global steps of real speech held in memory: random clips of the split `pretrain`, the same for every start."""
+    """Global steps of real speech in memory: random clips of the split `pretrain`, equal at every start."""
 
     plan_hash = "speech in memory"
 
@@ -93,11 +93,11 @@ class Speech:
             yield Step(tuple(batches), samples, samples, Cursor(self.plan_hash, 0, number))
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Does nothing: there are no workers."""
 
 
 class Changed(Speech):
-    """Steps that `change` has altered from update PLANTED on."""
+    """Steps that `change` alters from update PLANTED on."""
 
     def __init__(self, waves: list[np.ndarray], change: Callable[[int, Step], Step]) -> None:
         super().__init__(waves)
@@ -133,7 +133,7 @@ def features_of_another_scale(engine: Engine) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A failure, how it is planted, and the detectors of which one must see it."""
+    """A failure, how it is planted, and the detectors of which one must report it."""
 
     name: str
     detectors: tuple[str, ...]
@@ -155,17 +155,18 @@ CASES = (
          planted_failures.one_code, once=False),
     Case("constant prediction (data2vec)", ("prediction_std deviation",), DATA2VEC,
          planted_failures.same_prediction, once=False),
-    Case("nothing is learnt: loss at chance", ("chance",), planted=0, top=FIXED_LR),
-    Case("nothing is learnt (wav2vec 2.0)", ("chance", "accuracy at chance"), WAV2VEC2, planted=0, top=FIXED_LR),
-    Case("a sample that is no number", ("not finite",), change=with_a_nan),
-    Case("weights that are no numbers", ("not finite",), plant=planted_failures.break_stem),
+    Case("no learning: loss at chance", ("chance",), planted=0, top=FIXED_LR),
+    Case("no learning (wav2vec 2.0)", ("chance", "accuracy at chance"), WAV2VEC2, planted=0, top=FIXED_LR),
+    Case("a sample is NaN", ("not finite",), change=with_a_nan),
+    Case("weights are NaN", ("not finite",), plant=planted_failures.break_stem),
     Case("a gradient a thousand times as large", ("gradient spike",), louder=(PLANTED,)),
     Case("a micro-batch of each update left out", ("audio per update",), plant=planted_failures.leave_out),
     Case("fall of the rank: two channels drown the rest", ("layer_1 rank", "layer_2 rank"),
          plant=planted_failures.drown),
     Case("targets of features that are not normalised", ("target inputs",),
          plant=features_of_another_scale, planted=0),
-    Case("fixed targets that say nothing", ("target entropy",), plant=planted_failures.one_code, once=False, planted=0),
+    Case("fixed targets without information", ("target entropy",), plant=planted_failures.one_code, once=False,
+         planted=0),
     Case("data comes too late", ("data wait",), change=slowly),
     Case("a probe that falls three times", ("phones/non_silence_frames falling",), planted=0,
          evaluations=(0.40, 0.37, 0.33, 0.31)),
@@ -173,7 +174,7 @@ CASES = (
 
 
 def config(objective: dict[str, Any], steps: int, **top: Any) -> Config:
-    """Two blocks of 64 at 25 Hz; checks as often as the defaults, but after less grace: the runs are short."""
+    """Returns the config of two blocks of 64 at 25 Hz, with a shorter grace period than the default."""
     return load(
         Config,
         {
@@ -193,7 +194,7 @@ def config(objective: dict[str, Any], steps: int, **top: Any) -> Config:
 
 
 def healthy(waves: list[np.ndarray], objective: dict[str, Any], folder: Path) -> str:
-    """A row of the table: trains, and says what alarms there were."""
+    """Trains, and returns a row of the table with the alarms."""
     planted_failures.run(folder, config(objective, HEALTHY_STEPS), reader=lambda: Speech(waves))
     rows, found = read_rows(folder / "metrics.jsonl"), planted_failures.events(folder)
     losses = [row["loss/total"] for row in rows]
@@ -203,7 +204,7 @@ def healthy(waves: list[np.ndarray], objective: dict[str, Any], folder: Path) ->
 
 
 def planted(waves: list[np.ndarray], case: Case, folder: Path) -> tuple[str, bool]:
-    """A row of the table, and whether the failure was seen."""
+    """Plants a failure; returns a row of the table, and whether it was reported."""
     folder.mkdir(parents=True)
     if case.evaluations:
         lines = [
@@ -251,7 +252,7 @@ class Recorded:
 
 
 def replay(folder: Path) -> list[str]:
-    """What detectors with today's thresholds say to the rows of a run, which have no counts of codes."""
+    """Returns the alarms of the current detectors on a recorded run; its rows have no counts of codes."""
     config = load(Config, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     then = config.health
     today = HealthConfig(every=then.every, window=then.window, grace_steps=then.grace_steps, confirm=then.confirm)
@@ -274,11 +275,9 @@ def replay(folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Exit code 0 where every failure was seen and no healthy run raised an alarm."""
+    """Returns exit code 0 where every failure is reported and no healthy run raises an alarm."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--replay", type=Path, nargs="+", help="run folders: print what the detectors say to their rows"
-    )
+    parser.add_argument("--replay", type=Path, nargs="+", help="run folders: print the alarms of the current detectors")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
@@ -306,16 +305,16 @@ def main() -> int:
 
 
 def write(path: Path, seen: list[str], calm: list[str], alarms: int, seconds: float) -> None:
-    """The table for people."""
+    """Writes detectors.md."""
     settings = config(BEST_RQ, 1).health
     text = [
-        "# Health: planted failure → caught after how many updates", "",
+        "# Health detectors: planted failures and updates until the alarm", "",
         f"`benchmarks/prove/detectors.py`, {seconds / 60:.1f} minutes on one core. Real speech, {SECONDS} s an update, "
-        f"two blocks of 64. Planted before update {PLANTED} (or the first), checked every {settings.every} updates, "
-        f"{settings.confirm} times in a row, codes and losses pooled over {settings.window}, loss and codes judged "
+        f"two blocks of 64. Planted before update {PLANTED} (or the first); checked every {settings.every} updates, "
+        f"{settings.confirm} times in a row, codes and losses pooled over {settings.window}, loss and codes checked "
         f"from update {settings.grace_steps} on.", "",
-        "| planted | seen by | updates later | and then |", "| --- | --- | --- | --- |", *seen, "",
-        "A rank that hangs is named, with its stacks, before the collective gives up, in both engines: "
+        "| planted failure | detector | updates later | reaction |", "| --- | --- | --- | --- |", *seen, "",
+        "A rank that hangs is named, with its stacks, before the collective times out, in both engines: "
         "`tests/faults/test_hung_rank.py`.", "",
         f"False alarms over {len(calm)} healthy runs: {alarms}.", "",
         "| healthy run | updates | loss | alarms |", "| --- | --- | --- | --- |", *calm, "",

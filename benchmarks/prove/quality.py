@@ -1,13 +1,14 @@
-"""Does pretraining pay? Phones by a linear probe, beside log-mel, random weights and supervision from scratch.
+"""Measures what pretraining gains: phone accuracy of a linear probe against three baselines.
 
     python benchmarks/prove/quality.py                                   # ≤ 30 minutes on two cores
     python benchmarks/prove/quality.py --experiments quality_best_rq quality_wav2vec2 quality_efficient --minutes 21
 
 Speech: manifest.tsv of the folder that AURICLE_SPEECH names. Pretraining reads its splits pretrain and train only: no
 labels, and no speaker of the splits valid and test.
-Writes benchmarks/results/quality.json (an entry per experiment; others stay), .md and .png. Exit code 1 where no
-experiment passes the gate: +5 points over random weights and +3 over log-mel with context, non-silence frames, unseen
-speakers, three seeds.
+Baselines: log-mel with context, random weights, the same encoder trained from scratch on the labels. Writes
+benchmarks/results/quality.json (one entry per experiment; other entries are kept), .md and .png. Exit code 1 where no
+experiment passes the gate: +5 points over random weights and +3 over log-mel with context, on non-silence frames of
+unseen speakers, three seeds.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def auricle(*arguments: str) -> None:
 
 
 def pretrain(experiment: str, shards: Path, runs: Path, minutes: float) -> Path:
-    """As many steps as fit into `minutes`, by the speed of a few first ones; a cosine ends where the time does."""
+    """Trains for about `minutes`, at the speed of a few timed steps, and returns the run folder."""
     common = [f"+experiment={experiment}", f"data.shards={shards}", f"runs={runs}", "launcher.processes=2"]
     common += [f"data.targets={{mfcc: {shards.parent / 'mfcc'}}}"]
     timing = f"{experiment}_timing"
@@ -66,13 +67,13 @@ def pretrain(experiment: str, shards: Path, runs: Path, minutes: float) -> Path:
 
 
 def settings(checkpoint: Path, manifest: Path, **more: Any) -> EvaluateConfig:
-    """The probe of this proof."""
+    """Returns the settings of the probe."""
     probe = ProbeConfig(epochs=4, batch=1024)
     return EvaluateConfig(checkpoint=str(checkpoint), task="phones", manifest=str(manifest), probe=probe, **more)
 
 
 def curve(run: Path, manifest: Path, last: float) -> list[tuple[float, float, float]]:
-    """(audio-hours, training FLOP, probe accuracy) of each checkpoint, one seed; `last` is that of the final one."""
+    """Returns (audio-hours, training FLOP, accuracy) of each checkpoint, one seed; `last` is the final accuracy."""
     rows = read_rows(run / "metrics.jsonl")
     per_second = 3 * forward_flops_per_second(run)
     points = []
@@ -89,7 +90,7 @@ def curve(run: Path, manifest: Path, last: float) -> list[tuple[float, float, fl
 
 
 def forward_flops_per_second(run: Path) -> float:
-    """FLOP of one forward pass per second of audio, by counting."""
+    """Returns the counted FLOP of one forward pass per second of audio."""
     encoder = open_encoder(str(run))
     with FlopCounterMode(display=False) as counter:
         encoder.encode(torch.randn(8 * 16_000))
@@ -97,25 +98,25 @@ def forward_flops_per_second(run: Path) -> float:
 
 
 def pick(rows: list[Row], measure: str) -> list[Row]:
-    """The rows of one measure."""
+    """Returns the rows of one measure."""
     return [row for row in rows if row.measure == measure]
 
 
 def gate(row: Row) -> bool:
-    """Whether this checkpoint is far enough above both baselines."""
+    """Returns whether a checkpoint is far enough above both baselines."""
     assert row.over_random is not None
     assert row.over_log_mel is not None
     return row.over_random[0] >= OVER_RANDOM and row.over_log_mel[0] >= OVER_LOG_MEL
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Accuracy over audio-hours and over FLOP; dotted each one's random weights, dashed its supervised twin."""
+    """Plots accuracy over audio-hours and FLOP, with random weights dotted and supervision from scratch dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, column, label in zip(
-        axes, (0, 1), ("hours of audio seen", "FLOP, 3 × forward passes of the encoder"), strict=True
+        axes, (0, 1), ("hours of audio processed", "FLOP, 3 × forward passes of the encoder"), strict=True
     ):
         for number, (name, one) in enumerate(found.items()):
             colour = f"C{number}"
@@ -137,13 +138,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def alarms(run: Path) -> list[str]:
-    """What the health watch said."""
+    """Returns the messages of the run's health alarms."""
     path = run / "health.jsonl"
     return [json.loads(line)["message"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main() -> int:
-    """Exit code 0 where at least one experiment passes the gate."""
+    """Returns exit code 0 where at least one experiment passes the gate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiments", nargs="+", default=["quality_hubert"])
     parser.add_argument("--minutes", type=float, default=6.0, help="of pretraining, over all experiments")
@@ -188,10 +189,10 @@ def main() -> int:
 
 
 def write_page(found: dict[str, Any], out: Path) -> None:
-    """quality.md and quality.png: every experiment that quality.json holds, each from its last time."""
+    """Writes quality.md and quality.png with the newest result of every experiment in quality.json."""
     rows = {name: [Row(**row) for row in one["rows"]] for name, one in found.items()}
     heard = [
-        f"- {name}: {one['curve'][-1][0]:.1f} h heard, {one['minutes']} minutes in all "
+        f"- {name}: {one['curve'][-1][0]:.1f} h of audio processed, {one['minutes']} minutes in all "
         f"({one['when']}, {one['machine']}, {one['seeds']} seeds, "
         f"{one['supervised_epochs']} epochs of supervision from scratch); "
         f"the gate is {'passed' if gate(pick(rows[name], MEASURE)[-1]) else 'missed'}; "
@@ -200,14 +201,14 @@ def write_page(found: dict[str, Any], out: Path) -> None:
     ]
     plot(found, out / "quality.png")
     text = [
-        "# Quality: phones from frozen features, speakers never heard", "",
+        "# Quality: phones from frozen features, unseen speakers", "",
         *heard, "", markdown([row for some in rows.values() for row in some]),
-        "Intervals: test speakers. Gate, on non-silence frames: +5 points over random weights, +3 over log-mel.",
-        "Curves: the last point has all seeds, those before it one. Supervision of a few epochs has not converged:",
-        "`retained` flatters. Random weights and supervision from scratch know no objective: quality_hubert,",
-        "quality_best_rq and quality_wav2vec2 are of one architecture, and share both. Positions, learning rate and",
-        "clusters of quality_hubert were first chosen with the test speakers in sight, everything since",
-        "2026-11-22 21:41 on the valid ones (docs/findings.md).",
+        "Intervals: bootstrap over test speakers. Gate, on non-silence frames: +5 points over random weights, +3",
+        "over log-mel. Curves: the last point has all seeds, earlier ones one. Supervision for a few epochs has not",
+        "converged, so `retained` is too high. Random weights and supervision from scratch do not depend on the",
+        "objective: quality_hubert, quality_best_rq and quality_wav2vec2 have the same architecture and share both.",
+        "Positions, learning rate and clusters of quality_hubert were first chosen on the test speakers, all later",
+        "settings on the validation speakers (docs/findings.md).",
         "", "![probe accuracy over audio and FLOP](quality.png)", "",
     ]  # fmt: skip
     (out / "quality.md").write_text("\n".join(text), encoding="utf-8")

@@ -81,3 +81,12 @@ def test_files_named_in_the_documentation_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`((?:data_pipeline|pretrain|launch|conf|slurm|tests|benchmarks|docs)/[\w./-]+)`", text)
     assert [name for name in named if not (ROOT / name).exists() and "NAME" not in name] == []
+
+
+def test_programs_named_in_benchmark_results_exist() -> None:
+    results = [page for page in (ROOT / "benchmarks" / "results").iterdir() if page.suffix in (".md", ".txt")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in results)
+    programs = {name.replace(".", "/") + ".py" for name in re.findall(r"python -m (benchmarks[\w.]+)", text)}
+    programs |= set(re.findall(r"(?:benchmarks|tests)/[\w/]+\.py", text))
+    assert len(programs) > 10
+    assert [name for name in programs if not (ROOT / name).exists()] == []
