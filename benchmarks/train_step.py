@@ -204,9 +204,9 @@ def contrastive_losses(module: TrainModule, model: Any, batch: Batch) -> tuple[f
     """Ours and theirs per masked frame with the same weights, mask and negatives, no dropout."""
     from pretrain.interop.hf_names import from_hugging_face, objective_from_hugging_face
 
-    module.model.load_state_dict(from_hugging_face(model.state_dict(), module.model.state_dict()))
+    module.model.load_state_dict(from_hugging_face(model.state_dict(), module.model.state_dict()).weights)
     state = model.state_dict()
-    copied = objective_from_hugging_face(state, module.objective.state_dict())
+    copied = objective_from_hugging_face(state, module.objective.state_dict()).weights
     module.objective.load_state_dict(copied)
     module.eval(), model.eval()
     with torch.no_grad():

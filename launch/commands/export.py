@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     from pretrain.interop import graph_export
     from pretrain.interop.hf_export import TOLERANCE, export, load_run
 
-    config, module = load_run(given.run)
+    module, config, _ = load_run(given.run)
     if given.to == "hugging_face":
         error, allowed = export(config, module, given.out), TOLERANCE
     else:

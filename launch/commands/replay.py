@@ -56,15 +56,15 @@ def show(run_folder: Path, folder: Path) -> None:
 
 def model_at(config: Config, run_folder: Path, step: int) -> tuple[TrainModule, str]:
     """The model with the newest weights of at most `step` updates, and whose they are."""
-    from safetensors.torch import load_file
-
+    from pretrain.checkpointing.locate import saved_steps
+    from pretrain.checkpointing.weights import MODEL, fill, read_weights
     from pretrain.interop.init_weights import load_initial
     from pretrain.train_module import build_model
 
     module = build_model(config)
-    before = [path for path in sorted((run_folder / "checkpoints").glob("step_*")) if int(path.name[5:]) <= step]
+    before = [path for saved, path in saved_steps(run_folder / "checkpoints").items() if saved <= step]
     if before:
-        module.load_state_dict(load_file(before[-1] / "model.safetensors"), strict=False)
+        fill(module, read_weights(before[-1]), str(before[-1] / MODEL))
         return module, before[-1].name
     if config.init:
         load_initial(config, module)

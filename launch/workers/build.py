@@ -68,8 +68,9 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
         module = build_model(config)
     except ValueError as error:  # it follows from the config alone
         raise ConfigError(str(error)) from error
-    check_operations(module, world.device, module.autocast, print if world.rank == 0 else lambda line: None)
+    say = print if world.rank == 0 else lambda line: None
+    check_operations(module, world.device, module.autocast, say)
     if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume brings its own weights
-        load_initial(config, module)
+        load_initial(config, module, say)
     engine = make_engine(config, module, world)
     return Run(engine, reader)

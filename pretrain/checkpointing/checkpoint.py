@@ -281,7 +281,7 @@ def _load(folder: Path, engine: Engine, config: Config) -> TrainState:
     cursor = Cursor(**values["cursor"]) if values["cursor"] else None
     try:
         engine.load_tensors(Tensors(folder), values["step"])
-    except (KeyError, RuntimeError, SafetensorError) as error:
+    except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged or of another model ({error}); {remedy(folder.parent)}") from error
     if wrong := damage(folder):  # on every rank, so that all end for the same reason
         raise ValueError(f"{folder}: damaged ({wrong}); {remedy(folder.parent)}")

@@ -204,12 +204,24 @@ def _add(totals: dict[str, list[Tensor]], metrics: Mapping[str, Sum]) -> None:
             totals[name] = [part.double() for part in parts]
 
 
+def fitting(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    """Returns a tensor of a checkpoint; copying one of another shape could broadcast it.
+
+    Raises:
+        ValueError: it is not of the model's shape.
+    """
+    tensor = tensors[name]
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and the model's {tuple(shape)}")
+    return tensor
+
+
 def copy_buffers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Loads the persistent buffers and untrained parameters of `module`, which no engine partitions."""
     persistent = set(module.state_dict(keep_vars=True))
     for name, buffer in module.named_buffers():
         if name in persistent:
-            buffer.data.copy_(tensors[f"model/{name}"])
+            buffer.data.copy_(fitting(tensors, f"model/{name}", buffer.shape))
 
 
 def buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.base import Engine, buffers, copied, copy_buffers
+from pretrain.engines.base import Engine, buffers, copied, copy_buffers, fitting
 from pretrain.engines.distributed import DistributedContext, limit_groups
 from pretrain.engines.optimizer import MOMENTS, first_state, make_optimizer
 from pretrain.interfaces.frames import StepContext
@@ -176,11 +176,12 @@ class DeepSpeedEngine(Engine):
         for parameter in self.module.parameters():
             name = self.names[id(parameter)]
             with _whole(parameter):
-                parameter.data.copy_(tensors[f"model/{name}"])
+                shape, weight = parameter.shape, fitting(tensors, f"model/{name}", parameter.shape)
+                parameter.data.copy_(weight)
             if parameter.requires_grad:
-                self._set_partition(parameter, tensors[f"model/{name}"], None)
+                self._set_partition(parameter, weight, None)
                 for moment in MOMENTS if step else ():
-                    self._set_partition(parameter, tensors[f"{moment}/{name}"], moment)
+                    self._set_partition(parameter, fitting(tensors, f"{moment}/{name}", shape), moment)
         self.engine.global_steps = step
 
     def _create_moments(self, step: int) -> None:

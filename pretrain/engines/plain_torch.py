@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.base import Engine, buffers, copied, copy_buffers
+from pretrain.engines.base import Engine, buffers, copied, copy_buffers, fitting
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.optimizer import MOMENTS, first_state, make_optimizer
 from pretrain.interfaces.frames import StepContext
@@ -69,9 +69,9 @@ class TorchEngine(Engine):
     def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
         copy_buffers(self.module, tensors)
         for name, parameter in self.module.named_parameters():
-            parameter.data.copy_(tensors[f"model/{name}"])
+            parameter.data.copy_(fitting(tensors, f"model/{name}", parameter.shape))
             if parameter.requires_grad and step:
                 state = first_state(parameter, step, self.config.fused)
                 for moment in MOMENTS:
-                    state[moment].copy_(tensors[f"{moment}/{name}"])
+                    state[moment].copy_(fitting(tensors, f"{moment}/{name}", parameter.shape))
                 self.optimizer.state[parameter] = state

@@ -1,22 +1,20 @@
-"""Frozen encoders of several makes behind one call: audio to the features of every layer."""
+"""Frozen encoders of several kinds behind one call: audio to the features of every layer."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.core.rng import keyed_seed
-from data_pipeline.core.schema import dump, load
-from pretrain.checkpointing.checkpoint import read_state
+from data_pipeline.core.schema import dump
 from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.weights import load_checkpoint
 from pretrain.config import Config
 from pretrain.evaluate import hf_encoder
 from pretrain.evaluate.hf_encoder import HuggingFaceModel
@@ -29,10 +27,10 @@ Model = SpeechModel | HuggingFaceModel
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """encode: (T,) waveform at 16 kHz to layers (L, F, D) at rate_hz; frame f is at (f + ½) / rate_hz seconds.
+    """Features of audio.
 
-    fresh: makes the same architecture with random weights (by seed), to train or to freeze; None where there is none to
-    make.
+    encode: (T,) waveform at 16 kHz to layers (L, F, D) at rate_hz; frame f is at (f + ½) / rate_hz seconds.
+    fresh: builds the same architecture with random weights, by seed; None for features without weights.
     """
 
     name: str
@@ -44,7 +42,7 @@ class FrozenEncoder:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint's model; fresh: as FrozenEncoder's; settings: the config that it was made from."""
+    """A checkpoint's model.  fresh: as FrozenEncoder's.  settings: the config that it was trained with."""
 
     name: str
     model: Model
@@ -54,40 +52,33 @@ class Pretrained:
 
 
 def open_pretrained(given: str) -> Pretrained:
-    """A checkpoint of ours or of Hugging Face's layout. Raises ValueError for one that cannot be used."""
+    """Loads a checkpoint of ours, or one in Hugging Face's layout.
+
+    Args:
+        given: a run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder.
+
+    Raises:
+        ValueError: there is none, or it is damaged or of another kind of model; names the file and the remedy.
+    """
     folder = find_checkpoint(given)
     if not (folder / "state.json").is_file():
         model = hf_encoder.load(folder)
         return Pretrained(
             folder.name, model, lambda seed: hf_encoder.fresh(folder, seed), model.net.config.to_diff_dict()
         )
-    ours, config, step = load_model(folder)
-    return Pretrained(config.name, ours, lambda seed: fresh_model(config, seed), dump(config), step)
+    module, config, step = load_checkpoint(folder)
+    return Pretrained(config.name, module.model, lambda seed: fresh_model(config, seed), dump(config), step)
 
 
 def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
-    """The same, frozen."""
+    """Loads a checkpoint as `open_pretrained` does, frozen, on a torch device."""
     found = open_pretrained(given)
     return freeze(found.model, found.name, device, found.step, found.fresh)
 
 
-def load_model(folder: Path) -> tuple[SpeechModel, Config, int]:
-    """The pretrained part of one of our checkpoints, its config and step. Raises ValueError for a damaged one."""
-    values = read_state(folder)
-    config = load(Config, values["config"])
-    model = build_model(config).model
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'}: {error}") from error
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    return model, config, values["step"]
-
-
 def fresh_model(config: Config, seed: int) -> SpeechModel:
-    """The architecture of `config` with the random weights of `seed`."""
-    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    return build_model(Config(**{**values, "seed": keyed_seed(seed, "fresh") % 2**31})).model
+    """Builds the architecture of `config` with the random weights of `seed`."""
+    return build_model(dataclasses.replace(config, seed=keyed_seed(seed, "fresh") % 2**31)).model
 
 
 def freeze(
@@ -97,7 +88,7 @@ def freeze(
     step: int = 0,
     fresh: Callable[[int], Model] | None = None,
 ) -> FrozenEncoder:
-    """A model in evaluation mode."""
+    """Puts a model into evaluation mode on a device and wraps it."""
     model.eval().to(device)
 
     @torch.inference_mode()
@@ -109,7 +100,7 @@ def freeze(
 
 
 def log_mel_with_context(context: int = 10, n_mels: int = 80, rate_hz: float = 50.0) -> FrozenEncoder:
-    """log-mel of the frame and of `context` 10 ms frames on either side, one "layer" of (2·context + 1) · n_mels."""
+    """Returns log-mel of each frame and of `context` 10 ms frames on either side, as one layer of that width."""
     mel = LogMel(n_mels)
 
     @torch.inference_mode()

@@ -1,9 +1,8 @@
-"""Checkpoints in Hugging Face's layout, as models that the probes and their baselines can use like ours."""
+"""Checkpoints in Hugging Face's layout as models that probes and their baselines use like ours."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_seed
+from data_pipeline.core.schema import ConfigError
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.models import ModelShape
+from pretrain.interop import hf_folder
+
+UNUSED = ("masked_spec_embed",)
+"""Weights of a base model that only its own pretraining uses."""
 
 
 class HuggingFaceModel(nn.Module):
@@ -29,16 +33,16 @@ class HuggingFaceModel(nn.Module):
         self.shape = ModelShape(
             settings.hidden_size, settings.num_hidden_layers, settings.conv_dim[-1], rate_hz, rate_hz
         )
-        # what a probe's supervised baseline must not have: masks and skipped layers of pretraining
+        # the supervised baseline must not have the masks and dropped layers of pretraining
         settings.apply_spec_augment, settings.layerdrop = False, 0.0
 
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
-        """Frames of so many samples."""
+        """Returns the frames of audio of so many samples."""
         frames_B: Tensor = self.net._get_feat_extract_output_lengths(lengths_B)
         return frames_B
 
     def forward(self, wave_BT: Tensor, lengths_B: Tensor, dropped_BF: Tensor | None = None) -> EncoderOutput:
-        """(B, T) audio to all layers. dropped_BF: features set to 0."""
+        """Encodes (B, T) audio; features are set to 0 where `dropped_BF`."""
         valid_BT = torch.arange(wave_BT.shape[1], device=wave_BT.device)[None] < lengths_B[:, None]
         if self.normalize:
             mean_B1 = wave_BT.sum(1, keepdim=True) / lengths_B[:, None]
@@ -66,37 +70,89 @@ class HuggingFaceModel(nn.Module):
 
 
 def load(folder: Path) -> HuggingFaceModel:
-    """The model of a folder with config.json and model.safetensors. Raises ValueError where it cannot be used."""
-    model = _auto(folder).from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    return HuggingFaceModel(model.float(), _normalized(folder))  # they may lie there in half precision
+    """Loads a folder with config.json and safetensors weights; nothing of it is executed.
+
+    Raises:
+        ValueError: transformers is not installed.
+        ConfigError: the folder cannot be read, its model_type is unknown to transformers or has no waveform stem, or a
+            weight of the encoder is missing or of another shape.
+    """
+    transformers, settings = _transformers(folder), _settings(folder)
+    kind = transformers.MODEL_MAPPING[type(settings)]
+    weights = hf_folder.read_weights(folder)
+    try:
+        with _quiet(transformers):
+            net, report = kind.from_pretrained(
+                None,
+                config=settings,
+                state_dict=weights,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
+            )
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # of sizes that do not go together
+        raise ConfigError(f"{folder / hf_folder.CONFIG}: transformers cannot build this model ({error})") from None
+    missing = {name: "is missing" for name in report["missing_keys"] if name not in UNUSED}
+    for name, theirs, ours in report["mismatched_keys"]:
+        missing[name] = f"has shape {tuple(theirs)}, and its config.json means {tuple(ours)}"
+    hf_folder.require_weights(missing, folder)
+    return HuggingFaceModel(net.float(), _normalized(folder))  # weights may be saved in 16 bits
 
 
 def fresh(folder: Path, seed: int) -> HuggingFaceModel:
-    """The same architecture with the random weights of `seed`."""
-    from transformers import AutoConfig
-
+    """Builds the same architecture with the random weights of `seed`."""
+    transformers, settings = _transformers(folder), _settings(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "fresh"))
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return HuggingFaceModel(_auto(folder).from_config(config).float(), _normalized(folder))
+        net = transformers.MODEL_MAPPING[type(settings)](settings)
+        return HuggingFaceModel(net.float(), _normalized(folder))
 
 
-def _auto(folder: Path) -> Any:
+def _transformers(folder: Path) -> Any:
     try:
-        from transformers import AutoModel
+        import transformers
     except ImportError as error:
         raise ValueError(f"{folder}: a Hugging Face checkpoint needs the package transformers ({error})") from error
-    settings = _read(folder / "config.json")
-    if "conv_stride" not in settings:
-        raise ValueError(f"{folder}: model_type={settings.get('model_type')!r} has no waveform stem; not supported")
-    return AutoModel
+    return transformers
+
+
+def _settings(folder: Path) -> Any:
+    """The config of a model that is part of transformers; auto_map, which names code in the folder, is dropped."""
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    values = hf_folder.read_config(folder)
+    kind = values["model_type"]
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
+        raise ConfigError(
+            f"{folder / hf_folder.CONFIG}: transformers has no model_type={kind}; code that comes with a checkpoint is "
+            "never run, so take a checkpoint of a model that is part of transformers"
+        )
+    strides = values.get("conv_stride")
+    if strides is None:
+        raise ConfigError(f"{folder}: model_type={kind} has no waveform stem (conv_stride); not supported")
+    if not isinstance(strides, list) or not all(isinstance(stride, int) and stride > 0 for stride in strides):
+        raise ConfigError(f"{folder / hf_folder.CONFIG}: conv_stride must be a list of whole numbers above 0")
+    values = {name: value for name, value in values.items() if name not in ("auto_map", "custom_pipelines")}
+    try:
+        return CONFIG_MAPPING[kind].from_dict(values)
+    except Exception as error:  # its validation raises many types
+        raise ConfigError(f"{folder / hf_folder.CONFIG}: {error}") from None
 
 
 def _normalized(folder: Path) -> bool:
-    by_norm = _read(folder / "config.json").get("feat_extract_norm") == "layer"
-    return bool(_read(folder / "preprocessor_config.json").get("do_normalize", by_norm))
+    by_norm = hf_folder.read_config(folder).get("feat_extract_norm") == "layer"
+    return bool(hf_folder.read_processor(folder).get("do_normalize", by_norm))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return values
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the report and progress bar of loading."""
+    logging = transformers.utils.logging
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

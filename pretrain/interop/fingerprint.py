@@ -7,14 +7,14 @@ from data_pipeline.labels.kmeans import TargetsConfig
 
 
 def weights_of(config: TargetsConfig) -> str:
-    """What tells the checkpoint from another at the same place; empty for MFCC."""
+    """Returns the checksums of the checkpoint that features come from; "" for MFCC."""
     return "" if config.features == "mfcc" else " ".join(checkpoint_fingerprint(config.features).values())
 
 
 def checkpoint_fingerprint(checkpoints: str) -> dict[str, str]:
-    """sha256 of the weights of each checkpoint of a comma-separated list."""
+    """Returns the sha256 of each weight file of the checkpoints in a comma-separated list."""
     from pretrain.checkpointing.locate import find_checkpoint
-    from pretrain.interop.init_weights import weight_files
+    from pretrain.interop.hf_folder import weight_files
 
     found = {}
     for text in checkpoints.split(","):

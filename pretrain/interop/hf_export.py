@@ -1,6 +1,8 @@
-"""A run as a Hugging Face model folder (`auricle export`).
+"""Exports a run as a Hugging Face model folder (`auricle export`).
 
-Nothing is written unless `from_pretrained` on it gives our features to 1e-5.
+Nothing is written unless `from_pretrained` on the folder reproduces our features to 1e-5. A model trained by wav2vec
+2.0 is written as Wav2Vec2ForPreTraining, with its quantiser and projections, for `init=` or further pretraining
+elsewhere; transformers has no such class for other objectives, whose own weights stay in the run's checkpoint.
 """
 
 from __future__ import annotations
@@ -9,43 +11,58 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.checkpointing.locate import latest_checkpoint, near
 from pretrain.checkpointing.tensor_files import save_tensors
+from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
 from pretrain.config import Config
 from pretrain.interfaces.models import SpeechModel
-from pretrain.interop.hf_names import to_hugging_face
-from pretrain.train_module import TrainModule, build_model
+from pretrain.interop.hf_names import MASK_EMBEDDING, objective_to_hugging_face, to_hugging_face
+from pretrain.models.encoders import transformer
+from pretrain.models.frontends import waveform_conv
+from pretrain.nn.block_stack import StackConfig
+from pretrain.objectives import wav2vec2
+from pretrain.train_module import TrainModule
 
 TOLERANCE = 1e-5
 
 
 def export(config: Config, module: TrainModule, folder: Path) -> float:
-    """Writes config.json, preprocessor_config.json and model.safetensors; returns the worst error of the gate.
+    """Writes config.json, preprocessor_config.json and model.safetensors.
 
-    Raises ConfigError for an architecture that Hugging Face has no model for, for an existing folder, and when the
-    loaded copy's features differ.
+    Args:
+        config: the config that `module` was trained with.
+        module: front end, encoder and objective.
+        folder: must not exist; appears whole or not at all.
+
+    Returns:
+        The largest difference between our last layer and that of the loaded copy, in double precision.
+
+    Raises:
+        ConfigError: the architecture has no counterpart in transformers, `folder` exists, or the loaded copy differs.
+        OSError: the folder cannot be written; nothing of it is left.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists; give a new folder to export to")
     described = describe(config, module.objective.exports_as)
-    weights = {
-        name: weight.detach().cpu().float() for name, weight in to_hugging_face(module.model.state_dict()).items()
-    }
-    embedding = getattr(module.objective, "mask_embedding", None)
-    if embedding is None:
-        described["mask_time_prob"] = 0.0
+    weights = to_hugging_face(module.model.state_dict())
+    objective = module.objective.state_dict()
+    if MASK_EMBEDDING in objective:
+        weights["masked_spec_embed"] = objective[MASK_EMBEDDING]
     else:
-        weights["masked_spec_embed"] = embedding.detach().cpu().float()
+        described["mask_time_prob"] = 0.0
+    for_pretraining = False
+    if isinstance(config.objective, wav2vec2.Config) and described["model_type"] == "wav2vec2":
+        for_pretraining = True
+        described |= describe_objective(config.objective)
+        weights = {f"wav2vec2.{name}": weight for name, weight in weights.items()}
+        weights |= objective_to_hugging_face(objective)
     frontend: Any = config.frontend  # a waveform_conv, as `describe` requires
     processor = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
@@ -62,37 +79,53 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-        contiguous = {key: weight.contiguous().clone() for key, weight in weights.items()}
+        contiguous = {key: weight.detach().cpu().float().contiguous().clone() for key, weight in weights.items()}
         save_tensors(contiguous, temporary / "model.safetensors")
-        error = gate(module.model, frontend.normalize, temporary)
+        error = gate(module.model, frontend.normalize, temporary, for_pretraining)
         if not error <= TOLERANCE:
             raise ConfigError(f"the exported model's features differ by {error:.1e} (allowed: {TOLERANCE:.0e})")
         shutil.move(str(temporary), folder)
     return error
 
 
-def describe(config: Config, plain: str) -> dict[str, Any]:
-    """Hugging Face's config.json; `plain` is the kind of a model without one of its own.
+def describe_objective(objective: wav2vec2.Config) -> dict[str, Any]:
+    """Returns the fields of config.json that belong to the objective of wav2vec 2.0."""
+    return {
+        "architectures": ["Wav2Vec2ForPreTraining"],
+        "num_codevector_groups": objective.groups,
+        "num_codevectors_per_group": objective.n_codes,
+        "codevector_dim": objective.code_dim,
+        "proj_codevector_dim": objective.projection_dim,
+        "num_negatives": objective.negatives,
+        "contrastive_logits_temperature": objective.logit_temperature,
+        "diversity_loss_weight": objective.diversity_weight,
+        "feat_quantizer_dropout": objective.feature_dropout,
+        "mask_time_prob": objective.mask_prob,
+        "mask_time_length": objective.mask_span,
+    }
 
-    Raises ConfigError naming what has no counterpart there.
+
+def describe(config: Config, plain: str) -> dict[str, Any]:
+    """Returns the fields of Hugging Face's config.json for front end and encoder.
+
+    Args:
+        config: the config of the run.
+        plain: the kind of a model whose encoder is of no kind that has its own, such as "Wav2Vec2".
+
+    Raises:
+        ConfigError: names the fields whose values have no counterpart there.
     """
-    frontend: Any = config.frontend  # of any kind until the obstacles are ruled out
-    encoder: Any = config.encoder
-    obstacles = [
-        f"{field}={value}"
-        for field, value, fits in (
-            ("frontend.name", frontend.name, frontend.name == "waveform_conv"),
-            ("encoder.name", encoder.name, encoder.name == "transformer"),
-            (
-                "encoder.positions",
-                getattr(encoder, "positions", ""),
-                getattr(encoder, "positions", "") in ("conv", "conv_stack"),
-            ),
-            ("encoder.attention", encoder.attention, encoder.attention == "full"),
-        )
-        if not fits
-    ]
-    if obstacles:
+    frontend, encoder = config.frontend, config.encoder
+    obstacles = []
+    if not isinstance(frontend, waveform_conv.Config):
+        obstacles.append(f"frontend.name={frontend.name}")
+    if not isinstance(encoder, transformer.Config):
+        obstacles.append(f"encoder.name={encoder.name}")
+    elif encoder.positions not in ("conv", "conv_stack"):
+        obstacles.append(f"encoder.positions={encoder.positions}")
+    if isinstance(encoder, StackConfig) and encoder.attention != "full":
+        obstacles.append(f"encoder.attention={encoder.attention}")
+    if obstacles or not isinstance(frontend, waveform_conv.Config) or not isinstance(encoder, transformer.Config):
         raise ConfigError(
             f"{', '.join(obstacles)}: Hugging Face has no such model; only a waveform_conv front end with a "
             "transformer of convolutional positions and full attention can be exported. `auricle export --to onnx` or "
@@ -140,17 +173,26 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def gate(model: SpeechModel, normalized: bool, folder: Path) -> float:
-    """Largest difference of the last layer between `model` and what `from_pretrained` makes of `folder`.
+def gate(model: SpeechModel, normalized: bool, folder: Path, for_pretraining: bool = False) -> float:
+    """Returns the largest difference of the last layer between `model` and what transformers loads from `folder`.
 
-    In double precision, so that what is seen is a wrong weight or formula and not the rounding of a deep model.
-    Raises ConfigError if transformers is absent, or if it finds weights missing or left over.
+    In double precision, so that only a wrong weight or formula counts and not the rounding of a deep model.
+
+    Args:
+        model: front end and encoder that were exported.
+        normalized: whether the front end normalises each utterance.
+        folder: the exported model.
+        for_pretraining: whether it has the objective's weights, too.
+
+    Raises:
+        ConfigError: transformers is absent, or reports weights that are missing or left over.
     """
     try:
         import transformers
     except ImportError:
         raise ConfigError("the check before an export needs transformers: pip install transformers") from None
-    theirs, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    kind = transformers.AutoModelForPreTraining if for_pretraining else transformers.AutoModel
+    theirs, report = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if wrong:
         raise ConfigError(f"transformers finds weights missing or left over: {', '.join(wrong)}")
@@ -158,18 +200,22 @@ def gate(model: SpeechModel, normalized: bool, folder: Path) -> float:
     exact = copy.deepcopy(model).cpu().double().eval()
     ours = exact(wave_BT.double(), torch.tensor([SAMPLE_RATE] * 2)).final.x_BFD
     if normalized:
-        extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         wave_BT = extractor(list(wave_BT.numpy()), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values
-    return float((theirs.double().eval()(wave_BT.double()).last_hidden_state - ours).abs().max())
+    base = theirs.wav2vec2 if for_pretraining else theirs
+    return float((base.double().eval()(wave_BT.double()).last_hidden_state - ours).abs().max())
 
 
-def load_run(folder: Path) -> tuple[Config, TrainModule]:
-    """The config and the newest weights of a run folder."""
-    newest = latest_checkpoint(folder / "checkpoints")
+def load_run(given: Path) -> LoadedCheckpoint:
+    """Loads the newest checkpoint of a run folder, or a checkpoint, with its own config.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+        ValueError: it is damaged.
+    """
+    if (given / "state.json").is_file():
+        return load_checkpoint(given)
+    newest = latest_checkpoint(given / "checkpoints")
     if newest is None:
-        raise ConfigError(f"{folder}: not a run folder with a checkpoint (checkpoints/latest is missing){near(folder)}")
-    config = load(Config, json.loads((folder / "config.json").read_text()))
-    module = build_model(config)
-    state: Mapping[str, Tensor] = load_file(newest / "model.safetensors")
-    module.load_state_dict(state)
-    return config, module
+        raise ConfigError(f"{given}: not a run folder with a checkpoint (checkpoints/latest is missing){near(given)}")
+    return load_checkpoint(newest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +35,13 @@ OBJECTIVE = {
     "project_prediction": "project_hid",
     "quantizer.logits": "quantizer.weight_proj",
 }
-"""wav2vec 2.0's linear layers, and what Wav2Vec2ForPreTraining calls them."""
+"""wav2vec 2.0's linear layers -> their names in Wav2Vec2ForPreTraining."""
+CODEBOOK, MASK_EMBEDDING = "quantizer.codebook_GVC", "mask_embedding"
 QKV = re.compile(r"encoder\.blocks\.(\d+)\.attention\.qkv\.(weight|bias)$")
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A SpeechModel's state under Hugging Face's names. Raises ValueError for a weight without a counterpart."""
+    """Renames a SpeechModel's state to Hugging Face's names. Raises ValueError for a weight without a counterpart."""
     renamed: dict[str, Tensor] = {}
     for name, weight in state.items():
         if found := QKV.match(name):
@@ -50,19 +52,28 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights named in `ours`, taken from a Hugging Face state (with or without a prefix such as `wav2vec2.`).
+class Found(NamedTuple):
+    """weights: by our names.  sources: the names in the Hugging Face state that they came from."""
 
-    Understands both namings of weight norm. Raises ValueError naming every weight that is missing or of another shape.
+    weights: dict[str, Tensor]
+    sources: set[str]
+
+
+def from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> Found:
+    """Finds the weights named in `ours` in a Hugging Face state, with or without a prefix such as `wav2vec2.`.
+
+    Both namings of weight norm are known. Raises ValueError naming every weight that is missing or of another shape.
     """
     prefix = _prefix(state)
-    theirs = {
+    given = {
         name.removeprefix(prefix)
         .replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
-        .replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1"): weight
-        for name, weight in state.items()
+        .replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1"): name
+        for name in state
         if name.startswith(prefix)
     }
+    theirs = {name: state[original] for name, original in given.items()}
+    used: set[str] = set()
     taken: dict[str, Tensor] = {}
     problems = []
     for name, weight in ours.items():
@@ -75,38 +86,56 @@ def from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -
             problems.append(f"{', '.join(missing)} is missing")
             continue
         taken[name] = torch.cat([theirs[source] for source in sources]) if found else theirs[sources[0]]
+        used |= {given[source] for source in sources}
         if taken[name].shape != weight.shape:
             problems.append(f"{sources[0]} has shape {tuple(taken[name].shape)}, and {name} {tuple(weight.shape)}")
     if problems:
         raise ValueError("the Hugging Face checkpoint does not fit this model: " + "; ".join(problems))
-    return taken
+    return Found(taken, used)
 
 
-def objective_from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an objective that a Hugging Face state has: its mask embedding; wav2vec 2.0's projections and
-    codes, if all of them are of its shapes."""
-    found = {
-        f"{mine}.{part}": state[f"{other}.{part}"]
-        for mine, other in OBJECTIVE.items()
-        for part in ("weight", "bias")
-        if f"{other}.{part}" in state
-    }
-    codes = ours.get("quantizer.codebook_GVC")
-    if codes is not None and "quantizer.codevectors" in state:
-        codes_GVC = state["quantizer.codevectors"]
-        if codes_GVC.numel() == codes.numel():
-            found["quantizer.codebook_GVC"] = codes_GVC.reshape(codes.shape)
-    wanted = {name: weight.shape for name, weight in ours.items() if name.partition(".")[0] != "mask_embedding"}
-    if {name: weight.shape for name, weight in found.items()} != wanted:
-        found = {}
-    embedding, own = state.get(f"{_prefix(state)}masked_spec_embed"), ours.get("mask_embedding")
-    if embedding is not None and own is not None and embedding.shape == own.shape:
-        found["mask_embedding"] = embedding
+def objective_to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the weights of wav2vec 2.0's objective to those of Wav2Vec2ForPreTraining, without its mask embedding.
+
+    Raises ValueError for a weight without a counterpart.
+    """
+    renamed = {f"{mine}.{part}": f"{other}.{part}" for mine, other in OBJECTIVE.items() for part in ("weight", "bias")}
+    found: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        if name == CODEBOOK:
+            found["quantizer.codevectors"] = weight.flatten(0, 1)[None]
+        elif name in renamed:
+            found[renamed[name]] = weight
+        elif name != MASK_EMBEDDING:
+            raise ValueError(f"{name} has no counterpart in Hugging Face's layout")
     return found
 
 
+def objective_from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> Found:
+    """Finds the weights of an objective in a Hugging Face state.
+
+    These are its mask embedding, and wav2vec 2.0's projections and codes, if all of them are there in its shapes.
+    """
+    pairs = {f"{mine}.{part}": f"{other}.{part}" for mine, other in OBJECTIVE.items() for part in ("weight", "bias")}
+    pairs |= {CODEBOOK: "quantizer.codevectors"}
+    sources = {name: pairs[name] for name in ours if pairs.get(name) in state}
+    wanted = [name for name in ours if name != MASK_EMBEDDING]
+    # theirs is (1, groups · codes, dimensions of a group)
+    shapes = {name: weight.shape for name, weight in ours.items()}
+    if CODEBOOK in ours:
+        shapes[CODEBOOK] = torch.Size((1, ours[CODEBOOK].shape[:2].numel(), ours[CODEBOOK].shape[2]))
+    same = [name for name in sources if state[sources[name]].shape == shapes[name]]
+    found = {name: state[sources[name]].reshape(ours[name].shape) for name in same} if same == wanted else {}
+    used = {sources[name] for name in found}
+    embedding = f"{_prefix(state)}masked_spec_embed"
+    if embedding in state and MASK_EMBEDDING in ours and state[embedding].shape == ours[MASK_EMBEDDING].shape:
+        found[MASK_EMBEDDING] = state[embedding]
+        used.add(embedding)
+    return Found(found, used)
+
+
 def _prefix(state: Mapping[str, Tensor]) -> str:
-    """What stands before a base model's names in one with a head, such as `wav2vec2.`."""
+    """Returns the prefix of a base model's names in a model with a head, such as `wav2vec2.`."""
     last = "encoder.layer_norm.weight"
     return next((name.removesuffix(last) for name in state if name.endswith(last)), "")
 

@@ -1,21 +1,19 @@
-"""Weights to start from (`init=`): a Hugging Face folder, or another run.
+"""Initial weights (`init=`) from a Hugging Face folder or another run.
 
-Weights of one shape can belong to another architecture, so the configs are compared, too. Who attends to whom may
-differ, as may what is left out in training: a model that hears all may become one that streams.
+Weights of one shape can belong to another architecture, so the configs are compared, too. Attention patterns and
+regularisation may differ: a model with full attention may become one that streams.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from data_pipeline.core.schema import ConfigError, dump
 from pretrain.config import Config
+from pretrain.interop import hf_folder
 from pretrain.interop.hf_export import load_run
 from pretrain.interop.hf_names import from_hugging_face, objective_from_hugging_face
 from pretrain.train_module import TrainModule
@@ -26,29 +24,58 @@ FREE = {
 }
 """Fields of front ends and encoders that may differ. (Registers are weights, and found missing as such.)"""
 FIXED = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5, "conv_pos_batch_norm": False}
-"""What our models have in common, by the names of Hugging Face's config.json."""
+"""Values that every model here has, by the names of Hugging Face's config.json."""
 TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
-CONVERT = (
-    'python -c "import torch, safetensors.torch as s; s.save_file({{name: weight.clone() for name, weight in '
-    "torch.load('{0}/pytorch_model.bin', weights_only=True).items()}}, '{0}/model.safetensors')\""
-)
 
 
-def load_initial(config: Config, module: TrainModule) -> None:
-    """Fills front end and encoder from `config.init`. Raises ConfigError where it does not fit.
+class Taken(NamedTuple):
+    """What came of `init=`, by names of weights. left: in the checkpoint, without use here.  made: new."""
 
-    The objective's weights come along from a run with the same objective, and from Hugging Face what is there under
-    its names and in its shapes. Otherwise the objective starts anew; an EMA teacher copies what was loaded.
+    model: list[str]
+    objective: list[str]
+    left: list[str]
+    made: list[str]
+
+    def lines(self, where: str) -> list[str]:
+        """Returns the report of it."""
+        objective = f"{len(self.objective)} of the objective ({_some(self.objective)})" if self.objective else "none"
+        found = [f"init={where}: {len(self.model)} weights of front end and encoder taken, and {objective}"]
+        if self.left:
+            found.append(f"  left unused in the checkpoint: {_some(self.left)}")
+        if self.made:
+            found.append(f"  new, with random values: {_some(self.made)}")
+        return found
+
+
+def load_initial(config: Config, module: TrainModule, say: Callable[[str], None] = lambda line: None) -> Taken:
+    """Fills front end, encoder and, where it fits, the objective from `config.init`.
+
+    The objective's weights come along from a run with the same objective, and from a Hugging Face folder those that
+    exist there under its names and in its shapes. Otherwise the objective starts with random weights; an EMA teacher
+    copies the loaded encoder.
+
+    Args:
+        config: the config of the new run.
+        module: its model, filled in place.
+        say: receives the lines of the report: what was taken, left and made.
+
+    Returns:
+        The same report, by names of weights.
+
+    Raises:
+        ConfigError: `config.init` is of another architecture, lacks a weight, or cannot be read.
+        ValueError: the checkpoint of the run is damaged.
     """
     folder = Path(config.init).expanduser()
-    if (folder / "checkpoints").is_dir():
-        _from_run(config, module, folder)
-    else:
-        _from_hugging_face(config, module, folder)
+    from_run = (folder / "checkpoints").is_dir() or (folder / "state.json").is_file()
+    taken = _from_run(config, module, folder) if from_run else _from_hugging_face(config, module, folder)
+    for line in taken.lines(config.init):
+        say(line)
+    return taken
 
 
-def _from_run(config: Config, module: TrainModule, folder: Path) -> None:
-    their_config, source = load_run(folder)
+def _from_run(config: Config, module: TrainModule, folder: Path) -> Taken:
+    source, their_config, _ = load_run(folder)
     theirs, ours = source.model.state_dict(), module.model.state_dict()
     _refuse_differences(config, architecture(their_config))
     wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
@@ -62,51 +89,45 @@ def _from_run(config: Config, module: TrainModule, folder: Path) -> None:
             f"init={config.init}: this model has no place for {left[0]} and {len(left) - 1} more of its weights"
         )
     module.model.load_state_dict(theirs)
+    objective, own = source.objective.state_dict(), list(module.objective.state_dict())
+    heads = [f"heads.{name}" for name in source.heads.state_dict()]
+    made = [f"heads.{name}" for name in module.heads.state_dict()]
     if dump(config.objective) == dump(their_config.objective):
-        module.objective.load_state_dict(source.objective.state_dict())
-    else:
-        module.objective.attach(module.model)
+        module.objective.load_state_dict(objective)
+        return Taken(list(ours), own, heads, made)
+    module.objective.attach(module.model)
+    return Taken(list(ours), [], [*(f"objective.{name}" for name in objective), *heads], [*_new(own, ()), *made])
 
 
-def _from_hugging_face(config: Config, module: TrainModule, folder: Path) -> None:
-    state = read_hugging_face(folder)
-    processor = _json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").is_file() else {}
-    _refuse_differences(config, hugging_face_architecture(_json(folder / "config.json"), processor, str(folder)))
+def _from_hugging_face(config: Config, module: TrainModule, folder: Path) -> Taken:
+    theirs, state = hf_folder.read_config(folder), hf_folder.read_weights(folder)
+    _refuse_differences(config, hugging_face_architecture(theirs, hf_folder.read_processor(folder), str(folder)))
+    ours = module.model.state_dict()
     try:
-        module.model.load_state_dict(from_hugging_face(state, module.model.state_dict()))
+        found = from_hugging_face(state, ours)
     except ValueError as error:
         raise ConfigError(f"init={folder}: {error}") from None
-    module.objective.load_state_dict(objective_from_hugging_face(state, module.objective.state_dict()), strict=False)
+    module.model.load_state_dict(found.weights)
+    own = module.objective.state_dict()
+    objective = objective_from_hugging_face(state, own)
+    module.objective.load_state_dict(objective.weights, strict=False)
     module.objective.attach(module.model)
+    used = found.sources | objective.sources
+    made = [*_new(own, objective.weights), *(f"heads.{name}" for name in module.heads.state_dict())]
+    return Taken(list(ours), list(objective.weights), [name for name in state if name not in used], made)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a model's weights, one or several. Raises ConfigError if none are safetensors."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        names = {"model.safetensors"}
-    elif index.is_file():
-        names = {Path(name).name for name in _json(index)["weight_map"].values()}
-    elif (folder / "pytorch_model.bin").is_file():
-        raise ConfigError(
-            f"{folder} has no model.safetensors, and a pickle is never opened here; where you trust it, convert it: "
-            + CONVERT.format(folder)
-        )
-    else:
-        raise ConfigError(f"{folder} is no run folder, and has no model.safetensors; download the whole model there")
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing:
-        raise ConfigError(f"{folder}: {index.name} names {missing[0]}, which is missing; download it, too")
-    return [folder / name for name in sorted(names)]
+def _new(own: Iterable[str], taken: Container[str]) -> list[str]:
+    """Weights of the objective that were not taken; a teacher's are copies of the encoder, and so not new."""
+    return [f"objective.{name}" for name in own if name not in taken and not name.startswith("teacher.")]
 
 
-def read_hugging_face(folder: Path) -> dict[str, Tensor]:
-    """All weights of a Hugging Face folder. Raises as `weight_files`."""
-    return {key: weight for file in weight_files(folder) for key, weight in load_file(file).items()}
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def architecture(config: Config) -> dict[str, Any]:
-    """Fields that must agree, by the names that an override has."""
+    """Returns the fields that must agree, by the names of their overrides."""
     return {
         f"{part}.{field}": value
         for part in ("frontend", "encoder")
@@ -116,7 +137,7 @@ def architecture(config: Config) -> dict[str, Any]:
 
 
 def hugging_face_architecture(theirs: Mapping[str, Any], processor: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The same of a config.json; what it leaves out has transformers' default, which is the released BASE."""
+    """Returns the same of a config.json; fields that it leaves out have transformers' default, the released BASE."""
     kind = theirs.get("model_type")
     if kind not in TYPES:
         raise ConfigError(f"init={path}: model_type={kind}; only {', '.join(TYPES)} have a counterpart here")
@@ -166,17 +187,12 @@ def _refuse_differences(config: Config, theirs: Mapping[str, Any]) -> None:
         if ours.get(name) != value and (name.endswith(".name") or name.partition(".")[0] not in kinds)
     ]
     if differing:
-        told = ", ".join(f"{name}={_shown(ours.get(name))} here and {_shown(theirs[name])} there" for name in differing)
+        differences = ", ".join(
+            f"{name}={_shown(ours.get(name))} here and {_shown(theirs[name])} there" for name in differing
+        )
         fitting = " ".join(f"{name.removesuffix('.name')}={_shown(theirs[name])}" for name in differing)
-        raise ConfigError(f"init={config.init} is another architecture: {told}; to fit it, add {fitting}")
+        raise ConfigError(f"init={config.init} is another architecture: {differences}; to fit it, add {fitting}")
 
 
 def _shown(value: Any) -> str:
     return json.dumps(value, separators=(",", ":")).strip('"')
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(f"{file} is missing; it tells the architecture")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found

@@ -239,7 +239,7 @@ def test_padding_does_not_change_a_hugging_face_models_frames(tmp_path: Path) ->
 def test_what_cannot_be_evaluated_is_said(corpus: Path, saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such task"):
         evaluate(settings(corpus, saved, "fonemes"))
-    with pytest.raises(ValueError, match="no run folder, no checkpoint"):
+    with pytest.raises(ValueError, match="not a run folder with a checkpoint, a checkpoint"):
         find_checkpoint(str(tmp_path))
     with pytest.raises(ValueError, match="which has the corpora tones"):
         evaluate(settings(corpus, saved, "keywords", corpora="other"))

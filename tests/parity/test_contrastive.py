@@ -70,7 +70,7 @@ def test_loss_and_gradients(
     ours = our_model(norm, pre)
     copy_weights(theirs, ours)
     objective = wav2vec2.Wav2Vec2(wav2vec2.Config(penalty_weight=0.0, feature_dropout=0.0), ours.shape)
-    objective.load_state_dict(objective_from_hugging_face(theirs.state_dict(), objective.state_dict()))
+    objective.load_state_dict(objective_from_hugging_face(theirs.state_dict(), objective.state_dict()).weights)
 
     wave_BT, lengths_B = ragged_batch(ragged)
     plan = objective.prepare(ours, Batch(wave_BT, lengths_B, ("a", "b", "c"), 0), CTX)

@@ -62,8 +62,12 @@ def test_round_trip(case: str, tmp_path: Path, parity: Parity) -> None:
     described = config(*CASES[case])
     module = build_model(described)
     parity("export: the gate's own comparison, fp64", 1e-5, export(described, module, tmp_path / "out"))
-    theirs, report = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
-    parity("export: keys missing or unexpected", 0, len(report["missing_keys"]) + len(report["unexpected_keys"]))
+    pretraining = described.objective.name == "wav2vec2"
+    kinds = [transformers.AutoModelForPreTraining] if pretraining else []
+    for kind in [*kinds, transformers.AutoModel]:
+        theirs, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+        left = 0 if pretraining and kind is transformers.AutoModel else len(report["unexpected_keys"])
+        parity("export: keys missing or unexpected", 0, len(report["missing_keys"]) + left)
     wave_BT = 0.1 * torch.randn(2, 16_000, generator=torch.Generator().manual_seed(1))
     given_BT = normalize_wave(wave_BT, torch.tensor([16_000] * 2)) if described.frontend.normalize else wave_BT
     with torch.no_grad():
@@ -74,8 +78,37 @@ def test_round_trip(case: str, tmp_path: Path, parity: Parity) -> None:
     last = float((theirs(given_BT).last_hidden_state - ours[-1]).detach().abs().max())
     parity("export: every layer of from_pretrained against ours, fp32", 1e-5, max(error, last))
     fresh = started(tmp_path / "out", *CASES[case])
-    for name, weight in module.model.state_dict().items():
-        assert torch.equal(fresh.model.state_dict()[name], weight), name
+    for name, weight in (module if pretraining else module.model).state_dict().items():
+        assert torch.equal((fresh if pretraining else fresh.model).state_dict()[name], weight), name
+
+
+def test_the_codebook_sizes_are_exported(tmp_path: Path) -> None:
+    """Groups, codes and dimensions differ from transformers' defaults, and nothing is initialised again."""
+    sizes = {"groups": 4, "n_codes": 12, "code_dim": 24, "projection_dim": 20, "negatives": 7}
+    described = config("wav2vec2", {}, {}, objective={"name": "wav2vec2", **sizes})
+    export(described, build_model(described), tmp_path / "out")
+    model, report = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.quantizer.codevectors.shape == (1, 4 * 12, 6)
+    assert (model.config.num_codevector_groups, model.config.num_codevectors_per_group) == (4, 12)
+    assert (model.project_hid.out_features, model.config.num_negatives) == (20, 7)
+
+
+@pytest.mark.parametrize("change", [{"n_codes": 160}, {"groups": 4, "n_codes": 160}, {"projection_dim": 64}])
+def test_an_objective_of_other_sizes_starts_with_random_weights_and_says_so(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    described = config("wav2vec2", {}, {})
+    export(described, build_model(described), tmp_path / "out")
+    other = config("wav2vec2", {}, {}, objective={"name": "wav2vec2", **change}, init=str(tmp_path / "out"))
+    said: list[str] = []
+    taken = load_initial(other, build_model(other), said.append)
+    assert taken.objective == ["mask_embedding"]
+    assert "quantizer.codevectors" in taken.left
+    assert "objective.quantizer.codebook_GVC" in taken.made
+    assert "left unused" in said[1]
+    assert "new, with random values" in said[2]
 
 
 def test_both_namings_of_weight_norm_and_prefixes_load(tmp_path: Path) -> None:
@@ -83,8 +116,7 @@ def test_both_namings_of_weight_norm_and_prefixes_load(tmp_path: Path) -> None:
     module = build_model(described)
     export(described, module, tmp_path / "new")
     old = {
-        "wav2vec2."
-        + name.replace("parametrizations.weight.original0", "weight_g").replace(
+        name.replace("parametrizations.weight.original0", "weight_g").replace(
             "parametrizations.weight.original1", "weight_v"
         ): weight
         for name, weight in load_file(tmp_path / "new" / "model.safetensors").items()

@@ -84,7 +84,7 @@ def compare(theirs: torch.nn.Module, ours: SpeechModel, labels: hubert.Config, r
     randomize(theirs)
     parts = theirs.state_dict()
     stem_and_encoder = {as_hugging_face(name): w for name, w in parts.items() if name.startswith("wav2vec2.")}
-    ours.load_state_dict(from_hugging_face(stem_and_encoder, ours.state_dict()))
+    ours.load_state_dict(from_hugging_face(stem_and_encoder, ours.state_dict()).weights)
     ours.frontend.gradient_scale = 0.1
     objective = hubert.build(labels, ours.shape)
     objective.load_state_dict({name: parts[other] for name, other in OBJECTIVE.items()})

@@ -59,7 +59,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def copy_weights(theirs: torch.nn.Module, ours: SpeechModel) -> None:
-    ours.load_state_dict(from_hugging_face(theirs.state_dict(), ours.state_dict()))
+    ours.load_state_dict(from_hugging_face(theirs.state_dict(), ours.state_dict()).weights)
 
 
 def ragged_batch(ragged: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from data_pipeline.core.schema import ConfigError, dump, load
+from data_pipeline.core.schema import ConfigError, load
 from launch.commands.replay import model_at
 from pretrain.config import Config
 from pretrain.interop.init_weights import load_initial
 from pretrain.train_module import build_model
+from tests.support.checkpoint_states import write_run
 
 
 def config(**encoder: Any) -> Config:
@@ -31,10 +30,7 @@ def config(**encoder: Any) -> Config:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder with one checkpoint."""
-    (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "latest").write_text("step_1")
-    (tmp_path / "config.json").write_text(json.dumps(dump(config())))
-    save_file(build_model(config()).state_dict(), tmp_path / "checkpoints" / "step_1" / "model.safetensors")
+    write_run(tmp_path, config(), build_model(config()))
     return tmp_path
 
 

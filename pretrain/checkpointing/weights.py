@@ -1,0 +1,96 @@
+"""Reads the weights of a checkpoint for everything but a resume: export, init=, evaluate, finetune, targets, replay.
+
+What is read is what was saved: checksums are compared before a tensor is used, and names and shapes must be those of
+the model. A resume does the same through `checkpoint.load_latest`, by the engine's names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from data_pipeline.core.schema import load as load_config
+from pretrain.checkpointing.checkpoint import read_state
+from pretrain.checkpointing.locate import remedy
+from pretrain.config import Config
+from pretrain.train_module import TrainModule, build_model
+
+MODEL = "model.safetensors"
+
+
+class LoadedCheckpoint(NamedTuple):
+    """A model with the weights of a checkpoint, the config that it was trained with, and its updates."""
+
+    module: TrainModule
+    config: Config
+    step: int
+
+
+def load_checkpoint(folder: Path) -> LoadedCheckpoint:
+    """Builds the model of a checkpoint from its own config and fills it.
+
+    Args:
+        folder: a checkpoint, such as RUN/checkpoints/step_00000100.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or its weights are not those of its config; names the file and the
+            remedy.
+        ConfigError: this version cannot read its config.
+    """
+    state = read_state(folder)
+    config = load_config(Config, state["config"])
+    weights = read_weights(folder)
+    module = build_model(config)
+    fill(module, weights, str(folder / MODEL))
+    return LoadedCheckpoint(module, config, state["step"])
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Reads model.safetensors of a checkpoint, (name in the TrainModule) -> tensor.
+
+    Raises:
+        ValueError: it is missing, cannot be read, or is not the file whose checksum is in state.json.
+    """
+    file, expected = folder / MODEL, read_state(folder)["sha256"][MODEL]
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error}); {remedy(folder.parent)}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{file}: checksum mismatch (sha256 is {found[:12]}…, state.json has {expected[:12]}…); "
+            f"{remedy(folder.parent)}"
+        )
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file ({error}); {remedy(folder.parent)}") from error
+
+
+@torch.no_grad()
+def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Copies weights into a module whose names and shapes they must have exactly.
+
+    Raises:
+        ValueError: a name is missing or left over, or a shape differs; names it, both shapes and `where`.
+    """
+    own = module.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in weights]
+    problems += [f"{name} has no place in the model" for name in weights if name not in own]
+    problems += [
+        f"{name} has shape {tuple(weights[name].shape)}, and the model's {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 1} more problems" if len(problems) > 1 else ""
+        raise ValueError(f"{where}: does not fit the model of its config: {problems[0]}{more}")
+    module.load_state_dict(dict(weights))

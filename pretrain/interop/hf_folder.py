@@ -1,0 +1,122 @@
+"""The one reader of Hugging Face model folders: config.json, preprocessor_config.json and safetensors weights.
+
+Nothing of a folder is executed: there is no pickle, and `auto_map`, which names Python files in it, is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline.core.schema import ConfigError
+
+CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+DOWNLOAD = "download the whole model again"
+CONVERT = (
+    'python -c "import torch, safetensors.torch as s; s.save_file({{name: weight.clone() for name, weight in '
+    "torch.load('{0}/pytorch_model.bin', weights_only=True).items()}}, '{0}/model.safetensors')\""
+)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json, the architecture.
+
+    Raises:
+        ConfigError: it is missing or not a JSON object, or its model_type is not a text.
+    """
+    values = _object(folder / CONFIG)
+    if values is None:
+        raise ConfigError(f"{folder / CONFIG} is missing, and with it the architecture; {DOWNLOAD}")
+    if not isinstance(values.get("model_type"), str):
+        raise ConfigError(
+            f"{folder / CONFIG}: model_type must be a text such as wav2vec2, and is {values.get('model_type')!r}; "
+            f"{DOWNLOAD}"
+        )
+    return values
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """Reads preprocessor_config.json; empty where there is none. Raises ConfigError unless it is a JSON object whose
+    do_normalize, if any, is true or false."""
+    values = _object(folder / PROCESSOR) or {}
+    if not isinstance(values.get("do_normalize", False), bool):
+        raise ConfigError(
+            f"{folder / PROCESSOR}: do_normalize must be true or false, and is {values['do_normalize']!r}"
+        )
+    return values
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files of a model's weights, one or several, in this very folder.
+
+    Raises:
+        ConfigError: none are safetensors, or the index is damaged, or names a file that is missing or elsewhere.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = _object(folder / INDEX)
+    if index is None and (folder / "pytorch_model.bin").is_file():
+        raise ConfigError(
+            f"{folder} has no {WEIGHTS}, and a pickle is never opened here; where you trust it, convert it: "
+            + CONVERT.format(folder)
+        )
+    if index is None:
+        raise ConfigError(f"{folder} is not a run folder, and has no {WEIGHTS}; {DOWNLOAD}")
+    placed = index.get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise ConfigError(f"{folder / INDEX}: weight_map must be an object of weights and their files; {DOWNLOAD}")
+    names = {name if isinstance(name, str) else repr(name) for name in placed.values()}
+    for name in sorted(names):
+        if not name.endswith(".safetensors") or name != Path(name).name or "\\" in name:
+            raise ConfigError(
+                f"{folder / INDEX}: weight_map names {name!r}; only *.safetensors files in this folder are read"
+            )
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: {INDEX} names {name}, which is missing; download it, too")
+    return [folder / name for name in sorted(names)]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Reads all weights of a folder.
+
+    Raises:
+        ConfigError: as `weight_files`, or a file is damaged, or two files hold one weight.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            found = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file}: cannot be read ({error}); {DOWNLOAD}") from None
+        if twice := sorted(weights.keys() & found.keys()):
+            raise ConfigError(f"{file}: holds {twice[0]}, as another file of {folder} does; {DOWNLOAD}")
+        weights |= found
+    return weights
+
+
+def require_weights(missing: Mapping[str, str], folder: Path) -> None:
+    """Raises ConfigError naming a weight of the encoder that the folder lacks; `missing`: name -> what is wrong."""
+    if missing:
+        name, problem = next(iter(sorted(missing.items())))
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ConfigError(f"{folder}: the encoder's weight {name} {problem}{more}; {DOWNLOAD}")
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    """A JSON file's object; None where the file is missing."""
+    try:
+        values = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: cannot be read as JSON ({error}); {DOWNLOAD}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must hold a JSON object, and holds {str(values)[:40]}; {DOWNLOAD}")
+    return values
