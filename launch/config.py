@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Annotated, Any, Literal
 
+from data_pipeline.core.ray_tasks import refuse_foreign_address, refuse_foreign_dashboard
 from data_pipeline.core.schema import PluginChoice, about, config, refuse
 from data_pipeline.labels.kmeans import TargetsConfig
 from data_pipeline.preprocess.config import PreprocessConfig
@@ -19,8 +21,15 @@ class LocalConfig:
     name: Annotated[Literal["local"], about("this machine")] = "local"
     processes: Annotated[int, about("ranks to start; 0 takes one per GPU, or one where there is none", ge=0)] = 0
     threads: Annotated[int, about("CPU threads per rank; 0 shares the cores among the ranks", ge=0)] = 0
+    grace_seconds: Annotated[
+        float, about("time to save a checkpoint when asked to end; 0: 30 s and three of its longest updates", ge=0)
+    ] = 0.0
 
 
+RAY_JOB_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,99}")
+"""Submission ids of Ray Jobs. They become part of an URL."""
+SLURM_JOB_ID = re.compile(r"[1-9][0-9]{0,9}(?:_(?:0|[1-9][0-9]{0,6}))?")
+"""Ids of SLURM jobs and of tasks of an array."""
 STARTING_SECONDS = 120
 """A start needs so long until it can hear the warning, which SLURM may give a minute early."""
 
@@ -67,6 +76,8 @@ class SlurmConfig:
         if self.gpus_per_node and self.ranks_per_node != self.gpus_per_node:
             told = f"one rank takes one GPU, and gpus_per_node={self.gpus_per_node}; leave it out, or make them equal"
             refuse("tasks_per_node", self.tasks_per_node, told)
+        if self.after and not SLURM_JOB_ID.fullmatch(self.after):
+            refuse("after", self.after, "the id of a SLURM job, such as 1234 or 1234_5")
         if self.container != "none" and not self.image:
             refuse("image", "", f"container={self.container} needs an image")
         if 60 * self.minutes < self.warn_seconds + STARTING_SECONDS:
@@ -89,7 +100,21 @@ class RayConfig:
     gpus_per_worker: Annotated[int, about("0 trains on CPUs", ge=0, le=1)] = 0
     cpus_per_worker: Annotated[int, about("cores per rank", ge=1)] = 1
     retries: Annotated[int, about("failures in a row without a new checkpoint before giving up", ge=0)] = 3
+    grace_seconds: Annotated[
+        float, about("time to save a checkpoint when asked to end; 0: 30 s and three of its longest updates", ge=0)
+    ] = 0.0
+    wait_minutes: Annotated[
+        float, about("how long to wait for a cluster that can hold the ranks; a Ray started here cannot grow", gt=0)
+    ] = 30.0
+    answer_seconds: Annotated[float, about("how long the cluster's address may take to answer", gt=0)] = 20.0
     after: Annotated[str, about("id of a Ray Job that must have succeeded before; needs launcher.dashboard")] = ""
+
+    def __post_init__(self) -> None:
+        """Refuses addresses that Ray would import a module for, and ids that are no Ray Job's."""
+        refuse_foreign_address("address", self.address)
+        refuse_foreign_dashboard("dashboard", self.dashboard)
+        if self.after and not RAY_JOB_ID.fullmatch(self.after):
+            refuse("after", self.after, "the id of a Ray Job, such as raysubmit_1a2b3c")
 
 
 LAUNCHERS: dict[str, type[Any]] = {"local": LocalConfig, "ray": RayConfig, "slurm": SlurmConfig}

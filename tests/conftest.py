@@ -42,7 +42,7 @@ def utterances(real_speech: Path) -> list[Path]:
     return found
 
 
-FIRST = ("test_slurm", "test_every_objective", "test_ray_gang")
+FIRST = ("test_slurm", "test_every_objective", "test_ray_elastic")
 """The longest test files start first. xdist deals files out alternately, so both clusters fall to the same worker."""
 
 

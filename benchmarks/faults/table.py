@@ -225,7 +225,7 @@ def ray_rows(times: int) -> list[str]:
     for fault, (word, engine) in tests.items():
         passed, largest = 0, 0.0
         for _ in range(times):
-            command = [sys.executable, "-m", "pytest", "-q", "-s", "tests/faults/test_ray_gang.py", "-k", word]
+            command = [sys.executable, "-m", "pytest", "-q", "-s", "tests/faults/test_ray_elastic.py", "-k", word]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900, check=False)
             passed += done.returncode == 0
             largest = max([largest, *map(float, re.findall(r"difference of a loss: (\S+)", done.stdout))])

@@ -4,13 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 
-from data_pipeline.core.schema import ConfigError, about, config
+from data_pipeline.core.schema import ConfigError, about, config, refuse
+
+_HOST_PORT = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z](?:[0-9A-Za-z._-]*[0-9A-Za-z])?):[0-9]{1,5}"
+_ADDRESS = re.compile(rf"auto|local|(?:ray://)?{_HOST_PORT}")
+_DASHBOARD = re.compile(rf"https?://(?:{_HOST_PORT}|[0-9A-Za-z](?:[0-9A-Za-z._-]*[0-9A-Za-z])?)(?:/[0-9A-Za-z._/-]*)?")
+
+
+def refuse_foreign_address(field: str, value: str) -> None:
+    """Raises ConfigError unless `value` is empty or the address of a Ray cluster.
+
+    Ray imports the module that an address of another form names: `evilmod://x` would run `evilmod`.
+    """
+    if value and not _ADDRESS.fullmatch(value):
+        refuse(field, value, "auto, local, HOST:PORT, or ray://HOST:PORT")
+
+
+def refuse_foreign_dashboard(field: str, value: str) -> None:
+    """Raises ConfigError unless `value` is empty or the http address of a dashboard, for the same reason."""
+    if value and not _DASHBOARD.fullmatch(value):
+        refuse(field, value, "http://HOST:PORT or https://HOST:PORT")
+
+
+def require_answer(address: str, seconds: float) -> None:
+    """Raises ConfigError where no Ray cluster answers at an address in time; Ray itself would try for 40 s or more."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+        if not address.startswith("ray://"):  # in a process that can be killed: nothing ends a call into Ray's library
+            command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+            done = subprocess.run(command, timeout=seconds, capture_output=True, text=True, check=False)
+            if done.returncode:
+                lines = (done.stderr or done.stdout).strip().splitlines() or ["it is not a healthy Ray cluster"]
+                raise ConnectionError(lines[-1])
+    except subprocess.TimeoutExpired:
+        reason = f"no answer of a Ray cluster within {seconds:g} s"
+    except (OSError, OverflowError) as error:
+        reason = str(error)
+    else:
+        return
+    raise ConfigError(
+        f"ray.address={address}: no Ray cluster answers there ({reason}); check the address, and `ray status`"
+    )
 
 
 @config
@@ -20,9 +66,14 @@ class RayConfig:
     address: Annotated[str, about("of a running Ray cluster, or auto; empty starts a Ray on this machine")] = ""
     num_cpus: Annotated[int, about("cores of a Ray started here; 0 takes all", ge=0)] = 0
     dashboard: Annotated[bool, about("start Ray's dashboard on localhost")] = False
+    answer_seconds: Annotated[float, about("how long the cluster's address may take to answer", gt=0)] = 20.0
     attempts: Annotated[
         int, about("how often a unit is tried whose worker dies before it is given up and listed", ge=1)
     ] = 3
+
+    def __post_init__(self) -> None:
+        """Refuses addresses that Ray would import a module for."""
+        refuse_foreign_address("address", self.address)
 
 
 @contextlib.contextmanager
@@ -38,7 +89,8 @@ def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    if config.address:
+    if config.address and config.address != "local":
+        require_answer(config.address, config.answer_seconds)
         try:
             context = ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Runs a job on this machine: N ranks under the `deepspeed` launcher, watched by guard.py."""
+"""Runs a job on this machine: N ranks under the `deepspeed` launcher, watched by process_guard."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ class LocalSubmitter(ChildProcesses):
             "PYTHONUNBUFFERED": "1",
             RANK_LOGS: "1",
         }
+        # collectives between ranks of one machine: nobody else can connect
+        variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         if not gpus:
-            variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+            variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         if not self._launcher:
             variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # inside a SLURM job, too
-        super().__init__(processes, variables)
+        super().__init__(processes, variables, config.grace_seconds)
 
     def command(self, folder: Path, port: int) -> list[str]:
         """The processes' command line."""

@@ -4,82 +4,126 @@ from __future__ import annotations
 
 import abc
 import os
+import re
+import secrets
 import shlex
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from launch.launchers import process_guard
 from launch.launchers.base import State
+from launch.launchers.waiting import report_waiting
 from launch.workers.environment import free_port
+from launch.workers.stop_request import START_ID, STOP_FILE, request_stop
 
-STOP_FILE = "STOP"
-"""Creating RUN/STOP asks the ranks to save a checkpoint and end (launch/workers/rank.py)."""
+_HANDLE = re.compile(r"([1-9][0-9]{0,9}):([0-9]{1,12}\.[0-9]{1,9})")
+
+
+@dataclass(frozen=True)
+class _Job:
+    process: subprocess.Popen[bytes]
+    folder: Path
+    start: str
 
 
 class ChildProcesses(abc.ABC):
-    """Starts a run as child processes of this one. Whatever ends this process ends them, too."""
+    """Starts a run as child processes of this one. Whatever ends this process ends them, too, with a checkpoint.
 
-    def __init__(self, processes: int, variables: dict[str, str]) -> None:
+    Args:
+        processes: ranks of the run.
+        variables: environment variables that are set for them.
+        grace_seconds: time to save a checkpoint when they are asked to end; 0 measures the updates.
+    """
+
+    def __init__(self, processes: int, variables: dict[str, str], grace_seconds: float = 0.0) -> None:
         self.processes = processes
         self._variables = variables
-        self._jobs: dict[str, subprocess.Popen[bytes]] = {}
+        self._grace_seconds = grace_seconds
+        self._jobs: dict[str, _Job] = {}
 
     @abc.abstractmethod
     def command(self, folder: Path, port: int) -> list[str]:
-        """The command line. `port`: one that is free for the ranks to meet at."""
+        """Returns the command line. `port`: a free one, for the rendezvous of the ranks."""
 
     def plan(self, folder: Path) -> str:
-        """The command as a shell line."""
+        """Returns the command as a shell line."""
         variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in self._variables.items())
         return f"{variables} {shlex.join(self.command(folder, 29500))}"
 
     def submit(self, folder: Path) -> str:
-        """Starts the ranks. The handle is the guard's process id and birth, since ids are used again."""
+        """Starts the ranks of a run folder and returns the job's handle: id and start time of process_guard."""
         (folder / STOP_FILE).unlink(missing_ok=True)
-        command = [sys.executable, process_guard.__file__, *self.command(folder, free_port())]
+        report_waiting(folder, "")
+        start = secrets.token_hex(8)
+        guard = [sys.executable, process_guard.__file__, "--run", str(folder.absolute()), "--start", start]
+        guard += ["--grace", str(self._grace_seconds), "--"]
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         with (folder / "logs" / "launcher.log").open("ab") as log:
             job = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,  # guard.py's life line
+                [*guard, *self.command(folder, free_port())],
+                stdin=subprocess.PIPE,  # process_guard's life line
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | self._variables,
+                env=os.environ | self._variables | {START_ID: start},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which decides
             )
         handle = f"{job.pid}:{psutil.Process(job.pid).create_time()}"
-        self._jobs[handle] = job
+        self._jobs[handle] = _Job(job, folder, start)
         return handle
 
     def status(self, handle: str) -> State:
-        """`failed` for a job that is gone: whether its run is complete, the run folder says."""
+        """Returns `failed` for a job that is gone: whether its run is complete is in the run folder."""
         return "running" if find_process(handle) else "failed"
 
     def exit_code(self, handle: str) -> int | None:
-        """Of a job that this process started, once all ranks have ended."""
-        return self._jobs[handle].poll()
+        """Returns the exit code of a job that this process started, once all ranks have ended."""
+        return self._jobs[handle].process.poll()
+
+    def request_stop(self, handle: str) -> None:
+        """Asks the ranks of a job that this process started for a checkpoint, after which they end."""
+        job = self._jobs[handle]
+        request_stop(job.folder, job.start)
+
+    def grace(self, handle: str) -> float:
+        """Returns the seconds that a job which this process started has for that."""
+        return process_guard.grace_seconds(self._jobs[handle].folder, self._grace_seconds)
 
     def cancel(self, handle: str) -> None:
-        """Ends the ranks now; those that do not end on SIGTERM are killed."""
+        """Ends a job. One that this process started ends at once; another one saves a checkpoint first.
+
+        Raises TimeoutError where that takes longer than expected.
+        """
         job = self._jobs.get(handle)
         if job is not None:
-            if job.stdin and not job.stdin.closed:
-                job.stdin.close()
-            job.wait()
+            job.process.send_signal(signal.SIGUSR1)
+            job.process.wait()
+            if job.process.stdin:
+                job.process.stdin.close()
         elif process := find_process(handle):
             process.terminate()
-            process.wait(timeout=3 * process_guard.GRACE)
+            limit = (self._grace_seconds or 600.0) + 3 * process_guard.KILL_SECONDS
+            try:
+                process.wait(timeout=limit)
+            except psutil.TimeoutExpired:
+                raise TimeoutError(f"process {process.pid} has not ended {limit:.0f} s after SIGTERM") from None
 
 
 def find_process(handle: str) -> psutil.Process | None:
-    """The living process of a handle."""
-    pid, _, birth = handle.partition(":")
+    """Returns the living process of a handle; None where it is gone, or its id belongs to another one by now.
+
+    Raises ValueError for a handle of another form.
+    """
+    parts = _HANDLE.fullmatch(handle)
+    if parts is None:
+        raise ValueError(f"handle={handle!r}: must be PROCESS_ID:START_TIME; job.json of the run was altered")
     try:
-        process = psutil.Process(int(pid))
+        process = psutil.Process(int(parts[1]))
         alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        return process if alive and str(process.create_time()) == birth else None
-    except psutil.Error:
+        return process if alive and str(process.create_time()) == parts[2] else None
+    except (psutil.Error, OverflowError):
         return None

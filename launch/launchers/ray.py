@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+import urllib.error
+import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
 
 from data_pipeline.core.schema import ConfigError
-from launch.config import RayConfig
+from launch.config import RAY_JOB_ID, RayConfig
 from launch.launchers.base import State
 from launch.launchers.processes import ChildProcesses
 from launch.workers.environment import RANK_LOGS
@@ -25,8 +28,15 @@ STATES: dict[str, State] = {
 }
 
 
-def gang_command(config: RayConfig, folder: Path) -> list[str]:
-    """The driver's command line (ray_gang.py)."""
+def checked(handle: str) -> str:
+    """Returns the submission id of a Ray Job, read from a file. Raises ValueError for what is not one."""
+    if not RAY_JOB_ID.fullmatch(handle):
+        raise ValueError(f"handle={handle!r}: must be the submission id of a Ray Job, such as raysubmit_1a2b3c")
+    return handle
+
+
+def driver_command(config: RayConfig, folder: Path) -> list[str]:
+    """Returns the command line of launch.launchers.ray_driver."""
     options = {
         "address": config.address or ("auto" if config.dashboard else ""),
         "workers": config.workers,
@@ -34,6 +44,9 @@ def gang_command(config: RayConfig, folder: Path) -> list[str]:
         "gpus": config.gpus_per_worker,
         "cpus": config.cpus_per_worker,
         "retries": config.retries,
+        "wait-minutes": config.wait_minutes,
+        "answer-seconds": config.answer_seconds,
+        "grace": config.grace_seconds,
     }
     given = [f"--{name}={value}" for name, value in options.items() if value != ""]
     return [sys.executable, "-m", "launch.launchers.ray_driver", *given, str(folder.absolute())]
@@ -45,12 +58,12 @@ class RayHere(ChildProcesses):
     def __init__(self, config: RayConfig) -> None:
         self.config = config
         variables = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-        # with workers=0 the gang takes what the cluster has and the plan allows
-        super().__init__(config.workers or 1, variables)
+        # with workers=0 the run takes what the cluster has and the plan allows
+        super().__init__(config.workers or 1, variables, config.grace_seconds)
 
     def command(self, folder: Path, port: int) -> list[str]:
         """Without a port: the ranks agree on one where rank 0 runs."""
-        return gang_command(self.config, folder)
+        return driver_command(self.config, folder)
 
 
 class RayJobs:
@@ -71,7 +84,7 @@ class RayJobs:
         """What runs on the cluster."""
         address = self.config.address or "auto"
         task = [sys.executable, "-m", "launch.workers.task", str(folder.absolute())]
-        verbs = {"pretrain": gang_command(self.config, folder), "evaluate": task}
+        verbs = {"pretrain": driver_command(self.config, folder), "evaluate": task}
         command = verbs.get(self._verb, [*task, "--ray", address])
         if self.config.after:
             command = [sys.executable, "-m", "launch.launchers.ray_wait", self.config.after, *command]
@@ -105,9 +118,10 @@ class RayJobs:
 
         Raises ConfigError where no dashboard answers.
         """
+        job = checked(handle)
         client = self._client()
         try:
-            return STATES.get(str(client.get_job_status(handle)), "failed")
+            return STATES.get(str(client.get_job_status(job)), "failed")
         except (OSError, RuntimeError) as error:
             if "does not exist" in str(error):
                 return "failed"
@@ -115,17 +129,31 @@ class RayJobs:
 
     def logs(self, handle: str) -> str:
         """What the driver said."""
-        said: str = self._client().get_job_logs(handle)
-        return said
+        job = checked(handle)
+        text: str = self._client().get_job_logs(job)
+        return text
 
     def cancel(self, handle: str) -> None:
         """Ends the driver; its actors and their ranks end with it."""
-        self._client().stop_job(handle)
+        job = checked(handle)
+        self._client().stop_job(job)
 
     def _client(self) -> Any:
+        """A client of the dashboard. Raises ConfigError where none answers in time."""
         from ray.job_submission import JobSubmissionClient
 
+        address, seconds = self.config.dashboard, self.config.answer_seconds
         try:
-            return JobSubmissionClient(self.config.dashboard)
-        except ConnectionError as error:
-            raise ConfigError(f"launcher.dashboard={self.config.dashboard}: no Ray answers there ({error})") from None
+            require_dashboard(address, seconds)
+            return JobSubmissionClient(address)
+        except (OSError, RuntimeError, ValueError, HTTPException) as error:
+            raise ConfigError(f"launcher.dashboard={address}: no Ray dashboard answers there ({error})") from None
+
+
+def require_dashboard(address: str, seconds: float) -> None:
+    """Raises OSError where nothing answers at an address in time; Ray's client would wait for ever."""
+    try:
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=seconds).close()
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):  # it wants a token, which Ray's client sends
+            raise

@@ -1,11 +1,13 @@
-"""Drives the ranks of a run on a Ray cluster; goes on with fewer when the cluster shrinks.
+"""Drives the ranks of a run on a Ray cluster through Ray Train; continues with fewer ranks when the cluster shrinks.
 
     python -m launch.launchers.ray_driver RUN_FOLDER --address auto --workers 8
 
-Each rank is `python -m launch.workers.rank` below an actor, so that a dead node, actor or rank ends the gang, and the
-next one starts from the newest checkpoint on what is left. Any number of ranks that divides `data.micro_batches` gives
-the same run: the step plan does not know it. (Ray Train is not used, since it restarts a fixed number of workers and
-wants to own checkpoints.)
+Ray Train places the ranks, watches workers and nodes, and ends all of them when one is lost. Each attempt is one
+`fit()` with a fixed number of workers. What follows an attempt is decided here, since Ray Train's own policies cannot
+express it: its ScalingConfig(num_workers=(min, max)) takes any number in between, and a run needs one that divides
+`data.micro_batches`; its FailureConfig counts all failures, and neither exit codes nor checkpoints, and
+launch/launchers/retry.py counts failures in a row without a new checkpoint. Checkpoints are the run's own: nothing is
+reported to Ray Train. The step plan does not depend on the number of ranks, so every number gives the same run.
 """
 
 from __future__ import annotations
@@ -13,28 +15,60 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import secrets
+import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.ray_tasks import RayConfig, cluster
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.sampling.plan import allowed_worlds
 from launch.exit_codes import NEVER_RETRY, ExitCode
-from launch.launchers import process_guard
-from launch.launchers.processes import STOP_FILE
-from launch.workers.environment import RANK_LOGS, free_port
+from launch.launchers.retry import RetryPolicy
+from launch.launchers.waiting import report_waiting
+from launch.workers.stop_request import START_ID, STOP_FILE, request_stop, stop_requested
 from pretrain.checkpointing.locate import steps_done
 
 LOST = 70
-"""Exit code of a rank whose actor or node is gone."""
-SETTLE = 2.0
+"""Exit code of an attempt of which a worker or node was lost."""
+NO_PLACE = -1
+"""Result of an attempt that found no place for its ranks."""
+POLL_SECONDS = 2.0
 """Seconds between looks at a changing cluster."""
+PLACEMENT_SECONDS = 30
+"""Seconds that an attempt waits for its places before the cluster is looked at again."""
+
+
+class ImpossibleRequestError(RuntimeError):
+    """The cluster cannot hold the ranks."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run wants of a cluster."""
+
+    folder: Path
+    workers: int
+    """Most ranks; 0 for no limit."""
+    min_workers: int
+    gpus: int
+    """GPUs per rank."""
+    cpus: int
+    """Cores per rank."""
+    retries: int
+    wait_minutes: float
+    """How long to wait for places before giving up."""
+    grace: float
+    """Seconds to save a checkpoint when asked to end; 0 measures the updates."""
+    fixed: bool
+    """Whether the cluster was started for this run and so cannot grow."""
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of the run."""
+    """Runs to the end of the run; returns its exit code."""
     parser = argparse.ArgumentParser("launch.launchers.ray_driver")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--address", default="")
@@ -43,155 +77,182 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--retries", type=int, default=3)
-    given = parser.parse_args(arguments)
-    with cluster(RayConfig(address=given.address)):  # nobody else can reach a Ray started here
-        return _persist(given)
+    parser.add_argument("--wait-minutes", type=float, default=30.0)
+    parser.add_argument("--answer-seconds", type=float, default=20.0)
+    parser.add_argument("--grace", type=float, default=0.0)
+    given = vars(parser.parse_args(arguments))
+    address, answer_seconds = given.pop("address"), given.pop("answer_seconds")
+    os.environ.setdefault(START_ID, secrets.token_hex(8))  # set by launchers, not in a Ray Job
+    request = Request(**given, fixed=not address)
+    try:
+        # a Ray started here listens on the loopback only
+        with cluster(RayConfig(address=address, answer_seconds=answer_seconds)):
+            for number in (signal.SIGTERM, signal.SIGHUP):  # the end of this process would be that of the ranks
+                signal.signal(number, lambda *_: request_stop(request.folder, os.environ[START_ID]))
+            return drive(request)
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr, flush=True)
+        return ExitCode.USAGE
+    except OSError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return ExitCode.FAILED
 
 
-def _persist(given: argparse.Namespace) -> int:
-    """Starts gangs until the run is done, cannot work, or fails too often without a new checkpoint."""
-    config = json.loads((given.folder / "config.json").read_text(encoding="utf-8"))
-    (given.folder / STOP_FILE).unlink(missing_ok=True)
-    failures, micro_batches = 0, config["data"]["micro_batches"]
+def drive(request: Request) -> int:
+    """Starts attempts until the run is done, cannot work, or fails too often without a new checkpoint."""
+    config = json.loads((request.folder / "config.json").read_text(encoding="utf-8"))
+    policy, first, waiting_since = RetryPolicy(request.folder, request.retries), True, None
+    if not os.environ.get(START_ID) or not stop_requested(request.folder):
+        (request.folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier start
     while True:
-        before = steps_done(given.folder)
-        world = _wait_for_room(micro_batches, given)
-        _say(f"{world} ranks, from step {before}")
-        code = _run_gang(given, world)
-        if code is None:
+        if not first and stop_requested(request.folder):
+            return ExitCode.STOPPED
+        since, first = policy.begin(first), False
+        try:
+            waiting_since = waiting_since or time.monotonic()
+            world = wait_for_places(config["data"]["micro_batches"], request, waiting_since)
+            if not world:
+                return ExitCode.STOPPED
+            report_waiting(request.folder, "")
+            _log(f"{world} ranks, from step {since.checkpoint}")
+            code = run_attempt(request, world)
+        except ImpossibleRequestError as error:
+            _log(str(error))
+            report_waiting(request.folder, "")
+            return ExitCode.USAGE if request.fixed else ExitCode.FAILED
+        if code == NO_PLACE:
+            report_waiting(request.folder, f"the cluster is busy, {world} ranks have no place yet")
             continue
-        if (
-            code in NEVER_RETRY
-            or code == ExitCode.DONE
-            or (code == ExitCode.STOPPED and (given.folder / STOP_FILE).exists())
-        ):
-            return code  # a rank that stopped without being asked to lost its node
-        if steps_done(given.folder) >= config["train"]["steps"]:
+        waiting_since = None
+        if code == ExitCode.STOPPED and stop_requested(request.folder):
+            return code  # without a request the rank's node was taken away
+        if code not in NEVER_RETRY and steps_done(request.folder) >= config["train"]["steps"]:
             return ExitCode.DONE  # what was lost had nothing left to do
-        failures = 0 if steps_done(given.folder) > before else failures + 1
-        _say(f"the gang ended with exit code {code}; {failures} failures without a new checkpoint")
-        if failures > given.retries:
-            return code
-        time.sleep(SETTLE)
+        decision = policy.end(code, since)
+        _log(decision.reason)
+        if not decision.again:
+            return decision.code
+        time.sleep(POLL_SECONDS)
 
 
-def choose_world(micro_batches: int, room: int, largest: int) -> int:
-    """The most ranks that fit, divide the micro-batches and are not more than `largest` (0: no limit); 0 for none."""
-    limit = min(room, largest) if largest else room
+def choose_world(micro_batches: int, places: int, largest: int) -> int:
+    """Returns the number of ranks for a cluster.
+
+    Args:
+        micro_batches: of a step; the number of ranks divides it.
+        places: ranks that the cluster can hold.
+        largest: most ranks that are wanted; 0 for no limit.
+
+    Returns:
+        The largest number that fits, 0 where none does.
+    """
+    limit = min(places, largest) if largest else places
     return max((world for world in allowed_worlds(micro_batches) if world <= limit), default=0)
 
 
-def _wait_for_room(micro_batches: int, given: argparse.Namespace) -> int:
-    """Waits for a cluster that has at least --min-workers places."""
-    told = False
-    while True:
-        world = choose_world(micro_batches, _room(given.cpus, given.gpus), given.workers)
-        if world >= given.min_workers:
+def wait_for_places(micro_batches: int, request: Request, since: float) -> int:
+    """Waits for a cluster that can hold at least `min_workers` ranks.
+
+    Args:
+        micro_batches: of a step.
+        request: what the run wants.
+        since: time.monotonic() when the waiting began.
+
+    Returns:
+        The number of ranks; 0 where the run is to be stopped.
+
+    Raises:
+        ImpossibleRequestError: it cannot hold them; at once for a cluster that cannot grow, else after `wait_minutes`.
+    """
+    while not stop_requested(request.folder):
+        world = choose_world(micro_batches, places(request.cpus, request.gpus), request.workers)
+        if world >= request.min_workers and time.monotonic() - since < 60 * request.wait_minutes:
             return world
-        if not told:
-            _say(f"waiting: the cluster has room for {world} ranks, --min-workers is {given.min_workers}")
-            told = True
-        time.sleep(SETTLE)
+        needs = f"{request.cpus} cores" + f" and {request.gpus} GPU" * bool(request.gpus)
+        reason = (
+            f"launcher.min_workers={request.min_workers}: the cluster can hold {world} ranks of {needs} each"
+            f" (data.micro_batches={micro_batches}, launcher.workers={request.workers}); {_contents()}"
+        )
+        if request.fixed or time.monotonic() - since >= 60 * request.wait_minutes:
+            waited = "" if request.fixed else f"; waited launcher.wait_minutes={request.wait_minutes:g}"
+            raise ImpossibleRequestError(f"{reason}{waited}. Ask for fewer or smaller ranks, or add nodes")
+        report_waiting(request.folder, reason)
+        time.sleep(POLL_SECONDS)
+    return 0
 
 
-def _room(cpus: int, gpus: int) -> int:
-    """How many ranks the living nodes can hold."""
+def places(cpus: int, gpus: int) -> int:
+    """How many ranks of that size the living nodes can hold, whatever else runs there."""
     import ray
 
-    room = 0
+    found = 0
     for node in ray.nodes():
         if node["Alive"]:
             resources = node["Resources"]
-            room += int(min(resources.get("CPU", 0) // cpus, resources.get("GPU", 0) // gpus if gpus else 1 << 30))
-    return room
+            found += int(min(resources.get("CPU", 0) // cpus, resources.get("GPU", 0) // gpus if gpus else 1 << 30))
+    return found
 
 
-class Rank:
-    """One rank's process, on whatever node Ray puts it."""
-
-    def meeting_point(self) -> tuple[str, int]:
-        """This node's address and a free port of it."""
-        import ray
-
-        return ray.util.get_node_ip_address(), free_port()
-
-    def run(self, folder: str, directory: str, variables: dict[str, str]) -> int:
-        """Runs the rank to its end; guard.py ends it when this actor dies."""
-        command = [sys.executable, process_guard.__file__, sys.executable, "-u", "-m", "launch.workers.rank", folder]
-        log = Path(folder) / "logs" / "launcher.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as said:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                cwd=directory,
-                env=os.environ | variables,
-            )
-            return process.wait()
-
-
-def _run_gang(given: argparse.Namespace, world: int) -> int | None:
-    """One gang to its end: 0, or the exit code of the first rank that failed; None where it has no place any more."""
+def _contents() -> str:
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    bundle = {"CPU": given.cpus} | ({"GPU": given.gpus} if given.gpus else {})
-    group = placement_group([bundle] * world, strategy="PACK")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    return f"it has {len(nodes)} nodes with {cores:g} cores and {gpus:g} GPUs in all"
+
+
+def run_attempt(request: Request, world: int) -> int:
+    """Runs `world` ranks until all have ended or one was lost.
+
+    Returns:
+        DONE, the exit code of a rank that failed (one that forbids another start where there is one), LOST where a
+        worker or node was lost, or NO_PLACE.
+    """
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(PLACEMENT_SECONDS)
+    os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+    from launch.launchers.ray_worker import RankEndedError, run_rank
+
+    folder = request.folder.absolute()
+    resources = {"CPU": request.cpus} | ({"GPU": request.gpus} if request.gpus else {})
+    shared: dict[str, Any] = {"folder": str(folder), "directory": str(Path.cwd())}
+    shared |= {"cpus": request.cpus, "gpus": request.gpus, "grace": request.grace}
+    shared["start_id"] = os.environ.get(START_ID, "")
+    trainer = DataParallelTrainer(
+        run_rank,
+        train_loop_config=shared,
+        scaling_config=ScalingConfig(
+            num_workers=world, use_gpu=bool(request.gpus), resources_per_worker=resources, placement_strategy="PACK"
+        ),
+        # Ray Train wants a folder that all nodes share; nothing but its own small state is written there
+        run_config=RunConfig(
+            name="ray_train",
+            storage_path=str(folder / "logs"),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+        ),
+    )
     try:
-        told = False
-        while not group.wait(30):  # others keep the cluster busy, or Ray still counts on a node that has just died
-            if _room(given.cpus, given.gpus) < world:
-                return None
-            if not told:
-                _say(f"waiting: the cluster is busy, {world} ranks have no place yet")
-                told = True
-        strategies = [
-            PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(world)
-        ]
-        actor = ray.remote(Rank)
-        ranks = [
-            actor.options(num_cpus=given.cpus, num_gpus=given.gpus, scheduling_strategy=strategy).remote()
-            for strategy in strategies
-        ]
-        return _attend(ranks, given, world)
-    except ray.exceptions.RayError as error:
-        _say(f"lost the gang: {type(error).__name__}")
+        trainer.fit()
+    except WorkerGroupError as error:
+        codes = [RankEndedError.code_of(failure) for failure in error.worker_failures.values()]
+        known = [code for code in codes if code is not None]
+        final = [code for code in known if code in NEVER_RETRY]
+        return next(iter(final or known), LOST)
+    except ControllerError as error:
+        _log(f"no ranks were started: {error.controller_failure}")
+        return NO_PLACE
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
+        _log(f"the ranks were lost: {type(error).__name__}")
         return LOST
-    finally:
-        remove_placement_group(group)  # ends its actors, and so its ranks
-        time.sleep(SETTLE)
-
-
-def _attend(ranks: list[Any], given: argparse.Namespace, world: int) -> int:
-    import ray
-
-    address, port = ray.get(ranks[0].meeting_point.remote(), timeout=120)
-    shared = {
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "LOCAL_RANK": "0",  # Ray shows each actor its own GPU only
-        "OMP_NUM_THREADS": str(given.cpus),
-        "PYTHONSAFEPATH": "1",
-        RANK_LOGS: "1",
-    }
-    shared |= {} if given.gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    shared |= {"GLOO_SOCKET_IFNAME": "lo"} if address == "127.0.0.1" else {}
-    folder, directory = str(given.folder.absolute()), str(Path.cwd())
-    running = [rank.run.remote(folder, directory, shared | {"RANK": str(number)}) for number, rank in enumerate(ranks)]
-    while running:
-        ready, running = ray.wait(running, num_returns=1)
-        code: int = ray.get(ready[0])
-        if code != ExitCode.DONE:
-            ray.wait(running, num_returns=len(running), timeout=10)  # let the others say what they saw
-            return code
     return ExitCode.DONE
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"{time.strftime('%F %T')} {text}", flush=True)
 
 

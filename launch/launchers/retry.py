@@ -41,7 +41,11 @@ class Progress:
     def of(folder: Path) -> Progress:
         """Reads it from a run folder."""
         incarnations = folder / "incarnations"
-        return Progress(steps_done(folder), len(list(incarnations.iterdir())) if incarnations.is_dir() else 0)
+        try:
+            checkpoint = steps_done(folder)
+        except (ValueError, OSError):
+            checkpoint = 0  # damaged: the ranks end for that reason, and without a new checkpoint
+        return Progress(checkpoint, len(list(incarnations.iterdir())) if incarnations.is_dir() else 0)
 
     @staticmethod
     def parse(text: str) -> Progress:
@@ -80,7 +84,6 @@ class RetryPolicy:
         Args:
             first: whether this is the job's first start; it then has all retries, whatever became of earlier jobs.
         """
-        (self._folder / "STOP").unlink(missing_ok=True)  # of an earlier start; from here on it is for this one
         if first:
             self._count_file.unlink(missing_ok=True)
             (self._folder / "UNHEALTHY").unlink(missing_ok=True)
@@ -143,6 +146,7 @@ def main(arguments: Sequence[str]) -> int:
     end.add_argument("--cancelled", action="store_true", help="the scheduler asked it to end")
     given = parser.parse_args(arguments)
     if given.command == "begin":
+        (given.folder / "STOP").unlink(missing_ok=True)  # of an earlier start; from here on it is for this one
         print(RetryPolicy(given.folder, 0).begin(first=given.restart == 0))
         return ExitCode.DONE
     if given.known not in ("", str(given.restart)):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.core.schema import ConfigError
-from launch.config import SlurmConfig
+from launch.config import SLURM_JOB_ID, SlurmConfig
 from launch.launchers.base import State
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "slurm"
@@ -102,7 +102,7 @@ class SlurmSubmitter:
         """Raises SlurmError with sbatch's own words, ConfigError for a path that SLURM cannot write to."""
         if "\\" in str(folder.absolute()):
             raise ConfigError(f"{folder.absolute()}: SLURM cannot write into folders with a backslash in their path")
-        return ask(*self.command(folder, runs)).strip().split(";")[0]
+        return checked(ask(*self.command(folder, runs)).strip().split(";")[0])
 
     def status(self, handle: str) -> State:
         """`failed` for a job that SLURM has forgotten, too. Raises SlurmError where SLURM does not answer."""
@@ -110,20 +110,31 @@ class SlurmSubmitter:
 
     def cancel(self, handle: str) -> None:
         """Ends the job; its ranks get SIGTERM, and time for a checkpoint as the cluster's KillWait allows."""
-        ask("scancel", handle)
+        ask("scancel", "--", checked(handle))
 
     def requeue(self, handle: str) -> None:
         """Starts a job again that ended or runs; it continues from its newest checkpoint."""
-        ask("scontrol", "requeue", handle)
+        ask("scontrol", "requeue", checked(handle))
+
+
+def checked(handle: str) -> str:
+    """Returns the id of a job, read from a file or printed by sbatch. Raises SlurmError for anything else.
+
+    An option of scancel, such as --user=root, or a list of ids would end the jobs of others.
+    """
+    if not SLURM_JOB_ID.fullmatch(handle):
+        raise SlurmError(f"handle={handle!r}: must be the id of a SLURM job, such as 1234 or 1234_5; nothing was done")
+    return handle
 
 
 def job_state(job: str) -> str:
     """SLURM's word for the state of a job, "" when it is not known any more. Raises SlurmError for no answer."""
+    checked(job)
     state = _job_fields(job).get("JobState", "")
     if not state:
         for source in ((), ("-c",)):  # accounting database, or job completion file
             try:
-                rows = ask("sacct", *source, "-n", "-P", "-X", "-j", job, "--format=State").splitlines()
+                rows = ask("sacct", *source, "-n", "-P", "-X", f"--jobs={job}", "--format=State").splitlines()
             except SlurmError:
                 continue
             state = rows[-1].split(" ")[0] if rows else ""

@@ -33,7 +33,7 @@ def state_of(folder: Path) -> State | Literal["unknown"]:
         return "running" if time.time() - signs_of_life(folder) < ALIVE_SECONDS else "unknown"
     try:
         state = factory.for_record(note).status(note.handle)
-    except (SlurmError, ConfigError):
+    except (SlurmError, ValueError):  # no answer, or a handle of another form
         return "done" if complete(folder) else "unknown"
     return "done" if state == "failed" and complete(folder) else state
 

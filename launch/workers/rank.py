@@ -10,15 +10,14 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from launch.exit_codes import ExitCode
 from launch.workers.environment import adopt_slurm_ranks, log_to_folder
+from launch.workers.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from pretrain.checkpointing.run_folder import RunFolder
@@ -27,24 +26,6 @@ HANG_SLACK_SECONDS = 30.0
 """A rank stuck in native code lives this much longer than a collective, so that the other ranks can name it."""
 HANG_WARNING_SHARE = 0.75
 """Share of a collective's time limit after which a rank that does not progress reports where it hangs."""
-
-
-class StopRequest:
-    """True once SIGTERM, SIGINT, SIGHUP or SIGUSR1 arrived, or RUN_FOLDER/STOP exists (watched by rank 0)."""
-
-    def __init__(self, run_folder: Path) -> None:
-        self._file = run_folder / "STOP"
-        self._signalled = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-
-    def __call__(self) -> bool:
-        watches = os.environ.get("RANK", "0") == "0"
-        return self._signalled or (watches and self._file.exists())
 
 
 def main(run_folder: str) -> ExitCode:

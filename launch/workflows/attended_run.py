@@ -2,38 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import shlex
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.launchers import local
-from launch.launchers.processes import STOP_FILE, ChildProcesses
+from launch.launchers.processes import ChildProcesses
+from launch.launchers.waiting import waiting_for
 from launch.runs import follow
 from launch.runs.job_record import write_record
 from pretrain.checkpointing.locate import steps_done
 
 
 def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: object) -> int:
-    """Starts the run, shows it, and returns its exit code. Ctrl-C asks for a checkpoint, a second one ends it."""
-    handle = submitter.submit(folder)
-    write_record(folder, handle, launcher)
-    print(f"run folder {folder}; watch with: auricle board {shlex.quote(str(folder))}", file=sys.stderr)
+    """Starts a run, shows its progress, and returns its exit code.
 
-    def running() -> bool:
-        return submitter.exit_code(handle) is None
+    Ctrl-C, SIGTERM and SIGHUP ask the ranks for a checkpoint and wait for it; a second one ends them at once. After
+    SIGTERM and SIGHUP the wait is limited by launcher.grace_seconds.
 
-    try:
+    Args:
+        submitter: starts the ranks.
+        folder: the prepared run folder.
+        steps: steps of the whole run.
+        launcher: the launcher's config, noted in job.json.
+    """
+    with _ends_by_signal():
+        handle = submitter.submit(folder)
+        deadline, waiting = math.inf, ""
+
+        def running() -> bool:
+            nonlocal waiting
+            if (reason := waiting_for(folder)) != waiting:
+                waiting = reason
+                print(f"waiting: {reason}" if reason else "the ranks are being started", file=sys.stderr)
+            return submitter.exit_code(handle) is None and time.monotonic() < deadline
+
         try:
-            follow.follow(folder, steps, running)
-        except KeyboardInterrupt:
-            print("\nsaving a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
-            (folder / STOP_FILE).touch()
-            follow.follow(folder, steps, running)
-    finally:
-        submitter.cancel(handle)
+            write_record(folder, handle, launcher)
+            print(f"run folder {folder}; watch with: auricle board {shlex.quote(str(folder))}", file=sys.stderr)
+            try:
+                follow.follow(folder, steps, running)
+            except KeyboardInterrupt as signalled:
+                submitter.request_stop(handle)
+                if isinstance(signalled, _Signalled):
+                    deadline = time.monotonic() + submitter.grace(handle)
+                print("\nsaving a checkpoint; a second Ctrl-C or signal stops at once", file=sys.stderr)
+                follow.follow(folder, steps, running)
+        finally:
+            submitter.cancel(handle)
     return _verdict(submitter.exit_code(handle) or 0, folder, steps)
+
+
+class _Signalled(KeyboardInterrupt):
+    """SIGTERM or SIGHUP arrived."""
+
+
+@contextlib.contextmanager
+def _ends_by_signal() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise _Signalled; process 1 of a container would ignore them otherwise."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _Signalled
+
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _verdict(code: int, folder: Path, steps: int) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import HashStore, distributed_c10d  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
 from data_pipeline.core.schema import ConfigError
 
@@ -54,10 +57,41 @@ def join(device: str, timeout_minutes: float) -> DistributedContext:
         kind = f"cuda:{local_rank}"
     if not dist.is_initialized():
         backend = "nccl" if kind.startswith("cuda") else "gloo"
-        alone = HashStore() if size == 1 else None  # DeepSpeed wants a group even of one, which needs no port
         timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=alone)
+        store = _rendezvous_store(rank, size, timeout)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
     return DistributedContext(rank, size, local_rank, kind)
+
+
+def _rendezvous_store(rank: int, size: int, timeout: timedelta) -> Store | None:
+    """Returns the store through which the ranks meet; None for the one of torch's own environment rendezvous.
+
+    torch's store listens on all interfaces and takes keys from whoever connects. This one listens on MASTER_ADDR only,
+    which is the loopback where all ranks are on one machine.
+    """
+    if size == 1:
+        return HashStore()  # DeepSpeed needs a group even of one, which needs no port
+    host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        return None  # a name may mean the loopback on its own host, and the network's address on others
+    if not port or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None  # torchrun keeps a store
+    if rank:
+        return TCPStore(str(address), port, size, is_master=False, timeout=timeout)
+    listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((str(address), port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            return None  # behind address translation: no interface has that address
+        raise
+    listener.listen(size)
+    # the store owns the descriptor from here on
+    return TCPStore(str(address), port, size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
 
 
 def limit_groups(timeout_minutes: float) -> None:

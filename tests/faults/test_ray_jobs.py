@@ -112,21 +112,20 @@ def test_the_dashboard_is_on_the_loopback_and_wants_the_token(head: str) -> None
 
 
 PREPROCESSING = """
-from data_pipeline.preprocess.config import RayConfig
-from data_pipeline.preprocess.job import cluster
+from data_pipeline.core.ray_tasks import RayConfig, cluster
 with cluster(RayConfig(num_cpus=1)):
     look()
 """
-GANG = """
-from launch import ray_gang
-ray_gang._persist = look
-ray_gang.main(["."])
+DRIVER = """
+from launch.launchers import ray_driver
+ray_driver.drive = look
+ray_driver.main(["."])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("started", [PREPROCESSING, GANG], ids=["preprocessing", "gang"])
+@pytest.mark.parametrize("started", [PREPROCESSING, DRIVER], ids=["preprocessing", "driver"])
 def test_a_ray_that_auricle_starts_listens_on_the_loopback_only(started: str) -> None:
     """As `ss -ltn` would show: all sockets of all its processes."""
     code = (

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from launch.workers.environment import log_to_folder
+from launch.workers.stop_request import stop_requested
 
 STEPS = 5
 
@@ -27,9 +29,11 @@ def main(run_folder: Path) -> int:
         helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (run_folder / f"helper_{rank}").write_text(str(helper.pid))
         time.sleep(600)
-    if act == "until_stop":
-        while not (run_folder / "STOP").exists():
+    if act in ("until_stop", "slow_save"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while not stop_requested(run_folder):
             time.sleep(0.05)
+        time.sleep(12.0 if act == "slow_save" else 0.0)  # longer than KILL_SECONDS of process_guard
         _save(run_folder, 3)
         return 85
     if rank == 0:

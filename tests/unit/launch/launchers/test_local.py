@@ -1,7 +1,8 @@
-"""Local runs: the right ranks start, their logs and exit codes come back, and no process outlives its run."""
+"""Local runs: ranks, logs and exit codes; every end saves a checkpoint; no process outlives its run."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,12 +11,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_pipeline.core.schema import ConfigError
 from launch.config import LocalConfig
+from launch.exit_codes import ExitCode
 from launch.launchers.local import LocalSubmitter, failure_report
+from launch.launchers.process_guard import LEAST_GRACE, grace_seconds
+from launch.launchers.processes import find_process
+from launch.workers.environment import free_port
 from launch.workflows.attended_run import attend
+from pretrain.checkpointing.locate import steps_done
 from tests.support.paths import ROOT
 
 STAND_IN = "tests.support.stand_in_rank"
@@ -92,8 +99,10 @@ def test_a_killed_launcher_leaves_no_process(
     ranks, engine = (2, "deepspeed") if sign == signal.SIGKILL else (1, "local")
     submit("hang")
     code = (
-        "import sys, time; from pathlib import Path; from launch.config import LocalConfig; from launch import local\n"
-        f"s = local.LocalSubmitter(LocalConfig(processes={ranks}), '{engine}', 'cpu', module='{STAND_IN}')\n"
+        "import sys, time; from pathlib import Path; from launch.config import LocalConfig\n"
+        "from launch.launchers import local\n"
+        f"config = LocalConfig(processes={ranks}, grace_seconds=1)\n"
+        f"s = local.LocalSubmitter(config, '{engine}', 'cpu', module='{STAND_IN}')\n"
         "s.submit(Path(sys.argv[1])); time.sleep(600)"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
@@ -122,6 +131,115 @@ def test_ctrl_c_asks_for_a_checkpoint(
     monkeypatch.setattr("launch.runs.follow.follow", follow)
     assert attend(submitter, tmp_path, 5, LocalConfig(processes=2)) == 130
     assert "stopped after step 3" in capsys.readouterr().out
+
+
+FRONT = f"""
+import sys
+from pathlib import Path
+from launch.config import LocalConfig
+from launch.launchers.local import LocalSubmitter
+from launch.workflows.attended_run import attend
+config = LocalConfig(processes=1)
+sys.exit(attend(LocalSubmitter(config, "torch", "cpu", module="{STAND_IN}"), Path(sys.argv[1]), 5, config))
+"""
+AS_PROCESS_1 = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+def can_unshare() -> bool:
+    return subprocess.run([*AS_PROCESS_1, "true"], capture_output=True, check=False).returncode == 0
+
+
+def test_whatever_ends_the_front_process_waits_for_the_save_of_the_ranks(
+    tmp_path: Path, submit: Callable[..., LocalSubmitter]
+) -> None:
+    """Their save takes longer than the time between SIGTERM and SIGKILL would be without a grace."""
+    cases = {"term": signal.SIGTERM, "hup": signal.SIGHUP, "kill": signal.SIGKILL}
+    if can_unshare():  # process 1 of a container ignores signals for which it has no handler
+        cases |= {"term_1": signal.SIGTERM, "hup_1": signal.SIGHUP}
+    submit("slow_save", processes=1, engine="torch")
+    fronts = {}
+    for name in cases:
+        command = [*AS_PROCESS_1 * name.endswith("_1"), sys.executable, "-c", FRONT, str(tmp_path / name)]
+        fronts[name] = subprocess.Popen(command)
+    for name, sign in cases.items():
+        wait_for((tmp_path / name / "pid_0").exists)
+        process = psutil.Process(fronts[name].pid)
+        os.kill(process.children()[0].pid if name.endswith("_1") else process.pid, sign)
+    codes = {name: front.wait(timeout=60) for name, front in fronts.items()}
+    for name in cases:
+        wait_for((tmp_path / name / "checkpoints" / "latest").exists)
+        assert steps_done(tmp_path / name) == 3, name
+    assert codes.pop("kill") == -signal.SIGKILL
+    assert set(codes.values()) == {ExitCode.INTERRUPTED}
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path, submit: Callable[..., LocalSubmitter]) -> None:
+    submit("hang", processes=1, engine="torch")
+    front = subprocess.Popen([sys.executable, "-c", FRONT, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    assert front.stderr is not None
+    wait_for((tmp_path / "helper_0").exists)
+    front.terminate()
+    while "saving a checkpoint" not in front.stderr.readline():
+        pass
+    front.terminate()
+    front.wait(timeout=20)
+    assert not any(alive(file) for file in [*tmp_path.glob("pid_*"), *tmp_path.glob("helper_*")])
+
+
+def test_the_grace_follows_from_the_updates(tmp_path: Path) -> None:
+    assert grace_seconds(tmp_path, 0) == LEAST_GRACE, "nothing was trained yet"
+    rows = [(1, 100.0), (2, 118.0), (4, 130.0), (4, 900.0), (5, 906.0)]  # resumed after 4
+    lines = [json.dumps({"step": step, "time": time}) for step, time in rows]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "ti')
+    assert grace_seconds(tmp_path, 0) == LEAST_GRACE + 3 * 18.0
+    (tmp_path / "metrics.jsonl").write_text("\n".join(["x" * 100_000, *lines]))
+    assert grace_seconds(tmp_path, 0) == LEAST_GRACE + 3 * 18.0, "only its end is read"
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\x00[]\n3\n")
+    assert grace_seconds(tmp_path, 0) == LEAST_GRACE
+    assert grace_seconds(tmp_path, 7) == 7
+
+
+@pytest.mark.parametrize(
+    "handle", ["--user=root", "1", "1:2", "0:1.5", "-1:1.5", "1:1.5;2:1.5", "1:1.5\n", "99999999999:1.5", "", "1:nan"]
+)
+def test_a_handle_of_another_form_is_refused(handle: str) -> None:
+    with pytest.raises(ValueError, match="PROCESS_ID:START_TIME"):
+        find_process(handle)
+
+
+def test_a_process_of_another_start_time_is_not_the_job(submit: Callable[..., LocalSubmitter]) -> None:
+    me = psutil.Process()
+    assert find_process(f"{me.pid}:{me.create_time()}") == me
+    assert find_process(f"{me.pid}:{me.create_time() + 1}") is None
+    submit("finish").cancel(f"{me.pid}:{me.create_time() + 1}")  # this process lives on
+
+
+def test_local_ranks_listen_on_the_loopback_only(tmp_path: Path) -> None:
+    """The store of the rendezvous takes keys from whoever reaches it."""
+    code = (
+        "import sys, psutil; from pretrain.engines import distributed\n"
+        "world = distributed.join('cpu', 1.0)\n"
+        "found = [c.laddr.ip for c in psutil.Process().net_connections('tcp') if c.status == psutil.CONN_LISTEN]\n"
+        "print(sorted(set(found)), flush=True); world.agree('', 'nothing')"
+    )
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | shared | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+    found = [rank.communicate(timeout=120)[0].decode().strip() for rank in ranks]
+    assert found[0] == "['127.0.0.1']"
+    assert found[1] in ("['127.0.0.1']", "[]")
 
 
 def test_the_launcher_is_quoted_when_no_rank_spoke(tmp_path: Path) -> None:

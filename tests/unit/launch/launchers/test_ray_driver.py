@@ -1,66 +1,134 @@
-"""What the driver of a gang on Ray does about how a gang ended, without a Ray."""
+"""Decisions of the Ray driver about how an attempt ended, without a Ray."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
+import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launch.exit_codes import ExitCode
 from launch.launchers import ray_driver
+from launch.launchers.ray_driver import LOST, NO_PLACE, Request, choose_world, drive
+from launch.launchers.ray_worker import RankEndedError
+from launch.launchers.waiting import waiting_for
+from launch.workers.stop_request import START_ID, request_stop
 
 
 @pytest.fixture
-def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """The arguments of a run that has not begun."""
-    monkeypatch.setattr(ray_driver, "SETTLE", 0.0)
+def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+    """A run that has not begun, and a cluster of four places."""
+    monkeypatch.setattr(ray_driver, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: 4)
+    monkeypatch.setattr(ray_driver, "_contents", lambda: "it has 1 nodes")
+    monkeypatch.setenv(START_ID, "this")
     (tmp_path / "config.json").write_text(json.dumps({"data": {"micro_batches": 4}, "train": {"steps": 9}}))
-    return argparse.Namespace(folder=tmp_path, workers=0, min_workers=1, gpus=0, cpus=1, retries=3)
+    return Request(
+        folder=tmp_path, workers=0, min_workers=1, gpus=0, cpus=1, retries=3, wait_minutes=1.0, grace=0.0, fixed=False
+    )
 
 
-def test_a_superseded_gang_is_not_started_again(given: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = iter([1, ExitCode.SUPERSEDED])
-    monkeypatch.setattr(ray_driver, "_room", lambda cpus, gpus: 4)
-    monkeypatch.setattr(ray_driver, "_run_gang", lambda given, world: next(codes))
-    assert ray_driver._persist(given) == ExitCode.SUPERSEDED
+def attempts(monkeypatch: pytest.MonkeyPatch, codes: Iterable[int]) -> list[int]:
+    """Lets attempts end so; returns the list to which each adds its number of ranks."""
+    ended, worlds = iter(codes), list[int]()
+
+    def attempt(request: Request, world: int) -> int:
+        worlds.append(world)
+        return next(ended)
+
+    monkeypatch.setattr(ray_driver, "run_attempt", attempt)
+    return worlds
+
+
+@pytest.mark.parametrize("final", [ExitCode.SUPERSEDED, ExitCode.USAGE, ExitCode.UNHEALTHY, ExitCode.DONE])
+def test_final_codes_are_not_tried_again(request_: Request, monkeypatch: pytest.MonkeyPatch, final: ExitCode) -> None:
+    worlds = attempts(monkeypatch, [1, LOST, final])
+    assert drive(request_) == final
+    assert worlds == [4, 4, 4]
+
+
+def test_failures_in_a_row_without_a_checkpoint_end_it(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(attempts(monkeypatch, [1] * 9)) == 0
+    worlds = attempts(monkeypatch, [1] * 9)
+    assert drive(request_) == 1
+    assert len(worlds) == 4
 
 
 def test_a_busy_cluster_is_waited_for_and_a_smaller_one_is_taken_as_it_is(
-    given: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ten times no place, which is no failure; then a node is gone, and half as many ranks find theirs."""
-    waits = iter([*[False] * 10, True])
-    room = iter([4, *[4] * 9, 2, 2])
-    attended: list[int] = []
-
-    class Group:
-        def wait(self, seconds: float) -> bool:
-            return next(waits)
-
-    def attend(ranks: list[Any], given: argparse.Namespace, world: int) -> int:
-        attended.append(world)
-        return ExitCode.DONE
-
-    groups = importlib.import_module("ray.util.placement_group")  # a function of that name hides it
-    monkeypatch.setattr(groups, "placement_group", lambda bundles, strategy: Group())
-    monkeypatch.setattr(groups, "remove_placement_group", lambda group: None)
-    monkeypatch.setattr("ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy", lambda *a, **b: None)
-    monkeypatch.setattr("ray.remote", lambda kind: Actor())
-    monkeypatch.setattr(ray_driver, "_room", lambda cpus, gpus: next(room))
-    monkeypatch.setattr(ray_driver, "_attend", attend)
-    assert ray_driver._persist(given) == ExitCode.DONE
-    assert attended == [2]
+    """Ten attempts find no place, which is no failure; then a node is gone, and half as many ranks find theirs."""
+    sizes = iter([4] * 10 + [2])
+    monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: next(sizes))
+    worlds = attempts(monkeypatch, [NO_PLACE] * 10 + [ExitCode.DONE])
+    assert drive(request_) == ExitCode.DONE
+    assert worlds == [4] * 10 + [2]
     said = capsys.readouterr().out
-    assert said.count("waiting: the cluster is busy") == 1
+    assert "waiting: the cluster is busy" in said
     assert "failures" not in said
 
 
-class Actor:
-    def options(self, **options: Any) -> Actor:
-        return self
+@pytest.mark.parametrize(
+    "wish",
+    [{"min_workers": 8}, {"min_workers": 2, "workers": 1}, {"gpus": 1}, {"cpus": 64}],
+    ids=["min_workers", "workers", "gpus", "cpus"],
+)
+@pytest.mark.parametrize("fixed", [True, False])
+def test_an_impossible_request_is_refused_or_ends_in_time(
+    request_: Request,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wish: dict[str, int],
+    fixed: bool,
+) -> None:
+    monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: 0 if gpus or cpus > 4 else 4)
+    reported: list[str] = []
+    monkeypatch.setattr(ray_driver, "report_waiting", lambda folder, reason: reported.append(reason))
+    worlds = attempts(monkeypatch, [])
+    request = dataclasses.replace(request_, **wish, fixed=fixed, wait_minutes=0.001)
+    assert drive(request) == (ExitCode.USAGE if fixed else ExitCode.FAILED)
+    assert not worlds
+    said = capsys.readouterr().out
+    assert "launcher.min_workers=" in said
+    assert ("launcher.wait_minutes=" in said) != fixed
+    assert any(reported) != fixed, "while it waits, the reason is at the terminal"
 
-    def remote(self) -> None: ...
+
+def test_places_that_stay_taken_end_the_waiting(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts(monkeypatch, iter(lambda: NO_PLACE, None))
+    assert drive(dataclasses.replace(request_, wait_minutes=0.001)) == ExitCode.FAILED
+
+
+def test_a_stop_while_it_waits(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: request_stop(request_.folder, "this") or 0)
+    assert drive(request_) == ExitCode.STOPPED
+
+
+def test_a_stop_of_an_earlier_start_is_not_obeyed(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    request_stop(request_.folder, "earlier")
+    attempts(monkeypatch, [ExitCode.STOPPED, ExitCode.DONE])
+    assert drive(request_) == ExitCode.DONE, "a rank that stops without a request has lost its node"
+    assert waiting_for(request_.folder) == ""
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "places", "largest", "world"),
+    [(64, 100, 0, 64), (64, 63, 0, 32), (12, 5, 0, 4), (12, 100, 3, 3), (7, 6, 0, 1), (4, 0, 0, 0)],
+)
+def test_the_number_of_ranks_divides_the_micro_batches(
+    micro_batches: int, places: int, largest: int, world: int
+) -> None:
+    assert choose_world(micro_batches, places, largest) == world
+
+
+def test_exit_codes_come_back_through_ray_train() -> None:
+    from ray.train.v2._internal.util import construct_user_exception_with_traceback
+
+    try:
+        raise RankEndedError(int(ExitCode.UNHEALTHY))
+    except RankEndedError as error:
+        wrapped = construct_user_exception_with_traceback(error)
+    assert RankEndedError.code_of(wrapped) == ExitCode.UNHEALTHY
+    assert RankEndedError.code_of(ConnectionError("peer: RankEndedError: 4")) is None

@@ -16,7 +16,6 @@ import pytest
 from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import load
 from data_pipeline.preprocess.config import PreprocessConfig
-from launch.launchers.ray_driver import choose_world
 from pretrain.checkpointing.locate import steps_done
 from tests.support.corpora import preprocess_here
 from tests.support.faults.keys import handed_over
@@ -123,11 +122,3 @@ def works(process: psutil.Process) -> bool:
 def job_values(folder: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((folder / "task.json").read_text())["config"]
     return values
-
-
-@pytest.mark.parametrize(
-    ("micro_batches", "room", "largest", "world"),
-    [(64, 100, 0, 64), (64, 63, 0, 32), (12, 5, 0, 4), (12, 100, 3, 3), (7, 6, 0, 1), (4, 0, 0, 0)],
-)
-def test_the_world_divides_the_micro_batches(micro_batches: int, room: int, largest: int, world: int) -> None:
-    assert choose_world(micro_batches, room, largest) == world

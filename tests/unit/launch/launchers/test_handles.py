@@ -1,0 +1,139 @@
+"""Handles and addresses, which come from files and command lines, reach schedulers only in their own form."""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from data_pipeline.core.ray_tasks import RayConfig as Cluster
+from data_pipeline.core.ray_tasks import require_answer
+from data_pipeline.core.schema import ConfigError, load
+from launch.config import RayConfig, SlurmConfig
+from launch.launchers import slurm
+from launch.launchers.ray import RayJobs
+from launch.launchers.slurm import SlurmError, SlurmSubmitter
+
+HOSTILE = [
+    "--user=root",
+    "-u root",
+    "1,2",
+    "1 2",
+    "1;2",
+    "1_[0-9]",
+    "1+2",
+    "all",
+    "0",
+    "",
+    "1\n2",
+    "../1",
+    "1?x=1",
+    "١",
+]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Commands that would reach SLURM."""
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(slurm, "ask", lambda *command: commands.append(command) or "")
+    return commands
+
+
+@pytest.mark.parametrize("handle", HOSTILE)
+def test_only_the_id_of_a_slurm_job_reaches_slurm(handle: str, asked: list[tuple[str, ...]]) -> None:
+    submitter = SlurmSubmitter(SlurmConfig())
+    for use in (submitter.cancel, submitter.status, submitter.requeue):
+        with pytest.raises(SlurmError, match="must be the id of a SLURM job"):
+            use(handle)
+    assert not asked
+
+
+@pytest.mark.parametrize("handle", ["7", "1234567", "12_0", "12_3999"])
+def test_ids_of_jobs_and_array_tasks_reach_slurm(handle: str, asked: list[tuple[str, ...]]) -> None:
+    submitter = SlurmSubmitter(SlurmConfig())
+    submitter.cancel(handle)
+    submitter.status(handle)
+    submitter.requeue(handle)
+    assert asked[0] == ("scancel", "--", handle)
+    assert all(handle in command[-1] or f"--jobs={handle}" in command for command in asked)
+
+
+@pytest.mark.parametrize("handle", ["../nodes", "a/b", "-x", "", "a b", "a?b=c", "a#b", "a" * 101])
+def test_only_the_id_of_a_ray_job_reaches_ray(handle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitter = RayJobs(RayConfig(dashboard="http://127.0.0.1:1"))
+    monkeypatch.setattr(submitter, "_client", lambda: None)
+    for use in (submitter.cancel, submitter.status, submitter.logs):
+        with pytest.raises(ValueError, match="submission id"):
+            use(handle)
+
+
+@pytest.mark.parametrize("kind", [RayConfig, SlurmConfig])
+@pytest.mark.parametrize("after", ["--user=root", "1,2 --wrap=x", "1:2?3"])
+def test_a_dependency_is_the_id_of_a_job(kind: type[Any], after: str) -> None:
+    with pytest.raises(ConfigError, match="after"):
+        load(kind, {"after": after})
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["evilmod://x", "evilmod://h:1", "os", "ray://", "ray://evil://h:1", "file:///x", "h:1/x", "ray:h:1", " auto"],
+)
+def test_an_address_that_ray_would_import_a_module_for_is_refused(address: str) -> None:
+    for kind, field in ((Cluster, "address"), (RayConfig, "address"), (RayConfig, "dashboard")):
+        with pytest.raises(ConfigError, match=field):
+            load(kind, {field: address})
+    for dashboard in ("ftp://h:1", "http://", "http://h:1?x=y", "http://u:p@h:1"):
+        with pytest.raises(ConfigError, match="dashboard"):
+            load(RayConfig, {"dashboard": dashboard})
+
+
+def test_addresses_of_clusters_are_accepted() -> None:
+    for address in ("", "auto", "local", "10.0.0.1:6379", "head-1.cluster:6379", "[fe80::1]:6379", "ray://head:10001"):
+        assert load(Cluster, {"address": address}).address == load(RayConfig, {"address": address}).address == address
+    for dashboard in ("", "http://127.0.0.1:8265", "https://ray.example.org", "http://head:8265/", "https://h/ray/x"):
+        assert load(RayConfig, {"dashboard": dashboard}).dashboard == dashboard
+
+
+class Silent(http.server.BaseHTTPRequestHandler):
+    """Accepts a request and never answers."""
+
+    def do_GET(self) -> None:
+        time.sleep(3)
+
+
+class Foreign(http.server.BaseHTTPRequestHandler):
+    """Some other server."""
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture(params=["dead", "silent", "foreign"])
+def somebody(request: pytest.FixtureRequest) -> Iterator[str]:
+    """HOST:PORT where no Ray listens."""
+    if request.param == "dead":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            yield f"127.0.0.1:{probe.getsockname()[1]}"
+        return
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent if request.param == "silent" else Foreign)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_where_no_ray_is_the_reason_comes_in_time(somebody: str) -> None:
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match="no Ray cluster answers there"):
+        require_answer(somebody, 2.0)
+    with pytest.raises(ConfigError, match="no Ray dashboard answers there"):
+        RayJobs(RayConfig(dashboard=f"http://{somebody}", answer_seconds=1.0)).status("raysubmit_1")
+    assert time.monotonic() - begin < 10

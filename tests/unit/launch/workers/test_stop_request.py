@@ -1,0 +1,37 @@
+"""RUN/STOP: who is asked to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.workers.stop_request import START_ID, STOP_FILE, request_stop, stop_requested
+
+
+def test_an_older_start_does_not_stop_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(START_ID, "newer")
+    assert not stop_requested(tmp_path)
+    request_stop(tmp_path, "older")
+    assert not stop_requested(tmp_path)
+    request_stop(tmp_path, "newer")
+    assert stop_requested(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "asked"), [(b"", True), (b" \n", True), (b"\xff", False), (b"mine\n", True)])
+def test_a_file_made_by_hand_is_for_every_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, asked: bool
+) -> None:
+    monkeypatch.setenv(START_ID, "mine")
+    (tmp_path / STOP_FILE).write_bytes(content)
+    assert stop_requested(tmp_path) is asked
+
+
+def test_a_rank_without_a_launcher_obeys_only_what_names_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(START_ID, raising=False)
+    request_stop(tmp_path, "older")
+    assert not stop_requested(tmp_path)
+    request_stop(tmp_path)
+    assert stop_requested(tmp_path)
