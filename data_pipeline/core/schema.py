@@ -284,6 +284,8 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
         rows = [row.path for row in document(kind, "", values) if row.path.startswith(f"{path}.")]
         message = f"is a group of fields: {', '.join(rows)}" if rows else "is a mapping of names to values"
     near = ""
+    if problem["type"] in ("tuple_type", "list_type") and isinstance(problem["input"], str | int | float):
+        return f"{path}={shown}: is a list; write {path}=[{problem['input']}]{allowed}"
     if problem["type"] == "literal_error" and doc and isinstance(problem["input"], str):
         near = suggest(problem["input"], doc.limits.removeprefix("one of ").split(", "))
     return f"{path}={shown}: {message}{allowed}" + (f"; did you mean {near}?" if near else "")

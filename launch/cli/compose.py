@@ -1,11 +1,12 @@
-"""Overrides from the command line to one plain config, through Hydra. The only home of Hydra.
+"""Composes overrides from the command line to one plain config with Hydra; the only module that imports Hydra.
 
-Hydra only composes: every value goes through `data_pipeline.core.schema.load` afterwards, which knows types and limits.
+Hydra only composes: `data_pipeline.core.schema.load` checks types and limits of every value afterwards.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,14 +19,40 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.core.schema import ConfigError, suggest
+from launch.cli.groups import CONF, groups
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+READABLE_VARIABLES = ("HOME", "USER", "LOGNAME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "PROJECT", "DATA")
+READABLE_PREFIXES = ("AURICLE_", "SLURM_")
+"""Environment variables that `${oc.env:NAME}` may read: configs are kept in run folders, and other variables may hold
+credentials."""
+
+
+def _variable(name: str, *default: str) -> str:
+    """Resolves `${oc.env:NAME}` and `${oc.env:NAME,default}`."""
+    if name not in READABLE_VARIABLES and not name.startswith(READABLE_PREFIXES):
+        allowed = ", ".join((*READABLE_VARIABLES, *(f"{prefix}…" for prefix in READABLE_PREFIXES)))
+        raise ConfigError(
+            f"${{oc.env:{name}}}: a config is kept in the run folder, so only these variables are read: {allowed}; "
+            "write the value itself"
+        )
+    if name not in os.environ and not default:
+        raise ConfigError(f"${{oc.env:{name}}}: the environment variable is not set")
+    return os.environ.get(name, *default)
+
+
+OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
 
 
 def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[str, Any]:
-    """The config that `folder/root.yaml` and the overrides describe, with `~` expanded in every value.
+    """Returns the config of `folder/root.yaml` and the overrides as plain values, with `~` expanded.
 
-    An override is `field=value`, `group=choice` (a leading + is accepted) or `~field`. Raises ConfigError.
+    Args:
+        root: Name of the config's root, that of a command.
+        overrides: `field=value`, `group=choice` (a leading + is accepted) or `~field`.
+        folder: Folder of the YAML files.
+
+    Raises:
+        ConfigError: An override has another form, or names a choice that does not exist.
     """
     chosen = groups(folder)
     in_defaults = _groups_in_defaults(folder / f"{root}.yaml")
@@ -35,43 +62,45 @@ def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[st
             composed = hydra.compose(root, lines)
         plain = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, ConfigError):
+            raise cause from None
         raise ConfigError(f"{root}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{root}: a value is nested too deeply") from None
     expanded: dict[str, Any] = _expand_home(plain)
     return expanded
 
 
 def sweep(overrides: Iterable[str]) -> list[list[str]]:
-    """Hydra's multirun: every combination of the values that overrides list (a=1,2 or a=range(3)), the last fastest.
+    """Returns every combination of the values that overrides list (a=1,2 or a=range(3)), the last one fastest.
 
-    Raises ConfigError where nothing is listed.
+    Raises:
+        ConfigError: No override lists several values.
     """
     axes: list[list[str]] = []
     for line in overrides:
-        try:
-            read = OverridesParser.create().parse_override(line)
-            listed = read.is_sweep_override()
-        except HydraException:
-            listed = False
+        if not is_sweep(line):
+            axes.append([line])
+            continue
+        read = OverridesParser.create().parse_override(line)
         sign = line[: len(line) - len(line.lstrip("+"))]
-        axes.append(
-            [f"{sign}{read.key_or_group}={value}" for value in read.sweep_string_iterator()] if listed else [line]
-        )
+        axes.append([f"{sign}{read.key_or_group}={value}" for value in read.sweep_string_iterator()])
     if all(len(axis) == 1 for axis in axes):
         raise ConfigError("--multirun: no override lists several values, such as seed=1,2,3 or seed=range(3)")
     return [list(point) for point in itertools.product(*axes)]
 
 
-def groups(folder: Path = CONF) -> dict[str, list[str]]:
-    """The config groups below `folder` and their choices."""
-    return {
-        group.name: sorted(file.stem for file in group.glob("*.yaml"))
-        for group in sorted(folder.iterdir())
-        if group.is_dir() and not group.name.startswith(("_", "."))
-    }
+def is_sweep(line: str) -> bool:
+    """Whether an override lists several values."""
+    try:
+        return bool(OverridesParser.create().parse_override(line).is_sweep_override())
+    except HydraException:
+        return False
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """A composed config as YAML that `compose` reads back alike."""
+    """Returns a composed config as YAML that `compose` reads back unchanged."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
 
 
@@ -81,14 +110,16 @@ def _groups_in_defaults(file: Path) -> set[str]:
 
 
 def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str]) -> str:
-    """One override as Hydra shall see it."""
-    if line.startswith("~") and "=" not in line:
-        return line
+    """One override in the form that is handed to Hydra."""
     name, equals, value = line.partition("=")
-    name = name.lstrip("+")
+    name = name.lstrip("+~")
+    if name.partition(".")[0].partition("@")[0].partition("/")[0] == "hydra":
+        raise ConfigError(f"{line}: auricle has no settings of Hydra itself; leave it out")
+    if line.startswith("~") and not equals:
+        return line
     if not equals or not name:
         parts = ", ".join(sorted(in_defaults))
-        raise ConfigError(f"{line!r} is no override: write field=value, or group=choice for {parts}")
+        raise ConfigError(f"{line!r} is not an override: write field=value, or group=choice for {parts}")
     if name in chosen:
         return _group_choice(name, value, chosen[name], name in in_defaults)
     try:
@@ -100,7 +131,7 @@ def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str])
 
 
 def _quoted(value: str) -> str:
-    """A path with a comma, brackets, quotes … as a Hydra string: there, backslashes escape only before a quote."""
+    """A value with a comma, brackets or quotes as a string of Hydra's, where backslashes escape only before a quote."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"'{escaped}'"
 

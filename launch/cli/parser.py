@@ -1,4 +1,4 @@
-"""argparse whose errors name what was probably meant; they end as every wrong command line here, with exit code 2."""
+"""argparse whose errors are a ConfigError (exit code 2) with the nearest name."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from data_pipeline.core.schema import ConfigError, suggest
 
 
 class Parser(argparse.ArgumentParser):
-    """For verbs without a composed config."""
+    """The parser of commands without a composed config."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError with the nearest name of a wrong verb or option."""
+        """Raises ConfigError with the nearest name of a wrong subcommand or option."""
         wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)", message)
         word = (wrong[1] or wrong[2]) if wrong else ""
         near = suggest(word.partition("=")[0], _words(self)) if word else ""
         hint = f"; did you mean {near}?" if near else ""
-        raise ConfigError(f"{message}{hint} ({self.prog} --help lists what there is)")
+        raise ConfigError(f"{message}{hint} ({self.prog} --help lists all)")
 
 
 def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Options and verbs of a parser and of the verbs below it."""
+    """Options and subcommands of a parser and of the parsers below it."""
     for action in parser._actions:
         yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):

@@ -1,4 +1,4 @@
-"""What the verbs with a composed config have in common: their switches, help, and the config itself."""
+"""Reads the command line of a command with a composed config: switches, help, and the config itself."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from data_pipeline.core.schema import REQUIRED, ConfigError, FieldDoc, document, load, suggest
-from launch.cli.compose import compose, groups, to_yaml
+from launch.cli.compose import compose, is_sweep, to_yaml
+from launch.cli.groups import groups
 
 T = TypeVar("T")
+MULTIRUN = "--multirun"
+"""Switch of commands that run every combination of listed values."""
 
 
 @dataclass(frozen=True)
-class Job(Generic[T]):
-    """A verb's command line, read."""
+class Request(Generic[T]):
+    """A command line that was read."""
 
     config: T
     values: dict[str, Any]
@@ -21,32 +24,63 @@ class Job(Generic[T]):
     switches: frozenset[str]
 
 
-def read(verb: str, kind: type[T], arguments: list[str], switches: tuple[str, ...] = ()) -> Job[T] | None:
-    """Composes conf/<verb>.yaml and the overrides to a `kind`. None: --help or --cfg was answered.
+def read(command: str, kind: type[T], arguments: list[str], switches: tuple[str, ...] = ()) -> Request[T] | None:
+    """Composes conf/COMMAND.yaml and the overrides to a config.
 
-    Raises ConfigError naming every wrong field.
+    Args:
+        command: The command.
+        kind: The config's class.
+        arguments: Overrides (field=value, group=choice) and switches.
+        switches: Switches of this command beside --help and --cfg.
+
+    Returns:
+        None where --help or --cfg was answered.
+
+    Raises:
+        ConfigError: A switch or field is wrong; the message has each wrong field.
     """
     known = ("--help", "-h", "--cfg", *switches)
     given = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if argument not in given]
     for switch in given:
         if switch not in known:
-            near = suggest(switch, known)
-            hint = f"did you mean {near}? " if near else ""
-            raise ConfigError(f"there is no switch {switch}; {hint}there are: {', '.join(known)}")
-    overrides = [argument for argument in arguments if argument not in given]
-    values = compose(verb, overrides)
-    _keep_texts(kind, values, overrides)
+            raise ConfigError(_unknown_switch(switch, arguments, known, kind))
     if "--help" in given or "-h" in given:
-        show_help(verb, kind, values, switches)
+        show_help(command, kind, compose(command, overrides), switches)
         return None
+    values = compose(command, overrides)
+    _keep_texts(kind, values, overrides)
     if "--cfg" in given:
         print(to_yaml(values), end="")
         return None
-    return Job(load(kind, values), values, frozenset(given))
+    try:
+        return Request(load(kind, values), values, frozenset(given))
+    except ConfigError as error:
+        listed = [
+            line for line in overrides if is_sweep(line) and f"{line.partition('=')[0].lstrip('+')}=" in str(error)
+        ]
+        if listed and MULTIRUN in switches:
+            raise ConfigError(f"{error}\n{listed[0]} lists several values: add {MULTIRUN} for one run each") from None
+        raise
+
+
+def _unknown_switch(switch: str, arguments: list[str], known: tuple[str, ...], kind: type[Any]) -> str:
+    """The message on a switch that does not exist; `--field value` and `--field=value` are fields in another form."""
+    name, _, value = switch.lstrip("-").partition("=")
+    field = name.replace("-", "_")
+    fields = {row.path for row in document(kind)}
+    tops = {path.partition(".")[0] for path in fields} | groups().keys()
+    if field in fields or field.partition(".")[0] in tops:
+        after = arguments[arguments.index(switch) + 1 :]
+        shown = value or (after[0] if after and not after[0].startswith("-") and "=" not in after[0] else "VALUE")
+        return f"{switch}: fields have no dashes; write {field}={shown}"
+    near = suggest(switch, known)
+    hint = f"did you mean {near}? " if near else ""
+    return f"there is no switch {switch}; {hint}there are: {', '.join(known)}"
 
 
 def _keep_texts(kind: type[Any], values: dict[str, Any], overrides: list[str]) -> None:
-    """Where a field is a text, `name=007` and `after=12` are texts, not the numbers that Hydra takes them for."""
+    """Restores text fields that Hydra read as numbers, such as `name=007` and `after=12`."""
     given = {path.lstrip("+"): text for path, equals, text in (line.partition("=") for line in overrides) if equals}
     for path in given.keys() & {row.path for row in document(kind, "", values) if row.type == "text"}:
         *parents, name = path.split(".")
@@ -57,23 +91,24 @@ def _keep_texts(kind: type[Any], values: dict[str, Any], overrides: list[str]) -
             section[name] = given[path]
 
 
-def show_help(verb: str, kind: type[Any], values: dict[str, Any], switches: tuple[str, ...]) -> None:
-    """Every field of `kind`, grouped by its path, with meaning, default and limits."""
+def show_help(command: str, kind: type[Any], values: dict[str, Any], switches: tuple[str, ...]) -> None:
+    """Prints every field of `kind`, grouped by section, with meaning, default and limits."""
     from rich.console import Console
+    from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=False)
-    console.print(f"[bold]auricle {verb}[/] \\[field=value | group=choice] ...", "\n")
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    console.print(Text.assemble((f"auricle {command}", "bold"), " [field=value | group=choice] ..."), "\n")
     for name, choices in groups().items():
-        if choices and (name in values or name == "experiment"):
+        if choices and (name in values or (name == "experiment" and command == "pretrain")):
             sign = "+" if name == "experiment" else ""
-            console.print(f"  [cyan]{sign}{name}=[/]{' | '.join(choices)}")
+            console.print(Text.assemble("  ", (f"{sign}{name}=", "cyan"), " | ".join(choices)))
     console.print("  switches: " + ", ".join(("--cfg", *switches)), "\n")
     section = None
     for row in document(kind, "", values):
         parent = row.path.rpartition(".")[0]
         if parent != section:
             section = parent
-            console.print(f"[bold]{parent or 'the run'}[/]")
+            console.print(Text(parent or "the job", style="bold"))
         _print_field(console, row)
 
 

@@ -63,3 +63,8 @@ def show_rows(rows: Sequence[tuple[str, str]]) -> None:
     for name, value in rows:
         made.add_row(cell(name), cell(value))
     Console(file=sys.stdout, soft_wrap=True, markup=False, emoji=False, highlight=False).print(made)
+
+
+def warn(message: str) -> None:
+    """Prints a line on stderr."""
+    print(visible(message, keep="\n"), file=sys.stderr, flush=True)

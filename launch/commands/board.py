@@ -1,43 +1,104 @@
-"""auricle board: TensorBoard on this machine's loopback, the runs by their names."""
+"""auricle board: TensorBoard on this machine's loopback, with runs by their names."""
 
 from __future__ import annotations
 
+import contextlib
+import re
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from launch.cli.parser import Parser
-from launch.runs.summary import find_runs
-from launch.workers.environment import free_port
+
+GRACE_SECONDS = 5.0
+"""How long TensorBoard may take to end."""
 
 
 def run(arguments: list[str]) -> int:
-    """Runs TensorBoard until Ctrl-C. Raises ValueError where there is no run."""
-    parser = Parser("auricle board", description="TensorBoard on the runs, by their names")
+    """Runs TensorBoard until Ctrl-C or SIGTERM; returns its exit code. Raises ConfigError where there is no run."""
+    parser = Parser("auricle board", description="TensorBoard on runs, by their names")
     parser.add_argument("runs", type=Path, nargs="*", default=[Path("runs")], help="run folders, or folders of runs")
     parser.add_argument("--port", type=int, default=6006, help="on localhost; 0 takes a free one (default: 6006)")
     given = parser.parse_args(arguments)
+
+    from launch.runs.summary import find_runs
+    from launch.workers.environment import free_port
+
     folders = find_runs(given.runs)
     port = given.port or free_port()
-    print(f"{len(folders)} runs at http://localhost:{port}/ (only from this machine; Ctrl-C ends it)", flush=True)
+    _require_free(port)
     with tempfile.TemporaryDirectory(prefix="auricle-board-") as home:
         link(folders, Path(home))
-        return subprocess.call(command(Path(home), port))
+        print(f"{len(folders)} runs at http://localhost:{port}/ (only from this machine; Ctrl-C ends it)", flush=True)
+        return _serve(command(Path(home), port))
+
+
+def _serve(line: list[str]) -> int:
+    """Runs a command line; SIGTERM and SIGHUP end it, too."""
+    process = subprocess.Popen(line)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        return process.wait()
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _require_free(port: int) -> None:
+    """Raises ConfigError where another process listens on the port."""
+    from data_pipeline.core.schema import ConfigError
+
+    if not 0 < port < 1 << 16:
+        raise ConfigError(f"--port {port}: must be from 1 to 65535, or 0 for a free one")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(
+                f"--port {port}: {error.strerror}; take another port, or --port 0 for a free one"
+            ) from None
 
 
 def link(folders: list[Path], home: Path) -> None:
-    """One link per run below `home`, by its name; runs of one name get as many of their parents' as tell them apart."""
+    """Makes one link per run below `home`, by its name; runs of one name get as many parents as tell them apart."""
     every = sorted({folder.resolve() for folder in folders})
-    for folder in every:
-        length, others = 1, [other for other in every if other != folder]
-        while any(other.parts[-length:] == folder.parts[-length:] for other in others):
-            length += 1
-        name = "-".join(part.strip("/") for part in folder.parts[-length:])
+    for folder, name in zip(every, unique_names(every), strict=True):
         (home / name).symlink_to(folder / "tb", target_is_directory=True)
 
 
+def unique_names(folders: list[Path]) -> Iterator[str]:
+    """Yields a file name for each folder, no two alike: a/b and a-b would both be a-b, so the second is a-b_2."""
+    from data_pipeline.core.text import visible
+
+    taken: set[str] = set()
+    for folder in folders:
+        length, others = 1, [other for other in folders if other != folder]
+        while length < len(folder.parts) and any(other.parts[-length:] == folder.parts[-length:] for other in others):
+            length += 1
+        plain = "-".join(re.sub(r"[/\\]", "_", visible(part)) for part in folder.parts[-length:] if part != "/")
+        name, number = plain, 1
+        while name in taken:
+            number += 1
+            name = f"{plain}_{number}"
+        taken.add(name)
+        yield name
+
+
 def command(home: Path, port: int) -> list[str]:
-    """TensorBoard's command line, on the loopback only."""
+    """Returns TensorBoard's command line, on the loopback only."""
     plain = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port)]
     return [*plain, "--logdir", str(home), "--samples_per_plugin", "audio=200,images=200,text=50"]

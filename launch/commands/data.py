@@ -1,35 +1,40 @@
-"""auricle data: the step plan that a pretraining config makes of its shards, and the micro-batches that fit."""
+"""auricle data: the step plan of a pretraining config, and the largest micro-batches that fit."""
 
 from __future__ import annotations
 
-from data_pipeline.core.schema import ConfigError
-from launch.cli import request as job
+from data_pipeline.core.schema import ConfigError, suggest
+from launch.cli import request
 from launch.config import PretrainJob
+from launch.exit_codes import ExitCode
 
-USAGE = """auricle data plan       one epoch before it runs: steps, hours, padding, shapes, memory
-auricle data find-caps  the largest micro-batches that this device can train on [--memory=GB]
+USAGE = """auricle data plan       the plan of one epoch: steps, hours, padding, shapes, memory
+auricle data find-caps  the largest micro-batches that fit on this device [--memory=GB]
 
 both take the same overrides as `auricle pretrain`"""
 
 
 def run(arguments: list[str]) -> int:
-    """Answers for one of the two."""
-    verbs = {"plan": plan, "find-caps": find_caps}
-    if arguments[:1] and arguments[0] in verbs:
-        return verbs[arguments[0]](arguments[1:])
+    """Runs a subcommand; returns 0."""
+    subcommands = {"plan": plan, "find-caps": find_caps}
+    if arguments[:1] and arguments[0] in subcommands:
+        return subcommands[arguments[0]](arguments[1:])
+    if arguments and arguments[0] not in ("--help", "-h"):
+        near = suggest(arguments[0], subcommands)
+        hint = f"; did you mean {near}?" if near else ""
+        raise ConfigError(f"there is no subcommand {arguments[0]!r}{hint} (there are: {', '.join(subcommands)})")
     print(USAGE)
-    return 0 if arguments[:1] in (["--help"], ["-h"]) else 2
+    return ExitCode.DONE if arguments else ExitCode.USAGE
 
 
 def plan(arguments: list[str]) -> int:
-    """Prints what one epoch looks like."""
-    request = job.read("pretrain", PretrainJob, arguments)
-    if request is None:
+    """Prints the plan of one epoch."""
+    given = request.read("pretrain", PretrainJob, arguments)
+    if given is None:
         return 0
     from data_pipeline.loader.reader import open_reader
     from data_pipeline.sampling.summary import describe, to_text
 
-    config = request.config
+    config = given.config
     reader = open_reader(config.data, config.seed, 0, 1)
     try:
         report = describe(reader.plan, config.data)
@@ -41,20 +46,20 @@ def plan(arguments: list[str]) -> int:
 
 
 def find_caps(arguments: list[str]) -> int:
-    """Bisects on the real model and device; prints the overrides to use."""
+    """Measures the largest micro-batches on the model and device by bisection; prints the overrides to use."""
     limits = [argument.removeprefix("--memory=") for argument in arguments if argument.startswith("--memory=")]
     rest = [argument for argument in arguments if not argument.startswith("--memory=")]
     try:
         memory_gb = float(limits[-1]) if limits else 0.0
     except ValueError:
         raise ConfigError(f"--memory={limits[-1]}: must be a number of gigabytes, such as --memory=70") from None
-    request = job.read("pretrain", PretrainJob, rest)
-    if request is None:
+    given = request.read("pretrain", PretrainJob, rest)
+    if given is None:
         return 0
     from pretrain.engines import distributed as ranks
     from pretrain.profiling.memory_caps import measure_caps
 
-    config = request.config
+    config = given.config
     world = ranks.join(config.device, config.engine.timeout_minutes)
     try:
         caps = measure_caps(config, world, memory_gb)

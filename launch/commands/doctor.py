@@ -5,31 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.cli.parser import Parser
-from launch.diagnostics import examine
 
-MARKS = {"ok": "[green]ok[/]", "missing": "[yellow]–[/]", "broken": "[red]broken[/]"}
+MARKS = {"ok": ("ok", "green"), "missing": ("–", "yellow"), "broken": ("broken", "red")}
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code 0 where everything needed is there."""
+    """Prints the table; returns 0 where everything needed is there, 1 otherwise."""
     parser = Parser("auricle doctor", description="what this machine has, and how to get what is missing")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder where runs would go (default: runs)")
     folder: Path = parser.parse_args(arguments).runs
 
-    from rich.console import Console
-    from rich.table import Table
+    from launch.cli.tables import cell, show, table
+    from launch.diagnostics import examine
 
-    table = Table("", "", "found", "how to get it", box=None, pad_edge=False)
-    lacking = []
+    rows, lacking = [], []
     for finding in examine(folder):
         remedy = "" if finding.verdict == "ok" else finding.remedy
         needed = finding.needed and finding.verdict != "ok"
-        table.add_row("[red]needed[/]" if needed else MARKS[finding.verdict], finding.topic, finding.found, remedy)
+        mark = cell("needed", "red") if needed else cell(*MARKS[finding.verdict])
+        rows.append((mark, finding.topic, finding.found, remedy))
         lacking += [finding.topic] if needed else []
-    console = Console()
-    console.print(table)
+    show(table(("", "", "found", "how to get it"), rows))
     if lacking:
-        console.print(f"not ready: {', '.join(lacking)}")
+        print(f"not ready: {', '.join(lacking)}")
         return 1
-    console.print("everything that is needed is there")
+    print("everything that is needed is there")
     return 0

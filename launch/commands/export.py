@@ -10,9 +10,9 @@ FORMATS = ("hugging_face", "torchscript", "onnx")
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code 0 once the folder is written; ConfigError for what cannot be exported."""
+    """Writes the export; returns 0. Raises ConfigError for a run that cannot be exported in this format."""
     parser = Parser("auricle export", description="a run for other tools, checked before it is written")
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", help="run folder, or a run's name below runs/")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(
         "--to",
@@ -22,14 +22,16 @@ def run(arguments: list[str]) -> int:
         "for most others, too (default: hugging_face)",
     )
     parser.add_argument(
-        "--layer", type=int, default=-1, help="torchscript, onnx: the layer that is given (-1: the last)"
+        "--layer", type=int, default=-1, help="torchscript, onnx: the layer that is returned (-1: the last)"
     )
     given = parser.parse_args(arguments)
 
+    from launch.runs.summary import find_run
     from pretrain.interop import graph_export
     from pretrain.interop.hf_export import TOLERANCE, export, load_run
 
-    module, config, _ = load_run(given.run)
+    path = Path(given.run).expanduser()
+    module, config, _ = load_run(path if (path / "state.json").is_file() else find_run(given.run))
     if given.to == "hugging_face":
         error, allowed = export(config, module, given.out), TOLERANCE
     else:

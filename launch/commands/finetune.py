@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from launch.cli import request as job
+from launch.cli import request
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code 0 once trained and judged, 2 for a bad config."""
+    """Trains and evaluates; returns 0."""
     from pretrain.adaptation.ctc_finetune import FinetuneConfig, finetune
 
-    request = job.read("finetune", FinetuneConfig, arguments)
-    if request is None:
+    given = request.read("finetune", FinetuneConfig, arguments)
+    if given is None:
         return 0
-    from rich.table import Table
+    from launch.cli.tables import show, table
 
-    from launch.cli.tables import show
-
-    table = Table("decoder", "WER", "CER", "utterances", box=None, pad_edge=False)
-    for found in finetune(request.config):
-        table.add_row(found.decoder, f"{found.wer:.1%}", f"{found.cer:.1%}", str(found.utterances))
-    show(table)
+    found = finetune(given.config)
+    rows = [(errors.decoder, f"{errors.wer:.1%}", f"{errors.cer:.1%}", errors.utterances) for errors in found]
+    show(table(("decoder", "WER", "CER", "utterances"), rows))
     return 0

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.core.schema import load
+from data_pipeline.core.text import visible
 from launch.cli.parser import Parser
+from launch.cli.tables import show, table, warn
 from launch.config import LAUNCHERS
 from launch.launchers import factory
 from launch.launchers.in_process import Foreground
@@ -19,6 +19,8 @@ from launch.launchers.processes import ChildProcesses
 from launch.launchers.status import is_elsewhere, require_ended, state_of, total_steps
 from launch.runs.follow import Follower, describe
 from launch.runs.job_record import FILE_NAME, read_record, write_record
+from launch.runs.metadata import submitted_from
+from launch.runs.summary import find_run, number
 from launch.workers import task
 from pretrain.checkpointing.locate import steps_done
 
@@ -26,87 +28,75 @@ ENDED = ("done", "failed", "cancelled")
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code 0, or that of the state for `status` (0 unless failed or cancelled)."""
+    """Runs a subcommand; returns 0, or 1 for the `status` of a run that failed or was cancelled."""
     parser = Parser("auricle jobs", description="runs on this machine, SLURM or Ray")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    listing = verbs.add_parser("list", help="all runs below a folder")
+    subcommands = parser.add_subparsers(dest="subcommand", required=True)
+    listing = subcommands.add_parser("list", help="all runs below a folder")
     listing.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
     for name, text in (
         ("status", "state and progress of a run"),
-        ("logs", "what its ranks said"),
+        ("logs", "what its ranks printed"),
         ("cancel", "end it"),
         ("requeue", "start it again; it continues from its newest checkpoint"),
     ):
-        verb = verbs.add_parser(name, help=text)
-        verb.add_argument("run", help="run folder, or a run's name below runs/")
+        subcommand = subcommands.add_parser(name, help=text)
+        subcommand.add_argument("run", help="run folder, or a run's name below runs/")
         if name == "logs":
-            verb.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
-            verb.add_argument("--rank", type=int, default=0, help="default: 0")
+            subcommand.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+            subcommand.add_argument("--rank", type=int, default=0, help="default: 0")
     given = parser.parse_args(arguments)
-    if given.verb == "list":
+    if given.subcommand == "list":
         return _list(given.runs)
-    folder = _folder(given.run)
-    if given.verb == "logs":
+    folder = find_run(given.run)
+    if given.subcommand == "logs":
         return _logs(folder, given.rank, given.follow)
-    return {"status": _status, "cancel": _cancel, "requeue": _requeue}[given.verb](folder)
-
-
-def _folder(name: str) -> Path:
-    """Raises ValueError naming the runs there are."""
-    for folder in (Path(name).expanduser(), Path("runs") / name):
-        if (folder / FILE_NAME).is_file():
-            return folder
-    known = sorted(note.parent.name for note in Path("runs").glob(f"*/{FILE_NAME}"))
-    raise ValueError(f"{name}: no run of that name or folder; below runs/ there are: {', '.join(known) or 'none'}")
+    return {"status": _status, "cancel": _cancel, "requeue": _requeue}[given.subcommand](folder)
 
 
 def _list(runs: Path) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("run", "verb", "where", "job", "state", "step", "of", "submitted", box=None, pad_edge=False)
-    for note_file in sorted(runs.glob(f"*/{FILE_NAME}")):
-        folder = note_file.parent
+    listed: list[tuple[str, ...]] = []
+    for file in sorted(runs.glob(f"*/{FILE_NAME}")):
+        folder = file.parent
         try:
-            table.add_row(*_row(folder))
-        except (ValueError, KeyError) as error:  # of one run: the others are listed all the same
-            table.add_row(folder.name, *"–––", "unreadable", *"–––")
-            print(f"{folder}: {error}", file=sys.stderr)
-    Console().print(table)
+            listed.append(_row(folder))
+        except (ValueError, KeyError) as error:  # of one run; the ones after it are listed all the same
+            listed.append((folder.name, *"–––", "unreadable", *"–––"))
+            warn(f"{folder}: {error}")
+    show(table(("run", "command", "where", "job", "state", "step", "of", "submitted"), listed))
     return 0
 
 
 def _row(folder: Path) -> tuple[str, ...]:
-    note, row = read_record(folder), Follower(folder).read()
-    step = str(row["step"] if row else 0) if total_steps(folder) else "–"
-    handle = note.handle.partition(":")[0]
+    record, row = read_record(folder), Follower(folder).read()
+    step = f"{number(row or {}, 'step', 0.0):.0f}" if total_steps(folder) else "–"
+    handle = record.handle.partition(":")[0]
     steps = str(total_steps(folder) or "–")
-    return folder.name, note.command, note.launcher, handle, state_of(folder), step, steps, note.submitted
+    return folder.name, record.command, record.launcher, handle, state_of(folder), step, steps, record.submitted
 
 
 def _status(folder: Path) -> int:
     state, row = state_of(folder), Follower(folder).read()
     if not total_steps(folder):
-        print(f"{folder}: {read_record(folder).command} {state}")
+        print(f"{visible(str(folder))}: {read_record(folder).command} {state}")
         return 1 if state in ("failed", "cancelled") else 0
-    progress = f"step {row['step']}/{total_steps(folder)}, {describe(row)}" if row else "no step done yet"
-    print(f"{folder}: {state}, {progress}, newest checkpoint at step {steps_done(folder)}")
+    done = f"step {number(row, 'step', 0.0):.0f}/{total_steps(folder)}, {describe(row)}" if row else "no step done yet"
+    print(f"{visible(str(folder))}: {state}, {done}, newest checkpoint at step {steps_done(folder)}")
     return 1 if state in ("failed", "cancelled") else 0
 
 
 def _logs(folder: Path, rank: int, follow: bool) -> int:
     path = folder / "logs" / f"rank_{rank}.log"
     if not total_steps(folder):
-        note = read_record(folder)
-        if isinstance(factory.for_record(note), Foreground) and not (folder / "logs" / task.LOG).exists():
+        record = read_record(folder)
+        if isinstance(factory.for_record(record), Foreground) and not (folder / "logs" / task.LOG).exists():
             raise ValueError(
-                f"{folder}: `auricle {note.command}` ran in the foreground: what it said is on its terminal"
+                f"{folder}: `auricle {record.command}` ran in the foreground: its output is on its terminal"
             )
-        path = folder / "logs" / ("slurm.log" if note.launcher == "slurm" else task.LOG)
+        path = folder / "logs" / ("slurm.log" if record.launcher == "slurm" else task.LOG)
     if not path.exists() and not follow:
         raise ValueError(f"{path} does not exist (yet); there are: {', '.join(_names(folder / 'logs')) or 'no logs'}")
     for text in _growing(path, folder) if follow else [path.read_text(encoding="utf-8", errors="replace")]:
-        print(text, end="", flush=True)
+        print(visible(text, keep="\n\t\r"), end="", flush=True)
     return 0
 
 
@@ -130,30 +120,29 @@ def _growing(path: Path, folder: Path) -> Iterator[str]:
 
 
 def _cancel(folder: Path) -> int:
-    note = read_record(folder)
-    if is_elsewhere(note):
-        raise ValueError(f"{folder} was started on {note.host}, and only there it can be ended")
+    record = read_record(folder)
+    if is_elsewhere(record):
+        raise ValueError(f"{folder} was started on {record.host} and can only be ended there")
     before = state_of(folder)
-    factory.for_record(note).cancel(note.handle)
+    factory.for_record(record).cancel(record.handle)
     had = f"had ended before ({before})" if before in ENDED else "is ended"
-    print(f"{folder}: job {note.handle} {had}; its checkpoints stay")
+    print(f"{folder}: job {record.handle} {had}; its checkpoints stay")
     return 0
 
 
 def _requeue(folder: Path) -> int:
-    note = read_record(folder)
-    submitter = factory.for_record(note)
+    record = read_record(folder)
+    submitter = factory.for_record(record)
     if isinstance(submitter, ChildProcesses | Foreground):
         raise ValueError(
-            f"{folder} ran from this machine: give its `auricle {note.command}` command again, it continues"
+            f"{folder} ran from this machine: give its `auricle {record.command}` command again, it continues"
         )
     require_ended(folder)
     folder = folder.absolute()
-    described = folder / "environment.json"
-    if described.exists():  # relative paths of the config count from where the run was given
-        os.chdir(json.loads(described.read_text(encoding="utf-8"))["directory"])
-    launcher = replace(load(LAUNCHERS[note.launcher], note.config), after="")  # what it waited for has ended
-    handle = factory.make(launcher, note.command).submit(folder)
-    write_record(folder, handle, launcher, note.command)
+    if directory := submitted_from(folder):  # relative paths of the config start there
+        os.chdir(directory)
+    launcher = replace(load(LAUNCHERS[record.launcher], record.config), after="")  # the job it waited for has ended
+    handle = factory.make(launcher, record.command).submit(folder)
+    write_record(folder, handle, launcher, record.command)
     print(f"{folder}: job {handle}")
     return 0

@@ -1,12 +1,14 @@
-"""auricle plan-run: what a run would need on a cluster, without one."""
+"""auricle plan-run: estimates memory, time and communication of a run on a cluster."""
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from data_pipeline.core.schema import ConfigError
-from launch.cli import request as job
+from data_pipeline.core.text import visible
+from launch.cli import request
+from launch.cli.tables import console
 from launch.config import PretrainJob
 from pretrain.config import Config
 from pretrain.profiling import cost_model
@@ -20,7 +22,7 @@ LARGEST = 1024
 
 
 def run(arguments: list[str]) -> int:
-    """Prints the forecast."""
+    """Prints the estimate; returns 0."""
     pairs = [line.partition("=") for line in arguments]
     own = {name: value for name, _, value in pairs if name in ("cluster", "mfu")}
     rest = [line for line in arguments if line.partition("=")[0] not in own]
@@ -29,35 +31,35 @@ def run(arguments: list[str]) -> int:
         return 0
     if not any(line.startswith("data.shards=") for line in rest):
         rest.append("data.shards=none")  # nothing is read
-    request = job.read("pretrain", PretrainJob, rest)
-    if request is None:
+    given = request.read("pretrain", PretrainJob, rest)
+    if given is None:
         return 0
-    config, cluster = request.config, cost_model.parse_cluster(own.get("cluster", "1x8xH100"))
+    config, cluster = given.config, cost_model.parse_cluster(own.get("cluster", "1x8xH100"))
     mfu = _share(own.get("mfu", "0.3"))
     measured = cost_model.measure(config)
-    console = Console(highlight=False)
+    out = console()
     flops = measured.flops.of(config.data.max_seconds) / config.data.max_seconds / 1e9
-    console.print(
-        f"[bold]{config.name}[/]: {measured.parameters / 1e6:.1f} M parameters; forward pass {flops:.1f} GFLOP per "
-        f"second of audio; {_updates(config):,} updates of {config.data.batch_seconds / 60:.0f} min of audio"
-        f"{_turns(config)}\n"
+    summary = (
+        f": {measured.parameters / 1e6:.1f} M parameters; forward pass {flops:.1f} GFLOP per second of audio; "
+        f"{_updates(config):,} updates of {config.data.batch_seconds / 60:.0f} min of audio{_iterations(config)}\n"
     )
-    console.print(_memory(config, cluster, measured), _scaling(config, cluster, measured, mfu), sep="\n\n")
-    console.print("\n[bold]assumed[/]")
+    out.print(Text.assemble((visible(config.name), "bold"), summary))
+    out.print(_memory(config, cluster, measured), _scaling(config, cluster, measured, mfu), sep="\n\n")
+    out.print(Text("\nassumed", style="bold"))
     for name, text in cost_model.assumptions(config, cluster, mfu).items():
-        console.print(f"  {name}: {text}")
+        out.print(f"  {name}: {text}")
     return 0
 
 
 def _updates(config: PretrainJob) -> int:
-    """Of all iterations, where the experiment is a chain of them."""
-    return sum(turn.steps for turn in config.chain.values()) or config.train.steps
+    """Updates of all iterations, where the experiment is a chain of them."""
+    return sum(iteration.steps for iteration in config.chain.values()) or config.train.steps
 
 
-def _turns(config: PretrainJob) -> str:
+def _iterations(config: PretrainJob) -> str:
     if not config.chain:
         return ""
-    counted = " + ".join(f"{name} {turn.steps:,}" for name, turn in config.chain.items())
+    counted = " + ".join(f"{name} {iteration.steps:,}" for name, iteration in config.chain.items())
     return f" ({counted}; the labels in between are not counted)"
 
 

@@ -1,62 +1,64 @@
-"""auricle replay: runs the kept batch of an update that went wrong again, and says where it breaks."""
+"""auricle replay: runs the kept batch of an update that went wrong again, and prints where it fails."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.core.schema import load
+from data_pipeline.core.schema import ConfigError, load
 from launch.cli.parser import Parser
+from launch.runs.summary import find_run
+from pretrain.checkpointing.locate import saved_steps
 
 if TYPE_CHECKING:
     from pretrain.config import Config
     from pretrain.train_module import TrainModule
 
 
+COLUMNS = ("segments", "seconds", "peak", "loss", "gradient norm", "largest gradients", "first not finite")
+
+
 def run(arguments: list[str]) -> int:
-    """Exit code 0 where the batch was run again. Raises ValueError where nothing was kept."""
-    parser = Parser("auricle replay", description="the batch of an update that went wrong, run again")
-    parser.add_argument("run", type=Path, help="the run's folder")
+    """Prints the table; returns 0. Raises ConfigError where no such batch was kept."""
+    parser = Parser("auricle replay", description="run the batch of an update that went wrong again")
+    parser.add_argument("run", help="run folder, or a run's name below runs/")
     parser.add_argument("step", type=int, nargs="?", help="updates done before it (default: the last one kept)")
     given = parser.parse_args(arguments)
-    kept = sorted((given.run / "health").glob("step_*"))
+    folder = find_run(given.run)
+    kept = sorted(found for found in (folder / "health").glob("step_*") if found.name[5:].isdecimal())
     if not kept:
-        raise ValueError(f"{given.run}: no batch was kept there (RUN/health/step_N); nothing seems to have gone wrong")
-    names = [folder.name for folder in kept]
+        raise ConfigError(f"{folder}: no batch was kept there (health/step_N); no update of the run went wrong")
+    names = [found.name for found in kept]
     wanted = kept[-1].name if given.step is None else f"step_{given.step:08d}"
     if wanted not in names:
-        raise ValueError(f"{given.run}: no batch of step {given.step} was kept; there are: {', '.join(names)}")
-    show(given.run, given.run / "health" / wanted)
+        raise ConfigError(f"{folder}: no batch of step {given.step} was kept; there are: {', '.join(names)}")
+    show(folder, folder / "health" / wanted)
     return 0
 
 
 def show(run_folder: Path, folder: Path) -> None:
-    """Prints what each micro-batch does to the weights of the newest checkpoint before it."""
-    from rich.table import Table
-
+    """Prints loss and gradients of each micro-batch with the weights of the newest checkpoint before the update."""
     from launch.cli.tables import show as show_table
+    from launch.cli.tables import table
+    from pretrain.checkpointing.run_folder import read_config
     from pretrain.config import Config
     from pretrain.monitoring.batch_dump import load_batches, replay
 
-    config = load(Config, json.loads((run_folder / "config.json").read_text(encoding="utf-8")))
+    config = load(Config, read_config(run_folder))
     ctx, batches, why = load_batches(folder)
     module, whose = model_at(config, run_folder, ctx.step)
     print(f"{why}; {len(batches)} micro-batches, weights of {whose}")
-    table = Table(
-        "segments", "seconds", "peak", "loss", "gradient norm", "largest gradients", "first not finite", box=None
-    )
+    rows = []
     for result in replay(module, ctx, batches):
         largest = ", ".join(f"{name} {norm:.2g}" for name, norm in result.largest[:3])
         keys = ", ".join(result.keys[:3]) + (" …" if len(result.keys) > 3 else "")
-        row = (f"{result.seconds:.1f}", f"{result.peak:.3g}", f"{result.loss:.4g}", f"{result.grad_norm:.3g}")
-        table.add_row(keys, *row, largest, result.first_not_finite or "–")
-    show_table(table)
+        figures = (f"{result.seconds:.1f}", f"{result.peak:.3g}", f"{result.loss:.4g}", f"{result.grad_norm:.3g}")
+        rows.append((keys, *figures, largest, result.first_not_finite or "–"))
+    show_table(table(COLUMNS, rows))
 
 
 def model_at(config: Config, run_folder: Path, step: int) -> tuple[TrainModule, str]:
-    """The model with the newest weights of at most `step` updates, and whose they are."""
-    from pretrain.checkpointing.locate import saved_steps
+    """Returns the model with the newest weights of at most `step` updates, and the checkpoint they come from."""
     from pretrain.checkpointing.weights import MODEL, fill, read_weights
     from pretrain.interop.init_weights import load_initial
     from pretrain.train_module import build_model
@@ -68,4 +70,4 @@ def model_at(config: Config, run_folder: Path, step: int) -> tuple[TrainModule, 
         return module, before[-1].name
     if config.init:
         load_initial(config, module)
-    return module, f"step 0{f', which are those of {config.init}' * bool(config.init)}"
+    return module, f"step 0{f' (those of {config.init})' if config.init else ''}"

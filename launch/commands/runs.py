@@ -5,24 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.cli.parser import Parser
-from launch.runs.summary import find_runs, summarise
+
+COLUMNS = ("run", "objective", "state", "step", "loss", "accuracy", "hours", "× real time", "alarms", "evaluated")
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code 0 where there is at least one run. Raises ValueError where there is none."""
+    """Prints the table; returns 0. Raises ConfigError where there is no run."""
     parser = Parser("auricle runs", description="all runs with their key figures, from their folders")
     parser.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], help="where to look (default: runs)")
-    from rich.table import Table
+    folders = parser.parse_args(arguments).folders
 
-    from launch.cli.tables import show
+    from launch.cli.tables import show, table, warn
+    from launch.runs.summary import find_runs, summarise
 
-    table = Table(
-        "run", "objective", "state", "step", "loss", "accuracy", "hours", "audio-s/s", "alarms", "evaluated", box=None
-    )
-    for folder in find_runs(parser.parse_args(arguments).folders):
-        s = summarise(folder)
-        step, loss, accuracy = f"{s.step}/{s.steps}", f"{s.loss:.4f}", f"{s.accuracy:.3f}"
-        row = (s.name, s.objective, s.state, step, loss, accuracy, f"{s.hours:.1f}", f"{s.speed:.0f}", str(s.alarms))
-        table.add_row(*row, s.evaluation)
-    show(table)
+    listed: list[tuple[str, ...]] = []
+    for folder in find_runs(folders):
+        try:
+            s = summarise(folder)
+        except ValueError as error:  # of one run; the ones after it are listed all the same
+            listed.append((folder.name, "–", "unreadable", *"–––––––"))
+            warn(str(error))
+            continue
+        figures = (f"{s.step}/{s.steps}", f"{s.loss:.4f}", f"{s.accuracy:.3f}", f"{s.hours:.1f}", f"{s.speed:.0f}")
+        listed.append((s.name, s.objective, s.state, *figures, str(s.alarms), s.evaluation))
+    show(table(COLUMNS, listed))
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import time
@@ -19,6 +18,7 @@ from launch.runs.job_record import JobRecord, read_record
 from launch.runs.summary import ALIVE_SECONDS, signs_of_life
 from launch.workers import task
 from pretrain.checkpointing.locate import steps_done
+from pretrain.checkpointing.run_folder import read_config
 
 
 def state_of(folder: Path) -> State | Literal["unknown"]:
@@ -70,5 +70,5 @@ def total_steps(folder: Path) -> int:
     """Of a pretraining run; 0 for other jobs."""
     if not (folder / "config.json").exists():
         return 0
-    steps: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]["steps"]
+    steps: int = read_config(folder)["train"]["steps"]
     return steps

@@ -1,4 +1,4 @@
-"""Shows a run while it goes on, by following metrics.jsonl; it needs nothing from the run but its folder."""
+"""Shows the progress of a run from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data_pipeline.core.jsonl import Tail
+from launch.runs.summary import number
 
 PLAIN_EVERY = 15.0
-"""Seconds between lines where the output is no terminal."""
+"""Seconds between lines where the output is not a terminal."""
 BARS = "▁▂▃▄▅▆▇█"
 SPARKS = 16
 """Characters of the loss curve."""
 RECENT = 50
 """Rows that the remaining time is estimated from."""
+LONGEST_SECONDS = 1e9
+"""Estimates above this are cut off."""
 
 
 class Follower:
@@ -43,7 +46,7 @@ class Follower:
 
 
 def follow(folder: Path, steps: int, running: Callable[[], bool], console: Console | None = None) -> Follower:
-    """Shows progress until `running` says no."""
+    """Shows progress until `running` returns False; returns the rows read."""
     console = console or Console(stderr=True)
     follower = Follower(folder)
     if console.is_terminal:
@@ -68,7 +71,12 @@ def _bar(follower: Follower, steps: int, running: Callable[[], bool], console: C
             row = follower.read()
             if row:
                 said = f"{describe(row)}  {sparkline(losses(follower.rows))}"
-                bar.update(task, completed=row["step"], description=said, left=time_left(follower.rows, steps))
+                bar.update(
+                    task,
+                    completed=int(number(row, "step", 0.0)),
+                    description=said,
+                    left=time_left(follower.rows, steps),
+                )
             time.sleep(0.25)
         follower.read()
 
@@ -81,25 +89,28 @@ def _lines(follower: Follower, steps: int, running: Callable[[], bool], console:
             last, row = time.monotonic(), follower.read()
             left = time_left(follower.rows, steps)
             console.print(
-                f"step {row['step']}/{steps}  {describe(row)}  {left}" if row else "starting the ranks", highlight=False
+                f"step {number(row, 'step', 0.0):.0f}/{steps}  {describe(row)}  {left}"
+                if row
+                else "starting the ranks",
+                highlight=False,
             )
     follower.read()
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One row in a few words."""
-    speed = row.get("perf/audio_seconds_per_second", 0.0)
-    return f"loss {row['loss/total']:.4f}  lr {row['opt/lr']:.2e}  {speed:.0f} audio-s/s"
+    """Returns loss, learning rate and speed of one row."""
+    loss, rate = number(row, "loss/total"), number(row, "opt/lr")
+    return f"loss {loss:.4f}  lr {rate:.2e}  {number(row, 'perf/audio_seconds_per_second', 0.0):.0f} × real time"
 
 
 def losses(rows: Sequence[dict[str, Any]], most: int = 64 * SPARKS) -> list[float]:
-    """The loss of `most` rows at most, evenly taken: a long run has too many to look at four times a second."""
-    some = rows[:: -(-len(rows) // most) or 1]
-    return [row["loss/total"] for row in some if math.isfinite(row["loss/total"])]
+    """Returns the finite losses of at most `most` rows, evenly spaced: the curve is drawn four times a second."""
+    some = (number(row, "loss/total") for row in rows[:: -(-len(rows) // most) or 1])
+    return [loss for loss in some if math.isfinite(loss)]
 
 
 def sparkline(values: Sequence[float], width: int = SPARKS) -> str:
-    """The whole curve in at most `width` characters, each the median of its part; the highest is full."""
+    """Returns the curve in at most `width` characters, each the median of its part; the highest is full."""
     width = min(width, len(values))
     parts = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
     heights = [statistics.median(part) for part in parts]
@@ -111,14 +122,17 @@ def sparkline(values: Sequence[float], width: int = SPARKS) -> str:
 
 
 def time_left(rows: Sequence[dict[str, Any]], steps: int) -> str:
-    """By the median time of the last steps, so that a resumed run is judged by its own; empty until two are known."""
-    recent = rows[-RECENT:]
+    """Returns the time to the last step by the median of recent steps, so that a pause before a resume does not count.
+
+    It is "" until two steps are known.
+    """
+    recent = [(number(row, "step"), number(row, "time")) for row in rows[-RECENT:]]
     each = [
-        (later["time"] - earlier["time"]) / (later["step"] - earlier["step"])
-        for earlier, later in itertools.pairwise(recent)
-        if later["step"] > earlier["step"] and "time" in earlier
+        (later - earlier) / (step - before)
+        for (before, earlier), (step, later) in itertools.pairwise(recent)
+        if step > before and math.isfinite(later - earlier)
     ]
     if not each:
         return ""
-    seconds = max(0.0, statistics.median(each) * (steps - recent[-1]["step"]))
+    seconds = min(max(0.0, statistics.median(each) * (steps - recent[-1][0])), LONGEST_SECONDS)
     return f"{datetime.timedelta(seconds=round(seconds))} left"

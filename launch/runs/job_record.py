@@ -68,7 +68,7 @@ def read_record(folder: Path) -> JobRecord:
     if not problem and (unknown := values.keys() - fields.keys()):
         problem = f"has the unknown field {min(map(str, unknown))}"
     for name, kind in fields.items() if not problem else ():
-        if not isinstance(values.get(name, "pretrain" if name == "command" else None), kind):
+        if not problem and not isinstance(values.get(name, "pretrain" if name == "command" else None), kind):
             problem = f"{name} must be {'an object' if kind is dict else 'a text'}"
     if not problem and values["launcher"] not in LAUNCHERS:
         problem = f"launcher={values['launcher']!r}, must be one of {', '.join(sorted(LAUNCHERS))}"

@@ -1,9 +1,10 @@
-"""The run folder describes itself: resolved config, code, machine. Secrets stay out of it."""
+"""Writes the files that describe a run into its folder: resolved config, code, machine. Secrets are left out."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import os
 import platform
 import re
@@ -29,6 +30,10 @@ KEPT_VARIABLES = re.compile(
 )
 
 
+LONGEST_NAME = 200
+"""Bytes of a run's name; file systems allow 255, and names of files are made from it."""
+
+
 class Named(Protocol):
     """A job with a run folder."""
 
@@ -39,10 +44,12 @@ class Named(Protocol):
 
 
 def folder_of(job: Named) -> Path:
-    """RUNS/NAME. Raises ConfigError for a name that names no folder."""
-    if any(sign in job.name for sign in "/\\") or job.name in (".", "..") or not job.name.isprintable():
+    """Returns RUNS/NAME. Raises ConfigError for a name that cannot be that of a folder."""
+    too_long = len(job.name.encode("utf-8", "surrogateescape")) > LONGEST_NAME
+    if any(sign in job.name for sign in "/\\") or job.name in (".", "..") or not job.name.isprintable() or too_long:
         raise ConfigError(
-            f"name={job.name!r}: it names a folder inside {job.runs}; slashes and control signs cannot be"
+            f"name={job.name[:80]!r}: must be the name of a folder inside {job.runs}: no slashes, no control "
+            f"characters, at most {LONGEST_NAME} bytes"
         )
     return Path(job.runs) / job.name
 
@@ -50,7 +57,8 @@ def folder_of(job: Named) -> Path:
 def prepare(job: PretrainJob) -> Path:
     """Makes RUNS/NAME and writes config.json, config.yaml, environment.json and git.diff into it.
 
-    Raises ConfigError when the folder holds checkpoints of a run with another config, or a value holds a password.
+    Raises:
+        ConfigError: The folder has checkpoints of a run with another config or data, or a value holds a credential.
     """
     folder = folder_of(job)
     launcher = dump(job)["launcher"]
@@ -65,14 +73,35 @@ def prepare(job: PretrainJob) -> Path:
 
 
 def write_surroundings(folder: Path, launcher: dict[str, Any]) -> None:
-    """environment.json and git.diff: on what, and by which code."""
+    """Writes environment.json and git.diff: machine, packages and command, and the code's changes since its commit."""
     sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
-    write_atomically(folder / "git.diff", "\n".join(redaction.without_secrets(diff.splitlines())))
+    write_atomically(folder / "git.diff", "\n".join(redaction.without_secrets(diff.split("\n"))))
     write_json(folder / "environment.json", _environment(launcher, sha))
 
 
+def submitted_from(folder: Path) -> Path | None:
+    """Returns the working directory that the run was submitted from; None where environment.json does not have it.
+
+    Raises:
+        ValueError: That directory does not exist any more.
+    """
+    file = folder / "environment.json"
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    directory = values.get("directory") if isinstance(values, dict) else None
+    if not isinstance(directory, str):
+        return None
+    if not Path(directory).is_dir():
+        raise ValueError(
+            f"{file}: directory={directory} does not exist any more; relative paths of the run start there"
+        )
+    return Path(directory)
+
+
 def run_config(job: PretrainJob) -> Config:
-    """The run alone, without where it runs."""
+    """Returns the config of the run alone, without that of the launcher."""
     return Config(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Config)})
 
 
@@ -121,9 +150,9 @@ def _is_installed(package: str) -> bool:
 
 
 def _git(*arguments: str) -> str:
-    """Output of git in the code's own checkout; empty where there is none."""
+    """Returns the output of git in the code's own checkout; "" where there is none."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    return done.stdout.decode("utf-8", errors="backslashreplace") if done.returncode == 0 else ""

@@ -1,21 +1,26 @@
-"""Runs as their folders tell them: nothing but config.json, metrics.jsonl, health.jsonl and evaluations.jsonl."""
+"""Summaries of runs, from their config.json, metrics.jsonl, health.jsonl and evaluations.jsonl."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.jsonl import read_rows
+from data_pipeline.core.schema import ConfigError, suggest
+from pretrain.checkpointing.locate import near
+from pretrain.checkpointing.run_folder import read_config
 
 ALIVE_SECONDS = 120.0
+"""A run that wrote nothing for this long has stopped."""
+CLOCK_SKEW_SECONDS = 60.0
+"""How far the clocks of two machines may differ."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,11 @@ class RunSummary:
 
 
 def find_runs(roots: Sequence[Path]) -> list[Path]:
-    """Run folders among `roots` and one or two levels below them, by name. Raises ValueError where there is none."""
+    """Returns the run folders among `roots` and up to two levels below them, by name.
+
+    Raises:
+        ConfigError: There is none; with the nearest name where a root does not exist.
+    """
     found: dict[Path, None] = {}
     for root in roots:
         for pattern in ("config.json", "*/config.json", "*/*/config.json"):
@@ -47,78 +56,105 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
                 if (path.parent / "metrics.jsonl").exists() or (path.parent / "logs").exists():
                     found[path.parent] = None
     if not found:
-        raise ValueError(f"no run folder in {', '.join(map(str, roots))}")
+        missing = [root for root in roots if not root.exists()]
+        hint = near(missing[0]) if missing else ""
+        raise ConfigError(f"there is no run folder in {', '.join(map(str, roots))}{hint}")
     return list(found)
 
 
+def find_run(name: str, runs: Path = Path("runs")) -> Path:
+    """Returns the folder of one run.
+
+    Args:
+        name: A run folder, or the name of a run below `runs`.
+        runs: Folder of run folders.
+
+    Raises:
+        ConfigError: There is no such run; with the nearest name.
+    """
+    marks = ("config.json", "job.json", "task.json")
+    for folder in (Path(name).expanduser(), runs / name):
+        if any((folder / mark).is_file() for mark in marks):
+            return folder
+    known = sorted({file.parent.name for mark in marks for file in runs.glob(f"*/{mark}")})
+    close = suggest(Path(name).name, known)
+    hint = f"did you mean {close}? " if close else ""
+    raise ConfigError(f"there is no run {name!r}; {hint}below {runs}/ there are: {', '.join(known) or 'none'}")
+
+
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of a run's JSON-lines file; lines that cannot be read are left out."""
+    """Returns the lines of a run's JSON-lines file; lines that cannot be read are left out."""
     return read_rows(folder / name)
 
 
-def signs_of_life(folder: Path) -> float:
-    """When a rank of the run last wrote anything, in seconds since 1970; 0 if none ever did."""
+def signs_of_life(folder: Path, now: float | None = None) -> float:
+    """Returns when a rank of the run last wrote anything, in seconds since 1970; 0 if none ever did.
+
+    Times in the future (a clock that was wrong, a copied folder) prove nothing and are left out.
+    """
+    now = time.time() if now is None else now
     times = [0.0]
     for pattern in ("heartbeats/*.json", "metrics.jsonl", "incarnations/*", "checkpoints/latest"):
         for path in folder.glob(pattern):
-            with contextlib.suppress(OSError):  # replaced while we looked
+            with contextlib.suppress(OSError):  # replaced since the folder was listed
                 times.append(path.stat().st_mtime)
-    return max(times)
+    return max(moment for moment in times if moment <= now + CLOCK_SKEW_SECONDS)
 
 
 def summarise(folder: Path, now: float | None = None) -> RunSummary:
-    """Reads one run."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """Returns the key figures of one run.
+
+    Raises:
+        ValueError: Its config.json cannot be used.
+    """
+    config, now = read_config(folder), time.time() if now is None else now
     metrics, steps = rows(folder), int(config["train"]["steps"])
     last = metrics[-1] if metrics else {}
     tail = metrics[-20:]
-    step = int(last.get("step", 0))
-    age = (now or time.time()) - max(signs_of_life(folder), float(last.get("time", 0.0)))
+    step = int(number(last, "step", 0.0))
+    logged = number(last, "time", 0.0)
+    age = now - max(signs_of_life(folder, now), logged if logged <= now + CLOCK_SKEW_SECONDS else 0.0)
     state = "done" if step >= steps else "running" if age < ALIVE_SECONDS else "stopped" if step else "no step yet"
     if (folder / "UNHEALTHY").is_file():
         state = "unhealthy"
     evaluations = rows(folder, "evaluations.jsonl")
     newest = evaluations[-1] if evaluations else None
     return RunSummary(
-        name=folder.name,
+        name=folder.resolve().name,
         folder=folder,
-        objective=str(config["objective"]["name"]),
+        objective=str(objective.get("name")) if isinstance(objective := config.get("objective"), dict) else "–",
         state=state,
         step=step,
         steps=steps,
         loss=_mean(tail, "loss/total"),
         accuracy=_mean(tail, "metric/accuracy"),
         hours=audio_hours(metrics)[-1] if metrics else 0.0,
-        speed=statistics.median([row.get("perf/audio_seconds_per_second", 0.0) for row in tail]) if tail else 0.0,
+        speed=statistics.median([number(row, "perf/audio_seconds_per_second", 0.0) for row in tail]) if tail else 0.0,
         alarms=len(rows(folder, "health.jsonl")),
-        evaluation=f"{newest['name']} {newest['value']:.3f}" if newest else "",
+        evaluation=f"{newest.get('name', '')} {number(newest, 'value'):.3f}" if newest else "",
     )
 
 
+def number(row: Mapping[str, Any], name: str, default: float = math.nan) -> float:
+    """Returns a figure of a row of metrics; `default` where it is missing or not a number."""
+    value = row.get(name)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
+
+
 def audio_hours(metrics: Sequence[dict[str, Any]]) -> list[float]:
-    """Hours of audio heard by each row. Rows without that figure, of older runs, count those logged."""
+    """Returns the hours of audio seen up to each row; rows of older runs lack that figure and count those logged."""
     if all("data/audio_hours" in row for row in metrics):
-        return [row["data/audio_hours"] for row in metrics]
-    return [hours / 3600 for hours in itertools.accumulate(row.get("data/audio_seconds", 0.0) for row in metrics)]
+        return [number(row, "data/audio_hours", 0.0) for row in metrics]
+    return [hours / 3600 for hours in itertools.accumulate(number(row, "data/audio_seconds", 0.0) for row in metrics)]
 
 
 def _mean(chosen: Sequence[dict[str, Any]], name: str) -> float:
-    values = [row[name] for row in chosen if name in row]
+    values = [value for row in chosen if not math.isnan(value := number(row, name))]
     return statistics.fmean(values) if values else math.nan
 
 
-def differences(one: Any, other: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Config fields in which two runs differ: (path, value of one, value of the other)."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        found = []
-        for key in sorted(one.keys() | other.keys()):
-            found += differences(one.get(key, "–"), other.get(key, "–"), f"{prefix}{key}.")
-        return found
-    return [] if one == other else [(prefix.rstrip("."), one, other)]
-
-
 def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """Exponential moving average without the bias of its start."""
+    """Returns the exponential moving average, corrected for the bias of its start."""
     out, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = decay * total + value, decay * weight + 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from data_pipeline.core.schema import ConfigError
 from launch.cli import request
+from launch.cli.request import MULTIRUN
 from launch.config import PretrainJob
 from launch.exit_codes import ExitCode
 from launch.launchers import factory
@@ -26,9 +27,9 @@ def run(arguments: list[str]) -> int:
     Raises:
         ConfigError: The command line or the config is wrong.
     """
-    if sweep.MULTIRUN in arguments:
+    if MULTIRUN in arguments:
         return sweep.run(arguments, run)
-    given = request.read("pretrain", PretrainJob, arguments, switches=(*SWITCHES, sweep.MULTIRUN))
+    given = request.read("pretrain", PretrainJob, arguments, switches=(*SWITCHES, MULTIRUN))
     if given is None:
         return ExitCode.DONE
     config = given.config

@@ -14,6 +14,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.text import visible
 from launch.cli import request
 from launch.cli.compose import sweep
+from launch.cli.request import MULTIRUN
 from launch.config import PretrainJob
 from launch.exit_codes import ExitCode
 from launch.launchers import factory
@@ -22,8 +23,6 @@ from launch.launchers.status import require_ended
 from launch.runs import metadata
 from launch.runs.job_record import write_record
 from launch.workflows.submit import DRY_RUN, PREPARE, SWITCHES
-
-MULTIRUN = "--multirun"
 
 
 def run(arguments: list[str], one: Callable[[list[str]], int]) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 class StaleIncarnationError(RuntimeError):
@@ -60,3 +62,34 @@ class RunFolder:
 
     def _newest(self) -> int:
         return max((int(entry.name) for entry in self._incarnations.iterdir()), default=0)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json of a run folder as plain values; the only reader of it.
+
+    Raises:
+        ValueError: It is missing, or has not the form of a pretraining run's config.
+    """
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: not the folder of a pretraining run ({file.name} is missing)") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); {_RESTORE}") from None
+    for path, kind, form in _NEEDED:
+        value: Any = values
+        for key in path.split(".") if path else ():
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{file}: {path or 'the content'} must be {form}; {_RESTORE}")
+    found: dict[str, Any] = values
+    return found
+
+
+_RESTORE = "the same `auricle pretrain` command with --prepare writes it again"
+_NEEDED = (
+    ("", dict, "an object"),
+    ("train.steps", int, "an integer"),
+)
+"""Fields that every reader relies on: path, type, form in words."""

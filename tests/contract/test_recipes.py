@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from data_pipeline.core.schema import load
-from launch.cli.compose import CONF, compose
+from launch.cli.compose import compose
+from launch.cli.groups import CONF
 from launch.config import PretrainJob
 from launch.runs.metadata import run_config
 from pretrain import registry

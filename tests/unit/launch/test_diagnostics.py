@@ -45,7 +45,7 @@ def test_a_needed_thing_that_is_missing_fails(
         yield Finding("deepspeed", "missing", "not installed", "make setup")
         yield Finding("GPU", "missing", "none", "buy one", needed=False)
 
-    monkeypatch.setattr("launch.commands.doctor.examine", examine)
+    monkeypatch.setattr("launch.diagnostics.examine", examine)
     assert main.main(["doctor"]) == ExitCode.FAILED
     said = capsys.readouterr().out
     assert "not ready: deepspeed\n" in said

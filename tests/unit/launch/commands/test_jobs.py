@@ -95,8 +95,10 @@ def test_all_steps_done_is_done(folder: Path, capsys: pytest.CaptureFixture[str]
 
 def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_record(folder, "1:1.0", LocalConfig())
-    assert main.main(["jobs", "status", "yours"]) == ExitCode.FAILED
-    assert "below runs/ there are: mine" in capsys.readouterr().err
+    assert main.main(["jobs", "status", "minee"]) == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert "did you mean mine?" in said
+    assert "below runs/ there are: mine" in said
     assert main.main(["jobs", "logs", "mine", "--rank", "3"]) == ExitCode.FAILED
     assert "rank_0.log" in capsys.readouterr().err
     (folder / "job.json").write_text("{")
@@ -149,7 +151,7 @@ def test_the_log_of_a_foreground_job_is_said_to_be_on_its_terminal(
     (folder / "config.json").unlink()
     write_record(folder, "1:1.0", LocalConfig(), "preprocess")
     assert main.main(["jobs", "logs", "mine"]) == ExitCode.FAILED
-    assert "ran in the foreground: what it said is on its terminal" in capsys.readouterr().err
+    assert "ran in the foreground: its output is on its terminal" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("state", "word"), [("PENDING", "waiting"), ("RUNNING", "running")])
@@ -200,7 +202,7 @@ def test_a_process_of_another_machine_is_known_by_its_notes_only(
     with pytest.raises(ConfigError, match=r"is running on elsewhere; .* on elsewhere ends it; if it died there"):
         require_ended(folder)
     assert main.main(["jobs", "cancel", "mine"]) == ExitCode.FAILED
-    assert "was started on elsewhere, and only there it can be ended" in capsys.readouterr().err
+    assert "was started on elsewhere and can only be ended there" in capsys.readouterr().err
     os.utime(folder / "metrics.jsonl", (1.0, 1.0))
     assert state_of(folder) == "unknown"
     require_ended(folder)

@@ -45,7 +45,7 @@ def test_a_terminal_sees_progress_time_and_curve(tmp_path: Path) -> None:
     polls = iter([True, True, True, False])
     assert len(follow(tmp_path, 63, lambda: next(polls), console).rows) == 3
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("loss 2.0000", "70 audio-s/s", "█▅▁", "3/63", "0:10:00 left"):
+    for part in ("loss 2.0000", "70 × real time", "█▅▁", "3/63", "0:10:00 left"):
         assert part in shown
 
 

@@ -1,0 +1,51 @@
+"""Text that is not ours, made safe to show."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline.core.text import html_text, markdown_text, table_cell, visible
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("plain é 日本 😀", "plain é 日本 😀"),
+        ("a\x1b[31mb", r"a\x1b[31mb"),
+        ("bell\x07\x00", r"bell\x07\x00"),
+        ("two\nlines\r\t", r"two\nlines\r\t"),
+        ("rtl\u202e\u2066", r"rtl\u202e\u2066"),
+        ("c1\x9b", r"c1\x9b"),
+        ("zero\u200bwidth\ufeff", r"zero\u200bwidth\ufeff"),
+        ("lone\udc80", r"lone\udc80"),
+        ("tag\U000e0041", r"tag\U000e0041"),
+        ("line\u2028para\u2029", r"line\u2028para\u2029"),
+    ],
+)
+def test_control_characters_become_escapes(given: str, shown: str) -> None:
+    assert visible(given) == shown
+    assert shown.isprintable()
+
+
+def test_kept_characters_stay() -> None:
+    assert visible("a\n\x1b", keep="\n") == "a\n\\x1b"
+
+
+def test_html_and_markdown_are_inert() -> None:
+    assert html_text("<script>'\"&\x1b") == "&lt;script&gt;&#x27;&quot;&amp;\\x1b"
+    assert markdown_text("<b>|[x](http://y)`#_*") == r"\<b\>\|\[x\]\(http://y\)\`\#\_\*"
+    assert "\n" not in markdown_text("a\n# b")
+
+
+@pytest.mark.parametrize("given", ["=1+1", "+cmd", "-x", "@SUM(A1)"])
+def test_a_cell_is_no_formula(given: str) -> None:
+    assert table_cell(given) == f"'{given}"
+
+
+@pytest.mark.parametrize("given", ["-1.5", "+3", "a=b", "-inf"])
+def test_numbers_stay_numbers(given: str) -> None:
+    assert table_cell(given) == given
+
+
+def test_a_cell_has_no_separator() -> None:
+    assert table_cell("a\tb\nc") == r"a\tb\nc"
