@@ -1,0 +1,241 @@
+"""What goes into a data set equals what comes out and what is left out: recordings and hours, corpus by corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from data_pipeline.core.schema import load
+from data_pipeline.core.storage import FileStore
+from data_pipeline.core.types import AudioFile
+from data_pipeline.corpora.records import Reject
+from data_pipeline.preprocess.config import PreprocessConfig
+from data_pipeline.preprocess.job import preprocess
+from data_pipeline.preprocess.ledger import balance
+from data_pipeline.preprocess.plan_file import Dropped, WorkUnit, write_table
+from data_pipeline.preprocess.summary import Summary
+from data_pipeline.preprocess.verify import verify
+from data_pipeline.preprocess.work_plan import WorkPlan, read_plan
+from data_pipeline.shards.records import DoneRecord
+from tests.support.odd_manifests import one_recording, record_of, samples_of
+from tests.support.sounds import many, path_config, write_corpus
+
+HOUR = 16_000 * 3600
+
+
+def listed_in(summary: Summary) -> Counter[str]:
+    """Recordings and rows in the quarantine list, by stage and reason."""
+    rows = [json.loads(line) for line in Path(summary.quarantine).read_text().splitlines()]
+    return Counter(f"{row['stage']}/{row['reason']}" for row in rows)
+
+
+def check(summary: Summary, duplicates: int = 0) -> None:
+    """Asserts that recordings and hours balance."""
+    assert summary.imbalances == ()
+    assert summary.problem == ""
+    assert summary.files == summary.files_used + summary.quarantined + duplicates
+    left_out = sum(hours for _, hours in summary.rejects.values())
+    assert summary.hours_in + summary.hours_overlapping == pytest.approx(summary.hours_out + left_out, abs=1e-9)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_recordings_and_hours_balance(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", many(6) | {"s/short.wav": 0.2, "s/long.flac": 70.0})
+    soundfile.write(corpus / "s" / "hush.wav", np.zeros(32_000), 16_000)
+    (corpus / "s" / "broken.flac").write_bytes(b"fLaC" * 99)
+    (corpus / "s" / "gone.wav").symlink_to("nowhere")
+    shutil.copy(corpus / "speaker0" / "clip000.flac", corpus / "s" / "again.flac")
+    quiet = soundfile.read(corpus / "speaker1" / "clip001.flac", dtype="int16")[0] // 3
+    soundfile.write(corpus / "s" / "quieter.flac", quiet, 16_000)
+    (corpus / "s" / "notes.txt").touch()
+    config = path_config(corpus, tmp_path / "out", dedup={"exact": True, "near": True})
+    summary = preprocess(config, progress=False)
+    check(summary, duplicates=2)
+    assert (summary.files, summary.files_used) == (13, 7)
+    assert listed_in(summary) == {
+        "cut/too_short": 1,
+        "filter/silence": 1,
+        "decode/unreadable": 1,
+        "discover/broken_link": 1,
+    }
+    assert summary.rejects["dedup/exact"] == (1, pytest.approx(2 / 3600))
+    assert summary.rejects["dedup/near"] == (1, pytest.approx(2 / 3600))
+    assert summary.skipped == {".txt": 1}
+    shown = dict(summary.rows())
+    assert shown["files not taken"] == "1: .txt 1"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "duplicates.jsonl").read_text().splitlines()]
+    assert [(Path(row["file_id"]).name, row["reason"]) for row in rows] == [
+        ("clip000.flac", "exact"),
+        ("clip001.flac", "near"),
+    ]
+    assert rows[1]["share"] > 0.9
+    assert rows[1]["offset_seconds"] == pytest.approx(0.0, abs=0.05)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Duplicates (2)" in page
+    assert "clip001.flac" in page
+    again = preprocess(config, progress=False)
+    check(again, duplicates=2)
+    assert again.rejects == summary.rejects
+    assert not list(verify(str(tmp_path / "out")))
+
+
+def test_recordings_without_speech_are_listed_and_pauses_are_not_recordings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speech(blocks: Any, longest: int, config: object) -> Any:
+        wave = np.concatenate(list(blocks))
+        if wave.any():
+            yield 0, wave[: len(wave) // 2]
+
+    monkeypatch.setattr("data_pipeline.preprocess.unit_worker.vad.speech", speech)
+    corpus = write_corpus(tmp_path / "corpus", {"a.wav": 2.0, "b.wav": 4.0})
+    for name in ("music.wav", "hum.wav"):
+        soundfile.write(corpus / name, np.zeros(48_000), 16_000)
+    samples = samples_of(tmp_path / "out", {"name": "path", "path": str(corpus)}, vad={"enabled": True})
+    assert [sample["file_id"] for sample, _ in samples] == ["a.wav", "b.wav"]
+    record = record_of(tmp_path / "out")
+    flow = {row[2:4]: row[4:] for row in record.flow}
+    assert flow["vad", "no_speech"] == (2, 96_000)
+    assert flow["vad", "pause"] == (2, 48_000)
+    assert flow["recording", "vad/no_speech"] == (2, 0)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "_rejects" / f"{record.unit}.jsonl").open()]
+    assert [(row["file_id"], row["reason"], row["recording"]) for row in rows] == [
+        ("hum.wav", "no_speech", True),
+        ("music.wav", "no_speech", True),
+    ]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_overlapping_spans_and_rows_that_cannot_be_used_balance(tmp_path: Path) -> None:
+    rows = [
+        {"begin": 0.0, "end": 10.0},
+        {"begin": 5.0, "end": 12.0},
+        {"begin": 19.0, "end": 25.0, "text": "late"},
+        {"begin": 30.0, "end": 31.0},
+        {"begin": 3.0, "end": 3.0},
+        {"audio_filepath": "gone.flac", "begin": 0.0, "end": 1.0},
+    ]
+    path = one_recording(tmp_path, rows)
+    values = {"out": str(tmp_path / "out"), "corpus": {"name": "manifest", "path": str(path)}}
+    summary = preprocess(load(PreprocessConfig, values), progress=False)
+    assert summary.imbalances == ()
+    assert (summary.files, summary.files_used, summary.segments) == (2, 1, 3)
+    assert summary.hours_overlapping == pytest.approx(5 / 3600)
+    assert summary.rejects["cut/not_marked"][1] == pytest.approx(7 / 3600)
+    assert summary.hours_in + summary.hours_overlapping == pytest.approx(summary.hours_out + 7 / 3600)
+    assert {name: count for name, (count, _) in summary.rejects.items()} == {
+        "cut/beyond_end": 1,
+        "cut/not_marked": 1,
+        "discover/bad_span": 1,
+        "discover/vanished": 1,
+        "text/trimmed": 1,
+    }
+
+
+def made_record(unit: str, flow: list[tuple[str, str, str, str, int, int]], files: int) -> DoneRecord:
+    return DoneRecord(unit, "", "", 0, "", 0, 0, files=files, flow=tuple(flow))
+
+
+def flow_of(count: int, samples: int, outcome: str = "used") -> list[tuple[str, str, str, str, int, int]]:
+    stage, _, reason = outcome.partition("/")
+    went = ("c", "", "out", "", count, samples) if outcome == "used" else ("c", "", stage, reason, count, samples)
+    return [("c", "", "in", "", count, samples), went, ("c", "", "recording", outcome, count, 0)]
+
+
+def plan_of(*generations: tuple[str, list[str]], dropped: list[str] | None = None) -> WorkPlan:
+    plan = WorkPlan()
+    for unit, names in generations:
+        plan.add([WorkUnit(unit, tuple(AudioFile(name, name, "c") for name in names))], [])
+    plan.add([], [Dropped(AudioFile(name, name, "c"), "exact", "c/a", samples=HOUR) for name in dropped or []])
+    return plan
+
+
+def test_sums_that_do_not_agree_are_found() -> None:
+    plan = plan_of(("u", ["a", "b"]))
+    assert balance(plan, [made_record("u", flow_of(2, HOUR), 2)], [], []).imbalances == []
+    for flow, files in (
+        ([*flow_of(2, HOUR), ("c", "", "cut", "x", 1, 7)], 2),  # samples that never came in
+        (flow_of(2, HOUR)[:1] + flow_of(2, HOUR)[2:], 2),  # nothing came out
+        (flow_of(1, HOUR), 1),  # one recording is missing
+        ([*flow_of(2, HOUR)[:2], ("c", "", "recording", "used", 1, 0)], 2),  # one has no outcome
+    ):
+        assert balance(plan, [made_record("u", flow, files)], [], []).imbalances
+    old = [row for row in flow_of(2, HOUR) if row[2] != "recording"]
+    assert balance(plan, [made_record("u", old, 2)], [], []).imbalances == [], "written by an earlier version"
+
+
+def test_a_later_unit_replaces_the_failure_of_an_earlier_one() -> None:
+    plan = plan_of(("u", ["a", "b"]), ("v", ["b"]))
+    broken = Reject("b", "b", "c", "", "decode", "truncated", samples=5, recording=True)
+    first = [("c", "", "in", "", 2, HOUR + 5), ("c", "", "out", "", 1, HOUR), ("c", "", "decode", "truncated", 1, 5)]
+    outcomes = [("c", "", "recording", "used", 1, 0), ("c", "", "recording", "decode/truncated", 1, 0)]
+    earlier, later = made_record("u", [*first, *outcomes], 2), made_record("v", flow_of(1, HOUR), 1)
+    waiting = balance(plan, [earlier], [("u", broken)], [])
+    assert (waiting.total("in"), waiting.quarantine) == ((2, HOUR + 5), [broken]), "the retry is not finished"
+    done = balance(plan, [earlier, later], [("u", broken)], [])
+    assert (done.total("in"), done.total("out"), done.quarantine) == ((2, 2 * HOUR), (2, 2 * HOUR), [])
+    assert done.imbalances == []
+    duplicate = balance(plan_of(("u", ["a", "b"]), dropped=["b"]), [earlier], [("u", broken)], [])
+    assert (duplicate.total("in"), duplicate.total("dedup", "exact")) == ((2, 2 * HOUR), (1, HOUR))
+    assert duplicate.imbalances == []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_names_in_files_of_a_data_set_are_never_paths(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", many(3))
+    config = path_config(corpus, tmp_path / "out")
+    preprocess(config, progress=False)
+    important = tmp_path / "important.json"
+    important.write_text("{}")
+    done = next((tmp_path / "out" / "_done").iterdir())
+    plan = tmp_path / "out" / "_plan" / "0000.sha256"
+    good = {done: done.read_bytes(), plan: plan.read_bytes()}
+    record = json.loads(good[done])
+    for altered in (
+        {done: {**record, "unit": "../../important", "shard": "gone.tar"}},
+        {done: {**record, "shard": "../important.json"}},
+        {plan: "../../important"},
+        {plan: f"{'/' * 64}"},
+    ):
+        [(path, content)] = altered.items()
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(ValueError, match=path.name):
+            preprocess(config, progress=False)
+        assert list(verify(str(tmp_path / "out"), decode=False))
+        path.write_bytes(good[path])
+    assert important.read_text() == "{}"
+    assert preprocess(config, progress=False).units_done == 0
+
+
+def test_a_plan_may_not_name_other_folders(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path))
+    for unit, folder in (("0" * 16, "../x"), ("../x", ""), ("0" * 15, ""), ("0" * 16, "/etc")):
+        content = write_table([WorkUnit(unit, (AudioFile("a", "a", "c"),), folder)], [])
+        sha256 = hashlib.sha256(content).hexdigest()
+        store.replace(f"_plan/{sha256[:16]}.parquet", content)
+        store.replace("_plan/0000.sha256", sha256.encode())
+        with pytest.raises(ValueError, match="not a name that a plan gives"):
+            read_plan(store)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_markup_and_control_characters_of_names_are_shown(tmp_path: Path) -> None:
+    out = tmp_path / "out [" / "2]"
+    corpus = tmp_path / "cor\x1b]0;title\x07pus"
+    write_corpus(corpus, {"[/b]\x1b[31mred/a.wav": 1.0, "s/b.wav": 1.0})
+    (corpus / "s" / "\x1b[2Jbroken.wav").write_bytes(b"RIFF")
+    (corpus / "s" / "notes.\x1b[1m").touch()
+    summary = preprocess(path_config(corpus, out), progress=False)
+    assert summary.segments == 2
+    assert "\x1b" not in "".join(f"{name}{value}" for name, value in summary.rows())
+    page = (out / "report.html").read_text()
+    assert "\x1b" not in page
+    assert "\\x1b[2Jbroken.wav" in page
