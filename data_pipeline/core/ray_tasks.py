@@ -84,6 +84,7 @@ def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    keep_token_private()
     import ray
 
     if ray.is_initialized():
@@ -113,6 +114,16 @@ def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def keep_token_private() -> None:
+    """Makes ~/.ray accessible to its owner only: Ray stores the token that opens a cluster there, readable to all."""
+    folder = Path.home() / ".ray"
+    with contextlib.suppress(OSError):  # a home that cannot be written to gets no token, either
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
+        for token in folder.glob("auth_token*"):
+            token.chmod(0o600)
 
 
 @contextlib.contextmanager

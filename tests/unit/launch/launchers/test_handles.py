@@ -7,12 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline.core.ray_tasks import RayConfig as Cluster
-from data_pipeline.core.ray_tasks import require_answer
+from data_pipeline.core.ray_tasks import keep_token_private, require_answer
 from data_pipeline.core.schema import ConfigError, load
 from launch.config import RayConfig, SlurmConfig
 from launch.launchers import slurm
@@ -137,3 +138,22 @@ def test_where_no_ray_is_the_reason_comes_in_time(somebody: str) -> None:
     with pytest.raises(ConfigError, match="no Ray dashboard answers there"):
         RayJobs(RayConfig(dashboard=f"http://{somebody}", answer_seconds=1.0)).status("raysubmit_1")
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("before", ["absent", "folder", "token", "link"])
+def test_the_token_of_ray_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".ray"
+    if before == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o755)
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif before != "absent":
+        folder.mkdir(mode=0o755)
+    if before == "token":
+        (folder / "auth_token").write_text("secret")
+        (folder / "auth_token").chmod(0o644)
+    keep_token_private()
+    (folder / "later").write_text("secret")  # whatever Ray writes afterwards
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if before == "token":
+        assert (folder / "auth_token").stat().st_mode & 0o777 == 0o600
