@@ -26,8 +26,8 @@ class LocalConfig:
     ] = 0.0
 
 
-RAY_JOB_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,99}")
-"""Submission ids of Ray Jobs. They become part of an URL."""
+JOB_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,99}")
+"""Submission ids of Ray Jobs, which become part of an URL, and names that replace ids in a dry run."""
 SLURM_JOB_ID = re.compile(r"[1-9][0-9]{0,9}(?:_(?:0|[1-9][0-9]{0,6}))?")
 """Ids of SLURM jobs and of tasks of an array."""
 STARTING_SECONDS = 120
@@ -76,7 +76,7 @@ class SlurmConfig:
         if self.gpus_per_node and self.ranks_per_node != self.gpus_per_node:
             told = f"one rank takes one GPU, and gpus_per_node={self.gpus_per_node}; leave it out, or make them equal"
             refuse("tasks_per_node", self.tasks_per_node, told)
-        if self.after and not SLURM_JOB_ID.fullmatch(self.after):
+        if self.after and not JOB_ID.fullmatch(self.after):  # `pipeline --dry-run` puts names for ids to come
             refuse("after", self.after, "the id of a SLURM job, such as 1234 or 1234_5")
         if self.container != "none" and not self.image:
             refuse("image", "", f"container={self.container} needs an image")
@@ -113,7 +113,7 @@ class RayConfig:
         """Refuses addresses that Ray would import a module for, and ids that are no Ray Job's."""
         refuse_foreign_address("address", self.address)
         refuse_foreign_dashboard("dashboard", self.dashboard)
-        if self.after and not RAY_JOB_ID.fullmatch(self.after):
+        if self.after and not JOB_ID.fullmatch(self.after):
             refuse("after", self.after, "the id of a Ray Job, such as raysubmit_1a2b3c")
 
 

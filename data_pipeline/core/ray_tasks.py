@@ -116,6 +116,27 @@ def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
         ray.shutdown()
 
 
+def places(cpus: int, gpus: int) -> int:
+    """Returns how many processes of that many cores and GPUs the living nodes can hold, whatever else runs there."""
+    import ray
+
+    found = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            resources = node["Resources"]
+            found += int(min(resources.get("CPU", 0) // cpus, resources.get("GPU", 0) // gpus if gpus else 1 << 30))
+    return found
+
+
+def cluster_contents() -> str:
+    """Returns the size of the cluster in words, for messages."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    return f"it has {len(nodes)} nodes with {cores:g} cores and {gpus:g} GPUs in all"
+
+
 def keep_token_private() -> None:
     """Makes ~/.ray accessible to its owner only: Ray stores the token that opens a cluster there, readable to all."""
     folder = Path.home() / ".ray"

@@ -14,7 +14,7 @@ from launch.cli.parser import Parser
 from launch.cli.tables import show, table, warn
 from launch.config import LAUNCHERS
 from launch.launchers import factory
-from launch.launchers.in_process import Foreground
+from launch.launchers.in_process import InProcess
 from launch.launchers.processes import ChildProcesses
 from launch.launchers.status import is_elsewhere, require_ended, state_of, total_steps
 from launch.runs.follow import Follower, describe
@@ -88,7 +88,7 @@ def _logs(folder: Path, rank: int, follow: bool) -> int:
     path = folder / "logs" / f"rank_{rank}.log"
     if not total_steps(folder):
         record = read_record(folder)
-        if isinstance(factory.for_record(record), Foreground) and not (folder / "logs" / task.LOG).exists():
+        if isinstance(factory.for_record(record), InProcess) and not (folder / "logs" / task.LOG).exists():
             raise ValueError(
                 f"{folder}: `auricle {record.command}` ran in the foreground: its output is on its terminal"
             )
@@ -133,7 +133,7 @@ def _cancel(folder: Path) -> int:
 def _requeue(folder: Path) -> int:
     record = read_record(folder)
     submitter = factory.for_record(record)
-    if isinstance(submitter, ChildProcesses | Foreground):
+    if isinstance(submitter, ChildProcesses | InProcess):
         raise ValueError(
             f"{folder} ran from this machine: give its `auricle {record.command}` command again, it continues"
         )

@@ -1,4 +1,4 @@
-"""Interface of a launcher: submit, status, logs, cancel."""
+"""Interface of a launcher: plan, submit, status, cancel."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 class Submitter(Protocol):
     """Starts the job of a run folder: `python -m launch.workers.rank FOLDER` on every rank of a pretraining run,
-    `python -m launch.workers.task FOLDER` for the other verbs.
+    `python -m launch.workers.task FOLDER` for other commands.
 
-    Logs need no part of it: wherever a rank runs, it writes RUN/logs/rank_N.log.
+    Ranks write their own logs, RUN/logs/rank_N.log, wherever they run. A handle is a string that identifies the job to
+    the launcher; it is stored in RUN/job.json, so launchers check its form before they use it.
     """
 
     processes: int
     """Ranks of a pretraining run."""
 
     def plan(self, folder: Path) -> str:
-        """Exactly what `submit` would start, to be read by a person."""
+        """Returns what `submit` would start, in a form to read."""
         ...
 
     def submit(self, folder: Path) -> str:
@@ -27,7 +28,7 @@ class Submitter(Protocol):
         ...
 
     def status(self, handle: str) -> State:
-        """Where the job stands, asked from any process."""
+        """Returns the state of a job, also one that another process started."""
         ...
 
     def cancel(self, handle: str) -> None:

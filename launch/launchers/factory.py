@@ -1,4 +1,4 @@
-"""Launcher config -> submitter."""
+"""Makes the submitter of a launcher config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.sampling.plan import accumulation
 from launch.config import LAUNCHERS, LocalConfig, PretrainJob, RayConfig, SlurmConfig
 from launch.launchers.base import Submitter
-from launch.launchers.in_process import Foreground
+from launch.launchers.in_process import InProcess
 from launch.launchers.local import LocalSubmitter
 from launch.launchers.ray import RayHere, RayJobs
 from launch.launchers.slurm import SlurmSubmitter
@@ -16,27 +16,39 @@ from launch.runs.job_record import JobRecord
 
 
 def for_job(job: PretrainJob) -> Submitter:
-    """The submitter of a run. Raises ConfigError where the run cannot be cut into that many ranks."""
+    """Returns the submitter of a run. Raises ConfigError where its micro-batches do not divide among the ranks."""
     submitter = make(job.launcher, "pretrain", job.engine.name, job.device)
     accumulation(job.data.micro_batches, submitter.processes)
     return submitter
 
 
 def for_record(note: JobRecord) -> Submitter:
-    """The submitter that a job was given to, to ask after it or to end it: that needs no GPU here."""
+    """Returns the submitter of a job that was started before, for its state or to end it; this needs no GPU here."""
     return make(load(LAUNCHERS[note.launcher], note.config), note.command, "deepspeed", "cpu")
 
 
-def make(launcher: Any, verb: str, engine: str = "deepspeed", device: str = "auto") -> Submitter:
-    """By the type of its config. Raises ConfigError for a launcher that cannot do what it is asked to."""
+def make(launcher: Any, command: str, engine: str = "deepspeed", device: str = "auto") -> Submitter:
+    """Returns the submitter for a launcher config.
+
+    Args:
+        launcher: LocalConfig, SlurmConfig or RayConfig.
+        command: the command whose job it starts.
+        engine: engine.name of a pretraining run.
+        device: device of a pretraining run.
+
+    Raises:
+        ConfigError: the launcher cannot start such a job.
+    """
     if isinstance(launcher, SlurmConfig):
-        return SlurmSubmitter(launcher, verb)
+        return SlurmSubmitter(launcher, command)
     if isinstance(launcher, RayConfig) and launcher.dashboard:
-        return RayJobs(launcher, verb)
+        return RayJobs(launcher, command)
     if isinstance(launcher, RayConfig) and launcher.after:
-        raise ConfigError(f"launcher.after={launcher.after}: needs launcher.dashboard; without, jobs run from here")
-    if verb != "pretrain":
-        return Foreground(launcher)
+        raise ConfigError(
+            f"launcher.after={launcher.after}: needs launcher.dashboard; without it, jobs are driven from this process"
+        )
+    if command != "pretrain":
+        return InProcess(launcher)
     if isinstance(launcher, LocalConfig):
         return LocalSubmitter(launcher, engine, device)
     return RayHere(launcher)

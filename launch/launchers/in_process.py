@@ -1,4 +1,4 @@
-"""Runs preprocess, targets or evaluate in this very process, on this machine or on a Ray cluster."""
+"""Runs preprocess, targets or evaluate in this process, which may use a Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from launch.launchers.processes import find_process
 from launch.workers import task
 
 
-class Foreground:
-    """The handle is this process's id and birth: another one can ask for it and end it."""
+class InProcess:
+    """Runs the job in this process. The handle is the id and start time of the process."""
 
     processes = 1
 
@@ -24,26 +24,26 @@ class Foreground:
         self.config = config
 
     def plan(self, folder: Path) -> str:
-        """The same as one process."""
+        """Returns the command line of a process that does the same."""
         address = ["--ray", self.config.address] if isinstance(self.config, RayConfig) and self.config.address else []
         return shlex.join([sys.executable, "-m", "launch.workers.task", str(folder), *address])
 
     def submit(self, folder: Path) -> str:
-        """Only the handle; `perform` does the work."""
+        """Returns the handle; `perform` does the work."""
         return f"{os.getpid()}:{psutil.Process().create_time()}"
 
     def perform(self, folder: Path) -> None:
-        """Does it. Raises what the verb raises."""
+        """Runs the job to its end. Raises what the command raises."""
         if isinstance(self.config, RayConfig):
             task.perform_on_cluster(folder, self.config)
         else:
             task.perform(folder)
 
     def status(self, handle: str) -> State:
-        """`failed` for one that is gone: whether it is done, the run folder says."""
+        """Returns `failed` for a process that is gone: whether the job is done is in the run folder."""
         return "running" if find_process(handle) else "failed"
 
     def cancel(self, handle: str) -> None:
-        """Asks the process to end; Ray then ends its workers."""
+        """Sends SIGTERM to the process; Ray then ends its workers."""
         if process := find_process(handle):
             process.terminate()

@@ -13,10 +13,19 @@ from launch.workers.environment import RANK_LOGS
 
 
 class LocalSubmitter(ChildProcesses):
-    """N ranks under the `deepspeed` launcher; one rank of the local engine needs no launcher."""
+    """Starts N ranks under the `deepspeed` launcher, or one rank of the torch engine without it.
+
+    Args:
+        config: ranks, threads and grace.
+        engine: engine.name of the run.
+        device: device of the run.
+        module: what each rank runs.
+
+    Raises:
+        ConfigError: this machine cannot run it.
+    """
 
     def __init__(self, config: LocalConfig, engine: str, device: str, module: str = "launch.workers.rank") -> None:
-        """`engine` and `device` as in the run's config; raises ConfigError for what this machine cannot do."""
         gpus = 0 if device == "cpu" else gpu_count()
         if device == "cuda" and not gpus:
             raise ConfigError("device=cuda: torch sees no GPU here; see `auricle doctor`, or take device=cpu")
@@ -47,7 +56,7 @@ class LocalSubmitter(ChildProcesses):
         super().__init__(processes, variables, config.grace_seconds)
 
     def command(self, folder: Path, port: int) -> list[str]:
-        """The processes' command line."""
+        """Returns the command line of the launcher, or of the only rank."""
         worker = [self._module, str(folder)]
         if not self._launcher:
             return [sys.executable, "-u", "-m", *worker]
@@ -55,30 +64,30 @@ class LocalSubmitter(ChildProcesses):
         devices = ["--num_gpus", str(self.processes)]
         if self._gpus and visible:  # which --num_gpus would ignore
             devices = ["--include", f"localhost:{','.join(visible[: self.processes])}"]
-        meeting = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        rendezvous = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
         quiet = ["--hostfile", os.devnull + ".none", "--log_level", "warning"]
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *devices, *meeting, *quiet]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *devices, *rendezvous, *quiet]
         return [*launcher, "--module", "--no_local_rank", *worker]
 
 
 def gpu_count() -> int:
-    """GPUs that torch can use here."""
+    """Returns the number of GPUs that torch can use here."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def failure_report(folder: Path, lines: int = 12) -> str:
-    """The last words of the ranks that failed, or of the launcher where no rank spoke."""
+    """Returns the last lines of the ranks that failed; those of the launcher where no rank reports an error."""
     logs = sorted((folder / "logs").glob("rank_*.log"))
     texts = {log: log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] for log in logs}
-    telling = [log for log, tail in texts.items() if any(_tells(line) for line in tail)]
-    if not telling:
-        telling = [folder / "logs" / "launcher.log"]
-        texts[telling[0]] = telling[0].read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    failed = [log for log, tail in texts.items() if any(_is_error(line) for line in tail)]
+    if not failed:
+        failed = [folder / "logs" / "launcher.log"]
+        texts[failed[0]] = failed[0].read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
     parts: list[str] = []
     seen: set[str] = set()
-    for log in telling[:2]:
+    for log in failed[:2]:
         new = [line for line in texts[log] if line.split(": ", 1)[-1] not in seen]
         seen |= {line.split(": ", 1)[-1] for line in new}
         if new:
@@ -86,5 +95,5 @@ def failure_report(folder: Path, lines: int = 12) -> str:
     return "\n".join(parts)
 
 
-def _tells(line: str) -> bool:
+def _is_error(line: str) -> bool:
     return any(word in line for word in ("Error", "Traceback", "Fatal", "Killed"))

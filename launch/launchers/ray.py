@@ -1,4 +1,4 @@
-"""Runs a job on a Ray cluster: driven from here, or handed over as a Ray Job."""
+"""Runs a job on a Ray cluster: driven from this process, or submitted as a Ray Job."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from data_pipeline.core.schema import ConfigError
-from launch.config import RAY_JOB_ID, RayConfig
+from launch.config import JOB_ID, RayConfig
 from launch.launchers.base import State
 from launch.launchers.processes import ChildProcesses
 from launch.workers.environment import RANK_LOGS
 
 STARTING = 60.0
-"""Seconds for a cluster whose dashboard answers to take its first job."""
+"""Seconds that a cluster whose dashboard answers may need until it takes a job."""
 STATES: dict[str, State] = {
     "PENDING": "waiting",
     "RUNNING": "running",
@@ -30,7 +30,7 @@ STATES: dict[str, State] = {
 
 def checked(handle: str) -> str:
     """Returns the submission id of a Ray Job, read from a file. Raises ValueError for what is not one."""
-    if not RAY_JOB_ID.fullmatch(handle):
+    if not JOB_ID.fullmatch(handle):
         raise ValueError(f"handle={handle!r}: must be the submission id of a Ray Job, such as raysubmit_1a2b3c")
     return handle
 
@@ -53,7 +53,7 @@ def driver_command(config: RayConfig, folder: Path) -> list[str]:
 
 
 class RayHere(ChildProcesses):
-    """The driver is a child process of this one; the ranks are wherever Ray puts them."""
+    """Runs the driver as a child process of this one; Ray places the ranks."""
 
     def __init__(self, config: RayConfig) -> None:
         self.config = config
@@ -62,15 +62,15 @@ class RayHere(ChildProcesses):
         super().__init__(config.workers or 1, variables, config.grace_seconds)
 
     def command(self, folder: Path, port: int) -> list[str]:
-        """Without a port: the ranks agree on one where rank 0 runs."""
+        """Returns the driver's command line; the ranks choose their port themselves, where rank 0 runs."""
         return driver_command(self.config, folder)
 
 
 class RayJobs:
-    """The driver runs on the cluster, as a Ray Job; the handle is its submission id.
+    """Runs the driver on the cluster, as a Ray Job; the handle is its submission id.
 
-    Whoever reaches a Ray dashboard can run any code on the cluster. auricle starts none that others can reach: let the
-    dashboard listen on localhost (Ray's default), and go through an ssh tunnel.
+    Whoever reaches a Ray dashboard can run any code on the cluster. auricle starts none that others can reach: keep the
+    dashboard on localhost, Ray's default, and use an ssh tunnel.
     """
 
     VARIABLES: Final = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", RANK_LOGS: "1"}
@@ -81,7 +81,7 @@ class RayJobs:
         self._verb = verb
 
     def command(self, folder: Path) -> list[str]:
-        """What runs on the cluster."""
+        """Returns the command that runs on the cluster."""
         address = self.config.address or "auto"
         task = [sys.executable, "-m", "launch.workers.task", str(folder.absolute())]
         verbs = {"pretrain": driver_command(self.config, folder), "evaluate": task}
@@ -91,11 +91,11 @@ class RayJobs:
         return command
 
     def plan(self, folder: Path) -> str:
-        """The entrypoint, quoted: Ray hands it to a shell."""
+        """Returns the entrypoint, quoted, since Ray passes it to a shell."""
         return f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(self.command(folder))}"
 
     def submit(self, folder: Path) -> str:
-        """Raises ConfigError where no dashboard answers."""
+        """Submits the job and returns its submission id. Raises ConfigError where no dashboard answers in time."""
         place = {}
         if self._verb == "evaluate":  # the one that computes where its entrypoint runs
             place = {"entrypoint_num_cpus": self.config.cpus_per_worker}
@@ -114,7 +114,7 @@ class RayJobs:
             return handle
 
     def status(self, handle: str) -> State:
-        """Ray's word for it; `failed` for a job that the cluster does not know any more.
+        """Returns the state of a job, `failed` for one that the cluster no longer knows.
 
         Raises ConfigError where no dashboard answers.
         """
@@ -128,13 +128,13 @@ class RayJobs:
             raise ConfigError(f"launcher.dashboard={self.config.dashboard}: {error}") from None
 
     def logs(self, handle: str) -> str:
-        """What the driver said."""
+        """Returns the driver's output."""
         job = checked(handle)
         text: str = self._client().get_job_logs(job)
         return text
 
     def cancel(self, handle: str) -> None:
-        """Ends the driver; its actors and their ranks end with it."""
+        """Sends SIGTERM to the driver, which asks the ranks for a checkpoint."""
         job = checked(handle)
         self._client().stop_job(job)
 

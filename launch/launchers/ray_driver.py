@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.core.ray_tasks import RayConfig, cluster
+from data_pipeline.core.ray_tasks import RayConfig, cluster, cluster_contents, places
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.sampling.plan import allowed_worlds
 from launch.exit_codes import NEVER_RETRY, ExitCode
@@ -171,7 +171,7 @@ def wait_for_places(micro_batches: int, request: Request, since: float) -> int:
         needs = f"{request.cpus} cores" + f" and {request.gpus} GPU" * bool(request.gpus)
         reason = (
             f"launcher.min_workers={request.min_workers}: the cluster can hold {world} ranks of {needs} each"
-            f" (data.micro_batches={micro_batches}, launcher.workers={request.workers}); {_contents()}"
+            f" (data.micro_batches={micro_batches}, launcher.workers={request.workers}); {cluster_contents()}"
         )
         if request.fixed or time.monotonic() - since >= 60 * request.wait_minutes:
             waited = "" if request.fixed else f"; waited launcher.wait_minutes={request.wait_minutes:g}"
@@ -179,26 +179,6 @@ def wait_for_places(micro_batches: int, request: Request, since: float) -> int:
         report_waiting(request.folder, reason)
         time.sleep(POLL_SECONDS)
     return 0
-
-
-def places(cpus: int, gpus: int) -> int:
-    """How many ranks of that size the living nodes can hold, whatever else runs there."""
-    import ray
-
-    found = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            resources = node["Resources"]
-            found += int(min(resources.get("CPU", 0) // cpus, resources.get("GPU", 0) // gpus if gpus else 1 << 30))
-    return found
-
-
-def _contents() -> str:
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cores, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-    return f"it has {len(nodes)} nodes with {cores:g} cores and {gpus:g} GPUs in all"
 
 
 def run_attempt(request: Request, world: int) -> int:

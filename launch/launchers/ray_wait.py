@@ -1,4 +1,4 @@
-"""Runs a command once another Ray Job has succeeded: the `afterok` that Ray does not have.
+"""Runs a command once another Ray Job has succeeded, as SLURM's `afterok` does.
 
     python -m launch.launchers.ray_wait JOB_ID COMMAND …
 
@@ -29,11 +29,11 @@ def main(arguments: list[str]) -> int:
 
 
 def succeeded(status: Callable[[], str], job: str) -> bool:
-    """Waits for the end of a job."""
+    """Waits for the end of a job; returns whether it succeeded."""
     while (state := status()) in ("PENDING", "RUNNING"):
         time.sleep(POLL)
     if state != "SUCCEEDED":
-        print(f"{job} is {state}: nothing is started", file=sys.stderr, flush=True)
+        print(f"{job} is {state}: the command is not started", file=sys.stderr, flush=True)
     return state == "SUCCEEDED"
 
 

@@ -1,4 +1,4 @@
-"""Runs a job on a SLURM cluster. All values reach sbatch as arguments, none is ever part of a shell text."""
+"""Runs a job on a SLURM cluster. All values reach sbatch as arguments; none becomes part of a shell script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCRIPTS = {
     "targets": "ray.sbatch",
     "evaluate": "evaluate.sbatch",
 }
-"""Verb -> its template."""
+"""Command -> its batch script."""
 STATES: dict[str, State] = {
     "PENDING": "waiting",
     "CONFIGURING": "waiting",
@@ -32,15 +32,15 @@ STATES: dict[str, State] = {
     "COMPLETED": "done",
     "CANCELLED": "cancelled",
 }
-"""SLURM's job states; every other one (FAILED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY …) is a failure."""
+"""SLURM's job states; any other one (FAILED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY …) is a failure."""
 
 
 class SlurmError(RuntimeError):
-    """A SLURM command did not work; the message is SLURM's own."""
+    """A SLURM command failed; the message is SLURM's own."""
 
 
 class SlurmSubmitter:
-    """Submits the verb's template of slurm/; the handle is the job's id."""
+    """Submits the command's batch script of slurm/; the handle is the id of the job."""
 
     def __init__(self, config: SlurmConfig, verb: str = "pretrain") -> None:
         self.config = config
@@ -48,7 +48,12 @@ class SlurmSubmitter:
         self.processes = config.nodes * config.ranks_per_node
 
     def command(self, folder: Path, runs: Sequence[Path] = ()) -> list[str]:
-        """The sbatch command line. `runs`: those of a sweep, an array, each with its index at the end of its name."""
+        """Returns the sbatch command line.
+
+        Args:
+            folder: the run folder; of a sweep, the common part of the names of its run folders.
+            runs: the run folders of a sweep, which becomes a job array; each name ends with its index.
+        """
         c = self.config
         log = str(folder.absolute()).replace("%", "%%") + "_%a" * bool(runs) + "/logs/slurm.log"  # %j, too, is a field
         alone = self.script.name == SCRIPTS["evaluate"]  # one process
@@ -94,26 +99,31 @@ class SlurmSubmitter:
         return arguments
 
     def plan(self, folder: Path, runs: Sequence[Path] = ()) -> str:
-        """The command and the script it submits."""
+        """Returns the command and the script that it submits."""
         command = shlex.join(self.command(folder, runs))
         return f"{command}\n\n# {self.script}\n{self.script.read_text(encoding='utf-8')}"
 
     def submit(self, folder: Path, runs: Sequence[Path] = ()) -> str:
-        """Raises SlurmError with sbatch's own words, ConfigError for a path that SLURM cannot write to."""
+        """Submits the job and returns its id.
+
+        Raises:
+            SlurmError: sbatch failed.
+            ConfigError: SLURM cannot write to the path of the run folder.
+        """
         if "\\" in str(folder.absolute()):
             raise ConfigError(f"{folder.absolute()}: SLURM cannot write into folders with a backslash in their path")
         return checked(ask(*self.command(folder, runs)).strip().split(";")[0])
 
     def status(self, handle: str) -> State:
-        """`failed` for a job that SLURM has forgotten, too. Raises SlurmError where SLURM does not answer."""
+        """Returns the state of a job, `failed` also for one that SLURM no longer knows. Raises SlurmError."""
         return STATES.get(job_state(handle), "failed")
 
     def cancel(self, handle: str) -> None:
-        """Ends the job; its ranks get SIGTERM, and time for a checkpoint as the cluster's KillWait allows."""
+        """Ends the job; its ranks get SIGTERM, and the cluster's KillWait to save a checkpoint."""
         ask("scancel", "--", checked(handle))
 
     def requeue(self, handle: str) -> None:
-        """Starts a job again that ended or runs; it continues from its newest checkpoint."""
+        """Starts a running or ended job again; it continues from its newest checkpoint."""
         ask("scontrol", "requeue", checked(handle))
 
 
@@ -128,7 +138,7 @@ def checked(handle: str) -> str:
 
 
 def job_state(job: str) -> str:
-    """SLURM's word for the state of a job, "" when it is not known any more. Raises SlurmError for no answer."""
+    """Returns SLURM's state of a job, "" for one that it no longer knows. Raises SlurmError without an answer."""
     checked(job)
     state = _job_fields(job).get("JobState", "")
     if not state:
@@ -154,7 +164,7 @@ def _job_fields(job: str) -> dict[str, str]:
 
 
 def ask(*command: str) -> str:
-    """Output of a SLURM command. Raises SlurmError."""
+    """Runs a SLURM command and returns its output. Raises SlurmError where it fails or takes over a minute."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=_environment(), check=False)
     except FileNotFoundError:
@@ -171,7 +181,7 @@ def _shown(command: Sequence[str]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Without what a surrounding job would pass on to sbatch."""
+    """The environment without variables of a surrounding job, which sbatch would take as options."""
     return {
         name: value
         for name, value in os.environ.items()

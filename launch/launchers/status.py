@@ -1,4 +1,4 @@
-"""Where a run stands: what its launcher says, and what its folder says."""
+"""State of a run, from its launcher and its folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from data_pipeline.core.schema import ConfigError
 from launch.launchers import factory
 from launch.launchers.base import State
-from launch.launchers.in_process import Foreground
+from launch.launchers.in_process import InProcess
 from launch.launchers.processes import ChildProcesses
 from launch.launchers.slurm import SlurmError
 from launch.runs.job_record import JobRecord, read_record
@@ -22,9 +22,9 @@ from pretrain.checkpointing.run_folder import read_config
 
 
 def state_of(folder: Path) -> State | Literal["unknown"]:
-    """A run's state: what its launcher says, `done` once all steps are, `unknown` where nobody answers.
+    """Returns the state of a run: that of its launcher, `done` once all steps are, `unknown` where no launcher answers.
 
-    Of processes of another machine only the notes of their ranks can be seen: `running` while those are fresh.
+    Of processes of another machine only the heartbeats of their ranks are visible: `running` while those are recent.
     """
     note = read_record(folder)
     if is_elsewhere(note):
@@ -39,12 +39,12 @@ def state_of(folder: Path) -> State | Literal["unknown"]:
 
 
 def is_elsewhere(note: JobRecord) -> bool:
-    """Whether it is a process of another machine, which nobody here can ask or end."""
-    return note.host != os.uname().nodename and isinstance(factory.for_record(note), ChildProcesses | Foreground)
+    """Whether the job is a process of another machine, which cannot be queried or ended from here."""
+    return note.host != os.uname().nodename and isinstance(factory.for_record(note), ChildProcesses | InProcess)
 
 
 def require_ended(folder: Path) -> None:
-    """Raises ConfigError where the run of `folder` waits or runs: a second start would depose the first."""
+    """Raises ConfigError where the run of `folder` waits or runs: a second start would take over from the first."""
     try:
         note, state = read_record(folder), state_of(folder)
     except (ValueError, KeyError):
@@ -61,13 +61,13 @@ def require_ended(folder: Path) -> None:
 
 
 def complete(folder: Path) -> bool:
-    """Whether the run folder itself says that all is done."""
+    """Whether the run folder holds the result of the whole job."""
     steps = total_steps(folder)
     return steps_done(folder) >= steps if steps else (folder / task.RESULT).is_file()
 
 
 def total_steps(folder: Path) -> int:
-    """Of a pretraining run; 0 for other jobs."""
+    """Returns the steps of a pretraining run; 0 for other jobs."""
     if not (folder / "config.json").exists():
         return 0
     steps: int = read_config(folder)["train"]["steps"]

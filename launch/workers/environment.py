@@ -1,4 +1,4 @@
-"""Ranks and rendezvous from the variables of whoever started this process, and each rank's own log."""
+"""Rank and rendezvous from environment variables, and the log of each rank."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 RANK_LOGS = "AURICLE_RANK_LOGS"
-"""Set by the launchers: each rank then writes to RUN/logs/rank_N.log and not to the terminal."""
+"""Set by the launchers: each rank then writes to RUN/logs/rank_N.log instead of the terminal."""
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on just now."""
+    """Returns a port of this machine on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -20,7 +20,7 @@ def free_port() -> int:
 
 
 def adopt_slurm_ranks() -> None:
-    """Under `srun` sets RANK, WORLD_SIZE and LOCAL_RANK; where they are set, a nearer launcher's word stands.
+    """Under `srun` sets RANK, WORLD_SIZE and LOCAL_RANK, unless another launcher has set them.
 
     MASTER_ADDR and MASTER_PORT come from the batch script, since all tasks must agree on them.
     """

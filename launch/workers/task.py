@@ -105,13 +105,32 @@ def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
     from data_pipeline.core.ray_tasks import RayConfig as Cluster
     from data_pipeline.core.ray_tasks import cluster
 
-    with cluster(Cluster(address=launcher.address)):
+    with cluster(Cluster(address=launcher.address, answer_seconds=launcher.answer_seconds)):
+        _wait_for_a_place(launcher)
         task = ray.remote(_start).options(
             num_cpus=launcher.cpus_per_worker, num_gpus=launcher.gpus_per_worker, max_retries=launcher.retries
         )
         code = ray.get(task.remote(str(folder.absolute()), str(Path.cwd())))
     if code:
         raise OSError(f"{command} on the cluster ended with exit code {code}; its log is {folder / 'logs' / LOG}")
+
+
+def _wait_for_a_place(launcher: RayConfig) -> None:
+    """Returns once the cluster can hold the task. Raises OSError after launcher.wait_minutes; Ray waits for ever."""
+    from data_pipeline.core.ray_tasks import cluster_contents, places
+
+    deadline, reported = time.monotonic() + 60 * launcher.wait_minutes, ""
+    while not places(launcher.cpus_per_worker, launcher.gpus_per_worker):
+        reason = (
+            f"no node of the cluster has launcher.cpus_per_worker={launcher.cpus_per_worker} cores and "
+            f"launcher.gpus_per_worker={launcher.gpus_per_worker} GPUs; {cluster_contents()}"
+        )
+        if time.monotonic() > deadline:
+            raise OSError(f"{reason}; waited launcher.wait_minutes={launcher.wait_minutes:g}")
+        if reason != reported:
+            print(f"waiting: {reason}", file=sys.stderr, flush=True)
+            reported = reason
+        time.sleep(1.0)
 
 
 def _start(folder: str, directory: str) -> int:
@@ -150,6 +169,9 @@ def why_outdated(command: str, job: Any) -> str:
 def _connect(address: str) -> None:
     """Joins a Ray cluster that may still be starting. Raises OSError, since a later start may find it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from data_pipeline.core.ray_tasks import refuse_foreign_address
+
+    refuse_foreign_address("--ray", address)
     import ray
 
     deadline = time.monotonic() + PATIENCE

@@ -11,7 +11,7 @@ from launch.cli import request
 from launch.config import JOB_TYPES, EvaluateJob
 from launch.exit_codes import ExitCode
 from launch.launchers import factory
-from launch.launchers.in_process import Foreground
+from launch.launchers.in_process import InProcess
 from launch.launchers.status import require_ended
 from launch.runs.job_record import write_record
 from launch.workers import task
@@ -62,7 +62,7 @@ def start(command: str, config: Any) -> str:
     folder = task.prepare(command, config)
     handle = submitter.submit(folder)
     write_record(folder, handle, config.launcher, command)
-    if not isinstance(submitter, Foreground):
+    if not isinstance(submitter, InProcess):
         return handle
     submitter.perform(folder)
     return ""

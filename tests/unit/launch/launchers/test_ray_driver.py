@@ -22,7 +22,7 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
     """A run that has not begun, and a cluster of four places."""
     monkeypatch.setattr(ray_driver, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: 4)
-    monkeypatch.setattr(ray_driver, "_contents", lambda: "it has 1 nodes")
+    monkeypatch.setattr(ray_driver, "cluster_contents", lambda: "it has 1 nodes")
     monkeypatch.setenv(START_ID, "this")
     (tmp_path / "config.json").write_text(json.dumps({"data": {"micro_batches": 4}, "train": {"steps": 9}}))
     return Request(
