@@ -1,27 +1,22 @@
-"""Sound files to streams of samples and back: the only home of codec libraries.
+"""Recordings to streams of samples and back: the only home of codec libraries.
 
-libsndfile reads what it can (wav, flac, ogg, opus, mp3, aiff, au, sph, caf, w64 …); everything else (m4a, webm, wma,
-amr, g722, video) goes through FFmpeg's libraries, which the extra `media` (PyAV) brings. A file is never in memory as a
-whole.
+libsndfile reads what it can (wav, flac, ogg, opus, mp3, aiff, au, sph, caf, w64, gsm …); everything else (m4a, webm,
+wma, amr, g722, video), and what libsndfile fails on, goes through FFmpeg's libraries, which the extra `media` (PyAV)
+brings. A file is never in memory as a whole. How long a recording is, is decided by its container's structure
+(`containers.examine`), never by a decoder's estimate.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
-import importlib.util
 import io
 import os
-import stat
-import struct
 import tempfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import fsspec
 import numpy as np
@@ -29,52 +24,25 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
+from data_pipeline.audio import ffmpeg, libsndfile
+from data_pipeline.audio.byte_source import ByteSource
+from data_pipeline.audio.containers import examine, sniff
+from data_pipeline.audio.downmix import Downmix
+from data_pipeline.audio.errors import AudioError
+from data_pipeline.audio.flac import later_parts
+from data_pipeline.audio.libsndfile import AudioInfo
+from data_pipeline.audio.ogg import with_serial
+from data_pipeline.audio.parts import Part
 from data_pipeline.core.storage import is_url
 from data_pipeline.core.types import SAMPLE_RATE
 
+__all__ = ["AudioError", "AudioInfo", "Wave", "decode", "encode", "local_copy", "probe", "read_mono"]
+
 Wave = npt.NDArray[np.float32]
-MIN_RATE, MAX_RATE, MAX_CHANNELS = 4_000, 384_000, 64
-"""What is plausible as speech; a header beyond these limits lies."""
-OPEN_SIZE: Final = 0xFFFFFFFF
-"""What programs that write to a pipe put in place of a length."""
-BLOCK_VALUES: Final = 1 << 18
-"""Values (frames × channels) decoded at a time: few enough to stay in a core's cache."""
-MEDIA_FORMATS: Final = (
-    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,flac,flv,g722,g726,matroska,webm,mov,mp3,mp4,mpeg,mpegts,ogg,tta,wav,"
-    "w64,wv"
-)
-"""Demuxers that FFmpeg may use: none of those that open further files or addresses."""
-
-
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of writing a copy, which are not errors of the file that is read."""
-
-
-class AudioError(ValueError):
-    """A file that gives no usable audio; `reason` is a short code for reports."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return AudioError, (self.reason, str(self))
-
-
-@dataclass(frozen=True)
-class AudioInfo:
-    """What a header says."""
-
-    sample_rate: int
-    channels: int
-    frames: int
-    """0 where the header does not say."""
-    codec: str
-
-    @property
-    def seconds(self) -> float:
-        """Duration as the header says it."""
-        return self.frames / self.sample_rate
+BLOCK_SAMPLES: Final = 1 << 16
+"""Samples of silence that stand for a gap are handed on in blocks of this size."""
 
 
 @contextlib.contextmanager
@@ -103,33 +71,109 @@ def local_copy(path: str) -> Iterator[str]:
 
 
 def probe(path: str) -> AudioInfo:
-    """Reads the header of a local file. Raises AudioError."""
-    with _no_os_errors():
+    """Returns what the header of a local file's first part says. Raises AudioError."""
+    with _no_os_errors(), ByteSource(path) as source:
+        part = examine(source)[0]
         try:
-            with _libsndfile(path) as sound:
-                return _checked(_info(sound))
+            with libsndfile.open_part(source, part) as sound:
+                return libsndfile.info_of(sound)
         except soundfile.LibsndfileError as error:
-            av = _av(error)
-        with _media(av, path) as container:
-            return _checked(_media_info(container))
+            av = ffmpeg.load(error)
+        with ffmpeg.opened(av, source, part) as container:
+            return ffmpeg.info_of(container)
 
 
-def decode(path: str, rate: int, channel: int | None = None) -> Iterator[Wave]:
-    """The audio of a local file as mono float32 blocks at `rate` Hz. Raises AudioError, also half-way.
+def probe_content(path: str) -> AudioInfo | None:
+    """Returns the description of a local file that is audio by its content, whatever its name; None for other files.
 
-    Channels are averaged, unless they cancel each other out: then the first one is taken. `channel`: take that one
-    alone, counted from 0.
+    Headerless formats (G.722, raw PCM) have no content to be known by. A file that is known as audio and is damaged
+    counts as audio: reading it gives the reason.
     """
-    with _no_os_errors():
-        source = _libsndfile_blocks(path)
-        try:
-            info = next(source)
-        except soundfile.LibsndfileError as error:
-            source = _media_blocks(_av(error), path)
-            info = next(source)
-        assert isinstance(info, AudioInfo)
-        mono = _mono if channel is None else functools.partial(_one_channel, channel=channel)
-        yield from _resampled(mono(_finite(_whole(source, info))), info.sample_rate, rate)
+    try:
+        with _no_os_errors(), ByteSource(path) as source:
+            kind = sniff(source)
+            if not kind:
+                return None
+    except AudioError:
+        return None
+    try:
+        return probe(path)
+    except AudioError as error:
+        # a video without sound, or a container of something else
+        return None if error.reason == "unreadable" else AudioInfo(SAMPLE_RATE, 1, 0, kind)
+
+
+def decode(source: str | bytes, rate: int, channel: int | None = None) -> Iterator[Wave]:
+    """Yields a recording as mono blocks of bounded size, whatever its header says about its length.
+
+    All parts of a file are decoded (chained Ogg, joined MP3 and FLAC, concatenated WAV …), rates and channels that
+    change are followed, and gaps in time stamps become silence, so that what follows keeps its time. Channels are
+    averaged, except where they cancel each other out (see `downmix`).
+
+    Args:
+        source: local path, or the bytes of a file.
+        rate: Hz.
+        channel: take this one alone, counted from 0.
+
+    Yields:
+        float32 arrays in [-1, 1].
+
+    Raises:
+        AudioError: also half-way; what was yielded before is then part of a recording that must not be used.
+    """
+    with _no_os_errors(), ByteSource(source) as data:
+        output, frames = _Output(rate, channel), 0
+        parts = examine(data)
+        while parts:
+            part = parts.pop(0)
+            for block_rate, block in _blocks(data, part):
+                frames += len(block)
+                yield from output.push(block_rate, _finite(block))
+            if part.may_continue:
+                parts += later_parts(data)
+        yield from output.flush()
+        if not frames:
+            raise AudioError("no_samples", "holds no samples")
+
+
+def read_samples(data: bytes, samples: int) -> Wave:
+    """Returns the audio of a shard's member, (samples,) float32 at SAMPLE_RATE.
+
+    Memory is bounded by `samples`, which comes from the shard's index, and not by what the member's header says.
+
+    Args:
+        data: the bytes of a mono FLAC, WAV or Opus file at SAMPLE_RATE.
+        samples: how many it holds; lossy codecs may add padding, which is left out.
+
+    Raises:
+        AudioError: it cannot be decoded, has another rate or more channels, or holds fewer samples.
+    """
+    wave, got = np.empty(samples, np.float32), 0
+    for block in _member_blocks(data, samples):
+        wave[got : got + len(block)] = block
+        got += len(block)
+    if got < samples:
+        raise AudioError("truncated", f"holds {got:,} of {samples:,} samples")
+    return wave
+
+
+def count_samples(data: bytes, at_most: int) -> int:
+    """Returns how many samples a shard's member holds when decoded, counting no further than `at_most`.
+
+    Raises:
+        AudioError: it cannot be decoded, or has another rate or more channels.
+    """
+    return sum(len(block) for block in _member_blocks(data, at_most))
+
+
+def _member_blocks(data: bytes, limit: int) -> Iterator[Wave]:
+    with _no_os_errors(), soundfile.SoundFile(io.BytesIO(data)) as sound:
+        if (sound.samplerate, sound.channels) != (SAMPLE_RATE, 1):
+            raise AudioError(
+                "sample_rate", f"{sound.samplerate:,} Hz, {sound.channels} channels; shards hold {SAMPLE_RATE:,} Hz, 1"
+            )
+        for block in libsndfile.read_blocks(sound, limit):
+            yield block[:, 0]
 
 
 def read_mono(path: str, rate: int = SAMPLE_RATE) -> Wave:
@@ -153,18 +197,18 @@ def read_mono(path: str, rate: int = SAMPLE_RATE) -> Wave:
 
 
 def encode(wave: npt.NDArray[np.int16], rate: int, codec: str) -> bytes:
-    """Mono audio as `flac` (16 bit), `wav` (16 bit) or `opus` bytes; the same input gives the same bytes."""
+    """Returns mono audio as `flac` (16 bit), `wav` (16 bit) or `opus` bytes; the same input gives the same bytes."""
     formats = {"flac": ("FLAC", "PCM_16"), "wav": ("WAV", "PCM_16"), "opus": ("OGG", "OPUS")}
     form, subtype = formats[codec]
     buffer = io.BytesIO()
     soundfile.write(buffer, wave, rate, format=form, subtype=subtype)
-    return _with_fixed_serial(buffer.getvalue()) if codec == "opus" else buffer.getvalue()
+    return with_serial(buffer.getvalue(), 1) if codec == "opus" else buffer.getvalue()
 
 
 def stored_flac(path: str, wave: npt.NDArray[np.int16], rate: int) -> bytes | None:
-    """The bytes of a local FLAC file without its tags, if it holds just `wave`: encoding it anew would gain nothing.
+    """Returns the bytes of a local FLAC file without its tags if it holds exactly `wave`, so need not be encoded again.
 
-    Judged by its STREAMINFO (RFC 9639): rate, one channel, 16 bits, length, and the MD5 of its samples.
+    Decided by its STREAMINFO (RFC 9639): rate, one channel, 16 bits, length, and the MD5 of its samples.
     """
     with Path(path).open("rb") as file:
         if file.read(4) != b"fLaC" or os.fstat(file.fileno()).st_size > 4 * len(wave) + 65_536:
@@ -182,7 +226,7 @@ def stored_flac(path: str, wave: npt.NDArray[np.int16], rate: int) -> bytes | No
 
 
 def to_int16(wave: Wave) -> npt.NDArray[np.int16]:
-    """[-1, 1) to 16 bit; exact for audio that was 16 bit before. What is beyond full scale is clipped."""
+    """Returns [-1, 1) as 16 bit; exact for audio that was 16 bit before. Values beyond full scale are clipped."""
     scaled = wave * np.float32(32768.0)
     np.rint(scaled, out=scaled)
     np.clip(scaled, -32768, 32767, out=scaled)
@@ -190,7 +234,7 @@ def to_int16(wave: Wave) -> npt.NDArray[np.int16]:
 
 
 def library_versions() -> dict[str, str]:
-    """The libraries that decide the bytes of a shard."""
+    """Returns the versions of the libraries on which the bytes of a shard depend."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"libsndfile": soundfile.__libsndfile_version__}
@@ -212,198 +256,143 @@ def _no_os_errors() -> Iterator[None]:
         raise AudioError("corrupt", f"breaks off while being decoded: {str(error)[:200]}") from None
 
 
-class _Forward(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
-    """Read from begin to end: the binding otherwise seeks after each block, and FLAC decodes a frame again for that."""
+class _Output:
+    """Downmix and resampler, replaced where a recording's rate or channels change."""
 
-    def seekable(self) -> bool:
-        return False
+    def __init__(self, rate: int, channel: int | None) -> None:
+        self.rate, self.channel = rate, channel
+        self._downmix: Downmix | None = None
+        self._stream: soxr.ResampleStream | None = None
 
+    def push(self, rate: int, block: Wave) -> Iterator[Wave]:
+        """Yields mono audio at the output's rate. Raises AudioError (`no_channel`)."""
+        if self.channel is not None:
+            if self.channel >= block.shape[1]:
+                raise AudioError(
+                    "no_channel", f"has no channel {self.channel}; it has {block.shape[1]}, counted from 0"
+                )
+            block = np.ascontiguousarray(block[:, self.channel : self.channel + 1])
+        if self._downmix is None or (rate, block.shape[1]) != (self._downmix.rate, self._downmix.channels):
+            yield from self._end_of_channels()
+            if self._downmix is None or rate != self._downmix.rate:
+                yield from self._end_of_rate()
+                if rate != self.rate:
+                    self._stream = soxr.ResampleStream(rate, self.rate, 1, dtype="float32", quality="HQ")
+            self._downmix = Downmix(rate, block.shape[1])
+        for mono in self._downmix.push(block):
+            yield from self._resampled(mono)
 
-def _libsndfile(path: str, whole: bool = False) -> soundfile.SoundFile:
-    """Raises AudioError for what is no file with bytes in it and, with `whole`, for one that is cut short."""
-    # by descriptor: given a name, the binding trusts its ending where that is .raw
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not block
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode) or not status.st_size:
-        os.close(handle)
-        regular = stat.S_ISREG(status.st_mode)
-        raise AudioError(*("empty", "is an empty file") if regular else ("no_file", "is no regular file"))
-    missing = _missing_bytes(handle) if whole else 0
-    if missing:
-        os.close(handle)
-        raise AudioError("truncated", f"its header promises {missing:,} bytes more than there are")
-    return _Forward(handle)  # libsndfile closes it, also when it fails
+    def flush(self) -> Iterator[Wave]:
+        """Yields what is held back."""
+        yield from self._end_of_channels()
+        yield from self._end_of_rate()
 
+    def _end_of_channels(self) -> Iterator[Wave]:
+        if self._downmix is not None:
+            for mono in self._downmix.flush():
+                yield from self._resampled(mono)
 
-def _info(sound: soundfile.SoundFile) -> AudioInfo:
-    # libsndfile says 2^63-1 frames where it does not know
-    frames = sound.frames if 0 <= sound.frames < 1 << 48 else 0
-    return AudioInfo(sound.samplerate, sound.channels, frames, f"{sound.format}/{sound.subtype}")
-
-
-def _checked(info: AudioInfo) -> AudioInfo:
-    if not MIN_RATE <= info.sample_rate <= MAX_RATE:
-        raise AudioError("sample_rate", f"{info.sample_rate:,} Hz; allowed are {MIN_RATE:,} to {MAX_RATE:,}")
-    if not 1 <= info.channels <= MAX_CHANNELS:
-        raise AudioError("channels", f"{info.channels} channels; allowed are 1 to {MAX_CHANNELS}")
-    return info
-
-
-def _libsndfile_blocks(path: str) -> Iterator[Any]:
-    """First the AudioInfo, then blocks (frames, channels)."""
-    with _libsndfile(path, whole=True) as sound:
-        info = _checked(_info(sound))
-        yield info
-        frames, left = max(BLOCK_VALUES // info.channels, 1), info.frames or 1 << 62
-        while left > 0 and len(block := sound.read(min(frames, left), dtype="float32", always_2d=True)):
-            left -= len(block)
-            yield block
-
-
-def _av(error: Exception) -> Any:
-    if importlib.util.find_spec("av") is None:
-        raise AudioError(
-            "unreadable",
-            f"libsndfile cannot read it ({error}); FFmpeg may: pip install 'auricle[media]'",
-        ) from None
-    import av
-
-    av.logging.set_level(None)
-    return av
-
-
-@contextlib.contextmanager
-def _media(av: Any, path: str) -> Iterator[Any]:
-    options = {"protocol_whitelist": "file", "format_whitelist": MEDIA_FORMATS}
-    try:
-        # "file:" keeps names with colons from being read as addresses
-        with av.open(f"file:{path}", options=options, metadata_errors="ignore") as container:
-            if not container.streams.audio:
-                raise AudioError("unreadable", "holds no audio")
-            yield container
-    except (av.error.FFmpegError, ValueError, IndexError, EOFError, OverflowError) as error:
-        if isinstance(error, AudioError | FileNotFoundError):
-            raise
-        raise AudioError("unreadable", f"neither libsndfile nor FFmpeg can decode it: {str(error)[:200]}") from None
-
-
-def _media_info(container: Any) -> AudioInfo:
-    stream = container.streams.audio[0]
-    codec = stream.codec_context
-    rate = int(codec.sample_rate or 0) if codec is not None else 0
-    if not rate:
-        raise AudioError("unreadable", "neither libsndfile nor FFmpeg finds audio in it")
-    seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
-    return AudioInfo(rate, int(codec.channels or 0), round(seconds * rate), str(codec.name))
-
-
-def _media_blocks(av: Any, path: str) -> Iterator[Any]:
-    with _media(av, path) as container:
-        info = _checked(_media_info(container))
-        yield info
-        resampler = av.AudioResampler(format="fltp", rate=info.sample_rate)
-        for frame in container.decode(audio=0):
-            for planar in resampler.resample(frame):
-                yield np.ascontiguousarray(planar.to_ndarray().T, dtype=np.float32)
-        for planar in resampler.resample(None):
-            yield np.ascontiguousarray(planar.to_ndarray().T, dtype=np.float32)
-
-
-def _whole(blocks: Iterator[Wave], info: AudioInfo) -> Iterator[Wave]:
-    frames = 0
-    for block in blocks:
-        frames += len(block)
-        yield block
-    if frames == 0:
-        raise AudioError("no_samples", "holds no samples")
-    if frames < 0.9 * info.frames:
-        raise AudioError("truncated", f"gives {frames:,} of the {info.frames:,} samples that its header promises")
-
-
-def _finite(blocks: Iterator[Wave]) -> Iterator[Wave]:
-    for block in blocks:
-        power = float(np.dot(block.ravel(), block.ravel()))
-        if not power <= 100.0 * block.size:
-            if np.isfinite(block).all():
-                raise AudioError("scale", "its samples are far beyond full scale: integers written as floats?")
-            raise AudioError("not_finite", "holds NaN or infinite samples")
-        yield block
-
-
-def _mono(blocks: Iterator[Wave]) -> Iterator[Wave]:
-    first_only: bool | None = None
-    for block in blocks:
-        if block.shape[1] == 1:
-            yield block[:, 0]
-            continue
-        mixed: Wave = block.mean(axis=1, dtype=np.float32)
-        if first_only is None and (power := float(np.square(block[:, 0]).mean())) > 1e-9:
-            first_only = float(np.square(mixed).mean()) < 1e-3 * power
-        yield np.ascontiguousarray(block[:, 0]) if first_only else mixed
-
-
-def _one_channel(blocks: Iterator[Wave], channel: int) -> Iterator[Wave]:
-    for block in blocks:
-        if channel >= block.shape[1]:
-            raise AudioError("no_channel", f"has no channel {channel}; it has {block.shape[1]}, counted from 0")
-        yield np.ascontiguousarray(block[:, channel])
-
-
-def _resampled(blocks: Iterator[Wave], source: int, target: int) -> Iterator[Wave]:
-    if source == target:
-        yield from blocks
-        return
-    stream = soxr.ResampleStream(source, target, 1, dtype="float32", quality="HQ")
-    for block in blocks:
-        if len(made := stream.resample_chunk(block)):
+    def _end_of_rate(self) -> Iterator[Wave]:
+        if self._stream is not None and len(made := self._stream.resample_chunk(np.zeros(0, np.float32), last=True)):
             yield made
-    if len(made := stream.resample_chunk(np.zeros(0, np.float32), last=True)):
-        yield made
+        self._stream = None
+
+    def _resampled(self, mono: Wave) -> Iterator[Wave]:
+        made = mono if self._stream is None else self._stream.resample_chunk(np.ascontiguousarray(mono))
+        if len(made):
+            yield made
 
 
-def _missing_bytes(handle: int) -> int:
-    """How many bytes a WAV, RF64, W64, AIFF or AU header promises beyond the file's end; 0 for other files."""
-    head, size = os.pread(handle, 32, 0).ljust(32, b"\0"), os.fstat(handle).st_size
-    if head[:4] == b"RIFF":
-        promised = _end_of_data(handle)
-    elif head[:4] == b"FORM":
-        promised = 8 + int.from_bytes(head[4:8], "big")
-    elif head[:4] == b".snd":
-        length = int.from_bytes(head[8:12], "big")
-        promised = 0 if length == OPEN_SIZE else int.from_bytes(head[4:8], "big") + length
-    elif head[:4] == b"riff":
-        promised = int.from_bytes(head[16:24], "little")
-    elif head[:4] == b"RF64":
-        promised = 8 + int.from_bytes(head[20:28], "little")
-    else:
-        promised = 0
-    return max(0, promised - size)
+def _blocks(source: ByteSource, part: Part) -> Iterator[tuple[int, Wave]]:
+    """(rate, samples (frames, channels)) of a part, by libsndfile or, where that fails, by FFmpeg."""
+    delivered, rate, promised = 0, 0, part.frames
+    failed: AudioError | soundfile.LibsndfileError
+    try:
+        with libsndfile.open_part(source, part) as sound:
+            info = libsndfile.info_of(sound)
+            rate = info.sample_rate
+            if promised is None and not part.read_to_end:
+                promised = info.frames or None
+            if part.silence:
+                yield from _silence(round(part.silence * rate), rate, info.channels)
+            for block in libsndfile.read_blocks(sound, None if part.read_to_end else info.frames or None):
+                delivered += len(block)
+                yield rate, block
+            if promised is None or delivered >= promised - part.tolerance:
+                return
+            failed = _shortfall(delivered, promised)
+    except soundfile.LibsndfileError as error:
+        failed = error
+    yield from _by_ffmpeg(source, part, failed, delivered, promised if delivered or rate else None)
 
 
-def _end_of_data(handle: int) -> int:
-    """Where the data chunk of a RIFF file ends as its header says; 0 without one."""
-    at = 12
-    while len(chunk := os.pread(handle, 8, at)) == 8:
-        at, length = at + 8, int.from_bytes(chunk[4:], "little")
-        if chunk[:4] == b"data":
-            return 0 if length >= OPEN_SIZE - 255 else at + length
-        at += length + length % 2
-    return 0
+def _by_ffmpeg(
+    source: ByteSource,
+    part: Part,
+    failed: AudioError | soundfile.LibsndfileError,
+    skip: int,
+    promised: int | None,
+) -> Iterator[tuple[int, Wave]]:
+    """A part decoded by FFmpeg from frame `skip` on.
+
+    Where libsndfile failed half-way, the file is good if FFmpeg reads all of it, which a checksum or a length shows.
+    """
+    half_way = skip > 0 or promised is not None
+    if half_way and not promised and not part.md5:
+        raise AudioError("corrupt", f"breaks off while being decoded: {str(failed)[:200]}") from None
+    try:
+        av = ffmpeg.load(failed)
+        with ffmpeg.opened(av, source, part) as container:
+            info = ffmpeg.info_of(container)
+            stored = 0 if half_way else ffmpeg.stored_seconds(container)
+            bits = container.streams.audio[0].codec_context.codec.name == "flac" and _flac_bits(source, part)
+            md5 = ffmpeg.FlacChecksum(bits) if part.md5 and bits else None
+            frames, seconds, rates = 0, 0.0, {info.sample_rate}
+            if part.silence and not half_way:
+                yield from _silence(round(part.silence * info.sample_rate), info.sample_rate, info.channels)
+            for rate, block, decoded in ffmpeg.read_blocks(container, md5):
+                seconds += len(block) / rate
+                rates.add(rate)
+                fresh = block[max(skip - frames, 0) :] if skip > frames else block
+                frames += len(block) if decoded or not half_way else 0
+                if len(fresh):
+                    yield rate, fresh
+    except AudioError as error:
+        if not half_way or error.reason == "scale":
+            raise
+        raise AudioError("corrupt", f"breaks off while being decoded: {str(failed)[:200]}") from None
+    if md5 is not None and half_way:
+        if md5.digest() != part.md5:
+            raise AudioError("corrupt", f"breaks off while being decoded: {str(failed)[:200]}")
+    elif half_way and (promised is None or not promised - part.tolerance <= frames <= promised + part.tolerance):
+        raise failed if isinstance(failed, AudioError) else AudioError("corrupt", f"breaks off: {str(failed)[:200]}")
+    elif not half_way and seconds < 0.9 * stored and seconds:
+        raise _shortfall(round(seconds * info.sample_rate), round(stored * info.sample_rate))
 
 
-_BIT_REVERSED: Final = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
+def _shortfall(frames: int, promised: int) -> AudioError:
+    return AudioError("truncated", f"gives {frames:,} of the {promised:,} samples that its header promises")
 
 
-def _with_fixed_serial(ogg: bytes) -> bytes:
-    """An Ogg stream with serial number 1 instead of a random one: serial and checksum of each page (RFC 3533)."""
-    pages, at = bytearray(ogg), 0
-    while at < len(pages):
-        segments = pages[at + 26]
-        end = at + 27 + segments + sum(pages[at + 27 : at + 27 + segments])
-        pages[at + 14 : at + 18] = struct.pack("<I", 1)
-        pages[at + 22 : at + 26] = bytes(4)
-        # Ogg's CRC-32 is zlib's with the bits of each byte and of the result reversed, and without inversions
-        crc = zlib.crc32(bytes(pages[at:end]).translate(_BIT_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
-        pages[at + 22 : at + 26] = struct.pack("<I", int(f"{crc:032b}"[::-1], 2))
-        at = end
-    return bytes(pages)
+def _flac_bits(source: ByteSource, part: Part) -> int:
+    """Bits per sample in the STREAMINFO of a FLAC part."""
+    first = part.pieces[0] if part.pieces else (0, source.size)
+    at = first[0] if isinstance(first, tuple) else 0
+    head = first if isinstance(first, bytes) else source.read(at, 64)
+    if head[:4] != b"fLaC":
+        return 0
+    return (int.from_bytes(head[18:26], "big") >> 36 & 31) + 1
+
+
+def _silence(frames: int, rate: int, channels: int) -> Iterator[tuple[int, Wave]]:
+    for start in range(0, frames, BLOCK_SAMPLES):
+        yield rate, np.zeros((min(BLOCK_SAMPLES, frames - start), channels), np.float32)
+
+
+def _finite(block: Wave) -> Wave:
+    power = float(np.dot(block.ravel(), block.ravel()))
+    if not power <= 100.0 * block.size:
+        if np.isfinite(block).all():
+            raise AudioError("scale", "its samples are far beyond full scale: integers written as floats?")
+        raise AudioError("not_finite", "holds NaN or infinite samples")
+    return block

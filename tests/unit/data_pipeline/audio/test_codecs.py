@@ -13,7 +13,7 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.audio import codecs
+from data_pipeline.audio import codecs, ffmpeg
 from data_pipeline.audio.segmentation import cut
 from tests.support.sounds import sound
 
@@ -105,7 +105,7 @@ def test_vanished_truncated_and_implausible_files_have_reasons(tmp_path: Path) -
 
 def test_missing_ffmpeg_is_told_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x1cftypM4A " + bytes(2000))
-    monkeypatch.setattr(codecs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ffmpeg.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(codecs.AudioError, match=r"auricle\[media\]"):
         decoded(tmp_path / "a.m4a")
 

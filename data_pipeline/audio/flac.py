@@ -1,0 +1,118 @@
+"""FLAC (RFC 9639): what STREAMINFO promises, what the last frame says, and files that were joined."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+from data_pipeline.audio.byte_source import ByteSource, Piece
+from data_pipeline.audio.parts import Part
+
+MARK: Final = b"fLaC"
+STREAMINFO: Final = (b"\x00\x00\x00\x22", b"\x80\x00\x00\x22")
+"""Header of the first metadata block."""
+LAST_BYTES: Final = 1 << 16
+"""Where the last frames are looked for; a frame of 4,608 samples in 24-bit stereo has at most 27 KB."""
+READ_AHEAD: Final = 1 << 16
+"""More than what a decoder reads beyond the last frame."""
+_BLOCK_SIZES: Final = {1: 192, **{n: 144 << n for n in range(2, 6)}, **{n: 1 << n for n in range(8, 16)}}
+
+
+def flac_parts(source: ByteSource, begin: int, end: int, mark: int) -> list[Part]:
+    """Returns a part for each FLAC stream of a file; `mark` is where the first one's "fLaC" is.
+
+    A large local file is not searched: its only part has `may_continue` set, and `later_parts` is for what its decoder
+    leaves unread.
+    """
+    searched = not source.path or begin > 0 or end - begin <= 4 * LAST_BYTES
+    starts = [mark, *_marks(source, mark + 42 if searched else max(mark + 42, end - LAST_BYTES), end)]
+    if len(starts) > 1 and not searched:
+        starts = [mark, *_marks(source, mark + 42, end)]
+    alone = len(starts) == 1 and begin == 0
+    parts = [_part(source, start, stop, alone) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
+    return [dataclasses.replace(parts[0], may_continue=True)] if alone and not searched else parts
+
+
+def later_parts(source: ByteSource) -> list[Part]:
+    """Returns the parts behind the one that a decoder has just read from the file."""
+    if (position := source.position()) >= source.size:
+        return []
+    starts = _marks(source, max(position - READ_AHEAD, 42), source.size)
+    return [_part(source, start, stop, False) for start, stop in zip(starts, [*starts[1:], source.size], strict=False)]
+
+
+def _marks(source: ByteSource, at: int, end: int) -> list[int]:
+    """Where further streams begin."""
+    starts = []
+    while (found := source.find(MARK, at, end)) >= 0:
+        head = source.read(found, 42)
+        if head[4:8] in STREAMINFO and _plausible(head):
+            starts.append(found)
+        at = found + 4
+    return starts
+
+
+def _plausible(head: bytes) -> bool:
+    smallest, largest = int.from_bytes(head[8:10], "big"), int.from_bytes(head[10:12], "big")
+    return len(head) == 42 and 16 <= smallest <= largest and bool(int.from_bytes(head[18:21], "big") >> 4)
+
+
+def _part(source: ByteSource, start: int, stop: int, whole: bool) -> Part:
+    head = source.read(start, 42)
+    fields = int.from_bytes(head[18:26], "big")
+    total, md5 = fields & (1 << 36) - 1, head[26:42]
+    pieces: tuple[Piece, ...] = () if whole else ((start, stop),)
+    last = _last_sample(source, start, stop, int.from_bytes(head[8:10], "big"))
+    if total and last > total:
+        # the header's count is too low: without it the decoder goes on to the end
+        unknown = (fields >> 36 << 36).to_bytes(8, "big")
+        return Part((head[:18] + unknown + head[26:], (start + 42, stop)), last, md5=md5, read_to_end=True)
+    return Part(pieces, total or None, md5=md5 if any(md5) else b"", read_to_end=not total)
+
+
+def _last_sample(source: ByteSource, start: int, stop: int, block: int) -> int:
+    """Where the last frame ends in samples, by its header; 0 where two frames in a row do not confirm each other."""
+    begin = max(start + 42, stop - LAST_BYTES)
+    tail = source.read(begin, stop - begin)
+    ends: list[tuple[int, int]] = []
+    at = len(tail)
+    while len(ends) < 8 and (at := tail.rfind(b"\xff", 0, at)) >= 0:
+        if tail[at + 1 : at + 2] in (b"\xf8", b"\xf9") and (found := _frame(tail[at : at + 16], block)):
+            if any(found[1] == first for first, _ in ends):
+                return next(last for first, last in ends if first == found[1])
+            ends.append(found)
+    return 0
+
+
+def _frame(head: bytes, block: int) -> tuple[int, int] | None:
+    """First and last sample (exclusive) of the frame whose header `head` begins with; None where it is none."""
+    if len(head) < 6 or head[3] & 1:
+        return None
+    size_code, rate_code, lead = head[2] >> 4, head[2] & 15, head[4]
+    extra = 0 if lead < 0x80 else next((n for n in range(1, 7) if lead >> (6 - n) & 1 == 0), 7)
+    if size_code == 0 or rate_code == 15 or extra == 7 or 0x80 <= lead < 0xC0:
+        return None
+    number = lead if not extra else lead & (1 << (6 - extra)) - 1
+    for byte in head[5 : 5 + extra]:
+        if byte >> 6 != 2:
+            return None
+        number = number << 6 | byte & 63
+    at = 5 + extra
+    if size_code in (6, 7):
+        size, at = int.from_bytes(head[at : at + size_code - 5], "big") + 1, at + size_code - 5
+    else:
+        size = _BLOCK_SIZES[size_code]
+    at += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    if at >= len(head) or _crc8(head[:at]) != head[at]:
+        return None
+    first = number if head[1] & 1 else number * block
+    return first, first + size
+
+
+def _crc8(data: bytes) -> int:
+    crc = 0
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc << 1 ^ 0x07 if crc & 0x80 else crc << 1) & 0xFF
+    return crc
