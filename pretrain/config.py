@@ -1,4 +1,4 @@
-"""The typed schema of a pretraining run. Defaults stand here and in the plug-ins; YAML names only what differs."""
+"""The typed config of a pretraining run. Defaults are here and in the plug-ins; YAML has only what differs."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class EngineConfig:
             lambda value: {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
         ),
         about(
-            "what the backward pass runs again of each encoder block: full, all of it (least memory, a third more "
-            "compute); selective, norms, activations and dropout, but no matrix product or attention"
+            "recompute encoder blocks in the backward pass: full, all of a block (least memory, a third more compute); "
+            "selective, norms, activations and dropout, but no matrix product or attention"
         ),
     ] = "none"
     packed: Annotated[
@@ -89,9 +89,9 @@ class EngineConfig:
     ] = False
     peak_tflops: Annotated[
         float,
-        about("what one device could do at best in this precision, for perf/mfu; 0: as known of common GPUs", ge=0),
+        about("peak of one device in this precision, for perf/mfu; 0: as known of common GPUs", ge=0),
     ] = 0.0
-    timeout_minutes: Annotated[float, about("give up a collective operation after this long", gt=0)] = 30.0
+    timeout_minutes: Annotated[float, about("time limit of a collective operation", gt=0)] = 30.0
 
     def __post_init__(self) -> None:
         if self.offload != "none" and self.name != "deepspeed":
@@ -104,8 +104,8 @@ class EngineConfig:
         if self.offload == "nvme" and not self.offload_folder:
             refuse("offload_folder", "", "offload=nvme needs a folder on a fast disk of each node")
         if self.compile and self.activation_checkpointing == "selective":
-            told = "cannot run with engine.compile=true, which chooses itself what to recompute; take none or full"
-            refuse("activation_checkpointing", "selective", told)
+            remedy = "cannot run with engine.compile=true, which selects what to recompute; take none or full"
+            refuse("activation_checkpointing", "selective", remedy)
         if self.compile and self.packed:
             refuse("packed", self.packed, "cannot run with engine.compile=true: its loops differ from batch to batch")
 
@@ -222,8 +222,8 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.engine.packed and not self.frontend.packable:
-            told = "needs a front end without a group norm, which runs over the whole row; set frontend.norm=layer"
-            refuse("engine.packed", self.engine.packed, told)
+            remedy = "needs a front end without a group norm, which runs over the whole row; set frontend.norm=layer"
+            refuse("engine.packed", self.engine.packed, remedy)
 
     def cautions(self) -> list[str]:
         """Returns what is allowed but probably not meant, one sentence each."""

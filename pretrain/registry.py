@@ -1,4 +1,4 @@
-"""Plug-ins by module name: `objective: {name: best_rq}` is `pretrain/objectives/best_rq.py`, nothing is registered.
+"""Plug-ins by module name: `objective: {name: best_rq}` is `pretrain/objectives/best_rq.py`; there is no registration.
 
 A plug-in module defines `Config`, a `@config` dataclass with a field `name: Literal["<module>"]`, and `build`:
 frontends `build(config, dim) -> Frontend`; encoders `build(config) -> Encoder`; objectives and heads
@@ -25,14 +25,14 @@ PACKAGES = {
 
 
 def names(kind: str) -> list[str]:
-    """The plug-ins of a kind (a key of PACKAGES), sorted."""
+    """Returns the names of the plug-ins of a kind (a key of PACKAGES), sorted."""
     package = importlib.import_module(PACKAGES[kind])
     found = pkgutil.iter_modules(package.__path__)
     return sorted(module.name for module in found if not module.ispkg and not module.name.startswith("_"))
 
 
 def module(kind: str, name: str) -> ModuleType:
-    """The plug-in's module. Raises ValueError naming the choices."""
+    """Returns the plug-in's module. Raises ValueError naming the choices."""
     known = names(kind)
     if name not in known:
         near = suggest(name, known)
@@ -42,16 +42,16 @@ def module(kind: str, name: str) -> ModuleType:
 
 
 def config_type(kind: str, name: str) -> type[Any]:
-    """The plug-in's `Config` dataclass."""
+    """Returns the plug-in's `Config` dataclass."""
     found: type[Any] = module(kind, name).Config
     return found
 
 
 def build(kind: str, config: Any, *args: Any) -> Any:
-    """What the plug-in named by `config.name` builds."""
+    """Returns the object that the plug-in named by `config.name` builds."""
     return module(kind, config.name).build(config, *args)
 
 
 def choice(kind: str) -> PluginChoice:
-    """Annotates a config field that holds a plug-in of this kind."""
+    """Returns the annotation of a config field that holds a plug-in of this kind."""
     return PluginChoice(kind[:-1], functools.partial(names, kind), functools.partial(config_type, kind))

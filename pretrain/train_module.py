@@ -1,4 +1,4 @@
-"""TrainModule: model + objective + heads, as one module that an engine can step."""
+"""TrainModule: model, objective and heads as one module that an engine can step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_seed
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
+from data_pipeline.loader.reader import PlanReader, open_reader
 from pretrain import registry
 from pretrain.config import Config
 from pretrain.interfaces.frames import EncoderOutput, StepContext
@@ -92,7 +94,7 @@ class TrainModule(nn.Module):
         loss = torch.zeros((), device=batch.wave_BT.device)
         metrics: dict[str, Sum] = {}
         for global_count, (name, (weight, output)) in zip(global_counts_K.tolist(), outputs.items(), strict=True):
-            # a task without targets still takes part, with weight 0: every rank then has a gradient for every weight
+            # a task without targets has weight 0, so that every rank has a gradient for every weight
             loss = loss + output.total.float() * (weight / global_count if global_count else 0.0)
             metrics[f"loss/{name}"] = (output.total.detach(), output.count.detach())
             metrics |= {key: (total.detach(), count.detach()) for key, (total, count) in output.metrics.items()}
@@ -102,11 +104,11 @@ class TrainModule(nn.Module):
         return loss, metrics
 
     def forget(self) -> None:
-        """To be called before the first forward pass of each attempt at an update."""
+        """Discards what forward passes collected; runs before the first one of each attempt at an update."""
         self.objective.forget()
 
     def after_step(self, ctx: StepContext) -> None:
-        """To be called once after each optimizer step."""
+        """Runs once after each optimizer step that was not left out."""
         self.objective.after_step(self.model, ctx)
 
     def _heads(self) -> dict[str, Head]:
@@ -125,18 +127,18 @@ def padded_to(batch: Batch, samples: int) -> Batch:
 
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""engine.precision -> the type of the forward pass's products."""
+"""engine.precision -> dtype of the forward pass's matrix products."""
 
 
 def stage_deviations(encoded: EncoderOutput) -> dict[str, Tensor]:
-    """How much frames differ from each other at the encoder's input, middle and output: near 0 is a collapse."""
+    """Returns the deviation over frames at the encoder's input, middle and output: near 0 is a collapse."""
     layers, valid_BF = encoded.layers, encoded.final.valid_BF()
     stages = {"input": layers[0], "middle": layers[len(layers) // 2], "output": layers[-1]}
     return {f"health/std_{stage}": masked_deviation(x_BFD, valid_BF) for stage, x_BFD in stages.items()}
 
 
 def build_speech_model(config: Config) -> SpeechModel:
-    """Front end and encoder alone, with weights from torch's generator."""
+    """Returns front end and encoder, with weights from torch's generator."""
     encoder: Encoder = registry.build("encoders", config.encoder)
     encoder.activation_checkpointing = config.engine.activation_checkpointing
     frontend: Frontend = registry.build("frontends", config.frontend, encoder.dim)
@@ -144,8 +146,29 @@ def build_speech_model(config: Config) -> SpeechModel:
     return SpeechModel(frontend, encoder)
 
 
+def least_samples(config: Config) -> int:
+    """Returns the shortest segment, in samples, that front end, masks and targets can use. Makes no weights."""
+    try:
+        with torch.device("meta"):
+            model = build_speech_model(config)
+            objective: Objective = registry.build("objectives", config.objective, model.shape)
+    except ValueError as error:  # it follows from the config alone
+        raise ConfigError(str(error)) from error
+    return objective.least_samples(model.frontend)
+
+
+def open_run_reader(config: Config, rank: int = 0, world: int = 1) -> PlanReader:
+    """Returns the reader of one rank of a run; its plan has no segment that the model cannot use.
+
+    Raises:
+        ConfigError: too little usable audio, or a number of ranks that does not divide `data.micro_batches`.
+        ValueError: bad shards.
+    """
+    return open_reader(config.data, config.seed, rank, world, least_samples(config))
+
+
 def build_model(config: Config) -> TrainModule:
-    """The module that `config` describes; its first weights depend on `config.seed` alone."""
+    """Returns the module that `config` describes; its first weights depend on `config.seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(config.seed, "weights"))
         model = build_speech_model(config)

@@ -50,6 +50,7 @@ class PlanReader:
         seed: Keys order, crops and augmentation.
         rank: This rank's number.
         world: Number of ranks; must divide `config.micro_batches`.
+        least_samples: The plan leaves out shorter segments, which the model cannot use.
 
     Raises:
         ConfigError: Too little audio, settings that exclude each other, or a world that does not divide V.
@@ -57,7 +58,7 @@ class PlanReader:
         StorageReadError: The storage does not answer.
     """
 
-    def __init__(self, config: DataConfig, seed: int, rank: int, world: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, rank: int, world: int, least_samples: int = 0) -> None:
         self.slots = accumulation(config.micro_batches, world)
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} is not one of {world} ranks")
@@ -68,7 +69,7 @@ class PlanReader:
         self._report(self._files.check())
         catalogue = load_catalogue(self._files, config.cache, skip_bad=config.on_bad_shard == "skip")
         check_labels(self._files, config.labels)
-        self.plan = make_plan(catalogue, config, seed)
+        self.plan = make_plan(catalogue, config, seed, least_samples)
         self.plan_hash = _with_targets(self.plan.hash, config)
         self._files.follow(PlanSchedule(self.plan))
         audio_per_step_check(self.plan, world, self.slots)
@@ -276,6 +277,6 @@ def _close(reader: weakref.ref[PlanReader]) -> None:
         alive.close()
 
 
-def open_reader(config: DataConfig, seed: int, rank: int, world: int) -> PlanReader:
+def open_reader(config: DataConfig, seed: int, rank: int, world: int, least_samples: int = 0) -> PlanReader:
     """Returns the reader of one rank; see `PlanReader` for arguments and errors."""
-    return PlanReader(config, seed, rank, world)
+    return PlanReader(config, seed, rank, world, least_samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -81,6 +81,15 @@ class BatchConstraints:
     def cost(self, padded: float) -> float:
         """Cost of `padded` samples, to compare with the cap, if all are of the longest segments."""
         return padded * (1 + self.quadratic * self.longest)
+
+    def with_shortest(self, samples: int) -> BatchConstraints:
+        """Returns the constraints without segments of fewer samples; raises ConfigError where none would be left."""
+        if self.longest < samples:
+            raise ConfigError(
+                f"data.max_seconds={self.longest / SAMPLE_RATE:g} is below the {samples / SAMPLE_RATE:g} s that the "
+                "model needs: its front end and masks give shorter audio no target; raise data.max_seconds"
+            )
+        return replace(self, shortest=samples)
 
     @functools.cached_property
     def edges(self) -> Array:

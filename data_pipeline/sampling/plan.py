@@ -26,6 +26,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from data_pipeline.core.lru import LruCache
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
@@ -43,6 +45,9 @@ TOLERANCE: Final = 0.05
 
 class Plan:
     """All epochs of a data set. Layouts and windows are computed on demand; the last few are kept."""
+
+    too_short: int = 0
+    """Segments left out because the model cannot use audio so short, although `min_seconds` allows it."""
 
     def __init__(self, inputs: PlanInputs) -> None:
         self._inputs = inputs
@@ -111,30 +116,40 @@ class Plan:
         return tuple(window.micro_batch(inside, j) for j in range(self.constraints.micro_batches))
 
 
-def make_plan(catalogue: Catalogue, config: DataConfig, seed: int) -> Plan:
+def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples: int = 0) -> Plan:
     """Returns the plan of `catalogue` under `config`.
 
     Args:
         catalogue: Lengths and groups of all segments.
         config: The run's `data`.
         seed: The run's seed.
+        least_samples: The shortest segment that the model can use. Where shorter ones passed `min_seconds`, the plan
+            leaves them out, as if `min_seconds` were raised to it, and counts them in `Plan.too_short`.
 
     Raises:
         ConfigError: Too little audio for `batch_seconds`, or a micro-batch that may exceed the memory cap.
     """
-    constraints = BatchConstraints.of(config)
+    constraints, raised = BatchConstraints.of(config), ""
+    too_short = int(
+        np.count_nonzero((catalogue.length_N >= constraints.shortest) & (catalogue.length_N < least_samples))
+    )
+    if too_short:
+        constraints = constraints.with_shortest(least_samples)
+        raised = f" ({too_short} segments of less than {least_samples / SAMPLE_RATE:g} s are too short for the model)"
     entries = summarize(catalogue, constraints, grouped=config.mix_alpha != 1)
     total = entries.samples
     if total * 50 < constraints.batch:
         raise ConfigError(
             f"the {int(catalogue.starts_S[-1])} segments of data.shards={config.shards!r} hold "
-            f"{total / SAMPLE_RATE:.1f} s of audio in segments of at least data.min_seconds={config.min_seconds:g}, "
-            f"less than a fiftieth of data.batch_seconds={config.batch_seconds:g}; "
+            f"{total / SAMPLE_RATE:.1f} s of audio in segments of at least data.min_seconds={config.min_seconds:g}"
+            f"{raised}, less than a fiftieth of data.batch_seconds={config.batch_seconds:g}; "
             "give more data or lower data.batch_seconds"
         )
     constraints.check_cap(total)
     repeats_G = repeats_of(entries, max(1, len(catalogue.groups)), config.mix_alpha)
-    return Plan(PlanInputs(catalogue, constraints, seed, entries, repeats_G))
+    plan = Plan(PlanInputs(catalogue, constraints, seed, entries, repeats_G))
+    plan.too_short = too_short
+    return plan
 
 
 def allowed_worlds(micro_batches: int) -> list[int]:

@@ -31,11 +31,11 @@ def plan(arguments: list[str]) -> int:
     given = request.read("pretrain", PretrainJob, arguments)
     if given is None:
         return 0
-    from data_pipeline.loader.reader import open_reader
     from data_pipeline.sampling.summary import describe, to_text
+    from pretrain.train_module import open_run_reader
 
     config = given.config
-    reader = open_reader(config.data, config.seed, 0, 1)
+    reader = open_run_reader(config)
     try:
         report = describe(reader.plan, config.data)
     finally:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.types import StepReader
+from data_pipeline.core.types import SAMPLE_RATE, StepReader
 from data_pipeline.labels.store import LabelSet
-from data_pipeline.loader.reader import open_reader
 from pretrain.checkpointing.locate import latest_checkpoint
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
@@ -16,7 +15,7 @@ from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
 from pretrain.interop.init_weights import load_initial
 from pretrain.profiling.operation_check import check_operations
-from pretrain.train_module import build_model
+from pretrain.train_module import build_model, open_run_reader
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,21 @@ class Run:
 
 
 def require_fitting_labels(config: Config) -> None:
-    """Raises ConfigError where frame labels have another rate or more classes than the objective expects."""
+    """Raises ConfigError where labels that a task needs are not read, or frame labels do not fit the objective."""
+    for name, head in config.heads.items():
+        if missing := [label for label in head.segment_labels if label not in config.data.labels]:
+            raise ConfigError(
+                f"data.labels={list(config.data.labels)}: heads.{name} learns from {missing[0]!r}, which is not read; "
+                f"set data.labels={[*config.data.labels, *missing]}"
+            )
     wanted = config.objective.frame_labels
-    if wanted is None or wanted.name not in config.data.targets:
+    if wanted is None:
         return
+    if wanted.name not in config.data.targets:
+        raise ConfigError(
+            f"objective.labels={wanted.name}: data.targets has no frame labels of this name, only "
+            f"{sorted(config.data.targets)}; set data.targets.{wanted.name}=FOLDER"
+        )
     root = config.data.targets[wanted.name]
     labels = LabelSet.read(root)
     if labels.rate_hz != wanted.rate_hz:
@@ -63,12 +73,20 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
         OSError: they cannot be read.
     """
     require_fitting_labels(config)
-    reader = open_reader(config.data, config.seed, world.rank, world.size)
+    say = print if world.rank == 0 else lambda line: None
+    for caution in config.cautions():
+        say(f"note: {caution}")
+    reader = open_run_reader(config, world.rank, world.size)
     try:
         module = build_model(config)
     except ValueError as error:  # it follows from the config alone
         raise ConfigError(str(error)) from error
-    say = print if world.rank == 0 else lambda line: None
+    if reader.plan.too_short:
+        seconds = reader.plan.constraints.shortest / SAMPLE_RATE
+        say(
+            f"note: {reader.plan.too_short} segments are left out: with this front end and these masks, a segment of "
+            f"less than {seconds:g} s has no target; the plan is made as with data.min_seconds={seconds:g}"
+        )
     check_operations(module, world.device, module.autocast, say)
     if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume brings its own weights
         load_initial(config, module, say)

@@ -62,7 +62,7 @@ def main(run_folder: str) -> ExitCode:
         folder.incarnation = _broadcast_from_rank_0(folder.incarnation, world.size)
         limit = config.engine.timeout_minutes * 60
         patience, warning = limit + HANG_SLACK_SECONDS, HANG_WARNING_SHARE * limit
-        with Heartbeat(path, world.rank, patience, warning, folder.incarnation) as heart:
+        with Heartbeat(path, world.rank, patience, warning, folder.incarnation, folder.superseded) as heart:
             ending = train(config, run.engine, reader, folder, heart, stop, _print)
         return ExitCode.STOPPED if ending is Ending.STOPPED else ExitCode.DONE
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:

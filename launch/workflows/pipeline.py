@@ -184,8 +184,8 @@ def why_pretraining(run: PretrainJob) -> str:
     Raises:
         ConfigError: That checkpoint is damaged: all steps are done, so to train once more would not restore it.
     """
-    from data_pipeline.loader.reader import open_reader
     from pretrain.checkpointing import checkpoint, resume
+    from pretrain.train_module import open_run_reader
 
     folder = metadata.folder_of(run)
     done = steps_done(folder)
@@ -196,7 +196,7 @@ def why_pretraining(run: PretrainJob) -> str:
         raise ConfigError(f"{damaged}; {remedy(newest.parent)}")
     state = checkpoint.read_state(newest)
     resume.require_same_config(state["config"], metadata.run_config(run), newest)
-    reader = open_reader(run.data, run.seed, 0, 1)
+    reader = open_run_reader(run)
     try:
         same = state["cursor"]["plan_hash"] == reader.plan_hash
     finally:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.schema import ConfigError, Resume, diff, dump, load, resume_rules
-from data_pipeline.loader.reader import open_reader
 from pretrain.config import Config
 from pretrain.lr_schedule import Prolongation, learning_rate
+from pretrain.train_module import open_run_reader
 
 SMALL = 1e-3
 """Relative change of the learning rate that is not worth a message."""
@@ -58,7 +58,7 @@ def require_same_data(state: Mapping[str, Any], config: Config, folder: Path) ->
     ]
     if not moved or not state.get("cursor"):
         return
-    reader = open_reader(config.data, config.seed, 0, 1)
+    reader = open_run_reader(config)
     try:
         plan_hash = reader.plan_hash
     finally:

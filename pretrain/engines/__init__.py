@@ -1,4 +1,4 @@
-"""How one optimizer step runs: with DeepSpeed, or in plain torch."""
+"""Engines: how one optimizer step runs, with DeepSpeed or in plain torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ __all__ = ["DistributedContext", "Engine", "StepResult", "make_engine"]
 
 
 def make_engine(config: Config, module: TrainModule, world: DistributedContext) -> Engine:
-    """The engine that `engine.name` asks for; the ranks divide `data.micro_batches`, which the reader has checked."""
+    """Returns the engine that `engine.name` selects.
+
+    Args:
+        config: the run's config.
+        module: moved to the rank's device.
+        world: the ranks; their number divides `data.micro_batches`, which the reader has checked.
+    """
     micro_batches = config.data.micro_batches
     assert micro_batches % world.size == 0
     if config.engine.name == "torch":

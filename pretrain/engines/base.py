@@ -52,7 +52,7 @@ class Engine(abc.ABC):
     """Runs optimizer steps on a TrainModule.
 
     The loss is Σ sums / Σ counts over the whole global step, so it does not depend on how the step's micro-batches
-    are spread over ranks and accumulation slots.
+    are distributed over ranks and accumulation slots.
     """
 
     module: TrainModule

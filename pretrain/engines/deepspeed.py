@@ -34,10 +34,10 @@ from pretrain.train_module import TrainModule, TrainPlan
 def deepspeed_config(
     config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int, world: DistributedContext, module: nn.Module
 ) -> dict[str, Any]:
-    """DeepSpeed's own config for a run; `micro_batches` is V, those of one global step over all ranks.
+    """Returns DeepSpeed's own config for a run; `micro_batches` is V, those of one global step over all ranks.
 
-    Precision is not DeepSpeed's business here: TrainModule enters autocast itself, alike under every engine, and
-    weights, gradients and their sums stay fp32.
+    Precision is not set here: TrainModule enters autocast itself, alike under every engine, and weights, gradients and
+    their sums stay fp32.
     """
     bucket = min(sum(parameter.numel() for parameter in module.parameters()), 50_000_000)
     frozen = any(not parameter.requires_grad for parameter in module.parameters())
@@ -47,7 +47,7 @@ def deepspeed_config(
         "train_batch_size": micro_batches,
         "gradient_clipping": optimizer.clip_norm,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on either side and needs no compiler
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on host and device and needs no compiler
         "zero_optimization": {
             "offload_optimizer": {
                 "device": config.offload,
@@ -62,7 +62,7 @@ def deepspeed_config(
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
-            # what ZeRO-3 keeps whole it refreshes after updates of its own only, and would miss a teacher's
+            # ZeRO-3 refreshes weights that it keeps whole after its own updates only, and would miss a teacher's
             "stage3_param_persistence_threshold": 0 if frozen else 100_000,
         },
         "steps_per_print": 1 << 30,
@@ -71,7 +71,10 @@ def deepspeed_config(
 
 
 class DeepSpeedEngine(Engine):
-    """The same step under DeepSpeed's engine."""
+    """The same step under DeepSpeed's engine.
+
+    `micro_batches` is V, those of one global step over all ranks.
+    """
 
     def __init__(
         self,
@@ -117,7 +120,7 @@ class DeepSpeedEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         plain_norm = None
-        if self.config.zero_stage == 0:  # the one stage at which DeepSpeed keeps no norm
+        if self.config.zero_stage == 0:  # the only stage at which DeepSpeed keeps no norm
             grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             if self.scale.value != 1.0:
                 torch._foreach_mul_(grads, 1.0 / self.scale.value)
@@ -128,14 +131,14 @@ class DeepSpeedEngine(Engine):
             self._hand_over_missing_gradients()
         self.engine.step()
         if self.config.zero_stage == 3:
-            # else a parameter without gradient in the next step (layer drop) would be given this step's once more
+            # else a parameter without gradient in the next step (layer drop) would get this step's once more
             self.optimizer.grad_partitions_flat_buffer.zero_()
         return self._norm(plain_norm)
 
     def _hand_over_missing_gradients(self) -> None:
-        """ZeRO-3 copies to the host or disk what this step gave a gradient, and keeps the last step's of the others.
+        """Copies zero gradients to the host or disk for parameters without a gradient in this step (layer drop).
 
-        Theirs (layer drop) are zeros in the buffer of partitions, and are handed over here.
+        ZeRO-3 copies those of the other parameters, and would keep the last step's for these.
         """
         zero = self.optimizer
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -144,7 +147,7 @@ class DeepSpeedEngine(Engine):
         zero._finalize_offload_gradient_accumulation()
 
     def _norm(self, plain_norm: Tensor | None) -> float:
-        """ZeRO writes its norm down before it calls the optimizer; ZeRO-3 does not where the gradients overflowed."""
+        """Returns the gradient norm; ZeRO sets it before it calls the optimizer, ZeRO-3 not after an overflow."""
         if plain_norm is not None:
             return float(plain_norm)
         return math.inf if self.optimizer.overflow else float(self.optimizer._global_grad_norm)
@@ -185,7 +188,7 @@ class DeepSpeedEngine(Engine):
         self.engine.global_steps = step
 
     def _create_moments(self, step: int) -> None:
-        """Torch makes optimizer states at the first step, ZeRO links them then; a resume needs them before."""
+        """Creates the moments before the first step, at which torch would make them and ZeRO link them."""
         stage = self.config.zero_stage
         if stage == 0:
             adam, owners = self.optimizer, [p for p in self.module.parameters() if p.requires_grad]
@@ -203,7 +206,7 @@ class DeepSpeedEngine(Engine):
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """ZeRO 1 and 2 link them after the first step of the first group only, and so miss the later groups."""
+        """Links all groups' moments: ZeRO 1 and 2 link them after the first group's first step and miss the others."""
         if self.config.zero_stage in (1, 2):
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
@@ -226,7 +229,7 @@ class DeepSpeedEngine(Engine):
 
 
 def _require_nvme() -> None:
-    """Raises ConfigError naming what offloading to a disk lacks."""
+    """Raises ConfigError, with the remedy, where DeepSpeed cannot offload to a disk."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -243,7 +246,7 @@ _WRITERS = {
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """Inside, a parameter that ZeRO-3 has partitioned is whole on every rank, and every rank's write is kept."""
+    """Returns a context in which a parameter that ZeRO-3 partitions is whole on every rank; rank 0's write is kept."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

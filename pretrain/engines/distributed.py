@@ -1,4 +1,4 @@
-"""Who takes part in a run: ranks, device and the collectives that everything here needs."""
+"""The ranks of a run, their devices, and the collectives that engines and training share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_pipeline.core.schema import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class DistributedContext:
-    """One process's place among the ranks."""
+    """One process among the ranks: its number, their number, its device. `world` in the code, as in WORLD_SIZE."""
 
     rank: int = 0
     size: int = 1
@@ -27,13 +27,13 @@ class DistributedContext:
     device: str = "cpu"
 
     def sum(self, values: Tensor) -> Tensor:
-        """Adds `values` over all ranks, in place."""
+        """Sums `values` over all ranks, in place, and returns them."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def agree(self, text: str, what: str) -> None:
-        """Raises RuntimeError on every rank when `text` is not the same on all of them."""
+        """Raises RuntimeError on every rank where `text`, which is `what`, is not the same on all of them."""
         if self.size == 1:
             return
         texts: list[str | None] = [None] * self.size
@@ -45,7 +45,7 @@ class DistributedContext:
 def join(device: str, timeout_minutes: float) -> DistributedContext:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone where they are unset.
 
-    Raises ConfigError when a GPU is asked for and there is none.
+    Raises ConfigError where device=cuda and torch sees no GPU.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -95,7 +95,7 @@ def _rendezvous_store(rank: int, size: int, timeout: timedelta) -> Store | None:
 
 
 def limit_groups(timeout_minutes: float) -> None:
-    """Gives every process group this timeout: those that DeepSpeed makes would wait torch's half hour."""
+    """Sets the timeout of every process group: those that DeepSpeed makes have torch's half hour."""
     if not dist.is_initialized():
         return
     for group in list(distributed_c10d._world.pg_map):

@@ -1,4 +1,4 @@
-"""Loss scaling for fp16, whose smallest gradients would be zero (Micikevicius et al. 2018, arXiv 1710.03740)."""
+"""Loss scaling for fp16, in which small gradients underflow (Micikevicius et al. 2018, arXiv 1710.03740, §3.2)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GROW_EVERY = 2_000
 
 
 class LossScale:
-    """The factor on the loss, always a power of two, so that it changes no digit of a gradient that fits.
+    """The factor on the loss: a power of two, so that it changes no digit of a gradient in range.
 
     An update whose gradients overflow is computed again at half the scale instead of being left out: masks and dropout
     are keyed by the step, so it is the same update, and every rank and engine does the same.
@@ -23,7 +23,7 @@ class LossScale:
         self._good = 0
 
     def lower(self) -> bool:
-        """After an overflow: True where the update can be computed again."""
+        """Halves the scale after an overflow; returns whether the update can be computed again."""
         self._good = 0
         if self.value <= 1.0:
             return False
@@ -31,16 +31,16 @@ class LossScale:
         return True
 
     def fitted(self) -> None:
-        """After an update that fitted."""
+        """Counts an update without overflow; doubles the scale after GROW_EVERY of them."""
         self._good += 1
         if self.dynamic and self._good >= GROW_EVERY:
             self._good, self.value = 0, min(2.0 * self.value, LARGEST)
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs, as plain JSON."""
+        """Returns the state for a resume, as plain JSON."""
         return {"value": self.value, "good": self._good} if self.dynamic else {}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Takes over a `state`; one of another precision starts anew."""
+        """Loads a `state`; one of another precision starts from the beginning."""
         if self.dynamic and state:
             self.value, self._good = float(state["value"]), int(state["good"])

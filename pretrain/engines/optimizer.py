@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from pretrain.config import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What Adam remembers of a parameter besides the number of its updates."""
+"""Adam's state of a parameter besides the number of its updates."""
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """AdamW groups: matrices and kernels decay, everything of one dimension (biases, norms, gains) does not."""
+    """Returns AdamW's groups: matrices and kernels decay, parameters of one dimension (biases, norms) do not."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.dim() > 1]
     plain = [parameter for parameter in trained if parameter.dim() <= 1]
@@ -25,13 +25,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 class GatedAdamW(torch.optim.AdamW):
-    """AdamW that leaves out updates of too large a norm. ZeRO calls `step` once per group, when it knows the norm."""
+    """AdamW (Loshchilov & Hutter 2019) that skips updates of too large a norm. ZeRO calls `step` once per group."""
 
     norm: Callable[[], float] = staticmethod(lambda: 0.0)
     limit = math.inf
 
     def step(self, closure: Any = None) -> Any:
-        """Updates; with a norm above the limit only counts, with one that is not finite does nothing."""
+        """Updates; only counts where the norm is above the limit, does nothing where it is not finite."""
         norm = self.norm()
         if not math.isfinite(norm):
             return None
@@ -45,13 +45,13 @@ class GatedAdamW(torch.optim.AdamW):
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig, fused: bool = False) -> GatedAdamW:
-    """AdamW as every engine here uses it (Loshchilov & Hutter 2019)."""
+    """Returns the optimizer that every engine uses; `fused`: torch's one kernel for all parameters."""
     groups = parameter_groups(module, config.weight_decay)
     return GatedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def first_state(owner: Tensor, step: int, fused: bool) -> dict[str, Tensor]:
-    """Adam's state of a parameter (or of ZeRO's flat part of many) after `step` updates, its moments still zero."""
+    """Returns Adam's state of a parameter (or of ZeRO's flat partition) after `step` updates, with zero moments."""
     device = owner.device if fused else torch.device("cpu")
     moments = {moment: torch.zeros_like(owner, requires_grad=False) for moment in MOMENTS}
     return {"step": torch.tensor(float(step), device=device), **moments}

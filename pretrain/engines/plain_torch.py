@@ -1,4 +1,4 @@
-"""Plain torch: the readable reference that the DeepSpeed engine is tested against."""
+"""The plain torch engine: the reference that the DeepSpeed engine is tested against."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretrain.train_module import TrainModule, TrainPlan
 
 
 class TorchEngine(Engine):
-    """Every rank holds everything; gradients are summed in one all-reduce."""
+    """Every rank holds all weights and moments; gradients are summed in one all-reduce."""
 
     def __init__(
         self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: DistributedContext
@@ -38,7 +38,7 @@ class TorchEngine(Engine):
     def _apply(self, lr: float, skip_above: float) -> float:
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in trained:
-            if parameter.grad is None:  # layer drop: DeepSpeed sees zeros there, too
+            if parameter.grad is None:  # layer drop: zeros, as under DeepSpeed
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in trained if parameter.grad is not None]
         if self.world.size > 1:

@@ -1,4 +1,4 @@
-"""The batches of an update that went wrong, kept as safetensors and JSON, and run again."""
+"""Keeps the batches of an update that went wrong, as safetensors and JSON, and computes them again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data_pipeline.core.atomic_files import write_json
+from data_pipeline.core.atomic_files import remove, write_json
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.types import Batch
 from pretrain.checkpointing.run_folder import RunFolder
@@ -27,24 +27,44 @@ MAX_KEPT = 20
 def save_batches(
     run: RunFolder, rank: int, ctx: StepContext, batches: Sequence[Batch], why: str, room: int = MAX_KEPT
 ) -> Path | None:
-    """Writes RUN/health/step_N/rank_R.safetensors and .json; None once `room` updates are kept."""
+    """Writes RUN/health/step_N/rank_R.safetensors and .json.
+
+    Args:
+        run: the run folder.
+        rank: this rank.
+        ctx: seed and step, with which `replay` draws the same masks.
+        batches: this rank's micro-batches.
+        why: the reason, one sentence.
+        room: most updates kept.
+
+    Returns:
+        The folder; None once `room` updates are kept, or where it cannot be written.
+
+    Raises:
+        StaleIncarnationError: when a newer start of the run exists.
+    """
+    run.require_current()
     folder = run.path / "health" / f"step_{ctx.step:08d}"
     if not folder.exists() and len(list(folder.parent.glob("step_*"))) >= room:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
         tensors |= {f"{i}/wave_BT": batch.wave_BT, f"{i}/lengths_B": batch.lengths_B}
         tensors |= {f"{i}/targets/{name}": target for name, target in batch.targets.items()}
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_tensors(contiguous, folder / f"rank_{rank}.safetensors")
     described = [{"keys": b.keys, "micro_batch": b.micro_batch, "labels": dict(b.labels)} for b in batches]
-    write_json(folder / f"rank_{rank}.json", {"seed": ctx.seed, "step": ctx.step, "why": why, "batches": described})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(contiguous, folder / f"rank_{rank}.safetensors")
+        write_json(folder / f"rank_{rank}.json", {"seed": ctx.seed, "step": ctx.step, "why": why, "batches": described})
+    except OSError:  # a full disk: monitoring never ends training
+        remove(folder)
+        return None
     return folder
 
 
 def load_batches(folder: Path) -> tuple[StepContext, list[Batch], str]:
-    """What all ranks wrote, in order of their micro-batches, and why. Raises ValueError where there is nothing."""
+    """Returns the batches that all ranks wrote, in order, and the reason. Raises ValueError where there are none."""
     batches: list[Batch] = []
     values: dict[str, Any] = {}
     for path in sorted(folder.glob("rank_*.json")):
@@ -67,7 +87,7 @@ def load_batches(folder: Path) -> tuple[StepContext, list[Batch], str]:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What one micro-batch did: its loss, gradient norm, the largest gradients, and the first module that broke."""
+    """One micro-batch computed again: loss, gradient norm, largest gradients, and the first module not finite."""
 
     keys: tuple[str, ...]
     seconds: float
@@ -79,7 +99,7 @@ class Replayed:
 
 
 def replay(module: TrainModule, ctx: StepContext, batches: Sequence[Batch]) -> list[Replayed]:
-    """Runs each micro-batch alone, with the draws that it had in training, and looks at losses and gradients."""
+    """Computes each micro-batch alone, with the draws that it had in training; returns losses and gradients."""
     module.train()
     results = []
     for batch in batches:

@@ -37,7 +37,7 @@ def add_frames(
     """Adds frames for the projector, with a row of values for each; those of earlier writers in the folder stay."""
     config = Path(board.log_dir) / "projector_config.pbtxt"
     if config.is_file() and not hasattr(board, "_projector_config"):
-        # torch writes the list anew with each SummaryWriter, and frames of the start before would be gone from it
+        # torch starts an empty list with each SummaryWriter, which would drop the frames of earlier starts
         listed = text_format.Parse(config.read_text(encoding="utf-8"), ProjectorConfig())
         for embedding in [e for e in listed.embeddings if int(e.tensor_name.rpartition(":")[2]) >= step]:
             listed.embeddings.remove(embedding)

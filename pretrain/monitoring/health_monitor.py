@@ -162,8 +162,8 @@ class HealthMonitor:
         alarm = Alarm(ctx.step, ctx.step, found)
         self._raise_alarm(alarm)
         if self.settings.on_nan == "stop":
-            where = f"the batch is kept: auricle replay {self._run.path}" if kept else "RUN/health is full: not kept"
-            raise UnhealthyError(f"{alarm.sentence} ({where})")
+            where = f"kept: auricle replay {self._run.path}" if kept else "not kept: RUN/health is full or not writable"
+            raise UnhealthyError(f"{alarm.sentence} (the batch is {where})")
         self.policy.why = alarm.sentence
         return self.policy.count_rollback(ctx.step, alarm.sentence)
 

@@ -1,8 +1,9 @@
-"""Says which rank is slow, and where it stands, before a hung job fails.
+"""Heartbeats: notes of what each rank is doing, to name the slow one before a job that hangs is ended.
 
-Each rank notes what it is doing; a thread writes that note to RUN/heartbeats/rank_N.json every few seconds. A note that
-stays the same nearly as long as a collective may take: the rank says who is the slowest, and its stacks go to its log,
-before anybody fails. Where Python itself is stuck, a C timer does that and ends the rank after the collective's time.
+A thread writes each rank's note to RUN/heartbeats/rank_N.start_K.json every few seconds. When a note stays the same
+nearly as long as a collective may take, the rank names the slowest one, and its stacks go to its log, before any
+collective fails. Where Python itself is stuck, a C timer writes the stacks and ends the rank after the collective's
+time.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import contextlib
 import faulthandler
 import json
 import math
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 PHASES = ("reading", "computing", "saving")
-"""In the order of one step; a rank in an earlier phase of an earlier step is the one that the others wait for."""
+"""In the order of one update; the other ranks wait for one in an earlier phase of an earlier update."""
 STDERR = 2
-"""The file descriptor, which the launcher has led to this rank's log."""
+"""The file descriptor; the launcher redirects it to this rank's log."""
 INTERVAL = 5.0
 """Seconds between writes."""
 
@@ -28,17 +31,30 @@ INTERVAL = 5.0
 class Heartbeat:
     """One rank's notes. Use as a context manager around the loop.
 
-    warn_seconds: a phase that takes longer is told about, with stacks; patience_seconds: … ends the process. start: the
-    incarnation of the run, by which its ranks are told from those that an earlier start had.
+    Args:
+        run_folder: the run.
+        rank: this rank.
+        patience_seconds: a phase that takes longer ends the process.
+        warn_seconds: a phase that takes longer is reported, with stacks.
+        start: the incarnation of the run; ranks of an earlier start are told apart by it, and have files of their own.
+        superseded: whether a newer start exists. This rank then stops writing its note, and its output leaves the
+            log that it shares with the newer start.
     """
 
     def __init__(
-        self, run_folder: Path, rank: int, patience_seconds: float, warn_seconds: float = math.inf, start: int = 0
+        self,
+        run_folder: Path,
+        rank: int,
+        patience_seconds: float,
+        warn_seconds: float = math.inf,
+        start: int = 0,
+        superseded: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._folder, self._path = run_folder, run_folder / "heartbeats" / f"rank_{rank}.json"
-        self._patience, self._warn = patience_seconds, warn_seconds
-        self._interval = min(INTERVAL, warn_seconds / 10)  # it tells after at most two of them more
-        self._told = 0.0
+        self._folder, self._rank, self._start = run_folder, rank, start
+        self._path = run_folder / "heartbeats" / f"rank_{rank}.start_{start}.json"
+        self._patience, self._warn, self._superseded = patience_seconds, warn_seconds, superseded
+        self._interval = min(INTERVAL, warn_seconds / 10)  # a report comes at most two of them late
+        self._reported = 0.0
         self._note: dict[str, Any] = {"start": start, "rank": rank, "step": 0, "phase": PHASES[0], "parts": 0}
         self._note["since"] = time.time()
         self._closed = threading.Event()
@@ -46,6 +62,10 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        for path in self._path.parent.glob(f"rank_{self._rank}.*"):  # of earlier starts
+            number = path.name.removeprefix(f"rank_{self._rank}.").removesuffix(".json").removeprefix("start_")
+            if number == "json" or (number.isdigit() and int(number) < self._start):
+                path.unlink(missing_ok=True)
         self._thread.start()
         return self
 
@@ -60,40 +80,63 @@ class Heartbeat:
         faulthandler.dump_traceback_later(self._patience, exit=True, file=STDERR)
 
     def part(self, name: str) -> None:
-        """It begins the next part of its phase. Ranks in a collective have begun more of them than who keeps them."""
+        """Notes the next part of the phase; ranks waiting in a collective are further along than the blocking rank."""
         self._note |= {"parts": self._note["parts"] + 1, "part": name}
 
     def _write(self) -> None:
         while True:
             last = self._closed.wait(self._interval)
+            if self._superseded():
+                self._leave_shared_log()
+                return
             temporary = self._path.with_suffix(".new")
             with contextlib.suppress(OSError):  # a full or absent disk may come back; a thread that ended does not
                 temporary.write_text(json.dumps(self._note), encoding="utf-8")
                 temporary.replace(self._path)
             if last:
                 return
-            if time.time() - self._note["since"] > self._warn and self._note["since"] != self._told:
-                self._told = self._note["since"]
-                self._closed.wait(self._interval)  # until the others have written where they stand, too
-                print(f"this rank hangs; {slowest(self._folder, self._note['start'])}", file=sys.stderr, flush=True)
+            if time.time() - self._note["since"] > self._warn and self._note["since"] != self._reported:
+                self._reported = self._note["since"]
+                self._closed.wait(self._interval)  # until the other ranks have written their notes, too
+                print(f"this rank hangs; {slowest(self._folder, self._start)}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=STDERR)
+
+    def _leave_shared_log(self) -> None:
+        """Redirects this process's output where it goes to the log that the newer start's rank writes, too."""
+        shared = self._folder / "logs" / f"rank_{self._rank}.log"
+        with contextlib.suppress(OSError):
+            if shared.exists() and os.path.samestat(shared.stat(), os.fstat(STDERR)):
+                own = shared.with_name(f"rank_{self._rank}.superseded_{self._start}.txt")
+                handle = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os.dup2(handle, 1)
+                os.dup2(handle, STDERR)
+                os.close(handle)
 
 
 def slowest(run_folder: Path, start: int, now: float | None = None) -> str:
-    """One sentence naming the rank that is furthest behind, or those, among the ranks of incarnation `start`; empty
-    where nothing is known of them. (An earlier start may have had more ranks, and its notes are still there.)
+    """Returns a sentence naming the rank that is furthest behind, or those, among the ranks of one start.
+
+    Args:
+        run_folder: the run.
+        start: the incarnation; notes of earlier starts, which may have had more ranks, do not count.
+        now: the time; for tests.
+
+    Returns:
+        Empty where there are no notes.
     """
     notes = []
     for path in sorted((run_folder / "heartbeats").glob("rank_*.json")):
         try:
             notes.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             continue
-    notes = [note for note in notes if note["start"] == start]
+    notes = [note for note in notes if isinstance(note, dict) and note.get("start") == start]
     if not notes:
         return ""
-    least = min(map(_place, notes))
-    behind = [note for note in notes if _place(note) == least]
+    least = min(map(_progress, notes))
+    behind = [note for note in notes if _progress(note) == least]
     first = behind[0]
     who = f"rank {first['rank']}" if len(behind) == 1 else f"one of {', '.join(str(note['rank']) for note in behind)}"
     doing = f"{first['phase']} ({first['part']})" if first.get("part") else first["phase"]
@@ -104,5 +147,5 @@ def slowest(run_folder: Path, start: int, now: float | None = None) -> str:
     )
 
 
-def _place(note: dict[str, Any]) -> tuple[int, int, int]:
+def _progress(note: dict[str, Any]) -> tuple[int, int, int]:
     return note["step"], PHASES.index(note["phase"]), note.get("parts", 0)

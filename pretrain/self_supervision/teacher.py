@@ -1,4 +1,4 @@
-"""Teachers: frozen copies of a module, moved after the optimizer's step."""
+"""EMA teachers: frozen copies of a module that follow it after each optimizer step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, source: nn.Module, decay: float, averaged: Callable[[str], bool] = lambda name: True) -> None:
-        """weight ← decay · weight + (1 − decay) · source's; what is not `averaged`, and buffers, are copied."""
+        """Moves the teacher: weight ← decay · weight + (1 − decay) · source's. Other weights and buffers are copied.
+
+        averaged: of a weight's name, whether it is averaged.
+        """
         theirs = dict(source.named_parameters())
         for name, weight in self.copy.named_parameters():
             mine, other = _local(weight), _local(theirs[name])
@@ -39,12 +42,12 @@ class Teacher(nn.Module):
 
 
 def all_but_positions(name: str) -> bool:
-    """What of an encoder data2vec and DinoSR average: their positions are the student's (fairseq `ema_layers_only`)."""
+    """Returns whether data2vec and DinoSR average a weight of the encoder: not its positions (`ema_layers_only`)."""
     return not name.startswith("positions.")
 
 
 def layer_teacher(model: SpeechModel) -> Teacher:
-    """A teacher of the encoder that also gives the feed-forward output of every block."""
+    """Returns a teacher of the encoder that also outputs the feed-forward part of every block."""
     teacher = Teacher(model.encoder)
     teacher.copy.keep_ffn = True  # type: ignore[assignment]
     return teacher
@@ -52,7 +55,8 @@ def layer_teacher(model: SpeechModel) -> Teacher:
 
 @torch.no_grad()
 def averaged_layers(output: EncoderOutput, top: int) -> Tensor:
-    """data2vec's target, (B, F, D) fp32: the last `top` feed-forward outputs, each normed over time, averaged."""
+    """Returns data2vec's target (arXiv 2202.03555, §3.3): the average of the last `top` feed-forward outputs, each
+    normalised over time per channel, (B, F, D) fp32."""
     chosen = output.ffn_layers[-top:]
     total = torch.zeros_like(chosen[0], dtype=torch.float32)
     for layer_BFD in chosen:
@@ -61,18 +65,18 @@ def averaged_layers(output: EncoderOutput, top: int) -> Tensor:
 
 
 def deviation(x_ND: Tensor) -> Tensor:
-    """Standard deviation over frames, averaged over channels: near 0 when all frames are alike, that is, collapsed."""
+    """Returns the standard deviation over frames, averaged over channels; near 0 for collapsed frames."""
     if len(x_ND) < 2:
         return torch.zeros((), device=x_ND.device)
     return x_ND.detach().float().std(0).mean()
 
 
 def annealed_decay(step: int, start: float, end: float, over_steps: int) -> float:
-    """Linear from `start` at step 0 to `end` at `over_steps` (data2vec, §3.3)."""
+    """Returns the decay of a step: linear from `start` at step 0 to `end` at `over_steps` (data2vec, §3.3)."""
     return end if step >= over_steps else start + (end - start) * step / over_steps
 
 
 def _local(weight: Tensor) -> Tensor:
-    """The weight, or under ZeRO-3 this rank's part of it: copies of one shape are cut alike."""
+    """Returns the weight, or under ZeRO-3 this rank's partition: copies of one shape are cut alike."""
     part: Tensor = getattr(weight, "ds_tensor", weight.data)
     return part

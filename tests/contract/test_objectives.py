@@ -154,6 +154,11 @@ def test_activation_checkpointing_changes_no_gradient(
 
 
 FRONT = pytest.mark.parametrize(("objective", "frontend"), [(o, f) for o in CASES for f in FRONTENDS])
+LAID_OUT = pytest.mark.parametrize(
+    ("objective", "frontend", "packed"),
+    [(o, f, False) for o in CASES for f in FRONTENDS] + [(o, "waveform_conv", True) for o in CASES],
+)
+"""Padded, and packed with the front end whose convolutions have no padding of their own."""
 
 
 def beside(good: Batch, *samples: int) -> Batch:
@@ -173,8 +178,7 @@ def short_lengths(module: TrainModule) -> tuple[int, int, int]:
     return 1, one - 1, one
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@FRONT
+@LAID_OUT
 def test_utterances_of_no_frame_and_of_one_change_nothing_for_the_others(
     objective: str, frontend: str, packed: bool
 ) -> None:
@@ -191,8 +195,7 @@ def test_utterances_of_no_frame_and_of_one_change_nothing_for_the_others(
     assert all(torch.isfinite(w.grad).all() for w in module.parameters() if w.grad is not None)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@FRONT
+@LAID_OUT
 def test_a_micro_batch_without_targets_gives_a_loss_of_zero_and_gradients_of_zero(
     objective: str, frontend: str, packed: bool
 ) -> None:
@@ -218,7 +221,7 @@ def test_the_shortest_usable_utterance_has_a_target(objective: str, frontend: st
     counts = [
         float(module.prepare(beside(batch((1.0,)), least), StepContext(3, step)).counts_K[0])
         - float(module.prepare(batch((1.0,)), StepContext(3, step)).counts_K[0])
-        for step in range(8)
+        for step in range(3)
     ]
     assert min(counts) > 0
 
@@ -229,7 +232,7 @@ def test_one_frame_of_every_utterance_stays_visible(objective: str, frontend: st
     module = make(objective, frontend, **({"mask_span": 10} if "mask_span" in CASES[objective] else {})).eval()
     least = module.model.frontend.least_samples
     data = beside(batch((1.0,)), *(least(frames) for frames in range(2, 13)))
-    for step in range(4):
+    for step in range(2):
         module.objective.record_next()
         run(module, data, StepContext(3, step))
         last = module.objective.monitoring().last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,12 @@ def config(steps: int = 6, **top: Any) -> Config:
     )
 
 
-def run(folder: Path, settings: Config, stop_after: int | None = None) -> tuple[Ending, Engine]:
+def run(
+    folder: Path,
+    settings: Config,
+    stop_after: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Ending, Engine]:
     """Starts a run once, as launch.workers.rank does."""
     torch.set_num_threads(1)
     run_folder = RunFolder(folder)
@@ -53,7 +59,7 @@ def run(folder: Path, settings: Config, stop_after: int | None = None) -> tuple[
         run_folder,
         Heartbeat(folder, 0, 600),
         lambda: stop_after is not None and next(polls) + 1 >= stop_after,
-        say=lambda line: None,
+        say=say,
     )
     return ending, engine
 

@@ -178,6 +178,75 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert run(tmp_path, config())[0] is Ending.FINISHED
 
 
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "in the loop"])
+def test_a_save_that_fails_once_is_tried_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: bool
+) -> None:
+    real, failures = checkpoint.save_tensors, iter([True])
+
+    def failing(*arguments: Any, **options: Any) -> None:
+        if next(failures, False):
+            raise OSError("no space left for a moment")
+        real(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", failing)
+    said: list[str] = []
+    settings = {"steps": 6, "checkpoint_every": 2, "keep_last": 3, "save_behind": behind}
+    run(tmp_path, config(train=settings), say=said.append)
+    reported = [line for line in said if "checkpoint" in line]
+    assert [line.split()[0] for line in reported] == ["warning:", "checkpoint", "checkpoint", "checkpoint"]
+    assert "step_00000002 cannot be saved (no space left for a moment); trying again" in reported[0]
+    assert all(Path(line.removeprefix("checkpoint ")).is_dir() for line in reported[1:])
+    assert checkpoint.damage(tmp_path / "checkpoints" / "step_00000002") == ""
+
+
+def test_a_save_that_fails_for_good_is_never_reported_as_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any, **options: Any) -> None:
+        raise OSError("no space left")
+
+    run(tmp_path, config(steps=2))
+    monkeypatch.setattr(checkpoint, "save_tensors", failing)
+    said: list[str] = []
+    with pytest.raises(OSError, match=r"step_00000004 cannot be saved, 2 tries failed: no space left"):
+        run(tmp_path, config(train={"steps": 40, "checkpoint_every": 4}), say=said.append)
+    assert not any(line.startswith("checkpoint") for line in said)
+    steps = [int(line.split()[1].split("/")[0]) for line in said if line.startswith("step ")]
+    assert max(steps) < 8, "noticed before the next checkpoint was due"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+
+
+def test_a_new_start_removes_what_killed_ones_left(tmp_path: Path) -> None:
+    run(tmp_path, config(steps=2))
+    folder = tmp_path / "checkpoints"
+    for name in (".step_00000004.1", ".step_00000006.2", ".stand_in_step_00000002"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    (folder / ".latest.4711").write_text("step_0000")
+    (folder / ".step_00000008.999").mkdir()  # of a start that is newer than this one
+    run(tmp_path, config(steps=4))
+    # the second start is number 2: its own name was free for the save at step 4
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".step_00000006.2",
+        ".step_00000008.999",
+        "latest",
+        "step_00000002",
+        "step_00000004",
+    ]
+
+
+def test_a_stand_in_that_latest_names_is_kept_until_it_is_replaced(tmp_path: Path) -> None:
+    run(tmp_path, config(steps=2))
+    folder = tmp_path / "checkpoints"
+    (folder / "step_00000002").rename(folder / ".stand_in_step_00000002")
+    (folder / "latest").write_text(".stand_in_step_00000002\n")
+    new = RunFolder(tmp_path)
+    new.claim()
+    checkpoint.remove_leftovers(new)
+    assert (folder / ".stand_in_step_00000002" / "state.json").is_file()
+
+
 def test_an_older_incarnation_writes_nothing_more(tmp_path: Path) -> None:
     old, new = RunFolder(tmp_path), RunFolder(tmp_path)
     assert (old.claim(), new.claim()) == (1, 2)

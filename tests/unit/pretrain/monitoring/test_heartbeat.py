@@ -36,7 +36,7 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
     )
     moving = moving.replace("    a_disk_that_never_answers()\n", "")
     assert subprocess.run([sys.executable, "-c", moving, str(tmp_path)], timeout=30).returncode == 0
-    note = json.loads((tmp_path / "heartbeats" / "rank_3.json").read_text())
+    note = json.loads((tmp_path / "heartbeats" / "rank_3.start_0.json").read_text())
     assert (note["step"], note["phase"]) == (7, "computing")
 
 
@@ -46,7 +46,7 @@ def test_a_disk_that_fails_for_a_while_ends_no_watch(tmp_path: Path) -> None:
         time.sleep(0.3)
         (tmp_path / "gone").rename(tmp_path / "heartbeats")
         heart.beat(7, "computing")
-    assert json.loads((tmp_path / "heartbeats" / "rank_0.json").read_text())["step"] == 7
+    assert json.loads((tmp_path / "heartbeats" / "rank_0.start_0.json").read_text())["step"] == 7
 
 
 def test_the_rank_furthest_behind_is_named(tmp_path: Path) -> None:
@@ -88,3 +88,51 @@ def test_ranks_that_wait_are_told_from_the_one_that_computes(tmp_path: Path) -> 
     assert "is rank 1: computing (backward pass) at step 9 for 5 s" in heartbeat.slowest(tmp_path, 1, now=1005.0)
     (folder / "rank_1.json").unlink()
     assert "is one of 0, 2: computing (sum of losses)" in heartbeat.slowest(tmp_path, 1, now=1005.0)
+
+
+def test_a_superseded_start_leaves_notes_and_log_to_the_newer_one(tmp_path: Path) -> None:
+    """Its process is started here, so that its output can go to a log of its own."""
+    script = """
+import sys, time
+from pathlib import Path
+from launch.workers.environment import log_to
+from pretrain.checkpointing.run_folder import RunFolder
+from pretrain.monitoring.heartbeat import Heartbeat
+path = Path(sys.argv[1])
+log_to(path / "logs" / "rank_0.log")
+run = RunFolder(path)
+run.claim()
+with Heartbeat(path, 0, 600, warn_seconds=0.5, start=run.incarnation, superseded=run.superseded) as heart:
+    heart.beat(1, "computing")
+    time.sleep(0.3)
+    print("first", flush=True)
+    RunFolder(path).claim()
+    newer = Heartbeat(path, 0, 600, warn_seconds=2.0, start=2)
+    with newer:
+        newer.beat(7, "computing")
+        time.sleep(0.5)
+        print("late", flush=True)
+        heart.beat(2, "computing")
+        time.sleep(0.3)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
+    notes = {path.name: json.loads(path.read_text()) for path in (tmp_path / "heartbeats").glob("*.json")}
+    assert set(notes) == {"rank_0.start_2.json"}, "those of older starts are removed and not written again"
+    assert notes["rank_0.start_2.json"]["step"] == 7
+    assert (tmp_path / "logs" / "rank_0.log").read_text() == "first\n"
+    assert (tmp_path / "logs" / "rank_0.superseded_1.txt").read_text() == "late\n"
+
+
+def test_only_older_notes_of_the_same_rank_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+    for name in ("rank_1.json", "rank_1.start_2.json", "rank_1.start_9.json", "rank_10.json", "rank_2.start_1.json"):
+        (folder / name).write_text("{}")
+    with heartbeat.Heartbeat(tmp_path, 1, 600, start=3):
+        pass
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "rank_1.start_3.json",
+        "rank_1.start_9.json",
+        "rank_10.json",
+        "rank_2.start_1.json",
+    ]
