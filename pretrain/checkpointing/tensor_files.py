@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,14 +12,19 @@ from torch import Tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file, readable to whom the umask lets (safetensors' own: to nobody else).
+    """Writes a safetensors file with the permissions of the umask; it appears whole or not at all.
 
-    Raises OSError where it cannot be written (safetensors: an error of its own).
+    Raises:
+        OSError: it cannot be written, whatever safetensors raises.
     """
-    path.touch()
-    mode = path.stat().st_mode
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # safetensors' own is readable by the owner alone
+        temporary.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(mode)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,14 +1,15 @@
-"""A run as one file that needs none of our code: TorchScript, or ONNX. (B, T) audio in, (B, F, D) features out.
+"""Exports a run as one file that needs none of this code: TorchScript or ONNX, (B, T) audio to (B, F, D) features.
 
 Unlike a Hugging Face folder this holds any architecture that can be traced: front end, encoder and, for models that
-want it, the normalisation of the wave. All rows of a batch are of one length: a graph knows no padding. Nothing is
-written unless what was exported, loaded again, gives our features for other batch sizes and lengths than it was made
-with.
+need it, the normalisation of the wave. All rows of a batch have the same length: a graph has no padding. Nothing is
+written unless the exported graph, loaded again, reproduces our features for other batch sizes and lengths than those
+that it was traced with.
 """
 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
 import tempfile
@@ -20,22 +21,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.core.atomic_files import write_synced
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.config import Config
 from pretrain.interfaces.models import Encoder, SpeechModel
+from pretrain.nn.block_stack import StackConfig
 
 Format = Literal["torchscript", "onnx"]
 FILES: dict[Format, str] = {"torchscript": "model.ts", "onnx": "model.onnx"}
 TOLERANCE: dict[Format, float] = {"torchscript": 1e-5, "onnx": 1e-4}
 """Largest difference as a share of the largest feature, in fp32: an ONNX runtime sums in another order than torch."""
 CHECKED = ((1, 16_000), (3, 11_680), (2, 36_123))
-"""Rows and samples of the audio that is compared; the graph is made with two rows of 24,000 samples."""
+"""Rows and samples of the audio that is compared; the graph is traced with two rows of 24,000 samples."""
 Run = Callable[[Tensor], Tensor]
 
 
 class Features(nn.Module):
-    """What is exported: one layer of the frozen model."""
+    """One layer of the frozen model, as it is exported."""
 
     def __init__(self, model: SpeechModel, layer: int) -> None:
         super().__init__()
@@ -46,17 +49,29 @@ class Features(nn.Module):
             model.encoder.stop_after = layer
 
     def forward(self, wave_BT: Tensor) -> Tensor:
-        """(B, T) audio at 16 kHz to (B, F, D)."""
+        """Returns the layer's output, (B, F, D), for (B, T) audio at 16 kHz."""
         lengths_B = torch.full((wave_BT.shape[0],), wave_BT.shape[1], dtype=torch.int64, device=wave_BT.device)
         layers: tuple[Tensor, ...] = self.model(wave_BT, lengths_B).layers
         return layers[self.layer]
 
 
 def export_graph(config: Config, model: SpeechModel, folder: Path, kind: Format, layer: int = -1) -> float:
-    """Writes the graph and features.json, which describes it; returns the worst error of the gate, as in TOLERANCE.
+    """Writes the graph and features.json, which describes it.
 
-    layer: 0 is what enters the first block; -1: the last. Raises ConfigError for a layer that the model does not have,
-    an architecture that cannot be exported, a missing package, an existing folder, and when the gate fails.
+    Args:
+        config: the config that `model` was trained with.
+        model: front end and encoder.
+        folder: must not exist; appears whole or not at all.
+        kind: "torchscript" or "onnx".
+        layer: 0 is the input of the first block; -1 the last layer.
+
+    Returns:
+        The largest error of the gate, as in TOLERANCE.
+
+    Raises:
+        ConfigError: the model lacks the layer, its architecture cannot be exported, a package is missing, `folder`
+            exists, or the exported graph gives other features.
+        OSError: the folder cannot be written; nothing of it is left.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists; give a new folder to export to")
@@ -91,7 +106,10 @@ def export_graph(config: Config, model: SpeechModel, folder: Path, kind: Format,
 
 @torch.no_grad()
 def gate(features: Features, run: Run) -> float:
-    """Largest difference over all checked shapes, as a share of the largest feature; infinite where a shape fails."""
+    """Returns the largest difference over all CHECKED shapes, as a share of the largest feature; inf for a wrong shape.
+
+    Raises ConfigError where the graph does not run on one of them.
+    """
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for rows, samples in CHECKED:
         wave_BT = 0.1 * torch.randn(rows, samples, generator=generator)
@@ -109,18 +127,18 @@ def gate(features: Features, run: Run) -> float:
 
 
 def _made(features: Features, file: Path, kind: Format, config: Config) -> Run:
-    """Exports to `file`, and loads it as anybody would."""
+    """Exports to `file` and loads it as other tools would."""
     if kind == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tracing; the gate is what tells
+            warnings.simplefilter("ignore")  # about tracing; the gate decides
             if kind == "torchscript":
                 return _torchscript(features, file)
             return _onnx(features, file)
-    except ConfigError:
+    except (ConfigError, OSError):
         raise
-    except Exception as error:  # what an exporter cannot trace, it says by any exception
+    except Exception as error:  # exporters raise any type for what they cannot trace
         raise ConfigError(
             f"{_architecture(config)} cannot be exported as {kind}: {_first(error)}. The run's own checkpoint stays"
         ) from None
@@ -128,7 +146,10 @@ def _made(features: Features, file: Path, kind: Format, config: Config) -> Run:
 
 def _torchscript(features: Features, file: Path) -> Run:
     traced: Any = torch.jit.trace(features, 0.1 * torch.randn(2, 24_000), check_trace=False)  # type: ignore[no-untyped-call]
-    torch.jit.save(traced, str(file))
+    # through memory: torch's own writer ends the process where the disk is full
+    content = io.BytesIO()
+    torch.jit.save(traced, content)
+    write_synced(file, content.getvalue())
     loaded: Run = torch.jit.load(str(file))  # type: ignore[no-untyped-call]
     return loaded
 
@@ -145,16 +166,10 @@ def _onnx(features: Features, file: Path) -> Run:
         strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    torch.onnx.export(
-        program,
-        (),
-        str(file),
-        input_names=["wave"],
-        output_names=["features"],
-        dynamo=True,
-        external_data=False,
-        verbose=False,
+    made: Any = torch.onnx.export(
+        program, (), input_names=["wave"], output_names=["features"], dynamo=True, verbose=False
     )
+    write_synced(file, made.model_proto.SerializeToString())
     session = InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def run(wave_BT: Tensor) -> Tensor:
@@ -172,11 +187,12 @@ def _require(*packages: str) -> None:
 
 
 def _architecture(config: Config) -> str:
-    attention = f", encoder.attention={config.encoder.attention}" if hasattr(config.encoder, "attention") else ""
+    encoder = config.encoder
+    attention = f", encoder.attention={encoder.attention}" if isinstance(encoder, StackConfig) else ""
     return f"frontend.name={config.frontend.name}, encoder.name={config.encoder.name}{attention}"
 
 
 def _first(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line] or lines or [""]  # TorchScript puts the cause last
-    return f"{type(error).__name__}: {telling[-1]}"[:300]
+    causes = [line for line in lines if "Error" in line] or lines or [""]  # TorchScript puts the cause last
+    return f"{type(error).__name__}: {causes[-1]}"[:300]
