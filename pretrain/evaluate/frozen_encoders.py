@@ -13,12 +13,14 @@ from torch import Tensor
 
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import dump
+from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.weights import load_checkpoint
 from pretrain.config import Config
 from pretrain.evaluate import hf_encoder
 from pretrain.evaluate.hf_encoder import HuggingFaceModel
 from pretrain.interfaces.models import SpeechModel
+from pretrain.nn.numerics import pad_audio
 from pretrain.nn.spectral import LogMel
 from pretrain.train_module import build_model
 
@@ -90,10 +92,12 @@ def freeze(
 ) -> FrozenEncoder:
     """Puts a model into evaluation mode on a device and wraps it."""
     model.eval().to(device)
+    shortest = model.least_samples() if isinstance(model, HuggingFaceModel) else model.frontend.least_samples()
 
     @torch.inference_mode()
     def encode(wave_T: Tensor) -> Tensor:
-        encoded = model(wave_T[None].to(device), torch.tensor([len(wave_T)], device=device))
+        wave_1T = pad_audio(wave_T[None], shortest).to(device)  # at least one frame, of silence for the most part
+        encoded = model(wave_1T, torch.tensor([wave_1T.shape[1]], device=device))
         return torch.stack([layer[0] for layer in encoded.layers]).cpu()
 
     return FrozenEncoder(name, encode, model.shape.rate_hz, step, fresh)
@@ -105,10 +109,11 @@ def log_mel_with_context(context: int = 10, n_mels: int = 80, rate_hz: float = 5
 
     @torch.inference_mode()
     def encode(wave_T: Tensor) -> Tensor:
-        frames_FD = mel(wave_T[None], torch.tensor([len(wave_T)])).x_BFD[0]
+        wave_1T = pad_audio(wave_T[None], int(SAMPLE_RATE / rate_hz) + mel.window)
+        frames_FD = mel(wave_1T, torch.tensor([wave_1T.shape[1]])).x_BFD[0]
         padded = torch.nn.functional.pad(frames_FD.T, (context, context)).T
         windows_FDC = padded.unfold(0, 2 * context + 1, 1)
-        centre_s = (np.arange(int(len(wave_T) / 16_000 * rate_hz)) + 0.5) / rate_hz
+        centre_s = (np.arange(max(1, int(len(wave_T) / SAMPLE_RATE * rate_hz))) + 0.5) / rate_hz
         # a mel frame of 25 ms every 10 ms has its middle at 10·f + 12.5 ms
         nearest = np.clip(np.rint((centre_s - 0.0125) * mel.rate_hz), 0, len(frames_FD) - 1).astype(np.int64)
         return windows_FDC[torch.from_numpy(nearest)].flatten(1)[None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import ConfigError
 from pretrain.interfaces.frames import EncoderOutput
-from pretrain.interfaces.models import ModelShape
+from pretrain.interfaces.models import ModelShape, shortest_input
 from pretrain.interop import hf_folder
 
 UNUSED = ("masked_spec_embed",)
@@ -40,6 +40,10 @@ class HuggingFaceModel(nn.Module):
         """Returns the frames of audio of so many samples."""
         frames_B: Tensor = self.net._get_feat_extract_output_lengths(lengths_B)
         return frames_B
+
+    def least_samples(self) -> int:
+        """Returns the shortest audio, in samples, that gives a frame."""
+        return shortest_input(self.feature_lengths)
 
     def forward(self, wave_BT: Tensor, lengths_B: Tensor, dropped_BF: Tensor | None = None) -> EncoderOutput:
         """Encodes (B, T) audio; features are set to 0 where `dropped_BF`."""

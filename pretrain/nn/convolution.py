@@ -70,7 +70,8 @@ def time_conv(
         (B, F', E) with F' = (F + 2 · padding − K) // stride + 1, in autocast's type where autocast is on.
     """
     device = x_BFD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BFD.dtype
+    under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if under_autocast else x_BFD.dtype
     if dtype not in REDUCED:
         return _convolve(x_BFD, weight_EDK, bias_E, stride, padding, groups)
     shape = ConvShape(x_BFD.shape[2], weight_EDK.shape[0], weight_EDK.shape[2], stride, padding, groups)

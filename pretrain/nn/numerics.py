@@ -61,6 +61,12 @@ def stack_frames(frames: Frames, ratio: int) -> Frames:
     return Frames(x_BFD, frames.lengths_B // ratio, frames.rate_hz / ratio)
 
 
+def pad_audio(wave_BT: Tensor, samples: int) -> Tensor:
+    """Appends zeros to (B, T) audio of fewer than `samples` samples, so that convolutions find a whole window."""
+    missing = samples - wave_BT.shape[1]
+    return torch.nn.functional.pad(wave_BT, (0, missing)) if missing > 0 else wave_BT
+
+
 def zero_padding(x_BFD: Tensor, lengths_B: Tensor) -> Tensor:
     """`x_BFD` with zeros beyond each length."""
     valid_BF = torch.arange(x_BFD.shape[1], device=x_BFD.device)[None] < lengths_B[:, None]

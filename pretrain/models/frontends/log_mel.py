@@ -14,7 +14,7 @@ from pretrain.interfaces.frames import Frames
 from pretrain.interfaces.models import Frontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
-from pretrain.nn.numerics import zero_padding
+from pretrain.nn.numerics import pad_audio, zero_padding
 from pretrain.nn.packing import Packing, TimeGrid
 from pretrain.nn.spectral import LogMel, Normalize
 
@@ -48,6 +48,7 @@ class LogMelFrontend(Frontend):
         self.norm = nn.LayerNorm(widths[-1])
         self.linear = nn.Linear(widths[-1], dim)
         self.dropout = Dropout(config.dropout)
+        self.shortest = self.least_samples()
 
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
         return self.mel.lengths(lengths_B)
@@ -56,7 +57,7 @@ class LogMelFrontend(Frontend):
         return self.mel.lengths(lengths_B) // self.subsampling
 
     def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
-        frames: Frames = self.mel(wave_BT, lengths_B)
+        frames: Frames = self.mel(pad_audio(wave_BT, self.shortest), lengths_B)
         return frames
 
     def project(self, features: Frames) -> Frames:

@@ -17,7 +17,7 @@ from pretrain.interfaces.frames import Frames
 from pretrain.interfaces.models import Frontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
-from pretrain.nn.numerics import stack_frames, zero_padding
+from pretrain.nn.numerics import pad_audio, stack_frames, zero_padding
 from pretrain.nn.packing import Packing, packed_strided
 from pretrain.nn.spectral import LogMel, TorchaudioMfcc
 
@@ -77,6 +77,7 @@ class Multiscale(Frontend):
         self.dropout = Dropout(config.dropout)
         self.register_buffer("gate_means", torch.full((len(BRANCHES),), 1 / len(BRANCHES)), persistent=False)
         self.gate_means: Tensor
+        self.shortest = self.least_samples()
 
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
         return self.mel.lengths(lengths_B)
@@ -85,6 +86,7 @@ class Multiscale(Frontend):
         return self.mel.lengths(lengths_B) // self.subsampling
 
     def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        wave_BT = pad_audio(wave_BT, self.shortest)
         mel: Frames = self.mel(wave_BT, lengths_B)
         n_frames = mel.x_BFD.shape[1]
         # the long window is centred on the short one, with silence around the audio

@@ -16,7 +16,7 @@ from pretrain.interfaces.frames import Frames
 from pretrain.interfaces.models import Frontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
-from pretrain.nn.numerics import masked_deviation, scale_gradient, zero_padding
+from pretrain.nn.numerics import masked_deviation, pad_audio, scale_gradient, zero_padding
 from pretrain.nn.packing import Packing, packed_strided
 from pretrain.nn.spectral import normalize_wave
 
@@ -124,6 +124,7 @@ class WaveformConv(Frontend):
         self.dropout = Dropout(config.dropout)
         self.register_buffer("stem_deviation", torch.zeros(()), persistent=False)
         self.stem_deviation: Tensor
+        self.shortest = self.least_samples()
 
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
@@ -134,6 +135,7 @@ class WaveformConv(Frontend):
         return self.feature_lengths(lengths_B)
 
     def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        wave_BT = pad_audio(wave_BT, self.shortest)
         if self.normalize:
             wave_BT = normalize_wave(wave_BT, lengths_B)
         frame_lengths_B = self.feature_lengths(lengths_B)

@@ -12,7 +12,7 @@ from data_pipeline.core.schema import load
 from pretrain import registry
 from pretrain.interfaces.models import Frontend
 from pretrain.models.frontends.multiscale import Multiscale
-from tests.support.contract_cases import batch, make
+from tests.support.contract_cases import batch
 
 CASES: dict[str, dict[str, Any]] = {
     "log_mel 50 Hz": {"name": "log_mel", "subsampling": 2},
@@ -70,6 +70,37 @@ def test_the_gate_is_logged() -> None:
     assert float(sum(gates.values())) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_too_short_audio_is_named() -> None:
-    with pytest.raises(ValueError, match="shorter than one window"):
-        make("best_rq").model(torch.zeros(1, 100), torch.tensor([100]))
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_the_shortest_input_gives_one_frame_and_a_sample_less_none(case: str, packed: bool) -> None:
+    module = frontend(case)
+    module.packed = packed
+    shortest = module.least_samples()
+    assert module.frame_lengths(torch.tensor([shortest, shortest - 1])).tolist() == [1, 0]
+    for samples, expected in ((shortest, 1), (shortest - 1, 0), (1, 0)):
+        frames = module.project(module.extract(torch.randn(1, samples), torch.tensor([samples])))
+        assert frames.lengths_B.tolist() == [expected]
+        assert frames.x_BFD.isfinite().all()
+        assert frames.x_BFD[:, :expected].abs().max() > 0 if expected else not frames.x_BFD.any()
+    assert all(
+        int(module.frame_lengths(torch.tensor(module.least_samples(n)))) == n
+        and int(module.frame_lengths(torch.tensor(module.least_samples(n) - 1))) == n - 1
+        for n in (2, 3, 10)
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_without_a_frame_change_nothing_for_others(case: str, packed: bool) -> None:
+    """Beside a row of one second: an empty row, one of a sample, and one that lacks a sample for its first frame."""
+    module = frontend(case)
+    module.packed = packed
+    lengths_B = torch.tensor([16_000, 0, 1, module.least_samples() - 1])
+    wave_BT = torch.zeros(4, 16_000)
+    for row, samples in enumerate(lengths_B.tolist()):
+        wave_BT[row, :samples] = batch((1.0,), first_seed=row).wave_BT[0, :samples]
+    frames = module.project(module.extract(wave_BT, lengths_B))
+    alone = module.project(module.extract(wave_BT[:1], lengths_B[:1]))
+    assert frames.lengths_B.tolist()[1:] == [0, 0, 0]
+    assert not frames.x_BFD[1:].any()
+    torch.testing.assert_close(frames.x_BFD[0], alone.x_BFD[0], rtol=1e-4, atol=2e-5)
