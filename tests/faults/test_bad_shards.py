@@ -1,4 +1,4 @@
-"""Two ranks and a shard that was altered after it was checked: both end, or both go on without it."""
+"""Two ranks and a shard that was altered after it was checked: both end, or both continue without it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def altered(tmp_path: Path) -> Path:
 
 
 def ends(folder: Path) -> list[tuple[int, str]]:
-    """Exit code and stderr of both ranks; fails if one hangs."""
+    """Returns exit code and stderr of both ranks; fails if one hangs."""
     processes = start(folder, 2)
     try:
         return [(p.wait(timeout=200), (p.stderr.read() if p.stderr else b"").decode()) for p in processes]

@@ -1,4 +1,4 @@
-"""kill -9 in every link of a HuBERT chain; the same command goes on and ends with the bits of an undisturbed chain."""
+"""SIGKILL in every job of a HuBERT chain: the same command continues and gives bitwise the undisturbed result."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def start(shards: Path, runs: Path) -> Job:
 
 
 def kill_when(shards: Path, runs: Path, due: Callable[[], bool]) -> None:
-    """Kills the command and all that it started, as soon as `due`."""
+    """Kills the command and all processes that it started, as soon as `due`."""
     job, deadline = start(shards, runs), time.monotonic() + 600
     try:
         while not due():
@@ -60,7 +60,7 @@ def finish(shards: Path, runs: Path) -> None:
 
 
 def made(runs: Path) -> dict[str, bytes]:
-    """What a chain leaves: centres and labels of both turns, and both models. Their files also hold paths."""
+    """Returns the results of a chain: centres and labels of both iterations, and both models."""
     found = {}
     for file in sorted([*runs.glob("toy-it?-labels/labels/*.parquet"), *runs.glob("toy-it?-labels/labels/kmeans.*")]):
         if file.suffix == ".parquet":

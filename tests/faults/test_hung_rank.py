@@ -1,4 +1,4 @@
-"""One rank of two hangs: the other gives up in time and names it, and its stacks are in its log by then."""
+"""One rank of two hangs: the other one ends in time and names it, and the stacks of the hung rank are in its log."""
 
 from __future__ import annotations
 

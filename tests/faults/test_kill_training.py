@@ -1,4 +1,4 @@
-"""kill -9 in the middle of training; the same command again ends with the same bits."""
+"""SIGKILL during training: the same command continues and gives bitwise the undisturbed result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def kill_after(folder: Path, process: subprocess.Popen[bytes], step: int, extra: float) -> None:
-    """SIGKILL `extra` seconds after the row of `step` was written."""
+    """Sends SIGKILL `extra` seconds after the row of `step` was written."""
     deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in read_rows(folder / "metrics.jsonl")):
         assert process.poll() is None, (process.stderr.read() if process.stderr else b"").decode()

@@ -1,4 +1,4 @@
-"""Exactly once: whatever is killed, run twice or filled up, the bytes are those of an undisturbed run."""
+"""Exactly once: after kills, concurrent jobs and a full disk, the shards are those of an undisturbed job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.sounds import contents, many, write_corpus
 
 
 class Setting:
-    """A corpus, and what an undisturbed job makes of it."""
+    """A corpus, and the shards that an undisturbed job writes from it."""
 
     def __init__(self, folder: Path, files: int, seconds: float) -> None:
         self.folder = folder
@@ -28,7 +28,7 @@ class Setting:
         self.whole = contents(folder / "whole")
 
     def config(self, name: str, **ray: Any) -> dict[str, Any]:
-        """Opus, since that takes longest and is hardest to make the same twice."""
+        """Opus: encoding takes longest, and equal bytes are hardest to reach."""
         return {
             "out": str(self.folder / name),
             "corpus": {"name": "path", "path": str(self.corpus)},
@@ -39,7 +39,7 @@ class Setting:
         }
 
     def survives(self, name: str, kinds: list[str], seed: int) -> Counter[str]:
-        """The kills that happened; the result equals the undisturbed one."""
+        """Returns the kills that happened; asserts that the result equals the undisturbed one."""
         killed = kills.survive(self.config(name), self.folder / f"job-{name}", kinds, seed)
         assert contents(self.folder / name) == self.whole
         assert not list(verify(str(self.folder / name), decode=False))

@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes: one is lost in training, one in preprocessing; both end as if nothing had happened."""
+"""A Ray cluster loses a node in training and one in preprocessing; the results are those of undisturbed jobs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A raylet on this machine, one core, to which the tests add others; a dead one is noticed in seconds."""
+    """A cluster of one node with one core, to which tests add nodes; a dead node is detected within seconds."""
     from ray.cluster_utils import Cluster
 
     quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
@@ -51,7 +51,7 @@ def pretrain(base: Path, name: str, *launcher: str) -> subprocess.Popen[bytes]:
 
 
 def power_off(cluster: Any, node: Any) -> None:
-    """Everything on the node is gone at once: raylet, actors, and the ranks below them."""
+    """Kills everything on the node at once: raylet, workers, and the ranks below them."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     for process in [*raylet.children(recursive=True), raylet]:
         process.kill()
@@ -112,7 +112,7 @@ def test_a_node_lost_in_preprocessing_leaves_the_same_bytes(tmp_path: Path, clus
 
 
 def works(process: psutil.Process) -> bool:
-    """Whether it is a worker with a unit in hand."""
+    """Whether the process is a worker that processes a unit."""
     try:
         return "process_unit" in " ".join(process.cmdline())
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""Jobs handed to a real Ray cluster as Ray Jobs; who listens where; hostile names in an entrypoint."""
+"""Ray Jobs on a real Ray cluster; interfaces that Ray listens on; hostile names in an entrypoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HOSTILE = "x$(touch pwned);`touch pwned`&touch pwned|'\" #"
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray of one node, closed to all who do not know its token; its dashboard's address."""
+    """The dashboard's address of a cluster of one node that requires a token."""
     port, gcs = free_port(), free_port()
     folder = tmp_path_factory.mktemp("r")
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
@@ -64,7 +64,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def answers(address: str) -> bool:
-    """Whether the dashboard takes jobs."""
+    """Whether the dashboard accepts jobs."""
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -77,7 +77,7 @@ def answers(address: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(560)
 def test_a_chain_of_ray_jobs(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Preprocessing and, once it has succeeded, a run; then all of it stands."""
+    """Preprocessing and, after its success, a run; the same command then skips both."""
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "speech", many(6, 2.0))
     toy = [f"pretrain.{line}" for line in (*TOY, "train.steps=4", f"name={HOSTILE.replace('/', '')}")]
@@ -103,7 +103,7 @@ def test_a_chain_of_ray_jobs(head: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_dashboard_is_on_the_loopback_and_wants_the_token(head: str) -> None:
+def test_the_dashboard_is_on_the_loopback_and_requires_the_token(head: str) -> None:
     port = int(head.rpartition(":")[2])
     listening = [entry.laddr.ip for entry in psutil.net_connections("tcp") if is_server(entry, port)]
     assert listening == ["127.0.0.1"]
@@ -127,7 +127,7 @@ ray_driver.main(["."])
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("started", [PREPROCESSING, DRIVER], ids=["preprocessing", "driver"])
 def test_a_ray_that_auricle_starts_listens_on_the_loopback_only(started: str) -> None:
-    """As `ss -ltn` would show: all sockets of all its processes."""
+    """Checks all listening sockets of all of Ray's processes."""
     code = (
         "import psutil, sys\n"
         "def look(given=None):\n"
@@ -160,7 +160,7 @@ def test_what_waits_for_a_failed_job_does_not_start(capsys: pytest.CaptureFixtur
 def test_the_whole_chain_of_ray_jobs(
     head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Preprocessing, labels, a training and its evaluation, each a Ray Job that waits for the one before."""
+    """Preprocessing, labels, pretraining and evaluation, each a Ray Job that waits for the one before."""
     monkeypatch.chdir(tmp_path)
     turns = whole_chain.ONE_TURN
     whole_chain.write(tmp_path)

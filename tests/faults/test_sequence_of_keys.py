@@ -1,4 +1,4 @@
-"""kill -9 at random moments, resumed on one rank and on two in turn: every step sees the keys of an uninterrupted run.
+"""SIGKILL at random times, resumed on one and two ranks in turn: each step reads the keys of an undisturbed run.
 
 The reader notes each step it hands over. A killed run may hand a step over twice (it died before the checkpoint), but
 never another one, and at the end none may be missing. `make prove-slow` runs the long form: 21 kills over ZeRO 1–3.
@@ -22,14 +22,14 @@ from tests.support.tiny_shards import sounds, write_shards
 
 
 def finish(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Waits for a good end."""
+    """Waits for the process; fails unless it succeeds."""
     for process in processes:
         _, said = process.communicate(timeout=240)
         assert process.returncode == 0, said.decode()
 
 
 def kill_at(folder: Path, processes: list[subprocess.Popen[bytes]], step: int, wait: float) -> None:
-    """SIGKILL to all ranks, `wait` seconds after the row of `step` was written, or as they end."""
+    """Sends SIGKILL to all ranks, `wait` seconds after the row of `step` was written, or as they end."""
     deadline = time.monotonic() + 240
     while not any(row["step"] >= step for row in read_rows(folder / "metrics.jsonl")):
         if any(process.poll() not in (None, 0) for process in processes):
@@ -44,7 +44,7 @@ def kill_at(folder: Path, processes: list[subprocess.Popen[bytes]], step: int, w
 
 
 def soak(tmp_path: Path, engine: dict[str, Any], kills: int, seed: int, worlds: tuple[int, ...] = (1, 2)) -> None:
-    """One run without and one with kills, on `worlds` ranks in turn; compares what they read and learned."""
+    """Compares keys and losses of a run without kills and one with kills, on `worlds` ranks in turn."""
     rng, steps = random.Random(seed), 3 * kills + 6
     shards = write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(60)])])
     whole = prepare(tmp_path, "whole", shards, engine, steps)

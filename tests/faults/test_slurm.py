@@ -1,4 +1,4 @@
-"""A real SLURM does its worst to real runs; each ends with the bits of the undisturbed one."""
+"""Faults of a real SLURM cluster: each run ends with bitwise the result of the undisturbed one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.faults.mini_slurm import require_slurm, wait_for
 from tests.support.faults.site import ON_SLURM, STEPS, TOY, ZERO, Site, learned, site_at, starts, variable
 
 EARLY = 8
-"""A fault strikes after this step and before the first checkpoint, or …"""
+"""Step after which a fault is injected: before the first checkpoint, or …"""
 LATE = 24
 """… between two checkpoints."""
 
@@ -34,7 +34,7 @@ HOSTILE_SHARDS = "/nowhere/$(touch pwned)"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Twelve nodes."""
+    """A cluster of twelve nodes."""
     require_slurm()
     with site_at(tmp_path_factory.mktemp("slurm"), 12) as site:
         yield site
@@ -42,7 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def runs(site: Site) -> Site:
-    """Side by side: a calm run, one that is warned of its time limit, one that loses a rank, and a chain of jobs."""
+    """In parallel: an undisturbed run, one warned of its time limit, one that loses a rank, and a chain of jobs."""
     synthesise(site.base / "speech", 12)
     for name in ("calm", "warned", "struck"):
         site.submit(name)
@@ -55,7 +55,7 @@ def runs(site: Site) -> Site:
 
 
 def pipeline(site: Site) -> list[str]:
-    """Preprocessing on a Ray of two nodes, and a run that waits for it."""
+    """Returns the command for preprocessing on a Ray cluster of two nodes, and a run that depends on it."""
     folder = site.base / "chain"
     toy = [f"pretrain.{line}" for line in TOY]
     corpus = [f"preprocess.corpus.path={site.base / 'speech'}", "preprocess.min_shards=4"]
@@ -65,7 +65,7 @@ def pipeline(site: Site) -> list[str]:
 
 @pytest.fixture(scope="module")
 def bereaved(runs: Site) -> Site:
-    """Two runs at once: one whose second node loses its power, one whose second node loses its slurmd."""
+    """In parallel: a run whose second node loses power, and one whose second node loses its slurmd."""
     runs.finish("calm")
     for name in ("bereft", "orphaned"):
         runs.submit(name)
@@ -84,7 +84,7 @@ def bereaved(runs: Site) -> Site:
 
 
 def submit_others(site: Site) -> None:
-    """Small jobs: a sweep, a run that diverges, one with hostile names, and one that waits for one that fails."""
+    """Submits a sweep, a run that diverges, one with hostile names, and one that depends on one that fails."""
     plain = (*ON_SLURM, f"runs={site.base}", f"data.shards={site.base / 'shards'}", "launcher.nodes=1")
     assert main.main(["pretrain", *TOY, *plain, "name=swept", "train.steps=3", "seed=1,2", "--multirun"]) == 0
     for number in (0, 1):
@@ -96,7 +96,7 @@ def submit_others(site: Site) -> None:
 
 
 def same_bits(site: Site, name: str, undisturbed: str = "calm") -> None:
-    """What the run read, its every loss and its last weights are those of the calm run."""
+    """Asserts that keys, losses and final weights of a run are bitwise those of the undisturbed one."""
     calm, other = site.base / undisturbed, site.base / name
     assert handed_over(other) == handed_over(calm)
     assert len(handed_over(other)) == 2 * STEPS, "each step's two micro-batches"
@@ -140,7 +140,7 @@ def test_a_lost_node_or_slurmd_is_replaced(bereaved: Site, name: str) -> None:
 def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(
     runs: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A Ray of two nodes writes the bytes that one process writes, a run waits for them, and then all of it stands."""
+    """Ray on two nodes writes the bytes that one process writes; a run depends on them; a repeat skips both."""
     folder = runs.base / "chain"
     for name in ("preprocess", "chained"):
         runs.handles[f"chain/runs/{name}"] = read_record(folder / "runs" / name).handle
@@ -173,7 +173,7 @@ def test_a_sweep_is_an_array(bereaved: Site, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.timeout(400)
 def test_an_unhealthy_run_is_not_tried_again(bereaved: Site) -> None:
-    """Its learning rate is so large that the loss is soon no number."""
+    """Its learning rate is so large that the loss soon becomes NaN."""
     wait_for(lambda: bereaved.state("ill") == "FAILED", 120, "the end of the job", lambda: bereaved.log("ill"))
     assert "the run is unhealthy: not tried again" in (bereaved.base / "ill" / "logs" / "slurm.log").read_text()
     assert starts(bereaved.base / "ill") == 1
@@ -206,10 +206,10 @@ def test_a_chain_stops_at_its_first_failure(bereaved: Site) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_cut_off_node_does_no_harm(runs: Site) -> None:
-    """Split brain, twice: the only rank of a run computes on, in vain, while its job has been started elsewhere.
+    """Split brain, twice: the only rank of a run continues although its job has been started elsewhere.
 
-    One node's cable is mended when all is over there, the other's before its rank goes on. The latter's srun then ends
-    the step of its number, which the new start has, too: that one saves, and is started once more.
+    One node is connected again after its rank has ended, the other one before. The srun of the latter then ends
+    the step of its number, which the new start has, too: that start saves, and is started once more.
     """
     for name in ("alone", "severed", "rejoined"):
         runs.submit(name, "launcher.nodes=1")
@@ -237,7 +237,7 @@ def test_a_cut_off_node_does_no_harm(runs: Site) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_preempted_job_makes_room_and_continues(runs: Site) -> None:
-    """A job of a partition that comes before takes one of its nodes."""
+    """A job of a partition of higher priority takes one of its nodes."""
     runs.finish("calm")
     folder = runs.submit("displaced")
     runs.reach("displaced", LATE)
@@ -284,7 +284,7 @@ def test_hostile_names_are_only_names(bereaved: Site) -> None:
 def test_no_slurm_is_a_failure_where_one_must_be(
     required: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CI does not pass by skipping."""
+    """CI does not pass by skipping these tests."""
     monkeypatch.setenv("AURICLE_REQUIRE_SLURM", required)
     monkeypatch.setattr(mini_slurm, "TOOLS", ("no-such-tool",))
     monkeypatch.setattr(os, "geteuid", lambda: 0)

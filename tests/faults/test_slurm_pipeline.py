@@ -1,4 +1,4 @@
-"""The whole chain with two turns of HuBERT on a real SLURM: six jobs, each waiting for the one before."""
+"""The whole chain with two HuBERT iterations on a real SLURM: six jobs, each depends on the one before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.faults.site import ON_SLURM, Site, site_at
 
 @pytest.fixture
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Three nodes."""
+    """A cluster of three nodes."""
     require_slurm()
     with site_at(tmp_path_factory.mktemp("slurm"), 3) as site:
         yield site
