@@ -39,7 +39,7 @@ def discover(corpus: Any) -> Discovered:
 
     Raises:
         ConfigError: The corpus is not there, is empty, or its table or pattern cannot be used.
-        ReadError: The storage cannot list it now.
+        StorageReadError: The storage cannot list it now.
     """
     found = Discovered()
     if isinstance(corpus, PathCorpus):

@@ -34,7 +34,7 @@ GARBAGE_TAGS: Final = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
 
 @dataclass(frozen=True)
 class About:
-    """What a corpus states about one of its recordings."""
+    """Metadata that a corpus gives of one of its recordings."""
 
     speaker: str = ""
     language: str = ""

@@ -12,8 +12,8 @@ from pathlib import Path
 import fsspec
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import is_url
-from data_pipeline.corpora.records import ReadError, printable, remote_stat
+from data_pipeline.core.storage import StorageReadError, describe, is_url
+from data_pipeline.corpora.records import printable, remote_stat
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def list_files(root: str) -> Iterator[Entry]:
 
     Raises:
         ConfigError: There is no such folder.
-        ReadError: The file system or server cannot list it.
+        StorageReadError: The file system or server cannot list it.
     """
     return _list_url(root) if is_url(root) else _list_folder(root)
 
@@ -114,7 +114,7 @@ def _list_url(url: str) -> Iterator[Entry]:
     except (ImportError, ValueError) as error:  # no package for this kind of address, or no such kind
         raise ConfigError(f"corpus.path={url}: cannot be used: {error}") from None
     except Exception as error:  # every protocol of fsspec has its own exceptions
-        raise ReadError(f"corpus.path={url}: cannot be listed: {type(error).__name__}: {error}") from None
+        raise StorageReadError(url, f"cannot be listed: {describe(error)}") from None
     if not there:
         raise ConfigError(f"corpus.path={url}: there is no such folder")
     for path, info in found:

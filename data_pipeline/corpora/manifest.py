@@ -14,12 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import is_url
+from data_pipeline.core.storage import StorageReadError, is_url
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Span
 from data_pipeline.corpora.config import ManifestCorpus
 from data_pipeline.corpora.records import (
     Discovered,
-    ReadError,
     RecordingId,
     printable,
     reject_file,
@@ -188,8 +187,8 @@ class _ManifestReader:
             return _Located(path, printable(file_id), *stat(path))
         except FileNotFoundError:
             raise RowError("vanished", "there is no such file") from None
-        except ReadError as error:
-            raise RowError("read_error", str(error)) from None
+        except StorageReadError as error:
+            raise RowError("read_error", error.reason) from None
         except ValueError as error:
             raise RowError("no_path", f"is not a path ({error})") from None
 

@@ -10,15 +10,11 @@ from typing import Any
 
 import fsspec
 
-from data_pipeline.core.storage import is_url
+from data_pipeline.core.storage import StorageReadError, describe, is_url
 from data_pipeline.core.types import AudioFile, Span
 
 RecordingId = tuple[str, str]
 """(corpus, file_id): names a recording in a data set."""
-
-
-class ReadError(OSError):
-    """An input that cannot be read now: denied, an I/O error, a server's error. It may be readable later."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Reject:
     row: int = 0
     """Row of the table that names it, from 1; 0 for what no table names."""
     recording: bool = False
-    """True for the one row that stands for a recording of which nothing was kept."""
+    """True for exactly one row of each recording of which nothing was kept."""
 
     @property
     def recording_id(self) -> RecordingId:
@@ -104,7 +100,7 @@ def stat(path: str) -> tuple[int, str]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ReadError: It may be there, but the file system or server did not say so: denied, an I/O error, HTTP 500.
+        StorageReadError: It may be there, but the file system or server did not say so: denied, an I/O error, HTTP 500.
         ValueError: The path is not valid.
     """
     if not is_url(path):
@@ -113,7 +109,7 @@ def stat(path: str) -> tuple[int, str]:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise ReadError(f"cannot be read: {error.strerror or error}") from None
+            raise StorageReadError(path, f"cannot be read: {describe(error)}") from None
         return info.st_size, str(info.st_mtime_ns)
     try:
         fs, remote = fsspec.core.url_to_fs(path)
@@ -122,4 +118,4 @@ def stat(path: str) -> tuple[int, str]:
     except FileNotFoundError:
         raise
     except Exception as error:  # every protocol of fsspec has its own exceptions
-        raise ReadError(f"cannot be read: {type(error).__name__}: {error}") from None
+        raise StorageReadError(path, f"cannot be read: {describe(error)}") from None

@@ -2,8 +2,8 @@
 
 Lloyd's algorithm in full: in each round every shard is a task that computes its features, assigns them to the centres
 and returns sums, counts and inertia, K × (D + 1) numbers whatever the corpus size. Sums are added in the order of the
-shards in float64, so that the result does not depend on the number of workers. A round that is done is kept on disk:
-the same call again continues after it. The result is one file; its sha256 names it in every label (frame_labels.py).
+shards in float64, so that the result does not depend on the number of workers. A finished round is kept on disk:
+the same call again continues after it. The result is one file; its sha256 names it in every label (store.py).
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ from data_pipeline.labels.store import LabelSet, file_name, write_labels
 from data_pipeline.shards.records import DoneRecord, done_records, read_index
 
 KMEANS = "kmeans.safetensors"
-
-
 RESTARTS = 5
 """Seedings of which the best is taken."""
 SEED_ROUNDS = 20
@@ -91,11 +89,20 @@ class TargetsSummary:
 def make_targets(
     config: TargetsConfig, extractor: Callable[[], Extractor] = kaldi_mfcc, weights: str = ""
 ) -> TargetsSummary:
-    """Fits the centres, then labels every shard; what is there already is not done again.
+    """Fits the centres by k-means, then labels every shard; what was done before is not done again.
 
-    extractor: makes the features; called once in each worker, so it has to be importable there. weights: checksum of
-    its weights, where it has any. Raises ConfigError for a folder of labels of other settings or weights, OSError when
-    it cannot be written.
+    Args:
+        config: Shards, features, number of classes and output.
+        extractor: Makes the features; called once in each worker, so it has to be importable there.
+        weights: Checksum of the extractor's weights; "" where it has none.
+
+    Returns:
+        The artefact (sha256 of the centres) and the inertia, the mean squared distance of a frame to its centre, by
+        round.
+
+    Raises:
+        ConfigError: The folder holds labels of other settings or weights, or there are fewer frames than classes.
+        OSError: A shard cannot be read or the output cannot be written.
     """
     records = done_records(config.shards)
     store = FileStore(config.out)
@@ -121,9 +128,14 @@ def make_targets(
 
 
 def all_labelled(config: TargetsConfig, weights: str = "") -> bool:
-    """Whether every shard has its labels. Raises ConfigError where they are there, but of other settings.
+    """Whether every shard has its labels.
 
-    weights: as in `make_targets`; empty does not ask for them.
+    Args:
+        config: As for `make_targets`.
+        weights: As for `make_targets`; "" does not compare them.
+
+    Raises:
+        ConfigError: The folder holds labels of other settings.
     """
     records, store = done_records(config.shards), FileStore(config.out)
     if not store.exists("targets.json") or not store.exists("labels.json"):
@@ -138,7 +150,9 @@ def all_labelled(config: TargetsConfig, weights: str = "") -> bool:
 def accumulate(
     config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], float]:
-    """One shard's part of a round: (K, D) sums and (K,) counts of the frames nearest to each centre, and inertia."""
+    """Returns one shard's part of a round: (K, D) sums and (K,) counts of the frames nearest to each centre, and the
+    sum of their squared distances.
+    """
     sums, counts, inertia = np.zeros(centres.shape), np.zeros(len(centres), np.int64), 0.0
     for _, features in shard_features(config.shards, record, extractor):
         nearest, distance = assign(features, centres)
@@ -151,7 +165,7 @@ def accumulate(
 def label_shard(
     config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix, labels: LabelSet
 ) -> None:
-    """Writes the labels of one shard unless they are there."""
+    """Writes the labels of one shard unless that was done before."""
     store = FileStore(config.out)
     if store.exists(file_name(record.shard)) and _artefact_of(store, record.shard) == labels.artefact:
         return
@@ -168,7 +182,7 @@ def shard_features(root: str, record: DoneRecord, extractor: Callable[[], Extrac
     Raises:
         ValueError: A sample cannot be decoded, or is longer than `LONGEST_SECONDS`, whatever its header claims.
     """
-    store, compute = FileStore(root), _cached(extractor).compute
+    store, compute = FileStore(record.location or root), _cached(extractor).compute
     with store.fs.open(store.path(record.shard), "rb") as file:
         for row in read_index(root, record).to_pylist():
             if not 0 < row["n_samples"] <= LONGEST_SECONDS * SAMPLE_RATE:
@@ -195,7 +209,7 @@ def _read_wave(content: bytes, row: Mapping[str, Any], shard: str) -> Wave:
 
 
 def assign(features: Matrix, centres: Matrix) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The nearest centre of each frame and the squared distance to it."""
+    """Returns the nearest centre of each of the (F, D) frames, and the squared distance to it."""
     nearest, distance = np.empty(len(features), np.int64), np.empty(len(features))
     half = 0.5 * np.einsum("kd,kd->k", centres, centres)
     for start in range(0, len(features), ROWS):
@@ -230,7 +244,7 @@ def _fit(
         ordered = [part for _, part in sorted(parts, key=lambda part: part[0])]
         sums = np.sum([part[0] for part in ordered], axis=0)
         counts = np.sum([part[1] for part in ordered], axis=0)
-        # a centre without frames stays where it is
+        # a centre without frames is kept as it is
         centres = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres).astype(np.float32)
         history.append(sum(part[2] for part in ordered) / max(int(counts.sum()), 1))
         saved = save_tensors({"centres": centres, "inertia": np.array(history)})
@@ -245,7 +259,7 @@ def _accumulate_named(
 
 
 def _first_centres(config: TargetsConfig, records: list[DoneRecord], extractor: Callable[[], Extractor]) -> Matrix:
-    """The best of some k-means++ (Arthur & Vassilvitskii 2007) on frames that are spread evenly over the shards."""
+    """The best of `RESTARTS` greedy k-means++ seedings on frames drawn evenly from the shards."""
     each = -(-SEEDS // len(records))
     sampled: dict[str, Matrix] = {}
     arguments = {record.shard: (config, record, extractor, each) for record in records}
@@ -312,7 +326,7 @@ def _read_centres(config: TargetsConfig) -> bytes:
 
 
 def _settings(config: TargetsConfig, records: list[DoneRecord], weights: str) -> dict[str, Any]:
-    """What the labels follow from."""
+    """Everything that determines the labels."""
     names = ("features", "layer", "classes", "fraction", "seed", "kmeans")
     shards = hashlib.sha256("".join(record.sha256 for record in records).encode()).hexdigest()
     centres = hashlib.sha256(_read_centres(config)).hexdigest() if config.kmeans else ""
@@ -345,7 +359,7 @@ _EXTRACTORS: dict[str, Extractor] = {}
 
 
 def _cached(extractor: Callable[[], Extractor]) -> Extractor:
-    """One per process; a partial that was pickled is a new object, though it makes the same."""
+    """One extractor per process; a partial that was pickled is another object, though it makes the same one."""
     name = repr((extractor.func, extractor.args)) if isinstance(extractor, functools.partial) else repr(extractor)
     if name not in _EXTRACTORS:
         _EXTRACTORS[name] = extractor()

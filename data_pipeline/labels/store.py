@@ -50,17 +50,17 @@ class LabelSet:
         return found
 
     def write(self, root: str) -> None:
-        """Begins a label folder."""
+        """Writes labels.json into a label folder."""
         FileStore(root).replace("labels.json", json.dumps(asdict(self)).encode() + b"\n")
 
 
 def file_name(shard: str) -> str:
-    """`X.tar` to `X.labels.parquet`."""
+    """Returns `X.labels.parquet` for `X.tar`."""
     return shard.removesuffix(".tar") + ".labels.parquet"
 
 
 def write_labels(root: str, shard: str, labels: LabelSet, keys: Sequence[str], rows: Sequence[Array]) -> None:
-    """The labels of one shard, in the order of its index. Raises ValueError for labels out of range."""
+    """Writes the labels of one shard, in the order of its index. Raises ValueError for labels out of range."""
     flat = np.concatenate(rows) if rows else np.zeros(0, np.uint16)
     if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < labels.classes:
         raise ValueError(f"labels of {shard} must be 0 to {labels.classes - 1}, got {flat.min()} to {flat.max()}")
@@ -80,7 +80,7 @@ class FrameLabels:
         self._shards = LruCache[str, tuple[Array, Array]](keep)
 
     def of(self, shard: str, index: ShardIndex, row: int, start: int, length: int) -> Array:
-        """int64 labels of the frames that begin in samples start … start + length - 1; start lies on a frame.
+        """Returns int64 labels of the frames that begin in samples start … start + length - 1; a frame begins at start.
 
         Raises ShardError if the labels are missing, of another artefact or of other segments.
         """
@@ -107,7 +107,7 @@ class FrameLabels:
 
 
 def pad(rows: Sequence[Array]) -> Array:
-    """(B, F) int64, padded with -1."""
+    """Stacks labels of different lengths: (B, F) int64, padded with -1."""
     out = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int64)
     for line, row in zip(out, rows, strict=True):
         line[: len(row)] = row

@@ -60,7 +60,8 @@ class PreprocessConfig:
     dedup: DedupConfig = dataclasses.field(default_factory=DedupConfig)
     split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
     weights: Annotated[
-        dict[str, float], about("sampling weight of segments by corpus or language, for the reader; others get 1")
+        dict[str, float],
+        about("sampling weight of segments by corpus or language, for the reader; 1 for all not named"),
     ] = dataclasses.field(default_factory=dict)
     report: Annotated[bool, about("write report.html into the folder at the end")] = True
     ray: RayConfig = dataclasses.field(default_factory=RayConfig)

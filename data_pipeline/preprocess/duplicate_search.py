@@ -110,7 +110,7 @@ def shared_prints(tables: Iterable[Table], recordings: int, config: DedupConfig,
     Args:
         tables: Owners, keys and frames of fingerprints; each owner once.
         recordings: How many recordings there are; owners are below it.
-        config: What is enough.
+        config: Thresholds.
         folder: For scratch files.
     """
     counts, seconds = np.zeros(recordings, np.uint32), np.zeros(recordings, np.uint32)

@@ -52,7 +52,7 @@ overflow-wrap:anywhere}audio{width:100%;height:32px}
 
 @dataclass(frozen=True)
 class Page:
-    """What a report shows."""
+    """The content of a report."""
 
     title: str
     sets: Sequence[tuple[str, Sequence[DoneRecord]]]

@@ -13,7 +13,7 @@ from data_pipeline.audio import vad
 from data_pipeline.core import jsonl
 from data_pipeline.core.integrity import REPORT, sealed, write_checksums
 from data_pipeline.core.ray_tasks import cluster, run_tasks
-from data_pipeline.core.storage import FileStore
+from data_pipeline.core.storage import FileStore, StorageReadError
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
 from data_pipeline.corpora.discovery import discover, fingerprint
 from data_pipeline.corpora.records import Discovered, RecordingId, Reject, recording_id, reject_from_json
@@ -82,11 +82,11 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
         progress: Show a progress bar on stderr.
 
     Returns:
-        What the data set holds now, what was left out and why, and what this job did.
+        The content of the data set, what was left out and why, and what this job did.
 
     Raises:
         ConfigError: The corpus is missing or empty, or the folder holds shards of other settings.
-        ReadError: The corpus cannot be listed now.
+        StorageReadError: The corpus cannot be listed now, or the data set cannot be read.
         OSError: The output cannot be written.
         ValueError: A file of the data set is damaged.
     """
@@ -126,13 +126,7 @@ def intact_records(config: PreprocessConfig, repair: bool = False) -> list[DoneR
     """
     good = []
     for store in map(FileStore, set_roots(config)):
-        names = store.names("_done", ".json")
-        for name, record in zip(names, finished_units(store.root), strict=True):
-            if name != f"{record.unit}.json" or "/" in record.shard or "\\" in record.shard:
-                raise ValueError(
-                    f"{store.root}/_done/{name}: names unit {record.unit!r} and shard {record.shard!r}, which no job "
-                    "writes; delete it and run the same command again"
-                )
+        for record in finished_units(store.root):
             try:
                 whole = not record.shard or store.size(record.shard) == record.bytes
             except FileNotFoundError:
@@ -140,7 +134,7 @@ def intact_records(config: PreprocessConfig, repair: bool = False) -> list[DoneR
             if whole:
                 good.append(record)
             elif repair:
-                store.remove(f"_done/{name}")
+                store.remove(f"_done/{record.unit}.json")
     return good
 
 
@@ -206,6 +200,8 @@ def _run_units(
     shared = ray.put(config)
     try:
         failed = run_tasks(process_unit, {unit.name: (unit, shared) for unit in todo}, config.ray, advance)
+    except StorageReadError:
+        raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "once there is room" if full else "once it can be written"

@@ -18,7 +18,7 @@ NOT_LEFT_OUT = ("in", "out", "recording")
 
 @dataclass
 class Ledger:
-    """What became of all recordings of a data set. Stages and reasons are those of `unit_worker.Tally`, and `dedup` and
+    """The outcome of all recordings of a data set. Stages and reasons are those of `unit_worker.Tally`, and `dedup` and
     `discover` beside them.
     """
 
@@ -48,7 +48,7 @@ def balance(
         plan: All that was ever planned.
         records: The finished units.
         rejects: (unit, reject) of the finished units.
-        found: What discovery rejected.
+        found: Rejects of discovery.
 
     Returns:
         The sums, the recordings that gave nothing, and sums that do not agree.

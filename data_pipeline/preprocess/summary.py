@@ -9,7 +9,7 @@ from data_pipeline.core.text import visible
 
 @dataclass(frozen=True)
 class Summary:
-    """What the data set holds after a job, and what the job did. Hours are hours of audio."""
+    """The content of a data set after a job, and what the job did. Hours are hours of audio."""
 
     out: str
     files: int
@@ -102,7 +102,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a job would do."""
+    """Forecast of a job."""
 
     units: int
     units_done: int

@@ -16,9 +16,9 @@ from data_pipeline.audio import codecs, vad
 from data_pipeline.audio.quality import measure, normalised, verdict
 from data_pipeline.audio.segmentation import cut, marked
 from data_pipeline.core.rng import keyed_seed
-from data_pipeline.core.storage import FileStore, is_url
+from data_pipeline.core.storage import FileStore, StorageReadError, is_url
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Segment, Span
-from data_pipeline.corpora.records import ReadError, Reject, reject_file, stat
+from data_pipeline.corpora.records import Reject, reject_file, stat
 from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.plan_file import WorkUnit
 from data_pipeline.preprocess.work_plan import set_root
@@ -37,9 +37,9 @@ FlowKey = tuple[str, str, str, str]
 class Tally:
     """Counts and audio samples by (corpus, language, stage, reason), and the list of what was left out.
 
-    Stages: `in` counts recordings read (its reason `overlap`: samples that are in several segments), `out` segments
-    written, `recording` what became of each recording (`used`, or the stage and reason of its rejection), `text` texts
-    that were dropped; all others what was left out. Samples balance: in = out + those of all others.
+    The stage `in` counts recordings read (reason `overlap`: samples that are in several segments), `out` segments
+    written, `recording` the outcome of each recording (`used`, or stage and reason of its rejection), `text` texts that
+    were dropped; every other stage counts what was left out. Samples of `in` equal those of all other stages together.
     """
 
     counts: Counter[FlowKey] = field(default_factory=Counter)
@@ -69,7 +69,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What a worker returns to the driver."""
+    """The result of a unit, returned to the driver."""
 
     record: DoneRecord
     seconds: float
@@ -145,7 +145,7 @@ class _Piece:
     """A segment to be written, if it passes the filters."""
 
     known: AudioFile
-    """What is known of it, with the text and labels that hold for it."""
+    """The recording, with the speaker, text and labels of this piece."""
     start: int
     wave: codecs.Wave
     channel: int | None = None
@@ -209,7 +209,7 @@ class _Recording:
             return self.tally
         if not self.tally.rejects:
             self.tally.reject(reject_file(self.file, "decode", "no_samples", "holds no samples"))
-        # the recording gave nothing: the reject that took most of it stands for it
+        # the recording gave nothing: the reject of the most samples represents it
         rejects = self.tally.rejects
         number = max(range(len(rejects)), key=lambda number: rejects[number].samples)
         rejects[number] = dataclasses.replace(rejects[number], recording=True)
@@ -249,7 +249,7 @@ class _Recording:
                 self.tally.reject(reject_file(self.file, "cut", reason, where, start=span.start, row=span.row))
 
     def _known(self, span: Span, length: int, whole: bool) -> AudioFile:
-        """What is known of a piece of a span; its text where the piece is all of the span."""
+        """Metadata of a piece of a span: with its text where the piece is all of the span."""
         trimmed = whole and span.stop is not None and span.stop - span.start - length > TRIM_TOLERANCE
         if trimmed and span.text:
             self._count("text", "trimmed", 0)
@@ -330,8 +330,8 @@ def _check_unchanged(file: AudioFile) -> None:
     try:
         now = stat(file.path)
     except FileNotFoundError:
-        raise codecs.AudioError("vanished", "is not there any more") from None
-    except ReadError as error:
-        raise codecs.AudioError("read_error", str(error)) from None
+        raise codecs.AudioError("vanished", "was removed while it was read") from None
+    except StorageReadError as error:
+        raise codecs.AudioError("read_error", error.reason) from None
     if now != (file.size, file.mtime):
         raise codecs.AudioError("changed", "has changed since the work was planned")

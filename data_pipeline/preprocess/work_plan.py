@@ -53,7 +53,7 @@ class WorkPlan:
     """Unit of the last generation that holds a recording, "" for a duplicate; a retry is later than the failure."""
 
     def add(self, units: Iterable[WorkUnit], dropped: Iterable[Dropped]) -> None:
-        """Adds a generation; what it says of a recording replaces what earlier ones said."""
+        """Adds a generation; its entry of a recording replaces earlier ones."""
         units, dropped = list(units), list(dropped)
         self.units += units
         self.newest |= {recording_id(file): unit.name for unit in units for file in unit.files}
@@ -63,7 +63,7 @@ class WorkPlan:
         self.dropped = [drop for drop in self.dropped if recording_id(drop.file) not in replaced] + dropped
 
     def expected_seconds(self) -> float:
-        """Returns seconds of audio to come, roughly: from the corpus where it says, otherwise from file sizes."""
+        """Returns seconds of audio to come, roughly: as the corpus states them, otherwise from file sizes."""
         return sum(expected_seconds(file) for unit in self.units for file in unit.files)
 
 
