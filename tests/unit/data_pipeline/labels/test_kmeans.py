@@ -116,7 +116,8 @@ def test_labels_of_other_weights_are_refused(shards: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("claimed", "refused"), [(16_000, ""), (16_001 + 60 * 16_000, "its index"), (1 << 33, "3600 s")]
+    ("claimed", "refused"),
+    [(16_000, ""), (16_001 + 60 * 16_000, "its index"), (2 * 3600 * 16_000, "3600 s"), (1 << 33, "n_samples")],
 )
 def test_a_claimed_length_is_compared_before_it_is_believed(tmp_path: Path, claimed: int, refused: str) -> None:
     root = write_shards(tmp_path / "shards", [sounds([1.0])])

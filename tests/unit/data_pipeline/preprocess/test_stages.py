@@ -134,7 +134,7 @@ def test_held_out_speakers_are_in_one_set_only(tmp_path: Path) -> None:
     assert all(speakers.values())
     assert sum(map(len, speakers.values())) == len(set.union(*speakers.values())) == 20
     assert preprocess(config, progress=False).units_done == 0
-    with pytest.raises(ValueError, match=r"its shards lie in .*train"):
+    with pytest.raises(ValueError, match=r"its shards are in .*train"):
         done_records(str(tmp_path / "out"))
 
 
