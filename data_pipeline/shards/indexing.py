@@ -27,6 +27,7 @@ import soundfile
 
 from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.storage import FileStore, is_plain_name, retry
+from data_pipeline.core.tar_samples import MOST_LABEL_BYTES, UnusableError, member_labels
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.shards.index_rows import MOST_SAMPLES, validate_index
 from data_pipeline.shards.local import LABELS_IN_COLUMNS
@@ -35,17 +36,8 @@ from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, index_name, r
 READABLE: Final = ("flac", "wav", "opus", "ogg", "mp3")
 """Endings of audio members."""
 MOST_AUDIO_BYTES: Final = 1 << 31
-MOST_LABEL_BYTES: Final = 1 << 20
 WAV_HEADER: Final = 44
 CHUNK: Final = 1 << 20
-ALIASES: Final = {
-    "text": ("text", "transcript", "transcription", "sentence", "txt"),
-    "speaker": ("speaker", "speaker_id", "spk", "client_id"),
-    "language": ("language", "lang", "locale"),
-    "corpus": ("corpus", "dataset"),
-    "file_id": ("file_id", "audio_filepath", "id"),
-}
-"""Label of our shards -> names of the JSON field that it is taken from, the first that is there."""
 
 
 @config
@@ -210,14 +202,6 @@ class _Sample:
     """JSON and text members by name."""
 
 
-class UnusableError(ValueError):
-    """A member or sample that is left out; `reason` is a short code for reports."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 class _Hashing(io.RawIOBase):
     """Passes a file through and hashes it."""
 
@@ -307,7 +291,7 @@ class _Scan:
             stem = member.name.rpartition(".")[0]
             key = sample.key if len(sample.audio) == 1 and stem == sample.key else stem
             try:
-                labels = _labels(sample, stem)
+                labels = member_labels(sample.documents, sample.key, stem)
                 if key in self._keys:
                     raise UnusableError("listed_twice", "the tar holds this name twice")
             except UnusableError as error:
@@ -381,46 +365,6 @@ def examine(data: bytes, suffix: str, decode: bool = True) -> tuple[int, str]:
     # only a WAV of this form is cropped by bytes
     plain = data[:4] == b"RIFF" and data[12:22] == b"fmt \x10\0\0\0\1\0" and data[34:40] == b"\x10\0data"
     return frames, suffix if suffix != "wav" or (plain and len(data) == WAV_HEADER + 2 * frames) else "riff"
-
-
-def _labels(sample: _Sample, stem: str) -> dict[str, str]:
-    """The labels of one audio member: those named like it, else those of the sample. Raises UnusableError."""
-    labels: dict[str, str] = {}
-    for name in (f"{sample.key}.json", f"{stem}.json"):
-        if name in sample.documents:
-            labels |= _flat(_parsed(name, sample.documents[name]))
-    for name in (f"{sample.key}.txt", f"{stem}.txt"):
-        if name in sample.documents:
-            try:
-                labels["text"] = sample.documents[name].decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise UnusableError("labels", f"{name} is not UTF-8 ({error.reason})") from None
-    for label, names in ALIASES.items():
-        value = next((labels[name] for name in names if labels.get(name)), "")
-        if value:
-            labels[label] = value
-    return labels
-
-
-def _parsed(name: str, content: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UnusableError("labels", f"{name} cannot be parsed ({error})") from None
-    if not isinstance(document, dict):
-        raise UnusableError("labels", f"{name} is a {type(document).__name__}, not an object")
-    return document
-
-
-def _flat(document: Mapping[str, Any]) -> dict[str, str]:
-    """Scalars of a JSON object and of its field `labels`, as text."""
-    nested = document.get("labels")
-    values = {**(nested if isinstance(nested, dict) else {}), **document}
-    return {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in values.items()
-        if isinstance(value, str | int | float | bool) and name not in ("key", "__key__", "__url__")
-    }
 
 
 def _table(rows: Sequence[Mapping[str, Any]], labels: Sequence[Mapping[str, str]]) -> pa.Table:
