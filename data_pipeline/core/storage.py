@@ -23,6 +23,8 @@ import psutil
 from data_pipeline.core.atomic_files import sync, write_synced
 from data_pipeline.core.schema import ConfigError
 
+fsspec.register_implementation("tarmember", "data_pipeline.core.tar_members.TarMemberFileSystem")
+
 T = TypeVar("T")
 PATIENCE: Final = 60.0
 """Seconds that reads of remote storage are retried by default."""

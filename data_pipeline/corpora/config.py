@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, Any, Final, Literal
 
 from data_pipeline.core.schema import about, config
+from data_pipeline.corpora.tarred import TARRED
 
 # fmt: off
 SOUND_ENDINGS: Final = (
@@ -125,6 +126,7 @@ CORPORA: Final[dict[str, type[Any]]] = {
     "common_voice": CommonVoiceCorpus,
     "voxpopuli": VoxPopuliCorpus,
     "gigaspeech": GigaSpeechCorpus,
+    **TARRED,
 }
 """Config class of every kind of corpus by its name; discovery.py finds their files."""
 

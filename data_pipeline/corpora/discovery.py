@@ -14,10 +14,11 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.text import visible
 from data_pipeline.core.types import AudioFile
 from data_pipeline.corpora import layouts
-from data_pipeline.corpora.config import LibriSpeechCorpus, ManifestCorpus, PathCorpus
+from data_pipeline.corpora.config import SOUND_ENDINGS, LibriSpeechCorpus, ManifestCorpus, PathCorpus
 from data_pipeline.corpora.listing import Entry, list_files
 from data_pipeline.corpora.manifest import read_manifest
 from data_pipeline.corpora.records import Discovered, RecordingId, recording_id, reject_file
+from data_pipeline.corpora.tarred import TarredCorpus, read_tarred
 
 
 def fingerprint(corpus: Any) -> str:
@@ -46,6 +47,8 @@ def discover(corpus: Any) -> Discovered:
         _from_path(corpus, found)
     elif isinstance(corpus, ManifestCorpus):
         read_manifest(corpus, found)
+    elif isinstance(corpus, TarredCorpus):
+        read_tarred(corpus, found, SOUND_ENDINGS)
     else:
         _from_layout(corpus, found)
     _reject_repeated(found)
