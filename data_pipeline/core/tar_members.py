@@ -85,7 +85,6 @@ class TarMemberFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec h
     """Reads members of tars by their position."""
 
     protocol = PROTOCOL
-    cachable = False
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
         """Returns size of the member and version of its tar."""
