@@ -279,4 +279,6 @@ def _close(reader: weakref.ref[PlanReader]) -> None:
 
 def open_reader(config: DataConfig, seed: int, rank: int, world: int, least_samples: int = 0) -> PlanReader:
     """Returns the reader of one rank; see `PlanReader` for arguments and errors."""
+    if config.reader != "plan":
+        raise ConfigError(f"data.reader={config.reader}: there is no plan without an index; set data.reader=plan")
     return PlanReader(config, seed, rank, world, least_samples)

@@ -16,6 +16,17 @@ class DataConfig:
     shards: Annotated[
         str, about("folder (or fsspec URL) of shards, as `auricle preprocess` wrote it", resume="data", min_length=1)
     ]
+    reader: Annotated[
+        Literal["plan", "webdataset"],
+        about(
+            "plan: exact steps from the index, resumable at any step on any number of ranks; webdataset: streams tars "
+            "without an index (shards: a folder, or paths and URLs with braces), not exactly resumable: a resume "
+            "starts a new pass over the shards"
+        ),
+    ] = "plan"
+    shuffle_buffer: Annotated[
+        int, about("samples that each worker mixes, with reader=webdataset; 0 keeps their order", ge=0)
+    ] = 2000
     batch_seconds: Annotated[
         float, about("seconds of audio per optimizer update, over all ranks and accumulation steps", gt=0)
     ] = 5600.0

@@ -103,7 +103,7 @@ def build_window(rows: Rows, *, constraints: BatchConstraints, steps: int, key: 
     order = np.lexsort((rows.rank_R, np.where(sparse_R, rows.length_R, 0), bucket_R))
     rows, bucket_R = rows.take(order), bucket_R[order]
 
-    first_K1 = _cut(rows.length_R, n_micro)
+    first_K1 = cut_evenly(rows.length_R, n_micro)
     begins, sizes = first_K1[:-1], np.diff(first_K1)
     spanning_K = bucket_R[begins] != bucket_R[first_K1[1:] - 1]
     shortest_K = np.minimum.reduceat(rows.length_R, begins)
@@ -128,7 +128,7 @@ def build_window(rows: Rows, *, constraints: BatchConstraints, steps: int, key: 
     )
 
 
-def _cut(length_R: Array, n_micro: int) -> Array:
+def cut_evenly(length_R: Array, n_micro: int) -> Array:
     """Returns the first row of each of `n_micro` non-empty stretches of nearly equal audio, and the end."""
     sums = np.concatenate([[0], np.cumsum(length_R)])
     # Python integers: k * total may exceed 2**63.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE, StepReader
 from data_pipeline.labels.store import LabelSet
+from data_pipeline.loader.streaming import StreamReader
 from pretrain.checkpointing.locate import latest_checkpoint
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
@@ -15,7 +17,7 @@ from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
 from pretrain.interop.init_weights import load_initial
 from pretrain.profiling.operation_check import check_operations
-from pretrain.train_module import build_model, open_run_reader
+from pretrain.train_module import build_model, least_samples, open_run_reader
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,20 @@ def require_fitting_labels(config: Config) -> None:
         )
 
 
+def _open_reader(config: Config, world: DistributedContext, say: Callable[[str], None]) -> StepReader:
+    if config.data.reader == "webdataset":
+        least = least_samples(config)
+        return StreamReader(config.data, config.seed, world.rank, world.size, least_samples=least, say=say)
+    reader = open_run_reader(config, world.rank, world.size)
+    if reader.plan.too_short:
+        seconds = reader.plan.constraints.shortest / SAMPLE_RATE
+        say(
+            f"note: {reader.plan.too_short} segments are left out: with this front end and these masks, a segment of "
+            f"less than {seconds:g} s has no target; the plan is made as with data.min_seconds={seconds:g}"
+        )
+    return reader
+
+
 def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     """Builds engine and reader for one rank of the run in `folder`.
 
@@ -76,17 +92,11 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     say = print if world.rank == 0 else lambda line: None
     for caution in config.cautions():
         say(f"note: {caution}")
-    reader = open_run_reader(config, world.rank, world.size)
+    reader = _open_reader(config, world, say)
     try:
         module = build_model(config)
     except ValueError as error:  # it follows from the config alone
         raise ConfigError(str(error)) from error
-    if reader.plan.too_short:
-        seconds = reader.plan.constraints.shortest / SAMPLE_RATE
-        say(
-            f"note: {reader.plan.too_short} segments are left out: with this front end and these masks, a segment of "
-            f"less than {seconds:g} s has no target; the plan is made as with data.min_seconds={seconds:g}"
-        )
     check_operations(module, world.device, module.autocast, say)
     if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume brings its own weights
         load_initial(config, module, say)

@@ -56,7 +56,7 @@ def require_same_data(state: Mapping[str, Any], config: Config, folder: Path) ->
         for path, before, now in diff(_as_today(state["config"]), dump(config))
         if _rule(rules, path) == "data" and not same_path(before, now)
     ]
-    if not moved or not state.get("cursor"):
+    if not moved or not state.get("cursor") or config.data.reader != "plan":  # a stream has no plan to compare
         return
     reader = open_run_reader(config)
     try:

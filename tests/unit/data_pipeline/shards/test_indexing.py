@@ -7,14 +7,12 @@ import itertools
 import json
 import shutil
 import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-import webdataset
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Step
@@ -23,41 +21,9 @@ from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.indexing import IndexConfig, IndexSummary, index_tars
 from data_pipeline.shards.records import done_records, read_index
 from launch.main import main
+from tests.support.foreign_tars import encoded, wave, write_foreign, write_tar
 
 BATCH: dict[str, Any] = {"batch_seconds": 6.0, "micro_batches": 2, "min_seconds": 0.1, "max_seconds": 1.0}
-
-
-def wave(seed: int, seconds: float = 0.7, rate: int = 16_000) -> np.ndarray:
-    return np.random.default_rng(seed).integers(-8000, 8000, round(seconds * rate)).astype(np.int16)
-
-
-def encoded(samples: np.ndarray, suffix: str, rate: int = 16_000) -> bytes:
-    forms = {"flac": "FLAC", "wav": "WAV", "opus": "OGG", "ogg": "OGG", "mp3": "MP3"}
-    subtypes = {"opus": "OPUS", "ogg": "VORBIS"}
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format=forms[suffix], subtype=subtypes.get(suffix))
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def write_foreign(root: Path, tars: int = 3, per_tar: int = 20) -> Path:
-    """Tars as webdataset's own writer makes them."""
-    root.mkdir(parents=True, exist_ok=True)
-    for t in range(tars):
-        with webdataset.TarWriter(str(root / f"part-{t:03d}.tar")) as writer:
-            for i in range(per_tar):
-                n, suffix = t * per_tar + i, ("flac", "wav", "opus", "mp3", "ogg")[i % 5]
-                about = {"transcript": f"words {n}", "speaker_id": n % 7, "lang": "de", "mood": "calm", "align": [1, 2]}
-                writer.write({"__key__": f"utt{n:04d}", suffix: encoded(wave(n), suffix), "json": about})
-    return root
 
 
 def index(root: Path, **values: Any) -> IndexSummary:

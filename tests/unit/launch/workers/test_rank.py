@@ -124,7 +124,7 @@ def test_a_damaged_config_file_is_a_failure_and_a_wrong_value_a_wrong_config(
 
 
 def test_what_a_model_cannot_be_built_from_is_a_wrong_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.workers.build.open_run_reader", lambda *_: None)
+    monkeypatch.setattr("launch.workers.build._open_reader", lambda *_: None)
     settings = config(objective={"name": "hubert", "predict_layers": [9]})
     with pytest.raises(ConfigError, match="predict_layers"):
         build(settings, DistributedContext(), RunFolder(tmp_path))

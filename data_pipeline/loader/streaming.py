@@ -1,0 +1,382 @@
+"""Streams WebDataset tars that are not indexed, through the webdataset library: `data.reader=webdataset`.
+
+Shards are split among ranks and workers, and samples mix in a shuffle buffer. Nothing is planned: batches depend on the
+number of ranks and workers, and a resume starts a new pass instead of continuing at a sample. An index
+(`auricle shards index`) removes both limits.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import itertools
+import logging
+import multiprocessing
+import os
+import random
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import IO, Any, Final
+
+import fsspec
+import numpy as np
+import soundfile
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data_pipeline.audio.augmentation import Augmenter
+from data_pipeline.audio.codecs import Wave
+from data_pipeline.core.rng import keyed_rng, keyed_seed
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.storage import FileStore, StorageReadError, describe, is_url, retry
+from data_pipeline.core.tar_samples import UnusableError, member_labels
+from data_pipeline.core.types import SAMPLE_RATE, Batch, Cursor, Step
+from data_pipeline.loader.workers import become_worker
+from data_pipeline.sampling.config import DataConfig
+from data_pipeline.sampling.constraints import BatchConstraints
+from data_pipeline.sampling.plan import accumulation
+from data_pipeline.sampling.window import cut_evenly
+from data_pipeline.shards.local import ShardError
+
+log = logging.getLogger(__name__)
+PROTOCOLS: Final = ("file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "hf", "memory")
+"""Protocols of shard URLs. webdataset's own opener, which runs commands (`pipe:`, curl, gsutil), is not used."""
+AUDIO: Final = ("flac", "wav", "opus", "ogg", "mp3")
+MOST_IN_VAIN: Final = 10_000
+"""Samples in a row that may be unusable or too short before the run ends."""
+POOL: Final = 16
+"""Micro-batches of audio that are sorted by length together."""
+PREFIX: Final = "webdataset-"
+"""Begin of the plan hash of a stream."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One decoded and cropped segment."""
+
+    key: str
+    wave: Wave
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """One micro-batch of a worker. error: set instead of a batch."""
+
+    wave: Wave = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    lengths: tuple[int, ...] = ()
+    keys: tuple[str, ...] = ()
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    skipped: int = 0
+    error: ShardError | StorageReadError | None = None
+
+
+def shard_urls(shards: str) -> list[str]:
+    """Returns the tars that `data.shards` names.
+
+    Args:
+        shards: A folder or URL of tars, or paths and URLs of tars with braces (`part-{000..127}.tar`), separated by
+            spaces.
+
+    Raises:
+        ConfigError: There are none, or a URL is of a kind that is not read, such as `pipe:`.
+    """
+    from braceexpand import braceexpand
+
+    try:
+        urls = [url for part in shards.split() for url in braceexpand(part)]
+    except ValueError as error:
+        raise ConfigError(f"data.shards={shards}: {error}") from None
+    for url in urls:
+        protocol, colon, _ = url.partition("://" if "://" in url else ":")
+        if "::" in url or "|" in url or (colon and protocol not in PROTOCOLS):
+            raise ConfigError(
+                f"data.shards={url}: shards are read from paths and {', '.join(PROTOCOLS)} URLs; commands (pipe:) and "
+                "chained URLs are refused"
+            )
+    if len(urls) == 1 and not urls[0].endswith(".tar"):
+        store = FileStore(urls[0])
+        urls = [f"{store.root}/{name}" for name in store.names("", ".tar")]
+    if not urls:
+        raise ConfigError(f"data.shards={shards}: names no .tar files")
+    return urls
+
+
+class StreamReader:
+    """The StepReader of one rank over tars without an index.
+
+    `Step.samples` and `padded_samples` are this rank's times the number of ranks, since no rank knows the batches of
+    another.
+
+    Args:
+        config: The run's `data`.
+        seed: Keys order, crops and augmentation.
+        rank: This rank's number.
+        world: Number of ranks; must divide `config.micro_batches`.
+        least_samples: The shortest segment that the model can use; shorter ones are left out.
+        say: Prints a line; called when a resume starts a new pass.
+
+    Raises:
+        ConfigError: No shards, or settings that need an index.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        rank: int,
+        world: int,
+        *,
+        least_samples: int = 0,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        for name, wanted in (("targets", not config.targets), ("mix_alpha", config.mix_alpha == 1)):
+            if not wanted:
+                raise ConfigError(
+                    f"data.{name} needs an index of the shards, which data.reader=webdataset does without; run "
+                    "`auricle shards index` on them and set data.reader=plan"
+                )
+        self.slots = accumulation(config.micro_batches, world)
+        self.config, self.seed, self.rank, self.world, self._say = config, seed, rank, world, say
+        self.constraints = BatchConstraints.of(config)
+        if least_samples > self.constraints.shortest:
+            self.constraints = self.constraints.with_shortest(least_samples)
+        self.urls = shard_urls(config.shards)
+        names = [url.rpartition("/")[2] for url in self.urls]
+        identity = f"{names}\n{self.constraints.identity}\n{seed}"
+        self.plan_hash = PREFIX + hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._closing: Synchronized[int] = multiprocessing.Value("b", 0)
+        self._batches: Iterator[StreamBatch] = iter(())
+
+    def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
+        """Yields this rank's part of the global steps, without end.
+
+        Args:
+            cursor: Counts the steps that were done; the stream starts a new pass in a new order.
+
+        Raises:
+            ConfigError: The cursor is of a plan, i.e. the run was begun with `data.reader=plan`.
+            ShardError: A tar or member cannot be used, with `on_bad_shard=error`.
+            StorageReadError: The storage did not recover within `retry_seconds`.
+        """
+        self.close()
+        cursor = cursor or Cursor(self.plan_hash, 0, 0)
+        if not cursor.plan_hash.startswith(PREFIX):
+            raise ConfigError(
+                f"the checkpoint was made with data plan {cursor.plan_hash}, but data.reader=webdataset streams; set "
+                "data.reader=plan, or start a new run"
+            )
+        if cursor.step:
+            self._say(
+                f"data.reader=webdataset: not exactly resumable; step {cursor.step} continues with a new pass over the "
+                "shards in a new order"
+            )
+        self._closing = multiprocessing.Value("b", 0)
+        self._batches = iter(self._loader(cursor.step))
+        return self._steps(cursor)
+
+    def close(self) -> None:
+        """Stops the workers."""
+        self._closing.value = 1
+        self._batches = iter(())
+
+    def _steps(self, cursor: Cursor) -> Iterator[Step]:
+        batches = self._batches
+        for number in itertools.count(cursor.step + 1):
+            parts = list(itertools.islice(batches, self.slots))
+            if failed := next((part.error for part in parts if part.error), None):
+                raise failed
+            if len(parts) < self.slots:
+                return
+            made = [
+                Batch(
+                    wave_BT=torch.from_numpy(np.asarray(part.wave)),
+                    lengths_B=torch.tensor(part.lengths),
+                    keys=part.keys,
+                    micro_batch=self.rank + slot * self.world,
+                    labels=part.labels,
+                )
+                for slot, part in enumerate(parts)
+            ]
+            yield Step(
+                batches=tuple(made),
+                samples=self.world * sum(sum(part.lengths) for part in parts),
+                padded_samples=self.world * sum(batch.wave_BT.numel() for batch in made),
+                after=Cursor(self.plan_hash, 0, number),
+                skipped=sum(part.skipped for part in parts),
+            )
+
+    def _loader(self, start: int) -> DataLoader[StreamBatch]:
+        from webdataset import DataPipeline, split_by_worker
+
+        mine = self.urls[self.rank :: self.world] if len(self.urls) >= self.world else self.urls
+        workers = min(self.config.workers, len(mine))
+        stream = _Stream(
+            self.config, self.constraints, keyed_seed(self.seed, "webdataset", self.rank, start), self.seed
+        )
+        pipeline = DataPipeline(
+            _Passes(mine, stream.key), split_by_worker, stream.opened, stream.samples, stream.shuffled,
+            stream.clips, stream.batches,
+        )  # fmt: skip
+        if not workers:
+            return DataLoader(pipeline, batch_size=None)
+        begin = functools.partial(become_worker, os.getpid(), self._closing)
+        return DataLoader(
+            pipeline, batch_size=None, num_workers=workers, prefetch_factor=max(2, self.config.prefetch * self.slots),
+            multiprocessing_context="fork", worker_init_fn=begin, timeout=self.config.timeout_seconds,
+        )  # fmt: skip
+
+
+class _Passes(IterableDataset[dict[str, Any]]):
+    """Shard URLs, pass after pass, each in its own order."""
+
+    def __init__(self, urls: Sequence[str], key: int) -> None:
+        self._urls, self._key = urls, key
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number in itertools.count():
+            order = keyed_rng(self._key, number, "shards").permutation(len(self._urls))
+            yield from ({"url": self._urls[i], "pass": number} for i in order)
+
+
+class _Stream:
+    """Stages of the pipeline in one process."""
+
+    def __init__(self, config: DataConfig, constraints: BatchConstraints, key: int, seed: int) -> None:
+        self.config, self.constraints, self.key, self.seed = config, constraints, key, seed
+        self.augmenter = Augmenter(config.augment)
+        if config.augment.speeds:
+            raise ConfigError("data.augment.speeds needs data.reader=plan")
+        self._pass = self._skipped = self._read = self._in_vain = 0
+
+    def opened(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Opens each shard; fsspec alone reads URLs."""
+        for shard in shards:
+            url, self._pass = shard["url"], shard["pass"]
+            if self._pass and not self._read:
+                raise ShardError(url, "neither it nor any other shard holds samples")
+            try:
+                stream = retry(functools.partial(_open, url), url, self.config.retry_seconds)
+            except FileNotFoundError:
+                self._bad(url, "is missing")
+                continue
+            with stream:
+                yield {"url": url, "stream": stream}
+
+    def samples(self, opened: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Groups the members of each shard to samples."""
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        for shard in opened:
+            url, before = shard["url"], self._read
+            try:
+                for sample in group_by_keys(tar_file_expander([shard])):
+                    self._read += 1
+                    yield sample
+            except tarfile.TarError as error:
+                self._bad(url, f"is not a whole tar ({describe(error)})")
+            except ValueError as error:
+                self._bad(url, str(error.args[0]) if error.args else "cannot be read")
+            except OSError as error:
+                raise StorageReadError(url, f"cannot be read ({describe(error)})") from error
+            if self._read == before:
+                log.warning("%s: holds no samples", url)
+
+    def shuffled(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Mixes samples in the shuffle buffer."""
+        from webdataset import shuffle
+
+        size, worker = self.config.shuffle_buffer, get_worker_info()
+        rng = random.Random(keyed_seed(self.key, "buffer", worker.id if worker else 0))
+        yield from shuffle(size, initial=max(1, size // 4), rng=rng)(samples) if size else samples
+
+    def clips(self, samples: Iterable[dict[str, Any]]) -> Iterator[Clip]:
+        """Decodes and crops every audio member."""
+        for sample in samples:
+            key, url = sample["__key__"], sample["__url__"]
+            documents = {f"{key}.{ending}": data for ending, data in sample.items() if ending.endswith(("json", "txt"))}
+            for ending in [ending for ending in sample if ending.rpartition(".")[2] in AUDIO]:
+                stem = f"{key}.{ending}".rpartition(".")[0]
+                try:
+                    labels = member_labels(documents, key, stem) if self.config.labels else {}
+                    wave = self._decoded(stem, sample[ending])
+                except (UnusableError, soundfile.SoundFileError, RuntimeError) as error:
+                    self._bad(url, f"{key}.{ending} cannot be used ({error})")
+                    wave, labels = np.zeros(0, np.float32), {}
+                self._in_vain = 0 if len(wave) else self._in_vain + 1
+                if self._in_vain >= MOST_IN_VAIN:
+                    raise ShardError(url, f"none of {MOST_IN_VAIN:,} samples in a row can be used")
+                if len(wave):
+                    yield Clip(stem, wave, {name: labels.get(name, "") for name in self.config.labels})
+
+    def _decoded(self, key: str, data: bytes) -> Wave:
+        """The crop of a member; empty if it is shorter than `data.min_seconds`."""
+        with soundfile.SoundFile(io.BytesIO(data)) as sound:
+            if (sound.samplerate, sound.channels) != (SAMPLE_RATE, 1):
+                raise UnusableError(
+                    "rate", f"{sound.samplerate} Hz, {sound.channels} channels; convert it with corpus=webdataset"
+                )
+            longest, frames = self.constraints.longest, sound.frames
+            if frames < self.constraints.shortest:
+                return np.zeros(0, np.float32)
+            if longest < frames < 1 << 40:
+                rng = keyed_rng(self.seed, self._pass, key, "crop")
+                sound.seek(int(rng.integers(0, frames - longest + 1)))
+            wave: Wave = sound.read(min(frames, longest), dtype="float32")
+        return wave if len(wave) >= self.constraints.shortest else wave[:0]
+
+    def batches(self, clips: Iterable[Clip]) -> Iterator[StreamBatch]:
+        """Sorts pools of clips by length and cuts them into micro-batches of equal seconds."""
+        budget = self.constraints.batch / self.constraints.micro_batches
+        pool: list[Clip] = []
+        try:
+            for clip in clips:
+                pool.append(clip)
+                if sum(len(one.wave) for one in pool) >= POOL * budget:
+                    yield from self._cut(pool, budget)
+                    pool = []
+        except (ShardError, StorageReadError) as error:
+            yield StreamBatch(error=error)
+
+    def _cut(self, pool: list[Clip], budget: float) -> Iterator[StreamBatch]:
+        pool.sort(key=lambda clip: len(clip.wave))
+        lengths = np.array([len(clip.wave) for clip in pool])
+        first = cut_evenly(lengths, max(1, min(len(pool), round(float(lengths.sum()) / budget))))
+        order = keyed_rng(self.key, self._read, "batches").permutation(len(first) - 1)
+        for k in order:
+            yield self._batch(pool[first[k] : first[k + 1]])
+
+    def _batch(self, clips: Sequence[Clip]) -> StreamBatch:
+        most = min(len(clip.wave) for clip in clips) if self.constraints.crop else self.constraints.longest
+        waves = [clip.wave[:most] for clip in clips]
+        if self.augmenter.changes_waves:
+            rngs = [keyed_rng(self.seed, self._pass, clip.key, "augment") for clip in clips]
+            waves = [self.augmenter.apply(wave, waves, rng) for wave, rng in zip(waves, rngs, strict=True)]
+        padded = np.zeros((len(waves), max(map(len, waves))), np.float32)
+        for line, wave in zip(padded, waves, strict=True):
+            line[: len(wave)] = wave
+        skipped, self._skipped = self._skipped, 0
+        return StreamBatch(
+            wave=padded,
+            lengths=tuple(map(len, waves)),
+            keys=tuple(clip.key for clip in clips),
+            labels={name: tuple(clip.labels[name] for clip in clips) for name in self.config.labels},
+            skipped=skipped,
+        )
+
+    def _bad(self, url: str, reason: str) -> None:
+        """Counts a shard or member that cannot be used. Raises ShardError with `on_bad_shard=error`."""
+        if self.config.on_bad_shard == "error":
+            raise ShardError(url, reason)
+        self._skipped += 1
+        log.warning("left out: %s: %s", url, reason)
+
+
+def _open(url: str) -> IO[bytes]:
+    path = url if is_url(url) else str(Path(url.removeprefix("file://")).expanduser())
+    file: IO[bytes] = fsspec.open(path, "rb").open()
+    return file
