@@ -32,7 +32,7 @@ def _variable(name: str, *default: str) -> str:
     if name not in READABLE_VARIABLES and not name.startswith(READABLE_PREFIXES):
         allowed = ", ".join((*READABLE_VARIABLES, *(f"{prefix}…" for prefix in READABLE_PREFIXES)))
         raise ConfigError(
-            f"${{oc.env:{name}}}: a config is kept in the run folder, so only these variables are read: {allowed}; "
+            f"${{oc.env:{name}}}: a config is kept in the run folder, so only these environment variables are read: {allowed}; "
             "write the value itself"
         )
     if name not in os.environ and not default:
@@ -62,9 +62,9 @@ def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[st
             composed = hydra.compose(root, lines)
         plain = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, ConfigError):
-            raise cause from None
+        own = re.search(r"ConfigError raised while resolving interpolation: (.*)\n\s*full_key: (\S+)", str(error))
+        if own:  # of _variable
+            raise ConfigError(f"{own[2]}: {own[1]}") from None
         raise ConfigError(f"{root}: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{root}: a value is nested too deeply") from None

@@ -136,7 +136,7 @@ def _environment(launcher: dict[str, Any], sha: str) -> dict[str, Any]:
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
-            if KEPT_VARIABLES.match(name) and not redaction.NAME.search(name)
+            if KEPT_VARIABLES.match(name) and not redaction.is_secret_name(name) and not redaction.holds_secret(value)
         },
     }
 

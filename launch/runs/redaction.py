@@ -1,46 +1,131 @@
-"""What must not land in a run folder, which people share: addresses with passwords, signed addresses, keys, tokens."""
+"""Keeps credentials out of run folders, which people share.
+
+The shapes of issued keys come from detect-secrets (Apache-2.0) and from the list here, which has what it lacks.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import functools
+import importlib
 import os
 import re
 from typing import Any
 
 from data_pipeline.core.schema import ConfigError
 
-NAME = re.compile(r"(token|secret|passw|credential|api_?key|private_?key|access_?key)", re.IGNORECASE)
-"""Variables and fields that hold one."""
+NAME = re.compile(
+    r"(token|secret|passw|passphrase|credential|api_?key|private_?key|access_?key|account_?key|storage_?key|auth_?key"
+    r"|connection_?string|webhook)",
+    re.IGNORECASE,
+)
+"""Names of fields and variables that hold a credential."""
+VARIABLE = re.compile(
+    rf"{NAME.pattern}|(^|_)(pwd|pat|sas|dsn|auth|creds?)($|_)|_key$|database_url|redis_url|mongo\w*_ur[il]",
+    re.IGNORECASE,
+)
+"""The same for environment variables, whose values are looked for elsewhere: MYSQL_PWD, AZURE_STORAGE_SAS, SENTRY_DSN."""
+HARMLESS = frozenset({"PWD", "OLDPWD", "XAUTHORITY", "SSH_AUTH_SOCK"})
 ADDRESS = re.compile(
-    r"://[^/\s@]*:[^/\s@]+@|[?&][\w-]*(token|secret|passw|credential|sig|key)[\w-]*=[^&\s]", re.IGNORECASE
+    r"://[^/\s@:]*:(?!\d{1,5}(?:[/?#]|$))[^\s@]+@|[?&;][\w-]*(token|secret|passw|credential|sig|key)[\w-]*=[^&\s]",
+    re.IGNORECASE,
 )
-"""A password before the host, or a signature behind the path."""
+"""A password before the host, which may have a slash in it, or a signature behind the path."""
 KEY = re.compile(
-    r"\b((AKIA|ASIA)[0-9A-Z]{16}|hf_\w{30,}|gh[pousr]_\w{30,}|github_pat_\w{30,}|glpat-[\w-]{16,}|sk-[\w-]{30,}"
-    r"|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]+|Bearer\s+[\w.~+/-]{16,})"
+    r"\b((AKIA|ASIA)[0-9A-Z]{16}|hf_\w{30,}|gh[pousr]_\w{30,}|github_pat_\w{30,}|gl(pat|rt|dt)-[\w-]{16,}|sk-[\w-]{30,}"
+    r"|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|eyJ[\w-]{8,}\.[\w-]+|Bearer\s+[\w.~+/-]{16,}"
+    r"|[srp]k_(live|test)_\w{10,}|whsec_\w{16,}|npm_\w{30,}|pypi-[\w-]{16,}|hv[sbr]\.[\w-]{20,}|dckr_pat_[\w-]{16,}"
+    r"|do[opr]_v1_\w{30,}|shp(at|ca|pa|ss)_\w{16,}|SG\.[\w-]{16,}\.[\w-]{16,}|figd_[\w-]{20,}|lin_api_\w{20,}"
+    r"|xkeysib-\w{20,}|PMAK-\w{20,}|r8_\w{30,}|nvapi-[\w-]{30,}|gsk_\w{30,})"
 )
-"""Keys by the shape that their issuers give them: Amazon, Hugging Face, GitHub, GitLab, OpenAI, Slack, Google, JWT."""
+"""Keys by the form that their issuers give them: Amazon, Hugging Face, GitHub, GitLab, OpenAI, Slack, Google, JWT,
+Stripe, npm, PyPI, Vault, Docker, DigitalOcean, Shopify, SendGrid, Figma, Linear, Brevo, Postman, Replicate, NVIDIA."""
+PAIR = re.compile(
+    r"\b(Account|SharedAccess|Shared|Primary|Secondary)_?(Key|Signature|Secret)\s*=\s*[^\s;'\"]{8,}", re.IGNORECASE
+)
+"""A pair of a connection string."""
+WEBHOOK = re.compile(
+    r"hooks\.slack\.com/\w+/\S{8}|discord(app)?\.com/api/webhooks/\S{8}|\.webhook\.office\.com/\S{8}"
+    r"|outlook\.office(365)?\.com/webhook/\S{8}|api\.telegram\.org/bot\S{8}|hooks\.zapier\.com/hooks/\S{8}"
+    r"|maker\.ifttt\.com/\S*/key/\S{8}",
+    re.IGNORECASE,
+)
+"""Addresses that anybody who knows them may post to."""
+OPTION = re.compile(r"(^|\s)(-u|--user)[\s=]+['\"]?[^\s:'\"]+:[^\s'\"]{3,}")
+"""User and password as curl takes them."""
+BASIC = re.compile(r"\bBasic\s+([A-Za-z0-9+/]{6,}={0,2})", re.IGNORECASE)
+"""User and password as HTTP's basic authentication encodes them."""
+DETECTORS = {
+    "artifactory": "ArtifactoryDetector",
+    "aws": "AWSKeyDetector",
+    "azure_storage_key": "AzureStorageKeyDetector",
+    "basic_auth": "BasicAuthDetector",
+    "cloudant": "CloudantDetector",
+    "discord": "DiscordBotTokenDetector",
+    "github_token": "GitHubTokenDetector",
+    "gitlab_token": "GitLabTokenDetector",
+    "jwt": "JwtTokenDetector",
+    "mailchimp": "MailchimpDetector",
+    "npm": "NpmDetector",
+    "openai": "OpenAIDetector",
+    "pypi_token": "PypiTokenDetector",
+    "sendgrid": "SendGridDetector",
+    "slack": "SlackDetector",
+    "square_oauth": "SquareOAuthDetector",
+    "stripe": "StripeDetector",
+    "telegram_token": "TelegramBotTokenDetector",
+    "twilio": "TwilioKeyDetector",
+}
+"""Modules and classes of detect_secrets.plugins that know a key by its form; those that guess from entropy are left
+out, since checksums and paths look alike."""
 PWD = re.compile(r"(^|[^a-z])pwd['\"]?\s*[=:]\s*['\"]?[^\s'\"$/~.]", re.IGNORECASE)
-"""A password; the working directory, which has the same name, is a path or a variable."""
+"""A password; the working directory, also called pwd, is a path or a variable."""
 BEGIN, END = (re.compile(rf"-----{word} [A-Z ]*PRIVATE KEY") for word in ("BEGIN", "END"))
 BODY = re.compile(r"[-+ ]?\s*(?=\S*[a-z])(?=\S*[A-Z])[A-Za-z0-9+/]{60,}={0,2}\s*")
 """A whole line of such a key, as a diff may show it without its first line."""
 SHORTEST = 8
-"""Letters of a variable's value that is looked for elsewhere."""
+"""Length of the shortest value of a variable that is looked for elsewhere."""
 
 
 def holds_secret(text: str) -> bool:
-    """Whether `text` holds an address with a password, a key, or what a variable of this process keeps secret."""
-    if any(shape.search(text) for shape in (ADDRESS, KEY, PWD, BEGIN)):
+    """Whether `text` has an address with a password, an issued key, or the value of a secret variable in it."""
+    if any(shape.search(text) for shape in (ADDRESS, KEY, PWD, PAIR, WEBHOOK, OPTION, BEGIN)):
         return True
-    return any(value in text for name, value in os.environ.items() if NAME.search(name) and _is_secret(value))
+    if any(_is_user_and_password(found[1]) for found in BASIC.finditer(text)):
+        return True
+    if any(True for detector in _detectors() for _ in detector.analyze_string(text)):
+        return True
+    return any(value in text for name, value in os.environ.items() if _is_secret(name, value))
 
 
-def _is_secret(value: str) -> bool:
-    return len(value) >= SHORTEST and not value.startswith("/")  # a path to a file of credentials is none
+@functools.cache
+def _detectors() -> list[Any]:
+    modules = ((importlib.import_module(f"detect_secrets.plugins.{name}"), kind) for name, kind in DETECTORS.items())
+    return [getattr(module, kind)() for module, kind in modules]
+
+
+def _is_user_and_password(encoded: str) -> bool:
+    try:
+        return b":" in base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error:
+        return False
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Whether an environment variable holds a credential; a path to a file of credentials is not one."""
+    if name in HARMLESS or not VARIABLE.search(name):
+        return False
+    return len(value) >= SHORTEST and not value.startswith("/")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether an environment variable of that name may hold a credential."""
+    return name not in HARMLESS and bool(VARIABLE.search(name))
 
 
 def without_secrets(lines: list[str]) -> list[str]:
-    """Those lines (or words) that neither hold a secret of a known shape nor name one, and lie in no private key."""
+    """Returns the lines (or words) without those that hold or name a credential or belong to a private key."""
     kept, inside = [], False
     for line in lines:
         inside = not line.startswith(("@@", "diff ")) and (inside or bool(BEGIN.search(line)))
@@ -51,7 +136,7 @@ def without_secrets(lines: list[str]) -> list[str]:
 
 
 def refuse_secrets(values: Any, path: str = "") -> None:
-    """Raises ConfigError naming the field of a config that holds a secret: configs are kept in run folders."""
+    """Raises ConfigError naming the field of a config that holds a credential: configs are kept in run folders."""
     if isinstance(values, dict):
         for name, value in values.items():
             refuse_secrets(value, f"{path}.{name}".lstrip("."))
@@ -60,6 +145,6 @@ def refuse_secrets(values: Any, path: str = "") -> None:
             refuse_secrets(value, path)
     elif isinstance(values, str) and holds_secret(values):
         raise ConfigError(
-            f"{path}: holds an address with a password or a key, which would land in the run folder; give credentials "
-            "by the environment (AWS_ACCESS_KEY_ID … or the storage's own config file)"
+            f"{path}: holds an address with a password or a key, which would be written to the run folder; give "
+            "credentials in the environment (AWS_ACCESS_KEY_ID …) or in the storage's own config file"
         )

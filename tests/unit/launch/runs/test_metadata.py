@@ -104,6 +104,81 @@ def test_secrets_are_known_by_their_shape(secret: str) -> None:
         redaction.refuse_secrets({"data": {"shards": secret}})
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "s3://me:a/b@bucket/x",
+        "postgresql://me:p/w:d@db.example/x",
+        "mysql://root:hunter2/@db",
+        "https://:hunter2@host/x",
+        "DefaultEndpointsProtocol=https;AccountName=x;Account" + "Key=" + "Ab1+" * 21 + "ab==;EndpointSuffix=y",
+        "Endpoint=sb://x/;SharedAccessKeyName=Root;SharedAccess" + "Key=abcdefgh12345678=",
+        "SharedAccess" + "Signature=sv=2022&sr=b&foo=barbarbar",
+        "az://container?sv=2022-11-02&sr=b&sig=abc%3D",
+        "sk_" + "live_0123456789abcdefghij",
+        "rk_" + "live_0123456789abcdefghij",
+        "npm" + "_0123456789abcdefghijklmnopqrstuvwxyz",
+        "py" + "pi-AgEIcHlwaS5vcmcCJDAwMDAwMDAwLTAwMDA",
+        "hv" + "s.CAESIJ0123456789abcdefghijkl",
+        "Authorization: Basic " + "bWU6aHVudGVyMg==",
+        "curl -u me:hunter2 host",
+        "https://hooks." + "slack.com/services/T00000000/B00000000/XXXXXXXXXXXX",
+        "https://discord.com/api/" + "webhooks/123456789/abcdefghijklmnop",
+        "https://x.webhook." + "office.com/webhookb2/abcdefgh",
+        "dckr" + "_pat_0123456789abcdefghij",
+        "shp" + "at_0123456789abcdef0123456789abcdef",
+        "S" + "G.0123456789abcdefghij.0123456789abcdefghij",
+        "A" + "C0123456789abcdef0123456789abcdef",
+        "nv" + "api-0123456789abcdefghijklmnopqrstuvwxyz",
+    ],
+)
+def test_credentials_of_other_issuers_are_known(secret: str) -> None:
+    assert redaction.without_secrets([f"+ x = '{secret}'", "+ y = 1"]) == ["+ y = 1"]
+    with pytest.raises(ConfigError, match="shards"):
+        redaction.refuse_secrets({"data": {"shards": secret}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS", "MYSQL_PWD", "PGPASSWORD"),
+        *("SENTRY_DSN", "REDISCLI_AUTH", "DATABASE_URL", "GITLAB_PAT", "WANDB_API_KEY", "SLACK_WEBHOOK_URL"),
+    ],
+)
+def test_the_value_of_a_secret_variable_is_found_elsewhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "correct-horse-battery")
+    assert redaction.holds_secret("/data/correct-horse-battery/x")
+    assert redaction.is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        *("http://127.0.0.1:8265/x@y", "ray://head:10001", "runs/basic training", "Basic objects", "s3://bucket/a:b/c"),
+        *("npm_config", "pypi-server", "/data/sk_live/x", "data.shards=/x/sigma?list", "0" * 64, "a@b.example:/srv/x"),
+    ],
+)
+def test_what_only_resembles_a_credential_is_kept(harmless: str) -> None:
+    assert not redaction.holds_secret(harmless)
+
+
+def test_a_diff_that_is_not_utf8_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of Latin-1 in a tracked file, or a form feed, which is no end of a line."""
+    import subprocess
+
+    repository = tmp_path / "code"
+    repository.mkdir()
+    git = ["git", "-C", str(repository), "-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    (repository / "file").write_bytes(b"one\n")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    (repository / "file").write_bytes(b"caf\xe9 \x0c two\xe2\x80\xa8three\n")
+    monkeypatch.setattr(metadata, "ROOT", repository)
+    folder = metadata.prepare(job(tmp_path))
+    assert "+caf\\xe9 \x0c two\u2028three" in (folder / "git.diff").read_text(encoding="utf-8").split("\n")
+
+
 def test_a_private_key_leaves_no_line() -> None:
     body = ["b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAAAAAAABAAAAMwAAAAtzc2gtZW", "QyNTUxOQAAACDk"]
     first, last = (f"-----{word} OPENSSH PRIVATE KEY-----" for word in ("BEGIN", "END"))
