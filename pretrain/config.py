@@ -91,7 +91,7 @@ class EngineConfig:
         float,
         about("peak of one device in this precision, for perf/mfu; 0: as known of common GPUs", ge=0),
     ] = 0.0
-    timeout_minutes: Annotated[float, about("time limit of a collective operation", gt=0)] = 30.0
+    timeout_minutes: Annotated[float, about("time limit of a collective operation", gt=0, le=525_600)] = 30.0
 
     def __post_init__(self) -> None:
         if self.offload != "none" and self.name != "deepspeed":

@@ -153,8 +153,36 @@ def diff(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str,
     return [(path, a, b) for path, a, b in rows if a != b or isinstance(a, bool) != isinstance(b, bool)]
 
 
+LARGEST_INTEGER: Final = 2**31 - 1
+LARGEST_SEED: Final = 2**63 - 1
+LARGEST_NUMBER: Final = 1e12
+"""Sizes, counts and times above these have no use, and overflow or never end somewhere."""
+
+
+def _too_large(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields a message for each number that no field takes."""
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _too_large(value, f"{path}.")
+            continue
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            limit = LARGEST_NUMBER if isinstance(number, float) else LARGEST_INTEGER
+            limit = LARGEST_SEED if name == "seed" else limit
+            if abs(number) > limit and number not in (float("inf"), float("-inf")):  # these are refused with their type
+                yield f"{path}={json.dumps(number)[:40]}: is too large; at most {limit:g}"
+
+
 def load(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Returns `values` (JSON-like, nested) as a `kind`. Raises ConfigError that names every bad field at once."""
+    """Reads nested JSON-like values as a config.
+
+    Raises:
+        ConfigError: A field is wrong; the message has a line for each one.
+    """
+    if large := list(_too_large(values)):
+        raise ConfigError("\n".join(large))
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values))
     except ValidationError as error:

@@ -64,9 +64,9 @@ class DataConfig:
     ] = 2
     prefetch: Annotated[int, about("global steps read ahead", resume="free", ge=1)] = 2
     verify: Annotated[bool, about("check a shard's sha256 before its first use", resume="free")] = False
-    timeout_seconds: Annotated[float, about("end the run when no data arrive for this long", resume="free", gt=0)] = (
-        300.0
-    )
+    timeout_seconds: Annotated[
+        float, about("end the run when no data arrive for this long", resume="free", gt=0, le=31_536_000)
+    ] = 300.0
     retry_seconds: Annotated[
         float,
         about(

@@ -28,6 +28,7 @@ from typing import Final
 
 import numpy as np
 
+from data_pipeline.core.integers import divisors
 from data_pipeline.core.lru import LruCache
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
@@ -154,7 +155,7 @@ def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples
 
 def allowed_worlds(micro_batches: int) -> list[int]:
     """Returns the numbers of ranks that can share V micro-batches equally."""
-    return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+    return divisors(micro_batches)
 
 
 def accumulation(micro_batches: int, world: int) -> int:

@@ -32,7 +32,7 @@ def _variable(name: str, *default: str) -> str:
     if name not in READABLE_VARIABLES and not name.startswith(READABLE_PREFIXES):
         allowed = ", ".join((*READABLE_VARIABLES, *(f"{prefix}…" for prefix in READABLE_PREFIXES)))
         raise ConfigError(
-            f"${{oc.env:{name}}}: a config is kept in the run folder, so only these environment variables are read: {allowed}; "
+            f"${{oc.env:{name}}}: a config is kept in the run folder, so of the environment only {allowed} are read; "
             "write the value itself"
         )
     if name not in os.environ and not default:

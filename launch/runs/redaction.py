@@ -25,7 +25,7 @@ VARIABLE = re.compile(
     rf"{NAME.pattern}|(^|_)(pwd|pat|sas|dsn|auth|creds?)($|_)|_key$|database_url|redis_url|mongo\w*_ur[il]",
     re.IGNORECASE,
 )
-"""The same for environment variables, whose values are looked for elsewhere: MYSQL_PWD, AZURE_STORAGE_SAS, SENTRY_DSN."""
+"""The same for environment variables, whose values are looked for elsewhere: MYSQL_PWD, AZURE_STORAGE_SAS …"""
 HARMLESS = frozenset({"PWD", "OLDPWD", "XAUTHORITY", "SSH_AUTH_SOCK"})
 ADDRESS = re.compile(
     r"://[^/\s@:]*:(?!\d{1,5}(?:[/?#]|$))[^\s@]+@|[?&;][\w-]*(token|secret|passw|credential|sig|key)[\w-]*=[^&\s]",

@@ -64,7 +64,8 @@ class EvaluateConfig:
         bool, about("stay beside a running run: evaluate each new checkpoint, results to its TensorBoard")
     ] = False
     follow_minutes: Annotated[
-        float, about("follow: end where the run has shown no sign of life for so long; 0: wait for ever", ge=0)
+        float,
+        about("follow: end where the run has shown no sign of life for so long; 0: wait for ever", ge=0, le=525_600),
     ] = 60.0
     every: Annotated[int, about("follow: evaluate only checkpoints whose step this divides", ge=1)] = 1
     device: Annotated[str, about("cpu, or cuda where there is one", min_length=1)] = "cpu"

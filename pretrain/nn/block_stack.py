@@ -10,6 +10,7 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
+from data_pipeline.core.integers import divisors
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import about, config, refuse
 from pretrain.interfaces.configs import EncoderConfig
@@ -76,8 +77,7 @@ class StackConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
-            fit = [heads for heads in range(1, self.dim + 1) if self.dim % heads == 0]
-            near = sorted(sorted(fit, key=lambda heads: abs(heads - self.heads))[:2])
+            near = sorted(sorted(divisors(self.dim), key=lambda heads: abs(heads - self.heads))[:2])
             refuse("heads", self.heads, f"must divide encoder.dim={self.dim}; take {' or '.join(map(str, near))}")
         if self.half_rate_blocks and self.half_rate_blocks > self.layers - 2:
             refuse(

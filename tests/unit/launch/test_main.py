@@ -33,12 +33,12 @@ def auricle(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd, env=environment)
 
 
-def test_help_is_fast_and_names_every_verb() -> None:
+def test_help_is_fast_and_names_every_command() -> None:
     start = time.monotonic()
     done = auricle("--help")
     assert time.monotonic() - start < 3.0
     assert done.returncode == 0
-    assert all(verb in done.stdout for verb in main.COMMANDS)
+    assert all(command in done.stdout for command in main.COMMANDS)
     heavy = "import launch.main, sys; launch.main.main(['--help']); print({'torch', 'ray', 'hydra'} & set(sys.modules))"
     loaded = subprocess.run(
         [sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60, check=True
@@ -74,7 +74,7 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
         ([*TINY, "batch_seconds=3"], ["batch_seconds=3", "did you mean data.batch_seconds?"]),
         ([*TINY, "launcher.processes=3"], ["data.micro_batches=4", "3 ranks"]),
         ([*TINY, "name=a/b"], ["name='a/b'", "slash"]),
-        (["data.shards"], ["'data.shards' is no override", "field=value"]),
+        (["data.shards"], ["'data.shards' is not an override", "field=value"]),
         ([*TINY, "--dry-runs"], ["no switch --dry-runs", "did you mean --dry-run?"]),
         (TINY[:1], ["data.shards", "required"]),
         ([*TINY, "optimizer.lr=-1", "seed=x"], ["optimizer.lr", "seed"]),
@@ -90,6 +90,30 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
         ([*TINY, "engine.zero_stage=3", "engine.offload=nvme"], ["engine.offload_folder", "needs a folder"]),
         ([], ["data.shards: is required"]),
         ([*TINY, "data.batch_seconds=20"], ["data.batch_seconds=20", "data.micro_batches=4", "at least 32"]),
+        ([*TINY, "encoder.dim=9223372036854775807"], ["encoder.dim=9223372036854775807", "too large"]),
+        ([*TINY, "encoder.dim=2147483647"], ["encoder.heads=4", "must divide encoder.dim=2147483647"]),
+        ([*TINY, "data.micro_batches=1000000000000"], ["data.micro_batches=1000000000000", "too large"]),
+        ([*TINY, "train.steps=1" + 60 * "0"], ["train.steps", "too large"]),
+        ([*TINY, "seed=9223372036854775808"], ["seed=9223372036854775808", "too large"]),
+        ([*TINY, "engine.timeout_minutes=1e300"], ["engine.timeout_minutes=1e+300", "too large"]),
+        ([*TINY, "engine.timeout_minutes=1e9"], ["engine.timeout_minutes=1000000000.0", "525600"]),
+        ([*TINY, "data.timeout_seconds=1e11"], ["data.timeout_seconds", "31536000"]),
+        ([*TINY, "optimizer.lr=inf"], ["optimizer.lr", "finite"]),
+        ([*TINY, "optimizer.lr=nan"], ["optimizer.lr", "finite"]),
+        ([*TINY, "hydra.nonsense=3"], ["hydra.nonsense=3", "leave it out"]),
+        ([*TINY, "hydra/launcher=x"], ["hydra/launcher=x", "leave it out"]),
+        ([*TINY, "+hydra.run.dir=/tmp/x"], ["hydra.run.dir=/tmp/x", "leave it out"]),
+        ([*TINY, "~hydra.job"], ["~hydra.job", "leave it out"]),
+        ([*TINY, "seed=1,2"], ['seed="1,2"', "--multirun"]),
+        ([*TINY, "train.steps=range(3)"], ["train.steps", "--multirun"]),
+        ([*TINY, "--seed", "3"], ["--seed", "write seed=3"]),
+        ([*TINY, "--train.steps=7"], ["--train.steps=7", "write train.steps=7"]),
+        ([*TINY, "--optimizer.lr"], ["--optimizer.lr", "write optimizer.lr=VALUE"]),
+        ([*TINY, "--objective", "hubert"], ["--objective", "write objective=hubert"]),
+        ([*TINY, "data.labels=speaker"], ["data.labels", "is a list", "data.labels=[speaker]"]),
+        ([*TINY, "name=" + 300 * "x"], ["name=", "at most 200 bytes"]),
+        ([*TINY, "name='${oc.env:SOME_CREDENTIAL}'"], ["name", "SOME_CREDENTIAL", "write the value itself"]),
+        ([*TINY, "name='x${oc.env:AURICLE_NOT_SET}'"], ["AURICLE_NOT_SET", "is not set"]),
     ],
 )
 def test_a_wrong_override_says_what_is_right(
@@ -103,7 +127,49 @@ def test_a_wrong_override_says_what_is_right(
     assert not list(tmp_path.iterdir()), "nothing may be left behind by a refused config"
 
 
-def test_wrong_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_allowed_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    assert compose("pretrain", [*TINY, "runs=${oc.env:SCRATCH}/runs"])["runs"] == "/scratch/me/runs"
+    monkeypatch.delenv("SCRATCH")
+    assert compose("pretrain", [*TINY, "runs=${oc.env:SCRATCH,here}/runs"])["runs"] == "here/runs"
+
+
+@pytest.mark.parametrize(
+    ("variables", "encoding"),
+    [
+        ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "utf-8"),
+        ({"LC_ALL": "POSIX"}, "utf-8"),
+        ({"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, "ascii"),
+        ({"LC_ALL": "no_such_locale"}, "utf-8"),
+    ],
+)
+def test_any_locale_works(variables: dict[str, str], encoding: str, tmp_path: Path) -> None:
+    """Names that are not ASCII are read, found and printed; what a stream cannot show is an escape."""
+    folder = tmp_path / "läufe" / "größe"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "config.json").write_text('{"name": "größe", "train": {"steps": 5}}', encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.main", "runs", str(folder.parent)],
+        capture_output=True,
+        timeout=60,
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(ROOT)} | variables,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("größe" if encoding == "utf-8" else r"gr\xf6\xdfe") in done.stdout.decode(encoding)
+
+
+def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["help", "data"]) == 0
+    assert "find-caps" in capsys.readouterr().out
+    assert main.main(["help"]) == 0
+    assert "completion" in capsys.readouterr().out
+    assert main.main(["help", "pretrian"]) == ExitCode.USAGE
+    assert "did you mean `auricle pretrain`?" in capsys.readouterr().err
+
+
+def test_wrong_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["pretrian"]) == ExitCode.USAGE
     assert "did you mean `auricle pretrain`?" in capsys.readouterr().err
     assert main.main([]) == ExitCode.USAGE
