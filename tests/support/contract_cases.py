@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,11 @@ def make(
 
 def speech_like(seconds: float, seed: int) -> torch.Tensor:
     """Returns gliding harmonics in bursts, (T,) samples: structure that a model can learn."""
+    return _harmonics(seconds, seed).clone()
+
+
+@functools.cache
+def _harmonics(seconds: float, seed: int) -> torch.Tensor:
     rng = np.random.default_rng(seed)
     samples = int(seconds * 16_000)
     time = np.arange(samples) / 16_000
