@@ -38,7 +38,7 @@ from launch.cli.compose import compose  # noqa: E402
 from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.config import Config  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig  # noqa: E402
-from pretrain.evaluate.evaluator import Room  # noqa: E402
+from pretrain.evaluate.evaluator import TaskEvaluation  # noqa: E402
 from pretrain.evaluate.features import SILENCE, Labelled, phone_frames  # noqa: E402
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder  # noqa: E402
 from pretrain.evaluate.manifest import Interval, Utterance, read_manifest  # noqa: E402
@@ -126,31 +126,31 @@ class Speeds:
 
     def __init__(self, manifest: Path, most: int) -> None:
         config = EvaluateConfig(checkpoint="none", manifest=str(manifest), max_utterances=most)
-        self.room = Room(config, "phones", read_manifest(manifest), print)
+        self.task = TaskEvaluation(config, "phones", read_manifest(manifest), print)
 
     def features(self, encoder: FrozenEncoder, part: Sequence[Utterance], speed: float) -> Labelled:
         """Returns the labelled frames of `part` at a speed."""
         phones = {
-            u.name: [Interval(i.start / speed, i.end / speed, i.phone) for i in self.room.phones[u.name]] for u in part
+            u.name: [Interval(i.start / speed, i.end / speed, i.phone) for i in self.task.phones[u.name]] for u in part
         }
 
         def waves(utterance: Utterance) -> torch.Tensor:
-            wave = self.room.waves(utterance)
+            wave = self.task.waves(utterance)
             if speed == 1.0:
                 return wave
             return torch.from_numpy(change_speed(wave.numpy(), speed, round(len(wave) / speed)))
 
-        return phone_frames(encoder, part, phones, self.room.classes, waves)  # type: ignore[arg-type]
+        return phone_frames(encoder, part, phones, self.task.classes, waves)  # type: ignore[arg-type]
 
     def probe(self, who: str, encoder: FrozenEncoder, seeds: int) -> Found:
         """Fits at speed 1 on train, selects on valid, evaluates on test at every speed."""
-        train, valid = (self.features(encoder, part, 1.0) for part in self.room.parts[:2])
+        train, valid = (self.features(encoder, part, 1.0) for part in self.task.parts[:2])
         settings = ProbeConfig(epochs=4, batch=1024)
-        probes = [fit_probe(train, valid, len(self.room.classes), settings, seed) for seed in range(seeds)]
-        silent = torch.tensor([self.room.classes[phone] for phone in SILENCE if phone in self.room.classes])
+        probes = [fit_probe(train, valid, len(self.task.classes), settings, seed) for seed in range(seeds)]
+        silent = torch.tensor([self.task.classes[phone] for phone in SILENCE if phone in self.task.classes])
         tallies: dict[float, list[Tally]] = {}
         for speed in SPEEDS:
-            test = self.features(encoder, self.room.parts[2], speed)
+            test = self.features(encoder, self.task.parts[2], speed)
             counted = (~torch.isin(test.y_N, silent)).double().numpy()
             hits = [(probe.predict(test.x_NLD) == test.y_N.numpy()).astype(float) for probe in probes]
             tallies[speed] = [test.tally(hit, counted) for hit in hits]

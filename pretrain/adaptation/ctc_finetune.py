@@ -1,4 +1,4 @@
-"""Fine-tuning with CTC on characters: a checkpoint becomes a recogniser, judged by WER and CER."""
+"""Fine-tunes a checkpoint to a speech recogniser with CTC on characters; reports word and character error rates."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Recogniser(nn.Module):
         self.linear = nn.Linear(model.shape.dim, len(symbols) + 1)
 
     def forward(self, wave_BT: Tensor, lengths_B: Tensor, dropped_BF: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """ln p of each symbol, (B, F, V), and the number of frames of each row. dropped_BF: features set to 0."""
+        """Returns ln p of each symbol, (B, F, V), and the frames of each row. dropped_BF: features set to 0."""
         encoded = self._encode(wave_BT, lengths_B, dropped_BF)
         return self.linear(encoded.final.x_BFD).float().log_softmax(-1), encoded.lengths_B
 
@@ -90,13 +90,24 @@ class Recogniser(nn.Module):
         return masked
 
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
-        """Features, of which some are dropped, of so many samples."""
+        """Returns the features of audio of so many samples."""
         where = self.model if isinstance(self.model, HuggingFaceModel) else self.model.frontend
         return where.feature_lengths(lengths_B)
 
 
 def finetune(settings: FinetuneConfig, say: Callable[[str], None] = print) -> list[Errors]:
-    """Trains on `train`, judges on `test`. Raises ValueError where there is no text or the checkpoint is bad."""
+    """Fine-tunes on the manifest's train split and decodes its test split.
+
+    Args:
+        settings: checkpoint, manifest and training settings.
+        say: receives a line of progress at a time.
+
+    Returns:
+        Error rates of each decoder.
+
+    Raises:
+        ValueError: the splits have no text, or the checkpoint cannot be used.
+    """
     train, test = _utterances(settings)
     pretrained = open_pretrained(settings.checkpoint)
     model = pretrained.fresh(settings.seed) if settings.random_weights else pretrained.model
@@ -104,7 +115,7 @@ def finetune(settings: FinetuneConfig, say: Callable[[str], None] = print) -> li
     net = Recogniser(model, settings.symbols).to(settings.device)
     waves = Waves()
     _fit(net, train, waves, settings, say)
-    found = judge(net, train, test, waves, settings)
+    found = recognise(net, train, test, waves, settings)
     if settings.out:
         folder = Path(settings.out).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +129,7 @@ def finetune(settings: FinetuneConfig, say: Callable[[str], None] = print) -> li
 
 
 def written(text: str, symbols: str) -> str:
-    """The text as the recogniser can write it."""
+    """Returns the text in the recogniser's symbols: lower case, other characters dropped, single spaces."""
     return " ".join("".join(symbol for symbol in text.lower() if symbol in symbols).split())
 
 
@@ -170,7 +181,7 @@ def _fit(
 
 
 def _draw(train: Sequence[Utterance], waves: Waves, settings: FinetuneConfig, step: int) -> list[int]:
-    """Utterances of one update, drawn until its seconds are full."""
+    """Draws the utterances of one update, up to its seconds of audio."""
     order = keyed_rng(settings.seed, step, "utterances").permutation(len(train))
     chosen: list[int] = []
     seconds = 0.0
@@ -183,7 +194,7 @@ def _draw(train: Sequence[Utterance], waves: Waves, settings: FinetuneConfig, st
 
 
 def _dropped(net: Recogniser, lengths_B: Tensor, settings: FinetuneConfig, step: int) -> Tensor | None:
-    """Spans of features to hide, as SpecAugment does (arXiv 1904.08779)."""
+    """Draws spans of features to set to 0, as SpecAugment does (arXiv 1904.08779)."""
     if not settings.mask_time:
         return None
     frames = net.feature_lengths(lengths_B).tolist()
@@ -196,10 +207,10 @@ def _dropped(net: Recogniser, lengths_B: Tensor, settings: FinetuneConfig, step:
 
 
 @torch.inference_mode()
-def judge(
+def recognise(
     net: Recogniser, train: Sequence[Utterance], test: Sequence[Utterance], waves: Waves, settings: FinetuneConfig
 ) -> list[Errors]:
-    """Greedy, beam search, and beam search with an n-gram of the training texts."""
+    """Decodes `test` greedily, by beam search, and by beam search with an n-gram of the training texts."""
     net.eval()
     references = [written(u.text, settings.symbols) for u in test]
     outputs: list[np.ndarray] = []
@@ -222,7 +233,7 @@ def judge(
 
 
 def errors(decoder: str, references: Sequence[str], texts: Sequence[str]) -> Errors:
-    """Word and character error rates by jiwer. Raises ValueError where it is not installed."""
+    """Returns word and character error rates by jiwer. Raises ValueError where it is not installed."""
     try:
         import jiwer
     except ImportError as error:

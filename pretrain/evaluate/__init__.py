@@ -1,1 +1,1 @@
-"""What a frozen encoder knows: probes and label-free measures beside their baselines."""
+"""Evaluates frozen encoders by probes and label-free measures, beside baselines."""

@@ -1,4 +1,4 @@
-"""Phone ABX: is X nearer to A, of its own phone, than to B, of another one? As `fastabx` counts (arXiv 2505.02692).
+"""Phone ABX: whether X is nearer to A, of its own phone, than to B, of another one (as fastabx, arXiv 2505.02692).
 
 Tokens are compared along the best alignment; a cell is all triples of two phones, a speaker of A and B, and one of X.
 Cells are averaged over speakers, then over pairs of phones, so that no frequent phone outweighs the rest.
@@ -33,7 +33,10 @@ class Cell:
 
 
 def distances(x_tokens: Sequence[Matrix], y_tokens: Sequence[Matrix], pairs: npt.NDArray[np.intp]) -> Matrix:
-    """(P,) mean angles / π along the best alignments of the pairs (P, 2) of indices into two lists of (F, D)."""
+    """Returns (P,) mean angles / π along the best alignments of token pairs.
+
+    pairs: (P, 2) indices into `x_tokens` and `y_tokens`, lists of (F, D) features.
+    """
     xs, ys = [_unit(x) for x in x_tokens], [_unit(y) for y in y_tokens]
     sizes = np.array([(len(xs[i]), len(ys[j])) for i, j in pairs]).reshape(-1, 2)
     found = np.empty(len(pairs))
@@ -54,7 +57,7 @@ def _unit(x_FD: Matrix) -> Matrix:
 
 
 def _align(cost_PMN: Matrix, sizes_P2: npt.NDArray[np.intp]) -> Matrix:
-    """Cost of the best path of each pair, divided by the steps of that path; of equal paths the diagonal is taken."""
+    """Returns the cost of each pair's best path per step of that path; of equal paths the diagonal is taken."""
     P, M, N = cost_PMN.shape
     total_PN, steps_PN = np.full((P, N + 1), np.inf), np.zeros((P, N + 1))
     total_PN[:, 0] = 0.0
@@ -76,7 +79,7 @@ def _align(cost_PMN: Matrix, sizes_P2: npt.NDArray[np.intp]) -> Matrix:
 
 
 def cells(tokens: Sequence[Token], across: bool, others: int = 1, seed: int = 0) -> list[Cell]:
-    """Every cell that has a triple. across: X is of another speaker, `others` of them drawn for each speaker.
+    """Returns every cell with a triple. across: X is of another speaker, `others` of them drawn for each speaker.
 
     Raises ValueError where there is none.
     """
@@ -96,7 +99,7 @@ def cells(tokens: Sequence[Token], across: bool, others: int = 1, seed: int = 0)
 
 
 def _cells_of(tokens: Sequence[Token], xs: list[int], own: list[int], speaker: str, other: str) -> list[Cell]:
-    """Cells with X among `xs`, and A and B among `own`."""
+    """Returns the cells with X among `xs`, and A and B among `own`."""
     pairs = np.array([(i, j) for i in range(len(xs)) for j in range(len(own))], dtype=np.intp).reshape(-1, 2)
     distance = distances([tokens[i][2] for i in xs], [tokens[i][2] for i in own], pairs).reshape(len(xs), len(own))
     x_phones, phones = (np.array([tokens[i][0] for i in part]) for part in (xs, own))
@@ -116,7 +119,7 @@ def _cells_of(tokens: Sequence[Token], xs: list[int], own: list[int], speaker: s
 
 
 def error(found: Sequence[Cell], times: int = 0) -> Interval95:
-    """Mean over pairs of phones of the mean over speakers; 95 % interval over speakers, by `times` resamplings."""
+    """Returns the mean over phone pairs of the mean over speakers; 95 % interval by `times` bootstraps of speakers."""
     speakers = {name: i for i, name in enumerate(sorted({cell.speaker for cell in found}))}
     pairs = {pair: i for i, pair in enumerate(sorted({(cell.phone, cell.against) for cell in found}))}
     sums_PS, counts_PS = np.zeros((len(pairs), len(speakers))), np.zeros((len(pairs), len(speakers)))
@@ -138,7 +141,7 @@ def error(found: Sequence[Cell], times: int = 0) -> Interval95:
 
 
 def thinned(tokens: Sequence[Token], per_phone: int) -> list[Token]:
-    """The first `per_phone` tokens of each phone of each speaker: cells grow with their cube."""
+    """Keeps the first `per_phone` tokens of each phone and speaker, since cost grows with their cube."""
     seen: dict[tuple[str, str], int] = {}
     kept = []
     for token in tokens:

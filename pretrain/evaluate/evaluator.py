@@ -1,4 +1,4 @@
-"""One evaluation: checkpoints and baselines through each task, to rows of one table."""
+"""Evaluates checkpoints and baselines on each task; returns the rows of one table."""
 
 from __future__ import annotations
 
@@ -51,9 +51,18 @@ class Row:
 
 
 def evaluate(config: EvaluateConfig, say: Say = print, encoders: Sequence[FrozenEncoder] = ()) -> list[Row]:
-    """All checkpoints × tasks; `encoders` where they are open already.
+    """Evaluates all checkpoints on all tasks.
 
-    Raises ValueError for an unknown task, an unreadable checkpoint or a missing corpus.
+    Args:
+        config: checkpoints, tasks, manifest and settings of the probes.
+        say: receives a line of progress at a time.
+        encoders: the checkpoints, where they are loaded already.
+
+    Returns:
+        One row per task, measure and encoder, baselines among them.
+
+    Raises:
+        ValueError: an unknown task, an unreadable checkpoint, or a missing corpus.
     """
     names = [name.strip() for name in config.task.split(",") if name.strip()]
     for name in names:
@@ -63,12 +72,12 @@ def evaluate(config: EvaluateConfig, say: Say = print, encoders: Sequence[Frozen
     utterances = read_manifest(find_manifest(config.manifest))
     rows: list[Row] = []
     for name in names:
-        room = Room(config, name, utterances, say)
-        rows += room.measures(encoders) if name in MEASURES else room.probes(encoders)
+        task = TaskEvaluation(config, name, utterances, say)
+        rows += task.measures(encoders) if name in MEASURES else task.probes(encoders)
     return rows
 
 
-class Room:
+class TaskEvaluation:
     """One task with its utterances, phones and decoded audio."""
 
     def __init__(self, config: EvaluateConfig, name: str, utterances: Sequence[Utterance], say: Say) -> None:
@@ -98,7 +107,7 @@ class Room:
         return pooled(encoder, part, self.task.target, self.classes, self.waves, self.task.pool, self.layers)
 
     def counted(self, test: Labelled) -> dict[str, np.ndarray]:
-        """Which vectors count, by the name of the measure."""
+        """Returns which vectors count (0 or 1), by the name of the measure."""
         everything = np.ones(len(test.y_N))
         if self.task.target is not None:
             return {"accuracy": everything}
@@ -106,7 +115,10 @@ class Room:
         return {"non-silence frames": 1.0 - np.isin(test.y_N.numpy(), silent), "all frames": everything}
 
     def probe(self, make: Callable[[int], FrozenEncoder], same: bool) -> dict[str, list[Tally]]:
-        """Tallies by measure, one per seed. same: the encoder does not depend on the seed, so its features are kept."""
+        """Fits a probe per seed and returns their tallies by measure.
+
+        same: the encoder does not depend on the seed, so its features are computed once.
+        """
         tallies: dict[str, list[Tally]] = {}
         parts: list[Labelled] = []
         view: View | None = None
@@ -124,7 +136,7 @@ class Room:
         return tallies
 
     def supervised(self, encoder: FrozenEncoder) -> dict[str, list[Tally]]:
-        """The same architecture trained on the labels of the training part alone."""
+        """Trains the same architecture on the labels of the training part alone; returns tallies by measure."""
         assert encoder.fresh is not None
         examples = [[self._example(u, encoder.rate_hz) for u in part] for part in self.parts]
         tallies: dict[str, list[Tally]] = {}
@@ -160,7 +172,7 @@ class Room:
         return wave_T, frames, torch.tensor([self.classes[labels[cell]] for cell in known], dtype=torch.long)
 
     def probes(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
-        """The checkpoints, and beside each the baselines of its architecture."""
+        """Probes the checkpoints, and the baselines of each architecture."""
         rows: list[Row] = []
         if self.task.caveat:
             self.say(f"{self.name}: {self.task.caveat}")
@@ -186,7 +198,7 @@ class Room:
         return rows + (self.verification(encoders) if self.name == "speaker" else [])
 
     def verification(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
-        """Equal error rates on speakers that nothing was fitted to, where the manifest has such splits."""
+        """Measures equal error rates on held-out speakers, where the manifest has such splits."""
         everyone = [u for part in self.parts for u in part]
         valid, test = ([u for u in everyone if u.split == split] for split in ("valid", "test"))
         if not valid or not test:
@@ -198,14 +210,14 @@ class Room:
         return self.beside(encoders, measure, context=10)
 
     def random(self, encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
-        """The architecture of `encoder` with the random weights of a seed."""
+        """Builds the architecture of `encoder` with the random weights of a seed."""
         assert encoder.fresh is not None
         return freeze(encoder.fresh(seed), f"random weights ({encoder.name})", self.config.device)
 
     def beside(
         self, encoders: Sequence[FrozenEncoder], measure: Callable[[FrozenEncoder], intrinsic.Found], context: int
     ) -> list[Row]:
-        """What fits nothing: log-mel, the means over random weights of all seeds, and the checkpoints."""
+        """Applies a measure without fitting to log-mel, random weights (mean over seeds) and the checkpoints."""
         rows: list[Row] = []
         if self.config.baselines:
             baseline = log_mel_with_context(context)
@@ -256,7 +268,7 @@ class Room:
         return rows
 
     def measures(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
-        """Label-free measures and ABX of every layer on the test part, random weights and log-mel beside."""
+        """Applies a label-free measure or ABX to every layer on the test part, baselines included."""
 
         def measure(encoder: FrozenEncoder) -> intrinsic.Found:
             return intrinsic.MEASURES[self.name](encoder, self.parts[2], self.phones, self.classes, self.waves)
@@ -265,5 +277,5 @@ class Room:
 
 
 def plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows as JSON-like values."""
+    """Returns rows as JSON-like values."""
     return [asdict(row) for row in rows]

@@ -1,4 +1,4 @@
-"""Utterances to labelled feature vectors: frames on a common 50 Hz grid, or one pooled vector each."""
+"""Labelled feature vectors of utterances: frames on a common 50 Hz grid, or one pooled vector each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Labelled:
     speakers: tuple[str, ...]
 
     def tally(self, hits_N: np.ndarray, counted_N: np.ndarray) -> dict[str, tuple[float, float]]:
-        """Hits and trials of each speaker among the vectors that count."""
+        """Returns hits and trials of each speaker among the vectors that count."""
         n = len(self.speakers)
         hits = np.bincount(self.speaker_N, weights=hits_N * counted_N, minlength=n)
         trials = np.bincount(self.speaker_N, weights=counted_N, minlength=n)
@@ -36,7 +36,7 @@ class Labelled:
 
 
 class Waves:
-    """Decoded audio, kept: every encoder hears the same utterances."""
+    """Cache of decoded audio, which all encoders share."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
@@ -49,7 +49,7 @@ class Waves:
 
 
 def grid_frames(rate_hz: float, n_frames: int, cells: int) -> Tensor:
-    """For each cell of the grid, the encoder frame whose middle is nearest to the cell's."""
+    """Returns, for each cell of the grid, the encoder frame whose centre is nearest."""
     centre_s = (torch.arange(cells) + 0.5) / GRID_HZ
     return (centre_s * rate_hz - 0.5).round().long().clamp(0, n_frames - 1)
 
@@ -62,7 +62,7 @@ def phone_frames(
     waves: Waves,
     layers: Sequence[int] | None = None,
 ) -> Labelled:
-    """Every labelled cell of the grid. Cells whose phone is not in `classes` are left out."""
+    """Returns every labelled cell of the grid; cells whose phone is not in `classes` are left out."""
     xs, ys, owners = [], [], []
     speakers = tuple(sorted({u.speaker for u in utterances}))
     for utterance in utterances:
@@ -88,7 +88,7 @@ def pooled(
     pool: Callable[[Tensor], Tensor],
     layers: Sequence[int] | None = None,
 ) -> Labelled:
-    """One vector per utterance; `pool` brings (L, F, D) to (L, D')."""
+    """Returns one vector per utterance; `pool` maps (L, F, D) to (L, D')."""
     speakers = tuple(sorted({u.speaker for u in utterances}))
     x_NLD = torch.stack([pool(_chosen(encoder.encode(waves(u)), layers)).half() for u in utterances])
     y_N = torch.tensor([classes[target(u)] for u in utterances])
@@ -96,13 +96,13 @@ def pooled(
 
 
 def quarters(x_LFD: Tensor) -> Tensor:
-    """Means of the four quarters of an utterance: what was said, roughly in order."""
+    """Concatenates the means of the four quarters of an utterance, (L, F, D) to (L, 4 · D)."""
     x_LFD = x_LFD if x_LFD.shape[1] >= 4 else x_LFD.repeat_interleave(4, dim=1)
     return torch.cat([part.mean(1) for part in x_LFD.tensor_split(4, dim=1)], dim=-1)
 
 
 def mean_and_deviation(x_LFD: Tensor) -> Tensor:
-    """Statistics over time: who speaks, in which language."""
+    """Concatenates mean and standard deviation over time, (L, F, D) to (L, 2 · D)."""
     return torch.cat([x_LFD.mean(1), x_LFD.std(1, unbiased=False)], dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""Measures that train nothing: ABX, PNMI of k-means units, and RankMe, layer by layer."""
+"""Measures without training: ABX, PNMI of k-means units, and RankMe, layer by layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PER_PHONE, RESAMPLINGS, UNITS, MAX_FRAMES = 3, 500, 100, 20_000
 def abx(
     encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
 ) -> Found:
-    """Phone ABX error within and across speakers, with intervals over speakers."""
+    """Measures the phone ABX error within and across speakers, with intervals over speakers."""
     tokens: list[tuple[str, str, np.ndarray]] = []
     for utterance in part:
         x_LFD = encoder.encode(waves(utterance)).float().numpy()
@@ -47,7 +47,7 @@ def abx(
 def pnmi(
     encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
 ) -> Found:
-    """k-means units of each layer against the phones, on frames that are not silence."""
+    """Measures k-means units of each layer against the phones, on frames that are not silence."""
     from sklearn.cluster import MiniBatchKMeans
 
     frames = phone_frames(encoder, part, phones, classes, waves)
@@ -68,19 +68,19 @@ def pnmi(
 def rankme(
     encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
 ) -> Found:
-    """Dimensions in effect of each layer."""
+    """Measures the effective rank of each layer (RankMe, arXiv 2210.02885)."""
     frames = phone_frames(encoder, part, phones, classes, waves)
     kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // 4096)].float().numpy()
     return [(f"RankMe, layer {layer}", point(rank_me(kept[:, layer]))) for layer in range(kept.shape[1])]
 
 
 def point(value: float) -> Interval95:
-    """A figure without an interval."""
+    """Wraps a figure that has no interval."""
     return Interval95(value, float("nan"), float("nan"))
 
 
 def verification(encoder: FrozenEncoder, valid: Sequence[Utterance], test: Sequence[Utterance], waves: Waves) -> float:
-    """Equal error rate of telling speakers apart by the cosine of mean frames; the layer is chosen on `valid`."""
+    """Returns the equal error rate of speaker verification by the cosine of mean frames; `valid` chooses the layer."""
     by_layer = [_errors(encoder, part, waves) for part in (valid, test)]
     return by_layer[1][int(np.argmin(by_layer[0]))]
 

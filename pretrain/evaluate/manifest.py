@@ -59,7 +59,7 @@ def find_manifest(given: str) -> Path:
 
 
 def read_manifest(manifest: Path) -> list[Utterance]:
-    """All lines. Raises ValueError where the file or one of its columns is missing."""
+    """Reads all lines. Raises ValueError where the file or one of its columns is missing."""
     if not manifest.is_file():
         raise ValueError(
             f"manifest={manifest}: there is no such file; it lists path, speaker, corpus, split and labels"
@@ -76,7 +76,7 @@ def read_manifest(manifest: Path) -> list[Utterance]:
 
 
 def read_phones(alignment: Path) -> dict[str, list[Interval]]:
-    """Path (as in the manifest) -> its phones in order. Raises ValueError where the file is missing."""
+    """Reads an alignment: path (as in the manifest) -> its phones in order. Raises ValueError where it is missing."""
     if not alignment.is_file():
         raise ValueError(f"phones={alignment}: there is no such file; phone tasks need an alignment")
     found: dict[str, list[Interval]] = defaultdict(list)
@@ -87,7 +87,7 @@ def read_phones(alignment: Path) -> dict[str, list[Interval]]:
 
 
 def grid_labels(intervals: Sequence[Interval], seconds: float, rate_hz: float) -> list[str]:
-    """The phone at the middle of each cell of a time grid; empty where none is. Length floor(seconds · rate)."""
+    """Returns the phone at the centre of each cell of a grid, "" where there is none; floor(seconds · rate) cells."""
     labels = [""] * int(seconds * rate_hz)
     for interval in intervals:
         first = int(np.ceil(interval.start * rate_hz - 0.5))

@@ -1,4 +1,4 @@
-"""Figures of merit, and how sure they are: accuracy, EER, PNMI, ABX, and the bootstrap over speakers."""
+"""Accuracy, equal error rate and PNMI, with bootstrap intervals over speakers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Interval95:
 
 
 def accuracy(tallies: Sequence[Tally]) -> float:
-    """Hits / trials of each seed, then the mean over seeds."""
+    """Returns hits / trials of each seed, averaged over seeds."""
     return float(np.mean([sum(h for h, _ in t.values()) / max(1.0, sum(n for _, n in t.values())) for t in tallies]))
 
 
 def bootstrap(tallies: Sequence[Tally], times: int, minus: Sequence[Tally] | None = None) -> Interval95:
-    """Accuracy (or its difference to `minus`, paired by speaker) with a percentile interval over test speakers.
+    """Returns accuracy (or its difference to `minus`, paired by speaker) with a percentile interval over speakers.
 
     Speakers are drawn with replacement; seeds are averaged within a draw. With one speaker the interval is a point.
     """
@@ -49,7 +49,7 @@ def bootstrap(tallies: Sequence[Tally], times: int, minus: Sequence[Tally] | Non
 
 
 def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float:
-    """Where as many same-speaker pairs score below a threshold as different-speaker pairs above it."""
+    """Returns the rate at the threshold where misses of same-speaker pairs equal false accepts of different ones."""
     scores = np.concatenate([same, different])
     truth = np.concatenate([np.ones(len(same)), np.zeros(len(different))])[np.argsort(scores, kind="stable")]
     missed = np.cumsum(truth) / max(1, len(same))
@@ -59,7 +59,7 @@ def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float:
 
 
 def phone_normalized_mutual_information(phones: np.ndarray, units: np.ndarray) -> tuple[float, float, float]:
-    """PNMI, phone purity and cluster purity of units against phones (HuBERT, arXiv 2106.07447, §IV.A)."""
+    """Returns PNMI, phone purity and cluster purity of units against phones (HuBERT, arXiv 2106.07447, §IV.A)."""
     _, p = np.unique(phones, return_inverse=True)
     _, u = np.unique(units, return_inverse=True)
     joint = np.zeros((p.max() + 1, u.max() + 1))

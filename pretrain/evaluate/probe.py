@@ -1,4 +1,4 @@
-"""The probe: one scaled layer or a weighted sum of all, then one linear layer. And the supervised reference."""
+"""Linear probe on one scaled layer or a weighted sum of all."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SHRINKAGE = 1e-4
 
 
 class View(NamedTuple):
-    """What a probe sees of the features.  layers: one of them, or several, which it then weights."""
+    """The input of a probe.  whiten: see `Scaling`.  layers: one, or several with learned weights."""
 
     whiten: bool
     layers: tuple[int, ...]
 
 
 class Scaling(nn.Module):
-    """Features of every layer made comparable, by the statistics of the training part.
+    """Scales the features of every layer by the statistics of the training part.
 
     whiten: directions of little variance count as much as the widest ones. Trained features spread over few directions
     (the widest of 256 may hold half of the variance), on which a probe of some hundred updates would spend itself.
@@ -55,7 +55,7 @@ class Scaling(nn.Module):
 
     @torch.no_grad()
     def forward(self, x_NLD: Tensor) -> Tensor:
-        """float16 again, as features are kept."""
+        """Returns scaled features in float16, as they are stored."""
         centred = (part.float() - self.mean_LD for part in torch.split(x_NLD, 8192))
         if not self.whiten:
             return torch.cat([(part * self.scale).half() for part in centred])
@@ -63,7 +63,7 @@ class Scaling(nn.Module):
 
 
 class Linears(nn.Module):
-    """V linear probes fitted at once, each with its own selection of layers: (N, L, D) to (V, N, classes)."""
+    """V linear probes fitted together, each on its own selection of layers: (N, L, D) to (V, N, classes)."""
 
     def __init__(self, selections: Sequence[tuple[int, ...]], n_layers: int, dim: int, classes: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Linears(nn.Module):
 
     @torch.inference_mode()
     def predict(self, x_NLD: Tensor) -> np.ndarray:
-        """Classes, (V, N)."""
+        """Returns the predicted classes, (V, N)."""
         classes_VN: np.ndarray = torch.cat([self(part).argmax(2) for part in torch.split(x_NLD, 8192)], dim=1).numpy()
         return classes_VN
 
@@ -96,13 +96,13 @@ class Probe:
     linear: Linears
 
     def predict(self, x_NLD: Tensor) -> np.ndarray:
-        """Classes of features as an encoder gives them, (N,)."""
+        """Returns the predicted classes, (N,), of (N, L, D) features."""
         guesses_N: np.ndarray = self.linear.predict(self.scaling(x_NLD[:, list(self.layers)]))[0]
         return guesses_N
 
 
 def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int) -> View:
-    """The view that is best on `valid`, fitted to every third vector; for encoders and baselines alike."""
+    """Returns the view that is best on `valid`, fitted to every third vector; for encoders and baselines alike."""
     some = Labelled(train.x_NLD[::3], train.y_N[::3], train.speaker_N[::3], train.speakers)
     everything = tuple(range(train.x_NLD.shape[1]))
     selections = [everything, *((layer,) for layer in everything)] if len(everything) > 1 else [everything]
@@ -116,7 +116,7 @@ def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeCon
 def fit_probe(
     train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int, view: View | None = None
 ) -> Probe:
-    """The epoch that is best on `valid`, with the view that is; the test speakers take no part."""
+    """Fits a probe with the view and epoch that are best on `valid`; test speakers are not used."""
     view = view or choose_view(train, valid, classes, config, seed)
     train, valid = (replace(part, x_NLD=part.x_NLD[:, list(view.layers)]) for part in (train, valid))
     scaling, linear, _ = _fit(view.whiten, [tuple(range(len(view.layers)))], train, valid, classes, config, seed)
@@ -132,7 +132,7 @@ def _fit(
     config: ProbeConfig,
     seed: int,
 ) -> tuple[Scaling, Linears, np.ndarray]:
-    """Probes as of the epoch that is best for their mean, and the best accuracy of each on `valid`."""
+    """Returns the probes of the epoch with the best mean accuracy on `valid`, and the best accuracy of each."""
     torch.manual_seed(keyed_seed(seed, "probe"))
     scaling = Scaling(train.x_NLD, whiten)
     x_NLD, valid_NLD = scaling(train.x_NLD), scaling(valid.x_NLD)
@@ -145,7 +145,7 @@ def _fit(
     for _ in range(epochs):
         for pick in torch.split(torch.randperm(len(train.y_N)), config.batch):
             logits_VNC, y_N = probes(x_NLD[pick]), train.y_N[pick]
-            # a sum of means: no probe feels the others
+            # a sum of means: probes do not influence each other
             loss = len(selections) * F.cross_entropy(logits_VNC.flatten(0, 1), y_N.repeat(len(selections)))
             optimizer.zero_grad()
             torch.autograd.backward(loss)

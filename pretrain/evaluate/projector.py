@@ -1,4 +1,4 @@
-"""Frames of labelled speech for TensorBoard's projector, to be coloured by phone, speaker or language."""
+"""Labelled frames for TensorBoard's projector, coloured by phone, speaker or language."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADER = ["phone", "speaker", "language", "utterance", "second"]
 
 
 def labelled_frames(config: EvaluateConfig, encoder: FrozenEncoder) -> tuple[Tensor, list[list[str]]]:
-    """Up to FRAMES frames of the last layer, (N, D), and a row of HEADER for each; of the validation speakers.
+    """Returns up to FRAMES frames of the last layer, (N, D), of the validation speakers, and a row of HEADER for each.
 
     Speech of the first probing task of `config`; where it has an alignment, silence is left out. Raises ValueError as
     the task itself would.

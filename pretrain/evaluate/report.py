@@ -1,4 +1,4 @@
-"""Rows of an evaluation as a table, as JSON and as scalars beside a run's training curves."""
+"""Writes the rows of an evaluation as a table, as JSON, and as scalars beside a run's training curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAD = ("task", "measure", "features", "value", "95 %", "− log-mel", "− rand
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """One row as text, in the order of HEAD. Shares are in percent, differences in points."""
+    """Formats a row in the order of HEAD. Shares are in percent, differences in points."""
     share = row.measure.startswith(("accuracy", "non-silence", "all frames", "ABX", "PNMI", "phone", "cluster", "EER"))
     value = f"{row.value:.1%}" if share else f"{row.value:.1f}"
     interval = f"{row.low:.1%} … {row.high:.1%}" if row.low == row.low else ""
@@ -33,7 +33,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For the terminal."""
+    """Returns the table for a terminal."""
     made = Table(*HEAD, box=None, pad_edge=False)
     for row in rows:
         made.add_row(*cells(row))
@@ -41,13 +41,13 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """For a file."""
+    """Returns the table in Markdown."""
     lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
     return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows]) + "\n"
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """results.json and results.md."""
+    """Writes results.json and results.md into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", plain(rows))
     (folder / "results.md").write_text(markdown(rows), encoding="utf-8")
@@ -56,7 +56,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 def into_run(
     rows: Sequence[Row], run: Path, step: int, frames: tuple[Tensor, list[list[str]]] | None = None, weights: str = ""
 ) -> None:
-    """Adds to RUN/evaluations.jsonl, and to its TensorBoard under evaluate/; `frames` to its projector.
+    """Appends to RUN/evaluations.jsonl and to its TensorBoard under evaluate/, `frames` to its projector.
 
     weights: the checksum of what was evaluated.
     """

@@ -15,7 +15,7 @@ from pretrain.evaluate.frozen_encoders import Model
 
 
 class Supervised(nn.Module):
-    """The encoder and a linear layer on its last frames, all trained."""
+    """The encoder and a linear layer on its last frames, trained together."""
 
     def __init__(self, model: Model, classes: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def fit_supervised(
     per_frame: bool,
     device: str = "cpu",
 ) -> Callable[[Sequence[Example]], list[np.ndarray]]:
-    """Trains from scratch on the labels; returns what names the classes of further examples."""
+    """Trains from scratch on the labels; returns a function that predicts the classes of further examples."""
     torch.manual_seed(keyed_seed(seed, "supervised"))
     net = Supervised(model, classes).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr)
@@ -85,7 +85,7 @@ def fit_supervised(
 
 
 def _batches(examples: Sequence[Example], seconds: float) -> list[list[int]]:
-    """Examples of like length together, up to `seconds` of padded audio."""
+    """Groups examples of similar length, up to `seconds` of padded audio."""
     batches: list[list[int]] = [[]]
     for i in sorted(range(len(examples)), key=lambda i: len(examples[i][0])):
         if batches[-1] and (len(batches[-1]) + 1) * len(examples[i][0]) > seconds * 16_000:

@@ -15,8 +15,8 @@ from pretrain.evaluate.manifest import Utterance
 class Task:
     """corpora: those used by default.  target: the class of an utterance; None: phones, frame by frame.
 
-    hold_out: every so many-th utterance of a class is for test, the one after it for validation, where classes cannot
-    be told apart by the manifest's speaker-disjoint splits (0: use these).
+    hold_out: every so many-th utterance of a class is for test, the one after it for validation, where classes
+    cannot be evaluated on the manifest's speaker-disjoint splits (0: use these).
     """
 
     name: str
@@ -48,7 +48,7 @@ TASKS = (*PROBES, *MEASURES)
 def splits(
     task: Task, utterances: Sequence[Utterance], corpora: Sequence[str], most: int, ask: str = "test"
 ) -> list[list[Utterance]]:
-    """train, valid and test, at most `most` of each (0: all). Raises ValueError where one is empty.
+    """Returns train, valid and test, at most `most` utterances of each (0: all). Raises ValueError where one is empty.
 
     ask: "valid" puts the manifest's valid in the place of test, and a few speakers of train in that of valid.
     """

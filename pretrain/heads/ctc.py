@@ -34,7 +34,7 @@ class Config(HeadConfig):
 
 
 class CTC(Head):
-    """Targets are characters; segments without text take no part."""
+    """Connectionist temporal classification of characters; segments without text do not count."""
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class CTC(Head):
         self.linear = nn.Linear(shape.dim, len(self.ids) + 1)
 
     def targets(self, batch: Batch) -> list[list[int]]:
-        """Symbol ids of each segment, empty where there is no text."""
+        """Returns the symbol ids of each segment; empty without text."""
         texts = batch.labels.get(self.label, ("",) * len(batch.keys))
         return [[self.ids[symbol] for symbol in text.lower() if symbol in self.ids] for text in texts]
 

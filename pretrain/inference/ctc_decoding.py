@@ -12,14 +12,19 @@ BLANK = 0
 
 
 def greedy(log_probs_FV: np.ndarray, symbols: str) -> str:
-    """The best path: repeats merged, blanks dropped. Symbol number i + 1 is symbols[i]."""
+    """Returns the text of the most probable path, repeats merged and blanks dropped.
+
+    Args:
+        log_probs_FV: ln p of blank (0) and symbols (i + 1 is `symbols[i]`) per frame, (F, V).
+        symbols: the characters.
+    """
     best = log_probs_FV.argmax(1)
     kept = [v for i, v in enumerate(best) if v != BLANK and (i == 0 or v != best[i - 1])]
     return "".join(symbols[v - 1] for v in kept)
 
 
 class NGram:
-    """Characters by the `order` − 1 before them, interpolated with shorter contexts (Witten & Bell 1991)."""
+    """Character n-gram model, interpolated with shorter contexts (Witten & Bell 1991)."""
 
     def __init__(self, texts: Sequence[str], order: int, symbols: str) -> None:
         self.order, self.symbols = order, symbols
@@ -31,7 +36,7 @@ class NGram:
                     self._after[padded[end - length : end]][padded[end]] += 1
 
     def log_prob(self, context: str, symbol: str) -> float:
-        """ln p(symbol | the last characters of context)."""
+        """Returns ln p(symbol | the last `order` − 1 characters of `context`)."""
         probability = 1.0 / len(self.symbols)
         padded = "^" * (self.order - 1) + context
         for length in range(self.order):
@@ -46,7 +51,7 @@ def beam_search(
     log_probs_FV: np.ndarray, symbols: str, beam: int, model: NGram | None = None, weight: float = 0.5,
     bonus: float = 0.0, pruned_below: float = -8.0,
 ) -> str:  # fmt: skip
-    """The most probable text over all its paths, plus weight · ln p(text) + bonus · characters.
+    """Returns the text with the largest ln p over all its paths + weight · ln p(text) + bonus · characters.
 
     Frame by frame, prefixes keep the probability of ending in a blank and of ending in their last symbol; symbols with
     ln p < pruned_below are not tried.
@@ -80,7 +85,7 @@ def beam_search(
 
 
 def _add(a: float, b: float) -> float:
-    """ln(eᵃ + eᵇ)."""
+    """Returns ln(eᵃ + eᵇ)."""
     if a < b:
         a, b = b, a
     return a if b == -math.inf else a + math.log1p(math.exp(b - a))

@@ -27,7 +27,7 @@ PRODUCTS = frozenset(
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
-"""What selective checkpointing keeps: nearly all of the compute, and a minor part of the memory."""
+"""Operations whose results selective checkpointing keeps: most of the compute, a minor part of the memory."""
 
 
 def run_checkpointed(mode: Checkpointing, block: Callable[..., Any], *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Attention patterns: who attends to whom, computed without an F × F mask wherever none is needed.
+"""Attention patterns, computed without an F × F mask wherever none is needed.
 
 A pattern is computed by blocks (any device, any dropout), or on a GPU by one FlexAttention kernel for all patterns.
 """
@@ -33,7 +33,7 @@ class Pattern(NamedTuple):
 
 
 class AttentionContext(NamedTuple):
-    """What all blocks share. Registers lead the row: those of one utterance, or of all packed ones in turn."""
+    """Inputs that all blocks share. Registers come first in a row: those of one utterance, or of all packed ones."""
 
     valid_BF: Tensor | None = None
     """False where a frame is padding; None where nothing is padded, which lets the fastest kernels run."""
@@ -167,10 +167,10 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext
 
 
 class _Sight(NamedTuple):
-    """What each query sees: the registers and one interval of its own utterance's frames.
+    """The frames that each query attends to: the registers and one interval of its own utterance's frames.
 
     places: of each frame in its utterance, −1 for registers.  first, last: the interval.  owner: each padding frame is
-    alone. Tensors only, since a compiled kernel would be made anew for each other number.
+    alone. Tensors only, since a compiled kernel would be compiled again for each other number.
     """
 
     places_F: Tensor

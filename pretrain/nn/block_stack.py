@@ -1,4 +1,4 @@
-"""What encoders made of equal blocks share: packing, layer drop, checkpointing, patterns, collecting layers."""
+"""Base of encoders made of equal blocks: packing, layer drop, checkpointing, attention patterns, all layers out."""
 
 from __future__ import annotations
 
@@ -88,19 +88,21 @@ class StackConfig(EncoderConfig):
         if self.attention == "chunked":
             odd = [chunk for chunk in self.chunk_frames if chunk < 0 or (self.half_rate_blocks and chunk % 2)]
             if odd or not self.chunk_frames:
-                told = "even numbers, as encoder.half_rate_blocks joins pairs" if self.half_rate_blocks else "0 or more"
-                refuse("chunk_frames", list(self.chunk_frames), f"must be one or more lengths, {told}")
+                limit = (
+                    "even numbers, as encoder.half_rate_blocks joins pairs" if self.half_rate_blocks else "0 or more"
+                )
+                refuse("chunk_frames", list(self.chunk_frames), f"must be one or more lengths, {limit}")
             if not self.left_chunks or min(self.left_chunks) < -1:
                 refuse("left_chunks", list(self.left_chunks), "must be one or more numbers of chunks, -1 for all")
 
     def refuse_odd_heads(self) -> None:
-        """For rotary positions, which turn pairs of channels."""
+        """Refuses heads with an odd number of channels, for rotary positions, which rotate pairs of them."""
         if self.dim // self.heads % 2:
             refuse("heads", self.heads, f"leaves {self.dim // self.heads} channels per head; rope needs an even number")
 
 
 class Level(NamedTuple):
-    """Frames at one rate, and what blocks attend with there. documents: frames of each packed utterance, or nothing."""
+    """Frames at one rate, and the attention contexts there.  documents: frames of each packed utterance, or empty."""
 
     lengths_B: Tensor
     places_BF: Tensor | None
@@ -110,7 +112,7 @@ class Level(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """What is left out in this pass. blocks: kept ones.  branches_LKB: factors of residual branches, or None."""
+    """Random choices of a pass.  blocks: whether each is kept.  branches_LKB: factors of residual branches, if any."""
 
     blocks: list[bool]
     branches_LKB: Tensor | None
@@ -133,7 +135,7 @@ class BlockStack(Encoder):
     gap: int = 0
     """Zeros that the convolutions inside blocks need between packed utterances."""
     stream: Pattern | None = None
-    """Who attends to whom outside of training, instead of the first of the config's chunks; for attention=chunked."""
+    """The pattern outside of training, instead of the first of the config's chunks; for attention=chunked."""
 
     def __init__(self, config: StackConfig, rotary: bool) -> None:
         super().__init__()
@@ -148,7 +150,7 @@ class BlockStack(Encoder):
         self.at_half_rate = range(first, first + config.half_rate_blocks)
 
     def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
-        """Packed, if asked for, on the way in and unpacked on the way out."""
+        """Encodes frames, packed into one row where `packed` is set."""
         if not self.packed:
             return self.encode(frames, ctx, None)
         B, F, _ = frames.x_BFD.shape
@@ -162,7 +164,7 @@ class BlockStack(Encoder):
 
     @abc.abstractmethod
     def encode(self, frames: Frames, ctx: StepContext | None, packing: Packing | None) -> EncoderOutput:
-        """All layers in the layout of `frames`: a row for each utterance, or the one row that `packing` made."""
+        """Returns all layers in the layout of `frames`: a row per utterance, or the one row of `packing`."""
 
     def run_blocks(
         self,
@@ -172,7 +174,7 @@ class BlockStack(Encoder):
         packing: Packing | None = None,
         bias_HFF: Tensor | None = None,
     ) -> EncoderOutput:
-        """All blocks on x_BFD, whose padding is that of `frames`. The last layer is not normed here."""
+        """Runs all blocks on `x_BFD`, whose padding is that of `frames`. The last layer is not normed here."""
         level = Level(frames.lengths_B, frames.places_BF, packing.lengths if packing else ())
         level = self.with_contexts(level, x_BFD.shape[1], self.chunk_pattern(ctx), bias_HFF)
         draws = Draws(self.kept_blocks(ctx), self.kept_branches(ctx, len(level.documents) or x_BFD.shape[0], x_BFD))
@@ -187,7 +189,7 @@ class BlockStack(Encoder):
     def run_some(
         self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None = None
     ) -> Ran:
-        """The blocks of these numbers."""
+        """Runs the blocks of these numbers."""
         layers, ffn_layers, L = [], [], level.full.n_leading
         for number in numbers:
             if draws.blocks[number]:
@@ -202,7 +204,7 @@ class BlockStack(Encoder):
         return Ran(x_BFD, layers, ffn_layers)
 
     def run_u_shape(self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None) -> Ran:
-        """The same with the middle ones at half the rate; their layers are shown with each frame twice."""
+        """Runs the blocks with the middle ones at half the rate; each frame of their layers is repeated."""
         assert self.half_rate is not None
         L, middle = level.full.n_leading, self.at_half_rate
         first = self.run_some(numbers[: middle.start], x_BFD, level, draws)
@@ -222,7 +224,7 @@ class BlockStack(Encoder):
         return Ran(last.x_BFD, layers + last.layers, ffn_layers + last.ffn_layers)
 
     def half_level(self, level: Level, grid: TimeGrid | None, n_frames: int, ctx: StepContext | None) -> Level:
-        """Pairs of frames; a pair stands where its first frame does."""
+        """Returns the level of half the rate; the time index of a pair is that of its first frame."""
         places_BF = level.places_BF
         if grid is not None:
             assert places_BF is not None
@@ -236,7 +238,7 @@ class BlockStack(Encoder):
         return self.with_contexts(half, sum(documents) or (n_frames + 1) // 2, pattern, None)
 
     def with_contexts(self, level: Level, n_frames: int, pattern: Pattern, bias_HFF: Tensor | None) -> Level:
-        """What full and local blocks attend with, computed once for all of them."""
+        """Adds the attention contexts of full and local blocks, computed once for all of them."""
         config, device, documents = self.stack_config, level.lengths_B.device, level.documents
         leading = self.n_registers * max(1, len(documents))
         valid_BF = None
@@ -271,7 +273,7 @@ class BlockStack(Encoder):
         )
 
     def chunk_pattern(self, ctx: StepContext | None) -> Pattern:
-        """Chunks of this update, keyed by (seed, step); no limit unless attention is chunked."""
+        """Draws the chunks of this update, keyed by (seed, step); no limit unless attention is chunked."""
         config = self.stack_config
         if config.attention != "chunked":
             return Pattern()
@@ -284,7 +286,7 @@ class BlockStack(Encoder):
         return Pattern(chunk=chunk, left_chunks=left) if chunk else Pattern()
 
     def kept_blocks(self, ctx: StepContext | None) -> list[bool]:
-        """Layer drop of this step, keyed by (seed, step), so that all ranks and micro-batches agree."""
+        """Draws layer drop, keyed by (seed, step), so that all ranks and micro-batches agree."""
         rate = self.stack_config.layer_drop
         if not self.training or ctx is None or rate == 0:
             return [True] * self.n_layers
@@ -292,7 +294,7 @@ class BlockStack(Encoder):
         return kept
 
     def kept_branches(self, ctx: StepContext | None, utterances: int, like: Tensor) -> Tensor | None:
-        """Stochastic depth (Huang et al. 2016, §3): 0 or 1 / (1 − p) for each residual branch of each utterance.
+        """Draws stochastic depth (Huang et al. 2016, §3): 0 or 1 / (1 − p) per residual branch and utterance.
 
         p grows linearly from block to block. Drawn from torch's generator, which engines seed by (seed, step,
         micro-batch), as dropout is; once per pass and outside of what checkpointing runs again.
@@ -305,7 +307,7 @@ class BlockStack(Encoder):
         return (kept_LKB / (1 - rates_L11)).to(like.dtype)
 
     def norm_last(self, output: EncoderOutput, norm: nn.Module) -> EncoderOutput:
-        """The output with its last layer normed (pre-norm encoders), unless the stack stopped early."""
+        """Norms the last layer (pre-norm encoders), unless the stack stopped early."""
         if self.stop_after is not None:
             return output
         return output._replace(layers=(*output.layers[:-1], norm(output.layers[-1])))
@@ -324,7 +326,7 @@ class Residual(nn.Module):
 
 
 def per_frame(factors_KB: Tensor, context: AttentionContext) -> Tensor:
-    """A factor for each utterance as one that multiplies its frames and registers, (branches, B, 1 or F, 1)."""
+    """Expands a factor per utterance to its frames and registers, (branches, B, 1 or F, 1)."""
     if not context.documents:
         return factors_KB[:, :, None, None]
     lengths = torch.tensor(context.documents, device=factors_KB.device)
@@ -333,7 +335,7 @@ def per_frame(factors_KB: Tensor, context: AttentionContext) -> Tensor:
 
 
 def over_time(x_BFD: Tensor, context: AttentionContext, convolve: Callable[[Tensor], Tensor]) -> Tensor:
-    """A convolution over the frames' time, zeros before, behind and between utterances; registers become 0."""
+    """Convolves frames over time with zeros before, after and between utterances; registers become 0."""
     L, valid_BF, grid = context.n_leading, context.valid_BF, context.grid
     if valid_BF is not None:
         x_BFD = x_BFD.masked_fill(~valid_BF[:, :, None], 0.0)

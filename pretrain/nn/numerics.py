@@ -24,7 +24,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """The identity, with its gradient times `scale` (fairseq's feature_grad_mult).
+    """Returns `x`, whose gradient is multiplied by `scale` (fairseq's feature_grad_mult).
 
     It acts on the gradient that flows, never on gradients that are already accumulated.
     """
@@ -38,7 +38,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32 inside: code look-ups and losses need every fp32 bit."""
+    """Disables autocast and TF32: code look-ups and losses need full fp32."""
     with torch.autocast(device.type, enabled=False):
         if device.type != "cuda":
             yield
@@ -68,14 +68,14 @@ def pad_audio(wave_BT: Tensor, samples: int) -> Tensor:
 
 
 def zero_padding(x_BFD: Tensor, lengths_B: Tensor) -> Tensor:
-    """`x_BFD` with zeros beyond each length."""
+    """Returns `x_BFD` with zeros beyond each length."""
     valid_BF = torch.arange(x_BFD.shape[1], device=x_BFD.device)[None] < lengths_B[:, None]
     return x_BFD.masked_fill(~valid_BF[:, :, None], 0.0)
 
 
 @torch.no_grad()
 def masked_deviation(x_BFD: Tensor, mask_BF: Tensor) -> Tensor:
-    """Standard deviation over the chosen frames of a batch, averaged over channels: near 0 when all are alike.
+    """Returns the standard deviation over the chosen frames of a batch, averaged over channels.
 
     Without boolean indexing, which would make a GPU wait.
     """
@@ -87,7 +87,7 @@ def masked_deviation(x_BFD: Tensor, mask_BF: Tensor) -> Tensor:
 
 
 def rate_ratio(feature_rate_hz: float, rate_hz: float) -> int:
-    """How many feature frames make one encoder frame. Raises ValueError unless it is a whole number."""
+    """Returns the feature frames per encoder frame. Raises ValueError unless it is a whole number."""
     ratio = round(feature_rate_hz / rate_hz)
     if ratio < 1 or abs(feature_rate_hz - ratio * rate_hz) > 1e-6:
         raise ValueError(f"features at {feature_rate_hz} Hz do not divide into frames at {rate_hz} Hz")

@@ -1,6 +1,6 @@
-"""Packed utterances: a batch end to end in one row, without padding, and back.
+"""Packs the utterances of a batch end to end into one row without padding, and back.
 
-Packing is the inside of front ends and encoders: what they take and give stays (B, F, D), zero beyond each length.
+Packing is internal to front ends and encoders: their inputs and outputs stay (B, F, D), zero beyond each length.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 class Packing(NamedTuple):
-    """lengths: frames of each utterance.  spans: the time it spans, longer where frames were taken out.
+    """lengths: frames of each utterance.  spans: their time in frames, longer where frames were removed.
 
-    Both are on the host.  index_N: where a packed frame stands in B · width.
+    Both are on the host.  index_N: index of each packed frame in the flattened (B, width).
     """
 
     lengths: tuple[int, ...]
@@ -26,7 +26,7 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, lengths_B: Tensor, width: int, places_BF: Tensor | None = None) -> Packing:
-        """For rows of `width` frames. Waits for the device, since shapes follow from lengths."""
+        """Builds the packing of rows of `width` frames. Waits for the device, since shapes follow from lengths."""
         lengths = tuple(lengths_B.tolist())
         spans = lengths if places_BF is None else tuple((places_BF.amax(1) + 1).tolist())
         starts = [row * width for row in range(len(lengths))]
@@ -34,24 +34,24 @@ class Packing(NamedTuple):
 
     @property
     def total_1(self) -> Tensor:
-        """The length of the one row, as `Frames.lengths_B`."""
+        """Length of the one row, as `Frames.lengths_B`."""
         return torch.tensor([sum(self.lengths)], device=self.index_N.device)
 
     def pack(self, x_BFD: Tensor) -> Tensor:
-        """(B, F, …) to (1, N, …)."""
+        """Returns (B, F, …) as one row, (1, N, …)."""
         return x_BFD.flatten(0, 1).index_select(0, self.index_N)[None]
 
     def unpack(self, x_1ND: Tensor) -> Tensor:
-        """(1, N, D) to (B, F, D), zero beyond each length."""
+        """Returns one row, (1, N, D), as (B, F, D), zero beyond each length."""
         B, D = len(self.lengths), x_1ND.shape[2]
         return x_1ND.new_zeros(B * self.width, D).index_copy(0, self.index_N, x_1ND[0]).view(B, self.width, D)
 
 
 class TimeGrid(NamedTuple):
-    """A time axis for convolutions over frames that do not stand in memory as they do in time.
+    """A time axis for convolutions over frames whose order in memory is not that in time.
 
-    index_M: where each of the (B, F) frames stands in rows · width.  inside_RW1: True where an utterance lies, for
-    convolutions in a row, each of which must find zeros between utterances; None: only the first one does.
+    index_M: index of each of the (B, F) frames in the flattened (rows, width).  inside_RW1: True inside utterances, for
+    stacked convolutions, each of which needs zeros between utterances; None where only the first one does.
     """
 
     rows: int
@@ -68,9 +68,14 @@ class TimeGrid(NamedTuple):
         multiple: int = 1,
         places: tuple[Tensor, Sequence[int]] | None = None,
     ) -> TimeGrid:
-        """For packed utterances: each starts at a multiple of `multiple`, at least `gap` zeros behind the last one.
+        """Builds the axis of packed utterances.
 
-        places: where frames were taken out, the place in time of each, (1, N), and the time that each utterance spans.
+        Args:
+            lengths: frames of each utterance.
+            gap: zeros between two utterances, at least.
+            device: of the indices.
+            multiple: utterances start at multiples of this.
+            places: where frames were removed, the time index of each, (1, N), and the time span of each utterance.
         """
         spans = lengths if places is None else places[1]
         starts, width = [], 0
@@ -86,23 +91,30 @@ class TimeGrid(NamedTuple):
         return cls(1, width, index_N, inside_W[None, :, None].to(device))
 
     def spread(self, x_BFD: Tensor) -> Tensor:
-        """(B, F, D) to (rows, width, D), zero where no frame stands."""
+        """Places (B, F, D) frames on the axis, (rows, width, D), zero elsewhere."""
         # added, not set: padding, which is zero, may point at another frame's place
         grid = x_BFD.new_zeros(self.rows * self.width, x_BFD.shape[2])
         return grid.index_add(0, self.index_M, x_BFD.flatten(0, 1)).view(self.rows, self.width, -1)
 
     def collect(self, y_RWD: Tensor, like_BFD: Tensor) -> Tensor:
-        """(rows, width, E) back to (B, F, E)."""
+        """Takes the frames from (rows, width, E) back to (B, F, E)."""
         return y_RWD.flatten(0, 1).index_select(0, self.index_M).view(*like_BFD.shape[:2], y_RWD.shape[2])
 
 
 def packed_strided(
     convolve: Callable[[Tensor], Tensor], wave_BT: Tensor, lengths_B: Tensor, frames: Sequence[int], hop: int
 ) -> Tensor:
-    """Convolutions without padding over waveforms, of one stride `hop` in all, as over each utterance alone.
+    """Runs unpadded convolutions over concatenated waveforms with the result of each utterance alone.
 
-    convolve: (1, T) to (1, F, D).  frames: how many of each utterance count; these come back packed, (1, N, D).
-    Utterances start at multiples of `hop`, so that no frame that counts hears two of them.
+    Args:
+        convolve: (1, T) audio to (1, F, D) frames, with a total stride of `hop`.
+        wave_BT: (B, T) audio.
+        lengths_B: samples of each row.
+        frames: valid frames of each row.
+        hop: total stride in samples; utterances start at its multiples, so that no valid frame covers two of them.
+
+    Returns:
+        The valid frames, packed, (1, N, D).
     """
     samples = lengths_B.tolist()
     spans = [-(-n // hop) * hop for n in samples]
@@ -116,5 +128,5 @@ def packed_strided(
 
 
 def _runs(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """start, start + 1, … of each run, (Σ lengths,)."""
+    """Returns start, start + 1, … of each run, (Σ lengths,)."""
     return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])

@@ -98,7 +98,7 @@ class Forecast:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Raises ConfigError naming the form and the known GPUs."""
+    """Parses NODESxGPUSxKIND. Raises ConfigError naming the form and the known GPUs."""
     found = re.fullmatch(r"(\d+)x(\d+)x(\w+)", text)
     kind = found[3].upper() if found else ""
     if not found or kind not in KINDS or not int(found[1]) * int(found[2]):
@@ -140,7 +140,7 @@ def build_without_memory(config: Config) -> TrainModule:
 
 
 def _fit(lengths: tuple[float, float], values: tuple[float, float]) -> Cost:
-    """The polynomial through both points and the origin."""
+    """Returns the polynomial through both points and the origin."""
     (s, t), (u, v) = lengths, values
     quadratic = max(0.0, (v / t - u / s) / (t - s))
     return Cost(v / t - quadratic * t, quadratic)
@@ -179,7 +179,7 @@ def _forward(module: TrainModule, config: Config, seconds: float, segments: int 
 
 
 def state_bytes(measured: Measured, stage: int, ranks: int) -> float:
-    """fp32 weights (4 bytes), gradients (4) and Adam's two moments (8) of one GPU under a ZeRO stage.
+    """Returns the bytes of weights, gradients and Adam's moments on one GPU under a ZeRO stage: fp32, 4 + 4 + 8.
 
     From stage 1 on DeepSpeed updates a partitioned copy of the weights (4) and sums gradients in a bucket, which lives
     during the backward pass; ZeRO-3 gathers weights, and keeps up to LIVE of them between the
@@ -197,19 +197,22 @@ def state_bytes(measured: Measured, stage: int, ranks: int) -> float:
 
 
 def bucket_bytes(measured: Measured) -> float:
-    """DeepSpeed's gradient bucket, whose size engines/deepspeed.py sets."""
+    """Returns the size of DeepSpeed's gradient bucket, which engines/deepspeed.py sets."""
     return 4.0 * min(measured.parameters, LARGEST_BUCKET)
 
 
 def activation_bytes(measured: Measured, config: Config) -> float:
-    """Of one micro-batch whose segments all have the longest length, the worst case."""
+    """Returns the bytes of a micro-batch whose segments all have the longest length, the worst case."""
     per_micro_batch = config.data.batch_seconds / config.data.micro_batches
     longest = min(config.data.max_seconds, per_micro_batch)
     return measured.kept_once + measured.activations.of(longest) * per_micro_batch / longest
 
 
 def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mfu: float) -> Forecast:
-    """One step on `gpus` GPUs of the cluster's kind. The audio per step is the recipe's, whatever their number."""
+    """Forecasts a step on `gpus` GPUs of the cluster's kind; the audio per step is the recipe's, whatever their number.
+
+    mfu: the share of the GPUs' peak that is reached, 0 to 1.
+    """
     gpu, longest = GPUS[cluster.kind], config.data.max_seconds
     peak = hardware.peak_tflops(gpu, config.engine.precision, config.engine.tf32)
     recompute = 1.0 if config.engine.activation_checkpointing == "full" else 0.0
@@ -227,17 +230,19 @@ def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mf
 
 
 def counts(largest: int) -> list[int]:
-    """1, 2, 4 … up to `largest`."""
+    """Returns 1, 2, 4 … up to `largest`."""
     return [1 << power for power in range(largest.bit_length())]
 
 
 def assumptions(config: Config, cluster: Cluster, mfu: float) -> dict[str, Any]:
-    """What the forecast takes for granted."""
+    """Returns the assumptions of a forecast, by topic."""
     gpu, offload = GPUS[cluster.kind], config.engine.offload
-    moved = f"engine.offload={offload} moves Adam's states off the GPU; neither the room nor the time of it is counted"
+    moved = (
+        f"engine.offload={offload} moves Adam's states off the GPU; neither their memory nor their transfer is counted"
+    )
     return {
-        "MFU": f"{mfu:.0%} of the peak; unless told 30 %, a guess at a well-fed transformer: published speech "
-        "pretraining reaches 9 to 11 % on an H100 (mfu=0.1), and perf/mfu of a run is your own",
+        "MFU": f"{mfu:.0%} of the peak; 30 % by default, a guess at a transformer that never waits for data: published "
+        "speech pretraining reaches 9 to 11 % on an H100 (mfu=0.1), and perf/mfu of a run is your own",
         "GPU": f"{gpu.half:g} TFLOP/s in 16 bits, {gpu.tf32:g} tf32, {gpu.memory:g} GiB, {gpu.inside:g} GB/s inside a "
         f"node, {gpu.between:g} GB/s between nodes",
         "precision": f"{config.engine.precision}; weights, gradients, Adam in fp32: 16 bytes a parameter, with ZeRO 20",

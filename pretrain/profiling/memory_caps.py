@@ -1,4 +1,4 @@
-"""Runs `auricle data find-caps`: training steps of the real model on the real device, of growing size."""
+"""Finds batch caps (`auricle data find-caps`) by training steps of growing size on the real device."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SHARE_OF_MEMORY = 0.9
 
 
 def measure_caps(config: Config, world: DistributedContext, memory_gb: float = 0.0) -> Caps:
-    """Caps for `config` on this device, of which 0.9 (or `memory_gb`) may be used.
+    """Measures the caps of `config` on this device, of whose memory 0.9 (or `memory_gb`) may be used.
 
-    One rank holds the whole optimizer state here, so that ZeRO leaves some room to spare.
+    One rank holds the whole optimizer state here, so that ZeRO leaves memory to spare.
     """
     alone = dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="torch", offload="none"))
     engine = make_engine(alone, build_model(alone), world)
@@ -46,7 +46,7 @@ def measure_caps(config: Config, world: DistributedContext, memory_gb: float = 0
 
 
 def _peak(engine: Engine, rows: int, seconds: float) -> float:
-    """Peak bytes of a training step; infinite where memory ran out."""
+    """Returns the peak bytes of a training step; inf where memory ran out."""
     device, samples = engine.world.device, round(seconds * SAMPLE_RATE)
     noise = torch.from_numpy(keyed_rng(rows, samples).standard_normal(samples)).float() * 0.1
     wave_BT = noise.expand(rows, samples).clone()
@@ -70,7 +70,7 @@ def _peak(engine: Engine, rows: int, seconds: float) -> float:
 
 
 def _reset(device: str) -> None:
-    """Forgets the peak of earlier steps."""
+    """Resets the peak of earlier steps."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -102,7 +102,7 @@ class Caps:
 
 
 def most_rows(fits: Callable[[int], bool], start: int) -> int:
-    """The most rows for which `fits`, to within 5 % (never too many): doubling or halving, then bisection. 0: none."""
+    """Returns the most rows for which `fits`, to within 5 % (never too many), by doubling or halving and bisection."""
     good, bad, rows = 0, 0, max(1, start)
     while not (good and bad) and good < MOST_ROWS:
         if fits(rows):

@@ -1,4 +1,4 @@
-"""What a recipe amounts to: parameters, audio per update, operations per second of audio, beside published figures."""
+"""Parameters, audio per update and operations of recipes, beside published figures."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ OURS = "unpublished: this project's own"
 
 @dataclass(frozen=True)
 class Published:
-    """What a source says of a recipe. millions: parameters; minutes: of audio per update; gflop: per audio second.
+    """Figures that a source gives. millions: parameters; minutes: of audio per update; gflop: per audio second.
 
-    None where it says nothing: the papers and releases of data2vec, data2vec 2.0 and DinoSR count no parameters of
+    None where it gives none: the papers and releases of data2vec, data2vec 2.0 and DinoSR count no parameters of
     their speech models, nor does SpeechBrain's BEST-RQ; the paper's own has 24 large blocks.
     """
 
@@ -59,7 +59,7 @@ class Recipe:
 
 
 def summarize(config: Config) -> Recipe:
-    """Builds the model of `config` (random weights) and counts."""
+    """Builds the model of `config` with random weights and counts parameters and operations."""
     module = build_model(config)
     return Recipe(
         name=config.name,

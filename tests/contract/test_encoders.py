@@ -1,4 +1,4 @@
-"""What every encoder must satisfy on its own and behind every front end: packing, recomputing, leaving out."""
+"""Contract of every encoder, alone and behind every front end: packing, checkpointing, stochastic depth."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_the_middle_of_a_u_shape_runs_at_half_the_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "fields", "told"),
+    ("encoder", "fields", "words"),
     [
         ("transformer", {"heads": 5}, r"encoder.heads=5: must divide encoder.dim=32; take 2 or 4"),
         ("conformer", {"heads": 3}, r"encoder.heads=3: must divide encoder.dim=32; take 2 or 4"),
@@ -241,9 +241,9 @@ def test_the_middle_of_a_u_shape_runs_at_half_the_rate() -> None:
     ],
 )
 def test_fields_that_do_not_fit_are_refused_when_the_config_loads(
-    encoder: str, fields: dict[str, Any], told: str
+    encoder: str, fields: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=words):
         load(Config, values(encoder, fields))
 
 

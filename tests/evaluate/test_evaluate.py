@@ -246,7 +246,7 @@ def test_what_cannot_be_evaluated_is_said(corpus: Path, saved: Path, tmp_path: P
 
 
 def test_choices_are_made_without_the_test_speakers() -> None:
-    """ask=valid: no utterance of the test part is fitted to or asked, and no speaker stands in two parts."""
+    """ask=valid: no utterance of the test part is fitted to or evaluated, and no speaker is in two parts."""
     everyone = [
         Utterance(Path(), f"{split}-{speaker}-{take}", f"{split}-{speaker}", "", "", "", "speechocean762", split)
         for split, speakers in (("train", 12), ("valid", 2), ("test", 2))

@@ -105,7 +105,7 @@ def test_probes_fitted_together_are_those_fitted_alone() -> None:
 
 
 def test_what_lies_in_narrow_directions_is_found() -> None:
-    """One direction holds nearly all variance in every dimension; the class lies in others, a thousandth as wide."""
+    """One direction holds nearly all variance in every dimension; the class depends on others, a thousandth as wide."""
     y_N = torch.from_numpy(RNG.integers(0, 4, 1500))
     inner_ND = torch.from_numpy(RNG.normal(0, 0.1, (1500, 8))).float()
     inner_ND[:, :4] += torch.eye(4)[y_N]

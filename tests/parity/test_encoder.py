@@ -28,7 +28,7 @@ KINDS = {
         {"positions": "conv_stack", "conv_positions_depth": 3, "conv_positions_kernel": 19},
     ),
 }
-"""What each architecture's config says beyond the common sizes, theirs and ours."""
+"""Fields of each architecture's config beyond the common sizes, theirs and ours."""
 CASES = [
     (kind, norm, pre)
     for kind in KINDS

@@ -247,7 +247,7 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_continued_pretraining_from_their_own_checkpoints(name: str, tmp_path: Path, parity: Parity) -> None:
-    """What transformers writes is a start for ours: the same features, and a loss that can be trained."""
+    """A model that transformers wrote starts ours: the same features, and a loss that can be trained."""
     torch.manual_seed(0)
     kind, objective, frontend, encoder = LAYOUTS[name]
     stack, large = "positions" in encoder, encoder.get("norm") == "pre"

@@ -64,7 +64,7 @@ def test_reverberation_is_torchaudios(parity: Parity) -> None:
 
 
 def test_random_projection_indices_are_numpys(parity: Parity) -> None:
-    """BEST-RQ's look-up said again in double precision: project, norm, nearest code by Euclidean distance."""
+    """BEST-RQ's look-up computed again in double precision: project, norm, nearest code by Euclidean distance."""
     generator = torch.Generator().manual_seed(0)
     quantizer = RandomProjectionQuantizer(320, 16, 8192)
     x_ND = torch.randn(10_000, 320, generator=generator)

@@ -1,4 +1,4 @@
-"""WavLM's mixtures against the released `mixing_collated_audios`, said again in NumPy from what it does."""
+"""WavLM's mixtures against the released `mixing_collated_audios`, computed again in NumPy."""
 
 from __future__ import annotations
 

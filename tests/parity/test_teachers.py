@@ -1,4 +1,4 @@
-"""data2vec, data2vec 2.0 and DinoSR said again in NumPy, from their papers: targets, losses, decoder, averages."""
+"""data2vec, data2vec 2.0 and DinoSR computed in NumPy from their papers: targets, losses, decoder, averages."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_data2vec2s_decoder_has_the_releases_shape() -> None:
 
 
 def test_dinosr(parity: Parity) -> None:
-    """Labels, loss, and the codes after an update (eq. 3-6): sums and sizes decay where frames came, else stand."""
+    """Labels, loss, and codes after an update (eq. 3-6): sums and sizes decay where frames were assigned, no others."""
     module, given = made("dinosr", n_codes=12), batch()
     objective = module.objective
     assert isinstance(objective, DinoSR)

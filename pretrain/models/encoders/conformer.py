@@ -25,7 +25,7 @@ class Config(StackConfig):
     ffn_dim: Annotated[int, about("inner channels of a feed-forward part", ge=1)] = 2304
     kernel: Annotated[int, about("taps of the depthwise convolution; odd", ge=1)] = 31
     causal: Annotated[bool, about("the convolution sees no later frames (needed to stream)")] = False
-    positions: Annotated[Literal["rope", "none"], about("rotary angles, or only what the convolutions tell")] = "rope"
+    positions: Annotated[Literal["rope", "none"], about("rotary angles, or none beside the convolutions")] = "rope"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +51,7 @@ class FeedForward(nn.Sequential):
 class Convolution(nn.Module):
     """Norm → gated linear unit → depthwise convolution → norm → SiLU → linear.
 
-    A layer norm stands where the paper has a batch norm, which would couple the samples of a batch.
+    A layer norm replaces the batch norm of the paper, which would couple the samples of a batch.
     """
 
     def __init__(self, config: Config) -> None:
@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.residual = Residual(config.dropout)
 
     def forward(self, x_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """The block's output, and its last feed-forward part before the residual sum."""
+        """Returns the block's output, and its last feed-forward part before the residual sum."""
         x_BFD = x_BFD + 0.5 * self.residual(self.ffn_first(x_BFD), context, 0)
         x_BFD = x_BFD + self.residual(self.attention(self.attention_norm(x_BFD), context), context, 1)
         x_BFD = x_BFD + self.residual(self.convolution(x_BFD, context), context, 2)
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class Conformer(BlockStack):
-    """Each block ends with its own norm, so the last layer needs no further one."""
+    """Conformer blocks; each ends with its own norm, so the last layer needs no further one."""
 
     branches = 4
 

@@ -35,7 +35,7 @@ class Config(StackConfig):
     conv_positions_depth: Annotated[int, about("convolutions in a conv_stack", ge=1)] = 5
     relative_bias: Annotated[bool, about("gated relative position bias in each attention, too (WavLM)")] = False
     relative_buckets: Annotated[int, about("its buckets of distance", ge=8)] = 320
-    relative_max_distance: Annotated[int, about("frames from which on all distances are alike", ge=8)] = 800
+    relative_max_distance: Annotated[int, about("frames beyond which all distances share a bucket", ge=8)] = 800
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +73,7 @@ class Block(nn.Module):
         return out
 
     def forward(self, x_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """The block's output, and the feed-forward part of it before the residual sum."""
+        """Returns the block's output, and its feed-forward part before the residual sum."""
         if self.pre:
             x_BFD = x_BFD + self.residual(self.attention(self.attention_norm(x_BFD), context), context, 0)
             ffn_BFD = self.feed_forward(self.ffn_norm(x_BFD))
@@ -118,7 +118,7 @@ class Transformer(BlockStack):
         return self.norm_last(output, self.norm) if self.pre else output
 
     def position_features(self, frames: Frames, packing: Packing | None) -> Tensor:
-        """The positional convolution's output; frames that were taken out count as silence in their places."""
+        """Returns the positional convolution's output; removed frames count as zeros at their time index."""
         assert self.positions is not None
         x_BFD, places_BF = frames.x_BFD, frames.places_BF
         if places_BF is None:

@@ -33,7 +33,7 @@ class Config(FrontendConfig):
 
 
 class LogMelFrontend(Frontend):
-    """log-mel → log2(subsampling) convolutions of stride 2 → layer norm → linear."""
+    """Log-mel features, log2(subsampling) convolutions of stride 2, layer norm and a linear layer."""
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
@@ -77,9 +77,9 @@ class LogMelFrontend(Frontend):
         return Frames(coarse.unpack(self.dropout(self.linear(self.norm(row_1ND)))), lengths_B, self.rate_hz)
 
     def convolve(self, x_BFD: Tensor, inside_BF1: Tensor) -> Tensor:
-        """Strided convolutions, each of which finds zeros where no utterance is inside."""
+        """Runs the strided convolutions on (B, F, D), with zeros outside of utterances before each."""
         for conv in self.convs:
-            # a row's last frames must not see what a longer neighbour or the convolution's bias put beyond its end
+            # a row's last frames must not depend on a longer row beside it, or on the convolution's bias beyond its end
             x_BFD = x_BFD.masked_fill(~inside_BF1, 0.0)
             x_BFD = F.gelu(conv(x_BFD))
             inside_BF1 = inside_BF1[:, ::2]

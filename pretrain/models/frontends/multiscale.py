@@ -55,7 +55,7 @@ class WaveBranch(nn.Module):
 
 
 class Multiscale(Frontend):
-    """Features are the branches side by side at 100 Hz; `project` norms, stacks, projects and mixes them.
+    """Concatenates three branches at 100 Hz as features; `project` norms, stacks, projects and mixes them.
 
     The gate is a softmax over branches for each frame, from all branches' features; `watched` gives its means.
     """
@@ -97,7 +97,7 @@ class Multiscale(Frontend):
             row_1ND = packed_strided(self.wave, wave_BT, lengths_B, packing.lengths, self.mel.hop)
             wave_BFD = packing.unpack(row_1ND)
         else:
-            # enough silence behind that a short row in a long batch sees no other end than alone
+            # enough zeros after it that a short row gives the same in a long batch as alone
             wave_BFD = self.wave(F.pad(wave_BT, (0, 2 * self.mel.window)))
         parts = [mel.x_BFD, mfcc.x_BFD[:, :n_frames], wave_BFD[:, :n_frames]]
         x_BFD = torch.cat([part.to(wave_BFD.dtype) for part in parts], dim=2)

@@ -46,7 +46,7 @@ class Config(FrontendConfig):
 
     @property
     def packable(self) -> bool:
-        """Whether utterances can lie end to end: not with a group norm, whose statistics run over the whole row."""
+        """Whether utterances can be packed: not with a group norm, whose statistics run over the whole row."""
         return self.norm == "layer"
 
 
@@ -100,7 +100,10 @@ class ConvLayer(nn.Module):
 
 
 class WaveformConv(Frontend):
-    """Features are layer-normed convolution outputs (what wav2vec 2.0 quantises); `raw_BFD` is what came before."""
+    """Waveform stem whose features are layer-normed convolution outputs (the input of wav2vec 2.0's quantiser).
+
+    `raw_BFD` is the same before the norm.
+    """
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
@@ -152,14 +155,14 @@ class WaveformConv(Frontend):
         return features
 
     def convolve(self, wave_BT: Tensor) -> Tensor:
-        """(B, T) to (B, F, channels), the gradient scaled."""
+        """Runs the convolutions, (B, T) to (B, F, channels), with a scaled gradient."""
         x_BTD = wave_BT[:, :, None]
         for conv in self.convs:
             x_BTD = conv(x_BTD)
         return scale_gradient(x_BTD, self.gradient_scale)
 
     def watched(self) -> dict[str, Tensor]:
-        """A stem that gives the same for every frame has collapsed, even if later layers still differ."""
+        """Returns the deviation of the stem: near 0 it has collapsed, even if later layers still differ."""
         return {"health/std_stem": self.stem_deviation}
 
     def project(self, features: Frames) -> Frames:

@@ -77,7 +77,7 @@ def test_frames_that_were_taken_out_leave_the_places_of_others(positions: str) -
     plain = encoder(Frames(x_BFD, lengths_B, 25.0)).final.x_BFD
     named = encoder(Frames(x_BFD, lengths_B, 25.0, places_BF=torch.arange(20).repeat(2, 1))).final.x_BFD
     torch.testing.assert_close(named, plain)
-    order = torch.randperm(20)  # attention does not mind the order in which frames stand, only their places
+    order = torch.randperm(20)  # attention depends on the time index of frames, not on their order in memory
     shuffled = encoder(Frames(x_BFD[:, order], lengths_B, 25.0, places_BF=order.repeat(2, 1))).final.x_BFD
     torch.testing.assert_close(shuffled, plain[:, order], rtol=0, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -68,8 +69,8 @@ def test_fp16_is_as_fast_as_bf16_and_neither_as_slow_as_tf32() -> None:
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_what_offloading_leaves_out_is_said(offload: str) -> None:
     wanted = config("+experiment=best_rq_tiny", "engine.zero_stage=1", f"engine.offload={offload}")
-    told = cost_model.assumptions(wanted, cost_model.Cluster(1, 8, "H100"), 0.3)
-    assert ("engine.offload=cpu" in told.get("offload", "")) == (offload == "cpu")
+    found = cost_model.assumptions(wanted, cost_model.Cluster(1, 8, "H100"), 0.3)
+    assert ("engine.offload=cpu" in found.get("offload", "")) == (offload == "cpu")
 
 
 def test_frame_labels_are_made_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,3 +101,13 @@ def test_what_is_wrong_is_said(arguments: list[str], words: list[str], capsys: p
     assert all(word in said for word in words)
     with pytest.raises(ConfigError):
         cost_model.parse_cluster("0x8xH100")
+
+
+def test_planning_holds_no_weights_in_memory() -> None:
+    """wav2vec 2.0 LARGE has 1.3 GB of weights; a login node must plan it with less than 1 GB in all."""
+    large = config("+experiment=wav2vec2_large")
+    before = psutil.Process().memory_info().rss
+    module = cost_model.build_without_memory(large)
+    assert sum(float(weight.sum()) for weight in module.parameters()) == 0.0
+    weights = sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    assert psutil.Process().memory_info().rss - before < 0.2 * weights
