@@ -22,11 +22,11 @@ def shortest_input(lengths_of: Callable[[Tensor], Tensor], frames: int = 1) -> i
         frames: how many are wanted.
     """
     shortest, enough = 0, 1
-    while int(lengths_of(torch.tensor([enough]))) < frames:
+    while int(lengths_of(torch.tensor([enough], device="cpu"))) < frames:
         shortest, enough = enough, 2 * enough
     while enough - shortest > 1:
         middle = (shortest + enough) // 2
-        if int(lengths_of(torch.tensor([middle]))) < frames:
+        if int(lengths_of(torch.tensor([middle], device="cpu"))) < frames:
             shortest = middle
         else:
             enough = middle
