@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +47,7 @@ class ActivationStats:
         inputs_XD = last.target_inputs_XD.float()
         return float(inputs_XD.mean()), float(inputs_XD.std())
 
-    def _hook(self, stage: str):  # type: ignore[no-untyped-def]
+    def _hook(self, stage: str) -> Callable[[nn.Module, object, Frames], None]:
         def hook(module: nn.Module, arguments: object, frames: Frames) -> None:
             self._note(stage, frames.x_BFD, frames.valid_BF())
 
