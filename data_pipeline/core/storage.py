@@ -74,10 +74,10 @@ def read_errors(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def write_errors(path: str) -> Iterator[None]:
-    """Turns an OSError in the block into StorageWriteError for `path`; FileExistsError and StorageError pass."""
+    """Turns an OSError in the block into StorageWriteError for `path`; StorageError passes."""
     try:
         yield
-    except (FileExistsError, StorageError):
+    except StorageError:
         raise
     except OSError as error:
         raise StorageWriteError(path, f"cannot be written ({describe(error)})") from error

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from data_pipeline.core.jsonl import append_rows
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import is_url
+from data_pipeline.core.storage import StorageError, is_url
 from data_pipeline.core.types import Cursor, Step
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.fetch import check_labels
@@ -187,6 +187,8 @@ class _Running:
                 if isinstance(got, BaseException):
                     raise got
                 yield got
+        except StorageError:
+            raise
         except (RuntimeError, OSError, EOFError) as error:  # raised for a worker that is dead or silent
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RuntimeError(

@@ -17,6 +17,7 @@ import soundfile
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Step
 from data_pipeline.loader.reader import open_reader
+from data_pipeline.preprocess.verify import verify
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.indexing import IndexConfig, IndexSummary, index_tars
 from data_pipeline.shards.records import done_records, read_index
@@ -153,6 +154,18 @@ def test_running_again_indexes_only_what_is_new_or_changed(tmp_path: Path) -> No
     write_tar(root / "part-002.tar", [("more.flac", encoded(wave(10), "flac"))])
     again = index(root)
     assert (again.tars, again.already, again.segments) == (3, 1, 7)
+
+
+def test_verify_reads_indexed_tars(tmp_path: Path) -> None:
+    root, out = write_foreign(tmp_path / "tars", 2, 5), tmp_path / "index"
+    index(root, index_out=str(out))
+    index(root)
+    assert list(verify(str(root))) == list(verify(str(out))) == []
+    content = bytearray((root / "part-001.tar").read_bytes())
+    content[2_000] ^= 0xFF
+    (root / "part-001.tar").write_bytes(content)
+    for folder in (root, out):
+        assert any(name == "part-001.tar" and "checksum mismatch" in fault for name, fault in verify(str(folder)))
 
 
 def test_files_of_others_are_never_overwritten(tmp_path: Path) -> None:
