@@ -149,7 +149,7 @@ def keep_token_private() -> None:
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A Ray that starts meanwhile listens on 127.0.0.1: it takes the address of the network otherwise, even if told."""
+    """Makes a Ray that starts in the block listen on 127.0.0.1; otherwise it ignores the address that it is given."""
     from ray._private import ray_constants
 
     name, clusters = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER

@@ -40,7 +40,7 @@ def config(cls: type[T]) -> type[T]:
 
 
 Resume = Literal["fixed", "free", "path", "data"]
-"""What a resumed run may change in a field: nothing; its value; only how it writes the same path; or the path of its
+"""Changes that a resumed run may make to a field: none; its value; only how it writes the same path; or the path of its
 data set, whose content the hash of the plan proves to be the same."""
 
 

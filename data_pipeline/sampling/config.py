@@ -14,7 +14,12 @@ class DataConfig:
     """The shards of a run and how they become global steps."""
 
     shards: Annotated[
-        str, about("folder (or fsspec URL) of shards, as `auricle preprocess` wrote it", resume="data", min_length=1)
+        str,
+        about(
+            "folder or URL that `auricle preprocess` or `auricle shards index` wrote",
+            resume="data",
+            min_length=1,
+        ),
     ]
     reader: Annotated[
         Literal["plan", "webdataset"],

@@ -97,7 +97,7 @@ def test_audio_per_step_is_the_recipes(case: dict[str, object]) -> None:
         total += int(audio.sum()) + window.cropped
         mean = (audio.sum() + window.cropped) / len(audio)
         if mean < plan.constraints.micro_batches * plan.constraints.longest:
-            continue  # no micro-batch may be empty, so where each has room for one segment only, lengths decide
+            continue  # no micro-batch may be empty, so where each can hold one segment only, lengths decide
         assert (audio <= mean + plan.constraints.longest).all()
         if window.cropped == 0:
             assert (audio >= mean - plan.constraints.longest).all()

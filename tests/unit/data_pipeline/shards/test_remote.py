@@ -83,8 +83,8 @@ def read(root: str, count: int, **values: object) -> list[Step]:
 @pytest.mark.parametrize("cached", [False, True])
 def test_remote_batches_equal_local_ones(bucket: tuple[str, Path], tmp_path: Path, workers: int, cached: bool) -> None:
     url, folder = bucket
-    room = {"cache": str(tmp_path), "cache_gigabytes": 0.005 if cached else 0.0, "verify": cached}
-    far, near = read(url, 30, workers=workers, **room), read(str(folder), 30)
+    space = {"cache": str(tmp_path), "cache_gigabytes": 0.005 if cached else 0.0, "verify": cached}
+    far, near = read(url, 30, workers=workers, **space), read(str(folder), 30)
     for a, b in zip(far, near, strict=True):
         assert a.after == b.after
         for x, y in zip(a.batches, b.batches, strict=True):
@@ -137,14 +137,14 @@ def test_contradictions_are_refused(bucket: tuple[str, Path], tmp_path: Path) ->
         read(bucket[0], 1, cache=str(tmp_path), cache_gigabytes=1e-6)
 
 
-def misses(sequence: list[int], room: int, evict: object) -> int:
-    """Fetches of a cache of `room` shards over a sequence of uses."""
+def misses(sequence: list[int], space: int, evict: object) -> int:
+    """Fetches of a cache of `space` shards over a sequence of uses."""
     cached: list[int] = []
     count = 0
     for at, shard in enumerate(sequence):
         if shard not in cached:
             count += 1
-            if len(cached) == room:
+            if len(cached) == space:
                 cached.remove(evict(cached, at))  # type: ignore[operator]
             cached.append(shard)
         else:
@@ -153,14 +153,14 @@ def misses(sequence: list[int], room: int, evict: object) -> int:
     return count
 
 
-def fewest_misses(sequence: list[int], room: int) -> int:
+def fewest_misses(sequence: list[int], space: int) -> int:
     """By trying every eviction."""
     states = {frozenset[int](): 0}
     for shard in sequence:
         after: dict[frozenset[int], int] = {}
         for cached, cost in states.items():
             options = [cached] if shard in cached else (
-                [cached | {shard}] if len(cached) < room else [(cached - {out}) | {shard} for out in cached]
+                [cached | {shard}] if len(cached) < space else [(cached - {out}) | {shard} for out in cached]
             )  # fmt: skip
             for option in options:
                 new = cost + (shard not in cached)
@@ -171,17 +171,17 @@ def fewest_misses(sequence: list[int], room: int) -> int:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 4))
-def test_eviction_by_next_use_is_optimal(seed: int, room: int) -> None:
+def test_eviction_by_next_use_is_optimal(seed: int, space: int) -> None:
     rng = np.random.default_rng(seed)
     sequence = [int(s) for _ in range(4) for s in rng.permutation(6)]
 
     def by_next_use(cached: list[int], at: int) -> int:
         use = np.array([sequence.index(s, at) if s in sequence[at:] else 10**6 for s in range(6)])
-        return to_evict(dict.fromkeys(cached, 1), use, room, 1)[0]
+        return to_evict(dict.fromkeys(cached, 1), use, space, 1)[0]
 
-    found = misses(sequence, room, by_next_use)
-    assert found == fewest_misses(sequence, room)
-    assert found <= misses(sequence, room, lambda cached, at: cached[0])  # least recently used
+    found = misses(sequence, space, by_next_use)
+    assert found == fewest_misses(sequence, space)
+    assert found <= misses(sequence, space, lambda cached, at: cached[0])  # least recently used
 
 
 def test_next_use_counts_windows_ahead() -> None:
