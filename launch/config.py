@@ -1,4 +1,4 @@
-"""Where a job runs: the `launcher` part of a job's config."""
+"""Configs of jobs: the `launcher` part, and the root of each command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JOB_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,99}")
 SLURM_JOB_ID = re.compile(r"[1-9][0-9]{0,9}(?:_(?:0|[1-9][0-9]{0,6}))?")
 """Ids of SLURM jobs and of tasks of an array."""
 STARTING_SECONDS = 120
-"""A start needs so long until it can hear the warning, which SLURM may give a minute early."""
+"""Time from the start of a job until it handles the warning signal, which SLURM may send a minute early."""
 
 
 @config
@@ -45,13 +45,13 @@ class SlurmConfig:
     cpus_per_task: Annotated[int, about("cores per rank, those of its decoding processes included", ge=1)] = 1
     memory_gb: Annotated[int, about("memory per node in GiB; 0 takes the cluster's default", ge=0)] = 0
     minutes: Annotated[
-        int, about("time limit; all but an evaluation are requeued then and continue until they are done", ge=3)
+        int, about("time limit; then all jobs but evaluations are requeued and continue until they are done", ge=3)
     ] = 240
     warn_seconds: Annotated[
-        int, about("stop so long before the limit, a run with a checkpoint; SLURM may do it a minute earlier", ge=30)
+        int, about("a run stops with a checkpoint this long before the limit; SLURM may do it a minute earlier", ge=30)
     ] = 300
     retries: Annotated[
-        int, about("crashes in a row, of a run without a new checkpoint, that are tried again", ge=0)
+        int, about("how many crashes in a row without a new checkpoint are followed by another start", ge=0)
     ] = 3
     parallel: Annotated[int, about("runs of a sweep (--multirun) at a time; 0: as many as fit", ge=0)] = 0
     partition: Annotated[str, about("partition; empty takes the cluster's default")] = ""
@@ -72,18 +72,18 @@ class SlurmConfig:
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
     def __post_init__(self) -> None:
-        """Refuses GPUs that nobody would use, ranks that would share one, and a container of nothing."""
+        """Refuses unused GPUs, ranks that would share one, a container without an image, and too short a time limit."""
         if self.gpus_per_node and self.ranks_per_node != self.gpus_per_node:
-            told = f"one rank takes one GPU, and gpus_per_node={self.gpus_per_node}; leave it out, or make them equal"
-            refuse("tasks_per_node", self.tasks_per_node, told)
+            limit = f"one rank takes one GPU, and gpus_per_node={self.gpus_per_node}; leave it out, or make them equal"
+            refuse("tasks_per_node", self.tasks_per_node, limit)
         if self.after and not JOB_ID.fullmatch(self.after):  # `pipeline --dry-run` puts names for ids to come
             refuse("after", self.after, "the id of a SLURM job, such as 1234 or 1234_5")
         if self.container != "none" and not self.image:
             refuse("image", "", f"container={self.container} needs an image")
         if 60 * self.minutes < self.warn_seconds + STARTING_SECONDS:
             most = 60 * self.minutes - STARTING_SECONDS
-            told = f"at most {most} with minutes={self.minutes}: a start takes up to {STARTING_SECONDS} s"
-            refuse("warn_seconds", self.warn_seconds, told)
+            limit = f"at most {most} with minutes={self.minutes}: a start takes up to {STARTING_SECONDS} s"
+            refuse("warn_seconds", self.warn_seconds, limit)
 
 
 @config
@@ -96,7 +96,7 @@ class RayConfig:
         str, about("http address of the cluster's dashboard: hand the run over as a Ray Job; empty drives it from here")
     ] = ""
     workers: Annotated[int, about("most ranks; 0 takes all that fit and divide data.micro_batches", ge=0)] = 0
-    min_workers: Annotated[int, about("wait rather than train on fewer", ge=1)] = 1
+    min_workers: Annotated[int, about("fewest ranks; with fewer the run waits", ge=1)] = 1
     gpus_per_worker: Annotated[int, about("0 trains on CPUs", ge=0, le=1)] = 0
     cpus_per_worker: Annotated[int, about("cores per rank", ge=1)] = 1
     retries: Annotated[int, about("failures in a row without a new checkpoint before giving up", ge=0)] = 3
@@ -132,12 +132,12 @@ def _launcher_type(name: str) -> type[Any]:
 
 Launcher = Annotated[Any, PluginChoice("launcher", _launcher_names, _launcher_type)]
 RUNS = "folder that holds the run folders"
-TASK_NAME = "name of the run folder; empty: the verb and the last part of what it makes"
+TASK_NAME = "name of the run folder; empty: the command and the last part of the path of its output"
 
 
 @config
 class Placed:
-    """What every job has that is no training: a run folder, and a place to run."""
+    """Run folder and launcher of a job that is one program."""
 
     runs: Annotated[str, about(RUNS, min_length=1)] = "runs"
     name: Annotated[str, about(TASK_NAME)] = ""
@@ -165,28 +165,28 @@ JOB_TYPES: dict[str, type[Any]] = {"preprocess": PreprocessJob, "targets": Targe
 
 @config
 class Iteration:
-    """Frame labels of all shards, and a training on them: one turn of a chain (launch/workflows/iterations.py)."""
+    """One iteration of a chain (launch/workflows/iterations.py): frame labels of all shards, and a training on them."""
 
     steps: Annotated[int, about("optimizer steps of its training", ge=1)]
     classes: Annotated[int, about("number of labels", ge=2, le=65_535)] = 100
     features: Annotated[
         str,
-        about("what the labels are made of: mfcc, or a checkpoint; empty: mfcc, later the model of the turn before"),
+        about(
+            "what the labels are made of: mfcc, or a checkpoint; empty: mfcc, then the model of the iteration before"
+        ),
     ] = ""
     layer: Annotated[int, about("layer of the checkpoint", ge=0)] = 6
     rate_hz: Annotated[float, about("rate of the checkpoint's frames; 0: that of the model to be trained", ge=0)] = 0.0
     fraction: Annotated[float, about("share of the shards that k-means is fitted on", gt=0, le=1)] = 0.1
-    overrides: Annotated[tuple[str, ...], about("of this training, as on the command line")] = ()
+    overrides: Annotated[tuple[str, ...], about("overrides of this training, as on the command line")] = ()
 
 
 @config
 class PretrainJob(Config):
     """A pretraining run and where it runs: the root of conf/pretrain.yaml."""
 
-    chain: Annotated[
-        dict[str, Iteration], about("iterations by name, one after the other; the run is named NAME-ITERATION")
-    ] = dataclasses.field(default_factory=dict)
-    link: Annotated[
-        str, about("only this link of the chain: an iteration's name, or with -labels behind it; empty: all")
-    ] = ""
+    chain: Annotated[dict[str, Iteration], about("iterations by name, in order; each run is named NAME-ITERATION")] = (
+        dataclasses.field(default_factory=dict)
+    )
+    link: Annotated[str, about("only this link of the chain: ITERATION or ITERATION-labels; empty: all")] = ""
     launcher: Launcher = dataclasses.field(default_factory=LocalConfig)

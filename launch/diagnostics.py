@@ -1,4 +1,4 @@
-"""What this machine has for auricle, what is missing and how to get it."""
+"""Checks what this machine has for auricle; each missing part comes with how to get it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,30 @@ Verdict = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `needed`: auricle cannot work without it; otherwise it is an option."""
+    """One line of the report."""
 
     topic: str
     verdict: Verdict
     found: str
     remedy: str = ""
     needed: bool = True
+    """Whether auricle cannot work without it; otherwise it is an option."""
+
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def install(package: str) -> str:
+    """Returns the command that installs a package here: a wheel has no `make setup`."""
+    return "make setup" if (CHECKOUT / "launch/setup/setup.sh").is_file() else f"pip install {package}"
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """Looks at everything; a check that fails itself becomes a finding. `folder`: where runs would go."""
+    """Runs all checks; a check that fails itself becomes a finding.
+
+    Args:
+        folder: Where runs would be written.
+    """
     checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
         ("python", _python),
         ("packages", _packages),
@@ -44,9 +57,8 @@ def examine(folder: Path) -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:
-            yield Finding(
-                topic, "broken", f"{type(error).__name__}: {error}", "see the message; `make setup` reinstalls"
-            )
+            remedy = f"see the message; `{install('--force-reinstall auricle')}` installs it again"
+            yield Finding(topic, "broken", f"{type(error).__name__}: {error}", remedy)
 
 
 def _python() -> Iterator[Finding]:
@@ -60,7 +72,7 @@ def _packages() -> Iterator[Finding]:
         try:
             yield Finding(package, "ok", metadata.version(package))
         except metadata.PackageNotFoundError:
-            yield Finding(package, "missing", "not installed", "make setup")
+            yield Finding(package, "missing", "not installed", install(package))
     optional = (
         ("transformers", "transformers", "export and parity tests"),
         ("scikit-learn", "sklearn", "probes of `auricle evaluate`"),
@@ -87,7 +99,7 @@ def _torch() -> Iterator[Finding]:
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
         driver = "with a driver" if shutil.which("nvidia-smi") else "no NVIDIA driver here"
-        remedy = "training runs on the CPU; for a GPU install its driver and a CUDA build of torch, then `make setup`"
+        remedy = "training runs on the CPU; a GPU needs its driver and a CUDA build of torch"
         yield Finding("GPU", "missing", f"{built}, {driver}", remedy, needed=False)
     sources = {"gloo": "comes with torch", "nccl": "comes with a CUDA build of torch"}
     for backend, use in (("gloo", "ranks on CPUs"), ("nccl", "ranks on GPUs")):
@@ -132,7 +144,7 @@ def _compilers() -> Iterator[Finding]:
 
 
 def _deepspeed_ops() -> Finding:
-    """Which of DeepSpeed's compiled operators could be built here."""
+    """Lists the compiled operators of DeepSpeed that can be built here."""
     try:
         from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
@@ -149,7 +161,7 @@ def _codecs() -> Iterator[Finding]:
     yield Finding("libsndfile", "ok", f"{soundfile.__libsndfile_version__}: {formats}")
     known = importlib.util.find_spec("av") is not None
     found = f"PyAV {metadata.version('av')}" if known else "not installed"
-    remedy = "decodes what libsndfile cannot (m4a, webm, wma, g722 …): pip install 'auricle[media]'"
+    remedy = "decodes what libsndfile cannot (m4a, webm, wma, g722 …): pip install av"
     yield Finding("FFmpeg", "ok" if known else "missing", found, remedy, needed=False)
 
 
@@ -163,7 +175,7 @@ def _slurm() -> Iterator[Finding]:
             yield Finding("SLURM", "ok", "; ".join(asked.stdout.split("\n")).strip("; "), needed=False)
         else:
             remedy = "is this machine part of a cluster? SLURM_CONF names its configuration"
-            yield Finding("SLURM", "missing", f"{path} is there, but no cluster answers", remedy, needed=False)
+            yield Finding("SLURM", "missing", f"{path} exists, but no cluster answers", remedy, needed=False)
     else:
         yield Finding(
             "SLURM", "missing", "no sbatch", "only for a cluster: run auricle on its login node", needed=False
@@ -177,7 +189,7 @@ def _resources(folder: Path) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     enough = memory.available > 4 * GIB
     found = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}, {cores} cores"
-    yield Finding("memory", "ok" if enough else "missing", found, "the demo wants 4 GiB", needed=False)
+    yield Finding("memory", "ok" if enough else "missing", found, "the demo needs 4 GiB", needed=False)
     shared = Path("/dev/shm")
     if shared.exists():
         free = shutil.disk_usage(shared).free
@@ -188,4 +200,4 @@ def _resources(folder: Path) -> Iterator[Finding]:
     writable = os.access(there, os.W_OK)
     found = f"{free / GIB:.0f} GiB free at {there}{'' if writable else ', not writable'}"
     good = writable and free > 5 * GIB
-    yield Finding("disk", "ok" if good else "missing", found, "runs want some GiB: set runs= to another disk")
+    yield Finding("disk", "ok" if good else "missing", found, "a run needs some GiB: set runs= to another disk")

@@ -32,7 +32,13 @@ def cell(value: object, style: str = "") -> Text:
     return Text(visible(str(value)), style=style)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", bold: Iterable[int] = ()) -> Table:
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    title: str = "",
+    bold: Iterable[int] = (),
+    fold: bool = False,
+) -> Table:
     """Returns a table of any values.
 
     Args:
@@ -40,10 +46,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str =
         rows: Cells by row; a `Text` keeps its style, everything else is shown as text.
         title: Line above the table.
         bold: Numbers of rows that are emphasised; -1 is the last.
+        fold: Whether no column is cut.
     """
     made = Table(title=cell(title) if title else None, title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(cell(column), overflow="fold" if number == 0 else "ellipsis", no_wrap=False)
+        made.add_column(cell(column), overflow="fold" if fold or number == 0 else "ellipsis", no_wrap=False)
     listed = list(rows)
     emphasised = {number % len(listed) for number in bold} if listed else set()
     for number, row in enumerate(listed):

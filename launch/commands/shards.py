@@ -1,4 +1,4 @@
-"""auricle shards: what a shard folder holds, and whether it is whole."""
+"""auricle shards: content and integrity of a shard folder; indexes for tars of others."""
 
 from __future__ import annotations
 
@@ -10,47 +10,48 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, track
-from rich.table import Table
 
 from data_pipeline.core.schema import ConfigError, document, load
 from data_pipeline.core.storage import FileStore
+from data_pipeline.core.text import visible
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.preprocess.plan_file import SPLITS
 from data_pipeline.preprocess.verify import verify
 from data_pipeline.shards.indexing import IndexConfig, index_tars
 from data_pipeline.shards.records import DoneRecord, done_records, finished_units, read_index
 from launch.cli.parser import Parser
+from launch.cli.tables import show, table
 
 QUANTILES = (0, 5, 50, 95, 100)
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code 1 where `verify` finds a fault."""
-    parser = Parser("auricle shards", description="what a shard folder holds")
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    """Runs a subcommand; returns 0, or 1 where `verify` finds a fault."""
+    parser = Parser("auricle shards", description="content and integrity of a shard folder")
+    subcommands = parser.add_subparsers(dest="subcommand", required=True)
     for name, text in (
         ("stats", "hours by corpus and language, lengths, what was left out and why"),
-        ("inspect", "the first samples, or those whose key holds a word"),
+        ("inspect", "the first samples, or those whose key contains a text"),
         ("verify", "reads every byte and compares checksums"),
     ):
-        verb = verbs.add_parser(name, help=text)
-        verb.add_argument("folder", help="shard folder or fsspec URL")
+        subcommand = subcommands.add_parser(name, help=text)
+        subcommand.add_argument("folder", help="shard folder or fsspec URL")
         if name == "inspect":
-            verb.add_argument("--key", default="", help="only keys that hold this")
-            verb.add_argument("-n", type=int, default=20, help="samples to show (default: 20)")
-    index = verbs.add_parser("index", help="indexes WebDataset tars that others wrote, without changing them")
+            subcommand.add_argument("--key", default="", help="only keys that contain this")
+            subcommand.add_argument("-n", type=int, default=20, help="samples to show (default: 20)")
+    index = subcommands.add_parser("index", help="indexes WebDataset tars that others wrote, without changing them")
     index.add_argument("folder", help="folder or fsspec URL of the tars")
     index.add_argument("settings", nargs="*", help="FIELD=VALUE of: " + ", ".join(_index_fields()))
     given = parser.parse_args(arguments)
-    if given.verb == "index":
+    if given.subcommand == "index":
         return _index(given.folder, given.settings)
-    if given.verb == "verify":
+    if given.subcommand == "verify":
         return _verify(given.folder)
     try:
         records = done_records(given.folder)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if given.verb == "stats":
+    if given.subcommand == "stats":
         return _stats(given.folder, records)
     return _inspect(given.folder, records, given.key, given.n)
 
@@ -83,7 +84,7 @@ def _value(text: str) -> Any:
 
 
 def _stats(root: str, records: list[DoneRecord]) -> int:
-    console, hours, segments, lengths = Console(), Counter[tuple[str, str]](), Counter[tuple[str, str]](), []
+    hours, segments, lengths = Counter[tuple[str, str]](), Counter[tuple[str, str]](), []
     for record in records:
         index = read_index(root, record)
         lengths.append(index["n_samples"].to_numpy())
@@ -91,33 +92,31 @@ def _stats(root: str, records: list[DoneRecord]) -> int:
         for group, samples in zip(groups, lengths[-1].tolist(), strict=True):
             hours[group] += samples / SAMPLE_RATE / 3600
             segments[group] += 1
-    table = Table("corpus", "language", "segments", "hours", box=None, pad_edge=False)
-    for group in sorted(hours):
-        table.add_row(group[0], group[1] or "–", f"{segments[group]:,}", f"{hours[group]:.2f}")
-    table.add_row("all", "", f"{sum(segments.values()):,}", f"{sum(hours.values()):.2f}", style="bold")
-    console.print(table)
+    rows = [(group[0], group[1] or "–", f"{segments[group]:,}", f"{hours[group]:.2f}") for group in sorted(hours)]
+    rows.append(("all", "", f"{sum(segments.values()):,}", f"{sum(hours.values()):.2f}"))
+    show(table(("corpus", "language", "segments", "hours"), rows, bold=[-1]))
     seconds = np.percentile(np.concatenate(lengths) / SAMPLE_RATE, QUANTILES)
     shown = ", ".join(f"{quantile} %: {value:.1f} s" for quantile, value in zip(QUANTILES, seconds, strict=True))
     size = sum(record.bytes for record in records)
-    console.print(f"lengths  {shown}\n{len(records)} shards, {size / 1e6:,.1f} MB", highlight=False)
+    print(f"lengths  {shown}\n{len(records)} shards, {size / 1e6:,.1f} MB")
     rejects: Counter[str] = Counter()
     for record in finished_units(root):
         rejects.update(record.rejects)
     if rejects:
-        console.print("left out " + ", ".join(f"{reason}: {count:,}" for reason, count in rejects.most_common()))
+        print("left out " + ", ".join(f"{reason}: {count:,}" for reason, count in rejects.most_common()))
     return 0
 
 
 def _inspect(root: str, records: list[DoneRecord], key: str, limit: int) -> int:
-    table = Table("key", "seconds", "from", "at", "speaker", "language", "shard", box=None, pad_edge=False)
+    found: list[tuple[str, ...]] = []
     for row, shard in _rows(root, records):
         if key in row["key"]:
             at, length = (row[name] / SAMPLE_RATE for name in ("start", "n_samples"))
-            names = (row["speaker"], row["language"], shard)
-            table.add_row(row["key"], f"{length:.2f}", row["file_id"], f"{at:.2f}", *names)
-            if table.row_count == limit:
+            place = (row["file_id"], f"{at:.2f}", row["speaker"], row["language"], shard)
+            found.append((row["key"], f"{length:.2f}", *place))
+            if len(found) == limit:
                 break
-    Console(soft_wrap=True).print(table)
+    show(table(("key", "seconds", "from", "at", "speaker", "language", "shard"), found, fold=True))
     return 0
 
 
@@ -130,13 +129,13 @@ def _rows(root: str, records: list[DoneRecord]) -> Iterator[tuple[dict[str, Any]
 def _verify(root: str) -> int:
     faults = list(track(verify(root), "verifying", console=Console(stderr=True), transient=True))
     for name, fault in faults:
-        print(f"{name}: {fault}")
+        print(visible(f"{name}: {fault}"))
     shards = [name for part in ("", *SPLITS) for name in _shards(f"{root.rstrip('/')}/{part}".rstrip("/"), part)]
     if shards:
         bad = {name.removesuffix(".idx") for name, _ in faults}
         print(f"{sum(name not in bad for name in shards)} of {len(shards)} shards are whole")
     if not faults:
-        print("every file is as it was written")
+        print("every checksum matches")
     return 1 if faults else 0
 
 

@@ -42,12 +42,12 @@ FILES = ("model.safetensors", "optimizer.safetensors")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainState:
-    """Everything the loop must remember besides tensors."""
+    """State of the training loop besides tensors."""
 
     step: int = 0
     cursor: Cursor | None = None
     health: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What the health watch remembers, as plain JSON."""
+    """State of the health monitor, as plain JSON."""
     prolonged: Prolongation | None = None
     """Where a change of train.steps found the learning rate."""
     note: str = ""
@@ -160,7 +160,7 @@ def remove_leftovers(run: RunFolder) -> None:
 
 
 def _gather(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Copies of all tensors by file: the next step must not change what is being written."""
+    """Returns copies of all tensors by file: the next step must not change what is being written."""
     files: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     for name, tensor in engine.tensors():
         kind, _, rest = name.partition("/")
@@ -179,10 +179,10 @@ def _write(
     config: Config,
     scale: Mapping[str, Any],
 ) -> None:
-    """Writes beside, then moves into place, then points `latest` there, then removes what is old.
+    """Writes a temporary folder, moves it into place, points `latest` to it, then removes old checkpoints.
 
-    Whenever it is cut off, `latest` names a whole checkpoint: one that is written again (after a roll-back, with
-    another cursor) has a stand-in meanwhile.
+    Whenever the process is killed, `latest` names a whole checkpoint: one that is written again (after a roll-back,
+    with another cursor) has a stand-in meanwhile.
     """
     run.require_current()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def _write(
 
 
 def _link(source: str, target: str) -> None:
-    """Another name for the same file; a copy where the file system knows no such names."""
+    """Makes a hard link, or a copy where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -235,16 +235,21 @@ def _point_latest(run: RunFolder, folder: Path) -> None:
 
 
 def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
-    """Puts the newest checkpoint into `engine`; an empty state where there is none yet.
+    """Loads the newest checkpoint of a run into `engine`.
 
-    Raises ConfigError when the checkpoint belongs to another config, ValueError when it is damaged.
+    Returns:
+        The loop's state; that of a new run where there is no checkpoint yet.
+
+    Raises:
+        ConfigError: The checkpoint was saved with another config (pretrain.checkpointing.resume).
+        ValueError: It is damaged; the message has the remedy.
     """
     newest = latest_checkpoint(run.checkpoints)
     return _load(newest, engine, config) if newest else TrainState()
 
 
 class NothingToGoBackToError(ValueError):
-    """No checkpoint is old enough."""
+    """No checkpoint is old enough to roll back to."""
 
 
 def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> TrainState:
@@ -353,7 +358,7 @@ _STATE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, read whole and compared with its checksums; empty where nothing is."""
+    """Returns what is wrong with a checkpoint, from reading all of it and comparing checksums; "" where it is whole."""
     try:
         digests = _read_state(folder)["sha256"]
         for name in FILES:
@@ -367,7 +372,7 @@ def damage(folder: Path) -> str:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by the engine's names, each read when asked for."""
+    """The tensors of a checkpoint by the engine's names, each read on access."""
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}

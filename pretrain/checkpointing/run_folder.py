@@ -1,4 +1,4 @@
-"""The folder that describes a run by itself, and the rule that only its newest incarnation may write there."""
+"""The run folder, and the rule that only the newest start (incarnation) of a run may write there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RunFolder:
     """RUNS/NAME. Each start of a run takes the next incarnation number.
 
     A node that was cut off keeps computing and may come back after its job was started elsewhere: its incarnation is
-    then older than the newest one, and every write is refused. Rank 0 claims the number and tells it to the others.
+    then older than the newest one, and every write is refused. Rank 0 claims the number and broadcasts it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -54,7 +54,7 @@ class RunFolder:
             )
 
     def superseded(self) -> bool:
-        """Whether a newer start of this run is known to exist; no for one that never claimed a number."""
+        """Whether a newer start of this run exists; False for one that never claimed a number."""
         try:
             return self.incarnation > 0 and self._newest() != self.incarnation
         except OSError:

@@ -1,4 +1,4 @@
-"""A sample that is no number stops a run, and `auricle replay` finds it again: both through the command."""
+"""A sample that is not a number stops a run, and `auricle replay` finds it: both through the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `auricle` command: overrides, help, errors that help, exit codes."""
+"""The `auricle` command: overrides, help, error messages, exit codes."""
 
 from __future__ import annotations
 

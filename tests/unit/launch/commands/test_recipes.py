@@ -1,10 +1,10 @@
-"""auricle recipes: what no source tells is said to be so."""
+"""auricle recipes: figures that no source has are shown as such."""
 
 from __future__ import annotations
 
 import pytest
 
-from launch.commands import recipes as verb
+from launch.commands import recipes
 from pretrain.config import Config
 from pretrain.profiling import recipe_table
 
@@ -20,6 +20,6 @@ def test_a_figure_that_nobody_published_reads_none(
         return recipe_table.Recipe(config.name, 1_000_000, 1_000_000, 50.0, 1.0, 1, 1.0, published)
 
     monkeypatch.setattr(recipe_table, "summarize", counted)
-    assert verb.run([name]) == 0
+    assert recipes.run([name]) == 0
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
     assert row.split()[1:4] == ["1.00", "M", "none"]

@@ -51,9 +51,9 @@ def test_verify_finds_a_changed_byte_and_a_missing_index(tmp_path: Path, capsys:
 
 
 def test_no_shards_says_how_to_make_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("stats", "inspect", "verify"):
+    for subcommand in ("stats", "inspect", "verify"):
         for folder in (tmp_path / "none", tmp_path):
-            assert main.main(["shards", verb, str(folder)]) == ExitCode.USAGE
+            assert main.main(["shards", subcommand, str(folder)]) == ExitCode.USAGE
             assert "auricle preprocess" in capsys.readouterr().err
 
 

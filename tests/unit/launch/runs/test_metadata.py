@@ -163,7 +163,7 @@ def test_what_only_resembles_a_credential_is_kept(harmless: str) -> None:
 
 
 def test_a_diff_that_is_not_utf8_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line of Latin-1 in a tracked file, or a form feed, which is no end of a line."""
+    """A line of Latin-1 in a tracked file, or a form feed, which does not end a line."""
     import subprocess
 
     repository = tmp_path / "code"

@@ -1,4 +1,4 @@
-"""Iterations as a chain of commands: what follows what, what is skipped, what is refused."""
+"""Iterations as a chain of commands: their order, what is skipped, what is refused."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_each_link_starts_from_the_one_before() -> None:
     assert not alone.chain, "a link is a run like any other"
 
 
-class Verbs:
-    """Stands for the commands: notes what was run, and leaves what a queue would."""
+class Commands:
+    """Replaces the commands: records what was run, and writes the job record of a queue."""
 
     def __init__(self, queued: bool, fails: str = "") -> None:
         self.queued, self.fails = queued, fails
@@ -54,33 +54,33 @@ class Verbs:
         return 1 if values["name"] == self.fails else 0
 
 
-def run(verbs: Verbs, runs: Path, *more: str) -> int:
+def run(commands: Commands, runs: Path, *more: str) -> int:
     arguments = [*ARGUMENTS, f"runs={runs}", *more]
-    return iterations.run(job(f"runs={runs}", *more), arguments, {"targets": verbs, "pretrain": verbs})
+    return iterations.run(job(f"runs={runs}", *more), arguments, {"targets": commands, "pretrain": commands})
 
 
 def test_a_failed_link_ends_the_chain(tmp_path: Path) -> None:
-    verbs = Verbs(queued=False, fails="hubert_base-it1")
-    assert run(verbs, tmp_path) == 1
-    assert [values["name"] for values in verbs.ran] == ["hubert_base-it1-labels", "hubert_base-it1"]
+    commands = Commands(queued=False, fails="hubert_base-it1")
+    assert run(commands, tmp_path) == 1
+    assert [values["name"] for values in commands.ran] == ["hubert_base-it1-labels", "hubert_base-it1"]
 
 
 def test_a_queue_gets_all_links_each_after_the_one_before(tmp_path: Path) -> None:
-    verbs = Verbs(queued=True)
-    assert run(verbs, tmp_path, "launcher=slurm") == 0
-    assert [values.get("launcher.after") for values in verbs.ran] == [None, "41", "42", "43"]
-    assert all(values["launcher"] == "slurm" for values in verbs.ran)
+    commands = Commands(queued=True)
+    assert run(commands, tmp_path, "launcher=slurm") == 0
+    assert [values.get("launcher.after") for values in commands.ran] == [None, "41", "42", "43"]
+    assert all(values["launcher"] == "slurm" for values in commands.ran)
 
 
 def test_one_link_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verbs = Verbs(queued=False)
+    commands = Commands(queued=False)
     with pytest.raises(ConfigError, match="link=it1 needs it1-labels"):
-        run(verbs, tmp_path, "link=it1")
+        run(commands, tmp_path, "link=it1")
     monkeypatch.setattr(iterations.Link, "finished", lambda link: link.name != "it2")
-    assert run(verbs, tmp_path, "link=it2") == 0
-    assert [values["name"] for values in verbs.ran] == ["hubert_base-it2"]
+    assert run(commands, tmp_path, "link=it2") == 0
+    assert [values["name"] for values in commands.ran] == ["hubert_base-it2"]
     with pytest.raises(ConfigError, match="no such link"):
-        run(verbs, tmp_path, "link=it3")
+        run(commands, tmp_path, "link=it3")
 
 
 def test_what_an_iteration_decides_cannot_be_given_for_all() -> None:

@@ -1,4 +1,4 @@
-"""The chain as command lines, what stands and what does not, sweeps, and the run folder that all verbs share."""
+"""The pipeline as command lines, which results are up to date, and the run folders of its jobs."""
 
 from __future__ import annotations
 
@@ -131,15 +131,15 @@ def test_a_result_is_up_to_date_until_a_byte_of_it_changes(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("launcher", [SlurmConfig(), RayConfig(dashboard="http://127.0.0.1:1")])
-@pytest.mark.parametrize("verb", ["preprocess", "targets", "evaluate", "pretrain"])
+@pytest.mark.parametrize("command", ["preprocess", "targets", "evaluate", "pretrain"])
 def test_every_command_has_a_plan_on_every_launcher(
-    verb: str, launcher: SlurmConfig | RayConfig, tmp_path: Path
+    command: str, launcher: SlurmConfig | RayConfig, tmp_path: Path
 ) -> None:
-    submitter = SlurmSubmitter(launcher, verb) if isinstance(launcher, SlurmConfig) else RayJobs(launcher, verb)
+    submitter = SlurmSubmitter(launcher, command) if isinstance(launcher, SlurmConfig) else RayJobs(launcher, command)
     plan = submitter.plan(tmp_path / HOSTILE)
     assert (
         "launch.launchers.ray_driver" in plan
-        if verb == "pretrain" and isinstance(launcher, RayConfig)
+        if command == "pretrain" and isinstance(launcher, RayConfig)
         else "launch." in plan
     )
     if isinstance(submitter, RayJobs):
