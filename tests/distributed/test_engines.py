@@ -10,9 +10,20 @@ import pytest
 from tests.support.engine_runs import case, furthest, run
 from tests.support.parity_table import Parity
 
+pytestmark = pytest.mark.timeout(600)  # the fixture starts all cases of this file
+ENGINES = {"torch": ("torch", 1)} | {f"zero {stage}": ("deepspeed", stage) for stage in range(4)}
+
+
+def dropping(engine: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns a case in which half of the blocks get no gradient in a step, under ZeRO-3 where it is DeepSpeed."""
+    made = case(engine, 3, settings)
+    made["config"]["encoder"] |= {"layers": 4, "layer_drop": 0.5}
+    return made
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All cases: on two ranks, then on one rank, where checkpoints of two ranks are loaded as well."""
     tmp = tmp_path_factory.mktemp("engines")
     one = {"torch": case("torch"), "torch bf16": case("torch", settings={"precision": "bf16"})}
     one |= {"torch checkpointed": case("torch", settings={"activation_checkpointing": True})}
@@ -23,17 +34,17 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     one["torch fp16"] = case("torch", **half)
     one |= {f"zero {stage} fused": case("deepspeed", stage, settings={"fused": True}) for stage in (2, 3)}
     one["torch fused"] = case("torch", settings={"fused": True})
-    results = {f"1 rank, {name}": found for name, found in run(tmp, "one", 1, one).items()}
     two = {"torch": case("torch")} | {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
     for stage in range(4):
         two[f"first half {stage}"] = case("deepspeed", stage, save=str(tmp / f"run{stage}")) | {"steps": 3}
         two[f"second half {stage}"] = case("deepspeed", stage, load=str(tmp / f"run{stage}"))
     two["offloaded"] = case("deepspeed", 2, settings={"offload": "cpu"})
-    results |= {f"2 ranks, {name}": found for name, found in run(tmp, "two", 2, two).items()}
-    moved = {f"from {stage} to torch": case("torch", load=str(tmp / f"run{stage}")) for stage in range(4)}
-    moved |= {f"from 2 to {stage}": case("deepspeed", stage, load=str(tmp / "run2")) for stage in range(4)}
-    results |= {f"1 rank, {name}": found for name, found in run(tmp, "moved", 1, moved).items()}
-    return results
+    two |= {f"skipping {name}": case(*engine, skip_at=1, broken_at=3) for name, engine in ENGINES.items()}
+    two |= {"dropping torch": dropping("torch"), "dropping offloaded": dropping("deepspeed", {"offload": "cpu"})}
+    results = {f"2 ranks, {name}": found for name, found in run(tmp, "two", 2, two).items()}
+    one |= {f"from {stage} to torch": case("torch", load=str(tmp / f"run{stage}")) for stage in range(4)}
+    one |= {f"from 2 to {stage}": case("deepspeed", stage, load=str(tmp / "run2")) for stage in range(4)}
+    return results | {f"1 rank, {name}": found for name, found in run(tmp, "one", 1, one).items()}
 
 
 FUSED = ["1 rank, torch fused", "1 rank, zero 2 fused", "1 rank, zero 3 fused"]
@@ -83,6 +94,25 @@ def test_a_checkpoint_moves_to_other_ranks_stages_and_engines(
 ) -> None:
     found, expected = measured[f"1 rank, {name}"]["losses"], measured["1 rank, torch"]["losses"][3:]
     parity("resumed on other ranks, stage or engine = uninterrupted: losses", 1e-6, furthest(found, expected))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_outlier_is_skipped_and_a_broken_batch_discarded_under_every_engine(
+    measured: dict[str, Any], name: str
+) -> None:
+    """Weights and moments stay: the later losses equal those of the plain torch engine."""
+    found, torch = measured[f"2 ranks, skipping {name}"]["losses"], measured["2 ranks, skipping torch"]["losses"]
+    whole = measured["2 ranks, torch"]["losses"]
+    assert found[3] is None
+    assert [found[step] for step in (0, 1, 2, 4)] == pytest.approx([torch[step] for step in (0, 1, 2, 4)], abs=1e-6)
+    assert found[:2] == pytest.approx(whole[:2], abs=1e-6)
+    assert abs(found[2] - whole[2]) > 1e-4  # the update of step 1 was left out
+
+
+def test_a_dropped_block_keeps_no_old_gradient_in_host_memory(measured: dict[str, Any]) -> None:
+    found, expected = measured["2 ranks, dropping offloaded"], measured["2 ranks, dropping torch"]
+    assert furthest(found["losses"], expected["losses"]) <= 1e-6
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
 
 
 @pytest.mark.slow

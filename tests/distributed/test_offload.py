@@ -28,20 +28,6 @@ def test_what_nvme_offload_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         _require_nvme()
 
 
-def dropping(engine: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Half of the blocks get no gradient in a step."""
-    made = case(engine, 3, settings)
-    made["config"]["encoder"] |= {"layers": 4, "layer_drop": 0.5}
-    return made
-
-
-def test_a_dropped_block_keeps_no_old_gradient_in_host_memory(tmp_path: Path) -> None:
-    cases = {"torch": dropping("torch"), "offloaded": dropping("deepspeed", {"offload": "cpu"})}
-    measured = run(tmp_path, "dropping", 2, cases)
-    assert furthest(measured["offloaded"]["losses"], measured["torch"]["losses"]) <= 1e-6
-    assert measured["offloaded"]["norms"] == pytest.approx(measured["torch"]["norms"], rel=1e-5)
-
-
 def built() -> str:
     """Why DeepSpeed's disk operator is not ready; compiling it takes minutes, and ninja tells whether it would."""
     from torch.utils.cpp_extension import get_default_build_root

@@ -53,7 +53,7 @@ def run(tmp: Path, name: str, ranks: int, cases: dict[str, Any]) -> dict[str, An
         for rank in range(ranks)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in started]
+        outputs = [process.communicate(timeout=540)[0] for process in started]
     finally:
         for process in started:
             process.kill()
