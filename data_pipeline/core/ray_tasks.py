@@ -97,7 +97,7 @@ def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
         except (ConnectionError, RuntimeError) as error:
             raise ConfigError(f"ray.address={config.address}: no Ray cluster answers there ({error})") from None
     else:
-        with _on_loopback():
+        with _on_loopback(), _start_failures_as_os_errors():
             context = ray.init(
                 address="local",
                 num_cpus=config.num_cpus or None,
@@ -145,6 +145,17 @@ def keep_token_private() -> None:
         folder.chmod(0o700)
         for token in folder.glob("auth_token*"):
             token.chmod(0o600)
+
+
+@contextlib.contextmanager
+def _start_failures_as_os_errors() -> Iterator[None]:
+    """Raises OSError where Ray does not start, such as on an overloaded machine; Ray raises a plain Exception."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"Ray could not be started on this machine ({error}); the same command tries again") from error
 
 
 @contextlib.contextmanager

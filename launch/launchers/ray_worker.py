@@ -21,8 +21,11 @@ class RankEndedError(RuntimeError):
     @staticmethod
     def code_of(error: BaseException) -> int | None:
         """The exit code that an exception of Ray Train reports; None for a lost worker."""
-        # Ray Train wraps what a worker raises in an exception that prints the original traceback
-        found = re.search(rf"^{re.escape(__name__)}\.{RankEndedError.__name__}: (\d+)\s*\Z", str(error), re.MULTILINE)
+        if isinstance(error, RankEndedError):
+            return int(str(error))
+        # some versions of Ray Train wrap it in an exception that prints the original traceback
+        name = re.escape(f"{__name__}.{RankEndedError.__name__}")
+        found = re.search(rf"^{name}: (\d+)\s*\Z", str(error), re.MULTILINE)
         return int(found[1]) if found else None
 
 

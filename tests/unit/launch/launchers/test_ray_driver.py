@@ -131,4 +131,5 @@ def test_exit_codes_come_back_through_ray_train() -> None:
     except RankEndedError as error:
         wrapped = construct_user_exception_with_traceback(error)
     assert RankEndedError.code_of(wrapped) == ExitCode.UNHEALTHY
+    assert RankEndedError.code_of(RankEndedError(85)) == 85, "what fit() raises in Ray 2.60"
     assert RankEndedError.code_of(ConnectionError("peer: RankEndedError: 4")) is None
