@@ -69,6 +69,11 @@ def _require_shards(config: PretrainJob) -> None:
     from data_pipeline.shards.records import done_records
 
     BatchConstraints.of(config.data)
+    if config.data.reader == "webdataset":
+        from data_pipeline.loader.streaming import shard_urls
+
+        shard_urls(config.data.shards)
+        return
     try:
         done_records(config.data.shards)
     except ValueError as error:
