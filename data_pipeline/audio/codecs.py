@@ -136,46 +136,6 @@ def decode(source: str | bytes, rate: int, channel: int | None = None) -> Iterat
             raise AudioError("no_samples", "holds no samples")
 
 
-def read_samples(data: bytes, samples: int) -> Wave:
-    """Returns the audio of a shard's member, (samples,) float32 at SAMPLE_RATE.
-
-    Memory is bounded by `samples`, which comes from the shard's index, and not by what the member's header says.
-
-    Args:
-        data: the bytes of a mono FLAC, WAV or Opus file at SAMPLE_RATE.
-        samples: how many it holds; lossy codecs may add padding, which is left out.
-
-    Raises:
-        AudioError: it cannot be decoded, has another rate or more channels, or holds fewer samples.
-    """
-    wave, got = np.empty(samples, np.float32), 0
-    for block in _member_blocks(data, samples):
-        wave[got : got + len(block)] = block
-        got += len(block)
-    if got < samples:
-        raise AudioError("truncated", f"holds {got:,} of {samples:,} samples")
-    return wave
-
-
-def count_samples(data: bytes, at_most: int) -> int:
-    """Returns how many samples a shard's member holds when decoded, counting no further than `at_most`.
-
-    Raises:
-        AudioError: it cannot be decoded, or has another rate or more channels.
-    """
-    return sum(len(block) for block in _member_blocks(data, at_most))
-
-
-def _member_blocks(data: bytes, limit: int) -> Iterator[Wave]:
-    with _no_os_errors(), soundfile.SoundFile(io.BytesIO(data)) as sound:
-        if (sound.samplerate, sound.channels) != (SAMPLE_RATE, 1):
-            raise AudioError(
-                "sample_rate", f"{sound.samplerate:,} Hz, {sound.channels} channels; shards hold {SAMPLE_RATE:,} Hz, 1"
-            )
-        for block in libsndfile.read_blocks(sound, limit):
-            yield block[:, 0]
-
-
 def read_mono(path: str, rate: int = SAMPLE_RATE) -> Wave:
     """Returns all of a recording as one array.
 

@@ -110,10 +110,9 @@ def _holds_audio(entry: Entry, corpus: PathCorpus) -> bool:
         return False
     try:
         with codecs.local_copy(entry.path) as path:
-            codecs.probe(path)
+            return codecs.probe_content(path) is not None
     except codecs.AudioError:
         return False
-    return True
 
 
 def _from_layout(corpus: Any, found: Discovered) -> None:

@@ -406,19 +406,6 @@ def test_audio_is_known_by_its_content(tmp_path: Path) -> None:
     assert codecs.probe_content(str(tmp_path / "nothing")) is None
 
 
-def test_a_shards_member_is_read_within_what_its_index_says() -> None:
-    wave = odd.tone(6, 300)
-    np.testing.assert_allclose(codecs.read_samples(FLAC, 96_000), wave, atol=1e-4)
-    assert codecs.count_samples(FLAC, 96_001) == 96_000
-    assert len(codecs.read_samples(FLAC, 1_000)) == 1_000
-    for total in (1 << 30, (1 << 36) - 1):
-        lying = odd.flac_with_total(FLAC, total)
-        with pytest.raises(AudioError):
-            codecs.read_samples(lying, 96_001)
-    with pytest.raises(AudioError, match="22,050"):
-        codecs.read_samples(odd.written(odd.tone(1, 300), 22_050), 16_000)
-
-
 def test_a_long_silent_file_is_decoded_in_small_blocks(tmp_path: Path) -> None:
     """Twenty hours of silence in a megabyte or two: nothing is sized by the header."""
     import soundfile
