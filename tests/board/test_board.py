@@ -132,8 +132,8 @@ def test_runs_and_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "objective.name" in printed
     assert "schedule.name" not in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert main(["compare", str(runs / "best_rq")]) == 1
-    assert main(["runs", str(tmp_path)]) == 1
+    assert main(["compare", str(runs / "best_rq")]) == 2
+    assert main(["runs", str(tmp_path)]) == 2
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_run_says_how_it_stands(tmp_path: Path) -> None:
 
 
 def test_replay_without_a_kept_batch_says_so(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["replay", str(runs / "best_rq")]) == 1
+    assert main(["replay", str(runs / "best_rq")]) == 2
     assert "no batch was kept" in capsys.readouterr().err
 
 
