@@ -1,4 +1,4 @@
-"""One small Ray for all tests of preprocessing that need one."""
+"""A small local Ray cluster shared by all preprocessing tests that need one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from data_pipeline.core.ray_tasks import RayConfig, cluster
 
 @pytest.fixture(scope="package")
 def local_ray() -> Iterator[None]:
-    """A Ray of two workers; `preprocess` uses it instead of starting its own."""
+    """Starts a local Ray with two workers; `preprocess` uses it instead of starting its own."""
     with cluster(RayConfig(num_cpus=2)):
         yield

@@ -1,4 +1,4 @@
-"""Augmentation keyed by the segment, and frame labels that stay with the audio."""
+"""Augmentation drawn by segment key, and frame labels that stay aligned with the audio."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_augmented_audio_does_not_depend_on_ranks_or_workers(corpus: Path, recor
     assert changed == 16
 
 
-def test_noise_has_the_ratio_asked_for() -> None:
+def test_noise_is_mixed_at_the_configured_snr() -> None:
     rng = np.random.default_rng(0)
     wave, noise = rng.standard_normal(16000).astype(np.float32), rng.standard_normal(300).astype(np.float32)
     added = add_noise(wave, repeat_to_length(noise, 16000, rng), 10.0) - wave
@@ -84,7 +84,7 @@ def test_noise_has_the_ratio_asked_for() -> None:
     assert np.array_equal(add_noise(wave, np.zeros(16000, np.float32), 0.0), wave)
 
 
-def test_a_response_of_one_tap_changes_nothing() -> None:
+def test_reverberation_keeps_the_power_and_undoes_the_delay_of_a_single_tap() -> None:
     wave = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
     tap = np.zeros(100, np.float32)
     tap[30] = 0.5
@@ -93,7 +93,7 @@ def test_a_response_of_one_tap_changes_nothing() -> None:
     assert power(reverberate(wave, room)) == pytest.approx(power(wave), rel=1e-3)
 
 
-def test_speed_moves_a_tone_and_keeps_the_length() -> None:
+def test_speed_perturbation_shifts_a_tone_and_keeps_the_length() -> None:
     tone = np.sin(2 * np.pi * 400 * np.arange(17600) / SAMPLE_RATE).astype(np.float32)
     fast = change_speed(tone, 1.1, 16000)
     assert len(fast) == 16000
@@ -101,7 +101,7 @@ def test_speed_moves_a_tone_and_keeps_the_length() -> None:
     assert np.argmax(spectrum) == pytest.approx(440, abs=1)
 
 
-def test_mixing_touches_at_most_its_share() -> None:
+def test_mixing_changes_at_most_the_configured_share() -> None:
     rng = np.random.default_rng(0)
     wave, other = rng.standard_normal(8000).astype(np.float32), rng.standard_normal(9000).astype(np.float32)
     for _ in range(20):
@@ -109,7 +109,7 @@ def test_mixing_touches_at_most_its_share() -> None:
         assert len(changed) <= 4000
 
 
-def test_impossible_wishes_are_refused(tmp_path: Path) -> None:
+def test_invalid_augmentation_configs_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.augment\.noise_prob=0\.5 needs audio files"):
         Augmenter(AugmentConfig(noise_prob=0.5, noise=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"between 0\.5 and 2"):
@@ -119,7 +119,7 @@ def test_impossible_wishes_are_refused(tmp_path: Path) -> None:
 
 
 def write_units(root: Path, corpus: Path, artefact: str = "k1") -> LabelSet:
-    """Each label is the number of its frame in the segment."""
+    """Writes labels that equal the index of their frame in the segment."""
     import pyarrow.parquet as pq
 
     labels = LabelSet(artefact, 50, 200)
@@ -146,7 +146,7 @@ def test_frame_labels_follow_the_crop(corpus: Path, tmp_path: Path) -> None:
     assert cropped > 5
 
 
-def test_labels_of_another_artefact_or_corpus_are_refused(corpus: Path, tmp_path: Path) -> None:
+def test_labels_of_another_artefact_or_corpus_are_rejected(corpus: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     write_units(first, corpus)
     write_units(second, corpus, "k2")

@@ -1,4 +1,4 @@
-"""Broken input: no crash, no hang, everything listed with a reason, all good files kept."""
+"""Broken input files: no crash, no hang, each rejected with a reason, and every valid file kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.sounds import many, path_config, write_corpus
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_two_hundred_broken_files_among_good_ones(tmp_path: Path) -> None:
+def test_two_hundred_broken_files_are_rejected_and_valid_files_kept(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     broken = make_broken(corpus)
     assert broken >= 200
@@ -37,7 +37,7 @@ def test_two_hundred_broken_files_among_good_ones(tmp_path: Path) -> None:
     listed = [json.loads(line) for line in Path(summary.quarantine).read_text().splitlines()]
     assert all(row["stage"] and row["reason"] and row["path"] for row in listed)
     assert len(listed) == broken
-    assert summary.segments == 12, "a broken file was used, or a good one lost"
+    assert summary.segments == 12, "a broken file was accepted, or a valid one lost"
 
 
 @settings(max_examples=250, deadline=None)
@@ -46,7 +46,9 @@ def test_two_hundred_broken_files_among_good_ones(tmp_path: Path) -> None:
     st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=12),
     st.integers(0, 4000),
 )
-def test_readers_decode_or_give_a_reason(tmp_path_factory: pytest.TempPathFactory, ending, flips, cut) -> None:  # type: ignore[no-untyped-def]
+def test_fuzzed_audio_is_decoded_or_rejected_with_a_reason(
+    tmp_path_factory: pytest.TempPathFactory, ending, flips, cut
+) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path_factory.getbasetemp() / f"fuzzed.{ending}"
     path.write_bytes(fuzzed(ending, flips, cut))
     with contextlib.suppress(codecs.AudioError):
@@ -57,7 +59,9 @@ def test_readers_decode_or_give_a_reason(tmp_path_factory: pytest.TempPathFactor
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=300), st.sampled_from(["tsv", "csv", "jsonl"]))
-def test_manifests_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes, ending: str) -> None:
+def test_fuzzed_manifests_are_read_or_rejected(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, ending: str
+) -> None:
     path = tmp_path_factory.getbasetemp() / f"fuzzed.{ending}"
     header = b"" if ending == "jsonl" else b"path\n"
     path.write_bytes(header + content)
@@ -68,7 +72,7 @@ def test_manifests_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
     assert all(reject.reason for reject in found.rejects)
 
 
-def test_files_that_vanish_or_change_while_being_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_vanish_or_change_while_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = write_corpus(tmp_path / "corpus", {"gone.wav": 2.0, "grows.wav": 2.0, "stays.wav": 2.0})
     config = path_config(corpus, tmp_path / "out")
     files = tuple(discover(config.corpus).files)
@@ -87,7 +91,7 @@ def test_files_that_vanish_or_change_while_being_read(tmp_path: Path, monkeypatc
     assert record.rejects == {"decode/changed": 1, "decode/vanished": 1}
 
 
-def test_a_pipe_that_never_ends_is_not_opened(tmp_path: Path) -> None:
+def test_a_named_pipe_is_never_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.wav")
     write_corpus(tmp_path, {"good.wav": 1.0})
     config = path_config(tmp_path, tmp_path / "out")

@@ -23,7 +23,7 @@ def decoded(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
-def test_16_bit_audio_survives_bit_by_bit(tmp_path: Path, subtype: str) -> None:
+def test_16_bit_audio_is_preserved_bit_exactly(tmp_path: Path, subtype: str) -> None:
     pcm = codecs.to_int16(sound("bits", 1.0))
     soundfile.write(tmp_path / "a.wav", pcm.astype(np.float64) / 32768, 16_000, subtype=subtype)
     again = codecs.to_int16(decoded(tmp_path / "a.wav"))
@@ -33,7 +33,7 @@ def test_16_bit_audio_survives_bit_by_bit(tmp_path: Path, subtype: str) -> None:
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 192_000])
-def test_blockwise_resampling_equals_that_of_the_whole(tmp_path: Path, rate: int) -> None:
+def test_blockwise_resampling_equals_resampling_at_once(tmp_path: Path, rate: int) -> None:
     wave = sound("rate", 5.0, rate)
     soundfile.write(tmp_path / "a.wav", wave, rate, subtype="FLOAT")
     whole = soxr.resample(wave, rate, 16_000, quality="HQ")
@@ -50,7 +50,7 @@ def test_channels_are_averaged_unless_they_cancel(tmp_path: Path) -> None:
     np.testing.assert_allclose(decoded(tmp_path / "anti.wav"), left, atol=1e-7)
 
 
-def test_beyond_full_scale_is_clipped_not_wrapped() -> None:
+def test_samples_beyond_full_scale_are_clipped_not_wrapped() -> None:
     assert codecs.to_int16(np.array([1.5, -1.5, 1.0, -1.0, 0.5], np.float32)).tolist() == [
         32767,
         -32768,
@@ -60,11 +60,11 @@ def test_beyond_full_scale_is_clipped_not_wrapped() -> None:
     ]
 
 
-def test_opus_bytes_are_equal_and_pages_have_valid_checksums() -> None:
+def test_opus_encoding_is_deterministic_and_page_checksums_are_valid() -> None:
     pcm = codecs.to_int16(sound("opus", 3.0))
     first, second = codecs.encode(pcm, 16_000, "opus"), codecs.encode(pcm, 16_000, "opus")
     assert first == second
-    wave, _ = soundfile.read(io.BytesIO(first))  # libogg drops pages of wrong checksum
+    wave, _ = soundfile.read(io.BytesIO(first))  # libogg drops pages with a wrong checksum
     assert len(wave) >= 48_000
     assert np.corrcoef(wave[:48_000], pcm)[0, 1] > 0.5
 
@@ -78,14 +78,14 @@ def test_opus_bytes_are_equal_and_pages_have_valid_checksums() -> None:
         (bytes(range(256)) * 64, "unreadable"),
     ],
 )
-def test_what_is_no_audio_has_a_reason(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_files_without_audio_are_rejected_with_a_reason(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.wav").write_bytes(content)
     with pytest.raises(codecs.AudioError) as caught:
         decoded(tmp_path / "a.wav")
     assert caught.value.reason == reason
 
 
-def test_vanished_truncated_and_implausible_files_have_reasons(tmp_path: Path) -> None:
+def test_missing_truncated_and_implausible_files_are_rejected_with_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     with pytest.raises(codecs.AudioError) as vanished:
         decoded(path)
@@ -103,7 +103,7 @@ def test_vanished_truncated_and_implausible_files_have_reasons(tmp_path: Path) -
     assert reasons == ["vanished", "truncated", "sample_rate", "not_finite"]
 
 
-def test_missing_ffmpeg_is_told_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ffmpeg_is_reported_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x1cftypM4A " + bytes(2000))
     monkeypatch.setattr(ffmpeg.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(codecs.AudioError, match=r"auricle\[media\]"):
@@ -111,7 +111,7 @@ def test_missing_ffmpeg_is_told_with_its_remedy(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.real_speech
-def test_every_odd_format_does_what_its_manifest_expects(real_speech: Path) -> None:
+def test_every_unusual_format_decodes_or_fails_as_its_manifest_expects(real_speech: Path) -> None:
     pytest.importorskip("av", reason="needs the extra media")
     folder = real_speech / "odd_formats"
     if not folder.is_dir():
@@ -126,7 +126,7 @@ def test_every_odd_format_does_what_its_manifest_expects(real_speech: Path) -> N
         except codecs.AudioError as error:
             happened = "error"
             if error.reason == "not_finite":
-                happened = "decode"  # refusing NaN is allowed
+                happened = "decode"  # rejecting NaN is allowed
         if row["expect"] != "either" and happened != row["expect"]:
             wrong.append((row["path"], row["expect"], happened))
     assert len(rows) == 73
@@ -135,7 +135,7 @@ def test_every_odd_format_does_what_its_manifest_expects(real_speech: Path) -> N
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 700), max_size=30), st.integers(1, 300))
-def test_cutting_loses_and_repeats_nothing(sizes: list[int], longest: int) -> None:
+def test_segmentation_neither_drops_nor_repeats_samples(sizes: list[int], longest: int) -> None:
     wave = np.arange(sum(sizes), dtype=np.float32)
     ends = np.cumsum(sizes)
     blocks = [wave[end - size : end] for end, size in zip(ends, sizes, strict=True)]
@@ -148,7 +148,7 @@ def test_cutting_loses_and_repeats_nothing(sizes: list[int], longest: int) -> No
         assert min(len(piece) for _, piece, _ in pieces) >= longest // 2
 
 
-def test_flac_that_needs_nothing_is_taken_without_its_tags(tmp_path: Path) -> None:
+def test_flac_that_needs_no_conversion_is_copied_without_its_tags(tmp_path: Path) -> None:
     path, pcm = tmp_path / "a.flac", codecs.to_int16(sound("kept", 2.0))
     with soundfile.SoundFile(path, "w", 16_000, 1) as file:
         file.title = "a private note"
@@ -158,8 +158,8 @@ def test_flac_that_needs_nothing_is_taken_without_its_tags(tmp_path: Path) -> No
     assert b"private" in path.read_bytes()
     assert b"private" not in kept
     np.testing.assert_array_equal(soundfile.read(io.BytesIO(kept), dtype="int16")[0], pcm)
-    assert codecs.stored_flac(str(path), pcm + np.int16(1), 16_000) is None, "other samples"
-    assert codecs.stored_flac(str(path), pcm[:-1], 16_000) is None, "a part of it"
-    assert codecs.stored_flac(str(path), pcm, 8_000) is None, "another rate"
+    assert codecs.stored_flac(str(path), pcm + np.int16(1), 16_000) is None, "different samples"
+    assert codecs.stored_flac(str(path), pcm[:-1], 16_000) is None, "only part of the file"
+    assert codecs.stored_flac(str(path), pcm, 8_000) is None, "a different sample rate"
     soundfile.write(tmp_path / "a.wav", pcm, 16_000)
     assert codecs.stored_flac(str(tmp_path / "a.wav"), pcm, 16_000) is None

@@ -1,4 +1,4 @@
-"""Compressed audio and video, made here by FFmpeg's own encoders (PyAV): the same speech comes out of each."""
+"""Compressed audio and video, encoded with FFmpeg (PyAV): the same speech is decoded from each container."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECONDS = 3.0
 
 
 def write_media(path: Path, codec: str, rate: int, layout: str, picture: bool = False) -> None:
-    """The same three seconds in any container, with a moving picture beside it if asked for."""
+    """Writes the same three seconds of speech to any container, optionally with a video stream."""
     wave = soxr.resample(sound("media", SECONDS), 16_000, rate)
     channels = 2 if layout == "stereo" else 1
     pcm = np.tile(codecs.to_int16(wave.astype(np.float32))[:, None], (1, channels)).reshape(1, -1)
@@ -53,7 +53,7 @@ def write_media(path: Path, codec: str, rate: int, layout: str, picture: bool = 
         ("film.mkv", "flac", 16_000, "mono"),
     ],
 )
-def test_the_same_speech_comes_out_of_every_container(
+def test_the_same_speech_is_decoded_from_every_container(
     tmp_path: Path, name: str, codec: str, rate: int, layout: str
 ) -> None:
     write_media(tmp_path / name, codec, rate, layout, picture=name.startswith("film"))
@@ -67,7 +67,7 @@ def test_the_same_speech_comes_out_of_every_container(
 
 
 @pytest.mark.parametrize("channels", [1, 2, 6])
-def test_8_bits_and_many_channels(tmp_path: Path, channels: int) -> None:
+def test_8_bit_and_multichannel_audio_is_decoded(tmp_path: Path, channels: int) -> None:
     wave = sound("eight", 1.0)
     soundfile.write(tmp_path / "a.wav", np.tile(wave[:, None], (1, channels)), 16_000, subtype="PCM_U8")
     found = np.concatenate(list(codecs.decode(str(tmp_path / "a.wav"), 16_000)))

@@ -1,4 +1,4 @@
-"""Lengths, joined files, rates, channels and decoders that a header describes wrongly or not at all."""
+"""Files whose header gives a wrong length, rate or channel count, or none: truncated, concatenated, streamed."""
 
 from __future__ import annotations
 
@@ -43,18 +43,16 @@ VORBIS = odd.written(odd.tone(5, 300), form="OGG", subtype="VORBIS")
 OPUS = odd.written(odd.tone(5, 300), form="OGG", subtype="OPUS")
 
 
-# a header's length taken for a promise
+# headers with a wrong or missing length
 
 
 @pytest.mark.parametrize("rates", [(192, 32), (32, 192), (64, 320)])
-def test_mp3_of_changing_bit_rate_without_a_header_is_decoded_to_its_end(
-    rates: tuple[int, int], tmp_path: Path
-) -> None:
+def test_variable_bit_rate_mp3_without_a_header_is_decoded_to_its_end(rates: tuple[int, int], tmp_path: Path) -> None:
     content = b"".join(odd.mp3(6, 44_100, kbps, header=False) for kbps in rates)
     assert seconds(content, tmp_path) == pytest.approx(12.1, abs=0.1)
 
 
-def test_what_lacks_its_end_and_says_so_is_truncated(tmp_path: Path) -> None:
+def test_files_shorter_than_their_header_says_are_rejected(tmp_path: Path) -> None:
     inputs = [
         VORBIS,
         OPUS,
@@ -71,11 +69,11 @@ def test_what_lacks_its_end_and_says_so_is_truncated(tmp_path: Path) -> None:
     assert {reason(cut(content, 0.6), tmp_path) for content in inputs} <= {"truncated", "corrupt", "unreadable"}
 
 
-def test_a_cut_mp3_without_a_count_gives_what_is_there(tmp_path: Path) -> None:
+def test_a_truncated_mp3_without_a_frame_count_yields_its_remaining_audio(tmp_path: Path) -> None:
     assert seconds(cut(odd.mp3(6, header=False), 0.5), tmp_path) == pytest.approx(3.0, abs=0.1)
 
 
-def test_an_ogg_that_ends_at_a_page_gives_what_is_there(tmp_path: Path) -> None:
+def test_an_ogg_cut_at_a_page_boundary_yields_its_remaining_audio(tmp_path: Path) -> None:
     for content in NOISE.values():
         pages = odd.pages(content)
         found, whole = decoded(b"".join(pages[: len(pages) // 2]), tmp_path), decoded(content, tmp_path)
@@ -89,13 +87,15 @@ def test_a_flac_header_with_too_few_or_no_samples_does_not_shorten_it(tmp_path: 
 
 
 @pytest.mark.parametrize("total", [96_001, 1 << 30, (1 << 36) - 1])
-def test_a_flac_header_with_too_many_samples_needs_a_checksum_that_fits(total: int, tmp_path: Path) -> None:
+def test_a_flac_header_with_too_many_samples_is_accepted_only_with_a_matching_checksum(
+    total: int, tmp_path: Path
+) -> None:
     lying = odd.flac_with_total(FLAC, total)
-    assert seconds(lying, tmp_path) == 6.0, "its checksum fits"
+    assert seconds(lying, tmp_path) == 6.0, "the checksum matches"
     assert reason(lying[:26] + bytes(16) + lying[42:], tmp_path) == "truncated"
 
 
-def test_a_hole_never_shifts_what_follows(tmp_path: Path) -> None:
+def test_missing_data_within_a_file_is_corrupt_and_never_shifts_later_audio(tmp_path: Path) -> None:
     pages = odd.pages(NOISE["VORBIS"])
     lost = b"".join(pages[: len(pages) // 2] + pages[len(pages) // 2 + 1 :])
     damaged = bytearray(OPUS)
@@ -108,7 +108,7 @@ def test_a_hole_never_shifts_what_follows(tmp_path: Path) -> None:
         assert reason(content, tmp_path) == "corrupt"
 
 
-def test_gaps_in_time_stamps_become_silence(tmp_path: Path) -> None:
+def test_timestamp_gaps_become_silence(tmp_path: Path) -> None:
     first, second = odd.tone(2, 500), odd.tone(2, 900)
     for container, codec in (("matroska", "flac"), ("webm", "libopus"), ("mpegts", "aac"), ("matroska", "pcm_s16le")):
         rate = 48_000 if codec == "libopus" else 16_000
@@ -120,7 +120,7 @@ def test_gaps_in_time_stamps_become_silence(tmp_path: Path) -> None:
     assert len(first) == len(second)
 
 
-# what follows the first part
+# concatenated files and streams
 
 
 def test_chained_ogg_is_decoded_whole(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_chained_ogg_is_decoded_whole(tmp_path: Path) -> None:
         assert odd.tone_level(found[-48_000:-16_000], 900) == pytest.approx(0.3, abs=0.05)
 
 
-def test_links_of_other_rates_codecs_and_channels_are_followed(tmp_path: Path) -> None:
+def test_chained_streams_of_different_rates_codecs_and_channels_are_decoded(tmp_path: Path) -> None:
     stereo = np.stack([odd.tone(3, 900, 44_100)] * 2, axis=1)
     mixed = VORBIS + odd.written(stereo, 44_100, "OGG", "VORBIS") + OPUS
     found = decoded(mixed, tmp_path)
@@ -143,14 +143,14 @@ def test_links_of_other_rates_codecs_and_channels_are_followed(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("headers", [(True, True), (True, False), (False, True)])
-def test_joined_mp3_is_decoded_whole(headers: tuple[bool, bool], tmp_path: Path) -> None:
+def test_concatenated_mp3_is_decoded_whole(headers: tuple[bool, bool], tmp_path: Path) -> None:
     joined = odd.mp3(5, header=headers[0]) + odd.mp3(7, header=headers[1], hertz=900)
     found = decoded(joined, tmp_path)
     assert len(found) / 16_000 == pytest.approx(12.1, abs=0.15)
     assert odd.tone_level(found[-48_000:-16_000], 900) == pytest.approx(0.3, abs=0.05)
 
 
-def test_joined_mp3_of_other_rates_and_tags_between_is_followed(tmp_path: Path) -> None:
+def test_concatenated_mp3_with_different_rates_and_tags_between_is_decoded_whole(tmp_path: Path) -> None:
     tag = b"TAG" + bytes(125)
     id3 = b"ID3\x04\x00\x00\x00\x00\x07\x76" + b"\xff\xfb" * 507
     found = decoded(
@@ -172,7 +172,7 @@ def test_joined_mp3_of_other_rates_and_tags_between_is_followed(tmp_path: Path) 
         ("NIST", "PCM_16"),
     ],
 )
-def test_files_written_one_after_another_are_decoded_whole(form: str, subtype: str, tmp_path: Path) -> None:
+def test_concatenated_files_are_decoded_whole(form: str, subtype: str, tmp_path: Path) -> None:
     joined = odd.written(odd.tone(2, 300), form=form, subtype=subtype) + odd.written(
         odd.tone(3, 900, 22_050), 22_050, form, subtype
     )
@@ -192,7 +192,7 @@ def test_files_written_one_after_another_are_decoded_whole(form: str, subtype: s
         ("mpegts", "aac"),
     ],
 )
-def test_media_files_written_one_after_another_are_decoded_whole(container: str, codec: str, tmp_path: Path) -> None:
+def test_concatenated_media_files_are_decoded_whole(container: str, codec: str, tmp_path: Path) -> None:
     rate = {"libopus": 48_000, "libopencore_amrnb": 8_000}.get(codec, 16_000)
     parts = [
         odd.encoded([(0, odd.tone(length, hertz, rate))], container, codec, rate, 12_200 if rate == 8_000 else 0)
@@ -203,7 +203,7 @@ def test_media_files_written_one_after_another_are_decoded_whole(container: str,
     assert odd.tone_level(found[-36_000:-12_000], 900) == pytest.approx(0.3, abs=0.08)
 
 
-def test_a_rate_that_changes_within_a_stream_is_followed(tmp_path: Path) -> None:
+def test_a_sample_rate_change_within_a_stream_is_handled(tmp_path: Path) -> None:
     parts = [odd.encoded([(0, odd.tone(3, 900, rate))], "adts", "aac", rate) for rate in (16_000, 44_100, 22_050)]
     found = decoded(b"".join(parts), tmp_path)
     assert len(found) / 16_000 == pytest.approx(9, abs=0.4)
@@ -217,7 +217,7 @@ def test_a_second_data_chunk_is_decoded(tmp_path: Path) -> None:
     assert seconds(wave + b"LIST\x04\x00\x00\x00abcd" + more, tmp_path) == 3.0
 
 
-def test_audio_beyond_what_a_header_promises_is_refused_by_name(tmp_path: Path) -> None:
+def test_audio_beyond_the_length_in_the_header_is_rejected_as_trailing_data(tmp_path: Path) -> None:
     assert reason(odd.wav_with_size(odd.tone(5, 300), 32_000, 32_036), tmp_path) == "trailing_data"
     assert seconds(odd.written(odd.tone(2, 300)) + bytes(9_000), tmp_path) == 2.0
     assert seconds(odd.written(odd.tone(2, 300)) + b"\x01\x02" * 1_000, tmp_path) == 2.0
@@ -229,14 +229,14 @@ def test_audio_beyond_what_a_header_promises_is_refused_by_name(tmp_path: Path) 
 @pytest.mark.parametrize(
     "size", [0, 0x7FFFF000, 0x7FFFF000 - 36, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFF - 36, 0x7FFFFFFF - 36]
 )
-def test_wav_from_a_pipe_goes_to_the_end_of_the_file(size: int, tmp_path: Path) -> None:
+def test_wav_with_a_placeholder_length_is_read_to_the_end_of_the_file(size: int, tmp_path: Path) -> None:
     wave = odd.tone(3, 300)
     found = decoded(odd.wav_with_size(wave, size), tmp_path)
     np.testing.assert_allclose(found, wave, atol=1e-4)
     assert seconds(odd.wav_with_size(wave, size, 0), tmp_path) == 3.0
 
 
-def test_placeholders_of_the_other_containers_go_to_the_end_too(tmp_path: Path) -> None:
+def test_placeholder_lengths_of_other_containers_are_read_to_the_end(tmp_path: Path) -> None:
     wave = odd.tone(3, 300)
     rf64 = odd.written(wave, form="RF64")
     data = rf64.index(b"data")
@@ -272,7 +272,7 @@ def test_an_empty_data_chunk_before_other_chunks_is_empty(tmp_path: Path) -> Non
     assert reason(wave[:4] + struct.pack("<I", 48) + wave[8:] + b"LIST\x04\x00\x00\x00abcd", tmp_path) == "no_samples"
 
 
-def test_codes_of_compressed_samples_from_a_pipe(tmp_path: Path) -> None:
+def test_compressed_wav_subtypes_with_a_placeholder_length_are_decoded(tmp_path: Path) -> None:
     for subtype, padding in (("ULAW", 0), ("FLOAT", 0), ("PCM_24", 0), ("IMA_ADPCM", 0.06), ("GSM610", 0.05)):
         rate = 8_000 if subtype == "GSM610" else 16_000
         good = odd.written(odd.tone(3, 300, rate), rate, subtype=subtype)
@@ -280,11 +280,11 @@ def test_codes_of_compressed_samples_from_a_pipe(tmp_path: Path) -> None:
         assert seconds(good[:at] + b"\xff" * 4 + good[at + 4 :], tmp_path) == pytest.approx(3, abs=padding + 1e-9)
 
 
-# rates and channels
+# sample rates and channels
 
 
 @pytest.mark.parametrize("rate", [0, 8_000, 11_025, 12_000, 44_100, 192_000])
-def test_opus_is_decoded_with_all_its_frequencies(rate: int, tmp_path: Path) -> None:
+def test_opus_is_decoded_at_full_bandwidth(rate: int, tmp_path: Path) -> None:
     wave = odd.tone(3, 7_000, 48_000)
     found = decoded(odd.opus_with_rate(odd.written(wave, 48_000, "OGG", "OPUS"), rate), tmp_path)
     assert len(found) / 16_000 == pytest.approx(3, abs=0.05)
@@ -295,7 +295,7 @@ def stereo(left: np.ndarray, right: np.ndarray, rate: int = 16_000) -> bytes:
     return odd.written(np.stack([left, right], axis=1), rate, "FLAC")
 
 
-def test_hum_in_anti_phase_does_not_silence_a_person(tmp_path: Path) -> None:
+def test_hum_in_anti_phase_does_not_cancel_speech(tmp_path: Path) -> None:
     hum, quiet = odd.tone(10, 50), np.zeros(160_000, np.float32)
     left = np.concatenate([hum, odd.tone(10, 500), quiet])
     right = np.concatenate([-hum, quiet, odd.tone(10, 900)])
@@ -312,7 +312,7 @@ def test_speech_in_anti_phase_after_a_jingle_is_kept(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[:140_000], jingle[:140_000], atol=1e-3)
 
 
-def test_anti_phase_that_comes_and_goes_is_followed_in_any_decoder(tmp_path: Path) -> None:
+def test_intermittent_anti_phase_is_handled_by_every_decoder(tmp_path: Path) -> None:
     parts = [odd.tone(3.1, 400 + 100 * number) for number in range(6)]
     left = np.concatenate(parts)
     right = np.concatenate([part * (-1) ** number for number, part in enumerate(parts)])
@@ -324,7 +324,7 @@ def test_anti_phase_that_comes_and_goes_is_followed_in_any_decoder(tmp_path: Pat
         assert np.abs(np.diff(found)).max() < 0.2, "a click"
 
 
-def test_unequal_and_silent_channels_lose_nothing(tmp_path: Path) -> None:
+def test_channels_of_unequal_level_and_silent_channels_are_averaged(tmp_path: Path) -> None:
     speech = odd.tone(6, 500)
     assert odd.tone_level(decoded(stereo(speech, -0.8 * speech), tmp_path)[8_000:88_000], 500) > 0.2
     assert odd.tone_level(decoded(stereo(0 * speech, speech), tmp_path)[8_000:88_000], 500) == pytest.approx(
@@ -335,10 +335,10 @@ def test_unequal_and_silent_channels_lose_nothing(tmp_path: Path) -> None:
     assert odd.tone_level(decoded(odd.written(six), tmp_path)[8_000:88_000], 500) == pytest.approx(0.05, abs=0.01)
 
 
-# a decoder that fails
+# decoder failures
 
 
-def test_a_flac_on_which_one_decoder_fails_is_read_by_the_other(tmp_path: Path) -> None:
+def test_a_flac_that_one_decoder_rejects_is_read_by_the_fallback(tmp_path: Path) -> None:
     wave = odd.speech_like(20)
     for subtype, samples in (("PCM_16", wave), ("PCM_24", wave), ("PCM_16", np.stack([wave, wave], 1))):
         good = odd.written(samples, form="FLAC", subtype=subtype)
@@ -346,7 +346,7 @@ def test_a_flac_on_which_one_decoder_fails_is_read_by_the_other(tmp_path: Path) 
         np.testing.assert_array_equal(decoded(odd.flac_with_junk(good), tmp_path), expected)
 
 
-def test_without_a_checksum_the_length_decides(tmp_path: Path) -> None:
+def test_flac_without_a_checksum_is_checked_by_its_length(tmp_path: Path) -> None:
     good = bytearray(odd.written(odd.speech_like(20), form="FLAC"))
     good[26:42] = bytes(16)
     assert seconds(odd.flac_with_junk(bytes(good)), tmp_path) == 20.0
@@ -359,7 +359,7 @@ def test_samples_that_differ_from_the_checksum_are_corrupt(tmp_path: Path) -> No
     assert reason(bytes(broken), tmp_path) == "corrupt"
 
 
-# other endings, bounds
+# other formats and memory bounds
 
 
 def test_gsm_is_read(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_gsm_is_read(tmp_path: Path) -> None:
     assert seconds(gsm[:-10], tmp_path) == pytest.approx(4, abs=0.05)
 
 
-def test_audio_is_known_by_its_content(tmp_path: Path) -> None:
+def test_the_audio_format_is_recognised_by_content(tmp_path: Path) -> None:
     contents = {
         "a.3gp": odd.encoded([(0, odd.tone(1, 300, 8_000))], "3gp", "libopencore_amrnb", 8_000, 12_200),
         "b.m4b": odd.encoded([(0, odd.tone(1, 300))], "mp4", "aac"),
@@ -407,7 +407,7 @@ def test_audio_is_known_by_its_content(tmp_path: Path) -> None:
 
 
 def test_a_long_silent_file_is_decoded_in_small_blocks(tmp_path: Path) -> None:
-    """Twenty hours of silence in a megabyte or two: nothing is sized by the header."""
+    """A highly compressed hour of silence: no buffer is sized by the header."""
     import soundfile
 
     path = tmp_path / "long.flac"

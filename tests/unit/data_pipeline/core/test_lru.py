@@ -1,4 +1,4 @@
-"""The cache of the values used last."""
+"""The least-recently-used cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from data_pipeline.core.lru import LruCache
 
 
-def test_the_value_unused_for_longest_leaves_first() -> None:
+def test_the_least_recently_used_value_is_evicted_first() -> None:
     evicted: list[str] = []
     cache = LruCache[int, str](2, evicted.append)
     for key in (1, 2, 1, 3):
@@ -19,7 +19,7 @@ def test_the_value_unused_for_longest_leaves_first() -> None:
     assert evicted == ["value 2", "value 3", "value 1"]
 
 
-def test_nothing_is_kept_of_a_value_that_cannot_be_made() -> None:
+def test_a_failed_computation_is_not_cached() -> None:
     cache = LruCache[int, str](2)
     with pytest.raises(ZeroDivisionError):
         cache.get(1, lambda: str(1 // 0))

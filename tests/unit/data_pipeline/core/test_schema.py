@@ -1,4 +1,4 @@
-"""Comparing configs and suggesting names."""
+"""Config differences and name suggestions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storage errors: reads and writes are distinct, transient faults are retried, names of files are plain."""
+"""Storage: read and write errors differ in type, transient errors are retried, and file names are validated."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def http(status: int) -> aiohttp.ClientResponseError:
         (ValueError("not storage"), False),
     ],
 )
-def test_which_errors_may_pass(error: Exception, transient: bool) -> None:
+def test_transient_errors_are_recognised(error: Exception, transient: bool) -> None:
     assert is_transient(error) == transient
 
 
@@ -71,7 +71,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
 
 
-def test_transient_faults_are_retried_until_the_time_is_up() -> None:
+def test_transient_errors_are_retried_until_the_time_limit() -> None:
     assert retry(failing(5, ConnectionResetError(errno.ECONNRESET, "reset")), "s3://b/x.tar", 60) == "content"
     with pytest.raises(StorageReadError, match=r"s3://b/x\.tar: cannot be read for 60 s") as refused:
         retry(failing(10**6, TimeoutError("slow")), "s3://b/x.tar", 60)
@@ -82,7 +82,7 @@ def test_transient_faults_are_retried_until_the_time_is_up() -> None:
         retry(failing(1, FileNotFoundError("x")), "s3://b/x.tar", 60)
 
 
-def test_read_and_write_errors_are_distinct(tmp_path: Path) -> None:
+def test_read_and_write_errors_have_different_types(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path / "set"))
     store.replace("a", b"1")
     (tmp_path / "set" / "folder").mkdir()
@@ -97,13 +97,13 @@ def test_read_and_write_errors_are_distinct(tmp_path: Path) -> None:
     assert not store.exists("a/b")
 
 
-def test_errors_survive_a_process_boundary() -> None:
+def test_errors_can_be_pickled_between_processes() -> None:
     for error in (StorageReadError("s3://b/x", "gone"), StorageWriteError("/out", "full")):
         other = pickle.loads(pickle.dumps(error))
         assert (type(other), str(other), other.path) == (type(error), str(error), error.path)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../x", "a\\b", "a\0b", "a\nb", "x" * 256, None, 7])
-def test_names_that_are_not_plain(name: object) -> None:
+def test_unsafe_names_are_rejected(name: object) -> None:
     assert not is_plain_name(name)
     assert is_plain_name("unit-07.train_a")

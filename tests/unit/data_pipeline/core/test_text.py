@@ -1,4 +1,4 @@
-"""Text that is not ours, made safe to show."""
+"""Untrusted text is escaped before it is shown."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def test_control_characters_become_escapes(given: str, shown: str) -> None:
     assert shown.isprintable()
 
 
-def test_kept_characters_stay() -> None:
+def test_allowed_characters_are_kept() -> None:
     assert visible("a\n\x1b", keep="\n") == "a\n\\x1b"
 
 
-def test_html_and_markdown_are_inert() -> None:
+def test_html_and_markdown_are_escaped() -> None:
     assert html_text("<script>'\"&\x1b") == "&lt;script&gt;&#x27;&quot;&amp;\\x1b"
     assert markdown_text("<b>|[x](http://y)`#_*") == r"\<b\>\|\[x\]\(http://y\)\`\#\_\*"
     assert "\n" not in markdown_text("a\n# b")
 
 
 @pytest.mark.parametrize("given", ["=1+1", "+cmd", "-x", "@SUM(A1)"])
-def test_a_cell_is_no_formula(given: str) -> None:
+def test_a_cell_is_never_a_spreadsheet_formula(given: str) -> None:
     assert table_cell(given) == f"'{given}"
 
 
 @pytest.mark.parametrize("given", ["-1.5", "+3", "a=b", "-inf"])
-def test_numbers_stay_numbers(given: str) -> None:
+def test_numeric_cells_are_unchanged(given: str) -> None:
     assert table_cell(given) == given
 
 
-def test_a_cell_has_no_separator() -> None:
+def test_cells_contain_no_column_separator() -> None:
     assert table_cell("a\tb\nc") == r"a\tb\nc"

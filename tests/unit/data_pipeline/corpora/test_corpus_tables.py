@@ -1,4 +1,4 @@
-"""Known corpora: each row of their tables ends as a segment or a reject."""
+"""Known corpora: each row of their tables becomes a segment or a reject."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.odd_manifests import common_voice, giga_segment, gigaspeech, 
 from tests.support.sounds import write_corpus
 
 
-def test_clips_that_are_not_on_disk_are_listed(tmp_path: Path) -> None:
+def test_missing_clips_are_rejects(tmp_path: Path) -> None:
     rows = [(f"{number}.mp3", f"text {number}") for number in range(7)]
     root = common_voice(tmp_path, [f"{number}.mp3" for number in (0, 2, 4, 6)], [*rows, ("", "no clip"), rows[0]])
     found = discover(CommonVoiceCorpus(path=str(root), splits=("train",)))
@@ -39,13 +39,13 @@ def test_clips_that_are_not_on_disk_are_listed(tmp_path: Path) -> None:
         ("common_voice_de_1.2.mp3", "common_voice_de_1.2"),
     ],
 )
-def test_a_table_names_its_clips_with_or_without_their_ending(tmp_path: Path, clip: str, named: str) -> None:
+def test_a_table_may_omit_the_file_extension(tmp_path: Path, clip: str, named: str) -> None:
     root = common_voice(tmp_path, [clip], [(named, "text")])
     [file] = discover(CommonVoiceCorpus(path=str(root), splits=("train",))).files
     assert (file.file_id, file.text) == (f"clips/{clip}", "text")
 
 
-def test_the_file_that_the_table_names_wins_over_one_of_the_same_stem(tmp_path: Path) -> None:
+def test_the_exact_file_name_takes_precedence_over_one_with_the_same_stem(tmp_path: Path) -> None:
     root = common_voice(tmp_path, ["a.flac", "a.mp3"], [("a.mp3", "text")])
     found = discover(CommonVoiceCorpus(path=str(root), splits=("train",)))
     assert [file.file_id for file in found.files] == ["clips/a.mp3"]
@@ -64,7 +64,7 @@ def test_the_file_that_the_table_names_wins_over_one_of_the_same_stem(tmp_path: 
         ('""', ""),
     ],
 )
-def test_quotes_as_the_publisher_writes_them(tmp_path: Path, cell: str, text: str) -> None:
+def test_quotes_in_transcripts_are_kept(tmp_path: Path, cell: str, text: str) -> None:
     root = common_voice(tmp_path, ["a.mp3", "b.mp3"], [("a.mp3", cell), ("b.mp3", "the next row")])
     assert [file.text for file in discover(CommonVoiceCorpus(path=str(root), splits=("train",))).files] == [
         text,
@@ -72,7 +72,7 @@ def test_quotes_as_the_publisher_writes_them(tmp_path: Path, cell: str, text: st
     ]
 
 
-def test_gigaspeech_takes_subsets_and_garbage_by_segment(tmp_path: Path) -> None:
+def test_gigaspeech_filters_subsets_and_garbage_by_segment(tmp_path: Path) -> None:
     segments = [
         giga_segment(0.0, 1.0, "FIRST <COMMA> WORDS", ("{XL}", "{S}")),
         giga_segment(1.0, 2.0, "<MUSIC>", ("{XL}", "{S}")),
@@ -95,7 +95,7 @@ def test_gigaspeech_takes_subsets_and_garbage_by_segment(tmp_path: Path) -> None
     assert len(discover(GigaSpeechCorpus(path=str(root))).files[0].spans) == 3, "all subsets, without garbage"
 
 
-def test_gigaspeech_lists_recordings_that_are_missing_or_odd(tmp_path: Path) -> None:
+def test_missing_and_malformed_gigaspeech_recordings_are_rejects(tmp_path: Path) -> None:
     whole = {"duration": 1.0, "subsets": ["{S}"], "segments": [giga_segment(0.0, 1.0)]}
     noise = {**whole, "path": "noise.flac", "segments": [giga_segment(0.0, 1.0, "<NOISE>")]}
     other = {**whole, "path": "other.flac", "segments": [giga_segment(0.0, 1.0, subsets=["{XL}"])]}
@@ -120,7 +120,7 @@ def test_gigaspeech_lists_recordings_that_are_missing_or_odd(tmp_path: Path) -> 
         ("mls_portuguese", "portuguese"),
     ],
 )
-def test_mls_names_its_language_in_both_distributions(tmp_path: Path, folder: str, language: str) -> None:
+def test_mls_language_is_read_in_both_distributions(tmp_path: Path, folder: str, language: str) -> None:
     write_corpus(tmp_path / folder, {"train/audio/10/20/10_20_0.flac": 0.1})
     (tmp_path / folder / "train" / "transcripts.txt").write_text(
         "10_20_0\tguten tag\u0085wie geht es\n10_20_1\tfehlt\n"
@@ -132,7 +132,7 @@ def test_mls_names_its_language_in_both_distributions(tmp_path: Path, folder: st
     ]
 
 
-def test_transcripts_without_a_recording_are_listed(tmp_path: Path) -> None:
+def test_transcripts_without_a_recording_are_rejects(tmp_path: Path) -> None:
     libri = write_corpus(tmp_path / "libri", {"dev-clean/84/121123/84-121123-0000.flac": 0.1})
     (libri / "dev-clean/84/121123/84-121123.trans.txt").write_text("84-121123-0000 GO\u2028ON\n84-121123-0001 GONE\n")
     found = discover(LibriSpeechCorpus(path=str(libri)))

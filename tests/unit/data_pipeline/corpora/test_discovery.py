@@ -1,4 +1,4 @@
-"""Finding the files of a corpus."""
+"""Discovery of a corpus's files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reasons(found: Discovered) -> dict[str, str]:
     return {reject.file_id: reject.reason for reject in found.rejects}
 
 
-def test_a_tree_with_unusual_names_links_and_loops(tmp_path: Path) -> None:
+def test_a_tree_with_unusual_names_links_and_loops_is_searched(tmp_path: Path) -> None:
     root = write_corpus(tmp_path / "my speech", {"a b/naïve 语音.wav": 0.1, "SHOUTING.WAV": 0.1, "x/y/z.flac": 0.1})
     (root / "notes.txt").write_text("no audio")
     (root / "x" / "loop").symlink_to(root)
@@ -37,7 +37,7 @@ def test_a_tree_with_unusual_names_links_and_loops(tmp_path: Path) -> None:
     assert reasons(found) == {"self.wav": "broken_link", "gone.wav": "broken_link"}
 
 
-def test_a_pattern_gives_speaker_and_split(tmp_path: Path) -> None:
+def test_speaker_and_split_come_from_the_pattern(tmp_path: Path) -> None:
     root = write_corpus(tmp_path, {"train/ann/1.wav": 0.1, "test/bob/1.wav": 0.1, "other.wav": 0.1})
     pattern = "^(?P<split>[^/]+)/(?P<speaker>[^/]+)/"
     found = discover(PathCorpus(path=str(root), pattern=pattern, language="en", splits=("train",)))
@@ -46,7 +46,7 @@ def test_a_pattern_gives_speaker_and_split(tmp_path: Path) -> None:
         discover(PathCorpus(path=str(root), pattern="("))
 
 
-def test_empty_and_missing_corpora_are_refused(tmp_path: Path) -> None:
+def test_empty_and_missing_corpora_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         discover(PathCorpus(path=str(tmp_path / "none")))
     (tmp_path / "a.txt").touch()
@@ -72,7 +72,7 @@ def manifest(tmp_path: Path, name: str = "set.tsv") -> Path:
     return path
 
 
-def test_a_manifest_may_not_leave_its_folder(tmp_path: Path) -> None:
+def test_manifest_paths_outside_the_root_are_rejected(tmp_path: Path) -> None:
     found = discover(ManifestCorpus(path=str(manifest(tmp_path)), language="en"))
     first = found.files[0]
     assert [file.file_id for file in found.files] == ["1.wav", "2.wav"]
@@ -91,7 +91,7 @@ def test_a_manifest_may_not_leave_its_folder(tmp_path: Path) -> None:
     )
 
 
-def test_a_link_that_leaves_the_folder_is_outside_too(tmp_path: Path) -> None:
+def test_links_that_point_outside_the_root_are_rejected(tmp_path: Path) -> None:
     path = manifest(tmp_path)
     (path.parent / "sneaky.wav").symlink_to(tmp_path / "outside.wav")
     path.write_text("path\nsneaky.wav\n")
@@ -100,7 +100,7 @@ def test_a_link_that_leaves_the_folder_is_outside_too(tmp_path: Path) -> None:
     assert [file.file_id for file in allowed.files] == ["sneaky.wav"]
 
 
-def test_splits_and_other_column_names(tmp_path: Path) -> None:
+def test_splits_and_custom_column_names_are_read(tmp_path: Path) -> None:
     path = manifest(tmp_path).with_name("set.jsonl")
     rows = [{"clip": "1.wav", "who": "ann", "split": "train"}, {"clip": "2.wav", "who": "bob", "split": "test"}]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -114,7 +114,7 @@ def test_splits_and_other_column_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_speech
-def test_a_manifest_of_real_speech_is_read_whole(real_speech: Path) -> None:
+def test_every_row_of_a_real_manifest_is_read(real_speech: Path) -> None:
     manifest = real_speech / "manifest.tsv"
     with manifest.open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))

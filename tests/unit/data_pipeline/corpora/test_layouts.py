@@ -1,4 +1,4 @@
-"""Known corpora, on small trees of their shape."""
+"""Known corpora, on small folders with their directory layout."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_librispeech(tmp_path: Path) -> None:
     assert len(found(LibriSpeechCorpus(path=str(tmp_path)))) == 2
 
 
-def test_a_download_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("torchaudio.datasets")
 
     def offline(*args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""Manifests: each row ends as a segment or a reject, and none changes what another one means."""
+"""Manifests: each row becomes a segment or a reject and never changes the meaning of another row."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_row_of_a_recording_is_its_own_segment(tmp_path: Path, names: tupl
     np.testing.assert_allclose(found[2][1], sound("long.flac", 20.0)[200_000:], atol=1e-4)
 
 
-def test_named_columns_mean_the_same(tmp_path: Path) -> None:
+def test_column_aliases_have_the_same_meaning(tmp_path: Path) -> None:
     rows = [{"from": 1.0, "long": 2.0, "text": "one"}, {"from": 5.0, "long": 1.5, "text": "two"}]
     path = one_recording(tmp_path, rows)
     assert spans_of(path, columns={"begin": "from", "seconds": "long"}) == [(1.0, 3.0, "one"), (5.0, 6.5, "two")]
@@ -73,7 +73,7 @@ def test_named_columns_mean_the_same(tmp_path: Path) -> None:
         "[1, 2]",
     ],
 )
-def test_an_unusable_row_is_a_reject_and_changes_no_other(tmp_path: Path, bad: dict[str, Any] | str) -> None:
+def test_an_invalid_row_is_a_reject_and_changes_no_other_row(tmp_path: Path, bad: dict[str, Any] | str) -> None:
     good = [{"begin": 0.0, "end": 4.0, "text": "one"}, {"begin": 5.0, "end": 9.0, "text": "two"}]
     odd = {**bad, "text": "bad"} if isinstance(bad, dict) else bad
     path = one_recording(tmp_path, [good[0], odd, good[1]])
@@ -84,7 +84,7 @@ def test_an_unusable_row_is_a_reject_and_changes_no_other(tmp_path: Path, bad: d
     assert not reject.recording, "the recording is usable"
 
 
-def test_spans_may_overlap_begin_together_and_end_late(tmp_path: Path) -> None:
+def test_spans_may_overlap_share_a_start_and_end_after_the_recording(tmp_path: Path) -> None:
     rows = [
         {"begin": 1.0, "end": 3.0, "text": "short"},
         {"begin": 1.0, "end": 6.0, "text": "long"},
@@ -113,7 +113,7 @@ def test_spans_may_overlap_begin_together_and_end_late(tmp_path: Path) -> None:
     assert [row["row"] for row in listed] == [6, 7]
 
 
-def test_rows_without_times_among_rows_with_times(tmp_path: Path) -> None:
+def test_rows_with_and_without_times_can_be_mixed(tmp_path: Path) -> None:
     rows = [
         {"duration": 4.0, "text": "an offset of 0 is left out"},
         {"offset": 5.0, "duration": 2.0, "text": "two"},
@@ -132,12 +132,12 @@ def test_rows_without_times_among_rows_with_times(tmp_path: Path) -> None:
     ]
 
 
-def test_a_duration_alone_is_that_of_the_recording(tmp_path: Path) -> None:
+def test_a_duration_without_a_start_covers_the_whole_recording(tmp_path: Path) -> None:
     [file] = read_rows(one_recording(tmp_path, [{"duration": 19.9, "offset": None, "text": "all"}])).files
     assert (file.spans, file.seconds, file.text) == ((), 19.9, "all")
 
 
-def test_one_segment_per_channel(tmp_path: Path) -> None:
+def test_each_channel_is_its_own_segment(tmp_path: Path) -> None:
     left, right = two_people(tmp_path / "call.wav")
     rows = [
         {"path": "call.wav", "channel": 0, "text": "left"},
@@ -158,7 +158,7 @@ def test_one_segment_per_channel(tmp_path: Path) -> None:
     assert reasons(read_rows(path)) == [(5, "bad_channel"), (6, "bad_channel")]
 
 
-def test_rows_of_one_recording_keep_their_own_language_split_and_speaker(tmp_path: Path) -> None:
+def test_rows_of_one_recording_keep_their_language_split_and_speaker(tmp_path: Path) -> None:
     rows = [
         {"begin": 0.0, "end": 2.0, "speaker": "ann", "language": "de", "split": "train"},
         {"begin": 2.0, "end": 4.0, "speaker": "bob", "language": "fr", "split": "test"},
@@ -169,7 +169,7 @@ def test_rows_of_one_recording_keep_their_own_language_split_and_speaker(tmp_pat
     assert known == [("ann", "de", "train"), ("bob", "fr", "test")]
 
 
-def test_a_row_that_repeats_another_is_a_reject(tmp_path: Path) -> None:
+def test_a_duplicate_row_is_a_reject(tmp_path: Path) -> None:
     row = {"begin": 0.0, "end": 2.0, "text": "same"}
     found = read_rows(one_recording(tmp_path, [row, row, {**row, "text": "another reading"}]))
     assert reasons(found) == [(2, "listed_twice")]
@@ -177,7 +177,7 @@ def test_a_row_that_repeats_another_is_a_reject(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0, False, 0.0, "0"])
-def test_any_value_but_null_is_a_value(tmp_path: Path, value: Any) -> None:
+def test_falsy_values_other_than_null_are_kept(tmp_path: Path, value: Any) -> None:
     write_corpus(tmp_path, {"a.wav": 0.2})
     path = jsonl(tmp_path / "set.jsonl", [{"path": "a.wav", "speaker": value, "text": value, "take": value}])
     [file] = read_rows(path).files
@@ -185,14 +185,14 @@ def test_any_value_but_null_is_a_value(tmp_path: Path, value: Any) -> None:
     assert (file.speaker, file.text, dict(file.labels)) == (shown, shown, {"take": shown})
 
 
-def test_null_and_nan_are_no_values(tmp_path: Path) -> None:
+def test_null_and_nan_are_missing_values(tmp_path: Path) -> None:
     write_corpus(tmp_path, {"a.wav": 0.2})
     row = {"path": "a.wav", "speaker": None, "speaker_id": "ann", "text": NAN, "duration": NAN, "language": ""}
     [file] = read_rows(jsonl(tmp_path / "set.jsonl", [row])).files
     assert (file.speaker, file.text, file.seconds, file.language) == ("ann", "", 0.0, "")
 
 
-def test_the_schema_is_that_of_all_rows(tmp_path: Path) -> None:
+def test_the_schema_is_inferred_from_all_rows(tmp_path: Path) -> None:
     write_corpus(tmp_path, dict.fromkeys(("a.wav", "b.wav", "c.wav"), 0.2))
     rows = [
         {"path": "a.wav"},
@@ -226,7 +226,7 @@ def test_headers_and_cells_are_stripped(tmp_path: Path, name: str, content: str)
     assert (file.text, file.speaker) == ("hello, world", "ann")
 
 
-def test_rows_of_other_widths_are_rejects(tmp_path: Path) -> None:
+def test_rows_with_a_wrong_number_of_cells_are_rejects(tmp_path: Path) -> None:
     write_corpus(tmp_path, dict.fromkeys(("a.wav", "b.wav", "c.wav"), 0.2))
     (tmp_path / "set.csv").write_text("path,text\na.wav,one, two\nb.wav,three\nc.wav\n")
     found = read_rows(tmp_path / "set.csv")
@@ -251,7 +251,7 @@ def test_only_newlines_end_a_row(tmp_path: Path, mark: str) -> None:
 
 
 @pytest.mark.parametrize("row", [b'{"path": "\xff.wav"}', b'{"path": "a.wav", "text": "\\ud800"}', b"[" * 5000, b"nul"])
-def test_bytes_that_are_no_row_are_a_reject(tmp_path: Path, row: bytes) -> None:
+def test_undecodable_rows_are_rejects(tmp_path: Path, row: bytes) -> None:
     write_corpus(tmp_path, {"a.wav": 0.2, "b.wav": 0.2})
     (tmp_path / "set.jsonl").write_bytes(b'{"path": "a.wav"}\n' + row + b'\n{"path": "b.wav"}\n')
     found = read_rows(tmp_path / "set.jsonl")
@@ -276,7 +276,7 @@ def test_ids_are_normalised_paths(tmp_path: Path) -> None:
     assert reasons(found) == [(row, "listed_twice") for row in (2, 3, 4, 6, 7)]
 
 
-def test_a_recording_that_is_not_there_is_listed_once_per_row_and_counted_once(tmp_path: Path) -> None:
+def test_a_missing_recording_is_listed_once_per_row_and_counted_once(tmp_path: Path) -> None:
     rows = [{"path": "gone.wav", "begin": begin, "end": begin + 1} for begin in (0, 1, 2)]
     found = read_rows(jsonl(tmp_path / "set.jsonl", rows))
     assert reasons(found) == [(1, "vanished"), (2, "vanished"), (3, "vanished")]

@@ -1,4 +1,4 @@
-"""What is not taken from a folder is counted, and what is sound is found."""
+"""Files skipped in a folder are counted, and audio files with unusual names are found."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def found_in(root: Path, **config: object) -> Discovered:
 
 
 @pytest.mark.parametrize("ending", [*ISSUED, "3g2", "m4v", "ogv", "mpg", "spx", "WAV"])
-def test_endings_of_sound_are_known(tmp_path: Path, ending: str) -> None:
+def test_audio_extensions_are_recognised(tmp_path: Path, ending: str) -> None:
     write_corpus(tmp_path, {"a.wav": 0.2})
     shutil.copy(tmp_path / "a.wav", tmp_path / f"b.{ending}")
     assert f"b.{ending}" in [file.file_id for file in found_in(tmp_path).files]
     assert ending.lower() in SOUND_ENDINGS
 
 
-def test_what_is_not_taken_is_counted_by_ending(tmp_path: Path) -> None:
+def test_skipped_files_are_counted_by_extension(tmp_path: Path) -> None:
     write_corpus(tmp_path, {"a.wav": 0.2, "b/c.wav": 0.2})
     for name in ("notes.txt", "b/more.TXT", "cover.jpg", "README", "take.dat", ".hidden"):
         (tmp_path / name).write_text("no audio")
@@ -41,7 +41,7 @@ def test_what_is_not_taken_is_counted_by_ending(tmp_path: Path) -> None:
         found_in(tmp_path / "b" / "..", extensions=("flac",))
 
 
-def test_probing_finds_sound_under_any_name(tmp_path: Path) -> None:
+def test_probing_finds_audio_with_any_extension(tmp_path: Path) -> None:
     write_corpus(tmp_path, {"a.wav": 0.2})
     for name in ("take.dat", "no_ending", "deeper.recording.bin"):
         shutil.copy(tmp_path / "a.wav", tmp_path / name)
@@ -53,14 +53,14 @@ def test_probing_finds_sound_under_any_name(tmp_path: Path) -> None:
     assert dict(found.skipped) == {".txt": 1, ".bin": 1}
 
 
-def test_what_is_no_regular_file_is_listed(tmp_path: Path) -> None:
+def test_files_that_are_not_regular_are_rejects(tmp_path: Path) -> None:
     write_corpus(tmp_path, {"good.wav": 0.2})
     os.mkfifo(tmp_path / "pipe.wav")
     (tmp_path / "zero.wav").symlink_to("/dev/zero")
     (tmp_path / "dangling.wav").symlink_to("nowhere")
     with socket.socket(socket.AF_UNIX) as listening:
         here = Path.cwd()
-        os.chdir(tmp_path)  # names of sockets are short
+        os.chdir(tmp_path)  # socket paths have a short maximum length
         try:
             listening.bind("socket.wav")
         finally:
@@ -75,7 +75,7 @@ def test_what_is_no_regular_file_is_listed(tmp_path: Path) -> None:
     assert all(reject.recording for reject in found.rejects)
 
 
-def test_a_pattern_that_matches_nothing_is_refused_and_one_that_misses_some_is_told(tmp_path: Path) -> None:
+def test_a_pattern_that_matches_no_file_is_an_error_and_a_partial_match_a_warning(tmp_path: Path) -> None:
     root = write_corpus(tmp_path, {"ann/1.wav": 0.2, "bob/1.wav": 0.2, "loose.wav": 0.2})
     found = found_in(root, pattern="^(?P<speaker>[^/]+)/")
     assert [file.speaker for file in found.files] == ["ann", "bob", ""]

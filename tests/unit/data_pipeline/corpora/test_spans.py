@@ -1,4 +1,4 @@
-"""Stretches and labels that a corpus itself gives: they reach the samples, with their times in the source."""
+"""Spans and labels given by a corpus reach the samples, with their times in the source recording."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def samples(config: PreprocessConfig) -> list[tuple[dict[str, Any], np.ndarray]]
     return sorted(found, key=lambda sample: (sample[0]["file_id"], sample[0]["start"]))
 
 
-def test_marked_stretches_whatever_the_blocks() -> None:
+def test_marked_spans_do_not_depend_on_the_block_size() -> None:
     wave = np.arange(1, 1001, dtype=np.float32)
     spans = [Span(10, 60), Span(40, 90), Span(400, 700), Span(990, 2000), Span(3000, 4000)]
     for size in (1, 7, 100, 1000):
@@ -82,4 +82,6 @@ def test_times_and_phones_of_a_manifest_reach_the_samples(tmp_path: Path) -> Non
     assert (two["text"], two["speaker"], two["start"], two["n_samples"]) == ("two", "y", 32_000, 32_000)
     assert (three["text"], three["labels"]) == ("three", {"phone": "TH R", "start_s": "0.1 0.2"})
     cut = load(PreprocessConfig, {"out": str(tmp_path / "cut"), "corpus": corpus, "cut": {"max_seconds": 1.0}})
-    assert not any("labels" in described for described, _ in samples(cut)), "a part has not the phones of all"
+    assert not any("labels" in described for described, _ in samples(cut)), (
+        "phones of the whole recording do not apply to a part of it"
+    )

@@ -1,4 +1,4 @@
-"""Corpora in tars: WebDataset, Lhotse Shar and NeMo's tarred form, each member a recording at its place in the tar."""
+"""Corpora in tar files: WebDataset, Lhotse Shar and NeMo tarred; each audio member is a recording read in place."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_webdataset_is_converted_to_shards(tmp_path: Path) -> None:
     assert list(verify(str(tmp_path / "out"))) == []
 
 
-def test_shar_as_lhotse_writes_it(tmp_path: Path) -> None:
+def test_shar_written_by_lhotse_is_read(tmp_path: Path) -> None:
     lhotse = pytest.importorskip("lhotse", reason="needs lhotse")
     cuts = []
     for i in range(3):
@@ -104,7 +104,7 @@ def test_shar_as_lhotse_writes_it(tmp_path: Path) -> None:
     assert found.rejects == []
 
 
-def test_shar_rows_and_members_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+def test_mismatched_shar_rows_and_members_are_rejects(tmp_path: Path) -> None:
     write_tar(tmp_path / "recording.000000.tar", [
         ("a.flac", encoded(wave(1, 1.0))), ("a.json", b"{}"), ("b.nodata", b""), ("b.nometa", b""),
         ("other.flac", encoded(wave(2))), ("d.flac", encoded(wave(3))), ("e.flac", encoded(wave(4))),
@@ -121,7 +121,7 @@ def test_shar_rows_and_members_that_do_not_fit_are_listed(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
-def test_nemo_rows_name_members_and_spans(tmp_path: Path) -> None:
+def test_nemo_rows_refer_to_members_and_spans(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "audio_0.tar", [("a.wav", encoded(wave(1, 3.0), "wav")), ("same.wav", encoded(wave(2), "wav"))]
     )
@@ -147,7 +147,7 @@ def test_nemo_rows_name_members_and_spans(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_tars_and_manifests_and_damaged_tars_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no \.tar files"):
         find("webdataset", tmp_path)
     write_tar(tmp_path / "a.tar", [("u.wav", encoded(wave(1), "wav"))])

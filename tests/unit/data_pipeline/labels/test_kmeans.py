@@ -1,4 +1,4 @@
-"""Frame labels: as good as scikit-learn's, the same for any number of workers, never of two k-means."""
+"""Frame labels: as good as scikit-learn's, independent of the number of workers, from a single k-means model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def labels_of(out: Path) -> dict[str, list[int]]:
     return {key: row for table in tables for key, row in zip(*table.to_pydict().values(), strict=True)}
 
 
-def test_as_good_as_scikit_learn_and_resumable(shards: Path, tmp_path: Path) -> None:
+def test_inertia_matches_scikit_learn_and_a_resume_gives_the_same_centres(shards: Path, tmp_path: Path) -> None:
     from sklearn.cluster import KMeans
 
     config = settings(shards, tmp_path / "labels")
@@ -76,7 +76,7 @@ def test_as_good_as_scikit_learn_and_resumable(shards: Path, tmp_path: Path) -> 
     assert again.artefact == summary.artefact
 
 
-def test_one_round_equals_lloyds(shards: Path) -> None:
+def test_one_round_equals_a_lloyd_iteration(shards: Path) -> None:
     from sklearn.cluster import KMeans
 
     frames = all_features(shards)
@@ -88,7 +88,9 @@ def test_one_round_equals_lloyds(shards: Path) -> None:
     np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=5e-3)
 
 
-def test_another_set_gets_the_same_centres_and_other_settings_are_refused(shards: Path, tmp_path: Path) -> None:
+def test_another_data_set_can_use_the_same_centres_and_changed_settings_are_rejected(
+    shards: Path, tmp_path: Path
+) -> None:
     first = kmeans.make_targets(settings(shards, tmp_path / "train", rounds=2))
     second = kmeans.make_targets(settings(shards, tmp_path / "valid", rounds=2, kmeans=str(tmp_path / "train")))
     assert first.artefact == second.artefact
@@ -98,11 +100,11 @@ def test_another_set_gets_the_same_centres_and_other_settings_are_refused(shards
         kmeans.make_targets(settings(shards, tmp_path / "other", kmeans=str(tmp_path)))
 
 
-def test_labels_of_other_weights_are_refused(shards: Path, tmp_path: Path) -> None:
+def test_labels_made_with_other_weights_are_rejected(shards: Path, tmp_path: Path) -> None:
     config = settings(shards, tmp_path / "labels", rounds=1)
     kmeans.make_targets(config, weights="one")
     assert kmeans.all_labelled(config, "one")
-    assert kmeans.all_labelled(config), "the model is gone: its labels remain"
+    assert kmeans.all_labelled(config), "labels stay usable after the model is deleted"
     with pytest.raises(ConfigError, match="weights='two' here, 'one' there"):
         kmeans.make_targets(config, weights="two")
     with pytest.raises(ConfigError, match="holds labels of other settings"):
@@ -119,7 +121,7 @@ def test_labels_of_other_weights_are_refused(shards: Path, tmp_path: Path) -> No
     ("claimed", "refused"),
     [(16_000, ""), (16_001 + 60 * 16_000, "its index"), (2 * 3600 * 16_000, "3600 s"), (1 << 33, "n_samples")],
 )
-def test_a_claimed_length_is_compared_before_it_is_believed(tmp_path: Path, claimed: int, refused: str) -> None:
+def test_the_index_length_is_checked_against_the_audio(tmp_path: Path, claimed: int, refused: str) -> None:
     root = write_shards(tmp_path / "shards", [sounds([1.0])])
     replace_audio(root, "shard-0000", silent_flac(60), n_samples=claimed)
     [record] = done_records(str(root))
@@ -128,10 +130,10 @@ def test_a_claimed_length_is_compared_before_it_is_believed(tmp_path: Path, clai
         with pytest.raises(ValueError, match=refused):
             list(found)
     else:
-        assert [features.shape for _, features in found] == [(98, 39)], "one second of sixty, as the index has it"
+        assert [features.shape for _, features in found] == [(98, 39)], "the index says one second, the file has sixty"
 
 
-def test_weights_in_several_files_are_all_known(tmp_path: Path) -> None:
+def test_every_file_of_sharded_weights_is_fingerprinted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     for name in ("a", "b"):
         (tmp_path / f"{name}.safetensors").write_bytes(name.encode())

@@ -1,4 +1,4 @@
-"""The reader over real tars: same batches for any workers and ranks, exact resume, faults, no process left behind."""
+"""The reader on real tars: the same batches for any workers and ranks, exact resume, faults, no leftover processes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def same(a: Batch, b: Batch) -> bool:
     return a.keys == b.keys and a.micro_batch == b.micro_batch and torch.equal(a.wave_BT, b.wave_BT)
 
 
-def test_audio_is_what_was_written(corpus: Path, written: list[list[Sound]]) -> None:
+def test_audio_equals_what_was_written(corpus: Path, written: list[list[Sound]]) -> None:
     known = {sound.key: sound for shard in written for sound in shard}
     steps = take(reader_of(corpus), 6)
     for step in steps:
@@ -70,7 +70,7 @@ def test_audio_is_what_was_written(corpus: Path, written: list[list[Sound]]) -> 
                 assert length == min(known[key].length, 25600)
 
 
-def test_wav_is_cropped_by_bytes_to_the_same_batches(
+def test_wav_crops_read_by_byte_range_give_the_same_batches(
     tmp_path: Path, corpus: Path, written: list[list[Sound]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flac = take(reader_of(corpus), 6)
@@ -88,7 +88,7 @@ def test_wav_is_cropped_by_bytes_to_the_same_batches(
     assert asked[: len(lengths)] == [2 * length for length in lengths]
 
 
-def test_worlds_and_workers_see_the_same_steps(corpus: Path) -> None:
+def test_steps_do_not_depend_on_world_size_or_workers(corpus: Path) -> None:
     alone = take(reader_of(corpus), 5)
     for world, workers in ((1, 2), (2, 0), (2, 3), (4, 1)):
         ranks = [take(reader_of(corpus, rank, world, workers=workers), 5) for rank in range(world)]
@@ -104,7 +104,7 @@ def test_worlds_and_workers_see_the_same_steps(corpus: Path) -> None:
                 )
 
 
-def test_resume_from_any_step_gives_the_rest(corpus: Path) -> None:
+def test_resume_from_any_step_gives_the_remaining_steps(corpus: Path) -> None:
     reader = reader_of(corpus)
     length = reader.plan.layout(0).steps
     whole = take(reader, length + 3)
@@ -118,7 +118,7 @@ def test_resume_from_any_step_gives_the_rest(corpus: Path) -> None:
     assert time.perf_counter() - start < 5
 
 
-def test_state_dict_goes_on_where_it_was_taken(corpus: Path) -> None:
+def test_state_dict_continues_where_it_was_taken(corpus: Path) -> None:
     whole = take(reader_of(corpus), 6)
     reader = reader_of(corpus, workers=2)
     steps = reader.steps()
@@ -133,14 +133,14 @@ def test_state_dict_goes_on_where_it_was_taken(corpus: Path) -> None:
         assert all(same(x, y) for x, y in zip(a.batches, b.batches, strict=True))
 
 
-def test_another_plan_is_refused(corpus: Path) -> None:
+def test_the_state_of_another_plan_is_rejected(corpus: Path) -> None:
     cursor = take(reader_of(corpus), 1)[0].after
     with pytest.raises(ConfigError, match="the checkpoint was made with data plan"):
         reader_of(corpus, bucket_ratio=1.2).steps(cursor)
     assert reader_of(corpus, workers=1, prefetch=5, on_bad_shard="skip").plan_hash == cursor.plan_hash
 
 
-def test_crops_follow_seed_epoch_and_key(corpus: Path) -> None:
+def test_crops_depend_on_seed_epoch_and_key(corpus: Path) -> None:
     first, again = take(reader_of(corpus), 2), take(reader_of(corpus), 2)
     assert all(same(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x.batches, y.batches, strict=True))
     reader = reader_of(corpus)
@@ -160,19 +160,19 @@ def test_labels_come_from_index_and_json(corpus: Path) -> None:
     assert len(batch.labels["speaker"]) == len(batch.keys)
 
 
-def test_an_unknown_label_is_refused_with_the_nearest_name(corpus: Path) -> None:
+def test_an_unknown_label_is_rejected_with_the_nearest_name(corpus: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.labels=speakers: .*did you mean speaker\?"):
         reader_of(corpus, labels=("speakers",))
     with pytest.raises(ConfigError, match=r"data\.labels=moods: .*did you mean mood\?"):
         reader_of(corpus, labels=("text", "moods"))
 
 
-def test_world_that_does_not_divide_is_refused(corpus: Path) -> None:
+def test_a_world_size_that_does_not_divide_the_micro_batches_is_rejected(corpus: Path) -> None:
     with pytest.raises(ConfigError, match="run on one of: 1, 2, 4"):
         reader_of(corpus, 0, 3)
 
 
-def test_empty_folder_is_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no finished shards"):
         reader_of(tmp_path)
 
@@ -197,7 +197,7 @@ def break_shard(root: Path, how: str) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("how", "says"), [("missing", "is missing"), ("truncated", "its record says")])
-def test_bad_shards_stop_every_rank_at_once(damaged: Path, how: str, says: str, workers: int) -> None:
+def test_bad_shards_are_an_error_on_every_rank_at_the_start(damaged: Path, how: str, says: str, workers: int) -> None:
     break_shard(damaged, how)
     for rank in range(2):
         with pytest.raises(ValueError, match=rf"shard-0002\.tar: .*{says}") as refused:
@@ -207,7 +207,7 @@ def test_bad_shards_stop_every_rank_at_once(damaged: Path, how: str, says: str, 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("verify", [True, False])
-def test_altered_shard_is_an_error(damaged: Path, workers: int, verify: bool) -> None:
+def test_a_modified_shard_is_an_error(damaged: Path, workers: int, verify: bool) -> None:
     break_shard(damaged, "altered")
     reader = reader_of(damaged, workers=workers, verify=verify)
     says = "sha256 is not the recorded one" if verify else "cannot be decoded"
@@ -240,12 +240,12 @@ def children_of(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def test_close_and_abandoned_iterators_leave_no_process(corpus: Path) -> None:
+def test_closed_and_abandoned_iterators_leave_no_process(corpus: Path) -> None:
     reader = reader_of(corpus, workers=2)
     first = reader.steps()
     next(first)
     assert len(children_of(os.getpid())) == 2
-    second = reader.steps()  # ends the first one's workers
+    second = reader.steps()  # stops the first iterator's workers
     next(second)
     assert len(children_of(os.getpid())) == 2
     del second
@@ -267,7 +267,7 @@ for step in reader.steps():
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_workers_end_with_their_parent(corpus: Path, how: signal.Signals) -> None:
+def test_workers_exit_with_their_parent(corpus: Path, how: signal.Signals) -> None:
     command = [sys.executable, "-c", PROGRAM.format(batch=BATCH), str(corpus)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
         assert program.stdout is not None
@@ -293,7 +293,7 @@ def test_a_killed_worker_is_a_clear_error(corpus: Path) -> None:
     assert not children_of(os.getpid())
 
 
-def test_a_signal_to_the_whole_job_does_not_end_workers(corpus: Path) -> None:
+def test_workers_ignore_signals_sent_to_the_whole_job(corpus: Path) -> None:
     reader = reader_of(corpus, workers=2)
     steps = reader.steps()
     next(steps)
@@ -305,7 +305,7 @@ def test_a_signal_to_the_whole_job_does_not_end_workers(corpus: Path) -> None:
     assert not children_of(os.getpid())
 
 
-def test_a_shard_lost_with_its_index_is_left_out_of_the_plan(damaged: Path, corpus: Path) -> None:
+def test_a_shard_missing_with_its_index_is_left_out_of_the_plan(damaged: Path, corpus: Path) -> None:
     for path in damaged.glob("shard-0002.*"):
         path.unlink()
     with pytest.raises(ValueError, match=r"shard-0002\.tar: is missing"):
@@ -316,7 +316,7 @@ def test_a_shard_lost_with_its_index_is_left_out_of_the_plan(damaged: Path, corp
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_storage_that_never_answers_is_an_error(corpus: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+def test_unresponsive_storage_is_an_error(corpus: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     monkeypatch.setattr(ShardFiles, "read", lambda self, wanted: time.sleep(300))
     reader = reader_of(corpus, workers=workers, timeout_seconds=1.0)
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Tars without an index, streamed through webdataset: the batches of the plan reader's type, without its guarantees."""
+"""Tars without an index, streamed through webdataset: the plan reader's batch type without its guarantees."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_ranks_and_workers_share_the_shards(root: Path) -> None:
     assert not psutil.Process(os.getpid()).children()
 
 
-def test_a_resume_says_that_it_is_not_exact_and_goes_on_counting(root: Path) -> None:
+def test_a_resume_warns_that_it_is_inexact_and_continues_the_step_count(root: Path) -> None:
     said: list[str] = []
     config = DataConfig(shards=str(root), workers=0, **BATCH)
     first = take(StreamReader(config, 3, 0, 1, say=said.append), 3)
@@ -88,12 +88,12 @@ def test_a_resume_says_that_it_is_not_exact_and_goes_on_counting(root: Path) -> 
 @pytest.mark.parametrize(
     "url", ["pipe:cat x.tar", "pipe:rm -rf /|.tar", "gopen:x.tar", "ssh://h/x.tar", "a::s3://x.tar"]
 )
-def test_urls_that_run_commands_are_refused(url: str) -> None:
+def test_urls_that_run_commands_are_rejected(url: str) -> None:
     with pytest.raises(ConfigError, match="refused"):
         shard_urls(url)
 
 
-def test_braces_lists_and_folders_name_shards(root: Path) -> None:
+def test_shards_are_given_by_braces_lists_or_folders(root: Path) -> None:
     assert shard_urls("s3://b/a-{000..002}.tar /x/b.tar") == [
         "s3://b/a-000.tar", "s3://b/a-001.tar", "s3://b/a-002.tar", "/x/b.tar",
     ]  # fmt: skip
@@ -102,7 +102,7 @@ def test_braces_lists_and_folders_name_shards(root: Path) -> None:
     assert keys(take(reader_of(pattern), 12)) == {f"utt{n:04d}" for n in range(30)}
 
 
-def test_settings_that_need_an_index_are_refused(root: Path) -> None:
+def test_settings_that_need_an_index_are_rejected(root: Path) -> None:
     for values in ({"targets": {"u": "x"}}, {"mix_alpha": 0.5}):
         with pytest.raises(ConfigError, match="auricle shards index"):
             reader_of(root, **values)

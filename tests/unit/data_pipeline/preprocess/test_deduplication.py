@@ -1,4 +1,4 @@
-"""Duplicates among many recordings: found at another gain, codec or offset, in bounded memory."""
+"""Duplicate detection: recordings match across gain, codec and offset, in bounded memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(owners: list[int], keys: list[np.ndarray], frames: list[np.ndarray]) -
 
 
 def corpus(recordings: int, prints: int, doubles: int, batch: int = 5_000) -> Iterator[Table]:
-    """Random keys; of the last `doubles` recordings each repeats a fifth of one of the first, nine frames later."""
+    """Random keys; each of the last `doubles` recordings repeats a fifth of an early one, nine frames later."""
     rng = np.random.default_rng(0)
     first = rng.integers(0, 1 << 2 * BITS, (doubles, prints))
     for start in range(0, recordings, batch):
@@ -44,19 +44,19 @@ def corpus(recordings: int, prints: int, doubles: int, batch: int = 5_000) -> It
 
 
 def found_of(recordings: int, prints: int, doubles: int, folder: Path) -> tuple[float, int]:
-    """(share of the planted pairs that are found, pairs that are none)."""
+    """Returns (share of the planted pairs that are found, number of false pairs)."""
     pairs = pairs_of(shared_prints(corpus(recordings, prints, doubles), recordings, DedupConfig(near=True), folder))
     planted = {(number, recordings - doubles + number) for number in range(doubles)}
     return len(pairs & planted) / doubles, len(pairs - planted)
 
 
-def test_every_planted_pair_is_found_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_planted_pairs_and_no_others_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicate_search, "FILES", 3)
     assert found_of(3_000, 60, 50, tmp_path) == (1.0, 0)
-    assert not list(tmp_path.iterdir()), "scratch files are gone"
+    assert not list(tmp_path.iterdir()), "scratch files are removed"
 
 
-def test_many_copies_of_one_recording_all_lead_to_the_first(tmp_path: Path) -> None:
+def test_all_copies_of_a_recording_refer_to_the_first(tmp_path: Path) -> None:
     keys, frames = np.arange(10) * 977, np.arange(10)
     pairs = pairs_of(
         shared_prints([table(list(range(300)), [keys] * 300, [frames] * 300)], 300, DedupConfig(), tmp_path)
@@ -64,14 +64,14 @@ def test_many_copies_of_one_recording_all_lead_to_the_first(tmp_path: Path) -> N
     assert {(0, other) for other in range(1, 300)} <= pairs
 
 
-def test_equal_hashes_name_the_first(tmp_path: Path) -> None:
+def test_recordings_with_equal_hashes_refer_to_the_first(tmp_path: Path) -> None:
     hashes = [f"{number % 4:064x}" for number in range(10)]
     tables = [(np.array([9 - n], np.uint32), [pa.array([hashes[9 - n]])]) for n in range(10)]
     assert dict(equal_hashes(tables, 10, tmp_path)) == {4: 0, 5: 1, 6: 2, 7: 3, 8: 0, 9: 1}
 
 
 def degraded(wave: codecs.Wave) -> dict[str, codecs.Wave]:
-    """The same speech as it comes back from other corpora."""
+    """Returns the same speech with the degradations typical of copies in other corpora."""
     pcm = codecs.to_int16(wave)
     mp3 = io.BytesIO()
     soundfile.write(mp3, wave, 16_000, format="MP3")
@@ -99,7 +99,7 @@ def matches_of(waves: list[list[codecs.Wave]], folder: Path, **config: float) ->
 
 
 @pytest.mark.parametrize(("place", "seconds"), [("begin", 3.0), ("end", 3.0), ("both ends", 3.0), ("begin", 8.0)])
-def test_a_shared_jingle_is_not_a_shared_recording(tmp_path: Path, place: str, seconds: float) -> None:
+def test_a_shared_jingle_does_not_make_recordings_duplicates(tmp_path: Path, place: str, seconds: float) -> None:
     jingle = sound("jingle", seconds)
     episodes = [
         [jingle] * (place != "end") + [sound(f"episode {number}", 30.0)] + [jingle] * (place != "begin")
@@ -108,13 +108,13 @@ def test_a_shared_jingle_is_not_a_shared_recording(tmp_path: Path, place: str, s
     assert matches_of(episodes, tmp_path) == []
     found = matches_of(episodes, tmp_path, min_share=0.02)
     assert len(found) == 6
-    assert all(match.share < 0.45 for match in found), "the share is measured in seconds of the shorter one"
+    assert all(match.share < 0.45 for match in found), "the share is measured in seconds of the shorter recording"
 
 
-def test_the_share_and_the_offset_of_a_copy_are_known(tmp_path: Path) -> None:
+def test_the_overlap_share_and_offset_of_a_copy_are_reported(tmp_path: Path) -> None:
     one, more = sound("one", 20.0), sound("more", 20.0)
     [inside] = matches_of([[one], [one[16_000 * 6 : 16_000 * 14]]], tmp_path)
-    assert inside.share > 0.9, "all of the shorter one"
+    assert inside.share > 0.9, "the whole shorter recording"
     assert -inside.shift * HOP / RATE == pytest.approx(6.0, abs=0.1)
     [half] = matches_of([[one, more], [sound("other", 10.0), one[: 16_000 * 15]]], tmp_path)
     assert half.share == pytest.approx(15 / 25, abs=0.1)
@@ -122,7 +122,7 @@ def test_the_share_and_the_offset_of_a_copy_are_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_speech
-def test_real_speech_is_known_again(utterances: list[Path], tmp_path: Path) -> None:
+def test_degraded_copies_of_real_speech_are_found(utterances: list[Path], tmp_path: Path) -> None:
     names, keys, frames = [], [], []
     for path in utterances[:8]:
         wave = np.concatenate(list(codecs.decode(str(path), 16_000)))
@@ -134,7 +134,7 @@ def test_real_speech_is_known_again(utterances: list[Path], tmp_path: Path) -> N
                 kept.append(made)
     tables = [table(list(range(len(names))), keys, frames)]
     pairs = pairs_of(shared_prints(tables, len(names), DedupConfig(near=True), tmp_path))
-    assert all(names[one][0] == names[other][0] for one, other in pairs), "strangers"
+    assert all(names[one][0] == names[other][0] for one, other in pairs), "different recordings were matched"
     wanted = {(number - number % 7, number) for number in range(len(names)) if number % 7}
     missed = [names[other] for _, other in wanted - pairs]
     print(f"found {1 - len(missed) / len(wanted):.3f} of {len(wanted)}, missed {missed}")

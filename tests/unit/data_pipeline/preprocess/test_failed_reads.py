@@ -1,4 +1,4 @@
-"""Inputs that cannot be read are quarantined by name, and read again by the next job; only output errors end a job."""
+"""Unreadable inputs are quarantined by name and retried by the next job; only output errors end a job."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.sounds import many, path_config, sound, write_corpus
 
 
 def rejects_of(config: PreprocessConfig) -> dict[str, tuple[str, str]]:
-    """(reason, error) of each recording that one unit of all of them could not read."""
+    """Processes all recordings as one work unit; returns (reason, error) of each that could not be read."""
     unit = WorkUnit("0" * 16, tuple(discover(config.corpus).files))
     record = process_unit(unit, config).record
     listed = Path(config.out, "_rejects", f"{record.unit}.jsonl")
@@ -45,7 +45,7 @@ def rejects_of(config: PreprocessConfig) -> dict[str, tuple[str, str]]:
         RuntimeError("SlowDown"),
     ],
 )
-def test_one_object_of_six_that_cannot_be_read_is_listed(tmp_path: Path, error: BaseException) -> None:
+def test_one_unreadable_object_of_six_is_listed(tmp_path: Path, error: BaseException) -> None:
     corpus = write_corpus(tmp_path / "corpus", {f"{name}.wav": 1.0 for name in "abcdef"})
     values: dict[str, Any] = {"out": str(tmp_path / "out"), "corpus": {"name": "path", "path": f"flaky://{corpus}"}}
     with flaky(c=error):
@@ -54,7 +54,7 @@ def test_one_object_of_six_that_cannot_be_read_is_listed(tmp_path: Path, error: 
         }
 
 
-def test_a_web_server_that_refuses_or_breaks_off_names_the_file(tmp_path: Path) -> None:
+def test_http_errors_and_broken_connections_name_the_file(tmp_path: Path) -> None:
     names = ("good.wav", "403.wav", "500.wav", "short.wav")
     corpus = write_corpus(tmp_path / "corpus", dict.fromkeys(names, 1.0))
     with web_server(corpus) as url:
@@ -72,14 +72,14 @@ def test_a_web_server_that_refuses_or_breaks_off_names_the_file(tmp_path: Path) 
     }
 
 
-def test_a_full_disk_under_copies_ends_the_job_and_is_no_fault_of_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_for_local_copies_ends_the_job_and_rejects_no_file(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", {"a.wav": 1.0})
     values = {"out": str(tmp_path / "out"), "corpus": {"name": "path", "path": f"flaky://{corpus}"}}
     with flaky(a=OSError(errno.ENOSPC, "No space left on device")), pytest.raises(OSError, match="no room in"):
         rejects_of(load(PreprocessConfig, values))
 
 
-def test_a_recording_that_fails_while_its_bytes_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_that_fails_while_it_is_copied_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = path_config(write_corpus(tmp_path / "corpus", {"a.flac": 1.0, "b.flac": 1.0}), tmp_path / "out")
 
     def failing(path: str, *rest: Any) -> bytes | None:
@@ -92,7 +92,7 @@ def test_a_recording_that_fails_while_its_bytes_are_copied(tmp_path: Path, monke
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_repaired_recording_is_taken_in_by_the_next_job(tmp_path: Path) -> None:
+def test_a_repaired_recording_is_processed_by_the_next_job(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(4))
     whole = (corpus / "speaker0" / "clip000.flac").read_bytes()
     (corpus / "speaker0" / "clip000.flac").write_bytes(whole[: len(whole) // 3])
@@ -112,13 +112,13 @@ def test_a_repaired_recording_is_taken_in_by_the_next_job(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_failures_that_may_pass_are_tried_again_though_the_file_is_the_same(tmp_path: Path) -> None:
+def test_transient_failures_are_retried_although_the_file_is_unchanged(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(3))
     gone = corpus / "speaker1" / "clip001.flac"
     config = path_config(corpus, tmp_path / "out")
     files = tuple(discover(config.corpus).files)
     hidden = gone.rename(tmp_path / "hidden.flac")
-    # the job planned the recording, and it vanished before it was read
+    # the recording vanishes after it was planned and before it is read
     for unit in freeze_plan(FileStore(config.out), files, config).units:
         process_unit(unit, config)
     assert preprocess(config, progress=False).quarantined == 1
@@ -128,7 +128,7 @@ def test_failures_that_may_pass_are_tried_again_though_the_file_is_the_same(tmp_
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_failure_that_stays_is_one_unit_however_often_it_is_tried(tmp_path: Path) -> None:
+def test_a_persistent_failure_stays_one_unit_over_all_retries(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", {"a.wav": 1.0, "b.wav": 1.0})
     with web_server(corpus) as url:
         (corpus / "b.wav").rename(corpus / "500.wav")
@@ -138,20 +138,20 @@ def test_a_failure_that_stays_is_one_unit_however_often_it_is_tried(tmp_path: Pa
         summaries = [preprocess(config, progress=False) for _ in range(3)]
         (corpus / "500.wav").rename(corpus / "b.wav")
     assert [(s.files, s.segments, s.quarantined, s.imbalances) for s in summaries] == [(2, 1, 1, ())] * 3
-    assert [s.units_done for s in summaries] == [1, 1, 1], "tried by each job"
+    assert [s.units_done for s in summaries] == [1, 1, 1], "retried by each job"
     assert len(list((tmp_path / "out" / "_done").iterdir())) == 2
     assert summaries[0].exit_code == 0
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_an_output_that_cannot_be_written_ends_the_job(tmp_path: Path) -> None:
+def test_an_output_write_error_ends_the_job(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(2))
     (tmp_path / "out").write_text("a file, not a folder")
     with pytest.raises(OSError, match="out"):
         preprocess(path_config(corpus, tmp_path / "out"), progress=False)
 
 
-def test_copies_are_compared_with_the_size_that_was_listed(tmp_path: Path) -> None:
+def test_the_size_of_a_copy_is_checked_against_the_listed_size(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     soundfile.write(corpus / "a.wav", sound("a", 1.0), 16_000)

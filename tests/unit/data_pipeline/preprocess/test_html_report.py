@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, trusts no file name, and looks right in a browser."""
+"""The HTML report: one self-contained page that escapes file names and renders in a browser."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def page(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
     return root / "out" / "report.html"
 
 
-def test_it_says_what_happened_and_loads_nothing(page: Path) -> None:
+def test_the_report_is_complete_and_loads_no_other_resource(page: Path) -> None:
     text = page.read_text()
     assert "<script" not in text
     assert "<img src=x" not in text
     assert "&lt;img src=x onerror=alert(2)&gt;.wav" in text
-    assert not re.findall(r"<[^>]*(?:src|href)=(?!'data:)", text), "everything is inside the page"
+    assert not re.findall(r"<[^>]*(?:src|href)=(?!'data:)", text), "all images and audio are embedded in the page"
     for said in (
         "too_short",
         "unreadable",
@@ -41,14 +41,14 @@ def test_it_says_what_happened_and_loads_nothing(page: Path) -> None:
     assert text.count("data:image/png;base64") == 8
 
 
-def test_a_browser_shows_it(page: Path, tmp_path: Path) -> None:
+def test_the_report_renders_in_a_browser(page: Path, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
     made = [f"--user-data-dir={tmp_path}", f"--screenshot={tmp_path / 'page.png'}", "--window-size=1100,1600"]
     subprocess.run([*command, *made, page.as_uri()], check=True, capture_output=True, timeout=120)
-    assert (tmp_path / "page.png").stat().st_size > 50_000, "an empty page is smaller"
+    assert (tmp_path / "page.png").stat().st_size > 50_000, "the screenshot is as small as that of an empty page"
     dom = subprocess.run(
         [*command, f"--user-data-dir={tmp_path}", "--dump-dom", page.as_uri()],
         check=True, capture_output=True, text=True, timeout=120,

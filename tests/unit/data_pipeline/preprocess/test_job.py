@@ -1,4 +1,4 @@
-"""Corpus in, shards out, on a real local Ray."""
+"""Preprocessing jobs, from a corpus to shards, on a real local Ray."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_good_files_become_shards_and_a_broken_one_is_listed(tmp_path: Path) -> 
     assert len(set(seen)) == len(seen) == 14
 
 
-def test_again_does_nothing_and_another_folder_gets_the_same_bytes(tmp_path: Path) -> None:
+def test_a_repeat_does_nothing_and_another_output_folder_gets_the_same_bytes(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(20))
     config = path_config(corpus, tmp_path / "out")
     preprocess(config, progress=False)
@@ -63,7 +63,7 @@ def test_again_does_nothing_and_another_folder_gets_the_same_bytes(tmp_path: Pat
     assert contents(tmp_path / "twin") == first
 
 
-def test_new_files_leave_finished_shards_alone(tmp_path: Path) -> None:
+def test_new_files_do_not_change_finished_shards(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(20))
     config = path_config(corpus, tmp_path / "out")
     preprocess(config, progress=False)
@@ -78,7 +78,7 @@ def test_new_files_leave_finished_shards_alone(tmp_path: Path) -> None:
     assert sum("new" in str(row["key"]) for row in rows(tmp_path / "out")) == 1
 
 
-def test_a_file_that_changes_later_is_counted_and_not_doubled(tmp_path: Path) -> None:
+def test_a_file_changed_later_is_counted_and_not_processed_twice(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(4))
     config = path_config(corpus, tmp_path / "out")
     preprocess(config, progress=False)
@@ -99,7 +99,7 @@ def test_a_lost_shard_is_made_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == first
 
 
-def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(2))
     preprocess(path_config(corpus, tmp_path / "out"), progress=False)
     other = path_config(corpus, tmp_path / "out", cut={"max_seconds": 5.0})
@@ -107,7 +107,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         preprocess(other, progress=False)
 
 
-def test_nothing_usable_is_a_failure(tmp_path: Path) -> None:
+def test_a_corpus_without_usable_audio_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.wav").write_bytes(b"RIFF")
     summary = preprocess(path_config(tmp_path / "corpus", tmp_path / "out"), progress=False)
@@ -127,7 +127,7 @@ def test_the_forecast_writes_nothing(tmp_path: Path) -> None:
     assert plan_units(path_config(corpus, tmp_path / "out")).files == 0
 
 
-def test_a_local_ray_listens_on_localhost_alone() -> None:
+def test_a_local_ray_listens_on_localhost_only() -> None:
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     listening = set()
     for process in processes:

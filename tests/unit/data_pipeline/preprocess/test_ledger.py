@@ -1,4 +1,4 @@
-"""What goes into a data set equals what comes out and what is left out: recordings and hours, corpus by corpus."""
+"""Input equals output plus rejects, in recordings and hours, for each corpus."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOUR = 16_000 * 3600
 
 
 def listed_in(summary: Summary) -> Counter[str]:
-    """Recordings and rows in the quarantine list, by stage and reason."""
+    """Counts recordings and rows of the quarantine list by stage and reason."""
     rows = [json.loads(line) for line in Path(summary.quarantine).read_text().splitlines()]
     return Counter(f"{row['stage']}/{row['reason']}" for row in rows)
 
@@ -87,7 +87,7 @@ def test_recordings_and_hours_balance(tmp_path: Path) -> None:
     assert not list(verify(str(tmp_path / "out")))
 
 
-def test_recordings_without_speech_are_listed_and_pauses_are_not_recordings(
+def test_recordings_without_speech_are_rejects_and_pauses_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def speech(blocks: Any, longest: int, config: object) -> Any:
@@ -114,7 +114,7 @@ def test_recordings_without_speech_are_listed_and_pauses_are_not_recordings(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_overlapping_spans_and_rows_that_cannot_be_used_balance(tmp_path: Path) -> None:
+def test_overlapping_spans_and_invalid_rows_balance(tmp_path: Path) -> None:
     rows = [
         {"begin": 0.0, "end": 10.0},
         {"begin": 5.0, "end": 12.0},
@@ -158,14 +158,14 @@ def plan_of(*generations: tuple[str, list[str]], dropped: list[str] | None = Non
     return plan
 
 
-def test_sums_that_do_not_agree_are_found() -> None:
+def test_imbalances_are_found() -> None:
     plan = plan_of(("u", ["a", "b"]))
     assert balance(plan, [made_record("u", flow_of(2, HOUR), 2)], [], []).imbalances == []
     for flow, files in (
-        ([*flow_of(2, HOUR), ("c", "", "cut", "x", 1, 7)], 2),  # samples that never came in
-        (flow_of(2, HOUR)[:1] + flow_of(2, HOUR)[2:], 2),  # nothing came out
-        (flow_of(1, HOUR), 1),  # one recording is missing
-        ([*flow_of(2, HOUR)[:2], ("c", "", "recording", "used", 1, 0)], 2),  # one has no outcome
+        ([*flow_of(2, HOUR), ("c", "", "cut", "x", 1, 7)], 2),  # output samples that no input accounts for
+        (flow_of(2, HOUR)[:1] + flow_of(2, HOUR)[2:], 2),  # neither output nor reject
+        (flow_of(1, HOUR), 1),  # a missing recording
+        ([*flow_of(2, HOUR)[:2], ("c", "", "recording", "used", 1, 0)], 2),  # a recording without an outcome
     ):
         assert balance(plan, [made_record("u", flow, files)], [], []).imbalances
     old = [row for row in flow_of(2, HOUR) if row[2] != "recording"]
@@ -189,7 +189,7 @@ def test_a_later_unit_replaces_the_failure_of_an_earlier_one() -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_names_in_files_of_a_data_set_are_never_paths(tmp_path: Path) -> None:
+def test_names_in_records_and_plans_cannot_escape_the_data_set(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(3))
     config = path_config(corpus, tmp_path / "out")
     preprocess(config, progress=False)
@@ -215,7 +215,7 @@ def test_names_in_files_of_a_data_set_are_never_paths(tmp_path: Path) -> None:
     assert preprocess(config, progress=False).units_done == 0
 
 
-def test_a_plan_may_not_name_other_folders(tmp_path: Path) -> None:
+def test_a_plan_cannot_refer_to_other_folders(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path))
     for unit, folder in (("0" * 16, "../x"), ("../x", ""), ("0" * 15, ""), ("0" * 16, "/etc")):
         content = write_table([WorkUnit(unit, (AudioFile("a", "a", "c"),), folder)], [])
@@ -227,7 +227,7 @@ def test_a_plan_may_not_name_other_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_markup_and_control_characters_of_names_are_shown(tmp_path: Path) -> None:
+def test_markup_and_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     out = tmp_path / "out [" / "2]"
     corpus = tmp_path / "cor\x1b]0;title\x07pus"
     write_corpus(corpus, {"[/b]\x1b[31mred/a.wav": 1.0, "s/b.wav": 1.0})

@@ -1,4 +1,4 @@
-"""What the terminal shows while preprocessing runs."""
+"""Terminal progress of a preprocessing job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_pipeline.preprocess.unit_worker import UnitResult
 from data_pipeline.shards.records import DoneRecord
 
 
-def test_it_tells_files_hours_speed_and_rejects() -> None:
+def test_progress_shows_files_hours_speed_and_rejects() -> None:
     todo = [WorkUnit(name, (AudioFile(f"{name}.wav", name, "corpus", seconds=3600.0),)) for name in ("a", "b")]
     said = io.StringIO()
     console = Console(file=said, force_terminal=True, width=160)

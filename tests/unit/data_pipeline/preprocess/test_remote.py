@@ -1,4 +1,4 @@
-"""Corpus and shards on an S3 server: a real process on loopback, reached through s3fs."""
+"""Corpus and shards on an S3 server: a separate process on the loopback interface, reached through s3fs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytest.importorskip("moto", reason="needs moto")
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The server's address, with a bucket "speech"; fsspec is configured for it through its own config file."""
+    """Starts a server with a bucket "speech", configures fsspec for it by config file, and returns its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,19 +58,19 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(timeout=20)
 
 
-def test_a_claim_is_granted_once(s3: str) -> None:
+def test_only_one_writer_obtains_a_claim(s3: str) -> None:
     store = FileStore("s3://speech/claims")
     assert store.create("_done/a.json", b"first")
     assert not store.create("_done/a.json", b"second")
     assert store.read("_done/a.json") == b"first"
 
 
-def test_from_bucket_to_bucket_equals_from_disk_to_disk(s3: str, tmp_path: Path) -> None:
+def test_preprocessing_on_s3_gives_the_shards_of_local_disks(s3: str, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(12))
     (corpus / "broken.flac").write_bytes(b"fLaC" * 50)
     FileStore("s3://speech").fs.put(str(corpus), "speech/corpus", recursive=True)
     remote = {"out": "s3://speech/out", "corpus": {"name": "path", "path": "s3://speech/corpus"}}
-    # a Ray of its own: its workers inherit the server's address
+    # uses its own Ray, whose workers inherit the server's address
     code = (
         "import json, sys\n"
         "from data_pipeline.preprocess.config import PreprocessConfig\n"
@@ -92,6 +92,6 @@ def test_from_bucket_to_bucket_equals_from_disk_to_disk(s3: str, tmp_path: Path)
     keys = {row["key"] for record in records for row in read_index("s3://speech/out", record).to_pylist()}
     assert len(keys) == 12
     preprocess_here(path_config(corpus, tmp_path / "out"))
-    # what shards hold is the same; only how files are grouped follows from their dates, which differ
+    # contents are equal; only the grouping of files differs, because it depends on their modification times
     local = str(tmp_path / "out")
     assert keys == {row["key"] for record in done_records(local) for row in read_index(local, record).to_pylist()}

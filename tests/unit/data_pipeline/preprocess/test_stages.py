@@ -1,4 +1,4 @@
-"""The optional stages: voice activity, filters, loudness, doubles, held-out speakers, weights."""
+"""Optional stages: voice activity detection, filters, loudness, deduplication, held-out speakers, weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows(root: Path) -> list[dict[str, object]]:
 
 @pytest.fixture
 def spoken(utterances: list[Path]) -> codecs.Wave:
-    """Real speech with two seconds of silence before and after each of two utterances."""
+    """Writes real speech: two utterances, each with two seconds of silence before and after."""
     pytest.importorskip("onnxruntime", reason="needs the extra vad")
     pytest.importorskip("silero_vad", reason="needs the extra vad")
     hush = np.zeros(32_000, np.float32)
@@ -36,7 +36,7 @@ def spoken(utterances: list[Path]) -> codecs.Wave:
 
 
 @pytest.mark.real_speech
-def test_speech_probabilities_are_those_of_the_package(spoken: codecs.Wave) -> None:
+def test_speech_probabilities_equal_those_of_silero_vad(spoken: codecs.Wave) -> None:
     import torch
     from silero_vad import load_silero_vad
 
@@ -50,7 +50,7 @@ def test_speech_probabilities_are_those_of_the_package(spoken: codecs.Wave) -> N
 
 @pytest.mark.real_speech
 @pytest.mark.parametrize("block", [700, 16_000, 10**7])
-def test_stretches_of_speech_keep_their_place_whatever_the_blocks(spoken: codecs.Wave, block: int) -> None:
+def test_speech_segments_do_not_depend_on_the_block_size(spoken: codecs.Wave, block: int) -> None:
     config = VadConfig(enabled=True)
     blocks = [spoken[start : start + block] for start in range(0, len(spoken), block)]
     found = list(vad.speech(blocks, 16_000 * 30, config))
@@ -58,7 +58,7 @@ def test_stretches_of_speech_keep_their_place_whatever_the_blocks(spoken: codecs
         np.testing.assert_array_equal(wave, spoken[start : start + len(wave)])
     kept = sum(len(wave) for _, wave in found)
     assert 0.85 * (len(spoken) - 96_000) < kept < 1.05 * (len(spoken) - 96_000)
-    assert found[0][0] >= 28_000, "the silence at the begin is left out"
+    assert found[0][0] >= 28_000, "leading silence is left out"
     ends = [start + len(wave) for start, wave in found]
     assert all(start >= end for (start, _), end in zip(found[1:], ends, strict=False)), "no overlap"
     short = list(vad.speech(blocks, 16_000, config))
@@ -66,14 +66,16 @@ def test_stretches_of_speech_keep_their_place_whatever_the_blocks(spoken: codecs
     assert sum(len(wave) for _, wave in short) > 0.9 * kept
 
 
-def test_a_missing_vad_is_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_vad_package_is_reported_before_the_job_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vad.importlib.util, "find_spec", lambda name: None)
     config = path_config(tmp_path, tmp_path / "out", vad={"enabled": True})
     with pytest.raises(ConfigError, match=r"auricle\[vad\]"):
         preprocess(config)
 
 
-def test_filters_name_their_reason() -> None:
+def test_each_filter_reports_its_reason() -> None:
     config = FilterConfig(min_level_dbfs=-50.0, max_clipped=0.01, min_snr_db=15.0)
     good = sound("good", 2.0)
     noise = sound("noise", 2.0) * 0 + 0.1 * np.random.default_rng(0).standard_normal(32_000).astype(np.float32)
@@ -89,7 +91,7 @@ def test_filters_name_their_reason() -> None:
     assert verdict(measure(np.zeros(32_000, np.float32), 16_000), config) == "silence"
 
 
-def test_snr_rises_with_the_true_one() -> None:
+def test_estimated_snr_increases_with_the_true_snr() -> None:
     signal, noise = sound("signal", 4.0), np.random.default_rng(1).standard_normal(64_000).astype(np.float32)
     estimates = [measure(signal + scale * noise, 16_000).snr_db for scale in (0.1, 0.03, 0.01, 0.003)]
     assert estimates == sorted(estimates)
@@ -108,7 +110,7 @@ def test_loudness_reaches_the_target_but_never_clips() -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_doubles_are_left_out_and_named(tmp_path: Path) -> None:
+def test_duplicates_are_left_out_and_listed(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(6, 6.0))
     wave, _ = soundfile.read(corpus / "speaker0" / "clip000.flac", dtype="int16")
     soundfile.write(corpus / "zz_same.wav", wave, 16_000)
@@ -119,11 +121,11 @@ def test_doubles_are_left_out_and_named(tmp_path: Path) -> None:
     assert (summary.segments, summary.rejects["dedup/exact"][0], summary.rejects["dedup/near"][0]) == (6, 1, 2)
     soundfile.write(corpus / "aa_again.aiff", wave, 16_000)
     later = preprocess(config, progress=False)
-    assert (later.segments, later.rejects["dedup/exact"][0]) == (6, 2), "what is written already stays"
+    assert (later.segments, later.rejects["dedup/exact"][0]) == (6, 2), "finished shards are kept"
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_held_out_speakers_are_in_one_set_only(tmp_path: Path) -> None:
+def test_each_speaker_is_in_one_split_only(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", {f"speaker{n % 20:02d}/{n}.flac": 0.6 for n in range(60)})
     config = path_config(corpus, tmp_path / "out", split={"valid": 0.2, "test": 0.2})
     summary = preprocess(config, progress=False)

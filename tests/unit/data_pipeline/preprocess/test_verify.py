@@ -1,4 +1,4 @@
-"""`verify` finds everything that is not as it was written."""
+"""`verify` finds every missing, added or modified file of a data set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.tiny_shards import sounds, write_shards
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
-    """A data set with every kind of file, and labels beside it."""
+    """Makes a data set with every kind of file, and a set of labels."""
     root = tmp_path_factory.mktemp("verify")
     corpus = write_corpus(root / "corpus", many(6, 0.6))
     (corpus / "broken.wav").write_bytes(b"RIFF")
@@ -36,7 +36,7 @@ def every_file(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
-def test_nothing_is_wrong_with_what_was_just_written(whole: Path) -> None:
+def test_a_freshly_written_data_set_has_no_faults(whole: Path) -> None:
     assert len(list(whole.glob("*.tar"))) > 1
     assert list(verify(str(whole))) == []
     assert list(verify(str(whole.parent / "labels"))) == []
@@ -76,7 +76,7 @@ def test_any_flipped_bit_is_found(whole: Path, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("ending", [".tar", ".tar.idx", ".parquet"])
-def test_missing_and_foreign_files_are_found(whole: Path, tmp_path: Path, ending: str) -> None:
+def test_missing_and_unexpected_files_are_found(whole: Path, tmp_path: Path, ending: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
     next(path for path in sorted(copy.iterdir()) if path.name.endswith(ending)).unlink()
@@ -86,7 +86,7 @@ def test_missing_and_foreign_files_are_found(whole: Path, tmp_path: Path, ending
     assert "belongs to no finished unit" in problems["stray.tar"]
 
 
-def test_every_fault_of_a_shard_has_a_row_and_hides_no_other(tmp_path: Path) -> None:
+def test_every_fault_of_a_shard_is_listed(tmp_path: Path) -> None:
     root = write_shards(tmp_path / "shards", [sounds([0.5, 0.5, 0.5]), sounds([0.5, 0.5], corpus="b")])
     first = ["a-0000.flac", "a-0001.json", "a-0002.flac"]
     for name, content in zip(first, (b"not audio", b"{not json", b"fLaC\xff"), strict=True):
@@ -100,17 +100,17 @@ def test_every_fault_of_a_shard_has_a_row_and_hides_no_other(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("odd", ["record", "index", "tar"])
-def test_a_file_that_cannot_be_parsed_hides_no_other_fault(tmp_path: Path, odd: str) -> None:
+def test_an_unparsable_file_does_not_hide_other_faults(tmp_path: Path, odd: str) -> None:
     root = write_shards(tmp_path / "shards", [sounds([0.5, 0.5]), sounds([0.5], corpus="b")])
     overwrite_member(root / "shard-0001.tar", "b-0000.flac", b"not audio")
     file = {"record": "_done/shard-0000.json", "index": "shard-0000.parquet", "tar": "shard-0000.tar"}[odd]
     (root / file).write_bytes(b"[" * 3000)
     faults = list(verify(str(root)))
-    assert any("b-0000.flac" in fault for _, fault in faults), "the second shard is read too"
+    assert any("b-0000.flac" in fault for _, fault in faults), "the second shard is verified too"
     assert any(name in (file, "shard-0000.tar") for name, _ in faults)
 
 
-def test_a_claimed_length_costs_no_memory(tmp_path: Path) -> None:
+def test_a_wrong_length_in_the_index_allocates_no_memory(tmp_path: Path) -> None:
     hours = 2
     root = write_shards(tmp_path / "shards", [sounds([1.0])])
     replace_audio(root, "shard-0000", silent_flac(hours * 3600))

@@ -1,4 +1,4 @@
-"""Properties of the plan, on synthetic catalogues."""
+"""Properties of sampling plans on synthetic catalogs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.catalogs import SECOND, catalogue_of, random_shards, reader_c
 
 
 def epoch_rows(plan: Plan, epoch: int = 0) -> Counter[tuple[int, int]]:
-    """How often each (shard, row) appears in an epoch."""
+    """Counts how often each (shard, row) appears in an epoch."""
     seen: Counter[tuple[int, int]] = Counter()
     for g in range(plan.layout(epoch).steps):
         for micro in plan.step(epoch, g):
@@ -85,7 +85,7 @@ def test_padding_is_bounded(case: dict[str, object]) -> None:
 
 @bounded
 @given(cases)
-def test_audio_per_step_is_the_recipes(case: dict[str, object]) -> None:
+def test_audio_per_step_matches_the_recipe(case: dict[str, object]) -> None:
     plan = plan_of(case)
     found = audio_per_step_check(plan, 1, plan.constraints.micro_batches)
     assert found.seconds == pytest.approx(found.asked, rel=0.025)
@@ -97,7 +97,7 @@ def test_audio_per_step_is_the_recipes(case: dict[str, object]) -> None:
         total += int(audio.sum()) + window.cropped
         mean = (audio.sum() + window.cropped) / len(audio)
         if mean < plan.constraints.micro_batches * plan.constraints.longest:
-            continue  # no micro-batch may be empty, so where each can hold one segment only, lengths decide
+            continue  # no micro-batch may be empty: when each holds a single segment, its length sets the amount
         assert (audio <= mean + plan.constraints.longest).all()
         if window.cropped == 0:
             assert (audio >= mean - plan.constraints.longest).all()
@@ -106,7 +106,7 @@ def test_audio_per_step_is_the_recipes(case: dict[str, object]) -> None:
 
 @bounded
 @given(cases, st.integers(0, 10**6))
-def test_a_step_is_the_same_however_it_is_reached(case: dict[str, object], pick: int) -> None:
+def test_a_step_does_not_depend_on_the_steps_read_before(case: dict[str, object], pick: int) -> None:
     walked, fresh = plan_of(case), plan_of(case)
     steps = walked.layout(0).steps
     wanted = pick % steps
@@ -120,7 +120,7 @@ def test_a_step_is_the_same_however_it_is_reached(case: dict[str, object], pick:
 
 @bounded
 @given(st.integers(0, 1000), st.sampled_from([0.3, 0.5, 0.8]))
-def test_mixing_repeats_groups_an_exact_number_of_times(seed: int, alpha: float) -> None:
+def test_mixing_repeats_each_group_by_its_exact_factor(seed: int, alpha: float) -> None:
     rng = np.random.default_rng(seed)
     shards = random_shards(seed, 6, 60, low=3, high=15)
     share = [0.75, 0.2, 0.05]
@@ -143,7 +143,7 @@ def test_mixing_repeats_groups_an_exact_number_of_times(seed: int, alpha: float)
         assert plan.repeats_G[g] / SHARE == pytest.approx((max(hours) / hours[g]) ** (1 - alpha), rel=1e-3)
 
 
-def test_epochs_differ_and_repeat_exactly() -> None:
+def test_epochs_differ_and_are_reproducible() -> None:
     make = lambda seed: make_plan(catalogue_of(random_shards(1, 4, 80)), reader_config(), seed)  # noqa: E731
     first, again, other = make(0), make(0), make(1)
     rows = lambda plan, epoch: [m.row_n.tolist() for g in range(5) for m in plan.step(epoch, g)]  # noqa: E731
@@ -153,22 +153,22 @@ def test_epochs_differ_and_repeat_exactly() -> None:
     assert first.hash == again.hash != other.hash
 
 
-def test_windows_bound_the_shards_in_use() -> None:
+def test_windows_limit_the_number_of_open_shards() -> None:
     plan = make_plan(catalogue_of(random_shards(2, 40, 200)), reader_config(shuffle_window=8), 0)
     layout = plan.layout(0)
     assert len(layout.window_W1) - 1 == 5
     assert np.diff(layout.window_W1).max() <= 8
 
 
-def test_neighbours_of_a_shard_are_mixed_in_its_window() -> None:
+def test_segments_of_the_shards_of_a_window_are_shuffled_together() -> None:
     plan = make_plan(catalogue_of([[10.0] * 200] * 8), reader_config(shuffle_window=8, max_seconds=15.6), 0)
     shards = np.concatenate([m.shard_n for g in range(20) for m in plan.step(0, g)])
     assert len(set(shards.tolist())) == 8
     assert (np.diff(shards) == 0).mean() < 0.3
 
 
-def test_a_tiny_corpus_keeps_all_its_audio_at_little_padding() -> None:
-    """0.4 h like one LibriSpeech speaker each: mostly 12 to 16 s, a few short ones."""
+def test_a_tiny_corpus_keeps_all_its_audio_with_little_padding() -> None:
+    """Each shard has 0.4 h, like one LibriSpeech speaker: mostly 12 to 16 s, and a few short segments."""
     rng = np.random.default_rng(0)
     lengths = list(np.concatenate([rng.uniform(12, 16.5, 95), rng.uniform(2, 12, 20)]))
     plan = make_plan(
@@ -190,7 +190,7 @@ def test_default_settings_pad_less_than_three_percent() -> None:
     assert window.cropped == 0
 
 
-def test_worlds_that_do_not_divide_are_refused_by_name() -> None:
+def test_a_world_size_that_does_not_divide_the_micro_batches_is_refused() -> None:
     assert accumulation(6, 3) == 2
     with pytest.raises(ConfigError, match=r"6 cannot be shared equally by 4 ranks; run on one of: 1, 2, 3, 6"):
         accumulation(6, 4)
@@ -216,7 +216,7 @@ def test_impossible_sizes_are_refused_with_a_remedy() -> None:
         make_plan(catalogue, reader_config(min_seconds=6.0, max_seconds=5.0), 0)
 
 
-def test_a_cap_is_kept_or_refused() -> None:
+def test_a_memory_cap_is_met_or_refused() -> None:
     catalogue = catalogue_of(random_shards(1, 12, 200))
     with pytest.raises(ConfigError, match=r"raise data\.micro_batches to 10") as refused:
         make_plan(catalogue, reader_config(batch_seconds=320.0, micro_batches=4, cap_seconds=52.0), 0)
@@ -238,7 +238,7 @@ def test_the_largest_micro_batches_of_a_step_come_first() -> None:
 
 
 def digest(plan: Plan) -> str:
-    """Of every third step of two epochs."""
+    """Returns a hash of every third step of two epochs."""
     found = hashlib.sha256()
     for epoch in (0, 3):
         for g in range(0, plan.layout(epoch).steps, 3):
@@ -258,7 +258,7 @@ def digest(plan: Plan) -> str:
     ],
 )
 def test_plans_of_earlier_versions_are_unchanged(values: dict[str, Any], plan_hash: str, steps: str) -> None:
-    """Checkpoints hold the hash, and a resume goes on with the same steps."""
+    """Checkpoints store the plan hash, and a resume continues with the same steps."""
     shards = random_shards(5, 9, 70, low=2, high=15)
     groups = [list(np.random.default_rng(i).integers(0, 3, 70)) for i in range(9)]
     plan = make_plan(catalogue_of(shards, groups, 3), reader_config(**values), 11)

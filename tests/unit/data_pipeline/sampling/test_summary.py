@@ -1,4 +1,4 @@
-"""The plan's description, and the search for caps."""
+"""Plan summaries and the search for memory caps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_description_agrees_with_the_steps() -> None:
     assert "1, 2, 4" in text
 
 
-def test_mixed_hours_are_those_of_the_epoch() -> None:
+def test_mixed_hours_equal_those_of_the_epoch() -> None:
     groups = [[int(i >= 72) for i in range(80)] for _ in range(6)]
     config = reader_config(mix_alpha=0.5)
     plan = make_plan(catalogue_of(random_shards(1, 6, 80, low=4, high=15), groups, 2), config, 0)
@@ -44,7 +44,7 @@ def test_mixed_hours_are_those_of_the_epoch() -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 17, 100, 1000])
 @pytest.mark.parametrize("start", [1, 10, 5000])
-def test_bisection_never_exceeds_and_comes_close(limit: int, start: int) -> None:
+def test_bisection_finds_nearly_the_limit_and_never_exceeds_it(limit: int, start: int) -> None:
     asked = []
 
     def fits(rows: int) -> bool:
@@ -56,7 +56,7 @@ def test_bisection_never_exceeds_and_comes_close(limit: int, start: int) -> None
     assert len(asked) < 30
 
 
-def test_caps_hold_at_every_length_and_refuse_the_impossible() -> None:
+def test_caps_hold_at_every_length_and_too_little_memory_is_an_error() -> None:
     memory = lambda rows, s: rows * s * (1 + 0.03 * s)  # noqa: E731
     caps = find_caps(lambda rows, s: memory(rows, s) <= 1500, [2.0, 5.6, 15.6], 100.0)
     assert caps.rows[0][0] == 15.6

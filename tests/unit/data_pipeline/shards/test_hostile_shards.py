@@ -1,4 +1,4 @@
-"""Damaged or hostile records, index rows and JSON: the shard is named, and skipped or refused."""
+"""Damaged or hostile records, index rows and JSON: the shard is named, and is skipped or an error."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def change_index(root: Path, change: Callable[[pa.Table], pa.Table]) -> None:
 
 
 def column(name: str, values: list[Any] | None) -> Callable[[pa.Table], pa.Table]:
-    """Replaces the first values of a column, or drops it."""
+    """Returns a change that replaces the first values of a column, or drops the column."""
 
     def change(table: pa.Table) -> pa.Table:
         at = table.column_names.index(name)
@@ -60,7 +60,7 @@ def column(name: str, values: list[Any] | None) -> Callable[[pa.Table], pa.Table
 
 
 def keys_of(root: Path, **values: Any) -> tuple[set[str], int]:
-    """Keys of one epoch, and segments skipped."""
+    """Returns the keys of one epoch and the number of skipped segments."""
     reader = open_reader(DataConfig(shards=str(root), workers=0, **BATCH, **values), 0, 0, 1)
     try:
         steps = list(itertools.islice(reader.steps(), reader.plan.layout(0).steps))
@@ -96,7 +96,7 @@ HOSTILE_ROWS = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_ROWS)
-def test_rows_that_cannot_be_right_concern_their_shard_alone(root: Path, name: str) -> None:
+def test_invalid_index_rows_affect_their_shard_only(root: Path, name: str) -> None:
     whole, _ = keys_of(root)
     change_index(root, HOSTILE_ROWS[name])
     with pytest.raises(ValueError, match=rf"{BAD}\.tar: its index cannot be used") as refused:
@@ -111,7 +111,7 @@ def test_rows_that_cannot_be_right_concern_their_shard_alone(root: Path, name: s
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"[]"])
-def test_an_index_that_is_not_parquet_concerns_its_shard_alone(root: Path, content: bytes) -> None:
+def test_an_index_that_is_not_parquet_affects_its_shard_only(root: Path, content: bytes) -> None:
     (root / f"{BAD}.parquet").write_bytes(content)
     with pytest.raises(ShardError, match=BAD):
         keys_of(root)
@@ -129,7 +129,7 @@ HOSTILE_JSON = {
 
 
 def replace_json(root: Path, content: bytes | None) -> None:
-    """Gives every sample of the bad shard this JSON, or a link in its place."""
+    """Replaces the JSON of every sample of the bad shard, by content or by a link."""
     tar, offset = root / f"{BAD}.tar", 0
     rows = pq.read_table(root / f"{BAD}.parquet").to_pylist()
     data, out = tar.read_bytes(), io.BytesIO()
@@ -152,13 +152,13 @@ def replace_json(root: Path, content: bytes | None) -> None:
 
 
 @pytest.mark.parametrize("name", [*HOSTILE_JSON, "link"])
-def test_json_that_cannot_be_used_is_skipped_and_counted(root: Path, name: str) -> None:
+def test_samples_with_invalid_json_are_skipped_and_counted(root: Path, name: str) -> None:
     replace_json(root, HOSTILE_JSON.get(name))
     with pytest.raises(ShardError, match=rf"{BAD}\.tar: the JSON of sample"):
         keys_of(root, labels=("mood",))
     kept, skipped = keys_of(root, labels=("mood",), on_bad_shard="skip")
     assert len(kept) == 40
-    assert skipped >= 20  # once in each pass over the data
+    assert skipped >= 20  # counted once in each pass over the data
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_json_that_cannot_be_used_is_skipped_and_counted(root: Path, name: str) 
         {"flow": 7},
     ],
 )
-def test_records_hold_plain_names_and_counts(root: Path, fields: dict[str, Any]) -> None:
+def test_records_with_unsafe_names_or_invalid_counts_are_refused(root: Path, fields: dict[str, Any]) -> None:
     change_record(root, **fields)
     for read in (done_records, keys_of):
         with pytest.raises(ValueError, match=rf"_done/{BAD}\.json") as refused:
@@ -188,7 +188,7 @@ def test_records_hold_plain_names_and_counts(root: Path, fields: dict[str, Any])
         assert not isinstance(refused.value, ConfigError)
 
 
-def test_a_record_of_the_size_of_its_shard_that_counts_too_many_segments_allocates_nothing(root: Path) -> None:
+def test_a_record_with_a_huge_segment_count_allocates_no_memory(root: Path) -> None:
     change_record(root, bytes=2**50, segments=2**39)
     kept, _ = keys_of(root, on_bad_shard="skip")
     assert len(kept) == 40
@@ -201,14 +201,14 @@ def test_two_records_of_one_shard_are_refused(root: Path) -> None:
         done_records(str(root))
 
 
-def test_a_record_without_a_location_has_the_checksum_of_earlier_versions(root: Path) -> None:
+def test_a_record_without_a_location_keeps_the_checksum_of_earlier_versions(root: Path) -> None:
     record = done_records(str(root))[0]
     assert "location" not in json.loads(record.to_json())
     moved = DoneRecord.from_json(record.to_json(), f"{record.unit}.json")
     assert moved == record
 
 
-def test_the_temporary_cache_belongs_to_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_temporary_cache_is_private_to_this_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = private_folder()
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -230,13 +230,13 @@ def test_the_temporary_cache_belongs_to_this_user_alone(tmp_path: Path, monkeypa
         private_folder()
 
 
-def test_scratch_folders_of_ended_processes_are_swept_and_others_stay(tmp_path: Path) -> None:
+def test_scratch_folders_of_ended_processes_are_removed_and_others_kept(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path))
     with store.scratch("unit+") as mine:
         machine = mine.name.split("+")[1]
-        ended = mine.with_name(f"unit+{machine}+{os.getpid()}+12345+abc")  # a process number that was used again
+        ended = mine.with_name(f"unit+{machine}+{os.getpid()}+12345+abc")  # a reused process id
         elsewhere = mine.with_name(f"unit+{'0' * 12}+{os.getpid()}+12345+abc")
-        expired = mine.with_name("unit+host+7+abc")  # named as in earlier versions
+        expired = mine.with_name("unit+host+7+abc")  # the name format of earlier versions
         for folder in (ended, elsewhere, expired):
             folder.mkdir()
         os.utime(expired, (0, 0))
@@ -246,6 +246,6 @@ def test_scratch_folders_of_ended_processes_are_swept_and_others_stay(tmp_path: 
     assert not mine.exists()
 
 
-def test_numbers_of_the_index_are_those_of_the_tar(root: Path) -> None:
+def test_index_offsets_increase(root: Path) -> None:
     table = read_index(str(root), done_records(str(root))[0])
     assert np.all(np.diff(table["offset"].to_numpy()) > 0)

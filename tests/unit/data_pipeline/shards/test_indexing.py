@@ -1,4 +1,4 @@
-"""Tars that others wrote: indexed without changing a byte, then read, resumed and re-ranked exactly like our own."""
+"""Tars of other tools are indexed unchanged, and then read, resumed and distributed over ranks like native shards."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def steps_of(root: Path, count: int, rank: int = 0, world: int = 1, **values: An
         reader.close()
 
 
-def test_foreign_tars_are_read_resumed_and_re_ranked_like_our_own(tmp_path: Path) -> None:
+def test_indexed_tars_are_read_and_resumed_on_any_ranks_like_native_shards(tmp_path: Path) -> None:
     root = write_foreign(tmp_path / "tars")
     before = {path.name: path.read_bytes() for path in root.iterdir()}
     summary = index(root)
@@ -67,7 +67,7 @@ def test_foreign_tars_are_read_resumed_and_re_ranked_like_our_own(tmp_path: Path
     assert [step.batches[0].keys for step in resumed] == [step.batches[0].keys for step in whole[4:6]]
 
 
-def test_an_index_beside_the_tars_leaves_their_folder_alone(tmp_path: Path) -> None:
+def test_an_index_in_another_folder_leaves_the_tar_folder_unchanged(tmp_path: Path) -> None:
     root, out = write_foreign(tmp_path / "tars", 2), tmp_path / "index"
     names = {path.name for path in root.iterdir()}
     index(root, index_out=str(out), corpus="mine", language="en")
@@ -78,10 +78,10 @@ def test_an_index_beside_the_tars_leaves_their_folder_alone(tmp_path: Path) -> N
     one, other = (steps_of(folder, 4, labels=("corpus",)) for folder in (out, in_place))
     assert [s.batches[0].keys for s in one] == [s.batches[0].keys for s in other]
     assert set(one[0].batches[0].labels["corpus"]) == {"mine"}
-    assert one[0].after.plan_hash == other[0].after.plan_hash  # it follows from the content, wherever that is
+    assert one[0].after.plan_hash == other[0].after.plan_hash  # depends on the content, not on its location
 
 
-def test_keys_with_dots_several_audio_members_and_folders(tmp_path: Path) -> None:
+def test_keys_with_dots_folders_and_several_audio_members_are_indexed(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [
         ("talk.left.flac", encoded(wave(1), "flac")),
         ("talk.right.flac", encoded(wave(2), "flac")),
@@ -106,7 +106,7 @@ def test_keys_with_dots_several_audio_members_and_folders(tmp_path: Path) -> Non
         np.testing.assert_array_equal(soundfile.read(io.BytesIO(content), dtype="int16")[0], wave(number))
 
 
-def test_members_that_cannot_be_used_are_listed_and_change_no_other(tmp_path: Path) -> None:
+def test_invalid_members_are_rejects_and_change_no_other_sample(tmp_path: Path) -> None:
     good = encoded(wave(1), "flac")
     write_tar(tmp_path / "a.tar", [
         ("good1.flac", good),
@@ -138,7 +138,7 @@ def test_members_that_cannot_be_used_are_listed_and_change_no_other(tmp_path: Pa
     assert summary.rejects.total() == len(rejects)
 
 
-def test_a_truncated_tar_keeps_its_whole_samples(tmp_path: Path) -> None:
+def test_complete_samples_of_a_truncated_tar_are_indexed(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [(f"u{i}.flac", encoded(wave(i), "flac")) for i in range(4)])
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content[: len(content) * 6 // 10])
@@ -147,7 +147,7 @@ def test_a_truncated_tar_keeps_its_whole_samples(tmp_path: Path) -> None:
     assert set(summary.rejects) == {"index/damaged_tar"}
 
 
-def test_running_again_indexes_only_what_is_new_or_changed(tmp_path: Path) -> None:
+def test_a_repeat_indexes_only_new_and_changed_tars(tmp_path: Path) -> None:
     root = write_foreign(tmp_path / "tars", 2, 5)
     index(root)
     write_tar(root / "part-000.tar", [("other.flac", encoded(wave(9), "flac"))])
@@ -168,7 +168,7 @@ def test_verify_reads_indexed_tars(tmp_path: Path) -> None:
         assert any(name == "part-001.tar" and "checksum mismatch" in fault for name, fault in verify(str(folder)))
 
 
-def test_files_of_others_are_never_overwritten(tmp_path: Path) -> None:
+def test_existing_files_are_never_overwritten(tmp_path: Path) -> None:
     root = write_foreign(tmp_path / "tars", 1, 5)
     (root / "part-000.parquet").write_bytes(b"someone's")
     with pytest.raises(ConfigError, match="set index_out="):
@@ -178,7 +178,7 @@ def test_files_of_others_are_never_overwritten(tmp_path: Path) -> None:
         index(tmp_path)
 
 
-def test_the_command_prints_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_foreign(tmp_path / "tars", 1, 5)
     assert main(["shards", "index", str(root), f"index_out={tmp_path / 'index'}", "workers=1"]) == 0
     assert "1 tars (0 indexed before), 5 segments" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Our shards in the hands of others: lhotse's tar reader (plain tar and webdataset: test_shards)."""
+"""Shards are readable by lhotse's tar reader (for plain tar and webdataset see test_writer)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-def test_lhotse_walks_the_tar_in_pairs_and_decodes_it(shards: Path) -> None:
+def test_lhotse_reads_audio_and_metadata_pairs_from_the_tar(shards: Path) -> None:
     lhotse = pytest.importorskip("lhotse", reason="needs lhotse")
     from lhotse.shar.readers.tar import iterate_tarfile_pairwise
 

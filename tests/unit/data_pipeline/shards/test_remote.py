@@ -1,4 +1,4 @@
-"""Shards on an S3 server (moto, on loopback): ranges or cached copies, the same batches as from disk."""
+"""Shards on an S3 server (moto on loopback): range reads and cached copies give the batches of local disks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BATCH = {"batch_seconds": 8.0, "micro_batches": 2, "min_seconds": 0.3, "max_seco
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """An s3:// URL and a folder with the same shards."""
+    """Returns an s3:// URL and a local folder with the same shards."""
     s3fs = pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     with socket.socket() as free:
@@ -93,7 +93,7 @@ def test_remote_batches_equal_local_ones(bucket: tuple[str, Path], tmp_path: Pat
     assert bool(list(tmp_path.rglob("*.tar"))) == cached
 
 
-def test_the_cache_keeps_below_its_limit(bucket: tuple[str, Path], tmp_path: Path) -> None:
+def test_the_cache_stays_below_its_size_limit(bucket: tuple[str, Path], tmp_path: Path) -> None:
     url, folder = bucket
     largest = max(path.stat().st_size for path in folder.glob("*.tar"))
     total = sum(path.stat().st_size for path in folder.glob("*.tar"))
@@ -108,7 +108,7 @@ def test_the_cache_keeps_below_its_limit(bucket: tuple[str, Path], tmp_path: Pat
     reader.close()
 
 
-def test_a_shard_that_vanishes_is_an_error_or_a_counted_skip(bucket: tuple[str, Path], tmp_path: Path) -> None:
+def test_a_vanished_shard_is_an_error_or_a_counted_skip(bucket: tuple[str, Path], tmp_path: Path) -> None:
     import s3fs
 
     url, _ = bucket
@@ -130,7 +130,7 @@ def test_a_shard_that_vanishes_is_an_error_or_a_counted_skip(bucket: tuple[str, 
         fs.pipe_file("speech/shards/shard-0003.tar", saved)
 
 
-def test_contradictions_are_refused(bucket: tuple[str, Path], tmp_path: Path) -> None:
+def test_contradictory_cache_settings_are_refused(bucket: tuple[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set data\.cache_gigabytes"):
         read(bucket[0], 1, verify=True)
     with pytest.raises(ConfigError, match="that are mixed at a time"):
@@ -138,7 +138,7 @@ def test_contradictions_are_refused(bucket: tuple[str, Path], tmp_path: Path) ->
 
 
 def misses(sequence: list[int], space: int, evict: object) -> int:
-    """Fetches of a cache of `space` shards over a sequence of uses."""
+    """Returns the number of fetches of a cache of `space` shards over a sequence of uses."""
     cached: list[int] = []
     count = 0
     for at, shard in enumerate(sequence):
@@ -154,7 +154,7 @@ def misses(sequence: list[int], space: int, evict: object) -> int:
 
 
 def fewest_misses(sequence: list[int], space: int) -> int:
-    """By trying every eviction."""
+    """Returns the minimum number of fetches, by exhaustive search over all evictions."""
     states = {frozenset[int](): 0}
     for shard in sequence:
         after: dict[frozenset[int], int] = {}
@@ -181,7 +181,7 @@ def test_eviction_by_next_use_is_optimal(seed: int, space: int) -> None:
 
     found = misses(sequence, space, by_next_use)
     assert found == fewest_misses(sequence, space)
-    assert found <= misses(sequence, space, lambda cached, at: cached[0])  # least recently used
+    assert found <= misses(sequence, space, lambda cached, at: cached[0])  # the least recently used shard
 
 
 def test_next_use_counts_windows_ahead() -> None:

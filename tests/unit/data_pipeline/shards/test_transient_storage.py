@@ -1,4 +1,4 @@
-"""Remote storage that fails for a while, or for good: batches are the same, or the error names the shard."""
+"""Transient errors of remote storage change no batch; persistent errors name the shard."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def steps(url: str, **values: Any) -> list[Step]:
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, error: Exception, times: float) -> None:
-    """Lets every range fail so many times, and also the first reads of whole files."""
+    """Makes the first `times` range reads and the first two reads of whole files fail."""
     whole, ranges, left = MemoryFileSystem.cat_file, MemoryFileSystem.cat_ranges, {"ranges": times, "whole": 2.0}
 
     def cat_ranges(self: Any, paths: list[str], *args: Any, **kwargs: Any) -> list[Any]:
@@ -68,7 +68,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: Exception, times: float) -> Non
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
 
 
-def test_a_fault_that_passes_changes_no_batch(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transient_fault_changes_no_batch(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calm = steps(url)
     fail(monkeypatch, ConnectionResetError(errno.ECONNRESET, "reset"), 5)
     for a, b in zip(calm, steps(url), strict=True):
@@ -78,7 +78,7 @@ def test_a_fault_that_passes_changes_no_batch(url: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("on_bad_shard", ["error", "skip"])
-def test_a_fault_that_stays_ends_the_run_and_names_a_shard(
+def test_a_persistent_fault_ends_the_run_and_names_a_shard(
     url: str, monkeypatch: pytest.MonkeyPatch, on_bad_shard: str
 ) -> None:
     fail(monkeypatch, TimeoutError("slow"), float("inf"))

@@ -1,4 +1,4 @@
-"""Shards: deterministic, readable by others, claimed once, and never a road for code."""
+"""Shards are deterministic, readable by other tools, claimed once, and never execute code."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def write(root: Path, numbers: list[int], codec: str = "flac") -> DoneRecord:
         return shards.commit(store, writer, EMPTY)
 
 
-def test_same_samples_same_bytes(tmp_path: Path) -> None:
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     assert write(tmp_path / "a", [0, 1, 2]) == write(tmp_path / "b", [0, 1, 2])
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_plain_tar_lists_and_unpacks_it(tmp_path: Path) -> None:
+def test_tar_lists_and_extracts_a_shard(tmp_path: Path) -> None:
     record = write(tmp_path / "set", [0, 1])
     tar = tmp_path / "set" / record.shard
     listed = subprocess.run(["tar", "tf", tar], capture_output=True, text=True, check=True)
@@ -59,7 +59,7 @@ def test_plain_tar_lists_and_unpacks_it(tmp_path: Path) -> None:
     np.testing.assert_array_equal(wave, pcm(1))
 
 
-def test_the_stock_webdataset_reads_it(tmp_path: Path) -> None:
+def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
     record = write(tmp_path, [0, 1, 2])
     samples = list(webdataset.WebDataset(str(tmp_path / record.shard), shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == ["clip-0", "clip-1", "clip-2"]
@@ -70,8 +70,8 @@ def test_the_stock_webdataset_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codec", ["flac", "wav", "opus"])
-def test_members_equal_those_of_webdatasets_writer(tmp_path: Path, codec: str) -> None:
-    """Names, sizes, types and content of the members; within a sample ours has the audio first, theirs sorts names."""
+def test_members_equal_those_written_by_webdataset(tmp_path: Path, codec: str) -> None:
+    """Compares names, sizes, types and contents; our samples start with the audio, webdataset sorts members by name."""
     record = write(tmp_path, [0, 1, 2], codec)
     with webdataset.TarWriter(str(tmp_path / "theirs.tar"), encoder=False, mtime=0, user="", group="") as writer:
         for number in (0, 1, 2):
@@ -89,7 +89,7 @@ def test_members_equal_those_of_webdatasets_writer(tmp_path: Path, codec: str) -
 
 
 @pytest.mark.parametrize("codec", ["flac", "wav", "opus"])
-def test_the_index_points_at_the_payload(tmp_path: Path, codec: str) -> None:
+def test_index_offsets_point_to_the_audio_payload(tmp_path: Path, codec: str) -> None:
     record = write(tmp_path, [0, 1, 2], codec)
     tar = (tmp_path / record.shard).read_bytes()
     offsets = np.frombuffer((tmp_path / (record.shard + ".idx")).read_bytes(), "<u8")
@@ -103,7 +103,7 @@ def test_the_index_points_at_the_payload(tmp_path: Path, codec: str) -> None:
     assert (row["key"], row["n_samples"], row["start"], row["suffix"]) == ("clip-1", 16_000, 16_000, codec)
 
 
-def test_rollback_leaves_no_trace(tmp_path: Path) -> None:
+def test_rollback_leaves_no_files(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain", [0, 2])
     store = FileStore(str(tmp_path / "rolled"))
     with store.scratch() as folder:
@@ -118,14 +118,14 @@ def test_rollback_leaves_no_trace(tmp_path: Path) -> None:
     assert contents(tmp_path / "plain") == contents(tmp_path / "rolled")
 
 
-def test_the_first_record_stands_and_the_loser_cleans_up(tmp_path: Path) -> None:
+def test_the_first_record_wins_and_the_second_writer_cleans_up(tmp_path: Path) -> None:
     first = write(tmp_path, [0])
     before = contents(tmp_path)
     assert write(tmp_path, [1]) == first
     assert contents(tmp_path) == before
 
 
-def test_keys_are_unique_and_have_no_dots(tmp_path: Path) -> None:
+def test_duplicate_keys_and_keys_with_dots_are_refused(tmp_path: Path) -> None:
     writer = shards.ShardWriter(tmp_path)
     writer.add(segment(0), "flac", b"x", 1)
     with pytest.raises(ValueError, match="already"):
@@ -148,7 +148,7 @@ def test_folders_without_finished_shards_are_explained(tmp_path: Path) -> None:
         done_records(str(tmp_path))
 
 
-def test_truncated_or_altered_files_are_told(tmp_path: Path) -> None:
+def test_truncated_and_modified_files_are_reported(tmp_path: Path) -> None:
     record = write(tmp_path, [0, 1])
     tar = tmp_path / record.shard
     whole = tar.read_bytes()
@@ -166,13 +166,13 @@ def test_truncated_or_altered_files_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.pyd", "a.pickle", "a.PTH", "a.flac.pkl"])
-def test_members_that_would_be_unpickled_are_refused(name: str) -> None:
+def test_pickle_members_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="unpickled"):
         refuse_code(name, "x.tar")
     refuse_code("a.flac", "x.tar")
 
 
-def test_headers_and_index_are_those_of_the_libraries(tmp_path: Path) -> None:
+def test_tar_headers_and_index_equal_those_of_tarfile_and_pyarrow(tmp_path: Path) -> None:
     for name, size in (("a.flac", 0), ("x" * 95 + ".flac", 123_456_789)):
         info = tarfile.TarInfo(name)
         info.size = size
