@@ -1,4 +1,4 @@
-"""Augmentation of utterances as they are read: arrays in, arrays out; every draw is keyed by the segment.
+"""Augmentation of utterances in the loader, on NumPy arrays; every draw is keyed by the segment.
 
 Order: speed (while decoding), reverberation, another utterance, noise, gain. Lengths never change, so that
 planned shapes hold.
@@ -16,11 +16,11 @@ import numpy as np
 from data_pipeline.audio.transforms import add_noise, draw_stretch, mix_in, repeat_to_length, reverberate
 from data_pipeline.core.schema import ConfigError, about, config
 
-if TYPE_CHECKING:  # a training config must load where no codec libraries are
+if TYPE_CHECKING:  # a training config must load without codec libraries
     from data_pipeline.audio.codecs import Wave
 
 CACHED_RECORDINGS = 256
-"""Noises and impulse responses that each process keeps in memory."""
+"""Noise recordings and impulse responses that each process keeps in memory."""
 ENDINGS = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 
 
@@ -52,7 +52,7 @@ class Augmenter:
     """Applies an AugmentConfig.
 
     Raises:
-        ConfigError: a folder that is needed is missing or empty, or a range is reversed or out of bounds.
+        ConfigError: a required folder is missing or empty, or a range is reversed or out of bounds.
     """
 
     def __init__(self, config: AugmentConfig) -> None:
@@ -83,7 +83,7 @@ class Augmenter:
 
         Args:
             wave: (T,) samples at 16 kHz.
-            others: clean utterances of its micro-batch, itself among them.
+            others: clean utterances of its micro-batch, including `wave` itself.
             rng: keyed by (seed, epoch, key).
         """
         c, out = self.config, wave

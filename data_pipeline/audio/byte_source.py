@@ -1,4 +1,4 @@
-"""Bytes of a recording: random access to a local file or a buffer, and files composed of stretches of it."""
+"""Random access to the bytes of a local file or a buffer, and files composed of byte ranges of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final
 from data_pipeline.audio.errors import AudioError
 
 Piece = bytes | tuple[int, int]
-"""Literal bytes, or the stretch (begin, end) of a source."""
+"""Literal bytes, or the byte range (begin, end) of a source."""
 CHUNK: Final = 1 << 20
 
 
@@ -42,11 +42,11 @@ class ByteSource:
             raise AudioError("empty", "is an empty file")
 
     def read(self, at: int, size: int) -> bytes:
-        """Returns `size` bytes from `at`; fewer at the end."""
+        """Returns `size` bytes from position `at`; fewer at the end of the file."""
         return os.pread(self._handle, size, at) if self._handle >= 0 else self._data[at : at + size]
 
     def find(self, needle: bytes, begin: int, end: int) -> int:
-        """Returns the position of the first `needle` that begins in begin … end; -1 where there is none."""
+        """Returns the position of the first `needle` that begins in [begin, end); -1 if there is none."""
         for at in range(begin, end, CHUNK):
             found = self.read(at, min(CHUNK, end - at) + len(needle) - 1).find(needle)
             if found >= 0:
@@ -54,12 +54,12 @@ class ByteSource:
         return -1
 
     def descriptor(self) -> int:
-        """Returns a new descriptor of the file, at its start, for a reader that closes it; its position is shared."""
+        """Returns a duplicate descriptor at the start of the file; the reader closes it, and shares its position."""
         os.lseek(self._handle, 0, os.SEEK_SET)
         return os.dup(self._handle)
 
     def position(self) -> int:
-        """Returns how far the reader of the last descriptor has read; the size for bytes in memory."""
+        """Returns the position up to which the last `descriptor` was read; the size for bytes in memory."""
         return os.lseek(self._handle, 0, os.SEEK_CUR) if self._handle >= 0 else self.size
 
     def close(self) -> None:
@@ -76,14 +76,14 @@ class ByteSource:
 
 
 class PieceFile(io.RawIOBase):
-    """A readable file that consists of pieces of a source one after another.
+    """A readable file that concatenates pieces of a source.
 
     Args:
-        source: where stretches are read from.
-        pieces: literal bytes and stretches.
-        claim: the end is reported `claim` times as far away as it is. libmpg123 takes the length of an MP3 file without
-            a header frame from the file's size and the first frame's bit rate and stops there; a larger size makes it
-            read to the true end.
+        source: the source of byte ranges.
+        pieces: literal bytes and byte ranges.
+        claim: factor by which the reported size exceeds the true one. libmpg123 estimates the length of an MP3 file
+            without a header frame from the file's size and the first frame's bit rate and stops there; a larger size
+            makes it read to the true end.
     """
 
     def __init__(self, source: ByteSource, pieces: tuple[Piece, ...], claim: int = 1) -> None:

@@ -1,9 +1,9 @@
-"""Recordings to streams of samples and back: the only home of codec libraries.
+"""Decodes recordings into streams of samples and encodes segments; all use of codec libraries starts here.
 
-libsndfile reads what it can (wav, flac, ogg, opus, mp3, aiff, au, sph, caf, w64, gsm …); everything else (m4a, webm,
-wma, amr, g722, video), and what libsndfile fails on, goes through FFmpeg's libraries, which the extra `media` (PyAV)
-brings. A file is never in memory as a whole. How long a recording is, is decided by its container's structure
-(`containers.examine`), never by a decoder's estimate.
+libsndfile reads the formats that it supports (wav, flac, ogg, opus, mp3, aiff, au, sph, caf, w64, gsm …). All other
+formats (m4a, webm, wma, amr, g722, video), and files that libsndfile fails on, are read with FFmpeg's libraries, which
+the extra `media` (PyAV) installs. A file is never loaded whole. The length of a recording comes from its container's
+structure (`containers.examine`), never from a decoder's estimate.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from data_pipeline.core.types import SAMPLE_RATE
 __all__ = ["AudioError", "AudioInfo", "Wave", "decode", "encode", "local_copy", "probe", "read_mono"]
 
 Wave = npt.NDArray[np.float32]
-NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors of writing a copy, which are not errors of the file that is read."""
+NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of writing a copy, as opposed to errors of the file that is read."""
 BLOCK_SAMPLES: Final = 1 << 16
-"""Samples of silence that stand for a gap are handed on in blocks of this size."""
+"""Block size, in frames, of the silence that fills a gap."""
 
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """Gives a local path with the content of `path`, which may be an fsspec URL.
+    """Yields a local path with the content of `path`, which may be an fsspec URL.
 
     Raises:
-        AudioError: There is no such file (`vanished`), or it cannot be read now (`read_error`).
-        OSError: There is no room for the copy.
+        AudioError: The file does not exist (`vanished`) or cannot be read (`read_error`).
+        OSError: The disk is too full for the copy.
     """
     if not is_url(path):
         yield path.removeprefix("file://")
@@ -62,16 +62,20 @@ def local_copy(path: str) -> Iterator[str]:
             fs, remote = fsspec.core.url_to_fs(path)
             fs.get_file(remote, target)
         except FileNotFoundError:
-            raise AudioError("vanished", "is not there any more") from None
+            raise AudioError("vanished", "no longer exists") from None
         except Exception as error:  # every protocol of fsspec has its own exceptions
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
-                raise OSError(error.errno, f"no room in {folder} for a copy of {path}") from None
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise OSError(error.errno, f"no space in {folder} for a copy of {path}") from None
             raise AudioError("read_error", f"cannot be read: {type(error).__name__}: {error}") from None
         yield target
 
 
 def probe(path: str) -> AudioInfo:
-    """Returns what the header of a local file's first part says. Raises AudioError."""
+    """Returns the description in the header of a local file's first part.
+
+    Raises:
+        AudioError: The file has no usable audio.
+    """
     with _no_os_errors(), ByteSource(path) as source:
         part = examine(source)[0]
         try:
@@ -84,10 +88,10 @@ def probe(path: str) -> AudioInfo:
 
 
 def probe_content(path: str) -> AudioInfo | None:
-    """Returns the description of a local file that is audio by its content, whatever its name; None for other files.
+    """Returns the description of a local file whose content is audio, whatever its name; None for other files.
 
-    Headerless formats (G.722, raw PCM) have no content to be known by. A file that is known as audio and is damaged
-    counts as audio: reading it gives the reason.
+    Headerless formats (G.722, raw PCM) cannot be recognised by content. A damaged audio file counts as audio: reading
+    it gives the reason.
     """
     try:
         with _no_os_errors(), ByteSource(path) as source:
@@ -104,22 +108,22 @@ def probe_content(path: str) -> AudioInfo | None:
 
 
 def decode(source: str | bytes, rate: int, channel: int | None = None) -> Iterator[Wave]:
-    """Yields a recording as mono blocks of bounded size, whatever its header says about its length.
+    """Yields a recording as mono blocks of bounded size, whatever length its header states.
 
-    All parts of a file are decoded (chained Ogg, joined MP3 and FLAC, concatenated WAV …), rates and channels that
-    change are followed, and gaps in time stamps become silence, so that what follows keeps its time. Channels are
-    averaged, except where they cancel each other out (see `downmix`).
+    All parts of a file are decoded (chained Ogg, joined MP3 and FLAC, concatenated WAV …). Rate and channel count may
+    change within it. Gaps in time stamps become silence, so that later audio keeps its time. Channels are averaged,
+    except where they cancel each other (see `downmix`).
 
     Args:
-        source: local path, or the bytes of a file.
-        rate: Hz.
-        channel: take this one alone, counted from 0.
+        source: Local path, or the bytes of a file.
+        rate: Output rate in Hz.
+        channel: Channel to take instead of the mix, counted from 0.
 
     Yields:
-        float32 arrays in [-1, 1].
+        (T,) float32 arrays in [-1, 1].
 
     Raises:
-        AudioError: also half-way; what was yielded before is then part of a recording that must not be used.
+        AudioError: The recording is unusable. It may be raised after some blocks, which must then be discarded.
     """
     with _no_os_errors(), ByteSource(source) as data:
         output, frames = _Output(rate, channel), 0
@@ -133,21 +137,21 @@ def decode(source: str | bytes, rate: int, channel: int | None = None) -> Iterat
                 parts += later_parts(data)
         yield from output.flush()
         if not frames:
-            raise AudioError("no_samples", "holds no samples")
+            raise AudioError("no_samples", "contains no samples")
 
 
 def read_mono(path: str, rate: int = SAMPLE_RATE) -> Wave:
     """Returns all of a recording as one array.
 
     Args:
-        path: local path or fsspec URL.
-        rate: Hz.
+        path: Local path or fsspec URL.
+        rate: Output rate in Hz.
 
     Returns:
-        (T,) float32 in [-1, 1], the mean of the channels.
+        (T,) float32 in [-1, 1], mixed to mono as in `decode`.
 
     Raises:
-        AudioError: naming the file.
+        AudioError: The recording is unusable; the message names the file.
     """
     try:
         with local_copy(path) as local:
@@ -157,7 +161,13 @@ def read_mono(path: str, rate: int = SAMPLE_RATE) -> Wave:
 
 
 def encode(wave: npt.NDArray[np.int16], rate: int, codec: str) -> bytes:
-    """Returns mono audio as `flac` (16 bit), `wav` (16 bit) or `opus` bytes; the same input gives the same bytes."""
+    """Encodes mono audio; the same input gives the same bytes.
+
+    Args:
+        wave: (T,) samples.
+        rate: Hz.
+        codec: "flac" (16 bit), "wav" (16 bit) or "opus".
+    """
     formats = {"flac": ("FLAC", "PCM_16"), "wav": ("WAV", "PCM_16"), "opus": ("OGG", "OPUS")}
     form, subtype = formats[codec]
     buffer = io.BytesIO()
@@ -166,7 +176,7 @@ def encode(wave: npt.NDArray[np.int16], rate: int, codec: str) -> bytes:
 
 
 def stored_flac(path: str, wave: npt.NDArray[np.int16], rate: int) -> bytes | None:
-    """Returns the bytes of a local FLAC file without its tags if it holds exactly `wave`, so need not be encoded again.
+    """Returns a local FLAC file without its tags if it contains exactly `wave`, which saves encoding; otherwise None.
 
     Decided by its STREAMINFO (RFC 9639): rate, one channel, 16 bits, length, and the MD5 of its samples.
     """
@@ -186,7 +196,7 @@ def stored_flac(path: str, wave: npt.NDArray[np.int16], rate: int) -> bytes | No
 
 
 def to_int16(wave: Wave) -> npt.NDArray[np.int16]:
-    """Returns [-1, 1) as 16 bit; exact for audio that was 16 bit before. Values beyond full scale are clipped."""
+    """Converts samples in [-1, 1) to 16 bit, exactly for 16-bit sources. Values beyond full scale are clipped."""
     scaled = wave * np.float32(32768.0)
     np.rint(scaled, out=scaled)
     np.clip(scaled, -32768, 32767, out=scaled)
@@ -209,11 +219,11 @@ def _no_os_errors() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise AudioError("vanished", "is not there any more") from None
+        raise AudioError("vanished", "no longer exists") from None
     except OSError as error:
         raise AudioError("read_error", f"cannot be read: {error.strerror or error}") from None
     except (soundfile.SoundFileError, RuntimeError, MemoryError) as error:
-        raise AudioError("corrupt", f"breaks off while being decoded: {str(error)[:200]}") from None
+        raise AudioError("corrupt", f"decoding fails part-way: {str(error)[:200]}") from None
 
 
 class _Output:
@@ -243,7 +253,7 @@ class _Output:
             yield from self._resampled(mono)
 
     def flush(self) -> Iterator[Wave]:
-        """Yields what is held back."""
+        """Yields the remaining audio."""
         yield from self._end_of_channels()
         yield from self._end_of_rate()
 
@@ -264,7 +274,7 @@ class _Output:
 
 
 def _blocks(source: ByteSource, part: Part) -> Iterator[tuple[int, Wave]]:
-    """(rate, samples (frames, channels)) of a part, by libsndfile or, where that fails, by FFmpeg."""
+    """Yields (rate, samples (frames, channels)) of a part, by libsndfile or, where that fails, by FFmpeg."""
     delivered, rate, promised = 0, 0, part.frames
     failed: AudioError | soundfile.LibsndfileError
     try:
@@ -293,13 +303,14 @@ def _by_ffmpeg(
     skip: int,
     promised: int | None,
 ) -> Iterator[tuple[int, Wave]]:
-    """A part decoded by FFmpeg from frame `skip` on.
+    """Decodes a part with FFmpeg from frame `skip` on.
 
-    Where libsndfile failed half-way, the file is good if FFmpeg reads all of it, which a checksum or a length shows.
+    Where libsndfile failed part-way, the file is accepted only if a checksum or length proves that FFmpeg read all of
+    it.
     """
     half_way = skip > 0 or promised is not None
     if half_way and not promised and not part.md5:
-        raise AudioError("corrupt", f"breaks off while being decoded: {str(failed)[:200]}") from None
+        raise AudioError("corrupt", f"decoding fails part-way: {str(failed)[:200]}") from None
     try:
         av = ffmpeg.load(failed)
         with ffmpeg.opened(av, source, part) as container:
@@ -320,22 +331,26 @@ def _by_ffmpeg(
     except AudioError as error:
         if not half_way or error.reason == "scale":
             raise
-        raise AudioError("corrupt", f"breaks off while being decoded: {str(failed)[:200]}") from None
+        raise AudioError("corrupt", f"decoding fails part-way: {str(failed)[:200]}") from None
     if md5 is not None and half_way:
         if md5.digest() != part.md5:
-            raise AudioError("corrupt", f"breaks off while being decoded: {str(failed)[:200]}")
+            raise AudioError("corrupt", f"decoding fails part-way: {str(failed)[:200]}")
     elif half_way and (promised is None or not promised - part.tolerance <= frames <= promised + part.tolerance):
-        raise failed if isinstance(failed, AudioError) else AudioError("corrupt", f"breaks off: {str(failed)[:200]}")
+        raise (
+            failed
+            if isinstance(failed, AudioError)
+            else AudioError("corrupt", f"decoding fails part-way: {str(failed)[:200]}")
+        )
     elif not half_way and seconds < 0.9 * stored and seconds:
         raise _shortfall(round(seconds * info.sample_rate), round(stored * info.sample_rate))
 
 
 def _shortfall(frames: int, promised: int) -> AudioError:
-    return AudioError("truncated", f"gives {frames:,} of the {promised:,} samples that its header promises")
+    return AudioError("truncated", f"contains {frames:,} of the {promised:,} samples stated in its header")
 
 
 def _flac_bits(source: ByteSource, part: Part) -> int:
-    """Bits per sample in the STREAMINFO of a FLAC part."""
+    """Returns the bits per sample in the STREAMINFO of a FLAC part; 0 for other parts."""
     first = part.pieces[0] if part.pieces else (0, source.size)
     at = first[0] if isinstance(first, tuple) else 0
     head = first if isinstance(first, bytes) else source.read(at, 64)
@@ -353,6 +368,6 @@ def _finite(block: Wave) -> Wave:
     power = float(np.dot(block.ravel(), block.ravel()))
     if not power <= 100.0 * block.size:
         if np.isfinite(block).all():
-            raise AudioError("scale", "its samples are far beyond full scale: integers written as floats?")
-        raise AudioError("not_finite", "holds NaN or infinite samples")
+            raise AudioError("scale", "samples are far beyond full scale: integers written as floats?")
+        raise AudioError("not_finite", "contains NaN or infinite samples")
     return block

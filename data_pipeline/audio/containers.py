@@ -1,4 +1,4 @@
-"""What a file is, by its content, and the parts that it consists of."""
+"""Detects the format of a file by its content and finds the parts that it consists of."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MAGIC: Final = (
 
 
 def sniff(source: ByteSource, begin: int = 0) -> str:
-    """Returns what begins at a byte ("wav", "flac", "mpeg", …) by its content; "" for what is not known as audio."""
+    """Returns the format of the data at byte `begin` ("wav", "flac", "mpeg", …); "" if it is not known as audio."""
     end, head = source.size, source.read(begin, 40)
     if head[:4] in (b"RIFF", b"RIFX"):
         return _FORMS.get(head[8:12], "")
@@ -64,7 +64,7 @@ def sniff(source: ByteSource, begin: int = 0) -> str:
 
 
 def examine(source: ByteSource) -> list[Part]:
-    """Returns the parts of a file in order; one that is the whole file where nothing is known of its format.
+    """Returns the parts of a file in order; a single part, the whole file, if its format is unknown.
 
     Raises:
         AudioError: `truncated` or `corrupt` where the file's structure shows it, `trailing_data` where bytes follow
@@ -87,7 +87,7 @@ def examine(source: ByteSource) -> list[Part]:
 
 
 def _parts(source: ByteSource, begin: int, kind: str) -> tuple[list[Part], int]:
-    """The parts of what begins at a byte, and where they end."""
+    """Returns the parts of the container at byte `begin`, and where they end."""
     end = source.size
     if kind in _CHUNKED:
         return riff.chunked_parts(source, begin, end, kind)
@@ -113,23 +113,23 @@ def _parts(source: ByteSource, begin: int, kind: str) -> tuple[list[Part], int]:
     if kind == "avi":
         promised = begin + 8 + int.from_bytes(source.read(begin + 4, 4), "little")
         if promised > end + 1 and not riff.is_placeholder(promised - begin - 8):
-            raise AudioError("truncated", f"its header promises {promised - end:,} bytes more than there are")
+            raise AudioError("truncated", f"its header states {promised - end:,} bytes more than the file has")
     return [Part(() if begin == 0 else ((begin, end),))], end
 
 
 def _require_ignorable(source: ByteSource, begin: int) -> None:
-    """Raises AudioError where more follows the audio than padding."""
+    """Raises AudioError if more than padding follows the audio."""
     left = source.size - begin
     if left > riff.IGNORED_BYTES:
         raise AudioError(
             "trailing_data",
-            f"{left:,} bytes behind its audio, from byte {begin:,} on, belong to no chunk or tag: the length in its "
+            f"{left:,} bytes after its audio, from byte {begin:,} on, belong to no chunk or tag: the length in its "
             "header may be too low",
         )
 
 
 def _boxed(source: ByteSource, begin: int, end: int) -> tuple[list[Part], int]:
-    """MP4 and its kin (ISO 14496-12): boxes of known size; a second ftyp after the samples begins another file."""
+    """Parses MP4 and related formats (ISO 14496-12): boxes of known size; a second ftyp begins another file."""
     at, seen = begin, set[bytes]()
     while at + 8 <= end:
         head = source.read(at, 16)
@@ -147,7 +147,7 @@ def _boxed(source: ByteSource, begin: int, end: int) -> tuple[list[Part], int]:
 
 
 def _matroska(source: ByteSource, begin: int, end: int) -> tuple[list[Part], int]:
-    """Matroska and WebM (RFC 9559): an EBML header and segments; a live stream's segment has no size."""
+    """Parses Matroska and WebM (RFC 9559): an EBML header and segments; a live stream's segment has no size."""
     header, at = _ebml_size(source, begin + 4)
     at += header or 0
     if source.read(at, 4) != b"\x18S\x80g":
@@ -168,7 +168,7 @@ def _matroska(source: ByteSource, begin: int, end: int) -> tuple[list[Part], int
 
 
 def _ebml_size(source: ByteSource, at: int) -> tuple[int | None, int]:
-    """A variable-length size, None where it is unknown, and where it ends."""
+    """Returns a variable-length size, None if it is unknown, and the position after it."""
     raw = source.read(at, 8)
     width = 9 - raw[0].bit_length() if raw and raw[0] else 8
     value = int.from_bytes(raw[:width], "big") & (1 << 7 * width) - 1
@@ -185,7 +185,7 @@ def _split_at(source: ByteSource, begin: int, end: int, magic: bytes) -> list[Pa
 
 
 def _repeats(source, begin, least, size_at, count=4) -> bool:  # type: ignore[no-untyped-def]
-    """Whether `count` records follow each other, or fewer up to the file's end."""
+    """Returns whether `count` records follow each other, or fewer up to the file's end."""
     at = begin
     for _ in range(count):
         size = size_at(at) if at < source.size else 0
@@ -198,7 +198,7 @@ def _repeats(source, begin, least, size_at, count=4) -> bool:  # type: ignore[no
 
 
 def _adts_size(head: bytes) -> int:
-    """Bytes of an ADTS frame (ISO 13818-7); 0 for other bytes."""
+    """Returns the size of an ADTS frame in bytes (ISO 13818-7); 0 for other data."""
     if len(head) < 7 or head[0] != 0xFF or head[1] & 0xF6 != 0xF0 or head[2] >> 2 & 15 > 12:
         return 0
     return (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5

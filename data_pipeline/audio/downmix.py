@@ -1,4 +1,4 @@
-"""Channels to one: their mean, except where they cancel each other out."""
+"""Downmix to mono: the mean of the channels, except where they cancel each other."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy.typing as npt
 
 Wave = npt.NDArray[np.float32]
 LEAST: Final = 0.1
-"""Channels cancel where their mean has less than this share of the power that unrelated channels would leave in it."""
+"""Channels cancel where their mean has less than this share of the power that uncorrelated channels would give it."""
 ENOUGH: Final = 0.2
-"""They no longer do above this. One person per channel gives 1, the same signal in both of two channels 2."""
+"""Share above which they no longer cancel. One speaker per channel gives 1, the same signal in two channels 2."""
 SUSPECT: Final = 0.9
-"""Stretches below this are looked at more closely."""
+"""Stretches below this share are examined in `FINE` steps."""
 SILENT: Final = 1e-9
-"""Mean square below which a stretch decides nothing."""
+"""Mean square below which a stretch is too quiet to decide."""
 COARSE, FINE, FADE = 0.25, 0.02, 0.005
-"""Seconds: stretches that are looked at, steps in which a decision may change, and the length of a change."""
+"""Seconds: length of a stretch, step in which the decision may change, and length of the cross-fade."""
 
 
 class Downmix:
-    """Mixes blocks of several channels, in the order in which they come.
+    """Mixes the channels of a recording, given in consecutive blocks of any size.
 
-    Two microphones on one signal with opposite polarity cancel in the mean; there the stronger channel is taken. That
-    is decided anew every 20 ms, so that neither a jingle nor a hum at the start decides for the rest, and does not
-    depend on how the recording is split into blocks.
+    Two microphones that record one signal with opposite polarity cancel in the mean; there the stronger channel is
+    taken. The decision is made every 20 ms, so that neither a jingle nor a hum at the start determines the rest, and
+    does not depend on how the recording is split into blocks.
     """
 
     def __init__(self, rate: int, channels: int) -> None:
@@ -100,13 +100,13 @@ class Downmix:
 
 
 def _strongest(power: Wave) -> int:
-    """The strongest channel; the first one unless another has twice its power."""
+    """Returns the strongest channel; the first one unless another has more than twice its power."""
     best = int(power.argmax())
     return best if power[best] > 2 * power[0] else 0
 
 
 def _faded(weight: Wave, before: float, length: int) -> Wave:
-    """A weight per sample with its steps made ramps."""
+    """Returns a weight per sample with its steps replaced by ramps of `length` samples."""
     steps = np.flatnonzero(np.diff(weight, prepend=np.float32(before)))
     out = weight.copy()
     for step in steps.tolist():

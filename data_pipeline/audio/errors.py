@@ -6,7 +6,7 @@ from typing import Any
 
 
 class AudioError(ValueError):
-    """A file that gives no usable audio; `reason` is a short code for reports."""
+    """A file has no usable audio; `reason` is a short code for reports."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

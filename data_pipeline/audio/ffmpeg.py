@@ -1,4 +1,4 @@
-"""Decoding by FFmpeg's libraries, which the extra `media` (PyAV) brings."""
+"""Decoding with FFmpeg's libraries, which the extra `media` (PyAV) installs."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ FORMATS: Final = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,flac,flv,g722,g726,gsm,matroska,webm,mov,mp3,mp4,mpeg,mpegts,nistspeech,"
     "ogg,tta,voc,wav,w64,wv"
 )
-"""Demuxers that FFmpeg may use: none of those that open further files or addresses."""
+"""Demuxers that FFmpeg may use; those that open further files or addresses are excluded."""
 EXACT_FORMATS: Final = ("aiff", "ape", "caf", "flac", "mov", "tta", "w64", "wav", "wv")
-"""Containers whose stream duration is stored and not estimated; what is decoded may be a little shorter."""
+"""Containers that store the stream duration instead of estimating it; the decoded audio may be a little shorter."""
 TIMED_FORMATS: Final = ("asf", "flv", "matroska", "mov", "mpeg", "mpegts", "ogg")
-"""Containers that store time stamps; for others FFmpeg counts them from the first frame's rate."""
+"""Containers that store time stamps; for other containers FFmpeg derives them from the first frame's rate."""
 GAP_SECONDS: Final = 0.05
-"""Time stamps further ahead than this are a gap, which becomes silence: Matroska rounds them to milliseconds."""
+"""Smallest jump in time stamps that counts as a gap and becomes silence: Matroska rounds to milliseconds."""
 JUMP_SECONDS: Final = 10.0
-"""In formats whose clock may be reset (MPEG-TS, FLV), a greater step is such a reset and not a gap."""
+"""In formats whose clock may be reset (MPEG-TS, FLV), a larger jump is a reset and not a gap."""
 LONGEST_GAP: Final = 6 * 3600.0
 BATCH: Final = 1 << 15
-"""Frames that are joined before they go on."""
+"""Frames per yielded block."""
 _SCALES: Final = {"u8": 1 / 128, "s16": 1 / 32_768, "s32": 1 / 2_147_483_648, "flt": 1.0, "dbl": 1.0}
 
 
 def load(error: Exception) -> Any:
-    """Returns PyAV. Raises AudioError naming the extra where it is not installed; `error` is libsndfile's."""
+    """Returns PyAV. Raises AudioError naming the extra if it is not installed; `error` is libsndfile's."""
     if importlib.util.find_spec("av") is None:
         raise AudioError(
             "unreadable", f"libsndfile cannot read it ({error}); FFmpeg may: pip install 'auricle[media]'"
@@ -50,7 +50,7 @@ def load(error: Exception) -> Any:
 
 @contextlib.contextmanager
 def opened(av: Any, source: ByteSource, part: Part) -> Iterator[Any]:
-    """Opens a part. Raises AudioError, also for errors while it is read."""
+    """Opens a part. Raises AudioError, also for errors while reading it."""
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     whole = not part.pieces and source.path
     # "file:" keeps names with colons from being read as addresses
@@ -58,7 +58,7 @@ def opened(av: Any, source: ByteSource, part: Part) -> Iterator[Any]:
     try:
         with av.open(file, options=options, metadata_errors="ignore", format=part.format or None) as container:
             if not container.streams.audio:
-                raise AudioError("unreadable", "holds no audio")
+                raise AudioError("unreadable", "contains no audio")
             yield container
     except (av.error.FFmpegError, ValueError, IndexError, EOFError, OverflowError) as error:
         if isinstance(error, AudioError | FileNotFoundError):
@@ -78,7 +78,7 @@ def info_of(container: Any) -> AudioInfo:
 
 
 def stored_seconds(container: Any) -> float:
-    """Returns the duration that the container stores for its first audio stream; 0 where it is an estimate."""
+    """Returns the duration in seconds that the container stores for its first audio stream; 0 if it is an estimate."""
     stream = container.streams.audio[0]
     if not set(container.format.name.split(",")) & set(EXACT_FORMATS) or not stream.duration:
         return 0.0
@@ -88,12 +88,12 @@ def stored_seconds(container: Any) -> float:
 def read_blocks(container: Any, md5: Any = None) -> Iterator[tuple[int, Block, bool]]:
     """Yields (rate, samples (frames, channels), whether they were decoded) of the first audio stream.
 
-    Rates and channels are those of each decoded frame, which a codec's header need not state (HE-AAC) and which may
+    Rates and channels are those of each decoded frame: a codec's header need not state them (HE-AAC), and they may
     change. A gap in the time stamps is filled with silence, marked as not decoded.
 
     Args:
-        container: what `opened` gives.
-        md5: a hash that is updated with the samples as FLAC counts them.
+        container: a container from `opened`.
+        md5: a `FlacChecksum` that is updated with the samples.
     """
     waiting: list[Block] = []
     rate, held, clock = 0, 0, _Clock(set(container.format.name.split(",")))
@@ -132,7 +132,7 @@ class _Clock:
         ahead = 0.0 if self.now is None else stamp - self.now
         self.now = stamp + length
         if ahead < GAP_SECONDS or (self.may_reset and ahead > JUMP_SECONDS):
-            # small differences add up until they are a gap
+            # keep the difference, so that small ones accumulate into a gap
             self.now -= ahead if 0 < ahead < GAP_SECONDS else 0.0
             return 0
         if ahead > LONGEST_GAP:
@@ -142,7 +142,7 @@ class _Clock:
 
 
 def _floats(frame: Any, md5: Any) -> Block:
-    """The samples of a frame, (frames, channels), in [-1, 1]."""
+    """Returns the samples of a frame, (frames, channels), in [-1, 1]."""
     kind = frame.format.name.removesuffix("p")
     if kind not in _SCALES:
         raise AudioError("unreadable", f"samples of type {frame.format.name} are not supported")
@@ -158,19 +158,19 @@ def _floats(frame: Any, md5: Any) -> Block:
 
 
 class FlacChecksum:
-    """MD5 of samples as STREAMINFO has it: little-endian integers of as many bytes as the sample size needs."""
+    """MD5 of samples as in STREAMINFO: little-endian integers of the fewest bytes that hold a sample."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
         self._md5 = hashlib.md5(usedforsecurity=False)
 
     def update(self, values: npt.NDArray[Any]) -> None:
-        """Adds (frames, channels) integers, which FFmpeg shifts to the top of 16 or 32 bits."""
+        """Adds (frames, channels) integers, which FFmpeg aligns to the top of 16 or 32 bits."""
         width = (self.bits + 7) // 8
         shifted = np.ascontiguousarray(values) >> (8 * values.dtype.itemsize - self.bits)
         raw = shifted.astype(f"<i{values.dtype.itemsize}").view(np.uint8)
         self._md5.update(raw.reshape(-1, values.dtype.itemsize)[:, :width].tobytes())
 
     def digest(self) -> bytes:
-        """Returns the checksum of what was added."""
+        """Returns the checksum of all samples added."""
         return self._md5.digest()

@@ -1,4 +1,4 @@
-"""FLAC (RFC 9639): what STREAMINFO promises, what the last frame says, and files that were joined."""
+"""FLAC (RFC 9639): lengths from STREAMINFO and from the last frame, and concatenated files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ MARK: Final = b"fLaC"
 STREAMINFO: Final = (b"\x00\x00\x00\x22", b"\x80\x00\x00\x22")
 """Header of the first metadata block."""
 LAST_BYTES: Final = 1 << 16
-"""Where the last frames are looked for; a frame of 4,608 samples in 24-bit stereo has at most 27 KB."""
+"""Bytes at the end that are searched for the last frames; 4,608 samples of 24-bit stereo take at most 27 KB."""
 READ_AHEAD: Final = 1 << 16
-"""More than what a decoder reads beyond the last frame."""
+"""Upper bound of the bytes that a decoder reads beyond the last frame."""
 _BLOCK_SIZES: Final = {1: 192, **{n: 144 << n for n in range(2, 6)}, **{n: 1 << n for n in range(8, 16)}}
 
 
 def flac_parts(source: ByteSource, begin: int, end: int, mark: int) -> list[Part]:
-    """Returns a part for each FLAC stream of a file; `mark` is where the first one's "fLaC" is.
+    """Returns a part for each FLAC stream of a file; `mark` is the position of the first "fLaC".
 
-    A large local file is not searched: its only part has `may_continue` set, and `later_parts` is for what its decoder
-    leaves unread.
+    A large local file is not searched: its only part has `may_continue` set, and `later_parts` finds the streams after
+    the position at which its decoder stops.
     """
     searched = not source.path or begin > 0 or end - begin <= 4 * LAST_BYTES
     starts = [mark, *_marks(source, mark + 42 if searched else max(mark + 42, end - LAST_BYTES), end)]
@@ -34,7 +34,7 @@ def flac_parts(source: ByteSource, begin: int, end: int, mark: int) -> list[Part
 
 
 def later_parts(source: ByteSource) -> list[Part]:
-    """Returns the parts behind the one that a decoder has just read from the file."""
+    """Returns the parts after the one that a decoder has just read from the file."""
     if (position := source.position()) >= source.size:
         return []
     starts = _marks(source, max(position - READ_AHEAD, 42), source.size)
@@ -42,7 +42,7 @@ def later_parts(source: ByteSource) -> list[Part]:
 
 
 def _marks(source: ByteSource, at: int, end: int) -> list[int]:
-    """Where further streams begin."""
+    """Returns the positions at which further streams begin."""
     starts = []
     while (found := source.find(MARK, at, end)) >= 0:
         head = source.read(found, 42)
@@ -71,7 +71,7 @@ def _part(source: ByteSource, start: int, stop: int, whole: bool) -> Part:
 
 
 def _last_sample(source: ByteSource, start: int, stop: int, block: int) -> int:
-    """Where the last frame ends in samples, by its header; 0 where two frames in a row do not confirm each other."""
+    """Returns the end of the last frame in samples; 0 unless two consecutive frame headers agree on it."""
     begin = max(start + 42, stop - LAST_BYTES)
     tail = source.read(begin, stop - begin)
     ends: list[tuple[int, int]] = []
@@ -85,7 +85,7 @@ def _last_sample(source: ByteSource, start: int, stop: int, block: int) -> int:
 
 
 def _frame(head: bytes, block: int) -> tuple[int, int] | None:
-    """First and last sample (exclusive) of the frame whose header `head` begins with; None where it is none."""
+    """Returns first and last sample (exclusive) of the frame whose header begins `head`; None if it is not a header."""
     if len(head) < 6 or head[3] & 1:
         return None
     size_code, rate_code, lead = head[2] >> 4, head[2] & 15, head[4]

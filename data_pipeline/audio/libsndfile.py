@@ -17,7 +17,7 @@ from data_pipeline.audio.parts import Part
 
 Block = npt.NDArray[np.float32]
 MIN_RATE, MAX_RATE, MAX_CHANNELS = 4_000, 384_000, 64
-"""Limits of what is plausible as speech; a header beyond them is wrong."""
+"""Plausible limits for recordings of speech (rates in Hz); a header beyond them is damaged."""
 BLOCK_VALUES: Final = 1 << 18
 """Values (frames × channels) decoded at a time: few enough to stay in a core's cache."""
 GSM_FORMAT: Final = {"format": "RAW", "subtype": "GSM610", "samplerate": 8_000, "channels": 1}
@@ -25,12 +25,12 @@ GSM_FORMAT: Final = {"format": "RAW", "subtype": "GSM610", "samplerate": 8_000, 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """A header's description of a recording."""
+    """Description of a recording from its header."""
 
     sample_rate: int
     channels: int
     frames: int
-    """0 where the header does not say."""
+    """Samples per channel; 0 if the header does not state them."""
     codec: str
 
     @property
@@ -40,17 +40,17 @@ class AudioInfo:
 
 
 class _Forward(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
-    """Read from begin to end: the binding otherwise seeks after each block, and FLAC decodes a frame again for that."""
+    """A file that is read without seeking: the binding otherwise seeks after each block, which decodes FLAC twice."""
 
     def seekable(self) -> bool:
         return False
 
 
 def open_part(source: ByteSource, part: Part) -> soundfile.SoundFile:
-    """Opens a part. Raises LibsndfileError where libsndfile does not know its format."""
+    """Opens a part. Raises LibsndfileError if libsndfile does not know its format."""
     options: dict[str, Any] = GSM_FORMAT if part.format == "gsm" else {}
     pieces = part.pieces or ((0, source.size),)
-    # by descriptor: given a name, the binding trusts its ending where that is .raw; it is closed also on error
+    # by descriptor: given a path, the binding would treat every *.raw as raw samples; it closes it also on error
     by_descriptor = not part.pieces and source.path
     sound = _Forward(source.descriptor() if by_descriptor else PieceFile(source, pieces), **options)
     if part.read_to_end and part.frames is not None and not part.md5 and sound.frames < part.frames:
@@ -62,13 +62,13 @@ def open_part(source: ByteSource, part: Part) -> soundfile.SoundFile:
 
 def info_of(sound: soundfile.SoundFile) -> AudioInfo:
     """Returns the checked description of an open file. Raises AudioError."""
-    # libsndfile reports 2^63-1 frames where it does not know
+    # libsndfile reports 2^63-1 frames for an unknown length
     frames = sound.frames if 0 <= sound.frames < 1 << 48 else 0
     return checked(AudioInfo(sound.samplerate, sound.channels, frames, f"{sound.format}/{sound.subtype}"))
 
 
 def checked(info: AudioInfo) -> AudioInfo:
-    """Returns `info`. Raises AudioError where its rate or channels are implausible."""
+    """Returns `info`. Raises AudioError if its rate or channel count is implausible."""
     if not MIN_RATE <= info.sample_rate <= MAX_RATE:
         raise AudioError("sample_rate", f"{info.sample_rate:,} Hz; allowed are {MIN_RATE:,} to {MAX_RATE:,}")
     if not 1 <= info.channels <= MAX_CHANNELS:

@@ -1,8 +1,8 @@
-"""MPEG audio (MP3, MP2, MP1): a walk over the frames, which alone tells how long a file is.
+"""MPEG audio (MP3, MP2, MP1): scans all frames, the only reliable way to determine the length of a file.
 
 Each frame has a header of 4 bytes (ISO 11172-3, 2.4.2.3) from which its size follows. A file may begin with a Xing/Info
-frame that counts the frames, with an estimate of its length that holds for constant bit rate only, or be several files
-joined together.
+frame that counts the frames; without one, an estimate from the file size holds for constant bit rate only. It may also be
+several files joined together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KBPS: Final = {
 
 
 def _table() -> tuple[list[int], list[int]]:
-    """Bytes of a frame, and its kind (version, layer, rate), by the header's second and third byte; 0: no header."""
+    """Returns frame sizes in bytes and kinds (version, layer, rate) by a header's second and third byte; 0: invalid."""
     sizes, kinds = [0] * 65_536, [0] * 65_536
     for word in range(0xE000, 0x10000):
         version, layer = word >> 11 & 3, word >> 9 & 3
@@ -53,7 +53,7 @@ _SIZES, _KINDS = _table()
 
 @dataclass
 class _Stream:
-    """Frames of one kind in a row, from byte `begin` to `end`."""
+    """Consecutive frames of one kind, from byte `begin` to `end`."""
 
     begin: int
     end: int
@@ -61,9 +61,9 @@ class _Stream:
     word: int
     """Second and third byte of its first frame's header."""
     counted: int | None
-    """Frames as its Xing/Info frame counts them."""
+    """Number of frames stated in its Xing/Info frame, if any."""
     silence: float
-    """Seconds missing before it."""
+    """Seconds of audio missing before it."""
     frames: int = 0
 
     @property
@@ -121,18 +121,18 @@ def mpeg_parts(source: ByteSource, begin: int, end: int) -> list[Part]:
     """Returns the parts of an MPEG audio file: one for each joined file and for each change of rate or channels.
 
     Raises:
-        AudioError: `truncated` where fewer frames are there than a Xing/Info frame counts, `corrupt` where more than a
-            frame's worth of bytes in the middle is not audio.
+        AudioError: `truncated` if there are fewer frames than a Xing/Info frame states, `corrupt` if more bytes in the
+            middle than the largest frame has are not audio.
     """
     if samples := _counted_and_sized(source, begin, end):
         return [Part(tolerance=samples)]
     streams = [stream for stream in _streams(source, begin, end) if stream.frames]
     if len(streams) > 1 and streams[-1].frames <= 2 and streams[-1].counted is None:
-        streams.pop()  # a count that is one too low, not a file that was joined
+        streams.pop()  # the count is one too low; no second file was joined
     for stream in streams:
         if stream.counted is not None and stream.frames < stream.counted - 1:
             raise AudioError(
-                "truncated", f"holds {stream.frames:,} of the {stream.counted:,} frames that its header promises"
+                "truncated", f"contains {stream.frames:,} of the {stream.counted:,} frames stated in its header"
             )
     if len(streams) == 1 and begin == 0 and (only := streams[0]):
         if only.counted is not None:
@@ -150,7 +150,7 @@ def mpeg_parts(source: ByteSource, begin: int, end: int) -> list[Part]:
 
 
 def _counted_and_sized(source: ByteSource, begin: int, end: int) -> int:
-    """Samples per frame of a file whose Xing/Info frame counts frames and whose size is what it states; otherwise 0."""
+    """Returns the samples per frame of a file whose Xing/Info frame has the frame count and true size; else 0."""
     at = after_tags(source, begin, end)
     head = source.read(at, 200)
     side = _side_information(head[:4]) if begin == 0 and len(head) == 200 else 0
@@ -200,7 +200,7 @@ def _streams(source: ByteSource, begin: int, end: int) -> Iterator[_Stream]:
 
 
 def _header_frames(chunk: bytes) -> dict[int, int | None]:
-    """Returns where Xing/Info frames begin in `chunk`, and how many frames each counts."""
+    """Returns the positions of Xing/Info frames in `chunk`, and the number of frames that each states."""
     found: dict[int, int | None] = {}
     for name in (b"Xing", b"Info"):
         at = chunk.find(name)
@@ -215,7 +215,7 @@ def _header_frames(chunk: bytes) -> dict[int, int | None]:
 
 
 def _side_information(header: bytes) -> int:
-    """Bytes between the header of a layer III frame and the name of a Xing/Info header; 0 for other bytes."""
+    """Returns the bytes between a layer III frame's header and the name of a Xing/Info header; 0 for other data."""
     word = header[1] << 8 | header[2]
     if header[0] != 0xFF or not _SIZES[word] or word >> 9 & 3 != 1:
         return 0
@@ -224,7 +224,7 @@ def _side_information(header: bytes) -> int:
 
 
 def _resume(source: ByteSource, at: int, end: int) -> int:
-    """Returns where frames go on after bytes that are none; `end` where they do not."""
+    """Returns the position at which frames continue after other data; `end` if they do not."""
     behind = after_tags(source, at, end)
     if behind > at and is_mpeg_audio(source, behind, end):
         return behind

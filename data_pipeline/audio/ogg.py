@@ -1,4 +1,4 @@
-"""Ogg (RFC 3533): pages, and the chained logical streams that a file consists of."""
+"""Ogg (RFC 3533): pages, and the chained logical streams of a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ MAX_PAGE: Final = 27 + 255 + 255 * 255
 CONTINUED, FIRST, LAST = 1, 2, 4
 OPUS_RATE: Final = 48_000
 LIVE_SECONDS: Final = 20
-"""A stream whose first position is beyond this was joined while it was running; its positions give no length."""
+"""A stream whose first granule position is beyond this was recorded from the middle of a live stream; its positions do
+not give its length."""
 _BIT_REVERSED: Final = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
@@ -42,7 +43,7 @@ class _Link:
 
 def checksum(page: bytes) -> int:
     """Returns the CRC-32 of a page whose checksum field is zero (RFC 3533, section 6)."""
-    # it is zlib's with the bits of each byte and of the result reversed, and without inversions
+    # zlib's CRC with the bits of each byte and of the result reversed, and without inversions
     crc = zlib.crc32(page.translate(_BIT_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{crc:032b}"[::-1], 2)
 
@@ -109,7 +110,7 @@ def _note(link: _Link, flags: int, granule: int, serial: int, sequence: int, bod
     if flags & FIRST:
         link.heads[serial] = body[:80]
     elif serial in link.sequence and sequence != link.sequence[serial] + 1 and link.last_granule > 0:
-        # right after the headers a gap is that of a stream joined while it was running
+        # a gap right after the headers is normal for a recording of a live stream
         raise AudioError("corrupt", f"pages are missing before byte {at:,}")
     link.sequence[serial] = sequence
     if serial == link.audio and granule > 0:
@@ -119,7 +120,7 @@ def _note(link: _Link, flags: int, granule: int, serial: int, sequence: int, bod
 
 
 def _part(source: ByteSource, link: _Link, whole: bool) -> Part | None:
-    """None for a link without audio."""
+    """Returns the part of a chain link; None for a link without audio."""
     serial = link.audio
     if serial is None:
         return Part(((link.begin, link.end),)) if whole else None
@@ -127,7 +128,7 @@ def _part(source: ByteSource, link: _Link, whole: bool) -> Part | None:
     if not head.startswith(b"OpusHead"):
         rate = int.from_bytes(head[12:16], "little") if head.startswith(b"\x01vorbis") else 0
         joined = not rate or link.first_granule > LIVE_SECONDS * rate
-        # Vorbis overlaps blocks: a long one may be missing at an end
+        # Vorbis blocks overlap: up to one long block may be missing at either end
         return Part(pieces, None if joined else max(link.last_granule, 0), 8_192)
     skipped = int.from_bytes(head[10:12], "little")
     joined = link.first_granule > LIVE_SECONDS * OPUS_RATE
@@ -136,10 +137,10 @@ def _part(source: ByteSource, link: _Link, whole: bool) -> Part | None:
 
 
 def _at_48_khz(source: ByteSource, link: _Link, serial: int) -> tuple[Piece, ...]:
-    """The link with 48 kHz in its OpusHead.
+    """Returns the pieces of a link with the rate in its OpusHead set to 48 kHz.
 
-    The field holds the rate of the encoder's input and is not a playback rate (RFC 7845, section 5.1), but libsndfile
-    decodes at it.
+    The field is the rate of the encoder's input, not the playback rate (RFC 7845, section 5.1), but libsndfile decodes
+    at it.
     """
     at = link.begin
     while True:

@@ -1,4 +1,4 @@
-"""The record of a stretch of a recording's file that a decoder can read as a file of its own."""
+"""A part of a recording's file that a decoder can read as a file of its own."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ class Part:
     """One part of a recording; most files have one."""
 
     pieces: tuple[Piece, ...] = ()
-    """What the decoder reads; empty: the whole file as it is."""
+    """Bytes that the decoder reads; empty: the whole file unchanged."""
     frames: int | None = None
-    """Samples per channel that the file's structure promises; None: as many as the decoder's header reports."""
+    """Samples per channel according to the file's structure; None: the number that the decoder reads from the header.
+    """
     tolerance: int = 0
-    """Frames by which a decoder may fall short: what encoders add as padding."""
+    """Frames by which a decoder may fall short, for padding that encoders add."""
     read_to_end: bool = False
-    """The decoder's own idea of the length is a guess: everything is decoded."""
+    """Whether to decode to the end, because the decoder only estimates the length."""
     silence: float = 0.0
-    """Seconds of audio missing before this part; they become silence."""
+    """Seconds of audio missing before this part, replaced by silence."""
     may_continue: bool = False
-    """What the decoder leaves unread may hold further parts."""
+    """Whether further parts may follow where the decoder stops reading."""
     md5: bytes = b""
-    """Checksum of the samples (FLAC); empty where there is none."""
+    """MD5 of the samples (FLAC); empty if the file has none."""
     format: str = ""
-    """Format of a stream without a header ("gsm"); empty: the decoder recognises it."""
+    """Format of a stream without a header ("gsm"); empty: detected by the decoder."""

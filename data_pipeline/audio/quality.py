@@ -1,4 +1,4 @@
-"""What a segment sounds like in a few numbers, and whether that is good enough."""
+"""Level, signal-to-noise ratio and clipping of segments, filters on them, and level normalisation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOOR_DB = -120.0
 
 @config
 class FilterConfig:
-    """Segments that are left out, each with a reason in the report."""
+    """Limits beyond which segments are left out, each with a reason in the report."""
 
     min_level_dbfs: Annotated[
         float | None, about("quieter segments (root mean square, dB of full scale) are `silence`; null keeps them")
@@ -38,7 +38,12 @@ class Measures:
 
 
 def measure(wave: Wave, rate: int) -> Measures:
-    """Measures of one segment."""
+    """Returns the measures of one segment.
+
+    Args:
+        wave: (T,) samples in [-1, 1].
+        rate: Hz.
+    """
     frame = rate // 50
     whole = len(wave) // frame * frame
     rows = wave[:whole].reshape(-1, frame)
@@ -51,10 +56,10 @@ def measure(wave: Wave, rate: int) -> Measures:
 
 
 def snr(frame_power: np.ndarray[tuple[int], np.dtype[np.float32]]) -> float:
-    """Signal-to-noise ratio in dB, estimated from the power of 20 ms frames.
+    """Returns the signal-to-noise ratio in dB, 0 to 100, estimated from the power of 20 ms frames, (frames,).
 
-    Noise is the 10th percentile (pauses hold it alone), signal and noise together the mean above the median. Coarse:
-    meant for histograms and for throwing out what is mostly noise. Between 0 and 100.
+    The noise power is the 10th percentile, since pauses contain noise alone; the mean above the median is signal plus
+    noise. A coarse estimate, for histograms and for removing segments that are mostly noise.
     """
     if len(frame_power) < 5:
         return 0.0
@@ -64,8 +69,8 @@ def snr(frame_power: np.ndarray[tuple[int], np.dtype[np.float32]]) -> float:
     return float(np.clip(10 * np.log10(max(both - noise, 1e-12) / noise), 0.0, 100.0))
 
 
-def verdict(measures: Measures, config: FilterConfig) -> str:
-    """Why a segment is left out; "" if it stays."""
+def reject_reason(measures: Measures, config: FilterConfig) -> str:
+    """Returns the reason for which a segment is left out; "" if it is kept."""
     if config.min_level_dbfs is not None and measures.level_dbfs < config.min_level_dbfs:
         return "silence"
     if config.max_clipped is not None and measures.clipped > config.max_clipped:
@@ -76,7 +81,7 @@ def verdict(measures: Measures, config: FilterConfig) -> str:
 
 
 def normalised(wave: Wave, measures: Measures, target_dbfs: float) -> tuple[Wave, float]:
-    """The segment at a level of `target_dbfs`, or as near as its peak allows, and the gain in dB."""
+    """Returns the segment at a level of `target_dbfs`, or as near as its peak allows, and the gain applied, in dB."""
     peak = float(max(wave.max(), -wave.min()))
     wanted = target_dbfs - measures.level_dbfs
     possible = 20.0 * float(np.log10(0.99 / peak)) if peak > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Containers of chunks: RIFF (WAV), RF64, W64, AIFF, CAF, and the headers of AU and NIST SPHERE.
+"""Chunked containers: RIFF (WAV), RF64, W64, AIFF, CAF, and the headers of AU and NIST SPHERE.
 
-Their headers promise a length in bytes. A promise beyond the file's end means that the file is cut, unless it is one of
-the numbers that programs write to a pipe, where they cannot come back: those mean "to the end of the file".
+Their headers state a length in bytes. A length beyond the file's end means that the file is truncated, unless it is a
+placeholder of programs that write to a pipe and cannot seek back: those mean "to the end of the file".
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ W64_RIFF: Final = bytes.fromhex("726966662e91cf11a5d628db04c10000")
 W64_DATA: Final = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
 LARGEST_HEADER: Final = 1 << 24
 IGNORED_BYTES: Final = 4_096
-"""Bytes behind the audio that belong to no chunk: padding and leftovers; more may be audio that a header hides."""
+"""Bytes after the audio that may belong to no chunk (padding, leftovers); more may be audio that the header omits."""
 _PCM_AIFC: Final = {b"NONE": 0, b"sowt": 0, b"twos": 0, b"raw ": 0, b"in24": 3, b"in32": 4, b"fl32": 4, b"FL32": 4,
                     b"fl64": 8, b"FL64": 8, b"ulaw": 1, b"ULAW": 1, b"alaw": 1, b"ALAW": 1}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a container writes its chunks."""
+    """Layout of a container's chunks."""
 
     order: Literal["little", "big"]
     id_bytes: int = 4
     size_bytes: int = 4
     header_counts: bool = False
-    """A chunk's size includes its header."""
+    """Whether a chunk's size includes its header."""
     align: int = 2
     data: bytes = b"data"
 
@@ -52,10 +52,10 @@ class Chunk:
 
 
 def is_placeholder(size: int, width: int = 4) -> bool:
-    """Returns whether a length in bytes is one that programs write in place of an unknown one.
+    """Returns whether a length in bytes is a placeholder for an unknown one.
 
-    0xFFFFFFFF (FFmpeg), 0x80000000 (arecord), 0x7FFFFFFF, 0x7FFFF000 (sox, espeak) and 0x7F000000 (sox, AIFF), or a
-    header's size less; in 64 bits anything from 2^62 on, too.
+    0, 0xFFFFFFFF (FFmpeg), 0x80000000 (arecord), 0x7FFFFFFF, 0x7FFFF000 (sox, espeak) and 0x7F000000 (sox, AIFF), or
+    one of these minus a header's size; in 64 bits also anything from 2^62 on.
     """
     if size == 0 or 0x7EFF0000 <= size <= 0x7F010000 or 0x7FFE0000 <= size <= 0x80010000:
         return True
@@ -65,10 +65,10 @@ def is_placeholder(size: int, width: int = 4) -> bool:
 
 
 def chunked_parts(source: ByteSource, begin: int, end: int, kind: str) -> tuple[list[Part], int]:
-    """Returns the parts of a container of chunks, and where it ends.
+    """Returns the parts of a chunked container, and where it ends.
 
     Raises:
-        AudioError: `truncated` where the data chunk promises more than there is.
+        AudioError: `truncated` if the data chunk states more bytes than the file has.
     """
     first, dialect = {
         "wav": (begin + 12, RIFX if source.read(begin, 4) == b"RIFX" else RIFF),
@@ -94,9 +94,9 @@ def _around_data(
     least = 8 if dialect is AIFF else 4 if dialect is CAF else 0  # what comes before the samples in the chunk
     unknown = is_placeholder(size, 8 if kind in ("w64", "caf", "rf64") else 4) or size <= least
     if unknown and size <= least and _ends_with_chunks(source, data.at + max(size, 0), end, dialect):
-        unknown = False  # there are no samples, and what follows are other chunks
+        unknown = False  # the data chunk is empty, and other chunks follow
     if not unknown and size > there:
-        raise AudioError("truncated", f"its header promises {size - there:,} bytes more than there are")
+        raise AudioError("truncated", f"its header states {size - there:,} bytes more than the file has")
     if unknown:
         return [Part(_rewritten(source, begin, kind, dialect, before, data, [(data.at, end)]))], end
     slices, last = [(data.at, data.at + size)], data.at + size
@@ -113,7 +113,7 @@ def _around_data(
 
 
 def _whole(source: ByteSource, begin: int, end: int) -> tuple[Piece, ...]:
-    """No pieces, which is the fastest, where bytes that are ignored are all that follows."""
+    """Returns the byte range; no pieces, the fastest form, if only ignorable bytes follow."""
     return () if begin == 0 and source.size - end <= IGNORED_BYTES else ((begin, end),)
 
 
@@ -136,7 +136,7 @@ def _aligned(at: int, begin: int, dialect: Dialect) -> int:
 
 
 def _is_name(name: bytes, dialect: Dialect) -> bool:
-    """Whether a chunk may have this name; a container's own name begins another file."""
+    """Returns whether this is a valid chunk name; a container's own name begins another file."""
     if name[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff") or name == W64_RIFF:
         return False
     return all(32 <= letter < 127 for letter in name[:4])
@@ -163,7 +163,7 @@ def _rewritten(
     data: Chunk,
     slices: list[tuple[int, int]],
 ) -> tuple[Piece, ...]:
-    """The file with the true length in its header."""
+    """Returns the pieces of the file with the true length in its header."""
     length = sum(stop - start for start, stop in slices)
     if data.at - begin > LARGEST_HEADER:
         raise AudioError("unreadable", f"has {data.at - begin:,} bytes of header")
@@ -190,7 +190,7 @@ def _rewritten(
 
 
 def _wave_header(source: ByteSource, dialect: Dialect, before: list[Chunk], length: int) -> bytes:
-    """A RIFF or, beyond 4 GiB, RF64 header (EBU Tech 3306) with the file's own fmt chunk."""
+    """Returns a RIFF or, beyond 4 GiB, RF64 header (EBU Tech 3306) with the file's own fmt chunk."""
     fmt = b""
     for chunk in before:
         if chunk.name == b"fmt ":
@@ -215,7 +215,7 @@ def au_parts(source: ByteSource, begin: int, end: int) -> tuple[list[Part], int]
             pieces = (header[:8] + struct.pack(">I", min(end - start, 0xFFFFFFFF)) + header[12:], (start, end))
         return [Part(pieces)], end
     if start + size > end:
-        raise AudioError("truncated", f"its header promises {start + size - end:,} bytes more than there are")
+        raise AudioError("truncated", f"its header states {start + size - end:,} bytes more than the file has")
     return [Part(_whole(source, begin, start + size))], start + size
 
 
@@ -241,5 +241,5 @@ def nist_parts(source: ByteSource, begin: int, end: int) -> tuple[list[Part], in
         changed = b"\n".join([*lines[:-1], b"sample_count -i %d" % frames, b"end_head\n"])
         return [Part((changed.ljust(length, b"\n"), (begin + length, end)))], end
     if promised > end:
-        raise AudioError("truncated", f"its header promises {promised - end:,} bytes more than there are")
+        raise AudioError("truncated", f"its header states {promised - end:,} bytes more than the file has")
     return [Part(_whole(source, begin, promised))], promised

@@ -1,4 +1,4 @@
-"""Cuts a stream of audio into segments. Source times are exact: `start` counts samples from the recording's begin."""
+"""Cuts a stream of audio into segments. Source times are exact: `start` counts samples from the recording's start."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ from data_pipeline.core.types import Span
 
 
 def cut(blocks: Iterable[Wave], longest: int) -> Iterator[tuple[int, Wave, bool]]:
-    """(start, wave, whole) pieces of at most `longest` samples, without gaps; `whole` where it is all of the recording.
+    """Cuts a recording into pieces of at most `longest` samples, without gaps.
 
-    The last two pieces of a recording are of equal length, so that none is a short remainder. Holds at most
-    2 · `longest` samples and one block.
+    The last two pieces are of equal length, so that no short remainder is left. Keeps at most 2 · `longest` samples
+    and one block in memory.
+
+    Args:
+        blocks: The recording, in blocks of any size.
+        longest: Samples of the longest piece.
+
+    Yields:
+        (start, wave, whole): `start` in samples; `whole` is true for a piece that is the entire recording.
     """
     waiting: list[Wave] = []
     held = start = 0
@@ -40,18 +47,19 @@ def cut(blocks: Iterable[Wave], longest: int) -> Iterator[tuple[int, Wave, bool]
 
 
 def marked(blocks: Iterable[Wave], spans: Sequence[Span], longest: int) -> Iterator[tuple[Span, int, Wave, bool]]:
-    """Cuts the stretches that a corpus marks out of a recording; they may overlap, and each is a piece of its own.
+    """Cuts the spans that a corpus marks out of a recording. Spans may overlap; each gives its own pieces.
 
-    Holds the audio since the start of the oldest open span, but at most 2 · `longest` samples and one block of it.
+    Keeps the audio since the start of the oldest open span in memory, at most 2 · `longest` samples of it and one
+    block.
 
     Args:
         blocks: The recording, in blocks of any size.
-        spans: Stretches in samples; one with `stop` None ends with the recording.
-        longest: Samples of the longest piece; longer spans are cut as by `cut`.
+        spans: Spans in samples; one with `stop` None ends with the recording.
+        longest: Samples of the longest piece; longer spans are cut as in `cut`.
 
     Yields:
-        (span, start, wave, whole) in the order in which the pieces are complete, whatever the blocks. `whole` where
-        the piece is all that there is of its span; it is shorter than the span where the recording ends first. A span
+        (span, start, wave, whole) in the order in which the pieces are complete, independent of the block size.
+        `whole` is true for a piece that is its entire span, which the end of the recording may cut short. A span
         beyond the end of the recording yields nothing.
     """
     at = [span.start for span in spans]
@@ -82,5 +90,8 @@ _END: Final = 1 << 62
 
 
 def _next_cut(span: Span, start: int, longest: int) -> int:
-    """Where the recording has to be known to for the next piece of a span: as `cut`, which keeps the last two equal."""
+    """Returns the sample up to which audio is needed before the next piece of a span can be cut.
+
+    Two pieces ahead, since the last two are made equally long (see `cut`).
+    """
     return min(start + 2 * longest, _END if span.stop is None else span.stop)

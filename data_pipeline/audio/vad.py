@@ -1,4 +1,4 @@
-"""Speech segments by Silero VAD: a streaming detector whose weights come with its package (the extra `vad`).
+"""Voice activity detection with Silero VAD, a streaming detector that ships with its weights (the extra `vad`).
 
 Silero's network (https://github.com/snakers4/silero-vad) gives a speech probability for each 32 ms at 16 kHz; it needs
 audio at that rate, so it runs behind the resampler. Start and end follow its own hysteresis rule.
@@ -26,7 +26,7 @@ HYSTERESIS: Final = 0.15
 
 @config
 class VadConfig:
-    """Voice activity detection (Silero): keeps stretches of speech, drops what lies between."""
+    """Voice activity detection (Silero): keeps stretches of speech and drops the audio between them."""
 
     enabled: Annotated[bool, about("cut recordings into stretches of speech; needs the extra vad")] = False
     threshold: Annotated[float, about("speech probability from which on a stretch begins", gt=0.15, lt=1)] = 0.5
@@ -35,7 +35,7 @@ class VadConfig:
 
 
 def require() -> None:
-    """Raises ConfigError where the packages are missing."""
+    """Raises ConfigError if the packages of the extra `vad` are missing."""
     missing = [name for name in ("onnxruntime", "silero_vad") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"vad.enabled=true: needs {' and '.join(missing)}: pip install 'auricle[vad]'")
@@ -56,14 +56,18 @@ def _session() -> Any:
 
 
 class Detector:
-    """Speech probabilities of one recording, window by window."""
+    """Computes speech probabilities of one recording, window by window."""
 
     def __init__(self) -> None:
         self._state = np.zeros((2, 1, 128), np.float32)
         self._context = np.zeros(CONTEXT, np.float32)
 
     def probability(self, window: Wave) -> float:
-        """Of `WINDOW` samples; fewer are padded with zeros."""
+        """Returns the speech probability of the next window.
+
+        Args:
+            window: (`WINDOW`,) samples at 16 kHz; a shorter last window is padded with zeros.
+        """
         padded = np.zeros(CONTEXT + WINDOW, np.float32)
         padded[:CONTEXT] = self._context
         padded[CONTEXT : CONTEXT + len(window)] = window
@@ -74,16 +78,26 @@ class Detector:
 
 
 def speech(blocks: Iterable[Wave], longest: int, config: VadConfig) -> Iterator[tuple[int, Wave]]:
-    """(start, wave) of the stretches with speech, at most `longest` samples each, in the order of the recording.
+    """Yields the stretches of a recording that contain speech.
 
-    A longer stretch is cut where speech is least probable in its second half. Holds `longest` samples and a block.
+    A stretch longer than `longest` is cut where speech is least probable in its second half. Keeps at most `longest`
+    samples and one block in memory.
+
+    Args:
+        blocks: The recording at 16 kHz, in blocks of any size.
+        longest: Samples of the longest stretch.
+        config: Threshold, pause and padding.
+
+    Yields:
+        (start, wave) in the order of the recording; `start` in samples from its beginning.
     """
     detector, probabilities = Detector(), list[float]()
     patience = max(1, round(config.min_silence_seconds * RATE / WINDOW))
     pad = round(config.pad_seconds * RATE / WINDOW)
     limit = longest // WINDOW
     held, first = np.zeros(0, np.float32), 0
-    # windows since the begin: `begin` of the present stretch (None: silence), `last` that held speech
+    # in windows from the start of the recording: `begin` of the current stretch (None: silence), end of the `last`
+    # window with speech, end of the stretch before (`free`), windows seen (`number`)
     begin: int | None = None
     last = free = number = 0
 
@@ -110,7 +124,7 @@ def speech(blocks: Iterable[Wave], longest: int, config: VadConfig) -> Iterator[
                 free = middle + 1 + int(np.argmin(probabilities[middle:number]))
                 yield piece(begin, free)
                 begin = free
-        # forgets what no stretch can reach any more
+        # drop audio that no later stretch can include
         keep = begin if begin is not None else max(free, number - pad)
         if keep * WINDOW > first:
             held, first = held[keep * WINDOW - first :], keep * WINDOW

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from data_pipeline.audio import codecs, vad
-from data_pipeline.audio.quality import measure, normalised, verdict
+from data_pipeline.audio.quality import measure, normalised, reject_reason
 from data_pipeline.audio.segmentation import cut, marked
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.storage import FileStore, StorageReadError, is_url
@@ -271,7 +271,7 @@ class _Recording:
             self.tally.reject(reject_file(file, "cut", "too_short", start=start, samples=len(wave)))
             return
         measures = measure(wave, SAMPLE_RATE)
-        if reason := verdict(measures, config.filters):
+        if reason := reject_reason(measures, config.filters):
             self.tally.reject(reject_file(file, "filter", reason, start=start, samples=len(wave)))
             return
         repeat = self._starts[start, piece.channel]

@@ -75,7 +75,7 @@ def test_http_errors_and_broken_connections_name_the_file(tmp_path: Path) -> Non
 def test_a_full_disk_for_local_copies_ends_the_job_and_rejects_no_file(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", {"a.wav": 1.0})
     values = {"out": str(tmp_path / "out"), "corpus": {"name": "path", "path": f"flaky://{corpus}"}}
-    with flaky(a=OSError(errno.ENOSPC, "No space left on device")), pytest.raises(OSError, match="no room in"):
+    with flaky(a=OSError(errno.ENOSPC, "No space left on device")), pytest.raises(OSError, match="no space in"):
         rejects_of(load(PreprocessConfig, values))
 
 

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from data_pipeline.audio import codecs, vad
-from data_pipeline.audio.quality import FilterConfig, measure, normalised, verdict
+from data_pipeline.audio.quality import FilterConfig, measure, normalised, reject_reason
 from data_pipeline.audio.vad import VadConfig
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.preprocess.config import PreprocessConfig
@@ -85,10 +85,10 @@ def test_each_filter_reports_its_reason() -> None:
         "clipped": np.clip(good * 20, -1, 1),
         "low_snr": noise,
     }
-    assert {reason: verdict(measure(wave, 16_000), config) for reason, wave in named.items()} == {
+    assert {reason: reject_reason(measure(wave, 16_000), config) for reason, wave in named.items()} == {
         reason: reason for reason in named
     }
-    assert verdict(measure(np.zeros(32_000, np.float32), 16_000), config) == "silence"
+    assert reject_reason(measure(np.zeros(32_000, np.float32), 16_000), config) == "silence"
 
 
 def test_estimated_snr_increases_with_the_true_snr() -> None:
