@@ -1,8 +1,8 @@
 """MPEG audio (MP3, MP2, MP1): scans all frames, the only reliable way to determine the length of a file.
 
 Each frame has a header of 4 bytes (ISO 11172-3, 2.4.2.3) from which its size follows. A file may begin with a Xing/Info
-frame that counts the frames; without one, an estimate from the file size holds for constant bit rate only. It may also be
-several files joined together.
+frame that counts the frames; without one, an estimate from the file size holds for constant bit rate only. A file may
+also be several files joined together.
 """
 
 from __future__ import annotations
