@@ -1,4 +1,4 @@
-"""The typed config of a pretraining run. Defaults are here and in the plug-ins; YAML has only what differs."""
+"""The typed config of a pretraining run. Defaults are here and in the plug-ins; YAML files contain only deviations."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pretrain.interfaces.configs import EncoderConfig, FrontendConfig, HeadConfi
 
 @config
 class OptimizerConfig:
+    """AdamW and gradient clipping."""
+
     lr: Annotated[float, about("peak learning rate", gt=0)] = 5e-4
     betas: Annotated[tuple[float, float], about("Adam's decay rates of the first and second moment")] = (0.9, 0.98)
     eps: Annotated[float, about("Adam's epsilon", gt=0)] = 1e-6
@@ -89,7 +91,7 @@ class EngineConfig:
     ] = False
     peak_tflops: Annotated[
         float,
-        about("peak of one device in this precision, for perf/mfu; 0: as known of common GPUs", ge=0),
+        about("peak of one device in this precision, for perf/mfu; 0: built-in figures of common GPUs", ge=0),
     ] = 0.0
     timeout_minutes: Annotated[float, about("time limit of a collective operation", gt=0, le=525_600)] = 30.0
 
@@ -112,7 +114,9 @@ class EngineConfig:
 
 @config
 class TrainConfig:
-    steps: Annotated[int, about("optimizer steps in all", ge=1)] = 400_000
+    """Length of a run, logging and checkpoints."""
+
+    steps: Annotated[int, about("optimizer steps in total", ge=1)] = 400_000
     log_every: Annotated[int, about("write metrics every so many steps", ge=1)] = 1
     media_every: Annotated[
         int, about("audio, spectrograms with units and frames go to TensorBoard every so many steps; 0: never", ge=0)
@@ -128,7 +132,7 @@ class TrainConfig:
 
 @config
 class HealthConfig:
-    """Limits of the health detectors (pretrain/monitoring/detectors.py), and what to do when one is passed."""
+    """Limits of the health detectors (pretrain/monitoring/detectors.py), and the action when one is exceeded."""
 
     on_nan: Annotated[
         Literal["stop", "rollback"],
@@ -149,8 +153,8 @@ class HealthConfig:
     max_updates_without_targets: Annotated[
         int,
         about(
-            "stop when the objective or a head had no target in so many updates in a row (at most train.steps): a loss "
-            "of 0 is then no success",
+            "stop when the objective or a head had no target in so many updates in a row (at most train.steps): its "
+            "loss of 0 is then meaningless",
             ge=1,
         ),
     ] = 5
@@ -161,9 +165,9 @@ class HealthConfig:
     every: Annotated[int, about("steps between checks", ge=1)] = 10
     confirm: Annotated[int, about("checks in a row that must find the same before it counts", ge=1)] = 3
     window: Annotated[int, about("steps over which losses, codes and times are pooled", ge=1)] = 50
-    grace_steps: Annotated[int, about("steps, at most two thirds of all, before chance and codes are judged", ge=0)] = (
-        2_000
-    )
+    grace_steps: Annotated[
+        int, about("steps, at most two thirds of all, before chance and codes are checked", ge=0)
+    ] = 2_000
     spike_factor: Annotated[
         float, about("an outlier is this many times the running median of gradient norms", gt=1)
     ] = 10.0
@@ -226,7 +230,7 @@ class Config:
             refuse("engine.packed", self.engine.packed, remedy)
 
     def cautions(self) -> list[str]:
-        """Returns what is allowed but probably not meant, one sentence each."""
+        """Returns warnings about settings that are valid but probably not intended, one sentence each."""
         found = []
         if self.schedule.warmup_steps > self.train.steps:
             found.append(

@@ -66,7 +66,7 @@ def train(
         if state.note:
             say(state.note)
 
-    engine.tell = heart.part
+    engine.on_phase = heart.part
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
     with checkpoint.Saver(run, engine, config, say) as saver, writer or contextlib.nullcontext():
         while state.step < settings.steps and not stopping:

@@ -2,8 +2,8 @@
 
     checkpoints/step_00000100/model.safetensors      weights and buffers of the TrainModule, fp32
                               optimizer.safetensors  exp_avg/NAME, exp_avg_sq/NAME
-                              state.json             step, reader cursor, health's memory, loss scale, config, sha256
-    checkpoints/latest                               the name of the newest whole one
+                              state.json             step, reader cursor, health state, loss scale, config, sha256
+    checkpoints/latest                               the name of the newest complete checkpoint
 
 Nothing in it is executed on loading (no pickle).
 """
@@ -49,14 +49,14 @@ class TrainState:
     health: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """State of the health monitor, as plain JSON."""
     prolonged: Prolongation | None = None
-    """Where a change of train.steps found the learning rate."""
+    """Step and learning rate at which a resume with another train.steps continued."""
     note: str = ""
-    """What to report about the resume; not saved."""
+    """Message about the resume for the log; not saved."""
 
 
 @dataclasses.dataclass
 class _Pending:
-    """A save under way: what it writes, and how often it was tried."""
+    """A save in progress."""
 
     folder: Path
     write: Callable[[], None]
@@ -65,14 +65,21 @@ class _Pending:
 
 
 TRIES = 2
-"""How often a save is tried, at once, before training ends."""
+"""Attempts to save a checkpoint before training ends; a failed save is repeated at once."""
 
 
 class Saver:
-    """Saves checkpoints; a context manager, so that a write that has begun is finished whatever ends the loop.
+    """Saves checkpoints. A context manager, so that a write in progress is finished however the training loop ends.
 
-    Collecting the tensors is a collective; rank 0 writes them, in a thread where `train.save_behind`. A checkpoint is
-    reported when it is whole on the disk. A failed save is noticed at the next `poll` and tried again at once.
+    Gathering the tensors is a collective operation; rank 0 writes them, in a background thread with
+    `train.save_behind`. A checkpoint is reported once it is complete on disk. The next `poll` detects a failed save and
+    repeats it.
+
+    Args:
+        run: the run folder, of which this process is the newest start.
+        engine: the engine whose tensors are saved.
+        config: the run's config, saved with each checkpoint.
+        say: receives a line per saved checkpoint and per failed save.
     """
 
     def __init__(
@@ -91,15 +98,18 @@ class Saver:
         if kind is None:
             self.wait()
         else:
-            with contextlib.suppress(OSError, RuntimeError):  # what ended the loop is raised, not this
+            with contextlib.suppress(OSError, RuntimeError):  # the exception that ended the loop takes precedence
                 self.wait()
         self._pool.shutdown(wait=True)
 
     def save(self, state: TrainState) -> None:
-        """Saves this moment; a collective.
+        """Saves a checkpoint; a collective operation.
+
+        Args:
+            state: state of the training loop after `state.step` updates.
 
         Raises:
-            OSError: an earlier save failed twice (a full disk). The checkpoints already there stay whole.
+            OSError: a save failed twice (a full disk). Existing checkpoints stay intact.
             StaleIncarnationError: a newer start of the run exists.
         """
         folder = self._run.checkpoints / f"step_{state.step:08d}"
@@ -116,17 +126,17 @@ class Saver:
             self.wait()
 
     def poll(self) -> None:
-        """Reports a save that has ended since the last call; raises as `save`."""
+        """Reports a save that has finished since the last call. Raises as `save` does."""
         if self._pending is not None and self._pending.future.done():
             self._finish(self._pending)
 
     def wait(self) -> None:
-        """Returns once the last save is whole on the disk; raises as `save`."""
+        """Waits until the last save is complete on disk. Raises as `save` does."""
         while self._pending is not None:
             self._finish(self._pending)
 
     def _finish(self, pending: _Pending) -> None:
-        """Waits for a save and reports it; starts it again where it failed and may be tried once more."""
+        """Waits for a save and reports it; repeats a failed one if attempts are left."""
         self._pending = None
         try:
             pending.future.result()
@@ -142,9 +152,9 @@ class Saver:
 
 
 def remove_leftovers(run: RunFolder) -> None:
-    """Removes from checkpoints/ what earlier starts left half written; `run` must be the newest start.
+    """Removes partially written files of earlier starts from checkpoints/; `run` must be the newest start.
 
-    A stand-in that `latest` names is a whole checkpoint, and stays.
+    A stand-in that `latest` names is a complete checkpoint and is kept.
     """
     latest = run.checkpoints / "latest"
     named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
@@ -160,7 +170,7 @@ def remove_leftovers(run: RunFolder) -> None:
 
 
 def _gather(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Returns copies of all tensors by file: the next step must not change what is being written."""
+    """Returns copies of all tensors by file, so that the next step cannot change them while they are written."""
     files: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     for name, tensor in engine.tensors():
         kind, _, rest = name.partition("/")
@@ -181,8 +191,8 @@ def _write(
 ) -> None:
     """Writes a temporary folder, moves it into place, points `latest` to it, then removes old checkpoints.
 
-    Whenever the process is killed, `latest` names a whole checkpoint: one that is written again (after a roll-back,
-    with another cursor) has a stand-in meanwhile.
+    At whatever moment the process is killed, `latest` names a complete checkpoint: one that is rewritten (after a
+    rollback, with another cursor) has a stand-in until the new one is in place.
     """
     run.require_current()
     run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -235,14 +245,19 @@ def _point_latest(run: RunFolder, folder: Path) -> None:
 
 
 def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
-    """Loads the newest checkpoint of a run into `engine`.
+    """Loads the newest checkpoint of a run into `engine`; a collective operation.
+
+    Args:
+        run: the run folder.
+        engine: receives weights, buffers, moments and loss scale.
+        config: the config of the resumed run.
 
     Returns:
-        The loop's state; that of a new run where there is no checkpoint yet.
+        State of the training loop; that of a new run if there is no checkpoint yet.
 
     Raises:
-        ConfigError: The checkpoint was saved with another config (pretrain.checkpointing.resume).
-        ValueError: It is damaged; the message has the remedy.
+        ConfigError: `config` changes a field that a resumed run must keep (see pretrain.checkpointing.resume).
+        ValueError: the checkpoint is damaged; the message has the remedy.
     """
     newest = latest_checkpoint(run.checkpoints)
     return _load(newest, engine, config) if newest else TrainState()
@@ -253,10 +268,16 @@ class NothingToGoBackToError(ValueError):
 
 
 def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> TrainState:
-    """Puts the newest checkpoint of at most `before` steps into `engine`; a collective.
+    """Loads the newest checkpoint of at most `before` steps into `engine`; a collective operation.
 
-    Newer ones are set aside as `unhealthy_step_N`. Raises NothingToGoBackToError where there is no such checkpoint
-    (any more), StaleIncarnationError when a newer start of the run exists.
+    Newer checkpoints are renamed to `unhealthy_step_N`.
+
+    Returns:
+        State of the training loop at that checkpoint.
+
+    Raises:
+        NothingToGoBackToError: no checkpoint is that old (any more).
+        StaleIncarnationError: a newer start of the run exists.
     """
     found = saved_steps(run.checkpoints)
     healthy = max((step for step in found if step <= before), default=None)
@@ -270,7 +291,7 @@ def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> Tr
     engine.world.agree(str(healthy), "the checkpoint to go back to")
     if engine.world.rank == 0:
         run.require_current()
-        _point_latest(run, found[healthy])  # first, so that it never names what is set aside
+        _point_latest(run, found[healthy])  # first, so that it never names a renamed checkpoint
         for step in sorted(step for step in found if step > healthy):
             aside = run.checkpoints / f"unhealthy_step_{step:08d}"
             remove(aside)
@@ -295,10 +316,11 @@ def _load(folder: Path, engine: Engine, config: Config) -> TrainState:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Reads state.json of a checkpoint; the only reader of it.
+    """Reads state.json of a checkpoint; all other code reads it through this function.
 
     Raises:
-        ValueError: It is missing, of another format, or a value in it has the wrong form; with the remedy.
+        ValueError: the file is missing, has another format version, or a value in it has the wrong form; the message
+            has the remedy.
     """
     try:
         return _read_state(folder)
@@ -311,7 +333,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}: not a whole auricle checkpoint ({file.name}: {error})") from error
+        raise ValueError(f"{folder}: not a complete auricle checkpoint ({file.name}: {error})") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else values
         raise ValueError(f"{folder}: checkpoint format {str(found)[:40]!r}, this version reads {FORMAT}")
@@ -354,11 +376,11 @@ _STATE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("loss_scale", "an object", _is_optional_object),
     ("prolonged", "null, or an object with step and rate", is_prolongation),
 )
-"""Fields of state.json: name, form in words, check."""
+"""Fields of state.json: name, description of the valid form, check."""
 
 
 def damage(folder: Path) -> str:
-    """Returns what is wrong with a checkpoint, from reading all of it and comparing checksums; "" where it is whole."""
+    """Reads a whole checkpoint and compares checksums; returns a description of the damage, "" if it is intact."""
     try:
         digests = _read_state(folder)["sha256"]
         for name in FILES:

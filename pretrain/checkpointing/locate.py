@@ -1,4 +1,4 @@
-"""Finds the checkpoints of a run: the only reader of `checkpoints/latest`."""
+"""Finds the checkpoints of a run; all code reads `checkpoints/latest` through this module."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import re
 from pathlib import Path
 
 POINTER = "latest"
-"""File in a run's checkpoints folder with the name of the newest whole checkpoint."""
+"""File in a run's checkpoints folder with the name of the newest complete checkpoint."""
 _NAME = re.compile(r"(?:\.stand_in_)?step_([0-9]{1,18})")
 _LONGEST = 200
-"""Bytes of the file that are read at most."""
+"""Most bytes of the file that are read."""
 
 
 def latest_name(checkpoints: Path) -> str:
-    """Returns the name in CHECKPOINTS/latest; "" where no checkpoint was saved yet.
+    """Returns the name in CHECKPOINTS/latest; "" if no checkpoint was saved yet.
 
     Args:
         checkpoints: The checkpoints folder of a run.
 
     Raises:
-        ValueError: The file does not hold the name of a checkpoint.
-        OSError: It cannot be read.
+        ValueError: The file does not contain the name of a checkpoint.
+        OSError: The file cannot be read.
     """
     pointer = checkpoints / POINTER
     try:
@@ -31,55 +31,59 @@ def latest_name(checkpoints: Path) -> str:
     name = content.decode("utf-8", errors="backslashreplace")
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{pointer}: must hold the name of a checkpoint, such as step_00000100, and holds {name[:40]!r}; "
+            f"{pointer}: must hold the name of a checkpoint, such as step_00000100, not {name[:40]!r}; "
             f"{remedy(checkpoints)}"
         )
     return name
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """Returns the folder of the newest whole checkpoint; None where none was saved yet.
+    """Returns the folder of the newest complete checkpoint; None if none was saved yet.
 
     Raises:
-        ValueError: CHECKPOINTS/latest does not name a checkpoint that is there.
+        ValueError: CHECKPOINTS/latest does not name an existing checkpoint.
     """
     name = latest_name(checkpoints)
     if not name:
         return None
     if not (checkpoints / name).is_dir():
-        raise ValueError(f"{checkpoints / POINTER}: names {name}, and there is no such folder; {remedy(checkpoints)}")
+        raise ValueError(f"{checkpoints / POINTER}: names {name}, which does not exist; {remedy(checkpoints)}")
     return checkpoints / name
 
 
 def steps_done(run: Path) -> int:
-    """Returns the number of steps after which the newest checkpoint of a run folder was saved; 0 without one.
+    """Returns the step of the newest checkpoint of a run folder; 0 without one.
 
     Raises:
-        ValueError: checkpoints/latest does not hold the name of a checkpoint.
+        ValueError: checkpoints/latest does not contain the name of a checkpoint.
     """
     found = _NAME.fullmatch(latest_name(run / "checkpoints"))
     return int(found[1]) if found else 0
 
 
 def saved_steps(checkpoints: Path) -> dict[int, Path]:
-    """Returns the checkpoints that are there, by their step, sorted."""
+    """Returns the existing checkpoints by step, in ascending order."""
     named = ((_NAME.fullmatch(path.name), path) for path in checkpoints.glob("step_*") if path.is_dir())
     return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 
 def remedy(checkpoints: Path) -> str:
-    """Returns what to do about a newest checkpoint that cannot be used."""
+    """Returns the remedy for a newest checkpoint that cannot be used, for an error message."""
     names = [path.name for path in saved_steps(checkpoints).values()]
     if not names:
         return f"no checkpoint is left in {checkpoints}: start the run under another name="
-    return f"write the name of a whole checkpoint into {checkpoints / POINTER} (there are: {', '.join(names)})"
+    return f"write the name of a complete checkpoint into {checkpoints / POINTER} (there are: {', '.join(names)})"
 
 
 def find_checkpoint(given: str) -> Path:
-    """Returns the checkpoint folder meant by a run folder, a checkpoints folder or a checkpoint.
+    """Returns the checkpoint folder of a path given by the user.
+
+    Args:
+        given: a run folder, a checkpoints folder (both give the newest checkpoint), a checkpoint, or a Hugging Face
+            folder.
 
     Raises:
-        ValueError: None of these, nor a Hugging Face folder, is there.
+        ValueError: the path is none of these.
     """
     path = Path(given).expanduser()
     for folder in (path / "checkpoints", path):
@@ -94,7 +98,7 @@ def find_checkpoint(given: str) -> Path:
 
 
 def near(path: Path) -> str:
-    """Returns a hint at the entry beside `path` with the nearest name, or ""."""
+    """Returns a hint with the sibling folder whose name is most similar to that of `path`, or ""."""
     import difflib
 
     try:

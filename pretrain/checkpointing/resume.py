@@ -1,4 +1,4 @@
-"""Whether a run may continue from a checkpoint: the same config where it matters, and the same data.
+"""Checks whether a run may continue from a checkpoint: same data, and same config except for fields that may change.
 
 Each config field declares what a resumed run may change in it (`about(..., resume=...)` in data_pipeline.core.schema).
 """
@@ -15,11 +15,11 @@ from pretrain.lr_schedule import Prolongation, learning_rate
 from pretrain.train_module import open_run_reader
 
 SMALL = 1e-3
-"""Relative change of the learning rate that is not worth a message."""
+"""Relative change of the learning rate below which none is reported."""
 
 
 def require_same_config(saved: Mapping[str, Any], config: Config, folder: Path) -> None:
-    """Checks that `config` continues the run whose config `saved` is.
+    """Checks that a run with `config` may continue from a checkpoint that was saved with `saved`.
 
     Args:
         saved: The config in the checkpoint, as plain values.
@@ -27,7 +27,7 @@ def require_same_config(saved: Mapping[str, Any], config: Config, folder: Path) 
         folder: The checkpoint, for the message.
 
     Raises:
-        ConfigError: A field that must stay differs; the message has each one with both values.
+        ConfigError: A field that must not change differs; the message lists each one with both values.
     """
     rules = resume_rules(Config)
     changed = [
@@ -43,12 +43,17 @@ def require_same_config(saved: Mapping[str, Any], config: Config, folder: Path) 
 
 
 def require_same_data(state: Mapping[str, Any], config: Config, folder: Path) -> None:
-    """Checks that data whose path changed is the data that the run was trained on, by the hash of the plan.
+    """Checks that data whose path changed is the data that the run was trained on, by the hash of the step plan.
 
     Data at an unchanged path is not opened here: the ranks compare its hash when they start.
 
+    Args:
+        state: The checkpoint's state.json.
+        config: The config of the resumed run.
+        folder: The checkpoint, for the message.
+
     Raises:
-        ConfigError: The data differs; the message has each path with both values.
+        ConfigError: The data differs; the message lists each path with both values.
     """
     rules = resume_rules(Config)
     moved = [
@@ -72,7 +77,7 @@ def require_same_data(state: Mapping[str, Any], config: Config, folder: Path) ->
 
 
 def same_path(one: Any, other: Any) -> bool:
-    """Whether two values of a config name the same file, folder or URL, or the same ones in the same order."""
+    """Returns whether two config values name the same file, folder or URL, or the same ones in the same order."""
     if isinstance(one, str) and isinstance(other, str):
         return bool(one) == bool(other) and _resolved(one) == _resolved(other)
     if isinstance(one, Sequence) and isinstance(other, Sequence):
@@ -81,7 +86,7 @@ def same_path(one: Any, other: Any) -> bool:
 
 
 def is_prolongation(value: Any) -> bool:
-    """Whether a value of state.json is null or what `prolongation` reads."""
+    """Returns whether a value of state.json is null or an object that `prolongation` reads."""
     numbers = (int, float)
     return value is None or (
         isinstance(value, dict)
@@ -94,16 +99,16 @@ def is_prolongation(value: Any) -> bool:
 def prolongation(
     saved: Mapping[str, Any], config: Config, step: int, before: Mapping[str, Any] | None
 ) -> Prolongation | None:
-    """Returns where a change of train.steps finds the learning rate of a resumed run; None without such a change.
+    """Returns step and learning rate at which train.steps last changed in a run; None if it never did.
 
     Args:
         saved: The config in the checkpoint.
         config: The config of the resumed run.
         step: Updates done.
-        before: The same of the run that saved the checkpoint, as in its state.json.
+        before: The prolongation in the checkpoint's state.json, if any.
 
     Raises:
-        ConfigError: The rate is to be kept, and it is 0.
+        ConfigError: schedule.continue=constant would keep a learning rate of 0.
     """
     earlier = Prolongation(**before) if before else None
     then = _loaded(saved)
@@ -113,14 +118,14 @@ def prolongation(
         found = Prolongation(step, rate)
     if found and config.schedule.continuation == "constant" and not found.rate and step < config.train.steps:
         raise ConfigError(
-            f"schedule.continue=constant: the learning rate of update {found.step}, the last one, is 0; take "
+            f"schedule.continue=constant: the learning rate of the last update, {found.step}, is 0; take "
             "schedule.continue=rewarm or as_planned"
         )
     return found
 
 
 def prolongation_notice(saved: Mapping[str, Any], config: Config, step: int, found: Prolongation | None) -> str:
-    """Returns a line on a learning rate that changes because `train.steps` did; "" where it does not."""
+    """Returns a message on a learning rate that changes because `train.steps` did; "" if it does not change."""
     then = _loaded(saved)
     if then is None or found is None or then.train.steps == config.train.steps or step >= config.train.steps:
         return ""
@@ -136,7 +141,7 @@ def prolongation_notice(saved: Mapping[str, Any], config: Config, step: int, fou
 
 
 def _as_today(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of a checkpoint with today's names and the defaults of newer fields, where today's code reads it."""
+    """Returns a checkpoint's config with current field names and defaults; unchanged if this version cannot read it."""
     then = _loaded(saved)
     return saved if then is None else dump(then)
 
@@ -149,7 +154,7 @@ def _loaded(saved: Mapping[str, Any]) -> Config | None:
 
 
 def _rule(rules: Mapping[str, Resume], path: str) -> Resume:
-    """The rule of a field, or of the nearest section above it that has one."""
+    """Returns the rule of a field, or of the nearest section above it that has one."""
     parts = path.split(".")
     prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((rules[prefix] for prefix in prefixes if prefix in rules), "fixed")

@@ -1,4 +1,4 @@
-"""The run folder, and the rule that only the newest start (incarnation) of a run may write there."""
+"""The run folder, in which only the newest start (incarnation) of a run may write."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 
 class StaleIncarnationError(RuntimeError):
-    """A newer start of the same run exists; this one must not write any more."""
+    """A newer start of the same run exists; this one must no longer write."""
 
 
 class RunFolder:
-    """RUNS/NAME. Each start of a run takes the next incarnation number.
+    """The folder RUNS/NAME. Each start of a run takes the next incarnation number.
 
-    A node that was cut off keeps computing and may come back after its job was started elsewhere: its incarnation is
-    then older than the newest one, and every write is refused. Rank 0 claims the number and broadcasts it.
+    A node that lost its network connection keeps computing and may reconnect after its job was started elsewhere: its
+    incarnation is then older than the newest one, and every write is refused. Rank 0 claims the number and broadcasts
+    it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -30,7 +31,7 @@ class RunFolder:
         self.incarnation = 0
 
     def claim(self) -> int:
-        """Becomes the newest incarnation. Exclusive creation makes two simultaneous starts take two numbers."""
+        """Claims and returns the next incarnation number; exclusive creation gives simultaneous starts two numbers."""
         self._incarnations.mkdir(parents=True, exist_ok=True)
         number = self._newest() + 1
         while True:
@@ -45,16 +46,16 @@ class RunFolder:
             return number
 
     def require_current(self) -> None:
-        """Raises StaleIncarnationError when a newer start of this run exists."""
+        """Raises StaleIncarnationError if a newer start of this run exists."""
         newest = self._newest()
         if newest != self.incarnation:
             raise StaleIncarnationError(
                 f"{self.path}: this process is start number {self.incarnation} of the run and number {newest} exists; "
-                "it stops here and writes nothing more"
+                "this one ends without writing anything"
             )
 
     def superseded(self) -> bool:
-        """Whether a newer start of this run exists; False for one that never claimed a number."""
+        """Returns whether a newer start of this run exists; False if this one never claimed a number."""
         try:
             return self.incarnation > 0 and self._newest() != self.incarnation
         except OSError:
@@ -65,10 +66,10 @@ class RunFolder:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json of a run folder as plain values; the only reader of it.
+    """Reads config.json of a run folder as plain values.
 
     Raises:
-        ValueError: It is missing, or has not the form of a pretraining run's config.
+        ValueError: The file is missing, or is not the config of a pretraining run.
     """
     file = folder / "config.json"
     try:
@@ -92,4 +93,4 @@ _NEEDED = (
     ("", dict, "an object"),
     ("train.steps", int, "an integer"),
 )
-"""Fields that every reader relies on: path, type, form in words."""
+"""Fields that all callers rely on: path, type, description of the valid form."""

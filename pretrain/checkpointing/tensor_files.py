@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file with the permissions of the umask; it appears whole or not at all.
+    """Writes a safetensors file atomically, with the permissions of the umask.
 
     Raises:
-        OSError: it cannot be written, whatever safetensors raises.
+        OSError: the file cannot be written; replaces safetensors' own exceptions.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)  # safetensors' own is readable by the owner alone
+        temporary.chmod(mode)  # safetensors creates files that only the owner can read
         temporary.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error

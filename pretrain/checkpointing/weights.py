@@ -1,7 +1,7 @@
 """Reads the weights of a checkpoint for everything but a resume: export, init=, evaluate, finetune, targets, replay.
 
-What is read is what was saved: checksums are compared before a tensor is used, and names and shapes must be those of
-the model. A resume does the same through `checkpoint.load_latest`, by the engine's names.
+Checksums are compared before a tensor is used, and names and shapes must match the model. A resume does the same in
+`checkpoint.load_latest`, with the engine's names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODEL = "model.safetensors"
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A model with the weights of a checkpoint, the config that it was trained with, and its updates."""
+    """A model with the weights of a checkpoint, the config that it was trained with, and the number of updates."""
 
     module: TrainModule
     config: Config
@@ -34,13 +34,16 @@ class LoadedCheckpoint(NamedTuple):
 
 
 def load_checkpoint(folder: Path) -> LoadedCheckpoint:
-    """Builds the model of a checkpoint from its own config and fills it.
+    """Builds the model of a checkpoint from the saved config and loads its weights.
 
     Args:
         folder: a checkpoint, such as RUN/checkpoints/step_00000100.
 
+    Returns:
+        The model on the CPU in training mode, its config and its number of updates.
+
     Raises:
-        ValueError: the checkpoint is damaged, or its weights are not those of its config; names the file and the
+        ValueError: the checkpoint is damaged, or its weights do not fit its config; the message names the file and the
             remedy.
         ConfigError: this version cannot read its config.
     """
@@ -53,10 +56,10 @@ def load_checkpoint(folder: Path) -> LoadedCheckpoint:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads model.safetensors of a checkpoint, (name in the TrainModule) -> tensor.
+    """Reads model.safetensors of a checkpoint: name in the TrainModule -> fp32 tensor.
 
     Raises:
-        ValueError: it is missing, cannot be read, or is not the file whose checksum is in state.json.
+        ValueError: the file is missing or cannot be read, or its checksum differs from that in state.json.
     """
     file, expected = folder / MODEL, read_state(folder)["sha256"][MODEL]
     try:
@@ -77,16 +80,21 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Copies weights into a module whose names and shapes they must have exactly.
+    """Copies weights into a module; names and shapes must match exactly.
+
+    Args:
+        module: the module to fill.
+        weights: name -> tensor.
+        where: origin of the weights, for messages.
 
     Raises:
-        ValueError: a name is missing or left over, or a shape differs; names it, both shapes and `where`.
+        ValueError: a weight is missing or unexpected, or a shape differs; the message has both shapes.
     """
     own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in weights]
-    problems += [f"{name} has no place in the model" for name in weights if name not in own]
+    problems += [f"{name} is not in the model" for name in weights if name not in own]
     problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, and the model's {tuple(tensor.shape)}"
+        f"{name} has shape {tuple(weights[name].shape)}, the model expects {tuple(tensor.shape)}"
         for name, tensor in own.items()
         if name in weights and weights[name].shape != tensor.shape
     ]

@@ -16,8 +16,14 @@ def make_engine(config: Config, module: TrainModule, world: DistributedContext) 
 
     Args:
         config: the run's config.
-        module: moved to the rank's device.
-        world: the ranks; their number divides `data.micro_batches`, which the reader has checked.
+        module: model and objective; moved to the rank's device.
+        world: this rank and the number of ranks, which must divide `data.micro_batches` (checked by the reader).
+
+    Returns:
+        An engine with fresh optimizer state.
+
+    Raises:
+        ConfigError: engine.offload=nvme is not supported on this machine.
     """
     micro_batches = config.data.micro_batches
     assert micro_batches % world.size == 0

@@ -1,4 +1,4 @@
-"""One optimizer step, whatever engine runs it: prepare, count, forward and backward, reduce, update."""
+"""One optimizer step, common to all engines: prepare, count, forward and backward, reduce, update."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ NumpySum = tuple[np.ndarray, float]
 
 
 SAMPLES = "data/micro_batch_samples"
-"""The metric that sums the unpadded samples of the micro-batches trained on; its count: micro-batches."""
+"""Metric of the unpadded samples trained on; its count is the number of micro-batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One global step, summed over micro-batches and ranks; the same on every rank."""
+    """Result of one global step, summed over micro-batches and ranks; the same on every rank."""
 
     loss: float
     metrics: Mapping[str, NumpySum]
     """name -> (sum, count)."""
     signals: RankSignals
-    """What the ranks reported to each other, summed."""
+    """Signals of all ranks, summed."""
     grad_norm: float
     """Global gradient norm before clipping."""
     skipped: bool = False
-    """The update was an outlier, and weights and moments were left as they were."""
+    """Whether the update was left out as an outlier; weights and moments are then unchanged."""
 
     @property
     def samples(self) -> int:
@@ -62,8 +62,8 @@ class Engine(abc.ABC):
     ) -> None:
         self.module, self.config, self.optimizer_config, self.world = module, config, optimizer, world
         self.scale = LossScale(config.precision)
-        self.tell: Callable[[str], None] = lambda part: None
-        """Called at the start of each part of a step, which distinguishes a rank that hangs from those that wait."""
+        self.on_phase: Callable[[str], None] = lambda phase: None
+        """Called with the name of each phase of a step when it starts, to tell a hanging rank from waiting ones."""
         if config.compile:
             module.model.encoder.compile(dynamic=True)
         if world.device.startswith("cuda"):
@@ -79,21 +79,21 @@ class Engine(abc.ABC):
         skip_above: float = math.inf,
         check: Callable[[Mapping[str, NumpySum], RankSignals], None] | None = None,
     ) -> StepResult:
-        """Makes one optimizer update.
+        """Performs one optimizer update; a collective operation.
 
         Args:
-            batches: this rank's micro-batches of the global step.
+            batches: this rank's micro-batches of the global step, one per accumulation slot.
             ctx: seed and step, which key all draws.
             lr: learning rate of this update.
-            signals: this rank's report to the others; travels with the metrics.
-            skip_above: weights and moments stay as they are where the gradient norm is larger; alike on all ranks.
-            check: gets the summed metrics and signals before anything is updated; it must raise on all ranks or none.
+            signals: this rank's signals to the other ranks; reduced together with the metrics.
+            skip_above: gradient norm above which weights and moments are not updated; the same on all ranks.
+            check: receives the summed metrics and signals before the update; it must raise on all ranks or on none.
 
         Returns:
             Loss, metrics and signals, summed over micro-batches and ranks.
 
         Raises:
-            FloatingPointError: the loss or the gradient norm is not finite. Weights may be damaged: return to a
+            FloatingPointError: the loss or the gradient norm is not finite. Weights may be damaged: roll back to a
                 checkpoint.
         """
         self.module.train()
@@ -101,11 +101,11 @@ class Engine(abc.ABC):
 
         # prepare: masks and the number of targets of each micro-batch, without a forward pass
         batches = [batch.to(self.world.device) for batch in batches]
-        self.tell("targets")
+        self.on_phase("targets")
         plans = [self.module.prepare(batch, ctx) for batch in batches]
 
         # count: the loss of every micro-batch is divided by the targets of the whole global step
-        self.tell("sum of counts")
+        self.on_phase("sum of counts")
         counts_K = torch.stack([plan.counts_K for plan in plans]).sum(0)
         counts_K = self.world.sum(counts_K.to(self.world.device)).cpu()
 
@@ -114,7 +114,7 @@ class Engine(abc.ABC):
             loss, totals = self._accumulate(batches, plans, counts_K, ctx)
 
             # reduce: loss, metrics and signals of all ranks in one tensor
-            self.tell("sum of losses")
+            self.on_phase("sum of losses")
             total_loss, metrics, received = self._reduce(loss, totals, signals)
             if not np.isfinite(total_loss):
                 self._apply(lr, -math.inf)  # discards the gradients
@@ -123,7 +123,7 @@ class Engine(abc.ABC):
                 check(metrics, received)
 
             # update: sum the gradients over ranks, clip, AdamW; after an fp16 overflow again at half the loss scale
-            self.tell("update")
+            self.on_phase("update")
             grad_norm = self._apply(lr, skip_above)
             if np.isfinite(grad_norm):
                 break
@@ -138,13 +138,13 @@ class Engine(abc.ABC):
     def _accumulate(
         self, batches: Sequence[Batch], plans: Sequence[object], counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Computes the gradients of this rank's micro-batches; returns their share of the loss and metric sums."""
+        """Accumulates the gradients of this rank's micro-batches; returns their share of the loss and metric sums."""
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         totals: dict[str, list[Tensor]] = {}
         self.module.forget()
         for batch, plan in zip(batches, plans, strict=True):
             torch.manual_seed(keyed_seed(ctx.seed, ctx.step, batch.micro_batch, "dropout"))
-            self.tell("forward pass")
+            self.on_phase("forward pass")
             micro_loss, metrics = self._forward_backward(batch, plan, counts_K, ctx)
             loss += micro_loss.detach().double()
             _add(totals, metrics)
@@ -173,27 +173,32 @@ class Engine(abc.ABC):
     ) -> tuple[Tensor, Mapping[str, Sum]]:
         """Adds this micro-batch's gradient, times `scale`; returns its share of the global loss, and its metrics.
 
-        Calls `tell` before the backward pass.
+        Calls `on_phase` before the backward pass.
         """
 
     @abc.abstractmethod
     def _apply(self, lr: float, skip_above: float) -> float:
-        """Sums gradients over ranks, divides by `scale`, clips, updates unless the norm is above `skip_above`.
+        """Sums gradients over ranks, divides by `scale`, clips, and updates unless the norm is above `skip_above`.
 
-        Returns the gradient norm before clipping. Where that is not finite, the gradients are discarded.
+        Returns the gradient norm before clipping. If it is not finite, the gradients are discarded.
         """
 
     @abc.abstractmethod
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """Yields copies of every weight, buffer (`model/NAME`) and moment (`MOMENT/NAME`), whole, in fp32, on the CPU.
+        """Yields copies of all weights and buffers (`model/NAME`) and moments (`MOMENT/NAME`), whole, fp32, on the CPU.
 
-        A collective: all ranks iterate, in step. With `load_tensors` it makes one checkpoint format for every engine,
-        ZeRO stage and number of ranks.
+        A collective operation: all ranks iterate in lockstep. Together with `load_tensors` it makes the checkpoint
+        format independent of engine, ZeRO stage and number of ranks.
         """
 
     @abc.abstractmethod
     def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Loads what `tensors` yielded after `step` updates, bit for bit."""
+        """Loads the tensors that `tensors` yielded after `step` updates, bit for bit.
+
+        Raises:
+            KeyError: a tensor is missing.
+            ValueError: a tensor has another shape than the model's.
+        """
 
 
 def _add(totals: dict[str, list[Tensor]], metrics: Mapping[str, Sum]) -> None:
@@ -205,14 +210,14 @@ def _add(totals: dict[str, list[Tensor]], metrics: Mapping[str, Sum]) -> None:
 
 
 def fitting(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
-    """Returns a tensor of a checkpoint; copying one of another shape could broadcast it.
+    """Returns a tensor of a checkpoint after checking its shape, since copying another one could broadcast it.
 
     Raises:
-        ValueError: it is not of the model's shape.
+        ValueError: the shape differs from the model's.
     """
     tensor = tensors[name]
     if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and the model's {tuple(shape)}")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model expects {tuple(shape)}")
     return tensor
 
 
@@ -233,5 +238,5 @@ def buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def copied(value: Tensor) -> Tensor:
-    """Returns a copy on the CPU that shares nothing with `value`."""
+    """Returns a copy on the CPU that shares no memory with `value`."""
     return value.detach().to("cpu", copy=True).contiguous()

@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO partitions optimizer states (1), gradients (2) and weights (3) over the ranks."""
+"""The DeepSpeed engine: ZeRO partitions optimizer states (1), gradients (2) and weights (3) over the ranks."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from pretrain.train_module import TrainModule, TrainPlan
 def deepspeed_config(
     config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int, world: DistributedContext, module: nn.Module
 ) -> dict[str, Any]:
-    """Returns DeepSpeed's own config for a run; `micro_batches` is V, those of one global step over all ranks.
+    """Returns DeepSpeed's own config for a run; `micro_batches` is their number in one global step, over all ranks.
 
-    Precision is not set here: TrainModule enters autocast itself, alike under every engine, and weights, gradients and
-    their sums stay fp32.
+    Precision is not set here: TrainModule enters autocast itself, the same way under every engine, and weights,
+    gradients and their sums stay fp32.
     """
     bucket = min(sum(parameter.numel() for parameter in module.parameters()), 50_000_000)
     frozen = any(not parameter.requires_grad for parameter in module.parameters())
@@ -47,7 +47,7 @@ def deepspeed_config(
         "train_batch_size": micro_batches,
         "gradient_clipping": optimizer.clip_norm,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on host and device and needs no compiler
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on CPU and GPU and needs no compiler
         "zero_optimization": {
             "offload_optimizer": {
                 "device": config.offload,
@@ -58,11 +58,11 @@ def deepspeed_config(
             "overlap_comm": world.device != "cpu",
             "contiguous_gradients": True,
             "memory_efficient_linear": False,  # it would replace torch's own linear layer in the whole process
-            # DeepSpeed allocates its buckets whole: 2 GB of them by default, whatever the model's size
+            # DeepSpeed allocates its buckets at full size: 2 GB by default, whatever the model's size
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
-            # ZeRO-3 refreshes weights that it keeps whole after its own updates only, and would miss a teacher's
+            # ZeRO-3 refreshes weights that it keeps whole only after its own updates, so would miss a teacher's
             "stage3_param_persistence_threshold": 0 if frozen else 100_000,
         },
         "steps_per_print": 1 << 30,
@@ -71,9 +71,17 @@ def deepspeed_config(
 
 
 class DeepSpeedEngine(Engine):
-    """The same step under DeepSpeed's engine.
+    """Runs the step with DeepSpeed.
 
-    `micro_batches` is V, those of one global step over all ranks.
+    Args:
+        module: model and objective.
+        config: engine settings.
+        optimizer: AdamW settings.
+        world: this rank and the number of ranks.
+        micro_batches: micro-batches of one global step, over all ranks.
+
+    Raises:
+        ConfigError: engine.offload=nvme is not supported on this machine.
     """
 
     def __init__(
@@ -89,7 +97,7 @@ class DeepSpeedEngine(Engine):
             _require_nvme()
         self.slots = micro_batches // world.size
         self.names = {id(parameter): name for name, parameter in module.named_parameters()}
-        # DeepSpeed would compile a faster CPU all-reduce at every first start: half a minute, and it needs a compiler
+        # DeepSpeed would compile a faster CPU all-reduce at the first start: takes half a minute and needs a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes over torch's process group
@@ -106,7 +114,7 @@ class DeepSpeedEngine(Engine):
     ) -> tuple[Tensor, Mapping[str, Sum]]:
         assert isinstance(plan, TrainPlan)
         loss, metrics = self.engine(batch, plan, counts_K, ctx)
-        self.tell("backward pass")
+        self.on_phase("backward pass")
         scale = 1.0 if self.config.zero_stage else self.scale.value
         if self.config.zero_stage and self.scale.dynamic:
             self.optimizer.override_loss_scale(self.scale.value)
@@ -131,14 +139,14 @@ class DeepSpeedEngine(Engine):
             self._hand_over_missing_gradients()
         self.engine.step()
         if self.config.zero_stage == 3:
-            # else a parameter without gradient in the next step (layer drop) would get this step's once more
+            # otherwise a parameter without a gradient in the next step (layer drop) would reuse this step's
             self.optimizer.grad_partitions_flat_buffer.zero_()
         return self._norm(plain_norm)
 
     def _hand_over_missing_gradients(self) -> None:
-        """Copies zero gradients to the host or disk for parameters without a gradient in this step (layer drop).
+        """Copies zero gradients to host memory or disk for parameters without a gradient in this step (layer drop).
 
-        ZeRO-3 copies those of the other parameters, and would keep the last step's for these.
+        ZeRO-3 copies existing gradients only and would keep the last step's for these parameters.
         """
         zero = self.optimizer
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -147,7 +155,7 @@ class DeepSpeedEngine(Engine):
         zero._finalize_offload_gradient_accumulation()
 
     def _norm(self, plain_norm: Tensor | None) -> float:
-        """Returns the gradient norm; ZeRO sets it before it calls the optimizer, ZeRO-3 not after an overflow."""
+        """Returns the gradient norm; ZeRO sets it before calling the optimizer, but ZeRO-3 not after an overflow."""
         if plain_norm is not None:
             return float(plain_norm)
         return math.inf if self.optimizer.overflow else float(self.optimizer._global_grad_norm)
@@ -188,7 +196,7 @@ class DeepSpeedEngine(Engine):
         self.engine.global_steps = step
 
     def _create_moments(self, step: int) -> None:
-        """Creates the moments before the first step, at which torch would make them and ZeRO link them."""
+        """Creates the moments before the first step, in which torch would create and ZeRO link them."""
         stage = self.config.zero_stage
         if stage == 0:
             adam, owners = self.optimizer, [p for p in self.module.parameters() if p.requires_grad]
@@ -198,7 +206,7 @@ class DeepSpeedEngine(Engine):
             adam, owners = self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
         for number, owner in enumerate(owners):
             on_disk = self.config.offload == "nvme" and self.optimizer._swappable_optimizer_subgroup(number)
-            if on_disk:  # whose weights are empty until they are read
+            if on_disk:  # the weights of this group are empty until they are read
                 self.optimizer._optimizer_states_and_gradient_swap_in(number)
             adam.state[owner] = first_state(owner, step, self.config.fused)
             if on_disk:
@@ -206,7 +214,7 @@ class DeepSpeedEngine(Engine):
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """Links all groups' moments: ZeRO 1 and 2 link them after the first group's first step and miss the others."""
+        """Links the moments of all groups: ZeRO 1 and 2 do so after the first group's first step, without the rest."""
         if self.config.zero_stage in (1, 2):
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
@@ -229,7 +237,7 @@ class DeepSpeedEngine(Engine):
 
 
 def _require_nvme() -> None:
-    """Raises ConfigError, with the remedy, where DeepSpeed cannot offload to a disk."""
+    """Raises ConfigError, with the remedy, if DeepSpeed cannot offload to a disk."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -246,7 +254,7 @@ _WRITERS = {
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """Returns a context in which a parameter that ZeRO-3 partitions is whole on every rank; rank 0's write is kept."""
+    """Returns a context in which a parameter partitioned by ZeRO-3 is whole on every rank; rank 0's write is kept."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

@@ -19,7 +19,7 @@ from data_pipeline.core.schema import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class DistributedContext:
-    """One process among the ranks: its number, their number, its device. `world` in the code, as in WORLD_SIZE."""
+    """This process's rank, the number of ranks, and its device. Called `world` in the code, as in WORLD_SIZE."""
 
     rank: int = 0
     size: int = 1
@@ -33,7 +33,7 @@ class DistributedContext:
         return values
 
     def agree(self, text: str, what: str) -> None:
-        """Raises RuntimeError on every rank where `text`, which is `what`, is not the same on all of them."""
+        """Raises RuntimeError on every rank unless `text` is the same on all ranks; `what` names it in the message."""
         if self.size == 1:
             return
         texts: list[str | None] = [None] * self.size
@@ -43,9 +43,14 @@ class DistributedContext:
 
 
 def join(device: str, timeout_minutes: float) -> DistributedContext:
-    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone where they are unset.
+    """Joins the process group described by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; a group of one if they are unset.
 
-    Raises ConfigError where device=cuda and torch sees no GPU.
+    Args:
+        device: "auto", "cpu" or "cuda".
+        timeout_minutes: time limit of a collective operation.
+
+    Raises:
+        ConfigError: device=cuda, and torch sees no GPU.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -64,20 +69,20 @@ def join(device: str, timeout_minutes: float) -> DistributedContext:
 
 
 def _rendezvous_store(rank: int, size: int, timeout: timedelta) -> Store | None:
-    """Returns the store through which the ranks meet; None for the one of torch's own environment rendezvous.
+    """Returns the store for the rendezvous of the ranks; None for that of torch's own environment rendezvous.
 
-    torch's store listens on all interfaces and takes keys from whoever connects. This one listens on MASTER_ADDR only,
-    which is the loopback where all ranks are on one machine.
+    torch's store listens on all interfaces and accepts any connection. This one listens on MASTER_ADDR only, the
+    loopback if all ranks are on one machine.
     """
     if size == 1:
-        return HashStore()  # DeepSpeed needs a group even of one, which needs no port
+        return HashStore()  # DeepSpeed needs a process group even for one rank; this one needs no port
     host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
-        return None  # a name may mean the loopback on its own host, and the network's address on others
+        return None  # a host name may resolve to the loopback on that host and to another address elsewhere
     if not port or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return None  # torchrun keeps a store
+        return None  # torchrun provides a store
     if rank:
         return TCPStore(str(address), port, size, is_master=False, timeout=timeout)
     listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
@@ -87,7 +92,7 @@ def _rendezvous_store(rank: int, size: int, timeout: timedelta) -> Store | None:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRNOTAVAIL:
-            return None  # behind address translation: no interface has that address
+            return None  # address translation: no local interface has that address
         raise
     listener.listen(size)
     # the store owns the descriptor from here on
@@ -95,7 +100,7 @@ def _rendezvous_store(rank: int, size: int, timeout: timedelta) -> Store | None:
 
 
 def limit_groups(timeout_minutes: float) -> None:
-    """Sets the timeout of every process group: those that DeepSpeed makes have torch's half hour."""
+    """Sets the timeout of every process group; those that DeepSpeed creates have torch's default of 30 minutes."""
     if not dist.is_initialized():
         return
     for group in list(distributed_c10d._world.pg_map):

@@ -11,10 +11,10 @@ GROW_EVERY = 2_000
 
 
 class LossScale:
-    """The factor on the loss: a power of two, so that it changes no digit of a gradient in range.
+    """The factor on the loss: a power of two, so that gradients in range stay exact.
 
-    An update whose gradients overflow is computed again at half the scale instead of being left out: masks and dropout
-    are keyed by the step, so it is the same update, and every rank and engine does the same.
+    An update whose gradients overflow is recomputed at half the scale instead of being skipped: masks and dropout are
+    keyed by the step, so it is the same update on every rank and engine.
     """
 
     def __init__(self, precision: str) -> None:
@@ -23,7 +23,7 @@ class LossScale:
         self._good = 0
 
     def lower(self) -> bool:
-        """Halves the scale after an overflow; returns whether the update can be computed again."""
+        """Halves the scale after an overflow; returns whether the update can be recomputed."""
         self._good = 0
         if self.value <= 1.0:
             return False
@@ -31,7 +31,7 @@ class LossScale:
         return True
 
     def fitted(self) -> None:
-        """Counts an update without overflow; doubles the scale after GROW_EVERY of them."""
+        """Counts an update without overflow; doubles the scale after GROW_EVERY of them in a row."""
         self._good += 1
         if self.dynamic and self._good >= GROW_EVERY:
             self._good, self.value = 0, min(2.0 * self.value, LARGEST)
@@ -41,6 +41,6 @@ class LossScale:
         return {"value": self.value, "good": self._good} if self.dynamic else {}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Loads a `state`; one of another precision starts from the beginning."""
+        """Loads a `state`; one saved in another precision is ignored."""
         if self.dynamic and state:
             self.value, self._good = float(state["value"]), int(state["good"])

@@ -1,4 +1,4 @@
-"""Optimizer: AdamW, its parameter groups, and the initial state of its moments."""
+"""AdamW, its parameter groups, and the initial state of its moments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pretrain.config import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state of a parameter besides the number of its updates."""
+"""Adam's state of a parameter, apart from the update count."""
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -25,13 +25,16 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 class GatedAdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov & Hutter 2019) that skips updates of too large a norm. ZeRO calls `step` once per group."""
+    """AdamW (Loshchilov & Hutter 2019) that skips updates with a gradient norm above `limit`.
+
+    ZeRO calls `step` once per parameter group.
+    """
 
     norm: Callable[[], float] = staticmethod(lambda: 0.0)
     limit = math.inf
 
     def step(self, closure: Any = None) -> Any:
-        """Updates; only counts where the norm is above the limit, does nothing where it is not finite."""
+        """Updates the weights; above the limit only counts the update; does nothing if the norm is not finite."""
         norm = self.norm()
         if not math.isfinite(norm):
             return None
@@ -40,12 +43,12 @@ class GatedAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter in self.state:
-                    self.state[parameter]["step"] += 1  # so that a resume, which knows only the step, is the same
+                    self.state[parameter]["step"] += 1  # a resume sets it to the run's step
         return None
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig, fused: bool = False) -> GatedAdamW:
-    """Returns the optimizer that every engine uses; `fused`: torch's one kernel for all parameters."""
+    """Returns the optimizer that all engines use; `fused` selects torch's single kernel for all parameters."""
     groups = parameter_groups(module, config.weight_decay)
     return GatedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 

@@ -18,7 +18,14 @@ from pretrain.train_module import TrainModule, TrainPlan
 
 
 class TorchEngine(Engine):
-    """Every rank holds all weights and moments; gradients are summed in one all-reduce."""
+    """Runs the step in plain torch: every rank holds all weights and moments; one all-reduce sums the gradients.
+
+    Args:
+        module: model and objective.
+        config: engine settings.
+        optimizer: AdamW settings.
+        world: this rank and the number of ranks.
+    """
 
     def __init__(
         self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, world: DistributedContext
@@ -31,14 +38,14 @@ class TorchEngine(Engine):
     ) -> tuple[Tensor, Mapping[str, Sum]]:
         assert isinstance(plan, TrainPlan)
         loss, metrics = self.module(batch, plan, counts_K, ctx)
-        self.tell("backward pass")
+        self.on_phase("backward pass")
         (loss * self.scale.value).backward()
         return loss, metrics
 
     def _apply(self, lr: float, skip_above: float) -> float:
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in trained:
-            if parameter.grad is None:  # layer drop: zeros, as under DeepSpeed
+            if parameter.grad is None:  # layer drop: zeros, as with DeepSpeed
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in trained if parameter.grad is not None]
         if self.world.size > 1:

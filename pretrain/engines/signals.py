@@ -10,25 +10,26 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RankSignals:
-    """What the ranks report to each other once an update. Summed, every rank holds the same record and acts alike.
+    """Signals of one rank to the other ranks, exchanged once per update.
 
-    A field is a count over ranks, or is set by rank 0 alone and 0 on all others.
+    After summation every rank has the same record and takes the same decision. A field is a count over ranks, or is set
+    by rank 0 alone and is 0 on all other ranks.
     """
 
     stop_requested: float = 0.0
-    """Ranks that were asked to stop; one is enough."""
+    """Ranks that received a request to stop; one is enough."""
     unhealthy: float = 0.0
     """1 where rank 0's health monitor ends the run."""
     roll_back_before: float = 0.0
-    """The step before which rank 0's health monitor rolls back; 0: it does not."""
+    """Step before which rank 0's health monitor rolls back; 0: no rollback."""
     skipped_segments: float = 0.0
     """Segments that readers left out."""
     segments: float = 0.0
     """Segments whose audio was checked for silence; 0 where no check was due."""
     silent_segments: float = 0.0
-    """Those of them that are silent or constant."""
+    """Checked segments that are silent or constant."""
     wait_seconds: tuple[float, ...] = (0.0,)
-    """How long each rank waited for data."""
+    """Seconds that each rank waited for data, by rank."""
 
     @staticmethod
     def waited(rank: int, size: int, seconds: float) -> tuple[float, ...]:
@@ -42,6 +43,6 @@ class RankSignals:
 
     @classmethod
     def unpacked(cls, values: Tensor) -> RankSignals:
-        """Returns the record of a `packed` tensor, after it was summed."""
+        """Returns the record of a summed `packed` tensor."""
         numbers, names = values.tolist(), [field.name for field in fields(cls)[:-1]]
         return cls(**dict(zip(names, numbers, strict=False)), wait_seconds=tuple(numbers[len(names) :]))

@@ -45,7 +45,7 @@ def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
         if part == "backward pass" and case.get("memory"):
             held = max(held, sum(size for place, size in held_bytes().items() if place not in before))
 
-    engine.tell = look
+    engine.on_phase = look
     if case.get("scale"):
         engine.scale.value = case["scale"]
     state = TrainState()

@@ -78,11 +78,11 @@ NAME = "model.encoder.blocks.0.attention.out.weight"
     [
         (
             lambda all_: all_ | {NAME: all_[NAME][:, :1].clone()},
-            rf"{NAME} has shape \(32, 1\), and the model's \(32, 32\)",
+            rf"{NAME} has shape \(32, 1\), the model expects \(32, 32\)",
         ),
         (lambda all_: all_ | {NAME: torch.zeros(1)}, rf"{NAME} has shape \(1,\)"),
         (lambda all_: {name: t for name, t in all_.items() if name != NAME}, f"{NAME} is missing"),
-        (lambda all_: all_ | {"model.more": torch.zeros(2)}, "model.more has no place in the model"),
+        (lambda all_: all_ | {"model.more": torch.zeros(2)}, "model.more is not in the model"),
     ],
 )
 def test_names_and_shapes_are_those_of_the_model(reader: str, change: Any, words: str, run: Path) -> None:
@@ -93,5 +93,5 @@ def test_names_and_shapes_are_those_of_the_model(reader: str, change: Any, words
 
 @pytest.mark.parametrize("shape", [(4, 1), (1, 4), (1,), (), (4, 4, 1)])
 def test_a_resume_never_broadcasts(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"model/w has shape .*, and the model's \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"model/w has shape .*, the model expects \(4, 4\)"):
         fitting({"model/w": torch.zeros(shape)}, "model/w", torch.Size((4, 4)))
