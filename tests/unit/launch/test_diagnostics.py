@@ -1,4 +1,4 @@
-"""`auricle doctor` finds what is missing and says how to get it."""
+"""`auricle doctor` reports missing requirements and how to install them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from launch.diagnostics import Finding
 from launch.exit_codes import ExitCode
 
 
-def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_passes_all_required_checks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     assert main.main(["doctor"]) == 0
     said = capsys.readouterr().out
@@ -25,7 +27,7 @@ def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert diagnostics._deepspeed_ops().verdict == "ok"
 
 
-def test_each_missing_thing_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_missing_requirement_is_reported_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(package: str) -> str:
         raise metadata.PackageNotFoundError(package)
 
@@ -38,7 +40,7 @@ def test_each_missing_thing_has_a_remedy(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(finding.remedy for finding in findings if finding.verdict != "ok")
 
 
-def test_a_needed_thing_that_is_missing_fails(
+def test_a_missing_required_package_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def examine(folder: Path) -> Iterator[Finding]:
@@ -52,7 +54,7 @@ def test_a_needed_thing_that_is_missing_fails(
     assert "make setup" in said
 
 
-def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_raises_is_reported_as_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("no /proc here")
 

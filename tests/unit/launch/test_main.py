@@ -116,7 +116,7 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
         ([*TINY, "name='x${oc.env:AURICLE_NOT_SET}'"], ["AURICLE_NOT_SET", "is not set"]),
     ],
 )
-def test_a_wrong_override_says_what_is_right(
+def test_a_wrong_override_names_the_remedy(
     overrides: list[str], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main.main(["pretrain", f"runs={tmp_path}", *overrides]) == ExitCode.USAGE
@@ -124,10 +124,10 @@ def test_a_wrong_override_says_what_is_right(
     assert "Traceback" not in said
     for word in words:
         assert word in said
-    assert not list(tmp_path.iterdir()), "nothing may be left behind by a refused config"
+    assert not list(tmp_path.iterdir()), "a refused config leaves no files"
 
 
-def test_allowed_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     assert compose("pretrain", [*TINY, "runs=${oc.env:SCRATCH}/runs"])["runs"] == "/scratch/me/runs"
     monkeypatch.delenv("SCRATCH")
@@ -143,8 +143,8 @@ def test_allowed_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"LC_ALL": "no_such_locale"}, "utf-8"),
     ],
 )
-def test_any_locale_works(variables: dict[str, str], encoding: str, tmp_path: Path) -> None:
-    """Names that are not ASCII are read, found and printed; what a stream cannot show is an escape."""
+def test_commands_work_in_any_locale(variables: dict[str, str], encoding: str, tmp_path: Path) -> None:
+    """Non-ASCII names are read, found and printed; characters that the stream cannot encode are escaped."""
     folder = tmp_path / "läufe" / "größe"
     (folder / "logs").mkdir(parents=True)
     (folder / "config.json").write_text('{"name": "größe", "train": {"steps": 5}}', encoding="utf-8")
@@ -160,7 +160,7 @@ def test_any_locale_works(variables: dict[str, str], encoding: str, tmp_path: Pa
     assert ("größe" if encoding == "utf-8" else r"gr\xf6\xdfe") in done.stdout.decode(encoding)
 
 
-def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_a_command_and_suggests_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["help", "data"]) == 0
     assert "find-caps" in capsys.readouterr().out
     assert main.main(["help"]) == 0
@@ -169,13 +169,13 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean `auricle pretrain`?" in capsys.readouterr().err
 
 
-def test_wrong_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_or_missing_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["pretrian"]) == ExitCode.USAGE
     assert "did you mean `auricle pretrain`?" in capsys.readouterr().err
     assert main.main([]) == ExitCode.USAGE
 
 
-def test_unexpected_errors_are_one_paragraph(
+def test_unexpected_errors_are_one_paragraph_without_debug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(arguments: list[str]) -> int:
@@ -190,7 +190,7 @@ def test_unexpected_errors_are_one_paragraph(
         main.main(["doctor"])
 
 
-def test_cfg_prints_what_compose_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cfg_output_composes_to_the_same_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["pretrain", *TINY, "optimizer.lr=3e-4", "--cfg"]) == 0
     from omegaconf import OmegaConf
 
@@ -220,23 +220,23 @@ def test_any_path_survives_quoting(path: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/a b/c,d", "/it's (mine)", "/back\\slash\\", '/"x"', "/a=b&c;rm -rf $HOME", "/[1]{2}"]
 )
-def test_odd_paths_survive_composition(path: str) -> None:
+def test_paths_with_special_characters_survive_composition(path: str) -> None:
     assert compose("pretrain", [f"data.shards={path}"])["data"]["shards"] == path
 
 
 @pytest.mark.parametrize("sign", ["", "+", "++"])
-def test_groups_and_signs(sign: str) -> None:
+def test_groups_may_be_selected_with_or_without_signs(sign: str) -> None:
     assert compose("pretrain", [f"{sign}objective=best_rq"])["objective"]["name"] == "best_rq"
     assert compose("pretrain", [f"{sign}experiment=best_rq_tiny"])["name"] == "best_rq_tiny"
 
 
-def test_the_command_line_wins_over_the_experiment() -> None:
+def test_the_command_line_overrides_the_experiment() -> None:
     values = compose("pretrain", ["encoder=transformer", "+experiment=best_rq_tiny", "train.steps=7"])
     assert "dim" not in values["encoder"]
     assert values["train"]["steps"] == 7
 
 
-def test_texts_that_look_like_numbers_stay_texts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_strings_that_look_like_numbers_stay_strings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["pretrain", *TINY, "name=007", "launcher=slurm", "launcher.after=12", "seed=3", "--cfg"]) == 0
     said = capsys.readouterr().out
     assert "name: '007'" in said

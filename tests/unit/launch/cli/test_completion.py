@@ -1,4 +1,4 @@
-"""Completion scripts of bash and zsh: every command, choice and field, without importing what is slow."""
+"""Completion scripts for bash and zsh: every command, choice and field, without slow imports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def after() -> dict[str, list[str]]:
     ],
 )
 def test_every_field_is_completed(after: dict[str, list[str]], command: str, kind: type, choices: list[str]) -> None:
-    """The names read from the source are those of the imported classes."""
+    """Field names parsed from the source equal those of the imported classes."""
     rows = {f"{row.path}=" for row in document(kind, "", compose(command, choices))}
     assert rows - set(after[command]) == set()
 
@@ -92,6 +92,6 @@ def test_the_script_is_valid(after: dict[str, list[str]], tmp_path: Path, shell:
     assert subprocess.run([shell, "-n", str(tmp_path / "script")], check=False).returncode == 0
 
 
-def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unsupported_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["completion", "fish"]) == 2
     assert "bash" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Names and small files that are not ours: shown as text, never obeyed, and a broken one costs no other run its row."""
+"""Untrusted names and files of run folders are escaped, never executed, and a broken one hides no other run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make(runs: Path, name: str) -> Path:
     return folder
 
 
-def test_markup_in_a_name_is_text(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_a_name_is_escaped(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in MARKUP:
         if "/" not in name:
             make(runs, name)
@@ -62,7 +62,7 @@ def test_markup_in_a_name_is_text(runs: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_control_characters_are_shown_as_escapes(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A name can neither colour the terminal, set its title, move its cursor, nor reverse the text."""
+    """A name cannot colour the terminal, set its title, move its cursor or reverse the text direction."""
     for name in CONTROLS:
         make(runs, name)
     for command in (["jobs", "list"], ["runs"], ["jobs", "status", "nosuch"], ["compare", *map(str, runs.glob("*"))]):
@@ -74,7 +74,7 @@ def test_control_characters_are_shown_as_escapes(runs: Path, capsys: pytest.Capt
     assert "esc\\x1b[31m" in capsys.readouterr().out
 
 
-def test_cells_and_messages_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_cells_and_messages_contain_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
     made = table(("[/b]", "x"), [(name, "\x1b[0m") for name in MARKUP], title="[/t]")
@@ -82,14 +82,14 @@ def test_cells_and_messages_are_text(capsys: pytest.CaptureFixture[str]) -> None
         pass
     console = Console(file=None, width=200, markup=True)
     with console.capture() as captured:
-        console.print(made)  # whatever console prints it
+        console.print(made)  # even on a console with markup enabled
     for name in ("[/b]", "[/t]", *MARKUP):
         assert name in captured.get()
     warn("a\x1b]0;x\x07\nb")
     assert capsys.readouterr().err == "a\\x1b]0;x\\x07\nb\n"
 
 
-def test_an_error_message_holds_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_messages_contain_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["shards", "stats", "nowhere\x1b[2J"]) == ExitCode.USAGE
     assert "\x1b" not in capsys.readouterr().err
 
@@ -101,7 +101,7 @@ def test_an_error_message_holds_no_control_characters(capsys: pytest.CaptureFixt
         *(b'{"train": 3}', b'{"train": {"steps": "5"}}', b'{"train": {"steps": true}}'),
     ],
 )
-def test_a_broken_config_costs_no_other_run_its_row(
+def test_a_broken_config_does_not_hide_other_runs(
     runs: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(runs, "good")
@@ -127,14 +127,14 @@ def test_a_broken_config_costs_no_other_run_its_row(
         ({"launcher": "local", "handle": "1", "host": "x", "submitted": "", "config": {}, "more": 1}, "more"),
     ],
 )
-def test_a_job_record_of_another_form_names_file_and_field(runs: Path, values: Any, field: str) -> None:
+def test_an_invalid_job_record_is_reported_with_file_and_field(runs: Path, values: Any, field: str) -> None:
     folder = make(runs, "mine")
     (folder / "job.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=rf"job\.json: .*{field}.*start the run again"):
         read_record(folder)
 
 
-def test_metrics_of_other_types_are_left_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_of_unexpected_types_are_left_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make(runs, "mine")
     rows = [{"step": "x", "loss/total": None, "time": []}, {"step": 4, "loss/total": "1", "opt/lr": {}}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "[1]\nnot json\n")
@@ -145,8 +145,8 @@ def test_metrics_of_other_types_are_left_out(runs: Path, capsys: pytest.CaptureF
     assert "step 4/5" in capsys.readouterr().out
 
 
-def test_a_time_in_the_future_proves_no_life(runs: Path) -> None:
-    """A copied folder, or a clock that was wrong."""
+def test_a_time_in_the_future_does_not_count_as_activity(runs: Path) -> None:
+    """Such times come from copied folders or wrong clocks."""
     folder, now = make(runs, "mine"), time.time()
     for file in folder.rglob("*"):
         os.utime(file, (now - 3600, now - 3600))
@@ -157,9 +157,9 @@ def test_a_time_in_the_future_proves_no_life(runs: Path) -> None:
         assert signs_of_life(folder) < now
     (folder / "metrics.jsonl").write_text(json.dumps(ROW | {"time": now + 1e6}) + "\n")
     os.utime(folder / "metrics.jsonl", (now - 3600, now - 3600))
-    assert summarise(folder).state == "stopped", "nor does that of a row"
+    assert summarise(folder).state == "stopped", "nor does a future time in a row count"
     os.utime(folder / "metrics.jsonl", (now + CLOCK_SKEW_SECONDS / 2,) * 2)
-    assert summarise(folder).state == "running", "clocks differ a little"
+    assert summarise(folder).state == "running", "small clock differences are tolerated"
 
 
 def test_board_names_are_unique(tmp_path: Path) -> None:

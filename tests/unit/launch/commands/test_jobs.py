@@ -22,7 +22,7 @@ from launch.runs.job_record import read_record, write_record
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run folder after two of five steps."""
+    """Makes a run folder after two of five steps."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "mine"
     (folder / "logs").mkdir(parents=True)
@@ -57,11 +57,11 @@ def test_a_running_job_is_listed_followed_and_cancelled(folder: Path, capsys: py
 def test_another_process_with_the_same_id_is_not_the_job(folder: Path) -> None:
     write_record(folder, f"{os.getpid()}:1.0", LocalConfig())
     assert main.main(["jobs", "status", "mine"]) == ExitCode.FAILED
-    assert main.main(["jobs", "cancel", "mine"]) == 0, "and this very process lives on"
+    assert main.main(["jobs", "cancel", "mine"]) == 0, "and this process must not be killed"
 
 
-def test_to_ask_after_a_job_needs_no_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks on the processor, or on GPUs that this shell does not see."""
+def test_the_state_of_a_job_is_read_without_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job has two ranks, on the CPU or on GPUs that this shell does not see."""
     monkeypatch.setattr("launch.launchers.local.gpu_count", lambda: 1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     note(folder, process)
@@ -72,8 +72,8 @@ def test_to_ask_after_a_job_needs_no_gpu(folder: Path, monkeypatch: pytest.Monke
     process.wait(timeout=10)
 
 
-def test_a_job_is_requeued_where_it_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The config's relative paths, that of the run folder too, count from there."""
+def test_a_job_is_requeued_in_its_submission_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths in the config, and that of the run folder, are resolved against it."""
     (folder / "environment.json").write_text(json.dumps({"directory": str(folder.parent.parent)}))
     write_record(folder, "17", SlurmConfig())
     script = f"pwd > {folder}/where; echo 18"
@@ -85,7 +85,7 @@ def test_a_job_is_requeued_where_it_was_given(folder: Path, monkeypatch: pytest.
     assert read_record(folder).handle == "18"
 
 
-def test_all_steps_done_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_all_its_steps_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_record(folder, "1:1.0", LocalConfig())
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "latest").write_text("step_00000005\n")
@@ -93,7 +93,9 @@ def test_all_steps_done_is_done(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "done" in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_runs_missing_logs_and_damaged_records_are_reported(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_record(folder, "1:1.0", LocalConfig())
     assert main.main(["jobs", "status", "minee"]) == ExitCode.USAGE
     said = capsys.readouterr().err
@@ -107,7 +109,7 @@ def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
-    """Puts SLURM commands that do this in front of those of this machine."""
+    """Puts stand-ins for SLURM commands at the front of PATH."""
     (folder / "bin").mkdir(exist_ok=True)
     for name, script in scripts.items():
         (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -115,7 +117,7 @@ def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> N
     monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_a_slurm_that_does_not_answer_says_nothing_about_the_job(
+def test_a_job_is_unknown_while_slurm_does_not_answer(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_record(folder, "17", SlurmConfig())
@@ -126,15 +128,15 @@ def test_a_slurm_that_does_not_answer_says_nothing_about_the_job(
     assert main.main(["jobs", "list"]) == 0
     assert "unknown" in capsys.readouterr().out
     commands(folder, monkeypatch, scontrol="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    assert state_of(folder) == "failed", "SLURM has forgotten it"
+    assert state_of(folder) == "failed", "SLURM no longer knows the job"
 
 
-def test_a_closed_dashboard_says_nothing_about_the_job(folder: Path) -> None:
+def test_a_job_is_unknown_while_the_ray_dashboard_is_down(folder: Path) -> None:
     write_record(folder, "raysubmit_1", RayConfig(dashboard="http://127.0.0.1:9"))
     assert state_of(folder) == "unknown"
 
 
-def test_a_broken_note_costs_the_list_no_other_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_job_record_does_not_hide_other_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_record(folder, "1:1.0", LocalConfig())
     (folder.parent / "broken").mkdir()
     (folder.parent / "broken" / "job.json").write_text("{")
@@ -145,7 +147,7 @@ def test_a_broken_note_costs_the_list_no_other_run(folder: Path, capsys: pytest.
     assert "broken/job.json" in said.err
 
 
-def test_the_log_of_a_foreground_job_is_said_to_be_on_its_terminal(
+def test_logs_of_a_foreground_job_are_reported_to_be_on_its_terminal(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "config.json").unlink()
@@ -155,7 +157,7 @@ def test_the_log_of_a_foreground_job_is_said_to_be_on_its_terminal(
 
 
 @pytest.mark.parametrize(("state", "word"), [("PENDING", "waiting"), ("RUNNING", "running")])
-def test_what_waits_or_runs_is_not_submitted_twice(
+def test_a_queued_or_running_job_is_not_submitted_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: str, word: str
 ) -> None:
     write_record(folder, "17", SlurmConfig())
@@ -174,7 +176,7 @@ def test_what_waits_or_runs_is_not_submitted_twice(
     assert not queued.exists()
 
 
-def test_a_second_task_array_or_chain_is_refused_before_anything_is_queued(
+def test_a_second_task_array_or_chain_is_refused_before_submission(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     queued = folder / "queued"
@@ -192,13 +194,13 @@ def test_a_second_task_array_or_chain_is_refused_before_anything_is_queued(
     assert not queued.exists()
 
 
-def test_a_process_of_another_machine_is_known_by_its_notes_only(
+def test_a_job_on_another_machine_is_judged_by_its_recent_files(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_record(folder, f"{os.getpid() + 1}:1.0", LocalConfig())
     values = json.loads((folder / "job.json").read_text())
     (folder / "job.json").write_text(json.dumps(values | {"host": "elsewhere"}))
-    assert state_of(folder) == "running", "it has just written a row"
+    assert state_of(folder) == "running", "the run has just written a row"
     with pytest.raises(ConfigError, match=r"is running on elsewhere; .* on elsewhere ends it; if it died there"):
         require_ended(folder)
     assert main.main(["jobs", "cancel", "mine"]) == ExitCode.FAILED
@@ -208,7 +210,7 @@ def test_a_process_of_another_machine_is_known_by_its_notes_only(
     require_ended(folder)
 
 
-def test_cancelling_what_has_ended_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cancelling_an_ended_job_reports_that_it_had_ended(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_record(folder, "1:1.0", LocalConfig())
     assert main.main(["jobs", "cancel", "mine"]) == 0
     assert "had ended before (failed)" in capsys.readouterr().out

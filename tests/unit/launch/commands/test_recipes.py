@@ -1,4 +1,4 @@
-"""auricle recipes: figures that no source has are shown as such."""
+"""`auricle recipes`: figures without a published source are shown as none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pretrain.profiling import recipe_table
 
 
 @pytest.mark.parametrize("name", ["data2vec_base", "data2vec2_base", "dinosr_base", "best_rq_base"])
-def test_a_figure_that_nobody_published_reads_none(
+def test_an_unpublished_figure_is_shown_as_none(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published = recipe_table.PUBLISHED[name]

@@ -13,12 +13,12 @@ from tests.support.tiny_shards import sounds, write_shards
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards, 40 segments, 160 s."""
+    """Writes two shards with 40 segments, 160 s."""
     content = [sounds([2.0, 3.0, 4.0, 5.0, 6.0] * 4, corpus=name) for name in ("first", "second")]
     return write_shards(tmp_path_factory.mktemp("shards"), content)
 
 
-def test_stats_count_what_is_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_count_shards_segments_and_hours(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["shards", "stats", str(root)]) == 0
     said = capsys.readouterr().out
     assert "first" in said
@@ -27,7 +27,7 @@ def test_stats_count_what_is_there(root: Path, capsys: pytest.CaptureFixture[str
     assert "50 %: 4.0 s" in said
 
 
-def test_inspect_finds_a_key(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_a_segment_by_key(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["shards", "inspect", str(root), "--key", "second-0002"]) == 0
     said = capsys.readouterr().out
     assert "second-0002" in said
@@ -50,7 +50,7 @@ def test_verify_finds_a_changed_byte_and_a_missing_index(tmp_path: Path, capsys:
     assert "1 of 3 shards are whole" in said
 
 
-def test_no_shards_says_how_to_make_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_shards_names_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for subcommand in ("stats", "inspect", "verify"):
         for folder in (tmp_path / "none", tmp_path):
             assert main.main(["shards", subcommand, str(folder)]) == ExitCode.USAGE

@@ -1,4 +1,4 @@
-"""Handles and addresses, which come from files and command lines, reach schedulers only in their own form."""
+"""Job handles and addresses come from files and command lines; schedulers receive only well-formed ones."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ HOSTILE = [
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """Commands that would reach SLURM."""
+    """Returns the list of commands that would be sent to SLURM."""
     commands: list[tuple[str, ...]] = []
     monkeypatch.setattr(slurm, "ask", lambda *command: commands.append(command) or "")
     return commands
 
 
 @pytest.mark.parametrize("handle", HOSTILE)
-def test_only_the_id_of_a_slurm_job_reaches_slurm(handle: str, asked: list[tuple[str, ...]]) -> None:
+def test_malformed_slurm_job_ids_are_refused(handle: str, asked: list[tuple[str, ...]]) -> None:
     submitter = SlurmSubmitter(SlurmConfig())
     for use in (submitter.cancel, submitter.status, submitter.requeue):
         with pytest.raises(SlurmError, match="must be the id of a SLURM job"):
@@ -56,7 +56,7 @@ def test_only_the_id_of_a_slurm_job_reaches_slurm(handle: str, asked: list[tuple
 
 
 @pytest.mark.parametrize("handle", ["7", "1234567", "12_0", "12_3999"])
-def test_ids_of_jobs_and_array_tasks_reach_slurm(handle: str, asked: list[tuple[str, ...]]) -> None:
+def test_slurm_job_and_array_task_ids_are_accepted(handle: str, asked: list[tuple[str, ...]]) -> None:
     submitter = SlurmSubmitter(SlurmConfig())
     submitter.cancel(handle)
     submitter.status(handle)
@@ -66,7 +66,7 @@ def test_ids_of_jobs_and_array_tasks_reach_slurm(handle: str, asked: list[tuple[
 
 
 @pytest.mark.parametrize("handle", ["../nodes", "a/b", "-x", "", "a b", "a?b=c", "a#b", "a" * 101])
-def test_only_the_id_of_a_ray_job_reaches_ray(handle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_ray_job_ids_are_refused(handle: str, monkeypatch: pytest.MonkeyPatch) -> None:
     submitter = RayJobs(RayConfig(dashboard="http://127.0.0.1:1"))
     monkeypatch.setattr(submitter, "_client", lambda: None)
     for use in (submitter.cancel, submitter.status, submitter.logs):
@@ -76,7 +76,7 @@ def test_only_the_id_of_a_ray_job_reaches_ray(handle: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", [RayConfig, SlurmConfig])
 @pytest.mark.parametrize("after", ["--user=root", "1,2 --wrap=x", "1:2?3"])
-def test_a_dependency_is_the_id_of_a_job(kind: type[Any], after: str) -> None:
+def test_a_dependency_must_be_a_job_id(kind: type[Any], after: str) -> None:
     with pytest.raises(ConfigError, match="after"):
         load(kind, {"after": after})
 
@@ -85,7 +85,7 @@ def test_a_dependency_is_the_id_of_a_job(kind: type[Any], after: str) -> None:
     "address",
     ["evilmod://x", "evilmod://h:1", "os", "ray://", "ray://evil://h:1", "file:///x", "h:1/x", "ray:h:1", " auto"],
 )
-def test_an_address_that_ray_would_import_a_module_for_is_refused(address: str) -> None:
+def test_addresses_that_make_ray_import_a_module_are_refused(address: str) -> None:
     for kind, field in ((Cluster, "address"), (RayConfig, "address"), (RayConfig, "dashboard")):
         with pytest.raises(ConfigError, match=field):
             load(kind, {field: address})
@@ -94,7 +94,7 @@ def test_an_address_that_ray_would_import_a_module_for_is_refused(address: str) 
             load(RayConfig, {"dashboard": dashboard})
 
 
-def test_addresses_of_clusters_are_accepted() -> None:
+def test_cluster_addresses_are_accepted() -> None:
     for address in ("", "auto", "local", "10.0.0.1:6379", "head-1.cluster:6379", "[fe80::1]:6379", "ray://head:10001"):
         assert load(Cluster, {"address": address}).address == load(RayConfig, {"address": address}).address == address
     for dashboard in ("", "http://127.0.0.1:8265", "https://ray.example.org", "http://head:8265/", "https://h/ray/x"):
@@ -102,14 +102,14 @@ def test_addresses_of_clusters_are_accepted() -> None:
 
 
 class Silent(http.server.BaseHTTPRequestHandler):
-    """Accepts a request and never answers."""
+    """A server that accepts requests and never answers."""
 
     def do_GET(self) -> None:
         time.sleep(3)
 
 
 class Foreign(http.server.BaseHTTPRequestHandler):
-    """Some other server."""
+    """A server that is not Ray."""
 
     def do_GET(self) -> None:
         self.send_error(404)
@@ -118,8 +118,8 @@ class Foreign(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(params=["dead", "silent", "foreign"])
-def somebody(request: pytest.FixtureRequest) -> Iterator[str]:
-    """HOST:PORT where no Ray listens."""
+def address_without_ray(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Yields a HOST:PORT where no Ray cluster listens."""
     if request.param == "dead":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -131,17 +131,19 @@ def somebody(request: pytest.FixtureRequest) -> Iterator[str]:
     server.shutdown()
 
 
-def test_where_no_ray_is_the_reason_comes_in_time(somebody: str) -> None:
+def test_an_address_without_ray_is_reported_within_the_timeout(address_without_ray: str) -> None:
     begin = time.monotonic()
     with pytest.raises(ConfigError, match="no Ray cluster answers there"):
-        require_answer(somebody, 2.0)
+        require_answer(address_without_ray, 2.0)
     with pytest.raises(ConfigError, match="no Ray dashboard answers there"):
-        RayJobs(RayConfig(dashboard=f"http://{somebody}", answer_seconds=1.0)).status("raysubmit_1")
+        RayJobs(RayConfig(dashboard=f"http://{address_without_ray}", answer_seconds=1.0)).status("raysubmit_1")
     assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("before", ["absent", "folder", "token", "link"])
-def test_the_token_of_ray_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+def test_the_ray_token_is_readable_by_its_owner_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / ".ray"
     if before == "link":
@@ -153,7 +155,7 @@ def test_the_token_of_ray_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (folder / "auth_token").write_text("secret")
         (folder / "auth_token").chmod(0o644)
     keep_token_private()
-    (folder / "later").write_text("secret")  # whatever Ray writes afterwards
+    (folder / "later").write_text("secret")  # files that Ray writes later
     assert folder.stat().st_mode & 0o777 == 0o700
     if before == "token":
         assert (folder / "auth_token").stat().st_mode & 0o777 == 0o600

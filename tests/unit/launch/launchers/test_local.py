@@ -1,4 +1,4 @@
-"""Local runs: ranks, logs and exit codes; every end saves a checkpoint; no process outlives its run."""
+"""Local runs: ranks, logs and exit codes; every stop saves a checkpoint; no process outlives its run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STAND_IN = "tests.support.stand_in_rank"
 
 @pytest.fixture
 def submit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalSubmitter]:
-    """Makes a submitter whose ranks run the stand-in."""
+    """Returns a factory of submitters whose ranks run the stand-in."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def make(act: str, processes: int = 2, engine: str = "deepspeed") -> LocalSubmitter:
@@ -43,7 +43,7 @@ def submit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalSubmitter]:
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
 
 
@@ -56,22 +56,24 @@ def test_two_ranks_under_deepspeed(tmp_path: Path, submit: Callable[..., LocalSu
     assert attend(submit("finish"), tmp_path, 5, LocalConfig(processes=2)) == 0
     logs = [(tmp_path / "logs" / f"rank_{rank}.log").read_text().split() for rank in (0, 1)]
     assert [log[:4] for log in logs] == [["rank", "0", "of", "2"], ["rank", "1", "of", "2"]]
-    assert logs[0][-1] == logs[1][-1] != "port", "both ranks meet at one port"
+    assert logs[0][-1] == logs[1][-1] != "port", "both ranks use one rendezvous port"
 
 
-def test_one_local_process_needs_no_launcher(tmp_path: Path, submit: Callable[..., LocalSubmitter]) -> None:
+def test_a_single_process_runs_without_the_deepspeed_launcher(
+    tmp_path: Path, submit: Callable[..., LocalSubmitter]
+) -> None:
     assert attend(submit("finish", processes=1, engine="local"), tmp_path, 5, LocalConfig(processes=2)) == 0
     assert "rank 0 of 1 at no port" in (tmp_path / "logs" / "rank_0.log").read_text()
 
 
-def test_too_few_steps_are_no_success(
+def test_a_run_that_ends_before_its_last_step_is_a_failure(
     tmp_path: Path, submit: Callable[..., LocalSubmitter], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert attend(submit("finish", processes=1, engine="local"), tmp_path, 6, LocalConfig(processes=2)) == 1
     assert "ended after step 5 of 6" in capsys.readouterr().err
 
 
-def test_a_failed_rank_ends_all_and_is_quoted(
+def test_a_failed_rank_ends_all_ranks_and_its_log_is_quoted(
     tmp_path: Path, submit: Callable[..., LocalSubmitter], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert attend(submit("fail"), tmp_path, 5, LocalConfig(processes=2)) == 1
@@ -149,10 +151,10 @@ def can_unshare() -> bool:
     return subprocess.run([*AS_PROCESS_1, "true"], capture_output=True, check=False).returncode == 0
 
 
-def test_whatever_ends_the_front_process_waits_for_the_save_of_the_ranks(
+def test_signals_to_the_front_process_wait_until_the_ranks_have_saved(
     tmp_path: Path, submit: Callable[..., LocalSubmitter]
 ) -> None:
-    """Their save takes longer than the time between SIGTERM and SIGKILL would be without a grace."""
+    """The save takes longer than the default time between SIGTERM and SIGKILL."""
     cases = {"term": signal.SIGTERM, "hup": signal.SIGHUP, "kill": signal.SIGKILL}
     if can_unshare():  # process 1 of a container ignores signals for which it has no handler
         cases |= {"term_1": signal.SIGTERM, "hup_1": signal.SIGHUP}
@@ -173,7 +175,7 @@ def test_whatever_ends_the_front_process_waits_for_the_save_of_the_ranks(
     assert set(codes.values()) == {ExitCode.INTERRUPTED}
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path, submit: Callable[..., LocalSubmitter]) -> None:
+def test_a_second_signal_kills_the_ranks_at_once(tmp_path: Path, submit: Callable[..., LocalSubmitter]) -> None:
     submit("hang", processes=1, engine="torch")
     front = subprocess.Popen([sys.executable, "-c", FRONT, str(tmp_path)], stderr=subprocess.PIPE, text=True)
     assert front.stderr is not None
@@ -186,14 +188,14 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, submit: Callable[..., Loca
     assert not any(alive(file) for file in [*tmp_path.glob("pid_*"), *tmp_path.glob("helper_*")])
 
 
-def test_the_grace_follows_from_the_updates(tmp_path: Path) -> None:
-    assert grace_seconds(tmp_path, 0) == LEAST_GRACE, "nothing was trained yet"
-    rows = [(1, 100.0), (2, 118.0), (4, 130.0), (4, 900.0), (5, 906.0)]  # resumed after 4
+def test_the_grace_period_follows_from_the_time_per_update(tmp_path: Path) -> None:
+    assert grace_seconds(tmp_path, 0) == LEAST_GRACE, "no update was done yet"
+    rows = [(1, 100.0), (2, 118.0), (4, 130.0), (4, 900.0), (5, 906.0)]  # resumed after step 4
     lines = [json.dumps({"step": step, "time": time}) for step, time in rows]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "ti')
     assert grace_seconds(tmp_path, 0) == LEAST_GRACE + 3 * 18.0
     (tmp_path / "metrics.jsonl").write_text("\n".join(["x" * 100_000, *lines]))
-    assert grace_seconds(tmp_path, 0) == LEAST_GRACE + 3 * 18.0, "only its end is read"
+    assert grace_seconds(tmp_path, 0) == LEAST_GRACE + 3 * 18.0, "only the end of the file is read"
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\x00[]\n3\n")
     assert grace_seconds(tmp_path, 0) == LEAST_GRACE
     assert grace_seconds(tmp_path, 7) == 7
@@ -202,20 +204,20 @@ def test_the_grace_follows_from_the_updates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "handle", ["--user=root", "1", "1:2", "0:1.5", "-1:1.5", "1:1.5;2:1.5", "1:1.5\n", "99999999999:1.5", "", "1:nan"]
 )
-def test_a_handle_of_another_form_is_refused(handle: str) -> None:
+def test_a_malformed_handle_is_refused(handle: str) -> None:
     with pytest.raises(ValueError, match="PROCESS_ID:START_TIME"):
         find_process(handle)
 
 
-def test_a_process_of_another_start_time_is_not_the_job(submit: Callable[..., LocalSubmitter]) -> None:
+def test_a_process_with_another_start_time_is_not_the_job(submit: Callable[..., LocalSubmitter]) -> None:
     me = psutil.Process()
     assert find_process(f"{me.pid}:{me.create_time()}") == me
     assert find_process(f"{me.pid}:{me.create_time() + 1}") is None
-    submit("finish").cancel(f"{me.pid}:{me.create_time() + 1}")  # this process lives on
+    submit("finish").cancel(f"{me.pid}:{me.create_time() + 1}")  # this process must not be killed
 
 
 def test_local_ranks_listen_on_the_loopback_only(tmp_path: Path) -> None:
-    """The store of the rendezvous takes keys from whoever reaches it."""
+    """The rendezvous store accepts keys from any client that can connect."""
     code = (
         "import sys, psutil; from pretrain.engines import distributed\n"
         "world = distributed.join('cpu', 1.0)\n"
@@ -242,14 +244,14 @@ def test_local_ranks_listen_on_the_loopback_only(tmp_path: Path) -> None:
     assert found[1] in ("['127.0.0.1']", "[]")
 
 
-def test_the_launcher_is_quoted_when_no_rank_spoke(tmp_path: Path) -> None:
+def test_the_launcher_log_is_quoted_when_no_rank_logged_an_error(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank_0.log").write_text("step 1\n")
     (tmp_path / "logs" / "launcher.log").write_text("exits with return code = -9\n")
     assert "return code = -9" in failure_report(tmp_path)
 
 
-def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_refused_on_machines_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.launchers.local.gpu_count", lambda: 0)
     with pytest.raises(ConfigError, match=r"device=cuda.*no GPU"):
         LocalSubmitter(LocalConfig(), "local", "cuda")

@@ -1,4 +1,4 @@
-"""Decisions of the Ray driver about how an attempt ended, without a Ray."""
+"""Decisions of the Ray driver after each attempt, without a Ray cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launch.workers.stop_request import START_ID, request_stop
 
 @pytest.fixture
 def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
-    """A run that has not begun, and a cluster of four places."""
+    """A request for a run that has not begun, on a cluster with four slots."""
     monkeypatch.setattr(ray_driver, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: 4)
     monkeypatch.setattr(ray_driver, "cluster_contents", lambda: "it has 1 nodes")
@@ -31,7 +31,7 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
 
 
 def attempts(monkeypatch: pytest.MonkeyPatch, codes: Iterable[int]) -> list[int]:
-    """Lets attempts end so; returns the list to which each adds its number of ranks."""
+    """Makes attempts end with these codes; returns the list to which each attempt adds its number of ranks."""
     ended, worlds = iter(codes), list[int]()
 
     def attempt(request: Request, world: int) -> int:
@@ -43,23 +43,25 @@ def attempts(monkeypatch: pytest.MonkeyPatch, codes: Iterable[int]) -> list[int]
 
 
 @pytest.mark.parametrize("final", [ExitCode.SUPERSEDED, ExitCode.USAGE, ExitCode.UNHEALTHY, ExitCode.DONE])
-def test_final_codes_are_not_tried_again(request_: Request, monkeypatch: pytest.MonkeyPatch, final: ExitCode) -> None:
+def test_final_exit_codes_are_not_retried(request_: Request, monkeypatch: pytest.MonkeyPatch, final: ExitCode) -> None:
     worlds = attempts(monkeypatch, [1, LOST, final])
     assert drive(request_) == final
     assert worlds == [4, 4, 4]
 
 
-def test_failures_in_a_row_without_a_checkpoint_end_it(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_failures_without_a_checkpoint_end_the_run(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(attempts(monkeypatch, [1] * 9)) == 0
     worlds = attempts(monkeypatch, [1] * 9)
     assert drive(request_) == 1
     assert len(worlds) == 4
 
 
-def test_a_busy_cluster_is_waited_for_and_a_smaller_one_is_taken_as_it_is(
+def test_waits_for_a_busy_cluster_and_continues_on_a_smaller_one(
     request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ten attempts find no place, which is no failure; then a node is gone, and half as many ranks find theirs."""
+    """Ten attempts find no free slots, which is no failure; then a node is lost and half the ranks start."""
     sizes = iter([4] * 10 + [2])
     monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: next(sizes))
     worlds = attempts(monkeypatch, [NO_PLACE] * 10 + [ExitCode.DONE])
@@ -76,7 +78,7 @@ def test_a_busy_cluster_is_waited_for_and_a_smaller_one_is_taken_as_it_is(
     ids=["min_workers", "workers", "gpus", "cpus"],
 )
 @pytest.mark.parametrize("fixed", [True, False])
-def test_an_impossible_request_is_refused_or_ends_in_time(
+def test_an_impossible_request_is_refused_or_ends_within_the_wait_limit(
     request_: Request,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -93,23 +95,25 @@ def test_an_impossible_request_is_refused_or_ends_in_time(
     said = capsys.readouterr().out
     assert "launcher.min_workers=" in said
     assert ("launcher.wait_minutes=" in said) != fixed
-    assert any(reported) != fixed, "while it waits, the reason is at the terminal"
+    assert any(reported) != fixed, "the reason for waiting is printed"
 
 
-def test_places_that_stay_taken_end_the_waiting(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_stays_busy_ends_the_run_after_the_wait_limit(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempts(monkeypatch, iter(lambda: NO_PLACE, None))
     assert drive(dataclasses.replace(request_, wait_minutes=0.001)) == ExitCode.FAILED
 
 
-def test_a_stop_while_it_waits(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_request_ends_the_wait(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: request_stop(request_.folder, "this") or 0)
     assert drive(request_) == ExitCode.STOPPED
 
 
-def test_a_stop_of_an_earlier_start_is_not_obeyed(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_request_for_an_earlier_start_is_ignored(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     request_stop(request_.folder, "earlier")
     attempts(monkeypatch, [ExitCode.STOPPED, ExitCode.DONE])
-    assert drive(request_) == ExitCode.DONE, "a rank that stops without a request has lost its node"
+    assert drive(request_) == ExitCode.DONE, "a rank that stops without a request was on a lost node"
     assert waiting_for(request_.folder) == ""
 
 
@@ -123,7 +127,7 @@ def test_the_number_of_ranks_divides_the_micro_batches(
     assert choose_world(micro_batches, places, largest) == world
 
 
-def test_exit_codes_come_back_through_ray_train() -> None:
+def test_exit_codes_of_ranks_are_returned_through_ray_train() -> None:
     from ray.train.v2._internal.util import construct_user_exception_with_traceback
 
     try:
@@ -131,5 +135,5 @@ def test_exit_codes_come_back_through_ray_train() -> None:
     except RankEndedError as error:
         wrapped = construct_user_exception_with_traceback(error)
     assert RankEndedError.code_of(wrapped) == ExitCode.UNHEALTHY
-    assert RankEndedError.code_of(RankEndedError(85)) == 85, "what fit() raises in Ray 2.60"
+    assert RankEndedError.code_of(RankEndedError(85)) == 85, "the exception that fit() raises in Ray 2.60"
     assert RankEndedError.code_of(ConnectionError("peer: RankEndedError: 4")) is None

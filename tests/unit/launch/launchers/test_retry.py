@@ -1,4 +1,4 @@
-"""The retry policy: failures in a row without a new checkpoint."""
+"""The retry policy: consecutive failures without a new checkpoint."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ def save(folder: Path, step: int) -> None:
 
 
 def claim(folder: Path) -> None:
-    """Another start of the run."""
+    """Claims the run for another start."""
     (folder / "incarnations").mkdir(exist_ok=True)
     (folder / "incarnations" / f"{len(list((folder / 'incarnations').iterdir())) + 1:06d}").touch()
 
 
-def test_only_failures_in_a_row_count(tmp_path: Path) -> None:
+def test_only_consecutive_failures_count(tmp_path: Path) -> None:
     policy = RetryPolicy(tmp_path, retries=1)
     assert policy.end(1, policy.begin(first=True)).again
     since = policy.begin(first=False)
     save(tmp_path, 10)
-    assert policy.end(1, since).again, "there is a new checkpoint"
+    assert policy.end(1, since).again, "a new checkpoint resets the count"
     assert policy.end(1, policy.begin(first=False)).again
     last = policy.end(137, policy.begin(first=False))
     assert (last.again, last.code) == (False, 137)
     assert "2 failures in a row" in last.reason
-    assert policy.end(1, policy.begin(first=False)).again, "whoever starts it once more has all retries"
+    assert policy.end(1, policy.begin(first=False)).again, "a new start has all retries"
 
 
-def test_a_first_start_forgets_earlier_jobs(tmp_path: Path) -> None:
+def test_a_first_start_resets_the_count_of_earlier_jobs(tmp_path: Path) -> None:
     policy = RetryPolicy(tmp_path, retries=1)
     assert policy.end(1, policy.begin(first=True)).again
     (tmp_path / "UNHEALTHY").write_text("loss is NaN")
@@ -42,24 +42,24 @@ def test_a_first_start_forgets_earlier_jobs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [ExitCode.USAGE, ExitCode.UNHEALTHY, ExitCode.SUPERSEDED, ExitCode.DONE])
-def test_final_codes(tmp_path: Path, code: ExitCode) -> None:
+def test_final_exit_codes_are_not_retried(tmp_path: Path, code: ExitCode) -> None:
     policy = RetryPolicy(tmp_path, retries=9)
     decision = policy.end(code, policy.begin(first=True), warned=True)
     assert (decision.again, decision.code) == (False, code)
 
 
-def test_stops_at_a_time_limit_are_no_failures(tmp_path: Path) -> None:
+def test_stops_at_the_time_limit_do_not_count_as_failures(tmp_path: Path) -> None:
     policy = RetryPolicy(tmp_path, retries=0)
     for first in (True, False, False):
         assert policy.end(ExitCode.STOPPED, policy.begin(first=first), warned=True).again
     assert not policy.end(ExitCode.STOPPED, policy.begin(first=False), cancelled=True).again
 
 
-def test_a_rank_that_dies_with_the_superseded_one_does_not_hide_it(tmp_path: Path) -> None:
+def test_a_superseded_start_is_recognised_when_another_rank_was_killed(tmp_path: Path) -> None:
     policy = RetryPolicy(tmp_path, retries=9)
     since = policy.begin(first=True)
     claim(tmp_path)
-    assert policy.end(137, since).again, "that was this start"
+    assert policy.end(137, since).again, "the only claim is from this start"
     since = policy.begin(first=False)
     claim(tmp_path)
     claim(tmp_path)
@@ -67,7 +67,7 @@ def test_a_rank_that_dies_with_the_superseded_one_does_not_hide_it(tmp_path: Pat
     assert (decision.again, decision.code) == (False, ExitCode.SUPERSEDED)
 
 
-def test_an_unhealthy_run_is_not_tried_again_whatever_the_code(tmp_path: Path) -> None:
+def test_an_unhealthy_run_is_not_retried_whatever_the_exit_code(tmp_path: Path) -> None:
     policy = RetryPolicy(tmp_path, retries=9)
     since = policy.begin(first=True)
     (tmp_path / "UNHEALTHY").write_bytes(b"loss is NaN \xff")
@@ -77,7 +77,7 @@ def test_an_unhealthy_run_is_not_tried_again_whatever_the_code(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", ["", "many", "\udcff"])
-def test_a_damaged_count_is_none(tmp_path: Path, content: str) -> None:
+def test_a_damaged_count_is_treated_as_zero(tmp_path: Path, content: str) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "failures").write_bytes(content.encode(errors="surrogateescape"))
     policy = RetryPolicy(tmp_path, retries=1)
@@ -92,4 +92,6 @@ def test_the_command_for_batch_scripts(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*end, "--code", "1"]) == AGAIN
     assert main([*end, "--code", "1", "--restart", "0", "--known", "1"]) == 1
     assert "left alone" in capsys.readouterr().out
-    assert main([*end, "--code", str(AGAIN)]) == 1, "a job that ends with that code itself is not started for ever"
+    assert main([*end, "--code", str(AGAIN)]) == 1, (
+        "a job that ends with the code for a retry is not restarted for ever"
+    )

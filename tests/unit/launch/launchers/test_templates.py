@@ -20,7 +20,7 @@ from launch.launchers.slurm import SCRIPTS, SlurmSubmitter
 from tests.support.paths import ROOT
 
 HOSTILE = "x y$(touch pwned);`touch pwned`&touch pwned|'\" ${IFS} *\n#SBATCH --nodes=9"
-TEXTS = [  # but for "after", which must be the id of a job
+TEXTS = [  # all but "after", which must be a job id
     field.name
     for field in dataclasses.fields(SlurmConfig)
     if (field.type == "str" or "Annotated[str" in field.type) and field.name != "after"
@@ -38,13 +38,13 @@ STAND_INS = {
     esac""",
     "apptainer": 'while [ "$1" != -m ]; do shift; done; exec python "$@"',
     "python": f'PYTHONPATH={ROOT} exec {sys.executable} "$@"',
-    "sleep": "",  # SLURM would end the script
+    "sleep": "",  # SLURM ends the script
 }
 MODULE = 'module() { printf "%s\\0" "$@" > "$CALLS/module"; }; export -f module; export BATCH=$$; exec bash "$@"'
 
 
 def job_with_a_port(restart: int) -> tuple[int, socket.socket]:
-    """A job id whose rendezvous port somebody listens on, as a Ray head would."""
+    """Yields a job id whose rendezvous port is in use, as by a Ray head."""
     for job in range(1, 2000):
         listener = socket.socket()
         try:
@@ -59,7 +59,7 @@ def job_with_a_port(restart: int) -> tuple[int, socket.socket]:
 
 @dataclasses.dataclass
 class Ended:
-    """What came of a batch script, and the argument lists it gave to SLURM's commands."""
+    """The result of a batch script, and the argument lists it passed to SLURM's commands."""
 
     code: int
     said: str
@@ -67,24 +67,24 @@ class Ended:
 
     @property
     def requeued(self) -> list[str]:
-        """What it asked SLURM to start again."""
+        """Arguments of the requeue command, empty if the script did not requeue."""
         return self.calls.get("requeue", [])
 
 
-def work_folder(tmp_path: Path, verb: str, name: str = "run") -> Path:
-    """A prepared run folder, and stand-ins for SLURM's commands."""
+def work_folder(tmp_path: Path, command: str, name: str = "run") -> Path:
+    """Prepares a run folder and stand-ins for SLURM's commands."""
     run = tmp_path / "work" / name
     for folder in (tmp_path / "bin", tmp_path / "calls", run / "logs"):
         folder.mkdir(parents=True)
-    for command, text in STAND_INS.items():
-        (tmp_path / "bin" / command).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "bin" / command).chmod(0o755)
-    (run / ("config.json" if verb == "pretrain" else "task.json")).write_text("{}")
+    for stand_in, text in STAND_INS.items():
+        (tmp_path / "bin" / stand_in).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / stand_in).chmod(0o755)
+    (run / ("config.json" if command == "pretrain" else "task.json")).write_text("{}")
     return run
 
 
 def execute(tmp_path: Path, words: list[str], **variables: object) -> Ended:
-    """Runs a batch script as SLURM would; `variables` are SLURM's, without SLURM_, and those of the stand-ins."""
+    """Runs a batch script as SLURM does; `variables` are SLURM's without the prefix SLURM_, and the stand-ins'."""
     place, calls = tmp_path / "work", tmp_path / "calls"
     for file in calls.iterdir():
         file.unlink()
@@ -102,30 +102,30 @@ def execute(tmp_path: Path, words: list[str], **variables: object) -> Ended:
     return Ended(done.returncode, done.stdout + done.stderr, found)
 
 
-def batch_words(run: Path, verb: str, config: SlurmConfig | None = None) -> list[str]:
-    """The batch script and its arguments, as they are submitted."""
-    submitter = SlurmSubmitter(config or SlurmConfig(python="python"), verb)
-    command = submitter.command(run)
-    return command[command.index(str(submitter.script)) :]
+def batch_words(run: Path, command: str, config: SlurmConfig | None = None) -> list[str]:
+    """Returns the batch script and its arguments as submitted."""
+    submitter = SlurmSubmitter(config or SlurmConfig(python="python"), command)
+    arguments = submitter.command(run)
+    return arguments[arguments.index(str(submitter.script)) :]
 
 
-def calls_of(tmp_path: Path, verb: str, config: SlurmConfig) -> dict[str, list[str]]:
-    """Runs the command's batch script to a good end; returns the argument lists that srun and module received."""
-    run = work_folder(tmp_path, verb, f"run {HOSTILE}".replace("/", "").replace("\n", ""))
+def calls_of(tmp_path: Path, command: str, config: SlurmConfig) -> dict[str, list[str]]:
+    """Runs the command's batch script successfully; returns the argument lists of srun and module."""
+    run = work_folder(tmp_path, command, f"run {HOSTILE}".replace("/", "").replace("\n", ""))
     python = Path(config.python)
     python.parent.mkdir(parents=True)
     python.symlink_to(tmp_path / "bin" / "python")
-    ended = execute(tmp_path, batch_words(run, verb, config))
+    ended = execute(tmp_path, batch_words(run, command, config))
     assert ended.code == 0, ended.said
     return ended.calls
 
 
 @pytest.mark.parametrize("container", ["none", "pyxis", "apptainer"])
-@pytest.mark.parametrize("verb", list(SCRIPTS))
-def test_containers_and_modules_reach_srun_word_by_word(tmp_path: Path, verb: str, container: str) -> None:
+@pytest.mark.parametrize("command", list(SCRIPTS))
+def test_containers_and_modules_are_separate_arguments_of_srun(tmp_path: Path, command: str, container: str) -> None:
     given = {"image": f"{HOSTILE}.sqsh", "mounts": f"/data:{HOSTILE}", "python": f"{tmp_path}/opt/{HOSTILE}/python"}
     config = SlurmConfig(container=container, modules=(f"cuda {HOSTILE}", "gcc"), **given)  # type: ignore[arg-type]
-    calls = calls_of(tmp_path, verb, config)
+    calls = calls_of(tmp_path, command, config)
     assert calls.pop("module") == ["load", f"cuda {HOSTILE}", "gcc"]
     work = str(tmp_path / "work")
     for words in calls.values():
@@ -143,14 +143,14 @@ def test_containers_and_modules_reach_srun_word_by_word(tmp_path: Path, verb: st
             assert not any(word.startswith("--container") or word == "apptainer" for word in words)
     modules = {words[words.index(given["python"]) + 2] for words in calls.values()}
     expected = {"pretrain": {"launch.workers.rank"}, "evaluate": {"launch.workers.task"}}
-    expected = expected.get(verb, {"ray.scripts.scripts", "launch.workers.task"})
-    # the decision is made inside the container, too, which pyxis can only enter through srun
+    expected = expected.get(command, {"ray.scripts.scripts", "launch.workers.task"})
+    # the retry decision is also made inside the container, which pyxis can only enter through srun
     assert modules == expected | ({"launch.launchers.retry"} if container == "pyxis" else set())
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_text_of_the_config_is_one_word_of_sbatch(name: str, tmp_path: Path) -> None:
-    """sbatch gets an argument list, no shell reads it; the plan that people copy is quoted."""
+def test_every_text_of_the_config_is_one_argument_of_sbatch(name: str, tmp_path: Path) -> None:
+    """sbatch receives an argument list without a shell; the printed plan is shell-quoted."""
     more = {"container": "pyxis", "image": "base"} if name in ("image", "mounts") else {}
     config = SlurmConfig(**{**more, name: HOSTILE})  # type: ignore[arg-type]
     submitter = SlurmSubmitter(config)
@@ -160,23 +160,23 @@ def test_every_text_of_the_config_is_one_word_of_sbatch(name: str, tmp_path: Pat
     assert shlex.split(shown) == words
 
 
-@pytest.mark.parametrize("verb", list(SCRIPTS))
-def test_every_text_of_the_config_is_one_word_of_a_ray_entrypoint(verb: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", list(SCRIPTS))
+def test_every_text_of_the_config_is_one_argument_of_a_ray_entrypoint(command: str, tmp_path: Path) -> None:
     config = RayConfig(address="ray://h:1", dashboard="http://h:2", after="raysubmit_1")
-    plan = RayJobs(config, verb).plan(tmp_path / HOSTILE.replace("/", ""))
-    told = subprocess.run(
+    plan = RayJobs(config, command).plan(tmp_path / HOSTILE.replace("/", ""))
+    printed = subprocess.run(
         ["bash", "-c", plan.replace("&& exec ", "&& printf '%s\\0' ", 1)], cwd=tmp_path, capture_output=True, text=True
     )
-    assert told.stdout.split("\0")[:-1] == RayJobs(config, verb).command(tmp_path / HOSTILE.replace("/", ""))
-    assert HOSTILE in told.stdout
+    assert printed.stdout.split("\0")[:-1] == RayJobs(config, command).command(tmp_path / HOSTILE.replace("/", ""))
+    assert HOSTILE in printed.stdout
     assert not list(tmp_path.rglob("pwned"))
 
 
-def test_texts_are_found() -> None:
+def test_all_text_fields_of_the_config_are_tested() -> None:
     assert {"partition", "account", "qos", "constraint", "exclude", "image", "mounts", "python"} <= set(TEXTS)
 
 
-def test_an_evaluation_takes_one_node_of_a_chain_that_trains_on_many(tmp_path: Path) -> None:
+def test_evaluation_uses_one_node_where_training_uses_many(tmp_path: Path) -> None:
     words = SlurmSubmitter(SlurmConfig(nodes=8, gpus_per_node=8), "evaluate").command(tmp_path)
     assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:1"} <= set(words)
 
@@ -198,55 +198,59 @@ def test_each_gpu_gets_a_rank(gpus: int, tasks: int, ranks: int, tmp_path: Path)
         ({"minutes": 5}, "warn_seconds"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(given: dict[str, object], field: str) -> None:
+def test_inconsistent_slurm_settings_are_refused(given: dict[str, object], field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         load(SlurmConfig, given)
 
 
-@pytest.mark.parametrize("verb", list(SCRIPTS))
-def test_crashes_in_a_row_end_a_job_and_the_next_job_has_all_its_tries(verb: str, tmp_path: Path) -> None:
-    run = work_folder(tmp_path, verb)
-    words = batch_words(run, verb, SlurmConfig(python="python", retries=1))
+@pytest.mark.parametrize("command", list(SCRIPTS))
+def test_consecutive_crashes_end_a_job_and_the_next_job_has_all_retries(command: str, tmp_path: Path) -> None:
+    run = work_folder(tmp_path, command)
+    words = batch_words(run, command, SlurmConfig(python="python", retries=1))
     for _ in range(2):  # two jobs of one run folder
         assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=0).requeued
         ended = execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=1)
         assert not ended.requeued
         assert "giving up" in ended.said
-    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=2).requeued, "somebody has started it once more"
+    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=2).requeued, "a manual restart has all retries"
     assert execute(tmp_path, words, RANKS_END=0, RESTART_COUNT=3).code == 0
-    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=4).requeued, "it had come to a good end"
-    words = batch_words(run, verb, SlurmConfig(python="python", retries=0))
+    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=4).requeued, "the count was reset by a success"
+    words = batch_words(run, command, SlurmConfig(python="python", retries=0))
     assert not execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=0).requeued
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "preprocess"])
-def test_ends_at_the_time_limit_are_no_failures(verb: str, tmp_path: Path) -> None:
-    words = batch_words(work_folder(tmp_path, verb), verb, SlurmConfig(python="python", retries=1))
+@pytest.mark.parametrize("command", ["pretrain", "preprocess"])
+def test_stops_at_the_time_limit_do_not_count_as_failures(command: str, tmp_path: Path) -> None:
+    words = batch_words(work_folder(tmp_path, command), command, SlurmConfig(python="python", retries=1))
     assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=0).requeued
     for restart in range(1, 4):
         warned = {"MEANWHILE": "kill -USR1 $BATCH; /bin/sleep 0.3", "RANKS_END": 85}
         ended = execute(tmp_path, words, RESTART_COUNT=restart, **warned)
         assert "time is nearly up" in ended.said
         assert ended.requeued, ended.said
-    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=4).requeued, "the crash before them does not count"
+    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=4).requeued, "the crash before the stops does not count"
 
 
-@pytest.mark.parametrize("verb", list(SCRIPTS))
-def test_a_job_that_slurm_has_started_again_elsewhere_is_left_alone(verb: str, tmp_path: Path) -> None:
-    words = batch_words(work_folder(tmp_path, verb), verb)
+@pytest.mark.parametrize("command", list(SCRIPTS))
+def test_a_job_that_slurm_has_restarted_elsewhere_is_not_requeued(command: str, tmp_path: Path) -> None:
+    words = batch_words(work_folder(tmp_path, command), command)
     ended = execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=1, KNOWN_RESTARTS=2)
     assert not ended.requeued
     assert ended.code == 1
     assert "left alone" in ended.said
-    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=1, KNOWN_RESTARTS="").requeued, "SLURM does not say"
+    assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=1, KNOWN_RESTARTS="").requeued, (
+        "SLURM does not report the restart count"
+    )
 
 
-def test_a_superseded_run_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_superseded_run_is_not_retried(tmp_path: Path) -> None:
     run = work_folder(tmp_path, "pretrain")
     words = batch_words(run, "pretrain")
     claim = "claim() {{ mkdir -p {0}; touch {0}/$(ls {0} | wc -l); }}; ".format(shlex.quote(str(run / "incarnations")))
-    assert execute(tmp_path, words, RANKS_END=137, MEANWHILE=claim + "claim").requeued, "nobody but this start"
-    # srun returns the highest code: that of the ranks which the superseded one has taken along
+    assert execute(tmp_path, words, RANKS_END=137, MEANWHILE=claim + "claim").requeued, (
+        "the only claim is from this start"
+    )
+    # srun returns the highest code, here that of the ranks killed after the superseded rank ended
     for code, meanwhile in ((4, "claim"), (137, "claim; claim")):
         ended = execute(tmp_path, words, RANKS_END=code, MEANWHILE=claim + meanwhile)
         assert not ended.requeued
@@ -269,15 +273,15 @@ def test_an_array_trains_each_run_once_and_requeues_only_its_task(tmp_path: Path
         assert not ended.calls
 
 
-@pytest.mark.parametrize("verb", list(SCRIPTS))
-def test_the_commands_in_the_heads_of_the_scripts_work(verb: str, tmp_path: Path) -> None:
-    """Their options are the script's own, and what follows them is found."""
-    script = SlurmSubmitter(SlurmConfig(), verb).script
+@pytest.mark.parametrize("command", list(SCRIPTS))
+def test_the_example_commands_in_the_script_headers_work(command: str, tmp_path: Path) -> None:
+    """Each example runs the script successfully with its options and run folders."""
+    script = SlurmSubmitter(SlurmConfig(), command).script
     lines = script.read_text().replace("\\\n#", "").splitlines()
     given = [line.split(script.name, 1)[1] for line in lines if line.startswith("#   sbatch")]
-    assert len(given) == (2 if verb == "pretrain" else 1)
+    assert len(given) == (2 if command == "pretrain" else 1)
     for line in given:
-        run = work_folder(tmp_path / str(len(line)), verb)
+        run = work_folder(tmp_path / str(len(line)), command)
         words = ["run" if word == "RUN" or word.startswith("runs/") else word for word in shlex.split(line)]
         words = ["python" if word.endswith("/python") else word for word in words]
         ended = execute(run.parent.parent, [str(script), *words], ARRAY_TASK_ID=3 if "RUN" in line else 0)
@@ -294,8 +298,8 @@ def test_the_commands_in_the_heads_of_the_scripts_work(verb: str, tmp_path: Path
         ({"JOB_ID": None}, "submit this script with sbatch"),
     ],
 )
-def test_variables_that_slurm_may_leave_unset(tmp_path: Path, unset: dict[str, object], said: str) -> None:
-    """Which ones are set depends on the options of sbatch and on SLURM's version."""
+def test_scripts_run_without_optional_slurm_variables(tmp_path: Path, unset: dict[str, object], said: str) -> None:
+    """Which variables SLURM sets depends on the options of sbatch and on its version."""
     run = work_folder(tmp_path, "pretrain")
     ended = execute(tmp_path, batch_words(run, "pretrain"), **unset)
     assert "unbound variable" not in ended.said
@@ -306,10 +310,10 @@ def test_variables_that_slurm_may_leave_unset(tmp_path: Path, unset: dict[str, o
     )
 
 
-@pytest.mark.parametrize("verb", list(SCRIPTS))
-def test_no_run_folder_is_named(verb: str, tmp_path: Path) -> None:
-    run = work_folder(tmp_path, verb)
-    script = batch_words(run, verb)[0]
+@pytest.mark.parametrize("command", list(SCRIPTS))
+def test_a_missing_run_folder_argument_is_a_usage_error(command: str, tmp_path: Path) -> None:
+    run = work_folder(tmp_path, command)
+    script = batch_words(run, command)[0]
     for words, said in (
         ([script], "no argument|0 are given"),
         ([script, "elsewhere"], "elsewhere is not a run folder"),

@@ -1,4 +1,4 @@
-"""The live view: what it says of a run that goes on."""
+"""The live view of a running job."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def test_the_sparkline_shows_the_whole_curve() -> None:
     assert sparkline([]) == ""
 
 
-def test_outliers_and_numbers_that_are_none_do_not_hide_the_curve() -> None:
+def test_outliers_and_non_finite_values_do_not_hide_the_curve() -> None:
     rows = [row(i, float(i), 1e6 if i == 500 else math.nan if i == 7 else 9.0 - i / 200) for i in range(1600)]
     assert sparkline(losses(rows)) == sparkline([9.0 - i / 200 for i in range(1600)])
     assert len(losses(rows * 100)) <= 1024
 
 
-def test_the_time_left_is_that_of_the_last_steps() -> None:
+def test_the_remaining_time_is_estimated_from_recent_steps() -> None:
     slow = [row(i, 100.0 * i, 1.0) for i in range(10)]
     resumed = [row(10 + i, 5000 + 2.0 * i, 1.0) for i in range(60)]
     assert time_left([*slow, *resumed], 100) == "0:01:02 left"
@@ -38,7 +38,7 @@ def test_the_time_left_is_that_of_the_last_steps() -> None:
     assert time_left(slow, 9) == "0:00:00 left"
 
 
-def test_a_terminal_sees_progress_time_and_curve(tmp_path: Path) -> None:
+def test_a_terminal_shows_progress_time_and_curve(tmp_path: Path) -> None:
     lines = [json.dumps(row(i, 10.0 * i, 5.0 - i)) for i in range(1, 4)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     console = Console(file=io.StringIO(), force_terminal=True, width=140)
@@ -49,7 +49,7 @@ def test_a_terminal_sees_progress_time_and_curve(tmp_path: Path) -> None:
         assert part in shown
 
 
-def test_a_resumed_run_is_read_anew(tmp_path: Path) -> None:
+def test_a_resumed_run_is_read_from_the_start(tmp_path: Path) -> None:
     path, follower = tmp_path / "metrics.jsonl", Follower(tmp_path)
     path.write_text(json.dumps(row(1, 0.0, 5.0)) + "\n" + '{"step": 2')
     first = follower.read()

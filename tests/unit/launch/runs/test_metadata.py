@@ -1,4 +1,4 @@
-"""The run folder says what ran, and holds no secret."""
+"""The run folder documents the run and contains no secrets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_folder_describes_the_run(tmp_path: Path) -> None:
     assert "n_codes: 1024" in (folder / "config.yaml").read_text()
 
 
-def test_no_secret_lands_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_is_written_to_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "NCCL_TOKEN", "HF_TOKEN", "SLURM_JOB_PASSWORD"):
         monkeypatch.setenv(name, "hunter2-and-more")
     monkeypatch.setattr(
@@ -69,7 +69,7 @@ def test_a_config_with_a_secret_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_addresses_and_paths_without_secrets_are_kept() -> None:
+def test_urls_and_paths_without_secrets_are_kept() -> None:
     for harmless in (
         "s3://bucket/shards",
         "http://127.0.0.1:8265",
@@ -98,7 +98,7 @@ def test_addresses_and_paths_without_secrets_are_kept() -> None:
         "Server=db;Uid=me;Pwd=hunter2;",
     ],
 )
-def test_secrets_are_known_by_their_shape(secret: str) -> None:
+def test_secrets_are_recognised_by_their_format(secret: str) -> None:
     assert redaction.without_secrets([f"+ x = '{secret}'", "+ y = 1"]) == ["+ y = 1"]
     with pytest.raises(ConfigError, match="shards"):
         redaction.refuse_secrets({"data": {"shards": secret}})
@@ -132,7 +132,7 @@ def test_secrets_are_known_by_their_shape(secret: str) -> None:
         "nv" + "api-0123456789abcdefghijklmnopqrstuvwxyz",
     ],
 )
-def test_credentials_of_other_issuers_are_known(secret: str) -> None:
+def test_credentials_of_many_issuers_are_recognised(secret: str) -> None:
     assert redaction.without_secrets([f"+ x = '{secret}'", "+ y = 1"]) == ["+ y = 1"]
     with pytest.raises(ConfigError, match="shards"):
         redaction.refuse_secrets({"data": {"shards": secret}})
@@ -145,7 +145,9 @@ def test_credentials_of_other_issuers_are_known(secret: str) -> None:
         *("SENTRY_DSN", "REDISCLI_AUTH", "DATABASE_URL", "GITLAB_PAT", "WANDB_API_KEY", "SLACK_WEBHOOK_URL"),
     ],
 )
-def test_the_value_of_a_secret_variable_is_found_elsewhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_secret_environment_variables_are_redacted_everywhere(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, "correct-horse-battery")
     assert redaction.holds_secret("/data/correct-horse-battery/x")
     assert redaction.is_secret_name(name)
@@ -158,12 +160,12 @@ def test_the_value_of_a_secret_variable_is_found_elsewhere(name: str, monkeypatc
         *("npm_config", "pypi-server", "/data/sk_live/x", "data.shards=/x/sigma?list", "0" * 64, "a@b.example:/srv/x"),
     ],
 )
-def test_what_only_resembles_a_credential_is_kept(harmless: str) -> None:
+def test_harmless_text_that_resembles_a_credential_is_kept(harmless: str) -> None:
     assert not redaction.holds_secret(harmless)
 
 
-def test_a_diff_that_is_not_utf8_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line of Latin-1 in a tracked file, or a form feed, which does not end a line."""
+def test_a_git_diff_that_is_not_utf8_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The diff has a line in Latin-1 and a form feed, which does not end a line."""
     import subprocess
 
     repository = tmp_path / "code"
@@ -179,19 +181,19 @@ def test_a_diff_that_is_not_utf8_does_not_stop_a_run(tmp_path: Path, monkeypatch
     assert "+caf\\xe9 \x0c two\u2028three" in (folder / "git.diff").read_text(encoding="utf-8").split("\n")
 
 
-def test_a_private_key_leaves_no_line() -> None:
+def test_no_line_of_a_private_key_is_kept() -> None:
     body = ["b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAAAAAAABAAAAMwAAAAtzc2gtZW", "QyNTUxOQAAACDk"]
     first, last = (f"-----{word} OPENSSH PRIVATE KEY-----" for word in ("BEGIN", "END"))
     key = [f"+{line}" for line in (first, *body, last)]
     around = ["@@ -0,0 +1,4 @@", "+before", "+after", "@@ -9 +9 @@"]
     assert redaction.without_secrets([*around[:2], *key, *around[2:]]) == around
-    assert redaction.without_secrets([*key[:2], *around]) == around, "its end is not shown"
-    assert redaction.without_secrets([f" {body[0]}", *around]) == around, "nor its beginning"
+    assert redaction.without_secrets([*key[:2], *around]) == around, "a key without its last line"
+    assert redaction.without_secrets([f" {body[0]}", *around]) == around, "a key without its first line"
     with pytest.raises(ConfigError, match="image"):
         redaction.refuse_secrets({"image": "\n".join((first, *body, last))})
 
 
-def test_checkpoints_of_another_config_are_kept_apart(tmp_path: Path) -> None:
+def test_a_run_folder_with_checkpoints_of_another_config_is_refused(tmp_path: Path) -> None:
     folder = metadata.prepare(job(tmp_path))
     write_state(folder, 1, config=json.loads((folder / "config.json").read_text()))
     metadata.prepare(job(tmp_path, "train.steps=900", "launcher.processes=2"))

@@ -1,4 +1,4 @@
-"""The environment: what setup.sh repacks, and what constraints.txt pins."""
+"""The environment: wheels repacked by setup.sh and versions pinned in constraints.txt."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_dependency_is_pinned_and_within_its_range() -> None:
     for requirement in [*project["dependencies"], *(line for extra in extras.values() for line in extra)]:
         name = re.match(r"[\w.-]+", requirement)
         assert name
-        if name[0] == "auricle":  # an extra that holds other extras
+        if name[0] == "auricle":  # an extra that refers to other extras
             continue
         assert re.sub("[-_.]+", "-", name[0]).lower() in normal, f"{requirement} has no pin"
     assert not [pin for pin in pins.values() if "+" in pin], "local versions exist on this machine only"

@@ -1,4 +1,4 @@
-"""Exit codes of a rank: which failures a launcher tries again, and what a superseded start leaves behind."""
+"""Exit codes of ranks: which failures a launcher retries, and how a superseded start ends."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ os._exit(code)
 
 
 @pytest.mark.parametrize(("case", "code"), [("superseded", ExitCode.SUPERSEDED), ("alone", ExitCode.UNHEALTHY)])
-def test_a_superseded_rank_says_so_and_leaves_no_mark(tmp_path: Path, case: str, code: int) -> None:
-    """Rank 1, too, which claims no number itself."""
+def test_a_superseded_rank_exits_with_its_code_and_writes_no_marker(tmp_path: Path, case: str, code: int) -> None:
+    """This includes rank 1, which claims no start number itself."""
     (tmp_path / "config.json").write_text(json.dumps(dump(config())))
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
     shared |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -72,7 +72,7 @@ def test_a_superseded_rank_says_so_and_leaves_no_mark(tmp_path: Path, case: str,
 
 @pytest.fixture
 def rank_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], ExitCode]:
-    """The exit code of a rank whose start raises an exception."""
+    """Returns a function that gives the exit code of a rank whose start raises an exception."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def end(error: Exception) -> ExitCode:
@@ -101,10 +101,10 @@ def rank_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_only_a_wrong_config_is_never_tried_again(
+def test_only_config_and_health_errors_are_never_retried(
     rank_that_raises: Callable[[Exception], ExitCode], error: Exception, code: ExitCode | None
 ) -> None:
-    if code is None:  # a defect: the process prints its traceback and ends with FAILED
+    if code is None:  # a defect: the process prints its traceback and exits with FAILED
         with pytest.raises(type(error)):
             rank_that_raises(error)
     else:
@@ -112,7 +112,7 @@ def test_only_a_wrong_config_is_never_tried_again(
         assert (code in NEVER_RETRY) == isinstance(error, ConfigError | UnhealthyError)
 
 
-def test_a_damaged_config_file_is_a_failure_and_a_wrong_value_a_wrong_config(
+def test_a_damaged_config_file_is_a_failure_and_a_wrong_value_a_config_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -123,7 +123,7 @@ def test_a_damaged_config_file_is_a_failure_and_a_wrong_value_a_wrong_config(
     assert codes == [ExitCode.FAILED, ExitCode.USAGE, ExitCode.USAGE]
 
 
-def test_what_a_model_cannot_be_built_from_is_a_wrong_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_objective_that_cannot_be_built_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.workers.build._open_reader", lambda *_: None)
     settings = config(objective={"name": "hubert", "predict_layers": [9]})
     with pytest.raises(ConfigError, match="predict_layers"):

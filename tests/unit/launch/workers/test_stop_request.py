@@ -1,4 +1,4 @@
-"""RUN/STOP: who is asked to stop."""
+"""RUN/STOP: which start a stop request addresses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 from launch.workers.stop_request import START_ID, STOP_FILE, request_stop, stop_requested
 
 
-def test_an_older_start_does_not_stop_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_for_an_older_start_does_not_stop_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(START_ID, "newer")
     assert not stop_requested(tmp_path)
     request_stop(tmp_path, "older")
@@ -19,7 +21,7 @@ def test_an_older_start_does_not_stop_a_newer_one(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(("content", "asked"), [(b"", True), (b" \n", True), (b"\xff", False), (b"mine\n", True)])
-def test_a_file_made_by_hand_is_for_every_start(
+def test_a_file_created_by_hand_stops_every_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, asked: bool
 ) -> None:
     monkeypatch.setenv(START_ID, "mine")
@@ -27,7 +29,7 @@ def test_a_file_made_by_hand_is_for_every_start(
     assert stop_requested(tmp_path) is asked
 
 
-def test_a_rank_without_a_launcher_obeys_only_what_names_no_start(
+def test_a_rank_without_a_launcher_ignores_requests_for_a_specific_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(START_ID, raising=False)

@@ -1,4 +1,4 @@
-"""Iterations as a chain of commands: their order, what is skipped, what is refused."""
+"""Iterated pretraining as a chain of commands: order, skipped links and refused settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def job(*more: str) -> PretrainJob:
     return load(PretrainJob, compose("pretrain", [*ARGUMENTS, *more]))
 
 
-def test_each_link_starts_from_the_one_before() -> None:
+def test_each_link_uses_the_results_of_the_previous_one() -> None:
     found = iterations.links(job("runs=here", "seed=5"), [*ARGUMENTS, "runs=here", "seed=5"])
     assert [link.name for link in found] == ["it1-labels", "it1", "it2-labels", "it2"]
     assert [link.needs for link in found] == ["", "it1-labels", "it1", "it2-labels"]
@@ -33,11 +33,11 @@ def test_each_link_starts_from_the_one_before() -> None:
         assert run["seed"] == labels["seed"] == "5"
     alone = load(PretrainJob, compose("pretrain", list(found[3].arguments)))
     assert alone.train.steps == 3
-    assert not alone.chain, "a link is a run like any other"
+    assert not alone.chain, "a link is an ordinary run without a chain"
 
 
 class Commands:
-    """Replaces the commands: records what was run, and writes the job record of a queue."""
+    """Stands in for the commands: records each call, and writes a job record if jobs are queued."""
 
     def __init__(self, queued: bool, fails: str = "") -> None:
         self.queued, self.fails = queued, fails
@@ -65,14 +65,14 @@ def test_a_failed_link_ends_the_chain(tmp_path: Path) -> None:
     assert [values["name"] for values in commands.ran] == ["hubert_base-it1-labels", "hubert_base-it1"]
 
 
-def test_a_queue_gets_all_links_each_after_the_one_before(tmp_path: Path) -> None:
+def test_a_scheduler_gets_all_links_each_depending_on_the_previous_one(tmp_path: Path) -> None:
     commands = Commands(queued=True)
     assert run(commands, tmp_path, "launcher=slurm") == 0
     assert [values.get("launcher.after") for values in commands.ran] == [None, "41", "42", "43"]
     assert all(values["launcher"] == "slurm" for values in commands.ran)
 
 
-def test_one_link_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_link_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = Commands(queued=False)
     with pytest.raises(ConfigError, match="link=it1 needs it1-labels"):
         run(commands, tmp_path, "link=it1")
@@ -83,6 +83,6 @@ def test_one_link_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         run(commands, tmp_path, "link=it3")
 
 
-def test_what_an_iteration_decides_cannot_be_given_for_all() -> None:
+def test_fields_set_by_iterations_cannot_be_set_for_the_whole_chain() -> None:
     with pytest.raises(ConfigError, match=r"train\.steps.*chain\.it1\.steps"):
         iterations.links(job(), [*ARGUMENTS, "train.steps=5"])

@@ -1,4 +1,4 @@
-"""The pipeline as command lines, which results are up to date, and the run folders of its jobs."""
+"""The pipeline's command lines, its up-to-date checks, and the run folders of its jobs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HOSTILE = "x$(touch pwned);`id`&|'\" #SBATCH --nodes=9"
 
 @pytest.fixture(autouse=True)
 def speech(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A list of labelled audio for the last step, named by the environment."""
+    """Sets AURICLE_SPEECH to a folder with a manifest of labelled audio for the evaluation step."""
     folder = tmp_path_factory.mktemp("speech")
     (folder / "manifest.tsv").write_text("path\tspeaker\tcorpus\tsplit\n")
     monkeypatch.setenv("AURICLE_SPEECH", str(folder))
@@ -45,7 +45,7 @@ def chain(*arguments: str) -> list[Step]:
     return steps(PipelineConfig(folder="work"), given, launcher)
 
 
-def test_each_step_reads_what_the_one_before_made() -> None:
+def test_each_step_reads_the_output_of_the_previous_one() -> None:
     preprocess, targets, pretrain, evaluate = chain(
         "pretrain.objective=hubert", "targets.classes=50", "evaluate.task=abx"
     )
@@ -61,10 +61,10 @@ def test_an_objective_without_labels_needs_no_targets() -> None:
     assert [step.command for step in chain("pretrain.objective=best_rq")] == ["preprocess", "pretrain", "evaluate"]
 
 
-def test_a_missing_input_of_the_last_step_ends_it_before_the_first_one(
+def test_a_missing_input_of_the_last_step_is_reported_before_the_first_step(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both remedies are named; a dry run checks it, too."""
+    """The message names both remedies; a dry run makes the same check."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AURICLE_SPEECH")
     for switches in ([], ["--dry-run"]):
@@ -80,13 +80,15 @@ def test_a_missing_input_of_the_last_step_ends_it_before_the_first_one(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_launcher_is_shared_by_all_steps_and_one_step_can_change_it() -> None:
+def test_all_steps_share_the_launcher_unless_a_step_overrides_it() -> None:
     made = chain("pretrain.objective=best_rq", "launcher=slurm", "launcher.nodes=2", "pretrain.launcher.nodes=8")
     assert [step.job().launcher.nodes for step in made] == [2, 8, 2]
 
 
 @pytest.mark.parametrize("wrong", ["pretrain.train.stepz=3", "preprocess_.out=x", "steps=[preprocess,pretarin]"])
-def test_a_wrong_field_of_any_step_ends_it_at_once(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_field_of_any_step_is_reported_before_the_first_step(
+    wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert (
         main.main(["pipeline", "folder=work", CORPUS, "pretrain.objective=best_rq", wrong, "--dry-run"])
         == ExitCode.USAGE
@@ -109,7 +111,7 @@ def test_a_dry_run_shows_every_script_and_submits_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_result_is_up_to_date_until_a_byte_of_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_up_to_date_until_any_byte_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "corpus", many(4, 0.6))
     step = Step("preprocess", ("corpus.path=corpus", "out=shards", "min_shards=2"))
@@ -120,7 +122,7 @@ def test_a_result_is_up_to_date_until_a_byte_of_it_changes(tmp_path: Path, monke
     assert step.why() == ""
     assert Step("preprocess", (*step.arguments, "codec=wav")).why() == "was finished with another config"
     write_corpus(tmp_path / "corpus", many(5, 0.6))
-    assert step.why() == "has output that changed since", "there are new recordings"
+    assert step.why() == "has output that changed since", "new recordings make the result outdated"
     task.perform(folder)
     assert step.why() == ""
     shard = next((tmp_path / "shards").glob("*.tar"))
@@ -145,10 +147,12 @@ def test_every_command_has_a_plan_on_every_launcher(
     if isinstance(submitter, RayJobs):
         import shlex
 
-        assert shlex.split(plan)[-1 if "--ray" not in plan else -3] == str(tmp_path / HOSTILE), "one word of the shell"
+        assert shlex.split(plan)[-1 if "--ray" not in plan else -3] == str(tmp_path / HOSTILE), (
+            "the folder must be a single shell word"
+        )
 
 
-def test_the_run_folder_of_a_task_describes_it_and_keeps_no_secret(
+def test_the_run_folder_of_a_task_documents_it_and_contains_no_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
@@ -163,7 +167,7 @@ def test_the_run_folder_of_a_task_describes_it_and_keeps_no_secret(
         task.prepare("targets", TargetsJob(shards="s", out="s3://me:hush-hush@host/x", runs=str(tmp_path)))
 
 
-def test_a_job_that_failed_is_not_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_job_is_not_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main.main(["preprocess", "corpus.path=nowhere", "out=shards"]) == ExitCode.USAGE
     folder = tmp_path / "runs" / "preprocess_shards"
@@ -174,7 +178,7 @@ def test_a_job_that_failed_is_not_up_to_date(tmp_path: Path, monkeypatch: pytest
     assert isinstance(PreprocessJob, type)
 
 
-def test_a_damaged_run_ends_a_pipeline_with_its_remedy(tmp_path: Path) -> None:
+def test_a_damaged_run_ends_a_pipeline_and_names_the_remedy(tmp_path: Path) -> None:
     wanted = ["+experiment=best_rq_tiny", "data.shards=none", f"runs={tmp_path}", "name=mine", "train.steps=5"]
     request = job.read("pretrain", PretrainJob, wanted)
     assert request is not None
@@ -194,7 +198,7 @@ def test_a_damaged_run_ends_a_pipeline_with_its_remedy(tmp_path: Path) -> None:
         (LabelSet("k1", 50, 100), ""),
     ],
 )
-def test_labels_that_do_not_fit_the_objective_are_refused(labels: LabelSet, said: str, tmp_path: Path) -> None:
+def test_labels_incompatible_with_the_objective_are_refused(labels: LabelSet, said: str, tmp_path: Path) -> None:
     labels.write(str(tmp_path / "labels"))
     wanted = ["objective=hubert", "objective.labels=units", "objective.units=100", "data.shards=none"]
     request = job.read("pretrain", PretrainJob, [*wanted, f"data.targets.units={tmp_path / 'labels'}"])
@@ -203,13 +207,13 @@ def test_labels_that_do_not_fit_the_objective_are_refused(labels: LabelSet, said
         require_fitting_labels(request.config)
 
 
-def test_a_sweep_is_every_combination() -> None:
+def test_a_sweep_runs_every_combination() -> None:
     assert sweep(["a=1", "b=1,2", "c=range(2)"]) == [["a=1", f"b={b}", f"c={c}"] for b in (1, 2) for c in (0, 1)]
     with pytest.raises(ConfigError, match="no override lists several values"):
         sweep(["a=1"])
 
 
-def test_a_sweep_shows_one_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_sweep_plan_is_one_job_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plain = ["+experiment=best_rq_tiny", "data.shards=s", f"runs={tmp_path}", "launcher=slurm", "launcher.parallel=2"]
     assert main.main(["pretrain", *plain, "optimizer.lr=1e-3,1e-4", "seed=1,2", "--multirun", "--dry-run"]) == 0
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Sweeps: one run that fails does not keep the others from running; the exit code and the end report it."""
+"""Sweeps: a failed run does not stop the remaining runs, and is reported in the exit code and the summary."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def test_ctrl_c_ends_the_sweep() -> None:
     assert len(ran) == 1
 
 
-def test_a_sweep_without_failures_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_without_failures_exits_with_done(capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.run([*LINE, "seed=1,2", "optimizer.lr=1e-4,3e-4"], lambda line: ExitCode.DONE) == ExitCode.DONE
     assert capsys.readouterr().out.count("swept_") == 4
