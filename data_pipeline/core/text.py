@@ -10,8 +10,9 @@ import html
 import re
 import unicodedata
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~-])")
-"""Characters with a meaning in Markdown."""
+_SPECIAL = re.compile(r"[\\`*_{}\[\]<>|~&]|^[#+-]|(?<=^[0-9])[.)]")
+"""Characters with a meaning in Markdown, anywhere or as the first ones of a line."""
+_FENCE = re.compile(r"`{3,}")
 _FORMULA = ("=", "+", "-", "@")
 """First characters that make a spreadsheet take a cell for a formula."""
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
@@ -42,13 +43,26 @@ def html_text(text: str) -> str:
 
 def markdown_text(text: str) -> str:
     """Returns `text` as words of a Markdown paragraph or table cell, as TensorBoard's text page shows them."""
-    return _SPECIAL.sub(r"\\\1", visible(text)).replace("&", "&amp;")
+    return _SPECIAL.sub(lambda found: "&amp;" if found[0] == "&" else f"\\{found[0]}", visible(text))
+
+
+def markdown_block(text: str, language: str = "") -> str:
+    """Returns `text` of several lines as a fenced block of code, which nothing in it can end.
+
+    Args:
+        text: Any text; its lines and tabs stay.
+        language: For the colours, such as "json" or "diff".
+    """
+    shown = visible(text, keep="\n\t")
+    fence = "`" * max([3, *(len(found) + 1 for found in _FENCE.findall(shown))])
+    return f"{fence}{language}\n{shown}\n{fence}"
 
 
 def table_cell(text: str) -> str:
     """Returns `text` as a cell of a CSV or TSV file: one line, no separator, no formula of a spreadsheet."""
     one_line = visible(text)
-    return f"'{one_line}" if one_line.startswith(_FORMULA) and not _is_number(one_line) else one_line
+    is_formula = one_line.startswith(_FORMULA) and len(one_line) > 1 and not _is_number(one_line)
+    return f"'{one_line}" if is_formula else one_line
 
 
 def _is_number(text: str) -> bool:

@@ -13,7 +13,6 @@ reported to Ray Train. The step plan does not depend on the number of ranks, so 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
 import signal
@@ -31,6 +30,7 @@ from launch.launchers.retry import RetryPolicy
 from launch.launchers.waiting import report_waiting
 from launch.workers.stop_request import START_ID, STOP_FILE, request_stop, stop_requested
 from pretrain.checkpointing.locate import steps_done
+from pretrain.checkpointing.run_folder import read_config
 
 LOST = 70
 """Exit code of an attempt of which a worker or node was lost."""
@@ -93,14 +93,14 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr, flush=True)
         return ExitCode.USAGE
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return ExitCode.FAILED
 
 
 def drive(request: Request) -> int:
     """Starts attempts until the run is done, cannot work, or fails too often without a new checkpoint."""
-    config = json.loads((request.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(request.folder)
     policy, first, waiting_since = RetryPolicy(request.folder, request.retries), True, None
     if not os.environ.get(START_ID) or not stop_requested(request.folder):
         (request.folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier start

@@ -8,7 +8,6 @@ everything else: damaged data, lost storage, lost peers, defects.
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import sys
 import traceback
@@ -44,7 +43,7 @@ def main(run_folder: str) -> ExitCode:
     faulthandler.enable()
     from data_pipeline.core.schema import load
     from launch.workers.build import build
-    from pretrain.checkpointing.run_folder import RunFolder
+    from pretrain.checkpointing.run_folder import RunFolder, read_config
     from pretrain.config import Config
     from pretrain.engines import distributed
     from pretrain.monitoring.heartbeat import Heartbeat
@@ -52,7 +51,7 @@ def main(run_folder: str) -> ExitCode:
 
     reader, folder = None, RunFolder(path)
     try:
-        config = load(Config, json.loads((path / "config.json").read_text(encoding="utf-8")))
+        config = load(Config, read_config(path))
         world = distributed.join(config.device, config.engine.timeout_minutes)
         run = build(config, world, folder)
         reader = run.reader

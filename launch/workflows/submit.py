@@ -16,6 +16,7 @@ from launch.launchers.status import require_ended
 from launch.runs.job_record import write_record
 from launch.workers import task
 from launch.workers.programs import program
+from pretrain.evaluate.config import layer_numbers, task_names
 
 DRY_RUN, PREPARE = "--dry-run", "--prepare"
 SWITCHES = (DRY_RUN, PREPARE)
@@ -74,7 +75,13 @@ def report_queued(handle: str, folder: Path, launcher: str) -> None:
 
 
 def _with_inputs(config: Any) -> Any:
-    """The config with inputs that the environment of this process names: a queued job has another environment."""
+    """The config with inputs that the environment of this process names: a queued job has another environment.
+
+    Raises ConfigError for names of tasks and layers that cannot be, before anything is queued.
+    """
+    if isinstance(config, EvaluateJob):
+        task_names(config)
+        layer_numbers(config)
     if isinstance(config, EvaluateJob) and not config.manifest:
         from pretrain.evaluate.manifest import find_manifest
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from data_pipeline.core.schema import ConfigError, suggest
+
 POINTER = "latest"
 """File in a run's checkpoints folder with the name of the newest complete checkpoint."""
 _NAME = re.compile(r"(?:\.stand_in_)?step_([0-9]{1,18})")
@@ -83,7 +85,8 @@ def find_checkpoint(given: str) -> Path:
             folder.
 
     Raises:
-        ValueError: the path is none of these.
+        ConfigError: the path is none of these.
+        ValueError: `latest` of the run does not name a checkpoint that exists.
     """
     path = Path(given).expanduser()
     for folder in (path / "checkpoints", path):
@@ -91,7 +94,7 @@ def find_checkpoint(given: str) -> Path:
             return found
     if (path / "state.json").is_file() or (path / "config.json").is_file():
         return path
-    raise ValueError(
+    raise ConfigError(
         f"checkpoint={given}: not a run folder with a checkpoint, a checkpoint (state.json) or a Hugging Face folder "
         f"(config.json){near(path)}"
     )
@@ -99,11 +102,9 @@ def find_checkpoint(given: str) -> Path:
 
 def near(path: Path) -> str:
     """Returns a hint with the sibling folder whose name is most similar to that of `path`, or ""."""
-    import difflib
-
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
     except OSError:
         return ""
-    found = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / found[0]}?" if found and found[0] != path.name else ""
+    found = suggest(path.name, names)
+    return f"; did you mean {path.parent / found}?" if found and found != path.name else ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from data_pipeline.core.schema import about, config
+from data_pipeline.core.schema import ConfigError, about, config, suggest
+
+TASKS: Final = ("phones", "keywords", "digits", "speaker", "language", "abx", "pnmi", "rankme")
 
 
 @config
@@ -36,9 +38,7 @@ class EvaluateConfig:
     checkpoint: Annotated[
         str, about("checkpoint folder, run folder or Hugging Face folder; several with commas", min_length=1)
     ]
-    task: Annotated[
-        str, about("phones, keywords, digits, speaker, language, abx, pnmi, rankme; several with commas", min_length=1)
-    ] = "phones"
+    task: Annotated[str, about(f"{', '.join(TASKS)}; several with commas", min_length=1)] = "phones"
     manifest: Annotated[
         str,
         about(
@@ -71,3 +71,29 @@ class EvaluateConfig:
     device: Annotated[str, about("cpu, or cuda where there is one", min_length=1)] = "cpu"
     probe: ProbeConfig = ProbeConfig()
     supervised: SupervisedConfig = SupervisedConfig()
+
+
+def items(text: str) -> list[str]:
+    """Returns the parts of a comma-separated field."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def task_names(config: EvaluateConfig) -> list[str]:
+    """Returns the tasks of a config. Raises ConfigError for an unknown one, or where there is none."""
+    names = items(config.task)
+    for name in names or [config.task]:
+        if name not in TASKS:
+            near = suggest(name, TASKS)
+            hint = f"did you mean {near}? " if near else ""
+            raise ConfigError(f"task={name}: there is no such task; {hint}there are: {', '.join(TASKS)}")
+    return names
+
+
+def layer_numbers(config: EvaluateConfig) -> list[int]:
+    """Returns the layers of a config, empty for all. Raises ConfigError for what is not a number of a layer."""
+    for layer in items(config.layers):
+        if not layer.isdecimal():
+            raise ConfigError(
+                f"layers={config.layers}: {layer!r} is not the number of a layer, from 0, as in layers=0,6"
+            )
+    return [int(layer) for layer in items(config.layers)]

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate import intrinsic
-from pretrain.evaluate.config import EvaluateConfig
+from pretrain.evaluate.config import EvaluateConfig, items, layer_numbers, task_names
 from pretrain.evaluate.features import GRID_HZ, SILENCE, Labelled, Waves, grid_frames, phone_frames, pooled
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder
 from pretrain.evaluate.intrinsic import point, verification
@@ -26,7 +27,7 @@ from pretrain.evaluate.manifest import (
 from pretrain.evaluate.metrics import Tally, bootstrap
 from pretrain.evaluate.probe import View, choose_view, fit_probe
 from pretrain.evaluate.supervised import Example, fit_supervised
-from pretrain.evaluate.tasks import MEASURES, PROBES, TASKS, Task, splits
+from pretrain.evaluate.tasks import MEASURES, PROBES, Task, splits
 
 Say = Callable[[str], None]
 
@@ -62,13 +63,13 @@ def evaluate(config: EvaluateConfig, say: Say = print, encoders: Sequence[Frozen
         One row per task, measure and encoder, baselines among them.
 
     Raises:
-        ValueError: an unknown task, an unreadable checkpoint, or a missing corpus.
+        ConfigError: an unknown task, checkpoint or corpus.
+        ValueError: a damaged checkpoint or manifest.
     """
-    names = [name.strip() for name in config.task.split(",") if name.strip()]
-    for name in names:
-        if name not in TASKS:
-            raise ValueError(f"task={name}: there is no such task; there are: {', '.join(TASKS)}")
-    encoders = encoders or [open_encoder(given.strip(), config.device) for given in config.checkpoint.split(",")]
+    names, _ = task_names(config), layer_numbers(config)
+    if not encoders and not items(config.checkpoint):
+        raise ConfigError(f"checkpoint={config.checkpoint}: names no checkpoint")
+    encoders = encoders or [open_encoder(given, config.device) for given in items(config.checkpoint)]
     utterances = read_manifest(find_manifest(config.manifest))
     rows: list[Row] = []
     for name in names:
@@ -83,7 +84,7 @@ class TaskEvaluation:
     def __init__(self, config: EvaluateConfig, name: str, utterances: Sequence[Utterance], say: Say) -> None:
         self.config, self.name, self.say = config, name, say
         self.task: Task = PROBES.get(name, PROBES["phones"])
-        corpora = [c.strip() for c in config.corpora.split(",") if c.strip()]
+        corpora = items(config.corpora)
         self.phones = {}
         if self.task.target is None:
             self.phones = read_phones(find_manifest(config.manifest).parent / config.phones)
@@ -97,7 +98,7 @@ class TaskEvaluation:
             else {self.task.target(u) for part in self.parts for u in part}
         )
         self.classes = {label: number for number, label in enumerate(sorted(labels))}
-        self.layers = [int(layer) for layer in config.layers.split(",") if layer.strip()]
+        self.layers = layer_numbers(config)
         self.waves = Waves()
 
     def features(self, encoder: FrozenEncoder, part: Sequence[Utterance]) -> Labelled:

@@ -59,9 +59,9 @@ def find_manifest(given: str) -> Path:
 
 
 def read_manifest(manifest: Path) -> list[Utterance]:
-    """Reads all lines. Raises ValueError where the file or one of its columns is missing."""
+    """Reads all lines. Raises ConfigError where there is no such file, ValueError where a column is missing."""
     if not manifest.is_file():
-        raise ValueError(
+        raise ConfigError(
             f"manifest={manifest}: there is no such file; it lists path, speaker, corpus, split and labels"
         )
     with manifest.open(encoding="utf-8", newline="") as file:
@@ -76,9 +76,9 @@ def read_manifest(manifest: Path) -> list[Utterance]:
 
 
 def read_phones(alignment: Path) -> dict[str, list[Interval]]:
-    """Reads an alignment: path (as in the manifest) -> its phones in order. Raises ValueError where it is missing."""
+    """Reads an alignment: path (as in the manifest) -> its phones in order. Raises ConfigError where it is missing."""
     if not alignment.is_file():
-        raise ValueError(f"phones={alignment}: there is no such file; phone tasks need an alignment")
+        raise ConfigError(f"phones={alignment}: there is no such file; phone tasks need an alignment")
     found: dict[str, list[Interval]] = defaultdict(list)
     with alignment.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.audio.codecs import read_mono
-from pretrain.evaluate.config import EvaluateConfig
+from pretrain.evaluate.config import EvaluateConfig, items, task_names
 from pretrain.evaluate.features import SILENCE
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
 from pretrain.evaluate.manifest import Utterance, find_manifest, grid_labels, read_manifest, read_phones
@@ -24,14 +24,14 @@ def labelled_frames(config: EvaluateConfig, encoder: FrozenEncoder) -> tuple[Ten
     Speech of the first probing task of `config`; where it has an alignment, silence is left out. Raises ValueError as
     the task itself would.
     """
-    tasks = [PROBES[name.strip()] for name in config.task.split(",") if name.strip() in PROBES]
+    tasks = [PROBES[name] for name in task_names(config) if name in PROBES]
     manifest = find_manifest(config.manifest)
     alignment = manifest.parent / config.phones
     phones = read_phones(alignment) if alignment.is_file() else {}
     utterances = read_manifest(manifest)
     if not tasks or tasks[0].target is None:
         utterances = [u for u in utterances if u.name in phones]
-    corpora = [c.strip() for c in config.corpora.split(",") if c.strip()]
+    corpora = items(config.corpora)
     chosen = splits(tasks[0] if tasks else PROBES["phones"], utterances, corpora, UTTERANCES)[1]
     frames, rows = [], []
     for utterance in chosen:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.core.atomic_files import write_json
 from data_pipeline.core.jsonl import append_row
+from data_pipeline.core.text import markdown_text, visible
 from pretrain.evaluate import projector
 from pretrain.evaluate.evaluator import Row, plain
 from pretrain.monitoring.figures import add_frames
@@ -36,14 +38,14 @@ def table(rows: Sequence[Row]) -> Table:
     """Returns the table for a terminal."""
     made = Table(*HEAD, box=None, pad_edge=False)
     for row in rows:
-        made.add_row(*cells(row))
+        made.add_row(*(Text(visible(text)) for text in cells(row)))
     return made
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Returns the table in Markdown."""
     lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
-    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows]) + "\n"
+    return "\n".join(lines + ["| " + " | ".join(map(markdown_text, cells(row))) + " |" for row in rows]) + "\n"
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from data_pipeline.core.schema import ConfigError, suggest
 from pretrain.evaluate.features import mean_and_deviation, quarters
 from pretrain.evaluate.manifest import Utterance
 
@@ -42,13 +43,12 @@ PROBES = {
     ),
 }
 MEASURES = ("abx", "pnmi", "rankme")
-TASKS = (*PROBES, *MEASURES)
 
 
 def splits(
     task: Task, utterances: Sequence[Utterance], corpora: Sequence[str], most: int, ask: str = "test"
 ) -> list[list[Utterance]]:
-    """Returns train, valid and test, at most `most` utterances of each (0: all). Raises ValueError where one is empty.
+    """Returns train, valid and test, at most `most` utterances of each (0: all). Raises ConfigError where one is empty.
 
     ask: "valid" puts the manifest's valid in the place of test, and a few speakers of train in that of valid.
     """
@@ -62,10 +62,12 @@ def splits(
     else:
         parts = [[u for u in chosen if u.split == split] for split in ("train", "valid", "test")]
     if not all(parts):
-        names = ", ".join(sorted({u.corpus for u in utterances}))
-        raise ValueError(
+        names = sorted({u.corpus for u in utterances})
+        near = [found for name in corpora if name not in names and (found := suggest(name, names))]
+        hint = f"; did you mean corpora={','.join(near)}?" if near else ""
+        raise ConfigError(
             f"task={task.name}: needs utterances of {', '.join(corpora or task.corpora)} in the splits train, valid "
-            f"and test of the manifest, which has the corpora {names}"
+            f"and test of the manifest, which has the corpora {', '.join(names)}{hint}"
         )
     if ask == "valid" and task.hold_out:
         parts = [parts[0], parts[2], parts[1]]

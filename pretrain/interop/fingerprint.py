@@ -17,7 +17,7 @@ def checkpoint_fingerprint(checkpoints: str) -> dict[str, str]:
     from pretrain.interop.hf_folder import weight_files
 
     found = {}
-    for text in checkpoints.split(","):
-        for weights in weight_files(find_checkpoint(text.strip())):
+    for given in filter(None, map(str.strip, checkpoints.split(","))):
+        for weights in weight_files(find_checkpoint(given)):
             found[str(weights)] = sha256_of(weights)
     return found

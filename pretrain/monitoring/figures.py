@@ -12,6 +12,7 @@ from tensorboard.plugins.projector import ProjectorConfig  # type: ignore[import
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from data_pipeline.core.text import table_cell, visible
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.monitoring.snapshot import Snapshot
 from pretrain.nn.spectral import LogMel
@@ -34,7 +35,10 @@ def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
 def add_frames(
     board: SummaryWriter, frames_ND: Tensor, rows: list[list[str]], header: list[str], tag: str, step: int
 ) -> None:
-    """Adds frames for the projector, with a row of values for each; those of earlier writers in the folder stay."""
+    """Adds frames for the projector, with a row of values for each; those of earlier writers in the folder stay.
+
+    The values are cells of a TSV file: names in them cannot add rows or columns.
+    """
     config = Path(board.log_dir) / "projector_config.pbtxt"
     if config.is_file() and not hasattr(board, "_projector_config"):
         # torch starts an empty list with each SummaryWriter, which would drop the frames of earlier starts
@@ -42,7 +46,8 @@ def add_frames(
         for embedding in [e for e in listed.embeddings if int(e.tensor_name.rpartition(":")[2]) >= step]:
             listed.embeddings.remove(embedding)
         board._projector_config = listed
-    board.add_embedding(frames_ND, rows, tag=tag, global_step=step, metadata_header=header)
+    cells, names = [[table_cell(text) for text in row] for row in rows], [table_cell(name) for name in header]
+    board.add_embedding(frames_ND, cells, tag=tag, global_step=step, metadata_header=names)
 
 
 def masked_audio(snapshot: Snapshot) -> Tensor:
@@ -63,7 +68,8 @@ def spectrogram(snapshot: Snapshot) -> Figure:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     top.imshow(mel_FD.T, origin="lower", aspect="auto", extent=(0, seconds, 0, 80), cmap="magma")
-    top.set(ylabel="mel band", title=snapshot.batch.keys[0])
+    title = visible(snapshot.batch.keys[0])
+    top.set(ylabel="mel band")
     rows = np.full((2, max(1, n_frames)), np.nan)
     masked_F = snapshot.mask_BF[0].numpy()[:n_frames]
     edges = np.flatnonzero(np.diff(np.concatenate([[False], masked_F, [False]]).astype(int)))
@@ -76,7 +82,8 @@ def spectrogram(snapshot: Snapshot) -> Figure:
     both = snapshot.predictions_N, snapshot.targets_N
     if both[0] is not None and both[1] is not None and n_masked:
         hits = float((both[0][:n_masked] == both[1][:n_masked]).float().mean())
-        top.set_title(f"{snapshot.batch.keys[0]}: {hits:.0%} of {n_masked} masked frames predicted correctly")
+        title += f": {hits:.0%} of {n_masked} masked frames predicted correctly"
+    top.set_title(title, parse_math=False)  # a name with $ is no formula
     below.imshow(rows, aspect="auto", cmap="nipy_spectral", vmin=0, vmax=96, interpolation="nearest",
                  extent=(0, n_frames / snapshot.rate_hz, 0, 2))  # fmt: skip
     below.set(xlabel="seconds", yticks=(0.5, 1.5), yticklabels=("target", "predicted"), xlim=(0, seconds))

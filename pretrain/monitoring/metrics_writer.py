@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from data_pipeline.core.schema import dump
+from data_pipeline.core.text import markdown_block, visible
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines.distributed import DistributedContext
@@ -88,15 +89,15 @@ class MetricsWriter:
             self._say(f"warning: rows after step {resumed_at} stay in {self._run.metrics} ({error})")
         self._board = Board(self._run.tensorboard, resumed_at + 1, self._say)
         values = dump(self._config)
-        self._board.write(
-            lambda board: board.add_text("config", f"```json\n{json.dumps(values, indent=2)}\n```", resumed_at)
-        )
+        shown = markdown_block(json.dumps(values, indent=2), "json")
+        self._board.write(lambda board: board.add_text("config", shown, resumed_at))
         diff = self._run.path / "git.diff"
         if diff.is_file() and (text := diff.read_text(encoding="utf-8", errors="replace")):
-            self._board.write(lambda board: board.add_text("git_diff", f"```diff\n{text[:MAX_TEXT]}\n```", resumed_at))
-        shown = {"loss/total": None, "metric/accuracy": None}
+            changes = markdown_block(text[:MAX_TEXT], "diff")
+            self._board.write(lambda board: board.add_text("git_diff", changes, resumed_at))
+        compared = {"loss/total": None, "metric/accuracy": None}
         chosen = {name: value for name, value in _flat(values).items() if name.startswith(HPARAMS)}
-        summaries = list(hparams(chosen, shown))  # type: ignore[no-untyped-call]
+        summaries = list(hparams(chosen, compared))  # type: ignore[no-untyped-call]
         for summary in summaries:
             self._board.write(lambda board, s=summary: board._get_file_writer().add_summary(s))  # type: ignore[misc]
         self._board.write(lambda board: board.add_custom_scalars(LAYOUT))
@@ -161,5 +162,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+            text = value if isinstance(value, str) else json.dumps(value)
+            found[prefix + key] = value if isinstance(value, (bool, int, float)) else visible(text)
     return found

@@ -12,7 +12,7 @@ from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError
 from launch.runs.summary import signs_of_life
 from pretrain.checkpointing.locate import saved_steps
-from pretrain.evaluate.config import EvaluateConfig
+from pretrain.evaluate.config import EvaluateConfig, task_names
 
 if TYPE_CHECKING:
     from pretrain.evaluate.frozen_encoders import FrozenEncoder
@@ -46,7 +46,7 @@ def follow(config: EvaluateConfig) -> None:
     run_folder = Path(config.checkpoint).expanduser()
     if not (run_folder / "config.json").is_file() or "," in config.checkpoint:
         raise ConfigError(f"checkpoint={config.checkpoint}: with follow=true this must be one run folder")
-    tasks = [name.strip() for name in config.task.split(",")]
+    tasks = task_names(config)
     done: defaultdict[tuple[int, str], set[str]] = defaultdict(set)
     for row in read_rows(run_folder / "evaluations.jsonl"):
         done[row["step"], row.get("weights", "")].add(row["task"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from data_pipeline.core.text import html_text, markdown_text, table_cell, visible
+from data_pipeline.core.text import html_text, markdown_block, markdown_text, table_cell, visible
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,9 @@ def test_allowed_characters_are_kept() -> None:
 
 def test_html_and_markdown_are_escaped() -> None:
     assert html_text("<script>'\"&\x1b") == "&lt;script&gt;&#x27;&quot;&amp;\\x1b"
-    assert markdown_text("<b>|[x](http://y)`#_*") == r"\<b\>\|\[x\]\(http://y\)\`\#\_\*"
+    assert markdown_text("<b>|[x](http://y)`#_*") == r"\<b\>\|\[x\](http://y)\`#\_\*"
+    assert markdown_text("a &lt; b (step 4, +1.5)") == "a &amp;lt; b (step 4, +1.5)"
+    assert [markdown_text(text) for text in ("# a", "- a", "+ a", "1. a")] == [r"\# a", r"\- a", r"\+ a", r"1\. a"]
     assert "\n" not in markdown_text("a\n# b")
 
 
@@ -42,10 +46,18 @@ def test_a_cell_is_never_a_spreadsheet_formula(given: str) -> None:
     assert table_cell(given) == f"'{given}"
 
 
-@pytest.mark.parametrize("given", ["-1.5", "+3", "a=b", "-inf"])
+@pytest.mark.parametrize("given", ["-1.5", "+3", "a=b", "-inf", "-"])
 def test_numeric_cells_are_unchanged(given: str) -> None:
     assert table_cell(given) == given
 
 
 def test_cells_contain_no_column_separator() -> None:
     assert table_cell("a\tb\nc") == r"a\tb\nc"
+
+
+@pytest.mark.parametrize("ends", ["```\n# x", "````", "a\r```\r<b>", "\x0c```\x85```\u2028```"])
+def test_nothing_ends_a_block_of_code(ends: str) -> None:
+    lines = re.split(r"[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", markdown_block(f"+{ends}\n+after", "diff"))
+    fence = lines[0].removesuffix("diff")
+    assert [number for number, line in enumerate(lines) if line.strip().startswith(fence)] == [0, len(lines) - 1]
+    assert "+after" in lines

@@ -55,3 +55,16 @@ def test_the_report_renders_in_a_browser(page: Path, tmp_path: Path) -> None:
     ).stdout  # fmt: skip
     assert dom.count("<figure") == 11
     assert dom.count("<svg") == 3
+
+
+def test_names_of_any_form_are_text() -> None:
+    name = "<b onclick='x'>\x1b[31m\u202e&amp;"
+    shown = "&lt;b onclick=&#x27;x&#x27;&gt;\\x1b[31m\\u202e&amp;amp;"
+    ledger = Ledger()
+    ledger.quarantine.append(Reject(name, name, name, name, "decode", name, name))
+    ledger.counts[name, name, "in", ""] += 1
+    pair = {"file_id": name, "same_as": name, "reason": name, "share": 1.0, "offset_seconds": 0.0}
+    text = build_report(Page(title=name, sets=[], ledger=ledger, duplicates=[pair], facts=[(name, name)]))
+    assert text.isprintable() or set(text) - set("\n") == {c for c in text if c.isprintable()}
+    assert "<b onclick" not in text
+    assert text.count(shown) == 12

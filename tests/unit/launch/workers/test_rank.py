@@ -117,10 +117,10 @@ def test_a_damaged_config_file_is_a_failure_and_a_wrong_value_a_config_error(
 ) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     codes = []
-    for text in ('{"train": ', '{"nonsense": 1}', "[]"):
+    for text in ('{"train": ', "[]", '{"train": {"steps": "x"}}', '{"train": {"steps": 5}, "nonsense": 1}'):
         (tmp_path / "config.json").write_text(text)
         codes.append(rank.main(str(tmp_path)))
-    assert codes == [ExitCode.FAILED, ExitCode.USAGE, ExitCode.USAGE]
+    assert codes == [ExitCode.FAILED, ExitCode.FAILED, ExitCode.FAILED, ExitCode.USAGE]
 
 
 def test_an_objective_that_cannot_be_built_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

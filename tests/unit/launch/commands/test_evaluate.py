@@ -1,0 +1,46 @@
+"""What `auricle evaluate` refuses: exit code 2 and the nearest name, before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import main
+from launch.exit_codes import ExitCode
+from pretrain.evaluate.config import TASKS
+from pretrain.evaluate.tasks import MEASURES, PROBES
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "manifest.tsv").write_text("path\tspeaker\tcorpus\tsplit\na.wav\ts\ttones\ttrain\n")
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["task=NOSUCH"], "task=NOSUCH: there is no such task; there are: phones"),
+        (["task=fonemes,phone"], "task=fonemes"),
+        (["task=phone"], "did you mean phones?"),
+        (["task=rankme,speakers"], "did you mean speaker?"),
+        (["task=','"], "task=,: there is no such task"),
+        (["layers=first"], "layers=first: 'first' is not the number of a layer"),
+        (["checkpoint=runs/frist"], "did you mean runs/first?"),
+        (["checkpoint=runs/first"], "checkpoint=runs/first: not a run folder with a checkpoint"),
+        (["manifest=manifets.tsv"], "manifest=manifets.tsv: there is no such file"),
+        (["checkpoint=runs/frist", "follow=true"], "checkpoint=runs/frist: with follow=true"),
+        (["task=phone", "follow=true"], "did you mean phones?"),
+    ],
+)
+def test_a_wrong_name_is_a_wrong_command(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    defaults = {"checkpoint": "runs/first", "task": "rankme", "manifest": "manifest.tsv"}
+    fields = defaults | dict(item.split("=", 1) for item in given)
+    assert main.main(["evaluate", *(f"{name}={value}" for name, value in fields.items())]) == ExitCode.USAGE
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_tasks_of_the_config_are_those_that_can_be_evaluated() -> None:
+    assert (*PROBES, *MEASURES) == TASKS
