@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.corpora.records import Reject
+from data_pipeline.preprocess.html_report import Page, build_report
 from data_pipeline.preprocess.job import preprocess
+from data_pipeline.preprocess.ledger import Ledger
 from tests.support.sounds import many, path_config, write_corpus
 
 
@@ -65,6 +68,6 @@ def test_names_of_any_form_are_text() -> None:
     ledger.counts[name, name, "in", ""] += 1
     pair = {"file_id": name, "same_as": name, "reason": name, "share": 1.0, "offset_seconds": 0.0}
     text = build_report(Page(title=name, sets=[], ledger=ledger, duplicates=[pair], facts=[(name, name)]))
-    assert text.isprintable() or set(text) - set("\n") == {c for c in text if c.isprintable()}
+    assert text.replace("\n", "").isprintable()
     assert "<b onclick" not in text
     assert text.count(shown) == 12
