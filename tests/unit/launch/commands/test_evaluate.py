@@ -16,7 +16,7 @@ from pretrain.evaluate.tasks import MEASURES, PROBES
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "manifest.tsv").write_text("path\tspeaker\tcorpus\tsplit\na.wav\ts\ttones\ttrain\n")
-    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "hubert").mkdir(parents=True)
 
 
 @pytest.mark.parametrize(
@@ -28,15 +28,15 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["task=rankme,speakers"], "did you mean speaker?"),
         (["task=','"], "task=,: there is no such task"),
         (["layers=first"], "layers=first: 'first' is not the number of a layer"),
-        (["checkpoint=runs/frist"], "did you mean runs/first?"),
-        (["checkpoint=runs/first"], "checkpoint=runs/first: not a run folder with a checkpoint"),
+        (["checkpoint=runs/huber"], "did you mean runs/hubert?"),
+        (["checkpoint=runs/hubert"], "checkpoint=runs/hubert: not a run folder with a checkpoint"),
         (["manifest=manifets.tsv"], "manifest=manifets.tsv: there is no such file"),
-        (["checkpoint=runs/frist", "follow=true"], "checkpoint=runs/frist: with follow=true"),
+        (["checkpoint=runs/huber", "follow=true"], "checkpoint=runs/huber: with follow=true"),
         (["task=phone", "follow=true"], "did you mean phones?"),
     ],
 )
 def test_a_wrong_name_is_a_wrong_command(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    defaults = {"checkpoint": "runs/first", "task": "rankme", "manifest": "manifest.tsv"}
+    defaults = {"checkpoint": "runs/hubert", "task": "rankme", "manifest": "manifest.tsv"}
     fields = defaults | dict(item.split("=", 1) for item in given)
     assert main.main(["evaluate", *(f"{name}={value}" for name, value in fields.items())]) == ExitCode.USAGE
     assert said in " ".join(capsys.readouterr().err.split())
