@@ -23,7 +23,7 @@ def test_every_schedule_warms_up_linearly_and_never_exceeds_the_peak(name: str) 
     assert all(after <= before + 1e-12 for before, after in itertools.pairwise(found[9:]))
 
 
-def test_where_they_end() -> None:
+def test_final_rate_of_each_schedule() -> None:
     assert rates("linear")[-1] == pytest.approx(0.0)
     assert rates("linear", final_scale=0.1)[-1] == pytest.approx(0.1)
     assert rates("cosine")[-1] == pytest.approx(0.0)

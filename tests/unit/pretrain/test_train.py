@@ -1,4 +1,4 @@
-"""The loop, its checkpoints and its metrics, in this process on synthetic speech."""
+"""The training loop with its checkpoints and metrics, in this process on synthetic speech."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in engine.tensors()}
 
 
-def test_a_stopped_run_continues_bitwise(tmp_path: Path) -> None:
-    """Trap: a script that ignores its resume flag (torchaudio's HuBERT). Here the same command is the flag."""
+def test_a_stopped_run_continues_bit_identically(tmp_path: Path) -> None:
+    """Pitfall: a script that ignores its resume flag (torchaudio's HuBERT); here repeating the command resumes."""
     ending, whole = run(tmp_path / "whole", config())
     assert ending is Ending.FINISHED
     ending, _ = run(tmp_path / "parts", config(), stop_after=3)
@@ -56,7 +56,7 @@ def test_a_stopped_run_continues_bitwise(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
 
 
-def test_rows_that_will_be_run_again_are_dropped(tmp_path: Path) -> None:
+def test_metrics_rows_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
     run(tmp_path / "whole", config())
     run(tmp_path / "parts", config(), stop_after=3)
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
@@ -72,7 +72,7 @@ def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-def test_checkpoints_are_kept_whole_and_few(tmp_path: Path) -> None:
+def test_only_the_last_checkpoints_are_kept_and_are_complete(tmp_path: Path) -> None:
     run(tmp_path, config())
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "latest",
@@ -82,18 +82,20 @@ def test_checkpoints_are_kept_whole_and_few(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000006\n"
 
 
-def test_every_so_many_checkpoints_are_kept_for_good(tmp_path: Path) -> None:
+def test_checkpoints_of_keep_every_are_never_removed(tmp_path: Path) -> None:
     train_config = {"steps": 6, "checkpoint_every": 1, "keep_last": 1, "keep_every": 2, "save_behind": False}
     run(tmp_path, config(train=train_config))
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
     assert kept == ["step_00000002", "step_00000004", "step_00000006"]
 
 
-def test_what_is_written_behind_is_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_background_save_has_the_state_at_the_time_of_its_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = checkpoint.save_tensors
 
     def slow(*arguments: Any, **options: Any) -> None:
-        time.sleep(0.3)  # training goes on meanwhile
+        time.sleep(0.3)  # training continues meanwhile
         real(*arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save_tensors", slow)
@@ -107,7 +109,7 @@ def test_what_is_written_behind_is_the_moment_it_was_asked_for(tmp_path: Path, m
             assert (tmp_path / "behind" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
 
 
-def test_metrics_have_their_namespaces_and_reach_tensorboard(tmp_path: Path) -> None:
+def test_metrics_have_namespaces_and_are_written_to_tensorboard(tmp_path: Path) -> None:
     run(tmp_path, config())
     row = read_rows(tmp_path / "metrics.jsonl")[-1]
     needed = {"loss/total", "loss/objective", "opt/lr", "opt/grad_norm", "perf/audio_seconds_per_second"}
@@ -131,7 +133,7 @@ def test_metrics_have_their_namespaces_and_reach_tensorboard(tmp_path: Path) -> 
     assert events.Scalars("loss/total")[-1].value == pytest.approx(row["loss/total"], rel=1e-6)
 
 
-def test_the_checkpoint_of_another_config_is_refused_by_field(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_config_is_refused_with_the_field(tmp_path: Path) -> None:
     run(tmp_path, config(steps=2))
     with pytest.raises(ConfigError, match=r"seed: 0 in the checkpoint, 1 now"):
         run(tmp_path, config(seed=1))
@@ -140,10 +142,10 @@ def test_the_checkpoint_of_another_config_is_refused_by_field(tmp_path: Path) ->
         run(tmp_path, config(encoder=deeper))
     with pytest.raises(ConfigError, match="another name="):
         run(tmp_path, config(optimizer={"lr": 2e-3}))
-    assert run(tmp_path, config(steps=4))[0] is Ending.FINISHED  # a longer run is the same run
+    assert run(tmp_path, config(steps=4))[0] is Ending.FINISHED  # more steps are accepted
 
 
-def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_with_the_remedy(tmp_path: Path) -> None:
     run(tmp_path, config())
     model = tmp_path / "checkpoints" / "step_00000006" / "model.safetensors"
     whole = model.read_bytes()
@@ -164,7 +166,7 @@ def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """No file may be larger than half of the model: the write itself fails, as on a full disk."""
+    """The file size limit is half of the model, so that the write itself fails, as on a full disk."""
     run(tmp_path, config(steps=2))
     size = (tmp_path / "checkpoints" / "step_00000002" / "model.safetensors").stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -179,7 +181,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("behind", [True, False], ids=["behind", "in the loop"])
-def test_a_save_that_fails_once_is_tried_again_at_once(
+def test_a_save_that_fails_once_is_retried_immediately(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: bool
 ) -> None:
     real, failures = checkpoint.save_tensors, iter([True])
@@ -200,7 +202,7 @@ def test_a_save_that_fails_once_is_tried_again_at_once(
     assert checkpoint.damage(tmp_path / "checkpoints" / "step_00000002") == ""
 
 
-def test_a_save_that_fails_for_good_is_never_reported_as_a_checkpoint(
+def test_a_save_that_keeps_failing_is_never_reported_as_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*arguments: Any, **options: Any) -> None:
@@ -213,20 +215,20 @@ def test_a_save_that_fails_for_good_is_never_reported_as_a_checkpoint(
         run(tmp_path, config(train={"steps": 40, "checkpoint_every": 4}), say=said.append)
     assert not any(line.startswith("checkpoint") for line in said)
     steps = [int(line.split()[1].split("/")[0]) for line in said if line.startswith("step ")]
-    assert max(steps) < 8, "noticed before the next checkpoint was due"
+    assert max(steps) < 8, "the error is noticed before the next checkpoint is due"
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
 
 
-def test_a_new_start_removes_what_killed_ones_left(tmp_path: Path) -> None:
+def test_a_new_start_removes_leftovers_of_killed_starts(tmp_path: Path) -> None:
     run(tmp_path, config(steps=2))
     folder = tmp_path / "checkpoints"
     for name in (".step_00000004.1", ".step_00000006.2", ".stand_in_step_00000002"):
         (folder / name).mkdir()
         (folder / name / "model.safetensors").write_bytes(b"half")
     (folder / ".latest.4711").write_text("step_0000")
-    (folder / ".step_00000008.999").mkdir()  # of a start that is newer than this one
+    (folder / ".step_00000008.999").mkdir()  # belongs to a newer start
     run(tmp_path, config(steps=4))
-    # the second start is number 2: its own name was free for the save at step 4
+    # the second start has number 2, so that the name for its save at step 4 was free
     assert sorted(path.name for path in folder.iterdir()) == [
         ".step_00000006.2",
         ".step_00000008.999",
@@ -236,7 +238,7 @@ def test_a_new_start_removes_what_killed_ones_left(tmp_path: Path) -> None:
     ]
 
 
-def test_a_stand_in_that_latest_names_is_kept_until_it_is_replaced(tmp_path: Path) -> None:
+def test_a_stand_in_checkpoint_that_latest_points_to_is_kept(tmp_path: Path) -> None:
     run(tmp_path, config(steps=2))
     folder = tmp_path / "checkpoints"
     (folder / "step_00000002").rename(folder / ".stand_in_step_00000002")
@@ -247,7 +249,7 @@ def test_a_stand_in_that_latest_names_is_kept_until_it_is_replaced(tmp_path: Pat
     assert (folder / ".stand_in_step_00000002" / "state.json").is_file()
 
 
-def test_an_older_incarnation_writes_nothing_more(tmp_path: Path) -> None:
+def test_a_superseded_start_writes_nothing(tmp_path: Path) -> None:
     old, new = RunFolder(tmp_path), RunFolder(tmp_path)
     assert (old.claim(), new.claim()) == (1, 2)
     new.require_current()
@@ -263,8 +265,8 @@ def test_an_older_incarnation_writes_nothing_more(tmp_path: Path) -> None:
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_an_older_incarnation_does_not_touch_what_the_newer_one_wrote(tmp_path: Path) -> None:
-    """Neither by a roll-back, nor by dropping rows before it begins."""
+def test_a_superseded_start_does_not_change_files_of_the_newer_one(tmp_path: Path) -> None:
+    """This holds for a rollback, and for dropping metrics rows at the start."""
     settings = config()
     _, engine = run(tmp_path, settings)
     old = RunFolder(tmp_path)
@@ -279,10 +281,10 @@ def test_an_older_incarnation_does_not_touch_what_the_newer_one_wrote(tmp_path: 
 
 
 @pytest.mark.parametrize("cut_off_at", range(4))
-def test_latest_names_a_whole_checkpoint_wherever_a_roll_back_is_cut_off(
+def test_latest_points_to_a_complete_checkpoint_wherever_a_rollback_is_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_off_at: int
 ) -> None:
-    """Going back sets newer ones aside and then saves the same step again: before each move, the power goes."""
+    """A rollback renames newer checkpoints and then saves the same step again; it is interrupted before each move."""
     settings = config()
     _, engine = run(tmp_path, settings)
     folder = RunFolder(tmp_path)
@@ -305,14 +307,14 @@ def test_latest_names_a_whole_checkpoint_wherever_a_roll_back_is_cut_off(
     with contextlib.suppress(KeyboardInterrupt), checkpoint.Saver(folder, engine, settings) as saver:
         saver.save(checkpoint.roll_back(folder, engine, settings, 4))
     monkeypatch.undo()
-    assert moves == cut_off_at, "it was cut off there"
+    assert moves == cut_off_at, "the rollback was interrupted at this move"
     named = folder.checkpoints / (folder.checkpoints / "latest").read_text().strip()
     assert checkpoint.damage(named) == ""
     assert steps_done(tmp_path) == 4
     assert checkpoint.load_latest(folder, engine, settings).step == 4
 
 
-def test_others_may_read_a_checkpoint_where_the_umask_lets_them(tmp_path: Path) -> None:
+def test_checkpoint_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         run(tmp_path, config(steps=2))
@@ -322,7 +324,7 @@ def test_others_may_read_a_checkpoint_where_the_umask_lets_them(tmp_path: Path) 
     assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o640 for path in files}
 
 
-def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
+def test_a_checkpoint_contains_no_pickles(tmp_path: Path) -> None:
     run(tmp_path, config(steps=2))
     folder = tmp_path / "checkpoints" / "step_00000002"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -334,7 +336,7 @@ def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
 
 
-def test_how_long_each_rank_waited_for_data_is_logged() -> None:
+def test_the_data_wait_of_each_rank_is_logged() -> None:
     result = StepResult(0.0, {}, RankSignals(wait_seconds=(0.5, 9.0)), 0.0)
     assert data_waits(result, 2.0, 2) == {
         "perf/data_wait_share/rank_0": 0.25,

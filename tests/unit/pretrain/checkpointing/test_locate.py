@@ -1,4 +1,4 @@
-"""checkpoints/latest and state.json: read in one place; what has not their form is refused with file and remedy."""
+"""Reading of checkpoints/latest and state.json: malformed files are refused with file and remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATE = state(4, cursor={"plan_hash": "x", "epoch": 0, "step": 4})
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with two checkpoints."""
+    """Makes a run folder with two checkpoints."""
     for step in (2, 4):
         folder = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)
@@ -38,8 +38,8 @@ def test_the_newest_checkpoint_is_found(run: Path) -> None:
     "content",
     [b"\xff\xfe\x00", b"", b"../..", b"/etc", b"step_x", b"step_1/../../..", b"step_" + b"9" * 5000, "step_٣".encode()],
 )
-def test_a_pointer_that_names_no_checkpoint_is_refused(run: Path, content: bytes) -> None:
-    """Neither UnicodeDecodeError nor a path outside the run."""
+def test_an_invalid_latest_pointer_is_refused(run: Path, content: bytes) -> None:
+    """It raises no UnicodeDecodeError and cannot lead outside the run folder."""
     (run / "checkpoints" / "latest").write_bytes(content)
     for ask in (steps_done, lambda folder: find_checkpoint(str(folder))):
         with pytest.raises(ValueError, match="latest") as refused:
@@ -53,7 +53,7 @@ def test_a_pointer_to_a_missing_checkpoint_is_refused(run: Path) -> None:
         find_checkpoint(str(run))
 
 
-def test_a_misspelt_run_gets_the_nearest_name(run: Path) -> None:
+def test_a_misspelt_run_is_refused_with_the_nearest_name(run: Path) -> None:
     with pytest.raises(ValueError, match=r"did you mean .*run"):
         find_checkpoint(str(run.with_name("rum")))
 
@@ -74,7 +74,7 @@ def test_a_misspelt_run_gets_the_nearest_name(run: Path) -> None:
         ("prolonged", {"step": 1}),
     ],
 )
-def test_a_state_of_another_form_is_refused(run: Path, field: str, value: object) -> None:
+def test_a_state_with_an_invalid_field_is_refused(run: Path, field: str, value: object) -> None:
     folder = run / "checkpoints" / "step_00000004"
     (folder / "state.json").write_text(json.dumps(STATE | {field: value}))
     with pytest.raises(ValueError) as refused:
@@ -84,7 +84,7 @@ def test_a_state_of_another_form_is_refused(run: Path, field: str, value: object
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"format": 9}', b"[" * 100_000, b"3", b"null"])
-def test_a_state_that_is_no_object_of_this_format_is_refused(run: Path, content: bytes) -> None:
+def test_a_malformed_state_file_is_refused(run: Path, content: bytes) -> None:
     folder = run / "checkpoints" / "step_00000004"
     (folder / "state.json").write_bytes(content)
     with pytest.raises(ValueError, match="step_00000004"):

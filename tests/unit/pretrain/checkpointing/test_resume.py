@@ -1,4 +1,4 @@
-"""Which changes a resumed run accepts: places, caches and timeouts, but neither another model nor other data."""
+"""Config changes that a resume accepts (paths, caches, timeouts) and refuses (another model or other data)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAVED = Path("runs/x/checkpoints/step_00000002")
 
 
 def changed(**fields: Any) -> Config:
-    """The config of tests.support.training with dotted fields set, `data__workers=3`."""
+    """Returns the config of tests.support.training with fields set, as in `data__workers=3`."""
     values = dump(config())
     for name, value in fields.items():
         *parents, last = name.split("__")
@@ -56,7 +56,7 @@ def changed(**fields: Any) -> Config:
         ("schedule__continuation", "rewarm"),
     ],
 )
-def test_a_resumed_run_may_change(name: str, value: object) -> None:
+def test_a_resume_accepts_changed_fields(name: str, value: object) -> None:
     resume.require_same_config(dump(config()), changed(**{name: value}), SAVED)
 
 
@@ -74,8 +74,8 @@ def test_a_resumed_run_may_change(name: str, value: object) -> None:
         ("init", "runs/other", "''"),
     ],
 )
-def test_a_resumed_run_must_keep(name: str, value: object, before: str) -> None:
-    """The message has the field, both values and the remedy."""
+def test_a_resume_refuses_changed_fields(name: str, value: object, before: str) -> None:
+    """The message gives the field, both values and the remedy."""
     with pytest.raises(ConfigError) as refused:
         resume.require_same_config(dump(config()), changed(**{name: value}), SAVED)
     said = str(refused.value)
@@ -89,7 +89,7 @@ def test_every_difference_is_listed() -> None:
         resume.require_same_config(dump(config()), changed(seed=3, encoder__layers=3, optimizer__lr=1.0), SAVED)
 
 
-def test_a_checkpoint_of_an_earlier_version_has_the_defaults_of_newer_fields() -> None:
+def test_fields_missing_from_an_earlier_version_have_their_defaults() -> None:
     saved = dump(config())
     del saved["schedule"]["continuation"], saved["data"]["on_bad_shard"], saved["optimizer"]["clip_norm"]
     resume.require_same_config(saved, config(), SAVED)
@@ -97,8 +97,8 @@ def test_a_checkpoint_of_an_earlier_version_has_the_defaults_of_newer_fields() -
         resume.require_same_config(saved, changed(optimizer__clip_norm=1.0), SAVED)
 
 
-def test_a_path_may_be_written_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`init=` and folders of noise name no data of the plan, so they must stay the same place."""
+def test_equivalent_spellings_of_a_path_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`init=` and noise folders are not covered by the plan's hash, so they must stay the same location."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
     (tmp_path / "link").symlink_to("weights")
@@ -109,13 +109,13 @@ def test_a_path_may_be_written_otherwise(tmp_path: Path, monkeypatch: pytest.Mon
         resume.require_same_config(saved, changed(init="other"), SAVED)
     assert resume.same_path("s3://bucket/shards", "s3://bucket/shards/")
     assert not resume.same_path("s3://bucket/shards", "s3://bucket/Shards")
-    assert not resume.same_path("", str(tmp_path)), "no path is not the working directory"
+    assert not resume.same_path("", str(tmp_path)), "an empty path is not the working directory"
     assert resume.same_path(["a", "b/"], ["a/", "b"])
     assert not resume.same_path(["a", "b"], ["b", "a"])
 
 
-def test_moved_data_is_the_same_run_and_other_data_is_not(tmp_path: Path) -> None:
-    """By the hash of the plan, before any rank starts."""
+def test_moved_data_is_accepted_and_other_data_is_refused(tmp_path: Path) -> None:
+    """The plan's hash is compared before any rank starts."""
     lengths = [2.0] * 8
     write_shards(tmp_path / "shards", [sounds(lengths)])
     data = {"batch_seconds": 4.0, "micro_batches": 1, "max_seconds": 3.0, "min_seconds": 1.0, "workers": 0}
@@ -137,10 +137,10 @@ def test_moved_data_is_the_same_run_and_other_data_is_not(tmp_path: Path) -> Non
 
     gone = replace(settings, data=replace(settings.data, shards=f"{tmp_path}/shards/"))
     (tmp_path / "shards").rename(tmp_path / "away")
-    resume.require_same_data(state, gone, SAVED)  # the same place: not opened here, the ranks will
+    resume.require_same_data(state, gone, SAVED)  # an unchanged location is not opened here, but by the ranks
 
 
-def test_rules_name_fields_that_exist() -> None:
+def test_all_fields_in_the_rules_exist() -> None:
     rules = resume_rules(Config)
     assert {"engine", "train", "health", "data.cache", "data.shards"} <= rules.keys()
     assert rules["data.shards"] == rules["data.targets"] == "data"
@@ -148,7 +148,7 @@ def test_rules_name_fields_that_exist() -> None:
 
 
 def prolonged(before: int, after: int, done: int, **schedule: Any) -> tuple[Config, Prolongation | None, str]:
-    """A run of `before` steps, resumed after `done` of them with train.steps=after."""
+    """Resumes a run of `before` steps after `done` of them with train.steps=after."""
     then = changed(train__steps=before)
     now = changed(train__steps=after, **{f"schedule__{name}": value for name, value in schedule.items()})
     saved = dump(then)
@@ -160,7 +160,7 @@ def rates(now: Config, found: Prolongation | None, steps: range) -> list[float]:
     return [learning_rate(now.optimizer, now.schedule, now.train.steps, step, found) for step in steps]
 
 
-def test_prolonging_a_finished_run_reports_the_change_of_the_learning_rate() -> None:
+def test_prolonging_a_finished_run_reports_the_learning_rate_change() -> None:
     now, found, notice = prolonged(100, 200, 100)
     assert found == Prolongation(100, 0.0)
     assert rates(now, found, range(100, 101)) == pytest.approx([1e-3 * (1 - 99 / 198)])
@@ -183,13 +183,13 @@ def test_a_constant_rate_stays_until_the_new_end() -> None:
     assert found.rate == pytest.approx(1e-3 * (1 - 48 / 98))
 
 
-def test_a_rate_of_zero_cannot_be_kept() -> None:
+def test_a_learning_rate_of_zero_cannot_be_continued() -> None:
     with pytest.raises(ConfigError, match="rewarm"):
         prolonged(100, 200, 100, continuation="constant")
 
 
 def test_a_second_resume_continues_the_first_prolongation() -> None:
-    """train.steps is unchanged since: the moment of the change comes from the checkpoint."""
+    """train.steps has not changed since, so the step of the prolongation comes from the checkpoint."""
     now, found, _ = prolonged(100, 200, 50, continuation="constant")
     assert found is not None
     again = resume.prolongation(dump(now), now, 120, {"step": found.step, "rate": found.rate})
@@ -198,14 +198,14 @@ def test_a_second_resume_continues_the_first_prolongation() -> None:
 
 
 @pytest.mark.parametrize("name", ["constant", "noam"])
-def test_schedules_without_an_end_change_nothing(name: str) -> None:
+def test_schedules_without_an_end_are_not_changed(name: str) -> None:
     then = changed(train__steps=100, schedule__name=name)
     now = replace(then, train=replace(then.train, steps=200))
     found = resume.prolongation(dump(then), now, 100, None)
     assert resume.prolongation_notice(dump(then), now, 100, found) == ""
 
 
-def test_continue_is_another_name_of_the_field() -> None:
+def test_continue_is_an_alias_of_the_field() -> None:
     values = dump(config())
     values["schedule"].pop("continuation")
     values["schedule"]["continue"] = "rewarm"

@@ -47,13 +47,13 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_whole_checkpoint_is_read(reader: str, run: Path) -> None:
+def test_an_intact_checkpoint_is_read(reader: str, run: Path) -> None:
     READERS[reader](run, config())
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("reader", READERS)
-def test_an_altered_checkpoint_is_refused(reader: str, damage: str, run: Path) -> None:
+def test_a_checkpoint_with_a_wrong_checksum_is_refused(reader: str, damage: str, run: Path) -> None:
     file = run / "checkpoints" / "step_00000001" / FILE
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
     with pytest.raises(ValueError, match=f"{FILE}: checksum mismatch"):
@@ -61,7 +61,7 @@ def test_an_altered_checkpoint_is_refused(reader: str, damage: str, run: Path) -
 
 
 def rewrite(run: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Changes tensors and the checksum with them, as somebody who means to would."""
+    """Changes tensors and updates the checksum, as a deliberate modification would."""
     folder = run / "checkpoints" / "step_00000001"
     save_file(change(load_file(folder / FILE)), folder / FILE)
     state = json.loads((folder / "state.json").read_text())
@@ -85,13 +85,13 @@ NAME = "model.encoder.blocks.0.attention.out.weight"
         (lambda all_: all_ | {"model.more": torch.zeros(2)}, "model.more is not in the model"),
     ],
 )
-def test_names_and_shapes_are_those_of_the_model(reader: str, change: Any, words: str, run: Path) -> None:
+def test_weights_with_wrong_names_or_shapes_are_refused(reader: str, change: Any, words: str, run: Path) -> None:
     rewrite(run, change)
     with pytest.raises(ValueError, match=words):
         READERS[reader](run, config())
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (1, 4), (1,), (), (4, 4, 1)])
-def test_a_resume_never_broadcasts(shape: tuple[int, ...]) -> None:
+def test_a_resume_never_broadcasts_tensors(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"model/w has shape .*, the model expects \(4, 4\)"):
         fitting({"model/w": torch.zeros(shape)}, "model/w", torch.Size((4, 4)))

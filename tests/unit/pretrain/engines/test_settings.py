@@ -1,4 +1,4 @@
-"""What the config tells torch's and DeepSpeed's engines where there are GPUs; nothing here needs one."""
+"""Settings passed to torch and DeepSpeed for GPUs, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from pretrain.engines.distributed import DistributedContext
 
 
 @pytest.mark.parametrize(("cuda", "backend"), [(True, "nccl"), (False, "gloo")])
-def test_the_timeout_of_collectives_is_the_configs(cuda: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_collective_timeout_comes_from_the_config(
+    cuda: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     monkeypatch.setattr("torch.cuda.set_device", lambda number: None)
@@ -32,7 +34,7 @@ def test_the_timeout_of_collectives_is_the_configs(cuda: bool, backend: str, mon
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_deepspeed_overlaps_communication_on_gpus_and_accumulates_what_is_left_of_the_batch(stage: int) -> None:
+def test_deepspeed_overlaps_communication_on_gpus_and_accumulates_micro_batches(stage: int) -> None:
     module, optimizer = torch.nn.Linear(8, 8), OptimizerConfig(lr=1e-3, clip_norm=2.0)
     config = EngineConfig(zero_stage=stage, offload="cpu" if stage else "none")
     made = deepspeed_config(config, optimizer, 32, DistributedContext(0, 8, 0, "cuda:0"), module)
@@ -53,8 +55,8 @@ def test_the_former_name_of_the_torch_engine_still_loads() -> None:
     assert dump(config)["engine"]["name"] == "torch"
 
 
-def test_the_shortest_audio_of_a_front_end_gives_its_frames() -> None:
-    """160 samples a window of 400: 25 Hz log-mel needs 4 windows for each frame, the 50 Hz stem 400 samples."""
+def test_each_front_end_gives_the_shortest_audio_for_a_number_of_frames() -> None:
+    """Windows of 400 samples, hop 160: a 25 Hz log-mel frame needs 4 windows, a 50 Hz stem frame 400 samples."""
     shapes = {"log_mel": {1: 400 + 3 * 160, 3: 400 + 11 * 160}, "waveform_conv": {1: 400, 2: 720}}
     for name, expected in shapes.items():
         frontend = registry.build("frontends", registry.config_type("frontends", name)(), 32)

@@ -1,4 +1,4 @@
-"""An export that cannot be written raises OSError and leaves nothing."""
+"""An export to a full disk raises OSError and leaves no files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.train_module import build_model
 
 @contextlib.contextmanager
 def full_disk(free: int) -> Iterator[None]:
-    """Every file of more than `free` bytes fails, by the operating system's limit."""
+    """Makes writes beyond `free` bytes per file fail, through the operating system's file size limit."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_no_files(kind: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_of_tensors_that_was_there_stays(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_existing_file(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_tensors({"a": torch.zeros(3)}, file)
     before = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Hugging Face folders: nothing of them is executed, and what is damaged or missing is named."""
+"""Hugging Face folders: no code in them is executed, and damaged or missing files are named."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ WEIGHT = "encoder.layers.1.feed_forward.output_dense.weight"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny model as transformers saves it."""
+    """Saves a tiny model with transformers."""
     model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**SIZES))
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 def edit(file: Path, **fields: Any) -> None:
-    """Sets fields of a JSON file."""
+    """Sets fields in a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
@@ -51,21 +51,21 @@ def change_weights(folder: Path, change: dict[str, torch.Tensor | None]) -> None
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_folder_of_transformers_is_read(folder: Path) -> None:
+def test_a_folder_saved_by_transformers_is_read(folder: Path) -> None:
     layers = open_pretrained(str(folder)).model(torch.randn(1, 4_000), torch.tensor([4_000])).layers
     expected = transformers.Wav2Vec2Model.from_pretrained(folder)(torch.zeros(1, 4_000)).last_hidden_state.shape
     assert layers[-1].shape == expected
 
 
 @pytest.mark.parametrize("kind", ["wav2vec2", "mymodel"])
-def test_code_of_a_checkpoint_never_runs(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """auto_map is ignored for a known model_type; an unknown one is refused, and nobody is asked."""
+def test_code_in_a_checkpoint_is_never_executed(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto_map is ignored for a known model_type; an unknown one is refused without a prompt."""
     marker = folder / "ran"
     code = f"open({str(marker)!r}, 'w')\nclass MyConfig: pass\nclass MyModel: pass\n"
     (folder / "evil.py").write_text(code)
     auto_map = {"AutoConfig": "evil.MyConfig", "AutoModel": "evil.MyModel"}
     edit(folder / "config.json", model_type=kind, auto_map=auto_map)
-    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked whether to run the code"))
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("prompted whether to run the code"))
     if kind == "wav2vec2":
         open_pretrained(str(folder))
     else:
@@ -87,7 +87,7 @@ def test_code_of_a_checkpoint_never_runs(kind: str, folder: Path, monkeypatch: p
         ("absent.safetensors", "names absent.safetensors, which is missing"),
     ],
 )
-def test_an_index_names_only_safetensors_of_its_folder(name: Any, words: str, folder: Path) -> None:
+def test_an_index_refers_to_safetensors_files_in_its_folder_only(name: Any, words: str, folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "kept.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {WEIGHT: name}}))
@@ -95,7 +95,7 @@ def test_an_index_names_only_safetensors_of_its_folder(name: Any, words: str, fo
         open_pretrained(str(folder))
 
 
-def test_a_pickle_alone_is_refused_with_a_way_to_convert_it(folder: Path) -> None:
+def test_pickled_weights_are_refused_with_a_command_to_convert_them(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="weights_only=True"):
         open_pretrained(str(folder))
@@ -109,7 +109,9 @@ def test_a_pickle_alone_is_refused_with_a_way_to_convert_it(folder: Path) -> Non
         ({WEIGHT: torch.zeros(1)}, rf"{WEIGHT} has shape \(1,\)"),
     ],
 )
-def test_every_weight_of_the_encoder_is_there(change: dict[str, torch.Tensor | None], words: str, folder: Path) -> None:
+def test_missing_or_misshapen_encoder_weights_are_refused(
+    change: dict[str, torch.Tensor | None], words: str, folder: Path
+) -> None:
     change_weights(folder, change)
     with pytest.raises(ConfigError, match=words):
         open_pretrained(str(folder))
@@ -139,7 +141,7 @@ def test_a_damaged_file_is_named(name: str, content: bytes, words: str, folder: 
         ("preprocessor_config.json", {"do_normalize": "yes"}, "do_normalize must be true or false, and is 'yes'"),
     ],
 )
-def test_a_field_of_the_wrong_form_is_named(file: str, fields: dict[str, Any], words: str, folder: Path) -> None:
+def test_an_invalid_config_field_is_named(file: str, fields: dict[str, Any], words: str, folder: Path) -> None:
     if not (folder / file).exists():
         (folder / file).write_text("{}")
     edit(folder / file, **fields)

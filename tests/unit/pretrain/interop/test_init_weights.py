@@ -1,4 +1,4 @@
-"""A run as the start of another one: the same weights, or a refusal that names one."""
+"""Initialising a run from another run: equal weights, or a refusal that names a weight."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config(**encoder: Any) -> Config:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with one checkpoint."""
+    """Makes a run folder with one checkpoint."""
     write_run(tmp_path, config(), build_model(config()))
     return tmp_path
 
@@ -41,14 +41,14 @@ def start(run: Path, **encoder: Any) -> Any:
     return module
 
 
-def test_all_weights_are_taken_over(run: Path) -> None:
-    """Those of the same objective, too."""
+def test_all_weights_are_loaded(run: Path) -> None:
+    """This includes those of the same objective."""
     module, source = start(run, dropout=0.3, attention="chunked"), build_model(config())
     for name, weight in source.state_dict().items():
         assert torch.equal(module.state_dict()[name], weight), name
 
 
-def test_a_replay_before_the_first_checkpoint_has_the_weights_of_the_start(run: Path, tmp_path: Path) -> None:
+def test_a_replay_before_the_first_checkpoint_uses_the_initial_weights(run: Path, tmp_path: Path) -> None:
     described = dataclasses.replace(config(), init=str(run), seed=1)
     module, whose = model_at(described, tmp_path / "diverged", 3)
     assert whose == f"step 0, which are those of {run}"
@@ -56,7 +56,7 @@ def test_a_replay_before_the_first_checkpoint_has_the_weights_of_the_start(run: 
         assert torch.equal(module.state_dict()[name], weight), name
 
 
-def test_another_objective_starts_anew(run: Path) -> None:
+def test_another_objective_starts_with_random_weights(run: Path) -> None:
     described = dataclasses.replace(config(), init=str(run), seed=1)
     described = dataclasses.replace(described, objective=dataclasses.replace(described.objective, n_codes=9))
     module = build_model(described)

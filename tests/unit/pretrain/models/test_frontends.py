@@ -1,4 +1,4 @@
-"""Front ends: frames are counted right, padding leaves no trace, rates are what they say."""
+"""Front ends: correct frame counts and rates, and no influence of padding."""
 
 from __future__ import annotations
 
@@ -53,15 +53,17 @@ def test_frames(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_features_are_made_on_the_models_device(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every constant moves with the module: one left on the host would meet those of "meta" and fail."""
-    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())  # meta has none
+def test_features_are_computed_on_the_device_of_the_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every constant moves with the module: one left on the CPU would fail against tensors on "meta"."""
+    monkeypatch.setattr(
+        torch, "autocast", lambda *arguments, **options: contextlib.nullcontext()
+    )  # "meta" has no autocast
     module = frontend(case).to("meta")
     wave_BT, lengths_B = torch.zeros(2, 20_000, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
     assert module.project(module.extract(wave_BT, lengths_B)).x_BFD.device.type == "meta"
 
 
-def test_the_gate_is_logged() -> None:
+def test_the_branch_weights_of_the_multiscale_front_end_are_logged() -> None:
     module = frontend("multiscale 25 Hz")
     assert isinstance(module, Multiscale)
     module.project(module.extract(batch().wave_BT, batch().lengths_B))
@@ -72,7 +74,7 @@ def test_the_gate_is_logged() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_the_shortest_input_gives_one_frame_and_a_sample_less_none(case: str, packed: bool) -> None:
+def test_the_shortest_input_gives_one_frame_and_one_sample_less_gives_none(case: str, packed: bool) -> None:
     module = frontend(case)
     module.packed = packed
     shortest = module.least_samples()
@@ -91,8 +93,8 @@ def test_the_shortest_input_gives_one_frame_and_a_sample_less_none(case: str, pa
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_rows_without_a_frame_change_nothing_for_others(case: str, packed: bool) -> None:
-    """Beside a row of one second: an empty row, one of a sample, and one that lacks a sample for its first frame."""
+def test_rows_without_frames_do_not_change_other_rows(case: str, packed: bool) -> None:
+    """The batch has a row of one second, an empty one, one of one sample, and one a sample too short for a frame."""
     module = frontend(case)
     module.packed = packed
     lengths_B = torch.tensor([16_000, 0, 1, module.least_samples() - 1])

@@ -1,4 +1,4 @@
-"""Every detector: a planted failure is found, healthy numbers are left alone."""
+"""Every detector finds a planted failure and raises no alarm on healthy metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ZIPF = np.rint(1e6 / np.arange(1, 321))
 """Unequal, as healthy targets are: perplexity near half of the book."""
 
 
-def test_gradient_limit_follows_the_median_and_waits_for_evidence() -> None:
+def test_the_gradient_limit_follows_the_median_once_enough_updates_are_seen() -> None:
     assert detectors.gradient_limit([1.0] * 19, 10.0) == math.inf
     assert detectors.gradient_limit([1.0] * 30 + [50.0] * 3, 10.0) == 10.0
     assert detectors.gradient_limit([0.08] * 30, 10.0, floor=10.0) == 10.0
@@ -47,7 +47,7 @@ def test_gradient_limit_follows_the_median_and_waits_for_evidence() -> None:
         (detectors.waiting_ranks({0: 0.0, 1: 0.8}, 1.0, 0.5), detectors.waiting_ranks({0: 0.0, 1: 0.1}, 1.0, 0.5)),
     ],
 )
-def test_planted_failures_are_found_and_healthy_numbers_left_alone(
+def test_planted_failures_are_found_and_healthy_metrics_raise_no_alarm(
     planted: detectors.Finding | None, healthy: detectors.Finding | None
 ) -> None:
     assert healthy is None
@@ -64,12 +64,12 @@ def test_the_slow_rank_is_named() -> None:
     assert "rank 7" in found.seen
 
 
-def test_few_counts_are_no_evidence() -> None:
+def test_too_few_counts_raise_no_alarm() -> None:
     assert detectors.low_code_use(np.eye(320)[0] * 100, 0.1) is None
     assert detectors.dead_codes(np.eye(8192)[0] * 5000, 0.5) is None
 
 
-def test_a_large_random_book_is_not_a_collapse() -> None:
+def test_skewed_use_of_a_large_codebook_is_not_a_collapse() -> None:
     share = np.exp(-1.4 * np.log(np.arange(1, 8193)))
     counts = np.rint(share / share.sum() * 1e6)
     perplexity = math.exp(detectors.entropy(counts))
@@ -77,12 +77,12 @@ def test_a_large_random_book_is_not_a_collapse() -> None:
     assert (detectors.low_code_use(counts, 0.1) is None) == (perplexity >= 8192**0.6)
 
 
-def test_entropy_of_few_counts_is_corrected() -> None:
+def test_the_entropy_estimate_is_corrected_for_few_counts() -> None:
     draws = [np.bincount(np.random.default_rng(i).integers(0, 100, 300), minlength=100) for i in range(50)]
     assert np.mean([detectors.entropy(counts) for counts in draws]) == pytest.approx(math.log(100), abs=0.06)
 
 
-def test_rank_me_counts_dimensions() -> None:
+def test_rank_me_equals_the_number_of_used_dimensions() -> None:
     wide = RNG.standard_normal((500, 32))
     assert detectors.rank_me(wide) > 28
     assert detectors.rank_me(wide[:, :3] @ RNG.standard_normal((3, 32))) == pytest.approx(3, abs=0.3)

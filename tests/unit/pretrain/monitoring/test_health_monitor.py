@@ -1,4 +1,4 @@
-"""Failures planted into real tiny training: each is caught, after how many steps; healthy runs raise no alarm."""
+"""Failures planted into tiny real runs are caught within a few steps; healthy runs raise no alarm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.support.synthetic_reader import SyntheticReader
 
 
 class Repeating(SyntheticReader):
-    """The same global step again and again, which a tiny model learns soon."""
+    """Repeats one global step, which a tiny model learns quickly."""
 
     def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
         first = next(super().steps())
@@ -61,7 +61,7 @@ def test_a_healthy_run_raises_no_alarm(tmp_path: Path, objective: dict[str, Any]
 
 
 @pytest.mark.parametrize("units", [16, 32], ids=["another length", "the same length"])
-def test_a_relabelling_is_watched_as_a_new_beginning(tmp_path: Path, units: int) -> None:
+def test_detectors_restart_at_a_relabelling(tmp_path: Path, units: int) -> None:
     objective = RELABELLED | {"relabel_units": units}
     run(tmp_path, config(22, objective), reader=Repeating)
     run(tmp_path, config(60, objective), reader=Repeating)
@@ -99,7 +99,7 @@ def test_a_planted_failure_is_caught(
     assert PLANTED <= caught["since"] <= caught["step"]
 
 
-def test_a_rank_that_falls_is_caught(tmp_path: Path) -> None:
+def test_a_falling_effective_rank_is_caught(tmp_path: Path) -> None:
     run(tmp_path, config(36), drown)
     caught = [event for event in events(tmp_path) if event["detector"].endswith("rank")]
     assert {event["detector"] for event in caught} >= {"layer_1 rank"}
@@ -118,7 +118,7 @@ def test_targets_of_unnormalised_features_stop_a_run_at_its_first_update(tmp_pat
 
 
 class Labelled(SyntheticReader):
-    """Given labels that say nothing."""
+    """Adds constant labels."""
 
     def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
         for step in super().steps(cursor):
@@ -134,7 +134,7 @@ class Labelled(SyntheticReader):
     ],
     ids=["best_rq", "hubert"],
 )
-def test_given_targets_that_say_nothing_are_refused_before_the_first_update(
+def test_given_targets_without_information_are_refused_before_the_first_update(
     tmp_path: Path, objective: dict[str, Any], reader: type[SyntheticReader], plant: Plant
 ) -> None:
     weights: list[torch.Tensor] = []
@@ -151,7 +151,7 @@ def test_given_targets_that_say_nothing_are_refused_before_the_first_update(
     assert [(event["detector"], event["step"]) for event in events(tmp_path)] == [("target entropy", 0)]
 
 
-def test_a_contrastive_model_that_guesses_is_caught(tmp_path: Path) -> None:
+def test_a_contrastive_model_at_chance_level_is_caught(tmp_path: Path) -> None:
     run(tmp_path, config(30, WAV2VEC2, optimizer={"lr": 1e-9}))
     caught = {event["detector"] for event in events(tmp_path)}
     assert "chance" in caught
@@ -166,7 +166,7 @@ def test_a_contrastive_model_that_guesses_is_caught(tmp_path: Path) -> None:
     ],
     ids=["best_rq", "wav2vec2", "dinosr"],
 )
-def test_one_collapsed_book_of_several_is_caught(
+def test_one_collapsed_codebook_of_several_is_caught(
     tmp_path: Path, objective: dict[str, Any], weights: str, spoil: Callable[[torch.Tensor], object], named: str
 ) -> None:
     def one_book(engine: Engine) -> None:
@@ -195,7 +195,7 @@ def test_a_wrong_amount_of_audio_per_update_is_caught(tmp_path: Path) -> None:
     assert caught["step"] <= 10 + 3 * 2
 
 
-def test_an_engine_that_leaves_out_a_micro_batch_is_caught(tmp_path: Path) -> None:
+def test_an_engine_that_skips_a_micro_batch_is_caught(tmp_path: Path) -> None:
     run(tmp_path, config(40), leave_out)
     caught = next(event for event in events(tmp_path) if event["detector"] == "audio per update")
     assert PLANTED <= caught["since"] <= caught["step"] <= PLANTED + 5 + 3 * 2
@@ -203,7 +203,7 @@ def test_an_engine_that_leaves_out_a_micro_batch_is_caught(tmp_path: Path) -> No
     assert rows[-1]["data/audio_seconds"] < 0.8 * rows[0]["data/audio_seconds"]
 
 
-def test_rows_that_are_written_seldom_leave_nothing_out(tmp_path: Path) -> None:
+def test_metrics_rows_at_a_longer_interval_include_all_updates(tmp_path: Path) -> None:
     spikes = (PLANTED, PLANTED + 4)
     often = {"steps": 40, "checkpoint_every": 10, "keep_last": 20}
     run(tmp_path / "each", config(40, train=often), louder=spikes)
@@ -227,7 +227,7 @@ def test_a_probe_that_gets_worse_is_reported(tmp_path: Path) -> None:
     assert [event["detector"] for event in events(tmp_path)] == ["phones/non_silence falling"]
 
 
-def test_a_spike_is_skipped_and_its_batch_kept(tmp_path: Path) -> None:
+def test_a_spike_is_skipped_and_its_batch_saved(tmp_path: Path) -> None:
     spiked = run(tmp_path, config(PLANTED + 1), louder=(PLANTED,))
     assert read_rows(tmp_path / "metrics.jsonl")[-1]["health/skipped"] == 1.0
     assert [event["detector"] for event in events(tmp_path) if event["step"] == PLANTED] == ["gradient spike"]
@@ -243,7 +243,7 @@ def test_a_spike_is_skipped_and_its_batch_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "said"), [(MAX_KEPT, "auricle replay"), (2 * MAX_KEPT, "not kept")])
-def test_a_batch_that_broke_has_room_beside_the_spikes_and_is_said_to_be_kept_if_it_is(
+def test_a_broken_batch_is_saved_beside_spikes_and_reported_only_if_saved(
     tmp_path: Path, before: int, said: str
 ) -> None:
     for number in range(before):
@@ -253,7 +253,7 @@ def test_a_batch_that_broke_has_room_beside_the_spikes_and_is_said_to_be_kept_if
     assert (tmp_path / "health" / "step_00000002").exists() == (said == "auricle replay")
 
 
-def test_a_broken_batch_is_named_by_replay(tmp_path: Path) -> None:
+def test_replay_names_the_first_module_with_non_finite_output(tmp_path: Path) -> None:
     with pytest.raises(UnhealthyError):
         run(tmp_path, config(), break_stem)
     ctx, batches, _ = load_batches(tmp_path / "health" / f"step_{PLANTED:08d}")
@@ -263,7 +263,7 @@ def test_a_broken_batch_is_named_by_replay(tmp_path: Path) -> None:
     assert replay(module, ctx, batches)[0].first_not_finite.startswith("model.frontend")
 
 
-def test_a_collapse_is_rolled_back_with_other_data(tmp_path: Path) -> None:
+def test_a_collapse_is_rolled_back_and_training_continues_with_later_data(tmp_path: Path) -> None:
     settings = config(36, health={"on_collapse": "rollback", "on_nan": "rollback", "grace_steps": 1000})
     run(tmp_path, settings, break_stem)
     rows = read_rows(tmp_path / "metrics.jsonl")
@@ -271,7 +271,7 @@ def test_a_collapse_is_rolled_back_with_other_data(tmp_path: Path) -> None:
     assert all(math.isfinite(row["loss/total"]) for row in rows)
     assert [event["detector"] for event in events(tmp_path) if event["kind"] == "nan"] == ["not finite"]
     state = json.loads((tmp_path / "checkpoints" / "step_00000036" / "state.json").read_text())
-    # steps 21 and 22 were done again after the failure, with data that comes after it
+    # steps 21 and 22 were repeated after the failure, with the data that follows it
     assert state["cursor"]["epoch"] * 10 + state["cursor"]["step"] == 36 + 3
     assert state["health"]["rollbacks"] == 1
 
@@ -289,8 +289,8 @@ def test_a_dead_stem_is_rolled_back_once(tmp_path: Path) -> None:
     assert all(event["step"] <= PLANTED + 8 for event in events(tmp_path) if event["kind"] == "collapse")
 
 
-def test_a_failure_seen_over_a_window_is_rolled_back_to_before_it(tmp_path: Path) -> None:
-    # the collapse shows late in the pool of the last 10 updates: saved after it are the checkpoints from 24 on
+def test_a_failure_found_over_a_window_is_rolled_back_to_before_its_start(tmp_path: Path) -> None:
+    # statistics over 10 updates show the collapse late: checkpoints from step 24 on were saved after it
     settings = config(
         60,
         health={"on_collapse": "rollback", "min_perplexity": 0.6, "confirm": 1},
@@ -306,7 +306,7 @@ def test_a_failure_seen_over_a_window_is_rolled_back_to_before_it(tmp_path: Path
     assert rows[-1]["metric/perplexity"] > 10
 
 
-def test_evaluations_of_steps_that_were_rolled_back_do_not_count(tmp_path: Path) -> None:
+def test_evaluations_of_rolled_back_steps_do_not_count(tmp_path: Path) -> None:
     def evaluate(engine: Engine) -> None:
         lines = [
             {"step": step, "name": "phones/non_silence", "measure": "non-silence frames", "value": value}
@@ -319,16 +319,16 @@ def test_evaluations_of_steps_that_were_rolled_back_do_not_count(tmp_path: Path)
     run(tmp_path, settings, evaluate)
     assert [event["detector"] for event in events(tmp_path)] == ["phones/non_silence falling"]
     assert (tmp_path / "checkpoints" / "unhealthy_step_00000006").is_dir()
-    assert (tmp_path / "checkpoints" / "step_00000004").is_dir(), "the best of them"
+    assert (tmp_path / "checkpoints" / "step_00000004").is_dir(), "the checkpoint with the best evaluation"
 
 
-def test_where_no_checkpoint_is_old_enough_the_run_ends_as_unhealthy(tmp_path: Path) -> None:
+def test_a_rollback_without_an_old_enough_checkpoint_ends_the_run_as_unhealthy(tmp_path: Path) -> None:
     settings = config(36, health={"on_nan": "rollback"}, train={"steps": 36, "checkpoint_every": 36})
     with pytest.raises(UnhealthyError, match=r"there is no checkpoint of step .* train.checkpoint_every=36"):
         run(tmp_path, settings, break_stem)
 
 
-def test_rollbacks_end(tmp_path: Path) -> None:
+def test_the_number_of_rollbacks_is_limited(tmp_path: Path) -> None:
     settings = config(36, health={"on_nan": "rollback", "max_rollbacks": 2})
     with pytest.raises(UnhealthyError, match="max_rollbacks=2 are used up"):
         run(tmp_path, settings, break_stem, once=False)

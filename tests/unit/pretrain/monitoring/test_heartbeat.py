@@ -21,7 +21,7 @@ with Heartbeat(Path(sys.argv[1]), 3, patience_seconds=1.0) as heart:
 """
 
 
-def test_a_hung_rank_dumps_its_stack_and_exits(tmp_path: Path) -> None:
+def test_a_hung_rank_dumps_its_stacks_and_exits(tmp_path: Path) -> None:
     started = time.monotonic()
     hung = subprocess.run([sys.executable, "-c", HUNG, str(tmp_path)], capture_output=True, text=True, timeout=30)
     assert time.monotonic() - started < 20
@@ -30,7 +30,7 @@ def test_a_hung_rank_dumps_its_stack_and_exits(tmp_path: Path) -> None:
     assert "a_disk_that_never_answers" in hung.stderr
 
 
-def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
+def test_a_rank_that_makes_progress_is_not_killed(tmp_path: Path) -> None:
     moving = HUNG.replace(
         "def a_disk", "for step in range(8):\n        time.sleep(0.2); heart.beat(step, 'computing')\n    def a_disk"
     )
@@ -40,7 +40,7 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
     assert (note["step"], note["phase"]) == (7, "computing")
 
 
-def test_a_disk_that_fails_for_a_while_ends_no_watch(tmp_path: Path) -> None:
+def test_the_watchdog_survives_a_transient_disk_failure(tmp_path: Path) -> None:
     with heartbeat.Heartbeat(tmp_path, 0, 600, warn_seconds=0.5) as heart:
         (tmp_path / "heartbeats").rename(tmp_path / "gone")
         time.sleep(0.3)
@@ -62,7 +62,7 @@ def test_the_rank_furthest_behind_is_named(tmp_path: Path) -> None:
 
 
 def test_ranks_of_an_earlier_start_are_not_named(tmp_path: Path) -> None:
-    """A run on four ranks goes on with two: the notes of the others stay where they were, steps behind."""
+    """A run on four ranks continues on two: the files of ranks 2 and 3 remain, several steps behind."""
     for start, world, step in ((1, 4, 9), (2, 2, 12)):
         for rank in range(world):
             with heartbeat.Heartbeat(tmp_path, rank, 600, start=start) as heart:
@@ -71,7 +71,7 @@ def test_ranks_of_an_earlier_start_are_not_named(tmp_path: Path) -> None:
     assert heartbeat.slowest(tmp_path, 3) == ""
 
 
-def test_ranks_that_wait_are_told_from_the_one_that_computes(tmp_path: Path) -> None:
+def test_the_computing_rank_is_told_apart_from_waiting_ranks(tmp_path: Path) -> None:
     folder = tmp_path / "heartbeats"
     folder.mkdir()
     for rank, parts, part in ((0, 4, "sum of losses"), (1, 3, "backward pass"), (2, 4, "sum of losses")):
@@ -90,8 +90,8 @@ def test_ranks_that_wait_are_told_from_the_one_that_computes(tmp_path: Path) -> 
     assert "is one of 0, 2: computing (sum of losses)" in heartbeat.slowest(tmp_path, 1, now=1005.0)
 
 
-def test_a_superseded_start_leaves_notes_and_log_to_the_newer_one(tmp_path: Path) -> None:
-    """Its process is started here, so that its output can go to a log of its own."""
+def test_a_superseded_start_does_not_write_to_the_heartbeats_and_log_of_the_newer_one(tmp_path: Path) -> None:
+    """It runs in a process of its own, so that its output can be redirected to a separate log."""
     script = """
 import sys, time
 from pathlib import Path
@@ -117,13 +117,13 @@ with Heartbeat(path, 0, 600, warn_seconds=0.5, start=run.incarnation, superseded
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
     notes = {path.name: json.loads(path.read_text()) for path in (tmp_path / "heartbeats").glob("*.json")}
-    assert set(notes) == {"rank_0.start_2.json"}, "those of older starts are removed and not written again"
+    assert set(notes) == {"rank_0.start_2.json"}, "heartbeats of older starts are removed and not written again"
     assert notes["rank_0.start_2.json"]["step"] == 7
     assert (tmp_path / "logs" / "rank_0.log").read_text() == "first\n"
     assert (tmp_path / "logs" / "rank_0.superseded_1.txt").read_text() == "late\n"
 
 
-def test_only_older_notes_of_the_same_rank_are_removed(tmp_path: Path) -> None:
+def test_only_older_heartbeats_of_the_same_rank_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "heartbeats"
     folder.mkdir()
     for name in ("rank_1.json", "rank_1.start_2.json", "rank_1.start_9.json", "rank_10.json", "rank_2.start_1.json"):

@@ -1,4 +1,4 @@
-"""Metrics, events and alarms while the disk is full: training goes on, and what can be written later is."""
+"""Metrics, events and alarms on a full disk: training continues, and rows are written once there is space."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.training import config, run
 
 
 class FullDisk:
-    """Makes writes to files whose name contains `part` fail, while it is full."""
+    """Makes writes to files whose name contains `part` fail while `full` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, part: str, half: bool = False) -> None:
         self.full, self._half = True, half
@@ -56,14 +56,16 @@ def folder(path: Path) -> RunFolder:
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["nothing written", "half a row written"])
-def test_rows_wait_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
+def test_rows_are_written_once_a_full_disk_has_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
     said: list[str] = []
     log = AppendLog(folder(tmp_path), tmp_path / "metrics.jsonl", said.append)
     log.append({"step": 1})
     disk = FullDisk(monkeypatch, "metrics.jsonl", half)
     log.append({"step": 2})
     log.append({"step": 3})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n', "no half row stays"
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n', "no partial row remains"
     disk.full = False
     log.append({"step": 4})
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -72,7 +74,7 @@ def test_rows_wait_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "No space left" in said[0]
 
 
-def test_a_folder_that_is_gone_for_a_while_loses_no_row(tmp_path: Path) -> None:
+def test_no_row_is_lost_while_the_folder_is_unavailable(tmp_path: Path) -> None:
     log = AppendLog(folder(tmp_path), tmp_path / "away" / "health.jsonl", lambda line: None)
     (tmp_path / "away").write_text("a file where a folder should be")
     log.append({"step": 1})
@@ -81,7 +83,7 @@ def test_a_folder_that_is_gone_for_a_while_loses_no_row(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path / "away" / "health.jsonl")] == [1, 2]
 
 
-def test_a_row_after_half_a_row_of_a_killed_start_begins_its_own_line(tmp_path: Path) -> None:
+def test_a_row_after_a_partial_row_of_a_killed_start_begins_a_new_line(tmp_path: Path) -> None:
     path = tmp_path / "health.jsonl"
     path.write_text('{"step": 1}\n{"st')
     AppendLog(folder(tmp_path), path).append({"step": 2})
@@ -100,16 +102,16 @@ def test_a_row_after_half_a_row_of_a_killed_start_begins_its_own_line(tmp_path: 
         ('{"step": 1}\n[]\n"text"\n', '{"step": 1}\n'),
     ],
 )
-def test_rows_of_later_steps_are_cut_off(tmp_path: Path, content: str, kept: str) -> None:
+def test_rows_of_later_steps_are_truncated(tmp_path: Path, content: str, kept: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
     inode = path.stat().st_ino
     drop_rows_after(path, 2)
     assert path.read_text() == kept
-    assert path.stat().st_ino == inode, "cut, not written again"
+    assert path.stat().st_ino == inode, "truncated in place, not rewritten"
 
 
-def test_training_goes_on_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_when_tensorboard_writes_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: SummaryWriter, *rest: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -118,14 +120,14 @@ def test_training_goes_on_without_tensorboard(tmp_path: Path, monkeypatch: pytes
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 4
 
 
-def test_training_goes_on_where_no_row_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_when_no_row_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FullDisk(monkeypatch, "metrics.jsonl")
     assert run(tmp_path, config(4))[0] is Ending.FINISHED
     assert read_rows(tmp_path / "metrics.jsonl") == []
     assert (tmp_path / "checkpoints" / "step_00000004" / "state.json").exists()
 
 
-def test_events_are_written_again_once_the_disk_has_room(tmp_path: Path) -> None:
+def test_event_writing_resumes_once_the_disk_has_space(tmp_path: Path) -> None:
     said: list[str] = []
     events = tmp_path / "tb"
     events.write_text("a file where the folder should be")
@@ -142,7 +144,7 @@ def test_events_are_written_again_once_the_disk_has_room(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_error_of_the_writers_own_thread_drops_events_only(tmp_path: Path) -> None:
+def test_an_error_in_the_event_writer_thread_drops_events_only(tmp_path: Path) -> None:
     said: list[str] = []
     board = Board(tmp_path, 1, said.append, retry_seconds=0.0)
     board.write(lambda writer: writer.add_scalar("loss", 1.0, 1))
@@ -160,8 +162,8 @@ def test_an_error_of_the_writers_own_thread_drops_events_only(tmp_path: Path) ->
     assert any("No space left" in line for line in said)
 
 
-def test_a_histogram_costs_no_more_for_a_large_book(tmp_path: Path) -> None:
-    """16 bytes a bin; 8,192 codes were 131 kB an update."""
+def test_the_size_of_a_histogram_does_not_grow_with_the_codebook(tmp_path: Path) -> None:
+    """At 16 bytes per bin, a bin per code would take 131 kB per update for 8,192 codes."""
     counts = np.random.default_rng(0).integers(0, 50, 8_192).astype(np.float64)
     with SummaryWriter(str(tmp_path)) as writer:
         for step in range(10):
@@ -173,7 +175,7 @@ def test_a_histogram_costs_no_more_for_a_large_book(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codes", [1, 2, 255, 256, 257, 1000])
-def test_the_bins_of_a_histogram_hold_every_code_once(codes: int) -> None:
+def test_histogram_bins_count_every_code_once(codes: int) -> None:
     made: dict[str, Any] = {}
 
     class Writer:
@@ -187,14 +189,16 @@ def test_the_bins_of_a_histogram_hold_every_code_once(codes: int) -> None:
     assert made["bucket_counts"] == [counts[a:b].sum() for a, b in itertools.pairwise(edges)]
 
 
-def test_histograms_have_an_interval_of_their_own(tmp_path: Path) -> None:
+def test_histograms_have_their_own_logging_interval(tmp_path: Path) -> None:
     settings = {"steps": 7, "checkpoint_every": 7, "histograms_every": 3, "media_every": 0}
     run(tmp_path, config(7, train=settings))
     events = EventAccumulator(str(tmp_path / "tb"), {"histograms": 0}).Reload()
-    assert [event.step for event in events.Histograms("hist/codes")] == [1, 3, 6], "the first update, and each third"
+    assert [event.step for event in events.Histograms("hist/codes")] == [1, 3, 6], (
+        "the first update and every third one"
+    )
 
 
-def test_an_older_start_writes_no_row_and_keeps_no_batch(tmp_path: Path) -> None:
+def test_a_superseded_start_writes_no_rows_and_saves_no_batches(tmp_path: Path) -> None:
     old = folder(tmp_path)
     log = AppendLog(old, tmp_path / "health.jsonl")
     log.append({"step": 1})
@@ -207,7 +211,7 @@ def test_an_older_start_writes_no_row_and_keeps_no_batch(tmp_path: Path) -> None
     assert not (tmp_path / "health").exists()
 
 
-def test_a_batch_that_cannot_be_kept_ends_nothing(tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_saved_raises_no_error(tmp_path: Path) -> None:
     run_folder = folder(tmp_path)
     (tmp_path / "health").write_text("a file where the folder should be")
     assert save_batches(run_folder, 0, StepContext(0, 3), [synthetic_batch(0, 0)], "a spike") is None

@@ -1,4 +1,4 @@
-"""Attention patterns against the same pattern as a dense mask; what a stream may see."""
+"""Encoder attention: chunks, registers, frame positions, layer drop and dropout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_a_chunk_does_not_hear_what_comes_later(name: str) -> None:
-    """The whole up to a chunk's end equals the whole cut there: what streaming needs."""
+def test_a_chunk_does_not_depend_on_later_audio(name: str) -> None:
+    """Output up to the end of a chunk equals that of the input truncated there, as streaming requires."""
     encoder = ENCODERS[name].eval()
     x_BFD = torch.randn(1, 40, 32)
     whole = encoder(Frames(x_BFD, torch.tensor([40]), 25.0)).final.x_BFD
@@ -44,7 +44,7 @@ def test_local_global_with_registers_ignores_padding(kind: object) -> None:
         torch.testing.assert_close(long[:, :30], short, rtol=0, atol=1e-5)
 
 
-def test_chunks_change_from_update_to_update_and_alike_everywhere() -> None:
+def test_chunk_patterns_vary_by_update_and_are_equal_on_all_ranks() -> None:
     config = transformer.Config(**SMALL, attention="chunked", chunk_frames=(4, 8, 0), left_chunks=(2, -1))
     encoder = transformer.build(config).train()
     drawn = [encoder.chunk_pattern(StepContext(0, step)) for step in range(60)]
@@ -56,8 +56,8 @@ def test_chunks_change_from_update_to_update_and_alike_everywhere() -> None:
     assert encoder.train().chunk_pattern(StepContext(0, 0)) == drawn[0]
 
 
-def test_layer_drop_is_alike_on_all_ranks() -> None:
-    """Trap: ranks that drop other layers hang under ZeRO-3."""
+def test_layer_drop_drops_the_same_layers_on_all_ranks() -> None:
+    """Pitfall: ranks that drop different layers hang under ZeRO-3."""
     config = transformer.Config(**SMALL | {"layers": 12}, layer_drop=0.5)
     here, there = transformer.build(config).train(), transformer.build(config).train()
     torch.manual_seed(1)
@@ -69,7 +69,7 @@ def test_layer_drop_is_alike_on_all_ranks() -> None:
 
 
 @pytest.mark.parametrize("positions", ["rope", "conv", "conv_stack"])
-def test_frames_that_were_taken_out_leave_the_places_of_others(positions: str) -> None:
+def test_frame_positions_follow_the_given_time_indices(positions: str) -> None:
     config = transformer.Config(**SMALL, positions=positions, conv_positions_kernel=5, conv_positions_groups=4)
     encoder = transformer.build(config).eval()
     x_BFD = torch.randn(2, 20, 32)
@@ -83,7 +83,7 @@ def test_frames_that_were_taken_out_leave_the_places_of_others(positions: str) -
 
 
 @pytest.mark.parametrize("masked", ["no mask", "bool", "bias"])
-def test_plain_attention_is_the_fused_one(masked: str) -> None:
+def test_plain_attention_equals_fused_attention(masked: str) -> None:
     q, k, v = (torch.randn(2, 3, 9, 8, dtype=torch.bfloat16) for _ in range(3))
     mask = {"no mask": None, "bool": torch.rand(2, 1, 9, 9) < 0.7, "bias": torch.randn(3, 9, 9).bfloat16()}[masked]
     if masked == "bool":
@@ -93,7 +93,7 @@ def test_plain_attention_is_the_fused_one(masked: str) -> None:
     torch.testing.assert_close(attend(q, k, v, mask).double(), expected, rtol=0.05, atol=0.02)
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+def test_dropout_drops_the_configured_share_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     x = torch.ones(400_001, requires_grad=True)
     y = dropout(x, 0.3)

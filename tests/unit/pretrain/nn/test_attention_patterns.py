@@ -1,4 +1,4 @@
-"""Attention patterns, padded and packed, by blocks and by FlexAttention, against dense masks made pair by pair."""
+"""Attention patterns, padded and packed, blockwise and by FlexAttention, against dense masks built pair by pair."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENGTHS = (29, 8, 1, 17)
 
 
 def allowed(pattern: Pattern, registers: int, length: int) -> Tensor:
-    """(R + length, R + length) bool of one utterance, pair by pair."""
+    """Returns the (R + length, R + length) bool mask of one utterance, computed pair by pair."""
     total = registers + length
     mask = torch.zeros(total, total, dtype=torch.bool)
     for query in range(total):
@@ -45,7 +45,7 @@ def allowed(pattern: Pattern, registers: int, length: int) -> Tensor:
 
 
 def padded(pattern: Pattern, registers: int) -> tuple[AttentionContext, Tensor, Tensor]:
-    """The context, the dense mask (B, F, F), and which frames count."""
+    """Returns the context, the dense mask (B, F, F) and the valid frames."""
     total = registers + max(LENGTHS)
     valid_BF = torch.arange(total) < registers + torch.tensor(LENGTHS)[:, None]
     mask = torch.eye(total, dtype=torch.bool).repeat(len(LENGTHS), 1, 1)
@@ -68,7 +68,7 @@ def packed(pattern: Pattern, registers: int) -> tuple[AttentionContext, Tensor, 
 
 @pytest.mark.parametrize("layout", [padded, packed])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_blocks_and_flex_are_the_dense_mask(name: str, layout: object, parity: Parity) -> None:
+def test_blockwise_and_flex_attention_equal_the_dense_mask(name: str, layout: object, parity: Parity) -> None:
     torch.manual_seed(0)
     context, mask, counts_BF = layout(*PATTERNS[name])  # type: ignore[operator]
     rows, total = counts_BF.shape
@@ -100,10 +100,10 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("pattern", [Pattern(reach=32), Pattern(chunk=32, left_chunks=1), Pattern(chunk=32)])
 @pytest.mark.parametrize(("documents", "padding"), [((), 0), ((), 40), ((700, 340), 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_mask_over_all_pairs_exists(
+def test_no_mask_over_all_pairs_is_materialised(
     pattern: Pattern, documents: tuple[int, ...], padding: int, dtype: torch.dtype
 ) -> None:
-    """The largest tensor that patterns make is far from F × F, also where all chunks before are seen."""
+    """The largest tensor is much smaller than F × F, also with attention to all previous chunks."""
     q, k, v = (torch.randn(1, 1, 1040, 4, dtype=dtype) for _ in range(3))
     valid_BF = torch.arange(1040)[None] < 1040 - padding if padding else None
     with Largest() as largest:
@@ -113,8 +113,8 @@ def test_no_mask_over_all_pairs_exists(
 
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("documents", [(), (700, 40, 300)])
-def test_blocks_for_flex_are_enough_and_never_all_pairs(name: str, documents: tuple[int, ...]) -> None:
-    """None that is needed is missing, whole ones are whole, and no tensor over all pairs is made on the way."""
+def test_flex_block_lists_are_complete_and_built_without_all_pairs(name: str, documents: tuple[int, ...]) -> None:
+    """No needed block is missing, full blocks are full, and no tensor over all pairs is made."""
     pattern, registers = PATTERNS[name]
     total = registers * max(1, len(documents)) + 1040
     valid_BF = None if documents else torch.arange(total)[None] < torch.tensor([[total], [700]])
@@ -131,8 +131,8 @@ def test_blocks_for_flex_are_enough_and_never_all_pairs(name: str, documents: tu
     tiles = dense.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3).flatten(3)
     partial, whole = listed(found.kv_num_blocks, found.kv_indices), listed(*full_lists(found))
     assert not (partial & whole).any()
-    assert not (tiles.any(3) & ~partial & ~whole).any(), "a block that is needed is left out"
-    assert (tiles.all(3) | ~whole).all(), "a block counts as whole and is not"
+    assert not (tiles.any(3) & ~partial & ~whole).any(), "a needed block is missing"
+    assert (tiles.all(3) | ~whole).all(), "a partial block is listed as full"
     if "none before" in name or "one before" in name or name == "local":
         assert (partial | whole).float().mean() < 0.5
 
@@ -144,15 +144,15 @@ def full_lists(mask: BlockMask) -> tuple[Tensor, Tensor]:
 
 
 def listed(counts_B1Q: Tensor, order_B1QK: Tensor) -> Tensor:
-    """Lists of blocks as a (B, Q, K) bool."""
+    """Converts lists of blocks to a (B, Q, K) bool tensor."""
     first = torch.arange(order_B1QK.shape[-1]) < counts_B1Q[..., None]
     return torch.zeros_like(first).scatter(-1, order_B1QK.long(), first)[:, 0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
-def test_a_compiled_kernel_agrees(name: str) -> None:
-    """Eager FlexAttention computes all pairs; a compiled one skips the blocks that are not listed."""
+def test_the_compiled_flex_kernel_equals_blockwise_attention(name: str) -> None:
+    """Eager FlexAttention computes all pairs; only the compiled kernel skips unlisted blocks."""
     pattern, registers = PATTERNS[name]
     documents = (300, 40, 130)
     total = registers * 3 + sum(documents)

@@ -1,4 +1,4 @@
-"""The layout of a convolution's memory changes its speed, not its result."""
+"""`time_conv`, with its memory layouts and 16-bit workarounds, equals torch's conv1d."""
 
 import itertools
 
@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from pretrain.nn.convolution import ConvShape, default_route, time_conv
 
 SHAPES = [(8, 6, 3, 2, 0, 1), (8, 8, 19, 1, 9, 4), (12, 12, 7, 1, 0, 12), (1, 6, 10, 5, 0, 1)]
-"""In, out, taps, stride, padding, groups."""
+"""Input channels, output channels, taps, stride, padding, groups."""
 
 
 @pytest.mark.parametrize(("in_dim", "dim", "taps", "stride", "padding", "groups"), SHAPES)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 )
-def test_time_conv_is_conv1d(
+def test_time_conv_equals_conv1d(
     in_dim: int,
     dim: int,
     taps: int,
@@ -26,7 +26,7 @@ def test_time_conv_is_conv1d(
     dtype: torch.dtype,
     tolerance: float,
 ) -> None:
-    """Against conv1d in double precision, with all gradients."""
+    """Compares outputs and all gradients with conv1d in double precision."""
     generator = torch.Generator().manual_seed(0)
     exact = [
         torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
@@ -45,7 +45,7 @@ def test_time_conv_is_conv1d(
         assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
-def test_autocast_reaches_it() -> None:
+def test_autocast_applies_to_time_conv() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = time_conv(torch.randn(1, 20, 4), torch.randn(6, 4, 3), torch.randn(6), stride=2)
     assert found.dtype == torch.bfloat16
@@ -59,14 +59,14 @@ FEW = [
     )
     if number % 3 == 0
 ]
-"""A sample of the shapes that oneDNN computes wrongly in 16 bits on CPUs with AMX: channels per group, groups, taps."""
+"""Shapes that oneDNN computes wrongly in 16 bits on CPUs with AMX, a sample: channels per group, groups, taps."""
 
 
 @pytest.mark.parametrize(("channels", "groups", "taps"), FEW)
-def test_even_kernels_on_few_channels_take_an_odd_one_in_16_bits(
+def test_even_kernels_on_few_channels_are_padded_to_odd_ones_in_16_bits(
     channels: int, groups: int, taps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On any CPU: no 16-bit kernel with an even number of taps runs, and outputs and gradients are those of fp32."""
+    """On any CPU, no 16-bit kernel with an even number of taps runs, and outputs and gradients match fp32."""
     generator, dim = torch.Generator().manual_seed(0), channels * groups
     x_BFD = torch.randn(1, 20, dim, generator=generator).bfloat16().float().requires_grad_()
     weight_EDK = torch.randn(dim, channels, taps, generator=generator).bfloat16().float().requires_grad_()
@@ -95,7 +95,7 @@ def test_even_kernels_on_few_channels_take_an_odd_one_in_16_bits(
         (ConvShape(8, 8, 7), "direct"),
     ],
 )
-def test_the_known_fault_is_a_matter_of_shape(shape: ConvShape, route: str) -> None:
+def test_shapes_with_the_known_fault_are_rerouted_in_16_bits_on_cpus(shape: ConvShape, route: str) -> None:
     assert default_route("cpu", torch.bfloat16, shape) == route
     assert default_route("cpu", torch.float32, shape) == "direct"
     assert default_route("cuda", torch.bfloat16, shape) == "direct"

@@ -1,4 +1,4 @@
-"""The building blocks of models, one property at a time."""
+"""Properties of the building blocks of models."""
 
 from __future__ import annotations
 
@@ -33,32 +33,34 @@ def test_span_mask(length: int, prob: float, span: int, seed: int) -> None:
         assert all(stop - start >= span for start, stop in runs.reshape(-1, 2))
 
 
-def test_span_mask_covers_what_fairseq_covers() -> None:
-    """p = .65, L = 10: about 49 % of the frames are masked (wav2vec 2.0, §4.2)."""
+def test_span_mask_covers_the_same_share_as_fairseq() -> None:
+    """With p = 0.65 and L = 10, about 49 % of the frames are masked (wav2vec 2.0, §4.2)."""
     share = np.mean([span_mask(750, 0.65, 10, np.random.default_rng(seed)).mean() for seed in range(200)])
     assert share == pytest.approx(0.48, abs=0.015)
 
 
-def test_block_mask_covers_its_share() -> None:
+def test_block_mask_covers_the_configured_share() -> None:
     share = np.mean([block_mask(375, 0.6, 4, np.random.default_rng(seed)).mean() for seed in range(200)])
     assert share == pytest.approx(0.6, abs=0.01)
 
 
 @settings(max_examples=50, deadline=None)
 @given(length=st.integers(2, 400), prob=st.floats(0.05, 0.95), seed=st.integers(0, 99), inverse=st.booleans())
-def test_adjusted_block_mask_masks_exactly_its_share(length: int, prob: float, seed: int, inverse: bool) -> None:
+def test_adjusted_block_mask_masks_exactly_the_configured_share(
+    length: int, prob: float, seed: int, inverse: bool
+) -> None:
     mask = adjusted_block_mask(length, prob, 0.05, 5, np.random.default_rng(seed), inverse)
     share, chosen = (1 - prob, ~mask) if inverse else (prob, mask)
     assert chosen.sum() == min(max(int(share * length), 1), length - 1)
 
 
 def mean_run(mask: np.ndarray) -> float:
-    """Mean length of the stretches that are True."""
+    """Returns the mean length of runs of True."""
     return float(mask.sum() / (np.diff(mask.astype(int), prepend=0) == 1).sum())
 
 
-def test_what_data2vec2_masks_lies_in_blocks_and_with_inverse_what_it_keeps() -> None:
-    """The released audio recipe has inverse_mask: false. A third is covered, so that blocks seldom touch."""
+def test_data2vec2_masks_blocks_or_with_inverse_mask_keeps_blocks() -> None:
+    """A third of the frames is covered, so that blocks seldom touch."""
     for inverse in (False, True):
         prob = 2 / 3 if inverse else 1 / 3
         masks = [adjusted_block_mask(400, prob, 0.05, 5, np.random.default_rng(s), inverse) for s in range(50)]
@@ -68,7 +70,7 @@ def test_what_data2vec2_masks_lies_in_blocks_and_with_inverse_what_it_keeps() ->
         assert rest > 1.3 * blocks
 
 
-def test_data2vec2_masks_in_blocks_by_default() -> None:
+def test_data2vec2_masks_blocks_by_default() -> None:
     runs = []
     for options in ({}, {"mask_inverse": True}):
         module = make("data2vec2", mask_block=5, mask_prob=1 / 3, masks=8, **options)
@@ -79,8 +81,8 @@ def test_data2vec2_masks_in_blocks_by_default() -> None:
     assert runs[1] < 3.0
 
 
-def test_negatives_are_other_masked_frames_of_the_utterance() -> None:
-    """Trap: negatives from unmasked frames, too (HF#14471)."""
+def test_negatives_are_other_masked_frames_of_the_same_utterance() -> None:
+    """Pitfall: negatives drawn from unmasked frames as well (HF#14471)."""
     rng = np.random.default_rng(0)
     mask = pack_masks([span_mask(50, 0.5, 5, rng), span_mask(30, 0.5, 5, rng)], 50, torch.device("cpu"))
     drawn_BMK = draw_negatives(mask, ("a", "b"), StepContext(0, 0), 2000)
@@ -92,8 +94,8 @@ def test_negatives_are_other_masked_frames_of_the_utterance() -> None:
     assert torch.equal(mask.row_BM[mask.valid_BM], torch.arange(len(mask.flat_N)))
 
 
-def test_stem_gradient_scale_acts_on_the_flow_and_not_on_what_is_accumulated() -> None:
-    """Trap: scaling the accumulated gradient at each micro-step shrinks the first micro-batches again and again."""
+def test_stem_gradient_scale_applies_to_each_backward_pass_not_to_the_accumulated_gradient() -> None:
+    """Pitfall: scaling the accumulated gradient at each micro-step scales the first micro-batches repeatedly."""
     weight = torch.ones(3, requires_grad=True)
     for _ in range(3):
         scale_gradient(weight, 0.1).sum().backward()
@@ -101,14 +103,14 @@ def test_stem_gradient_scale_acts_on_the_flow_and_not_on_what_is_accumulated() -
 
 
 def test_chance_level_and_ties() -> None:
-    """Trap: ln(101) is chance, and equal logits are no hits."""
+    """Pitfall: the loss at chance level is ln(101), and ties must not count as correct."""
     loss, hits = contrastive_loss(torch.zeros(2, 5, 101), torch.ones(2, 5, dtype=torch.bool))
     assert float(loss) / 10 == pytest.approx(math.log(101), abs=1e-5)
     assert float(hits) == 0
 
 
 def test_gradients_pass_through_the_quantizer() -> None:
-    """Trap: a detached quantiser trains neither its codes nor its logits."""
+    """Pitfall: a detached quantizer trains neither its codes nor its logits."""
     quantizer = GumbelQuantizer(8, 6, groups=2, n_codes=5)
     x_ND = torch.randn(7, 8, requires_grad=True)
     quantizer(x_ND, 2.0).codes_ND.square().sum().backward()
@@ -117,7 +119,7 @@ def test_gradients_pass_through_the_quantizer() -> None:
         assert tensor.grad.abs().sum() > 0
 
 
-def test_quantizer_gives_codes_of_the_book() -> None:
+def test_quantizer_outputs_are_codebook_entries() -> None:
     quantizer = GumbelQuantizer(8, 6, groups=2, n_codes=5)
     for training in (True, False):
         found = quantizer.train(training)(torch.randn(7, 8), 1.0)
@@ -138,14 +140,14 @@ def test_perplexity_limits() -> None:
 
 
 def test_nearest_codes_stay_exact_under_autocast_and_chunks() -> None:
-    """Trap: bf16 or TF32 distances name another code."""
+    """Pitfall: distances in bf16 or TF32 select wrong codes."""
     x_ND, codes_KD = torch.randn(301, 16), torch.randn(97, 16)
     exact = torch.cdist(x_ND.double(), codes_KD.double()).argmin(1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(nearest_codes(x_ND, codes_KD, chunk=50), exact)
 
 
-def test_log_mel_is_normalised_and_blind_to_padding() -> None:
+def test_log_mel_is_normalised_and_ignores_padding() -> None:
     wave_BT = torch.zeros(2, 20_000)
     wave_BT[0], wave_BT[1, :9_000] = torch.randn(20_000), torch.randn(9_000)
     frames = LogMel()(wave_BT, torch.tensor([20_000, 9_000]))
@@ -157,15 +159,15 @@ def test_log_mel_is_normalised_and_blind_to_padding() -> None:
     torch.testing.assert_close(alone.std(0, correction=0), torch.ones(80), rtol=0.01, atol=0.01)
 
 
-def test_masked_deviation_is_that_of_the_chosen_frames() -> None:
+def test_masked_deviation_uses_the_masked_frames_only() -> None:
     x_BFD = torch.randn(3, 20, 8) * 2 + 5
     mask_BF = torch.rand(3, 20) < 0.5
     expected = x_BFD[mask_BF].std(0, correction=0).mean()
     torch.testing.assert_close(masked_deviation(x_BFD, mask_BF), expected)
 
 
-def test_a_collapsed_stem_shows_although_targets_look_healthy() -> None:
-    """Trap: data2vec's variance guard looks at targets and predictions, and misses a dead stem (fairseq#5239)."""
+def test_a_collapsed_stem_is_visible_although_targets_look_healthy() -> None:
+    """Pitfall: data2vec's variance guard checks targets and predictions, and misses a dead stem (fairseq#5239)."""
     module = make("data2vec", "waveform_conv")
     ctx = StepContext(0, 0)
 
@@ -180,7 +182,7 @@ def test_a_collapsed_stem_shows_although_targets_look_healthy() -> None:
 
 
 def test_the_diversity_loss_is_weighted_by_the_number_of_targets() -> None:
-    """Trap: HF#14471 once added it without."""
+    """Pitfall: adding it unweighted, as in HF#14471."""
     module = make("wav2vec2").eval()
     plan = module.prepare(batch(), StepContext(0, 0))
     _, metrics = module(batch(), plan, plan.counts_K, StepContext(0, 0))

@@ -1,4 +1,4 @@
-"""The views of the time-contrastive objective: what is aligned with what, and which negatives are dropped."""
+"""The time-contrastive objective: alignment of its two views, and excluded negatives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_faster_tone_is_higher_and_shorter() -> None:
     torch.testing.assert_close(faster, expected, rtol=0, atol=1e-3)
 
 
-def test_partners_are_monotone_and_lie_at_the_same_instant() -> None:
+def test_partners_are_monotone_and_at_the_same_time_in_both_views() -> None:
     lengths = torch.tensor([100, 40, 80, 50])  # the second view is 1.25 and 0.8 times as fast
     found = partners(lengths, torch.tensor([1.25, 0.8]), 100)
     for row, (speed, other) in enumerate(((1.25, 2), (0.8, 3), (1 / 1.25, 0), (1 / 0.8, 1))):
@@ -34,8 +34,8 @@ def test_partners_are_monotone_and_lie_at_the_same_instant() -> None:
         assert ((at + 0.5) - instant).abs().max() <= 0.5 + 1e-4
 
 
-def test_the_partner_holds_the_same_sound() -> None:
-    """An impulse lies in a frame of the one view and in that frame's partner of the other."""
+def test_a_frame_and_its_partner_contain_the_same_sound() -> None:
+    """An impulse is in a frame of one view and in that frame's partner in the other view."""
     module = make("time_contrastive", frontend="log_mel", slowest=0.8, fastest=1.0).eval()
     objective, model = module.objective, module.model
     data = batch((1.2,))
@@ -45,13 +45,13 @@ def test_the_partner_holds_the_same_sound() -> None:
     assert isinstance(plan, ViewsPlan)
     energy = [[float(wave[f * 640 : (f + 1) * 640].square().sum()) for f in range(28)] for wave in plan.views.wave_BT]
     loudest = [max(range(28), key=row.__getitem__) for row in energy]
-    assert loudest[1] > loudest[0], "slower, so later"
+    assert loudest[1] > loudest[0], "the second view is slower, so the impulse comes later"
     width = plan.partner_RF.shape[1]
     assert abs(int(plan.partner_RF[0, loudest[0]]) - width - loudest[1]) <= 1
     assert abs(int(plan.partner_RF[1, loudest[1]]) - loudest[0]) <= 1
 
 
-def test_negatives_of_the_same_cluster_take_no_part() -> None:
+def test_negatives_of_the_same_cluster_are_excluded() -> None:
     mask = pack_masks([torch.ones(4, dtype=torch.bool).numpy()], 4, torch.device("cpu"))
     others = torch.tensor([[[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]])
     vectors = torch.eye(4)
@@ -59,7 +59,7 @@ def test_negatives_of_the_same_cluster_take_no_part() -> None:
     assert logits[0, :, 0].tolist() == pytest.approx([10.0] * 4)
     assert torch.isinf(logits[0, :, 1:]).tolist() == [[True, False, False]] * 2 + [[False] * 3] * 2
     everything_alike = contrast_logits(vectors, vectors, torch.zeros(4), mask, others, 0.1)
-    assert float(contrastive_loss(everything_alike, mask.valid_BM)[0]) == 0, "without a negative nothing can be told"
+    assert float(contrastive_loss(everything_alike, mask.valid_BM)[0]) == 0, "without negatives the loss is 0"
 
 
 def test_clusters_are_fitted_after_the_first_update_and_kept() -> None:

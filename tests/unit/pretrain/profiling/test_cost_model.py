@@ -1,4 +1,4 @@
-"""Forecasts against what is known: published operation counts, and the real optimizer's memory."""
+"""Forecasts against published operation counts and the memory of real optimizers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ def config(*overrides: str) -> Config:
     return load(PretrainJob, compose("pretrain", ["data.shards=none", *overrides]))
 
 
-def test_base_costs_what_is_known_of_it() -> None:
+def test_wav2vec2_base_matches_published_parameters_and_flops() -> None:
     measured = cost_model.measure(config("+experiment=wav2vec2_base"), (1.0, 2.0))
-    assert measured.parameters == pytest.approx(95.05e6, rel=1e-3), "transformers' Wav2Vec2ForPreTraining has as many"
-    assert measured.flops.of(15.0) / 15.0 == pytest.approx(15.3e9, rel=0.06), "recipes.md, a count by hand"
+    assert measured.parameters == pytest.approx(95.05e6, rel=1e-3), (
+        "the number of parameters of transformers' Wav2Vec2ForPreTraining"
+    )
+    assert measured.flops.of(15.0) / 15.0 == pytest.approx(15.3e9, rel=0.06), "counted by hand"
 
 
-def test_states_are_those_of_a_real_optimizer() -> None:
+def test_optimizer_state_sizes_equal_those_of_a_real_optimizer() -> None:
     small = config("+experiment=best_rq_tiny")
     measured = cost_model.measure(small, (1.0, 1.5))
     from pretrain.train_module import build_model
@@ -45,7 +47,7 @@ def test_states_are_those_of_a_real_optimizer() -> None:
     assert held[3] - 4 * measured.parameters == pytest.approx(20 * measured.trained / 1024, rel=0.05)
 
 
-def test_scaling_never_beats_the_machine() -> None:
+def test_forecast_speedup_never_exceeds_the_number_of_gpus() -> None:
     measured = cost_model.Measured(95_000_000, 95_000_000, cost_model.Cost(15e9, 1e7), cost_model.Cost(1e8, 0.0))
     base, cluster = config("+experiment=wav2vec2_base"), cost_model.Cluster(128, 8, "H100")
     steps = [cost_model.forecast(measured, base, cluster, gpus, 0.3).step for gpus in cost_model.counts(1024)]
@@ -55,7 +57,7 @@ def test_scaling_never_beats_the_machine() -> None:
     assert one.sent == one.exposed == 0.0
 
 
-def test_fp16_is_as_fast_as_bf16_and_neither_as_slow_as_tf32() -> None:
+def test_fp16_is_as_fast_as_bf16_and_both_are_faster_than_tf32() -> None:
     measured = cost_model.Measured(95_000_000, 95_000_000, cost_model.Cost(15e9, 1e7), cost_model.Cost(1e8, 0.0))
     cluster = cost_model.Cluster(1, 8, "H100")
     times = {}
@@ -67,19 +69,19 @@ def test_fp16_is_as_fast_as_bf16_and_neither_as_slow_as_tf32() -> None:
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
-def test_what_offloading_leaves_out_is_said(offload: str) -> None:
+def test_costs_that_offloading_leaves_out_are_reported(offload: str) -> None:
     wanted = config("+experiment=best_rq_tiny", "engine.zero_stage=1", f"engine.offload={offload}")
     found = cost_model.assumptions(wanted, cost_model.Cluster(1, 8, "H100"), 0.3)
     assert ("engine.offload=cpu" in found.get("offload", "")) == (offload == "cpu")
 
 
-def test_frame_labels_are_made_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_planning_needs_no_frame_labels(capsys: pytest.CaptureFixture[str]) -> None:
     small = ("encoder.layers=1", "encoder.dim=32", "encoder.ffn_dim=64", "encoder.heads=2")
     assert main.main(["plan-run", "+experiment=hubert_base", *small]) == 0
     assert "GiB per GPU" in capsys.readouterr().out
 
 
-def test_a_chain_is_all_its_iterations(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_forecast_of_a_chain_covers_all_iterations(capsys: pytest.CaptureFixture[str]) -> None:
     small = ("encoder.layers=1", "encoder.dim=32", "encoder.ffn_dim=64", "encoder.heads=2")
     days = []
     for of in ((), ("~chain",)):
@@ -95,7 +97,9 @@ def test_a_chain_is_all_its_iterations(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "words"),
     [(["cluster=8x8xH10"], ["H100", "8x8xH100"]), (["cluster=8"], ["NODESxGPUSxKIND"]), (["mfu=2"], ["mfu=2"])],
 )
-def test_what_is_wrong_is_said(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_reported(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main.main(["plan-run", "+experiment=best_rq_tiny", *arguments]) == ExitCode.USAGE
     said = capsys.readouterr().err
     assert all(word in said for word in words)
@@ -104,7 +108,7 @@ def test_what_is_wrong_is_said(arguments: list[str], words: list[str], capsys: p
 
 
 def test_planning_holds_no_weights_in_memory() -> None:
-    """wav2vec 2.0 LARGE has 1.3 GB of weights, half of them here; a login node plans it with less than 1 GB in all."""
+    """Building half of wav2vec 2.0 LARGE for a plan takes less than 30 % of the memory of its weights."""
     large = config("+experiment=wav2vec2_large", "encoder.layers=12")
     before = psutil.Process().memory_info().rss
     module = cost_model.build_without_memory(large)

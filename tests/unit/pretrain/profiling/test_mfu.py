@@ -1,4 +1,4 @@
-"""MFU: the FLOP that are counted, and the peaks that are known."""
+"""MFU: counted FLOPs and peak rates of devices."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pretrain.profiling.mfu import Utilisation, forward_flop, measure, peak_tflo
 from tests.support.training import config, run
 
 
-def test_the_flop_of_a_transformer_are_those_of_its_matrices() -> None:
-    """Two per multiply-add: mel filters, convolutions, linear layers and attention, fused on the CPU or not."""
+def test_transformer_flops_equal_those_of_its_matrix_products() -> None:
+    """Counts two per multiply-add: mel filters, convolutions, linear layers and attention, fused or not."""
     settings = config(data={"shards": "synthetic", "micro_batches": 4, "min_seconds": 4.0, "max_seconds": 4.0})
     dim, ffn, layers, frames = 32, 64, 2, 99
     filters = 398 * 257 * 80
@@ -42,16 +42,16 @@ def test_the_flop_of_a_transformer_are_those_of_its_matrices() -> None:
         ("", {}, 0),
     ],
 )
-def test_the_peak_of_a_device(name: str, engine: dict[str, Any], tflops: float) -> None:
+def test_the_peak_rate_depends_on_the_device(name: str, engine: dict[str, Any], tflops: float) -> None:
     assert peak_tflops(load(EngineConfig, engine), name) == tflops
 
 
-def test_the_share_is_what_is_used_of_all_devices() -> None:
+def test_mfu_is_the_share_of_the_peak_of_all_devices() -> None:
     assert Utilisation(3e10, 8 * 989e12).share(100_000) == pytest.approx(3e15 / 7.912e15)
     assert measure(config(), "cpu", 1) is None
 
 
-def test_a_run_with_a_known_peak_logs_it(tmp_path: Path) -> None:
+def test_a_run_on_a_device_with_a_known_peak_logs_mfu(tmp_path: Path) -> None:
     settings = config(2, engine={"name": "torch", "peak_tflops": 0.5})
     run(tmp_path, settings)
     row = read_rows(tmp_path / "metrics.jsonl")[-1]

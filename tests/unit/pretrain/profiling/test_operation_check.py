@@ -1,4 +1,4 @@
-"""The start-up check finds wrong 16-bit kernels, reroutes convolutions and refuses what has no other way."""
+"""The start-up check finds wrong 16-bit kernels, reroutes convolutions and refuses other wrong operations."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tests.support.contract_cases import make
 
 BF16 = torch.bfloat16
 ODD_SHAPE = ConvShape(16, 8, 5, 1, 2)
-"""A shape that the rule for oneDNN's fault does not reroute."""
+"""A shape that the default rule for oneDNN's fault does not reroute."""
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No results or routes of other tests, and a cache folder of its own."""
+    """Clears results and routes of other tests, and sets a separate cache folder."""
     monkeypatch.setattr(operation_check, "_PROCESS", {})
     monkeypatch.setattr(convolution, "_OVERRIDES", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor, Tensor], bool]) -> None:
-    """Makes convolutions return noise of their right size where `wrong(input, weight)`."""
+    """Makes convolutions return rolled outputs, of the right magnitude, where `wrong(input, weight)`."""
     for name in ("conv1d", "conv2d"):
         right = getattr(F, name)
 
@@ -49,7 +49,7 @@ def reduced(x: Tensor) -> bool:
     return torch.is_autocast_enabled("cpu") or x.dtype == BF16
 
 
-def test_a_wrong_even_kernel_is_replaced_by_an_odd_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_even_kernel_is_replaced_by_a_padded_odd_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted fault of even 16-bit kernels with more channels than the known fault has."""
     plant(monkeypatch, lambda x, weight: reduced(x) and weight.shape[-1] % 2 == 0)
     shape, said = ConvShape(16, 8, 4, 2, 1), list[str]()
@@ -88,10 +88,10 @@ def test_a_wrong_odd_kernel_runs_in_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
         (lambda out: out * 1.05, "by 0.05"),
     ],
 )
-def test_a_wrong_product_is_refused(
+def test_a_wrong_matrix_product_is_refused(
     planted: Callable[[Tensor], Tensor], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A linear layer has no other way: the message has the operation, its error, the limit and the remedy."""
+    """A linear layer has no alternative; the message gives the operation, its error, the limit and the remedy."""
     right = F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: planted(right(x, w, b)) if reduced(x) else right(x, w, b))
     with pytest.raises(ConfigError, match=words) as raised:
@@ -100,7 +100,7 @@ def test_a_wrong_product_is_refused(
     assert "allowed: 0.03" in str(raised.value)
 
 
-def test_operations_of_a_model_are_each_checked_once() -> None:
+def test_each_operation_of_a_model_is_checked_once() -> None:
     found = operations(make("best_rq", "waveform_conv", "conformer"))
     assert len(found) == len(set(found))
     kinds = {type(operation).__name__ for operation in found}
@@ -114,7 +114,7 @@ def test_fp32_needs_no_check() -> None:
     assert check_operations(nn.Linear(8, 6), "cpu", None) == []
 
 
-def test_results_are_kept_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_cached_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = ConvShape(16, 8, 4, 2, 1)
     with monkeypatch.context() as faulty:
         plant(faulty, lambda x, weight: reduced(x) and weight.shape[-1] % 2 == 0)
@@ -148,14 +148,16 @@ def test_a_cache_folder_that_others_can_write_is_not_used(tmp_path: Path) -> Non
     assert not list(folder.iterdir())
 
 
-def test_another_processor_has_other_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_key_depends_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     here = operation_check.fingerprint("cpu")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert operation_check.fingerprint("cpu") != here
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_shipped_shapes_are_right_here(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_of_shipped_models_are_computed_correctly_on_this_machine(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(operation_check, "SAMPLE", operation_check.SAMPLE[3:])
     n_right, odd = survey("cpu", dtype)
     assert n_right + len(odd) == len(operation_check.SAMPLE)

@@ -1,4 +1,4 @@
-"""Units found in the run: k-means after the first update, relabelling from a layer later."""
+"""Units fitted during the run: k-means after the first update, later relabelling from a layer."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_units_are_fitted_after_the_first_update_and_again_when_due() -> None:
         assert torch.equal(units.centres_KD, centres) == (step < 0)
         assert torch.equal(units.layer_centres_KD, layer_centres) == (step < 2)
     assert [len(histogram) for histogram in histograms] == [8, 8, 8, 12, 12]
-    assert (histograms[1] > 0).sum() >= 6, "k-means leaves hardly any unit unused"
+    assert (histograms[1] > 0).sum() >= 6, "k-means uses nearly all units"
     assert units.teacher is not None
     assert not any(weight.requires_grad for weight in units.teacher.parameters())
 
 
-def test_the_feature_type_is_heeded() -> None:
-    """Trap: a script that hard-codes the features whatever the flag says."""
+def test_the_configured_feature_type_is_used() -> None:
+    """Pitfall: a script that hard-codes the features and ignores the flag."""
     widths = {}
     for kind in ("mfcc", "log_mel"):
         objective = make("hubert", features=kind).objective

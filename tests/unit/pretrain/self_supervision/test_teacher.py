@@ -1,4 +1,4 @@
-"""EMA teachers, online codebooks, whitening, and what mixtures leave alone."""
+"""EMA teachers, online codebooks, whitening and mixing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.self_supervision.teacher import Teacher, annealed_decay, averaged_
 from tests.support.contract_cases import batch, make
 
 
-def test_a_teacher_follows_and_never_trains() -> None:
+def test_a_teacher_follows_the_student_and_is_never_trained() -> None:
     student = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
     teacher = Teacher(student)
     before = teacher.copy[0].weight.clone()  # type: ignore[index]
@@ -52,8 +52,8 @@ def test_data2vec_targets_ignore_the_mask_and_have_unit_scale() -> None:
 
 
 @pytest.mark.parametrize("name", ["data2vec", "data2vec2"])
-def test_the_regression_is_counted_in_masked_frames(name: str) -> None:
-    """As released: error summed over channels / √D, per frame; per number it would vanish in Adam's epsilon."""
+def test_the_regression_loss_is_averaged_over_masked_frames(name: str) -> None:
+    """As released: the error summed over channels, divided by √D; a channel mean would vanish in Adam's ε."""
     module = make(name, frontend="waveform_conv").eval()
     objective = module.objective
     assert isinstance(objective, Data2Vec | Data2Vec2)
@@ -76,8 +76,8 @@ def test_the_regression_is_counted_in_masked_frames(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["data2vec", "dinosr"])
-def test_only_the_positions_of_a_teacher_are_the_students_own(name: str) -> None:
-    """fairseq's `ema_layers_only` leaves out the positional convolution; the norm before the blocks is averaged."""
+def test_only_the_positional_convolution_of_a_teacher_is_copied_from_the_student(name: str) -> None:
+    """fairseq's `ema_layers_only` excludes the positional convolution; the norm before the blocks is averaged."""
     module = make(name)
     teacher = dict(module.objective.teacher.copy.named_parameters())  # type: ignore[union-attr]
     student = dict(module.model.encoder.named_parameters())
@@ -92,15 +92,15 @@ def test_only_the_positions_of_a_teacher_are_the_students_own(name: str) -> None
     assert copied == {part for part in teacher if part.startswith("positions.")} != set()
 
 
-def test_first_codes_are_on_the_scale_of_what_they_stand_for() -> None:
+def test_initial_codes_have_the_scale_of_the_targets() -> None:
     objective = make("dinosr").objective
     assert isinstance(objective, DinoSR)
     torch.testing.assert_close(objective.sums_LVD.mean(1), torch.zeros(2, 32), rtol=0, atol=1e-5)
     torch.testing.assert_close(objective.sums_LVD.std(1, correction=0), torch.ones(2, 32), rtol=0, atol=1e-3)
 
 
-def test_the_decoder_drops_only_what_it_is_given() -> None:
-    """The release's decoder.input_dropout; nothing else of this model is random."""
+def test_decoder_dropout_applies_to_the_decoder_input_only() -> None:
+    """This is decoder.input_dropout of the release; nothing else in this model is random."""
     outcomes = {}
     for share in (0.0, 0.5):
         module = make("data2vec2", decoder_dropout=share).eval()
@@ -112,13 +112,13 @@ def test_the_decoder_drops_only_what_it_is_given() -> None:
     assert outcomes == {0.0: True, 0.5: False}
 
 
-def test_a_collapse_shows_in_the_deviation() -> None:
-    """Trap: a guard that looks at the variance over channels misses frames that are all alike."""
+def test_a_collapse_gives_a_deviation_of_zero() -> None:
+    """Pitfall: a guard on the variance over channels misses identical frames."""
     assert float(deviation(torch.randn(1, 64).expand(100, 64))) == pytest.approx(0.0, abs=1e-6)
     assert float(deviation(torch.randn(1000, 64))) == pytest.approx(1.0, abs=0.05)
 
 
-def test_dinosr_codes_move_only_where_frames_came() -> None:
+def test_dinosr_updates_only_codes_with_assigned_frames() -> None:
     module = make("dinosr")
     objective = module.objective
     assert isinstance(objective, DinoSR)
@@ -138,8 +138,8 @@ def test_dinosr_codes_move_only_where_frames_came() -> None:
     assert float(objective.new_sizes_LV.sum()) == 0
 
 
-def test_whitening_spreads_the_codes() -> None:
-    """Few directions carry the variance of log-mel; random codes of whitened axes are used more evenly."""
+def test_whitening_makes_code_use_more_uniform() -> None:
+    """Few directions carry most of the variance of log-mel; after whitening, random codes are used more evenly."""
     x_ND = torch.randn(4000, 40) * torch.logspace(1, -1, 40)
     quantizer = RandomProjectionQuantizer(40, 8, 256)
 
@@ -171,7 +171,7 @@ def test_best_rq_fits_its_codes_after_the_first_update() -> None:
     assert all(torch.equal(now[name], value) for name, value in fitted.items())
 
 
-def test_mixing_leaves_the_labels_alone() -> None:
+def test_mixing_does_not_change_the_labels() -> None:
     clean, mixed = make("wavlm", mix_prob=0.0), make("wavlm", mix_prob=1.0)
     mixed.load_state_dict(clean.state_dict())
     ctx = StepContext(0, 4)

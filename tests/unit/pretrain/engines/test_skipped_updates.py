@@ -1,4 +1,4 @@
-"""What an objective collects for `after_step` is that of its own update, whatever was tried before it."""
+"""State that an objective collects for `after_step` comes from its own update only, not from skipped attempts."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_an_update_that_overflows_counts_its_frames_once() -> None:
     calm.scale.value, hot.scale.value = 1.0, 2.0**40
     for running in (calm, hot):
         update(running, 0)
-    assert 1.0 < hot.scale.value < 2.0**40, "nothing overflowed"
+    assert 1.0 < hot.scale.value < 2.0**40, "no update overflowed"
     for mine, other in zip(codes(hot), codes(calm), strict=True):
         assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("lost", ["left out", "broken"])
-def test_a_lost_update_leaves_no_frames_to_the_next(lost: str) -> None:
+def test_a_skipped_update_leaves_no_frames_to_the_next_update(lost: str) -> None:
     straight, other = (engine(small("objectives", "dinosr")) for _ in range(2))
     if lost == "left out":
         update(other, 0, SKIP)
@@ -87,7 +87,7 @@ def test_a_lost_update_leaves_no_frames_to_the_next(lost: str) -> None:
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_units_are_made_anew_at_the_next_update_if_that_of_the_relabelling_is_left_out(resumed: bool) -> None:
+def test_a_skipped_relabelling_is_done_at_the_next_update(resumed: bool) -> None:
     running = engine(RELABELLED)
     update(running, 0)
     update(running, 1, SKIP)
@@ -117,7 +117,7 @@ def test_units_are_made_anew_at_the_next_update_if_that_of_the_relabelling_is_le
         ("time_contrastive", {"clusters": 8}, "centres_KD"),
     ],
 )
-def test_targets_are_fitted_to_the_first_update_that_is_not_left_out(
+def test_targets_are_fitted_on_the_first_update_that_is_not_skipped(
     name: str, options: dict[str, Any], book: str
 ) -> None:
     running = engine(small("objectives", name, **options))

@@ -1,4 +1,4 @@
-"""Runs that learn nothing end as unhealthy: tasks without targets, silent audio, segments that are too short."""
+"""Runs that cannot learn end as unhealthy: tasks without targets, silent audio, segments that are too short."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CTC = {"text": {"name": "ctc", "label": "text"}}
 
 
 class Changed(SyntheticReader):
-    """Synthetic speech of which every batch is changed."""
+    """Synthetic speech; subclasses change every batch."""
 
     def change(self, batch: Batch, step: int) -> Batch:
         raise NotImplementedError
@@ -44,21 +44,21 @@ class Changed(SyntheticReader):
 
 
 class OneFrame(Changed):
-    """Clips of 1,000 samples: one frame of 25 Hz, which no mask can cover and leave visible."""
+    """Clips of 1,000 samples: one frame at 25 Hz, which cannot be both masked and visible."""
 
     def change(self, batch: Batch, step: int) -> Batch:
         return dataclasses.replace(batch, wave_BT=batch.wave_BT[:, :1000], lengths_B=torch.tensor([1000, 1000]))
 
 
 class Silent(Changed):
-    """Silence."""
+    """All-zero audio."""
 
     def change(self, batch: Batch, step: int) -> Batch:
         return dataclasses.replace(batch, wave_BT=torch.zeros_like(batch.wave_BT))
 
 
 class Constant(Changed):
-    """A constant, as a channel without a signal but with an offset has it."""
+    """Constant audio, as of a channel with a DC offset and no signal."""
 
     def change(self, batch: Batch, step: int) -> Batch:
         inside = torch.arange(batch.wave_BT.shape[1]) < batch.lengths_B[:, None]
@@ -87,7 +87,7 @@ def test_clips_without_a_target_stop_the_run(tmp_path: Path, objective: dict[str
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_run_shorter_than_the_limit_is_no_success_either(tmp_path: Path) -> None:
+def test_a_run_shorter_than_the_limit_ends_as_unhealthy_too(tmp_path: Path) -> None:
     with pytest.raises(UnhealthyError, match="had no target in 2 updates"):
         run(tmp_path, config(2), reader=OneFrame)
 
@@ -107,7 +107,7 @@ def test_a_head_with_some_targets_goes_on(tmp_path: Path) -> None:
     assert not any("without targets" in event["detector"] for event in events(tmp_path))
 
 
-def test_updates_without_targets_are_counted_over_a_resume(tmp_path: Path) -> None:
+def test_updates_without_targets_are_counted_across_a_resume(tmp_path: Path) -> None:
     often = {"checkpoint_every": 2, "keep_last": 3}
     limit = {"max_updates_without_targets": 3}
     run(tmp_path, config(4, train=often | {"steps": 4}, health=limit))
@@ -116,14 +116,16 @@ def test_updates_without_targets_are_counted_over_a_resume(tmp_path: Path) -> No
     longer = config(40, train=often | {"steps": 40}, health=limit)
     with pytest.raises(UnhealthyError, match=r"3 updates in a row.*since step 4"):
         run(tmp_path, longer, reader=OneFrame)
-    with pytest.raises(UnhealthyError, match=r"3 updates in a row.*since step 4"):  # from step 6, with 2 of them
+    with pytest.raises(
+        UnhealthyError, match=r"3 updates in a row.*since step 4"
+    ):  # resumed at step 6 with a count of 2
         run(tmp_path, longer, reader=OneFrame)
     assert [event["step"] for event in events(tmp_path)] == [6, 6]
 
 
 @pytest.mark.parametrize("reader", [Silent, Constant])
 @pytest.mark.parametrize("objective", [BEST_RQ, WAV2VEC2], ids=lambda given: str(given["name"]))
-def test_silent_audio_is_named_at_the_first_update(
+def test_silent_audio_is_reported_at_the_first_update(
     tmp_path: Path, objective: dict[str, Any], reader: type[SyntheticReader]
 ) -> None:
     with pytest.raises(UnhealthyError, match=r"8 of 8 segments .* silent or constant: a0-0, b0-0") as stopped:
@@ -133,13 +135,13 @@ def test_silent_audio_is_named_at_the_first_update(
     assert events(tmp_path)[0]["step"] == 0
 
 
-def test_silence_that_begins_later_is_named_as_the_cause(tmp_path: Path) -> None:
+def test_silence_that_begins_later_is_reported_as_the_cause(tmp_path: Path) -> None:
     with pytest.raises(UnhealthyError, match=r"8 of 8 segments .* silent or constant: a2\d-0"):
         run(tmp_path, config(60), reader=SilentFrom20)
     assert {event["detector"] for event in events(tmp_path)} == {"silent audio"}
 
 
-def test_one_silent_segment_of_many_is_mentioned_and_stops_nothing() -> None:
+def test_one_silent_segment_of_many_is_a_warning_only() -> None:
     limits = config().health
     fell = Finding("stem deviation", "collapse", "the output of stem varies by 0", "a lower learning rate")
     wait = Finding("data wait", "speed", "rank 0 waits", "more workers")
@@ -159,20 +161,20 @@ def test_one_silent_segment_of_many_is_mentioned_and_stops_nothing() -> None:
     [
         (np.zeros(800), True),
         (np.full(800, 0.7), True),
-        (np.resize([0, 2**-15], 800), True),  # rounding noise of 16 bits
+        (np.resize([0, 2**-15], 800), True),  # 16-bit rounding noise
         (np.sin(np.arange(800)) * 1e-3, False),
         (np.eye(1, 800)[0], False),  # a click
         (np.zeros(0), True),
     ],
 )
-def test_which_audio_is_silent(wave: np.ndarray, silent: bool) -> None:
+def test_silent_audio_is_recognised(wave: np.ndarray, silent: bool) -> None:
     wave_BT = torch.zeros(1, 900)
     wave_BT[0, : len(wave)] = torch.from_numpy(wave)
     assert silent_segments([Batch(wave_BT, torch.tensor([len(wave)]), ("key",), 0)]) == ["key"] * silent
 
 
 @pytest.mark.parametrize("objective", [BEST_RQ, WAV2VEC2, HUBERT], ids=lambda given: str(given["name"]))
-def test_the_shortest_segment_is_known_without_weights(objective: dict[str, Any]) -> None:
+def test_the_shortest_usable_segment_is_computed_without_building_weights(objective: dict[str, Any]) -> None:
     settings = config(objective=objective)
     assert least_samples(settings) == build_model(settings).least_samples
 
@@ -180,13 +182,13 @@ def test_the_shortest_segment_is_known_without_weights(objective: dict[str, Any]
 def test_segments_that_are_too_short_are_left_out_and_counted() -> None:
     lengths = [4.0] * 40 + [0.02] * 7 + [0.001] * 3 + [0.0]
     plan = make_plan(catalogue_of([lengths]), reader_config(min_seconds=0.01, max_seconds=8.0), 0, least_samples=1_520)
-    assert plan.too_short == 7, "the others are below min_seconds"
+    assert plan.too_short == 7, "the remaining segments are below min_seconds"
     assert plan.constraints.shortest == 1_520
     used = {row for g in range(plan.layout(0).steps) for micro in plan.step(0, g) for row in micro.row_n.tolist()}
     assert used == set(range(40))
 
 
-def test_a_plan_without_short_segments_stays_the_same() -> None:
+def test_a_plan_without_short_segments_is_unchanged() -> None:
     catalogue, settings = catalogue_of([[4.0] * 40 + [0.02]]), reader_config(min_seconds=1.0, max_seconds=8.0)
     assert make_plan(catalogue, settings, 0, least_samples=1_520).hash == make_plan(catalogue, settings, 0).hash
     looser = reader_config(min_seconds=0.0, max_seconds=8.0)
@@ -201,7 +203,7 @@ def test_an_empty_plan_is_refused_with_field_and_value() -> None:
         make_plan(catalogue_of([[0.02] * 40]), short, 0, least_samples=1_520)
 
 
-def test_the_reader_of_a_run_leaves_out_what_its_model_cannot_use(tmp_path: Path) -> None:
+def test_the_reader_of_a_run_leaves_out_segments_too_short_for_its_model(tmp_path: Path) -> None:
     root = write_shards(tmp_path, [sounds([1.0] * 30 + [0.03] * 4)])
     data = {"shards": str(root), "batch_seconds": 4.0, "micro_batches": 2, "min_seconds": 0.0, "max_seconds": 2.0}
     reader = open_run_reader(config(data=data | {"workers": 0}))
@@ -224,6 +226,6 @@ def test_the_reader_of_a_run_leaves_out_what_its_model_cannot_use(tmp_path: Path
         ({"objective": HUBERT | {"labels": "kmeans"}}, r"objective\.labels=kmeans.*data\.targets"),
     ],
 )
-def test_labels_that_nobody_reads_are_refused(given: dict[str, Any], named: str) -> None:
+def test_labels_that_no_task_uses_are_refused(given: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         require_fitting_labels(config(**given))

@@ -1,4 +1,4 @@
-"""What goes wrong in released code, as the recipes list it, and is not tested beside the part it concerns."""
+"""Known pitfalls of released pretraining code that are not tested next to the module concerned."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from pretrain.train_module import build_model
 from tests.support.contract_cases import FRONTENDS, batch, make, small
 
 
-def test_weight_decay_reaches_adamw_for_matrices_alone() -> None:
-    """Trap: a flag for weight decay that never reaches the optimizer (transformers' script)."""
+def test_adamw_decays_weight_matrices_only() -> None:
+    """Pitfall: a weight decay option that is not passed to the optimizer (transformers' script)."""
     module = make("wav2vec2")
     config = load(Config, {"data": {"shards": "none"}, "optimizer": {"weight_decay": 0.25}, **PARTS})
     optimizer = make_optimizer(module, config.optimizer)
@@ -49,8 +49,8 @@ PARTS: dict[str, Any] = {
 }
 
 
-def test_bf16_scales_no_loss_and_the_norm_is_that_of_the_mean_gradient() -> None:
-    """Traps: a loss scaler under bf16; a norm that is taken before gradients are averaged (fairseq#4555)."""
+def test_bf16_needs_no_loss_scaling_and_the_norm_is_of_the_mean_gradient() -> None:
+    """Pitfalls: a loss scaler under bf16; a norm computed before gradients are averaged (fairseq#4555)."""
     values = {"data": {"shards": "none", "micro_batches": 2}, "engine": {"name": "torch", "precision": "bf16"}} | PARTS
     config = load(Config, values)
     batches, ctx = [batch(first_seed=0), batch(first_seed=5)], StepContext(0, 0)
@@ -65,7 +65,7 @@ def test_bf16_scales_no_loss_and_the_norm_is_that_of_the_mean_gradient() -> None
 
 
 def test_an_fp16_norm_cannot_overflow() -> None:
-    """Trap: a sum of squares in fp16, or before gradients are averaged, ends at 65,504 (fairseq#4555)."""
+    """Pitfall: a sum of squares in fp16, or before gradients are averaged, overflows at 65,504 (fairseq#4555)."""
     norms = {}
     for precision in ("fp32", "fp16"):
         values = {"data": {"shards": "none"}, "engine": {"name": "torch", "precision": precision}} | PARTS
@@ -78,8 +78,8 @@ def test_an_fp16_norm_cannot_overflow() -> None:
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.03)
 
 
-def test_no_tf32_where_every_bit_counts() -> None:
-    """Trap: distances to codes in TF32 name another code. `nearest_codes` and the losses run in such a region."""
+def test_full_precision_regions_disable_tf32() -> None:
+    """Pitfall: distances in TF32 select wrong codes; `nearest_codes` and the losses run in full precision."""
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
     try:
         matmul.allow_tf32 = True
@@ -91,7 +91,7 @@ def test_no_tf32_where_every_bit_counts() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements and the widest type of what any operation made."""
+    """Records the most elements and the widest type of all tensors that operations return."""
 
     elements = 0
     bytes_each = 0
@@ -106,16 +106,16 @@ class Largest(TorchDispatchMode):
 
 
 def test_code_look_ups_need_little_memory() -> None:
-    """Trap: distances as a tensor of B × T × 16 × 8192 in float64 (NEST)."""
+    """Pitfall: distances as a float64 tensor of B × T × 16 × 8192 (NEST)."""
     quantizer, frames_ND = RandomProjectionQuantizer(80, 16, 8192), torch.randn(5_000, 80)
     with Largest() as seen:
         quantizer(frames_ND)
-    assert seen.elements <= 2_048 * 8_192, "a chunk of frames × codes, whatever the number of frames"
+    assert seen.elements <= 2_048 * 8_192, "one chunk of frames × codes, independent of the number of frames"
     assert seen.bytes_each == 4
 
 
-def hears_the_future(frontend: Frontend, positions: str, seconds: float = 0.5) -> bool:
-    """Whether the output of the first `seconds` changes with what comes after one second."""
+def depends_on_later_audio(frontend: Frontend, positions: str, seconds: float = 0.5) -> bool:
+    """Returns whether the output of the first `seconds` changes with the audio after one second."""
     pattern = {"attention": "chunked", "chunk_frames": (4,), "left_chunks": (-1,)}
     sizes = {"dim": 32, "layers": 1, "heads": 2, "ffn_dim": 32}
     convolution = {"conv_positions_kernel": 16, "conv_positions_groups": 4}
@@ -129,21 +129,21 @@ def hears_the_future(frontend: Frontend, positions: str, seconds: float = 0.5) -
     return bool((one[:, :first] - two[:, :first]).abs().max() > 1e-5)
 
 
-def test_what_cannot_stream() -> None:
-    """Trap: streaming with a group norm over time, statistics of an utterance or symmetric positions."""
+def test_streaming_output_does_not_depend_on_later_audio() -> None:
+    """Pitfall: streaming with a group norm over time, utterance statistics or symmetric positional convolutions."""
     stem = {"channels": 32, "norm": "layer"}
     fixed = log_mel.build(log_mel.Config(normalize="fixed", subsampling=2), 32)
-    assert not hears_the_future(fixed, "rope")
-    assert not hears_the_future(fixed, "rope", seconds=0.95)
-    assert hears_the_future(fixed, "conv", seconds=0.95)
-    assert not hears_the_future(waveform_conv.build(waveform_conv.Config(**stem), 32), "rope")
-    assert hears_the_future(log_mel.build(log_mel.Config(normalize="utterance", subsampling=2), 32), "rope")
-    assert hears_the_future(waveform_conv.build(waveform_conv.Config(**stem | {"norm": "group"}), 32), "rope")
-    assert hears_the_future(waveform_conv.build(waveform_conv.Config(**stem, normalize=True), 32), "rope")
+    assert not depends_on_later_audio(fixed, "rope")
+    assert not depends_on_later_audio(fixed, "rope", seconds=0.95)
+    assert depends_on_later_audio(fixed, "conv", seconds=0.95)
+    assert not depends_on_later_audio(waveform_conv.build(waveform_conv.Config(**stem), 32), "rope")
+    assert depends_on_later_audio(log_mel.build(log_mel.Config(normalize="utterance", subsampling=2), 32), "rope")
+    assert depends_on_later_audio(waveform_conv.build(waveform_conv.Config(**stem | {"norm": "group"}), 32), "rope")
+    assert depends_on_later_audio(waveform_conv.build(waveform_conv.Config(**stem, normalize=True), 32), "rope")
 
 
-def test_multiscale_needs_another_window() -> None:
-    """Trap: MFCC of the same window are a linear map of its log-mel, not another scale."""
+def test_the_multiscale_front_end_requires_a_different_mfcc_window() -> None:
+    """Pitfall: MFCCs of the same window are a linear map of its log-mel features, not another scale."""
     assert multiscale.Config().mfcc_window == 1_024
     frontend = FRONTENDS["log_mel"] | {"name": "multiscale", "mfcc_window": 400}
     with pytest.raises(ConfigError, match=r"mfcc_window=400"):
