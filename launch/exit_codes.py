@@ -18,6 +18,10 @@ class ExitCode(IntEnum):
     """Health checks stopped the run (RUN/UNHEALTHY has the reason); starting it again ends in the same way."""
     SUPERSEDED = 4
     """A newer start of the run took over; starting this one again would take over from that one."""
+    LOST = 70
+    """An attempt on a Ray cluster lost a worker or a node; starting it again may succeed."""
+    AGAIN = 75
+    """`launch.launchers.retry end`: the job is to be started again (EX_TEMPFAIL); no rank ends with it."""
     STOPPED = 85
     """A rank stopped on request with a checkpoint; the same command continues."""
     INTERRUPTED = 130

@@ -203,17 +203,6 @@ def to_int16(wave: Wave) -> npt.NDArray[np.int16]:
     return scaled.astype(np.int16)
 
 
-def library_versions() -> dict[str, str]:
-    """Returns the versions of the libraries on which the bytes of a shard depend."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"libsndfile": soundfile.__libsndfile_version__}
-    for package in ("soxr", "av", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
-
-
 @contextlib.contextmanager
 def _no_os_errors() -> Iterator[None]:
     try:

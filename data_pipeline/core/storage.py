@@ -62,17 +62,6 @@ class StorageWriteError(StorageError):
 
 
 @contextlib.contextmanager
-def read_errors(path: str) -> Iterator[None]:
-    """Turns an OSError in the block into StorageReadError for `path`; FileNotFoundError and StorageError pass."""
-    try:
-        yield
-    except (FileNotFoundError, StorageError):
-        raise
-    except OSError as error:
-        raise StorageReadError(path, f"cannot be read ({describe(error)})") from error
-
-
-@contextlib.contextmanager
 def write_errors(path: str) -> Iterator[None]:
     """Turns an OSError in the block into StorageWriteError for `path`; StorageError passes."""
     try:

@@ -41,7 +41,6 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Names under which a manifest's columns are looked for, row by row; every other column becomes a label. A row with
 begin (in seconds), end, or begin and a duration means that stretch of its file, one with a channel that channel."""
-TIMES: Final = ("seconds", "begin", "end")
 LONGEST_SECONDS: Final = 1e7
 """Times beyond it are taken for another unit."""
 

@@ -14,8 +14,6 @@ MOST_SAMPLES: Final = 1 << 31
 """Audio samples of a segment stay below this (37 hours): lengths are planned in 32 bits."""
 NUMBERS: Final = ("offset", "size", "payload_offset", "payload_size", "n_samples")
 TEXTS: Final = ("key", "suffix", "corpus", "language")
-PLANNED: Final = ("n_samples", "corpus", "language")
-"""Columns that planning reads; `validate_lengths` covers them."""
 INDEX_ERRORS: Final = (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError, pa.ArrowException)
 """Exceptions that pyarrow raises for a damaged Parquet file."""
 

@@ -167,10 +167,6 @@ class ShardFiles:
             raise self._mark(number, f"its index cannot be used ({describe(error)})") from None
         return table
 
-    def has_index(self, number: int) -> bool:
-        """Whether the index of a shard exists."""
-        return self._store(self.shards.root).exists(index_name(self.records[number].shard))
-
     def _sizes(self) -> list[int | None]:
         """Bytes of each shard; None for one that is missing."""
         with os.scandir(self._store(self.shards.tar_root).root) as entries:

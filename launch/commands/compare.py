@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.cli.parser import Parser
+from launch.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from launch.runs.summary import RunSummary
@@ -46,7 +47,7 @@ def run(arguments: list[str]) -> int:
     print_differences(folders, [summarise(folder) for folder in folders])
     plot(folders, given.plot)
     print(f"plotted in {given.plot}")
-    return 0
+    return ExitCode.DONE
 
 
 def print_differences(folders: Sequence[Path], summaries: Sequence[RunSummary]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from launch.cli.parser import Parser
+from launch.exit_codes import ExitCode
 
 
 def run(arguments: list[str]) -> int:
@@ -20,4 +21,4 @@ def run(arguments: list[str]) -> int:
     from launch.cli.groups import groups
 
     print(completion.script(shell, completion.words(COMMANDS, groups())), end="")
-    return 0
+    return ExitCode.DONE

@@ -30,7 +30,7 @@ def plan(arguments: list[str]) -> int:
     """Prints the plan of one epoch."""
     given = request.read("pretrain", PretrainJob, arguments)
     if given is None:
-        return 0
+        return ExitCode.DONE
     from data_pipeline.sampling.summary import describe, to_text
     from pretrain.train_module import open_run_reader
 
@@ -42,7 +42,7 @@ def plan(arguments: list[str]) -> int:
         reader.close()
     print(to_text(report))
     print(f"\ntrain.steps={config.train.steps:,} are {config.train.steps / report.steps:,.2f} epochs")
-    return 0
+    return ExitCode.DONE
 
 
 def find_caps(arguments: list[str]) -> int:
@@ -55,7 +55,7 @@ def find_caps(arguments: list[str]) -> int:
         raise ConfigError(f"--memory={limits[-1]}: must be a number of gigabytes, such as --memory=70") from None
     given = request.read("pretrain", PretrainJob, rest)
     if given is None:
-        return 0
+        return ExitCode.DONE
     from pretrain.engines import distributed as ranks
     from pretrain.profiling.memory_caps import measure_caps
 
@@ -68,4 +68,4 @@ def find_caps(arguments: list[str]) -> int:
     for seconds, rows in caps.rows:
         print(f"{rows:5} segments of {seconds:6.2f} s = {rows * seconds:8.1f} s")
     print(f"\ndata.cap_seconds={caps.cap_seconds:.4g} data.cap_quadratic={caps.cap_quadratic:.4g}")
-    return 0
+    return ExitCode.DONE

@@ -12,6 +12,7 @@ from launch.cli.compose import compose
 from launch.cli.tables import show_rows
 from launch.config import PretrainJob
 from launch.demo_corpus import Corpus, find_corpus
+from launch.exit_codes import ExitCode
 from launch.launchers import factory
 from launch.launchers.processes import ChildProcesses
 from launch.runs import metadata
@@ -30,7 +31,7 @@ def run(arguments: list[str]) -> int:
     """Runs the demo; returns the exit code of the first step that fails, or 0."""
     if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)
-        return 0
+        return ExitCode.DONE
     given = [argument.partition("=")[2] for argument in arguments if argument.startswith("corpus=")]
     overrides = [argument for argument in arguments if not argument.startswith("corpus=")]
     corpus = find_corpus(given[-1] if given else "", WORK)
@@ -47,7 +48,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"launcher={job.launcher.name}: the demo runs on this machine")
     folder = metadata.prepare(job)
     code = attend(submitter, folder, job.train.steps, job.launcher)
-    if code == 0:
+    if code == ExitCode.DONE:
         print()
         show_rows(_table(corpus, shards, folder, job, submitter.processes))
     return code

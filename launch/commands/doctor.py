@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.cli.parser import Parser
+from launch.exit_codes import ExitCode
 
 MARKS = {"ok": ("ok", "green"), "missing": ("–", "yellow"), "broken": ("broken", "red")}
 
@@ -28,6 +29,6 @@ def run(arguments: list[str]) -> int:
     show(table(("", "", "found", "how to get it"), rows))
     if lacking:
         print(f"not ready: {', '.join(lacking)}")
-        return 1
+        return ExitCode.FAILED
     print("everything that is needed is there")
-    return 0
+    return ExitCode.DONE

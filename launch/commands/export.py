@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.cli.parser import Parser
+from launch.exit_codes import ExitCode
 
 FORMATS = ("hugging_face", "torchscript", "onnx")
 
@@ -38,4 +39,4 @@ def run(arguments: list[str]) -> int:
         error = graph_export.export_graph(config, module.model, given.out, given.to, given.layer)
         allowed = graph_export.TOLERANCE[given.to]
     print(f"{given.out}: features of the loaded copy differ by {error:.1e} (allowed: {allowed:.0e})")
-    return 0
+    return ExitCode.DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from launch.cli import request
+from launch.exit_codes import ExitCode
 
 
 def run(arguments: list[str]) -> int:
@@ -11,10 +12,10 @@ def run(arguments: list[str]) -> int:
 
     given = request.read("finetune", FinetuneConfig, arguments)
     if given is None:
-        return 0
+        return ExitCode.DONE
     from launch.cli.tables import show, table
 
     found = finetune(given.config)
     rows = [(errors.decoder, f"{errors.wer:.1%}", f"{errors.cer:.1%}", errors.utterances) for errors in found]
     show(table(("decoder", "WER", "CER", "utterances"), rows))
-    return 0
+    return ExitCode.DONE

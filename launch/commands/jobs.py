@@ -13,6 +13,7 @@ from data_pipeline.core.text import visible
 from launch.cli.parser import Parser
 from launch.cli.tables import show, table, warn
 from launch.config import LAUNCHERS
+from launch.exit_codes import ExitCode
 from launch.launchers import factory
 from launch.launchers.in_process import InProcess
 from launch.launchers.processes import ChildProcesses
@@ -63,7 +64,7 @@ def _list(runs: Path) -> int:
             listed.append((folder.name, *"–––", "unreadable", *"–––"))
             warn(f"{folder}: {error}")
     show(table(("run", "command", "where", "job", "state", "step", "of", "submitted"), listed))
-    return 0
+    return ExitCode.DONE
 
 
 def _row(folder: Path) -> tuple[str, ...]:
@@ -97,7 +98,7 @@ def _logs(folder: Path, rank: int, follow: bool) -> int:
         raise ValueError(f"{path} does not exist (yet); there are: {', '.join(_names(folder / 'logs')) or 'no logs'}")
     for text in _growing(path, folder) if follow else [path.read_text(encoding="utf-8", errors="replace")]:
         print(visible(text, keep="\n\t\r"), end="", flush=True)
-    return 0
+    return ExitCode.DONE
 
 
 def _names(folder: Path) -> list[str]:
@@ -127,7 +128,7 @@ def _cancel(folder: Path) -> int:
     factory.for_record(record).cancel(record.handle)
     had = f"had ended before ({before})" if before in ENDED else "is ended"
     print(f"{folder}: job {record.handle} {had}; its checkpoints stay")
-    return 0
+    return ExitCode.DONE
 
 
 def _requeue(folder: Path) -> int:
@@ -145,4 +146,4 @@ def _requeue(folder: Path) -> int:
     handle = factory.make(launcher, record.command).submit(folder)
     write_record(folder, handle, launcher, record.command)
     print(f"{folder}: job {handle}")
-    return 0
+    return ExitCode.DONE

@@ -10,6 +10,7 @@ from data_pipeline.core.text import visible
 from launch.cli import request
 from launch.cli.tables import console
 from launch.config import PretrainJob
+from launch.exit_codes import ExitCode
 from pretrain.config import Config
 from pretrain.profiling import cost_model
 from pretrain.profiling.cost_model import GIB, Cluster, Measured
@@ -28,12 +29,12 @@ def run(arguments: list[str]) -> int:
     rest = [line for line in arguments if line.partition("=")[0] not in own]
     if "--help" in rest or "-h" in rest:
         print(USAGE)
-        return 0
+        return ExitCode.DONE
     if not any(line.startswith("data.shards=") for line in rest):
         rest.append("data.shards=none")  # nothing is read
     given = request.read("pretrain", PretrainJob, rest)
     if given is None:
-        return 0
+        return ExitCode.DONE
     config, cluster = given.config, cost_model.parse_cluster(own.get("cluster", "1x8xH100"))
     mfu = _share(own.get("mfu", "0.3"))
     measured = cost_model.measure(config)
@@ -48,7 +49,7 @@ def run(arguments: list[str]) -> int:
     out.print(Text("\nassumed", style="bold"))
     for name, text in cost_model.assumptions(config, cluster, mfu).items():
         out.print(f"  {name}: {text}")
-    return 0
+    return ExitCode.DONE
 
 
 def _updates(config: PretrainJob) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from launch.cli.groups import CONF
 from launch.cli.parser import Parser
+from launch.exit_codes import ExitCode
 
 COLUMNS = (
     "recipe",
@@ -43,7 +44,7 @@ def run(arguments: list[str]) -> int:
     configs = (compose("pretrain", [f"experiment={name}", "data.shards=none"]) for name in names)
     show(table(COLUMNS, [_cells(summarize(run_config(load(PretrainJob, values)))) for values in configs]))
     print(LEGEND)
-    return 0
+    return ExitCode.DONE
 
 
 def _cells(row: Any) -> tuple[str, ...]:

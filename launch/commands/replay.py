@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.core.schema import ConfigError, load
 from launch.cli.parser import Parser
+from launch.exit_codes import ExitCode
 from launch.runs.summary import find_run
 from pretrain.checkpointing.locate import saved_steps
 
@@ -33,7 +34,7 @@ def run(arguments: list[str]) -> int:
     if wanted not in names:
         raise ConfigError(f"{folder}: no batch of step {given.step} was kept; there are: {', '.join(names)}")
     show(folder, folder / "health" / wanted)
-    return 0
+    return ExitCode.DONE
 
 
 def show(run_folder: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.cli.parser import Parser
+from launch.exit_codes import ExitCode
 
 COLUMNS = ("run", "objective", "state", "step", "loss", "accuracy", "hours", "× real time", "alarms", "evaluated")
 
@@ -29,4 +30,4 @@ def run(arguments: list[str]) -> int:
         figures = (f"{s.step}/{s.steps}", f"{s.loss:.4f}", f"{s.accuracy:.3f}", f"{s.hours:.1f}", f"{s.speed:.0f}")
         listed.append((s.name, s.objective, s.state, *figures, str(s.alarms), s.evaluation))
     show(table(COLUMNS, listed))
-    return 0
+    return ExitCode.DONE

@@ -21,6 +21,7 @@ from data_pipeline.shards.indexing import IndexConfig, index_tars
 from data_pipeline.shards.records import DoneRecord, done_records, finished_units, read_index
 from launch.cli.parser import Parser
 from launch.cli.tables import show, table
+from launch.exit_codes import ExitCode
 
 QUANTILES = (0, 5, 50, 95, 100)
 
@@ -72,7 +73,7 @@ def _index(tars: str, settings: list[str]) -> int:
     if summary.rejects:
         print("left out " + ", ".join(f"{reason}: {count:,}" for reason, count in summary.rejects.most_common()))
     print(f"read them with data.shards={config.index_out or tars}")
-    return 0
+    return ExitCode.DONE
 
 
 def _value(text: str) -> Any:
@@ -104,7 +105,7 @@ def _stats(root: str, records: list[DoneRecord]) -> int:
         rejects.update(record.rejects)
     if rejects:
         print("left out " + ", ".join(f"{reason}: {count:,}" for reason, count in rejects.most_common()))
-    return 0
+    return ExitCode.DONE
 
 
 def _inspect(root: str, records: list[DoneRecord], key: str, limit: int) -> int:
@@ -117,7 +118,7 @@ def _inspect(root: str, records: list[DoneRecord], key: str, limit: int) -> int:
             if len(found) == limit:
                 break
     show(table(("key", "seconds", "from", "at", "speaker", "language", "shard"), found, fold=True))
-    return 0
+    return ExitCode.DONE
 
 
 def _rows(root: str, records: list[DoneRecord]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -136,7 +137,7 @@ def _verify(root: str) -> int:
         print(f"{sum(name not in bad for name in shards)} of {len(shards)} shards are whole")
     if not faults:
         print("every checksum matches")
-    return 1 if faults else 0
+    return ExitCode.FAILED if faults else ExitCode.DONE
 
 
 def _shards(root: str, part: str) -> list[str]:

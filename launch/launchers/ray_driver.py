@@ -32,8 +32,6 @@ from launch.workers.stop_request import START_ID, STOP_FILE, request_stop, stop_
 from pretrain.checkpointing.locate import steps_done
 from pretrain.checkpointing.run_folder import read_config
 
-LOST = 70
-"""Exit code of an attempt of which a worker or node was lost."""
 NO_PLACE = -1
 """Result of an attempt that found no place for its ranks."""
 POLL_SECONDS = 2.0
@@ -222,13 +220,13 @@ def run_attempt(request: Request, world: int) -> int:
         codes = [RankEndedError.code_of(failure) for failure in error.worker_failures.values()]
         known = [code for code in codes if code is not None]
         final = [code for code in known if code in NEVER_RETRY]
-        return next(iter(final or known), LOST)
+        return next(iter(final or known), ExitCode.LOST)
     except ControllerError as error:
         _log(f"no ranks were started: {error.controller_failure}")
         return NO_PLACE
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         _log(f"the ranks were lost: {type(error).__name__}")
-        return LOST
+        return ExitCode.LOST
     return ExitCode.DONE
 
 

@@ -24,9 +24,6 @@ from pathlib import Path
 from launch.exit_codes import ExitCode
 from pretrain.checkpointing.locate import steps_done
 
-AGAIN = 75
-"""Exit code of `end` for a job that is to be started again (EX_TEMPFAIL); no rank ends with it."""
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -156,8 +153,8 @@ def main(arguments: Sequence[str]) -> int:
         decision = RetryPolicy(given.folder, given.retries).end(given.code, given.since, given.warned, given.cancelled)
     print(decision.reason)
     if decision.again:
-        return AGAIN
-    return decision.code if decision.code != AGAIN else ExitCode.FAILED
+        return ExitCode.AGAIN
+    return decision.code if decision.code != ExitCode.AGAIN else ExitCode.FAILED
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def _print(line: str) -> None:
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     if len(arguments) != 1:
-        sys.exit("usage: python -m launch.workers.rank RUN_FOLDER")
+        print("usage: python -m launch.workers.rank RUN_FOLDER", file=sys.stderr)
+        sys.exit(ExitCode.USAGE)
     try:
         code = main(arguments[0])
     except BaseException:  # a defect: print its whole traceback

@@ -17,6 +17,7 @@ from data_pipeline.labels.kmeans import all_labelled
 from launch.cli import request
 from launch.cli.compose import compose
 from launch.config import Iteration, PretrainJob, TargetsJob
+from launch.exit_codes import ExitCode
 from launch.launchers.status import require_ended
 from launch.runs import metadata
 from launch.runs.job_record import read_record
@@ -86,7 +87,7 @@ def run(config: PretrainJob, arguments: Sequence[str], commands: Mapping[str, Co
         if switches != ["--dry-run"]:
             raise ConfigError(f"{switches[0]} is for one link of a chain: {', '.join(f'link={x.name}' for x in every)}")
         print("\n".join(link.line() for link in every))
-        return 0
+        return ExitCode.DONE
     for link in every:
         if config.link in ("", link.name) and not switches and not link.finished():
             require_ended(link.folder)
@@ -107,7 +108,7 @@ def run(config: PretrainJob, arguments: Sequence[str], commands: Mapping[str, Co
                 return code
             done.add(link.name)
             after = read_record(link.folder).handle if queued and not switches else ""
-    return 0
+    return ExitCode.DONE
 
 
 def links(config: PretrainJob, overrides: Sequence[str]) -> list[Link]:

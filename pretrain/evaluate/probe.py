@@ -15,9 +15,6 @@ from data_pipeline.core.rng import keyed_seed
 from pretrain.evaluate.config import ProbeConfig
 from pretrain.evaluate.features import Labelled
 
-NO_LABEL = -1
-
-
 SHRINKAGE = 1e-4
 """Added to the variance of each direction, times the mean variance; 1e-4 to 0.1 gave the same (docs/findings.md)."""
 

@@ -11,7 +11,7 @@ import pytest
 
 from launch.exit_codes import ExitCode
 from launch.launchers import ray_driver
-from launch.launchers.ray_driver import LOST, NO_PLACE, Request, choose_world, drive
+from launch.launchers.ray_driver import NO_PLACE, Request, choose_world, drive
 from launch.launchers.ray_worker import RankEndedError
 from launch.launchers.waiting import waiting_for
 from launch.workers.stop_request import START_ID, request_stop
@@ -44,7 +44,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch, codes: Iterable[int]) -> list[int]
 
 @pytest.mark.parametrize("final", [ExitCode.SUPERSEDED, ExitCode.USAGE, ExitCode.UNHEALTHY, ExitCode.DONE])
 def test_final_exit_codes_are_not_retried(request_: Request, monkeypatch: pytest.MonkeyPatch, final: ExitCode) -> None:
-    worlds = attempts(monkeypatch, [1, LOST, final])
+    worlds = attempts(monkeypatch, [1, ExitCode.LOST, final])
     assert drive(request_) == final
     assert worlds == [4, 4, 4]
 

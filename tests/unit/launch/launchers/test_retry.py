@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.exit_codes import ExitCode
-from launch.launchers.retry import AGAIN, Progress, RetryPolicy, main
+from launch.launchers.retry import Progress, RetryPolicy, main
 
 
 def save(folder: Path, step: int) -> None:
@@ -89,9 +89,9 @@ def test_the_command_for_batch_scripts(tmp_path: Path, capsys: pytest.CaptureFix
     since = capsys.readouterr().out.strip()
     assert Progress.parse(since) == Progress(0, 0)
     end = ["end", str(tmp_path), "--since", since, "--retries", "1"]
-    assert main([*end, "--code", "1"]) == AGAIN
+    assert main([*end, "--code", "1"]) == ExitCode.AGAIN
     assert main([*end, "--code", "1", "--restart", "0", "--known", "1"]) == 1
     assert "left alone" in capsys.readouterr().out
-    assert main([*end, "--code", str(AGAIN)]) == 1, (
+    assert main([*end, "--code", str(ExitCode.AGAIN)]) == 1, (
         "a job that ends with the code for a retry is not restarted for ever"
     )

@@ -128,3 +128,9 @@ def test_an_objective_that_cannot_be_built_is_a_config_error(tmp_path: Path, mon
     settings = config(objective={"name": "hubert", "predict_layers": [9]})
     with pytest.raises(ConfigError, match="predict_layers"):
         build(settings, DistributedContext(), RunFolder(tmp_path))
+
+
+def test_a_rank_without_a_run_folder_exits_with_usage() -> None:
+    ended = subprocess.run([sys.executable, "-m", "launch.workers.rank"], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == ExitCode.USAGE
+    assert "RUN_FOLDER" in ended.stderr
