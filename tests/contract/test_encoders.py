@@ -55,7 +55,7 @@ CASES = [(name, case) for name in ENCODERS for case in [*OPTIONS, *OWN_OPTIONS.g
 
 
 def values(encoder: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """A tiny config with these fields of the encoder."""
+    """Returns a tiny config with these encoder fields."""
     return {
         "data": {"shards": "none"},
         "objective": small("objectives", "best_rq"),
@@ -65,7 +65,7 @@ def values(encoder: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def speech_model(encoder: str, case: str, frontend: str = "log_mel", packed: bool = False, **more: Any) -> SpeechModel:
-    """A tiny model of the case; the same weights each time."""
+    """Builds a tiny model of the case with the same weights each time."""
     options = {**OPTIONS, **OWN_OPTIONS.get(encoder, {})}[case]
     chosen = values(encoder, {"layers": 3} | QUIET | options | more)
     chosen |= {"frontend": FRONT_ENDS[frontend] | {"dropout": 0.0}, "engine": {"packed": packed}}
@@ -76,8 +76,8 @@ def gradients(model: SpeechModel) -> dict[str, Tensor]:
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def weigh(encoded: EncoderOutput, row: int = 0) -> Tensor:
-    """Every number of every layer of one utterance, times a weight of its own."""
+def weighted_sum(encoded: EncoderOutput, row: int = 0) -> Tensor:
+    """Returns a randomly weighted sum of the outputs of all layers for one utterance."""
     n = int(encoded.lengths_B[row])
     total = encoded.layers[0].new_zeros(())
     for number, layer in enumerate(encoded.layers):
@@ -91,7 +91,9 @@ def weigh(encoded: EncoderOutput, row: int = 0) -> Tensor:
     [(*pair, "log_mel") for pair in CASES]
     + [(name, case, f) for name in ENCODERS for f in FRONT_ENDS for case in ("full", "half rate") if f != "log_mel"],
 )
-def test_packed_and_padded_are_each_utterance_alone(encoder: str, case: str, frontend: str, parity: Parity) -> None:
+def test_packed_and_padded_batches_equal_each_utterance_alone(
+    encoder: str, case: str, frontend: str, parity: Parity
+) -> None:
     plain, packed = speech_model(encoder, case, frontend), speech_model(encoder, case, frontend, packed=True)
     data = batch(SECONDS, width=1.3)
     together = packed(data.wave_BT, data.lengths_B)
@@ -108,9 +110,9 @@ def test_packed_and_padded_are_each_utterance_alone(encoder: str, case: str, fro
             if "padding" not in plain.encoder.couples:
                 error = float((other[row, :n] - expected[0]).abs().max())
                 parity("padded = each utterance alone: all layers", 1e-5, error)
-        weigh(alone).backward()
+        weighted_sum(alone).backward()
     expected_sums = gradients(plain)
-    torch.stack([weigh(together, row) for row in range(len(SECONDS))]).sum().backward()
+    torch.stack([weighted_sum(together, row) for row in range(len(SECONDS))]).sum().backward()
     found_sums = gradients(packed)
     assert expected_sums.keys() == found_sums.keys()
     for name, expected in expected_sums.items():
@@ -119,10 +121,10 @@ def test_packed_and_padded_are_each_utterance_alone(encoder: str, case: str, fro
 
 @pytest.mark.parametrize("frontend_encoder", [("log_mel", "conformer"), ("waveform_conv", "transformer")])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_packing_changes_neither_loss_nor_gradient(
+def test_packing_changes_neither_loss_nor_gradients(
     objective: str, frontend_encoder: tuple[str, str], parity: Parity
 ) -> None:
-    """Objectives know nothing of it, teachers are packed, too."""
+    """Objectives are not aware of packing, and teachers are packed as well."""
     frontend, encoder = frontend_encoder
     found = []
     for packed in (False, True):
@@ -142,8 +144,10 @@ def test_packing_changes_neither_loss_nor_gradient(
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize(("case", "packed"), [("full", False), ("half rate, local_global", True), ("chunked", False)])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_recomputing_changes_no_gradient(encoder: str, case: str, packed: bool, mode: str, parity: Parity) -> None:
-    """With every kind of dropout on."""
+def test_activation_checkpointing_changes_no_gradient(
+    encoder: str, case: str, packed: bool, mode: str, parity: Parity
+) -> None:
+    """Every kind of dropout is enabled."""
     found: list[dict[str, Tensor]] = []
     for chosen in ("none", mode):
         model = speech_model(encoder, case, packed=packed, **LOUD).train()
@@ -151,7 +155,7 @@ def test_recomputing_changes_no_gradient(encoder: str, case: str, packed: bool, 
         torch.manual_seed(17)
         data = batch(SECONDS)
         frames = model.frontend.project(model.frontend.extract(data.wave_BT, data.lengths_B))
-        weigh(model.encoder(frames, CTX)).backward()
+        weighted_sum(model.encoder(frames, CTX)).backward()
         found.append(gradients(model))
     plain, recomputed = found
     for name, expected in plain.items():
@@ -160,7 +164,7 @@ def test_recomputing_changes_no_gradient(encoder: str, case: str, packed: bool, 
 
 
 def alive_after(run: Callable[[], Any]) -> int:
-    """Bytes of all tensors that `run` made and that its result keeps for the backward pass."""
+    """Returns the bytes of all tensors that `run` creates and that its result keeps for the backward pass."""
     made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     class Watch(TorchDispatchMode):
@@ -180,7 +184,7 @@ def alive_after(run: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_recomputing_saves_memory(encoder: str) -> None:
+def test_activation_checkpointing_saves_memory(encoder: str) -> None:
     data, sizes = batch((4.0,)), {}
     for mode in ("none", "selective", "full"):
         model = speech_model(encoder, "full", **LOUD | {"layer_drop": 0.0}).train()
@@ -192,7 +196,7 @@ def test_recomputing_saves_memory(encoder: str) -> None:
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_stochastic_depth_leaves_branches_out_by_utterance(encoder: str) -> None:
+def test_stochastic_depth_drops_branches_per_utterance(encoder: str) -> None:
     model = speech_model(encoder, "stochastic depth", stochastic_depth=0.9).train()
     packed = speech_model(encoder, "stochastic depth", stochastic_depth=0.9, packed=True).train()
     data = batch((0.8,) * 6)
@@ -214,7 +218,7 @@ def data_of(data: Batch) -> tuple[Tensor, Tensor]:
     return data.wave_BT, data.lengths_B
 
 
-def test_the_middle_of_a_u_shape_runs_at_half_the_rate() -> None:
+def test_the_middle_blocks_of_a_u_shape_run_at_half_the_frame_rate() -> None:
     model = speech_model("transformer", "half rate", layers=5, half_rate_blocks=3, norm="pre", positions="rope")
     seen: list[int] = []
     for block in model.encoder.blocks:  # type: ignore[union-attr]
@@ -240,27 +244,27 @@ def test_the_middle_of_a_u_shape_runs_at_half_the_rate() -> None:
         ("conformer", {"attention": "chunked", "half_rate_blocks": 1, "layers": 3, "chunk_frames": [5]}, "even"),
     ],
 )
-def test_fields_that_do_not_fit_are_refused_when_the_config_loads(
+def test_inconsistent_fields_are_refused_when_the_config_is_loaded(
     encoder: str, fields: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         load(Config, values(encoder, fields))
 
 
-def test_a_group_norm_cannot_be_packed() -> None:
+def test_packing_with_a_group_norm_is_refused() -> None:
     bad = values("transformer", {}) | {"frontend": {"name": "waveform_conv"}, "engine": {"packed": True}}
     with pytest.raises(ConfigError, match=r"engine.packed=true: needs .* set frontend.norm=layer"):
         load(Config, bad)
 
 
 @pytest.mark.parametrize("chosen", [{"packed": True}, {"activation_checkpointing": "selective"}])
-def test_what_cannot_be_compiled_is_refused(chosen: dict[str, Any]) -> None:
+def test_engine_settings_incompatible_with_compile_are_refused(chosen: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"engine\.\w+=.*: cannot run with engine.compile=true"):
         load(Config, values("transformer", {}) | {"engine": chosen | {"compile": True}})
 
 
 @pytest.mark.parametrize(("given", "meant"), [(True, "full"), (False, "none"), ("selective", "selective")])
-def test_old_booleans_still_choose_what_is_recomputed(given: object, meant: str) -> None:
+def test_former_boolean_values_of_activation_checkpointing_still_load(given: object, meant: str) -> None:
     config = load(Config, values("transformer", {}) | {"engine": {"activation_checkpointing": given}})
     assert config.engine.activation_checkpointing == meant
     assert build_model(config).model.encoder.activation_checkpointing == meant

@@ -1,4 +1,4 @@
-"""What every objective must satisfy, on every front end and encoder. New ones are found by themselves."""
+"""Contract of every objective, on every front end and encoder; new objectives are tested automatically."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVERY = pytest.mark.parametrize(
     ("objective", "frontend", "encoder"), [(o, f, e) for o in CASES for f in FRONTENDS for e in ENCODERS]
 )
 PAIRS = tuple(zip(FRONTENDS, ENCODERS, strict=True))
-"""Every front end and every encoder once."""
+"""Pairs that cover every front end and every encoder."""
 CTX = StepContext(seed=3, step=5)
 
 
@@ -58,7 +58,7 @@ def train(module: TrainModule, batch: Batch, steps: int, lr: float = 5e-3) -> li
 def test_padding_never_changes_the_loss(objective: str, frontend: str, encoder: str) -> None:
     module = make(objective, frontend, encoder).eval()
     if "padding" in couples(module):
-        pytest.skip("declared: padding takes part")
+        pytest.skip("declared: the loss depends on padding")
     tight, metrics = run(module, batch((1.0, 0.7)))
     loose, loose_metrics = run(module, batch((1.0, 0.7), width=1.5))
     torch.testing.assert_close(loose, tight, rtol=2e-5, atol=1e-6)
@@ -66,7 +66,7 @@ def test_padding_never_changes_the_loss(objective: str, frontend: str, encoder: 
 
 
 @EVERY
-def test_the_loss_is_the_sum_of_its_parts(objective: str, frontend: str, encoder: str) -> None:
+def test_the_loss_of_a_batch_is_the_sum_over_its_parts(objective: str, frontend: str, encoder: str) -> None:
     module = make(objective, frontend, encoder).eval()
     if "batch" in couples(module) or "padding" in couples(module):
         pytest.skip("declared: samples are coupled")
@@ -80,16 +80,16 @@ def test_the_loss_is_the_sum_of_its_parts(objective: str, frontend: str, encoder
 
 
 @EVERY
-def test_same_context_same_bits(objective: str, frontend: str, encoder: str) -> None:
+def test_equal_step_contexts_give_equal_bits(objective: str, frontend: str, encoder: str) -> None:
     module = make(objective, frontend, encoder)
     first, metrics = run(module, batch())
-    run(module, batch((1.2,), first_seed=7), StepContext(3, 9))  # what ran before must not matter
+    run(module, batch((1.2,), first_seed=7), StepContext(3, 9))  # earlier calls must not change the result
     second, again = run(module, batch())
     assert torch.equal(first, second)
     assert metrics.keys() == again.keys()
     assert all(torch.equal(metrics[name][0], again[name][0]) for name in metrics)
     other, _ = run(module, batch(), StepContext(3, 6))
-    assert not torch.equal(first, other), "the mask ignores the step"
+    assert not torch.equal(first, other), "the mask does not depend on the step"
 
 
 @EVERY
@@ -100,19 +100,19 @@ def test_gradients_reach_every_weight(objective: str, frontend: str, encoder: st
         if not weight.requires_grad:
             continue
         assert weight.grad is not None, f"{name} gets no gradient"
-        assert torch.isfinite(weight.grad).all(), f"{name} has a gradient that is not finite"
-        assert weight.grad.abs().max() > 0, f"{name} has a gradient of 0"
+        assert torch.isfinite(weight.grad).all(), f"the gradient of {name} is not finite"
+        assert weight.grad.abs().max() > 0, f"the gradient of {name} is 0"
 
 
 @pytest.mark.parametrize(("objective", "frontend", "encoder"), [(o, f, e) for o in CASES for f, e in PAIRS])
-def test_one_batch_can_be_overfitted(objective: str, frontend: str, encoder: str) -> None:
+def test_a_single_batch_can_be_overfitted(objective: str, frontend: str, encoder: str) -> None:
     losses = train(make(objective, frontend, encoder), batch(), steps=40)
     assert all(map(math.isfinite, losses))
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), f"{losses[0]:.3f} became only {losses[-1]:.3f}"
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), f"{losses[0]:.3f} only fell to {losses[-1]:.3f}"
 
 
 @EVERY
-def test_bf16(objective: str, frontend: str, encoder: str) -> None:
+def test_the_loss_in_bf16_is_close_to_that_in_fp32(objective: str, frontend: str, encoder: str) -> None:
     exact, _ = run(make(objective, frontend, encoder).eval(), batch())
     module = make(objective, frontend, encoder, precision="bf16").eval()
     rounded, _ = run(module, batch())
@@ -123,7 +123,7 @@ def test_bf16(objective: str, frontend: str, encoder: str) -> None:
 
 
 @EVERY
-def test_state_round_trip(objective: str, frontend: str, encoder: str) -> None:
+def test_a_loaded_state_gives_the_same_loss(objective: str, frontend: str, encoder: str) -> None:
     module = make(objective, frontend, encoder)
     train(module, batch(), steps=2)
     fresh = make(objective, frontend, encoder, seed=9)
@@ -133,7 +133,7 @@ def test_state_round_trip(objective: str, frontend: str, encoder: str) -> None:
 
 
 @pytest.mark.parametrize("objective", CASES)
-def test_weights_depend_on_the_seed_alone(objective: str) -> None:
+def test_initial_weights_depend_on_the_seed_only(objective: str) -> None:
     torch.manual_seed(0)
     first: dict[str, Any] = make(objective).state_dict()
     torch.manual_seed(1)
@@ -160,11 +160,11 @@ LAID_OUT = pytest.mark.parametrize(
     ("objective", "frontend", "packed"),
     [(o, f, False) for o in CASES for f in FRONTENDS] + [(o, "waveform_conv", True) for o in CASES],
 )
-"""Padded, and packed with the front end whose convolutions have no padding of their own."""
+"""Padded rows, and packed rows with the front end whose convolutions have no padding."""
 
 
 def beside(good: Batch, *samples: int) -> Batch:
-    """The utterances of `good`, and after them clips of so many samples of noise."""
+    """Returns the utterances of `good` followed by clips of noise with the given numbers of samples."""
     rows = len(good.keys) + len(samples)
     wave_BT = torch.zeros(rows, max(good.wave_BT.shape[1], *samples))
     wave_BT[: len(good.keys), : good.wave_BT.shape[1]] = good.wave_BT
@@ -175,13 +175,13 @@ def beside(good: Batch, *samples: int) -> Batch:
 
 
 def short_lengths(module: TrainModule) -> tuple[int, int, int]:
-    """One sample; the most samples that give no frame; the fewest that give one."""
+    """Returns 1, the largest number of samples without a frame, and the smallest number with one frame."""
     one = module.model.frontend.least_samples()
     return 1, one - 1, one
 
 
 @LAID_OUT
-def test_utterances_of_no_frame_and_of_one_change_nothing_for_the_others(
+def test_utterances_with_no_or_one_frame_do_not_change_other_utterances(
     objective: str, frontend: str, packed: bool
 ) -> None:
     module = make(objective, frontend).eval()
@@ -192,15 +192,13 @@ def test_utterances_of_no_frame_and_of_one_change_nothing_for_the_others(
     assert torch.isfinite(together)
     if "batch" not in module.objective.couples:
         torch.testing.assert_close(together, alone, rtol=2e-5, atol=1e-6)
-    assert joined["loss/objective"][1] == metrics["loss/objective"][1], "they have no targets"
+    assert joined["loss/objective"][1] == metrics["loss/objective"][1], "utterances without frames have no targets"
     together.backward()
     assert all(torch.isfinite(w.grad).all() for w in module.parameters() if w.grad is not None)
 
 
 @LAID_OUT
-def test_a_micro_batch_without_targets_gives_a_loss_of_zero_and_gradients_of_zero(
-    objective: str, frontend: str, packed: bool
-) -> None:
+def test_a_micro_batch_without_targets_has_zero_loss_and_gradients(objective: str, frontend: str, packed: bool) -> None:
     module = make(objective, frontend)
     module.model.frontend.packed = module.model.encoder.packed = packed
     for samples in ((1,), short_lengths(module)[1:]):
@@ -213,7 +211,7 @@ def test_a_micro_batch_without_targets_gives_a_loss_of_zero_and_gradients_of_zer
         module.after_step(CTX)
     assert all(float(w.grad.abs().max()) == 0.0 for w in module.parameters() if w.grad is not None)
     assert [name for name, tensor in module.state_dict().items() if not torch.isfinite(tensor).all()] == []
-    assert torch.isfinite(run(module, batch())[0]), "the next update learns as if nothing had been"
+    assert torch.isfinite(run(module, batch())[0]), "the next update is not affected"
 
 
 @FRONT
@@ -229,8 +227,8 @@ def test_the_shortest_usable_utterance_has_a_target(objective: str, frontend: st
 
 
 @FRONT
-def test_one_frame_of_every_utterance_stays_visible(objective: str, frontend: str) -> None:
-    """Utterances of 2 to 12 frames, which spans and blocks would cover whole."""
+def test_at_least_one_frame_of_every_utterance_stays_visible(objective: str, frontend: str) -> None:
+    """The utterances have 2 to 12 frames, which spans and blocks could cover completely."""
     module = make(objective, frontend, **({"mask_span": 10} if "mask_span" in CASES[objective] else {})).eval()
     least = module.model.frontend.least_samples
     data = beside(batch((1.0,)), *(least(frames) for frames in range(2, 13)))
@@ -271,10 +269,10 @@ def test_the_monitoring_record_is_complete(objective: str, frontend: str) -> Non
     units = [last.target_units_N, last.predicted_units_N]
     assert (vectors[0] is None) == (vectors[1] is None)
     assert (units[0] is None) == (units[1] is None)
-    assert vectors[0] is not None or units[0] is not None, "a target and what was predicted"
+    assert vectors[0] is not None or units[0] is not None, "targets and predictions"
     assert all(len(part) == n and not part.requires_grad for part in (*vectors, *units) if part is not None)
     assert vectors[0] is None or (vectors[1] is not None and vectors[0].shape == vectors[1].shape)
     assert all(part.dtype == torch.int64 for part in units if part is not None)
     assert record.target_version == 0
     module.objective.record_next()
-    assert module.objective.monitoring().last is None, "it waits for the next forward pass"
+    assert module.objective.monitoring().last is None, "nothing is recorded before the next forward pass"

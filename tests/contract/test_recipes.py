@@ -1,4 +1,4 @@
-"""Every shipped yaml of a model composes, loads strictly and builds."""
+"""Every shipped YAML file of a model composes, loads strictly and builds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def composed(*overrides: str) -> Config:
 
 
 @pytest.mark.parametrize("experiment", stems("experiment"))
-def test_experiment(experiment: str) -> None:
+def test_every_experiment_builds(experiment: str) -> None:
     config = composed(f"experiment={experiment}")
     with torch.device("meta"):
         module = build_model(config)
@@ -36,18 +36,18 @@ def test_experiment(experiment: str) -> None:
 
 
 @pytest.mark.parametrize("name", registry.names("objectives"))
-def test_objective_has_a_yaml(name: str) -> None:
+def test_every_objective_has_a_yaml_file(name: str) -> None:
     assert composed(f"objective={name}").objective.name == name
 
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g in ("frontend", "encoder") for n in stems(g)])
-def test_frontend_and_encoder_yaml(group: str, name: str) -> None:
+def test_every_front_end_and_encoder_has_a_yaml_file(group: str, name: str) -> None:
     with torch.device("meta"):
         build_model(composed(f"{group}={name}"))
 
 
 @pytest.mark.parametrize("name", ["data2vec_base", "data2vec2_base", "dinosr_base"])
-def test_crops_and_optimizer_are_those_of_the_released_config(name: str) -> None:
+def test_crops_and_optimizer_match_the_released_config(name: str) -> None:
     """max_sample_size 320000, min_sample_size 32000, adam_betas (0.9, 0.98), adam_eps 1e-6, weight_decay 0.01."""
     config = composed(f"experiment={name}")
     assert (config.data.max_seconds, config.data.min_seconds) == (20.0, 2.0)
@@ -66,19 +66,21 @@ def test_published_parameter_counts(name: str, millions: float) -> None:
     assert count / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_operations_of_wav2vec2_base() -> None:
-    """recipes.md: 15.3 GFLOP per second of audio, forward, crops of 15 s."""
+def test_forward_flops_of_wav2vec2_base() -> None:
+    """Counted by hand: 15.3 GFLOP per second of audio in the forward pass, with crops of 15 s."""
     model = build_model(composed("experiment=wav2vec2_base")).model
     assert forward_gflop(model, 15.0) == pytest.approx(15.3, abs=0.5)
 
 
 @pytest.mark.parametrize("experiment", ["efficient_base", "efficient_tiny"])
-def test_the_efficient_default_streams_and_hears_all_if_asked_for(experiment: str) -> None:
-    """What is cut at the end of a chunk gives the same frames; without chunks later audio changes them."""
+def test_the_efficient_default_streams_or_uses_full_context(experiment: str) -> None:
+    """Audio cut at the end of a chunk gives the same frames; with full context later audio changes them."""
     small = ["encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32"]
     model = build_model(composed(f"experiment={experiment}", *small)).model.eval()
     wave_BT = torch.randn(1, 80_000)
-    cut = 64 * 640 + 240  # four chunks of 16 frames, and what the last window and convolution reach beyond
+    cut = (
+        64 * 640 + 240
+    )  # four chunks of 16 frames, and the samples that the last window and convolution need beyond them
     for stream, streams in ((Pattern(chunk=16, left_chunks=2), True), (None, False)):
         model.encoder.stream = stream  # type: ignore[assignment]
         with torch.no_grad():
@@ -95,8 +97,8 @@ def benchmarked() -> list[str]:
 
 
 @pytest.mark.parametrize("name", benchmarked())
-def test_the_benchmark_measures_the_shipped_models(name: str) -> None:
-    """benchmarks/train_step.py must run without Hydra, and so repeats what conf/experiment says."""
+def test_the_benchmark_uses_the_shipped_model_configs(name: str) -> None:
+    """benchmarks/train_step.py must run without Hydra, and therefore repeats values of conf/experiment."""
     from benchmarks.train_step import RECIPES
 
     shipped = composed(f"experiment={name}")

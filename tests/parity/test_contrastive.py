@@ -1,4 +1,4 @@
-"""wav2vec 2.0's loss and gradients against transformers, given the same masks, negatives and (no) Gumbel noise."""
+"""wav2vec 2.0's loss and gradients against transformers, with equal masks and negatives and no Gumbel noise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CTX = StepContext(seed=0, step=0)
 
 
 def exact_hard_gumbel(logits: Tensor, tau: float = 1.0, hard: bool = False, **_: object) -> Tensor:
-    """torch's gumbel_softmax without noise, its forward value exactly one-hot."""
+    """Returns torch's gumbel_softmax without noise, with an exactly one-hot forward value."""
     soft = (logits / tau).softmax(-1)
     one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
     return one_hot + (soft - soft.detach())
@@ -46,12 +46,12 @@ GRADIENTS: dict[str, Callable[[wav2vec2.Wav2Vec2], Tensor]] = {
     "project_hid.weight": lambda ours: ours.project_prediction.weight.grad,
     "project_hid.bias": lambda ours: ours.project_prediction.bias.grad,
 }
-"""Ours by the name that transformers' weight has."""
+"""Our weights by their names in transformers."""
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
 @pytest.mark.parametrize(("norm", "pre"), [("group", False), ("layer", True)], ids=["base", "large"])
-def test_loss_and_gradients(
+def test_loss_and_gradients_equal_those_of_transformers(
     norm: str, pre: bool, ragged: bool, parity: Parity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_loss_and_gradients(
         hugging_face_config(transformers.Wav2Vec2Config, norm, pre, diversity_loss_weight=0.1, **off)
     )
     randomize(theirs)
-    with torch.no_grad():  # sharp enough to use many codes, soft enough that no probability underflows
+    with torch.no_grad():  # sharp enough to use many codes, and smooth enough that no probability underflows
         theirs.quantizer.weight_proj.weight.mul_(0.3)
     ours = our_model(norm, pre)
     copy_weights(theirs, ours)
@@ -87,7 +87,7 @@ def test_loss_and_gradients(
         return float((mine - other).detach().abs() / other.detach().abs())
 
     def relative_to_largest(mine: Tensor, other: Tensor) -> float:
-        # a key's bias has a gradient of 0 but for rounding, hence the floor
+        # the bias of attention keys has a gradient of 0 up to rounding, hence the floor
         return float((mine - other).abs().max() / other.abs().max().clamp(min=1e-4))
 
     parity("contrastive: total", 1e-5, relative(found.total, expected.loss))

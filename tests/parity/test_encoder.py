@@ -1,4 +1,4 @@
-"""Every hidden state of stem and encoder against transformers (recipe: ≤ 1e-5 in fp32, ≤ 1e-10 in fp64)."""
+"""Every hidden state of stem and encoder against transformers (≤ 1e-5 in fp32, ≤ 1e-10 in fp64)."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ KINDS = {
         {"positions": "conv_stack", "conv_positions_depth": 3, "conv_positions_kernel": 19},
     ),
 }
-"""Fields of each architecture's config beyond the common sizes, theirs and ours."""
+"""Fields of each architecture beyond the common sizes: of transformers' config and of ours."""
 CASES = [
     (kind, norm, pre)
     for kind in KINDS
     for norm in ("group", "layer")
     for pre in (False, True)
-    if kind != "Data2VecAudio" or (norm == "layer" and not pre)  # it has this one form
+    if kind != "Data2VecAudio" or (norm == "layer" and not pre)  # it has only this variant
 ]
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
 @pytest.mark.parametrize(("kind", "norm", "pre"), CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
-def test_hidden_states(
+def test_hidden_states_equal_those_of_transformers(
     kind: str,
     norm: str,
     pre: bool,
@@ -89,8 +89,8 @@ SHIPPED = {
 
 
 @pytest.mark.parametrize("experiment", SHIPPED)
-def test_shipped_models_have_the_parameters_of_transformers(experiment: str, parity: Parity) -> None:
-    """Transformers' defaults are the released BASE models; its mask embedding is our objective's."""
+def test_shipped_models_have_as_many_parameters_as_those_of_transformers(experiment: str, parity: Parity) -> None:
+    """Transformers' defaults are the released BASE models, which include our objective's mask embedding."""
     kind, more = SHIPPED[experiment]
     values = compose("pretrain", [f"experiment={experiment}", "data.shards=nowhere"])
     with torch.device("meta"):

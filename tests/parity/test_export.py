@@ -1,4 +1,4 @@
-"""Export → from_pretrained → the same features; weights of released layouts as a start; clear refusals."""
+"""Exported models give equal features in transformers; weights of released layouts load; others are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def config(objective: str, frontend: dict[str, Any], encoder: dict[str, Any], /,
 
 
 def started(folder: Path, /, *parts: Any, **more: Any) -> TrainModule:
-    """A module of other random weights, with `init=folder`."""
+    """Builds a module with different random weights, and loads `init=folder`."""
     described = config(*parts, seed=1, init=str(folder), **more)
     module = build_model(described)
     load_initial(described, module)
@@ -58,7 +58,7 @@ def started(folder: Path, /, *parts: Any, **more: Any) -> TrainModule:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_round_trip(case: str, tmp_path: Path, parity: Parity) -> None:
+def test_exported_features_equal_those_of_the_run(case: str, tmp_path: Path, parity: Parity) -> None:
     described = config(*CASES[case])
     module = build_model(described)
     parity("export: the gate's own comparison, fp64", 1e-5, export(described, module, tmp_path / "out"))
@@ -73,7 +73,7 @@ def test_round_trip(case: str, tmp_path: Path, parity: Parity) -> None:
     with torch.no_grad():
         hidden = theirs.eval()(given_BT, output_hidden_states=True).hidden_states
         ours = module.eval().model(wave_BT, torch.tensor([16_000] * 2)).layers
-    n = len(hidden) - (described.encoder.norm == "pre")  # theirs gives the last of these before its norm
+    n = len(hidden) - (described.encoder.norm == "pre")  # transformers returns the last of these before its norm
     error = max(float((a - b).abs().max()) for a, b in zip(ours[:n], hidden[:n], strict=True))
     last = float((theirs(given_BT).last_hidden_state - ours[-1]).detach().abs().max())
     parity("export: every layer of from_pretrained against ours, fp32", 1e-5, max(error, last))
@@ -83,7 +83,7 @@ def test_round_trip(case: str, tmp_path: Path, parity: Parity) -> None:
 
 
 def test_the_codebook_sizes_are_exported(tmp_path: Path) -> None:
-    """Groups, codes and dimensions differ from transformers' defaults, and nothing is initialised again."""
+    """Groups, codes and dimensions differ from transformers' defaults, and no weight is re-initialised."""
     sizes = {"groups": 4, "n_codes": 12, "code_dim": 24, "projection_dim": 20, "negatives": 7}
     described = config("wav2vec2", {}, {}, objective={"name": "wav2vec2", **sizes})
     export(described, build_model(described), tmp_path / "out")
@@ -96,7 +96,7 @@ def test_the_codebook_sizes_are_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"n_codes": 160}, {"groups": 4, "n_codes": 160}, {"projection_dim": 64}])
-def test_an_objective_of_other_sizes_starts_with_random_weights_and_says_so(
+def test_an_objective_of_other_sizes_starts_with_random_weights_and_reports_it(
     change: dict[str, Any], tmp_path: Path
 ) -> None:
     described = config("wav2vec2", {}, {})
@@ -111,7 +111,7 @@ def test_an_objective_of_other_sizes_starts_with_random_weights_and_says_so(
     assert "new, with random values" in said[2]
 
 
-def test_both_namings_of_weight_norm_and_prefixes_load(tmp_path: Path) -> None:
+def test_both_weight_norm_namings_load_and_unused_weights_are_ignored(tmp_path: Path) -> None:
     described = config("wav2vec2", {}, {})
     module = build_model(described)
     export(described, module, tmp_path / "new")
@@ -150,7 +150,7 @@ def test_both_namings_of_weight_norm_and_prefixes_load(tmp_path: Path) -> None:
 def test_another_architecture_is_refused(
     case: str, frontend: dict[str, Any], encoder: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    """The shapes of most of these are the same."""
+    """Most of these have equal weight shapes."""
     described = config(*CASES[case])
     export(described, build_model(described), tmp_path / "out")
     parts = {"frontend": {"name": "log_mel"}} if frontend.get("name") else {}
@@ -158,7 +158,7 @@ def test_another_architecture_is_refused(
         started(tmp_path / "out", "hubert", {} if parts else frontend, encoder, **parts)
 
 
-def test_their_activations_and_types_are_ours_or_refused(tmp_path: Path) -> None:
+def test_unsupported_activations_and_model_types_are_refused(tmp_path: Path) -> None:
     described = config("wav2vec2", {}, {})
     export(described, build_model(described), tmp_path / "out")
     file = tmp_path / "out" / "config.json"
@@ -170,7 +170,7 @@ def test_their_activations_and_types_are_ours_or_refused(tmp_path: Path) -> None
         file.write_text(json.dumps(values))
 
 
-def test_folders_of_several_files_and_of_pickles(tmp_path: Path) -> None:
+def test_sharded_weights_load_and_pickles_must_be_converted(tmp_path: Path) -> None:
     described = config("wav2vec2", {}, {})
     module = build_model(described)
     export(described, module, tmp_path / "out")
@@ -207,7 +207,9 @@ def test_folders_of_several_files_and_of_pickles(tmp_path: Path) -> None:
         ({"encoder": {"name": "transformer", "attention": "chunked"}}, "encoder.attention=chunked"),
     ],
 )
-def test_refusals(values: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_models_without_a_hugging_face_equivalent_are_refused(
+    values: dict[str, Any], named: str, tmp_path: Path
+) -> None:
     described = config("wav2vec2", {}, {}, **values)
     with torch.device("meta"):
         module = build_model(described)
@@ -216,7 +218,7 @@ def test_refusals(values: dict[str, Any], named: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_gate_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_whose_features_differ_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described = config("wav2vec2", {}, {})
     monkeypatch.setattr("pretrain.interop.hf_export.gate", lambda *_: 1.0)
     with pytest.raises(ConfigError, match="differ by"):
@@ -224,7 +226,7 @@ def test_a_failed_gate_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_can_start_from_a_folder(tmp_path: Path) -> None:
+def test_a_run_can_be_initialised_from_a_folder(tmp_path: Path) -> None:
     described = config("data2vec", *CASES["data2vec"][1:])
     module = build_model(described)
     export(described, module, tmp_path / "out")
@@ -246,8 +248,8 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_continued_pretraining_from_their_own_checkpoints(name: str, tmp_path: Path, parity: Parity) -> None:
-    """A model that transformers wrote starts ours: the same features, and a loss that can be trained."""
+def test_pretraining_continues_from_transformers_checkpoints(name: str, tmp_path: Path, parity: Parity) -> None:
+    """A model saved by transformers initialises ours: equal features, and a finite loss."""
     torch.manual_seed(0)
     kind, objective, frontend, encoder = LAYOUTS[name]
     stack, large = "positions" in encoder, encoder.get("norm") == "pre"
@@ -272,8 +274,8 @@ def test_continued_pretraining_from_their_own_checkpoints(name: str, tmp_path: P
     assert torch.isfinite(loss)
 
 
-def test_wav2vec2s_own_weights_come_along(tmp_path: Path, parity: Parity) -> None:
-    """Quantiser, projections and mask embedding of Wav2Vec2ForPreTraining: the loss is theirs, not chance."""
+def test_wav2vec2_objective_weights_are_imported(tmp_path: Path, parity: Parity) -> None:
+    """With quantizer, projections and mask embedding of Wav2Vec2ForPreTraining the losses are equal."""
     torch.manual_seed(0)
     theirs = transformers.Wav2Vec2ForPreTraining(
         transformers.Wav2Vec2Config(

@@ -1,4 +1,4 @@
-"""Features, code look-ups and buckets of distance against torchaudio, NumPy and transformers."""
+"""Features, augmentation, code look-ups and relative position buckets against torchaudio, NumPy and transformers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
 from tests.support.parity_table import Parity
 
 
-def test_mel_filters_are_torchaudios(parity: Parity) -> None:
+def test_mel_filters_equal_those_of_torchaudio(parity: Parity) -> None:
     functional = pytest.importorskip("torchaudio.functional")
     for n_fft, n_mels in ((512, 80), (512, 40), (1024, 64)):
         theirs = functional.melscale_fbanks(n_fft // 2 + 1, 0.0, 8000.0, n_mels, 16_000)
         parity("mel filters against torchaudio", 1e-5, float((mel_filters(n_fft, n_mels) - theirs).abs().max()))
 
 
-def test_log_mel_is_torchaudios(parity: Parity) -> None:
+def test_log_mel_equals_that_of_torchaudio(parity: Parity) -> None:
     transforms = pytest.importorskip("torchaudio.transforms")
     wave_BT = torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
     spectrum = transforms.MelSpectrogram(16_000, n_fft=512, win_length=400, hop_length=160, n_mels=80, center=False)
@@ -31,8 +31,8 @@ def test_log_mel_is_torchaudios(parity: Parity) -> None:
     parity("log-mel against torchaudio", 1e-4, float((mine[:, : theirs.shape[1]] - theirs).abs().max()))
 
 
-def test_the_dct_of_mfcc_is_the_definition(parity: Parity) -> None:
-    """DCT-II, orthonormal, in double precision."""
+def test_the_dct_of_mfcc_equals_its_definition(parity: Parity) -> None:
+    """Compares with the orthonormal DCT-II in double precision."""
     mels = np.arange(23) + 0.5
     dct_MC = np.cos(np.pi / 23 * mels[:, None] * np.arange(13)) * np.sqrt(2 / 23)
     dct_MC[:, 0] /= np.sqrt(2)
@@ -41,7 +41,7 @@ def test_the_dct_of_mfcc_is_the_definition(parity: Parity) -> None:
     )
 
 
-def test_added_noise_is_the_definition(parity: Parity) -> None:
+def test_added_noise_has_the_snr_by_definition(parity: Parity) -> None:
     rng = np.random.default_rng(0)
     wave, noise = (rng.standard_normal(16_000).astype(np.float32) * 0.1 for _ in range(2))
     scale = np.sqrt(np.mean(wave.astype(np.float64) ** 2) / np.mean(noise.astype(np.float64) ** 2) * 10 ** (-7.5 / 10))
@@ -52,7 +52,7 @@ def test_added_noise_is_the_definition(parity: Parity) -> None:
     )
 
 
-def test_reverberation_is_torchaudios(parity: Parity) -> None:
+def test_reverberation_equals_that_of_torchaudio(parity: Parity) -> None:
     functional = pytest.importorskip("torchaudio.functional")
     rng = np.random.default_rng(0)
     wave = (rng.standard_normal(16_000) * 0.1).astype(np.float32)
@@ -63,8 +63,8 @@ def test_reverberation_is_torchaudios(parity: Parity) -> None:
     parity("reverberation against torchaudio", 1e-5, np.abs(reverberate(wave, response) - expected.numpy()).max())
 
 
-def test_random_projection_indices_are_numpys(parity: Parity) -> None:
-    """BEST-RQ's look-up computed again in double precision: project, norm, nearest code by Euclidean distance."""
+def test_random_projection_indices_equal_those_of_numpy(parity: Parity) -> None:
+    """BEST-RQ's look-up in double precision: project, normalise, nearest code by Euclidean distance."""
     generator = torch.Generator().manual_seed(0)
     quantizer = RandomProjectionQuantizer(320, 16, 8192)
     x_ND = torch.randn(10_000, 320, generator=generator)
@@ -80,8 +80,8 @@ def test_random_projection_indices_are_numpys(parity: Parity) -> None:
 
 
 @pytest.mark.parametrize("max_distance", [800, 1280])
-def test_buckets_of_distance_are_transformers(max_distance: int, parity: Parity) -> None:
-    """At the released sizes, for all distances within a minute."""
+def test_relative_position_buckets_equal_those_of_transformers(max_distance: int, parity: Parity) -> None:
+    """Uses the released sizes, for all distances within a minute."""
     wavlm = pytest.importorskip("transformers.models.wavlm.modeling_wavlm")
     theirs = wavlm.WavLMAttention(8, 2, num_buckets=320, max_distance=max_distance)
     distance = torch.arange(-3000, 3001)

@@ -1,4 +1,4 @@
-"""TorchScript and ONNX give our features for lengths and batches that they were not made with, or are not written."""
+"""TorchScript and ONNX exports give equal features for lengths and batch sizes not seen during tracing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 ONE = "efficient"
-"""The case that CI exports to ONNX, too."""
+"""The case that CI also exports to ONNX."""
 
 
 def made(frontend: dict[str, Any], encoder: dict[str, Any]) -> tuple[Config, Any]:
@@ -42,7 +42,7 @@ def made(frontend: dict[str, Any], encoder: dict[str, Any]) -> tuple[Config, Any
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_torchscript(case: str, tmp_path: Path, parity: Parity) -> None:
+def test_torchscript_features_equal_those_of_the_model(case: str, tmp_path: Path, parity: Parity) -> None:
     config, model = made(*CASES[case])
     error = graph_export.export_graph(config, model, tmp_path / "out", "torchscript")
     parity("TorchScript: features, as a share of the largest", 1e-5, error)
@@ -51,22 +51,22 @@ def test_torchscript(case: str, tmp_path: Path, parity: Parity) -> None:
     torch.testing.assert_close(torch.jit.load(str(tmp_path / "out" / "model.ts"))(wave_BT), expected)
 
 
-def test_a_run_on_packed_rows_is_exported_like_any_other(tmp_path: Path) -> None:
+def test_a_model_trained_on_packed_rows_is_exported(tmp_path: Path) -> None:
     _, model = made(*CASES["wav2vec2 base"])
     model.frontend.packed = model.encoder.packed = True
     assert graph_export.export_graph(made(*CASES["wav2vec2 base"])[0], model, tmp_path / "out", "torchscript") <= 1e-5
-    assert model.encoder.packed, "only the copy was changed"
+    assert model.encoder.packed, "the exporter changes a copy only"
 
 
 @pytest.mark.parametrize("case", [ONE, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != ONE)])
-def test_onnx(case: str, tmp_path: Path, parity: Parity) -> None:
+def test_onnx_features_equal_those_of_the_model(case: str, tmp_path: Path, parity: Parity) -> None:
     pytest.importorskip("onnxscript")
     error = graph_export.export_graph(*made(*CASES[case]), tmp_path / "out", "onnx")
     parity("ONNX: features, as a share of the largest", 1e-4, error)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.onnx", "features.json"}
 
 
-def test_a_layer_in_the_middle(tmp_path: Path) -> None:
+def test_an_intermediate_layer_is_exported(tmp_path: Path) -> None:
     config, model = made(*CASES["efficient"])
     graph_export.export_graph(config, model, tmp_path / "out", "torchscript", layer=1)
     wave_BT = torch.randn(2, 17_000)
@@ -76,21 +76,21 @@ def test_a_layer_in_the_middle(tmp_path: Path) -> None:
         graph_export.export_graph(config, model, tmp_path / "other", "torchscript", layer=3)
 
 
-def test_a_pattern_that_does_not_fit_is_refused_and_nothing_written(tmp_path: Path) -> None:
+def test_an_unsupported_attention_pattern_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     chunked = ROPE | {"attention": "chunked", "chunk_frames": [4], "left_chunks": 1}
     with pytest.raises(ConfigError, match=r"attention=chunked: the exported .* differ by|does not run on"):
         graph_export.export_graph(*made({"name": "log_mel"}, chunked), tmp_path / "out", "torchscript")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_gate_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_whose_features_differ_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_export, "gate", lambda *_: 1e-3)
     with pytest.raises(ConfigError, match=r"differ by 1\.0e-03"):
         graph_export.export_graph(*made(*CASES["efficient"]), tmp_path / "out", "torchscript")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_onnx_without_its_packages_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_export_without_its_packages_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'auricle\[onnx\]'"):
         graph_export.export_graph(*made(*CASES["efficient"]), tmp_path / "out", "onnx")

@@ -1,4 +1,4 @@
-"""HuBERT's loss against torchaudio's pretraining model, masks injected; k-means against scikit-learn."""
+"""HuBERT's loss against torchaudio's pretraining model with equal masks; k-means against scikit-learn."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ OBJECTIVE = {
     "classifiers.0.linear.bias": "logit_generator.final_proj.bias",
     "classifiers.0.embedding_KD": "logit_generator.label_embeddings",
 }
-"""Our name → torchaudio's."""
+"""Maps our weight names to torchaudio's."""
 
 
 def as_hugging_face(name: str) -> str:
-    """A torchaudio name of stem or encoder; the rest of the two layouts is alike."""
+    """Converts a torchaudio weight name of stem or encoder to transformers' naming; all other names are equal."""
     return (
         name.removeprefix("wav2vec2.")
         .replace("encoder.feature_projection", "feature_projection")
@@ -80,7 +80,7 @@ def as_hugging_face(name: str) -> str:
 
 
 def compare(theirs: torch.nn.Module, ours: SpeechModel, labels: hubert.Config, ragged: bool, parity: Parity) -> None:
-    """Copies torchaudio's weights, and compares loss and all gradients for one mask."""
+    """Copies torchaudio's weights and compares the loss and all gradients for one mask."""
     randomize(theirs)
     parts = theirs.state_dict()
     stem_and_encoder = {as_hugging_face(name): w for name, w in parts.items() if name.startswith("wav2vec2.")}
@@ -89,7 +89,9 @@ def compare(theirs: torch.nn.Module, ours: SpeechModel, labels: hubert.Config, r
     objective = hubert.build(labels, ours.shape)
     objective.load_state_dict({name: parts[other] for name, other in OBJECTIVE.items()})
     wave_BT, lengths_B = ragged_batch(ragged)
-    if not ragged:  # their penalty weighs utterances alike, ours by masked frames (fairseq trims those to be as many)
+    if (
+        not ragged
+    ):  # torchaudio's penalty weighs utterances equally, ours by masked frames (fairseq equalises their numbers)
         wave_BT, lengths_B = wave_BT[:1], lengths_B[:1]
     labels_BF = torch.randint(0, labels.units, (len(wave_BT), 49))
     batch = Batch(wave_BT, lengths_B, ("a", "b", "c")[: len(wave_BT)], 0, targets={"units": labels_BF})
@@ -107,7 +109,7 @@ def compare(theirs: torch.nn.Module, ours: SpeechModel, labels: hubert.Config, r
     def relative(mine: torch.Tensor, other: torch.Tensor) -> float:
         return float(((mine - other).abs() / other.abs()).detach())
 
-    # one column for the label and K, of which the label's is −inf, are the same as K columns
+    # a column for the label and K columns, of which the label's is −inf, are equivalent to K columns
     mine = found.metrics["loss/prediction"][0]
     parity("HuBERT against torchaudio: (K+1)-column cross-entropy", 5e-7, relative(mine, cross_entropy))
     if not ragged:
@@ -127,7 +129,7 @@ def compare(theirs: torch.nn.Module, ours: SpeechModel, labels: hubert.Config, r
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["one", "ragged"])
 @pytest.mark.parametrize(("norm", "pre"), [("group", False), ("layer", True)], ids=["base", "large"])
-def test_loss_and_gradients(norm: str, pre: bool, ragged: bool, parity: Parity) -> None:
+def test_loss_and_gradients_equal_those_of_torchaudio(norm: str, pre: bool, ragged: bool, parity: Parity) -> None:
     torch.manual_seed(0)
     penalty = 0.0 if ragged else 10.0
     labels = hubert.Config(labels="units", units=UNITS, projection_dim=24, penalty_weight=penalty)
@@ -136,7 +138,7 @@ def test_loss_and_gradients(norm: str, pre: bool, ragged: bool, parity: Parity) 
 
 @pytest.mark.slow
 def test_hubert_pretrain_base(parity: Parity) -> None:
-    """The factory itself, at its full size."""
+    """Uses the model factory at its full size."""
     torch.manual_seed(0)
     theirs = models.hubert_pretrain_base(0.0, 0.0, 0.0, 0.0, 0.0, num_classes=100)
     quiet = {"dropout": 0.0, "attention_dropout": 0.0, "layer_drop": 0.0}
@@ -145,7 +147,7 @@ def test_hubert_pretrain_base(parity: Parity) -> None:
     compare(theirs, ours, hubert.Config(labels="units", units=100), False, parity)
 
 
-def test_kmeans_inertia(parity: Parity) -> None:
+def test_kmeans_inertia_matches_scikit_learn(parity: Parity) -> None:
     cluster = pytest.importorskip("sklearn.cluster")
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((40, 39)) * 2

@@ -1,4 +1,4 @@
-"""WavLM's mixtures against the released `mixing_collated_audios`, computed again in NumPy."""
+"""WavLM's mixing against the released `mixing_collated_audios`, reimplemented in NumPy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = ("mix", "noise", "partner", "length", "begin", "at", "snr")
 
 
 class Recorder:
-    """A generator that remembers what it drew; `names` is their order."""
+    """A random generator that records its draws under `names`, in order."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -37,14 +37,14 @@ class Recorder:
 def batch(step: int) -> Batch:
     rng = np.random.default_rng(step)
     wave_BT = rng.standard_normal((B, T)) * rng.uniform(0.01, 1, (B, 1)) * np.linspace(0.1, 2, T)
-    wave_BT[2] *= step % 5 != 0  # silence now and then
+    wave_BT[2] *= step % 5 != 0  # some rows are silent
     return Batch(torch.from_numpy(wave_BT).float(), torch.full((B,), T), ("a", "b", "c"), 0)
 
 
 def mixed(
     monkeypatch: pytest.MonkeyPatch, objective: Any, step: int
 ) -> tuple[Batch, torch.Tensor, list[dict[str, Any]]]:
-    """A batch, what we make of it, and what was drawn for each row: {} where nothing is mixed in."""
+    """Returns a batch, its mixture, and the draws for each row: {} where nothing is mixed in."""
     recorders, clips = [], []
 
     def recorded(*key: Any) -> Recorder:
@@ -71,7 +71,7 @@ def mixed(
 
 
 def released(source: np.ndarray, rows: list[dict[str, Any]]) -> np.ndarray:
-    """Row by row in place; the power of the whole main and the whole other signal; nothing from a silent one."""
+    """Mixes row by row in place, with the powers of both whole signals; silent signals are not mixed in."""
     source = source.astype(np.float64)
     for main, draw in zip(source, rows, strict=True):
         if not draw:
@@ -85,10 +85,10 @@ def released(source: np.ndarray, rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("noise_share", [0.0, 0.5, 1.0])
-def test_the_mixture_is_that_of_the_released_code(
+def test_mixtures_equal_those_of_the_released_code(
     noise_share: float, monkeypatch: pytest.MonkeyPatch, parity: Parity
 ) -> None:
-    """Among the cases: a partner that is the row itself, one that was mixed before, and one that is silent."""
+    """The cases include a row mixed with itself, with an already mixed row, and with a silent row."""
     objective, seen = make("wavlm", mix_prob=0.8, noise_share=noise_share).objective, set()
     for step in range(40):
         given, found_BT, rows = mixed(monkeypatch, objective, step)
@@ -99,7 +99,7 @@ def test_the_mixture_is_that_of_the_released_code(
     assert seen == ({-1, 0, 1} if noise_share < 1 else set())
 
 
-def test_what_is_drawn_has_the_released_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_have_the_released_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = make("wavlm", mix_prob=0.5, noise_share=0.4).objective
     drawn = [mixed(monkeypatch, objective, step)[2] for step in range(400)]
     rows = [(row, draw) for step in drawn for row, draw in enumerate(step)]

@@ -1,4 +1,4 @@
-"""Conformer, rotary positions, MFCC, whitening, U-shape and multi-scale front end against others' or NumPy's."""
+"""Conformer, rotary positions, MFCC, whitening, U-shape and multi-scale front end against libraries or NumPy."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.support.parity_table import Parity, difference
 
 
 class NormOverChannels(nn.LayerNorm):
-    """Ours, in the place of the batch norm."""
+    """Our layer norm over channels in place of transformers' batch norm."""
 
     def forward(self, x_BDF: Tensor) -> Tensor:
         return super().forward(x_BDF.transpose(1, 2)).transpose(1, 2)
 
 
 def conformer_names(name: str) -> str:
-    """Of our block's weights in transformers' Wav2Vec2ConformerEncoderLayer."""
+    """Returns the names of our block's weights in transformers' Wav2Vec2ConformerEncoderLayer."""
     for ours, theirs in (
         ("ffn_first.0", "ffn1_layer_norm"),
         ("ffn_first.1", "ffn1.intermediate_dense"),
@@ -52,7 +52,7 @@ def conformer_names(name: str) -> str:
 
 
 @pytest.mark.parametrize("kernel", [31, 9], ids=["Conformer", "FastConformer"])
-def test_conformer_blocks_are_transformers(kernel: int, parity: Parity) -> None:
+def test_conformer_blocks_equal_those_of_transformers(kernel: int, parity: Parity) -> None:
     """Outputs and gradients, without positions; with a layer norm for their batch norm and no biases where they have
     none."""
     modeling = pytest.importorskip("transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer")
@@ -90,7 +90,7 @@ def test_conformer_blocks_are_transformers(kernel: int, parity: Parity) -> None:
     parity("Conformer and FastConformer: gradients against transformers", 1e-4, difference(mine, other))
 
 
-def test_rotary_positions_are_llamas(parity: Parity) -> None:
+def test_rotary_positions_equal_those_of_llama(parity: Parity) -> None:
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     config = pytest.importorskip("transformers").LlamaConfig(hidden_size=128, num_attention_heads=2)
     q, k = torch.randn(2, 2, 2, 700, 64, generator=torch.Generator().manual_seed(0))
@@ -98,13 +98,13 @@ def test_rotary_positions_are_llamas(parity: Parity) -> None:
     expected = llama.apply_rotary_pos_emb(q, k, *llama.LlamaRotaryEmbedding(config)(q, places[None]))
     angles = rotary_angles(places, 64)
     for mine, other in zip((rotate(q, *angles), rotate(k, *angles)), expected, strict=True):
-        # both round the angle, which grows with the place
+        # both round the angle, which grows with the position
         parity("rotary positions of 700 frames against transformers' Llama", 1e-4, difference(mine, other))
 
 
 @pytest.mark.parametrize(("n_mels", "window"), [(23, 400), (40, 1024)], ids=["HuBERT", "multiscale"])
-def test_mfcc_are_torchaudios(n_mels: int, window: int, parity: Parity) -> None:
-    """Cepstra, Δ and ΔΔ, normed over the utterance; the first and last frames' Δ see repeated frames in both."""
+def test_mfcc_equal_those_of_torchaudio(n_mels: int, window: int, parity: Parity) -> None:
+    """Cepstra, Δ and ΔΔ, normalised over the utterance; both repeat edge frames for Δ."""
     transforms = pytest.importorskip("torchaudio.transforms")
     functional = pytest.importorskip("torchaudio.functional")
     wave_BT = torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
@@ -112,17 +112,19 @@ def test_mfcc_are_torchaudios(n_mels: int, window: int, parity: Parity) -> None:
     n_fft = ours.mel.n_fft
     options = {"n_fft": n_fft, "win_length": window, "hop_length": 160, "n_mels": n_mels, "center": False}
     theirs = transforms.MFCC(16_000, n_mfcc=13, log_mels=True, melkwargs=options)(wave_BT)
-    start = (n_fft - window) // 2  # theirs centres its window in the FFT
+    start = (n_fft - window) // 2  # torchaudio centres its window in the FFT
     heard = window + 160 * (theirs.shape[2] - 1)
     found = ours(wave_BT[:, start : start + heard], torch.tensor([heard] * 2)).x_BFD
     first = functional.compute_deltas(theirs)
     expected = torch.cat([theirs, first, functional.compute_deltas(first)], dim=1).transpose(1, 2)
-    expected = (expected - expected.mean(1, keepdim=True)) / LogMel.STD  # in which the norm's eps is small
+    expected = (
+        expected - expected.mean(1, keepdim=True)
+    ) / LogMel.STD  # loud enough for the norm's eps to be negligible
     expected = expected / (expected.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     parity("MFCC, Δ and ΔΔ against torchaudio", 1e-4, difference(found, expected))
 
 
-def test_delta_is_torchaudios(parity: Parity) -> None:
+def test_delta_equals_that_of_torchaudio(parity: Parity) -> None:
     functional = pytest.importorskip("torchaudio.functional")
     x_BFD = torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(0))
     found = delta(x_BFD, torch.tensor([30, 21]))
@@ -131,8 +133,8 @@ def test_delta_is_torchaudios(parity: Parity) -> None:
         parity("Δ of ragged rows against torchaudio", 1e-5, difference(found[row : row + 1, :length], expected))
 
 
-def test_whitening_is_scikit_learns(parity: Parity) -> None:
-    """Up to each axis's sign."""
+def test_whitening_equals_that_of_scikit_learn(parity: Parity) -> None:
+    """Axes are equal up to their sign."""
     decomposition = pytest.importorskip("sklearn.decomposition")
     generator = torch.Generator().manual_seed(0)
     x_ND = torch.randn(4000, 40, generator=generator) @ torch.randn(40, 40, generator=generator) + 3
@@ -144,8 +146,8 @@ def test_whitening_is_scikit_learns(parity: Parity) -> None:
     parity("PCA whitening against scikit-learn", 1e-4, float(np.abs(mine * signs - theirs).max()))
 
 
-def test_u_shape_is_numpys(parity: Parity) -> None:
-    """Pairs joined by a linear layer, blocks at half the rate, parted and added to what was; for an odd length, too."""
+def test_u_shape_equals_a_numpy_computation(parity: Parity) -> None:
+    """Frame pairs are joined by a linear layer, run at half the rate, split and added back; also for an odd length."""
     sizes: dict[str, Any] = {"dim": 16, "layers": 3, "heads": 2, "ffn_dim": 24, "positions": "none", "layer_drop": 0.0}
     ours = transformer.build(transformer.Config(**sizes, half_rate_blocks=1, norm="pre")).eval()
     randomize(ours)
@@ -174,8 +176,8 @@ def test_u_shape_is_numpys(parity: Parity) -> None:
     parity("U-shape against NumPy", 1e-5, difference(found.final.x_BFD[0], last))
 
 
-def test_multiscale_front_end_is_numpys(parity: Parity) -> None:
-    """Each branch computed by itself, at its own centre: normed, stacked, projected, and mixed by a softmax."""
+def test_multiscale_front_end_equals_a_numpy_computation(parity: Parity) -> None:
+    """Each branch is computed alone, at its own window centre: normalised, stacked, projected, and softmax-mixed."""
     ours = multiscale.build(multiscale.Config(wave_channels=24, dropout=0.0), 32).eval()
     randomize(ours)
     wave_BT = torch.randn(1, 8_000, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Learning-rate schedules against transformers' and fairseq's formula."""
+"""Learning rate schedules against transformers and fairseq's formulas."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def theirs(name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
-def test_against_transformers(name: str, parity: Parity) -> None:
-    """Ours gives the first update a rate above 0, theirs gives it to the second: the same curve, one update earlier."""
+def test_schedules_equal_those_of_transformers(name: str, parity: Parity) -> None:
+    """Our first update has a rate above 0, that of transformers has rate 0: the curves differ by one update."""
     config = ScheduleConfig(name=name, warmup_steps=WARM_UP)
     ours = [learning_rate(OptimizerConfig(lr=LR), config, TOTAL, step) for step in range(TOTAL)]
     error = max(abs(a - b) for a, b in zip(ours, theirs(name), strict=True)) / LR
     parity("schedules linear, cosine, constant against transformers", 1e-6, error)
 
 
-def test_tri_stage_and_noam(parity: Parity) -> None:
+def test_tri_stage_and_noam_equal_their_formulas(parity: Parity) -> None:
     """fairseq `tri_stage`: warm up, hold, decay to 1 % of the peak; Noam: peak · sqrt(warm-up / update)."""
     tri = ScheduleConfig(name="tri_stage", warmup_steps=3, hold_fraction=0.9)
     noam = ScheduleConfig(name="noam", warmup_steps=25)

@@ -26,7 +26,7 @@ TOP = 2
 
 
 def made(objective: str, **more: Any) -> TrainModule:
-    """Without dropout; the teacher is other than the student."""
+    """Builds a model without dropout, whose teacher differs from the student."""
     encoder = {"name": "transformer", "dim": 32, "layers": 3, "heads": 2, "ffn_dim": 48, "positions": "rope"}
     encoder |= {"dropout": 0.0, "attention_dropout": 0.0, "layer_drop": 0.0}
     values = {
@@ -63,9 +63,9 @@ def instance_normed(x_FD: Array) -> Array:
 
 
 def teacher_layers(module: TrainModule, frames: Frames) -> list[list[Array]]:
-    """By utterance: the instance-normed feed-forward outputs of the teacher's last blocks, each computed alone.
+    """Returns, by utterance, the instance-normed feed-forward outputs of the teacher's last blocks.
 
-    Taken by a hook on the linear layer that ends the feed-forward part.
+    Each utterance is computed alone; a hook on the last linear layer of the feed-forward part records the outputs.
     """
     teacher = module.objective.teacher.copy  # type: ignore[union-attr]
     found: list[list[Array]] = []
@@ -88,7 +88,7 @@ def relative(mine: float | torch.Tensor, other: float) -> float:
 
 
 def test_data2vec(parity: Parity) -> None:
-    """‖prediction − mean of the teacher's top layers‖² over masked frames, / √D (fairseq's scale)."""
+    """Loss: ‖prediction − mean of the teacher's top layers‖² over masked frames, divided by √D as in fairseq."""
     module, given = made("data2vec"), batch()
     objective = module.objective
     assert isinstance(objective, Data2Vec)
@@ -111,7 +111,7 @@ def test_data2vec(parity: Parity) -> None:
 
 
 def convolved(x_FD: Array, weight_EDK: Array, bias_E: Array, groups: int) -> Array:
-    """A grouped convolution with zeros beyond both ends."""
+    """Returns a grouped convolution with zero padding at both ends."""
     width, inner, taps = weight_EDK.shape
     padded = np.pad(x_FD, ((taps // 2, taps // 2), (0, 0)))
     out = np.zeros((len(x_FD), width))
@@ -133,7 +133,7 @@ def decoded(decoder: Any, x_FD: Array) -> Array:
 
 
 def test_data2vec2(parity: Parity) -> None:
-    """Each copy's kept frames alone are encoded, noise fills the gaps, and the decoder's error counts in them."""
+    """Only the kept frames of each copy are encoded; noise fills the gaps, where the decoder's error counts."""
     module, given = made("data2vec2", masks=2, decoder_dim=48), batch()
     objective = module.objective.eval()
     assert isinstance(objective, Data2Vec2)
@@ -157,8 +157,8 @@ def test_data2vec2(parity: Parity) -> None:
     parity("data2vec 2.0: loss against NumPy", 1e-5, relative(loss.total, total))
 
 
-def test_data2vec2s_decoder_has_the_releases_shape() -> None:
-    """Four grouped convolutions of 7 taps and 384 channels, 16 groups, from and to the encoder's 768 (recipe table)."""
+def test_data2vec2_decoder_has_the_released_shape() -> None:
+    """Four grouped convolutions of 7 taps, 384 channels and 16 groups, between layers of the encoder's 768 channels."""
     from pretrain.objectives.data2vec2 import Config as Shape
     from pretrain.objectives.data2vec2 import Decoder
 
@@ -167,7 +167,7 @@ def test_data2vec2s_decoder_has_the_releases_shape() -> None:
 
 
 def test_dinosr(parity: Parity) -> None:
-    """Labels, loss, and codes after an update (eq. 3-6): sums and sizes decay where frames were assigned, no others."""
+    """Labels, loss, and codes after an update (eq. 3-6): only sums and sizes of codes with assigned frames decay."""
     module, given = made("dinosr", n_codes=12), batch()
     objective = module.objective
     assert isinstance(objective, DinoSR)
@@ -213,8 +213,8 @@ def test_dinosr(parity: Parity) -> None:
 
 
 @pytest.mark.parametrize("objective", ["data2vec", "data2vec2", "dinosr"])
-def test_teachers_follow(objective: str, parity: Parity) -> None:
-    """τ rises in a line from 0.999 to its end; blocks and norm become τ·teacher + (1 − τ)·student."""
+def test_teachers_are_the_ema_of_the_student(objective: str, parity: Parity) -> None:
+    """τ rises linearly from 0.999 to its final value; blocks and norm become τ·teacher + (1 − τ)·student."""
     module = made(objective, ema_steps=100)
     assert isinstance(module.objective, Data2Vec | Data2Vec2 | DinoSR)
     assert module.objective.teacher is not None

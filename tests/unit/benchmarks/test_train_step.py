@@ -1,4 +1,4 @@
-"""benchmarks/train_step.py needs torch, torchaudio, numpy and pydantic, and no other package."""
+"""benchmarks/train_step.py needs no packages besides torch, torchaudio, numpy and pydantic."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ for recipe in train_step.RECIPES:
 
 
 def with_requirements(names: list[str]) -> set[str]:
-    """Distributions, and all that these need without extras."""
+    """Returns the distributions and all their requirements without extras."""
     found: set[str] = set()
     while names:
         name = re.sub(r"[-_.]+", "-", names.pop()).lower()
@@ -45,7 +45,7 @@ def with_requirements(names: list[str]) -> set[str]:
     return found
 
 
-def test_every_recipe_is_built_with_nothing_else() -> None:
+def test_every_recipe_is_built_with_these_packages_only() -> None:
     allowed = with_requirements(["torch", "torchaudio", "numpy", "pydantic"])
     own = {"data_pipeline", "pretrain", "benchmarks"}
     forbidden = [
