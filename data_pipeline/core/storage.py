@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import random
+import secrets
 import shutil
 import sys
 import tempfile
@@ -34,6 +35,10 @@ LEASE: Final = 3600.0
 """Seconds after which a scratch folder that no process renews is abandoned."""
 RENEWAL: Final = 120.0
 """Seconds between renewals of a scratch folder in use."""
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+"""Random number of this start of the kernel."""
+PID_NAMESPACE: Final = Path("/proc/self/ns/pid")
+"""Its inode number identifies the container in which process numbers are valid."""
 TRANSIENT_ERRNO: Final = frozenset(
     {
         None, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EPIPE, errno.ECONNRESET,
@@ -105,12 +110,13 @@ def retry(action: Callable[[], T], path: str, patience: float = PATIENCE) -> T:
     Raises:
         StorageReadError: The storage did not recover in time, or refuses the access.
         FileNotFoundError: There is no such file.
+        StorageWriteError: The action could not write what it has read.
     """
     deadline, pause = 0.0, 0.5
     while True:
         try:
             return action()
-        except FileNotFoundError:
+        except (FileNotFoundError, StorageWriteError):
             raise
         except Exception as error:
             transient, now = is_transient(error), time.monotonic()
@@ -275,13 +281,15 @@ class FileStore:
     def scratch(self, prefix: str = "") -> Iterator[Path]:
         """A new local folder, removed afterwards; below `.tmp` of a local root, so that renames stay atomic.
 
-        Its name identifies the process, and its time is renewed while it is in use; `sweep` goes by both.
+        Its name identifies the process, by a random id, too, and its time is renewed while it is in use; `sweep` uses
+        both.
         """
         parent = Path(self.path(".tmp")) if self.local else None
         with write_errors(self._shown(".tmp")):
             if parent is not None:
                 parent.mkdir(parents=True, exist_ok=True)
-            process = f"{_machine()}+{os.getpid()}+{_started(os.getpid())}"
+            pid = os.getpid()
+            process = f"{_machine()}+{pid}+{_started(pid)}+{_process_id(pid)}"
             made = Path(tempfile.mkdtemp(prefix=f"{prefix}{process}+", dir=parent))
         done = threading.Event()
         threading.Thread(target=_renew, args=(made, done), name="auricle-lease", daemon=True).start()
@@ -294,8 +302,9 @@ class FileStore:
     def sweep(self) -> int:
         """Removes scratch folders of processes that ended, and returns their number.
 
-        A process of this machine (and of this container) is looked up; one elsewhere counts as ended when its folder
-        was not renewed for LEASE seconds, by the clock of the storage.
+        A process of this machine (and of this container) is looked up. One elsewhere counts as ended when its folder
+        was not renewed for LEASE seconds, by the clock of the storage; so does one that only seems to be this process:
+        host name, process number and start time are equal, the random id is not.
         """
         parent = Path(self.path(".tmp"))
         if not self.local or not parent.is_dir():
@@ -331,9 +340,10 @@ class FileStore:
 def _machine() -> str:
     """Identifies this kernel and its process numbers: containers of one host name do not share it."""
     parts = [os.uname().nodename]
-    with contextlib.suppress(OSError):  # Linux only
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
-        parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+    try:
+        parts += [BOOT_ID.read_text(encoding="ascii"), str(PID_NAMESPACE.stat().st_ino)]
+    except OSError:  # not on Linux, or hidden in a sandbox: equal to no other process, so that leases decide
+        parts.append(secrets.token_hex(16))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -345,12 +355,22 @@ def _started(pid: int) -> int:
         return 0
 
 
+@functools.cache
+def _process_id(pid: int) -> str:
+    """The random id of this process, whose number is `pid`: a forked child has another one."""
+    return secrets.token_hex(8)
+
+
 def _is_abandoned(folder: Path, now: float) -> bool:
     _, is_here, rest = folder.name.rpartition(f"{_machine()}+")
-    pid, _, rest = rest.partition("+")
-    started = rest.partition("+")[0]
-    if is_here and pid.isdecimal() and started.isdecimal():
-        return abs(_started(int(pid)) - int(started)) > 2  # the boot time that it is computed from is rounded
+    pid, started, process_id = (*rest.split("+"), "", "", "")[:3]
+    if is_here and pid.isdecimal() and started.isdecimal() and int(started):
+        # the boot time that start times are computed from is rounded
+        is_running = abs(_started(int(pid)) - int(started)) <= 2
+        if int(pid) != os.getpid() or not is_running:
+            return not is_running
+        if process_id == _process_id(os.getpid()):
+            return False
     try:
         return now - folder.stat().st_mtime > LEASE
     except FileNotFoundError:

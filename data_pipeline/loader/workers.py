@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from data_pipeline.audio.augmentation import Augmenter
 from data_pipeline.audio.codecs import Wave
 from data_pipeline.core.rng import keyed_rng
-from data_pipeline.core.storage import StorageReadError
+from data_pipeline.core.storage import StorageError
 from data_pipeline.core.types import Batch
 from data_pipeline.labels.store import pad
 from data_pipeline.loader.fetch import Fetched, Fetcher, Row
@@ -50,7 +50,7 @@ class Loaded:
     samples: int = 0
     padded_samples: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
-    error: ShardError | StorageReadError | None = None
+    error: ShardError | StorageError | None = None
 
     def batch(self, buffers: SharedBuffers | None, pin: bool) -> Batch:
         """Returns the batch in its own memory, page-locked with `pin`; the shared buffer is free afterwards."""
@@ -82,7 +82,7 @@ class PlannedBatches(Dataset[Loaded]):
         try:
             self.files.look_ahead(request[0], request[1])
             return self._load(*request)
-        except (ShardError, StorageReadError) as error:
+        except (ShardError, StorageError) as error:
             return Loaded(request[2], error=error)
 
     def _load(self, epoch: int, step: int, j: int) -> Loaded:

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import retry, write_errors
+from data_pipeline.core.storage import StorageWriteError, retry, write_errors
 from data_pipeline.shards.local import CHUNK, Array, Extent, ReadSchedule, ShardError, ShardSet
 from data_pipeline.shards.remote import RemoteShards
 
@@ -182,8 +182,15 @@ class CachedShards(RemoteShards):
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Holds a lock between processes; False if it is taken and `wait` is false. It ends with its process."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """Holds a lock between processes; False if it is taken and `wait` is false. It ends with its process.
+
+    Raises:
+        StorageWriteError: The lock file cannot be made, or a link is in its place.
+    """
+    if path.is_symlink():  # opened without following it in any case; this names the remedy
+        raise StorageWriteError(str(path), "is a symbolic link, which the cache does not follow; remove it")
+    with write_errors(str(path)):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(handle, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

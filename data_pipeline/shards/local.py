@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.lru import LruCache
-from data_pipeline.core.storage import PATIENCE, FileStore, StorageReadError, describe
+from data_pipeline.core.storage import PATIENCE, FileStore, StorageError, describe
 from data_pipeline.shards.index_rows import INDEX_ERRORS, numbers, validate_index, validate_lengths
 from data_pipeline.shards.records import DoneRecord, index_name
 
@@ -143,6 +143,7 @@ class ShardFiles:
 
         Raises:
             StorageReadError: The storage does not answer.
+            StorageWriteError: The cache of copies cannot be written.
         """
         return [self._read_one(extent) for extent in wanted]
 
@@ -161,7 +162,7 @@ class ShardFiles:
         try:
             table = self._read_table(number, ["n_samples", "corpus", "language"])
             validate_lengths(table)
-        except StorageReadError:
+        except StorageError:
             raise
         except INDEX_ERRORS as error:
             raise self._mark(number, f"its index cannot be used ({describe(error)})") from None
@@ -191,7 +192,7 @@ class ShardFiles:
             return self.bad[number]
         try:
             data = os.pread(self._file(number), extent.size, extent.offset)
-        except StorageReadError:
+        except StorageError:
             raise
         except OSError as error:
             return self._mark(number, f"cannot be read ({describe(error)})")
@@ -231,7 +232,7 @@ class ShardFiles:
         try:
             table = self._read_table(number)
             validate_index(table, self.records[number].bytes)
-        except StorageReadError:
+        except StorageError:
             raise
         except INDEX_ERRORS as error:
             raise self._mark(number, f"its index cannot be used ({describe(error)})") from None

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipeline.core import storage
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore, StorageWriteError, private_folder
 from data_pipeline.loader.reader import open_reader
@@ -244,6 +245,42 @@ def test_scratch_folders_of_ended_processes_are_removed_and_others_kept(tmp_path
         assert mine.is_dir()
         assert elsewhere.is_dir()
     assert not mine.exists()
+
+
+def test_twins_with_equal_host_process_number_and_start_time_keep_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers on machines that were cloned: only the random id and its lease tell the processes apart."""
+    store = FileStore(str(tmp_path))
+    with store.scratch() as first:
+        monkeypatch.setattr(storage, "_process_id", lambda pid: "f" * 16)
+        with store.scratch() as second:
+            assert first.name.split("+")[:3] == second.name.split("+")[:3]
+            assert store.sweep() == 0
+            assert first.is_dir()
+            assert second.is_dir()
+            os.utime(first, (0, 0))
+            os.utime(second, (0, 0))
+            assert store.sweep() == 1, "the lease of the other one has ended; its own needs none"
+            assert not first.exists()
+            assert second.is_dir()
+
+
+def test_without_an_identity_of_the_machine_leases_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sandbox that hides the kernel's identity, equal host names must not make two machines one."""
+    monkeypatch.setattr(storage, "BOOT_ID", tmp_path / "hidden")
+    ours, theirs = storage._machine.__wrapped__(), storage._machine.__wrapped__()
+    assert ours != theirs
+    monkeypatch.setattr(storage, "_machine", lambda: ours)
+    folder = tmp_path / ".tmp" / f"{theirs}+4000000+12345+{'0' * 16}+abc"
+    folder.mkdir(parents=True)
+    assert FileStore(str(tmp_path)).sweep() == 0
+    os.utime(folder, (0, 0))
+    assert FileStore(str(tmp_path)).sweep() == 1
+
+
+def test_a_forked_process_has_its_own_id() -> None:
+    assert storage._process_id(1) == storage._process_id(1) != storage._process_id(2)
 
 
 def test_index_offsets_increase(root: Path) -> None:
