@@ -4,9 +4,9 @@ Arrays on the CPU serve the loader's worker processes, tensors on the model's de
 numbers come from the caller, so each function is a plain function of its arguments.
 
 torchaudio adds noise. What stays here, and what the alternative costs (benchmarks/features.py measures it): resampling
-by soxr, since torchaudio's default filter differs from it by 2e-3 to 4e-2 and its longer one takes 1.6 (11:10) to 15
+by soxr, since torchaudio's default filter differs from it by 2e-3 to 4e-2 and its longer one takes 1.5 (9:10) to 12
 (441:160) times as long; convolution with an FFT of a power of two, since torchaudio's takes whatever length the sum
-has, and 7 times as long.
+has, and 5.4 times as long.
 """
 
 from __future__ import annotations

@@ -24,3 +24,25 @@ COMMANDS = {
     "completion": ("completion", "print the completion script of bash or zsh"),
 }
 """Command -> (module in launch.commands, one line of help)."""
+
+SUBCOMMANDS = {
+    "shards": {
+        "stats": "hours by corpus and language, lengths, what was left out and why",
+        "inspect": "the first samples, or those whose key contains a text",
+        "verify": "reads every byte and compares checksums",
+        "index": "indexes WebDataset tars that others wrote, without changing them",
+    },
+    "jobs": {
+        "list": "all runs below a folder",
+        "status": "state and progress of a run",
+        "logs": "what its ranks printed",
+        "cancel": "end it",
+        "requeue": "start it again; it continues from its newest checkpoint",
+    },
+    "data": {
+        "plan": "the plan of one epoch: steps, hours, padding, shapes, memory",
+        "find-caps": "the largest micro-batches that fit on this device [--memory=GB]",
+    },
+    "completion": {"bash": "the script for bash", "zsh": "the script for zsh"},
+}
+"""Command -> its subcommands, or the values of its one argument -> one line of help."""

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from launch.cli.command_table import SUBCOMMANDS
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = {
     "preprocess": ("launch.config", "PreprocessJob"),
@@ -24,12 +26,6 @@ ROOTS = {
 """Config class of each command with a composed config."""
 SAME_FIELDS = {"plan-run": "pretrain", "demo": "pretrain"}
 """Commands that take the fields of another one."""
-SUBCOMMANDS = {
-    "shards": ("stats", "inspect", "verify"),
-    "jobs": ("list", "status", "logs", "cancel", "requeue"),
-    "data": ("plan", "find-caps"),
-    "completion": ("bash", "zsh"),
-}
 PLUGINS = {
     "frontends": "pretrain.models.frontends",
     "encoders": "pretrain.models.encoders",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from data_pipeline.core.schema import ConfigError, suggest
 from launch.cli import request
+from launch.cli.command_table import SUBCOMMANDS
 from launch.config import PretrainJob
 from launch.exit_codes import ExitCode
 
-USAGE = """auricle data plan       the plan of one epoch: steps, hours, padding, shapes, memory
-auricle data find-caps  the largest micro-batches that fit on this device [--memory=GB]
-
-both take the same overrides as `auricle pretrain`"""
+USAGE = "\n".join(
+    [
+        *(f"auricle data {name:<9}  {text}" for name, text in SUBCOMMANDS["data"].items()),
+        "",
+        "both take the same overrides as `auricle pretrain`",
+    ]
+)
 
 
 def run(arguments: list[str]) -> int:

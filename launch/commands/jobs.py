@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_pipeline.core.schema import load
 from data_pipeline.core.text import visible
+from launch.cli.command_table import SUBCOMMANDS
 from launch.cli.parser import Parser
 from launch.cli.tables import show, table, warn
 from launch.config import LAUNCHERS
@@ -32,15 +33,11 @@ def run(arguments: list[str]) -> int:
     """Runs a subcommand; returns 0, or 1 for the `status` of a run that failed or was cancelled."""
     parser = Parser("auricle jobs", description="runs on this machine, SLURM or Ray")
     subcommands = parser.add_subparsers(dest="subcommand", required=True)
-    listing = subcommands.add_parser("list", help="all runs below a folder")
-    listing.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
-    for name, text in (
-        ("status", "state and progress of a run"),
-        ("logs", "what its ranks printed"),
-        ("cancel", "end it"),
-        ("requeue", "start it again; it continues from its newest checkpoint"),
-    ):
+    for name, text in SUBCOMMANDS["jobs"].items():
         subcommand = subcommands.add_parser(name, help=text)
+        if name == "list":
+            subcommand.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
+            continue
         subcommand.add_argument("run", help="run folder, or a run's name below runs/")
         if name == "logs":
             subcommand.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")

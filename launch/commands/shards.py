@@ -19,6 +19,7 @@ from data_pipeline.preprocess.plan_file import SPLITS
 from data_pipeline.preprocess.verify import verify
 from data_pipeline.shards.indexing import IndexConfig, index_tars
 from data_pipeline.shards.records import DoneRecord, done_records, finished_units, read_index
+from launch.cli.command_table import SUBCOMMANDS
 from launch.cli.parser import Parser
 from launch.cli.tables import show, table
 from launch.exit_codes import ExitCode
@@ -30,19 +31,16 @@ def run(arguments: list[str]) -> int:
     """Runs a subcommand; returns 0, or 1 where `verify` finds a fault."""
     parser = Parser("auricle shards", description="content and integrity of a shard folder")
     subcommands = parser.add_subparsers(dest="subcommand", required=True)
-    for name, text in (
-        ("stats", "hours by corpus and language, lengths, what was left out and why"),
-        ("inspect", "the first samples, or those whose key contains a text"),
-        ("verify", "reads every byte and compares checksums"),
-    ):
+    for name, text in SUBCOMMANDS["shards"].items():
         subcommand = subcommands.add_parser(name, help=text)
+        if name == "index":
+            subcommand.add_argument("folder", help="folder or fsspec URL of the tars")
+            subcommand.add_argument("settings", nargs="*", help="FIELD=VALUE of: " + ", ".join(_index_fields()))
+            continue
         subcommand.add_argument("folder", help="shard folder or fsspec URL")
         if name == "inspect":
             subcommand.add_argument("--key", default="", help="only keys that contain this")
             subcommand.add_argument("-n", type=int, default=20, help="samples to show (default: 20)")
-    index = subcommands.add_parser("index", help="indexes WebDataset tars that others wrote, without changing them")
-    index.add_argument("folder", help="folder or fsspec URL of the tars")
-    index.add_argument("settings", nargs="*", help="FIELD=VALUE of: " + ", ".join(_index_fields()))
     given = parser.parse_args(arguments)
     if given.subcommand == "index":
         return _index(given.folder, given.settings)

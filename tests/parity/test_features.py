@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from data_pipeline.audio.transforms import add_noise, reverberate
+from data_pipeline.labels.features import kaldi_mfcc
 from pretrain.nn.attention import RelativeBias
 from pretrain.nn.spectral import LogMel, TorchaudioMfcc, mel_filters
 from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
-from tests.support.parity_table import Parity
+from tests.support.parity_table import Parity, difference
 
 
 def test_mel_filters_equal_those_of_torchaudio(parity: Parity) -> None:
@@ -87,3 +88,51 @@ def test_relative_position_buckets_equal_those_of_transformers(max_distance: int
     distance = torch.arange(-3000, 3001)
     other = theirs._relative_positions_bucket(distance) != RelativeBias(2, 320, max_distance).bucket(distance)
     parity("WavLM's buckets against transformers: how many differ", 0.0, float(other.sum()))
+
+
+def test_kaldi_mfcc_is_the_definition(parity: Parity) -> None:
+    """Kaldi's MFCC, Δ and ΔΔ computed again in double precision: filters and spectrum by transformers, the rest NumPy.
+
+    Povey window of 25 ms, mean removed from each frame, pre-emphasis 0.97, 23 mel bands from 20 Hz, natural logarithm,
+    orthonormal DCT-II, cepstral lifter 22, regression over ±2 frames with the edge frames repeated.
+    """
+    audio_utils = pytest.importorskip("transformers.audio_utils")
+    rng = np.random.default_rng(0)
+    wave = (np.cumsum(rng.standard_normal(24_000)) * 1e-3 + 0.05 * rng.standard_normal(24_000)).astype(np.float32)
+    filters = audio_utils.mel_filter_bank(
+        257, 23, 20.0, 8000.0, 16_000, mel_scale="kaldi", triangularize_in_mel_space=True
+    )
+    window = audio_utils.window_function(400, "povey", periodic=False)
+    log_mel_MF = audio_utils.spectrogram(
+        wave.astype(np.float64) * 32768.0,
+        window,
+        frame_length=400,
+        hop_length=160,
+        fft_length=512,
+        power=2.0,
+        center=False,
+        preemphasis=0.97,
+        mel_filters=filters,
+        mel_floor=float(np.finfo(np.float32).eps),
+        log_mel="log",
+        remove_dc_offset=True,
+        dtype=np.float64,
+    )
+    order = np.arange(13)
+    dct_CM = np.cos(np.pi / 23 * order[:, None] * (np.arange(23) + 0.5)) * np.sqrt(2 / 23)
+    dct_CM[0] /= np.sqrt(2)
+    cepstra_FC = (dct_CM @ log_mel_MF).T * (1 + 11 * np.sin(np.pi * order / 22))
+
+    def slopes(x_FC: np.ndarray) -> np.ndarray:
+        padded = np.pad(x_FC, ((2, 2), (0, 0)), mode="edge")
+        n = len(x_FC)
+        return np.asarray(sum(k * (padded[2 + k :][:n] - padded[2 - k :][:n]) for k in (1, 2)) / 10)
+
+    first_FC = slopes(cepstra_FC)
+    expected = np.concatenate([cepstra_FC, first_FC, slopes(first_FC)], axis=1)
+    found = kaldi_mfcc().compute(wave)
+    parity(
+        "Kaldi's MFCC, Δ and ΔΔ against transformers and NumPy in fp64",
+        1e-3,
+        difference(torch.from_numpy(found).double(), torch.from_numpy(expected)),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from data_pipeline.core.schema import document
 from launch import main
 from launch.cli import completion
-from launch.cli.command_table import COMMANDS
+from launch.cli.command_table import COMMANDS, SUBCOMMANDS
 from launch.cli.compose import compose
 from launch.cli.groups import groups
 from launch.config import EvaluateJob, PreprocessJob, PretrainJob, TargetsJob
@@ -45,7 +46,18 @@ def test_every_choice_and_command_is_completed(after: dict[str, list[str]]) -> N
     assert after.keys() == COMMANDS.keys()
     assert {"objective=hubert", "+experiment=best_rq_tiny", "launcher=slurm", "--cfg"} <= set(after["pretrain"])
     assert "objective=hubert" not in after["preprocess"]
-    assert {"list", "requeue"} <= set(after["jobs"])
+    for command, subcommands in SUBCOMMANDS.items():
+        assert set(subcommands) <= set(after[command])
+    assert {"requeue", "index"} <= {*after["jobs"], *after["shards"]}
+
+
+@pytest.mark.parametrize("command", SUBCOMMANDS)
+def test_the_table_of_subcommands_is_what_the_commands_take(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):  # raised by argparse
+        assert main.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert [name for name in SUBCOMMANDS[command] if name not in shown] == []
+    assert main.main([command, "no-such-subcommand"]) == 2
 
 
 def test_the_script_needs_neither_torch_nor_hydra() -> None:
@@ -67,6 +79,7 @@ def test_the_script_needs_neither_torch_nor_hydra() -> None:
         ("auricle pretrain launcher=", "local"),
         ("auricle pretrain encoder.la", "encoder.layer_drop="),
         ("auricle jobs req", "requeue"),
+        ("auricle shards ind", "index"),
         ("auricle pretrain +exp", "+experiment=best_rq_base"),
         ("auricle pretrain data.shards=one", "one shard"),
     ],
