@@ -24,3 +24,10 @@ def commands(page: Path) -> list[list[str]]:
 def programs(page: Path) -> list[str]:
     """Returns the Python programs in fenced blocks of a page."""
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def listing(page: Path, heading: str) -> str:
+    """Returns the code blocks of the list items of a section, in order, as one program."""
+    section = page.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    kept = [line[8:] for line in section.splitlines() if line.startswith(" " * 8) or not line]
+    return "\n".join(kept) + "\n"

@@ -1,0 +1,76 @@
+"""The objective of CONTRIBUTING.md's six steps, written to a file as printed there, is a working plug-in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import pretrain.objectives
+from data_pipeline.core.schema import load
+from data_pipeline.core.types import Batch
+from pretrain import registry
+from pretrain.config import Config
+from pretrain.interfaces.frames import StepContext
+from pretrain.interfaces.objectives import Sum
+from pretrain.train_module import TrainModule, build_model
+from tests.support.contract_cases import FRONTENDS, batch, small
+from tests.support.documents import listing
+from tests.support.paths import ROOT
+
+CTX = StepContext(seed=3, step=5)
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainModule]:
+    """A tiny model with the documented objective."""
+    (tmp_path / "masked_mel.py").write_text(listing(ROOT / "CONTRIBUTING.md", "Add an objective in six steps"))
+    monkeypatch.setattr(pretrain.objectives, "__path__", [*pretrain.objectives.__path__, str(tmp_path)])
+    assert "masked_mel" in registry.names("objectives")
+    values = {
+        "data": {"shards": "none"},
+        "objective": {"name": "masked_mel"},
+        "frontend": FRONTENDS["waveform_conv"],
+        "encoder": small("encoders", "transformer"),
+        "engine": {"precision": "fp32"},
+    }
+    yield build_model(load(Config, values))
+    del sys.modules["pretrain.objectives.masked_mel"]
+
+
+def run(module: TrainModule, batch: Batch) -> tuple[Tensor, dict[str, Sum]]:
+    plan = module.prepare(batch, CTX)
+    out: tuple[Tensor, dict[str, Sum]] = module(batch, plan, plan.counts_K, CTX)
+    return out
+
+
+def test_the_documented_objective_trains(module: TrainModule) -> None:
+    loss, _ = run(module, batch())
+    loss.backward()
+    gradients = [p.grad for p in module.model.frontend.parameters() if p.requires_grad]
+    assert gradients
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    optimizer = torch.optim.SGD(module.parameters(), 0.01)
+    optimizer.step()
+    after, _ = run(module, batch())
+    assert float(after.detach()) < float(loss.detach())
+
+
+def test_the_documented_objective_keeps_the_contract(module: TrainModule) -> None:
+    module.eval()
+    tight, metrics = run(module, batch())
+    loose, _ = run(module, batch(width=1.5))
+    torch.testing.assert_close(loose, tight, rtol=2e-5, atol=1e-6)
+    total, count = metrics["loss/objective"]
+    torch.testing.assert_close(total / count, tight.double(), rtol=1e-6, atol=0, check_dtype=False)
+    module.objective.record_next()
+    run(module, batch())
+    record = module.objective.monitoring()
+    assert record.loss in metrics
+    assert record.last is not None
+    assert record.last.targets_ND is not None
+    assert len(record.last.targets_ND) == int(record.last.mask_BF.sum()) == int(count)
