@@ -11,9 +11,14 @@ import functools
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from data_pipeline.core.schema import PluginChoice, suggest
+from data_pipeline.core.schema import PluginChoice, PluginConfig, suggest
+
+if TYPE_CHECKING:  # the interfaces import torch
+    from pretrain.interfaces.configs import EncoderConfig, FrontendConfig, HeadConfig, ObjectiveConfig
+    from pretrain.interfaces.models import Encoder, Frontend, ModelShape
+    from pretrain.interfaces.objectives import Head, Objective
 
 PACKAGES = {
     "frontends": "pretrain.models.frontends",
@@ -41,15 +46,34 @@ def module(kind: str, name: str) -> ModuleType:
     return importlib.import_module(f"{PACKAGES[kind]}.{name}")
 
 
-def config_type(kind: str, name: str) -> type[Any]:
+def config_type(kind: str, name: str) -> type[PluginConfig]:
     """Returns the plug-in's `Config` dataclass."""
-    found: type[Any] = module(kind, name).Config
+    found: type[PluginConfig] = module(kind, name).Config
     return found
 
 
-def build(kind: str, config: Any, *args: Any) -> Any:
-    """Returns the object that the plug-in named by `config.name` builds."""
-    return module(kind, config.name).build(config, *args)
+def build_frontend(config: FrontendConfig, dim: int) -> Frontend:
+    """Returns the front end of a config, with `dim` output channels."""
+    built: Frontend = module("frontends", config.name).build(config, dim)
+    return built
+
+
+def build_encoder(config: EncoderConfig) -> Encoder:
+    """Returns the encoder of a config."""
+    built: Encoder = module("encoders", config.name).build(config)
+    return built
+
+
+def build_objective(config: ObjectiveConfig, shape: ModelShape) -> Objective:
+    """Returns the objective of a config for a model of that shape."""
+    built: Objective = module("objectives", config.name).build(config, shape)
+    return built
+
+
+def build_head(config: HeadConfig, shape: ModelShape) -> Head:
+    """Returns the head of a config for a model of that shape."""
+    built: Head = module("heads", config.name).build(config, shape)
+    return built
 
 
 def choice(kind: str) -> PluginChoice:

@@ -18,7 +18,7 @@ from data_pipeline.loader.reader import PlanReader, open_reader
 from pretrain import registry
 from pretrain.config import Config
 from pretrain.interfaces.frames import EncoderOutput, StepContext
-from pretrain.interfaces.models import Encoder, Frontend, SpeechModel
+from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.objectives import Head, LossOutput, MicroBatchPlan, Objective, Sum
 from pretrain.nn.numerics import masked_deviation
 
@@ -139,9 +139,9 @@ def stage_deviations(encoded: EncoderOutput) -> dict[str, Tensor]:
 
 def build_speech_model(config: Config) -> SpeechModel:
     """Returns front end and encoder, with weights from torch's generator."""
-    encoder: Encoder = registry.build("encoders", config.encoder)
+    encoder = registry.build_encoder(config.encoder)
     encoder.activation_checkpointing = config.engine.activation_checkpointing
-    frontend: Frontend = registry.build("frontends", config.frontend, encoder.dim)
+    frontend = registry.build_frontend(config.frontend, encoder.dim)
     encoder.packed = frontend.packed = config.engine.packed
     return SpeechModel(frontend, encoder)
 
@@ -151,7 +151,7 @@ def least_samples(config: Config) -> int:
     try:
         with torch.device("meta"):
             model = build_speech_model(config)
-            objective: Objective = registry.build("objectives", config.objective, model.shape)
+            objective = registry.build_objective(config.objective, model.shape)
     except ValueError as error:  # it follows from the config alone
         raise ConfigError(str(error)) from error
     return objective.least_samples(model.frontend)
@@ -172,7 +172,7 @@ def build_model(config: Config) -> TrainModule:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(config.seed, "weights"))
         model = build_speech_model(config)
-        objective: Objective = registry.build("objectives", config.objective, model.shape)
+        objective = registry.build_objective(config.objective, model.shape)
         objective.attach(model)
-        heads = {name: registry.build("heads", head, model.shape) for name, head in config.heads.items()}
+        heads = {name: registry.build_head(head, model.shape) for name, head in config.heads.items()}
     return TrainModule(model, objective, heads, AUTOCAST[config.engine.precision])

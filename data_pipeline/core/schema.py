@@ -80,13 +80,20 @@ def refuse(field: str, value: Any, reason: str) -> NoReturn:
     raise ValidationError.from_exception_data(field, [InitErrorDetails(type=problem, loc=(field,), input=value)])
 
 
+@config
+class PluginConfig:
+    """Base class of the config of one plug-in, chosen by its name."""
+
+    name: Annotated[str, about("name of the plug-in")]
+
+
 @dataclasses.dataclass(frozen=True)
 class PluginChoice:
     """Annotates a field that holds the config of one of several plug-ins, chosen by its `name`."""
 
     kind: str
     names: Callable[[], list[str]]
-    config_type: Callable[[str], type[Any]]
+    config_type: Callable[[str], type[PluginConfig]]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.read)

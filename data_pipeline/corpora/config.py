@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
-from data_pipeline.core.schema import about, config
-from data_pipeline.corpora.tarred import TARRED
+from data_pipeline.core.schema import PluginConfig, about, config
 
 # fmt: off
 SOUND_ENDINGS: Final = (
@@ -20,7 +19,16 @@ SOUND_ENDINGS: Final = (
 
 
 @config
-class PathCorpus:
+class CorpusConfig(PluginConfig):
+    """Base class of the config of a corpus."""
+
+    path: Annotated[str, about("folder or fsspec URL", min_length=1)]
+    language: Annotated[str, about("language of recordings for which the corpus names none")] = ""
+    splits: Annotated[tuple[str, ...], about("keep recordings of these splits only; empty keeps all")] = ()
+
+
+@config
+class PathCorpus(CorpusConfig):
     """Every sound file below a folder."""
 
     name: Literal["path"] = "path"
@@ -44,7 +52,7 @@ class PathCorpus:
 
 
 @config
-class ManifestCorpus:
+class ManifestCorpus(CorpusConfig):
     """A table of files: tsv, csv (first line names the columns) or jsonl. A row with begin and end, or offset and
     duration, in seconds means that stretch of its file and becomes a segment of its own."""
 
@@ -68,7 +76,7 @@ class ManifestCorpus:
 
 
 @config
-class LibriSpeechCorpus:
+class LibriSpeechCorpus(CorpusConfig):
     """LibriSpeech and Libri-light's labelled parts: SUBSET/SPEAKER/CHAPTER/ID.flac beside SPEAKER-CHAPTER.trans.txt."""
 
     name: Literal["librispeech"] = "librispeech"
@@ -79,7 +87,7 @@ class LibriSpeechCorpus:
 
 
 @config
-class MlsCorpus:
+class MlsCorpus(CorpusConfig):
     """Multilingual LibriSpeech: SPLIT/audio/SPEAKER/BOOK/ID.flac and SPLIT/transcripts.txt."""
 
     name: Literal["mls"] = "mls"
@@ -89,7 +97,7 @@ class MlsCorpus:
 
 
 @config
-class CommonVoiceCorpus:
+class CommonVoiceCorpus(CorpusConfig):
     """Common Voice: clips/*.mp3 and one tsv a split; a clip belongs to the first split that lists it."""
 
     name: Literal["common_voice"] = "common_voice"
@@ -99,7 +107,7 @@ class CommonVoiceCorpus:
 
 
 @config
-class VoxPopuliCorpus:
+class VoxPopuliCorpus(CorpusConfig):
     """VoxPopuli: LANGUAGE/YEAR/ID.ogg, for transcribed data beside LANGUAGE/asr_SPLIT.tsv."""
 
     name: Literal["voxpopuli"] = "voxpopuli"
@@ -109,7 +117,7 @@ class VoxPopuliCorpus:
 
 
 @config
-class GigaSpeechCorpus:
+class GigaSpeechCorpus(CorpusConfig):
     """GigaSpeech: the segments that GigaSpeech.json lists, by their own subsets; all of a recording that lists none."""
 
     name: Literal["gigaspeech"] = "gigaspeech"
@@ -118,7 +126,46 @@ class GigaSpeechCorpus:
     language: Annotated[str, about("language where the table names none")] = "en"
 
 
-CORPORA: Final[dict[str, type[Any]]] = {
+@config
+class WebDatasetCorpus(CorpusConfig):
+    """WebDataset tars: audio members, labels from the JSON and .txt members of their sample."""
+
+    name: Literal["webdataset"] = "webdataset"
+    path: Annotated[str, about("folder or fsspec URL of the tars", min_length=1)]
+    corpus: Annotated[str, about("corpus of samples whose JSON names none; empty takes the folder's name")] = ""
+    language: Annotated[str, about("language of samples whose JSON names none")] = ""
+    splits: Annotated[tuple[str, ...], about("keep samples whose JSON names one of these; empty keeps all")] = ()
+
+
+@config
+class LhotseSharCorpus(CorpusConfig):
+    """Lhotse Shar: cuts.NNNNNN.jsonl.gz beside recording.NNNNNN.tar; supervisions become segments."""
+
+    name: Literal["lhotse_shar"] = "lhotse_shar"
+    path: Annotated[str, about("folder or fsspec URL of the Shar files", min_length=1)]
+    audio_field: Annotated[str, about("field of the cuts that holds the audio")] = "recording"
+    corpus: Annotated[str, about("the corpus's name in the shards; empty takes the folder's")] = ""
+    language: Annotated[str, about("language where supervisions name none")] = ""
+    splits: Annotated[tuple[str, ...], about("not used: Shar names no splits; must be empty", max_length=0)] = ()
+
+
+@config
+class NemoTarredCorpus(CorpusConfig):
+    """NeMo's tarred data sets: audio_N.tar and a JSON-lines manifest whose rows name members."""
+
+    name: Literal["nemo_tarred"] = "nemo_tarred"
+    path: Annotated[str, about("folder or fsspec URL of tars and manifests", min_length=1)]
+    manifest: Annotated[str, about("regular expression of the manifests' paths below the folder")] = (
+        r"(^|/)(sharded_)?(tarred_audio_)?manifest(s/manifest)?(_\d+)?\.jsonl?$"
+    )
+    corpus: Annotated[str, about("the corpus's name in the shards; empty takes the folder's")] = ""
+    language: Annotated[str, about("language where the manifest names none")] = ""
+    splits: Annotated[tuple[str, ...], about("not used: manifests name no splits; must be empty", max_length=0)] = ()
+
+
+TarredCorpus = WebDatasetCorpus | LhotseSharCorpus | NemoTarredCorpus
+"""Corpora in tars, see tarred.py."""
+CORPORA: Final[dict[str, type[CorpusConfig]]] = {
     "path": PathCorpus,
     "manifest": ManifestCorpus,
     "librispeech": LibriSpeechCorpus,
@@ -126,7 +173,9 @@ CORPORA: Final[dict[str, type[Any]]] = {
     "common_voice": CommonVoiceCorpus,
     "voxpopuli": VoxPopuliCorpus,
     "gigaspeech": GigaSpeechCorpus,
-    **TARRED,
+    "webdataset": WebDatasetCorpus,
+    "lhotse_shar": LhotseSharCorpus,
+    "nemo_tarred": NemoTarredCorpus,
 }
 """Config class of every kind of corpus by its name; discovery.py finds their files."""
 
@@ -136,7 +185,7 @@ def corpus_names() -> list[str]:
     return sorted(CORPORA)
 
 
-def corpus_type(name: str) -> type[Any]:
+def corpus_type(name: str) -> type[CorpusConfig]:
     """The config class of a kind of corpus. Raises ValueError for an unknown name."""
     if name not in CORPORA:
         raise ValueError(f"there is no corpus {name!r}; there are: {', '.join(corpus_names())}")

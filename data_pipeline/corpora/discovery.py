@@ -7,27 +7,33 @@ import hashlib
 import json
 import re
 from pathlib import PurePosixPath
-from typing import Any
 
 from data_pipeline.audio import codecs
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.text import visible
 from data_pipeline.core.types import AudioFile
 from data_pipeline.corpora import layouts
-from data_pipeline.corpora.config import SOUND_ENDINGS, LibriSpeechCorpus, ManifestCorpus, PathCorpus
+from data_pipeline.corpora.config import (
+    SOUND_ENDINGS,
+    CorpusConfig,
+    LibriSpeechCorpus,
+    ManifestCorpus,
+    PathCorpus,
+    TarredCorpus,
+)
 from data_pipeline.corpora.listing import Entry, list_files
 from data_pipeline.corpora.manifest import read_manifest
 from data_pipeline.corpora.records import Discovered, RecordingId, recording_id, reject_file
-from data_pipeline.corpora.tarred import TarredCorpus, read_tarred
+from data_pipeline.corpora.tarred import read_tarred
 
 
-def fingerprint(corpus: Any) -> str:
+def fingerprint(corpus: CorpusConfig) -> str:
     """Returns a short name for a corpus config."""
     text = json.dumps(dataclasses.asdict(corpus), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def discover(corpus: Any) -> Discovered:
+def discover(corpus: CorpusConfig) -> Discovered:
     """Finds the recordings of a corpus; nothing is decoded, except by `corpus.probe`.
 
     Each file, and each row of a table, ends as a recording, a span of one, a reject, or in the count of files skipped.
@@ -115,7 +121,7 @@ def _holds_audio(entry: Entry, corpus: PathCorpus) -> bool:
         return False
 
 
-def _from_layout(corpus: Any, found: Discovered) -> None:
+def _from_layout(corpus: CorpusConfig, found: Discovered) -> None:
     if isinstance(corpus, LibriSpeechCorpus) and corpus.download:
         layouts.download(corpus)
     entries = list(list_files(corpus.path))

@@ -12,64 +12,20 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import fsspec
 
-from data_pipeline.core.schema import ConfigError, about, config
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.tar_members import TarMember, list_members, read_member
 from data_pipeline.core.tar_samples import MOST_LABEL_BYTES, UnusableError, member_labels, parse_object
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Span
+from data_pipeline.corpora.config import LhotseSharCorpus, NemoTarredCorpus, TarredCorpus, WebDatasetCorpus
 from data_pipeline.corpora.listing import Entry, list_files
 from data_pipeline.corpora.records import Discovered, reject_file, sorted_spans
 
 WHOLE_SECONDS: Final = 0.05
 """A supervision that leaves out less than this at both ends of a cut covers all of it."""
-
-
-@config
-class WebDatasetCorpus:
-    """WebDataset tars: audio members, labels from the JSON and .txt members of their sample."""
-
-    name: Literal["webdataset"] = "webdataset"
-    path: Annotated[str, about("folder or fsspec URL of the tars", min_length=1)]
-    corpus: Annotated[str, about("corpus of samples whose JSON names none; empty takes the folder's name")] = ""
-    language: Annotated[str, about("language of samples whose JSON names none")] = ""
-    splits: Annotated[tuple[str, ...], about("keep samples whose JSON names one of these; empty keeps all")] = ()
-
-
-@config
-class LhotseSharCorpus:
-    """Lhotse Shar: cuts.NNNNNN.jsonl.gz beside recording.NNNNNN.tar; supervisions become segments."""
-
-    name: Literal["lhotse_shar"] = "lhotse_shar"
-    path: Annotated[str, about("folder or fsspec URL of the Shar files", min_length=1)]
-    audio_field: Annotated[str, about("field of the cuts that holds the audio")] = "recording"
-    corpus: Annotated[str, about("the corpus's name in the shards; empty takes the folder's")] = ""
-    language: Annotated[str, about("language where supervisions name none")] = ""
-    splits: Annotated[tuple[str, ...], about("not used: Shar names no splits; must be empty", max_length=0)] = ()
-
-
-@config
-class NemoTarredCorpus:
-    """NeMo's tarred data sets: audio_N.tar and a JSON-lines manifest whose rows name members."""
-
-    name: Literal["nemo_tarred"] = "nemo_tarred"
-    path: Annotated[str, about("folder or fsspec URL of tars and manifests", min_length=1)]
-    manifest: Annotated[str, about("regular expression of the manifests' paths below the folder")] = (
-        r"(^|/)(sharded_)?(tarred_audio_)?manifest(s/manifest)?(_\d+)?\.jsonl?$"
-    )
-    corpus: Annotated[str, about("the corpus's name in the shards; empty takes the folder's")] = ""
-    language: Annotated[str, about("language where the manifest names none")] = ""
-    splits: Annotated[tuple[str, ...], about("not used: manifests name no splits; must be empty", max_length=0)] = ()
-
-
-TarredCorpus = WebDatasetCorpus | LhotseSharCorpus | NemoTarredCorpus
-TARRED: Final[dict[str, type[Any]]] = {
-    "webdataset": WebDatasetCorpus,
-    "lhotse_shar": LhotseSharCorpus,
-    "nemo_tarred": NemoTarredCorpus,
-}
 
 
 def read_tarred(corpus: TarredCorpus, found: Discovered, endings: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from data_pipeline.audio.quality import FilterConfig
 from data_pipeline.audio.vad import VadConfig
 from data_pipeline.core.ray_tasks import RayConfig
 from data_pipeline.core.schema import PluginChoice, about, config
-from data_pipeline.corpora.config import corpus_names, corpus_type
+from data_pipeline.corpora.config import CorpusConfig, corpus_names, corpus_type
 from data_pipeline.preprocess.duplicate_search import DedupConfig
 
 
@@ -42,7 +42,7 @@ class PreprocessConfig:
     """One preprocessing job: a corpus in, shards out."""
 
     out: Annotated[str, about("folder or fsspec URL for the shards; what is done there already stays", min_length=1)]
-    corpus: Annotated[Any, PluginChoice("corpus", corpus_names, corpus_type)]
+    corpus: Annotated[CorpusConfig, PluginChoice("corpus", corpus_names, corpus_type)]
     codec: Annotated[Literal["flac", "wav", "opus"], about("how audio is stored; flac and wav are lossless")] = "flac"
     copy_flac: Annotated[
         bool,

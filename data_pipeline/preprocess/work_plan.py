@@ -21,6 +21,7 @@ from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
+from data_pipeline.corpora.config import PathCorpus
 from data_pipeline.corpora.records import RecordingId, Reject, recording_id
 from data_pipeline.preprocess.config import PreprocessConfig, content_settings
 from data_pipeline.preprocess.plan_file import SPLITS, Dropped, WorkUnit, read_table, spans_json, write_table
@@ -248,7 +249,7 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
 
 
 def _default_settings() -> Any:
-    return json.loads(json.dumps(content_settings(PreprocessConfig(out="-", corpus=None))))
+    return json.loads(json.dumps(content_settings(PreprocessConfig(out="-", corpus=PathCorpus(path="-")))))
 
 
 def _merged(default: Any, given: Any) -> Any:

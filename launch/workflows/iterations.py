@@ -167,8 +167,7 @@ def _frames_hz(config: PretrainJob) -> float:
     from pretrain import registry
 
     with torch.device("meta"):
-        rate: float = registry.build("frontends", config.frontend, config.encoder.dim).rate_hz
-    return rate
+        return registry.build_frontend(config.frontend, config.encoder.dim).rate_hz
 
 
 def _config(command: str, kind: type[T], arguments: Sequence[str]) -> T:

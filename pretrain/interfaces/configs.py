@@ -7,14 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
-from data_pipeline.core.schema import about, config
-
-
-@config
-class PluginConfig:
-    """The config of one plug-in, chosen by its name."""
-
-    name: Annotated[str, about("the plug-in's module name")]
+from data_pipeline.core.schema import PluginConfig, about, config
 
 
 @config

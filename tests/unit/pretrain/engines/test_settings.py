@@ -59,5 +59,5 @@ def test_each_front_end_gives_the_shortest_audio_for_a_number_of_frames() -> Non
     """Windows of 400 samples, hop 160: a 25 Hz log-mel frame needs 4 windows, a 50 Hz stem frame 400 samples."""
     shapes = {"log_mel": {1: 400 + 3 * 160, 3: 400 + 11 * 160}, "waveform_conv": {1: 400, 2: 720}}
     for name, expected in shapes.items():
-        frontend = registry.build("frontends", registry.config_type("frontends", name)(), 32)
+        frontend = registry.build_frontend(registry.config_type("frontends", name)(), 32)
         assert {frames: frontend.least_samples(frames) for frames in expected} == expected

@@ -28,7 +28,7 @@ def frontend(case: str) -> Frontend:
     torch.manual_seed(0)
     values = CASES[case]
     config = load(registry.config_type("frontends", values["name"]), values)
-    built: Frontend = registry.build("frontends", config, 24)
+    built = registry.build_frontend(config, 24)
     return built.eval()
 
 
