@@ -1,4 +1,4 @@
-"""What reaches TensorBoard, and that a browser shows it."""
+"""TensorBoard events of runs, and their display in a browser."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ PAGES = {
     "hparams": ("TABLE VIEW", "objective.name"),
     "projector": ("3 runs found", "1 tensor found", "Total variance described"),
 }
-"""What each tab of TensorBoard has to show."""
+"""Texts that each tab of TensorBoard must show."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three short runs of three objectives, with their config beside."""
+    """Makes short runs of three objectives, each with its config."""
     folder = tmp_path_factory.mktemp("runs")
     for objective in (BEST_RQ, WAV2VEC2, HUBERT):
         train = {"steps": 6, "checkpoint_every": 6, "media_every": 4}
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["best_rq", "wav2vec2", "hubert"])
-def test_everything_reaches_tensorboard(runs: Path, name: str) -> None:
+def test_all_kinds_of_events_are_written_to_tensorboard(runs: Path, name: str) -> None:
     events = EventAccumulator(str(runs / name / "tb"), size_guidance={"audio": 0, "images": 0}).Reload()
     tags = events.Tags()
     assert tags["audio"] == ["audio/heard", "audio/masked_parts_silent"]
@@ -83,7 +83,7 @@ def test_everything_reaches_tensorboard(runs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("objective", [BEST_RQ, WAV2VEC2, HUBERT], ids=lambda given: str(given["name"]))
-def test_a_snapshot_knows_targets_and_predictions(objective: dict[str, Any]) -> None:
+def test_a_snapshot_has_targets_predictions_and_labels_of_each_frame(objective: dict[str, Any]) -> None:
     module = build_model(config(objective=objective)).train()
     camera, ctx = SnapshotHook(module.objective), StepContext(0, 3)
     camera.arm()
@@ -101,12 +101,12 @@ def test_a_snapshot_knows_targets_and_predictions(objective: dict[str, Any]) -> 
     assert header == ["segment", "second", "masked", "unit", "speaker", "phones"]
     first = [row for row in rows if row[0] == "a0-0"]
     assert {row[4] for row in first} == {"ann"}
-    # 100 labels over the one second of the first row: the label is the hundredth of a second, of a frame's middle
+    # the first row has 100 labels in one second, so that a label is the time of the frame's middle in 10 ms
     assert all(abs(int(row[5]) - 100 * float(row[1])) <= 2 for row in first)
 
 
 def test_the_projector_keeps_the_frames_of_earlier_starts(tmp_path: Path) -> None:
-    for steps in ((4, 8), (8, 12)):  # the second start has gone back to step 7
+    for steps in ((4, 8), (8, 12)):  # the second start resumed at step 7
         with SummaryWriter(str(tmp_path)) as board:
             for step in steps:
                 add_frames(board, torch.eye(3), [["a", "b"]] * 3, ["phone", "speaker"], "frames", step)
@@ -122,7 +122,9 @@ def test_a_contrastive_prediction_is_the_unit_of_the_nearest_target_of_its_row()
     assert nearest_units(predictions_ND, targets_ND, torch.tensor([7, 8, 9, 6]), mask).tolist() == [8, 8, 9, 6]
 
 
-def test_runs_and_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_and_compare_print_tables_and_write_a_plot(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["runs", str(runs)]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("best_rq", "wav2vec2", "hubert"))
@@ -136,7 +138,7 @@ def test_runs_and_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["runs", str(tmp_path)]) == 2
 
 
-def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+def test_runs_with_equal_names_are_distinguished_by_their_parent_folders(tmp_path: Path) -> None:
     folders = [tmp_path / parent / "runs" / "mine" for parent in ("a", "b")]
     for folder in folders:
         (folder / "tb").mkdir(parents=True)
@@ -145,25 +147,25 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> Non
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["a-runs-mine", "b-runs-mine"]
 
 
-def test_a_run_says_how_it_stands(tmp_path: Path) -> None:
+def test_the_state_of_a_run_is_running_stopped_or_unhealthy(tmp_path: Path) -> None:
     (tmp_path / "heartbeats").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"train": {"steps": 9}, "objective": {"name": "hubert"}}))
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3, "time": 1000.0}) + "\n")
     (tmp_path / "heartbeats" / "rank_0.json").write_text("{}")
-    assert summarise(tmp_path).state == "running", "its updates are long, its ranks live"
+    assert summarise(tmp_path).state == "running", "updates are slow, but heartbeats are recent"
     assert summarise(tmp_path, time.time() + 1000).state == "stopped"
     (tmp_path / "UNHEALTHY").write_text("loss is NaN")
     assert summarise(tmp_path).state == "unhealthy"
 
 
-def test_replay_without_a_kept_batch_says_so(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replay_without_a_saved_batch_is_an_error(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(runs / "best_rq")]) == 2
     assert "no batch was kept" in capsys.readouterr().err
 
 
 @pytest.fixture
 def board(runs: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of a TensorBoard that has loaded the runs."""
+    """Starts TensorBoard on the runs and returns its address once they are loaded."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -191,22 +193,22 @@ def board(runs: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def wait_for(page: Any, text: str) -> None:
-    """Until a frame of the page shows it; some of TensorBoard's tabs are frames in frames."""
+    """Waits until a frame of the page shows the text; some tabs of TensorBoard have nested frames."""
     deadline = time.monotonic() + 60
     while not any(frame.get_by_text(text).filter(visible=True).count() for frame in page.frames):
-        assert time.monotonic() < deadline, f"{text!r} is not to be seen at {page.url}"
+        assert time.monotonic() < deadline, f"{text!r} is not visible at {page.url}"
         page.wait_for_timeout(200)
 
 
 def test_a_browser_shows_every_tab(board: str, tmp_path: Path) -> None:
-    """AURICLE_SCREENSHOTS=folder keeps the pictures."""
+    """Screenshots are kept with AURICLE_SCREENSHOTS=folder."""
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("needs Debian's chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     pictures = Path(os.environ.get("AURICLE_SCREENSHOTS", tmp_path))
     with playwright.sync_playwright() as driver:
-        options = ["--no-sandbox", "--disable-quic", "--enable-unsafe-swiftshader"]  # the projector draws by WebGL
+        options = ["--no-sandbox", "--disable-quic", "--enable-unsafe-swiftshader"]  # the projector needs WebGL
         browser = driver.chromium.launch(executable_path=chromium, args=options)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         for tab, shown in PAGES.items():

@@ -1,4 +1,4 @@
-"""The same steps under every engine, ZeRO stage and number of ranks, and checkpoints that move between them."""
+"""Every engine, ZeRO stage and number of ranks computes the same steps and loads the others' checkpoints."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from tests.support.engine_runs import case, furthest, run
 from tests.support.parity_table import Parity
 
-pytestmark = pytest.mark.timeout(600)  # the fixture starts all cases of this file
+pytestmark = pytest.mark.timeout(600)  # the fixture runs all cases of this file
 ENGINES = {"torch": ("torch", 1)} | {f"zero {stage}": ("deepspeed", stage) for stage in range(4)}
 
 
 def dropping(engine: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns a case in which half of the blocks get no gradient in a step, under ZeRO-3 where it is DeepSpeed."""
+    """Returns a case in which half of the blocks get no gradient in a step; DeepSpeed uses ZeRO-3."""
     made = case(engine, 3, settings)
     made["config"]["encoder"] |= {"layers": 4, "layer_drop": 0.5}
     return made
@@ -23,7 +23,7 @@ def dropping(engine: str, settings: dict[str, Any] | None = None) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All cases: on two ranks, then on one rank, where checkpoints of two ranks are loaded as well."""
+    """Runs all cases on two ranks, then on one rank, which also loads checkpoints of two ranks."""
     tmp = tmp_path_factory.mktemp("engines")
     one = {"torch": case("torch"), "torch bf16": case("torch", settings={"precision": "bf16"})}
     one |= {"torch checkpointed": case("torch", settings={"activation_checkpointing": True})}
@@ -55,7 +55,7 @@ WHOLE = [f"1 rank, zero {stage}" for stage in range(4)] + [f"2 ranks, zero {stag
 
 @pytest.mark.parametrize("name", [*WHOLE, *FUSED, "2 ranks, torch", "2 ranks, offloaded", "1 rank, torch checkpointed"])
 def test_losses_and_norms_do_not_depend_on_the_engine(measured: dict[str, Any], name: str, parity: Parity) -> None:
-    """Two ranks of B make the same step as one of 2 · B."""
+    """Two ranks with batch size B make the same step as one rank with 2 · B."""
     found, reference = measured[name], measured["1 rank, torch"]
     ranks = "2 ranks × B = 1 rank × 2 B" if name.startswith("2") else "DeepSpeed, fused or checkpointed = plain torch"
     parity(f"{ranks}, every ZeRO stage: losses", 1e-6, furthest(found["losses"], reference["losses"]))
@@ -64,7 +64,7 @@ def test_losses_and_norms_do_not_depend_on_the_engine(measured: dict[str, Any], 
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_bf16_is_the_same_under_both_engines_and_close_to_fp32(measured: dict[str, Any], stage: int) -> None:
+def test_bf16_is_equal_under_both_engines_and_close_to_fp32(measured: dict[str, Any], stage: int) -> None:
     torch, zero = measured["1 rank, torch bf16"], measured[f"1 rank, zero {stage} bf16"]
     assert zero["losses"] == pytest.approx(torch["losses"], abs=1e-4)
     assert torch["losses"] == pytest.approx(measured["1 rank, torch"]["losses"], rel=2e-2)
@@ -72,24 +72,26 @@ def test_bf16_is_the_same_under_both_engines_and_close_to_fp32(measured: dict[st
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_fp16_is_the_same_under_both_engines_and_close_to_fp32(measured: dict[str, Any], stage: int) -> None:
+def test_fp16_is_equal_under_both_engines_and_close_to_fp32(measured: dict[str, Any], stage: int) -> None:
     torch, zero = measured["1 rank, torch fp16"], measured[f"1 rank, zero {stage} fp16"]
     assert zero["losses"] == pytest.approx(torch["losses"], abs=1e-4)
     assert zero["norms"] == pytest.approx(torch["norms"], rel=1e-2)
     assert torch["losses"] == pytest.approx(measured["1 rank, torch"]["losses"], rel=2e-3)
     assert torch["losses"] != measured["1 rank, torch"]["losses"]
-    assert zero["scale"] == torch["scale"] < 2.0**19, "the same updates overflowed and were computed again"
+    assert zero["scale"] == torch["scale"] < 2.0**19, "the same updates overflowed and were repeated"
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(measured: dict[str, Any], stage: int, parity: Parity) -> None:
+def test_a_resumed_run_is_bit_identical_to_the_uninterrupted_one(
+    measured: dict[str, Any], stage: int, parity: Parity
+) -> None:
     whole, resumed = measured[f"2 ranks, zero {stage}"], measured[f"2 ranks, second half {stage}"]
     parity("resumed = uninterrupted, every ZeRO stage: losses", 0, furthest(resumed["losses"], whole["losses"][3:]))
     assert resumed["digest"] == whole["digest"]
 
 
 @pytest.mark.parametrize("name", [f"from {s} to torch" for s in range(4)] + [f"from 2 to {s}" for s in range(4)])
-def test_a_checkpoint_moves_to_other_ranks_stages_and_engines(
+def test_a_checkpoint_loads_on_other_ranks_stages_and_engines(
     measured: dict[str, Any], name: str, parity: Parity
 ) -> None:
     found, expected = measured[f"1 rank, {name}"]["losses"], measured["1 rank, torch"]["losses"][3:]
@@ -100,23 +102,23 @@ def test_a_checkpoint_moves_to_other_ranks_stages_and_engines(
 def test_an_outlier_is_skipped_and_a_broken_batch_discarded_under_every_engine(
     measured: dict[str, Any], name: str
 ) -> None:
-    """Weights and moments stay: the later losses equal those of the plain torch engine."""
+    """Weights and moments are unchanged: later losses equal those of the plain torch engine."""
     found, torch = measured[f"2 ranks, skipping {name}"]["losses"], measured["2 ranks, skipping torch"]["losses"]
     whole = measured["2 ranks, torch"]["losses"]
     assert found[3] is None
     assert [found[step] for step in (0, 1, 2, 4)] == pytest.approx([torch[step] for step in (0, 1, 2, 4)], abs=1e-6)
     assert found[:2] == pytest.approx(whole[:2], abs=1e-6)
-    assert abs(found[2] - whole[2]) > 1e-4  # the update of step 1 was left out
+    assert abs(found[2] - whole[2]) > 1e-4  # the update of step 1 was skipped
 
 
-def test_a_dropped_block_keeps_no_old_gradient_in_host_memory(measured: dict[str, Any]) -> None:
+def test_a_dropped_block_has_no_stale_gradient_in_host_memory(measured: dict[str, Any]) -> None:
     found, expected = measured["2 ranks, dropping offloaded"], measured["2 ranks, dropping torch"]
     assert furthest(found["losses"], expected["losses"]) <= 1e-6
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_compiled_encoder_computes_the_same(tmp_path: Path) -> None:
+def test_a_compiled_encoder_gives_the_same_losses(tmp_path: Path) -> None:
     cases = {"eager": case("torch"), "compiled": case("torch", settings={"compile": True})}
     for found in cases.values():
         found["config"]["encoder"] |= {"dropout": 0.0, "attention_dropout": 0.0}

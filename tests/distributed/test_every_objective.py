@@ -22,7 +22,7 @@ OPTIONS = {
 
 
 def optional(encoder: str, engine: str, stage: int = 1) -> dict[str, Any]:
-    """Packed rows, selective recomputing and whatever a stack of blocks can be told, all at once."""
+    """Returns a case with packed rows, selective activation checkpointing and all options of the block stack."""
     made = case("best_rq", engine, stage)
     made["config"]["encoder"] = small("encoders", encoder, **OPTIONS)
     made["config"]["engine"] |= {"packed": True, "activation_checkpointing": "selective"}
@@ -54,7 +54,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("name", [*CASES, *ENCODERS])
-def test_losses_are_those_of_one_rank(measured: dict[str, Any], name: str, stage: int) -> None:
+def test_losses_equal_those_of_one_rank(measured: dict[str, Any], name: str, stage: int) -> None:
     found, expected = measured[f"{name}, zero {stage}"], measured[name]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
@@ -62,16 +62,16 @@ def test_losses_are_those_of_one_rank(measured: dict[str, Any], name: str, stage
 
 @pytest.fixture(scope="module")
 def relabelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The efficient default over the update after which its units come from a layer of its own, number 1."""
+    """Runs the efficient default over update 1, after which its units come from one of its own layers."""
     tmp, name = tmp_path_factory.mktemp("relabelled"), "efficient, relabelled"
     cases = {}
     for stage in (1, 3):
         cases[f"whole, zero {stage}"] = case(name, "deepspeed", stage)
-        for done in (1, 2):  # resumed just before that update, and just after it
+        for done in (1, 2):  # resumed directly before and after that update
             folder = str(tmp / f"zero{stage}-{done}")
             cases[f"first {done}, zero {stage}"] = case(name, "deepspeed", stage, save=folder) | {"steps": done}
             cases[f"after {done}, zero {stage}"] = case(name, "deepspeed", stage, load=folder)
-        # the update is left out, and the checkpoint taken right after it
+        # the update is skipped, and the checkpoint saved directly after it
         folder, lost = str(tmp / f"zero{stage}-lost"), {"skip_at": 1}
         cases[f"whole without 1, zero {stage}"] = case(name, "deepspeed", stage, **lost)
         cases[f"first without 1, zero {stage}"] = case(name, "deepspeed", stage, save=folder, **lost) | {"steps": 2}
@@ -82,7 +82,9 @@ def relabelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(("part", "done"), [("1", 1), ("2", 2), ("without 1", 2)])
-def test_a_resume_over_the_relabelling_is_bitwise(relabelled: dict[str, Any], part: str, done: int, stage: int) -> None:
+def test_a_resume_around_the_relabelling_is_bit_identical(
+    relabelled: dict[str, Any], part: str, done: int, stage: int
+) -> None:
     whole = relabelled[f"whole without 1, zero {stage}" if part == "without 1" else f"whole, zero {stage}"]
     resumed = relabelled[f"after {part}, zero {stage}"]
     assert resumed["losses"] == whole["losses"][done:]
@@ -90,9 +92,9 @@ def test_a_resume_over_the_relabelling_is_bitwise(relabelled: dict[str, Any], pa
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_relabelling_that_was_left_out_comes_next_on_all_ranks(relabelled: dict[str, Any], stage: int) -> None:
+def test_a_skipped_relabelling_is_done_at_the_next_update_on_all_ranks(relabelled: dict[str, Any], stage: int) -> None:
     found, expected = relabelled[f"whole without 1, zero {stage}"], relabelled["whole without 1"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     whole = relabelled[f"whole, zero {stage}"]["losses"]
     assert found["losses"][:2] == whole[:2]
-    assert abs(found["losses"][2] - whole[2]) > 0.1, "units of the layer, and still the first ones"
+    assert abs(found["losses"][2] - whole[2]) > 0.1, "without the relabelling the units are still the first ones"

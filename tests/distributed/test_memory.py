@@ -1,4 +1,4 @@
-"""What one of two ranks holds under each ZeRO stage, and what a forward pass keeps, against `auricle plan-run`."""
+"""Memory of one of two ranks under each ZeRO stage, and of a forward pass, against `auricle plan-run`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.engine_runs import case, run
 
 
 @pytest.mark.slow
-def test_each_stage_holds_what_is_forecast(tmp_path: Path) -> None:
+def test_memory_of_each_zero_stage_equals_the_forecast(tmp_path: Path) -> None:
     cases = {str(stage): case("deepspeed", stage, memory=True) | {"steps": 2} for stage in range(4)}
     for made in cases.values():
         made["config"]["encoder"] |= {"dim": 192, "heads": 4, "ffn_dim": 768, "layers": 4}
@@ -31,15 +31,15 @@ def test_each_stage_holds_what_is_forecast(tmp_path: Path) -> None:
     for stage in (1, 2, 3):
         held, forecast = found[str(stage)]["held"] - activations, state_bytes(model, stage, 2)
         print(f"ZeRO {stage}: {held / parameters:.2f} bytes a parameter held, {forecast / parameters:.2f} forecast")
-        # of stage 2 the bucket is not there yet when the backward pass begins
+        # under stage 2 the bucket is not allocated before the backward pass
         expected = forecast - (bucket_bytes(model) if stage == 2 else 0.0)
         assert 0.93 * expected < held < 1.03 * expected
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("experiment", ["best_rq_tiny", "wav2vec2_tiny"])
-def test_a_micro_batch_keeps_what_is_forecast(experiment: str, precision: str) -> None:
-    """The allocator's own account of a forward pass over the largest micro-batch."""
+def test_activation_memory_of_a_micro_batch_is_close_to_the_forecast(experiment: str, precision: str) -> None:
+    """Compares with the allocator's statistics of a forward pass over the largest micro-batch."""
     seconds, segments = 4, 6
     data = (f"data.max_seconds={seconds}", f"data.batch_seconds={seconds * segments}", "data.micro_batches=1")
     given = [f"+experiment={experiment}", "data.shards=none", *data, f"engine.precision={precision}"]

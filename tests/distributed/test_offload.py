@@ -1,4 +1,4 @@
-"""Optimizer states in the host's memory or on a disk: the same losses, and a disk says what it lacks."""
+"""Optimizer states on disk give the same losses as in memory; missing requirements are reported."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pretrain.engines.deepspeed import _require_nvme
 from tests.support.engine_runs import case, furthest, run
 
 ON_DISK = 4
-"""Steps; the model has more than the MiB per rank and group below which DeepSpeed leaves states in memory."""
+"""Steps. The model is larger than the size per rank and group (1 MiB) below which DeepSpeed keeps states in memory."""
 
 
 NINJA = Path(sys.executable).parent / "ninja"
-"""Another ninja than the one that built an operator would build it again."""
+"""The ninja that built the operator; another one would rebuild it."""
 
 
-def test_what_nvme_offload_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirements_of_nvme_offload_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_, **__: False)
     with pytest.raises(ValueError, match="install libaio-dev"):
         _require_nvme()
 
 
 def built() -> str:
-    """Why DeepSpeed's disk operator is not ready; compiling it takes minutes, and ninja tells whether it would."""
+    """Returns why DeepSpeed's disk operator is not built yet, according to ninja; compiling it takes minutes."""
     from torch.utils.cpp_extension import get_default_build_root
 
     for name in ("pin_memory", "async_io"):

@@ -17,7 +17,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with one checkpoint of an untrained model."""
+    """Makes a run folder with one checkpoint of an untrained model."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     save(folder, 4)
     return folder

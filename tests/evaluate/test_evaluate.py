@@ -1,4 +1,4 @@
-"""`auricle evaluate` from a manifest and a checkpoint to a table."""
+"""`auricle evaluate`, from a manifest and a checkpoint to a table of results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def settings(corpus: Path, given: Path, task: str, **more: object) -> EvaluateCo
     )  # fmt: skip
 
 
-def test_phones_with_all_baselines(corpus: Path, saved: Path) -> None:
+def test_phone_classification_reports_all_baselines(corpus: Path, saved: Path) -> None:
     torch.set_num_threads(1)
     rows = evaluate(settings(corpus, saved, "phones"), say=lambda line: None)
     by = {(row.measure, row.who.split(" (")[0]): row for row in rows}
@@ -45,12 +45,12 @@ def test_phones_with_all_baselines(corpus: Path, saved: Path) -> None:
     assert ours.over_random is not None
     gap = ours.value - by["non-silence frames", "log-mel ±10 frames"].value
     assert ours.over_log_mel[0] == pytest.approx(gap)
-    # a third of each clip is silence, which counts in one measure only
+    # a third of each clip is silence, which counts in "all frames" only
     everything = by["all frames", "log-mel ±10 frames"]
     assert everything.value > 0.8
 
 
-def test_the_verb_prints_and_writes(
+def test_the_command_prints_and_writes_results(
     corpus: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["corpora=tones", "seeds=1", "bootstrap=100", "supervised.epochs=0", f"manifest={corpus}/manifest.tsv"]
@@ -63,13 +63,13 @@ def test_the_verb_prints_and_writes(
     assert (tmp_path / "out" / "results.md").read_text().startswith("| task |")
 
 
-def test_speakers_by_probe_and_by_verification(corpus: Path, saved: Path) -> None:
+def test_speakers_are_evaluated_by_probe_and_by_verification(corpus: Path, saved: Path) -> None:
     rows = evaluate(settings(corpus, saved, "speaker", seeds=1), say=lambda line: None)
     assert {row.measure for row in rows} == {"accuracy", "EER of verification"}
     assert all(0.0 <= row.value <= 1.0 for row in rows)
 
 
-def test_following_a_run_writes_into_its_tensorboard(corpus: Path, saved: Path) -> None:
+def test_following_a_run_writes_to_its_tensorboard(corpus: Path, saved: Path) -> None:
     (saved / "config.json").write_text("{}")
     options = ["corpora=tones", "seeds=1", "bootstrap=100", f"manifest={corpus}/manifest.tsv", "probe.min_updates=20"]
     options += ["phones=phones.tsv"]
@@ -89,7 +89,7 @@ def test_following_a_run_writes_into_its_tensorboard(corpus: Path, saved: Path) 
 
 @pytest.fixture
 def follow(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """Follows tmp_path/run; the steps that its evaluations.jsonl has then."""
+    """Returns a function that follows tmp_path/run and returns the steps in its evaluations.jsonl."""
     monkeypatch.setattr("launch.workers.programs.following.POLL_SECONDS", 0.05)
     options = ["task=keywords", "follow=true", "corpora=tones", "seeds=1", "bootstrap=100", "probe.min_updates=2"]
     options += [f"manifest={corpus}/manifest.tsv", "phones=phones.tsv", f"checkpoint={tmp_path / 'run'}"]
@@ -112,7 +112,9 @@ def test_each_checkpoint_of_a_followed_run_is_evaluated_once(
     assert "all 4 steps are done" in capsys.readouterr().out
 
 
-def test_a_task_asked_for_later_is_measured_where_others_were(follow: Callable[..., list[int]], tmp_path: Path) -> None:
+def test_a_task_added_later_is_evaluated_on_checkpoints_done_before(
+    follow: Callable[..., list[int]], tmp_path: Path
+) -> None:
     save(tmp_path / "run", 2, 4)
     assert follow() == [2, 4]
     follow("task=keywords,rankme")
@@ -122,14 +124,14 @@ def test_a_task_asked_for_later_is_measured_where_others_were(follow: Callable[.
     assert {(2, "rankme"), (4, "rankme")} < set(seen)
 
 
-def test_steps_done_anew_are_evaluated_anew(follow: Callable[..., list[int]], tmp_path: Path) -> None:
+def test_repeated_steps_are_evaluated_again(follow: Callable[..., list[int]], tmp_path: Path) -> None:
     save(tmp_path / "run", 2, 4)
     follow()
     save(tmp_path / "run", 4, seed=1)
     assert follow() == [2, 4, 4]
 
 
-def test_a_run_that_died_is_not_followed_for_ever(
+def test_following_ends_when_the_run_has_died(
     follow: Callable[..., list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path / "run", 2)
@@ -140,7 +142,7 @@ def test_a_run_that_died_is_not_followed_for_ever(
     assert "stopped as unhealthy" in capsys.readouterr().out
 
 
-def test_a_checkpoint_removed_before_it_was_read_is_passed_over(
+def test_a_checkpoint_removed_before_it_is_read_is_skipped(
     follow: Callable[..., list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path / "run", 2, 4)
@@ -154,9 +156,7 @@ def test_a_checkpoint_removed_before_it_was_read_is_passed_over(
     assert follow() == [4]
 
 
-def test_all_that_is_trained_or_frozen_goes_to_the_device(
-    corpus: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_models_are_moved_to_the_device(corpus: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved, to = [], torch.nn.Module.to
 
     def noted(module: torch.nn.Module, *given: object) -> torch.nn.Module:
@@ -165,12 +165,10 @@ def test_all_that_is_trained_or_frozen_goes_to_the_device(
 
     monkeypatch.setattr(torch.nn.Module, "to", noted)
     evaluate(settings(corpus, saved, "keywords", seeds=1, device="cpu:0"), say=lambda line: None)
-    assert moved == [("cpu:0",)] * 3  # the checkpoint, random weights, the supervised twin
+    assert moved == [("cpu:0",)] * 3  # the checkpoint, random weights, and the supervised baseline
 
 
-def test_units_are_compared_with_phones_where_there_is_speech(
-    corpus: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pnmi_leaves_out_silence(corpus: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[int]] = []
 
     def noted(labels: np.ndarray, units: np.ndarray) -> tuple[float, float, float]:
@@ -180,13 +178,15 @@ def test_units_are_compared_with_phones_where_there_is_speech(
     monkeypatch.setattr("pretrain.evaluate.intrinsic.phone_normalized_mutual_information", noted)
     rows = evaluate(settings(corpus, saved, "pnmi"), say=lambda line: None)
     assert all(len(labels) == len(PITCHES) for labels in seen)  # a third of each clip is silence
-    layers = (len(seen) - 1) // 3  # log-mel has one, then come two seeds of random weights and the checkpoint
+    layers = (
+        len(seen) - 1
+    ) // 3  # one call for log-mel, then all layers for two seeds of random weights and the checkpoint
     (mean,) = (row.value for row in rows if row.who.startswith("random") and row.measure == "PNMI, layer 0")
     assert len(seen) == 1 + 3 * layers
     assert mean == pytest.approx(0.1 * (2 + 2 + layers) / 2)
 
 
-def test_a_hugging_face_folder_is_evaluated_alike(corpus: Path, tmp_path: Path) -> None:
+def test_a_hugging_face_folder_is_evaluated_like_a_run(corpus: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tiny = transformers.HubertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16,) * 7,
@@ -236,7 +236,7 @@ def test_padding_does_not_change_a_hugging_face_models_frames(tmp_path: Path) ->
     assert torch.allclose(together.final.x_BFD[1, :frames], alone.final.x_BFD[0], atol=1e-4)
 
 
-def test_what_cannot_be_evaluated_is_said(corpus: Path, saved: Path, tmp_path: Path) -> None:
+def test_invalid_tasks_checkpoints_and_corpora_are_reported(corpus: Path, saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such task"):
         evaluate(settings(corpus, saved, "fonemes"))
     with pytest.raises(ValueError, match="not a run folder with a checkpoint, a checkpoint"):
@@ -245,8 +245,8 @@ def test_what_cannot_be_evaluated_is_said(corpus: Path, saved: Path, tmp_path: P
         evaluate(settings(corpus, saved, "keywords", corpora="other"))
 
 
-def test_choices_are_made_without_the_test_speakers() -> None:
-    """ask=valid: no utterance of the test part is fitted to or evaluated, and no speaker is in two parts."""
+def test_validation_splits_exclude_the_test_speakers() -> None:
+    """With ask=valid, no test utterance is used for fitting or evaluation, and no speaker is in two splits."""
     everyone = [
         Utterance(Path(), f"{split}-{speaker}-{take}", f"{split}-{speaker}", "", "", "", "speechocean762", split)
         for split, speakers in (("train", 12), ("valid", 2), ("test", 2))

@@ -1,4 +1,4 @@
-"""CTC fine-tuning and its decoders."""
+"""CTC fine-tuning and decoding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random_output(frames: int, seed: int) -> np.ndarray:
 
 
 def exact(log_probs_FV: np.ndarray) -> dict[str, float]:
-    """Probability of each text, summed over all paths one by one."""
+    """Returns the probability of each text, summed over all CTC paths."""
     found: dict[str, float] = defaultdict(float)
     for path in itertools.product(range(4), repeat=len(log_probs_FV)):
         merged = [v for i, v in enumerate(path) if v and (i == 0 or v != path[i - 1])]
@@ -44,7 +44,7 @@ def test_beam_search_finds_the_most_probable_text(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_beam_search_weighs_the_n_gram_in(seed: int) -> None:
+def test_beam_search_includes_the_n_gram_score(seed: int) -> None:
     output, model = random_output(5, seed), NGram(["abab", "abca", "ab"], 3, SYMBOLS)
 
     def score(text: str, probability: float) -> float:
@@ -54,19 +54,19 @@ def test_beam_search_weighs_the_n_gram_in(seed: int) -> None:
     assert beam_search(output, SYMBOLS, 200, model, weight=0.7, pruned_below=-100) == best
 
 
-def test_greedy_merges_repeats_and_drops_blanks() -> None:
+def test_greedy_decoding_merges_repeats_and_drops_blanks() -> None:
     path = [0, 1, 1, 0, 1, 2, 2, 0, 3]
     assert greedy(np.eye(4)[path], SYMBOLS) == "aabc"
 
 
-def test_the_n_gram_is_a_distribution_that_knows_its_texts() -> None:
+def test_the_n_gram_is_a_distribution_that_fits_its_texts() -> None:
     model = NGram(["abab", "abab"], 3, SYMBOLS)
     for context in ("", "a", "ab", "cc"):
         assert sum(math.exp(model.log_prob(context, s)) for s in SYMBOLS) == pytest.approx(1.0)
     assert model.log_prob("aba", "b") > math.log(0.8)
 
 
-def test_a_hugging_face_model_becomes_a_recogniser(corpus: Path, tmp_path: Path) -> None:
+def test_a_hugging_face_model_can_be_fine_tuned(corpus: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
     tiny = transformers.Wav2Vec2Config(
@@ -90,7 +90,7 @@ def test_a_hugging_face_model_becomes_a_recogniser(corpus: Path, tmp_path: Path)
     assert [row["decoder"] for row in found["errors"]] == ["greedy"]
 
 
-def test_finetuning_learns_to_write_tones(corpus: Path, saved: Path, tmp_path: Path) -> None:
+def test_fine_tuning_learns_to_transcribe_tones(corpus: Path, saved: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     options = ["corpora=tones", "steps=150", "frozen_steps=10", "lr=3e-3", "batch_seconds=6", "mask_time=0.05"]
     options += [f"manifest={corpus}/manifest.tsv", f"out={tmp_path}", "beam=8", "ngram=4"]

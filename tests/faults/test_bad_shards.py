@@ -1,4 +1,4 @@
-"""Two ranks and a shard that was altered after it was checked: both end, or both continue without it."""
+"""Two ranks and a shard modified after its check: both ranks end, or both continue without it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ends(folder: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.timeout(400)
-def test_an_altered_shard_ends_both_ranks_or_is_left_out_by_both(tmp_path: Path) -> None:
+def test_a_modified_shard_ends_both_ranks_or_is_skipped_by_both(tmp_path: Path) -> None:
     root = altered(tmp_path)
     strict = prepare(tmp_path, "strict", root, {"name": "torch"}, STEPS)
     found = ends(strict)

@@ -1,4 +1,4 @@
-"""SIGKILL in every job of a HuBERT chain: the same command continues and gives bitwise the undisturbed result."""
+"""SIGKILL in every job of a HuBERT chain: repeating the command gives the bit-identical undisturbed result."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def start(shards: Path, runs: Path) -> Job:
 
 
 def kill_when(shards: Path, runs: Path, due: Callable[[], bool]) -> None:
-    """Kills the command and all processes that it started, as soon as `due`."""
+    """Kills the command and all its processes as soon as `due()` is true."""
     job, deadline = start(shards, runs), time.monotonic() + 600
     try:
         while not due():
@@ -60,7 +60,7 @@ def finish(shards: Path, runs: Path) -> None:
 
 
 def made(runs: Path) -> dict[str, bytes]:
-    """Returns the results of a chain: centres and labels of both iterations, and both models."""
+    """Returns the results of a chain: centres, labels and models of both iterations."""
     found = {}
     for file in sorted([*runs.glob("toy-it?-labels/labels/*.parquet"), *runs.glob("toy-it?-labels/labels/kmeans.*")]):
         if file.suffix == ".parquet":
@@ -74,7 +74,7 @@ def made(runs: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(3600)
-def test_a_kill_in_every_link(tmp_path: Path) -> None:
+def test_a_chain_killed_in_every_link_gives_the_same_result(tmp_path: Path) -> None:
     rng = random.Random(0)
     shards = write_shards(
         tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(10)], corpus=name) for name in "ab"]
@@ -95,7 +95,7 @@ def test_a_kill_in_every_link(tmp_path: Path) -> None:
     kill_when(shards, killed, lambda: steps("toy-it2") >= 3)
     finish(shards, killed)
 
-    assert {file: file.stat().st_mtime_ns for file in first} == first, "a finished link was done again"
+    assert {file: file.stat().st_mtime_ns for file in first} == first, "a finished link was repeated"
     for name in ("toy-it1", "toy-it2"):
         assert [row["step"] for row in read_rows(killed / name / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert len(made(whole)) == 2 * (2 + 1 + 1)

@@ -1,4 +1,4 @@
-"""SIGKILL during training: the same command continues and gives bitwise the undisturbed result."""
+"""SIGKILL during training: repeating the command gives a result bit-identical to an undisturbed run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def kill_after(folder: Path, process: subprocess.Popen[bytes], step: int, extra:
     process.wait()
 
 
-def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
+def test_a_killed_run_started_again_is_bit_identical_to_an_undisturbed_one(tmp_path: Path) -> None:
     rng = random.Random(0)
     shards = write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(40)])])
     whole = prepare(tmp_path, "whole", shards)
@@ -56,7 +56,7 @@ def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
     assert len(list((killed / "incarnations").iterdir())) == 3
 
 
-def test_a_worker_says_in_one_paragraph_what_is_wrong(tmp_path: Path) -> None:
+def test_a_rank_reports_a_config_error_without_a_traceback(tmp_path: Path) -> None:
     folder = prepare(tmp_path, "run", tmp_path / "nothing")
     process = start(folder)
     _, said = process.communicate(timeout=60)
@@ -65,17 +65,17 @@ def test_a_worker_says_in_one_paragraph_what_is_wrong(tmp_path: Path) -> None:
     assert "nothing" in said.decode()
 
 
-def test_a_wish_to_stop_is_kept_while_ranks_start(tmp_path: Path) -> None:
+def test_a_stop_request_during_start_up_is_kept(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", [sounds([1.5] * 20)])
     folder = prepare(tmp_path, "run", shards)
-    (folder / "STOP").touch()  # as Ctrl-C does, before any rank is up
+    (folder / "STOP").touch()  # as by Ctrl-C before any rank has started
     process = start(folder)
     assert process.wait(timeout=120) == 85
     assert 0 < read_rows(folder / "metrics.jsonl")[-1]["step"] < STEPS
     assert (folder / "checkpoints" / "latest").is_file()
 
 
-def test_a_resume_does_not_need_what_the_run_started_from(tmp_path: Path) -> None:
+def test_a_resume_does_not_need_the_initial_weights(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", [sounds([1.5] * 20)])
     source, folder = prepare(tmp_path, "source", shards), prepare(tmp_path, "run", shards)
     (source / "STOP").touch()

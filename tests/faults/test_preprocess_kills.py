@@ -1,4 +1,4 @@
-"""Exactly once: after kills, concurrent jobs and a full disk, the shards are those of an undisturbed job."""
+"""Exactly-once output: after kills, concurrent jobs and a full disk, shards equal those of an undisturbed job."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Setting:
         self.whole = contents(folder / "whole")
 
     def config(self, name: str, **ray: Any) -> dict[str, Any]:
-        """Opus: encoding takes longest, and equal bytes are hardest to reach."""
+        """Uses Opus, whose encoding is the slowest and the hardest to keep deterministic."""
         return {
             "out": str(self.folder / name),
             "corpus": {"name": "path", "path": str(self.corpus)},
@@ -51,13 +51,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tmp_path_factory.mktemp("faults"), 40, 6.0)
 
 
-def test_killed_workers_raylet_and_driver_leave_no_trace(small: Setting) -> None:
+def test_kills_of_workers_raylet_and_driver_do_not_change_the_shards(small: Setting) -> None:
     killed = small.survives("killed", ["worker", "driver", "raylet"], seed=1)
     assert killed["worker"] >= 1
     assert killed["driver"] == 1
 
 
-def test_two_jobs_at_once_and_other_numbers_of_workers(small: Setting) -> None:
+def test_concurrent_jobs_with_different_numbers_of_workers_give_the_same_shards(small: Setting) -> None:
     with (
         kills.running(small.config("twice", num_cpus=1), small.folder / "job-a") as first,
         kills.running(small.config("twice", num_cpus=3), small.folder / "job-b") as second,
@@ -71,7 +71,7 @@ def test_two_jobs_at_once_and_other_numbers_of_workers(small: Setting) -> None:
     assert contents(small.folder / "twice") == small.whole
 
 
-def test_a_unit_whose_worker_dies_too_often_is_listed_and_the_rest_kept(small: Setting) -> None:
+def test_a_work_unit_whose_worker_dies_too_often_is_listed_and_the_rest_is_written(small: Setting) -> None:
     config = small.config("given up", attempts=1)
     with kills.running(config, small.folder / "job-c") as job:
         while (victim := job.find("worker")) is None:
@@ -89,14 +89,14 @@ def test_a_unit_whose_worker_dies_too_often_is_listed_and_the_rest_kept(small: S
     assert contents(small.folder / "given up") == small.whole
 
 
-def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(small: Setting) -> None:
+def test_a_full_disk_ends_the_job_and_a_repeat_with_space_completes_it(small: Setting) -> None:
     disk = small.folder / "disk"
     disk.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=260k", "tmpfs", disk], capture_output=True, check=False
     )
     if mounted.returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
+        pytest.skip("needs permission to mount a tmpfs")
     try:
         config = small.config("disk/out")
         assert kills.finish(config, small.folder / "job-d") == 3
@@ -111,7 +111,7 @@ def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(small: Setting) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
+def test_twenty_kills_at_random_times_do_not_change_the_shards(tmp_path: Path) -> None:
     setting = Setting(tmp_path, 60, 12.0)
     killed: Counter[str] = Counter()
     for seed in range(5):

@@ -1,4 +1,4 @@
-"""A Ray cluster loses a node in training and one in preprocessing; the results are those of undisturbed jobs."""
+"""A Ray cluster loses a node during training and preprocessing; results equal those of undisturbed jobs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A cluster of one node with one core, to which tests add nodes; a dead node is detected within seconds."""
+    """Starts a cluster of one single-core node, to which tests add nodes; dead nodes are detected within seconds."""
     from ray.cluster_utils import Cluster
 
     quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
@@ -51,7 +51,7 @@ def pretrain(base: Path, name: str, *launcher: str) -> subprocess.Popen[bytes]:
 
 
 def power_off(cluster: Any, node: Any) -> None:
-    """Kills everything on the node at once: raylet, workers, and the ranks below them."""
+    """Kills all processes of the node at once: raylet, workers and their ranks."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     for process in [*raylet.children(recursive=True), raylet]:
         process.kill()
@@ -65,7 +65,9 @@ def said(folder: Path) -> str:
 
 @pytest.mark.timeout(560)
 @pytest.mark.parametrize("engine", ["torch", pytest.param("deepspeed", marks=pytest.mark.slow)])
-def test_a_lost_node_leaves_fewer_ranks_and_the_same_run(tmp_path: Path, cluster: Any, engine: str) -> None:
+def test_a_run_continues_on_fewer_ranks_after_a_lost_node_with_the_same_losses(
+    tmp_path: Path, cluster: Any, engine: str
+) -> None:
     rng = random.Random(0)
     write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(60)])])
     node = cluster.add_node(num_cpus=1)
@@ -79,20 +81,20 @@ def test_a_lost_node_leaves_fewer_ranks_and_the_same_run(tmp_path: Path, cluster
     assert "2 ranks, from step 0" in driver
     assert "1 ranks, from step" in driver
 
-    here = ("launcher.processes=1", "launcher.threads=1")  # as many threads as Ray gives a rank
+    here = ("launcher.processes=1", "launcher.threads=1")  # the number of threads that Ray gives a rank
     calm = pretrain(tmp_path, "calm", engine, *here)
     assert calm.wait(timeout=240) == 0, said(tmp_path / "calm")
     ours, theirs = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("hurt", "calm"))
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     assert handed_over(folder) == handed_over(tmp_path / "calm")
-    assert len(handed_over(folder)) == 2 * STEPS, "each step's two micro-batches"
+    assert len(handed_over(folder)) == 2 * STEPS, "two micro-batches per step"
     differences = [abs(mine["loss/total"] - other["loss/total"]) for mine, other in zip(ours, theirs, strict=True)]
     print("largest difference of a loss:", max(differences))
-    assert max(differences) <= 1e-6, "two micro-batches have one sum, on one rank as on two"
+    assert max(differences) <= 1e-6, "the sum of two micro-batches does not depend on the number of ranks"
 
 
 @pytest.mark.timeout(560)
-def test_a_node_lost_in_preprocessing_leaves_the_same_bytes(tmp_path: Path, cluster: Any) -> None:
+def test_a_node_lost_during_preprocessing_does_not_change_the_shards(tmp_path: Path, cluster: Any) -> None:
     node = cluster.add_node(num_cpus=1)
     corpus = ("corpus=path", f"corpus.path={write_corpus(tmp_path / 'corpus', many(90, 8.0))}", "codec=opus")
     plain = (*corpus, "shard_mb=0.05", "report=false", f"runs={tmp_path / 'runs'}")
@@ -108,11 +110,11 @@ def test_a_node_lost_in_preprocessing_leaves_the_same_bytes(tmp_path: Path, clus
     preprocess_here(calm)
     tars = [{tar.name: tar.read_bytes() for tar in (tmp_path / name).glob("*.tar")} for name in ("hurt", "calm")]
     assert tars[0] == tars[1]
-    assert finished < len(tars[0]), "the node was lost while there was work"
+    assert finished < len(tars[0]), "the node was lost during the job"
 
 
 def works(process: psutil.Process) -> bool:
-    """Whether the process is a worker that processes a unit."""
+    """Returns whether the process is a worker that processes a work unit."""
     try:
         return "process_unit" in " ".join(process.cmdline())
     except psutil.Error:

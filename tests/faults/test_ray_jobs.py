@@ -1,4 +1,4 @@
-"""Ray Jobs on a real Ray cluster; interfaces that Ray listens on; hostile names in an entrypoint."""
+"""Ray Jobs on a real Ray cluster; network interfaces that Ray listens on; hostile names in an entrypoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HOSTILE = "x$(touch pwned);`touch pwned`&touch pwned|'\" #"
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The dashboard's address of a cluster of one node that requires a token."""
+    """Starts a cluster of one node that requires a token; yields the address of its dashboard."""
     port, gcs = free_port(), free_port()
     folder = tmp_path_factory.mktemp("r")
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
@@ -47,7 +47,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_AUTH_MODE", "token")
     patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    reset_auth_token_state()  # read once in a process: an earlier test may have had none
+    reset_auth_token_state()  # read once per process: an earlier test may have run without a token
     with (folder / "said.txt").open("w") as said:
         ray = subprocess.Popen(command, stdout=said, stderr=said, env=dict(os.environ), start_new_session=True)
     address = f"http://127.0.0.1:{port}"
@@ -64,7 +64,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def answers(address: str) -> bool:
-    """Whether the dashboard accepts jobs."""
+    """Returns whether the dashboard accepts jobs."""
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -77,7 +77,7 @@ def answers(address: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(560)
 def test_a_chain_of_ray_jobs(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Preprocessing and, after its success, a run; the same command then skips both."""
+    """Preprocessing and, after its success, a run; repeating the command skips both."""
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "speech", many(6, 2.0))
     toy = [f"pretrain.{line}" for line in (*TOY, "train.steps=4", f"name={HOSTILE.replace('/', '')}")]
@@ -97,7 +97,7 @@ def test_a_chain_of_ray_jobs(head: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.rglob("pwned"))
     before = read_record(runs / HOSTILE)
     assert main.main(chain) == 0
-    assert read_record(runs / HOSTILE) == before, "nothing was handed over again"
+    assert read_record(runs / HOSTILE) == before, "no job was submitted again"
     assert main.main(["jobs", "status", str(runs / "preprocess")]) == 0
 
 
@@ -149,7 +149,7 @@ def is_server(entry: Any, port: int) -> bool:
     return entry.status == psutil.CONN_LISTEN and entry.laddr.port == port
 
 
-def test_what_waits_for_a_failed_job_does_not_start(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_depends_on_a_failed_job_does_not_start(capsys: pytest.CaptureFixture[str]) -> None:
     states = iter(["PENDING", "FAILED"])
     assert not succeeded(lambda: next(states), "raysubmit_1")
     assert "raysubmit_1 is FAILED" in capsys.readouterr().err
@@ -157,10 +157,10 @@ def test_what_waits_for_a_failed_job_does_not_start(capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_whole_chain_of_ray_jobs(
+def test_a_full_pipeline_of_ray_jobs(
     head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Preprocessing, labels, pretraining and evaluation, each a Ray Job that waits for the one before."""
+    """Preprocessing, labels, pretraining and evaluation: each is a Ray Job that waits for the previous one."""
     monkeypatch.chdir(tmp_path)
     turns = whole_chain.ONE_TURN
     whole_chain.write(tmp_path)

@@ -1,7 +1,7 @@
 """SIGKILL at random times, resumed on one and two ranks in turn: each step reads the keys of an undisturbed run.
 
-The reader notes each step it hands over. A killed run may hand a step over twice (it died before the checkpoint), but
-never another one, and at the end none may be missing. `make prove-slow` runs the long form: 21 kills over ZeRO 1–3.
+The reader records each step it returns. A killed run may return a step twice (it died before the checkpoint), but
+never a different one, and at the end none may be missing. `make prove-slow` runs the long form: 21 kills over ZeRO 1–3.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tests.support.tiny_shards import sounds, write_shards
 
 
 def finish(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Waits for the process; fails unless it succeeds."""
+    """Waits for the process, and fails unless it succeeds."""
     for process in processes:
         _, said = process.communicate(timeout=240)
         assert process.returncode == 0, said.decode()
 
 
 def kill_at(folder: Path, processes: list[subprocess.Popen[bytes]], step: int, wait: float) -> None:
-    """Sends SIGKILL to all ranks, `wait` seconds after the row of `step` was written, or as they end."""
+    """Sends SIGKILL to all ranks `wait` seconds after the row of `step` was written, or when they end."""
     deadline = time.monotonic() + 240
     while not any(row["step"] >= step for row in read_rows(folder / "metrics.jsonl")):
         if any(process.poll() not in (None, 0) for process in processes):
@@ -59,24 +59,24 @@ def soak(tmp_path: Path, engine: dict[str, Any], kills: int, seed: int, worlds: 
     losses = [{row["step"]: row["loss/total"] for row in read_rows(run / "metrics.jsonl")} for run in (whole, killed)]
     assert sorted(losses[1]) == list(range(1, steps + 1))
     if len(worlds) > 1:
-        assert losses[1] == pytest.approx(losses[0], rel=1e-5), "sums in another order"
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5), "the order of sums differs between world sizes"
     else:
-        assert losses[1] == losses[0], "an unchanged world: the same bits"
+        assert losses[1] == losses[0], "an unchanged world size must give identical bits"
 
 
-def test_resumed_runs_read_the_same_keys_on_one_rank_and_on_two(tmp_path: Path) -> None:
+def test_resumed_runs_read_the_same_keys_on_one_and_two_ranks(tmp_path: Path) -> None:
     soak(tmp_path, {"name": "torch"}, kills=2, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_resumed_runs_read_the_same_keys_under_zero(tmp_path: Path, stage: int) -> None:
+def test_resumed_runs_read_the_same_keys_under_every_zero_stage(tmp_path: Path, stage: int) -> None:
     soak(tmp_path, {"name": "deepspeed", "zero_stage": stage}, kills=7, seed=stage)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_resumed_on_two_learn_the_same_bits_under_zero(tmp_path: Path, stage: int) -> None:
+def test_runs_resumed_on_two_ranks_are_bit_identical_under_zero(tmp_path: Path, stage: int) -> None:
     soak(tmp_path, {"name": "deepspeed", "zero_stage": stage}, kills=3, seed=10 + stage, worlds=(2,))

@@ -1,4 +1,4 @@
-"""Faults of a real SLURM cluster: each run ends with bitwise the result of the undisturbed one."""
+"""Faults on a real SLURM cluster: each run ends with a result bit-identical to that of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.support.faults.mini_slurm import require_slurm, wait_for
 from tests.support.faults.site import ON_SLURM, STEPS, TOY, ZERO, Site, learned, site_at, starts, variable
 
 EARLY = 8
-"""Step after which a fault is injected: before the first checkpoint, or …"""
+"""Step after which a fault is injected before the first checkpoint."""
 LATE = 24
-"""… between two checkpoints."""
+"""Step after which a fault is injected between two checkpoints."""
 
 HOSTILE = "x$(touch pwned);`touch pwned`&touch pwned|'\" %j #SBATCH --nodes=9"
 HOSTILE_SHARDS = "/nowhere/$(touch pwned)"
@@ -34,7 +34,7 @@ HOSTILE_SHARDS = "/nowhere/$(touch pwned)"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A cluster of twelve nodes."""
+    """Starts a cluster of twelve nodes."""
     require_slurm()
     with site_at(tmp_path_factory.mktemp("slurm"), 12) as site:
         yield site
@@ -42,7 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def runs(site: Site) -> Site:
-    """In parallel: an undisturbed run, one warned of its time limit, one that loses a rank, and a chain of jobs."""
+    """Starts in parallel: an undisturbed run, one near its time limit, one that loses a rank, and a chain of jobs."""
     synthesise(site.base / "speech", 12)
     for name in ("calm", "warned", "struck"):
         site.submit(name)
@@ -55,7 +55,7 @@ def runs(site: Site) -> Site:
 
 
 def pipeline(site: Site) -> list[str]:
-    """Returns the command for preprocessing on a Ray cluster of two nodes, and a run that depends on it."""
+    """Returns the command for preprocessing on a Ray cluster of two nodes and a dependent run."""
     folder = site.base / "chain"
     toy = [f"pretrain.{line}" for line in TOY]
     corpus = [f"preprocess.corpus.path={site.base / 'speech'}", "preprocess.min_shards=4"]
@@ -64,8 +64,8 @@ def pipeline(site: Site) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def bereaved(runs: Site) -> Site:
-    """In parallel: a run whose second node loses power, and one whose second node loses its slurmd."""
+def runs_with_lost_nodes(runs: Site) -> Site:
+    """Starts in parallel: a run whose second node loses power, and one whose second node loses its slurmd."""
     runs.finish("calm")
     for name in ("bereft", "orphaned"):
         runs.submit(name)
@@ -74,7 +74,7 @@ def bereaved(runs: Site) -> Site:
     lost = runs.nodes("bereft")[1]
     runs.cluster.power_off(lost)
     dead, pids = runs.lose_slurmd("orphaned")
-    submit_others(runs)  # meanwhile, SLURM takes its time
+    submit_others(runs)  # SLURM needs some time to notice the lost nodes
     runs.go_on("orphaned", pids)
     for name in ("bereft", "orphaned"):
         runs.finish(name)
@@ -84,7 +84,7 @@ def bereaved(runs: Site) -> Site:
 
 
 def submit_others(site: Site) -> None:
-    """Submits a sweep, a run that diverges, one with hostile names, and one that depends on one that fails."""
+    """Submits a sweep, a diverging run, one with hostile names, and one that depends on a failing job."""
     plain = (*ON_SLURM, f"runs={site.base}", f"data.shards={site.base / 'shards'}", "launcher.nodes=1")
     assert main.main(["pretrain", *TOY, *plain, "name=swept", "train.steps=3", "seed=1,2", "--multirun"]) == 0
     for number in (0, 1):
@@ -96,10 +96,10 @@ def submit_others(site: Site) -> None:
 
 
 def same_bits(site: Site, name: str, undisturbed: str = "calm") -> None:
-    """Asserts that keys, losses and final weights of a run are bitwise those of the undisturbed one."""
+    """Asserts that keys, losses and final weights of a run are bit-identical to those of the undisturbed one."""
     calm, other = site.base / undisturbed, site.base / name
     assert handed_over(other) == handed_over(calm)
-    assert len(handed_over(other)) == 2 * STEPS, "each step's two micro-batches"
+    assert len(handed_over(other)) == 2 * STEPS, "two micro-batches per step"
     assert [step for step, _, _ in learned(other)] == list(range(1, STEPS + 1))
     assert learned(other) == learned(calm)
     for file in ("model.safetensors", "optimizer.safetensors"):
@@ -108,7 +108,7 @@ def same_bits(site: Site, name: str, undisturbed: str = "calm") -> None:
 
 
 @pytest.mark.timeout(240)
-def test_time_limit_checkpoints_requeues_and_resumes(runs: Site) -> None:
+def test_a_run_at_its_time_limit_saves_is_requeued_and_resumes(runs: Site) -> None:
     runs.finish("calm")
     runs.finish("warned")
     same_bits(runs, "warned")
@@ -120,7 +120,7 @@ def test_time_limit_checkpoints_requeues_and_resumes(runs: Site) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_a_killed_rank_is_tried_again(runs: Site) -> None:
+def test_a_run_with_a_killed_rank_is_retried(runs: Site) -> None:
     runs.finish("calm")
     runs.finish("struck")
     same_bits(runs, "struck")
@@ -130,17 +130,17 @@ def test_a_killed_rank_is_tried_again(runs: Site) -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", ["bereft", "orphaned"])
-def test_a_lost_node_or_slurmd_is_replaced(bereaved: Site, name: str) -> None:
-    same_bits(bereaved, name)
-    assert starts(bereaved.base / name) == 2
-    assert "start 1: 2 ranks" in (bereaved.base / name / "logs" / "slurm.log").read_text()
+def test_a_run_that_loses_a_node_or_slurmd_is_requeued(runs_with_lost_nodes: Site, name: str) -> None:
+    same_bits(runs_with_lost_nodes, name)
+    assert starts(runs_with_lost_nodes.base / name) == 2
+    assert "start 1: 2 ranks" in (runs_with_lost_nodes.base / name / "logs" / "slurm.log").read_text()
 
 
 @pytest.mark.timeout(400)
 def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(
     runs: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ray on two nodes writes the bytes that one process writes; a run depends on them; a repeat skips both."""
+    """Ray on two nodes writes the same bytes as one process; a run depends on them; a repeat skips both."""
     folder = runs.base / "chain"
     for name in ("preprocess", "chained"):
         runs.handles[f"chain/runs/{name}"] = read_record(folder / "runs" / name).handle
@@ -162,24 +162,32 @@ def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(
 
 
 @pytest.mark.timeout(400)
-def test_a_sweep_is_an_array(bereaved: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_is_a_job_array(runs_with_lost_nodes: Site, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (0, 1):
-        assert bereaved.handles[f"swept_{number}"].partition("_")[2] == str(number)
-        bereaved.finish(f"swept_{number}")
-    assert learned(bereaved.base / "swept_0") != learned(bereaved.base / "swept_1")
-    assert main.main(["jobs", "status", str(bereaved.base / "swept_1")]) == 0
+        assert runs_with_lost_nodes.handles[f"swept_{number}"].partition("_")[2] == str(number)
+        runs_with_lost_nodes.finish(f"swept_{number}")
+    assert learned(runs_with_lost_nodes.base / "swept_0") != learned(runs_with_lost_nodes.base / "swept_1")
+    assert main.main(["jobs", "status", str(runs_with_lost_nodes.base / "swept_1")]) == 0
     assert "done, step 3/3" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(400)
-def test_an_unhealthy_run_is_not_tried_again(bereaved: Site) -> None:
-    """Its learning rate is so large that the loss soon becomes NaN."""
-    wait_for(lambda: bereaved.state("ill") == "FAILED", 120, "the end of the job", lambda: bereaved.log("ill"))
-    assert "the run is unhealthy: not tried again" in (bereaved.base / "ill" / "logs" / "slurm.log").read_text()
-    assert starts(bereaved.base / "ill") == 1
+def test_an_unhealthy_run_is_not_retried(runs_with_lost_nodes: Site) -> None:
+    """The learning rate is so large that the loss soon becomes NaN."""
+    wait_for(
+        lambda: runs_with_lost_nodes.state("ill") == "FAILED",
+        120,
+        "the end of the job",
+        lambda: runs_with_lost_nodes.log("ill"),
+    )
+    assert (
+        "the run is unhealthy: not tried again"
+        in (runs_with_lost_nodes.base / "ill" / "logs" / "slurm.log").read_text()
+    )
+    assert starts(runs_with_lost_nodes.base / "ill") == 1
 
 
-def test_scancel_ends_the_run_and_keeps_it(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scancel_ends_the_run_and_keeps_its_checkpoints(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     folder = site.submit("unwanted", "train.steps=100000", "train.checkpoint_every=5", "launcher.nodes=1")
     wait_for(lambda: steps_done(folder) >= 5, 90, "a checkpoint", lambda: site.log("unwanted"))
     assert main.main(["jobs", "status", str(folder)]) == 0
@@ -194,8 +202,8 @@ def test_scancel_ends_the_run_and_keeps_it(site: Site, capsys: pytest.CaptureFix
 
 
 @pytest.mark.timeout(400)
-def test_a_chain_stops_at_its_first_failure(bereaved: Site) -> None:
-    site, folder = bereaved, bereaved.base / "broken"
+def test_a_chain_stops_at_its_first_failure(runs_with_lost_nodes: Site) -> None:
+    site, folder = runs_with_lost_nodes, runs_with_lost_nodes.base / "broken"
     wait_for(lambda: site.state("never") == "CANCELLED", 90, "the end of the chain", lambda: site.log("broken"))
     assert site.state("broken") == "FAILED"
     assert "not tried again" in (folder / "logs" / "slurm.log").read_text()
@@ -205,11 +213,11 @@ def test_a_chain_stops_at_its_first_failure(bereaved: Site) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_cut_off_node_does_no_harm(runs: Site) -> None:
-    """Split brain, twice: the only rank of a run continues although its job has been started elsewhere.
+def test_a_rank_on_a_disconnected_node_does_not_damage_the_restarted_run(runs: Site) -> None:
+    """Split brain, in two runs: the only rank of a run continues although its job was restarted elsewhere.
 
-    One node is connected again after its rank has ended, the other one before. The srun of the latter then ends
-    the step of its number, which the new start has, too: that start saves, and is started once more.
+    One node is reconnected after its rank has ended, the other one before. The srun of the latter then cancels
+    the job step of its number, which the new start uses as well: that start saves and is restarted.
     """
     for name in ("alone", "severed", "rejoined"):
         runs.submit(name, "launcher.nodes=1")
@@ -220,7 +228,7 @@ def test_a_cut_off_node_does_no_harm(runs: Site) -> None:
     runs.reach_start("rejoined", 2)
     runs.cluster.mend(cut["rejoined"][0])
     for pid in cut["rejoined"][1]:
-        with contextlib.suppress(ProcessLookupError):  # SLURM may have found it by now
+        with contextlib.suppress(ProcessLookupError):  # SLURM may have ended it by now
             os.kill(pid, signal.SIGCONT)
     runs.go_on_cut_off("severed", cut["severed"][1])
     runs.cluster.mend(cut["severed"][0])
@@ -236,8 +244,8 @@ def test_a_cut_off_node_does_no_harm(runs: Site) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_preempted_job_makes_room_and_continues(runs: Site) -> None:
-    """A job of a partition of higher priority takes one of its nodes."""
+def test_a_preempted_job_is_requeued_and_continues(runs: Site) -> None:
+    """A job in a partition of higher priority takes one of its nodes."""
     runs.finish("calm")
     folder = runs.submit("displaced")
     runs.reach("displaced", LATE)
@@ -245,13 +253,13 @@ def test_a_preempted_job_makes_room_and_continues(runs: Site) -> None:
     urgent = ("--parsable", "--partition=urgent", f"--nodelist={node}", "--output=/dev/null", "--wrap=true")
     job = slurm.ask("sbatch", *urgent).strip()
     wait_for(lambda: slurm.job_state(job) == "COMPLETED", 60, "the urgent job", lambda: runs.log("displaced"))
-    assert starts(folder) == 1, "it made room"
+    assert starts(folder) == 1, "the preempted run has not restarted yet"
     runs.finish("displaced")
     same_bits(runs, "displaced")
     assert starts(folder) == 2
     log = (folder / "logs" / "slurm.log").read_text()
     assert "asked to end" in log
-    assert "starting again after" not in log, "that was SLURM's doing"
+    assert "starting again after" not in log, "SLURM requeues preempted jobs itself"
 
 
 @pytest.mark.timeout(400)
@@ -273,18 +281,23 @@ def test_deepspeed_with_two_ranks_on_a_node_of_gpus(runs: Site) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_hostile_names_are_only_names(bereaved: Site) -> None:
-    wait_for(lambda: bereaved.state(HOSTILE) == "FAILED", 60, "the end of the job", lambda: bereaved.log(HOSTILE))
-    assert not list(bereaved.base.rglob("pwned"))
-    log = (bereaved.base / HOSTILE / "logs" / "rank_0.log").read_text()
+def test_hostile_names_execute_nothing(runs_with_lost_nodes: Site) -> None:
+    wait_for(
+        lambda: runs_with_lost_nodes.state(HOSTILE) == "FAILED",
+        60,
+        "the end of the job",
+        lambda: runs_with_lost_nodes.log(HOSTILE),
+    )
+    assert not list(runs_with_lost_nodes.base.rglob("pwned"))
+    log = (runs_with_lost_nodes.base / HOSTILE / "logs" / "rank_0.log").read_text()
     assert f"there is no shard folder {HOSTILE_SHARDS}" in log
 
 
 @pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
-def test_no_slurm_is_a_failure_where_one_must_be(
+def test_missing_slurm_tools_are_a_failure_where_slurm_is_required(
     required: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CI does not pass by skipping these tests."""
+    """CI must not pass by skipping these tests."""
     monkeypatch.setenv("AURICLE_REQUIRE_SLURM", required)
     monkeypatch.setattr(mini_slurm, "TOOLS", ("no-such-tool",))
     monkeypatch.setattr(os, "geteuid", lambda: 0)

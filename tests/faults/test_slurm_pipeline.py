@@ -1,4 +1,4 @@
-"""The whole chain with two HuBERT iterations on a real SLURM: six jobs, each depends on the one before."""
+"""A pipeline with two HuBERT iterations on a real SLURM cluster: six jobs, each depends on the previous one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.faults.site import ON_SLURM, Site, site_at
 
 @pytest.fixture
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A cluster of three nodes."""
+    """Starts a cluster of three nodes."""
     require_slurm()
     with site_at(tmp_path_factory.mktemp("slurm"), 3) as site:
         yield site
@@ -25,7 +25,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_whole_chain_with_afterok(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_pipeline_with_afterok_dependencies(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     turns = whole_chain.TWO_TURNS
     whole_chain.write(site.base)
     command = whole_chain.command(site.base, turns, *ON_SLURM, "pretrain.launcher.nodes=1")

@@ -1,4 +1,4 @@
-"""Makes cells.json with fastabx, which needs Python 3.12: pip install fastabx; python tests/evaluate/fastabx/make.py"""
+"""Writes cells.json with fastabx (Python 3.12): pip install fastabx; python tests/evaluate/fastabx/make.py"""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ HERE = Path(__file__).resolve().parent
 
 
 def tokens() -> list[tuple[str, str, list[list[float]]]]:
-    """(phone, speaker, (F, 3) features) of four phones, three speakers and all lengths from 1 to 6, in two digits."""
+    """Returns (phone, speaker, (F, 3) features): 4 phones, 3 speakers, lengths from 1 to 6, values of two digits."""
     rng = np.random.default_rng(7)
     made = []
     for speaker in range(3):
         for phone in range(4):
-            for _ in range(3 if phone else 1):  # one phone comes once, so it can be B only within speakers
+            for _ in range(3 if phone else 1):  # one phone has a single token, so within speakers it can only be B
                 centre = np.eye(3)[phone % 3] + 0.3 * speaker
                 x = np.round(centre + 0.7 * rng.standard_normal((int(rng.integers(1, 7)), 3)), 2)
                 made.append((f"p{phone}", f"s{speaker}", x.tolist()))

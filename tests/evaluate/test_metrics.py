@@ -1,4 +1,4 @@
-"""Figures of merit on data whose answer is known."""
+"""Evaluation metrics on data with known results."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pretrain.evaluate.probe import View, _fit, fit_probe
 RNG = np.random.default_rng(0)
 
 
-def test_bootstrap_pairs_speakers() -> None:
-    # every speaker gains exactly five points, however different they are: the paired interval is a point
+def test_the_bootstrap_is_paired_by_speaker() -> None:
+    # every speaker gains exactly five points, so that the paired interval has zero width
     base = {f"s{i}": (float(10 * i), 100.0) for i in range(1, 9)}
     better = {s: (hits + 5, n) for s, (hits, n) in base.items()}
     gap = metrics.bootstrap([better], 500, [base])
@@ -48,29 +48,29 @@ def test_pnmi_of_the_same_and_of_independent_labels() -> None:
     assert purity == pytest.approx(0.1, abs=0.02)
 
 
-def test_grid_labels_take_the_phone_at_the_middle_of_a_cell() -> None:
+def test_grid_labels_are_the_phones_at_the_middle_of_each_cell() -> None:
     intervals = [Interval(0.0, 0.05, "A"), Interval(0.05, 0.10, "B")]
     assert grid_labels(intervals, 0.13, 50) == ["A", "A", "B", "B", "B", ""]
 
 
 @pytest.mark.parametrize("rate_hz", [12.5, 25.0, 50.0, 100.0])
-def test_grid_frames_are_the_nearest_ones(rate_hz: float) -> None:
+def test_grid_frames_are_the_nearest_frames(rate_hz: float) -> None:
     frames = grid_frames(rate_hz, int(2 * rate_hz), 100)
     middles = (frames + 0.5) / rate_hz
     assert float((middles - (torch.arange(100) + 0.5) / 50).abs().max()) <= 0.5 / rate_hz + 1e-6
 
 
-def test_quarters_keep_the_order() -> None:
+def test_quarters_are_means_in_order_of_time() -> None:
     assert quarters(torch.tensor([[[1.0], [1.0], [2.0], [3.0], [4.0]]])).tolist() == [[1.0, 2.0, 3.0, 4.0]]
 
 
-def test_speakers_of_test_may_not_be_in_train() -> None:
+def test_speakers_shared_by_train_and_test_are_refused() -> None:
     one = Utterance(__file__, "a", "speaker-1", "", "", "", "c", "train")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="speaker-1"):
         require_disjoint([one], [one])
 
 
-def test_the_probe_finds_the_layer_that_knows() -> None:
+def test_the_probe_selects_the_informative_layer() -> None:
     y_N = torch.from_numpy(RNG.integers(0, 4, 1200))
     x_NLD = torch.from_numpy(RNG.normal(0, 1, (1200, 3, 8))).float()
     x_NLD[:, 1, :4] += 4 * torch.eye(4)[y_N]
@@ -85,18 +85,18 @@ def test_the_probe_finds_the_layer_that_knows() -> None:
     assert int(mixed.linear.layer_weights_VL.argmax()) == 1
     assert sum(n for _, n in made[2].tally(hits, np.ones(200)).values()) == 200
     assert float(probe.scaling(made[2].x_NLD[:, list(probe.layers)]).float().std(0).sub(1).abs().max()) < 0.3
-    # labels shuffled in time: chance
+    # labels shuffled over frames give chance level
     wrong = Labelled(made[0].x_NLD, made[0].y_N[torch.randperm(800)], made[0].speaker_N, made[0].speakers)
     shuffled = fit_probe(wrong, made[1], 4, ProbeConfig(epochs=3, min_updates=20), seed=0).predict(made[2].x_NLD)
     assert (shuffled == made[2].y_N.numpy()).mean() < 0.5
 
 
-def test_probes_fitted_together_are_those_fitted_alone() -> None:
+def test_probes_fitted_jointly_equal_those_fitted_alone() -> None:
     y_N = torch.from_numpy(RNG.integers(0, 3, 300))
     x_NLD = torch.from_numpy(RNG.normal(0, 1, (300, 2, 6))).float()
     x_NLD[:, 0, :3] += 2 * torch.eye(3)[y_N]
     part = Labelled(x_NLD.half(), y_N, np.zeros(300, int), ("a",))
-    config = ProbeConfig(epochs=1, min_updates=1, batch=32, lr=1e-2)  # one epoch: both keep the same
+    config = ProbeConfig(epochs=1, min_updates=1, batch=32, lr=1e-2)  # after one epoch both have the same best weights
     together = _fit(False, [(0, 1), (0,), (1,)], part, part, 3, config, 0)
     for place, layers in enumerate([(0, 1), (0,), (1,)]):
         alone = fit_probe(part, part, 3, config, 0, View(False, layers))
@@ -104,8 +104,8 @@ def test_probes_fitted_together_are_those_fitted_alone() -> None:
         assert (alone.predict(part.x_NLD) == y_N.numpy()).mean() == pytest.approx(together[2][place], abs=0.01)
 
 
-def test_what_lies_in_narrow_directions_is_found() -> None:
-    """One direction holds nearly all variance in every dimension; the class depends on others, a thousandth as wide."""
+def test_the_probe_finds_classes_in_low_variance_directions() -> None:
+    """One direction has nearly all the variance; the class depends on directions with a thousandth of its width."""
     y_N = torch.from_numpy(RNG.integers(0, 4, 1500))
     inner_ND = torch.from_numpy(RNG.normal(0, 0.1, (1500, 8))).float()
     inner_ND[:, :4] += torch.eye(4)[y_N]
