@@ -109,7 +109,13 @@ def _torch() -> Iterator[Finding]:
 
 def _cpu_features() -> str:
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].splitlines()[0].split())
+        flags = set(
+            Path("/proc/cpuinfo")
+            .read_text(encoding="utf-8", errors="replace")
+            .partition("flags")[2]
+            .splitlines()[0]
+            .split()
+        )
     except (OSError, IndexError):
         return "CPU features unknown"
     return ", ".join(name for name in ("avx2", "avx512f", "amx_bf16") if name in flags) or "no AVX"
@@ -169,7 +175,11 @@ def _slurm() -> Iterator[Finding]:
     path = shutil.which("sbatch")
     if path:
         asked = subprocess.run(
-            ["sinfo", "--noheader", "-o", "%P %D nodes %G"], capture_output=True, text=True, timeout=10
+            ["sinfo", "--noheader", "-o", "%P %D nodes %G"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
         )
         if asked.returncode == 0:
             yield Finding("SLURM", "ok", "; ".join(asked.stdout.split("\n")).strip("; "), needed=False)

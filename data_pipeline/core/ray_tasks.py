@@ -44,7 +44,9 @@ def require_answer(address: str, seconds: float) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
         if not address.startswith("ray://"):  # in a process that can be killed: nothing ends a call into Ray's library
             command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-            done = subprocess.run(command, timeout=seconds, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, timeout=seconds, capture_output=True, encoding="utf-8", errors="replace", check=False
+            )
             if done.returncode:
                 lines = (done.stderr or done.stdout).strip().splitlines() or ["it is not a healthy Ray cluster"]
                 raise ConnectionError(lines[-1])

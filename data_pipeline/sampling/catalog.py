@@ -154,9 +154,9 @@ def _mapped(reading: _Reading, cache: str) -> tuple[Array, Array, tuple[tuple[st
             write_json(folder / "lost.json", sorted(reading.lost - before))
             write_json(folder / "groups.json", groups)  # last: with it the folder is complete
     try:
-        groups = tuple((corpus, language) for corpus, language in json.loads((folder / "groups.json").read_text()))
+        groups = tuple((corpus, language) for corpus, language in json.loads((folder / "groups.json").read_bytes()))
         lost = folder / "lost.json"
-        reading.lost |= set(json.loads(lost.read_text())) if lost.exists() else set()
+        reading.lost |= set(json.loads(lost.read_bytes())) if lost.exists() else set()
         length_N = np.memmap(folder / "length.u32", np.uint32, "r")
         group_N = np.memmap(folder / "group.u16", np.uint16, "r")
         if len(length_N) != count or len(group_N) != count:

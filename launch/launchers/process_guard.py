@@ -128,7 +128,7 @@ def session_members(leader: int) -> list[int]:
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
             # the name in parentheses may hold anything, so count from the last one on
-            state, _, _, session = entry.read_text().rpartition(")")[2].split()[:4]
+            state, _, _, session = entry.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:4]
         except OSError:
             continue
         pid = int(entry.parent.name)

@@ -166,7 +166,15 @@ def _job_fields(job: str) -> dict[str, str]:
 def ask(*command: str) -> str:
     """Runs a SLURM command and returns its output. Raises SlurmError where it fails or takes over a minute."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=_environment(), check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
+            env=_environment(),
+            check=False,
+        )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not installed here: run auricle on a login node of the cluster") from None
     except subprocess.TimeoutExpired:

@@ -77,8 +77,8 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         temporary = Path(name) / "model"
         temporary.mkdir()
-        (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
         contiguous = {key: weight.detach().cpu().float().contiguous().clone() for key, weight in weights.items()}
         save_tensors(contiguous, temporary / "model.safetensors")
         error = gate(module.model, frontend.normalize, temporary, for_pretraining)

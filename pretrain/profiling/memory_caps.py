@@ -65,7 +65,7 @@ def _peak(engine: Engine, rows: int, seconds: float) -> float:
         engine.module.zero_grad(set_to_none=False)
     if device.startswith("cuda"):
         return float(torch.cuda.max_memory_reserved(device))
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
@@ -77,7 +77,7 @@ def _reset(device: str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _memory(world: DistributedContext) -> float:

@@ -339,7 +339,9 @@ def _parsed(operation: Operation, value: object) -> Verdict | None:
 def _write(file: Path, values: dict[str, object]) -> None:
     """Replaces the file in one step; a full or read-only disk only costs the next process its measurements."""
     try:
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".operations", delete=False) as temporary:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=file.parent, prefix=".operations", delete=False
+        ) as temporary:
             json.dump(values, temporary)
         Path(temporary.name).replace(file)
     except OSError:
