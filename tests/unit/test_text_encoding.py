@@ -55,7 +55,8 @@ def test_no_call_takes_the_encoding_of_the_locale() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        "open(path)", "open(path, 'w')", "Path(path).open()", "path.open()", "path.open('a')", "path.open(mode='w')", "os.fdopen(3)",
+        "open(path)", "open(path, 'w')", "Path(path).open()", "path.open()", "path.open('a')", "path.open(mode='w')",
+        "os.fdopen(3)",
         "path.read_text()", "path.write_text(text)", "NamedTemporaryFile('w')", "subprocess.run(line, text=True)",
     ],
 )  # fmt: skip
