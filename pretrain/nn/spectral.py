@@ -3,7 +3,7 @@
 torchaudio provides the DCT. What stays here, with the cost of the alternative (benchmarks/features.py measures it):
 mel filters in double precision, since torchaudio's are up to 3e-5 off and move log-mels by 2e-5 (80 bands) to 1e-3
 (256 bands), beyond what checkpoints trained with them allow; the spectrogram, since torchaudio's centres a short window
-in its FFT, so that the waveform must first be copied with padding, and takes 1.0 to 1.3 times as long; differences of
+in its FFT, so that the waveform must first be copied with padding, and takes 1.1 times as long; differences of
 utterances of different lengths, since torchaudio's need equal lengths and a convolution group per row, which an
 exported graph would fix to one batch size.
 """

@@ -1,4 +1,8 @@
-"""Every command of the documentation exists, and its overrides compose to a valid configuration."""
+"""Commands of the documentation, without running them.
+
+Of a command with a configuration, the overrides are composed and validated; of any other, the subcommand and options
+must be in its help text. test_readme.py runs the README's first run and the Python examples.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli.command_table import SUBCOMMANDS
 from launch.cli.request import read
 from launch.config import EvaluateJob, PreprocessJob, PretrainJob, TargetsJob
 from launch.main import main
@@ -52,7 +57,7 @@ def test_a_documented_command_is_valid(shown: str, tmp_path: Path) -> None:
         fields = [line for line in overrides if line.partition("=")[0] not in LIKE_PRETRAIN[command]]
         assert read("pretrain", PretrainJob, [*fields, "data.shards=none"]) is not None
     elif command not in CONFIGS:
-        words = given[:1] if command in ("jobs", "shards") else []
+        words = given[:1] if command in SUBCOMMANDS else []
         listed = usage(command, *words)
         assert all(option in listed for option in options), options
 
