@@ -1,4 +1,4 @@
-"""The objective of CONTRIBUTING.md's six steps, written to a file as printed there, is a working plug-in."""
+"""The objective documented in the six steps of CONTRIBUTING.md is a working plug-in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CTX = StepContext(seed=3, step=5)
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainModule]:
-    """A tiny model with the documented objective."""
+    """Builds a tiny model with the documented objective."""
     (tmp_path / "masked_mel.py").write_text(listing(ROOT / "CONTRIBUTING.md", "Add an objective in six steps"))
     monkeypatch.setattr(pretrain.objectives, "__path__", [*pretrain.objectives.__path__, str(tmp_path)])
     assert "masked_mel" in registry.names("objectives")
@@ -60,7 +60,7 @@ def test_the_documented_objective_trains(module: TrainModule) -> None:
     assert float(after.detach()) < float(loss.detach())
 
 
-def test_the_documented_objective_keeps_the_contract(module: TrainModule) -> None:
+def test_the_documented_objective_satisfies_the_contract(module: TrainModule) -> None:
     module.eval()
     tight, metrics = run(module, batch())
     loose, _ = run(module, batch(width=1.5))

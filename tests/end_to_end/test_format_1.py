@@ -1,4 +1,4 @@
-"""Data sets and runs that an earlier version wrote: tests/fixtures/format_1 is read by every command.
+"""Data sets and runs of an earlier version: every command reads tests/fixtures/format_1.
 
 The fixture holds one shard of three voices, frame labels on it, and a run of two updates, all written by the version
 before the packages were arranged by responsibility. LOSSES are what that version reached when it continued the run.
@@ -31,7 +31,7 @@ LOSSES = {3: 3.674206, 4: 3.574748}
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the shards, the labels and the run, as the command that wrote them left it."""
+    """Makes a working directory with the shards, the labels and the run of the fixture."""
     shutil.copytree(ROOT / "tests" / "fixtures" / "format_1", tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -48,7 +48,7 @@ def keep_signals() -> Iterator[None]:
 
 
 def overrides(home: Path) -> list[str]:
-    """The command line of the run."""
+    """Returns the command-line overrides of the run."""
     environment = json.loads((home / "runs" / "tiny" / "environment.json").read_text())
     return [str(argument) for argument in environment["command"][2:]]
 
@@ -70,7 +70,7 @@ def test_labels_are_read(home: Path) -> None:
 
 @pytest.mark.usefixtures("keep_signals")
 def test_a_run_is_continued(home: Path) -> None:
-    """With engine.name=local in its config, and the same losses as the version that wrote it."""
+    """Its config has engine.name=local, and its losses equal those of the version that wrote it."""
     arguments = ["pretrain", *overrides(home), "train.steps=4", "--prepare"]
     assert main.main(arguments) == 0
     assert rank.main("runs/tiny") == 0
@@ -101,6 +101,6 @@ def test_runs_and_compare_list_a_run(home: Path, capsys: pytest.CaptureFixture[s
     assert main.main(["runs"]) == 0
     assert "2/2" in capsys.readouterr().out
     assert main.main(["compare", "runs/tiny", "runs/twin"]) == 0
-    assert "best_rq" not in capsys.readouterr().out, "no field of the config differs"
+    assert "best_rq" not in capsys.readouterr().out, "no config field differs"
     assert main.main(["jobs", "list"]) == 0
     assert "tiny" in capsys.readouterr().out

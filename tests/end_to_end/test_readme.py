@@ -1,4 +1,4 @@
-"""Runs the README's commands on a small corpus, in a home folder of their own: raw audio to a checkpoint and curves."""
+"""Runs the README's commands on a small corpus in a temporary home folder: raw audio to a checkpoint and curves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home folder with a folder `speech`, in which one file is broken."""
+    """Makes a home folder with a folder `speech`, in which one file is broken."""
     home = tmp_path_factory.mktemp("home")
     synthesise(home / "speech", 24)
     (home / "speech" / "broken.wav").write_bytes(b"RIFF, but no more than that")
@@ -49,7 +49,7 @@ def command(word: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def shards(home: Path) -> Path:
-    """The shards that the README's preprocess command writes."""
+    """Runs the README's preprocess command and returns the folder of its shards."""
     done = auricle(home, *command("preprocess"), "ray.num_cpus=2")
     assert done.returncode == 0, done.stderr
     assert "quarantined files" in done.stdout
@@ -58,7 +58,7 @@ def shards(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run_folder(home: Path, shards: Path) -> Path:
-    """The run folder of the README's pretrain command, under the deepspeed launcher on two ranks."""
+    """Runs the README's pretrain command under the deepspeed launcher on two ranks, and returns its run folder."""
     done = auricle(home, *command("launcher.processes=2"), *SMALL)
     assert done.returncode == 0, done.stderr
     return home / "runs" / "best_rq_tiny"
@@ -71,25 +71,25 @@ def test_the_readme_is_short_and_names_the_two_commands() -> None:
     assert any(line.startswith("    make test") for line in lines)
 
 
-def test_doctor(home: Path) -> None:
+def test_doctor_finds_everything_it_needs(home: Path) -> None:
     done = auricle(home, *command("doctor"))
     assert done.returncode == 0, done.stdout
     assert "everything that is needed is there" in done.stdout
 
 
-def test_preprocess_again_finds_nothing_to_do(home: Path, shards: Path) -> None:
+def test_a_repeated_preprocess_command_does_nothing(home: Path, shards: Path) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in shards.glob("*.tar")}
     done = auricle(home, *command("preprocess"))
     assert done.returncode == 0, done.stderr
     assert {file.name: file.stat().st_mtime_ns for file in shards.glob("*.tar")} == before
 
 
-def test_shard_commands(home: Path, shards: Path) -> None:
+def test_shard_commands_succeed(home: Path, shards: Path) -> None:
     assert auricle(home, *command("stats")).returncode == 0
     assert auricle(home, "shards", "verify", "shards/").returncode == 0
 
 
-def test_the_run_describes_itself(run_folder: Path) -> None:
+def test_the_run_folder_documents_the_run(run_folder: Path) -> None:
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert rows[-1]["loss/total"] < rows[0]["loss/total"]
@@ -134,7 +134,7 @@ def test_cfg_prints_the_composed_config(capsys: pytest.CaptureFixture[str]) -> N
     assert "lr: 0.0003" in capsys.readouterr().out
 
 
-def test_a_misspelt_field_is_answered_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_field_is_refused_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "+experiment=best_rq_tiny", "data.shards=shards/", "optimiser.lr=1e-3"]) == 2
     assert "optimizer.lr" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The tiny recipes learn real speech, through the command, on two ranks."""
+"""The tiny recipes learn from real speech when run by command on two ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 
 @pytest.mark.slow
-def test_wav2vec2_tiny_leaves_chance_and_keeps_its_codes(real_speech: Path, tmp_path: Path) -> None:
+def test_wav2vec2_tiny_improves_on_chance_without_codebook_collapse(real_speech: Path, tmp_path: Path) -> None:
     def auricle(*arguments: str) -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=True, env=environment, cwd=tmp_path)
@@ -34,6 +34,10 @@ def test_wav2vec2_tiny_leaves_chance_and_keeps_its_codes(real_speech: Path, tmp_
     )  # fmt: skip
     rows = read_rows(tmp_path / "tiny" / "metrics.jsonl")
     last = rows[-20:]
-    assert mean(row["loss/contrastive"] for row in rows[20:40]) > math.log(101) - 0.1, "chance, to begin with"
+    assert mean(row["loss/contrastive"] for row in rows[20:40]) > math.log(101) - 0.1, (
+        "the first losses must be at chance level"
+    )
     assert mean(row["loss/contrastive"] for row in last) < math.log(101) - 0.1
-    assert mean(row["metric/perplexity"] for row in last) > 40, "of 128 codes: a book that collapses is easy to tell"
+    assert mean(row["metric/perplexity"] for row in last) > 40, (
+        "a collapsed codebook has a much lower perplexity, of at most 128"
+    )

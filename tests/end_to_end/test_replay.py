@@ -1,4 +1,4 @@
-"""A sample that is not a number stops a run, and `auricle replay` finds it: both through the command."""
+"""A NaN sample stops a run, and `auricle replay` finds it, both by command."""
 
 from __future__ import annotations
 

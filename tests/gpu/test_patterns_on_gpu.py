@@ -1,4 +1,4 @@
-"""On a GPU: FlexAttention, compiled, gives what the blocks give, outputs and gradients."""
+"""Compiled FlexAttention on a GPU gives the outputs and gradients of blockwise attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize("documents", [(375, 120, 260), (90, 500, 33)])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_flex_is_the_blocks(name: str, documents: tuple[int, ...]) -> None:
+def test_flex_attention_equals_blockwise_attention(name: str, documents: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     pattern, registers = PATTERNS[name]
     context = AttentionContext(None, pattern, n_registers=registers, documents=documents)

@@ -38,7 +38,7 @@ class FlakyFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no t
 
 @contextlib.contextmanager
 def flaky(**failing: BaseException) -> Iterator[None]:
-    """Files of `flaky://` whose stem is given fail to be read with that error."""
+    """Makes reads of `flaky://` files with the given stems fail with the given errors."""
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
     FlakyFileSystem.failing = {f"{stem}.wav": error for stem, error in failing.items()}
     try:
@@ -48,7 +48,7 @@ def flaky(**failing: BaseException) -> Iterator[None]:
 
 
 def denied() -> PermissionError:
-    """What a store answers about an object that the user may not read."""
+    """Returns the error of an object store for an object without read permission."""
     return PermissionError(errno.EACCES, "Access Denied")
 
 

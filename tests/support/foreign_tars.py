@@ -1,4 +1,4 @@
-"""WebDataset tars as others write them: audio of several codecs with JSON labels."""
+"""WebDataset tars as other tools write them: audio of several codecs with JSON labels."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def write_foreign(root: Path, tars: int = 3, per_tar: int = 20) -> Path:
-    """Tars as webdataset's own writer makes them."""
+    """Writes tars with webdataset's own writer."""
     root.mkdir(parents=True, exist_ok=True)
     for t in range(tars):
         with webdataset.TarWriter(str(root / f"part-{t:03d}.tar")) as writer:

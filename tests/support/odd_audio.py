@@ -104,7 +104,7 @@ def flac_with_total(flac: bytes, total: int) -> bytes:
 
 
 def flac_frames(flac: bytes) -> list[int]:
-    """Where the frames of a FLAC file begin, by their sync code and the count of the frames."""
+    """Returns the offsets of the frames of a FLAC file, found by sync code and frame number."""
     at, last = 4, False
     while not last:
         last = bool(flac[at] & 0x80)
@@ -117,7 +117,7 @@ def flac_frames(flac: bytes) -> list[int]:
 
 
 def flac_with_junk(flac: bytes) -> bytes:
-    """A FLAC file with bytes between two frames: libFLAC loses its sync and stops, FFmpeg goes on."""
+    """A FLAC file with bytes between two frames: libFLAC loses sync and stops, FFmpeg continues."""
     starts = flac_frames(flac)
     middle = starts[len(starts) // 2]
     return flac[:middle] + b"\x00\x01\x02\x03" * 3 + flac[middle:]

@@ -46,7 +46,7 @@ def two_people(path: Path, seconds: float = 4.0) -> tuple[np.ndarray, np.ndarray
 
 
 def read_rows(path: Path, **config: Any) -> Discovered:
-    """What discovery makes of a manifest."""
+    """Returns the result of discovery on a manifest."""
     return discover(load(ManifestCorpus, {"name": "manifest", "path": str(path), **config}))
 
 

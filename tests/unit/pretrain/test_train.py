@@ -65,7 +65,7 @@ def test_metrics_rows_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+def test_starting_a_finished_run_again_does_nothing(tmp_path: Path) -> None:
     run(tmp_path, config())
     before = (tmp_path / "metrics.jsonl").read_text()
     assert run(tmp_path, config())[0] is Ending.FINISHED

@@ -84,7 +84,7 @@ def test_noise_is_mixed_at_the_configured_snr() -> None:
     assert np.array_equal(add_noise(wave, np.zeros(16000, np.float32), 0.0), wave)
 
 
-def test_reverberation_keeps_the_power_and_undoes_the_delay_of_a_single_tap() -> None:
+def test_reverberation_keeps_the_power_and_adds_no_delay() -> None:
     wave = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
     tap = np.zeros(100, np.float32)
     tap[30] = 0.5

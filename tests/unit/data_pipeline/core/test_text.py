@@ -56,7 +56,7 @@ def test_cells_contain_no_column_separator() -> None:
 
 
 @pytest.mark.parametrize("ends", ["```\n# x", "````", "a\r```\r<b>", "\x0c```\x85```\u2028```"])
-def test_nothing_ends_a_block_of_code(ends: str) -> None:
+def test_text_cannot_end_its_code_block(ends: str) -> None:
     lines = re.split(r"[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", markdown_block(f"+{ends}\n+after", "diff"))
     fence = lines[0].removesuffix("diff")
     assert [number for number, line in enumerate(lines) if line.strip().startswith(fence)] == [0, len(lines) - 1]

@@ -29,7 +29,7 @@ def remote(tmp_path: Path) -> Iterator[str]:
 
 
 def opened(remote: str, folder: Path) -> CachedShards:
-    """The shards, as a process that has just started sees them."""
+    """Opens the shards as a newly started process."""
     return CachedShards(ShardSet(remote, done_records(remote), 4, False, 0.0), folder, limit=10**8)
 
 
@@ -69,14 +69,14 @@ def test_a_copy_is_verified_like_the_original(remote: str, tmp_path: Path, alter
 
 
 @pytest.mark.parametrize("dangling", [False, True])
-def test_a_link_in_the_place_of_a_lock_is_refused(remote: str, tmp_path: Path, dangling: bool) -> None:
+def test_a_symbolic_link_in_place_of_a_lock_is_refused(remote: str, tmp_path: Path, dangling: bool) -> None:
     shards, target = opened(remote, tmp_path / "cache"), tmp_path / "important"
     if not dangling:
         target.write_text("kept")
     (shards.folder / shards._copy(0).with_suffix(".lock").name).symlink_to(target)
     with pytest.raises(StorageWriteError, match=r"\.lock: is a symbolic link.*remove it"):
         shards.read([EXTENT])
-    assert not shards.bad, "the shard is good"
+    assert not shards.bad, "the shard must not be marked as bad"
     assert target.exists() != dangling
     assert dangling or target.read_text() == "kept"
 

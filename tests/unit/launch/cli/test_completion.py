@@ -52,7 +52,9 @@ def test_every_choice_and_command_is_completed(after: dict[str, list[str]]) -> N
 
 
 @pytest.mark.parametrize("command", SUBCOMMANDS)
-def test_the_table_of_subcommands_is_what_the_commands_take(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_subcommands_equals_those_of_the_commands(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with contextlib.suppress(SystemExit):  # raised by argparse
         assert main.main([command, "--help"]) == 0
     shown = capsys.readouterr().out

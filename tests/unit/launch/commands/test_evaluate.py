@@ -1,4 +1,4 @@
-"""What `auricle evaluate` refuses: exit code 2 and the nearest name, before any work."""
+"""`auricle evaluate` refuses wrong names with exit code 2 and the nearest name, before any work."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["task=phone", "follow=true"], "did you mean phones?"),
     ],
 )
-def test_a_wrong_name_is_a_wrong_command(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_name_is_a_usage_error(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     defaults = {"checkpoint": "runs/hubert", "task": "rankme", "manifest": "manifest.tsv"}
     fields = defaults | dict(item.split("=", 1) for item in given)
     assert main.main(["evaluate", *(f"{name}={value}" for name, value in fields.items())]) == ExitCode.USAGE
     assert said in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_tasks_of_the_config_are_those_that_can_be_evaluated() -> None:
+def test_the_tasks_of_the_config_equal_those_that_can_be_evaluated() -> None:
     assert (*PROBES, *MEASURES) == TASKS

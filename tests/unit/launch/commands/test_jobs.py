@@ -194,7 +194,7 @@ def test_a_second_task_array_or_chain_is_refused_before_submission(
     assert not queued.exists()
 
 
-def test_a_job_on_another_machine_is_judged_by_its_recent_files(
+def test_the_state_of_a_job_on_another_machine_follows_from_its_recent_files(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_record(folder, f"{os.getpid() + 1}:1.0", LocalConfig())

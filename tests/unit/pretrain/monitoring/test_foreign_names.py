@@ -1,4 +1,4 @@
-"""Names of segments, runs and files in TensorBoard and in tables of results: shown as text."""
+"""Untrusted names of segments, runs and files are escaped in TensorBoard and in tables of results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.synthetic_reader import synthetic_batch
 from tests.support.training import config
 
 
-def test_no_text_of_a_diff_or_a_config_ends_its_block_of_code(tmp_path: Path) -> None:
+def test_text_of_a_diff_or_config_cannot_end_its_code_block(tmp_path: Path) -> None:
     (tmp_path / "git.diff").write_bytes(b"+x\r````\r# title\n+esc \x1b[31m\n+````\n")
     run = RunFolder(tmp_path)
     run.claim()
@@ -36,7 +36,7 @@ def test_no_text_of_a_diff_or_a_config_ends_its_block_of_code(tmp_path: Path) ->
     assert json.loads(shown.removeprefix("```json\n").removesuffix("```"))["name"] == named.name
 
 
-def test_a_name_neither_adds_rows_to_the_projector_nor_is_a_formula(tmp_path: Path) -> None:
+def test_names_add_no_rows_to_the_projector_and_are_never_formulas(tmp_path: Path) -> None:
     rows = [["a\tb", "=1+1"], ["two\nlines\r", "-"], ["esc\x1b[0m", "-1.5"]]
     with SummaryWriter(str(tmp_path)) as board:
         add_frames(board, torch.zeros(3, 2), rows, ["segment", "label\tx"], "frames", 1)
@@ -60,7 +60,7 @@ def test_a_segment_with_any_name_is_drawn(key: str, tmp_path: Path) -> None:
     assert title.startswith(key[:4].split("\x1b")[0])
 
 
-def test_names_are_text_in_tables_of_results(tmp_path: Path) -> None:
+def test_names_in_tables_of_results_are_escaped(tmp_path: Path) -> None:
     from launch.cli.tables import console
 
     rows = [Row("phones", "accuracy", "[/b] a|b <i>\x1b[31m", 0.5)]

@@ -90,7 +90,7 @@ def test_the_computing_rank_is_told_apart_from_waiting_ranks(tmp_path: Path) -> 
     assert "is one of 0, 2: computing (sum of losses)" in heartbeat.slowest(tmp_path, 1, now=1005.0)
 
 
-def test_a_superseded_start_does_not_write_to_the_heartbeats_and_log_of_the_newer_one(tmp_path: Path) -> None:
+def test_a_superseded_start_keeps_out_of_the_heartbeats_and_log_of_the_newer_one(tmp_path: Path) -> None:
     """It runs in a process of its own, so that its output can be redirected to a separate log."""
     script = """
 import sys, time

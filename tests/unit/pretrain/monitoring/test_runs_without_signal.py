@@ -102,7 +102,7 @@ def test_a_head_without_a_target_stops_the_run(tmp_path: Path, text: str) -> Non
         run(tmp_path, config(60, heads=CTC), reader=Labelled)
 
 
-def test_a_head_with_some_targets_goes_on(tmp_path: Path) -> None:
+def test_a_head_with_some_targets_keeps_training(tmp_path: Path) -> None:
     run(tmp_path, config(12, heads=CTC, health={"max_updates_without_targets": 2}), reader=HalfText)
     assert not any("without targets" in event["detector"] for event in events(tmp_path))
 

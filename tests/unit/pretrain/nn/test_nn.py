@@ -94,7 +94,7 @@ def test_negatives_are_other_masked_frames_of_the_same_utterance() -> None:
     assert torch.equal(mask.row_BM[mask.valid_BM], torch.arange(len(mask.flat_N)))
 
 
-def test_stem_gradient_scale_applies_to_each_backward_pass_not_to_the_accumulated_gradient() -> None:
+def test_stem_gradient_scale_is_not_applied_to_the_accumulated_gradient() -> None:
     """Pitfall: scaling the accumulated gradient at each micro-step scales the first micro-batches repeatedly."""
     weight = torch.ones(3, requires_grad=True)
     for _ in range(3):

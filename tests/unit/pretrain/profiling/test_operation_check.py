@@ -139,7 +139,7 @@ def test_a_damaged_cache_is_measured_again(content: str, tmp_path: Path) -> None
     assert str(Product(4, 4)) in "".join(json.loads((folder / "operations.json").read_text()))
 
 
-def test_a_cache_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
+def test_a_cache_folder_writable_by_other_users_is_not_used(tmp_path: Path) -> None:
     folder = tmp_path / "auricle"
     folder.mkdir()
     folder.chmod(0o777)
