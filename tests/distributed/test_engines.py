@@ -1,4 +1,4 @@
-"""Every engine, ZeRO stage and number of ranks computes the same steps and loads the others' checkpoints."""
+"""Every engine, ZeRO stage and number of ranks computes the same steps and loads checkpoints of all others."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def command(base: Path, turns: tuple[str, ...], *launcher: str) -> list[str]:
     preprocess = (f"corpus.path={base / 'speech'}", "min_shards=4", "report=false")
     given = {"preprocess": preprocess, "pretrain": (*HUBERT, *turns), "evaluate": quick(base / "tones")}
     given["targets"] = () if turns == TWO_TURNS else ("classes=8",)
-    lines = [f"{verb}.{line}" for verb, overrides in given.items() for line in overrides]
+    lines = [f"{step}.{line}" for step, overrides in given.items() for line in overrides]
     return ["pipeline", f"folder={base / 'whole'}", *launcher, *lines]
 
 

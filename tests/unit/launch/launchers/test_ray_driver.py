@@ -61,7 +61,7 @@ def test_consecutive_failures_without_a_checkpoint_end_the_run(
 def test_waits_for_a_busy_cluster_and_continues_on_a_smaller_one(
     request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ten attempts find no free slots, which is no failure; then a node is lost and half the ranks start."""
+    """Ten attempts find no free slots and are not failures; then a node is lost and half the ranks start."""
     sizes = iter([4] * 10 + [2])
     monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: next(sizes))
     worlds = attempts(monkeypatch, [NO_PLACE] * 10 + [ExitCode.DONE])
