@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -57,24 +58,41 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends rows; a last line that a crash left without its newline is ended first.
+    """Appends rows, all of them or, after an OSError, none; see `append_lines`."""
+    append_lines(path, "".join(json.dumps(row) + "\n" for row in rows))
 
-    All rows are one write to a file opened for appending, so rows of several processes do not mix.
+
+def append_lines(path: Path, lines: str) -> None:
+    """Appends complete lines; a last line that a crash left without its newline is terminated first.
+
+    All lines are one write to a file opened for appending, so lines of several processes do not mix.
+
+    Args:
+        path: The file, created where it is missing.
+        lines: Lines, each with its newline.
+
+    Raises:
+        OSError: They cannot be written. No part of them stays in the file.
     """
-    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    end_torn_line(path)
-    with path.open("ab", buffering=0) as file:
-        file.write(content)
-
-
-def end_torn_line(path: Path) -> None:
-    """Ends a last line that has no newline, so that what is appended next starts its own line."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        with path.open("rb+") as file:
-            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                file.write(b"\n")
-    except FileNotFoundError:
-        pass
+        size, content = os.fstat(handle).st_size, lines.encode()
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            content = b"\n" + content
+        written = 0
+        try:
+            while written < len(content):
+                count = os.write(handle, content[written:])
+                if not count:
+                    raise OSError(f"only {written} of {len(content)} bytes were written")
+                written += count
+        except OSError:
+            with contextlib.suppress(OSError):
+                if content.startswith(os.pread(handle, len(content) + 1, size)):  # no other process has appended since
+                    os.ftruncate(handle, size)
+            raise
+    finally:
+        os.close(handle)
 
 
 class Tail:

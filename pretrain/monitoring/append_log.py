@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
-import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.core.jsonl import append_lines
 from pretrain.checkpointing.run_folder import RunFolder
 
 MAX_WAITING = 10_000
@@ -38,13 +37,9 @@ class AppendLog:
         self._waiting.append(json.dumps(row) + "\n")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                while self._waiting:
-                    _write_whole(handle, self._waiting[0].encode())
-                    self._waiting.popleft()
-            finally:
-                os.close(handle)
+            while self._waiting:
+                append_lines(self._path, self._waiting[0])
+                self._waiting.popleft()
         except OSError as error:
             if not self._warned:
                 self._say(
@@ -56,23 +51,6 @@ class AppendLog:
         if self._warned:
             self._say(f"{self._path} is written again")
         self._warned = False
-
-
-def _write_whole(handle: int, line: bytes) -> None:
-    """Appends a line after a whole one, or leaves the file as it was. Raises OSError."""
-    size = os.fstat(handle).st_size
-    if size and os.pread(handle, 1, size - 1) != b"\n":  # the end of a start that was killed
-        line = b"\n" + line
-    try:
-        written = os.write(handle, line)
-        if written < len(line):
-            written += os.write(handle, line[written:])
-        if written < len(line):
-            raise OSError(f"only {written} of {len(line)} bytes were written")
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.ftruncate(handle, size)
-        raise
 
 
 def drop_rows_after(path: Path, step: int) -> None:
