@@ -1,4 +1,4 @@
-"""Configs of jobs: the `launcher` part, and the root of each command."""
+"""Configs of jobs: the `launcher` section, and the root config of each command."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ class LocalConfig:
     processes: Annotated[int, about("ranks to start; 0 takes one per GPU, or one where there is none", ge=0)] = 0
     threads: Annotated[int, about("CPU threads per rank; 0 shares the cores among the ranks", ge=0)] = 0
     grace_seconds: Annotated[
-        float, about("time to save a checkpoint when asked to end; 0: 30 s and three of its longest updates", ge=0)
+        float, about("time to save a checkpoint on a stop request; 0: 30 s plus three of the longest updates", ge=0)
     ] = 0.0
 
 
 JOB_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,99}")
-"""Submission ids of Ray Jobs, which become part of an URL, and names that replace ids in a dry run."""
+"""Submission ids of Ray Jobs, which become part of a URL, and placeholders for ids in a dry run."""
 SLURM_JOB_ID = re.compile(r"[1-9][0-9]{0,9}(?:_(?:0|[1-9][0-9]{0,6}))?")
-"""Ids of SLURM jobs and of tasks of an array."""
+"""Ids of SLURM jobs and of array tasks."""
 STARTING_SECONDS = 120
-"""Time from the start of a job until it handles the warning signal, which SLURM may send a minute early."""
+"""Seconds until a job handles the warning signal, which SLURM may send a minute early."""
 
 
 @config
 class SlurmConfig:
-    """A SLURM cluster: slurm/*.sbatch. Pretraining starts one task per rank, the others one Ray node per node."""
+    """A SLURM cluster (slurm/*.sbatch). Pretraining starts one task per rank, preprocess and targets one Ray node per
+    node, evaluate one process."""
 
     name: Annotated[Literal["slurm"], about("a SLURM cluster, from one of its login nodes")] = "slurm"
     nodes: Annotated[int, about("nodes", ge=1)] = 1
@@ -51,7 +52,7 @@ class SlurmConfig:
         int, about("a run stops with a checkpoint this long before the limit; SLURM may do it a minute earlier", ge=30)
     ] = 300
     retries: Annotated[
-        int, about("how many crashes in a row without a new checkpoint are followed by another start", ge=0)
+        int, about("restarts after crashes in a row without a new checkpoint, before giving up", ge=0)
     ] = 3
     parallel: Annotated[int, about("runs of a sweep (--multirun) at a time; 0: as many as fit", ge=0)] = 0
     partition: Annotated[str, about("partition; empty takes the cluster's default")] = ""
@@ -59,12 +60,12 @@ class SlurmConfig:
     qos: Annotated[str, about("quality of service")] = ""
     constraint: Annotated[str, about("features that the nodes must have")] = ""
     exclude: Annotated[str, about("nodes to leave out")] = ""
-    after: Annotated[str, about("id of a job that must have succeeded before; this one is cancelled if it fails")] = ""
+    after: Annotated[str, about("id of a job that must succeed first; this one is cancelled if it fails")] = ""
     modules: Annotated[tuple[str, ...], about("environment modules to load")] = ()
     container: Annotated[Literal["none", "pyxis", "apptainer"], about("run the ranks in a container")] = "none"
     image: Annotated[str, about("the container's image")] = ""
     mounts: Annotated[str, about("folders to mount in it, as that container runtime writes them")] = ""
-    python: Annotated[str, about("Python that has auricle, on the nodes; empty: the one running now")] = ""
+    python: Annotated[str, about("Python interpreter with auricle on the nodes; empty: the current one")] = ""
 
     @property
     def ranks_per_node(self) -> int:
@@ -76,7 +77,7 @@ class SlurmConfig:
         if self.gpus_per_node and self.ranks_per_node != self.gpus_per_node:
             limit = f"one rank takes one GPU, and gpus_per_node={self.gpus_per_node}; leave it out, or make them equal"
             refuse("tasks_per_node", self.tasks_per_node, limit)
-        if self.after and not JOB_ID.fullmatch(self.after):  # `pipeline --dry-run` puts names for ids to come
+        if self.after and not JOB_ID.fullmatch(self.after):  # `pipeline --dry-run` uses placeholders for ids
             refuse("after", self.after, "the id of a SLURM job, such as 1234 or 1234_5")
         if self.container != "none" and not self.image:
             refuse("image", "", f"container={self.container} needs an image")
@@ -88,12 +89,12 @@ class SlurmConfig:
 
 @config
 class RayConfig:
-    """A Ray cluster: one actor per rank; goes on with fewer ranks when nodes are lost."""
+    """A Ray cluster: one worker per rank; continues with fewer ranks when nodes are lost."""
 
     name: Annotated[Literal["ray"], about("a Ray cluster")] = "ray"
-    address: Annotated[str, about("of the cluster, or auto; empty starts a Ray on this machine")] = ""
+    address: Annotated[str, about("address of the cluster, or auto; empty starts Ray on this machine")] = ""
     dashboard: Annotated[
-        str, about("http address of the cluster's dashboard: hand the run over as a Ray Job; empty drives it from here")
+        str, about("http address of the cluster's dashboard: submit the run as a Ray Job; empty drives it from here")
     ] = ""
     workers: Annotated[int, about("most ranks; 0 takes all that fit and divide data.micro_batches", ge=0)] = 0
     min_workers: Annotated[int, about("fewest ranks; with fewer the run waits", ge=1)] = 1
@@ -101,16 +102,16 @@ class RayConfig:
     cpus_per_worker: Annotated[int, about("cores per rank", ge=1)] = 1
     retries: Annotated[int, about("failures in a row without a new checkpoint before giving up", ge=0)] = 3
     grace_seconds: Annotated[
-        float, about("time to save a checkpoint when asked to end; 0: 30 s and three of its longest updates", ge=0)
+        float, about("time to save a checkpoint on a stop request; 0: 30 s plus three of the longest updates", ge=0)
     ] = 0.0
     wait_minutes: Annotated[
-        float, about("how long to wait for a cluster that can hold the ranks; a Ray started here cannot grow", gt=0)
+        float, about("how long to wait until the cluster can hold the ranks; Ray on this machine cannot grow", gt=0)
     ] = 30.0
     answer_seconds: Annotated[float, about("how long the cluster's address may take to answer", gt=0)] = 20.0
-    after: Annotated[str, about("id of a Ray Job that must have succeeded before; needs launcher.dashboard")] = ""
+    after: Annotated[str, about("id of a Ray Job that must succeed first; needs launcher.dashboard")] = ""
 
     def __post_init__(self) -> None:
-        """Refuses addresses that Ray would import a module for, and ids that are no Ray Job's."""
+        """Refuses addresses for which Ray would import a module, and malformed Ray Job ids."""
         refuse_foreign_address("address", self.address)
         refuse_foreign_dashboard("dashboard", self.dashboard)
         if self.after and not JOB_ID.fullmatch(self.after):
@@ -137,7 +138,7 @@ TASK_NAME = "name of the run folder; empty: the command and the last part of the
 
 @config
 class Placed:
-    """Run folder and launcher of a job that is one program."""
+    """Run folder and launcher of a job that is a single program."""
 
     runs: Annotated[str, about(RUNS, min_length=1)] = "runs"
     name: Annotated[str, about(TASK_NAME)] = ""
@@ -160,7 +161,7 @@ class EvaluateJob(Placed, EvaluateConfig):
 
 
 JOB_TYPES: dict[str, type[Any]] = {"preprocess": PreprocessJob, "targets": TargetsJob, "evaluate": EvaluateJob}
-"""Configs of the jobs that are one program, by command."""
+"""Configs of jobs that are a single program, by command."""
 
 
 @config
@@ -172,11 +173,13 @@ class Iteration:
     features: Annotated[
         str,
         about(
-            "what the labels are made of: mfcc, or a checkpoint; empty: mfcc, then the model of the iteration before"
+            "features that are clustered: mfcc, or a checkpoint; empty: mfcc, then the model of the iteration before"
         ),
     ] = ""
     layer: Annotated[int, about("layer of the checkpoint", ge=0)] = 6
-    rate_hz: Annotated[float, about("rate of the checkpoint's frames; 0: that of the model to be trained", ge=0)] = 0.0
+    rate_hz: Annotated[float, about("frame rate of the checkpoint in Hz; 0: that of the model to be trained", ge=0)] = (
+        0.0
+    )
     fraction: Annotated[float, about("share of the shards that k-means is fitted on", gt=0, le=1)] = 0.1
     overrides: Annotated[tuple[str, ...], about("overrides of this training, as on the command line")] = ()
 
@@ -188,5 +191,5 @@ class PretrainJob(Config):
     chain: Annotated[dict[str, Iteration], about("iterations by name, in order; each run is named NAME-ITERATION")] = (
         dataclasses.field(default_factory=dict)
     )
-    link: Annotated[str, about("only this link of the chain: ITERATION or ITERATION-labels; empty: all")] = ""
+    link: Annotated[str, about("run only this link of the chain: ITERATION or ITERATION-labels; empty: all")] = ""
     launcher: Launcher = dataclasses.field(default_factory=LocalConfig)

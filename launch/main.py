@@ -1,4 +1,4 @@
-"""The `auricle` command: finds the command, runs it, and turns errors into one paragraph and an exit code."""
+"""The `auricle` program: runs a command and reports errors as one paragraph and an exit code."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _use_utf8() -> None:
-    """Makes this process and its children read and write UTF-8 whatever the locale is.
+    """Makes this process and its children read and write UTF-8, whatever the locale.
 
-    File names, manifests and messages are UTF-8. Where the locale has another encoding, Python starts again in its
-    UTF-8 mode (PEP 540). What the terminal still cannot show is printed as an escape.
+    File names, manifests and messages are UTF-8. If the locale has another encoding, Python is restarted in UTF-8 mode
+    (PEP 540). Characters that the terminal cannot show are printed as escapes.
     """
     mode = os.environ.get("PYTHONUTF8")
     if not sys.flags.utf8_mode and sys.getfilesystemencoding().lower() != "utf-8" and mode != "1":
@@ -59,14 +59,14 @@ def _use_utf8() -> None:
 
 
 def _guarded(command: str, arguments: list[str]) -> int:
-    """Runs a command. With AURICLE_DEBUG=1 exceptions pass through with their traceback."""
+    """Runs a command and reports its errors; with AURICLE_DEBUG=1 exceptions are raised with their traceback."""
     debug = os.environ.get("AURICLE_DEBUG", "0") not in ("", "0")
     try:
         module = importlib.import_module(f"launch.commands.{COMMANDS[command][0]}")
         code: int = module.run(arguments)
         return code
     except KeyboardInterrupt:
-        return _fail(f"stopped; the same `auricle {command}` command continues or starts again", ExitCode.INTERRUPTED)
+        return _fail(f"stopped; the same `auricle {command}` command continues or restarts it", ExitCode.INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
@@ -82,7 +82,7 @@ def _guarded(command: str, arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    """Prints a message on stderr, control characters of names in it as escapes; returns `code`."""
+    """Prints a message on stderr, with control characters escaped; returns `code`."""
     from data_pipeline.core.text import visible
 
     sys.stdout.flush()

@@ -34,26 +34,26 @@ def train(
     engine: Engine,
     reader: StepReader,
     run: RunFolder,
-    heart: Heartbeat,
-    asked_to_stop: Callable[[], bool],
+    heartbeat: Heartbeat,
+    stop_requested: Callable[[], bool],
     say: Callable[[str], None] = print,
 ) -> Ending:
     """Trains until `config.train.steps`, from the newest checkpoint of `run` on.
 
     Args:
         config: the run's config.
-        engine: holds the module; makes the updates.
+        engine: owns the module and performs the updates.
         reader: this rank's micro-batches of each global step.
-        run: where checkpoints and metrics are written.
-        heart: notes what this rank does, for messages about ranks that hang.
-        asked_to_stop: polled once an update on every rank; one rank is enough, and all stop after the same update.
-        say: prints a line, on rank 0.
+        run: the run folder, for checkpoints and metrics.
+        heartbeat: records this rank's current work, for messages about hanging ranks.
+        stop_requested: polled once per update on every rank; if one returns True, all stop after the same update.
+        say: prints a line on rank 0.
 
     Returns:
-        Whether the run is finished or stopped on request.
+        Whether the run is finished or was stopped on request.
 
     Raises:
-        UnhealthyError: the run does not learn.
+        UnhealthyError: a health check stopped the run.
         StaleIncarnationError: a newer start of the run exists.
     """
     world, settings = engine.world, config.train
@@ -66,20 +66,20 @@ def train(
         if state.note:
             say(state.note)
 
-    engine.on_phase = heart.part
+    engine.on_phase = heartbeat.part
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
     with checkpoint.Saver(run, engine, config, say) as saver, writer or contextlib.nullcontext():
         while state.step < settings.steps and not stopping:
             # read: this rank's micro-batches of the next global step
-            heart.beat(state.step, "reading")
+            heartbeat.beat(state.step, "reading")
             step = next(steps)
-            heart.beat(state.step, "computing")
+            heartbeat.beat(state.step, "computing")
             waited = time.monotonic() - clock
 
-            # prepare: the keys of all random draws, the learning rate, and this rank's report to the others
+            # prepare: the keys of all random draws, the learning rate, and this rank's signals
             ctx = StepContext(config.seed, state.step)
             lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step, state.prolonged)
-            signals = monitor.begin(ctx, step, waited, asked_to_stop())
+            signals = monitor.begin(ctx, step, waited, stop_requested())
             if writer:
                 writer.expect(state.step + 1)
 
@@ -114,7 +114,7 @@ def train(
             # save
             saver.poll()
             if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or stopping:
-                heart.beat(state.step, "saving")
+                heartbeat.beat(state.step, "saving")
                 saver.save(state)
 
     # rank 0 may still be writing, and a launcher ends all ranks soon after the first one has gone

@@ -76,7 +76,7 @@ class TrainModule(nn.Module):
 
         Args:
             batch: the micro-batch that `plan` was prepared for.
-            plan: what `prepare` returned.
+            plan: the result of `prepare`.
             global_counts_K: targets of each task over all micro-batches and ranks, in the order of `tasks`.
             ctx: seed and step.
 
@@ -108,7 +108,7 @@ class TrainModule(nn.Module):
         self.objective.forget()
 
     def after_step(self, ctx: StepContext) -> None:
-        """Runs once after each optimizer step that was not left out."""
+        """Runs once after each optimizer step that was not skipped."""
         self.objective.after_step(self.model, ctx)
 
     def _heads(self) -> dict[str, Head]:
@@ -121,7 +121,7 @@ class TrainModule(nn.Module):
 
 
 def padded_to(batch: Batch, samples: int) -> Batch:
-    """Returns the batch with silence beyond its longest utterance where that is shorter than `samples`."""
+    """Returns the batch padded with silence to at least `samples` samples."""
     missing = samples - batch.wave_BT.shape[1]
     return replace(batch, wave_BT=F.pad(batch.wave_BT, (0, missing))) if missing > 0 else batch
 
@@ -131,7 +131,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def stage_deviations(encoded: EncoderOutput) -> dict[str, Tensor]:
-    """Returns the deviation over frames at the encoder's input, middle and output: near 0 is a collapse."""
+    """Returns the deviation over frames at the encoder's input, middle and output; near 0 means collapse."""
     layers, valid_BF = encoded.layers, encoded.final.valid_BF()
     stages = {"input": layers[0], "middle": layers[len(layers) // 2], "output": layers[-1]}
     return {f"health/std_{stage}": masked_deviation(x_BFD, valid_BF) for stage, x_BFD in stages.items()}
@@ -147,7 +147,7 @@ def build_speech_model(config: Config) -> SpeechModel:
 
 
 def least_samples(config: Config) -> int:
-    """Returns the shortest segment, in samples, that front end, masks and targets can use. Makes no weights."""
+    """Returns the shortest segment, in samples, that front end, masks and targets can use; allocates no weights."""
     try:
         with torch.device("meta"):
             model = build_speech_model(config)
@@ -158,17 +158,26 @@ def least_samples(config: Config) -> int:
 
 
 def open_run_reader(config: Config, rank: int = 0, world: int = 1) -> PlanReader:
-    """Returns the reader of one rank of a run; its plan has no segment that the model cannot use.
+    """Opens the data of a run for one rank; segments too short for the model are left out of its plan.
+
+    Args:
+        config: the run's config.
+        rank: this rank, from 0.
+        world: number of ranks.
 
     Raises:
-        ConfigError: too little usable audio, or a number of ranks that does not divide `data.micro_batches`.
-        ValueError: bad shards.
+        ConfigError: too little usable audio, or the number of ranks does not divide `data.micro_batches`.
+        ValueError: shards are damaged.
     """
     return open_reader(config.data, config.seed, rank, world, least_samples(config))
 
 
 def build_model(config: Config) -> TrainModule:
-    """Returns the module that `config` describes; its first weights depend on `config.seed` alone."""
+    """Builds model, objective and heads of a run; their initial weights depend on `config.seed` alone.
+
+    Raises:
+        ValueError: the parts of the config do not fit together, such as frame rates that do not divide.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(config.seed, "weights"))
         model = build_speech_model(config)

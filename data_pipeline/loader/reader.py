@@ -280,7 +280,22 @@ def _close(reader: weakref.ref[PlanReader]) -> None:
 
 
 def open_reader(config: DataConfig, seed: int, rank: int, world: int, least_samples: int = 0) -> PlanReader:
-    """Returns the reader of one rank; see `PlanReader` for arguments and errors."""
+    """Opens the shards of a run for one rank, by their indexes and the step plan.
+
+    Args:
+        config: The run's `data`.
+        seed: The run's seed.
+        rank: This rank, from 0.
+        world: Number of ranks; must divide `micro_batches`.
+        least_samples: Shortest segment, in samples at 16 kHz, that the model can use.
+
+    Returns:
+        The reader, at the start of the plan; `steps` yields micro-batches of (B, T) audio.
+
+    Raises:
+        ConfigError: `config` cannot work with these shards and ranks, or `config.reader` is not "plan".
+        ValueError: Shards are damaged, with `on_bad_shard=error`.
+    """
     if config.reader != "plan":
         raise ConfigError(f"data.reader={config.reader}: there is no plan without an index; set data.reader=plan")
     return PlanReader(config, seed, rank, world, least_samples)

@@ -72,17 +72,17 @@ def plan_units(config: PreprocessConfig) -> Forecast:
 
 
 def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
-    """Writes what of the corpus is not yet in `config.out`; the same call again continues, or finds nothing to do.
+    """Writes the part of the corpus that is not yet in `config.out`; calling it again continues an interrupted job.
 
-    Recordings that cannot be read are listed, not raised; the next job reads them again where that may help. Units
-    whose workers die again and again are listed in the summary.
+    Unreadable recordings are listed, not raised; the next job retries those that may become readable. Work units whose
+    workers die repeatedly are listed in the summary.
 
     Args:
         config: Corpus, stages and output.
-        progress: Show a progress bar on stderr.
+        progress: Whether to show a progress bar on stderr.
 
     Returns:
-        The content of the data set, what was left out and why, and what this job did.
+        The content of the data set, rejects by reason, and the work of this job.
 
     Raises:
         ConfigError: The corpus is missing or empty, or the folder holds shards of other settings.

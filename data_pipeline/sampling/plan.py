@@ -124,8 +124,11 @@ def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples
         catalogue: Lengths and groups of all segments.
         config: The run's `data`.
         seed: The run's seed.
-        least_samples: The shortest segment that the model can use. Where shorter ones passed `min_seconds`, the plan
-            leaves them out, as if `min_seconds` were raised to it, and counts them in `Plan.too_short`.
+        least_samples: The shortest segment, in samples, that the model can use. Shorter ones that pass `min_seconds`
+            are left out, as if `min_seconds` were raised to it, and are counted in `Plan.too_short`.
+
+    Returns:
+        The plan: the micro-batches of every step of every epoch, independent of the number of ranks.
 
     Raises:
         ConfigError: Too little audio for `batch_seconds`, or a micro-batch that may exceed the memory cap.

@@ -1,1 +1,1 @@
-"""One module per command; each defines run(arguments) -> exit code."""
+"""The commands, one module each with a function run(arguments) -> exit code."""

@@ -1,4 +1,4 @@
-"""auricle board: TensorBoard on this machine's loopback, with runs by their names."""
+"""auricle board: serves TensorBoard on localhost, with runs listed by name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from types import FrameType
 from launch.cli.parser import Parser
 
 GRACE_SECONDS = 5.0
-"""How long TensorBoard may take to end."""
+"""Seconds that TensorBoard may take to end."""
 
 
 def run(arguments: list[str]) -> int:
-    """Runs TensorBoard until Ctrl-C or SIGTERM; returns its exit code. Raises ConfigError where there is no run."""
-    parser = Parser("auricle board", description="TensorBoard on runs, by their names")
+    """Runs TensorBoard until Ctrl-C or SIGTERM; returns its exit code. Raises ConfigError if no run is found."""
+    parser = Parser("auricle board", description="TensorBoard of runs, listed by name")
     parser.add_argument("runs", type=Path, nargs="*", default=[Path("runs")], help="run folders, or folders of runs")
     parser.add_argument("--port", type=int, default=6006, help="on localhost; 0 takes a free one (default: 6006)")
     given = parser.parse_args(arguments)
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _serve(line: list[str]) -> int:
-    """Runs a command line; SIGTERM and SIGHUP end it, too."""
+    """Runs a command line until it ends or this process gets SIGTERM or SIGHUP; returns its exit code."""
     process = subprocess.Popen(line)
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -58,7 +58,7 @@ def _serve(line: list[str]) -> int:
 
 
 def _require_free(port: int) -> None:
-    """Raises ConfigError where another process listens on the port."""
+    """Raises ConfigError if the port is invalid or in use."""
     from data_pipeline.core.schema import ConfigError
 
     if not 0 < port < 1 << 16:
@@ -74,14 +74,14 @@ def _require_free(port: int) -> None:
 
 
 def link(folders: list[Path], home: Path) -> None:
-    """Makes one link per run below `home`, by its name; runs of one name get as many parents as tell them apart."""
+    """Creates one link per run below `home`, named after the run, plus as many parent folders as make it unique."""
     every = sorted({folder.resolve() for folder in folders})
     for folder, name in zip(every, unique_names(every), strict=True):
         (home / name).symlink_to(folder / "tb", target_is_directory=True)
 
 
 def unique_names(folders: list[Path]) -> Iterator[str]:
-    """Yields a file name for each folder, no two alike: a/b and a-b would both be a-b, so the second is a-b_2."""
+    """Yields a unique file name for each folder: a/b and a-b would both be a-b, so the second is a-b_2."""
     from data_pipeline.core.text import visible
 
     taken: set[str] = set()
@@ -99,6 +99,6 @@ def unique_names(folders: list[Path]) -> Iterator[str]:
 
 
 def command(home: Path, port: int) -> list[str]:
-    """Returns TensorBoard's command line, on the loopback only."""
+    """Returns TensorBoard's command line, for localhost only."""
     plain = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port)]
     return [*plain, "--logdir", str(home), "--samples_per_plugin", "audio=200,images=200,text=50"]

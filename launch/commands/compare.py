@@ -1,4 +1,4 @@
-"""auricle compare: two or more runs side by side, in numbers and in a plot."""
+"""auricle compare: compares two or more runs in a table and a plot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIGURES = (
     ("alarms", "{0.alarms}"),
     ("evaluated", "{0.evaluation}"),
 )
-"""Rows of the first table: title, and format of a RunSummary."""
+"""Rows of the first table: title, and format string for a RunSummary."""
 
 
 def run(arguments: list[str]) -> int:
@@ -69,7 +69,7 @@ def print_differences(folders: Sequence[Path], summaries: Sequence[RunSummary]) 
 
 
 def plot(folders: Sequence[Path], path: Path) -> None:
-    """Plots smoothed curves over hours of audio seen, so that runs of different batch sizes compare."""
+    """Plots smoothed curves over hours of audio seen, so that runs with different batch sizes are comparable."""
     from matplotlib.figure import Figure
 
     from data_pipeline.core.text import visible

@@ -1,4 +1,4 @@
-"""auricle completion: the completion script of bash or zsh."""
+"""auricle completion: prints the completion script for bash or zsh."""
 
 from __future__ import annotations
 

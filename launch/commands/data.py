@@ -1,4 +1,4 @@
-"""auricle data: the step plan of a pretraining config, and the largest micro-batches that fit."""
+"""auricle data: reports the step plan of a pretraining config, and measures the largest micro-batches that fit."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def plan(arguments: list[str]) -> int:
 
 
 def find_caps(arguments: list[str]) -> int:
-    """Measures the largest micro-batches on the model and device by bisection; prints the overrides to use."""
+    """Measures the largest micro-batches for this model and device by bisection; prints the overrides to use."""
     limits = [argument.removeprefix("--memory=") for argument in arguments if argument.startswith("--memory=")]
     rest = [argument for argument in arguments if not argument.startswith("--memory=")]
     try:

@@ -1,4 +1,4 @@
-"""auricle demo: speech, shards and a pretrained checkpoint in a few minutes, ending with a table."""
+"""auricle demo: preprocesses some speech, pretrains a small model and prints a summary, in a few minutes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from launch.workflows.attended_run import attend
 
 USAGE = """auricle demo [corpus=FOLDER] [field=value of `auricle pretrain`] ...
 
-Takes speech from the folder, else from the folder that the environment variable AURICLE_SPEECH names, else from
-Debian's voice packages, else makes speech-like sounds. Writes shards with Ray, pretrains BEST-RQ on two ranks and
+Takes speech from the given folder, else from the folder named by the environment variable AURICLE_SPEECH, else from
+Debian's voice packages, else generates speech-like sounds. Writes shards with Ray, pretrains BEST-RQ on two ranks and
 prints a table of the result. All files are written below demo/."""
 WORK = Path("demo")
 
@@ -36,13 +36,13 @@ def run(arguments: list[str]) -> int:
     overrides = [argument for argument in arguments if not argument.startswith("corpus=")]
     corpus = find_corpus(given[-1] if given else "", WORK)
     print(f"speech: {corpus.origin}")
-    home = WORK / corpus.name
-    shards = home / "shards"
+    folder_of_corpus = WORK / corpus.name
+    shards = folder_of_corpus / "shards"
     if code := submit.run("preprocess", [*corpus.overrides, f"out={shards}"]):
         return code
-    # twelve synthetic voices vary too little for the detector of poor targets
+    # the twelve synthetic voices vary too little: the collapse detector would stop the run
     overrides = ["health.on_collapse=warn", *overrides] if corpus.name == "synthetic" else overrides
-    job = _job(shards, home, overrides)
+    job = _job(shards, folder_of_corpus, overrides)
     submitter = factory.for_job(job)
     if not isinstance(submitter, ChildProcesses):
         raise ConfigError(f"launcher={job.launcher.name}: the demo runs on this machine")
@@ -54,8 +54,8 @@ def run(arguments: list[str]) -> int:
     return code
 
 
-def _job(shards: Path, home: Path, overrides: list[str]) -> PretrainJob:
-    fixed = ["+experiment=best_rq_tiny", f"data.shards={shards}", f"runs={home / 'runs'}", "name=demo"]
+def _job(shards: Path, folder: Path, overrides: list[str]) -> PretrainJob:
+    fixed = ["+experiment=best_rq_tiny", f"data.shards={shards}", f"runs={folder / 'runs'}", "name=demo"]
     return load(PretrainJob, compose("pretrain", [*fixed, "launcher.processes=2", *overrides]))
 
 
@@ -67,7 +67,7 @@ def _table(corpus: Corpus, shards: Path, folder: Path, job: PretrainJob, ranks: 
     hours_in = sum(row[5] for record in records for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
     hours_out = sum(record.samples for record in records) / SAMPLE_RATE / 3600
     rows = read_rows(folder / "metrics.jsonl")
-    # the first steps warm up caches and allocators
+    # without the first steps, which warm up caches and allocators
     steady = rows[len(rows) // 10 :]
     seconds = sum(row["perf/step_seconds"] for row in steady)
     speed = sum(row["data/audio_seconds"] for row in steady) / seconds

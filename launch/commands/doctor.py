@@ -1,4 +1,4 @@
-"""auricle doctor: prints what launch.diagnostics finds."""
+"""auricle doctor: checks this machine and prints the findings of launch.diagnostics."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ MARKS = {"ok": ("ok", "green"), "missing": ("–", "yellow"), "broken": ("broken
 
 
 def run(arguments: list[str]) -> int:
-    """Prints the table; returns 0 where everything needed is there, 1 otherwise."""
-    parser = Parser("auricle doctor", description="what this machine has, and how to get what is missing")
+    """Prints the table; returns 0 if all requirements are met, 1 otherwise."""
+    parser = Parser("auricle doctor", description="checks this machine, and how to install what is missing")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder where runs would go (default: runs)")
     folder: Path = parser.parse_args(arguments).runs
 
@@ -30,5 +30,5 @@ def run(arguments: list[str]) -> int:
     if lacking:
         print(f"not ready: {', '.join(lacking)}")
         return ExitCode.FAILED
-    print("everything that is needed is there")
+    print("all requirements are met")
     return ExitCode.DONE

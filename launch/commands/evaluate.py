@@ -1,4 +1,4 @@
-"""auricle evaluate: frozen encoders evaluated by probes and by measures without labels."""
+"""auricle evaluate: evaluates frozen encoders with probes and with measures that need no labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""auricle export: a run as a Hugging Face model folder, or as a TorchScript or ONNX graph."""
+"""auricle export: writes a run as a Hugging Face model folder, or as a TorchScript or ONNX graph."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ FORMATS = ("hugging_face", "torchscript", "onnx")
 
 def run(arguments: list[str]) -> int:
     """Writes the export; returns 0. Raises ConfigError for a run that cannot be exported in this format."""
-    parser = Parser("auricle export", description="a run for other tools, checked before it is written")
+    parser = Parser("auricle export", description="exports a run for other tools, verified before it is written")
     parser.add_argument("run", help="run folder, or a run's name below runs/")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(
         "--to",
         choices=FORMATS,
         default="hugging_face",
-        help="hugging_face: for from_pretrained, where transformers has the architecture; torchscript, onnx: one file, "
-        "for most others, too (default: hugging_face)",
+        help="hugging_face: for from_pretrained, if transformers has the architecture; torchscript, onnx: one file for "
+        "most architectures (default: hugging_face)",
     )
     parser.add_argument(
         "--layer", type=int, default=-1, help="torchscript, onnx: the layer that is returned (-1: the last)"

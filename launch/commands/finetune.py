@@ -1,4 +1,4 @@
-"""auricle finetune: a checkpoint becomes a speech recogniser."""
+"""auricle finetune: fine-tunes a checkpoint for speech recognition."""
 
 from __future__ import annotations
 

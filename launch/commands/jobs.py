@@ -1,4 +1,4 @@
-"""auricle jobs: lists, watches, cancels and restarts runs, wherever they were sent."""
+"""auricle jobs: lists, follows, cancels and requeues runs on any launcher."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
             continue
         subcommand.add_argument("run", help="run folder, or a run's name below runs/")
         if name == "logs":
-            subcommand.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+            subcommand.add_argument("-f", "--follow", action="store_true", help="print new output until the run ends")
             subcommand.add_argument("--rank", type=int, default=0, help="default: 0")
     given = parser.parse_args(arguments)
     if given.subcommand == "list":
@@ -57,7 +57,7 @@ def _list(runs: Path) -> int:
         folder = file.parent
         try:
             listed.append(_row(folder))
-        except (ValueError, KeyError) as error:  # of one run; the ones after it are listed all the same
+        except (ValueError, KeyError) as error:  # one unreadable run must not hide the rest
             listed.append((folder.name, *"–––", "unreadable", *"–––"))
             warn(f"{folder}: {error}")
     show(table(("run", "command", "where", "job", "state", "step", "of", "submitted"), listed))
@@ -88,7 +88,7 @@ def _logs(folder: Path, rank: int, follow: bool) -> int:
         record = read_record(folder)
         if isinstance(factory.for_record(record), InProcess) and not (folder / "logs" / task.LOG).exists():
             raise ValueError(
-                f"{folder}: `auricle {record.command}` ran in the foreground: its output is on its terminal"
+                f"{folder}: `auricle {record.command}` ran in the foreground and printed its output on its terminal"
             )
         path = folder / "logs" / ("slurm.log" if record.launcher == "slurm" else task.LOG)
     if not path.exists() and not follow:
@@ -132,12 +132,10 @@ def _requeue(folder: Path) -> int:
     record = read_record(folder)
     submitter = factory.for_record(record)
     if isinstance(submitter, ChildProcesses | InProcess):
-        raise ValueError(
-            f"{folder} ran from this machine: give its `auricle {record.command}` command again, it continues"
-        )
+        raise ValueError(f"{folder} ran from this machine: repeat its `auricle {record.command}` command, it continues")
     require_ended(folder)
     folder = folder.absolute()
-    if directory := submitted_from(folder):  # relative paths of the config start there
+    if directory := submitted_from(folder):  # relative paths of the config refer to it
         os.chdir(directory)
     launcher = replace(load(LAUNCHERS[record.launcher], record.config), after="")  # the job it waited for has ended
     handle = factory.make(launcher, record.command).submit(folder)

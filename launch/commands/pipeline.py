@@ -1,4 +1,4 @@
-"""auricle pipeline: preprocess, targets, pretrain and evaluate in order; results that are up to date are kept."""
+"""auricle pipeline: runs preprocess, targets, pretrain and evaluate in order; keeps results that are up to date."""
 
 from __future__ import annotations
 

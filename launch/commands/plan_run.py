@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _updates(config: PretrainJob) -> int:
-    """Updates of all iterations, where the experiment is a chain of them."""
+    """Returns the number of updates, over all iterations if the experiment is a chain."""
     return sum(iteration.steps for iteration in config.chain.values()) or config.train.steps
 
 
@@ -70,19 +70,19 @@ def _share(text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise ConfigError(f"mfu={text}: the share of the GPU's peak that is reached, above 0 and at most 1")
+        raise ConfigError(f"mfu={text}: must be a share of the GPU's peak, above 0 and at most 1")
     return share
 
 
 def _memory(config: Config, cluster: Cluster, measured: Measured) -> Table:
-    room = GPUS[cluster.kind].memory
+    capacity = GPUS[cluster.kind].memory
     activations = cost_model.activation_bytes(measured, config) / GIB
-    title = f"GiB per GPU on {cluster.nodes} × {cluster.gpus} {cluster.kind} ({room:g} GiB)"
+    title = f"GiB per GPU on {cluster.nodes} × {cluster.gpus} {cluster.kind} ({capacity:g} GiB)"
     table = Table("ZeRO", "states", "activations", "sum", "", title=title, title_justify="left", box=None)
     for stage in range(4):
         states = cost_model.state_bytes(measured, stage, cluster.size) / GIB
-        verdict = "fits" if states + activations < 0.8 * room else "too much: raise data.micro_batches"
-        table.add_row(str(stage), f"{states:.2f}", f"{activations:.2f}", f"{states + activations:.2f}", verdict)
+        note = "fits" if states + activations < 0.8 * capacity else "too much: raise data.micro_batches"
+        table.add_row(str(stage), f"{states:.2f}", f"{activations:.2f}", f"{states + activations:.2f}", note)
     return table
 
 

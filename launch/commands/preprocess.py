@@ -1,4 +1,4 @@
-"""auricle preprocess: raw audio to shards."""
+"""auricle preprocess: converts raw audio to shards."""
 
 from __future__ import annotations
 

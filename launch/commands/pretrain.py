@@ -1,4 +1,4 @@
-"""auricle pretrain: shards to a checkpoint."""
+"""auricle pretrain: trains a model on shards."""
 
 from __future__ import annotations
 

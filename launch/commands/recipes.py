@@ -1,4 +1,4 @@
-"""auricle recipes: every shipped experiment with its parameters, audio per update and operations."""
+"""auricle recipes: lists the shipped experiments with their parameters, audio per update and operations."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ COLUMNS = (
 )
 LEGEND = (
     "parameters: all trained ones. GFLOP/s of audio: one forward pass of front end and encoder on crops of 15 s, as "
-    "counted here and as the design of this project derived it; training takes about three times that, times the "
-    "passes of the objective (teachers, several masks or views)"
+    "counted here and as derived in this project's design; training takes about three times that, times the passes of "
+    "the objective (teachers, several masks or views)"
 )
 
 

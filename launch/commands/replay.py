@@ -1,4 +1,4 @@
-"""auricle replay: runs the kept batch of an update that went wrong again, and prints where it fails."""
+"""auricle replay: repeats an update that went wrong on its saved batch, and reports where it fails."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ COLUMNS = ("segments", "seconds", "peak", "loss", "gradient norm", "largest grad
 
 
 def run(arguments: list[str]) -> int:
-    """Prints the table; returns 0. Raises ConfigError where no such batch was kept."""
-    parser = Parser("auricle replay", description="run the batch of an update that went wrong again")
+    """Prints the table; returns 0. Raises ConfigError if no such batch was saved."""
+    parser = Parser("auricle replay", description="repeats an update that went wrong on its saved batch")
     parser.add_argument("run", help="run folder, or a run's name below runs/")
-    parser.add_argument("step", type=int, nargs="?", help="updates done before it (default: the last one kept)")
+    parser.add_argument("step", type=int, nargs="?", help="updates done before it (default: the last one saved)")
     given = parser.parse_args(arguments)
     folder = find_run(given.run)
     kept = sorted(found for found in (folder / "health").glob("step_*") if found.name[5:].isdecimal())
     if not kept:
-        raise ConfigError(f"{folder}: no batch was kept there (health/step_N); no update of the run went wrong")
+        raise ConfigError(f"{folder}: no batch was saved (health/step_N), since no update of the run went wrong")
     names = [found.name for found in kept]
     wanted = kept[-1].name if given.step is None else f"step_{given.step:08d}"
     if wanted not in names:
-        raise ConfigError(f"{folder}: no batch of step {given.step} was kept; there are: {', '.join(names)}")
+        raise ConfigError(f"{folder}: no batch of step {given.step} was saved; there are: {', '.join(names)}")
     show(folder, folder / "health" / wanted)
     return ExitCode.DONE
 
 
 def show(run_folder: Path, folder: Path) -> None:
-    """Prints loss and gradients of each micro-batch with the weights of the newest checkpoint before the update."""
+    """Prints loss and gradients of each micro-batch, with the weights of the newest checkpoint before the update."""
     from launch.cli.tables import show as show_table
     from launch.cli.tables import table
     from pretrain.checkpointing.run_folder import read_config
@@ -47,8 +47,8 @@ def show(run_folder: Path, folder: Path) -> None:
 
     config = load(Config, read_config(run_folder))
     ctx, batches, why = load_batches(folder)
-    module, whose = model_at(config, run_folder, ctx.step)
-    print(f"{why}; {len(batches)} micro-batches, weights of {whose}")
+    module, source = model_at(config, run_folder, ctx.step)
+    print(f"{why}; {len(batches)} micro-batches, weights of {source}")
     rows = []
     for result in replay(module, ctx, batches):
         largest = ", ".join(f"{name} {norm:.2g}" for name, norm in result.largest[:3])
@@ -59,7 +59,7 @@ def show(run_folder: Path, folder: Path) -> None:
 
 
 def model_at(config: Config, run_folder: Path, step: int) -> tuple[TrainModule, str]:
-    """Returns the model with the newest weights of at most `step` updates, and the checkpoint they come from."""
+    """Returns the model with the newest weights of at most `step` updates, and the name of their checkpoint."""
     from pretrain.checkpointing.weights import MODEL, fill, read_weights
     from pretrain.interop.init_weights import load_initial
     from pretrain.train_module import build_model
@@ -71,4 +71,4 @@ def model_at(config: Config, run_folder: Path, step: int) -> tuple[TrainModule, 
         return module, before[-1].name
     if config.init:
         load_initial(config, module)
-    return module, f"step 0{f' (those of {config.init})' if config.init else ''}"
+    return module, f"step 0{f' (from {config.init})' if config.init else ''}"

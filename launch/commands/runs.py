@@ -1,4 +1,4 @@
-"""auricle runs: all runs with their key figures."""
+"""auricle runs: lists runs with their key figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLUMNS = ("run", "objective", "state", "step", "loss", "accuracy", "hours", "×
 
 
 def run(arguments: list[str]) -> int:
-    """Prints the table; returns 0. Raises ConfigError where there is no run."""
+    """Prints the table; returns 0. Raises ConfigError if no run is found."""
     parser = Parser("auricle runs", description="all runs with their key figures, from their folders")
     parser.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], help="where to look (default: runs)")
     folders = parser.parse_args(arguments).folders
@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> int:
     for folder in find_runs(folders):
         try:
             s = summarise(folder)
-        except ValueError as error:  # of one run; the ones after it are listed all the same
+        except ValueError as error:  # one unreadable run must not hide the rest
             listed.append((folder.name, "–", "unreadable", *"–––––––"))
             warn(str(error))
             continue

@@ -1,4 +1,4 @@
-"""auricle shards: content and integrity of a shard folder; indexes for tars of others."""
+"""auricle shards: reports content and integrity of a shard folder, and indexes existing WebDataset tars."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUANTILES = (0, 5, 50, 95, 100)
 
 
 def run(arguments: list[str]) -> int:
-    """Runs a subcommand; returns 0, or 1 where `verify` finds a fault."""
+    """Runs a subcommand; returns 0, or 1 if `verify` finds a fault."""
     parser = Parser("auricle shards", description="content and integrity of a shard folder")
     subcommands = parser.add_subparsers(dest="subcommand", required=True)
     for name, text in SUBCOMMANDS["shards"].items():
@@ -75,7 +75,7 @@ def _index(tars: str, settings: list[str]) -> int:
 
 
 def _value(text: str) -> Any:
-    """A number, true or false, or the text itself."""
+    """Parses a number, true, false or another JSON value; other text is returned unchanged."""
     try:
         return json.loads(text)
     except ValueError:

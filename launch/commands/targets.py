@@ -1,4 +1,4 @@
-"""auricle targets: frame labels over shards, by k-means on MFCC or on a layer of a checkpoint."""
+"""auricle targets: makes frame labels of shards with k-means on MFCC or on a layer of a checkpoint."""
 
 from __future__ import annotations
 

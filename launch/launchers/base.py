@@ -9,28 +9,40 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
 class Submitter(Protocol):
-    """Starts the job of a run folder: `python -m launch.workers.rank FOLDER` on every rank of a pretraining run,
-    `python -m launch.workers.task FOLDER` for other commands.
+    """Starts the job of a run folder and keeps track of it.
 
-    Ranks write their own logs, RUN/logs/rank_N.log, wherever they run. A handle is a string that identifies the job to
-    the launcher; it is stored in RUN/job.json, so launchers check its form before they use it.
+    A job is `python -m launch.workers.rank FOLDER` on every rank of a pretraining run, and
+    `python -m launch.workers.task FOLDER` for other commands. Ranks write their own logs, RUN/logs/rank_N.log, wherever
+    they run. A handle is a string that identifies the job to the launcher; it is stored in RUN/job.json, so launchers
+    check its form before they use it.
     """
 
     processes: int
     """Ranks of a pretraining run."""
 
     def plan(self, folder: Path) -> str:
-        """Returns what `submit` would start, in a form to read."""
+        """Returns the command that `submit` would run, for display."""
         ...
 
     def submit(self, folder: Path) -> str:
-        """Starts the job of a prepared run folder and returns its handle."""
+        """Starts the job of a run folder.
+
+        Args:
+            folder: the run folder, with config.json (pretraining) or task.json (other commands).
+
+        Returns:
+            The handle of the job.
+
+        Raises:
+            ConfigError: the launcher cannot run this job.
+            OSError, RuntimeError: the scheduler or cluster refused it; SlurmError for sbatch.
+        """
         ...
 
     def status(self, handle: str) -> State:
-        """Returns the state of a job, also one that another process started."""
+        """Returns the state of a job, which another process may have started. Raises ValueError for a wrong handle."""
         ...
 
     def cancel(self, handle: str) -> None:
-        """Ends the job and all of its processes."""
+        """Ends the job and all of its processes. Raises ValueError for a wrong handle."""
         ...

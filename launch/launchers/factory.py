@@ -1,4 +1,4 @@
-"""Makes the submitter of a launcher config."""
+"""Creates the submitter of a launcher config."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from launch.runs.job_record import JobRecord
 
 
 def for_job(job: PretrainJob) -> Submitter:
-    """Returns the submitter of a run. Raises ConfigError where its micro-batches do not divide among the ranks."""
+    """Returns the submitter of a run. Raises ConfigError if the number of ranks does not divide the micro-batches."""
     submitter = make(job.launcher, "pretrain", job.engine.name, job.device)
     accumulation(job.data.micro_batches, submitter.processes)
     return submitter
 
 
 def for_record(note: JobRecord) -> Submitter:
-    """Returns the submitter of a job that was started before, for its state or to end it; this needs no GPU here."""
+    """Returns the submitter of an existing job, to query or end it; requires no GPU on this machine."""
     return make(load(LAUNCHERS[note.launcher], note.config), note.command, "deepspeed", "cpu")
 
 
@@ -32,12 +32,12 @@ def make(launcher: Any, command: str, engine: str = "deepspeed", device: str = "
 
     Args:
         launcher: LocalConfig, SlurmConfig or RayConfig.
-        command: the command whose job it starts.
+        command: the command that runs in the job, such as "pretrain".
         engine: engine.name of a pretraining run.
         device: device of a pretraining run.
 
     Raises:
-        ConfigError: the launcher cannot start such a job.
+        ConfigError: the launcher cannot run this command.
     """
     if isinstance(launcher, SlurmConfig):
         return SlurmSubmitter(launcher, command)

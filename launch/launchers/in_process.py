@@ -1,4 +1,4 @@
-"""Runs preprocess, targets or evaluate in this process, which may use a Ray cluster."""
+"""Runs preprocess, targets or evaluate in this process, optionally on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class InProcess:
         self.config = config
 
     def plan(self, folder: Path) -> str:
-        """Returns the command line of a process that does the same."""
+        """Returns the command line of an equivalent process."""
         address = ["--ray", self.config.address] if isinstance(self.config, RayConfig) and self.config.address else []
         return shlex.join([sys.executable, "-m", "launch.workers.task", str(folder), *address])
 
@@ -33,14 +33,14 @@ class InProcess:
         return f"{os.getpid()}:{psutil.Process().create_time()}"
 
     def perform(self, folder: Path) -> None:
-        """Runs the job to its end. Raises what the command raises."""
+        """Runs the job to its end. Exceptions of the command are passed on."""
         if isinstance(self.config, RayConfig):
             task.perform_on_cluster(folder, self.config)
         else:
             task.perform(folder)
 
     def status(self, handle: str) -> State:
-        """Returns `failed` for a process that is gone: whether the job is done is in the run folder."""
+        """Returns `running`, or `failed` if the process has ended; the run folder shows whether the job is complete."""
         return "running" if find_process(handle) else "failed"
 
     def cancel(self, handle: str) -> None:

@@ -16,13 +16,13 @@ class LocalSubmitter(ChildProcesses):
     """Starts N ranks under the `deepspeed` launcher, or one rank of the torch engine without it.
 
     Args:
-        config: ranks, threads and grace.
+        config: number of ranks, threads and grace period.
         engine: engine.name of the run.
         device: device of the run.
-        module: what each rank runs.
+        module: Python module that each rank runs.
 
     Raises:
-        ConfigError: this machine cannot run it.
+        ConfigError: this machine lacks the GPUs, or CUDA_VISIBLE_DEVICES names them in an unsupported way.
     """
 
     def __init__(self, config: LocalConfig, engine: str, device: str, module: str = "launch.workers.rank") -> None:
@@ -47,7 +47,7 @@ class LocalSubmitter(ChildProcesses):
             "PYTHONUNBUFFERED": "1",
             RANK_LOGS: "1",
         }
-        # collectives between ranks of one machine: nobody else can connect
+        # the ranks of one machine communicate over the loopback, which other machines cannot reach
         variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         if not gpus:
             variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -62,7 +62,7 @@ class LocalSubmitter(ChildProcesses):
             return [sys.executable, "-u", "-m", *worker]
         visible = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
         devices = ["--num_gpus", str(self.processes)]
-        if self._gpus and visible:  # which --num_gpus would ignore
+        if self._gpus and visible:  # --num_gpus would ignore CUDA_VISIBLE_DEVICES
             devices = ["--include", f"localhost:{','.join(visible[: self.processes])}"]
         rendezvous = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
         quiet = ["--hostfile", os.devnull + ".none", "--log_level", "warning"]
@@ -78,7 +78,7 @@ def gpu_count() -> int:
 
 
 def failure_report(folder: Path, lines: int = 12) -> str:
-    """Returns the last lines of the ranks that failed; those of the launcher where no rank reports an error."""
+    """Returns the last log lines of the failed ranks, or those of the launcher if no rank reports an error."""
     logs = sorted((folder / "logs").glob("rank_*.log"))
     texts = {log: log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] for log in logs}
     failed = [log for log, tail in texts.items() if any(_is_error(line) for line in tail)]

@@ -1,16 +1,17 @@
-"""Runs a command in a session of its own, stops it with a checkpoint and leaves none of its processes behind.
+"""Runs a command in a new session, stops it with a checkpoint, and ends all of its processes.
 
     python launch/launchers/process_guard.py [--run RUN_FOLDER] [--start ID] [--grace SECONDS] [--signal] -- COMMAND ...
 
-stdin is the life line. When it ends, because the parent closed it or was killed, or when SIGTERM or SIGHUP arrives:
+The parent holds the other end of stdin. When stdin ends, because the parent closed it or was killed, or when SIGTERM or
+SIGHUP arrives:
 
-1. The command is asked through RUN_FOLDER/STOP to save a checkpoint and end, and has `grace_seconds` for that. With
-   --signal it is one rank of several: it gets SIGTERM and that time where RUN_FOLDER/STOP exists; otherwise its peers
-   are lost, and nothing could be saved. Skipped after SIGUSR1 and without --run.
+1. RUN_FOLDER/STOP requests a checkpoint and the end of the command, which has `grace_seconds` for that. With --signal
+   the command is one rank of several: it gets SIGTERM and the same time if RUN_FOLDER/STOP exists; otherwise its peers
+   are lost, and no checkpoint could be saved. This step is skipped after SIGUSR1 and without --run.
 2. Every process of the session gets SIGTERM and, after KILL_SECONDS, SIGKILL.
 
-The exit code is the command's, 128 + N after signal N. Standard library only and no import of this project: it starts
-in milliseconds.
+The exit code is that of the command, or 128 + N after signal N. Uses the standard library only and imports nothing from
+this project, so that it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ import time
 from pathlib import Path
 
 LEAST_GRACE = 30.0
-"""Seconds that a run has at least to end by itself."""
+"""Shortest grace period, in seconds."""
 UPDATES_OF_GRACE = 3
-"""… plus this many times its longest recent update: one is going on, the next sees the request, then it saves."""
+"""Updates that the grace period adds: one in progress, one that sees the request, and the time to save."""
 KILL_SECONDS = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 POLL = 0.1
 RECENT_BYTES = 1 << 16
-"""Length of the end of metrics.jsonl that the time of an update is measured from."""
+"""Bytes at the end of metrics.jsonl from which the duration of updates is measured."""
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command until it ends or stdin does; returns its exit code."""
+    """Runs the command until it or stdin ends; returns its exit code."""
     parser = argparse.ArgumentParser("process_guard")
     parser.add_argument("--run", type=Path, help="run folder of the command")
     parser.add_argument("--start", default="", help="id of this start of the run, for RUN_FOLDER/STOP")
@@ -49,25 +50,25 @@ def main(arguments: list[str]) -> int:
     if os.getsid(0) != os.getpid():
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    asked: set[int] = set()
+    received: set[int] = set()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: asked.add(number))
+        signal.signal(number, lambda number, _: received.add(number))
     child = subprocess.Popen(given.command, stdin=subprocess.DEVNULL, preexec_fn=_default_signals)
-    life_line = True
-    while child.poll() is None and life_line and not asked:
+    parent_alive = True
+    while child.poll() is None and parent_alive and not received:
         ready, _, _ = select.select([0], [], [], POLL)
-        life_line = not ready or bool(os.read(0, 4096))
-    if child.poll() is None and signal.SIGUSR1 not in asked and _ask_to_save(child, given):
+        parent_alive = not ready or bool(os.read(0, 4096))
+    if child.poll() is None and signal.SIGUSR1 not in received and _request_save(child, given):
         deadline = time.monotonic() + grace_seconds(given.run, given.grace)
-        while child.poll() is None and signal.SIGUSR1 not in asked and time.monotonic() < deadline:
+        while child.poll() is None and signal.SIGUSR1 not in received and time.monotonic() < deadline:
             time.sleep(POLL)
     _sweep(child)
     code = child.wait()
     return code if code >= 0 else 128 - code
 
 
-def _ask_to_save(child: subprocess.Popen[bytes], given: argparse.Namespace) -> bool:
-    """Asks the command to save a checkpoint and end; returns whether that makes sense."""
+def _request_save(child: subprocess.Popen[bytes], given: argparse.Namespace) -> bool:
+    """Requests a checkpoint and the end of the command; returns whether it can still save one."""
     if given.run is None:
         return False
     request = given.run / "STOP"
@@ -81,11 +82,11 @@ def _ask_to_save(child: subprocess.Popen[bytes], given: argparse.Namespace) -> b
 
 
 def grace_seconds(run: Path, configured: float) -> float:
-    """Seconds that a run has to finish its update, save a checkpoint and end.
+    """Returns the seconds that a run has to finish its update, save a checkpoint and end.
 
     Args:
-        run: the run folder, of which the end of metrics.jsonl is read.
-        configured: taken instead where it is not 0.
+        run: the run folder; the end of its metrics.jsonl is read.
+        configured: returned unless it is 0.
     """
     if configured:
         return configured
@@ -96,7 +97,7 @@ def grace_seconds(run: Path, configured: float) -> float:
             if not line:
                 continue
             row = json.loads(line)
-            if before and row["step"] > before["step"]:  # a resumed run's gap is no update
+            if before and row["step"] > before["step"]:  # a resume or rollback repeats steps
                 longest = max(longest, (row["time"] - before["time"]) / (row["step"] - before["step"]))
             before = row
     return LEAST_GRACE + UPDATES_OF_GRACE * longest
@@ -107,7 +108,7 @@ def _default_signals() -> None:
 
 
 def _sweep(child: subprocess.Popen[bytes]) -> None:
-    """Ends what is left of the session."""
+    """Ends all remaining processes of the session."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         for pid in session_members(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
@@ -123,11 +124,11 @@ def _sweep(child: subprocess.Popen[bytes]) -> None:
 
 
 def session_members(leader: int) -> list[int]:
-    """Living processes of the session that `leader` leads, without itself. Linux; elsewhere only the group is known."""
+    """Returns the running processes of the session that `leader` leads, except the leader; from /proc, so on Linux."""
     members = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # the name in parentheses may hold anything, so count from the last one on
+            # the name in parentheses may contain anything, so split after the last parenthesis
             state, _, _, session = entry.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:4]
         except OSError:
             continue

@@ -1,4 +1,4 @@
-"""Child processes of a launcher: start, find, stop."""
+"""Starts, finds and stops the child processes of a launcher."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class _Job:
 
 
 class ChildProcesses(abc.ABC):
-    """Starts a run as child processes of this one. Whatever ends this process ends them, too, with a checkpoint.
+    """Starts a run as child processes of this one. They end with it, after saving a checkpoint, however it ends.
 
     Args:
-        processes: ranks of the run.
-        variables: environment variables that are set for them.
-        grace_seconds: time to save a checkpoint when they are asked to end; 0 measures the updates.
+        processes: number of ranks.
+        variables: environment variables of the ranks.
+        grace_seconds: time to save a checkpoint after a stop request; 0: derived from the duration of updates.
     """
 
     def __init__(self, processes: int, variables: dict[str, str], grace_seconds: float = 0.0) -> None:
@@ -48,7 +48,7 @@ class ChildProcesses(abc.ABC):
 
     @abc.abstractmethod
     def command(self, folder: Path, port: int) -> list[str]:
-        """Returns the command line. `port`: a free one, for the rendezvous of the ranks."""
+        """Returns the command line; `port` is a free port for the rendezvous of the ranks."""
 
     def plan(self, folder: Path) -> str:
         """Returns the command as a shell line."""
@@ -56,7 +56,14 @@ class ChildProcesses(abc.ABC):
         return f"{variables} {shlex.join(self.command(folder, 29500))}"
 
     def submit(self, folder: Path) -> str:
-        """Starts the ranks of a run folder and returns the job's handle: id and start time of process_guard."""
+        """Starts the ranks of a run folder.
+
+        Returns:
+            The handle of the job: process id and start time of its process_guard.
+
+        Raises:
+            OSError: the process cannot be started.
+        """
         (folder / STOP_FILE).unlink(missing_ok=True)
         report_waiting(folder, "")
         start = secrets.token_hex(8)
@@ -66,18 +73,18 @@ class ChildProcesses(abc.ABC):
         with (folder / "logs" / "launcher.log").open("ab") as log:
             job = subprocess.Popen(
                 [*guard, *self.command(folder, free_port())],
-                stdin=subprocess.PIPE,  # process_guard's life line
+                stdin=subprocess.PIPE,  # process_guard stops the ranks when this pipe closes
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | self._variables | {START_ID: start},
-                start_new_session=True,  # Ctrl-C reaches this process alone, which decides
+                start_new_session=True,  # Ctrl-C reaches only this process, which decides what to do
             )
         handle = f"{job.pid}:{psutil.Process(job.pid).create_time()}"
         self._jobs[handle] = _Job(job, folder, start)
         return handle
 
     def status(self, handle: str) -> State:
-        """Returns `failed` for a job that is gone: whether its run is complete is in the run folder."""
+        """Returns `running`, or `failed` if the job has ended; the run folder shows whether the run is complete."""
         return "running" if find_process(handle) else "failed"
 
     def exit_code(self, handle: str) -> int | None:
@@ -85,18 +92,19 @@ class ChildProcesses(abc.ABC):
         return self._jobs[handle].process.poll()
 
     def request_stop(self, handle: str) -> None:
-        """Asks the ranks of a job that this process started for a checkpoint, after which they end."""
+        """Requests a checkpoint and the end of a job that this process started."""
         job = self._jobs[handle]
         request_stop(job.folder, job.start)
 
     def grace(self, handle: str) -> float:
-        """Returns the seconds that a job which this process started has for that."""
+        """Returns the grace period, in seconds, of a job that this process started."""
         return process_guard.grace_seconds(self._jobs[handle].folder, self._grace_seconds)
 
     def cancel(self, handle: str) -> None:
-        """Ends a job. One that this process started ends at once; another one saves a checkpoint first.
+        """Ends a job: at once if this process started it, otherwise after it has saved a checkpoint.
 
-        Raises TimeoutError where that takes longer than expected.
+        Raises:
+            TimeoutError: the job did not end within its grace period.
         """
         job = self._jobs.get(handle)
         if job is not None:
@@ -114,9 +122,10 @@ class ChildProcesses(abc.ABC):
 
 
 def find_process(handle: str) -> psutil.Process | None:
-    """Returns the living process of a handle; None where it is gone, or its id belongs to another one by now.
+    """Returns the running process of a handle; None if it has ended, even if another process now has its id.
 
-    Raises ValueError for a handle of another form.
+    Raises:
+        ValueError: the handle is malformed.
     """
     parts = _HANDLE.fullmatch(handle)
     if parts is None:

@@ -18,7 +18,7 @@ from launch.launchers.processes import ChildProcesses
 from launch.workers.environment import RANK_LOGS
 
 STARTING = 60.0
-"""Seconds that a cluster whose dashboard answers may need until it takes a job."""
+"""Seconds after the dashboard first answers within which the cluster must accept a job."""
 STATES: dict[str, State] = {
     "PENDING": "waiting",
     "RUNNING": "running",
@@ -29,7 +29,7 @@ STATES: dict[str, State] = {
 
 
 def checked(handle: str) -> str:
-    """Returns the submission id of a Ray Job, read from a file. Raises ValueError for what is not one."""
+    """Returns `handle` if it is the submission id of a Ray Job. Raises ValueError otherwise."""
     if not JOB_ID.fullmatch(handle):
         raise ValueError(f"handle={handle!r}: must be the submission id of a Ray Job, such as raysubmit_1a2b3c")
     return handle
@@ -58,46 +58,55 @@ class RayHere(ChildProcesses):
     def __init__(self, config: RayConfig) -> None:
         self.config = config
         variables = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-        # with workers=0 the run takes what the cluster has and the plan allows
+        # with workers=0 the run uses as many ranks as the cluster can hold and the plan allows
         super().__init__(config.workers or 1, variables, config.grace_seconds)
 
     def command(self, folder: Path, port: int) -> list[str]:
-        """Returns the driver's command line; the ranks choose their port themselves, where rank 0 runs."""
+        """Returns the driver's command line; `port` is unused, since rank 0 chooses a port on its own node."""
         return driver_command(self.config, folder)
 
 
 class RayJobs:
-    """Runs the driver on the cluster, as a Ray Job; the handle is its submission id.
+    """Runs the driver on the cluster as a Ray Job; the handle is its submission id.
 
-    Whoever reaches a Ray dashboard can run any code on the cluster. auricle starts none that others can reach: keep the
-    dashboard on localhost, Ray's default, and use an ssh tunnel.
+    Anyone with access to a Ray dashboard can run any code on the cluster. auricle never exposes one: keep the dashboard
+    on localhost, Ray's default, and use an ssh tunnel.
+
+    Args:
+        config: the cluster and the number of ranks.
+        command: the command that runs in the job.
     """
 
     VARIABLES: Final = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", RANK_LOGS: "1"}
 
-    def __init__(self, config: RayConfig, verb: str = "pretrain") -> None:
+    def __init__(self, config: RayConfig, command: str = "pretrain") -> None:
         self.config = config
         self.processes = config.workers or 1
-        self._verb = verb
+        self._command = command
 
     def command(self, folder: Path) -> list[str]:
-        """Returns the command that runs on the cluster."""
+        """Returns the command line that runs on the cluster."""
         address = self.config.address or "auto"
         task = [sys.executable, "-m", "launch.workers.task", str(folder.absolute())]
-        verbs = {"pretrain": driver_command(self.config, folder), "evaluate": task}
-        command = verbs.get(self._verb, [*task, "--ray", address])
+        lines = {"pretrain": driver_command(self.config, folder), "evaluate": task}
+        line = lines.get(self._command, [*task, "--ray", address])
         if self.config.after:
-            command = [sys.executable, "-m", "launch.launchers.ray_wait", self.config.after, *command]
-        return command
+            line = [sys.executable, "-m", "launch.launchers.ray_wait", self.config.after, *line]
+        return line
 
     def plan(self, folder: Path) -> str:
-        """Returns the entrypoint, quoted, since Ray passes it to a shell."""
+        """Returns the entrypoint of the job, quoted for the shell that Ray passes it to."""
         return f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(self.command(folder))}"
 
     def submit(self, folder: Path) -> str:
-        """Submits the job and returns its submission id. Raises ConfigError where no dashboard answers in time."""
+        """Submits the job of a run folder and returns its submission id.
+
+        Raises:
+            ConfigError: no dashboard answers in time.
+            RuntimeError: the cluster refused the job.
+        """
         place = {}
-        if self._verb == "evaluate":  # the one that computes where its entrypoint runs
+        if self._command == "evaluate":  # the only command that computes in its entrypoint
             place = {"entrypoint_num_cpus": self.config.cpus_per_worker}
             place |= {"entrypoint_num_gpus": self.config.gpus_per_worker} if self.config.gpus_per_worker else {}
         variables = self.VARIABLES | ({} if self.config.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})
@@ -116,7 +125,7 @@ class RayJobs:
     def status(self, handle: str) -> State:
         """Returns the state of a job, `failed` for one that the cluster no longer knows.
 
-        Raises ConfigError where no dashboard answers.
+        Raises ConfigError if no dashboard answers.
         """
         job = checked(handle)
         client = self._client()
@@ -139,7 +148,7 @@ class RayJobs:
         self._client().stop_job(job)
 
     def _client(self) -> Any:
-        """A client of the dashboard. Raises ConfigError where none answers in time."""
+        """Returns a client of the dashboard. Raises ConfigError if none answers in time."""
         from ray.job_submission import JobSubmissionClient
 
         address, seconds = self.config.dashboard, self.config.answer_seconds
@@ -151,9 +160,9 @@ class RayJobs:
 
 
 def require_dashboard(address: str, seconds: float) -> None:
-    """Raises OSError where nothing answers at an address in time; Ray's client would wait for ever."""
+    """Raises OSError if nothing answers at an address in time; Ray's client would wait forever."""
     try:
         urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=seconds).close()
     except urllib.error.HTTPError as error:
-        if error.code not in (401, 403):  # it wants a token, which Ray's client sends
+        if error.code not in (401, 403):  # the dashboard requires a token, which Ray's client sends
             raise

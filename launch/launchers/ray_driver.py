@@ -2,12 +2,12 @@
 
     python -m launch.launchers.ray_driver RUN_FOLDER --address auto --workers 8
 
-Ray Train places the ranks, watches workers and nodes, and ends all of them when one is lost. Each attempt is one
-`fit()` with a fixed number of workers. What follows an attempt is decided here, since Ray Train's own policies cannot
-express it: its ScalingConfig(num_workers=(min, max)) takes any number in between, and a run needs one that divides
-`data.micro_batches`; its FailureConfig counts all failures, and neither exit codes nor checkpoints, and
-launch/launchers/retry.py counts failures in a row without a new checkpoint. Checkpoints are the run's own: nothing is
-reported to Ray Train. The step plan does not depend on the number of ranks, so every number gives the same run.
+Ray Train places the ranks, monitors workers and nodes, and ends all ranks when one is lost. Each attempt is one `fit()`
+with a fixed number of workers. This module decides what follows an attempt, since Ray Train's own policies cannot
+express it: ScalingConfig(num_workers=(min, max)) permits any number in between, but a run needs one that divides
+`data.micro_batches`; FailureConfig counts all failures, whereas launch/launchers/retry.py considers exit codes and
+counts failures in a row without a new checkpoint. Checkpoints have the run's own format and are not reported to Ray
+Train. The step plan does not depend on the number of ranks, so every number gives the same run.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from pretrain.checkpointing.locate import steps_done
 from pretrain.checkpointing.run_folder import read_config
 
 NO_PLACE = -1
-"""Result of an attempt that found no place for its ranks."""
+"""Result of an attempt whose ranks could not be placed."""
 POLL_SECONDS = 2.0
-"""Seconds between looks at a changing cluster."""
+"""Seconds between queries of a changing cluster."""
 PLACEMENT_SECONDS = 30
-"""Seconds that an attempt waits for its places before the cluster is looked at again."""
+"""Seconds that an attempt waits for the placement of its ranks before the cluster is queried again."""
 
 
 class ImpossibleRequestError(RuntimeError):
@@ -46,7 +46,7 @@ class ImpossibleRequestError(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """What a run wants of a cluster."""
+    """Resources that a run requests from a cluster, and its retry policy."""
 
     folder: Path
     workers: int
@@ -60,13 +60,13 @@ class Request:
     wait_minutes: float
     """How long to wait for places before giving up."""
     grace: float
-    """Seconds to save a checkpoint when asked to end; 0 measures the updates."""
+    """Seconds to save a checkpoint after a stop request; 0: derived from the duration of updates."""
     fixed: bool
-    """Whether the cluster was started for this run and so cannot grow."""
+    """Whether the cluster was started for this run and therefore cannot grow."""
 
 
 def main(arguments: list[str]) -> int:
-    """Runs to the end of the run; returns its exit code."""
+    """Drives the run to its end; returns its exit code."""
     parser = argparse.ArgumentParser("launch.launchers.ray_driver")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--address", default="")
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     try:
         # a Ray started here listens on the loopback only
         with cluster(RayConfig(address=address, answer_seconds=answer_seconds)):
-            for number in (signal.SIGTERM, signal.SIGHUP):  # the end of this process would be that of the ranks
+            for number in (signal.SIGTERM, signal.SIGHUP):  # ending this process at once would kill the ranks
                 signal.signal(number, lambda *_: request_stop(request.folder, os.environ[START_ID]))
             return drive(request)
     except ConfigError as error:
@@ -97,7 +97,11 @@ def main(arguments: list[str]) -> int:
 
 
 def drive(request: Request) -> int:
-    """Starts attempts until the run is done, cannot work, or fails too often without a new checkpoint."""
+    """Starts attempts until the run is done, cannot work, or fails too often without a new checkpoint.
+
+    Returns:
+        The exit code of the run.
+    """
     config = read_config(request.folder)
     policy, first, waiting_since = RetryPolicy(request.folder, request.retries), True, None
     if not os.environ.get(START_ID) or not stop_requested(request.folder):
@@ -123,9 +127,9 @@ def drive(request: Request) -> int:
             continue
         waiting_since = None
         if code == ExitCode.STOPPED and stop_requested(request.folder):
-            return code  # without a request the rank's node was taken away
+            return code  # without a request the rank stopped because its node was taken away
         if code not in NEVER_RETRY and steps_done(request.folder) >= config["train"]["steps"]:
-            return ExitCode.DONE  # what was lost had nothing left to do
+            return ExitCode.DONE  # the run was complete when the worker was lost
         decision = policy.end(code, since)
         _log(decision.reason)
         if not decision.again:
@@ -137,12 +141,12 @@ def choose_world(micro_batches: int, places: int, largest: int) -> int:
     """Returns the number of ranks for a cluster.
 
     Args:
-        micro_batches: of a step; the number of ranks divides it.
+        micro_batches: micro-batches of a step; the number of ranks must divide them.
         places: ranks that the cluster can hold.
-        largest: most ranks that are wanted; 0 for no limit.
+        largest: most ranks requested; 0 for no limit.
 
     Returns:
-        The largest number that fits, 0 where none does.
+        The largest number that fits, 0 if none does.
     """
     limit = min(places, largest) if largest else places
     return max((world for world in allowed_worlds(micro_batches) if world <= limit), default=0)
@@ -152,15 +156,16 @@ def wait_for_places(micro_batches: int, request: Request, since: float) -> int:
     """Waits for a cluster that can hold at least `min_workers` ranks.
 
     Args:
-        micro_batches: of a step.
-        request: what the run wants.
-        since: time.monotonic() when the waiting began.
+        micro_batches: micro-batches of a step.
+        request: the requested resources.
+        since: time.monotonic() when waiting began.
 
     Returns:
-        The number of ranks; 0 where the run is to be stopped.
+        The number of ranks; 0 if a stop was requested.
 
     Raises:
-        ImpossibleRequestError: it cannot hold them; at once for a cluster that cannot grow, else after `wait_minutes`.
+        ImpossibleRequestError: the cluster cannot hold the ranks; raised at once if it cannot grow, else after
+            `wait_minutes`.
     """
     while not stop_requested(request.folder):
         world = choose_world(micro_batches, places(request.cpus, request.gpus), request.workers)
@@ -183,8 +188,8 @@ def run_attempt(request: Request, world: int) -> int:
     """Runs `world` ranks until all have ended or one was lost.
 
     Returns:
-        DONE, the exit code of a rank that failed (one that forbids another start where there is one), LOST where a
-        worker or node was lost, or NO_PLACE.
+        DONE, the exit code of a failed rank (preferably one that forbids a retry), LOST after the loss of a worker or
+        node, or NO_PLACE.
     """
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(PLACEMENT_SECONDS)
     os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"
@@ -207,7 +212,7 @@ def run_attempt(request: Request, world: int) -> int:
         scaling_config=ScalingConfig(
             num_workers=world, use_gpu=bool(request.gpus), resources_per_worker=resources, placement_strategy="PACK"
         ),
-        # Ray Train wants a folder that all nodes share; nothing but its own small state is written there
+        # Ray Train requires a folder that all nodes share; it writes only its own small state there
         run_config=RunConfig(
             name="ray_train",
             storage_path=str(folder / "logs"),

@@ -2,7 +2,7 @@
 
     python -m launch.launchers.ray_wait JOB_ID COMMAND …
 
-It is the entrypoint of a Ray Job itself, and so runs inside the cluster. It holds no core while it waits.
+It is the entrypoint of a Ray Job, so it runs inside the cluster. It occupies no core while it waits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ POLL = 2.0
 
 
 def main(arguments: list[str]) -> int:
-    """Replaces this process by the command; returns FAILED where the other job did not succeed."""
+    """Replaces this process with the command; returns FAILED if the other job did not succeed."""
     job, *command = arguments
     from ray.job_submission import JobSubmissionClient
 

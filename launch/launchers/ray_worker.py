@@ -16,11 +16,11 @@ from launch.workers.stop_request import START_ID
 
 
 class RankEndedError(RuntimeError):
-    """A rank ended with another exit code than DONE, which is all of the message."""
+    """A rank ended with an exit code other than DONE; the message is that code."""
 
     @staticmethod
     def code_of(error: BaseException) -> int | None:
-        """The exit code that an exception of Ray Train reports; None for a lost worker."""
+        """Returns the exit code that an exception of Ray Train reports; None for a lost worker."""
         if isinstance(error, RankEndedError):
             return int(str(error))
         # some versions of Ray Train wrap it in an exception that prints the original traceback
@@ -32,12 +32,12 @@ class RankEndedError(RuntimeError):
 def run_rank(config: dict[str, Any]) -> None:
     """Runs `python -m launch.workers.rank FOLDER` to its end, on every worker of a `ray.train` run.
 
-    A rank is a process of its own, so that it ends with its own exit code, a crash in native code does not end the Ray
-    worker, and ranks are the same under every launcher. process_guard ends it when the worker dies.
+    A rank is a separate process, so that it has its own exit code, a crash in native code does not end the Ray worker,
+    and ranks are the same under every launcher. process_guard ends it when the worker dies.
 
     Args:
         config: folder (run folder), directory (working directory), cpus (cores per rank), gpus (GPUs per rank),
-            grace (seconds to save a checkpoint, 0 measures the updates), start_id (AURICLE_START).
+            grace (seconds to save a checkpoint; 0: derived from the duration of updates), start_id (AURICLE_START).
 
     Raises:
         RankEndedError: the rank did not end with DONE.

@@ -1,16 +1,16 @@
-"""Decides whether a job that ended is started again.
+"""Decides whether a job that ended is restarted.
 
-The policy, for SLURM jobs and for runs on Ray: a failure is followed by another start until `retries` failures in a row
+The policy for SLURM jobs and for runs on Ray: a failed job is restarted unless more than `retries` failures in a row
 left no new checkpoint. Stops at a time limit are not failures. Wrong configs, unhealthy runs and superseded starts are
-never started again.
+never restarted.
 
 The batch scripts of slurm/ call it before and after their job; `begin` prints what `end` needs:
 
     since=$(python -m launch.launchers.retry begin RUN_FOLDER --restart 0)
     python -m launch.launchers.retry end RUN_FOLDER --since "$since" --code 1 --retries 3
 
-`end` prints the reason of its decision. Its exit code is AGAIN where the job is to be started again, else the one that
-the job ends with.
+`end` prints the reason for its decision. Its exit code is AGAIN if the job is to be restarted, otherwise the exit code
+of the job.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pretrain.checkpointing.locate import steps_done
 
 @dataclass(frozen=True)
 class Progress:
-    """State of a run folder when a start begins. `str` and `parse` carry it through a shell variable."""
+    """State of a run folder when a start begins. `str` and `parse` convert it to and from a shell variable."""
 
     checkpoint: int
     """Steps of the newest checkpoint; 0 without one, and for jobs that write none."""
@@ -36,12 +36,12 @@ class Progress:
 
     @staticmethod
     def of(folder: Path) -> Progress:
-        """Reads it from a run folder."""
+        """Reads the progress from a run folder."""
         incarnations = folder / "incarnations"
         try:
             checkpoint = steps_done(folder)
         except (ValueError, OSError):
-            checkpoint = 0  # damaged: the ranks end for that reason, and without a new checkpoint
+            checkpoint = 0  # damaged: the ranks will end with that error and without a new checkpoint
         return Progress(checkpoint, len(list(incarnations.iterdir())) if incarnations.is_dir() else 0)
 
     @staticmethod
@@ -56,7 +56,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a job is started again, the exit code it ends with otherwise, and the reason in words."""
+    """Whether a job is restarted, the exit code it ends with otherwise, and the reason in words."""
 
     again: bool
     code: int
@@ -68,7 +68,7 @@ class RetryPolicy:
 
     Args:
         folder: the run folder.
-        retries: failures in a row that are followed by another start.
+        retries: failures in a row after which the job is still restarted.
     """
 
     def __init__(self, folder: Path, retries: int) -> None:
@@ -79,7 +79,7 @@ class RetryPolicy:
         """Prepares a start of the job and returns the progress so far.
 
         Args:
-            first: whether this is the job's first start; it then has all retries, whatever became of earlier jobs.
+            first: whether this is the job's first start, which resets the count of failures.
         """
         if first:
             self._count_file.unlink(missing_ok=True)
@@ -90,20 +90,20 @@ class RetryPolicy:
         """Decides what follows a start that ended.
 
         Args:
-            code: exit code of the ranks or the task; any number that a scheduler may report.
-            since: what `begin` returned for this start.
+            code: exit code of the ranks or the task, as reported by the scheduler.
+            since: the result of `begin` for this start.
             warned: whether it was stopped because its time limit approached.
-            cancelled: whether its scheduler asked it to end, which starts it again itself if at all.
+            cancelled: whether its scheduler ended it; a restart is then up to the scheduler.
         """
         if code == ExitCode.DONE:
             self._count_file.unlink(missing_ok=True)
             return Decision(False, code, "finished")
         now = Progress.of(self._folder)
-        # a launcher reports the code of one rank only, so the number of starts is looked at, too
+        # a launcher reports the exit code of one rank only, so compare the number of starts as well
         if code == ExitCode.SUPERSEDED or now.starts > since.starts + 1:
             return Decision(False, ExitCode.SUPERSEDED, "superseded by a newer start: not tried again")
         failures = self._failures()
-        self._count_file.unlink(missing_ok=True)  # whoever starts this job once more after its end has all retries
+        self._count_file.unlink(missing_ok=True)  # a job submitted again after its end has all retries
         if cancelled:
             return Decision(False, code, "cancelled")
         if code == ExitCode.USAGE:
@@ -140,14 +140,14 @@ def main(arguments: Sequence[str]) -> int:
     end.add_argument("--retries", type=int, default=3)
     end.add_argument("--known", default="", help="SLURM's own count of restarts; another number: started elsewhere")
     end.add_argument("--warned", action="store_true", help="it was stopped because its time limit approached")
-    end.add_argument("--cancelled", action="store_true", help="the scheduler asked it to end")
+    end.add_argument("--cancelled", action="store_true", help="the scheduler ended it")
     given = parser.parse_args(arguments)
     if given.command == "begin":
-        (given.folder / "STOP").unlink(missing_ok=True)  # of an earlier start; from here on it is for this one
+        (given.folder / "STOP").unlink(missing_ok=True)  # of an earlier start
         print(RetryPolicy(given.folder, 0).begin(first=given.restart == 0))
         return ExitCode.DONE
     if given.known not in ("", str(given.restart)):
-        # a node that was cut off comes back after SLURM has started its job elsewhere; that start decides
+        # a node that lost its connection is back after SLURM has restarted its job elsewhere; that start decides
         decision = Decision(False, given.code, f"SLURM has started it again (restart {given.known}): left alone")
     else:
         decision = RetryPolicy(given.folder, given.retries).end(given.code, given.since, given.warned, given.cancelled)

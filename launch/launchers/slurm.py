@@ -32,7 +32,7 @@ STATES: dict[str, State] = {
     "COMPLETED": "done",
     "CANCELLED": "cancelled",
 }
-"""SLURM's job states; any other one (FAILED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY …) is a failure."""
+"""SLURM's job states; all others (FAILED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY …) are failures."""
 
 
 class SlurmError(RuntimeError):
@@ -40,19 +40,24 @@ class SlurmError(RuntimeError):
 
 
 class SlurmSubmitter:
-    """Submits the command's batch script of slurm/; the handle is the id of the job."""
+    """Submits a command's batch script (slurm/*.sbatch); the handle is the id of the job.
 
-    def __init__(self, config: SlurmConfig, verb: str = "pretrain") -> None:
+    Args:
+        config: nodes, limits and options of the job.
+        command: the command that runs in the job.
+    """
+
+    def __init__(self, config: SlurmConfig, command: str = "pretrain") -> None:
         self.config = config
-        self.script = TEMPLATES / SCRIPTS[verb]
+        self.script = TEMPLATES / SCRIPTS[command]
         self.processes = config.nodes * config.ranks_per_node
 
     def command(self, folder: Path, runs: Sequence[Path] = ()) -> list[str]:
         """Returns the sbatch command line.
 
         Args:
-            folder: the run folder; of a sweep, the common part of the names of its run folders.
-            runs: the run folders of a sweep, which becomes a job array; each name ends with its index.
+            folder: the run folder; for a sweep, the common prefix of its run folders.
+            runs: the run folders of a sweep, which is submitted as a job array; each name ends with its index.
         """
         c = self.config
         log = str(folder.absolute()).replace("%", "%%") + "_%a" * bool(runs) + "/logs/slurm.log"  # %j, too, is a field
@@ -128,9 +133,9 @@ class SlurmSubmitter:
 
 
 def checked(handle: str) -> str:
-    """Returns the id of a job, read from a file or printed by sbatch. Raises SlurmError for anything else.
+    """Returns `handle` if it is the id of a SLURM job. Raises SlurmError otherwise.
 
-    An option of scancel, such as --user=root, or a list of ids would end the jobs of others.
+    An option of scancel, such as --user=root, or a list of ids would end other jobs.
     """
     if not SLURM_JOB_ID.fullmatch(handle):
         raise SlurmError(f"handle={handle!r}: must be the id of a SLURM job, such as 1234 or 1234_5; nothing was done")
@@ -164,7 +169,7 @@ def _job_fields(job: str) -> dict[str, str]:
 
 
 def ask(*command: str) -> str:
-    """Runs a SLURM command and returns its output. Raises SlurmError where it fails or takes over a minute."""
+    """Runs a SLURM command and returns its output. Raises SlurmError if it fails or takes more than a minute."""
     try:
         done = subprocess.run(
             command,
@@ -189,7 +194,7 @@ def _shown(command: Sequence[str]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The environment without variables of a surrounding job, which sbatch would take as options."""
+    """Returns the environment without the variables of a surrounding job, which sbatch would treat as options."""
     return {
         name: value
         for name, value in os.environ.items()

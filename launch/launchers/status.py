@@ -22,9 +22,10 @@ from pretrain.checkpointing.run_folder import read_config
 
 
 def state_of(folder: Path) -> State | Literal["unknown"]:
-    """Returns the state of a run: that of its launcher, `done` once all steps are, `unknown` where no launcher answers.
+    """Returns the state of a run.
 
-    Of processes of another machine only the heartbeats of their ranks are visible: `running` while those are recent.
+    It is the launcher's state; `done` once all steps are done, and `unknown` if the launcher does not answer. For
+    processes on another machine only the heartbeats of the ranks are visible: `running` while those are recent.
     """
     note = read_record(folder)
     if is_elsewhere(note):
@@ -39,18 +40,18 @@ def state_of(folder: Path) -> State | Literal["unknown"]:
 
 
 def is_elsewhere(note: JobRecord) -> bool:
-    """Whether the job is a process of another machine, which cannot be queried or ended from here."""
+    """Returns whether the job is a process on another machine, which cannot be queried or ended from here."""
     return note.host != os.uname().nodename and isinstance(factory.for_record(note), ChildProcesses | InProcess)
 
 
 def require_ended(folder: Path) -> None:
-    """Raises ConfigError where the run of `folder` waits or runs: a second start would take over from the first."""
+    """Raises ConfigError if the run of `folder` is waiting or running: a second start would supersede the first."""
     try:
         note, state = read_record(folder), state_of(folder)
     except (ValueError, KeyError):
-        return  # never submitted, or by a version whose notes are no longer understood
+        return  # never submitted, or by a version with another record format
     if note.handle.startswith(f"{os.getpid()}:"):
-        return  # an earlier job of this very process
+        return  # an earlier job of this process
     if state in ("waiting", "running"):
         where = f" on {note.host}" if is_elsewhere(note) else ""
         silent = f"; if it died there, wait until it has been silent for {ALIVE_SECONDS:.0f} s" if where else ""
@@ -61,7 +62,7 @@ def require_ended(folder: Path) -> None:
 
 
 def complete(folder: Path) -> bool:
-    """Whether the run folder holds the result of the whole job."""
+    """Returns whether the run folder contains the result of the whole job."""
     steps = total_steps(folder)
     return steps_done(folder) >= steps if steps else (folder / task.RESULT).is_file()
 

@@ -12,7 +12,7 @@ def _file(folder: Path) -> Path:
 
 
 def report_waiting(folder: Path, reason: str) -> None:
-    """Reports a new reason, in RUN/logs/waiting and on standard output; an empty one ends the waiting."""
+    """Reports a new reason in RUN/logs/waiting and on standard output; "" means that the run no longer waits."""
     if waiting_for(folder) == reason:
         return
     file = _file(folder)
@@ -25,7 +25,7 @@ def report_waiting(folder: Path, reason: str) -> None:
 
 
 def waiting_for(folder: Path) -> str:
-    """What the run of a folder waits for; empty for nothing."""
+    """Returns the reason why the run of a folder is waiting; "" if it is not."""
     with contextlib.suppress(OSError):
         return _file(folder).read_text(encoding="utf-8", errors="replace")
     return ""

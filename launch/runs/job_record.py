@@ -1,4 +1,4 @@
-"""Where a run was sent: RUN/job.json."""
+"""RUN/job.json, the record of a submitted job."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ FILE_NAME = "job.json"
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What a launcher needs to find the job of a run again."""
+    """The data with which a launcher finds the job of a run."""
 
     launcher: str
     """local, slurm or ray."""
     handle: str
-    """The job's id in the form of that launcher."""
+    """The launcher's id of the job."""
     host: str
-    """The machine that the job was sent from."""
+    """The machine that submitted the job."""
     submitted: str
-    """When, in UTC, as ISO 8601."""
+    """Time of the submission, UTC, as ISO 8601."""
     config: dict[str, Any]
     """The launcher's config."""
     command: str = "pretrain"
-    """What runs: pretrain, or a program (launch.workers.programs)."""
+    """The command of the job: pretrain, or a program (launch.workers.programs)."""
 
 
 def write_record(folder: Path, handle: str, config: Any, command: str = "pretrain") -> None:

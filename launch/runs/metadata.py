@@ -80,10 +80,10 @@ def write_surroundings(folder: Path, launcher: dict[str, Any]) -> None:
 
 
 def submitted_from(folder: Path) -> Path | None:
-    """Returns the working directory that the run was submitted from; None where environment.json does not have it.
+    """Returns the working directory that the run was submitted from; None if environment.json does not have it.
 
     Raises:
-        ValueError: That directory does not exist any more.
+        ValueError: The directory no longer exists.
     """
     file = folder / "environment.json"
     try:
@@ -94,9 +94,7 @@ def submitted_from(folder: Path) -> Path | None:
     if not isinstance(directory, str):
         return None
     if not Path(directory).is_dir():
-        raise ValueError(
-            f"{file}: directory={directory} does not exist any more; relative paths of the run start there"
-        )
+        raise ValueError(f"{file}: directory={directory} no longer exists; relative paths of the run refer to it")
     return Path(directory)
 
 

@@ -1,4 +1,4 @@
-"""The composition root: a config becomes the objects of a run."""
+"""The composition root: builds the objects of a run from its config."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Run:
 
 
 def require_fitting_labels(config: Config) -> None:
-    """Raises ConfigError where labels that a task needs are not read, or frame labels do not fit the objective."""
+    """Raises ConfigError if labels that a head needs are not read, or frame labels do not fit the objective."""
     for name, head in config.heads.items():
         if missing := [label for label in head.segment_labels if label not in config.data.labels]:
             raise ConfigError(
-                f"data.labels={list(config.data.labels)}: heads.{name} learns from {missing[0]!r}, which is not read; "
+                f"data.labels={list(config.data.labels)}: heads.{name} needs {missing[0]!r}, which is not read; "
                 f"set data.labels={[*config.data.labels, *missing]}"
             )
     wanted = config.objective.frame_labels
@@ -48,12 +48,12 @@ def require_fitting_labels(config: Config) -> None:
     labels = LabelSet.read(root)
     if labels.rate_hz != wanted.rate_hz:
         raise ConfigError(
-            f"objective.label_rate_hz={wanted.rate_hz:g}: the labels in {root} come at {labels.rate_hz} Hz; "
+            f"objective.label_rate_hz={wanted.rate_hz:g}: the labels in {root} have {labels.rate_hz} Hz; "
             f"set objective.label_rate_hz={labels.rate_hz}"
         )
     if labels.classes > wanted.classes:
         raise ConfigError(
-            f"objective.units={wanted.classes}: the labels in {root} are of {labels.classes} classes; "
+            f"objective.units={wanted.classes}: the labels in {root} have {labels.classes} classes; "
             f"set objective.units={labels.classes}"
         )
 
@@ -77,16 +77,16 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
 
     Args:
         config: the run's config.
-        world: this rank's place among the ranks.
-        folder: the run folder; with a checkpoint in it, `config.init` is not read.
+        world: this rank and the number of ranks.
+        folder: the run folder; if it has a checkpoint, `config.init` is not read.
 
     Returns:
-        The engine, without a checkpoint's state, and the reader at the start of the plan.
+        The engine with initial weights (no checkpoint is loaded here), and the reader at the start of the plan.
 
     Raises:
-        ConfigError: the config cannot work here.
+        ConfigError: the config cannot work on this machine or with this data.
         ValueError: shards, labels or initial weights are damaged.
-        OSError: they cannot be read.
+        OSError: shards, labels or initial weights cannot be read.
     """
     require_fitting_labels(config)
     say = print if world.rank == 0 else lambda line: None
@@ -95,10 +95,10 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     reader = _open_reader(config, world, say)
     try:
         module = build_model(config)
-    except ValueError as error:  # it follows from the config alone
+    except ValueError as error:  # the model depends on the config alone
         raise ConfigError(str(error)) from error
     check_operations(module, world.device, module.autocast, say)
-    if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume brings its own weights
+    if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume loads its own weights
         load_initial(config, module, say)
     engine = make_engine(config, module, world)
     return Run(engine, reader)

@@ -1,4 +1,4 @@
-"""Rank and rendezvous from environment variables, and the log of each rank."""
+"""Environment variables for rank and rendezvous, and the log file of each rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RANK_LOGS = "AURICLE_RANK_LOGS"
 
 
 def free_port() -> int:
-    """Returns a port of this machine on which nothing listens at the moment."""
+    """Returns a port of this machine that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -20,7 +20,7 @@ def free_port() -> int:
 
 
 def adopt_slurm_ranks() -> None:
-    """Under `srun` sets RANK, WORLD_SIZE and LOCAL_RANK, unless another launcher has set them.
+    """Sets RANK, WORLD_SIZE and LOCAL_RANK from SLURM's variables under `srun`, unless another launcher has set them.
 
     MASTER_ADDR and MASTER_PORT come from the batch script, since all tasks must agree on them.
     """
@@ -31,13 +31,13 @@ def adopt_slurm_ranks() -> None:
 
 
 def log_to_folder(run_folder: Path) -> None:
-    """Appends stdout and stderr of this rank to its log file, where the launcher asks for it."""
+    """Redirects stdout and stderr of this rank to its log file if the launcher has set RANK_LOGS."""
     if os.environ.get(RANK_LOGS) == "1":
         log_to(run_folder / "logs" / f"rank_{os.environ.get('RANK', '0')}.log")
 
 
 def log_to(path: Path) -> None:
-    """Appends stdout and stderr of this process to a file, native code's output included."""
+    """Redirects stdout and stderr of this process to a file in append mode, including the output of native code."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()

@@ -1,8 +1,8 @@
 """One rank of a pretraining run: `python -m launch.workers.rank RUN_FOLDER`, started by a launcher.
 
 The process ends with an `ExitCode`: DONE, STOPPED (on request, with a checkpoint; the same command continues), USAGE
-for a config that cannot work, UNHEALTHY or SUPERSEDED (no launcher starts it again after these three), or FAILED for
-everything else: damaged data, lost storage, lost peers, defects.
+for a config that cannot work, UNHEALTHY or SUPERSEDED (no launcher restarts the run after these three), or FAILED for
+all other errors: damaged data, lost storage, lost peers, bugs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from pretrain.checkpointing.run_folder import RunFolder
 
 HANG_SLACK_SECONDS = 30.0
-"""A rank stuck in native code lives this much longer than a collective, so that the other ranks can name it."""
+"""Seconds beyond the timeout of a collective after which a rank stuck in native code ends; the other ranks name it."""
 HANG_WARNING_SHARE = 0.75
-"""Share of a collective's time limit after which a rank that does not progress reports where it hangs."""
+"""Share of a collective's timeout after which a rank without progress reports where it hangs."""
 
 
 def main(run_folder: str) -> ExitCode:
-    """Runs this rank to its end; prints one paragraph if it fails.
+    """Runs this rank to its end; prints one paragraph on failure.
 
     Args:
         run_folder: a prepared run folder, with config.json.
@@ -61,8 +61,8 @@ def main(run_folder: str) -> ExitCode:
         folder.incarnation = _broadcast_from_rank_0(folder.incarnation, world.size)
         limit = config.engine.timeout_minutes * 60
         patience, warning = limit + HANG_SLACK_SECONDS, HANG_WARNING_SHARE * limit
-        with Heartbeat(path, world.rank, patience, warning, folder.incarnation, folder.superseded) as heart:
-            ending = train(config, run.engine, reader, folder, heart, stop, _print)
+        with Heartbeat(path, world.rank, patience, warning, folder.incarnation, folder.superseded) as heartbeat:
+            ending = train(config, run.engine, reader, folder, heartbeat, stop, _print)
         return ExitCode.STOPPED if ending is Ending.STOPPED else ExitCode.DONE
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         return _report_failure(error, folder)
@@ -73,7 +73,7 @@ def main(run_folder: str) -> ExitCode:
 
 
 def _report_failure(error: Exception, folder: RunFolder) -> ExitCode:
-    """Prints what ended this rank and returns the exit code for it. Only a config that cannot work is USAGE."""
+    """Prints the error that ended this rank and returns its exit code; USAGE only for a config that cannot work."""
     from data_pipeline.core.schema import ConfigError
     from pretrain.checkpointing.run_folder import StaleIncarnationError
     from pretrain.monitoring.health_monitor import UnhealthyError
@@ -83,10 +83,10 @@ def _report_failure(error: Exception, folder: RunFolder) -> ExitCode:
         traceback.print_exc()
     rank = int(os.environ.get("RANK", "0"))
     explained = isinstance(error, UnhealthyError | StaleIncarnationError)
-    # a failed collective shows as a RuntimeError on the ranks that waited for the one that caused it
+    # a failed collective raises a RuntimeError on the ranks that waited for the rank that caused it
     hint = f"\n{slowest(folder.path, folder.incarnation)}" if isinstance(error, RuntimeError) and not explained else ""
     print(f"rank {rank}: {type(error).__name__}: {error}{hint}", file=sys.stderr, flush=True)
-    if folder.superseded():  # checked for every error: on the other ranks a collective fails first
+    if folder.superseded():  # checked for every error, since on most ranks a collective fails first
         return ExitCode.SUPERSEDED
     if isinstance(error, UnhealthyError):
         if rank == 0 or not folder.unhealthy.exists():  # the reason that rank 0 found takes precedence
@@ -96,7 +96,7 @@ def _report_failure(error: Exception, folder: RunFolder) -> ExitCode:
 
 
 def _broadcast_from_rank_0(number: int, size: int) -> int:
-    """Rank 0's number, on every rank; a collective."""
+    """Returns rank 0's number on every rank; a collective operation."""
     from torch import distributed as dist
 
     numbers = [number]
@@ -116,7 +116,7 @@ if __name__ == "__main__":
         sys.exit(ExitCode.USAGE)
     try:
         code = main(arguments[0])
-    except BaseException:  # a defect: print its whole traceback
+    except BaseException:  # a bug: print the whole traceback
         traceback.print_exc()
         code = ExitCode.FAILED
     sys.stdout.flush()

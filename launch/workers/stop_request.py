@@ -1,7 +1,7 @@
-"""RUN/STOP: a file that asks the ranks of a run to save a checkpoint and end.
+"""RUN/STOP, a file that requests the ranks of a run to save a checkpoint and end.
 
-An empty file (`touch RUN/STOP`) is for whatever start of the run is going on. One that names a start is for that start
-alone: Ctrl-C in the terminal of an older start does not stop a newer one. Standard library only.
+An empty file (`touch RUN/STOP`) stops the current start of the run, whichever it is. A file with the id of a start
+stops that start only: Ctrl-C in the terminal of an older start does not stop a newer one. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from types import FrameType
 
 STOP_FILE = "STOP"
 START_ID = "AURICLE_START"
-"""Environment variable that names a start of a run; launchers set it for everything that they start."""
+"""Environment variable with the id of a start of a run; launchers set it for all processes that they start."""
 
 
 def request_stop(folder: Path, start: str = "") -> None:
-    """Asks the ranks of a run folder to save and end; those of one start, or of any."""
+    """Requests a checkpoint and the end of the ranks of a run folder: those with this start id, or all if it is ""."""
     (folder / STOP_FILE).write_text(start + "\n" * bool(start), encoding="utf-8")
 
 
 def stop_requested(folder: Path) -> bool:
-    """Whether a stop is requested of the start that this process belongs to."""
+    """Returns whether a stop of the start that this process belongs to is requested."""
     try:
         wanted = (folder / STOP_FILE).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -31,7 +31,7 @@ def stop_requested(folder: Path) -> bool:
 
 
 class StopRequest:
-    """True once SIGTERM, SIGINT, SIGHUP or SIGUSR1 arrived, or RUN/STOP asks for it (watched by rank 0)."""
+    """A callable that returns True after SIGTERM, SIGINT, SIGHUP or SIGUSR1, or a request by RUN/STOP (rank 0 only)."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -2,8 +2,8 @@
 
     python -m launch.workers.task RUN_FOLDER [--ray ADDRESS]
 
-The folder holds task.json (the command and its config), and result.json once it is done, with fingerprints of what went
-in and what came out: a later start, or `auricle pipeline`, can decide whether the result is up to date.
+The folder contains task.json (the command and its config) and, once the job is done, result.json with fingerprints of
+input and output, from which a later start or `auricle pipeline` decides whether the result is up to date.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ TASK = "task.json"
 RESULT = "result.json"
 LOG = "task.log"
 PATIENCE = 120.0
-"""Seconds for a Ray cluster to come up."""
+"""Seconds to wait for a Ray cluster to start."""
 
 
 def folder_of(command: str, job: Any) -> Path:
-    """Returns RUNS/NAME; without a name, that of the command and the last part of the path of its output."""
+    """Returns RUNS/NAME; the default name is the command and the last part of the path of its output."""
     if job.name:
         return metadata.folder_of(job)
     made = str(job.checkpoint if command == "evaluate" else job.out).rstrip("/")
@@ -44,7 +44,7 @@ def folder_of(command: str, job: Any) -> Path:
 
 
 def prepare(command: str, job: Any) -> Path:
-    """Makes the run folder and writes task.json, environment.json and git.diff into it."""
+    """Creates the run folder and writes task.json, environment.json and git.diff into it."""
     folder, launcher = folder_of(command, job), dump(job.launcher)
     kind = program(command).CONFIG
     config = dump(kind(**{field.name: getattr(job, field.name) for field in dataclasses.fields(kind)}))
@@ -59,8 +59,8 @@ def read(folder: Path) -> tuple[str, Any]:
     """Reads task.json of a prepared folder: the command and its config.
 
     Raises:
-        ValueError: The file is missing or has another form.
-        ConfigError: A field of the config is wrong.
+        ValueError: The file is missing or is not a valid task.json.
+        ConfigError: A field of the config is invalid.
     """
     file = folder / TASK
     try:
@@ -76,7 +76,7 @@ def read(folder: Path) -> tuple[str, Any]:
 
 
 def perform(folder: Path, address: str = "") -> None:
-    """Runs the job of a prepared folder in this process; raises what the program raises.
+    """Runs the job of a prepared folder in this process; exceptions of the program are passed on.
 
     Args:
         folder: The prepared run folder.
@@ -95,7 +95,11 @@ def perform(folder: Path, address: str = "") -> None:
 
 
 def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
-    """`perform`, on a Ray cluster: what does not use Ray itself becomes a task of it. Raises OSError if it fails."""
+    """Runs the job of a prepared folder on a Ray cluster; a program that does not use Ray itself runs as one Ray task.
+
+    Raises:
+        OSError: the job failed on the cluster; the message names its log.
+    """
     command, config = read(folder)
     if hasattr(config, "ray") or not launcher.address:
         perform(folder, launcher.address)
@@ -116,7 +120,7 @@ def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
 
 
 def _wait_for_a_place(launcher: RayConfig) -> None:
-    """Returns once the cluster can hold the task. Raises OSError after launcher.wait_minutes; Ray waits for ever."""
+    """Waits until the cluster can hold the task. Raises OSError after launcher.wait_minutes; Ray would wait forever."""
     from data_pipeline.core.ray_tasks import cluster_contents, places
 
     deadline, reported = time.monotonic() + 60 * launcher.wait_minutes, ""
@@ -134,15 +138,15 @@ def _wait_for_a_place(launcher: RayConfig) -> None:
 
 
 def _start(folder: str, directory: str) -> int:
-    """Inside the cluster."""
+    """Runs the job on a node of the cluster; returns its exit code."""
     line = [sys.executable, "-m", "launch.workers.task", folder]
     return subprocess.run(line, cwd=directory, env=os.environ | {RANK_LOGS: "1"}, check=False).returncode
 
 
 def why_outdated(command: str, job: Any) -> str:
-    """Returns why the job has to be done (again); "" where its result is up to date.
+    """Returns the reason why the job must run (again); "" if its result is up to date.
 
-    It is up to date where config and input are unchanged and the output, which is read again, matches its fingerprint.
+    It is up to date if config and input are unchanged and the output, which is read again, matches its fingerprint.
     """
     folder = folder_of(command, job)
     if not (folder / RESULT).is_file():
@@ -162,12 +166,12 @@ def why_outdated(command: str, job: Any) -> str:
             return "was made from other input"
         made = dict(module.made(config))
     except (ConfigError, ValueError, OSError) as error:
-        return f"cannot be read any more ({error})"
+        return f"can no longer be read ({error})"
     return "" if made and made == made_before else "has output that changed since"
 
 
 def _connect(address: str) -> None:
-    """Joins a Ray cluster that may still be starting. Raises OSError, since a later start may find it."""
+    """Connects to a Ray cluster that may still be starting. Raises OSError after PATIENCE seconds."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from data_pipeline.core.ray_tasks import refuse_foreign_address
 

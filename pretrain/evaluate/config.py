@@ -61,11 +61,11 @@ class EvaluateConfig:
     max_utterances: Annotated[int, about("at most so many utterances per split; 0 takes all", ge=0)] = 0
     out: Annotated[str, about("folder for results.json and the table; empty: print only")] = ""
     follow: Annotated[
-        bool, about("stay beside a running run: evaluate each new checkpoint, results to its TensorBoard")
+        bool, about("follow a run in training: evaluate each new checkpoint, write results to its TensorBoard")
     ] = False
     follow_minutes: Annotated[
         float,
-        about("follow: end where the run has shown no sign of life for so long; 0: wait for ever", ge=0, le=525_600),
+        about("follow: end after so many minutes without a heartbeat of the run; 0: wait forever", ge=0, le=525_600),
     ] = 60.0
     every: Annotated[int, about("follow: evaluate only checkpoints whose step this divides", ge=1)] = 1
     device: Annotated[str, about("cpu, or cuda where there is one", min_length=1)] = "cpu"

@@ -56,15 +56,15 @@ def evaluate(config: EvaluateConfig, say: Say = print, encoders: Sequence[Frozen
 
     Args:
         config: checkpoints, tasks, manifest and settings of the probes.
-        say: receives a line of progress at a time.
-        encoders: the checkpoints, where they are loaded already.
+        say: receives progress messages, one line each.
+        encoders: the checkpoints, if they are already loaded.
 
     Returns:
-        One row per task, measure and encoder, baselines among them.
+        One row per task, measure and encoder, including baselines.
 
     Raises:
-        ConfigError: an unknown task, checkpoint or corpus.
-        ValueError: a damaged checkpoint or manifest.
+        ConfigError: a task, checkpoint or corpus is unknown.
+        ValueError: a checkpoint or the manifest is damaged.
     """
     names, _ = task_names(config), layer_numbers(config)
     if not encoders and not items(config.checkpoint):

@@ -1,6 +1,6 @@
-"""Base classes of plug-in configs: what the rest of a config, and the programs that read it, may ask of any plug-in.
+"""Base classes of plug-in configs: the properties that other code may use of any plug-in.
 
-A plug-in's `Config` derives from its kind's base, adds its own fields and overrides what differs.
+A plug-in's `Config` derives from the base class of its kind, adds fields and overrides properties.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class EncoderConfig(PluginConfig):
 
 
 class FrameLabels(NamedTuple):
-    """Frame labels that an objective takes from the data."""
+    """Frame labels that an objective reads from the data."""
 
     name: str
-    """Among `data.targets`."""
+    """Key in `data.targets`."""
     rate_hz: float
     classes: int
 
@@ -43,7 +43,7 @@ class ObjectiveConfig(PluginConfig):
 
     @property
     def frame_labels(self) -> FrameLabels | None:
-        """The frame labels that it needs; None: it finds its targets itself."""
+        """The frame labels that the objective needs; None if it computes its targets itself."""
         return None
 
     def cautions(self, total_steps: int) -> list[str]:
@@ -53,11 +53,11 @@ class ObjectiveConfig(PluginConfig):
 
 @config
 class HeadConfig(PluginConfig):
-    """The config of a further task."""
+    """The config of a head."""
 
-    weight: Annotated[float, about("weight beside the objective", gt=0)] = 1.0
+    weight: Annotated[float, about("weight of its loss relative to the objective's", gt=0)] = 1.0
 
     @property
     def segment_labels(self) -> tuple[str, ...]:
-        """The per-segment labels that it needs, among `data.labels`."""
+        """The segment labels that the head needs, among `data.labels`."""
         return ()

@@ -20,17 +20,17 @@ class Frames(NamedTuple):
     rate_hz: float
     raw_BFD: Tensor | None = None
     places_BF: Tensor | None = None
-    """Index in time of each frame, where some were taken out; padding repeats the last. None: 0, 1, 2 …"""
+    """Time index of each frame if frames were removed; padding repeats the last one. None: 0, 1, 2 …"""
 
     def valid_BF(self) -> Tensor:
-        """Returns (B, F) bool, True where a frame belongs to the utterance and is not padding."""
+        """Returns (B, F) bool, False for padding."""
         return torch.arange(self.x_BFD.shape[1], device=self.lengths_B.device)[None] < self.lengths_B[:, None]
 
 
 class EncoderOutput(NamedTuple):
-    """layers: the first block's input, then the output of each block (normed at the last), all (B, F, D).
+    """layers: the input of the first block, then the output of each block (the last one normalised), all (B, F, D).
 
-    ffn_layers: the last feed-forward part of each block before its residual sum, if the encoder's `keep_ffn` is on.
+    ffn_layers: output of the last feed-forward part of each block before its residual sum, if `keep_ffn` is set.
     """
 
     layers: tuple[Tensor, ...]
@@ -46,7 +46,7 @@ class EncoderOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """Keys random draws. Masks use (seed, step, segment key); layer drop (seed, step), alike on all ranks."""
+    """Keys of random draws: (seed, step, segment key) for masks, (seed, step) for layer drop, the same on all ranks."""
 
     seed: int
     step: int

@@ -17,9 +17,8 @@ def shortest_input(lengths_of: Callable[[Tensor], Tensor], frames: int = 1) -> i
     """Returns the fewest samples that give at least `frames` frames.
 
     Args:
-        lengths_of: samples to frames, int64 (B,) to (B,); never falls as the audio grows, so that a search finds the
-            shortest and the two cannot disagree.
-        frames: how many are wanted.
+        lengths_of: samples to frames, int64 (B,) to (B,); must not decrease with the length of the audio.
+        frames: number of frames.
     """
     shortest, enough = 0, 1
     while int(lengths_of(torch.tensor([enough], device="cpu"))) < frames:
@@ -34,12 +33,15 @@ def shortest_input(lengths_of: Callable[[Tensor], Tensor], frames: int = 1) -> i
 
 
 class Frontend(nn.Module, abc.ABC):
-    """Turns a waveform into frames in two stages: `extract` returns features, `project` the encoder's input."""
+    """Converts a waveform to frames in two stages: `extract` returns features, `project` the encoder's input.
+
+    Constructed as `Frontend(config, dim)`, where `dim` is the number of channels of the encoder's input.
+    """
 
     couples: frozenset[str] = frozenset()
-    """Contract checks that cannot hold by design with this config: "padding", "batch"."""
+    """Contract tests that cannot hold by design with this config: "padding", "batch"."""
     packed: bool = False
-    """Run convolutions on utterances end to end, without padding; inputs and outputs stay the same."""
+    """Run convolutions on utterances packed end to end, without padding; inputs and outputs are the same."""
     feature_dim: int
     feature_rate_hz: float
     rate_hz: float
@@ -62,15 +64,15 @@ class Frontend(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def project(self, features: Frames) -> Frames:
-        """Turns (B, F', feature_dim) features into (B, F, dim) frames at `rate_hz`, zero beyond each length."""
+        """Converts (B, F', feature_dim) features to (B, F, dim) frames at `rate_hz`, zero beyond each length."""
 
     @abc.abstractmethod
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
-        """Returns the valid feature frames of audio of so many samples."""
+        """Returns the number of valid feature frames for each number of samples, (B,)."""
 
     @abc.abstractmethod
     def frame_lengths(self, lengths_B: Tensor) -> Tensor:
-        """Returns the valid encoder frames of audio of so many samples; never falls as the audio grows."""
+        """Returns the number of valid encoder frames for each number of samples, (B,); does not decrease with it."""
 
     def least_samples(self, frames: int = 1) -> int:
         """Returns the shortest audio, in samples, that gives at least `frames` encoder frames."""
@@ -78,27 +80,27 @@ class Frontend(nn.Module, abc.ABC):
 
 
 class Encoder(nn.Module, abc.ABC):
-    """Turns frames into the outputs of all its layers."""
+    """Computes the outputs of all layers from frames. Constructed as `Encoder(config)`."""
 
     couples: frozenset[str] = frozenset()
     dim: int
     n_layers: int
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Recompute each block, or only its cheap parts, in the backward pass; dropout draws the same again."""
+    """Recompute each block, or only its cheap operations, in the backward pass, with the same dropout."""
     packed: bool = False
-    """Compute on utterances end to end in one row, without padding; inputs and outputs stay (B, F, D)."""
+    """Compute on utterances packed end to end in one row, without padding; inputs and outputs are (B, F, D)."""
     keep_ffn: bool = False
     """Fill `EncoderOutput.ffn_layers`."""
     stop_after: int | None = None
-    """Run only so many blocks; the output then ends with that layer."""
+    """Number of blocks to run; the output then ends with that layer. None: all."""
 
     @abc.abstractmethod
     def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
         """Encodes frames.
 
         Args:
-            frames: (B, F, dim), of which each row's first `lengths_B` are valid (0 is allowed).
-            ctx: keys layer drop in training; None draws nothing.
+            frames: (B, F, dim); the first `lengths_B` frames of each row are valid (0 is allowed).
+            ctx: seed and step that key layer drop in training; None disables it.
 
         Returns:
             Outputs of all layers, (B, F, dim) each.
@@ -117,10 +119,10 @@ class ModelShape:
 
 
 class SpeechModel(nn.Module):
-    """Front end and encoder: the part that is kept after pretraining.
+    """Front end and encoder, the part that is used after pretraining.
 
-    Objectives call `extract` and `project` here and not on the front end: their outputs pass through two identity
-    modules, `features` and `frames`, so that forward hooks see each stage.
+    Objectives must call `extract` and `project` of this class instead of the front end's: the outputs pass through two
+    identity modules, `features` and `frames`, for the forward hooks of monitoring.
     """
 
     def __init__(self, frontend: Frontend, encoder: Encoder) -> None:
@@ -146,6 +148,14 @@ class SpeechModel(nn.Module):
         return frames
 
     def forward(self, wave_BT: Tensor, lengths_B: Tensor) -> EncoderOutput:
-        """Encodes (B, T) audio without a mask, as after pretraining."""
+        """Encodes audio without a mask, as after pretraining.
+
+        Args:
+            wave_BT: (B, T) samples in [-1, 1] at 16 kHz, zero beyond each length.
+            lengths_B: valid samples of each row, int64.
+
+        Returns:
+            Outputs of all layers, (B, F, dim) each.
+        """
         out: EncoderOutput = self.encoder(self.project(self.extract(wave_BT, lengths_B)))
         return out

@@ -1,7 +1,7 @@
-"""What an objective reports about itself for monitoring: code books, chance levels, targets and predictions.
+"""Records with which an objective describes itself to monitoring: code books, chance levels, targets, predictions.
 
-Monitoring asks an objective for a `MonitoringRecord` and never looks for its parts by name. Sums over the whole
-update (how often each code occurred, hits, losses) travel as metrics of `LossOutput`; the record names those metrics.
+Monitoring obtains a `MonitoringRecord` from the objective and never accesses its parts by name. Sums over the whole
+update (code counts, hits, losses) are metrics of `LossOutput`; the record names those metrics.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class CodeBook(NamedTuple):
 
 
 class MicroBatchRecord(NamedTuple):
-    """Targets and predictions of one micro-batch, for the utterances as they are (not for further views or copies).
+    """Targets and predictions of one micro-batch, for the original utterances (not for additional views or copies).
 
-    N counts the True entries of `mask_BF`, row by row. A field is None where the objective has no such thing:
-    regressions have vectors and no units, classifications units and no vectors, contrastive objectives both.
+    N counts the True entries of `mask_BF`, row by row. Fields that do not apply to an objective are None: regressions
+    have vectors and no units, classifications units and no vectors, contrastive objectives both.
     """
 
     mask_BF: Tensor
@@ -34,13 +34,13 @@ class MicroBatchRecord(NamedTuple):
     target_units_N: Tensor | None = None
     """(N,) int64, the code or unit of each masked frame; -1 where a label is missing."""
     predicted_units_N: Tensor | None = None
-    """(N,) int64, what the model predicts there."""
+    """(N,) int64, the model's prediction for each masked frame."""
     targets_ND: Tensor | None = None
     """(N, D) target vectors."""
     predictions_ND: Tensor | None = None
     """(N, D) predicted vectors."""
     target_inputs_XD: Tensor | None = None
-    """(X, D) features that a fixed quantiser makes the targets of; they should have mean 0 and deviation 1."""
+    """(X, D) input of a fixed quantiser of targets; should have mean 0 and deviation 1."""
 
     def detached(self) -> MicroBatchRecord:
         """Returns the record without gradients."""
@@ -49,7 +49,7 @@ class MicroBatchRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MonitoringRecord:
-    """What can be monitored of an objective. Metrics are named as in `LossOutput.metrics`, of sums and counts."""
+    """Describes an objective to monitoring. Metrics are named as in `LossOutput.metrics`."""
 
     loss: str
     """The metric that holds the loss per target, without regularisers."""
@@ -62,7 +62,7 @@ class MonitoringRecord:
     """The metric that sums the probability that such a guess is right. None: the share of the most frequent code."""
     books: tuple[CodeBook, ...] = ()
     fixed_targets: bool = False
-    """Whether the targets exist before the first update, and so can be checked before it."""
+    """Whether the targets exist before the first update, so that they can be checked before it."""
     target_version: int = 0
     """Increases whenever the targets are replaced during the run (re-labelling), so that learning starts again."""
     last: MicroBatchRecord | None = None
@@ -70,7 +70,7 @@ class MonitoringRecord:
 
 
 def books_of(metric: str, sizes: tuple[int, ...]) -> tuple[CodeBook, ...]:
-    """Returns the books that one metric holds end to end.
+    """Returns the code books whose counts are concatenated in one metric.
 
     Args:
         metric: name of the metric with the counts.

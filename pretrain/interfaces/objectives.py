@@ -1,8 +1,8 @@
-"""Interfaces of objectives and heads, and what they exchange with the engine.
+"""Interfaces of objectives and heads, and the data that they exchange with the engine.
 
 Shape suffixes: B batch, T audio samples, F frames, D channels.
-A parameter is used only inside `forward` of the module that owns it: ZeRO-3 gathers parameters there and nowhere else.
-Modules pass named tuples to each other, since ZeRO-3 looks for tensors in tuples only.
+A parameter may be used only inside `forward` of the module that owns it: ZeRO-3 gathers parameters only there.
+Modules pass named tuples to each other, since ZeRO-3 finds tensors in tuples only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pretrain.interfaces.models import Frontend, SpeechModel
 from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
 
 Sum = tuple[Tensor, Tensor]
-"""A sum and the count to divide it by, once, after both were added over micro-batches and ranks."""
+"""A sum and its count; divided only after both were added over micro-batches and ranks."""
 
 
 class LossOutput(NamedTuple):
-    """`total` is a sum over `count` targets, never a mean; metrics are sums and counts, too (detached)."""
+    """Result of a loss. `total` is a sum over `count` targets, never a mean; metrics are (detached) sums and counts."""
 
     total: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
@@ -32,7 +32,7 @@ class LossOutput(NamedTuple):
 
 
 class MicroBatchPlan:
-    """What `Objective.prepare` decided for one micro-batch (masks and the like). Objectives subclass it.
+    """The draws of `Objective.prepare` for one micro-batch, such as masks. Objectives subclass it.
 
     count: number of targets, a scalar tensor. Known before the forward pass, so that the loss can be divided by the
     count of the whole global step.
@@ -44,22 +44,22 @@ class MicroBatchPlan:
 class Objective(nn.Module, abc.ABC):
     """A self-supervised loss; owns its encoder passes.
 
-    Constructed as `Objective(config, shape)`. It is pure in (weights, batch, plan, ctx): the same context gives the
-    same bits, whatever ran before. Every micro-batch is valid input: utterances too short for a frame or a mask have
-    no targets and leave the others' losses unchanged.
+    Constructed as `Objective(config, shape)`. It is a pure function of (weights, batch, plan, ctx): the same arguments
+    give the same bits, whatever ran before. Every micro-batch is valid input: utterances too short for a frame or a
+    mask have no targets and do not change the loss of the rest of the batch.
     """
 
     couples: frozenset[str] = frozenset()
-    """Contract checks that cannot hold by design: "padding", "batch" (the loss depends on the batch's other rows)."""
+    """Contract tests that cannot hold by design: "padding", "batch" (the loss depends on the batch's other rows)."""
     least_frames: int = 2
-    """Encoder frames below which an utterance can have no target: one masked, one visible."""
+    """Fewest encoder frames with which an utterance can have a target: one masked, one visible."""
     exports_as: str = "Wav2Vec2"
-    """Hugging Face's name for a model trained so, where the encoder is of no kind that has its own."""
+    """Hugging Face's model class for this objective, unless the encoder's architecture implies another one."""
     _recording: bool = False
     _last: MicroBatchRecord | None = None
 
     def attach(self, model: SpeechModel) -> None:
-        """Runs once, when the model exists: an EMA teacher copies what it needs. Default: nothing."""
+        """Called once with the new model, so that an EMA teacher can copy its weights. Does nothing by default."""
 
     def least_samples(self, frontend: Frontend) -> int:
         """Returns the shortest utterance, in samples, that can have a target with this front end."""
@@ -71,11 +71,11 @@ class Objective(nn.Module, abc.ABC):
 
         Args:
             model: front end and encoder, for the number of frames of each utterance.
-            batch: one micro-batch, padded to at least `least_samples`.
+            batch: one micro-batch, (B, T) audio at 16 kHz, padded to at least `least_samples`.
             ctx: seed and step that key the draws.
 
         Returns:
-            The plan that `forward` takes.
+            The plan for `forward`, with the number of targets.
         """
 
     @abc.abstractmethod
@@ -87,7 +87,7 @@ class Objective(nn.Module, abc.ABC):
         Args:
             model: front end and encoder.
             batch: the micro-batch that `plan` was prepared for.
-            plan: what `prepare` returned.
+            plan: the result of `prepare`.
             ctx: seed and step.
 
         Returns:
@@ -95,24 +95,24 @@ class Objective(nn.Module, abc.ABC):
         """
 
     def forget(self) -> None:
-        """Discards what forward passes collect for `after_step`. Runs before each attempt at an update.
+        """Discards the data that forward passes collect for `after_step`. Called before each attempt at an update.
 
-        An attempt may fail, be computed again or be left out; `after_step` sees those of its own update alone.
+        An attempt may fail, be repeated or be skipped; `after_step` sees only the data of its own update.
         """
 
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
-        """Runs after an update of the optimizer that was not left out (EMA teachers, code books)."""
+        """Called after each optimizer update that was not skipped, to update EMA teachers and code books."""
 
     @abc.abstractmethod
     def monitoring(self) -> MonitoringRecord:
-        """Returns what can be monitored; `last` holds the micro-batch recorded since `record_next`."""
+        """Returns the monitoring record; its `last` is the micro-batch recorded since `record_next`."""
 
     def record_next(self) -> None:
-        """Asks the next forward pass to keep its targets and predictions for `monitoring`."""
+        """Makes the next forward pass keep its targets and predictions for `monitoring`."""
         self._recording, self._last = True, None
 
     def record(self, make: Callable[[], MicroBatchRecord]) -> None:
-        """For `forward`: keeps the record that `make` returns, where one was asked for. Costs nothing otherwise."""
+        """Called by `forward`: keeps the record that `make` returns if one was requested; free of cost otherwise."""
         if self._recording:
             self._recording = False
             with torch.no_grad():
@@ -120,10 +120,10 @@ class Objective(nn.Module, abc.ABC):
 
 
 class Head(nn.Module, abc.ABC):
-    """A further task on the encoder's output. Constructed as `Head(config, shape)`."""
+    """An additional task on the encoder's output. Constructed as `Head(config, shape)`."""
 
     weight: float
-    """Weight of its loss beside the objective's."""
+    """Weight of its loss relative to the objective's."""
 
     @abc.abstractmethod
     def count(self, batch: Batch) -> Tensor:
@@ -131,4 +131,9 @@ class Head(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, encoded: EncoderOutput, batch: Batch) -> LossOutput:
-        """Returns the loss summed over its targets."""
+        """Returns the loss summed over its targets.
+
+        Args:
+            encoded: the encoder's output, (B, F, D) per layer.
+            batch: the micro-batch with its labels.
+        """

@@ -1,4 +1,4 @@
-"""Fingerprint of the weights of a checkpoint."""
+"""Fingerprints of the weights of checkpoints."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from data_pipeline.labels.kmeans import TargetsConfig
 
 
 def weights_of(config: TargetsConfig) -> str:
-    """Returns the checksums of the checkpoint that features come from; "" for MFCC."""
+    """Returns the checksums of the weight files from which `config.features` are computed; "" for MFCC."""
     return "" if config.features == "mfcc" else " ".join(checkpoint_fingerprint(config.features).values())
 
 
 def checkpoint_fingerprint(checkpoints: str) -> dict[str, str]:
-    """Returns the sha256 of each weight file of the checkpoints in a comma-separated list."""
+    """Returns the sha256 of each weight file, by path, of a comma-separated list of checkpoints."""
     from pretrain.checkpointing.locate import find_checkpoint
     from pretrain.interop.hf_folder import weight_files
 

@@ -1,9 +1,9 @@
-"""Exports a run as one file that needs none of this code: TorchScript or ONNX, (B, T) audio to (B, F, D) features.
+"""Exports a run as one self-contained TorchScript or ONNX file, from (B, T) audio to (B, F, D) features.
 
-Unlike a Hugging Face folder this holds any architecture that can be traced: front end, encoder and, for models that
-need it, the normalisation of the wave. All rows of a batch have the same length: a graph has no padding. Nothing is
-written unless the exported graph, loaded again, reproduces our features for other batch sizes and lengths than those
-that it was traced with.
+Unlike a Hugging Face folder it supports any architecture that can be traced: front end, encoder and, for models that
+need it, the normalisation of the waveform. All rows of a batch have the same length: a graph has no padding. Nothing is
+written unless the exported graph, loaded from its file, reproduces the features for other batch sizes and lengths than
+it was traced with.
 """
 
 from __future__ import annotations
@@ -31,20 +31,25 @@ from pretrain.nn.block_stack import StackConfig
 Format = Literal["torchscript", "onnx"]
 FILES: dict[Format, str] = {"torchscript": "model.ts", "onnx": "model.onnx"}
 TOLERANCE: dict[Format, float] = {"torchscript": 1e-5, "onnx": 1e-4}
-"""Largest difference as a share of the largest feature, in fp32: an ONNX runtime sums in another order than torch."""
+"""Allowed difference relative to the largest feature, in fp32: ONNX runtimes sum in another order than torch."""
 CHECKED = ((1, 16_000), (3, 11_680), (2, 36_123))
-"""Rows and samples of the audio that is compared; the graph is traced with two rows of 24,000 samples."""
+"""Rows and samples of the audio for the comparison; the graph is traced with two rows of 24,000 samples."""
 Run = Callable[[Tensor], Tensor]
 
 
 class Features(nn.Module):
-    """One layer of the frozen model, as it is exported."""
+    """The exported module: one layer of the frozen model.
+
+    Args:
+        model: front end and encoder; modified in place (packing off, stops after `layer`).
+        layer: 0 is the input of the first block.
+    """
 
     def __init__(self, model: SpeechModel, layer: int) -> None:
         super().__init__()
         assert isinstance(model.encoder, Encoder)
         self.model, self.layer = model, layer
-        model.frontend.packed = model.encoder.packed = False  # rows of one length: the same, and a graph can hold it
+        model.frontend.packed = model.encoder.packed = False  # same result without padding, and traceable
         if layer < model.encoder.n_layers:
             model.encoder.stop_after = layer
 
@@ -56,22 +61,22 @@ class Features(nn.Module):
 
 
 def export_graph(config: Config, model: SpeechModel, folder: Path, kind: Format, layer: int = -1) -> float:
-    """Writes the graph and features.json, which describes it.
+    """Writes the graph and its description, features.json.
 
     Args:
         config: the config that `model` was trained with.
-        model: front end and encoder.
-        folder: must not exist; appears whole or not at all.
+        model: front end and encoder; not modified.
+        folder: must not exist; is created complete or not at all.
         kind: "torchscript" or "onnx".
         layer: 0 is the input of the first block; -1 the last layer.
 
     Returns:
-        The largest error of the gate, as in TOLERANCE.
+        The largest difference between exported and original features, relative to the largest feature.
 
     Raises:
         ConfigError: the model lacks the layer, its architecture cannot be exported, a package is missing, `folder`
-            exists, or the exported graph gives other features.
-        OSError: the folder cannot be written; nothing of it is left.
+            exists, or the features of the exported graph differ by more than TOLERANCE.
+        OSError: the folder cannot be written; nothing is left behind.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists; give a new folder to export to")
@@ -106,9 +111,17 @@ def export_graph(config: Config, model: SpeechModel, folder: Path, kind: Format,
 
 @torch.no_grad()
 def gate(features: Features, run: Run) -> float:
-    """Returns the largest difference over all CHECKED shapes, as a share of the largest feature; inf for a wrong shape.
+    """Compares an exported graph with the original on all CHECKED shapes.
 
-    Raises ConfigError where the graph does not run on one of them.
+    Args:
+        features: the original.
+        run: the exported graph, (B, T) audio to (B, F, D) features.
+
+    Returns:
+        The largest difference, relative to the largest feature; inf for a wrong shape.
+
+    Raises:
+        ConfigError: the graph does not run on one of the shapes.
     """
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for rows, samples in CHECKED:
@@ -127,12 +140,12 @@ def gate(features: Features, run: Run) -> float:
 
 
 def _made(features: Features, file: Path, kind: Format, config: Config) -> Run:
-    """Exports to `file` and loads it as other tools would."""
+    """Exports to `file` and loads it the way other tools would."""
     if kind == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tracing; the gate decides
+            warnings.simplefilter("ignore")  # tracing warnings; `gate` compares the results
             if kind == "torchscript":
                 return _torchscript(features, file)
             return _onnx(features, file)
@@ -140,13 +153,13 @@ def _made(features: Features, file: Path, kind: Format, config: Config) -> Run:
         raise
     except Exception as error:  # exporters raise any type for what they cannot trace
         raise ConfigError(
-            f"{_architecture(config)} cannot be exported as {kind}: {_first(error)}. The run's own checkpoint stays"
+            f"{_architecture(config)} cannot be exported as {kind}: {_first(error)}. The run's checkpoint is unchanged"
         ) from None
 
 
 def _torchscript(features: Features, file: Path) -> Run:
     traced: Any = torch.jit.trace(features, 0.1 * torch.randn(2, 24_000), check_trace=False)  # type: ignore[no-untyped-call]
-    # through memory: torch's own writer ends the process where the disk is full
+    # via memory: torch's own file writer aborts the process on a full disk
     content = io.BytesIO()
     torch.jit.save(traced, content)
     write_synced(file, content.getvalue())
@@ -158,7 +171,7 @@ def _onnx(features: Features, file: Path) -> Run:
     from onnxruntime import InferenceSession
 
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("samples", min=1_600, max=SAMPLE_RATE * 3_600)}
-    # guards are left to run time, since they are about memory layouts, which ONNX does not have
+    # guards are deferred to run time: they concern memory layouts, which ONNX does not have
     program = torch.export.export(
         features,
         (0.1 * torch.randn(2, 24_000),),

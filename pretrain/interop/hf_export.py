@@ -1,8 +1,8 @@
 """Exports a run as a Hugging Face model folder (`auricle export`).
 
-Nothing is written unless `from_pretrained` on the folder reproduces our features to 1e-5. A model trained by wav2vec
+Nothing is written unless `from_pretrained` on the folder reproduces the features to 1e-5. A model trained with wav2vec
 2.0 is written as Wav2Vec2ForPreTraining, with its quantiser and projections, for `init=` or further pretraining
-elsewhere; transformers has no such class for other objectives, whose own weights stay in the run's checkpoint.
+elsewhere; transformers has no such class for other objectives, so their weights stay in the run's checkpoint.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
     Args:
         config: the config that `module` was trained with.
         module: front end, encoder and objective.
-        folder: must not exist; appears whole or not at all.
+        folder: must not exist; is created complete or not at all.
 
     Returns:
-        The largest difference between our last layer and that of the loaded copy, in double precision.
+        The largest difference between the last layer of `module` and that of the loaded copy, in double precision.
 
     Raises:
-        ConfigError: the architecture has no counterpart in transformers, `folder` exists, or the loaded copy differs.
-        OSError: the folder cannot be written; nothing of it is left.
+        ConfigError: the architecture has no counterpart in transformers, `folder` exists, or the loaded copy differs by
+            more than TOLERANCE.
+        OSError: the folder cannot be written; nothing is left behind.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists; give a new folder to export to")
@@ -89,7 +90,7 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
 
 
 def describe_objective(objective: wav2vec2.Config) -> dict[str, Any]:
-    """Returns the fields of config.json that belong to the objective of wav2vec 2.0."""
+    """Returns the fields of config.json for the objective of wav2vec 2.0."""
     return {
         "architectures": ["Wav2Vec2ForPreTraining"],
         "num_codevector_groups": objective.groups,
@@ -110,10 +111,11 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
 
     Args:
         config: the config of the run.
-        plain: the kind of a model whose encoder is of no kind that has its own, such as "Wav2Vec2".
+        plain: the model class, such as "Wav2Vec2", unless the encoder's architecture implies another one (WavLM,
+            Data2VecAudio).
 
     Raises:
-        ConfigError: names the fields whose values have no counterpart there.
+        ConfigError: some fields have values without a counterpart in transformers; the message names them.
     """
     frontend, encoder = config.frontend, config.encoder
     obstacles = []
@@ -129,7 +131,7 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
         raise ConfigError(
             f"{', '.join(obstacles)}: Hugging Face has no such model; only a waveform_conv front end with a "
             "transformer of convolutional positions and full attention can be exported. `auricle export --to onnx` or "
-            "`--to torchscript` makes one file that needs no code of ours"
+            "`--to torchscript` writes one self-contained file instead"
         )
     stack = encoder.positions == "conv_stack"
     if stack and (encoder.relative_bias or encoder.norm == "pre" or frontend.norm == "group"):
@@ -174,18 +176,18 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def gate(model: SpeechModel, normalized: bool, folder: Path, for_pretraining: bool = False) -> float:
-    """Returns the largest difference of the last layer between `model` and what transformers loads from `folder`.
+    """Returns the largest difference of the last layer between `model` and the model that transformers loads.
 
-    In double precision, so that only a wrong weight or formula counts and not the rounding of a deep model.
+    In double precision, so that wrong weights or formulas show and the rounding of a deep model does not.
 
     Args:
         model: front end and encoder that were exported.
         normalized: whether the front end normalises each utterance.
         folder: the exported model.
-        for_pretraining: whether it has the objective's weights, too.
+        for_pretraining: whether it includes the objective's weights.
 
     Raises:
-        ConfigError: transformers is absent, or reports weights that are missing or left over.
+        ConfigError: transformers is not installed, or reports missing or unexpected weights.
     """
     try:
         import transformers
@@ -195,7 +197,7 @@ def gate(model: SpeechModel, normalized: bool, folder: Path, for_pretraining: bo
     theirs, report = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if wrong:
-        raise ConfigError(f"transformers finds weights missing or left over: {', '.join(wrong)}")
+        raise ConfigError(f"transformers reports missing or unexpected weights: {', '.join(wrong)}")
     wave_BT = 0.1 * torch.randn(2, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
     exact = copy.deepcopy(model).cpu().double().eval()
     ours = exact(wave_BT.double(), torch.tensor([SAMPLE_RATE] * 2)).final.x_BFD
@@ -207,11 +209,11 @@ def gate(model: SpeechModel, normalized: bool, folder: Path, for_pretraining: bo
 
 
 def load_run(given: Path) -> LoadedCheckpoint:
-    """Loads the newest checkpoint of a run folder, or a checkpoint, with its own config.
+    """Loads the newest checkpoint of a run folder, or the given checkpoint, with the config saved in it.
 
     Raises:
-        ConfigError: there is no checkpoint.
-        ValueError: it is damaged.
+        ConfigError: the folder has no checkpoint.
+        ValueError: the checkpoint is damaged.
     """
     if (given / "state.json").is_file():
         return load_checkpoint(given)

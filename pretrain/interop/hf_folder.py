@@ -1,6 +1,6 @@
-"""The one reader of Hugging Face model folders: config.json, preprocessor_config.json and safetensors weights.
+"""Reads Hugging Face model folders: config.json, preprocessor_config.json and safetensors weights.
 
-Nothing of a folder is executed: there is no pickle, and `auto_map`, which names Python files in it, is ignored.
+Nothing in a folder is executed: pickles are never opened, and `auto_map`, which names Python files, is ignored.
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads config.json, the architecture.
 
     Raises:
-        ConfigError: it is missing or not a JSON object, or its model_type is not a text.
+        ConfigError: the file is missing or not a JSON object, or its model_type is not a string.
     """
     values = _object(folder / CONFIG)
     if values is None:
         raise ConfigError(f"{folder / CONFIG} is missing, and with it the architecture; {DOWNLOAD}")
     if not isinstance(values.get("model_type"), str):
         raise ConfigError(
-            f"{folder / CONFIG}: model_type must be a text such as wav2vec2, and is {values.get('model_type')!r}; "
+            f"{folder / CONFIG}: model_type must be a string such as wav2vec2, and is {values.get('model_type')!r}; "
             f"{DOWNLOAD}"
         )
     return values
 
 
 def read_processor(folder: Path) -> dict[str, Any]:
-    """Reads preprocessor_config.json; empty where there is none. Raises ConfigError unless it is a JSON object whose
-    do_normalize, if any, is true or false."""
+    """Reads preprocessor_config.json; returns {} if there is none.
+
+    Raises:
+        ConfigError: the file is not a JSON object, or its do_normalize is neither true nor false.
+    """
     values = _object(folder / PROCESSOR) or {}
     if not isinstance(values.get("do_normalize", False), bool):
         raise ConfigError(
@@ -54,10 +57,11 @@ def read_processor(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files of a model's weights, one or several, in this very folder.
+    """Returns the safetensors files of a model's weights, one or several.
 
     Raises:
-        ConfigError: none are safetensors, or the index is damaged, or names a file that is missing or elsewhere.
+        ConfigError: there are no safetensors files, or the index is damaged or names a file that is missing or outside
+            of `folder`.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -71,7 +75,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ConfigError(f"{folder} is not a run folder, and has no {WEIGHTS}; {DOWNLOAD}")
     placed = index.get("weight_map")
     if not isinstance(placed, dict) or not placed:
-        raise ConfigError(f"{folder / INDEX}: weight_map must be an object of weights and their files; {DOWNLOAD}")
+        raise ConfigError(f"{folder / INDEX}: weight_map must be an object of weight names and files; {DOWNLOAD}")
     names = {name if isinstance(name, str) else repr(name) for name in placed.values()}
     for name in sorted(names):
         if not name.endswith(".safetensors") or name != Path(name).name or "\\" in name:
@@ -84,10 +88,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads all weights of a folder.
+    """Reads all weights of a folder: name -> tensor.
 
     Raises:
-        ConfigError: as `weight_files`, or a file is damaged, or two files hold one weight.
+        ConfigError: as in `weight_files`, or a file is damaged, or two files contain the same weight.
     """
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder):
@@ -102,7 +106,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def require_weights(missing: Mapping[str, str], folder: Path) -> None:
-    """Raises ConfigError naming a weight of the encoder that the folder lacks; `missing`: name -> what is wrong."""
+    """Raises ConfigError if weights of the encoder are unusable. `missing`: name of the weight -> problem."""
     if missing:
         name, problem = next(iter(sorted(missing.items())))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -110,7 +114,7 @@ def require_weights(missing: Mapping[str, str], folder: Path) -> None:
 
 
 def _object(file: Path) -> dict[str, Any] | None:
-    """A JSON file's object; None where the file is missing."""
+    """Returns the object in a JSON file; None if the file is missing."""
     try:
         values = json.loads(file.read_bytes())
     except FileNotFoundError:

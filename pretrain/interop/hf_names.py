@@ -1,4 +1,4 @@
-"""Weights between our names and those of Hugging Face's Wav2Vec2, HuBERT, WavLM and Data2VecAudio models."""
+"""Maps weight names to and from those of Hugging Face's Wav2Vec2, HuBERT, WavLM and Data2VecAudio models."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Found(NamedTuple):
-    """weights: by our names.  sources: the names in the Hugging Face state that they came from."""
+    """weights: by the names in this package.  sources: the names in the Hugging Face state that they came from."""
 
     weights: dict[str, Tensor]
     sources: set[str]
@@ -62,7 +62,10 @@ class Found(NamedTuple):
 def from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> Found:
     """Finds the weights named in `ours` in a Hugging Face state, with or without a prefix such as `wav2vec2.`.
 
-    Both namings of weight norm are known. Raises ValueError naming every weight that is missing or of another shape.
+    Accepts both naming schemes of weight norm.
+
+    Raises:
+        ValueError: weights are missing or have another shape; the message lists all of them.
     """
     prefix = _prefix(state)
     given = {
@@ -95,7 +98,7 @@ def from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -
 
 
 def objective_to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the weights of wav2vec 2.0's objective to those of Wav2Vec2ForPreTraining, without its mask embedding.
+    """Renames the weights of wav2vec 2.0's objective, except the mask embedding, to Wav2Vec2ForPreTraining's names.
 
     Raises ValueError for a weight without a counterpart.
     """
@@ -114,7 +117,7 @@ def objective_to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def objective_from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> Found:
     """Finds the weights of an objective in a Hugging Face state.
 
-    These are its mask embedding, and wav2vec 2.0's projections and codes, if all of them are there in its shapes.
+    These are the mask embedding, and wav2vec 2.0's projections and codes if all of them exist with the right shapes.
     """
     pairs = {f"{mine}.{part}": f"{other}.{part}" for mine, other in OBJECTIVE.items() for part in ("weight", "bias")}
     pairs |= {CODEBOOK: "quantizer.codevectors"}
@@ -135,7 +138,7 @@ def objective_from_hugging_face(state: Mapping[str, Tensor], ours: Mapping[str, 
 
 
 def _prefix(state: Mapping[str, Tensor]) -> str:
-    """Returns the prefix of a base model's names in a model with a head, such as `wav2vec2.`."""
+    """Returns the prefix of the base model's weights in a model with a head, such as `wav2vec2.`; else ""."""
     last = "encoder.layer_norm.weight"
     return next((name.removesuffix(last) for name in state if name.endswith(last)), "")
 

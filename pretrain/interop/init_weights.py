@@ -1,7 +1,7 @@
 """Initial weights (`init=`) from a Hugging Face folder or another run.
 
-Weights of one shape can belong to another architecture, so the configs are compared, too. Attention patterns and
-regularisation may differ: a model with full attention may become one that streams.
+Weights of equal shape can belong to another architecture, so the configs are compared as well. Attention patterns and
+regularisation may differ: a model with full attention may become a streaming one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ FREE = {
     *("dropout", "attention_dropout", "activation_dropout", "layer_drop", "stochastic_depth", "gradient_scale"),
     *("attention", "attention_kernel", "window", "full_every", "registers", "chunk_frames", "left_chunks"),
 }
-"""Fields of front ends and encoders that may differ. (Registers are weights, and found missing as such.)"""
+"""Fields of front ends and encoders that may differ. (Registers are weights; missing ones are found by name.)"""
 FIXED = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5, "conv_pos_batch_norm": False}
 """Values that every model here has, by the names of Hugging Face's config.json."""
 TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 
 
 class Taken(NamedTuple):
-    """What came of `init=`, by names of weights. left: in the checkpoint, without use here.  made: new."""
+    """Names of the weights that `init=` loaded (model, objective), left unused (left), and created randomly (made)."""
 
     model: list[str]
     objective: list[str]
@@ -37,7 +37,7 @@ class Taken(NamedTuple):
     made: list[str]
 
     def lines(self, where: str) -> list[str]:
-        """Returns the report of it."""
+        """Returns the report; `where` is the value of `init=`."""
         objective = f"{len(self.objective)} of the objective ({_some(self.objective)})" if self.objective else "none"
         found = [f"init={where}: {len(self.model)} weights of front end and encoder taken, and {objective}"]
         if self.left:
@@ -48,22 +48,22 @@ class Taken(NamedTuple):
 
 
 def load_initial(config: Config, module: TrainModule, say: Callable[[str], None] = lambda line: None) -> Taken:
-    """Fills front end, encoder and, where it fits, the objective from `config.init`.
+    """Loads front end, encoder and, where possible, the objective from `config.init`.
 
-    The objective's weights come along from a run with the same objective, and from a Hugging Face folder those that
-    exist there under its names and in its shapes. Otherwise the objective starts with random weights; an EMA teacher
-    copies the loaded encoder.
+    The objective's weights are loaded from a run with the same objective, or from a Hugging Face folder that contains
+    them with the right shapes. Otherwise the objective starts with random weights; an EMA teacher copies the loaded
+    encoder.
 
     Args:
         config: the config of the new run.
-        module: its model, filled in place.
-        say: receives the lines of the report: what was taken, left and made.
+        module: its model, modified in place.
+        say: receives the lines of the report on loaded, unused and new weights.
 
     Returns:
         The same report, by names of weights.
 
     Raises:
-        ConfigError: `config.init` is of another architecture, lacks a weight, or cannot be read.
+        ConfigError: `config.init` has another architecture, lacks a weight, or cannot be read.
         ValueError: the checkpoint of the run is damaged.
     """
     folder = Path(config.init).expanduser()
@@ -81,12 +81,12 @@ def _from_run(config: Config, module: TrainModule, folder: Path) -> Taken:
     wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
     if wrong:
         raise ConfigError(
-            f"init={config.init}: {wrong[0]} and {len(wrong) - 1} more weights are not there in this shape"
+            f"init={config.init}: {wrong[0]} and {len(wrong) - 1} more weights are missing or have another shape"
         )
     left = [name for name in theirs if name not in ours]
     if left:
         raise ConfigError(
-            f"init={config.init}: this model has no place for {left[0]} and {len(left) - 1} more of its weights"
+            f"init={config.init}: {left[0]} and {len(left) - 1} more of its weights are not in this model"
         )
     module.model.load_state_dict(theirs)
     objective, own = source.objective.state_dict(), list(module.objective.state_dict())
@@ -118,7 +118,7 @@ def _from_hugging_face(config: Config, module: TrainModule, folder: Path) -> Tak
 
 
 def _new(own: Iterable[str], taken: Container[str]) -> list[str]:
-    """Weights of the objective that were not taken; a teacher's are copies of the encoder, and so not new."""
+    """Returns the objective's weights that were not loaded; a teacher's are copies of the encoder, so not new."""
     return [f"objective.{name}" for name in own if name not in taken and not name.startswith("teacher.")]
 
 
@@ -127,7 +127,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def architecture(config: Config) -> dict[str, Any]:
-    """Returns the fields that must agree, by the names of their overrides."""
+    """Returns the fields of front end and encoder that must agree, by the names of their overrides."""
     return {
         f"{part}.{field}": value
         for part in ("frontend", "encoder")
@@ -137,7 +137,18 @@ def architecture(config: Config) -> dict[str, Any]:
 
 
 def hugging_face_architecture(theirs: Mapping[str, Any], processor: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns the same of a config.json; fields that it leaves out have transformers' default, the released BASE."""
+    """Returns the fields of `architecture` from a Hugging Face config.json.
+
+    Fields that it leaves out have transformers' defaults, which are those of the released BASE models.
+
+    Args:
+        theirs: config.json.
+        processor: preprocessor_config.json.
+        path: the folder, for messages.
+
+    Raises:
+        ConfigError: the model type, or a value of FIXED, has no counterpart here.
+    """
     kind = theirs.get("model_type")
     if kind not in TYPES:
         raise ConfigError(f"init={path}: model_type={kind}; only {', '.join(TYPES)} have a counterpart here")
@@ -164,7 +175,7 @@ def hugging_face_architecture(theirs: Mapping[str, Any], processor: Mapping[str,
         "encoder.half_rate_blocks": 0,
         "encoder.relative_bias": kind == "wavlm",
     }
-    if norm == "layer" and "do_normalize" in processor:  # a group norm takes the wave's own scale out again
+    if norm == "layer" and "do_normalize" in processor:  # a group norm removes the scale of the waveform anyway
         fields["frontend.normalize"] = processor["do_normalize"]
     if stack:
         fields["encoder.conv_positions_depth"] = theirs.get("num_conv_pos_embeddings", 5)
@@ -179,7 +190,7 @@ def hugging_face_architecture(theirs: Mapping[str, Any], processor: Mapping[str,
 
 def _refuse_differences(config: Config, theirs: Mapping[str, Any]) -> None:
     ours = architecture(config)
-    # a part of another kind has other fields, of which its name says enough
+    # a front end or encoder of another type has other fields: report its name only
     kinds = {name.partition(".")[0] for name in ("frontend.name", "encoder.name") if ours[name] != theirs[name]}
     differing = [
         name
@@ -191,7 +202,7 @@ def _refuse_differences(config: Config, theirs: Mapping[str, Any]) -> None:
             f"{name}={_shown(ours.get(name))} here and {_shown(theirs[name])} there" for name in differing
         )
         fitting = " ".join(f"{name.removesuffix('.name')}={_shown(theirs[name])}" for name in differing)
-        raise ConfigError(f"init={config.init} is another architecture: {differences}; to fit it, add {fitting}")
+        raise ConfigError(f"init={config.init} has another architecture: {differences}; to fit it, add {fitting}")
 
 
 def _shown(value: Any) -> str:

@@ -25,7 +25,7 @@ MAX_KEPT = 20
 
 
 def save_batches(
-    run: RunFolder, rank: int, ctx: StepContext, batches: Sequence[Batch], why: str, room: int = MAX_KEPT
+    run: RunFolder, rank: int, ctx: StepContext, batches: Sequence[Batch], why: str, limit: int = MAX_KEPT
 ) -> Path | None:
     """Writes RUN/health/step_N/rank_R.safetensors and .json.
 
@@ -35,17 +35,17 @@ def save_batches(
         ctx: seed and step, with which `replay` draws the same masks.
         batches: this rank's micro-batches.
         why: the reason, one sentence.
-        room: most updates kept.
+        limit: most updates kept.
 
     Returns:
-        The folder; None once `room` updates are kept, or where it cannot be written.
+        The folder; None once `limit` updates are kept, or if it cannot be written.
 
     Raises:
-        StaleIncarnationError: when a newer start of the run exists.
+        StaleIncarnationError: a newer start of the run exists.
     """
     run.require_current()
     folder = run.path / "health" / f"step_{ctx.step:08d}"
-    if not folder.exists() and len(list(folder.parent.glob("step_*"))) >= room:
+    if not folder.exists() and len(list(folder.parent.glob("step_*"))) >= limit:
         return None
     tensors: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):

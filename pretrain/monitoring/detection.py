@@ -43,7 +43,7 @@ class Check:
     ranks: Mapping[str, float]
     """RankMe of each layer."""
     best: Mapping[str, float]
-    """The best rank of each layer since the warm-up, where ranks are judged already; the best "perplexity"."""
+    """The best rank of each layer since the warm-up, once ranks are checked; the best "perplexity"."""
     evaluations: Mapping[str, Mapping[int, float]]
     """Values of `auricle evaluate`, by name and step."""
     pooled: Pooled
@@ -94,12 +94,12 @@ def at_check(check: Check, config: Config) -> list[Finding]:
 
 
 def grace(config: Config, targets_since: int) -> int:
-    """Returns the steps after new targets in which chance and codes are not judged."""
+    """Returns the number of steps after new targets in which chance and codes are not checked."""
     return min(config.health.grace_steps, (config.train.steps - targets_since) * 2 // 3)
 
 
 def ranks_from(config: Config) -> int:
-    """Returns the step from which on ranks are judged: during the warm-up they fall from those of random weights."""
+    """Returns the first step at which ranks are checked: during the warm-up they fall from those of random weights."""
     warm = max(config.schedule.warmup_steps, config.health.window)
     return min(warm, config.train.steps * 2 // 3)
 

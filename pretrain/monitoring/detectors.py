@@ -54,8 +54,8 @@ def not_finite(name: str, value: float) -> Finding | None:
 def gradient_limit(norms: Sequence[float], factor: float, floor: float = 0.0, at_least: int = 20) -> float:
     """Returns the gradient norm above which an update is an outlier: `factor` × the running median; first infinite.
 
-    floor: the norm that gradients are clipped to. A norm that is not even clipped is no outlier: those of a run that
-    leaves chance grow tenfold within ten updates (docs/findings.md).
+    floor: the norm that gradients are clipped to. A norm below it is not an outlier: gradient norms grow tenfold within
+    ten updates when a run leaves chance level (docs/findings.md).
     """
     return max(floor, factor * statistics.median(norms)) if len(norms) >= at_least else math.inf
 
@@ -197,7 +197,7 @@ def silent_audio(silent: int, segments: int, keys: Sequence[str], max_share: flo
 
 
 def without_targets(task: str, updates: int) -> Finding:
-    """Reports a task that had no target in so many updates in a row: a loss of 0 that is no success."""
+    """Reports a task without any target in so many updates in a row, whose loss of 0 is meaningless."""
     if task == "objective":
         helps = (
             "segments that are long enough to be masked (data.min_seconds), and frame labels that belong to these "

@@ -32,7 +32,7 @@ from pretrain.monitoring.policy import Alarm, Policy, UnhealthyError
 
 __all__ = ["HealthMonitor", "UnhealthyError"]
 
-JUDGED = ("accuracy", "non-silence", "PNMI")
+MONITORED = ("accuracy", "non-silence", "PNMI")
 """Measures of evaluations that should not fall."""
 ELSEWHERE = "rank 0 found the run unhealthy; see its log and RUN/health.jsonl"
 _NAN_HELPS = "a lower optimizer.lr, a longer warm-up, optimizer.clip_norm=1, or engine.precision=fp32"
@@ -100,7 +100,7 @@ class HealthMonitor:
     # before an update
 
     def begin(self, ctx: StepContext, step: Step, waited: float, stop_requested: bool) -> RankSignals:
-        """Prepares the observation of the next update; returns what this rank reports to the others with it."""
+        """Prepares the observation of the next update; returns this rank's signals to the other ranks."""
         self._record = self._objective.monitoring()
         segments, keys = 0, list[str]()
         if ctx.step % self.settings.every == 0:
@@ -158,7 +158,7 @@ class HealthMonitor:
         silent = silent_segments(batches)
         note = f" ({detectors.silence_note(len(silent), _segments(batches), silent)})" if silent else ""
         found = Finding("not finite", "nan", f"{error}{note}", _NAN_HELPS)
-        kept = save_batches(self._run, self._world.rank, ctx, batches, found.seen, room=2 * MAX_KEPT)
+        kept = save_batches(self._run, self._world.rank, ctx, batches, found.seen, limit=2 * MAX_KEPT)
         alarm = Alarm(ctx.step, ctx.step, found)
         self._raise_alarm(alarm)
         if self.settings.on_nan == "stop":
@@ -250,11 +250,11 @@ class HealthMonitor:
         self._memory.best.pop("perplexity", None)
 
     def _evaluations(self) -> dict[str, dict[int, float]]:
-        """Returns what `auricle evaluate follow=true` measured beside this run, by name and step."""
+        """Returns the results of `auricle evaluate follow=true` for this run, by name and step."""
         measured: dict[str, dict[int, float]] = {}
         before, healthy = self._outdated
         for number, row in enumerate(read_rows(self._run.path / "evaluations.jsonl")):
-            if str(row["measure"]).startswith(JUDGED) and (number >= before or row["step"] <= healthy):
+            if str(row["measure"]).startswith(MONITORED) and (number >= before or row["step"] <= healthy):
                 measured.setdefault(row["name"], {})[row["step"]] = row["value"]
         return measured
 

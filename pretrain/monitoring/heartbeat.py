@@ -1,9 +1,8 @@
-"""Heartbeats: notes of what each rank is doing, to name the slow one before a job that hangs is ended.
+"""Heartbeats: records of each rank's current work, to identify the slow rank before a hanging job is ended.
 
-A thread writes each rank's note to RUN/heartbeats/rank_N.start_K.json every few seconds. When a note stays the same
-nearly as long as a collective may take, the rank names the slowest one, and its stacks go to its log, before any
-collective fails. Where Python itself is stuck, a C timer writes the stacks and ends the rank after the collective's
-time.
+A thread writes each rank's record to RUN/heartbeats/rank_N.start_K.json every few seconds. If a record does not change
+for nearly the timeout of a collective, the rank logs the slowest rank and its own stacks before any collective fails.
+If Python itself is stuck, a C timer writes the stacks and ends the rank after the timeout.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PHASES = ("reading", "computing", "saving")
-"""In the order of one update; the other ranks wait for one in an earlier phase of an earlier update."""
+"""Phases of an update, in order; ranks wait for a rank in an earlier phase or update."""
 STDERR = 2
 """The file descriptor; the launcher redirects it to this rank's log."""
 INTERVAL = 5.0
@@ -29,16 +28,16 @@ INTERVAL = 5.0
 
 
 class Heartbeat:
-    """One rank's notes. Use as a context manager around the loop.
+    """Writes one rank's record. A context manager around the training loop.
 
     Args:
         run_folder: the run.
         rank: this rank.
-        patience_seconds: a phase that takes longer ends the process.
-        warn_seconds: a phase that takes longer is reported, with stacks.
-        start: the incarnation of the run; ranks of an earlier start are told apart by it, and have files of their own.
-        superseded: whether a newer start exists. This rank then stops writing its note, and its output leaves the
-            log that it shares with the newer start.
+        patience_seconds: longest phase, after which the process ends.
+        warn_seconds: longest phase without a report of stacks.
+        start: the incarnation of the run, which distinguishes the files of ranks of earlier starts.
+        superseded: whether a newer start exists. This rank then stops writing its record, and redirects its output
+            from the log that it shares with the newer start.
     """
 
     def __init__(
@@ -75,12 +74,12 @@ class Heartbeat:
         self._thread.join()
 
     def beat(self, step: int, phase: str) -> None:
-        """This rank now does `phase` of the update after `step`; it has `patience_seconds` to get to the next."""
+        """Records that `phase` of the update after `step` begins; the next must begin within `patience_seconds`."""
         self._note |= {"step": step, "phase": phase, "parts": 0, "part": "", "since": time.time()}
         faulthandler.dump_traceback_later(self._patience, exit=True, file=STDERR)
 
     def part(self, name: str) -> None:
-        """Notes the next part of the phase; ranks waiting in a collective are further along than the blocking rank."""
+        """Records the next part of the phase; ranks waiting in a collective are further than the rank blocking them."""
         self._note |= {"parts": self._note["parts"] + 1, "part": name}
 
     def _write(self) -> None:
@@ -90,19 +89,19 @@ class Heartbeat:
                 self._leave_shared_log()
                 return
             temporary = self._path.with_suffix(".new")
-            with contextlib.suppress(OSError):  # a full or absent disk may come back; a thread that ended does not
+            with contextlib.suppress(OSError):  # the disk may recover, so keep trying
                 temporary.write_text(json.dumps(self._note), encoding="utf-8")
                 temporary.replace(self._path)
             if last:
                 return
             if time.time() - self._note["since"] > self._warn and self._note["since"] != self._reported:
                 self._reported = self._note["since"]
-                self._closed.wait(self._interval)  # until the other ranks have written their notes, too
+                self._closed.wait(self._interval)  # until the other ranks have also written their records
                 print(f"this rank hangs; {slowest(self._folder, self._start)}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=STDERR)
 
     def _leave_shared_log(self) -> None:
-        """Redirects this process's output where it goes to the log that the newer start's rank writes, too."""
+        """Redirects this process's output if it goes to a log that a rank of the newer start also writes."""
         shared = self._folder / "logs" / f"rank_{self._rank}.log"
         with contextlib.suppress(OSError):
             if shared.exists() and os.path.samestat(shared.stat(), os.fstat(STDERR)):

@@ -136,10 +136,10 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass
 class Memory:
-    """What was measured so far and a resumed run must know; part of the checkpoint, as plain JSON."""
+    """Measurements that a resumed run needs; saved in the checkpoint as plain JSON."""
 
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=NORMS))
-    """Newest gradient norms; alike on all ranks."""
+    """Newest gradient norms; the same on all ranks."""
     first: dict[str, float] = field(default_factory=dict)
     """The first deviation of each stage."""
     best: dict[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Activation checkpointing of a block: recompute all of it, or only what is cheap."""
+"""Activation checkpointing of a block: recompute all of it, or only its cheap operations."""
 
 from __future__ import annotations
 
@@ -27,11 +27,18 @@ PRODUCTS = frozenset(
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
-"""Operations whose results selective checkpointing keeps: most of the compute, a minor part of the memory."""
+"""Operations whose results selective checkpointing keeps: most of the compute, but little of the memory."""
 
 
 def run_checkpointed(mode: Checkpointing, block: Callable[..., Any], *args: Any) -> Any:
-    """`block(*args)`; in the backward pass all of it ("full") or its norms, activations and dropout are run again."""
+    """Returns `block(*args)` with activation checkpointing.
+
+    Args:
+        mode: operations that the backward pass recomputes: "none", all ("full"), or all but the matrix products,
+            convolutions and attention ("selective").
+        block: the function to run.
+        args: its arguments.
+    """
     if mode == "none" or not torch.is_grad_enabled():
         return block(*args)
     if mode == "full":
@@ -45,10 +52,10 @@ def _keep_products() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The forward pass: remembers products in order.
+    """Records the results of products during the forward pass, in order.
 
-    torch's own selective checkpointing wants each operation, cheap ones too, to come again, which the gathering of
-    weights under ZeRO-3 breaks; here only products must.
+    torch's own selective checkpointing requires the recomputation to repeat every operation, which the gathering of
+    weights under ZeRO-3 breaks; here only the products must match.
     """
 
     def __init__(self, kept: dict[Any, deque[Any]]) -> None:
@@ -63,7 +70,7 @@ class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Reuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The recomputation: gives them again."""
+    """Returns the recorded results during the recomputation."""
 
     def __init__(self, kept: dict[Any, deque[Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -79,12 +86,12 @@ def _is_kept(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool
     if func not in PRODUCTS:
         return False
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | keywords
-    # a kernel that draws dropout itself must draw again, or all later draws of the recomputation would be others
+    # a kernel that draws dropout itself must run again, or all later draws of the recomputation would differ
     return not named.get("dropout_p", 0.0)
 
 
 def _detached(out: Any) -> Any:
-    """Without the autograd graph, which would keep all that selective checkpointing means to free."""
+    """Detaches results from the autograd graph, which would keep the activations that are to be freed."""
     if isinstance(out, Tensor):
         return out.detach()
     return tuple(_detached(part) for part in out) if isinstance(out, tuple) else out

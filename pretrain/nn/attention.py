@@ -1,4 +1,4 @@
-"""Multi-head self-attention, and a bias by relative position."""
+"""Multi-head self-attention and relative position bias."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from pretrain.nn.positions import rotate
 class SelfAttention(nn.Module):
     """Multi-head self-attention; query, key and value come from one matrix product.
 
-    gated: a relative position bias is scaled for each query by a gate computed from its frame (WavLM, §III-A).
+    Args:
+        dim: channels D; `heads` divides them.
+        heads: attention heads.
+        dropout: dropout of attention weights.
+        gated: scale the relative position bias for each query by a gate computed from its frame (WavLM, §III-A).
+
+    Raises:
+        ValueError: `heads` does not divide `dim`.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, gated: bool = False) -> None:
@@ -28,6 +35,7 @@ class SelfAttention(nn.Module):
         self.gate_scale = nn.Parameter(torch.ones(1, heads, 1, 1)) if gated else None
 
     def forward(self, x_BFD: Tensor, context: AttentionContext) -> Tensor:
+        """Returns the attention output, (B, F, D), for registers and frames `x_BFD`."""
         q, k, v = self.qkv(x_BFD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
@@ -47,7 +55,7 @@ class SelfAttention(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """A learned bias for each head and bucket of distance (T5's buckets, as in WavLM), (heads, F, F)."""
+    """Learned bias per head and distance bucket (the buckets of T5, as in WavLM), (heads, F, F)."""
 
     def __init__(self, heads: int, buckets: int, max_distance: int) -> None:
         super().__init__()
@@ -60,7 +68,7 @@ class RelativeBias(nn.Module):
         return bias.permute(2, 0, 1)
 
     def bucket(self, distance: Tensor) -> Tensor:
-        """Half of the buckets for each direction; exact up to a quarter of them, then logarithmic."""
+        """Returns the bucket of each distance: half of them per direction, half of those exact, then logarithmic."""
         half = self.buckets // 2
         exact = half // 2
         away = distance.abs()

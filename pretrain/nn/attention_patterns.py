@@ -1,6 +1,6 @@
-"""Attention patterns, computed without an F × F mask wherever none is needed.
+"""Attention patterns, computed without an F × F mask where possible.
 
-A pattern is computed by blocks (any device, any dropout), or on a GPU by one FlexAttention kernel for all patterns.
+A pattern is computed block by block (any device, any dropout), or on a GPU with FlexAttention.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ BLOCK = 128
 
 
 class Pattern(NamedTuple):
-    """reach: attend only to frames so near, and to the registers, which attend to all; None: no limit.
+    """The frames to which a frame attends.
 
-    chunk: attend only to the own chunk of so many frames and `left_chunks` before it (all, if negative); 0: no limit.
+    reach: only frames up to this distance, and the registers (which attend to all frames); None: no limit.
+    chunk: only its own chunk of this many frames and `left_chunks` chunks before it (-1: all); 0: no limit.
     """
 
     reach: int | None = None
@@ -33,21 +34,21 @@ class Pattern(NamedTuple):
 
 
 class AttentionContext(NamedTuple):
-    """Inputs that all blocks share. Registers come first in a row: those of one utterance, or of all packed ones."""
+    """Inputs shared by all blocks. A row begins with registers: those of its utterance, or of all packed utterances."""
 
     valid_BF: Tensor | None = None
-    """False where a frame is padding; None where nothing is padded, which lets the fastest kernels run."""
+    """False for padding frames; None without any padding, which permits the fastest kernels."""
     pattern: Pattern = Pattern()
     rotary: tuple[Tensor, Tensor] | None = None
     bias_HFF: Tensor | None = None
     n_registers: int = 0
-    """Of each utterance."""
+    """Registers per utterance."""
     documents: tuple[int, ...] = ()
-    """Frames of each utterance that is packed into the one row; empty: each row is an utterance."""
+    """Frames of each utterance packed into the single row; empty: each row is an utterance."""
     grid: TimeGrid | None = None
-    """Where packed frames stand for convolutions over time."""
+    """Positions of packed frames on the time axis of convolutions."""
     flex: BlockMask | None = None
-    """Set: FlexAttention computes the pattern."""
+    """The pattern for FlexAttention; None: computed block by block."""
     residual_KBF1: Tensor | None = None
     """Stochastic depth of this block: factors of its K residual branches; F may be 1."""
 
@@ -58,10 +59,10 @@ class AttentionContext(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0) -> Tensor:
-    """softmax(q·kᵀ/√C)·v with dropout of the weights, (B, H, F, C).
+    """Returns softmax(q·kᵀ/√C)·v with dropout of the attention weights, (B, H, F, C).
 
-    PyTorch's fused kernels, except where they are slow: on a CPU with dropout or in bf16, plain products take half
-    the time (docs/findings.md), as long as the F × F weights are small.
+    Uses PyTorch's fused kernels, except on a CPU with dropout or in bf16: there plain matrix products take half the
+    time (docs/findings.md), as long as the F × F weights are small.
     """
     plain = q.device.type == "cpu" and (p > 0 or q.dtype == torch.bfloat16) and k.shape[-2] <= 2048
     if not plain:
@@ -75,7 +76,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0)
 def pattern_attention(
     q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float = 0.0, gate_BHF1: Tensor | None = None
 ) -> Tensor:
-    """Attention of (B, H, F, C) by the context's pattern; packed utterances attend within themselves only."""
+    """Returns the attention output, (B, H, F, C), with the context's pattern.
+
+    Packed utterances attend within themselves only. `gate_BHF1` scales the relative position bias (see SelfAttention).
+    """
     if context.flex is not None and p == 0 and gate_BHF1 is None:
         found: Tensor = _flex(q.device.type)(q, k, v, block_mask=context.flex)
         return found
@@ -91,7 +95,7 @@ def pattern_attention(
 
 
 def _documents(x_1HNC: Tensor, registers: int, sizes: list[int]) -> list[Tensor]:
-    """Registers and frames of each packed utterance."""
+    """Splits a packed row into the registers and frames of each utterance."""
     frames = torch.split(x_1HNC[:, :, registers * len(sizes) :], sizes, dim=2)
     if not registers:
         return list(frames)
@@ -103,7 +107,7 @@ def _utterances(
     q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float, gate_BHF1: Tensor | None
 ) -> Tensor:
     pattern, n_frames = context.pattern, q.shape[2]
-    if gate_BHF1 is not None:  # a bias of its own for each pair of frames is dense by nature
+    if gate_BHF1 is not None:  # a gated bias differs for each pair of frames and needs an F × F tensor
         assert context.bias_HFF is not None
         bias = gate_BHF1 * context.bias_HFF[:, :n_frames, :n_frames]
         if pattern != Pattern():
@@ -119,10 +123,10 @@ def _utterances(
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float = 0.0) -> Tensor:
-    """Attention of (B, H, R + F, C) to frames at distance ≤ reach and to the R registers; registers attend to all.
+    """Returns local attention of (B, H, R + F, C): frames attend up to distance `reach` and to the R registers.
 
-    Frames are cut into blocks of `reach`; each block attends to itself and its two neighbours, so that time and memory
-    grow with F and no F × F mask exists.
+    Registers attend to all frames. Frames are cut into blocks of `reach`; each block attends to itself and its two
+    neighbours, so that time and memory are linear in F.
     """
     reach, R, valid_BF = context.pattern.reach, context.n_registers, context.valid_BF
     assert reach is not None
@@ -137,7 +141,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, 
     valid = F.pad(frames_BF, (reach, reach + spare)).unfold(1, 3 * reach, reach)[:, None, :, None]
     at = torch.arange(3 * reach, device=q.device)
     distance = (at[None] - reach - at[:reach, None]).abs()
-    # each frame attends to itself, so that padding, which attends to nothing else, stays finite
+    # each frame attends to itself, so that padding has a finite softmax
     mask = ((distance <= reach) & valid) | (distance == 0)
     if R:
         keys = torch.cat([k[:, :, None, :R].expand(B, H, n_blocks, R, C), keys], dim=3)
@@ -152,13 +156,13 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, 
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float = 0.0) -> Tensor:
-    """Attention of (B, H, F, C) to the own chunk and those before it, one chunk of queries after the other."""
+    """Returns attention of (B, H, F, C) to a frame's own chunk and those before it, computed chunk by chunk."""
     _, chunk, left = context.pattern
     n_frames, parts = q.shape[2], []
     for start in range(0, n_frames, chunk):
         first, end = max(0, start - left * chunk) if left >= 0 else 0, min(start + chunk, n_frames)
         mask = None
-        if context.valid_BF is not None:  # padding attends to itself and so stays finite
+        if context.valid_BF is not None:  # padding attends to itself, so that its softmax is finite
             own = torch.ones(end - start, end - first, dtype=torch.bool, device=q.device)
             own = own.triu(start - first).tril(start - first)
             mask = context.valid_BF[:, None, None, first:end] | own
@@ -166,11 +170,12 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext
     return torch.cat(parts, dim=2)
 
 
-class _Sight(NamedTuple):
-    """The frames that each query attends to: the registers and one interval of its own utterance's frames.
+class _Visible(NamedTuple):
+    """The keys that each query attends to: the registers and one interval of frames of its own utterance.
 
-    places: of each frame in its utterance, −1 for registers.  first, last: the interval.  owner: each padding frame is
-    alone. Tensors only, since a compiled kernel would be compiled again for each other number.
+    places: position of each frame in its utterance, −1 for registers.  first, last: the interval.  register: whether
+    the position is a register.  owner: index of the utterance, unique for each padding frame.
+    All fields are tensors, since a compiled kernel would be recompiled for every new number.
     """
 
     places_F: Tensor
@@ -180,7 +185,7 @@ class _Sight(NamedTuple):
     owner_BF: Tensor
 
     @classmethod
-    def of(cls, context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> _Sight:
+    def of(cls, context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> _Visible:
         (reach, chunk, left), R, leading = context.pattern, context.n_registers, context.n_leading
         sizes = context.documents or (n_frames - leading,)
         places_F = torch.cat([torch.full((leading,), -1), *map(torch.arange, sizes)])
@@ -200,7 +205,7 @@ class _Sight(NamedTuple):
         return cls(places, first, last, register, owner_BF)
 
     def function(self) -> Callable[..., Tensor]:
-        """Of (row, head, query, key): what FlexAttention and `dense_mask` ask for."""
+        """Returns the mask function (row, head, query, key) -> bool for FlexAttention and `dense_mask`."""
         places, first, last, register, owner_BF = self
 
         def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -210,9 +215,9 @@ class _Sight(NamedTuple):
         return allowed
 
     def blocks(self) -> tuple[Tensor, Tensor]:
-        """Blocks of keys that a block of queries may see in part, and those that it sees whole, (B, Q, K) bool.
+        """Returns which key blocks a query block attends to partially, and which entirely, two (B, Q, K) bool tensors.
 
-        From the least and greatest number of each block, so that nothing of F × F is made.
+        Computed from the minimum and maximum of each block, without an F × F tensor.
         """
         (first, first_max), (last_min, last) = _range(self.first_F), _range(self.last_F)
         (place, place_max), (owner, owner_max) = _range(self.places_F), _range(self.owner_BF)
@@ -223,46 +228,46 @@ class _Sight(NamedTuple):
         alone = owner == owner_max
         whole = (first_max[:, None] <= place) & (place_max <= last_min[:, None]) & ~register
         whole = whole & related & alone[:, :, None] & alone[:, None]
-        if self.places_F.shape[0] % BLOCK:  # blocks that reach beyond the last frame are none
+        if self.places_F.shape[0] % BLOCK:  # blocks beyond the last frame are never entire
             whole[:, -1], whole[:, :, -1] = False, False
         return seen & ~whole, whole
 
 
 def _range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest number of each block of (…, F)."""
+    """Returns minimum and maximum of each block of (…, F)."""
     spare = -x.shape[-1] % BLOCK
     blocks = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], spare)], dim=-1).view(*x.shape[:-1], -1, BLOCK)
     return blocks.amin(-1), blocks.amax(-1)
 
 
 def dense_mask(context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> Tensor:
-    """The pattern as a (B, F, F) bool, True attends."""
+    """Returns the pattern as a (B, F, F) bool tensor; True attends."""
     at = torch.arange(n_frames, device=device)
     row = torch.arange(rows, device=device)
-    allowed = _Sight.of(context, rows, n_frames, device).function()
+    allowed = _Visible.of(context, rows, n_frames, device).function()
     return allowed(row[:, None, None], torch.zeros_like(row), at[None, :, None], at[None, None])
 
 
 def flex_mask(context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> BlockMask | None:
-    """The pattern for FlexAttention; None where each frame attends to its whole row, which has faster kernels.
+    """Returns the pattern for FlexAttention; None if frames attend to their whole row, which has faster kernels.
 
-    PyTorch's `create_block_mask` would make a dense mask first.
+    PyTorch's `create_block_mask` would build a dense mask first.
     """
     if context.pattern == Pattern() and len(context.documents) < 2:
         return None
-    sight = _Sight.of(context, rows, n_frames, device)
-    partial, whole = (_listed(some_BQK) for some_BQK in sight.blocks())
+    visible = _Visible.of(context, rows, n_frames, device)
+    partial, whole = (_listed(some_BQK) for some_BQK in visible.blocks())
     sizes = (n_frames, n_frames)
-    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=BLOCK, mask_mod=sight.function(), seq_lengths=sizes)
+    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=BLOCK, mask_mod=visible.function(), seq_lengths=sizes)
 
 
 def _listed(some_BQK: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, and an order in which they come first, for all heads."""
+    """Returns the number of key blocks per query block, and an order of the key blocks that begins with them."""
     order_BQK = some_BQK.int().argsort(dim=-1, descending=True, stable=True)
     return some_BQK.sum(-1, dtype=torch.int32)[:, None], order_BQK.int()[:, None]
 
 
 @functools.cache
 def _flex(device: str) -> Any:
-    """Compiled where it is meant to be fast; a CPU takes PyTorch's reference of it."""
+    """Returns FlexAttention, compiled on a GPU; PyTorch's uncompiled reference on a CPU."""
     return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention

@@ -1,4 +1,4 @@
-"""Base of encoders made of equal blocks: packing, layer drop, checkpointing, attention patterns, all layers out."""
+"""Base class of encoders of equal blocks: packing, layer drop, checkpointing, attention patterns, all layer outputs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from pretrain.nn.positions import rotary_angles
 
 
 def _choices(given: Any) -> Any:
-    """One number is the only choice. (A list becomes what strict validation wants after this.)"""
+    """Converts a single number or a list to a tuple, as strict validation requires."""
     return (given,) if isinstance(given, int) else tuple(given) if isinstance(given, list) else given
 
 
 @config
 class StackConfig(EncoderConfig):
-    """Fields that every encoder of this kind has."""
+    """Fields of all encoders based on BlockStack."""
 
     heads: Annotated[int, about("attention heads; must divide dim", ge=1)] = 12
     ffn_dim: Annotated[int, about("inner channels of a feed-forward part", ge=1)] = 3072
@@ -53,10 +53,12 @@ class StackConfig(EncoderConfig):
     ] = 0
     attention: Annotated[
         Literal["full", "local_global", "chunked"],
-        about("who attends to whom: all; neighbours, with every n-th block full; the own chunk and those before it"),
+        about(
+            "frames attended to: all; neighbours, with every n-th block full; a frame's own chunk and those before it"
+        ),
     ] = "full"
-    window: Annotated[int, about("local_global: frames that a local block sees, half on each side", ge=2)] = 64
-    full_every: Annotated[int, about("local_global: every so many blocks attend to all", ge=1)] = 3
+    window: Annotated[int, about("local_global: frames that a local block attends to, half on each side", ge=2)] = 64
+    full_every: Annotated[int, about("local_global: every n-th block attends to all frames", ge=1)] = 3
     registers: Annotated[int, about("local_global: learned frames that all attend to and that attend to all", ge=0)] = 0
     chunk_frames: Annotated[
         tuple[int, ...],
@@ -65,7 +67,7 @@ class StackConfig(EncoderConfig):
     left_chunks: Annotated[
         tuple[int, ...],
         BeforeValidator(_choices),
-        about("chunked: chunks before the own one that are seen, drawn likewise; -1: all"),
+        about("chunked: chunks attended to before the own one, drawn likewise; -1: all"),
     ] = (-1,)
     attention_kernel: Annotated[
         Literal["auto", "blocks", "flex"],
@@ -96,13 +98,13 @@ class StackConfig(EncoderConfig):
                 refuse("left_chunks", list(self.left_chunks), "must be one or more numbers of chunks, -1 for all")
 
     def refuse_odd_heads(self) -> None:
-        """Refuses heads with an odd number of channels, for rotary positions, which rotate pairs of them."""
+        """Refuses heads with an odd number of channels: rotary positions rotate pairs of channels."""
         if self.dim // self.heads % 2:
             refuse("heads", self.heads, f"leaves {self.dim // self.heads} channels per head; rope needs an even number")
 
 
 class Level(NamedTuple):
-    """Frames at one rate, and the attention contexts there.  documents: frames of each packed utterance, or empty."""
+    """Frame lengths and attention contexts at one frame rate.  documents: frames of each packed utterance, or empty."""
 
     lengths_B: Tensor
     places_BF: Tensor | None
@@ -112,14 +114,14 @@ class Level(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Random choices of a pass.  blocks: whether each is kept.  branches_LKB: factors of residual branches, if any."""
+    """Random draws of a pass.  blocks: whether each is kept.  branches_LKB: factors of residual branches, if any."""
 
     blocks: list[bool]
     branches_LKB: Tensor | None
 
 
 class Ran(NamedTuple):
-    """x_BFD: registers and frames.  layers, ffn_layers: of the blocks that ran, without registers."""
+    """Result of some blocks.  x_BFD: registers and frames.  layers, ffn_layers: outputs of each, without registers."""
 
     x_BFD: Tensor
     layers: list[Tensor]
@@ -127,15 +129,22 @@ class Ran(NamedTuple):
 
 
 class BlockStack(Encoder):
-    """Subclasses set `blocks`, each `(x_BFD, AttentionContext) -> (x_BFD, ffn_BFD)`, and implement `encode`."""
+    """Base class of encoders of equal blocks.
+
+    Subclasses set `blocks`, each `(x_BFD, AttentionContext) -> (x_BFD, ffn_BFD)`, and implement `encode`.
+
+    Args:
+        config: fields that all such encoders have.
+        rotary: whether attention uses rotary positions.
+    """
 
     blocks: nn.ModuleList
     branches: int
-    """Residual branches of a block, which stochastic depth may leave out."""
+    """Residual branches per block, which stochastic depth may leave out."""
     gap: int = 0
     """Zeros that the convolutions inside blocks need between packed utterances."""
     stream: Pattern | None = None
-    """The pattern outside of training, instead of the first of the config's chunks; for attention=chunked."""
+    """Pattern outside of training, instead of the first of the config's chunks; for attention=chunked."""
 
     def __init__(self, config: StackConfig, rotary: bool) -> None:
         super().__init__()
@@ -150,7 +159,15 @@ class BlockStack(Encoder):
         self.at_half_rate = range(first, first + config.half_rate_blocks)
 
     def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
-        """Encodes frames, packed into one row where `packed` is set."""
+        """Encodes frames, packed into one row if `packed` is set.
+
+        Args:
+            frames: (B, F, D) input frames, zero beyond each length.
+            ctx: seed and step for the draws of a training step; None outside of training.
+
+        Returns:
+            The input of the first block and the output of each block, (B, F, D), zero beyond each length if packed.
+        """
         if not self.packed:
             return self.encode(frames, ctx, None)
         B, F, _ = frames.x_BFD.shape
@@ -164,7 +181,7 @@ class BlockStack(Encoder):
 
     @abc.abstractmethod
     def encode(self, frames: Frames, ctx: StepContext | None, packing: Packing | None) -> EncoderOutput:
-        """Returns all layers in the layout of `frames`: a row per utterance, or the one row of `packing`."""
+        """Returns all layers in the layout of `frames`: a row per utterance, or the single row of `packing`."""
 
     def run_blocks(
         self,
@@ -174,7 +191,18 @@ class BlockStack(Encoder):
         packing: Packing | None = None,
         bias_HFF: Tensor | None = None,
     ) -> EncoderOutput:
-        """Runs all blocks on `x_BFD`, whose padding is that of `frames`. The last layer is not normed here."""
+        """Runs all blocks.
+
+        Args:
+            x_BFD: input of the first block, padded like `frames`.
+            frames: lengths, frame rate and positions.
+            ctx: seed and step for the draws of a training step.
+            packing: the packing of a single row; None for padded rows.
+            bias_HFF: relative position bias, if any.
+
+        Returns:
+            All layers; the last one is not normalised (see `norm_last`).
+        """
         level = Level(frames.lengths_B, frames.places_BF, packing.lengths if packing else ())
         level = self.with_contexts(level, x_BFD.shape[1], self.chunk_pattern(ctx), bias_HFF)
         draws = Draws(self.kept_blocks(ctx), self.kept_branches(ctx, len(level.documents) or x_BFD.shape[0], x_BFD))
@@ -189,7 +217,7 @@ class BlockStack(Encoder):
     def run_some(
         self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None = None
     ) -> Ran:
-        """Runs the blocks of these numbers."""
+        """Runs the blocks with these indices."""
         layers, ffn_layers, L = [], [], level.full.n_leading
         for number in numbers:
             if draws.blocks[number]:
@@ -204,7 +232,7 @@ class BlockStack(Encoder):
         return Ran(x_BFD, layers, ffn_layers)
 
     def run_u_shape(self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None) -> Ran:
-        """Runs the blocks with the middle ones at half the rate; each frame of their layers is repeated."""
+        """Runs the blocks with the middle ones at half the frame rate; the frames of their outputs are repeated."""
         assert self.half_rate is not None
         L, middle = level.full.n_leading, self.at_half_rate
         first = self.run_some(numbers[: middle.start], x_BFD, level, draws)
@@ -224,7 +252,7 @@ class BlockStack(Encoder):
         return Ran(last.x_BFD, layers + last.layers, ffn_layers + last.ffn_layers)
 
     def half_level(self, level: Level, grid: TimeGrid | None, n_frames: int, ctx: StepContext | None) -> Level:
-        """Returns the level of half the rate; the time index of a pair is that of its first frame."""
+        """Returns the level at half the frame rate; the time index of a pair is that of its first frame."""
         places_BF = level.places_BF
         if grid is not None:
             assert places_BF is not None
@@ -238,14 +266,14 @@ class BlockStack(Encoder):
         return self.with_contexts(half, sum(documents) or (n_frames + 1) // 2, pattern, None)
 
     def with_contexts(self, level: Level, n_frames: int, pattern: Pattern, bias_HFF: Tensor | None) -> Level:
-        """Adds the attention contexts of full and local blocks, computed once for all of them."""
+        """Returns `level` with the attention contexts of full and local blocks, computed once for all blocks."""
         config, device, documents = self.stack_config, level.lengths_B.device, level.documents
         leading = self.n_registers * max(1, len(documents))
         valid_BF = None
         if not documents:
-            # a row without frames attends to its first padding: a softmax over nothing has no finite gradient
+            # a row without frames attends to its first padding frame: an empty softmax has no finite gradient
             valid_BF = torch.arange(n_frames, device=device) < level.lengths_B.clamp(min=1)[:, None]
-            # an exported graph is for audio without padding, which it could not test for
+            # an exported graph takes audio without padding and cannot branch on its values
             unpadded = torch.compiler.is_exporting() or bool(valid_BF.all())
             valid_BF = None if unpadded else nn.functional.pad(valid_BF, (leading, 0), value=True)
         places = torch.arange(n_frames, device=device) if level.places_BF is None else level.places_BF
@@ -265,7 +293,7 @@ class BlockStack(Encoder):
         return level._replace(full=full, local=local)
 
     def uses_flex(self, device: torch.device) -> bool:
-        """Whether FlexAttention computes the pattern; it has no dropout."""
+        """Returns whether FlexAttention computes the pattern; it does not support dropout."""
         config = self.stack_config
         dropout = config.attention_dropout > 0 and self.training
         return config.attention_kernel == "flex" or (
@@ -273,7 +301,7 @@ class BlockStack(Encoder):
         )
 
     def chunk_pattern(self, ctx: StepContext | None) -> Pattern:
-        """Draws the chunks of this update, keyed by (seed, step); no limit unless attention is chunked."""
+        """Draws the chunk lengths of this update, keyed by (seed, step); no limit unless attention is chunked."""
         config = self.stack_config
         if config.attention != "chunked":
             return Pattern()
@@ -297,7 +325,7 @@ class BlockStack(Encoder):
         """Draws stochastic depth (Huang et al. 2016, §3): 0 or 1 / (1 − p) per residual branch and utterance.
 
         p grows linearly from block to block. Drawn from torch's generator, which engines seed by (seed, step,
-        micro-batch), as dropout is; once per pass and outside of what checkpointing runs again.
+        micro-batch), like dropout; once per pass and outside of the parts that checkpointing recomputes.
         """
         rate = self.stack_config.stochastic_depth
         if not self.training or ctx is None or rate == 0:
@@ -307,14 +335,14 @@ class BlockStack(Encoder):
         return (kept_LKB / (1 - rates_L11)).to(like.dtype)
 
     def norm_last(self, output: EncoderOutput, norm: nn.Module) -> EncoderOutput:
-        """Norms the last layer (pre-norm encoders), unless the stack stopped early."""
+        """Normalises the last layer (pre-norm encoders), unless the stack stopped early."""
         if self.stop_after is not None:
             return output
         return output._replace(layers=(*output.layers[:-1], norm(output.layers[-1])))
 
 
 class Residual(nn.Module):
-    """Dropout and stochastic depth at the end of a residual branch."""
+    """Applies dropout and stochastic depth at the end of a residual branch."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Convolution over the time axis of (B, F, D) frames, by a kernel that is correct in the precision in force.
+"""Convolution over the time axis of (B, F, D) frames, with a kernel that is correct in the current precision.
 
 oneDNN computes 16-bit convolutions with an even kernel and at most 12 input channels per group wrongly on CPUs with AMX
 (relative error 1.0, no message; torch 2.13; depthwise and odd kernels are correct). `default_route` avoids such shapes
-on every CPU. pretrain/profiling/operation_check.py measures the shapes of a model at start-up and overrides the route
-of any other one that turns out wrong.
+on every CPU. pretrain/profiling/operation_check.py checks the shapes of a model at start-up and overrides the route of
+any other shape that is wrong.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ REDUCED = (torch.bfloat16, torch.float16)
 FEW_CHANNELS = 12
 """Input channels per group up to which oneDNN's even 16-bit kernels are not trusted."""
 Route = Literal["direct", "odd_kernel", "fp32"]
-"""How a convolution is computed: as given; with a zero tap appended to its kernel, which is exact; or in fp32."""
+"""How a convolution is computed: directly; with a zero tap appended to its kernel, which is exact; or in fp32."""
 
 
 class ConvShape(NamedTuple):
-    """Everything about a convolution that selects its kernel, apart from device and precision."""
+    """The parameters of a convolution that select its kernel, apart from device and precision."""
 
     in_dim: int
     dim: int
@@ -37,7 +37,7 @@ _OVERRIDES: dict[tuple[str, torch.dtype, ConvShape], Route] = {}
 
 
 def default_route(device_type: str, dtype: torch.dtype, shape: ConvShape) -> Route:
-    """Returns the route by the known fault of oneDNN alone, without any measurement."""
+    """Returns the route that avoids the known fault of oneDNN, without any measurement."""
     depthwise = shape.groups > 1 and shape.in_dim == shape.groups
     few = shape.in_dim // shape.groups <= FEW_CHANNELS and not depthwise
     if device_type == "cpu" and dtype in REDUCED and shape.kernel % 2 == 0 and few:
@@ -81,7 +81,7 @@ def time_conv(
             bias = None if bias_E is None else bias_E.float()
             return _convolve(x_BFD.float(), weight_EDK.float(), bias, stride, padding, groups).to(dtype)
     if route == "odd_kernel":
-        # the frame appended here meets the zero tap alone, so that the number of output frames stays the same
+        # the appended frame is multiplied by the zero tap only; the number of output frames stays the same
         x_BFD, weight_EDK = F.pad(x_BFD, (0, 0, 0, 1)), F.pad(weight_EDK, (0, 1))
     return _convolve(x_BFD, weight_EDK, bias_E, stride, padding, groups)
 
@@ -89,10 +89,10 @@ def time_conv(
 def _convolve(
     x_BFD: Tensor, weight_EDK: Tensor, bias_E: Tensor | None, stride: int, padding: int, groups: int
 ) -> Tensor:
-    """`time_conv` by the fastest layout.
+    """Computes `time_conv` in the fastest memory layout.
 
-    On a CPU, oneDNN is up to four times faster where channels are adjacent in memory, as they are here: grouped
-    convolutions in any precision, full ones in 16 bits only. A single input channel is the exception.
+    On a CPU, oneDNN is up to four times faster with adjacent channels, the layout of (B, F, D): for grouped
+    convolutions in any precision, for others in 16 bits only, and not for a single input channel.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BFD.dtype
     if x_BFD.device.type != "cpu" or x_BFD.shape[2] == 1 or (groups == 1 and dtype not in REDUCED):

@@ -1,4 +1,4 @@
-"""Dropout that is cheap on CPUs, too."""
+"""Dropout that is also cheap on CPUs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ _STEPS = 1 << 16
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """torch's dropout; on a CPU from 16 random bits per number, which takes a third of the time.
+    """Applies dropout; on a CPU with 16 random bits per value, which takes a third of the time of torch's.
 
-    There p is rounded to 1/65536. The draws come from torch's generator, so checkpointing repeats them.
+    On a CPU p is rounded to a multiple of 1/65536. The draws come from torch's generator, so that activation
+    checkpointing repeats them.
     """
     if not training or p == 0:
         return x

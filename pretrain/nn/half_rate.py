@@ -1,4 +1,4 @@
-"""A U-shape over time: the middle blocks of an encoder run at half the frame rate."""
+"""U-shaped encoder over time: the middle blocks run at half the frame rate."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pretrain.nn.packing import TimeGrid
 
 
 class HalfRate(nn.Module):
-    """Joins neighbouring frames in pairs and splits them again (multi-resolution HuBERT, arXiv 2310.02720, §2).
+    """Joins adjacent frames into pairs and splits them again (multi-resolution HuBERT, arXiv 2310.02720, §2).
 
-    The split frames are added to those from before the join, so that no fine detail is lost.
+    A skip connection adds the frames before the join to the split ones, so that fine detail is kept.
     """
 
     def __init__(self, dim: int) -> None:
@@ -20,9 +20,14 @@ class HalfRate(nn.Module):
         self.part = nn.Linear(dim, 2 * dim)
 
     def down(self, x_BFD: Tensor, grid: TimeGrid | None) -> Tensor:
-        """Halves the rate: (B, F, D), zero beyond each length, to (B, ⌈F / 2⌉, D).
+        """Halves the frame rate.
 
-        grid: for packed utterances, with starts at even frames; None for padded rows.
+        Args:
+            x_BFD: (B, F, D), zero beyond each length.
+            grid: for packed utterances, with starts at even frames; None for padded rows.
+
+        Returns:
+            (B, ⌈F / 2⌉, D).
         """
         if grid is not None:
             x_BFD = grid.spread(x_BFD)
@@ -31,12 +36,12 @@ class HalfRate(nn.Module):
         return joined
 
     def up(self, x_BFD: Tensor, fine_BFD: Tensor, grid: TimeGrid | None) -> Tensor:
-        """Restores the rate: splits (B, ⌈F / 2⌉, D) and adds the result to the F frames of `fine_BFD`."""
+        """Restores the frame rate: splits (B, ⌈F / 2⌉, D) and adds the result to the F frames of `fine_BFD`."""
         return fine_BFD + fit(self.part(x_BFD).reshape(len(x_BFD), -1, x_BFD.shape[2]), fine_BFD, grid)
 
 
 def repeated(x_BFD: Tensor, fine_BFD: Tensor, grid: TimeGrid | None) -> Tensor:
-    """Repeats each frame of the half rate, so that its layers have as many frames as the others."""
+    """Repeats each frame at half rate, so that all layers have the same number of frames."""
     return fit(x_BFD.repeat_interleave(2, dim=1), fine_BFD, grid)
 
 

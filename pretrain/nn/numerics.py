@@ -24,9 +24,9 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Returns `x`, whose gradient is multiplied by `scale` (fairseq's feature_grad_mult).
+    """Returns `x` and multiplies its gradient by `scale` (fairseq's feature_grad_mult).
 
-    It acts on the gradient that flows, never on gradients that are already accumulated.
+    It scales the gradient of this backward pass, never gradients that were accumulated before.
     """
     if scale == 1.0:
         return x
@@ -52,7 +52,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def stack_frames(frames: Frames, ratio: int) -> Frames:
-    """Joins `ratio` neighbouring frames into one: (B, F, D) to (B, F // ratio, ratio · D). A remainder is dropped."""
+    """Joins `ratio` adjacent frames into one: (B, F, D) to (B, F // ratio, ratio · D). A remainder is dropped."""
     if ratio == 1:
         return frames
     B, F, D = frames.x_BFD.shape
@@ -62,7 +62,7 @@ def stack_frames(frames: Frames, ratio: int) -> Frames:
 
 
 def pad_audio(wave_BT: Tensor, samples: int) -> Tensor:
-    """Appends zeros to (B, T) audio of fewer than `samples` samples, so that convolutions find a whole window."""
+    """Pads (B, T) audio with zeros to at least `samples` samples, so that a convolution has a whole window."""
     missing = samples - wave_BT.shape[1]
     return torch.nn.functional.pad(wave_BT, (0, missing)) if missing > 0 else wave_BT
 
@@ -75,9 +75,9 @@ def zero_padding(x_BFD: Tensor, lengths_B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def masked_deviation(x_BFD: Tensor, mask_BF: Tensor) -> Tensor:
-    """Returns the standard deviation over the chosen frames of a batch, averaged over channels.
+    """Returns the standard deviation over the selected frames of a batch, averaged over channels.
 
-    Without boolean indexing, which would make a GPU wait.
+    Without boolean indexing, which would synchronise with the GPU.
     """
     weight_BF1 = mask_BF[:, :, None].float()
     n = weight_BF1.sum().clamp(min=1)

@@ -1,6 +1,6 @@
-"""Packs the utterances of a batch end to end into one row without padding, and back.
+"""Packs the utterances of a batch end to end into one row without padding, and unpacks them.
 
-Packing is internal to front ends and encoders: their inputs and outputs stay (B, F, D), zero beyond each length.
+Packing is internal to front ends and encoders: their inputs and outputs are (B, F, D), zero beyond each length.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 
 
 class Packing(NamedTuple):
-    """lengths: frames of each utterance.  spans: their time in frames, longer where frames were removed.
+    """Layout of utterances packed into one row.
 
-    Both are on the host.  index_N: index of each packed frame in the flattened (B, width).
+    lengths: frames of each utterance.  spans: duration of each in frames, longer where frames were removed.  Both are
+    on the host.  width: frames of a padded row.  index_N: index of each packed frame in the flattened (B, width).
     """
 
     lengths: tuple[int, ...]
@@ -26,7 +27,7 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, lengths_B: Tensor, width: int, places_BF: Tensor | None = None) -> Packing:
-        """Builds the packing of rows of `width` frames. Waits for the device, since shapes follow from lengths."""
+        """Builds the packing of rows of `width` frames. Synchronises with the device, since lengths give shapes."""
         lengths = tuple(lengths_B.tolist())
         spans = lengths if places_BF is None else tuple((places_BF.amax(1) + 1).tolist())
         starts = [row * width for row in range(len(lengths))]
@@ -34,7 +35,7 @@ class Packing(NamedTuple):
 
     @property
     def total_1(self) -> Tensor:
-        """Length of the one row, as `Frames.lengths_B`."""
+        """Length of the packed row, as `Frames.lengths_B`."""
         return torch.tensor([sum(self.lengths)], device=self.index_N.device)
 
     def pack(self, x_BFD: Tensor) -> Tensor:
@@ -48,10 +49,10 @@ class Packing(NamedTuple):
 
 
 class TimeGrid(NamedTuple):
-    """A time axis for convolutions over frames whose order in memory is not that in time.
+    """A time axis for convolutions over frames that are not stored at their times.
 
     index_M: index of each of the (B, F) frames in the flattened (rows, width).  inside_RW1: True inside utterances, for
-    stacked convolutions, each of which needs zeros between utterances; None where only the first one does.
+    stacked convolutions, each of which needs zeros between utterances; None if only the first one does.
     """
 
     rows: int
@@ -72,8 +73,8 @@ class TimeGrid(NamedTuple):
 
         Args:
             lengths: frames of each utterance.
-            gap: zeros between two utterances, at least.
-            device: of the indices.
+            gap: least number of zeros between two utterances.
+            device: device of the indices.
             multiple: utterances start at multiples of this.
             places: where frames were removed, the time index of each, (1, N), and the time span of each utterance.
         """
@@ -92,19 +93,19 @@ class TimeGrid(NamedTuple):
 
     def spread(self, x_BFD: Tensor) -> Tensor:
         """Places (B, F, D) frames on the axis, (rows, width, D), zero elsewhere."""
-        # added, not set: padding, which is zero, may point at another frame's place
+        # added, not assigned: padding, which is zero, may have the index of another frame
         grid = x_BFD.new_zeros(self.rows * self.width, x_BFD.shape[2])
         return grid.index_add(0, self.index_M, x_BFD.flatten(0, 1)).view(self.rows, self.width, -1)
 
     def collect(self, y_RWD: Tensor, like_BFD: Tensor) -> Tensor:
-        """Takes the frames from (rows, width, E) back to (B, F, E)."""
+        """Gathers the frames from (rows, width, E) into (B, F, E)."""
         return y_RWD.flatten(0, 1).index_select(0, self.index_M).view(*like_BFD.shape[:2], y_RWD.shape[2])
 
 
 def packed_strided(
     convolve: Callable[[Tensor], Tensor], wave_BT: Tensor, lengths_B: Tensor, frames: Sequence[int], hop: int
 ) -> Tensor:
-    """Runs unpadded convolutions over concatenated waveforms with the result of each utterance alone.
+    """Runs unpadded convolutions over concatenated waveforms; each utterance has the same result as alone.
 
     Args:
         convolve: (1, T) audio to (1, F, D) frames, with a total stride of `hop`.
@@ -120,7 +121,7 @@ def packed_strided(
     spans = [-(-n // hop) * hop for n in samples]
     waves = [F.pad(wave_T[:n], (0, span - n)) for wave_T, n, span in zip(wave_BT, samples, spans, strict=True)]
     row_T = torch.cat(waves)
-    # utterances too short for a frame may not even fill the convolutions' kernels: the batch's width does
+    # utterances shorter than a frame may not fill the convolutions' kernels: pad to the batch's width
     row_T = F.pad(row_T, (0, max(0, wave_BT.shape[1] - len(row_T))))
     x_FD = convolve(row_T[None])[0]
     starts = [sum(spans[:row]) // hop for row in range(len(spans))]

@@ -1,11 +1,11 @@
 """Spectral features computed on the model's device: log-mel, MFCC, differences over time. No weights.
 
-torchaudio provides the DCT. What stays here, with the cost of the alternative (benchmarks/features.py measures it):
-mel filters in double precision, since torchaudio's are up to 3e-5 off and move log-mels by 2e-5 (80 bands) to 1e-3
-(256 bands), beyond what checkpoints trained with them allow; the spectrogram, since torchaudio's centres a short window
-in its FFT, so that the waveform must first be copied with padding, and takes 1.1 times as long; differences of
-utterances of different lengths, since torchaudio's need equal lengths and a convolution group per row, which an
-exported graph would fix to one batch size.
+torchaudio provides the DCT. The rest is implemented here because of the cost of torchaudio's version (measured by
+benchmarks/features.py): mel filters in double precision, since torchaudio's are up to 3e-5 off and change log-mels by
+2e-5 (80 bands) to 1e-3 (256 bands), more than checkpoints trained with them tolerate; the spectrogram, since
+torchaudio's centres a short window in its FFT, which requires a padded copy of the waveform and takes 1.1 times as
+long; deltas of utterances of different lengths, since torchaudio's need equal lengths and a convolution group per row,
+which would fix an exported graph to one batch size.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def delta(x_BFD: Tensor, lengths_B: Tensor, reach: int = 2) -> Tensor:
 
 
 def normalize_frames(x_BFD: Tensor, lengths_B: Tensor, eps: float = 1e-5) -> Tensor:
-    """Returns each channel of each utterance with mean 0 and deviation 1 over its valid frames; zero beyond them."""
+    """Normalises each channel of each utterance to mean 0 and deviation 1 over its valid frames; zero beyond them."""
     n_B11 = lengths_B.clamp(min=1)[:, None, None]
     centred = zero_padding(x_BFD - zero_padding(x_BFD, lengths_B).sum(1, keepdim=True) / n_B11, lengths_B)
     return centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / n_B11 + eps)

@@ -46,7 +46,7 @@ class Config(ObjectiveConfig):
 class MaskPlan(MicroBatchPlan):
     mask: FrameMask
     noise_BFD: Tensor
-    """What replaces masked feature frames, (B, feature frames, feature_dim)."""
+    """Noise that replaces masked feature frames, (B, feature frames, feature_dim)."""
     count: Tensor
 
 
@@ -98,7 +98,7 @@ class BestRQ(Objective):
         """Returns the stacked log-mel of the masked frames, (N, target_mels · windows per frame)."""
         mel = self.mel(batch.wave_BT, batch.lengths_B)
         stacked_BFD = stack_frames(mel, self.mels_per_frame).x_BFD
-        # a frontend whose windows are shorter than ours may have a frame more at the end
+        # a front end with shorter windows may have an additional frame at the end
         missing = mask.mask_BF.shape[1] - stacked_BFD.shape[1]
         stacked_BFD = F.pad(stacked_BFD, (0, 0, 0, max(missing, 0)))[:, : mask.mask_BF.shape[1]]
         masked_ND = stacked_BFD.flatten(0, 1)[mask.flat_N]
@@ -107,7 +107,7 @@ class BestRQ(Objective):
         return masked_ND
 
     def masked_features(self, features: Frames, plan: MaskPlan) -> Frames:
-        """Returns the features with noise where the encoder frame that they belong to is masked."""
+        """Returns the features with noise at all masked encoder frames."""
         masked_BF = plan.mask.mask_BF.repeat_interleave(self.ratio, dim=1)
         masked_BF = F.pad(masked_BF, (0, features.x_BFD.shape[1] - masked_BF.shape[1]))
         x_BFD = torch.where(masked_BF[:, :, None], plan.noise_BFD.to(features.x_BFD.dtype), features.x_BFD)

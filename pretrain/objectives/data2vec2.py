@@ -34,7 +34,7 @@ class Config(ObjectiveConfig):
     mask_adjust: Annotated[float, about("added to the share that blocks cover, against overlaps", ge=0, lt=1)] = 0.05
     mask_block: Annotated[int, about("frames per block of what is masked", ge=1)] = 5
     mask_inverse: Annotated[bool, about("blocks of kept frames instead of blocks of masked ones")] = False
-    mask_noise: Annotated[float, about("deviation of the noise that stands for masked frames in the decoder", ge=0)] = (
+    mask_noise: Annotated[float, about("deviation of the noise that replaces masked frames in the decoder", ge=0)] = (
         0.01
     )
     top_layers: Annotated[int, about("the teacher's last so many layers are averaged", ge=1)] = 8

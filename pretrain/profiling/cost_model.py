@@ -1,12 +1,12 @@
-"""Forecasts memory, communication and time of a run on a cluster from forward passes on this CPU.
+"""Forecasts memory, communication and time of a run on a cluster from forward passes on this machine's CPU.
 
-Measured here, on the real architecture: parameters, operations and saved activations of a forward pass at two lengths.
-Both are polynomials a·t + b·t² in the length t of a segment (everything but attention is linear). Assumed: the GPU's
-peak and links (hardware.py), the share of the peak that is reached (MFU), and that gradients are reduced during the
-backward pass. The assumptions are printed with the result.
+Measured on the actual architecture: parameters, operations and saved activations of a forward pass at two lengths.
+Operations and activations are polynomials a·t + b·t² in the length t of a segment (everything but attention is linear).
+Assumed: the GPU's peak and links (hardware.py), the share of the peak that is reached (MFU), and that gradients are
+reduced during the backward pass. The assumptions are printed with the result.
 
-The measurement fits on a login node: weights are pages that are never written, and saved activations are counted and
-dropped at once.
+The measurement fits on a login node: weights are memory pages that are never written, and saved activations are counted
+and dropped at once.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ GIB = 1 << 30
 BACKWARD = 2.0
 """Operations of the backward pass per one of the forward pass."""
 LARGEST_BUCKET = 50_000_000
-"""Numbers; as engines/deepspeed.py sets it."""
+"""Elements of DeepSpeed's gradient bucket, as in engines/deepspeed.py."""
 LIVE = 1_000_000_000
-"""Weights that ZeRO-3 leaves whole between their uses: DeepSpeed's stage3_max_live_parameters."""
+"""Weights that ZeRO-3 keeps gathered between their uses: DeepSpeed's stage3_max_live_parameters."""
 KINDS = [name for name in GPUS if name.isalnum()]
-"""GPUs that a cluster can have."""
+"""GPU types that a cluster can have."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Cost:
     quadratic: float
 
     def of(self, seconds: float) -> float:
-        """At `seconds`."""
+        """Returns the cost of a segment of `seconds`."""
         return self.linear * seconds + self.quadratic * seconds**2
 
 
@@ -75,7 +75,7 @@ class Measured:
     flops: Cost
     activations: Cost
     kept_once: float = 0.0
-    """However many segments there are: weights cast to 16 bits, for one."""
+    """Bytes independent of the number of segments, such as weights cast to 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Forecast:
     compute: float
     communication: float
     exposed: float
-    """Communication that the backward pass does not hide."""
+    """Communication not hidden behind the backward pass."""
     sent: float
 
     @property
@@ -112,7 +112,7 @@ def measure(config: Config, lengths: tuple[float, float] = (2.0, 4.0)) -> Measur
     """Runs the model's forward pass on this machine's CPU at two lengths in seconds, in the config's precision."""
     module = build_without_memory(config)
     if module.model.encoder.activation_checkpointing == "selective":
-        module.model.encoder.activation_checkpointing = "none"  # the hooks do not see what it keeps: an upper bound
+        module.model.encoder.activation_checkpointing = "none"  # the hooks miss what it keeps: gives an upper bound
     shorter, longer = (_forward(module, config, seconds) for seconds in lengths)
     once = max(0.0, 2 * shorter[1] - _forward(module, config, lengths[0], segments=2)[1])
     parameters = list(module.parameters())
@@ -126,7 +126,7 @@ def measure(config: Config, lengths: tuple[float, float] = (2.0, 4.0)) -> Measur
 
 
 def build_without_memory(config: Config) -> TrainModule:
-    """Returns the config's module with weights of 0 that occupy no memory until somebody writes to them."""
+    """Returns the config's module with zero weights that occupy no memory until they are written to."""
     with torch.device("meta"):
         module = build_model(config)
 
@@ -147,7 +147,7 @@ def _fit(lengths: tuple[float, float], values: tuple[float, float]) -> Cost:
 
 
 def _forward(module: TrainModule, config: Config, seconds: float, segments: int = 1) -> tuple[float, float]:
-    """Returns operations and bytes saved for the backward pass of a forward pass over segments of noise."""
+    """Returns the operations of a forward pass over segments of noise, and the bytes saved for the backward pass."""
     samples = int(seconds * SAMPLE_RATE)
     keys = tuple(f"noise {number}" for number in range(segments))
     targets = {}
@@ -179,11 +179,16 @@ def _forward(module: TrainModule, config: Config, seconds: float, segments: int 
 
 
 def state_bytes(measured: Measured, stage: int, ranks: int) -> float:
-    """Returns the bytes of weights, gradients and Adam's moments on one GPU under a ZeRO stage: fp32, 4 + 4 + 8.
+    """Returns the bytes of weights, gradients and Adam's moments on one GPU, in fp32: 4 + 4 + 8 per parameter.
 
-    From stage 1 on DeepSpeed updates a partitioned copy of the weights (4) and sums gradients in a bucket, which lives
-    during the backward pass; ZeRO-3 gathers weights, and keeps up to LIVE of them between the
-    passes. Compared with what real engines hold in tests/distributed/test_memory.py.
+    From stage 1 on DeepSpeed updates a partitioned copy of the weights (4 bytes each) and sums gradients in a bucket
+    that exists during the backward pass; ZeRO-3 gathers weights and keeps up to LIVE of them between the passes.
+    tests/distributed/test_memory.py compares this with actual engines.
+
+    Args:
+        measured: the model.
+        stage: ZeRO stage, 0 to 3.
+        ranks: number of GPUs.
     """
     weights, gradients, moments = 4.0 * measured.parameters, 4.0 * measured.trained, 8.0 * measured.trained
     copy = 4.0 * measured.trained / ranks if stage >= 1 else 0.0
@@ -202,16 +207,21 @@ def bucket_bytes(measured: Measured) -> float:
 
 
 def activation_bytes(measured: Measured, config: Config) -> float:
-    """Returns the bytes of a micro-batch whose segments all have the longest length, the worst case."""
+    """Returns the activation bytes of a micro-batch in the worst case, all segments of the longest length."""
     per_micro_batch = config.data.batch_seconds / config.data.micro_batches
     longest = min(config.data.max_seconds, per_micro_batch)
     return measured.kept_once + measured.activations.of(longest) * per_micro_batch / longest
 
 
 def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mfu: float) -> Forecast:
-    """Forecasts a step on `gpus` GPUs of the cluster's kind; the audio per step is the recipe's, whatever their number.
+    """Forecasts a step. The audio per step is that of the recipe, whatever the number of GPUs.
 
-    mfu: the share of the GPUs' peak that is reached, 0 to 1.
+    Args:
+        measured: the model.
+        config: the config of the run.
+        cluster: type of GPU, and GPUs per node.
+        gpus: number of GPUs.
+        mfu: share of the GPUs' peak that is reached, 0 to 1.
     """
     gpu, longest = GPUS[cluster.kind], config.data.max_seconds
     peak = hardware.peak_tflops(gpu, config.engine.precision, config.engine.tf32)

@@ -1,4 +1,4 @@
-"""The one counter of floating-point operations."""
+"""Counts the floating-point operations of models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def counter() -> FlopCounterMode:
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *rest: Any, **named: Any) -> int:
-    """Operations of attention between tensors of these shapes."""
+    """Returns the operations of attention between tensors of these shapes."""
     count: int = sdpa_flop_count(q, k, v)  # type: ignore[no-untyped-call]
     return count
 

@@ -1,6 +1,6 @@
-"""Peak rates, memory and links of GPUs, from their makers' data sheets.
+"""Peak rates, memory and link rates of GPUs, from their manufacturers' data sheets.
 
-Rates are dense, without structured sparsity: where a data sheet gives figures "with sparsity", half of them. NVIDIA
+Rates are dense: where a data sheet gives figures with structured sparsity, they are halved. NVIDIA
 V100 (DS-08644), T4, A10, A30, A40, A100 (80 GB SXM), L4, L40, L40S, H100 (SXM, PCIe, NVL), H200 and HGX B200 data
 sheets; GeForce and RTX GPU architecture white papers (Ampere GA102, Ada AD102); Amazon's EC2 G5 page for the A10G; AMD
 Instinct MI300X data sheet (LE-84001).
@@ -18,13 +18,13 @@ class Gpu:
     half: float
     """bf16 and fp16 (V100 and T4: fp16 alone)."""
     tf32: float
-    """fp32 products with TF32; of GPUs without TF32, those of fp32."""
+    """fp32 products with TF32; for GPUs without TF32, the fp32 rate."""
     fp32: float
     memory: float
     inside: float
-    """To the other GPUs of its node: NVLink, Infinity Fabric or PCIe."""
+    """Link to the other GPUs of the node: NVLink, Infinity Fabric or PCIe."""
     between: float = 12.5
-    """To other nodes, of one common network adapter per GPU: 100, 200 or 400 Gbit/s."""
+    """Link to other nodes, with one common network adapter per GPU: 100, 200 or 400 Gbit/s."""
 
 
 GPUS: dict[str, Gpu] = {
@@ -49,13 +49,14 @@ GPUS: dict[str, Gpu] = {
     "B200": Gpu(2250, 1125, 75, 180, 900, 50),
     "MI300X": Gpu(1307.4, 653.7, 163.4, 192, 448, 50),
 }
-"""By the words of a device's name in torch that identify it."""
+"""GPUs by the words of torch's device name that identify them."""
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """Returns the entry whose words are all in `device_name`, the longest one; None where the GPU is unknown.
+    """Returns the entry with the longest key whose words are all in `device_name`; None for an unknown GPU.
 
-    device_name: as `torch.cuda.get_device_name` gives it, such as "NVIDIA H100 80GB HBM3".
+    Args:
+        device_name: from `torch.cuda.get_device_name`, such as "NVIDIA H100 80GB HBM3".
     """
     words = set(device_name.replace("-", " ").split())
     known = [name for name in GPUS if set(name.split()) <= words]
@@ -63,7 +64,13 @@ def find_gpu(device_name: str) -> Gpu | None:
 
 
 def peak_tflops(gpu: Gpu, precision: str, tf32: bool) -> float:
-    """Returns the peak of matrix products: precision "fp32" (with TF32 where `tf32`), "bf16" or "fp16"."""
+    """Returns the peak rate of matrix products in TFLOP/s.
+
+    Args:
+        gpu: the GPU.
+        precision: "fp32", "bf16" or "fp16".
+        tf32: whether fp32 products use TF32.
+    """
     if precision != "fp32":
         return gpu.half
     return gpu.tf32 if tf32 else gpu.fp32

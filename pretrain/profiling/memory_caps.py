@@ -1,4 +1,4 @@
-"""Finds batch caps (`auricle data find-caps`) by training steps of growing size on the real device."""
+"""Finds batch caps (`auricle data find-caps`) with training steps of increasing size on the actual device."""
 
 from __future__ import annotations
 
@@ -26,9 +26,17 @@ SHARE_OF_MEMORY = 0.9
 
 
 def measure_caps(config: Config, world: DistributedContext, memory_gb: float = 0.0) -> Caps:
-    """Measures the caps of `config` on this device, of whose memory 0.9 (or `memory_gb`) may be used.
+    """Measures the batch caps of `config` on this device.
 
-    One rank holds the whole optimizer state here, so that ZeRO leaves memory to spare.
+    The measurement holds the whole optimizer state on one rank, so that runs with ZeRO have memory to spare.
+
+    Args:
+        config: the config of the run.
+        world: a single rank.
+        memory_gb: memory that may be used, in GB; 0: SHARE_OF_MEMORY of the device's.
+
+    Raises:
+        ValueError: not even one segment of data.max_seconds fits.
     """
     alone = dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="torch", offload="none"))
     engine = make_engine(alone, build_model(alone), world)
@@ -46,7 +54,7 @@ def measure_caps(config: Config, world: DistributedContext, memory_gb: float = 0
 
 
 def _peak(engine: Engine, rows: int, seconds: float) -> float:
-    """Returns the peak bytes of a training step; inf where memory ran out."""
+    """Returns the peak memory of a training step in bytes; inf if memory ran out."""
     device, samples = engine.world.device, round(seconds * SAMPLE_RATE)
     noise = torch.from_numpy(keyed_rng(rows, samples).standard_normal(samples)).float() * 0.1
     wave_BT = noise.expand(rows, samples).clone()
@@ -70,7 +78,7 @@ def _peak(engine: Engine, rows: int, seconds: float) -> float:
 
 
 def _reset(device: str) -> None:
-    """Resets the peak of earlier steps."""
+    """Resets the peak memory statistics."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -94,7 +102,7 @@ MOST_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class Caps:
-    """rows: (seconds of a segment, most rows that fit), longest first. The others: see DataConfig."""
+    """rows: (seconds of a segment, most rows that fit), longest first. cap_seconds, cap_quadratic: see DataConfig."""
 
     rows: Sequence[tuple[float, int]]
     cap_seconds: float
@@ -118,9 +126,15 @@ def most_rows(fits: Callable[[int], bool], start: int) -> int:
 
 
 def find_caps(fits: Callable[[int, float], bool], lengths: Sequence[float], start_seconds: float) -> Caps:
-    """Bisects at each of `lengths` (seconds), longest first. `fits(rows, seconds)` runs a step on the real model.
+    """Finds the most rows that fit at each length, by bisection.
 
-    Raises ValueError if not even one segment of the longest length fits.
+    Args:
+        fits: (rows, seconds) -> whether a training step of this size fits.
+        lengths: segment lengths in seconds; the longest is measured first.
+        start_seconds: audio of the first micro-batch that is tried.
+
+    Raises:
+        ValueError: not even one segment of the longest length fits.
     """
     rows: list[tuple[float, int]] = []
     budget = start_seconds
@@ -134,7 +148,10 @@ def find_caps(fits: Callable[[int, float], bool], lengths: Sequence[float], star
 
 
 def _cap_of(rows: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """cap and q with n * s * (1 + q * s) <= cap at every measured (s, n): q from the outer lengths, cap the least."""
+    """Returns cap and q with n * s * (1 + q * s) <= cap at every measured (s, n).
+
+    q comes from the longest and shortest length; cap is the smallest value over all lengths.
+    """
     (long, n_long), (short, n_short) = rows[0], rows[-1]
     a, b = n_long * long, n_short * short
     quadratic = max(0.0, (b - a) / (a * long - b * short)) if a * long > b * short else 0.0

@@ -1,7 +1,7 @@
-"""Model FLOP utilisation: FLOP/s that the model needs over the devices' peak (PaLM, arXiv 2204.02311, appendix B).
+"""Model FLOP utilisation (MFU): the model's FLOP/s relative to the peak (PaLM, arXiv 2204.02311, appendix B).
 
-Counted is the forward pass of front end and encoder, three times for forward and backward. Recomputation, teachers and
-heads do not count, so that overhead never appears as utilisation.
+The forward pass of front end and encoder is counted three times, for forward and backward. Recomputation, teachers and
+heads are not counted, so that overhead never appears as utilisation.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pretrain.profiling.flops import forward_flops
 from pretrain.train_module import build_speech_model
 
 LONGEST_SECONDS = 10.0
-"""Segment that is counted at most; what it costs a second hardly grows any more."""
+"""Longest segment that is counted; beyond it the cost per second hardly grows."""
 
 
 @dataclass(frozen=True)
 class Utilisation:
-    """flop_per_audio_second: of training.  peak_flops: of all devices together, per second."""
+    """flop_per_audio_second: operations of training.  peak_flops: peak FLOP/s of all devices together."""
 
     flop_per_audio_second: float
     peak_flops: float
@@ -33,9 +33,9 @@ class Utilisation:
 
 
 def measure(config: Config, device: str, devices: int) -> Utilisation | None:
-    """Returns cost and peak of a run on `devices` devices like `device`.
+    """Returns cost and peak of a run on `devices` devices of the type of `device`.
 
-    None where the peak is unknown: `engine.peak_tflops` sets that of a CPU or of a GPU that hardware.GPUS lacks.
+    None if the peak is unknown: `engine.peak_tflops` sets that of a CPU or of a GPU that hardware.GPUS lacks.
     """
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
     peak = peak_tflops(config.engine, name) * 1e12 * devices
@@ -43,7 +43,7 @@ def measure(config: Config, device: str, devices: int) -> Utilisation | None:
 
 
 def peak_tflops(engine: EngineConfig, device_name: str) -> float:
-    """Returns the peak of one device in the engine's precision, TFLOP/s; 0 where it is unknown."""
+    """Returns the peak of one device in the engine's precision, in TFLOP/s; 0 if it is unknown."""
     if engine.peak_tflops:
         return engine.peak_tflops
     gpu = hardware.find_gpu(device_name)
@@ -51,7 +51,7 @@ def peak_tflops(engine: EngineConfig, device_name: str) -> float:
 
 
 def forward_flop(config: Config) -> float:
-    """Counts a forward pass per second of audio, on a model with the config's architecture and its mean segment."""
+    """Returns the operations of a forward pass per second of audio, for the config's model and mean segment length."""
     seconds = min((config.data.min_seconds + config.data.max_seconds) / 2, LONGEST_SECONDS)
     samples = round(seconds * SAMPLE_RATE)
     return forward_flops(build_speech_model(config), samples) * SAMPLE_RATE / samples

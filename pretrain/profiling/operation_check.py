@@ -1,9 +1,9 @@
-"""Start-up check of the 16-bit operations of a model: each one against fp32, on the device that will run it.
+"""Start-up check of the 16-bit operations of a model: compares each with fp32 on the device that will run it.
 
-A kernel that computes something else raises no error, and a model trains on noise. Outputs and gradients of every
-distinct convolution, linear layer and attention of the model are compared with fp32 on a few frames of noise, which
-takes milliseconds. A wrong convolution is computed another way from then on; any other wrong operation ends the start
-with a ConfigError. Results are kept for the process, and in a file of the user's cache folder for the next one.
+A wrong kernel raises no error, and the model would train on noise. Outputs and gradients of every distinct convolution,
+linear layer and attention of the model are compared with fp32 on a few frames of noise, which takes milliseconds. A
+wrong convolution is computed another way from then on; any other wrong operation ends the start with a ConfigError.
+Results are kept for the process, and in a file in the user's cache folder for later processes.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from pretrain.nn.convolution import REDUCED, ConvShape, Route, TimeConv, default
 from pretrain.nn.positions import ConvPositions
 
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01}
-"""Largest ‖16-bit − fp32‖ / ‖fp32‖; rounding of the results alone gives about 0.003 and 0.0004."""
+"""Largest allowed ‖16-bit − fp32‖ / ‖fp32‖; rounding of the results alone gives about 0.003 and 0.0004."""
 MOST_OUTPUTS = 1024
-"""Columns checked of a wider matrix product; they are computed by the same kernel as the rest."""
+"""Most columns of a matrix product that are checked; the same kernel computes the rest."""
 FRAMES = 16
-"""Output frames of a checked convolution, rows of a checked product."""
+"""Output frames of a checked convolution and rows of a checked product."""
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution over time, by `time_conv`."""
+    """A convolution over time, computed by `time_conv`."""
 
     shape: ConvShape
 
@@ -51,13 +51,13 @@ class Convolution:
         )
 
     def sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the operands."""
+        """Returns the sizes of the operands."""
         s = self.shape
         frames = max(1, s.kernel + (FRAMES - 1) * s.stride - 2 * s.padding)
         return (1, frames, s.in_dim), (s.dim, s.in_dim // s.groups, s.kernel)
 
     def compute(self, x_BFD: Tensor, weight_EDK: Tensor) -> Tensor:
-        """Runs the operation under the precision in force."""
+        """Runs the operation in the current precision."""
         s = self.shape
         return time_conv(x_BFD, weight_EDK, None, s.stride, s.padding, s.groups)
 
@@ -73,17 +73,17 @@ class Product:
         return f"linear layer of {self.in_dim} to {self.dim} channels"
 
     def sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the operands."""
+        """Returns the sizes of the operands."""
         return (1, FRAMES, self.in_dim), (min(self.dim, MOST_OUTPUTS), self.in_dim)
 
     def compute(self, x_BFD: Tensor, weight_ED: Tensor) -> Tensor:
-        """Runs the operation under the precision in force."""
+        """Runs the operation in the current precision."""
         return F.linear(x_BFD, weight_ED)
 
 
 @dataclass(frozen=True)
 class BatchedProduct:
-    """A matrix product with other weights for each row, as in the group-normed stem."""
+    """A matrix product with separate weights for each row, as in the group-normed stem."""
 
     in_dim: int
     dim: int
@@ -92,12 +92,12 @@ class BatchedProduct:
         return f"batched product of {self.in_dim} to {self.dim} channels"
 
     def sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the operands."""
+        """Returns the sizes of the operands."""
         dim = min(self.dim, MOST_OUTPUTS)
         return (2, FRAMES, self.in_dim), (2, self.in_dim, dim), (2, 1, dim)
 
     def compute(self, x_BFK: Tensor, weight_BKD: Tensor, offset_B1D: Tensor) -> Tensor:
-        """Runs the operation under the precision in force."""
+        """Runs the operation in the current precision."""
         return torch.baddbmm(offset_B1D, x_BFK, weight_BKD)
 
 
@@ -112,23 +112,23 @@ class Attention:
         return f"attention of {self.heads} heads × {self.head_dim} channels"
 
     def sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of the operands."""
+        """Returns the sizes of the operands."""
         return ((1, self.heads, FRAMES, self.head_dim),) * 3
 
     def compute(self, q_BHFC: Tensor, k_BHFC: Tensor, v_BHFC: Tensor) -> Tensor:
-        """Runs the operation under the precision in force."""
+        """Runs the operation in the current precision."""
         if torch.is_autocast_enabled(q_BHFC.device.type):
             dtype = torch.get_autocast_dtype(q_BHFC.device.type)
             q_BHFC, k_BHFC, v_BHFC = q_BHFC.to(dtype), k_BHFC.to(dtype), v_BHFC.to(dtype)
-        return attend(0.25 * q_BHFC, k_BHFC, v_BHFC, None)  # a soft softmax: a peaked one amplifies rounding
+        return attend(0.25 * q_BHFC, k_BHFC, v_BHFC, None)  # small logits: a peaked softmax amplifies rounding
 
 
 Operation = Convolution | Product | BatchedProduct | Attention
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Result for one operation. error: relative to fp32, of its route.  direct: the same without a detour."""
+class CheckResult:
+    """Result of checking one operation. error: relative to fp32, with its route.  direct: the same as given."""
 
     operation: Operation
     route: Route
@@ -154,71 +154,77 @@ def operations(module: nn.Module) -> list[Operation]:
 
 def check_operations(
     module: nn.Module, device: str, dtype: torch.dtype | None, say: Callable[[str], None] = print
-) -> list[Verdict]:
+) -> list[CheckResult]:
     """Checks the operations of `module` in `dtype` on `device` and reroutes wrong convolutions for the process.
 
     Args:
         module: the model; its weights are not read.
         device: a torch device, such as "cpu" or "cuda:0".
         dtype: autocast's type; None (fp32) checks nothing.
-        say: receives a line for each convolution that was found wrong as it is and is computed another way.
+        say: receives a line for each convolution that is wrong as given and is computed another way.
 
     Returns:
-        One verdict per distinct operation.
+        One result per distinct operation.
 
     Raises:
-        ConfigError: an operation is wrong and has no other way; names it, its error and the remedy.
+        ConfigError: an operation is wrong by every route; the message names it, its error and the remedy.
     """
     if dtype is None:
         return []
-    verdicts = judge(operations(module), device, dtype)
-    for verdict in verdicts:
-        where = f"{verdict.operation} in {_name(dtype)} on {device}"
-        if not verdict.right:
+    results = check_each(operations(module), device, dtype)
+    for result in results:
+        where = f"{result.operation} in {_name(dtype)} on {device}"
+        if not result.right:
             raise ConfigError(
-                f"engine.precision={_precision(dtype)}: {where} differs from fp32 by {verdict.error:.2g} of its size "
+                f"engine.precision={_precision(dtype)}: {where} differs from fp32 by {result.error:.2g} of its size "
                 f"(allowed: {TOLERANCE[dtype]:g}), so that the model would train on noise; set engine.precision=fp32"
                 f"{', or ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 in the environment' if device == 'cpu' else ''}"
             )
-        if verdict.direct > TOLERANCE[dtype]:
-            say(f"{where} is wrong here (error {verdict.direct:.2g}); computed by route {verdict.route} instead")
-    return verdicts
+        if result.direct > TOLERANCE[dtype]:
+            say(f"{where} is wrong here (error {result.direct:.2g}); computed by route {result.route} instead")
+    return results
 
 
-def judge(found: Iterable[Operation], device: str, dtype: torch.dtype, known: Path | None = None) -> list[Verdict]:
-    """Returns the verdict of each operation, measured or from the cache, and applies the routes of convolutions.
+def check_each(
+    found: Iterable[Operation], device: str, dtype: torch.dtype, known: Path | None = None
+) -> list[CheckResult]:
+    """Returns the result of each operation, measured or from the cache, and applies the routes of convolutions.
 
-    known: the cache file; default: `cache_file()`. Verdicts of wrong operations are measured again each time.
+    Args:
+        found: the operations.
+        device: a torch device.
+        dtype: the 16-bit type.
+        known: the cache file; default: `cache_file()`. Wrong operations are measured again each time.
     """
     known = cache_file() if known is None else known
     prefix = f"{fingerprint(device)}/{_name(dtype)}/"
     saved = dict(_read(known)) if known else {}
-    verdicts, fresh = [], {}
+    results, fresh = [], {}
     for operation in found:
         key = f"{prefix}{operation}"
-        verdict = _PROCESS.get(key) or _parsed(operation, saved.get(key))
-        if verdict is None:
-            verdict = measure(operation, device, dtype)
-        if verdict.right and key not in saved:
-            fresh[key] = [verdict.route, verdict.error, verdict.direct]
-        if verdict.right:
-            _PROCESS[key] = verdict
+        result = _PROCESS.get(key) or _parsed(operation, saved.get(key))
+        if result is None:
+            result = measure(operation, device, dtype)
+        if result.right and key not in saved:
+            fresh[key] = [result.route, result.error, result.direct]
+        if result.right:
+            _PROCESS[key] = result
         if isinstance(operation, Convolution):
-            override_route(torch.device(device).type, dtype, operation.shape, verdict.route)
-        verdicts.append(verdict)
+            override_route(torch.device(device).type, dtype, operation.shape, result.route)
+        results.append(result)
     if known and fresh:
         _write(known, {**saved, **fresh})
-    return verdicts
+    return results
 
 
-_PROCESS: dict[str, Verdict] = {}
+_PROCESS: dict[str, CheckResult] = {}
 
 
-def measure(operation: Operation, device: str, dtype: torch.dtype) -> Verdict:
-    """Compares an operation with fp32, a convolution by one route after another until one is right."""
+def measure(operation: Operation, device: str, dtype: torch.dtype) -> CheckResult:
+    """Compares an operation with fp32; tries the routes of a convolution in order until one is right."""
     if not isinstance(operation, Convolution):
         error = relative_error(operation, device, dtype)
-        return Verdict(operation, "direct", error, error, error <= TOLERANCE[dtype])
+        return CheckResult(operation, "direct", error, error, error <= TOLERANCE[dtype])
     kind, shape = torch.device(device).type, operation.shape
     errors: dict[Route, float] = {}
     first = default_route(kind, dtype, shape)
@@ -236,11 +242,11 @@ def measure(operation: Operation, device: str, dtype: torch.dtype) -> Verdict:
             direct = relative_error(operation, device, dtype)
     finally:
         override_route(kind, dtype, shape, None)
-    return Verdict(operation, route, errors[route], direct, errors[route] <= TOLERANCE[dtype])
+    return CheckResult(operation, route, errors[route], direct, errors[route] <= TOLERANCE[dtype])
 
 
 def relative_error(operation: Operation, device: str, dtype: torch.dtype) -> float:
-    """‖16-bit − fp32‖ / ‖fp32‖, the largest over the output and the gradients of all operands; inf for NaN."""
+    """Returns the largest ‖16-bit − fp32‖ / ‖fp32‖ over the output and the gradients of all operands; inf for NaN."""
     kind = torch.device(device).type
     operands = [noise(size).to(dtype).float().to(device) for size in operation.sizes()]
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
@@ -259,7 +265,7 @@ def relative_error(operation: Operation, device: str, dtype: torch.dtype) -> flo
 
 
 def _results(operation: Operation, operands: Sequence[Tensor]) -> list[Tensor]:
-    """Output and gradients of a fixed weighting of it."""
+    """Returns the output, and the gradients of a fixed weighted sum of it."""
     leaves = [operand.clone().requires_grad_() for operand in operands]
     out: Tensor = operation.compute(*leaves)
     weights = noise(tuple(out.shape), start=977).to(out.device, out.dtype)
@@ -276,7 +282,7 @@ def _pool() -> Tensor:
 
 
 def noise(size: tuple[int, ...], start: int = 0) -> Tensor:
-    """Normal noise of a prime period, which is cheaper to repeat than to draw."""
+    """Returns normal noise with a prime period, which is cheaper to repeat than to draw."""
     n = 1
     for extent in size:
         n *= extent
@@ -285,7 +291,7 @@ def noise(size: tuple[int, ...], start: int = 0) -> Tensor:
 
 
 def fingerprint(device: str) -> str:
-    """Identifies torch, its kernels and the processor: results are valid for one of these alone."""
+    """Returns a hash of torch's version, its kernels and the processor, for which results are valid."""
     if device.startswith("cuda"):
         part = f"{torch.cuda.get_device_name(device)} {torch.version.cuda} {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
     else:
@@ -296,7 +302,7 @@ def fingerprint(device: str) -> str:
 
 @functools.cache
 def _cpu() -> str:
-    """Model and instruction sets of the processor."""
+    """Returns model and instruction sets of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -306,7 +312,7 @@ def _cpu() -> str:
 
 
 def cache_file() -> Path | None:
-    """Returns the file that keeps results, in a folder of the user alone; None where there cannot be one."""
+    """Returns the cache file of results, in a folder that only the user can write; None if that is not possible."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path(os.environ.get("HOME", "")) / ".cache")
     folder = Path(base) / "auricle"
     if not folder.is_absolute():
@@ -321,7 +327,7 @@ def cache_file() -> Path | None:
 
 
 def _read(file: Path) -> dict[str, object]:
-    """Results of earlier processes; none where the file is missing or damaged, for they can be measured again."""
+    """Returns the results of earlier processes; {} if the file is missing or damaged."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -329,15 +335,15 @@ def _read(file: Path) -> dict[str, object]:
     return values if isinstance(values, dict) else {}
 
 
-def _parsed(operation: Operation, value: object) -> Verdict | None:
+def _parsed(operation: Operation, value: object) -> CheckResult | None:
     match value:
         case ["direct" | "odd_kernel" | "fp32" as route, float(error), float(direct)]:
-            return Verdict(operation, route, error, direct, True)
+            return CheckResult(operation, route, error, direct, True)
     return None
 
 
 def _write(file: Path, values: dict[str, object]) -> None:
-    """Replaces the file in one step; a full or read-only disk only costs the next process its measurements."""
+    """Replaces the file atomically; errors are ignored, since the next process can measure again."""
     try:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=file.parent, prefix=".operations", delete=False
@@ -361,14 +367,14 @@ SAMPLE: tuple[Operation, ...] = (
     BatchedProduct(10, 512),
     Attention(8, 64),
 )
-"""Operations of the shipped recipes, small ones among them, that `auricle doctor` checks."""
+"""Operations of the shipped recipes, including small ones, that `auricle doctor` checks."""
 
 
-def survey(device: str, dtype: torch.dtype) -> tuple[int, list[Verdict]]:
-    """Returns how many operations of SAMPLE are right as they are, and the verdicts of all others."""
-    verdicts = judge(SAMPLE, device, dtype)
-    odd = [verdict for verdict in verdicts if not verdict.right or verdict.direct > TOLERANCE[dtype]]
-    return len(verdicts) - len(odd), odd
+def survey(device: str, dtype: torch.dtype) -> tuple[int, list[CheckResult]]:
+    """Returns the number of operations in SAMPLE that are right as given, and the results of those that are not."""
+    results = check_each(SAMPLE, device, dtype)
+    odd = [result for result in results if not result.right or result.direct > TOLERANCE[dtype]]
+    return len(results) - len(odd), odd
 
 
 def _name(dtype: torch.dtype) -> str:

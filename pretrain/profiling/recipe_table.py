@@ -16,10 +16,10 @@ OURS = "unpublished: this project's own"
 
 @dataclass(frozen=True)
 class Published:
-    """Figures that a source gives. millions: parameters; minutes: of audio per update; gflop: per audio second.
+    """Published figures. millions: parameters; minutes: of audio per update; gflop: per audio second.
 
-    None where it gives none: the papers and releases of data2vec, data2vec 2.0 and DinoSR count no parameters of
-    their speech models, nor does SpeechBrain's BEST-RQ; the paper's own has 24 large blocks.
+    None for figures that the source does not give: data2vec, data2vec 2.0, DinoSR and SpeechBrain's BEST-RQ report no
+    parameter counts of their speech models; the BEST-RQ paper's own model has 24 large blocks.
     """
 
     millions: float | None
@@ -28,7 +28,7 @@ class Published:
     source: str
 
 
-# operations: those that the project's design worked out for crops of 15 s; the papers give none
+# operations: derived in this project's design for crops of 15 s; the papers report none
 PUBLISHED = {
     "wav2vec2_base": Published(95.0, 93.6, 15.3, "arXiv 2006.11477; fairseq wav2vec2_base_librispeech.yaml"),
     "wav2vec2_large": Published(317.4, 162.0, 39.6, "arXiv 2006.11477, §4.2"),
@@ -41,12 +41,12 @@ PUBLISHED = {
     "efficient_base": Published(None, None, 4.8, f"{OURS} combination (recipes of Fast-HuBERT and BEST-RQ)"),
     "time_contrastive_base": Published(None, None, 15.3, f"{OURS}; beside wav2vec 2.0 BASE"),
 }
-"""By recipe; those with other names are this project's own small ones."""
+"""Published figures by recipe; all other recipes are this project's own small ones."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table. parameters: all that are trained; model_parameters: front end and encoder alone."""
+    """One row of the table. parameters: all trained ones; model_parameters: those of front end and encoder."""
 
     name: str
     parameters: int

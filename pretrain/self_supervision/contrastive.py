@@ -31,7 +31,7 @@ def contrast_logits(
         temperature: divides the cosine.
 
     Returns:
-        Entry 0 is the frame's own target, the others its negatives. Entries beyond `mask.valid_BM` are meaningless.
+        Entry 0 is the frame's own target; the rest are its negatives. Entries beyond `mask.valid_BM` are meaningless.
     """
     if len(predictions_ND) == 0:  # a micro-batch without a masked frame; one row of zeros keeps the graph connected
         predictions_ND, targets_ND = F.pad(predictions_ND, (0, 0, 0, 1)), F.pad(targets_ND, (0, 0, 0, 1))

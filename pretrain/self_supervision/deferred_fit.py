@@ -26,7 +26,7 @@ class FittedOnce(nn.Module):
 
     @property
     def due(self) -> bool:
-        """Whether this forward pass shall add its rows."""
+        """Whether this forward pass must add its rows."""
         return self.training and not self.done
 
     def forget(self) -> None:

@@ -63,11 +63,11 @@ class MaskedUnitsConfig(ObjectiveConfig):
 
     @property
     def frame_labels(self) -> FrameLabels | None:
-        """Those of `labels`, where it names some."""
+        """The frame labels named by `labels`, if any."""
         return FrameLabels(self.labels, self.label_rate_hz, self.units) if self.labels else None
 
     def cautions(self, total_steps: int) -> list[str]:
-        """A relabelling that comes after the run's end has no effect."""
+        """Warns of a relabelling after the end of the run, which has no effect."""
         if self.relabel_step < total_steps:
             return []
         return [f"objective.relabel_step={self.relabel_step} is never reached with train.steps={total_steps}"]
@@ -219,13 +219,13 @@ class MaskedUnits(Objective):
         )
 
     def active_units(self) -> int:
-        """Returns the number of units by now."""
+        """Returns the current number of units."""
         config = self.units_config
         return config.relabel_units or config.units if self.relabelled else config.units
 
     @property
     def relabelled(self) -> bool:
-        """Whether the units come from the model's own layer by now."""
+        """Whether the current units come from a layer of the model."""
         return self.teacher is not None and bool(self.layer_fit.done)
 
     def forget(self) -> None:

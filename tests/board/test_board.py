@@ -160,7 +160,7 @@ def test_the_state_of_a_run_is_running_stopped_or_unhealthy(tmp_path: Path) -> N
 
 def test_replay_without_a_saved_batch_is_an_error(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(runs / "best_rq")]) == 2
-    assert "no batch was kept" in capsys.readouterr().err
+    assert "no batch was saved" in capsys.readouterr().err
 
 
 @pytest.fixture

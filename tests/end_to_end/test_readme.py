@@ -74,7 +74,7 @@ def test_the_readme_is_short_and_names_the_two_commands() -> None:
 def test_doctor_finds_everything_it_needs(home: Path) -> None:
     done = auricle(home, *command("doctor"))
     assert done.returncode == 0, done.stdout
-    assert "everything that is needed is there" in done.stdout
+    assert "all requirements are met" in done.stdout
 
 
 def test_a_repeated_preprocess_command_does_nothing(home: Path, shards: Path) -> None:

@@ -136,7 +136,7 @@ def test_following_ends_when_the_run_has_died(
 ) -> None:
     save(tmp_path / "run", 2)
     assert follow("follow_minutes=0.001") == [2]
-    assert "no sign of life for follow_minutes=0.001" in capsys.readouterr().out
+    assert "no heartbeat for follow_minutes=0.001" in capsys.readouterr().out
     (tmp_path / "run" / "UNHEALTHY").write_text("loss is NaN")
     assert follow() == [2]
     assert "stopped as unhealthy" in capsys.readouterr().out

@@ -113,7 +113,7 @@ def test_a_run_at_its_time_limit_saves_is_requeued_and_resumes(runs: Site) -> No
     runs.finish("warned")
     same_bits(runs, "warned")
     log = (runs.base / "warned" / "logs" / "slurm.log").read_text()
-    assert "time is nearly up" in log
+    assert "the time limit is near" in log
     assert "ended with exit code 85" in log
     assert "start 1: 2 ranks" in log
     assert starts(runs.base / "warned") == 2
@@ -258,7 +258,7 @@ def test_a_preempted_job_is_requeued_and_continues(runs: Site) -> None:
     same_bits(runs, "displaced")
     assert starts(folder) == 2
     log = (folder / "logs" / "slurm.log").read_text()
-    assert "asked to end" in log
+    assert "received SIGTERM" in log
     assert "starting again after" not in log, "SLURM requeues preempted jobs itself"
 
 

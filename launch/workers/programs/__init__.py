@@ -1,4 +1,4 @@
-"""The jobs that are one program rather than ranks: preprocess, targets, evaluate. One module each, see `Program`."""
+"""Jobs that are a single program instead of ranks: preprocess, targets, evaluate. One module each, see `Program`."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 NAMES = ("preprocess", "targets", "evaluate")
-"""The programs, each also a command and a module of this package."""
+"""The programs; each is also a command, and a module of this package."""
 
 
 class Program(Protocol):
-    """A module of this package."""
+    """Interface of the modules of this package."""
 
     CONFIG: type[Any]
-    """Its config, without where it runs."""
+    """Config of the program, without its launcher."""
 
     def work(self, config: Any) -> None:
-        """Does the job and prints the result. Raises ConfigError, ValueError or OSError."""
+        """Runs the job and prints the result. Raises ConfigError, ValueError or OSError."""
         ...
 
     def made_from(self, config: Any) -> Mapping[str, str]:
-        """Returns fingerprints of what goes in besides the config, by name."""
+        """Returns fingerprints of all input apart from the config, by name."""
         ...
 
     def made(self, config: Any) -> Mapping[str, str]:
-        """Returns fingerprints of what came out, from reading it again; empty where it is not whole."""
+        """Reads the output and returns its fingerprints, by name; empty if it is incomplete."""
         ...
 
     def preview(self, config: Any) -> None:
-        """Prints what a dry run can report beyond the command that would be started."""
+        """Prints the information of a dry run, in addition to the command that would be started."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Frozen encoders evaluated by probes and by measures without labels, with baselines beside them."""
+"""Evaluates frozen encoders with probes and with measures that need no labels, next to baselines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONFIG = EvaluateConfig
 
 
 def work(config: EvaluateConfig) -> None:
-    """Evaluates, prints the table, and writes it to `out` where that is given."""
+    """Evaluates, prints the table, and writes it to `config.out` if that is set."""
     if config.follow:
         from launch.workers.programs.following import follow
 
@@ -29,8 +29,8 @@ def work(config: EvaluateConfig) -> None:
 
 
 def made_from(config: EvaluateConfig) -> dict[str, str]:
-    """Returns fingerprints of the checkpoints' weights and of the list of the audio."""
-    if config.follow:  # may begin before there is a checkpoint
+    """Returns fingerprints of the checkpoints' weights and of the audio manifest."""
+    if config.follow:  # may start before the first checkpoint
         return {}
     from pretrain.evaluate.manifest import find_manifest
     from pretrain.interop.fingerprint import checkpoint_fingerprint
@@ -48,4 +48,4 @@ def made(config: EvaluateConfig) -> dict[str, str]:
 
 
 def preview(config: Any) -> None:
-    """Prints nothing: the command says it all."""
+    """Prints nothing: the command contains all information."""

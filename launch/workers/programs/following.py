@@ -1,4 +1,4 @@
-"""Evaluates each checkpoint of a run while it is written: `auricle evaluate follow=true`."""
+"""Evaluates the checkpoints of a run while it trains: `auricle evaluate follow=true`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from pretrain.evaluate.frozen_encoders import FrozenEncoder
 
 POLL_SECONDS = 10.0
-"""Time between looks at a run without a new checkpoint."""
+"""Seconds between checks for a new checkpoint."""
 
 
 class Saved(NamedTuple):
-    """A checkpoint of a run that is followed. Step and weights identify it: a rolled-back run repeats steps."""
+    """A checkpoint of a followed run, identified by step and checksum of the weights: a rollback repeats steps."""
 
     step: int
     weights: str
@@ -31,9 +31,9 @@ class Saved(NamedTuple):
 
 
 def follow(config: EvaluateConfig) -> None:
-    """Evaluates each checkpoint of a run, without baselines, until its last step or until the run has ended.
+    """Evaluates each checkpoint of a run, without baselines, until its last step or until the run ends.
 
-    Results that RUN/evaluations.jsonl already has are not measured again.
+    Checkpoints with results in RUN/evaluations.jsonl are not evaluated again.
 
     Raises:
         ConfigError: `checkpoint` is not one run folder.
@@ -54,7 +54,7 @@ def follow(config: EvaluateConfig) -> None:
     while True:
         if (newest := signs_of_life(run_folder)) != sign:
             sign, since = newest, time.monotonic()
-        # before looking for checkpoints, so that the last one is not missed
+        # before listing the checkpoints, so that the last one is not missed
         over = end_of(run_folder, time.monotonic() - since, config.follow_minutes)
         found = checkpoints(run_folder)
         due = [
@@ -66,7 +66,7 @@ def follow(config: EvaluateConfig) -> None:
                 return
             time.sleep(POLL_SECONDS)
             continue
-        saved = due[0]  # the oldest, which is the next to be removed
+        saved = due[0]  # the oldest, since it will be removed first
         encoder = opened(saved, config.device)
         if encoder is None:
             continue
@@ -75,18 +75,18 @@ def follow(config: EvaluateConfig) -> None:
         measured = evaluate(replace(config, task=lacking, baselines=False), encoders=[encoder])
         frames = labelled_frames(config, encoder)
         if saved[:2] == read(saved.folder.with_name(f"unhealthy_{saved.folder.name}"))[:2]:
-            print(f"step {saved.step}: the run has rolled back past it meanwhile; its result is dropped", flush=True)
+            print(f"step {saved.step}: the run has since rolled back past it; its result is dropped", flush=True)
             continue
         report.into_run(measured, run_folder, saved.step, frames, saved.weights)
 
 
 def checkpoints(run_folder: Path) -> list[Saved]:
-    """Returns the checkpoints of a run that can be read now, by step."""
+    """Returns the readable checkpoints of a run, by step."""
     return sorted(s for s in map(read, saved_steps(run_folder / "checkpoints").values()) if s.steps)
 
 
 def read(folder: Path) -> Saved:
-    """Reads a checkpoint; one that was removed meanwhile has no steps."""
+    """Reads a checkpoint; the result has 0 `steps` if it was removed in the meantime."""
     from pretrain.checkpointing.checkpoint import read_state
 
     try:
@@ -98,7 +98,7 @@ def read(folder: Path) -> Saved:
 
 
 def opened(saved: Saved, device: str) -> FrozenEncoder | None:
-    """Returns the encoder of a checkpoint; None where it was removed or replaced while it was read."""
+    """Returns the encoder of a checkpoint; None if it was removed or replaced while being read."""
     from pretrain.evaluate.frozen_encoders import open_encoder
 
     try:
@@ -111,9 +111,9 @@ def opened(saved: Saved, device: str) -> FrozenEncoder | None:
 
 
 def end_of(run_folder: Path, silent_seconds: float, follow_minutes: float) -> str:
-    """Returns why no further checkpoint is expected of a run; "" while one is."""
+    """Returns the reason why no further checkpoint is expected; "" while one is."""
     if (run_folder / "UNHEALTHY").is_file():
-        return f"{run_folder}: the run was stopped as unhealthy; it is not followed any more"
+        return f"{run_folder}: the run was stopped as unhealthy; it is no longer followed"
     if follow_minutes and silent_seconds > 60 * follow_minutes:
-        return f"{run_folder}: no sign of life for follow_minutes={follow_minutes:g}; it is not followed any more"
+        return f"{run_folder}: no heartbeat for follow_minutes={follow_minutes:g}; it is no longer followed"
     return ""

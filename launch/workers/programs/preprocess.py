@@ -1,4 +1,4 @@
-"""Raw audio to shards."""
+"""Converts raw audio to shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIG = PreprocessConfig
 
 
 def work(config: PreprocessConfig) -> None:
-    """Writes the shards that are missing. Raises OSError where one could not be written."""
+    """Writes the missing shards. Raises OSError if one could not be written."""
     from data_pipeline.preprocess.job import preprocess
 
     summary = preprocess(config)
@@ -23,12 +23,12 @@ def work(config: PreprocessConfig) -> None:
 
 
 def made_from(config: PreprocessConfig) -> dict[str, str]:
-    """Returns nothing: the data set itself records which recordings are in it."""
+    """Returns {}: the data set itself records which recordings it contains."""
     return {}
 
 
 def made(config: PreprocessConfig) -> dict[str, str]:
-    """Returns the fingerprint of the data set, where no part of the corpus is missing and all checksums match."""
+    """Returns the fingerprint of the data set if it covers the whole corpus and all checksums match; otherwise {}."""
     from data_pipeline.preprocess.job import plan_units
     from data_pipeline.preprocess.verify import verify
     from data_pipeline.preprocess.work_plan import set_roots
@@ -41,7 +41,7 @@ def made(config: PreprocessConfig) -> dict[str, str]:
 
 
 def preview(config: Any) -> None:
-    """Prints what a job on this machine would do."""
+    """Prints the work plan of a job on this machine."""
     if isinstance(config.launcher, LocalConfig):
         from data_pipeline.preprocess.job import plan_units
 

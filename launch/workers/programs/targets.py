@@ -1,4 +1,4 @@
-"""Frame labels over shards, by k-means on MFCC or on a layer of a checkpoint."""
+"""Makes frame labels of shards with k-means on MFCC or on a layer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = TargetsConfig
 
 
 def work(config: TargetsConfig) -> None:
-    """Labels the shards that have no labels yet. Raises OSError where something could not be written."""
+    """Labels the shards without labels. Raises OSError if labels could not be written."""
     from data_pipeline.labels.features import kaldi_mfcc
     from pretrain.evaluate.layer_features import layer_of
     from pretrain.interop.fingerprint import weights_of
@@ -26,7 +26,7 @@ def work(config: TargetsConfig) -> None:
 
 
 def made_from(config: TargetsConfig) -> dict[str, str]:
-    """Returns fingerprints of the shards, and of the checkpoint whose layer is used."""
+    """Returns fingerprints of the shards, and of the checkpoint that features are computed with."""
     from pretrain.interop.fingerprint import checkpoint_fingerprint
 
     shards = hashlib.sha256("".join(record.sha256 for record in done_records(config.shards)).encode()).hexdigest()
@@ -43,4 +43,4 @@ def made(config: TargetsConfig) -> dict[str, str]:
 
 
 def preview(config: Any) -> None:
-    """Prints nothing: the command says it all."""
+    """Prints nothing: the command contains all information."""

@@ -24,8 +24,8 @@ class Config(StackConfig):
     heads: Annotated[int, about("attention heads; must divide dim", ge=1)] = 8
     ffn_dim: Annotated[int, about("inner channels of a feed-forward part", ge=1)] = 2304
     kernel: Annotated[int, about("taps of the depthwise convolution; odd", ge=1)] = 31
-    causal: Annotated[bool, about("the convolution sees no later frames (needed to stream)")] = False
-    positions: Annotated[Literal["rope", "none"], about("rotary angles, or none beside the convolutions")] = "rope"
+    causal: Annotated[bool, about("the convolution uses no later frames (required for streaming)")] = False
+    positions: Annotated[Literal["rope", "none"], about("rotary positions, or none but the convolutions")] = "rope"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +75,8 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
+    """Conformer block (eq. 1): half feed-forward, attention, convolution, half feed-forward, norm."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.ffn_first = FeedForward(config)

@@ -33,7 +33,9 @@ class Config(StackConfig):
     conv_positions_kernel: Annotated[int, about("taps of each positional convolution", ge=1)] = 128
     conv_positions_groups: Annotated[int, about("its groups; must divide dim", ge=1)] = 16
     conv_positions_depth: Annotated[int, about("convolutions in a conv_stack", ge=1)] = 5
-    relative_bias: Annotated[bool, about("gated relative position bias in each attention, too (WavLM)")] = False
+    relative_bias: Annotated[
+        bool, about("gated relative position bias in each attention, in addition to positions (WavLM)")
+    ] = False
     relative_buckets: Annotated[int, about("its buckets of distance", ge=8)] = 320
     relative_max_distance: Annotated[int, about("frames beyond which all distances share a bucket", ge=8)] = 800
 
@@ -84,12 +86,14 @@ class Block(nn.Module):
 
 
 class Transformer(BlockStack):
+    """Transformer encoder of wav2vec 2.0 (arXiv 2006.11477), HuBERT, WavLM and data2vec."""
+
     branches = 2
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, rotary=config.positions == "rope")
         self.pre = config.norm == "pre"
-        # only the first of several convolutions finds zeros in padding, as in released models; packed rows are exact
+        # only the first of several convolutions has zeros as padding, as in released models; packed rows are exact
         self.couples = frozenset({"padding"}) if config.positions == "conv_stack" else frozenset()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)

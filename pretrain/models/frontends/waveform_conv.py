@@ -46,16 +46,16 @@ class Config(FrontendConfig):
 
     @property
     def packable(self) -> bool:
-        """Whether utterances can be packed: not with a group norm, whose statistics run over the whole row."""
+        """Whether utterances can be packed; not with a group norm, whose statistics cover the whole row."""
         return self.norm == "layer"
 
 
 class NormedConv(nn.Module):
-    """The first convolution with its group norm over time (one group a channel) and GELU, (B, T, 1) to (B, F, D).
+    """The first convolution with its group norm over time (one group per channel) and GELU, (B, T, 1) to (B, F, D).
 
-    A channel w is linear in the windows that it sees, so its mean and variance over time follow from the windows' mean
-    m and covariance C: w·m and w·Cw. The norm is therefore a scale of each row's weights, and the widest tensor of the
-    model is neither kept nor passed over twice.
+    A channel with weights w is linear in its input windows, so its mean and variance over time follow from the mean m
+    and covariance C of the windows: w·m and w·Cw. The norm is therefore a scale of each row's weights, and the widest
+    tensor of the model is neither stored nor read twice.
     """
 
     eps = 1e-5
@@ -65,7 +65,7 @@ class NormedConv(nn.Module):
         self.kernel, self.stride = kernel, stride
         self.weight = nn.Parameter(torch.empty(dim, 1, kernel))
         nn.init.kaiming_normal_(self.weight)
-        # the norm takes it out again; released models with biases hold one here, too
+        # without effect, since the norm removes it; released models with biases also have one here
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         self.norm_weight = nn.Parameter(torch.ones(dim))
         self.norm_bias = nn.Parameter(torch.zeros(dim))
@@ -107,7 +107,7 @@ class WaveformConv(Frontend):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        # the group norm's statistics run over padding, too, as in every released BASE model
+        # the group norm's statistics include padding, as in every released BASE model
         self.couples = frozenset({"padding"}) if config.norm == "group" else frozenset()
         self.kernels, self.strides, self.normalize = config.kernels, config.strides, config.normalize
         self.gradient_scale = config.gradient_scale
@@ -162,7 +162,7 @@ class WaveformConv(Frontend):
         return scale_gradient(x_BTD, self.gradient_scale)
 
     def watched(self) -> dict[str, Tensor]:
-        """Returns the deviation of the stem: near 0 it has collapsed, even if later layers still differ."""
+        """Returns the deviation of the stem; near 0 means collapse, even if later layers still differ."""
         return {"health/std_stem": self.stem_deviation}
 
     def project(self, features: Frames) -> Frames:

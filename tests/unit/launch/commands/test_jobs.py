@@ -153,7 +153,7 @@ def test_logs_of_a_foreground_job_are_reported_to_be_on_its_terminal(
     (folder / "config.json").unlink()
     write_record(folder, "1:1.0", LocalConfig(), "preprocess")
     assert main.main(["jobs", "logs", "mine"]) == ExitCode.FAILED
-    assert "ran in the foreground: its output is on its terminal" in capsys.readouterr().err
+    assert "ran in the foreground and printed its output on its terminal" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("state", "word"), [("PENDING", "waiting"), ("RUNNING", "running")])

@@ -226,7 +226,7 @@ def test_stops_at_the_time_limit_do_not_count_as_failures(command: str, tmp_path
     for restart in range(1, 4):
         warned = {"MEANWHILE": "kill -USR1 $BATCH; /bin/sleep 0.3", "RANKS_END": 85}
         ended = execute(tmp_path, words, RESTART_COUNT=restart, **warned)
-        assert "time is nearly up" in ended.said
+        assert "the time limit is near" in ended.said
         assert ended.requeued, ended.said
     assert execute(tmp_path, words, RANKS_END=1, RESTART_COUNT=4).requeued, "the crash before the stops does not count"
 

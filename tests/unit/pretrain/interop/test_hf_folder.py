@@ -133,8 +133,8 @@ def test_a_damaged_file_is_named(name: str, content: bytes, words: str, folder: 
 @pytest.mark.parametrize(
     ("file", "fields", "words"),
     [
-        ("config.json", {"model_type": None}, "model_type must be a text"),
-        ("config.json", {"model_type": ["wav2vec2"]}, "model_type must be a text"),
+        ("config.json", {"model_type": None}, "model_type must be a string"),
+        ("config.json", {"model_type": ["wav2vec2"]}, "model_type must be a string"),
         ("config.json", {"model_type": "bert"}, "model_type=bert has no waveform stem"),
         ("config.json", {"hidden_size": 17}, "config.json: transformers cannot build this model"),
         ("config.json", {"conv_stride": [0, 0]}, "config.json: conv_stride must be a list"),

@@ -50,8 +50,8 @@ def test_all_weights_are_loaded(run: Path) -> None:
 
 def test_a_replay_before_the_first_checkpoint_uses_the_initial_weights(run: Path, tmp_path: Path) -> None:
     described = dataclasses.replace(config(), init=str(run), seed=1)
-    module, whose = model_at(described, tmp_path / "diverged", 3)
-    assert whose == f"step 0, which are those of {run}"
+    module, source = model_at(described, tmp_path / "diverged", 3)
+    assert source == f"step 0 (from {run})"
     for name, weight in build_model(config()).state_dict().items():
         assert torch.equal(module.state_dict()[name], weight), name
 
@@ -77,7 +77,7 @@ def test_another_objective_starts_with_random_weights(run: Path) -> None:
             {"name": "conformer"},
             "encoder.name=conformer here and transformer there; to fit it, add encoder=transformer",
         ),
-        ({"attention": "local_global", "registers": 2}, "not there in this shape"),
+        ({"attention": "local_global", "registers": 2}, "missing or have another shape"),
     ],
 )
 def test_another_model_is_refused(run: Path, encoder: dict[str, Any], words: str) -> None:

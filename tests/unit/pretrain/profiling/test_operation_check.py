@@ -17,7 +17,7 @@ from pretrain.nn import convolution
 from pretrain.nn.convolution import ConvShape, TimeConv, override_route
 from pretrain.nn.positions import ConvPositions
 from pretrain.profiling import operation_check
-from pretrain.profiling.operation_check import Convolution, Product, check_operations, judge, operations, survey
+from pretrain.profiling.operation_check import Convolution, Product, check_each, check_operations, operations, survey
 from tests.support.contract_cases import make
 
 BF16 = torch.bfloat16
@@ -106,7 +106,7 @@ def test_each_operation_of_a_model_is_checked_once() -> None:
     kinds = {type(operation).__name__ for operation in found}
     assert kinds == {"Convolution", "Product", "Attention"}
     assert operations(ConvPositions(8, 4, 2)) == [Convolution(ConvShape(8, 8, 4, 1, 2, 2))]
-    verdicts = judge(found, "cpu", BF16)
+    verdicts = check_each(found, "cpu", BF16)
     assert all(verdict.right for verdict in verdicts)
 
 
@@ -118,13 +118,13 @@ def test_results_are_cached_for_the_next_process(tmp_path: Path, monkeypatch: py
     shape = ConvShape(16, 8, 4, 2, 1)
     with monkeypatch.context() as faulty:
         plant(faulty, lambda x, weight: reduced(x) and weight.shape[-1] % 2 == 0)
-        judge([Convolution(shape)], "cpu", BF16)
+        check_each([Convolution(shape)], "cpu", BF16)
     file = tmp_path / "auricle" / "operations.json"
     assert file.parent.stat().st_mode & 0o077 == 0
     monkeypatch.setattr(operation_check, "_PROCESS", {})
     override_route("cpu", BF16, shape, None)
     monkeypatch.setattr(operation_check, "measure", lambda *arguments: pytest.fail("measured again"))
-    (verdict,) = judge([Convolution(shape)], "cpu", BF16)
+    (verdict,) = check_each([Convolution(shape)], "cpu", BF16)
     assert verdict.route == "odd_kernel"
     assert convolution._OVERRIDES["cpu", BF16, shape] == "odd_kernel"
 
@@ -134,7 +134,7 @@ def test_a_damaged_cache_is_measured_again(content: str, tmp_path: Path) -> None
     folder = tmp_path / "auricle"
     folder.mkdir(mode=0o700)
     (folder / "operations.json").write_text(content)
-    (verdict,) = judge([Product(4, 4)], "cpu", BF16)
+    (verdict,) = check_each([Product(4, 4)], "cpu", BF16)
     assert verdict.right
     assert str(Product(4, 4)) in "".join(json.loads((folder / "operations.json").read_text()))
 
@@ -144,7 +144,7 @@ def test_a_cache_folder_writable_by_other_users_is_not_used(tmp_path: Path) -> N
     folder.mkdir()
     folder.chmod(0o777)
     assert operation_check.cache_file() is None
-    judge([Product(4, 4)], "cpu", BF16)
+    check_each([Product(4, 4)], "cpu", BF16)
     assert not list(folder.iterdir())
 
 
