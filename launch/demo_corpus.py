@@ -84,7 +84,7 @@ def _below(folder: Path) -> tuple[str, ...]:
 
 
 def _from_debian(target: Path, say: Callable[[str], None]) -> bool:
-    """Downloads and unpacks the packages without installing them; returns False where that fails."""
+    """Downloads and unpacks the packages without installing them; returns False on failure."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         return False
     say(f"downloading speech: Debian's {', '.join(PACKAGES)} (57 MB)")

@@ -1,4 +1,4 @@
-"""Checks what this machine has for auricle; each missing part comes with how to get it."""
+"""Checks the requirements of auricle on this machine; each finding has a remedy."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Finding:
     found: str
     remedy: str = ""
     needed: bool = True
-    """Whether auricle cannot work without it; otherwise it is an option."""
+    """Whether auricle requires it; otherwise it is optional."""
 
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def install(package: str) -> str:
-    """Returns the command that installs a package here: a wheel has no `make setup`."""
+    """Returns the command that installs a package: `make setup` in a checkout, pip otherwise."""
     return "make setup" if (CHECKOUT / "launch/setup/setup.sh").is_file() else f"pip install {package}"
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """Runs all checks; a check that fails itself becomes a finding.
+    """Runs all checks and yields their findings; an exception in a check becomes a finding.
 
     Args:
         folder: Where runs would be written.
@@ -131,7 +131,7 @@ def _operations() -> Iterator[Finding]:
     for device in devices:
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             n_right, odd = operation_check.survey(device, dtype)
-            wrong = [verdict for verdict in odd if not verdict.right]
+            wrong = [result for result in odd if not result.right]
             shown = [f"{n_right} operations agree with fp32"]
             shown += [f"{v.operation}: error {v.direct:.2g} as it is, {v.error:.2g} by {v.route}" for v in odd]
             remedy = f"do not train with engine.precision={name} on {device}; a newer torch may be right"
@@ -174,15 +174,15 @@ def _codecs() -> Iterator[Finding]:
 def _slurm() -> Iterator[Finding]:
     path = shutil.which("sbatch")
     if path:
-        asked = subprocess.run(
+        done = subprocess.run(
             ["sinfo", "--noheader", "-o", "%P %D nodes %G"],
             capture_output=True,
             encoding="utf-8",
             errors="replace",
             timeout=10,
         )
-        if asked.returncode == 0:
-            yield Finding("SLURM", "ok", "; ".join(asked.stdout.split("\n")).strip("; "), needed=False)
+        if done.returncode == 0:
+            yield Finding("SLURM", "ok", "; ".join(done.stdout.split("\n")).strip("; "), needed=False)
         else:
             remedy = "is this machine part of a cluster? SLURM_CONF names its configuration"
             yield Finding("SLURM", "missing", f"{path} exists, but no cluster answers", remedy, needed=False)

@@ -51,7 +51,7 @@ class ScheduleConfig:
 
 @config
 class EngineConfig:
-    """How one optimizer step runs."""
+    """Engine, precision and memory options of an optimizer step."""
 
     name: Annotated[
         Literal["deepspeed", "torch"],

@@ -54,7 +54,7 @@ def open_part(source: ByteSource, part: Part) -> soundfile.SoundFile:
     by_descriptor = not part.pieces and source.path
     sound = _Forward(source.descriptor() if by_descriptor else PieceFile(source, pieces), **options)
     if part.read_to_end and part.frames is not None and not part.md5 and sound.frames < part.frames:
-        # MPEG audio without a header frame, whose length libmpg123 estimates too low
+        # MPEG audio without a header frame: libmpg123 underestimates its length
         sound.close()
         sound = _Forward(PieceFile(source, pieces, CLAIM))
     return sound

@@ -52,7 +52,11 @@ class LocalSubmitter(ChildProcesses):
         if not gpus:
             variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         if not self._launcher:
-            variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # inside a SLURM job, too
+            variables |= {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+            }  # overrides those of a surrounding SLURM job
         super().__init__(processes, variables, config.grace_seconds)
 
     def command(self, folder: Path, port: int) -> list[str]:

@@ -58,7 +58,7 @@ class Request:
     """Cores per rank."""
     retries: int
     wait_minutes: float
-    """How long to wait for places before giving up."""
+    """Minutes to wait until the cluster can hold the ranks."""
     grace: float
     """Seconds to save a checkpoint after a stop request; 0: derived from the duration of updates."""
     fixed: bool

@@ -32,7 +32,7 @@ class Progress:
     checkpoint: int
     """Steps of the newest checkpoint; 0 without one, and for jobs that write none."""
     starts: int
-    """How often the run has been started so far."""
+    """Number of starts of the run so far."""
 
     @staticmethod
     def of(folder: Path) -> Progress:

@@ -60,7 +60,9 @@ class SlurmSubmitter:
             runs: the run folders of a sweep, which is submitted as a job array; each name ends with its index.
         """
         c = self.config
-        log = str(folder.absolute()).replace("%", "%%") + "_%a" * bool(runs) + "/logs/slurm.log"  # %j, too, is a field
+        log = (
+            str(folder.absolute()).replace("%", "%%") + "_%a" * bool(runs) + "/logs/slurm.log"
+        )  # sbatch expands fields such as %j
         alone = self.script.name == SCRIPTS["evaluate"]  # one process
         gpus = min(1, c.gpus_per_node) if alone else c.gpus_per_node
         options = {

@@ -276,7 +276,7 @@ def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> Tr
         State of the training loop at that checkpoint.
 
     Raises:
-        NothingToGoBackToError: no checkpoint is that old (any more).
+        NothingToGoBackToError: no checkpoint is old enough.
         StaleIncarnationError: a newer start of the run exists.
     """
     found = saved_steps(run.checkpoints)

@@ -83,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{folder / INDEX}: weight_map names {name!r}; only *.safetensors files in this folder are read"
             )
         if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: {INDEX} names {name}, which is missing; download it, too")
+            raise ConfigError(f"{folder}: {INDEX} names {name}, which is missing; download it as well")
     return [folder / name for name in sorted(names)]
 
 

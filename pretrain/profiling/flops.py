@@ -42,7 +42,7 @@ def forward_gflop(model: SpeechModel, seconds: float) -> float:
     Counted at one and two seconds: attention grows with the square of the length, all else with the length. Training
     takes about three times as many (forward, and backward for inputs and weights).
     """
-    # windows of 400 samples every 160: with 240 more than whole seconds, frames are whole multiples, too
+    # windows of 400 samples every 160: with 240 samples added to whole seconds, frame counts are exact multiples
     one, two = (forward_flops(model, n * SAMPLE_RATE + 240) for n in (1, 2))
     square = (two - 2 * one) / 2
     return (one - square + square * seconds) / 1e9
