@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,11 +31,10 @@ from data_pipeline.core.types import Batch
 from pretrain.config import Config
 from pretrain.interfaces.frames import StepContext
 from pretrain.objectives.wav2vec2 import ContrastivePlan
+from pretrain.profiling import flops, hardware
 from pretrain.self_supervision.masked_prediction import MaskedUnits
 from pretrain.train_module import TrainModule, build_model
 
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16 FLOP/s by what a GPU's name contains (vendor's data sheets, SXM)."""
 STEM = {"name": "waveform_conv"}
 SCALED = STEM | {"gradient_scale": 0.1}
 LAYER_NORM = STEM | {"norm": "layer", "normalize": True, "dropout": 0.0}
@@ -235,10 +233,10 @@ def seconds_per_step(step: Callable[[int], float], steps: int, warm_up: int, dev
 def step_flops(module: TrainModule, batch: Batch) -> int:
     """Operations of matrix products, convolutions and attention, forward and backward; a teacher has no backward."""
     plan = module.prepare(batch, CTX)
-    with FlopCounterMode(display=False) as counter:
+    with flops.counter() as counted:
         module(batch, plan, plan.counts_K, CTX)[0].backward()
     module.zero_grad()
-    return int(counter.get_total_flops())
+    return int(counted.get_total_flops())
 
 
 def machine(device: str) -> str:
@@ -253,18 +251,18 @@ def machine(device: str) -> str:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     batch = speech_batch(args.batch, args.seconds, args.device)
     audio = args.batch * args.seconds
-    peak = next((flops for name, flops in PEAK_BF16.items() if name in machine(args.device)), None)
+    gpu = hardware.find_gpu(machine(args.device)) if args.device == "cuda" else None
     rows: list[dict[str, Any]] = []
 
-    def add(model: str, precision: str, step: Callable[[int], float], flops: int | None) -> None:
+    def add(model: str, precision: str, step: Callable[[int], float], operations: int | None) -> None:
         taken, used = seconds_per_step(step, args.steps, args.warm_up, args.device)
         row = {"model": model, "precision": precision, "step_s": taken, "audio_s_per_s": audio / taken}
         row["audio_s_per_cpu_s"] = audio / used
-        if flops:
-            row["gflop_per_audio_s"] = flops / audio / 1e9
-        if flops and args.device == "cuda":
+        if operations:
+            row["gflop_per_audio_s"] = operations / audio / 1e9
+        if operations and args.device == "cuda":
             row["audio_h_per_gpu_h"] = audio / taken
-            row["mfu"] = flops / taken / peak if peak else None
+            row["mfu"] = operations / taken / (gpu.half * 1e12) if gpu else None
         rows.append(row)
         print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
 

@@ -103,12 +103,13 @@ def train(
             seconds, clock = time.monotonic() - clock, time.monotonic()
             monitor.after(ctx, result, step, seconds)
             state = TrainState(state.step + 1, step.after, monitor.memory(), state.prolonged)
-            stopping = result.signals.stop_requested > 0
+            stopping = result.signals.stop_requested
 
             # log
             if writer and (state.step % settings.log_every == 0 or state.step == settings.steps):
-                scalars = step_scalars(result, step, lr, seconds, world.size) | monitor.report()
-                writer.log(state.step, scalars, histograms(result.metrics))
+                record = engine.module.objective.monitoring()
+                scalars = step_scalars(result, step, lr, seconds, world.size, record) | monitor.report()
+                writer.log(state.step, scalars, histograms(result.metrics, record))
                 say(_line(state.step, settings.steps, scalars))
 
             # save

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -36,6 +35,7 @@ from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConf
 from pretrain.evaluate.evaluator import Row, evaluate, plain  # noqa: E402
 from pretrain.evaluate.frozen_encoders import open_encoder  # noqa: E402
 from pretrain.evaluate.report import markdown  # noqa: E402
+from pretrain.profiling import flops  # noqa: E402
 
 MEASURE = "non-silence frames"
 OVER_RANDOM, OVER_LOG_MEL = 0.05, 0.03
@@ -92,9 +92,9 @@ def curve(run: Path, manifest: Path, last: float) -> list[tuple[float, float, fl
 def forward_flops_per_second(run: Path) -> float:
     """Returns the counted FLOP of one forward pass per second of audio."""
     encoder = open_encoder(str(run))
-    with FlopCounterMode(display=False) as counter:
+    with flops.counter() as counted:
         encoder.encode(torch.randn(8 * 16_000))
-    return counter.get_total_flops() / 8
+    return counted.get_total_flops() / 8
 
 
 def pick(rows: list[Row], measure: str) -> list[Row]:

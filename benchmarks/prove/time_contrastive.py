@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -45,6 +44,7 @@ from pretrain.evaluate.manifest import Interval, Utterance, read_manifest  # noq
 from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.probe import fit_probe  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
+from pretrain.profiling import flops  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
 
 PLAIN, TIMED = "wav2vec2", "time_contrastive"
@@ -93,9 +93,9 @@ def forward_flops(objective: str) -> float:
         batch = Batch(wave_BT, torch.full((4,), wave_BT.shape[1]), tuple("abcd"), 0)
         ctx = StepContext(0, step + 1)
         plan = module.prepare(batch, ctx)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with flops.counter() as counted, torch.no_grad():
             module(batch, plan, plan.counts_K, ctx)
-        total += counter.get_total_flops() / (4 * seconds)
+        total += counted.get_total_flops() / (4 * seconds)
     return total / 8
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from data_pipeline.core.schema import REQUIRED, ConfigError, FieldDoc, document, load, suggest
 from launch.cli.compose import compose, is_sweep, to_yaml
 from launch.cli.groups import groups
+from pretrain.config import Config
 
 T = TypeVar("T")
 MULTIRUN = "--multirun"
@@ -62,6 +64,12 @@ def read(command: str, kind: type[T], arguments: list[str], switches: tuple[str,
         if listed and MULTIRUN in switches:
             raise ConfigError(f"{error}\n{listed[0]} lists several values: add {MULTIRUN} for one run each") from None
         raise
+
+
+def print_cautions(*configs: Config) -> None:
+    """Prints once to stderr what the configs of runs allow but probably do not mean."""
+    for caution in dict.fromkeys(caution for config in configs for caution in config.cautions()):
+        print(f"note: {caution}", file=sys.stderr, flush=True)
 
 
 def _unknown_switch(switch: str, arguments: list[str], known: tuple[str, ...], kind: type[Any]) -> str:

@@ -90,8 +90,6 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     """
     require_fitting_labels(config)
     say = print if world.rank == 0 else lambda line: None
-    for caution in config.cautions():
-        say(f"note: {caution}")
     reader = _open_reader(config, world, say)
     try:
         module = build_model(config)

@@ -43,6 +43,7 @@ def run(arguments: list[str]) -> int:
 
 def start(config: PretrainJob, switches: frozenset[str] = frozenset()) -> int:
     """Shows, prepares or starts one run; returns the exit code, see `run`."""
+    request.print_cautions(config)
     submitter = factory.for_job(config)
     if DRY_RUN in switches:
         print(submitter.plan(metadata.folder_of(config)))

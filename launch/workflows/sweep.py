@@ -78,6 +78,7 @@ def _array(first: PretrainJob, lines: list[list[str]], dry_run: bool) -> int:
         factory.for_job(job)  # refuses what cannot be divided among that many ranks
         if job.launcher != first.launcher or job.runs != first.runs or job.chain:
             raise ConfigError("--multirun: the runs of an array share launcher and runs folder, and have no chain")
+    request.print_cautions(*jobs)
     base = metadata.folder_of(first)
     folders = [metadata.folder_of(job) for job in jobs]
     submitter = SlurmSubmitter(first.launcher)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,21 +12,21 @@ from torch import Tensor
 class RankSignals:
     """Signals of one rank to the other ranks, exchanged once per update.
 
-    After summation every rank has the same record and takes the same decision. A field is a count over ranks, or is set
-    by rank 0 alone and is 0 on all other ranks.
+    After summation every rank has the same record and takes the same decision: a flag is set where any rank set it, a
+    count is the sum over ranks. `unhealthy` and `roll_back_before` are set by rank 0 alone.
     """
 
-    stop_requested: float = 0.0
-    """Ranks that received a request to stop; one is enough."""
-    unhealthy: float = 0.0
-    """1 where rank 0's health monitor ends the run."""
-    roll_back_before: float = 0.0
+    stop_requested: bool = False
+    """Whether a rank received a request to stop."""
+    unhealthy: bool = False
+    """Whether rank 0's health monitor ends the run."""
+    roll_back_before: int = 0
     """Step before which rank 0's health monitor rolls back; 0: no rollback."""
-    skipped_segments: float = 0.0
+    skipped_segments: int = 0
     """Segments that readers left out."""
-    segments: float = 0.0
+    segments: int = 0
     """Segments whose audio was checked for silence; 0 where no check was due."""
-    silent_segments: float = 0.0
+    silent_segments: int = 0
     """Checked segments that are silent or constant."""
     wait_seconds: tuple[float, ...] = (0.0,)
     """Seconds that each rank waited for data, by rank."""
@@ -37,12 +37,21 @@ class RankSignals:
         return tuple(seconds if other == rank else 0.0 for other in range(size))
 
     def packed(self) -> Tensor:
-        """Returns the record as float64, (6 + ranks,)."""
-        numbers = [getattr(self, field.name) for field in fields(self)[:-1]]
-        return torch.tensor([*numbers, *self.wait_seconds], dtype=torch.float64)
+        """Returns the record as float64, (6 + ranks,), to be summed over ranks."""
+        counts = (self.roll_back_before, self.skipped_segments, self.segments, self.silent_segments)
+        numbers = (self.stop_requested, self.unhealthy, *counts, *self.wait_seconds)
+        return torch.tensor(numbers, dtype=torch.float64)
 
     @classmethod
     def unpacked(cls, values: Tensor) -> RankSignals:
         """Returns the record of a summed `packed` tensor."""
-        numbers, names = values.tolist(), [field.name for field in fields(cls)[:-1]]
-        return cls(**dict(zip(names, numbers, strict=False)), wait_seconds=tuple(numbers[len(names) :]))
+        stop_requested, unhealthy, roll_back_before, skipped, segments, silent, *waits = values.tolist()
+        return cls(
+            stop_requested=stop_requested > 0,
+            unhealthy=unhealthy > 0,
+            roll_back_before=round(roll_back_before),
+            skipped_segments=round(skipped),
+            segments=round(segments),
+            silent_segments=round(silent),
+            wait_seconds=tuple(waits),
+        )

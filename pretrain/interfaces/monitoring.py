@@ -1,4 +1,4 @@
-"""Records with which an objective describes itself to monitoring: code books, chance levels, targets, predictions.
+"""Records with which an objective describes itself to monitoring: code books, chance levels, deviations, targets.
 
 Monitoring obtains a `MonitoringRecord` from the objective and never accesses its parts by name. Sums over the whole
 update (code counts, hits, losses) are metrics of `LossOutput`; the record names those metrics.
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+CODE_COUNTS = "hist/codes"
+"""The metric with the counts of an objective's code books; of several such metrics, each has a suffix "/…"."""
 
 
 class CodeBook(NamedTuple):
@@ -60,6 +63,10 @@ class MonitoringRecord:
     the entropy of the books."""
     chance_accuracy: str | None = None
     """The metric that sums the probability that such a guess is right. None: the share of the most frequent code."""
+    target_deviation: str | None = None
+    """The metric with the standard deviation of the target vectors over frames. None: the targets are no vectors."""
+    prediction_deviation: str | None = None
+    """The same of the predicted vectors. Both fall to 0 when the representations collapse."""
     books: tuple[CodeBook, ...] = ()
     fixed_targets: bool = False
     """Whether the targets exist before the first update, so that they can be checked before it."""
@@ -67,6 +74,11 @@ class MonitoringRecord:
     """Increases whenever the targets are replaced during the run (re-labelling), so that learning starts again."""
     last: MicroBatchRecord | None = None
     """The first micro-batch after `Objective.record_next`; None before."""
+
+    @property
+    def count_metrics(self) -> frozenset[str]:
+        """The metrics that are vectors: how often each code of the books occurred."""
+        return frozenset(book.metric for book in self.books)
 
 
 def books_of(metric: str, sizes: tuple[int, ...]) -> tuple[CodeBook, ...]:

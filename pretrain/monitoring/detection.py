@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from pretrain.monitoring.observation import Pooled
 
 CAUSED_BY_SILENCE = ("collapse", "chance")
 """Kinds of findings that silent or constant audio explains."""
+TARGETS, PREDICTIONS = "target_std", "prediction_std"
+"""Names of these deviations in findings and in the memory of checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,24 @@ class Silence:
     keys: tuple[str, ...] = ()
 
 
+class Deviation(NamedTuple):
+    """The standard deviation over batch and time of an output, at this check and at the first one."""
+
+    value: float
+    first: float
+
+
 @dataclass(frozen=True)
 class Check:
     """All that one check looks at."""
 
     step: int
-    deviations: Mapping[str, float]
-    """Of stages, targets and predictions."""
-    first: Mapping[str, float]
-    """The first deviation of each."""
+    stages: Mapping[str, Deviation]
+    """Of each stage of the model."""
+    targets: Deviation | None
+    """Of the target vectors, where the objective reports it."""
+    predictions: Deviation | None
+    """Of the predicted vectors, where the objective reports it."""
     ranks: Mapping[str, float]
     """RankMe of each layer."""
     best: Mapping[str, float]
@@ -72,9 +84,11 @@ def at_check(check: Check, config: Config) -> list[Finding]:
     """Returns all findings of one check after an update."""
     limits, pooled = config.health, check.pooled
     found: list[Finding | None] = []
-    for name, value in check.deviations.items():
-        share = limits.min_prediction_std if name.startswith("prediction") else limits.min_stage_std
-        found.append(detectors.shrunken(name, value, check.first[name], share))
+    found += [detectors.shrunken(name, *stage, limits.min_stage_std) for name, stage in check.stages.items()]
+    if check.targets is not None:
+        found.append(detectors.shrunken(TARGETS, *check.targets, limits.min_stage_std))
+    if check.predictions is not None:
+        found.append(detectors.shrunken(PREDICTIONS, *check.predictions, limits.min_prediction_std))
     for name, measured in check.evaluations.items():
         steps = sorted(measured)
         fell = detectors.falling(name, [measured[at] for at in steps])

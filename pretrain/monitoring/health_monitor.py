@@ -25,9 +25,17 @@ from pretrain.monitoring import detection, detectors
 from pretrain.monitoring.activation_stats import ActivationStats
 from pretrain.monitoring.append_log import AppendLog
 from pretrain.monitoring.batch_dump import MAX_KEPT, save_batches
-from pretrain.monitoring.detection import Check, Silence
+from pretrain.monitoring.detection import Check, Deviation, Silence
 from pretrain.monitoring.detectors import Finding
-from pretrain.monitoring.observation import Memory, UpdateObservation, books_of, observe, pool, silent_segments
+from pretrain.monitoring.observation import (
+    Memory,
+    UpdateObservation,
+    books_of,
+    deviation_of,
+    observe,
+    pool,
+    silent_segments,
+)
 from pretrain.monitoring.policy import Alarm, Policy, UnhealthyError
 
 __all__ = ["HealthMonitor", "UnhealthyError"]
@@ -109,12 +117,12 @@ class HealthMonitor:
             segments, keys = sum(len(batch.keys) for batch in step.batches), silent_segments(step.batches)
         self._silence = Silence(keys=tuple(keys))
         return RankSignals(
-            stop_requested=float(stop_requested),
-            unhealthy=float(self.policy.stop),
-            roll_back_before=float(self.policy.roll_back_before),
-            skipped_segments=float(step.skipped),
-            segments=float(segments),
-            silent_segments=float(len(keys)),
+            stop_requested=stop_requested,
+            unhealthy=self.policy.stop,
+            roll_back_before=self.policy.roll_back_before,
+            skipped_segments=step.skipped,
+            segments=segments,
+            silent_segments=len(keys),
             wait_seconds=RankSignals.waited(self._world.rank, self._world.size, waited),
         )
 
@@ -143,7 +151,7 @@ class HealthMonitor:
         """
         if result.signals.unhealthy:
             raise UnhealthyError(self.why)
-        before = int(result.signals.roll_back_before)
+        before = result.signals.roll_back_before
         return self.policy.count_rollback(before, self.why) if before else None
 
     def diverged(self, error: FloatingPointError, ctx: StepContext, batches: Sequence[Batch]) -> int:
@@ -199,12 +207,9 @@ class HealthMonitor:
         stages, ranks = self.stats.read() if self.stats else ({}, {})
         self._report |= {f"health/std/{name}": value for name, value in stages.items()}
         self._report |= {f"health/rank/{name}": value for name, value in ranks.items()}
-        self._report["data/silent_segments"] = result.signals.silent_segments
-        deviations = stages | {
-            name.rpartition("/")[2]: float(total[0]) / count
-            for name, (total, count) in result.metrics.items()
-            if name.endswith("_std") and count > 0
-        }
+        self._report["data/silent_segments"] = float(result.signals.silent_segments)
+        targets = deviation_of(result.metrics, self._record.target_deviation)
+        predictions = deviation_of(result.metrics, self._record.prediction_deviation)
         memory, pooled, best = self._memory, pool(self._recent), dict[str, float]()
         if step >= detection.ranks_from(self.config):
             best = {name: memory.best_of(name, rank) for name, rank in ranks.items()}
@@ -213,8 +218,9 @@ class HealthMonitor:
             best["perplexity"] = memory.best_of("perplexity", detection.total_perplexity(pooled.books))
         check = Check(
             step=step,
-            deviations=deviations,
-            first={name: memory.first_of(name, value) for name, value in deviations.items()},
+            stages={name: self._deviation(name, value) for name, value in stages.items()},
+            targets=None if targets is None else self._deviation(detection.TARGETS, targets),
+            predictions=None if predictions is None else self._deviation(detection.PREDICTIONS, predictions),
             ranks=ranks,
             best=best,
             evaluations=self._evaluations(),
@@ -223,6 +229,9 @@ class HealthMonitor:
             silence=self._silence_of(result.signals),
         )
         self._decide(step, detection.at_check(check, self.config))
+
+    def _deviation(self, name: str, value: float) -> Deviation:
+        return Deviation(value, self._memory.first_of(name, value))
 
     def _require_targets(self, ctx: StepContext) -> None:
         most = min(self.settings.max_updates_without_targets, self.config.train.steps)
@@ -259,7 +268,7 @@ class HealthMonitor:
         return measured
 
     def _silence_of(self, signals: RankSignals) -> Silence:
-        return Silence(round(signals.silent_segments), round(signals.segments), self._silence.keys)
+        return Silence(signals.silent_segments, signals.segments, self._silence.keys)
 
     def _decide(self, step: int, findings: Sequence[Finding]) -> None:
         for alarm in self.policy.decide(step, findings):

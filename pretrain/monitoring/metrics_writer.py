@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from data_pipeline.core.schema import dump
+from data_pipeline.core.schema import dump, flatten
 from data_pipeline.core.text import markdown_block, visible
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
@@ -96,7 +96,7 @@ class MetricsWriter:
             changes = markdown_block(text[:MAX_TEXT], "diff")
             self._board.write(lambda board: board.add_text("git_diff", changes, resumed_at))
         compared = {"loss/total": None, "metric/accuracy": None}
-        chosen = {name: value for name, value in _flat(values).items() if name.startswith(HPARAMS)}
+        chosen = {name: _shown(value) for name, value in flatten(values).items() if name.startswith(HPARAMS)}
         summaries = list(hparams(chosen, compared))  # type: ignore[no-untyped-call]
         for summary in summaries:
             self._board.write(lambda board, s=summary: board._get_file_writer().add_summary(s))  # type: ignore[misc]
@@ -155,13 +155,8 @@ class MetricsWriter:
         self._board.close()
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted path; lists as text."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            found[prefix + key] = value if isinstance(value, (bool, int, float)) else visible(text)
-    return found
+def _shown(value: Any) -> bool | int | float | str:
+    """Returns a field's value for the page that compares runs: numbers as they are, all else as text."""
+    if isinstance(value, (bool, int, float)):
+        return value
+    return visible(value if isinstance(value, str) else json.dumps(value))

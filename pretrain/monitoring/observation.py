@@ -30,6 +30,12 @@ def mean_of(metrics: Mapping[str, NumpySum], name: str | None) -> float:
     return float(np.ravel(total)[0]) / count if count > 0 else math.nan
 
 
+def deviation_of(metrics: Mapping[str, NumpySum], name: str | None) -> float | None:
+    """Returns the deviation that a metric holds; None where the objective names none or no frame was measured."""
+    total, count = metrics.get(name or "", (np.zeros(1), 0.0))
+    return float(total[0]) / count if count > 0 else None
+
+
 def books_of(record: MonitoringRecord, metrics: Mapping[str, NumpySum]) -> tuple[np.ndarray, ...]:
     """Returns how often each code occurred, for each of the objective's books that was counted."""
     counted = [book for book in record.books if book.metric in metrics]
@@ -141,7 +147,7 @@ class Memory:
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=NORMS))
     """Newest gradient norms; the same on all ranks."""
     first: dict[str, float] = field(default_factory=dict)
-    """The first deviation of each stage."""
+    """The first deviation of each stage, of the targets and of the predictions."""
     best: dict[str, float] = field(default_factory=dict)
     """The largest rank of each stage since the warm-up, and the largest perplexity."""
     targets_since: int = 0

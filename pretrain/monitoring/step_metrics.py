@@ -11,12 +11,15 @@ import torch
 
 from data_pipeline.core.types import SAMPLE_RATE, Step
 from pretrain.engines.base import NumpySum, StepResult
+from pretrain.interfaces.monitoring import CODE_COUNTS, MonitoringRecord
 
 RANKS_SHOWN = 64
 """Of more ranks, only the one that waits longest for data has a curve."""
 
 
-def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, world: int) -> dict[str, float]:
+def step_scalars(
+    result: StepResult, step: Step, lr: float, seconds: float, world: int, record: MonitoringRecord
+) -> dict[str, float]:
     """Returns the logged scalars of one optimizer step.
 
     Args:
@@ -25,10 +28,11 @@ def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, worl
         lr: learning rate.
         seconds: wall time from batch to batch.
         world: number of ranks.
+        record: of the objective, for the metrics that count codes.
     """
     scalars = {"loss/total": result.loss, "opt/lr": lr, "opt/grad_norm": result.grad_norm}
     for name, (total, count) in result.metrics.items():
-        if name.startswith("hist/"):
+        if name in record.count_metrics:
             scalars.update(code_use(name, total))
         elif count > 0:
             scalars[name] = float(total[0]) / count
@@ -40,7 +44,7 @@ def step_scalars(result: StepResult, step: Step, lr: float, seconds: float, worl
         **data_waits(result, seconds, world),
         "data/audio_seconds": result.samples / SAMPLE_RATE,
         "data/padding_share": 1.0 - step.samples / step.padded_samples,
-        "data/skipped_segments": result.signals.skipped_segments,
+        "data/skipped_segments": float(result.signals.skipped_segments),
         "data/epoch": float(step.after.epoch),
     }
     return scalars
@@ -67,13 +71,13 @@ def peak_memory_gib() -> float:
 
 def code_use(name: str, counts: np.ndarray) -> dict[str, float]:
     """Returns perplexity and the share of used codes of a code book, from how often each occurred in the step."""
-    suffix = name.removeprefix("hist/codes").removeprefix("hist/")
+    suffix = name.removeprefix(CODE_COUNTS)
     share = counts / max(1.0, float(counts.sum()))
     used = share[share > 0]
     entropy = float(-(used * np.log(used)).sum())
     return {f"metric/perplexity{suffix}": math.exp(entropy), f"metric/code_usage{suffix}": len(used) / len(share)}
 
 
-def histograms(metrics: Mapping[str, NumpySum]) -> dict[str, np.ndarray]:
-    """Returns the vector metrics: counts per code."""
-    return {name: total for name, (total, _) in metrics.items() if name.startswith("hist/")}
+def histograms(metrics: Mapping[str, NumpySum], record: MonitoringRecord) -> dict[str, np.ndarray]:
+    """Returns the counts per code of the objective's code books, by metric."""
+    return {name: total for name, (total, _) in metrics.items() if name in record.count_metrics}

@@ -16,7 +16,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
-from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord, books_of
+from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel
@@ -135,13 +135,13 @@ class BestRQ(Objective):
         metrics = {
             "metric/accuracy": (hits, count),
             "metric/masked_share": (plan.mask.count.to(total.device), encoded.lengths_B.sum()),
-            "hist/codes": (histogram_C, count),
+            CODE_COUNTS: (histogram_C, count),
         }
         self.record(lambda: MicroBatchRecord(plan.mask.mask_BF, labels_N, logits_NC.argmax(-1), None, None, inputs_ND))
         return LossOutput(total, count, metrics), encoded
 
     def monitoring(self) -> MonitoringRecord:
-        books = books_of("hist/codes", (self.config.n_codes,) * self.config.codebooks)
+        books = books_of(CODE_COUNTS, (self.config.n_codes,) * self.config.codebooks)
         return MonitoringRecord("loss/objective", "metric/accuracy", books=books, fixed_targets=True, last=self._last)
 
     @torch.no_grad()

@@ -94,7 +94,12 @@ class Data2Vec(Objective):
         return averaged_layers(output, self.top_layers)
 
     def monitoring(self) -> MonitoringRecord:
-        return MonitoringRecord("loss/objective", last=self._last)
+        return MonitoringRecord(
+            "loss/objective",
+            target_deviation="health/target_std",
+            prediction_deviation="health/prediction_std",
+            last=self._last,
+        )
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:

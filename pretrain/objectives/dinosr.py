@@ -15,7 +15,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.monitoring import CodeBook, MicroBatchRecord, MonitoringRecord
+from pretrain.interfaces.monitoring import CODE_COUNTS, CodeBook, MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.spectral import normalize_frames
 from pretrain.self_supervision.masking import FrameMask, draw_span_mask
@@ -116,7 +116,7 @@ class DinoSR(Objective):
     def book_metric(self, layer: int) -> str:
         """Returns the metric with the code counts of a teacher layer: `hist/codes` of the last, with a suffix below."""
         below_last = f"/layer_{self.n_layers - self.top_layers + layer + 1}"
-        return "hist/codes" + (below_last if layer < self.top_layers - 1 else "")
+        return CODE_COUNTS + (below_last if layer < self.top_layers - 1 else "")
 
     def monitoring(self) -> MonitoringRecord:
         n, size = self.top_layers, self.config.n_codes

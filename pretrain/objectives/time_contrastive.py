@@ -25,7 +25,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
-from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord, books_of
+from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import TorchaudioMfcc
@@ -35,6 +35,7 @@ from pretrain.self_supervision.kmeans import from_first_rank, kmeans
 from pretrain.self_supervision.masked_prediction import feature_penalty
 from pretrain.self_supervision.masking import FrameMask, draw_negatives, draw_span_mask
 from pretrain.self_supervision.quantizers import nearest_codes
+from pretrain.self_supervision.teacher import deviation
 
 
 @config
@@ -140,7 +141,9 @@ class TimeContrastive(Objective):
             "metric/chance_accuracy": (chance_accuracy, count),
             "metric/temporal_accuracy": (found, count),
             "metric/masked_share": (count, encoded.lengths_B.sum()),
-            "hist/codes": (torch.bincount(cluster_N, minlength=config.clusters).float(), count),
+            "health/target_std": (deviation(targets_ND) * count, count),
+            "health/prediction_std": (deviation(predictions_ND) * count, count),
+            CODE_COUNTS: (torch.bincount(cluster_N, minlength=config.clusters).float(), count),
         }
 
         def originals() -> MicroBatchRecord:
@@ -158,7 +161,9 @@ class TimeContrastive(Objective):
             "metric/accuracy",
             "metric/chance_loss",
             "metric/chance_accuracy",
-            books=books_of("hist/codes", (self.config.clusters,)),
+            target_deviation="health/target_std",
+            prediction_deviation="health/prediction_std",
+            books=books_of(CODE_COUNTS, (self.config.clusters,)),
             last=self._last,
         )
 

@@ -13,7 +13,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord, books_of
+from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
@@ -129,7 +129,7 @@ class Wav2Vec2(Objective):
             "metric/soft_perplexity": (code_perplexity * count, count),
             "health/target_std": (deviation(targets_ND) * count, count),
             "health/prediction_std": (deviation(predictions_ND) * count, count),
-            "hist/codes": (histogram, count * self.config.groups),
+            CODE_COUNTS: (histogram, count * self.config.groups),
         }
         self.record(
             lambda: MicroBatchRecord(
@@ -148,7 +148,9 @@ class Wav2Vec2(Objective):
             "metric/accuracy",
             "metric/chance_loss",
             "metric/chance_accuracy",
-            books=books_of("hist/codes", (self.config.n_codes,) * self.config.groups),
+            target_deviation="health/target_std",
+            prediction_deviation="health/prediction_std",
+            books=books_of(CODE_COUNTS, (self.config.n_codes,) * self.config.groups),
             last=self._last,
         )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.interfaces.models import SpeechModel
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def counter() -> FlopCounterMode:
@@ -18,12 +19,21 @@ def counter() -> FlopCounterMode:
 
     torch's counter lacks the fused attention of CPUs.
     """
-    return FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention_flops})
+    mapping = {CPU_ATTENTION: _attention_flops, CPU_ATTENTION_BACKWARD: _attention_backward_flops}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *rest: Any, **named: Any) -> int:
     """Returns the operations of attention between tensors of these shapes."""
     count: int = sdpa_flop_count(q, k, v)  # type: ignore[no-untyped-call]
+    return count
+
+
+def _attention_backward_flops(
+    grad_out: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *rest: Any, **named: Any
+) -> int:
+    """Operations of the backward pass of attention between tensors of these shapes."""
+    count: int = sdpa_backward_flop_count(grad_out, q, k, v)  # type: ignore[no-untyped-call]
     return count
 
 

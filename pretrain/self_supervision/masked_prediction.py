@@ -15,7 +15,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import FrameLabels, ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
-from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord, books_of
+from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel, TorchaudioMfcc
@@ -201,7 +201,7 @@ class MaskedUnits(Objective):
             "loss/feature_penalty": (penalty, count),
             "metric/accuracy": (hits, count),
             "metric/masked_share": (plan.mask.count.to(x_BFD.device), encoded.lengths_B.sum()),
-            "hist/codes": (torch.bincount(known_N, minlength=units).float(), count),
+            CODE_COUNTS: (torch.bincount(known_N, minlength=units).float(), count),
         }
         self.record(
             lambda: MicroBatchRecord(plan.mask.mask_BF, labels_N, logits_NK.argmax(1), target_inputs_XD=found.inputs_ND)
@@ -212,7 +212,7 @@ class MaskedUnits(Objective):
         return MonitoringRecord(
             "loss/prediction",
             "metric/accuracy",
-            books=books_of("hist/codes", (self.active_units(),)),
+            books=books_of(CODE_COUNTS, (self.active_units(),)),
             fixed_targets=bool(self.units_config.labels),
             target_version=int(self.relabelled),
             last=self._last,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import StepContext
+from pretrain.interfaces.monitoring import CODE_COUNTS
 from pretrain.interfaces.objectives import Sum
 from pretrain.monitoring.observation import chance_accuracy
 from pretrain.train_module import TrainModule
@@ -248,14 +249,16 @@ def test_the_monitoring_record_is_complete(objective: str, frontend: str) -> Non
     data = batch()
     _, metrics = run(module, data)
     record = module.objective.monitoring()
-    named = [record.loss, record.accuracy, record.chance_loss, record.chance_accuracy]
+    deviations = [record.target_deviation, record.prediction_deviation]
+    named = [record.loss, record.accuracy, record.chance_loss, record.chance_accuracy, *deviations]
     assert all(name in metrics for name in named if name is not None)
     assert float(metrics[record.loss][1]) > 0
     for book in record.books:
         counts = metrics[book.metric][0]
         assert 0 <= book.first < book.first + book.size <= len(counts)
     books = {book.metric for book in record.books}
-    assert books == {name for name in metrics if name.startswith("hist/codes")}
+    assert books == record.count_metrics == {name for name, (total, _) in metrics.items() if total.numel() > 1}
+    assert all(name.startswith(CODE_COUNTS) for name in books)
     assert len({book.title for book in record.books}) == len(record.books)
     if record.accuracy is not None:
         assert 0.0 < chance_accuracy(record, {k: (t.numpy(), float(n)) for k, (t, n) in metrics.items()}) < 1.0
@@ -272,6 +275,9 @@ def test_the_monitoring_record_is_complete(objective: str, frontend: str) -> Non
     assert vectors[0] is not None or units[0] is not None, "targets and predictions"
     assert all(len(part) == n and not part.requires_grad for part in (*vectors, *units) if part is not None)
     assert vectors[0] is None or (vectors[1] is not None and vectors[0].shape == vectors[1].shape)
+    for vectors_ND, name in zip(vectors, deviations, strict=True):
+        assert (vectors_ND is None) == (name is None), "the detectors of a collapse read the deviation of vectors"
+        assert name is None or float(metrics[name][0] / metrics[name][1]) > 0
     assert all(part.dtype == torch.int64 for part in units if part is not None)
     assert record.target_version == 0
     module.objective.record_next()

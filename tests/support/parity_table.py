@@ -1,4 +1,7 @@
-"""The fixture `parity(quantity, tolerance, error)`: asserts, and adds a row to the table that pytest prints at its end.
+"""A pytest plugin: the fixture `parity(quantity, tolerance, error)`, and the table of all that it compared.
+
+The fixture asserts, and adds a row to the table that pytest prints at its end. The table is a by-product of the tests,
+so this file is a plugin of pytest (see tests/conftest.py) and not a program of benchmarks/.
 
 `--parity-table FILE` runs only the tests that use it, slow ones included, and writes the table to FILE. Where only some
 test files are given, rows of other files are kept.

@@ -27,6 +27,9 @@ PLANTED = 22
 BEST_RQ: dict[str, Any] = {"name": "best_rq", "n_codes": 32}
 WAV2VEC2: dict[str, Any] = {"name": "wav2vec2", "n_codes": 16, "code_dim": 16, "projection_dim": 16, "negatives": 20}
 DATA2VEC: dict[str, Any] = {"name": "data2vec"}
+TIME_CONTRASTIVE: dict[str, Any] = {
+    "name": "time_contrastive", "clusters": 16, "projection_dim": 16, "negatives": 20,
+}  # fmt: skip
 DINOSR: dict[str, Any] = {"name": "dinosr", "top_layers": 2, "n_codes": 32}
 RELABELLED: dict[str, Any] = {
     "name": "efficient", "units": 32, "predict_layers": [1, 2], "relabel_step": 14, "relabel_layer": 1,
@@ -119,8 +122,16 @@ def one_code(engine: Engine) -> None:
 
 @torch.no_grad()
 def same_prediction(engine: Engine) -> None:
-    """Plants a regression whose output does not depend on its input."""
-    engine.module.objective.get_parameter("regression.weight").zero_()
+    """Plants predictions that do not depend on their input."""
+    for name, weight in engine.module.objective.named_parameters():
+        if name in ("regression.weight", "project_prediction.weight"):
+            weight.zero_()
+
+
+@torch.no_grad()
+def same_target(engine: Engine) -> None:
+    """Plants contrastive targets that do not depend on their input."""
+    engine.module.objective.get_parameter("project_target.weight").zero_()
 
 
 @torch.no_grad()

@@ -207,6 +207,19 @@ def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_settings_without_effect_are_noted_when_the_config_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    steps = ["train.steps=20", "schedule.warmup_steps=30", f"runs={tmp_path}", "--dry-run"]
+    assert main.main(["pretrain", *TINY, *steps]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("note: schedule.warmup_steps=30") == 1
+    assert "warmup_steps" not in shown.out, "standard output is for the plan alone"
+    sweep = ["seed=1,2", "--multirun", "launcher=slurm", "launcher.nodes=2"]
+    assert main.main(["pretrain", *TINY, *steps, *sweep]) == 0
+    assert capsys.readouterr().err.count("note: schedule.warmup_steps=30") == 1, "once for all runs of an array"
+
+
 TEXT = st.text(string.printable + "äéß語", min_size=1).filter(lambda text: text.strip() == text and "${" not in text)
 
 

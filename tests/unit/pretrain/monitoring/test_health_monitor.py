@@ -26,6 +26,7 @@ from tests.support.planted_failures import (
     DINOSR,
     PLANTED,
     RELABELLED,
+    TIME_CONTRASTIVE,
     WAV2VEC2,
     Plant,
     break_stem,
@@ -36,6 +37,7 @@ from tests.support.planted_failures import (
     one_code,
     run,
     same_prediction,
+    same_target,
     zero_stem,
 )
 from tests.support.synthetic_reader import SyntheticReader
@@ -86,8 +88,18 @@ def test_codes_that_collapse_after_a_relabelling_are_caught(tmp_path: Path) -> N
         (one_code, False, "code use", 20, BEST_RQ),
         (one_code, False, "target_std deviation", 8, WAV2VEC2),
         (same_prediction, False, "prediction_std deviation", 8, DATA2VEC),
+        (same_prediction, False, "prediction_std deviation", 8, TIME_CONTRASTIVE),
+        (same_target, False, "target_std deviation", 8, TIME_CONTRASTIVE),
     ],
-    ids=["dead stem", "NaN stem", "collapsed targets", "collapsed codebook", "constant prediction"],
+    ids=[
+        "dead stem",
+        "NaN stem",
+        "collapsed targets",
+        "collapsed codebook",
+        "constant prediction",
+        "constant prediction (time_contrastive)",
+        "constant targets (time_contrastive)",
+    ],
 )
 def test_a_planted_failure_is_caught(
     tmp_path: Path, plant: Plant, once: bool, detector: str, within: int, objective: dict[str, Any]
