@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
-from data_pipeline.loader.reader import PlanReader, open_reader
 from pretrain import registry
 from pretrain.config import Config
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.objectives import Head, LossOutput, MicroBatchPlan, Objective, Sum
 from pretrain.nn.numerics import masked_deviation
+
+if TYPE_CHECKING:
+    from data_pipeline.loader.reader import PlanReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,8 @@ def open_run_reader(config: Config, rank: int = 0, world: int = 1) -> PlanReader
         ConfigError: too little usable audio, or the number of ranks does not divide `data.micro_batches`.
         ValueError: shards are damaged.
     """
+    from data_pipeline.loader.reader import open_reader  # here: a model alone needs no package that reads shards
+
     return open_reader(config.data, config.seed, rank, world, least_samples(config))
 
 
