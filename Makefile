@@ -22,7 +22,7 @@ check: setup ## format, lint, types, import layers, spelling
 	$(BIN)/codespell
 
 docs: setup ## the documentation site, in site/; needs no network
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict # --quiet would hide the warnings that --strict refuses
 	@echo "open site/index.html"
 
 bench: setup ## comparisons with other implementations; each prints ratios

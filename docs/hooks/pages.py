@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -28,6 +29,8 @@ COMMANDS = {
 }
 PLUGINS = {"frontend": "frontends", "encoder": "encoders", "objective": "objectives", "heads.NAME": "heads"}
 """Config group -> plug-in kind."""
+ROOT_PAGES = re.compile(r"\((ARCHITECTURE|CONTRIBUTING|CHANGELOG)\.md")
+"""Links to files at the root that are pages of the site, in lower case there."""
 REFERENCE, INCLUDE = "<!-- configuration reference -->", "<!-- include "
 
 
@@ -35,7 +38,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replaces the two kinds of placeholder; called by MkDocs for every page."""
     if markdown.startswith(INCLUDE):
         name = markdown[len(INCLUDE) :].split()[0]
-        return (ROOT / name).read_text(encoding="utf-8").replace("(docs/", "(")
+        text = (ROOT / name).read_text(encoding="utf-8").replace("(docs/", "(")
+        return ROOT_PAGES.sub(lambda link: f"({link[1].lower()}.md", text)
     return markdown.replace(REFERENCE, "\n".join(configuration())) if REFERENCE in markdown else markdown
 
 
