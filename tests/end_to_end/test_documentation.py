@@ -11,6 +11,7 @@ import functools
 import io
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,29 @@ def test_programs_named_in_benchmark_results_exist() -> None:
     programs |= set(re.findall(r"(?:benchmarks|tests)/[\w/]+\.py", text))
     assert len(programs) > 10
     assert [name for name in programs if not (ROOT / name).exists()] == []
+
+
+def test_the_layers_of_architecture_are_those_that_are_checked() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    layers = next(contract["layers"] for contract in contracts if contract["name"] == "layers")
+    block = re.search(
+        r"\n\n    (launch\.main →.*?)\n\n", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert block is not None
+    shown, package = [], ""
+    for group in block[1].split("→"):
+        names = [name.strip() for name in group.split("|")]
+        package = names[0].partition(".")[0] if "." in names[0] else package
+        shown.append({name if "." in name else f"{package}.{name}" for name in names})
+    assert shown == [{name.strip() for name in layer.split("|")} for layer in layers]
+
+
+def test_the_parity_table_has_every_quantity() -> None:
+    """Of the quantities with a fixed name; `make parity-table` writes all of them."""
+    table = (ROOT / "benchmarks" / "results" / "parity.md").read_text(encoding="utf-8")
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py")]
+    quantities = {name for text in sources for name in re.findall(r'\bparity\(\s*"([^"]+)"', text)}
+    assert len(quantities) > 20
+    assert [name for name in sorted(quantities) if f"| {name} |" not in table] == []
