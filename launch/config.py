@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from data_pipeline.core.ray_tasks import refuse_foreign_address, refuse_foreign_dashboard
-from data_pipeline.core.schema import PluginChoice, about, config, refuse
+from data_pipeline.core.schema import PluginChoice, PluginConfig, about, config, refuse
 from data_pipeline.labels.kmeans import TargetsConfig
 from data_pipeline.preprocess.config import PreprocessConfig
 from pretrain.config import Config
@@ -15,7 +15,17 @@ from pretrain.evaluate.config import EvaluateConfig
 
 
 @config
-class LocalConfig:
+class LauncherConfig(PluginConfig):
+    """Base class of the config of a launcher."""
+
+    @property
+    def queued(self) -> bool:
+        """Whether jobs are handed over to a queue; a later job names them in `launcher.after` to wait for them."""
+        return False
+
+
+@config
+class LocalConfig(LauncherConfig):
     """This machine, through the `deepspeed` launcher."""
 
     name: Annotated[Literal["local"], about("this machine")] = "local"
@@ -35,7 +45,7 @@ STARTING_SECONDS = 120
 
 
 @config
-class SlurmConfig:
+class SlurmConfig(LauncherConfig):
     """A SLURM cluster (slurm/*.sbatch). Pretraining starts one task per rank, preprocess and targets one Ray node per
     node, evaluate one process."""
 
@@ -68,6 +78,11 @@ class SlurmConfig:
     python: Annotated[str, about("Python interpreter with auricle on the nodes; empty: the current one")] = ""
 
     @property
+    def queued(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def ranks_per_node(self) -> int:
         """Tasks of a pretraining run on each node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
@@ -88,7 +103,7 @@ class SlurmConfig:
 
 
 @config
-class RayConfig:
+class RayConfig(LauncherConfig):
     """A Ray cluster: one worker per rank; continues with fewer ranks when nodes are lost."""
 
     name: Annotated[Literal["ray"], about("a Ray cluster")] = "ray"
@@ -110,6 +125,11 @@ class RayConfig:
     answer_seconds: Annotated[float, about("how long the cluster's address may take to answer", gt=0)] = 20.0
     after: Annotated[str, about("id of a Ray Job that must succeed first; needs launcher.dashboard")] = ""
 
+    @property
+    def queued(self) -> bool:
+        """With a dashboard: runs are Ray Jobs then; otherwise they are driven from this process."""
+        return bool(self.dashboard)
+
     def __post_init__(self) -> None:
         """Refuses addresses for which Ray would import a module, and malformed Ray Job ids."""
         refuse_foreign_address("address", self.address)
@@ -118,49 +138,71 @@ class RayConfig:
             refuse("after", self.after, "the id of a Ray Job, such as raysubmit_1a2b3c")
 
 
-LAUNCHERS: dict[str, type[Any]] = {"local": LocalConfig, "ray": RayConfig, "slurm": SlurmConfig}
+LAUNCHERS: dict[str, type[LauncherConfig]] = {"local": LocalConfig, "ray": RayConfig, "slurm": SlurmConfig}
 
 
 def _launcher_names() -> list[str]:
     return sorted(LAUNCHERS)
 
 
-def _launcher_type(name: str) -> type[Any]:
+def _launcher_type(name: str) -> type[LauncherConfig]:
     if name not in LAUNCHERS:
         raise ValueError(f"there is no launcher {name!r}; there are: {', '.join(sorted(LAUNCHERS))}")
     return LAUNCHERS[name]
 
 
-Launcher = Annotated[Any, PluginChoice("launcher", _launcher_names, _launcher_type)]
+Launcher = Annotated[LauncherConfig, PluginChoice("launcher", _launcher_names, _launcher_type)]
 RUNS = "folder that holds the run folders"
 TASK_NAME = "name of the run folder; empty: the command and the last part of the path of its output"
 
 
 @config
-class Placed:
-    """Run folder and launcher of a job that is a single program."""
+class ProgramJob:
+    """Base class of jobs that are a single program: run folder and launcher."""
 
     runs: Annotated[str, about(RUNS, min_length=1)] = "runs"
     name: Annotated[str, about(TASK_NAME)] = ""
     launcher: Launcher = dataclasses.field(default_factory=LocalConfig)
 
+    @property
+    def main_path(self) -> str:
+        """The path whose last part names the run folder where `name` is empty."""
+        raise NotImplementedError
+
 
 @config
-class PreprocessJob(Placed, PreprocessConfig):
+class PreprocessJob(ProgramJob, PreprocessConfig):
     """A preprocessing job and where it runs: the root of conf/preprocess.yaml."""
 
+    @property
+    def main_path(self) -> str:
+        """The shards."""
+        return self.out
+
 
 @config
-class TargetsJob(Placed, TargetsConfig):
+class TargetsJob(ProgramJob, TargetsConfig):
     """A labelling job and where it runs: the root of conf/targets.yaml."""
 
+    @property
+    def main_path(self) -> str:
+        """The labels."""
+        return self.out
+
 
 @config
-class EvaluateJob(Placed, EvaluateConfig):
+class EvaluateJob(ProgramJob, EvaluateConfig):
     """An evaluation and where it runs: the root of conf/evaluate.yaml."""
 
+    @property
+    def main_path(self) -> str:
+        """The checkpoint: results need no folder."""
+        return self.checkpoint
 
-JOB_TYPES: dict[str, type[Any]] = {"preprocess": PreprocessJob, "targets": TargetsJob, "evaluate": EvaluateJob}
+
+ProgramConfig = PreprocessConfig | TargetsConfig | EvaluateConfig
+"""Configs of jobs that are a single program, without where they run."""
+JOB_TYPES: dict[str, type[ProgramJob]] = {"preprocess": PreprocessJob, "targets": TargetsJob, "evaluate": EvaluateJob}
 """Configs of jobs that are a single program, by command."""
 
 

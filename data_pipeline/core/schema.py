@@ -203,6 +203,12 @@ def dump(value: Any) -> dict[str, Any]:
     return plain
 
 
+def base_part(kind: type[T], value: T) -> T:
+    """Returns the fields of a config that its base class `kind` has, as a config of that class."""
+    names = [field.name for field in dataclasses.fields(typing.cast("type[Any]", kind))]
+    return kind(**{name: getattr(value, name) for name in names})
+
+
 @dataclasses.dataclass(frozen=True)
 class FieldDoc:
     """One line of `--help`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -70,6 +71,13 @@ def print_cautions(*configs: Config) -> None:
     """Prints once to stderr what the configs of runs allow but probably do not mean."""
     for caution in dict.fromkeys(caution for config in configs for caution in config.cautions()):
         print(f"note: {caution}", file=sys.stderr, flush=True)
+
+
+def config_of(command: str, kind: type[T], arguments: Sequence[str]) -> T:
+    """Returns the config of a command line without switches. Raises ConfigError, see `read`."""
+    given = read(command, kind, list(arguments))
+    assert given is not None  # only --help and --cfg are answered without a config
+    return given.config
 
 
 def _unknown_switch(switch: str, arguments: list[str], known: tuple[str, ...], kind: type[Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.core.schema import load
@@ -137,7 +136,7 @@ def _requeue(folder: Path) -> int:
     folder = folder.absolute()
     if directory := submitted_from(folder):  # relative paths of the config refer to it
         os.chdir(directory)
-    launcher = replace(load(LAUNCHERS[record.launcher], record.config), after="")  # the job it waited for has ended
+    launcher = load(LAUNCHERS[record.launcher], {**record.config, "after": ""})  # the job it waited for has ended
     handle = factory.make(launcher, record.command).submit(folder)
     write_record(folder, handle, launcher, record.command)
     print(f"{folder}: job {handle}")

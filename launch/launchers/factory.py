@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.sampling.plan import accumulation
-from launch.config import LAUNCHERS, LocalConfig, PretrainJob, RayConfig, SlurmConfig
+from launch.config import LAUNCHERS, LauncherConfig, LocalConfig, PretrainJob, RayConfig, SlurmConfig
 from launch.launchers.base import Submitter
 from launch.launchers.in_process import InProcess
 from launch.launchers.local import LocalSubmitter
@@ -27,7 +25,7 @@ def for_record(note: JobRecord) -> Submitter:
     return make(load(LAUNCHERS[note.launcher], note.config), note.command, "deepspeed", "cpu")
 
 
-def make(launcher: Any, command: str, engine: str = "deepspeed", device: str = "auto") -> Submitter:
+def make(launcher: LauncherConfig, command: str, engine: str = "deepspeed", device: str = "auto") -> Submitter:
     """Returns the submitter for a launcher config.
 
     Args:
@@ -41,14 +39,13 @@ def make(launcher: Any, command: str, engine: str = "deepspeed", device: str = "
     """
     if isinstance(launcher, SlurmConfig):
         return SlurmSubmitter(launcher, command)
-    if isinstance(launcher, RayConfig) and launcher.dashboard:
-        return RayJobs(launcher, command)
-    if isinstance(launcher, RayConfig) and launcher.after:
-        raise ConfigError(
-            f"launcher.after={launcher.after}: needs launcher.dashboard; without it, jobs are driven from this process"
-        )
-    if command != "pretrain":
-        return InProcess(launcher)
+    if isinstance(launcher, RayConfig):
+        if launcher.dashboard:
+            return RayJobs(launcher, command)
+        if launcher.after:
+            remedy = "needs launcher.dashboard; without it, jobs are driven from this process"
+            raise ConfigError(f"launcher.after={launcher.after}: {remedy}")
+        return RayHere(launcher) if command == "pretrain" else InProcess(launcher)
     if isinstance(launcher, LocalConfig):
-        return LocalSubmitter(launcher, engine, device)
-    return RayHere(launcher)
+        return LocalSubmitter(launcher, engine, device) if command == "pretrain" else InProcess(launcher)
+    raise TypeError(f"{type(launcher).__name__} has no submitter")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.atomic_files import write_json
-from launch.config import LAUNCHERS
+from launch.config import LAUNCHERS, LauncherConfig
 
 FILE_NAME = "job.json"
 
@@ -34,7 +34,7 @@ class JobRecord:
     """The command of the job: pretrain, or a program (launch.workers.programs)."""
 
 
-def write_record(folder: Path, handle: str, config: Any, command: str = "pretrain") -> None:
+def write_record(folder: Path, handle: str, config: LauncherConfig, command: str = "pretrain") -> None:
     """Records that the run of `folder` was submitted.
 
     Args:

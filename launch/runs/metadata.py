@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.core.atomic_files import write_atomically, write_json
-from data_pipeline.core.schema import ConfigError, dump
+from data_pipeline.core.schema import ConfigError, base_part, dump
 from launch.cli.compose import to_yaml
 from launch.config import PretrainJob
 from launch.runs import redaction
@@ -100,7 +99,7 @@ def submitted_from(folder: Path) -> Path | None:
 
 def run_config(job: PretrainJob) -> Config:
     """Returns the config of the run alone, without that of the launcher."""
-    return Config(**{field.name: getattr(job, field.name) for field in dataclasses.fields(Config)})
+    return base_part(Config, job)
 
 
 def _require_same_run(folder: Path, config: Config) -> None:

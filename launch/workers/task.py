@@ -18,11 +18,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.core.atomic_files import write_json
-from data_pipeline.core.schema import ConfigError, dump, load
-from launch.config import RayConfig
+from data_pipeline.core.schema import ConfigError, base_part, dump, load
+from data_pipeline.labels.kmeans import TargetsConfig
+from data_pipeline.preprocess.config import PreprocessConfig
+from launch.config import ProgramConfig, ProgramJob, RayConfig
 from launch.exit_codes import ExitCode
 from launch.runs import metadata, redaction
 from launch.workers.environment import RANK_LOGS, log_to
@@ -31,23 +32,24 @@ from launch.workers.programs import NAMES, program
 TASK = "task.json"
 RESULT = "result.json"
 LOG = "task.log"
+USES_RAY = PreprocessConfig | TargetsConfig
+"""Configs of the programs that spread their work over Ray themselves."""
 PATIENCE = 120.0
 """Seconds to wait for a Ray cluster to start."""
 
 
-def folder_of(command: str, job: Any) -> Path:
+def folder_of(command: str, job: ProgramJob) -> Path:
     """Returns RUNS/NAME; the default name is the command and the last part of the path of its output."""
     if job.name:
         return metadata.folder_of(job)
-    made = str(job.checkpoint if command == "evaluate" else job.out).rstrip("/")
-    return Path(job.runs) / f"{command}_{re.sub(r'[^0-9A-Za-z_-]+', '_', made.rpartition('/')[2])}"
+    last = job.main_path.rstrip("/").rpartition("/")[2]
+    return Path(job.runs) / f"{command}_{re.sub(r'[^0-9A-Za-z_-]+', '_', last)}"
 
 
-def prepare(command: str, job: Any) -> Path:
+def prepare(command: str, job: ProgramJob) -> Path:
     """Creates the run folder and writes task.json, environment.json and git.diff into it."""
     folder, launcher = folder_of(command, job), dump(job.launcher)
-    kind = program(command).CONFIG
-    config = dump(kind(**{field.name: getattr(job, field.name) for field in dataclasses.fields(kind)}))
+    config = dump(base_part(program(command).CONFIG, job))
     redaction.refuse_secrets({**config, "launcher": launcher})
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     write_json(folder / TASK, {"command": command, "config": config})
@@ -55,7 +57,7 @@ def prepare(command: str, job: Any) -> Path:
     return folder
 
 
-def read(folder: Path) -> tuple[str, Any]:
+def read(folder: Path) -> tuple[str, ProgramConfig]:
     """Reads task.json of a prepared folder: the command and its config.
 
     Raises:
@@ -85,7 +87,7 @@ def perform(folder: Path, address: str = "") -> None:
     command, config = read(folder)
     (folder / RESULT).unlink(missing_ok=True)
     module, where = program(command), config
-    if address and hasattr(config, "ray"):
+    if address and isinstance(config, USES_RAY):
         where = dataclasses.replace(config, ray=dataclasses.replace(config.ray, address=address))
     came_from = dict(module.made_from(config))
     module.work(where)
@@ -101,7 +103,7 @@ def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
         OSError: the job failed on the cluster; the message names its log.
     """
     command, config = read(folder)
-    if hasattr(config, "ray") or not launcher.address:
+    if isinstance(config, USES_RAY) or not launcher.address:
         perform(folder, launcher.address)
         return
     import ray
@@ -143,7 +145,7 @@ def _start(folder: str, directory: str) -> int:
     return subprocess.run(line, cwd=directory, env=os.environ | {RANK_LOGS: "1"}, check=False).returncode
 
 
-def why_outdated(command: str, job: Any) -> str:
+def why_outdated(command: str, job: ProgramJob) -> str:
     """Returns the reason why the job must run (again); "" if its result is up to date.
 
     It is up to date if config and input are unchanged and the output, which is read again, matches its fingerprint.
@@ -152,8 +154,7 @@ def why_outdated(command: str, job: Any) -> str:
     if not (folder / RESULT).is_file():
         return "was not finished before"
     module = program(command)
-    fields = dataclasses.fields(module.CONFIG)
-    config = module.CONFIG(**{field.name: getattr(job, field.name) for field in fields})
+    config = base_part(module.CONFIG, job)
     try:
         result = json.loads((folder / RESULT).read_bytes())
         before, came_from, made_before = (result[name] for name in ("config", "made_from", "made"))

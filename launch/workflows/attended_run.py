@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from launch.config import LauncherConfig
 from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.launchers import local
 from launch.launchers.processes import ChildProcesses
@@ -21,7 +22,7 @@ from launch.runs.job_record import write_record
 from pretrain.checkpointing.locate import steps_done
 
 
-def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: object) -> int:
+def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: LauncherConfig) -> int:
     """Starts a run, shows its progress, and returns its exit code.
 
     Ctrl-C, SIGTERM and SIGHUP ask the ranks for a checkpoint and wait for it; a second one ends them at once. After

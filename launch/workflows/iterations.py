@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.labels.kmeans import all_labelled
@@ -24,7 +24,6 @@ from launch.runs.job_record import read_record
 from pretrain.checkpointing.locate import steps_done
 from pretrain.interop.fingerprint import weights_of
 
-T = TypeVar("T")
 LABELS = "units"
 """Name of the frame labels in data.targets of the trainings."""
 MFCC_HZ = 100.0
@@ -54,13 +53,13 @@ class Link:
         if not self.folder.exists():
             return False
         if self.command == "targets":
-            labels = _config("targets", TargetsJob, self.arguments)
+            labels = request.config_of("targets", TargetsJob, self.arguments)
             try:
                 weights = weights_of(labels)
             except (ValueError, OSError):
                 weights = ""  # the model was removed since; its labels remain valid
             return all_labelled(labels, weights)
-        config = _config("pretrain", PretrainJob, self.arguments)
+        config = request.config_of("pretrain", PretrainJob, self.arguments)
         if steps_done(self.folder) < config.train.steps:
             return False
         metadata.prepare(config)
@@ -91,7 +90,7 @@ def run(config: PretrainJob, arguments: Sequence[str], commands: Mapping[str, Co
     for link in every:
         if config.link in ("", link.name) and not switches and not link.finished():
             require_ended(link.folder)
-    queued = bool(config.launcher.name == "slurm" or getattr(config.launcher, "dashboard", ""))
+    queued = config.launcher.queued
     done, after = {""}, ""
     for link in every:
         if link.finished():
@@ -168,9 +167,3 @@ def _frames_hz(config: PretrainJob) -> float:
 
     with torch.device("meta"):
         return registry.build_frontend(config.frontend, config.encoder.dim).rate_hz
-
-
-def _config(command: str, kind: type[T], arguments: Sequence[str]) -> T:
-    given = request.read(command, kind, list(arguments))
-    assert given is not None
-    return given.config

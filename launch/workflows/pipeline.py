@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from data_pipeline.core.schema import ConfigError, about, config, suggest
 from launch.cli import request
-from launch.config import JOB_TYPES, EvaluateJob, Launcher, LocalConfig, PretrainJob, RayConfig, SlurmConfig
+from launch.config import JOB_TYPES, EvaluateJob, Launcher, LocalConfig, PretrainJob, ProgramJob, TargetsJob
 from launch.exit_codes import ExitCode
 from launch.launchers.status import require_ended
 from launch.runs import metadata
@@ -51,22 +51,21 @@ class Step:
         """Returns it as a shell line."""
         return shlex.join(["auricle", self.command, *self.arguments])
 
-    def job(self) -> Any:
+    def job(self) -> PretrainJob | ProgramJob:
         """Returns its config. Raises ConfigError."""
-        kind: type[Any] = PretrainJob if self.command == "pretrain" else JOB_TYPES[self.command]
-        given = request.read(self.command, kind, list(self.arguments))
-        assert given is not None
-        return given.config
+        if self.command == "pretrain":
+            return request.config_of(self.command, PretrainJob, self.arguments)
+        return request.config_of(self.command, JOB_TYPES[self.command], self.arguments)
 
     def folder(self) -> Path:
         """Returns its run folder."""
         job = self.job()
-        return metadata.folder_of(job) if self.command == "pretrain" else task.folder_of(self.command, job)
+        return metadata.folder_of(job) if isinstance(job, PretrainJob) else task.folder_of(self.command, job)
 
     def why(self) -> str:
         """Returns why it has to run (again); "" where its result, read again and compared, is up to date."""
         job = self.job()
-        return why_pretraining(job) if self.command == "pretrain" else task.why_outdated(self.command, job)
+        return why_pretraining(job) if isinstance(job, PretrainJob) else task.why_outdated(self.command, job)
 
     def run(self, more: list[str]) -> int:
         """Runs it with further arguments; returns the exit code."""
@@ -89,8 +88,7 @@ def run(arguments: list[str]) -> int:
     if asked is None:
         return ExitCode.DONE
     chain = steps(asked.config, given, [line for line in launcher if not line.startswith("-")])
-    where, dry_run = asked.config.launcher, DRY_RUN in asked.switches
-    queued = isinstance(where, SlurmConfig) or (isinstance(where, RayConfig) and bool(where.dashboard))
+    queued, dry_run = asked.config.launcher.queued, DRY_RUN in asked.switches
     if not dry_run:
         for step in chain:  # all of them before the first one starts
             require_ended(step.folder())
@@ -152,13 +150,13 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
 
     preprocess, targets = step("preprocess", f"out={shards}"), step("targets", f"shards={shards}", f"out={labels}")
     pretrain = step("pretrain", f"data.shards={shards}")
-    run_config: PretrainJob = pretrain.job()
-    training, wants_labels = [pretrain], "targets" in settings.steps and hasattr(run_config.objective, "labels")
+    run_config = request.config_of("pretrain", PretrainJob, pretrain.arguments)
+    training, wants_labels = [pretrain], "targets" in settings.steps and run_config.objective.accepts_frame_labels
     if run_config.chain:
         links = iterations.links(run_config, list(pretrain.arguments))
         training, wants_labels = [Step(link.command, link.arguments) for link in links], False
     elif wants_labels:
-        made = targets.job()
+        made = request.config_of("targets", TargetsJob, targets.arguments)
         wiring = [f"objective.labels={LABELS}", f"data.targets.{LABELS}={labels}", f"objective.units={made.classes}"]
         wiring += [f"objective.label_rate_hz={MFCC_HZ}"] if made.features == "mfcc" else []
         training = [step("pretrain", f"data.shards={shards}", *wiring)]
@@ -170,7 +168,7 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
     return chosen
 
 
-def _require_inputs(job: Any) -> None:
+def _require_inputs(job: PretrainJob | ProgramJob) -> None:
     """Raises ConfigError for an input that no earlier step makes."""
     if isinstance(job, EvaluateJob):
         from pretrain.evaluate.manifest import find_manifest

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from launch.cli import request
-from launch.config import JOB_TYPES, EvaluateJob
+from launch.config import JOB_TYPES, EvaluateJob, ProgramJob
 from launch.exit_codes import ExitCode
 from launch.launchers import factory
 from launch.launchers.in_process import InProcess
@@ -51,12 +50,12 @@ def run(command: str, arguments: list[str]) -> int:
     return ExitCode.DONE
 
 
-def plan(command: str, config: Any) -> str:
+def plan(command: str, config: ProgramJob) -> str:
     """Returns exactly what `start` would start, as a shell line or script."""
     return factory.make(config.launcher, command).plan(task.folder_of(command, config))
 
 
-def start(command: str, config: Any) -> str:
+def start(command: str, config: ProgramJob) -> str:
     """Starts a job; returns its handle, or "" where it ran in this process and is done."""
     submitter = factory.make(config.launcher, command)
     require_ended(task.folder_of(command, config))
@@ -74,7 +73,7 @@ def report_queued(handle: str, folder: Path, launcher: str) -> None:
     print(f"{launcher} job {handle}, run folder {folder}; `auricle jobs status {shlex.quote(str(folder))}` follows it")
 
 
-def _with_inputs(config: Any) -> Any:
+def _with_inputs(config: ProgramJob) -> ProgramJob:
     """The config with inputs that the environment of this process names: a queued job has another environment.
 
     Raises ConfigError for names of tasks and layers that cannot be, before anything is queued.

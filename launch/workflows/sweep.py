@@ -15,7 +15,7 @@ from data_pipeline.core.text import visible
 from launch.cli import request
 from launch.cli.compose import sweep
 from launch.cli.request import MULTIRUN
-from launch.config import PretrainJob
+from launch.config import PretrainJob, SlurmConfig
 from launch.exit_codes import ExitCode
 from launch.launchers import factory
 from launch.launchers.slurm import SlurmSubmitter
@@ -49,8 +49,10 @@ def run(arguments: list[str], one: Callable[[list[str]], int]) -> int:
     lines = [[*line, f"name={name}"] for line, name in zip(lines, names, strict=True)]
     for name, point in zip(names, points, strict=True):
         print(f"{name}: {' '.join(line for line in point if line not in overrides)}", flush=True)
-    if isinstance(factory.for_job(first.config), SlurmSubmitter) and PREPARE not in switches:
-        return _array(first.config, lines, DRY_RUN in switches)
+    factory.for_job(first.config)  # refuses what no run of the sweep can start with
+    launcher = first.config.launcher
+    if isinstance(launcher, SlurmConfig) and PREPARE not in switches:
+        return _array(first.config, launcher, lines, DRY_RUN in switches)
     failed: dict[str, str] = {}
     for name, line in zip(names, lines, strict=True):
         try:
@@ -70,18 +72,18 @@ def run(arguments: list[str], one: Callable[[list[str]], int]) -> int:
     return ExitCode.FAILED if failed else ExitCode.DONE
 
 
-def _array(first: PretrainJob, lines: list[list[str]], dry_run: bool) -> int:
+def _array(first: PretrainJob, launcher: SlurmConfig, lines: list[list[str]], dry_run: bool) -> int:
     """Submits the runs as one SLURM array. Raises ConfigError where they cannot share one."""
     given = (request.read("pretrain", PretrainJob, line, switches=SWITCHES) for line in lines)
     jobs = [one.config for one in given if one]
     for job in jobs:
         factory.for_job(job)  # refuses what cannot be divided among that many ranks
-        if job.launcher != first.launcher or job.runs != first.runs or job.chain:
+        if job.launcher != launcher or job.runs != first.runs or job.chain:
             raise ConfigError("--multirun: the runs of an array share launcher and runs folder, and have no chain")
     request.print_cautions(*jobs)
     base = metadata.folder_of(first)
     folders = [metadata.folder_of(job) for job in jobs]
-    submitter = SlurmSubmitter(first.launcher)
+    submitter = SlurmSubmitter(launcher)
     if dry_run:
         print(submitter.plan(base, folders))
         return ExitCode.DONE
@@ -91,7 +93,7 @@ def _array(first: PretrainJob, lines: list[list[str]], dry_run: bool) -> int:
         metadata.prepare(job)
     handle = submitter.submit(base, folders)
     for number, folder in enumerate(folders):
-        write_record(folder, f"{handle}_{number}", first.launcher)
+        write_record(folder, f"{handle}_{number}", launcher)
     print(f"slurm array {handle} of {len(folders)} runs; `auricle jobs list --runs {_shown(base.parent)}` lists them")
     return ExitCode.DONE
 

@@ -46,6 +46,11 @@ class ObjectiveConfig(PluginConfig):
         """The frame labels that the objective needs; None if it computes its targets itself."""
         return None
 
+    @property
+    def accepts_frame_labels(self) -> bool:
+        """Whether it has the fields labels, label_rate_hz and units, which name frame labels of the data."""
+        return False
+
     def cautions(self, total_steps: int) -> list[str]:
         """Returns settings that have no effect in a run of so many steps, one sentence each."""
         return []

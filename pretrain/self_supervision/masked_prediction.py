@@ -66,6 +66,11 @@ class MaskedUnitsConfig(ObjectiveConfig):
         """The frame labels named by `labels`, if any."""
         return FrameLabels(self.labels, self.label_rate_hz, self.units) if self.labels else None
 
+    @property
+    def accepts_frame_labels(self) -> bool:
+        """Always; without `labels` it finds units itself."""
+        return True
+
     def cautions(self, total_steps: int) -> list[str]:
         """Warns of a relabelling after the end of the run, which has no effect."""
         if self.relabel_step < total_steps:

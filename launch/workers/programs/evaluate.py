@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from pretrain.evaluate.config import EvaluateConfig
 
@@ -47,5 +46,5 @@ def made(config: EvaluateConfig) -> dict[str, str]:
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
-def preview(config: Any) -> None:
+def preview(config: EvaluateConfig) -> None:
     """Prints nothing: the command contains all information."""

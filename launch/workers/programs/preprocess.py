@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from data_pipeline.preprocess.config import PreprocessConfig
 from launch.cli.tables import show_rows
-from launch.config import LocalConfig
+from launch.config import LocalConfig, PreprocessJob
 
 CONFIG = PreprocessConfig
 
@@ -40,7 +39,7 @@ def made(config: PreprocessConfig) -> dict[str, str]:
     return {root: hashlib.sha256(b"".join(r.to_json() for r in finished_units(root))).hexdigest() for root in roots}
 
 
-def preview(config: Any) -> None:
+def preview(config: PreprocessJob) -> None:
     """Prints the work plan of a job on this machine."""
     if isinstance(config.launcher, LocalConfig):
         from data_pipeline.preprocess.job import plan_units

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import Any
 
 from data_pipeline.core.storage import FileStore
 from data_pipeline.labels.kmeans import KMEANS, TargetsConfig, make_targets
@@ -42,5 +41,5 @@ def made(config: TargetsConfig) -> dict[str, str]:
     return {name: hashlib.sha256(store.read(name)).hexdigest() for name in names}
 
 
-def preview(config: Any) -> None:
+def preview(config: TargetsConfig) -> None:
     """Prints nothing: the command contains all information."""
