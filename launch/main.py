@@ -34,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"auricle {version('auricle')}")
         return ExitCode.DONE
     if given[0] not in COMMANDS:
-        from data_pipeline.core.schema import suggest
+        from data_pipeline.core.schema import did_you_mean, suggest
 
         near = suggest(given[0], COMMANDS)
-        hint = f"did you mean `auricle {near}`? " if near else ""
-        return _fail(f"there is no command {given[0]!r}; {hint}there are: {', '.join(COMMANDS)}", ExitCode.USAGE)
+        hint = did_you_mean(f"`auricle {near}`" if near else "")
+        return _fail(f"there is no command {given[0]!r}{hint}; there are: {', '.join(COMMANDS)}", ExitCode.USAGE)
     return _guarded(given[0], given[1:])
 
 

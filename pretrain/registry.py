@@ -13,7 +13,7 @@ import pkgutil
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from data_pipeline.core.schema import PluginChoice, PluginConfig, suggest
+from data_pipeline.core.schema import PluginChoice, PluginConfig, hint
 
 if TYPE_CHECKING:  # the interfaces import torch
     from pretrain.interfaces.configs import EncoderConfig, FrontendConfig, HeadConfig, ObjectiveConfig
@@ -40,9 +40,7 @@ def module(kind: str, name: str) -> ModuleType:
     """Returns the plug-in's module. Raises ValueError naming the choices."""
     known = names(kind)
     if name not in known:
-        near = suggest(name, known)
-        hint = f" (did you mean {near!r}?)" if near else ""
-        raise ValueError(f"there is no {kind[:-1]} {name!r}{hint}; there are: {', '.join(known)}")
+        raise ValueError(f"there is no {kind[:-1]} {name!r}{hint(name, known)}; there are: {', '.join(known)}")
     return importlib.import_module(f"{PACKAGES[kind]}.{name}")
 
 

@@ -139,8 +139,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def alarms(run: Path) -> list[str]:
     """Returns the messages of the run's health alarms."""
-    path = run / "health.jsonl"
-    return [json.loads(line)["message"] for line in path.read_text().splitlines()] if path.exists() else []
+    return [row["message"] for row in read_rows(run / "health.jsonl")]
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,37 @@ class JsonLines:
     """Numbers, from 1, of the other lines: damaged, cut off by a crash, or not an object."""
 
 
-def parse(content: bytes) -> JsonLines:
-    """Parses the bytes of a JSON-lines file; empty lines are ignored."""
-    rows: list[dict[str, Any]] = []
-    bad: list[int] = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+@dataclass(frozen=True)
+class Line:
+    """A line that is not empty."""
+
+    number: int
+    """From 1, empty lines included."""
+    row: dict[str, Any] | None
+    """None where the line is not a JSON object."""
+    problem: str = ""
+    """Why there is no row: "is not JSON (…)" or "is not a JSON object"."""
+
+
+def each_line(lines: Iterable[bytes]) -> Iterator[Line]:
+    """Parses lines one by one; empty ones are left out."""
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # ValueError: also bytes that are not UTF-8
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            bad.append(number)
-    return JsonLines(rows, tuple(bad))
+        except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8
+            yield Line(number, None, f"is not JSON ({error})")
+            continue
+        is_object = isinstance(row, dict)
+        yield Line(number, row if is_object else None, "" if is_object else "is not a JSON object")
+
+
+def parse(content: bytes) -> JsonLines:
+    """Parses the bytes of a JSON-lines file; empty lines are ignored."""
+    lines = list(each_line(content.split(b"\n")))
+    rows = [line.row for line in lines if line.row is not None]
+    return JsonLines(rows, tuple(line.number for line in lines if line.row is None))
 
 
 def read(path: Path) -> JsonLines:

@@ -107,10 +107,8 @@ class PluginChoice:
             raise ValueError(f"is a group of fields with a name, one of: {', '.join(known)}")
         name = value.get("name")
         if name not in known:
-            near = suggest(str(name), known)
-            hint = f"; did you mean {near}?" if near else ""
             problem = PydanticCustomError(
-                "no_such_name", "there is no such {kind}{hint}", {"kind": self.kind, "hint": hint}
+                "no_such_name", "there is no such {kind}{hint}", {"kind": self.kind, "hint": hint(str(name), known)}
             )
             bad = InitErrorDetails(type=problem, loc=("name",), input=name)
             raise ValidationError.from_exception_data(self.kind, [bad])
@@ -127,6 +125,16 @@ def suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return near[0] if near else ""
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean …?)" with the name among `known` nearest to `name`, or "" where none is near."""
+    return did_you_mean(suggest(name, known))
+
+
+def did_you_mean(near: str) -> str:
+    """Returns the hint at a name that `suggest` or another rule found; "" for ""."""
+    return f" (did you mean {near}?)" if near else ""
 
 
 class Absent(enum.Enum):
@@ -310,8 +318,8 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
         sibling = suggest(name, siblings, cutoff=0.5)
         near = suggest(path, everywhere, cutoff=0.8) or (prefix + sibling if sibling else suggest(path, everywhere))
         near = near or next((other for other in everywhere if other.rsplit(".", 1)[-1] == name), "")
-        hint = f"did you mean {near}? " if near else ""
-        return f"{path}={shown}: there is no such field; {hint}{parent or 'the top level'} has: {', '.join(siblings)}"
+        where = parent or "the top level"
+        return f"{path}={shown}: there is no such field{did_you_mean(near)}; {where} has: {', '.join(siblings)}"
     if problem["type"] in ("missing", "missing_argument"):
         if isinstance(problem["loc"][-1], int):
             return f"{path.rpartition('.')[0]}={shown}: has too few values"
@@ -329,7 +337,7 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
         return f"{path}={shown}: is a list; write {path}=[{problem['input']}]{allowed}"
     if problem["type"] == "literal_error" and doc and isinstance(problem["input"], str):
         near = suggest(problem["input"], doc.limits.removeprefix("one of ").split(", "))
-    return f"{path}={shown}: {message}{allowed}" + (f"; did you mean {near}?" if near else "")
+    return f"{path}={shown}: {message}{allowed}{did_you_mean(near)}"
 
 
 def _leaf(path: str, value: Any, shown: str) -> tuple[str, str]:

@@ -99,6 +99,27 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in TRANSIENT_ERRNO
 
 
+class Backoff:
+    """Growing pauses between tries of one read, with jitter, so that ranks do not come back all at once.
+
+    Args:
+        patience: Seconds after the first failure in which the last try must begin.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience, self._deadline, self._pause = patience, 0.0, 0.5
+
+    def wait(self) -> bool:
+        """Pauses before the next try; returns False, at once, where the time does not allow another one."""
+        now = time.monotonic()
+        self._deadline = self._deadline or now + self._patience
+        if now + self._pause > self._deadline:
+            return False
+        time.sleep(self._pause * random.uniform(0.75, 1.25))
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        return True
+
+
 def retry(action: Callable[[], T], path: str, patience: float = PATIENCE) -> T:
     """Calls `action`, again with growing pauses after each transient error.
 
@@ -112,22 +133,19 @@ def retry(action: Callable[[], T], path: str, patience: float = PATIENCE) -> T:
         FileNotFoundError: There is no such file.
         StorageWriteError: The action could not write what it has read.
     """
-    deadline, pause = 0.0, 0.5
+    backoff = Backoff(patience)
     while True:
         try:
             return action()
         except (FileNotFoundError, StorageWriteError):
             raise
         except Exception as error:
-            transient, now = is_transient(error), time.monotonic()
+            transient = is_transient(error)
             if not transient and not isinstance(error, OSError):
                 raise
-            deadline = deadline or now + patience
-            if not transient or now + pause > deadline:
+            if not transient or not backoff.wait():
                 tried = f" for {patience:g} s" if transient else ""
                 raise StorageReadError(path, f"cannot be read{tried} ({describe(error)})") from error
-            time.sleep(pause * random.uniform(0.75, 1.25))  # ranks must not come back all at once
-            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def is_url(path: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import fsspec
 
+from data_pipeline.core.jsonl import each_line
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import is_url
 
@@ -84,18 +85,9 @@ Parsed = Iterator[tuple[dict[str, Any], str]]
 
 
 def _json_rows(lines: Sequence[bytes]) -> Parsed:
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8
-            yield {}, f"is not JSON ({error})"
-            continue
-        if isinstance(row, dict):
-            yield {key.strip(): value for key, value in row.items() if value is not None}, ""
-        else:
-            yield {}, "is not a JSON object"
+    for line in each_line(lines):
+        row = line.row or {}
+        yield {key.strip(): value for key, value in row.items() if value is not None}, line.problem
 
 
 def _tsv_rows(kind: str) -> Callable[[Sequence[bytes]], Parsed]:

@@ -16,9 +16,10 @@ from typing import Any, Final
 
 import fsspec
 
+from data_pipeline.core.jsonl import Line, each_line
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.tar_members import TarMember, list_members, read_member
-from data_pipeline.core.tar_samples import MOST_LABEL_BYTES, UnusableError, member_labels, parse_object
+from data_pipeline.core.tar_samples import MOST_LABEL_BYTES, UnusableError, member_labels
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Span
 from data_pipeline.corpora.config import LhotseSharCorpus, NemoTarredCorpus, TarredCorpus, WebDatasetCorpus
 from data_pipeline.corpora.listing import Entry, list_files
@@ -93,7 +94,7 @@ class _Reading:
                 self._reject(entry, "", "no_cuts", f"there is no {names[0]} beside it")
                 continue
             members = [member for member in self._members(entry) if not member.name.endswith((".json", ".nometa"))]
-            rows = list(_lines(cuts.path))
+            rows = _lines(cuts.path)
             for number, member in enumerate(members):
                 if number >= len(rows):
                     self._reject(entry, member.name, "not_listed", f"{cuts.relative} has {len(rows)} cuts")
@@ -118,7 +119,7 @@ class _Reading:
         for manifest in manifests:
             for number, line in enumerate(_lines(manifest.path), 1):
                 try:
-                    row = parse_object(f"row {number}", line)
+                    row = _row(line, f"row {number}")
                     member = _member_of(row, members)
                 except UnusableError as error:
                     self._reject(manifest, "", error.reason, str(error), number)
@@ -167,9 +168,9 @@ class _Reading:
             if not self.corpus.splits or file.split in self.corpus.splits:
                 self.found.files.append(dataclasses.replace(file, labels=labels))
 
-    def _add_cut(self, entry: Entry, member: TarMember, number: int, line: bytes) -> None:
+    def _add_cut(self, entry: Entry, member: TarMember, number: int, line: Line) -> None:
         try:
-            cut = parse_object(f"cut {number}", line)
+            cut = _row(line, f"cut {number}")
             if member.name.endswith(".nodata"):
                 raise UnusableError("missing", "the cut has no audio")
             identity = cut.get("id")
@@ -292,10 +293,17 @@ def _samples(seconds: Any, name: str) -> int:
     return round(seconds * SAMPLE_RATE)
 
 
-def _lines(path: str) -> Iterator[bytes]:
-    """Non-empty lines of a file, plain or gzipped."""
+def _lines(path: str) -> list[Line]:
+    """Lines of a JSON-lines file, plain or gzipped."""
     with fsspec.open(path, "rb") as file:
         content = file.read()
     if content[:2] == b"\x1f\x8b":
         content = gzip.GzipFile(fileobj=io.BytesIO(content)).read()
-    yield from (line for line in content.split(b"\n") if line.strip())
+    return list(each_line(content.split(b"\n")))
+
+
+def _row(line: Line, name: str) -> dict[str, Any]:
+    """The object in a line. Raises UnusableError."""
+    if line.row is None:
+        raise UnusableError("labels", f"{name} {line.problem}")
+    return line.row

@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from data_pipeline.audio.codecs import Wave
+from data_pipeline.audio.codecs import AudioError, Wave
+from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.integrity import write_checksums
 from data_pipeline.core.ray_tasks import RayConfig, cluster, run_tasks
 from data_pipeline.core.rng import keyed_rng
@@ -197,12 +197,12 @@ def shard_features(root: str, record: DoneRecord, extractor: Callable[[], Extrac
 def _read_wave(content: bytes, row: Mapping[str, Any], shard: str) -> Wave:
     """The first n_samples of a sample, as its index counts them. Raises ValueError where there are fewer."""
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as sound:
-            if sound.channels != 1:
-                raise ValueError(f"{shard}: sample {row['key']} has {sound.channels} channels instead of 1")
-            wave: Wave = sound.read(row["n_samples"], dtype="float32")
-    except RuntimeError as error:
-        raise ValueError(f"{shard}: sample {row['key']} cannot be decoded ({error})") from None
+        with open_sample(content) as sample:
+            if sample.channels != 1:
+                raise ValueError(f"{shard}: sample {row['key']} has {sample.channels} channels instead of 1")
+            wave = sample.read(count=row["n_samples"])
+    except AudioError as error:
+        raise ValueError(f"{shard}: sample {row['key']} {error}") from None
     if len(wave) < row["n_samples"]:
         raise ValueError(f"{shard}: sample {row['key']} has {len(wave):,} samples, its index {row['n_samples']:,}")
     return wave

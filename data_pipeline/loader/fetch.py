@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from data_pipeline.audio.augmentation import Augmenter
 from data_pipeline.audio.codecs import Wave
+from data_pipeline.audio.samples import open_sample
 from data_pipeline.audio.transforms import change_speed
 from data_pipeline.core.rng import keyed_rng
-from data_pipeline.core.schema import ConfigError, suggest
+from data_pipeline.core.schema import ConfigError, hint
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.labels.store import FrameLabels
 from data_pipeline.sampling.config import DataConfig
@@ -87,17 +87,15 @@ class Fetched:
             np.multiply(np.frombuffer(audio, "<i2"), np.float32(1 / 32768), out=out)
             return
         try:
-            with soundfile.SoundFile(io.BytesIO(audio)) as file:
-                header, expected = (file.samplerate, file.channels, file.frames), (SAMPLE_RATE, 1, self.n_samples)
+            with open_sample(audio) as sample:
+                header, expected = (sample.rate, sample.channels, sample.frames), (SAMPLE_RATE, 1, self.n_samples)
                 if header != expected:
-                    raise ValueError(f"its header says (Hz, channels, samples) {header}, its index {expected}")
-                if self.start:
-                    file.seek(self.start)
-                got = len(file.read(self.source, dtype="float32", out=out))
+                    raise ValueError(f"has (Hz, channels, samples) {header} in its header, {expected} in its index")
+                got = len(sample.read(self.start, self.source, out))
             if got != self.source:
-                raise ValueError(f"it ends after {self.start + got} of {self.n_samples} samples")
-        except (soundfile.SoundFileError, ValueError, RuntimeError) as error:
-            raise ShardError(self.shard, f"sample {self.key} cannot be decoded: {error}") from None
+                raise ValueError(f"ends after {self.start + got} of {self.n_samples} samples")
+        except ValueError as error:
+            raise ShardError(self.shard, f"sample {self.key} {error}") from None
 
 
 class Fetcher:
@@ -220,10 +218,9 @@ def check_labels(files: ShardFiles, names: Sequence[str]) -> None:
             known |= _label_names(files, number)
     for name in names:
         if name not in known:
-            near = suggest(name, known)
-            hint = f"; did you mean {near}?" if near else ""
             raise ConfigError(
-                f"data.labels={name}: no sample has such a label{hint} (known: {', '.join(sorted(known))})"
+                f"data.labels={name}: no sample has such a label{hint(name, known)}; "
+                f"there are: {', '.join(sorted(known))}"
             )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import itertools
 import logging
 import multiprocessing
@@ -24,12 +23,12 @@ from typing import IO, Any, Final
 
 import fsspec
 import numpy as np
-import soundfile
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_pipeline.audio.augmentation import Augmenter
-from data_pipeline.audio.codecs import Wave
+from data_pipeline.audio.codecs import AudioError, Wave
+from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore, StorageReadError, describe, is_url, retry
@@ -304,7 +303,7 @@ class _Stream:
                 try:
                     labels = member_labels(documents, key, stem) if self.config.labels else {}
                     wave = self._decoded(stem, sample[ending])
-                except (UnusableError, soundfile.SoundFileError, RuntimeError) as error:
+                except (UnusableError, AudioError) as error:
                     self._bad(url, f"{key}.{ending} cannot be used ({error})")
                     wave, labels = np.zeros(0, np.float32), {}
                 self._in_vain = 0 if len(wave) else self._in_vain + 1
@@ -315,18 +314,18 @@ class _Stream:
 
     def _decoded(self, key: str, data: bytes) -> Wave:
         """The crop of a member; empty if it is shorter than `data.min_seconds`."""
-        with soundfile.SoundFile(io.BytesIO(data)) as sound:
-            if (sound.samplerate, sound.channels) != (SAMPLE_RATE, 1):
+        with open_sample(data) as sample:
+            if (sample.rate, sample.channels) != (SAMPLE_RATE, 1):
                 raise UnusableError(
-                    "rate", f"{sound.samplerate} Hz, {sound.channels} channels; convert it with corpus=webdataset"
+                    "rate", f"{sample.rate} Hz, {sample.channels} channels; convert it with corpus=webdataset"
                 )
-            longest, frames = self.constraints.longest, sound.frames
+            longest, frames, start = self.constraints.longest, sample.frames, 0
             if frames < self.constraints.shortest:
                 return np.zeros(0, np.float32)
             if longest < frames < 1 << 40:
                 rng = keyed_rng(self.seed, self._pass, key, "crop")
-                sound.seek(int(rng.integers(0, frames - longest + 1)))
-            wave: Wave = sound.read(min(frames, longest), dtype="float32")
+                start = int(rng.integers(0, frames - longest + 1))
+            wave = sample.read(start, min(frames, longest))
         return wave if len(wave) >= self.constraints.shortest else wave[:0]
 
     def batches(self, clips: Iterable[Clip]) -> Iterator[StreamBatch]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import struct
 import zlib
 from collections import Counter
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import soundfile
 
 from data_pipeline.audio.codecs import encode, to_int16
+from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.text import html_text
@@ -177,8 +176,8 @@ def _gallery(sets: Sequence[tuple[str, Sequence[DoneRecord]]]) -> Iterable[str]:
         store = FileStore(root)
         start, end = row["payload_offset"], row["payload_offset"] + row["payload_size"]
         content = store.fs.cat_file(store.path(record.shard), start=start, end=end)
-        wave, _ = soundfile.read(io.BytesIO(content), dtype="float32")
-        clip = wave[: CLIP_SECONDS * SAMPLE_RATE]
+        with open_sample(content) as sample:
+            clip = sample.read(count=CLIP_SECONDS * SAMPLE_RATE)
         sound = base64.b64encode(encode(to_int16(clip), SAMPLE_RATE, "flac")).decode()
         image = base64.b64encode(_png(_spectrogram(clip))).decode()
         what = f"{row['corpus']} · {row['speaker'] or 'unknown speaker'} · {row['n_samples'] / SAMPLE_RATE:.1f} s"

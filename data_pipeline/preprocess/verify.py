@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Final
 
 import numpy as np
-import soundfile
 
+from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.integrity import CHECKSUMS, REPORT, altered_files, is_sealed, with_check
 from data_pipeline.core.schema import ConfigError
@@ -23,8 +22,6 @@ from data_pipeline.shards.local import LABELS_IN_COLUMNS
 from data_pipeline.shards.records import AUDIO_SUFFIXES, DoneRecord, read_index, refuse_code, rejects_name
 
 NO_ROW: Final = dict.fromkeys(("key", "payload_offset", "payload_size", "n_samples"))
-BLOCK_VALUES: Final = 1 << 18
-"""Values (frames × channels) decoded at a time: a file of a few MB may claim hours of audio."""
 OPUS_PACKET: Final = 960
 """Opus streams may hold up to one packet of samples more than they were given."""
 Fault = tuple[str, str]
@@ -178,7 +175,8 @@ def _read_indexed(file: IO[bytes], rows: Sequence[dict[str, Any]] | None) -> Ite
     for row in rows or ():
         file.seek(row["payload_offset"])
         try:
-            frames = count_frames(io.BytesIO(file.read(row["payload_size"])), row["n_samples"])
+            with open_sample(file.read(row["payload_size"])) as sample:
+                frames = sample.count(row["n_samples"])
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
             yield f"sample {row['key']} cannot be read ({error})"
             continue
@@ -199,26 +197,13 @@ def _problem_of(tar: tarfile.TarFile, info: tarfile.TarInfo, row: Mapping[str, A
     if indexed and (key, info.offset_data, info.size) != (row["key"], row["payload_offset"], row["payload_size"]):
         return f"member {info.name} is not the one that the index lists"
     spare = OPUS_PACKET if suffix == "opus" else 0
-    frames = count_frames(content, row["n_samples"] + spare if indexed else None)
+    with open_sample(content) as sample:
+        frames = sample.count(row["n_samples"] + spare if indexed else None)
     wanted = row["n_samples"]
     if indexed and not 0 <= frames - wanted <= spare:
         found = f"more than {wanted + spare}" if frames > wanted + spare else str(frames)
         return f"{info.name} decodes to {found} samples instead of {wanted}"
     return ""
-
-
-def count_frames(content: IO[bytes], most: int | None) -> int:
-    """Decodes audio block by block and counts its samples, at most one block beyond `most` of them.
-
-    Raises:
-        RuntimeError: It cannot be decoded (soundfile's error).
-    """
-    frames = 0
-    with soundfile.SoundFile(content) as sound:
-        size = max(BLOCK_VALUES // max(sound.channels, 1), 1)
-        while (most is None or frames <= most) and (got := len(sound.read(size, dtype="int16"))):
-            frames += got
-    return frames
 
 
 def _verify_settings(store: FileStore) -> Iterator[Fault]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from data_pipeline.core.integrity import with_check
 from data_pipeline.core.rng import keyed_seed
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.schema import ABSENT, ConfigError, diff, flatten
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
 from data_pipeline.corpora.config import PathCorpus
@@ -226,9 +226,8 @@ def _normal(path: str) -> str:
 
 def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> None:
     """Refuses a folder whose `dataset.json` holds other settings than this job; all its shards share them."""
-    wanted = {"format": WRITER_VERSION, "sample_rate": SAMPLE_RATE, "codec": config.codec}
-    wanted["settings"] = json.loads(json.dumps(content_settings(config)))
-    text = with_check(wanted)
+    wanted = json.loads(json.dumps(content_settings(config)))
+    text = with_check({"format": WRITER_VERSION, "sample_rate": SAMPLE_RATE, "codec": config.codec, "settings": wanted})
     if not store.exists("dataset.json") and (dry or store.create("dataset.json", text)):
         return
     try:
@@ -237,8 +236,12 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{store.root}/dataset.json: cannot be read ({error}); restore it from a copy") from None
     # a field that is younger than the data set had its default then
-    before = _merged(_default_settings(), settings)
-    different = [f"{path}={new!r} here, {old!r} there" for path, new, old in _differences(wanted["settings"], before)]
+    before = flatten(_default_settings()) | flatten(settings)
+    different = [
+        f"{path}={new!r} here, {old!r} there"
+        for path, old, new in diff(before, wanted)
+        if [old, new] not in ([None, ABSENT], [ABSENT, None])  # a field that is gone and was not in use
+    ]
     if found.get("format") != WRITER_VERSION:
         different.append(f"format {WRITER_VERSION} here, {found.get('format')} there")
     if different:
@@ -250,19 +253,3 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
 
 def _default_settings() -> Any:
     return json.loads(json.dumps(content_settings(PreprocessConfig(out="-", corpus=PathCorpus(path="-")))))
-
-
-def _merged(default: Any, given: Any) -> Any:
-    if isinstance(default, dict) and isinstance(given, dict):
-        return {key: _merged(default.get(key), given.get(key, default.get(key))) for key in default | given}
-    return given
-
-
-def _differences(new: Any, old: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(new, dict) and isinstance(old, dict):
-        return [
-            found
-            for key in sorted(new.keys() | old.keys())
-            for found in _differences(new.get(key), old.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if new == old else [(path, new, old)]

@@ -23,8 +23,9 @@ from typing import IO, Annotated, Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import soundfile
 
+from data_pipeline.audio.errors import AudioError
+from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.storage import FileStore, is_plain_name, retry
 from data_pipeline.core.tar_samples import MOST_LABEL_BYTES, UnusableError, member_labels
@@ -346,22 +347,20 @@ def examine(data: bytes, suffix: str, decode: bool = True) -> tuple[int, str]:
         UnusableError: It is not 16 kHz mono audio, is damaged, or has another length than its header says.
     """
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as sound:
-            if sound.samplerate != SAMPLE_RATE:
+        with open_sample(data) as sound:
+            if sound.rate != SAMPLE_RATE:
                 raise UnusableError(
-                    "sample_rate", f"{sound.samplerate} Hz instead of {SAMPLE_RATE}; convert it with corpus=webdataset"
+                    "sample_rate", f"{sound.rate} Hz instead of {SAMPLE_RATE}; convert it with corpus=webdataset"
                 )
             if sound.channels != 1:
                 raise UnusableError("channels", f"{sound.channels} channels; convert it with corpus=webdataset")
-            frames, decoded = sound.frames, 0
+            frames = sound.frames
             if not 0 < frames < MOST_SAMPLES:
                 raise UnusableError("length", f"its header says {frames} samples; allowed are 1 to {MOST_SAMPLES - 1}")
-            while decode and len(block := sound.read(CHUNK, dtype="int16")):
-                decoded += len(block)
-            if decode and decoded != frames:
+            if decode and (decoded := sound.count()) != frames:
                 raise UnusableError("length", f"its header says {frames:,} samples, but it decodes to {decoded:,}")
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise UnusableError("corrupt", f"cannot be decoded: {error}") from None
+    except AudioError as error:
+        raise UnusableError("corrupt", str(error)) from None
     # only a WAV of this form is cropped by bytes
     plain = data[:4] == b"RIFF" and data[12:22] == b"fmt \x10\0\0\0\1\0" and data[34:40] == b"\x10\0data"
     return frames, suffix if suffix != "wav" or (plain and len(data) == WAV_HEADER + 2 * frames) else "riff"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline.core.storage import LONGEST_PAUSE, StorageReadError, describe, is_transient, retry
+from data_pipeline.core.storage import Backoff, StorageReadError, describe, is_transient, retry
 from data_pipeline.shards.local import Extent, ShardError, ShardFiles
 
 
@@ -16,7 +14,7 @@ class RemoteShards(ShardFiles):
 
     def read(self, wanted: Sequence[Extent]) -> list[bytes | ShardError]:
         found: dict[Extent, bytes | ShardError] = {}
-        deadline, pause = 0.0, 0.5
+        backoff = Backoff(self.shards.patience)
         while left := [e for e in dict.fromkeys(wanted) if e not in found and e.shard not in self.bad]:
             failed: dict[Extent, BaseException] = {}
             for extent, got in zip(left, self._ranges(left), strict=True):
@@ -24,12 +22,8 @@ class RemoteShards(ShardFiles):
                     failed[extent] = got
                 else:
                     found[extent] = self._bytes_or_error(extent, got)
-            if failed:
-                deadline = deadline or time.monotonic() + self.shards.patience
-                if time.monotonic() + pause > deadline:
-                    raise self._given_up(failed)
-                time.sleep(pause * random.uniform(0.75, 1.25))
-                pause = min(2 * pause, LONGEST_PAUSE)
+            if failed and not backoff.wait():
+                raise self._given_up(failed)
         return [found.get(extent) or self.bad[extent.shard] for extent in wanted]
 
     def _ranges(self, extents: Sequence[Extent]) -> Sequence[bytes | BaseException]:

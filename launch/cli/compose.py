@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.core.schema import ConfigError, suggest
+from data_pipeline.core.schema import ConfigError, hint
 from launch.cli.groups import CONF, groups
 
 READABLE_VARIABLES = ("HOME", "USER", "LOGNAME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "PROJECT", "DATA")
@@ -138,9 +138,8 @@ def _quoted(value: str) -> str:
 
 def _group_choice(name: str, value: str, choices: list[str], in_defaults: bool) -> str:
     if value not in choices:
-        near = suggest(value, choices)
-        hint = f"did you mean {near}? " if near else ""
-        raise ConfigError(f"{name}={value}: there is no such {name}; {hint}there are: {', '.join(choices) or 'none'}")
+        near, listed = hint(value, choices), ", ".join(choices) or "none"
+        raise ConfigError(f"{name}={value}: there is no such {name}{near}; there are: {listed}")
     return f"{name}={value}" if in_defaults else f"+{name}={value}"
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import NoReturn
 
-from data_pipeline.core.schema import ConfigError, suggest
+from data_pipeline.core.schema import ConfigError, hint
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,9 +17,8 @@ class Parser(argparse.ArgumentParser):
         """Raises ConfigError with the nearest name of a wrong subcommand or option."""
         wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)", message)
         word = (wrong[1] or wrong[2]) if wrong else ""
-        near = suggest(word.partition("=")[0], _words(self)) if word else ""
-        hint = f"; did you mean {near}?" if near else ""
-        raise ConfigError(f"{message}{hint} ({self.prog} --help lists all)")
+        near = hint(word.partition("=")[0], _words(self)) if word else ""
+        raise ConfigError(f"{message}{near}; {self.prog} --help lists all")
 
 
 def _words(parser: argparse.ArgumentParser) -> Iterator[str]:

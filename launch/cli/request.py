@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from data_pipeline.core.schema import REQUIRED, ConfigError, FieldDoc, document, load, suggest
+from data_pipeline.core.schema import REQUIRED, ConfigError, FieldDoc, document, hint, load
 from launch.cli.compose import compose, is_sweep, to_yaml
 from launch.cli.groups import groups
 from pretrain.config import Config
@@ -90,9 +90,7 @@ def _unknown_switch(switch: str, arguments: list[str], known: tuple[str, ...], k
         after = arguments[arguments.index(switch) + 1 :]
         shown = value or (after[0] if after and not after[0].startswith("-") and "=" not in after[0] else "VALUE")
         return f"{switch}: fields have no dashes; write {field}={shown}"
-    near = suggest(switch, known)
-    hint = f"did you mean {near}? " if near else ""
-    return f"there is no switch {switch}; {hint}there are: {', '.join(known)}"
+    return f"there is no switch {switch}{hint(switch, known)}; there are: {', '.join(known)}"
 
 
 def _keep_texts(kind: type[Any], values: dict[str, Any], overrides: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.core.schema import ConfigError, suggest
+from data_pipeline.core.schema import ConfigError, hint
 from launch.cli import request
 from launch.cli.command_table import SUBCOMMANDS
 from launch.config import PretrainJob
@@ -23,9 +23,8 @@ def run(arguments: list[str]) -> int:
     if arguments[:1] and arguments[0] in subcommands:
         return subcommands[arguments[0]](arguments[1:])
     if arguments and arguments[0] not in ("--help", "-h"):
-        near = suggest(arguments[0], subcommands)
-        hint = f"; did you mean {near}?" if near else ""
-        raise ConfigError(f"there is no subcommand {arguments[0]!r}{hint} (there are: {', '.join(subcommands)})")
+        near, listed = hint(arguments[0], subcommands), ", ".join(subcommands)
+        raise ConfigError(f"there is no subcommand {arguments[0]!r}{near}; there are: {listed}")
     print(USAGE)
     return ExitCode.DONE if arguments else ExitCode.USAGE
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.jsonl import read_rows
-from data_pipeline.core.schema import ConfigError, suggest
-from pretrain.checkpointing.locate import near
+from data_pipeline.core.schema import ConfigError, hint
+from pretrain.checkpointing.locate import POINTER, near
 from pretrain.checkpointing.run_folder import read_config
 
 ALIVE_SECONDS = 120.0
@@ -77,9 +77,8 @@ def find_run(name: str, runs: Path = Path("runs")) -> Path:
         if any((folder / mark).is_file() for mark in marks):
             return folder
     known = sorted({file.parent.name for mark in marks for file in runs.glob(f"*/{mark}")})
-    close = suggest(Path(name).name, known)
-    hint = f"did you mean {close}? " if close else ""
-    raise ConfigError(f"there is no run {name!r}; {hint}below {runs}/ there are: {', '.join(known) or 'none'}")
+    near, listed = hint(Path(name).name, known), ", ".join(known) or "none"
+    raise ConfigError(f"there is no run {name!r}{near}; below {runs}/ there are: {listed}")
 
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -94,7 +93,7 @@ def signs_of_life(folder: Path, now: float | None = None) -> float:
     """
     now = time.time() if now is None else now
     times = [0.0]
-    for pattern in ("heartbeats/*.json", "metrics.jsonl", "incarnations/*", "checkpoints/latest"):
+    for pattern in ("heartbeats/*.json", "metrics.jsonl", "incarnations/*", f"checkpoints/{POINTER}"):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):  # replaced since the folder was listed
                 times.append(path.stat().st_mtime)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data_pipeline.core.schema import ConfigError, about, config, suggest
+from data_pipeline.core.schema import ConfigError, about, config, hint
 from launch.cli import request
 from launch.config import JOB_TYPES, EvaluateJob, Launcher, LocalConfig, PretrainJob, ProgramJob, TargetsJob
 from launch.exit_codes import ExitCode
@@ -138,9 +138,8 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
         ConfigError: A step does not exist, a field of any step is wrong, or an input of any step is missing.
     """
     if wrong := [name for name in settings.steps if name not in COMMANDS]:
-        near = suggest(wrong[0], COMMANDS)
-        hint = f"did you mean {near}? " if near else ""
-        raise ConfigError(f"steps: there is no step {wrong[0]!r}; {hint}there are: {', '.join(COMMANDS)}")
+        near, listed = hint(wrong[0], COMMANDS), ", ".join(COMMANDS)
+        raise ConfigError(f"steps: there is no step {wrong[0]!r}{near}; there are: {listed}")
     root = Path(settings.folder)
     shards, labels, runs = root / "shards", root / "labels", root / "runs"
 

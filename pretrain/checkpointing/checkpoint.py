@@ -24,10 +24,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_pipeline.core.atomic_files import remove, sha256_of, sync, write_atomically, write_json
+from data_pipeline.core.atomic_files import remove, sha256_of, sync, write_json
 from data_pipeline.core.schema import dump
 from data_pipeline.core.types import Cursor
-from pretrain.checkpointing.locate import latest_checkpoint, remedy, saved_steps
+from pretrain.checkpointing.locate import POINTER, latest_checkpoint, latest_name, point_latest, remedy, saved_steps
 from pretrain.checkpointing.resume import is_prolongation, prolongation, prolongation_notice, require_same_config
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.checkpointing.tensor_files import save_tensors
@@ -156,17 +156,17 @@ def remove_leftovers(run: RunFolder) -> None:
 
     A stand-in that `latest` names is a complete checkpoint and is kept.
     """
-    latest = run.checkpoints / "latest"
-    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
     for path in run.checkpoints.glob(".step_*.*"):
         number = path.name.rpartition(".")[2]
         if number.isdigit() and int(number) < run.incarnation:
             remove(path)
-    for path in run.checkpoints.glob(".stand_in_*"):
-        if path.name != named:
-            remove(path)
-    for path in run.checkpoints.glob(".latest.*"):
+    for path in run.checkpoints.glob(f".{POINTER}.*"):
         path.unlink(missing_ok=True)
+    with contextlib.suppress(ValueError):  # `load_latest` reports a damaged pointer; until then every stand-in stays
+        named = latest_name(run.checkpoints)
+        for path in run.checkpoints.glob(".stand_in_*"):
+            if path.name != named:
+                remove(path)
 
 
 def _gather(engine: Engine) -> dict[str, dict[str, Tensor]]:
@@ -216,13 +216,13 @@ def _write(
             stand_in = run.checkpoints / f".stand_in_{folder.name}"
             remove(stand_in)
             shutil.copytree(temporary, stand_in, copy_function=_link)
-            _point_latest(run, stand_in)
+            point_latest(run.checkpoints, stand_in.name)
             remove(folder)
         temporary.rename(folder)
     except BaseException:
         remove(temporary)
         raise
-    _point_latest(run, folder)
+    point_latest(run.checkpoints, folder.name)
     for stand_in in run.checkpoints.glob(".stand_in_*"):
         remove(stand_in)
     keep_every = config.train.keep_every
@@ -237,11 +237,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _point_latest(run: RunFolder, folder: Path) -> None:
-    sync(run.checkpoints)
-    write_atomically(run.checkpoints / "latest", folder.name + "\n")
 
 
 def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
@@ -291,7 +286,7 @@ def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> Tr
     engine.world.agree(str(healthy), "the checkpoint to go back to")
     if engine.world.rank == 0:
         run.require_current()
-        _point_latest(run, found[healthy])  # first, so that it never names a renamed checkpoint
+        point_latest(run.checkpoints, found[healthy].name)  # first, so that it never names a renamed checkpoint
         for step in sorted(step for step in found if step > healthy):
             aside = run.checkpoints / f"unhealthy_step_{step:08d}"
             remove(aside)

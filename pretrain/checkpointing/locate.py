@@ -1,11 +1,12 @@
-"""Finds the checkpoints of a run; all code reads `checkpoints/latest` through this module."""
+"""Finds the checkpoints of a run; all code reads and writes `checkpoints/latest` through this module."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from data_pipeline.core.schema import ConfigError, suggest
+from data_pipeline.core.atomic_files import sync, write_atomically
+from data_pipeline.core.schema import ConfigError, did_you_mean, suggest
 
 POINTER = "latest"
 """File in a run's checkpoints folder with the name of the newest complete checkpoint."""
@@ -51,6 +52,12 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     if not (checkpoints / name).is_dir():
         raise ValueError(f"{checkpoints / POINTER}: names {name}, which does not exist; {remedy(checkpoints)}")
     return checkpoints / name
+
+
+def point_latest(checkpoints: Path, name: str) -> None:
+    """Makes CHECKPOINTS/latest name a checkpoint, atomically, once that checkpoint is on disk."""
+    sync(checkpoints)
+    write_atomically(checkpoints / POINTER, name + "\n")
 
 
 def steps_done(run: Path) -> int:
@@ -103,8 +110,8 @@ def find_checkpoint(given: str) -> Path:
 def near(path: Path) -> str:
     """Returns a hint with the sibling folder whose name is most similar to that of `path`, or ""."""
     try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() and entry.name != path.name]
     except OSError:
         return ""
-    found = suggest(path.name, names)
-    return f"; did you mean {path.parent / found}?" if found and found != path.name else ""
+    name = suggest(path.name, names)
+    return did_you_mean(str(path.parent / name) if name else "")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from data_pipeline.core.schema import ConfigError, suggest
+from data_pipeline.core.schema import ConfigError, hint
 from data_pipeline.core.types import SAMPLE_RATE, Batch
 from pretrain.config import Config
 from pretrain.interfaces.frames import StepContext
@@ -102,9 +102,8 @@ def parse_cluster(text: str) -> Cluster:
     found = re.fullmatch(r"(\d+)x(\d+)x(\w+)", text)
     kind = found[3].upper() if found else ""
     if not found or kind not in KINDS or not int(found[1]) * int(found[2]):
-        near = suggest(kind, KINDS)
-        hint = f"did you mean {near}? " if near else ""
-        raise ConfigError(f"cluster={text}: write NODESxGPUSxKIND, as in 8x8xH100; {hint}known: {', '.join(KINDS)}")
+        near, known = hint(kind, KINDS), ", ".join(KINDS)
+        raise ConfigError(f"cluster={text}: write NODESxGPUSxKIND, as in 8x8xH100{near}; kinds: {known}")
     return Cluster(int(found[1]), int(found[2]), kind)
 
 

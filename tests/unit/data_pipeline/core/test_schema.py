@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.core.schema import ABSENT, diff, flatten, suggest
+from data_pipeline.core.schema import ABSENT, diff, flatten, hint, suggest
 
 
 def test_flatten_gives_dotted_paths() -> None:
@@ -19,3 +19,5 @@ def test_diff_lists_changed_added_and_removed_fields_by_path() -> None:
 def test_suggest_returns_the_nearest_name_or_nothing() -> None:
     assert suggest("hubrt", ["wavlm", "hubert"]) == "hubert"
     assert suggest("xyz", ["wavlm", "hubert"]) == ""
+    assert hint("hubrt", ["wavlm", "hubert"]) == " (did you mean hubert?)"
+    assert hint("xyz", ["wavlm", "hubert"]) == ""

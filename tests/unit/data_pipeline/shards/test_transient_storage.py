@@ -18,7 +18,6 @@ from data_pipeline.core.storage import StorageReadError
 from data_pipeline.core.types import Step
 from data_pipeline.loader.reader import open_reader
 from data_pipeline.sampling.config import DataConfig
-from data_pipeline.shards import remote
 from tests.support.tiny_shards import sounds, write_shards
 
 BATCH: dict[str, Any] = {"batch_seconds": 6.0, "micro_batches": 2, "min_seconds": 0.1, "max_seconds": 1.0}
@@ -37,9 +36,8 @@ def url(tmp_path: Path) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    for module in (storage, remote):
-        monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-        monkeypatch.setattr(module.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(storage.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
 
 
 def steps(url: str, **values: Any) -> list[Step]:
