@@ -141,7 +141,18 @@ def stage_deviations(encoded: EncoderOutput) -> dict[str, Tensor]:
 
 
 def build_speech_model(config: Config) -> SpeechModel:
-    """Returns front end and encoder, with weights from torch's generator."""
+    """Builds front end and encoder without an objective, with random weights from torch's generator.
+
+    Args:
+        config: the run's config, of which `frontend`, `encoder` and `engine` are used.
+
+    Returns:
+        A model from wave_BT (B, T) at 16 kHz in [-1, 1] and lengths_B (B,) in samples to the encoder's layers, each
+        (B, F, D) at `rate_hz`; in training mode, on torch's default device.
+
+    Raises:
+        ValueError: fields of a plug-in's config contradict each other.
+    """
     encoder = registry.build_encoder(config.encoder)
     encoder.activation_checkpointing = config.engine.activation_checkpointing
     frontend = registry.build_frontend(config.frontend, encoder.dim)

@@ -121,7 +121,7 @@ def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples
     """Returns the plan of `catalogue` under `config`.
 
     Args:
-        catalogue: Lengths and groups of all segments.
+        catalogue: Lengths in samples (16 kHz) and groups (corpus, language) of all segments.
         config: The run's `data`.
         seed: The run's seed.
         least_samples: The shortest segment, in samples, that the model can use. Shorter ones that pass `min_seconds`

@@ -313,6 +313,13 @@ def _load(folder: Path, engine: Engine, config: Config) -> TrainState:
 def read_state(folder: Path) -> dict[str, Any]:
     """Reads state.json of a checkpoint; all other code reads it through this function.
 
+    Args:
+        folder: a checkpoint, such as RUN/checkpoints/step_00000100.
+
+    Returns:
+        Its fields, each of the right form: format, step (updates), cursor, health, loss_scale, prolonged, config
+        (nested plain values) and sha256 (by file name).
+
     Raises:
         ValueError: the file is missing, has another format version, or a value in it has the wrong form; the message
             has the remedy.

@@ -189,11 +189,19 @@ class Engine(abc.ABC):
 
         A collective operation: all ranks iterate in lockstep. Together with `load_tensors` it makes the checkpoint
         format independent of engine, ZeRO stage and number of ranks.
+
+        Yields:
+            (name, tensor on the CPU in its unpartitioned shape: fp32, buffers in their own dtype); the same names in
+            the same order on every rank. MOMENT is exp_avg or exp_avg_sq, of trained parameters only.
         """
 
     @abc.abstractmethod
     def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Loads the tensors that `tensors` yielded after `step` updates, bit for bit.
+        """Loads the tensors that `tensors` yielded after `step` updates, bit for bit; a collective operation.
+
+        Args:
+            tensors: all names of `tensors`, whole, on the CPU; read one by one, so that they may be mapped from a file.
+            step: updates done; with 0 no moments are needed.
 
         Raises:
             KeyError: a tensor is missing.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from data_pipeline.core.schema import ConfigError, about, config, suggest
+from data_pipeline.core.schema import ConfigError, about, config, hint
 
 TASKS: Final = ("phones", "keywords", "digits", "speaker", "language", "abx", "pnmi", "rankme")
 
@@ -83,9 +83,7 @@ def task_names(config: EvaluateConfig) -> list[str]:
     names = items(config.task)
     for name in names or [config.task]:
         if name not in TASKS:
-            near = suggest(name, TASKS)
-            hint = f"did you mean {near}? " if near else ""
-            raise ConfigError(f"task={name}: there is no such task; {hint}there are: {', '.join(TASKS)}")
+            raise ConfigError(f"task={name}: there is no such task{hint(name, TASKS)}; there are: {', '.join(TASKS)}")
     return names
 
 

@@ -59,6 +59,9 @@ def open_pretrained(given: str) -> Pretrained:
     Args:
         given: a run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder.
 
+    Returns:
+        The model on the CPU, with its name, config, number of updates and a builder of untrained copies.
+
     Raises:
         ValueError: there is none, or it is damaged or of another kind of model; names the file and the remedy.
     """
@@ -73,7 +76,19 @@ def open_pretrained(given: str) -> Pretrained:
 
 
 def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
-    """Loads a checkpoint as `open_pretrained` does, frozen, on a torch device."""
+    """Loads a checkpoint for feature extraction: in evaluation mode, without gradients.
+
+    Args:
+        given: a run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder.
+        device: torch device that computes the features.
+
+    Returns:
+        An encoder whose `encode` maps a waveform (T,) at 16 kHz in [-1, 1] to the layers (L, F, D), fp32 on the CPU.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is damaged or of another kind of model; names the file and the remedy.
+        ConfigError: this version cannot read its config.
+    """
     found = open_pretrained(given)
     return freeze(found.model, found.name, device, found.step, found.fresh)
 

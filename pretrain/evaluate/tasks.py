@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from data_pipeline.core.schema import ConfigError, suggest
+from data_pipeline.core.schema import ConfigError, did_you_mean, suggest
 from pretrain.evaluate.features import mean_and_deviation, quarters
 from pretrain.evaluate.manifest import Utterance
 
@@ -64,7 +64,7 @@ def splits(
     if not all(parts):
         names = sorted({u.corpus for u in utterances})
         near = [found for name in corpora if name not in names and (found := suggest(name, names))]
-        hint = f"; did you mean corpora={','.join(near)}?" if near else ""
+        hint = did_you_mean(f"corpora={','.join(near)}" if near else "")
         raise ConfigError(
             f"task={task.name}: needs utterances of {', '.join(corpora or task.corpora)} in the splits train, valid "
             f"and test of the manifest, which has the corpora {', '.join(names)}{hint}"

@@ -247,6 +247,9 @@ def test_a_stand_in_checkpoint_that_latest_points_to_is_kept(tmp_path: Path) -> 
     new.claim()
     checkpoint.remove_leftovers(new)
     assert (folder / ".stand_in_step_00000002" / "state.json").is_file()
+    (folder / "latest").write_bytes(b"\xff damaged")  # it may have named the stand-in, the only complete checkpoint
+    checkpoint.remove_leftovers(new)
+    assert (folder / ".stand_in_step_00000002" / "state.json").is_file()
 
 
 def test_a_superseded_start_writes_nothing(tmp_path: Path) -> None:
