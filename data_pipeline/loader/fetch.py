@@ -90,10 +90,12 @@ class Fetched:
             with open_sample(audio) as sample:
                 header, expected = (sample.rate, sample.channels, sample.frames), (SAMPLE_RATE, 1, self.n_samples)
                 if header != expected:
-                    raise ValueError(f"has (Hz, channels, samples) {header} in its header, {expected} in its index")
+                    raise ValueError(
+                        f"cannot be decoded: (Hz, channels, samples) are {header}; its index has {expected}"
+                    )
                 got = len(sample.read(self.start, self.source, out))
             if got != self.source:
-                raise ValueError(f"ends after {self.start + got} of {self.n_samples} samples")
+                raise ValueError(f"cannot be decoded: it ends after {self.start + got} of {self.n_samples} samples")
         except ValueError as error:
             raise ShardError(self.shard, f"sample {self.key} {error}") from None
 
