@@ -191,6 +191,12 @@ def open_run_reader(config: Config, rank: int = 0, world: int = 1) -> PlanReader
 def build_model(config: Config) -> TrainModule:
     """Builds model, objective and heads of a run; their initial weights depend on `config.seed` alone.
 
+    Args:
+        config: the run's config.
+
+    Returns:
+        The module that engines train, in fp32 and training mode, on torch's default device.
+
     Raises:
         ValueError: the parts of the config do not fit together, such as frame rates that do not divide.
     """
