@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.atomic_files import write_json
 from data_pipeline.core.rng import keyed_rng, keyed_seed
-from data_pipeline.core.schema import about, config, dump
+from data_pipeline.core.schema import ConfigError, about, config, dump
 from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import Model, open_pretrained
@@ -142,7 +142,8 @@ def _utterances(settings: FinetuneConfig) -> tuple[list[Utterance], list[Utteran
     ]
     train, test = ([u for u in chosen if u.split == split] for split in ("train", "test"))
     if not train or not test:
-        raise ValueError(f"manifest={settings.manifest}: no text in the splits train and test of {corpora or 'it'}")
+        named = f"corpora={settings.corpora}" if corpora else "any corpus"
+        raise ConfigError(f"manifest={settings.manifest}: no text in the splits train and test of {named}")
     require_disjoint(train, test)
     most = settings.max_utterances
     if most:

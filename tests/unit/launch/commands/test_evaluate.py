@@ -44,3 +44,9 @@ def test_a_wrong_name_is_a_usage_error(given: list[str], said: str, capsys: pyte
 
 def test_the_tasks_of_the_config_equal_those_that_can_be_evaluated() -> None:
     assert (*PROBES, *MEASURES) == TASKS
+
+
+def test_a_corpus_that_a_fine_tuning_does_not_find_is_a_wrong_command(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["checkpoint=runs/hubert", "manifest=manifest.tsv", "corpora=tunes"]
+    assert main.main(["finetune", *given]) == ExitCode.USAGE
+    assert "no text in the splits train and test of corpora=tunes" in capsys.readouterr().err
