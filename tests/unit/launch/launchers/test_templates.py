@@ -269,7 +269,7 @@ def test_an_array_trains_each_run_once_and_requeues_only_its_task(tmp_path: Path
     for index, given in ((2, words), (0, [script])):
         ended = execute(tmp_path / "a", given, ARRAY_TASK_ID=index)
         assert ended.code == 2
-        assert f"run folder {index} is asked for" in ended.said
+        assert f"array task {index} (counted from 0) has no run folder" in ended.said
         assert not ended.calls
 
 
