@@ -9,6 +9,7 @@ import pytest
 from tests.support.contract_cases import CASES, ENCODERS, FRONTENDS, small
 from tests.support.engine_runs import run
 
+pytestmark = pytest.mark.timeout(600)  # the fixtures start all cases of this file
 STEPS = 4
 OPTIONS = {
     "layers": 4,
