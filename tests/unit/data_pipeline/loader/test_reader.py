@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from data_pipeline.core.types import Batch, Cursor, Step
 from data_pipeline.loader.reader import PlanReader, open_reader
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import Extent, ShardError, ShardFiles
+from tests.support.processes import live_workers
 from tests.support.tiny_shards import Sound, sounds, wave_of, write_shards
 
 BATCH = {"batch_seconds": 8.0, "micro_batches": 4, "min_seconds": 0.3, "max_seconds": 1.6, "shuffle_window": 3}
@@ -213,7 +213,7 @@ def test_a_modified_shard_is_an_error(damaged: Path, workers: int, verify: bool)
     says = "sha256 is not the recorded one" if verify else "cannot be decoded"
     with pytest.raises(ShardError, match=rf"shard-0002\.tar: .*{says}"):
         take(reader, 30)
-    assert not psutil.Process().children()
+    assert not live_workers()
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "altered"])
@@ -236,23 +236,19 @@ def test_bad_shards_are_skipped_and_counted(damaged: Path, corpus: Path, how: st
         assert a.after == b.after == c.after
 
 
-def children_of(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
 def test_closed_and_abandoned_iterators_leave_no_process(corpus: Path) -> None:
     reader = reader_of(corpus, workers=2)
     first = reader.steps()
     next(first)
-    assert len(children_of(os.getpid())) == 2
+    assert len(live_workers()) == 2
     second = reader.steps()  # stops the first iterator's workers
     next(second)
-    assert len(children_of(os.getpid())) == 2
+    assert len(live_workers()) == 2
     del second
-    assert not children_of(os.getpid())
+    assert not live_workers()
     next(reader.steps())
     reader.close()
-    assert not children_of(os.getpid())
+    assert not live_workers()
 
 
 PROGRAM = """
@@ -272,7 +268,7 @@ def test_workers_exit_with_their_parent(corpus: Path, how: signal.Signals) -> No
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
         assert program.stdout is not None
         program.stdout.readline()
-        workers = children_of(program.pid)
+        workers = psutil.Process(program.pid).children(recursive=True)
         assert len(workers) == 2
         program.send_signal(how)
         _, alive = psutil.wait_procs(workers, timeout=30)
@@ -286,23 +282,23 @@ def test_a_killed_worker_is_a_clear_error(corpus: Path) -> None:
     reader = reader_of(corpus, workers=2)
     steps = reader.steps()
     next(steps)
-    children_of(os.getpid())[0].kill()
+    live_workers()[0].kill()
     with pytest.raises(RuntimeError, match="worker"):
         list(itertools.islice(steps, 50))
     reader.close()
-    assert not children_of(os.getpid())
+    assert not live_workers()
 
 
 def test_workers_ignore_signals_sent_to_the_whole_job(corpus: Path) -> None:
     reader = reader_of(corpus, workers=2)
     steps = reader.steps()
     next(steps)
-    for worker in children_of(os.getpid()):
+    for worker in live_workers():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             worker.send_signal(number)
     assert len(list(itertools.islice(steps, 40))) == 40
     reader.close()
-    assert not children_of(os.getpid())
+    assert not live_workers()
 
 
 def test_a_shard_missing_with_its_index_is_left_out_of_the_plan(damaged: Path, corpus: Path) -> None:
@@ -324,4 +320,4 @@ def test_unresponsive_storage_is_an_error(corpus: Path, monkeypatch: pytest.Monk
         next(reader.steps())
     assert time.perf_counter() - begin < 60
     reader.close()
-    assert not children_of(os.getpid())
+    assert not live_workers()

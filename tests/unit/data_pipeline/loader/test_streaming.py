@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from data_pipeline.core.schema import ConfigError
@@ -18,6 +16,7 @@ from data_pipeline.loader.streaming import StreamReader, shard_urls
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import ShardError
 from tests.support.foreign_tars import encoded, wave, write_foreign, write_tar
+from tests.support.processes import live_workers
 
 BATCH: dict[str, Any] = {
     "reader": "webdataset", "batch_seconds": 6.0, "micro_batches": 2, "min_seconds": 0.1, "max_seconds": 0.5,
@@ -68,7 +67,7 @@ def test_ranks_and_workers_share_the_shards(root: Path) -> None:
     ranks = [take(reader_of(root, rank, 2, workers=2), 6) for rank in range(2)]
     assert not keys(ranks[0]) & keys(ranks[1])
     assert [batch.micro_batch for rank in ranks for batch in rank[0].batches] == [0, 1]
-    assert not psutil.Process(os.getpid()).children()
+    assert not live_workers()
 
 
 def test_a_resume_warns_that_it_is_inexact_and_continues_the_step_count(root: Path) -> None:
