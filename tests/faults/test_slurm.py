@@ -89,7 +89,7 @@ def submit_others(site: Site) -> None:
     assert main.main(["pretrain", *TOY, *plain, "name=swept", "train.steps=3", "seed=1,2", "--multirun"]) == 0
     for number in (0, 1):
         site.handles[f"swept_{number}"] = read_record(site.base / f"swept_{number}").handle
-    site.submit("ill", "launcher.nodes=1", "optimizer.lr=1e30", "schedule.warmup_steps=0")
+    site.submit("ill", "launcher.nodes=1", "optimizer.lr=1e12", "schedule.warmup_steps=0")
     site.submit(HOSTILE, f"data.shards={HOSTILE_SHARDS}", "launcher.nodes=1")
     site.submit("broken", "data.shards=/nowhere", "launcher.nodes=1")
     site.submit("never", f"launcher.after={site.handles['broken']}", "launcher.nodes=1")
