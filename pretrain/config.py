@@ -237,4 +237,9 @@ class Config:
                 f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than train.steps={self.train.steps}: "
                 "the learning rate never reaches optimizer.lr"
             )
+        if self.engine.compile:
+            found.append(
+                "engine.compile=true: the first update of each batch shape waits for the compiler, together 1 to 5 "
+                "minutes; compiled code is kept for later starts (TORCHINDUCTOR_CACHE_DIR)"
+            )
         return found + self.objective.cautions(self.train.steps)

@@ -30,6 +30,15 @@ def adopt_slurm_ranks() -> None:
         os.environ[name] = os.environ[f"SLURM_{source}"]
 
 
+def keep_compiled_code() -> None:
+    """Keeps code that torch compiles in the user's cache folder, unless TORCHINDUCTOR_CACHE_DIR names another one.
+
+    torch's default is a folder below /tmp, which many clusters empty after each job.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(base) / "auricle" / "torchinductor"))
+
+
 def log_to_folder(run_folder: Path) -> None:
     """Redirects stdout and stderr of this rank to its log file if the launcher has set RANK_LOGS."""
     if os.environ.get(RANK_LOGS) == "1":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.exit_codes import ExitCode
-from launch.workers.environment import adopt_slurm_ranks, log_to_folder
+from launch.workers.environment import adopt_slurm_ranks, keep_compiled_code, log_to_folder
 from launch.workers.stop_request import StopRequest
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def main(run_folder: str) -> ExitCode:
     path = Path(run_folder)
     stop = StopRequest(path)  # before the slow imports: a signal must not kill a rank that is still starting
     adopt_slurm_ranks()
+    keep_compiled_code()
     log_to_folder(path)
     faulthandler.enable()
     from data_pipeline.core.schema import load

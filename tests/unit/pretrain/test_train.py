@@ -350,3 +350,9 @@ def test_the_data_wait_of_each_rank_is_logged() -> None:
     many = StepResult(0.0, {}, RankSignals(wait_seconds=(0.5,) * (RANKS_SHOWN + 1)), 0.0)
     assert len(data_waits(many, 2.0, RANKS_SHOWN + 1)) == 2
     assert data_waits(result, 2.0, 1) == {}
+
+
+def test_compiling_is_announced_before_the_first_update() -> None:
+    compiled = config(engine={"name": "torch", "compile": True}).cautions()
+    assert any("engine.compile=true" in caution and "minutes" in caution for caution in compiled)
+    assert not any("engine.compile" in caution for caution in config().cautions())
