@@ -55,13 +55,13 @@ def test_every_dependency_is_pinned_and_within_its_range() -> None:
 
 def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    (copy / "launch").mkdir(parents=True)
+    (copy / "launch" / "setup").mkdir(parents=True)
     for file in ("pyproject.toml", "constraints.txt", "launch/setup/setup.sh", "launch/setup/repack_torchaudio.py"):
         (copy / file).write_bytes((ROOT / file).read_bytes())
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    command = ["bash", str(copy / "launch" / "setup.sh")]
+    command = ["bash", str(copy / "launch" / "setup" / "setup.sh")]
     done = subprocess.run(command, env=os.environ | {"PYTHON": str(old)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "needs Python 3.11 or newer; tried: " + str(old) in done.stderr
