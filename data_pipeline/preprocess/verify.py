@@ -1,4 +1,4 @@
-"""Reads a whole data set again and finds what is not as it was written, down to a single flipped bit."""
+"""Verifies a whole data set: checksum and form of every file, down to a single flipped bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Fault = tuple[str, str]
 
 
 def verify(root: str, decode: bool = True) -> Iterator[Fault]:
-    """Reads a whole data set again and finds everything that is not as it was written; one row for each fault.
+    """Verifies every file of a data set against its checksums and records; returns one row for each fault.
 
     Memory is bounded whatever the files claim, and a fault hides none of the next ones.
 

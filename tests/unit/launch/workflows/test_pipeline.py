@@ -193,8 +193,8 @@ def test_a_damaged_run_ends_a_pipeline_and_names_the_remedy(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (LabelSet("k1", 100, 100), r"objective.label_rate_hz=50: .*100.*; set objective.label_rate_hz=100"),
-        (LabelSet("k1", 50, 500), r"objective.units=100: .* 500 classes; set objective.units=500"),
+        (LabelSet("k1", 100, 100), r"objective.label_rate_hz=50: .* have 100 Hz; set objective.label_rate_hz=100"),
+        (LabelSet("k1", 50, 500), r"objective.units=100: .* have 500 classes; set objective.units=500"),
         (LabelSet("k1", 50, 100), ""),
     ],
 )
