@@ -69,7 +69,7 @@ class BestRQ(Objective):
             for _ in range(config.codebooks)
         )
         self.fit = FittedOnce() if config.refine or config.projection == "pca" else None
-        """Masked frames of the first update, where the quantisers are fitted to them."""
+        """Masked frames of the first update, to which the quantisers are fitted; None if they stay random."""
         self.classifiers = nn.ModuleList(nn.Linear(shape.dim, config.n_codes) for _ in range(config.codebooks))
 
     def least_samples(self, frontend: Frontend) -> int:
@@ -107,7 +107,7 @@ class BestRQ(Objective):
         return masked_ND
 
     def masked_features(self, features: Frames, plan: MaskPlan) -> Frames:
-        """Returns the features with noise at all masked encoder frames."""
+        """Returns (B, F', feature_dim) features in which the frames of masked encoder frames are noise."""
         masked_BF = plan.mask.mask_BF.repeat_interleave(self.ratio, dim=1)
         masked_BF = F.pad(masked_BF, (0, features.x_BFD.shape[1] - masked_BF.shape[1]))
         x_BFD = torch.where(masked_BF[:, :, None], plan.noise_BFD.to(features.x_BFD.dtype), features.x_BFD)

@@ -32,10 +32,10 @@ class Config(ObjectiveConfig):
     name: Literal["data2vec"] = "data2vec"
     mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.65
     mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
-    top_layers: Annotated[int, about("the teacher's last so many layers are averaged", ge=1)] = 8
-    ema_start: Annotated[float, about("the teacher's decay at first", ge=0, le=1)] = 0.999
-    ema_end: Annotated[float, about("the teacher's decay later", ge=0, le=1)] = 0.9999
-    ema_steps: Annotated[int, about("updates from the one to the other", ge=1)] = 30_000
+    top_layers: Annotated[int, about("number of last layers of the teacher that are averaged", ge=1)] = 8
+    ema_start: Annotated[float, about("EMA decay at the first update", ge=0, le=1)] = 0.999
+    ema_end: Annotated[float, about("EMA decay after ema_steps updates", ge=0, le=1)] = 0.9999
+    ema_steps: Annotated[int, about("updates over which the decay rises linearly", ge=1)] = 30_000
 
 
 @dataclass
@@ -45,8 +45,9 @@ class MaskPlan(MicroBatchPlan):
 
 
 class Data2Vec(Objective):
-    """The teacher is an exponential moving average of the encoder, except for its positions; it encodes the unmasked
-    frames of the same front end.
+    """Regresses the averaged layers of an EMA teacher, which encodes the unmasked frames of the same front end.
+
+    The teacher's positional weights are copied from the encoder, not averaged.
 
     Target (§3.3): feed-forward outputs of the last `top_layers` blocks before their residual sum, each normalised over
     time per channel, averaged. Loss (§3.4, L2): squared error / √D, summed over channels, per masked frame.
@@ -88,7 +89,7 @@ class Data2Vec(Objective):
 
     @torch.no_grad()
     def targets(self, frames: Frames) -> Tensor:
-        """Returns the teacher's targets of (B, F, D) frames, (B, F, D) fp32."""
+        """Returns the teacher's targets for (B, F, D) frames, (B, F, D) fp32."""
         assert self.teacher is not None
         output: EncoderOutput = self.teacher.copy(Frames(frames.x_BFD.detach(), frames.lengths_B, frames.rate_hz))
         return averaged_layers(output, self.top_layers)

@@ -32,39 +32,37 @@ class Config(ObjectiveConfig):
     masks: Annotated[int, about("masked copies of each utterance per teacher pass", ge=1)] = 8
     mask_prob: Annotated[float, about("share of the frames that is masked", gt=0, lt=1)] = 0.5
     mask_adjust: Annotated[float, about("added to the share that blocks cover, against overlaps", ge=0, lt=1)] = 0.05
-    mask_block: Annotated[int, about("frames per block of what is masked", ge=1)] = 5
+    mask_block: Annotated[int, about("frames per block", ge=1)] = 5
     mask_inverse: Annotated[bool, about("blocks of kept frames instead of blocks of masked ones")] = False
     mask_noise: Annotated[float, about("deviation of the noise that replaces masked frames in the decoder", ge=0)] = (
         0.01
     )
-    top_layers: Annotated[int, about("the teacher's last so many layers are averaged", ge=1)] = 8
-    decoder_dropout: Annotated[float, about("dropout of the encoded frames that the decoder is given", ge=0, lt=1)] = (
-        0.1
-    )
+    top_layers: Annotated[int, about("number of last layers of the teacher that are averaged", ge=1)] = 8
+    decoder_dropout: Annotated[float, about("dropout on the decoder's input", ge=0, lt=1)] = 0.1
     decoder_dim: Annotated[int, about("channels of the decoder; 16 or fewer groups must divide them", ge=1)] = 384
     decoder_layers: Annotated[int, about("convolutions of the decoder", ge=1)] = 4
-    decoder_kernel: Annotated[int, about("their taps; odd", ge=1)] = 7
-    ema_start: Annotated[float, about("the teacher's decay at first", ge=0, le=1)] = 0.999
-    ema_end: Annotated[float, about("the teacher's decay later", ge=0, le=1)] = 0.99999
-    ema_steps: Annotated[int, about("updates from the one to the other", ge=1)] = 75_000
+    decoder_kernel: Annotated[int, about("kernel size of these convolutions; odd", ge=1)] = 7
+    ema_start: Annotated[float, about("EMA decay at the first update", ge=0, le=1)] = 0.999
+    ema_end: Annotated[float, about("EMA decay after ema_steps updates", ge=0, le=1)] = 0.99999
+    ema_steps: Annotated[int, about("updates over which the decay rises linearly", ge=1)] = 75_000
 
 
 @dataclass
 class CopiesPlan(MicroBatchPlan):
-    """R = B · masks rows, the copies of an utterance next to each other."""
+    """Masks of R = B · masks rows; the copies of an utterance are adjacent."""
 
     mask_RF: Tensor
     kept_RK: Tensor
-    """Kept frames of each row in order; padding repeats the last."""
+    """Indices of the visible frames of each row, in order; padding repeats the last."""
     kept_lengths_R: Tensor
     noise_RFD: Tensor
     count: Tensor
 
 
 class Decoder(nn.Module):
-    """Convolutions over all frames, each with a layer norm without weights and GELU; residuals from the second on.
+    """Decoder of §3.1: convolutions over all frames, each with a layer norm without weights and GELU.
 
-    Takes and returns (B, F, dim), the decoder of §3.1.
+    Residual connections from the second convolution on. Input and output are (B, F, dim).
     """
 
     def __init__(self, dim: int, config: Config) -> None:
@@ -89,7 +87,7 @@ class Decoder(nn.Module):
 
 
 class Data2Vec2(Objective):
-    """Regresses data2vec's targets from a decoder over the student's visible frames, for several masks each.
+    """Regresses data2vec's targets with a decoder over the student's visible frames, for several masks per utterance.
 
     Loss: squared error / √D between decoder output and target, summed over channels, per masked frame of each copy.
     """
@@ -137,7 +135,11 @@ class Data2Vec2(Objective):
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
-        """As `Objective.forward`; the encoder's output is that of the first copy, with zeros at its masked frames."""
+        """Computes the loss of one micro-batch, see `Objective.forward`.
+
+        Returns:
+            The loss over all copies, and the encoder's output of the first copy, (B, F, D), zero at its masked frames.
+        """
         assert isinstance(plan, CopiesPlan)
         assert self.teacher is not None
         frames = model.project(model.extract(batch.wave_BT, batch.lengths_B))
@@ -186,7 +188,7 @@ class Data2Vec2(Objective):
 
 
 def on_grid(x_RKD: Tensor, index_RKD: Tensor, width: int) -> Tensor:
-    """Returns (R, width, D) with kept frames at their times and zeros between them."""
+    """Scatters (R, K, D) visible frames to their times: (R, width, D) with zeros between them."""
     return x_RKD.new_zeros(len(x_RKD), width, x_RKD.shape[2]).scatter_add(1, index_RKD, x_RKD)
 
 

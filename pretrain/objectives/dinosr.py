@@ -28,13 +28,13 @@ class Config(ObjectiveConfig):
     name: Literal["dinosr"] = "dinosr"
     mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.8
     mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
-    top_layers: Annotated[int, about("the teacher's last so many layers have a codebook each", ge=1)] = 8
+    top_layers: Annotated[int, about("number of last layers of the teacher with a codebook each", ge=1)] = 8
     n_codes: Annotated[int, about("codes of each codebook", ge=2)] = 256
     code_decay: Annotated[float, about("decay of the codes' running sums", ge=0, lt=1)] = 0.9
-    ema_start: Annotated[float, about("the teacher's decay at first", ge=0, le=1)] = 0.999
-    ema_end: Annotated[float, about("the teacher's decay later", ge=0, le=1)] = 0.9999
-    ema_steps: Annotated[int, about("updates from the one to the other", ge=1)] = 30_000
-    freeze_step: Annotated[int, about("from this update on the teacher is frozen; 0: never", ge=0)] = 200_000
+    ema_start: Annotated[float, about("EMA decay at the first update", ge=0, le=1)] = 0.999
+    ema_end: Annotated[float, about("EMA decay after ema_steps updates", ge=0, le=1)] = 0.9999
+    ema_steps: Annotated[int, about("updates over which the decay rises linearly", ge=1)] = 30_000
+    freeze_step: Annotated[int, about("the teacher is frozen from this update on; 0: never", ge=0)] = 200_000
 
 
 @dataclass
@@ -44,7 +44,10 @@ class MaskPlan(MicroBatchPlan):
 
 
 class DinoSR(Objective):
-    """One codebook and one classifier per teacher layer; all classifiers read the student's last layer (eq. 3–6)."""
+    """Predicts the codes of several teacher layers from the student's last layer (eq. 3–6).
+
+    Each of these layers has a codebook and a classifier.
+    """
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class DinoSR(Objective):
         self.top_layers, self.n_layers = min(config.top_layers, shape.n_layers), shape.n_layers
         self.mask_embedding = nn.Parameter(torch.rand(shape.dim))
         self.classifiers = nn.ModuleList(nn.Linear(shape.dim, config.n_codes) for _ in range(self.top_layers))
-        # each channel of mean 0 and deviation 1 over the codes, as the teacher's are over the frames
+        # mean 0 and deviation 1 per channel over the codes, like the teacher's output over the frames
         codes = F.instance_norm(torch.randn(self.top_layers, shape.dim, config.n_codes)).transpose(1, 2).contiguous()
         self.register_buffer("sums_LVD", codes)
         self.register_buffer("sizes_LV", torch.ones(self.top_layers, config.n_codes))
@@ -100,7 +103,10 @@ class DinoSR(Objective):
 
     @torch.no_grad()
     def labels(self, frames: Frames, mask: FrameMask) -> Tensor:
-        """Returns the nearest code of each teacher layer at the masked frames, (L, N); in training, sums frames."""
+        """Returns the nearest code of each teacher layer at the masked frames, (L, N).
+
+        In training, also accumulates the sums of frames per code for `after_step`.
+        """
         assert self.teacher is not None
         output: EncoderOutput = self.teacher.copy(Frames(frames.x_BFD.detach(), frames.lengths_B, frames.rate_hz))
         codes_LVD = self.sums_LVD / self.sizes_LV[:, :, None]
@@ -114,7 +120,7 @@ class DinoSR(Objective):
         return torch.stack(labels)
 
     def book_metric(self, layer: int) -> str:
-        """Returns the metric with the code counts of a teacher layer: `hist/codes` of the last, with a suffix below."""
+        """Returns the metric with a teacher layer's code counts: `hist/codes` for the last, others with a suffix."""
         below_last = f"/layer_{self.n_layers - self.top_layers + layer + 1}"
         return CODE_COUNTS + (below_last if layer < self.top_layers - 1 else "")
 
@@ -127,7 +133,7 @@ class DinoSR(Objective):
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
-        """Moves the teacher, and the codes that got frames in this update; a code without frames stays (α = 1)."""
+        """Updates the teacher and the codes that have frames in this update; other codes are unchanged (α = 1)."""
         assert self.teacher is not None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.new_sums_LVD)

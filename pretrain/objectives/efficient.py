@@ -1,8 +1,8 @@
 """The default objective: low frame rate, cheap targets first, then targets from the model itself.
 
-PCA-whitened BEST-RQ codes first; after `relabel_step` updates, k-means units of a middle layer (as HuBERT's second
-iteration, arXiv 2106.07447, but in the same run); plain softmax, supervised at a middle layer and at the last (as
-Fast-HuBERT, arXiv 2309.13860). An unpublished combination of published parts;
+Targets are PCA-whitened BEST-RQ codes at first and, after `relabel_step` updates, k-means units of a middle layer (as
+in HuBERT's second iteration, arXiv 2106.07447, but within the same run). The loss is a plain softmax at a middle layer
+and at the last (as in Fast-HuBERT, arXiv 2309.13860). The parts are published, their combination is not;
 docs/findings.md has the measurements.
 """
 
@@ -22,9 +22,9 @@ class Config(MaskedUnitsConfig):
         Literal["mfcc", "log_mel", "best_rq"], about("the first units; best_rq: random codes of PCA-whitened log-mel")
     ] = "best_rq"
     units: Annotated[int, about("number of the first units", ge=2)] = 2048
-    relabel_units: Annotated[int, about("number of units after the relabelling; 0: as before", ge=0)] = 1000
+    relabel_units: Annotated[int, about("number of units after the relabelling; 0: unchanged", ge=0)] = 1000
     mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 5
-    projection_dim: Annotated[int, about("0: plain softmax; else the dimensions of HuBERT's cosine", ge=0)] = 0
+    projection_dim: Annotated[int, about("dimensions of HuBERT's cosine logits; 0: plain softmax", ge=0)] = 0
     penalty_weight: Annotated[float, about("weight of the mean square of a stem's output", ge=0)] = 0.0
 
 

@@ -15,7 +15,7 @@ class Config(MaskedUnitsConfig):
 
 
 class HuBERT(MaskedUnits):
-    """Masked unit prediction as it is: eq. 1 with α = 1, and the logits of eq. 3."""
+    """Masked unit prediction: eq. 1 with α = 1, and the logits of eq. 3."""
 
     exports_as = "Hubert"
 

@@ -4,8 +4,8 @@ Each utterance has two views: the original, and one `speed` times as fast. In bo
 contrasted with those of other masked frames of its utterance (frame InfoNCE, as in wav2vec 2.0, arXiv 2006.11477, but
 on continuous targets, as in CPC, arXiv 1807.03748), and its output with frames of the other view, of which the frame at
 the same instant is the positive (temporal InfoNCE). The alignment follows from the speed: monotone and linear.
-Negatives of the positive's own acoustic cluster (k-means of MFCC, fitted after the first update) take no part: they may
-be the same phone. There is no published release to compare with.
+Negatives from the positive's own acoustic cluster (k-means of MFCC, fitted after the first update) are excluded, since
+they may be the same phone. There is no published release to compare with.
 """
 
 from __future__ import annotations
@@ -25,11 +25,17 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
-from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord, books_of
+from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import TorchaudioMfcc
-from pretrain.self_supervision.contrastive import chance_levels, contrast_logits, contrastive_loss, nearest_units
+from pretrain.self_supervision.contrastive import (
+    chance_levels,
+    contrast_logits,
+    contrastive_loss,
+    contrastive_record,
+    nearest_units,
+)
 from pretrain.self_supervision.deferred_fit import FittedOnce
 from pretrain.self_supervision.kmeans import from_first_rank, kmeans
 from pretrain.self_supervision.masked_prediction import feature_penalty
@@ -43,21 +49,23 @@ class Config(ObjectiveConfig):
     name: Literal["time_contrastive"] = "time_contrastive"
     mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.65
     mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
-    slowest: Annotated[float, about("least speed of the second view", ge=0.5, le=1)] = 0.8
-    fastest: Annotated[float, about("greatest speed of the second view", ge=1, le=2)] = 1.25
-    clusters: Annotated[int, about("acoustic clusters; negatives of the positive's own are dropped", ge=2)] = 100
+    slowest: Annotated[float, about("lowest speed of the second view", ge=0.5, le=1)] = 0.8
+    fastest: Annotated[float, about("highest speed of the second view", ge=1, le=2)] = 1.25
+    clusters: Annotated[
+        int, about("acoustic clusters; negatives from the positive's own cluster are excluded", ge=2)
+    ] = 100
     projection_dim: Annotated[int, about("dimensions in which frames are compared", ge=1)] = 256
     negatives: Annotated[int, about("distractors per masked frame, from the same utterance's masked frames", ge=1)] = (
         100
     )
-    logit_temperature: Annotated[float, about("the cosine is divided by this", gt=0)] = 0.1
+    logit_temperature: Annotated[float, about("divisor of the cosine similarity", gt=0)] = 0.1
     temporal_weight: Annotated[float, about("weight of the loss between the views", ge=0)] = 1.0
     penalty_weight: Annotated[float, about("weight of the mean square of a stem's output", ge=0)] = 10.0
 
 
 @dataclass
 class ViewsPlan(MicroBatchPlan):
-    """R = 2·B rows: the utterances, then the same at another speed."""
+    """Draws for R = 2·B rows: the utterances, then the same at another speed."""
 
     views: Batch
     mask: FrameMask
@@ -87,7 +95,7 @@ class TimeContrastive(Objective):
         self.fit = FittedOnce()
 
     def least_samples(self, frontend: Frontend) -> int:
-        """The faster view is shorter; one sample more, since its length is rounded."""
+        """Returns the shortest utterance whose fastest view is long enough; plus one sample, as lengths are rounded."""
         shortest = max(super().least_samples(frontend), shortest_input(self.mfcc.lengths))
         return math.ceil(shortest * self.config.fastest) + 1
 
@@ -108,7 +116,11 @@ class TimeContrastive(Objective):
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
-        """As `Objective.forward`, over both views; the encoder's output is that of the originals."""
+        """Computes the loss of one micro-batch over both views, see `Objective.forward`.
+
+        Returns:
+            The loss, and the encoder's output for the original utterances, (B, F, D) per layer.
+        """
         assert isinstance(plan, ViewsPlan)
         mask, config = plan.mask, self.config
         features = model.extract(plan.views.wave_BT, plan.views.lengths_B)
@@ -156,20 +168,11 @@ class TimeContrastive(Objective):
         return LossOutput(total, count, metrics), first_rows(encoded, len(batch.keys))
 
     def monitoring(self) -> MonitoringRecord:
-        return MonitoringRecord(
-            "loss/contrastive",
-            "metric/accuracy",
-            "metric/chance_loss",
-            "metric/chance_accuracy",
-            target_deviation="health/target_std",
-            prediction_deviation="health/prediction_std",
-            books=books_of(CODE_COUNTS, (self.config.clusters,)),
-            last=self._last,
-        )
+        return contrastive_record((self.config.clusters,), self._last)
 
     @torch.no_grad()
     def clusters(self, batch: Batch, plan: ViewsPlan) -> Tensor:
-        """Returns the acoustic cluster of every frame of both views, (R, F): in both that of the original."""
+        """Returns the acoustic cluster of every frame of both views, (R, F): that of the original's frame in both."""
         mfcc = self.mfcc(batch.wave_BT, batch.lengths_B)
         if self.fit.due:
             self.fit.rows[batch.micro_batch] = mfcc.x_BFD[mfcc.valid_BF()]
@@ -188,7 +191,15 @@ class TimeContrastive(Objective):
 
 
 def with_other_speeds(batch: Batch, speeds: list[float]) -> Batch:
-    """Returns the utterances, and after them each `speed` times as fast; keys of the latter end in " speed"."""
+    """Appends to B utterances their copies at other speeds.
+
+    Args:
+        batch: (B, T) audio.
+        speeds: B factors; a copy is `speed` times as fast.
+
+    Returns:
+        R = 2·B rows; the keys of the copies end in " speed".
+    """
     changed = [
         change_speed_on_device(wave_T[:length], speed)
         for wave_T, length, speed in zip(batch.wave_BT, batch.lengths_B.tolist(), speeds, strict=True)
@@ -204,7 +215,7 @@ def with_other_speeds(batch: Batch, speeds: list[float]) -> Batch:
 def partners(lengths_R: Tensor, speed_B: Tensor, width: int) -> Tensor:
     """Returns for each frame the index into R·width of the frame of the other view at the same instant, (R, width).
 
-    The middle of frame f, at f + ½ frames, is at (f + ½) / speed in the faster view; beyond the end: its last frame.
+    The middle of frame f, at f + ½ frames, is at (f + ½) / speed in the faster view, limited to that view's last frame.
     """
     B = len(speed_B)
     middle_F = torch.arange(width, device=lengths_R.device) + 0.5
@@ -216,7 +227,7 @@ def partners(lengths_R: Tensor, speed_B: Tensor, width: int) -> Tensor:
 
 
 def first_rows(encoded: EncoderOutput, rows: int) -> EncoderOutput:
-    """Returns the output of the first `rows` rows."""
+    """Returns the encoder's output for the first `rows` rows."""
     layers = tuple(layer[:rows] for layer in encoded.layers)
     ffn_layers = tuple(layer[:rows] for layer in encoded.ffn_layers)
     return EncoderOutput(layers, encoded.lengths_B[:rows], encoded.rate_hz, ffn_layers)

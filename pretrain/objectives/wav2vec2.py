@@ -13,11 +13,17 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord, books_of
+from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
-from pretrain.self_supervision.contrastive import chance_levels, contrast_logits, contrastive_loss, nearest_units
+from pretrain.self_supervision.contrastive import (
+    chance_levels,
+    contrast_logits,
+    contrastive_loss,
+    contrastive_record,
+    nearest_units,
+)
 from pretrain.self_supervision.masked_prediction import feature_penalty
 from pretrain.self_supervision.masking import FrameMask, draw_negatives, draw_span_mask
 from pretrain.self_supervision.quantizers import GumbelQuantizer, Quantized, perplexity
@@ -36,20 +42,20 @@ class Config(ObjectiveConfig):
     negatives: Annotated[int, about("distractors per masked frame, from the same utterance's masked frames", ge=1)] = (
         100
     )
-    logit_temperature: Annotated[float, about("the cosine is divided by this", gt=0)] = 0.1
+    logit_temperature: Annotated[float, about("divisor of the cosine similarity", gt=0)] = 0.1
     gumbel_temperature: Annotated[float, about("Gumbel temperature at the first update", gt=0)] = 2.0
-    gumbel_temperature_min: Annotated[float, about("its lower limit", gt=0)] = 0.5
-    gumbel_decay: Annotated[float, about("its factor per update", gt=0, le=1)] = 0.999995
+    gumbel_temperature_min: Annotated[float, about("lower limit of the Gumbel temperature", gt=0)] = 0.5
+    gumbel_decay: Annotated[float, about("factor of the Gumbel temperature per update", gt=0, le=1)] = 0.999995
     diversity_weight: Annotated[float, about("weight of the codebook diversity loss", ge=0)] = 0.1
     penalty_weight: Annotated[float, about("weight of the mean square of the stem's output", ge=0)] = 10.0
-    feature_dropout: Annotated[float, about("dropout on what is quantised", ge=0, lt=1)] = 0.1
+    feature_dropout: Annotated[float, about("dropout on the quantiser's input", ge=0, lt=1)] = 0.1
 
 
 @dataclass
 class ContrastivePlan(MicroBatchPlan):
     mask: FrameMask
     negatives_BMK: Tensor
-    """Positions within M."""
+    """Negatives of each masked frame, as positions within M."""
     count: Tensor
 
 
@@ -85,7 +91,7 @@ class Wav2Vec2(Objective):
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
-        """Returns contrastive + diversity_weight · diversity + penalty_weight · feature penalty (eq. 2 to 4).
+        """Computes contrastive + diversity_weight · diversity + penalty_weight · feature penalty (eq. 2 to 4).
 
         The last two are means, weighted by the number of masked frames (fairseq `Wav2vecCriterion`), so that the sum
         over a global step can be divided by its masked frames.
@@ -143,19 +149,10 @@ class Wav2Vec2(Objective):
         return LossOutput(total, count, metrics), encoded
 
     def monitoring(self) -> MonitoringRecord:
-        return MonitoringRecord(
-            "loss/contrastive",
-            "metric/accuracy",
-            "metric/chance_loss",
-            "metric/chance_accuracy",
-            target_deviation="health/target_std",
-            prediction_deviation="health/prediction_std",
-            books=books_of(CODE_COUNTS, (self.config.n_codes,) * self.config.groups),
-            last=self._last,
-        )
+        return contrastive_record((self.config.n_codes,) * self.config.groups, self._last)
 
     def joint_codes(self, index_NG: Tensor) -> Tensor:
-        """Returns one number for the codes of all groups, (N,): a negative with the positive's number takes no part."""
+        """Combines each frame's codes of all groups to one number, (N,), by which negatives are excluded."""
         code_N = index_NG[:, 0]
         for group in range(1, index_NG.shape[1]):
             code_N = code_N * self.config.n_codes + index_NG[:, group]

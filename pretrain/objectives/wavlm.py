@@ -1,4 +1,4 @@
-"""WavLM: HuBERT's prediction from audio with other speakers and noise mixed in (arXiv 2110.13900, §III)."""
+"""WavLM: HuBERT's prediction from audio mixed with other speakers or noise (arXiv 2110.13900, §III)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ from pretrain.self_supervision.masked_prediction import MaskedUnits, MaskedUnits
 @config
 class Config(MaskedUnitsConfig):
     name: Literal["wavlm"] = "wavlm"
-    mix_prob: Annotated[float, about("probability that something is mixed into an utterance", ge=0, le=1)] = 0.5
-    noise_share: Annotated[float, about("share of the mixtures that are noise instead of speech", ge=0, le=1)] = 0.1
-    speech_snr_db: Annotated[tuple[float, float], about("range of the main utterance over the other one, in dB")] = (
+    mix_prob: Annotated[float, about("probability that speech or noise is mixed into an utterance", ge=0, le=1)] = 0.5
+    noise_share: Annotated[float, about("share of the mixtures with noise instead of speech", ge=0, le=1)] = 0.1
+    speech_snr_db: Annotated[
+        tuple[float, float], about("range of the SNR of the main utterance over the other, in dB")
+    ] = (
         -5.0,
         5.0,
     )
-    noise_snr_db: Annotated[tuple[float, float], about("range of the main utterance over noise, in dB")] = (-5.0, 20.0)
+    noise_snr_db: Annotated[tuple[float, float], about("range of the SNR of the main utterance over noise, in dB")] = (
+        -5.0,
+        20.0,
+    )
 
 
 @dataclass
@@ -54,11 +59,18 @@ class WavLM(MaskedUnits):
         return plan.mixed_BT
 
     def mix(self, batch: Batch, ctx: StepContext) -> Tensor:
-        """Returns (B, T) audio; at probability `mix_prob` with a stretch of another utterance or noise (algorithm 1).
+        """Mixes a part of another utterance, or noise, into utterances with probability `mix_prob` (algorithm 1).
 
-        As in the released `mixing_collated_audios`: a stretch of U{0 … T/2} samples goes to a random place; the other
-        utterance may be the same one, or one that is a mixture already; the ratio is that of the powers of whole
-        utterances, not of the stretch.
+        As in the released `mixing_collated_audios`: U{0 … T/2} samples are mixed in at a random position; the other
+        utterance may be the same one, or one that is a mixture already; the SNR is the ratio of the powers of whole
+        utterances, not of the part.
+
+        Args:
+            batch: (B, T) audio, which is not changed.
+            ctx: seed and step that key the draws.
+
+        Returns:
+            The student's input, (B, T).
         """
         mixed_BT = batch.wave_BT.clone()
         rows = [wave_T[:length] for wave_T, length in zip(mixed_BT, batch.lengths_B.tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""InfoNCE over the masked frames of an utterance, without gathering a vector per negative."""
+"""InfoNCE over the masked frames of an utterance, without gathering a vector per negative; its monitoring record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.self_supervision.masking import FrameMask
+
+
+def contrastive_record(sizes: tuple[int, ...], last: MicroBatchRecord | None) -> MonitoringRecord:
+    """Returns the monitoring record of an objective with InfoNCE over masked frames.
+
+    Args:
+        sizes: number of codes or clusters of each book that the objective counts.
+        last: the micro-batch recorded since `Objective.record_next`.
+    """
+    return MonitoringRecord(
+        "loss/contrastive",
+        "metric/accuracy",
+        "metric/chance_loss",
+        "metric/chance_accuracy",
+        target_deviation="health/target_std",
+        prediction_deviation="health/prediction_std",
+        books=books_of(CODE_COUNTS, sizes),
+        last=last,
+    )
 
 
 def contrast_logits(
@@ -19,19 +39,19 @@ def contrast_logits(
 ) -> Tensor:
     """Returns the logits of InfoNCE (wav2vec 2.0, arXiv 2006.11477, eq. 3), (B, M, 1 + K) fp32.
 
-    All pairs of an utterance's masked frames are compared in one product, and the negatives picked from it: K vectors
-    per frame are never gathered.
+    All pairs of an utterance's masked frames are compared in one matrix product, from which the negatives are selected;
+    K vectors per frame are never gathered.
 
     Args:
         predictions_ND: predicted vectors of the N masked frames.
         targets_ND: their targets.
-        cluster_N: int64; a negative of the positive's own cluster becomes −∞.
-        mask: where the N frames are.
-        negatives_BMK: int64 positions within M, as `draw_negatives` returns them.
-        temperature: divides the cosine.
+        cluster_N: int64 cluster or code of each frame; the logit of a negative from the positive's cluster is −∞.
+        mask: positions of the N frames.
+        negatives_BMK: int64 positions within M, as returned by `draw_negatives`.
+        temperature: divisor of the cosine similarity.
 
     Returns:
-        Entry 0 is the frame's own target; the rest are its negatives. Entries beyond `mask.valid_BM` are meaningless.
+        Entry 0 is the frame's own target; the rest are its negatives. Rows outside `mask.valid_BM` are undefined.
     """
     if len(predictions_ND) == 0:  # a micro-batch without a masked frame; one row of zeros keeps the graph connected
         predictions_ND, targets_ND = F.pad(predictions_ND, (0, 0, 0, 1)), F.pad(targets_ND, (0, 0, 0, 1))
@@ -47,9 +67,9 @@ def contrast_logits(
 
 
 def contrastive_loss(logits_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross-entropy of entry 0 over valid rows, and how often it is strictly the largest.
+    """Returns the summed cross-entropy of entry 0 over valid rows, and the number of rows where it is the largest.
 
-    Ties are not correct predictions: of equal predictions, each would be one (fairseq counts them).
+    Ties do not count as correct, unlike in fairseq: a constant prediction would always be right.
     """
     losses_BM = torch.logsumexp(logits_BMK, dim=2) - logits_BMK[:, :, 0]
     hits_BM = logits_BMK[:, :, 0] > logits_BMK[:, :, 1:].amax(2)
@@ -60,8 +80,8 @@ def contrastive_loss(logits_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tens
 def chance_levels(logits_BMK: Tensor, negatives_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the summed loss of equal logits, and the summed probability that a uniform guess is right.
 
-    Both follow from the negatives that a frame really has: those of its own cluster take no part, and a short utterance
-    has fewer distinct ones than were drawn. Loss: log(1 + n) of n negatives, as drawn. Probability: 1 / (1 + d) of d
+    Both depend on a frame's remaining negatives: those of its own cluster are excluded, and a short utterance has fewer
+    distinct ones than were drawn. The loss is log(1 + n) for n negatives as drawn, the probability 1 / (1 + d) for d
     distinct ones.
     """
     real_BMK = torch.isfinite(logits_BMK[:, :, 1:])
@@ -74,7 +94,7 @@ def chance_levels(logits_BMK: Tensor, negatives_BMK: Tensor, valid_BM: Tensor) -
 
 @torch.no_grad()
 def nearest_units(predictions_ND: Tensor, targets_ND: Tensor, units_N: Tensor, mask: FrameMask) -> Tensor:
-    """Returns for each masked frame the unit of the target nearest to its prediction among those of its row, (N,)."""
+    """Returns the unit of the target nearest to each frame's prediction among the masked frames of its row, (N,)."""
     found_N = torch.full_like(units_N, -1)
     for row_M, valid_M in zip(mask.row_BM, mask.valid_BM, strict=True):
         frames = row_M[valid_M]

@@ -9,10 +9,10 @@ from pretrain.self_supervision.kmeans import gather_rows
 
 
 class FittedOnce(nn.Module):
-    """Holds the rows of one update until something was fitted to them; `done` is saved, so that a resume knows.
+    """Holds the rows of one update until a part is fitted to them; `done` is saved in checkpoints.
 
-    An update that is left out or computed again fits nothing: its rows are discarded and the next one gives others.
-    So does one with fewer than `LEAST` rows over all ranks, to which nothing can be fitted.
+    The rows of an update that is skipped or repeated are discarded, and the next update is used instead. The same
+    applies to an update with fewer than `LEAST` rows over all ranks.
     """
 
     LEAST = 2
@@ -22,7 +22,7 @@ class FittedOnce(nn.Module):
         self.register_buffer("done", torch.zeros((), dtype=torch.bool))
         self.done: Tensor
         self.rows: dict[int, Tensor] = {}
-        """By micro-batch; empty between updates."""
+        """(N, D) rows by micro-batch; empty between updates."""
 
     @property
     def due(self) -> bool:
@@ -34,7 +34,7 @@ class FittedOnce(nn.Module):
         self.rows.clear()
 
     def take(self) -> Tensor | None:
-        """Returns the rows of all ranks, (N, D), once; None where nothing was due or too few came. A collective."""
+        """Returns the rows of all ranks, (N, D), once; None if none were due or too few exist. A collective."""
         if not self.rows:
             return None
         rows_ND = gather_rows(self.rows)

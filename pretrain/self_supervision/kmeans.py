@@ -18,11 +18,11 @@ def kmeans(x_ND: Tensor, n_codes: int, seed: int, iterations: int = 50) -> Tenso
     """Returns the centres of k-means, (n_codes, D): k-means++ seeding, then Lloyd's iterations in fp32.
 
     Args:
-        x_ND: points, N ≥ 1. With fewer points than centres, the points are used more than once.
+        x_ND: points, N ≥ 1. With fewer points than centres, points are repeated as centres.
         n_codes: number of centres.
-        seed: of the seeding, so that all ranks and machines draw alike.
-        iterations: at most so many; ends earlier where no centre moves. A centre that loses all its points moves to
-            the point that is farthest from its own centre.
+        seed: seed of the initial centres; all ranks and machines draw the same.
+        iterations: maximum number of iterations; ends earlier when no centre moves. A centre without points moves to
+            the point farthest from its own centre.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     x_ND = x_ND.float()
@@ -52,7 +52,7 @@ def _seed_centres(x_ND: Tensor, n_codes: int, generator: torch.Generator) -> Ten
 
 @torch.no_grad()
 def gather_rows(parts: Mapping[int, Tensor]) -> Tensor:
-    """Returns the (N, D) rows of all ranks in the order of their micro-batches: the same for any number of ranks."""
+    """Returns the (N, D) rows of all ranks in the order of their micro-batches, for any number of ranks."""
     rows_ND = torch.cat(list(parts.values()))
     numbers_N = torch.cat([torch.full((len(part),), number) for number, part in parts.items()]).to(rows_ND.device)
     rows_ND, numbers_N = _from_all_ranks(rows_ND), _from_all_ranks(numbers_N[:, None])[:, 0]
@@ -60,7 +60,7 @@ def gather_rows(parts: Mapping[int, Tensor]) -> Tensor:
 
 
 def _from_all_ranks(x_ND: Tensor) -> Tensor:
-    """Returns the rows of all ranks, rank by rank; just `x_ND` outside a process group."""
+    """Returns the concatenated rows of all ranks; `x_ND` itself outside a process group."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x_ND
     sizes = [torch.zeros(1, dtype=torch.int64, device=x_ND.device) for _ in range(dist.get_world_size())]
@@ -75,7 +75,7 @@ def _from_all_ranks(x_ND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def from_first_rank(x: Tensor) -> Tensor:
-    """Returns rank 0's tensor on all ranks, written into `x`."""
+    """Broadcasts rank 0's tensor into `x`, in place, and returns it."""
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(x, 0)
     return x

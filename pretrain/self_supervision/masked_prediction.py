@@ -28,12 +28,13 @@ from pretrain.self_supervision.teacher import Teacher
 
 @config
 class MaskedUnitsConfig(ObjectiveConfig):
-    """Units are either frame labels of the batch, or found in the run by k-means on the frames of one update."""
+    """Configuration of masked unit prediction.
 
-    labels: Annotated[str, about("name of frame labels that come with the data; empty: units are found in the run")] = (
-        ""
-    )
-    label_rate_hz: Annotated[float, about("rate of the labels that come with the data", gt=0)] = 50.0
+    Units are either frame labels of the batch, or computed during the run by k-means on the frames of one update.
+    """
+
+    labels: Annotated[str, about("name of the frame labels in the data; empty: units are computed during the run")] = ""
+    label_rate_hz: Annotated[float, about("rate of the frame labels in the data", gt=0)] = 50.0
     units: Annotated[int, about("number of units K", ge=2)] = 100
     features: Annotated[
         Literal["mfcc", "log_mel", "best_rq"],
@@ -45,20 +46,20 @@ class MaskedUnitsConfig(ObjectiveConfig):
     relabel_step: Annotated[
         int,
         about(
-            "after this update (or the next one that is not left out), units are k-means clusters of a layer of the "
+            "after this update (or the next that is not skipped), units are k-means clusters of a layer of the "
             "model itself; 0: never",
             ge=0,
         ),
     ] = 0
-    relabel_layer: Annotated[int, about("that layer; 1 is the first block's output", ge=1)] = 6
-    relabel_units: Annotated[int, about("number of units from then on; 0: as before", ge=0)] = 0
+    relabel_layer: Annotated[int, about("the layer that is clustered; 1 is the first block's output", ge=1)] = 6
+    relabel_units: Annotated[int, about("number of units after the relabelling; 0: unchanged", ge=0)] = 0
     mask_prob: Annotated[float, about("share of frames in masked spans, counted before overlaps", gt=0, le=1)] = 0.8
     mask_span: Annotated[int, about("encoder frames per masked span", ge=1)] = 10
     projection_dim: Annotated[
         int, about("dimensions in which frames and units are compared; 0: plain softmax", ge=0)
     ] = 256
-    logit_temperature: Annotated[float, about("the cosine is divided by this", gt=0)] = 0.1
-    predict_layers: Annotated[tuple[int, ...], about("layers that are supervised, equally; empty: the last")] = ()
+    logit_temperature: Annotated[float, about("divisor of the cosine similarity", gt=0)] = 0.1
+    predict_layers: Annotated[tuple[int, ...], about("layers with a loss, of equal weight; empty: the last")] = ()
     penalty_weight: Annotated[float, about("weight of the mean square of the stem's output", ge=0)] = 10.0
 
     @property
@@ -68,11 +69,11 @@ class MaskedUnitsConfig(ObjectiveConfig):
 
     @property
     def accepts_frame_labels(self) -> bool:
-        """Always; without `labels` it finds units itself."""
+        """Always True; without `labels`, units are computed during the run."""
         return True
 
     def cautions(self, total_steps: int) -> list[str]:
-        """Warns of a relabelling after the end of the run, which has no effect."""
+        """Returns a warning about a relabelling after the end of the run, which has no effect."""
         if self.relabel_step < total_steps:
             return []
         return [f"objective.relabel_step={self.relabel_step} is never reached with train.steps={total_steps}"]
@@ -82,19 +83,19 @@ class MaskedUnitsConfig(ObjectiveConfig):
 class UnitsPlan(MicroBatchPlan):
     mask: FrameMask
     labels_N: Tensor | None
-    """Units of the masked frames, −1 where there is none; None: to be found in the forward pass."""
+    """Units of the masked frames, −1 where there is none; None: computed in the forward pass."""
     count: Tensor
 
 
 class FoundUnits(NamedTuple):
-    """units_N: of the masked frames.  inputs_ND: features that a fixed quantiser made them of; None: clusters."""
+    """units_N: units of the masked frames.  inputs_ND: input of a fixed quantiser; None: the units are clusters."""
 
     units_N: Tensor
     inputs_ND: Tensor | None = None
 
 
 class UnitClassifier(nn.Module):
-    """Logits over units: cosine to a learned embedding / temperature (HuBERT, eq. 3), or a linear layer."""
+    """Computes logits over units: cosine to learned embeddings / temperature (HuBERT, eq. 3), or a linear layer."""
 
     def __init__(self, dim: int, units: int, projection_dim: int, temperature: float) -> None:
         super().__init__()
@@ -266,7 +267,7 @@ class MaskedUnits(Objective):
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
-        """Fits the units to the frames of this update, if it is the first one or that of the relabelling."""
+        """Fits the units to the frames of this update, if it is the first or that of the relabelling."""
         if self.units_config.labels:
             return
         seed = keyed_seed(ctx.seed, ctx.step, "units")
@@ -282,12 +283,15 @@ class MaskedUnits(Objective):
 
 
 def pad_labels(labels_BF: Tensor, width: int) -> Tensor:
-    """Returns labels cut or padded with −1 to `width` frames."""
+    """Returns (B, F) labels cut or padded with −1 to `width` frames."""
     return F.pad(labels_BF, (0, max(width - labels_BF.shape[1], 0)), value=-1)[:, :width]
 
 
 def feature_penalty(features: Frames, mask: FrameMask) -> Tensor:
-    """Returns the mean square of raw features per utterance, times its masked frames, summed; 0 for fixed ones."""
+    """Returns the mean square of the features of each utterance, weighted by its masked frames and summed.
+
+    0 for features without trained weights, such as log-mel.
+    """
     if features.raw_BFD is None:
         return features.x_BFD.new_zeros((), dtype=torch.float32)
     raw_BFD = features.raw_BFD.float()

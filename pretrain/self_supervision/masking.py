@@ -1,4 +1,4 @@
-"""Masks and negatives, drawn on the host and keyed by the segment, so that they depend on nothing else."""
+"""Draws masks and negatives on the host, keyed by (seed, step, segment), independent of ranks and batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FrameMask:
 
     mask_BF: bool.  flat_N: the masked frames as indices into B·F, row by row.
     row_BM: the masked frames of each row as indices into N, padded with 0 to the longest row (M ≥ 1).
-    valid_BM: True where row_BM holds a masked frame.
+    valid_BM: True for entries of row_BM that are masked frames, False for padding.
     """
 
     mask_BF: Tensor
@@ -31,12 +31,12 @@ class FrameMask:
 
     @property
     def counts_B(self) -> Tensor:
-        """Masked frames of each row."""
+        """Number of masked frames of each row."""
         return self.valid_BM.sum(1)
 
     @property
     def count(self) -> Tensor:
-        """Masked frames in all, a float64 scalar on the host."""
+        """Total number of masked frames, a float64 scalar on the host."""
         return torch.tensor(float(len(self.flat_N)), dtype=torch.float64)
 
 
@@ -60,9 +60,9 @@ def span_mask(length: int, prob: float, span: int, rng: np.random.Generator, min
 
 
 def keep_one_visible(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Uncovers one frame, drawn from `rng`, of a mask that covers its whole utterance; returns the mask.
+    """Unmasks one frame, drawn from `rng`, if the mask covers the whole utterance; returns the mask.
 
-    Without a visible frame the encoder has nothing to predict from. Nothing is drawn for any other mask.
+    Without a visible frame the encoder has nothing to predict from. `rng` is not used for other masks.
     """
     if len(mask) and mask.all():
         mask[rng.integers(len(mask))] = False
@@ -89,11 +89,11 @@ def adjusted_block_mask(
 ) -> np.ndarray:
     """Returns the masked frames of one utterance, bool (length,), in blocks that may overlap.
 
-    As fairseq's `compute_block_mask_1d` (data2vec 2.0, arXiv 2212.07525, §3.2):
+    Follows fairseq's `compute_block_mask_1d` (data2vec 2.0, arXiv 2212.07525, §3.2):
 
     int(length · (prob + adjust) / block) blocks around centres drawn with replacement, cut at the ends; then single
-    frames change sides until int(prob · length) are masked, at least one, and at least one is kept. `inverse`: the
-    same for what is kept, with 1 − prob.
+    frames are masked or unmasked until int(prob · length) are masked, at least one, and at least one is visible.
+    `inverse`: the same for the visible frames, with 1 − prob.
     """
     share = 1 - prob if inverse else prob
     covered = np.zeros(length, dtype=bool)
@@ -101,7 +101,7 @@ def adjusted_block_mask(
         return covered
     centres = rng.integers(0, length, max(1, int(length * (share + adjust) / block)))
     covered[np.clip(centres[:, None] + np.arange(block) - block // 2, 0, length - 1).ravel()] = True
-    # at least one frame stays visible, also where there is only one: masked, or with `inverse` kept
+    # at least one frame stays visible, even if the utterance has only one
     wanted = min(max(int(length * share), 1), max(length - 1, int(inverse)))
     surplus = int(covered.sum()) - wanted
     side = np.flatnonzero(covered if surplus > 0 else ~covered)
@@ -110,7 +110,7 @@ def adjusted_block_mask(
 
 
 def pack_masks(masks: Sequence[np.ndarray], width: int, device: torch.device) -> FrameMask:
-    """Returns the masks of single utterances, each of its own length, as one FrameMask of `width` frames."""
+    """Combines the masks of single utterances, of any lengths, to one FrameMask of `width` frames."""
     mask_BF = np.zeros((len(masks), width), dtype=bool)
     for row, mask in enumerate(masks):
         mask_BF[row, : len(mask)] = mask
@@ -129,15 +129,15 @@ def draw_frame_mask(
     draw: Callable[[int, np.random.Generator], np.ndarray],
     purpose: str = "mask",
 ) -> FrameMask:
-    """Returns masks over the encoder frames of `batch`.
+    """Draws masks over the encoder frames of `batch`.
 
     Args:
         frontend: for the number of frames of each utterance.
         batch: one micro-batch.
         ctx: seed and step.
-        draw: returns the mask of one utterance, bool (length,), given its frames and a generator that is keyed by
-            (seed, step, segment key, purpose).
-        purpose: names the draw, so that an objective can have several.
+        draw: returns the mask of one utterance, bool (length,), from its number of frames and a generator that is
+            keyed by (seed, step, segment key, purpose).
+        purpose: key of the draw, for objectives with several.
     """
     lengths = frontend.frame_lengths(batch.lengths_B.cpu()).tolist()
     masks = [
@@ -148,15 +148,15 @@ def draw_frame_mask(
 
 
 def frame_width(frontend: Frontend, batch: Batch) -> int:
-    """Returns the encoder frames of the padded batch."""
+    """Returns the number of encoder frames F of the padded batch."""
     return int(frontend.frame_lengths(torch.tensor([batch.wave_BT.shape[1]])))
 
 
 def draw_negatives(mask: FrameMask, keys: Sequence[str], ctx: StepContext, n_negatives: int) -> Tensor:
     """Returns for each masked frame `n_negatives` other masked frames of its utterance, (B, M, K), positions within M.
 
-    Drawn with replacement and never the frame itself (fairseq `sample_negatives`); rows with one masked frame or
-    none get 0, which is then the positive itself and so takes no part in the loss.
+    Drawn with replacement, without the frame itself (fairseq `sample_negatives`). Rows with one masked frame or none
+    get position 0, the positive itself, which the loss excludes.
     """
     counts = mask.counts_B.tolist()
     drawn = np.zeros((len(keys), mask.row_BM.shape[1], n_negatives), dtype=np.int64)
@@ -171,9 +171,9 @@ def draw_negatives(mask: FrameMask, keys: Sequence[str], ctx: StepContext, n_neg
 def draw_span_mask(
     frontend: Frontend, batch: Batch, ctx: StepContext, prob: float, span: int, least: int = 1
 ) -> FrameMask:
-    """Returns `draw_frame_mask` with the spans of `span_mask`; fewer than `least` masked frames of a row become none.
+    """Draws masks of spans, see `span_mask`; rows with fewer than `least` masked frames are not masked.
 
-    A contrastive objective needs 2: a single masked frame has no negative.
+    A contrastive objective needs 2, since a single masked frame has no negative.
     """
 
     def draw(length: int, rng: np.random.Generator) -> np.ndarray:

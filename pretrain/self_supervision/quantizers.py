@@ -12,7 +12,10 @@ from pretrain.nn.numerics import full_precision
 
 
 def nearest_codes(x_ND: Tensor, codebook_KD: Tensor, chunk: int = 2048) -> Tensor:
-    """Returns the index of the nearest code by Euclidean distance, (N,) int64; `chunk` rows at a time bound memory."""
+    """Returns the index of the nearest code by Euclidean distance, (N,) int64.
+
+    Computed for `chunk` rows at a time, which bounds memory.
+    """
     with full_precision(x_ND.device):
         codes_DK = codebook_KD.float().T.contiguous()
         half_norm_K = codes_DK.square().sum(0) / 2
@@ -21,9 +24,9 @@ def nearest_codes(x_ND: Tensor, codebook_KD: Tensor, chunk: int = 2048) -> Tenso
 
 
 class RandomProjectionQuantizer(nn.Module):
-    """Frozen random projection and unit-norm random codebook (BEST-RQ, arXiv 2202.01855, §3.1). Only buffers.
+    """Frozen random projection and unit-norm random codebook (BEST-RQ, arXiv 2202.01855, §3.1). Has buffers only.
 
-    The input should have mean 0 and deviation 1, or a few codes take everything.
+    The input should have mean 0 and deviation 1; otherwise most frames fall to a few codes.
     """
 
     def __init__(self, in_dim: int, code_dim: int = 16, n_codes: int = 8192) -> None:
@@ -50,7 +53,7 @@ class RandomProjectionQuantizer(nn.Module):
     def whiten(self, x_ND: Tensor) -> None:
         """Replaces the random projection by the first principal axes of `x_ND`, each scaled to deviation 1.
 
-        Random directions mostly mix the axes of largest variance; whitened axes all have the same (arXiv 2606.30671).
+        Random directions mostly mix the axes of largest variance; whitened axes have equal variance (arXiv 2606.30671).
         """
         with full_precision(x_ND.device):
             mean_D = x_ND.float().mean(0)
@@ -58,7 +61,7 @@ class RandomProjectionQuantizer(nn.Module):
             variances_D, axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / max(len(x_ND) - 1, 1))
             top = slice(-self.projection_DC.shape[1], None)
             scale_C = variances_D[top].clamp(min=1e-8).rsqrt()
-            # the sign of an axis is arbitrary: the largest entry is made positive, so that all machines agree
+            # the sign of an axis is arbitrary: make the largest entry positive, so that all machines agree
             axes_DC = axes_DD[:, top]
             axes_DC = axes_DC * axes_DC.gather(0, axes_DC.abs().argmax(0, keepdim=True)).sign()
             self.mean_D.copy_(mean_D)
@@ -115,8 +118,8 @@ def gumbel_noise(like: Tensor) -> Tensor:
 def perplexity(probs_NGV: Tensor) -> Tensor:
     """Returns exp(entropy) of the mean distribution, summed over the groups; between groups and groups · codes.
 
-    0 frames count as one of probability 0, so that the result is finite.
+    Without frames, the distribution is taken as 0, so that the result is finite.
     """
     mean_GV = probs_NGV.mean(0) if len(probs_NGV) else probs_NGV.sum(0)
-    # clamped, because the gradient of x·log x at an underflowed 0 is not a number
+    # clamped, because the gradient of x·log x at an underflowed 0 is NaN
     return torch.exp(-(mean_GV * mean_GV.clamp(min=1e-30).log()).sum(-1)).sum()

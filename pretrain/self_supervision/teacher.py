@@ -14,7 +14,7 @@ from pretrain.nn.spectral import normalize_frames
 
 
 class Teacher(nn.Module):
-    """A copy of `source` that never trains and is always in evaluation mode."""
+    """A copy of `source` without gradients, always in evaluation mode."""
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
@@ -26,9 +26,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, source: nn.Module, decay: float, averaged: Callable[[str], bool] = lambda name: True) -> None:
-        """Moves the teacher: weight ← decay · weight + (1 − decay) · source's. Other weights and buffers are copied.
+        """Updates the teacher: weight ← decay · weight + (1 − decay) · source's weight.
 
-        averaged: of a weight's name, whether it is averaged.
+        Args:
+            source: the trained module.
+            decay: EMA decay, 0 … 1.
+            averaged: whether the weight of this name is averaged; other weights and all buffers are copied.
         """
         theirs = dict(source.named_parameters())
         for name, weight in self.copy.named_parameters():
@@ -42,7 +45,7 @@ class Teacher(nn.Module):
 
 
 def all_but_positions(name: str) -> bool:
-    """Returns whether data2vec and DinoSR average a weight of the encoder: not its positions (`ema_layers_only`)."""
+    """Returns whether data2vec and DinoSR average this weight of the encoder: all but positions (`ema_layers_only`)."""
     return not name.startswith("positions.")
 
 
@@ -77,6 +80,6 @@ def annealed_decay(step: int, start: float, end: float, over_steps: int) -> floa
 
 
 def _local(weight: Tensor) -> Tensor:
-    """Returns the weight, or under ZeRO-3 this rank's partition: copies of one shape are cut alike."""
+    """Returns the weight, or under ZeRO-3 this rank's partition; copies of one shape are partitioned alike."""
     part: Tensor = getattr(weight, "ds_tensor", weight.data)
     return part
