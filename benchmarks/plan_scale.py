@@ -111,7 +111,11 @@ def probe(root: Path, cache: Path, fraction: float, alpha: float = 1.0) -> dict[
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     one_core = {min(os.sched_getaffinity(0))}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, one_core)
+        command,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        preexec_fn=lambda: os.sched_setaffinity(0, one_core),
     )
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -143,7 +147,8 @@ def main() -> None:
             print(f"{name:20}  {shown}", flush=True)
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({"segments": arguments.segments, "date": time.strftime("%F")} | rows, indent=1)
+            json.dumps({"segments": arguments.segments, "date": time.strftime("%F")} | rows, indent=1),
+            encoding="utf-8",
         )
 
 

@@ -178,7 +178,7 @@ def long_file(hours: float, folder: Path) -> dict[str, float]:
     )
     values = {"out": str(folder / "long-out"), "corpus": {"name": "path", "path": str(corpus)}}
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(values)], check=True, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code, json.dumps(values)], check=True, cwd=ROOT, capture_output=True, encoding="utf-8"
     )
     measured: dict[str, float] = json.loads(done.stdout)
     return measured
@@ -247,7 +247,7 @@ def main() -> None:
             "long": memory,
             **host,
         }
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -340,7 +340,8 @@ def main() -> None:
     print_table(results)
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({"about": about, "results": [asdict(r) for r in results.values()]}, indent=1)
+            json.dumps({"about": about, "results": [asdict(r) for r in results.values()]}, indent=1),
+            encoding="utf-8",
         )
 
 

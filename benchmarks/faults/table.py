@@ -190,7 +190,9 @@ def record(site: Site) -> str:
 def followed(site: Site, folder: Path) -> list[str]:
     """Returns a `logs -f`, which ends by itself after a `cancel`, and that `cancel`."""
     command = [sys.executable, "-m", "launch.main", "jobs", "logs", "-f", str(folder)]
-    follower = subprocess.Popen(command, cwd=site.base, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    follower = subprocess.Popen(
+        command, cwd=site.base, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    )
     before = site.step(folder.name)
     site.reach(folder.name, before + 20)
     cancelled = auricle_jobs(site, f"cancel {folder}")
@@ -203,7 +205,7 @@ def followed(site: Site, folder: Path) -> list[str]:
 def auricle_jobs(site: Site, typed: str) -> str:
     """Runs `auricle jobs …` and returns it with its output."""
     command = [sys.executable, "-m", "launch.main", "jobs", *shlex.split(typed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=site.base, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, cwd=site.base, check=False)
     return shown(typed, done.stdout + done.stderr, done.returncode)
 
 
@@ -226,7 +228,7 @@ def ray_rows(times: int) -> list[str]:
         passed, largest = 0, 0.0
         for _ in range(times):
             command = [sys.executable, "-m", "pytest", "-q", "-s", "tests/faults/test_ray_elastic.py", "-k", word]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900, check=False)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=900, check=False)
             passed += done.returncode == 0
             largest = max([largest, *map(float, re.findall(r"difference of a loss: (\S+)", done.stdout))])
         said = f"{largest:.1e}" if "fewer_ranks" in word else "the same bytes"

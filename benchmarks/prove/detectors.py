@@ -211,7 +211,7 @@ def planted(waves: list[np.ndarray], case: Case, folder: Path) -> tuple[str, boo
             {"step": step, "name": "phones/non_silence_frames", "measure": "non-silence frames", "value": value}
             for step, value in enumerate(case.evaluations)
         ]
-        (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     reader = Changed(waves, case.change) if case.change else Speech(waves)
     steps = 30 if case.evaluations else 140 if case.planted == 0 else STEPS
     stopped = ""

@@ -157,7 +157,7 @@ def main() -> int:
         print("skipped: needs real speech; set AURICLE_SPEECH to a folder with manifest.tsv")
         return 0
     results = given.out / "quality.json"
-    found = json.loads(results.read_text()) if results.is_file() else {}
+    found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     shards = given.work / "shards"
     auricle(
         "preprocess", "corpus=manifest", f"corpus.path={manifest}", "corpus.splits=[pretrain,train]", f"out={shards}"
@@ -182,7 +182,7 @@ def main() -> int:
             "minutes": round((time.monotonic() - begun) / 60),
         }
         given.out.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(found, indent=2) + "\n")
+        results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         write_page(found, given.out)
     return 0 if passed else 1
 

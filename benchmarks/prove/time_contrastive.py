@@ -251,7 +251,7 @@ def report(
     (given.out / "time_contrastive.md").write_text("\n".join(text), encoding="utf-8")
     plain = {one.who: {str(speed): one.accuracy(speed) for speed in SPEEDS} for one in found}
     values = {"steps": steps, "hours_and_flop": spent, "accuracy": plain}
-    (given.out / "time_contrastive.json").write_text(json.dumps(values, indent=2) + "\n")
+    (given.out / "time_contrastive.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def mode_of(name: str, is_method: bool, arguments: list[ast.expr], words: dict[s
     return mode if isinstance(mode, str) and re.fullmatch("[rwaxbt+]+", mode) else "b"
 
 
-FILES = [path for folder in ("data_pipeline", "pretrain", "launch") for path in (ROOT / folder).rglob("*.py")]
+FILES = [
+    path for folder in ("data_pipeline", "pretrain", "launch", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+]
 
 
 def test_no_call_takes_the_encoding_of_the_locale() -> None:
