@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_folder
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, which children inherit
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 
 
 pytest_plugins = ("tests.support.parity_table",)
@@ -42,7 +45,14 @@ def utterances(real_speech: Path) -> list[Path]:
     return found
 
 
-FIRST = ("test_slurm", "test_every_objective", "test_ray_elastic")
+FIRST = (
+    "test_slurm",
+    "test_every_objective",
+    "test_ray_elastic",
+    "test_health_monitor",
+    "test_preprocess_kills",
+    "test_engines",
+)
 """The longest test files start first. xdist deals files out alternately, so both clusters fall to the same worker."""
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engines.distributed import DistributedContext
@@ -19,6 +18,7 @@ from pretrain.engines.loss_scaler import LossScale
 from pretrain.engines.signals import RankSignals
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Sum
+from pretrain.nn.dropout import seed_dropout
 from pretrain.train_module import TrainModule
 
 NumpySum = tuple[np.ndarray, float]
@@ -143,7 +143,7 @@ class Engine(abc.ABC):
         totals: dict[str, list[Tensor]] = {}
         self.module.forget()
         for batch, plan in zip(batches, plans, strict=True):
-            torch.manual_seed(keyed_seed(ctx.seed, ctx.step, batch.micro_batch, "dropout"))
+            seed_dropout(ctx, batch.micro_batch, batch.wave_BT.device)
             self.on_phase("forward pass")
             micro_loss, metrics = self._forward_backward(batch, plan, counts_K, ctx)
             loss += micro_loss.detach().double()

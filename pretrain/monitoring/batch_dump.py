@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.core.atomic_files import remove, write_json
-from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.types import Batch
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.interfaces.frames import StepContext
+from pretrain.nn.dropout import seed_dropout
 from pretrain.train_module import TrainModule
 
 MAX_KEPT = 20
@@ -108,7 +108,7 @@ def replay(module: TrainModule, ctx: StepContext, batches: Sequence[Batch]) -> l
             part.register_forward_hook(_note_not_finite(name, broken)) for name, part in module.named_modules() if name
         ]
         plan = module.prepare(batch, ctx)
-        torch.manual_seed(keyed_seed(ctx.seed, ctx.step, batch.micro_batch, "dropout"))
+        seed_dropout(ctx, batch.micro_batch, batch.wave_BT.device)
         module.zero_grad()
         loss, _ = module(batch, plan, plan.counts_K, ctx)
         loss.backward()

@@ -1,4 +1,4 @@
-"""Dropout that is also cheap on CPUs."""
+"""Dropout that is also cheap on CPUs, and the seed of its draws."""
 
 from __future__ import annotations
 
@@ -6,7 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_pipeline.core.rng import keyed_seed
+from pretrain.interfaces.frames import StepContext
+
 _STEPS = 1 << 16
+
+
+def seed_dropout(ctx: StepContext, micro_batch: int, device: torch.device) -> None:
+    """Seeds torch's generator with (seed, step, micro-batch), which keys dropout and stochastic depth of one pass.
+
+    On a CPU only its own generator: `torch.manual_seed` also formats a stack trace for each kind of absent device,
+    2.3 ms per call.
+    """
+    seed = keyed_seed(ctx.seed, ctx.step, micro_batch, "dropout")
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
