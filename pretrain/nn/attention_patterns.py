@@ -49,6 +49,10 @@ class AttentionContext(NamedTuple):
     """Positions of packed frames on the time axis of convolutions."""
     flex: BlockMask | None = None
     """The pattern for FlexAttention; None: computed block by block."""
+    visible_BK: Tensor | None = None
+    """In a stream: which frames of memory and chunk can be attended to; None: all. `rotary` covers both."""
+    left_chunks: int = -1
+    """In a stream: chunks that the memory keeps; -1: all."""
     residual_KBF1: Tensor | None = None
     """Stochastic depth of this block: factors of its K residual branches; F may be 1."""
 

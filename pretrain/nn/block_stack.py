@@ -143,6 +143,8 @@ class BlockStack(Encoder):
     """Residual branches per block, which stochastic depth may leave out."""
     gap: int = 0
     """Zeros that the convolutions inside blocks need between packed utterances."""
+    chunk_convolution: bool = False
+    """Whether convolutions inside blocks end at the chunk, so that packed utterances must start with one."""
     stream: Pattern | None = None
     """Pattern outside of training, instead of the first of the config's chunks; for attention=chunked."""
 
@@ -269,6 +271,7 @@ class BlockStack(Encoder):
         """Returns `level` with the attention contexts of full and local blocks, computed once for all blocks."""
         config, device, documents = self.stack_config, level.lengths_B.device, level.documents
         leading = self.n_registers * max(1, len(documents))
+        multiple = max(1, pattern.chunk) if self.chunk_convolution else 1
         valid_BF = None
         if not documents:
             # a row without frames attends to its first padding frame: an empty softmax has no finite gradient
@@ -284,7 +287,7 @@ class BlockStack(Encoder):
             bias_HFF,
             self.n_registers,
             documents,
-            TimeGrid.spaced(documents, self.gap, device) if documents and self.gap else None,
+            TimeGrid.spaced(documents, self.gap, device, multiple) if documents and self.gap else None,
         )
         local = full._replace(pattern=Pattern(config.window // 2)) if config.attention == "local_global" else full
         if self.uses_flex(device):

@@ -61,7 +61,9 @@ class ConvPositionsStack(nn.Module):
 
 
 def rotary_angles(places: Tensor, head_dim: int, skip: int = 0, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin of the rotary angles in fp32 (RoFormer, arXiv 2104.09864, eq. 34).
+    """Returns cos and sin of the rotary angles (RoFormer, arXiv 2104.09864, eq. 34), computed in fp64, rounded to fp32.
+
+    In fp32 the angles of the frames after an hour (place 90,000 at 25 Hz) would be wrong by 0.005.
 
     Args:
         places: time indices of the frames, (F,) or (B, F).
@@ -72,12 +74,12 @@ def rotary_angles(places: Tensor, head_dim: int, skip: int = 0, base: float = 10
     Returns:
         Two tensors (skip + F, head_dim / 2), or (B, 1, skip + F, head_dim / 2) where `places` has rows.
     """
-    places = F.pad(places.float(), (skip, 0))
-    rates = base ** (-torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float32) / head_dim)
+    places = F.pad(places.double(), (skip, 0))
+    rates = base ** (-torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float64) / head_dim)
     angles = places[..., None] * rates
     if places.ndim == 2:
         angles = angles[:, None]
-    return angles.cos(), angles.sin()
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x_BHFC: Tensor, cos_FC: Tensor, sin_FC: Tensor) -> Tensor:

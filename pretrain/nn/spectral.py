@@ -19,9 +19,18 @@ from torchaudio.functional import create_dct
 
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.interfaces.frames import Frames
+from pretrain.interfaces.streaming import Obstacle
 from pretrain.nn.numerics import zero_padding
 
 Normalize = Literal["utterance", "fixed"]
+
+
+def utterance_statistics(normalize: Normalize) -> list[Obstacle]:
+    """Returns the obstacle to streaming that a front end's field `normalize` is, if any."""
+    if normalize == "fixed":
+        return []
+    reason = "statistics of the whole utterance are unknown in a stream; train with frontend.normalize=fixed"
+    return [Obstacle("frontend.normalize", normalize, reason)]
 
 
 def mel_filters(n_fft: int, n_mels: int, low_hz: float = 0.0, high_hz: float = SAMPLE_RATE / 2) -> Tensor:
@@ -103,13 +112,27 @@ class TorchaudioMfcc(nn.Module):
     """
 
     N_CEPSTRA = 13
+    MEANS = (3.5, 2.0, *[0.0] * 11)
+    STDS = (4.7, 2.0, 1.2, 1.1, 0.9, 0.8, 0.6, 0.6, 0.5, 0.5, 0.4, 0.4, 0.35)
+    SLOPE_STDS = (0.16, 0.06)
+    """For normalize=fixed: of the cepstra, and of Δ and ΔΔ relative to them (156 recordings, 40 mels)."""
 
-    def __init__(self, n_mels: int = 23, window: int = 400) -> None:
+    def __init__(self, n_mels: int = 23, window: int = 400, normalize: Normalize = "utterance") -> None:
         super().__init__()
         self.mel = LogMel(n_mels, window, normalize="fixed")
+        self.normalize = normalize
         self.rate_hz, self.dim = self.mel.rate_hz, 3 * self.N_CEPSTRA
         self.register_buffer("dct_MC", create_dct(self.N_CEPSTRA, n_mels, "ortho"), persistent=False)
+        stds = torch.tensor(self.STDS)
+        fixed_2D = torch.stack(
+            [
+                torch.tensor([*self.MEANS, *[0.0] * (2 * self.N_CEPSTRA)]),
+                torch.cat([stds, *(ratio * stds for ratio in self.SLOPE_STDS)]),
+            ]
+        )
+        self.register_buffer("fixed_2D", fixed_2D, persistent=False)
         self.dct_MC: Tensor
+        self.fixed_2D: Tensor
 
     def lengths(self, lengths_B: Tensor) -> Tensor:
         """Returns the number of frames for each number of samples, (B,)."""
@@ -117,21 +140,43 @@ class TorchaudioMfcc(nn.Module):
 
     @torch.no_grad()
     def forward(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
+        return self.between(wave_BT, torch.zeros_like(lengths_B), self.mel.lengths(lengths_B))
+
+    @torch.no_grad()
+    def between(self, wave_BT: Tensor, first_B: Tensor, lengths_B: Tensor) -> Frames:
+        """Returns the features of audio of which only some frames count, zero beyond `lengths_B`.
+
+        Args:
+            wave_BT: (B, T) samples at 16 kHz.
+            first_B: the first frame that counts; the slopes of those around it use no earlier one.
+            lengths_B: frames up to the last one that counts.
+        """
         with torch.autocast(wave_BT.device.type, enabled=False):
-            mel = self.mel(wave_BT, lengths_B)
+            mel: Frames = self.mel(wave_BT, torch.full_like(lengths_B, wave_BT.shape[1]))
             cepstra_BFC = mel.x_BFD @ self.dct_MC
-            first_BFC = delta(cepstra_BFC, mel.lengths_B)
-            x_BFD = torch.cat([cepstra_BFC, first_BFC, delta(first_BFC, mel.lengths_B)], dim=2)
-            return Frames(normalize_frames(x_BFD, mel.lengths_B), mel.lengths_B, self.rate_hz)
+            first_BFC = delta(cepstra_BFC, lengths_B, starts_B=first_B)
+            x_BFD = torch.cat([cepstra_BFC, first_BFC, delta(first_BFC, lengths_B, starts_B=first_B)], dim=2)
+            if self.normalize == "fixed":
+                mean_D, std_D = self.fixed_2D.unbind()
+                return Frames(zero_padding((x_BFD - mean_D) / std_D, lengths_B), lengths_B, self.rate_hz)
+            return Frames(normalize_frames(x_BFD, lengths_B), lengths_B, self.rate_hz)
 
 
-def delta(x_BFD: Tensor, lengths_B: Tensor, reach: int = 2) -> Tensor:
-    """Returns regression slopes over ±reach frames, (B, F, D); first and last frames are repeated beyond the ends."""
-    last = (lengths_B - 1).clamp(min=0)[:, None]
+def delta(x_BFD: Tensor, lengths_B: Tensor, reach: int = 2, starts_B: Tensor | None = None) -> Tensor:
+    """Returns regression slopes over ±reach frames, (B, F, D).
+
+    Args:
+        x_BFD: frames.
+        lengths_B: frames up to the last one of each row, which is repeated beyond.
+        reach: frames on either side.
+        starts_B: first frame of each row, which is repeated before; None: 0.
+    """
+    first = torch.zeros_like(lengths_B)[:, None] if starts_B is None else starts_B[:, None]
+    last = torch.maximum(lengths_B[:, None] - 1, first)
     at = torch.arange(x_BFD.shape[1], device=x_BFD.device)[None]
     slope = torch.zeros_like(x_BFD)
     for step in range(1, reach + 1):
-        ahead, behind = torch.minimum(at + step, last), torch.minimum((at - step).clamp(min=0), last)
+        ahead, behind = torch.minimum(at + step, last), torch.maximum(at - step, first)
         rows = torch.arange(len(x_BFD), device=x_BFD.device)[:, None]
         slope += step * (x_BFD[rows, ahead] - x_BFD[rows, behind])
     return slope / (2 * sum(step * step for step in range(1, reach + 1)))

@@ -49,7 +49,19 @@ OWN_OPTIONS = {
             "left_chunks": 1,
         },
     },
-    "conformer": {"causal": {"causal": True, "kernel": 5}, "short kernel": {"kernel": 9}},
+    "conformer": {
+        "causal": {"causal": True, "kernel": 5},
+        "short kernel": {"kernel": 9},
+        "chunk convolution": {"chunk_convolution": True, "kernel": 9, "attention": "chunked", "chunk_frames": [4]},
+        "chunk convolution, half rate": {
+            "chunk_convolution": True,
+            "kernel": 9,
+            "attention": "chunked",
+            "chunk_frames": [6],
+            "half_rate_blocks": 1,
+            "layers": 3,
+        },
+    },
 }
 CASES = [(name, case) for name in ENCODERS for case in [*OPTIONS, *OWN_OPTIONS.get(name, {})]]
 

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config, refuse
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.streaming import BlockMemory, EncoderState, Obstacle
 from pretrain.nn.attention import RelativeBias, SelfAttention
 from pretrain.nn.attention_patterns import AttentionContext
-from pretrain.nn.block_stack import BlockStack, Residual, StackConfig
+from pretrain.nn.block_stack import Residual, StackConfig
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import zero_padding
 from pretrain.nn.packing import Packing, TimeGrid
 from pretrain.nn.positions import ConvPositions, ConvPositionsStack
+from pretrain.nn.streaming_stack import StreamingStack
 
 
 @config
@@ -76,22 +78,33 @@ class Block(nn.Module):
 
     def forward(self, x_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Returns the block's output, and its feed-forward part before the residual sum."""
+        attended_BFD = self.attention(self.attention_norm(x_BFD) if self.pre else x_BFD, context)
+        return self.after_attention(x_BFD, attended_BFD, context)
+
+    def step(self, x_BFD: Tensor, memory: BlockMemory, context: AttentionContext) -> tuple[Tensor, BlockMemory]:
+        """Returns the block's output for the next chunk of a stream, and the memory after it."""
+        attended_BFD, memory = self.attention.step(self.attention_norm(x_BFD) if self.pre else x_BFD, memory, context)
+        return self.after_attention(x_BFD, attended_BFD, context)[0], memory
+
+    def after_attention(self, x_BFD: Tensor, attended_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Returns the block's output, and its feed-forward part before the residual sum."""
+        x_BFD = x_BFD + self.residual(attended_BFD, context, 0)
         if self.pre:
-            x_BFD = x_BFD + self.residual(self.attention(self.attention_norm(x_BFD), context), context, 0)
             ffn_BFD = self.feed_forward(self.ffn_norm(x_BFD))
             return x_BFD + self.residual(ffn_BFD, context, 1), ffn_BFD
-        x_BFD = self.attention_norm(x_BFD + self.residual(self.attention(x_BFD, context), context, 0))
+        x_BFD = self.attention_norm(x_BFD)
         ffn_BFD = self.feed_forward(x_BFD)
         return self.ffn_norm(x_BFD + self.residual(ffn_BFD, context, 1)), ffn_BFD
 
 
-class Transformer(BlockStack):
+class Transformer(StreamingStack):
     """Transformer encoder of wav2vec 2.0 (arXiv 2006.11477), HuBERT, WavLM and data2vec."""
 
     branches = 2
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, rotary=config.positions == "rope")
+        self.config = config
         self.pre = config.norm == "pre"
         # only the first of several convolutions has zeros as padding, as in released models; packed rows are exact
         self.couples = frozenset({"padding"}) if config.positions == "conv_stack" else frozenset()
@@ -120,6 +133,21 @@ class Transformer(BlockStack):
             bias_HFF = self.relative_bias(max(packing.lengths) if packing else x_BFD.shape[1])
         output = self.run_blocks(self.dropout(x_BFD), frames, ctx, packing, bias_HFF)
         return self.norm_last(output, self.norm) if self.pre else output
+
+    def obstacles(self) -> list[Obstacle]:
+        found = super().obstacles()
+        if self.config.positions in ("conv", "conv_stack"):
+            reason = "its convolution is symmetric and needs later frames; train with encoder.positions=rope"
+            found.append(Obstacle("encoder.positions", self.config.positions, reason))
+        if self.config.relative_bias:
+            reason = "is not computed in a stream; train with encoder.positions=rope"
+            found.append(Obstacle("encoder.relative_bias", True, reason))
+        return found
+
+    def step(self, frames: Frames, state: EncoderState, left_chunks: int) -> tuple[EncoderOutput, EncoderState]:
+        x_BFD = frames.x_BFD if self.pre else self.norm(frames.x_BFD)
+        output, state = self.step_blocks(x_BFD, frames, state, left_chunks)
+        return self.norm_last(output, self.norm) if self.pre else output, state
 
     def position_features(self, frames: Frames, packing: Packing | None) -> Tensor:
         """Returns the positional convolution's output; removed frames count as zeros at their time index."""

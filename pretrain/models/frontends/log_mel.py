@@ -12,11 +12,12 @@ from data_pipeline.core.schema import about, config
 from pretrain.interfaces.configs import FrontendConfig
 from pretrain.interfaces.frames import Frames
 from pretrain.interfaces.models import Frontend
+from pretrain.interfaces.streaming import FrontendState, Obstacle, SampleWindow, StreamingFrontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import pad_audio, zero_padding
 from pretrain.nn.packing import Packing, TimeGrid
-from pretrain.nn.spectral import LogMel, Normalize
+from pretrain.nn.spectral import LogMel, Normalize, utterance_statistics
 
 
 @config
@@ -32,7 +33,7 @@ class Config(FrontendConfig):
     dropout: Annotated[float, about("dropout on the projected frames", ge=0, lt=1)] = 0.1
 
 
-class LogMelFrontend(Frontend):
+class LogMelFrontend(Frontend, StreamingFrontend):
     """Log-mel features, log2(subsampling) convolutions of stride 2, layer norm and a linear layer."""
 
     def __init__(self, config: Config, dim: int) -> None:
@@ -44,7 +45,8 @@ class LogMelFrontend(Frontend):
         self.rate_hz = self.mel.rate_hz / config.subsampling
         n_convs = config.subsampling.bit_length() - 1
         widths = [config.n_mels] + [dim] * n_convs
-        self.convs = nn.ModuleList(TimeConv(width, dim, kernel=3, stride=2, padding=1) for width in widths[:n_convs])
+        self.conv_widths = widths[:n_convs]
+        self.convs = nn.ModuleList(TimeConv(width, dim, kernel=3, stride=2, padding=1) for width in self.conv_widths)
         self.norm = nn.LayerNorm(widths[-1])
         self.linear = nn.Linear(widths[-1], dim)
         self.dropout = Dropout(config.dropout)
@@ -84,6 +86,29 @@ class LogMelFrontend(Frontend):
             x_BFD = F.gelu(conv(x_BFD))
             inside_BF1 = inside_BF1[:, ::2]
         return x_BFD
+
+    def obstacles(self) -> list[Obstacle]:
+        return utterance_statistics(self.mel.normalize)
+
+    def sample_window(self) -> SampleWindow:
+        return SampleWindow(self.mel.hop * self.subsampling, 0, self.mel.hop * (self.subsampling - 1) + self.mel.window)
+
+    def start(self, rows: int) -> FrontendState:
+        """Returns the zeros before the first input frame of each convolution, (B, 1, D)."""
+        like = self.linear.weight
+        return tuple(like.new_zeros(rows, 1, width) for width in self.conv_widths)
+
+    def step(
+        self, wave_BT: Tensor, samples_B: Tensor, frames_B: Tensor, state: FrontendState
+    ) -> tuple[Frames, FrontendState]:
+        x_BFD, tails = self.mel(wave_BT, samples_B).x_BFD, []
+        for conv, tail_B1D in zip(self.convs, state, strict=True):
+            tails.append(x_BFD[:, -1:])
+            joined_BFD = torch.cat([tail_B1D, x_BFD], dim=1)
+            # a zero frame in front shifts the stride, so that the first output (dropped) does not use the chunk
+            x_BFD = F.gelu(conv(F.pad(joined_BFD, (0, 0, 1, 0))))[:, 1:]
+        x_BFD, lengths_B = self.linear(self.norm(x_BFD)), self.frame_lengths(samples_B)
+        return Frames(zero_padding(x_BFD, lengths_B), lengths_B, self.rate_hz), tuple(tails)
 
 
 def build(config: Config, dim: int) -> LogMelFrontend:

@@ -15,14 +15,17 @@ from data_pipeline.core.schema import about, config
 from pretrain.interfaces.configs import FrontendConfig
 from pretrain.interfaces.frames import Frames
 from pretrain.interfaces.models import Frontend
+from pretrain.interfaces.streaming import FrontendState, Obstacle, SampleWindow, StreamingFrontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import pad_audio, stack_frames, zero_padding
 from pretrain.nn.packing import Packing, packed_strided
-from pretrain.nn.spectral import LogMel, TorchaudioMfcc
+from pretrain.nn.spectral import LogMel, Normalize, TorchaudioMfcc, utterance_statistics
 
 WAVE_LAYERS = ((10, 5), (8, 4), (4, 2), (4, 4))
 """Taps and stride of the waveform branch: one frame per 160 samples."""
+SLOPES = 4
+"""Frames on either side that the slopes of slopes depend on."""
 BRANCHES = ("mel", "mfcc", "wave")
 
 
@@ -32,6 +35,9 @@ class Config(FrontendConfig):
     n_mels: Annotated[int, about("mel bands of the 25 ms branch", ge=1, le=256)] = 80
     mfcc_window: Annotated[int, about("samples per window of the cepstral branch", gt=400)] = 1024
     wave_channels: Annotated[int, about("channels of the waveform branch", ge=1)] = 128
+    normalize: Annotated[Normalize, about("statistics of each utterance, or fixed ones (needed to stream)")] = (
+        "utterance"
+    )
     subsampling: Annotated[Literal[2, 4, 8], about("10 ms features per encoder frame")] = 4
     dropout: Annotated[float, about("dropout on the mixed frames", ge=0, lt=1)] = 0.1
 
@@ -54,7 +60,7 @@ class WaveBranch(nn.Module):
         return x_BFD
 
 
-class Multiscale(Frontend):
+class Multiscale(Frontend, StreamingFrontend):
     """Concatenates three branches at 100 Hz as features; `project` norms, stacks, projects and mixes them.
 
     The gate is a softmax over branches for each frame, from all branches' features; `watched` gives its means.
@@ -63,8 +69,8 @@ class Multiscale(Frontend):
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
         self.subsampling = config.subsampling
-        self.mel = LogMel(config.n_mels)
-        self.mfcc = TorchaudioMfcc(40, config.mfcc_window)
+        self.mel = LogMel(config.n_mels, normalize=config.normalize)
+        self.mfcc = TorchaudioMfcc(40, config.mfcc_window, config.normalize)
         self.wave = WaveBranch(config.wave_channels)
         self.reach = (config.mfcc_window - self.mel.window) // 2
         self.widths = [config.n_mels, self.mfcc.dim, config.wave_channels]
@@ -99,8 +105,11 @@ class Multiscale(Frontend):
         else:
             # enough zeros after it that a short row gives the same in a long batch as alone
             wave_BFD = self.wave(F.pad(wave_BT, (0, 2 * self.mel.window)))
-        parts = [mel.x_BFD, mfcc.x_BFD[:, :n_frames], wave_BFD[:, :n_frames]]
-        x_BFD = torch.cat([part.to(wave_BFD.dtype) for part in parts], dim=2)
+        return self.joined(mel, mfcc.x_BFD[:, :n_frames], wave_BFD[:, :n_frames])
+
+    def joined(self, mel: Frames, mfcc_BFD: Tensor, wave_BFD: Tensor) -> Frames:
+        """Concatenates the channels of the branches, zero beyond each length."""
+        x_BFD = torch.cat([part.to(wave_BFD.dtype) for part in (mel.x_BFD, mfcc_BFD, wave_BFD)], dim=2)
         return Frames(zero_padding(x_BFD, mel.lengths_B), mel.lengths_B, mel.rate_hz)
 
     def project(self, features: Frames) -> Frames:
@@ -116,6 +125,32 @@ class Multiscale(Frontend):
         total_K = (gate_BFK.detach().float() * frames.valid_BF()[:, :, None]).sum((0, 1))
         self.gate_means.copy_(total_K / lengths_B.sum().clamp(min=1))
         return frames._replace(x_BFD=zero_padding(self.dropout(frames.x_BFD), lengths_B))
+
+    def obstacles(self) -> list[Obstacle]:
+        return utterance_statistics(self.mel.normalize)
+
+    def sample_window(self) -> SampleWindow:
+        hop = self.mel.hop
+        after = hop * (self.subsampling - 1 + SLOPES) + self.mel.window + self.reach
+        return SampleWindow(hop * self.subsampling, hop * SLOPES + self.reach, after)
+
+    def start(self, rows: int) -> FrontendState:
+        """Returns an empty state: the window of samples has all that a frame depends on."""
+        return ()
+
+    def step(
+        self, wave_BT: Tensor, samples_B: Tensor, frames_B: Tensor, state: FrontendState
+    ) -> tuple[Frames, FrontendState]:
+        window = self.sample_window()
+        n_frames = ((wave_BT.shape[1] - window.before - window.after) // window.hop + 1) * self.subsampling
+        chunk_BT, heard_B = wave_BT[:, window.before :], samples_B - window.before
+        lengths_B = self.mel.lengths(heard_B)
+        mel: Frames = self.mel(chunk_BT[:, : self.mel.hop * (n_frames - 1) + self.mel.window], heard_B)
+        first_B = (SLOPES - frames_B * self.subsampling).clamp(min=0)
+        mfcc = self.mfcc.between(wave_BT, first_B, (lengths_B + SLOPES).clamp(max=n_frames + 2 * SLOPES))
+        mel = mel._replace(lengths_B=lengths_B.clamp(max=n_frames))
+        mfcc_BFD, wave_BFD = mfcc.x_BFD[:, SLOPES : SLOPES + n_frames], self.wave(chunk_BT)[:, :n_frames]
+        return self.project(self.joined(mel, mfcc_BFD, wave_BFD)), ()
 
     def watched(self) -> dict[str, Tensor]:
         return {f"health/gate_{name}": self.gate_means[branch] for branch, name in enumerate(BRANCHES)}

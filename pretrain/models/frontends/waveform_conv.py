@@ -14,6 +14,7 @@ from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.interfaces.configs import FrontendConfig
 from pretrain.interfaces.frames import Frames
 from pretrain.interfaces.models import Frontend
+from pretrain.interfaces.streaming import FrontendState, Obstacle, SampleWindow, StreamingFrontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import masked_deviation, pad_audio, scale_gradient, zero_padding
@@ -99,7 +100,7 @@ class ConvLayer(nn.Module):
         return F.gelu(y_BTD if self.layer_norm is None else self.layer_norm(y_BTD))
 
 
-class WaveformConv(Frontend):
+class WaveformConv(Frontend, StreamingFrontend):
     """Waveform stem whose features are layer-normed convolution outputs (the input of wav2vec 2.0's quantiser).
 
     `raw_BFD` is the same before the norm.
@@ -109,6 +110,7 @@ class WaveformConv(Frontend):
         super().__init__()
         # the group norm's statistics include padding, as in every released BASE model
         self.couples = frozenset({"padding"}) if config.norm == "group" else frozenset()
+        self.group_norm = config.norm == "group"
         self.kernels, self.strides, self.normalize = config.kernels, config.strides, config.normalize
         self.gradient_scale = config.gradient_scale
         self.feature_dim = config.channels
@@ -168,6 +170,33 @@ class WaveformConv(Frontend):
     def project(self, features: Frames) -> Frames:
         x_BFD = self.dropout(self.linear(features.x_BFD))
         return Frames(zero_padding(x_BFD, features.lengths_B), features.lengths_B, self.rate_hz)
+
+    def obstacles(self) -> list[Obstacle]:
+        found = []
+        if self.group_norm:
+            reason = "its statistics cover the whole utterance; train with frontend.norm=layer"
+            found.append(Obstacle("frontend.norm", "group", reason))
+        if self.normalize:
+            reason = "mean and deviation of the whole utterance are unknown in a stream; train with it off"
+            found.append(Obstacle("frontend.normalize", True, reason))
+        return found
+
+    def sample_window(self) -> SampleWindow:
+        taps = 1
+        for kernel, stride in zip(reversed(self.kernels), reversed(self.strides), strict=True):
+            taps = (taps - 1) * stride + kernel
+        return SampleWindow(self.hop, 0, max(taps, self.hop))
+
+    def start(self, rows: int) -> FrontendState:
+        """Returns an empty state: overlapping windows of samples are convolved again, 80 of 400 samples per chunk."""
+        return ()
+
+    def step(
+        self, wave_BT: Tensor, samples_B: Tensor, frames_B: Tensor, state: FrontendState
+    ) -> tuple[Frames, FrontendState]:
+        lengths_B = self.feature_lengths(samples_B)
+        x_BFD = self.linear(self.norm(self.convolve(wave_BT)))
+        return Frames(zero_padding(x_BFD, lengths_B), lengths_B, self.rate_hz), ()
 
 
 def build(config: Config, dim: int) -> WaveformConv:
