@@ -18,6 +18,7 @@ from launch.config import LAUNCHERS, EvaluateJob, PreprocessJob, PretrainJob, Ta
 from launch.workflows.pipeline import PipelineConfig  # noqa: E402
 from pretrain import registry  # noqa: E402
 from pretrain.adaptation.ctc_finetune import FinetuneConfig  # noqa: E402
+from pretrain.recognition.config import TranscribeConfig  # noqa: E402
 
 COMMANDS = {
     "preprocess": PreprocessJob,
@@ -25,6 +26,7 @@ COMMANDS = {
     "pretrain": PretrainJob,
     "evaluate": EvaluateJob,
     "finetune": FinetuneConfig,
+    "transcribe": TranscribeConfig,
     "pipeline": PipelineConfig,
 }
 PLUGINS = {"frontend": "frontends", "encoder": "encoders", "objective": "objectives", "heads.NAME": "heads"}

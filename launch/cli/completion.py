@@ -21,6 +21,7 @@ ROOTS = {
     "pretrain": ("launch.config", "PretrainJob"),
     "evaluate": ("launch.config", "EvaluateJob"),
     "finetune": ("pretrain.adaptation.ctc_finetune", "FinetuneConfig"),
+    "transcribe": ("pretrain.recognition.config", "TranscribeConfig"),
     "pipeline": ("launch.workflows.pipeline", "PipelineConfig"),
 }
 """Config class of each command with a composed config."""

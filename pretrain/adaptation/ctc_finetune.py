@@ -219,14 +219,19 @@ def recognise(
         wave_T = waves(utterance).to(settings.device)
         log_probs_BFV, frames_B = net(wave_T[None], torch.tensor([len(wave_T)], device=settings.device))
         outputs.append(log_probs_BFV[0, : int(frames_B[0])].cpu().numpy())
-    found = [errors("greedy", references, [greedy(o, settings.symbols) for o in outputs])]
+    ids = {symbol: i for i, symbol in enumerate(settings.symbols)}
+
+    def spelled(symbols: Sequence[int]) -> str:
+        return "".join(settings.symbols[i] for i in symbols)
+
+    found = [errors("greedy", references, [spelled(greedy(o)) for o in outputs])]
     if settings.beam:
-        texts = [beam_search(o, settings.symbols, settings.beam) for o in outputs]
+        texts = [spelled(beam_search(o, settings.beam)) for o in outputs]
         found.append(errors(f"beam {settings.beam}", references, texts))
     if settings.beam and settings.ngram:
-        model = NGram([written(u.text, settings.symbols) for u in train], settings.ngram, settings.symbols)
+        model = NGram([[ids[s] for s in written(u.text, settings.symbols)] for u in train], settings.ngram, len(ids))
         texts = [
-            beam_search(o, settings.symbols, settings.beam, model, settings.ngram_weight, bonus=settings.ngram_weight)
+            spelled(beam_search(o, settings.beam, model, settings.ngram_weight, bonus=settings.ngram_weight))
             for o in outputs
         ]
         found.append(errors(f"beam {settings.beam} + {settings.ngram}-gram", references, texts))

@@ -39,6 +39,8 @@ class CTC(Head):
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
         self.weight, self.label = config.weight, config.label
+        self.symbols = tuple(config.symbols)
+        """What each symbol writes; symbol i is class i + 1."""
         self.ids = {symbol: i + 1 for i, symbol in enumerate(config.symbols)}
         self.linear = nn.Linear(shape.dim, len(self.ids) + 1)
 
@@ -49,6 +51,11 @@ class CTC(Head):
 
     def count(self, batch: Batch) -> Tensor:
         return torch.tensor(float(sum(map(len, self.targets(batch)))), dtype=torch.float64)
+
+    def log_probs(self, encoded: EncoderOutput) -> Tensor:
+        """Returns ln p of blank and symbols, (B, F, V) fp32, for decoding."""
+        logits_BFV: Tensor = self.linear(encoded.final.x_BFD)
+        return logits_BFV.float().log_softmax(-1)
 
     def forward(self, encoded: EncoderOutput, batch: Batch) -> LossOutput:
         targets = self.targets(batch)

@@ -22,6 +22,7 @@ from launch.config import EvaluateJob, PreprocessJob, PretrainJob, TargetsJob
 from launch.main import main
 from launch.workflows import pipeline
 from pretrain.adaptation.ctc_finetune import FinetuneConfig
+from pretrain.recognition.config import TranscribeConfig
 from tests.support.documents import PAGES, commands
 from tests.support.paths import ROOT
 
@@ -31,6 +32,7 @@ CONFIGS = {
     "pretrain": PretrainJob,
     "evaluate": EvaluateJob,
     "finetune": FinetuneConfig,
+    "transcribe": TranscribeConfig,
 }
 """Commands with a composed configuration."""
 LIKE_PRETRAIN = {"plan-run": ("cluster", "mfu"), "data": ()}

@@ -64,11 +64,11 @@ def run(
     return ending, engine
 
 
-def save(path: Path, *steps: int, seed: int = 0) -> None:
-    """Trains for 4 steps and saves checkpoints."""
+def save(path: Path, *steps: int, seed: int = 0, **top: Any) -> None:
+    """Saves checkpoints of an untrained model; `top` are sections of its config."""
     folder = RunFolder(path)
     folder.claim()
-    settings = replace(config(4), seed=seed)
+    settings = replace(config(4, **top), seed=seed)
     settings = replace(settings, train=replace(settings.train, keep_last=10))
     engine = make_engine(settings, build_model(settings), DistributedContext())
     with checkpoint.Saver(folder, engine, settings) as saver:

@@ -1,0 +1,182 @@
+"""Whole recordings, one after another: of files, folders, shards and standard input."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+import numpy as np
+import soxr
+
+from data_pipeline.audio import codecs
+from data_pipeline.audio.byte_source import ByteSource
+from data_pipeline.audio.codecs import Wave
+from data_pipeline.audio.containers import sniff
+from data_pipeline.audio.errors import AudioError
+from data_pipeline.core.schema import ConfigError, did_you_mean, suggest
+from data_pipeline.core.storage import FileStore, is_url
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.corpora.config import PathCorpus
+from data_pipeline.corpora.discovery import discover
+from data_pipeline.corpora.records import printable
+from data_pipeline.loader.open_shards import open_files
+from data_pipeline.sampling.config import DataConfig
+from data_pipeline.shards.local import Extent, ShardError, ShardFiles
+from data_pipeline.shards.records import DoneRecord, done_records
+
+STDIN: Final = "-"
+BLOCK_BYTES: Final = 1 << 17
+PCM_SCALE: Final = np.float32(1 / 32768)
+HEURISTIC: Final = ("", "mpeg", "adts", "mpeg-ts", "gsm")
+"""Formats that `sniff` guesses from repetitions, which raw PCM may have by chance."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recording.
+
+    name: its path below the given folder, its file name, its key in a shard, or "stdin".
+    blocks: yields (T,) mono audio at 16 kHz in [-1, 1]. Raises AudioError, after which earlier blocks do not count.
+    """
+
+    name: str
+    blocks: Callable[[], Iterator[Wave]]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A recording that cannot be read; `reason` is a short code for counts."""
+
+    name: str
+    reason: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Recordings of one of the given places, and how many they are, unusable ones included."""
+
+    count: int
+    recordings: Callable[[], Iterator[Recording | Unusable]]
+
+
+def sources(given: Sequence[str], pcm_rate: int = SAMPLE_RATE, stdin: IO[bytes] | None = None) -> list[Source]:
+    """Finds recordings; nothing is decoded yet.
+
+    Args:
+        given: files, folders of sound files, folders or URLs of shards, or "-" for standard input.
+        pcm_rate: Hz of raw 16-bit little-endian mono PCM on standard input.
+        stdin: what "-" reads; by default this process's standard input.
+
+    Raises:
+        ConfigError: A place does not exist or holds no sound; the message has the nearest name.
+        ValueError: Shards are damaged.
+    """
+    if list(given).count(STDIN) > 1:
+        raise ConfigError("files=-: standard input can be read once only")
+    return [_source(place, pcm_rate, stdin) for place in given]
+
+
+def _source(place: str, pcm_rate: int, stdin: IO[bytes] | None) -> Source:
+    if place == STDIN:
+        return Source(1, lambda: iter([Recording("stdin", lambda: _from_stdin(stdin, pcm_rate))]))
+    if FileStore(place).names("_done", ".json"):
+        records = done_records(place)
+        return Source(sum(record.segments for record in records), lambda: _from_shards(place, records))
+    path = Path(place).expanduser()
+    if is_url(place) or path.is_file():
+        name = place.rpartition("/")[2] if is_url(place) else printable(path.name)
+        where = place if is_url(place) else str(path)
+        return Source(1, lambda: iter([Recording(name, lambda: _from_file(where))]))
+    if path.is_dir():
+        return _folder(str(path))
+    near = suggest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    raise ConfigError(
+        f"files={place}: there is no such file or folder{did_you_mean(str(path.parent / near) if near else '')}"
+    )
+
+
+def _folder(path: str) -> Source:
+    try:
+        found = discover(PathCorpus(path=path))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("corpus.path=", "files=").replace("corpus.extensions and ", "")) from None
+
+    def recordings() -> Iterator[Recording | Unusable]:
+        for reject in found.rejects:
+            yield Unusable(reject.file_id, reject.reason, reject.error)
+        for file in found.files:
+            yield Recording(file.file_id, lambda where=file.path: _from_file(where))  # type: ignore[misc]
+
+    return Source(len(found.files) + len(found.rejects), recordings)
+
+
+def _from_file(path: str) -> Iterator[Wave]:
+    with codecs.local_copy(path) as local:
+        yield from codecs.decode(local, SAMPLE_RATE)
+
+
+def _from_shards(root: str, records: Sequence[DoneRecord]) -> Iterator[Recording | Unusable]:
+    files = open_files(DataConfig(shards=root), records)
+    try:
+        for number in range(len(records)):
+            yield from _from_shard(files, number)
+    finally:
+        files.close()
+
+
+def _from_shard(files: ShardFiles, number: int) -> Iterator[Recording | Unusable]:
+    try:
+        index = files.index(number)
+    except ShardError as error:
+        record = files.records[number]
+        yield from (Unusable(record.shard, "bad_shard", str(error)) for _ in range(record.segments))
+        return
+    for row, key in enumerate(index.keys):
+        extent = Extent(number, int(index.payload_offset[row]), int(index.payload_size[row]))
+        [content] = files.read([extent])
+        if isinstance(content, ShardError):
+            yield Unusable(key, "bad_shard", str(content))
+        else:
+            yield Recording(key, lambda content=content: codecs.decode(content, SAMPLE_RATE))  # type: ignore[misc]
+
+
+def _from_stdin(stdin: IO[bytes] | None, pcm_rate: int) -> Iterator[Wave]:
+    stream = stdin or sys.stdin.buffer
+    head = _read(stream, BLOCK_BYTES)
+    if not head:
+        raise AudioError("empty", "standard input is empty")
+    if sniff(ByteSource(head)) in HEURISTIC and not head.startswith(b"ID3"):
+        yield from _pcm(stream, head, pcm_rate)
+        return
+    with tempfile.NamedTemporaryFile(prefix="auricle-") as copy:  # decoders seek
+        while head:
+            copy.write(head)
+            head = _read(stream, BLOCK_BYTES)
+        copy.flush()
+        yield from codecs.decode(copy.name, SAMPLE_RATE)
+
+
+def _pcm(stream: IO[bytes], block: bytes, rate: int) -> Iterator[Wave]:
+    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    while block:
+        if len(block) % 2:
+            raise AudioError("not_pcm", "standard input is neither a sound file nor 16-bit PCM: its bytes are odd")
+        wave = np.frombuffer(block, "<i2").astype(np.float32) * PCM_SCALE
+        yield wave if rate == SAMPLE_RATE else resampler.resample_chunk(wave)
+        block = _read(stream, BLOCK_BYTES)
+    if rate != SAMPLE_RATE:
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _read(stream: IO[bytes], size: int) -> bytes:
+    """Reads `size` bytes, fewer only at the end; a pipe gives them in parts."""
+    parts, missing = [], size
+    while missing and (part := stream.read(missing)):
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,1 @@
+"""Speech recognition with a trained run: text and word times of recordings."""

@@ -1,0 +1,63 @@
+"""The config of `auricle transcribe`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from data_pipeline.core.schema import about, config, refuse
+
+
+def _listed(value: object) -> object:
+    """One text as a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Format = Literal["text", "json", "srt", "vtt", "tsv"]
+
+
+@config
+class DecodingConfig:
+    """How a recogniser's output becomes text."""
+
+    decoder: Annotated[Literal["greedy", "beam"], about("the most probable path, or prefix beam search")] = "greedy"
+    beam: Annotated[int, about("decoder=beam: prefixes that are kept", ge=1, le=1_000)] = 16
+    window_seconds: Annotated[
+        float, about("longer recordings are computed in overlapping windows of this length", ge=2, le=600)
+    ] = 30.0
+    overlap_seconds: Annotated[
+        float, about("audio that neighbouring windows share; they are joined in its middle", ge=0.5, le=60)
+    ] = 4.0
+
+    def __post_init__(self) -> None:
+        if 2 * self.overlap_seconds > self.window_seconds:
+            most = self.window_seconds / 2
+            refuse("overlap_seconds", self.overlap_seconds, f"at most {most:g}, half of a window")
+
+
+@config
+class TranscribeConfig:
+    """A transcription: the root of conf/transcribe.yaml."""
+
+    checkpoint: Annotated[str, about("run or checkpoint with a recognising head, or a fine-tuned model", min_length=1)]
+    files: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_listed),
+        about(
+            "recordings, folders, shards (folders or URLs), and - for standard input (a sound file, or raw 16-bit "
+            "little-endian mono PCM); one, or [a,b,c]",
+            min_length=1,
+        ),
+    ]
+    head: Annotated[str, about("name of the head that writes the text; empty: the only one that can")] = ""
+    format: Annotated[Format, about("text; json, srt, vtt and tsv have times")] = "text"
+    out: Annotated[
+        str, about("folder for a file per recording and the list of rejects; empty: everything to standard output")
+    ] = ""
+    decoding: Annotated[DecodingConfig, about("from the model's output to text")] = dataclasses.field(
+        default_factory=DecodingConfig
+    )
+    pcm_rate: Annotated[int, about("samples per second of raw PCM on standard input", ge=1_000, le=384_000)] = 16_000
+    device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"

@@ -1,0 +1,174 @@
+"""Recognisers: a trained encoder with a CTC head, from a run or from a model of `auricle finetune`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from data_pipeline.core.schema import ConfigError, hint
+from data_pipeline.core.schema import load as load_config
+from data_pipeline.core.types import SAMPLE_RATE
+from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.weights import fill, load_checkpoint
+from pretrain.config import Config
+from pretrain.heads import ctc
+from pretrain.inference.ctc_alignment import align
+from pretrain.inference.ctc_decoding import BLANK, beam_search, greedy
+from pretrain.inference.windows import Windows, cut_at_pauses, join_windows
+from pretrain.interfaces.models import SpeechModel
+from pretrain.nn.numerics import pad_audio
+from pretrain.recognition.config import DecodingConfig
+from pretrain.recognition.transcript import Transcript, WordBuilder
+from pretrain.train_module import build_speech_model
+
+RESULTS, MODEL = "results.json", "model.safetensors"
+"""Files of a model that `auricle finetune` wrote before it wrote runs."""
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A model in evaluation mode, and the head that gives its symbols."""
+
+    model: SpeechModel
+    head: ctc.CTC
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.head.parameters()).device
+
+    @torch.inference_mode()
+    def log_probs(self, wave_T: np.ndarray) -> np.ndarray:
+        """Returns ln p of blank and symbols, (F, V) float32, for (T,) audio at 16 kHz; F is 0 for too short audio."""
+        wave_1T = torch.from_numpy(np.ascontiguousarray(wave_T, np.float32))[None].to(self.device)
+        length_1 = torch.tensor([wave_1T.shape[1]], device=self.device)
+        frames = int(self.model.frontend.frame_lengths(length_1))
+        padded_1T = pad_audio(wave_1T, self.model.frontend.least_samples())
+        log_probs_BFV: Tensor = self.head.log_probs(self.model(padded_1T, length_1))
+        return log_probs_BFV[0, :frames].cpu().numpy()
+
+    def transcribe(self, name: str, blocks: Iterable[np.ndarray], decoding: DecodingConfig) -> Transcript:
+        """Returns the text of a recording with word times; memory does not grow with its length.
+
+        Args:
+            name: of the recording.
+            blocks: (T,) audio at 16 kHz in [-1, 1], block by block.
+            decoding: decoder and windows.
+        """
+        rate_hz, symbols = self.model.shape.rate_hz, self.head.symbols
+        windows = Windows.of(rate_hz, SAMPLE_RATE, decoding.window_seconds, decoding.overlap_seconds)
+        counted = _Counted(blocks)
+        words, offset = WordBuilder(rate_hz), 0
+        spaces = [number + 1 for number, symbol in enumerate(symbols) if symbol == " "]
+
+        def silent(log_probs_FV: np.ndarray) -> np.ndarray:
+            return np.isin(log_probs_FV.argmax(1), [BLANK, *spaces])
+
+        parts = join_windows(counted, self.log_probs, windows)
+        for piece_FV in cut_at_pauses(parts, windows.window // windows.hop, silent):
+            found = decode(piece_FV, decoding)
+            for symbol, aligned in zip(found, align(piece_FV, found), strict=True):
+                words.add(symbols[symbol], aligned, offset)
+            offset += len(piece_FV)
+        words.end_word()
+        return Transcript(name, counted.samples / SAMPLE_RATE, tuple(words.words))
+
+
+class _Counted:
+    """Passes blocks of audio on and counts their samples."""
+
+    def __init__(self, blocks: Iterable[np.ndarray]) -> None:
+        self._blocks, self.samples = blocks, 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for block in self._blocks:
+            self.samples += len(block)
+            yield block
+
+
+def decode(log_probs_FV: np.ndarray, decoding: DecodingConfig) -> list[int]:
+    """Returns the symbols that a decoder finds in CTC output (F, V)."""
+    if decoding.decoder == "greedy":
+        return greedy(log_probs_FV)
+    return beam_search(log_probs_FV, decoding.beam)
+
+
+def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recogniser:
+    """Loads a run with a CTC head, or a model that `auricle finetune` wrote.
+
+    Args:
+        given: run folder (its newest checkpoint), checkpoint, or the folder of a fine-tuned model.
+        head: name of the head; empty: the only one of the run that recognises.
+        device: torch device for the model.
+
+    Raises:
+        ConfigError: there is no such checkpoint or head, or the run has none that recognises.
+        ValueError: the checkpoint is damaged; names the file and the remedy.
+    """
+    path = Path(given).expanduser()
+    if (path / RESULTS).is_file() and (path / MODEL).is_file():
+        return _opened(*_earlier_finetune(path), path.name, device)
+    folder = find_checkpoint(given)
+    if not (folder / "state.json").is_file():
+        raise ConfigError(
+            f"checkpoint={given}: a Hugging Face folder without a head of ours; `auricle finetune checkpoint={given}` "
+            "trains one"
+        )
+    module, config, _ = load_checkpoint(folder)
+    heads = {name: found for name, found in module.heads.items() if isinstance(found, ctc.CTC)}
+    has = ", ".join(f"{name} ({kind.name})" for name, kind in config.heads.items()) or "no heads"
+    if not heads:
+        raise ConfigError(
+            f"checkpoint={given}: the run has no head that recognises speech; it has {has}; train one with `auricle "
+            f"finetune checkpoint={given}`, or with heads.NAME.name=ctc in `auricle pretrain`"
+        )
+    if head not in heads and (head or len(heads) > 1):
+        raise ConfigError(
+            f"head={head or chr(39) * 2}: must be one of {', '.join(heads)}{hint(head, heads)}; the run has {has}"
+        )
+    return _opened(module.model, heads[head or next(iter(heads))], config.name, device)
+
+
+def _opened(model: SpeechModel, head: ctc.CTC, name: str, device: str) -> Recogniser:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: this machine has no CUDA device; leave it out")
+    return Recogniser(model.eval().to(device), head.eval().to(device), name)
+
+
+class _EarlierModel(nn.Module):
+    """Weights by the names in models of an earlier `auricle finetune`."""
+
+    def __init__(self, model: SpeechModel, head: ctc.CTC) -> None:
+        super().__init__()
+        self.model, self.linear = model, head.linear
+
+
+def _earlier_finetune(folder: Path) -> tuple[SpeechModel, ctc.CTC]:
+    """Loads the model of an earlier `auricle finetune`: results.json with its config, and model.safetensors."""
+    try:
+        values = json.loads((folder / RESULTS).read_bytes())
+        settings, symbols = values["pretrained"], values["finetune"]["symbols"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / RESULTS}: not the results of a fine-tuning ({error})") from None
+    if "model_type" in settings:
+        raise ConfigError(f"{folder}: fine-tuned from a Hugging Face model by an earlier version; fine-tune it again")
+    config = load_config(Config, settings)
+    model = build_speech_model(config)
+    head = ctc.build(load_config(ctc.Config, {"name": "ctc", "symbols": symbols}), model.shape)
+    try:
+        weights = load_file(folder / MODEL)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / MODEL}: cannot be read ({error})") from None
+    fill(_EarlierModel(model, head), weights, str(folder / MODEL))
+    return model, head

@@ -1,0 +1,177 @@
+"""`auricle transcribe` with an untrained run, whose text is as fixed as that of a good one."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from launch.exit_codes import ExitCode
+from launch.main import main
+from pretrain.recognition.config import DecodingConfig
+from pretrain.recognition.recogniser import Recogniser, open_recogniser
+from tests.support.paths import ROOT
+from tests.support.tiny_shards import sounds, write_shards
+from tests.support.training import save
+
+LOCAL = {
+    "frontend": {"name": "log_mel", "normalize": "fixed"},
+    "encoder": {
+        "name": "transformer",
+        "layers": 2,
+        "dim": 32,
+        "heads": 2,
+        "ffn_dim": 64,
+        "positions": "rope",
+        "attention": "local_global",
+        "window": 8,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
+    save(folder / "plain", 4)
+    save(folder / "reads", 4, heads={"text": {"name": "ctc", "symbols": " ab"}}, **LOCAL)
+    save(folder / "two", 4, heads={"one": {"name": "ctc"}, "other": {"name": "ctc"}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speech")
+    for seed, seconds in enumerate((2.0, 9.0)):
+        wave = np.cumsum(np.random.default_rng(seed).standard_normal(int(16_000 * seconds)))
+        wave *= 1 + np.sin(np.arange(len(wave)) / 1500)
+        soundfile.write(folder / f"{'ab'[seed]}.wav", 0.3 * wave / np.abs(wave).max(), 16_000)
+    (folder / "broken.wav").write_bytes(b"RIFF\x10\0\0\0WAVEnothing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recogniser(runs: Path) -> Recogniser:
+    return open_recogniser(str(runs / "reads"))
+
+
+def audio(path: Path) -> np.ndarray:
+    return np.asarray(soundfile.read(path, dtype="float32")[0])
+
+
+def test_windows_give_the_text_and_times_of_one_pass(recogniser: Recogniser, speech: Path) -> None:
+    wave = audio(speech / "b.wav")
+    whole = recogniser.transcribe("b", [wave], DecodingConfig())
+    assert len(whole.words) > 5
+    blocks = np.array_split(wave, 31)
+    cut = recogniser.transcribe("b", blocks, DecodingConfig(window_seconds=4.0, overlap_seconds=2.0))
+    assert cut.text == whole.text
+    assert [word[1:3] for word in cut.words] == [word[1:3] for word in whole.words]
+    assert cut.seconds == whole.seconds == len(wave) / 16_000
+    assert recogniser.transcribe("none", [wave[:200]], DecodingConfig()).words == ()
+
+
+def test_a_folder_gives_a_file_per_recording_and_the_rejects(
+    runs: Path, speech: Path, recogniser: Recogniser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["transcribe", f"checkpoint={runs / 'reads'}", f"files={speech}", "format=json", f"out={tmp_path}"]
+    assert main(given) == ExitCode.FAILED
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "rejects.jsonl"]
+    found = json.loads((tmp_path / "a.json").read_text())
+    expected = recogniser.transcribe("a.wav", [audio(speech / "a.wav")], DecodingConfig())
+    assert found["text"] == expected.text
+    assert found["words"][0]["start"] == pytest.approx(expected.words[0].start, abs=1e-3)
+    [reject] = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert reject["name"] == "broken.wav"
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "left out broken.wav" in shown.err
+    assert "2 of 3 recordings, 0.2 minutes of audio" in shown.err
+    assert f"left out 1 ({reject['reason']}: 1)" in shown.err
+
+
+def test_the_text_of_one_file_of_several_and_of_standard_input(
+    runs: Path, speech: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["transcribe", f"checkpoint={runs / 'reads'}"]
+    assert main([*given, f"files={speech / 'a.wav'}"]) == ExitCode.DONE
+    text = capsys.readouterr().out
+    assert set(text) <= set(" ab\n")
+    assert main([*given, f"files=[{speech / 'a.wav'},{speech / 'b.wav'}]"]) == ExitCode.DONE
+    assert capsys.readouterr().out.startswith(f"a.wav\t{text}b.wav\t")
+    pcm = (audio(speech / "a.wav") * 32768).astype("<i2").tobytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(pcm)))
+    assert main([*given, "files=-"]) == ExitCode.DONE
+    assert capsys.readouterr().out == text
+
+
+def test_shards_are_read_by_key(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "shards", [sounds([1.0, 2.0]), sounds([1.5], corpus="b")])
+    given = ["transcribe", f"checkpoint={runs / 'reads'}", f"files={tmp_path / 'shards'}", "decoding.decoder=beam"]
+    assert main([*given, "format=tsv"]) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "file\tstart\tend\tword\tconfidence"
+    assert len({line.split("\t")[0] for line in lines[1:]}) == 3
+
+
+def test_names_that_differ_by_their_ending_alone_get_files_of_their_own(
+    runs: Path, speech: Path, tmp_path: Path
+) -> None:
+    for name in ("a.flac", "a.wav", "deep/a.wav"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "in" / name, audio(speech / "a.wav"), 16_000)
+    files = f"files=[{tmp_path / 'in'},{speech / 'a.wav'}]"
+    given = ["transcribe", f"checkpoint={runs / 'reads'}", files, "format=srt", f"out={tmp_path / 'out'}"]
+    assert main(given) == ExitCode.DONE
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.srt")}
+    assert names == {"a.srt", "a.wav.srt", "deep/a.srt", "a.wav.2.srt"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"checkpoint": "plain"}, "has no head that recognises speech; it has no heads"),
+        ({"checkpoint": "two"}, "head='': must be one of one, other; the run has one (ctc), other (ctc)"),
+        ({"head": "tex"}, "head=tex: must be one of text (did you mean text?)"),
+        ({"checkpoint": "read"}, "did you mean"),
+        ({"files": "missing.wav"}, "files=missing.wav: there is no such file or folder"),
+        ({"format": "srt"}, "subtitles of 3 recordings need a folder; set out=FOLDER"),
+        ({"decoding.overlap_seconds": "20"}, "decoding.overlap_seconds=20.0: at most 15, half of a window"),
+        ({"files": "[]"}, "files"),
+    ],
+)
+def test_wrong_fields_are_usage_errors(
+    runs: Path, speech: Path, given: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"checkpoint": "reads", "files": str(speech)} | given
+    fields["checkpoint"] = str(runs / fields["checkpoint"])
+    assert main(["transcribe", *(f"{name}={value}" for name, value in fields.items())]) == ExitCode.USAGE
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_ctrl_c_ends_with_one_line(runs: Path) -> None:
+    given = ["transcribe", f"checkpoint={runs / 'reads'}", "files=-"]
+    program = [sys.executable, "-m", "launch.main", *given]
+    process = subprocess.Popen(
+        program,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
+    assert process.stdin is not None
+    assert process.stderr is not None
+    process.stdin.write(b"\0" * (1 << 18))  # more than a pipe holds: it is being read when this returns
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read().decode()
+    assert process.wait(30) == ExitCode.INTERRUPTED
+    assert said.splitlines() == ["stopped; the same `auricle transcribe` command continues or restarts it"]
