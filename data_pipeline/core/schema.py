@@ -174,6 +174,15 @@ LARGEST_NUMBER: Final = 1e12
 """Sizes, counts and times above these have no use, and overflow or never end somewhere."""
 
 
+def _numbers(value: Any) -> Iterator[Any]:
+    """Yields a value, or the values of nested lists."""
+    if not isinstance(value, list):
+        yield value
+        return
+    for part in value:
+        yield from _numbers(part)
+
+
 def _too_large(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yields a message for each number that no field takes."""
     for name, value in values.items():
@@ -181,7 +190,7 @@ def _too_large(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from _too_large(value, f"{path}.")
             continue
-        for number in value if isinstance(value, list) else [value]:
+        for number in _numbers(value):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             limit = LARGEST_NUMBER if isinstance(number, float) else LARGEST_INTEGER

@@ -34,6 +34,8 @@ TOLERANCE: dict[Format, float] = {"torchscript": 1e-5, "onnx": 1e-4}
 """Allowed difference relative to the largest feature, in fp32: ONNX runtimes sum in another order than torch."""
 CHECKED = ((1, 16_000), (3, 11_680), (2, 36_123))
 """Rows and samples of the audio for the comparison; the graph is traced with two rows of 24,000 samples."""
+LEAST_FRAMES = 4
+"""Fewest encoder frames that a graph accepts: a size of one, at half the rate too, would have a graph of its own."""
 Run = Callable[[Tensor], Tensor]
 
 
@@ -52,6 +54,7 @@ class Features(nn.Module):
         model.frontend.packed = model.encoder.packed = False  # same result without padding, and traceable
         if layer < model.encoder.n_layers:
             model.encoder.stop_after = layer
+        self.least_samples = max(1_600, model.frontend.least_samples(LEAST_FRAMES))
 
     def forward(self, wave_BT: Tensor) -> Tensor:
         """Returns the layer's output, (B, F, D), for (B, T) audio at 16 kHz."""
@@ -85,7 +88,7 @@ def export_graph(config: Config, model: SpeechModel, folder: Path, kind: Format,
         raise ConfigError(f"--layer {layer}: this model has the layers 0 to {n_layers}")
     layer = n_layers if layer == -1 else layer
     features = Features(copy.deepcopy(model).cpu().float().eval(), layer)
-    described = {
+    described: dict[str, Any] = {
         "format": kind,
         "input": {"wave": ["batch", "samples"], "sample_rate": SAMPLE_RATE, "type": "float32"},
         "output": {"features": ["batch", "frames", model.shape.dim], "frames_per_second": model.shape.rate_hz},
@@ -93,6 +96,8 @@ def export_graph(config: Config, model: SpeechModel, folder: Path, kind: Format,
         "run": config.name,
         "architecture": {part: getattr(config, part).name for part in ("frontend", "encoder", "objective")},
     }
+    if kind == "onnx":
+        described["input"]["least_samples"] = features.least_samples
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         temporary = Path(name) / "model"
@@ -167,20 +172,24 @@ def _torchscript(features: Features, file: Path) -> Run:
     return loaded
 
 
-def _onnx(features: Features, file: Path) -> Run:
-    from onnxruntime import InferenceSession
-
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("samples", min=1_600, max=SAMPLE_RATE * 3_600)}
+def program(features: Features) -> torch.export.ExportedProgram:
+    """Returns the graph for any batch size and length that ONNX is written from."""
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC(min=features.least_samples)}
     # guards are deferred to run time: they concern memory layouts, which ONNX does not have
-    program = torch.export.export(
+    return torch.export.export(
         features,
         (0.1 * torch.randn(2, 24_000),),
         dynamic_shapes={"wave_BT": sizes},
         strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
+
+
+def _onnx(features: Features, file: Path) -> Run:
+    from onnxruntime import InferenceSession
+
     made: Any = torch.onnx.export(
-        program, (), input_names=["wave"], output_names=["features"], dynamo=True, verbose=False
+        program(features), (), input_names=["wave"], output_names=["features"], dynamo=True, verbose=False
     )
     write_synced(file, made.model_proto.SerializeToString())
     session = InferenceSession(str(file), providers=["CPUExecutionProvider"])

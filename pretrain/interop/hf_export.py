@@ -127,6 +127,8 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
         obstacles.append(f"encoder.positions={encoder.positions}")
     if isinstance(encoder, StackConfig) and encoder.attention != "full":
         obstacles.append(f"encoder.attention={encoder.attention}")
+    if isinstance(encoder, StackConfig) and any(pair != (encoder.heads, encoder.ffn_dim) for pair in encoder.widths):
+        obstacles.append(f"encoder.widths={[list(pair) for pair in encoder.widths]}")
     if obstacles or not isinstance(frontend, waveform_conv.Config) or not isinstance(encoder, transformer.Config):
         raise ConfigError(
             f"{', '.join(obstacles)}: Hugging Face has no such model; only a waveform_conv front end with a "

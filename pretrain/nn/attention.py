@@ -16,23 +16,20 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention; query, key and value come from one matrix product.
 
     Args:
-        dim: channels D; `heads` divides them.
+        dim: channels D.
         heads: attention heads.
+        head_dim: channels C of each head; heads · C may differ from D.
         dropout: dropout of attention weights.
-        gated: scale the relative position bias for each query by a gate computed from its frame (WavLM, §III-A).
-
-    Raises:
-        ValueError: `heads` does not divide `dim`.
+        gated: scale the relative position bias for each query by a gate computed from its frame (WavLM, §III-A);
+            needs heads · C = D.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0, gated: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, dropout: float = 0.0, gated: bool = False) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"attention: {dim} channels do not divide into {heads} heads")
-        self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.gate = nn.Linear(dim // heads, 8) if gated else None
+        self.heads, self.head_dim, self.dropout = heads, head_dim, dropout
+        self.qkv = nn.Linear(dim, 3 * heads * head_dim)
+        self.out = nn.Linear(heads * head_dim, dim)
+        self.gate = nn.Linear(head_dim, 8) if gated else None
         self.gate_scale = nn.Parameter(torch.ones(1, heads, 1, 1)) if gated else None
 
     def forward(self, x_BFD: Tensor, context: AttentionContext) -> Tensor:

@@ -136,6 +136,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, 
     assert reach is not None
     B, H, total, C = q.shape
     n_blocks = -(-(total - R) // reach)
+    if torch.compiler.is_exporting():  # a graph cannot branch on sizes: always spare frames, always two blocks or more
+        n_blocks = (total - R) // reach + 2
     spare = n_blocks * reach - (total - R)
     queries = F.pad(q[:, :, R:], (0, 0, 0, spare)).view(B, H, n_blocks, reach, C)
     keys, values = (

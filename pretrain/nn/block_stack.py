@@ -30,12 +30,27 @@ def _choices(given: Any) -> Any:
     return (given,) if isinstance(given, int) else tuple(given) if isinstance(given, list) else given
 
 
+class Width(NamedTuple):
+    """The size of one block: heads of `head_dim` channels each, and inner channels of its feed-forward parts."""
+
+    heads: int
+    ffn_dim: int
+    head_dim: int
+
+
 @config
 class StackConfig(EncoderConfig):
     """Fields of all encoders based on BlockStack."""
 
     heads: Annotated[int, about("attention heads; must divide dim", ge=1)] = 12
     ffn_dim: Annotated[int, about("inner channels of a feed-forward part", ge=1)] = 3072
+    widths: Annotated[
+        tuple[tuple[int, int], ...],
+        about(
+            "heads and inner channels of each block, [[heads, ffn_dim], …], where blocks differ; a head keeps dim / "
+            "heads channels; empty: heads and ffn_dim in all blocks"
+        ),
+    ] = ()
     dropout: Annotated[float, about("dropout of each residual branch and of the input", ge=0, lt=1)] = 0.1
     attention_dropout: Annotated[float, about("dropout of attention weights", ge=0, lt=1)] = 0.1
     activation_dropout: Annotated[float, about("dropout inside the feed-forward part", ge=0, lt=1)] = 0.0
@@ -81,6 +96,11 @@ class StackConfig(EncoderConfig):
         if self.dim % self.heads:
             near = sorted(sorted(divisors(self.dim), key=lambda heads: abs(heads - self.heads))[:2])
             refuse("heads", self.heads, f"must divide encoder.dim={self.dim}; take {' or '.join(map(str, near))}")
+        if self.widths and len(self.widths) != self.layers:
+            given = [list(pair) for pair in self.widths]
+            refuse("widths", given, f"has {len(given)} pairs, and encoder.layers={self.layers} blocks need one each")
+        if any(least < 1 for pair in self.widths for least in pair):
+            refuse("widths", [list(pair) for pair in self.widths], "each block needs 1 head and 1 channel or more")
         if self.half_rate_blocks and self.half_rate_blocks > self.layers - 2:
             refuse(
                 "half_rate_blocks",
@@ -96,6 +116,12 @@ class StackConfig(EncoderConfig):
                 refuse("chunk_frames", list(self.chunk_frames), f"must be one or more lengths, {limit}")
             if not self.left_chunks or min(self.left_chunks) < -1:
                 refuse("left_chunks", list(self.left_chunks), "must be one or more numbers of chunks, -1 for all")
+
+    @property
+    def block_widths(self) -> tuple[Width, ...]:
+        """The width of each block."""
+        given = self.widths or ((self.heads, self.ffn_dim),) * self.layers
+        return tuple(Width(heads, ffn_dim, self.dim // self.heads) for heads, ffn_dim in given)
 
     def refuse_odd_heads(self) -> None:
         """Refuses heads with an odd number of channels: rotary positions rotate pairs of channels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.nn.numerics import first_frames
 from pretrain.nn.packing import TimeGrid
 
 
@@ -32,12 +33,12 @@ class HalfRate(nn.Module):
         if grid is not None:
             x_BFD = grid.spread(x_BFD)
         x_BFD = F.pad(x_BFD, (0, 0, 0, x_BFD.shape[1] % 2))
-        joined: Tensor = self.join(x_BFD.reshape(len(x_BFD), -1, 2 * x_BFD.shape[2]))
+        joined: Tensor = self.join(x_BFD.reshape(x_BFD.shape[0], -1, 2 * x_BFD.shape[2]))
         return joined
 
     def up(self, x_BFD: Tensor, fine_BFD: Tensor, grid: TimeGrid | None) -> Tensor:
         """Restores the frame rate: splits (B, ⌈F / 2⌉, D) and adds the result to the F frames of `fine_BFD`."""
-        return fine_BFD + fit(self.part(x_BFD).reshape(len(x_BFD), -1, x_BFD.shape[2]), fine_BFD, grid)
+        return fine_BFD + fit(self.part(x_BFD).reshape(x_BFD.shape[0], -1, x_BFD.shape[2]), fine_BFD, grid)
 
 
 def repeated(x_BFD: Tensor, fine_BFD: Tensor, grid: TimeGrid | None) -> Tensor:
@@ -47,4 +48,4 @@ def repeated(x_BFD: Tensor, fine_BFD: Tensor, grid: TimeGrid | None) -> Tensor:
 
 def fit(x_BFD: Tensor, fine_BFD: Tensor, grid: TimeGrid | None) -> Tensor:
     """Removes the frames that were added to make pairs."""
-    return x_BFD[:, : fine_BFD.shape[1]] if grid is None else grid.collect(x_BFD, fine_BFD)
+    return first_frames(x_BFD, fine_BFD.shape[1]) if grid is None else grid.collect(x_BFD, fine_BFD)

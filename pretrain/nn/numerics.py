@@ -61,6 +61,16 @@ def stack_frames(frames: Frames, ratio: int) -> Frames:
     return Frames(x_BFD, frames.lengths_B // ratio, frames.rate_hz / ratio)
 
 
+def first_frames(x_BFD: Tensor, n: int) -> Tensor:
+    """Returns the first n frames.
+
+    An exported graph copies them: whether a slice is contiguous depends on n, and a graph cannot branch on sizes.
+    """
+    if torch.compiler.is_exporting():
+        return x_BFD.index_select(1, torch.arange(n, device=x_BFD.device))
+    return x_BFD[:, :n]
+
+
 def pad_audio(wave_BT: Tensor, samples: int) -> Tensor:
     """Pads (B, T) audio with zeros to at least `samples` samples, so that a convolution has a whole window."""
     missing = samples - wave_BT.shape[1]

@@ -177,7 +177,7 @@ def delta(x_BFD: Tensor, lengths_B: Tensor, reach: int = 2, starts_B: Tensor | N
     slope = torch.zeros_like(x_BFD)
     for step in range(1, reach + 1):
         ahead, behind = torch.minimum(at + step, last), torch.maximum(at - step, first)
-        rows = torch.arange(len(x_BFD), device=x_BFD.device)[:, None]
+        rows = torch.arange(x_BFD.shape[0], device=x_BFD.device)[:, None]
         slope += step * (x_BFD[rows, ahead] - x_BFD[rows, behind])
     return slope / (2 * sum(step * step for step in range(1, reach + 1)))
 

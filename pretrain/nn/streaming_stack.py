@@ -42,13 +42,13 @@ class StreamingStack(BlockStack, StreamingEncoder):
         return tuple(chunk for chunk in self.stack_config.chunk_frames if chunk), self.stack_config.left_chunks
 
     def start(self, rows: int, chunk: int, left_chunks: int) -> EncoderState:
-        like = next(self.parameters())
+        like, widths = next(self.parameters()), self.stack_config.block_widths
 
         def memory(number: int) -> BlockMemory:
             kept = (
                 max(0, left_chunks) * chunk // (2 if self.half_rate is not None and number in self.at_half_rate else 1)
             )
-            keys_BHLC = like.new_zeros(rows, self.stack_config.heads, kept, self.head_dim)
+            keys_BHLC = like.new_zeros(rows, widths[number].heads, kept, self.head_dim)
             return BlockMemory(keys_BHLC, keys_BHLC.clone(), like.new_zeros(rows, self.tail, self.dim))
 
         frames_B = torch.zeros(rows, dtype=torch.int64, device=like.device)

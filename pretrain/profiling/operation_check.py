@@ -148,7 +148,7 @@ def operations(module: nn.Module) -> list[Operation]:
         elif isinstance(part, NormedConv):
             found[BatchedProduct(part.kernel, part.weight.shape[0])] = None
         elif isinstance(part, SelfAttention):
-            found[Attention(part.heads, part.qkv.in_features // part.heads)] = None
+            found[Attention(part.heads, part.head_dim)] = None
     return list(found)
 
 

@@ -17,6 +17,7 @@ from data_pipeline.core.types import Batch
 from pretrain.config import Config
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import SpeechModel
+from pretrain.profiling.flops import forward_flops
 from pretrain.train_module import build_model
 from tests.support.contract_cases import ENCODERS, FRONTENDS, OBJECTIVES, batch, small
 from tests.support.parity_table import Parity, difference
@@ -34,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "half rate, local_global": {"half_rate_blocks": 1, "attention": "local_global", "window": 4, "registers": 2},
     "half rate, chunked": {"half_rate_blocks": 1, "attention": "chunked", "chunk_frames": [4]},
     "stochastic depth": {"stochastic_depth": 0.3},
+    "widths": {"layers": 3, "widths": [[1, 48], [2, 64], [3, 16]]},
 }
 OWN_OPTIONS = {
     "transformer": {
@@ -243,6 +245,18 @@ def test_the_middle_blocks_of_a_u_shape_run_at_half_the_frame_rate() -> None:
     assert torch.equal(encoded.layers[2][:, 0], encoded.layers[2][:, 1])
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_widths_size_each_block_and_equal_heads_and_ffn_dim_where_all_are_the_same(encoder: str) -> None:
+    """A head keeps its channels; the counted operations follow the widths."""
+    plain, same = speech_model(encoder, "full"), speech_model(encoder, "widths", widths=[[2, 64]] * 3)
+    assert {n: w.shape for n, w in plain.state_dict().items()} == {n: w.shape for n, w in same.state_dict().items()}
+    narrow = speech_model(encoder, "widths")
+    qkv = [w.shape for n, w in narrow.state_dict().items() if n.endswith("attention.qkv.weight")]
+    assert qkv == [(3 * heads * 16, 32) for heads in (1, 2, 3)]
+    smaller = speech_model(encoder, "widths", widths=[[1, 16]] * 3)
+    assert forward_flops(smaller, 16_000) < forward_flops(narrow, 16_000) < forward_flops(plain, 16_000)
+
+
 @pytest.mark.parametrize(
     ("encoder", "fields", "words"),
     [
@@ -251,6 +265,14 @@ def test_the_middle_blocks_of_a_u_shape_run_at_half_the_frame_rate() -> None:
         ("transformer", {"conv_positions_groups": 12}, r"encoder.conv_positions_groups=12: must divide .*=32; take 4"),
         ("transformer", {"heads": 32, "positions": "rope"}, r"encoder.heads=32: leaves 1 channels per head"),
         ("transformer", {"relative_bias": True, "attention": "local_global"}, r"encoder.relative_bias=true: needs"),
+        ("transformer", {"widths": [[1, 8]]}, r"encoder.widths=\[\[1, 8\]\]: has 1 pairs, and encoder.layers=2 blocks"),
+        (
+            "conformer",
+            {"widths": [[1, 8], [0, 8]]},
+            r"encoder.widths=.*: each block needs 1 head and 1 channel or more",
+        ),
+        ("conformer", {"widths": [[1, 8, 3], [2, 8]]}, r"encoder.widths.0"),
+        ("transformer", {"relative_bias": True, "widths": [[1, 8], [2, 8]]}, r"needs encoder.heads=2 in each pair"),
         ("conformer", {"kernel": 8}, r"encoder.kernel=8: must be odd; take 9"),
         ("conformer", {"layers": 4, "half_rate_blocks": 3}, r"encoder.half_rate_blocks=3: must leave a block"),
         ("conformer", {"attention": "chunked", "half_rate_blocks": 1, "layers": 3, "chunk_frames": [5]}, "even"),

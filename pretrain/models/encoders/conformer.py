@@ -13,7 +13,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.streaming import BlockMemory, EncoderState, Obstacle
 from pretrain.nn.attention import SelfAttention
 from pretrain.nn.attention_patterns import AttentionContext
-from pretrain.nn.block_stack import Residual, StackConfig, over_time
+from pretrain.nn.block_stack import Residual, StackConfig, Width, over_time
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.packing import Packing
@@ -48,13 +48,13 @@ class Config(StackConfig):
 class FeedForward(nn.Sequential):
     """Norm → linear → SiLU → linear."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ffn_dim: int) -> None:
         super().__init__(
             nn.LayerNorm(config.dim),
-            nn.Linear(config.dim, config.ffn_dim),
+            nn.Linear(config.dim, ffn_dim),
             nn.SiLU(),
             Dropout(config.activation_dropout),
-            nn.Linear(config.ffn_dim, config.dim),
+            nn.Linear(ffn_dim, config.dim),
         )
 
 
@@ -104,20 +104,20 @@ class Convolution(nn.Module):
         spare = n_chunks * chunk - x_BFD.shape[1]
         windows_BNDW = F.pad(x_BFD, (0, 0, self.before, spare)).unfold(1, self.before + chunk, chunk)
         rows_RWD = F.pad(windows_BNDW.transpose(2, 3).flatten(0, 1), (0, 0, 0, self.after))
-        joined: Tensor = self.depthwise(rows_RWD).reshape(len(x_BFD), n_chunks * chunk, -1)
+        joined: Tensor = self.depthwise(rows_RWD).reshape(x_BFD.shape[0], n_chunks * chunk, -1)
         return joined[:, : x_BFD.shape[1]]
 
 
 class Block(nn.Module):
     """Conformer block (eq. 1): half feed-forward, attention, convolution, half feed-forward, norm."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, width: Width) -> None:
         super().__init__()
-        self.ffn_first = FeedForward(config)
+        self.ffn_first = FeedForward(config, width.ffn_dim)
         self.attention_norm = nn.LayerNorm(config.dim)
-        self.attention = SelfAttention(config.dim, config.heads, config.attention_dropout)
+        self.attention = SelfAttention(config.dim, width.heads, width.head_dim, config.attention_dropout)
         self.convolution = Convolution(config)
-        self.ffn_second = FeedForward(config)
+        self.ffn_second = FeedForward(config, width.ffn_dim)
         self.norm = nn.LayerNorm(config.dim)
         self.residual = Residual(config.dropout)
 
@@ -150,7 +150,7 @@ class Conformer(StreamingStack):
     def __init__(self, config: Config) -> None:
         super().__init__(config, rotary=config.positions == "rope")
         self.config = config
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, width) for width in config.block_widths)
         self.dropout = Dropout(config.dropout)
         self.gap = self.tail = config.kernel - 1 if config.causal else config.kernel // 2
         self.chunk_convolution = config.chunk_convolution

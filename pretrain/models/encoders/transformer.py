@@ -14,7 +14,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.streaming import BlockMemory, EncoderState, Obstacle
 from pretrain.nn.attention import RelativeBias, SelfAttention
 from pretrain.nn.attention_patterns import AttentionContext
-from pretrain.nn.block_stack import Residual, StackConfig
+from pretrain.nn.block_stack import Residual, StackConfig, Width
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import zero_padding
 from pretrain.nn.packing import Packing, TimeGrid
@@ -56,18 +56,23 @@ class Config(StackConfig):
             refuse("conv_positions_kernel", kernel, f"must be odd for positions=conv_stack; take {kernel + 1}")
         if self.relative_bias and (self.attention == "local_global" or self.half_rate_blocks):
             refuse("relative_bias", True, "needs encoder.attention=full or chunked, and encoder.half_rate_blocks=0")
+        if self.relative_bias and any(heads != self.heads for heads, _ in self.widths):
+            needed = f"needs encoder.heads={self.heads} in each pair: encoder.relative_bias is shared by all blocks"
+            refuse("widths", [list(pair) for pair in self.widths], needed)
 
 
 class Block(nn.Module):
     """Self-attention and feed-forward, each with its residual."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, width: Width) -> None:
         super().__init__()
         self.pre = config.norm == "pre"
-        self.attention = SelfAttention(config.dim, config.heads, config.attention_dropout, config.relative_bias)
+        self.attention = SelfAttention(
+            config.dim, width.heads, width.head_dim, config.attention_dropout, config.relative_bias
+        )
         self.attention_norm = nn.LayerNorm(config.dim)
-        self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
-        self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
+        self.ffn_in = nn.Linear(config.dim, width.ffn_dim)
+        self.ffn_out = nn.Linear(width.ffn_dim, config.dim)
         self.ffn_norm = nn.LayerNorm(config.dim)
         self.residual = Residual(config.dropout)
         self.activation_dropout = Dropout(config.activation_dropout)
@@ -108,7 +113,7 @@ class Transformer(StreamingStack):
         self.pre = config.norm == "pre"
         # only the first of several convolutions has zeros as padding, as in released models; packed rows are exact
         self.couples = frozenset({"padding"}) if config.positions == "conv_stack" else frozenset()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, width) for width in config.block_widths)
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = Dropout(config.dropout)
         for module in self.modules():

@@ -15,7 +15,7 @@ from pretrain.interfaces.models import Frontend
 from pretrain.interfaces.streaming import FrontendState, Obstacle, SampleWindow, StreamingFrontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
-from pretrain.nn.numerics import pad_audio, zero_padding
+from pretrain.nn.numerics import first_frames, pad_audio, zero_padding
 from pretrain.nn.packing import Packing, TimeGrid
 from pretrain.nn.spectral import LogMel, Normalize, utterance_statistics
 
@@ -65,7 +65,7 @@ class LogMelFrontend(Frontend, StreamingFrontend):
     def project(self, features: Frames) -> Frames:
         lengths_B = features.lengths_B // self.subsampling
         kept = features.x_BFD.shape[1] // self.subsampling * self.subsampling
-        valid_B, x_BFD = lengths_B * self.subsampling, features.x_BFD[:, :kept]
+        valid_B, x_BFD = lengths_B * self.subsampling, first_frames(features.x_BFD, kept)
         if not self.packed:
             inside_BF = torch.arange(kept, device=x_BFD.device) < valid_B[:, None]
             x_BFD = self.dropout(self.linear(self.norm(self.convolve(x_BFD, inside_BF[:, :, None]))))

@@ -41,7 +41,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "half rate": small(
         "encoders", "transformer", positions="rope", norm="pre", layers=3, half_rate_blocks=1, **CHUNKED
     ),
-    "causal convolution": small("encoders", "conformer", causal=True, kernel=5, **CHUNKED),
+    "causal convolution": small("encoders", "conformer", causal=True, kernel=5, widths=[[1, 48], [2, 16]], **CHUNKED),
     "chunk-wise convolution": small("encoders", "conformer", chunk_convolution=True, kernel=9, **CHUNKED),
     "convolution longer than a chunk": small("encoders", "conformer", causal=True, kernel=15, **CHUNKED),
 }
