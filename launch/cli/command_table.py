@@ -17,10 +17,10 @@ COMMANDS = {
     "board": ("board", "TensorBoard of runs, listed by name"),
     "compare": ("compare", "compare two or more runs in a table and a plot"),
     "runs": ("runs", "list runs with their key figures"),
-    "replay": ("replay", "repeat an update that went wrong on its saved batch"),
+    "replay": ("replay", "repeat a failed update on its saved batch"),
     "recipes": ("recipes", "size and cost of each shipped experiment, with published figures"),
     "export": ("export", "a run -> a Hugging Face folder, TorchScript or ONNX, verified before it is written"),
-    "jobs": ("jobs", "list, follow, cancel and requeue runs on any launcher"),
+    "jobs": ("jobs", "list, follow, cancel and requeue runs of any launcher"),
     "doctor": ("doctor", "check this machine, and how to install what is missing"),
     "completion": ("completion", "print the completion script of bash or zsh"),
 }

@@ -37,11 +37,11 @@ _CHOICE = re.compile(r"registry\.choice\('(\w+)'\)")
 
 
 def words(commands: Iterable[str], groups: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Returns what may follow each command.
+    """Returns the candidates for the words after each command.
 
     Args:
-        commands: All commands.
-        groups: Config groups and their choices.
+        commands: all commands.
+        groups: config groups and their choices.
     """
     found: dict[str, list[str]] = {}
     for command in commands:
@@ -66,7 +66,7 @@ def script(shell: str, after: Mapping[str, list[str]]) -> str:
 
     Args:
         shell: "bash" or "zsh".
-        after: What may follow each command, see `words`.
+        after: candidates by command, see `words`.
     """
     cases = "\n".join(f"    {command}) candidates='{' '.join(listed)}' ;;" for command, listed in after.items())
     template = _BASH if shell == "bash" else _ZSH
@@ -74,7 +74,7 @@ def script(shell: str, after: Mapping[str, list[str]]) -> str:
 
 
 def _fields(module: str, name: str, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields of a config class and of the classes below it."""
+    """Yields the dotted names of the fields of a config class and of the classes below it."""
     tree, imported = _parsed(module)
     cls = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
     if cls is None:
@@ -90,7 +90,7 @@ def _fields(module: str, name: str, prefix: str = "") -> Iterator[str]:
 
 
 def _below(module: str, annotation: str, path: str) -> Iterator[str]:
-    """The field `path` with that annotation, or the fields of the config class that it holds."""
+    """Yields the field `path`, or the fields of the config class that its annotation names."""
     choice = _CHOICE.search(annotation)
     if choice and "dict[" not in annotation:
         package = PLUGINS[choice[1]]
@@ -114,7 +114,7 @@ def _below(module: str, annotation: str, path: str) -> Iterator[str]:
 
 @functools.cache
 def _parsed(module: str) -> tuple[ast.Module, dict[str, str]]:
-    """The syntax tree of a module, and the modules that its imported names come from."""
+    """Returns the syntax tree of a module, and the source module of each imported name."""
     file = ROOT / f"{module.replace('.', '/')}.py"
     if not file.is_file():
         return ast.Module(body=[], type_ignores=[]), {}

@@ -1,4 +1,4 @@
-"""Composes overrides from the command line to one plain config with Hydra; the only module that imports Hydra.
+"""Composes command-line overrides to one plain config with Hydra; the only module that imports Hydra.
 
 Hydra only composes: `data_pipeline.core.schema.load` checks types and limits of every value afterwards.
 """
@@ -23,8 +23,8 @@ from launch.cli.groups import CONF, groups
 
 READABLE_VARIABLES = ("HOME", "USER", "LOGNAME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "PROJECT", "DATA")
 READABLE_PREFIXES = ("AURICLE_", "SLURM_")
-"""Environment variables that `${oc.env:NAME}` may read: configs are kept in run folders, and other variables may hold
-credentials."""
+"""Environment variables that `${oc.env:NAME}` may read: configs are saved in run folders, and other variables may
+contain credentials."""
 
 
 def _variable(name: str, *default: str) -> str:
@@ -32,7 +32,7 @@ def _variable(name: str, *default: str) -> str:
     if name not in READABLE_VARIABLES and not name.startswith(READABLE_PREFIXES):
         allowed = ", ".join((*READABLE_VARIABLES, *(f"{prefix}…" for prefix in READABLE_PREFIXES)))
         raise ConfigError(
-            f"${{oc.env:{name}}}: a config is kept in the run folder, so of the environment only {allowed} are read; "
+            f"${{oc.env:{name}}}: a config is saved in the run folder, so only the variables {allowed} are read; "
             "write the value itself"
         )
     if name not in os.environ and not default:
@@ -47,12 +47,12 @@ def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[st
     """Returns the config of `folder/root.yaml` and the overrides as plain values, with `~` expanded.
 
     Args:
-        root: Name of the config's root, that of a command.
+        root: name of the root config, the same as the command.
         overrides: `field=value`, `group=choice` (a leading + is accepted) or `~field`.
-        folder: Folder of the YAML files.
+        folder: folder of the YAML files.
 
     Raises:
-        ConfigError: An override has another form, or names a choice that does not exist.
+        ConfigError: an override is malformed, or names a choice that does not exist.
     """
     chosen = groups(folder)
     in_defaults = _groups_in_defaults(folder / f"{root}.yaml")
@@ -73,10 +73,10 @@ def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[st
 
 
 def sweep(overrides: Iterable[str]) -> list[list[str]]:
-    """Returns every combination of the values that overrides list (a=1,2 or a=range(3)), the last one fastest.
+    """Returns every combination of the values that overrides list (a=1,2 or a=range(3)); the last one varies fastest.
 
     Raises:
-        ConfigError: No override lists several values.
+        ConfigError: no override lists several values.
     """
     axes: list[list[str]] = []
     for line in overrides:
@@ -92,7 +92,7 @@ def sweep(overrides: Iterable[str]) -> list[list[str]]:
 
 
 def is_sweep(line: str) -> bool:
-    """Whether an override lists several values."""
+    """Returns whether an override lists several values."""
     try:
         return bool(OverridesParser.create().parse_override(line).is_sweep_override())
     except HydraException:
@@ -110,7 +110,7 @@ def _groups_in_defaults(file: Path) -> set[str]:
 
 
 def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str]) -> str:
-    """One override in the form that is handed to Hydra."""
+    """Converts an override to Hydra's syntax."""
     name, equals, value = line.partition("=")
     name = name.lstrip("+~")
     if name.partition(".")[0].partition("@")[0].partition("/")[0] == "hydra":
@@ -131,7 +131,7 @@ def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str])
 
 
 def _quoted(value: str) -> str:
-    """A value with a comma, brackets or quotes as a string of Hydra's, where backslashes escape only before a quote."""
+    """Quotes a value with a comma, brackets or quotes for Hydra, where backslashes escape only before a quote."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"'{escaped}'"
 
@@ -139,7 +139,7 @@ def _quoted(value: str) -> str:
 def _group_choice(name: str, value: str, choices: list[str], in_defaults: bool) -> str:
     if value not in choices:
         near, listed = hint(value, choices), ", ".join(choices) or "none"
-        raise ConfigError(f"{name}={value}: there is no such {name}{near}; there are: {listed}")
+        raise ConfigError(f"{name}={value}: not a choice of {name}{near}; there are: {listed}")
     return f"{name}={value}" if in_defaults else f"+{name}={value}"
 
 

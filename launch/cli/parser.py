@@ -1,4 +1,4 @@
-"""argparse whose errors are a ConfigError (exit code 2) with the nearest name."""
+"""An argparse parser that raises its errors as ConfigError (exit code 2) with the nearest name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.core.schema import ConfigError, hint
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of commands without a composed config."""
+    """Parses the arguments of commands without a composed config."""
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with the nearest name of a wrong subcommand or option."""
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Options and subcommands of a parser and of the parsers below it."""
+    """Yields the options and subcommands of a parser and of the parsers below it."""
     for action in parser._actions:
         yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):

@@ -19,7 +19,7 @@ MULTIRUN = "--multirun"
 
 @dataclass(frozen=True)
 class Request(Generic[T]):
-    """A command line that was read."""
+    """A parsed command line."""
 
     config: T
     values: dict[str, Any]
@@ -31,16 +31,16 @@ def read(command: str, kind: type[T], arguments: list[str], switches: tuple[str,
     """Composes conf/COMMAND.yaml and the overrides to a config.
 
     Args:
-        command: The command.
-        kind: The config's class.
-        arguments: Overrides (field=value, group=choice) and switches.
-        switches: Switches of this command beside --help and --cfg.
+        command: the command.
+        kind: the config's class.
+        arguments: overrides (field=value, group=choice) and switches.
+        switches: switches of this command besides --help and --cfg.
 
     Returns:
-        None where --help or --cfg was answered.
+        The request; None after --help or --cfg, whose output has been printed.
 
     Raises:
-        ConfigError: A switch or field is wrong; the message has each wrong field.
+        ConfigError: a switch or field is wrong; the message names every wrong field.
     """
     known = ("--help", "-h", "--cfg", *switches)
     given = [argument for argument in arguments if argument.startswith("-")]
@@ -68,7 +68,7 @@ def read(command: str, kind: type[T], arguments: list[str], switches: tuple[str,
 
 
 def print_cautions(*configs: Config) -> None:
-    """Prints once to stderr what the configs of runs allow but probably do not mean."""
+    """Prints the warnings of configs about valid but probably unintended values to stderr, each once."""
     for caution in dict.fromkeys(caution for config in configs for caution in config.cautions()):
         print(f"note: {caution}", file=sys.stderr, flush=True)
 
@@ -76,12 +76,12 @@ def print_cautions(*configs: Config) -> None:
 def config_of(command: str, kind: type[T], arguments: Sequence[str]) -> T:
     """Returns the config of a command line without switches. Raises ConfigError, see `read`."""
     given = read(command, kind, list(arguments))
-    assert given is not None  # only --help and --cfg are answered without a config
+    assert given is not None  # only --help and --cfg give no config
     return given.config
 
 
 def _unknown_switch(switch: str, arguments: list[str], known: tuple[str, ...], kind: type[Any]) -> str:
-    """The message on a switch that does not exist; `--field value` and `--field=value` are fields in another form."""
+    """Returns the message about an unknown switch, which may be a field as `--field value` or `--field=value`."""
     name, _, value = switch.lstrip("-").partition("=")
     field = name.replace("-", "_")
     fields = {row.path for row in document(kind)}

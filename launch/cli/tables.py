@@ -1,4 +1,4 @@
-"""Tables and messages on the terminal. Names and other text that is not ours never acts as markup or control codes."""
+"""Tables and messages on the terminal. Text from outside, such as names, is never read as markup or control codes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.text import Text
 from data_pipeline.core.text import visible
 
 PIPED_WIDTH = 200
-"""Columns where the output is not a terminal, whatever COLUMNS says."""
+"""Width if the output is not a terminal, regardless of COLUMNS."""
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """Returns a console that prints strings as they are: no markup, no emoji codes, no highlighting.
+    """Returns a console that prints strings unchanged: no markup, emoji codes or highlighting.
 
     Args:
-        stream: sys.stdout (default) or sys.stderr. What is not a terminal gets a fixed width.
+        stream: sys.stdout (default) or sys.stderr; has a fixed width if it is not a terminal.
     """
     stream = stream or sys.stdout
     width = None if stream.isatty() else PIPED_WIDTH
@@ -28,7 +28,7 @@ def console(stream: TextIO | None = None) -> Console:
 
 
 def cell(value: object, style: str = "") -> Text:
-    """Returns a table cell with any text."""
+    """Returns a table cell with plain text."""
     return Text(visible(str(value)), style=style)
 
 
@@ -42,11 +42,11 @@ def table(
     """Returns a table of any values.
 
     Args:
-        columns: Column titles. The first column is never cut: it holds what is copied from.
-        rows: Cells by row; a `Text` keeps its style, everything else is shown as text.
-        title: Line above the table.
-        bold: Numbers of rows that are emphasised; -1 is the last.
-        fold: Whether no column is cut.
+        columns: column titles. The first column, which users copy from, is never truncated.
+        rows: cells by row; a `Text` keeps its style, other values are shown as text.
+        title: line above the table.
+        bold: indices of emphasised rows; -1 is the last.
+        fold: wrap all columns instead of truncating them.
     """
     made = Table(title=cell(title) if title else None, title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):

@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     shards = folder_of_corpus / "shards"
     if code := submit.run("preprocess", [*corpus.overrides, f"out={shards}"]):
         return code
-    # the twelve synthetic voices vary too little: the collapse detector would stop the run
+    # the twelve synthetic voices vary so little that the collapse detector would stop the run
     overrides = ["health.on_collapse=warn", *overrides] if corpus.name == "synthetic" else overrides
     job = _job(shards, folder_of_corpus, overrides)
     submitter = factory.for_job(job)

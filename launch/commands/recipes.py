@@ -21,9 +21,9 @@ COLUMNS = (
     "source",
 )
 LEGEND = (
-    "parameters: all trained ones. GFLOP/s of audio: one forward pass of front end and encoder on crops of 15 s, as "
-    "counted here and as derived in this project's design; training takes about three times that, times the passes of "
-    "the objective (teachers, several masks or views)"
+    "parameters: trained ones only. GFLOP/s of audio: one forward pass of front end and encoder on crops of 15 s, "
+    "counted and derived; training takes about three times that, times the objective's passes (teachers, several masks "
+    "or views)"
 )
 
 

@@ -1,4 +1,4 @@
-"""auricle replay: repeats an update that went wrong on its saved batch, and reports where it fails."""
+"""auricle replay: repeats a failed update on its saved batch, and reports where it fails."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ COLUMNS = ("segments", "seconds", "peak", "loss", "gradient norm", "largest grad
 
 def run(arguments: list[str]) -> int:
     """Prints the table; returns 0. Raises ConfigError if no such batch was saved."""
-    parser = Parser("auricle replay", description="repeats an update that went wrong on its saved batch")
+    parser = Parser("auricle replay", description="repeats a failed update on its saved batch")
     parser.add_argument("run", help="run folder, or a run's name below runs/")
     parser.add_argument("step", type=int, nargs="?", help="updates done before it (default: the last one saved)")
     given = parser.parse_args(arguments)
     folder = find_run(given.run)
     kept = sorted(found for found in (folder / "health").glob("step_*") if found.name[5:].isdecimal())
     if not kept:
-        raise ConfigError(f"{folder}: no batch was saved (health/step_N), since no update of the run went wrong")
+        raise ConfigError(f"{folder}: no batch was saved (health/step_N), since no update of the run failed")
     names = [found.name for found in kept]
     wanted = kept[-1].name if given.step is None else f"step_{given.step:08d}"
     if wanted not in names:

@@ -132,7 +132,7 @@ def _verify(root: str) -> int:
     shards = [name for part in ("", *SPLITS) for name in _shards(f"{root.rstrip('/')}/{part}".rstrip("/"), part)]
     if shards:
         bad = {name.removesuffix(".idx") for name, _ in faults}
-        print(f"{sum(name not in bad for name in shards)} of {len(shards)} shards are whole")
+        print(f"{sum(name not in bad for name in shards)} of {len(shards)} shards are intact")
     if not faults:
         print("every checksum matches")
     return ExitCode.FAILED if faults else ExitCode.DONE

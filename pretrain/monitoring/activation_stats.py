@@ -16,7 +16,7 @@ MAX_FRAMES = 512
 
 
 class ActivationStats:
-    """Measures the first forward pass after it was armed: features, stem and every layer of the encoder."""
+    """Measures the first forward pass after `arm`: features, stem and every layer of the encoder."""
 
     def __init__(self, module: TrainModule) -> None:
         self.armed = False
@@ -29,18 +29,18 @@ class ActivationStats:
         model.encoder.register_forward_hook(self._encoded)
 
     def arm(self) -> None:
-        """Measures the next forward pass, of which the objective keeps its targets."""
+        """Requests the measurement of the next forward pass, and of the objective's targets in it."""
         self.armed = True
         self._objective.record_next()
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Returns deviations and ranks by stage, and starts empty again."""
+        """Returns the deviations and ranks by stage and clears them."""
         taken = self._deviations, self._ranks
         self._deviations, self._ranks, self.armed = {}, {}, False
         return taken
 
     def target_inputs(self) -> tuple[float, float] | None:
-        """Returns mean and deviation of the features that fixed targets were made of; None where there are none."""
+        """Returns mean and deviation of the input of a fixed quantiser of targets; None if the objective has none."""
         last = self._objective.monitoring().last
         if last is None or last.target_inputs_XD is None or len(last.target_inputs_XD) < 2:
             return None

@@ -1,4 +1,4 @@
-"""Appends rows to a JSON-lines file of a run without ever ending training: rows wait while the disk is full."""
+"""Appends rows to a JSON-lines file of a run; a full disk delays rows but never ends training."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MAX_WAITING = 10_000
 
 
 class AppendLog:
-    """One file of rows, written by rank 0 of the newest start only.
+    """Appends to one file, on rank 0 of the newest start only.
 
-    A row that cannot be written waits and is written before the next one; the file never holds half a row of it.
+    A row that cannot be written is kept and written before the next one; it is never left half written.
     """
 
     def __init__(self, run: RunFolder, path: Path, say: Callable[[str], None] = print) -> None:
@@ -28,7 +28,7 @@ class AppendLog:
         self._warned = False
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Writes a row now, or later where the file cannot be written; warns once each time that begins.
+        """Writes a row, or keeps it for later if the file cannot be written; warns once per outage.
 
         Raises:
             StaleIncarnationError: when a newer start of the run exists.
@@ -43,7 +43,7 @@ class AppendLog:
         except OSError as error:
             if not self._warned:
                 self._say(
-                    f"warning: {self._path} cannot be written ({error}); training goes on, and up to {MAX_WAITING} "
+                    f"warning: {self._path} cannot be written ({error}); training continues, and up to {MAX_WAITING} "
                     "rows are kept in memory until it can"
                 )
             self._warned = True
@@ -54,7 +54,7 @@ class AppendLog:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Cuts off the rows of steps after `step`, which come last, and half a row at the end. The rest stays untouched."""
+    """Truncates the file after the last row of at most `step`, which also removes an incomplete last row."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""Keeps the batches of an update that went wrong, as safetensors and JSON, and computes them again."""
+"""Saves the batches of a failed update as safetensors and JSON, and repeats their computation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.nn.dropout import seed_dropout
 from pretrain.train_module import TrainModule
 
 MAX_KEPT = 20
-"""Spikes kept per run, and as many updates again that were not finite; more would fill the disk in time."""
+"""Gradient spikes saved per run, and as many non-finite updates; more would fill the disk over time."""
 
 
 def save_batches(
@@ -32,13 +32,13 @@ def save_batches(
     Args:
         run: the run folder.
         rank: this rank.
-        ctx: seed and step, with which `replay` draws the same masks.
+        ctx: seed and step, from which `replay` draws the same masks.
         batches: this rank's micro-batches.
         why: the reason, one sentence.
-        limit: most updates kept.
+        limit: maximum number of saved updates.
 
     Returns:
-        The folder; None once `limit` updates are kept, or if it cannot be written.
+        The folder; None if `limit` updates are saved already, or if it cannot be written.
 
     Raises:
         StaleIncarnationError: a newer start of the run exists.
@@ -64,7 +64,7 @@ def save_batches(
 
 
 def load_batches(folder: Path) -> tuple[StepContext, list[Batch], str]:
-    """Returns the batches that all ranks wrote, in order, and the reason. Raises ValueError where there are none."""
+    """Returns the batches of all ranks, in order, and the reason. Raises ValueError if there are none."""
     batches: list[Batch] = []
     values: dict[str, Any] = {}
     for path in sorted(folder.glob("rank_*.json")):
@@ -87,7 +87,7 @@ def load_batches(folder: Path) -> tuple[StepContext, list[Batch], str]:
 
 @dataclass(frozen=True)
 class Replayed:
-    """One micro-batch computed again: loss, gradient norm, largest gradients, and the first module not finite."""
+    """Result of repeating a micro-batch: loss, gradient norm, largest gradients, and the first non-finite module."""
 
     keys: tuple[str, ...]
     seconds: float
@@ -99,7 +99,7 @@ class Replayed:
 
 
 def replay(module: TrainModule, ctx: StepContext, batches: Sequence[Batch]) -> list[Replayed]:
-    """Computes each micro-batch alone, with the draws that it had in training; returns losses and gradients."""
+    """Computes loss and gradients of each micro-batch separately, with the random draws of the failed update."""
     module.train()
     results = []
     for batch in batches:

@@ -1,4 +1,4 @@
-"""TensorBoard's writer, made so that it never ends training: events are dropped while they cannot be written."""
+"""A TensorBoard writer that never ends training: events are dropped while they cannot be written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MAX_BINS = 256
 class Board:
     """Writes events to one folder.
 
-    A failure (a full disk, a quota, a file system that is away) is reported once; a new event file is tried after
-    `retry_seconds`. Errors of TensorBoard's own thread show up at the next call.
+    A failure (a full disk, a quota, an unavailable file system) is reported once; a new event file is tried after
+    `retry_seconds`. Errors of TensorBoard's own thread are raised by its next call.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Board:
         self._dropped = 0
 
     def write(self, add: Callable[[SummaryWriter], object]) -> None:
-        """Calls `add` with TensorBoard's writer, or drops the events where it cannot write."""
+        """Calls `add` with TensorBoard's writer, or drops the events if they cannot be written."""
         waiting = self._failed_at is not None and time.monotonic() - self._failed_at < self._retry_seconds
         if waiting:
             self._dropped += 1
@@ -39,7 +39,7 @@ class Board:
         try:
             if self._writer is None:
                 self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, flush_secs=15)
-                self._purge_step = None  # a later file of this start adds to the first
+                self._purge_step = None  # later files of this start must not purge the first
             add(self._writer)
             if self._failed_at is not None:
                 self._writer.flush()
@@ -48,14 +48,14 @@ class Board:
         except (OSError, RuntimeError, ValueError) as error:
             if self._failed_at is None:
                 self._say(
-                    f"warning: TensorBoard events cannot be written to {self._folder} ({error}); training goes on "
+                    f"warning: TensorBoard events cannot be written to {self._folder} ({error}); training continues "
                     "without them until they can"
                 )
             self._failed_at, self._dropped = time.monotonic(), self._dropped + 1
             self._abandon()
 
     def close(self) -> None:
-        """Writes what is left; a failure is reported."""
+        """Writes pending events and closes the file; a failure is reported, not raised."""
         writer, self._writer = self._writer, None
         try:
             if writer is not None:
@@ -71,7 +71,7 @@ class Board:
 
 
 def add_counts(writer: SummaryWriter, name: str, counts: np.ndarray, step: int) -> None:
-    """Adds counts per code as a histogram of at most MAX_BINS bins, so that a large book costs no more than a small."""
+    """Adds counts per code as a histogram of at most MAX_BINS bins, which bounds the cost of large code books."""
     total, codes = float(counts.sum()), np.arange(len(counts), dtype=np.float64)
     if total <= 0:
         return

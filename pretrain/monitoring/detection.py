@@ -1,6 +1,6 @@
-"""Detection: measured numbers in, findings out. Pure: reads no file, keeps no state, acts on nothing.
+"""Detection: pure functions from measurements to findings, without files or state.
 
-Which detectors of detectors.py run on which numbers, and when a run is old enough for each.
+Selects which detectors of detectors.py run on which measurements, and from which step on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pretrain.monitoring.detectors import Finding
 from pretrain.monitoring.observation import Pooled
 
 CAUSED_BY_SILENCE = ("collapse", "chance")
-"""Kinds of findings that silent or constant audio explains."""
+"""Kinds of findings that silent or constant audio can cause."""
 TARGETS, PREDICTIONS = "target_std", "prediction_std"
 """Names of these deviations in findings and in the memory of checkpoints."""
 
@@ -43,7 +43,7 @@ class Deviation(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """All that one check looks at."""
+    """The measurements of one check."""
 
     step: int
     stages: Mapping[str, Deviation]
@@ -57,7 +57,7 @@ class Check:
     best: Mapping[str, float]
     """The best rank of each layer since the warm-up, once ranks are checked; the best "perplexity"."""
     evaluations: Mapping[str, Mapping[int, float]]
-    """Values of `auricle evaluate`, by name and step."""
+    """Results of `auricle evaluate`, by name and step."""
     pooled: Pooled
     targets_since: int
     silence: Silence
@@ -69,8 +69,8 @@ def before_first_update(
     """Returns findings on targets that exist before the first update.
 
     Args:
-        books: how often each code occurred; empty where targets are not fixed.
-        inputs: mean and deviation of the features that a fixed quantiser makes them of.
+        books: counts per code of each book; empty if targets are not fixed.
+        inputs: mean and deviation of the input of a fixed quantiser of targets.
         silence: segments without sound.
         limits: thresholds.
     """
@@ -113,7 +113,7 @@ def grace(config: Config, targets_since: int) -> int:
 
 
 def ranks_from(config: Config) -> int:
-    """Returns the first step at which ranks are checked: during the warm-up they fall from those of random weights."""
+    """Returns the first step at which ranks are checked: after the warm-up, in which they fall in healthy runs too."""
     warm = max(config.schedule.warmup_steps, config.health.window)
     return min(warm, config.train.steps * 2 // 3)
 
@@ -139,9 +139,9 @@ def total_perplexity(books: Sequence[np.ndarray]) -> float:
 
 
 def explained(found: list[Finding], silence: Silence, limits: HealthConfig) -> list[Finding]:
-    """Returns the findings with silent audio named as the cause where there is much of it.
+    """Adds silent audio as a cause to the findings that it explains.
 
-    Above `max_silent_share`, one finding about the audio replaces those that it causes; below, it is mentioned in them.
+    Above `max_silent_share`, one finding about the audio replaces them; below, the findings mention it.
     """
     cause = detectors.silent_audio(silence.silent, silence.segments, silence.keys, limits.max_silent_share)
     if cause is not None:

@@ -1,6 +1,6 @@
-"""Health detectors: pure functions, numbers in, a Finding or None out. detection.py calls them.
+"""Health detectors: pure functions from measurements to a Finding or None, called by detection.py.
 
-Each threshold comes from a way in which self-supervised pretraining is known to fail; see HealthConfig.
+Each threshold is for a known failure of self-supervised pretraining; see HealthConfig.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Literal
 import numpy as np
 
 Kind = Literal["nan", "spike", "collapse", "chance", "recipe", "speed"]
-"""The kind of a finding selects the `health.on_…` setting that answers it; "speed" is always a warning."""
+"""Kinds of findings. Each selects the `health.on_…` setting that applies; "speed" is always a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A problem: what was measured and what usually helps."""
+    """A problem: the measurement and the usual remedy."""
 
     detector: str
     kind: Kind
     seen: str
     helps: str
     pooled: int = 0
-    """Over how many steps before a check this was measured: it may have begun so much earlier than it was seen."""
+    """Steps before a check over which this was measured: the problem may have begun so much earlier."""
 
     def sentence(self, since: int) -> str:
-        """Returns what was measured, since which step, and what usually helps."""
+        """Returns the message: the measurement, the step since which it holds, and the usual remedy."""
         return f"{self.seen}, since step {since}; what usually helps: {self.helps}"
 
 
@@ -52,53 +52,57 @@ def not_finite(name: str, value: float) -> Finding | None:
 
 
 def gradient_limit(norms: Sequence[float], factor: float, floor: float = 0.0, at_least: int = 20) -> float:
-    """Returns the gradient norm above which an update is an outlier: `factor` × the running median; first infinite.
+    """Returns the gradient norm above which an update is an outlier: `factor` × the running median.
 
-    floor: the norm that gradients are clipped to. A norm below it is not an outlier: gradient norms grow tenfold within
-    ten updates when a run leaves chance level (docs/findings.md).
+    Args:
+        norms: gradient norms of recent updates.
+        factor: multiple of their median.
+        floor: the norm that gradients are clipped to. A norm below it is not an outlier: gradient norms grow tenfold
+            within ten updates when a run leaves chance level (docs/findings.md).
+        at_least: number of updates below which the limit is infinite.
     """
     return max(floor, factor * statistics.median(norms)) if len(norms) >= at_least else math.inf
 
 
 def gradient_spike(norm: float, limit: float) -> Finding | None:
-    """Reports one update with a norm above the limit."""
+    """Reports an update with a gradient norm above the limit."""
     if norm <= limit:
         return None
     return Finding(
         "gradient spike",
         "spike",
-        f"the gradient norm of one update is {norm:.3g}, and {limit:.3g} is the limit that those before it set",
+        f"the gradient norm of one update is {norm:.3g}, above the limit {limit:.3g} from earlier updates",
         "nothing if it stays rare; else a lower optimizer.lr, optimizer.clip_norm, or a look at the saved batch",
     )
 
 
 def at_chance(loss: float, chance: float, margin: float) -> Finding | None:
-    """Reports a loss no better than that of a model that only knows how frequent each target is."""
+    """Reports a loss no better than that of predicting the distribution of the targets."""
     if chance <= 0 or loss < chance * (1.0 - margin):
         return None
     return Finding(
         "chance",
         "chance",
-        f"the loss is {loss:.3f} and knowing nothing gives {chance:.3f}",
+        f"the loss is {loss:.3f}, and chance level is {chance:.3f}",
         "a higher optimizer.lr or a longer warm-up, fewer masked frames, larger updates (data.batch_seconds), and a "
-        "check that targets and frames lie at the same times",
+        "check that targets and frames are aligned in time",
     )
 
 
 def accuracy_at_chance(accuracy: float, chance: float, margin: float = 0.1) -> Finding | None:
-    """Reports an accuracy no better than guessing. Ties must not count as correct: of equal predictions, each would."""
+    """Reports an accuracy no better than guessing. Ties must not count as correct, or constant predictions would be."""
     if chance <= 0 or accuracy > chance * (1.0 + margin):
         return None
     return Finding(
         "accuracy at chance",
         "chance",
-        f"the accuracy is {accuracy:.2%} and guessing gives {chance:.2%}",
+        f"the accuracy is {accuracy:.2%}, and chance level is {chance:.2%}",
         "a higher optimizer.lr, a longer warm-up, or targets that differ between neighbouring frames",
     )
 
 
 def too_good(loss: float, chance: float, perplexity: float, best_perplexity: float) -> Finding | None:
-    """Reports a contrastive loss near zero while fewer and fewer codes are in use: the task has become trivial."""
+    """Reports a contrastive loss near zero with falling code use: the task has become trivial."""
     if not (chance > 0 and loss < 0.05 * chance and perplexity < 0.5 * best_perplexity):
         return None
     return Finding(
@@ -113,9 +117,13 @@ def too_good(loss: float, chance: float, perplexity: float, best_perplexity: flo
 def low_code_use(
     counts: np.ndarray, min_share: float, at_least: float = 20.0, what: str = "the targets"
 ) -> Finding | None:
-    """Reports a perplexity of the targets below `min_share` of the book (and below K^0.6, as a large random book has).
+    """Reports a perplexity of the targets below `min_share` of the K codes (and K^0.6, that of large random books).
 
-    counts: how often each code occurred, over enough steps: with fewer than `at_least` per code nothing is reported.
+    Args:
+        counts: (K,) occurrences of each code.
+        min_share: least share of the codes.
+        at_least: mean count per code below which nothing is reported.
+        what: the book, for the message.
     """
     book, total = len(counts), float(counts.sum())
     if book < 2 or total < at_least * min(book, 1000):
@@ -136,7 +144,7 @@ def low_code_use(
 def dead_codes(
     counts: np.ndarray, max_share: float, at_least: float = 20.0, what: str = "the targets"
 ) -> Finding | None:
-    """Reports that more than `max_share` of the codes never occurred, though each could have `at_least` times."""
+    """Reports more than `max_share` of unused codes, if the mean count per code is `at_least` or more."""
     book, total = len(counts), float(counts.sum())
     if book < 2 or total < at_least * book:
         return None
@@ -152,7 +160,7 @@ def dead_codes(
 
 
 def low_target_entropy(counts: np.ndarray, min_share: float) -> Finding | None:
-    """Reports fixed targets of little information before training: entropy below `min_share` of the possible one."""
+    """Reports fixed targets with an entropy below `min_share` of the maximum, before training."""
     total = float(counts.sum())
     most = math.log(min(len(counts), total)) if min(len(counts), total) > 1 else 0.0
     if total < 100 or most == 0.0 or entropy(counts) >= min_share * most:
@@ -166,7 +174,7 @@ def low_target_entropy(counts: np.ndarray, min_share: float) -> Finding | None:
 
 
 def off_scale(stage: str, mean: float, deviation: float) -> Finding | None:
-    """Reports features of fixed targets far from mean 0 and deviation 1: a few codes would take everything."""
+    """Reports input of a fixed quantiser far from mean 0 and deviation 1: a few codes would take most frames."""
     if abs(mean) <= 0.5 and 0.5 <= deviation <= 2.0:
         return None
     return Finding(
@@ -178,13 +186,13 @@ def off_scale(stage: str, mean: float, deviation: float) -> Finding | None:
 
 
 def silence_note(silent: int, segments: int, keys: Sequence[str], shown: int = 5) -> str:
-    """Returns how many segments of an update are silent or constant, with the first keys."""
+    """Returns a sentence with the number of silent or constant segments of an update and the first keys."""
     named = ", ".join(keys[:shown]) + (f" and {len(keys) - shown} more" if len(keys) > shown else "")
     return f"{silent} of {segments} segments of one update are silent or constant" + (f": {named}" if named else "")
 
 
 def silent_audio(silent: int, segments: int, keys: Sequence[str], max_share: float) -> Finding | None:
-    """Reports updates of which more than `max_share` of the segments are silent or constant; nothing can be learnt."""
+    """Reports updates in which more than `max_share` of the segments are silent or constant."""
     if not silent or silent / segments <= max_share:
         return None
     return Finding(
@@ -197,7 +205,7 @@ def silent_audio(silent: int, segments: int, keys: Sequence[str], max_share: flo
 
 
 def without_targets(task: str, updates: int) -> Finding:
-    """Reports a task without any target in so many updates in a row, whose loss of 0 is meaningless."""
+    """Reports a task that had no target in `updates` updates in a row, so that its loss of 0 is meaningless."""
     if task == "objective":
         helps = (
             "segments that are long enough to be masked (data.min_seconds), and frame labels that belong to these "
@@ -213,7 +221,7 @@ def without_targets(task: str, updates: int) -> Finding:
 
 
 def shrunken(stage: str, deviation: float, first: float, min_share: float) -> Finding | None:
-    """Reports a stage whose output no longer changes over batch and time."""
+    """Reports a stage whose output hardly varies over batch and time, below `min_share` of the first deviation."""
     if math.isfinite(deviation) and deviation >= max(min_share * first, 1e-6):
         return None
     return Finding(
@@ -225,24 +233,24 @@ def shrunken(stage: str, deviation: float, first: float, min_share: float) -> Fi
 
 
 def rank_fell(stage: str, rank: float, best: float, min_share: float) -> Finding | None:
-    """Reports a RankMe (arXiv 2210.02885) of a stage far below the best it had since the warm-up.
+    """Reports a RankMe (arXiv 2210.02885) of a stage far below its best value since the warm-up.
 
-    Random weights pass on the rank of their input, 170 of 256 with log-mel, and training takes it to about 30 where all
-    is well, too; so the first steps are no measure. Since the warm-up, runs that learnt kept 29 % of their best at
-    least, and one that did not came to 12 % (docs/findings.md).
+    Random weights preserve the rank of their input, 170 of 256 with log-mel, and healthy training lowers it to about
+    30, so the first steps are not compared. After the warm-up, healthy runs kept at least 29 % of their best rank, and
+    a collapsed one fell to 12 % (docs/findings.md).
     """
     if rank >= min_share * best:
         return None
     return Finding(
         f"{stage} rank",
         "chance",
-        f"the output of {stage} spans {rank:.1f} dimensions in effect, and once spanned {best:.1f}",
+        f"the effective rank of {stage} is {rank:.1f}, and was {best:.1f} at its best",
         "a lower learning rate, more varied targets, or stopping here and taking an earlier checkpoint",
     )
 
 
 def falling(name: str, values: Sequence[float], times: int = 3, tolerance: float = 0.0) -> Finding | None:
-    """Reports a measure of quality (probe accuracy, PNMI) that got worse `times` evaluations in a row."""
+    """Reports a measure of quality (probe accuracy, PNMI) that fell in `times` evaluations in a row."""
     recent = list(values)[-(times + 1) :]
     if len(recent) <= times or any(later >= earlier - tolerance for earlier, later in itertools.pairwise(recent)):
         return None
@@ -255,7 +263,7 @@ def falling(name: str, values: Sequence[float], times: int = 3, tolerance: float
 
 
 def wrong_audio(seconds: float, recipe: float, tolerance: float) -> Finding | None:
-    """Reports updates of another amount of audio than the recipe's: the optimum of the learning rate moves."""
+    """Reports updates with less or more audio than the recipe's, for which its learning rate is not optimal."""
     if abs(seconds / recipe - 1.0) <= tolerance:
         return None
     return Finding(
@@ -267,7 +275,7 @@ def wrong_audio(seconds: float, recipe: float, tolerance: float) -> Finding | No
 
 
 def waiting_ranks(waits: Mapping[int, float], step_seconds: float, max_share: float) -> Finding | None:
-    """Reports ranks that spend a large share of each step waiting for data. waits: mean seconds of each rank."""
+    """Reports ranks that wait for data for a large share of each step. waits: mean seconds per step of each rank."""
     slowest = max(waits, key=lambda rank: waits[rank])
     share = waits[slowest] / step_seconds if step_seconds > 0 else 0.0
     if share <= max_share:

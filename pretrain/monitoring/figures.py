@@ -35,13 +35,13 @@ def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
 def add_frames(
     board: SummaryWriter, frames_ND: Tensor, rows: list[list[str]], header: list[str], tag: str, step: int
 ) -> None:
-    """Adds frames for the projector, with a row of values for each; those of earlier writers in the folder stay.
+    """Adds (N, D) frames and a row of values for each to the projector; frames of earlier writers are kept.
 
-    The values are cells of a TSV file: names in them cannot add rows or columns.
+    Values are escaped as cells of a TSV file, so names cannot add rows or columns.
     """
     config = Path(board.log_dir) / "projector_config.pbtxt"
     if config.is_file() and not hasattr(board, "_projector_config"):
-        # torch starts an empty list with each SummaryWriter, which would drop the frames of earlier starts
+        # each SummaryWriter starts an empty list of embeddings, which would drop the frames of earlier starts
         listed = text_format.Parse(config.read_text(encoding="utf-8"), ProjectorConfig())
         for embedding in [e for e in listed.embeddings if int(e.tensor_name.rpartition(":")[2]) >= step]:
             listed.embeddings.remove(embedding)
@@ -83,7 +83,7 @@ def spectrogram(snapshot: Snapshot) -> Figure:
     if both[0] is not None and both[1] is not None and n_masked:
         hits = float((both[0][:n_masked] == both[1][:n_masked]).float().mean())
         title += f": {hits:.0%} of {n_masked} masked frames predicted correctly"
-    top.set_title(title, parse_math=False)  # a name with $ is no formula
+    top.set_title(title, parse_math=False)  # a $ in a name does not start a formula
     below.imshow(rows, aspect="auto", cmap="nipy_spectral", vmin=0, vmax=96, interpolation="nearest",
                  extent=(0, n_frames / snapshot.rate_hz, 0, 2))  # fmt: skip
     below.set(xlabel="seconds", yticks=(0.5, 1.5), yticklabels=("target", "predicted"), xlim=(0, seconds))
@@ -91,9 +91,10 @@ def spectrogram(snapshot: Snapshot) -> Figure:
 
 
 def projected(snapshot: Snapshot) -> tuple[Tensor, list[str], list[list[str]]]:
-    """Returns up to MAX_PROJECTED frames of the last layer, with segment, time, masked or not, unit, and labels.
+    """Returns up to MAX_PROJECTED frames of the last layer, (N, D), a header, and a row of values for each frame.
 
-    The labels are those of the segment (data.labels: speaker, language ...) and of the frame (data.targets).
+    The values are segment, time, whether it is masked, unit, and labels of the segment (data.labels: speaker, language
+    …) and of the frame (data.targets).
     """
     names, sets = sorted(snapshot.batch.labels), sorted(snapshot.batch.targets)
     header = ["segment", "second", "masked", "unit", *names, *sets]
@@ -114,7 +115,7 @@ def projected(snapshot: Snapshot) -> tuple[Tensor, list[str], list[list[str]]]:
 
 
 def frame_label(snapshot: Snapshot, name: str, row: int, frame: int) -> str:
-    """Returns the label of the set `name` at the middle of a frame; a row's labels are evenly spaced in its audio."""
+    """Returns the label of the set `name` at the centre of a frame; a row's labels are evenly spaced in its audio."""
     labels_F = snapshot.batch.targets[name][row]
     count = int((labels_F >= 0).sum())
     seconds = int(snapshot.batch.lengths_B[row]) / SAMPLE_RATE

@@ -1,8 +1,8 @@
-"""The health monitor of one rank: observes updates, has them checked, and applies the policy.
+"""The health monitor of one rank: observes updates, runs the checks, and applies the policy.
 
-Rank 0 decides; its decision travels with the next update's all-reduce, so that every rank acts after the same update.
-What could change an update (the limit that skips outliers, tasks without targets) is computed alike on every rank and
-kept in the checkpoint, so a resumed run stays bitwise the uninterrupted one.
+Rank 0 decides; its decision is part of the next update's all-reduce, so that every rank acts after the same update.
+State that affects updates (the limit above which outliers are skipped, tasks without targets) is the same on every rank
+and saved in the checkpoint, so that a resumed run is bitwise equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pretrain.monitoring.policy import Alarm, Policy, UnhealthyError
 __all__ = ["HealthMonitor", "UnhealthyError"]
 
 MONITORED = ("accuracy", "non-silence", "PNMI")
-"""Measures of evaluations that should not fall."""
+"""Measures of evaluations that must not fall."""
 ELSEWHERE = "rank 0 found the run unhealthy; see its log and RUN/health.jsonl"
 _NAN_HELPS = "a lower optimizer.lr, a longer warm-up, optimizer.clip_norm=1, or engine.precision=fp32"
 
@@ -51,9 +51,9 @@ class HealthMonitor:
 
     Args:
         config: the run's config.
-        engine: for the module, and for the ranks.
-        run: where alarms and kept batches are written.
-        remembered: what an earlier start's `memory()` returned.
+        engine: gives access to the module and the ranks.
+        run: the run folder, for alarms and saved batches.
+        remembered: the result of `memory()` from the checkpoint; empty for a new run.
         say: prints a line.
     """
 
@@ -77,7 +77,7 @@ class HealthMonitor:
         self._resume(remembered)
 
     def _resume(self, healthy: Mapping[str, Any]) -> None:
-        """Starts again from what a checkpoint remembers."""
+        """Restores the state that a checkpoint contains."""
         self._memory = Memory.load(healthy)
         self._record = self._objective.monitoring()
         self._recent: deque[UpdateObservation] = deque(maxlen=self.settings.window)
@@ -86,23 +86,23 @@ class HealthMonitor:
         self.policy.reset()
 
     def memory(self) -> dict[str, Any]:
-        """Returns what a resumed run must know, for the checkpoint."""
+        """Returns the state that a resumed run needs, as plain JSON for the checkpoint."""
         return self._memory.dump() | {"rollbacks": self.policy.rollbacks, "outdated": self._outdated}
 
     @property
     def why(self) -> str:
-        """The reason for which this rank last wanted to stop or roll back."""
+        """The reason for this rank's last request to stop or roll back."""
         return self.policy.why or ELSEWHERE
 
     @property
     def limit(self) -> float:
-        """The gradient norm above which an update is an outlier; alike on all ranks."""
+        """The gradient norm above which an update is an outlier; the same on all ranks."""
         norms, clip = list(self._memory.norms), self.config.optimizer.clip_norm
         return detectors.gradient_limit(norms, self.settings.spike_factor, clip)
 
     @property
     def skip_above(self) -> float:
-        """The gradient norm above which the engine shall leave the weights alone."""
+        """The gradient norm above which the engine must skip an update."""
         return self.limit if self.settings.on_spike == "skip" else math.inf
 
     # before an update
@@ -130,7 +130,7 @@ class HealthMonitor:
         """Checks targets that exist before the first update.
 
         Raises:
-            UnhealthyError: on every rank, where rank 0's policy rules the run out.
+            UnhealthyError: on every rank, if rank 0's policy refuses the targets.
         """
         if self._world.rank == 0:
             books = books_of(self._record, metrics) if self._record.fixed_targets else ()
@@ -147,7 +147,7 @@ class HealthMonitor:
         """Returns the step to roll back before, or None.
 
         Raises:
-            UnhealthyError: on every rank, where rank 0 ends the run.
+            UnhealthyError: on every rank, if rank 0 ends the run.
         """
         if result.signals.unhealthy:
             raise UnhealthyError(self.why)
@@ -155,13 +155,13 @@ class HealthMonitor:
         return self.policy.count_rollback(before, self.why) if before else None
 
     def diverged(self, error: FloatingPointError, ctx: StepContext, batches: Sequence[Batch]) -> int:
-        """Keeps the batches of an update that was not finite for `auricle replay`.
+        """Saves the batches of a non-finite update for `auricle replay`.
 
         Returns:
             The step to roll back before.
 
         Raises:
-            UnhealthyError: where the config does not roll back.
+            UnhealthyError: if the config does not request a roll-back.
         """
         silent = silent_segments(batches)
         note = f" ({detectors.silence_note(len(silent), _segments(batches), silent)})" if silent else ""
@@ -176,10 +176,10 @@ class HealthMonitor:
         return self.policy.count_rollback(ctx.step, alarm.sentence)
 
     def after(self, ctx: StepContext, result: StepResult, step: Step, seconds: float) -> None:
-        """Takes in one finished update.
+        """Records one finished update.
 
         Raises:
-            UnhealthyError: on every rank, where a task had no target for too long.
+            UnhealthyError: on every rank, if a task had no target for too long.
         """
         spike = detectors.gradient_spike(result.grad_norm, self.limit)
         self._memory.add(result, self._module.tasks)
@@ -192,7 +192,7 @@ class HealthMonitor:
         self._require_targets(ctx)
 
     def _observe(self, ctx: StepContext, result: StepResult, seconds: float) -> None:
-        """Pools the update; every few updates checks all that was measured. Rank 0 alone."""
+        """Pools the update, and checks the pooled measurements every few updates. Rank 0 only."""
         seen = observe(self._record, result, seconds)
         if self._recent and [*map(len, seen.books)] != [*map(len, self._recent[-1].books)]:
             self._new_targets(ctx.step)
@@ -242,18 +242,18 @@ class HealthMonitor:
                 raise UnhealthyError(alarm.sentence)
 
     def go_back(self, step: int, healthy: Mapping[str, Any]) -> None:
-        """The run has rolled back to `step`: observations since do not count, nor evaluations of later steps."""
+        """Discards observations after `step`, to which the run has rolled back, and evaluations of later steps."""
         self._resume(healthy)
         self._outdated = (len(read_rows(self._run.path / "evaluations.jsonl")), step)
 
     def report(self) -> dict[str, float]:
-        """Returns scalars of the updates since the last report (rank 0): skipped ones, the newest check, hours."""
+        """Returns scalars since the last report (rank 0): skipped updates, the newest check, hours of audio."""
         report, self._report = self._report, {}
         hours = {"data/audio_hours": self._memory.heard / SAMPLE_RATE / 3600}
         return {"health/skipped": 0.0, "health/alarms": float(len(self.alarms))} | report | hours
 
     def _new_targets(self, step: int) -> None:
-        """From `step` on the model has other targets, which it must learn from the start."""
+        """Resets the checks at `step`, from which on the model has new targets."""
         self._memory.targets_since = step
         self._recent.clear()
         self._memory.best.pop("perplexity", None)

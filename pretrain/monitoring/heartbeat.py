@@ -33,8 +33,8 @@ class Heartbeat:
     Args:
         run_folder: the run.
         rank: this rank.
-        patience_seconds: longest phase, after which the process ends.
-        warn_seconds: longest phase without a report of stacks.
+        patience_seconds: longest duration of a phase, after which the process ends.
+        warn_seconds: longest duration of a phase without a report of stacks.
         start: the incarnation of the run, which distinguishes the files of ranks of earlier starts.
         superseded: whether a newer start exists. This rank then stops writing its record, and redirects its output
             from the log that it shares with the newer start.
@@ -115,15 +115,15 @@ class Heartbeat:
 
 
 def slowest(run_folder: Path, start: int, now: float | None = None) -> str:
-    """Returns a sentence naming the rank that is furthest behind, or those, among the ranks of one start.
+    """Returns a sentence naming the rank or ranks that are furthest behind, among the ranks of one start.
 
     Args:
         run_folder: the run.
-        start: the incarnation; notes of earlier starts, which may have had more ranks, do not count.
+        start: the incarnation; records of earlier starts, which may have had more ranks, are ignored.
         now: the time; for tests.
 
     Returns:
-        Empty where there are no notes.
+        Empty if there are no records.
     """
     notes = []
     for path in sorted((run_folder / "heartbeats").glob("rank_*.json")):

@@ -1,6 +1,6 @@
-"""Writes metrics.jsonl, which has every logged number, and TensorBoard, which shows them.
+"""Writes every logged number to metrics.jsonl and TensorBoard.
 
-Names: loss/ metric/ health/ opt/ perf/ data/ hist/.
+Prefixes of names: loss/ metric/ health/ opt/ perf/ data/ hist/.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HPARAMS = (
     "data.batch_seconds", "data.micro_batches", "encoder.", "engine.precision", "frontend.", "objective.", "optimizer.",
     "schedule.", "seed", "train.steps",
 )  # fmt: skip
-"""Fields of the config on the page that compares runs; the text page has all."""
+"""Config fields on TensorBoard's page that compares runs; the text page has all fields."""
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "learning": {
         "losses": ["Multiline", ["loss/.*"]],
@@ -57,10 +57,10 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 
 
 class MetricsWriter:
-    """Writes one row per logged step; rows of steps that a resume computes again are cut off first.
+    """Writes one row per logged step; on a resume, rows of steps that will be repeated are removed first.
 
-    No failure to write ends training. Raises StaleIncarnationError when a newer start of the run exists, before
-    anything is cut off or written.
+    Write errors never end training. Raises StaleIncarnationError if a newer start of the run exists, before anything is
+    removed or written.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class MetricsWriter:
         self.close()
 
     def expect(self, step: int) -> None:
-        """Update number `step` comes next: a snapshot is taken if one is due (each `train.media_every`, if logged)."""
+        """Requests a snapshot of update number `step`, the next, if one is due (every `train.media_every`)."""
         if self._snapshot is not None and self._is_due(step, self._config.train.media_every):
             self._snapshot.arm()
 
     def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
-        """Writes the scalars of one step to both; counts per code and snapshots to TensorBoard, when due.
+        """Writes the scalars of one step, and to TensorBoard also counts per code and snapshots, when due.
 
         Raises:
             StaleIncarnationError: when a newer start of the run exists.
@@ -146,17 +146,17 @@ class MetricsWriter:
         return step % log_every == 0 and step % every < log_every
 
     def go_back(self, resumed_at: int) -> None:
-        """Continues after step `resumed_at`, to which the run has rolled back."""
+        """Removes rows after step `resumed_at`, to which the run has rolled back."""
         self.close()
         self._open(resumed_at)
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flushes and closes all files."""
         self._board.close()
 
 
 def _shown(value: Any) -> bool | int | float | str:
-    """Returns a field's value for the page that compares runs: numbers as they are, all else as text."""
+    """Returns a field's value for the page that compares runs: numbers unchanged, other values as text."""
     if isinstance(value, (bool, int, float)):
         return value
     return visible(value if isinstance(value, str) else json.dumps(value))

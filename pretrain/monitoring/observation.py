@@ -1,6 +1,6 @@
-"""Observation: numbers of a run as they were measured, one update at a time and pooled over a window.
+"""Observation: measurements of single updates, and their means and sums over a window.
 
-Nothing here decides anything; detection.py compares these numbers with limits, policy.py acts on the result.
+detection.py compares them with limits; policy.py decides what follows.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pretrain.interfaces.monitoring import MonitoringRecord
 from pretrain.monitoring.detectors import entropy
 
 NORMS = 100
-"""Gradient norms that the running median is taken of."""
+"""Number of gradient norms in the running median."""
 SILENT = 1e-4
-"""Audio whose samples span less than this is silent or constant: about three steps of 16-bit audio, or -80 dBFS."""
+"""Range of samples below which audio is silent or constant: about three steps of 16-bit audio, or -80 dBFS."""
 
 
 def mean_of(metrics: Mapping[str, NumpySum], name: str | None) -> float:
@@ -31,19 +31,19 @@ def mean_of(metrics: Mapping[str, NumpySum], name: str | None) -> float:
 
 
 def deviation_of(metrics: Mapping[str, NumpySum], name: str | None) -> float | None:
-    """Returns the deviation that a metric holds; None where the objective names none or no frame was measured."""
+    """Returns the deviation in a metric; None if the objective has no such metric or no frame was measured."""
     total, count = metrics.get(name or "", (np.zeros(1), 0.0))
     return float(total[0]) / count if count > 0 else None
 
 
 def books_of(record: MonitoringRecord, metrics: Mapping[str, NumpySum]) -> tuple[np.ndarray, ...]:
-    """Returns how often each code occurred, for each of the objective's books that was counted."""
+    """Returns the counts per code of each of the objective's books that was counted."""
     counted = [book for book in record.books if book.metric in metrics]
     return tuple(metrics[book.metric][0][book.first : book.first + book.size] for book in counted)
 
 
 def chance_accuracy(record: MonitoringRecord, metrics: Mapping[str, NumpySum]) -> float:
-    """Returns the accuracy of a guess: over each target's own candidates, or the most frequent code's share."""
+    """Returns the accuracy of guessing among each target's candidates, or else the share of the most frequent code."""
     if record.chance_accuracy is not None:
         return mean_of(metrics, record.chance_accuracy)
     shares = [float(counts.max() / counts.sum()) for counts in books_of(record, metrics) if counts.sum() > 0]
@@ -62,7 +62,7 @@ def silent_segments(batches: Sequence[Batch]) -> list[str]:
 
 @dataclass(frozen=True)
 class UpdateObservation:
-    """One update, as far as the pooled detectors need it. NaN: the objective reports no such number."""
+    """Measurements of one update for the pooled detectors. NaN: not reported by the objective."""
 
     loss: float
     """Per target, without regularisers."""
@@ -70,7 +70,7 @@ class UpdateObservation:
     chance_loss: float
     chance_accuracy: float
     books: tuple[np.ndarray, ...]
-    """How often each code occurred, of each code book."""
+    """Counts per code of each code book."""
     samples: int
     seconds: float
     waits: np.ndarray
@@ -81,9 +81,9 @@ def observe(record: MonitoringRecord, result: StepResult, seconds: float) -> Upd
     """Returns the observation of one finished update.
 
     Args:
-        record: what the objective reported before the update (its books may be others after it).
+        record: the objective's record from before the update, which may replace its books.
         result: the sums over all ranks.
-        seconds: wall time from batch to batch.
+        seconds: wall time of the step.
     """
     loss = mean_of(result.metrics, record.loss)
     return UpdateObservation(
@@ -100,17 +100,17 @@ def observe(record: MonitoringRecord, result: StepResult, seconds: float) -> Upd
 
 @dataclass(frozen=True)
 class Pooled:
-    """Means and sums over the window's updates. NaN: nothing was measured."""
+    """Means and sums over the updates of a window. NaN: not measured."""
 
     updates: int
     loss: float
     accuracy: float
     chance_loss: float
-    """Of a model that knows only how frequent each target is; 0 where that is not defined."""
+    """Loss of predicting the distribution of the targets; 0 where that is not defined."""
     chance_accuracy: float
     books: tuple[np.ndarray, ...]
     contrastive: bool
-    """Whether the chance level is that of a guess among negatives."""
+    """Whether the chance level is that of guessing among negatives."""
     samples: float
     seconds: float
     waits: Mapping[int, float]
@@ -151,15 +151,15 @@ class Memory:
     best: dict[str, float] = field(default_factory=dict)
     """The largest rank of each stage since the warm-up, and the largest perplexity."""
     targets_since: int = 0
-    """The step from which on the model has its present targets."""
+    """The step since which the model has its current targets."""
     heard: int = 0
-    """Samples of audio computed on, from the first update on."""
+    """Samples of audio seen since the first update."""
     without_targets: dict[str, int] = field(default_factory=dict)
-    """Updates in a row in which a task had no target; alike on all ranks."""
+    """Updates in a row without a target, by task; the same on all ranks."""
 
     @classmethod
     def load(cls, values: Mapping[str, Any]) -> Memory:
-        """Returns the memory of a checkpoint; fields that an earlier version did not keep start empty."""
+        """Returns the memory of a checkpoint; fields that earlier versions did not save are empty."""
         return cls(
             deque(values.get("norms", []), NORMS),
             dict(values.get("first", {})),

@@ -15,12 +15,12 @@ AT_ONCE = ("target entropy", "target inputs", "silent audio")
 
 
 class UnhealthyError(RuntimeError):
-    """The run was stopped because it does not learn; the message is one sentence for the user."""
+    """Raised to stop a run that does not learn; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A confirmed finding: at which step, and since which."""
+    """A confirmed finding, with the step of its confirmation and of its first occurrence."""
 
     step: int
     since: int
@@ -33,14 +33,14 @@ class Alarm:
 
 
 class Policy:
-    """Confirms findings over several checks, and keeps what rank 0 wants done about them."""
+    """Confirms findings over several checks, and holds the action that rank 0 requests."""
 
     def __init__(self, settings: HealthConfig, rollbacks: int) -> None:
         self.settings, self.rollbacks = settings, rollbacks
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all findings, after a roll-back."""
+        """Discards all findings, after a roll-back."""
         self._seen: dict[str, tuple[int, int, int]] = {}
         """Per finding of the last check: step when first seen, number of checks, step from which it may be present."""
         self._alarmed: set[str] = set()
@@ -50,7 +50,7 @@ class Policy:
         self.why = ""
 
     def decide(self, step: int, findings: Sequence[Finding]) -> list[Alarm]:
-        """Takes the findings of one check in; returns those that became certain with it."""
+        """Adds the findings of one check; returns those that it confirmed."""
         present = {found.detector: found for found in findings}
         self._seen = {name: self._seen.get(name, (step, 0, step - found.pooled)) for name, found in present.items()}
         self._alarmed &= present.keys()
@@ -66,7 +66,7 @@ class Policy:
         return alarms
 
     def _answer(self, alarm: Alarm, begun: int) -> None:
-        """Notes what the config wants done; of two findings that roll back, the earlier step."""
+        """Records the action that the config selects; of two roll-backs, the one to the earlier step."""
         action = self.action(alarm.finding)
         if action == "warn":
             return
@@ -78,7 +78,7 @@ class Policy:
             self.stop = True
 
     def action(self, finding: Finding) -> Action:
-        """Returns what the config wants done about a finding of this kind."""
+        """Returns the action that the config selects for a finding of this kind."""
         settings = self.settings
         actions: Mapping[str, Action] = {
             "nan": settings.on_nan,
@@ -89,7 +89,7 @@ class Policy:
         return actions.get(finding.kind, "warn")
 
     def count_rollback(self, before: int, why: str) -> int:
-        """Returns the step to roll back before. Raises UnhealthyError where no roll-back is left."""
+        """Returns the step to roll back before. Raises UnhealthyError if no roll-back is left."""
         self.rollbacks += 1
         if self.rollbacks > self.settings.max_rollbacks:
             raise UnhealthyError(f"{why}; health.max_rollbacks={self.settings.max_rollbacks} are used up")

@@ -1,6 +1,6 @@
-"""Snapshots: one micro-batch with its mask, targets, predictions and frames, for pictures and sound. No extra compute.
+"""Snapshots: one micro-batch with mask, targets, predictions and frames, for figures and audio. No extra compute.
 
-A forward hook on the objective sees batch and encoder output; targets and predictions are the objective's own record.
+A forward hook on the objective obtains batch and encoder output; targets and predictions are in the objective's record.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Snapshot:
 
 
 class SnapshotHook:
-    """Takes one Snapshot of the first micro-batch after it was armed."""
+    """Takes a Snapshot of the first micro-batch after `arm`."""
 
     def __init__(self, objective: Objective) -> None:
         self._objective, self._armed = objective, False
@@ -38,12 +38,12 @@ class SnapshotHook:
         objective.register_forward_hook(self._seen)
 
     def arm(self) -> None:
-        """Keeps the next forward pass."""
+        """Requests a snapshot of the next forward pass."""
         self._armed, self._batch, self._encoded = True, None, None
         self._objective.record_next()
 
     def take(self) -> Snapshot | None:
-        """Returns the snapshot since arming; None where no forward pass has run."""
+        """Returns the snapshot taken since `arm`; None if no forward pass has run."""
         batch, encoded, last = self._batch, self._encoded, self._objective.monitoring().last
         self._armed, self._batch, self._encoded = False, None, None
         if batch is None or encoded is None or last is None:

@@ -14,7 +14,7 @@ from pretrain.engines.base import NumpySum, StepResult
 from pretrain.interfaces.monitoring import CODE_COUNTS, MonitoringRecord
 
 RANKS_SHOWN = 64
-"""Of more ranks, only the one that waits longest for data has a curve."""
+"""Ranks up to which each has a curve of data waits; with more, only the slowest has."""
 
 
 def step_scalars(
@@ -24,11 +24,11 @@ def step_scalars(
 
     Args:
         result: sums over all ranks.
-        step: for padding and epoch.
+        step: the step's data, for padding and epoch.
         lr: learning rate.
-        seconds: wall time from batch to batch.
+        seconds: wall time of the step.
         world: number of ranks.
-        record: of the objective, for the metrics that count codes.
+        record: the objective's monitoring record, for the metrics that count codes.
     """
     scalars = {"loss/total": result.loss, "opt/lr": lr, "opt/grad_norm": result.grad_norm}
     for name, (total, count) in result.metrics.items():
@@ -51,7 +51,7 @@ def step_scalars(
 
 
 def data_waits(result: StepResult, seconds: float, world: int) -> dict[str, float]:
-    """Returns the share of the step that each rank waited for data, and the worst rank, where there are several."""
+    """Returns the share of the step that each rank waited for data and, if there are several, the slowest rank."""
     waits = [min(1.0, waited / seconds) for waited in result.signals.wait_seconds]
     if world == 1:
         return {}
@@ -63,14 +63,14 @@ def data_waits(result: StepResult, seconds: float, world: int) -> dict[str, floa
 
 
 def peak_memory_gib() -> float:
-    """Returns the peak memory of this process: on its GPU, or of the machine."""
+    """Returns the peak memory of this process in GiB, on its GPU if it has one, else in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
 
 
 def code_use(name: str, counts: np.ndarray) -> dict[str, float]:
-    """Returns perplexity and the share of used codes of a code book, from how often each occurred in the step."""
+    """Returns the perplexity and the share of used codes of a code book from the step's counts per code."""
     suffix = name.removeprefix(CODE_COUNTS)
     share = counts / max(1.0, float(counts.sum()))
     used = share[share > 0]

@@ -47,7 +47,7 @@ def test_verify_finds_a_changed_byte_and_a_missing_index(tmp_path: Path, capsys:
     said = capsys.readouterr().out
     assert f"{tars[0].name}: checksum mismatch" in said
     assert tars[1].stem in said
-    assert "1 of 3 shards are whole" in said
+    assert "1 of 3 shards are intact" in said
 
 
 def test_a_folder_without_shards_names_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
