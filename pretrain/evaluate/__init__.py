@@ -1,1 +1,1 @@
-"""Evaluates frozen encoders by probes and label-free measures, beside baselines."""
+"""Evaluates frozen encoders by probes and label-free measures, compared with baselines."""

@@ -1,7 +1,7 @@
-"""Phone ABX: whether X is nearer to A, of its own phone, than to B, of another one (as fastabx, arXiv 2505.02692).
+"""Phone ABX: is X nearer to A, of the same phone, than to B, of another phone? Same results as fastabx (2505.02692).
 
-Tokens are compared along the best alignment; a cell is all triples of two phones, a speaker of A and B, and one of X.
-Cells are averaged over speakers, then over pairs of phones, so that no frequent phone outweighs the rest.
+Tokens are compared by dynamic time warping. A cell contains all triples for a pair of phones, a speaker of A and B, and
+a speaker of X. Cells are averaged over speakers, then over phone pairs, so that frequent phones do not dominate.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Matrix = npt.NDArray[np.floating]
 Token = tuple[str, str, Matrix]
 """(phone, speaker, (F, D) features)."""
 CHUNK = 4_096
-"""Pairs that are aligned at a time."""
+"""Number of pairs that are aligned at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Share of wrong triples (ties count half). `speaker`: of A and B; `other`: of X, the same one within speakers."""
+    """Error rate of a cell (ties count half). `speaker`: of A and B; `other`: of X, the same for within-speaker ABX."""
 
     phone: str
     against: str
@@ -33,14 +33,17 @@ class Cell:
 
 
 def distances(x_tokens: Sequence[Matrix], y_tokens: Sequence[Matrix], pairs: npt.NDArray[np.intp]) -> Matrix:
-    """Returns (P,) mean angles / π along the best alignments of token pairs.
+    """Returns the mean angles / π along the best alignments of token pairs, (P,).
 
-    pairs: (P, 2) indices into `x_tokens` and `y_tokens`, lists of (F, D) features.
+    Args:
+        x_tokens: (F, D) features of each token.
+        y_tokens: the same for the tokens to compare with.
+        pairs: (P, 2) indices into `x_tokens` and `y_tokens`.
     """
     xs, ys = [_unit(x) for x in x_tokens], [_unit(y) for y in y_tokens]
     sizes = np.array([(len(xs[i]), len(ys[j])) for i, j in pairs]).reshape(-1, 2)
     found = np.empty(len(pairs))
-    order = np.lexsort((sizes[:, 1], sizes[:, 0]))  # pairs of like lengths together: little padding
+    order = np.lexsort((sizes[:, 1], sizes[:, 0]))  # group pairs of similar lengths, to reduce padding
     for start in range(0, len(order), CHUNK):
         chosen = order[start : start + CHUNK]
         width_M, width_N = sizes[chosen].max(0)
@@ -57,7 +60,7 @@ def _unit(x_FD: Matrix) -> Matrix:
 
 
 def _align(cost_PMN: Matrix, sizes_P2: npt.NDArray[np.intp]) -> Matrix:
-    """Returns the cost of each pair's best path per step of that path; of equal paths the diagonal is taken."""
+    """Returns the cost of each pair's best path divided by its steps; ties are resolved in favour of the diagonal."""
     P, M, N = cost_PMN.shape
     total_PN, steps_PN = np.full((P, N + 1), np.inf), np.zeros((P, N + 1))
     total_PN[:, 0] = 0.0
@@ -79,9 +82,16 @@ def _align(cost_PMN: Matrix, sizes_P2: npt.NDArray[np.intp]) -> Matrix:
 
 
 def cells(tokens: Sequence[Token], across: bool, others: int = 1, seed: int = 0) -> list[Cell]:
-    """Returns every cell with a triple. across: X is of another speaker, `others` of them drawn for each speaker.
+    """Returns all cells with at least one triple.
 
-    Raises ValueError where there is none.
+    Args:
+        tokens: phone, speaker and (F, D) features of each token.
+        across: whether X is of another speaker than A and B.
+        others: number of speakers of X that are drawn for each speaker of A and B.
+        seed: seed of this draw.
+
+    Raises:
+        ValueError: there is no triple.
     """
     rng = np.random.default_rng(seed)
     by: dict[str, list[int]] = {}
@@ -119,7 +129,7 @@ def _cells_of(tokens: Sequence[Token], xs: list[int], own: list[int], speaker: s
 
 
 def error(found: Sequence[Cell], times: int = 0) -> Interval95:
-    """Returns the mean over phone pairs of the mean over speakers; 95 % interval by `times` bootstraps of speakers."""
+    """Returns the mean over phone pairs of the means over speakers, with a 95 % interval from `times` bootstraps."""
     speakers = {name: i for i, name in enumerate(sorted({cell.speaker for cell in found}))}
     pairs = {pair: i for i, pair in enumerate(sorted({(cell.phone, cell.against) for cell in found}))}
     sums_PS, counts_PS = np.zeros((len(pairs), len(speakers))), np.zeros((len(pairs), len(speakers)))
@@ -141,7 +151,7 @@ def error(found: Sequence[Cell], times: int = 0) -> Interval95:
 
 
 def thinned(tokens: Sequence[Token], per_phone: int) -> list[Token]:
-    """Keeps the first `per_phone` tokens of each phone and speaker, since cost grows with their cube."""
+    """Returns the first `per_phone` tokens of each phone and speaker; the cost grows with the cube of this number."""
     seen: dict[tuple[str, str], int] = {}
     kept = []
     for token in tokens:

@@ -13,10 +13,8 @@ TASKS: Final = ("phones", "keywords", "digits", "speaker", "language", "abx", "p
 class ProbeConfig:
     """A linear classifier on frozen features, with learned weights of the layers."""
 
-    epochs: Annotated[int, about("passes over the training part", ge=1)] = 8
-    min_updates: Annotated[int, about("more passes where the training part is small, until so many updates", ge=1)] = (
-        600
-    )
+    epochs: Annotated[int, about("passes over the training split", ge=1)] = 8
+    min_updates: Annotated[int, about("least number of updates; small training splits get more passes", ge=1)] = 600
     lr: Annotated[float, about("Adam's peak learning rate, with a cosine to 0", gt=0)] = 2e-3
     batch: Annotated[int, about("frames (or utterances) per update", ge=1)] = 512
     weight_decay: Annotated[float, about("decoupled weight decay", ge=0)] = 1e-4
@@ -24,16 +22,16 @@ class ProbeConfig:
 
 @config
 class SupervisedConfig:
-    """The same encoder trained from scratch on the probe's own labels: what the labels alone can teach."""
+    """Baseline: the same encoder, trained from scratch on the probe's labels only."""
 
-    epochs: Annotated[int, about("passes over the training part; 0 leaves this baseline out", ge=0)] = 10
+    epochs: Annotated[int, about("passes over the training split; 0: without this baseline", ge=0)] = 10
     lr: Annotated[float, about("Adam's peak learning rate", gt=0)] = 1e-3
     batch_seconds: Annotated[float, about("audio per update", gt=0)] = 40.0
 
 
 @config
 class EvaluateConfig:
-    """One evaluation: checkpoints × tasks, with the baselines beside them."""
+    """One evaluation: checkpoints and baselines × tasks."""
 
     checkpoint: Annotated[
         str, about("checkpoint folder, run folder or Hugging Face folder; several with commas", min_length=1)
@@ -49,26 +47,30 @@ class EvaluateConfig:
     phones: Annotated[
         str, about("tab-separated alignment: path, start_s, end_s, phone; relative to the manifest's folder")
     ] = "phones/auto_pocketsphinx.tsv"
-    corpora: Annotated[str, about("take only these corpora, with commas; empty: those that suit the task")] = ""
+    corpora: Annotated[str, about("use only these corpora, with commas; empty: the task's default corpora")] = ""
     ask: Annotated[
         Literal["test", "valid"],
-        about("whose accuracy is given: speakers of valid while settings are chosen, of test for the figure itself"),
+        about("split that is evaluated: valid while settings are chosen, test for final figures"),
     ] = "test"
-    layers: Annotated[str, about("layers to use, with commas; 0 is what enters the first block; empty: all")] = ""
-    seeds: Annotated[int, about("probes, random encoders and supervised runs are made this often", ge=1)] = 3
-    baselines: Annotated[bool, about("log-mel with context, random weights and supervised from scratch beside")] = True
-    bootstrap: Annotated[int, about("resamplings of the test speakers for the intervals", ge=100)] = 2_000
-    max_utterances: Annotated[int, about("at most so many utterances per split; 0 takes all", ge=0)] = 0
+    layers: Annotated[str, about("layers to use, with commas; 0 is the first block's input; empty: all")] = ""
+    seeds: Annotated[
+        int, about("number of probes, random encoders and supervised runs, each with its own seed", ge=1)
+    ] = 3
+    baselines: Annotated[bool, about("also evaluate log-mel with context, random weights and supervised training")] = (
+        True
+    )
+    bootstrap: Annotated[int, about("bootstrap resamplings of the test speakers for the intervals", ge=100)] = 2_000
+    max_utterances: Annotated[int, about("maximum number of utterances per split; 0: all", ge=0)] = 0
     out: Annotated[str, about("folder for results.json and the table; empty: print only")] = ""
     follow: Annotated[
-        bool, about("follow a run in training: evaluate each new checkpoint, write results to its TensorBoard")
+        bool, about("follow a training run: evaluate each new checkpoint, write results to its TensorBoard")
     ] = False
     follow_minutes: Annotated[
         float,
-        about("follow: end after so many minutes without a heartbeat of the run; 0: wait forever", ge=0, le=525_600),
+        about("follow: end after this many minutes without a heartbeat of the run; 0: wait forever", ge=0, le=525_600),
     ] = 60.0
-    every: Annotated[int, about("follow: evaluate only checkpoints whose step this divides", ge=1)] = 1
-    device: Annotated[str, about("cpu, or cuda where there is one", min_length=1)] = "cpu"
+    every: Annotated[int, about("follow: evaluate only checkpoints at multiples of this step", ge=1)] = 1
+    device: Annotated[str, about("cpu or cuda", min_length=1)] = "cpu"
     probe: ProbeConfig = ProbeConfig()
     supervised: SupervisedConfig = SupervisedConfig()
 
@@ -79,7 +81,7 @@ def items(text: str) -> list[str]:
 
 
 def task_names(config: EvaluateConfig) -> list[str]:
-    """Returns the tasks of a config. Raises ConfigError for an unknown one, or where there is none."""
+    """Returns the tasks of a config. Raises ConfigError for an unknown task, or if there is none."""
     names = items(config.task)
     for name in names or [config.task]:
         if name not in TASKS:
@@ -88,7 +90,7 @@ def task_names(config: EvaluateConfig) -> list[str]:
 
 
 def layer_numbers(config: EvaluateConfig) -> list[int]:
-    """Returns the layers of a config, empty for all. Raises ConfigError for what is not a number of a layer."""
+    """Returns the layers of a config, empty for all. Raises ConfigError for a text that is not a layer number."""
     for layer in items(config.layers):
         if not layer.isdecimal():
             raise ConfigError(

@@ -34,9 +34,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Intervals are 95 % over test speakers; differences are paired by speaker.
+    """One row of the table. Intervals are 95 % over test speakers; differences are paired by speaker.
 
-    Of measures that fit nothing, `value` and interval of random weights are means over the seeds.
+    For measures without fitting, value and interval of random weights are means over the seeds.
     """
 
     task: str
@@ -102,13 +102,13 @@ class TaskEvaluation:
         self.waves = Waves()
 
     def features(self, encoder: FrozenEncoder, part: Sequence[Utterance]) -> Labelled:
-        """Labelled vectors of one split."""
+        """Returns the labelled feature vectors of one split."""
         if self.task.target is None:
             return phone_frames(encoder, part, self.phones, self.classes, self.waves, self.layers)
         return pooled(encoder, part, self.task.target, self.classes, self.waves, self.task.pool, self.layers)
 
     def counted(self, test: Labelled) -> dict[str, np.ndarray]:
-        """Returns which vectors count (0 or 1), by the name of the measure."""
+        """Returns the weight (0 or 1) of each vector, (N,), by the name of the measure."""
         everything = np.ones(len(test.y_N))
         if self.task.target is not None:
             return {"accuracy": everything}
@@ -118,14 +118,16 @@ class TaskEvaluation:
     def probe(self, make: Callable[[int], FrozenEncoder], same: bool) -> dict[str, list[Tally]]:
         """Fits a probe per seed and returns their tallies by measure.
 
-        same: the encoder does not depend on the seed, so its features are computed once.
+        Args:
+            make: returns the encoder of a seed.
+            same: whether the encoder is the same for all seeds, so that its features are computed once.
         """
         tallies: dict[str, list[Tally]] = {}
         parts: list[Labelled] = []
         view: View | None = None
         for seed in range(self.config.seeds):
             if not (same and parts):
-                parts = []  # frees the last seed's features before the next are made
+                parts = []  # frees the last seed's features before the next are computed
                 encoder = make(seed)
                 parts = [self.features(encoder, part) for part in self.parts]
             train, valid, test = parts
@@ -137,7 +139,7 @@ class TaskEvaluation:
         return tallies
 
     def supervised(self, encoder: FrozenEncoder) -> dict[str, list[Tally]]:
-        """Trains the same architecture on the labels of the training part alone; returns tallies by measure."""
+        """Trains the encoder's architecture from scratch on the training split; returns tallies by measure."""
         assert encoder.fresh is not None
         examples = [[self._example(u, encoder.rate_hz) for u in part] for part in self.parts]
         tallies: dict[str, list[Tally]] = {}
@@ -199,7 +201,7 @@ class TaskEvaluation:
         return rows + (self.verification(encoders) if self.name == "speaker" else [])
 
     def verification(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
-        """Measures equal error rates on held-out speakers, where the manifest has such splits."""
+        """Measures equal error rates on held-out speakers, if the manifest has such splits."""
         everyone = [u for part in self.parts for u in part]
         valid, test = ([u for u in everyone if u.split == split] for split in ("valid", "test"))
         if not valid or not test:
@@ -269,7 +271,7 @@ class TaskEvaluation:
         return rows
 
     def measures(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
-        """Applies a label-free measure or ABX to every layer on the test part, baselines included."""
+        """Applies a label-free measure or ABX to every layer on the test split, for checkpoints and baselines."""
 
         def measure(encoder: FrozenEncoder) -> intrinsic.Found:
             return intrinsic.MEASURES[self.name](encoder, self.parts[2], self.phones, self.classes, self.waves)
@@ -278,5 +280,5 @@ class TaskEvaluation:
 
 
 def plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns rows as JSON-like values."""
+    """Returns the rows as plain values for JSON."""
     return [asdict(row) for row in rows]

@@ -14,13 +14,13 @@ from pretrain.evaluate.frozen_encoders import FrozenEncoder
 from pretrain.evaluate.manifest import Interval, Utterance, grid_labels
 
 GRID_HZ = 50.0
-"""Frames are labelled and counted at this rate, so that encoders of any rate answer the same questions."""
+"""Rate at which frames are labelled and counted, so that encoders of any rate are evaluated on the same labels."""
 SILENCE = ("SIL", "sil", "", "spn", "SPN", "sp", "<sil>", "+SPN+")
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """x_NLD: float16 features of every layer.  y_N: class.  speaker_N: index into `speakers`."""
+    """Labelled vectors. x_NLD: float16 features of every layer.  y_N: class.  speaker_N: index into `speakers`."""
 
     x_NLD: Tensor
     y_N: Tensor
@@ -28,7 +28,12 @@ class Labelled:
     speakers: tuple[str, ...]
 
     def tally(self, hits_N: np.ndarray, counted_N: np.ndarray) -> dict[str, tuple[float, float]]:
-        """Returns hits and trials of each speaker among the vectors that count."""
+        """Returns hits and trials by speaker.
+
+        Args:
+            hits_N: 1 for correct predictions, else 0.
+            counted_N: weight of each vector, 0 or 1.
+        """
         n = len(self.speakers)
         hits = np.bincount(self.speaker_N, weights=hits_N * counted_N, minlength=n)
         trials = np.bincount(self.speaker_N, weights=counted_N, minlength=n)
@@ -36,20 +41,26 @@ class Labelled:
 
 
 class Waves:
-    """Cache of decoded audio, which all encoders share."""
+    """Cache of decoded audio, shared by all encoders."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def __call__(self, utterance: Utterance) -> Tensor:
-        """(T,) float32."""
+        """Returns the audio of an utterance, (T,) float32 at 16 kHz."""
         if utterance.name not in self._kept:
             self._kept[utterance.name] = torch.from_numpy(read_mono(str(utterance.path)))
         return self._kept[utterance.name]
 
 
 def grid_frames(rate_hz: float, n_frames: int, cells: int) -> Tensor:
-    """Returns, for each cell of the grid, the encoder frame whose centre is nearest."""
+    """Returns the encoder frame with the nearest centre for each cell of the grid, (cells,) int64.
+
+    Args:
+        rate_hz: frame rate of the encoder.
+        n_frames: number of its frames; indices are limited to them.
+        cells: number of cells, at GRID_HZ.
+    """
     centre_s = (torch.arange(cells) + 0.5) / GRID_HZ
     return (centre_s * rate_hz - 0.5).round().long().clamp(0, n_frames - 1)
 
@@ -62,7 +73,16 @@ def phone_frames(
     waves: Waves,
     layers: Sequence[int] | None = None,
 ) -> Labelled:
-    """Returns every labelled cell of the grid; cells whose phone is not in `classes` are left out."""
+    """Returns the features of every labelled cell of the grid.
+
+    Args:
+        encoder: computes the features.
+        utterances: the utterances.
+        phones: alignment of each utterance, by name.
+        classes: index of each phone; cells with other phones are skipped.
+        waves: decoded audio.
+        layers: layers to keep; None: all.
+    """
     xs, ys, owners = [], [], []
     speakers = tuple(sorted({u.speaker for u in utterances}))
     for utterance in utterances:
@@ -88,7 +108,17 @@ def pooled(
     pool: Callable[[Tensor], Tensor],
     layers: Sequence[int] | None = None,
 ) -> Labelled:
-    """Returns one vector per utterance; `pool` maps (L, F, D) to (L, D')."""
+    """Returns one vector per utterance.
+
+    Args:
+        encoder: computes the features.
+        utterances: the utterances.
+        target: returns the class name of an utterance.
+        classes: index of each class.
+        waves: decoded audio.
+        pool: maps (L, F, D) features to (L, D').
+        layers: layers to keep; None: all.
+    """
     speakers = tuple(sorted({u.speaker for u in utterances}))
     x_NLD = torch.stack([pool(_chosen(encoder.encode(waves(u)), layers)).half() for u in utterances])
     y_N = torch.tensor([classes[target(u)] for u in utterances])

@@ -1,4 +1,4 @@
-"""Frozen encoders of several kinds behind one call: audio to the features of every layer."""
+"""Frozen encoders of several kinds with one interface: audio to the features of every layer."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Model = SpeechModel | HuggingFaceModel
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """Features of audio.
+    """Computes features of audio.
 
-    encode: (T,) waveform at 16 kHz to layers (L, F, D) at rate_hz; frame f is at (f + ½) / rate_hz seconds.
-    fresh: builds the same architecture with random weights, by seed; None for features without weights.
+    encode: (T,) waveform at 16 kHz to layers (L, F, D) at rate_hz; the centre of frame f is at (f + ½) / rate_hz s.
+    fresh: builds the same architecture with the random weights of a seed; None for features without weights.
     """
 
     name: str
@@ -44,7 +44,7 @@ class FrozenEncoder:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint's model.  fresh: as FrozenEncoder's.  settings: the config that it was trained with."""
+    """A checkpoint's model.  fresh: as in FrozenEncoder.  settings: the config that it was trained with."""
 
     name: str
     model: Model
@@ -54,16 +54,16 @@ class Pretrained:
 
 
 def open_pretrained(given: str) -> Pretrained:
-    """Loads a checkpoint of ours, or one in Hugging Face's layout.
+    """Loads a checkpoint of this project or of Hugging Face.
 
     Args:
         given: a run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder.
 
     Returns:
-        The model on the CPU, with its name, config, number of updates and a builder of untrained copies.
+        The model on the CPU, with its name, config, number of updates and a function that builds untrained copies.
 
     Raises:
-        ValueError: there is none, or it is damaged or of another kind of model; names the file and the remedy.
+        ValueError: there is no checkpoint, or it is damaged or of an unsupported model; names the file and the remedy.
     """
     folder = find_checkpoint(given)
     if not (folder / "state.json").is_file():
@@ -86,7 +86,7 @@ def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
         An encoder whose `encode` maps a waveform (T,) at 16 kHz in [-1, 1] to the layers (L, F, D), fp32 on the CPU.
 
     Raises:
-        ValueError: there is no checkpoint, or it is damaged or of another kind of model; names the file and the remedy.
+        ValueError: there is no checkpoint, or it is damaged or of an unsupported model; names the file and the remedy.
         ConfigError: this version cannot read its config.
     """
     found = open_pretrained(given)
@@ -105,13 +105,21 @@ def freeze(
     step: int = 0,
     fresh: Callable[[int], Model] | None = None,
 ) -> FrozenEncoder:
-    """Puts a model into evaluation mode on a device and wraps it."""
+    """Wraps a model for feature extraction: in evaluation mode, without gradients.
+
+    Args:
+        model: the model.
+        name: its name in tables.
+        device: torch device that computes the features.
+        step: number of its updates.
+        fresh: builds the same architecture with the random weights of a seed.
+    """
     model.eval().to(device)
     shortest = model.least_samples() if isinstance(model, HuggingFaceModel) else model.frontend.least_samples()
 
     @torch.inference_mode()
     def encode(wave_T: Tensor) -> Tensor:
-        wave_1T = pad_audio(wave_T[None], shortest).to(device)  # at least one frame, of silence for the most part
+        wave_1T = pad_audio(wave_T[None], shortest).to(device)  # padded with silence to at least one frame
         encoded = model(wave_1T, torch.tensor([wave_1T.shape[1]], device=device))
         return torch.stack([layer[0] for layer in encoded.layers]).cpu()
 
@@ -119,7 +127,7 @@ def freeze(
 
 
 def log_mel_with_context(context: int = 10, n_mels: int = 80, rate_hz: float = 50.0) -> FrozenEncoder:
-    """Returns log-mel of each frame and of `context` 10 ms frames on either side, as one layer of that width."""
+    """Returns a baseline of one layer: log-mel of each frame and of `context` 10 ms frames on either side."""
     mel = LogMel(n_mels)
 
     @torch.inference_mode()
@@ -129,7 +137,7 @@ def log_mel_with_context(context: int = 10, n_mels: int = 80, rate_hz: float = 5
         padded = torch.nn.functional.pad(frames_FD.T, (context, context)).T
         windows_FDC = padded.unfold(0, 2 * context + 1, 1)
         centre_s = (np.arange(max(1, int(len(wave_T) / SAMPLE_RATE * rate_hz))) + 0.5) / rate_hz
-        # a mel frame of 25 ms every 10 ms has its middle at 10·f + 12.5 ms
+        # mel windows of 25 ms every 10 ms have their centres at 10·f + 12.5 ms
         nearest = np.clip(np.rint((centre_s - 0.0125) * mel.rate_hz), 0, len(frames_FD) - 1).astype(np.int64)
         return windows_FDC[torch.from_numpy(nearest)].flatten(1)[None]
 

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's layout as models that probes and their baselines use like ours."""
+"""Loads Hugging Face checkpoints as models for probes and their baselines."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pretrain.interfaces.models import ModelShape, shortest_input
 from pretrain.interop import hf_folder
 
 UNUSED = ("masked_spec_embed",)
-"""Weights of a base model that only its own pretraining uses."""
+"""Weights of a base model that are used in its pretraining only."""
 
 
 class HuggingFaceModel(nn.Module):
-    """A speech encoder of transformers. normalize: bring each utterance to mean 0 and deviation 1 first."""
+    """A speech encoder of transformers. normalize: scale each utterance to mean 0 and deviation 1."""
 
     def __init__(self, net: Any, normalize: bool) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ class HuggingFaceModel(nn.Module):
         self.shape = ModelShape(
             settings.hidden_size, settings.num_hidden_layers, settings.conv_dim[-1], rate_hz, rate_hz
         )
-        # the supervised baseline must not have the masks and dropped layers of pretraining
+        # train the supervised baseline without the masks and layer drop of pretraining
         settings.apply_spec_augment, settings.layerdrop = False, 0.0
 
     def feature_lengths(self, lengths_B: Tensor) -> Tensor:
-        """Returns the frames of audio of so many samples."""
+        """Returns the number of frames for each number of samples, (B,)."""
         frames_B: Tensor = self.net._get_feat_extract_output_lengths(lengths_B)
         return frames_B
 
@@ -46,7 +46,7 @@ class HuggingFaceModel(nn.Module):
         return shortest_input(self.feature_lengths)
 
     def forward(self, wave_BT: Tensor, lengths_B: Tensor, dropped_BF: Tensor | None = None) -> EncoderOutput:
-        """Encodes (B, T) audio; features are set to 0 where `dropped_BF`."""
+        """Encodes (B, T) audio to (B, F, D) per layer; features at `dropped_BF` are set to 0."""
         valid_BT = torch.arange(wave_BT.shape[1], device=wave_BT.device)[None] < lengths_B[:, None]
         if self.normalize:
             mean_B1 = wave_BT.sum(1, keepdim=True) / lengths_B[:, None]
@@ -74,7 +74,7 @@ class HuggingFaceModel(nn.Module):
 
 
 def load(folder: Path) -> HuggingFaceModel:
-    """Loads a folder with config.json and safetensors weights; nothing of it is executed.
+    """Loads a folder with config.json and safetensors weights; no code in it is executed.
 
     Raises:
         ValueError: transformers is not installed.
@@ -91,13 +91,13 @@ def load(folder: Path) -> HuggingFaceModel:
                 config=settings,
                 state_dict=weights,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are reported, and refused below
+                ignore_mismatched_sizes=True,  # reported, and refused below
             )
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # of sizes that do not go together
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # of incompatible sizes
         raise ConfigError(f"{folder / hf_folder.CONFIG}: transformers cannot build this model ({error})") from None
     missing = {name: "is missing" for name in report["missing_keys"] if name not in UNUSED}
     for name, theirs, ours in report["mismatched_keys"]:
-        missing[name] = f"has shape {tuple(theirs)}, and its config.json means {tuple(ours)}"
+        missing[name] = f"has shape {tuple(theirs)}, but its config.json requires {tuple(ours)}"
     hf_folder.require_weights(missing, folder)
     return HuggingFaceModel(net.float(), _normalized(folder))  # weights may be saved in 16 bits
 
@@ -120,15 +120,15 @@ def _transformers(folder: Path) -> Any:
 
 
 def _settings(folder: Path) -> Any:
-    """The config of a model that is part of transformers; auto_map, which names code in the folder, is dropped."""
+    """Returns the config of a model of transformers; auto_map, which names code in the folder, is ignored."""
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
     values = hf_folder.read_config(folder)
     kind = values["model_type"]
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
         raise ConfigError(
-            f"{folder / hf_folder.CONFIG}: transformers has no model_type={kind}; code that comes with a checkpoint is "
-            "never run, so take a checkpoint of a model that is part of transformers"
+            f"{folder / hf_folder.CONFIG}: transformers has no model_type={kind}; code in a checkpoint is never "
+            "run, so use a checkpoint of a model that is part of transformers"
         )
     strides = values.get("conv_stride")
     if strides is None:
@@ -149,7 +149,7 @@ def _normalized(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the report and progress bar of loading."""
+    """Suppresses the report and progress bar of loading."""
     logging = transformers.utils.logging
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -15,7 +15,7 @@ from pretrain.evaluate.metrics import Interval95, equal_error_rate, phone_normal
 from pretrain.monitoring.detectors import rank_me
 
 Found = list[tuple[str, Interval95]]
-"""Measures by name; without an interval where it is not over speakers."""
+"""Values by name of the measure; the interval is NaN for measures that are not averaged over speakers."""
 Phones = Mapping[str, Sequence[Interval]]
 PER_PHONE, RESAMPLINGS, UNITS, MAX_FRAMES = 3, 500, 100, 20_000
 
@@ -47,7 +47,7 @@ def abx(
 def pnmi(
     encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
 ) -> Found:
-    """Measures k-means units of each layer against the phones, on frames that are not silence."""
+    """Computes PNMI and purities of k-means units of each layer with the phones, without frames of silence."""
     from sklearn.cluster import MiniBatchKMeans
 
     frames = phone_frames(encoder, part, phones, classes, waves)
@@ -75,12 +75,12 @@ def rankme(
 
 
 def point(value: float) -> Interval95:
-    """Wraps a figure that has no interval."""
+    """Returns a value without an interval."""
     return Interval95(value, float("nan"), float("nan"))
 
 
 def verification(encoder: FrozenEncoder, valid: Sequence[Utterance], test: Sequence[Utterance], waves: Waves) -> float:
-    """Returns the equal error rate of speaker verification by the cosine of mean frames; `valid` chooses the layer."""
+    """Returns the equal error rate of speaker verification by the cosine of mean frames; `valid` selects the layer."""
     by_layer = [_errors(encoder, part, waves) for part in (valid, test)]
     return by_layer[1][int(np.argmin(by_layer[0]))]
 

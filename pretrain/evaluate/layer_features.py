@@ -9,7 +9,7 @@ from data_pipeline.labels.features import Extractor, Matrix
 
 
 def layer_of(checkpoint: str, layer: int) -> Extractor:
-    """Returns an extractor of one layer of a frozen encoder. Raises ValueError for a layer that it does not have."""
+    """Returns an extractor of one layer of a frozen encoder; it raises ValueError if the encoder lacks the layer."""
     import torch
 
     from pretrain.evaluate.frozen_encoders import open_encoder

@@ -1,4 +1,4 @@
-"""Labelled utterances from a manifest, their audio, and phone alignments. Speakers of test are unknown to train."""
+"""Reads labelled utterances from a manifest, and phone alignments. Speakers of test must not occur in train."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Interval:
 
 
 def find_manifest(given: str) -> Path:
-    """Returns the list of labelled audio: `given`, or manifest.tsv of the folder that AURICLE_SPEECH names.
+    """Returns the path of the manifest: `given`, or manifest.tsv in the folder that AURICLE_SPEECH names.
 
     Raises:
-        ConfigError: There is neither.
+        ConfigError: neither exists.
     """
     path = Path(given).expanduser() if given else speech_manifest()
     if path is None:
@@ -59,7 +59,7 @@ def find_manifest(given: str) -> Path:
 
 
 def read_manifest(manifest: Path) -> list[Utterance]:
-    """Reads all lines. Raises ConfigError where there is no such file, ValueError where a column is missing."""
+    """Reads all rows. Raises ConfigError if the file does not exist, ValueError if a column is missing."""
     if not manifest.is_file():
         raise ConfigError(
             f"manifest={manifest}: there is no such file; it lists path, speaker, corpus, split and labels"
@@ -76,7 +76,7 @@ def read_manifest(manifest: Path) -> list[Utterance]:
 
 
 def read_phones(alignment: Path) -> dict[str, list[Interval]]:
-    """Reads an alignment: path (as in the manifest) -> its phones in order. Raises ConfigError where it is missing."""
+    """Reads an alignment: path as in the manifest -> phones in order. Raises ConfigError if the file does not exist."""
     if not alignment.is_file():
         raise ConfigError(f"phones={alignment}: there is no such file; phone tasks need an alignment")
     found: dict[str, list[Interval]] = defaultdict(list)
@@ -87,7 +87,7 @@ def read_phones(alignment: Path) -> dict[str, list[Interval]]:
 
 
 def grid_labels(intervals: Sequence[Interval], seconds: float, rate_hz: float) -> list[str]:
-    """Returns the phone at the centre of each cell of a grid, "" where there is none; floor(seconds · rate) cells."""
+    """Returns the phone at the centre of each of floor(seconds · rate_hz) cells of a grid; "" if there is none."""
     labels = [""] * int(seconds * rate_hz)
     for interval in intervals:
         first = int(np.ceil(interval.start * rate_hz - 0.5))
@@ -98,7 +98,9 @@ def grid_labels(intervals: Sequence[Interval], seconds: float, rate_hz: float) -
 
 
 def require_disjoint(train: Iterable[Utterance], test: Iterable[Utterance]) -> None:
-    """Raises ValueError naming speakers that are in both."""
+    """Raises ValueError naming the speakers that are in both splits."""
     both = {u.speaker for u in train} & {u.speaker for u in test}
     if both:
-        raise ValueError(f"these speakers are in train and in test, so the figure would say little: {sorted(both)[:5]}")
+        raise ValueError(
+            f"these speakers are in both train and test, so the result would be meaningless: {sorted(both)[:5]}"
+        )

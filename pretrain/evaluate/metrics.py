@@ -13,7 +13,7 @@ Tally = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Interval95:
-    """A figure with its 95 % interval over speakers."""
+    """A value with its 95 % interval over speakers."""
 
     value: float
     low: float
@@ -28,7 +28,12 @@ def accuracy(tallies: Sequence[Tally]) -> float:
 def bootstrap(tallies: Sequence[Tally], times: int, minus: Sequence[Tally] | None = None) -> Interval95:
     """Returns accuracy (or its difference to `minus`, paired by speaker) with a percentile interval over speakers.
 
-    Speakers are drawn with replacement; seeds are averaged within a draw. With one speaker the interval is a point.
+    Speakers are drawn with replacement; seeds are averaged within a draw. With one speaker the interval has width 0.
+
+    Args:
+        tallies: hits and trials by speaker, for each seed.
+        times: number of draws.
+        minus: tallies to subtract.
     """
     speakers = sorted(tallies[0])
     picks = np.random.default_rng(0).integers(0, len(speakers), (times, len(speakers)))
@@ -49,7 +54,12 @@ def bootstrap(tallies: Sequence[Tally], times: int, minus: Sequence[Tally] | Non
 
 
 def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float:
-    """Returns the rate at the threshold where misses of same-speaker pairs equal false accepts of different ones."""
+    """Returns the rate at the threshold where misses and false accepts are equal.
+
+    Args:
+        same: scores of same-speaker pairs.
+        different: scores of different-speaker pairs.
+    """
     scores = np.concatenate([same, different])
     truth = np.concatenate([np.ones(len(same)), np.zeros(len(different))])[np.argsort(scores, kind="stable")]
     missed = np.cumsum(truth) / max(1, len(same))

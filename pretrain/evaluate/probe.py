@@ -1,4 +1,4 @@
-"""Linear probe on one scaled layer or a weighted sum of all."""
+"""Linear probes on one scaled layer or a weighted sum of all layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.evaluate.config import ProbeConfig
 from pretrain.evaluate.features import Labelled
 
 SHRINKAGE = 1e-4
-"""Added to the variance of each direction, times the mean variance; 1e-4 to 0.1 gave the same (docs/findings.md)."""
+"""Share of the mean variance that is added to each direction's; 1e-4 to 0.1 gave equal results (docs/findings.md)."""
 
 
 class View(NamedTuple):
@@ -27,10 +27,10 @@ class View(NamedTuple):
 
 
 class Scaling(nn.Module):
-    """Scales the features of every layer by the statistics of the training part.
+    """Scales the features of every layer by the statistics of the training split.
 
-    whiten: directions of little variance count as much as the widest ones. Trained features spread over few directions
-    (the widest of 256 may hold half of the variance), on which a probe of some hundred updates would spend itself.
+    whiten: scale all directions to equal variance. The widest of 256 directions of trained features may hold half of
+    the variance, and a probe of some hundred updates would fit little else.
     """
 
     def __init__(self, x_NLD: Tensor, whiten: bool) -> None:
@@ -45,14 +45,14 @@ class Scaling(nn.Module):
             centred_LND = (some - self.mean_LD).transpose(0, 1).double()
             values_LD, vectors_LDD = torch.linalg.eigh(centred_LND.transpose(1, 2) @ centred_LND / len(some))
             values_LD = values_LD.clamp(min=0) + SHRINKAGE * values_LD.mean(1, keepdim=True)
-            # turned back (ZCA), so that layers of one residual stream can still be summed
+            # rotated back (ZCA), so that layers of one residual stream can still be summed
             whitening_LDD = (vectors_LDD * values_LD[:, None].rsqrt()) @ vectors_LDD.transpose(1, 2)
             self.register_buffer("scale", whitening_LDD.float())
         self.scale: Tensor
 
     @torch.no_grad()
     def forward(self, x_NLD: Tensor) -> Tensor:
-        """Returns scaled features in float16, as they are stored."""
+        """Returns the scaled (N, L, D) features in float16."""
         centred = (part.float() - self.mean_LD for part in torch.split(x_NLD, 8192))
         if not self.whiten:
             return torch.cat([(part * self.scale).half() for part in centred])
@@ -60,7 +60,7 @@ class Scaling(nn.Module):
 
 
 class Linears(nn.Module):
-    """V linear probes fitted together, each on its own selection of layers: (N, L, D) to (V, N, classes)."""
+    """V linear probes that are fitted together, each on a selection of layers: (N, L, D) to (V, N, classes)."""
 
     def __init__(self, selections: Sequence[tuple[int, ...]], n_layers: int, dim: int, classes: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Linears(nn.Module):
 
     @torch.inference_mode()
     def predict(self, x_NLD: Tensor) -> np.ndarray:
-        """Returns the predicted classes, (V, N)."""
+        """Returns the predicted classes of (N, L, D) features, (V, N)."""
         classes_VN: np.ndarray = torch.cat([self(part).argmax(2) for part in torch.split(x_NLD, 8192)], dim=1).numpy()
         return classes_VN
 
@@ -99,11 +99,11 @@ class Probe:
 
 
 def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int) -> View:
-    """Returns the view that is best on `valid`, fitted to every third vector; for encoders and baselines alike."""
+    """Returns the view with the best accuracy on `valid`, with probes fitted to every third vector."""
     some = Labelled(train.x_NLD[::3], train.y_N[::3], train.speaker_N[::3], train.speakers)
     everything = tuple(range(train.x_NLD.shape[1]))
     selections = [everything, *((layer,) for layer in everything)] if len(everything) > 1 else [everything]
-    # a covariance wants several vectors a dimension
+    # a covariance needs several vectors per dimension
     scalings = (False, True) if len(some.y_N) >= 4 * train.x_NLD.shape[2] else (False,)
     scores = np.stack([_fit(whiten, selections, some, valid, classes, config, seed)[2] for whiten in scalings])
     best = int(scores.argmax())
@@ -113,7 +113,16 @@ def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeCon
 def fit_probe(
     train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int, view: View | None = None
 ) -> Probe:
-    """Fits a probe with the view and epoch that are best on `valid`; test speakers are not used."""
+    """Fits a probe; view and epoch are chosen by the accuracy on `valid`.
+
+    Args:
+        train: (N, L, D) features and labels to fit.
+        valid: those of the validation speakers.
+        classes: number of classes.
+        config: settings of the optimiser.
+        seed: seed of the initial weights and of the order of vectors.
+        view: scaling and layers; None: see `choose_view`.
+    """
     view = view or choose_view(train, valid, classes, config, seed)
     train, valid = (replace(part, x_NLD=part.x_NLD[:, list(view.layers)]) for part in (train, valid))
     scaling, linear, _ = _fit(view.whiten, [tuple(range(len(view.layers)))], train, valid, classes, config, seed)
@@ -142,7 +151,7 @@ def _fit(
     for _ in range(epochs):
         for pick in torch.split(torch.randperm(len(train.y_N)), config.batch):
             logits_VNC, y_N = probes(x_NLD[pick]), train.y_N[pick]
-            # a sum of means: probes do not influence each other
+            # the sum of the probes' mean losses, so that probes do not influence each other
             loss = len(selections) * F.cross_entropy(logits_VNC.flatten(0, 1), y_N.repeat(len(selections)))
             optimizer.zero_grad()
             torch.autograd.backward(loss)

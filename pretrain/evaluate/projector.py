@@ -21,8 +21,8 @@ HEADER = ["phone", "speaker", "language", "utterance", "second"]
 def labelled_frames(config: EvaluateConfig, encoder: FrozenEncoder) -> tuple[Tensor, list[list[str]]]:
     """Returns up to FRAMES frames of the last layer, (N, D), of the validation speakers, and a row of HEADER for each.
 
-    Speech of the first probing task of `config`; where it has an alignment, silence is left out. Raises ValueError as
-    the task itself would.
+    The speech is that of the first probing task of `config`; with an alignment, frames of silence are skipped. Raises
+    the same errors as the task.
     """
     tasks = [PROBES[name] for name in task_names(config) if name in PROBES]
     manifest = find_manifest(config.manifest)

@@ -1,4 +1,4 @@
-"""Writes the rows of an evaluation as a table, as JSON, and as scalars beside a run's training curves."""
+"""Writes the rows of an evaluation as a table, as JSON, and as scalars to a run's TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEAD = ("task", "measure", "features", "value", "95 %", "− log-mel", "− rand
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """Formats a row in the order of HEAD. Shares are in percent, differences in points."""
+    """Formats a row in the order of HEAD. Rates are in percent, differences in percentage points."""
     share = row.measure.startswith(("accuracy", "non-silence", "all frames", "ABX", "PNMI", "phone", "cluster", "EER"))
     value = f"{row.value:.1%}" if share else f"{row.value:.1f}"
     interval = f"{row.low:.1%} … {row.high:.1%}" if row.low == row.low else ""
@@ -58,9 +58,14 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 def into_run(
     rows: Sequence[Row], run: Path, step: int, frames: tuple[Tensor, list[list[str]]] | None = None, weights: str = ""
 ) -> None:
-    """Appends to RUN/evaluations.jsonl and to its TensorBoard under evaluate/, `frames` to its projector.
+    """Appends the rows to RUN/evaluations.jsonl and to its TensorBoard under evaluate/.
 
-    weights: the checksum of what was evaluated.
+    Args:
+        rows: the rows.
+        run: the run folder.
+        step: number of updates of the checkpoint.
+        frames: (N, D) frames and a row of values for each, for TensorBoard's projector.
+        weights: checksum of the evaluated weights.
     """
     board = SummaryWriter(str(run / "tb" / "evaluate"))
     for row in rows:

@@ -15,7 +15,7 @@ from pretrain.evaluate.frozen_encoders import Model
 
 
 class Supervised(nn.Module):
-    """The encoder and a linear layer on its last frames, trained together."""
+    """The encoder and a linear layer on its last layer, trained together."""
 
     def __init__(self, model: Model, classes: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Supervised(nn.Module):
 
 
 Example = tuple[Tensor, Tensor, Tensor]
-"""A waveform (T,), which encoder frame each label belongs to (C,), and the labels (C,); one label: the whole mean."""
+"""A waveform (T,), the encoder frame of each label (C,), and the labels (C,); a single label is for the mean frame."""
 
 
 def fit_supervised(
@@ -37,7 +37,21 @@ def fit_supervised(
     per_frame: bool,
     device: str = "cpu",
 ) -> Callable[[Sequence[Example]], list[np.ndarray]]:
-    """Trains from scratch on the labels; returns a function that predicts the classes of further examples."""
+    """Trains a model from scratch on labels.
+
+    Args:
+        model: an encoder with random weights, modified in place.
+        train: examples to fit.
+        valid: examples by which the best epoch is chosen.
+        classes: number of classes.
+        config: settings of the training.
+        seed: seed of the linear layer and of the order of batches.
+        per_frame: whether labels belong to frames rather than to whole utterances.
+        device: torch device.
+
+    Returns:
+        A function that predicts the classes of further examples, (C,) each.
+    """
     torch.manual_seed(keyed_seed(seed, "supervised"))
     net = Supervised(model, classes).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr)

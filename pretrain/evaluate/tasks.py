@@ -1,4 +1,4 @@
-"""The probing tasks: which utterances, which labels, and how a vector is counted."""
+"""The probing tasks: corpora, labels, pooling and splits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from pretrain.evaluate.manifest import Utterance
 
 @dataclass(frozen=True)
 class Task:
-    """corpora: those used by default.  target: the class of an utterance; None: phones, frame by frame.
+    """A probing task.
 
-    hold_out: every so many-th utterance of a class is for test, the one after it for validation, where classes
-    cannot be evaluated on the manifest's speaker-disjoint splits (0: use these).
+    corpora: default corpora.  target: returns the class of an utterance; None: frames are classified by phone.
+    pool: maps (L, F, D) features to one vector, (L, D').
+    hold_out: n, if classes cannot be evaluated on the manifest's speaker-disjoint splits: every n-th utterance of a
+    class is for test, and the one after it for validation. 0: use the manifest's splits.
     """
 
     name: str
@@ -39,7 +41,7 @@ PROBES = {
         lambda u: u.language,
         mean_and_deviation,
         hold_out=5,
-        caveat="one voice per language, but for en and es: a voice may pass for a language",
+        caveat="one voice per language, except for en and es: the probe may recognise voices instead of languages",
     ),
 }
 MEASURES = ("abx", "pnmi", "rankme")
@@ -48,9 +50,17 @@ MEASURES = ("abx", "pnmi", "rankme")
 def splits(
     task: Task, utterances: Sequence[Utterance], corpora: Sequence[str], most: int, ask: str = "test"
 ) -> list[list[Utterance]]:
-    """Returns train, valid and test, at most `most` utterances of each (0: all). Raises ConfigError where one is empty.
+    """Returns the splits train, valid and test.
 
-    ask: "valid" puts the manifest's valid in the place of test, and a few speakers of train in that of valid.
+    Args:
+        task: the task.
+        utterances: all utterances of the manifest.
+        corpora: corpora to use; empty: the task's default.
+        most: maximum number of utterances per split; 0: all.
+        ask: split that is evaluated. "valid": the manifest's valid becomes test, and a few speakers of train valid.
+
+    Raises:
+        ConfigError: a split is empty.
     """
     chosen = [u for u in utterances if u.corpus in (corpora or task.corpora)]
     if task.hold_out and task.target:

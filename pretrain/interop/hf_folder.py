@@ -33,10 +33,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     values = _object(folder / CONFIG)
     if values is None:
-        raise ConfigError(f"{folder / CONFIG} is missing, and with it the architecture; {DOWNLOAD}")
+        raise ConfigError(f"{folder / CONFIG}, which describes the architecture, is missing; {DOWNLOAD}")
     if not isinstance(values.get("model_type"), str):
         raise ConfigError(
-            f"{folder / CONFIG}: model_type must be a string such as wav2vec2, and is {values.get('model_type')!r}; "
+            f"{folder / CONFIG}: model_type must be a string such as wav2vec2, not {values.get('model_type')!r}; "
             f"{DOWNLOAD}"
         )
     return values
@@ -50,9 +50,7 @@ def read_processor(folder: Path) -> dict[str, Any]:
     """
     values = _object(folder / PROCESSOR) or {}
     if not isinstance(values.get("do_normalize", False), bool):
-        raise ConfigError(
-            f"{folder / PROCESSOR}: do_normalize must be true or false, and is {values['do_normalize']!r}"
-        )
+        raise ConfigError(f"{folder / PROCESSOR}: do_normalize must be true or false, not {values['do_normalize']!r}")
     return values
 
 
@@ -68,7 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = _object(folder / INDEX)
     if index is None and (folder / "pytorch_model.bin").is_file():
         raise ConfigError(
-            f"{folder} has no {WEIGHTS}, and a pickle is never opened here; where you trust it, convert it: "
+            f"{folder} has no {WEIGHTS}, and a pickle is never opened; if you trust it, convert it: "
             + CONVERT.format(folder)
         )
     if index is None:
@@ -100,7 +98,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{file}: cannot be read ({error}); {DOWNLOAD}") from None
         if twice := sorted(weights.keys() & found.keys()):
-            raise ConfigError(f"{file}: holds {twice[0]}, as another file of {folder} does; {DOWNLOAD}")
+            raise ConfigError(f"{file}: contains {twice[0]}, which another file of {folder} contains too; {DOWNLOAD}")
         weights |= found
     return weights
 
@@ -122,5 +120,5 @@ def _object(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read as JSON ({error}); {DOWNLOAD}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold a JSON object, and holds {str(values)[:40]}; {DOWNLOAD}")
+        raise ConfigError(f"{file}: must contain a JSON object, not {str(values)[:40]}; {DOWNLOAD}")
     return values

@@ -202,7 +202,7 @@ def _refuse_differences(config: Config, theirs: Mapping[str, Any]) -> None:
             f"{name}={_shown(ours.get(name))} here and {_shown(theirs[name])} there" for name in differing
         )
         fitting = " ".join(f"{name.removesuffix('.name')}={_shown(theirs[name])}" for name in differing)
-        raise ConfigError(f"init={config.init} has another architecture: {differences}; to fit it, add {fitting}")
+        raise ConfigError(f"init={config.init} has another architecture: {differences}; to match it, add {fitting}")
 
 
 def _shown(value: Any) -> str:

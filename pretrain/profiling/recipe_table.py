@@ -1,4 +1,4 @@
-"""Parameters, audio per update and operations of recipes, beside published figures."""
+"""Parameters, audio per update and operations of recipes, with published figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.train_module import build_model
 CROP_SECONDS = 15.0
 
 
-OURS = "unpublished: this project's own"
+OURS = "unpublished: auricle's own"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Published:
     source: str
 
 
-# operations: derived in this project's design for crops of 15 s; the papers report none
+# operations: derived for crops of 15 s; the papers report none
 PUBLISHED = {
     "wav2vec2_base": Published(95.0, 93.6, 15.3, "arXiv 2006.11477; fairseq wav2vec2_base_librispeech.yaml"),
     "wav2vec2_large": Published(317.4, 162.0, 39.6, "arXiv 2006.11477, §4.2"),
@@ -41,12 +41,12 @@ PUBLISHED = {
     "efficient_base": Published(None, None, 4.8, f"{OURS} combination (recipes of Fast-HuBERT and BEST-RQ)"),
     "time_contrastive_base": Published(None, None, 15.3, f"{OURS}; beside wav2vec 2.0 BASE"),
 }
-"""Published figures by recipe; all other recipes are this project's own small ones."""
+"""Published figures by recipe; all other recipes are auricle's own small ones."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table. parameters: all trained ones; model_parameters: those of front end and encoder."""
+    """One row of the table. parameters: trained ones; model_parameters: those of front end and encoder."""
 
     name: str
     parameters: int

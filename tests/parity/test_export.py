@@ -136,7 +136,7 @@ def test_both_weight_norm_namings_load_and_unused_weights_are_ignored(tmp_path: 
             "wav2vec2 base",
             {},
             {"ffn_dim": 80},
-            "encoder.ffn_dim=80 here and 64 there; to fit it, add encoder.ffn_dim=64",
+            "encoder.ffn_dim=80 here and 64 there; to match it, add encoder.ffn_dim=64",
         ),
         ("wav2vec2 base", {}, {"heads": 4}, "encoder.heads=4 here and 2 there"),
         ("wav2vec2 base", {"strides": [5, 2, 2, 2, 2, 2, 1]}, {}, r"add frontend.strides=\[5,2,2,2,2,2,2\]"),
@@ -144,7 +144,7 @@ def test_both_weight_norm_namings_load_and_unused_weights_are_ignored(tmp_path: 
         ("wav2vec2 large", LAYER | {"normalize": False}, {"norm": "pre"}, "frontend.normalize=false here and true"),
         ("wavlm", {}, {"relative_bias": True, "relative_max_distance": 400}, "relative_max_distance=400 here and 800"),
         ("wav2vec2 base", {}, {"positions": "rope"}, "encoder.positions=rope here and conv there"),
-        ("wav2vec2 base", {"name": "log_mel"}, {}, "to fit it, add frontend=waveform_conv"),
+        ("wav2vec2 base", {"name": "log_mel"}, {}, "to match it, add frontend=waveform_conv"),
     ],
 )
 def test_another_architecture_is_refused(

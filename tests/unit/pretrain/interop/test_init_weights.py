@@ -68,14 +68,14 @@ def test_another_objective_starts_with_random_weights(run: Path) -> None:
 @pytest.mark.parametrize(
     ("encoder", "words"),
     [
-        ({"layers": 3}, "encoder.layers=3 here and 2 there; to fit it, add encoder.layers=2"),
+        ({"layers": 3}, "encoder.layers=3 here and 2 there; to match it, add encoder.layers=2"),
         ({"dim": 32}, "encoder.dim=32 here and 16 there"),
         ({"heads": 4}, "encoder.heads=4 here and 2 there"),
         ({"norm": "pre"}, "encoder.norm=pre here and post there"),
         ({"positions": "none"}, "encoder.positions=none here and rope there"),
         (
             {"name": "conformer"},
-            "encoder.name=conformer here and transformer there; to fit it, add encoder=transformer",
+            "encoder.name=conformer here and transformer there; to match it, add encoder=transformer",
         ),
         ({"attention": "local_global", "registers": 2}, "missing or have another shape"),
     ],
