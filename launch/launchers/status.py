@@ -15,7 +15,7 @@ from launch.launchers.in_process import InProcess
 from launch.launchers.processes import ChildProcesses
 from launch.launchers.slurm import SlurmError
 from launch.runs.job_record import JobRecord, read_record
-from launch.runs.summary import ALIVE_SECONDS, signs_of_life
+from launch.runs.summary import ALIVE_SECONDS, last_activity
 from launch.workers import task
 from pretrain.checkpointing.locate import steps_done
 from pretrain.checkpointing.run_folder import read_config
@@ -31,7 +31,7 @@ def state_of(folder: Path) -> State | Literal["unknown"]:
     if is_elsewhere(note):
         if complete(folder):
             return "done"
-        return "running" if time.time() - signs_of_life(folder) < ALIVE_SECONDS else "unknown"
+        return "running" if time.time() - last_activity(folder) < ALIVE_SECONDS else "unknown"
     try:
         state = factory.for_record(note).status(note.handle)
     except (SlurmError, ValueError):  # no answer, or a handle of another form

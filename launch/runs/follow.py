@@ -18,14 +18,14 @@ from data_pipeline.core.jsonl import Tail
 from launch.runs.summary import number
 
 PLAIN_EVERY = 15.0
-"""Seconds between lines where the output is not a terminal."""
+"""Seconds between lines if the output is not a terminal."""
 BARS = "▁▂▃▄▅▆▇█"
 SPARKS = 16
-"""Characters of the loss curve."""
+"""Width of the loss curve in characters."""
 RECENT = 50
-"""Rows that the remaining time is estimated from."""
+"""Number of rows from which the remaining time is estimated."""
 LONGEST_SECONDS = 1e9
-"""Estimates above this are cut off."""
+"""Upper limit of the estimate."""
 
 
 class Follower:
@@ -36,11 +36,11 @@ class Follower:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """All rows read so far."""
+        """The rows read so far."""
         return self._tail.rows
 
     def read(self) -> dict[str, Any] | None:
-        """Reads what was added and returns the newest row, if any; reads the whole file after a resume replaced it."""
+        """Reads new rows and returns the newest row, if any; reads the whole file again after a resume replaced it."""
         self._tail.read()
         return self.rows[-1] if self.rows else None
 
@@ -104,13 +104,13 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def losses(rows: Sequence[dict[str, Any]], most: int = 64 * SPARKS) -> list[float]:
-    """Returns the finite losses of at most `most` rows, evenly spaced: the curve is drawn four times a second."""
+    """Returns the finite losses of at most `most` evenly spaced rows; a limit, as the curve is drawn often."""
     some = (number(row, "loss/total") for row in rows[:: -(-len(rows) // most) or 1])
     return [loss for loss in some if math.isfinite(loss)]
 
 
 def sparkline(values: Sequence[float], width: int = SPARKS) -> str:
-    """Returns the curve in at most `width` characters, each the median of its part; the highest is full."""
+    """Returns a curve of at most `width` characters, each for the median of its part, scaled to the largest."""
     width = min(width, len(values))
     parts = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
     heights = [statistics.median(part) for part in parts]
@@ -122,7 +122,7 @@ def sparkline(values: Sequence[float], width: int = SPARKS) -> str:
 
 
 def time_left(rows: Sequence[dict[str, Any]], steps: int) -> str:
-    """Returns the time to the last step by the median of recent steps, so that a pause before a resume does not count.
+    """Returns the time to the last step, from the median of recent steps, which pauses before a resume do not affect.
 
     It is "" until two steps are known.
     """

@@ -35,13 +35,13 @@ class JobRecord:
 
 
 def write_record(folder: Path, handle: str, config: LauncherConfig, command: str = "pretrain") -> None:
-    """Records that the run of `folder` was submitted.
+    """Writes job.json for a submitted job.
 
     Args:
-        folder: The run folder.
-        handle: The job's id.
-        config: The launcher's config.
-        command: What runs.
+        folder: the run folder.
+        handle: the launcher's id of the job.
+        config: the launcher's config.
+        command: the command of the job.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = JobRecord(config.name, handle, os.uname().nodename, now, dataclasses.asdict(config), command)
@@ -52,7 +52,7 @@ def read_record(folder: Path) -> JobRecord:
     """Reads the job.json of a run folder.
 
     Raises:
-        ValueError: No job was submitted from there, or the file has another form.
+        ValueError: no job was submitted from this folder, or the file is invalid.
     """
     file = folder / FILE_NAME
     try:

@@ -1,4 +1,4 @@
-"""Writes the files that describe a run into its folder: resolved config, code, machine. Secrets are left out."""
+"""Writes the files that describe a run into its folder: resolved config, code, machine. Secrets are removed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEPT_VARIABLES = re.compile(
 
 
 LONGEST_NAME = 200
-"""Bytes of a run's name; file systems allow 255, and names of files are made from it."""
+"""Longest name of a run in bytes; file systems allow 255, and file names are derived from it."""
 
 
 class Named(Protocol):
@@ -43,7 +43,7 @@ class Named(Protocol):
 
 
 def folder_of(job: Named) -> Path:
-    """Returns RUNS/NAME. Raises ConfigError for a name that cannot be that of a folder."""
+    """Returns RUNS/NAME. Raises ConfigError if the name is not a valid folder name."""
     too_long = len(job.name.encode("utf-8", "surrogateescape")) > LONGEST_NAME
     if any(sign in job.name for sign in "/\\") or job.name in (".", "..") or not job.name.isprintable() or too_long:
         raise ConfigError(
@@ -54,10 +54,10 @@ def folder_of(job: Named) -> Path:
 
 
 def prepare(job: PretrainJob) -> Path:
-    """Makes RUNS/NAME and writes config.json, config.yaml, environment.json and git.diff into it.
+    """Creates RUNS/NAME and writes config.json, config.yaml, environment.json and git.diff into it.
 
     Raises:
-        ConfigError: The folder has checkpoints of a run with another config or data, or a value holds a credential.
+        ConfigError: the folder has checkpoints of a run with another config or data, or a value contains a credential.
     """
     folder = folder_of(job)
     launcher = dump(job)["launcher"]
@@ -72,7 +72,7 @@ def prepare(job: PretrainJob) -> Path:
 
 
 def write_surroundings(folder: Path, launcher: dict[str, Any]) -> None:
-    """Writes environment.json and git.diff: machine, packages and command, and the code's changes since its commit."""
+    """Writes environment.json (machine, packages, command) and git.diff (changes of the code since its commit)."""
     sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
     write_atomically(folder / "git.diff", "\n".join(redaction.without_secrets(diff.split("\n"))))
     write_json(folder / "environment.json", _environment(launcher, sha))
@@ -82,7 +82,7 @@ def submitted_from(folder: Path) -> Path | None:
     """Returns the working directory that the run was submitted from; None if environment.json does not have it.
 
     Raises:
-        ValueError: The directory no longer exists.
+        ValueError: the directory no longer exists.
     """
     file = folder / "environment.json"
     try:
@@ -98,12 +98,12 @@ def submitted_from(folder: Path) -> Path | None:
 
 
 def run_config(job: PretrainJob) -> Config:
-    """Returns the config of the run alone, without that of the launcher."""
+    """Returns the config of the run without that of the launcher."""
     return base_part(Config, job)
 
 
 def _require_same_run(folder: Path, config: Config) -> None:
-    """Raises ConfigError unless the checkpoints of `folder` are of this config and data; prints what changes."""
+    """Raises ConfigError unless the checkpoints of `folder` are of this config and data; prints permitted changes."""
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
         return
@@ -147,7 +147,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _git(*arguments: str) -> str:
-    """Returns the output of git in the code's own checkout; "" where there is none."""
+    """Returns the output of git in the checkout of this code; "" if there is none."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

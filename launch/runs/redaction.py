@@ -1,6 +1,6 @@
-"""Keeps credentials out of run folders, which people share.
+"""Keeps credentials out of run folders, which are often shared.
 
-The shapes of issued keys come from detect-secrets (Apache-2.0) and from the list here, which has what it lacks.
+The formats of issued keys come from detect-secrets (Apache-2.0), extended by the list below.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ NAME = re.compile(
     r"|connection_?string|webhook)",
     re.IGNORECASE,
 )
-"""Names of fields and variables that hold a credential."""
+"""Names of fields and variables that contain a credential."""
 VARIABLE = re.compile(
     rf"{NAME.pattern}|(^|_)(pwd|pat|sas|dsn|auth|creds?)($|_)|_key$|database_url|redis_url|mongo\w*_ur[il]",
     re.IGNORECASE,
 )
-"""The same for environment variables, whose values are looked for elsewhere: MYSQL_PWD, AZURE_STORAGE_SAS …"""
+"""The same for environment variables, whose values are searched in other texts: MYSQL_PWD, AZURE_STORAGE_SAS …"""
 HARMLESS = frozenset({"PWD", "OLDPWD", "XAUTHORITY", "SSH_AUTH_SOCK"})
 ADDRESS = re.compile(
     r"://[^/\s@:]*:(?!\d{1,5}(?:[/?#]|$))[^\s@]+@|[?&;][\w-]*(token|secret|passw|credential|sig|key)[\w-]*=[^&\s]",
     re.IGNORECASE,
 )
-"""A password before the host, which may have a slash in it, or a signature behind the path."""
+"""A password before the host, possibly with a slash, or a signature after the path."""
 KEY = re.compile(
     r"\b((AKIA|ASIA)[0-9A-Z]{16}|hf_\w{30,}|gh[pousr]_\w{30,}|github_pat_\w{30,}|gl(pat|rt|dt)-[\w-]{16,}|sk-[\w-]{30,}"
     r"|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|eyJ[\w-]{8,}\.[\w-]+|Bearer\s+[\w.~+/-]{16,}"
@@ -39,23 +39,23 @@ KEY = re.compile(
     r"|do[opr]_v1_\w{30,}|shp(at|ca|pa|ss)_\w{16,}|SG\.[\w-]{16,}\.[\w-]{16,}|figd_[\w-]{20,}|lin_api_\w{20,}"
     r"|xkeysib-\w{20,}|PMAK-\w{20,}|r8_\w{30,}|nvapi-[\w-]{30,}|gsk_\w{30,})"
 )
-"""Keys by the form that their issuers give them: Amazon, Hugging Face, GitHub, GitLab, OpenAI, Slack, Google, JWT,
+"""Formats of issued keys: Amazon, Hugging Face, GitHub, GitLab, OpenAI, Slack, Google, JWT,
 Stripe, npm, PyPI, Vault, Docker, DigitalOcean, Shopify, SendGrid, Figma, Linear, Brevo, Postman, Replicate, NVIDIA."""
 PAIR = re.compile(
     r"\b(Account|SharedAccess|Shared|Primary|Secondary)_?(Key|Signature|Secret)\s*=\s*[^\s;'\"]{8,}", re.IGNORECASE
 )
-"""A pair of a connection string."""
+"""A key-value pair of a connection string."""
 WEBHOOK = re.compile(
     r"hooks\.slack\.com/\w+/\S{8}|discord(app)?\.com/api/webhooks/\S{8}|\.webhook\.office\.com/\S{8}"
     r"|outlook\.office(365)?\.com/webhook/\S{8}|api\.telegram\.org/bot\S{8}|hooks\.zapier\.com/hooks/\S{8}"
     r"|maker\.ifttt\.com/\S*/key/\S{8}",
     re.IGNORECASE,
 )
-"""Addresses that anybody who knows them may post to."""
+"""Webhooks, whose address is the credential."""
 OPTION = re.compile(r"(^|\s)(-u|--user)[\s=]+['\"]?[^\s:'\"]+:[^\s'\"]{3,}")
-"""User and password as curl takes them."""
+"""User and password in curl's format."""
 BASIC = re.compile(r"\bBasic\s+([A-Za-z0-9+/]{6,}={0,2})", re.IGNORECASE)
-"""User and password as HTTP's basic authentication encodes them."""
+"""User and password in the encoding of HTTP basic authentication."""
 DETECTORS = {
     "artifactory": "ArtifactoryDetector",
     "aws": "AWSKeyDetector",
@@ -77,19 +77,19 @@ DETECTORS = {
     "telegram_token": "TelegramBotTokenDetector",
     "twilio": "TwilioKeyDetector",
 }
-"""Modules and classes of detect_secrets.plugins that know a key by its form; those that guess from entropy are left
-out, since checksums and paths look alike."""
+"""Modules and classes of detect_secrets.plugins that recognise a key by its format; those based on entropy are not
+used, since they report checksums and paths."""
 PWD = re.compile(r"(^|[^a-z])pwd['\"]?\s*[=:]\s*['\"]?[^\s'\"$/~.]", re.IGNORECASE)
-"""A password; the working directory, also called pwd, is a path or a variable."""
+"""A password; the working directory, also named pwd, is a path or a variable."""
 BEGIN, END = (re.compile(rf"-----{word} [A-Z ]*PRIVATE KEY") for word in ("BEGIN", "END"))
 BODY = re.compile(r"[-+ ]?\s*(?=\S*[a-z])(?=\S*[A-Z])[A-Za-z0-9+/]{60,}={0,2}\s*")
-"""A whole line of such a key, as a diff may show it without its first line."""
+"""A line of such a key, which a diff may contain without the first line."""
 SHORTEST = 8
-"""Length of the shortest value of a variable that is looked for elsewhere."""
+"""Length of the shortest value of a secret variable that is searched in other texts."""
 
 
 def holds_secret(text: str) -> bool:
-    """Whether `text` has an address with a password, an issued key, or the value of a secret variable in it."""
+    """Returns whether `text` contains an address with a password, an issued key, or the value of a secret variable."""
     if any(shape.search(text) for shape in (ADDRESS, KEY, PWD, PAIR, WEBHOOK, OPTION, BEGIN)):
         return True
     if any(_is_user_and_password(found[1]) for found in BASIC.finditer(text)):
@@ -113,19 +113,19 @@ def _is_user_and_password(encoded: str) -> bool:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    """Whether an environment variable holds a credential; a path to a file of credentials is not one."""
+    """Returns whether an environment variable contains a credential; the path of a credentials file is none."""
     if name in HARMLESS or not VARIABLE.search(name):
         return False
     return len(value) >= SHORTEST and not value.startswith("/")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether an environment variable of that name may hold a credential."""
+    """Returns whether an environment variable of this name may contain a credential."""
     return name not in HARMLESS and bool(VARIABLE.search(name))
 
 
 def without_secrets(lines: list[str]) -> list[str]:
-    """Returns the lines (or words) without those that hold or name a credential or belong to a private key."""
+    """Removes the lines (or words) that contain or name a credential or belong to a private key."""
     kept, inside = [], False
     for line in lines:
         inside = not line.startswith(("@@", "diff ")) and (inside or bool(BEGIN.search(line)))
@@ -136,7 +136,7 @@ def without_secrets(lines: list[str]) -> list[str]:
 
 
 def refuse_secrets(values: Any, path: str = "") -> None:
-    """Raises ConfigError naming the field of a config that holds a credential: configs are kept in run folders."""
+    """Raises ConfigError naming a field that contains a credential, since configs are saved in run folders."""
     if isinstance(values, dict):
         for name, value in values.items():
             refuse_secrets(value, f"{path}.{name}".lstrip("."))

@@ -18,9 +18,9 @@ from pretrain.checkpointing.locate import POINTER, near
 from pretrain.checkpointing.run_folder import read_config
 
 ALIVE_SECONDS = 120.0
-"""A run that wrote nothing for this long has stopped."""
+"""Seconds without output after which a run counts as stopped."""
 CLOCK_SKEW_SECONDS = 60.0
-"""How far the clocks of two machines may differ."""
+"""Permitted difference of the clocks of two machines, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
     """Returns the run folders among `roots` and up to two levels below them, by name.
 
     Raises:
-        ConfigError: There is none; with the nearest name where a root does not exist.
+        ConfigError: there is none; with the nearest name if a root does not exist.
     """
     found: dict[Path, None] = {}
     for root in roots:
@@ -66,11 +66,11 @@ def find_run(name: str, runs: Path = Path("runs")) -> Path:
     """Returns the folder of one run.
 
     Args:
-        name: A run folder, or the name of a run below `runs`.
-        runs: Folder of run folders.
+        name: a run folder, or the name of a run below `runs`.
+        runs: folder of run folders.
 
     Raises:
-        ConfigError: There is no such run; with the nearest name.
+        ConfigError: there is no such run; with the nearest name.
     """
     marks = ("config.json", "job.json", "task.json")
     for folder in (Path(name).expanduser(), runs / name):
@@ -82,20 +82,20 @@ def find_run(name: str, runs: Path = Path("runs")) -> Path:
 
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Returns the lines of a run's JSON-lines file; lines that cannot be read are left out."""
+    """Returns the rows of a run's JSON-lines file; unreadable lines are skipped."""
     return read_rows(folder / name)
 
 
-def signs_of_life(folder: Path, now: float | None = None) -> float:
-    """Returns when a rank of the run last wrote anything, in seconds since 1970; 0 if none ever did.
+def last_activity(folder: Path, now: float | None = None) -> float:
+    """Returns the time of the newest output of any rank of the run, in seconds since 1970; 0 without any.
 
-    Times in the future (a clock that was wrong, a copied folder) prove nothing and are left out.
+    Times in the future (a wrong clock, a copied folder) are ignored.
     """
     now = time.time() if now is None else now
     times = [0.0]
     for pattern in ("heartbeats/*.json", "metrics.jsonl", "incarnations/*", f"checkpoints/{POINTER}"):
         for path in folder.glob(pattern):
-            with contextlib.suppress(OSError):  # replaced since the folder was listed
+            with contextlib.suppress(OSError):  # replaced after the folder was listed
                 times.append(path.stat().st_mtime)
     return max(moment for moment in times if moment <= now + CLOCK_SKEW_SECONDS)
 
@@ -104,7 +104,7 @@ def summarise(folder: Path, now: float | None = None) -> RunSummary:
     """Returns the key figures of one run.
 
     Raises:
-        ValueError: Its config.json cannot be used.
+        ValueError: its config.json is invalid.
     """
     config, now = read_config(folder), time.time() if now is None else now
     metrics, steps = rows(folder), int(config["train"]["steps"])
@@ -112,7 +112,7 @@ def summarise(folder: Path, now: float | None = None) -> RunSummary:
     tail = metrics[-20:]
     step = int(number(last, "step", 0.0))
     logged = number(last, "time", 0.0)
-    age = now - max(signs_of_life(folder, now), logged if logged <= now + CLOCK_SKEW_SECONDS else 0.0)
+    age = now - max(last_activity(folder, now), logged if logged <= now + CLOCK_SKEW_SECONDS else 0.0)
     state = "done" if step >= steps else "running" if age < ALIVE_SECONDS else "stopped" if step else "no step yet"
     if (folder / "UNHEALTHY").is_file():
         state = "unhealthy"
@@ -135,13 +135,13 @@ def summarise(folder: Path, now: float | None = None) -> RunSummary:
 
 
 def number(row: Mapping[str, Any], name: str, default: float = math.nan) -> float:
-    """Returns a figure of a row of metrics; `default` where it is missing or not a number."""
+    """Returns a value of a row of metrics; `default` if it is missing or not a number."""
     value = row.get(name)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
 
 
 def audio_hours(metrics: Sequence[dict[str, Any]]) -> list[float]:
-    """Returns the hours of audio seen up to each row; rows of older runs lack that figure and count those logged."""
+    """Returns the hours of audio seen up to each row; for older runs without this value, the hours of logged steps."""
     if all("data/audio_hours" in row for row in metrics):
         return [number(row, "data/audio_hours", 0.0) for row in metrics]
     return [hours / 3600 for hours in itertools.accumulate(number(row, "data/audio_seconds", 0.0) for row in metrics)]
@@ -153,7 +153,7 @@ def _mean(chosen: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """Returns the exponential moving average, corrected for the bias of its start."""
+    """Returns the bias-corrected exponential moving average."""
     out, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = decay * total + value, decay * weight + 1.0

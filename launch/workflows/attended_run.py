@@ -1,4 +1,4 @@
-"""Follows a run that was just started until it ends."""
+"""Starts a run in the foreground and follows it until it ends."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from pretrain.checkpointing.locate import steps_done
 def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: LauncherConfig) -> int:
     """Starts a run, shows its progress, and returns its exit code.
 
-    Ctrl-C, SIGTERM and SIGHUP ask the ranks for a checkpoint and wait for it; a second one ends them at once. After
-    SIGTERM and SIGHUP the wait is limited by launcher.grace_seconds.
+    Ctrl-C, SIGTERM and SIGHUP request a checkpoint from the ranks and wait for it; a second signal ends them at once.
+    After SIGTERM and SIGHUP the wait is limited by launcher.grace_seconds.
 
     Args:
         submitter: starts the ranks.
         folder: the prepared run folder.
-        steps: steps of the whole run.
-        launcher: the launcher's config, noted in job.json.
+        steps: number of steps of the whole run.
+        launcher: the launcher's config, saved in job.json.
     """
     with _ends_by_signal():
         handle = submitter.submit(folder)
@@ -62,12 +62,12 @@ def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: Launch
 
 
 class _Signalled(KeyboardInterrupt):
-    """SIGTERM or SIGHUP arrived."""
+    """Raised on SIGTERM or SIGHUP."""
 
 
 @contextlib.contextmanager
 def _ends_by_signal() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise _Signalled; process 1 of a container would ignore them otherwise."""
+    """Makes SIGTERM and SIGHUP raise _Signalled in the block; process 1 of a container would ignore them otherwise."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise _Signalled
@@ -99,10 +99,10 @@ def _verdict(code: int, folder: Path, steps: int) -> int:
 
 
 def _meaning(code: int) -> str:
-    """An exit code in words; DeepSpeed's launcher passes on that of a rank that signal N ended as 256 - N."""
+    """Describes an exit code; DeepSpeed's launcher reports a rank that signal N ended as 256 - N."""
     for number in (256 - code, code - 128):
         if number in {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS}:
             name = signal.Signals(number).name
-            memory = "; the system kills so what needs too much memory" if number == signal.SIGKILL else ""
+            memory = "; the system does so when memory runs out" if number == signal.SIGKILL else ""
             return f"exit code {code}: a rank was ended by {name}{memory}"
     return f"exit code {code}"

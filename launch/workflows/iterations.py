@@ -1,7 +1,7 @@
 """Pretraining in iterations (HuBERT): labels → training → labels from a layer of that model → training → …
 
-Each link is a command line of its own, `auricle targets …` or `auricle pretrain …`, so it can be run alone, queued, and
-continued after a kill like any other. Which links are finished follows from the files on disk.
+Each link is a separate command line, `auricle targets …` or `auricle pretrain …`, so it can be run alone, queued, and
+continued after a kill like any other. The files on disk determine which links are finished.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Link:
     folder: Path
     """Its run folder."""
     needs: str = ""
-    """Name of the link whose result it starts from, if there is one."""
+    """Name of the link whose result it uses; "" for none."""
 
     def line(self) -> str:
-        """Returns it as a shell line."""
+        """Returns the command line, quoted for a shell."""
         return shlex.join(["auricle", self.command, *self.arguments])
 
     def finished(self) -> bool:
-        """Whether all of its work is done. Raises ConfigError where it was done with another config."""
+        """Returns whether the link is finished. Raises ConfigError if it was finished with another config."""
         if not self.folder.exists():
             return False
         if self.command == "targets":
@@ -70,15 +70,15 @@ def run(config: PretrainJob, arguments: Sequence[str], commands: Mapping[str, Co
     """Runs or queues the links that are not finished, in order.
 
     Args:
-        config: The config of the chain.
-        arguments: The command line that gave it.
-        commands: Runs a command line of each command and returns its exit code.
+        config: the config of the chain.
+        arguments: the command line from which it was composed.
+        commands: functions that run a command line and return its exit code, by command.
 
     Returns:
         0, or the exit code of the first link that failed.
 
     Raises:
-        ConfigError: The chosen link needs another one that is not finished.
+        ConfigError: the chosen link needs another one that is not finished.
     """
     switches = [argument for argument in arguments if argument.startswith("-")]
     every = links(config, [argument for argument in arguments if not argument.startswith("-")])
@@ -114,7 +114,7 @@ def links(config: PretrainJob, overrides: Sequence[str]) -> list[Link]:
     """Returns the links of `config.chain`, in order.
 
     Raises:
-        ConfigError: An override sets what a chain decides itself, or `link` names a link that it does not have.
+        ConfigError: an override sets a field that the chain sets itself, or `link` names an unknown link.
     """
     given = {line.lstrip("+").partition("=")[0] for line in overrides}
     if wrong := given & {"train.steps", "objective.labels", "objective.label_rate_hz", "objective.units"}:
@@ -150,7 +150,7 @@ def links(config: PretrainJob, overrides: Sequence[str]) -> list[Link]:
 
 
 def _features(config: PretrainJob, iteration: Iteration, before: list[Link]) -> tuple[str, float, str]:
-    """Returns what the labels of an iteration are made of, their rate, and the link that has to be done first."""
+    """Returns the features of an iteration's labels, their rate in Hz, and the link that must be finished first."""
     last = before[-1] if before and not iteration.features else None
     features = iteration.features or "mfcc"
     if last is not None:

@@ -1,4 +1,4 @@
-"""preprocess → targets → pretrain → evaluate as command lines, wired together below one folder."""
+"""Runs preprocess → targets → pretrain → evaluate as command lines whose inputs and outputs are below one folder."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ COMMANDS = ("preprocess", "targets", "pretrain", "evaluate")
 
 @config
 class PipelineConfig:
-    """A pipeline: the root of conf/pipeline.yaml. COMMAND.field=value, as in pretrain.seed=3, goes to that command."""
+    """The root of conf/pipeline.yaml. COMMAND.field=value, as in pretrain.seed=3, sets a field of that command."""
 
     folder: Annotated[str, about("shards, labels, runs and evaluation are written below it", min_length=1)]
     steps: Annotated[
         tuple[str, ...],
         about(
-            "which steps; targets are made only where the objective takes labels from outside",
+            "steps to run; targets only if the objective accepts frame labels from the data",
             min_length=1,
         ),
     ] = COMMANDS
@@ -48,27 +48,27 @@ class Step:
     arguments: tuple[str, ...]
 
     def line(self) -> str:
-        """Returns it as a shell line."""
+        """Returns the command line, quoted for a shell."""
         return shlex.join(["auricle", self.command, *self.arguments])
 
     def job(self) -> PretrainJob | ProgramJob:
-        """Returns its config. Raises ConfigError."""
+        """Returns the step's config. Raises ConfigError."""
         if self.command == "pretrain":
             return request.config_of(self.command, PretrainJob, self.arguments)
         return request.config_of(self.command, JOB_TYPES[self.command], self.arguments)
 
     def folder(self) -> Path:
-        """Returns its run folder."""
+        """Returns the step's run folder."""
         job = self.job()
         return metadata.folder_of(job) if isinstance(job, PretrainJob) else task.folder_of(self.command, job)
 
     def why(self) -> str:
-        """Returns why it has to run (again); "" where its result, read again and compared, is up to date."""
+        """Returns the reason why the step must run (again); "" if its result, which is read again, is up to date."""
         job = self.job()
         return why_pretraining(job) if isinstance(job, PretrainJob) else task.why_outdated(self.command, job)
 
     def run(self, more: list[str]) -> int:
-        """Runs it with further arguments; returns the exit code."""
+        """Runs the step with additional arguments; returns the exit code."""
         if self.command == "pretrain":
             return pretraining.run([*self.arguments, *more])
         return submit.run(self.command, [*self.arguments, *more])
@@ -78,25 +78,25 @@ def run(arguments: list[str]) -> int:
     """Runs, queues or shows the steps that are not up to date.
 
     Returns:
-        0 where all steps are done or queued, otherwise the exit code of the first step that failed.
+        0 if all steps are done or queued, otherwise the exit code of the first step that failed.
 
     Raises:
-        ConfigError: A field of the pipeline or of any step is wrong, or an input is missing.
+        ConfigError: a field of the pipeline or of any step is wrong, or an input is missing.
     """
     own, given, launcher = split(arguments)
-    asked = request.read("pipeline", PipelineConfig, own, switches=(DRY_RUN,))
-    if asked is None:
+    parsed = request.read("pipeline", PipelineConfig, own, switches=(DRY_RUN,))
+    if parsed is None:
         return ExitCode.DONE
-    chain = steps(asked.config, given, [line for line in launcher if not line.startswith("-")])
-    queued, dry_run = asked.config.launcher.queued, DRY_RUN in asked.switches
+    chain = steps(parsed.config, given, [line for line in launcher if not line.startswith("-")])
+    queued, dry_run = parsed.config.launcher.queued, DRY_RUN in parsed.switches
     if not dry_run:
-        for step in chain:  # all of them before the first one starts
+        for step in chain:  # before the first step starts
             require_ended(step.folder())
     return _run_steps(chain, queued, dry_run)
 
 
 def _run_steps(chain: list[Step], queued: bool, dry_run: bool) -> int:
-    """Runs, queues or shows each step that is not up to date. A queued step waits for the one before to succeed."""
+    """Runs, queues or shows each step that is not up to date. A queued step waits until the previous one succeeded."""
     after = before = ""
     for step in chain:
         why = f"comes after {before}" if before and (queued or dry_run) else step.why()
@@ -115,7 +115,7 @@ def _run_steps(chain: list[Step], queued: bool, dry_run: bool) -> int:
 
 
 def split(arguments: list[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
-    """Returns the pipeline's own arguments, those of each command, and those of the launcher, which all share."""
+    """Returns the pipeline's arguments, the arguments by command, and those of the launcher, which all share."""
     own: list[str] = []
     launcher: list[str] = []
     given: dict[str, list[str]] = {command: [] for command in COMMANDS}
@@ -132,10 +132,10 @@ def split(arguments: list[str]) -> tuple[list[str], dict[str, list[str]], list[s
 
 
 def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: list[str]) -> list[Step]:
-    """Returns the steps in order, with the config and the inputs of each one checked.
+    """Returns the steps in order, after checking the config and the inputs of each.
 
     Raises:
-        ConfigError: A step does not exist, a field of any step is wrong, or an input of any step is missing.
+        ConfigError: a step does not exist, a field of any step is wrong, or an input of any step is missing.
     """
     if wrong := [name for name in settings.steps if name not in COMMANDS]:
         near, listed = hint(wrong[0], COMMANDS), ", ".join(COMMANDS)
@@ -168,7 +168,7 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
 
 
 def _require_inputs(job: PretrainJob | ProgramJob) -> None:
-    """Raises ConfigError for an input that no earlier step makes."""
+    """Raises ConfigError for a missing input that is not the output of an earlier step."""
     if isinstance(job, EvaluateJob):
         from pretrain.evaluate.manifest import find_manifest
 
@@ -176,10 +176,10 @@ def _require_inputs(job: PretrainJob | ProgramJob) -> None:
 
 
 def why_pretraining(run: PretrainJob) -> str:
-    """Returns why a pretraining has to run (again); "" where its last checkpoint is whole, of this config and data.
+    """Returns the reason why a pretraining must run (again); "" if its last checkpoint is intact and of this config.
 
     Raises:
-        ConfigError: That checkpoint is damaged: all steps are done, so to train once more would not restore it.
+        ConfigError: the checkpoint of the last step is damaged; training would not write it again.
     """
     from pretrain.checkpointing import checkpoint, resume
     from pretrain.train_module import open_run_reader
@@ -198,4 +198,4 @@ def why_pretraining(run: PretrainJob) -> str:
         same = state["cursor"]["plan_hash"] == reader.plan_hash
     finally:
         reader.close()
-    return "" if same else "was made from other shards or labels"
+    return "" if same else "was trained on other shards or labels"

@@ -21,11 +21,11 @@ def run(arguments: list[str]) -> int:
     """Runs one command line of `auricle pretrain`.
 
     Returns:
-        0 all steps are done or the job is queued, 1 a rank failed, 2 bad config, 3 unhealthy, 4 superseded by a newer
-        start, 130 stopped.
+        0: all steps are done or the job is queued, 1: a rank failed, 2: wrong config, 3: unhealthy, 4: superseded by a
+        newer start, 130: stopped.
 
     Raises:
-        ConfigError: The command line or the config is wrong.
+        ConfigError: the command line or the config is wrong.
     """
     if MULTIRUN in arguments:
         return sweep.run(arguments, run)
@@ -65,7 +65,7 @@ def start(config: PretrainJob, switches: frozenset[str] = frozenset()) -> int:
 
 
 def _require_shards(config: PretrainJob) -> None:
-    """Raises ConfigError before any rank is started where there is nothing to read or batches cannot be filled."""
+    """Raises ConfigError, before any rank is started, if there are no shards or batches cannot be filled."""
     from data_pipeline.sampling.constraints import BatchConstraints
     from data_pipeline.shards.records import done_records
 

@@ -1,4 +1,4 @@
-"""Reads a job that is one program (preprocess, targets, evaluate), then shows it, prepares it, or starts it."""
+"""Shows, prepares or starts a job that is one program (preprocess, targets, evaluate)."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from pretrain.evaluate.config import layer_numbers, task_names
 
 DRY_RUN, PREPARE = "--dry-run", "--prepare"
 SWITCHES = (DRY_RUN, PREPARE)
-"""Switches of every command that starts a job: show what would start; only write the run folder."""
+"""Switches of every command that starts a job: show the job without starting it; write the run folder only."""
 
 
 def run(command: str, arguments: list[str]) -> int:
     """Runs one command line.
 
     Args:
-        command: The command, a name in launch.workers.programs.
-        arguments: Its overrides and switches.
+        command: the command, a name in launch.workers.programs.
+        arguments: its overrides and switches.
 
     Returns:
-        0 where the job is done or queued.
+        0 if the job is done or queued.
 
     Raises:
-        ConfigError: The command line or the config is wrong.
-        ValueError, OSError: The work failed.
+        ConfigError: the command line or the config is wrong.
+        ValueError, OSError: the job failed.
     """
     given = request.read(command, JOB_TYPES[command], arguments, switches=SWITCHES)
     if given is None:
@@ -51,12 +51,12 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def plan(command: str, config: ProgramJob) -> str:
-    """Returns exactly what `start` would start, as a shell line or script."""
+    """Returns the shell line or script that `start` would run."""
     return factory.make(config.launcher, command).plan(task.folder_of(command, config))
 
 
 def start(command: str, config: ProgramJob) -> str:
-    """Starts a job; returns its handle, or "" where it ran in this process and is done."""
+    """Starts a job; returns its handle, or "" if it ran in this process and is done."""
     submitter = factory.make(config.launcher, command)
     require_ended(task.folder_of(command, config))
     folder = task.prepare(command, config)
@@ -69,14 +69,14 @@ def start(command: str, config: ProgramJob) -> str:
 
 
 def report_queued(handle: str, folder: Path, launcher: str) -> None:
-    """Prints what was queued and how to follow it."""
+    """Prints the queued job and how to follow it."""
     print(f"{launcher} job {handle}, run folder {folder}; `auricle jobs status {shlex.quote(str(folder))}` follows it")
 
 
 def _with_inputs(config: ProgramJob) -> ProgramJob:
-    """The config with inputs that the environment of this process names: a queued job has another environment.
+    """Resolves inputs that are named by this process's environment, which a queued job does not have.
 
-    Raises ConfigError for names of tasks and layers that cannot be, before anything is queued.
+    Raises ConfigError for invalid names of tasks and layers, before the job is queued.
     """
     if isinstance(config, EvaluateJob):
         task_names(config)

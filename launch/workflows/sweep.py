@@ -26,17 +26,17 @@ from launch.workflows.submit import DRY_RUN, PREPARE, SWITCHES
 
 
 def run(arguments: list[str], one: Callable[[list[str]], int]) -> int:
-    """Runs every combination; one that fails does not keep the ones after it from running.
+    """Runs every combination; a failed run does not prevent the later ones.
 
     Args:
-        arguments: The command line, with MULTIRUN.
-        one: Pretrains one command line and returns its exit code.
+        arguments: the command line, with MULTIRUN.
+        one: pretrains one command line and returns its exit code.
 
     Returns:
-        0 where all runs are done or queued, 1 where one failed, 130 where Ctrl-C stopped one.
+        0 if all runs are done or queued, 1 if one failed, 130 if Ctrl-C stopped one.
 
     Raises:
-        ConfigError: Nothing is listed, or the first combination is wrong.
+        ConfigError: no override lists several values, or the first combination is wrong.
     """
     switches = [argument for argument in arguments if argument.startswith("-") and argument != MULTIRUN]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
@@ -49,7 +49,7 @@ def run(arguments: list[str], one: Callable[[list[str]], int]) -> int:
     lines = [[*line, f"name={name}"] for line, name in zip(lines, names, strict=True)]
     for name, point in zip(names, points, strict=True):
         print(f"{name}: {' '.join(line for line in point if line not in overrides)}", flush=True)
-    factory.for_job(first.config)  # refuses what no run of the sweep can start with
+    factory.for_job(first.config)  # raises ConfigError if no run of the sweep could start
     launcher = first.config.launcher
     if isinstance(launcher, SlurmConfig) and PREPARE not in switches:
         return _array(first.config, launcher, lines, DRY_RUN in switches)
@@ -61,7 +61,7 @@ def run(arguments: list[str], one: Callable[[list[str]], int]) -> int:
         except (ValueError, OSError) as error:
             code, reason = ExitCode.FAILED, str(error)
             print(f"{name}: {visible(reason)}", file=sys.stderr, flush=True)
-        if code == ExitCode.INTERRUPTED:  # by the user, who meant the whole sweep
+        if code == ExitCode.INTERRUPTED:  # Ctrl-C ends the whole sweep
             return code
         if reason:
             failed[name] = reason.partition("\n")[0]
@@ -73,11 +73,11 @@ def run(arguments: list[str], one: Callable[[list[str]], int]) -> int:
 
 
 def _array(first: PretrainJob, launcher: SlurmConfig, lines: list[list[str]], dry_run: bool) -> int:
-    """Submits the runs as one SLURM array. Raises ConfigError where they cannot share one."""
+    """Submits the runs as one SLURM array. Raises ConfigError if they cannot share one."""
     given = (request.read("pretrain", PretrainJob, line, switches=SWITCHES) for line in lines)
     jobs = [one.config for one in given if one]
     for job in jobs:
-        factory.for_job(job)  # refuses what cannot be divided among that many ranks
+        factory.for_job(job)  # raises ConfigError if the ranks cannot share the micro-batches
         if job.launcher != launcher or job.runs != first.runs or job.chain:
             raise ConfigError("--multirun: the runs of an array share launcher and runs folder, and have no chain")
     request.print_cautions(*jobs)

@@ -182,22 +182,22 @@ class TaskEvaluation:
         log_mel: dict[str, list[Tally]] = {}
         if self.config.baselines:
             baseline = log_mel_with_context()
-            log_mel = self._said(baseline.name, self.probe(lambda seed: baseline, same=True))
+            log_mel = self._report(baseline.name, self.probe(lambda seed: baseline, same=True))
             rows += self._rows(baseline.name, log_mel, {}, {}, {})
         for encoder in encoders:
             random: dict[str, list[Tally]] = {}
-            taught: dict[str, list[Tally]] = {}
+            supervised: dict[str, list[Tally]] = {}
             if self.config.baselines and encoder.fresh is not None:
                 name = f"random weights ({encoder.name})"
                 made = partial(self.random, encoder)
-                random = self._said(name, self.probe(made, same=False))
+                random = self._report(name, self.probe(made, same=False))
                 rows += self._rows(name, random, log_mel, {}, {})
                 if self.config.supervised.epochs:
                     name = f"supervised from scratch ({encoder.name})"
-                    taught = self._said(name, self.supervised(encoder))
-                    rows += self._rows(name, taught, log_mel, random, {})
-            found = self._said(encoder.name, self.probe(lambda seed: encoder, same=True))  # noqa: B023
-            rows += self._rows(f"{encoder.name} (step {encoder.step})", found, log_mel, random, taught)
+                    supervised = self._report(name, self.supervised(encoder))
+                    rows += self._rows(name, supervised, log_mel, random, {})
+            found = self._report(encoder.name, self.probe(lambda seed: encoder, same=True))  # noqa: B023
+            rows += self._rows(f"{encoder.name} (step {encoder.step})", found, log_mel, random, supervised)
         return rows + (self.verification(encoders) if self.name == "speaker" else [])
 
     def verification(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
@@ -241,7 +241,7 @@ class TaskEvaluation:
             rows.append(Row(self.name, same[0][0], who, *means))
         return rows
 
-    def _said(self, who: str, tallies: dict[str, list[Tally]]) -> dict[str, list[Tally]]:
+    def _report(self, who: str, tallies: dict[str, list[Tally]]) -> dict[str, list[Tally]]:
         for measure, by_seed in tallies.items():
             value = bootstrap(by_seed, 100).value
             self.say(f"{self.name}, {measure}: {value:.1%}  {who}")
@@ -253,7 +253,7 @@ class TaskEvaluation:
         tallies: dict[str, list[Tally]],
         log_mel: dict[str, list[Tally]],
         random: dict[str, list[Tally]],
-        taught: dict[str, list[Tally]],
+        supervised: dict[str, list[Tally]],
     ) -> list[Row]:
         rows = []
         for measure, by_seed in tallies.items():
@@ -264,8 +264,8 @@ class TaskEvaluation:
                 gap = bootstrap(by_seed, times, other[measure]) if measure in other else None
                 over.append((gap.value, gap.low, gap.high) if gap else None)
             retained = None
-            if measure in taught and measure in log_mel:
-                base, reference = bootstrap(log_mel[measure], 100).value, bootstrap(taught[measure], 100).value
+            if measure in supervised and measure in log_mel:
+                base, reference = bootstrap(log_mel[measure], 100).value, bootstrap(supervised[measure], 100).value
                 retained = (own.value - base) / (reference - base) if reference > base else None
             rows.append(Row(self.name, measure, who, own.value, own.low, own.high, over[0], over[1], retained))
         return rows

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError
-from launch.runs.summary import signs_of_life
+from launch.runs.summary import last_activity
 from pretrain.checkpointing.locate import saved_steps
 from pretrain.evaluate.config import EvaluateConfig, task_names
 
@@ -52,7 +52,7 @@ def follow(config: EvaluateConfig) -> None:
         done[row["step"], row.get("weights", "")].add(row["task"])
     sign, since = 0.0, time.monotonic()
     while True:
-        if (newest := signs_of_life(run_folder)) != sign:
+        if (newest := last_activity(run_folder)) != sign:
             sign, since = newest, time.monotonic()
         # before listing the checkpoints, so that the last one is not missed
         over = end_of(run_folder, time.monotonic() - since, config.follow_minutes)

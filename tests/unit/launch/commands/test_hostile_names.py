@@ -16,7 +16,7 @@ from launch.commands.board import unique_names
 from launch.config import LocalConfig
 from launch.exit_codes import ExitCode
 from launch.runs.job_record import read_record, write_record
-from launch.runs.summary import CLOCK_SKEW_SECONDS, find_run, signs_of_life, summarise
+from launch.runs.summary import CLOCK_SKEW_SECONDS, find_run, last_activity, summarise
 
 CONFIG: dict[str, Any] = {"name": "x", "train": {"steps": 5}, "objective": {"name": "best_rq"}}
 ROW = {"step": 3, "time": 1.0, "loss/total": 1.5, "opt/lr": 1e-3}
@@ -154,7 +154,7 @@ def test_a_time_in_the_future_does_not_count_as_activity(runs: Path) -> None:
     for ahead in (3600.0, 1e9):
         os.utime(folder / "metrics.jsonl", (now + ahead, now + ahead))
         assert summarise(folder).state == "stopped", ahead
-        assert signs_of_life(folder) < now
+        assert last_activity(folder) < now
     (folder / "metrics.jsonl").write_text(json.dumps(ROW | {"time": now + 1e6}) + "\n")
     os.utime(folder / "metrics.jsonl", (now - 3600, now - 3600))
     assert summarise(folder).state == "stopped", "nor does a future time in a row count"
