@@ -138,7 +138,7 @@ def test_a_damaged_file_is_named(name: str, content: bytes, words: str, folder: 
         ("config.json", {"model_type": "bert"}, "model_type=bert has no waveform stem"),
         ("config.json", {"hidden_size": 17}, "config.json: transformers cannot build this model"),
         ("config.json", {"conv_stride": [0, 0]}, "config.json: conv_stride must be a list"),
-        ("preprocessor_config.json", {"do_normalize": "yes"}, "do_normalize must be true or false, and is 'yes'"),
+        ("preprocessor_config.json", {"do_normalize": "yes"}, "do_normalize must be true or false, not 'yes'"),
     ],
 )
 def test_an_invalid_config_field_is_named(file: str, fields: dict[str, Any], words: str, folder: Path) -> None:
