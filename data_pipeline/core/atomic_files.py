@@ -11,7 +11,7 @@ from typing import IO, Any
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` in one step: a reader, or a crash, sees the old text or the new one."""
+    """Replaces `path` atomically: after a crash, and for readers, it has either the old text or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -26,12 +26,12 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder, whole or partly there, ignoring errors."""
+    """Removes a folder, complete or not, ignoring errors."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def sha256_of(source: Path | IO[bytes]) -> str:
-    """Returns the sha256, in hexadecimal, of a file or of what is left to read of an open one."""
+    """Returns the sha256, in hexadecimal, of a file, or of the unread rest of an open file."""
     if isinstance(source, Path):
         with source.open("rb") as file:
             return sha256_of(file)

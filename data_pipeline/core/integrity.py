@@ -1,4 +1,4 @@
-"""`checksums.json`: the sha256 of those files of a folder that no other record names; `verify` compares them."""
+"""`checksums.json`: sha256 of the files of a folder that have no other record; `verify` compares them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_checksums(store: FileStore, names: Iterable[str]) -> None:
 
 
 def altered_files(store: FileStore) -> Iterator[tuple[str, str]]:
-    """Yields (file, fault) for each file that is missing or altered; nothing where there are no checksums."""
+    """Yields (file, fault) for each file that is missing or altered; nothing if the folder has no checksums."""
     if not store.exists(CHECKSUMS):
         return
     content = store.read(CHECKSUMS)
@@ -54,6 +54,6 @@ def sealed(page: str) -> bytes:
 
 
 def is_sealed(content: bytes) -> bool:
-    """Whether a page still matches the sha256 that `sealed` wrote."""
+    """Returns whether a page matches the sha256 that `sealed` wrote."""
     page, mark, _ = content.rpartition(b"<!-- sha256 ")
     return bool(mark) and sealed(page.decode("utf-8", "replace")) == content

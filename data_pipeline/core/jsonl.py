@@ -1,4 +1,4 @@
-"""Reads and appends JSON-lines files: one JSON object per line, lines ended by a newline alone."""
+"""Reads and appends JSON-lines files: one JSON object per line; only a newline ends a line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class JsonLines:
     rows: list[dict[str, Any]]
     """The lines that are JSON objects, in order."""
     bad_lines: tuple[int, ...]
-    """Numbers, from 1, of the other lines: damaged, cut off by a crash, or not an object."""
+    """Numbers, from 1, of invalid lines: damaged, truncated by a crash, or not an object."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Line:
     """A line that is not empty."""
 
     number: int
-    """From 1, empty lines included."""
+    """Line number from 1, including empty lines."""
     row: dict[str, Any] | None
-    """None where the line is not a JSON object."""
+    """None if the line is not a JSON object."""
     problem: str = ""
-    """Why there is no row: "is not JSON (…)" or "is not a JSON object"."""
+    """Reason why there is no row: "is not JSON (…)" or "is not a JSON object"."""
 
 
 def each_line(lines: Iterable[bytes]) -> Iterator[Line]:
-    """Parses lines one by one; empty ones are left out."""
+    """Parses lines one by one; empty lines are skipped."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -55,7 +55,7 @@ def parse(content: bytes) -> JsonLines:
 
 
 def read(path: Path) -> JsonLines:
-    """Reads a JSON-lines file; one that does not exist has no lines."""
+    """Reads a JSON-lines file; a missing file has no lines."""
     try:
         return parse(path.read_bytes())
     except FileNotFoundError:
@@ -73,21 +73,21 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends rows, all of them or, after an OSError, none; see `append_lines`."""
+    """Appends all rows, or none if an OSError is raised; see `append_lines`."""
     append_lines(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append_lines(path: Path, lines: str) -> None:
-    """Appends complete lines; a last line that a crash left without its newline is terminated first.
+    """Appends complete lines, after terminating a last line that a crash has truncated.
 
     All lines are one write to a file opened for appending, so lines of several processes do not mix.
 
     Args:
-        path: The file, created where it is missing.
-        lines: Lines, each with its newline.
+        path: the file, created if it is missing.
+        lines: lines, each with its newline.
 
     Raises:
-        OSError: They cannot be written. No part of them stays in the file.
+        OSError: they cannot be written; no part of them stays in the file.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -111,15 +111,15 @@ def append_lines(path: Path, lines: str) -> None:
 
 
 class Tail:
-    """Reads the rows that were added to a file since the last call; starts again when the file was replaced."""
+    """Reads the rows that were added to a file since the last call; starts from the beginning if it was replaced."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._inode, self._offset = path, 0, 0
         self.rows: list[dict[str, Any]] = []
-        """All rows read so far of the file as it is now."""
+        """All rows read so far of the current file."""
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns the rows that are new; an unfinished last line waits for the next call."""
+        """Returns new rows; an incomplete last line is read by a later call."""
         try:
             file = self._path.open("rb")
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A cache of the values used last."""
+"""A least-recently-used cache."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ V = TypeVar("V")
 
 
 class LruCache(Generic[K, V]):
-    """Keeps the `size` values used last.
+    """Keeps the `size` most recently used values.
 
     Args:
-        size: Values kept at most.
-        on_evict: Called with each value that leaves the cache, e.g. to close a file.
+        size: maximum number of values.
+        on_evict: called with each evicted value, e.g. to close a file.
     """
 
     def __init__(self, size: int, on_evict: Callable[[V], None] | None = None) -> None:
@@ -23,7 +23,7 @@ class LruCache(Generic[K, V]):
         self._values: OrderedDict[K, V] = OrderedDict()
 
     def get(self, key: K, make: Callable[[], V]) -> V:
-        """Returns the value of `key`, made by `make` where it is not cached; nothing is stored if `make` raises."""
+        """Returns the value of `key`, created by `make` if it is not cached; nothing is stored if `make` raises."""
         if key not in self._values:
             self._values[key] = make()
             while len(self._values) > max(self.size, 1):

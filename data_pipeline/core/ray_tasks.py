@@ -1,4 +1,4 @@
-"""Runs functions as Ray tasks: starts or joins a cluster, bounds what is in flight, retries lost tasks."""
+"""Runs functions as Ray tasks: starts or joins a cluster, limits tasks in flight, retries lost tasks."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ def refuse_foreign_dashboard(field: str, value: str) -> None:
 
 
 def require_answer(address: str, seconds: float) -> None:
-    """Raises ConfigError where no Ray cluster answers at an address in time; Ray itself would try for 40 s or more."""
+    """Raises ConfigError if no Ray cluster answers at an address in time; Ray itself would try for 40 s or more."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if host:
             socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
-        if not address.startswith("ray://"):  # in a process that can be killed: nothing ends a call into Ray's library
+        if not address.startswith(
+            "ray://"
+        ):  # in a process that can be killed: calls into Ray's library cannot be interrupted
             command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
             done = subprocess.run(
                 command, timeout=seconds, capture_output=True, encoding="utf-8", errors="replace", check=False
@@ -65,24 +67,22 @@ def require_answer(address: str, seconds: float) -> None:
 class RayConfig:
     """Where the work runs."""
 
-    address: Annotated[str, about("of a running Ray cluster, or auto; empty starts a Ray on this machine")] = ""
-    num_cpus: Annotated[int, about("cores of a Ray started here; 0 takes all", ge=0)] = 0
+    address: Annotated[str, about("address of a running Ray cluster, or auto; empty: start Ray on this machine")] = ""
+    num_cpus: Annotated[int, about("cores of a Ray started here; 0: all", ge=0)] = 0
     dashboard: Annotated[bool, about("start Ray's dashboard on localhost")] = False
-    answer_seconds: Annotated[float, about("how long the cluster's address may take to answer", gt=0)] = 20.0
-    attempts: Annotated[
-        int, about("how often a unit is tried whose worker dies before it is given up and listed", ge=1)
-    ] = 3
+    answer_seconds: Annotated[float, about("time in which the cluster must answer", gt=0)] = 20.0
+    attempts: Annotated[int, about("attempts at a unit whose worker dies, before it is listed as failed", ge=1)] = 3
 
     def __post_init__(self) -> None:
-        """Refuses addresses that Ray would import a module for."""
+        """Refuses addresses for which Ray would import a module."""
         refuse_foreign_address("address", self.address)
 
 
 @contextlib.contextmanager
 def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
-    """A Ray to work on: the one this process is connected to, the one at `address`, or a local one for the while.
+    """Provides Ray in the block: the connected cluster, the one at `address`, or a local one that is then stopped.
 
-    With `show`, says where its dashboard is, if it has one.
+    With `show`, prints the address of its dashboard, if it has one.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -119,7 +119,7 @@ def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
 
 
 def places(cpus: int, gpus: int) -> int:
-    """Returns how many processes of that many cores and GPUs the living nodes can hold, whatever else runs there."""
+    """Returns the number of processes with these cores and GPUs that the live nodes can hold, ignoring their load."""
     import ray
 
     found = 0
@@ -140,9 +140,9 @@ def cluster_contents() -> str:
 
 
 def keep_token_private() -> None:
-    """Makes ~/.ray accessible to its owner only: Ray stores the token that opens a cluster there, readable to all."""
+    """Makes ~/.ray accessible to its owner only: Ray stores the cluster's token there, readable for everyone."""
     folder = Path.home() / ".ray"
-    with contextlib.suppress(OSError):  # a home that cannot be written to gets no token, either
+    with contextlib.suppress(OSError):  # without write access to the home folder there is no token either
         folder.mkdir(mode=0o700, exist_ok=True)
         folder.chmod(0o700)
         for token in folder.glob("auth_token*"):
@@ -151,7 +151,7 @@ def keep_token_private() -> None:
 
 @contextlib.contextmanager
 def _start_failures_as_os_errors() -> Iterator[None]:
-    """Raises OSError where Ray does not start, such as on an overloaded machine; Ray raises a plain Exception."""
+    """Raises OSError if Ray does not start, such as on an overloaded machine; Ray raises a plain Exception."""
     try:
         yield
     except OSError:
@@ -162,7 +162,7 @@ def _start_failures_as_os_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Makes a Ray that starts in the block listen on 127.0.0.1; otherwise it ignores the address that it is given."""
+    """Makes a Ray that starts in the block listen on 127.0.0.1; otherwise it ignores the given address."""
     from ray._private import ray_constants
 
     name, clusters = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
@@ -180,9 +180,19 @@ def run_tasks(
     config: RayConfig,
     advance: Callable[[Any], None],
 ) -> dict[str, str]:
-    """Calls `function` once for each name, on Ray, a bounded number at a time; `advance` gets each result.
+    """Calls `function` for each name as a Ray task, a limited number at a time. Tasks whose worker dies are retried.
 
-    Returns the names that failed and why. A task whose worker dies is tried again. Raises OSError if a task does.
+    Args:
+        function: the function.
+        arguments: its arguments, by name of the task.
+        config: number of attempts.
+        advance: called with each result.
+
+    Returns:
+        The reasons of failed tasks, by name.
+
+    Raises:
+        OSError: a task raised it.
     """
     import ray
 
@@ -214,6 +224,6 @@ def run_tasks(
 
 
 def _at(directory: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls `function` in the driver's working directory: relative paths of a config mean the same on every node."""
+    """Calls `function` in the driver's working directory, to which relative paths of a config refer on every node."""
     os.chdir(directory)
     return function(*arguments)

@@ -1,4 +1,4 @@
-"""Random draws keyed by their purpose, so that they do not depend on resumes, workers or the number of GPUs."""
+"""Random generators keyed by purpose, so that draws do not depend on resumes, workers or the number of GPUs."""
 
 from __future__ import annotations
 

@@ -28,12 +28,12 @@ REQUIRED: Final = "(required)"
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used; the message is one paragraph for the user. Ends a command with exit code 2."""
+    """Raised for an invalid config; the message is one paragraph for the user. Ends a command with exit code 2."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def config(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass that pydantic validates strictly and that refuses unknown fields."""
+    """Makes a class a frozen, keyword-only dataclass with strict validation by pydantic; unknown fields are refused."""
     made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     made.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # type: ignore[attr-defined]
     return made
@@ -48,9 +48,9 @@ def about(description: str, *, resume: Resume = "fixed", aliases: tuple[str, ...
     """Returns the annotation of a config field.
 
     Args:
-        description: What the field means: one phrase for `--help`.
-        resume: What a resumed run may change; of a section, it holds for all fields below it.
-        aliases: Other names that configs may use for the field.
+        description: meaning of the field, one phrase for `--help`.
+        resume: change that a resumed run may make; for a section, it applies to all fields below it.
+        aliases: other names that configs may use for the field.
         limits: pydantic's `gt`, `ge`, `lt`, `le`, `min_length` …
     """
     if aliases:
@@ -116,29 +116,29 @@ class PluginChoice:
 
 
 def suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Returns the name among `known` nearest to `name`, or "" where none is near.
+    """Returns the name among `known` nearest to `name`, or "" if none is near.
 
     Args:
-        name: The name that was given and is not known.
-        known: The names that are.
-        cutoff: Similarity in [0, 1] that a suggestion needs at least (difflib's ratio).
+        name: the unknown name.
+        known: the valid names.
+        cutoff: least similarity of a suggestion, 0 to 1 (difflib's ratio).
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return near[0] if near else ""
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """Returns " (did you mean …?)" with the name among `known` nearest to `name`, or "" where none is near."""
+    """Returns " (did you mean …?)" with the name among `known` nearest to `name`, or "" if none is near."""
     return did_you_mean(suggest(name, known))
 
 
 def did_you_mean(near: str) -> str:
-    """Returns the hint at a name that `suggest` or another rule found; "" for ""."""
+    """Returns " (did you mean …?)" for a suggested name; "" for ""."""
     return f" (did you mean {near}?)" if near else ""
 
 
 class Absent(enum.Enum):
-    """The value of a field that one of two configs does not have."""
+    """The value of a field that one of two compared configs lacks."""
 
     ABSENT = "(absent)"
 
@@ -171,7 +171,7 @@ def diff(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str,
 LARGEST_INTEGER: Final = 2**31 - 1
 LARGEST_SEED: Final = 2**63 - 1
 LARGEST_NUMBER: Final = 1e12
-"""Sizes, counts and times above these have no use, and overflow or never end somewhere."""
+"""Limits of numbers; larger sizes, counts and times are useless and would overflow or never end."""
 
 
 def _numbers(value: Any) -> Iterator[Any]:
@@ -184,7 +184,7 @@ def _numbers(value: Any) -> Iterator[Any]:
 
 
 def _too_large(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yields a message for each number that no field takes."""
+    """Yields a message for each number above the limits."""
     for name, value in values.items():
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -195,7 +195,10 @@ def _too_large(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
                 continue
             limit = LARGEST_NUMBER if isinstance(number, float) else LARGEST_INTEGER
             limit = LARGEST_SEED if name == "seed" else limit
-            if abs(number) > limit and number not in (float("inf"), float("-inf")):  # these are refused with their type
+            if abs(number) > limit and number not in (
+                float("inf"),
+                float("-inf"),
+            ):  # infinities are refused by the field's type
                 yield f"{path}={json.dumps(number)[:40]}: is too large; at most {limit:g}"
 
 
@@ -203,7 +206,7 @@ def load(kind: type[T], values: Mapping[str, Any]) -> T:
     """Reads nested JSON-like values as a config.
 
     Raises:
-        ConfigError: A field is wrong; the message has a line for each one.
+        ConfigError: fields are wrong; the message has a line for each.
     """
     if large := list(_too_large(values)):
         raise ConfigError("\n".join(large))
@@ -238,7 +241,7 @@ class FieldDoc:
 
 
 def document(kind: type[Any], prefix: str = "", chosen: Mapping[str, Any] | None = None) -> Iterator[FieldDoc]:
-    """Yields every field below `kind`. `chosen` (composed values) picks which plug-ins are shown, and their values."""
+    """Yields every field below `kind`. `chosen` (composed values) selects the plug-ins, and gives values to show."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         path = f"{prefix}{field.name}"

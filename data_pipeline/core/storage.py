@@ -1,4 +1,4 @@
-"""Folders on local disks and behind fsspec URLs: whole files in, whole files out, and one atomic claim."""
+"""Folders on local disks and behind fsspec URLs: reads, writes and exclusively creates whole files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TRANSIENT_ERRNO: Final = frozenset(
 
 
 class StorageError(OSError):
-    """A file that storage does not deliver or accept; not a fault of the config or of the data."""
+    """Raised if storage cannot read or write a file; not a fault of the config or of the data."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -59,16 +59,16 @@ class StorageError(OSError):
 
 
 class StorageReadError(StorageError):
-    """A file that exists but cannot be read."""
+    """Raised for a file that exists but cannot be read."""
 
 
 class StorageWriteError(StorageError):
-    """A file that cannot be written: full disk, missing permission, read-only or unreachable storage."""
+    """Raised for a file that cannot be written: full disk, missing permission, read-only or unreachable storage."""
 
 
 @contextlib.contextmanager
 def write_errors(path: str) -> Iterator[None]:
-    """Turns an OSError in the block into StorageWriteError for `path`; StorageError passes."""
+    """Converts an OSError in the block to StorageWriteError for `path`; StorageError is passed on."""
     try:
         yield
     except StorageError:
@@ -78,14 +78,14 @@ def write_errors(path: str) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """Returns an error as short text: that of the system, or type and message."""
+    """Describes an error in a short text: the system's message, or type and message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same access to remote storage may succeed later: lost connections, time-outs, HTTP 408, 429, 5xx."""
+    """Returns whether an access to remote storage may succeed later: lost connection, time-out, HTTP 408, 429, 5xx."""
     permanent = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
     if isinstance(error, permanent):
         return False
@@ -100,17 +100,17 @@ def is_transient(error: BaseException) -> bool:
 
 
 class Backoff:
-    """Growing pauses between tries of one read, with jitter, so that ranks do not come back all at once.
+    """Exponential backoff between attempts at a read, with jitter, so that ranks do not retry simultaneously.
 
     Args:
-        patience: Seconds after the first failure in which the last try must begin.
+        patience: seconds after the first failure in which the last attempt must begin.
     """
 
     def __init__(self, patience: float) -> None:
         self._patience, self._deadline, self._pause = patience, 0.0, 0.5
 
     def wait(self) -> bool:
-        """Pauses before the next try; returns False, at once, where the time does not allow another one."""
+        """Pauses before the next attempt; returns False at once if no time is left for another."""
         now = time.monotonic()
         self._deadline = self._deadline or now + self._patience
         if now + self._pause > self._deadline:
@@ -121,17 +121,17 @@ class Backoff:
 
 
 def retry(action: Callable[[], T], path: str, patience: float = PATIENCE) -> T:
-    """Calls `action`, again with growing pauses after each transient error.
+    """Calls `action`, and again with growing pauses after transient errors.
 
     Args:
-        action: Reads from storage; may be called several times.
-        path: The file that is read, for the error.
-        patience: Seconds after the first error in which the action must succeed.
+        action: reads from storage; may be called several times.
+        path: the file to read, for the error.
+        patience: seconds after the first error in which the action must succeed.
 
     Raises:
-        StorageReadError: The storage did not recover in time, or refuses the access.
-        FileNotFoundError: There is no such file.
-        StorageWriteError: The action could not write what it has read.
+        StorageReadError: the storage did not recover in time, or refuses access.
+        FileNotFoundError: the file does not exist.
+        StorageWriteError: the action could not write its result.
     """
     backoff = Backoff(patience)
     while True:
@@ -154,17 +154,17 @@ def is_url(path: str) -> bool:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is the name of a file in a folder: no path separators, not hidden, no control characters."""
+    """Returns whether `name` is a plain file name: no path separators, not hidden, no control characters."""
     if not isinstance(name, str) or not name or name.startswith(".") or len(name.encode(errors="replace")) > 255:
         return False
     return name.isprintable() and not set("/\\") & set(name)
 
 
 def private_folder() -> Path:
-    """Returns a folder below the temporary one that belongs to this user alone; created where it is missing.
+    """Returns a folder below the temporary one that only this user can access; creates it if it is missing.
 
     Raises:
-        StorageWriteError: A file, a link or another user's folder is in its place.
+        StorageWriteError: a file, a link or another user's folder is in its place.
     """
     folder = Path(tempfile.gettempdir()) / f"auricle-{os.getuid()}"
     with write_errors(str(folder)):
@@ -191,11 +191,11 @@ class FileStore:
     retried after transient errors.
 
     Args:
-        root: Folder or fsspec URL.
-        patience: Seconds that reads of remote storage are retried.
+        root: folder or fsspec URL.
+        patience: seconds for which reads of remote storage are retried.
 
     Raises:
-        ValueError: The URL needs a package that is not installed.
+        ValueError: the URL needs a package that is not installed.
     """
 
     def __init__(self, root: str, patience: float = PATIENCE) -> None:
@@ -215,7 +215,7 @@ class FileStore:
         return f"{self.base}/{name}" if name else self.base
 
     def exists(self, name: str = "") -> bool:
-        """Whether there is such a file (or folder)."""
+        """Returns whether the file or folder exists."""
         try:
             self._reading(name, lambda: self.fs.info(self.path(name)))  # fs.exists hides a failed connection
         except FileNotFoundError:
@@ -227,7 +227,7 @@ class FileStore:
         return True
 
     def size(self, name: str) -> int:
-        """Returns the bytes of a file."""
+        """Returns the size of a file in bytes."""
         return self._reading(name, lambda: int(self.fs.size(self.path(name))))
 
     def read(self, name: str) -> bytes:
@@ -235,7 +235,7 @@ class FileStore:
         return self._reading(name, lambda: bytes(self.fs.cat_file(self.path(name))))
 
     def names(self, folder: str = "", suffix: str = "", prefix: str = "") -> list[str]:
-        """Returns the sorted names in `folder` that begin and end so; [] where there is no such folder."""
+        """Returns the sorted names in `folder` with this prefix and suffix; [] if the folder does not exist."""
         self.fs.invalidate_cache()
         try:
             found = self._reading(folder, lambda: list(self.fs.ls(self.path(folder), detail=False)))
@@ -256,7 +256,7 @@ class FileStore:
         return shutil.disk_usage(folder).free
 
     def put(self, source: Path, name: str) -> None:
-        """Moves a finished local file to `name` atomically; replaces a file of that name."""
+        """Moves a complete local file to `name` atomically; replaces a file of that name."""
         with write_errors(self._shown(name)):
             if not self.local:
                 self.fs.put_file(str(source), self.path(name))
@@ -268,7 +268,7 @@ class FileStore:
             sync(target.parent)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes a file that must not exist yet, atomically; returns False where it exists."""
+        """Creates a file atomically and exclusively; returns False if it exists."""
         with write_errors(self._shown(name)):
             if not self.local:
                 return self._create_remote(name, content)
@@ -297,10 +297,10 @@ class FileStore:
 
     @contextlib.contextmanager
     def scratch(self, prefix: str = "") -> Iterator[Path]:
-        """A new local folder, removed afterwards; below `.tmp` of a local root, so that renames stay atomic.
+        """Provides a new local folder in the block; below `.tmp` of a local root, so that renames are atomic.
 
-        Its name identifies the process, by a random id, too, and its time is renewed while it is in use; `sweep` uses
-        both.
+        Its name identifies the process, also by a random id, and its modification time is renewed while it is in use;
+        `sweep` uses both.
         """
         parent = Path(self.path(".tmp")) if self.local else None
         with write_errors(self._shown(".tmp")):
@@ -318,11 +318,11 @@ class FileStore:
             shutil.rmtree(made, ignore_errors=True)
 
     def sweep(self) -> int:
-        """Removes scratch folders of processes that ended, and returns their number.
+        """Removes scratch folders of ended processes, and returns their number.
 
-        A process of this machine (and of this container) is looked up. One elsewhere counts as ended when its folder
-        was not renewed for LEASE seconds, by the clock of the storage; so does one that only seems to be this process:
-        host name, process number and start time are equal, the random id is not.
+        Processes of this machine (and container) are looked up. Others count as ended if their folder was not renewed
+        for LEASE seconds, by the clock of the storage; so do folders with this process's host name, process number and
+        start time but another random id.
         """
         parent = Path(self.path(".tmp"))
         if not self.local or not parent.is_dir():
@@ -356,17 +356,17 @@ class FileStore:
 
 @functools.cache
 def _machine() -> str:
-    """Identifies this kernel and its process numbers: containers of one host name do not share it."""
+    """Returns an id of this kernel and process namespace, which containers with the same host name do not share."""
     parts = [os.uname().nodename]
     try:
         parts += [BOOT_ID.read_text(encoding="ascii"), str(PID_NAMESPACE.stat().st_ino)]
-    except OSError:  # not on Linux, or hidden in a sandbox: equal to no other process, so that leases decide
+    except OSError:  # not on Linux, or hidden by a sandbox: a unique id, so that leases decide
         parts.append(secrets.token_hex(16))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def _started(pid: int) -> int:
-    """When a process started, in seconds since 1970; 0 where there is none."""
+    """Returns the start time of a process, in seconds since 1970; 0 if it does not exist."""
     try:
         return int(psutil.Process(pid).create_time())
     except psutil.Error:
@@ -375,7 +375,7 @@ def _started(pid: int) -> int:
 
 @functools.cache
 def _process_id(pid: int) -> str:
-    """The random id of this process, whose number is `pid`: a forked child has another one."""
+    """Returns the random id of this process, whose number is `pid`; forked children have their own."""
     return secrets.token_hex(8)
 
 

@@ -1,8 +1,8 @@
-"""Members of tars as files: the fsspec protocol `tarmember://`, which reads a range of bytes of a tar.
+"""The fsspec protocol `tarmember://`: reads members of tars as byte ranges.
 
     tarmember://OFFSET+SIZE/PATH OF THE TAR/NAME OF THE MEMBER        both names percent-encoded
 
-Whatever opens fsspec URLs reads a member without unpacking or scanning its tar.
+With it, code that opens fsspec URLs reads a member without unpacking or scanning its tar.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class TarMember:
     """Path or URL of the tar."""
     name: str
     offset: int
-    """Of its content in the tar, in bytes."""
+    """Position of its content in the tar, in bytes."""
     size: int
 
     @property
     def url(self) -> str:
-        """Its address for fsspec."""
+        """The URL of the member for fsspec."""
         return f"{PROTOCOL}://{self.offset}+{self.size}/{quote(self.tar, safe='')}/{quote(self.name, safe='')}"
 
     @staticmethod
     def from_path(path: str) -> TarMember:
-        """Reads the part of the address after the protocol. Raises FileNotFoundError for another form."""
+        """Parses the URL without the protocol. Raises FileNotFoundError if it is malformed."""
         place, _, rest = path.removeprefix(f"{PROTOCOL}://").partition("/")
         tar, _, name = rest.partition("/")
         offset, _, size = place.partition("+")
@@ -54,11 +54,11 @@ def list_members(tar: str) -> Iterator[TarMember | tarfile.TarInfo]:
     """Yields the regular files of an uncompressed tar, and the header of each other member that is not a folder.
 
     Args:
-        tar: Local path or fsspec URL.
+        tar: local path or fsspec URL.
 
     Raises:
-        tarfile.TarError: It is not a tar, or ends in the middle of a member; after what comes before.
-        OSError: It cannot be read.
+        tarfile.TarError: the file is not a tar, or ends inside a member; raised after the members before.
+        OSError: the file cannot be read.
     """
     with fsspec.open(tar, "rb") as file:
         size = file.seek(0, io.SEEK_END)
@@ -87,7 +87,7 @@ class TarMemberFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec h
     protocol = PROTOCOL
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        """Returns size of the member and version of its tar."""
+        """Returns the size of a member and the version of its tar."""
         member = TarMember.from_path(path)
         fs, tar = fsspec.core.url_to_fs(member.tar)
         if isinstance(fs, LocalFileSystem):

@@ -1,4 +1,4 @@
-"""Labels in WebDataset tars of others: JSON and text members, and the names that they use for our labels."""
+"""Labels in WebDataset tars of other writers: JSON and text members, and other writers' names of our labels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 MOST_LABEL_BYTES: Final = 1 << 20
-"""Bytes of a JSON or text member that is read."""
+"""Size limit of JSON and text members, in bytes."""
 ALIASES: Final = {
     "text": ("text", "transcript", "transcription", "sentence", "txt"),
     "speaker": ("speaker", "speaker_id", "spk", "client_id"),
@@ -15,11 +15,11 @@ ALIASES: Final = {
     "corpus": ("corpus", "dataset"),
     "file_id": ("file_id", "audio_filepath", "id"),
 }
-"""Label of our shards -> names of the JSON field that it is taken from, the first that is there."""
+"""Label of our shards -> names of JSON fields, of which the first that exists is used."""
 
 
 class UnusableError(ValueError):
-    """A member or sample that is left out; `reason` is a short code for reports."""
+    """Raised for a member or sample that cannot be used; `reason` is a short code for reports."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -30,12 +30,12 @@ def member_labels(documents: Mapping[str, bytes], key: str, stem: str) -> dict[s
     """Returns the labels of one audio member: scalars of its JSON and the text of its .txt, under our names.
 
     Args:
-        documents: The JSON and text members of the sample by name.
-        key: The sample's key; members `<key>.json` and `<key>.txt` describe all of its audio.
-        stem: Name of the audio member without its ending; members named like it win.
+        documents: the JSON and text members of the sample by name.
+        key: the sample's key; members `<key>.json` and `<key>.txt` describe all of its audio.
+        stem: name of the audio member without its ending; members with this name take precedence.
 
     Raises:
-        UnusableError: A member is not a JSON object or not UTF-8.
+        UnusableError: a member is not a JSON object or not UTF-8.
     """
     labels: dict[str, str] = {}
     for name in (f"{key}.json", f"{stem}.json"):
@@ -66,7 +66,7 @@ def parse_object(name: str, content: bytes) -> dict[str, Any]:
 
 
 def _flat(document: Mapping[str, Any]) -> dict[str, str]:
-    """Scalars of a JSON object and of its field `labels`, as text."""
+    """Returns the scalars of a JSON object and of its field `labels`, as text."""
     nested = document.get("labels")
     values = {**(nested if isinstance(nested, dict) else {}), **document}
     return {

@@ -1,7 +1,7 @@
-"""Makes text that is not ours (names, paths, messages of others) safe to show: terminals, HTML, Markdown and tables.
+"""Escapes untrusted text (names, paths, messages) for terminals, HTML, Markdown and tables.
 
-A name may hold anything: terminal control sequences, characters that reverse the reading direction, markup, the
-separators of a table. Such characters are replaced by their escapes, so that a reader sees them and nothing obeys them.
+A name may contain terminal control sequences, bidirectional overrides, markup or separators of a table. Such characters
+are replaced by visible escapes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import re
 import unicodedata
 
 _SPECIAL = re.compile(r"[\\`*_{}\[\]<>|~&]|^[#+-]|(?<=^[0-9])[.)]")
-"""Characters with a meaning in Markdown, anywhere or as the first ones of a line."""
+"""Characters with a meaning in Markdown, anywhere or at the start of a line."""
 _FENCE = re.compile(r"`{3,}")
 _FORMULA = ("=", "+", "-", "@")
-"""First characters that make a spreadsheet take a cell for a formula."""
+"""First characters of cells that spreadsheets interpret as formulas."""
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 """Unicode categories shown as escapes: control, format, surrogate, private use, line and paragraph separator."""
 
@@ -23,8 +23,8 @@ def visible(text: str, keep: str = "") -> str:
     r"""Returns `text` with every control, format and surrogate character as an escape such as \x1b.
 
     Args:
-        text: Any text.
-        keep: Characters that stay as they are, such as "\n" in a message of several lines.
+        text: any text.
+        keep: characters that are not escaped, such as "\n" in a message of several lines.
     """
     if text.isprintable():  # the common case
         return text
@@ -42,16 +42,16 @@ def html_text(text: str) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Returns `text` as words of a Markdown paragraph or table cell, as TensorBoard's text page shows them."""
+    """Escapes `text` for a Markdown paragraph or table cell on TensorBoard's text page."""
     return _SPECIAL.sub(lambda found: "&amp;" if found[0] == "&" else f"\\{found[0]}", visible(text))
 
 
 def markdown_block(text: str, language: str = "") -> str:
-    """Returns `text` of several lines as a fenced block of code, which nothing in it can end.
+    """Returns `text` as a fenced code block with a fence that does not occur in it.
 
     Args:
-        text: Any text; its lines and tabs stay.
-        language: For the colours, such as "json" or "diff".
+        text: any text; lines and tabs are kept.
+        language: for highlighting, such as "json" or "diff".
     """
     shown = visible(text, keep="\n\t")
     fence = "`" * max([3, *(len(found) + 1 for found in _FENCE.findall(shown))])

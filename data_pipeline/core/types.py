@@ -1,4 +1,4 @@
-"""Records that the stages of the data pipeline exchange. They are frozen; times are integer counts of samples."""
+"""Records exchanged by the stages of the data pipeline. They are frozen; times are integer numbers of samples."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ SAMPLE_RATE = 16_000
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch that the corpus itself marks inside a recording; it becomes a segment of its own."""
+    """A part of a recording that the corpus marks; it becomes a separate segment."""
 
     start: int
-    """In samples of the output rate, like `stop`."""
+    """First sample, at the output rate, like `stop`."""
     stop: int | None
     """None: to the end of the recording."""
     speaker: str = ""
     text: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     language: str = ""
-    """Where it differs from the recording's, like `split`."""
+    """Set if it differs from the recording's, like `split`."""
     split: str = ""
     channel: int | None = None
-    """The only channel that counts, from 0; None takes all of them, mixed."""
+    """The channel to use, from 0; None: the mean of all."""
     row: int = 0
-    """Row of the table that names it, from 1; 0 where no table does."""
+    """Row of the table that names it, from 1; 0 without a table."""
 
 
 @dataclass(frozen=True, slots=True)
 class AudioFile:
-    """One recording of a corpus as discovered; nothing has been decoded yet."""
+    """One recording of a corpus, as discovered, before decoding."""
 
     path: str
     """Local path or fsspec URL."""
@@ -48,18 +48,18 @@ class AudioFile:
     split: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    """Duration as the corpus states it; 0 where it does not."""
+    """Duration in seconds according to the corpus; 0 if unknown."""
     size: int = 0
     """Bytes of the file."""
     mtime: str = ""
-    """When the file was last changed, from the file system (an ETag on object stores)."""
+    """Time of the last change, from the file system (an ETag on object stores)."""
     spans: tuple[Span, ...] = ()
-    """Only these stretches count; sorted by start, and they may overlap. Empty: all of the recording."""
+    """The parts to use, sorted by start, possibly overlapping. Empty: the whole recording."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of one recording, in samples of the output rate; becomes one sample of a shard."""
+    """A part of one recording, in samples of the output rate; becomes one sample of a shard."""
 
     key: str
     """Unique in the data set; no dots, since a dot ends the key in WebDataset."""
@@ -101,7 +101,7 @@ class Batch:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to(self, device: str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Returns the batch with its tensors on `device`."""
         move = {name: target.to(device, non_blocking=True) for name, target in self.targets.items()}
         wave_BT = self.wave_BT.to(device, non_blocking=True)
         lengths_B = self.lengths_B.to(device, non_blocking=True)
@@ -110,7 +110,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The part of one global step that one rank gets: its micro-batches in accumulation order."""
+    """One rank's part of a global step: its micro-batches in accumulation order."""
 
     batches: tuple[Batch, ...]
     samples: int
@@ -118,9 +118,9 @@ class Step:
     padded_samples: int
     """The same with padding."""
     after: Cursor
-    """The cursor to store once this step is done."""
+    """The cursor to save after this step."""
     skipped: int = 0
-    """Segments of this rank left out because their shard is bad (only with on_bad_shard=skip)."""
+    """Segments of this rank that were skipped because their shard is bad (only with on_bad_shard=skip)."""
 
 
 class StepReader(Protocol):

@@ -14,7 +14,7 @@ SOUND_ENDINGS: Final = (
     "g722", "g726", "gsm", "sph", "nist", "au", "snd", "aif", "aiff", "aifc", "caf", "w64", "rf64", "voc", "ac3", "ape",
     "wv", "tta", "ts", "m2ts", "mts", "mpg", "mpeg",
 )
-"""Endings of files that hold sound, films included."""
+"""Endings of audio files, including videos."""
 # fmt: on
 
 
@@ -23,18 +23,18 @@ class CorpusConfig(PluginConfig):
     """Base class of the config of a corpus."""
 
     path: Annotated[str, about("folder or fsspec URL", min_length=1)]
-    language: Annotated[str, about("language of recordings for which the corpus names none")] = ""
+    language: Annotated[str, about("language of recordings without one in the corpus")] = ""
     splits: Annotated[tuple[str, ...], about("keep recordings of these splits only; empty keeps all")] = ()
 
 
 @config
 class PathCorpus(CorpusConfig):
-    """Every sound file below a folder."""
+    """All audio files below a folder."""
 
     name: Literal["path"] = "path"
-    path: Annotated[str, about("folder or fsspec URL; ~ is understood", min_length=1)]
+    path: Annotated[str, about("folder or fsspec URL; ~ is expanded", min_length=1)]
     corpus: Annotated[str, about("the corpus's name in the shards; empty takes the folder's")] = ""
-    language: Annotated[str, about("language of all files, where the pattern gives none")] = ""
+    language: Annotated[str, about("language of files for which the pattern gives none")] = ""
     pattern: Annotated[
         str,
         about(
@@ -46,30 +46,30 @@ class PathCorpus(CorpusConfig):
         about("endings of sound files, in lower case and without the dot", min_length=1),
     ] = SOUND_ENDINGS
     probe: Annotated[
-        bool, about("open files of other endings too, and take those that hold audio (remote ones are copied for it)")
+        bool, about("also open files of other endings, and use those that contain audio (copies remote files)")
     ] = False
     splits: Annotated[tuple[str, ...], about("keep files of these splits only; empty keeps all")] = ()
 
 
 @config
 class ManifestCorpus(CorpusConfig):
-    """A table of files: tsv, csv (first line names the columns) or jsonl. A row with begin and end, or offset and
-    duration, in seconds means that stretch of its file and becomes a segment of its own."""
+    """A table of files: tsv, csv (with a header line) or jsonl. A row with begin and end, or offset and duration, in
+    seconds selects a part of its file, which becomes a separate segment."""
 
     name: Literal["manifest"] = "manifest"
     path: Annotated[str, about("the manifest, a .tsv, .csv, .jsonl or .json (one object a line) file", min_length=1)]
     root: Annotated[str, about("folder that the paths in it are relative to; empty takes the manifest's")] = ""
-    corpus: Annotated[str, about("the corpus's name where the manifest has no column for it; empty: the file's")] = ""
-    language: Annotated[str, about("language where the manifest has no column for it")] = ""
+    corpus: Annotated[str, about("the corpus's name if the manifest has no column for it; empty: the file's")] = ""
+    language: Annotated[str, about("language if the manifest has no column for it")] = ""
     columns: Annotated[
         dict[str, str],
         about(
-            "column of path, speaker, language, text, corpus, split, seconds, begin, end, channel where it has another "
-            "name; channels count from 0"
+            "names of the columns path, speaker, language, text, corpus, split, seconds, begin, end, channel if they "
+            "differ; channels count from 0"
         ),
     ] = dataclasses.field(default_factory=dict)
     labels: Annotated[
-        str, about("a second table with a column path; its other columns (phones, say) become labels of the samples")
+        str, about("a second table with a column path; its other columns, such as phones, become labels of the samples")
     ] = ""
     splits: Annotated[tuple[str, ...], about("keep rows of these splits only; empty keeps all")] = ()
     allow_outside: Annotated[bool, about("accept absolute paths and .. that leave the root")] = False
@@ -80,7 +80,7 @@ class LibriSpeechCorpus(CorpusConfig):
     """LibriSpeech and Libri-light's labelled parts: SUBSET/SPEAKER/CHAPTER/ID.flac beside SPEAKER-CHAPTER.trans.txt."""
 
     name: Literal["librispeech"] = "librispeech"
-    path: Annotated[str, about("the folder LibriSpeech, or the one that holds it", min_length=1)]
+    path: Annotated[str, about("the folder LibriSpeech, or its parent", min_length=1)]
     splits: Annotated[tuple[str, ...], about("subsets, such as train-clean-100; empty keeps all")] = ()
     language: Annotated[str, about("language of all files")] = "en"
     download: Annotated[bool, about("fetch the subsets named by splits first, with torchaudio's downloader")] = False
@@ -98,12 +98,12 @@ class MlsCorpus(CorpusConfig):
 
 @config
 class CommonVoiceCorpus(CorpusConfig):
-    """Common Voice: clips/*.mp3 and one tsv a split; a clip belongs to the first split that lists it."""
+    """Common Voice: clips/*.mp3 and one tsv per split; a clip belongs to the first split that lists it."""
 
     name: Literal["common_voice"] = "common_voice"
     path: Annotated[str, about("folder of one locale", min_length=1)]
     splits: Annotated[tuple[str, ...], about("tables to read, without .tsv", min_length=1)] = ("train", "dev", "test")
-    language: Annotated[str, about("language where the table has no column locale")] = ""
+    language: Annotated[str, about("language if the table has no column locale")] = ""
 
 
 @config
@@ -118,12 +118,12 @@ class VoxPopuliCorpus(CorpusConfig):
 
 @config
 class GigaSpeechCorpus(CorpusConfig):
-    """GigaSpeech: the segments that GigaSpeech.json lists, by their own subsets; all of a recording that lists none."""
+    """GigaSpeech: the segments in GigaSpeech.json, by their subsets; whole recordings if they have no segments."""
 
     name: Literal["gigaspeech"] = "gigaspeech"
-    path: Annotated[str, about("folder that holds GigaSpeech.json", min_length=1)]
+    path: Annotated[str, about("folder of GigaSpeech.json", min_length=1)]
     splits: Annotated[tuple[str, ...], about("subsets, such as {M}; empty keeps all")] = ()
-    language: Annotated[str, about("language where the table names none")] = "en"
+    language: Annotated[str, about("language if the table has none")] = "en"
 
 
 @config
@@ -132,9 +132,9 @@ class WebDatasetCorpus(CorpusConfig):
 
     name: Literal["webdataset"] = "webdataset"
     path: Annotated[str, about("folder or fsspec URL of the tars", min_length=1)]
-    corpus: Annotated[str, about("corpus of samples whose JSON names none; empty takes the folder's name")] = ""
-    language: Annotated[str, about("language of samples whose JSON names none")] = ""
-    splits: Annotated[tuple[str, ...], about("keep samples whose JSON names one of these; empty keeps all")] = ()
+    corpus: Annotated[str, about("corpus of samples without one in their JSON; empty: the folder's name")] = ""
+    language: Annotated[str, about("language of samples without one in their JSON")] = ""
+    splits: Annotated[tuple[str, ...], about("keep samples with one of these in their JSON; empty keeps all")] = ()
 
 
 @config
@@ -143,10 +143,10 @@ class LhotseSharCorpus(CorpusConfig):
 
     name: Literal["lhotse_shar"] = "lhotse_shar"
     path: Annotated[str, about("folder or fsspec URL of the Shar files", min_length=1)]
-    audio_field: Annotated[str, about("field of the cuts that holds the audio")] = "recording"
+    audio_field: Annotated[str, about("field of the cuts with the audio")] = "recording"
     corpus: Annotated[str, about("the corpus's name in the shards; empty takes the folder's")] = ""
-    language: Annotated[str, about("language where supervisions name none")] = ""
-    splits: Annotated[tuple[str, ...], about("not used: Shar names no splits; must be empty", max_length=0)] = ()
+    language: Annotated[str, about("language of supervisions without one")] = ""
+    splits: Annotated[tuple[str, ...], about("not used: Shar has no splits; must be empty", max_length=0)] = ()
 
 
 @config
@@ -159,8 +159,8 @@ class NemoTarredCorpus(CorpusConfig):
         r"(^|/)(sharded_)?(tarred_audio_)?manifest(s/manifest)?(_\d+)?\.jsonl?$"
     )
     corpus: Annotated[str, about("the corpus's name in the shards; empty takes the folder's")] = ""
-    language: Annotated[str, about("language where the manifest names none")] = ""
-    splits: Annotated[tuple[str, ...], about("not used: manifests name no splits; must be empty", max_length=0)] = ()
+    language: Annotated[str, about("language of rows without one")] = ""
+    splits: Annotated[tuple[str, ...], about("not used: manifests have no splits; must be empty", max_length=0)] = ()
 
 
 TarredCorpus = WebDatasetCorpus | LhotseSharCorpus | NemoTarredCorpus
@@ -177,16 +177,16 @@ CORPORA: Final[dict[str, type[CorpusConfig]]] = {
     "lhotse_shar": LhotseSharCorpus,
     "nemo_tarred": NemoTarredCorpus,
 }
-"""Config class of every kind of corpus by its name; discovery.py finds their files."""
+"""Config class of each kind of corpus by name; discovery.py finds their files."""
 
 
 def corpus_names() -> list[str]:
-    """Names of all kinds of corpora."""
+    """Returns the names of all kinds of corpora."""
     return sorted(CORPORA)
 
 
 def corpus_type(name: str) -> type[CorpusConfig]:
-    """The config class of a kind of corpus. Raises ValueError for an unknown name."""
+    """Returns the config class of a kind of corpus. Raises ValueError for an unknown name."""
     if name not in CORPORA:
         raise ValueError(f"there is no corpus {name!r}; there are: {', '.join(corpus_names())}")
     return CORPORA[name]

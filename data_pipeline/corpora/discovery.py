@@ -1,4 +1,4 @@
-"""Finds the recordings of a corpus. What cannot be used is listed with a reason or counted."""
+"""Finds the recordings of a corpus. Unusable inputs are listed with a reason, or counted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from data_pipeline.corpora.tarred import read_tarred
 
 
 def fingerprint(corpus: CorpusConfig) -> str:
-    """Returns a short name for a corpus config."""
+    """Returns a short hash of a corpus config."""
     text = json.dumps(dataclasses.asdict(corpus), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -36,17 +36,17 @@ def fingerprint(corpus: CorpusConfig) -> str:
 def discover(corpus: CorpusConfig) -> Discovered:
     """Finds the recordings of a corpus; nothing is decoded, except by `corpus.probe`.
 
-    Each file, and each row of a table, ends as a recording, a span of one, a reject, or in the count of files skipped.
+    Each file, and each row of a table, becomes a recording, a span of one, a reject, or is counted as skipped.
 
     Args:
-        corpus: One of the config classes of `corpora.config`.
+        corpus: a config of one of the classes of `corpora.config`.
 
     Returns:
-        Recordings sorted by `file_id`, rejects with reasons, files not taken by ending, and warnings.
+        Recordings sorted by `file_id`, rejects with reasons, counts of skipped files by ending, and warnings.
 
     Raises:
-        ConfigError: The corpus is not there, is empty, or its table or pattern cannot be used.
-        StorageReadError: The storage cannot list it now.
+        ConfigError: the corpus does not exist or is empty, or its table or pattern is invalid.
+        StorageReadError: the storage cannot list it now.
     """
     found = Discovered()
     if isinstance(corpus, PathCorpus):
@@ -111,7 +111,7 @@ def _from_path(corpus: PathCorpus, found: Discovered) -> None:
 
 
 def _holds_audio(entry: Entry, corpus: PathCorpus) -> bool:
-    """Whether a file of an unknown ending can be opened as audio, where `corpus.probe` asks for that."""
+    """Returns whether a file of an unknown ending can be opened as audio, if `corpus.probe` is set."""
     if not corpus.probe or entry.problem:
         return False
     try:
@@ -160,7 +160,7 @@ def _compiled(pattern: str) -> re.Pattern[str] | None:
 
 
 def _reject_repeated(found: Discovered) -> None:
-    """Rejects the second file of an id: it would give samples of the same keys."""
+    """Rejects further files with the same id, whose samples would have the same keys."""
     seen: set[RecordingId] = set()
     kept = []
     for file in found.files:
@@ -175,7 +175,7 @@ def _reject_repeated(found: Discovered) -> None:
 
 
 def _mark_recordings(found: Discovered) -> None:
-    """Marks one reject of each recording that is not usable at all, so that recordings in and out can be balanced."""
+    """Marks one reject of each recording without a usable part, so that recordings in and out can be balanced."""
     known = {recording_id(file) for file in found.files}
     for number, reject in enumerate(found.rejects):
         is_recording = bool(reject.file_id) and not reject.error.startswith("folder:")

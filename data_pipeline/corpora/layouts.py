@@ -1,6 +1,6 @@
-"""How known corpora lay out their files: from the path of a recording to its speaker, language, words and split.
+"""Layouts of known corpora: map the path of a recording to its speaker, language, words and split.
 
-Where a corpus has tables, they are the truth: a row without a usable file is a reject.
+Tables of a corpus are authoritative: a row without a usable file is a reject.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from data_pipeline.corpora.records import Reject, reject_file, sorted_spans
 from data_pipeline.corpora.tables import rows_of
 
 GARBAGE_TAGS: Final = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
-"""Texts of GigaSpeech's segments without speech; its own recipes leave them out."""
+"""Texts of GigaSpeech's segments without speech, which its own recipes exclude."""
 
 
 @dataclass(frozen=True)
 class About:
-    """Metadata that a corpus gives of one of its recordings."""
+    """Metadata of a recording from its corpus."""
 
     speaker: str = ""
     language: str = ""
@@ -46,12 +46,12 @@ class About:
 
 @dataclass(frozen=True)
 class Layout:
-    """A corpus's tables, read."""
+    """The content of a corpus's tables."""
 
     describe: Callable[[str], About | None]
-    """From the path of a file below the corpus to what is known; None for a file that is not a recording of it."""
+    """Returns the metadata of a path below the corpus; None for a file that is not a recording."""
     rejects: list[Reject] = field(default_factory=list)
-    """Rows of tables that name no usable file or segment."""
+    """Rows of tables without a usable file or segment."""
 
 
 def librispeech(corpus: LibriSpeechCorpus, names: Set[str]) -> Layout:
@@ -104,7 +104,7 @@ def mls(corpus: MlsCorpus, names: Set[str]) -> Layout:
 
 
 def common_voice(corpus: CommonVoiceCorpus, names: Set[str]) -> Layout:
-    """Common Voice (Ardila et al. 2020). Raises ConfigError where a table is missing."""
+    """Common Voice (Ardila et al. 2020). Raises ConfigError if a table is missing."""
     store, rejects = FileStore(corpus.path), list[Reject]()
     clips: dict[str, About] = {}
     by_stem: dict[str, list[str]] = defaultdict(list)
@@ -210,7 +210,7 @@ def gigaspeech(corpus: GigaSpeechCorpus, names: Set[str]) -> Layout:
 
 
 def _in_subsets(segment: Any, splits: tuple[str, ...]) -> bool:
-    """Whether a segment is in one of these subsets; one that is not readable is kept, to be rejected by name."""
+    """Returns whether a segment is in one of these subsets; unreadable segments are kept and rejected later."""
     return not isinstance(segment, Mapping) or bool(set(map(str, segment.get("subsets") or ())) & set(splits))
 
 
@@ -242,13 +242,13 @@ READERS: Final[dict[str, Callable[[Any, Set[str]], Layout]]] = {
     "voxpopuli": voxpopuli,
     "gigaspeech": gigaspeech,
 }
-"""From a corpus config, and the paths of all files below it, to its layout."""
+"""Returns the layout of a corpus from its config and the paths of all files below it."""
 
 
 def download(corpus: LibriSpeechCorpus) -> None:
-    """Fetches LibriSpeech's subsets as far as they are missing. Raises ConfigError where that does not work."""
+    """Downloads missing subsets of LibriSpeech. Raises ConfigError if that fails."""
     if not corpus.splits:
-        raise ConfigError("corpus.download=true: say which subsets in corpus.splits, e.g. corpus.splits=[dev-clean]")
+        raise ConfigError("corpus.download=true: name the subsets in corpus.splits, e.g. corpus.splits=[dev-clean]")
     from torchaudio.datasets import LIBRISPEECH
 
     root = Path(corpus.path).expanduser()
@@ -258,8 +258,8 @@ def download(corpus: LibriSpeechCorpus) -> None:
             LIBRISPEECH(str(root), url=subset, download=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"corpus.download=true: {subset} could not be fetched ({error}); without a network, put the corpus "
-                f"into {root} by hand and leave corpus.download out"
+                f"corpus.download=true: {subset} could not be fetched ({error}); without a network, copy the corpus "
+                f"to {root} and leave corpus.download out"
             ) from None
 
 
@@ -270,14 +270,14 @@ def _missing(store: FileStore, file: AudioFile, table: str, number: int) -> Reje
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, str]]:
-    """(number, line) of a text file, split at newlines alone; empty lines are left out."""
+    """Yields (number, line) of a text file, split at newlines only; empty lines are skipped."""
     text = content.decode("utf-8-sig", "replace")
     lines = (line.rstrip("\r") for line in text.split("\n"))
     return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def _table(store: FileStore, name: str, names: Set[str]) -> Iterator[tuple[int, dict[str, str], str]]:
-    """(number, values, problem) of each row of a TSV table."""
+    """Yields (number, values, problem) of each row of a TSV table."""
     if name not in names:
         raise ConfigError(f"corpus.path={store.root}: holds no {name}; check the path and corpus.splits")
     for row in rows_of(store.read(name), "quoted_tsv"):

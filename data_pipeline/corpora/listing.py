@@ -1,4 +1,4 @@
-"""Lists the files below a folder or an fsspec URL, with what is wrong with those that cannot be read."""
+"""Lists the files below a folder or an fsspec URL, with the reason for those that cannot be read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Entry:
     size: int = 0
     mtime: str = ""
     problem: str = ""
-    """Reason code of what is wrong with it; "" for a regular file."""
+    """Reason code of its problem; "" for a regular file."""
     error: str = ""
     is_folder: bool = False
 
@@ -37,16 +37,16 @@ class Entry:
 
     @property
     def ending(self) -> str:
-        """The ending in lower case with its dot; "" where there is none."""
+        """The ending in lower case with its dot; "" if there is none."""
         return posixpath.splitext(self.file_id)[1].lower()
 
 
 def list_files(root: str) -> Iterator[Entry]:
-    """Lists everything below a folder or URL in a fixed order; links to folders are followed once.
+    """Lists all files below a folder or URL in a fixed order; links to folders are followed once.
 
     Raises:
-        ConfigError: There is no such folder.
-        StorageReadError: The file system or server cannot list it.
+        ConfigError: the folder does not exist.
+        StorageReadError: the file system or server cannot list it.
     """
     return _list_url(root) if is_url(root) else _list_folder(root)
 

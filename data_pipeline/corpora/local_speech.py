@@ -1,4 +1,4 @@
-"""The user's own speech for the demo, the tests and the benchmarks: a folder that AURICLE_SPEECH names."""
+"""Finds the user's speech for the demo, tests and benchmarks, in the folder that AURICLE_SPEECH names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MANIFEST_NAME: Final = "manifest.tsv"
 
 
 def speech_folder() -> Path | None:
-    """Returns the folder of audio that AURICLE_SPEECH names, or None where the variable is unset or empty.
+    """Returns the folder of audio that AURICLE_SPEECH names, or None if the variable is unset or empty.
 
     Raises:
         ConfigError: the variable names something that is not a folder.
@@ -28,7 +28,7 @@ def speech_folder() -> Path | None:
 
 
 def speech_manifest() -> Path | None:
-    """Returns manifest.tsv of that folder, or None where there is none.
+    """Returns manifest.tsv of that folder, or None if it does not exist.
 
     The manifest is tab-separated with a header line: path (relative to the folder), speaker, text, label, language,
     corpus, split. Evaluation, fine-tuning and the benchmarks of quality need it.

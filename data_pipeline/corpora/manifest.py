@@ -1,6 +1,6 @@
 """Reads manifests (TSV, CSV, JSON lines) into recordings with spans and labels.
 
-Each row ends as a recording, a span of one, or a reject with its row number.
+Each row becomes a recording, a span of one, or a reject with its row number.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "end": ("end_s", "end_time", "end", "stop_s", "stop_time", "stop"),
     "channel": ("channel", "channel_id", "channel_selector"),
 }
-"""Names under which a manifest's columns are looked for, row by row; every other column becomes a label. A row with
-begin (in seconds), end, or begin and a duration means that stretch of its file, one with a channel that channel."""
+"""Names of a manifest's columns, looked up row by row; every other column becomes a label. Begin (in seconds), end or
+duration of a row select a part of its file, and channel a channel."""
 LONGEST_SECONDS: Final = 1e7
-"""Times beyond it are taken for another unit."""
+"""Longest plausible time in seconds; larger values must be in another unit."""
 
 
 class RowError(ValueError):
-    """A row that cannot be used; `reason` is a short code for reports."""
+    """Raised for a row that cannot be used; `reason` is a short code for reports."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -59,14 +59,14 @@ class _Located:
 
     path: str
     file_id: str
-    """Its normalised path below the root, the same however the row wrote it."""
+    """Its normalised path below the root."""
     size: int = 0
     mtime: str = ""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A usable row: `file` as if the row meant all of it, and the stretch that it means."""
+    """A usable row: its file, with the row's metadata, and the part that it selects."""
 
     file: AudioFile
     span: Span | None
@@ -77,7 +77,7 @@ def read_manifest(corpus: ManifestCorpus, found: Discovered) -> None:
     """Adds the recordings and rejects of a manifest to `found`.
 
     Raises:
-        ConfigError: The table cannot be read or lacks a column that the config names.
+        ConfigError: the table cannot be read or lacks a column that the config names.
     """
     wrong = sorted(set(corpus.columns) - set(COLUMNS))
     if wrong:
@@ -103,7 +103,7 @@ class _ManifestReader:
         self.entries: dict[RecordingId, list[_Entry]] = {}
 
     def add(self, row: Row) -> None:
-        """Takes one row in, or rejects it."""
+        """Adds or rejects one row."""
         self.seen |= dict.fromkeys(row.values)
         columns = self._columns(row)
         values = {field: row.values[column] for field, column in columns.items()}
@@ -141,7 +141,7 @@ class _ManifestReader:
         self.entries.setdefault((name, at.file_id), []).append(entry)
 
     def finish(self) -> None:
-        """Joins the rows of each recording. Raises ConfigError where a column is in no row."""
+        """Joins the rows of each recording. Raises ConfigError if a column is in no row."""
         lost = [
             f"corpus.columns.{field}={name}" for field, name in self.corpus.columns.items() if name not in self.seen
         ]
@@ -153,7 +153,7 @@ class _ManifestReader:
             self.found.files.append(self._joined(entries))
 
     def _columns(self, row: Row) -> dict[str, str]:
-        """The column of each field that the row has a value for."""
+        """Returns the column of each field for which the row has a value."""
         found = (
             (field, next((name for name in names if name in row.values), "")) for field, names in self.names.items()
         )
@@ -165,7 +165,7 @@ class _ManifestReader:
         return own | (self.extra.get(file_id) or self.extra.get(given) or {})
 
     def _locate(self, given: str) -> _Located:
-        """The file that a row names. Raises RowError where it is not there or may not be read."""
+        """Returns the file that a row names. Raises RowError if it does not exist or must not be read."""
         if given not in self.located:
             try:
                 self.located[given] = self._look_up(given)
@@ -192,7 +192,7 @@ class _ManifestReader:
             raise RowError("no_path", f"is not a path ({error})") from None
 
     def _joined(self, entries: Sequence[_Entry]) -> AudioFile:
-        """One recording of all its rows; a second equal row is rejected."""
+        """Joins all rows of a recording; repeated rows are rejected."""
         only = entries[0].span is None and all(entry.span is None for entry in entries)
         kept: dict[object, tuple[_Entry, Span | None]] = {}
         for entry in entries:
@@ -210,7 +210,7 @@ class _ManifestReader:
 
 
 def _with_spans(files: Sequence[AudioFile], spans: Sequence[Span]) -> AudioFile:
-    """A recording with its spans; its speaker, language and split are those that all its rows have in common."""
+    """Returns a recording with its spans; its speaker, language and split are those common to all its rows."""
     first = files[0]
     speaker = first.speaker if all(file.speaker == first.speaker for file in files) else ""
     language = first.language if all(file.language == first.language for file in files) else ""
@@ -232,7 +232,7 @@ def _with_spans(files: Sequence[AudioFile], spans: Sequence[Span]) -> AudioFile:
 
 
 def _span(values: Mapping[str, Any], file: AudioFile, row: int) -> Span | None:
-    """The stretch that a row means; None where it means the whole file. Raises RowError for one that is none."""
+    """Returns the span of a row; None if the row selects the whole file. Raises RowError for an invalid span."""
     channel = _channel(values["channel"]) if "channel" in values else None
     times = {field: _seconds(field, values[field]) for field in ("begin", "end") if field in values}
     if not times:
@@ -240,7 +240,7 @@ def _span(values: Mapping[str, Any], file: AudioFile, row: int) -> Span | None:
             None if channel is None else Span(0, None, file.speaker, file.text, file.labels, channel=channel, row=row)
         )
     begin, end = times.get("begin", 0.0), times.get("end")
-    if end == -1:  # Kaldi's way to say "to the end"
+    if end == -1:  # Kaldi's notation for the end of the recording
         end = None
     elif end is None and "seconds" in values:
         end = begin + _seconds("duration", values["seconds"])
@@ -253,7 +253,7 @@ def _span(values: Mapping[str, Any], file: AudioFile, row: int) -> Span | None:
 
 
 def _whole_as_span(entry: _Entry) -> Span:
-    """A row without times among rows with times: a writer that leaves out an offset of 0 means begin to duration."""
+    """Returns the span of a row without times among rows with times: from 0 (an omitted offset) to its duration."""
     stop = round(entry.file.seconds * SAMPLE_RATE) or None
     return Span(0, stop, entry.file.speaker, entry.file.text, entry.file.labels, row=entry.row)
 
@@ -269,7 +269,7 @@ def _seconds(field: str, value: Any) -> float:
 
 
 def _duration(value: Any) -> float:
-    """The stated length of a recording in seconds; 0 where it is unknown."""
+    """Returns the stated length of a recording in seconds; 0 if it is unknown."""
     try:
         seconds = _seconds("seconds", value)
     except RowError:
@@ -278,7 +278,7 @@ def _duration(value: Any) -> float:
 
 
 def _channel(value: Any) -> int:
-    """A channel from 0; A and B mean 0 and 1."""
+    """Returns a channel number from 0; A and B are 0 and 1."""
     text = as_text(value).upper()
     if text in ("A", "B"):
         return "AB".index(text)
@@ -296,7 +296,7 @@ def _is_nan(value: Any) -> bool:
 
 
 def _labels_beside(corpus: ManifestCorpus) -> dict[str, dict[str, str]]:
-    """Labels by path from the table `corpus.labels`; the values of several rows of one path are joined by spaces."""
+    """Returns labels by path from the table `corpus.labels`; values of several rows of a path are joined by spaces."""
     joined: dict[str, dict[str, list[str]]] = {}
     for row in read_table(corpus.labels, "corpus.labels") if corpus.labels else ():
         columns = joined.setdefault(os.path.normpath(as_text(row.values.get("path", ""))), {})
@@ -309,7 +309,7 @@ def _labels_beside(corpus: ManifestCorpus) -> dict[str, dict[str, str]]:
 
 
 def _place(root: str, given: str) -> tuple[str, str]:
-    """(absolute path or URL, path relative to the root), both normalised."""
+    """Returns (absolute path or URL, path relative to the root), both normalised."""
     if is_url(root) or is_url(given):
         path = _normal_url(given if is_url(given) else f"{root}/{given}")
         below = path.removeprefix(f"{root}/")
@@ -319,7 +319,7 @@ def _place(root: str, given: str) -> tuple[str, str]:
 
 
 def _normal_url(url: str) -> str:
-    """A URL without `.` and `..` segments in its path."""
+    """Returns a URL without `.` and `..` segments in its path."""
     scheme, _, rest = url.partition("://")
     rest, mark, query = rest.partition("?")
     host, *segments = rest.split("/")

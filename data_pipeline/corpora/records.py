@@ -1,4 +1,4 @@
-"""Records of corpus discovery: the recordings found, the rejected inputs, and what was not taken."""
+"""Records of corpus discovery: recordings, rejected inputs, and counts of skipped files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from data_pipeline.core.storage import StorageReadError, describe, is_url
 from data_pipeline.core.types import AudioFile, Span
 
 RecordingId = tuple[str, str]
-"""(corpus, file_id): names a recording in a data set."""
+"""(corpus, file_id), which identifies a recording in a data set."""
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A recording, a row of a table or a segment that was left out."""
+    """A rejected recording, row of a table, or segment."""
 
     path: str
     file_id: str
@@ -33,11 +33,11 @@ class Reject:
     start: int = 0
     """First sample, at the output rate."""
     samples: int = 0
-    """Length at the output rate; 0 where it is unknown."""
+    """Length at the output rate; 0 if it is unknown."""
     row: int = 0
-    """Row of the table that names it, from 1; 0 for what no table names."""
+    """Row of the table that names it, from 1; 0 without a table."""
     recording: bool = False
-    """True for exactly one row of each recording of which nothing was kept."""
+    """True for exactly one reject of each recording without a kept segment."""
 
     @property
     def recording_id(self) -> RecordingId:
@@ -47,36 +47,36 @@ class Reject:
 
 @dataclass
 class Discovered:
-    """The usable recordings of a corpus, sorted by `file_id`, and what is not usable."""
+    """The usable recordings of a corpus, sorted by `file_id`, and its unusable inputs."""
 
     files: list[AudioFile] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    """Files that were not taken as recordings, by ending (".txt"; "" for none)."""
+    """Number of files that are not recordings, by ending (".txt"; "" for none)."""
     warnings: list[str] = field(default_factory=list)
 
 
 def recording_id(file: AudioFile) -> RecordingId:
-    """(corpus, file_id) of a recording."""
+    """Returns (corpus, file_id) of a recording."""
     return file.corpus, file.file_id
 
 
 def sorted_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Orders spans by start, end, channel and row; one that is open ends last."""
+    """Sorts spans by start, end, channel and row; spans without an end come last."""
     return tuple(sorted(spans, key=lambda span: (span.start, span.stop or 1 << 62, span.channel or 0, span.row)))
 
 
 def reject_file(file: AudioFile, stage: str, reason: str, error: str = "", **more: Any) -> Reject:
-    """Makes the reject of a recording, or of a part of one. `more`: further fields of `Reject`."""
+    """Returns the reject of a recording or of a part of it. `more`: further fields of `Reject`."""
     path = file.path if is_url(file.path) else printable(file.path)
     return Reject(path, file.file_id, file.corpus, file.language, stage, reason, error, **more)
 
 
 def reject_from_json(values: Mapping[str, Any]) -> Reject:
-    """Reads a row of a rejects file; rows of earlier versions lack the newer fields.
+    """Reads a row of a rejects file; rows of earlier versions may lack fields.
 
     Raises:
-        ValueError: The row has other fields.
+        ValueError: the row has unknown fields.
     """
     try:
         return Reject(**values)
@@ -90,7 +90,7 @@ def printable(name: str) -> str:
 
 
 def remote_stat(info: Mapping[str, Any]) -> tuple[int, str]:
-    """Returns (size, version) from what fsspec reports about a file."""
+    """Returns (size, version) from fsspec's information on a file."""
     stamp = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
     return int(info.get("size") or 0), str(stamp).strip('"')
 
@@ -99,9 +99,9 @@ def stat(path: str) -> tuple[int, str]:
     """Returns (size, modification time or version) of a local file or URL.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        StorageReadError: It may be there, but the file system or server did not say so: denied, an I/O error, HTTP 500.
-        ValueError: The path is not valid.
+        FileNotFoundError: the file does not exist.
+        StorageReadError: its existence cannot be determined: access denied, an I/O error, HTTP 500.
+        ValueError: the path is not valid.
     """
     if not is_url(path):
         try:

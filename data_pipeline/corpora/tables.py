@@ -1,7 +1,7 @@
-"""Reads tables of text row by row: TSV, CSV and JSON lines.
+"""Reads text tables row by row: TSV, CSV and JSON lines.
 
-Rows end at newlines alone; U+2028 and U+0085 are text. Column names and cells are stripped. A row that cannot be read
-is a row with a problem: it changes no other row.
+Only newlines end rows; U+2028 and U+0085 are text. Column names and cells are stripped. An unreadable row is returned
+with a problem and does not affect other rows.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ class Row:
     """One row of a table."""
 
     number: int
-    """From 1, without the header and empty lines."""
+    """Row number from 1, without the header and empty lines."""
     values: dict[str, Any] = field(default_factory=dict)
-    """Values by column; null and empty cells of TSV and CSV are absent; any other value is a value."""
+    """Values by column; null, and empty cells of TSV and CSV, are absent."""
     problem: str = ""
-    """Why the row cannot be used; "" where it can."""
+    """Reason why the row cannot be used; "" if it can."""
 
 
 def read_table(path: str, config_field: str) -> Iterator[Row]:
     """Reads a table by its ending: .tsv, .csv (first line names the columns), .jsonl or .json (one object per line).
 
     Args:
-        path: Local path or fsspec URL.
-        config_field: Name of the config field that holds `path`, for messages.
+        path: local path or fsspec URL.
+        config_field: name of the config field with `path`, for messages.
 
     Raises:
-        ConfigError: The table cannot be read, has no usable row, or names a column twice.
+        ConfigError: the table cannot be read, has no usable row, or has two columns of the same name.
     """
     ending = path.rsplit(".", 1)[-1].lower()
     if ending not in ENDINGS:
@@ -64,7 +64,7 @@ def read_table(path: str, config_field: str) -> Iterator[Row]:
 
 
 def rows_of(content: bytes, kind: str) -> Iterator[Row]:
-    """Parses the bytes of a table. kind: tsv, csv, jsonl or json; `quoted_tsv` also takes CSV's quotes off cells."""
+    """Parses the bytes of a table. kind: tsv, csv, jsonl or json; `quoted_tsv` also removes CSV's quotes from cells."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     parse = _json_rows if kind in ("jsonl", "json") else _csv_rows if kind == "csv" else _tsv_rows(kind)
     for number, (values, problem) in enumerate(parse(lines), start=1):
@@ -143,7 +143,7 @@ def _with_header(rows: Iterator[list[str] | str]) -> Parsed:
 
 
 def _unquoted(cell: str) -> str:
-    """Returns a cell without the quotes that CSV puts around it; a quote that opens none stays as it is."""
+    """Removes CSV's quotes around a cell; an unpaired quote is kept."""
     inner = cell[1:-1]
     if len(cell) < 2 or cell[0] != '"' or cell[-1] != '"' or '"' in inner.replace('""', ""):
         return cell

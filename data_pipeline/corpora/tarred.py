@@ -26,19 +26,19 @@ from data_pipeline.corpora.listing import Entry, list_files
 from data_pipeline.corpora.records import Discovered, reject_file, sorted_spans
 
 WHOLE_SECONDS: Final = 0.05
-"""A supervision that leaves out less than this at both ends of a cut covers all of it."""
+"""Seconds that a supervision may omit at both ends of a cut and still cover all of it."""
 
 
 def read_tarred(corpus: TarredCorpus, found: Discovered, endings: tuple[str, ...]) -> None:
     """Adds the recordings of a corpus in tars.
 
     Args:
-        corpus: Where its files are.
-        found: Gets recordings, rejects, and counts of members that are not audio.
-        endings: Endings of audio members, in lower case without the dot.
+        corpus: the corpus.
+        found: recordings, rejects, and counts of members that are not audio are added to it.
+        endings: endings of audio members, in lower case without the dot.
 
     Raises:
-        ConfigError: The folder has no tars, or no cuts or manifest.
+        ConfigError: the folder has no tars, or no cuts or manifest.
     """
     entries = [entry for entry in list_files(corpus.path) if not entry.is_folder]
     reading = _Reading(corpus, found, endings, [entry for entry in entries if entry.ending == ".tar"])
@@ -62,7 +62,7 @@ class _Reading:
     tars: list[Entry]
 
     def read_webdataset(self) -> None:
-        """Every audio member is a recording."""
+        """Adds each audio member as a recording."""
         from webdataset.tariterators import base_plus_ext
 
         for entry in self.tars:
@@ -81,7 +81,7 @@ class _Reading:
                     documents[member.name] = read_member(member)
 
     def read_shar(self, corpus: LhotseSharCorpus, entries: list[Entry]) -> None:
-        """Audio and cuts are in the same order: the n-th pair of members belongs to the n-th cut."""
+        """Adds the audio of cuts, which is in their order: the n-th pair of members belongs to the n-th cut."""
         by_name = {entry.relative: entry for entry in entries}
         for entry in self.tars:
             folder, _, name = entry.relative.rpartition("/")
@@ -104,7 +104,7 @@ class _Reading:
                 self._reject(entry, f"cut {number + 1}", "missing", "the tar has no audio for this cut", number + 1)
 
     def read_nemo(self, corpus: NemoTarredCorpus, entries: list[Entry]) -> None:
-        """Rows name members; several rows of one member are spans of it."""
+        """Adds the members that rows name; several rows of a member are spans of it."""
         manifests = [entry for entry in entries if re.search(corpus.manifest, entry.relative)]
         if not manifests:
             raise ConfigError(
@@ -134,7 +134,7 @@ class _Reading:
                 self._skip(member)
 
     def _members(self, entry: Entry) -> Iterator[TarMember]:
-        """Regular members of a tar; others, and the end of a damaged tar, are rejects."""
+        """Yields the regular members of a tar; other members, and the end of a damaged tar, are rejected."""
         if entry.problem:
             self._reject(entry, "", entry.problem, entry.error)
             return
@@ -239,7 +239,7 @@ class _Reading:
 
 
 def _member_of(row: Mapping[str, Any], members: Mapping[str, list[tuple[Entry, TarMember]]]) -> TarMember:
-    """The member that a NeMo row names. Raises UnusableError."""
+    """Returns the member that a NeMo row names. Raises UnusableError."""
     name = row.get("audio_filepath", row.get("audio_file"))
     if not isinstance(name, str):
         raise UnusableError("row", "has no audio_filepath")
@@ -254,7 +254,7 @@ def _member_of(row: Mapping[str, Any], members: Mapping[str, list[tuple[Entry, T
 
 
 def _supervisions(cut: Mapping[str, Any], number: int) -> list[Span]:
-    """Spans of a cut's supervisions, of all tracks of a mixed one. Raises UnusableError."""
+    """Returns the spans of a cut's supervisions, of all tracks of a mixed cut. Raises UnusableError."""
     parts: list[tuple[float, Any]] = [(0.0, cut)]
     tracks = cut.get("tracks")
     if isinstance(tracks, list):
@@ -277,7 +277,7 @@ def _supervisions(cut: Mapping[str, Any], number: int) -> list[Span]:
 
 
 def _text(values: Mapping[str, Any], name: str) -> str:
-    """A value as text; "" where it is absent or null."""
+    """Returns a value as text; "" if it is absent or null."""
     return "" if values.get(name) is None else str(values[name])
 
 
@@ -287,14 +287,14 @@ def _covers(span: Span, seconds: float) -> bool:
 
 
 def _samples(seconds: Any, name: str) -> int:
-    """Seconds as samples. Raises UnusableError."""
+    """Converts seconds to samples. Raises UnusableError."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not abs(seconds) < 1e7:
         raise UnusableError("span", f"{name}={seconds!r} is not a number of seconds")
     return round(seconds * SAMPLE_RATE)
 
 
 def _lines(path: str) -> list[Line]:
-    """Lines of a JSON-lines file, plain or gzipped."""
+    """Returns the lines of a JSON-lines file, plain or gzipped."""
     with fsspec.open(path, "rb") as file:
         content = file.read()
     if content[:2] == b"\x1f\x8b":
@@ -303,7 +303,7 @@ def _lines(path: str) -> list[Line]:
 
 
 def _row(line: Line, name: str) -> dict[str, Any]:
-    """The object in a line. Raises UnusableError."""
+    """Returns the object in a line. Raises UnusableError."""
     if line.row is None:
         raise UnusableError("labels", f"{name} {line.problem}")
     return line.row
