@@ -1,9 +1,9 @@
-"""Frame labels by k-means over shards: streaming and distributed, no feature is ever stored.
+"""Frame labels by k-means over shards: streaming and distributed, without storing features.
 
-Lloyd's algorithm in full: in each round every shard is a task that computes its features, assigns them to the centres
-and returns sums, counts and inertia, K × (D + 1) numbers whatever the corpus size. Sums are added in the order of the
-shards in float64, so that the result does not depend on the number of workers. A finished round is kept on disk:
-the same call again continues after it. The result is one file; its sha256 names it in every label (store.py).
+Full-batch Lloyd's algorithm: in each round a task per shard computes its features, assigns them to the centres and
+returns sums, counts and inertia, K × (D + 1) numbers for any corpus size. Sums are added in the order of the shards in
+float64, so that the result does not depend on the number of workers. Finished rounds are saved, and a repeated call
+continues after them. The result is one file, whose sha256 is stored in all label files (store.py).
 """
 
 from __future__ import annotations
@@ -36,39 +36,41 @@ from data_pipeline.shards.records import DoneRecord, done_records, read_index
 
 KMEANS = "kmeans.safetensors"
 RESTARTS = 5
-"""Seedings of which the best is taken."""
+"""Number of seedings, of which the best is used."""
 SEED_ROUNDS = 20
-"""Lloyd iterations by which seedings are compared."""
+"""Lloyd iterations after which seedings are compared."""
 SEEDS = 20_000
-"""Frames among which k-means++ draws the first centres."""
+"""Number of frames among which k-means++ draws the first centres."""
 LONGEST_SECONDS = 3_600
-"""A sample is in memory as a whole; longer ones are refused."""
+"""Longest sample, since whole samples are held in memory."""
 ROWS = 8_192
-"""Frames compared with the centres at a time."""
+"""Number of frames compared with the centres at a time."""
 
 
 @config
 class TargetsConfig:
-    """Shards in, frame labels out."""
+    """Configuration of frame labels for shards."""
 
     shards: Annotated[str, about("data set of shards", min_length=1)]
     out: Annotated[str, about("folder for the labels", min_length=1)]
     features: Annotated[
-        str, about("mfcc, or a checkpoint (run folder or Hugging Face folder) whose layer is taken", min_length=1)
+        str, about("mfcc, or a checkpoint (run folder or Hugging Face folder) of which a layer is used", min_length=1)
     ] = "mfcc"
-    layer: Annotated[int, about("layer of the checkpoint; 0 is what enters the first block")] = 6
+    layer: Annotated[int, about("layer of the checkpoint; 0 is the first block's input")] = 6
     classes: Annotated[int, about("number of labels", ge=2, le=65_535)] = 100
-    rounds: Annotated[int, about("rounds of Lloyd's algorithm at most", ge=1)] = 30
+    rounds: Annotated[int, about("maximum number of rounds of Lloyd's algorithm", ge=1)] = 30
     tolerance: Annotated[float, about("stop when a round lowers the inertia by a smaller share", ge=0)] = 1e-4
-    fraction: Annotated[float, about("share of the shards that the centres are fitted on", gt=0, le=1)] = 1.0
-    seed: Annotated[int, about("keys the first centres", ge=0)] = 0
-    kmeans: Annotated[str, about("label folder whose centres are used instead of fitting: for a valid set")] = ""
+    fraction: Annotated[float, about("share of the shards to which the centres are fitted", gt=0, le=1)] = 1.0
+    seed: Annotated[int, about("seed of the first centres", ge=0)] = 0
+    kmeans: Annotated[
+        str, about("label folder whose centres are used instead of fitting, e.g. for a validation set")
+    ] = ""
     ray: RayConfig = dataclasses.field(default_factory=RayConfig)
 
 
 @dataclass(frozen=True)
 class TargetsSummary:
-    """inertia: mean squared distance of a frame to its centre, by round (empty where nothing was fitted)."""
+    """inertia: mean squared distance of a frame to its centre, by round (empty without fitting)."""
 
     artefact: str
     shards: int
@@ -77,7 +79,7 @@ class TargetsSummary:
     inertia: tuple[float, ...]
 
     def rows(self) -> list[tuple[str, str]]:
-        """For a table in the terminal."""
+        """Returns the rows of a table for the terminal."""
         return [
             ("shards labelled", f"{self.shards:,}"),
             ("classes", f"{self.classes:,} at {self.rate_hz} Hz"),
@@ -89,20 +91,20 @@ class TargetsSummary:
 def make_targets(
     config: TargetsConfig, extractor: Callable[[], Extractor] = kaldi_mfcc, weights: str = ""
 ) -> TargetsSummary:
-    """Fits the centres by k-means, then labels every shard; what was done before is not done again.
+    """Fits centres by k-means, then labels every shard. Finished work is not repeated.
 
     Args:
-        config: Shards, features, number of classes and output.
-        extractor: Makes the features; called once in each worker, so it has to be importable there.
-        weights: Checksum of the extractor's weights; "" where it has none.
+        config: shards, features, number of classes and output.
+        extractor: returns the feature extractor; called once in each worker, where it must be importable.
+        weights: checksum of the extractor's weights; "" if it has none.
 
     Returns:
         The artefact (sha256 of the centres) and the inertia, the mean squared distance of a frame to its centre, by
         round.
 
     Raises:
-        ConfigError: The folder holds labels of other settings or weights, or there are fewer frames than classes.
-        OSError: A shard cannot be read or the output cannot be written.
+        ConfigError: the folder has labels of other settings or weights, or there are fewer frames than classes.
+        OSError: a shard cannot be read or the output cannot be written.
     """
     records = done_records(config.shards)
     store = FileStore(config.out)
@@ -128,14 +130,14 @@ def make_targets(
 
 
 def all_labelled(config: TargetsConfig, weights: str = "") -> bool:
-    """Whether every shard has its labels.
+    """Returns whether every shard has labels.
 
     Args:
-        config: As for `make_targets`.
-        weights: As for `make_targets`; "" does not compare them.
+        config: see `make_targets`.
+        weights: see `make_targets`; "": not compared.
 
     Raises:
-        ConfigError: The folder holds labels of other settings.
+        ConfigError: the folder has labels of other settings.
     """
     records, store = done_records(config.shards), FileStore(config.out)
     if not store.exists("targets.json") or not store.exists("labels.json"):
@@ -165,7 +167,7 @@ def accumulate(
 def label_shard(
     config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix, labels: LabelSet
 ) -> None:
-    """Writes the labels of one shard unless that was done before."""
+    """Writes the labels of one shard if they do not exist."""
     store = FileStore(config.out)
     if store.exists(file_name(record.shard)) and _artefact_of(store, record.shard) == labels.artefact:
         return
@@ -180,7 +182,7 @@ def shard_features(root: str, record: DoneRecord, extractor: Callable[[], Extrac
     """Yields (key, features) of each sample of a shard, in the order of its index.
 
     Raises:
-        ValueError: A sample cannot be decoded, or is longer than `LONGEST_SECONDS`, whatever its header claims.
+        ValueError: a sample cannot be decoded, or is longer than `LONGEST_SECONDS`, regardless of its header.
     """
     store, compute = FileStore(record.location or root), _cached(extractor).compute
     with store.fs.open(store.path(record.shard), "rb") as file:
@@ -195,7 +197,7 @@ def shard_features(root: str, record: DoneRecord, extractor: Callable[[], Extrac
 
 
 def _read_wave(content: bytes, row: Mapping[str, Any], shard: str) -> Wave:
-    """The first n_samples of a sample, as its index counts them. Raises ValueError where there are fewer."""
+    """Decodes the first n_samples of a sample, according to its index. Raises ValueError if there are fewer."""
     try:
         with open_sample(content) as sample:
             if sample.channels != 1:
@@ -244,7 +246,7 @@ def _fit(
         ordered = [part for _, part in sorted(parts, key=lambda part: part[0])]
         sums = np.sum([part[0] for part in ordered], axis=0)
         counts = np.sum([part[1] for part in ordered], axis=0)
-        # a centre without frames is kept as it is
+        # a centre without frames does not move
         centres = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres).astype(np.float32)
         history.append(sum(part[2] for part in ordered) / max(int(counts.sum()), 1))
         saved = save_tensors({"centres": centres, "inertia": np.array(history)})
@@ -259,7 +261,7 @@ def _accumulate_named(
 
 
 def _first_centres(config: TargetsConfig, records: list[DoneRecord], extractor: Callable[[], Extractor]) -> Matrix:
-    """The best of `RESTARTS` greedy k-means++ seedings on frames drawn evenly from the shards."""
+    """Returns the best of `RESTARTS` greedy k-means++ seedings on frames drawn evenly from the shards."""
     each = -(-SEEDS // len(records))
     sampled: dict[str, Matrix] = {}
     arguments = {record.shard: (config, record, extractor, each) for record in records}
@@ -296,7 +298,7 @@ def _seeded(frames: Matrix, config: TargetsConfig, restart: int) -> tuple[float,
 def _sample(
     config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], count: int
 ) -> tuple[str, Matrix]:
-    """`count` frames of a shard, evenly from segments that are chosen at random."""
+    """Returns `count` frames of a shard, evenly from randomly chosen segments."""
     draw = keyed_rng(config.seed, record.shard, "targets", "frames")
     rate = _cached(extractor).rate_hz
     share = min(1.0, 2 * count / max(record.samples / SAMPLE_RATE * rate, 1))
@@ -326,7 +328,7 @@ def _read_centres(config: TargetsConfig) -> bytes:
 
 
 def _settings(config: TargetsConfig, records: list[DoneRecord], weights: str) -> dict[str, Any]:
-    """Everything that determines the labels."""
+    """Returns all settings that determine the labels."""
     names = ("features", "layer", "classes", "fraction", "seed", "kmeans")
     shards = hashlib.sha256("".join(record.sha256 for record in records).encode()).hexdigest()
     centres = hashlib.sha256(_read_centres(config)).hexdigest() if config.kmeans else ""
@@ -359,7 +361,7 @@ _EXTRACTORS: dict[str, Extractor] = {}
 
 
 def _cached(extractor: Callable[[], Extractor]) -> Extractor:
-    """One extractor per process; a partial that was pickled is another object, though it makes the same one."""
+    """Returns the process's extractor, cached by value, since unpickled partials are distinct objects."""
     name = repr((extractor.func, extractor.args)) if isinstance(extractor, functools.partial) else repr(extractor)
     if name not in _EXTRACTORS:
         _EXTRACTORS[name] = extractor()

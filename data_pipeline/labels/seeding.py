@@ -1,4 +1,4 @@
-"""k-means++ seeding, shared by frame labels over shards and by the code books that training fits."""
+"""k-means++ seeding, shared by frame labels over shards and by code books fitted in training."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 def kmeans_plus_plus(points_ND: Tensor, first: int, draws_KC: Tensor) -> list[int]:
     """Chooses K + 1 starting centres of k-means among the points, by k-means++ (Arthur & Vassilvitskii 2007).
 
-    Each further centre is drawn in proportion to the squared distance of a point to the nearest centre so far. With
-    C > 1, C candidates are drawn each time and the one that lowers the sum of squared distances most is taken (greedy
-    k-means++, section 7 of the paper).
+    Each further centre is drawn with a probability proportional to a point's squared distance to the nearest centre so
+    far. With C > 1, C candidates are drawn each time and the one with the lowest sum of squared distances is used
+    (greedy k-means++, section 7 of the paper).
 
     Args:
         points_ND: (N, D) points, float32.
-        first: Number of the point that is the first centre.
-        draws_KC: (K, C) uniform draws in [0, 1), float64, which make the choice.
+        first: index of the point that is the first centre.
+        draws_KC: (K, C) uniform draws in [0, 1), float64, that select the candidates.
 
     Returns:
-        Numbers of the K + 1 chosen points, in the order in which they were chosen.
+        Indices of the K + 1 chosen points, in the order of their choice.
     """
     chosen = [first]
     distance_N = _squared_distance(points_ND, first)

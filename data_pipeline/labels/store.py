@@ -1,8 +1,8 @@
-"""Frame labels beside the shards: for every shard X.tar of a data set, X.labels.parquet in a folder of its own.
+"""Stores frame labels: for each shard X.tar of a data set, X.labels.parquet in a separate folder.
 
-Rows are those of the shard's index, in its order: `key` and `labels` (list of uint16, one per frame from the segment's
-first sample on). `labels.json` names the artefact that made them (the sha256 of its k-means, say), the frame rate and
-the number of classes; every file repeats the artefact, so that labels of two different ones can never be mixed.
+Rows are in the order of the shard's index: `key` and `labels` (list of uint16, one per frame from the segment's first
+sample on). `labels.json` has the artefact from which they were computed (e.g. the sha256 of the k-means centres), the
+frame rate and the number of classes; every file repeats the artefact, so that labels of different ones are never mixed.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class LabelSet:
 
     @staticmethod
     def read(root: str) -> LabelSet:
-        """Raises ConfigError where there is none."""
+        """Reads labels.json of a label folder. Raises ConfigError if there is none."""
         try:
             found = LabelSet(**json.loads(FileStore(root).read("labels.json")))
         except FileNotFoundError:
-            raise ConfigError(f"{root} holds no frame labels (no labels.json); make some first") from None
+            raise ConfigError(f"{root} has no frame labels (labels.json is missing); run `auricle targets`") from None
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{root}/labels.json cannot be used: {error}") from None
         if found.rate_hz <= 0 or SAMPLE_RATE % found.rate_hz:
@@ -73,14 +73,14 @@ def write_labels(root: str, shard: str, labels: LabelSet, keys: Sequence[str], r
 
 
 class FrameLabels:
-    """Labels by row, one shard at a time from its file; the last ones are kept. Each process opens its own."""
+    """Reads labels by row; the label files of the last `keep` shards are cached. Each process opens its own."""
 
     def __init__(self, root: str, keep: int) -> None:
         self.root, self.set = root, LabelSet.read(root)
         self._shards = LruCache[str, tuple[Array, Array]](keep)
 
     def of(self, shard: str, index: ShardIndex, row: int, start: int, length: int) -> Array:
-        """Returns int64 labels of the frames that begin in samples start … start + length - 1; a frame begins at start.
+        """Returns the int64 labels of the frames that begin in samples start … start + length - 1, the first at start.
 
         Raises ShardError if the labels are missing, of another artefact or of other segments.
         """
@@ -101,7 +101,7 @@ class FrameLabels:
                 shard, f"its labels are of artefact {artefact!r}, but {self.root} is {self.set.artefact!r}"
             )
         if not table.column("key").cast(pa.string()).equals(index.table.column("key").cast(pa.string())):
-            raise ShardError(shard, f"its labels in {self.root} are of other segments; make them again")
+            raise ShardError(shard, f"its labels in {self.root} are of other segments; run `auricle targets` again")
         column = table.column("labels").combine_chunks()
         return column.values.to_numpy(), column.offsets.to_numpy()
 

@@ -27,11 +27,11 @@ from data_pipeline.shards.local import Array, Extent, ShardError, ShardFiles, Sh
 TAR_BLOCK = 512
 WAV_HEADER = 44
 SEARCHED_SHARDS, SEARCHED_SAMPLES = 8, 8
-"""Shards, and samples of each, in which a label of an unknown name is looked up."""
+"""Number of shards, and of samples of each, in which an unknown label is searched."""
 SAMPLE_FIELDS = ("corpus", "language", "speaker", "text", "file_id", "start", "split")
-"""Labels that every data set may have; our samples omit empty ones."""
+"""Labels that any data set may have; samples omit empty ones."""
 NOT_LABELS = {"key", "offset", "size", "payload_offset", "payload_size", "labels"}
-"""Columns and fields that describe the shard, not the sample."""
+"""Columns and fields about the shard, not the sample."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Row:
     seed: int
 
     def key_of_draw(self, key: str, purpose: str) -> tuple[int | str, ...]:
-        """Returns the key of a random draw for this row: (seed, epoch, key), and the repeat if it is one."""
+        """Returns the key of a random draw for this row: (seed, epoch, key), and the number of a repeat."""
         return (self.seed, self.epoch, key, purpose, *((self.repeat,) if self.repeat else ()))
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A segment to decode: `source` of its n_samples from `start` on become `length` samples."""
+    """A segment to decode: `source` samples from `start` on, of its n_samples, become `length` samples."""
 
     row: Row
     key: str
@@ -67,7 +67,7 @@ class Fetched:
     n_samples: int
     speed: float
     raw: bool
-    """The bytes are the int16 samples of the crop alone."""
+    """Whether the bytes are just the int16 samples of the crop."""
     data: bytes = b""
     labels: Mapping[str, str] = field(default_factory=dict)
     targets: Mapping[str, Array] = field(default_factory=dict)
@@ -101,29 +101,29 @@ class Fetched:
 
 
 class Fetcher:
-    """Reads the bytes of planned rows, with the labels and targets that the config asks for.
+    """Reads the bytes of planned rows, with the labels and targets of the config.
 
     Args:
-        files: The shards.
-        config: The run's `data`.
-        augmenter: Draws the speed of each segment.
+        files: the shards.
+        config: the run's `data`.
+        augmenter: draws the speed of each segment.
 
     Raises:
-        ConfigError: Settings that exclude each other.
+        ConfigError: settings exclude each other.
     """
 
     def __init__(self, files: ShardFiles, config: DataConfig, augmenter: Augmenter) -> None:
         self.files, self.labels, self.augmenter = files, config.labels, augmenter
         self.targets = {name: FrameLabels(root, files.shards.keep) for name, root in config.targets.items()}
-        self.grid = math.lcm(*(labels.set.hop for labels in self.targets.values()))  # crops start on a label
+        self.grid = math.lcm(*(labels.set.hop for labels in self.targets.values()))  # crops start at a label
         if self.targets and config.augment.speeds:
             raise ConfigError("data.augment.speeds would move the audio away from the frame labels of data.targets")
 
     def fetch(self, rows: Sequence[Row]) -> list[Fetched | ShardError]:
-        """Returns the segment of each row, or the error of its shard. All are read in one call, so that it can overlap.
+        """Returns the segment of each row, or the error of its shard. All reads are one call, so that they can overlap.
 
         Raises:
-            StorageReadError: The storage does not answer.
+            StorageReadError: the storage does not answer.
         """
         located = [self._locate(row) for row in rows]
         data = iter(self.files.read([found.extent for found in located if isinstance(found, Fetched)]))
@@ -188,13 +188,14 @@ def labels_of(index: ShardIndex, row: int, data: bytes, names: Sequence[str]) ->
     """Returns labels of one sample: columns of the index, fields of its JSON, or entries of the JSON's `labels`.
 
     Args:
-        index: The shard's index.
-        row: The sample's row in it.
-        data: The bytes of the sample's members, where the JSON is needed.
-        names: The labels to return; "" for one that the sample does not have.
+        index: the shard's index.
+        row: the sample's row in it.
+        data: the bytes of the sample's members, if its JSON is needed.
+        names: the labels to return; "" for labels that the sample lacks.
 
     Raises:
-        ValueError: The JSON is missing or not an object. tarfile.TarError: The bytes are not members of a tar.
+        ValueError: the JSON is missing or not an object.
+        tarfile.TarError: the bytes are not members of a tar.
     """
     document = json_of(data) if names and _needs_json(index, names) else {}
     nested, columns = document.get("labels") or {}, index.table.column_names
@@ -207,9 +208,9 @@ def labels_of(index: ShardIndex, row: int, data: bytes, names: Sequence[str]) ->
 
 
 def check_labels(files: ShardFiles, names: Sequence[str]) -> None:
-    """Raises ConfigError for names of `data.labels` that no sample of the data set seems to have.
+    """Raises ConfigError for names in `data.labels` that the data set does not seem to have.
 
-    A name that is neither a column of the index nor a standard field is looked up in samples of several shards.
+    A name that is neither a column of the index nor a standard field is searched in samples of several shards.
     """
     good = [number for number in range(len(files.records)) if number not in files.bad]
     if not names or not good:
@@ -227,7 +228,7 @@ def check_labels(files: ShardFiles, names: Sequence[str]) -> None:
 
 
 def _label_names(files: ShardFiles, number: int) -> set[str]:
-    """Names of the labels of some samples of one shard, as far as they can be read."""
+    """Returns the names of the labels of some samples of one shard, as far as they can be read."""
     found: set[str] = set()
     with contextlib.suppress(ShardError):
         index = files.index(number)

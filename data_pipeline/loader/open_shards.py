@@ -18,12 +18,12 @@ def open_files(config: DataConfig, records: Sequence[DoneRecord]) -> ShardFiles:
     """Returns the files of `config.shards`.
 
     Args:
-        config: The run's `data`.
-        records: The finished shards in `config.shards`.
+        config: the run's `data`.
+        records: the finished shards in `config.shards`.
 
     Raises:
-        ConfigError: Settings that contradict each other.
-        StorageWriteError: The cache folder cannot be used.
+        ConfigError: settings contradict each other.
+        StorageWriteError: the cache folder cannot be used.
     """
     shards = ShardSet(config.shards, records, 2 * config.shuffle_window, config.verify, config.retry_seconds)
     if not is_url(shards.tar_root):
@@ -39,5 +39,5 @@ def open_files(config: DataConfig, records: Sequence[DoneRecord]) -> ShardFiles:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Returns `config.cache`, or a private folder below the temporary one where it is empty."""
+    """Returns `config.cache`, or if it is empty a private folder below the temporary one."""
     return Path(config.cache).expanduser() if config.cache else private_folder()

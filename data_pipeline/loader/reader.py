@@ -1,7 +1,7 @@
 """Reads a plan: worker processes decode the next micro-batches of this rank, in plan order.
 
-A request is (epoch, step, micro-batch); what it returns depends on nothing else, so neither the number of workers nor
-that of ranks can change a batch, and a resume at any step starts there directly.
+A request is (epoch, step, micro-batch), and its result depends on nothing else. Therefore the numbers of workers and
+ranks do not change batches, and a resume starts directly at its step.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class PlanReader:
     """The StepReader of one rank over a plan. One `steps` iterator at a time.
 
     Args:
-        config: The run's `data`.
-        seed: Keys order, crops and augmentation.
-        rank: This rank's number.
-        world: Number of ranks; must divide `config.micro_batches`.
-        least_samples: The plan leaves out shorter segments, which the model cannot use.
+        config: the run's `data`.
+        seed: keys order, crops and augmentation.
+        rank: this rank's number.
+        world: number of ranks; must divide `config.micro_batches`.
+        least_samples: shortest segment that the model can use; the plan skips shorter ones.
 
     Raises:
-        ConfigError: Too little audio, settings that exclude each other, or a world that does not divide V.
-        ValueError: Bad shards, with `on_bad_shard=error`.
-        StorageReadError: The storage does not answer.
+        ConfigError: too little audio, settings that exclude each other, or a world that does not divide V.
+        ValueError: shards are bad, with `on_bad_shard=error`.
+        StorageReadError: the storage does not answer.
     """
 
     def __init__(self, config: DataConfig, seed: int, rank: int, world: int, least_samples: int = 0) -> None:
@@ -92,13 +92,13 @@ class PlanReader:
         """Yields this rank's part of the global steps, without end.
 
         Args:
-            cursor: Where to start; default: the position of `load_state_dict`, or the start.
+            cursor: where to start; default: the position of `load_state_dict`, or the beginning.
 
         Raises:
-            ConfigError: The cursor is of another plan.
-            ShardError: A shard cannot be read, with `on_bad_shard=error`.
-            StorageReadError: The storage did not recover within `retry_seconds`.
-            RuntimeError: A data worker died or is silent.
+            ConfigError: the cursor is of another plan.
+            ShardError: a shard cannot be read, with `on_bad_shard=error`.
+            StorageReadError: the storage did not recover within `retry_seconds`.
+            RuntimeError: a data worker died or does not respond.
         """
         self.close()
         cursor = cursor or self._cursor
@@ -133,7 +133,7 @@ class PlanReader:
         append_rows(folder / f"rank_{self.rank}.jsonl", rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position after the step yielded last, for a resume on any number of ranks and workers."""
+        """Returns the position after the last yielded step, for a resume on any number of ranks and workers."""
         return {"plan_hash": self._cursor.plan_hash, "epoch": self._cursor.epoch, "step": self._cursor.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -149,7 +149,7 @@ class PlanReader:
 
 
 class _Running:
-    """A running iteration: workers, and a thread that assembles their micro-batches into steps ahead of the trainer."""
+    """A running iteration: workers, and a thread that combines their micro-batches to steps ahead of training."""
 
     def __init__(self, reader: PlanReader, cursor: Cursor) -> None:
         self._plan, self._slots, self._config, self._rank = reader.plan, reader.slots, reader.config, reader.rank
@@ -159,7 +159,7 @@ class _Running:
         self._buffers: SharedBuffers | None = None
         self._retries = reader.config.retry_seconds if reader.remote else 0.0
         requests = _Requests(reader.plan, cursor, reader.rank, reader.world)
-        # Workers are forked here and not in the thread: they are tied to the life of the thread that forks them.
+        # Workers are forked here and not in the thread, since they end with the thread that forks them.
         self._loaded: Iterator[Loaded] = iter(self._loader(requests, reader._files))
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=1)
         self._thread: threading.Thread | None = None
@@ -189,7 +189,7 @@ class _Running:
                 yield got
         except StorageError:
             raise
-        except (RuntimeError, OSError, EOFError) as error:  # raised for a worker that is dead or silent
+        except (RuntimeError, OSError, EOFError) as error:  # raised for a worker that is dead or does not respond
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RuntimeError(
                 f"the data workers of rank {self._rank} stopped: {reason}. A worker killed by the system usually means "
@@ -209,7 +209,7 @@ class _Running:
         while not self._closing.value and not isinstance(got, BaseException):
             try:
                 got = self._next_step()
-            except BaseException as error:  # handed to the trainer's thread
+            except BaseException as error:  # passed to the main thread
                 got = error
             while not self._closing.value:
                 try:
@@ -252,7 +252,7 @@ class _Running:
 
 
 class _Requests(Sampler[Request]):
-    """Requests of rank `rank` of `world` from a cursor on, without end."""
+    """Yields the requests of rank `rank` of `world` from a cursor on, without end."""
 
     def __init__(self, plan: Plan, cursor: Cursor, rank: int, world: int) -> None:
         self.plan, self.cursor, self.rank, self.world = plan, cursor, rank, world
@@ -267,7 +267,7 @@ class _Requests(Sampler[Request]):
 
 
 def _with_targets(plan_hash: str, config: DataConfig) -> str:
-    """Returns a hash that covers the frame labels, since a run must not continue with others."""
+    """Returns a hash that includes the frame labels, since a run must not continue with different ones."""
     if not config.targets:
         return plan_hash
     artefacts = sorted((name, LabelSet.read(root).artefact) for name, root in config.targets.items())
@@ -280,21 +280,21 @@ def _close(reader: weakref.ref[PlanReader]) -> None:
 
 
 def open_reader(config: DataConfig, seed: int, rank: int, world: int, least_samples: int = 0) -> PlanReader:
-    """Opens the shards of a run for one rank, by their indexes and the step plan.
+    """Opens the indexed shards of a run for one rank and plans their steps.
 
     Args:
-        config: The run's `data`.
-        seed: The run's seed.
-        rank: This rank, from 0.
-        world: Number of ranks; must divide `micro_batches`.
-        least_samples: Shortest segment, in samples at 16 kHz, that the model can use.
+        config: the run's `data`.
+        seed: the run's seed.
+        rank: this rank, from 0.
+        world: number of ranks; must divide `micro_batches`.
+        least_samples: shortest segment, in samples at 16 kHz, that the model can use.
 
     Returns:
         The reader, at the start of the plan; `steps` yields micro-batches of (B, T) audio.
 
     Raises:
-        ConfigError: `config` cannot work with these shards and ranks, or `config.reader` is not "plan".
-        ValueError: Shards are damaged, with `on_bad_shard=error`.
+        ConfigError: `config` does not fit these shards and ranks, or `config.reader` is not "plan".
+        ValueError: shards are damaged, with `on_bad_shard=error`.
     """
     if config.reader != "plan":
         raise ConfigError(f"data.reader={config.reader}: there is no plan without an index; set data.reader=plan")

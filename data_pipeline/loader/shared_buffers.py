@@ -1,4 +1,4 @@
-"""Shared-memory buffers through which workers hand batches to the training process."""
+"""Shared-memory buffers through which workers pass batches to the training process."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from data_pipeline.audio.codecs import Wave
 class SharedBuffers:
     """Memory shared with workers: one buffer per micro-batch in flight, reused.
 
-    Fresh shared memory for each batch, as DataLoader takes it, costs a third of the decoding time in page faults.
-    Mapped anonymously before the fork, so that it needs no file descriptors and no space in /dev/shm.
+    New shared memory for each batch, as in DataLoader, costs a third of the decoding time in page faults. The memory is
+    mapped anonymously before the fork, so that it needs no file descriptors and no space in /dev/shm.
     """
 
     def __init__(self, workers: int, ahead: int, floats: int) -> None:
-        # A worker gets request n when the parent has received its result n - ahead and copied the ones before.
+        # A worker gets request n after the parent has received its result n - ahead and copied the earlier ones.
         self.turns = ahead + 2
         self._buffers = [
             [np.frombuffer(mmap.mmap(-1, 4 * floats), np.float32) for _ in range(self.turns)] for _ in range(workers)

@@ -1,7 +1,7 @@
 """Streams WebDataset tars that are not indexed, through the webdataset library: `data.reader=webdataset`.
 
-Shards are split among ranks and workers, and samples mix in a shuffle buffer. Nothing is planned: batches depend on the
-number of ranks and workers, and a resume starts a new pass instead of continuing at a sample. An index
+Shards are split among ranks and workers, and samples are shuffled in a buffer. There is no plan: batches depend on the
+numbers of ranks and workers, and a resume starts a new pass instead of continuing at a sample. An index
 (`auricle shards index`) removes both limits.
 """
 
@@ -46,11 +46,11 @@ PROTOCOLS: Final = ("file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "ht
 """Protocols of shard URLs. webdataset's own opener, which runs commands (`pipe:`, curl, gsutil), is not used."""
 AUDIO: Final = ("flac", "wav", "opus", "ogg", "mp3")
 MOST_IN_VAIN: Final = 10_000
-"""Samples in a row that may be unusable or too short before the run ends."""
+"""Number of successive unusable or too short samples after which the run ends."""
 POOL: Final = 16
-"""Micro-batches of audio that are sorted by length together."""
+"""Size, in micro-batches, of the pools that are sorted by length."""
 PREFIX: Final = "webdataset-"
-"""Begin of the plan hash of a stream."""
+"""Prefix of the plan hash of a stream."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def shard_urls(shards: str) -> list[str]:
     """Returns the tars that `data.shards` names.
 
     Args:
-        shards: A folder or URL of tars, or paths and URLs of tars with braces (`part-{000..127}.tar`), separated by
+        shards: a folder or URL of tars, or paths and URLs of tars with braces (`part-{000..127}.tar`), separated by
             spaces.
 
     Raises:
-        ConfigError: There are none, or a URL is of a kind that is not read, such as `pipe:`.
+        ConfigError: there are no tars, or a URL has a refused protocol, such as `pipe:`.
     """
     from braceexpand import braceexpand
 
@@ -108,19 +108,19 @@ def shard_urls(shards: str) -> list[str]:
 class StreamReader:
     """The StepReader of one rank over tars without an index.
 
-    `Step.samples` and `padded_samples` are this rank's times the number of ranks, since no rank knows the batches of
-    another.
+    `Step.samples` and `padded_samples` are estimates, this rank's times the number of ranks, since ranks do not know
+    each other's batches.
 
     Args:
-        config: The run's `data`.
-        seed: Keys order, crops and augmentation.
-        rank: This rank's number.
-        world: Number of ranks; must divide `config.micro_batches`.
-        least_samples: The shortest segment that the model can use; shorter ones are left out.
-        say: Prints a line; called when a resume starts a new pass.
+        config: the run's `data`.
+        seed: keys order, crops and augmentation.
+        rank: this rank's number.
+        world: number of ranks; must divide `config.micro_batches`.
+        least_samples: shortest segment that the model can use; shorter ones are skipped.
+        say: prints a line; called when a resume starts a new pass.
 
     Raises:
-        ConfigError: No shards, or settings that need an index.
+        ConfigError: no shards, or settings that need an index.
     """
 
     def __init__(
@@ -155,12 +155,12 @@ class StreamReader:
         """Yields this rank's part of the global steps, without end.
 
         Args:
-            cursor: Counts the steps that were done; the stream starts a new pass in a new order.
+            cursor: number of finished steps; the stream starts a new pass in a new order.
 
         Raises:
-            ConfigError: The cursor is of a plan, i.e. the run was begun with `data.reader=plan`.
-            ShardError: A tar or member cannot be used, with `on_bad_shard=error`.
-            StorageReadError: The storage did not recover within `retry_seconds`.
+            ConfigError: the cursor is of a plan, i.e. the run was started with `data.reader=plan`.
+            ShardError: a tar or member cannot be used, with `on_bad_shard=error`.
+            StorageReadError: the storage did not recover within `retry_seconds`.
         """
         self.close()
         cursor = cursor or Cursor(self.plan_hash, 0, 0)
@@ -231,7 +231,7 @@ class StreamReader:
 
 
 class _Passes(IterableDataset[dict[str, Any]]):
-    """Shard URLs, pass after pass, each in its own order."""
+    """Yields shard URLs, pass after pass, each in a different order."""
 
     def __init__(self, urls: Sequence[str], key: int) -> None:
         self._urls, self._key = urls, key
@@ -243,7 +243,7 @@ class _Passes(IterableDataset[dict[str, Any]]):
 
 
 class _Stream:
-    """Stages of the pipeline in one process."""
+    """The stages of the pipeline in one process."""
 
     def __init__(self, config: DataConfig, constraints: BatchConstraints, key: int, seed: int) -> None:
         self.config, self.constraints, self.key, self.seed = config, constraints, key, seed
@@ -253,7 +253,7 @@ class _Stream:
         self._pass = self._skipped = self._read = self._in_vain = 0
 
     def opened(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Opens each shard; fsspec alone reads URLs."""
+        """Opens each shard through fsspec."""
         for shard in shards:
             url, self._pass = shard["url"], shard["pass"]
             if self._pass and not self._read:
@@ -267,7 +267,7 @@ class _Stream:
                 yield {"url": url, "stream": stream}
 
     def samples(self, opened: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Groups the members of each shard to samples."""
+        """Groups the members of each shard into samples."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         for shard in opened:
@@ -286,7 +286,7 @@ class _Stream:
                 log.warning("%s: holds no samples", url)
 
     def shuffled(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Mixes samples in the shuffle buffer."""
+        """Shuffles samples in a buffer."""
         from webdataset import shuffle
 
         size, worker = self.config.shuffle_buffer, get_worker_info()
@@ -313,7 +313,7 @@ class _Stream:
                     yield Clip(stem, wave, {name: labels.get(name, "") for name in self.config.labels})
 
     def _decoded(self, key: str, data: bytes) -> Wave:
-        """The crop of a member; empty if it is shorter than `data.min_seconds`."""
+        """Decodes and crops a member; returns an empty array if it is shorter than `data.min_seconds`."""
         with open_sample(data) as sample:
             if (sample.rate, sample.channels) != (SAMPLE_RATE, 1):
                 raise UnusableError(

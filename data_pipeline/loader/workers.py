@@ -33,9 +33,9 @@ Request = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A micro-batch as a worker sends it. The audio is in the shared buffer `place`, or in `wave` without one.
+    """A micro-batch from a worker. The audio is in the shared buffer `place`, or in `wave` without one.
 
-    samples, padded_samples: of the whole global step.  skipped: (shard, reason) of each segment left out.
+    samples, padded_samples: of the whole global step.  skipped: (shard, reason) of each skipped segment.
     error: set if there is no batch.
     """
 
@@ -69,7 +69,7 @@ class Loaded:
 
 
 class PlannedBatches(Dataset[Loaded]):
-    """Micro-batches by request; used in the worker processes, or in the trainer where there are none."""
+    """Loads micro-batches by request, in the worker processes, or in the training process without workers."""
 
     def __init__(self, plan: Plan, files: ShardFiles, config: DataConfig, buffers: SharedBuffers | None) -> None:
         self.plan, self.files, self.config, self.buffers = plan, files, config, buffers
@@ -99,14 +99,14 @@ class PlannedBatches(Dataset[Loaded]):
         return replace(loaded, samples=window.samples(inside), padded_samples=window.padded_samples(inside))
 
     def _batch(self, rows: list[Row], j: int) -> Loaded:
-        """A micro-batch of the rows that can be read."""
+        """Returns a micro-batch of the readable rows."""
         fetched = self.fetcher.fetch(rows)
         skipped = [self._bad(got) for got in fetched if isinstance(got, ShardError)]
         good = [got for got in fetched if isinstance(got, Fetched)]
         place, wave = self._buffer((len(good), max((got.length for got in good), default=0)))
         kept: list[Fetched] = []
         for got in good:
-            line = wave[len(kept)]  # the next segment overwrites one that cannot be decoded
+            line = wave[len(kept)]  # the next segment overwrites an undecodable one
             try:
                 got.decode(line[: got.length])
             except ShardError as error:
@@ -149,7 +149,7 @@ class PlannedBatches(Dataset[Loaded]):
         return error.shard, error.reason
 
     def _substitute(self, row: Row) -> Row:
-        """The first readable segment of a following shard, so that no rank ever lacks a micro-batch."""
+        """Returns the first readable segment of a following shard, so that no rank lacks a micro-batch."""
         n_shards = len(self.plan.catalogue.shards)
         for distance in range(1, n_shards + 1):
             shard = (row.shard + distance) % n_shards
@@ -162,14 +162,14 @@ class PlannedBatches(Dataset[Loaded]):
 
 
 def become_worker(parent: int, closing: Synchronized[int], _: int) -> None:
-    """Sets the signals of a worker: it ends when its trainer does, even by `kill -9`, and not before.
+    """Sets the signals of a worker, which must end with its training process, even after `kill -9`, and not before.
 
-    A cluster signals every process of a job to request a checkpoint; the trainer needs data until that is written.
+    A cluster signals all processes of a job to request a checkpoint; training needs data until it is written.
     """
     if sys.platform == "linux":
         libc: Any = ctypes.CDLL(None)
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before the line above
+        if os.getppid() != parent:  # the parent died before the call above
             os._exit(1)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The typed schema of preprocessing. Defaults stand here; YAML names only what differs."""
+"""The typed config of preprocessing, with all defaults; YAML files set only fields that differ."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from data_pipeline.preprocess.duplicate_search import DedupConfig
 
 @config
 class CutConfig:
-    """How recordings become segments."""
+    """Segmentation of recordings."""
 
     max_seconds: Annotated[float, about("longest segment; longer recordings are cut", gt=0.1, le=600)] = 30.0
-    min_seconds: Annotated[float, about("shorter segments are left out", ge=0)] = 0.5
+    min_seconds: Annotated[float, about("shorter segments are rejected", ge=0)] = 0.5
 
 
 @config
 class SplitConfig:
-    """Speakers held out, in folders of their own (train, valid, test); no speaker is in two of them."""
+    """Splits by speaker, in the folders train, valid and test; no speaker is in two of them."""
 
     valid: Annotated[
         float, about("share of speakers for out/valid; 0 and 0 write one set without folders", ge=0, lt=1)
     ] = 0.0
     test: Annotated[float, about("share of speakers for out/test", ge=0, lt=1)] = 0.0
-    seed: Annotated[int, about("keys which speakers", ge=0)] = 0
+    seed: Annotated[int, about("seed of the choice of speakers", ge=0)] = 0
 
     @property
     def enabled(self) -> bool:
-        """Whether there are folders at all."""
+        """Whether the data set is split."""
         return self.valid + self.test > 0
 
 
@@ -41,34 +41,36 @@ class SplitConfig:
 class PreprocessConfig:
     """One preprocessing job: a corpus in, shards out."""
 
-    out: Annotated[str, about("folder or fsspec URL for the shards; what is done there already stays", min_length=1)]
+    out: Annotated[str, about("folder or fsspec URL for the shards; finished ones are kept", min_length=1)]
     corpus: Annotated[CorpusConfig, PluginChoice("corpus", corpus_names, corpus_type)]
-    codec: Annotated[Literal["flac", "wav", "opus"], about("how audio is stored; flac and wav are lossless")] = "flac"
+    codec: Annotated[Literal["flac", "wav", "opus"], about("format of the audio; flac and wav are lossless")] = "flac"
     copy_flac: Annotated[
         bool,
-        about("with codec=flac, take 16 kHz mono 16-bit FLAC that stays whole as it is instead of encoding it again"),
+        about("with codec=flac, copy uncut 16 kHz mono 16-bit FLAC files instead of encoding them again"),
     ] = True
-    shard_mb: Annotated[float, about("about how many MB a shard gets; small corpora get smaller ones", gt=0)] = 1000.0
-    min_shards: Annotated[int, about("make shards smaller than shard_mb until there are about so many", ge=1)] = 16
+    shard_mb: Annotated[float, about("approximate size of a shard in MB; smaller for small corpora", gt=0)] = 1000.0
+    min_shards: Annotated[
+        int, about("approximate least number of shards; makes them smaller than shard_mb if necessary", ge=1)
+    ] = 16
     cut: CutConfig = dataclasses.field(default_factory=CutConfig)
     vad: VadConfig = dataclasses.field(default_factory=VadConfig)
     filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
     loudness_dbfs: Annotated[
         float | None,
-        about("bring each segment to this level (root mean square), short of clipping; null keeps levels", lt=0),
+        about("scale each segment to this RMS level without clipping; null keeps levels", lt=0),
     ] = None
     dedup: DedupConfig = dataclasses.field(default_factory=DedupConfig)
     split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
     weights: Annotated[
         dict[str, float],
-        about("sampling weight of segments by corpus or language, for the reader; 1 for all not named"),
+        about("sampling weight of segments by corpus or language, for the reader; 1 for all others"),
     ] = dataclasses.field(default_factory=dict)
     report: Annotated[bool, about("write report.html into the folder at the end")] = True
     ray: RayConfig = dataclasses.field(default_factory=RayConfig)
 
 
 def content_settings(config: PreprocessConfig) -> dict[str, Any]:
-    """The part of a config that decides the content of a shard, as plain values."""
+    """Returns the fields of a config that determine the content of shards, as plain values."""
     plain = dataclasses.asdict(config)
     return {
         name: plain[name]

@@ -1,7 +1,7 @@
-"""Finds pairs of recordings that share fingerprints, among more of them than fit into memory.
+"""Finds pairs of recordings that share fingerprints, with more fingerprints than fit into memory.
 
-Rows are spread over files by the hash of what they hold (as LSH spreads bands over buckets), and one file at a time is
-sorted. Memory is bounded by `ROWS`, whatever the size of the corpus.
+Rows are distributed to files by the hash of their content (like bands to buckets in LSH), and sorted one file at a
+time. Memory is bounded by `ROWS` for any corpus size.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from data_pipeline.core.schema import about, config
 
 Array = npt.NDArray[Any]
 Table = tuple[npt.NDArray[np.uint32], list[Any]]
-"""Owners (numbers of recordings) of some rows, and Arrow columns of as many rows."""
+"""Owners (numbers of recordings) of rows, and Arrow columns with the same rows."""
 ROWS: Final = 4_000_000
-"""Rows of a file on average; sorting one takes about 100 bytes a row."""
+"""Mean number of rows of a file; sorting takes about 100 bytes per row."""
 FILES: Final = 64
-"""So many files at least; more follow from the number of recordings."""
+"""Least number of files; more for many recordings."""
 NEIGHBOURS: Final = 8
-"""A key of many recordings is compared with that many next ones, and with the first."""
+"""Number of following recordings with which a shared key is compared, besides the first."""
 PRINT: Final = np.dtype([("key", "<u8"), ("owner", "<u4"), ("frame", "<u4")])
 VOTE: Final = np.dtype([("key", "<u8"), ("shift", "<i4"), ("bin", "<u4"), ("count", "<u4")])
 HASH: Final = np.dtype([("key", "S64"), ("owner", "<u4")])
 
 
 BIN: Final = 64
-"""Frames of the stretches, about a second, in which shared speech is measured."""
+"""Frames of the intervals, about a second, in which shared speech is measured."""
 FEWEST: Final = 0.01
-"""Share of the shorter recording's fingerprints that a pair must have in common: fewer are chance."""
+"""Share of the shorter recording's fingerprints that a pair must share; smaller shares occur by chance."""
 
 
 @config
 class DedupConfig:
-    """Duplicate recordings; finding them reads the whole corpus once more, before shards are written."""
+    """Removal of duplicate recordings, which reads the whole corpus an additional time before shards are written."""
 
-    exact: Annotated[bool, about("leave out recordings whose decoded audio is the same, sample by sample")] = False
-    near: Annotated[bool, about("leave out recordings of the same sound at another gain, codec or offset")] = False
-    min_matches: Annotated[int, about("fingerprints that two recordings must share at one offset", ge=2)] = 4
+    exact: Annotated[bool, about("reject recordings whose decoded audio is identical")] = False
+    near: Annotated[bool, about("reject recordings of the same audio with another gain, codec or offset")] = False
+    min_matches: Annotated[int, about("fingerprints that two duplicates share at one offset, at least", ge=2)] = 4
     min_share: Annotated[
         float,
         about(
@@ -58,9 +58,9 @@ class Match:
     one: int
     other: int
     share: float
-    """Share of the shorter one's seconds with speech that both have."""
+    """Shared part of the shorter one's seconds with speech."""
     shift: int
-    """Frame of a sound in `other` minus its frame in `one`."""
+    """Offset in frames: position in `other` minus position in `one`."""
 
 
 class Spread:
@@ -71,7 +71,7 @@ class Spread:
         self.dtype = dtype
 
     def add(self, rows: Array, hashes: npt.NDArray[np.uint64]) -> None:
-        """Appends each row to the file that its hash names."""
+        """Appends each row to the file that its hash selects."""
         spread = (hashes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
         bucket = spread % np.uint64(len(self.paths))
         order = np.argsort(bucket, kind="stable")
@@ -82,7 +82,7 @@ class Spread:
                     rows[order[start:end]].tofile(file)
 
     def parts(self) -> Iterator[Array]:
-        """Yields the rows of one file after the other; each file is removed when it was read."""
+        """Yields the rows of each file and removes it."""
         for path in self.paths:
             if path.exists():
                 rows = np.fromfile(path, self.dtype)
@@ -91,7 +91,7 @@ class Spread:
 
 
 def equal_hashes(tables: Iterable[Table], recordings: int, folder: Path) -> Iterator[tuple[int, int]]:
-    """Returns (recording, the first one with the same hash) for each that is not the first."""
+    """Yields (recording, first recording with the same hash) for each recording that is not the first."""
     spread = Spread(folder, "hash", HASH, max(1, recordings // ROWS))
     for owners, (column,) in tables:
         rows = np.zeros(len(owners), HASH)
@@ -108,10 +108,10 @@ def shared_prints(tables: Iterable[Table], recordings: int, config: DedupConfig,
     """Finds the pairs of recordings that share enough speech at one offset.
 
     Args:
-        tables: Owners, keys and frames of fingerprints; each owner once.
-        recordings: How many recordings there are; owners are below it.
-        config: Thresholds.
-        folder: For scratch files.
+        tables: owners, keys and frames of fingerprints; each owner once.
+        recordings: number of recordings; owners are below it.
+        config: thresholds.
+        folder: folder for scratch files.
     """
     counts, seconds = np.zeros(recordings, np.uint32), np.zeros(recordings, np.uint32)
     files = max(FILES, recordings * 200 // ROWS)
@@ -140,14 +140,14 @@ def shared_prints(tables: Iterable[Table], recordings: int, config: DedupConfig,
 
 
 def _first_of_run(values: Array) -> npt.NDArray[np.int64]:
-    """Returns for each of the sorted values the place of the first equal one."""
+    """Returns the index of the first equal value for each of the sorted values."""
     starts = np.arange(len(values))
     starts[1:][values[1:] == values[:-1]] = 0
     return np.maximum.accumulate(starts)
 
 
 def _neighbours(keys: Array) -> Iterator[tuple[Array, Array]]:
-    """Yields pairs of places of equal keys, which are sorted: each with the next ones and the first of its run."""
+    """Yields pairs of indices of equal keys, which are sorted: each with the next ones and the first of its run."""
     first, here = _first_of_run(keys), np.arange(len(keys))
     for step in range(1, NEIGHBOURS + 1):
         right = here[step:][first[step:] == first[: len(keys) - step]] if step < len(keys) else here[:0]
@@ -157,7 +157,7 @@ def _neighbours(keys: Array) -> Iterator[tuple[Array, Array]]:
 
 
 def _votes(left: Array, right: Array) -> Array:
-    """One row for each pair, shift and stretch of the left one; `key` holds the smaller owner, then the other."""
+    """Returns a row for each pair, shift and interval of the left one; `key` combines the smaller and larger owner."""
     different = left["owner"] != right["owner"]
     left, right = left[different], right[different]
     rows = np.zeros(len(left), VOTE)
@@ -169,7 +169,7 @@ def _votes(left: Array, right: Array) -> Array:
 
 
 def _summed(rows: Array, columns: tuple[str, ...]) -> Array:
-    """Rows sorted by these columns, with the counts of equal ones added up."""
+    """Sorts rows by these columns and adds the counts of equal ones."""
     rows = rows[np.lexsort([rows[column] for column in reversed(columns)])]
     if not len(rows):
         return rows
@@ -191,20 +191,20 @@ class _Best:
     matches: Array
     """Fingerprints in common at that offset."""
     bins: Array
-    """Stretches of `one` that hold some of them."""
+    """Intervals of `one` that contain some of them."""
 
 
 def _best_shift(rows: Array) -> _Best:
     rows = _summed(rows, ("key", "shift", "bin"))
     totals = _summed(rows, ("key", "shift"))
     matches = totals["count"].astype(np.int64)
-    # a frame's neighbour offset counts too: copies need not be cut at whole frames
+    # neighbouring offsets count too, since copies may not be cut at whole frames
     near = (totals["key"][1:] == totals["key"][:-1]) & (totals["shift"][1:] == totals["shift"][:-1] + 1)
     matches[:-1] += np.where(near, totals["count"][1:], 0)
     starts = np.unique(_first_of_run(totals["key"]))
     pairs = len(starts)
     pair_of_total = np.repeat(np.arange(pairs), np.diff([*starts, len(totals)]))
-    # the first total of each pair that has the most matches
+    # the first offset of each pair with the most matches
     order = np.lexsort([np.arange(len(totals)), -matches, pair_of_total])
     best = order[starts] if pairs else order
     key, shift = totals["key"][best], totals["shift"][best].astype(np.int64)

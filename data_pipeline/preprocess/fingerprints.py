@@ -1,10 +1,10 @@
-"""Finds duplicate recordings: the same samples, or the same sound at another gain, codec or offset.
+"""Finds duplicate recordings: the same samples, or the same audio with another gain, codec or offset.
 
-Near-duplicates are found by spectral fingerprints after Haitsma & Kalker (2002): each bit says whether the energy
-difference of two neighbouring bands grew or fell, which neither gain nor a codec changes much. A key joins the bits of
-two frames a quarter of a second apart: 40 bits, so that unrelated recordings share next to none however large the
-corpus is. Only keys whose hash is below a bound are kept, the same ones in every copy; duplicate_search.py finds who
-shares some.
+Near-duplicates are found by spectral fingerprints after Haitsma & Kalker (2002): each bit is the sign of the change of
+the energy difference of two neighbouring bands, which gain and codecs hardly affect. A key combines the bits of two
+frames a quarter of a second apart to 40 bits, so that unrelated recordings share almost none in corpora of any size.
+Only keys with a hash below a bound are kept, which are the same in every copy; duplicate_search.py finds recordings
+that share keys.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BITS: Final = 20
 APART: Final = 16
 """Frames between the two halves of a key."""
 KEEP: Final = 2
-"""One key in so many is kept."""
+"""Inverse share of the keys that are kept."""
 SCAN_SCHEMA: Final = pa.schema(
     [
         *((name, pa.string()) for name in ("corpus", "file_id", "mtime", "pcm")),
@@ -66,7 +66,7 @@ class Fingerprinter:
         self._window = np.hanning(FRAME).astype(np.float32)
 
     def feed(self, block: codecs.Wave) -> None:
-        """A block at 16 kHz."""
+        """Adds a block of samples at 16 kHz."""
         self._held = np.concatenate([self._held, self._down.resample_chunk(block)])
         count = (len(self._held) - FRAME) // HOP + 1
         if count <= 0:
@@ -85,7 +85,7 @@ class Fingerprinter:
         self._held = self._held[count * HOP :]
 
     def _join(self) -> None:
-        """Keys of all frames whose partner is known by now."""
+        """Computes the keys of all frames whose second frame is available."""
         count = len(self._bits) - APART
         if count <= 0:
             return
@@ -99,16 +99,16 @@ class Fingerprinter:
         self._bits, self._loud = self._bits[count:], self._loud[count:]
 
     def finish(self) -> tuple[Keys, Frames]:
-        """(keys, the frames that they begin at)."""
+        """Returns the keys and the frames at which they begin."""
         if not self._keys:
             return np.zeros(0, np.uint64), np.zeros(0, np.uint32)
         return np.concatenate(self._keys), np.concatenate(self._frames)
 
 
 def scan(files: Sequence[AudioFile], near: bool, out: str) -> str:
-    """Writes hashes and fingerprints of recordings to `_scan/` unless that was done before; returns the file's name.
+    """Writes hashes and fingerprints of recordings to `_scan/`, if they are missing; returns the file's name.
 
-    Recordings that cannot be read are left to the unit that will process them.
+    Unreadable recordings are skipped; the unit that processes them rejects them.
     """
     store = FileStore(out)
     name = scan_name(files, near)
@@ -137,14 +137,14 @@ def scan(files: Sequence[AudioFile], near: bool, out: str) -> str:
 
 
 def scan_name(files: Iterable[AudioFile], near: bool) -> str:
-    """Returns how the name of the scan of these files begins; the hash of its content follows."""
+    """Returns the prefix of the name of the scan of these files, which the hash of its content follows."""
     sources = [f"{file.corpus}\x1f{file.file_id}\x1f{file.size}\x1f{file.mtime}" for file in files]
     text = "\x1e".join([f"near={near}", *sources]).encode("utf-8", "surrogateescape")
     return hashlib.sha256(text).hexdigest()[:16]
 
 
 def scan_is_altered(name: str, content: bytes) -> bool:
-    """Whether the content of a scan does not have the hash that its name holds."""
+    """Returns whether the content of a scan does not match the hash in its name."""
     return _short(content) != name.removesuffix(".parquet").rpartition("-")[2]
 
 
@@ -155,19 +155,21 @@ def _short(content: bytes) -> str:
 def find_duplicates(
     out: str, config: DedupConfig, fresh: Sequence[AudioFile], older: set[RecordingId]
 ) -> list[Dropped]:
-    """Finds which of the new recordings to leave out. Of each group one is kept: an older one if there is one,
-    otherwise the first by name.
+    """Finds the duplicates among new recordings. Of each group an older recording or else the first by name is kept.
 
-    Fingerprints and hashes are sorted on disk: memory holds the names of the recordings, and the duplicates found.
+    Fingerprints and hashes are sorted on disk; only names of recordings and found duplicates are in memory.
 
     Args:
-        out: The data set, whose `_scan` holds the fingerprints of all recordings.
-        config: Which duplicates to look for.
-        fresh: The new recordings.
-        older: Those in a unit already.
+        out: the data set, with the fingerprints of all recordings in `_scan`.
+        config: kinds of duplicates and thresholds.
+        fresh: the new recordings.
+        older: the recordings that are already in a unit.
+
+    Returns:
+        The duplicates.
 
     Raises:
-        OSError: A scan is damaged.
+        OSError: a scan is damaged.
     """
     new = {(file.corpus, file.file_id): file for file in fresh}
     ranked = [*sorted(older), *sorted(new.keys() - older)]
@@ -212,7 +214,7 @@ class _Duplicate:
 def _lengths(
     store: FileStore, place: Mapping[RecordingId, int], new: Mapping[RecordingId, AudioFile]
 ) -> dict[int, int]:
-    """Samples of each recording whose scan holds them; those of earlier versions do not."""
+    """Returns the length in samples of each recording; scans of earlier versions lack it."""
     lengths: dict[int, int] = {}
     for owners, (column,) in _tables(store, place, new, ["samples"]):
         lengths |= zip(owners.tolist(), column.fill_null(0).to_pylist(), strict=True)
@@ -222,7 +224,7 @@ def _lengths(
 def _tables(
     store: FileStore, place: Mapping[RecordingId, int], new: Mapping[RecordingId, AudioFile], columns: list[str]
 ) -> Iterator[Table]:
-    """Scan by scan the owners of the rows and some columns; each owner once."""
+    """Yields the owners of the rows of each scan and some columns; each owner once."""
     seen = np.zeros(len(place), bool)
     for name in store.names("_scan", ".parquet"):
         content = store.read(f"_scan/{name}")
@@ -233,7 +235,7 @@ def _tables(
         stamps = zip(*(table[key].to_pylist() for key in ("corpus", "file_id", "size", "mtime")), strict=True)
         for row, (corpus, file_id, size, mtime) in enumerate(stamps):
             owner, file = place.get((corpus, file_id)), new.get((corpus, file_id))
-            # scans of earlier jobs may hold recordings that are in no unit, or one that has changed since
+            # scans of earlier jobs may contain recordings that are in no unit or have changed
             if owner is None or seen[owner] or (file and (file.size, file.mtime) != (size, mtime)):
                 continue
             seen[owner] = True

@@ -1,4 +1,4 @@
-"""The report of a data set, one HTML page: hours in and out and why, histograms, speakers, examples, what failed."""
+"""Builds the HTML report of a data set: hours in and out, reasons, histograms, speakers, examples, failures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, read_index
 COLUMNS = ["n_samples", "snr_db", "level_dbfs", "speaker", "corpus"]
 GALLERY = 8
 LISTED = 500
-"""Rows of the quarantine list on the page; the file has all."""
+"""Number of rows of the quarantine list on the page; the file has all."""
 CLIP_SECONDS = 5
 STYLE = """
 :root{color-scheme:light dark;--ink:#1d2733;--soft:#5d6b7a;--line:#d8dee6;--bar:#2f6fb2;--back:#fff;--card:#f6f8fa}
@@ -64,7 +64,7 @@ class Page:
 
 
 def build_report(page: Page) -> str:
-    """Returns the report as HTML that needs no other file and no network."""
+    """Returns the report as self-contained HTML."""
     records = [record for _, found in page.sets for record in found]
     table = pa.concat_tables(
         [_columns(root, record) for root, found in page.sets for record in found if record.shard] or [_no_rows()]
@@ -166,7 +166,7 @@ def _speakers(table: Any, hours: npt.NDArray[np.float64]) -> str:
 
 
 def _gallery(sets: Sequence[tuple[str, Sequence[DoneRecord]]]) -> Iterable[str]:
-    """Some segments, the same ones for the same data set."""
+    """Yields some segments, always the same for a data set, with spectrogram and audio."""
     units = [(root, record) for root, found in sets for record in found if record.shard]
     units.sort(key=lambda unit: keyed_seed(unit[1].unit, "gallery"))
     for number in range(min(GALLERY, sum(record.segments for _, record in units))):
@@ -227,7 +227,7 @@ def _table(
 
 
 def _spectrogram(wave: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """(128, frames) grey values, 70 dB deep; low frequencies below."""
+    """Returns a spectrogram as (128, frames) grey values over 70 dB, low frequencies at the bottom."""
     padded = np.pad(wave, (0, max(0, 512 - len(wave))))
     frames = np.lib.stride_tricks.sliding_window_view(padded, 512)[::160] * np.hanning(512)
     power = np.abs(np.fft.rfft(frames, axis=1))[:, :256].reshape(len(frames), 128, 2).sum(axis=2) ** 2
@@ -238,7 +238,7 @@ def _spectrogram(wave: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def _png(grey: npt.NDArray[np.uint8]) -> bytes:
-    """An 8-bit grey PNG (ISO 15948)."""
+    """Returns an 8-bit greyscale PNG (ISO 15948)."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

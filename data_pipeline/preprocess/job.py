@@ -1,4 +1,4 @@
-"""Runs preprocessing on Ray: one task per unit, a bounded number in flight; only paths travel, never audio."""
+"""Runs preprocessing on Ray: one task per unit, a limited number in flight; tasks exchange paths, never audio."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from data_pipeline.preprocess.work_plan import (
 from data_pipeline.shards.records import DoneRecord, finished_units, rejects_name
 
 SCANNED = 200
-"""Recordings that one task reads in search of duplicates."""
+"""Number of recordings that one task of the duplicate search reads."""
 QUARANTINE = "quarantine.jsonl"
-"""In the data set: every recording that gave nothing, and every row of a table that names none, with the reason."""
+"""File in the data set: recordings without a segment, and rows of tables without a recording, with the reason."""
 DUPLICATES = "duplicates.jsonl"
-"""In the data set: every recording left out as a duplicate, the one that is kept, and what they have in common."""
+"""File in the data set: each duplicate, the recording that is kept, and their common part."""
 
 
 def plan_units(config: PreprocessConfig) -> Forecast:
-    """Returns what `preprocess` would do; writes nothing and starts no Ray.
+    """Returns a forecast of `preprocess` without writing anything or starting Ray.
 
     Raises:
-        ConfigError: As `preprocess`.
+        ConfigError: see `preprocess`.
     """
     store = FileStore(config.out)
     found = discover(config.corpus)
@@ -78,17 +78,17 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
     workers die repeatedly are listed in the summary.
 
     Args:
-        config: Corpus, stages and output.
-        progress: Whether to show a progress bar on stderr.
+        config: corpus, stages and output.
+        progress: whether to show a progress bar on stderr.
 
     Returns:
         The content of the data set, rejects by reason, and the work of this job.
 
     Raises:
-        ConfigError: The corpus is missing or empty, or the folder holds shards of other settings.
-        StorageReadError: The corpus cannot be listed now, or the data set cannot be read.
-        OSError: The output cannot be written.
-        ValueError: A file of the data set is damaged.
+        ConfigError: the corpus is missing or empty, or the folder has shards of other settings.
+        StorageReadError: the corpus cannot be listed now, or the data set cannot be read.
+        OSError: the output cannot be written.
+        ValueError: a file of the data set is damaged.
     """
     began = time.monotonic()
     if config.vad.enabled:
@@ -119,10 +119,10 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
 
 
 def intact_records(config: PreprocessConfig, repair: bool = False) -> list[DoneRecord]:
-    """Returns the finished units whose shard is there in full; with `repair`, the records of other units are removed.
+    """Returns the finished units with a complete shard; with `repair`, the records of other units are removed.
 
     Raises:
-        ValueError: A record is damaged, or names another unit than its file does, or a path.
+        ValueError: a record is damaged, does not match the name of its file, or contains a path.
     """
     good = []
     for store in map(FileStore, set_roots(config)):
@@ -139,7 +139,7 @@ def intact_records(config: PreprocessConfig, repair: bool = False) -> list[DoneR
 
 
 def _failures(config: PreprocessConfig, plan: WorkPlan, records: Sequence[DoneRecord]) -> dict[RecordingId, Reject]:
-    """Recordings that could not be read by the last unit that held them."""
+    """Returns the rejects of recordings that the last unit with them could not read."""
     broken = [record for record in records if any(reason.startswith("decode/") for reason in record.rejects)]
     rows = _unit_rejects(config, broken)
     return {
@@ -150,7 +150,7 @@ def _failures(config: PreprocessConfig, plan: WorkPlan, records: Sequence[DoneRe
 
 
 def _unit_rejects(config: PreprocessConfig, records: Sequence[DoneRecord]) -> Iterator[tuple[str, Reject]]:
-    """(unit, reject) of finished units."""
+    """Yields (unit, reject) of finished units."""
     finished = {record.unit for record in records if record.rejects_sha256}
     for store in map(FileStore, set_roots(config)):
         for name in store.names("_rejects", ".jsonl"):
@@ -160,7 +160,7 @@ def _unit_rejects(config: PreprocessConfig, records: Sequence[DoneRecord]) -> It
 
 
 def _read_rejects(store: FileStore, name: str) -> list[Reject]:
-    """Reads a rejects file. Raises ValueError where a line of it is damaged."""
+    """Reads a rejects file. Raises ValueError if a line is damaged."""
     found = jsonl.parse(store.read(f"_rejects/{name}"))
     try:
         if found.bad_lines:
@@ -176,7 +176,7 @@ def _read_rejects(store: FileStore, name: str) -> list[Reject]:
 def _duplicates_finder(
     config: PreprocessConfig, stack: contextlib.ExitStack, show: bool, retried: set[RecordingId]
 ) -> FindDuplicates:
-    """Reads the new recordings on Ray, to find those that are there twice."""
+    """Returns the function that finds duplicates among new recordings, which it reads on Ray."""
 
     def find(fresh: Sequence[AudioFile], plan: WorkPlan) -> Sequence[Dropped]:
         older = {recording_id(file) for unit in plan.units for file in unit.files} - retried
@@ -194,7 +194,7 @@ def _duplicates_finder(
 def _run_units(
     todo: Sequence[WorkUnit], config: PreprocessConfig, advance: Callable[[UnitResult], None]
 ) -> dict[str, str]:
-    """Units that failed, and why. Raises OSError when a worker cannot write."""
+    """Processes units; returns the reasons of failed ones. Raises OSError if a worker cannot write."""
     import ray
 
     shared = ray.put(config)
@@ -215,7 +215,7 @@ def _run_units(
 
 
 def _store_rejects(store: FileStore, config: PreprocessConfig, found: Discovered) -> None:
-    """Stores what discovery could not use, one file for each corpus that ever went into the data set."""
+    """Writes the rejects of discovery, one file for each corpus of the data set."""
     corpus = f"{config.corpus.name}-{fingerprint(config.corpus)}"
     if found.rejects:
         store.replace(rejects_name(f"discover-{corpus}"), rejects_jsonl(found.rejects))
@@ -232,7 +232,7 @@ def _finish(
     failed: dict[str, str],
     seconds: float,
 ) -> Summary:
-    """Adds up the data set, and writes its lists and report."""
+    """Summarises the data set, and writes its lists and report."""
     store = FileStore(config.out)
     records = [record for root in set_roots(config) for record in finished_units(root)]
     listed = [name for name in store.names("_rejects", ".jsonl") if name.startswith("discover-")]

@@ -1,4 +1,4 @@
-"""Balances a data set: recordings and hours in against those out and those left out, corpus by corpus."""
+"""Balances a data set: recordings and hours in against those out and rejected, by corpus."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ from data_pipeline.preprocess.work_plan import WorkPlan
 from data_pipeline.shards.records import DoneRecord
 
 NOT_LEFT_OUT = ("in", "out", "recording")
-"""Stages of a flow that name no reason for leaving something out."""
+"""Stages of a flow that are not rejections."""
 
 
 @dataclass
 class Ledger:
-    """The outcome of all recordings of a data set. Stages and reasons are those of `unit_worker.Tally`, and `dedup` and
-    `discover` beside them.
-    """
+    """The outcome of all recordings of a data set. Stages are those of `unit_worker.Tally`, `dedup` and `discover`."""
 
     counts: Counter[FlowKey] = field(default_factory=Counter)
     samples: Counter[FlowKey] = field(default_factory=Counter)
     quarantine: list[Reject] = field(default_factory=list)
-    """Rows that discovery rejected, and one for each recording that gave nothing."""
+    """Rejects of discovery, and one for each recording without a segment."""
     imbalances: list[str] = field(default_factory=list)
-    """Sums that do not agree; always empty, unless there is a bug or a file was altered."""
+    """Sums that do not agree; empty, unless there is a bug or a file was altered."""
 
     def total(self, stage: str, reason: str = "", corpus: str | None = None) -> tuple[int, int]:
         """Returns (count, samples) of a stage and reason over all languages, and all corpora unless one is named."""
@@ -45,13 +43,13 @@ def balance(
     """Adds up a data set and checks the sums.
 
     Args:
-        plan: All that was ever planned.
-        records: The finished units.
+        plan: the plan of all jobs.
+        records: the finished units.
         rejects: (unit, reject) of the finished units.
-        found: Rejects of discovery.
+        found: rejects of discovery.
 
     Returns:
-        The sums, the recordings that gave nothing, and sums that do not agree.
+        The sums, the recordings without a segment, and sums that do not agree.
     """
     ledger = Ledger()
     for record in records:
@@ -84,7 +82,7 @@ def balance(
 
 
 def _add_listed(ledger: Ledger, reject: Reject) -> None:
-    """A recording that is in no unit: it comes in and is left out again."""
+    """Counts a recording that is in no unit as input and as rejected."""
     corpus, language = reject.corpus, reject.language
     samples = reject.samples if reject.stage == "dedup" else 0
     ledger._add((corpus, language, "in", ""), 1, samples)
@@ -93,7 +91,7 @@ def _add_listed(ledger: Ledger, reject: Reject) -> None:
 
 
 def _take_back(ledger: Ledger, reject: Reject) -> None:
-    """A recording that could not be read once, and was processed again by a later unit, counts there."""
+    """Removes the reject of a recording that a later unit processed again, where it is counted."""
     corpus, language = reject.corpus, reject.language
     outcome = (corpus, language, "recording", f"{reject.stage}/{reject.reason}")
     ledger._add((corpus, language, "in", ""), -1, -reject.samples)
@@ -105,7 +103,7 @@ def _take_back(ledger: Ledger, reject: Reject) -> None:
 
 
 def _has_outcomes(record: DoneRecord) -> bool:
-    """Whether a record was written by a version that counts what became of each recording."""
+    """Returns whether a record was written by a version that counts the outcome of each recording."""
     return any(stage == "recording" for _, _, stage, _, _, _ in record.flow)
 
 

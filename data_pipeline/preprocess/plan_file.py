@@ -35,7 +35,7 @@ PLAN_SCHEMA: Final = pa.schema(
         ("samples", pa.int64()),
     ]
 )
-"""Columns; those of `dropped` and after hold where a recording is a duplicate. Earlier versions lack the last three."""
+"""Columns; those from `dropped` on are set for duplicates. Earlier versions lack the last three."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class WorkUnit:
     name: str
     files: tuple[AudioFile, ...]
     split: str = ""
-    """Folder below `out` that the shard goes to: train, valid, test, or "" for `out` itself."""
+    """Folder of the shard below `out`: train, valid, test, or "" for `out` itself."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A duplicate: a recording that goes into no unit."""
+    """A duplicate, which is in no unit."""
 
     file: AudioFile
     reason: str
@@ -58,11 +58,11 @@ class Dropped:
     same_as: str
     """corpus/file_id of the recording that is kept."""
     share: float = 1.0
-    """Share of the shorter recording's speech that both have."""
+    """Shared part of the shorter recording's speech."""
     offset_seconds: float = 0.0
-    """Where this recording begins in the kept one; negative where it begins earlier."""
+    """Start of this recording in the kept one; negative if it begins earlier."""
     samples: int = 0
-    """Its length at the output rate; 0 where it is unknown."""
+    """Its length at the output rate; 0 if it is unknown."""
 
 
 def write_table(units: Iterable[WorkUnit], dropped: Iterable[Dropped]) -> bytes:
@@ -85,7 +85,7 @@ def write_table(units: Iterable[WorkUnit], dropped: Iterable[Dropped]) -> bytes:
 
 
 def read_table(content: bytes) -> tuple[list[WorkUnit], list[Dropped]]:
-    """Reads one generation. Raises ValueError where it is damaged or a name in it is not a plain name."""
+    """Reads one generation. Raises ValueError if it is damaged or contains a name that is not plain."""
     units: dict[tuple[str, str], list[AudioFile]] = {}
     dropped = []
     for row in pq.read_table(io.BytesIO(content)).to_pylist():
@@ -103,12 +103,12 @@ def read_table(content: bytes) -> tuple[list[WorkUnit], list[Dropped]]:
 
 
 def spans_json(file: AudioFile) -> str:
-    """Returns the spans of a recording as JSON, "" without any; fields that have their default are left out."""
+    """Returns the spans of a recording as JSON, "" without any; fields with their default value are omitted."""
     return json.dumps([_span_values(span) for span in file.spans], sort_keys=True) if file.spans else ""
 
 
 def _span_values(span: Span) -> dict[str, Any]:
-    # the first five were all there was before, and are part of units' names
+    # the first five fields are always written, since names of units depend on them
     always = ("start", "stop", "speaker", "text", "labels")
     values = dataclasses.asdict(span)
     return {

@@ -1,4 +1,4 @@
-"""Live progress in the terminal: files, hours, hours per second, time left, files and segments left out."""
+"""Live progress in the terminal: files, hours, hours per second, time left, rejected files and segments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_pipeline.preprocess.work_plan import expected_seconds
 def live_progress(
     todo: Sequence[WorkUnit], show: bool, console: Console | None = None
 ) -> Iterator[Callable[[UnitResult], None]]:
-    """A bar that the given function advances by one finished unit; nothing is drawn unless `show`."""
+    """Shows a progress bar in the block and provides the function that advances it; nothing is drawn unless `show`."""
     weights = {unit.name: sum(expected_seconds(file) for file in unit.files) or 1.0 for unit in todo}
     columns = (
         TextColumn("preprocess"),
@@ -31,7 +31,7 @@ def live_progress(
     began = time.monotonic()
     files = rejects = 0
     hours = 0.0
-    # the bar moves by expected seconds of audio, which are more even than units
+    # the bar advances by expected seconds of audio, which are more even than units
     with Progress(*columns, console=console or Console(stderr=True), disable=not show, transient=False) as bar:
         task = bar.add_task("", total=round(sum(weights.values())), state="starting")
 

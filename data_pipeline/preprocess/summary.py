@@ -13,44 +13,44 @@ class Summary:
 
     out: str
     files: int
-    """Recordings that came in: those of all finished units, duplicates, and those that discovery could not use."""
+    """Input recordings: those of all finished units, duplicates, and rejects of discovery."""
     files_used: int
-    """Recordings with at least one segment, as far as the units were written by a version that counts them."""
+    """Recordings with at least one segment, in units of versions that count them."""
     hours_in: float
     hours_out: float
     hours_overlapping: float
-    """Hours that are in more than one segment; hours in and these are hours out and the hours of `rejects`."""
+    """Hours in more than one segment: hours_in + hours_overlapping = hours_out + the hours of `rejects`."""
     segments: int
     shards: int
     megabytes: float
     rejects: dict[str, tuple[int, float]]
-    """stage/reason: (how many recordings, segments or rows, their hours where known)."""
+    """stage/reason: (number of recordings, segments or rows; their hours, if known)."""
     quarantined: int
-    """Recordings that gave nothing, and rows that name none; listed in `quarantine`."""
+    """Recordings without a segment, and rows without a recording; listed in `quarantine`."""
     quarantine: str
     report: str
-    """The HTML page; "" where none was wanted."""
+    """Path of the HTML report; "" without one."""
     imbalances: tuple[str, ...] = ()
-    """Sums that do not agree; empty unless something is wrong."""
+    """Sums that do not agree; empty, unless there is a bug or a file was altered."""
     units_done: int = 0
-    """By this job."""
+    """Units that this job finished."""
     units_before: int = 0
-    """Finished already when it began."""
+    """Units that were finished before."""
     failed_units: dict[str, str] = field(default_factory=dict)
-    """Units that could not be finished, and why."""
+    """Reasons by unit that could not be finished."""
     changed_files: int = 0
-    """Recordings that changed after they were written; the shards hold them as they were."""
+    """Recordings that changed after they were written; the shards have their earlier audio."""
     seconds: float = 0.0
-    """How long the job took."""
+    """Duration of the job."""
     new_hours: float = 0.0
-    """Read by this job."""
+    """Hours of audio that this job read."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Files below the corpus that were not taken as recordings, by ending."""
+    """Number of files below the corpus that are not recordings, by ending."""
     warnings: tuple[str, ...] = ()
 
     @property
     def problem(self) -> str:
-        """One paragraph on what is not done; empty where all is done."""
+        """Returns one paragraph on unfinished work; "" if all is done."""
         if self.failed_units:
             first, why = next(iter(self.failed_units.items()))
             return (
@@ -69,11 +69,11 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0 where all work is done."""
+        """0 if all work is done."""
         return 1 if self.problem else 0
 
     def rows(self) -> list[tuple[str, str]]:
-        """For a table in the terminal."""
+        """Returns the rows of a table for the terminal."""
         overlap = self.hours_overlapping
         overlapping = f", of which {overlap:,.2f} are in more than one segment" if overlap else ""
         rows = [
@@ -108,19 +108,19 @@ class Forecast:
     units_done: int
     files: int
     hours: float
-    """Expected, where the corpus does not say durations from file sizes."""
+    """Expected hours, from file sizes if the corpus has no durations."""
     megabytes: float
-    """Expected disk need of what is still to be written."""
+    """Expected size of the shards to be written."""
     free_megabytes: float | None
-    """On the disk of `out`; None where that is unknown."""
+    """Free space on the disk of `out`; None if it is unknown."""
     unusable: int
-    """Recordings and rows known to be unusable before anything is decoded."""
+    """Recordings and rows that are known to be unusable before decoding."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Files below the corpus that are not taken as recordings, by ending."""
+    """Number of files below the corpus that are not recordings, by ending."""
     warnings: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
-        """For a table in the terminal."""
+        """Returns the rows of a table for the terminal."""
         free = "unknown" if self.free_megabytes is None else f"{self.free_megabytes:,.0f} MB"
         return [
             ("units", f"{self.units:,}, of which {self.units_done:,} are done"),

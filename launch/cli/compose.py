@@ -32,8 +32,8 @@ def _variable(name: str, *default: str) -> str:
     if name not in READABLE_VARIABLES and not name.startswith(READABLE_PREFIXES):
         allowed = ", ".join((*READABLE_VARIABLES, *(f"{prefix}…" for prefix in READABLE_PREFIXES)))
         raise ConfigError(
-            f"${{oc.env:{name}}}: a config is saved in the run folder, so only the variables {allowed} are read; "
-            "write the value itself"
+            f"${{oc.env:{name}}}: a config is saved in the run folder, so only the environment variables "
+            f"{allowed} are read; write the value itself"
         )
     if name not in os.environ and not default:
         raise ConfigError(f"${{oc.env:{name}}}: the environment variable is not set")

@@ -159,7 +159,7 @@ def test_labels_of_another_artefact_or_corpus_are_rejected(corpus: Path, tmp_pat
         path.rename(first / path.name)
     with pytest.raises(ShardError, match="its labels are of artefact 'k2'"):
         read(corpus, 1, targets={"u": str(first)})
-    with pytest.raises(ConfigError, match="holds no frame labels"):
+    with pytest.raises(ConfigError, match="has no frame labels"):
         read(corpus, 1, targets={"u": str(tmp_path / "none")})
     with pytest.raises(ConfigError, match="away from the frame labels"):
         read(corpus, 1, targets={"u": str(second)}, augment=AugmentConfig(speeds=(0.9, 1.1)))
