@@ -7,7 +7,7 @@ from pathlib import Path
 from launch.cli.parser import Parser
 from launch.exit_codes import ExitCode
 
-FORMATS = ("hugging_face", "torchscript", "onnx")
+FORMATS = ("hugging_face", "torchscript", "onnx", "onnx_stream")
 
 
 def run(arguments: list[str]) -> int:
@@ -20,21 +20,29 @@ def run(arguments: list[str]) -> int:
         choices=FORMATS,
         default="hugging_face",
         help="hugging_face: for from_pretrained, if transformers has the architecture; torchscript, onnx: one file for "
-        "most architectures (default: hugging_face)",
+        "most architectures; onnx_stream: one chunk of a stream, with its states as inputs and outputs (default: "
+        "hugging_face)",
     )
     parser.add_argument(
         "--layer", type=int, default=-1, help="torchscript, onnx: the layer that is returned (-1: the last)"
     )
+    parser.add_argument("--chunk", type=int, help="onnx_stream: frames per chunk (the first trained length)")
+    parser.add_argument("--left", type=int, help="onnx_stream: earlier chunks attended to (the first trained number)")
     given = parser.parse_args(arguments)
 
     from launch.runs.summary import find_run
-    from pretrain.interop import graph_export
+    from pretrain.heads.ctc import CTC
+    from pretrain.interop import graph_export, stream_export
     from pretrain.interop.hf_export import TOLERANCE, export, load_run
 
     path = Path(given.run).expanduser()
     module, config, _ = load_run(path if (path / "state.json").is_file() else find_run(given.run))
     if given.to == "hugging_face":
         error, allowed = export(config, module, given.out), TOLERANCE
+    elif given.to == "onnx_stream":
+        head = next((head for head in module.heads.values() if isinstance(head, CTC)), None)
+        error = stream_export.export_stream(config, module.model, given.out, given.chunk, given.left, head)
+        allowed = graph_export.TOLERANCE["onnx"]
     else:
         error = graph_export.export_graph(config, module.model, given.out, given.to, given.layer)
         allowed = graph_export.TOLERANCE[given.to]

@@ -106,7 +106,7 @@ def export_graph(config: Config, model: SpeechModel, folder: Path, kind: Format,
         error = gate(features, run)
         if not error <= TOLERANCE[kind]:
             raise ConfigError(
-                f"{_architecture(config)}: the exported graph's features differ by {error:.1e} of their largest value "
+                f"{architecture(config)}: the exported graph's features differ by {error:.1e} of their largest value "
                 f"(allowed: {TOLERANCE[kind]:.0e}), so nothing was written"
             )
         (temporary / "features.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -136,7 +136,7 @@ def gate(features: Features, run: Run) -> float:
             found = run(wave_BT)
         except Exception as error:  # onnxruntime's and TorchScript's errors have no common base
             raise ConfigError(
-                f"the exported graph does not run on {rows} × {samples} samples: {_first(error)}"
+                f"the exported graph does not run on {rows} × {samples} samples: {first_line(error)}"
             ) from None
         if found.shape != expected.shape:
             return float("inf")
@@ -147,7 +147,7 @@ def gate(features: Features, run: Run) -> float:
 def _made(features: Features, file: Path, kind: Format, config: Config) -> Run:
     """Exports to `file` and loads it the way other tools would."""
     if kind == "onnx":
-        _require("onnx", "onnxscript", "onnxruntime")
+        require("onnx", "onnxscript", "onnxruntime")
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing warnings; `gate` compares the results
@@ -158,7 +158,8 @@ def _made(features: Features, file: Path, kind: Format, config: Config) -> Run:
         raise
     except Exception as error:  # exporters raise any type for what they cannot trace
         raise ConfigError(
-            f"{_architecture(config)} cannot be exported as {kind}: {_first(error)}. The run's checkpoint is unchanged"
+            f"{architecture(config)} cannot be exported as {kind}: {first_line(error)}. The run's checkpoint is "
+            "unchanged"
         ) from None
 
 
@@ -200,7 +201,8 @@ def _onnx(features: Features, file: Path) -> Run:
     return run
 
 
-def _require(*packages: str) -> None:
+def require(*packages: str) -> None:
+    """Raises ConfigError, with the remedy, where one of the packages that ONNX needs is missing."""
     import importlib.util
 
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
@@ -208,13 +210,15 @@ def _require(*packages: str) -> None:
         raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install 'auricle[onnx]'")
 
 
-def _architecture(config: Config) -> str:
+def architecture(config: Config) -> str:
+    """Returns the fields that name a run's architecture, for messages."""
     encoder = config.encoder
     attention = f", encoder.attention={encoder.attention}" if isinstance(encoder, StackConfig) else ""
     return f"frontend.name={config.frontend.name}, encoder.name={config.encoder.name}{attention}"
 
 
-def _first(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the line of an exporter's error that has the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if "Error" in line] or lines or [""]  # TorchScript puts the cause last
     return f"{type(error).__name__}: {causes[-1]}"[:300]

@@ -1,0 +1,110 @@
+"""Streams of exported ONNX graphs equal the model's, and the client in docs/ runs with onnxruntime and numpy alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.core.schema import ConfigError, load
+from pretrain.config import Config
+from pretrain.heads.ctc import CTC
+from pretrain.inference.streaming_encoder import StreamedModel
+from pretrain.interop.stream_export import export_stream
+from pretrain.train_module import TrainModule, build_model
+from tests.support.contract_cases import small, speech_like
+from tests.support.parity_table import Parity
+
+pytest.importorskip("onnxscript")
+CLIENT = Path(__file__).parents[2] / "docs" / "onnx_stream_client.py"
+LOG_MEL = {"name": "log_mel", "n_mels": 20, "normalize": "fixed"}
+CHUNKED = {"attention": "chunked", "chunk_frames": [0, 4], "left_chunks": [-1, 2]}
+CAUSAL = small("encoders", "conformer", causal=True, kernel=5, **CHUNKED)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "log_mel, conformer": (LOG_MEL, CAUSAL),
+    "multiscale, transformer": (
+        {"name": "multiscale", "n_mels": 20, "wave_channels": 8, "normalize": "fixed"},
+        small("encoders", "transformer", positions="rope", norm="pre", **CHUNKED),
+    ),
+    "waveform, chunk convolution": (
+        {"name": "waveform_conv", "channels": 16, "norm": "layer"},
+        small("encoders", "conformer", chunk_convolution=True, kernel=9, **CHUNKED),
+    ),
+    "half rate": (
+        LOG_MEL,
+        small("encoders", "transformer", positions="rope", layers=3, half_rate_blocks=1, **CHUNKED),
+    ),
+}
+ONE = "log_mel, conformer"
+
+
+def built(frontend: dict[str, Any], encoder: dict[str, Any]) -> tuple[Config, TrainModule]:
+    values = {
+        "data": {"shards": "none", "labels": ["text"]},
+        "objective": small("objectives", "best_rq"),
+        "frontend": frontend,
+        "encoder": encoder,
+        "heads": {"text": {"name": "ctc"}},
+    }
+    config = load(Config, values)
+    return config, build_model(config).eval()
+
+
+@pytest.mark.parametrize("case", [ONE, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != ONE)])
+def test_a_graph_of_one_chunk_equals_the_model(case: str, tmp_path: Path, parity: Parity) -> None:
+    config, module = built(*CASES[case])
+    head = module.heads["text"]
+    assert isinstance(head, CTC)
+    error = export_stream(config, module.model, tmp_path / "out", head=head)
+    parity("ONNX streams: features, as a share of the largest", 1e-4, error)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"stream.onnx", "stream.json"}
+    described = json.loads((tmp_path / "out" / "stream.json").read_bytes())
+    assert (described["chunk_frames"], described["left_chunks"]) == (4, 2)
+    if case == ONE:
+        compare_with_the_client(module, head, tmp_path)
+
+
+def compare_with_the_client(module: TrainModule, head: CTC, folder: Path) -> None:
+    """The client prints the text that the model's own stream has, in a process without this project."""
+    wave_T = (speech_like(1.7, 3) * 20_000).round().clamp(-32_768, 32_767) / 32_768
+    pcm = (wave_T.numpy() * 32_768).astype("<i2").tobytes()
+    with wave.open(str(folder / "speech.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(pcm)
+    streamed = StreamedModel(module.model, 4, 2)
+    state, first = streamed.push(streamed.start(), wave_T)
+    _, last = streamed.finish(state)
+    with torch.no_grad():
+        best = np.concatenate([head.log_probs(part)[0].argmax(1).numpy() for part in (first, last)])
+    kept = [symbol for at, symbol in enumerate(best) if symbol and (at == 0 or symbol != best[at - 1])]
+    expected = "".join(head.symbols[symbol - 1] for symbol in kept)
+    assert len(expected) > 3
+    code = CLIENT.read_text(encoding="utf-8")
+    assert len(code.splitlines()) <= 65
+    assert {line.split()[1] for line in code.splitlines() if line.startswith(("import ", "from "))} == {
+        "json", "sys", "wave", "pathlib", "numpy", "onnxruntime",
+    }  # fmt: skip
+    for source, given in ((str(folder / "speech.wav"), b""), ("-", pcm)):
+        command = [sys.executable, str(CLIENT), str(folder / "out"), source]
+        done = subprocess.run(command, input=given, capture_output=True, timeout=60, check=True)
+        assert done.stdout.decode().rstrip("\n") == expected
+
+
+def test_an_unlimited_left_context_is_refused(tmp_path: Path) -> None:
+    config, module = built(LOG_MEL, CAUSAL | {"left_chunks": [-1]})
+    with pytest.raises(ConfigError, match="left=-1: a graph's states have a fixed size"):
+        export_stream(config, module.model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_stream_is_refused(tmp_path: Path) -> None:
+    config, module = built({"name": "log_mel"}, CAUSAL)
+    with pytest.raises(ConfigError, match=r"frontend\.normalize=utterance"):
+        export_stream(config, module.model, tmp_path / "out")
