@@ -228,6 +228,11 @@ class Config:
         if self.engine.packed and not self.frontend.packable:
             remedy = "needs a front end without a group norm, which runs over the whole row; set frontend.norm=layer"
             refuse("engine.packed", self.engine.packed, remedy)
+        if not self.objective.has_loss and not self.heads:
+            refuse("heads", {}, f"objective={self.objective.name} has no loss; add a head, such as heads.text.name=ctc")
+        if self.objective.freezes and self.optimizer.weight_decay:
+            remedy = "would change weights that are frozen at first; set optimizer.weight_decay=0"
+            refuse("optimizer.weight_decay", self.optimizer.weight_decay, remedy)
 
     def cautions(self) -> list[str]:
         """Returns warnings about settings that are valid but probably not intended, one sentence each."""

@@ -51,6 +51,16 @@ class ObjectiveConfig(PluginConfig):
         """Whether it has the fields labels, label_rate_hz and units, which name frame labels of the data."""
         return False
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether it has a loss of its own; without one, heads alone learn."""
+        return True
+
+    @property
+    def freezes(self) -> bool:
+        """Whether front end and encoder are left as they are for some updates."""
+        return False
+
     def cautions(self, total_steps: int) -> list[str]:
         """Returns settings that have no effect in a run of so many steps, one sentence each."""
         return []

@@ -182,7 +182,8 @@ class HealthMonitor:
             UnhealthyError: on every rank, if a task had no target for too long.
         """
         spike = detectors.gradient_spike(result.grad_norm, self.limit)
-        self._memory.add(result, self._module.tasks)
+        tasks = self._module.tasks if self.config.objective.has_loss else tuple(self._module.heads)
+        self._memory.add(result, tasks)
         if spike:
             save_batches(self._run, self._world.rank, ctx, step.batches, spike.seen)
         if self._world.rank == 0:
