@@ -1,4 +1,4 @@
-"""One unit of work: recordings in, one shard out. Pure of Ray: the same unit gives the same bytes wherever it runs."""
+"""Processes one unit of work, from recordings to a shard. Independent of Ray: the same unit gives the same bytes."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from data_pipeline.shards.records import DoneRecord
 from data_pipeline.shards.writer import ShardWriter, commit
 
 TIMED_LABELS: Final = ("phones", "phone", "words", "word", "start_s", "end_s")
-"""Labels that describe a whole utterance and say nothing of a part of it."""
+"""Labels that are valid for a whole utterance only, not for a part of it."""
 TRIM_TOLERANCE: Final = SAMPLE_RATE // 50
-"""A span that the recording's end shortens by more than these 20 ms loses its text."""
+"""20 ms in samples: a span that the recording's end shortens by more loses its text."""
 FlowKey = tuple[str, str, str, str]
 """(corpus, language, stage, reason), see `Tally`."""
 
 
 @dataclass
 class Tally:
-    """Counts and audio samples by (corpus, language, stage, reason), and the list of what was left out.
+    """Counts and audio samples by (corpus, language, stage, reason), and the list of rejects.
 
     The stage `in` counts recordings read (reason `overlap`: samples that are in several segments), `out` segments
     written, `recording` the outcome of each recording (`used`, or stage and reason of its rejection), `text` texts that
-    were dropped; every other stage counts what was left out. Samples of `in` equal those of all other stages together.
+    were dropped; every other stage counts rejects. Samples of `in` are the sum of those of all other stages.
     """
 
     counts: Counter[FlowKey] = field(default_factory=Counter)
@@ -52,7 +52,7 @@ class Tally:
         self.samples[key] += samples
 
     def reject(self, reject: Reject) -> None:
-        """Counts and lists one recording or segment that was left out."""
+        """Counts and lists one rejected recording or segment."""
         self.rejects.append(reject)
         self.add((reject.corpus, reject.language, reject.stage, reject.reason), reject.samples)
 
@@ -73,17 +73,21 @@ class UnitResult:
 
     record: DoneRecord
     seconds: float
-    """How long the unit took."""
+    """Duration of the unit's processing."""
 
 
 def process_unit(unit: WorkUnit, config: PreprocessConfig) -> UnitResult:
-    """Writes a unit's shard and commits it, unless that was done before.
+    """Writes and commits a unit's shard, if it is not finished.
+
+    Args:
+        unit: the unit's recordings.
+        config: the job.
 
     Returns:
-        The record of the unit: this process's, or that of another one that was faster.
+        The record of the unit: this process's, or that of another process that was faster.
 
     Raises:
-        OSError: The output, or a copy of an input, cannot be written. Inputs that cannot be read are listed instead.
+        OSError: the output, or a copy of an input, cannot be written. Unreadable inputs are listed instead.
     """
     began = time.monotonic()
     store = FileStore(set_root(config, unit))
@@ -113,10 +117,10 @@ def rejects_jsonl(rejects: Iterable[Reject]) -> bytes:
 
 
 def segment_key(file: AudioFile, start: int, channel: int | None = None, repeat: int = 0) -> str:
-    """Makes a key that is readable, unique in the data set, ASCII, and without dots.
+    """Returns a segment's key, which is readable, unique in the data set, ASCII, and without dots.
 
-    It joins the file's name, a hash of its id, the start in samples, the channel if the corpus names one, and, from the
-    second segment of the same start on, a number.
+    It consists of the file's name, a hash of its id, the start in samples, the channel if the corpus names one, and a
+    number from the second segment with the same start on.
     """
     stem = file.file_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")[:40] or "audio"
@@ -125,7 +129,7 @@ def segment_key(file: AudioFile, start: int, channel: int | None = None, repeat:
 
 
 def _process_file(file: AudioFile, config: PreprocessConfig, writer: ShardWriter) -> Tally:
-    """Writes the segments of one recording, or none of them where it breaks off."""
+    """Writes the segments of one recording, or none if it cannot be read to its end."""
     mark, recording = writer.mark(), _Recording(file, config, writer)
     try:
         with codecs.local_copy(file.path) as path:
@@ -142,7 +146,7 @@ def _process_file(file: AudioFile, config: PreprocessConfig, writer: ShardWriter
 
 @dataclass(frozen=True)
 class _Piece:
-    """A segment to be written, if it passes the filters."""
+    """A segment that is written if it passes the filters."""
 
     known: AudioFile
     """The recording, with the speaker, text and labels of this piece."""
@@ -150,25 +154,25 @@ class _Piece:
     wave: codecs.Wave
     channel: int | None = None
     source: str = ""
-    """Local path of the recording, where the piece is all of it."""
+    """Local path of the recording, if the piece is all of it."""
 
 
 class _Recording:
-    """The segments of one recording and what was left out of it."""
+    """The segments of one recording, and its rejects."""
 
     def __init__(self, file: AudioFile, config: PreprocessConfig, writer: ShardWriter) -> None:
         self.file, self.config, self.writer = file, config, writer
         self.tally = Tally()
         self.length = 0
         self._longest = round(config.cut.max_seconds * SAMPLE_RATE)
-        # words and phones of a recording belong to no single piece of it
+        # words and phones of a recording do not apply to a single piece of it
         self._wordless = dataclasses.replace(file, text="", labels=_without_words(file.labels))
         self._taken: list[tuple[int, int]] = []
         self._starts: Counter[tuple[int, int | None]] = Counter()
         self._kept = 0
 
     def read(self, path: str) -> None:
-        """Decodes the recording once for each channel that counts. Raises AudioError."""
+        """Decodes the recording once for each channel in use. Raises AudioError."""
         if self.file.spans:
             pieces = self._marked(path)
         elif self.config.vad.enabled:
@@ -185,7 +189,7 @@ class _Recording:
             self._write(piece)
 
     def finished(self) -> Tally:
-        """The tally of a recording that was read to its end."""
+        """Returns the tally of a recording that was read to its end."""
         union = _union(self._taken)
         gap, overlap = self.length - union, sum(stop - start for start, stop in self._taken) - union
         if gap and not self._taken and not self.file.spans:
@@ -197,7 +201,7 @@ class _Recording:
         return self._with_outcome()
 
     def failed(self, error: codecs.AudioError) -> Tally:
-        """The tally of a recording that cannot be used."""
+        """Returns the tally of a recording that cannot be used."""
         self.tally, self._kept = Tally(), 0
         self.tally.reject(reject_file(self.file, "decode", error.reason, str(error), samples=self.length))
         return self._with_outcome()
@@ -209,7 +213,7 @@ class _Recording:
             return self.tally
         if not self.tally.rejects:
             self.tally.reject(reject_file(self.file, "decode", "no_samples", "holds no samples"))
-        # the recording gave nothing: the reject of the most samples represents it
+        # without a segment, the recording is represented by its reject with the most samples
         rejects = self.tally.rejects
         number = max(range(len(rejects)), key=lambda number: rejects[number].samples)
         rejects[number] = dataclasses.replace(rejects[number], recording=True)
@@ -227,7 +231,7 @@ class _Recording:
             yield block
 
     def _marked(self, path: str) -> Iterator[_Piece]:
-        """The stretches that the corpus marks, channel by channel."""
+        """Yields the parts that the corpus marks, channel by channel."""
         for channel in sorted(
             {span.channel for span in self.file.spans}, key=lambda number: (number is not None, number)
         ):
@@ -249,7 +253,7 @@ class _Recording:
                 self.tally.reject(reject_file(self.file, "cut", reason, where, start=span.start, row=span.row))
 
     def _known(self, span: Span, length: int, whole: bool) -> AudioFile:
-        """Metadata of a piece of a span: with its text where the piece is all of the span."""
+        """Returns the metadata of a piece of a span; the text is included only if the piece is the whole span."""
         trimmed = whole and span.stop is not None and span.stop - span.start - length > TRIM_TOLERANCE
         if trimmed and span.text:
             self._count("text", "trimmed", 0)
@@ -265,7 +269,7 @@ class _Recording:
         )
 
     def _write(self, piece: _Piece) -> None:
-        """Adds a segment to the shard, or rejects it. Raises OSError where the shard cannot be written."""
+        """Adds a segment to the shard, or rejects it. Raises OSError if the shard cannot be written."""
         file, start, wave, config = piece.known, piece.start, piece.wave, self.config
         if len(wave) < config.cut.min_seconds * SAMPLE_RATE:
             self.tally.reject(reject_file(file, "cut", "too_short", start=start, samples=len(wave)))
@@ -301,7 +305,7 @@ class _Recording:
         self._kept += 1
 
     def _encoded(self, wave: codecs.Wave, source: str) -> bytes:
-        """The segment's audio as it is stored. `source`: path of the recording, where the segment is all of it."""
+        """Returns the segment's encoded audio. `source`: path of the recording, if the segment is all of it."""
         samples = codecs.to_int16(wave)
         if source and self.config.copy_flac and self.config.codec == "flac":
             try:
@@ -318,7 +322,7 @@ def _without_words(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _union(stretches: Iterable[tuple[int, int]]) -> int:
-    """How many samples are in at least one of the stretches."""
+    """Returns the number of samples in the union of the intervals."""
     total = end = 0
     for start, stop in sorted(stretches):
         total += max(0, stop - max(start, end))

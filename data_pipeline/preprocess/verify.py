@@ -1,4 +1,4 @@
-"""Verifies a whole data set: checksum and form of every file, down to a single flipped bit."""
+"""Verifies a whole data set: checksum and structure of every file."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from data_pipeline.shards.records import AUDIO_SUFFIXES, DoneRecord, read_index,
 
 NO_ROW: Final = dict.fromkeys(("key", "payload_offset", "payload_size", "n_samples"))
 OPUS_PACKET: Final = 960
-"""Opus streams may hold up to one packet of samples more than they were given."""
+"""Opus streams may decode to up to one packet of samples more than were encoded."""
 Fault = tuple[str, str]
-"""(file below the folder, what is wrong with it)."""
+"""(file below the folder, fault)."""
 
 
 def verify(root: str, decode: bool = True) -> Iterator[Fault]:
-    """Verifies every file of a data set against its checksums and records; returns one row for each fault.
+    """Verifies every file of a data set against its checksums and records.
 
-    Memory is bounded whatever the files claim, and a fault hides none of the next ones.
+    Memory is bounded regardless of the files' content, and verification continues after a fault.
 
     Args:
-        root: A data set, one with the folders train, valid and test, or the frame labels of one.
-        decode: Also decode every sample, as another reader would; otherwise checksums are compared only.
+        root: a data set, one with the folders train, valid and test, or a folder of frame labels.
+        decode: also decode every sample, as another reader would; otherwise only checksums are compared.
 
     Yields:
-        (file below `root`, what is wrong with it); nothing where all is well.
+        (file below `root`, fault); nothing without faults.
 
     Raises:
-        ConfigError: The folder holds neither shards nor labels.
+        ConfigError: the folder has neither shards nor labels.
     """
     store = FileStore(root)
     if store.exists("labels.json") or store.exists("targets.json"):
@@ -67,7 +67,7 @@ def verify(root: str, decode: bool = True) -> Iterator[Fault]:
 
 
 def _guarded(name: str, faults: Iterator[Fault]) -> Iterator[Fault]:
-    """The same faults; an error that ends the search for them is a fault of the file `name`."""
+    """Passes faults on; an error that ends the iteration becomes a fault of the file `name`."""
     try:
         yield from faults
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
@@ -90,7 +90,7 @@ def _verify_set(store: FileStore, keys: dict[str, str], decode: bool) -> Iterato
         yield from _guarded(f"_done/{name}", _verify_record(store, name, keys, claimed, decode))
     for tar in store.names("", ".tar"):
         if tar not in claimed:
-            yield tar, "belongs to no finished unit; readers that list the folder would read it"
+            yield tar, "belongs to no finished unit, but readers that list the folder would read it"
 
 
 def _verify_record(
@@ -136,7 +136,7 @@ def _verify_unit(store: FileStore, record: DoneRecord, keys: dict[str, str], dec
 def _verify_index(
     store: FileStore, record: DoneRecord, rows: Sequence[Mapping[str, Any]], keys: dict[str, str], *, foreign: bool
 ) -> Iterator[Fault]:
-    """Compares an index with its record; a tar of others (`foreign`) has no list of offsets beside it."""
+    """Compares an index with its record; tars of other writers (`foreign`) have no list of offsets."""
     if (len(rows), sum(row["n_samples"] for row in rows)) != (record.segments, record.samples):
         yield record.shard, "its index and its record count differently"
     for row in rows:
@@ -150,7 +150,7 @@ def _verify_index(
 
 
 def _read_samples(file: IO[bytes], rows: Sequence[dict[str, Any]] | None) -> Iterator[str]:
-    """Reads the tar as any other program would, and compares it with the index, where that is usable."""
+    """Reads the tar sequentially, as any other program would, and compares it with the index, if that is usable."""
     file.seek(0)
     expected = iter(rows or ())
     try:
@@ -171,7 +171,7 @@ def _read_samples(file: IO[bytes], rows: Sequence[dict[str, Any]] | None) -> Ite
 
 
 def _read_indexed(file: IO[bytes], rows: Sequence[dict[str, Any]] | None) -> Iterator[str]:
-    """Decodes the samples that an index lists in a tar that others wrote, whose other members are not ours to check."""
+    """Decodes the indexed samples of a tar of another writer; other members are not checked."""
     for row in rows or ():
         file.seek(row["payload_offset"])
         try:
@@ -185,7 +185,7 @@ def _read_indexed(file: IO[bytes], rows: Sequence[dict[str, Any]] | None) -> Ite
 
 
 def _problem_of(tar: tarfile.TarFile, info: tarfile.TarInfo, row: Mapping[str, Any] | None, *, indexed: bool) -> str:
-    """Returns the fault of a member of a tar, "" without one. row: of the index, where the member is audio."""
+    """Returns the fault of a member of a tar, "" without one. row: its row in the index, if the member is audio."""
     refuse_code(info.name, "")
     content = tar.extractfile(info) if info.isreg() else None
     if content is None:
@@ -219,4 +219,4 @@ def _verify_plan(store: FileStore, sets: Sequence[str]) -> Iterator[tuple[str, s
     for done in (f"{part}/_done".lstrip("/") for part in sets):
         for name in store.names(done, ".json"):
             if planned and name.removesuffix(".json") not in planned:
-                yield f"{done}/{name}", "is a unit that no plan holds"
+                yield f"{done}/{name}", "is a unit that is in no plan"

@@ -1,8 +1,8 @@
-"""Plans the work: which recordings make up which shard, decided once and frozen on disk.
+"""Plans the work: assigns recordings to shards, once, and stores the assignment on disk.
 
 `_plan/0000.sha256`, `0001.sha256` … in the data set each name a table of recordings by unit. They are created
-exclusively, so two jobs at once agree on one plan; a later job adds one for recordings that are new, or that could not
-be read before, and leaves the older ones alone.
+exclusively, so that concurrent jobs use the same plan. A later job adds one for recordings that are new or could not be
+read before, and does not change earlier ones.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from data_pipeline.preprocess.config import PreprocessConfig, content_settings
 from data_pipeline.preprocess.plan_file import SPLITS, Dropped, WorkUnit, read_table, spans_json, write_table
 
 WRITER_VERSION: Final = 1
-"""Part of every unit's name; raise it when the same input gives other bytes."""
+"""Part of every unit's name; increase it when the bytes for the same input change."""
 BYTES_PER_SECOND: Final = {"flac": 18_000, "wav": 32_000, "opus": 4_000}
-"""Of a shard, for planning; FLAC as measured on read speech."""
+"""Bytes per second in a shard, for planning; FLAC as measured on read speech."""
 SECONDS_PER_BYTE: Final = {
     **dict.fromkeys(("wav", "aif", "aiff", "caf", "au", "sph", "w64", "rf64"), 1 / 32_000),
     "flac": 1 / 18_000,
@@ -37,24 +37,24 @@ SECONDS_PER_BYTE: Final = {
     **dict.fromkeys(("opus", "ogg", "webm", "amr"), 1 / 4_000),
 }
 RETRIED: Final = ("read_error", "vanished", "changed", "needs_media")
-"""Reasons of rejects that say nothing about the file itself: it is read again by every later job."""
+"""Reasons of rejects that may be temporary: every later job reads the file again."""
 
 
 @dataclass
 class WorkPlan:
-    """All units of a data set, in the order of their names, and what was found when planning."""
+    """All units of a data set, sorted by name, and the results of planning."""
 
     units: list[WorkUnit] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     changed_files: list[AudioFile] = field(default_factory=list)
-    """Recordings that are in a shard already but have since changed on disk; they are left as they are."""
+    """Recordings that have changed on disk since they were written to a shard, which is kept."""
     again: set[str] = field(default_factory=set)
-    """Units of which nothing could be read; this job processes them again."""
+    """Units without a readable recording; this job processes them again."""
     newest: dict[RecordingId, str] = field(default_factory=dict)
-    """Unit of the last generation that holds a recording, "" for a duplicate; a retry is later than the failure."""
+    """Unit of the last generation with a recording, "" for a duplicate; a retry is later than the failure."""
 
     def add(self, units: Iterable[WorkUnit], dropped: Iterable[Dropped]) -> None:
-        """Adds a generation; its entry of a recording replaces earlier ones."""
+        """Adds a generation, whose entries of recordings replace earlier ones."""
         units, dropped = list(units), list(dropped)
         self.units += units
         self.newest |= {recording_id(file): unit.name for unit in units for file in unit.files}
@@ -64,17 +64,17 @@ class WorkPlan:
         self.dropped = [drop for drop in self.dropped if recording_id(drop.file) not in replaced] + dropped
 
     def expected_seconds(self) -> float:
-        """Returns seconds of audio to come, roughly: as the corpus states them, otherwise from file sizes."""
+        """Returns the approximate seconds of audio, from the corpus or else from file sizes."""
         return sum(expected_seconds(file) for unit in self.units for file in unit.files)
 
 
 def expected_seconds(file: AudioFile) -> float:
-    """Returns a recording's duration as far as it is known without opening the file."""
+    """Returns the approximate duration of a recording in seconds, without opening the file."""
     return file.seconds or file.size * SECONDS_PER_BYTE.get(file.path.rsplit(".", 1)[-1].lower(), 1 / 16_000)
 
 
 FindDuplicates = Callable[[Sequence[AudioFile], WorkPlan], Sequence[Dropped]]
-"""(new recordings, the plan so far) to those of the new ones that are to be left out."""
+"""Returns the duplicates among new recordings, given these and the plan so far."""
 
 
 def freeze_plan(
@@ -86,22 +86,22 @@ def freeze_plan(
     dry: bool = False,
     find_duplicates: FindDuplicates | None = None,
 ) -> WorkPlan:
-    """Adds recordings to the plan as far as they are new, or failed before and may be readable now.
+    """Adds recordings to the plan that are new, or failed before and may be readable now.
 
     Args:
-        store: The data set.
-        files: The recordings that were discovered.
-        config: The job.
-        failures: Recordings that earlier jobs could not read, with the reject; see `RETRIED`.
-        dry: Write nothing.
-        find_duplicates: Finds those of the new recordings to leave out.
+        store: the data set.
+        files: the discovered recordings.
+        config: the job.
+        failures: rejects of recordings that earlier jobs could not read; see `RETRIED`.
+        dry: write nothing.
+        find_duplicates: finds duplicates among the new recordings.
 
     Returns:
-        The whole plan, with that of earlier jobs.
+        The whole plan, including that of earlier jobs.
 
     Raises:
-        ConfigError: The folder holds shards of other settings.
-        ValueError: A plan in the folder is damaged.
+        ConfigError: the folder has shards of other settings.
+        ValueError: a plan in the folder is damaged.
     """
     _check_settings(store, config, dry)
     while True:
@@ -110,7 +110,7 @@ def freeze_plan(
         dropped = list(find_duplicates(fresh, plan)) if fresh and find_duplicates else []
         left_out = {recording_id(drop.file) for drop in dropped}
         units = group([file for file in fresh if recording_id(file) not in left_out], config)
-        # a retry of just what a unit held has that unit's name: it is processed again instead of planned twice
+        # a retry of all recordings of a unit has that unit's name: it is processed again, not planned twice
         known = {unit.name for unit in plan.units}
         plan.again = {unit.name for unit in units if unit.name in known}
         units = [unit for unit in units if unit.name not in known]
@@ -123,7 +123,7 @@ def freeze_plan(
 
 
 def read_plan(store: FileStore) -> tuple[WorkPlan, int]:
-    """Returns what is planned so far, and in how many generations. Raises ValueError for a plan that is damaged."""
+    """Returns the plan so far, and its number of generations. Raises ValueError if a plan is damaged."""
     names, plan = store.names("_plan", ".sha256"), WorkPlan()
     for name in names:
         sha256 = store.read(f"_plan/{name}").decode("ascii", "replace").strip()
@@ -151,7 +151,7 @@ def set_root(config: PreprocessConfig, unit: WorkUnit) -> str:
 
 
 def split_of(file: AudioFile, config: PreprocessConfig) -> str:
-    """Returns the set that a recording goes to: by its speaker, so that new recordings follow the old ones."""
+    """Returns the split of a recording, chosen by its speaker, so that new recordings of a speaker are in the same."""
     if not config.split.enabled:
         return ""
     draw = keyed_seed(config.split.seed, file.corpus, file.speaker or f"file {file.file_id}", "split") / 2**63
@@ -161,7 +161,7 @@ def split_of(file: AudioFile, config: PreprocessConfig) -> str:
 
 
 def group(files: Iterable[AudioFile], config: PreprocessConfig) -> list[WorkUnit]:
-    """Makes units of about `shard_mb`, each a random mix of the recordings: ordered by the hash of their name."""
+    """Groups recordings, ordered by the hash of their name, into units of about `shard_mb`."""
     sets: dict[str, list[AudioFile]] = {}
     for file in sorted(files, key=lambda file: (_hash(file.corpus, file.file_id), file.file_id)):
         sets.setdefault(split_of(file, config), []).append(file)
@@ -198,10 +198,10 @@ def _hash(*parts: str) -> str:
 
 
 def _fresh_files(plan: WorkPlan, files: Iterable[AudioFile], failures: Mapping[RecordingId, Reject]) -> list[AudioFile]:
-    """Recordings to process: new ones, and failed ones where the file has changed or the failure may have passed."""
+    """Returns the recordings to process: new ones, and failed ones that changed or whose failure may be temporary."""
     known = {recording_id(file): file for unit in plan.units for file in unit.files}
     duplicates = {recording_id(drop.file): drop.file for drop in plan.dropped}
-    # earlier versions took ids as manifests wrote them: ./a.wav, or an absolute path
+    # earlier versions used ids as written in manifests: ./a.wav, or an absolute path
     by_path = {(file.corpus, _normal(file.path)): file for file in known.values()}
     fresh = []
     for file in files:
@@ -225,7 +225,7 @@ def _normal(path: str) -> str:
 
 
 def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> None:
-    """Refuses a folder whose `dataset.json` holds other settings than this job; all its shards share them."""
+    """Raises ConfigError if `dataset.json` has other settings than this job; all shards share them."""
     wanted = json.loads(json.dumps(content_settings(config)))
     text = with_check({"format": WRITER_VERSION, "sample_rate": SAMPLE_RATE, "codec": config.codec, "settings": wanted})
     if not store.exists("dataset.json") and (dry or store.create("dataset.json", text)):
@@ -235,12 +235,12 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
         settings = dict(found.get("settings", {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{store.root}/dataset.json: cannot be read ({error}); restore it from a copy") from None
-    # a field that is younger than the data set had its default then
+    # a field that did not exist when the data set was written had its default
     before = flatten(_default_settings()) | flatten(settings)
     different = [
         f"{path}={new!r} here, {old!r} there"
         for path, old, new in diff(before, wanted)
-        if [old, new] not in ([None, ABSENT], [ABSENT, None])  # a field that is gone and was not in use
+        if [old, new] not in ([None, ABSENT], [ABSENT, None])  # a removed field that was not in use
     ]
     if found.get("format") != WRITER_VERSION:
         different.append(f"format {WRITER_VERSION} here, {found.get('format')} there")

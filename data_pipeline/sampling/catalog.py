@@ -1,4 +1,4 @@
-"""Lengths and groups of all segments of a data set, for planning; in memory or memory-mapped."""
+"""The catalogue of a data set: lengths and groups of all segments, in memory or memory-mapped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_pipeline.shards.local import ShardError, ShardFiles
 
 Array = npt.NDArray[Any]
 LARGE = 5_000_000
-"""Segments above which the arrays are kept in files and memory-mapped."""
+"""Number of segments above which the arrays are stored in files and memory-mapped."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Catalogue:
     groups: tuple[tuple[str, str], ...]
     """(corpus, language)."""
     fingerprint: str
-    """Of the shards' contents, from their `_done` records."""
+    """Hash of the shards' contents, from their `_done` records."""
 
     def blocks(self, size: int = 4_000_000) -> Iterator[tuple[int, int]]:
-        """Yields ranges of shards [a, b) that hold about `size` segments each."""
+        """Yields ranges of shards [a, b) with about `size` segments each."""
         a = 0
         while a < len(self.shards):
             b = int(np.searchsorted(self.starts_S, self.starts_S[a] + size, side="right")) - 1
@@ -53,16 +53,16 @@ class Catalogue:
 def load_catalogue(files: ShardFiles, cache: str = "", skip_bad: bool = False) -> Catalogue:
     """Returns the catalogue of the shards of `files`.
 
-    Bad shards stay in it, since they are part of the plan; only one whose index is lost or cannot be used is empty.
+    Bad shards are included, since they are part of the plan; those without a usable index count as empty.
 
     Args:
-        files: The shards; `files.bad` are those that are known to be bad.
-        cache: Folder for the arrays of a large catalogue; empty: a private temporary one.
-        skip_bad: Count a shard whose index cannot be used as empty instead of raising.
+        files: the shards; `files.bad` are the known bad ones.
+        cache: folder for the arrays of a large catalogue; empty: a private temporary one.
+        skip_bad: count shards without a usable index as empty instead of raising.
 
     Raises:
-        ShardError: The index of a shard cannot be used.
-        StorageReadError: The storage does not answer.
+        ShardError: the index of a shard cannot be used.
+        StorageReadError: the storage does not answer.
     """
     lost = {number for number in list(files.bad) if not _has_lengths(files, number)}
     segments = [0 if number in lost else record.segments for number, record in enumerate(files.records)]
@@ -78,7 +78,7 @@ def load_catalogue(files: ShardFiles, cache: str = "", skip_bad: bool = False) -
 
 
 def _has_lengths(files: ShardFiles, number: int) -> bool:
-    """Whether the index of a bad shard can be used."""
+    """Returns whether the index of a bad shard can be used."""
     try:
         files.read_lengths(number)
     except ShardError:
@@ -97,7 +97,7 @@ class _Reading:
     skip_bad: bool
 
     def fingerprint(self) -> str:
-        """Of the shards' contents; an empty shard counts as such."""
+        """Returns the hash of the shards' contents, in which shards without a usable index are empty."""
         digest = hashlib.sha256()
         for number, record in enumerate(self.files.records):
             segments = 0 if number in self.lost else record.segments
@@ -105,7 +105,7 @@ class _Reading:
         return digest.hexdigest()
 
     def fill(self, length_N: Array, group_N: Array) -> tuple[tuple[str, str], ...]:
-        """Fills the arrays, which are zero, and returns the groups."""
+        """Fills the zero-initialised arrays and returns the groups."""
         numbers: dict[tuple[str, str], int] = {}
         for s in range(len(self.files.records)):
             if s in self.lost:
@@ -136,7 +136,7 @@ def _encoded(column: pa.ChunkedArray) -> tuple[Array, list[str]]:
 
 
 def _mapped(reading: _Reading, cache: str) -> tuple[Array, Array, tuple[tuple[str, str], ...]]:
-    """The arrays in files, written once and memory-mapped from then on."""
+    """Returns the arrays memory-mapped from files, which are written once."""
     count = int(reading.starts_S[-1])
     folder = Path(cache or private_folder()).expanduser() / f"catalogue-{reading.fingerprint()[:16]}"
     if not (folder / "groups.json").exists():
@@ -152,7 +152,7 @@ def _mapped(reading: _Reading, cache: str) -> tuple[Array, Array, tuple[tuple[st
             for name in ("length.u32", "group.u16"):
                 Path(made, name).replace(folder / name)
             write_json(folder / "lost.json", sorted(reading.lost - before))
-            write_json(folder / "groups.json", groups)  # last: with it the folder is complete
+            write_json(folder / "groups.json", groups)  # written last, to mark the folder as complete
     try:
         groups = tuple((corpus, language) for corpus, language in json.loads((folder / "groups.json").read_bytes()))
         lost = folder / "lost.json"
@@ -163,6 +163,6 @@ def _mapped(reading: _Reading, cache: str) -> tuple[Array, Array, tuple[tuple[st
             raise ValueError(f"{len(length_N)} lengths and {len(group_N)} groups of {count} segments")
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"the catalogue in {folder} is damaged ({error}); delete that folder, it will be made again"
+            f"the catalogue in {folder} is damaged ({error}); delete the folder, it will be created again"
         ) from None
     return length_N, group_N, groups

@@ -1,4 +1,4 @@
-"""Configuration of the data of a run: which shards, and how they become batches."""
+"""Configuration of the data of a run: shards, batches and reading."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.core.schema import about, config
 
 @config
 class DataConfig:
-    """The shards of a run and how they become global steps."""
+    """The shards of a run, and how they are read as global steps."""
 
     shards: Annotated[
         str,
@@ -30,7 +30,7 @@ class DataConfig:
         ),
     ] = "plan"
     shuffle_buffer: Annotated[
-        int, about("samples that each worker mixes, with reader=webdataset; 0 keeps their order", ge=0)
+        int, about("size of each worker's shuffle buffer in samples, with reader=webdataset; 0: no shuffling", ge=0)
     ] = 2000
     batch_seconds: Annotated[
         float, about("seconds of audio per optimizer update, over all ranks and accumulation steps", gt=0)
@@ -38,28 +38,32 @@ class DataConfig:
     micro_batches: Annotated[
         int, about("micro-batches V per optimizer update; the number of ranks must divide it", ge=1)
     ] = 64
-    min_seconds: Annotated[float, about("shorter segments are left out", ge=0)] = 2.0
+    min_seconds: Annotated[float, about("shorter segments are skipped", ge=0)] = 2.0
     max_seconds: Annotated[float, about("longer segments are cropped at random to this length", gt=0)] = 15.6
     bucket_ratio: Annotated[
         float, about("ratio of neighbouring bucket edges; padding of a batch is at most 1 - 1/ratio", gt=1, le=4)
     ] = 1.05
     crop_to_shortest: Annotated[
-        bool, about("crop segments to the lower edge of their bucket: no padding at all, and few shapes")
+        bool, about("crop segments to the lower edge of their bucket: no padding, and few shapes")
     ] = False
-    shuffle_window: Annotated[int, about("shards among which samples are mixed; bounds the cache", ge=1)] = 32
+    shuffle_window: Annotated[
+        int, about("number of shards among which samples are shuffled; bounds the cache", ge=1)
+    ] = 32
     mix_alpha: Annotated[
         float,
         about("corpora and languages are drawn in proportion to hours^alpha; 1 keeps the natural mix", gt=0, le=1),
     ] = 1.0
     cap_seconds: Annotated[
-        float, about("most padded seconds a micro-batch may hold, from `auricle data find-caps`; 0 sets no cap", ge=0)
+        float, about("most padded seconds of a micro-batch, from `auricle data find-caps`; 0: no cap", ge=0)
     ] = 0.0
     cap_quadratic: Annotated[
         float, about("a segment of s seconds counts s * (1 + cap_quadratic * s) against the cap", ge=0)
     ] = 0.0
-    augment: Annotated[AugmentConfig, about("changes to the audio")] = dataclasses.field(default_factory=AugmentConfig)
+    augment: Annotated[AugmentConfig, about("augmentation of the audio")] = dataclasses.field(
+        default_factory=AugmentConfig
+    )
     targets: Annotated[
-        dict[str, str], about("folders of frame labels, by the name that the objective uses", resume="data")
+        dict[str, str], about("folders of frame labels, by the name in the objective's config", resume="data")
     ] = dataclasses.field(default_factory=dict)
     labels: Annotated[
         tuple[str, ...], about("per-segment metadata to pass to the model: speaker, language, corpus, text ...")
@@ -70,7 +74,7 @@ class DataConfig:
     prefetch: Annotated[int, about("global steps read ahead", resume="free", ge=1)] = 2
     verify: Annotated[bool, about("check a shard's sha256 before its first use", resume="free")] = False
     timeout_seconds: Annotated[
-        float, about("end the run when no data arrive for this long", resume="free", gt=0, le=31_536_000)
+        float, about("end the run if no data arrives for this long", resume="free", gt=0, le=31_536_000)
     ] = 300.0
     retry_seconds: Annotated[
         float,
@@ -86,7 +90,7 @@ class DataConfig:
     cache_gigabytes: Annotated[
         float,
         about(
-            "space for local copies of remote shards; 0 reads single segments from the remote instead",
+            "space for local copies of remote shards; 0: read single segments from the remote storage instead",
             resume="free",
             ge=0,
         ),
@@ -100,5 +104,5 @@ class DataConfig:
     ] = ""
     on_bad_shard: Annotated[
         Literal["error", "skip"],
-        about("a missing, truncated or altered shard: stop, or leave out and count", resume="free"),
+        about("on a missing, truncated or altered shard: stop, or skip and count it", resume="free"),
     ] = "error"

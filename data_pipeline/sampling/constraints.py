@@ -15,14 +15,14 @@ from data_pipeline.sampling.config import DataConfig
 
 Array = npt.NDArray[Any]
 MIN_STEPS: Final = 20
-"""Steps of an epoch and of a full window, at least: bounds the rounding of seconds per step."""
+"""Least number of steps of an epoch and of a full window, which bounds the rounding of seconds per step."""
 SHARE: Final = 4096
-"""Repeats of a corpus are multiples of 1/SHARE, so that all machines round alike."""
+"""Repeats of a corpus are multiples of 1/SHARE, so that rounding is the same on all machines."""
 
 
 @dataclass(frozen=True)
 class BatchConstraints:
-    """DataConfig in samples: everything that the plan depends on besides the data and the seed."""
+    """DataConfig in samples: all settings that determine the plan, besides the data and the seed."""
 
     batch: int
     micro_batches: int
@@ -37,7 +37,7 @@ class BatchConstraints:
 
     @staticmethod
     def of(config: DataConfig) -> BatchConstraints:
-        """Raises ConfigError where no plan can hold the batch size or the memory cap."""
+        """Returns the constraints of a config. Raises ConfigError if no plan can satisfy batch size and memory cap."""
         made = BatchConstraints(
             batch=_samples(config.batch_seconds),
             micro_batches=config.micro_batches,
@@ -67,23 +67,23 @@ class BatchConstraints:
 
     @property
     def identity(self) -> str:
-        """Text of all values, for the plan's hash; checkpoints hold that hash, so its form must not change."""
+        """All values as text, for the plan's hash, which checkpoints contain, so that the format must not change."""
         return repr(self).replace("BatchConstraints", "Rules", 1)
 
     def ordinary_limit(self, mean: float) -> float:
-        """Most padded samples of a micro-batch inside one bucket, where micro-batches have `mean` samples."""
+        """Returns the most padded samples of a micro-batch inside one bucket, for `mean` samples per micro-batch."""
         return (mean + self.longest) * (1 if self.crop else self.ratio)
 
     def padded_limit(self, mean: float) -> float:
-        """Most padded samples of a micro-batch that spans buckets: the memory cap, or that of an ordinary one."""
+        """Returns the most padded samples of a micro-batch that spans buckets: the memory cap or `ordinary_limit`."""
         return self.cap / (1 + self.quadratic * self.longest) if self.cap else self.ordinary_limit(mean)
 
     def cost(self, padded: float) -> float:
-        """Cost of `padded` samples, to compare with the cap, if all are of the longest segments."""
+        """Returns the cost of `padded` samples for comparison with the cap, if all segments have the longest length."""
         return padded * (1 + self.quadratic * self.longest)
 
     def with_shortest(self, samples: int) -> BatchConstraints:
-        """Returns the constraints without segments of fewer samples; raises ConfigError where none would be left."""
+        """Returns the constraints without segments of fewer samples; raises ConfigError if none would remain."""
         if self.longest < samples:
             raise ConfigError(
                 f"data.max_seconds={self.longest / SAMPLE_RATE:g} is below the {samples / SAMPLE_RATE:g} s that the "
@@ -93,14 +93,14 @@ class BatchConstraints:
 
     @functools.cached_property
     def edges(self) -> Array:
-        """(B,) lower edges of the buckets, ascending; the last bucket is the longest length alone."""
+        """(B,) ascending lower edges of the buckets; the last bucket contains only the longest length."""
         edges = [self.longest]
         while edges[-1] > self.shortest:
             edges.append(max(self.shortest, min(edges[-1] - 1, int(np.ceil(edges[-1] / self.ratio)))))
         return np.array(edges[::-1], dtype=np.int64)
 
     def usable(self, length_N: Array) -> Array:
-        """(N,) samples of each segment that are used: 0 if too short, cropped if too long."""
+        """Returns the used samples of each segment, (N,): 0 if too short, cropped if too long."""
         used = np.minimum(length_N, np.uint32(self.longest))
         used[length_N < self.shortest] = 0
         if self.crop:
@@ -109,7 +109,7 @@ class BatchConstraints:
         return used
 
     def worst_step(self, total: int) -> float:
-        """Largest mean samples of a step of any window after rounding, if passes hold `total` samples."""
+        """Returns the largest mean samples per step of any window after rounding, for passes of `total` samples."""
         return self.batch * (1 + 1 / max(1, min(MIN_STEPS, total // self.batch)))
 
     def check_cap(self, total: int) -> None:

@@ -29,9 +29,9 @@ class Entries:
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """Everything that determines a plan.
+    """All inputs that determine a plan.
 
-    entries: usable audio per shard and group.  repeats_G: how often each group is seen per pass, in 1/SHARE.
+    entries: usable audio per shard and group.  repeats_G: repeats of each group per pass, in 1/SHARE.
     """
 
     catalogue: Catalogue
@@ -78,7 +78,7 @@ class EpochLayout:
 
     @property
     def levels(self) -> int:
-        """Repeats by mixing, the first one included."""
+        """Repeats by mixing, including the first."""
         return int(self.level_U.max()) + 1
 
     def plan_window(self, number: int) -> Window:
@@ -88,7 +88,7 @@ class EpochLayout:
         return build_window(self._rows(number), constraints=self.inputs.constraints, steps=steps, key=key)
 
     def _rows(self, number: int) -> Rows:
-        """All rows of a window, shard by shard."""
+        """Returns all rows of a window, shard by shard."""
         units = range(int(self.window_W1[number]), int(self.window_W1[number + 1]))
         parts = [self._rows_of_unit(u) for u in units]
         return Rows(*(np.concatenate(column) for column in zip(*(part.columns for part in parts), strict=True)))
@@ -114,7 +114,7 @@ class EpochLayout:
         )
 
     def _times(self, s: int, *, turn: int, level: int, group: Array, usable: Array, rank: Array) -> Array:
-        """How often each row of shard `s` is seen in this turn, as far as it matters for `level`."""
+        """Returns how often each row of shard `s` occurs in this turn, limited to the repeats relevant for `level`."""
         repeats_G, entries = self.inputs.repeats_G, self.inputs.entries
         times = (repeats_G // SHARE)[group]
         for e in range(*np.searchsorted(entries.shard_E, [s, s + 1])):
@@ -148,7 +148,7 @@ def summarize(catalogue: Catalogue, constraints: BatchConstraints, grouped: bool
 
 
 def repeats_of(entries: Entries, n_groups: int, alpha: float) -> Array:
-    """Returns (G,) repeats of each group per pass, in 1/SHARE: in proportion to hours^alpha, the largest group once."""
+    """Returns the repeats of each group per pass, (G,), in 1/SHARE: proportional to hours^alpha, 1 for the largest."""
     repeats = np.full(n_groups, SHARE, dtype=np.int64)
     if alpha != 1:
         samples_G = np.bincount(entries.group_E, entries.samples_E, n_groups)
@@ -188,7 +188,7 @@ def lay_out(inputs: PlanInputs, epoch: int) -> EpochLayout:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass over the data: its units in shuffled order, and the extra repeats of each entry."""
+    """One pass over the data: its units in shuffled order, and the additional repeats of each entry."""
 
     shard_U: Array
     level_U: Array
@@ -222,7 +222,7 @@ def _one_pass(inputs: PlanInputs, epoch: int, turn: int) -> _Pass:
 
 
 def _extra(inputs: PlanInputs, at: Array, key: int) -> Array:
-    """Segments of the entries `at` that are repeated once more, distributed so that each group's total is exact."""
+    """Returns the number of segments of each entry in `at` to repeat once more; each group's total is exact."""
     entries, repeats_G = inputs.entries, inputs.repeats_G
     order = np.lexsort((keyed_hash(key, entries.shard_E[at]), entries.group_E[at]))
     group, count = entries.group_E[at][order], entries.count_E[at][order]
@@ -238,7 +238,7 @@ def _extra(inputs: PlanInputs, at: Array, key: int) -> Array:
 
 
 def _window_ends(turn_U: Array, count_U: Array, samples_U: Array, constraints: BatchConstraints, enough: int) -> Array:
-    """Ends a window after every `constraints.window` units of a pass, but not before it has `enough` audio."""
+    """Returns the ends of windows: after every `constraints.window` units of a pass, with at least `enough` audio."""
     candidates: list[int] = []
     for turn in range(int(turn_U[-1]) + 1):
         a, b = (int(x) for x in np.searchsorted(turn_U, [turn, turn + 1]))

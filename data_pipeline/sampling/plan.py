@@ -1,19 +1,19 @@
 """The plan of an epoch: from indexes, seed and epoch number to global steps of V micro-batches. Pure and deterministic.
 
 An epoch is a sequence of *units* (a shard, or a repeat of a part of it) in shuffled order. Units are grouped into
-*windows*; samples mix inside a window only, so a window is planned by itself and a resume plans just one. In a window:
+*windows*; samples are shuffled inside windows only, so a window is planned separately and a resume plans just one:
 
 1. Segments are ordered by length bucket (geometric edges, ratio rho) and at random inside a bucket.
 2. That order is cut into K = steps x V micro-batches at equal seconds: nothing is left over and nothing dropped.
 3. V neighbours make a global step; steps are shuffled.
 
 Guarantees, for every number of ranks, since the plan does not depend on it:
-- The mean audio of a global step is `batch_seconds` to within 2.5 % (a whole number of steps shares out all seconds;
-  an epoch has at least MIN_STEPS steps, by whole repeats of a corpus that is smaller). A single step differs from the
-  mean of its window by less than `max_seconds`, if that mean lets each micro-batch hold the longest segment.
-- A micro-batch inside one bucket has at most 1 - 1/rho padding. Where few segments are left at some lengths a
-  micro-batch spans buckets (fewer in a window than there are buckets); its segments are mostly sorted by length, and
-  they are cropped only where it would exceed the limit of an ordinary one. With `crop_to_shortest` nothing is padded.
+- The mean audio of a global step is `batch_seconds` to within 2.5 % (all seconds are divided by a whole number of
+  steps; an epoch has at least MIN_STEPS steps, by whole repeats of small corpora). A single step differs from the mean
+  of its window by less than `max_seconds`, if a micro-batch of the mean size can hold the longest segment.
+- A micro-batch inside one bucket has at most 1 - 1/rho padding. Where only few segments of some lengths remain, a
+  micro-batch spans buckets (fewer per window than there are buckets); its segments are mostly sorted by length, and
+  cropped only if it would exceed the limit of an ordinary one. With `crop_to_shortest` nothing is padded.
 - Every segment appears exactly as often as its corpus and language is repeated: once, if `mix_alpha` is 1.
 
 Only integers and exactly rounded float operations decide, so that all machines agree.
@@ -39,16 +39,16 @@ from data_pipeline.sampling.epoch import EpochLayout, PlanInputs, lay_out, repea
 from data_pipeline.sampling.window import MicroBatch, Window
 
 VERSION: Final = "plan-1"
-"""Part of the hash: changes with anything that changes a plan."""
+"""Part of the hash; increase it when the algorithm changes plans."""
 TOLERANCE: Final = 0.05
-"""How far the mean audio per step may be from `batch_seconds` before training refuses to start."""
+"""Largest relative difference of the mean audio per step from `batch_seconds` with which training starts."""
 
 
 class Plan:
-    """All epochs of a data set. Layouts and windows are computed on demand; the last few are kept."""
+    """All epochs of a data set. Layouts and windows are computed on demand; the last few are cached."""
 
     too_short: int = 0
-    """Segments left out because the model cannot use audio so short, although `min_seconds` allows it."""
+    """Number of segments that are too short for the model although `min_seconds` permits them."""
 
     def __init__(self, inputs: PlanInputs) -> None:
         self._inputs = inputs
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def catalogue(self) -> Catalogue:
-        """The segments that are planned."""
+        """The planned segments."""
         return self._inputs.catalogue
 
     @property
@@ -72,21 +72,21 @@ class Plan:
 
     @property
     def repeats_G(self) -> Array:
-        """(G,) how often each group of the catalogue is seen per pass, in 1/SHARE."""
+        """(G,) repeats of each group of the catalogue per pass, in 1/SHARE."""
         return self._inputs.repeats_G
 
     @functools.cached_property
     def hash(self) -> str:
         """Identifies the sequence of batches: content of the shards, seed, and fields of `data` that shape batches.
 
-        It does not depend on where the shards are or how they are read; equal hashes mean equal batches.
+        It does not depend on the location of the shards or on how they are read; equal hashes mean equal batches.
         """
         seed, repeats = self.seed, self.repeats_G.tobytes().hex()
         parts = (VERSION, self.catalogue.fingerprint, self.constraints.identity, seed, repeats)
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
     def largest_micro_batch(self) -> int:
-        """Returns a number of padded samples that no micro-batch exceeds."""
+        """Returns an upper bound of the padded samples of a micro-batch."""
         constraints = self.constraints
         mean = constraints.worst_step(self._inputs.entries.samples) / constraints.micro_batches
         return int(max(constraints.ordinary_limit(mean), constraints.cap)) + constraints.longest
@@ -103,7 +103,7 @@ class Plan:
         """Returns the window of global step `step`, and the step's number inside it.
 
         Raises:
-            ConfigError: The epoch has fewer steps.
+            ConfigError: the epoch has fewer steps.
         """
         first_W1 = self.layout(epoch).step_W1
         if not 0 <= step < first_W1[-1]:
@@ -121,17 +121,17 @@ def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples
     """Returns the plan of `catalogue` under `config`.
 
     Args:
-        catalogue: Lengths in samples (16 kHz) and groups (corpus, language) of all segments.
-        config: The run's `data`.
-        seed: The run's seed.
-        least_samples: The shortest segment, in samples, that the model can use. Shorter ones that pass `min_seconds`
-            are left out, as if `min_seconds` were raised to it, and are counted in `Plan.too_short`.
+        catalogue: lengths in samples (16 kHz) and groups (corpus, language) of all segments.
+        config: the run's `data`.
+        seed: the run's seed.
+        least_samples: shortest segment, in samples, that the model can use. Shorter ones that pass `min_seconds` are
+            skipped, as if `min_seconds` were raised to it, and are counted in `Plan.too_short`.
 
     Returns:
         The plan: the micro-batches of every step of every epoch, independent of the number of ranks.
 
     Raises:
-        ConfigError: Too little audio for `batch_seconds`, or a micro-batch that may exceed the memory cap.
+        ConfigError: too little audio for `batch_seconds`, or a micro-batch could exceed the memory cap.
     """
     constraints, raised = BatchConstraints.of(config), ""
     too_short = int(
@@ -157,12 +157,12 @@ def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples
 
 
 def allowed_worlds(micro_batches: int) -> list[int]:
-    """Returns the numbers of ranks that can share V micro-batches equally."""
+    """Returns the numbers of ranks that divide V micro-batches."""
     return divisors(micro_batches)
 
 
 def accumulation(micro_batches: int, world: int) -> int:
-    """Returns the micro-batches per rank and step. Raises ConfigError where the ranks cannot share them equally."""
+    """Returns the micro-batches per rank and step. Raises ConfigError if the number of ranks does not divide them."""
     if micro_batches % world:
         worlds = ", ".join(map(str, allowed_worlds(micro_batches)))
         raise ConfigError(
@@ -174,7 +174,7 @@ def accumulation(micro_batches: int, world: int) -> int:
 
 @dataclass(frozen=True)
 class AudioPerStep:
-    """seconds: mean unpadded audio of a global step over the first epoch; asked: `batch_seconds`."""
+    """seconds: mean unpadded audio of a global step over the first epoch; asked: the configured `batch_seconds`."""
 
     seconds: float
     asked: float
@@ -185,13 +185,13 @@ def audio_per_step_check(plan: Plan, world: int, slots: int) -> AudioPerStep:
     """Returns the audio of an optimizer update.
 
     Args:
-        plan: The run's plan.
-        world: Number of ranks.
-        slots: Accumulation steps per rank of the engine. The plan does not depend on world or slots, so the audio of
-            an update is right if and only if world x slots micro-batches are summed in it.
+        plan: the run's plan.
+        world: number of ranks.
+        slots: the engine's accumulation steps per rank. The plan does not depend on world or slots, so the audio of an
+            update is correct if and only if it sums world x slots micro-batches.
 
     Raises:
-        ConfigError: The audio per update is not the `batch_seconds` of the recipe.
+        ConfigError: the audio per update is not the `batch_seconds` of the recipe.
     """
     if accumulation(plan.constraints.micro_batches, world) != slots:
         raise ConfigError(

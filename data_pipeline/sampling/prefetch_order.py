@@ -19,19 +19,19 @@ class PlanSchedule:
         self._plan = plan
 
     def windows(self, epoch: int) -> Iterator[Array]:
-        """Numbers of the shards of each shuffle window of `epoch`, window by window."""
+        """Yields the numbers of the shards of each shuffle window of `epoch`."""
         layout = self._plan.layout(epoch)
         for start, end in zip(layout.window_W1[:-1], layout.window_W1[1:], strict=True):
             yield np.unique(layout.shard_U[start:end])
 
     def window_of(self, epoch: int, step: int) -> int:
-        """Number of the shuffle window that holds optimizer step `step` of `epoch`."""
+        """Returns the number of the shuffle window of optimizer step `step` of `epoch`."""
         return int(self._plan.layout(epoch).step_W1.searchsorted(step, side="right")) - 1
 
     def next_use(self, epoch: int, window: int) -> Array:
-        """(S,) windows from `window` of `epoch` until each shard is read next, up to the end of the following epoch.
+        """Returns the number of windows from `window` of `epoch` until each shard is read next, (S,).
 
-        NEVER for a shard that is not read until then.
+        NEVER for a shard that is not read before the end of the following epoch.
         """
         use_S = np.full(len(self._plan.catalogue.shards), NEVER, np.int64)
         before = 0

@@ -1,4 +1,4 @@
-"""Summary of an epoch before it runs: steps, hours, padding, shapes, memory."""
+"""Summarises a planned epoch: steps, hours, padding, shapes, memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Group:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """One epoch. Figures per micro-batch come from `sampled_windows` of the epoch's windows."""
+    """Figures of one epoch; those per micro-batch are from `sampled_windows` of its windows."""
 
     plan_hash: str
     shards: int
@@ -47,15 +47,15 @@ class PlanReport:
     segments_per_step: float
     padding: float
     cropped: float
-    """Share of audio cut away where a micro-batch spans buckets (crops to max_seconds are not counted)."""
+    """Share of audio that is cropped in micro-batches that span buckets (without crops to max_seconds)."""
     spanning: float
-    """Share of micro-batches that hold more than one length bucket."""
+    """Share of micro-batches with more than one length bucket."""
     shapes: Sequence[tuple[float, float, int, int]]
-    """(seconds of the longest segment from, to, fewest rows, most rows) of micro-batches, a tenth of them each."""
+    """Deciles of micro-batches: (longest segment in seconds from, to, fewest rows, most rows)."""
     distinct_shapes: int
     largest_micro_batch_seconds: float
     host_bytes: int
-    """Shared memory and ready steps of one rank, at most."""
+    """Upper bound of the shared memory and prefetched steps of one rank, in bytes."""
     windows: int
     sampled_windows: int
     worlds: Sequence[int]

@@ -1,4 +1,4 @@
-"""One window of an epoch: its segments in buckets, cut into micro-batches of equal seconds, grouped into steps."""
+"""Plans one window of an epoch: divides its bucketed segments into micro-batches of equal seconds, and into steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data_pipeline.core.rng import keyed_hash, keyed_seed
 from data_pipeline.sampling.constraints import Array, BatchConstraints
 
 POPULOUS = 4
-"""Audio, in micro-batches, from which on a bucket is shuffled; a smaller bucket is sorted by length."""
+"""Least size, in micro-batches, of a bucket that is shuffled; smaller buckets are sorted by length."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Rows:
 
     @property
     def columns(self) -> tuple[Array, Array, Array, Array, Array]:
-        """All columns in the order of the fields."""
+        """Returns all columns in the order of the fields."""
         return self.shard_R, self.row_R, self.length_R, self.repeat_R, self.rank_R
 
     def take(self, order: Array) -> Rows:
@@ -57,7 +57,7 @@ class MicroBatch:
 class Window:
     """R rows in micro-batch order. first_K1: first row of each micro-batch. order_GV: the micro-batches of each step.
 
-    spanning_K: micro-batches of more than one bucket; cropped: samples cut away to keep those within their limit.
+    spanning_K: micro-batches of more than one bucket; cropped: samples removed to keep those within their limit.
     """
 
     shard_R: Array
@@ -78,11 +78,11 @@ class Window:
         return MicroBatch(self.shard_R[rows], self.row_R[rows], self.length_R[rows], self.repeat_R[rows])
 
     def samples(self, step: int) -> int:
-        """Audio samples of a step of this window, without padding."""
+        """Returns the audio samples of a step of this window, without padding."""
         return int(self.samples_K[self.order_GV[step]].sum())
 
     def padded_samples(self, step: int) -> int:
-        """Audio samples of a step of this window, with padding."""
+        """Returns the audio samples of a step of this window, with padding."""
         return int(self.padded_K[self.order_GV[step]].sum())
 
 
@@ -90,9 +90,9 @@ def build_window(rows: Rows, *, constraints: BatchConstraints, steps: int, key: 
     """Orders the rows of a window by bucket and cuts them into `steps` x V micro-batches.
 
     Args:
-        rows: All rows of the window, in any order that is the same on every rank.
-        constraints: Bucket edges, V, and the limits of a micro-batch.
-        steps: Global steps to make.
+        rows: all rows of the window, in any order that is the same on every rank.
+        constraints: bucket edges, V, and the limits of a micro-batch.
+        steps: number of global steps.
         key: (seed, epoch, window number); keys the order of the steps.
     """
     n_micro, total = steps * constraints.micro_batches, int(rows.length_R.sum())
@@ -129,7 +129,7 @@ def build_window(rows: Rows, *, constraints: BatchConstraints, steps: int, key: 
 
 
 def cut_evenly(length_R: Array, n_micro: int) -> Array:
-    """Returns the first row of each of `n_micro` non-empty stretches of nearly equal audio, and the end."""
+    """Returns the first row of each of `n_micro` non-empty ranges of nearly equal audio, and the end."""
     sums = np.concatenate([[0], np.cumsum(length_R)])
     # Python integers: k * total may exceed 2**63.
     total = int(sums[-1])
@@ -145,8 +145,8 @@ def cut_evenly(length_R: Array, n_micro: int) -> Array:
 def _steps(padded_K: Array, steps: int, key: tuple[int, int, int]) -> Array:
     """Groups neighbouring micro-batches into steps and shuffles the steps.
 
-    Within a step the largest come first, so that the ranks of an accumulation slot, for every number of ranks, have
-    nearly equal work.
+    Within a step micro-batches are sorted by decreasing size, so that for every number of ranks the load of the ranks
+    is nearly equal in each accumulation step.
     """
     order_GV = np.arange(len(padded_K)).reshape(steps, -1)
     within = np.argsort(-padded_K.reshape(steps, -1), axis=1, kind="stable")

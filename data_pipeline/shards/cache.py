@@ -23,15 +23,15 @@ from data_pipeline.shards.remote import RemoteShards
 
 
 def to_evict(sizes: Mapping[int, int], use_S: Array, limit: int, incoming: int) -> list[int]:
-    """Returns the cached shards to remove so that `incoming` bytes fit below `limit`: those needed last (Belady 1966).
+    """Returns the cached shards to evict so that `incoming` bytes fit below `limit`: those needed last (Belady 1966).
 
-    Shards of the current window stay: a window fits, which `CachedShards.follow` checks.
+    Shards of the current window are kept; `CachedShards.follow` has checked that a window fits.
 
     Args:
-        sizes: Bytes of the cached shards by number.
-        use_S: Windows until each shard is read next.
-        limit: Bytes that the cache may hold.
-        incoming: Bytes of the shard to fetch.
+        sizes: bytes of the cached shards by number.
+        use_S: windows until each shard is read next.
+        limit: capacity of the cache in bytes.
+        incoming: bytes of the shard to fetch.
     """
     total, evicted = sum(sizes.values()) + incoming, []
     for number in sorted(sizes, key=lambda n: (-int(use_S[n]), n)):
@@ -46,12 +46,12 @@ class CachedShards(RemoteShards):
     """Whole copies of remote shards in a local folder that all processes of a machine share.
 
     A thread fetches the shards of the current and the next window. Shards that the plan needs last are evicted first.
-    Every download is compared with the shard's sha256, and a copy that was there before at its first use.
+    The sha256 of every download is verified, and that of an existing copy at its first use.
 
     Args:
-        shards: The shards to read.
-        folder: Local folder of the copies.
-        limit: Bytes of copies at most.
+        shards: the shards to read.
+        folder: local folder of the copies.
+        limit: maximum total size of the copies in bytes.
     """
 
     def __init__(self, shards: ShardSet, folder: Path, limit: int) -> None:
@@ -70,7 +70,7 @@ class CachedShards(RemoteShards):
         return [self._read_one(extent) for extent in wanted]
 
     def follow(self, schedule: ReadSchedule) -> None:
-        """Takes the order of reads. Raises ConfigError if not even one window of it fits into the cache."""
+        """Sets the order of reads. Raises ConfigError if the cache is too small for one window."""
         self._schedule = schedule
         sizes_S = np.array([record.bytes for record in self.records])
         most = max(int(sizes_S[shards].sum()) for shards in schedule.windows(0))
@@ -82,7 +82,7 @@ class CachedShards(RemoteShards):
             )
 
     def look_ahead(self, epoch: int, step: int) -> None:
-        """Starts to fetch when a new window begins; called with each request."""
+        """Starts fetching at the beginning of a window; called with each request."""
         assert self._schedule is not None
         window = self._schedule.window_of(epoch, step)
         if (epoch, window) == self._ahead:
@@ -115,7 +115,7 @@ class CachedShards(RemoteShards):
                     self._fetch(number, wait=False)
 
     def _fetch(self, number: int, wait: bool) -> Path | None:
-        """Returns the local copy of a shard; None if another process is fetching it and `wait` is false."""
+        """Returns the path of the local copy; None if another process is fetching it and `wait` is False."""
         copy = self._copy(number)
         if number in self._verified and copy.exists():
             return copy
@@ -130,7 +130,7 @@ class CachedShards(RemoteShards):
         return copy
 
     def _is_whole(self, number: int, copy: Path) -> bool:
-        """Whether a copy exists and matches the record."""
+        """Returns whether a copy exists and matches the record."""
         record = self.records[number]
         try:
             status = copy.lstat()
@@ -182,12 +182,12 @@ class CachedShards(RemoteShards):
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Holds a lock between processes; False if it is taken and `wait` is false. It ends with its process.
+    """Holds an inter-process lock in the block; yields False if it is taken and `wait` is False. Ends with its process.
 
     Raises:
-        StorageWriteError: The lock file cannot be made, or a link is in its place.
+        StorageWriteError: the lock file cannot be created, or a link is in its place.
     """
-    if path.is_symlink():  # opened without following it in any case; this names the remedy
+    if path.is_symlink():  # never followed when opened; this error names the remedy
         raise StorageWriteError(str(path), "is a symbolic link, which the cache does not follow; remove it")
     with write_errors(str(path)):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 BLOCK: Final = 512
-"""Bytes of a tar block: every member begins at a multiple of it."""
+"""Bytes of a tar block; every member begins at a multiple of it."""
 MOST_SAMPLES: Final = 1 << 31
-"""Audio samples of a segment stay below this (37 hours): lengths are planned in 32 bits."""
+"""Upper bound of the audio samples of a segment (37 hours), since lengths are stored in 32 bits."""
 NUMBERS: Final = ("offset", "size", "payload_offset", "payload_size", "n_samples")
 TEXTS: Final = ("key", "suffix", "corpus", "language")
 INDEX_ERRORS: Final = (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError, pa.ArrowException)
@@ -19,7 +19,7 @@ INDEX_ERRORS: Final = (OSError, ValueError, KeyError, TypeError, OverflowError, 
 
 
 def numbers(table: pa.Table, column: str) -> Any:
-    """Returns an integer column as int64. Raises ValueError where it is missing, of another type, or has nulls."""
+    """Returns an integer column as int64. Raises ValueError if it is missing, of another type, or has nulls."""
     values = _column(table, column)
     if not pa.types.is_integer(values.type):
         raise ValueError(f"column {column} has type {values.type}, not an integer type")
@@ -29,7 +29,7 @@ def numbers(table: pa.Table, column: str) -> Any:
 
 
 def validate_lengths(table: pa.Table) -> None:
-    """Raises ValueError unless lengths and groups can be planned: 0 < n_samples < 2**31, texts for the groups."""
+    """Raises ValueError unless lengths and groups are valid for planning: 0 < n_samples < 2**31, groups are texts."""
     n_samples = numbers(table, "n_samples")
     _require(n_samples, (n_samples > 0) & (n_samples < MOST_SAMPLES), "n_samples", f"1 to {MOST_SAMPLES - 1}")
     for name in ("corpus", "language"):
@@ -37,7 +37,7 @@ def validate_lengths(table: pa.Table) -> None:
 
 
 def validate_index(table: pa.Table, size: int) -> None:
-    """Raises ValueError naming the first row and column that cannot be right for a shard of `size` bytes."""
+    """Raises ValueError naming the first row and column with an invalid value for a shard of `size` bytes."""
     validate_lengths(table)
     offset, length, payload_offset, payload_size, _ = (numbers(table, name) for name in NUMBERS)
     _require(offset, (offset >= 0) & (offset <= size) & (offset % BLOCK == 0), "offset", f"0 to {size} in blocks")

@@ -1,8 +1,8 @@
-"""Indexes WebDataset tars that others wrote, so that they are read as our own shards; the tars stay as they are.
+"""Indexes WebDataset tars of other writers, without changing them, so that they are read like auricle's own shards.
 
 Every 16 kHz mono audio member (FLAC, WAV, Opus, Vorbis or MP3) becomes a segment. Its labels are the fields of the JSON
-member and the text of the .txt member of its sample. They become columns of the index, so that reading never parses
-them again. What cannot be used is listed in `_rejects/<tar>.jsonl` with a reason.
+member and the text of the .txt member of its sample. They become columns of the index, so that reading does not parse
+them again. Unusable members are listed in `_rejects/<tar>.jsonl` with a reason.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ CHUNK: Final = 1 << 20
 
 @config
 class IndexConfig:
-    """Indexing of existing tars."""
+    """Configuration of the indexing of existing tars."""
 
     tars: Annotated[str, about("folder or fsspec URL of the tars", min_length=1)]
-    index_out: Annotated[str, about("folder or URL for the index; empty puts it beside the tars")] = ""
-    corpus: Annotated[str, about("corpus of samples whose JSON names none; empty: the folder's name")] = ""
-    language: Annotated[str, about("language of samples whose JSON names none")] = ""
-    decode: Annotated[bool, about("decode every member to its end; false trusts the headers")] = True
-    workers: Annotated[int, about("processes; 0 takes all cores", ge=0)] = 0
+    index_out: Annotated[str, about("folder or URL for the index; empty: the folder of the tars")] = ""
+    corpus: Annotated[str, about("corpus of samples without one in their JSON; empty: the folder's name")] = ""
+    language: Annotated[str, about("language of samples without one in their JSON")] = ""
+    decode: Annotated[bool, about("decode every member to its end; false: trust the headers")] = True
+    workers: Annotated[int, about("number of processes; 0: one per core", ge=0)] = 0
 
 
 @dataclass
@@ -58,13 +58,13 @@ class IndexSummary:
     """Result of `index_tars`."""
 
     tars: int = 0
-    """Tars with an index now."""
+    """Number of indexed tars."""
     already: int = 0
-    """Of these, those that were indexed before."""
+    """Number of these that were indexed before."""
     segments: int = 0
     samples: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
-    """Members and samples left out, by reason."""
+    """Number of rejected members and samples, by reason."""
 
     def add(self, record: DoneRecord, already: bool) -> None:
         """Adds one tar."""
@@ -76,18 +76,18 @@ class IndexSummary:
 
 
 def index_tars(config: IndexConfig, advance: Callable[[], None] = lambda: None) -> IndexSummary:
-    """Indexes the tars of a folder; a tar that was indexed before and has the same size is left out.
+    """Indexes the tars of a folder; skips tars that were indexed before and have the same size.
 
     Args:
-        config: Where the tars are and where the index goes.
-        advance: Called after each tar.
+        config: folders of the tars and of the index.
+        advance: called after each tar.
 
     Returns:
         Counts over all tars.
 
     Raises:
-        ConfigError: There are no tars, or files of another kind are where the index goes.
-        StorageError: The storage does not deliver the tars or accept the index.
+        ConfigError: there are no tars, or other files are in the place of the index.
+        StorageError: the tars cannot be read, or the index cannot be written.
     """
     source = FileStore(config.tars)
     names = source.names("", ".tar")
@@ -119,7 +119,7 @@ def _each(config: IndexConfig, names: Sequence[str]) -> Iterator[DoneRecord]:
 
 
 def _finished(config: IndexConfig, source: FileStore, name: str) -> DoneRecord | None:
-    """The record of a tar that needs no indexing. Raises ConfigError for files that are not an index of it."""
+    """Returns the record of an indexed tar, else None. Raises ConfigError for files that are not an index of it."""
     out, unit = FileStore(config.index_out or config.tars), name.removesuffix(".tar")
     if not is_plain_name(unit):
         raise ConfigError(f"{config.tars}/{name}: its name is not usable for files of the index; rename the tar")
@@ -141,7 +141,7 @@ def _finished(config: IndexConfig, source: FileStore, name: str) -> DoneRecord |
 
 
 def _location(config: IndexConfig) -> str:
-    """Location of the tars for the records: "" where the index is beside them."""
+    """Returns the location of the tars for the records: "" if the index is in the same folder."""
     tars = FileStore(config.tars).root
     return "" if not config.index_out or FileStore(config.index_out).root == tars else tars
 
@@ -182,7 +182,7 @@ def index_tar(config: IndexConfig, name: str) -> DoneRecord:
 
 @dataclass
 class _Member:
-    """An audio member whose labels may still follow."""
+    """An audio member, whose labels may follow later."""
 
     name: str
     payload_offset: int
@@ -219,14 +219,14 @@ class _Hashing(io.RawIOBase):
         return data
 
     def drain(self) -> str:
-        """Reads to the end and returns the sha256."""
+        """Reads to the end; returns the sha256 of the whole file."""
         while self.read(CHUNK):
             pass
         return self._digest.hexdigest()
 
 
 class _Scan:
-    """Reads one tar once, from its begin to its end.
+    """Reads one tar sequentially.
 
     rows, labels: the index row and the further labels of each segment.  rejects: rows of `_rejects`.
     """
@@ -251,7 +251,7 @@ class _Scan:
 
         sample: _Sample | None = None
         for info in tar:
-            tar.members = []  # type: ignore[attr-defined]  # it keeps every header otherwise
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
             key, _ = base_plus_ext(info.name)
             if sample is not None and key != sample.key:
                 self._finish(sample)
@@ -287,7 +287,7 @@ class _Scan:
             sample.documents[info.name] = data
 
     def _finish(self, sample: _Sample) -> None:
-        """Makes a row of each audio member of a complete sample."""
+        """Adds a row for each audio member of a complete sample."""
         for member in sample.audio:
             stem = member.name.rpartition(".")[0]
             key = sample.key if len(sample.audio) == 1 and stem == sample.key else stem
@@ -339,12 +339,12 @@ def examine(data: bytes, suffix: str, decode: bool = True) -> tuple[int, str]:
     """Returns the number of samples of encoded audio, and the suffix for the index.
 
     Args:
-        data: The whole member.
-        suffix: Its ending in lower case.
-        decode: Decode it to its end instead of trusting its header.
+        data: the whole member.
+        suffix: its ending in lower case.
+        decode: decode it to its end instead of trusting its header.
 
     Raises:
-        UnusableError: It is not 16 kHz mono audio, is damaged, or has another length than its header says.
+        UnusableError: it is not 16 kHz mono audio, is damaged, or its length differs from its header.
     """
     try:
         with open_sample(data) as sound:
@@ -361,13 +361,13 @@ def examine(data: bytes, suffix: str, decode: bool = True) -> tuple[int, str]:
                 raise UnusableError("length", f"its header says {frames:,} samples, but it decodes to {decoded:,}")
     except AudioError as error:
         raise UnusableError("corrupt", str(error)) from None
-    # only a WAV of this form is cropped by bytes
+    # only WAV files of this format are cropped by bytes
     plain = data[:4] == b"RIFF" and data[12:22] == b"fmt \x10\0\0\0\1\0" and data[34:40] == b"\x10\0data"
     return frames, suffix if suffix != "wav" or (plain and len(data) == WAV_HEADER + 2 * frames) else "riff"
 
 
 def _table(rows: Sequence[Mapping[str, Any]], labels: Sequence[Mapping[str, str]]) -> pa.Table:
-    """The index: the columns of our shards, and one more for each further label."""
+    """Returns the index table: the columns of auricle's shards, and one for each further label."""
     columns = {
         column.name: pa.array([row.get(column.name) for row in rows], type=column.type) for column in INDEX_SCHEMA
     }
@@ -377,7 +377,7 @@ def _table(rows: Sequence[Mapping[str, Any]], labels: Sequence[Mapping[str, str]
 
 
 def _flow(found: _Scan) -> tuple[tuple[str, str, str, str, int, int], ...]:
-    """Input and output by corpus and language, as preprocessing counts them."""
+    """Returns input and output by corpus and language, in the format of preprocessing."""
     count, samples = Counter[tuple[str, str, str, str]](), Counter[tuple[str, str, str, str]]()
     for row in found.rows:
         for stage in ("in", "out"):

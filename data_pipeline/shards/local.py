@@ -1,4 +1,4 @@
-"""Bytes and index rows of shards on a local file system; `remote.py` reads those behind URLs."""
+"""Reads bytes and index rows of shards on a local file system; `remote.py` reads those behind URLs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from data_pipeline.shards.records import DoneRecord, index_name
 Array = npt.NDArray[Any]
 CHUNK = 1 << 22
 LABELS_IN_COLUMNS = b"auricle.labels_in_columns"
-"""Key of an index's metadata: all labels of its samples are columns, so their JSON need not be read."""
+"""Key of an index's metadata; set if all labels are columns, so that the samples' JSON need not be read."""
 
 
 class ReadSchedule(Protocol):
@@ -34,16 +34,16 @@ class ReadSchedule(Protocol):
         ...
 
     def window_of(self, epoch: int, step: int) -> int:
-        """Returns the number of the shuffle window that holds optimizer step `step` of `epoch`."""
+        """Returns the number of the shuffle window of optimizer step `step` of `epoch`."""
         ...
 
     def next_use(self, epoch: int, window: int) -> Array:
-        """Returns (S,) windows from `window` of `epoch` until each shard is read next."""
+        """Returns the number of windows from `window` of `epoch` until each shard is read next, (S,)."""
         ...
 
 
 class ShardError(ValueError):
-    """A shard that does not match its record: missing, truncated, altered, or not audio."""
+    """Raised for a shard that does not match its record: missing, truncated, altered, or not audio."""
 
     def __init__(self, shard: str, reason: str) -> None:
         super().__init__(f"{shard}: {reason}")
@@ -75,7 +75,7 @@ class ShardIndex:
 
     @property
     def has_all_labels(self) -> bool:
-        """Whether every label of the samples is a column of the table."""
+        """Whether all labels of the samples are columns of the table."""
         return LABELS_IN_COLUMNS in (self.table.schema.metadata or {})
 
     def text(self, column: str, row: int) -> str:
@@ -88,10 +88,10 @@ class ShardIndex:
 class ShardSet:
     """The shards of a data set, and how to read them.
 
-    root: folder or URL of the indexes; the tars are there, too, unless the records name another location.
-    keep: shards of which index and file handle stay open.
-    verify: whether to compare the sha256 of a shard before its first use.
-    patience: seconds that reads of remote storage are retried after transient errors.
+    root: folder or URL of the indexes and of the tars, unless the records name another location of these.
+    keep: number of shards whose index and file handle stay open.
+    verify: whether to verify the sha256 of a shard before its first use.
+    patience: seconds for which reads of remote storage are retried after transient errors.
     """
 
     root: str
@@ -102,7 +102,7 @@ class ShardSet:
 
     @property
     def tar_root(self) -> str:
-        """Folder or URL of the tars. Raises ValueError where the records name several."""
+        """Folder or URL of the tars. Raises ValueError if the records name several."""
         found = {record.location or self.root for record in self.records}
         if len(found) > 1:
             raise ValueError(f"{self.root}: its shards are in several places: {', '.join(sorted(found))}")
@@ -110,7 +110,7 @@ class ShardSet:
 
 
 class ShardFiles:
-    """Reads the shards of a set in local files. Each process opens files for itself; those used last stay open."""
+    """Reads the shards of a set from local files. Each process has its own open files, the most recently used ones."""
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards, self.records = shards, shards.records
@@ -121,7 +121,7 @@ class ShardFiles:
         self._indexes = LruCache[int, ShardIndex](shards.keep)
 
     def check(self) -> list[ShardError]:
-        """Finds shards that are missing or of another size than recorded; does not read them."""
+        """Returns errors of shards that are missing or differ in size from their record; does not read them."""
         present = set(self._store(self.shards.root).names("", ".parquet"))
         for number, (record, size) in enumerate(zip(self.records, self._sizes(), strict=True)):
             if size is None:
@@ -142,16 +142,16 @@ class ShardFiles:
         """Returns the bytes of each extent, or the error of its shard.
 
         Raises:
-            StorageReadError: The storage does not answer.
-            StorageWriteError: The cache of copies cannot be written.
+            StorageReadError: the storage does not answer.
+            StorageWriteError: the cache of copies cannot be written.
         """
         return [self._read_one(extent) for extent in wanted]
 
     def follow(self, schedule: ReadSchedule) -> None:
-        """Prepares for reads in the order of `schedule`; does nothing where nothing is fetched ahead."""
+        """Prepares for reads in the order of `schedule`; does nothing without prefetching."""
 
     def look_ahead(self, epoch: int, step: int) -> None:
-        """Fetches what is read next after `step` of `epoch`; does nothing where nothing is fetched ahead."""
+        """Prefetches the shards that are read after `step` of `epoch`; does nothing without prefetching."""
 
     def close(self) -> None:
         """Closes all files."""
@@ -169,17 +169,17 @@ class ShardFiles:
         return table
 
     def _sizes(self) -> list[int | None]:
-        """Bytes of each shard; None for one that is missing."""
+        """Returns the size of each shard in bytes; None for a missing one."""
         with os.scandir(self._store(self.shards.tar_root).root) as entries:
             sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         return [sizes.get(record.shard) for record in self.records]
 
     def _local_path(self, number: int) -> Path:
-        """Path of shard `number`, fetched if necessary. Raises OSError or ShardError."""
+        """Returns the path of shard `number`, fetched if necessary. Raises OSError or ShardError."""
         return Path(self._store(self.shards.tar_root).path(self.records[number].shard))
 
     def _store(self, root: str) -> FileStore:
-        """The store at `root`. Connections do not survive a fork, so each process has its own."""
+        """Returns the store at `root`. Connections do not survive a fork, so each process has its own."""
         if self._stores_of != os.getpid():
             self._stores, self._stores_of = {}, os.getpid()
         if root not in self._stores:

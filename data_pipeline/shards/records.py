@@ -1,4 +1,4 @@
-"""Records of finished shards: the `_done` record, the index table, and the names of both."""
+"""Records of finished shards: the `_done` record, the index table, and their file names."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from data_pipeline.core.storage import FileStore, is_plain_name
 from data_pipeline.shards.index_rows import INDEX_ERRORS, validate_index
 
 REFUSED_SUFFIXES: Final = ("pyd", "pickle", "pkl", "pth", "pt")
-"""Members that other readers would unpickle: a shard that holds one is refused."""
+"""Suffixes of members that other readers would unpickle; shards with such members are refused."""
 
 
 AUDIO_SUFFIXES: Final = ("flac", "wav", "opus")
-"""Suffixes of audio members that our writer makes."""
+"""Suffixes of audio members that auricle writes."""
 
 
 SMALLEST_SAMPLE: Final = 1024
-"""Bytes of the smallest sample in a tar: one header and one block of audio."""
+"""Size of the smallest sample in a tar in bytes: one header and one block of audio."""
 INDEX_SCHEMA: Final = pa.schema(
     [
         ("key", pa.string()),
@@ -52,11 +52,11 @@ INDEX_SCHEMA: Final = pa.schema(
 
 @dataclass(frozen=True)
 class DoneRecord:
-    """`_done/<unit>.json`: one finished unit of work and the shard it made."""
+    """`_done/<unit>.json`: a finished unit of work and its shard."""
 
     unit: str
     shard: str
-    """Name of the tar; "" where nothing of the unit was kept."""
+    """Name of the tar; "" if all of the unit was rejected."""
     sha256: str
     bytes: int
     index_sha256: str
@@ -64,27 +64,27 @@ class DoneRecord:
     samples: int
     """Audio samples in all segments."""
     rejects: Mapping[str, int] = field(default_factory=dict)
-    """Files and segments left out, by reason."""
+    """Number of rejected files and segments, by reason."""
     files: int = 0
     rejects_sha256: str = ""
-    """Of `<unit>.rejects.jsonl`; "" where nothing was left out."""
+    """sha256 of `<unit>.rejects.jsonl`; "" without rejects."""
     flow: tuple[tuple[str, str, str, str, int, int], ...] = ()
-    """(corpus, language, stage, reason, count, samples): input, left out by reason, and output."""
+    """(corpus, language, stage, reason, count, samples): input, rejects by reason, and output."""
     location: str = ""
-    """Folder or URL of the tar where it is not beside its index."""
+    """Folder or URL of the tar if it differs from that of its index."""
 
     def to_json(self) -> builtins.bytes:
-        """Returns sorted JSON, so that equal records are equal bytes; `check` is the sha256 of all other fields."""
+        """Returns JSON with sorted keys, so that equal records have equal bytes, and `check`, their sha256."""
         return json.dumps({**self._values(), "check": self.check}, sort_keys=True, indent=1).encode() + b"\n"
 
     @property
     def check(self) -> str:
-        """The sha256 of all fields."""
+        """Returns the sha256 of all fields."""
         return hashlib.sha256(json.dumps(self._values(), sort_keys=True).encode()).hexdigest()
 
     def _values(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        if not self.location:  # as records were before there was this field
+        if not self.location:  # the format before this field existed
             del values["location"]
         return values
 
@@ -93,11 +93,11 @@ class DoneRecord:
         """Reads a record; unknown fields (of later versions) are ignored.
 
         Args:
-            text: Content of the file.
-            name: Path of the file, whose name must be that of the unit.
+            text: content of the file.
+            name: path of the file, whose name must be that of the unit.
 
         Raises:
-            ValueError: The file is not such a record; the message names it.
+            ValueError: the file is not a valid record; the message names it.
         """
         try:
             values = json.loads(text)
@@ -114,7 +114,7 @@ class DoneRecord:
 
 
 def _check_record(record: DoneRecord, file_name: str) -> None:
-    """Raises ValueError for a record that cannot be right, before its names and sizes are used."""
+    """Raises ValueError for a record with invalid values, before its names and sizes are used."""
     if not is_plain_name(record.unit) or file_name != f"{record.unit}.json":
         raise ValueError(f"unit={record.unit!r} is not the name of the file")
     if record.shard != "" and not (is_plain_name(record.shard) and record.shard.endswith(".tar")):
@@ -137,12 +137,12 @@ def index_name(shard: str) -> str:
 
 
 def rejects_name(unit: str) -> str:
-    """Returns the name of the JSON-lines file of the inputs that a unit left out."""
+    """Returns the name of the JSON-lines file of a unit's rejects."""
     return f"_rejects/{unit}.jsonl"
 
 
 def finished_units(root: str) -> list[DoneRecord]:
-    """Returns every finished unit, also those of which nothing was kept, sorted by unit; [] where there are none."""
+    """Returns all finished units, including those without a shard, sorted by unit; [] if there are none."""
     store = FileStore(root)
     names = store.names("_done", ".json")
     return [DoneRecord.from_json(store.read(f"_done/{name}"), f"{root}/_done/{name}") for name in names]
@@ -152,12 +152,12 @@ def done_records(root: str) -> list[DoneRecord]:
     """Returns the finished shards of a data set, sorted by shard name.
 
     Args:
-        root: Folder or fsspec URL of the data set.
+        root: folder or fsspec URL of the data set.
 
     Raises:
-        ConfigError: There are none.
-        ValueError: A record is damaged, or two records name one shard.
-        StorageReadError: The storage does not answer.
+        ConfigError: there are none.
+        ValueError: a record is damaged, or two records name one shard.
+        StorageReadError: the storage does not answer.
     """
     store = FileStore(root)
     if not store.exists():
@@ -182,17 +182,17 @@ def done_records(root: str) -> list[DoneRecord]:
 
 
 def read_index(root: str, record: DoneRecord) -> pa.Table:
-    """Returns the index of one shard, after comparing index and shard with their record.
+    """Returns the index of one shard, after comparing index and tar with the record.
 
     Args:
-        root: Folder or fsspec URL of the index.
-        record: The shard's record.
+        root: folder or fsspec URL of the index.
+        record: the shard's record.
 
     Returns:
         A table with the columns of `INDEX_SCHEMA`.
 
     Raises:
-        ValueError: Index or tar is missing, cut short or altered, or a row of the index cannot be right.
+        ValueError: index or tar is missing, truncated or altered, or a row of the index is invalid.
     """
     store = FileStore(root)
     tars = FileStore(record.location) if record.location else store
@@ -216,7 +216,7 @@ def read_index(root: str, record: DoneRecord) -> pa.Table:
 
 
 def refuse_code(member: str, shard: str) -> None:
-    """Raises ValueError for a member that readers of WebDataset would unpickle."""
+    """Raises ValueError for a member that WebDataset readers would unpickle."""
     if member.rsplit(".", 1)[-1].lower() in REFUSED_SUFFIXES:
         raise ValueError(
             f"{shard}: member {member!r} would be unpickled, which can run code; such shards are refused "

@@ -1,4 +1,4 @@
-"""Shards behind an fsspec URL (S3, GCS, HTTP …), read by ranges; `cache.py` keeps whole local copies."""
+"""Reads shards behind an fsspec URL (S3, GCS, HTTP …) by byte ranges; `cache.py` keeps whole local copies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RemoteShards(ShardFiles):
         ends = [extent.offset + extent.size for extent in extents]
         try:
             ranges: Sequence[bytes | BaseException] = store.fs.cat_ranges(paths, starts, ends, on_error="return")
-        except Exception as error:  # some file systems raise what concerns all ranges
+        except Exception as error:  # some file systems raise errors for all ranges at once
             return [error] * len(extents)
         return ranges
 

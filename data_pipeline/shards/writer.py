@@ -1,7 +1,7 @@
-"""Shards: plain USTAR tars that any WebDataset reader reads, an index beside each, and a record that it is done.
+"""Writes shards: plain USTAR tars for any WebDataset reader, an index for each, and a record of its completion.
 
-A shard is data, not code: nothing in it is ever unpickled. Bytes depend on the samples alone (no times, no owners), the
-name of a tar carries the start of its sha256, and a reader trusts only what `_done/<unit>.json` names.
+A shard is data, not code: nothing in it is ever unpickled. Its bytes depend on the samples only (no times, no owners),
+the name of a tar contains the start of its sha256, and readers use only tars that `_done/<unit>.json` names.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ BLOCK: Final = 512
 
 
 class ShardWriter:
-    """Writes one tar in a scratch folder, together with its index; `finish` closes both.
+    """Writes one tar and its index in a scratch folder; `finish` closes both.
 
-    `mark` and `rollback` undo the samples of a file that turns out to be broken after its first segments were written.
+    `mark` and `rollback` remove the samples of a file that turns out to be damaged after its first segments.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,15 +46,15 @@ class ShardWriter:
         """Adds one sample: `<key>.<suffix>`, then `<key>.json`.
 
         Args:
-            segment: Key, labels and position in the source.
-            suffix: Codec of `audio`: flac, wav or opus.
-            audio: Encoded 16 kHz mono audio.
-            n_samples: Its length in samples.
-            extra: More fields of the JSON, such as level_dbfs, snr_db and weight.
+            segment: key, labels and position in the source.
+            suffix: codec of `audio`: flac, wav or opus.
+            audio: encoded 16 kHz mono audio.
+            n_samples: its length in samples.
+            extra: further fields of the JSON, such as level_dbfs, snr_db and weight.
 
         Raises:
-            ValueError: The key is in the shard already, or has dots, slashes or other than ASCII characters.
-            StorageWriteError: The scratch folder cannot be written.
+            ValueError: the key is in the shard already, or has dots, slashes or non-ASCII characters.
+            StorageWriteError: the scratch folder cannot be written.
         """
         if "." in segment.key or "/" in segment.key or not segment.key.isascii() or len(segment.key) > 90:
             raise ValueError(f"the key {segment.key!r} must be ASCII, at most 90 long, without dots and slashes")
@@ -88,7 +88,7 @@ class ShardWriter:
         return self._offset, len(self._rows), self._hash.copy()
 
     def rollback(self, mark: tuple[int, int, Any]) -> None:
-        """Removes everything that was added since `mark`."""
+        """Removes all samples that were added after `mark`."""
         self._offset, rows, self._hash = mark
         self._keys -= {row["key"] for row in self._rows[rows:]}
         del self._rows[rows:]
@@ -97,12 +97,12 @@ class ShardWriter:
 
     @property
     def segments(self) -> int:
-        """Number of segments in the shard."""
+        """Number of segments in the shard so far."""
         return len(self._rows)
 
     @property
     def samples(self) -> int:
-        """Audio samples in the shard."""
+        """Audio samples in the shard so far."""
         return sum(row["n_samples"] for row in self._rows)
 
     def finish(self) -> tuple[str, int]:
@@ -121,7 +121,7 @@ class ShardWriter:
         return self._hash.hexdigest(), self._offset
 
     def close(self) -> None:
-        """Closes the file of a shard that is abandoned."""
+        """Closes the file of an abandoned shard."""
         self._file.close()
 
     def _member(self, name: str, content: bytes) -> int:
@@ -139,7 +139,7 @@ class ShardWriter:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """Returns the header that `tarfile.TarInfo` makes for an ASCII name of at most 100 bytes, five times as fast."""
+    """Returns the same header as `tarfile.TarInfo` for an ASCII name of at most 100 bytes, five times as fast."""
     head = bytearray(_HEADER)
     head[: len(name)] = name.encode("ascii")
     head[124:135] = b"%011o" % size
@@ -157,7 +157,7 @@ _HEADER: Final = _blank_header()
 
 
 def _index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Equals `Table.from_pylist`, which imports pandas: that takes longer than processing a minute of audio."""
+    """Returns the same as `Table.from_pylist`, without its import of pandas, which is slow."""
     arrays = []
     for column in INDEX_SCHEMA:
         values = [row[column.name] for row in rows]
@@ -195,19 +195,19 @@ def sample_json(segment: Segment, n_samples: int, extra: Mapping[str, Any]) -> b
 
 
 def commit(store: FileStore, writer: ShardWriter, record: DoneRecord, rejects: bytes = b"") -> DoneRecord:
-    """Finishes the writer's shard, moves it into place and, last of all, creates `_done/<unit>.json` exclusively.
+    """Finishes the writer's shard, moves it to its place and finally creates `_done/<unit>.json` exclusively.
 
     Args:
-        store: The data set.
-        writer: Holds the samples; its scratch folder is on the same disk as a local data set.
-        record: The unit's record without what follows from the shard's bytes.
-        rejects: JSON lines of the inputs that were left out.
+        store: the data set.
+        writer: the writer with the samples; its scratch folder is on the same disk as a local data set.
+        record: the unit's record without the fields that depend on the shard's bytes.
+        rejects: JSON lines of the rejects.
 
     Returns:
-        The record in `_done`: that of another process, where one was faster.
+        The record in `_done`, which is another process's if that was faster.
 
     Raises:
-        StorageWriteError: The data set cannot be written.
+        StorageWriteError: the data set cannot be written.
     """
     sha256, size = writer.finish()
     if writer.segments:
