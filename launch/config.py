@@ -111,7 +111,7 @@ class RayConfig(LauncherConfig):
     dashboard: Annotated[
         str, about("http address of the cluster's dashboard: submit the run as a Ray Job; empty drives it from here")
     ] = ""
-    workers: Annotated[int, about("most ranks; 0 takes all that fit and divide data.micro_batches", ge=0)] = 0
+    workers: Annotated[int, about("most ranks; 0 takes as many as help, up to data.micro_batches", ge=0)] = 0
     min_workers: Annotated[int, about("fewest ranks; with fewer the run waits", ge=1)] = 1
     gpus_per_worker: Annotated[int, about("0 trains on CPUs", ge=0, le=1)] = 0
     cpus_per_worker: Annotated[int, about("cores per rank", ge=1)] = 1

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from data_pipeline.core.types import StepReader
+from data_pipeline.sampling.plan import accumulation
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.checkpoint import TrainState
 from pretrain.checkpointing.run_folder import RunFolder
@@ -148,7 +149,7 @@ def _greeting(config: Config, state: TrainState, ranks: int) -> str:
     start = f"resuming after step {state.step}" if state.step else "starting"
     if state.step >= config.train.steps:
         start = f"nothing to do, {state.step} steps are done"
-    per_rank = config.data.micro_batches // ranks
+    per_rank = accumulation(config.data.micro_batches, ranks)
     return (
         f"{start}: {config.objective.name} on {ranks} rank{'s' * (ranks > 1)} × {per_rank} micro-batches, "
         f"{config.engine.name} engine, {config.train.steps} steps of {config.data.batch_seconds:g} s of audio"

@@ -180,7 +180,7 @@ def open_run_reader(config: Config, rank: int = 0, world: int = 1) -> PlanReader
         world: number of ranks.
 
     Raises:
-        ConfigError: too little usable audio, or the number of ranks does not divide `data.micro_batches`.
+        ConfigError: too little usable audio, or more ranks than `data.micro_batches`.
         ValueError: shards are damaged.
     """
     from data_pipeline.loader.reader import open_reader  # here: a model alone needs no package that reads shards

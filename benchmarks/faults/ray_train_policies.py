@@ -14,7 +14,7 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from data_pipeline.sampling.plan import allowed_worlds
+from data_pipeline.sampling.plan import useful_worlds
 from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.launchers.ray_worker import RankEndedError
 
@@ -27,7 +27,7 @@ def main() -> None:
     chosen = policy._count_possible_workers(three_nodes)
     print(
         f"ScalingConfig(num_workers=(1, 4)) on a cluster that shrank to 3 places: {chosen} workers; "
-        f"4 micro-batches allow {sorted(allowed_worlds(4))} ranks"
+        f"of 4 micro-batches these are as slow as 2; useful are {useful_worlds(4)}"
     )
     for code in sorted(NEVER_RETRY):
         failures = DefaultFailurePolicy(FailureConfig(max_failures=3))

@@ -61,6 +61,8 @@ def change_speed_on_device(wave_T: Tensor, factor: float) -> Tensor:
     """
     import torch
 
+    if not len(wave_T):
+        return wave_T
     length = max(1, round(len(wave_T) / factor))
     changed: Tensor = torch.fft.irfft(torch.fft.rfft(wave_T), n=length)
     return changed * (length / len(wave_T))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # preprocessing workers start faster without torch
@@ -106,6 +106,27 @@ class Batch:
         wave_BT = self.wave_BT.to(device, non_blocking=True)
         lengths_B = self.lengths_B.to(device, non_blocking=True)
         return Batch(wave_BT, lengths_B, self.keys, self.micro_batch, move, self.labels)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is one of `emptied`."""
+        return not any(self.keys)
+
+    def emptied(self, micro_batch: int) -> Batch:
+        """Returns a batch of one row without audio, labels and targets, which adds nothing to any sum.
+
+        Ranks that do not divide the micro-batches fill their last round with it: each rank has to run the same number
+        of forward and backward passes.
+        """
+        return replace(
+            self,
+            wave_BT=self.wave_BT.new_zeros(1, 0),
+            lengths_B=self.lengths_B.new_zeros(1),
+            keys=("",),
+            micro_batch=micro_batch,
+            targets={name: target.new_full((1, 0), -1) for name, target in self.targets.items()},
+            labels=dict.fromkeys(self.labels, ("",)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,11 +49,11 @@ class PlanReader:
         config: the run's `data`.
         seed: keys order, crops and augmentation.
         rank: this rank's number.
-        world: number of ranks; must divide `config.micro_batches`.
+        world: number of ranks, at most `config.micro_batches`.
         least_samples: shortest segment that the model can use; the plan skips shorter ones.
 
     Raises:
-        ConfigError: too little audio, settings that exclude each other, or a world that does not divide V.
+        ConfigError: too little audio, settings that exclude each other, or more ranks than micro-batches.
         ValueError: shards are bad, with `on_bad_shard=error`.
         StorageReadError: the storage does not answer.
     """
@@ -129,6 +129,7 @@ class PlanReader:
                 "lengths": batch.lengths_B.tolist(),
             }
             for batch in step.batches
+            if not batch.is_empty
         ]
         append_rows(folder / f"rank_{self.rank}.jsonl", rows)
 
@@ -153,6 +154,7 @@ class _Running:
 
     def __init__(self, reader: PlanReader, cursor: Cursor) -> None:
         self._plan, self._slots, self._config, self._rank = reader.plan, reader.slots, reader.config, reader.rank
+        self._filled = len(range(reader.rank, reader.config.micro_batches, reader.world))
         self._where = cursor
         self._closing: Synchronized[int] = multiprocessing.Value("b", 0)
         self._pin = torch.cuda.is_available()
@@ -220,10 +222,12 @@ class _Running:
 
     def _next_step(self) -> Step:
         parts, batches = [], []
-        for _ in range(self._slots):
+        for _ in range(self._filled):
             part = self._next()
             parts.append(part)
             batches.append(part.batch(self._buffers, self._pin))
+        if self._filled < self._slots:
+            batches.append(batches[0].emptied(self._config.micro_batches + self._rank))
         where = self._where
         last = where.step + 1 == self._plan.layout(where.epoch).steps
         self._where = Cursor(where.plan_hash, where.epoch + last, 0 if last else where.step + 1)
@@ -286,7 +290,7 @@ def open_reader(config: DataConfig, seed: int, rank: int, world: int, least_samp
         config: the run's `data`.
         seed: the run's seed.
         rank: this rank, from 0.
-        world: number of ranks; must divide `micro_batches`.
+        world: number of ranks, at most `micro_batches`.
         least_samples: shortest segment, in samples at 16 kHz, that the model can use.
 
     Returns:

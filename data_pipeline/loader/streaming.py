@@ -115,7 +115,7 @@ class StreamReader:
         config: the run's `data`.
         seed: keys order, crops and augmentation.
         rank: this rank's number.
-        world: number of ranks; must divide `config.micro_batches`.
+        world: number of ranks; must divide `config.micro_batches`, since each rank reads tars of its own.
         least_samples: shortest segment that the model can use; shorter ones are skipped.
         say: prints a line; called when a resume starts a new pass.
 
@@ -140,6 +140,11 @@ class StreamReader:
                     "`auricle shards index` on them and set data.reader=plan"
                 )
         self.slots = accumulation(config.micro_batches, world)
+        if config.micro_batches % world:
+            raise ConfigError(
+                f"data.micro_batches={config.micro_batches} is not a multiple of {world} ranks, which "
+                f"data.reader=webdataset requires: set data.micro_batches={self.slots * world}, or data.reader=plan"
+            )
         self.config, self.seed, self.rank, self.world, self._say = config, seed, rank, world, say
         self.constraints = BatchConstraints.of(config)
         if least_samples > self.constraints.shortest:

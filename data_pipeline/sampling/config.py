@@ -36,7 +36,7 @@ class DataConfig:
         float, about("seconds of audio per optimizer update, over all ranks and accumulation steps", gt=0)
     ] = 5600.0
     micro_batches: Annotated[
-        int, about("micro-batches V per optimizer update; the number of ranks must divide it", ge=1)
+        int, about("micro-batches V per optimizer update; at most as many ranks can run", ge=1)
     ] = 64
     min_seconds: Annotated[float, about("shorter segments are skipped", ge=0)] = 2.0
     max_seconds: Annotated[float, about("longer segments are cropped at random to this length", gt=0)] = 15.6

@@ -28,7 +28,6 @@ from typing import Final
 
 import numpy as np
 
-from data_pipeline.core.integers import divisors
 from data_pipeline.core.lru import LruCache
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
@@ -156,20 +155,26 @@ def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples
     return plan
 
 
-def allowed_worlds(micro_batches: int) -> list[int]:
-    """Returns the numbers of ranks that divide V micro-batches."""
-    return divisors(micro_batches)
+def useful_worlds(micro_batches: int) -> list[int]:
+    """Returns the numbers of ranks, ascending, each of which needs fewer rounds for V micro-batches than the last.
+
+    A run works on any number of ranks up to V; one between two of these numbers takes as long as the lower one.
+    """
+    return sorted({-(-micro_batches // rounds) for rounds in range(1, micro_batches + 1)})
 
 
 def accumulation(micro_batches: int, world: int) -> int:
-    """Returns the micro-batches per rank and step. Raises ConfigError if the number of ranks does not divide them."""
-    if micro_batches % world:
-        worlds = ", ".join(map(str, allowed_worlds(micro_batches)))
+    """Returns the rounds of a step: the micro-batches per rank, of which the last may be empty.
+
+    Raises:
+        ConfigError: there are more ranks than micro-batches, so that some would never have any.
+    """
+    if world > micro_batches:
         raise ConfigError(
-            f"data.micro_batches={micro_batches} cannot be shared equally by {world} ranks; "
-            f"run on one of: {worlds}; or make data.micro_batches a multiple of {world}"
+            f"data.micro_batches={micro_batches} cannot be shared by {world} ranks: run on at most {micro_batches}, or "
+            f"raise data.micro_batches to {world} or a multiple of it"
         )
-    return micro_batches // world
+    return -(-micro_batches // world)
 
 
 @dataclass(frozen=True)
@@ -187,8 +192,9 @@ def audio_per_step_check(plan: Plan, world: int, slots: int) -> AudioPerStep:
     Args:
         plan: the run's plan.
         world: number of ranks.
-        slots: the engine's accumulation steps per rank. The plan does not depend on world or slots, so the audio of an
-            update is correct if and only if it sums world x slots micro-batches.
+        slots: accumulation steps per rank of the engine. The plan does not depend on world or slots, so the audio of
+            an update is right if and only if world x slots micro-batches, less than one round of which is empty, are
+            summed in it.
 
     Raises:
         ConfigError: the audio per update is not the `batch_seconds` of the recipe.
@@ -197,7 +203,7 @@ def audio_per_step_check(plan: Plan, world: int, slots: int) -> AudioPerStep:
         raise ConfigError(
             f"{world} ranks x {slots} accumulation steps sum {world * slots} micro-batches per update, "
             f"but data.micro_batches={plan.constraints.micro_batches}; the engine must accumulate "
-            f"{plan.constraints.micro_batches // world} steps"
+            f"{accumulation(plan.constraints.micro_batches, world)} steps"
         )
     layout, asked = plan.layout(0), plan.constraints.batch / SAMPLE_RATE
     seconds = layout.samples / layout.steps / SAMPLE_RATE

@@ -12,7 +12,7 @@ from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.constraints import SHARE
 from data_pipeline.sampling.epoch import repeats_of, summarize
-from data_pipeline.sampling.plan import Plan, allowed_worlds
+from data_pipeline.sampling.plan import Plan, accumulation, useful_worlds
 
 HOUR = 3600 * SAMPLE_RATE
 SAMPLED_WINDOWS = 40
@@ -107,7 +107,7 @@ def describe(plan: Plan, config: DataConfig, world: int = 1) -> PlanReport:
         host_bytes=_host_bytes(plan, config, world),
         windows=n_windows,
         sampled_windows=len(windows),
-        worlds=allowed_worlds(constraints.micro_batches),
+        worlds=useful_worlds(constraints.micro_batches),
     )
 
 
@@ -122,7 +122,7 @@ def _shapes(longest_K: np.ndarray, rows_K: np.ndarray) -> list[tuple[float, floa
 
 def _host_bytes(plan: Plan, config: DataConfig, world: int) -> int:
     constraints = plan.constraints
-    slots = -(-constraints.micro_batches // world)
+    slots = accumulation(constraints.micro_batches, world)
     step = int(4 * slots * constraints.ordinary_limit(constraints.batch / constraints.micro_batches))
     if not config.workers:
         return step

@@ -14,7 +14,7 @@ from launch.runs.job_record import JobRecord
 
 
 def for_job(job: PretrainJob) -> Submitter:
-    """Returns the submitter of a run. Raises ConfigError if the number of ranks does not divide the micro-batches."""
+    """Returns the submitter of a run. Raises ConfigError if there are more ranks than micro-batches."""
     submitter = make(job.launcher, "pretrain", job.engine.name, job.device)
     accumulation(job.data.micro_batches, submitter.processes)
     return submitter

@@ -4,10 +4,10 @@
 
 Ray Train places the ranks, monitors workers and nodes, and ends all ranks when one is lost. Each attempt is one `fit()`
 with a fixed number of workers. This module decides what follows an attempt, since Ray Train's own policies cannot
-express it: ScalingConfig(num_workers=(min, max)) permits any number in between, but a run needs one that divides
-`data.micro_batches`; FailureConfig counts all failures, whereas launch/launchers/retry.py considers exit codes and
-counts failures in a row without a new checkpoint. Checkpoints have the run's own format and are not reported to Ray
-Train. The step plan does not depend on the number of ranks, so every number gives the same run.
+express it: ScalingConfig(num_workers=(min, max)) takes as many workers as fit, also where fewer need no more rounds
+for the micro-batches of a step; FailureConfig counts all failures, whereas launch/launchers/retry.py considers exit
+codes and counts failures in a row without a new checkpoint. Checkpoints have the run's own format and are not reported
+to Ray Train. The step plan does not depend on the number of ranks, so every number gives the same run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from data_pipeline.core.ray_tasks import RayConfig, cluster, cluster_contents, places
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.sampling.plan import allowed_worlds
+from data_pipeline.sampling.plan import useful_worlds
 from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.launchers.retry import RetryPolicy
 from launch.launchers.waiting import report_waiting
@@ -141,15 +141,15 @@ def choose_world(micro_batches: int, places: int, largest: int) -> int:
     """Returns the number of ranks for a cluster.
 
     Args:
-        micro_batches: micro-batches of a step; the number of ranks must divide them.
+        micro_batches: micro-batches of a step.
         places: ranks that the cluster can hold.
         largest: most ranks requested; 0 for no limit.
 
     Returns:
-        The largest number that fits, 0 if none does.
+        The fewest ranks that need no more rounds than the most that fit; 0 if none fits.
     """
     limit = min(places, largest) if largest else places
-    return max((world for world in allowed_worlds(micro_batches) if world <= limit), default=0)
+    return max((world for world in useful_worlds(micro_batches) if world <= limit), default=0)
 
 
 def wait_for_places(micro_batches: int, request: Request, since: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from data_pipeline.sampling.plan import accumulation
 from pretrain.config import Config
 from pretrain.engines.base import Engine, StepResult
 from pretrain.engines.distributed import DistributedContext
@@ -17,7 +18,7 @@ def make_engine(config: Config, module: TrainModule, world: DistributedContext) 
     Args:
         config: the run's config.
         module: model and objective; moved to the rank's device.
-        world: this rank and the number of ranks, which must divide `data.micro_batches` (checked by the reader).
+        world: this rank and the number of ranks, at most `data.micro_batches` (checked by the reader).
 
     Returns:
         An engine with fresh optimizer state.
@@ -25,10 +26,10 @@ def make_engine(config: Config, module: TrainModule, world: DistributedContext) 
     Raises:
         ConfigError: engine.offload=nvme is not supported on this machine.
     """
-    micro_batches = config.data.micro_batches
-    assert micro_batches % world.size == 0
     if config.engine.name == "torch":
         return TorchEngine(module, config.engine, config.optimizer, world)
     from pretrain.engines.deepspeed import DeepSpeedEngine  # heavy, and absent on bare machines
 
-    return DeepSpeedEngine(module, config.engine, config.optimizer, world, micro_batches)
+    return DeepSpeedEngine(
+        module, config.engine, config.optimizer, world, accumulation(config.data.micro_batches, world.size)
+    )

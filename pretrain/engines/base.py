@@ -82,7 +82,7 @@ class Engine(abc.ABC):
         """Performs one optimizer update; a collective operation.
 
         Args:
-            batches: this rank's micro-batches of the global step, one per accumulation slot.
+            batches: this rank's micro-batches of the global step, one per accumulation slot; the first is not empty.
             ctx: seed and step, which key all draws.
             lr: learning rate of this update.
             signals: this rank's signals to the other ranks; reduced together with the metrics.
@@ -147,6 +147,8 @@ class Engine(abc.ABC):
             self.on_phase("forward pass")
             micro_loss, metrics = self._forward_backward(batch, plan, counts_K, ctx)
             loss += micro_loss.detach().double()
+            if batch.is_empty:
+                continue
             _add(totals, metrics)
             _add(totals, {SAMPLES: (batch.lengths_B.sum(), torch.ones((), device=batch.lengths_B.device))})
         return loss, totals

@@ -32,9 +32,9 @@ from pretrain.train_module import TrainModule, TrainPlan
 
 
 def deepspeed_config(
-    config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int, world: DistributedContext, module: nn.Module
+    config: EngineConfig, optimizer: OptimizerConfig, slots: int, world: DistributedContext, module: nn.Module
 ) -> dict[str, Any]:
-    """Returns DeepSpeed's own config for a run; `micro_batches` is their number in one global step, over all ranks.
+    """Returns DeepSpeed's own config for a run; `slots` is the number of micro-batches of each rank in a step.
 
     Precision is not set here: TrainModule enters autocast itself, the same way under every engine, and weights,
     gradients and their sums stay fp32.
@@ -43,8 +43,8 @@ def deepspeed_config(
     frozen = any(not parameter.requires_grad for parameter in module.parameters())
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_batches // world.size,
-        "train_batch_size": micro_batches,
+        "gradient_accumulation_steps": slots,
+        "train_batch_size": slots * world.size,
         "gradient_clipping": optimizer.clip_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on CPU and GPU and needs no compiler
@@ -78,7 +78,7 @@ class DeepSpeedEngine(Engine):
         config: engine settings.
         optimizer: AdamW settings.
         world: this rank and the number of ranks.
-        micro_batches: micro-batches of one global step, over all ranks.
+        slots: micro-batches of each rank in one global step.
 
     Raises:
         ConfigError: engine.offload=nvme is not supported on this machine.
@@ -90,12 +90,12 @@ class DeepSpeedEngine(Engine):
         config: EngineConfig,
         optimizer: OptimizerConfig,
         world: DistributedContext,
-        micro_batches: int,
+        slots: int,
     ) -> None:
         super().__init__(module, config, optimizer, world)
         if config.offload == "nvme":
             _require_nvme()
-        self.slots = micro_batches // world.size
+        self.slots = slots
         self.names = {id(parameter): name for name, parameter in module.named_parameters()}
         # DeepSpeed would compile a faster CPU all-reduce at the first start: takes half a minute and needs a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -104,7 +104,7 @@ class DeepSpeedEngine(Engine):
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(module, optimizer, config.fused),
-            config=deepspeed_config(config, optimizer, micro_batches, world, module),
+            config=deepspeed_config(config, optimizer, slots, world, module),
             dist_init_required=False,
         )
         limit_groups(config.timeout_minutes)

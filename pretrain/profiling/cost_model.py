@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from data_pipeline.core.schema import ConfigError, hint
 from data_pipeline.core.types import SAMPLE_RATE, Batch
+from data_pipeline.sampling.plan import accumulation
 from pretrain.config import Config
 from pretrain.interfaces.frames import StepContext
 from pretrain.profiling import hardware
@@ -84,7 +85,7 @@ class Forecast:
 
     gpus: int
     seconds_each: float
-    """Audio per GPU and step."""
+    """Audio per step of the busiest GPU."""
     compute: float
     communication: float
     exposed: float
@@ -225,9 +226,11 @@ def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mf
     gpu, longest = GPUS[cluster.kind], config.data.max_seconds
     peak = hardware.peak_tflops(gpu, config.engine.precision, config.engine.tf32)
     recompute = 1.0 if config.engine.activation_checkpointing == "full" else 0.0
-    segments = config.data.batch_seconds / longest
-    flops = segments * measured.flops.of(longest) * (1.0 + BACKWARD + recompute)
-    compute = flops / gpus / (peak * 1e12 * mfu)
+    # the busiest rank's audio: the last round of a step may be empty on other ranks; more ranks need more micro-batches
+    micro_batches = max(config.data.micro_batches, gpus)
+    seconds_each = config.data.batch_seconds * accumulation(micro_batches, gpus) / micro_batches
+    flops = seconds_each / longest * measured.flops.of(longest) * (1.0 + BACKWARD + recompute)
+    compute = flops / (peak * 1e12 * mfu)
     # ring: reduce-scatter and all-gather of fp32 gradients; ZeRO-3 gathers the weights for each pass as well
     passes = 3.0 if config.engine.zero_stage == 3 else 2.0
     sent = passes * 4.0 * measured.trained * (gpus - 1) / gpus
@@ -235,7 +238,7 @@ def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mf
     communication = sent / (link * 1e9)
     hidden = compute * BACKWARD / (1.0 + BACKWARD + recompute)
     exposed = max(0.0, communication - hidden)
-    return Forecast(gpus, config.data.batch_seconds / gpus, compute, communication, exposed, sent)
+    return Forecast(gpus, seconds_each, compute, communication, exposed, sent)
 
 
 def counts(largest: int) -> list[int]:

@@ -202,10 +202,10 @@ def test_utterances_with_no_or_one_frame_do_not_change_other_utterances(
 def test_a_micro_batch_without_targets_has_zero_loss_and_gradients(objective: str, frontend: str, packed: bool) -> None:
     module = make(objective, frontend)
     module.model.frontend.packed = module.model.encoder.packed = packed
-    for samples in ((1,), short_lengths(module)[1:]):
+    nothing = Batch(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64), (), 0)
+    for without in (beside(nothing, 1), beside(nothing, *short_lengths(module)[1:]), batch().emptied(9)):
         module.forget()
-        nothing = Batch(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64), (), 0)
-        loss, metrics = run(module, beside(nothing, *samples))
+        loss, metrics = run(module, without)
         assert float(loss.detach()) == 0.0
         assert float(metrics["loss/objective"][1]) == 0.0
         loss.backward()

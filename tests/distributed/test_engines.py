@@ -42,6 +42,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     two |= {f"skipping {name}": case(*engine, skip_at=1, broken_at=3) for name, engine in ENGINES.items()}
     two |= {"dropping torch": dropping("torch"), "dropping offloaded": dropping("deepspeed", {"offload": "cpu"})}
     results = {f"2 ranks, {name}": found for name, found in run(tmp, "two", 2, two).items()}
+    three = {"torch": case("torch")} | {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
+    three["from 2 to 3"] = case("deepspeed", 3, load=str(tmp / "run2"))
+    results |= {f"3 ranks, {name}": found for name, found in run(tmp, "three", 3, three).items()}
     one |= {f"from {stage} to torch": case("torch", load=str(tmp / f"run{stage}")) for stage in range(4)}
     one |= {f"from 2 to {stage}": case("deepspeed", stage, load=str(tmp / "run2")) for stage in range(4)}
     return results | {f"1 rank, {name}": found for name, found in run(tmp, "one", 1, one).items()}
@@ -61,6 +64,23 @@ def test_losses_and_norms_do_not_depend_on_the_engine(measured: dict[str, Any], 
     parity(f"{ranks}, every ZeRO stage: losses", 1e-6, furthest(found["losses"], reference["losses"]))
     ratios = [a / b for a, b in zip(found["norms"], reference["norms"], strict=True)]
     parity(f"{ranks}, every ZeRO stage: gradient norms (relative)", 1e-5, furthest(ratios, [1.0] * len(ratios)))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_ranks_that_do_not_divide_the_micro_batches_compute_the_same_steps(
+    measured: dict[str, Any], name: str, parity: Parity
+) -> None:
+    """Three ranks share four micro-batches in two rounds; two of them have an empty one in the last round."""
+    found, reference = measured[f"3 ranks, {name}"], measured["1 rank, torch"]
+    topic = "3 ranks of 4 micro-batches = 1 rank, every ZeRO stage"
+    parity(f"{topic}: losses", 1e-6, furthest(found["losses"], reference["losses"]))
+    ratios = [a / b for a, b in zip(found["norms"], reference["norms"], strict=True)]
+    parity(f"{topic}: gradient norms (relative)", 1e-5, furthest(ratios, [1.0] * len(ratios)))
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_three(measured: dict[str, Any]) -> None:
+    found, expected = measured["3 ranks, from 2 to 3"]["losses"], measured["1 rank, torch"]["losses"][3:]
+    assert furthest(found, expected) < 1e-6
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -58,6 +58,8 @@ def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
         mine = range(world.rank, config.data.micro_batches, world.size)
         lr = learning_rate(config.optimizer, config.schedule, config.train.steps, step)
         batches, skip_above = [synthetic_batch(step, j) for j in mine], 0.0 if step == case.get("skip_at") else math.inf
+        if len(batches) * world.size < config.data.micro_batches:
+            batches.append(batches[0].emptied(config.data.micro_batches + world.rank))
         if step == case.get("broken_at") and world.rank == world.size - 1:
             batches[-1].wave_BT[0, 5000] = math.nan
         try:

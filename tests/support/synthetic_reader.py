@@ -38,7 +38,10 @@ class SyntheticReader:
             samples = sum(int(batch.lengths_B.sum()) for batch in batches)
             padded = sum(batch.wave_BT.numel() for batch in batches)
             epoch, step = (epoch + 1, 0) if step == 9 else (epoch, step + 1)
-            yield Step(tuple(batches[self.rank :: self.world]), samples, padded, Cursor(self.plan_hash, epoch, step))
+            mine = batches[self.rank :: self.world]
+            if len(mine) * self.world < self.micro_batches:
+                mine.append(mine[0].emptied(self.micro_batches + self.rank))
+            yield Step(tuple(mine), samples, padded, Cursor(self.plan_hash, epoch, step))
 
     def close(self) -> None:
         """Does nothing: there are no workers."""

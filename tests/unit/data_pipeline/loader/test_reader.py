@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import signal
 import subprocess
@@ -167,9 +168,31 @@ def test_an_unknown_label_is_rejected_with_the_nearest_name(corpus: Path) -> Non
         reader_of(corpus, labels=("text", "moods"))
 
 
-def test_a_world_size_that_does_not_divide_the_micro_batches_is_rejected(corpus: Path) -> None:
-    with pytest.raises(ConfigError, match="run on one of: 1, 2, 4"):
-        reader_of(corpus, 0, 3)
+def test_ranks_that_do_not_divide_the_micro_batches_fill_their_last_round_with_empty_ones(corpus: Path) -> None:
+    alone = take(reader_of(corpus), 5)
+    ranks = [take(reader_of(corpus, rank, 3), 5) for rank in range(3)]
+    for g, whole in enumerate(alone):
+        rounds = [batch for number in range(2) for batch in (steps[g].batches[number] for steps in ranks)]
+        assert [batch.is_empty for batch in rounds] == [False] * 4 + [True] * 2
+        assert all(same(got, batch) for got, batch in zip(rounds, whole.batches, strict=False))
+        assert {steps[g].after for steps in ranks} == {whole.after}
+
+
+def test_an_empty_micro_batch_has_one_row_of_everything(corpus: Path) -> None:
+    batch = take(reader_of(corpus), 1)[0].batches[0]
+    labelled = dataclasses.replace(
+        batch, targets={"units": torch.zeros(len(batch.keys), 7)}, labels={"text": batch.keys}
+    )
+    empty = labelled.emptied(5)
+    assert (empty.wave_BT.shape, empty.lengths_B.tolist(), empty.micro_batch) == ((1, 0), [0], 5)
+    rows = [getattr(empty, field.name) for field in dataclasses.fields(empty) if field.name != "micro_batch"]
+    parts = [part for row in rows for part in (row.values() if isinstance(row, dict) else [row]) if part is not None]
+    assert {len(part) for part in parts} == {1}
+
+
+def test_more_ranks_than_micro_batches_are_rejected(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="run on at most 4"):
+        reader_of(corpus, 0, 5)
 
 
 def test_an_empty_folder_is_rejected(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.constraints import SHARE
-from data_pipeline.sampling.plan import Plan, accumulation, allowed_worlds, audio_per_step_check, make_plan
+from data_pipeline.sampling.plan import Plan, accumulation, audio_per_step_check, make_plan, useful_worlds
 from tests.support.catalogs import SECOND, catalogue_of, random_shards, reader_config
 
 
@@ -190,11 +190,11 @@ def test_default_settings_pad_less_than_three_percent() -> None:
     assert window.cropped == 0
 
 
-def test_a_world_size_that_does_not_divide_the_micro_batches_is_refused() -> None:
-    assert accumulation(6, 3) == 2
-    with pytest.raises(ConfigError, match=r"6 cannot be shared equally by 4 ranks; run on one of: 1, 2, 3, 6"):
-        accumulation(6, 4)
-    assert allowed_worlds(8) == [1, 2, 4, 8]
+def test_any_number_of_ranks_up_to_the_micro_batches_can_share_them() -> None:
+    assert [accumulation(6, world) for world in range(1, 7)] == [6, 3, 2, 2, 2, 1]
+    with pytest.raises(ConfigError, match=r"data.micro_batches=6 .* 7 ranks: run on at most 6"):
+        accumulation(6, 7)
+    assert useful_worlds(8) == [1, 2, 3, 4, 8]
 
 
 def test_wrong_accumulation_is_refused() -> None:
