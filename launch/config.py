@@ -51,6 +51,9 @@ class SlurmConfig(LauncherConfig):
 
     name: Annotated[Literal["slurm"], about("a SLURM cluster, from one of its login nodes")] = "slurm"
     nodes: Annotated[int, about("nodes", ge=1)] = 1
+    elastic: Annotated[
+        bool, about("pretraining starts, and restarts after a lost node, on as many of `nodes` as there are free")
+    ] = False
     tasks_per_node: Annotated[int, about("ranks per node; 0 takes one per GPU, or one where there is none", ge=0)] = 0
     gpus_per_node: Annotated[int, about("GPUs per node; 0 trains on CPUs", ge=0)] = 0
     cpus_per_task: Annotated[int, about("cores per rank, those of its decoding processes included", ge=1)] = 1

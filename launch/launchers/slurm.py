@@ -64,11 +64,12 @@ class SlurmSubmitter:
             str(folder.absolute()).replace("%", "%%") + "_%a" * bool(runs) + "/logs/slurm.log"
         )  # sbatch expands fields such as %j
         alone = self.script.name == SCRIPTS["evaluate"]  # one process
+        pretraining = self.script.name == SCRIPTS["pretrain"]
         gpus = min(1, c.gpus_per_node) if alone else c.gpus_per_node
         options = {
             "job-name": folder.name,
-            "nodes": 1 if alone else c.nodes,
-            "ntasks-per-node": c.ranks_per_node if self.script.name == SCRIPTS["pretrain"] else 1,
+            "nodes": 1 if alone else f"1-{c.nodes}" if c.elastic and pretraining else c.nodes,
+            "ntasks-per-node": c.ranks_per_node if pretraining else 1,
             "cpus-per-task": c.cpus_per_task,
             "time": c.minutes,
             "signal": f"B:USR1@{c.warn_seconds}" if not alone else "",

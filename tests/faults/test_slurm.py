@@ -303,3 +303,27 @@ def test_missing_slurm_tools_are_a_failure_where_slurm_is_required(
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(outcome, match="no-such-tool"):
         require_slurm()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_elastic_run_that_loses_a_node_continues_on_the_nodes_that_are_left(runs: Site) -> None:
+    """Only three nodes may be used, so that two are left; they share four micro-batches like the three before."""
+    others = ",".join(runs.cluster.nodes[3:])
+    settings = ("data.micro_batches=4", "data.batch_seconds=16", f"launcher.exclude='{others}'", "launcher.nodes=3")
+    runs.submit("fixed", *settings)
+    runs.finish("fixed")
+    runs.submit("elastic", *settings, "launcher.elastic=true")
+    runs.reach("elastic", LATE)
+    lost = runs.nodes("elastic")[1]
+    runs.cluster.power_off(lost)
+    try:
+        runs.finish("elastic", 300)
+    finally:
+        runs.cluster.boot(lost)
+    log = (runs.base / "elastic" / "logs" / "slurm.log").read_text()
+    assert "start 0: 3 ranks" in log
+    assert "start 1: 2 ranks" in log
+    assert handed_over(runs.base / "elastic") == handed_over(runs.base / "fixed")
+    losses = [[loss for _, loss, _ in learned(runs.base / name)] for name in ("elastic", "fixed")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

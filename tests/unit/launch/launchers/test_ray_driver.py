@@ -119,9 +119,9 @@ def test_a_stop_request_for_an_earlier_start_is_ignored(request_: Request, monke
 
 @pytest.mark.parametrize(
     ("micro_batches", "places", "largest", "world"),
-    [(64, 100, 0, 64), (64, 63, 0, 32), (12, 5, 0, 4), (12, 100, 3, 3), (7, 6, 0, 1), (4, 0, 0, 0)],
+    [(64, 100, 0, 64), (64, 63, 0, 32), (12, 5, 0, 4), (12, 100, 3, 3), (7, 6, 0, 4), (4, 0, 0, 0)],
 )
-def test_the_number_of_ranks_divides_the_micro_batches(
+def test_the_fewest_ranks_that_need_no_more_rounds_are_chosen(
     micro_batches: int, places: int, largest: int, world: int
 ) -> None:
     assert choose_world(micro_batches, places, largest) == world
