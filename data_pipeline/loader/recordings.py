@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,9 @@ from data_pipeline.shards.records import DoneRecord, done_records
 
 STDIN: Final = "-"
 BLOCK_BYTES: Final = 1 << 17
+LIVE_BYTES: Final = 4_096
+HEADER_BYTES: Final = 64
+"""Enough of a sound file to know its format."""
 PCM_SCALE: Final = np.float32(1 / 32768)
 HEURISTIC: Final = ("", "mpeg", "adts", "mpeg-ts", "gsm")
 """Formats that `sniff` guesses from repetitions, which raw PCM may have by chance."""
@@ -159,6 +163,36 @@ def _from_stdin(stdin: IO[bytes] | None, pcm_rate: int) -> Iterator[Wave]:
             head = _read(stream, BLOCK_BYTES)
         copy.flush()
         yield from codecs.decode(copy.name, SAMPLE_RATE)
+
+
+def live_pcm(stream: IO[bytes], rate: int) -> Iterator[Wave]:
+    """Yields raw 16-bit little-endian mono PCM as it arrives, as (T,) audio at 16 kHz in [-1, 1].
+
+    Args:
+        stream: a pipe; an odd byte waits for the next one, and is dropped at the end.
+        rate: its samples per second.
+
+    Raises:
+        AudioError: there is no byte, or they begin like a sound file.
+    """
+    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    # BufferedReader.read waits for all bytes, read1 returns what a pipe has
+    read = stream.read1 if isinstance(stream, io.BufferedReader) else stream.read
+    kept, first = b"", True
+    while block := read(LIVE_BYTES):
+        kept += block
+        if first and len(kept) < HEADER_BYTES:
+            continue
+        if first and (found := sniff(ByteSource(kept))) not in HEURISTIC:
+            raise AudioError("not_pcm", f"begins like a sound file ({found}); a stream must be raw 16-bit PCM")
+        first, whole = False, len(kept) // 2 * 2
+        wave = np.frombuffer(kept[:whole], "<i2").astype(np.float32) * PCM_SCALE
+        kept = kept[whole:]
+        yield wave if rate == SAMPLE_RATE else resampler.resample_chunk(wave)
+    if first and len(kept) < 2:
+        raise AudioError("empty", "standard input is empty")
+    wave = np.frombuffer(kept[: len(kept) // 2 * 2], "<i2").astype(np.float32) * PCM_SCALE
+    yield wave if rate == SAMPLE_RATE else resampler.resample_chunk(wave, last=True)
 
 
 def _pcm(stream: IO[bytes], block: bytes, rate: int) -> Iterator[Wave]:

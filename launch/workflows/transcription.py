@@ -20,6 +20,7 @@ from data_pipeline.core.text import visible
 from data_pipeline.loader.recordings import Recording, Source, Unusable, sources
 from launch.cli.tables import warn
 from launch.exit_codes import ExitCode
+from launch.workflows import streaming_transcription
 from pretrain.recognition.config import TranscribeConfig
 from pretrain.recognition.recogniser import Recogniser, open_recogniser
 from pretrain.recognition.transcript import ENDINGS, Transcript, write
@@ -41,6 +42,8 @@ def run(config: TranscribeConfig) -> ExitCode:
         ValueError: the checkpoint or shards are damaged.
         OSError: a result cannot be written.
     """
+    if config.stream:
+        return streaming_transcription.run(config)
     found = sources(config.files, config.pcm_rate)
     total = sum(source.count for source in found)
     if total > 1 and config.format in SUBTITLES and not config.out:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,40 +59,73 @@ class NGram:
         return math.log(probability)
 
 
-def beam_search(
-    log_probs_FV: np.ndarray, beam: int, model: NGram | None = None, weight: float = 0.5, bonus: float = 0.0,
-    pruned_below: float = -8.0,
-) -> list[int]:  # fmt: skip
-    """Returns the symbols with the largest ln p over all their paths + weight · ln p(symbols) + bonus · their number.
+Prefix = tuple[int, ...]
 
-    Frame by frame, prefixes keep the probability of ending in a blank and of ending in their last symbol; symbols with
-    ln p < pruned_below are not tried.
+
+class Beams(NamedTuple):
+    """The prefixes that a prefix beam search keeps after some frames.
+
+    paths: ln p of all paths that spell a prefix and end in a blank, and of those that end in its last symbol.
+    extra: weight · ln p(prefix) + bonus · symbols.
+    """
+
+    paths: dict[Prefix, tuple[float, float]]
+    extra: dict[Prefix, float]
+
+    @classmethod
+    def start(cls) -> Beams:
+        """Returns the search before the first frame: the empty prefix."""
+        return cls({(): (0.0, -math.inf)}, {(): 0.0})
+
+    @property
+    def best(self) -> Prefix:
+        """The most probable prefix."""
+        return max(self.paths, key=lambda prefix: _add(*self.paths[prefix]) + self.extra[prefix])
+
+    @property
+    def common(self) -> Prefix:
+        """What all prefixes begin with; later frames cannot change it."""
+        first, last = min(self.paths), max(self.paths)
+        length = next(
+            (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, (first, last)))
+        )
+        return first[:length]
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """Settings of a prefix beam search.
 
     Args:
-        log_probs_FV: ln p of blank (0) and symbol i (class i + 1) per frame, (F, V).
         beam: prefixes that are kept.
         model: scores sequences of symbols.
         weight: of its ln p.
         bonus: per symbol, against the model's preference of short results.
-        pruned_below: ln p.
+        pruned_below: symbols with a smaller ln p are not tried.
     """
-    beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
-    extra: dict[tuple[int, ...], float] = {(): 0.0}
-    for log_probs_V in log_probs_FV:
-        following: dict[tuple[int, ...], tuple[float, float]] = defaultdict(lambda: (-math.inf, -math.inf))
-        tried = [v for v in np.flatnonzero(log_probs_V > pruned_below).tolist() if v != BLANK]
-        extended: dict[tuple[int, ...], float] = {}
-        for prefix, (blank, symbol_end) in beams.items():
+
+    beam: int
+    model: NGram | None = None
+    weight: float = 0.5
+    bonus: float = 0.0
+    pruned_below: float = -8.0
+
+    def step(self, beams: Beams, log_probs_V: np.ndarray) -> Beams:
+        """Returns the search after one more frame, with ln p of blank and symbols (V,)."""
+        following: dict[Prefix, tuple[float, float]] = defaultdict(lambda: (-math.inf, -math.inf))
+        tried = [v for v in np.flatnonzero(log_probs_V > self.pruned_below).tolist() if v != BLANK]
+        extended: dict[Prefix, float] = {}
+        for prefix, (blank, symbol_end) in beams.paths.items():
             total = _add(blank, symbol_end)
             was = following[prefix]
             following[prefix] = (_add(was[0], total + float(log_probs_V[BLANK])), was[1])
-            extended[prefix] = extra[prefix]
+            extended[prefix] = beams.extra[prefix]
             for v in tried:
                 symbol, p = v - 1, float(log_probs_V[v])
                 longer = (*prefix, symbol)
                 if longer not in extended:
-                    gain = weight * model.log_prob(prefix, symbol) if model else 0.0
-                    extended[longer] = extra[prefix] + gain + bonus
+                    gain = self.weight * self.model.log_prob(prefix, symbol) if self.model else 0.0
+                    extended[longer] = beams.extra[prefix] + gain + self.bonus
                 begin = total
                 if prefix and prefix[-1] == symbol:
                     was = following[prefix]
@@ -98,11 +133,24 @@ def beam_search(
                     begin = blank
                 was = following[longer]
                 following[longer] = (was[0], _add(was[1], begin + p))
-        ranked = sorted(following, key=lambda prefix: -(_add(*following[prefix]) + extended[prefix]))
-        beams = {prefix: following[prefix] for prefix in ranked[:beam]}
-        extra = {prefix: extended[prefix] for prefix in beams}
-    best: tuple[int, ...] = max(beams, key=lambda prefix: _add(*beams[prefix]) + extra[prefix])
-    return list(best)
+        ranked = sorted(following, key=lambda prefix: -(_add(*following[prefix]) + extended[prefix]))[: self.beam]
+        return Beams({prefix: following[prefix] for prefix in ranked}, {prefix: extended[prefix] for prefix in ranked})
+
+
+def beam_search(
+    log_probs_FV: np.ndarray, beam: int, model: NGram | None = None, weight: float = 0.5, bonus: float = 0.0,
+    pruned_below: float = -8.0,
+) -> list[int]:  # fmt: skip
+    """Returns the symbols with the largest ln p over all their paths + weight · ln p(symbols) + bonus · their number.
+
+    Args:
+        log_probs_FV: ln p of blank (0) and symbol i (class i + 1) per frame, (F, V).
+        beam, model, weight, bonus, pruned_below: as in BeamSearch.
+    """
+    search, beams = BeamSearch(beam, model, weight, bonus, pruned_below), Beams.start()
+    for log_probs_V in log_probs_FV:
+        beams = search.step(beams, log_probs_V)
+    return list(beams.best)
 
 
 def _add(a: float, b: float) -> float:

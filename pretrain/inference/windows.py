@@ -89,7 +89,7 @@ def cut_at_pauses(
             continue
         frames_FV = np.concatenate(waiting)
         while len(frames_FV) > longest:
-            cut = _pause(silent(frames_FV[:longest]))
+            cut = longest_pause(silent(frames_FV[:longest]))
             yield frames_FV[:cut]
             frames_FV = frames_FV[cut:]
         waiting, held = [frames_FV.copy()], len(frames_FV)
@@ -97,7 +97,7 @@ def cut_at_pauses(
         yield np.concatenate(waiting)
 
 
-def _pause(silent_F: np.ndarray) -> int:
+def longest_pause(silent_F: np.ndarray) -> int:
     """Returns the middle of the longest run of silent frames in the second half; its end without one."""
     first = len(silent_F) // 2
     padded = np.concatenate([[False], silent_F[first:], [False]]).astype(np.int8)

@@ -59,5 +59,26 @@ class TranscribeConfig:
     decoding: Annotated[DecodingConfig, about("from the model's output to text")] = dataclasses.field(
         default_factory=DecodingConfig
     )
+    stream: Annotated[
+        bool, about("compute chunk by chunk while audio arrives, with text at once; standard input is raw PCM then")
+    ] = False
+    chunk: Annotated[int | None, about("stream: frames per chunk, a trained length; null: the first of them", ge=1)] = (
+        None
+    )
+    left: Annotated[
+        int | None, about("stream: earlier chunks attended to, a trained number (-1: all); null: the first", ge=-1)
+    ] = None
+    partial: Annotated[bool, about("stream: also the text of segments that have not ended")] = False
+    max_minutes: Annotated[float, about("stream: longest recording with left=-1", gt=0)] = 10.0
     pcm_rate: Annotated[int, about("samples per second of raw PCM on standard input", ge=1_000, le=384_000)] = 16_000
     device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.stream and self.format in ("srt", "vtt"):
+            refuse("format", self.format, "needs the whole recording; take text, json or tsv with stream=true")
+        if self.stream and self.out:
+            refuse("out", self.out, "with stream=true everything goes to standard output; leave it out")
+        if not self.stream:
+            for field, value in (("chunk", self.chunk), ("left", self.left), ("partial", self.partial or None)):
+                if value is not None:
+                    refuse(field, value, "has an effect with stream=true only")

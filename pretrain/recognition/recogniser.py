@@ -46,6 +46,11 @@ class Recogniser:
         """Where the weights are."""
         return next(self.head.parameters()).device
 
+    def silent(self, log_probs_FV: np.ndarray) -> np.ndarray:
+        """Returns which frames most probably hold a blank or a space, (F,) bool."""
+        spaces = [number + 1 for number, symbol in enumerate(self.head.symbols) if symbol == " "]
+        return np.isin(log_probs_FV.argmax(1), [BLANK, *spaces])
+
     @torch.inference_mode()
     def log_probs(self, wave_T: np.ndarray) -> np.ndarray:
         """Returns ln p of blank and symbols, (F, V) float32, for (T,) audio at 16 kHz; F is 0 for too short audio."""
@@ -68,13 +73,8 @@ class Recogniser:
         windows = Windows.of(rate_hz, SAMPLE_RATE, decoding.window_seconds, decoding.overlap_seconds)
         counted = _Counted(blocks)
         words, offset = WordBuilder(rate_hz), 0
-        spaces = [number + 1 for number, symbol in enumerate(symbols) if symbol == " "]
-
-        def silent(log_probs_FV: np.ndarray) -> np.ndarray:
-            return np.isin(log_probs_FV.argmax(1), [BLANK, *spaces])
-
         parts = join_windows(counted, self.log_probs, windows)
-        for piece_FV in cut_at_pauses(parts, windows.window // windows.hop, silent):
+        for piece_FV in cut_at_pauses(parts, windows.window // windows.hop, self.silent):
             found = decode(piece_FV, decoding)
             for symbol, aligned in zip(found, align(piece_FV, found), strict=True):
                 words.add(symbols[symbol], aligned, offset)

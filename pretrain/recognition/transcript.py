@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_pipeline.core.text import table_cell, visible
 from pretrain.inference.ctc_alignment import AlignedSymbol
@@ -77,6 +77,12 @@ class WordBuilder:
         self._text, self._frames = "", []
 
 
+def word_values(word: Word) -> dict[str, Any]:
+    """Returns a word as an object of JSON; times in seconds."""
+    start, end, confidence = round(word.start, 3), round(word.end, 3), round(word.confidence, 4)
+    return {"word": word.text, "start": start, "end": end, "confidence": confidence}
+
+
 def write(transcript: Transcript, form: Format) -> str:
     """Returns a transcript as the content of a file. Control characters in text and names are escaped."""
     return "".join(f"{line}\n" for line in _WRITERS[form](transcript))
@@ -87,10 +93,7 @@ def _text(transcript: Transcript) -> Iterator[str]:
 
 
 def _json(transcript: Transcript) -> Iterator[str]:
-    words = [
-        {"word": w.text, "start": round(w.start, 3), "end": round(w.end, 3), "confidence": round(w.confidence, 4)}
-        for w in transcript.words
-    ]
+    words = [word_values(word) for word in transcript.words]
     whole = {"file": transcript.name, "seconds": round(transcript.seconds, 3), "text": transcript.text, "words": words}
     yield json.dumps(whole, ensure_ascii=False).replace("\x7f", "\\u007f")
 
