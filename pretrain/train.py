@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import time
 from collections.abc import Callable
 
-from data_pipeline.core.types import StepReader
+from data_pipeline.core.types import Step, StepReader
 from data_pipeline.sampling.plan import accumulation
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.checkpoint import TrainState
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
-from pretrain.engines.base import Engine
+from pretrain.engines.base import Engine, StepResult
 from pretrain.interfaces.frames import StepContext
 from pretrain.lr_schedule import learning_rate
 from pretrain.monitoring.health_monitor import HealthMonitor, UnhealthyError
@@ -61,15 +60,9 @@ def train(
     world.agree(reader.plan_hash, "the step plan (do all nodes see the same shards?)")
     state = checkpoint.load_latest(run, engine, config)
     monitor = HealthMonitor(config, engine, run, state.health, say)
-    writer = MetricsWriter(run, config, engine.module, state.step, world, say) if world.rank == 0 else None
-    if writer:
-        say(_greeting(config, state, world.size))
-        if state.note:
-            say(state.note)
-
     engine.on_phase = heartbeat.part
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
-    with checkpoint.Saver(run, engine, config, say) as saver, writer or contextlib.nullcontext():
+    with checkpoint.Saver(run, engine, config, say) as saver, _Log(config, engine, run, state, say) as log:
         while state.step < settings.steps and not stopping:
             # read: this rank's micro-batches of the next global step
             heartbeat.beat(state.step, "reading")
@@ -81,8 +74,7 @@ def train(
             ctx = StepContext(config.seed, state.step)
             lr = learning_rate(config.optimizer, config.schedule, settings.steps, state.step, state.prolonged)
             signals = monitor.begin(ctx, step, waited, stop_requested())
-            if writer:
-                writer.expect(state.step + 1)
+            log.expect(state.step + 1)
 
             # update: count targets, forward and backward, reduce, apply (Engine.step)
             try:
@@ -95,33 +87,75 @@ def train(
             # roll back: an older state, but with the data after this step
             if back_to is not None:
                 state = _roll_back(run, engine, config, saver, monitor, TrainState(back_to, step.after))
-                if writer:
-                    writer.go_back(state.step)
+                log.go_back(state.step)
                 clock = time.monotonic()
                 continue
 
-            # observe: what this update measured, and whether the run is healthy
+            # observe: record the update's measurements, and check the run's health
             seconds, clock = time.monotonic() - clock, time.monotonic()
             monitor.after(ctx, result, step, seconds)
             state = TrainState(state.step + 1, step.after, monitor.memory(), state.prolonged)
             stopping = result.signals.stop_requested
 
-            # log
-            if writer and (state.step % settings.log_every == 0 or state.step == settings.steps):
-                record = engine.module.objective.monitoring()
-                scalars = step_scalars(result, step, lr, seconds, world.size, record) | monitor.report()
-                writer.log(state.step, scalars, histograms(result.metrics, record))
-                say(_line(state.step, settings.steps, scalars))
+            # log: scalars and histograms, on rank 0
+            if _is_due(state.step, settings.log_every, settings.steps):
+                log.write(state.step, result, step, lr, seconds, monitor)
 
-            # save
+            # save: all ranks gather, rank 0 writes
             saver.poll()
-            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps or stopping:
+            if stopping or _is_due(state.step, settings.checkpoint_every, settings.steps):
                 heartbeat.beat(state.step, "saving")
                 saver.save(state)
 
-    # rank 0 may still be writing, and a launcher ends all ranks soon after the first one has gone
+    # wait for rank 0, which may still be writing: a launcher ends all ranks soon after the first one exits
     world.agree(str(state.step), "the step after which they left the loop")
     return Ending.STOPPED if stopping and state.step < settings.steps else Ending.FINISHED
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+class _Log:
+    """Prints and writes the progress of a run on rank 0; does nothing on other ranks."""
+
+    def __init__(
+        self, config: Config, engine: Engine, run: RunFolder, state: TrainState, say: Callable[[str], None]
+    ) -> None:
+        self._engine, self._say, self._steps = engine, say, config.train.steps
+        self._writer: MetricsWriter | None = None
+        if engine.world.rank == 0:
+            self._writer = MetricsWriter(run, config, engine.module, state.step, engine.world, say)
+            say(_greeting(config, state, engine.world.size))
+            if state.note:
+                say(state.note)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def expect(self, step: int) -> None:
+        """Requests a snapshot of update number `step`, if one is due."""
+        if self._writer:
+            self._writer.expect(step)
+
+    def go_back(self, step: int) -> None:
+        """Removes rows after `step`, to which the run has rolled back."""
+        if self._writer:
+            self._writer.go_back(step)
+
+    def write(
+        self, number: int, result: StepResult, step: Step, lr: float, seconds: float, monitor: HealthMonitor
+    ) -> None:
+        """Writes scalars and histograms of update `number`, and prints a line."""
+        if self._writer:
+            record = self._engine.module.objective.monitoring()
+            scalars = step_scalars(result, step, lr, seconds, self._engine.world.size, record) | monitor.report()
+            self._writer.log(number, scalars, histograms(result.metrics, record))
+            self._say(_line(number, self._steps, scalars))
 
 
 def _roll_back(
