@@ -42,7 +42,7 @@ def _explain(name: str, found: Path) -> str:
     if any(place and Path(place).resolve() == found.parent for place in sys.path):
         message += f"Take {found.parent} out of PYTHONPATH (`env -u PYTHONPATH auricle …`), or use a terminal "
         return message + "in which the other software's setup script was not sourced"
-    return message + "Install auricle into an environment of its own, without the other package"
+    return message + "Install auricle into a separate environment, without the other package"
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def bare(corpus: Path, out: Path, cores: int) -> None:
 
 
 def ours(corpus: Path, out: Path, cores: int, copy_flac: bool = True) -> None:
-    """`auricle preprocess`, in a process of its own like the command."""
+    """Runs `auricle preprocess` in a separate process, like the command."""
     values: dict[str, object] = {
         "out": str(out),
         "corpus": {"name": "path", "path": str(corpus)},

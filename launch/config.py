@@ -29,8 +29,8 @@ class LocalConfig(LauncherConfig):
     """This machine, through the `deepspeed` launcher."""
 
     name: Annotated[Literal["local"], about("this machine")] = "local"
-    processes: Annotated[int, about("ranks to start; 0 takes one per GPU, or one where there is none", ge=0)] = 0
-    threads: Annotated[int, about("CPU threads per rank; 0 shares the cores among the ranks", ge=0)] = 0
+    processes: Annotated[int, about("ranks to start; 0: one per GPU, or one without GPUs", ge=0)] = 0
+    threads: Annotated[int, about("CPU threads per rank; 0: divide the cores among the ranks", ge=0)] = 0
     grace_seconds: Annotated[
         float, about("time to save a checkpoint on a stop request; 0: 30 s plus three of the longest updates", ge=0)
     ] = 0.0
@@ -52,12 +52,12 @@ class SlurmConfig(LauncherConfig):
     name: Annotated[Literal["slurm"], about("a SLURM cluster, from one of its login nodes")] = "slurm"
     nodes: Annotated[int, about("nodes", ge=1)] = 1
     elastic: Annotated[
-        bool, about("pretraining starts, and restarts after a lost node, on as many of `nodes` as there are free")
+        bool, about("pretraining starts, and restarts after a lost node, on as many of `nodes` as are free")
     ] = False
-    tasks_per_node: Annotated[int, about("ranks per node; 0 takes one per GPU, or one where there is none", ge=0)] = 0
-    gpus_per_node: Annotated[int, about("GPUs per node; 0 trains on CPUs", ge=0)] = 0
-    cpus_per_task: Annotated[int, about("cores per rank, those of its decoding processes included", ge=1)] = 1
-    memory_gb: Annotated[int, about("memory per node in GiB; 0 takes the cluster's default", ge=0)] = 0
+    tasks_per_node: Annotated[int, about("ranks per node; 0: one per GPU, or one without GPUs", ge=0)] = 0
+    gpus_per_node: Annotated[int, about("GPUs per node; 0: train on CPUs", ge=0)] = 0
+    cpus_per_task: Annotated[int, about("cores per rank, including its decoding processes", ge=1)] = 1
+    memory_gb: Annotated[int, about("memory per node in GiB; 0: the cluster's default", ge=0)] = 0
     minutes: Annotated[
         int, about("time limit; then all jobs but evaluations are requeued and continue until they are done", ge=3)
     ] = 240
@@ -68,16 +68,16 @@ class SlurmConfig(LauncherConfig):
         int, about("restarts after crashes in a row without a new checkpoint, before giving up", ge=0)
     ] = 3
     parallel: Annotated[int, about("runs of a sweep (--multirun) at a time; 0: as many as fit", ge=0)] = 0
-    partition: Annotated[str, about("partition; empty takes the cluster's default")] = ""
+    partition: Annotated[str, about("partition; empty: the cluster's default")] = ""
     account: Annotated[str, about("account to charge")] = ""
     qos: Annotated[str, about("quality of service")] = ""
     constraint: Annotated[str, about("features that the nodes must have")] = ""
-    exclude: Annotated[str, about("nodes to leave out")] = ""
+    exclude: Annotated[str, about("nodes to exclude")] = ""
     after: Annotated[str, about("id of a job that must succeed first; this one is cancelled if it fails")] = ""
     modules: Annotated[tuple[str, ...], about("environment modules to load")] = ()
     container: Annotated[Literal["none", "pyxis", "apptainer"], about("run the ranks in a container")] = "none"
     image: Annotated[str, about("the container's image")] = ""
-    mounts: Annotated[str, about("folders to mount in it, as that container runtime writes them")] = ""
+    mounts: Annotated[str, about("folders to mount in it, in the container runtime's syntax")] = ""
     python: Annotated[str, about("Python interpreter with auricle on the nodes; empty: the current one")] = ""
 
     @property
@@ -110,13 +110,13 @@ class RayConfig(LauncherConfig):
     """A Ray cluster: one worker per rank; continues with fewer ranks when nodes are lost."""
 
     name: Annotated[Literal["ray"], about("a Ray cluster")] = "ray"
-    address: Annotated[str, about("address of the cluster, or auto; empty starts Ray on this machine")] = ""
+    address: Annotated[str, about("address of the cluster, or auto; empty: start Ray on this machine")] = ""
     dashboard: Annotated[
         str, about("http address of the cluster's dashboard: submit the run as a Ray Job; empty drives it from here")
     ] = ""
-    workers: Annotated[int, about("most ranks; 0 takes as many as help, up to data.micro_batches", ge=0)] = 0
-    min_workers: Annotated[int, about("fewest ranks; with fewer the run waits", ge=1)] = 1
-    gpus_per_worker: Annotated[int, about("0 trains on CPUs", ge=0, le=1)] = 0
+    workers: Annotated[int, about("maximum number of ranks; 0: as many as are useful, up to data.micro_batches", ge=0)] = 0
+    min_workers: Annotated[int, about("minimum number of ranks; with fewer the run waits", ge=1)] = 1
+    gpus_per_worker: Annotated[int, about("GPUs per rank; 0: train on CPUs", ge=0, le=1)] = 0
     cpus_per_worker: Annotated[int, about("cores per rank", ge=1)] = 1
     retries: Annotated[int, about("failures in a row without a new checkpoint before giving up", ge=0)] = 3
     grace_seconds: Annotated[
@@ -125,12 +125,12 @@ class RayConfig(LauncherConfig):
     wait_minutes: Annotated[
         float, about("how long to wait until the cluster can hold the ranks; Ray on this machine cannot grow", gt=0)
     ] = 30.0
-    answer_seconds: Annotated[float, about("how long the cluster's address may take to answer", gt=0)] = 20.0
+    answer_seconds: Annotated[float, about("time in which the cluster must answer", gt=0)] = 20.0
     after: Annotated[str, about("id of a Ray Job that must succeed first; needs launcher.dashboard")] = ""
 
     @property
     def queued(self) -> bool:
-        """With a dashboard: runs are Ray Jobs then; otherwise they are driven from this process."""
+        """Whether runs are Ray Jobs, with a dashboard; otherwise they are driven from this process."""
         return bool(self.dashboard)
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ class ProgramJob:
 
     @property
     def main_path(self) -> str:
-        """The path whose last part names the run folder where `name` is empty."""
+        """The path whose last part names the run folder if `name` is empty."""
         raise NotImplementedError
 
 
@@ -225,7 +225,7 @@ class Iteration:
     rate_hz: Annotated[float, about("frame rate of the checkpoint in Hz; 0: that of the model to be trained", ge=0)] = (
         0.0
     )
-    fraction: Annotated[float, about("share of the shards that k-means is fitted on", gt=0, le=1)] = 0.1
+    fraction: Annotated[float, about("share of the shards to which k-means is fitted", gt=0, le=1)] = 0.1
     overrides: Annotated[tuple[str, ...], about("overrides of this training, as on the command line")] = ()
 
 

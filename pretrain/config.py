@@ -127,7 +127,7 @@ class TrainConfig:
     checkpoint_every: Annotated[int, about("save a checkpoint every so many steps", ge=1)] = 1_000
     keep_last: Annotated[int, about("checkpoints kept, the newest ones", ge=1)] = 3
     keep_every: Annotated[int, about("also keep those of steps that this divides; 0 keeps none of them", ge=0)] = 0
-    save_behind: Annotated[bool, about("write checkpoints while training goes on; the weights are copied first")] = True
+    save_behind: Annotated[bool, about("write checkpoints in the background, from a copy of the weights")] = True
 
 
 @config

@@ -79,7 +79,7 @@ def orphan(site: Site, name: str) -> Iterator[None]:
     """Kills a node's slurmd with SIGKILL; the ranks survive, stopped until SLURM acts."""
     node, pids = site.lose_slurmd(name)
     yield
-    site.go_on(name, pids)
+    site.continue_run(name, pids)
     yield
     site.cluster.boot(node)
 
@@ -88,7 +88,7 @@ def cut_cable(site: Site, name: str) -> Iterator[None]:
     """Cuts the node off; its rank continues while the job has been started elsewhere."""
     node, pids = site.sever(name)
     yield
-    site.go_on_cut_off(name, pids)
+    site.continue_severed_run(name, pids)
     site.cluster.mend(node)
     yield
     site.cluster.kill_slurmd(node)  # SLURM polls a lost node rarely; a new slurmd registers at once

@@ -141,7 +141,7 @@ class Case:
     plant: planted_failures.Plant | None = None
     once: bool = True
     planted: int = PLANTED
-    louder: tuple[int, ...] = ()
+    scaled: tuple[int, ...] = ()
     change: Callable[[int, Step], Step] | None = None
     top: dict[str, Any] = field(default_factory=dict)
     evaluations: tuple[float, ...] = ()
@@ -159,10 +159,11 @@ CASES = (
     Case("no learning (wav2vec 2.0)", ("chance", "accuracy at chance"), WAV2VEC2, planted=0, top=FIXED_LR),
     Case("a sample is NaN", ("not finite",), change=with_a_nan),
     Case("weights are NaN", ("not finite",), plant=planted_failures.break_stem),
-    Case("a gradient a thousand times as large", ("gradient spike",), louder=(PLANTED,)),
-    Case("a micro-batch of each update left out", ("audio per update",), plant=planted_failures.leave_out),
-    Case("fall of the rank: two channels drown the rest", ("layer_1 rank", "layer_2 rank"),
-         plant=planted_failures.drown),
+    Case("a gradient a thousand times as large", ("gradient spike",), scaled=(PLANTED,)),
+    Case("a micro-batch of each update is skipped", ("audio per update",),
+         plant=planted_failures.skip_last_micro_batch),
+    Case("fall of the rank: two channels dominate", ("layer_1 rank", "layer_2 rank"),
+         plant=planted_failures.shrink_rank),
     Case("targets of features that are not normalised", ("target inputs",),
          plant=features_of_another_scale, planted=0),
     Case("fixed targets without information", ("target entropy",), plant=planted_failures.one_code, once=False,
@@ -217,7 +218,7 @@ def planted(waves: list[np.ndarray], case: Case, folder: Path) -> tuple[str, boo
     stopped = ""
     try:
         settings = config(case.objective, steps, **case.top)
-        planted_failures.run(folder, settings, case.plant, case.once, case.louder, lambda: reader, case.planted)
+        planted_failures.run(folder, settings, case.plant, case.once, case.scaled, lambda: reader, case.planted)
     except UnhealthyError as error:
         stopped = str(error)
     found = planted_failures.events(folder)

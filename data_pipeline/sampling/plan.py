@@ -179,10 +179,10 @@ def accumulation(micro_batches: int, world: int) -> int:
 
 @dataclass(frozen=True)
 class AudioPerStep:
-    """seconds: mean unpadded audio of a global step over the first epoch; asked: the configured `batch_seconds`."""
+    """seconds: mean unpadded audio of a global step over the first epoch; configured: `batch_seconds`."""
 
     seconds: float
-    asked: float
+    configured: float
     steps: int
 
 
@@ -205,11 +205,11 @@ def audio_per_step_check(plan: Plan, world: int, slots: int) -> AudioPerStep:
             f"but data.micro_batches={plan.constraints.micro_batches}; the engine must accumulate "
             f"{accumulation(plan.constraints.micro_batches, world)} steps"
         )
-    layout, asked = plan.layout(0), plan.constraints.batch / SAMPLE_RATE
+    layout, configured = plan.layout(0), plan.constraints.batch / SAMPLE_RATE
     seconds = layout.samples / layout.steps / SAMPLE_RATE
-    if abs(seconds / asked - 1) > TOLERANCE:
+    if abs(seconds / configured - 1) > TOLERANCE:
         raise ConfigError(
-            f"a step would hold {seconds:.1f} s of audio on average, but data.batch_seconds={asked:g}; "
+            f"a step would hold {seconds:.1f} s of audio on average, but data.batch_seconds={configured:g}; "
             "give more data, or lower data.batch_seconds"
         )
-    return AudioPerStep(seconds, asked, layout.steps)
+    return AudioPerStep(seconds, configured, layout.steps)

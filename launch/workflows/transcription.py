@@ -31,10 +31,10 @@ SUBTITLES = ("srt", "vtt")
 
 
 def run(config: TranscribeConfig) -> ExitCode:
-    """Transcribes all recordings of a config; a recording that cannot be read is listed and left out.
+    """Transcribes all recordings of a config; unreadable recordings are listed and skipped.
 
     Returns:
-        DONE, or FAILED where a recording was left out.
+        DONE, or FAILED if a recording was skipped.
 
     Raises:
         ConfigError: a file, the checkpoint or the head does not exist, or subtitles of several recordings have no
@@ -110,7 +110,7 @@ class _Transcription:
         print(content, end="", flush=True)
 
     def _file_name(self, name: str) -> str:
-        """The recording's name with the format's ending, below `out`; unique, also for a.wav and a.flac."""
+        """Returns the recording's name with the format's ending, below `out`; unique, also for a.wav and a.flac."""
         parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
         path = PurePosixPath(*parts or ["recording"])
         ending = ENDINGS[self.config.format]

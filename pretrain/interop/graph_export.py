@@ -35,7 +35,7 @@ TOLERANCE: dict[Format, float] = {"torchscript": 1e-5, "onnx": 1e-4}
 CHECKED = ((1, 16_000), (3, 11_680), (2, 36_123))
 """Rows and samples of the audio for the comparison; the graph is traced with two rows of 24,000 samples."""
 LEAST_FRAMES = 4
-"""Fewest encoder frames that a graph accepts: a size of one, at half the rate too, would have a graph of its own."""
+"""Fewest encoder frames that a graph accepts; with one frame, also at half the rate, tracing gives another graph."""
 Run = Callable[[Tensor], Tensor]
 
 

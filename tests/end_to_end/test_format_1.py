@@ -91,8 +91,15 @@ def test_a_run_is_evaluated_and_exported(home: Path) -> None:
     Path("phones").mkdir()
     rows = "".join(f"audio/{n}.wav\t0.0\t0.5\tAH\naudio/{n}.wav\t0.5\t1.0\tB\n" for n in range(4))
     Path("phones/auto_pocketsphinx.tsv").write_text("path\tstart_s\tend_s\tphone\n" + rows)
-    asked = ["checkpoint=runs/tiny", "task=rankme", "manifest=manifest.tsv", "corpora=x", "baselines=false", "seeds=1"]
-    assert main.main(["evaluate", *asked]) == 0
+    arguments = [
+        "checkpoint=runs/tiny",
+        "task=rankme",
+        "manifest=manifest.tsv",
+        "corpora=x",
+        "baselines=false",
+        "seeds=1",
+    ]
+    assert main.main(["evaluate", *arguments]) == 0
     assert main.main(["export", "runs/tiny", "exported", "--to", "torchscript"]) == 0
 
 

@@ -75,7 +75,7 @@ def runs_with_lost_nodes(runs: Site) -> Site:
     runs.cluster.power_off(lost)
     dead, pids = runs.lose_slurmd("orphaned")
     submit_others(runs)  # SLURM needs some time to notice the lost nodes
-    runs.go_on("orphaned", pids)
+    runs.continue_run("orphaned", pids)
     for name in ("bereft", "orphaned"):
         runs.finish(name)
     for node in (lost, dead):
@@ -230,7 +230,7 @@ def test_a_rank_on_a_disconnected_node_does_not_damage_the_restarted_run(runs: S
     for pid in cut["rejoined"][1]:
         with contextlib.suppress(ProcessLookupError):  # SLURM may have ended it by now
             os.kill(pid, signal.SIGCONT)
-    runs.go_on_cut_off("severed", cut["severed"][1])
+    runs.continue_severed_run("severed", cut["severed"][1])
     runs.cluster.mend(cut["severed"][0])
     for name in ("alone", "severed", "rejoined"):
         runs.finish(name)

@@ -34,7 +34,7 @@ def encoded(ending: str, seconds: float = 1.5) -> bytes:
 
 
 def _header(rate: int, channels: int, bits: int, tag: int = 1, data: bytes = b"") -> bytes:
-    data = data or keyed_rng("lies").bytes(64_000)
+    data = data or keyed_rng("header").bytes(64_000)
     align = channels * bits // 8
     fmt = struct.pack("<HHIIHH", tag, channels, rate & 0xFFFFFFFF, rate * align & 0xFFFFFFFF, align & 0xFFFF, bits)
     chunks = b"fmt " + struct.pack("<I", len(fmt)) + fmt + b"data" + struct.pack("<I", len(data)) + data
@@ -54,10 +54,12 @@ def make_broken(root: Path) -> int:
     for ending in ("wav", "aiff", "w64", "flac"):
         for part in range(1, 6):  # the end is lost
             files[f"short/{ending} {part}.{ending}"] = _shortened(good[ending], ending, part / 6)
-    files |= {f"lies/rate {rate}.wav": _header(rate, 1, 16) for rate in (0, 1, 100, 3_999, 400_000, 2**31, 2**32 - 1)}
-    files |= {f"lies/channels {count}.wav": _header(16_000, count, 16) for count in (0, 65, 255, 1_000, 65_535)}
-    files |= {f"lies/bits {bits}.wav": _header(16_000, 1, bits) for bits in (0, 40, 96, 65_535)}
-    files |= {f"lies/tag {tag:x}.wav": _header(16_000, 1, 16, tag) for tag in (0, 0x7ABC, 0xFFFF, 0x2000)}
+    files |= {
+        f"wrong header/rate {rate}.wav": _header(rate, 1, 16) for rate in (0, 1, 100, 3_999, 400_000, 2**31, 2**32 - 1)
+    }
+    files |= {f"wrong header/channels {count}.wav": _header(16_000, count, 16) for count in (0, 65, 255, 1_000, 65_535)}
+    files |= {f"wrong header/bits {bits}.wav": _header(16_000, 1, bits) for bits in (0, 40, 96, 65_535)}
+    files |= {f"wrong header/tag {tag:x}.wav": _header(16_000, 1, 16, tag) for tag in (0, 0x7ABC, 0xFFFF, 0x2000)}
     files |= {f"not a number/{kind}.wav": _float_wav(value) for kind, value in _NOT_FINITE.items()}
     files |= {f"other things/{name}": content for name, content in _OTHER.items()}
     for number in range(48):

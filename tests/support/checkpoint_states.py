@@ -18,13 +18,13 @@ FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 def state(step: int = 0, **fields: Any) -> dict[str, Any]:
-    """The content of a state.json of format 1."""
+    """Returns the content of a state.json of format 1."""
     values: dict[str, Any] = {"format": 1, "step": step, "cursor": None, "health": {}, "config": {}, "loss_scale": {}}
     return values | {"sha256": dict.fromkeys(FILES, "0" * 64)} | fields
 
 
 def write_state(run: Path, step: int, **fields: Any) -> Path:
-    """A checkpoint of that step without tensors, as the newest one of the run; returns its folder."""
+    """Writes a checkpoint of that step without tensors, as the newest of the run; returns its folder."""
     folder = run / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state.json").write_text(json.dumps(state(step, **fields)))
@@ -33,7 +33,7 @@ def write_state(run: Path, step: int, **fields: Any) -> Path:
 
 
 def write_run(run: Path, config: Config, module: TrainModule, step: int = 1) -> Path:
-    """A run folder with one whole checkpoint of `module`, without optimizer states; returns the checkpoint."""
+    """Writes a run folder with a checkpoint of `module`, without optimizer states; returns the checkpoint."""
     folder = run / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
     tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in module.state_dict().items()}

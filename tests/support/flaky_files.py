@@ -25,7 +25,7 @@ class FlakyFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no t
         return LocalFileSystem._strip_protocol(str(path).removeprefix("flaky://"))
 
     def unstrip_protocol(self, name: str) -> str:
-        """A URL of this protocol."""
+        """Returns the URL of a name."""
         return f"flaky://{self._strip_protocol(name)}"
 
     def get_file(self, path1: str, path2: Any, callback: Any = None, **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ def denied() -> PermissionError:
 
 @contextlib.contextmanager
 def web_server(folder: Path) -> Iterator[str]:
-    """Serves a folder; files called `403.wav`, `500.wav` and `short.wav` fail when they are fetched. Gives the URL."""
+    """Serves a folder; files called `403.wav`, `500.wav` and `short.wav` fail when they are fetched. Yields the URL."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

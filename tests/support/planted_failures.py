@@ -64,19 +64,19 @@ def run(
     settings: Config,
     plant: Plant | None = None,
     once: bool = True,
-    louder: tuple[int, ...] = (),
+    scaled: tuple[int, ...] = (),
     reader: Callable[[], StepReader] = SyntheticReader,
     planted: int = PLANTED,
 ) -> Engine:
     """Starts a run once; `plant` acts on the engine before update `planted` (or before each one from then on).
 
-    `louder` lists updates whose loss is multiplied by a thousand.
+    `scaled` lists updates whose loss is multiplied by a thousand.
     """
     torch.set_num_threads(1)
     run_folder = RunFolder(folder)
     run_folder.claim()
     engine = make_engine(settings, build_model(settings), DistributedContext())
-    make_louder(engine, louder)
+    scale_loss(engine, scaled)
     polled = 0
 
     def poll() -> bool:
@@ -135,13 +135,13 @@ def same_target(engine: Engine) -> None:
 
 
 @torch.no_grad()
-def drown(engine: Engine) -> None:
+def shrink_rank(engine: Engine) -> None:
     """Multiplies two channels of a log-mel stem until the rank of all later stages falls."""
     engine.module.model.frontend.get_parameter("linear.weight")[:2] *= 200.0
 
 
-def leave_out(engine: Engine) -> None:
-    """Makes the engine leave out the last micro-batch of each update."""
+def skip_last_micro_batch(engine: Engine) -> None:
+    """Makes the engine skip the last micro-batch of each update."""
     plain = engine._accumulate
 
     def fewer(batches: Any, plans: Any, counts_K: Any, ctx: Any) -> Any:
@@ -150,7 +150,7 @@ def leave_out(engine: Engine) -> None:
     engine._accumulate = fewer  # type: ignore[method-assign]
 
 
-def make_louder(engine: Engine, steps: tuple[int, ...]) -> None:
+def scale_loss(engine: Engine, steps: tuple[int, ...]) -> None:
     """Multiplies the loss of these updates by a thousand."""
     plain = engine._forward_backward
 

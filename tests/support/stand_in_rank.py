@@ -23,7 +23,7 @@ def main(run_folder: Path) -> int:
     print(f"rank {rank} of {os.environ.get('WORLD_SIZE', '1')} at {os.environ.get('MASTER_PORT', 'no port')}")
     (run_folder / f"pid_{rank}").write_text(str(os.getpid()))
     if act == "fail" and rank == 1:
-        print("ValueError: rank 1 did not like its data", file=sys.stderr)
+        print("ValueError: rank 1 cannot read its data", file=sys.stderr)
         return 1
     if act in ("hang", "fail"):
         helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

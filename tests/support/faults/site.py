@@ -100,7 +100,7 @@ class Site:
     def lose_slurmd(self, name: str) -> tuple[str, list[int]]:
         """Kills slurmd on the run's second node and stops the ranks: a tiny run would end before SLURM notices.
 
-        Returns the node and the ranks, which `go_on` continues.
+        Returns the node and the ranks, which `continue_run` continues.
         """
         nodes = self.nodes(name)
         self.cluster.kill_slurmd(nodes[1])
@@ -112,7 +112,7 @@ class Site:
     def sever(self, name: str) -> tuple[str, list[int]]:
         """Cuts off the node of a run's only rank and stops the rank: a tiny run would end before SLURM notices.
 
-        Returns the node and the rank's processes, which `go_on_cut_off` continues.
+        Returns the node and the rank's processes, which `continue_severed_run` continues.
         """
         (node,) = self.nodes(name)
         pids = self.ranks(name, node)
@@ -122,7 +122,7 @@ class Site:
             os.kill(pid, signal.SIGSTOP)
         return node, pids
 
-    def go_on_cut_off(self, name: str, pids: list[int]) -> None:
+    def continue_severed_run(self, name: str, pids: list[int]) -> None:
         """Continues the rank once the job runs elsewhere, and waits until the old start's script has ended."""
         self.reach_start(name, 2)
         for pid in pids:
@@ -136,7 +136,7 @@ class Site:
         folder = self.base / name
         wait_for(lambda: starts(folder) >= number, 180, f"start {number} of {name}", lambda: self.log(name))
 
-    def go_on(self, name: str, pids: list[int]) -> None:
+    def continue_run(self, name: str, pids: list[int]) -> None:
         """Continues the ranks once SLURM has taken the job from its dead node."""
         wait_for(lambda: self.state(name) != "RUNNING", 120, "SLURM's notice", lambda: self.log(name))
         for pid in pids:

@@ -66,22 +66,22 @@ def test_tail_waits_for_complete_lines_and_follows_a_replaced_file(tmp_path: Pat
 
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_full_disk_leaves_no_part_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
-    path, real, room = tmp_path / "rows.jsonl", os.write, [20]
+    path, real, space = tmp_path / "rows.jsonl", os.write, [20]
     path.write_text('{"a": 1}\n' + '{"torn' * torn)
     before = path.read_bytes()
 
     def write(handle: int, content: bytes) -> int:
-        if not room[0]:
+        if not space[0]:
             raise OSError(errno.ENOSPC, "No space left on device")
-        count = real(handle, content[: room[0]])
-        room[0] -= count
+        count = real(handle, content[: space[0]])
+        space[0] -= count
         return count
 
     monkeypatch.setattr(os, "write", write)
     with pytest.raises(OSError, match="No space left"):
         append_rows(path, [{"b": 2}, {"c": "x" * 40}])
     assert path.read_bytes() == before
-    room[0] = 1_000
+    space[0] = 1_000
     append_rows(path, [{"b": 2}, {"c": 3}])
     assert read(path).rows == [{"a": 1}, {"b": 2}, {"c": 3}]
     assert read(path).bad_lines == ((2,) if torn else ())

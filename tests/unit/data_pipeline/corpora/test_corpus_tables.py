@@ -16,7 +16,7 @@ from data_pipeline.corpora.config import (
     VoxPopuliCorpus,
 )
 from data_pipeline.corpora.discovery import discover
-from tests.support.odd_manifests import common_voice, giga_segment, gigaspeech, reasons, samples_of
+from tests.support.edge_case_manifests import common_voice, giga_segment, gigaspeech, reasons, samples_of
 from tests.support.sounds import write_corpus
 
 

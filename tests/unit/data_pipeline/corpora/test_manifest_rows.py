@@ -11,7 +11,15 @@ import pytest
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
-from tests.support.odd_manifests import jsonl, one_recording, read_rows, reasons, record_of, samples_of, two_people
+from tests.support.edge_case_manifests import (
+    jsonl,
+    one_recording,
+    read_rows,
+    reasons,
+    record_of,
+    samples_of,
+    two_people,
+)
 from tests.support.sounds import sound, write_corpus
 
 NAN = float("nan")

@@ -16,7 +16,7 @@ from data_pipeline.labels.store import LabelSet
 from data_pipeline.shards.records import done_records, read_index
 from pretrain.interop.fingerprint import checkpoint_fingerprint
 from tests.support.corpora import preprocess_here
-from tests.support.odd_shards import replace_audio, silent_flac
+from tests.support.corrupt_shards import replace_audio, silent_flac
 from tests.support.sounds import many, path_config, write_corpus
 from tests.support.tiny_shards import sounds, write_shards
 

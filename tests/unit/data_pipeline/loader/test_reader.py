@@ -75,18 +75,18 @@ def test_wav_crops_read_by_byte_range_give_the_same_batches(
     tmp_path: Path, corpus: Path, written: list[list[Sound]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flac = take(reader_of(corpus), 6)
-    asked: list[int] = []
+    sizes: list[int] = []
     read = ShardFiles.read
 
     def spy(self: ShardFiles, wanted: Sequence[Extent]) -> list[bytes | ShardError]:
-        asked.extend(extent.size for extent in wanted)
+        sizes.extend(extent.size for extent in wanted)
         return read(self, wanted)
 
     monkeypatch.setattr(ShardFiles, "read", spy)
     wav = take(reader_of(write_shards(tmp_path, written, "wav")), 6)
     assert all(same(a, b) for x, y in zip(flac, wav, strict=True) for a, b in zip(x.batches, y.batches, strict=True))
     lengths = [length for step in wav for batch in step.batches for length in batch.lengths_B.tolist()]
-    assert asked[: len(lengths)] == [2 * length for length in lengths]
+    assert sizes[: len(lengths)] == [2 * length for length in lengths]
 
 
 def test_steps_do_not_depend_on_world_size_or_workers(corpus: Path) -> None:

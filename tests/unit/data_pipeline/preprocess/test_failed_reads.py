@@ -20,8 +20,8 @@ from data_pipeline.preprocess.plan_file import WorkUnit
 from data_pipeline.preprocess.unit_worker import process_unit
 from data_pipeline.preprocess.verify import verify
 from data_pipeline.preprocess.work_plan import freeze_plan
+from tests.support.edge_case_manifests import jsonl
 from tests.support.flaky_files import denied, flaky, web_server
-from tests.support.odd_manifests import jsonl
 from tests.support.sounds import many, path_config, sound, write_corpus
 
 

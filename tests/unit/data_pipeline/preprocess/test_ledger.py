@@ -25,7 +25,7 @@ from data_pipeline.preprocess.summary import Summary
 from data_pipeline.preprocess.verify import verify
 from data_pipeline.preprocess.work_plan import WorkPlan, read_plan
 from data_pipeline.shards.records import DoneRecord
-from tests.support.odd_manifests import one_recording, record_of, samples_of
+from tests.support.edge_case_manifests import one_recording, record_of, samples_of
 from tests.support.sounds import many, path_config, write_corpus
 
 HOUR = 16_000 * 3600

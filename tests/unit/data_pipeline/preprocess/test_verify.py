@@ -14,7 +14,7 @@ from data_pipeline.core.schema import load
 from data_pipeline.labels.kmeans import TargetsConfig, make_targets
 from data_pipeline.preprocess.job import preprocess
 from data_pipeline.preprocess.verify import verify
-from tests.support.odd_shards import overwrite_member, replace_audio, silent_flac
+from tests.support.corrupt_shards import overwrite_member, replace_audio, silent_flac
 from tests.support.sounds import many, path_config, write_corpus
 from tests.support.tiny_shards import sounds, write_shards
 

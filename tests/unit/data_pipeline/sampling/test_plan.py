@@ -88,7 +88,7 @@ def test_padding_is_bounded(case: dict[str, object]) -> None:
 def test_audio_per_step_matches_the_recipe(case: dict[str, object]) -> None:
     plan = plan_of(case)
     found = audio_per_step_check(plan, 1, plan.constraints.micro_batches)
-    assert found.seconds == pytest.approx(found.asked, rel=0.025)
+    assert found.seconds == pytest.approx(found.configured, rel=0.025)
     layout = plan.layout(0)
     total = 0
     for number in range(len(layout.step_W1) - 1):
@@ -199,7 +199,7 @@ def test_any_number_of_ranks_up_to_the_micro_batches_can_share_them() -> None:
 
 def test_wrong_accumulation_is_refused() -> None:
     plan = make_plan(catalogue_of(random_shards(1, 4, 80)), reader_config(), 0)
-    assert audio_per_step_check(plan, 2, 2).asked == 64
+    assert audio_per_step_check(plan, 2, 2).configured == 64
     with pytest.raises(ConfigError, match="must accumulate 2 steps"):
         audio_per_step_check(plan, 2, 1)
 

@@ -45,15 +45,15 @@ def test_mixed_hours_equal_those_of_the_epoch() -> None:
 @pytest.mark.parametrize("limit", [1, 2, 3, 17, 100, 1000])
 @pytest.mark.parametrize("start", [1, 10, 5000])
 def test_bisection_finds_nearly_the_limit_and_never_exceeds_it(limit: int, start: int) -> None:
-    asked = []
+    requests = []
 
     def fits(rows: int) -> bool:
-        asked.append(rows)
+        requests.append(rows)
         return rows <= limit
 
     found = most_rows(fits, start)
     assert limit - max(1, 0.06 * limit) <= found <= limit
-    assert len(asked) < 30
+    assert len(requests) < 30
 
 
 def test_caps_hold_at_every_length_and_too_little_memory_is_an_error() -> None:

@@ -39,7 +39,7 @@ HOSTILE = [
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """Returns the list of commands that would be sent to SLURM."""
     commands: list[tuple[str, ...]] = []
     monkeypatch.setattr(slurm, "ask", lambda *command: commands.append(command) or "")
@@ -47,22 +47,22 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("handle", HOSTILE)
-def test_malformed_slurm_job_ids_are_refused(handle: str, asked: list[tuple[str, ...]]) -> None:
+def test_malformed_slurm_job_ids_are_refused(handle: str, sent: list[tuple[str, ...]]) -> None:
     submitter = SlurmSubmitter(SlurmConfig())
     for use in (submitter.cancel, submitter.status, submitter.requeue):
         with pytest.raises(SlurmError, match="must be the id of a SLURM job"):
             use(handle)
-    assert not asked
+    assert not sent
 
 
 @pytest.mark.parametrize("handle", ["7", "1234567", "12_0", "12_3999"])
-def test_slurm_job_and_array_task_ids_are_accepted(handle: str, asked: list[tuple[str, ...]]) -> None:
+def test_slurm_job_and_array_task_ids_are_accepted(handle: str, sent: list[tuple[str, ...]]) -> None:
     submitter = SlurmSubmitter(SlurmConfig())
     submitter.cancel(handle)
     submitter.status(handle)
     submitter.requeue(handle)
-    assert asked[0] == ("scancel", "--", handle)
-    assert all(handle in command[-1] or f"--jobs={handle}" in command for command in asked)
+    assert sent[0] == ("scancel", "--", handle)
+    assert all(handle in command[-1] or f"--jobs={handle}" in command for command in sent)
 
 
 @pytest.mark.parametrize("handle", ["../nodes", "a/b", "-x", "", "a b", "a?b=c", "a#b", "a" * 101])

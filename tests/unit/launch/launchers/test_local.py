@@ -78,7 +78,7 @@ def test_a_failed_rank_ends_all_ranks_and_its_log_is_quoted(
 ) -> None:
     assert attend(submit("fail"), tmp_path, 5, LocalConfig(processes=2)) == 1
     said = capsys.readouterr().err
-    assert "rank 1 did not like its data" in said
+    assert "rank 1 cannot read its data" in said
     assert "rank_1.log" in said
     assert not alive(tmp_path / "pid_0")
     assert not alive(tmp_path / "helper_0")

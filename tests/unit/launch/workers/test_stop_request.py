@@ -20,13 +20,13 @@ def test_a_request_for_an_older_start_does_not_stop_a_newer_one(
     assert stop_requested(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "asked"), [(b"", True), (b" \n", True), (b"\xff", False), (b"mine\n", True)])
+@pytest.mark.parametrize(("content", "requested"), [(b"", True), (b" \n", True), (b"\xff", False), (b"mine\n", True)])
 def test_a_file_created_by_hand_stops_every_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, asked: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, requested: bool
 ) -> None:
     monkeypatch.setenv(START_ID, "mine")
     (tmp_path / STOP_FILE).write_bytes(content)
-    assert stop_requested(tmp_path) is asked
+    assert stop_requested(tmp_path) is requested
 
 
 def test_a_rank_without_a_launcher_ignores_requests_for_a_specific_start(

@@ -68,14 +68,14 @@ def test_a_missing_input_of_the_last_step_is_reported_before_the_first_step(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AURICLE_SPEECH")
     for switches in ([], ["--dry-run"]):
-        asked = ["pipeline", "folder=work", CORPUS, "pretrain.objective=best_rq", *switches]
-        assert main.main(asked) == ExitCode.USAGE
+        arguments = ["pipeline", "folder=work", CORPUS, "pretrain.objective=best_rq", *switches]
+        assert main.main(arguments) == ExitCode.USAGE
         said = capsys.readouterr().err
         assert "manifest=" in said
         assert "AURICLE_SPEECH" in said
-        assert main.main([*asked, "evaluate.manifest=nowhere.tsv"]) == ExitCode.USAGE
+        assert main.main([*arguments, "evaluate.manifest=nowhere.tsv"]) == ExitCode.USAGE
         assert "manifest=nowhere.tsv: there is no such file" in capsys.readouterr().err
-        assert main.main([*asked, f"evaluate.manifest={tmp_path}"]) == ExitCode.USAGE
+        assert main.main([*arguments, f"evaluate.manifest={tmp_path}"]) == ExitCode.USAGE
         assert "is a folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

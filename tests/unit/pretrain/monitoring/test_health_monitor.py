@@ -31,13 +31,13 @@ from tests.support.planted_failures import (
     Plant,
     break_stem,
     config,
-    drown,
     events,
-    leave_out,
     one_code,
     run,
     same_prediction,
     same_target,
+    shrink_rank,
+    skip_last_micro_batch,
     zero_stem,
 )
 from tests.support.synthetic_reader import SyntheticReader
@@ -112,7 +112,7 @@ def test_a_planted_failure_is_caught(
 
 
 def test_a_falling_effective_rank_is_caught(tmp_path: Path) -> None:
-    run(tmp_path, config(36), drown)
+    run(tmp_path, config(36), shrink_rank)
     caught = [event for event in events(tmp_path) if event["detector"].endswith("rank")]
     assert {event["detector"] for event in caught} >= {"layer_1 rank"}
     assert PLANTED <= caught[0]["since"] <= caught[0]["step"] <= PLANTED + 6
@@ -208,7 +208,7 @@ def test_a_wrong_amount_of_audio_per_update_is_caught(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_skips_a_micro_batch_is_caught(tmp_path: Path) -> None:
-    run(tmp_path, config(40), leave_out)
+    run(tmp_path, config(40), skip_last_micro_batch)
     caught = next(event for event in events(tmp_path) if event["detector"] == "audio per update")
     assert PLANTED <= caught["since"] <= caught["step"] <= PLANTED + 5 + 3 * 2
     rows = read_rows(tmp_path / "metrics.jsonl")
@@ -218,9 +218,9 @@ def test_an_engine_that_skips_a_micro_batch_is_caught(tmp_path: Path) -> None:
 def test_metrics_rows_at_a_longer_interval_include_all_updates(tmp_path: Path) -> None:
     spikes = (PLANTED, PLANTED + 4)
     often = {"steps": 40, "checkpoint_every": 10, "keep_last": 20}
-    run(tmp_path / "each", config(40, train=often), louder=spikes)
-    run(tmp_path / "tenth", config(25, train=often | {"steps": 25, "log_every": 10}), louder=spikes)
-    run(tmp_path / "tenth", config(40, train=often | {"log_every": 10}), louder=spikes)
+    run(tmp_path / "each", config(40, train=often), scaled=spikes)
+    run(tmp_path / "tenth", config(25, train=often | {"steps": 25, "log_every": 10}), scaled=spikes)
+    run(tmp_path / "tenth", config(40, train=often | {"log_every": 10}), scaled=spikes)
     each, tenth = read_rows(tmp_path / "each" / "metrics.jsonl"), read_rows(tmp_path / "tenth" / "metrics.jsonl")
     heard = list(itertools.accumulate(row["data/audio_seconds"] for row in each))
     assert [row["data/audio_hours"] for row in tenth] == pytest.approx([heard[row["step"] - 1] / 3600 for row in tenth])
@@ -240,7 +240,7 @@ def test_a_probe_that_gets_worse_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_spike_is_skipped_and_its_batch_saved(tmp_path: Path) -> None:
-    spiked = run(tmp_path, config(PLANTED + 1), louder=(PLANTED,))
+    spiked = run(tmp_path, config(PLANTED + 1), scaled=(PLANTED,))
     assert read_rows(tmp_path / "metrics.jsonl")[-1]["health/skipped"] == 1.0
     assert [event["detector"] for event in events(tmp_path) if event["step"] == PLANTED] == ["gradient spike"]
     one_less = run(tmp_path / "short", config(PLANTED))
@@ -348,10 +348,10 @@ def test_the_number_of_rollbacks_is_limited(tmp_path: Path) -> None:
 
 def test_a_resumed_run_skips_the_same_updates(tmp_path: Path) -> None:
     spikes = (PLANTED, PLANTED + 4)
-    whole = run(tmp_path / "whole", config(PLANTED + 6), louder=spikes)
+    whole = run(tmp_path / "whole", config(PLANTED + 6), scaled=spikes)
     rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
     assert [row["step"] - 1 for row in rows if row["health/skipped"]] == list(spikes)
-    run(tmp_path / "parts", config(PLANTED + 2, schedule={"name": "constant", "warmup_steps": 2}), louder=spikes)
-    resumed = run(tmp_path / "parts", config(PLANTED + 6), louder=spikes)
+    run(tmp_path / "parts", config(PLANTED + 2, schedule={"name": "constant", "warmup_steps": 2}), scaled=spikes)
+    resumed = run(tmp_path / "parts", config(PLANTED + 6), scaled=spikes)
     expected = dict(whole.tensors())
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.tensors())

@@ -1,4 +1,4 @@
-"""Recordings that are valid and unusual, or damaged in a known way, as bytes; each is made here from raw samples."""
+"""Builds recordings that are valid but unusual, or damaged in a known way, from raw samples; returns their bytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.support.sounds import sound
 
 
 def tone(seconds: float, hertz: float, rate: int = 16_000, level: float = 0.3) -> np.ndarray:
-    """A sine, float32."""
+    """Returns a sine, float32."""
     return (level * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
 def tone_level(wave: np.ndarray, hertz: float, rate: int = 16_000) -> float:
-    """Amplitude of a sine of that frequency in a stretch of audio."""
+    """Returns the amplitude of a sine of this frequency in a piece of audio."""
     window = np.hanning(len(wave))
     turns = np.exp(-2j * np.pi * hertz * np.arange(len(wave)) / rate)
     return float(2 * np.abs((wave * window * turns).sum()) / window.sum())
@@ -28,7 +28,7 @@ def tone_level(wave: np.ndarray, hertz: float, rate: int = 16_000) -> float:
 def written(
     wave: np.ndarray, rate: int = 16_000, form: str = "WAV", subtype: str = "PCM_16", endian: str = ""
 ) -> bytes:
-    """A file by libsndfile."""
+    """Encodes with libsndfile; returns the file's bytes."""
     buffer = io.BytesIO()
     soundfile.write(buffer, wave, rate, format=form, subtype=subtype, endian=endian or None)
     return buffer.getvalue()
@@ -42,7 +42,7 @@ def encoded(
     bit_rate: int = 0,
     options: dict[str, str] | None = None,
 ) -> bytes:
-    """A file by FFmpeg: pieces of audio that begin at the given seconds."""
+    """Encodes pieces of audio that begin at the given seconds with FFmpeg; returns the file's bytes."""
     import av
 
     buffer = io.BytesIO()
@@ -67,13 +67,13 @@ def encoded(
 
 
 def mp3(seconds: float, rate: int = 16_000, kbps: int = 64, header: bool = True, hertz: float = 440) -> bytes:
-    """An MP3 file, with or without a Xing/Info frame."""
+    """Returns an MP3 file, with or without a Xing/Info frame."""
     options = {"write_xing": str(int(header)), "id3v2_version": "0"}
     return encoded([(0, tone(seconds, hertz, rate))], "mp3", "libmp3lame", rate, 1_000 * kbps, options)
 
 
 def wav_with_size(wave: np.ndarray, size: int, riff_size: int | None = None) -> bytes:
-    """A WAV file whose data chunk states `size` bytes, as a program writes that cannot seek back."""
+    """Returns a WAV file whose data chunk states `size` bytes, like that of a program that cannot seek back."""
     good = bytearray(written(wave))
     good[40:44] = struct.pack("<I", size)
     good[4:8] = struct.pack("<I", (size + 36 if riff_size is None else riff_size) & 0xFFFFFFFF)
@@ -81,7 +81,7 @@ def wav_with_size(wave: np.ndarray, size: int, riff_size: int | None = None) -> 
 
 
 def pages(ogg: bytes) -> list[bytes]:
-    """The pages of an Ogg file."""
+    """Returns the pages of an Ogg file."""
     found, at = [], 0
     while at < len(ogg):
         end = at + 27 + ogg[at + 26] + sum(ogg[at + 27 : at + 27 + ogg[at + 26]])
@@ -91,14 +91,14 @@ def pages(ogg: bytes) -> list[bytes]:
 
 
 def opus_with_rate(ogg: bytes, rate: int) -> bytes:
-    """The same Ogg Opus file with another rate in its OpusHead."""
+    """Returns the Ogg Opus file with another rate in its OpusHead."""
     first, *rest = pages(ogg)
     at = first.index(b"OpusHead") + 12
     return b"".join([with_checksum(first[:at] + struct.pack("<I", rate) + first[at + 4 :]), *rest])
 
 
 def flac_with_total(flac: bytes, total: int) -> bytes:
-    """The same FLAC file with another number of samples in its STREAMINFO."""
+    """Returns the FLAC file with another number of samples in its STREAMINFO."""
     fields = int.from_bytes(flac[18:26], "big") >> 36 << 36 | total
     return flac[:18] + fields.to_bytes(8, "big") + flac[26:]
 
@@ -111,18 +111,18 @@ def flac_frames(flac: bytes) -> list[int]:
         at += 4 + int.from_bytes(flac[at + 1 : at + 4], "big")
     starts = [at]
     while (at := flac.find(flac[starts[0] : starts[0] + 2], at + 2)) >= 0:
-        if flac[at + 4] == len(starts):  # good for up to 127 frames
+        if flac[at + 4] == len(starts):  # valid for up to 127 frames
             starts.append(at)
     return starts
 
 
 def flac_with_junk(flac: bytes) -> bytes:
-    """A FLAC file with bytes between two frames: libFLAC loses sync and stops, FFmpeg continues."""
+    """Inserts bytes between two frames of a FLAC file: libFLAC loses sync and stops, FFmpeg continues."""
     starts = flac_frames(flac)
     middle = starts[len(starts) // 2]
     return flac[:middle] + b"\x00\x01\x02\x03" * 3 + flac[middle:]
 
 
 def speech_like(seconds: float, name: str = "odd") -> np.ndarray:
-    """Bursts of noise, float32 at 16 kHz."""
+    """Returns bursts of noise, float32 at 16 kHz."""
     return sound(name, seconds)

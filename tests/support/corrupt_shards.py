@@ -1,4 +1,4 @@
-"""Faults in shards: members whose content is broken or claims more than there is."""
+"""Plants faults in shards: members whose content is damaged or shorter than stated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_pipeline.core.types import SAMPLE_RATE
 
 
 def overwrite_member(tar: Path, name: str, content: bytes) -> None:
-    """Puts `content` over the first bytes of a member; its size and place stay."""
+    """Overwrites the first bytes of a member with `content`; its size and position do not change."""
     with tarfile.open(tar) as opened:
         info = opened.getmember(name)
     with tar.open("rb+") as file:
@@ -25,7 +25,7 @@ def overwrite_member(tar: Path, name: str, content: bytes) -> None:
 
 
 def silent_flac(seconds: int) -> bytes:
-    """Digital silence: a few bytes a second."""
+    """Returns digital silence as FLAC, a few bytes per second."""
     buffer = io.BytesIO()
     with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "PCM_16", format="FLAC") as file:
         block = np.zeros(60 * SAMPLE_RATE, np.int16)
@@ -35,7 +35,7 @@ def silent_flac(seconds: int) -> bytes:
 
 
 def replace_audio(root: Path, shard: str, audio: bytes, n_samples: int = SAMPLE_RATE) -> None:
-    """Makes `audio` the only sample of a shard of one sample; index and record claim `n_samples`."""
+    """Makes `audio` the only sample of a shard of one sample; index and record state `n_samples`."""
     tar = root / f"{shard}.tar"
     table = pq.read_table(root / f"{shard}.parquet")
     [row] = table.to_pylist()

@@ -1,4 +1,4 @@
-"""Corpora with the oddities that real ones have: rows that cannot be used, spans, missing files, other spellings."""
+"""Builds corpora with the irregularities of real ones: unusable rows, spans, missing files, varying column names."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.support.sounds import sound, write_corpus
 
 
 def jsonl(path: Path, rows: Iterable[Mapping[str, Any] | str]) -> Path:
-    """Writes a JSON-lines manifest; text among the rows is written as it is."""
+    """Writes a JSON-lines manifest; rows that are texts are written unchanged."""
     lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
 def one_recording(folder: Path, rows: Iterable[Mapping[str, Any] | str], seconds: float = 20.0) -> Path:
-    """A manifest whose rows are about long.flac, which it writes; each row gets `audio_filepath`."""
+    """Writes long.flac and a manifest whose rows refer to it by `audio_filepath`; returns the manifest."""
     write_corpus(folder, {"long.flac": seconds})
     named = (row if isinstance(row, str) else {"audio_filepath": "long.flac", **row} for row in rows)
     return jsonl(folder / "set.jsonl", named)
@@ -51,12 +51,12 @@ def read_rows(path: Path, **config: Any) -> Discovered:
 
 
 def reasons(found: Discovered) -> list[tuple[int, str]]:
-    """(row, reason) of each reject, by row."""
+    """Returns (row, reason) of each reject, by row."""
     return sorted((reject.row, reject.reason) for reject in found.rejects)
 
 
 def samples_of(out: Path, corpus: Mapping[str, Any], **config: Any) -> list[tuple[dict[str, Any], np.ndarray]]:
-    """Processes a corpus as one unit: the JSON and the audio of each sample, by recording and start."""
+    """Processes a corpus as one unit; returns the JSON and the audio of each sample, by recording and start."""
     made: PreprocessConfig = load(PreprocessConfig, {"out": str(out), "corpus": dict(corpus), **config})
     process_unit(WorkUnit("0" * 16, tuple(discover(made.corpus).files)), made)
     found = []
@@ -69,13 +69,13 @@ def samples_of(out: Path, corpus: Mapping[str, Any], **config: Any) -> list[tupl
 
 
 def record_of(out: Path) -> DoneRecord:
-    """The record of a data set of one unit."""
+    """Returns the record of a data set of one unit."""
     [record] = finished_units(str(out))
     return record
 
 
 def common_voice(folder: Path, clips: Iterable[str], rows: Iterable[tuple[str, str]]) -> Path:
-    """A locale with these clips on disk and one table, train.tsv, of (path, sentence)."""
+    """Writes a locale with these clips and one table, train.tsv, of (path, sentence); returns its folder."""
     write_corpus(folder / "clips", dict.fromkeys(clips, 0.2))
     lines = ["client_id\tpath\tsentence\tlocale", *(f"x\t{path}\t{text}\tde" for path, text in rows)]
     (folder / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -83,12 +83,12 @@ def common_voice(folder: Path, clips: Iterable[str], rows: Iterable[tuple[str, s
 
 
 def gigaspeech(folder: Path, audios: Iterable[Mapping[str, Any]], seconds: Mapping[str, float]) -> Path:
-    """A GigaSpeech folder with these recordings on disk and a table of `audios`."""
+    """Writes a GigaSpeech folder with these recordings and a table of `audios`; returns it."""
     write_corpus(folder, seconds)
     (folder / "GigaSpeech.json").write_text(json.dumps({"language": "EN", "audios": list(audios)}))
     return folder
 
 
 def giga_segment(begin: float, end: float, text: str = "WORDS", subsets: Iterable[str] = ("{S}",)) -> dict[str, Any]:
-    """A segment as GigaSpeech's table has it."""
+    """Returns a segment in the format of GigaSpeech's table."""
     return {"sid": f"s{begin}", "begin_time": begin, "end_time": end, "text_tn": text, "subsets": list(subsets)}
