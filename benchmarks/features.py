@@ -45,14 +45,14 @@ def fastest(device: str, *works: Callable[[], Any]) -> list[float]:
 
 
 def low_passed(length: int) -> np.ndarray:
-    """Noise below 6 kHz at 16 kHz, where resamplers with different transition bands may agree."""
+    """Returns noise below 6 kHz at 16 kHz, where resamplers with different transition bands can agree."""
     spectrum = np.fft.rfft(np.random.default_rng(0).standard_normal(length) * 0.1)
     spectrum[round(length * 6 / 16) :] = 0
     return np.fft.irfft(spectrum, length).astype(np.float32)
 
 
 def features(device: str) -> dict[str, tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    """name → (in use, the product's way, the alternative); both return comparable results."""
+    """Returns name → (in use, auricle's function, the alternative); both functions return comparable results."""
     wave_BT = 0.1 * torch.randn(8, SECONDS * 16_000, generator=torch.Generator().manual_seed(0)).to(device)
     lengths_B = torch.full((8,), wave_BT.shape[1], device=device)
     mel = LogMel(normalize="fixed").to(device)
@@ -96,7 +96,7 @@ def features(device: str) -> dict[str, tuple[str, Callable[[], Any], Callable[[]
 
 
 def resampling() -> dict[str, tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    """soxr beside torchaudio's default filter and one as steep as soxr's (librosa's "kaiser_best")."""
+    """Returns soxr, and torchaudio's default filter and one as steep as soxr's (librosa's "kaiser_best")."""
     best = {"lowpass_filter_width": 64, "rolloff": 0.9475937167, "resampling_method": "sinc_interp_kaiser"}
     found: dict[str, tuple[str, Callable[[], Any], Callable[[], Any]]] = {}
     for name, options in (("default filter", {}), ("kaiser_best filter", {**best, "beta": 14.769656459})):

@@ -75,7 +75,7 @@ def _bare_one(path: str) -> int:
 
 
 def bare(corpus: Path, out: Path, cores: int) -> None:
-    """Decode, resample, encode; nothing else."""
+    """Decodes, resamples and encodes, without further processing."""
     with multiprocessing.Pool(cores) as pool:
         for _ in pool.imap_unordered(_bare_one, map(str, sorted(corpus.iterdir())), chunksize=32):
             pass
@@ -100,12 +100,12 @@ def ours(corpus: Path, out: Path, cores: int, copy_flac: bool = True) -> None:
 
 
 def ours_encoding_all(corpus: Path, out: Path, cores: int) -> None:
-    """The same without taking 16 kHz FLAC as it is."""
+    """Runs the same without copying 16 kHz FLAC."""
     ours(corpus, out, cores, copy_flac=False)
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a file is mono, at 16 kHz, and lasts between 6 s and 20 s."""
+    """Returns whether a file is mono, at 16 kHz, and lasts 6 s to 20 s."""
     found = soundfile.info(path)
     return found.samplerate == RATE and found.channels == 1 and 6 <= found.duration <= 20
 
@@ -152,7 +152,7 @@ class CpuMeter:
 
 
 def long_file(hours: float, folder: Path) -> dict[str, float]:
-    """Peak memory of one worker process for a recording of so many hours."""
+    """Measures the peak memory of one worker process for a recording of this many hours."""
     corpus = folder / "long"
     corpus.mkdir()
     noise = (np.random.default_rng(0).standard_normal(RATE * 60) * 500).astype(np.int16)

@@ -161,7 +161,7 @@ def ours(root: Path, workers: int, resume: bool) -> Iterator[Delivered]:
 
 
 def pad(waves: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a plain collate function does."""
+    """Pads a batch, like a plain collate function."""
     out = torch.zeros(len(waves), max(map(len, waves)))
     for line, wave in zip(out, waves, strict=True):
         line[: len(wave)] = torch.from_numpy(wave)
@@ -262,7 +262,7 @@ def lhotse_bucketing(root: Path, workers: int) -> Iterator[Delivered]:
 
 
 def measure(make: Callable[[], Iterator[Delivered]], seconds: float) -> tuple[float, Delivered, float, float]:
-    """Time to the first batch; then what came in so many seconds, wall and CPU (all processes)."""
+    """Measures the time to the first batch, then the audio read in some seconds, wall and CPU (all processes)."""
     start = time.perf_counter()
     batches = make()
     next(batches)

@@ -91,7 +91,7 @@ CTX = StepContext(seed=0, step=0)
 
 
 def speech_batch(size: int, seconds: float, device: str) -> Batch:
-    """Noise with a slow envelope: the values do not matter for speed, the shape does."""
+    """Returns noise with a slow envelope; its values do not affect the speed, its shape does."""
     generator = torch.Generator().manual_seed(0)
     wave_BT = 0.1 * torch.randn(size, int(seconds * 16_000), generator=generator)
     lengths_B = torch.full((size,), wave_BT.shape[1])
@@ -123,7 +123,7 @@ def our_step(module: TrainModule, batch: Batch) -> Callable[[int], float]:
 
 
 def their_inputs(module: TrainModule, batch: Batch, ctx: StepContext) -> dict[str, torch.Tensor]:
-    """Our mask and negatives as transformers' arguments."""
+    """Converts auricle's mask and negatives to transformers' arguments."""
     plan = module.objective.prepare(module.model, batch, ctx)
     assert isinstance(plan, ContrastivePlan)
     B, F = plan.mask.mask_BF.shape
@@ -172,7 +172,7 @@ def torchaudio_hubert(device: str) -> Any:
 
 
 def torchaudio_step(model: Any, module: TrainModule, batch: Batch, precision: str) -> Callable[[int], float]:
-    """Our mask instead of the one that torchaudio would draw within the time that counts."""
+    """Returns a step with auricle's mask instead of one that torchaudio would draw in the measured time."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.98), 1e-6, fused=True)
     mask_BF = module.objective.prepare(module.model, batch, CTX).mask.mask_BF
     labels_BF = batch.targets["units"][:, : mask_BF.shape[1]]
@@ -218,7 +218,7 @@ def contrastive_losses(module: TrainModule, model: Any, batch: Batch) -> tuple[f
 
 
 def seconds_per_step(step: Callable[[int], float], steps: int, warm_up: int, device: str) -> tuple[float, float]:
-    """Median wall time of a step, and its CPU time over all threads, which a busy machine disturbs less."""
+    """Measures the median wall time of a step, and its CPU time over all threads, which a busy machine affects less."""
     wall, cpu = [], []
     for number in range(warm_up + steps):
         started, used = time.perf_counter(), time.process_time()

@@ -48,7 +48,7 @@ def learning_rate(
 
 
 def _planned(optimizer: OptimizerConfig, schedule: ScheduleConfig, total_steps: int, step: int) -> float:
-    """The rate without regard to resumes.
+    """Returns the planned rate, without resumes.
 
     linear, cosine: warm up, then decay to `final_scale` at `total_steps`. tri_stage (wav2vec 2.0 fine-tuning,
     data2vec): warm up, hold, exponential decay (1 % of the peak when `final_scale` is 0). noam (Vaswani et al.

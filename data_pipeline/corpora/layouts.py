@@ -55,7 +55,7 @@ class Layout:
 
 
 def librispeech(corpus: LibriSpeechCorpus, names: Set[str]) -> Layout:
-    """LibriSpeech (Panayotov et al. 2015)."""
+    """Reads the layout of LibriSpeech (Panayotov et al. 2015)."""
     store, words, rejects = FileStore(corpus.path), dict[str, str](), list[Reject]()
     for table in sorted(name for name in names if name.endswith(".trans.txt")):
         folder = table.rpartition("/")[0]
@@ -77,7 +77,7 @@ def librispeech(corpus: LibriSpeechCorpus, names: Set[str]) -> Layout:
 
 
 def mls(corpus: MlsCorpus, names: Set[str]) -> Layout:
-    """Multilingual LibriSpeech (Pratap et al. 2020), as FLAC or in its Opus distribution."""
+    """Reads the layout of Multilingual LibriSpeech (Pratap et al. 2020), as FLAC or in its Opus distribution."""
     store = FileStore(corpus.path)
     folder = PurePosixPath(corpus.path.rstrip("/")).name
     language = corpus.language or folder.removeprefix("mls_").removesuffix("_opus")
@@ -104,7 +104,7 @@ def mls(corpus: MlsCorpus, names: Set[str]) -> Layout:
 
 
 def common_voice(corpus: CommonVoiceCorpus, names: Set[str]) -> Layout:
-    """Common Voice (Ardila et al. 2020). Raises ConfigError if a table is missing."""
+    """Reads the layout of Common Voice (Ardila et al. 2020). Raises ConfigError if a table is missing."""
     store, rejects = FileStore(corpus.path), list[Reject]()
     clips: dict[str, About] = {}
     by_stem: dict[str, list[str]] = defaultdict(list)
@@ -138,7 +138,7 @@ def common_voice(corpus: CommonVoiceCorpus, names: Set[str]) -> Layout:
 
 
 def voxpopuli(corpus: VoxPopuliCorpus, names: Set[str]) -> Layout:
-    """VoxPopuli (Wang et al. 2021)."""
+    """Reads the layout of VoxPopuli (Wang et al. 2021)."""
     store, known, rejects = FileStore(corpus.path), dict[tuple[str, str], About](), list[Reject]()
     pattern = re.compile(r"([^/]+)/[^/]+/([^/]+)\.(?:ogg|opus|wav|flac)")
     matches = (pattern.fullmatch(name) for name in names)
@@ -173,7 +173,7 @@ def voxpopuli(corpus: VoxPopuliCorpus, names: Set[str]) -> Layout:
 
 
 def gigaspeech(corpus: GigaSpeechCorpus, names: Set[str]) -> Layout:
-    """GigaSpeech (Chen et al. 2021). Samples are its segments, chosen by their own subsets."""
+    """Reads the layout of GigaSpeech (Chen et al. 2021). Samples are its segments, selected by their subsets."""
     store = FileStore(corpus.path)
     if "GigaSpeech.json" not in names:
         raise ConfigError(f"corpus.path={corpus.path}: holds no GigaSpeech.json")

@@ -46,7 +46,7 @@ class Progress:
 
     @staticmethod
     def parse(text: str) -> Progress:
-        """Inverse of `str`. Raises ValueError."""
+        """Parses the result of `str`. Raises ValueError."""
         checkpoint, starts = text.split()
         return Progress(int(checkpoint), int(starts))
 

@@ -23,7 +23,18 @@ PER_PHONE, RESAMPLINGS, UNITS, MAX_FRAMES = 3, 500, 100, 20_000
 def abx(
     encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
 ) -> Found:
-    """Measures the phone ABX error within and across speakers, with intervals over speakers."""
+    """Measures the phone ABX error of each layer within and across speakers, with intervals over speakers.
+
+    Args:
+        encoder: computes the features.
+        part: utterances of the evaluated split.
+        phones: alignment of each utterance, by name.
+        classes: index of each phone.
+        waves: decoded audio.
+
+    Raises:
+        ValueError: the utterances give no triple.
+    """
     tokens: list[tuple[str, str, np.ndarray]] = []
     for utterance in part:
         x_LFD = encoder.encode(waves(utterance)).float().numpy()
@@ -47,7 +58,10 @@ def abx(
 def pnmi(
     encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
 ) -> Found:
-    """Computes PNMI and purities of k-means units of each layer with the phones, without frames of silence."""
+    """Computes PNMI and purities of k-means units of each layer with the phones, without frames of silence.
+
+    See `abx` for the arguments.
+    """
     from sklearn.cluster import MiniBatchKMeans
 
     frames = phone_frames(encoder, part, phones, classes, waves)
@@ -68,7 +82,7 @@ def pnmi(
 def rankme(
     encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
 ) -> Found:
-    """Measures the effective rank of each layer (RankMe, arXiv 2210.02885)."""
+    """Measures the effective rank of each layer (RankMe, arXiv 2210.02885). See `abx` for the arguments."""
     frames = phone_frames(encoder, part, phones, classes, waves)
     kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // 4096)].float().numpy()
     return [(f"RankMe, layer {layer}", point(rank_me(kept[:, layer]))) for layer in range(kept.shape[1])]

@@ -87,7 +87,13 @@ def read_phones(alignment: Path) -> dict[str, list[Interval]]:
 
 
 def grid_labels(intervals: Sequence[Interval], seconds: float, rate_hz: float) -> list[str]:
-    """Returns the phone at the centre of each of floor(seconds · rate_hz) cells of a grid; "" if there is none."""
+    """Returns the phone at the centre of each of floor(seconds · rate_hz) cells of a grid; "" if there is none.
+
+    Args:
+        intervals: the utterance's phones, in order.
+        seconds: its duration.
+        rate_hz: cells per second.
+    """
     labels = [""] * int(seconds * rate_hz)
     for interval in intervals:
         first = int(np.ceil(interval.start * rate_hz - 0.5))

@@ -99,7 +99,15 @@ class Probe:
 
 
 def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int) -> View:
-    """Returns the view with the best accuracy on `valid`, with probes fitted to every third vector."""
+    """Chooses scaling and layers of the probe by the accuracy on `valid`, with probes fitted to every third vector.
+
+    Args:
+        train: (N, L, D) features and labels to fit.
+        valid: those of the validation speakers.
+        classes: number of classes.
+        config: settings of the optimiser.
+        seed: seed of the initial weights and of the order of vectors.
+    """
     some = Labelled(train.x_NLD[::3], train.y_N[::3], train.speaker_N[::3], train.speakers)
     everything = tuple(range(train.x_NLD.shape[1]))
     selections = [everything, *((layer,) for layer in everything)] if len(everything) > 1 else [everything]

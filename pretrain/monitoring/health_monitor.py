@@ -108,7 +108,17 @@ class HealthMonitor:
     # before an update
 
     def begin(self, ctx: StepContext, step: Step, waited: float, stop_requested: bool) -> RankSignals:
-        """Prepares the observation of the next update; returns this rank's signals to the other ranks."""
+        """Prepares the observation of the next update.
+
+        Args:
+            ctx: seed and step.
+            step: this rank's micro-batches.
+            waited: seconds that this rank waited for them.
+            stop_requested: whether this rank was requested to stop.
+
+        Returns:
+            This rank's signals to the other ranks.
+        """
         self._record = self._objective.monitoring()
         segments, keys = 0, list[str]()
         if ctx.step % self.settings.every == 0:
@@ -157,6 +167,11 @@ class HealthMonitor:
     def diverged(self, error: FloatingPointError, ctx: StepContext, batches: Sequence[Batch]) -> int:
         """Saves the batches of a non-finite update for `auricle replay`.
 
+        Args:
+            error: the engine's error.
+            ctx: seed and step of the update.
+            batches: this rank's micro-batches.
+
         Returns:
             The step to roll back before.
 
@@ -177,6 +192,12 @@ class HealthMonitor:
 
     def after(self, ctx: StepContext, result: StepResult, step: Step, seconds: float) -> None:
         """Records one finished update.
+
+        Args:
+            ctx: seed and step of the update.
+            result: the sums over all ranks.
+            step: this rank's micro-batches.
+            seconds: wall time of the step.
 
         Raises:
             UnhealthyError: on every rank, if a task had no target for too long.

@@ -141,7 +141,7 @@ class MetricsWriter:
             self._board.write(lambda board: add_snapshot(board, snapshot, step))
 
     def _is_due(self, step: int, every: int) -> bool:
-        """Whether `step` is the first logged one of its interval."""
+        """Returns whether `step` is the first logged step of its interval."""
         log_every = self._config.train.log_every
         return step % log_every == 0 and step % every < log_every
 

@@ -188,7 +188,16 @@ class Data2Vec2(Objective):
 
 
 def on_grid(x_RKD: Tensor, index_RKD: Tensor, width: int) -> Tensor:
-    """Scatters (R, K, D) visible frames to their times: (R, width, D) with zeros between them."""
+    """Scatters visible frames to their times.
+
+    Args:
+        x_RKD: (R, K, D) visible frames.
+        index_RKD: int64 time of each, repeated over D.
+        width: number of frames F of the result.
+
+    Returns:
+        (R, width, D), zero at the other frames.
+    """
     return x_RKD.new_zeros(len(x_RKD), width, x_RKD.shape[2]).scatter_add(1, index_RKD, x_RKD)
 
 

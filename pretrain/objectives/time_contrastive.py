@@ -216,6 +216,11 @@ def partners(lengths_R: Tensor, speed_B: Tensor, width: int) -> Tensor:
     """Returns for each frame the index into R·width of the frame of the other view at the same instant, (R, width).
 
     The middle of frame f, at f + ½ frames, is at (f + ½) / speed in the faster view, limited to that view's last frame.
+
+    Args:
+        lengths_R: frames of each row: the originals, then the other views.
+        speed_B: speed of each of the B other views.
+        width: number of frames F of the padded views.
     """
     B = len(speed_B)
     middle_F = torch.arange(width, device=lengths_R.device) + 0.5

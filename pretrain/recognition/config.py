@@ -11,7 +11,7 @@ from data_pipeline.core.schema import about, config, refuse
 
 
 def _listed(value: object) -> object:
-    """One text as a list of one."""
+    """Converts a single text to a tuple of one."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 

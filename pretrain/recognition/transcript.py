@@ -135,7 +135,7 @@ def cues(words: Sequence[Word]) -> Iterator[list[Word]]:
 
 
 def _cue_text(cue: Sequence[Word]) -> str:
-    """The words in one line, or in two of about the same length where one is too long."""
+    """Returns the words in one line, or in two of about the same length if one is too long."""
     text = visible(" ".join(word.text for word in cue))
     if len(text) <= CUE_CHARACTERS // 2:
         return text
@@ -147,7 +147,7 @@ def _cue_text(cue: Sequence[Word]) -> str:
 
 
 def _clock(seconds: float, point: str) -> str:
-    """HH:MM:SS and milliseconds."""
+    """Formats a time as HH:MM:SS and milliseconds."""
     milliseconds = round(1000 * seconds)
     whole, rest = divmod(milliseconds, 1000)
     return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}{point}{rest:03d}"

@@ -67,9 +67,16 @@ def contrast_logits(
 
 
 def contrastive_loss(logits_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross-entropy of entry 0 over valid rows, and the number of rows where it is the largest.
+    """Computes the loss and the hits of InfoNCE.
 
     Ties do not count as correct, unlike in fairseq: a constant prediction would always be right.
+
+    Args:
+        logits_BMK: (B, M, 1 + K), from `contrast_logits`.
+        valid_BM: True for rows that are masked frames.
+
+    Returns:
+        The summed cross-entropy of entry 0 over valid rows, and the number of valid rows in which it is the largest.
     """
     losses_BM = torch.logsumexp(logits_BMK, dim=2) - logits_BMK[:, :, 0]
     hits_BM = logits_BMK[:, :, 0] > logits_BMK[:, :, 1:].amax(2)
@@ -78,11 +85,18 @@ def contrastive_loss(logits_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def chance_levels(logits_BMK: Tensor, negatives_BMK: Tensor, valid_BM: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the summed loss of equal logits, and the summed probability that a uniform guess is right.
-
+    """Computes the chance levels of InfoNCE.
     Both depend on a frame's remaining negatives: those of its own cluster are excluded, and a short utterance has fewer
     distinct ones than were drawn. The loss is log(1 + n) for n negatives as drawn, the probability 1 / (1 + d) for d
     distinct ones.
+
+    Args:
+        logits_BMK: (B, M, 1 + K), from `contrast_logits`.
+        negatives_BMK: (B, M, K) positions within M.
+        valid_BM: True for rows that are masked frames.
+
+    Returns:
+        The loss of equal logits, and the probability that a uniform guess is right, each summed over valid rows.
     """
     real_BMK = torch.isfinite(logits_BMK[:, :, 1:])
     B, M, _ = logits_BMK.shape
@@ -94,7 +108,17 @@ def chance_levels(logits_BMK: Tensor, negatives_BMK: Tensor, valid_BM: Tensor) -
 
 @torch.no_grad()
 def nearest_units(predictions_ND: Tensor, targets_ND: Tensor, units_N: Tensor, mask: FrameMask) -> Tensor:
-    """Returns the unit of the target nearest to each frame's prediction among the masked frames of its row, (N,)."""
+    """Finds the target nearest to each frame's prediction among the masked frames of its row.
+
+    Args:
+        predictions_ND: predicted vectors of the N masked frames.
+        targets_ND: their targets.
+        units_N: int64 unit or cluster of each target.
+        mask: positions of the N frames.
+
+    Returns:
+        Units of the nearest targets, (N,) int64.
+    """
     found_N = torch.full_like(units_N, -1)
     for row_M, valid_M in zip(mask.row_BM, mask.valid_BM, strict=True):
         frames = row_M[valid_M]

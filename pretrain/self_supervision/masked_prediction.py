@@ -242,7 +242,17 @@ class MaskedUnits(Objective):
 
     @torch.no_grad()
     def find_units(self, model: SpeechModel, batch: Batch, mask: FrameMask, ctx: StepContext) -> FoundUnits:
-        """Returns the units of the masked frames from the clean audio; also collects frames for k-means when due."""
+        """Computes the units of the masked frames from the clean audio; also collects frames for k-means when due.
+
+        Args:
+            model: front end and encoder.
+            batch: one micro-batch, (B, T) audio.
+            mask: the N masked frames.
+            ctx: seed and step.
+
+        Returns:
+            (N,) units, and the (N, D) input of a fixed quantiser, if there is one.
+        """
         if self.teacher is not None and ctx.step >= self.units_config.relabel_step and self.layer_fit.due:
             was_training = model.training
             clean = model.eval()(batch.wave_BT, batch.lengths_B)

@@ -41,12 +41,22 @@ class FrameMask:
 
 
 def span_mask(length: int, prob: float, span: int, rng: np.random.Generator, min_spans: int = 2) -> np.ndarray:
-    """Returns the masked frames of one utterance, bool (length,), in spans that may overlap.
+    """Draws the masked frames of one utterance, in spans that may overlap.
 
     int(prob · length / span + U[0, 1)) spans, at least `min_spans`; starts without replacement, overlap allowed
     (fairseq `compute_mask_indices`, "static"). fairseq then trims all rows of a batch to the shortest count; this
     function does not, because a row's mask must not depend on its neighbours. Spans that cover the whole utterance
     leave one frame visible, so an utterance of one frame has no mask.
+
+    Args:
+        length: number of frames.
+        prob: share of frames in spans, counted before overlaps.
+        span: frames per span.
+        rng: generator of the draws.
+        min_spans: least number of spans.
+
+    Returns:
+        bool (length,), True where masked.
     """
     mask = np.zeros(length, dtype=bool)
     span = min(span, max(length - 1, 0))
@@ -70,10 +80,19 @@ def keep_one_visible(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def block_mask(length: int, share: float, block: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns the masked frames of one utterance, bool (length,), in blocks that do not overlap.
+    """Draws the masked frames of one utterance, in blocks that do not overlap.
 
     int(share · length / block + U[0, 1)) blocks, at least one, on a grid of `block` frames (SpeechBrain's BEST-RQ
     `compute_mask`). A mask that would cover the whole utterance leaves one frame visible.
+
+    Args:
+        length: number of frames.
+        share: share of masked frames.
+        block: frames per block.
+        rng: generator of the draws.
+
+    Returns:
+        bool (length,), True where masked.
     """
     mask = np.zeros(length, dtype=bool)
     block = min(block, max(length, 1))
@@ -87,13 +106,24 @@ def block_mask(length: int, share: float, block: int, rng: np.random.Generator) 
 def adjusted_block_mask(
     length: int, prob: float, adjust: float, block: int, rng: np.random.Generator, inverse: bool = False
 ) -> np.ndarray:
-    """Returns the masked frames of one utterance, bool (length,), in blocks that may overlap.
+    """Draws the masked frames of one utterance, in blocks that may overlap.
 
     Follows fairseq's `compute_block_mask_1d` (data2vec 2.0, arXiv 2212.07525, §3.2):
 
     int(length · (prob + adjust) / block) blocks around centres drawn with replacement, cut at the ends; then single
     frames are masked or unmasked until int(prob · length) are masked, at least one, and at least one is visible.
     `inverse`: the same for the visible frames, with 1 − prob.
+
+    Args:
+        length: number of frames.
+        prob: share of masked frames.
+        adjust: added to the share that blocks cover, against overlaps.
+        block: frames per block.
+        rng: generator of the draws.
+        inverse: whether blocks are of visible frames.
+
+    Returns:
+        bool (length,), True where masked.
     """
     share = 1 - prob if inverse else prob
     covered = np.zeros(length, dtype=bool)
@@ -110,7 +140,13 @@ def adjusted_block_mask(
 
 
 def pack_masks(masks: Sequence[np.ndarray], width: int, device: torch.device) -> FrameMask:
-    """Combines the masks of single utterances, of any lengths, to one FrameMask of `width` frames."""
+    """Combines the masks of utterances to the mask of a micro-batch.
+
+    Args:
+        masks: bool (length,) for each of B utterances, of any lengths.
+        width: number of frames F of the padded batch.
+        device: where the result is stored.
+    """
     mask_BF = np.zeros((len(masks), width), dtype=bool)
     for row, mask in enumerate(masks):
         mask_BF[row, : len(mask)] = mask
@@ -157,6 +193,12 @@ def draw_negatives(mask: FrameMask, keys: Sequence[str], ctx: StepContext, n_neg
 
     Drawn with replacement, without the frame itself (fairseq `sample_negatives`). Rows with one masked frame or none
     get position 0, the positive itself, which the loss excludes.
+
+    Args:
+        mask: the masked frames.
+        keys: keys of the B segments.
+        ctx: seed and step that key the draws.
+        n_negatives: K.
     """
     counts = mask.counts_B.tolist()
     drawn = np.zeros((len(keys), mask.row_BM.shape[1], n_negatives), dtype=np.int64)
@@ -173,7 +215,13 @@ def draw_span_mask(
 ) -> FrameMask:
     """Draws masks of spans, see `span_mask`; rows with fewer than `least` masked frames are not masked.
 
-    A contrastive objective needs 2, since a single masked frame has no negative.
+    Args:
+        frontend: for the number of frames of each utterance.
+        batch: one micro-batch.
+        ctx: seed and step that key the draws.
+        prob: share of frames in spans, counted before overlaps.
+        span: encoder frames per span.
+        least: fewest masked frames of a row. A contrastive objective needs 2: a single one has no negative.
     """
 
     def draw(length: int, rng: np.random.Generator) -> np.ndarray:
