@@ -78,11 +78,11 @@ def train(
 
             # update: count targets, forward and backward, reduce, apply (Engine.step)
             try:
-                check = monitor.may_begin if state.step == 0 else None
+                check = monitor.check_targets if state.step == 0 else None
                 result = engine.step(step.batches, ctx, lr, signals, monitor.skip_above, check)
-                back_to = monitor.obey(result)
+                back_to = monitor.apply_decision(result)
             except FloatingPointError as error:
-                back_to = monitor.diverged(error, ctx, step.batches)
+                back_to = monitor.handle_divergence(error, ctx, step.batches)
 
             # roll back: an older state, but with the data after this step
             if back_to is not None:
@@ -93,7 +93,7 @@ def train(
 
             # observe: record the update's measurements, and check the run's health
             seconds, clock = time.monotonic() - clock, time.monotonic()
-            monitor.after(ctx, result, step, seconds)
+            monitor.record_update(ctx, result, step, seconds)
             state = TrainState(state.step + 1, step.after, monitor.memory(), state.prolonged)
             stopping = result.signals.stop_requested
 

@@ -6,5 +6,5 @@ from launch.workflows import submit
 
 
 def run(arguments: list[str]) -> int:
-    """Runs the command; returns its exit code: 0 where the job is done or queued."""
+    """Runs the command; returns its exit code: 0 if the job is done or queued."""
     return submit.run("evaluate", arguments)

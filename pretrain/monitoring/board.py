@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 MAX_BINS = 256
-"""Bins of a histogram; neighbouring codes share one where there are more."""
+"""Bins of a histogram; neighbouring codes share one if there are more."""
 
 
 class Board:

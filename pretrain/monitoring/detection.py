@@ -49,9 +49,9 @@ class Check:
     stages: Mapping[str, Deviation]
     """Of each stage of the model."""
     targets: Deviation | None
-    """Of the target vectors, where the objective reports it."""
+    """Deviation of the target vectors, if the objective reports it."""
     predictions: Deviation | None
-    """Of the predicted vectors, where the objective reports it."""
+    """Deviation of the predicted vectors, if the objective reports it."""
     ranks: Mapping[str, float]
     """RankMe of each layer."""
     best: Mapping[str, float]

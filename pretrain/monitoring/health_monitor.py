@@ -136,7 +136,7 @@ class HealthMonitor:
             wait_seconds=RankSignals.waited(self._world.rank, self._world.size, waited),
         )
 
-    def may_begin(self, metrics: Mapping[str, NumpySum], signals: RankSignals) -> None:
+    def check_targets(self, metrics: Mapping[str, NumpySum], signals: RankSignals) -> None:
         """Checks targets that exist before the first update.
 
         Raises:
@@ -153,7 +153,7 @@ class HealthMonitor:
 
     # after an update
 
-    def obey(self, result: StepResult) -> int | None:
+    def apply_decision(self, result: StepResult) -> int | None:
         """Returns the step to roll back before, or None.
 
         Raises:
@@ -164,7 +164,7 @@ class HealthMonitor:
         before = result.signals.roll_back_before
         return self.policy.count_rollback(before, self.why) if before else None
 
-    def diverged(self, error: FloatingPointError, ctx: StepContext, batches: Sequence[Batch]) -> int:
+    def handle_divergence(self, error: FloatingPointError, ctx: StepContext, batches: Sequence[Batch]) -> int:
         """Saves the batches of a non-finite update for `auricle replay`.
 
         Args:
@@ -190,7 +190,7 @@ class HealthMonitor:
         self.policy.why = alarm.sentence
         return self.policy.count_rollback(ctx.step, alarm.sentence)
 
-    def after(self, ctx: StepContext, result: StepResult, step: Step, seconds: float) -> None:
+    def record_update(self, ctx: StepContext, result: StepResult, step: Step, seconds: float) -> None:
         """Records one finished update.
 
         Args:

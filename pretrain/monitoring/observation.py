@@ -25,7 +25,7 @@ SILENT = 1e-4
 
 
 def mean_of(metrics: Mapping[str, NumpySum], name: str | None) -> float:
-    """Returns the mean of a metric; NaN where it is absent or its count is 0."""
+    """Returns the mean of a metric; NaN if it is absent or its count is 0."""
     total, count = metrics.get(name or "", (np.zeros(1), 0.0))
     return float(np.ravel(total)[0]) / count if count > 0 else math.nan
 
@@ -106,7 +106,7 @@ class Pooled:
     loss: float
     accuracy: float
     chance_loss: float
-    """Loss of predicting the distribution of the targets; 0 where that is not defined."""
+    """Loss of predicting the distribution of the targets; 0 if that is undefined."""
     chance_accuracy: float
     books: tuple[np.ndarray, ...]
     contrastive: bool

@@ -83,7 +83,7 @@ class MaskedUnitsConfig(ObjectiveConfig):
 class UnitsPlan(MicroBatchPlan):
     mask: FrameMask
     labels_N: Tensor | None
-    """Units of the masked frames, −1 where there is none; None: computed in the forward pass."""
+    """Units of the masked frames, −1 without a label; None: computed in the forward pass."""
     count: Tensor
 
 
