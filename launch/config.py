@@ -114,7 +114,9 @@ class RayConfig(LauncherConfig):
     dashboard: Annotated[
         str, about("http address of the cluster's dashboard: submit the run as a Ray Job; empty drives it from here")
     ] = ""
-    workers: Annotated[int, about("maximum number of ranks; 0: as many as are useful, up to data.micro_batches", ge=0)] = 0
+    workers: Annotated[
+        int, about("maximum number of ranks; 0: as many as are useful, up to data.micro_batches", ge=0)
+    ] = 0
     min_workers: Annotated[int, about("minimum number of ranks; with fewer the run waits", ge=1)] = 1
     gpus_per_worker: Annotated[int, about("GPUs per rank; 0: train on CPUs", ge=0, le=1)] = 0
     cpus_per_worker: Annotated[int, about("cores per rank", ge=1)] = 1
