@@ -19,6 +19,7 @@ COMMANDS = {
     "runs": ("runs", "list runs with their key figures"),
     "replay": ("replay", "repeat a failed update on its saved batch"),
     "recipes": ("recipes", "size and cost of each shipped experiment, with published figures"),
+    "compress": ("compress", "a run -> a smaller run with fewer blocks, heads and inner channels"),
     "export": ("export", "a run -> a Hugging Face folder, TorchScript or ONNX, verified before it is written"),
     "jobs": ("jobs", "list, follow, cancel and requeue runs of any launcher"),
     "doctor": ("doctor", "check this machine, and how to install what is missing"),

@@ -120,8 +120,8 @@ class Saver:
         self.wait()
         self._run.require_current()
         files, scale = _gather(self._engine), self._engine.scale.state()
-        write = functools.partial(_write, self._run, folder, files, state, self._config, scale)
-        self._pending = _Pending(folder, write, self._pool.submit(write))
+        save = functools.partial(write, self._run, folder, files, state, self._config, scale)
+        self._pending = _Pending(folder, save, self._pool.submit(save))
         if not self._config.train.save_behind:
             self.wait()
 
@@ -181,7 +181,7 @@ def _gather(engine: Engine) -> dict[str, dict[str, Tensor]]:
     return files
 
 
-def _write(
+def write(
     run: RunFolder,
     folder: Path,
     files: Mapping[str, dict[str, Tensor]],
@@ -189,7 +189,7 @@ def _write(
     config: Config,
     scale: Mapping[str, Any],
 ) -> None:
-    """Writes a temporary folder, moves it into place, points `latest` to it, then removes old checkpoints.
+    """Writes a checkpoint: a temporary folder, moved into place; points `latest` to it, then removes old checkpoints.
 
     At whatever moment the process is killed, `latest` names a complete checkpoint: one that is rewritten (after a
     rollback, with another cursor) has a stand-in until the new one is in place.

@@ -44,6 +44,14 @@ class EncoderOutput(NamedTuple):
         return Frames(self.layers[-1], self.lengths_B, self.rate_hz)
 
 
+class BlockGates(NamedTuple):
+    """Factors of one block that structured pruning learns: one per head, and per inner channel of each feed-forward."""
+
+    heads_H: Tensor
+    channels: tuple[Tensor, ...]
+    """(C,) for each feed-forward part, in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepContext:
     """Keys of random draws: (seed, step, segment key) for masks, (seed, step) for layer drop, the same on all ranks."""

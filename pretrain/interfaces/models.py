@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
 
 
 def shortest_input(lengths_of: Callable[[Tensor], Tensor], frames: int = 1) -> int:
@@ -95,12 +95,15 @@ class Encoder(nn.Module, abc.ABC):
     """Number of blocks to run; the output then ends with that layer. None: all."""
 
     @abc.abstractmethod
-    def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
+    def forward(
+        self, frames: Frames, ctx: StepContext | None = None, gates: tuple[BlockGates, ...] = ()
+    ) -> EncoderOutput:
         """Encodes frames.
 
         Args:
             frames: (B, F, dim); the first `lengths_B` frames of each row are valid (0 is allowed).
             ctx: seed and step that key layer drop in training; None disables it.
+            gates: factors of heads and inner channels of each block (structured pruning); empty: all are 1.
 
         Returns:
             Outputs of all layers, (B, F, dim) each.

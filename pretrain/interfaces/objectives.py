@@ -15,9 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.frames import EncoderOutput, StepContext
+from pretrain.interfaces.frames import BlockGates, EncoderOutput, StepContext
 from pretrain.interfaces.models import Frontend, SpeechModel
 from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
+
+
+class Pruning(NamedTuple):
+    """Gates of structured pruning.  gates: of each block, 0 where closed.  asked, found: shares of the weights."""
+
+    gates: tuple[BlockGates, ...]
+    asked: float
+    """Share of the prunable weights that training was to remove."""
+    found: float
+    """Share of the prunable weights whose gate is closed."""
+
 
 Sum = tuple[Tensor, Tensor]
 """A sum and its count; divided only after both were added over micro-batches and ranks."""
@@ -93,6 +104,10 @@ class Objective(nn.Module, abc.ABC):
         Returns:
             The loss summed over its targets, and the encoder's output for the heads, (B, F, D) per layer.
         """
+
+    def pruning(self) -> Pruning | None:
+        """Returns the gates of structured pruning as they are after training; None for other objectives."""
+        return None
 
     def forget(self) -> None:
         """Discards the data that forward passes collect for `after_step`. Called before each attempt at an update.

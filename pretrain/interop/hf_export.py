@@ -125,6 +125,8 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
         obstacles.append(f"encoder.name={encoder.name}")
     elif encoder.positions not in ("conv", "conv_stack"):
         obstacles.append(f"encoder.positions={encoder.positions}")
+    elif encoder.norm == "pre" and not encoder.final_norm:
+        obstacles.append("encoder.final_norm=false")
     if isinstance(encoder, StackConfig) and encoder.attention != "full":
         obstacles.append(f"encoder.attention={encoder.attention}")
     if isinstance(encoder, StackConfig) and any(pair != (encoder.heads, encoder.ffn_dim) for pair in encoder.widths):

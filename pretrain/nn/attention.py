@@ -40,6 +40,8 @@ class SelfAttention(nn.Module):
         p = self.dropout if self.training else 0.0
         gate_BHF1 = None if self.gate is None else self._gate(x_BFD)
         y_BHFC = pattern_attention(q, k, v, context, p, gate_BHF1)
+        if context.gates is not None:
+            y_BHFC = y_BHFC * context.gates.heads_H[:, None, None].to(y_BHFC.dtype)
         out: Tensor = self.out(y_BHFC.transpose(1, 2).flatten(2))
         return out
 

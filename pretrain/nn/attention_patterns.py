@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from pretrain.interfaces.frames import BlockGates
 from pretrain.nn.dropout import dropout
 from pretrain.nn.packing import TimeGrid
 
@@ -55,6 +56,9 @@ class AttentionContext(NamedTuple):
     """In a stream: chunks that the memory keeps; -1: all."""
     residual_KBF1: Tensor | None = None
     """Stochastic depth of this block: factors of its K residual branches; F may be 1."""
+
+    gates: BlockGates | None = None
+    """Factors of this block's heads and inner channels; None: all are 1."""
 
     @property
     def n_leading(self) -> int:

@@ -14,7 +14,7 @@ from data_pipeline.core.integers import divisors
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import about, config, refuse
 from pretrain.interfaces.configs import EncoderConfig
-from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Encoder
 from pretrain.nn.activation_checkpointing import run_checkpointed
 from pretrain.nn.attention_patterns import AttentionContext, Pattern, flex_mask
@@ -123,6 +123,11 @@ class StackConfig(EncoderConfig):
         given = self.widths or ((self.heads, self.ffn_dim),) * self.layers
         return tuple(Width(heads, ffn_dim, self.dim // self.heads) for heads, ffn_dim in given)
 
+    @property
+    def without_last_blocks(self) -> dict[str, object]:
+        """Fields that change, besides `layers` and `widths`, where the last blocks are cut off."""
+        return {}
+
     def refuse_odd_heads(self) -> None:
         """Refuses heads with an odd number of channels: rotary positions rotate pairs of channels."""
         if self.dim // self.heads % 2:
@@ -140,10 +145,14 @@ class Level(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Random draws of a pass.  blocks: whether each is kept.  branches_LKB: factors of residual branches, if any."""
+    """Random draws of a pass.  blocks: whether each is kept.  branches_LKB: factors of residual branches, if any.
+
+    gates: factors of heads and inner channels of each block, or empty.
+    """
 
     blocks: list[bool]
     branches_LKB: Tensor | None
+    gates: tuple[BlockGates, ...] = ()
 
 
 class Ran(NamedTuple):
@@ -165,6 +174,9 @@ class BlockStack(Encoder):
     """
 
     blocks: nn.ModuleList
+    feed_forwards: tuple[tuple[str, str], ...]
+    """Names, within a block, of the first and the last linear layer of each feed-forward part; attention is
+    `attention`, a SelfAttention."""
     branches: int
     """Residual branches per block, which stochastic depth may leave out."""
     gap: int = 0
@@ -186,29 +198,34 @@ class BlockStack(Encoder):
         first = (config.layers - config.half_rate_blocks) // 2
         self.at_half_rate = range(first, first + config.half_rate_blocks)
 
-    def forward(self, frames: Frames, ctx: StepContext | None = None) -> EncoderOutput:
+    def forward(
+        self, frames: Frames, ctx: StepContext | None = None, gates: tuple[BlockGates, ...] = ()
+    ) -> EncoderOutput:
         """Encodes frames, packed into one row if `packed` is set.
 
         Args:
             frames: (B, F, D) input frames, zero beyond each length.
             ctx: seed and step for the draws of a training step; None outside of training.
+            gates: factors of heads and inner channels of each block; empty: all are 1.
 
         Returns:
             The input of the first block and the output of each block, (B, F, D), zero beyond each length if packed.
         """
         if not self.packed:
-            return self.encode(frames, ctx, None)
+            return self.encode(frames, ctx, None, gates)
         B, F, _ = frames.x_BFD.shape
         packing = Packing.of(frames.lengths_B, F, frames.places_BF)
         places_BF = torch.arange(F, device=frames.x_BFD.device).expand(B, F)
         places_1N = packing.pack(places_BF if frames.places_BF is None else frames.places_BF)
         row = Frames(packing.pack(frames.x_BFD), packing.total_1, frames.rate_hz, places_BF=places_1N)
-        output = self.encode(row, ctx, packing)
+        output = self.encode(row, ctx, packing, gates)
         layers, ffn_layers = (tuple(map(packing.unpack, part)) for part in (output.layers, output.ffn_layers))
         return EncoderOutput(layers, frames.lengths_B, frames.rate_hz, ffn_layers)
 
     @abc.abstractmethod
-    def encode(self, frames: Frames, ctx: StepContext | None, packing: Packing | None) -> EncoderOutput:
+    def encode(
+        self, frames: Frames, ctx: StepContext | None, packing: Packing | None, gates: tuple[BlockGates, ...]
+    ) -> EncoderOutput:
         """Returns all layers in the layout of `frames`: a row per utterance, or the single row of `packing`."""
 
     def run_blocks(
@@ -218,6 +235,7 @@ class BlockStack(Encoder):
         ctx: StepContext | None,
         packing: Packing | None = None,
         bias_HFF: Tensor | None = None,
+        gates: tuple[BlockGates, ...] = (),
     ) -> EncoderOutput:
         """Runs all blocks.
 
@@ -227,13 +245,15 @@ class BlockStack(Encoder):
             ctx: seed and step for the draws of a training step.
             packing: the packing of a single row; None for padded rows.
             bias_HFF: relative position bias, if any.
+            gates: factors of heads and inner channels of each block; empty: all are 1.
 
         Returns:
             All layers; the last one is not normalised (see `norm_last`).
         """
         level = Level(frames.lengths_B, frames.places_BF, packing.lengths if packing else ())
         level = self.with_contexts(level, x_BFD.shape[1], self.chunk_pattern(ctx), bias_HFF)
-        draws = Draws(self.kept_blocks(ctx), self.kept_branches(ctx, len(level.documents) or x_BFD.shape[0], x_BFD))
+        branches_LKB = self.kept_branches(ctx, len(level.documents) or x_BFD.shape[0], x_BFD)
+        draws = Draws(self.kept_blocks(ctx), branches_LKB, gates)
         layers = [x_BFD]
         if self.registers_RD is not None:
             registers_RD = self.registers_RD.to(x_BFD.dtype).repeat(max(1, len(level.documents)), 1)
@@ -253,6 +273,8 @@ class BlockStack(Encoder):
                 if draws.branches_LKB is not None:
                     factors_KBF1 = per_frame(draws.branches_LKB[number], context)
                     context = context._replace(residual_KBF1=factors_KBF1)
+                if draws.gates:
+                    context = context._replace(gates=draws.gates[number])
                 x_BFD, ffn_BFD = run_checkpointed(self.activation_checkpointing, self.blocks[number], x_BFD, context)
                 if self.keep_ffn:
                     ffn_layers.append(ffn_BFD[:, L:])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config, refuse
-from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
 from pretrain.interfaces.streaming import BlockMemory, EncoderState, Obstacle
 from pretrain.nn.attention import SelfAttention
 from pretrain.nn.attention_patterns import AttentionContext
@@ -47,6 +47,13 @@ class Config(StackConfig):
 
 class FeedForward(nn.Sequential):
     """Norm → linear → SiLU → linear."""
+
+    def forward(self, x_BFD: Tensor, gate_C: Tensor | None = None) -> Tensor:
+        """Returns the output, (B, F, D); `gate_C` multiplies the inner channels."""
+        norm, inner, activation, dropout, outer = self
+        y_BFC = dropout(activation(inner(norm(x_BFD))))
+        out: Tensor = outer(y_BFC if gate_C is None else y_BFC * gate_C.to(y_BFC.dtype))
+        return out
 
     def __init__(self, config: Config, ffn_dim: int) -> None:
         super().__init__(
@@ -123,7 +130,8 @@ class Block(nn.Module):
 
     def forward(self, x_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Returns the block's output, and its last feed-forward part before the residual sum."""
-        x_BFD = x_BFD + 0.5 * self.residual(self.ffn_first(x_BFD), context, 0)
+        gate_C = None if context.gates is None else context.gates.channels[0]
+        x_BFD = x_BFD + 0.5 * self.residual(self.ffn_first(x_BFD, gate_C), context, 0)
         x_BFD = x_BFD + self.residual(self.attention(self.attention_norm(x_BFD), context), context, 1)
         x_BFD = x_BFD + self.residual(self.convolution(x_BFD, context), context, 2)
         return self.after_convolution(x_BFD, context)
@@ -138,7 +146,7 @@ class Block(nn.Module):
 
     def after_convolution(self, x_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Returns the block's output, and its last feed-forward part before the residual sum."""
-        ffn_BFD = self.ffn_second(x_BFD)
+        ffn_BFD = self.ffn_second(x_BFD, None if context.gates is None else context.gates.channels[1])
         return self.norm(x_BFD + 0.5 * self.residual(ffn_BFD, context, 3)), ffn_BFD
 
 
@@ -146,6 +154,7 @@ class Conformer(StreamingStack):
     """Conformer blocks; each ends with its own norm, so the last layer needs no further one."""
 
     branches = 4
+    feed_forwards = (("ffn_first.1", "ffn_first.4"), ("ffn_second.1", "ffn_second.4"))
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, rotary=config.positions == "rope")
@@ -155,8 +164,10 @@ class Conformer(StreamingStack):
         self.gap = self.tail = config.kernel - 1 if config.causal else config.kernel // 2
         self.chunk_convolution = config.chunk_convolution
 
-    def encode(self, frames: Frames, ctx: StepContext | None, packing: Packing | None) -> EncoderOutput:
-        return self.run_blocks(self.dropout(frames.x_BFD), frames, ctx, packing)
+    def encode(
+        self, frames: Frames, ctx: StepContext | None, packing: Packing | None, gates: tuple[BlockGates, ...]
+    ) -> EncoderOutput:
+        return self.run_blocks(self.dropout(frames.x_BFD), frames, ctx, packing, gates=gates)
 
     def obstacles(self) -> list[Obstacle]:
         found = super().obstacles()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config, refuse
-from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
 from pretrain.interfaces.streaming import BlockMemory, EncoderState, Obstacle
 from pretrain.nn.attention import RelativeBias, SelfAttention
 from pretrain.nn.attention_patterns import AttentionContext
@@ -28,6 +28,9 @@ class Config(StackConfig):
     norm: Annotated[Literal["post", "pre"], about("layer norm after each residual sum (BASE) or before (LARGE)")] = (
         "post"
     )
+    final_norm: Annotated[
+        bool, about("pre: normalise the last layer; false after the last blocks were cut off (auricle compress)")
+    ] = True
     positions: Annotated[
         Literal["conv", "conv_stack", "rope", "none"],
         about("one wide convolution (wav2vec 2.0), several narrow ones (data2vec), or rotary angles, which can stream"),
@@ -60,6 +63,11 @@ class Config(StackConfig):
             needed = f"needs encoder.heads={self.heads} in each pair: encoder.relative_bias is shared by all blocks"
             refuse("widths", [list(pair) for pair in self.widths], needed)
 
+    @property
+    def without_last_blocks(self) -> dict[str, object]:
+        """A pre-norm encoder normalises its last layer only, so the layers before it end without a norm."""
+        return {"final_norm": False} if self.norm == "pre" else {}
+
 
 class Block(nn.Module):
     """Self-attention and feed-forward, each with its residual."""
@@ -77,8 +85,11 @@ class Block(nn.Module):
         self.residual = Residual(config.dropout)
         self.activation_dropout = Dropout(config.activation_dropout)
 
-    def feed_forward(self, x_BFD: Tensor) -> Tensor:
-        out: Tensor = self.ffn_out(self.activation_dropout(F.gelu(self.ffn_in(x_BFD))))
+    def feed_forward(self, x_BFD: Tensor, context: AttentionContext) -> Tensor:
+        y_BFC = self.activation_dropout(F.gelu(self.ffn_in(x_BFD)))
+        if context.gates is not None:
+            y_BFC = y_BFC * context.gates.channels[0].to(y_BFC.dtype)
+        out: Tensor = self.ffn_out(y_BFC)
         return out
 
     def forward(self, x_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
@@ -95,10 +106,10 @@ class Block(nn.Module):
         """Returns the block's output, and its feed-forward part before the residual sum."""
         x_BFD = x_BFD + self.residual(attended_BFD, context, 0)
         if self.pre:
-            ffn_BFD = self.feed_forward(self.ffn_norm(x_BFD))
+            ffn_BFD = self.feed_forward(self.ffn_norm(x_BFD), context)
             return x_BFD + self.residual(ffn_BFD, context, 1), ffn_BFD
         x_BFD = self.attention_norm(x_BFD)
-        ffn_BFD = self.feed_forward(x_BFD)
+        ffn_BFD = self.feed_forward(x_BFD, context)
         return self.ffn_norm(x_BFD + self.residual(ffn_BFD, context, 1)), ffn_BFD
 
 
@@ -106,6 +117,7 @@ class Transformer(StreamingStack):
     """Transformer encoder of wav2vec 2.0 (arXiv 2006.11477), HuBERT, WavLM and data2vec."""
 
     branches = 2
+    feed_forwards = (("ffn_in", "ffn_out"),)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, rotary=config.positions == "rope")
@@ -114,7 +126,7 @@ class Transformer(StreamingStack):
         # only the first of several convolutions has zeros as padding, as in released models; packed rows are exact
         self.couples = frozenset({"padding"}) if config.positions == "conv_stack" else frozenset()
         self.blocks = nn.ModuleList(Block(config, width) for width in config.block_widths)
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = nn.LayerNorm(config.dim) if config.final_norm or not self.pre else nn.Identity()
         self.dropout = Dropout(config.dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -127,7 +139,9 @@ class Transformer(StreamingStack):
             else None
         )
 
-    def encode(self, frames: Frames, ctx: StepContext | None, packing: Packing | None) -> EncoderOutput:
+    def encode(
+        self, frames: Frames, ctx: StepContext | None, packing: Packing | None, gates: tuple[BlockGates, ...]
+    ) -> EncoderOutput:
         x_BFD = frames.x_BFD
         if self.positions is not None:
             x_BFD = x_BFD + self.position_features(frames, packing)
@@ -136,7 +150,7 @@ class Transformer(StreamingStack):
         bias_HFF = None
         if self.relative_bias is not None:
             bias_HFF = self.relative_bias(max(packing.lengths) if packing else x_BFD.shape[1])
-        output = self.run_blocks(self.dropout(x_BFD), frames, ctx, packing, bias_HFF)
+        output = self.run_blocks(self.dropout(x_BFD), frames, ctx, packing, bias_HFF, gates)
         return self.norm_last(output, self.norm) if self.pre else output
 
     def obstacles(self) -> list[Obstacle]:

@@ -1,0 +1,217 @@
+"""Cuts a trained model to fewer blocks, heads and inner channels; the result is the model of an ordinary run.
+
+Three ways to choose what stays: the first blocks (equal to the layers before the cut), the widths that the user asks
+for (the heads and channels with the largest weights stay), or the gates that structured pruning has closed (equal to
+the gated model; soft gates become part of the weights).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.core.schema import ConfigError, dump, load
+from pretrain.checkpointing.weights import LoadedCheckpoint
+from pretrain.config import Config
+from pretrain.interfaces.frames import BlockGates
+from pretrain.interfaces.objectives import Pruning
+from pretrain.nn.block_stack import BlockStack, StackConfig
+from pretrain.train_module import TrainModule, build_model
+
+MOST_OFF = 0.02
+"""Largest difference between the share of weights that gates were to remove and the share that they do."""
+
+
+class CutModel(NamedTuple):
+    """A smaller model.  made: names of objective and head weights that have random values."""
+
+    config: Config
+    module: TrainModule
+    made: list[str]
+
+
+def cut_blocks(found: LoadedCheckpoint, blocks: int) -> CutModel:
+    """Keeps the first `blocks` blocks; the last layer then equals that layer of the whole model.
+
+    Raises:
+        ConfigError: the model has fewer blocks, or a U-shape, whose halves cannot be cut apart.
+    """
+    stack = _stack(found)
+    if not 1 <= blocks <= stack.layers:
+        raise ConfigError(f"--blocks {blocks}: this model has 1 to {stack.layers} blocks to keep")
+    if stack.half_rate_blocks:
+        raise ConfigError(
+            f"--blocks {blocks}: encoder.half_rate_blocks={stack.half_rate_blocks} join and split frames in the middle "
+            "of the stack; only --widths can cut such a model"
+        )
+    fields: dict[str, object] = {"layers": blocks, "widths": [list(pair) for pair in stack.widths[:blocks]]}
+    if blocks < stack.layers:
+        fields |= stack.without_last_blocks
+    return _rebuilt(found, fields, found.module.model.state_dict())
+
+
+def cut_widths(found: LoadedCheckpoint, widths: Sequence[Sequence[int]]) -> CutModel:
+    """Keeps the most important heads and inner channels of each block (see `importance`).
+
+    Args:
+        found: the run to cut.
+        widths: heads and inner channels of each block.
+
+    Raises:
+        ConfigError: another number of blocks, or a width above what the block has.
+    """
+    stack = _stack(found)
+    if len(widths) != stack.layers:
+        raise ConfigError(f"--widths: {len(widths)} pairs, and this model has {stack.layers} blocks; give one for each")
+    for number, (pair, has) in enumerate(zip(widths, stack.block_widths, strict=True)):
+        if len(pair) != 2 or not 1 <= pair[0] <= has.heads or not 1 <= pair[1] <= has.ffn_dim:
+            limits = f"1 to {has.heads} heads and 1 to {has.ffn_dim} inner channels"
+            raise ConfigError(f"--widths: block {number} has {limits} to keep, not {list(pair)}")
+    scores = importance(found.module)
+    gates = tuple(
+        BlockGates(_largest(score.heads_H, heads), tuple(_largest(part, ffn_dim) for part in score.channels))
+        for score, (heads, ffn_dim) in zip(scores, widths, strict=True)
+    )
+    return cut_gates(found, gates)
+
+
+def cut_pruned(found: LoadedCheckpoint) -> CutModel:
+    """Removes the heads and inner channels whose gates are closed, and multiplies the weights by the gates.
+
+    Raises:
+        ConfigError: the run has no gates, or they remove another share of the weights than they were to.
+    """
+    pruning = found.module.objective.pruning()
+    if pruning is None:
+        raise ConfigError(
+            f"objective.name={found.config.objective.name}: this run has no gates of structured pruning; give --blocks "
+            "or --widths, or train with +experiment=prune_tiny"
+        )
+    require_closed(pruning)
+    return cut_gates(found, pruning.gates)
+
+
+def require_closed(pruning: Pruning) -> None:
+    """Raises ConfigError unless the gates remove the share of the weights that they were to remove."""
+    if abs(pruning.found - pruning.asked) > MOST_OFF:
+        raise ConfigError(
+            f"objective.sparsity={pruning.asked:.0%} was asked and the closed gates remove {pruning.found:.1%} of the "
+            f"weights; they must agree to {MOST_OFF:.0%}: train longer (train.steps)"
+        )
+
+
+def cut_gates(found: LoadedCheckpoint, gates: tuple[BlockGates, ...]) -> CutModel:
+    """Removes what has a gate of 0 and multiplies the weights after it by the other gates.
+
+    A block keeps at least one head and one channel. Where a block has several feed-forward parts, all keep as many
+    channels as the widest; the spare ones have weight 0.
+    """
+    stack, model = _stack(found), found.module.model
+    assert isinstance(model.encoder, BlockStack)
+    state, widths = dict(model.state_dict()), []
+    for number, (gate, width) in enumerate(zip(gates, stack.block_widths, strict=True)):
+        heads_K = _open(gate.heads_H)
+        n_channels = max(len(_open(part)) for part in gate.channels)
+        prefix = f"encoder.blocks.{number}."
+        state |= _narrow_attention(state, f"{prefix}attention.", heads_K, gate.heads_H, width.head_dim)
+        for (inner, outer), part in zip(model.encoder.feed_forwards, gate.channels, strict=True):
+            channels_K = part.topk(n_channels).indices.sort().values
+            state |= _narrow_linear(state, f"{prefix}{inner}.", f"{prefix}{outer}.", channels_K, part)
+        widths.append([len(heads_K), n_channels])
+    return _rebuilt(found, {"widths": widths}, state)
+
+
+@torch.no_grad()
+def importance(module: TrainModule) -> tuple[BlockGates, ...]:
+    """Returns a score of each head and inner channel: norm of the weights into it times norm of those out of it.
+
+    For a head, summed over its channels, with the values' weights; the magnitude criterion of structured pruning.
+    """
+    encoder = module.model.encoder
+    assert isinstance(encoder, BlockStack)
+    state, found = encoder.state_dict(), []
+    for number, width in enumerate(encoder.stack_config.block_widths):
+        prefix = f"blocks.{number}."
+        values_HC = state[f"{prefix}attention.qkv.weight"].chunk(3)[2].norm(dim=1).view(width.heads, -1)
+        out_HC = state[f"{prefix}attention.out.weight"].norm(dim=0).view(width.heads, -1)
+        channels = tuple(
+            state[f"{prefix}{inner}.weight"].norm(dim=1) * state[f"{prefix}{outer}.weight"].norm(dim=0)
+            for inner, outer in encoder.feed_forwards
+        )
+        found.append(BlockGates((values_HC * out_HC).sum(1), channels))
+    return tuple(found)
+
+
+def _stack(found: LoadedCheckpoint) -> StackConfig:
+    if not isinstance(found.config.encoder, StackConfig):
+        raise ConfigError(f"encoder.name={found.config.encoder.name}: only stacks of blocks can be cut")
+    return found.config.encoder
+
+
+def _largest(score_N: Tensor, n: int) -> Tensor:
+    """Returns 1 for the n largest scores and 0 for the others."""
+    return torch.zeros_like(score_N).index_fill(0, score_N.topk(n).indices, 1.0)
+
+
+def _open(gate_N: Tensor) -> Tensor:
+    """Returns the indices of the gates that are not closed, or of the first one where all are."""
+    kept = gate_N.nonzero()[:, 0]
+    return kept if len(kept) else kept.new_zeros(1)
+
+
+def _narrow_attention(
+    state: Mapping[str, Tensor], prefix: str, heads_K: Tensor, gate_H: Tensor, head_dim: int
+) -> dict[str, Tensor]:
+    weight, bias = state[f"{prefix}qkv.weight"], state[f"{prefix}qkv.bias"]
+    out = state[f"{prefix}out.weight"].view(weight.shape[1], -1, head_dim)
+    return {
+        f"{prefix}qkv.weight": weight.view(3, -1, head_dim, weight.shape[1])[:, heads_K].flatten(0, 2),
+        f"{prefix}qkv.bias": bias.view(3, -1, head_dim)[:, heads_K].flatten(),
+        f"{prefix}out.weight": (out * gate_H[:, None])[:, heads_K].flatten(1),
+    }
+
+
+def _narrow_linear(
+    state: Mapping[str, Tensor], inner: str, outer: str, channels_K: Tensor, gate_C: Tensor
+) -> dict[str, Tensor]:
+    return {
+        f"{inner}weight": state[f"{inner}weight"][channels_K],
+        f"{inner}bias": state[f"{inner}bias"][channels_K],
+        f"{outer}weight": (state[f"{outer}weight"] * gate_C)[:, channels_K],
+    }
+
+
+def _rebuilt(found: LoadedCheckpoint, fields: Mapping[str, object], state: Mapping[str, Tensor]) -> CutModel:
+    """Builds the smaller model; objective and heads keep their weights where all fit, and are new otherwise."""
+    values = dump(found.config)
+    values["encoder"] |= fields
+    if "sparsity" in values["objective"]:  # the gates are part of the weights now
+        values["objective"]["sparsity"] = 0.0
+    config = load(Config, values)
+    try:
+        module = build_model(config)
+    except ValueError as error:
+        raise ConfigError(f"the cut model does not fit its objective: {error}") from error
+    own = module.model.state_dict()
+    module.model.load_state_dict({name: weight for name, weight in state.items() if name in own})
+    module.objective.attach(module.model)
+    parts = [("objective.", found.module.objective, module.objective), ("heads.", found.module.heads, module.heads)]
+    return CutModel(config, module, [name for prefix, old, new in parts for name in _moved(prefix, old, new)])
+
+
+def _moved(prefix: str, old: nn.Module, new: nn.Module) -> list[str]:
+    """Copies the weights of `old` where names and shapes agree; returns the names of the parameters that did not."""
+    theirs, ours = old.state_dict(), new.state_dict()
+    fitting = {n: w for n, w in theirs.items() if n in ours and ours[n].shape == w.shape}
+    teachers = {name for name in ours if name.startswith("teacher.")}
+    new.load_state_dict({name: weight for name, weight in fitting.items() if name not in teachers}, strict=False)
+    return [f"{prefix}{name}" for name in ours if name not in fitting and name not in teachers]
+
+
+def renamed(config: Config, name: str, runs: str) -> Config:
+    """Returns the config under a run's new name; `init` is empty, since the weights are in its own checkpoint."""
+    return dataclasses.replace(config, name=name, runs=runs, init="")
