@@ -10,6 +10,7 @@ from data_pipeline.core.ray_tasks import refuse_foreign_address, refuse_foreign_
 from data_pipeline.core.schema import PluginChoice, PluginConfig, about, config, refuse
 from data_pipeline.labels.kmeans import TargetsConfig
 from data_pipeline.preprocess.config import PreprocessConfig
+from pretrain.adaptation.config import FinetuneConfig
 from pretrain.config import Config
 from pretrain.evaluate.config import EvaluateConfig
 
@@ -203,6 +204,13 @@ class EvaluateJob(ProgramJob, EvaluateConfig):
     def main_path(self) -> str:
         """The checkpoint: results need no folder."""
         return self.checkpoint
+
+
+@config
+class FinetuneJob(FinetuneConfig):
+    """A fine-tuning and where it runs: the root of conf/finetune.yaml."""
+
+    launcher: Launcher = dataclasses.field(default_factory=LocalConfig)
 
 
 ProgramConfig = PreprocessConfig | TargetsConfig | EvaluateConfig

@@ -14,10 +14,9 @@ sys.path.insert(0, str(ROOT))
 
 from data_pipeline.core.schema import REQUIRED, FieldDoc, document  # noqa: E402
 from data_pipeline.corpora.config import CORPORA  # noqa: E402
-from launch.config import LAUNCHERS, EvaluateJob, PreprocessJob, PretrainJob, TargetsJob  # noqa: E402
+from launch.config import LAUNCHERS, EvaluateJob, FinetuneJob, PreprocessJob, PretrainJob, TargetsJob  # noqa: E402
 from launch.workflows.pipeline import PipelineConfig  # noqa: E402
 from pretrain import registry  # noqa: E402
-from pretrain.adaptation.ctc_finetune import FinetuneConfig  # noqa: E402
 from pretrain.recognition.config import TranscribeConfig  # noqa: E402
 
 COMMANDS = {
@@ -25,7 +24,7 @@ COMMANDS = {
     "targets": TargetsJob,
     "pretrain": PretrainJob,
     "evaluate": EvaluateJob,
-    "finetune": FinetuneConfig,
+    "finetune": FinetuneJob,
     "transcribe": TranscribeConfig,
     "pipeline": PipelineConfig,
 }

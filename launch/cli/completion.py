@@ -20,7 +20,7 @@ ROOTS = {
     "targets": ("launch.config", "TargetsJob"),
     "pretrain": ("launch.config", "PretrainJob"),
     "evaluate": ("launch.config", "EvaluateJob"),
-    "finetune": ("pretrain.adaptation.ctc_finetune", "FinetuneConfig"),
+    "finetune": ("launch.config", "FinetuneJob"),
     "transcribe": ("pretrain.recognition.config", "TranscribeConfig"),
     "pipeline": ("launch.workflows.pipeline", "PipelineConfig"),
 }

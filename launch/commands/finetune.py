@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from launch.cli import request
+from launch.config import FinetuneJob
 from launch.exit_codes import ExitCode
+from launch.workflows import finetuning
+from launch.workflows.submit import SWITCHES
 
 
 def run(arguments: list[str]) -> int:
-    """Trains and evaluates; returns 0."""
-    from pretrain.adaptation.ctc_finetune import FinetuneConfig, finetune
-
-    given = request.read("finetune", FinetuneConfig, arguments)
-    if given is None:
-        return ExitCode.DONE
-    from launch.cli.tables import show, table
-
-    found = finetune(given.config)
-    rows = [(errors.decoder, f"{errors.wer:.1%}", f"{errors.cer:.1%}", errors.utterances) for errors in found]
-    show(table(("decoder", "WER", "CER", "utterances"), rows))
-    return ExitCode.DONE
+    """Trains and evaluates; returns the exit code of the training run, 0 where it is done or queued."""
+    own, training = finetuning.split(arguments)
+    given = request.read("finetune", FinetuneJob, own, switches=SWITCHES)
+    return ExitCode.DONE if given is None else finetuning.run(given.config, training, given.switches)

@@ -18,10 +18,9 @@ import pytest
 
 from launch.cli.command_table import SUBCOMMANDS
 from launch.cli.request import read
-from launch.config import EvaluateJob, PreprocessJob, PretrainJob, TargetsJob
+from launch.config import EvaluateJob, FinetuneJob, PreprocessJob, PretrainJob, TargetsJob
 from launch.main import main
 from launch.workflows import pipeline
-from pretrain.adaptation.ctc_finetune import FinetuneConfig
 from pretrain.recognition.config import TranscribeConfig
 from tests.support.documents import PAGES, commands
 from tests.support.paths import ROOT
@@ -31,7 +30,7 @@ CONFIGS = {
     "targets": TargetsJob,
     "pretrain": PretrainJob,
     "evaluate": EvaluateJob,
-    "finetune": FinetuneConfig,
+    "finetune": FinetuneJob,
     "transcribe": TranscribeConfig,
 }
 """Commands with a composed configuration."""

@@ -1,4 +1,4 @@
-"""Fine-tuning to a recogniser."""
+"""Fine-tuning to a recogniser: runs of the training loop, their error rates, and the recognisers that they make."""
 
 from __future__ import annotations
 
@@ -6,47 +6,79 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
+from launch.cli.request import config_of
+from launch.config import FinetuneJob
+from launch.exit_codes import ExitCode
 from launch.main import main
-from pretrain.adaptation.ctc_finetune import Recogniser
-from pretrain.evaluate.frozen_encoders import open_pretrained
+from launch.runs.metadata import run_config
+from launch.workflows.finetuning import training_job
+from pretrain.evaluate.manifest import read_manifest
+from pretrain.interop.init_weights import load_initial
+from pretrain.models.encoders import transformer
+from pretrain.train_module import build_model
 
-SYMBOLS = "abc"
+QUICK = ["corpora=tones", "batch_seconds=6", "mask_time=0.2"]
 
 
-def test_a_hugging_face_model_can_be_fine_tuned(corpus: Path, tmp_path: Path) -> None:
+def test_fine_tuning_learns_to_transcribe_tones(
+    corpus: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = ["finetune", f"checkpoint={saved}", *QUICK, "frozen_steps=10", "lr=3e-3", "beam=8", "ngram=4"]
+    given += [f"manifest={corpus}/manifest.tsv", f"out={out}", "data.workers=0", "train.checkpoint_every=100"]
+    assert main([*given, "steps=130"]) == ExitCode.DONE
+    found = json.loads((out / "results.json").read_text())
+    by = {row["decoder"]: row for row in found["errors"]}
+    assert set(by) == {"greedy", "beam 8", "beam 8 + 4-gram"}
+    assert all(row["utterances"] == 18 for row in by.values())
+    assert by["beam 8 + 4-gram"]["wer"] < 0.7
+    assert "beam 8 + 4-gram" in capsys.readouterr().out
+    assert (out / "checkpoints" / "step_00000130" / "model.safetensors").exists()
+    assert list((out / "tb").iterdir())
+
+    test = [u for u in read_manifest(corpus / "manifest.tsv") if u.split == "test"]
+    files = ",".join(str(u.path) for u in test)
+    given = ["transcribe", f"checkpoint={out}", f"files=[{files}]", "decoding.decoder=beam", "decoding.beam=8"]
+    assert main([*given, "format=json"]) == ExitCode.DONE
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["file"] for row in rows] == [u.name for u in test]
+    wrong = sum(row["text"] != u.text for row, u in zip(rows, test, strict=True)) / len(test)
+    assert wrong == pytest.approx(by["beam 8"]["wer"], abs=1e-6)
+    words = [word for row in rows for word in row["words"]]
+    assert words
+    assert all(0.0 <= word["start"] < word["end"] <= 0.6 for word in words)
+
+
+def test_a_hugging_face_model_can_be_fine_tuned(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    torch.set_num_threads(1)
     tiny = transformers.Wav2Vec2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16,) * 7,
         num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_extract_norm="layer",
     )  # fmt: skip
     transformers.Wav2Vec2Model(tiny).save_pretrained(tmp_path / "hub")
-    net = Recogniser(open_pretrained(str(tmp_path / "hub")).model, SYMBOLS).eval()
-    wave_BT, lengths_B = torch.randn(1, 16000), torch.tensor([16000])
-    whole, _ = net(wave_BT, lengths_B)
-    dropped, frames_B = net(wave_BT, lengths_B, torch.arange(49)[None] < 10)
-    assert whole.shape == dropped.shape == (1, int(frames_B[0]), len(SYMBOLS) + 1)
-    assert not torch.equal(whole, dropped)
-    assert torch.equal(whole, net(wave_BT, lengths_B)[0])
-
-    options = ["corpora=tones", "steps=8", "frozen_steps=2", "batch_seconds=6", "mask_time=0.05", "beam=0"]
-    options += [f"manifest={corpus}/manifest.tsv", f"out={tmp_path / 'out'}"]
-    assert main(["finetune", f"checkpoint={tmp_path / 'hub'}", *options]) == 0
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found["pretrained"]["model_type"] == "wav2vec2"
-    assert [row["decoder"] for row in found["errors"]] == ["greedy"]
+    given = [f"checkpoint={tmp_path / 'hub'}", *QUICK, f"out={tmp_path / 'out'}"]
+    job = training_job(config_of("finetune", FinetuneJob, given), 6.0, ["encoder.layer_drop=0.25"])
+    assert (job.frontend.name, job.encoder.dim, job.heads["text"].name) == ("waveform_conv", 32, "ctc")
+    assert isinstance(job.encoder, transformer.Config)
+    assert job.encoder.layer_drop == 0.25
+    run = run_config(job)
+    taken = load_initial(run, build_model(run))
+    assert [name for name in taken.made if not name.startswith("heads.text.")] == []
 
 
-def test_fine_tuning_learns_to_transcribe_tones(corpus: Path, saved: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    options = ["corpora=tones", "steps=150", "frozen_steps=10", "lr=3e-3", "batch_seconds=6", "mask_time=0.05"]
-    options += [f"manifest={corpus}/manifest.tsv", f"out={tmp_path}", "beam=8", "ngram=4"]
-    assert main(["finetune", f"checkpoint={saved}", "task=ctc", *options]) == 0
-    found = json.loads((tmp_path / "results.json").read_text())
-    by = {row["decoder"]: row for row in found["errors"]}
-    assert set(by) == {"greedy", "beam 8", "beam 8 + 4-gram"}
-    assert all(row["utterances"] == 18 for row in by.values())
-    assert by["beam 8 + 4-gram"]["wer"] < 0.7
-    assert (tmp_path / "model.safetensors").exists()
+def test_fields_of_the_command_and_of_the_run_are_told_apart(
+    corpus: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["finetune", f"checkpoint={saved}", *QUICK, f"manifest={corpus}/manifest.tsv", f"out={tmp_path / 'out'}"]
+    assert main([*given, "--dry-run", "train.log_every=10"]) == ExitCode.DONE
+    assert "launch.workers.rank" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists(), "a dry run writes nothing"
+    for wrong, said in (
+        ("train.log_evry=1", "did you mean train.log_every?"),
+        ("stepps=5", "did you mean steps?"),
+        ("encoder=conformer", "front end and encoder are those of the checkpoint"),
+        ("data.micro_batches=20", "less than one segment"),
+    ):
+        assert main([*given, wrong]) == ExitCode.USAGE, wrong
+        assert said in " ".join(capsys.readouterr().err.split())

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import save_file
 
+from data_pipeline.core.schema import dump
 from launch.exit_codes import ExitCode
 from launch.main import main
+from pretrain.checkpointing.weights import load_checkpoint
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.recogniser import Recogniser, open_recogniser
 from tests.support.paths import ROOT
@@ -134,6 +137,20 @@ def test_names_that_differ_by_their_ending_alone_get_files_of_their_own(
     assert main(given) == ExitCode.DONE
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.srt")}
     assert names == {"a.srt", "a.wav.srt", "deep/a.srt", "a.wav.2.srt"}
+
+
+def test_a_model_of_an_earlier_fine_tuning_is_read(runs: Path, tmp_path: Path, speech: Path) -> None:
+    """Until 0.1, `auricle finetune` wrote the encoder's weights, one linear layer and its settings."""
+    module, config, _ = load_checkpoint(runs / "reads" / "checkpoints" / "step_00000004")
+    weights = {f"model.{name}": weight for name, weight in module.model.state_dict().items()}
+    weights |= {name.removeprefix("text."): weight for name, weight in module.heads.state_dict().items()}
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    described = {"finetune": {"symbols": " ab"}, "pretrained": dump(config)}
+    (tmp_path / "results.json").write_text(json.dumps(described))
+    one, other = (open_recogniser(str(path)) for path in (tmp_path, runs / "reads"))
+    wave = audio(speech / "a.wav")
+    assert np.array_equal(one.log_probs(wave), other.log_probs(wave))
+    assert one.head.symbols == (" ", "a", "b")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""Error rates of a recogniser's texts: greedy, by beam search, and with an n-gram of symbols."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pretrain.inference.ctc_decoding import NGram, beam_search, greedy
+from pretrain.recognition.recogniser import Recogniser
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Error rates of one decoder over so many utterances: edits per word, and per character."""
+
+    decoder: str
+    wer: float
+    cer: float
+    utterances: int
+
+
+@dataclass(frozen=True)
+class Decoders:
+    """beam: prefixes kept in beam search; 0: greedy only.  ngram: fitted on texts; its score is weighted by `weight`,
+    and `weight` is also the bonus per symbol."""
+
+    beam: int = 0
+    ngram: NGram | None = None
+    weight: float = 0.5
+
+
+def written(text: str, symbols: Iterable[str]) -> str:
+    """Returns a text in the recogniser's symbols: lower case, other characters dropped, single spaces."""
+    known = set(symbols)
+    return " ".join("".join(symbol for symbol in text.lower() if symbol in known).split())
+
+
+def fit_ngram(texts: Iterable[str], order: int, symbols: Sequence[str]) -> NGram | None:
+    """Returns an n-gram of the symbols of texts; None for order 0."""
+    if not order:
+        return None
+    numbers = {symbol: number for number, symbol in enumerate(symbols)}
+    return NGram([[numbers[s] for s in written(text, symbols)] for text in texts], order, len(symbols))
+
+
+def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Decoders) -> list[tuple[str, list[str]]]:
+    """Returns the texts that each decoder finds, by the name of the decoder.
+
+    Args:
+        recogniser: computes each recording at once.
+        waves: (T,) audio at 16 kHz.
+        decoders: which are run.
+    """
+    outputs = [recogniser.log_probs(wave) for wave in waves]
+
+    def spelled(symbols: Sequence[int]) -> str:
+        return "".join(recogniser.head.symbols[number] for number in symbols)
+
+    found = [("greedy", [spelled(greedy(output)) for output in outputs])]
+    if decoders.beam:
+        name = f"beam {decoders.beam}"
+        found.append((name, [spelled(beam_search(output, decoders.beam)) for output in outputs]))
+        if model := decoders.ngram:
+            weight = decoders.weight
+            decoded = [spelled(beam_search(o, decoders.beam, model, weight, bonus=weight)) for o in outputs]
+            found.append((f"{name} + {model.order}-gram", decoded))
+    return found
+
+
+def errors(decoder: str, references: Sequence[str], texts: Sequence[str]) -> Errors:
+    """Returns word and character error rates by jiwer. Raises ValueError where it is not installed."""
+    try:
+        import jiwer
+    except ImportError as error:
+        raise ValueError(f"error rates need jiwer: pip install 'auricle[evaluate]' ({error})") from error
+    pairs = list(references), list(texts)
+    return Errors(decoder, float(jiwer.wer(*pairs)), float(jiwer.cer(*pairs)), len(texts))
