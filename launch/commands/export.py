@@ -28,6 +28,11 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--chunk", type=int, help="onnx_stream: frames per chunk (the first trained length)")
     parser.add_argument("--left", type=int, help="onnx_stream: earlier chunks attended to (the first trained number)")
+    parser.add_argument(
+        "--head",
+        default="",
+        help="hugging_face: the CTC head to export too (the only one of a recogniser)",
+    )
     given = parser.parse_args(arguments)
 
     from launch.runs.summary import find_run
@@ -38,7 +43,7 @@ def run(arguments: list[str]) -> int:
     path = Path(given.run).expanduser()
     module, config, _ = load_run(path if (path / "state.json").is_file() else find_run(given.run))
     if given.to == "hugging_face":
-        error, allowed = export(config, module, given.out), TOLERANCE
+        error, allowed = export(config, module, given.out, given.head), TOLERANCE
     elif given.to == "onnx_stream":
         head = next((head for head in module.heads.values() if isinstance(head, CTC)), None)
         error = stream_export.export_stream(config, module.model, given.out, given.chunk, given.left, head)

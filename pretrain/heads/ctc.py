@@ -53,9 +53,9 @@ class CTC(Head):
         return torch.tensor(float(sum(map(len, self.targets(batch)))), dtype=torch.float64)
 
     def log_probs(self, encoded: EncoderOutput) -> Tensor:
-        """Returns ln p of blank and symbols, (B, F, V) fp32, for decoding."""
+        """Returns ln p of blank and symbols, (B, F, V), at least fp32, for decoding."""
         logits_BFV: Tensor = self.linear(encoded.final.x_BFD)
-        return logits_BFV.float().log_softmax(-1)
+        return logits_BFV.to(torch.promote_types(logits_BFV.dtype, torch.float32)).log_softmax(-1)
 
     def forward(self, encoded: EncoderOutput, batch: Batch) -> LossOutput:
         targets = self.targets(batch)

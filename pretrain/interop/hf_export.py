@@ -2,7 +2,8 @@
 
 Nothing is written unless `from_pretrained` on the folder reproduces the features to 1e-5. A model trained with wav2vec
 2.0 is written as Wav2Vec2ForPreTraining, with its quantiser and projections, for `init=` or further pretraining
-elsewhere; transformers has no such class for other objectives, so their weights stay in the run's checkpoint.
+elsewhere; transformers has no such class for other objectives, so their weights stay in the run's checkpoint. A run
+with a CTC head is written as …ForCTC with its vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from pretrain.checkpointing.locate import latest_checkpoint, near
 from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
 from pretrain.config import Config
+from pretrain.heads.ctc import CTC
 from pretrain.interfaces.models import SpeechModel
+from pretrain.interop.hf_ctc import ctc_head, ctc_weights, describe_ctc, vocabulary
 from pretrain.interop.hf_names import MASK_EMBEDDING, objective_to_hugging_face, to_hugging_face
 from pretrain.models.encoders import transformer
 from pretrain.models.frontends import waveform_conv
@@ -33,16 +36,18 @@ from pretrain.train_module import TrainModule
 TOLERANCE = 1e-5
 
 
-def export(config: Config, module: TrainModule, folder: Path) -> float:
-    """Writes config.json, preprocessor_config.json and model.safetensors.
+def export(config: Config, module: TrainModule, folder: Path, head: str = "") -> float:
+    """Writes config.json, preprocessor_config.json and model.safetensors, of a recogniser its vocabulary as well.
 
     Args:
         config: the config that `module` was trained with.
         module: front end, encoder and objective.
         folder: must not exist; is created complete or not at all.
+        head: the CTC head to export; empty: the only one of a run without a self-supervised loss, see `ctc_head`.
 
     Returns:
-        The largest difference between the last layer of `module` and that of the loaded copy, in double precision.
+        The largest difference between the last layer of `module`, or ln p of its CTC head, and that of the loaded copy,
+        in double precision.
 
     Raises:
         ConfigError: the architecture has no counterpart in transformers, `folder` exists, or the loaded copy differs by
@@ -51,6 +56,7 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists; give a new folder to export to")
+    recogniser = ctc_head(config, module, head)
     described = describe(config, module.objective.exports_as)
     weights = to_hugging_face(module.model.state_dict())
     objective = module.objective.state_dict()
@@ -59,7 +65,13 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
     else:
         described["mask_time_prob"] = 0.0
     for_pretraining = False
-    if isinstance(config.objective, wav2vec2.Config) and described["model_type"] == "wav2vec2":
+    files: dict[str, dict[str, Any]] = {}
+    if recogniser is not None:
+        described["mask_time_prob"] = 0.0
+        weights.pop("masked_spec_embed", None)
+        described |= describe_ctc(recogniser, described)
+        weights, files = ctc_weights(recogniser, weights, described["model_type"]), vocabulary(recogniser.symbols)
+    elif isinstance(config.objective, wav2vec2.Config) and described["model_type"] == "wav2vec2":
         for_pretraining = True
         described |= describe_objective(config.objective)
         weights = {f"wav2vec2.{name}": weight for name, weight in weights.items()}
@@ -78,11 +90,11 @@ def export(config: Config, module: TrainModule, folder: Path) -> float:
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         temporary = Path(name) / "model"
         temporary.mkdir()
-        (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+        for file, values in {"config.json": described, "preprocessor_config.json": processor, **files}.items():
+            (temporary / file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         contiguous = {key: weight.detach().cpu().float().contiguous().clone() for key, weight in weights.items()}
         save_tensors(contiguous, temporary / "model.safetensors")
-        error = gate(module.model, frontend.normalize, temporary, for_pretraining)
+        error = gate(module.model, frontend.normalize, temporary, for_pretraining, recogniser)
         if not error <= TOLERANCE:
             raise ConfigError(f"the exported model's features differ by {error:.1e} (allowed: {TOLERANCE:.0e})")
         shutil.move(str(temporary), folder)
@@ -179,8 +191,10 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def gate(model: SpeechModel, normalized: bool, folder: Path, for_pretraining: bool = False) -> float:
-    """Returns the largest difference of the last layer between `model` and the model that transformers loads.
+def gate(
+    model: SpeechModel, normalized: bool, folder: Path, for_pretraining: bool = False, head: CTC | None = None
+) -> float:
+    """Returns the largest difference of the last layer, or of ln p, between `model` and what transformers loads.
 
     In double precision, so that wrong weights or formulas show and the rounding of a deep model does not.
 
@@ -189,6 +203,7 @@ def gate(model: SpeechModel, normalized: bool, folder: Path, for_pretraining: bo
         normalized: whether the front end normalises each utterance.
         folder: the exported model.
         for_pretraining: whether it includes the objective's weights.
+        head: the CTC head that it includes.
 
     Raises:
         ConfigError: transformers is not installed, or reports missing or unexpected weights.
@@ -198,18 +213,22 @@ def gate(model: SpeechModel, normalized: bool, folder: Path, for_pretraining: bo
     except ImportError:
         raise ConfigError("the check before an export needs transformers: pip install transformers") from None
     kind = transformers.AutoModelForPreTraining if for_pretraining else transformers.AutoModel
+    kind = kind if head is None else transformers.AutoModelForCTC
     theirs, report = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if wrong:
         raise ConfigError(f"transformers reports missing or unexpected weights: {', '.join(wrong)}")
     wave_BT = 0.1 * torch.randn(2, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
     exact = copy.deepcopy(model).cpu().double().eval()
-    ours = exact(wave_BT.double(), torch.tensor([SAMPLE_RATE] * 2)).final.x_BFD
+    encoded = exact(wave_BT.double(), torch.tensor([SAMPLE_RATE] * 2))
     if normalized:
         extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         wave_BT = extractor(list(wave_BT.numpy()), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values
+    if head is not None:
+        log_probs_BFV = copy.deepcopy(head).cpu().double().eval().log_probs(encoded)
+        return float((theirs.double().eval()(wave_BT.double()).logits.log_softmax(-1) - log_probs_BFV).abs().max())
     base = theirs.wav2vec2 if for_pretraining else theirs
-    return float((base.double().eval()(wave_BT.double()).last_hidden_state - ours).abs().max())
+    return float((base.double().eval()(wave_BT.double()).last_hidden_state - encoded.final.x_BFD).abs().max())
 
 
 def load_run(given: Path) -> LoadedCheckpoint:
