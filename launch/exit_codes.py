@@ -17,7 +17,7 @@ class ExitCode(IntEnum):
     UNHEALTHY = 3
     """Health checks stopped the run (RUN/UNHEALTHY has the reason); a restart would end in the same way."""
     SUPERSEDED = 4
-    """A newer start of the run took over; a restart would in turn supersede that one."""
+    """A newer start of the run took over; a restart would supersede that one."""
     LOST = 70
     """An attempt on a Ray cluster lost a worker or a node; a restart may succeed."""
     AGAIN = 75

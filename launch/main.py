@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _use_utf8() -> None:
-    """Makes this process and its children read and write UTF-8, whatever the locale.
+    """Makes this process and its children read and write UTF-8, regardless of the locale.
 
     File names, manifests and messages are UTF-8. If the locale has another encoding, Python is restarted in UTF-8 mode
     (PEP 540). Characters that the terminal cannot show are printed as escapes.

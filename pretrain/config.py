@@ -117,16 +117,16 @@ class TrainConfig:
     """Length of a run, logging and checkpoints."""
 
     steps: Annotated[int, about("optimizer steps in total", ge=1)] = 400_000
-    log_every: Annotated[int, about("write metrics every so many steps", ge=1)] = 1
+    log_every: Annotated[int, about("steps between rows of metrics", ge=1)] = 1
     media_every: Annotated[
-        int, about("audio, spectrograms with units and frames go to TensorBoard every so many steps; 0: never", ge=0)
+        int, about("steps between snapshots in TensorBoard: audio, spectrograms with units, and frames; 0: never", ge=0)
     ] = 1_000
     histograms_every: Annotated[
-        int, about("histograms of code use go to TensorBoard every so many steps, in at most 256 bins; 0: never", ge=0)
+        int, about("steps between histograms of code use in TensorBoard, of at most 256 bins; 0: never", ge=0)
     ] = 100
-    checkpoint_every: Annotated[int, about("save a checkpoint every so many steps", ge=1)] = 1_000
-    keep_last: Annotated[int, about("checkpoints kept, the newest ones", ge=1)] = 3
-    keep_every: Annotated[int, about("also keep those of steps that this divides; 0 keeps none of them", ge=0)] = 0
+    checkpoint_every: Annotated[int, about("steps between checkpoints", ge=1)] = 1_000
+    keep_last: Annotated[int, about("number of newest checkpoints that are kept", ge=1)] = 3
+    keep_every: Annotated[int, about("also keep checkpoints at multiples of this step; 0: none", ge=0)] = 0
     save_behind: Annotated[bool, about("write checkpoints in the background, from a copy of the weights")] = True
 
 
@@ -139,7 +139,7 @@ class HealthConfig:
         about("loss or gradient not finite: end the run, or go back to the last healthy checkpoint with other data"),
     ] = "stop"
     on_spike: Annotated[
-        Literal["warn", "skip"], about("a gradient norm far above those before: only warn, or skip that update")
+        Literal["warn", "skip"], about("on a gradient norm far above earlier ones: warn, or skip the update")
     ] = "skip"
     on_collapse: Annotated[
         Literal["warn", "stop", "rollback"], about("collapsed codes or a dead stage, confirmed several times")
@@ -148,12 +148,12 @@ class HealthConfig:
         Literal["warn", "stop", "rollback"], about("loss at chance, dead codes or a falling rank or probe, confirmed")
     ] = "warn"
     on_recipe: Annotated[
-        Literal["warn", "stop"], about("updates that see another amount of audio than data.batch_seconds")
+        Literal["warn", "stop"], about("on updates with another amount of audio than data.batch_seconds")
     ] = "warn"
     max_updates_without_targets: Annotated[
         int,
         about(
-            "stop when the objective or a head had no target in so many updates in a row (at most train.steps): its "
+            "stop when the objective or a head had no target in this many updates in a row (at most train.steps): its "
             "loss of 0 is then meaningless",
             ge=1,
         ),
@@ -161,9 +161,9 @@ class HealthConfig:
     max_silent_share: Annotated[
         float, about("largest share of an update's segments that may be silent or constant", ge=0, le=1)
     ] = 0.5
-    max_rollbacks: Annotated[int, about("stop instead once this many rollbacks were made", ge=0)] = 3
+    max_rollbacks: Annotated[int, about("number of rollbacks after which the run stops instead", ge=0)] = 3
     every: Annotated[int, about("steps between checks", ge=1)] = 10
-    confirm: Annotated[int, about("checks in a row that must find the same before it counts", ge=1)] = 3
+    confirm: Annotated[int, about("consecutive checks that confirm a finding", ge=1)] = 3
     window: Annotated[int, about("steps over which losses, codes and times are pooled", ge=1)] = 50
     grace_steps: Annotated[
         int, about("steps, at most two thirds of all, before chance and codes are checked", ge=0)
@@ -171,7 +171,7 @@ class HealthConfig:
     spike_factor: Annotated[
         float, about("an outlier is this many times the running median of gradient norms", gt=1)
     ] = 10.0
-    chance_margin: Annotated[float, about("a loss this share below chance counts as better", ge=0, lt=1)] = 0.01
+    chance_margin: Annotated[float, about("share by which the loss must be below chance level", ge=0, lt=1)] = 0.01
     min_perplexity: Annotated[float, about("least perplexity of the targets as a share of the codes", ge=0, le=1)] = 0.1
     max_dead_codes: Annotated[float, about("largest share of codes that may never be used", ge=0, le=1)] = 0.5
     min_target_entropy: Annotated[
@@ -180,13 +180,11 @@ class HealthConfig:
     min_stage_std: Annotated[
         float, about("least deviation of each stage's output, as a share of its first one", ge=0, lt=1)
     ] = 0.1
-    min_prediction_std: Annotated[float, about("the same for predictions, where an objective reports them", ge=0)] = (
-        0.01
-    )
+    min_prediction_std: Annotated[float, about("the same for predictions, if the objective reports it", ge=0)] = 0.01
     min_rank: Annotated[
         float, about("least RankMe of a stage as a share of its best since the warm-up", ge=0, lt=1)
     ] = 0.2
-    audio_tolerance: Annotated[float, about("how far the audio per update may be off, as a share", gt=0)] = 0.1
+    audio_tolerance: Annotated[float, about("permitted relative difference of the audio per update", gt=0)] = 0.1
     max_data_wait: Annotated[float, about("largest share of a step that a rank may wait for data", gt=0, le=1)] = 0.5
 
 
@@ -194,16 +192,14 @@ class HealthConfig:
 class Config:
     """One pretraining run."""
 
-    name: Annotated[str, about("the run's name, and that of its folder", resume="free", min_length=1)] = "run"
+    name: Annotated[str, about("name of the run and of its folder", resume="free", min_length=1)] = "run"
     runs: Annotated[str, about("folder that holds the run folders", resume="free", min_length=1)] = "runs"
     seed: Annotated[int, about("keys every random draw", ge=0)] = 0
     init: Annotated[
         str,
         about("start from these weights: a run folder, or a Hugging Face folder with model.safetensors", resume="path"),
     ] = ""
-    device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one", resume="free")] = (
-        "auto"
-    )
+    device: Annotated[Literal["auto", "cpu", "cuda"], about("auto: a GPU if there is one", resume="free")] = "auto"
     data: DataConfig
     frontend: Annotated[FrontendConfig, registry.choice("frontends")]
     encoder: Annotated[EncoderConfig, registry.choice("encoders")]

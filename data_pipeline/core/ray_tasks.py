@@ -136,7 +136,7 @@ def cluster_contents() -> str:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-    return f"it has {len(nodes)} nodes with {cores:g} cores and {gpus:g} GPUs in all"
+    return f"it has {len(nodes)} nodes with {cores:g} cores and {gpus:g} GPUs in total"
 
 
 def keep_token_private() -> None:

@@ -77,7 +77,7 @@ class ManifestCorpus(CorpusConfig):
 
 @config
 class LibriSpeechCorpus(CorpusConfig):
-    """LibriSpeech and Libri-light's labelled parts: SUBSET/SPEAKER/CHAPTER/ID.flac beside SPEAKER-CHAPTER.trans.txt."""
+    """LibriSpeech and Libri-light's labelled parts: SUBSET/SPEAKER/CHAPTER/ID.flac with SPEAKER-CHAPTER.trans.txt."""
 
     name: Literal["librispeech"] = "librispeech"
     path: Annotated[str, about("the folder LibriSpeech, or its parent", min_length=1)]
@@ -108,7 +108,7 @@ class CommonVoiceCorpus(CorpusConfig):
 
 @config
 class VoxPopuliCorpus(CorpusConfig):
-    """VoxPopuli: LANGUAGE/YEAR/ID.ogg, for transcribed data beside LANGUAGE/asr_SPLIT.tsv."""
+    """VoxPopuli: LANGUAGE/YEAR/ID.ogg, with LANGUAGE/asr_SPLIT.tsv for transcribed data."""
 
     name: Literal["voxpopuli"] = "voxpopuli"
     path: Annotated[str, about("folder unlabelled_data or transcribed_data", min_length=1)]
@@ -139,7 +139,7 @@ class WebDatasetCorpus(CorpusConfig):
 
 @config
 class LhotseSharCorpus(CorpusConfig):
-    """Lhotse Shar: cuts.NNNNNN.jsonl.gz beside recording.NNNNNN.tar; supervisions become segments."""
+    """Lhotse Shar: cuts.NNNNNN.jsonl.gz with recording.NNNNNN.tar; supervisions become segments."""
 
     name: Literal["lhotse_shar"] = "lhotse_shar"
     path: Annotated[str, about("folder or fsspec URL of the Shar files", min_length=1)]

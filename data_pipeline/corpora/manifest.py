@@ -304,7 +304,7 @@ def _labels_beside(corpus: ManifestCorpus) -> dict[str, dict[str, str]]:
             if name and name != "path" and value != "":
                 columns.setdefault(name, []).append(as_text(value))
     if corpus.labels and not any(path != "." and columns for path, columns in joined.items()):
-        raise ConfigError(f"corpus.labels={corpus.labels}: has no column path beside other columns")
+        raise ConfigError(f"corpus.labels={corpus.labels}: needs a column path and at least one other")
     return {path: {name: " ".join(values) for name, values in columns.items()} for path, columns in joined.items()}
 
 

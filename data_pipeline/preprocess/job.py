@@ -207,7 +207,7 @@ def _run_units(
         remedy = "once there is room" if full else "once it can be written"
         raise OSError(
             error.errno,
-            f"out={config.out}: cannot be written ({error}); what is finished is kept, and the same command "
+            f"out={config.out}: cannot be written ({error}); finished shards are kept, and the same command "
             f"continues {remedy}",
         ) from None
     first_files = {unit.name: unit.files[0].file_id for unit in todo}

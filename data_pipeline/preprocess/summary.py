@@ -9,7 +9,7 @@ from data_pipeline.core.text import visible
 
 @dataclass(frozen=True)
 class Summary:
-    """The content of a data set after a job, and what the job did. Hours are hours of audio."""
+    """The content of a data set after a job, and the work of the job. Hours are hours of audio."""
 
     out: str
     files: int
@@ -56,7 +56,7 @@ class Summary:
             return (
                 f"{len(self.failed_units)} of {self.units_done + self.units_before + len(self.failed_units)} units "
                 f"could not be finished (first {visible(first)}: {visible(why)}); the other units are written, and the "
-                "same command tries again what is missing"
+                "same command retries the missing ones"
             )
         if self.imbalances:
             return f"the sums of {self.out} do not agree, which is a bug of auricle: {'; '.join(self.imbalances)}"

@@ -110,7 +110,7 @@ class CachedShards(RemoteShards):
                     break
                 cached = sum(size for other, size in self._sizes_here().items() if use_S[other] <= 1)
                 if use_S[number] == 1 and cached + self.records[number].bytes > self.limit:
-                    break  # the next window does not fit beside this one
+                    break  # both windows do not fit
                 with contextlib.suppress(ShardError, OSError):
                     self._fetch(number, wait=False)
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "compress": ("compress", "a run -> a smaller run with fewer blocks, heads and inner channels"),
     "export": ("export", "a run -> a Hugging Face folder, TorchScript or ONNX, verified before it is written"),
     "jobs": ("jobs", "list, follow, cancel and requeue runs of any launcher"),
-    "doctor": ("doctor", "check this machine, and how to install what is missing"),
+    "doctor": ("doctor", "check this machine; shows how to install missing packages"),
     "completion": ("completion", "print the completion script of bash or zsh"),
 }
 """Command -> (module in launch.commands, one line of help)."""

@@ -12,7 +12,7 @@ MARKS = {"ok": ("ok", "green"), "missing": ("–", "yellow"), "broken": ("broken
 
 def run(arguments: list[str]) -> int:
     """Prints the table; returns 0 if all requirements are met, 1 otherwise."""
-    parser = Parser("auricle doctor", description="checks this machine, and how to install what is missing")
+    parser = Parser("auricle doctor", description="checks this machine; shows how to install missing packages")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder where runs would go (default: runs)")
     folder: Path = parser.parse_args(arguments).runs
 

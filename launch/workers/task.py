@@ -164,7 +164,7 @@ def why_outdated(command: str, job: ProgramJob) -> str:
         return "was finished with another config"
     try:
         if came_from != dict(module.made_from(config)):
-            return "was made from other input"
+            return "was computed from other input"
         made = dict(module.made(config))
     except (ConfigError, ValueError, OSError) as error:
         return f"can no longer be read ({error})"

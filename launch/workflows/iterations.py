@@ -27,7 +27,7 @@ from pretrain.interop.fingerprint import weights_of
 LABELS = "units"
 """Name of the frame labels in data.targets of the trainings."""
 MFCC_HZ = 100.0
-"""Rate of labels made from MFCC."""
+"""Rate of labels from MFCC, in Hz."""
 
 Command = Callable[[list[str]], int]
 

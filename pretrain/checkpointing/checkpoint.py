@@ -191,7 +191,7 @@ def write(
 ) -> None:
     """Writes a checkpoint: a temporary folder, moved into place; points `latest` to it, then removes old checkpoints.
 
-    At whatever moment the process is killed, `latest` names a complete checkpoint: one that is rewritten (after a
+    Whenever the process is killed, `latest` names a complete checkpoint: one that is rewritten (after a
     rollback, with another cursor) has a stand-in until the new one is in place.
     """
     run.require_current()

@@ -58,7 +58,7 @@ def deepspeed_config(
             "overlap_comm": world.device != "cpu",
             "contiguous_gradients": True,
             "memory_efficient_linear": False,  # it would replace torch's own linear layer in the whole process
-            # DeepSpeed allocates its buckets at full size: 2 GB by default, whatever the model's size
+            # DeepSpeed allocates its buckets at full size: 2 GB by default, for any model
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,

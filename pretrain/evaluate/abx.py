@@ -104,7 +104,7 @@ def cells(tokens: Sequence[Token], across: bool, others: int = 1, seed: int = 0)
         for other in [rest[i] for i in drawn] if across else [speaker]:
             found += _cells_of(tokens, by[other], own, speaker, other)
     if not found:
-        raise ValueError("abx: no triple of two phones by one speaker could be made from these utterances")
+        raise ValueError("abx: these utterances have no triple of two phones by one speaker")
     return found
 
 

@@ -210,14 +210,14 @@ class TaskEvaluation:
         def measure(encoder: FrozenEncoder) -> intrinsic.Found:
             return [("EER of verification", point(verification(encoder, valid, test, self.waves)))]
 
-        return self.beside(encoders, measure, context=10)
+        return self.unfitted(encoders, measure, context=10)
 
     def random(self, encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
         """Builds the architecture of `encoder` with the random weights of a seed."""
         assert encoder.fresh is not None
         return freeze(encoder.fresh(seed), f"random weights ({encoder.name})", self.config.device)
 
-    def beside(
+    def unfitted(
         self, encoders: Sequence[FrozenEncoder], measure: Callable[[FrozenEncoder], intrinsic.Found], context: int
     ) -> list[Row]:
         """Applies a measure without fitting to log-mel, random weights (mean over seeds) and the checkpoints."""
@@ -276,7 +276,7 @@ class TaskEvaluation:
         def measure(encoder: FrozenEncoder) -> intrinsic.Found:
             return intrinsic.MEASURES[self.name](encoder, self.parts[2], self.phones, self.classes, self.waves)
 
-        return self.beside(encoders, measure, context=0)
+        return self.unfitted(encoders, measure, context=0)
 
 
 def plain(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""CTC on each segment's text label, beside the self-supervised loss."""
+"""CTC on each segment's text label, in addition to the self-supervised loss."""
 
 from __future__ import annotations
 

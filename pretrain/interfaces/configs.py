@@ -62,7 +62,7 @@ class ObjectiveConfig(PluginConfig):
         return False
 
     def cautions(self, total_steps: int) -> list[str]:
-        """Returns settings that have no effect in a run of so many steps, one sentence each."""
+        """Returns a sentence for each setting that has no effect in a run of `total_steps` steps."""
         return []
 
 

@@ -56,8 +56,8 @@ class Objective(nn.Module, abc.ABC):
     """A self-supervised loss; owns its encoder passes.
 
     Constructed as `Objective(config, shape)`. It is a pure function of (weights, batch, plan, ctx): the same arguments
-    give the same bits, whatever ran before. Every micro-batch is valid input: utterances too short for a frame or a
-    mask have no targets and do not change the loss of the rest of the batch.
+    give the same bits, independent of earlier calls. Every micro-batch is valid input: utterances too short for a frame
+    or a mask have no targets and do not change the loss of the rest of the batch.
     """
 
     couples: frozenset[str] = frozenset()

@@ -76,7 +76,7 @@ def before_first_update(
     """
     found = [detectors.low_target_entropy(counts, limits.min_target_entropy) for counts in books]
     if inputs is not None:
-        found.append(detectors.off_scale("the features that targets are made of", *inputs))
+        found.append(detectors.off_scale("the features that targets are computed from", *inputs))
     return explained([seen for seen in found if seen is not None], silence, limits)
 
 

@@ -64,7 +64,7 @@ class StackConfig(EncoderConfig):
         ),
     ] = 0.0
     half_rate_blocks: Annotated[
-        int, about("so many blocks in the middle run at half the frame rate (U-shape); 0: none", ge=0)
+        int, about("number of blocks in the middle at half the frame rate (U-shape); 0: none", ge=0)
     ] = 0
     attention: Annotated[
         Literal["full", "local_global", "chunked"],

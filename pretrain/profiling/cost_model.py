@@ -51,7 +51,7 @@ class Cluster:
 
     @property
     def size(self) -> int:
-        """GPUs in all."""
+        """Total number of GPUs."""
         return self.nodes * self.gpus
 
 
@@ -112,7 +112,9 @@ def measure(config: Config, lengths: tuple[float, float] = (2.0, 4.0)) -> Measur
     """Runs the model's forward pass on this machine's CPU at two lengths in seconds, in the config's precision."""
     module = build_without_memory(config)
     if module.model.encoder.activation_checkpointing == "selective":
-        module.model.encoder.activation_checkpointing = "none"  # the hooks miss what it keeps: gives an upper bound
+        module.model.encoder.activation_checkpointing = (
+            "none"  # the hooks do not see its tensors, so this is an upper bound
+        )
     shorter, longer = (_forward(module, config, seconds) for seconds in lengths)
     once = max(0.0, 2 * shorter[1] - _forward(module, config, lengths[0], segments=2)[1])
     parameters = list(module.parameters())
@@ -214,7 +216,7 @@ def activation_bytes(measured: Measured, config: Config) -> float:
 
 
 def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mfu: float) -> Forecast:
-    """Forecasts a step. The audio per step is that of the recipe, whatever the number of GPUs.
+    """Forecasts a step. The audio per step is that of the recipe, for any number of GPUs.
 
     Args:
         measured: the model.

@@ -39,7 +39,7 @@ PUBLISHED = {
     "dinosr_base": Published(None, 63.0, 15.3, "arXiv 2305.10005"),
     "best_rq_base": Published(None, 120.0, None, "arXiv 2202.01855; SpeechBrain's LibriSpeech recipe"),
     "efficient_base": Published(None, None, 4.8, f"{OURS} combination (recipes of Fast-HuBERT and BEST-RQ)"),
-    "time_contrastive_base": Published(None, None, 15.3, f"{OURS}; beside wav2vec 2.0 BASE"),
+    "time_contrastive_base": Published(None, None, 15.3, f"{OURS}; compare wav2vec 2.0 BASE"),
 }
 """Published figures by recipe; all other recipes are auricle's own small ones."""
 

@@ -1,6 +1,6 @@
 """Three views of the audio at one rate: short windows, long windows, and the waveform itself, mixed by a gate.
 
-MFCC are a linear map of log-mel of the same window, so the cepstral branch has a longer one: 64 ms beside 25 ms.
+MFCC are a linear map of log-mel of the same window, so the cepstral branch has a longer one: 64 ms instead of 25 ms.
 """
 
 from __future__ import annotations
