@@ -72,7 +72,7 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
         ([*TINY, "engine.precision=bf61"], ["engine.precision", "fp32, bf16", "did you mean bf16?"]),
         ([*TINY, "objective.codez=3"], ["objective.codez=3", "no such field"]),
         ([*TINY, "batch_seconds=3"], ["batch_seconds=3", "did you mean data.batch_seconds?"]),
-        ([*TINY, "launcher.processes=3"], ["data.micro_batches=4", "3 ranks"]),
+        ([*TINY, "launcher.processes=5"], ["data.micro_batches=4", "5 ranks"]),
         ([*TINY, "name=a/b"], ["name='a/b'", "slash"]),
         (["data.shards"], ["'data.shards' is not an override", "field=value"]),
         ([*TINY, "--dry-runs"], ["no switch --dry-runs", "did you mean --dry-run?"]),
