@@ -229,6 +229,15 @@ class Config:
         if self.objective.freezes and self.optimizer.weight_decay:
             remedy = "would change weights that are frozen at first; set optimizer.weight_decay=0"
             refuse("optimizer.weight_decay", self.optimizer.weight_decay, remedy)
+        for name, head in self.heads.items():
+            if not name.isidentifier() or name == "objective":
+                refuse("heads", name, "the name of a head is a word of letters, digits and _, other than objective")
+            field = f"heads.{name}.layers"
+            if any(layer > self.encoder.layers for layer in head.layers):
+                refuse(field, list(head.layers), f"must be at most encoder.layers={self.encoder.layers}")
+            if head.layers and head.input == "objective" and not self.objective.gives_all_layers:
+                remedy = f"{self.objective.name} has its last layer alone; set heads.{name}.input=whole"
+                refuse(field, list(head.layers), remedy)
 
     def cautions(self) -> list[str]:
         """Returns warnings about settings that are valid but probably not intended, one sentence each."""

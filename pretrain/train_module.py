@@ -19,7 +19,7 @@ from pretrain import registry
 from pretrain.config import Config
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import SpeechModel
-from pretrain.interfaces.objectives import Head, LossOutput, MicroBatchPlan, Objective, Sum
+from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput, MicroBatchPlan, Objective, Sum
 from pretrain.nn.numerics import masked_deviation
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainPlan:
-    """plan: the objective's.  counts_K: targets of each task in this micro-batch, float64, on the host."""
+    """plan: the objective's.  heads: of each head.  counts_K: targets of each task, float64, on the host."""
 
     plan: MicroBatchPlan
+    heads: Mapping[str, HeadPlan]
     counts_K: Tensor
 
 
@@ -50,7 +51,8 @@ class TrainModule(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
-        self.heads = nn.ModuleDict(heads or {})
+        # by name, so that the order in a YAML file moves no draw of dropout
+        self.heads = nn.ModuleDict(dict(sorted((heads or {}).items())))
         self.autocast = autocast
         self.tasks: tuple[str, ...] = ("objective", *self.heads)
 
@@ -69,8 +71,9 @@ class TrainModule(nn.Module):
         """
         batch = padded_to(batch, self.least_samples)
         plan = self.objective.prepare(self.model, batch, ctx)
-        counts = [plan.count, *(head.count(batch) for head in self._heads().values())]
-        return TrainPlan(plan, torch.stack([count.detach().cpu().double() for count in counts]))
+        heads = {name: head.prepare(self.model, batch, ctx) for name, head in self._heads().items()}
+        counts = [plan.count, *(head.count for head in heads.values())]
+        return TrainPlan(plan, heads, torch.stack([count.detach().cpu().double() for count in counts]))
 
     def forward(
         self, batch: Batch, plan: TrainPlan, global_counts_K: Tensor, ctx: StepContext
@@ -92,8 +95,11 @@ class TrainModule(nn.Module):
             objective: LossOutput
             objective, encoded = self.objective(self.model, batch, plan.plan, ctx)
             outputs = {"objective": (1.0, objective)}
+            whole = self._whole(batch, ctx)
             for name, head in self._heads().items():
-                outputs[name] = (head.weight, head(encoded, batch))
+                output: LossOutput = head(whole if head.input == "whole" else encoded, batch, plan.heads[name], ctx)
+                named = {f"metric/{name}/{key}": sums for key, sums in output.metrics.items()}
+                outputs[name] = (head.weight_at(ctx.step), output._replace(metrics=named))
         loss = torch.zeros((), device=batch.wave_BT.device)
         metrics: dict[str, Sum] = {}
         for global_count, (name, (weight, output)) in zip(global_counts_K.tolist(), outputs.items(), strict=True):
@@ -113,6 +119,14 @@ class TrainModule(nn.Module):
     def after_step(self, ctx: StepContext) -> None:
         """Runs once after each optimizer step that was not skipped."""
         self.objective.after_step(self.model, ctx)
+
+    def _whole(self, batch: Batch, ctx: StepContext) -> EncoderOutput | None:
+        """Returns the encoder's output without a mask where a head asks for it."""
+        if all(head.input == "objective" for head in self._heads().values()):
+            return None
+        frames = self.model.project(self.model.extract(batch.wave_BT, batch.lengths_B))
+        encoded: EncoderOutput = self.model.encoder(frames, ctx)
+        return encoded
 
     def _heads(self) -> dict[str, Head]:
         return {name: head for name, head in self.heads.items() if isinstance(head, Head)}
@@ -205,5 +219,5 @@ def build_model(config: Config) -> TrainModule:
         model = build_speech_model(config)
         objective = registry.build_objective(config.objective, model.shape)
         objective.attach(model)
-        heads = {name: registry.build_head(head, model.shape) for name, head in config.heads.items()}
+        heads = {name: registry.build_head(head, model.shape) for name, head in sorted(config.heads.items())}
     return TrainModule(model, objective, heads, AUTOCAST[config.engine.precision])

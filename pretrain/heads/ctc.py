@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -11,9 +14,9 @@ from torch import Tensor, nn
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig
-from pretrain.interfaces.frames import EncoderOutput
-from pretrain.interfaces.models import ModelShape
-from pretrain.interfaces.objectives import Head, LossOutput
+from pretrain.interfaces.frames import EncoderOutput, StepContext
+from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
 from pretrain.nn.numerics import full_precision
 
 BLANK = 0
@@ -34,11 +37,14 @@ class Config(HeadConfig):
 
 
 class CTC(Head):
-    """Connectionist temporal classification of characters; segments without text do not count."""
+    """Connectionist temporal classification of characters (Graves et al. 2006); segments without text do not count.
+
+    A segment with fewer frames than its text has characters, and blanks between equal ones, does not count either.
+    """
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
-        super().__init__()
-        self.weight, self.label = config.weight, config.label
+        super().__init__(config)
+        self.label = config.label
         self.symbols = tuple(config.symbols)
         """What each symbol writes; symbol i is class i + 1."""
         self.ids = {symbol: i + 1 for i, symbol in enumerate(config.symbols)}
@@ -46,26 +52,30 @@ class CTC(Head):
 
     def targets(self, batch: Batch) -> list[list[int]]:
         """Returns the symbol ids of each segment; empty without text."""
-        texts = batch.labels.get(self.label, ("",) * len(batch.keys))
-        return [[self.ids[symbol] for symbol in text.lower() if symbol in self.ids] for text in texts]
+        return [[self.ids[symbol] for symbol in text.lower() if symbol in self.ids] for text in self._texts(batch)]
 
-    def count(self, batch: Batch) -> Tensor:
-        return torch.tensor(float(sum(map(len, self.targets(batch)))), dtype=torch.float64)
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
+        targets = self.targets(batch)
+        frames = model.frontend.frame_lengths(batch.lengths_B).tolist()
+        usable = [0 < frames_needed(target) <= limit for target, limit in zip(targets, frames, strict=True)]
+        count = sum(len(target) for target, fits in zip(targets, usable, strict=True) if fits)
+        return HeadPlan(torch.tensor(float(count), dtype=torch.float64), torch.tensor(usable))
 
     def log_probs(self, encoded: EncoderOutput) -> Tensor:
         """Returns ln p of blank and symbols, (B, F, V), at least fp32, for decoding."""
-        logits_BFV: Tensor = self.linear(encoded.final.x_BFD)
+        logits_BFV: Tensor = self.linear(self.frames(encoded).x_BFD)
         return logits_BFV.to(torch.promote_types(logits_BFV.dtype, torch.float32)).log_softmax(-1)
 
-    def forward(self, encoded: EncoderOutput, batch: Batch) -> LossOutput:
-        targets = self.targets(batch)
-        logits_BFV = self.linear(encoded.final.x_BFD)
-        device = logits_BFV.device
-        lengths_B = torch.tensor([len(target) for target in targets], device=device)
-        flat_L = torch.tensor([symbol for target in targets for symbol in target], device=device, dtype=torch.int64)
+    def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
+        log_probs_BFV = self.log_probs(encoded)
+        device = log_probs_BFV.device
+        targets, usable = self.targets(batch), plan.rows_B.tolist()
+        kept = [target if fits else [] for target, fits in zip(targets, usable, strict=True)]
+        lengths_B = torch.tensor([len(target) for target in kept], device=device)
+        flat_L = torch.tensor([symbol for target in kept for symbol in target], device=device, dtype=torch.int64)
         with full_precision(device):
             losses_B = F.ctc_loss(
-                logits_BFV.float().log_softmax(-1).transpose(0, 1),
+                log_probs_BFV.transpose(0, 1),
                 flat_L,
                 encoded.lengths_B,
                 lengths_B,
@@ -74,7 +84,23 @@ class CTC(Head):
                 zero_infinity=True,
             )
         total = losses_B.masked_fill(lengths_B == 0, 0.0).sum()
-        return LossOutput(total, lengths_B.sum())
+        written = sum(map(len, targets))
+        symbols = sum(sum(not symbol.isspace() or symbol in self.ids for symbol in text) for text in self._texts(batch))
+        labelled = sum(map(bool, targets))
+        one = functools.partial(torch.tensor, dtype=torch.float64, device=device)
+        metrics = {
+            "infeasible": (one(labelled - sum(usable)), one(labelled)),
+            "foreign_symbols": (one(symbols - written), one(symbols)),
+        }
+        return LossOutput(total, lengths_B.sum(), metrics)
+
+    def _texts(self, batch: Batch) -> tuple[str, ...]:
+        return batch.labels.get(self.label, ("",) * len(batch.keys))
+
+
+def frames_needed(target: Sequence[int]) -> int:
+    """Returns the fewest frames on which CTC can spell `target`: one per symbol, and a blank between equal ones."""
+    return len(target) + sum(one == other for one, other in itertools.pairwise(target))
 
 
 def build(config: Config, shape: ModelShape) -> CTC:

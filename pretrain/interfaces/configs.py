@@ -5,9 +5,9 @@ A plug-in's `Config` derives from the base class of its kind, adds fields and ov
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from data_pipeline.core.schema import PluginConfig, about, config
+from data_pipeline.core.schema import PluginConfig, about, config, refuse
 
 
 @config
@@ -61,6 +61,11 @@ class ObjectiveConfig(PluginConfig):
         """Whether front end and encoder are left as they are for some updates."""
         return False
 
+    @property
+    def gives_all_layers(self) -> bool:
+        """Whether heads get every layer of the encoder, and not its last one alone."""
+        return True
+
     def cautions(self, total_steps: int) -> list[str]:
         """Returns a sentence for each setting that has no effect in a run of `total_steps` steps."""
         return []
@@ -71,8 +76,43 @@ class HeadConfig(PluginConfig):
     """The config of a head."""
 
     weight: Annotated[float, about("weight of its loss relative to the objective's", gt=0)] = 1.0
+    warmup: Annotated[
+        tuple[int, int],
+        about(
+            "the weight is 0 up to the first of these steps and rises linearly until the second; 0, 0: whole at once"
+        ),
+    ] = (0, 0)
+    layers: Annotated[
+        tuple[int, ...],
+        about("encoder layers that it reads, 0 is the encoder's input; several: a learned mix; empty: the last layer"),
+    ] = ()
+    input: Annotated[
+        Literal["objective", "whole"],
+        about(
+            "objective: the objective's own pass, masked; whole: one further pass without a mask, shared by all heads "
+            "that ask for it"
+        ),
+    ] = "objective"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup[0] <= self.warmup[1]:
+            refuse(
+                "warmup", list(self.warmup), "must be two steps, the first not after the second, such as 2000, 10000"
+            )
+        if any(number < 0 for number in self.layers) or len(set(self.layers)) < len(self.layers):
+            refuse("layers", list(self.layers), "must be different numbers from 0 on")
 
     @property
     def segment_labels(self) -> tuple[str, ...]:
         """The segment labels that the head needs, among `data.labels`."""
         return ()
+
+    @property
+    def needed_tokens(self) -> tuple[str, ...]:
+        """The token sets that the head needs, among `data.tokens`."""
+        return ()
+
+    @property
+    def needed_sources(self) -> int:
+        """Number of sources of a mixture that the head separates, `data.sources`; 0: it needs none."""
+        return 0

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.frames import BlockGates, EncoderOutput, StepContext
+from pretrain.interfaces.configs import HeadConfig
+from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, SpeechModel
 from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
 
@@ -134,21 +135,90 @@ class Objective(nn.Module, abc.ABC):
                 self._last = make().detached()
 
 
+class HeadPlan(NamedTuple):
+    """What a head will learn from one micro-batch, known before the forward pass.
+
+    count: number of targets, a scalar tensor.  rows_B: (B,) bool, rows with at least one usable target.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    rows_B: Tensor
+
+
+class LayerMix(nn.Module):
+    """Selects one layer of an encoder, or mixes several by learned weights (softmax; ELMo, arXiv 1802.05365, eq. 1).
+
+    Args:
+        layers: numbers of layers, 0 for the encoder's input; empty: the last layer.
+
+    With one layer it has no parameter, and its output is that layer's.
+    """
+
+    def __init__(self, layers: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.layers = layers or (-1,)
+        self.weights_L = nn.Parameter(torch.zeros(len(layers))) if len(layers) > 1 else None
+
+    def forward(self, layers: tuple[Tensor, ...]) -> Tensor:
+        """Mixes the layers of an encoder's output, (B, F, D) each, to (B, F, D)."""
+        chosen = [layers[number] for number in self.layers]
+        if self.weights_L is None:
+            return chosen[0]
+        shares = self.weights_L.softmax(0)
+        return torch.stack([share * x_BFD for share, x_BFD in zip(shares, chosen, strict=True)]).sum(0)
+
+
 class Head(nn.Module, abc.ABC):
-    """An additional task on the encoder's output. Constructed as `Head(config, shape)`."""
+    """An additional task on the encoder's output. Constructed as `Head(config, shape)`.
 
+    It runs on every rank in every micro-batch, so that all ranks gather the same weights (ZeRO-3) and report the same
+    metrics; without usable rows its loss is 0 and its gradients are 0, not None. Rows without a usable target change
+    nothing. Like an objective it is a pure function of (weights, batch, plan, ctx).
+    """
+
+    signed: bool = False
+    """Whether its loss may be negative."""
+    couples: frozenset[str] = frozenset()
+    """Contract tests that cannot hold by design: "padding", "batch" (the loss depends on the batch's other rows)."""
     weight: float
-    """Weight of its loss relative to the objective's."""
+    """Weight of its loss relative to the objective's, after the warm-up."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.weight, self.warmup, self.input = config.weight, config.warmup, config.input
+        self.mix = LayerMix(config.layers)
+
+    def frames(self, encoded: EncoderOutput) -> Frames:
+        """Returns the layer, or the mix of layers, that the head reads, (B, F, D)."""
+        return Frames(self.mix(encoded.layers), encoded.lengths_B, encoded.rate_hz)
+
+    def weight_at(self, step: int) -> float:
+        """Returns the weight of its loss in the update after `step` updates: 0 until `warmup[0]`, then rising."""
+        first, last = self.warmup
+        return self.weight * (float(step >= last) if last <= first else min(max((step - first) / (last - first), 0), 1))
 
     @abc.abstractmethod
-    def count(self, batch: Batch) -> Tensor:
-        """Returns the number of targets of this batch, a scalar tensor."""
-
-    @abc.abstractmethod
-    def forward(self, encoded: EncoderOutput, batch: Batch) -> LossOutput:
-        """Returns the loss summed over its targets.
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
+        """Finds the rows with a usable target and counts the targets; no gradient, no forward pass.
 
         Args:
-            encoded: the encoder's output, (B, F, D) per layer.
-            batch: the micro-batch with its labels.
+            model: front end and encoder, for the number of frames of each utterance.
+            batch: one micro-batch with its labels.
+            ctx: seed and step that key the draws.
+        """
+
+    @abc.abstractmethod
+    def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
+        """Computes the loss of one micro-batch, summed over its targets.
+
+        Args:
+            encoded: the encoder's output, (B, F, D) per layer: the objective's, or that of an unmasked pass where
+                `input` is "whole".
+            batch: the micro-batch that `plan` was prepared for.
+            plan: the result of `prepare`.
+            ctx: seed and step.
+
+        Returns:
+            Sum and count; metrics by names of the head's own, logged as `metric/HEAD/NAME`. Every micro-batch has the
+            same metrics.
         """

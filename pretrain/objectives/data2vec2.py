@@ -46,6 +46,11 @@ class Config(ObjectiveConfig):
     ema_end: Annotated[float, about("EMA decay after ema_steps updates", ge=0, le=1)] = 0.99999
     ema_steps: Annotated[int, about("updates over which the decay rises linearly", ge=1)] = 75_000
 
+    @property
+    def gives_all_layers(self) -> bool:
+        """Never: the encoder computes visible frames only, and only its last layer is put back in place."""
+        return False
+
 
 @dataclass
 class CopiesPlan(MicroBatchPlan):

@@ -313,6 +313,7 @@ def test_an_elastic_run_that_loses_a_node_continues_on_the_nodes_that_are_left(r
     settings = ("data.micro_batches=4", "data.batch_seconds=16", f"launcher.exclude='{others}'", "launcher.nodes=3")
     runs.submit("fixed", *settings)
     runs.finish("fixed")
+    wait_for(lambda: set(runs.cluster.nodes[:3]) <= set(runs.cluster.idle()), 60, "three free nodes")
     runs.submit("elastic", *settings, "launcher.elastic=true")
     runs.reach("elastic", LATE)
     lost = runs.nodes("elastic")[1]

@@ -1,9 +1,10 @@
-"""Tiny models for the contract suite: every objective found × two front ends × every encoder."""
+"""Tiny models for the contract suite: every objective and head found × two front ends × every encoder."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,11 @@ RELABELLED = small(
 CASES = {name: small("objectives", name) for name in OBJECTIVES} | {"efficient, relabelled": RELABELLED}
 """Every objective, and further settings of one that take another path through the code."""
 
+HEADS: dict[str, dict[str, Any]] = {name: small("heads", name, layers=[]) for name in registry.names("heads")} | {
+    "ctc, mixed layers": {"name": "ctc", "layers": [0, 1, 2]},
+}
+"""Every head, and further settings of some."""
+
 
 def make(
     objective: str,
@@ -67,12 +73,14 @@ def make(
     encoder: str = "transformer",
     seed: int = 0,
     precision: str = "fp32",
+    heads: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TrainModule:
-    """Returns a tiny TrainModule. `objective` is one of CASES; `options` are further fields of it."""
+    """Returns a tiny TrainModule. `objective` is one of CASES; `heads` by name; `options` are further fields of it."""
     values = {
         "data": {"shards": "none"},
-        "objective": CASES[objective] | options,
+        "objective": CASES.get(objective, {"name": objective}) | options,
+        "heads": dict(heads or {}),
         "frontend": FRONTENDS[frontend],
         "encoder": small("encoders", encoder),
         "engine": {"precision": precision},
@@ -107,3 +115,12 @@ def batch(seconds: tuple[float, ...] = (1.0, 0.7), width: float | None = None, f
         wave_BT[row, : len(wave)] = wave
     keys = tuple(f"utterance-{first_seed + row}" for row in range(len(waves)))
     return Batch(wave_BT, torch.tensor([len(wave) for wave in waves]), keys, 0)
+
+
+TEXTS = ("go on", "a tool")
+"""One text for each utterance of `batch()`; the second has a double letter."""
+
+
+def labelled(batch: Batch, texts: tuple[str, ...] = TEXTS) -> Batch:
+    """Returns the batch with all that heads learn from; a row whose text is "" has no label."""
+    return dataclasses.replace(batch, labels={"text": texts})
