@@ -99,13 +99,19 @@ class Batch:
     micro_batch: int
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tokens of texts by their name in `data.tokens`, (B, N) int64, padded with -1; a row without text, or with only a
+    part of its segment, is all -1."""
 
     def to(self, device: str) -> Batch:
         """Returns the batch with its tensors on `device`."""
-        move = {name: target.to(device, non_blocking=True) for name, target in self.targets.items()}
+        targets, tokens = (
+            {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+            for tensors in (self.targets, self.tokens)
+        )
         wave_BT = self.wave_BT.to(device, non_blocking=True)
         lengths_B = self.lengths_B.to(device, non_blocking=True)
-        return Batch(wave_BT, lengths_B, self.keys, self.micro_batch, move, self.labels)
+        return Batch(wave_BT, lengths_B, self.keys, self.micro_batch, targets, self.labels, tokens)
 
     @property
     def is_empty(self) -> bool:
@@ -125,6 +131,7 @@ class Batch:
             keys=("",),
             micro_batch=micro_batch,
             targets={name: target.new_full((1, 0), -1) for name, target in self.targets.items()},
+            tokens={name: ids.new_full((1, 0), -1) for name, ids in self.tokens.items()},
             labels=dict.fromkeys(self.labels, ("",)),
         )
 

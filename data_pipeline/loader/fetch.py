@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,13 +22,17 @@ from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError, hint
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.labels.store import FrameLabels
+from data_pipeline.loader.open_shards import open_files
+from data_pipeline.loader.texts import SegmentTexts
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import Array, Extent, ShardError, ShardFiles, ShardIndex
+from data_pipeline.shards.records import done_records
 
 TAR_BLOCK = 512
 WAV_HEADER = 44
 SEARCHED_SHARDS, SEARCHED_SAMPLES = 8, 8
 """Number of shards, and of samples of each, in which an unknown label is searched."""
+TEXTS_READ_TOGETHER = 256
 SAMPLE_FIELDS = ("corpus", "language", "speaker", "text", "file_id", "start", "split")
 """Labels that any data set may have; samples omit empty ones."""
 NOT_LABELS = {"key", "offset", "size", "payload_offset", "payload_size", "labels"}
@@ -71,6 +76,7 @@ class Fetched:
     data: bytes = b""
     labels: Mapping[str, str] = field(default_factory=dict)
     targets: Mapping[str, Array] = field(default_factory=dict)
+    tokens: Mapping[str, Array] = field(default_factory=dict)
 
     def decode(self, out: Wave) -> None:
         """Writes the audio to `out`, (length,), in [-1, 1]. Raises ShardError."""
@@ -113,7 +119,9 @@ class Fetcher:
     """
 
     def __init__(self, files: ShardFiles, config: DataConfig, augmenter: Augmenter) -> None:
-        self.files, self.labels, self.augmenter = files, config.labels, augmenter
+        self.files, self.augmenter = files, augmenter
+        self.texts = SegmentTexts(config)
+        self.labels = self.texts.labels
         self.targets = {name: FrameLabels(root, files.shards.keep) for name, root in config.targets.items()}
         self.grid = math.lcm(*(labels.set.hop for labels in self.targets.values()))  # crops start at a label
         if self.targets and config.augment.speeds:
@@ -168,7 +176,7 @@ class Fetcher:
         row = found.row
         try:
             index = self.files.index(row.shard)
-            labels = labels_of(index, row.row, data, self.labels)
+            labels = self.texts.of_crop(labels_of(index, row.row, data, self.labels), found.source == found.n_samples)
             targets = {
                 name: targets.of(found.shard, index, row.row, found.start, found.length)
                 for name, targets in self.targets.items()
@@ -177,7 +185,7 @@ class Fetcher:
             return error
         except (tarfile.TarError, ValueError) as error:
             return ShardError(found.shard, f"the JSON of sample {found.key} cannot be used: {error}")
-        return replace(found, data=data, labels=labels, targets=targets)
+        return replace(found, data=data, labels=labels, targets=targets, tokens=self.texts.encode(labels))
 
 
 def _needs_json(index: ShardIndex, labels: Sequence[str]) -> bool:
@@ -225,6 +233,81 @@ def check_labels(files: ShardFiles, names: Sequence[str]) -> None:
                 f"data.labels={name}: no sample has such a label{hint(name, known)}; "
                 f"there are: {', '.join(sorted(known))}"
             )
+
+
+def read_texts(shards: str, label: str) -> Iterator[str]:
+    """Yields one label of every segment of a data set, "" where a segment has none; shards in order of their names.
+
+    Raises:
+        ValueError: shards or their JSON cannot be used.
+        StorageReadError: the storage does not answer.
+    """
+    files = open_files(DataConfig(shards=shards), done_records(shards))
+    try:
+        for bad in files.check():
+            raise bad
+        for number in range(len(files.records)):
+            yield from _texts_of_shard(files, number, label)
+    finally:
+        files.close()
+
+
+def _texts_of_shard(files: ShardFiles, number: int, label: str) -> Iterator[str]:
+    index = files.index(number)
+    for first in range(0, len(index.keys), TEXTS_READ_TOGETHER):
+        rows = range(first, min(first + TEXTS_READ_TOGETHER, len(index.keys)))
+        extents = [_json_extent(index, number, row) for row in rows] if _needs_json(index, (label,)) else []
+        data = files.read(extents) if extents else [b""] * len(rows)
+        for row, content in zip(rows, data, strict=True):
+            if isinstance(content, ShardError):
+                raise content
+            try:
+                yield labels_of(index, row, content, (label,))[label]
+            except (tarfile.TarError, ValueError) as error:
+                shard = files.records[number].shard
+                raise ShardError(shard, f"the JSON of sample {index.keys[row]} cannot be used: {error}") from None
+
+
+def _json_extent(index: ShardIndex, number: int, row: int) -> Extent:
+    """The part of a sample after its audio, where our shards have the JSON; tar members begin at multiples of 512."""
+    end = int(index.payload_offset[row]) + int(index.payload_size[row])
+    first, size = -(-end // TAR_BLOCK) * TAR_BLOCK, int(index.table.column("size")[row].as_py())
+    return Extent(number, first, int(index.table.column("offset")[row].as_py()) + size - first)
+
+
+def check_tokens(files: ShardFiles, texts: SegmentTexts, say: Callable[[str], None]) -> None:
+    """Compares the texts of some segments with the tokens.
+
+    Args:
+        files: the shards.
+        texts: tokenizers of the run.
+        say: is called with a warning if more than a hundredth of the symbols has no token.
+
+    Raises:
+        ConfigError: no text has a token: the tokens are of another alphabet or language.
+    """
+    good = [number for number in range(len(files.records)) if number not in files.bad]
+    for name, tokenizer in texts.tokenizers.items():
+        found = [
+            text
+            for number in good[:: -(-len(good) // SEARCHED_SHARDS)]
+            for text in _some_texts(files, number, tokenizer.label)
+        ]
+        size = sum(len(text.split() if tokenizer.kind == "phones" else text) for text in found)
+        foreign = sum(tokenizer.foreign(text) for text in found)
+        if found and not any(tokenizer.encode(text) for text in found):
+            raise ConfigError(
+                f"data.tokens.{name}: none of {len(found)} texts has a token, such as {found[0][:60]!r}; make tokens "
+                "of these shards with `auricle tokens`"
+            )
+        if foreign > 0.01 * size:
+            say(f"data.tokens.{name}: {foreign / size:.1%} of the symbols of {len(found)} texts have no token")
+
+
+def _some_texts(files: ShardFiles, number: int, label: str) -> list[str]:
+    with contextlib.suppress(ShardError):
+        return [text for text in itertools.islice(_texts_of_shard(files, number, label), SEARCHED_SAMPLES) if text]
+    return []
 
 
 def _label_names(files: ShardFiles, number: int) -> set[str]:

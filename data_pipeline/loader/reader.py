@@ -28,9 +28,10 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import StorageError, is_url
 from data_pipeline.core.types import Cursor, Step
 from data_pipeline.labels.store import LabelSet
-from data_pipeline.loader.fetch import check_labels
+from data_pipeline.loader.fetch import check_labels, check_tokens
 from data_pipeline.loader.open_shards import open_files
 from data_pipeline.loader.shared_buffers import SharedBuffers
+from data_pipeline.loader.texts import SegmentTexts
 from data_pipeline.loader.workers import Loaded, PlannedBatches, Request, become_worker
 from data_pipeline.sampling.catalog import load_catalogue
 from data_pipeline.sampling.config import DataConfig
@@ -70,7 +71,10 @@ class PlanReader:
         catalogue = load_catalogue(self._files, config.cache, skip_bad=config.on_bad_shard == "skip")
         check_labels(self._files, config.labels)
         self.plan = make_plan(catalogue, config, seed, least_samples)
-        self.plan_hash = _with_targets(self.plan.hash, config)
+        texts = SegmentTexts(config)
+        check_labels(self._files, [label for label in texts.labels if label not in config.labels])
+        check_tokens(self._files, texts, log.warning)
+        self.plan_hash = texts.extend_hash(_with_targets(self.plan.hash, config))
         self._files.follow(PlanSchedule(self.plan))
         audio_per_step_check(self.plan, world, self.slots)
         self._cursor = Cursor(self.plan_hash, 0, 0)

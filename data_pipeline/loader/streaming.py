@@ -34,12 +34,14 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore, StorageReadError, describe, is_url, retry
 from data_pipeline.core.tar_samples import UnusableError, member_labels
 from data_pipeline.core.types import SAMPLE_RATE, Batch, Cursor, Step
+from data_pipeline.labels.store import pad
+from data_pipeline.loader.texts import SegmentTexts
 from data_pipeline.loader.workers import become_worker
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.constraints import BatchConstraints
 from data_pipeline.sampling.plan import accumulation
 from data_pipeline.sampling.window import cut_evenly
-from data_pipeline.shards.local import ShardError
+from data_pipeline.shards.local import Array, ShardError
 
 log = logging.getLogger(__name__)
 PROTOCOLS: Final = ("file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "hf", "memory")
@@ -60,6 +62,8 @@ class Clip:
     key: str
     wave: Wave
     labels: dict[str, str]
+    whole: bool
+    """Whether it is all of the segment."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class StreamBatch:
     lengths: tuple[int, ...] = ()
     keys: tuple[str, ...] = ()
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    tokens: dict[str, Array] = field(default_factory=dict)
     skipped: int = 0
     error: ShardError | StorageReadError | None = None
 
@@ -152,7 +157,8 @@ class StreamReader:
         self.urls = shard_urls(config.shards)
         names = [url.rpartition("/")[2] for url in self.urls]
         identity = f"{names}\n{self.constraints.identity}\n{seed}"
-        self.plan_hash = PREFIX + hashlib.sha256(identity.encode()).hexdigest()[:16]
+        plan_hash = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self.plan_hash = PREFIX + SegmentTexts(config).extend_hash(plan_hash)
         self._closing: Synchronized[int] = multiprocessing.Value("b", 0)
         self._batches: Iterator[StreamBatch] = iter(())
 
@@ -203,6 +209,7 @@ class StreamReader:
                     keys=part.keys,
                     micro_batch=self.rank + slot * self.world,
                     labels=part.labels,
+                    tokens={name: torch.from_numpy(ids) for name, ids in part.tokens.items()},
                 )
                 for slot, part in enumerate(parts)
             ]
@@ -252,7 +259,7 @@ class _Stream:
 
     def __init__(self, config: DataConfig, constraints: BatchConstraints, key: int, seed: int) -> None:
         self.config, self.constraints, self.key, self.seed = config, constraints, key, seed
-        self.augmenter = Augmenter(config.augment)
+        self.augmenter, self.texts = Augmenter(config.augment), SegmentTexts(config)
         if config.augment.speeds:
             raise ConfigError("data.augment.speeds needs data.reader=plan")
         self._pass = self._skipped = self._read = self._in_vain = 0
@@ -306,18 +313,18 @@ class _Stream:
             for ending in [ending for ending in sample if ending.rpartition(".")[2] in AUDIO]:
                 stem = f"{key}.{ending}".rpartition(".")[0]
                 try:
-                    labels = member_labels(documents, key, stem) if self.config.labels else {}
-                    wave = self._decoded(stem, sample[ending])
+                    labels = member_labels(documents, key, stem) if self.texts.labels else {}
+                    wave, whole = self._decoded(stem, sample[ending])
                 except (UnusableError, AudioError) as error:
                     self._bad(url, f"{key}.{ending} cannot be used ({error})")
-                    wave, labels = np.zeros(0, np.float32), {}
+                    wave, whole, labels = np.zeros(0, np.float32), False, {}
                 self._in_vain = 0 if len(wave) else self._in_vain + 1
                 if self._in_vain >= MOST_IN_VAIN:
                     raise ShardError(url, f"none of {MOST_IN_VAIN:,} samples in a row can be used")
                 if len(wave):
-                    yield Clip(stem, wave, {name: labels.get(name, "") for name in self.config.labels})
+                    yield Clip(stem, wave, {name: labels.get(name, "") for name in self.texts.labels}, whole)
 
-    def _decoded(self, key: str, data: bytes) -> Wave:
+    def _decoded(self, key: str, data: bytes) -> tuple[Wave, bool]:
         """Decodes and crops a member; returns an empty array if it is shorter than `data.min_seconds`."""
         with open_sample(data) as sample:
             if (sample.rate, sample.channels) != (SAMPLE_RATE, 1):
@@ -326,12 +333,12 @@ class _Stream:
                 )
             longest, frames, start = self.constraints.longest, sample.frames, 0
             if frames < self.constraints.shortest:
-                return np.zeros(0, np.float32)
+                return np.zeros(0, np.float32), False
             if longest < frames < 1 << 40:
                 rng = keyed_rng(self.seed, self._pass, key, "crop")
                 start = int(rng.integers(0, frames - longest + 1))
             wave = sample.read(start, min(frames, longest))
-        return wave if len(wave) >= self.constraints.shortest else wave[:0]
+        return wave if len(wave) >= self.constraints.shortest else wave[:0], frames <= longest
 
     def batches(self, clips: Iterable[Clip]) -> Iterator[StreamBatch]:
         """Sorts pools of clips by length and cuts them into micro-batches of equal seconds."""
@@ -357,6 +364,8 @@ class _Stream:
     def _batch(self, clips: Sequence[Clip]) -> StreamBatch:
         most = min(len(clip.wave) for clip in clips) if self.constraints.crop else self.constraints.longest
         waves = [clip.wave[:most] for clip in clips]
+        labels = [self.texts.of_crop(clip.labels, clip.whole and len(clip.wave) <= most) for clip in clips]
+        tokens = [self.texts.encode(of_clip) for of_clip in labels]
         if self.augmenter.changes_waves:
             rngs = [keyed_rng(self.seed, self._pass, clip.key, "augment") for clip in clips]
             waves = [self.augmenter.apply(wave, waves, rng) for wave, rng in zip(waves, rngs, strict=True)]
@@ -368,7 +377,8 @@ class _Stream:
             wave=padded,
             lengths=tuple(map(len, waves)),
             keys=tuple(clip.key for clip in clips),
-            labels={name: tuple(clip.labels[name] for clip in clips) for name in self.config.labels},
+            labels={name: tuple(of_clip[name] for of_clip in labels) for name in self.config.labels},
+            tokens={name: pad([of_clip[name] for of_clip in tokens]) for name in self.config.tokens},
             skipped=skipped,
         )
 

@@ -47,6 +47,7 @@ class Loaded:
     wave: Wave | None = None
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     targets: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    tokens: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     samples: int = 0
     padded_samples: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
@@ -65,7 +66,8 @@ class Loaded:
         else:
             wave_BT = torch.from_numpy(wave)
         targets = {name: torch.from_numpy(target) for name, target in self.targets.items()}
-        return Batch(wave_BT, torch.tensor(self.lengths), self.keys, self.micro_batch, targets, self.labels)
+        tokens = {name: torch.from_numpy(ids) for name, ids in self.tokens.items()}
+        return Batch(wave_BT, torch.tensor(self.lengths), self.keys, self.micro_batch, targets, self.labels, tokens)
 
 
 class PlannedBatches(Dataset[Loaded]):
@@ -125,6 +127,7 @@ class PlannedBatches(Dataset[Loaded]):
             wave=None if place else wave[: len(kept)],
             labels={name: tuple(got.labels[name] for got in kept) for name in self.config.labels},
             targets={name: pad([got.targets[name] for got in kept]) for name in self.config.targets},
+            tokens={name: pad([got.tokens[name] for got in kept]) for name in self.config.tokens},
             skipped=tuple(skipped),
         )
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from data_pipeline.audio.augmentation import AugmentConfig
-from data_pipeline.core.schema import about, config
+from data_pipeline.core.schema import about, config, refuse
 
 
 @config
@@ -65,6 +65,10 @@ class DataConfig:
     targets: Annotated[
         dict[str, str], about("folders of frame labels, by the name in the objective's config", resume="data")
     ] = dataclasses.field(default_factory=dict)
+    tokens: Annotated[
+        dict[str, str],
+        about("folders of tokens.json, by the name that heads use; a cropped segment has no tokens", resume="data"),
+    ] = dataclasses.field(default_factory=dict)
     labels: Annotated[
         tuple[str, ...], about("per-segment metadata to pass to the model: speaker, language, corpus, text ...")
     ] = ()
@@ -106,3 +110,9 @@ class DataConfig:
         Literal["error", "skip"],
         about("on a missing, truncated or altered shard: stop, or skip and count it", resume="free"),
     ] = "error"
+
+    def __post_init__(self) -> None:
+        """Refuses crops of every segment beside tokens, which a cropped segment does not have."""
+        if self.tokens and self.crop_to_shortest:
+            remedy = "leaves hardly a segment with its text, and heads need it (data.tokens); set it to false"
+            refuse("crop_to_shortest", self.crop_to_shortest, remedy)

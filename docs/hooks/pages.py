@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from data_pipeline.core.schema import REQUIRED, FieldDoc, document  # noqa: E402
 from data_pipeline.corpora.config import CORPORA  # noqa: E402
+from data_pipeline.text.artefact import TokensConfig  # noqa: E402
 from launch.config import LAUNCHERS, EvaluateJob, FinetuneJob, PreprocessJob, PretrainJob, TargetsJob  # noqa: E402
 from launch.workflows.pipeline import PipelineConfig  # noqa: E402
 from pretrain import registry  # noqa: E402
@@ -22,6 +23,7 @@ from pretrain.recognition.config import TranscribeConfig  # noqa: E402
 COMMANDS = {
     "preprocess": PreprocessJob,
     "targets": TargetsJob,
+    "tokens": TokensConfig,
     "pretrain": PretrainJob,
     "evaluate": EvaluateJob,
     "finetune": FinetuneJob,

@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS = {
     "preprocess": ("preprocess", "raw audio -> shards, with Ray"),
     "targets": ("targets", "frame labels of shards, by k-means on MFCC or on a layer of a checkpoint"),
+    "tokens": ("tokens", "tokens of the texts in shards: characters, byte-pair units or phones"),
     "pretrain": ("pretrain", "shards -> a pretrained checkpoint, with DeepSpeed"),
     "pipeline": ("pipeline", "preprocess, targets, pretrain and evaluate in order, here, on SLURM or on Ray"),
     "demo": ("demo", "from audio to a checkpoint in a few minutes"),

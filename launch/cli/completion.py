@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOTS = {
     "preprocess": ("launch.config", "PreprocessJob"),
     "targets": ("launch.config", "TargetsJob"),
+    "tokens": ("data_pipeline.text.artefact", "TokensConfig"),
     "pretrain": ("launch.config", "PretrainJob"),
     "evaluate": ("launch.config", "EvaluateJob"),
     "finetune": ("launch.config", "FinetuneJob"),

@@ -36,6 +36,11 @@ def require_fitting_labels(config: Config) -> None:
                 f"data.labels={list(config.data.labels)}: heads.{name} needs {missing[0]!r}, which is not read; "
                 f"set data.labels={[*config.data.labels, *missing]}"
             )
+        if config.data.crop_to_shortest and "text" in head.segment_labels:
+            raise ConfigError(
+                f"data.crop_to_shortest=true: leaves hardly a segment with its text, which heads.{name} needs; set "
+                "data.crop_to_shortest=false"
+            )
     wanted = config.objective.frame_labels
     if wanted is None:
         return

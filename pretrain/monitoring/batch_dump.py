@@ -51,6 +51,7 @@ def save_batches(
     for i, batch in enumerate(batches):
         tensors |= {f"{i}/wave_BT": batch.wave_BT, f"{i}/lengths_B": batch.lengths_B}
         tensors |= {f"{i}/targets/{name}": target for name, target in batch.targets.items()}
+        tensors |= {f"{i}/tokens/{name}": ids for name, ids in batch.tokens.items()}
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     described = [{"keys": b.keys, "micro_batch": b.micro_batch, "labels": dict(b.labels)} for b in batches]
     try:
@@ -71,18 +72,19 @@ def load_batches(folder: Path) -> tuple[StepContext, list[Batch], str]:
         values = json.loads(path.read_text(encoding="utf-8"))
         tensors = load_file(path.with_suffix(".safetensors"))
         for i, described in enumerate(values["batches"]):
-            targets = {
-                name.removeprefix(f"{i}/targets/"): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(f"{i}/targets/")
-            }
+            targets, tokens = (_below(f"{i}/{kind}/", tensors) for kind in ("targets", "tokens"))
             labels = {name: tuple(texts) for name, texts in described["labels"].items()}
             keys, number = tuple(described["keys"]), int(described["micro_batch"])
-            batches.append(Batch(tensors[f"{i}/wave_BT"], tensors[f"{i}/lengths_B"], keys, number, targets, labels))
+            wave_BT, lengths_B = tensors[f"{i}/wave_BT"], tensors[f"{i}/lengths_B"]
+            batches.append(Batch(wave_BT, lengths_B, keys, number, targets, labels, tokens))
     if not batches:
         raise ValueError(f"{folder} holds no kept batches")
     batches.sort(key=lambda batch: batch.micro_batch)
     return StepContext(values["seed"], values["step"]), batches, values["why"]
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)

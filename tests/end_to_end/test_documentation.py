@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.text.artefact import TokensConfig
 from launch.cli.command_table import SUBCOMMANDS
 from launch.cli.request import read
 from launch.config import EvaluateJob, FinetuneJob, PreprocessJob, PretrainJob, TargetsJob
@@ -28,6 +29,7 @@ from tests.support.paths import ROOT
 CONFIGS = {
     "preprocess": PreprocessJob,
     "targets": TargetsJob,
+    "tokens": TokensConfig,
     "pretrain": PretrainJob,
     "evaluate": EvaluateJob,
     "finetune": FinetuneJob,

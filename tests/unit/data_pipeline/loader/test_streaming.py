@@ -55,7 +55,8 @@ def test_batches_hold_crops_of_the_members_with_their_labels(root: Path) -> None
             assert batch.lengths_B.max() == 8_000
             for row, key in enumerate(batch.keys):
                 n = int(key.removeprefix("utt"))
-                assert (batch.labels["text"][row], batch.labels["mood"][row]) == (f"words {n}", "calm")
+                text = f"words {n}" if batch.lengths_B[row] < 8_000 else ""  # crops lose their text
+                assert (batch.labels["text"][row], batch.labels["mood"][row]) == (text, "calm")
                 if n % 15 % 5 < 2:  # lossless
                     crop, whole = batch.wave_BT[row].numpy(), wave(n) / np.float32(32768)
                     assert any(np.array_equal(whole[at : at + 8_000], crop) for at in range(len(whole) - 8_000 + 1))

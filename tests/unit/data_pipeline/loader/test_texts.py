@@ -1,0 +1,102 @@
+"""Texts and tokens in batches: those of whole segments alone, in either reader, bound to the plan."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.core.types import Batch
+from data_pipeline.loader.reader import open_reader
+from data_pipeline.loader.streaming import StreamReader
+from data_pipeline.sampling.config import DataConfig
+from data_pipeline.text.tokenizer import load_tokenizer
+from launch.main import main
+from tests.support.tiny_shards import sounds, write_shards
+
+LENGTHS = np.random.default_rng(0).uniform(0.5, 2.0, 120).tolist()
+SAMPLES = {sound.key: sound.length for sound in sounds(LENGTHS)}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("texts")
+    everything = sounds(LENGTHS)
+    write_shards(root / "shards", [everything[i::3] for i in range(3)])
+    assert main(["tokens", f"shards={root}/shards", f"out={root}/tokens"]) == 0
+    return root
+
+
+def config(corpus: Path, **values: object) -> DataConfig:
+    given = {"shards": f"{corpus}/shards", "workers": 0, "batch_seconds": 8.0, "micro_batches": 4, "min_seconds": 0.3}
+    tokens = {"text": f"{corpus}/tokens"}
+    return load(DataConfig, {**given, "max_seconds": 1.6, "tokens": tokens, "labels": ["text", "speaker"], **values})
+
+
+def batches(data: DataConfig, steps: int = 30) -> list[Batch]:
+    reader = open_reader(data, 0, 0, 1) if data.reader == "plan" else StreamReader(data, 0, 0, 1)
+    found = [batch for step in itertools.islice(reader.steps(), steps) for batch in step.batches]
+    reader.close()
+    return found
+
+
+@pytest.mark.parametrize("reader", ["plan", "webdataset"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cropped_segment_has_neither_text_nor_tokens(corpus: Path, reader: str, workers: int) -> None:
+    tokenizer = load_tokenizer(f"{corpus}/tokens")
+    cropped = whole = 0
+    for batch in batches(config(corpus, reader=reader, workers=workers), steps=12):
+        ids_BN = batch.tokens["text"]
+        assert ids_BN.dtype == torch.int64
+        for row, (key, length) in enumerate(zip(batch.keys, batch.lengths_B.tolist(), strict=True)):
+            ids = [number for number in ids_BN[row].tolist() if number >= 0]
+            if length < SAMPLES[key]:
+                cropped += 1
+                assert (batch.labels["text"][row], ids) == ("", [])
+            else:
+                whole += 1
+                assert tokenizer.decode(ids) == batch.labels["text"][row] == f"words of {key}"
+            assert batch.labels["speaker"][row] == "s"
+    assert cropped > 10
+    assert whole > 10
+
+
+def test_tokens_need_no_label_of_the_batch(corpus: Path) -> None:
+    batch = batches(config(corpus, labels=[], max_seconds=2.0), steps=1)[0]
+    assert batch.labels == {}
+    assert int((batch.tokens["text"] >= 0).sum()) > 0
+
+
+def test_a_run_does_not_continue_with_other_tokens(corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tokens"
+    assert main(["tokens", f"shards={corpus}/shards", f"out={other}", "case=upper"]) == 0
+    hashes = set()
+    for tokens in ({}, {"text": f"{corpus}/tokens"}, {"text": str(other)}):
+        reader = open_reader(config(corpus, tokens=tokens, labels=[]), 0, 0, 1)
+        hashes.add(reader.plan_hash)
+        reader.close()
+    assert len(hashes) == 3
+    shutil.copytree(f"{corpus}/tokens", tmp_path / "copy")
+    again = open_reader(config(corpus, tokens={"text": f"{tmp_path}/copy"}, labels=[]), 0, 0, 1)
+    assert again.plan_hash in hashes
+
+
+def test_tokens_of_another_alphabet_are_refused(corpus: Path, tmp_path: Path) -> None:
+    assert main(["tokens", f"shards={corpus}/shards", f"out={tmp_path}/greek", "symbols=αβγ"]) == 0
+    with pytest.raises(ConfigError, match=r"data\.tokens\.text: none of"):
+        open_reader(config(corpus, tokens={"text": f"{tmp_path}/greek"}), 0, 0, 1)
+
+
+def test_crops_of_every_segment_are_refused_beside_tokens(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="crop_to_shortest"):
+        config(corpus, crop_to_shortest=True)
+
+
+def test_a_missing_label_is_named(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tokens", f"shards={corpus}/shards", f"out={tmp_path}/t", "label=transcript"]) == 2
+    assert "label=transcript" in capsys.readouterr().err
