@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,3 +162,63 @@ class SpeechModel(nn.Module):
         """
         out: EncoderOutput = self.encoder(self.project(self.extract(wave_BT, lengths_B)))
         return out
+
+
+class Memory(NamedTuple):
+    """Frames that a decoder attends to: x_BMD (B, M, D), of which the first lengths_B of each row are valid."""
+
+    x_BMD: Tensor
+    lengths_B: Tensor
+
+    def valid_BM(self) -> Tensor:
+        """Returns (B, M) bool, False for padding."""
+        return torch.arange(self.x_BMD.shape[1], device=self.lengths_B.device)[None] < self.lengths_B[:, None]
+
+
+class DecoderState(NamedTuple):
+    """What a decoder keeps between the tokens of a text.
+
+    place: tokens read.  past, memory: keys and values (B, H, N or M, C) of each block, of tokens and of memories.
+    visible_BM: bool, frames of the memories that may be attended to; None: all.
+    """
+
+    place: int
+    past: tuple[tuple[Tensor, Tensor], ...]
+    memory: tuple[tuple[Tensor, Tensor], ...]
+    visible_BM: Tensor | None
+
+    def select(self, rows: Tensor, memory: bool = True) -> DecoderState:
+        """Returns the state of these rows, (R,) int64; with `memory=False` the memories, one for all rows, stay."""
+        past = tuple((key[rows], value[rows]) for key, value in self.past)
+        if not memory:
+            return self._replace(past=past)
+        kept = tuple((key[rows], value[rows]) for key, value in self.memory)
+        visible_BM = None if self.visible_BM is None else self.visible_BM[rows]
+        return self._replace(past=past, memory=kept, visible_BM=visible_BM)
+
+
+class Decoder(nn.Module, abc.ABC):
+    """Predicts each token of a text from those before it and from memories."""
+
+    max_tokens: int
+    """Longest text that it can read."""
+
+    @abc.abstractmethod
+    def forward(self, tokens_BN: Tensor, memories: Sequence[Memory]) -> Tensor:
+        """Predicts all tokens of texts at once.
+
+        Args:
+            tokens_BN: (B, N) int64, tokens from the start mark on.
+            memories: always the same number, in the same order.
+
+        Returns:
+            (B, N, V) logits of the token that follows each position, which depend on no later one.
+        """
+
+    @abc.abstractmethod
+    def start(self, memories: Sequence[Memory]) -> DecoderState:
+        """Returns the state before the start mark."""
+
+    @abc.abstractmethod
+    def step(self, state: DecoderState, tokens_B: Tensor) -> tuple[Tensor, DecoderState]:
+        """Reads one token of each row, (B,) int64; returns the logits (B, V) of the next one and the state after it."""
