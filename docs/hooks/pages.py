@@ -16,6 +16,7 @@ from data_pipeline.core.schema import REQUIRED, FieldDoc, document  # noqa: E402
 from data_pipeline.corpora.config import CORPORA  # noqa: E402
 from data_pipeline.text.artefact import TokensConfig  # noqa: E402
 from launch.config import LAUNCHERS, EvaluateJob, FinetuneJob, PreprocessJob, PretrainJob, TargetsJob  # noqa: E402
+from launch.serving.config import ServeConfig  # noqa: E402
 from launch.workflows.pipeline import PipelineConfig  # noqa: E402
 from pretrain import registry  # noqa: E402
 from pretrain.recognition.config import TranscribeConfig  # noqa: E402
@@ -28,6 +29,7 @@ COMMANDS = {
     "evaluate": EvaluateJob,
     "finetune": FinetuneJob,
     "transcribe": TranscribeConfig,
+    "serve": ServeConfig,
     "pipeline": PipelineConfig,
 }
 PLUGINS = {"frontend": "frontends", "encoder": "encoders", "objective": "objectives", "heads.NAME": "heads"}

@@ -14,6 +14,7 @@ COMMANDS = {
     "data": ("data", "the step plan of a run, and batch limits for a machine"),
     "evaluate": ("evaluate", "frozen encoders by probes, ABX, PNMI and RankMe, with baselines"),
     "finetune": ("finetune", "a checkpoint -> a speech recogniser (CTC), with its word and character error rates"),
+    "serve": ("serve", "a WebSocket server of streaming recognition, with a web page for the microphone"),
     "transcribe": ("transcribe", "recordings -> text with word times, as text, JSON, subtitles or TSV"),
     "board": ("board", "TensorBoard of runs, listed by name"),
     "compare": ("compare", "compare two or more runs in a table and a plot"),

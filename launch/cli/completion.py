@@ -23,6 +23,7 @@ ROOTS = {
     "evaluate": ("launch.config", "EvaluateJob"),
     "finetune": ("launch.config", "FinetuneJob"),
     "transcribe": ("pretrain.recognition.config", "TranscribeConfig"),
+    "serve": ("launch.serving.config", "ServeConfig"),
     "pipeline": ("launch.workflows.pipeline", "PipelineConfig"),
 }
 """Config class of each command with a composed config."""

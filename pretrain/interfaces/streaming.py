@@ -42,7 +42,7 @@ FrontendState = tuple[Tensor, ...]
 class BlockMemory(NamedTuple):
     """What a block carries from chunk to chunk, right-aligned: a stream's newest frames are the last ones.
 
-    keys_BHLC, values_BHLC: of the L frames before the next chunk, without rotation, (B, heads, L, C).
+    keys_BHLC, values_BHLC: of the L frames before the next chunk, rotated, (B, heads, L, C).
     tail_BKD: input of the block's convolution in the K frames before the next chunk; K may be 0.
     """
 

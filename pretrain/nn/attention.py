@@ -46,18 +46,12 @@ class SelfAttention(nn.Module):
         return out
 
     def step(self, x_BFD: Tensor, memory: BlockMemory, context: AttentionContext) -> tuple[Tensor, BlockMemory]:
-        """Returns the attention output of the next chunk of a stream, (B, F, D), and the memory after it.
-
-        Keys are kept without rotation and rotated by their distance from the memory's start: attention depends on
-        differences of positions only, so nothing grows with the length of the stream.
-        """
+        """Returns the attention output of the next chunk of a stream, (B, F, D), and the memory after it."""
         q, k, v = self.qkv(x_BFD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        keys, values = torch.cat([memory.keys_BHLC, k], dim=2), torch.cat([memory.values_BHLC, v], dim=2)
-        rotated = keys
         if context.rotary is not None:
-            (cos, sin), kept = context.rotary, memory.keys_BHLC.shape[2]
-            q, rotated = rotate(q, cos[kept:], sin[kept:]), rotate(keys, cos, sin)
-        y_BHFC = attend(q, rotated, values, None if context.visible_BK is None else context.visible_BK[:, None, None])
+            q, k = rotate(torch.stack([q, k]), *context.rotary)
+        keys, values = torch.cat([memory.keys_BHLC, k], dim=2), torch.cat([memory.values_BHLC, v], dim=2)
+        y_BHFC = attend(q, keys, values, None if context.visible_BK is None else context.visible_BK[:, None, None])
         forgotten = 0 if context.left_chunks < 0 else x_BFD.shape[1]
         out: Tensor = self.out(y_BHFC.transpose(1, 2).flatten(2))
         return out, memory._replace(keys_BHLC=keys[:, :, forgotten:], values_BHLC=values[:, :, forgotten:])

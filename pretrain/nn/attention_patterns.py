@@ -51,7 +51,7 @@ class AttentionContext(NamedTuple):
     flex: BlockMask | None = None
     """The pattern for FlexAttention; None: computed block by block."""
     visible_BK: Tensor | None = None
-    """In a stream: which frames of memory and chunk can be attended to; None: all. `rotary` covers both."""
+    """In a stream: which frames of memory and chunk can be attended to; None: all."""
     left_chunks: int = -1
     """In a stream: chunks that the memory keeps; -1: all."""
     residual_KBF1: Tensor | None = None

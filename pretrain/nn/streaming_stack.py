@@ -103,9 +103,7 @@ class StreamingStack(BlockStack, StreamingEncoder):
         valid_BF = at_F < lengths_B.clamp(min=1)[:, None]  # an empty softmax is not finite
         visible_BK = torch.cat([at_L >= kept - frames_B[:, None], valid_BF], dim=1)
         everything = not torch.compiler.is_exporting() and bool(visible_BK.all())
-        rotary = (
-            rotary_angles(torch.arange(kept + x_BFD.shape[1], device=device), self.head_dim) if self.rotary else None
-        )
+        rotary = rotary_angles(frames_B[:, None] + at_F, self.head_dim) if self.rotary else None
         return AttentionContext(
             None if everything else valid_BF,
             rotary=rotary,

@@ -21,6 +21,7 @@ from launch.cli.command_table import SUBCOMMANDS
 from launch.cli.request import read
 from launch.config import EvaluateJob, FinetuneJob, PreprocessJob, PretrainJob, TargetsJob
 from launch.main import main
+from launch.serving.config import ServeConfig
 from launch.workflows import pipeline
 from pretrain.recognition.config import TranscribeConfig
 from tests.support.documents import PAGES, commands
@@ -34,6 +35,7 @@ CONFIGS = {
     "evaluate": EvaluateJob,
     "finetune": FinetuneJob,
     "transcribe": TranscribeConfig,
+    "serve": ServeConfig,
 }
 """Commands with a composed configuration."""
 LIKE_PRETRAIN = {"plan-run": ("cluster", "mfu"), "data": ()}

@@ -22,6 +22,24 @@ from pretrain.train import Ending, train
 from pretrain.train_module import build_model
 from tests.support.synthetic_reader import SyntheticReader
 
+STREAMING_RECOGNISER: dict[str, Any] = {
+    "frontend": {"name": "log_mel", "normalize": "fixed"},
+    "encoder": {
+        "name": "transformer",
+        "layers": 2,
+        "dim": 32,
+        "heads": 2,
+        "ffn_dim": 64,
+        "norm": "pre",
+        "positions": "rope",
+        "attention": "chunked",
+        "chunk_frames": [4, 8],
+        "left_chunks": [2, -1],
+    },
+    "heads": {"text": {"name": "ctc", "symbols": " ab"}},
+}
+"""Fields of a run that recognises streams; its untrained text is as fixed as that of a good one."""
+
 
 def config(steps: int = 6, **top: Any) -> Config:
     return load(

@@ -32,30 +32,14 @@ from pretrain.recognition.streaming_recogniser import (
 from pretrain.recognition.transcript import Word
 from tests.support.contract_cases import speech_like
 from tests.support.paths import ROOT
-from tests.support.training import save
-
-STREAMING = {
-    "frontend": {"name": "log_mel", "normalize": "fixed"},
-    "encoder": {
-        "name": "transformer",
-        "layers": 2,
-        "dim": 32,
-        "heads": 2,
-        "ffn_dim": 64,
-        "norm": "pre",
-        "positions": "rope",
-        "attention": "chunked",
-        "chunk_frames": [4, 8],
-        "left_chunks": [2, -1],
-    },
-}
+from tests.support.training import STREAMING_RECOGNISER, save
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs") / "streams"
-    save(folder, 4, heads={"text": {"name": "ctc", "symbols": " ab"}}, **STREAMING)
+    save(folder, 4, **STREAMING_RECOGNISER)
     return folder
 
 

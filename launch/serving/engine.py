@@ -1,0 +1,186 @@
+"""Computes the streams of all clients in one batch per turn, in one thread beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import SAMPLE_RATE
+from pretrain.recognition.streaming_recogniser import (
+    RecognitionState,
+    StreamingRecogniser,
+    Update,
+    join_recognitions,
+    split_recognitions,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """An update of one stream, and the seconds from the arrival of its last sample to the result."""
+
+    update: Update
+    latency: float
+    last: bool = False
+
+
+@dataclass(eq=False)
+class Stream:
+    """One client's stream.
+
+    waiting: audio that has arrived and not been computed, with the time of arrival of each part.
+    ended: no more audio comes.  failure: why the stream cannot go on.
+    """
+
+    state: RecognitionState
+    limit: int
+    waiting: deque[tuple[np.ndarray, float]] = field(default_factory=deque)
+    samples: int = 0
+    ended: bool = False
+    failure: str = ""
+    results: asyncio.Queue[Result] = field(default_factory=asyncio.Queue)
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def take(self, most: int) -> tuple[np.ndarray, float]:
+        """Removes at most so many samples; returns them and when the last of them arrived."""
+        parts, arrived, missing = [], time.monotonic(), most
+        while self.waiting and missing:
+            part, arrived = self.waiting.popleft()
+            if len(part) > missing:
+                self.waiting.appendleft((part[missing:], arrived))
+                part = part[:missing]
+            parts.append(part)
+            missing -= len(part)
+        self.samples -= most - missing
+        if self.samples < self.limit:
+            self.room.set()
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32), arrived
+
+
+class Engine:
+    """Turns over all streams that have audio; every turn takes at most one chunk's audio of each.
+
+    A client that sends faster than real time waits in its own queue, and takes no more of a turn than others do.
+
+    Args:
+        recogniser: model and decoder.
+        queue_seconds: audio that may wait per stream.
+        queue_results: results that may wait per stream; no more of it is computed until they are taken.
+    """
+
+    def __init__(self, recogniser: StreamingRecogniser, queue_seconds: float, queue_results: int) -> None:
+        self.recogniser, self.queue_results = recogniser, queue_results
+        self.limit = round(queue_seconds * SAMPLE_RATE)
+        self.most = recogniser.model.window.hop * recogniser.model.chunking.chunk
+        self.streams: set[Stream] = set()
+        self._wake = asyncio.Event()
+        self._pool = ThreadPoolExecutor(1, "streams")
+
+    def open(self) -> Stream:
+        """Begins a stream."""
+        stream = Stream(self.recogniser.start(), self.limit)
+        self.streams.add(stream)
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Forgets a stream; nothing of it is computed any more."""
+        self.streams.discard(stream)
+
+    async def add(self, stream: Stream, wave_T: np.ndarray) -> None:
+        """Appends audio; waits while the stream's queue is full."""
+        while stream.samples >= stream.limit and not stream.failure:
+            stream.room.clear()
+            await stream.room.wait()
+        stream.waiting.append((wave_T, time.monotonic()))
+        stream.samples += len(wave_T)
+        self._wake.set()
+
+    def end(self, stream: Stream) -> None:
+        """Says that no more audio comes; the last result follows."""
+        stream.ended = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Computes until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                ready = [stream for stream in self.streams if self._ready(stream)]
+                if not ready:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                taken = [stream.take(self.most) for stream in ready]
+                finishing = [stream.ended and not stream.samples for stream in ready]
+                parts, arrivals = [part for part, _ in taken], [arrived for _, arrived in taken]
+                made = await loop.run_in_executor(
+                    self._pool, self._turn, [stream.state for stream in ready], parts, finishing
+                )
+                for stream, found, arrived, last in zip(ready, made, arrivals, finishing, strict=True):
+                    if isinstance(found, str):
+                        stream.failure = found
+                        stream.room.set()
+                        stream.results.put_nowait(Result(_nothing(), 0.0, last=True))
+                        continue
+                    stream.state, updates = found
+                    for update in updates:
+                        stream.results.put_nowait(Result(update, time.monotonic() - arrived))
+                    if last:
+                        self.close(stream)
+                        stream.results.put_nowait(Result(_nothing(), 0.0, last=True))
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ready(self, stream: Stream) -> bool:
+        room = not stream.failure and stream.results.qsize() < self.queue_results
+        return room and (stream.samples >= self.most or stream.ended)
+
+    async def results(self, stream: Stream) -> list[Result]:
+        """Waits for results of a stream and takes all that there are."""
+        found = [await stream.results.get()]
+        while not stream.results.empty():
+            found.append(stream.results.get_nowait())
+        self._wake.set()
+        return found
+
+    def _turn(
+        self, states: Sequence[RecognitionState], parts: Sequence[np.ndarray], finishing: Sequence[bool]
+    ) -> list[tuple[RecognitionState, list[Update]] | str]:
+        """Computes all streams together; where that fails, each alone, so that one cannot stop the others."""
+        try:
+            return list(self._computed(states, parts, finishing))
+        except Exception as error:
+            if len(states) == 1:
+                if not isinstance(error, ConfigError):
+                    logger.exception("a stream failed")
+                return [str(error) if isinstance(error, ConfigError) else "internal error; the server's log has it"]
+        alone = zip(states, parts, finishing, strict=True)
+        return [self._turn([state], [part], [last])[0] for state, part, last in alone]
+
+    def _computed(
+        self, states: Sequence[RecognitionState], parts: Sequence[np.ndarray], finishing: Sequence[bool]
+    ) -> list[tuple[RecognitionState, list[Update]]]:
+        waves = [torch.from_numpy(part) for part in parts]
+        joint, updates = self.recogniser.push(join_recognitions(states), waves)
+        made = [(state, [update]) for state, update in zip(split_recognitions(joint), updates, strict=True)]
+        ends = [row for row, last in enumerate(finishing) if last]
+        if ends:
+            joint, updates = self.recogniser.finish(join_recognitions([made[row][0] for row in ends]))
+            for row, state, update in zip(ends, split_recognitions(joint), updates, strict=True):
+                made[row] = state, [*made[row][1], update]
+        return made
+
+
+def _nothing() -> Update:
+    return Update((), "", "", 0.0, False)
