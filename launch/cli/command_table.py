@@ -23,6 +23,7 @@ COMMANDS = {
     "recipes": ("recipes", "size and cost of each shipped experiment, with published figures"),
     "compress": ("compress", "a run -> a smaller run with fewer blocks, heads and inner channels"),
     "export": ("export", "a run -> a Hugging Face folder, TorchScript or ONNX, verified before it is written"),
+    "bench": ("bench", "speed, memory and size of exported graphs on this machine"),
     "jobs": ("jobs", "list, follow, cancel and requeue runs of any launcher"),
     "doctor": ("doctor", "check this machine; shows how to install missing packages"),
     "completion": ("completion", "print the completion script of bash or zsh"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
+from data_pipeline.core.schema import ConfigError
 from launch.cli.parser import Parser
 from launch.exit_codes import ExitCode
 
@@ -33,7 +35,21 @@ def run(arguments: list[str]) -> int:
         default="",
         help="hugging_face: the CTC head to export too (the only one of a recogniser)",
     )
+    parser.add_argument(
+        "--int8",
+        choices=("dynamic", "static"),
+        help="onnx: 8-bit products of linear layers, with ranges of activations computed for each call, or fixed from "
+        "--shards; written only if as accurate as fp32",
+    )
+    parser.add_argument("--shards", help="int8: shard folder with the audio for calibration and comparison")
+    parser.add_argument(
+        "--manifest", help="int8: also compare probes of phones; a manifest as of auricle evaluate, '' for its default"
+    )
+    parser.add_argument(
+        "--reduce-range", action="store_true", help="int8: 7 bits for weights, for x86 devices without VNNI"
+    )
     given = parser.parse_args(arguments)
+    _require_int8_options(given)
 
     from launch.runs.summary import find_run
     from pretrain.heads.ctc import CTC
@@ -41,7 +57,14 @@ def run(arguments: list[str]) -> int:
     from pretrain.interop.hf_export import TOLERANCE, export, load_run
 
     path = Path(given.run).expanduser()
-    module, config, _ = load_run(path if (path / "state.json").is_file() else find_run(given.run))
+    found = load_run(path if (path / "state.json").is_file() else find_run(given.run))
+    module, config, _ = found
+    if given.int8:
+        from launch.workflows.quantized_export import Int8Options, export_int8
+
+        options = Int8Options(given.int8, given.shards, given.manifest, given.reduce_range)
+        print(f"{given.out}: {export_int8(found, given.out, given.layer, options)}")
+        return ExitCode.DONE
     if given.to == "hugging_face":
         error, allowed = export(config, module, given.out, given.head), TOLERANCE
     elif given.to == "onnx_stream":
@@ -53,3 +76,13 @@ def run(arguments: list[str]) -> int:
         allowed = graph_export.TOLERANCE[given.to]
     print(f"{given.out}: features of the loaded copy differ by {error:.1e} (allowed: {allowed:.0e})")
     return ExitCode.DONE
+
+
+def _require_int8_options(given: argparse.Namespace) -> None:
+    """Raises ConfigError for options that do not fit together."""
+    if given.int8 and given.to != "onnx":
+        raise ConfigError(f"--int8 {given.int8}: needs --to onnx, not --to {given.to}")
+    if given.int8 and not given.shards:
+        raise ConfigError(f"--int8 {given.int8}: needs --shards FOLDER, the audio to calibrate and compare on")
+    if not given.int8 and (given.shards or given.manifest is not None or given.reduce_range):
+        raise ConfigError("--shards, --manifest and --reduce-range belong to --int8; add --int8 dynamic or static")

@@ -1,0 +1,47 @@
+"""auricle bench: speed, memory and size of exported graphs on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from launch.cli.parser import Parser
+from launch.exit_codes import ExitCode
+
+COLUMNS = ("graph", "RTF p50", "RTF p95", "speed-up", "CPU RTF", "first output ms", "peak RSS MB", "above bare", "MB")
+
+
+def run(arguments: list[str]) -> int:
+    """Prints the figures; returns 0."""
+    parser = Parser("auricle bench", description="speed, memory and size of exported graphs, measured in turn")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of auricle export; the first is the baseline")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a product (default: 1)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="audio of one run (default: 10)")
+    parser.add_argument("--runs", type=int, default=30, help="runs of each graph (default: 30)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(arguments)
+    for name, least in (("threads", 1), ("runs", 1), ("seconds", 1.0)):
+        if not getattr(given, name) >= least:
+            parser.error(f"--{name} {getattr(given, name)}: must be at least {least:g}")
+
+    from launch.cli.tables import show, table
+    from pretrain.compression.timing import measure
+
+    found = measure(given.folders, given.seconds, given.runs, given.threads)
+    if given.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return ExitCode.DONE
+    base = found.graphs[0].rtf_p50
+    rows = [
+        [
+            graph.name, f"{graph.rtf_p50:.5f}", f"{graph.rtf_p95:.5f}", f"{base / graph.rtf_p50:.2f}",
+            f"{graph.cpu_rtf:.5f}", f"{graph.first_output_ms:.0f}", f"{graph.peak_rss_mb:.0f}",
+            f"{graph.peak_rss_mb - graph.bare_rss_mb:.0f}", f"{graph.file_mb:.1f}",
+        ]
+        for graph in found.graphs
+    ]  # fmt: skip
+    show(table(COLUMNS, rows))
+    noisy = f"; noisy: {found.noisy}" if found.noisy else ""
+    print(f"{found.threads} thread(s), {found.seconds:g} s of audio per run{noisy}")
+    return ExitCode.DONE

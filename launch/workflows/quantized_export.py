@@ -1,0 +1,144 @@
+"""auricle export --int8: an ONNX graph with 8-bit products, written only if it is as accurate as the fp32 graph."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.labels.features import Extractor
+from data_pipeline.labels.kmeans import shard_features
+from data_pipeline.shards.records import done_records
+from pretrain.checkpointing.weights import LoadedCheckpoint
+from pretrain.compression import quantization
+from pretrain.compression.quantization import Lost, Mode
+from pretrain.interop.graph_export import export_graph
+
+SECONDS = 120.0
+"""Audio that is read for calibration, and as much again for the comparison."""
+POINTS_LOST = 0.01
+"""Largest loss of the accuracy of a probe."""
+
+
+class Int8Options(NamedTuple):
+    """How to quantise.  manifest: also compares probes of phones; None: not.  reduce_range: 7 bits for weights."""
+
+    mode: Mode
+    shards: str
+    manifest: str | None = None
+    reduce_range: bool = False
+
+
+def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Options) -> str:
+    """Writes model.onnx and features.json; returns one sentence on what is lost.
+
+    Raises:
+        ConfigError: `out` exists, the shards hold too little audio, the run cannot be exported, or the INT8 graph is
+            less accurate than allowed; nothing is written then.
+    """
+    import onnx
+
+    if out.exists():
+        raise ConfigError(f"{out} exists; give a new folder to export to")
+    waves = read_waves(options.shards, 2 * SECONDS)
+    calibration, compared = waves[::2], waves[1::2]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as name:
+        exact, small = Path(name) / "fp32", Path(name) / "int8"
+        export_graph(found.config, found.module.model, exact, "onnx", layer)
+        graph = onnx.load(exact / "model.onnx")
+        nodes = quantization.linear_products(graph, found.module.model)
+        small.mkdir()
+        reduce_range = options.reduce_range or not quantization.has_vnni()
+        quantization.quantize(
+            exact / "model.onnx", small / "model.onnx", nodes, options.mode, calibration, reduce_range
+        )
+        graphs = [quantization.open_graph(folder / "model.onnx") for folder in (exact, small)]
+        lost = quantization.lost(graphs[0], graphs[1], compared)
+        quantization.require_accurate(
+            lost,
+            lambda: quantization.worst_block(exact / "model.onnx", graph, nodes, options.mode, waves[:8]),
+        )
+        points = probe_loss(exact, small, options.manifest) if options.manifest is not None else None
+        sizes = [(folder / "model.onnx").stat().st_size / 1e6 for folder in (exact, small)]
+        described = json.loads((exact / "features.json").read_text(encoding="utf-8"))
+        described["int8"] = _description(options.mode, reduce_range, len(nodes), lost, points)
+        (small / "features.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        shutil.move(str(small), out)
+    probes = "" if points is None else f", probes of phones lose {100 * points:.1f} points"
+    return (
+        f"{100 * lost.units:.1f} % of the frames change their cluster, features differ by {100 * lost.error:.1f} %"
+        f"{probes}; {sizes[0]:.1f} → {sizes[1]:.1f} MB"
+    )
+
+
+def probe_loss(exact: Path, small: Path, manifest: str) -> float:
+    """Returns the accuracy that probes of phones lose on the validation speakers.
+
+    Raises:
+        ConfigError: they lose more than POINTS_LOST.
+    """
+    from pretrain.evaluate.config import EvaluateConfig
+    from pretrain.evaluate.evaluator import evaluate
+    from pretrain.evaluate.graph_encoder import open_graph_encoder
+
+    config = EvaluateConfig(checkpoint="fp32,int8", manifest=manifest, seeds=1, baselines=False, ask="valid")
+    encoders = [open_graph_encoder(folder) for folder in (exact, small)]
+    rows = [row for row in evaluate(config, lambda line: None, encoders) if row.measure == "non-silence frames"]
+    points = rows[0].value - rows[1].value
+    if not points <= POINTS_LOST:
+        raise ConfigError(
+            f"--int8: probes of phones lose {100 * points:.1f} points (allowed: {100 * POINTS_LOST:.0f}), "
+            f"{100 * rows[0].value:.1f} → {100 * rows[1].value:.1f}; take --int8 dynamic, or calibrate on more audio"
+        )
+    return points
+
+
+def read_waves(shards: str, seconds: float) -> list[Tensor]:
+    """Returns the first segments of a shard folder, (T,) each, of about `seconds` in all.
+
+    Raises:
+        ConfigError: the folder has no shards, or fewer than two segments.
+    """
+    try:
+        records = done_records(shards)
+    except ValueError as error:
+        raise ConfigError(f"--shards {shards}: {error}") from None
+    found: list[Tensor] = []
+    total = 0
+    for record in records:
+        for _, wave in shard_features(shards, record, _samples):
+            found.append(torch.from_numpy(np.asarray(wave)))
+            total += len(wave)
+            if total >= seconds * SAMPLE_RATE:
+                return found
+    if len(found) < 2:
+        raise ConfigError(
+            f"--shards {shards}: has {len(found)} segments; INT8 is calibrated and checked on two or more"
+        )
+    return found
+
+
+def _samples() -> Extractor:
+    return Extractor(lambda wave: wave, SAMPLE_RATE)
+
+
+def _description(
+    mode: Mode, reduce_range: bool, products: int, lost: Lost, points: float | None
+) -> dict[str, str | int | float | None]:
+    return {
+        "mode": mode,
+        "reduce_range": reduce_range,
+        "products": products,
+        "frames_that_change_cluster": lost.units,
+        "relative_error": lost.error,
+        "probe_points_lost": points,
+    }
