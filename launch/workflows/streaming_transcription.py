@@ -35,7 +35,7 @@ def run(config: TranscribeConfig) -> ExitCode:
     found = sources(config.files, config.pcm_rate)
     recogniser = StreamingRecogniser(
         open_recogniser(config.checkpoint, config.head, config.device),
-        config.decoding,
+        config,
         config.chunk,
         config.left,
         max_minutes=config.max_minutes,

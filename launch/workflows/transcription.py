@@ -85,7 +85,7 @@ class _Transcription:
             self._reject(recording)
             return
         try:
-            made = self.recogniser.transcribe(recording.name, recording.blocks(), self.config.decoding)
+            made = self.recogniser.transcribe(recording.name, recording.blocks(), self.config)
         except AudioError as error:
             self._reject(Unusable(recording.name, error.reason, str(error)))
             return

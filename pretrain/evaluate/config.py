@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 from data_pipeline.core.schema import ConfigError, about, config, hint
 
-TASKS: Final = ("phones", "keywords", "digits", "speaker", "language", "abx", "pnmi", "rankme")
+TASKS: Final = ("phones", "keywords", "digits", "speaker", "language", "abx", "pnmi", "rankme", "asr")
 
 
 @config
@@ -27,6 +27,16 @@ class SupervisedConfig:
     epochs: Annotated[int, about("passes over the training split; 0: without this baseline", ge=0)] = 10
     lr: Annotated[float, about("Adam's peak learning rate", gt=0)] = 1e-3
     batch_seconds: Annotated[float, about("audio per update", gt=0)] = 40.0
+
+
+@config
+class AsrConfig:
+    """Task asr: which head of a recogniser, and how its output is decoded."""
+
+    head: Annotated[str, about("name of the head that writes the text; empty: the only one that can")] = ""
+    beam: Annotated[int, about("prefixes kept in beam search; 0: greedy only", ge=0)] = 16
+    ngram: Annotated[int, about("order of the n-gram of symbols of split train; 0: none", ge=0, le=10)] = 5
+    ngram_weight: Annotated[float, about("its weight beside the acoustics", ge=0)] = 0.5
 
 
 @config
@@ -73,6 +83,7 @@ class EvaluateConfig:
     device: Annotated[str, about("cpu or cuda", min_length=1)] = "cpu"
     probe: ProbeConfig = ProbeConfig()
     supervised: SupervisedConfig = SupervisedConfig()
+    asr: AsrConfig = AsrConfig()
 
 
 def items(text: str) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.evaluate import intrinsic
+from pretrain.evaluate import asr, intrinsic
 from pretrain.evaluate.config import EvaluateConfig, items, layer_numbers, task_names
 from pretrain.evaluate.features import GRID_HZ, SILENCE, Labelled, Waves, grid_frames, phone_frames, pooled
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder
@@ -27,7 +27,8 @@ from pretrain.evaluate.manifest import (
 from pretrain.evaluate.metrics import Tally, bootstrap
 from pretrain.evaluate.probe import View, choose_view, fit_probe
 from pretrain.evaluate.supervised import Example, fit_supervised
-from pretrain.evaluate.tasks import MEASURES, PROBES, Task, splits
+from pretrain.evaluate.tasks import MEASURES, PROBES, RECOGNITION, Task, splits
+from pretrain.recognition.recogniser import open_recogniser
 
 Say = Callable[[str], None]
 
@@ -69,12 +70,28 @@ def evaluate(config: EvaluateConfig, say: Say = print, encoders: Sequence[Frozen
     names, _ = task_names(config), layer_numbers(config)
     if not encoders and not items(config.checkpoint):
         raise ConfigError(f"checkpoint={config.checkpoint}: names no checkpoint")
-    encoders = encoders or [open_encoder(given, config.device) for given in items(config.checkpoint)]
+    probing = [name for name in names if name not in RECOGNITION]
+    if probing and not encoders:
+        encoders = [open_encoder(given, config.device) for given in items(config.checkpoint)]
     utterances = read_manifest(find_manifest(config.manifest))
     rows: list[Row] = []
     for name in names:
+        if name in RECOGNITION:
+            rows += _recognition(config, utterances, say)
+            continue
         task = TaskEvaluation(config, name, utterances, say)
         rows += task.measures(encoders) if name in MEASURES else task.probes(encoders)
+    return rows
+
+
+def _recognition(config: EvaluateConfig, utterances: Sequence[Utterance], say: Say) -> list[Row]:
+    """Measures the error rates of the checkpoints, which must be recognisers."""
+    rows, waves = [], Waves()
+    for given in items(config.checkpoint):
+        recogniser = open_recogniser(given, config.asr.head, config.device)
+        who = f"{recogniser.name} (step {recogniser.step})"
+        for measure, decoder, rate in asr.error_rates(config, recogniser, utterances, waves, say):
+            rows.append(Row("asr", f"{measure}, {decoder}", who, rate.value, rate.low, rate.high))
     return rows
 
 

@@ -23,7 +23,9 @@ HEAD = ("task", "measure", "features", "value", "95 %", "− log-mel", "− rand
 
 def cells(row: Row) -> tuple[str, ...]:
     """Formats a row in the order of HEAD. Rates are in percent, differences in percentage points."""
-    share = row.measure.startswith(("accuracy", "non-silence", "all frames", "ABX", "PNMI", "phone", "cluster", "EER"))
+    share = row.measure.startswith(
+        ("accuracy", "non-silence", "all frames", "ABX", "PNMI", "phone", "cluster", "EER", "word", "character")
+    )
     value = f"{row.value:.1%}" if share else f"{row.value:.1f}"
     interval = f"{row.low:.1%} … {row.high:.1%}" if row.low == row.low else ""
     gaps = [

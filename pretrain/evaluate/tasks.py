@@ -45,6 +45,8 @@ PROBES = {
     ),
 }
 MEASURES = ("abx", "pnmi", "rankme")
+RECOGNITION = ("asr",)
+"""Tasks of recognisers, which have a head; all other tasks are of encoders."""
 
 
 def splits(

@@ -34,13 +34,15 @@ def ctc_head(config: Config, module: TrainModule, name: str = "") -> CTC | None:
     if name and name not in heads:
         has = ", ".join(heads) or "none"
         raise ConfigError(f"--head {name}: the run has no CTC head of this name{hint(name, heads)}; it has: {has}")
-    if name:
-        return heads[name]
-    if config.objective.has_loss or not heads:
+    if not name and (config.objective.has_loss or not heads):
         return None
-    if len(heads) > 1:
+    if not name and len(heads) > 1:
         raise ConfigError(f"the run has the CTC heads {', '.join(heads)}; choose one with --head NAME")
-    return next(iter(heads.values()))
+    name = name or next(iter(heads))
+    layers = config.heads[name].layers
+    if layers not in ((), (module.model.encoder.n_layers,)):
+        raise ConfigError(f"heads.{name}.layers={list(layers)}: transformers' classes read the last layer alone")
+    return heads[name]
 
 
 def describe_ctc(head: CTC, described: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
@@ -38,7 +37,7 @@ class DecodingConfig:
 
 
 @config
-class TranscribeConfig:
+class TranscribeConfig(DecodingConfig):
     """A transcription: the root of conf/transcribe.yaml."""
 
     checkpoint: Annotated[str, about("run or checkpoint with a recognising head, or a fine-tuned model", min_length=1)]
@@ -56,9 +55,6 @@ class TranscribeConfig:
     out: Annotated[
         str, about("folder for a file per recording and the list of rejects; empty: everything to standard output")
     ] = ""
-    decoding: Annotated[DecodingConfig, about("from the model's output to text")] = dataclasses.field(
-        default_factory=DecodingConfig
-    )
     stream: Annotated[
         bool, about("compute chunk by chunk while audio arrives, with text at once; standard input is raw PCM then")
     ] = False
@@ -74,6 +70,7 @@ class TranscribeConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.stream and self.format in ("srt", "vtt"):
             refuse("format", self.format, "needs the whole recording; take text, json or tsv with stream=true")
         if self.stream and self.out:

@@ -69,11 +69,29 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
     return found
 
 
-def errors(decoder: str, references: Sequence[str], texts: Sequence[str]) -> Errors:
-    """Returns word and character error rates by jiwer. Raises ValueError where it is not installed."""
+def edits(references: Sequence[str], texts: Sequence[str], by_words: bool) -> list[tuple[int, int]]:
+    """Returns (substitutions, deletions and insertions; words or characters of the reference) of each text, by jiwer.
+
+    Raises:
+        ValueError: jiwer is not installed.
+    """
     try:
         import jiwer
     except ImportError as error:
         raise ValueError(f"error rates need jiwer: pip install 'auricle[evaluate]' ({error})") from error
-    pairs = list(references), list(texts)
-    return Errors(decoder, float(jiwer.wer(*pairs)), float(jiwer.cer(*pairs)), len(texts))
+    process = jiwer.process_words if by_words else jiwer.process_characters
+    found = []
+    for reference, text in zip(references, texts, strict=True):
+        made = process(reference, text)
+        wrong = made.substitutions + made.deletions
+        found.append((wrong + made.insertions, made.hits + wrong))
+    return found
+
+
+def errors(decoder: str, references: Sequence[str], texts: Sequence[str]) -> Errors:
+    """Returns word and character error rates by jiwer. Raises ValueError where it is not installed."""
+    wer, cer = (
+        sum(wrong for wrong, _ in counts) / max(1, sum(units for _, units in counts))
+        for counts in (edits(references, texts, by_words) for by_words in (True, False))
+    )
+    return Errors(decoder, wer, cer, len(texts))

@@ -40,6 +40,8 @@ class Recogniser:
     model: SpeechModel
     head: ctc.CTC
     name: str
+    step: int = 0
+    """Updates of its run."""
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +125,7 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
             f"checkpoint={given}: a Hugging Face folder without a head of ours; `auricle finetune checkpoint={given}` "
             "trains one"
         )
-    module, config, _ = load_checkpoint(folder)
+    module, config, step = load_checkpoint(folder)
     heads = {name: found for name, found in module.heads.items() if isinstance(found, ctc.CTC)}
     has = ", ".join(f"{name} ({kind.name})" for name, kind in config.heads.items()) or "no heads"
     if not heads:
@@ -135,15 +137,15 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
         raise ConfigError(
             f"head={head or chr(39) * 2}: must be one of {', '.join(heads)}{hint(head, heads)}; the run has {has}"
         )
-    return _opened(module.model, heads[head or next(iter(heads))], config.name, device)
+    return _opened(module.model, heads[head or next(iter(heads))], config.name, device, step)
 
 
-def _opened(model: SpeechModel, head: ctc.CTC, name: str, device: str) -> Recogniser:
+def _opened(model: SpeechModel, head: ctc.CTC, name: str, device: str, step: int = 0) -> Recogniser:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: this machine has no CUDA device; leave it out")
-    return Recogniser(model.eval().to(device), head.eval().to(device), name)
+    return Recogniser(model.eval().to(device), head.eval().to(device), name, step)
 
 
 class _EarlierModel(nn.Module):

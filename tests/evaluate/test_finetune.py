@@ -37,9 +37,21 @@ def test_fine_tuning_learns_to_transcribe_tones(
     assert (out / "checkpoints" / "step_00000130" / "model.safetensors").exists()
     assert list((out / "tb").iterdir())
 
+    given = ["evaluate", f"checkpoint={out}", "task=asr", "corpora=tones", f"manifest={corpus}/manifest.tsv"]
+    given += [f"out={tmp_path / 'rates'}", "asr.beam=8", "asr.ngram=4", f"runs={tmp_path}", "name=asr"]
+    assert main(given) == ExitCode.DONE
+    rates = {row["measure"]: row for row in json.loads((tmp_path / "rates" / "results.json").read_text())}
+    assert len(rates) == 6
+    for decoder, row in by.items():
+        assert rates[f"word error rate, {decoder}"]["value"] == pytest.approx(row["wer"])
+        assert rates[f"character error rate, {decoder}"]["value"] == pytest.approx(row["cer"])
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rates.values())
+    assert "out (step 130)" in rates["word error rate, greedy"]["who"]
+    capsys.readouterr()
+
     test = [u for u in read_manifest(corpus / "manifest.tsv") if u.split == "test"]
     files = ",".join(str(u.path) for u in test)
-    given = ["transcribe", f"checkpoint={out}", f"files=[{files}]", "decoding.decoder=beam", "decoding.beam=8"]
+    given = ["transcribe", f"checkpoint={out}", f"files=[{files}]", "decoder=beam", "beam=8"]
     assert main([*given, "format=json"]) == ExitCode.DONE
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["file"] for row in rows] == [u.name for u in test]

@@ -75,6 +75,7 @@ def test_heads_that_cannot_be_exported_are_named(tmp_path: Path) -> None:
         (two, "on", r"--head on: .* \(did you mean one\?\); it has: one, other"),
         (config("hubert", {}, {}, heads={}), "text", "it has: none"),
         (config("none", {}, {}, heads={"text": {"name": "ctc", "symbols": "a|"}}), "", "the symbol '|'"),
+        (config("none", {}, {}, heads={"text": {"name": "ctc", "layers": [1]}}), "", r"heads\.text\.layers=\[1\]"),
     ):
         with pytest.raises(ConfigError, match=said.replace("|", r"\|")):
             export(described, build_model(described), tmp_path / "out", head)

@@ -72,7 +72,9 @@ def follow(config: EvaluateConfig) -> None:
             continue
         lacking = ",".join(task for task in tasks if task not in done[saved[:2]])
         done[saved[:2]] |= set(tasks)
-        measured = evaluate(replace(config, task=lacking, baselines=False), encoders=[encoder])
+        measured = evaluate(
+            replace(config, task=lacking, baselines=False, checkpoint=str(saved.folder)), encoders=[encoder]
+        )
         frames = labelled_frames(config, encoder)
         if saved[:2] == read(saved.folder.with_name(f"unhealthy_{saved.folder.name}"))[:2]:
             print(f"step {saved.step}: the run has since rolled back past it; its result is dropped", flush=True)

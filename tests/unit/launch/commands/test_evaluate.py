@@ -9,7 +9,7 @@ import pytest
 from launch import main
 from launch.exit_codes import ExitCode
 from pretrain.evaluate.config import TASKS
-from pretrain.evaluate.tasks import MEASURES, PROBES
+from pretrain.evaluate.tasks import MEASURES, PROBES, RECOGNITION
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_a_wrong_name_is_a_usage_error(given: list[str], said: str, capsys: pyte
 
 
 def test_the_tasks_of_the_config_equal_those_that_can_be_evaluated() -> None:
-    assert (*PROBES, *MEASURES) == TASKS
+    assert (*PROBES, *MEASURES, *RECOGNITION) == TASKS
 
 
 def test_a_corpus_that_a_fine_tuning_does_not_find_is_a_wrong_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,7 +119,7 @@ def test_the_text_of_one_file_of_several_and_of_standard_input(
 
 def test_shards_are_read_by_key(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path / "shards", [sounds([1.0, 2.0]), sounds([1.5], corpus="b")])
-    given = ["transcribe", f"checkpoint={runs / 'reads'}", f"files={tmp_path / 'shards'}", "decoding.decoder=beam"]
+    given = ["transcribe", f"checkpoint={runs / 'reads'}", f"files={tmp_path / 'shards'}", "decoder=beam"]
     assert main([*given, "format=tsv"]) == ExitCode.DONE
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "file\tstart\tend\tword\tconfidence"
@@ -162,7 +162,7 @@ def test_a_model_of_an_earlier_fine_tuning_is_read(runs: Path, tmp_path: Path, s
         ({"checkpoint": "read"}, "did you mean"),
         ({"files": "missing.wav"}, "files=missing.wav: there is no such file or folder"),
         ({"format": "srt"}, "subtitles of 3 recordings need a folder; set out=FOLDER"),
-        ({"decoding.overlap_seconds": "20"}, "decoding.overlap_seconds=20.0: at most 15, half of a window"),
+        ({"overlap_seconds": "20"}, "overlap_seconds=20.0: at most 15, half of a window"),
         ({"files": "[]"}, "files"),
     ],
 )

@@ -1,0 +1,73 @@
+"""Word and character error rates of recognisers on speakers that they did not hear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from data_pipeline.core.schema import ConfigError
+from pretrain.evaluate.config import EvaluateConfig, items
+from pretrain.evaluate.features import Waves
+from pretrain.evaluate.manifest import Utterance, require_disjoint
+from pretrain.evaluate.metrics import Interval95, Tally, bootstrap
+from pretrain.recognition.error_rates import Decoders, edits, fit_ngram, recognise, written
+from pretrain.recognition.recogniser import Recogniser
+
+CORPORA = ("speechocean762",)
+"""Corpora by default, as in fine-tuning."""
+
+
+def parts(config: EvaluateConfig, utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[Utterance]]:
+    """Returns the utterances with text of split train, and of the split that is asked for.
+
+    Raises:
+        ConfigError: there is none to evaluate.
+        ValueError: a speaker is in both.
+    """
+    corpora = items(config.corpora) or CORPORA
+    chosen = [u for u in utterances if u.text.strip() and u.corpus in corpora]
+    train, asked = ([u for u in chosen if u.split == split] for split in ("train", config.ask))
+    if not asked:
+        raise ConfigError(f"task=asr: no text in split {config.ask} of the manifest's {', '.join(corpora)}")
+    require_disjoint(train, asked)
+    most = config.max_utterances
+    return train, asked[:: -(-len(asked) // most)] if most else asked
+
+
+def error_rates(
+    config: EvaluateConfig, recogniser: Recogniser, utterances: Sequence[Utterance], waves: Waves,
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, str, Interval95]]:  # fmt: skip
+    """Yields (measure, decoder, rate over all utterances with its 95 % interval over speakers).
+
+    Args:
+        config: decoders, corpora and split.
+        recogniser: decodes.
+        utterances: the manifest.
+        waves: decoded audio.
+        say: receives a line per decoder.
+    """
+    train, asked = parts(config, utterances)
+    symbols = recogniser.head.symbols
+    asked = [u for u in asked if written(u.text, symbols)]
+    references = [written(u.text, symbols) for u in asked]
+    if not asked:
+        raise ConfigError(f"task=asr: no text has a symbol of the recogniser, {''.join(symbols)!r}")
+    ngram = fit_ngram((u.text for u in train), config.asr.ngram, symbols) if train else None
+    decoders = Decoders(config.asr.beam, ngram, config.asr.ngram_weight)
+    audio = (waves(u).numpy() for u in asked)
+    for decoder, texts in recognise(recogniser, audio, decoders):
+        for measure, by_words in (("word error rate", True), ("character error rate", False)):
+            counts = edits(references, texts, by_words)
+            rate = bootstrap([by_speaker(asked, counts)], config.bootstrap)
+            say(f"asr, {measure}: {rate.value:.1%}  {recogniser.name}, {decoder}")
+            yield measure, decoder, rate
+
+
+def by_speaker(utterances: Sequence[Utterance], counts: Sequence[tuple[int, int]]) -> Tally:
+    """Returns edits and reference units of each speaker."""
+    sums: dict[str, np.ndarray] = {}
+    for utterance, count in zip(utterances, counts, strict=True):
+        sums[utterance.speaker] = sums.get(utterance.speaker, np.zeros(2)) + np.array(count)
+    return {speaker: (float(found[0]), float(found[1])) for speaker, found in sums.items()}

@@ -1,0 +1,49 @@
+"""Error rates of recognisers: edits by jiwer, tallies by speaker, and what cannot be measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jiwer
+import pytest
+
+from data_pipeline.core.schema import ConfigError
+from launch.exit_codes import ExitCode
+from launch.main import main
+from pretrain.evaluate.asr import by_speaker, parts
+from pretrain.evaluate.config import EvaluateConfig
+from pretrain.evaluate.manifest import read_manifest
+from pretrain.recognition.error_rates import edits, errors, written
+
+REFERENCES = ["the cat sat", "on the mat", "a", "one two three four"]
+TEXTS = ["the hat sat down", "", "a", "one three four five"]
+
+
+def test_rates_over_all_utterances_are_those_of_jiwer() -> None:
+    found = errors("greedy", REFERENCES, TEXTS)
+    assert found.wer == pytest.approx(jiwer.wer(REFERENCES, TEXTS))
+    assert found.cer == pytest.approx(jiwer.cer(REFERENCES, TEXTS))
+    assert edits(REFERENCES, TEXTS, by_words=True) == [(2, 3), (3, 3), (0, 1), (2, 4)]
+
+
+def test_texts_are_compared_in_the_symbols_of_the_recogniser() -> None:
+    assert written("  The  Cat-\tsat! ", " acehst") == "the catsat"
+
+
+def test_speakers_and_splits(corpus: Path) -> None:
+    utterances = read_manifest(corpus / "manifest.tsv")
+    config = EvaluateConfig(checkpoint="x", corpora="tones", max_utterances=9)
+    train, asked = parts(config, utterances)
+    assert {u.split for u in train} == {"train"}
+    assert len(asked) == 9
+    tally = by_speaker(asked, [(1, 4)] * 9)
+    assert sum(trials for _, trials in tally.values()) == 36
+    assert tally.keys() == {"speaker4", "speaker5"}
+    with pytest.raises(ConfigError, match="no text in split test of the manifest's speechocean762"):
+        parts(EvaluateConfig(checkpoint="x"), utterances)
+
+
+def test_a_run_without_a_head_is_refused(corpus: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["task=asr", "corpora=tones", f"manifest={corpus}/manifest.tsv", f"runs={saved.parent}", "name=asr"]
+    assert main(["evaluate", f"checkpoint={saved}", *given]) == ExitCode.USAGE
+    assert "the run has no head that recognises speech" in capsys.readouterr().err
