@@ -11,6 +11,7 @@ from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.streaming import StreamReader
 from pretrain.checkpointing.locate import latest_checkpoint
 from pretrain.checkpointing.run_folder import RunFolder
+from pretrain.compression.distillation import load_teacher
 from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
@@ -100,6 +101,7 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
         module = build_model(config)
     except ValueError as error:  # the model depends on the config alone
         raise ConfigError(str(error)) from error
+    load_teacher(config, module.objective)
     check_operations(module, world.device, module.autocast, say)
     if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume loads its own weights
         load_initial(config, module, say)

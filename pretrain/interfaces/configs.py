@@ -66,6 +66,11 @@ class ObjectiveConfig(PluginConfig):
         """Whether heads get every layer of the encoder, and not its last one alone."""
         return True
 
+    @property
+    def teacher_run(self) -> str:
+        """Run or checkpoint whose frozen model teaches this one; "" for none."""
+        return ""
+
     def cautions(self, total_steps: int) -> list[str]:
         """Returns a sentence for each setting that has no effect in a run of `total_steps` steps."""
         return []

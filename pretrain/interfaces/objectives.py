@@ -106,6 +106,18 @@ class Objective(nn.Module, abc.ABC):
             The loss summed over its targets, and the encoder's output for the heads, (B, F, D) per layer.
         """
 
+    def take_teacher(self, model: SpeechModel, sha256: str) -> None:
+        """Receives the frozen model that `ObjectiveConfig.teacher_run` names; never part of the objective's state.
+
+        Args:
+            model: front end and encoder of the teacher.
+            sha256: checksum of its weights, hexadecimal.
+
+        Raises:
+            ConfigError: it does not fit the student.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no teacher")
+
     def pruning(self) -> Pruning | None:
         """Returns the gates of structured pruning as they are after training; None for other objectives."""
         return None

@@ -124,6 +124,11 @@ class StackConfig(EncoderConfig):
         return tuple(Width(heads, ffn_dim, self.dim // self.heads) for heads, ffn_dim in given)
 
     @property
+    def heads_may_differ(self) -> bool:
+        """Whether blocks may have different numbers of heads."""
+        return True
+
+    @property
     def without_last_blocks(self) -> dict[str, object]:
         """Fields that change, besides `layers` and `widths`, where the last blocks are cut off."""
         return {}

@@ -46,6 +46,8 @@ SMALL = {
 def small(kind: str, name: str, **values: Any) -> dict[str, Any]:
     """Returns a plug-in's config with small sizes."""
     fields = {field.name for field in dataclasses.fields(registry.config_type(kind, name))}
+    if kind == "objectives":
+        fields.discard("layers")  # of a teacher, not a number of blocks
     return {"name": name} | {field: value for field, value in SMALL.items() if field in fields} | values
 
 

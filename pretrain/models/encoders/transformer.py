@@ -59,9 +59,14 @@ class Config(StackConfig):
             refuse("conv_positions_kernel", kernel, f"must be odd for positions=conv_stack; take {kernel + 1}")
         if self.relative_bias and (self.attention == "local_global" or self.half_rate_blocks):
             refuse("relative_bias", True, "needs encoder.attention=full or chunked, and encoder.half_rate_blocks=0")
-        if self.relative_bias and any(heads != self.heads for heads, _ in self.widths):
+        if not self.heads_may_differ and any(heads != self.heads for heads, _ in self.widths):
             needed = f"needs encoder.heads={self.heads} in each pair: encoder.relative_bias is shared by all blocks"
             refuse("widths", [list(pair) for pair in self.widths], needed)
+
+    @property
+    def heads_may_differ(self) -> bool:
+        """Not with a relative position bias, which all blocks share."""
+        return not self.relative_bias
 
     @property
     def without_last_blocks(self) -> dict[str, object]:
