@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 from data_pipeline.core.schema import ConfigError, about, config, hint
 
-TASKS: Final = ("phones", "keywords", "digits", "speaker", "language", "abx", "pnmi", "rankme", "asr")
+TASKS: Final = ("phones", "keywords", "digits", "speaker", "language", "abx", "pnmi", "rankme", "asr", "streaming")
 
 
 @config
@@ -37,6 +37,15 @@ class AsrConfig:
     beam: Annotated[int, about("prefixes kept in beam search; 0: greedy only", ge=0)] = 16
     ngram: Annotated[int, about("order of the n-gram of symbols of split train; 0: none", ge=0, le=10)] = 5
     ngram_weight: Annotated[float, about("its weight beside the acoustics", ge=0)] = 0.5
+
+
+@config
+class StreamingConfig:
+    """Task streaming: which streams of a recogniser are measured; `asr.head` chooses its head."""
+
+    chunks: Annotated[str, about("frames per chunk, with commas, among those trained; empty: all of them")] = ""
+    left: Annotated[str, about("earlier chunks attended to, likewise; -1: all")] = ""
+    push_ms: Annotated[float, about("audio per push", ge=10, le=10_000)] = 100.0
 
 
 @config
@@ -84,6 +93,7 @@ class EvaluateConfig:
     probe: ProbeConfig = ProbeConfig()
     supervised: SupervisedConfig = SupervisedConfig()
     asr: AsrConfig = AsrConfig()
+    streaming: StreamingConfig = StreamingConfig()
 
 
 def items(text: str) -> list[str]:

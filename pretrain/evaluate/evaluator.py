@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.evaluate import asr, intrinsic
+from pretrain.evaluate import asr, intrinsic, streaming
 from pretrain.evaluate.config import EvaluateConfig, items, layer_numbers, task_names
 from pretrain.evaluate.features import GRID_HZ, SILENCE, Labelled, Waves, grid_frames, phone_frames, pooled
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder
@@ -77,21 +77,25 @@ def evaluate(config: EvaluateConfig, say: Say = print, encoders: Sequence[Frozen
     rows: list[Row] = []
     for name in names:
         if name in RECOGNITION:
-            rows += _recognition(config, utterances, say)
+            rows += _recognition(config, name, utterances, say)
             continue
         task = TaskEvaluation(config, name, utterances, say)
         rows += task.measures(encoders) if name in MEASURES else task.probes(encoders)
     return rows
 
 
-def _recognition(config: EvaluateConfig, utterances: Sequence[Utterance], say: Say) -> list[Row]:
-    """Measures the error rates of the checkpoints, which must be recognisers."""
+def _recognition(config: EvaluateConfig, task: str, utterances: Sequence[Utterance], say: Say) -> list[Row]:
+    """Measures the error rates of the checkpoints, which must be recognisers, or their streams."""
     rows, waves = [], Waves()
     for given in items(config.checkpoint):
         recogniser = open_recogniser(given, config.asr.head, config.device)
         who = f"{recogniser.name} (step {recogniser.step})"
-        for measure, decoder, rate in asr.error_rates(config, recogniser, utterances, waves, say):
-            rows.append(Row("asr", f"{measure}, {decoder}", who, rate.value, rate.low, rate.high))
+        if task == "streaming":
+            found = streaming.report(config, recogniser, utterances, waves, say)
+        else:
+            rates = asr.error_rates(config, recogniser, utterances, waves, say)
+            found = ((f"{measure}, {decoder}", rate) for measure, decoder, rate in rates)
+        rows += [Row(task, measure, who, rate.value, rate.low, rate.high) for measure, rate in found]
     return rows
 
 

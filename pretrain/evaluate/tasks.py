@@ -45,7 +45,7 @@ PROBES = {
     ),
 }
 MEASURES = ("abx", "pnmi", "rankme")
-RECOGNITION = ("asr",)
+RECOGNITION = ("asr", "streaming")
 """Tasks of recognisers, which have a head; all other tasks are of encoders."""
 
 
