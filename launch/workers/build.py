@@ -9,6 +9,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE, StepReader
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.streaming import StreamReader
+from data_pipeline.text.tokenizer import load_tokenizer
 from pretrain.checkpointing.locate import latest_checkpoint
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.compression.distillation import load_teacher
@@ -42,6 +43,8 @@ def require_fitting_labels(config: Config) -> None:
                 f"data.crop_to_shortest=true: leaves hardly a segment with its text, which heads.{name} needs; set "
                 "data.crop_to_shortest=false"
             )
+        for tokens in head.needed_tokens:
+            _require_tokens(config, f"heads.{name}", tokens, head.vocabulary_size)
     wanted = config.objective.frame_labels
     if wanted is None:
         return
@@ -61,6 +64,20 @@ def require_fitting_labels(config: Config) -> None:
         raise ConfigError(
             f"objective.units={wanted.classes}: the labels in {root} have {labels.classes} classes; "
             f"set objective.units={labels.classes}"
+        )
+
+
+def _require_tokens(config: Config, field: str, name: str, size: int) -> None:
+    """Raises ConfigError if a head's tokens are not read, or are not as many as it is built for."""
+    if name not in config.data.tokens:
+        raise ConfigError(
+            f"{field}.tokens={name}: data.tokens has no tokens of this name, only {sorted(config.data.tokens)}; make "
+            f"them with `auricle tokens` and set data.tokens.{name}=FOLDER"
+        )
+    found = load_tokenizer(config.data.tokens[name]).size
+    if found != size:
+        raise ConfigError(
+            f"{field}.vocabulary={size}: {config.data.tokens[name]} has {found} tokens; set {field}.vocabulary={found}"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.core.schema import about, config
+from data_pipeline.core.schema import about, config, refuse
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext
@@ -29,11 +29,30 @@ class Config(HeadConfig):
     symbols: Annotated[str, about("characters to write; others are left out", min_length=1)] = (
         " 'abcdefghijklmnopqrstuvwxyz"
     )
+    tokens: Annotated[str, about("name in data.tokens of the tokens to write; empty: the characters in symbols")] = ""
+    vocabulary: Annotated[int, about("number of these tokens, as `auricle tokens` prints it", ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.tokens) != bool(self.vocabulary):
+            refuse(
+                "vocabulary", self.vocabulary, "the number of tokens goes with their name: set tokens and vocabulary"
+            )
 
     @property
     def segment_labels(self) -> tuple[str, ...]:
-        """The text."""
-        return (self.label,)
+        """The text, unless the data have its tokens."""
+        return () if self.tokens else (self.label,)
+
+    @property
+    def needed_tokens(self) -> tuple[str, ...]:
+        """`tokens`."""
+        return (self.tokens,) if self.tokens else ()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """`vocabulary`."""
+        return self.vocabulary
 
 
 class CTC(Head):
@@ -44,14 +63,21 @@ class CTC(Head):
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__(config)
-        self.label = config.label
-        self.symbols = tuple(config.symbols)
-        """What each symbol writes; symbol i is class i + 1."""
-        self.ids = {symbol: i + 1 for i, symbol in enumerate(config.symbols)}
-        self.linear = nn.Linear(shape.dim, len(self.ids) + 1)
+        self.label, self.tokens = config.label, config.tokens
+        self.symbols = () if config.tokens else tuple(config.symbols)
+        """What each symbol writes; symbol i is class i + 1. Empty where the run's tokens are written."""
+        self.ids = {symbol: i + 1 for i, symbol in enumerate(self.symbols)}
+        self.linear = nn.Linear(shape.dim, (config.vocabulary or len(self.ids)) + 1)
+
+    def name_tokens(self, symbols: tuple[str, ...]) -> None:
+        """Sets what the tokens of the run write, in the order of their ids."""
+        self.symbols = symbols
 
     def targets(self, batch: Batch) -> list[list[int]]:
-        """Returns the symbol ids of each segment; empty without text."""
+        """Returns the classes of each segment's text; empty without text."""
+        if self.tokens:
+            rows = batch.tokens[self.tokens].tolist() if self.tokens in batch.tokens else [[] for _ in batch.keys]
+            return [[number + 1 for number in row if number >= 0] for row in rows]
         return [[self.ids[symbol] for symbol in text.lower() if symbol in self.ids] for text in self._texts(batch)]
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
@@ -84,14 +110,13 @@ class CTC(Head):
                 zero_infinity=True,
             )
         total = losses_B.masked_fill(lengths_B == 0, 0.0).sum()
-        written = sum(map(len, targets))
-        symbols = sum(sum(not symbol.isspace() or symbol in self.ids for symbol in text) for text in self._texts(batch))
         labelled = sum(map(bool, targets))
         one = functools.partial(torch.tensor, dtype=torch.float64, device=device)
-        metrics = {
-            "infeasible": (one(labelled - sum(usable)), one(labelled)),
-            "foreign_symbols": (one(symbols - written), one(symbols)),
-        }
+        metrics = {"infeasible": (one(labelled - sum(usable)), one(labelled))}
+        if not self.tokens:
+            known, texts = self.ids, self._texts(batch)
+            symbols = sum(sum(not symbol.isspace() or symbol in known for symbol in text) for text in texts)
+            metrics["foreign_symbols"] = (one(symbols - sum(map(len, targets))), one(symbols))
         return LossOutput(total, lengths_B.sum(), metrics)
 
     def _texts(self, batch: Batch) -> tuple[str, ...]:

@@ -118,6 +118,11 @@ class HeadConfig(PluginConfig):
         return ()
 
     @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens in each of `needed_tokens` that the head is built for."""
+        return 0
+
+    @property
     def needed_sources(self) -> int:
         """Number of sources of a mixture that the head separates, `data.sources`; 0: it needs none."""
         return 0

@@ -39,6 +39,13 @@ PUBLISHED = {
     "dinosr_base": Published(None, 63.0, 15.3, "arXiv 2305.10005"),
     "best_rq_base": Published(None, 120.0, None, "arXiv 2202.01855; SpeechBrain's LibriSpeech recipe"),
     "efficient_base": Published(None, None, 4.8, f"{OURS} combination (recipes of Fast-HuBERT and BEST-RQ)"),
+    "conformer_aed_base": Published(
+        116.15,
+        291.7,
+        None,
+        "ESPnet2 librispeech/asr1, train_asr_conformer10_hop_length160.yaml",
+    ),
+    "whisper_like_small": Published(244.0, 128.0, None, "arXiv 2212.04356, tables 1 and 17: 51,865 tied tokens"),
     "time_contrastive_base": Published(None, None, 15.3, f"{OURS}; compare wav2vec 2.0 BASE"),
 }
 """Published figures by recipe; all other recipes are auricle's own small ones."""

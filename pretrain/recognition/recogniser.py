@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data_pipeline.core.schema import ConfigError, hint
 from data_pipeline.core.schema import load as load_config
 from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.text.tokenizer import load_tokenizer
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.weights import fill, load_checkpoint
 from pretrain.config import Config
@@ -137,7 +138,22 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
         raise ConfigError(
             f"head={head or chr(39) * 2}: must be one of {', '.join(heads)}{hint(head, heads)}; the run has {has}"
         )
-    return _opened(module.model, heads[head or next(iter(heads))], config.name, device, step)
+    chosen = head or next(iter(heads))
+    _name_tokens(config, chosen, heads[chosen])
+    return _opened(module.model, heads[chosen], config.name, device, step)
+
+
+def _name_tokens(config: Config, name: str, head: ctc.CTC) -> None:
+    """Tells a head that writes tokens of the run what they are. Raises ConfigError if they are no characters."""
+    if not head.tokens:
+        return
+    tokenizer = load_tokenizer(config.data.tokens[head.tokens])
+    if tokenizer.kind != "characters":
+        raise ConfigError(
+            f"heads.{name}.tokens={head.tokens}: are {tokenizer.kind} tokens; so far words and times are made of "
+            "characters only (`auricle tokens kind=characters`)"
+        )
+    head.name_tokens(tokenizer.symbols)
 
 
 def _opened(model: SpeechModel, head: ctc.CTC, name: str, device: str, step: int = 0) -> Recogniser:

@@ -47,6 +47,7 @@ def first_row(data: Batch) -> Batch:
         lengths_B=data.lengths_B[:1],
         keys=data.keys[:1],
         labels={name: values[:1] for name, values in data.labels.items()},
+        tokens={name: ids[:1] for name, ids in data.tokens.items()},
     )
 
 

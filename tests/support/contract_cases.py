@@ -39,6 +39,7 @@ SMALL = {
     "units": 32,
     "decoder_dim": 32,
     "masks": 2,
+    "vocabulary": 27,
 }
 """Values of fields that set a size, for every plug-in that has the field."""
 
@@ -63,8 +64,15 @@ RELABELLED = small(
 CASES = {name: small("objectives", name) for name in OBJECTIVES} | {"efficient, relabelled": RELABELLED}
 """Every objective, and further settings of one that take another path through the code."""
 
+DECODER = {"layers": 1, "heads": 2, "ffn_dim": 32, "max_tokens": 24}
 HEADS: dict[str, dict[str, Any]] = {name: small("heads", name, layers=[]) for name in registry.names("heads")} | {
+    "ctc": {"name": "ctc"},
     "ctc, mixed layers": {"name": "ctc", "layers": [0, 1, 2]},
+    "ctc, tokens": {"name": "ctc", "tokens": "text", "vocabulary": 27},
+    "sequence": small("heads", "sequence", layers=[], decoder=DECODER),
+    "sequence, two memories": small(
+        "heads", "sequence", layers=[], memory_layers=[1, 2], decoder=DECODER | {"dim": 16}
+    ),
 }
 """Every head, and further settings of some."""
 
@@ -119,10 +127,16 @@ def batch(seconds: tuple[float, ...] = (1.0, 0.7), width: float | None = None, f
     return Batch(wave_BT, torch.tensor([len(wave) for wave in waves]), keys, 0)
 
 
+ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 TEXTS = ("go on", "a tool")
 """One text for each utterance of `batch()`; the second has a double letter."""
 
 
 def labelled(batch: Batch, texts: tuple[str, ...] = TEXTS) -> Batch:
     """Returns the batch with all that heads learn from; a row whose text is "" has no label."""
-    return dataclasses.replace(batch, labels={"text": texts})
+    ids = [
+        torch.tensor([ALPHABET.index(symbol) for symbol in text if symbol in ALPHABET], dtype=torch.int64)
+        for text in texts
+    ]
+    ids_BN = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+    return dataclasses.replace(batch, labels={"text": texts}, tokens={"text": ids_BN})

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.core.schema import about, config, refuse
+from data_pipeline.core.schema import about, config
 from pretrain.interfaces.models import Decoder, DecoderState, Memory
 from pretrain.nn.dropout import Dropout
 
@@ -122,7 +122,7 @@ class TransformerDecoder(Decoder):
     def __init__(self, config: DecoderConfig, *, dim: int, tokens: int, classes: int, memories: int = 1) -> None:
         super().__init__()
         if dim % config.heads:
-            refuse("heads", config.heads, f"must divide the decoder's {dim} channels")
+            raise ValueError(f"decoder.heads={config.heads}: must divide the decoder's {dim} channels")
         self.max_tokens = config.max_tokens
         self.embedding = nn.Embedding(tokens, dim)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
