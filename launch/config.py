@@ -41,6 +41,17 @@ JOB_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,99}")
 """Submission ids of Ray Jobs, which become part of a URL, and placeholders for ids in a dry run."""
 SLURM_JOB_ID = re.compile(r"[1-9][0-9]{0,9}(?:_(?:0|[1-9][0-9]{0,6}))?")
 """Ids of SLURM jobs and of array tasks."""
+SET_BY_LAUNCHER = {
+    "nodes": "nodes", "ntasks-per-node": "tasks_per_node", "ntasks": "tasks_per_node", "cpus-per-task": "cpus_per_task",
+    "time": "minutes", "signal": "warn_seconds", "gres": "gpus_per_node", "mem": "memory_gb", "partition": "partition",
+    "account": "account", "qos": "qos", "constraint": "constraint", "exclude": "exclude", "dependency": "after",
+    "kill-on-invalid-dep": "after", "array": "parallel", "job-name": "", "output": "", "error": "", "open-mode": "",
+    "requeue": "retries", "no-requeue": "retries", "parsable": "", "wrap": "", "chdir": "", "export": "",
+    "test-only": "", "wait": "", "help": "", "usage": "", "version": "",
+}  # fmt: skip
+"""Options of sbatch that `SlurmConfig.options` may not hold -> the launcher's field; "" without one."""
+DEFAULT_CORES = 8
+"""Cores per node of jobs other than pretraining, without launcher.cpus_per_task."""
 STARTING_SECONDS = 120
 """Seconds until a job handles the warning signal, which SLURM may send a minute early."""
 
@@ -57,7 +68,14 @@ class SlurmConfig(LauncherConfig):
     ] = False
     tasks_per_node: Annotated[int, about("ranks per node; 0: one per GPU, or one without GPUs", ge=0)] = 0
     gpus_per_node: Annotated[int, about("GPUs per node; 0: train on CPUs", ge=0)] = 0
-    cpus_per_task: Annotated[int, about("cores per rank, including its decoding processes", ge=1)] = 1
+    cpus_per_task: Annotated[
+        int,
+        about(
+            "cores per rank, including its decoding processes; 0: data.workers + 1 for a run, and 8 for each "
+            "node of other jobs",
+            ge=0,
+        ),
+    ] = 0
     memory_gb: Annotated[int, about("memory per node in GiB; 0: the cluster's default", ge=0)] = 0
     minutes: Annotated[
         int, about("time limit; then all jobs but evaluations are requeued and continue until they are done", ge=3)
@@ -74,6 +92,13 @@ class SlurmConfig(LauncherConfig):
     qos: Annotated[str, about("quality of service")] = ""
     constraint: Annotated[str, about("features that the nodes must have")] = ""
     exclude: Annotated[str, about("nodes to exclude")] = ""
+    options: Annotated[
+        dict[str, str],
+        about(
+            "further options of sbatch by their long names, such as {nice: 100, licenses: a, exclusive: ''}; '' gives "
+            "one without a value"
+        ),
+    ] = dataclasses.field(default_factory=dict)
     after: Annotated[str, about("id of a job that must succeed first; this one is cancelled if it fails")] = ""
     modules: Annotated[tuple[str, ...], about("environment modules to load")] = ()
     container: Annotated[Literal["none", "pyxis", "apptainer"], about("run the ranks in a container")] = "none"
@@ -98,6 +123,11 @@ class SlurmConfig(LauncherConfig):
             refuse("tasks_per_node", self.tasks_per_node, limit)
         if self.after and not JOB_ID.fullmatch(self.after):  # `pipeline --dry-run` uses placeholders for ids
             refuse("after", self.after, "the id of a SLURM job, such as 1234 or 1234_5")
+        for name in self.options:
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+                refuse("options", name, "the long name of an option of sbatch without dashes before it, such as nice")
+            if name in SET_BY_LAUNCHER:
+                refuse("options", name, f"set by auricle; use launcher.{SET_BY_LAUNCHER[name] or 'the other fields'}")
         if self.container != "none" and not self.image:
             refuse("image", "", f"container={self.container} needs an image")
         if 60 * self.minutes < self.warn_seconds + STARTING_SECONDS:

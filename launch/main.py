@@ -7,8 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch.cli.command_table import COMMANDS
+from launch.cli.command_table import COMMANDS, FIRST_WORDS
 from launch.exit_codes import ExitCode
+
+SHOWS_ONLY = frozenset({"-h", "--help", "--cfg", "--prepare"})
+"""Arguments with which a command prints something for other programs or readers, and starts no work."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +64,8 @@ def _use_utf8() -> None:
 def _guarded(command: str, arguments: list[str]) -> int:
     """Runs a command and reports its errors; with AURICLE_DEBUG=1 exceptions are raised with their traceback."""
     debug = os.environ.get("AURICLE_DEBUG", "0") not in ("", "0")
+    if command in FIRST_WORDS and not SHOWS_ONLY & set(arguments):
+        print(f"auricle {command}: {FIRST_WORDS[command]}", file=sys.stderr, flush=True)
     try:
         module = importlib.import_module(f"launch.commands.{COMMANDS[command][0]}")
         code: int = module.run(arguments)

@@ -118,9 +118,18 @@ class TrainConfig:
 
     steps: Annotated[int, about("optimizer steps in total", ge=1)] = 400_000
     log_every: Annotated[int, about("steps between rows of metrics", ge=1)] = 1
+    valid_every: Annotated[
+        int | None,
+        about("measure the loss of data.valid every so many steps; null: every tenth of the run, and at its end", ge=1),
+    ] = None
     media_every: Annotated[
-        int, about("steps between snapshots in TensorBoard: audio, spectrograms with units, and frames; 0: never", ge=0)
-    ] = 1_000
+        int | None,
+        about(
+            "audio, spectrograms with units and frames go to TensorBoard every so many steps; null: at the first "
+            "update and every tenth of the run, ten steps apart or more; 0: never",
+            ge=0,
+        ),
+    ] = None
     histograms_every: Annotated[
         int, about("steps between histograms of code use in TensorBoard, of at most 256 bins; 0: never", ge=0)
     ] = 100

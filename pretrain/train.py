@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from data_pipeline.core.types import Step, StepReader
+from data_pipeline.loader.held_out import HeldOut
 from data_pipeline.sampling.plan import accumulation
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.checkpoint import TrainState
@@ -18,7 +19,10 @@ from pretrain.lr_schedule import learning_rate
 from pretrain.monitoring.health_monitor import HealthMonitor, UnhealthyError
 from pretrain.monitoring.heartbeat import Heartbeat
 from pretrain.monitoring.metrics_writer import MetricsWriter
-from pretrain.monitoring.step_metrics import histograms, step_scalars
+from pretrain.monitoring.step_metrics import held_out_scalars, histograms, step_scalars
+
+HELD_OUT_SEED = 0
+"""Keys the masks of held-out audio, always those of step 0: losses of several steps and runs can be compared."""
 
 
 class Ending(enum.Enum):
@@ -37,6 +41,7 @@ def train(
     heartbeat: Heartbeat,
     stop_requested: Callable[[], bool],
     say: Callable[[str], None] = print,
+    held_out: HeldOut | None = None,
 ) -> Ending:
     """Trains until `config.train.steps`, from the newest checkpoint of `run` on.
 
@@ -48,6 +53,7 @@ def train(
         heartbeat: records this rank's current work, for messages about hanging ranks.
         stop_requested: polled once per update on every rank; if one returns True, all stop after the same update.
         say: prints a line on rank 0.
+        held_out: this rank's share of the held-out audio, whose loss is measured; it changes nothing in training.
 
     Returns:
         Whether the run is finished or was stopped on request.
@@ -60,6 +66,7 @@ def train(
     world.agree(reader.plan_hash, "the step plan (do all nodes see the same shards?)")
     state = checkpoint.load_latest(run, engine, config)
     monitor = HealthMonitor(config, engine, run, state.health, say)
+    valid_every = settings.valid_every or max(1, settings.steps // 10)
     engine.on_phase = heartbeat.part
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
     with checkpoint.Saver(run, engine, config, say) as saver, _Log(config, engine, run, state, say) as log:
@@ -97,9 +104,17 @@ def train(
             state = TrainState(state.step + 1, step.after, monitor.memory(), state.prolonged)
             stopping = result.signals.stop_requested
 
+            # validate: the loss of held-out audio, without any effect on training
+            measured: dict[str, float] = {}
+            if held_out is not None and _is_due(state.step, valid_every, settings.steps):
+                heartbeat.beat(state.step, "validating")
+                found = engine.measure(held_out.batches, held_out.counted, StepContext(HELD_OUT_SEED, 0))
+                measured = held_out_scalars(found, engine.module.objective.monitoring())
+                clock = time.monotonic()
+
             # log: scalars and histograms, on rank 0
-            if _is_due(state.step, settings.log_every, settings.steps):
-                log.write(state.step, result, step, lr, seconds, monitor)
+            if measured or _is_due(state.step, settings.log_every, settings.steps):
+                log.write(state.step, result, step, lr, seconds, monitor, measured)
 
             # save: all ranks gather, rank 0 writes
             saver.poll()
@@ -148,12 +163,20 @@ class _Log:
             self._writer.go_back(step)
 
     def write(
-        self, number: int, result: StepResult, step: Step, lr: float, seconds: float, monitor: HealthMonitor
+        self,
+        number: int,
+        result: StepResult,
+        step: Step,
+        lr: float,
+        seconds: float,
+        monitor: HealthMonitor,
+        measured: Mapping[str, float],
     ) -> None:
-        """Writes scalars and histograms of update `number`, and prints a line."""
+        """Writes scalars and histograms of update `number`, and prints a line; `measured`: of held-out audio."""
         if self._writer:
             record = self._engine.module.objective.monitoring()
-            scalars = step_scalars(result, step, lr, seconds, self._engine.world.size, record) | monitor.report()
+            scalars = step_scalars(result, step, lr, seconds, self._engine.world.size, record)
+            scalars |= monitor.report() | dict(measured)
             self._writer.log(number, scalars, histograms(result.metrics, record))
             self._say(_line(number, self._steps, scalars))
 
@@ -191,8 +214,9 @@ def _greeting(config: Config, state: TrainState, ranks: int) -> str:
 
 
 def _line(step: int, steps: int, scalars: dict[str, float]) -> str:
+    held_out = f"  held-out loss {scalars['valid/loss/total']:.4f}" if "valid/loss/total" in scalars else ""
     return (
         f"step {step}/{steps}  loss {scalars['loss/total']:.4f}  grad {scalars['opt/grad_norm']:.3g}  "
         f"lr {scalars['opt/lr']:.2e}  {scalars['perf/audio_seconds_per_second']:.0f} audio-s/s  "
-        f"waited {scalars['perf/data_wait_share']:.0%}"
+        f"waited {scalars['perf/data_wait_share']:.0%}{held_out}"
     )

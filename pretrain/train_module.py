@@ -23,6 +23,7 @@ from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput, MicroBatc
 from pretrain.nn.numerics import masked_deviation
 
 if TYPE_CHECKING:
+    from data_pipeline.loader.held_out import HeldOut
     from data_pipeline.loader.reader import PlanReader
 
 
@@ -200,6 +201,23 @@ def open_run_reader(config: Config, rank: int = 0, world: int = 1) -> PlanReader
     from data_pipeline.loader.reader import open_reader  # here: a model alone needs no package that reads shards
 
     return open_reader(config.data, config.seed, rank, world, least_samples(config))
+
+
+def read_run_held_out(config: Config, rank: int = 0, world: int = 1) -> HeldOut | None:
+    """Reads one rank's share of the held-out audio `data.valid`; None where it is not set.
+
+    Args:
+        config: the run's config.
+        rank: this rank, from 0.
+        world: number of ranks.
+
+    Raises:
+        ConfigError: there is no usable held-out audio.
+        ValueError: shards are damaged.
+    """
+    from data_pipeline.loader.held_out import read_held_out  # as above
+
+    return read_held_out(config.data, rank, world, least_samples(config)) if config.data.valid else None
 
 
 def build_model(config: Config) -> TrainModule:

@@ -42,16 +42,16 @@ def require_answer(address: str, seconds: float) -> None:
     try:
         if host:
             socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
-        if not address.startswith(
-            "ray://"
-        ):  # in a process that can be killed: calls into Ray's library cannot be interrupted
-            command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-            done = subprocess.run(
-                command, timeout=seconds, capture_output=True, encoding="utf-8", errors="replace", check=False
-            )
-            if done.returncode:
-                lines = (done.stderr or done.stdout).strip().splitlines() or ["it is not a healthy Ray cluster"]
-                raise ConnectionError(lines[-1])
+        # in a process that can be killed: calls into Ray's library cannot be interrupted
+        command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+        if address.startswith("ray://"):  # the health check does not know this protocol
+            command = [sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1])", address]
+        done = subprocess.run(
+            command, timeout=seconds, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["it is not a healthy Ray cluster"]
+            raise ConnectionError(lines[-1])
     except subprocess.TimeoutExpired:
         reason = f"no answer of a Ray cluster within {seconds:g} s"
     except (OSError, OverflowError) as error:

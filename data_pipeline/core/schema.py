@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar, dataclass_transform
 
 import annotated_types
-from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
@@ -78,6 +78,17 @@ def refuse(field: str, value: Any, reason: str) -> NoReturn:
     """Raises an error at `field`, for `__post_init__` of a config whose fields contradict each other."""
     problem = PydanticCustomError("do_not_fit", "{reason}", {"reason": reason})
     raise ValidationError.from_exception_data(field, [InitErrorDetails(type=problem, loc=(field,), input=value)])
+
+
+def one_or_several(value: Any) -> Any:
+    """Returns a path or a list of paths as a tuple."""
+    if isinstance(value, str):
+        return (value,) if value else ()
+    return tuple(value) if isinstance(value, list) else value
+
+
+Places = Annotated[tuple[str, ...], BeforeValidator(one_or_several)]
+"""One path or URL, or several: `a` and `[a,b]`."""
 
 
 @config
@@ -335,9 +346,10 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
     if problem["type"] in ("missing", "missing_argument"):
         if isinstance(problem["loc"][-1], int):
             return f"{path.rpartition('.')[0]}={shown}: has too few values"
-        required = [row.path for row in document(kind, "", values) if row.default == REQUIRED]
+        required = {row.path: row.description for row in document(kind, "", values) if row.default == REQUIRED}
         missing = [row for row in required if row == path or row.startswith(f"{path}.")] or [path]
-        return "\n".join(f"{row}: is required and was not given" for row in missing)
+        meanings = {row: f" ({required[row]})" if required.get(row) else "" for row in missing}
+        return "\n".join(f"{row}: is required; give {row}=VALUE{meanings[row]}" for row in missing)
     doc = next((row for row in document(kind, "", values) if row.path == path), None)
     allowed = f" (allowed: {', '.join(filter(None, (doc.type, doc.limits)))})" if doc else ""
     message = problem["msg"].removeprefix("Value error, ")

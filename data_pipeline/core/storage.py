@@ -234,6 +234,23 @@ class FileStore:
         """Returns the content of a file."""
         return self._reading(name, lambda: bytes(self.fs.cat_file(self.path(name))))
 
+    def is_file(self) -> bool:
+        """Returns whether the root is a file instead of a folder; False where nothing is there."""
+        try:
+            return bool(self._reading("", lambda: self.fs.info(self.path()))["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+    def matching_folders(self, mark: str) -> list[str]:
+        """Returns the folders that the root matches, which is a pattern, and that contain `mark`; sorted."""
+        self.fs.invalidate_cache()
+        try:
+            found = self._reading("", lambda: self.fs.glob(self.path(mark)))
+        except FileNotFoundError:
+            return []
+        folders = [str(path).rstrip("/").removesuffix(f"/{mark}") for path in found]
+        return sorted(folders if self.local else map(self.fs.unstrip_protocol, folders))
+
     def names(self, folder: str = "", suffix: str = "", prefix: str = "") -> list[str]:
         """Returns the sorted names in `folder` with this prefix and suffix; [] if the folder does not exist."""
         self.fs.invalidate_cache()

@@ -150,6 +150,34 @@ class LhotseSharCorpus(CorpusConfig):
 
 
 @config
+class LhotseCorpus(CorpusConfig):
+    """Any corpus that lhotse has a recipe for, or lhotse's manifests: recordings with supervisions, or cuts."""
+
+    name: Literal["lhotse"] = "lhotse"
+    path: Annotated[
+        str,
+        about(
+            "with recipe: the corpus's folder; without: a folder of *recordings*.jsonl.gz and *supervisions*.jsonl.gz "
+            "or *cuts*.jsonl.gz, or one such file",
+            min_length=1,
+        ),
+    ]
+    recipe: Annotated[
+        str, about("lhotse's recipe that lists the corpus, such as timit or tedlium; needs lhotse installed")
+    ] = ""
+    options: Annotated[
+        dict[str, str | bool | int | list[str]], about("further arguments of the recipe, such as dataset_parts")
+    ] = dataclasses.field(default_factory=dict)
+    root: Annotated[
+        str, about("folder that relative paths in manifests begin at; empty: corpus.path, or the folder of that file")
+    ] = ""
+    corpus: Annotated[str, about("the corpus's name in the shards; empty: the recipe's, or the folder's")] = ""
+    splits: Annotated[
+        tuple[str, ...], about("keep these parts of the recipe, or manifests *_recordings_SPLIT, only; empty keeps all")
+    ] = ()
+
+
+@config
 class NemoTarredCorpus(CorpusConfig):
     """NeMo's tarred data sets: audio_N.tar and a JSON-lines manifest whose rows name members."""
 
@@ -174,6 +202,7 @@ CORPORA: Final[dict[str, type[CorpusConfig]]] = {
     "voxpopuli": VoxPopuliCorpus,
     "gigaspeech": GigaSpeechCorpus,
     "webdataset": WebDatasetCorpus,
+    "lhotse": LhotseCorpus,
     "lhotse_shar": LhotseSharCorpus,
     "nemo_tarred": NemoTarredCorpus,
 }

@@ -16,11 +16,13 @@ from data_pipeline.corpora import layouts
 from data_pipeline.corpora.config import (
     SOUND_ENDINGS,
     CorpusConfig,
+    LhotseCorpus,
     LibriSpeechCorpus,
     ManifestCorpus,
     PathCorpus,
     TarredCorpus,
 )
+from data_pipeline.corpora.lhotse_manifests import read_lhotse
 from data_pipeline.corpora.listing import Entry, list_files
 from data_pipeline.corpora.manifest import read_manifest
 from data_pipeline.corpora.records import Discovered, RecordingId, recording_id, reject_file
@@ -53,6 +55,8 @@ def discover(corpus: CorpusConfig) -> Discovered:
         _from_path(corpus, found)
     elif isinstance(corpus, ManifestCorpus):
         read_manifest(corpus, found)
+    elif isinstance(corpus, LhotseCorpus):
+        read_lhotse(corpus, found)
     elif isinstance(corpus, TarredCorpus):
         read_tarred(corpus, found, SOUND_ENDINGS)
     else:

@@ -53,6 +53,10 @@ def list_files(root: str) -> Iterator[Entry]:
 
 def _list_folder(given: str) -> Iterator[Entry]:
     root = Path(given.removeprefix("file://")).expanduser()
+    if root.is_file():
+        table = root.suffix.lower() in (".tsv", ".csv", ".jsonl", ".json")
+        remedy = "read it with corpus=manifest" if table else f"give its folder, {root.parent}"
+        raise ConfigError(f"corpus.path={given}: is a file, not a folder; {remedy}")
     if not root.is_dir():
         raise ConfigError(f"corpus.path={given}: there is no such folder")
     # each folder once, so that loops of links end

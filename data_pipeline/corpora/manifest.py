@@ -82,13 +82,20 @@ def read_manifest(corpus: ManifestCorpus, found: Discovered) -> None:
     wrong = sorted(set(corpus.columns) - set(COLUMNS))
     if wrong:
         raise ConfigError(f"corpus.columns.{wrong[0]}: there is no such field; there are: {', '.join(COLUMNS)}")
-    reader = _ManifestReader(corpus, found)
+    reader = ManifestReader(corpus, found)
     for row in read_table(corpus.path, "corpus.path"):
         reader.add(row)
     reader.finish()
 
 
-class _ManifestReader:
+class ManifestReader:
+    """Joins rows into recordings: call `add` for each row, then `finish`.
+
+    Args:
+        corpus: Names of columns, root of the paths, and defaults.
+        found: Gets recordings and rejects.
+    """
+
     def __init__(self, corpus: ManifestCorpus, found: Discovered) -> None:
         self.corpus, self.found = corpus, found
         root = corpus.root or corpus.path.rpartition("/")[0] or "."

@@ -25,9 +25,10 @@ from safetensors.numpy import save as save_tensors
 from data_pipeline.audio.codecs import AudioError, Wave
 from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.integrity import write_checksums
+from data_pipeline.core.progress import Advance, Begin, silent
 from data_pipeline.core.ray_tasks import RayConfig, cluster, run_tasks
 from data_pipeline.core.rng import keyed_rng
-from data_pipeline.core.schema import ConfigError, about, config
+from data_pipeline.core.schema import ConfigError, Places, about, config, one_or_several
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.labels.features import Extractor, Matrix, kaldi_mfcc
@@ -51,7 +52,7 @@ ROWS = 8_192
 class TargetsConfig:
     """Configuration of frame labels for shards."""
 
-    shards: Annotated[str, about("data set of shards", min_length=1)]
+    shards: Annotated[Places, about("data set of shards, or several as [a,b]", min_length=1)]
     out: Annotated[str, about("folder for the labels", min_length=1)]
     features: Annotated[
         str, about("mfcc, or a checkpoint (run folder or Hugging Face folder) of which a layer is used", min_length=1)
@@ -66,6 +67,9 @@ class TargetsConfig:
         str, about("label folder whose centres are used instead of fitting, e.g. for a validation set")
     ] = ""
     ray: RayConfig = dataclasses.field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", one_or_several(self.shards))  # a config made in Python may name one as text
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,10 @@ class TargetsSummary:
 
 
 def make_targets(
-    config: TargetsConfig, extractor: Callable[[], Extractor] = kaldi_mfcc, weights: str = ""
+    config: TargetsConfig,
+    extractor: Callable[[], Extractor] = kaldi_mfcc,
+    weights: str = "",
+    begin: Begin = silent,
 ) -> TargetsSummary:
     """Fits centres by k-means, then labels every shard. Finished work is not repeated.
 
@@ -97,6 +104,7 @@ def make_targets(
         config: shards, features, number of classes and output.
         extractor: returns the feature extractor; called once in each worker, where it must be importable.
         weights: checksum of the extractor's weights; "" if it has none.
+        begin: shows stages of the work.
 
     Returns:
         The artefact (sha256 of the centres) and the inertia, the mean squared distance of a frame to its centre, by
@@ -111,7 +119,7 @@ def make_targets(
     with cluster(config.ray):
         settings = _settings(config, records, weights)
         _same_settings(store, settings)
-        centres, inertia = (_given(config), ()) if config.kmeans else _fit(config, records, extractor, store)
+        centres, inertia = (_given(config), ()) if config.kmeans else _fit(config, records, extractor, store, begin)
         content = save_tensors({"centres": centres}, metadata={"settings": json.dumps(settings, sort_keys=True)})
         if config.kmeans:
             content = _read_centres(config)
@@ -120,7 +128,7 @@ def make_targets(
         labels = LabelSet(artefact, _cached(extractor).rate_hz, len(centres))
         labels.write(config.out)
         arguments = {record.shard: (config, record, extractor, centres, labels) for record in records}
-        failed = run_tasks(label_shard, arguments, config.ray, lambda _: None)
+        failed = run_tasks(label_shard, arguments, config.ray, begin("labelling shards", len(records)))
     if failed:
         raise OSError(f"{len(failed)} of {len(records)} shards could not be labelled: {next(iter(failed.items()))}")
     rounds = [f"_fit/{name}" for name in store.names("_fit", ".safetensors")]
@@ -156,7 +164,7 @@ def accumulate(
     sum of their squared distances.
     """
     sums, counts, inertia = np.zeros(centres.shape), np.zeros(len(centres), np.int64), 0.0
-    for _, features in shard_features(config.shards, record, extractor):
+    for _, features in shard_features(record, extractor):
         nearest, distance = assign(features, centres)
         np.add.at(sums, nearest, features.astype(np.float64))
         counts += np.bincount(nearest, minlength=len(centres))
@@ -172,21 +180,21 @@ def label_shard(
     if store.exists(file_name(record.shard)) and _artefact_of(store, record.shard) == labels.artefact:
         return
     keys, rows = [], []
-    for key, features in shard_features(config.shards, record, extractor):
+    for key, features in shard_features(record, extractor):
         keys.append(key)
         rows.append(assign(features, centres)[0].astype(np.uint16))
     write_labels(config.out, record.shard, labels, keys, rows)
 
 
-def shard_features(root: str, record: DoneRecord, extractor: Callable[[], Extractor]) -> Iterator[tuple[str, Matrix]]:
+def shard_features(record: DoneRecord, extractor: Callable[[], Extractor]) -> Iterator[tuple[str, Matrix]]:
     """Yields (key, features) of each sample of a shard, in the order of its index.
 
     Raises:
         ValueError: a sample cannot be decoded, or is longer than `LONGEST_SECONDS`, regardless of its header.
     """
-    store, compute = FileStore(record.location or root), _cached(extractor).compute
+    store, compute = FileStore(record.tar_root), _cached(extractor).compute
     with store.fs.open(store.path(record.shard), "rb") as file:
-        for row in read_index(root, record).to_pylist():
+        for row in read_index(record.root, record).to_pylist():
             if not 0 < row["n_samples"] <= LONGEST_SECONDS * SAMPLE_RATE:
                 raise ValueError(
                     f"{record.shard}: sample {row['key']} has {row['n_samples']:,} samples by its index; frame labels "
@@ -225,7 +233,11 @@ def assign(features: Matrix, centres: Matrix) -> tuple[npt.NDArray[np.int64], np
 
 
 def _fit(
-    config: TargetsConfig, records: list[DoneRecord], extractor: Callable[[], Extractor], store: FileStore
+    config: TargetsConfig,
+    records: list[DoneRecord],
+    extractor: Callable[[], Extractor],
+    store: FileStore,
+    begin: Begin,
 ) -> tuple[Matrix, tuple[float, ...]]:
     if store.exists(KMEANS):
         return load_tensors(store.read(KMEANS))["centres"], ()
@@ -234,13 +246,20 @@ def _fit(
     chosen = [records[number] for number in sorted(draw.permutation(len(records))[:count].tolist())]
     centres, history = _last_round(store)
     if centres is None:
-        centres = _first_centres(config, chosen, extractor)
+        centres = _first_centres(config, chosen, extractor, begin)
     while len(history) < config.rounds:
         if len(history) > 1 and history[-2] - history[-1] < config.tolerance * history[-2]:
             break
         parts: list[tuple[str, Any]] = []
+        fitted = f", inertia {history[-1]:.4g}" if history else ""
+        advance = begin(f"k-means round {len(history) + 1} of at most {config.rounds}{fitted}", len(chosen))
+
+        def add(part: tuple[str, Any], parts: list[Any] = parts, advance: Advance = advance) -> None:
+            parts.append(part)
+            advance(part)
+
         arguments = {record.shard: (config, record, extractor, centres) for record in chosen}
-        failed = run_tasks(_accumulate_named, arguments, config.ray, parts.append)
+        failed = run_tasks(_accumulate_named, arguments, config.ray, add)
         if failed:
             raise OSError(f"{len(failed)} shards could not be read: {next(iter(failed.items()))}")
         ordered = [part for _, part in sorted(parts, key=lambda part: part[0])]
@@ -260,12 +279,20 @@ def _accumulate_named(
     return record.shard, accumulate(config, record, extractor, centres)
 
 
-def _first_centres(config: TargetsConfig, records: list[DoneRecord], extractor: Callable[[], Extractor]) -> Matrix:
+def _first_centres(
+    config: TargetsConfig, records: list[DoneRecord], extractor: Callable[[], Extractor], begin: Begin
+) -> Matrix:
     """Returns the best of `RESTARTS` greedy k-means++ seedings on frames drawn evenly from the shards."""
     each = -(-SEEDS // len(records))
     sampled: dict[str, Matrix] = {}
     arguments = {record.shard: (config, record, extractor, each) for record in records}
-    failed = run_tasks(_sample, arguments, config.ray, lambda part: sampled.update([part]))
+    advance = begin("drawing frames for the first centres", len(records))
+
+    def add(part: tuple[str, Matrix]) -> None:
+        sampled.update([part])
+        advance(part)
+
+    failed = run_tasks(_sample, arguments, config.ray, add)
     if failed:
         raise OSError(f"{len(failed)} shards could not be read: {next(iter(failed.items()))}")
     frames = np.concatenate([sampled[record.shard] for record in records])
@@ -302,7 +329,7 @@ def _sample(
     draw = keyed_rng(config.seed, record.shard, "targets", "frames")
     rate = _cached(extractor).rate_hz
     share = min(1.0, 2 * count / max(record.samples / SAMPLE_RATE * rate, 1))
-    found = shard_features(config.shards, record, extractor)
+    found = shard_features(record, extractor)
     frames = np.concatenate([features[draw.random(len(features)) < share] for _, features in found])
     return record.shard, frames[draw.permutation(len(frames))[:count]]
 

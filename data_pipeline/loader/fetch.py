@@ -242,7 +242,7 @@ def read_texts(shards: str, label: str) -> Iterator[str]:
         ValueError: shards or their JSON cannot be used.
         StorageReadError: the storage does not answer.
     """
-    files = open_files(DataConfig(shards=shards), done_records(shards))
+    files = open_files(DataConfig(shards=(shards,)), done_records(shards))
     try:
         for bad in files.check():
             raise bad

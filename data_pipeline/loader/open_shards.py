@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import is_url, private_folder
+from data_pipeline.core.storage import private_folder
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.cache import CachedShards
 from data_pipeline.shards.local import ShardFiles, ShardSet
@@ -25,8 +25,8 @@ def open_files(config: DataConfig, records: Sequence[DoneRecord]) -> ShardFiles:
         ConfigError: settings contradict each other.
         StorageWriteError: the cache folder cannot be used.
     """
-    shards = ShardSet(config.shards, records, 2 * config.shuffle_window, config.verify, config.retry_seconds)
-    if not is_url(shards.tar_root):
+    shards = ShardSet(records, 2 * config.shuffle_window, config.verify, config.retry_seconds)
+    if not shards.remote:
         return ShardFiles(shards)
     if config.cache_gigabytes:
         return CachedShards(shards, cache_folder(config), limit=int(config.cache_gigabytes * 1e9))

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from data_pipeline.core.jsonl import append_rows
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import StorageError, is_url
+from data_pipeline.core.storage import StorageError
 from data_pipeline.core.types import Cursor, Step
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.fetch import check_labels, check_tokens
@@ -66,7 +66,7 @@ class PlanReader:
         self.config, self.rank, self.world = config, rank, world
         records = done_records(config.shards)
         self._files = open_files(config, records)
-        self.remote = is_url(self._files.shards.tar_root)
+        self.remote = self._files.shards.remote
         self._report(self._files.check())
         catalogue = load_catalogue(self._files, config.cache, skip_bad=config.on_bad_shard == "skip")
         check_labels(self._files, config.labels)
@@ -87,7 +87,8 @@ class PlanReader:
         listed = "; ".join(str(error) for error in bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
         if self.config.on_bad_shard == "error":
             raise ValueError(
-                f"{len(bad)} of {len(self._files.records)} shards in {self.config.shards} are bad: {listed}. "
+                f"{len(bad)} of {len(self._files.records)} shards in {', '.join(self.config.shards)} are bad: "
+                f"{listed}. "
                 "Run `auricle preprocess` again to restore them, or set data.on_bad_shard=skip to train without them"
             )
         log.warning("leaving out %d bad shards: %s", len(bad), listed)

@@ -125,7 +125,7 @@ def _from_file(path: str) -> Iterator[Wave]:
 
 
 def _from_shards(root: str, records: Sequence[DoneRecord]) -> Iterator[Recording | Unusable]:
-    files = open_files(DataConfig(shards=root), records)
+    files = open_files(DataConfig(shards=(root,)), records)
     try:
         for number in range(len(records)):
             yield from _from_shard(files, number)

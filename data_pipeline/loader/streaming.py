@@ -79,22 +79,26 @@ class StreamBatch:
     error: ShardError | StorageReadError | None = None
 
 
-def shard_urls(shards: str) -> list[str]:
+def shard_urls(shards: Sequence[str]) -> list[str]:
     """Returns the tars that `data.shards` names.
 
     Args:
-        shards: a folder or URL of tars, or paths and URLs of tars with braces (`part-{000..127}.tar`), separated by
+        shards: folders or URLs of tars, or paths and URLs of tars with braces (`part-{000..127}.tar`), separated by
             spaces.
 
     Raises:
         ConfigError: there are no tars, or a URL has a refused protocol, such as `pipe:`.
     """
+    return [url for place in shards for url in _tars_of(place)]
+
+
+def _tars_of(place: str) -> list[str]:
     from braceexpand import braceexpand
 
     try:
-        urls = [url for part in shards.split() for url in braceexpand(part)]
+        urls = [url for part in place.split() for url in braceexpand(part)]
     except ValueError as error:
-        raise ConfigError(f"data.shards={shards}: {error}") from None
+        raise ConfigError(f"data.shards={place}: {error}") from None
     for url in urls:
         protocol, colon, _ = url.partition("://" if "://" in url else ":")
         if "::" in url or "|" in url or (colon and protocol not in PROTOCOLS):
@@ -106,7 +110,7 @@ def shard_urls(shards: str) -> list[str]:
         store = FileStore(urls[0])
         urls = [f"{store.root}/{name}" for name in store.names("", ".tar")]
     if not urls:
-        raise ConfigError(f"data.shards={shards}: names no .tar files")
+        raise ConfigError(f"data.shards={place}: names no .tar files")
     return urls
 
 

@@ -70,38 +70,17 @@ class Loaded:
         return Batch(wave_BT, torch.tensor(self.lengths), self.keys, self.micro_batch, targets, self.labels, tokens)
 
 
-class PlannedBatches(Dataset[Loaded]):
-    """Loads micro-batches by request, in the worker processes, or in the training process without workers."""
+class MicroBatches:
+    """Assembles micro-batches from the rows of shards, decoded, augmented and padded."""
 
-    def __init__(self, plan: Plan, files: ShardFiles, config: DataConfig, buffers: SharedBuffers | None) -> None:
-        self.plan, self.files, self.config, self.buffers = plan, files, config, buffers
+    def __init__(self, files: ShardFiles, config: DataConfig, buffers: SharedBuffers | None = None) -> None:
+        self.files, self.config, self.buffers = files, config, buffers
         self.augmenter = Augmenter(config.augment)
         self.fetcher = Fetcher(files, config, self.augmenter)
         self._turn = -1
 
-    def __getitem__(self, request: Request) -> Loaded:
-        self._turn += 1
-        try:
-            self.files.look_ahead(request[0], request[1])
-            return self._load(*request)
-        except (ShardError, StorageError) as error:
-            return Loaded(request[2], error=error)
-
-    def _load(self, epoch: int, step: int, j: int) -> Loaded:
-        window, inside = self.plan.place(epoch, step)
-        rows = window.micro_batch(inside, j)
-        columns = (rows.shard_n.tolist(), rows.row_n.tolist(), rows.length_n.tolist(), rows.repeat_n.tolist())
-        wanted = [
-            Row(shard=s, row=r, length=n, repeat=k, epoch=epoch, seed=self.plan.seed)
-            for s, r, n, k in zip(*columns, strict=True)
-        ]
-        loaded = self._batch(wanted, j)
-        if not loaded.keys:
-            loaded = replace(self._batch([self._substitute(wanted[0])], j), skipped=loaded.skipped)
-        return replace(loaded, samples=window.samples(inside), padded_samples=window.padded_samples(inside))
-
-    def _batch(self, rows: list[Row], j: int) -> Loaded:
-        """Returns a micro-batch of the readable rows."""
+    def assemble(self, rows: list[Row], j: int) -> Loaded:
+        """Returns micro-batch number `j` of the rows that can be read."""
         fetched = self.fetcher.fetch(rows)
         skipped = [self._bad(got) for got in fetched if isinstance(got, ShardError)]
         good = [got for got in fetched if isinstance(got, Fetched)]
@@ -151,6 +130,35 @@ class PlannedBatches(Dataset[Loaded]):
             raise error
         return error.shard, error.reason
 
+
+class PlannedBatches(MicroBatches, Dataset[Loaded]):
+    """Micro-batches by request; used in the worker processes, or in the trainer where there are none."""
+
+    def __init__(self, plan: Plan, files: ShardFiles, config: DataConfig, buffers: SharedBuffers | None) -> None:
+        super().__init__(files, config, buffers)
+        self.plan = plan
+
+    def __getitem__(self, request: Request) -> Loaded:
+        self._turn += 1
+        try:
+            self.files.look_ahead(request[0], request[1])
+            return self._load(*request)
+        except (ShardError, StorageError) as error:
+            return Loaded(request[2], error=error)
+
+    def _load(self, epoch: int, step: int, j: int) -> Loaded:
+        window, inside = self.plan.place(epoch, step)
+        rows = window.micro_batch(inside, j)
+        columns = (rows.shard_n.tolist(), rows.row_n.tolist(), rows.length_n.tolist(), rows.repeat_n.tolist())
+        wanted = [
+            Row(shard=s, row=r, length=n, repeat=k, epoch=epoch, seed=self.plan.seed)
+            for s, r, n, k in zip(*columns, strict=True)
+        ]
+        loaded = self.assemble(wanted, j)
+        if not loaded.keys:
+            loaded = replace(self.assemble([self._substitute(wanted[0])], j), skipped=loaded.skipped)
+        return replace(loaded, samples=window.samples(inside), padded_samples=window.padded_samples(inside))
+
     def _substitute(self, row: Row) -> Row:
         """Returns the first readable segment of a following shard, so that no rank lacks a micro-batch."""
         n_shards = len(self.plan.catalogue.shards)
@@ -159,7 +167,7 @@ class PlannedBatches(Dataset[Loaded]):
             lengths = self.plan.catalogue.length_N[slice(*self.plan.catalogue.starts_S[shard : shard + 2])]
             for other in np.flatnonzero(self.plan.constraints.usable(np.asarray(lengths)))[:3]:
                 found = replace(row, shard=shard, row=int(other), length=min(row.length, int(lengths[other])))
-                if self._batch([found], 0).keys:
+                if self.assemble([found], 0).keys:
                     return found
         raise ShardError(self.plan.catalogue.shards[row.shard], "cannot be read, nor can any other shard")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +23,17 @@ from data_pipeline.corpora.records import Reject
 from data_pipeline.preprocess.ledger import Ledger
 from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, read_index
 
-COLUMNS = ["n_samples", "snr_db", "level_dbfs", "speaker", "corpus"]
+COLUMNS = ["n_samples", "snr_db", "level_dbfs", "speaker", "corpus", "language"]
 GALLERY = 8
+LONGEST = 12
+"""Speakers in the table."""
 LISTED = 500
 """Number of rows of the quarantine list on the page; the file has all."""
 CLIP_SECONDS = 5
+GALLERY_LEGEND = (
+    f"Spectrograms: time to the right, at most {CLIP_SECONDS} s; frequency upwards, 0 to 8 kHz; lighter is louder, "
+    "over 70 dB."
+)
 STYLE = """
 :root{color-scheme:light dark;--ink:#1d2733;--soft:#5d6b7a;--line:#d8dee6;--bar:#2f6fb2;--back:#fff;--card:#f6f8fa}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e9ef;--soft:#9aa7b5;--line:#36414d;--bar:#6aa9e9;--back:#14191f;
@@ -43,6 +48,7 @@ gap:1rem}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-
 padding:.25rem .7rem .25rem 0;border-bottom:1px solid var(--line);overflow-wrap:anywhere}td.n,th.n{text-align:right;
 font-variant-numeric:tabular-nums;white-space:nowrap}td.k,th.k{white-space:nowrap}
 svg text{fill:var(--soft);font:11px system-ui,sans-serif}
+tr.sum td{font-weight:600}svg line{stroke:var(--ink);stroke-width:1}
 svg rect{fill:var(--bar)}figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;
 padding:.6rem}figure img{width:100%;height:110px;image-rendering:auto}figcaption{font-size:.8rem;color:var(--soft);
 overflow-wrap:anywhere}audio{width:100%;height:32px}
@@ -74,13 +80,14 @@ def build_report(page: Page) -> str:
     body = [
         f"<h1>{title}</h1><p>report of preprocessing</p>",
         _cards(table, hours, records, page.ledger),
-        "<h2>Hours in and out</h2>" + _flow(page.ledger),
-        "<h2>Segments</h2><div class=charts>",
-        _histogram("duration, s", table["n_samples"].to_numpy() / SAMPLE_RATE),
-        _histogram("signal-to-noise ratio (estimate), dB", table["snr_db"].to_numpy(zero_copy_only=False)),
-        _histogram("level, dB of full scale", table["level_dbfs"].to_numpy(zero_copy_only=False)),
+        "<h2>Corpora</h2>" + _corpora(table, hours),
+        "<h2>Hours in and out</h2>" + FLOW_LEGEND + _flow(page.ledger),
+        "<h2>Segments</h2><p>Height: number of segments. The line marks the median.</p><div class=charts>",
+        _histogram("duration", "s", table["n_samples"].to_numpy() / SAMPLE_RATE),
+        _histogram("signal-to-noise ratio (estimate)", "dB", table["snr_db"].to_numpy(zero_copy_only=False)),
+        _histogram("level", "dB of full scale", table["level_dbfs"].to_numpy(zero_copy_only=False)),
         "</div><h2>Speakers</h2>" + _speakers(table, hours),
-        "<h2>Examples</h2><div class=charts>" + "".join(_gallery(page.sets)) + "</div>",
+        f"<h2>Examples</h2><p>{GALLERY_LEGEND}</p><div class=charts>" + "".join(_gallery(page.sets)) + "</div>",
         _duplicates(page.duplicates),
         f"<h2>Quarantine ({len(quarantine):,} files)</h2>" + _quarantine(quarantine),
         "<h2>This job</h2>" + _table(("", ""), page.facts, numbers=()),
@@ -101,37 +108,88 @@ def _no_rows() -> Any:
 
 def _cards(table: Any, hours: npt.NDArray[np.float64], records: Sequence[DoneRecord], ledger: Ledger) -> str:
     recordings, read = ledger.total("in")
-    speakers = len(set(zip(table["corpus"].to_pylist(), table["speaker"].to_pylist(), strict=True)))
+    known, unknown = _by_speaker(table, hours)
     facts = [
         (f"{read / SAMPLE_RATE / 3600:,.2f} h", "in"),
         (f"{hours.sum():,.2f} h", "out"),
         (f"{table.num_rows:,}", "segments"),
         (f"{recordings:,}", "recordings"),
-        (f"{speakers:,}", "speakers"),
+        (f"{len(known):,}", "speakers"),
+        *([(f"{unknown.hours:,.2f} h", "of unknown speakers")] if unknown.segments else []),
         (f"{sum(1 for record in records if record.shard):,}", "shards"),
     ]
     return "<div class=cards>" + "".join(f"<div class=card><b>{b}</b>{t}</div>" for b, t in facts) + "</div>"
+
+
+@dataclass
+class _Amount:
+    """Segments and hours of one speaker or corpus."""
+
+    segments: int = 0
+    hours: float = 0.0
+
+    def add(self, hours: float) -> None:
+        """Adds a segment."""
+        self.segments += 1
+        self.hours += hours
+
+
+def _by_speaker(table: Any, hours: npt.NDArray[np.float64]) -> tuple[dict[tuple[str, str], _Amount], _Amount]:
+    """Returns the amounts by (corpus, speaker), and that of segments whose corpus names no speaker."""
+    known: dict[tuple[str, str], _Amount] = {}
+    unknown = _Amount()
+    columns = (table["corpus"].to_pylist(), table["speaker"].to_pylist(), hours.tolist())
+    for corpus, speaker, length in zip(*columns, strict=True):
+        (known.setdefault((corpus, speaker), _Amount()) if speaker else unknown).add(length)
+    return known, unknown
+
+
+def _corpora(table: Any, hours: npt.NDArray[np.float64]) -> str:
+    amounts: dict[tuple[str, str], _Amount] = {}
+    speakers: dict[tuple[str, str], set[str]] = {}
+    columns = (table[name].to_pylist() for name in ("corpus", "language", "speaker"))
+    for corpus, language, speaker, length in zip(*columns, hours.tolist(), strict=True):
+        amounts.setdefault((corpus, language), _Amount()).add(length)
+        speakers.setdefault((corpus, language), set()).add(speaker)
+    total = max(float(hours.sum()), 1e-12)
+    rows = [
+        (corpus, language or "–", f"{len(speakers[corpus, language] - {''}):,}", f"{amount.segments:,}",
+         f"{amount.hours:,.3f}", f"{amount.hours / total:.1%}")
+        for (corpus, language), amount in sorted(amounts.items(), key=lambda item: -item[1].hours)
+    ]  # fmt: skip
+    known, _ = _by_speaker(table, hours)
+    rows.append(("all", "", f"{len(known):,}", f"{table.num_rows:,}", f"{hours.sum():,.3f}", "100.0%"))
+    head = ("corpus", "language", "speakers", "segments", "hours", "share")
+    return _table(head, rows, numbers=(2, 3, 4, 5), bold=-1)
+
+
+FLOW_LEGEND = (
+    "<p>in: recordings as they came; out: segments in the shards; every other row is what a stage rejected, with its "
+    "reason. Hours in and those of recordings in several segments are hours out and rejected ones. Rows without hours "
+    "are recordings of unknown length.</p>"
+)
 
 
 def _flow(ledger: Ledger) -> str:
     order = {"in": 0, "discover": 1, "dedup": 2, "decode": 3, "vad": 4, "cut": 5, "filter": 6, "text": 8, "out": 9}
     keys = [key for key in ledger.counts if key[2] != "recording"]
     keys.sort(key=lambda key: (key[0], key[1], order.get(key[2], 7), key[3]))
+
+    def hours(samples: int) -> str:
+        return f"{samples / SAMPLE_RATE / 3600:,.3f}"
+
     rows = [
-        (
-            key[0],
-            key[1] or "–",
-            key[2],
-            key[3] or "–",
-            f"{ledger.counts[key]:,}",
-            f"{ledger.samples[key] / SAMPLE_RATE / 3600:,.3f}",
-        )
+        (key[0], key[1] or "–", key[2], key[3] or "–", f"{ledger.counts[key]:,}", hours(ledger.samples[key]))
         for key in keys
     ]
-    return _table(("corpus", "language", "stage", "reason", "files or segments", "hours"), rows, numbers=(4, 5))
+    for stage in ("in", "out"):
+        count, samples = ledger.total(stage)
+        rows.append(("all", "", stage, "–", f"{count:,}", hours(samples)))
+    head = ("corpus", "language", "stage", "reason", "recordings or segments", "hours")
+    return _table(head, rows, numbers=(4, 5), bold=-2)
 
 
-def _histogram(title: str, values: npt.NDArray[Any]) -> str:
+def _histogram(title: str, unit: str, values: npt.NDArray[Any]) -> str:
     values = values[np.isfinite(values)]
     if not len(values):
         return ""
@@ -145,24 +203,31 @@ def _histogram(title: str, values: npt.NDArray[Any]) -> str:
     low, middle, high = (
         np.format_float_positional(v, 3, fractional=False, trim="-") for v in (edges[0], np.median(values), edges[-1])
     )
+    place = 10 + width * float((np.median(values) - edges[0]) / (edges[-1] - edges[0]))
+    name = html_text(f"{title}, {unit}")
     return (
-        f"<figure><figcaption>{html_text(title)} · median {middle}</figcaption>"
-        f"<svg viewBox='0 0 320 140' role=img aria-label='{html_text(title)}'>{bars}"
-        f"<text x='10' y='135'>{low}</text><text x='310' y='135' text-anchor='end'>{high}</text></svg></figure>"
+        f"<figure><figcaption>{name} · median {middle} {html_text(unit)} · {len(values):,} segments</figcaption>"
+        f"<svg viewBox='0 0 320 150' role=img aria-label='{name}'>{bars}"
+        f"<line x1='{place:.1f}' x2='{place:.1f}' y1='16' y2='120'/><text x='10' y='12'>{tallest:,} segments</text>"
+        f"<text x='10' y='135'>{low}</text><text x='310' y='135' text-anchor='end'>{high}</text>"
+        f"<text x='160' y='147' text-anchor='middle'>{name}</text></svg></figure>"
     )
 
 
 def _speakers(table: Any, hours: npt.NDArray[np.float64]) -> str:
-    total: Counter[tuple[str, str]] = Counter()
-    number: Counter[tuple[str, str]] = Counter()
-    for corpus, speaker, length in zip(
-        table["corpus"].to_pylist(), table["speaker"].to_pylist(), hours.tolist(), strict=True
-    ):
-        total[corpus, speaker] += length
-        number[corpus, speaker] += 1
-    rows = [(c, s or "unknown", f"{number[c, s]:,}", f"{h:,.3f}") for (c, s), h in total.most_common(12)]
-    more = f"<p>the {len(rows)} with the most hours of {len(total):,}</p>"
-    return more + _table(("corpus", "speaker", "segments", "hours"), rows, numbers=(2, 3))
+    known, unknown = _by_speaker(table, hours)
+    longest = sorted(known.items(), key=lambda item: -item[1].hours)[:LONGEST]
+    rows = [(corpus, speaker, f"{amount.segments:,}", f"{amount.hours:,.3f}") for (corpus, speaker), amount in longest]
+    rest = list(known.values())
+    if len(rest) > len(longest):
+        segments = sum(amount.segments for amount in rest) - sum(amount.segments for _, amount in longest)
+        left = sum(amount.hours for amount in rest) - sum(amount.hours for _, amount in longest)
+        rows.append(("", f"{len(rest) - len(longest):,} other speakers", f"{segments:,}", f"{left:,.3f}"))
+    if unknown.segments:
+        rows.append(("", "no speaker named", f"{unknown.segments:,}", f"{unknown.hours:,.3f}"))
+    rows.append(("all", "", f"{table.num_rows:,}", f"{hours.sum():,.3f}"))
+    more = f"<p>{len(known):,} speakers; the {len(longest)} with the most hours</p>" if known else ""
+    return more + _table(("corpus", "speaker", "segments", "hours"), rows, numbers=(2, 3), bold=-1)
 
 
 def _gallery(sets: Sequence[tuple[str, Sequence[DoneRecord]]]) -> Iterable[str]:
@@ -202,7 +267,7 @@ def _duplicates(rows: Sequence[Mapping[str, object]]) -> str:
         for row in rows[:LISTED]
     ]
     more = f"<p>the first {LISTED:,}; duplicates.jsonl has all</p>" if len(rows) > LISTED else ""
-    head = ("left out", "same as", "kind", "shared", "begins at")
+    head = ("rejected", "same as", "kind", "shared", "begins at")
     return f"<h2>Duplicates ({len(rows):,})</h2>{more}" + _table(head, shown, numbers=(3, 4), whole=(2,))
 
 
@@ -215,14 +280,23 @@ def _quarantine(rejects: Sequence[Reject]) -> str:
 
 
 def _table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int], whole: Sequence[int] = ()
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    numbers: Sequence[int],
+    whole: Sequence[int] = (),
+    bold: int = 0,
 ) -> str:
+    """Returns a table. numbers: columns of figures; whole: columns without line breaks; bold: -n: the last n rows."""
+
     def cell(tag: str, column: int, text: str) -> str:
         kind = " class=n" if column in numbers else " class=k" if column in whole else ""
         return f"<{tag}{kind}>{html_text(text)}</{tag}>"
 
     lines = ["<tr>" + "".join(cell("th", i, text) for i, text in enumerate(head)) + "</tr>"] if any(head) else []
-    lines += ["<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows]
+    listed = list(rows)
+    for number, row in enumerate(listed):
+        kind = " class=sum" if number >= len(listed) + bold else ""
+        lines.append(f"<tr{kind}>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>")
     return "<div class=scroll><table>" + "".join(lines) + "</table></div>"
 
 

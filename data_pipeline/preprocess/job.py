@@ -298,5 +298,7 @@ def _summary(
         quarantine=f"{folder}/{QUARANTINE}",
         report=f"{folder}/{REPORT}" if config.report else "",
         imbalances=tuple(ledger.imbalances),
+        new_files=sum(record.files for record in new),
+        new_segments=sum(record.segments for record in new),
         new_hours=sum(row[5] for record in new for row in record.flow if row[2:4] == ("in", "")) / SAMPLE_RATE / 3600,
     )

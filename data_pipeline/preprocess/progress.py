@@ -42,7 +42,7 @@ def live_progress(
             rejects += sum(record.rejects.values())
             hours += sum(row[5] for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
             rate = hours / max(time.monotonic() - began, 1e-9)
-            state = f"{files:,} files · {hours:,.2f} h · {rate:.3f} h/s · {rejects:,} left out · ETA"
+            state = f"{files:,} files · {hours:,.2f} h · {rate:.3f} h/s · {rejects:,} rejected · ETA"
             bar.update(task, advance=weights.get(record.unit, 0.0), state=state)
 
         yield advance

@@ -44,6 +44,10 @@ class Summary:
     """Duration of the job."""
     new_hours: float = 0.0
     """Hours of audio that this job read."""
+    new_files: int = 0
+    """Recordings that this job read."""
+    new_segments: int = 0
+    """Segments that this job wrote."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Number of files below the corpus that are not recordings, by ending."""
     warnings: tuple[str, ...] = ()
@@ -62,7 +66,7 @@ class Summary:
             return f"the sums of {self.out} do not agree, which is a bug of auricle: {'; '.join(self.imbalances)}"
         if not self.segments:
             return (
-                f"nothing could be used: {self.quarantined} recordings are listed in {self.quarantine}; left out as "
+                f"nothing could be used: {self.quarantined} recordings are listed in {self.quarantine}; rejected as "
                 f"{', '.join(self.rejects) or 'there were none'}"
             )
         return ""
@@ -77,14 +81,14 @@ class Summary:
         overlap = self.hours_overlapping
         overlapping = f", of which {overlap:,.2f} are in more than one segment" if overlap else ""
         rows = [
-            ("recordings", f"{self.files:,}"),
-            ("hours in", f"{self.hours_in:,.2f}"),
+            ("recordings", f"{self.files:,}{self._new(f'{self.new_files:,}')}"),
+            ("hours in", f"{self.hours_in:,.2f}{self._new(f'{self.new_hours:,.2f}')}"),
             ("hours out", f"{self.hours_out:,.2f}" + overlapping),
-            ("segments", f"{self.segments:,}"),
+            ("segments", f"{self.segments:,}{self._new(f'{self.new_segments:,}')}"),
             ("shards", f"{self.shards:,} ({self.megabytes:,.1f} MB) in {self.out}"),
         ]
         rows += [
-            (f"left out: {reason}", f"{count:,}" + (f" ({hours:,.2f} h)" if hours else ""))
+            (f"rejected: {reason}", f"{count:,}" + (f" ({hours:,.2f} h)" if hours else ""))
             for reason, (count, hours) in self.rejects.items()
         ]
         if self.quarantined:
@@ -93,11 +97,15 @@ class Summary:
         if self.changed_files:
             rows.append(("changed since", f"{self.changed_files:,} recordings; the shards hold their earlier audio"))
         if self.units_before:
-            rows.append(("done before", f"{self.units_before:,} units"))
+            rows.append(("done before", f"{self.units_before:,} units of work; all other figures are of the whole set"))
         rows.append(("report", self.report))
         speed = 3600 * self.new_hours / self.seconds if self.seconds else 0.0
-        rows.append(("time", f"{self.seconds:,.1f} s, {speed:,.0f} hours of audio an hour"))
+        rows.append(("time", f"{self.seconds:,.1f} s, {speed:,.0f} × real time"))
         return [(name, visible(value)) for name, value in rows]
+
+    def _new(self, figure: str) -> str:
+        """Returns this job's part of a figure in words; "" for the first job of a data set."""
+        return f", of which {figure} by this job" if self.units_before else ""
 
 
 @dataclass(frozen=True)

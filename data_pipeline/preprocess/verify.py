@@ -13,6 +13,7 @@ import numpy as np
 from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.integrity import CHECKSUMS, REPORT, altered_files, is_sealed, with_check
+from data_pipeline.core.progress import Begin, silent
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.preprocess.fingerprints import scan_is_altered
@@ -28,7 +29,7 @@ Fault = tuple[str, str]
 """(file below the folder, fault)."""
 
 
-def verify(root: str, decode: bool = True) -> Iterator[Fault]:
+def verify(root: str, decode: bool = True, begin: Begin = silent) -> Iterator[Fault]:
     """Verifies every file of a data set against its checksums and records.
 
     Memory is bounded regardless of the files' content, and verification continues after a fault.
@@ -36,6 +37,7 @@ def verify(root: str, decode: bool = True) -> Iterator[Fault]:
     Args:
         root: a data set, one with the folders train, valid and test, or a folder of frame labels.
         decode: also decode every sample, as another reader would; otherwise only checksums are compared.
+        begin: shows stages of the work.
 
     Yields:
         (file below `root`, fault); nothing without faults.
@@ -56,8 +58,9 @@ def verify(root: str, decode: bool = True) -> Iterator[Fault]:
         )
     keys: dict[str, str] = {}
     for part in sets:
-        for name, problem in _verify_set(FileStore(f"{store.root}/{part}".rstrip("/")), keys, decode):
+        for name, problem in _verify_set(FileStore(f"{store.root}/{part}".rstrip("/")), keys, decode, begin):
             yield f"{part}/{name}".lstrip("/"), problem
+    begin("comparing plan and checksums", 1)
     yield from _guarded("_plan", _verify_plan(store, sets))
     yield from _guarded(CHECKSUMS, altered_files(store))
     if store.exists(REPORT):
@@ -84,10 +87,13 @@ def _verify_scan(store: FileStore, name: str) -> Iterator[Fault]:
         yield f"_scan/{name}", "checksum mismatch"
 
 
-def _verify_set(store: FileStore, keys: dict[str, str], decode: bool) -> Iterator[Fault]:
+def _verify_set(store: FileStore, keys: dict[str, str], decode: bool, begin: Begin) -> Iterator[Fault]:
     claimed: set[str] = set()
-    for name in store.names("_done", ".json"):
+    names = store.names("_done", ".json")
+    advance = begin(f"{'reading and decoding' if decode else 'reading'} shards", len(names))
+    for name in names:
         yield from _guarded(f"_done/{name}", _verify_record(store, name, keys, claimed, decode))
+        advance(name)
     for tar in store.names("", ".tar"):
         if tar not in claimed:
             yield tar, "belongs to no finished unit, but readers that list the folder would read it"

@@ -246,8 +246,9 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
         different.append(f"format {WRITER_VERSION} here, {found.get('format')} there")
     if different:
         raise ConfigError(
-            f"out={store.root}: holds shards of other settings ({'; '.join(different)}); "
-            "choose the same settings or another folder"
+            f"out={store.root}: holds shards of other settings ({'; '.join(different)}). All shards of a folder share "
+            "them: leave them as they are there, or write this corpus to another out= and read both with "
+            "data.shards=[ONE,OTHER]"
         )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from data_pipeline.audio.augmentation import AugmentConfig
-from data_pipeline.core.schema import about, config, refuse
+from data_pipeline.core.schema import Places, about, config, one_or_several, refuse
 
 
 @config
@@ -14,13 +14,39 @@ class DataConfig:
     """The shards of a run, and how they are read as global steps."""
 
     shards: Annotated[
-        str,
+        Places,
         about(
-            "folder or URL that `auricle preprocess` or `auricle shards index` wrote",
+            "folder or URL that `auricle preprocess` or `auricle shards index` wrote, several as [a,b], or a pattern "
+            "such as shards/*",
             resume="data",
             min_length=1,
         ),
     ]
+    valid: Annotated[
+        Places,
+        about(
+            "folder or URL (or several, as for shards) of shards of held-out audio, as `auricle preprocess "
+            "split.valid=0.05` writes; their loss is measured every train.valid_every steps; empty: none",
+            resume="free",
+        ),
+    ] = ()
+    valid_seconds: Annotated[
+        float,
+        about(
+            "held-out audio that is used, over all ranks: a fixed random choice of segments, kept in memory "
+            "(64 kB per second)",
+            resume="free",
+            gt=0,
+        ),
+    ] = 600.0
+    valid_targets: Annotated[
+        dict[str, str],
+        about(
+            "folders of the held-out audio's frame labels, by the names in data.targets (`auricle targets "
+            "kmeans=FOLDER` labels it with the same centres)",
+            resume="free",
+        ),
+    ] = dataclasses.field(default_factory=dict)
     reader: Annotated[
         Literal["plan", "webdataset"],
         about(
@@ -112,7 +138,11 @@ class DataConfig:
     ] = "error"
 
     def __post_init__(self) -> None:
-        """Refuses crops of every segment beside tokens, which a cropped segment does not have."""
+        """Refuses crops beside tokens, which a cropped segment lacks, and held-out audio that is trained on."""
         if self.tokens and self.crop_to_shortest:
             remedy = "leaves hardly a segment with its text, and heads need it (data.tokens); set it to false"
             refuse("crop_to_shortest", self.crop_to_shortest, remedy)
+        for name in ("shards", "valid"):  # a config made in Python may name one path as text
+            object.__setattr__(self, name, one_or_several(getattr(self, name)))
+        if both := set(self.valid) & set(self.shards):
+            refuse("valid", min(both), "is one of data.shards; held-out audio must not be trained on")

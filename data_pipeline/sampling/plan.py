@@ -143,7 +143,7 @@ def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples
     total = entries.samples
     if total * 50 < constraints.batch:
         raise ConfigError(
-            f"the {int(catalogue.starts_S[-1])} segments of data.shards={config.shards!r} hold "
+            f"the {int(catalogue.starts_S[-1])} segments of data.shards={', '.join(config.shards)} hold "
             f"{total / SAMPLE_RATE:.1f} s of audio in segments of at least data.min_seconds={config.min_seconds:g}"
             f"{raised}, less than a fiftieth of data.batch_seconds={config.batch_seconds:g}; "
             "give more data or lower data.batch_seconds"

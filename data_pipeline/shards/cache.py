@@ -56,7 +56,7 @@ class CachedShards(RemoteShards):
 
     def __init__(self, shards: ShardSet, folder: Path, limit: int) -> None:
         super().__init__(dataclasses.replace(shards, verify=False))
-        self.folder, self.limit = folder / hashlib.sha256(shards.tar_root.encode()).hexdigest()[:12], limit
+        self.folder, self.limit = folder / hashlib.sha256("\n".join(shards.tar_roots).encode()).hexdigest()[:12], limit
         with write_errors(str(self.folder)):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._schedule: ReadSchedule | None = None
@@ -155,7 +155,7 @@ class CachedShards(RemoteShards):
     def _download(self, number: int, copy: Path) -> None:
         record, part = self.records[number], copy.with_suffix(f".{os.getpid()}.{random.getrandbits(32):08x}.part")
 
-        store = self._store(self.shards.tar_root)
+        store = self._store(record.tar_root)
 
         def fetch() -> tuple[int, str]:
             size, digest = 0, hashlib.sha256()
@@ -168,7 +168,7 @@ class CachedShards(RemoteShards):
             return size, digest.hexdigest()
 
         try:
-            size, sha256 = retry(fetch, f"{self.shards.tar_root}/{record.shard}", self.shards.patience)
+            size, sha256 = retry(fetch, f"{record.tar_root}/{record.shard}", self.shards.patience)
             if size != record.bytes:
                 raise self._mark(number, f"has {size} bytes; its record says {record.bytes}")
             if sha256 != record.sha256:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.lru import LruCache
-from data_pipeline.core.storage import PATIENCE, FileStore, StorageError, describe
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.storage import PATIENCE, FileStore, StorageError, describe, is_url
 from data_pipeline.shards.index_rows import INDEX_ERRORS, numbers, validate_index, validate_lengths
 from data_pipeline.shards.records import DoneRecord, index_name
 
@@ -88,25 +89,30 @@ class ShardIndex:
 class ShardSet:
     """The shards of a data set, and how to read them.
 
-    root: folder or URL of the indexes and of the tars, unless the records name another location of these.
+    records: the finished shards; each names its folder.
     keep: number of shards whose index and file handle stay open.
     verify: whether to verify the sha256 of a shard before its first use.
     patience: seconds for which reads of remote storage are retried after transient errors.
     """
 
-    root: str
     records: Sequence[DoneRecord]
     keep: int = 64
     verify: bool = False
     patience: float = PATIENCE
 
     @property
-    def tar_root(self) -> str:
-        """Folder or URL of the tars. Raises ValueError if the records name several."""
-        found = {record.location or self.root for record in self.records}
-        if len(found) > 1:
-            raise ValueError(f"{self.root}: its shards are in several places: {', '.join(sorted(found))}")
-        return found.pop() if found else self.root
+    def tar_roots(self) -> list[str]:
+        """Folders or URLs of the tars, sorted."""
+        return sorted({record.tar_root for record in self.records})
+
+    @property
+    def remote(self) -> bool:
+        """Whether the tars are behind URLs. Raises ConfigError where only some are."""
+        remote = {is_url(root) for root in self.tar_roots}
+        if len(remote) > 1:
+            listed = ", ".join(self.tar_roots)
+            raise ConfigError(f"data.shards: some are local and some remote ({listed}); copy them to one kind of place")
+        return remote == {True}
 
 
 class ShardFiles:
@@ -122,13 +128,14 @@ class ShardFiles:
 
     def check(self) -> list[ShardError]:
         """Returns errors of shards that are missing or differ in size from their record; does not read them."""
-        present = set(self._store(self.shards.root).names("", ".parquet"))
+        roots = {record.root for record in self.records}
+        present = {root: set(self._store(root).names("", ".parquet")) for root in roots}
         for number, (record, size) in enumerate(zip(self.records, self._sizes(), strict=True)):
             if size is None:
                 self._mark(number, "is missing")
             elif size != record.bytes:
                 self._mark(number, f"has {size} bytes; its record says {record.bytes}")
-            elif index_name(record.shard) not in present:
+            elif index_name(record.shard) not in present[record.root]:
                 self._mark(number, f"its index {index_name(record.shard)} is missing")
         return list(self.bad.values())
 
@@ -170,13 +177,18 @@ class ShardFiles:
 
     def _sizes(self) -> list[int | None]:
         """Returns the size of each shard in bytes; None for a missing one."""
-        with os.scandir(self._store(self.shards.tar_root).root) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        return [sizes.get(record.shard) for record in self.records]
+        sizes = {root: self._sizes_in(root) for root in self.shards.tar_roots}
+        return [sizes[record.tar_root].get(record.shard) for record in self.records]
+
+    def _sizes_in(self, root: str) -> Mapping[str, int]:
+        """Returns the size of each file in a folder, in bytes."""
+        with os.scandir(self._store(root).root) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
     def _local_path(self, number: int) -> Path:
         """Returns the path of shard `number`, fetched if necessary. Raises OSError or ShardError."""
-        return Path(self._store(self.shards.tar_root).path(self.records[number].shard))
+        record = self.records[number]
+        return Path(self._store(record.tar_root).path(record.shard))
 
     def _store(self, root: str) -> FileStore:
         """Returns the store at `root`. Connections do not survive a fork, so each process has its own."""
@@ -221,7 +233,7 @@ class ShardFiles:
 
     def _read_table(self, number: int, columns: list[str] | None = None) -> pa.Table:
         record = self.records[number]
-        store, name = self._store(self.shards.root), index_name(record.shard)
+        store, name = self._store(record.root), index_name(record.shard)
         source = store.path(name) if store.local else io.BytesIO(store.read(name))
         file = pq.ParquetFile(source, read_dictionary=["corpus", "language"])
         if file.metadata.num_rows != record.segments:

@@ -8,7 +8,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -25,6 +25,10 @@ REFUSED_SUFFIXES: Final = ("pyd", "pickle", "pkl", "pth", "pt")
 
 AUDIO_SUFFIXES: Final = ("flac", "wav", "opus")
 """Suffixes of audio members that auricle writes."""
+
+
+WILDCARDS: Final = frozenset("*?[")
+"""Characters that make a path a pattern."""
 
 
 SMALLEST_SAMPLE: Final = 1024
@@ -71,7 +75,14 @@ class DoneRecord:
     flow: tuple[tuple[str, str, str, str, int, int], ...] = ()
     """(corpus, language, stage, reason, count, samples): input, rejects by reason, and output."""
     location: str = ""
-    """Folder or URL of the tar if it differs from that of its index."""
+    """Folder or URL of the tar where it is not beside its index."""
+    root: str = field(default="", compare=False)
+    """Folder or URL in which the record was found; not stored."""
+
+    @property
+    def tar_root(self) -> str:
+        """Folder or URL of the tar."""
+        return self.location or self.root
 
     def to_json(self) -> builtins.bytes:
         """Returns JSON with sorted keys, so that equal records have equal bytes, and `check`, their sha256."""
@@ -84,7 +95,8 @@ class DoneRecord:
 
     def _values(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        if not self.location:  # the format before this field existed
+        del values["root"]
+        if not self.location:  # as records were before there was this field
             del values["location"]
         return values
 
@@ -101,7 +113,7 @@ class DoneRecord:
         """
         try:
             values = json.loads(text)
-            known = {f.name for f in dataclasses.fields(DoneRecord)}
+            known = {f.name for f in dataclasses.fields(DoneRecord)} - {"root"}
             values = {key: value for key, value in values.items() if key in known}
             values["flow"] = tuple(tuple(row) for row in values.get("flow", ()))
             record = DoneRecord(**values)
@@ -145,26 +157,55 @@ def finished_units(root: str) -> list[DoneRecord]:
     """Returns all finished units, including those without a shard, sorted by unit; [] if there are none."""
     store = FileStore(root)
     names = store.names("_done", ".json")
-    return [DoneRecord.from_json(store.read(f"_done/{name}"), f"{root}/_done/{name}") for name in names]
+    found = [DoneRecord.from_json(store.read(f"_done/{name}"), f"{root}/_done/{name}") for name in names]
+    return [dataclasses.replace(record, root=root) for record in found]
 
 
-def done_records(root: str) -> list[DoneRecord]:
-    """Returns the finished shards of a data set, sorted by shard name.
+def done_records(shards: str | Sequence[str]) -> list[DoneRecord]:
+    """Returns the finished shards of a data set, sorted by shard name, wherever they are.
 
     Args:
-        root: folder or fsspec URL of the data set.
+        shards: Folder or fsspec URL of the data set, or several; `*`, `?` and `[…]` stand for all folders that match.
 
     Raises:
-        ConfigError: there are none.
-        ValueError: a record is damaged, or two records name one shard.
-        StorageReadError: the storage does not answer.
+        ConfigError: One of them has none, or two hold the same shard.
+        ValueError: A record is damaged, or two records of a folder name one shard.
+        StorageReadError: The storage does not answer.
     """
+    roots = [root for part in ([shards] if isinstance(shards, str) else shards) for root in _matching(part)]
+    records = sorted(
+        (record for root in dict.fromkeys(roots) for record in _records_of(root)),
+        key=lambda record: (record.shard, record.sha256),
+    )
+    for one, other in itertools.pairwise(records):
+        if (one.shard, one.sha256) == (other.shard, other.sha256):
+            raise ConfigError(
+                f"data.shards: {one.root} and {other.root} both hold the shard {one.shard}, which would be read twice; "
+                "leave one of them out"
+            )
+    return records
+
+
+def _matching(root: str) -> list[str]:
+    """Returns `root`, or the folders with finished shards that a pattern matches; raises ConfigError for none."""
+    if not WILDCARDS & set(root):
+        return [root]
+    found = FileStore(root.rstrip("/")).matching_folders("_done")
+    if not found:
+        raise ConfigError(f"data.shards={root}: no folder with finished shards matches; shards are folders with _done/")
+    return found
+
+
+def _records_of(root: str) -> list[DoneRecord]:
+    """Returns the finished shards in one folder, sorted by name; see `done_records`."""
     store = FileStore(root)
     if not store.exists():
         raise ConfigError(
             f"there is no shard folder {root}; write one with `auricle preprocess corpus=path corpus.path=FOLDER "
             f"out={root}`"
         )
+    if store.is_file():
+        raise ConfigError(f"{root}: is a file; give the folder of the shards, with _done/ in it")
     records = sorted((record for record in finished_units(root) if record.shard), key=lambda record: record.shard)
     if not records:
         tars = len(store.names("", ".tar"))

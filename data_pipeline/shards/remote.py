@@ -27,7 +27,14 @@ class RemoteShards(ShardFiles):
         return [found.get(extent) or self.bad[extent.shard] for extent in wanted]
 
     def _ranges(self, extents: Sequence[Extent]) -> Sequence[bytes | BaseException]:
-        store = self._store(self.shards.tar_root)
+        found: dict[Extent, bytes | BaseException] = {}
+        for root in sorted({self.records[extent.shard].tar_root for extent in extents}):
+            here = [extent for extent in extents if self.records[extent.shard].tar_root == root]
+            found |= zip(here, self._ranges_in(root, here), strict=True)
+        return [found[extent] for extent in extents]
+
+    def _ranges_in(self, root: str, extents: Sequence[Extent]) -> Sequence[bytes | BaseException]:
+        store = self._store(root)
         paths = [store.path(self.records[extent.shard].shard) for extent in extents]
         starts = [extent.offset for extent in extents]
         ends = [extent.offset + extent.size for extent in extents]
@@ -45,21 +52,20 @@ class RemoteShards(ShardFiles):
     def _given_up(self, failed: Mapping[Extent, BaseException]) -> StorageReadError:
         extent, error = next(iter(failed.items()))
         return StorageReadError(
-            f"{self.shards.tar_root}/{self.records[extent.shard].shard}",
+            f"{self.records[extent.shard].tar_root}/{self.records[extent.shard].shard}",
             f"cannot be read for data.retry_seconds={self.shards.patience:g} ({describe(error)}); "
             "the run can be started again when the storage answers",
         )
 
-    def _sizes(self) -> list[int | None]:
-        store = self._store(self.shards.tar_root)
+    def _sizes_in(self, root: str) -> Mapping[str, int]:
+        store = self._store(root)
 
         def listing() -> list[dict[str, Any]]:
             store.fs.invalidate_cache()
             return list(store.fs.ls(store.path(), detail=True))
 
         try:
-            found = retry(listing, self.shards.tar_root, self.shards.patience)
+            found = retry(listing, root, self.shards.patience)
         except FileNotFoundError:
             found = []
-        sizes = {info["name"].rstrip("/").rsplit("/", 1)[-1]: int(info.get("size") or 0) for info in found}
-        return [sizes.get(record.shard) for record in self.records]
+        return {info["name"].rstrip("/").rsplit("/", 1)[-1]: int(info.get("size") or 0) for info in found}

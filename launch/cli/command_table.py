@@ -51,3 +51,21 @@ SUBCOMMANDS = {
     "completion": {"bash": "the script for bash", "zsh": "the script for zsh"},
 }
 """Command -> its subcommands, or the values of its only argument -> one line of help."""
+
+FIRST_WORDS = {
+    "preprocess": "reading the config, then listing the corpus",
+    "targets": "reading the config and the shards",
+    "pretrain": "reading the config, then checking shards and checkpoint",
+    "pipeline": "reading the config and the inputs of every step",
+    "demo": "preparing speech, shards and a run",
+    "plan-run": "running the model's forward pass on this CPU",
+    "data": "reading the indexes and planning an epoch",
+    "evaluate": "reading the config, manifest and checkpoints",
+    "finetune": "reading the config, manifest and checkpoint",
+    "transcribe": "loading the recogniser",
+    "replay": "loading the run and its saved batch",
+    "recipes": "building the model of each experiment",
+    "export": "loading the run, then converting and comparing it",
+    "doctor": "looking at this machine",
+}
+"""Command that takes seconds to start -> what it prints on stderr at once."""

@@ -32,20 +32,30 @@ def run(arguments: list[str]) -> int:
     folders = find_runs(given.runs)
     port = given.port or free_port()
     _require_free(port)
-    with tempfile.TemporaryDirectory(prefix="auricle-board-") as home:
+    with _ends_by_signal(), tempfile.TemporaryDirectory(prefix="auricle-board-") as home:
         link(folders, Path(home))
         print(f"{len(folders)} runs at http://localhost:{port}/ (only from this machine; Ctrl-C ends it)", flush=True)
         return _serve(command(Path(home), port))
 
 
-def _serve(line: list[str]) -> int:
-    """Runs a command line until it ends or this process gets SIGTERM or SIGHUP; returns its exit code."""
-    process = subprocess.Popen(line)
+@contextlib.contextmanager
+def _ends_by_signal() -> Iterator[None]:
+    """Raises KeyboardInterrupt in the block at SIGTERM and SIGHUP, so that TensorBoard and its folder are removed."""
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _serve(line: list[str]) -> int:
+    """Runs a command line until it ends or is interrupted; returns its exit code."""
+    process = subprocess.Popen(line)
     try:
         return process.wait()
     finally:
@@ -53,8 +63,7 @@ def _serve(line: list[str]) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
         process.kill()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        process.wait()
 
 
 def _require_free(port: int) -> None:

@@ -17,7 +17,7 @@ from launch.exit_codes import ExitCode
 from launch.launchers import factory
 from launch.launchers.in_process import InProcess
 from launch.launchers.processes import ChildProcesses
-from launch.launchers.status import is_elsewhere, require_ended, state_of, total_steps
+from launch.launchers.status import is_elsewhere, require_ended, shown_state, state_of, total_steps
 from launch.runs.follow import Follower, describe
 from launch.runs.job_record import FILE_NAME, read_record, write_record
 from launch.runs.metadata import submitted_from
@@ -68,17 +68,17 @@ def _row(folder: Path) -> tuple[str, ...]:
     step = f"{number(row or {}, 'step', 0.0):.0f}" if total_steps(folder) else "–"
     handle = record.handle.partition(":")[0]
     steps = str(total_steps(folder) or "–")
-    return folder.name, record.command, record.launcher, handle, state_of(folder), step, steps, record.submitted
+    return folder.name, record.command, record.launcher, handle, shown_state(folder), step, steps, record.submitted
 
 
 def _status(folder: Path) -> int:
-    state, row = state_of(folder), Follower(folder).read()
+    state, row = shown_state(folder), Follower(folder).read()
     if not total_steps(folder):
         print(f"{visible(str(folder))}: {read_record(folder).command} {state}")
-        return 1 if state in ("failed", "cancelled") else 0
+        return 1 if state in ("failed", "cancelled", "unhealthy") else 0
     done = f"step {number(row, 'step', 0.0):.0f}/{total_steps(folder)}, {describe(row)}" if row else "no step done yet"
     print(f"{visible(str(folder))}: {state}, {done}, newest checkpoint at step {steps_done(folder)}")
-    return 1 if state in ("failed", "cancelled") else 0
+    return 1 if state in ("failed", "cancelled", "unhealthy") else 0
 
 
 def _logs(folder: Path, rank: int, follow: bool) -> int:

@@ -16,9 +16,14 @@ from pretrain.profiling import cost_model
 from pretrain.profiling.cost_model import GIB, Cluster, Measured
 from pretrain.profiling.hardware import GPUS
 
-USAGE = """auricle plan-run [the overrides of `auricle pretrain`] cluster=NODESxGPUSxKIND [mfu=0.3]
+USAGE = """auricle plan-run [the overrides of `auricle pretrain`] cluster=NODESxGPUSxKIND [mfu=0.09-0.11]
 
-Memory per GPU for each ZeRO stage, operations, communication, and days to the end on 1 to 1,024 GPUs."""
+Memory per GPU for each ZeRO stage, operations, communication, and days to the
+end on 1 to 1,024 GPUs. mfu is the share of the GPU's peak that is reached, one
+figure or LOW-HIGH; published speech pretraining reaches 9 to 11 % on an H100,
+and perf/mfu of a run on your GPUs is the better figure."""
+PUBLISHED = "0.09-0.11"
+"""MFU of published speech pretraining on an H100 (docs/findings.md)."""
 LARGEST = 1024
 
 
@@ -36,7 +41,7 @@ def run(arguments: list[str]) -> int:
     if given is None:
         return ExitCode.DONE
     config, cluster = given.config, cost_model.parse_cluster(own.get("cluster", "1x8xH100"))
-    mfu = _share(own.get("mfu", "0.3"))
+    mfu = _shares(own.get("mfu", PUBLISHED))
     measured = cost_model.measure(config)
     out = console()
     flops = measured.flops.of(config.data.max_seconds) / config.data.max_seconds / 1e9
@@ -46,6 +51,7 @@ def run(arguments: list[str]) -> int:
     )
     out.print(Text.assemble((visible(config.name), "bold"), summary))
     out.print(_memory(config, cluster, measured), _scaling(config, cluster, measured, mfu), sep="\n\n")
+    out.print(Text(f"\n{LEGEND}"))
     out.print(Text("\nassumed", style="bold"))
     for name, text in cost_model.assumptions(config, cluster, mfu).items():
         out.print(f"  {name}: {text}")
@@ -64,14 +70,15 @@ def _iterations(config: PretrainJob) -> str:
     return f" ({counted}; the labels in between are not counted)"
 
 
-def _share(text: str) -> float:
+def _shares(text: str) -> tuple[float, float]:
+    """Returns (lowest, highest) share of the peak. Raises ConfigError."""
     try:
-        share = float(text)
+        shares = [float(part) for part in text.split("-")]
     except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise ConfigError(f"mfu={text}: must be a share of the GPU's peak, above 0 and at most 1")
-    return share
+        shares = []
+    if len(shares) not in (1, 2) or not 0 < shares[0] <= shares[-1] <= 1:
+        raise ConfigError(f"mfu={text}: a share of the GPU's peak, above 0 and at most 1, or two as in {PUBLISHED}")
+    return shares[0], shares[-1]
 
 
 def _memory(config: Config, cluster: Cluster, measured: Measured) -> Table:
@@ -86,17 +93,31 @@ def _memory(config: Config, cluster: Cluster, measured: Measured) -> Table:
     return table
 
 
-def _scaling(config: PretrainJob, cluster: Cluster, measured: Measured, mfu: float) -> Table:
-    columns = ("GPUs", "s of audio each", "step s", "sent GB", "not hidden s", "audio-h / GPU-h", "days", "")
+def _scaling(config: PretrainJob, cluster: Cluster, measured: Measured, mfu: tuple[float, float]) -> Table:
+    """Returns the table of the forecast, at most 80 columns wide; a range is from the highest to the lowest MFU."""
+    columns = ("GPUs", "audio s", "step s", "sent GB", "waits s", "h/GPU-h", "days", "")
     table = Table(*columns, title=f"with engine.zero_stage={config.engine.zero_stage}", title_justify="left", box=None)
     for gpus in sorted({*cost_model.counts(LARGEST), cluster.size}):
-        f = cost_model.forecast(measured, config, cluster, gpus, mfu)
-        note = "" if config.data.micro_batches % gpus == 0 else "data.micro_batches must be a multiple of it"
-        if f.seconds_each < config.data.max_seconds:
-            note = "less than one segment each: raise data.batch_seconds"
+        low, high = (cost_model.forecast(measured, config, cluster, gpus, share) for share in mfu)
+        mark = "" if config.data.micro_batches % gpus == 0 else "*"
+        mark += "†" if low.seconds_each < config.data.max_seconds else ""
+        audio = [f"{config.data.batch_seconds / f.step / gpus:,.0f}" for f in (low, high)]
+        days = [f"{f.step * _updates(config) / 86400:,.2f}" for f in (high, low)]
         table.add_row(
-            *(str(gpus), f"{f.seconds_each:.1f}", f"{f.step:.3f}", f"{f.sent / 1e9:.2f}", f"{f.exposed:.3f}"),
-            *(f"{config.data.batch_seconds / f.step / gpus:,.0f}", f"{f.step * _updates(config) / 86400:,.2f}", note),
+            *(str(gpus), f"{low.seconds_each:.1f}", _range(f"{high.step:.3f}", f"{low.step:.3f}")),
+            *(f"{low.sent / 1e9:.2f}", f"{high.exposed:.2f}", _range(*audio), _range(*days), mark),
             style="bold" if gpus == cluster.size else "",
         )
     return table
+
+
+LEGEND = """audio s: audio per update of the busiest GPU; step s: one update; sent GB and waits s: gradients sent per
+GPU and update, and how long that is not hidden behind the backward pass; h/GPU-h: hours of
+audio per GPU-hour (× real time of each GPU); days: to the last update
+*  another number of ranks does the same in fewer: see `auricle data plan`
+†  less than one segment for each GPU: raise data.batch_seconds"""
+
+
+def _range(low: str, high: str) -> str:
+    """Returns two figures as a range, and equal ones as one."""
+    return low if low == high else f"{low}–{high}"

@@ -17,6 +17,7 @@ def run(arguments: list[str]) -> int:
     folders = parser.parse_args(arguments).folders
 
     from launch.cli.tables import show, table, warn
+    from launch.launchers.status import shown_state
     from launch.runs.summary import find_runs, summarise
 
     listed: list[tuple[str, ...]] = []
@@ -28,6 +29,6 @@ def run(arguments: list[str]) -> int:
             warn(str(error))
             continue
         figures = (f"{s.step}/{s.steps}", f"{s.loss:.4f}", f"{s.accuracy:.3f}", f"{s.hours:.1f}", f"{s.speed:.0f}")
-        listed.append((s.name, s.objective, s.state, *figures, str(s.alarms), s.evaluation))
+        listed.append((s.name, s.objective, shown_state(folder), *figures, str(s.alarms), s.evaluation))
     show(table(COLUMNS, listed))
     return ExitCode.DONE

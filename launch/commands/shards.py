@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import Progress
 
+from data_pipeline.core.progress import stages
 from data_pipeline.core.schema import ConfigError, document, load
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.text import visible
@@ -69,7 +70,7 @@ def _index(tars: str, settings: list[str]) -> int:
     hours = summary.samples / SAMPLE_RATE / 3600
     print(f"{summary.tars} tars ({summary.already} indexed before), {summary.segments:,} segments, {hours:.2f} hours")
     if summary.rejects:
-        print("left out " + ", ".join(f"{reason}: {count:,}" for reason, count in summary.rejects.most_common()))
+        print("rejected " + ", ".join(f"{reason}: {count:,}" for reason, count in summary.rejects.most_common()))
     print(f"read them with data.shards={config.index_out or tars}")
     return ExitCode.DONE
 
@@ -102,7 +103,7 @@ def _stats(root: str, records: list[DoneRecord]) -> int:
     for record in finished_units(root):
         rejects.update(record.rejects)
     if rejects:
-        print("left out " + ", ".join(f"{reason}: {count:,}" for reason, count in rejects.most_common()))
+        print("rejected " + ", ".join(f"{reason}: {count:,}" for reason, count in rejects.most_common()))
     return ExitCode.DONE
 
 
@@ -126,7 +127,8 @@ def _rows(root: str, records: list[DoneRecord]) -> Iterator[tuple[dict[str, Any]
 
 
 def _verify(root: str) -> int:
-    faults = list(track(verify(root), "verifying", console=Console(stderr=True), transient=True))
+    with stages() as begin:
+        faults = list(verify(root, begin=begin))
     for name, fault in faults:
         print(visible(f"{name}: {fault}"))
     shards = [name for part in ("", *SPLITS) for name in _shards(f"{root.rstrip('/')}/{part}".rstrip("/"), part)]

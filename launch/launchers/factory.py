@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.sampling.plan import accumulation
 from launch.config import LAUNCHERS, LauncherConfig, LocalConfig, PretrainJob, RayConfig, SlurmConfig
@@ -15,7 +17,10 @@ from launch.runs.job_record import JobRecord
 
 def for_job(job: PretrainJob) -> Submitter:
     """Returns the submitter of a run. Raises ConfigError if there are more ranks than micro-batches."""
-    submitter = make(job.launcher, "pretrain", job.engine.name, job.device)
+    launcher = job.launcher
+    if isinstance(launcher, SlurmConfig) and not launcher.cpus_per_task:  # one core for the rank, one per decoder
+        launcher = dataclasses.replace(launcher, cpus_per_task=job.data.workers + 1)
+    submitter = make(launcher, "pretrain", job.engine.name, job.device)
     accumulation(job.data.micro_batches, submitter.processes)
     return submitter
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.core.schema import ConfigError
-from launch.config import SLURM_JOB_ID, SlurmConfig
+from launch.config import DEFAULT_CORES, SLURM_JOB_ID, SlurmConfig
 from launch.launchers.base import State
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "slurm"
@@ -70,7 +70,7 @@ class SlurmSubmitter:
             "job-name": folder.name,
             "nodes": 1 if alone else f"1-{c.nodes}" if c.elastic and pretraining else c.nodes,
             "ntasks-per-node": c.ranks_per_node if pretraining else 1,
-            "cpus-per-task": c.cpus_per_task,
+            "cpus-per-task": c.cpus_per_task or DEFAULT_CORES,
             "time": c.minutes,
             "signal": f"B:USR1@{c.warn_seconds}" if not alone else "",
             "array": f"0-{len(runs) - 1}" + f"%{c.parallel}" * bool(c.parallel) if runs else "",
@@ -86,6 +86,7 @@ class SlurmSubmitter:
             "kill-on-invalid-dep": "yes" if c.after else "",
         }
         given = [f"--{name}={value}" for name, value in options.items() if value != ""]
+        given += [f"--{name}={value}" if value else f"--{name}" for name, value in sorted(c.options.items())]
         folders = [str(run.absolute()) for run in runs or (folder,)]
         return [
             "sbatch",

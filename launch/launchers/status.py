@@ -15,7 +15,7 @@ from launch.launchers.in_process import InProcess
 from launch.launchers.processes import ChildProcesses
 from launch.launchers.slurm import SlurmError
 from launch.runs.job_record import JobRecord, read_record
-from launch.runs.summary import ALIVE_SECONDS, last_activity
+from launch.runs.summary import ALIVE_SECONDS, last_activity, summarise
 from launch.workers import task
 from pretrain.checkpointing.locate import steps_done
 from pretrain.checkpointing.run_folder import read_config
@@ -37,6 +37,35 @@ def state_of(folder: Path) -> State | Literal["unknown"]:
     except (SlurmError, ValueError):  # no answer, or a handle of another form
         return "done" if complete(folder) else "unknown"
     return "done" if state == "failed" and complete(folder) else state
+
+
+def shown_state(folder: Path) -> str:
+    """Returns the state of a run as `auricle runs` and `auricle jobs` show it.
+
+    It is that of `state_of`, or `unhealthy`, or `stopped` for a run that was stopped on request with a checkpoint. Runs
+    without a record of a job have a state by their files alone.
+    """
+    if (folder / "UNHEALTHY").is_file():
+        return "unhealthy"
+    try:
+        state = state_of(folder)
+    except (ValueError, KeyError):
+        return summarise(folder).state
+    return "stopped" if state == "failed" and _stopped_mark(folder).exists() else state
+
+
+def mark_stopped(folder: Path, stopped: bool) -> None:
+    """Notes that a run was stopped on request, or that it has been started again."""
+    mark = _stopped_mark(folder)
+    if stopped:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    else:
+        mark.unlink(missing_ok=True)
+
+
+def _stopped_mark(folder: Path) -> Path:
+    return folder / "logs" / "stopped"
 
 
 def is_elsewhere(note: JobRecord) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
+import json
 import math
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from data_pipeline.core.jsonl import Tail
-from launch.runs.summary import number
+from data_pipeline.core.jsonl import Tail, read_rows
+from launch.runs.summary import audio_hours, number
+from pretrain.checkpointing.run_folder import read_config
 
 PLAIN_EVERY = 15.0
 """Seconds between lines if the output is not a terminal."""
@@ -24,6 +28,8 @@ SPARKS = 16
 """Width of the loss curve in characters."""
 RECENT = 50
 """Number of rows from which the remaining time is estimated."""
+LAST_ROWS = 20
+"""Rows, at most a tenth of all, whose mean is the last value of a figure."""
 LONGEST_SECONDS = 1e9
 """Upper limit of the estimate."""
 
@@ -50,13 +56,13 @@ def follow(folder: Path, steps: int, running: Callable[[], bool], console: Conso
     console = console or Console(stderr=True)
     follower = Follower(folder)
     if console.is_terminal:
-        _bar(follower, steps, running, console)
+        _bar(follower, folder, steps, running, console)
     else:
-        _lines(follower, steps, running, console)
+        _lines(follower, folder, steps, running, console)
     return follower
 
 
-def _bar(follower: Follower, steps: int, running: Callable[[], bool], console: Console) -> None:
+def _bar(follower: Follower, folder: Path, steps: int, running: Callable[[], bool], console: Console) -> None:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -66,7 +72,7 @@ def _bar(follower: Follower, steps: int, running: Callable[[], bool], console: C
         TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting the ranks", total=steps, left="")
+        task = bar.add_task(first_update(folder), total=steps, left="")
         while running():
             row = follower.read()
             if row:
@@ -77,11 +83,13 @@ def _bar(follower: Follower, steps: int, running: Callable[[], bool], console: C
                     description=said,
                     left=time_left(follower.rows, steps),
                 )
+            else:
+                bar.update(task, description=first_update(folder))
             time.sleep(0.25)
         follower.read()
 
 
-def _lines(follower: Follower, steps: int, running: Callable[[], bool], console: Console) -> None:
+def _lines(follower: Follower, folder: Path, steps: int, running: Callable[[], bool], console: Console) -> None:
     last = time.monotonic()
     while running():
         time.sleep(0.25)
@@ -91,10 +99,39 @@ def _lines(follower: Follower, steps: int, running: Callable[[], bool], console:
             console.print(
                 f"step {number(row, 'step', 0.0):.0f}/{steps}  {describe(row)}  {left}"
                 if row
-                else "starting the ranks",
+                else first_update(folder),
                 highlight=False,
+                soft_wrap=True,
             )
     follower.read()
+
+
+def first_update(folder: Path) -> str:
+    """Returns what a run does before its first row of metrics, from the heartbeats of its newest start."""
+    notes = []
+    for path in (folder / "heartbeats").glob("rank_*.json"):
+        with contextlib.suppress(OSError, ValueError):  # replaced while it is read
+            notes.append(json.loads(path.read_text(encoding="utf-8")))
+    notes = [note for note in notes if isinstance(note, dict)]
+    newest = max((number(note, "start", 0.0) for note in notes), default=0.0)
+    notes = [note for note in notes if number(note, "start", 0.0) == newest]
+    if not notes:
+        return "starting the ranks: model, shards and plan"
+    begun, size = sum(int(number(note, "micro_batches", 0.0)) for note in notes), _micro_batches(folder)
+    if not begun:
+        return (
+            "first update: reading audio"
+            if any(note.get("phase") == "reading" for note in notes)
+            else ("first update: drawing masks and counting targets")
+        )
+    return f"first update: {min(begun, size) if size else begun} of {size or 'its'} micro-batches"
+
+
+def _micro_batches(folder: Path) -> int:
+    try:
+        return int(read_config(folder)["data"]["micro_batches"])
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -136,3 +173,46 @@ def time_left(rows: Sequence[dict[str, Any]], steps: int) -> str:
         return ""
     seconds = min(max(0.0, statistics.median(each) * (steps - recent[-1][0])), LONGEST_SECONDS)
     return f"{datetime.timedelta(seconds=round(seconds))} left"
+
+
+def ending(folder: Path, newest: Path) -> list[tuple[str, str]]:
+    """Returns the table of a finished run: loss, held-out loss, time, audio, alarms, checkpoint and the next commands.
+
+    Args:
+        folder: the run folder.
+        newest: its last checkpoint.
+    """
+    rows, place = Follower(folder), shlex.quote(str(folder))
+    last = rows.read() or {}
+    found = [("loss", _first_to_last(rows.rows, "loss/total"))]
+    for name, tag in (("held-out loss", "valid/loss/total"), ("accuracy", "metric/accuracy")):
+        if any(tag in row for row in rows.rows):
+            found.append((name, _first_to_last(rows.rows, tag)))
+    before, seconds = 0.0, 0.0
+    for row in rows.rows:
+        step = number(row, "step", before)
+        seconds += (step - before) * number(row, "perf/step_seconds", 0.0)
+        before = step
+    hours = audio_hours(rows.rows)[-1] if rows.rows else 0.0
+    speed = f", {hours * 3600 / seconds:,.0f} × real time" if seconds else ""
+    found += [
+        ("time", f"{datetime.timedelta(seconds=round(seconds))} in {number(last, 'step', 0.0):,.0f} updates"),
+        ("audio", f"{hours:,.2f} h{speed}"),
+    ]
+    if alarms := len(read_rows(folder / "health.jsonl")):
+        found.append(("alarms", f"{alarms}, see {folder / 'health.jsonl'}"))
+    return [
+        *found,
+        ("checkpoint", str(newest)),
+        ("next", f"auricle evaluate checkpoint={place} task=phones manifest=MANIFEST"),
+        ("", f"auricle export {place} OUT"),
+        ("", f"auricle board {place}"),
+    ]
+
+
+def _first_to_last(rows: Sequence[dict[str, Any]], tag: str) -> str:
+    """Returns the first value of a figure and the mean of its last ones."""
+    values = [value for row in rows if math.isfinite(value := number(row, tag))]
+    if not values:
+        return "–"
+    return f"{values[0]:.4g} → {statistics.fmean(values[-min(LAST_ROWS, -(-len(values) // 10)) :]):.4g}"

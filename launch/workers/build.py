@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE, StepReader
 from data_pipeline.labels.store import LabelSet
+from data_pipeline.loader.held_out import HeldOut
 from data_pipeline.loader.streaming import StreamReader
 from data_pipeline.text.tokenizer import load_tokenizer
 from pretrain.checkpointing.locate import latest_checkpoint
@@ -19,15 +20,16 @@ from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
 from pretrain.interop.init_weights import load_initial
 from pretrain.profiling.operation_check import check_operations
-from pretrain.train_module import build_model, least_samples, open_run_reader
+from pretrain.train_module import build_model, least_samples, open_run_reader, read_run_held_out
 
 
 @dataclass(frozen=True)
 class Run:
-    """Engine and reader of one rank."""
+    """Engine, reader and held-out audio of one rank."""
 
     engine: Engine
     reader: StepReader
+    held_out: HeldOut | None
 
 
 def require_fitting_labels(config: Config) -> None:
@@ -60,6 +62,8 @@ def require_fitting_labels(config: Config) -> None:
             f"objective.label_rate_hz={wanted.rate_hz:g}: the labels in {root} have {labels.rate_hz} Hz; "
             f"set objective.label_rate_hz={labels.rate_hz}"
         )
+    if config.data.valid:
+        _require_labels_of_held_out(config, wanted.name, root)
     if labels.classes > wanted.classes:
         raise ConfigError(
             f"objective.units={wanted.classes}: the labels in {root} have {labels.classes} classes; "
@@ -79,6 +83,19 @@ def _require_tokens(config: Config, field: str, name: str, size: int) -> None:
         raise ConfigError(
             f"{field}.vocabulary={size}: {config.data.tokens[name]} has {found} tokens; set {field}.vocabulary={found}"
         )
+
+
+def _require_labels_of_held_out(config: Config, name: str, root: str) -> None:
+    """Raises ConfigError where the held-out audio has no frame labels, or others than the training audio."""
+    remedy = f"make them with `auricle targets shards={config.data.valid[0]} kmeans={root} out=FOLDER`"
+    if name not in config.data.valid_targets:
+        raise ConfigError(
+            f"data.valid_targets has no {name}, which objective.labels reads: {remedy}, and set "
+            f"data.valid_targets.{name}=FOLDER"
+        )
+    theirs = config.data.valid_targets[name]
+    if LabelSet.read(theirs).artefact != LabelSet.read(root).artefact:
+        raise ConfigError(f"data.valid_targets.{name}={theirs}: its labels are of other centres than {root}; {remedy}")
 
 
 def _open_reader(config: Config, world: DistributedContext, say: Callable[[str], None]) -> StepReader:
@@ -123,4 +140,8 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume loads its own weights
         load_initial(config, module, say)
     engine = make_engine(config, module, world)
-    return Run(engine, reader)
+    held_out = read_run_held_out(config, world.rank, world.size)
+    if held_out is not None:
+        where = ", ".join(config.data.valid)
+        say(f"held-out audio: {held_out.seconds:.0f} s in {held_out.segments} segments of {where}")
+    return Run(engine, reader, held_out)

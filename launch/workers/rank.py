@@ -63,7 +63,7 @@ def main(run_folder: str) -> ExitCode:
         limit = config.engine.timeout_minutes * 60
         patience, warning = limit + HANG_SLACK_SECONDS, HANG_WARNING_SHARE * limit
         with Heartbeat(path, world.rank, patience, warning, folder.incarnation, folder.superseded) as heartbeat:
-            ending = train(config, run.engine, reader, folder, heartbeat, stop, _print)
+            ending = train(config, run.engine, reader, folder, heartbeat, stop, _print, run.held_out)
         return ExitCode.STOPPED if ending is Ending.STOPPED else ExitCode.DONE
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         return _report_failure(error, folder)

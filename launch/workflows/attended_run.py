@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from launch.cli.tables import show_rows
 from launch.config import LauncherConfig
 from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.launchers import local
 from launch.launchers.processes import ChildProcesses
+from launch.launchers.status import mark_stopped
 from launch.launchers.waiting import waiting_for
 from launch.runs import follow
 from launch.runs.job_record import write_record
@@ -34,6 +36,7 @@ def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: Launch
         steps: number of steps of the whole run.
         launcher: the launcher's config, saved in job.json.
     """
+    mark_stopped(folder, False)
     with _ends_by_signal():
         handle = submitter.submit(folder)
         deadline, waiting = math.inf, ""
@@ -87,10 +90,12 @@ def _verdict(code: int, folder: Path, steps: int) -> int:
     done = steps_done(folder)
     newest = folder / "checkpoints" / f"step_{done:08d}"
     if code == ExitCode.STOPPED:
+        mark_stopped(folder, True)
         print(f"stopped after step {done}; the same command continues from {newest}")
         return ExitCode.INTERRUPTED
     if code == ExitCode.DONE and done >= steps:
         print(f"done: {newest}")
+        show_rows(follow.ending(folder, newest))
         return ExitCode.DONE
     print(local.failure_report(folder), file=sys.stderr)
     ending = f"ended with {_meaning(code)}" if code else f"ended after step {done} of {steps}"

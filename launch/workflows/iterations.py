@@ -133,7 +133,7 @@ def links(config: PretrainJob, overrides: Sequence[str]) -> list[Link]:
         folder = Path(config.runs) / f"{run_name}-labels"
         labels = folder / "labels"
         targets = [
-            f"shards={config.data.shards}", f"out={labels}", f"features={features}", f"layer={iteration.layer}",
+            f"shards={listed(config.data.shards)}", f"out={labels}", f"features={features}", f"layer={iteration.layer}",
             f"classes={iteration.classes}", f"fraction={iteration.fraction}", f"seed={config.seed}",
             f"runs={config.runs}", f"name={folder.name}", *launcher,
         ]  # fmt: skip
@@ -167,3 +167,8 @@ def _frames_hz(config: PretrainJob) -> float:
 
     with torch.device("meta"):
         return registry.build_frontend(config.frontend, config.encoder.dim).rate_hz
+
+
+def listed(places: Sequence[str]) -> str:
+    """Returns one place, or several as the value of an override."""
+    return places[0] if len(places) == 1 else f"[{','.join(places)}]"

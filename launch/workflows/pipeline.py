@@ -10,7 +10,16 @@ from typing import Annotated
 
 from data_pipeline.core.schema import ConfigError, about, config, hint
 from launch.cli import request
-from launch.config import JOB_TYPES, EvaluateJob, Launcher, LocalConfig, PretrainJob, ProgramJob, TargetsJob
+from launch.config import (
+    JOB_TYPES,
+    EvaluateJob,
+    Launcher,
+    LocalConfig,
+    PreprocessJob,
+    PretrainJob,
+    ProgramJob,
+    TargetsJob,
+)
 from launch.exit_codes import ExitCode
 from launch.launchers.status import require_ended
 from launch.runs import metadata
@@ -147,8 +156,12 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
         name = [] if command == "pretrain" else [f"name={command}"]
         return Step(command, (f"runs={runs}", *name, *launcher, *wiring, *given[command]))
 
-    preprocess, targets = step("preprocess", f"out={shards}"), step("targets", f"shards={shards}", f"out={labels}")
-    pretrain = step("pretrain", f"data.shards={shards}")
+    preprocess = step("preprocess", f"out={shards}")
+    split = request.config_of("preprocess", PreprocessJob, preprocess.arguments).split
+    shards, valid = (shards / "train", shards / "valid") if split.enabled else (shards, None)
+    data = [f"data.shards={shards}"]
+    targets = step("targets", f"shards={shards}", f"out={labels}")
+    pretrain = step("pretrain", *data)
     run_config = request.config_of("pretrain", PretrainJob, pretrain.arguments)
     training, wants_labels = [pretrain], "targets" in settings.steps and run_config.objective.accepts_frame_labels
     if run_config.chain:
@@ -158,7 +171,9 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
         made = request.config_of("targets", TargetsJob, targets.arguments)
         wiring = [f"objective.labels={LABELS}", f"data.targets.{LABELS}={labels}", f"objective.units={made.classes}"]
         wiring += [f"objective.label_rate_hz={MFCC_HZ}"] if made.features == "mfcc" else []
-        training = [step("pretrain", f"data.shards={shards}", *wiring)]
+        training = [step("pretrain", *data, *wiring)]
+    elif split.valid and not run_config.objective.frame_labels:
+        training = [step("pretrain", *data, f"data.valid={valid}")]
     evaluate = step("evaluate", f"checkpoint={training[-1].folder()}", f"out={root / 'evaluation'}")
     found = [preprocess, *([targets] if wants_labels else []), *training, evaluate]
     chosen = [one for one in found if one.command in settings.steps]

@@ -78,4 +78,4 @@ def _require_shards(config: PretrainJob) -> None:
     try:
         done_records(config.data.shards)
     except ValueError as error:
-        raise ConfigError(f"data.shards={config.data.shards}: {error}") from None
+        raise ConfigError(f"data.shards={', '.join(config.data.shards)}: {error}") from None

@@ -115,7 +115,7 @@ def read_waves(shards: str, seconds: float) -> list[Tensor]:
     found: list[Tensor] = []
     total = 0
     for record in records:
-        for _, wave in shard_features(shards, record, _samples):
+        for _, wave in shard_features(record, _samples):
             found.append(torch.from_numpy(np.asarray(wave)))
             total += len(wave)
             if total >= seconds * SAMPLE_RATE:

@@ -108,7 +108,9 @@ def find_checkpoint(given: str) -> Path:
 
 
 def near(path: Path) -> str:
-    """Returns a hint with the sibling folder whose name is most similar to that of `path`, or ""."""
+    """Returns a hint: runs/NAME for the name of a run, or the sibling folder of the most similar name; or ""."""
+    if (run := Path("runs", path.name)).is_dir() and not path.exists():
+        return did_you_mean(str(run))
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() and entry.name != path.name]
     except OSError:

@@ -29,6 +29,15 @@ SAMPLES = "data/micro_batch_samples"
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOutResult:
+    """Loss and metrics of held-out audio, summed over micro-batches and ranks; the same on every rank."""
+
+    loss: float
+    metrics: Mapping[str, NumpySum]
+    """name -> (sum, count)."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """Result of one global step, summed over micro-batches and ranks; the same on every rank."""
 
@@ -135,6 +144,40 @@ class Engine(abc.ABC):
             self.module.after_step(ctx)
         return StepResult(total_loss, metrics, received, grad_norm, skipped)
 
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Batch], counted: int, ctx: StepContext) -> HeldOutResult:
+        """Computes the loss of audio that is not trained on; a collective operation.
+
+        The module is in evaluation mode: no dropout, no layer drop, arg max instead of sampled codes. Weights, moments,
+        teachers, code books, torch's random state and what an objective collects are the same afterwards.
+
+        Args:
+            batches: this rank's micro-batches; as many on every rank.
+            counted: the first so many count; the others keep the ranks in lockstep.
+            ctx: keys the masks.
+
+        Returns:
+            Loss and metrics, summed over the counted micro-batches of all ranks.
+        """
+        on_gpu = self.world.device.startswith("cuda")
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
+            self.module.eval()
+            try:
+                batches = [batch.to(self.world.device) for batch in batches]
+                plans = [self.module.prepare(batch, ctx) for batch in batches]
+                counts_K = torch.stack([plan.counts_K * (n < counted) for n, plan in enumerate(plans)]).sum(0)
+                counts_K = self.world.sum(counts_K.to(self.world.device)).cpu()
+                loss, totals = torch.zeros((), dtype=torch.float64, device=self.world.device), dict[str, list[Tensor]]()
+                for number, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
+                    share = float(number < counted)
+                    micro_loss, metrics = self._forward(batch, plan, counts_K, ctx)
+                    loss += micro_loss.double() * share
+                    _add(totals, {name: (total * share, count * share) for name, (total, count) in metrics.items()})
+                total_loss, sums, _ = self._reduce(loss, totals, RankSignals())
+            finally:
+                self.module.train()
+        return HeldOutResult(total_loss, sums)
+
     def _accumulate(
         self, batches: Sequence[Batch], plans: Sequence[object], counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
@@ -168,6 +211,12 @@ class Engine(abc.ABC):
             metrics[name] = (sums[:size], float(sums[size]))
             sums = sums[size + 1 :]
         return float(flat[0]), metrics, received
+
+    @abc.abstractmethod
+    def _forward(
+        self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
+    ) -> tuple[Tensor, Mapping[str, Sum]]:
+        """Returns this micro-batch's share of the global loss, and its metrics."""
 
     @abc.abstractmethod
     def _forward_backward(

@@ -109,11 +109,17 @@ class DeepSpeedEngine(Engine):
         )
         limit_groups(config.timeout_minutes)
 
-    def _forward_backward(
+    def _forward(
         self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, Mapping[str, Sum]]:
         assert isinstance(plan, TrainPlan)
         loss, metrics = self.engine(batch, plan, counts_K, ctx)
+        return loss, metrics
+
+    def _forward_backward(
+        self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
+    ) -> tuple[Tensor, Mapping[str, Sum]]:
+        loss, metrics = self._forward(batch, plan, counts_K, ctx)
         self.on_phase("backward pass")
         scale = 1.0 if self.config.zero_stage else self.scale.value
         if self.config.zero_stage and self.scale.dynamic:

@@ -33,13 +33,19 @@ class TorchEngine(Engine):
         super().__init__(module.to(world.device), config, optimizer, world)
         self.optimizer = make_optimizer(module, optimizer, config.fused)
 
-    def _forward_backward(
+    def _forward(
         self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, Mapping[str, Sum]]:
         assert isinstance(plan, TrainPlan)
         loss, metrics = self.module(batch, plan, counts_K, ctx)
+        return loss, metrics
+
+    def _forward_backward(
+        self, batch: Batch, plan: object, counts_K: Tensor, ctx: StepContext
+    ) -> tuple[Tensor, Mapping[str, Sum]]:
+        loss, metrics = self._forward(batch, plan, counts_K, ctx)
         self.on_phase("backward pass")
-        (loss * self.scale.value).backward()
+        (loss * self.scale.value).backward()  # type: ignore[no-untyped-call]
         return loss, metrics
 
     def _apply(self, lr: float, skip_above: float) -> float:

@@ -124,6 +124,7 @@ class TaskEvaluation:
 
     def features(self, encoder: FrozenEncoder, part: Sequence[Utterance]) -> Labelled:
         """Returns the labelled feature vectors of one split."""
+        self.say(f"{self.name}: {encoder.name} encodes {len(part)} utterances")
         if self.task.target is None:
             return phone_frames(encoder, part, self.phones, self.classes, self.waves, self.layers)
         return pooled(encoder, part, self.task.target, self.classes, self.waves, self.task.pool, self.layers)

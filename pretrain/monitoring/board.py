@@ -6,9 +6,42 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.monitoring.tag_descriptions import description
+
+
+class _Describing:
+    """Adds its description to the first event of each tag, the one that TensorBoard takes it from."""
+
+    def __init__(self, writer: Any, described: set[str]) -> None:
+        self._writer, self._described = writer, described
+
+    def add_summary(self, summary: Any, global_step: int | None = None, walltime: float | None = None) -> None:
+        """Writes a summary as torch's writer does."""
+        for value in summary.value:
+            if value.tag not in self._described and (text := description(value.tag)):
+                value.metadata.summary_description = text
+            self._described.add(value.tag)
+        self._writer.add_summary(summary, global_step, walltime)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+
+class _Writer(SummaryWriter):
+    """torch's writer with descriptions of tags."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._described: set[str] = set()
+        super().__init__(*arguments, **options)
+
+    def _get_file_writer(self) -> Any:
+        return _Describing(super()._get_file_writer(), self._described)  # type: ignore[no-untyped-call]
+
 
 MAX_BINS = 256
 """Bins of a histogram; neighbouring codes share one if there are more."""
@@ -38,8 +71,8 @@ class Board:
             return
         try:
             if self._writer is None:
-                self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, flush_secs=15)
-                self._purge_step = None  # later files of this start must not purge the first
+                self._writer = _Writer(str(self._folder), purge_step=self._purge_step, flush_secs=15)
+                self._purge_step = None  # a later file of this start adds to the first
             add(self._writer)
             if self._failed_at is not None:
                 self._writer.flush()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from google.protobuf import text_format  # type: ignore[import-untyped]
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tensorboard.plugins.projector import ProjectorConfig  # type: ignore[import-untyped]
 from torch import Tensor
@@ -18,6 +20,10 @@ from pretrain.monitoring.snapshot import Snapshot
 from pretrain.nn.spectral import LogMel
 
 MAX_PROJECTED = 500
+SQUARE = 8
+"""Pixels of the square that shows a frame's colour in the projector."""
+LEGEND = 12
+"""Values in the legend of a picture of frames; others are grey."""
 
 
 def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
@@ -30,6 +36,7 @@ def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
     frames_ND, header, metadata = projected(snapshot)
     if len(frames_ND) > 1:
         add_frames(board, frames_ND, metadata, header, "frames", step)
+        board.add_figure("frames/principal_axes", scatter(frames_ND, header, metadata), step)
 
 
 def add_frames(
@@ -47,7 +54,60 @@ def add_frames(
             listed.embeddings.remove(embedding)
         board._projector_config = listed
     cells, names = [[table_cell(text) for text in row] for row in rows], [table_cell(name) for name in header]
-    board.add_embedding(frames_ND, cells, tag=tag, global_step=step, metadata_header=names)
+    squares = colours([row[coloured_by(header, rows)] for row in rows])
+    images_NCHW = torch.from_numpy(squares).float()[:, :, None, None].expand(-1, -1, SQUARE, SQUARE)
+    board.add_embedding(frames_ND, cells, label_img=images_NCHW, tag=tag, global_step=step, metadata_header=names)
+
+
+def coloured_by(header: list[str], rows: list[list[str]]) -> int:
+    """Returns the column that frames are coloured by: the first label with several values, or the unit.
+
+    Columns of no use for that (segment, second) are left out.
+    """
+    places = [number for number, name in enumerate(header) if name not in ("segment", "second", "utterance")]
+    places.sort(key=lambda number: header[number] in ("unit", "masked"))  # labels first
+    return next((number for number in places if len({row[number] for row in rows}) > 1), places[0])
+
+
+def colours(values: list[str]) -> np.ndarray:
+    """Returns an RGB colour in [0, 1] for each value, (N, 3); the most frequent values have the most distinct ones."""
+    order = [value for value, _ in Counter(values).most_common()]
+    palette = np.asarray(colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    return np.stack([palette[order.index(value) * 2 % 20 + order.index(value) // 10 % 2] for value in values])
+
+
+def scatter(frames_ND: Tensor, header: list[str], rows: list[list[str]]) -> Figure:
+    """Draws frames on their first two principal axes, coloured by a label, with a legend of its values."""
+    column = coloured_by(header, rows)
+    values = [row[column] or "none" for row in rows]
+    centred_ND = frames_ND.double() - frames_ND.double().mean(0)
+    _, spread_R, axes_RD = torch.linalg.svd(centred_ND, full_matrices=False)
+    plane_N2 = (centred_ND @ axes_RD[:2].T).numpy()
+    shares = (spread_R.square() / spread_R.square().sum().clamp(min=1e-12)).tolist()
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    rgb_N3 = colours(values)
+    common = [value for value, _ in Counter(values).most_common(LEGEND)]
+    for value in common:
+        chosen = np.array([other == value for other in values])
+        label = f"{visible(value)} ({int(chosen.sum())})"
+        axes.scatter(plane_N2[chosen, 0], plane_N2[chosen, -1], s=12, c=rgb_N3[chosen], label=label.replace("$", r"\$"))
+    rest = np.array([value not in common for value in values])
+    if rest.any():
+        others = f"{len(set(values)) - LEGEND} other values"
+        axes.scatter(
+            plane_N2[rest, 0],
+            plane_N2[rest, -1],
+            s=8,
+            c="lightgrey",
+            label=others,
+            zorder=0,
+        )
+    names = [f"principal axis {n + 1} ({share:.0%} of the variance)" for n, share in enumerate(shares[:2])]
+    axes.set(xlabel=names[0], ylabel=names[-1])
+    axes.set_title(f"{len(values)} frames of the last layer by {visible(header[column])}", parse_math=False)
+    figure.legend(loc="outside right upper", title=visible(header[column]))
+    return figure
 
 
 def masked_audio(snapshot: Snapshot) -> Tensor:
@@ -67,14 +127,16 @@ def spectrogram(snapshot: Snapshot) -> Figure:
     seconds, n_frames = length / SAMPLE_RATE, int(snapshot.frame_lengths_B[0])
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    top.imshow(mel_FD.T, origin="lower", aspect="auto", extent=(0, seconds, 0, 80), cmap="magma")
+    image = top.imshow(mel_FD.T, origin="lower", aspect="auto", extent=(0, seconds, 0, 80), cmap="magma")
     title = visible(snapshot.batch.keys[0])
-    top.set(ylabel="mel band")
+    top.set(ylabel="mel band (of 80)")
     rows = np.full((2, max(1, n_frames)), np.nan)
     masked_F = snapshot.mask_BF[0].numpy()[:n_frames]
+    n_spans = 0
     edges = np.flatnonzero(np.diff(np.concatenate([[False], masked_F, [False]]).astype(int)))
     for first, last in edges.reshape(-1, 2) / snapshot.rate_hz:
-        top.axvspan(first, last, facecolor="white", alpha=0.35)
+        top.axvspan(first, last, facecolor="white", alpha=0.35, label="_" if n_spans else "masked")
+        n_spans += 1
     n_masked = int(masked_F.sum())
     for row, units in enumerate((snapshot.predictions_N, snapshot.targets_N)):
         if units is not None and n_masked:
@@ -83,10 +145,17 @@ def spectrogram(snapshot: Snapshot) -> Figure:
     if both[0] is not None and both[1] is not None and n_masked:
         hits = float((both[0][:n_masked] == both[1][:n_masked]).float().mean())
         title += f": {hits:.0%} of {n_masked} masked frames predicted correctly"
-    top.set_title(title, parse_math=False)  # a $ in a name does not start a formula
+    top.set_title(title, parse_math=False)  # a name with $ is no formula
+    if n_spans:
+        top.legend(loc="upper right", facecolor="grey")
+    figure.colorbar(image, ax=top, label="log energy", pad=0.01)
+    if any(units is not None for units in (snapshot.predictions_N, snapshot.targets_N)):
+        below.set_title("units of masked frames; equal colours are equal units", fontsize="small")
+    else:
+        below.set_title("this objective predicts vectors, no units", fontsize="small")
     below.imshow(rows, aspect="auto", cmap="nipy_spectral", vmin=0, vmax=96, interpolation="nearest",
                  extent=(0, n_frames / snapshot.rate_hz, 0, 2))  # fmt: skip
-    below.set(xlabel="seconds", yticks=(0.5, 1.5), yticklabels=("target", "predicted"), xlim=(0, seconds))
+    below.set(xlabel="time, s", yticks=(0.5, 1.5), yticklabels=("target", "predicted"), xlim=(0, seconds))
     return figure
 
 

@@ -19,10 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PHASES = ("reading", "computing", "saving")
+PHASES = ("reading", "computing", "validating", "saving")
 """Phases of an update, in order; ranks wait for a rank in an earlier phase or update."""
 STDERR = 2
 """The file descriptor; the launcher redirects it to this rank's log."""
+FORWARD_PASS = "forward pass"
+"""The part of an update that begins each of its micro-batches (`Engine.on_phase`)."""
 INTERVAL = 5.0
 """Seconds between writes."""
 
@@ -54,7 +56,14 @@ class Heartbeat:
         self._patience, self._warn, self._superseded = patience_seconds, warn_seconds, superseded
         self._interval = min(INTERVAL, warn_seconds / 10)  # a report comes at most two of them late
         self._reported = 0.0
-        self._note: dict[str, Any] = {"start": start, "rank": rank, "step": 0, "phase": PHASES[0], "parts": 0}
+        self._note: dict[str, Any] = {
+            "start": start,
+            "rank": rank,
+            "step": 0,
+            "phase": PHASES[0],
+            "parts": 0,
+            "micro_batches": 0,
+        }
         self._note["since"] = time.time()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._write, name="heartbeat", daemon=True)
@@ -75,12 +84,13 @@ class Heartbeat:
 
     def beat(self, step: int, phase: str) -> None:
         """Records that `phase` of the update after `step` begins; the next must begin within `patience_seconds`."""
-        self._note |= {"step": step, "phase": phase, "parts": 0, "part": "", "since": time.time()}
+        self._note |= {"step": step, "phase": phase, "parts": 0, "part": "", "micro_batches": 0, "since": time.time()}
         faulthandler.dump_traceback_later(self._patience, exit=True, file=STDERR)
 
     def part(self, name: str) -> None:
         """Records the next part of the phase; ranks waiting in a collective are further than the rank blocking them."""
-        self._note |= {"parts": self._note["parts"] + 1, "part": name}
+        begun = self._note["micro_batches"] + (name == FORWARD_PASS)
+        self._note |= {"parts": self._note["parts"] + 1, "part": name, "micro_batches": begun}
 
     def _write(self) -> None:
         while True:

@@ -1,11 +1,10 @@
 """Writes every logged number to metrics.jsonl and TensorBoard.
 
-Prefixes of names: loss/ metric/ health/ opt/ perf/ data/ hist/.
+Prefixes of names: loss/ metric/ valid/ health/ opt/ perf/ data/ hist/.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,13 +13,13 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from data_pipeline.core.schema import dump, flatten
-from data_pipeline.core.text import markdown_block, visible
+from data_pipeline.core.text import markdown_block
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines.distributed import DistributedContext
 from pretrain.monitoring.append_log import AppendLog, drop_rows_after
 from pretrain.monitoring.board import Board, add_counts
+from pretrain.monitoring.config_pages import compared_fields, config_page
 from pretrain.monitoring.figures import add_snapshot
 from pretrain.monitoring.snapshot import SnapshotHook
 from pretrain.profiling import mfu
@@ -28,17 +27,15 @@ from pretrain.train_module import TrainModule
 
 MAX_TEXT = 50_000
 """Characters of the git diff that are shown; all of it is in RUN/git.diff."""
-HPARAMS = (
-    "data.batch_seconds", "data.micro_batches", "encoder.", "engine.precision", "frontend.", "objective.", "optimizer.",
-    "schedule.", "seed", "train.steps",
-)  # fmt: skip
-"""Config fields on TensorBoard's page that compares runs; the text page has all fields."""
+MEDIA_APART = 10
+"""Least steps between media where train.media_every is null."""
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "learning": {
         "losses": ["Multiline", ["loss/.*"]],
+        "training and held-out loss": ["Multiline", ["loss/total", "valid/loss/total"]],
         "accuracy": ["Multiline", ["metric/accuracy.*"]],
         "codes in use": ["Multiline", ["metric/perplexity.*", "metric/soft_perplexity"]],
-        "quality": ["Multiline", ["evaluate/.*"]],
+        "quality (filled by: auricle evaluate checkpoint=RUN follow=true)": ["Multiline", ["evaluate/.*"]],
     },
     "health": {
         "deviation of each stage": ["Multiline", ["health/std/.*"]],
@@ -75,7 +72,10 @@ class MetricsWriter:
         self._run, self._config, self._say = run, config, say
         world = world or DistributedContext()
         self._utilisation = mfu.measure(config, world.device, world.size)
-        self._snapshot = SnapshotHook(module.objective) if config.train.media_every else None
+        every = config.train.media_every
+        self._media_every = max(MEDIA_APART, config.train.steps // 10) if every is None else every
+        self._media_at_first = every is None
+        self._snapshot = SnapshotHook(module.objective) if self._media_every else None
         self._rows = AppendLog(run, run.metrics, say)
         self._histograms_due = True
         self._open(resumed_at)
@@ -88,15 +88,14 @@ class MetricsWriter:
         except OSError as error:
             self._say(f"warning: rows after step {resumed_at} stay in {self._run.metrics} ({error})")
         self._board = Board(self._run.tensorboard, resumed_at + 1, self._say)
-        values = dump(self._config)
-        shown = markdown_block(json.dumps(values, indent=2), "json")
-        self._board.write(lambda board: board.add_text("config", shown, resumed_at))
+        page = config_page(self._config)
+        self._board.write(lambda board: board.add_text("config", page, resumed_at))
         diff = self._run.path / "git.diff"
         if diff.is_file() and (text := diff.read_text(encoding="utf-8", errors="replace")):
             changes = markdown_block(text[:MAX_TEXT], "diff")
             self._board.write(lambda board: board.add_text("git_diff", changes, resumed_at))
-        compared = {"loss/total": None, "metric/accuracy": None}
-        chosen = {name: _shown(value) for name, value in flatten(values).items() if name.startswith(HPARAMS)}
+        compared = {"loss/total": None, "metric/accuracy": None, "valid/loss/total": None}
+        chosen = compared_fields(self._config, self._run.path)
         summaries = list(hparams(chosen, compared))  # type: ignore[no-untyped-call]
         for summary in summaries:
             self._board.write(lambda board, s=summary: board._get_file_writer().add_summary(s))  # type: ignore[misc]
@@ -109,8 +108,11 @@ class MetricsWriter:
         self.close()
 
     def expect(self, step: int) -> None:
-        """Requests a snapshot of update number `step`, the next, if one is due (every `train.media_every`)."""
-        if self._snapshot is not None and self._is_due(step, self._config.train.media_every):
+        """Requests a snapshot of update number `step`, the next, if one is due (`train.media_every`)."""
+        if self._snapshot is None:
+            return
+        is_first = self._media_at_first and step == self._config.train.log_every
+        if is_first or self._is_due(step, self._media_every):
             self._snapshot.arm()
 
     def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
@@ -153,10 +155,3 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes and closes all files."""
         self._board.close()
-
-
-def _shown(value: Any) -> bool | int | float | str:
-    """Returns a field's value for the page that compares runs: numbers unchanged, other values as text."""
-    if isinstance(value, (bool, int, float)):
-        return value
-    return visible(value if isinstance(value, str) else json.dumps(value))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data_pipeline.core.types import SAMPLE_RATE, Step
-from pretrain.engines.base import NumpySum, StepResult
+from pretrain.engines.base import HeldOutResult, NumpySum, StepResult
 from pretrain.interfaces.monitoring import CODE_COUNTS, MonitoringRecord
 
 RANKS_SHOWN = 64
@@ -31,11 +31,7 @@ def step_scalars(
         record: the objective's monitoring record, for the metrics that count codes.
     """
     scalars = {"loss/total": result.loss, "opt/lr": lr, "opt/grad_norm": result.grad_norm}
-    for name, (total, count) in result.metrics.items():
-        if name in record.count_metrics:
-            scalars.update(code_use(name, total))
-        elif count > 0:
-            scalars[name] = float(total[0]) / count
+    scalars |= means(result.metrics, record)
     scalars |= {
         "perf/step_seconds": seconds,
         "perf/audio_seconds_per_second": result.samples / SAMPLE_RATE / seconds,
@@ -47,6 +43,23 @@ def step_scalars(
         "data/skipped_segments": float(result.signals.skipped_segments),
         "data/epoch": float(step.after.epoch),
     }
+    return scalars
+
+
+def held_out_scalars(result: HeldOutResult, record: MonitoringRecord) -> dict[str, float]:
+    """Returns the logged scalars of held-out audio: losses, accuracies and code use, under valid/."""
+    scalars = {"loss/total": result.loss} | means(result.metrics, record)
+    return {f"valid/{name}": value for name, value in scalars.items() if name.startswith(("loss/", "metric/"))}
+
+
+def means(metrics: Mapping[str, NumpySum], record: MonitoringRecord) -> dict[str, float]:
+    """Returns the mean of each metric with a count, and perplexity and use of each code book."""
+    scalars: dict[str, float] = {}
+    for name, (total, count) in metrics.items():
+        if name in record.count_metrics:
+            scalars.update(code_use(name, total))
+        elif count > 0:
+            scalars[name] = float(total[0]) / count
     return scalars
 
 

@@ -248,15 +248,15 @@ def counts(largest: int) -> list[int]:
     return [1 << power for power in range(largest.bit_length())]
 
 
-def assumptions(config: Config, cluster: Cluster, mfu: float) -> dict[str, Any]:
+def assumptions(config: Config, cluster: Cluster, mfu: tuple[float, float]) -> dict[str, Any]:
     """Returns the assumptions of a forecast, by topic."""
     gpu, offload = GPUS[cluster.kind], config.engine.offload
     moved = (
         f"engine.offload={offload} moves Adam's states off the GPU; neither their memory nor their transfer is counted"
     )
     return {
-        "MFU": f"{mfu:.0%} of the peak; 30 % by default, a guess at a transformer that never waits for data: published "
-        "speech pretraining reaches 9 to 11 % on an H100 (mfu=0.1), and perf/mfu of a run is your own",
+        "MFU": f"{' to '.join(dict.fromkeys(f'{share:.0%}' for share in mfu))} of the peak; by default what published "
+        "speech pretraining reaches on an H100, 9 to 11 %; perf/mfu of a run is your own",
         "GPU": f"{gpu.half:g} TFLOP/s in 16 bits, {gpu.tf32:g} tf32, {gpu.memory:g} GiB, {gpu.inside:g} GB/s inside a "
         f"node, {gpu.between:g} GB/s between nodes",
         "precision": f"{config.engine.precision}; weights, gradients, Adam in fp32: 16 bytes a parameter, with ZeRO 20",

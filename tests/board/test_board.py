@@ -6,14 +6,18 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,8 +28,10 @@ from launch.commands.board import command, link
 from launch.main import main
 from launch.runs.summary import summarise
 from pretrain.interfaces.frames import StepContext
-from pretrain.monitoring.figures import add_frames, projected
+from pretrain.monitoring.config_pages import compared_fields
+from pretrain.monitoring.figures import add_frames, coloured_by, colours, projected, scatter
 from pretrain.monitoring.snapshot import SnapshotHook
+from pretrain.monitoring.tag_descriptions import description
 from pretrain.self_supervision.contrastive import nearest_units
 from pretrain.self_supervision.masking import FrameMask
 from pretrain.train_module import build_model
@@ -36,7 +42,7 @@ HUBERT: dict[str, Any] = {"name": "hubert", "units": 8, "projection_dim": 16}
 PAGES = {
     "timeseries": ("data", "/padding_share"),
     "custom_scalars": ("learning", "losses", "health", "deviation of each stage"),
-    "images": ("units/spectrogram",),
+    "images": ("units/spectrogram", "frames/principal_axes"),
     "audio": ("audio/heard", "audio/masked_parts_silent"),
     "histograms": ("hist/codes",),
     "text": ("config/text_summary", "git_diff/text_summary"),
@@ -51,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Makes short runs of three objectives, each with its config."""
     folder = tmp_path_factory.mktemp("runs")
     for objective in (BEST_RQ, WAV2VEC2, HUBERT):
-        train = {"steps": 6, "checkpoint_every": 6, "media_every": 4}
+        train = {"steps": 6, "checkpoint_every": 6, "media_every": None}
         settings = config(objective=objective, train=train)
         name = str(objective["name"])
         (folder / name).mkdir()
@@ -66,13 +72,14 @@ def test_all_kinds_of_events_are_written_to_tensorboard(runs: Path, name: str) -
     events = EventAccumulator(str(runs / name / "tb"), size_guidance={"audio": 0, "images": 0}).Reload()
     tags = events.Tags()
     assert tags["audio"] == ["audio/heard", "audio/masked_parts_silent"]
-    assert tags["images"] == ["units/spectrogram"]
+    assert sorted(tags["images"]) == ["frames/principal_axes", "units/spectrogram"]
     assert "hist/codes" in tags["histograms"]
     assert {"config/text_summary", "git_diff/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
     assert "_hparams_/experiment" in events.PluginTagToContent("hparams")
     assert {"loss/total", "opt/lr", "perf/memory_gib", "health/std/stem", "data/padding_share"} <= set(tags["scalars"])
     heard, silent = (events.Audio(tag)[0] for tag in tags["audio"])
-    assert heard.step == silent.step == 4
+    assert [event.step for event in events.Audio("audio/heard")] == [1], "a run of six steps shows its first update"
+    assert heard.step == silent.step == 1
     assert heard.encoded_audio_string != silent.encoded_audio_string
     (metadata,) = (runs / name / "tb").glob("*/frames/metadata.tsv")
     header, *lines = metadata.read_text().splitlines()
@@ -103,6 +110,40 @@ def test_a_snapshot_has_targets_predictions_and_labels_of_each_frame(objective: 
     assert {row[4] for row in first} == {"ann"}
     # the first row has 100 labels in one second, so that a label is the time of the frame's middle in 10 ms
     assert all(abs(int(row[5]) - 100 * float(row[1])) <= 2 for row in first)
+
+
+def test_media_come_at_the_first_update_and_every_tenth_of_a_run(tmp_path: Path) -> None:
+    train = {"steps": 32, "checkpoint_every": 32, "media_every": None}
+    run(tmp_path, config(objective=BEST_RQ, train=train))
+    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"audio": 0}).Reload()
+    assert [event.step for event in events.Audio("audio/heard")] == [1, 10, 20, 30]
+
+
+def test_tags_have_descriptions_and_the_text_page_the_differences(runs: Path) -> None:
+    events = EventAccumulator(str(runs / "hubert" / "tb")).Reload()
+    for tag in ("loss/total", "metric/perplexity", "units/spectrogram", "audio/heard"):
+        assert events.SummaryMetadata(tag).summary_description == description(tag) != ""
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    table = text.partition("## All fields")[0]
+    assert "| objective.units | 100 | **8** |" in table.replace("\\", "")
+    assert "objective.mask" not in table, "fields at their default are not in the table"
+    compared = compared_fields(config(objective=HUBERT), runs / "hubert")
+    assert compared["objective.units"] == 8
+    assert compared["objective.name"] == "hubert"
+    same = {"optimizer.eps", "schedule.hold_fraction", "data.shards"}
+    assert not same & compared.keys(), "fields that are alike in all runs and at their default are left out"
+
+
+def test_frames_are_coloured_by_a_label_with_a_legend() -> None:
+    header = ["segment", "second", "masked", "unit", "speaker"]
+    rows = [["s", "0.1", "no", str(n), f"speaker{n % 2}"] for n in range(6)]
+    assert header[coloured_by(header, rows)] == "speaker"
+    assert header[coloured_by(header[:4], [row[:4] for row in rows])] == "unit"
+    assert len(np.unique(colours([row[4] for row in rows]), axis=0)) == 2
+    figure = scatter(torch.randn(6, 4), header, rows)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["speaker0 (3)", "speaker1 (3)"]
+    assert "principal axis 1" in figure.axes[0].get_xlabel()
 
 
 def test_the_projector_keeps_the_frames_of_earlier_starts(tmp_path: Path) -> None:
@@ -190,6 +231,37 @@ def board(runs: Path, tmp_path: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_tensorboard_and_removes_its_folder(runs: Path, tmp_path: Path, number: int) -> None:
+    line = [sys.executable, "-m", "launch.main", "board", str(runs), "--port", "0"]
+    started = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
+    try:
+        assert started.stdout is not None
+        assert "runs at http://localhost:" in started.stdout.readline()
+        children: list[psutil.Process] = []
+        while not children:
+            time.sleep(0.05)
+            children = psutil.Process(started.pid).children(recursive=True)
+        assert list(tmp_path.glob("auricle-board-*"))
+        started.send_signal(number)
+        started.wait(20)
+    finally:
+        started.kill()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+    assert not list(tmp_path.glob("auricle-board-*"))
+
+
+def test_a_busy_port_is_said_before_the_address(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["board", str(runs), "--port", str(taken.getsockname()[1])]) == 2
+    said = capsys.readouterr()
+    assert "http://" not in said.out
+    assert "--port 0" in said.err
 
 
 def wait_for(page: Any, text: str) -> None:

@@ -13,6 +13,8 @@ from tests.support.parity_table import Parity
 pytestmark = pytest.mark.timeout(600)  # the fixture runs all cases of this file
 ENGINES = {"torch": ("torch", 1)} | {f"zero {stage}": ("deepspeed", stage) for stage in range(4)}
 
+VALIDATED = ("torch", "zero 1", "zero 3")
+
 
 def dropping(engine: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns a case in which half of the blocks get no gradient in a step; DeepSpeed uses ZeRO-3."""
@@ -41,6 +43,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     two["offloaded"] = case("deepspeed", 2, settings={"offload": "cpu"})
     two |= {f"skipping {name}": case(*engine, skip_at=1, broken_at=3) for name, engine in ENGINES.items()}
     two |= {"dropping torch": dropping("torch"), "dropping offloaded": dropping("deepspeed", {"offload": "cpu"})}
+    for name in VALIDATED:
+        one[f"held out {name}"] = two[f"held out {name}"] = case(*ENGINES[name], held_out=3)
     results = {f"2 ranks, {name}": found for name, found in run(tmp, "two", 2, two).items()}
     three = {"torch": case("torch")} | {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
     three["from 2 to 3"] = case("deepspeed", 3, load=str(tmp / "run2"))
@@ -99,6 +103,20 @@ def test_fp16_is_equal_under_both_engines_and_close_to_fp32(measured: dict[str, 
     assert torch["losses"] == pytest.approx(measured["1 rank, torch"]["losses"], rel=2e-3)
     assert torch["losses"] != measured["1 rank, torch"]["losses"]
     assert zero["scale"] == torch["scale"] < 2.0**19, "the same updates overflowed and were repeated"
+
+
+@pytest.mark.parametrize("name", VALIDATED)
+def test_held_out_loss_depends_on_neither_ranks_nor_engine_and_changes_no_bit_of_training(
+    measured: dict[str, Any], name: str, parity: Parity
+) -> None:
+    """Three held-out micro-batches on two ranks: one rank repeats one, which must not count."""
+    reference = measured["1 rank, held out torch"]["held_out"]
+    for ranks in ("1 rank", "2 ranks"):
+        found, without = measured[f"{ranks}, held out {name}"], measured[f"{ranks}, {name}"]
+        parity("held-out loss, every engine and number of ranks", 1e-6, furthest(found["held_out"], reference))
+        assert found["losses"] == without["losses"]
+        assert found["digest"] == without["digest"]
+    assert reference[-1] < reference[0] - 0.05, "it falls with training, so that it is measured on the new weights"
 
 
 @pytest.mark.parametrize("stage", range(4))

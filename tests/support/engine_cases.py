@@ -54,6 +54,7 @@ def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
         state = checkpoint.load_latest(folder, engine, config)
     losses: list[float | None] = []
     norms: list[float] = []
+    held_out: list[float] = []
     for step in range(state.step, case["steps"]):
         mine = range(world.rank, config.data.micro_batches, world.size)
         lr = learning_rate(config.optimizer, config.schedule, config.train.steps, step)
@@ -69,6 +70,11 @@ def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
             continue
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        if case.get("held_out"):
+            valid = [synthetic_batch(100, j) for j in range(case["held_out"])]
+            own = valid[world.rank :: world.size]
+            filled = own + valid[:1] * (-(-len(valid) // world.size) - len(own))
+            held_out.append(engine.measure(filled, len(own), StepContext(0, 0)).loss)
     if case.get("save"):
         folder = RunFolder(case["save"])
         if world.rank == 0:
@@ -79,7 +85,7 @@ def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
     for name, tensor in engine.tensors():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     found = {"losses": losses, "norms": norms, "digest": digest.hexdigest(), "scale": engine.scale.value}
-    return found | {"held": held, "parameters": parameters}
+    return found | {"held_out": held_out, "held": held, "parameters": parameters}
 
 
 def held_bytes() -> dict[int, int]:

@@ -51,7 +51,7 @@ def config(steps: int = 60, objective: dict[str, Any] | None = None, **top: Any)
             "objective": objective or BEST_RQ,
             "optimizer": {"lr": 3e-3},
             "schedule": {"warmup_steps": 2, "name": "constant"},
-            "train": {"steps": steps, "checkpoint_every": 10, "keep_last": 20},
+            "train": {"steps": steps, "checkpoint_every": 10, "keep_last": 20, "media_every": 0},
             "engine": {"name": "torch"},
             "health": health,
             **top,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data_pipeline.core.schema import load
+from data_pipeline.loader.held_out import HeldOut
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.checkpoint import TrainState
 from pretrain.checkpointing.run_folder import RunFolder
@@ -51,7 +52,7 @@ def config(steps: int = 6, **top: Any) -> Config:
             "objective": {"name": "best_rq", "n_codes": 32},
             "optimizer": {"lr": 1e-3},
             "schedule": {"warmup_steps": 2},
-            "train": {"steps": steps, "checkpoint_every": 2, "keep_last": 2},
+            "train": {"steps": steps, "checkpoint_every": 2, "keep_last": 2, "media_every": 0},
             "engine": {"name": "torch"},
             **top,
         },
@@ -63,6 +64,7 @@ def run(
     settings: Config,
     stop_after: int | None = None,
     say: Callable[[str], None] = lambda line: None,
+    held_out: HeldOut | None = None,
 ) -> tuple[Ending, Engine]:
     """Starts a run once, as launch.workers.rank does."""
     torch.set_num_threads(1)
@@ -78,6 +80,7 @@ def run(
         Heartbeat(folder, 0, 600),
         lambda: stop_after is not None and next(polls) + 1 >= stop_after,
         say=say,
+        held_out=held_out,
     )
     return ending, engine
 

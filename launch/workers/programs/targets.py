@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 
+from data_pipeline.core.progress import stages
 from data_pipeline.core.storage import FileStore
 from data_pipeline.labels.kmeans import KMEANS, TargetsConfig, make_targets
 from data_pipeline.labels.store import file_name
@@ -21,7 +22,9 @@ def work(config: TargetsConfig) -> None:
     from pretrain.interop.fingerprint import weights_of
 
     extractor = kaldi_mfcc if config.features == "mfcc" else functools.partial(layer_of, config.features, config.layer)
-    show_rows(make_targets(config, extractor, weights_of(config)).rows())
+    with stages() as begin:
+        summary = make_targets(config, extractor, weights_of(config), begin)
+    show_rows(summary.rows())
 
 
 def made_from(config: TargetsConfig) -> dict[str, str]:

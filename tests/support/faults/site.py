@@ -29,7 +29,9 @@ TOY = (
 )
 ZERO = ("engine.name=deepspeed", "engine.zero_stage=2", "device=cpu", "launcher.nodes=1", "launcher.gpus_per_node=2")
 """Two ranks on one node under DeepSpeed, one for each GPU that the emulated node declares."""
-ON_SLURM = ("launcher=slurm", "launcher.nodes=2", "launcher.minutes=10", "launcher.warn_seconds=60")
+ON_SLURM = (
+    "launcher=slurm", "launcher.nodes=2", "launcher.minutes=10", "launcher.warn_seconds=60", "launcher.cpus_per_task=1",
+)  # fmt: skip
 
 
 @dataclass

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.core.schema import ConfigError, document, dump, load
 from launch import main
+from launch.cli.command_table import FIRST_WORDS
 from launch.cli.compose import _override, compose, to_yaml
 from launch.cli.groups import CONF, groups
 from launch.config import PretrainJob
@@ -88,7 +89,7 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
         ([*TINY, "engine.zero_stage=0", "engine.offload=cpu"], ["engine.offload", "zero_stage of 1 to 3"]),
         ([*TINY, "engine.zero_stage=2", "engine.offload=nvme"], ["engine.offload", "zero_stage=3, and it is 2"]),
         ([*TINY, "engine.zero_stage=3", "engine.offload=nvme"], ["engine.offload_folder", "needs a folder"]),
-        ([], ["data.shards: is required"]),
+        ([], ["data.shards: is required", "give data.shards=VALUE (folder or URL"]),
         ([*TINY, "data.batch_seconds=20"], ["data.batch_seconds=20", "data.micro_batches=4", "at least 32"]),
         ([*TINY, "encoder.dim=9223372036854775807"], ["encoder.dim=9223372036854775807", "too large"]),
         ([*TINY, "encoder.dim=2147483647"], ["encoder.heads=4", "must divide encoder.dim=2147483647"]),
@@ -184,7 +185,7 @@ def test_unexpected_errors_are_one_paragraph_without_debug(
     monkeypatch.setattr("launch.commands.doctor.run", broken)
     monkeypatch.delenv("AURICLE_DEBUG", raising=False)
     assert main.main(["doctor"]) == ExitCode.FAILED
-    assert capsys.readouterr().err.startswith("auricle doctor: the disk is on fire\n")
+    assert "\nauricle doctor: the disk is on fire\n" in capsys.readouterr().err
     monkeypatch.setenv("AURICLE_DEBUG", "1")
     with pytest.raises(OSError, match="on fire"):
         main.main(["doctor"])
@@ -290,3 +291,33 @@ def test_yaml_round_trip() -> None:
     assert OmegaConf.to_container(OmegaConf.create(to_yaml(values))) == values
     assert json.dumps(values)
     assert CONF == ROOT / "conf"
+
+
+@pytest.mark.parametrize("command", ["preprocess", "targets", "pretrain", "evaluate"])
+def test_a_command_says_at_once_what_it_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([command, "nonsense"]) == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert said.startswith(f"auricle {command}: {FIRST_WORDS[command]}\n")
+    assert main.main([command, "--help"]) == 0
+    assert FIRST_WORDS[command] not in capsys.readouterr().err
+
+
+def test_the_first_words_need_no_slow_import() -> None:
+    code = "import sys, launch.main; print(sorted({'torch', 'ray', 'hydra', 'numpy', 'pydantic'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "[]"
+
+
+def test_a_file_is_not_called_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    (tmp_path / "a.tsv").write_text("path\n")
+    out = f"out={tmp_path / 'out'}"
+    for arguments, words in (
+        (["preprocess", f"corpus.path={tmp_path / 'a.wav'}", out], ["is a file", str(tmp_path)]),
+        (["preprocess", f"corpus.path={tmp_path / 'a.tsv'}", out], ["is a file", "corpus=manifest"]),
+        (["shards", "stats", str(tmp_path / "a.wav")], ["is a file", "_done"]),
+    ):
+        assert main.main(arguments) == ExitCode.USAGE
+        said = capsys.readouterr().err
+        assert all(word in said for word in words)
+        assert "no such folder" not in said

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.loader.held_out import HeldOut
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.locate import steps_done
 from pretrain.checkpointing.run_folder import RunFolder, StaleIncarnationError
@@ -30,7 +31,7 @@ from pretrain.monitoring.metrics_writer import MetricsWriter
 from pretrain.monitoring.step_metrics import RANKS_SHOWN, data_waits
 from pretrain.train import Ending, train
 from pretrain.train_module import build_model
-from tests.support.synthetic_reader import SyntheticReader
+from tests.support.synthetic_reader import SyntheticReader, synthetic_batch
 from tests.support.training import config, run
 
 
@@ -131,6 +132,35 @@ def test_metrics_have_namespaces_and_are_written_to_tensorboard(tmp_path: Path) 
     assert needed <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
     assert events.Scalars("loss/total")[-1].value == pytest.approx(row["loss/total"], rel=1e-6)
+
+
+TRANSFORMER = {"name": "transformer", "layers": 2, "dim": 32, "heads": 2, "ffn_dim": 64, "dropout": 0.1}
+STATEFUL: dict[str, dict[str, Any]] = {
+    "best_rq": {"name": "best_rq", "n_codes": 32, "projection": "pca", "refine": True},
+    "hubert": {"name": "hubert", "units": 8, "relabel_step": 3, "relabel_layer": 1},
+    "dinosr": {"name": "dinosr", "n_codes": 8, "top_layers": 2},
+    "data2vec": {"name": "data2vec"},
+    "wav2vec2": {"name": "wav2vec2", "n_codes": 8, "negatives": 5},
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_held_out_audio_changes_no_bit_of_training(tmp_path: Path, name: str) -> None:
+    """Whatever an objective fits, follows or draws; the loss is reported every n steps and at the end."""
+    length = {"steps": 5, "checkpoint_every": 5, "valid_every": 2}
+    settings = config(objective=STATEFUL[name], encoder=TRANSFORMER, train=length)
+    _, without = run(tmp_path / "without", settings)
+    valid = HeldOut((synthetic_batch(99, 0), synthetic_batch(99, 1)), 2, 4, 3.0)
+    lines = list[str]()
+    _, engine = run(tmp_path / "with", settings, held_out=valid, say=lines.append)
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    expected = weights(without)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(engine).items())
+    rows = {row["step"]: row for row in read_rows(tmp_path / "with" / "metrics.jsonl")}
+    assert [step for step, row in rows.items() if "valid/loss/total" in row] == [2, 4, 5]
+    record = engine.module.objective.monitoring()
+    assert ("valid/metric/perplexity" in rows[2]) == bool(record.books)
+    assert next(line for line in lines if "held-out loss" in line).startswith("step 2/5")
 
 
 def test_a_checkpoint_of_another_config_is_refused_with_the_field(tmp_path: Path) -> None:

@@ -37,9 +37,7 @@ def settings(shards: Path, out: Path, **values: object) -> kmeans.TargetsConfig:
 
 def all_features(shards: Path) -> np.ndarray:
     parts = [
-        features
-        for record in done_records(str(shards))
-        for _, features in kmeans.shard_features(str(shards), record, kaldi_mfcc)
+        features for record in done_records(str(shards)) for _, features in kmeans.shard_features(record, kaldi_mfcc)
     ]
     return np.concatenate(parts)
 
@@ -125,7 +123,7 @@ def test_the_index_length_is_checked_against_the_audio(tmp_path: Path, claimed: 
     root = write_shards(tmp_path / "shards", [sounds([1.0])])
     replace_audio(root, "shard-0000", silent_flac(60), n_samples=claimed)
     [record] = done_records(str(root))
-    found = kmeans.shard_features(str(root), record, kaldi_mfcc)
+    found = kmeans.shard_features(record, kaldi_mfcc)
     if refused:
         with pytest.raises(ValueError, match=refused):
             list(found)

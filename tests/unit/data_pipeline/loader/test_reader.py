@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,28 @@ def test_audio_equals_what_was_written(corpus: Path, written: list[list[Sound]])
                 ))  # fmt: skip
                 assert any(np.array_equal(original[at : at + length], wave[:length].numpy()) for at in where)
                 assert length == min(known[key].length, 25600)
+
+
+def test_several_folders_give_the_batches_of_one(tmp_path: Path, corpus: Path, written: list[list[Sound]]) -> None:
+    """A list, a pattern and one folder with all shards are one plan, whatever the order of the folders."""
+    whole = reader_of(corpus)
+    steps = take(whole, 4)
+    for number, path in enumerate(sorted(corpus.glob("*.tar"))):
+        part = tmp_path / f"part-{number % 3}"
+        (part / "_done").mkdir(parents=True, exist_ok=True)
+        for name in (path.name, f"{path.name}.idx", f"{path.stem}.parquet", f"_done/{path.stem}.json"):
+            shutil.copy(corpus / name, part / name)
+    (tmp_path / "part-of-nothing").mkdir()
+    folders = [str(tmp_path / f"part-{number}") for number in (2, 0, 1)]
+    for given in (folders, str(tmp_path / "part-*")):
+        reader = reader_of(corpus, shards=given)
+        assert reader.plan_hash == whole.plan_hash
+        for found, expected in zip(take(reader, 4), steps, strict=True):
+            assert all(same(a, b) for a, b in zip(found.batches, expected.batches, strict=True))
+    with pytest.raises(ConfigError, match="no folder with finished shards matches"):
+        reader_of(corpus, shards=str(tmp_path / "none-*"))
+    with pytest.raises(ConfigError, match="would be read twice"):
+        reader_of(corpus, shards=[str(corpus), folders[0]])
 
 
 def test_wav_crops_read_by_byte_range_give_the_same_batches(

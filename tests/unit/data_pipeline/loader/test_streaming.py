@@ -90,14 +90,14 @@ def test_a_resume_warns_that_it_is_inexact_and_continues_the_step_count(root: Pa
 )
 def test_urls_that_run_commands_are_rejected(url: str) -> None:
     with pytest.raises(ConfigError, match="refused"):
-        shard_urls(url)
+        shard_urls([url])
 
 
 def test_shards_are_given_by_braces_lists_or_folders(root: Path) -> None:
-    assert shard_urls("s3://b/a-{000..002}.tar /x/b.tar") == [
+    assert shard_urls(["s3://b/a-{000..002}.tar /x/b.tar"]) == [
         "s3://b/a-000.tar", "s3://b/a-001.tar", "s3://b/a-002.tar", "/x/b.tar",
     ]  # fmt: skip
-    assert [Path(url).name for url in shard_urls(str(root))] == [f"part-{n:03d}.tar" for n in range(4)]
+    assert [Path(url).name for url in shard_urls([str(root)])] == [f"part-{n:03d}.tar" for n in range(4)]
     pattern = f"{root}/part-{{000..001}}.tar"
     assert keys(take(reader_of(pattern), 12)) == {f"utt{n:04d}" for n in range(30)}
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.corpora.config import PathCorpus
 from data_pipeline.corpora.records import Reject
 from data_pipeline.preprocess.html_report import Page, build_report
 from data_pipeline.preprocess.job import preprocess
@@ -37,7 +39,10 @@ def test_the_report_is_complete_and_loads_no_other_resource(page: Path) -> None:
         "Quarantine (2 files)",
         "duration, s",
         "speaker0",
-        "hours of audio an hour",
+        "Height: number of segments",
+        "frequency upwards, 0 to 8 kHz",
+        "recordings or segments",
+        "× real time",
     ):
         assert said in text
     assert text.count("<audio") == 8
@@ -71,3 +76,21 @@ def test_names_of_any_form_are_text() -> None:
     assert text.replace("\n", "").isprintable()
     assert "<b onclick" not in text
     assert text.count(shown) == 12
+
+
+def test_segments_without_a_speaker_are_not_a_speaker(tmp_path: Path) -> None:
+    """The card counts named speakers; totals are those of the whole set."""
+    corpus = write_corpus(tmp_path / "corpus", many(6) | {"unnamed.flac": 3.0, "other.flac": 3.0})
+    config = path_config(corpus, tmp_path / "out")
+    assert isinstance(config.corpus, PathCorpus)
+    named = len({name.split("/")[0] for name in many(6)})
+    config = replace(config, corpus=replace(config.corpus, pattern=r"(?P<speaker>\w+)/"))
+    preprocess(config, progress=False)
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert f"<b>{named}</b>speakers" in text
+    assert "of unknown speakers" in text
+    speakers = text.partition("<h2>Speakers</h2>")[2].partition("<h2>")[0]
+    assert "no speaker named" in speakers
+    assert f"{named} speakers" in speakers
+    total = speakers.rpartition("<tr class=sum>")[2]
+    assert re.findall(r"<td class=n>([\d.]+)", total)[0] == str(len(many(6)) + 2)

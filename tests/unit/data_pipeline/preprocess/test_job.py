@@ -73,6 +73,8 @@ def test_new_files_do_not_change_finished_shards(tmp_path: Path) -> None:
     second = contents(tmp_path / "out")
     assert later.files == 21
     assert later.units_done == 1
+    assert ("recordings", "21, of which 1 by this job") in later.rows()
+    assert (later.new_segments, round(later.new_hours * 3600, 2)) == (1, 3.0)
     changed = {name for name in first if second[name] != first[name]}
     assert not changed
     assert sum("new" in str(row["key"]) for row in rows(tmp_path / "out")) == 1

@@ -30,7 +30,7 @@ def remote(tmp_path: Path) -> Iterator[str]:
 
 def opened(remote: str, folder: Path) -> CachedShards:
     """Opens the shards as a newly started process."""
-    return CachedShards(ShardSet(remote, done_records(remote), 4, False, 0.0), folder, limit=10**8)
+    return CachedShards(ShardSet(done_records(remote), 4, False, 0.0), folder, limit=10**8)
 
 
 def read(remote: str, folder: Path) -> object:

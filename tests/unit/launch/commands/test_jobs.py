@@ -16,7 +16,7 @@ from launch import main
 from launch.config import LocalConfig, RayConfig, SlurmConfig
 from launch.exit_codes import ExitCode
 from launch.launchers.slurm import SlurmError, SlurmSubmitter
-from launch.launchers.status import require_ended, state_of
+from launch.launchers.status import mark_stopped, require_ended, state_of
 from launch.runs.job_record import read_record, write_record
 
 
@@ -52,6 +52,31 @@ def test_a_running_job_is_listed_followed_and_cancelled(folder: Path, capsys: py
     assert main.main(["jobs", "status", "mine"]) == ExitCode.FAILED
     assert main.main(["jobs", "logs", "mine", "-f"]) == 0
     assert "hello from rank 0" in capsys.readouterr().out
+
+
+def test_runs_and_jobs_show_one_state(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"train": {"steps": 5}, "objective": {"name": "hubert"}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def shown() -> set[str]:
+        words = {"running", "failed", "stopped", "unhealthy", "done"}
+        found = set()
+        for command in (["runs"], ["jobs", "list"]):
+            assert main.main(command) == 0
+            found.add(" ".join(words & {*capsys.readouterr().out.split()}))
+        return found
+
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    note(folder, process)
+    assert shown() == {"running"}
+    process.kill()
+    process.wait()
+    assert shown() == {"failed"}
+    mark_stopped(folder, True)
+    assert shown() == {"stopped"}
+    mark_stopped(folder, False)
+    (folder / "UNHEALTHY").write_text("loss is NaN")
+    assert shown() == {"unhealthy"}
 
 
 def test_another_process_with_the_same_id_is_not_the_job(folder: Path) -> None:

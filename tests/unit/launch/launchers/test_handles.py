@@ -135,6 +135,8 @@ def test_an_address_without_ray_is_reported_within_the_timeout(address_without_r
     begin = time.monotonic()
     with pytest.raises(ConfigError, match="no Ray cluster answers there"):
         require_answer(address_without_ray, 2.0)
+    with pytest.raises(ConfigError, match="no Ray cluster answers there"):
+        require_answer(f"ray://{address_without_ray}", 2.0)
     with pytest.raises(ConfigError, match="no Ray dashboard answers there"):
         RayJobs(RayConfig(dashboard=f"http://{address_without_ray}", answer_seconds=1.0)).status("raysubmit_1")
     assert time.monotonic() - begin < 10

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.schema import ConfigError, load
-from launch.config import RayConfig, SlurmConfig
+from launch.cli import request
+from launch.config import PretrainJob, RayConfig, SlurmConfig
+from launch.launchers import factory
 from launch.launchers.ray import RayJobs
 from launch.launchers.slurm import SCRIPTS, SlurmSubmitter
 from tests.support.paths import ROOT
@@ -174,6 +176,30 @@ def test_every_text_of_the_config_is_one_argument_of_a_ray_entrypoint(command: s
 
 def test_all_text_fields_of_the_config_are_tested() -> None:
     assert {"partition", "account", "qos", "constraint", "exclude", "image", "mounts", "python"} <= set(TEXTS)
+
+
+def test_further_options_of_sbatch_are_single_arguments_and_cannot_replace_ours(tmp_path: Path) -> None:
+    config = SlurmConfig(options={"comment": HOSTILE, "exclusive": ""})
+    words = SlurmSubmitter(config).command(tmp_path)
+    assert f"--comment={HOSTILE}" in words
+    assert "--exclusive" in words
+    assert shlex.split(shlex.join(words)) == words
+    for name in ("wrap", "output", "nodes", "--nice", "a b", "x;y", ""):
+        with pytest.raises(ValueError, match="options"):
+            SlurmConfig(options={name: "1"})
+
+
+def test_a_rank_gets_a_core_and_one_for_each_worker() -> None:
+    run = ["objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "launcher=slurm"]
+
+    def cores(*more: str) -> str:
+        submitter = factory.for_job(request.config_of("pretrain", PretrainJob, [*run, *more]))
+        assert isinstance(submitter, SlurmSubmitter)
+        return next(word for word in submitter.command(Path("runs/a")) if "cpus-per-task" in word)
+
+    assert cores("data.workers=5") == "--cpus-per-task=6"
+    assert cores("data.workers=5", "launcher.cpus_per_task=2") == "--cpus-per-task=2"
+    assert "--cpus-per-task=8" in SlurmSubmitter(SlurmConfig(), "preprocess").command(Path("runs/a"))
 
 
 def test_evaluation_uses_one_node_where_training_uses_many(tmp_path: Path) -> None:

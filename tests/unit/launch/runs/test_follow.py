@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.runs.follow import Follower, follow, losses, sparkline, time_left
+from launch.runs.follow import Follower, ending, first_update, follow, losses, sparkline, time_left
 
 
 def row(step: int, time: float, loss: float) -> dict[str, float]:
@@ -62,3 +62,41 @@ def test_a_resumed_run_is_read_from_the_start(tmp_path: Path) -> None:
     assert again is not None
     assert again["step"] == 7
     assert len(follower.rows) == 1
+
+
+def test_the_first_update_says_which_micro_batch_it_is_at(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"micro_batches": 8}, "train": {"steps": 5}}))
+    assert first_update(tmp_path) == "starting the ranks: model, shards and plan"
+    (tmp_path / "heartbeats").mkdir()
+
+    def beat(rank: int, start: int, phase: str, micro_batches: int) -> None:
+        note = {"start": start, "rank": rank, "step": 0, "phase": phase, "micro_batches": micro_batches}
+        (tmp_path / "heartbeats" / f"rank_{rank}.start_{start}.json").write_text(json.dumps(note))
+
+    beat(0, 1, "computing", 4)
+    beat(0, 2, "reading", 0)
+    assert first_update(tmp_path) == "first update: reading audio", "an earlier start does not count"
+    beat(0, 2, "computing", 3)
+    beat(1, 2, "computing", 2)
+    assert first_update(tmp_path) == "first update: 5 of 8 micro-batches"
+    beat(1, 2, "computing", 12)
+    assert first_update(tmp_path) == "first update: 8 of 8 micro-batches", "an overflowed fp16 update is repeated"
+    (tmp_path / "heartbeats" / "rank_1.start_2.json").write_text("{")
+    assert first_update(tmp_path) == "first update: 3 of 8 micro-batches"
+
+
+def test_a_finished_run_ends_with_figures_and_the_next_commands(tmp_path: Path) -> None:
+    rows = [
+        row(step, 10.0 * step, 5.0 - step / 20)
+        | {"perf/step_seconds": 2.0, "data/audio_hours": step / 100, "metric/accuracy": step / 100}
+        | ({"valid/loss/total": 5.5 - step / 20} if step % 20 == 0 else {})
+        for step in range(1, 41)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    table = dict(ending(tmp_path, tmp_path / "checkpoints" / "step_00000040"))
+    assert table["loss"] == "4.95 → 3.075"
+    assert table["held-out loss"] == "4.5 → 3.5"
+    assert table["time"] == "0:01:20 in 40 updates"
+    assert table["audio"] == "0.40 h, 18 × real time"
+    assert table["next"].startswith(f"auricle evaluate checkpoint={tmp_path}")
+    assert "alarms" not in table

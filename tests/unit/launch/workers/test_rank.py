@@ -35,7 +35,7 @@ from pretrain.monitoring.health_monitor import UnhealthyError
 
 def build(config, world, folder):
     reader = types.SimpleNamespace(close=lambda: None)
-    return types.SimpleNamespace(engine=None, reader=reader)
+    return types.SimpleNamespace(engine=None, reader=reader, held_out=None)
 
 def train(config, engine, reader, folder, *rest):
     if sys.argv[2] == "superseded" and os.environ["RANK"] == "0":

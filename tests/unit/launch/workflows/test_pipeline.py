@@ -49,7 +49,8 @@ def test_each_step_reads_the_output_of_the_previous_one() -> None:
     preprocess, targets, pretrain, evaluate = chain(
         "pretrain.objective=hubert", "targets.classes=50", "evaluate.task=abx"
     )
-    assert preprocess.job().out == targets.job().shards == pretrain.job().data.shards == "work/shards"
+    assert preprocess.job().out == "work/shards"
+    assert targets.job().shards == pretrain.job().data.shards == ("work/shards",)
     assert pretrain.job().data.targets == {"units": targets.job().out}
     assert (pretrain.job().objective.labels, pretrain.job().objective.units) == ("units", 50)
     assert pretrain.job().objective.label_rate_hz == 100.0
@@ -59,6 +60,15 @@ def test_each_step_reads_the_output_of_the_previous_one() -> None:
 
 def test_an_objective_without_labels_needs_no_targets() -> None:
     assert [step.command for step in chain("pretrain.objective=best_rq")] == ["preprocess", "pretrain", "evaluate"]
+
+
+def test_held_out_speakers_are_measured_during_training() -> None:
+    held_out = "preprocess.split.valid=0.1"
+    training = chain(held_out, "pretrain.objective=best_rq")[1].arguments
+    assert {"data.shards=work/shards/train", "data.valid=work/shards/valid"} <= {*training}
+    own = chain(held_out, "pretrain.objective=best_rq", "pretrain.data.valid=mine")[1].job()
+    assert isinstance(own, PretrainJob)
+    assert own.data.valid == ("mine",)
 
 
 def test_a_missing_input_of_the_last_step_is_reported_before_the_first_step(

@@ -71,7 +71,7 @@ def test_fp16_is_as_fast_as_bf16_and_both_are_faster_than_tf32() -> None:
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_costs_that_offloading_leaves_out_are_reported(offload: str) -> None:
     wanted = config("+experiment=best_rq_tiny", "engine.zero_stage=1", f"engine.offload={offload}")
-    found = cost_model.assumptions(wanted, cost_model.Cluster(1, 8, "H100"), 0.3)
+    found = cost_model.assumptions(wanted, cost_model.Cluster(1, 8, "H100"), (0.1, 0.1))
     assert ("engine.offload=cpu" in found.get("offload", "")) == (offload == "cpu")
 
 
@@ -85,7 +85,7 @@ def test_the_forecast_of_a_chain_covers_all_iterations(capsys: pytest.CaptureFix
     small = ("encoder.layers=1", "encoder.dim=32", "encoder.ffn_dim=64", "encoder.heads=2")
     days = []
     for of in ((), ("~chain",)):
-        assert main.main(["plan-run", "+experiment=hubert_base", *small, *of]) == 0
+        assert main.main(["plan-run", "+experiment=hubert_base", *small, *of, "mfu=0.3"]) == 0
         said = capsys.readouterr().out
         on_one_gpu = [line.split() for line in said.splitlines() if line.split()[:1] == ["1"]][-1]
         days.append(float(on_one_gpu[6]))
@@ -105,6 +105,23 @@ def test_invalid_arguments_are_reported(
     assert all(word in said for word in words)
     with pytest.raises(ConfigError):
         cost_model.parse_cluster("0x8xH100")
+
+
+def test_the_plan_starts_from_published_mfu_and_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.cli.tables.PIPED_WIDTH", 80)
+    small = ("encoder.layers=1", "encoder.dim=32", "encoder.ffn_dim=64", "encoder.heads=2")
+    assert main.main(["plan-run", "+experiment=hubert_base", "~chain", *small]) == 0
+    said = capsys.readouterr().out
+    assert "9% to 11% of the peak" in said
+    row = next(line for line in said.splitlines() if line.split()[:1] == ["1"] and "–" in line)
+    fast, slow = (float(days.replace(",", "")) for days in row.split()[6].split("–"))
+    assert slow / fast == pytest.approx(11 / 9, rel=0.05)
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= 80
+    table = [line for line in said.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
+    assert len(table) >= 11 + 4, "no row is wrapped"
 
 
 def test_planning_holds_no_weights_in_memory() -> None:
