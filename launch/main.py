@@ -67,6 +67,10 @@ def _guarded(command: str, arguments: list[str]) -> int:
     if command in FIRST_WORDS and not SHOWS_ONLY & set(arguments):
         print(f"auricle {command}: {FIRST_WORDS[command]}", file=sys.stderr, flush=True)
     try:
+        if any("=" in argument for argument in arguments):
+            from launch.cli.outside import take_outside
+
+            arguments = take_outside(arguments)
         module = importlib.import_module(f"launch.commands.{COMMANDS[command][0]}")
         code: int = module.run(arguments)
         return code
@@ -108,6 +112,7 @@ def _overview() -> str:
             "",
             "`auricle COMMAND --help` lists every field of that command with its meaning, default and limits;",
             "`auricle COMMAND ... --cfg` prints the composed config and does nothing else.",
+            "Every command takes plugins=FOLDER and recipes=FOLDER, with plug-ins and experiments of your own.",
             "Exit codes: 0 done, 1 the work failed, 2 the command or config is wrong, 3 the run is unhealthy,",
             "4 a newer start of the run took over, 130 stopped with Ctrl-C.",
         ]

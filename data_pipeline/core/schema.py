@@ -119,7 +119,9 @@ class PluginChoice:
         name = value.get("name")
         if name not in known:
             problem = PydanticCustomError(
-                "no_such_name", "there is no such {kind}{hint}", {"kind": self.kind, "hint": hint(str(name), known)}
+                "no_such_name",
+                "there is no such {kind}{hint}; one of your own needs plugins=FOLDER",
+                {"kind": self.kind, "hint": hint(str(name), known)},
             )
             bad = InitErrorDetails(type=problem, loc=("name",), input=name)
             raise ValidationError.from_exception_data(self.kind, [bad])

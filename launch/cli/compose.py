@@ -5,10 +5,12 @@ Hydra only composes: `data_pipeline.core.schema.load` checks types and limits of
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.core.schema import ConfigError, hint
-from launch.cli.groups import CONF, groups
+from launch.cli.groups import CONF, EXPERIMENT, KINDS, groups, outside, without_yaml
+from launch.cli.outside import recipe_folders
 
 READABLE_VARIABLES = ("HOME", "USER", "LOGNAME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "PROJECT", "DATA")
 READABLE_PREFIXES = ("AURICLE_", "SLURM_")
@@ -58,8 +61,11 @@ def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[st
     in_defaults = _groups_in_defaults(folder / f"{root}.yaml")
     lines = [_override(line, chosen, in_defaults) for line in overrides]
     try:
-        with hydra.initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            composed = hydra.compose(root, lines)
+        with (
+            hydra.initialize_config_dir(str(folder.resolve()), version_base="1.3"),
+            _search_path(outside()) as further,
+        ):
+            composed = hydra.compose(root, lines + further)
         plain = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         own = re.search(r"ConfigError raised while resolving interpolation: (.*)\n\s*full_key: (\S+)", str(error))
@@ -70,6 +76,27 @@ def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[st
         raise ConfigError(f"{root}: a value is nested too deeply") from None
     expanded: dict[str, Any] = _expand_home(plain)
     return expanded
+
+
+@contextlib.contextmanager
+def _search_path(folders: Iterable[Path]) -> Iterator[list[str]]:
+    """Yields the override with which Hydra also looks for groups in `folders`; none without folders."""
+    places, recipes = [], recipe_folders()
+    with tempfile.TemporaryDirectory(prefix="auricle-recipes-") as scratch:
+        for number, folder in enumerate(folders):
+            place = folder
+            if folder in recipes:  # Hydra looks for experiment/NAME.yaml
+                place = Path(scratch, str(number))
+                place.mkdir()
+                (place / EXPERIMENT).symlink_to(folder, target_is_directory=True)
+            places.append("'" + place.as_uri() + "'")
+        for group, name in without_yaml():
+            file = Path(scratch, "plugins", group, f"{name}.yaml")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"name: {name}\n", encoding="utf-8")
+        if (bare := Path(scratch, "plugins")).is_dir():
+            places.append("'" + bare.as_uri() + "'")
+        yield [f"hydra.searchpath=[{','.join(places)}]"] if places else []
 
 
 def sweep(overrides: Iterable[str]) -> list[list[str]]:
@@ -139,7 +166,9 @@ def _quoted(value: str) -> str:
 def _group_choice(name: str, value: str, choices: list[str], in_defaults: bool) -> str:
     if value not in choices:
         near, listed = hint(value, choices), ", ".join(choices) or "none"
-        raise ConfigError(f"{name}={value}: not a choice of {name}{near}; there are: {listed}")
+        own = "plugins=FOLDER" if name in KINDS.values() else "recipes=FOLDER" if name == EXPERIMENT else ""
+        own = f"; one of your own needs {own}" if own else ""
+        raise ConfigError(f"{name}={value}: not a choice of {name}{near}; there are: {listed}{own}")
     return f"{name}={value}" if in_defaults else f"+{name}={value}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -11,6 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
 
+from data_pipeline.core import plugins
 from data_pipeline.core.schema import ConfigError
 from launch.config import JOB_ID, RayConfig
 from launch.launchers.base import State
@@ -110,6 +112,8 @@ class RayJobs:
             place = {"entrypoint_num_cpus": self.config.cpus_per_worker}
             place |= {"entrypoint_num_gpus": self.config.gpus_per_worker} if self.config.gpus_per_worker else {}
         variables = self.VARIABLES | ({} if self.config.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})
+        if allowed := os.environ.get(plugins.VARIABLE):
+            variables |= {plugins.VARIABLE: allowed}
         environment = {"env_vars": variables}
         deadline = time.monotonic() + STARTING
         while True:

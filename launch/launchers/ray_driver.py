@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.core import plugins
 from data_pipeline.core.ray_tasks import RayConfig, cluster, cluster_contents, places
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.sampling.plan import useful_worlds
@@ -206,6 +207,7 @@ def run_attempt(request: Request, world: int) -> int:
     shared: dict[str, Any] = {"folder": str(folder), "directory": str(Path.cwd())}
     shared |= {"cpus": request.cpus, "gpus": request.gpus, "grace": request.grace}
     shared["start_id"] = os.environ.get(START_ID, "")
+    shared["plugins"] = os.environ.get(plugins.VARIABLE, "")
     trainer = DataParallelTrainer(
         run_rank,
         train_loop_config=shared,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.core import plugins
 from launch.exit_codes import ExitCode
 from launch.launchers import process_guard
 from launch.workers.environment import RANK_LOGS, free_port
@@ -37,7 +38,8 @@ def run_rank(config: dict[str, Any]) -> None:
 
     Args:
         config: folder (run folder), directory (working directory), cpus (cores per rank), gpus (GPUs per rank),
-            grace (seconds to save a checkpoint; 0: derived from the duration of updates), start_id (AURICLE_START).
+            grace (seconds to save a checkpoint; 0: derived from the duration of updates), start_id (AURICLE_START),
+            plugins (AURICLE_PLUGINS).
 
     Raises:
         RankEndedError: the rank did not end with DONE.
@@ -60,6 +62,7 @@ def run_rank(config: dict[str, Any]) -> None:
         "PYTHONUNBUFFERED": "1",
         RANK_LOGS: "1",
         START_ID: config["start_id"],
+        plugins.VARIABLE: config["plugins"],
     }
     if not config["gpus"]:
         variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

@@ -14,11 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.core.atomic_files import write_atomically, write_json
+from data_pipeline.core.atomic_files import sha256_of, write_atomically, write_json
 from data_pipeline.core.schema import ConfigError, base_part, dump
 from launch.cli.compose import to_yaml
 from launch.config import PretrainJob
 from launch.runs import redaction
+from pretrain import registry
 from pretrain.checkpointing.locate import latest_checkpoint
 from pretrain.config import Config
 
@@ -75,7 +76,17 @@ def write_surroundings(folder: Path, launcher: dict[str, Any]) -> None:
     """Writes environment.json (machine, packages, command) and git.diff (changes of the code since its commit)."""
     sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
     write_atomically(folder / "git.diff", "\n".join(redaction.without_secrets(diff.split("\n"))))
-    write_json(folder / "environment.json", _environment(launcher, sha))
+    write_json(folder / "environment.json", _environment(launcher, sha) | {"plugins": _plugins()})
+
+
+def _plugins() -> list[dict[str, str]]:
+    """Returns the plug-ins from outside auricle that this process may use, each with the checksum of its file."""
+    return [
+        {"kind": kind, "name": name, "file": str(place.file), "sha256": sha256_of(place.file)}
+        for kind in registry.PACKAGES
+        for name, place in registry.places(kind).items()
+        if place.outside
+    ]
 
 
 def submitted_from(folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 import pretrain.objectives
+from data_pipeline.core import plugins
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import load
 from data_pipeline.core.types import Batch
+from launch import main
 from pretrain import registry
 from pretrain.config import Config
 from pretrain.interfaces.frames import StepContext
@@ -21,6 +25,7 @@ from pretrain.train_module import TrainModule, build_model
 from tests.support.contract_cases import FRONTENDS, batch, small
 from tests.support.documents import listing
 from tests.support.paths import ROOT
+from tests.support.tiny_shards import sounds, write_shards
 
 CTX = StepContext(seed=3, step=5)
 
@@ -78,3 +83,36 @@ def test_the_documented_objective_satisfies_the_contract(module: TrainModule) ->
     assert record.last is not None
     assert record.last.targets_ND is not None
     assert len(record.last.targets_ND) == int(record.last.mask_BF.sum()) == int(count)
+
+
+def test_the_documented_objective_is_trained_from_a_folder_outside_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks train it, and resume it; without `plugins=` the run is refused and no code of its folder runs."""
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    folder = tmp_path / "own"
+    (folder / "objectives").mkdir(parents=True)
+    (folder / "objectives" / "masked_mel.py").write_text(
+        listing(ROOT / "CONTRIBUTING.md", "Add an objective in six steps")
+    )
+    shards = write_shards(tmp_path / "shards", [sounds([1.5] * 16)])
+    sizes = ["encoder.dim=32", "encoder.layers=1", "encoder.ffn_dim=64", "encoder.heads=2", "frontend.channels=32"]
+    data = [f"data.shards={shards}", "data.batch_seconds=8", "data.micro_batches=4", "data.min_seconds=0.5"]
+    run = ["pretrain", "objective=masked_mel", "encoder=transformer_tiny", *sizes, *data, "data.max_seconds=2"]
+    run += ["data.workers=0", f"runs={tmp_path}", "name=mel", "engine.name=torch", "device=cpu"]
+    run += ["launcher.processes=2", "schedule.warmup_steps=1", "health.on_collapse=warn"]
+    assert main.main([*run, "train.steps=2", f"plugins=[{folder}]"]) == 0
+    described = json.loads((tmp_path / "mel" / "environment.json").read_text())
+    assert [plugin["name"] for plugin in described["plugins"]] == ["masked_mel"]
+
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    capfd.readouterr()
+    assert main.main([*run, "train.steps=4"]) == 2
+    assert "plugins=FOLDER" in capfd.readouterr().err
+    assert main.main(["export", str(tmp_path / "mel"), str(tmp_path / "exported")]) != 0
+    assert "plugins=FOLDER" in capfd.readouterr().err
+
+    assert main.main([*run, "train.steps=4", f"plugins={folder}"]) == 0
+    rows = read_rows(tmp_path / "mel" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["loss/objective"] > 0 for row in rows)

@@ -11,20 +11,23 @@ import functools
 import io
 import re
 import shlex
+import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.core import plugins
 from data_pipeline.text.artefact import TokensConfig
 from launch.cli.command_table import SUBCOMMANDS
+from launch.cli.outside import RECIPES, take_outside
 from launch.cli.request import read
 from launch.config import EvaluateJob, FinetuneJob, PreprocessJob, PretrainJob, TargetsJob
 from launch.main import main
 from launch.serving.config import ServeConfig
 from launch.workflows import pipeline
 from pretrain.recognition.config import TranscribeConfig
-from tests.support.documents import PAGES, commands
+from tests.support.documents import PAGES, commands, listing
 from tests.support.paths import ROOT
 
 CONFIGS = {
@@ -43,10 +46,28 @@ LIKE_PRETRAIN = {"plan-run": ("cluster", "mfu"), "data": ()}
 SHOWN = {shlex.join(line): line for page in PAGES for line in commands(page)}
 
 
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a folder with the documented plug-in and recipe, for the folders /my/… of the documentation."""
+    for name in (plugins.VARIABLE, RECIPES):
+        monkeypatch.setenv(name, "")  # restored after the test
+    for folder in ("folder/objectives", "recipes"):
+        (tmp_path / folder).mkdir(parents=True)
+    objective = listing(ROOT / "CONTRIBUTING.md", "Add an objective in six steps")
+    (tmp_path / "folder" / "objectives" / "masked_mel.py").write_text(objective)
+    page = (ROOT / "docs" / "plugins.md").read_text()
+    recipe = page.partition("    # @package _global_\n")[2].partition("\n\n")[0]
+    (tmp_path / "recipes" / "louder.yaml").write_text("# @package _global_\n" + textwrap.dedent(recipe))
+    return tmp_path
+
+
 @pytest.mark.parametrize("shown", SHOWN)
-def test_a_documented_command_is_valid(shown: str, tmp_path: Path) -> None:
+def test_a_documented_command_is_valid(shown: str, own: Path, tmp_path: Path) -> None:
     (tmp_path / "manifest.tsv").touch()
-    command, *given = (word.replace("MANIFEST", str(tmp_path / "manifest.tsv")) for word in SHOWN[shown])
+    words = [
+        word.replace("MANIFEST", str(tmp_path / "manifest.tsv")).replace("=/my/", f"={own}/") for word in SHOWN[shown]
+    ]
+    command, *given = take_outside(words)
     overrides = [argument for argument in given if not argument.startswith("-")]
     options = [argument for argument in given if argument.startswith("-")]
     if command in CONFIGS and "--help" not in given:
@@ -54,8 +75,8 @@ def test_a_documented_command_is_valid(shown: str, tmp_path: Path) -> None:
             overrides = [line.partition(",")[0] for line in overrides]
         assert read(command, CONFIGS[command], overrides) is not None
     elif command == "pipeline":
-        own, steps, launcher = pipeline.split(overrides)
-        request = read("pipeline", pipeline.PipelineConfig, own)
+        mine, steps, launcher = pipeline.split(overrides)
+        request = read("pipeline", pipeline.PipelineConfig, mine)
         assert request is not None
         assert pipeline.steps(request.config, steps, launcher)
     elif command in LIKE_PRETRAIN:
