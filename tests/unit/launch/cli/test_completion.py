@@ -82,7 +82,7 @@ def test_the_script_needs_neither_torch_nor_hydra() -> None:
         ("auricle pretrain encoder.la", "encoder.layer_drop="),
         ("auricle jobs req", "requeue"),
         ("auricle shards ind", "index"),
-        ("auricle pretrain +experiment=best_rq_b", "+experiment=best_rq_base"),
+        ("auricle pretrain +exp", f"+experiment={groups()['experiment'][0]}"),
         ("auricle pretrain data.shards=one", "one shard"),
     ],
 )
