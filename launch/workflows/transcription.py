@@ -22,7 +22,7 @@ from launch.cli.tables import warn
 from launch.exit_codes import ExitCode
 from launch.workflows import streaming_transcription
 from pretrain.recognition.config import TranscribeConfig
-from pretrain.recognition.recogniser import Recogniser, open_recogniser
+from pretrain.recognition.recogniser import Recogniser, decoder, open_recogniser
 from pretrain.recognition.transcript import ENDINGS, Transcript, write
 
 REJECTS = "rejects.jsonl"
@@ -55,6 +55,7 @@ def run(config: TranscribeConfig) -> ExitCode:
 class _Transcription:
     def __init__(self, config: TranscribeConfig, recogniser: Recogniser, total: int) -> None:
         self.config, self.recogniser, self.total = config, recogniser, total
+        self.decode = decoder(config, recogniser.head.symbols)
         self.folder = Path(config.out).expanduser() if config.out else None
         self.rejects: Counter[str] = Counter()
         self.done, self.seconds = 0, 0.0
@@ -85,7 +86,7 @@ class _Transcription:
             self._reject(recording)
             return
         try:
-            made = self.recogniser.transcribe(recording.name, recording.blocks(), self.config)
+            made = self.recogniser.transcribe(recording.name, recording.blocks(), self.config, self.decode)
         except AudioError as error:
             self._reject(Unusable(recording.name, error.reason, str(error)))
             return

@@ -11,6 +11,7 @@ from pretrain.evaluate.config import EvaluateConfig, items
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.manifest import Utterance, require_disjoint
 from pretrain.evaluate.metrics import Interval95, Tally, bootstrap
+from pretrain.inference.word_lm import WordBeamSearch
 from pretrain.recognition.error_rates import Decoders, edits, fit_ngram, recognise, written
 from pretrain.recognition.recogniser import Recogniser
 
@@ -55,7 +56,11 @@ def error_rates(
     if not asked:
         raise ConfigError(f"task=asr: no text has a symbol of the recogniser, {''.join(symbols)!r}")
     ngram = fit_ngram((u.text for u in train), config.asr.ngram, symbols) if train else None
-    decoders = Decoders(config.asr.beam, ngram, config.asr.ngram_weight)
+    wanted = config.asr
+    words = None
+    if wanted.lm:
+        words = WordBeamSearch(wanted.lm, symbols, wanted.beam, wanted.lm_weight, wanted.word_bonus, wanted.words)
+    decoders = Decoders(wanted.beam, ngram, wanted.ngram_weight, words)
     audio = (waves(u).numpy() for u in asked)
     for decoder, texts in recognise(recogniser, audio, decoders):
         for measure, by_words in (("word error rate", True), ("character error rate", False)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from data_pipeline.core.schema import ConfigError, about, config, hint
+from data_pipeline.core.schema import ConfigError, about, config, hint, refuse
 
 TASKS: Final = ("phones", "keywords", "digits", "speaker", "language", "abx", "pnmi", "rankme", "asr", "streaming")
 
@@ -37,6 +37,14 @@ class AsrConfig:
     beam: Annotated[int, about("prefixes kept in beam search; 0: greedy only", ge=0)] = 16
     ngram: Annotated[int, about("order of the n-gram of symbols of split train; 0: none", ge=0, le=10)] = 5
     ngram_weight: Annotated[float, about("its weight beside the acoustics", ge=0)] = 0.5
+    lm: Annotated[str, about("also with an n-gram model of words, in ARPA or KenLM's binary format")] = ""
+    words: Annotated[str, about("lm: file with the words, one per line; empty: those of the ARPA file")] = ""
+    lm_weight: Annotated[float, about("lm: weight of its log10 p beside the acoustics' ln p", ge=0)] = 2.0
+    word_bonus: Annotated[float, about("lm: added per word")] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lm and not self.beam:
+            refuse("lm", self.lm, "needs a beam search; set asr.beam")
 
 
 @config

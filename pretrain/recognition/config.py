@@ -23,6 +23,13 @@ class DecodingConfig:
 
     decoder: Annotated[Literal["greedy", "beam"], about("the most probable path, or prefix beam search")] = "greedy"
     beam: Annotated[int, about("decoder=beam: prefixes that are kept", ge=1, le=1_000)] = 16
+    lm: Annotated[
+        str,
+        about("decoder=beam: n-gram model of words in ARPA or KenLM's binary format; only its words are written then"),
+    ] = ""
+    words: Annotated[str, about("lm: file with the words, one per line; empty: those of the ARPA file")] = ""
+    lm_weight: Annotated[float, about("lm: weight of its log10 p beside the acoustics' ln p", ge=0)] = 2.0
+    word_bonus: Annotated[float, about("lm: added per word")] = 0.0
     window_seconds: Annotated[
         float, about("longer recordings are computed in overlapping windows of this length", ge=2, le=600)
     ] = 30.0
@@ -31,6 +38,8 @@ class DecodingConfig:
     ] = 4.0
 
     def __post_init__(self) -> None:
+        if self.lm and self.decoder != "beam":
+            refuse("lm", self.lm, f"decoder={self.decoder} has no use for it; set decoder=beam")
         if 2 * self.overlap_seconds > self.window_seconds:
             most = self.window_seconds / 2
             refuse("overlap_seconds", self.overlap_seconds, f"at most {most:g}, half of a window")
@@ -71,6 +80,8 @@ class TranscribeConfig(DecodingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stream and self.lm:
+            refuse("lm", self.lm, "with stream=true there is no word model; leave it out")
         if self.stream and self.format in ("srt", "vtt"):
             refuse("format", self.format, "needs the whole recording; take text, json or tsv with stream=true")
         if self.stream and self.out:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain.inference.ctc_decoding import NGram, beam_search, greedy
+from pretrain.inference.word_lm import WordBeamSearch
 from pretrain.recognition.recogniser import Recogniser
 
 
@@ -29,6 +30,8 @@ class Decoders:
     beam: int = 0
     ngram: NGram | None = None
     weight: float = 0.5
+    words: WordBeamSearch | None = None
+    """With a word language model."""
 
 
 def written(text: str, symbols: Iterable[str]) -> str:
@@ -62,6 +65,8 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
     if decoders.beam:
         name = f"beam {decoders.beam}"
         found.append((name, [spelled(beam_search(output, decoders.beam)) for output in outputs]))
+        if search := decoders.words:
+            found.append((f"{name} + word model", [spelled(search(output)) for output in outputs]))
         if model := decoders.ngram:
             weight = decoders.weight
             decoded = [spelled(beam_search(o, decoders.beam, model, weight, bonus=weight)) for o in outputs]

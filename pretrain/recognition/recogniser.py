@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pretrain.heads import ctc
 from pretrain.inference.ctc_alignment import align
 from pretrain.inference.ctc_decoding import BLANK, beam_search, greedy
 from pretrain.inference.windows import Windows, cut_at_pauses, join_windows
+from pretrain.inference.word_lm import WordBeamSearch
 from pretrain.interfaces.models import SpeechModel
 from pretrain.nn.numerics import pad_audio
 from pretrain.recognition.config import DecodingConfig
@@ -64,24 +66,30 @@ class Recogniser:
         log_probs_BFV: Tensor = self.head.log_probs(self.model(padded_1T, length_1))
         return log_probs_BFV[0, :frames].cpu().numpy()
 
-    def transcribe(self, name: str, blocks: Iterable[np.ndarray], decoding: DecodingConfig) -> Transcript:
+    def transcribe(
+        self, name: str, blocks: Iterable[np.ndarray], decoding: DecodingConfig, decode: Decode | None = None
+    ) -> Transcript:
         """Returns the text of a recording with word times; memory does not grow with its length.
 
         Args:
             name: of the recording.
             blocks: (T,) audio at 16 kHz in [-1, 1], block by block.
             decoding: decoder and windows.
+            decode: the decoder, if it was made before: a language model takes long to load.
         """
+        decode = decode or decoder(decoding, self.head.symbols)
         rate_hz, symbols = self.model.shape.rate_hz, self.head.symbols
         windows = Windows.of(rate_hz, SAMPLE_RATE, decoding.window_seconds, decoding.overlap_seconds)
         counted = _Counted(blocks)
         words, offset = WordBuilder(rate_hz), 0
         parts = join_windows(counted, self.log_probs, windows)
         for piece_FV in cut_at_pauses(parts, windows.window // windows.hop, self.silent):
-            found = decode(piece_FV, decoding)
+            found = decode(piece_FV)
             for symbol, aligned in zip(found, align(piece_FV, found), strict=True):
                 words.add(symbols[symbol], aligned, offset)
             offset += len(piece_FV)
+            if decoding.lm:  # whole words, without a space after the last one
+                words.end_word()
         words.end_word()
         return Transcript(name, counted.samples / SAMPLE_RATE, tuple(words.words))
 
@@ -98,11 +106,23 @@ class _Counted:
             yield block
 
 
-def decode(log_probs_FV: np.ndarray, decoding: DecodingConfig) -> list[int]:
-    """Returns the symbols that a decoder finds in CTC output (F, V)."""
+Decode = Callable[[np.ndarray], list[int]]
+"""Finds symbols in CTC output: ln p (F, V) of blank (0) and symbol i (class i + 1)."""
+
+
+def decoder(decoding: DecodingConfig, symbols: Sequence[str]) -> Decode:
+    """Returns a decoder for a recogniser's symbols.
+
+    Raises:
+        ConfigError: the language model cannot be used.
+    """
     if decoding.decoder == "greedy":
-        return greedy(log_probs_FV)
-    return beam_search(log_probs_FV, decoding.beam)
+        return greedy
+    if decoding.lm:
+        return WordBeamSearch(
+            decoding.lm, symbols, decoding.beam, decoding.lm_weight, decoding.word_bonus, decoding.words
+        )
+    return functools.partial(beam_search, beam=decoding.beam)
 
 
 def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recogniser:
