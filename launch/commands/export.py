@@ -9,7 +9,7 @@ from data_pipeline.core.schema import ConfigError
 from launch.cli.parser import Parser
 from launch.exit_codes import ExitCode
 
-FORMATS = ("hugging_face", "torchscript", "onnx", "onnx_stream")
+FORMATS = ("hugging_face", "torchscript", "onnx", "onnx_stream", "edge")
 
 
 def run(arguments: list[str]) -> int:
@@ -22,14 +22,16 @@ def run(arguments: list[str]) -> int:
         choices=FORMATS,
         default="hugging_face",
         help="hugging_face: for from_pretrained, if transformers has the architecture; torchscript, onnx: one file for "
-        "most architectures; onnx_stream: one chunk of a stream, with its states as inputs and outputs (default: "
-        "hugging_face)",
+        "most architectures; onnx_stream: one chunk of a stream, with its states as inputs and outputs; edge: such a "
+        "graph with a program that runs it (default: hugging_face)",
     )
     parser.add_argument(
         "--layer", type=int, default=-1, help="torchscript, onnx: the layer that is returned (-1: the last)"
     )
-    parser.add_argument("--chunk", type=int, help="onnx_stream: frames per chunk (the first trained length)")
-    parser.add_argument("--left", type=int, help="onnx_stream: earlier chunks attended to (the first trained number)")
+    parser.add_argument("--chunk", type=int, help="onnx_stream, edge: frames per chunk (the first trained length)")
+    parser.add_argument(
+        "--left", type=int, help="onnx_stream, edge: earlier chunks attended to (the first trained number)"
+    )
     parser.add_argument(
         "--head",
         default="",
@@ -38,8 +40,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--int8",
         choices=("dynamic", "static"),
-        help="onnx: 8-bit products of linear layers, with ranges of activations computed for each call, or fixed from "
-        "--shards; written only if as accurate as fp32",
+        help="onnx, edge (dynamic): 8-bit products of linear layers, with ranges of activations computed in each call, "
+        "or fixed from --shards; written only if as accurate as fp32",
     )
     parser.add_argument("--shards", help="int8: shard folder with the audio for calibration and comparison")
     parser.add_argument(
@@ -52,6 +54,8 @@ def run(arguments: list[str]) -> int:
     _require_int8_options(given)
 
     from launch.runs.summary import find_run
+    from launch.workflows.edge_export import export_edge
+    from launch.workflows.quantized_export import Int8Options, export_int8
     from pretrain.heads.ctc import CTC
     from pretrain.interop import graph_export, stream_export
     from pretrain.interop.hf_export import TOLERANCE, export, load_run
@@ -59,10 +63,11 @@ def run(arguments: list[str]) -> int:
     path = Path(given.run).expanduser()
     found = load_run(path if (path / "state.json").is_file() else find_run(given.run))
     module, config, _ = found
-    if given.int8:
-        from launch.workflows.quantized_export import Int8Options, export_int8
-
-        options = Int8Options(given.int8, given.shards, given.manifest, given.reduce_range)
+    options = Int8Options(given.int8, given.shards, given.manifest, given.reduce_range) if given.int8 else None
+    if given.to == "edge":
+        print(f"{given.out}: {export_edge(found, given.out, given.chunk, given.left, options)}")
+        return ExitCode.DONE
+    if options is not None:
         print(f"{given.out}: {export_int8(found, given.out, given.layer, options)}")
         return ExitCode.DONE
     if given.to == "hugging_face":
@@ -80,8 +85,10 @@ def run(arguments: list[str]) -> int:
 
 def _require_int8_options(given: argparse.Namespace) -> None:
     """Raises ConfigError for options that do not fit together."""
-    if given.int8 and given.to != "onnx":
-        raise ConfigError(f"--int8 {given.int8}: needs --to onnx, not --to {given.to}")
+    if given.int8 and given.to not in ("onnx", "edge"):
+        raise ConfigError(f"--int8 {given.int8}: needs --to onnx or edge, not --to {given.to}")
+    if given.to == "edge" and (given.int8 == "static" or given.manifest is not None):
+        raise ConfigError("--to edge: takes --int8 dynamic without --manifest; its comparison is on --shards")
     if given.int8 and not given.shards:
         raise ConfigError(f"--int8 {given.int8}: needs --shards FOLDER, the audio to calibrate and compare on")
     if not given.int8 and (given.shards or given.manifest is not None or given.reduce_range):

@@ -48,15 +48,15 @@ def linear_products(graph: Any, model: SpeechModel) -> list[str]:
     """Returns the names of the nodes of an ONNX graph that are products with the weight of a linear layer.
 
     Args:
-        graph: the ModelProto that `model` was exported to, under the name "model".
+        graph: the ModelProto that `model` was exported to, alone or as a part of a module.
         model: front end and encoder.
     """
-    linear = {f"model.{name}" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     constants = {tensor.name for tensor in graph.graph.initializer}
     found = []
     for node in graph.graph.node:
         scopes = {part.key: part.value for part in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")
-        inside = linear.intersection(re.findall(r"'([^']*)'", scopes))
+        inside = any(scope.endswith(f".{name}") for scope in re.findall(r"'([^']*)'", scopes) for name in linear)
         if node.op_type == "MatMul" and inside and constants.intersection(node.input):
             found.append(str(node.name))
     return found

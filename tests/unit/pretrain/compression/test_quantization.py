@@ -152,7 +152,10 @@ def test_lost_frames_are_counted_against_clusters_of_the_exact_features() -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--to", "torchscript", "--int8", "dynamic", "--shards", "x"], "needs --to onnx, not --to torchscript"),
+        (
+            ["--to", "torchscript", "--int8", "dynamic", "--shards", "x"],
+            "needs --to onnx or edge, not --to torchscript",
+        ),
         (["--to", "onnx", "--int8", "dynamic"], "needs --shards FOLDER"),
         (["--to", "onnx", "--shards", "x"], "belong to --int8"),
         (["--to", "onnx", "--int8", "static", "--shards", "NONE"], "--shards NONE: "),

@@ -1,0 +1,92 @@
+"""auricle export --to edge: a streaming graph, its description with checksums, and a program that runs it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.core.atomic_files import sha256_of
+from data_pipeline.core.schema import ConfigError
+from launch.workflows.quantized_export import SECONDS, Int8Options, read_waves
+from pretrain.checkpointing.weights import LoadedCheckpoint
+from pretrain.compression import edge_run, quantization
+from pretrain.heads.ctc import CTC
+from pretrain.interop import stream_export
+
+MODEL, DESCRIPTION, PROGRAM = "model.onnx", "edge.json", "run.py"
+
+
+def export_edge(
+    found: LoadedCheckpoint, out: Path, chunk: int | None, left: int | None, int8: Int8Options | None
+) -> str:
+    """Writes model.onnx, edge.json and run.py; returns one sentence on what is lost.
+
+    Args:
+        found: the run; its CTC head, if it has one, makes the package a recogniser.
+        out: folder to write.
+        chunk: frames per chunk; None: the first trained.
+        left: earlier chunks attended to; None: the first limited number that was trained.
+        int8: how to quantise; None: fp32.
+
+    Raises:
+        ConfigError: `out` exists, the model cannot stream (with the fields to set), or INT8 loses too much.
+    """
+    import onnx
+
+    if out.exists():
+        raise ConfigError(f"{out} exists; give a new folder to export to")
+    waves = read_waves(int8.shards, 2 * SECONDS) if int8 else []
+    head = next((head for head in found.module.heads.values() if isinstance(head, CTC)), None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as name:
+        exact, package = Path(name) / "stream", Path(name) / "edge"
+        error = stream_export.export_stream(found.config, found.module.model, exact, chunk, left, head)
+        described = json.loads((exact / stream_export.DESCRIPTION).read_text(encoding="utf-8"))
+        _assemble(package, exact / stream_export.GRAPH, described, "fp32")
+        lost = f"features of the loaded graph differ by {error:.1e}"
+        if int8 is not None:
+            small = Path(name) / "small.onnx"
+            nodes = quantization.linear_products(onnx.load(package / MODEL), found.module.model)
+            reduce_range = int8.reduce_range or not quantization.has_vnni()
+            quantization.quantize(package / MODEL, small, nodes, "dynamic", [], reduce_range)
+            described["int8"] = {"mode": "dynamic", "reduce_range": reduce_range, "products": len(nodes)}
+            edge = Path(name) / "edge_int8"
+            _assemble(edge, small, described, "int8")
+            loss = quantization.lost(streamed(package), streamed(edge), waves[1::2])
+            quantization.require_accurate(loss, lambda: "the streaming graph; export --to onnx --int8 names the part")
+            shares = 100 * loss.units, 100 * loss.error
+            lost = f"{shares[0]:.1f} % of the frames change their cluster, features differ by {shares[1]:.1f} %"
+            package = edge
+        size = (package / MODEL).stat().st_size / 1e6
+        shutil.move(str(package), out)
+    return f"{lost}; {size:.1f} MB"
+
+
+def _assemble(folder: Path, graph: Path, described: dict[str, Any], precision: str) -> None:
+    """Writes a package around a graph."""
+    folder.mkdir()
+    shutil.copy(graph, folder / MODEL)
+    shutil.copy(edge_run.__file__, folder / PROGRAM)
+    sums = {name: sha256_of(folder / name) for name in (MODEL, PROGRAM)}
+    about = described | {"format": "edge", "precision": precision, "sha256": sums}
+    (folder / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def streamed(folder: Path) -> quantization.Run:
+    """Returns the package as a function from (1, T) audio to (1, F, D) features, computed chunk by chunk."""
+    stream = edge_run.Stream(folder)
+
+    def run(wave_BT: Tensor) -> Tensor:
+        stream.reset()
+        parts = [found["features"] for found in stream.push(wave_BT[0].numpy())]
+        parts += [found["features"] for found in stream.finish()]
+        return torch.from_numpy(np.concatenate(parts))[None]
+
+    return run

@@ -1,0 +1,115 @@
+"""An edge package runs beside numpy and onnxruntime alone, and gives the features of the model's own stream."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from launch.main import main
+from pretrain.checkpointing.weights import load_checkpoint
+from pretrain.compression import edge_run
+from pretrain.nn.attention_patterns import Pattern
+from pretrain.nn.block_stack import BlockStack
+from tests.support.tiny_shards import sounds, write_shards
+from tests.support.training import save
+
+pytest.importorskip("onnxscript")
+ENCODER = {
+    "name": "transformer", "layers": 2, "dim": 32, "heads": 2, "ffn_dim": 64, "norm": "pre", "positions": "rope",
+    "attention": "chunked", "chunk_frames": [4], "left_chunks": [2], "widths": [[2, 64], [1, 32]],
+}  # fmt: skip
+
+
+def output(folder: Path, *arguments: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Runs the package's program, without this project on its path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(folder / "run.py"), *arguments]
+    return subprocess.run(command, input=given, capture_output=True, cwd=folder, env=environment, timeout=60)
+
+
+def features(lines: bytes) -> np.ndarray:
+    return np.concatenate([np.array(json.loads(line)["features"]).reshape(-1, 32) for line in lines.splitlines()])
+
+
+def test_a_package_streams_the_features_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = str(write_shards(tmp_path / "shards", [sounds([1.0] * 6)]))
+    save(tmp_path / "run", 2, frontend={"name": "log_mel", "normalize": "fixed", "subsampling": 2}, encoder=ENCODER)
+    checkpoint, edge = tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "edge"
+    line = ["export", str(checkpoint), str(edge), "--to", "edge", "--int8", "dynamic", "--shards", shards]
+    assert main(line) == 0
+    assert "frames change their cluster" in capsys.readouterr().out
+    about = json.loads((edge / "edge.json").read_text())
+    assert about["precision"] == "int8"
+    assert about["int8"]["products"] == 2 * 4 + 1
+    assert {file.name for file in edge.iterdir()} == {"model.onnx", "edge.json", "run.py"}
+
+    rng = np.random.default_rng(0)
+    pcm = (3000 * rng.standard_normal(23_456)).clip(-30_000, 30_000).astype("<i2")
+    found = output(edge, "--stdin", given=pcm.tobytes())
+    assert found.returncode == 0, found.stderr.decode()
+    model = load_checkpoint(checkpoint).module.model.eval()
+    assert isinstance(model.encoder, BlockStack)
+    model.encoder.stream = Pattern(chunk=4, left_chunks=2)
+    with torch.no_grad():
+        wave_1T = torch.from_numpy(pcm.astype(np.float32) / 32768)[None]
+        expected = model(wave_1T, torch.tensor([wave_1T.shape[1]])).layers[-1][0].numpy()
+    given = features(found.stdout)
+    assert given.shape == expected.shape
+    assert 0 < np.sqrt(np.mean((given - expected) ** 2)) < 0.05 * expected.std(), "INT8, so close but not equal"
+
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(pcm.tobytes())
+    assert np.array_equal(features(output(edge, str(tmp_path / "sound.wav")).stdout), given)
+    assert main(["bench", str(edge), "--runs", "2", "--seconds", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["graphs"][0]["first_output_ms"] < 1000
+
+    content = bytearray((edge / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (edge / "model.onnx").write_bytes(content)
+    changed = output(edge, "--stdin")
+    assert changed.returncode == 1
+    assert b"edge.json has" in changed.stderr
+
+
+def test_the_program_is_short_and_needs_two_packages_only() -> None:
+    source = Path(edge_run.__file__).read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 150
+    tree = ast.walk(ast.parse(source))
+    named = {(n.names[0].name if isinstance(n, ast.Import) else str(n.module)).partition(".")[0]
+             for n in tree if isinstance(n, ast.Import | ast.ImportFrom)}  # fmt: skip
+    assert named - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+
+
+def test_ctc_text_collapses_repeats_across_chunks() -> None:
+    text = edge_run.Text(list("abc"))
+    eye = np.eye(4)
+    assert text.add(eye[[1, 1, 0, 1]]) == "aa"
+    assert text.add(eye[[1, 2, 2, 0]]) == "aab"
+    assert text.add(eye[[3]]) == "aabc"
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options", "words"),
+    [
+        (ENCODER | {"attention": "full"}, [], "attention"),
+        (ENCODER, ["--int8", "static", "--shards", "x"], "takes --int8 dynamic"),
+    ],
+)
+def test_a_model_that_hears_the_future_is_refused(
+    encoder: dict[str, object], options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "run", 2, frontend={"name": "log_mel", "normalize": "fixed"}, encoder=encoder)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
+    assert main(["export", str(checkpoint), str(tmp_path / "edge"), "--to", "edge", *options]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "edge").exists()
