@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--head",
         default="",
-        help="hugging_face: the CTC head to export too (the only one of a recogniser)",
+        help="hugging_face, onnx_stream: the CTC head to export too (the only one of a recogniser)",
     )
     parser.add_argument(
         "--int8",
@@ -59,6 +59,7 @@ def run(arguments: list[str]) -> int:
     from pretrain.heads.ctc import CTC
     from pretrain.interop import graph_export, stream_export
     from pretrain.interop.hf_export import TOLERANCE, export, load_run
+    from pretrain.recognition.recogniser import recognising_head
 
     path = Path(given.run).expanduser()
     found = load_run(path if (path / "state.json").is_file() else find_run(given.run))
@@ -73,7 +74,8 @@ def run(arguments: list[str]) -> int:
     if given.to == "hugging_face":
         error, allowed = export(config, module, given.out, given.head), TOLERANCE
     elif given.to == "onnx_stream":
-        head = next((head for head in module.heads.values() if isinstance(head, CTC)), None)
+        has_text = any(isinstance(head, CTC) for head in module.heads.values())
+        head = recognising_head(given.run, module, config, given.head) if has_text else None
         error = stream_export.export_stream(config, module.model, given.out, given.chunk, given.left, head)
         allowed = graph_export.TOLERANCE["onnx"]
     else:

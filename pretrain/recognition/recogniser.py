@@ -30,7 +30,7 @@ from pretrain.interfaces.models import SpeechModel
 from pretrain.nn.numerics import pad_audio
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.transcript import Transcript, WordBuilder
-from pretrain.train_module import build_speech_model
+from pretrain.train_module import TrainModule, build_speech_model
 
 RESULTS, MODEL = "results.json", "model.safetensors"
 """Files of a model that `auricle finetune` wrote before it wrote runs."""
@@ -147,6 +147,20 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
             "trains one"
         )
     module, config, step = load_checkpoint(folder)
+    return _opened(module.model, recognising_head(given, module, config, head), config.name, device, step)
+
+
+def recognising_head(given: str, module: TrainModule, config: Config, head: str = "") -> ctc.CTC:
+    """Returns the CTC head of a run that writes text, with the names of its symbols.
+
+    Args:
+        given: the run, for messages.
+        module, config: the loaded run.
+        head: name of the head; empty: the only one.
+
+    Raises:
+        ConfigError: there is no such head, or several to choose from.
+    """
     heads = {name: found for name, found in module.heads.items() if isinstance(found, ctc.CTC)}
     has = ", ".join(f"{name} ({kind.name})" for name, kind in config.heads.items()) or "no heads"
     if not heads:
@@ -160,7 +174,7 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
         )
     chosen = head or next(iter(heads))
     _name_tokens(config, chosen, heads[chosen])
-    return _opened(module.model, heads[chosen], config.name, device, step)
+    return heads[chosen]
 
 
 def _name_tokens(config: Config, name: str, head: ctc.CTC) -> None:

@@ -14,13 +14,19 @@ import pytest
 import torch
 
 from data_pipeline.core.schema import ConfigError, load
+from launch.exit_codes import ExitCode
+from launch.main import main
+from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.config import Config
 from pretrain.heads.ctc import CTC
+from pretrain.inference.ctc_decoding import greedy
 from pretrain.inference.streaming_encoder import StreamedModel
 from pretrain.interop.stream_export import export_stream
+from pretrain.recognition.recogniser import open_recogniser
 from pretrain.train_module import TrainModule, build_model
 from tests.support.contract_cases import small, speech_like
 from tests.support.parity_table import Parity
+from tests.support.training import STREAMING_RECOGNISER, save
 
 pytest.importorskip("onnxscript")
 CLIENT = Path(__file__).parents[2] / "docs" / "onnx_stream_client.py"
@@ -42,7 +48,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         small("encoders", "transformer", positions="rope", layers=3, half_rate_blocks=1, **CHUNKED),
     ),
 }
-ONE = "log_mel, conformer"
 
 
 def built(frontend: dict[str, Any], encoder: dict[str, Any]) -> tuple[Config, TrainModule]:
@@ -57,43 +62,46 @@ def built(frontend: dict[str, Any], encoder: dict[str, Any]) -> tuple[Config, Tr
     return config, build_model(config).eval()
 
 
-@pytest.mark.parametrize("case", [ONE, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != ONE)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_a_graph_of_one_chunk_equals_the_model(case: str, tmp_path: Path, parity: Parity) -> None:
     config, module = built(*CASES[case])
     head = module.heads["text"]
     assert isinstance(head, CTC)
     error = export_stream(config, module.model, tmp_path / "out", head=head)
     parity("ONNX streams: features, as a share of the largest", 1e-4, error)
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"stream.onnx", "stream.json"}
     described = json.loads((tmp_path / "out" / "stream.json").read_bytes())
     assert (described["chunk_frames"], described["left_chunks"]) == (4, 2)
-    if case == ONE:
-        compare_with_the_client(module, head, tmp_path)
 
 
-def compare_with_the_client(module: TrainModule, head: CTC, folder: Path) -> None:
-    """The client prints the text that the model's own stream has, in a process without this project."""
+def test_the_client_writes_the_text_of_the_stream(tmp_path: Path) -> None:
+    """It runs in a process without this project, with the graph of the command."""
+    save(tmp_path / "run", 4, **STREAMING_RECOGNISER)
+    checkpoint = str(find_checkpoint(str(tmp_path / "run")))
+    given = ["export", checkpoint, str(tmp_path / "out"), "--to", "onnx_stream", "--chunk", "4"]
+    assert main(given) == ExitCode.DONE
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"stream.onnx", "stream.json"}
     wave_T = (speech_like(1.7, 3) * 20_000).round().clamp(-32_768, 32_767) / 32_768
     pcm = (wave_T.numpy() * 32_768).astype("<i2").tobytes()
-    with wave.open(str(folder / "speech.wav"), "wb") as file:
+    with wave.open(str(tmp_path / "speech.wav"), "wb") as file:
         file.setparams((1, 2, 16_000, 0, "NONE", ""))
         file.writeframes(pcm)
-    streamed = StreamedModel(module.model, 4, 2)
+    recogniser = open_recogniser(str(tmp_path / "run"))
+    streamed = StreamedModel(recogniser.model, 4, 2)
     state, first = streamed.push(streamed.start(), wave_T)
     _, last = streamed.finish(state)
     with torch.no_grad():
-        best = np.concatenate([head.log_probs(part)[0].argmax(1).numpy() for part in (first, last)])
-    kept = [symbol for at, symbol in enumerate(best) if symbol and (at == 0 or symbol != best[at - 1])]
-    expected = "".join(head.symbols[symbol - 1] for symbol in kept)
+        log_probs_FV = np.concatenate([recogniser.head.log_probs(part)[0].numpy() for part in (first, last)])
+    expected = "".join(recogniser.head.symbols[symbol] for symbol in greedy(log_probs_FV))
     assert len(expected) > 3
     code = CLIENT.read_text(encoding="utf-8")
     assert len(code.splitlines()) <= 65
     assert {line.split()[1] for line in code.splitlines() if line.startswith(("import ", "from "))} == {
         "json", "sys", "wave", "pathlib", "numpy", "onnxruntime",
     }  # fmt: skip
-    for source, given in ((str(folder / "speech.wav"), b""), ("-", pcm)):
-        command = [sys.executable, str(CLIENT), str(folder / "out"), source]
-        done = subprocess.run(command, input=given, capture_output=True, timeout=60, check=True)
+    for source, content in ((str(tmp_path / "speech.wav"), b""), ("-", pcm)):
+        command = [sys.executable, str(CLIENT), str(tmp_path / "out"), source]
+        done = subprocess.run(command, input=content, capture_output=True, timeout=60, check=True)
         assert done.stdout.decode().rstrip("\n") == expected
 
 
