@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.schema import ABSENT, ConfigError, diff, dump, flatten, load
 from data_pipeline.core.text import markdown_block, markdown_text, visible
+from pretrain import registry
 from pretrain.config import Config
 
 NOT_COMPARED = ("name", "runs", "device", "data.shards", "data.valid", "data.cache", "data.keys_log", "launcher")
@@ -34,7 +36,7 @@ def differences(config: Config) -> list[tuple[str, Any, Any]]:
     plain: dict[str, Any] = {"data": {"shards": values["data"]["shards"]}}
     for section in ("frontend", "encoder", "objective"):
         plain[section] = {"name": values[section]["name"]}
-    plain["heads"] = {name: {"name": head["name"]} for name, head in values["heads"].items()}
+    plain["heads"] = {name: _required(head) for name, head in values["heads"].items()}
     return diff(dump(load(Config, plain)), values)
 
 
@@ -67,3 +69,10 @@ def _text(value: Any) -> str:
 def _scalar(value: Any) -> bool | int | float | str:
     """Returns a number as it is, all else as text."""
     return value if isinstance(value, bool | int | float) else visible(_text(value))
+
+
+def _required(head: dict[str, Any]) -> dict[str, Any]:
+    """Returns the name of a head and its fields that have no default."""
+    fields = dataclasses.fields(registry.config_type("heads", head["name"]))
+    needed = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
+    return {name: head[name] for name in ["name", *needed]}
