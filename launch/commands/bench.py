@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
+from data_pipeline.core.schema import ConfigError
 from launch.cli.parser import Parser
 from launch.exit_codes import ExitCode
 
@@ -15,7 +18,10 @@ COLUMNS = ("graph", "RTF p50", "RTF p95", "speed-up", "CPU RTF", "first output m
 def run(arguments: list[str]) -> int:
     """Prints the figures; returns 0."""
     parser = Parser("auricle bench", description="speed, memory and size of exported graphs, measured in turn")
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of auricle export; the first is the baseline")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of auricle export; the first is the baseline")
+    parser.add_argument("--table", metavar="RUN", help="instead: latency of single blocks of a run's encoder, as JSON")
+    parser.add_argument("--heads", type=_widths, help="table: numbers of heads, with commas")
+    parser.add_argument("--ffn", type=_widths, help="table: numbers of inner channels, with commas")
     parser.add_argument("--threads", type=int, default=1, help="threads of a product (default: 1)")
     parser.add_argument("--seconds", type=float, default=10.0, help="audio of one run (default: 10)")
     parser.add_argument("--runs", type=int, default=30, help="runs of each graph (default: 30)")
@@ -24,6 +30,12 @@ def run(arguments: list[str]) -> int:
     for name, least in (("threads", 1), ("runs", 1), ("seconds", 1.0)):
         if not getattr(given, name) >= least:
             parser.error(f"--{name} {getattr(given, name)}: must be at least {least:g}")
+
+    if bool(given.table) == bool(given.folders) or bool(given.table) != bool(given.heads and given.ffn):
+        parser.error("give folders, or --table RUN with --heads and --ffn")
+    if given.table:
+        print(json.dumps(_table(given), indent=2))
+        return ExitCode.DONE
 
     from launch.cli.tables import show, table
     from pretrain.compression.timing import measure
@@ -45,3 +57,23 @@ def run(arguments: list[str]) -> int:
     noisy = f"; noisy: {found.noisy}" if found.noisy else ""
     print(f"{found.threads} thread(s), {found.seconds:g} s of audio per run{noisy}")
     return ExitCode.DONE
+
+
+def _widths(text: str) -> list[int]:
+    """Reads whole numbers with commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def _table(given: argparse.Namespace) -> dict[str, Any]:
+    """Measures single blocks of a run's encoder."""
+    from pretrain.checkpointing.locate import find_checkpoint
+    from pretrain.checkpointing.weights import load_checkpoint
+    from pretrain.compression.block_table import block_table
+    from pretrain.nn.block_stack import StackConfig
+
+    found = load_checkpoint(find_checkpoint(given.table))
+    encoder = found.config.encoder
+    if not isinstance(encoder, StackConfig):
+        raise ConfigError(f"encoder.name={encoder.name}: only stacks of blocks have a table")
+    rate_hz = found.module.model.shape.rate_hz
+    return block_table(encoder, rate_hz, given.heads, given.ffn, given.seconds, given.runs, given.threads)

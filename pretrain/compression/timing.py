@@ -10,7 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,21 @@ def measure(folders: Sequence[Path], seconds: float = 10.0, runs: int = 30, thre
     finally:
         for worker in workers:
             worker.close()
-    return Timings(graphs, seconds, threads, _noise(graphs, max(load_before, os.getloadavg()[0])))
+    figures = {graph.name: (graph.rtf_p50, graph.rtf_p95) for graph in graphs}
+    return Timings(graphs, seconds, threads, noise(figures, load_before))
 
 
-def _noise(graphs: Sequence[GraphTiming], load: float) -> str:
-    cores = os.cpu_count() or 1
+def noise(figures: Mapping[str, tuple[float, float]], load: float = 0.0) -> str:
+    """Returns why timings cannot be trusted; "" if nothing was noticed.
+
+    Args:
+        figures: median and 95th percentile of each thing that was timed.
+        load: load of the machine before; the present load counts as well.
+    """
+    cores, load = os.cpu_count() or 1, max(load, os.getloadavg()[0])
     if load > cores:
         return f"load {load:.1f} on {cores} cores"
-    wide = [graph.name for graph in graphs if graph.rtf_p95 > SPREAD * graph.rtf_p50]
+    wide = [name for name, (median, p95) in figures.items() if p95 > SPREAD * median]
     return f"the 95th percentile of {', '.join(wide)} is more than {SPREAD} times the median" if wide else ""
 
 

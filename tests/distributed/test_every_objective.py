@@ -30,6 +30,16 @@ def optional(encoder: str, engine: str, stage: int = 1) -> dict[str, Any]:
     return made
 
 
+def pruned(name: str, engine: str, stage: int = 1) -> dict[str, Any]:
+    """Returns a case of distillation with gates, whose draws and multipliers must not depend on ranks."""
+    made = case("distil", engine, stage)
+    made["config"]["objective"] = CASES["distil"] | {"sparsity": 0.5, "sparsity_steps": 2}
+    return made
+
+
+PRUNED = "distil, pruned"
+
+
 def case(objective: str, engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
     config = {
         "data": {"shards": "synthetic", "micro_batches": 4},
@@ -47,14 +57,14 @@ def case(objective: str, engine: str, stage: int = 1, **more: Any) -> dict[str, 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tmp = tmp_path_factory.mktemp("objectives")
-    cases = dict.fromkeys(CASES, case) | dict.fromkeys(ENCODERS, optional)
+    cases = dict.fromkeys(CASES, case) | dict.fromkeys(ENCODERS, optional) | {PRUNED: pruned}
     one = {name: make(name, "torch") for name, make in cases.items()}
     two = {f"{name}, zero {stage}": make(name, "deepspeed", stage) for name, make in cases.items() for stage in (1, 3)}
     return run(tmp, "one", 1, one) | run(tmp, "two", 2, two)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("name", [*CASES, *ENCODERS])
+@pytest.mark.parametrize("name", [*CASES, *ENCODERS, PRUNED])
 def test_losses_equal_those_of_one_rank(measured: dict[str, Any], name: str, stage: int) -> None:
     found, expected = measured[f"{name}, zero {stage}"], measured[name]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)

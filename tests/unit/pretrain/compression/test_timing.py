@@ -12,8 +12,8 @@ import pytest
 
 from data_pipeline.core.schema import ConfigError
 from launch.main import main
-from pretrain.compression import timing
-from pretrain.compression.timing import GraphTiming, measure, median_and_p95
+from pretrain.compression.timing import measure, median_and_p95, noise
+from tests.support.training import save
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -89,12 +89,27 @@ def test_a_graph_with_more_products_takes_longer_and_streams_answer_first(
 
 
 def test_noise_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    steady = GraphTiming("a", 0.01, 0.011, 0.01, 1.0, 1.0, 1.0, 1.0, 1.0)
-    wide = GraphTiming("b", 0.01, 0.02, 0.01, 1.0, 1.0, 1.0, 1.0, 1.0)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert timing._noise([steady], 1.5) == ""
-    assert timing._noise([steady], 2.5) == "load 2.5 on 2 cores"
-    assert timing._noise([steady, wide], 1.5).startswith("the 95th percentile of b")
+    monkeypatch.setattr("os.getloadavg", lambda: (1.5, 0.0, 0.0))
+    assert noise({"a": (0.01, 0.011)}) == ""
+    assert noise({"a": (0.01, 0.011)}, load=2.5) == "load 2.5 on 2 cores"
+    assert noise({"a": (0.01, 0.011), "b": (0.01, 0.02)}).startswith("the 95th percentile of b")
+    monkeypatch.setattr("os.getloadavg", lambda: (7.0, 0.0, 0.0))
+    assert noise({}) == "load 7.0 on 2 cores"
+
+
+def test_a_table_of_blocks_grows_with_their_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = {"name": "transformer", "layers": 2, "dim": 64, "heads": 4, "ffn_dim": 64}
+    save(tmp_path / "run", 2, encoder=encoder)
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "step_00000002")
+    line = ["bench", "--table", checkpoint, "--heads", "1", "--ffn", "64,4096", "--runs", "5", "--seconds", "20"]
+    assert main(line) == 0
+    found = json.loads(capsys.readouterr().out)
+    narrow, wide = found["rows"]
+    assert (narrow[:2], wide[:2], found["dim"]) == ([1, 64], [1, 4096], 64)
+    assert wide[2] > 2 * narrow[2] > 0
+    assert main([*line[:5], "--ffn", "0"]) == 2
+    assert main(["bench", str(tmp_path), "--ffn", "8"]) == 2
 
 
 def test_percentiles() -> None:
