@@ -21,8 +21,11 @@ Format = Literal["text", "json", "srt", "vtt", "tsv"]
 class DecodingConfig:
     """How a recogniser's output becomes text."""
 
-    decoder: Annotated[Literal["greedy", "beam"], about("the most probable path, or prefix beam search")] = "greedy"
-    beam: Annotated[int, about("decoder=beam: prefixes that are kept", ge=1, le=1_000)] = 16
+    decoder: Annotated[
+        Literal["greedy", "beam", "joint"],
+        about("the most probable path, prefix beam search, or beam search of an attention decoder with CTC"),
+    ] = "greedy"
+    beam: Annotated[int, about("decoder=beam and joint: prefixes that are kept", ge=1, le=1_000)] = 16
     lm: Annotated[
         str,
         about("decoder=beam: n-gram model of words in ARPA or KenLM's binary format; only its words are written then"),
@@ -30,6 +33,7 @@ class DecodingConfig:
     words: Annotated[str, about("lm: file with the words, one per line; empty: those of the ARPA file")] = ""
     lm_weight: Annotated[float, about("lm: weight of its log10 p beside the acoustics' ln p", ge=0)] = 2.0
     word_bonus: Annotated[float, about("lm: added per word")] = 0.0
+    ctc_weight: Annotated[float, about("decoder=joint: weight of CTC beside attention", ge=0, lt=1)] = 0.3
     window_seconds: Annotated[
         float, about("longer recordings are computed in overlapping windows of this length", ge=2, le=600)
     ] = 30.0
@@ -80,6 +84,8 @@ class TranscribeConfig(DecodingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stream and self.decoder == "joint":
+            refuse("decoder", self.decoder, "needs the whole of a segment; take greedy or beam with stream=true")
         if self.stream and self.lm:
             refuse("lm", self.lm, "with stream=true there is no word model; leave it out")
         if self.stream and self.format in ("srt", "vtt"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain.inference.ctc_decoding import NGram, beam_search, greedy
+from pretrain.inference.joint_decoding import JointConfig
 from pretrain.inference.word_lm import WordBeamSearch
 from pretrain.recognition.recogniser import Recogniser
 
@@ -36,13 +37,13 @@ class Decoders:
 
 def written(text: str, symbols: Iterable[str]) -> str:
     """Returns a text in the recogniser's symbols: lower case, other characters dropped, single spaces."""
-    known = set(symbols)
+    known = set("".join(symbols))
     return " ".join("".join(symbol for symbol in text.lower() if symbol in known).split())
 
 
 def fit_ngram(texts: Iterable[str], order: int, symbols: Sequence[str]) -> NGram | None:
-    """Returns an n-gram of the symbols of texts; None for order 0."""
-    if not order:
+    """Returns an n-gram of the symbols of texts; None for order 0, and for symbols of several characters."""
+    if not order or any(len(symbol) != 1 for symbol in symbols):
         return None
     numbers = {symbol: number for number, symbol in enumerate(symbols)}
     return NGram([[numbers[s] for s in written(text, symbols)] for text in texts], order, len(symbols))
@@ -56,15 +57,21 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
         waves: (T,) audio at 16 kHz.
         decoders: which are run.
     """
-    outputs = [recogniser.log_probs(wave) for wave in waves]
+    outputs, joint = [], []
+    for wave in waves:
+        outputs.append(recogniser.log_probs(wave))
+        if recogniser.attention is not None and decoders.beam:
+            joint.append(recogniser.joint(wave, JointConfig(beam=decoders.beam))[1])
 
     def spelled(symbols: Sequence[int]) -> str:
-        return "".join(recogniser.head.symbols[number] for number in symbols)
+        return " ".join("".join(recogniser.head.symbols[number] for number in symbols).split())
 
     found = [("greedy", [spelled(greedy(output)) for output in outputs])]
     if decoders.beam:
         name = f"beam {decoders.beam}"
         found.append((name, [spelled(beam_search(output, decoders.beam)) for output in outputs]))
+        if joint:
+            found.append((f"{name}, attention and CTC", [spelled(symbols) for symbols in joint]))
         if search := decoders.words:
             found.append((f"{name} + word model", [spelled(search(output)) for output in outputs]))
         if model := decoders.ngram:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +21,22 @@ from data_pipeline.text.tokenizer import load_tokenizer
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.weights import fill, load_checkpoint
 from pretrain.config import Config
-from pretrain.heads import ctc
+from pretrain.heads import ctc, sequence
+from pretrain.inference import joint_decoding
 from pretrain.inference.ctc_alignment import align
 from pretrain.inference.ctc_decoding import BLANK, beam_search, greedy
+from pretrain.inference.joint_decoding import JointConfig
 from pretrain.inference.windows import Windows, cut_at_pauses, join_windows
 from pretrain.inference.word_lm import WordBeamSearch
+from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.models import SpeechModel
 from pretrain.nn.numerics import pad_audio
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.transcript import Transcript, WordBuilder
 from pretrain.train_module import TrainModule, build_speech_model
 
+WORD_BEGIN = "▁"
+"""Of byte-pair units, as SentencePiece writes it."""
 RESULTS, MODEL = "results.json", "model.safetensors"
 """Files of a model that `auricle finetune` wrote before it wrote runs."""
 
@@ -45,6 +50,8 @@ class Recogniser:
     name: str
     step: int = 0
     """Updates of its run."""
+    attention: sequence.Sequence | None = None
+    """Attention decoder of the same tokens, where the run has one."""
 
     @property
     def device(self) -> torch.device:
@@ -56,15 +63,51 @@ class Recogniser:
         spaces = [number + 1 for number, symbol in enumerate(self.head.symbols) if symbol == " "]
         return np.isin(log_probs_FV.argmax(1), [BLANK, *spaces])
 
-    @torch.inference_mode()
     def log_probs(self, wave_T: np.ndarray) -> np.ndarray:
         """Returns ln p of blank and symbols, (F, V) float32, for (T,) audio at 16 kHz; F is 0 for too short audio."""
+        return self._encoded(wave_T)[0]
+
+    def joint(self, wave_T: np.ndarray, decoding: JointConfig) -> tuple[np.ndarray, list[int]]:
+        """Decodes audio with the attention decoder and CTC.
+
+        Args:
+            wave_T: (T,) audio at 16 kHz.
+            decoding: beam and weights.
+
+        Returns:
+            CTC's ln p as in `log_probs`, and the symbols found.
+
+        Raises:
+            ConfigError: the run has no attention decoder for these symbols.
+        """
+        if self.attention is None:
+            raise ConfigError(
+                "decoder=joint: the run has no head `sequence` over the tokens of its CTC head; take greedy or beam"
+            )
+        log_probs_FV, encoded = self._encoded(wave_T)
+        if not len(log_probs_FV):
+            return log_probs_FV, []
+        with torch.inference_mode():
+            found = joint_decoding.decode(
+                self.attention.decoder,
+                self.attention.memories(encoded),
+                torch.from_numpy(log_probs_FV),
+                vocabulary=len(self.head.symbols),
+                seconds=len(wave_T) / SAMPLE_RATE,
+                config=decoding,
+                text_of=lambda tokens: "".join(self.head.symbols[token] for token in tokens),
+            )
+        return log_probs_FV, found.tokens
+
+    @torch.inference_mode()
+    def _encoded(self, wave_T: np.ndarray) -> tuple[np.ndarray, EncoderOutput]:
         wave_1T = torch.from_numpy(np.ascontiguousarray(wave_T, np.float32))[None].to(self.device)
         length_1 = torch.tensor([wave_1T.shape[1]], device=self.device)
         frames = int(self.model.frontend.frame_lengths(length_1))
         padded_1T = pad_audio(wave_1T, self.model.frontend.least_samples())
-        log_probs_BFV: Tensor = self.head.log_probs(self.model(padded_1T, length_1))
-        return log_probs_BFV[0, :frames].cpu().numpy()
+        encoded: EncoderOutput = self.model(padded_1T, length_1)
+        log_probs_BFV: Tensor = self.head.log_probs(encoded)
+        return log_probs_BFV[0, :frames].cpu().numpy(), encoded
 
     def transcribe(
         self, name: str, blocks: Iterable[np.ndarray], decoding: DecodingConfig, decode: Decode | None = None
@@ -80,14 +123,20 @@ class Recogniser:
         decode = decode or decoder(decoding, self.head.symbols)
         rate_hz, symbols = self.model.shape.rate_hz, self.head.symbols
         windows = Windows.of(rate_hz, SAMPLE_RATE, decoding.window_seconds, decoding.overlap_seconds)
-        counted = _Counted(blocks)
+        joint = JointConfig(beam=decoding.beam, ctc_weight=decoding.ctc_weight) if decoding.decoder == "joint" else None
+        counted = _Counted(blocks, keep=joint is not None)
+        beyond = self.model.frontend.least_samples()
         words, offset = WordBuilder(rate_hz), 0
         parts = join_windows(counted, self.log_probs, windows)
         for piece_FV in cut_at_pauses(parts, windows.window // windows.hop, self.silent):
-            found = decode(piece_FV)
+            length = len(piece_FV)
+            if joint is None:
+                found = decode(piece_FV)
+            else:
+                piece_FV, found = self.joint(counted.take(length * windows.hop, beyond), joint)
             for symbol, aligned in zip(found, align(piece_FV, found), strict=True):
                 words.add(symbols[symbol], aligned, offset)
-            offset += len(piece_FV)
+            offset += length
             if decoding.lm:  # whole words, without a space after the last one
                 words.end_word()
         words.end_word()
@@ -97,13 +146,23 @@ class Recogniser:
 class _Counted:
     """Passes blocks of audio on and counts their samples."""
 
-    def __init__(self, blocks: Iterable[np.ndarray]) -> None:
-        self._blocks, self.samples = blocks, 0
+    def __init__(self, blocks: Iterable[np.ndarray], keep: bool = False) -> None:
+        self._blocks, self._keep, self.samples = blocks, keep, 0
+        self._kept: list[np.ndarray] = []
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for block in self._blocks:
             self.samples += len(block)
+            if self._keep:
+                self._kept.append(block)
             yield block
+
+    def take(self, samples: int, beyond: int) -> np.ndarray:
+        """Returns the next `samples` samples that were passed on and the `beyond` ones after them, and forgets the
+        former. A remainder that is not longer is returned whole."""
+        kept = np.concatenate(self._kept)
+        self._kept = [kept[samples:].copy()]
+        return kept if len(kept) <= samples + 2 * beyond else kept[: samples + beyond]
 
 
 Decode = Callable[[np.ndarray], list[int]]
@@ -118,7 +177,7 @@ def decoder(decoding: DecodingConfig, symbols: Sequence[str]) -> Decode:
     """
     if decoding.decoder == "greedy":
         return greedy
-    if decoding.lm:
+    if decoding.lm:  # not with the attention decoder, see DecodingConfig
         return WordBeamSearch(
             decoding.lm, symbols, decoding.beam, decoding.lm_weight, decoding.word_bonus, decoding.words
         )
@@ -147,7 +206,11 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
             "trains one"
         )
     module, config, step = load_checkpoint(folder)
-    return _opened(module.model, recognising_head(given, module, config, head), config.name, device, step)
+    chosen = recognising_head(given, module, config, head)
+    made = _opened(module.model, chosen, config.name, device, step)
+    beside = [found for found in module.heads.values() if isinstance(found, sequence.Sequence)]
+    fitting = [found for found in beside if found.config.tokens == chosen.tokens]
+    return replace(made, attention=fitting[0].eval().to(made.device)) if fitting else made
 
 
 def recognising_head(given: str, module: TrainModule, config: Config, head: str = "") -> ctc.CTC:
@@ -178,16 +241,15 @@ def recognising_head(given: str, module: TrainModule, config: Config, head: str 
 
 
 def _name_tokens(config: Config, name: str, head: ctc.CTC) -> None:
-    """Tells a head that writes tokens of the run what they are. Raises ConfigError if they are no characters."""
+    """Tells a head that writes tokens of the run what they are. Raises ConfigError for phones, which make no words."""
     if not head.tokens:
         return
     tokenizer = load_tokenizer(config.data.tokens[head.tokens])
-    if tokenizer.kind != "characters":
+    if tokenizer.kind == "phones":
         raise ConfigError(
-            f"heads.{name}.tokens={head.tokens}: are {tokenizer.kind} tokens; so far words and times are made of "
-            "characters only (`auricle tokens kind=characters`)"
+            f"heads.{name}.tokens={head.tokens}: are phones, of which no words are made; choose another head"
         )
-    head.name_tokens(tokenizer.symbols)
+    head.name_tokens(tuple(symbol.replace(WORD_BEGIN, " ") for symbol in tokenizer.symbols))
 
 
 def _opened(model: SpeechModel, head: ctc.CTC, name: str, device: str, step: int = 0) -> Recogniser:

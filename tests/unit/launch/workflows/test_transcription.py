@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.core.schema import dump
+from data_pipeline.text.tokenizer import write_tokens
 from launch.exit_codes import ExitCode
 from launch.main import main
 from pretrain.checkpointing.weights import load_checkpoint
+from pretrain.inference.joint_decoding import JointConfig
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.recogniser import Recogniser, open_recogniser
 from tests.support.paths import ROOT
@@ -155,6 +157,42 @@ def test_a_word_model_writes_its_words_with_times(
     assert len(starts) > 5
     assert starts == sorted(starts)
     assert starts[-1] > 6.0
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Recogniser:
+    """A run with CTC and an attention decoder over the same three characters."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    tokens = {"kind": "characters", "label": "text", "case": "lower", "symbols": [" ", "a", "b"]}
+    write_tokens(str(folder / "tokens"), tokens)
+    over = {"tokens": "text", "vocabulary": 3}
+    data = {"shards": "synthetic", "micro_batches": 4, "tokens": {"text": str(folder / "tokens")}}
+    decoder = {"layers": 1, "heads": 2, "ffn_dim": 32}
+    heads = {"ctc": {"name": "ctc"} | over, "aed": {"name": "sequence", "decoder": decoder} | over}
+    save(folder / "run", 4, heads=heads, data=data, **LOCAL)
+    return open_recogniser(str(folder / "run"))
+
+
+def test_joint_decoding_of_long_recordings(hybrid: Recogniser, speech: Path) -> None:
+    """A recording of one window is decoded at once; pieces of a longer one have the times of the whole recording."""
+    wave = audio(speech / "b.wav")
+    whole = hybrid.transcribe("b", [wave], DecodingConfig(decoder="joint", beam=3))
+    _, symbols = hybrid.joint(wave, JointConfig(beam=3))
+    assert whole.text == " ".join("".join(hybrid.head.symbols[number] for number in symbols).split())
+    short = DecodingConfig(decoder="joint", beam=3, window_seconds=3.0, overlap_seconds=1.0)
+    cut = hybrid.transcribe("b", np.array_split(wave, 17), short)
+    starts = [word.start for word in cut.words]
+    assert starts == sorted(starts)
+    assert cut.words[-1].end <= 9.0
+    assert cut.seconds == 9.0
+
+
+def test_joint_decoding_without_an_attention_decoder_is_refused(
+    runs: Path, speech: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["transcribe", f"checkpoint={runs / 'reads'}", f"files={speech / 'a.wav'}", "decoder=joint"]
+    assert main(given) == ExitCode.USAGE
+    assert "the run has no head `sequence`" in capsys.readouterr().err
 
 
 def test_a_model_of_an_earlier_fine_tuning_is_read(runs: Path, tmp_path: Path, speech: Path) -> None:
