@@ -39,6 +39,9 @@ def ctc_head(config: Config, module: TrainModule, name: str = "") -> CTC | None:
     if not name and len(heads) > 1:
         raise ConfigError(f"the run has the CTC heads {', '.join(heads)}; choose one with --head NAME")
     name = name or next(iter(heads))
+    if heads[name].tokens:
+        remedy = "the exported vocabulary is made of the head's symbols; train a head without tokens"
+        raise ConfigError(f"heads.{name}.tokens={heads[name].tokens}: {remedy}")
     layers = config.heads[name].layers
     if layers not in ((), (module.model.encoder.n_layers,)):
         raise ConfigError(f"heads.{name}.layers={list(layers)}: transformers' classes read the last layer alone")

@@ -14,10 +14,12 @@ from data_pipeline.core.types import Batch
 from data_pipeline.text.artefact import TokensConfig, make_tokens
 from launch.workers.build import require_fitting_labels
 from pretrain.config import Config
-from pretrain.heads import sequence
+from pretrain.heads import ctc, sequence
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import ModelShape
 from pretrain.interfaces.objectives import HeadPlan
+from pretrain.interop.hf_ctc import ctc_head
+from tests.support.contract_cases import make
 
 SHAPE = ModelShape(dim=16, n_layers=2, feature_dim=80, feature_rate_hz=100.0, rate_hz=25.0)
 CTX = StepContext(seed=0, step=4)
@@ -120,3 +122,16 @@ def test_texts_that_are_too_long_are_counted() -> None:
     assert tuple(map(float, found.metrics["infeasible"])) == (1.0, 2.0)
     assert int(found.count) == 3
     assert dataclasses.asdict(made.config)["decoder"]["max_tokens"] == 6
+
+
+def test_a_ctc_head_on_tokens_is_not_exported_with_an_empty_vocabulary() -> None:
+    heads = {"task": {"name": "ctc", "tokens": "text", "vocabulary": 27}}
+    values = {"data": {"shards": "none"}, "objective": {"name": "none"}, "frontend": {"name": "log_mel"}}
+    config = load(Config, {**values, "encoder": {"name": "transformer"}, "heads": heads})
+    with pytest.raises(ConfigError, match=r"heads\.task\.tokens=text"):
+        ctc_head(config, make("none", heads=heads))
+
+
+def test_ctc_needs_the_number_of_its_tokens() -> None:
+    with pytest.raises(ConfigError, match="vocabulary"):
+        load(ctc.Config, {"tokens": "text"})
