@@ -72,7 +72,10 @@ class TrainModule(nn.Module):
         """
         batch = padded_to(batch, self.least_samples)
         plan = self.objective.prepare(self.model, batch, ctx)
-        heads = {name: head.prepare(self.model, batch, ctx) for name, head in self._heads().items()}
+        heads = {
+            name: head.restrict(head.prepare(self.model, batch, ctx), self.model, batch, plan.masked_BF)
+            for name, head in self._heads().items()
+        }
         counts = [plan.count, *(head.count for head in heads.values())]
         return TrainPlan(plan, heads, torch.stack([count.detach().cpu().double() for count in counts]))
 

@@ -52,6 +52,11 @@ class MicroBatchPlan:
 
     count: Tensor
 
+    @property
+    def masked_BF(self) -> Tensor | None:
+        """The masked frames of the encoder's output, (B, F) bool; None where an objective masks none of its frames."""
+        return None
+
 
 class Objective(nn.Module, abc.ABC):
     """A self-supervised loss; owns its encoder passes.
@@ -151,10 +156,12 @@ class HeadPlan(NamedTuple):
     """What a head will learn from one micro-batch, known before the forward pass.
 
     count: number of targets, a scalar tensor.  rows_B: (B,) bool, rows with at least one usable target.
+    counted_BF: (B, F) bool, encoder frames with a target, for heads that learn from some frames; None: all.
     """
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
     rows_B: Tensor
+    counted_BF: Tensor | None = None
 
 
 class LayerMix(nn.Module):
@@ -218,6 +225,20 @@ class Head(nn.Module, abc.ABC):
             batch: one micro-batch with its labels.
             ctx: seed and step that key the draws.
         """
+
+    def restrict(self, plan: HeadPlan, model: SpeechModel, batch: Batch, masked_BF: Tensor | None) -> HeadPlan:
+        """Returns the plan of a head that learns from masked frames alone; other heads return theirs, the default.
+
+        Args:
+            plan: the result of `prepare`.
+            model: front end and encoder.
+            batch: the micro-batch.
+            masked_BF: (B, F) bool, the objective's masked frames; None if it masks none.
+
+        Raises:
+            ConfigError: the head needs masked frames and there are none.
+        """
+        return plan
 
     @abc.abstractmethod
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:

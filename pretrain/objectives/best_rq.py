@@ -22,7 +22,7 @@ from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel
 from pretrain.self_supervision.deferred_fit import FittedOnce
 from pretrain.self_supervision.kmeans import from_first_rank, kmeans
-from pretrain.self_supervision.masking import FrameMask, block_mask, draw_frame_mask
+from pretrain.self_supervision.masking import FrameMask, MaskedPlan, block_mask, draw_frame_mask
 from pretrain.self_supervision.quantizers import RandomProjectionQuantizer
 
 
@@ -43,7 +43,7 @@ class Config(ObjectiveConfig):
 
 
 @dataclass
-class MaskPlan(MicroBatchPlan):
+class MaskPlan(MaskedPlan):
     mask: FrameMask
     noise_BFD: Tensor
     """Noise that replaces masked feature frames, (B, feature frames, feature_dim)."""

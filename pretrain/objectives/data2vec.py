@@ -16,7 +16,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
-from pretrain.self_supervision.masking import FrameMask, draw_span_mask
+from pretrain.self_supervision.masking import FrameMask, MaskedPlan, draw_span_mask
 from pretrain.self_supervision.teacher import (
     Teacher,
     all_but_positions,
@@ -39,7 +39,7 @@ class Config(ObjectiveConfig):
 
 
 @dataclass
-class MaskPlan(MicroBatchPlan):
+class MaskPlan(MaskedPlan):
     mask: FrameMask
     count: Tensor
 

@@ -18,7 +18,7 @@ from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import CODE_COUNTS, CodeBook, MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.spectral import normalize_frames
-from pretrain.self_supervision.masking import FrameMask, draw_span_mask
+from pretrain.self_supervision.masking import FrameMask, MaskedPlan, draw_span_mask
 from pretrain.self_supervision.quantizers import nearest_codes
 from pretrain.self_supervision.teacher import Teacher, all_but_positions, annealed_decay, layer_teacher
 
@@ -38,7 +38,7 @@ class Config(ObjectiveConfig):
 
 
 @dataclass
-class MaskPlan(MicroBatchPlan):
+class MaskPlan(MaskedPlan):
     mask: FrameMask
     count: Tensor
 

@@ -25,7 +25,7 @@ from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.block_stack import BlockStack
 from pretrain.nn.gates import FASTER, Gated, HardConcreteGates
 from pretrain.nn.numerics import full_precision
-from pretrain.self_supervision.masking import FrameMask, draw_frame_mask, draw_span_mask
+from pretrain.self_supervision.masking import FrameMask, MaskedPlan, draw_frame_mask, draw_span_mask
 from pretrain.self_supervision.teacher import Teacher, deviation
 
 
@@ -66,7 +66,7 @@ class Config(ObjectiveConfig):
 
 
 @dataclass
-class DistilPlan(MicroBatchPlan):
+class DistilPlan(MaskedPlan):
     """mask: frames hidden from the student.  flat_N: frames with a target, as indices into B·F."""
 
     mask: FrameMask

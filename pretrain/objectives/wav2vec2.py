@@ -25,7 +25,7 @@ from pretrain.self_supervision.contrastive import (
     nearest_units,
 )
 from pretrain.self_supervision.masked_prediction import feature_penalty
-from pretrain.self_supervision.masking import FrameMask, draw_negatives, draw_span_mask
+from pretrain.self_supervision.masking import FrameMask, MaskedPlan, draw_negatives, draw_span_mask
 from pretrain.self_supervision.quantizers import GumbelQuantizer, Quantized, perplexity
 from pretrain.self_supervision.teacher import deviation
 
@@ -52,7 +52,7 @@ class Config(ObjectiveConfig):
 
 
 @dataclass
-class ContrastivePlan(MicroBatchPlan):
+class ContrastivePlan(MaskedPlan):
     mask: FrameMask
     negatives_BMK: Tensor
     """Negatives of each masked frame, as positions within M."""

@@ -21,7 +21,7 @@ from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel, TorchaudioMfcc
 from pretrain.self_supervision.deferred_fit import FittedOnce
 from pretrain.self_supervision.kmeans import from_first_rank, kmeans
-from pretrain.self_supervision.masking import FrameMask, draw_span_mask, frame_width
+from pretrain.self_supervision.masking import FrameMask, MaskedPlan, draw_span_mask, frame_width
 from pretrain.self_supervision.quantizers import RandomProjectionQuantizer, nearest_codes
 from pretrain.self_supervision.teacher import Teacher
 
@@ -80,7 +80,7 @@ class MaskedUnitsConfig(ObjectiveConfig):
 
 
 @dataclass
-class UnitsPlan(MicroBatchPlan):
+class UnitsPlan(MaskedPlan):
     mask: FrameMask
     labels_N: Tensor | None
     """Units of the masked frames, −1 without a label; None: computed in the forward pass."""

@@ -13,6 +13,7 @@ from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.models import Frontend
+from pretrain.interfaces.objectives import MicroBatchPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,16 @@ class FrameMask:
     def count(self) -> Tensor:
         """Total number of masked frames, a float64 scalar on the host."""
         return torch.tensor(float(len(self.flat_N)), dtype=torch.float64)
+
+
+class MaskedPlan(MicroBatchPlan):
+    """The draws of an objective that masks frames of each row once."""
+
+    mask: FrameMask
+
+    @property
+    def masked_BF(self) -> Tensor:
+        return self.mask.mask_BF
 
 
 def span_mask(length: int, prob: float, span: int, rng: np.random.Generator, min_spans: int = 2) -> np.ndarray:

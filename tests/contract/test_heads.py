@@ -9,11 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Sum
 from pretrain.train_module import TrainModule
-from tests.support.contract_cases import CASES, ENCODERS, FRONTENDS, HEADS, TEXTS, batch, labelled, make
+from tests.support.contract_cases import (
+    CASES,
+    ENCODERS,
+    FRONTENDS,
+    HEADS,
+    SELF_SUPERVISED,
+    TEXTS,
+    batch,
+    labelled,
+    make,
+)
 
 EVERY = pytest.mark.parametrize(
     ("head", "frontend", "encoder"),
@@ -62,6 +73,8 @@ def test_the_plan_counts_what_the_loss_counts(head: str, frontend: str, encoder:
 @EVERY
 def test_rows_without_a_label_change_nothing(head: str, frontend: str, encoder: str) -> None:
     module = module_of(head, frontend, encoder).eval()
+    if head in SELF_SUPERVISED:
+        pytest.skip("every row has a target")
     if "batch" in couples(module):
         pytest.skip("declared: samples are coupled")
     alone, metrics = run(module, first_row(labelled(batch((1.0, 0.7)))))
@@ -73,7 +86,8 @@ def test_rows_without_a_label_change_nothing(head: str, frontend: str, encoder: 
 @EVERY
 def test_without_any_label_loss_and_gradients_are_zero_and_not_missing(head: str, frontend: str, encoder: str) -> None:
     module = module_of(head, frontend, encoder)
-    for data in (labelled(batch(), ("", "")), labelled(batch()).emptied(9)):
+    unlabelled = [] if head in SELF_SUPERVISED else [labelled(batch(), ("", ""))]
+    for data in (*unlabelled, labelled(batch()).emptied(9)):
         module.zero_grad()
         loss, metrics = run(module, data)
         assert float(loss.detach()) == 0.0
@@ -191,3 +205,22 @@ def test_symbols_outside_the_alphabet_are_counted() -> None:
     module = module_of("ctc").eval()
     metrics = run(module, labelled(batch(), ("nä 3", "ok")))[1]
     assert tuple(map(float, metrics["metric/task/foreign_symbols"])) == (2.0, 6.0)
+
+
+def test_a_segment_of_an_unknown_class_is_no_target_and_is_counted() -> None:
+    module = module_of("classifier").eval()
+    data = dataclasses.replace(batch(), labels={"speaker": ("zoe", "bob")})
+    assert int(module.prepare(data, CTX).counts_K[1]) == 1
+    metrics = run(module, data)[1]
+    for name in ("unknown_classes", "infeasible"):
+        assert tuple(map(float, metrics[f"metric/task/{name}"])) == (1.0, 2.0)
+
+
+def test_a_reconstruction_of_masked_frames_counts_them_and_no_others() -> None:
+    masked = {"task": {"name": "reconstruction", "frames": "masked", "n_mels": 20}}
+    module = make("best_rq", heads=masked).eval()
+    plan = module.prepare(labelled(batch()), CTX)
+    assert int(plan.counts_K[1]) == int(plan.counts_K[0]) * 20 * 4
+    assert float(run(module, labelled(batch()))[1]["loss/task"][1]) == float(plan.counts_K[1])
+    with pytest.raises(ConfigError, match="frames=all"):
+        make("none", heads=masked).prepare(batch(), CTX)

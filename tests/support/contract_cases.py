@@ -73,8 +73,12 @@ HEADS: dict[str, dict[str, Any]] = {name: small("heads", name, layers=[]) for na
     "sequence, two memories": small(
         "heads", "sequence", layers=[], memory_layers=[1, 2], decoder=DECODER | {"dim": 16}
     ),
+    "classifier": {"name": "classifier", "classes": ["ann", "bob", "eve"], "embedding_dim": 16},
+    "classifier, softmax": {"name": "classifier", "classes": ["ann", "bob"], "loss": "softmax", "embedding_dim": 16},
 }
 """Every head, and further settings of some."""
+SELF_SUPERVISED = frozenset({"reconstruction"})
+"""Heads whose targets come from the audio alone."""
 
 
 def make(
@@ -130,6 +134,7 @@ def batch(seconds: tuple[float, ...] = (1.0, 0.7), width: float | None = None, f
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 TEXTS = ("go on", "a tool")
 """One text for each utterance of `batch()`; the second has a double letter."""
+SPEAKERS = dict(zip(TEXTS, ("ann", "bob"), strict=True))
 
 
 def labelled(batch: Batch, texts: tuple[str, ...] = TEXTS) -> Batch:
@@ -139,4 +144,5 @@ def labelled(batch: Batch, texts: tuple[str, ...] = TEXTS) -> Batch:
         for text in texts
     ]
     ids_BN = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
-    return dataclasses.replace(batch, labels={"text": texts}, tokens={"text": ids_BN})
+    speakers = tuple(SPEAKERS.get(text, "") for text in texts)
+    return dataclasses.replace(batch, labels={"text": texts, "speaker": speakers}, tokens={"text": ids_BN})

@@ -1,0 +1,62 @@
+"""The head classifier: margin loss against the published formula by angles, pooling against NumPy, bad classes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pretrain.heads.classifier import Config, pooled, with_margin
+from pretrain.interfaces.frames import Frames
+
+
+def test_the_margin_is_added_to_the_angle_of_the_target() -> None:
+    angles = torch.linspace(0.05, 3.05, 40, dtype=torch.float64)
+    cosines = torch.stack([angles.cos(), angles.cos().flip(0)], dim=1).requires_grad_()
+    moved = with_margin(cosines, torch.zeros(40, dtype=torch.int64), 0.2)
+    expected = np.where(
+        angles.numpy() < math.pi - 0.2, np.cos(angles.numpy() + 0.2), np.cos(angles.numpy()) - 0.2 * math.sin(0.2)
+    )
+    np.testing.assert_allclose(moved[:, 0].detach(), expected, rtol=0, atol=1e-9)
+    assert torch.equal(moved[:, 1], cosines[:, 1])
+    (slope,) = torch.autograd.grad(moved[:, 0].sum(), cosines)
+    assert bool((slope[:, 0] > 0).all())
+    edge = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
+    with_margin(edge, torch.zeros(2, dtype=torch.int64), 0.2).sum().backward()
+    assert edge.grad is not None
+    assert bool(edge.grad.isfinite().all())
+
+
+def test_pooling_is_mean_and_deviation_over_valid_frames() -> None:
+    x_BFD = torch.randn(3, 7, 4)
+    found = pooled(Frames(x_BFD, torch.tensor([7, 3, 0]), 25.0)).numpy()
+    for row, length in enumerate((7, 3)):
+        valid = x_BFD[row, :length].numpy()
+        np.testing.assert_allclose(found[row], np.concatenate([valid.mean(0), valid.std(0)]), rtol=1e-4, atol=1e-5)
+    assert np.isfinite(found).all()
+
+
+def test_classes_are_listed_or_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "speakers.txt"
+    file.write_text("ann\nbob \n\nzoe\n")
+    assert Config(classes_file=str(file)).all_classes() == ("ann", "bob", "zoe")
+    assert Config(classes=("a", "b")).all_classes() == ("a", "b")
+
+
+@pytest.mark.parametrize(("classes", "reason"), [(("a", "a"), "once"), (("a",), "at least 2"), ((), "either")])
+def test_classes_that_cannot_be_used_are_refused(classes: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Config(classes=classes)
+    if classes:
+        (tmp_path / "classes").write_text("\n".join(classes))
+        with pytest.raises(ValidationError, match=reason):
+            Config(classes_file=str(tmp_path / "classes")).all_classes()
+
+
+def test_a_missing_file_of_classes_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="cannot be read"):
+        Config(classes_file=str(tmp_path / "none.txt")).all_classes()
