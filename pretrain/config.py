@@ -10,7 +10,7 @@ from pydantic import BeforeValidator
 from data_pipeline.core.schema import about, config, refuse
 from data_pipeline.sampling.config import DataConfig
 from pretrain import registry
-from pretrain.interfaces.configs import EncoderConfig, FrontendConfig, HeadConfig, ObjectiveConfig
+from pretrain.interfaces.configs import BalanceConfig, EncoderConfig, FrontendConfig, HeadConfig, ObjectiveConfig
 
 
 @config
@@ -217,6 +217,9 @@ class Config:
         dict[str, Annotated[HeadConfig, registry.choice("heads")]],
         about("further tasks on the encoder's output, by a name of your choice"),
     ] = dataclasses.field(default_factory=dict)
+    balance: Annotated[BalanceConfig, about("factors of the objective's and the heads' losses")] = dataclasses.field(
+        default_factory=BalanceConfig
+    )
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     engine: Annotated[EngineConfig, about("how one optimizer step runs", resume="free")] = dataclasses.field(
@@ -238,7 +241,15 @@ class Config:
         if self.objective.freezes and self.optimizer.weight_decay:
             remedy = "would change weights that are frozen at first; set optimizer.weight_decay=0"
             refuse("optimizer.weight_decay", self.optimizer.weight_decay, remedy)
+        if self.balance.name != "fixed" and len(self.heads) + self.objective.has_loss < 2:
+            remedy = "balances two losses or more, and this run has one; set balance.name=fixed, or add a head"
+            refuse("balance.name", self.balance.name, remedy)
+        if self.balance.measures and self.engine.compile:
+            refuse("balance.name", self.balance.name, "measures gradients, which needs engine.compile=false")
         for name, head in self.heads.items():
+            if head.signed and self.balance.name in ("uncertainty", "dwa"):
+                remedy = f"heads.{name} has a loss that may be negative; set balance.name=fixed or gradnorm"
+                refuse("balance.name", self.balance.name, remedy)
             if not name.isidentifier() or name == "objective":
                 refuse("heads", name, "the name of a head is a word of letters, digits and _, other than objective")
             field = f"heads.{name}.layers"

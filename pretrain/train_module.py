@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,9 +19,12 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
 from pretrain import registry
 from pretrain.config import Config
+from pretrain.interfaces.configs import BalanceConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput, MicroBatchPlan, Objective, Sum
+from pretrain.nn.balance import FACTOR, GRADIENT, Balance
+from pretrain.nn.gradient_taps import GradientTaps, NoTaps
 from pretrain.nn.numerics import masked_deviation
 
 if TYPE_CHECKING:
@@ -48,6 +53,7 @@ class TrainModule(nn.Module):
         objective: Objective,
         heads: Mapping[str, Head] | None = None,
         autocast: torch.dtype | None = None,
+        balance: BalanceConfig | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -56,6 +62,9 @@ class TrainModule(nn.Module):
         self.heads = nn.ModuleDict(dict(sorted((heads or {}).items())))
         self.autocast = autocast
         self.tasks: tuple[str, ...] = ("objective", *self.heads)
+        balance = balance or BalanceConfig()
+        self.balance = Balance(balance, [False, *(head.signed for head in self._heads().values())])
+        self._taps = GradientTaps(model.encoder) if balance.measures and self.heads else None
 
     @functools.cached_property
     def least_samples(self) -> int:
@@ -95,34 +104,60 @@ class TrainModule(nn.Module):
             counts. Added up over micro-batches and ranks, the former is the loss of the update.
         """
         batch = padded_to(batch, self.least_samples)
+        taps = self._taps or NoTaps()
         with self._precision(batch.wave_BT.device):
             objective: LossOutput
-            objective, encoded = self.objective(self.model, batch, plan.plan, ctx)
+            with taps.objective():
+                objective, encoded = self.objective(self.model, batch, plan.plan, ctx)
             outputs = {"objective": (1.0, objective)}
             whole = self._whole(batch, ctx)
             for name, head in self._heads().items():
-                output: LossOutput = head(whole if head.input == "whole" else encoded, batch, plan.heads[name], ctx)
+                if whole is not None and head.input == "whole":
+                    read = taps.head(name, whole)
+                else:
+                    read = taps.head(name, encoded, shared=True)
+                output: LossOutput = head(read, batch, plan.heads[name], ctx)
                 named = {f"metric/{name}/{key}": sums for key, sums in output.metrics.items()}
                 outputs[name] = (head.weight_at(ctx.step), output._replace(metrics=named))
         loss = torch.zeros((), device=batch.wave_BT.device)
         metrics: dict[str, Sum] = {}
-        for global_count, (name, (weight, output)) in zip(global_counts_K.tolist(), outputs.items(), strict=True):
+        numbered = zip(itertools.count(), global_counts_K.tolist(), outputs.items(), strict=False)
+        for number, global_count, (name, (weight, output)) in numbered:
             # a task without targets has weight 0, so that every rank has a gradient for every weight
-            loss = loss + output.total.float() * (weight / global_count if global_count else 0.0)
+            factor = self.balance.of(number) * (weight / global_count if global_count else 0.0)
+            loss = loss + output.total.float() * factor
             metrics[f"loss/{name}"] = (output.total.detach(), output.count.detach())
             metrics |= {key: (total.detach(), count.detach()) for key, (total, count) in output.metrics.items()}
         one = torch.ones((), device=loss.device)
         watched = self.model.frontend.watched() | stage_deviations(encoded)
         metrics |= {name: (value.detach().float(), one) for name, value in watched.items()}
+        if self.balance.adaptive:
+            metrics |= {f"{FACTOR}{name}": (self.balance.factors_K[k], one) for k, name in enumerate(self.tasks)}
+        # filled by the backward pass that follows
+        metrics |= {f"{GRADIENT}{name}": (square, one) for name, square in taps.squares(self.tasks, loss).items()}
         return loss, metrics
 
     def forget(self) -> None:
         """Discards what forward passes collected; runs before the first one of each attempt at an update."""
         self.objective.forget()
 
-    def after_step(self, ctx: StepContext) -> None:
-        """Runs once after each optimizer step that was not skipped."""
+    def after_step(self, ctx: StepContext, sums: Mapping[str, tuple[np.ndarray, float]] | None = None) -> None:
+        """Runs once after each optimizer step that was not skipped.
+
+        Args:
+            ctx: seed and step of the update.
+            sums: its metrics, (sum, count), added up over micro-batches and ranks; the same on every rank.
+                None: the balance stays as it is.
+        """
         self.objective.after_step(self.model, ctx)
+        if sums is None:
+            return
+        losses = [sums[f"loss/{name}"] for name in self.tasks]
+        squares = [sums[f"{GRADIENT}{name}"][0][0] if f"{GRADIENT}{name}" in sums else 0.0 for name in self.tasks]
+        make = functools.partial(torch.tensor, dtype=torch.float64)
+        self.balance.update(
+            make([total[0] for total, _ in losses]), make([count for _, count in losses]), make(squares)
+        )
 
     def _whole(self, batch: Batch, ctx: StepContext) -> EncoderOutput | None:
         """Returns the encoder's output without a mask where a head asks for it."""
@@ -241,4 +276,4 @@ def build_model(config: Config) -> TrainModule:
         objective = registry.build_objective(config.objective, model.shape)
         objective.attach(model)
         heads = {name: registry.build_head(head, model.shape) for name, head in sorted(config.heads.items())}
-    return TrainModule(model, objective, heads, AUTOCAST[config.engine.precision])
+    return TrainModule(model, objective, heads, AUTOCAST[config.engine.precision], config.balance)

@@ -141,7 +141,7 @@ class Engine(abc.ABC):
         self.scale.fitted()
         skipped = grad_norm > skip_above
         if not skipped:
-            self.module.after_step(ctx)
+            self.module.after_step(ctx, metrics)
         return StepResult(total_loss, metrics, received, grad_norm, skipped)
 
     @torch.no_grad()

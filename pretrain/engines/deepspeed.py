@@ -40,6 +40,7 @@ def deepspeed_config(
     gradients and their sums stay fp32.
     """
     bucket = min(sum(parameter.numel() for parameter in module.parameters()), 50_000_000)
+    bucket += bucket % 2  # DeepSpeed's alignment
     frozen = any(not parameter.requires_grad for parameter in module.parameters())
     return {
         "train_micro_batch_size_per_gpu": 1,

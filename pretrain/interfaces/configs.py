@@ -123,6 +123,35 @@ class HeadConfig(PluginConfig):
         return 0
 
     @property
+    def signed(self) -> bool:
+        """Whether its loss may be negative."""
+        return False
+
+    @property
     def needed_sources(self) -> int:
         """Number of sources of a mixture that the head separates, `data.sources`; 0: it needs none."""
         return 0
+
+
+@config
+class BalanceConfig:
+    """Factors of the tasks' losses beside their weights."""
+
+    name: Annotated[
+        Literal["fixed", "uncertainty", "dwa", "gradnorm"],
+        about("fixed: weights alone; uncertainty: 1 / loss; dwa: slower tasks more; gradnorm: equal training rates"),
+    ] = "fixed"
+    measure: Annotated[
+        bool, about("log each task's share of the gradient at the encoder's output; gradnorm does it always")
+    ] = False
+    smoothing: Annotated[float, about("decay of the mean of each task's loss", ge=0, lt=1)] = 0.99
+    window: Annotated[int, about("dwa: updates over which the loss is compared", ge=1, le=10_000)] = 100
+    temperature: Annotated[float, about("dwa: temperature of the softmax", gt=0)] = 2.0
+    asymmetry: Annotated[float, about("gradnorm: power of the relative training rate", ge=0)] = 1.5
+    rate: Annotated[float, about("gradnorm: power of each update's correction", gt=0, le=1)] = 0.1
+    largest: Annotated[float, about("gradnorm: factors are between 1 / largest and largest", gt=1)] = 10.0
+
+    @property
+    def measures(self) -> bool:
+        """Whether the gradients of tasks are measured."""
+        return self.measure or self.name == "gradnorm"

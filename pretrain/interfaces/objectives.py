@@ -195,8 +195,6 @@ class Head(nn.Module, abc.ABC):
     nothing. Like an objective it is a pure function of (weights, batch, plan, ctx).
     """
 
-    signed: bool = False
-    """Whether its loss may be negative."""
     couples: frozenset[str] = frozenset()
     """Contract tests that cannot hold by design: "padding", "batch" (the loss depends on the batch's other rows)."""
     weight: float
@@ -205,6 +203,8 @@ class Head(nn.Module, abc.ABC):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.weight, self.warmup, self.input = config.weight, config.warmup, config.input
+        self.signed = config.signed
+        """Whether its loss may be negative."""
         self.mix = LayerMix(config.layers)
 
     def frames(self, encoded: EncoderOutput) -> Frames:

@@ -12,6 +12,7 @@ import torch
 from data_pipeline.core.types import SAMPLE_RATE, Step
 from pretrain.engines.base import HeldOutResult, NumpySum, StepResult
 from pretrain.interfaces.monitoring import CODE_COUNTS, MonitoringRecord
+from pretrain.nn.balance import GRADIENT, gradient_shares
 
 RANKS_SHOWN = 64
 """Ranks up to which each has a curve of data waits; with more, only the slowest has."""
@@ -31,7 +32,9 @@ def step_scalars(
         record: the objective's monitoring record, for the metrics that count codes.
     """
     scalars = {"loss/total": result.loss, "opt/lr": lr, "opt/grad_norm": result.grad_norm}
-    scalars |= means(result.metrics, record)
+    squares = {name: float(total[0]) for name, (total, _) in result.metrics.items() if name.startswith(GRADIENT)}
+    measured = {name: sums for name, sums in result.metrics.items() if name not in squares}
+    scalars |= means(measured, record) | gradient_shares(squares)
     scalars |= {
         "perf/step_seconds": seconds,
         "perf/audio_seconds_per_second": result.samples / SAMPLE_RATE / seconds,

@@ -40,6 +40,18 @@ def pruned(name: str, engine: str, stage: int = 1) -> dict[str, Any]:
 PRUNED = "distil, pruned"
 
 
+def multitask(engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
+    """Returns a case with three heads under GradNorm; texts and speakers are in micro-batch 0 alone, of rank 0."""
+    made = case("best_rq", engine, stage, labelled=[0], **more)
+    made["config"]["heads"] = {
+        "text": {"name": "ctc", "weight": 0.5},
+        "who": {"name": "classifier", "classes": ["ann", "bob"], "input": "whole"},
+        "mel": {"name": "reconstruction", "frames": "masked"},
+    }
+    made["config"]["balance"] = {"name": "gradnorm"}
+    return made
+
+
 def case(objective: str, engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
     config = {
         "data": {"shards": "synthetic", "micro_batches": 4},
@@ -60,15 +72,33 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases = dict.fromkeys(CASES, case) | dict.fromkeys(ENCODERS, optional) | {PRUNED: pruned}
     one = {name: make(name, "torch") for name, make in cases.items()}
     two = {f"{name}, zero {stage}": make(name, "deepspeed", stage) for name, make in cases.items() for stage in (1, 3)}
-    return run(tmp, "one", 1, one) | run(tmp, "two", 2, two)
+    one["multitask"] = multitask("torch")
+    for stage in (1, 3):
+        folder = str(tmp / f"multitask{stage}")
+        two[f"multitask, zero {stage}"] = multitask("deepspeed", stage)
+        two[f"multitask first, zero {stage}"] = multitask("deepspeed", stage, save=folder) | {"steps": 2}
+        two[f"multitask after, zero {stage}"] = multitask("deepspeed", stage, load=folder)
+    one["multitask after"] = multitask("torch", load=str(tmp / "multitask3"))
+    found = run(tmp, "two", 2, two)  # saves what a case of one rank loads
+    return found | run(tmp, "one", 1, one)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("name", [*CASES, *ENCODERS, PRUNED])
+@pytest.mark.parametrize("name", [*CASES, *ENCODERS, PRUNED, "multitask"])
 def test_losses_equal_those_of_one_rank(measured: dict[str, Any], name: str, stage: int) -> None:
     found, expected = measured[f"{name}, zero {stage}"], measured[name]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_heads_with_labels_on_one_rank_resume_with_the_same_bits_and_on_another_number_of_ranks(
+    measured: dict[str, Any], stage: int
+) -> None:
+    whole, resumed = measured[f"multitask, zero {stage}"], measured[f"multitask after, zero {stage}"]
+    assert resumed["losses"] == whole["losses"][2:]
+    assert resumed["digest"] == whole["digest"]
+    assert measured["multitask after"]["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from data_pipeline.core.schema import load
-from data_pipeline.core.types import Cursor
+from data_pipeline.core.types import Batch, Cursor
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.checkpoint import TrainState
 from pretrain.checkpointing.run_folder import RunFolder
@@ -29,6 +29,7 @@ from pretrain.engines.distributed import DistributedContext
 from pretrain.interfaces.frames import StepContext
 from pretrain.lr_schedule import learning_rate
 from pretrain.train_module import build_model
+from tests.support.contract_cases import TEXTS, labelled
 from tests.support.synthetic_reader import synthetic_batch
 
 
@@ -59,6 +60,11 @@ def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
         mine = range(world.rank, config.data.micro_batches, world.size)
         lr = learning_rate(config.optimizer, config.schedule, config.train.steps, step)
         batches, skip_above = [synthetic_batch(step, j) for j in mine], 0.0 if step == case.get("skip_at") else math.inf
+        if "labelled" in case:
+            batches = [
+                labelled(batch, texts_of(batch) if batch.micro_batch in case["labelled"] else ("",) * len(batch.keys))
+                for batch in batches
+            ]
         if len(batches) * world.size < config.data.micro_batches:
             batches.append(batches[0].emptied(config.data.micro_batches + world.rank))
         if step == case.get("broken_at") and world.rank == world.size - 1:
@@ -86,6 +92,11 @@ def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     found = {"losses": losses, "norms": norms, "digest": digest.hexdigest(), "scale": engine.scale.value}
     return found | {"held_out": held_out, "held": held, "parameters": parameters}
+
+
+def texts_of(batch: Batch) -> tuple[str, ...]:
+    """Returns one of two texts for each row."""
+    return tuple(TEXTS[row % 2] for row in range(len(batch.keys)))
 
 
 def held_bytes() -> dict[int, int]:

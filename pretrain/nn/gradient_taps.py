@@ -1,0 +1,107 @@
+"""Measures the gradient that each task sends into the encoder's output, in the backward pass that is run anyway.
+
+No parameter is touched, so that it works where weights are partitioned (ZeRO-3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.core.schema import ConfigError
+from pretrain.interfaces.frames import EncoderOutput
+
+
+class NoTaps:
+    """Measures nothing."""
+
+    def objective(self) -> contextlib.AbstractContextManager[None]:
+        """Encloses the objective's passes."""
+        return contextlib.nullcontext()
+
+    def head(self, name: str, encoded: EncoderOutput, shared: bool = False) -> EncoderOutput:
+        """Returns what head `name` reads, and measures the gradient that it sends back.
+
+        Args:
+            name: the head's.
+            encoded: the encoder's output, (B, F, D) per layer.
+            shared: whether it is of the objective's own pass.
+        """
+        return encoded
+
+    def squares(self, tasks: Sequence[str], loss: Tensor) -> dict[str, Tensor]:
+        """Returns for each task a scalar that holds ‖∂L/∂h‖² after the backward pass of `loss`."""
+        return {}
+
+
+class GradientTaps(NoTaps):
+    """Records ‖∂L/∂h‖² of each task, where h are the layers that a head reads, and the last one for the objective.
+
+    A hook at the encoder's output measures the sum of all; the objective's part is that without those of the heads that
+    read the same pass.
+
+    Args:
+        encoder: the model's encoder, whose output all tasks use.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self._squares: dict[str, Tensor] = {}
+        self._shared: list[Tensor] = []
+        self._listening = False
+        encoder.register_forward_hook(self._at_output)
+
+    @contextlib.contextmanager
+    def objective(self) -> Iterator[None]:
+        self._squares, self._shared, self._listening = {}, [], True
+        try:
+            yield
+        finally:
+            self._listening = False
+
+    def _at_output(self, module: nn.Module, given: Any, encoded: EncoderOutput) -> None:
+        last = encoded.layers[-1]
+        if not self._listening or not last.requires_grad:
+            return
+        square, shared = self._square("objective", last), self._shared
+
+        def measure(grad: Tensor) -> None:
+            total = grad.detach().double()
+            for part in shared:
+                if part.shape != total.shape:
+                    raise ConfigError(
+                        "balance: the gradient of this objective cannot be told from that of heads which read its "
+                        "pass; set heads.NAME.input=whole, or balance.name=fixed and balance.measure=false"
+                    )
+                total = total - part
+            square.add_(total.square().sum())
+
+        last.register_hook(measure)  # type: ignore[no-untyped-call]
+
+    def head(self, name: str, encoded: EncoderOutput, shared: bool = False) -> EncoderOutput:
+        layers = [layer.view_as(layer) for layer in encoded.layers]
+        for number, layer in enumerate(layers):
+            if layer.requires_grad:
+                self._tap(layer, self._square(name, layer), shared and number == len(layers) - 1)
+        return encoded._replace(layers=tuple(layers))
+
+    def _tap(self, layer: Tensor, square: Tensor, kept: bool) -> None:
+        parts = self._shared
+
+        def measure(grad: Tensor) -> None:
+            square.add_(grad.detach().double().square().sum())
+            if kept:
+                parts.append(grad.detach().double())
+
+        layer.register_hook(measure)  # type: ignore[no-untyped-call]
+
+    def _square(self, name: str, like: Tensor) -> Tensor:
+        if name not in self._squares:
+            self._squares[name] = torch.zeros((), dtype=torch.float64, device=like.device)
+        return self._squares[name]
+
+    def squares(self, tasks: Sequence[str], loss: Tensor) -> dict[str, Tensor]:
+        return {name: self._square(name, loss) for name in tasks}
