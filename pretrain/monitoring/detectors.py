@@ -220,6 +220,19 @@ def without_targets(task: str, updates: int) -> Finding:
     return Finding(f"{task} without targets", "collapse", seen, helps)
 
 
+def unusable_labels(head: str, unusable: float, labelled: float, max_share: float = 0.5) -> Finding | None:
+    """Reports a head that cannot use more than `max_share` of its labelled segments."""
+    if not labelled or unusable / labelled <= max_share:
+        return None
+    return Finding(
+        f"{head} labels",
+        "recipe",
+        f"the head {head!r} cannot use {unusable:.0f} of {labelled:.0f} labelled segments",
+        f"for texts that are longer than the frames: a higher frame rate (frontend.subsampling) or larger tokens; for "
+        f"labels that are no class: more classes of heads.{head}",
+    )
+
+
 def shrunken(stage: str, deviation: float, first: float, min_share: float) -> Finding | None:
     """Reports a stage whose output hardly varies over batch and time, below `min_share` of the first deviation."""
     if math.isfinite(deviation) and deviation >= max(min_share * first, 1e-6):

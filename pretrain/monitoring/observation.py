@@ -60,6 +60,10 @@ def silent_segments(batches: Sequence[Batch]) -> list[str]:
     return found
 
 
+INFEASIBLE = "/infeasible"
+"""End of the name of the metric in which a head counts labelled rows that it cannot use."""
+
+
 @dataclass(frozen=True)
 class UpdateObservation:
     """Measurements of one update for the pooled detectors. NaN: not reported by the objective."""
@@ -75,6 +79,8 @@ class UpdateObservation:
     seconds: float
     waits: np.ndarray
     """Seconds that each rank waited for data."""
+    unusable: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Labelled rows of each head that it cannot use, and all its labelled rows."""
 
 
 def observe(record: MonitoringRecord, result: StepResult, seconds: float) -> UpdateObservation:
@@ -95,6 +101,11 @@ def observe(record: MonitoringRecord, result: StepResult, seconds: float) -> Upd
         samples=result.samples,
         seconds=seconds,
         waits=np.array(result.signals.wait_seconds),
+        unusable={
+            name.removeprefix("metric/").removesuffix(INFEASIBLE): (float(total[0]), count)
+            for name, (total, count) in result.metrics.items()
+            if name.endswith(INFEASIBLE)
+        },
     )
 
 
@@ -114,6 +125,8 @@ class Pooled:
     samples: float
     seconds: float
     waits: Mapping[int, float]
+    unusable: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Labelled rows of each head that it cannot use, and all its labelled rows, over the window."""
 
 
 def pool(recent: Sequence[UpdateObservation]) -> Pooled:
@@ -132,7 +145,17 @@ def pool(recent: Sequence[UpdateObservation]) -> Pooled:
         samples=_mean([seen.samples for seen in recent]),
         seconds=_mean([seen.seconds for seen in recent]),
         waits=dict(enumerate(np.mean([seen.waits for seen in recent], axis=0).tolist())) if recent else {},
+        unusable=_unusable(recent),
     )
+
+
+def _unusable(recent: Sequence[UpdateObservation]) -> dict[str, tuple[float, float]]:
+    found: dict[str, tuple[float, float]] = {}
+    for seen in recent:
+        for name, (unusable, labelled) in seen.unusable.items():
+            before = found.get(name, (0.0, 0.0))
+            found[name] = before[0] + unusable, before[1] + labelled
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

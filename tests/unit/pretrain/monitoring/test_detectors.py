@@ -87,3 +87,11 @@ def test_rank_me_equals_the_number_of_used_dimensions() -> None:
     assert detectors.rank_me(wide) > 28
     assert detectors.rank_me(wide[:, :3] @ RNG.standard_normal((3, 32))) == pytest.approx(3, abs=0.3)
     assert detectors.rank_me(np.ones((500, 32))) == 1.0
+
+
+def test_a_head_that_cannot_use_most_of_its_labels_is_found() -> None:
+    assert detectors.unusable_labels("text", 5, 10) is None
+    assert detectors.unusable_labels("text", 0, 0) is None
+    found = detectors.unusable_labels("text", 6, 10)
+    assert found is not None
+    assert "6 of 10" in found.seen
