@@ -65,12 +65,16 @@ class SlurmSubmitter:
         )  # sbatch expands fields such as %j
         alone = self.script.name == SCRIPTS["evaluate"]  # one process
         pretraining = self.script.name == SCRIPTS["pretrain"]
+        elastic = c.elastic and pretraining
+        cores = c.cpus_per_task or DEFAULT_CORES
         gpus = min(1, c.gpus_per_node) if alone else c.gpus_per_node
         options = {
             "job-name": folder.name,
-            "nodes": 1 if alone else f"1-{c.nodes}" if c.elastic and pretraining else c.nodes,
-            "ntasks-per-node": c.ranks_per_node if pretraining else 1,
-            "cpus-per-task": c.cpus_per_task or DEFAULT_CORES,
+            "nodes": 1 if alone else f"1-{c.nodes}" if elastic else c.nodes,
+            # with a number of tasks, sbatch takes the fewest nodes of a range; the script gets --ranks-per-node instead
+            "ntasks-per-node": "" if elastic else c.ranks_per_node if pretraining else 1,
+            "cpus-per-task": cores,
+            "mincpus": c.ranks_per_node * cores if elastic else "",
             "time": c.minutes,
             "signal": f"B:USR1@{c.warn_seconds}" if not alone else "",
             "array": f"0-{len(runs) - 1}" + f"%{c.parallel}" * bool(c.parallel) if runs else "",
@@ -101,6 +105,8 @@ class SlurmSubmitter:
     def _script_arguments(self) -> list[str]:
         c = self.config
         arguments = ["--python", c.python or sys.executable, "--retries", str(c.retries)]
+        if c.elastic and self.script.name == SCRIPTS["pretrain"]:
+            arguments += ["--ranks-per-node", str(c.ranks_per_node)]
         for module in c.modules:
             arguments += ["--module", module]
         if c.container != "none":

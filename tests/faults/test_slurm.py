@@ -315,8 +315,10 @@ def test_an_elastic_run_that_loses_a_node_continues_on_the_nodes_that_are_left(r
     runs.finish("fixed")
     wait_for(lambda: set(runs.cluster.nodes[:3]) <= set(runs.cluster.idle()), 60, "three free nodes")
     runs.submit("elastic", *settings, "launcher.elastic=true")
-    runs.reach("elastic", LATE)
-    lost = runs.nodes("elastic")[1]
+    runs.reach("elastic", EARLY)
+    nodes = runs.nodes("elastic")
+    assert len(nodes) == 3, runs.log("elastic")
+    lost = nodes[1]
     runs.cluster.power_off(lost)
     try:
         runs.finish("elastic", 300)
