@@ -9,6 +9,9 @@ from launch.exit_codes import ExitCode
 
 COLUMNS = ("run", "objective", "state", "step", "loss", "accuracy", "hours", "× real time", "alarms", "evaluated")
 
+LEGEND = """loss, accuracy: mean of the last rows; hours: audio trained on; × real time: audio-seconds per second,
+median of the last rows; evaluated: the newest result of auricle evaluate follow=true"""
+
 
 def run(arguments: list[str]) -> int:
     """Prints the table; returns 0. Raises ConfigError if no run is found."""
@@ -31,4 +34,5 @@ def run(arguments: list[str]) -> int:
         figures = (f"{s.step}/{s.steps}", f"{s.loss:.4f}", f"{s.accuracy:.3f}", f"{s.hours:.1f}", f"{s.speed:.0f}")
         listed.append((s.name, s.objective, shown_state(folder), *figures, str(s.alarms), s.evaluation))
     show(table(COLUMNS, listed))
+    warn(LEGEND)
     return ExitCode.DONE

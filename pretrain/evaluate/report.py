@@ -20,6 +20,11 @@ from pretrain.monitoring.figures import add_frames
 
 HEAD = ("task", "measure", "features", "value", "95 %", "− log-mel", "− random", "retained")
 
+LEGEND = """95 %: bootstrap interval over speakers. − log-mel, − random: difference to probing log-mel features,
+and random weights of the same architecture, in percentage points. retained: share of the way
+from log-mel to the architecture trained from scratch on the labels (100 %) that the frozen
+encoder reaches."""
+
 
 def cells(row: Row) -> tuple[str, ...]:
     """Formats a row in the order of HEAD. Rates are in percent, differences in percentage points."""
@@ -47,7 +52,10 @@ def table(rows: Sequence[Row]) -> Table:
 def markdown(rows: Sequence[Row]) -> str:
     """Returns the table in Markdown."""
     lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
-    return "\n".join(lines + ["| " + " | ".join(map(markdown_text, cells(row))) + " |" for row in rows]) + "\n"
+    return (
+        "\n".join(lines + ["| " + " | ".join(map(markdown_text, cells(row))) + " |" for row in rows])
+        + f"\n\n{LEGEND}\n"
+    )
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:

@@ -23,6 +23,8 @@ def work(config: EvaluateConfig) -> None:
 
     measured = evaluate(config)
     show(report.table(measured))
+    if config.baselines:
+        print(report.LEGEND)
     if config.out:
         report.write(measured, Path(config.out).expanduser())
 

@@ -33,7 +33,8 @@ def made(config: PreprocessConfig) -> dict[str, str]:
     from data_pipeline.preprocess.work_plan import set_roots
     from data_pipeline.shards.records import finished_units
 
-    forecast, roots = plan_units(config), set_roots(config)
+    forecast = plan_units(config)
+    roots = [root for root in set_roots(config) if finished_units(root)]  # a split without speakers has no folder
     if forecast.units_done < forecast.units or any(fault for root in roots for fault in verify(root, decode=False)):
         return {}
     return {root: hashlib.sha256(b"".join(r.to_json() for r in finished_units(root))).hexdigest() for root in roots}
