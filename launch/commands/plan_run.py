@@ -111,10 +111,11 @@ def _scaling(config: PretrainJob, cluster: Cluster, measured: Measured, mfu: tup
     return table
 
 
-LEGEND = """audio s: audio per update of the busiest GPU; step s: one update; sent GB and waits s: gradients sent per
-GPU and update, and how long that is not hidden behind the backward pass; h/GPU-h: hours of
-audio per GPU-hour (× real time of each GPU); days: to the last update
-*  another number of ranks does the same in fewer: see `auricle data plan`
+LEGEND = """audio s: audio per update of the busiest GPU; step s: one update;
+sent GB, waits s: gradients sent per GPU and update, and the part of that time
+which the backward pass does not hide; h/GPU-h: hours of audio per GPU-hour;
+days: to the last update
+*  does not divide data.micro_batches: some GPUs idle in the last round
 †  less than one segment for each GPU: raise data.batch_seconds"""
 
 
