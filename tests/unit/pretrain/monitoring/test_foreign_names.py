@@ -33,7 +33,9 @@ def test_text_of_a_diff_or_config_cannot_end_its_code_block(tmp_path: Path) -> N
     diff = events.Tensors("git_diff/text_summary")[0].tensor_proto.string_val[0].decode()
     assert diff == "`````diff\n+x\n````\n# title\n+esc \\x1b[31m\n+````\n\n`````"
     shown = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert json.loads(shown.removeprefix("```json\n").removesuffix("```"))["name"] == named.name
+    table, _, block = shown.partition("```json\n")
+    assert json.loads(block.removesuffix("```"))["name"] == named.name
+    assert r"\[x\](http://y)" in table, "the table of differences has it as text"
 
 
 def test_names_add_no_rows_to_the_projector_and_are_never_formulas(tmp_path: Path) -> None:
