@@ -73,6 +73,8 @@ HEADS: dict[str, dict[str, Any]] = {name: small("heads", name, layers=[]) for na
     "sequence, two memories": small(
         "heads", "sequence", layers=[], memory_layers=[1, 2], decoder=DECODER | {"dim": 16}
     ),
+    "transducer": {"name": "transducer", "joint_dim": 16},
+    "transducer, tokens": {"name": "transducer", "tokens": "text", "vocabulary": 27, "joint_dim": 16},
     "classifier": {"name": "classifier", "classes": ["ann", "bob", "eve"], "embedding_dim": 16},
     "classifier, softmax": {"name": "classifier", "classes": ["ann", "bob"], "loss": "softmax", "embedding_dim": 16},
 }

@@ -1,0 +1,147 @@
+"""RNN transducer (Graves, arXiv 1211.3711) with a stateless predictor over the last two tokens (Ghodsi et al. 2020).
+
+The loss is computed by the forward recursion in the log semiring, one frame after the other: the installed torchaudio
+has no transducer loss on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.core.schema import about, config, refuse
+from data_pipeline.core.types import Batch
+from pretrain.interfaces.configs import HeadConfig
+from pretrain.interfaces.frames import EncoderOutput, StepContext
+from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
+from pretrain.nn.numerics import full_precision
+
+BLANK = 0
+CONTEXT = 2
+"""Tokens that the predictor reads."""
+
+
+@config
+class Config(HeadConfig):
+    name: Literal["transducer"] = "transducer"
+    label: Annotated[str, about("which label of a segment holds its text", min_length=1)] = "text"
+    symbols: Annotated[str, about("characters to write; others are left out", min_length=1)] = (
+        " 'abcdefghijklmnopqrstuvwxyz"
+    )
+    tokens: Annotated[str, about("name in data.tokens of the tokens to write; empty: the characters in symbols")] = ""
+    vocabulary: Annotated[int, about("number of these tokens, as `auricle tokens` prints it", ge=0)] = 0
+    joint_dim: Annotated[int, about("channels in which frames and tokens are joined", ge=1)] = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.tokens) != bool(self.vocabulary):
+            refuse(
+                "vocabulary", self.vocabulary, "the number of tokens goes with their name: set tokens and vocabulary"
+            )
+
+    @property
+    def segment_labels(self) -> tuple[str, ...]:
+        """The text, unless the data have its tokens."""
+        return () if self.tokens else (self.label,)
+
+    @property
+    def needed_tokens(self) -> tuple[str, ...]:
+        """`tokens`."""
+        return (self.tokens,) if self.tokens else ()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """`vocabulary`."""
+        return self.vocabulary
+
+
+class Transducer(Head):
+    """−ln of the summed probability of all ways to emit the text along the frames; count: tokens of the texts.
+
+    Classes are the blank, 0, then the tokens. A segment without text or without a frame does not count.
+    """
+
+    def __init__(self, config: Config, shape: ModelShape) -> None:
+        super().__init__(config)
+        self.config = config
+        self.ids = {} if config.tokens else {symbol: i + 1 for i, symbol in enumerate(config.symbols)}
+        classes = (config.vocabulary or len(self.ids)) + 1
+        self.frame = nn.Linear(shape.dim, config.joint_dim)
+        self.embedding = nn.Embedding(classes, config.joint_dim)
+        self.predictor = nn.Linear(CONTEXT * config.joint_dim, config.joint_dim)
+        self.output = nn.Linear(config.joint_dim, classes)
+
+    def targets(self, batch: Batch) -> list[list[int]]:
+        """Returns the classes of each segment's text; empty without text."""
+        if self.config.tokens:
+            ids_BN = batch.tokens.get(self.config.tokens)
+            rows = [[] for _ in batch.keys] if ids_BN is None else ids_BN.tolist()
+            return [[number + 1 for number in row if number >= 0] for row in rows]
+        texts = batch.labels.get(self.config.label, ("",) * len(batch.keys))
+        return [[self.ids[symbol] for symbol in text.lower() if symbol in self.ids] for text in texts]
+
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
+        frames = model.frontend.frame_lengths(batch.lengths_B).tolist()
+        sizes = [len(target) if limit else 0 for target, limit in zip(self.targets(batch), frames, strict=True)]
+        return HeadPlan(torch.tensor(float(sum(sizes)), dtype=torch.float64), torch.tensor(sizes) > 0)
+
+    def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
+        frame_BFJ: Tensor = self.frame(self.frames(encoded).x_BFD)
+        device, targets = frame_BFJ.device, self.targets(batch)
+        kept = [target if fits else [] for target, fits in zip(targets, plan.rows_B.tolist(), strict=True)]
+        lengths_B = torch.tensor([len(target) for target in kept], device=device)
+        longest = max((len(target) for target in kept), default=0)
+        ids_BN = torch.tensor([target + [BLANK] * (longest - len(target)) for target in kept], device=device)
+        ids_BN = ids_BN.reshape(len(kept), longest).long()
+        # the blank takes the place of tokens before the first one
+        context_BNC = F.pad(ids_BN, (CONTEXT, 0), value=BLANK).unfold(1, CONTEXT, 1)
+        token_BNJ: Tensor = self.predictor(self.embedding(context_BNC).flatten(2).tanh())
+        # (B, F, N + 1, V) is the memory of this loss; blank and the next token are all that is kept
+        logits_BFNV: Tensor = self.output(torch.tanh(frame_BFJ[:, :, None] + token_BNJ[:, None]))
+        with full_precision(device):
+            logits_BFNV = logits_BFNV.to(torch.promote_types(logits_BFNV.dtype, torch.float32))
+            total_BFN = logits_BFNV.logsumexp(-1)
+            blank_BFN = logits_BFNV[..., BLANK] - total_BFN
+            index_BFN1 = ids_BN[:, None, :, None].expand(-1, logits_BFNV.shape[1], -1, -1)
+            token_BFN = logits_BFNV[:, :, :longest].gather(-1, index_BFN1)[..., 0] - total_BFN[:, :, :longest]
+            losses_B = transducer_loss(blank_BFN, token_BFN, encoded.lengths_B, lengths_B)
+        total = losses_B.masked_fill(lengths_B == 0, 0.0).sum()
+        labelled = sum(map(bool, targets))
+        one = functools.partial(torch.tensor, dtype=torch.float64, device=device)
+        unusable = labelled - int(plan.rows_B.sum())
+        return LossOutput(total, lengths_B.sum(), {"infeasible": (one(unusable), one(labelled))})
+
+
+def transducer_loss(blank_BFN: Tensor, token_BFN: Tensor, frames_B: Tensor, tokens_B: Tensor) -> Tensor:
+    """Returns −ln p of each row's tokens, (B,) (Graves 2012, eq. 16 to 18); 0 for rows without a frame.
+
+    Args:
+        blank_BFN: (B, F, N + 1) ln p(blank) at each frame after n tokens.
+        token_BFN: (B, F, N) ln p of token n + 1 at each frame after n tokens.
+        frames_B: valid frames.
+        tokens_B: tokens of each text.
+
+    Along one frame α_n = logaddexp(α'_n, α_{n−1} + token_{n−1}), where α' comes from the frame before. With the
+    cumulative sum c of the tokens' ln p this is c + logcumsumexp(α' − c): one operation for all n.
+    """
+    B, n_frames, _ = blank_BFN.shape
+    sum_BFN = F.pad(token_BFN.cumsum(2), (1, 0))
+    ends_B1 = tokens_B[:, None]
+    last_B = blank_BFN.new_zeros(B)
+    alpha_BN = sum_BFN[:, 0]
+    for frame in range(n_frames):
+        if frame:
+            before_BN = alpha_BN + blank_BFN[:, frame - 1]
+            alpha_BN = sum_BFN[:, frame] + torch.logcumsumexp(before_BN - sum_BFN[:, frame], dim=1)
+        final_B = (alpha_BN + blank_BFN[:, frame]).gather(1, ends_B1)[:, 0]
+        last_B = torch.where(frames_B == frame + 1, final_B, last_B)
+    return -last_B
+
+
+def build(config: Config, shape: ModelShape) -> Transducer:
+    return Transducer(config, shape)
