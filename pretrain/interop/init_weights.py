@@ -29,17 +29,20 @@ TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 
 
 class Taken(NamedTuple):
-    """Names of the weights that `init=` loaded (model, objective), left unused (left), and created randomly (made)."""
+    """Names of the weights that `init=` loaded (model, objective, heads), left unused, and created randomly (made)."""
 
     model: list[str]
     objective: list[str]
     left: list[str]
     made: list[str]
+    heads: list[str] = []  # noqa: RUF012  # of a tuple, which nothing appends to
 
     def lines(self, where: str) -> list[str]:
         """Returns the report; `where` is the value of `init=`."""
         objective = f"{len(self.objective)} of the objective ({_some(self.objective)})" if self.objective else "none"
         found = [f"init={where}: {len(self.model)} weights of front end and encoder taken, and {objective}"]
+        if self.heads:
+            found.append(f"  heads: {len(self.heads)} weights taken ({_some(self.heads)})")
         if self.left:
             found.append(f"  left unused in the checkpoint: {_some(self.left)}")
         if self.made:
@@ -90,13 +93,41 @@ def _from_run(config: Config, module: TrainModule, folder: Path) -> Taken:
         )
     module.model.load_state_dict(theirs)
     objective, own = source.objective.state_dict(), list(module.objective.state_dict())
-    heads = [f"heads.{name}" for name in source.heads.state_dict()]
-    made = [f"heads.{name}" for name in module.heads.state_dict()]
+    heads = _load_heads(config, module, their_config, source)
     if dump(config.objective) == dump(their_config.objective):
         module.objective.load_state_dict(objective)
-        return Taken(list(ours), own, heads, made)
+        return Taken(list(ours), own, heads.left, heads.made, heads.taken)
     module.objective.attach(module.model)
-    return Taken(list(ours), [], [*(f"objective.{name}" for name in objective), *heads], [*_new(own, ()), *made])
+    left, made = [f"objective.{name}" for name in objective], _new(own, ())
+    return Taken(list(ours), [], [*left, *heads.left], [*made, *heads.made], heads.taken)
+
+
+class _Heads(NamedTuple):
+    taken: list[str]
+    left: list[str]
+    made: list[str]
+
+
+def _load_heads(config: Config, module: TrainModule, their_config: Config, source: TrainModule) -> _Heads:
+    """Loads the heads whose names, shapes and configs (but for weight, warm-up and input) agree in both runs."""
+    found = _Heads([], [], [])
+    for name, head in module.heads.items():
+        ours = head.state_dict()
+        theirs = source.heads[name].state_dict() if name in source.heads else {}
+        same = name in source.heads and _task(config, name) == _task(their_config, name)
+        same = same and ours.keys() == theirs.keys() and all(ours[key].shape == theirs[key].shape for key in ours)
+        if same:
+            head.load_state_dict(theirs)
+        (found.taken if same else found.made).extend(f"heads.{name}.{key}" for key in ours)
+    taken = set(found.taken)
+    found.left.extend(key for key in (f"heads.{name}" for name in source.heads.state_dict()) if key not in taken)
+    return found
+
+
+def _task(config: Config, name: str) -> dict[str, Any]:
+    """Returns the fields of a head's config that give its weights their meaning."""
+    fields: dict[str, Any] = dump(config)["heads"][name]
+    return {key: value for key, value in fields.items() if key not in ("weight", "warmup", "input")}
 
 
 def _from_hugging_face(config: Config, module: TrainModule, folder: Path) -> Taken:

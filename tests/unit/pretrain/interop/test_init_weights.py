@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.core.schema import ConfigError, dump, load
 from launch.commands.replay import model_at
 from pretrain.config import Config
 from pretrain.interop.init_weights import load_initial
@@ -63,6 +63,24 @@ def test_another_objective_starts_with_random_weights(run: Path) -> None:
     fresh = {name: weight.clone() for name, weight in module.objective.state_dict().items()}
     load_initial(described, module)
     assert all(torch.equal(weight, fresh[name]) for name, weight in module.objective.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"), [({"weight": 0.5}, True), ({"symbols": " abcdefghijklmnopqrstuvwxyz"}, False)]
+)
+def test_a_head_is_loaded_where_name_and_task_agree(tmp_path: Path, there: dict[str, Any], taken: bool) -> None:
+    def with_head(**fields: Any) -> Config:
+        values = {"heads": {"text": {"name": "ctc", "symbols": " 'abcdefghijklmnopqrstuvwxy"} | fields}}
+        return load(Config, dump(config()) | values)
+
+    source = build_model(with_head(**there))
+    write_run(tmp_path, with_head(**there), source)
+    described = dataclasses.replace(with_head(), init=str(tmp_path), seed=1)
+    module = build_model(described)
+    report = load_initial(described, module)
+    weight = "heads.text.linear.weight"
+    assert torch.equal(module.state_dict()[weight], source.state_dict()[weight]) == taken
+    assert (weight in report.heads, weight in report.made, weight in report.left) == (taken, not taken, not taken)
 
 
 @pytest.mark.parametrize(
