@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
+from data_pipeline.core import plugins
 from data_pipeline.core.schema import ConfigError, about, config, refuse
 
 _HOST_PORT = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z](?:[0-9A-Za-z._-]*[0-9A-Za-z])?):[0-9]{1,5}"
@@ -95,7 +96,9 @@ def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
     if config.address and config.address != "local":
         require_answer(config.address, config.answer_seconds)
         try:
-            context = ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
+            context = ray.init(
+                address=config.address, runtime_env=_passed_on(), log_to_driver=False, logging_level="ERROR"
+            )
         except (ConnectionError, RuntimeError) as error:
             raise ConfigError(f"ray.address={config.address}: no Ray cluster answers there ({error})") from None
     else:
@@ -116,6 +119,17 @@ def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _passed_on() -> dict[str, Any] | None:
+    """Returns the runtime environment that gives workers on other nodes the plug-in folders of this process.
+
+    Those of a Ray Job have it from the job, and Ray refuses to set a variable twice.
+    """
+    folders = os.environ.get(plugins.VARIABLE)
+    if not folders or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return None
+    return {"env_vars": {plugins.VARIABLE: folders}}
 
 
 def places(cpus: int, gpus: int) -> int:

@@ -20,7 +20,7 @@ from launch.launchers.processes import ChildProcesses
 from launch.launchers.status import is_elsewhere, require_ended, shown_state, state_of, total_steps
 from launch.runs.follow import Follower, describe
 from launch.runs.job_record import FILE_NAME, read_record, write_record
-from launch.runs.metadata import submitted_from
+from launch.runs.metadata import require_plugins, submitted_from
 from launch.runs.summary import find_run, number
 from launch.workers import task
 from pretrain.checkpointing.locate import steps_done
@@ -133,6 +133,7 @@ def _requeue(folder: Path) -> int:
     if isinstance(submitter, ChildProcesses | InProcess):
         raise ValueError(f"{folder} ran from this machine: repeat its `auricle {record.command}` command, it continues")
     require_ended(folder)
+    require_plugins(folder)
     folder = folder.absolute()
     if directory := submitted_from(folder):  # relative paths of the config refer to it
         os.chdir(directory)

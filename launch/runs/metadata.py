@@ -89,6 +89,25 @@ def _plugins() -> list[dict[str, str]]:
     ]
 
 
+def require_plugins(folder: Path) -> None:
+    """Checks, before a job is queued again, that this process has the plug-ins that it was submitted with.
+
+    Raises:
+        ConfigError: one is missing; the message names its folder. It is not imported because the run names it.
+    """
+    try:
+        listed = json.loads((folder / "environment.json").read_bytes())["plugins"]
+        needed = [(Path(row["file"]), str(row["kind"]), str(row["name"])) for row in listed]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return  # of an earlier version, or damaged; the ranks report what is missing
+    for file, kind, name in needed:
+        if kind in registry.PACKAGES and name not in registry.names(kind):
+            raise ConfigError(
+                f"{folder} was submitted with the plug-in {file}: add plugins={file.parent.parent} if you trust the "
+                "code there"
+            )
+
+
 def submitted_from(folder: Path) -> Path | None:
     """Returns the working directory that the run was submitted from; None if environment.json does not have it.
 

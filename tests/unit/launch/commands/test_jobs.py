@@ -110,6 +110,26 @@ def test_a_job_is_requeued_in_its_submission_directory(folder: Path, monkeypatch
     assert read_record(folder).handle == "18"
 
 
+def test_a_job_with_plug_ins_is_requeued_only_with_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = folder.parent / "own"
+    (own / "objectives").mkdir(parents=True)
+    plugin = own / "objectives" / "mine.py"
+    plugin.write_text("raise SystemExit('the plug-in was run')\n")
+    used = {"plugins": [{"kind": "objectives", "name": "mine", "file": str(plugin), "sha256": ""}]}
+    (folder / "environment.json").write_text(json.dumps(used))
+    write_record(folder, "17", SlurmConfig())
+    script = f"echo $AURICLE_PLUGINS > {folder}/given; echo 18"
+    commands(folder, monkeypatch, scontrol="echo 'Invalid job id specified' >&2; exit 1", sbatch=script)
+    monkeypatch.setenv("AURICLE_PLUGINS", "")
+    assert main.main(["jobs", "requeue", "mine"]) == ExitCode.USAGE
+    assert f"add plugins={own}" in capsys.readouterr().err
+    assert read_record(folder).handle == "17"
+    assert main.main(["jobs", "requeue", "mine", f"plugins={own}"]) == 0
+    assert (folder / "given").read_text().strip() == str(own)
+
+
 def test_a_run_with_all_its_steps_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_record(folder, "1:1.0", LocalConfig())
     (folder / "checkpoints").mkdir()
