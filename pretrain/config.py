@@ -162,8 +162,8 @@ class HealthConfig:
     max_updates_without_targets: Annotated[
         int,
         about(
-            "stop when the objective or a head had no target in this many updates in a row (at most train.steps): its "
-            "loss of 0 is then meaningless",
+            "stop when the objective had no target in this many updates in a row (at most train.steps): its loss of 0 "
+            "is then meaningless; for heads the limit is health.window",
             ge=1,
         ),
     ] = 5

@@ -214,7 +214,7 @@ def without_targets(task: str, updates: int) -> Finding:
     else:
         helps = (
             f"the label that heads.{task}.label names among data.labels, shards that have it, symbols of its "
-            "alphabet; a larger health.max_updates_without_targets where few segments have it"
+            "alphabet; a larger health.window where few segments have it, or health.on_collapse=warn"
         )
     seen = f"the task {task!r} had no target in {updates} updates in a row: it learns nothing"
     return Finding(f"{task} without targets", "collapse", seen, helps)

@@ -256,12 +256,15 @@ class HealthMonitor:
         return Deviation(value, self._memory.first_of(name, value))
 
     def _require_targets(self, ctx: StepContext) -> None:
-        most = min(self.settings.max_updates_without_targets, self.config.train.steps)
         for task, updates in self._memory.without_targets.items():
-            if updates >= most:
+            head = task != "objective"
+            limit = self.settings.window if head else self.settings.max_updates_without_targets
+            most, lasting = min(limit, self.config.train.steps), head and self.settings.on_collapse == "warn"
+            if updates == most or (updates > most and not lasting):
                 alarm = Alarm(ctx.step, ctx.step + 1 - updates, detectors.without_targets(task, updates))
                 self._raise_alarm(alarm)
-                raise UnhealthyError(alarm.sentence)
+                if not lasting:
+                    raise UnhealthyError(alarm.sentence)
 
     def go_back(self, step: int, healthy: Mapping[str, Any]) -> None:
         """Discards observations after `step`, to which the run has rolled back, and evaluations of later steps."""

@@ -98,13 +98,19 @@ def test_a_head_without_a_target_stops_the_run(tmp_path: Path, text: str) -> Non
         def change(self, batch: Batch, step: int) -> Batch:
             return dataclasses.replace(batch, labels={"text": (text, text)})
 
-    with pytest.raises(UnhealthyError, match=r"'text' had no target in 5 updates.*data\.labels"):
+    with pytest.raises(UnhealthyError, match=r"'text' had no target in 10 updates.*data\.labels"):
         run(tmp_path, config(60, heads=CTC), reader=Labelled)
 
 
 def test_a_head_with_some_targets_keeps_training(tmp_path: Path) -> None:
-    run(tmp_path, config(12, heads=CTC, health={"max_updates_without_targets": 2}), reader=HalfText)
+    run(tmp_path, config(12, heads=CTC, health={"window": 2}), reader=HalfText)
     assert not any("without targets" in event["detector"] for event in events(tmp_path))
+
+
+def test_a_head_without_a_target_may_be_a_mere_warning(tmp_path: Path) -> None:
+    run(tmp_path, config(12, heads=CTC, health={"window": 3, "on_collapse": "warn"}))
+    found = [event["step"] for event in events(tmp_path) if event["detector"] == "text without targets"]
+    assert found == [2], "one alarm, after as many updates as health.window has"
 
 
 def test_updates_without_targets_are_counted_across_a_resume(tmp_path: Path) -> None:
