@@ -6,6 +6,7 @@ The frames' mean and deviation are pooled (x-vectors, Snyder et al. 2018) and pr
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.core.schema import about, config, refuse
+from data_pipeline.core.schema import ConfigError, about, config, refuse
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
@@ -85,13 +86,29 @@ class Classifier(Head):
         super().__init__(config)
         self.config = config
         self.ids = {name: number for number, name in enumerate(config.all_classes())}
+        digest = hashlib.sha256("\n".join(self.ids).encode()).digest()
+        self._sha256 = digest
+        self.register_buffer("classes_sha256", torch.tensor(list(digest), dtype=torch.uint8))
+        self.classes_sha256: Tensor
+        self._compared = False
         self.project = nn.Linear(2 * shape.dim, config.embedding_dim)
         self.classes = nn.Linear(config.embedding_dim, len(self.ids), bias=config.loss == "softmax")
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
+        self._require_same_classes()
         known_B = torch.tensor([value in self.ids for value in self._values(batch)])
         rows_B = known_B & (model.frontend.frame_lengths(batch.lengths_B).cpu() > 0)
         return HeadPlan(rows_B.sum().double(), rows_B)
+
+    def _require_same_classes(self) -> None:
+        """Compares the classes with those of the checkpoint that was loaded, once."""
+        if not self._compared and bytes(self.classes_sha256.tolist()) != self._sha256:
+            source = f"classes_file={self.config.classes_file}" if self.config.classes_file else "classes"
+            raise ConfigError(
+                f"{source} of the head for {self.config.label!r}: its {len(self.ids)} classes are not those that the "
+                "checkpoint was trained with, in their order; restore them, or start a new run"
+            )
+        self._compared = True
 
     def logits(self, encoded: EncoderOutput) -> Tensor:
         """Returns the scores of each segment's classes, (B, C) fp32: cosines (aam), or logits (softmax)."""

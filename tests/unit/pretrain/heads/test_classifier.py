@@ -10,8 +10,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from data_pipeline.core.schema import ConfigError
 from pretrain.heads.classifier import Config, pooled, with_margin
-from pretrain.interfaces.frames import Frames
+from pretrain.interfaces.frames import Frames, StepContext
+from tests.support.contract_cases import batch, make
 
 
 def test_the_margin_is_added_to_the_angle_of_the_target() -> None:
@@ -55,6 +57,15 @@ def test_classes_that_cannot_be_used_are_refused(classes: tuple[str, ...], reaso
         (tmp_path / "classes").write_text("\n".join(classes))
         with pytest.raises(ValidationError, match=reason):
             Config(classes_file=str(tmp_path / "classes")).all_classes()
+
+
+def test_a_checkpoint_of_other_classes_is_refused() -> None:
+    first, second = (
+        make("none", heads={"who": {"name": "classifier", "classes": classes}}) for classes in (["a", "b"], ["b", "a"])
+    )
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(ConfigError, match="in their order"):
+        second.prepare(batch(), StepContext(0, 0))
 
 
 def test_a_missing_file_of_classes_is_named(tmp_path: Path) -> None:
