@@ -39,8 +39,8 @@ class Config(HeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.classes) == bool(self.classes_file):
-            refuse("classes", list(self.classes), "list the classes either here or in classes_file")
+        if self.classes and self.classes_file:
+            refuse("classes", list(self.classes), "list the classes either here or in classes_file, not in both")
         if self.classes:
             _require_classes(self.classes, "classes")
 
@@ -53,14 +53,21 @@ class Config(HeadConfig):
         """Returns the classes, in the order of their numbers.
 
         Raises:
-            ValidationError: the file cannot be read, or has fewer than two classes or one of them twice.
+            ConfigError: there are none, or the file cannot be read.
+            ValidationError: the file has fewer than two classes or one of them twice.
         """
         if self.classes:
             return self.classes
+        if not self.classes_file:
+            raise ConfigError(
+                f"classes=[] of a head for {self.label!r}: list them there, or name a file in classes_file"
+            )
         try:
             lines = Path(self.classes_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            refuse("classes_file", self.classes_file, f"cannot be read as text with one class per line: {error}")
+            raise ConfigError(
+                f"classes_file={self.classes_file}: cannot be read as text with one class per line: {error}"
+            ) from None
         found = tuple(line.strip() for line in lines if line.strip())
         _require_classes(found, "classes_file")
         return found

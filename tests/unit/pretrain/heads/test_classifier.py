@@ -10,9 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.schema import ConfigError, load
+from pretrain.config import Config as RunConfig
 from pretrain.heads.classifier import Config, pooled, with_margin
 from pretrain.interfaces.frames import Frames, StepContext
+from pretrain.monitoring.config_pages import differences
 from tests.support.contract_cases import batch, make
 
 
@@ -49,14 +51,13 @@ def test_classes_are_listed_or_read_from_a_file(tmp_path: Path) -> None:
     assert Config(classes=("a", "b")).all_classes() == ("a", "b")
 
 
-@pytest.mark.parametrize(("classes", "reason"), [(("a", "a"), "once"), (("a",), "at least 2"), ((), "either")])
+@pytest.mark.parametrize(("classes", "reason"), [(("a", "a"), "once"), (("a",), "at least 2")])
 def test_classes_that_cannot_be_used_are_refused(classes: tuple[str, ...], reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=reason):
         Config(classes=classes)
-    if classes:
-        (tmp_path / "classes").write_text("\n".join(classes))
-        with pytest.raises(ValidationError, match=reason):
-            Config(classes_file=str(tmp_path / "classes")).all_classes()
+    (tmp_path / "classes").write_text("\n".join(classes))
+    with pytest.raises(ValidationError, match=reason):
+        Config(classes_file=str(tmp_path / "classes")).all_classes()
 
 
 def test_a_checkpoint_of_other_classes_is_refused() -> None:
@@ -69,5 +70,21 @@ def test_a_checkpoint_of_other_classes_is_refused() -> None:
 
 
 def test_a_missing_file_of_classes_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         Config(classes_file=str(tmp_path / "none.txt")).all_classes()
+    with pytest.raises(ConfigError, match="list them"):
+        Config().all_classes()
+    with pytest.raises(ValidationError, match="not in both"):
+        Config(classes=("a", "b"), classes_file="none.txt")
+
+
+def test_a_run_shows_how_its_classifier_differs_from_the_defaults() -> None:
+    values = {
+        "data": {"shards": "none"},
+        "frontend": {"name": "log_mel"},
+        "encoder": {"name": "transformer"},
+        "objective": {"name": "none"},
+        "heads": {"who": {"name": "classifier", "classes": ["a", "b"]}},
+    }
+    changed = {path for path, _, _ in differences(load(RunConfig, values))}
+    assert any(path.startswith("heads.who.classes") for path in changed)
