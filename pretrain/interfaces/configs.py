@@ -149,7 +149,9 @@ class BalanceConfig:
     temperature: Annotated[float, about("dwa: temperature of the softmax", gt=0)] = 2.0
     asymmetry: Annotated[float, about("gradnorm: power of the relative training rate", ge=0)] = 1.5
     rate: Annotated[float, about("gradnorm: power of each update's correction", gt=0, le=1)] = 0.1
-    largest: Annotated[float, about("gradnorm: factors are between 1 / largest and largest", gt=1)] = 10.0
+    largest: Annotated[
+        float, about("gradnorm: bound of a factor and of its inverse, before their mean is made 1", gt=1)
+    ] = 10.0
 
     @property
     def measures(self) -> bool:
