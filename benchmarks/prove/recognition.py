@@ -59,7 +59,6 @@ ARMS: dict[str, tuple[str, ...]] = {
         "objective.n_codes=1024",
         *CTC,
         "heads.text.input=whole",
-        "health.max_updates_without_targets=200",
     ),
 }
 UNLABELLED = ("pretrained", "joint")

@@ -158,6 +158,7 @@ def _environment(launcher: dict[str, Any], sha: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "packages": installed,
+        "version": metadata.version("auricle"),
         "git_sha": sha.strip(),
         "launcher": launcher,
         "variables": {
