@@ -45,10 +45,12 @@ class Recording:
 
     name: its path below the given folder, its file name, its key in a shard, or "stdin".
     blocks: yields (T,) mono audio at 16 kHz in [-1, 1]. Raises AudioError, after which earlier blocks do not count.
+    is_stdin: whether it is standard input; a file may be called "stdin" too.
     """
 
     name: str
     blocks: Callable[[], Iterator[Wave]]
+    is_stdin: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def sources(given: Sequence[str], pcm_rate: int = SAMPLE_RATE, stdin: IO[bytes] 
 
 def _source(place: str, pcm_rate: int, stdin: IO[bytes] | None) -> Source:
     if place == STDIN:
-        return Source(1, lambda: iter([Recording("stdin", lambda: _from_stdin(stdin, pcm_rate))]))
+        return Source(1, lambda: iter([Recording("stdin", lambda: _from_stdin(stdin, pcm_rate), is_stdin=True)]))
     if FileStore(place).names("_done", ".json"):
         records = done_records(place)
         return Source(sum(record.segments for record in records), lambda: _from_shards(place, records))

@@ -13,7 +13,7 @@ from data_pipeline.audio.codecs import Wave
 from data_pipeline.audio.errors import AudioError
 from data_pipeline.core.text import table_cell, visible
 from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.loader.recordings import STDIN, Recording, Unusable, live_pcm, sources
+from data_pipeline.loader.recordings import Recording, Unusable, live_pcm, sources
 from launch.cli.tables import warn
 from launch.exit_codes import ExitCode
 from pretrain.recognition.config import TranscribeConfig
@@ -56,7 +56,7 @@ def run(config: TranscribeConfig) -> ExitCode:
 
 
 def _blocks(recording: Recording, config: TranscribeConfig) -> Iterator[Wave]:
-    if recording.name == "stdin" and STDIN in config.files:
+    if recording.is_stdin:
         return live_pcm(sys.stdin.buffer, config.pcm_rate)
     return recording.blocks()
 

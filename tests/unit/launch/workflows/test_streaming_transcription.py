@@ -155,6 +155,17 @@ def test_files_are_streamed_too(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert "left out b.wav" in shown.err
 
 
+def test_a_file_called_stdin_is_not_taken_for_the_pipe(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soundfile.write(tmp_path / "stdin", speech_like(2.0, 3).numpy(), 16_000, format="WAV")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(pcm(1.0, 4))))
+    given = ["transcribe", f"checkpoint={run}", f"files=[{tmp_path / 'stdin'},-]", "stream=true", "chunk=8", "left=2"]
+    assert main(given) == ExitCode.DONE
+    said = capsys.readouterr().err
+    assert said.index("stdin: 2.0 s of audio") < said.index("stdin: 1.0 s of audio")
+
+
 def test_live_audio() -> None:
     content = pcm(1.0, 1)
     whole = np.concatenate(list(live_pcm(io.BufferedReader(io.BytesIO(content + b"x")), 16_000)))
