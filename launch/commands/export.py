@@ -10,6 +10,8 @@ from launch.cli.parser import Parser
 from launch.exit_codes import ExitCode
 
 FORMATS = ("hugging_face", "torchscript", "onnx", "onnx_stream", "edge")
+WITH_HEAD = ("hugging_face", "onnx_stream", "edge")
+"""Formats that hold a CTC head too."""
 
 
 def run(arguments: list[str]) -> int:
@@ -35,7 +37,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--head",
         default="",
-        help="hugging_face, onnx_stream: the CTC head to export too (the only one of a recogniser)",
+        help="hugging_face, onnx_stream, edge: the CTC head to export too (the only one of a recogniser)",
     )
     parser.add_argument(
         "--int8",
@@ -52,6 +54,8 @@ def run(arguments: list[str]) -> int:
     )
     given = parser.parse_args(arguments)
     _require_int8_options(given)
+    if given.head and given.to not in WITH_HEAD:
+        raise ConfigError(f"--head {given.head}: needs --to {', '.join(WITH_HEAD)}; --to {given.to} has no head")
 
     from launch.runs.summary import find_run
     from launch.workflows.edge_export import export_edge
@@ -65,8 +69,11 @@ def run(arguments: list[str]) -> int:
     found = load_run(path if (path / "state.json").is_file() else find_run(given.run))
     module, config, _ = found
     options = Int8Options(given.int8, given.shards, given.manifest, given.reduce_range) if given.int8 else None
+    head = None
+    if given.to in ("onnx_stream", "edge") and (given.head or any(isinstance(h, CTC) for h in module.heads.values())):
+        head = recognising_head(given.run, module, config, given.head)
     if given.to == "edge":
-        print(f"{given.out}: {export_edge(found, given.out, given.chunk, given.left, options)}")
+        print(f"{given.out}: {export_edge(found, given.out, given.chunk, given.left, options, head)}")
         return ExitCode.DONE
     if options is not None:
         print(f"{given.out}: {export_int8(found, given.out, given.layer, options)}")
@@ -74,8 +81,6 @@ def run(arguments: list[str]) -> int:
     if given.to == "hugging_face":
         error, allowed = export(config, module, given.out, given.head), TOLERANCE
     elif given.to == "onnx_stream":
-        has_text = any(isinstance(head, CTC) for head in module.heads.values())
-        head = recognising_head(given.run, module, config, given.head) if has_text else None
         error = stream_export.export_stream(config, module.model, given.out, given.chunk, given.left, head)
         allowed = graph_export.TOLERANCE["onnx"]
     else:

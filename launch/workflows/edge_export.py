@@ -24,16 +24,22 @@ MODEL, DESCRIPTION, PROGRAM = "model.onnx", "edge.json", "run.py"
 
 
 def export_edge(
-    found: LoadedCheckpoint, out: Path, chunk: int | None, left: int | None, int8: Int8Options | None
+    found: LoadedCheckpoint,
+    out: Path,
+    chunk: int | None,
+    left: int | None,
+    int8: Int8Options | None,
+    head: CTC | None,
 ) -> str:
     """Writes model.onnx, edge.json and run.py; returns one sentence on what is lost.
 
     Args:
-        found: the run; its CTC head, if it has one, makes the package a recogniser.
+        found: the run.
         out: folder to write.
         chunk: frames per chunk; None: the first trained.
         left: earlier chunks attended to; None: the first limited number that was trained.
         int8: how to quantise; None: fp32.
+        head: a CTC head of the run that makes the package a recogniser; None: it gives features.
 
     Raises:
         ConfigError: `out` exists, the model cannot stream (with the fields to set), or INT8 loses too much.
@@ -43,7 +49,6 @@ def export_edge(
     if out.exists():
         raise ConfigError(f"{out} exists; give a new folder to export to")
     waves = read_waves(int8.shards, 2 * SECONDS) if int8 else []
-    head = next((head for head in found.module.heads.values() if isinstance(head, CTC)), None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
         exact, package = Path(name) / "stream", Path(name) / "edge"

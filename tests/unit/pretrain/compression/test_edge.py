@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.text.tokenizer import write_tokens
 from launch.main import main
 from pretrain.checkpointing.weights import load_checkpoint
 from pretrain.compression import edge_run
@@ -79,6 +80,30 @@ def test_a_package_streams_the_features_of_the_model(tmp_path: Path, capsys: pyt
     changed = output(edge, "--stdin")
     assert changed.returncode == 1
     assert b"edge.json has" in changed.stderr
+
+
+def test_the_head_that_is_named_gives_the_symbols(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = {"kind": "characters", "label": "text", "case": "lower", "symbols": ["▁", "a", "b"]}
+    write_tokens(str(tmp_path / "tokens"), tokens)
+    data = {"shards": "synthetic", "micro_batches": 4, "tokens": {"letters": str(tmp_path / "tokens")}}
+    heads = {
+        "first": {"name": "ctc", "symbols": "xyz"},
+        "second": {"name": "ctc", "tokens": "letters", "vocabulary": 3},
+    }
+    frontend = {"name": "log_mel", "normalize": "fixed", "subsampling": 2}
+    save(tmp_path / "run", 2, data=data, heads=heads, frontend=frontend, encoder=ENCODER)
+    checkpoint, edge = tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "edge"
+    line = ["export", str(checkpoint), str(edge), "--to"]
+    assert main([*line, "edge"]) == 2
+    assert "must be one of first, second" in capsys.readouterr().err
+    assert main([*line, "onnx", "--head", "second"]) == 2
+    assert "--head second: needs --to" in capsys.readouterr().err
+    assert not edge.exists()
+    assert main([*line, "edge", "--head", "second"]) == 0
+    assert json.loads((edge / "edge.json").read_text())["symbols"] == [" ", "a", "b"]
+    said = output(edge, "--stdin", given=bytes(64_000))
+    assert said.returncode == 0, said.stderr.decode()
+    assert set(json.loads(said.stdout.splitlines()[0])["text"]) <= set(" ab")
 
 
 def test_the_program_is_short_and_needs_two_packages_only() -> None:
