@@ -113,6 +113,10 @@ class Batch:
         lengths_B = self.lengths_B.to(device, non_blocking=True)
         return Batch(wave_BT, lengths_B, self.keys, self.micro_batch, targets, self.labels, tokens)
 
+    def label_values(self, name: str) -> tuple[str, ...]:
+        """Returns the label of each sample; "" for samples, or a whole batch, without it."""
+        return self.labels.get(name, ("",) * len(self.keys))
+
     @property
     def is_empty(self) -> bool:
         """Whether it is one of `emptied`."""

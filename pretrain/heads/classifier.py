@@ -103,7 +103,7 @@ class Classifier(Head):
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
         self._require_same_classes()
-        known_B = torch.tensor([value in self.ids for value in self._values(batch)])
+        known_B = torch.tensor([value in self.ids for value in batch.label_values(self.config.label)])
         rows_B = known_B & (model.frontend.frame_lengths(batch.lengths_B).cpu() > 0)
         return HeadPlan(rows_B.sum().double(), rows_B)
 
@@ -130,7 +130,7 @@ class Classifier(Head):
 
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
         scores_BC = self.logits(encoded)
-        device, values = scores_BC.device, self._values(batch)
+        device, values = scores_BC.device, batch.label_values(self.config.label)
         rows_B = plan.rows_B.to(device)
         targets_B = torch.tensor([self.ids.get(value, 0) for value in values], device=device)
         with full_precision(device):
@@ -149,9 +149,6 @@ class Classifier(Head):
             "unknown_classes": (one(unknown), one(labelled)),
         }
         return LossOutput(losses_B.masked_fill(~rows_B, 0.0).sum(), count, metrics)
-
-    def _values(self, batch: Batch) -> tuple[str, ...]:
-        return batch.labels.get(self.config.label, ("",) * len(batch.keys))
 
 
 def pooled(frames: Frames) -> Tensor:

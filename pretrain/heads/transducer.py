@@ -13,51 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.core.schema import about, config, refuse
+from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.configs import HeadConfig
+from pretrain.interfaces.configs import TextHeadConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
 from pretrain.nn.numerics import full_precision
+from pretrain.nn.text_targets import BLANK, foreign_symbols, text_targets
 
-BLANK = 0
 CONTEXT = 2
 """Tokens that the predictor reads."""
 
 
 @config
-class Config(HeadConfig):
+class Config(TextHeadConfig):
     name: Literal["transducer"] = "transducer"
-    label: Annotated[str, about("which label of a segment holds its text", min_length=1)] = "text"
-    symbols: Annotated[str, about("characters to write; others are left out", min_length=1)] = (
-        " 'abcdefghijklmnopqrstuvwxyz"
-    )
-    tokens: Annotated[str, about("name in data.tokens of the tokens to write; empty: the characters in symbols")] = ""
-    vocabulary: Annotated[int, about("number of these tokens, as `auricle tokens` prints it", ge=0)] = 0
     joint_dim: Annotated[int, about("channels in which frames and tokens are joined", ge=1)] = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if bool(self.tokens) != bool(self.vocabulary):
-            refuse(
-                "vocabulary", self.vocabulary, "the number of tokens goes with their name: set tokens and vocabulary"
-            )
-
-    @property
-    def segment_labels(self) -> tuple[str, ...]:
-        """The text, unless the data have its tokens."""
-        return () if self.tokens else (self.label,)
-
-    @property
-    def needed_tokens(self) -> tuple[str, ...]:
-        """`tokens`."""
-        return (self.tokens,) if self.tokens else ()
-
-    @property
-    def vocabulary_size(self) -> int:
-        """`vocabulary`."""
-        return self.vocabulary
 
 
 class Transducer(Head):
@@ -69,30 +41,20 @@ class Transducer(Head):
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__(config)
         self.config = config
-        self.ids = {} if config.tokens else {symbol: i + 1 for i, symbol in enumerate(config.symbols)}
-        classes = (config.vocabulary or len(self.ids)) + 1
         self.frame = nn.Linear(shape.dim, config.joint_dim)
-        self.embedding = nn.Embedding(classes, config.joint_dim)
+        self.embedding = nn.Embedding(config.n_classes, config.joint_dim)
         self.predictor = nn.Linear(CONTEXT * config.joint_dim, config.joint_dim)
-        self.output = nn.Linear(config.joint_dim, classes)
-
-    def targets(self, batch: Batch) -> list[list[int]]:
-        """Returns the classes of each segment's text; empty without text."""
-        if self.config.tokens:
-            ids_BN = batch.tokens.get(self.config.tokens)
-            rows = [[] for _ in batch.keys] if ids_BN is None else ids_BN.tolist()
-            return [[number + 1 for number in row if number >= 0] for row in rows]
-        texts = batch.labels.get(self.config.label, ("",) * len(batch.keys))
-        return [[self.ids[symbol] for symbol in text.lower() if symbol in self.ids] for text in texts]
+        self.output = nn.Linear(config.joint_dim, config.n_classes)
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
         frames = model.frontend.frame_lengths(batch.lengths_B).tolist()
-        sizes = [len(target) if limit else 0 for target, limit in zip(self.targets(batch), frames, strict=True)]
+        targets = text_targets(self.config, batch)
+        sizes = [len(target) if limit else 0 for target, limit in zip(targets, frames, strict=True)]
         return HeadPlan(torch.tensor(float(sum(sizes)), dtype=torch.float64), torch.tensor(sizes) > 0)
 
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
         frame_BFJ: Tensor = self.frame(self.frames(encoded).x_BFD)
-        device, targets = frame_BFJ.device, self.targets(batch)
+        device, targets = frame_BFJ.device, text_targets(self.config, batch)
         kept = [target if fits else [] for target, fits in zip(targets, plan.rows_B.tolist(), strict=True)]
         lengths_B = torch.tensor([len(target) for target in kept], device=device)
         longest = max((len(target) for target in kept), default=0)
@@ -113,8 +75,11 @@ class Transducer(Head):
         total = losses_B.masked_fill(lengths_B == 0, 0.0).sum()
         labelled = sum(map(bool, targets))
         one = functools.partial(torch.tensor, dtype=torch.float64, device=device)
-        unusable = labelled - int(plan.rows_B.sum())
-        return LossOutput(total, lengths_B.sum(), {"infeasible": (one(unusable), one(labelled))})
+        metrics = {"infeasible": (one(labelled - int(plan.rows_B.sum())), one(labelled))}
+        if not self.config.tokens:
+            foreign, symbols = foreign_symbols(self.config, batch)
+            metrics["foreign_symbols"] = (one(foreign), one(symbols))
+        return LossOutput(total, lengths_B.sum(), metrics)
 
 
 def transducer_loss(blank_BFN: Tensor, token_BFN: Tensor, frames_B: Tensor, tokens_B: Tensor) -> Tensor:

@@ -134,6 +134,50 @@ class HeadConfig(PluginConfig):
 
 
 @config
+class TextHeadConfig(HeadConfig):
+    """The config of a head that writes the text of a segment as symbols, or as tokens of the data, and a blank."""
+
+    label: Annotated[str, about("which label of a segment holds its text", min_length=1)] = "text"
+    symbols: Annotated[str, about("characters to write; others are left out", min_length=1)] = (
+        " 'abcdefghijklmnopqrstuvwxyz"
+    )
+    tokens: Annotated[str, about("name in data.tokens of the tokens to write; empty: the characters in symbols")] = ""
+    vocabulary: Annotated[int, about("number of these tokens, as `auricle tokens` prints it", ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.tokens) != bool(self.vocabulary):
+            refuse(
+                "vocabulary", self.vocabulary, "the number of tokens goes with their name: set tokens and vocabulary"
+            )
+
+    @property
+    def segment_labels(self) -> tuple[str, ...]:
+        """The text, unless the data have its tokens."""
+        return () if self.tokens else (self.label,)
+
+    @property
+    def needed_tokens(self) -> tuple[str, ...]:
+        """`tokens`."""
+        return (self.tokens,) if self.tokens else ()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """`vocabulary`."""
+        return self.vocabulary
+
+    @property
+    def symbol_classes(self) -> dict[str, int]:
+        """The class of each symbol, from 1 on, since 0 is the blank; empty where tokens are written."""
+        return {} if self.tokens else {symbol: number for number, symbol in enumerate(self.symbols, start=1)}
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes, with the blank."""
+        return (self.vocabulary or len(self.symbol_classes)) + 1
+
+
+@config
 class BalanceConfig:
     """Factors of the tasks' losses beside their weights."""
 

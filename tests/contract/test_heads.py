@@ -201,8 +201,9 @@ def test_a_text_that_does_not_fit_its_frames_is_no_target_and_is_counted() -> No
     assert int(module.prepare(labelled(batch(), ("go on", fitting)), CTX).counts_K[1]) == len("go on") + len(fitting)
 
 
-def test_symbols_outside_the_alphabet_are_counted() -> None:
-    module = module_of("ctc").eval()
+@pytest.mark.parametrize("head", ["ctc", "transducer"])
+def test_symbols_outside_the_alphabet_are_counted(head: str) -> None:
+    module = module_of(head).eval()
     metrics = run(module, labelled(batch(), ("nä 3", "ok")))[1]
     assert tuple(map(float, metrics["metric/task/foreign_symbols"])) == (2.0, 6.0)
 
