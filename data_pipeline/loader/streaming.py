@@ -184,6 +184,11 @@ class StreamReader:
                 f"the checkpoint was made with data plan {cursor.plan_hash}, but data.reader=webdataset streams; set "
                 "data.reader=plan, or start a new run"
             )
+        if cursor.plan_hash != self.plan_hash:
+            self._say(
+                "data.reader=webdataset: names of the tars, limits of batches, token sets or the seed differ from "
+                "those of the checkpoint"
+            )
         if cursor.step:
             self._say(
                 f"data.reader=webdataset: not exactly resumable; step {cursor.step} continues with a new pass over the "

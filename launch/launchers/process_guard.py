@@ -27,6 +27,8 @@ import sys
 import time
 from pathlib import Path
 
+LONGEST_GUESS = 600.0
+"""Seconds that an update is assumed to take at most before one was measured."""
 LEAST_GRACE = 30.0
 """Shortest grace period, in seconds."""
 UPDATES_OF_GRACE = 3
@@ -85,7 +87,8 @@ def grace_seconds(run: Path, configured: float) -> float:
     """Returns the seconds that a run has to finish its update, save a checkpoint and end.
 
     Args:
-        run: the run folder; the end of its metrics.jsonl is read.
+        run: the run folder; the end of its metrics.jsonl is read, or, before two updates are logged, the age of the
+            newest start: no update has taken longer.
         configured: returned unless it is 0.
     """
     if configured:
@@ -100,6 +103,9 @@ def grace_seconds(run: Path, configured: float) -> float:
             if before and row["step"] > before["step"]:  # a resume or rollback repeats steps
                 longest = max(longest, (row["time"] - before["time"]) / (row["step"] - before["step"]))
             before = row
+    if not longest:
+        starts = [file.stat().st_mtime for file in (run / "incarnations").glob("*")]
+        longest = min(max(time.time() - max(starts), 0.0), LONGEST_GUESS) if starts else 0.0
     return LEAST_GRACE + UPDATES_OF_GRACE * longest
 
 

@@ -179,7 +179,12 @@ class HealthMonitor:
             UnhealthyError: if the config does not request a roll-back.
         """
         silent = silent_segments(batches)
-        note = f" ({detectors.silence_note(len(silent), _segments(batches), silent)})" if silent else ""
+        counts = self._world.sum(
+            torch.tensor([len(silent), _segments(batches)], dtype=torch.float64, device=self._world.device)
+        ).tolist()
+        note = f" ({detectors.silence_note(int(counts[0]), int(counts[1]), silent)})" if counts[0] else ""
+        if silent and self._world.rank:  # rank 0 writes the findings, without the keys of other ranks
+            print(detectors.silence_note(len(silent), _segments(batches), silent), flush=True)
         found = Finding("not finite", "nan", f"{error}{note}", _NAN_HELPS)
         kept = save_batches(self._run, self._world.rank, ctx, batches, found.seen, limit=2 * MAX_KEPT)
         alarm = Alarm(ctx.step, ctx.step, found)

@@ -50,8 +50,10 @@ def step_scalars(
 
 
 def held_out_scalars(result: HeldOutResult, record: MonitoringRecord) -> dict[str, float]:
-    """Returns the logged scalars of held-out audio: losses, accuracies and code use, under valid/."""
-    scalars = {"loss/total": result.loss} | means(result.metrics, record)
+    """Returns the logged scalars of held-out audio with targets: losses, accuracies and code use, under valid/."""
+    scalars = means(result.metrics, record)
+    if any(name.startswith("loss/") for name in scalars):  # a loss over no target at all would be 0
+        scalars["loss/total"] = result.loss
     return {f"valid/{name}": value for name, value in scalars.items() if name.startswith(("loss/", "metric/"))}
 
 

@@ -34,7 +34,8 @@ class Config(ObjectiveConfig):
     name: Literal["distil"] = "distil"
     teacher: Annotated[
         str,
-        about("run folder or checkpoint of the teacher; empty: the initial weights of this run", resume="path"),
+        # the checkpoint has the teacher's sha256, so it may be moved
+        about("run folder or checkpoint of the teacher; empty: the initial weights of this run", resume="free"),
     ] = ""
     teacher_dim: Annotated[int, about("the teacher's channels; 0: as many as the student's", ge=0)] = 0
     layers: Annotated[

@@ -101,9 +101,15 @@ def edits(references: Sequence[str], texts: Sequence[str], by_words: bool) -> li
 
 
 def errors(decoder: str, references: Sequence[str], texts: Sequence[str]) -> Errors:
-    """Returns word and character error rates by jiwer. Raises ValueError where it is not installed."""
+    """Returns word and character error rates by jiwer.
+
+    Raises:
+        ValueError: jiwer is not installed, or no reference has any text.
+    """
+    if not any(reference.strip() for reference in references):
+        raise ValueError("error rates: none of the references has any text")
     wer, cer = (
-        sum(wrong for wrong, _ in counts) / max(1, sum(units for _, units in counts))
+        sum(wrong for wrong, _ in counts) / sum(units for _, units in counts)
         for counts in (edits(references, texts, by_words) for by_words in (True, False))
     )
     return Errors(decoder, wer, cer, len(texts))

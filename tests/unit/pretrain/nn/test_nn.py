@@ -14,7 +14,7 @@ from pretrain.interfaces.frames import StepContext
 from pretrain.nn.numerics import masked_deviation, scale_gradient
 from pretrain.nn.spectral import LogMel
 from pretrain.objectives.data2vec2 import CopiesPlan
-from pretrain.self_supervision.contrastive import contrastive_loss
+from pretrain.self_supervision.contrastive import chance_levels, contrastive_loss
 from pretrain.self_supervision.masking import adjusted_block_mask, block_mask, draw_negatives, pack_masks, span_mask
 from pretrain.self_supervision.quantizers import GumbelQuantizer, nearest_codes, perplexity
 from tests.support.contract_cases import batch, make
@@ -108,6 +108,17 @@ def test_chance_level_and_ties() -> None:
     loss, hits = contrastive_loss(torch.zeros(2, 5, 101), torch.ones(2, 5, dtype=torch.bool))
     assert float(loss) / 10 == pytest.approx(math.log(101), abs=1e-5)
     assert float(hits) == 0
+
+
+def test_chance_levels_count_the_negatives_that_a_frame_has() -> None:
+    """With three masked frames each has two possible negatives, however many are drawn with repetition."""
+    negatives_BMK = torch.tensor([[[1, 2] * 50, [0, 2] * 50, [0, 1] * 50]])
+    valid_BM = torch.ones(1, 3, dtype=torch.bool)
+    loss, probability = chance_levels(torch.zeros(1, 3, 101), negatives_BMK, valid_BM)
+    assert float(probability) / 3 == pytest.approx(1 / 3)
+    assert float(loss) / 3 == pytest.approx(math.log(101))
+    logits_BMK = torch.zeros(1, 3, 101).masked_fill(torch.cat([torch.zeros(1, 3, 1), negatives_BMK], 2) == 2, -math.inf)
+    assert float(chance_levels(logits_BMK, negatives_BMK, valid_BM)[1]) == pytest.approx(1 / 2 + 1 / 2 + 1 / 3)
 
 
 def test_gradients_pass_through_the_quantizer() -> None:
