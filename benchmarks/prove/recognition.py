@@ -156,7 +156,7 @@ def character_errors(run: Path, test: Sequence[Utterance]) -> Tally:
 def auricle(*arguments: str) -> None:
     """Runs a command of auricle; its output is shown where it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "launch.main", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "launch.main", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
     )
     if done.returncode:
         print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)

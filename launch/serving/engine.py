@@ -87,7 +87,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._pool = ThreadPoolExecutor(1, "streams")
 
-    def open(self) -> Stream:
+    def open_stream(self) -> Stream:
         """Begins a stream."""
         stream = Stream(self.recogniser.start(), self.limit)
         self.streams.add(stream)

@@ -87,7 +87,7 @@ class Server:
         if len(self.engine.streams) >= self.config.clients:
             raise web.HTTPServiceUnavailable(text=f"all {self.config.clients} places are taken; try again later")
         socket = web.WebSocketResponse(max_msg_size=MESSAGE_BYTES, heartbeat=20.0)
-        stream = self.engine.open()
+        stream = self.engine.open_stream()
         try:
             await socket.prepare(request)
             await self._talk(socket, stream, int(rate))

@@ -112,7 +112,7 @@ class _Worker:
         script = str(Path(__file__).with_name("timed_graph.py"))
         self.process = subprocess.Popen(
             [sys.executable, script, str(folder), str(seconds), str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment,
         )  # fmt: skip
 
     def ask(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in VALIDATED:
         one[f"held out {name}"] = two[f"held out {name}"] = case(*ENGINES[name], held_out=3)
     results = {f"2 ranks, {name}": found for name, found in run(tmp, "two", 2, two).items()}
-    three = {"torch": case("torch")} | {f"zero {stage}": case("deepspeed", stage) for stage in range(4)}
+    three = {"torch": case("torch")} | {f"zero {stage}": case("deepspeed", stage) for stage in (2, 3)}
     three["from 2 to 3"] = case("deepspeed", 3, load=str(tmp / "run2"))
     results |= {f"3 ranks, {name}": found for name, found in run(tmp, "three", 3, three).items()}
     one |= {f"from {stage} to torch": case("torch", load=str(tmp / f"run{stage}")) for stage in range(4)}
@@ -70,7 +70,7 @@ def test_losses_and_norms_do_not_depend_on_the_engine(measured: dict[str, Any], 
     parity(f"{ranks}, every ZeRO stage: gradient norms (relative)", 1e-5, furthest(ratios, [1.0] * len(ratios)))
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ["torch", "zero 2", "zero 3"])
 def test_ranks_that_do_not_divide_the_micro_batches_compute_the_same_steps(
     measured: dict[str, Any], name: str, parity: Parity
 ) -> None:

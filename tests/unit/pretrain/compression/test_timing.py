@@ -98,6 +98,7 @@ def test_noise_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noise({}) == "load 7.0 on 2 cores"
 
 
+@pytest.mark.slow
 def test_a_table_of_blocks_grows_with_their_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = {"name": "transformer", "layers": 2, "dim": 64, "heads": 4, "ffn_dim": 64}
     save(tmp_path / "run", 2, encoder=encoder)

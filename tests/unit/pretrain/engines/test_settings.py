@@ -37,13 +37,13 @@ def test_the_collective_timeout_comes_from_the_config(
 def test_deepspeed_overlaps_communication_on_gpus_and_accumulates_micro_batches(stage: int) -> None:
     module, optimizer = torch.nn.Linear(8, 8), OptimizerConfig(lr=1e-3, clip_norm=2.0)
     config = EngineConfig(zero_stage=stage, offload="cpu" if stage else "none")
-    made = deepspeed_config(config, optimizer, 32, DistributedContext(0, 8, 0, "cuda:0"), module)
+    made = deepspeed_config(config, optimizer, 4, DistributedContext(0, 8, 0, "cuda:0"), module)
     assert made["zero_optimization"]["overlap_comm"] is True
     assert made["zero_optimization"]["stage"] == stage
     assert made["zero_optimization"]["offload_optimizer"]["pin_memory"] is True
     assert (made["train_batch_size"], made["gradient_accumulation_steps"]) == (32, 4)
     assert made["gradient_clipping"] == 2.0
-    assert not deepspeed_config(config, optimizer, 32, DistributedContext(0, 8), module)["zero_optimization"][
+    assert not deepspeed_config(config, optimizer, 4, DistributedContext(0, 8), module)["zero_optimization"][
         "overlap_comm"
     ]
 

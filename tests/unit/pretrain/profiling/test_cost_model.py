@@ -132,4 +132,4 @@ def test_planning_holds_no_weights_in_memory() -> None:
     module = cost_model.build_without_memory(large)
     assert not any(bool(weight.detach().any()) for weight in module.parameters())
     weights = sum(weight.numel() * weight.element_size() for weight in module.parameters())
-    assert psutil.Process().memory_info().rss - before < 0.3 * weights
+    assert psutil.Process().memory_info().rss - before < 0.5 * weights
