@@ -150,6 +150,9 @@ class TextHeadConfig(HeadConfig):
             refuse(
                 "vocabulary", self.vocabulary, "the number of tokens goes with their name: set tokens and vocabulary"
             )
+        repeated = sorted({symbol for symbol in self.symbols if self.symbols.count(symbol) > 1})
+        if repeated:
+            refuse("symbols", self.symbols, f"each character once; repeated: {' '.join(map(repr, repeated))}")
 
     @property
     def segment_labels(self) -> tuple[str, ...]:

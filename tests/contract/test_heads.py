@@ -225,3 +225,9 @@ def test_a_reconstruction_of_masked_frames_counts_them_and_no_others() -> None:
     assert float(run(module, labelled(batch()))[1]["loss/task"][1]) == float(plan.counts_K[1])
     with pytest.raises(ConfigError, match="frames=all"):
         make("none", heads=masked).prepare(batch(), CTX)
+
+
+@pytest.mark.parametrize("head", ["ctc", "transducer"])
+def test_a_repeated_symbol_is_refused(head: str) -> None:
+    with pytest.raises(ConfigError, match=r"symbols=.*aab.*'a'"):
+        make("none", heads={"task": HEADS[head] | {"symbols": "aab"}})
