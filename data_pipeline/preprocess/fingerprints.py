@@ -230,7 +230,7 @@ def _tables(
         content = store.read(f"_scan/{name}")
         if scan_is_altered(name, content):
             raise OSError(f"{store.root}/_scan/{name}: checksum mismatch; remove it and run the same command again")
-        table = pq.read_table(io.BytesIO(content))
+        table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
         rows, owners = [], []
         stamps = zip(*(table[key].to_pylist() for key in ("corpus", "file_id", "size", "mtime")), strict=True)
         for row, (corpus, file_id, size, mtime) in enumerate(stamps):

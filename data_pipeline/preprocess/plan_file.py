@@ -88,7 +88,7 @@ def read_table(content: bytes) -> tuple[list[WorkUnit], list[Dropped]]:
     """Reads one generation. Raises ValueError if it is damaged or contains a name that is not plain."""
     units: dict[tuple[str, str], list[AudioFile]] = {}
     dropped = []
-    for row in pq.read_table(io.BytesIO(content)).to_pylist():
+    for row in pq.ParquetFile(io.BytesIO(content)).read(use_threads=False).to_pylist():
         file = _file(row)
         if row["dropped"]:
             more = {"share": row.get("share"), "offset_seconds": row.get("offset"), "samples": row.get("samples")}

@@ -249,7 +249,7 @@ def read_index(root: str, record: DoneRecord) -> pa.Table:
     if size != record.bytes:
         raise ValueError(f"{tars.root}/{record.shard} has {size:,} bytes instead of {record.bytes:,}; {again}")
     try:
-        table = pq.read_table(io.BytesIO(content))
+        table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
         validate_index(table, record.bytes)
     except INDEX_ERRORS as error:
         raise ValueError(f"{root}/{name}: {error}; {again}") from None

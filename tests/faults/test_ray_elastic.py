@@ -93,6 +93,7 @@ def test_a_run_continues_on_fewer_ranks_after_a_lost_node_with_the_same_losses(
     assert max(differences) <= 1e-6, "the sum of two micro-batches does not depend on the number of ranks"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(560)
 def test_a_node_lost_during_preprocessing_does_not_change_the_shards(tmp_path: Path, cluster: Any) -> None:
     node = cluster.add_node(num_cpus=1)

@@ -262,6 +262,7 @@ def test_a_preempted_job_is_requeued_and_continues(runs: Site) -> None:
     assert "starting again after" not in log, "SLURM requeues preempted jobs itself"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_deepspeed_with_two_ranks_on_a_node_of_gpus(runs: Site) -> None:
     for name in ("zero_calm", "zero_struck"):
