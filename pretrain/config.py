@@ -120,13 +120,13 @@ class TrainConfig:
     log_every: Annotated[int, about("steps between rows of metrics", ge=1)] = 1
     valid_every: Annotated[
         int | None,
-        about("measure the loss of data.valid every so many steps; null: every tenth of the run, and at its end", ge=1),
+        about("steps between measurements of the loss of data.valid; null: a tenth of the run, and at its end", ge=1),
     ] = None
     media_every: Annotated[
         int | None,
         about(
-            "audio, spectrograms with units and frames go to TensorBoard every so many steps; null: at the first "
-            "update and every tenth of the run, ten steps apart or more; 0: never",
+            "steps between audio, spectrograms with units and frames in TensorBoard; null: at the first update and "
+            "every tenth of the run, ten steps apart or more; 0: never",
             ge=0,
         ),
     ] = None

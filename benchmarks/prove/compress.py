@@ -118,14 +118,14 @@ def students(teacher: Path, minutes: float, runs: Path, shards: Path) -> list[Mo
     """Trains the learned models; each takes about `minutes`."""
     cut = runs / "truncated"
     require("compress", str(teacher), str(cut), "--blocks", str(STUDENT_BLOCKS))
-    told = [f"objective.teacher={teacher}", f"init={cut}", *widths_of(cut)]
-    distilled = train("distilled", minutes, runs, shards, "+experiment=distil_tiny", *told)
-    told = [f"objective.teacher={teacher}", f"init={teacher}"]
-    pruned = train("pruning", 0.6 * minutes, runs, shards, "+experiment=prune_tiny", *told)
+    overrides = [f"objective.teacher={teacher}", f"init={cut}", *widths_of(cut)]
+    distilled = train("distilled", minutes, runs, shards, "+experiment=distil_tiny", *overrides)
+    overrides = [f"objective.teacher={teacher}", f"init={teacher}"]
+    pruned = train("pruning", 0.6 * minutes, runs, shards, "+experiment=prune_tiny", *overrides)
     found = [Model("distilled, 2 blocks", distilled, learned=True)]
     if auricle("compress", str(pruned), str(runs / "pruned_cut")):
-        told = [f"objective.teacher={teacher}", f"init={runs / 'pruned_cut'}", *widths_of(runs / "pruned_cut")]
-        final = train("pruned", 0.4 * minutes, runs, shards, "+experiment=distil_tiny", *told)
+        overrides = [f"objective.teacher={teacher}", f"init={runs / 'pruned_cut'}", *widths_of(runs / "pruned_cut")]
+        final = train("pruned", 0.4 * minutes, runs, shards, "+experiment=distil_tiny", *overrides)
         found.append(Model("pruned, 4 blocks", final, learned=True))
     units = runs / "units"
     require("targets", f"shards={shards}", f"out={units}", f"features={teacher}", "layer=2", "rounds=8")

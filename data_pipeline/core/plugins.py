@@ -1,4 +1,4 @@
-"""Where plug-ins from outside auricle come from: folders that the user names, and installed packages.
+"""Sources of plug-ins from outside auricle: folders that the user names, and installed packages.
 
 A folder in AURICLE_PLUGINS (set by hand or by `plugins=` on the command line; child processes inherit it), or the
 package that an entry point of the group `auricle.plugins` names, contains plug-ins in subfolders such as objectives/.

@@ -66,7 +66,7 @@ def require_answer(address: str, seconds: float) -> None:
 
 @config
 class RayConfig:
-    """Where the work runs."""
+    """Ray cluster that runs the work, and its attempts."""
 
     address: Annotated[str, about("address of a running Ray cluster, or auto; empty: start Ray on this machine")] = ""
     num_cpus: Annotated[int, about("cores of a Ray started here; 0: all", ge=0)] = 0

@@ -31,7 +31,7 @@ class HeldOut:
     batches: tuple[Batch, ...]
     """As many on every rank, since engines that partition weights compute in lockstep."""
     counted: int
-    """The first so many count; a rank without enough repeats one."""
+    """Number of micro-batches, from the first, that enter the loss; a rank with too few repeats one."""
     segments: int
     """Over all ranks, like `seconds`."""
     seconds: float

@@ -22,7 +22,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--table", metavar="RUN", help="instead: latency of single blocks of a run's encoder, as JSON")
     parser.add_argument("--heads", type=_widths, help="table: numbers of heads, with commas")
     parser.add_argument("--ffn", type=_widths, help="table: numbers of inner channels, with commas")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a product (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="intra-op threads (default: 1)")
     parser.add_argument("--seconds", type=float, default=10.0, help="audio of one run (default: 10)")
     parser.add_argument("--runs", type=int, default=30, help="runs of each graph (default: 30)")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("run", help="run folder, or a run's name below runs/")
     parser.add_argument("out", type=Path, help="run folder to write; must not exist")
-    parser.add_argument("--blocks", type=int, help="keep the first so many blocks")
+    parser.add_argument("--blocks", type=int, help="number of blocks to keep, counted from the first")
     parser.add_argument(
         "--widths",
         type=Path,

@@ -50,7 +50,7 @@ class Stream:
     ended: bool = False
     failure: str = ""
     results: asyncio.Queue[Result] = field(default_factory=asyncio.Queue)
-    room: asyncio.Event = field(default_factory=asyncio.Event)
+    has_space: asyncio.Event = field(default_factory=asyncio.Event)
 
     def take(self, most: int) -> tuple[np.ndarray, float]:
         """Removes at most so many samples; returns them and when the last of them arrived."""
@@ -64,7 +64,7 @@ class Stream:
             missing -= len(part)
         self.samples -= most - missing
         if self.samples < self.limit:
-            self.room.set()
+            self.has_space.set()
         return np.concatenate(parts) if parts else np.zeros(0, np.float32), arrived
 
 
@@ -100,8 +100,8 @@ class Engine:
     async def add(self, stream: Stream, wave_T: np.ndarray) -> None:
         """Appends audio; waits while the stream's queue is full."""
         while stream.samples >= stream.limit and not stream.failure:
-            stream.room.clear()
-            await stream.room.wait()
+            stream.has_space.clear()
+            await stream.has_space.wait()
         stream.waiting.append((wave_T, time.monotonic()))
         stream.samples += len(wave_T)
         self._wake.set()
@@ -130,7 +130,7 @@ class Engine:
                 for stream, found, arrived, last in zip(ready, made, arrivals, finishing, strict=True):
                     if isinstance(found, str):
                         stream.failure = found
-                        stream.room.set()
+                        stream.has_space.set()
                         stream.results.put_nowait(Result(_nothing(), 0.0, last=True))
                         continue
                     stream.state, updates = found
@@ -143,8 +143,8 @@ class Engine:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _ready(self, stream: Stream) -> bool:
-        room = not stream.failure and stream.results.qsize() < self.queue_results
-        return room and (stream.samples >= self.most or stream.ended)
+        accepts = not stream.failure and stream.results.qsize() < self.queue_results
+        return accepts and (stream.samples >= self.most or stream.ended)
 
     async def results(self, stream: Stream) -> list[Result]:
         """Waits for results of a stream and takes all that there are."""
@@ -157,7 +157,7 @@ class Engine:
     def _turn(
         self, states: Sequence[RecognitionState], parts: Sequence[np.ndarray], finishing: Sequence[bool]
     ) -> list[tuple[RecognitionState, list[Update]] | str]:
-        """Computes all streams together; where that fails, each alone, so that one cannot stop the others."""
+        """Computes all streams together; where that fails, each alone, so that one stream cannot stop another."""
         try:
             return list(self._computed(states, parts, finishing))
         except Exception as error:

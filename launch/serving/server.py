@@ -160,7 +160,7 @@ class Server:
 
 
 def messages_of(result: Result) -> list[dict[str, Any]]:
-    """Returns what a client is told of a result."""
+    """Returns the messages to a client for a result."""
     update, made = result.update, []
     if result.last:
         return []
@@ -179,7 +179,7 @@ async def send(socket: web.WebSocketResponse, values: dict[str, Any]) -> None:
 
 
 async def refuse(socket: web.WebSocketResponse, problem: str) -> None:
-    """Tells a client what is wrong and closes its connection."""
+    """Sends a client an error message and closes its connection."""
     with contextlib.suppress(ConnectionError, RuntimeError, TimeoutError):
         await send(socket, {"type": "error", "error": problem})
         await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=problem.encode()[:120])

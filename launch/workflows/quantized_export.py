@@ -29,7 +29,10 @@ POINTS_LOST = 0.01
 
 
 class Int8Options(NamedTuple):
-    """How to quantise.  manifest: also compares probes of phones; None: not.  reduce_range: 7 bits for weights."""
+    """Settings of quantisation.
+
+    manifest: also compares probes of phones; None: not.  reduce_range: 7 bits for weights.
+    """
 
     mode: Mode
     shards: str

@@ -23,7 +23,7 @@ from pretrain.recognition.transcript import Word, word_values
 
 
 def run(config: TranscribeConfig) -> ExitCode:
-    """Transcribes each recording as a stream; one that cannot be read is named, and the others go on.
+    """Transcribes each recording as a stream; one that cannot be read is named and left out.
 
     Returns:
         DONE, or FAILED where a recording was left out.

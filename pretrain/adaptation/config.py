@@ -30,13 +30,13 @@ class FinetuneConfig:
         " 'abcdefghijklmnopqrstuvwxyz"
     )
     steps: Annotated[int, about("updates", ge=1)] = 2_000
-    frozen_steps: Annotated[int, about("at first only the new layer learns, for so many updates", ge=0)] = 200
+    frozen_steps: Annotated[int, about("number of updates at the start in which only the new layer learns", ge=0)] = 200
     lr: Annotated[
         float, about("peak learning rate: tenth of the steps up, 40 % at the peak, then down to 5 % of it", gt=0)
     ] = 3e-4
     batch_seconds: Annotated[float, about("audio per update", gt=0)] = 40.0
     mask_time: Annotated[float, about("share of features replaced by zeros in spans of 10 frames", ge=0, lt=1)] = 0.1
-    max_utterances: Annotated[int, about("at most so many per split; 0 takes all", ge=0)] = 0
+    max_utterances: Annotated[int, about("largest number of utterances per split; 0 takes all", ge=0)] = 0
     beam: Annotated[int, about("prefixes kept in beam search; 0: greedy only", ge=0)] = 16
     ngram: Annotated[int, about("order of the character n-gram of the training texts; 0: none", ge=0, le=10)] = 5
     ngram_weight: Annotated[float, about("its weight beside the acoustics", ge=0)] = 0.5

@@ -52,7 +52,7 @@ def block_table(
         ffn_dims: numbers of inner channels.
         seconds: audio of one run.
         runs: runs of each block, after two that are not counted.
-        threads: threads of a product.
+        threads: intra-op threads.
 
     Returns:
         Plain values for JSON: machine, threads, seconds, dim, noisy, and rows of heads, ffn_dim, and median and 95th

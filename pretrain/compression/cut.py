@@ -99,8 +99,8 @@ def require_closed(pruning: Pruning) -> None:
     """Raises ConfigError unless the gates remove the share of the weights that they were to remove."""
     if abs(pruning.found - pruning.asked) > MOST_OFF:
         raise ConfigError(
-            f"objective.sparsity={pruning.asked:.0%} was asked and the closed gates remove {pruning.found:.1%} of the "
-            f"weights; they must agree to {MOST_OFF:.0%}: train longer (train.steps)"
+            f"objective.sparsity={pruning.asked:.0%} was requested, but the closed gates remove {pruning.found:.1%} of "
+            f"the weights; they must agree to {MOST_OFF:.0%}: train longer (train.steps)"
         )
 
 
@@ -153,7 +153,7 @@ def _stack(found: LoadedCheckpoint) -> StackConfig:
 
 
 def _largest(score_N: Tensor, n: int) -> Tensor:
-    """Returns 1 for the n largest scores and 0 for the others."""
+    """Returns 1 for the n largest scores and 0 for all other scores."""
     return torch.zeros_like(score_N).index_fill(0, score_N.topk(n).indices, 1.0)
 
 

@@ -23,7 +23,7 @@ class Stream:
 
     Args:
         folder: the package, with edge.json.
-        threads: threads of a product.
+        threads: intra-op threads.
 
     Raises:
         SystemExit: the graph is not the one that edge.json describes.

@@ -34,7 +34,7 @@ MOST_LOST = 0.05
 
 
 class Lost(NamedTuple):
-    """What a quantised graph loses.
+    """Accuracy that a quantised graph loses.
 
     units: share of frames whose nearest cluster changes.  error: root mean square of the features' difference relative
     to that of their deviation.
@@ -147,7 +147,7 @@ def open_graph(file: Path, threads: int = 1) -> Run:
 
     Args:
         file: the graph.
-        threads: threads of a product.
+        threads: intra-op threads.
 
     Returns:
         A function from (B, T) audio to (B, F, D) features.

@@ -58,10 +58,10 @@ def measure(folders: Sequence[Path], seconds: float = 10.0, runs: int = 30, thre
         folders: folders of `auricle export --to onnx`, `onnx_stream` or `edge`.
         seconds: audio of one run.
         runs: runs of each graph, after two that are not counted.
-        threads: threads of a product.
+        threads: intra-op threads.
 
     Raises:
-        ConfigError: a folder is no such export, or its graph does not run.
+        ConfigError: a folder is not such an export, or its graph does not run.
     """
     for folder in folders:
         if not any((folder / name).is_file() for name in FILES):

@@ -153,7 +153,7 @@ class Engine(abc.ABC):
 
         Args:
             batches: this rank's micro-batches; as many on every rank.
-            counted: the first so many count; the others keep the ranks in lockstep.
+            counted: number of micro-batches, from the first, that enter the loss; the rest keep the ranks in lockstep.
             ctx: keys the masks.
 
         Returns:

@@ -21,7 +21,7 @@ def open_graph_encoder(folder: Path, name: str = "") -> FrozenEncoder:
         name: name in tables; empty: that of the folder.
 
     Raises:
-        ConfigError: the folder is no such export.
+        ConfigError: the folder is not such an export.
     """
     from onnxruntime import InferenceSession
 

@@ -31,7 +31,7 @@ from pretrain.recognition.transcript import Word
 
 @dataclass
 class Streamed:
-    """What streams of some utterances gave.  pushes, audio: seconds.  emission: seconds from a word's end on."""
+    """Results of the streams of some utterances.  pushes, audio: seconds.  emission: seconds from a word's end on."""
 
     texts: list[str] = field(default_factory=list)
     pushes: list[float] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """RNN transducer (Graves, arXiv 1211.3711) with a stateless predictor over the last two tokens (Ghodsi et al. 2020).
 
-The loss is computed by the forward recursion in the log semiring, one frame after the other: the installed torchaudio
-has no transducer loss on the CPU.
+The loss is computed by the forward recursion in the log semiring, one frame after the other, because
+torchaudio wheels without the C++ extension have no transducer loss.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Beams(NamedTuple):
 
     @property
     def common(self) -> Prefix:
-        """What all prefixes begin with; later frames cannot change it."""
+        """The longest beginning that all prefixes share; later frames cannot change it."""
         first, last = min(self.paths), max(self.paths)
         length = next(
             (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, (first, last)))

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Windows:
-    """How a recording is cut. All lengths are samples, multiples of `hop`; `overlap` is an even number of hops.
+    """Windows of a recording. All lengths are samples, multiples of `hop`; `overlap` is an even number of hops.
 
     Neighbouring windows share `overlap` samples, and the join is in the middle of them: every frame that is kept was
     computed with at least overlap / 2 of audio on either side, except at the ends of the recording.
@@ -25,7 +25,7 @@ class Windows:
         """Returns windows of about these durations for frames at `rate_hz`.
 
         Raises:
-            ValueError: frames are no whole number of samples apart.
+            ValueError: frames are not a whole number of samples apart.
         """
         hop = round(sample_rate / rate_hz)
         if abs(hop * rate_hz - sample_rate) > 1e-6 * sample_rate:

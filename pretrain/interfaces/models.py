@@ -176,7 +176,7 @@ class Memory(NamedTuple):
 
 
 class DecoderState(NamedTuple):
-    """What a decoder keeps between the tokens of a text.
+    """State of a decoder between the tokens of a text.
 
     place: tokens read.  past, memory: keys and values (B, H, N or M, C) of each block, of tokens and of memories.
     visible_BM: bool, frames of the memories that may be attended to; None: all.

@@ -64,7 +64,7 @@ class MonitoringRecord:
     chance_accuracy: str | None = None
     """The metric that sums the probability that such a guess is right. None: the share of the most frequent code."""
     target_deviation: str | None = None
-    """The metric with the standard deviation of the target vectors over frames. None: the targets are no vectors."""
+    """The metric with the standard deviation of the target vectors over frames. None: the targets are not vectors."""
     prediction_deviation: str | None = None
     """The same of the predicted vectors. Both fall to 0 when the representations collapse."""
     books: tuple[CodeBook, ...] = ()

@@ -153,7 +153,7 @@ class Objective(nn.Module, abc.ABC):
 
 
 class HeadPlan(NamedTuple):
-    """What a head will learn from one micro-batch, known before the forward pass.
+    """Targets of a head in one micro-batch, known before the forward pass.
 
     count: number of targets, a scalar tensor.  rows_B: (B,) bool, rows with at least one usable target.
     counted_BF: (B, F) bool, encoder frames with a target, for heads that learn from some frames; None: all.

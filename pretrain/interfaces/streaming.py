@@ -36,11 +36,11 @@ class SampleWindow(NamedTuple):
 
 
 FrontendState = tuple[Tensor, ...]
-"""What a front end carries from chunk to chunk, each (B, …)."""
+"""State of a front end between chunks; each tensor is (B, …)."""
 
 
 class BlockMemory(NamedTuple):
-    """What a block carries from chunk to chunk, right-aligned: a stream's newest frames are the last ones.
+    """State of a block between chunks, right-aligned: a stream's newest frames are the last ones.
 
     keys_BHLC, values_BHLC: of the L frames before the next chunk, rotated, (B, heads, L, C).
     tail_BKD: input of the block's convolution in the K frames before the next chunk; K may be 0.
@@ -52,7 +52,7 @@ class BlockMemory(NamedTuple):
 
 
 class EncoderState(NamedTuple):
-    """What an encoder carries from chunk to chunk.  frames_B: frames that each stream has encoded, int64."""
+    """State of an encoder between chunks.  frames_B: frames that each stream has encoded, int64."""
 
     blocks: tuple[BlockMemory, ...]
     frames_B: Tensor

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run's config: its differences from the defaults, and from runs beside it."""
+"""Pages of TensorBoard on a run's config: its differences from the defaults, and from runs beside it."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def unusable_labels(head: str, unusable: float, labelled: float, max_share: floa
         "recipe",
         f"the head {head!r} cannot use {unusable:.0f} of {labelled:.0f} labelled segments",
         f"for texts that are longer than the frames: a higher frame rate (frontend.subsampling) or larger tokens; for "
-        f"labels that are no class: more classes of heads.{head}",
+        f"labels outside the classes: more classes of heads.{head}",
     )
 
 

@@ -145,7 +145,7 @@ def spectrogram(snapshot: Snapshot) -> Figure:
     if both[0] is not None and both[1] is not None and n_masked:
         hits = float((both[0][:n_masked] == both[1][:n_masked]).float().mean())
         title += f": {hits:.0%} of {n_masked} masked frames predicted correctly"
-    top.set_title(title, parse_math=False)  # a name with $ is no formula
+    top.set_title(title, parse_math=False)  # a $ in a name does not begin a formula
     if n_spans:
         top.legend(loc="upper right", facecolor="grey")
     figure.colorbar(image, ax=top, label="log energy", pad=0.01)

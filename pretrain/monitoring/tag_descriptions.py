@@ -1,4 +1,4 @@
-"""What each tag in TensorBoard means: the text behind the (i) of its card."""
+"""Descriptions of the tags in TensorBoard: the text behind the (i) of a card."""
 
 from __future__ import annotations
 

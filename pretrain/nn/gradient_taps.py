@@ -73,8 +73,8 @@ class GradientTaps(NoTaps):
             for part in shared:
                 if part.shape != total.shape:
                     raise ConfigError(
-                        "balance: the gradient of this objective cannot be told from that of heads which read its "
-                        "pass; set heads.NAME.input=whole, or balance.name=fixed and balance.measure=false"
+                        "balance: the gradient of this objective cannot be separated from that of heads which read "
+                        "its pass; set heads.NAME.input=whole, or balance.name=fixed and balance.measure=false"
                     )
                 total = total - part
             square.add_(total.square().sum())

@@ -28,7 +28,7 @@ from pretrain.self_supervision.masking import span_mask
 @config
 class Config(ObjectiveConfig):
     name: Literal["none"] = "none"
-    frozen_steps: Annotated[int, about("at first only the heads learn, for so many updates", ge=0)] = 0
+    frozen_steps: Annotated[int, about("number of updates at the start in which only the heads learn", ge=0)] = 0
     mask_time: Annotated[float, about("share of each utterance's features set to 0, in spans", ge=0, lt=1)] = 0.0
     mask_time_span: Annotated[int, about("feature frames per span", ge=1)] = 10
     mask_channels: Annotated[float, about("share of the feature channels set to 0, in spans", ge=0, lt=1)] = 0.0

@@ -19,7 +19,7 @@ Format = Literal["text", "json", "srt", "vtt", "tsv"]
 
 @config
 class DecodingConfig:
-    """How a recogniser's output becomes text."""
+    """Decoder of a recogniser's output, and its settings."""
 
     decoder: Annotated[
         Literal["greedy", "beam", "joint"],

@@ -55,7 +55,7 @@ class Recogniser:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.head.parameters()).device
 
     def silent(self, log_probs_FV: np.ndarray) -> np.ndarray:
@@ -241,7 +241,7 @@ def recognising_head(given: str, module: TrainModule, config: Config, head: str 
 
 
 def _name_tokens(config: Config, name: str, head: ctc.CTC) -> None:
-    """Tells a head that writes tokens of the run what they are. Raises ConfigError for phones, which make no words."""
+    """Names the tokens of a head that writes tokens of the run. Raises ConfigError for phones, which make no words."""
     if not head.tokens:
         return
     tokenizer = load_tokenizer(config.data.tokens[head.tokens])

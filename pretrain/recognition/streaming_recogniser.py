@@ -27,7 +27,7 @@ class RecognitionState(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What a push adds to one stream.
+    """Result of a push for one stream.
 
     words: of the segments that ended; they do not change any more.
     text: of the current segment so far.  stable: its beginning that later audio cannot change.

@@ -75,7 +75,7 @@ def test_the_page_shows_text_latency_and_spectrogram(address: str, tmp_path: Pat
         (tmp_path / "no.wav").write_bytes(b"nothing")
         page.set_input_files("#file", tmp_path / "no.wav")
         page.wait_for_selector("#status.error")
-        assert "no.wav is no sound file" in page.inner_text("#status")
+        assert "no.wav is not an audio file" in page.inner_text("#status")
         assert problems == []
         browser.close()
 

@@ -125,7 +125,7 @@ function fromFile(file) {
     try {
       buffer = await context.decodeAudioData(await file.arrayBuffer());
     } catch {
-      throw new Error(`${file.name} is no sound file that this browser can decode`);
+      throw new Error(`${file.name} is not an audio file that this browser can decode`);
     }
     const node = new AudioBufferSourceNode(context, { buffer });
     node.onended = () => { if (running && running.context === context) stop(); };

@@ -170,6 +170,6 @@ def test_a_cut_that_does_not_fit_is_refused(
 def test_a_u_shape_is_not_cut_after_a_block_and_open_gates_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"encoder.half_rate_blocks=1 join and split frames"):
         cut_blocks(trained("U-shape"), 2)
-    with pytest.raises(ConfigError, match=r"objective.sparsity=75% was asked and the closed gates remove 70.0%"):
+    with pytest.raises(ConfigError, match=r"objective.sparsity=75% was requested, but the closed gates remove 70.0%"):
         require_closed(Pruning((), 0.75, 0.7))
     require_closed(Pruning((), 0.75, 0.74))

@@ -130,7 +130,7 @@ def test_a_pruned_model_is_cut_to_what_its_gates_left() -> None:
     for one, other in zip(small_one.layers, gated.layers, strict=True):
         torch.testing.assert_close(one[0], other[0], rtol=0, atol=2e-6)
     object.__setattr__(objective, "config", dataclasses.replace(objective.config, sparsity=pruning.found + 0.03))
-    with pytest.raises(ConfigError, match=r"was asked and the closed gates remove .*train longer"):
+    with pytest.raises(ConfigError, match=r"was requested, but the closed gates remove .*train longer"):
         cut_pruned(LoadedCheckpoint(module, config, 3))
 
 
