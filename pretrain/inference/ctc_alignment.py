@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.inference.ctc_decoding import BLANK
+from pretrain.nn.text_targets import BLANK
 
 
 class AlignedSymbol(NamedTuple):

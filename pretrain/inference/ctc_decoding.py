@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLANK = 0
+from pretrain.nn.text_targets import BLANK
 
 
 def greedy(log_probs_FV: np.ndarray) -> list[int]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.core.schema import about, config
-from pretrain.inference.ctc_decoding import BLANK, beam_search
+from pretrain.inference.ctc_decoding import beam_search
 from pretrain.interfaces.models import Decoder, Memory
+from pretrain.nn.text_targets import BLANK
 
 CANDIDATES = 2
 """Tokens per hypothesis that CTC scores, in multiples of the beam: the likeliest ones by attention."""

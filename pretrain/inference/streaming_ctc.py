@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.inference.ctc_decoding import BLANK, Beams, BeamSearch, Prefix
+from pretrain.inference.ctc_decoding import Beams, BeamSearch, Prefix
 from pretrain.inference.windows import longest_pause
+from pretrain.nn.text_targets import BLANK
 
 
 @dataclass(frozen=True)

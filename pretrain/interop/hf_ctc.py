@@ -10,7 +10,7 @@ from torch import Tensor
 from data_pipeline.core.schema import ConfigError, hint
 from pretrain.config import Config
 from pretrain.heads.ctc import CTC
-from pretrain.inference.ctc_decoding import BLANK
+from pretrain.nn.text_targets import BLANK
 from pretrain.train_module import TrainModule
 
 PREFIXES = {"wav2vec2": "wav2vec2", "hubert": "hubert", "wavlm": "wavlm", "data2vec-audio": "data2vec_audio"}

@@ -24,13 +24,14 @@ from pretrain.config import Config
 from pretrain.heads import ctc, sequence
 from pretrain.inference import joint_decoding
 from pretrain.inference.ctc_alignment import align
-from pretrain.inference.ctc_decoding import BLANK, beam_search, greedy
+from pretrain.inference.ctc_decoding import beam_search, greedy
 from pretrain.inference.joint_decoding import JointConfig
 from pretrain.inference.windows import Windows, cut_at_pauses, join_windows
 from pretrain.inference.word_lm import WordBeamSearch
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.models import SpeechModel
 from pretrain.nn.numerics import pad_audio
+from pretrain.nn.text_targets import BLANK
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.transcript import Transcript, WordBuilder
 from pretrain.train_module import TrainModule, build_speech_model

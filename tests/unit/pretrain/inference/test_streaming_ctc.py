@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.inference.ctc_decoding import BLANK, Beams, BeamSearch, beam_search, greedy
+from pretrain.inference.ctc_decoding import Beams, BeamSearch, beam_search, greedy
 from pretrain.inference.streaming_ctc import DecoderState, EndPoints, Segment, StreamingDecoder
+from pretrain.nn.text_targets import BLANK
 
 RATE = 25.0
 SPACE = 1
