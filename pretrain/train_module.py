@@ -117,7 +117,7 @@ class TrainModule(nn.Module):
                 else:
                     read = taps.head(name, encoded, shared=True)
                 output: LossOutput = head(read, batch, plan.heads[name], ctx)
-                named = {f"metric/{name}/{key}": sums for key, sums in output.metrics.items()}
+                named = {head_metric(name, key): sums for key, sums in output.metrics.items()}
                 outputs[name] = (head.weight_at(ctx.step), output._replace(metrics=named))
         loss = torch.zeros((), device=batch.wave_BT.device)
         metrics: dict[str, Sum] = {}
@@ -159,6 +159,11 @@ class TrainModule(nn.Module):
             make([total[0] for total, _ in losses]), make([count for _, count in losses]), make(squares)
         )
 
+    def infeasible_metrics(self) -> dict[str, str]:
+        """Returns, by head, the metric of `forward` that counts labelled rows that the head cannot use."""
+        named = {name: head.monitoring().infeasible for name, head in self._heads().items()}
+        return {name: head_metric(name, key) for name, key in named.items() if key is not None}
+
     def _whole(self, batch: Batch, ctx: StepContext) -> EncoderOutput | None:
         """Returns the encoder's output without a mask where a head asks for it."""
         if all(head.input == "objective" for head in self._heads().values()):
@@ -174,6 +179,11 @@ class TrainModule(nn.Module):
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
+
+
+def head_metric(head: str, metric: str) -> str:
+    """Returns the name under which a metric of a head is logged."""
+    return f"metric/{head}/{metric}"
 
 
 def padded_to(batch: Batch, samples: int) -> Batch:

@@ -271,7 +271,7 @@ def replay(folder: Path) -> list[str]:
             signals = RankSignals(wait_seconds=(row["perf/data_wait_share"] * seconds,))
             result = StepResult(row["loss/total"], metrics, signals, row["opt/grad_norm"])
             step = Step((), result.samples, result.samples, Cursor("", 0, row["step"]))
-            watch.after(StepContext(config.seed, row["step"] - 1), result, step, seconds)
+            watch.record_update(StepContext(config.seed, row["step"] - 1), result, step, seconds)
         return [f"{alarm.finding.detector} at {alarm.step}" for alarm in watch.alarms]
 
 

@@ -20,6 +20,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig
 from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
 from pretrain.nn.numerics import full_precision
 
@@ -128,6 +129,9 @@ class Classifier(Head):
                 return scores
             return F.linear(F.normalize(embedding_BE), F.normalize(self.classes.weight))
 
+    def monitoring(self) -> HeadMonitoringRecord:
+        return HeadMonitoringRecord(infeasible=INFEASIBLE)
+
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
         scores_BC = self.logits(encoded)
         device, values = scores_BC.device, batch.label_values(self.config.label)
@@ -145,7 +149,7 @@ class Classifier(Head):
         unknown = sum(bool(value) and value not in self.ids for value in values)
         metrics = {
             "accuracy": (hits, count),
-            "infeasible": (one(labelled) - count, one(labelled)),
+            INFEASIBLE: (one(labelled) - count, one(labelled)),
             "unknown_classes": (one(unknown), one(labelled)),
         }
         return LossOutput(losses_B.masked_fill(~rows_B, 0.0).sum(), count, metrics)

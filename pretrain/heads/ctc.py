@@ -16,6 +16,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import TextHeadConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
 from pretrain.nn.numerics import full_precision
 from pretrain.nn.text_targets import BLANK, foreign_symbols, text_targets
@@ -55,6 +56,9 @@ class CTC(Head):
         logits_BFV: Tensor = self.linear(self.frames(encoded).x_BFD)
         return logits_BFV.to(torch.promote_types(logits_BFV.dtype, torch.float32)).log_softmax(-1)
 
+    def monitoring(self) -> HeadMonitoringRecord:
+        return HeadMonitoringRecord(infeasible=INFEASIBLE)
+
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
         log_probs_BFV = self.log_probs(encoded)
         device = log_probs_BFV.device
@@ -75,7 +79,7 @@ class CTC(Head):
         total = losses_B.masked_fill(lengths_B == 0, 0.0).sum()
         labelled = sum(map(bool, targets))
         one = functools.partial(torch.tensor, dtype=torch.float64, device=device)
-        metrics = {"infeasible": (one(labelled - sum(usable)), one(labelled))}
+        metrics = {INFEASIBLE: (one(labelled - sum(usable)), one(labelled))}
         if not self.tokens:
             foreign, symbols = foreign_symbols(self.config, batch)
             metrics["foreign_symbols"] = (one(foreign), one(symbols))

@@ -19,6 +19,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import Memory, ModelShape, SpeechModel
+from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
 from pretrain.models.decoders.transformer import DecoderConfig, TransformerDecoder
 from pretrain.nn.numerics import full_precision
@@ -93,6 +94,9 @@ class Sequence(Head):
         rows_B = (lengths_B > 1) & (lengths_B <= self.decoder.max_tokens) & (frames_B > 0)
         return HeadPlan((lengths_B * rows_B).sum().double(), rows_B)
 
+    def monitoring(self) -> HeadMonitoringRecord:
+        return HeadMonitoringRecord(infeasible=INFEASIBLE)
+
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
         read_BN, targets_BN = self._shifted(batch, plan)
         memories = self.memories(encoded)
@@ -112,7 +116,7 @@ class Sequence(Head):
         hits = ((logits_BNV.argmax(-1) == targets_BN) & counted_BN).sum()
         labelled_B = (self._tokens(batch) >= 0).any(1)
         infeasible = (labelled_B & ~plan.rows_B.to(labelled_B.device)).sum()
-        return LossOutput(total, count, {"accuracy": (hits, count), "infeasible": (infeasible, labelled_B.sum())})
+        return LossOutput(total, count, {"accuracy": (hits, count), INFEASIBLE: (infeasible, labelled_B.sum())})
 
     def _tokens(self, batch: Batch) -> Tensor:
         """Returns the tokens of each row, (B, N), padded with -1."""

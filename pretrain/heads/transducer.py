@@ -18,6 +18,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import TextHeadConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
 from pretrain.nn.numerics import full_precision
 from pretrain.nn.text_targets import BLANK, foreign_symbols, text_targets
@@ -52,6 +53,9 @@ class Transducer(Head):
         sizes = [len(target) if limit else 0 for target, limit in zip(targets, frames, strict=True)]
         return HeadPlan(torch.tensor(float(sum(sizes)), dtype=torch.float64), torch.tensor(sizes) > 0)
 
+    def monitoring(self) -> HeadMonitoringRecord:
+        return HeadMonitoringRecord(infeasible=INFEASIBLE)
+
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
         frame_BFJ: Tensor = self.frame(self.frames(encoded).x_BFD)
         device, targets = frame_BFJ.device, text_targets(self.config, batch)
@@ -75,7 +79,7 @@ class Transducer(Head):
         total = losses_B.masked_fill(lengths_B == 0, 0.0).sum()
         labelled = sum(map(bool, targets))
         one = functools.partial(torch.tensor, dtype=torch.float64, device=device)
-        metrics = {"infeasible": (one(labelled - int(plan.rows_B.sum())), one(labelled))}
+        metrics = {INFEASIBLE: (one(labelled - int(plan.rows_B.sum())), one(labelled))}
         if not self.config.tokens:
             foreign, symbols = foreign_symbols(self.config, batch)
             metrics["foreign_symbols"] = (one(foreign), one(symbols))

@@ -1,7 +1,8 @@
-"""Records with which an objective describes itself to monitoring: code books, chance levels, deviations, targets.
+"""Records with which objectives and heads describe themselves to monitoring.
 
-Monitoring obtains a `MonitoringRecord` from the objective and never accesses its parts by name. Sums over the whole
-update (code counts, hits, losses) are metrics of `LossOutput`; the record names those metrics.
+Monitoring obtains a `MonitoringRecord` from the objective (code books, chance levels, deviations, targets) and a
+`HeadMonitoringRecord` from each head, and never accesses their parts by name. Sums over the whole update (code counts,
+hits, losses) are metrics of `LossOutput`; the records name those metrics.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 
 CODE_COUNTS = "hist/codes"
 """The metric with the counts of an objective's code books; of several such metrics, each has a suffix "/…"."""
+INFEASIBLE = "infeasible"
+"""The metric of heads that counts labelled rows that cannot be used, among all labelled rows."""
 
 
 class CodeBook(NamedTuple):
@@ -79,6 +82,14 @@ class MonitoringRecord:
     def count_metrics(self) -> frozenset[str]:
         """The metrics that are vectors: how often each code of the books occurred."""
         return frozenset(book.metric for book in self.books)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadMonitoringRecord:
+    """Describes a head to monitoring. Metrics are named as in the head's `LossOutput.metrics`."""
+
+    infeasible: str | None = None
+    """The metric that counts labelled rows that the head cannot use, of all labelled rows. None: it uses them all."""
 
 
 def books_of(metric: str, sizes: tuple[int, ...]) -> tuple[CodeBook, ...]:

@@ -18,7 +18,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig
 from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, SpeechModel
-from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
+from pretrain.interfaces.monitoring import HeadMonitoringRecord, MicroBatchRecord, MonitoringRecord
 
 
 class Pruning(NamedTuple):
@@ -239,6 +239,10 @@ class Head(nn.Module, abc.ABC):
             ConfigError: the head needs masked frames and there are none.
         """
         return plan
+
+    def monitoring(self) -> HeadMonitoringRecord:
+        """Returns the monitoring record; by default of a head that uses every labelled row."""
+        return HeadMonitoringRecord()
 
     @abc.abstractmethod
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:

@@ -220,7 +220,7 @@ class HealthMonitor:
 
     def _observe(self, ctx: StepContext, result: StepResult, seconds: float) -> None:
         """Pools the update, and checks the pooled measurements every few updates. Rank 0 only."""
-        seen = observe(self._record, result, seconds)
+        seen = observe(self._record, result, seconds, self._module.infeasible_metrics())
         if self._recent and [*map(len, seen.books)] != [*map(len, self._recent[-1].books)]:
             self._new_targets(ctx.step)
         self._recent.append(seen)

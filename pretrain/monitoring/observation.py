@@ -60,10 +60,6 @@ def silent_segments(batches: Sequence[Batch]) -> list[str]:
     return found
 
 
-INFEASIBLE = "/infeasible"
-"""End of the name of the metric in which a head counts labelled rows that it cannot use."""
-
-
 @dataclass(frozen=True)
 class UpdateObservation:
     """Measurements of one update for the pooled detectors. NaN: not reported by the objective."""
@@ -83,13 +79,16 @@ class UpdateObservation:
     """Labelled rows of each head that it cannot use, and all its labelled rows."""
 
 
-def observe(record: MonitoringRecord, result: StepResult, seconds: float) -> UpdateObservation:
+def observe(
+    record: MonitoringRecord, result: StepResult, seconds: float, infeasible: Mapping[str, str] | None = None
+) -> UpdateObservation:
     """Returns the observation of one finished update.
 
     Args:
         record: the objective's record from before the update, which may replace its books.
         result: the sums over all ranks.
         seconds: wall time of the step.
+        infeasible: by head, the metric that counts labelled rows that it cannot use.
     """
     loss = mean_of(result.metrics, record.loss)
     return UpdateObservation(
@@ -101,12 +100,13 @@ def observe(record: MonitoringRecord, result: StepResult, seconds: float) -> Upd
         samples=result.samples,
         seconds=seconds,
         waits=np.array(result.signals.wait_seconds),
-        unusable={
-            name.removeprefix("metric/").removesuffix(INFEASIBLE): (float(total[0]), count)
-            for name, (total, count) in result.metrics.items()
-            if name.endswith(INFEASIBLE)
-        },
+        unusable={head: _sum_and_count(result.metrics, metric) for head, metric in (infeasible or {}).items()},
     )
+
+
+def _sum_and_count(metrics: Mapping[str, NumpySum], name: str) -> tuple[float, float]:
+    total, count = metrics.get(name, (np.zeros(1), 0.0))
+    return float(np.ravel(total)[0]), count
 
 
 @dataclass(frozen=True)

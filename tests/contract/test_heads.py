@@ -12,7 +12,7 @@ from torch import Tensor
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import StepContext
-from pretrain.interfaces.objectives import Sum
+from pretrain.interfaces.objectives import Head, Sum
 from pretrain.train_module import TrainModule
 from tests.support.contract_cases import (
     CASES,
@@ -156,6 +156,16 @@ def test_a_single_batch_can_be_overfitted(head: str) -> None:
 
 
 @HEAD
+def test_the_metric_of_unusable_rows_is_in_every_micro_batch(head: str) -> None:
+    module = module_of(head).eval()
+    named = module.infeasible_metrics()
+    assert set(named) == (set() if head in SELF_SUPERVISED else {"task"})
+    for texts in (TEXTS, ("", "")):
+        metrics = run(module, labelled(batch(), texts))[1]
+        assert [float(metrics[name][1]) for name in named.values()] == [sum(map(bool, texts))] * len(named)
+
+
+@HEAD
 def test_the_loss_in_bf16_is_close_to_that_in_fp32(head: str) -> None:
     loss, _ = run(module_of(head).eval(), labelled(batch()))
     half, _ = run(module_of(head, precision="bf16").eval(), labelled(batch()))
@@ -186,7 +196,8 @@ def test_every_objective_trains_beside_a_head_with_an_unchanged_loss(head: str, 
 
 def test_the_weight_of_a_head_rises_during_its_warm_up() -> None:
     module = make("none", heads={"task": HEADS["ctc"] | {"weight": 0.5, "warmup": [10, 20]}})
-    (head,) = module._heads().values()
+    head = module.heads["task"]
+    assert isinstance(head, Head)
     assert [head.weight_at(step) for step in (0, 10, 15, 20, 30)] == [0.0, 0.0, 0.25, 0.5, 0.5]
 
 

@@ -79,6 +79,13 @@ class HalfText(Changed):
         return dataclasses.replace(batch, labels={"text": ("a word" if step % 2 else "",) * 2})
 
 
+class MostTextsTooLong(Changed):
+    """Three of four texts have more characters than their segment has frames."""
+
+    def change(self, batch: Batch, step: int) -> Batch:
+        return dataclasses.replace(batch, labels={"text": ("a word" if step % 2 else 500 * "a", 500 * "a")})
+
+
 @pytest.mark.parametrize("objective", [BEST_RQ, WAV2VEC2, DATA2VEC, HUBERT], ids=lambda given: str(given["name"]))
 def test_clips_without_a_target_stop_the_run(tmp_path: Path, objective: dict[str, Any]) -> None:
     with pytest.raises(UnhealthyError, match=r"'objective' had no target in 5 updates in a row.*data\.min_seconds"):
@@ -111,6 +118,12 @@ def test_a_head_without_a_target_may_be_a_mere_warning(tmp_path: Path) -> None:
     run(tmp_path, config(12, heads=CTC, health={"window": 3, "on_collapse": "warn"}))
     found = [event["step"] for event in events(tmp_path) if event["detector"] == "text without targets"]
     assert found == [2], "one alarm, after as many updates as health.window has"
+
+
+def test_a_head_that_cannot_use_most_labels_is_reported(tmp_path: Path) -> None:
+    run(tmp_path, config(12, heads=CTC, health={"window": 4}), reader=MostTextsTooLong)
+    found = next(event for event in events(tmp_path) if event["detector"] == "text labels")
+    assert "24 of 32" in found["message"]
 
 
 def test_updates_without_targets_are_counted_across_a_resume(tmp_path: Path) -> None:
