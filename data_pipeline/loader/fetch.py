@@ -16,6 +16,7 @@ import numpy as np
 
 from data_pipeline.audio.augmentation import Augmenter
 from data_pipeline.audio.codecs import Wave
+from data_pipeline.audio.pcm import from_pcm16
 from data_pipeline.audio.samples import open_sample
 from data_pipeline.audio.transforms import change_speed
 from data_pipeline.core.rng import keyed_rng
@@ -90,7 +91,7 @@ class Fetched:
     def _decode(self, out: Wave) -> None:
         audio = memoryview(self.data)[self.payload]
         if self.raw:
-            np.multiply(np.frombuffer(audio, "<i2"), np.float32(1 / 32768), out=out)
+            from_pcm16(audio, out)
             return
         try:
             with open_sample(audio) as sample:

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-import numpy as np
-import soxr
-
 from data_pipeline.audio import codecs
 from data_pipeline.audio.byte_source import ByteSource
 from data_pipeline.audio.codecs import Wave
 from data_pipeline.audio.containers import sniff
 from data_pipeline.audio.errors import AudioError
+from data_pipeline.audio.pcm import PcmStream
 from data_pipeline.core.schema import ConfigError, did_you_mean, suggest
 from data_pipeline.core.storage import FileStore, is_url
 from data_pipeline.core.types import SAMPLE_RATE
@@ -34,7 +32,6 @@ BLOCK_BYTES: Final = 1 << 17
 LIVE_BYTES: Final = 4_096
 HEADER_BYTES: Final = 64
 """Enough of a sound file to know its format."""
-PCM_SCALE: Final = np.float32(1 / 32768)
 HEURISTIC: Final = ("", "mpeg", "adts", "mpeg-ts", "gsm")
 """Formats that `sniff` guesses from repetitions, which raw PCM may have by chance."""
 
@@ -177,36 +174,29 @@ def live_pcm(stream: IO[bytes], rate: int) -> Iterator[Wave]:
     Raises:
         AudioError: there is no byte, or they begin like a sound file.
     """
-    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
     # BufferedReader.read waits for all bytes, read1 returns what a pipe has
     read = stream.read1 if isinstance(stream, io.BufferedReader) else stream.read
-    kept, first = b"", True
-    while block := read(LIVE_BYTES):
-        kept += block
-        if first and len(kept) < HEADER_BYTES:
-            continue
-        if first and (found := sniff(ByteSource(kept))) not in HEURISTIC:
-            raise AudioError("not_pcm", f"begins like a sound file ({found}); a stream must be raw 16-bit PCM")
-        first, whole = False, len(kept) // 2 * 2
-        wave = np.frombuffer(kept[:whole], "<i2").astype(np.float32) * PCM_SCALE
-        kept = kept[whole:]
-        yield wave if rate == SAMPLE_RATE else resampler.resample_chunk(wave)
-    if first and len(kept) < 2:
+    pcm, head = PcmStream(rate), b""
+    while len(head) < HEADER_BYTES and (block := read(LIVE_BYTES)):
+        head += block
+    if len(head) < 2:
         raise AudioError("empty", "standard input is empty")
-    wave = np.frombuffer(kept[: len(kept) // 2 * 2], "<i2").astype(np.float32) * PCM_SCALE
-    yield wave if rate == SAMPLE_RATE else resampler.resample_chunk(wave, last=True)
+    if len(head) >= HEADER_BYTES and (found := sniff(ByteSource(head))) not in HEURISTIC:
+        raise AudioError("not_pcm", f"begins like a sound file ({found}); a stream must be raw 16-bit PCM")
+    yield pcm.push(head)
+    while block := read(LIVE_BYTES):
+        yield pcm.push(block)
+    yield pcm.finish()
 
 
 def _pcm(stream: IO[bytes], block: bytes, rate: int) -> Iterator[Wave]:
-    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    pcm = PcmStream(rate)
     while block:
         if len(block) % 2:
             raise AudioError("not_pcm", "standard input is neither a sound file nor 16-bit PCM: its bytes are odd")
-        wave = np.frombuffer(block, "<i2").astype(np.float32) * PCM_SCALE
-        yield wave if rate == SAMPLE_RATE else resampler.resample_chunk(wave)
+        yield pcm.push(block)
         block = _read(stream, BLOCK_BYTES)
-    if rate != SAMPLE_RATE:
-        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    yield pcm.finish()
 
 
 def _read(stream: IO[bytes], size: int) -> bytes:

@@ -16,10 +16,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soxr
 from aiohttp import WSCloseCode, WSMsgType, web
 
+from data_pipeline.audio.pcm import PcmStream
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from launch.serving.config import ServeConfig, is_loopback
@@ -121,23 +120,18 @@ class Server:
         Returns:
             None after a regular end, an empty text where the client is gone, else what is wrong with its messages.
         """
-        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-        odd = b""
+        pcm = PcmStream(rate)
         while True:
             try:
                 message = await socket.receive(timeout=self.config.idle_seconds)
             except TimeoutError:
                 return f"nothing arrived for {self.config.idle_seconds:g} seconds"
             if message.type == WSMsgType.BINARY:
-                content = odd + message.data
-                odd = content[len(content) // 2 * 2 :]
-                wave_T = np.frombuffer(content[: len(content) // 2 * 2], "<i2").astype(np.float32) / 32768
-                await self.engine.add(stream, wave_T if rate == SAMPLE_RATE else resampler.resample_chunk(wave_T))
+                await self.engine.add(stream, pcm.push(message.data))
             elif message.type == WSMsgType.TEXT:
                 if not _is_finish(message.data):
                     return 'text messages must be {"type": "finish"}; audio is binary'
-                if rate != SAMPLE_RATE:
-                    await self.engine.add(stream, resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+                await self.engine.add(stream, pcm.finish())
                 self.engine.end(stream)
                 return None
             else:
