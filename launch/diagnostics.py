@@ -76,8 +76,8 @@ def _packages() -> Iterator[Finding]:
     optional = (
         ("transformers", "transformers", "export and parity tests"),
         ("scikit-learn", "sklearn", "probes of `auricle evaluate`"),
-        ("onnxruntime", "onnxruntime", "voice activity detection by Silero (extra `vad`)"),
-        ("s3fs", "s3fs", "shards in S3 (extra `s3`)"),
+        ("onnxruntime", "onnxruntime", "ONNX graphs, and voice activity detection with silero-vad"),
+        ("s3fs", "s3fs", "shards in S3"),
     )
     for package, module, use in optional:
         known = importlib.util.find_spec(module) is not None

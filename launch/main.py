@@ -7,11 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch.cli.command_table import COMMANDS, FIRST_WORDS
+from launch.cli.command_table import COMMANDS, CONTINUE, FIRST_WORDS
 from launch.exit_codes import ExitCode
 
 SHOWS_ONLY = frozenset({"-h", "--help", "--cfg", "--prepare"})
 """Arguments with which a command prints something for other programs or readers, and starts no work."""
+
+
+DISTRIBUTIONS = {"flashlight": "flashlight-text", "sklearn": "scikit-learn"}
+"""Module that some commands import -> the package with it, where they have different names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +79,8 @@ def _guarded(command: str, arguments: list[str]) -> int:
         code: int = module.run(arguments)
         return code
     except KeyboardInterrupt:
-        return _fail(f"stopped; the same `auricle {command}` command continues or restarts it", ExitCode.INTERRUPTED)
+        left = CONTINUE.get(command, "give the command again")
+        return _fail(f"auricle {command}: stopped; {left}", ExitCode.INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
@@ -86,6 +91,10 @@ def _guarded(command: str, arguments: list[str]) -> int:
 
         if isinstance(error, ConfigError):
             return _fail(f"auricle {command}: {error}", ExitCode.USAGE)
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            top = error.name.partition(".")[0]
+            package = DISTRIBUTIONS.get(top, top)
+            return _fail(f"auricle {command}: needs the package {package}: pip install {package}", ExitCode.FAILED)
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         return _fail(f"auricle {command}: {kind}{error}\n(AURICLE_DEBUG=1 prints the traceback)", ExitCode.FAILED)
 

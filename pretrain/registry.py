@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from data_pipeline.core import plugins
+from data_pipeline.core.definitions import definition
 from data_pipeline.core.schema import ConfigError, PluginChoice, PluginConfig, hint
 
 if TYPE_CHECKING:  # the interfaces import torch
@@ -143,6 +144,20 @@ def config_type(kind: str, name: str) -> type[PluginConfig]:
     return found
 
 
+def documented_type(kind: str, name: str) -> type[PluginConfig]:
+    """Returns a class with the fields of the plug-in's `Config`, without importing a plug-in of auricle's."""
+    place = places(kind).get(name)
+    if place is None or place.outside:
+        return config_type(kind, name)
+    found: type[PluginConfig] = definition(place.module, "Config", _imports_torch)
+    return found
+
+
+def _imports_torch(module: str) -> bool:
+    """Returns whether a module may import torch: any of `pretrain` but the base classes of configs."""
+    return module.startswith("pretrain.") and module != "pretrain.interfaces.configs"
+
+
 def build_frontend(config: FrontendConfig, dim: int) -> Frontend:
     """Returns the front end of a config, with `dim` output channels."""
     built: Frontend = module("frontends", config.name).build(config, dim)
@@ -169,4 +184,9 @@ def build_head(config: HeadConfig, shape: ModelShape) -> Head:
 
 def choice(kind: str) -> PluginChoice:
     """Returns the annotation of a config field that holds a plug-in of this kind."""
-    return PluginChoice(kind[:-1], functools.partial(names, kind), functools.partial(config_type, kind))
+    return PluginChoice(
+        kind[:-1],
+        functools.partial(names, kind),
+        functools.partial(config_type, kind),
+        functools.partial(documented_type, kind),
+    )

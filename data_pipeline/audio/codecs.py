@@ -2,7 +2,7 @@
 
 libsndfile reads the formats that it supports (wav, flac, ogg, opus, mp3, aiff, au, sph, caf, w64, gsm …). All other
 formats (m4a, webm, wma, amr, g722, video), and files that libsndfile fails on, are read with FFmpeg's libraries, which
-the extra `media` (PyAV) installs. A file is never loaded whole. The length of a recording comes from its container's
+PyAV contains. A file is never loaded whole. The length of a recording comes from its container's
 structure (`containers.examine`), never from a decoder's estimate.
 """
 

@@ -1,4 +1,4 @@
-"""Decoding with FFmpeg's libraries, which the extra `media` (PyAV) installs."""
+"""Decoding with FFmpeg's libraries, which the package av (PyAV) contains."""
 
 from __future__ import annotations
 
@@ -37,11 +37,9 @@ _SCALES: Final = {"u8": 1 / 128, "s16": 1 / 32_768, "s32": 1 / 2_147_483_648, "f
 
 
 def load(error: Exception) -> Any:
-    """Returns PyAV. Raises AudioError naming the extra if it is not installed; `error` is libsndfile's."""
+    """Returns PyAV. Raises AudioError naming the package if it is not installed; `error` is libsndfile's."""
     if importlib.util.find_spec("av") is None:
-        raise AudioError(
-            "unreadable", f"libsndfile cannot read it ({error}); FFmpeg may: pip install 'auricle[media]'"
-        ) from None
+        raise AudioError("unreadable", f"libsndfile cannot read it ({error}); FFmpeg may: pip install av") from None
     import av
 
     av.logging.set_level(None)

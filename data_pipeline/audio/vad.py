@@ -1,4 +1,4 @@
-"""Voice activity detection with Silero VAD, a streaming detector that ships with its weights (the extra `vad`).
+"""Voice activity detection with Silero VAD, a streaming detector that ships with its weights.
 
 Silero's network (https://github.com/snakers4/silero-vad) gives a speech probability for each 32 ms at 16 kHz; it needs
 audio at that rate, so it runs behind the resampler. Start and end follow its own hysteresis rule.
@@ -28,17 +28,18 @@ HYSTERESIS: Final = 0.15
 class VadConfig:
     """Voice activity detection (Silero): keeps stretches of speech and drops the audio between them."""
 
-    enabled: Annotated[bool, about("cut recordings into stretches of speech; needs the extra vad")] = False
+    enabled: Annotated[bool, about("cut recordings into stretches of speech; needs onnxruntime and silero-vad")] = False
     threshold: Annotated[float, about("speech probability from which on a stretch begins", gt=0.15, lt=1)] = 0.5
     min_silence_seconds: Annotated[float, about("a pause so long ends a stretch", gt=0)] = 0.5
     pad_seconds: Annotated[float, about("kept before and after a stretch", ge=0)] = 0.1
 
 
 def require() -> None:
-    """Raises ConfigError if the packages of the extra `vad` are missing."""
-    missing = [name for name in ("onnxruntime", "silero_vad") if importlib.util.find_spec(name) is None]
+    """Raises ConfigError if onnxruntime or silero-vad is missing."""
+    packages = {"onnxruntime": "onnxruntime", "silero_vad": "silero-vad"}
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ConfigError(f"vad.enabled=true: needs {' and '.join(missing)}: pip install 'auricle[vad]'")
+        raise ConfigError(f"vad.enabled=true: needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 @functools.cache

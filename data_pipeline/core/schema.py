@@ -105,6 +105,8 @@ class PluginChoice:
     kind: str
     names: Callable[[], list[str]]
     config_type: Callable[[str], type[PluginConfig]]
+    documented_type: Callable[[str], type[PluginConfig]] | None = None
+    """Returns a class with the same fields for help texts, where importing that of `config_type` takes seconds."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.read)
@@ -268,7 +270,7 @@ def document(kind: type[Any], prefix: str = "", chosen: Mapping[str, Any] | None
                 f"{path}.name", "text", str(name or REQUIRED), "one of " + ", ".join(choice.names()), choice.kind
             )
             if isinstance(name, str) and name in choice.names():
-                rows = document(choice.config_type(name), f"{path}.", inner)
+                rows = document((choice.documented_type or choice.config_type)(name), f"{path}.", inner)
                 yield from (row for row in rows if row.path != f"{path}.name")
         elif dataclasses.is_dataclass(hint):
             yield from document(typing.cast("type[Any]", hint), f"{path}.", inner)

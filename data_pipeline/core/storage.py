@@ -206,7 +206,7 @@ class FileStore:
         except ImportError as error:
             raise ConfigError(
                 f"{root}: this kind of address needs a package that is not installed ({error}); "
-                "for S3 that is `pip install 'auricle[s3]'`"
+                "for S3 that is `pip install s3fs`"
             ) from None
         self.base = base.rstrip("/") or "/"
 

@@ -158,7 +158,7 @@ def _packaged_dictionary() -> Path:
     path = Path(found.origin).parent / DICTIONARY if found is not None and found.origin else None
     if path is None or not path.is_file():
         raise ConfigError(
-            "kind=phones: the English dictionary is in the package pocketsphinx: pip install 'auricle[text]', or give "
+            "kind=phones: the English dictionary is in the package pocketsphinx: pip install pocketsphinx, or give "
             "dictionary=FILE with a word and its phones per line"
         )
     return path

@@ -122,11 +122,11 @@ def phone_words(text: str, case: Case) -> list[str]:
 
 
 def byte_pair_library() -> Any:
-    """Returns the package `tokenizers`. Raises ConfigError naming the extra that installs it."""
+    """Returns the package `tokenizers`. Raises ConfigError if it is not installed."""
     try:
         import tokenizers
     except ImportError:
-        raise ConfigError("byte-pair tokens need the package tokenizers: pip install 'auricle[text]'") from None
+        raise ConfigError("byte-pair tokens need the package tokenizers: pip install tokenizers") from None
     return tokenizers
 
 

@@ -55,17 +55,41 @@ SUBCOMMANDS = {
 FIRST_WORDS = {
     "preprocess": "reading the config, then listing the corpus",
     "targets": "reading the config and the shards",
+    "tokens": "reading the config and the texts of the shards",
     "pretrain": "reading the config, then checking shards and checkpoint",
     "pipeline": "reading the config and the inputs of every step",
     "demo": "preparing speech, shards and a run",
+    "shards": "reading the records of the shards",
     "plan-run": "running the model's forward pass on this CPU",
     "data": "reading the indexes and planning an epoch",
     "evaluate": "reading the config, manifest and checkpoints",
     "finetune": "reading the config, manifest and checkpoint",
+    "serve": "loading the recogniser",
     "transcribe": "loading the recogniser",
+    "board": "looking for runs",
+    "compare": "reading the metrics of the runs",
     "replay": "loading the run and its saved batch",
     "recipes": "building the model of each experiment",
+    "compress": "loading the run, then cutting and comparing it",
     "export": "loading the run, then converting and comparing it",
+    "bench": "loading the graphs, then timing them",
     "doctor": "looking at this machine",
 }
-"""Command that takes seconds to start -> what it prints on stderr at once."""
+"""Command that may take seconds to start -> what it prints on stderr at once."""
+
+CONTINUE = {
+    "preprocess": "finished shards stay; the same command continues with the others",
+    "targets": "the labels of finished shards stay; the same command continues with the others",
+    "tokens": "nothing is written before the end; the same command starts over",
+    "pretrain": "the same command continues from the newest checkpoint",
+    "pipeline": "finished steps stay; the same command continues with the others",
+    "demo": "finished steps stay; the same command continues from them",
+    "shards": "nothing was changed but indexes, which stay; the same command starts over",
+    "evaluate": "no result is written before the end; the same command starts over",
+    "finetune": "data and checkpoints stay; the same command continues from the newest checkpoint",
+    "transcribe": "texts that were written stay; the same command starts over",
+    "compress": "nothing is written before the comparison; the same command starts over",
+    "export": "nothing is written before the comparison; the same command starts over",
+    "bench": "the same command starts over",
+}
+"""Command -> what Ctrl-C leaves, and how to continue; other commands only show something and are given again."""

@@ -16,7 +16,7 @@ def run(arguments: list[str]) -> int:
     try:
         from launch.serving.server import serve
     except ModuleNotFoundError as error:
-        raise ConfigError(f"serve needs {error.name}: pip install 'auricle[serve]'") from None
+        raise ConfigError(f"serve needs {error.name}: pip install {error.name}") from None
 
     serve(given.config, lambda line: print(line, flush=True))
     return ExitCode.DONE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,18 +17,6 @@ from launch.workflows import pretraining
 from launch.workflows.submit import DRY_RUN, PREPARE
 from pretrain.adaptation import finetune
 from pretrain.adaptation.config import FinetuneConfig
-from pretrain.config import Config
-
-
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns a command line's own arguments, and those that are fields of the training run."""
-    own = {field.name for field in dataclasses.fields(FinetuneJob)}
-    training = {field.name for field in dataclasses.fields(Config)} - own
-
-    def is_training(argument: str) -> bool:
-        return argument.lstrip("+").partition("=")[0].partition(".")[0] in training
-
-    return [a for a in arguments if not is_training(a)], [a for a in arguments if is_training(a)]
 
 
 def run(job: FinetuneJob, overrides: Sequence[str] = (), switches: frozenset[str] = frozenset()) -> int:

@@ -207,7 +207,7 @@ def require(*packages: str) -> None:
 
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install 'auricle[onnx]'")
+        raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def architecture(config: Config) -> str:

@@ -90,7 +90,7 @@ def edits(references: Sequence[str], texts: Sequence[str], by_words: bool) -> li
     try:
         import jiwer
     except ImportError as error:
-        raise ValueError(f"error rates need jiwer: pip install 'auricle[evaluate]' ({error})") from error
+        raise ValueError(f"error rates need jiwer: pip install jiwer ({error})") from error
     process = jiwer.process_words if by_words else jiwer.process_characters
     found = []
     for reference, text in zip(references, texts, strict=True):

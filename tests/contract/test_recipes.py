@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from launch.config import PretrainJob
 from launch.runs.metadata import run_config
 from pretrain import registry
 from pretrain.config import Config
+from pretrain.interop.hf_export import TOLERANCE, export
 from pretrain.nn.attention_patterns import Pattern
 from pretrain.profiling.flops import forward_gflop
 from pretrain.train_module import build_model
@@ -89,6 +92,15 @@ def test_the_efficient_default_streams_or_uses_full_context(experiment: str) -> 
             first = model(wave_BT[:, :cut], torch.tensor([cut])).final.x_BFD
         assert first.shape == whole.shape
         assert (float((whole - first).abs().max()) <= 1e-5) == streams
+
+
+@pytest.mark.parametrize(
+    "experiment", ["wav2vec2_conv_tiny", "best_rq_conv_tiny", "hubert_conv_tiny", "wavlm_tiny", "data2vec_tiny"]
+)
+def test_a_small_recipe_of_each_family_exports_to_hugging_face(experiment: str, tmp_path: Path) -> None:
+    small = ["encoder.layers=2", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32", "frontend.channels=16"]
+    config = composed(f"experiment={experiment}", *small)
+    assert export(config, build_model(config), tmp_path / "exported") <= TOLERANCE
 
 
 def benchmarked() -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from launch.demo_corpus import synthesise
 from launch.main import main
-from tests.support.documents import commands, programs
+from tests.support.documents import cells, commands, programs
 from tests.support.paths import ROOT
 
 README = ROOT / "README.md"
@@ -127,6 +127,17 @@ def test_the_python_programs_of_the_documentation_run(home: Path, shards: Path, 
     checked = [*shown, "assert layers_LFD.ndim == 3 and batches[0].wave_BT.ndim == 2"]
     done = subprocess.run([sys.executable, "-c", "\n".join(checked)], cwd=home, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_notebook_runs(home: Path, shards: Path, run_folder: Path) -> None:
+    shown = cells(ROOT / "docs" / "first_steps.ipynb")
+    assert len(shown) > 5
+    checked = [*shown, "assert similarity_NN.shape[0] == len(batch.keys) and len(rows) == run.step"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    line = [sys.executable, "-W", "ignore", "-c", "\n".join(checked)]
+    done = subprocess.run(line, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "frames per second" in done.stdout
 
 
 def test_cfg_prints_the_composed_config(capsys: pytest.CaptureFixture[str]) -> None:

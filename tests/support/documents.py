@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -24,6 +25,12 @@ def commands(page: Path) -> list[list[str]]:
 def programs(page: Path) -> list[str]:
     """Returns the Python programs in fenced blocks of a page."""
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def cells(notebook: Path) -> list[str]:
+    """Returns the programs in the code cells of a Jupyter notebook."""
+    listed = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in listed if cell["cell_type"] == "code"]
 
 
 def listing(page: Path, heading: str) -> str:
