@@ -66,7 +66,7 @@ def write_shard(root: Path, number: int) -> DoneRecord:
 
 
 def write_corpus(root: Path, segments: int) -> None:
-    """Writes shards with so many segments, most of them links."""
+    """Writes shards with this number of segments, most of them links."""
     (root / "_done").mkdir()
     distinct = [write_shard(root, i) for i in range(DISTINCT)]
     for i in range(-(-segments // PER_SHARD)):

@@ -38,13 +38,13 @@ from launch.cli.compose import compose  # noqa: E402
 from launch.config import PretrainJob  # noqa: E402
 from launch.runs.metadata import run_config  # noqa: E402
 from pretrain.checkpointing.initial import write_initial  # noqa: E402
-from pretrain.compression.timing import GraphTiming, measure  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig  # noqa: E402
 from pretrain.evaluate.evaluator import TaskEvaluation  # noqa: E402
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, log_mel_with_context, open_encoder  # noqa: E402
 from pretrain.evaluate.graph_encoder import open_graph_encoder  # noqa: E402
 from pretrain.evaluate.manifest import read_manifest  # noqa: E402
 from pretrain.evaluate.metrics import Tally, accuracy, bootstrap  # noqa: E402
+from pretrain.profiling.graph_timing import GraphTiming, measure  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
 
 MEASURE = "non-silence frames"
@@ -311,7 +311,7 @@ def write_page(result: dict[str, Any], rows: list[Figures], file: Path) -> bool:
     in_torch = result["torch_seconds_over_onnx_fp32"]
     at_goal = [row.name for row in rows if row.kept >= KEPT and row.speed >= GOAL]
     lines = [
-        "# Small models: what is kept, and how fast", "",
+        "# Small models: accuracy kept, and speed", "",
         f"{result['when']}, {result['machine']}, {result['minutes']} minutes: `{result['command']}`", "",
         "| model | phones, non-silence frames | gain kept | speed | MB | |", "|---|---|---|---|---|---|",
         *(

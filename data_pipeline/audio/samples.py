@@ -47,11 +47,11 @@ class Sample:
 
         Args:
             start: First sample of the part.
-            count: Samples to decode at most; -1 decodes to the end. Bounds the memory whatever the header claims.
-            out: (count,), gets the audio.
+            count: Largest number of samples to decode, which limits the memory; -1 decodes to the end.
+            out: (count,), receives the audio.
 
         Returns:
-            (T,) float32 in [-1, 1], or (T, channels) if there are several; T < `count` where the sample ends before.
+            (T,) float32 in [-1, 1], or (T, channels) if there are several; T < `count` where the sample ends earlier.
 
         Raises:
             AudioError: It cannot be decoded (`corrupt`).
@@ -66,7 +66,7 @@ class Sample:
         """Decodes block by block and returns the number of samples per channel.
 
         Args:
-            most: Ends at most one block beyond so many samples; None counts to the end.
+            most: Stops counting at most one block after this many samples; None counts to the end.
 
         Raises:
             AudioError: It cannot be decoded (`corrupt`).

@@ -1,12 +1,12 @@
 """Transforms of waveforms that the data loader and the objectives share: speed, reverberation, mixing, noise.
 
-Arrays on the CPU serve the loader's worker processes, tensors on the model's device serve the objectives. All random
-numbers come from the caller, so each function is a plain function of its arguments.
+Arrays on the CPU serve the loader's worker processes, tensors on the model's device serve the objectives. Random
+numbers come from the caller, so each function depends on its arguments alone.
 
-torchaudio adds noise. What stays here, and what the alternative costs (benchmarks/features.py measures it): resampling
-by soxr, since torchaudio's default filter differs from it by 2e-3 to 4e-2 and its longer one takes 1.5 (9:10) to 12
-(441:160) times as long; convolution with an FFT of a power of two, since torchaudio's takes whatever length the sum
-has, and 5.4 times as long.
+torchaudio adds noise. Implemented here, with the cost of the alternative (benchmarks/features.py measures it):
+resampling by soxr, since torchaudio's default filter differs from it by 2e-3 to 4e-2 and its longer one takes 1.5
+(9:10) to 12 (441:160) times as long; convolution by an FFT whose size is a power of two, since torchaudio's has the
+length of the result and takes 5.4 times as long.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def change_speed(wave: Wave, factor: float, length: int) -> Wave:
     Args:
         wave: (T,) samples.
         factor: 2 halves the duration.
-        length: samples to return; the result is zero-padded or cut by a few to have exactly so many.
+        length: exact number of samples to return; the result is padded with zeros or cut by a few samples.
     """
     import soxr
 
@@ -54,7 +54,7 @@ def change_speed(wave: Wave, factor: float, length: int) -> Wave:
 
 
 def change_speed_on_device(wave_T: Tensor, factor: float) -> Tensor:
-    """Returns `wave_T` played `factor` times as fast, pitch included: its spectrum on another number of samples.
+    """Returns `wave_T` played `factor` times as fast, pitch included, by an inverse FFT of another length.
 
     For speeds drawn from a continuous range and tensors on any device. A polyphase resampler, which `change_speed`
     uses, needs a ratio of small integers: torchaudio's kernel for a ratio such as 1.1037 has 16,000 phases.

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 
 from data_pipeline.audio.codecs import Wave
+from data_pipeline.core.onnx_session import open_session
 from data_pipeline.core.schema import ConfigError, about, config
 
 WINDOW: Final = 512
@@ -30,7 +31,7 @@ class VadConfig:
 
     enabled: Annotated[bool, about("cut recordings into stretches of speech; needs onnxruntime and silero-vad")] = False
     threshold: Annotated[float, about("speech probability from which on a stretch begins", gt=0.15, lt=1)] = 0.5
-    min_silence_seconds: Annotated[float, about("a pause so long ends a stretch", gt=0)] = 0.5
+    min_silence_seconds: Annotated[float, about("shortest pause that ends a stretch", gt=0)] = 0.5
     pad_seconds: Annotated[float, about("kept before and after a stretch", ge=0)] = 0.1
 
 
@@ -45,15 +46,10 @@ def require() -> None:
 @functools.cache
 def _session() -> Any:
     require()
-    import onnxruntime
-
     spec = importlib.util.find_spec("silero_vad")
     assert spec is not None
     assert spec.submodule_search_locations is not None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    weights = Path(spec.submodule_search_locations[0]) / "data" / "silero_vad.onnx"
-    return onnxruntime.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"])
+    return open_session(Path(spec.submodule_search_locations[0]) / "data" / "silero_vad.onnx", threads=1)
 
 
 class Detector:

@@ -125,12 +125,12 @@ def _objects(file: Path) -> Iterator[Mapping[str, Any]]:
 def _rows(part: Part) -> Iterator[tuple[dict[str, Any], str]]:
     """Yields (values, problem) of each row that the manifests of one split mean."""
     recordings = {str(recording.get("id")): recording for recording in part.get("recordings", ())}
-    heard: dict[str, list[Mapping[str, Any]]] = {}
+    supervisions: dict[str, list[Mapping[str, Any]]] = {}
     for supervision in part.get("supervisions", ()):
-        heard.setdefault(str(supervision.get("recording_id")), []).append(supervision)
+        supervisions.setdefault(str(supervision.get("recording_id")), []).append(supervision)
     for name, recording in recordings.items():
-        yield from _spans_of(recording, heard.pop(name, []))
-    for name, lost in heard.items():
+        yield from _spans_of(recording, supervisions.pop(name, []))
+    for name, lost in supervisions.items():
         yield from (({}, f"supervision {one.get('id')} is of recording {name}, which is not listed") for one in lost)
     for cut in part.get("cuts", ()):
         yield from _of_cut(cut)
@@ -184,7 +184,7 @@ def _covers(supervision: Mapping[str, Any], seconds: Any) -> bool:
 
 
 def _plus(start: Any, more: Any) -> Any:
-    """Returns the sum of two times; what is not a number is returned for the row's own error."""
+    """Returns the sum of two times; a value that is not a number is returned for the row's own error."""
     if isinstance(start, int | float) and isinstance(more, int | float):
         return start + more
     return start if not isinstance(start, int | float) else more

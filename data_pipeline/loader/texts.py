@@ -39,7 +39,7 @@ class SegmentTexts:
         Args:
             labels: of the segment.
             whole: whether all of the segment is read; otherwise texts and times become "", because they also describe
-                audio that is not heard.
+                audio outside of the crop.
         """
         return {name: "" if name in self._of_whole_segments and not whole else text for name, text in labels.items()}
 

@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
         return ExitCode.DONE
 
     from launch.cli.tables import show, table
-    from pretrain.compression.timing import measure
+    from pretrain.profiling.graph_timing import measure
 
     found = measure(given.folders, given.seconds, given.runs, given.threads)
     if given.json:
@@ -68,8 +68,8 @@ def _table(given: argparse.Namespace) -> dict[str, Any]:
     """Measures single blocks of a run's encoder."""
     from pretrain.checkpointing.locate import find_checkpoint
     from pretrain.checkpointing.weights import load_checkpoint
-    from pretrain.compression.block_table import block_table
     from pretrain.nn.block_stack import StackConfig
+    from pretrain.profiling.block_table import block_table
 
     found = load_checkpoint(find_checkpoint(given.table))
     encoder = found.config.encoder

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipeline.core.schema import ConfigError
 from launch.cli.parser import Parser
 from launch.exit_codes import ExitCode
 
+if TYPE_CHECKING:
+    from launch.workflows.quantized_export import Int8Options
+
 FORMATS = ("hugging_face", "torchscript", "onnx", "onnx_stream", "edge")
-WITH_HEAD = ("hugging_face", "onnx_stream", "edge")
-"""Formats that hold a CTC head too."""
 
 
 def run(arguments: list[str]) -> int:
@@ -53,50 +55,21 @@ def run(arguments: list[str]) -> int:
         "--reduce-range", action="store_true", help="int8: 7 bits for weights, for x86 devices without VNNI"
     )
     given = parser.parse_args(arguments)
-    _require_int8_options(given)
-    if given.head and given.to not in WITH_HEAD:
-        raise ConfigError(f"--head {given.head}: needs --to {', '.join(WITH_HEAD)}; --to {given.to} has no head")
 
-    from launch.runs.summary import find_run
-    from launch.workflows.edge_export import export_edge
-    from launch.workflows.quantized_export import Int8Options, export_int8
-    from pretrain.heads.ctc import CTC
-    from pretrain.interop import graph_export, stream_export
-    from pretrain.interop.hf_export import TOLERANCE, export, load_run
-    from pretrain.recognition.recogniser import recognising_head
+    from launch.workflows.exporting import ExportOptions, export_run
 
-    path = Path(given.run).expanduser()
-    found = load_run(path if (path / "state.json").is_file() else find_run(given.run))
-    module, config, _ = found
-    options = Int8Options(given.int8, given.shards, given.manifest, given.reduce_range) if given.int8 else None
-    head = None
-    if given.to in ("onnx_stream", "edge") and (given.head or any(isinstance(h, CTC) for h in module.heads.values())):
-        head = recognising_head(given.run, module, config, given.head)
-    if given.to == "edge":
-        print(f"{given.out}: {export_edge(found, given.out, given.chunk, given.left, options, head)}")
-        return ExitCode.DONE
-    if options is not None:
-        print(f"{given.out}: {export_int8(found, given.out, given.layer, options)}")
-        return ExitCode.DONE
-    if given.to == "hugging_face":
-        error, allowed = export(config, module, given.out, given.head), TOLERANCE
-    elif given.to == "onnx_stream":
-        error = stream_export.export_stream(config, module.model, given.out, given.chunk, given.left, head)
-        allowed = graph_export.TOLERANCE["onnx"]
-    else:
-        error = graph_export.export_graph(config, module.model, given.out, given.to, given.layer)
-        allowed = graph_export.TOLERANCE[given.to]
-    print(f"{given.out}: features of the loaded copy differ by {error:.1e} (allowed: {allowed:.0e})")
+    int8 = _int8_options(given)
+    options = ExportOptions(given.to, given.layer, given.chunk, given.left, given.head, int8)
+    print(f"{given.out}: {export_run(given.run, given.out, options)}")
     return ExitCode.DONE
 
 
-def _require_int8_options(given: argparse.Namespace) -> None:
-    """Raises ConfigError for options that do not fit together."""
-    if given.int8 and given.to not in ("onnx", "edge"):
-        raise ConfigError(f"--int8 {given.int8}: needs --to onnx or edge, not --to {given.to}")
-    if given.to == "edge" and (given.int8 == "static" or given.manifest is not None):
-        raise ConfigError("--to edge: takes --int8 dynamic without --manifest; its comparison is on --shards")
+def _int8_options(given: argparse.Namespace) -> Int8Options | None:
+    """Returns the settings of quantisation. Raises ConfigError where an option is missing or has no effect."""
+    from launch.workflows.quantized_export import Int8Options
+
     if given.int8 and not given.shards:
         raise ConfigError(f"--int8 {given.int8}: needs --shards FOLDER, the audio to calibrate and compare on")
     if not given.int8 and (given.shards or given.manifest is not None or given.reduce_range):
         raise ConfigError("--shards, --manifest and --reduce-range belong to --int8; add --int8 dynamic or static")
+    return Int8Options(given.int8, given.shards, given.manifest, given.reduce_range) if given.int8 else None

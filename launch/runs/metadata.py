@@ -99,7 +99,7 @@ def require_plugins(folder: Path) -> None:
         listed = json.loads((folder / "environment.json").read_bytes())["plugins"]
         needed = [(Path(row["file"]), str(row["kind"]), str(row["name"])) for row in listed]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return  # of an earlier version, or damaged; the ranks report what is missing
+        return  # of an earlier version, or damaged; the ranks report the missing fields
     for file, kind, name in needed:
         if kind in registry.PACKAGES and name not in registry.names(kind):
             raise ConfigError(

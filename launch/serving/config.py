@@ -34,7 +34,7 @@ class ServeConfig:
     queue_results: Annotated[
         int, about("results that wait for a slow client before no more of its audio is computed", ge=4)
     ] = 64
-    idle_seconds: Annotated[float, about("a client that sends nothing for so long is disconnected", gt=0)] = 60.0
+    idle_seconds: Annotated[float, about("seconds without a message after which a client is disconnected", gt=0)] = 60.0
     device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
 
     def __post_init__(self) -> None:

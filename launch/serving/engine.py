@@ -40,7 +40,7 @@ class Stream:
     """One client's stream.
 
     waiting: audio that has arrived and not been computed, with the time of arrival of each part.
-    ended: no more audio comes.  failure: why the stream cannot go on.
+    ended: whether the client has sent all audio.  failure: the reason why the stream cannot continue.
     """
 
     state: RecognitionState
@@ -53,7 +53,7 @@ class Stream:
     has_space: asyncio.Event = field(default_factory=asyncio.Event)
 
     def take(self, most: int) -> tuple[np.ndarray, float]:
-        """Removes at most so many samples; returns them and when the last of them arrived."""
+        """Removes at most `most` samples; returns them, and the time at which the last of them arrived."""
         parts, arrived, missing = [], time.monotonic(), most
         while self.waiting and missing:
             part, arrived = self.waiting.popleft()
@@ -69,14 +69,14 @@ class Stream:
 
 
 class Engine:
-    """Turns over all streams that have audio; every turn takes at most one chunk's audio of each.
+    """Computes all streams that have audio, in turns of at most one chunk of each.
 
-    A client that sends faster than real time waits in its own queue, and takes no more of a turn than others do.
+    The audio of a client that sends faster than real time waits in its own queue and delays no other client.
 
     Args:
         recogniser: model and decoder.
         queue_seconds: audio that may wait per stream.
-        queue_results: results that may wait per stream; no more of it is computed until they are taken.
+        queue_results: results that may wait per stream; its computation pauses until they are fetched.
     """
 
     def __init__(self, recogniser: StreamingRecogniser, queue_seconds: float, queue_results: int) -> None:
@@ -94,7 +94,7 @@ class Engine:
         return stream
 
     def close(self, stream: Stream) -> None:
-        """Forgets a stream; nothing of it is computed any more."""
+        """Removes a stream; its remaining audio is not computed."""
         self.streams.discard(stream)
 
     async def add(self, stream: Stream, wave_T: np.ndarray) -> None:
@@ -107,7 +107,7 @@ class Engine:
         self._wake.set()
 
     def end(self, stream: Stream) -> None:
-        """Says that no more audio comes; the last result follows."""
+        """Marks the end of a stream's audio; its last result follows."""
         stream.ended = True
         self._wake.set()
 

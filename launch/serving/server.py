@@ -38,7 +38,7 @@ HEADERS = {
 }
 LEAST_TOKEN = 16
 SEND_SECONDS = 10.0
-"""A client that does not take a message for so long is disconnected."""
+"""Time to deliver a message, after which a client is disconnected."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -118,7 +118,7 @@ class Server:
         """Passes audio on until the client ends.
 
         Returns:
-            None after a regular end, an empty text where the client is gone, else what is wrong with its messages.
+            None after a regular end, an empty text where the client has disconnected, else the error in its messages.
         """
         pcm = PcmStream(rate)
         while True:

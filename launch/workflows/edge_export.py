@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from data_pipeline.core.atomic_files import sha256_of
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.new_folder import new_folder
 from launch.workflows.quantized_export import SECONDS, Int8Options, read_waves
 from pretrain.checkpointing.weights import LoadedCheckpoint
-from pretrain.compression import edge_run, quantization
+from pretrain.compression import quantization
 from pretrain.heads.ctc import CTC
-from pretrain.interop import stream_export
+from pretrain.interop import stream_export, stream_program
+from pretrain.interop.graph_export import Run
 
-MODEL, DESCRIPTION, PROGRAM = "model.onnx", "edge.json", "run.py"
+MODEL, DESCRIPTION = "model.onnx", "edge.json"
 
 
 def export_edge(
@@ -44,49 +45,50 @@ def export_edge(
     Raises:
         ConfigError: `out` exists, the model cannot stream (with the fields to set), or INT8 loses too much.
     """
-    import onnx
-
-    if out.exists():
-        raise ConfigError(f"{out} exists; give a new folder to export to")
-    waves = read_waves(int8.shards, 2 * SECONDS) if int8 else []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as name:
-        exact, package = Path(name) / "stream", Path(name) / "edge"
-        error = stream_export.export_stream(found.config, found.module.model, exact, chunk, left, head)
-        described = json.loads((exact / stream_export.DESCRIPTION).read_text(encoding="utf-8"))
-        _assemble(package, exact / stream_export.GRAPH, described, "fp32")
-        lost = f"features of the loaded graph differ by {error:.1e}"
-        if int8 is not None:
-            small = Path(name) / "small.onnx"
-            nodes = quantization.linear_products(onnx.load(package / MODEL), found.module.model)
-            reduce_range = int8.reduce_range or not quantization.has_vnni()
-            quantization.quantize(package / MODEL, small, nodes, "dynamic", [], reduce_range)
-            described["int8"] = {"mode": "dynamic", "reduce_range": reduce_range, "products": len(nodes)}
-            edge = Path(name) / "edge_int8"
-            _assemble(edge, small, described, "int8")
-            loss = quantization.lost(streamed(package), streamed(edge), waves[1::2])
+    with new_folder(out) as package, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        waves = read_waves(int8.shards, 2 * SECONDS) if int8 else []
+        streaming = Path(scratch) / "stream"
+        error = stream_export.export_stream(found.config, found.module.model, streaming, chunk, left, head)
+        described = json.loads((streaming / stream_export.DESCRIPTION).read_text(encoding="utf-8"))
+        graph, lost = streaming / stream_export.GRAPH, f"features of the loaded graph differ by {error:.1e}"
+        if int8 is None:
+            _assemble(package, graph, described, "fp32")
+        else:
+            exact, quantized = Path(scratch) / "fp32", Path(scratch) / "int8.onnx"
+            exact.mkdir()
+            _assemble(exact, graph, described, "fp32")
+            described["int8"] = _quantize(graph, quantized, found, int8)
+            _assemble(package, quantized, described, "int8")
+            loss = quantization.lost(streamed(exact), streamed(package), waves[1::2])
             quantization.require_accurate(loss, lambda: "the streaming graph; export --to onnx --int8 names the part")
             shares = 100 * loss.units, 100 * loss.error
             lost = f"{shares[0]:.1f} % of the frames change their cluster, features differ by {shares[1]:.1f} %"
-            package = edge
         size = (package / MODEL).stat().st_size / 1e6
-        shutil.move(str(package), out)
     return f"{lost}; {size:.1f} MB"
+
+
+def _quantize(source: Path, target: Path, found: LoadedCheckpoint, int8: Int8Options) -> dict[str, Any]:
+    """Writes the INT8 graph; returns its part of the description."""
+    import onnx
+
+    nodes = quantization.linear_products(onnx.load(source), found.module.model)
+    reduce_range = int8.reduce_range or not quantization.has_vnni()
+    quantization.quantize(source, target, nodes, "dynamic", [], reduce_range)
+    return {"mode": "dynamic", "reduce_range": reduce_range, "products": len(nodes)}
 
 
 def _assemble(folder: Path, graph: Path, described: dict[str, Any], precision: str) -> None:
     """Writes a package around a graph."""
-    folder.mkdir()
     shutil.copy(graph, folder / MODEL)
-    shutil.copy(edge_run.__file__, folder / PROGRAM)
-    sums = {name: sha256_of(folder / name) for name in (MODEL, PROGRAM)}
+    shutil.copy(stream_program.__file__, folder / stream_export.PROGRAM)
+    sums = {name: sha256_of(folder / name) for name in (MODEL, stream_export.PROGRAM)}
     about = described | {"format": "edge", "precision": precision, "sha256": sums}
     (folder / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def streamed(folder: Path) -> quantization.Run:
+def streamed(folder: Path) -> Run:
     """Returns the package as a function from (1, T) audio to (1, F, D) features, computed chunk by chunk."""
-    stream = edge_run.Stream(folder)
+    stream = stream_program.Stream(folder)
 
     def run(wave_BT: Tensor) -> Tensor:
         stream.reset()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.core.new_folder import new_folder
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.labels.features import Extractor
@@ -20,7 +20,7 @@ from data_pipeline.shards.records import done_records
 from pretrain.checkpointing.weights import LoadedCheckpoint
 from pretrain.compression import quantization
 from pretrain.compression.quantization import Lost, Mode
-from pretrain.interop.graph_export import export_graph
+from pretrain.interop.graph_export import export_graph, open_graph
 
 SECONDS = 120.0
 """Audio that is read for calibration, and as much again for the comparison."""
@@ -49,33 +49,26 @@ def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Opt
     """
     import onnx
 
-    if out.exists():
-        raise ConfigError(f"{out} exists; give a new folder to export to")
-    waves = read_waves(options.shards, 2 * SECONDS)
-    calibration, compared = waves[::2], waves[1::2]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as name:
-        exact, small = Path(name) / "fp32", Path(name) / "int8"
+    with new_folder(out) as small, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        waves = read_waves(options.shards, 2 * SECONDS)
+        calibration, compared = waves[::2], waves[1::2]
+        exact = Path(scratch) / "fp32"
         export_graph(found.config, found.module.model, exact, "onnx", layer)
-        graph = onnx.load(exact / "model.onnx")
+        files = [folder / "model.onnx" for folder in (exact, small)]
+        graph = onnx.load(files[0])
         nodes = quantization.linear_products(graph, found.module.model)
-        small.mkdir()
         reduce_range = options.reduce_range or not quantization.has_vnni()
-        quantization.quantize(
-            exact / "model.onnx", small / "model.onnx", nodes, options.mode, calibration, reduce_range
-        )
-        graphs = [quantization.open_graph(folder / "model.onnx") for folder in (exact, small)]
-        lost = quantization.lost(graphs[0], graphs[1], compared)
+        quantization.quantize(files[0], files[1], nodes, options.mode, calibration, reduce_range)
+        opened = [open_graph(file, threads=1) for file in files]
+        lost = quantization.lost(opened[0], opened[1], compared)
         quantization.require_accurate(
-            lost,
-            lambda: quantization.worst_block(exact / "model.onnx", graph, nodes, options.mode, waves[:8]),
+            lost, lambda: quantization.worst_block(files[0], graph, nodes, options.mode, waves[:8])
         )
         points = probe_loss(exact, small, options.manifest) if options.manifest is not None else None
-        sizes = [(folder / "model.onnx").stat().st_size / 1e6 for folder in (exact, small)]
+        sizes = [file.stat().st_size / 1e6 for file in files]
         described = json.loads((exact / "features.json").read_text(encoding="utf-8"))
         described["int8"] = _description(options.mode, reduce_range, len(nodes), lost, points)
         (small / "features.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        shutil.move(str(small), out)
     probes = "" if points is None else f", probes of phones lose {100 * points:.1f} points"
     return (
         f"{100 * lost.units:.1f} % of the frames change their cluster, features differ by {100 * lost.error:.1f} %"

@@ -73,7 +73,7 @@ def find_corpus(settings: FinetuneConfig) -> Corpus:
 
 
 def write_shards(utterances: Sequence[Utterance], symbols: str, folder: Path) -> tuple[Path, int]:
-    """Writes utterances with their texts to FOLDER/shards, one segment each; what is there already stays.
+    """Writes utterances with their texts to FOLDER/shards, one segment each; existing shards stay.
 
     Returns:
         The folder of the shards, and the number of recordings that cannot be used; they are listed there.

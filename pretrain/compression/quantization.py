@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from data_pipeline.core.atomic_files import write_synced
 from data_pipeline.core.schema import ConfigError
 from pretrain.interfaces.models import SpeechModel
+from pretrain.interop.graph_export import Run, open_graph
 from pretrain.self_supervision.kmeans import kmeans
 from pretrain.self_supervision.quantizers import nearest_codes
 
 Mode = Literal["dynamic", "static"]
-Run = Callable[[Tensor], Tensor]
-"""A graph: (B, T) audio to (B, F, D) features."""
 UNITS = 64
 """Clusters of frames whose agreement is compared."""
 MOST_LOST = 0.05
@@ -142,28 +141,6 @@ class _Calibration:
         return self.feeds
 
 
-def open_graph(file: Path, threads: int = 1) -> Run:
-    """Opens an ONNX file of `auricle export` on the CPU.
-
-    Args:
-        file: the graph.
-        threads: intra-op threads.
-
-    Returns:
-        A function from (B, T) audio to (B, F, D) features.
-    """
-    from onnxruntime import InferenceSession, SessionOptions
-
-    options = SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-    def run(wave_BT: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"wave": wave_BT.numpy()})[0])
-
-    return run
-
-
 def lost(exact: Run, quantized: Run, waves: Sequence[Tensor]) -> Lost:
     """Compares two graphs on audio.
 
@@ -207,11 +184,11 @@ def worst_block(source: Path, graph: Any, nodes: Sequence[str], mode: Mode, wave
             scopes = {part.key: part.value for part in node.metadata_props}["pkg.torch.onnx.name_scopes"]
             block = re.search(r"encoder\.blocks\.\d+", scopes)
             parts.setdefault(block[0] if block else "the front end", []).append(node.name)
-    exact, scores = open_graph(source), {}
+    exact, scores = open_graph(source, threads=1), {}
     with tempfile.TemporaryDirectory() as folder:
         for part, names in parts.items():
             file = Path(folder) / "part.onnx"
             quantize(source, file, names, mode, waves, reduce_range=not has_vnni())
-            scores[part] = lost(exact, open_graph(file), waves)
+            scores[part] = lost(exact, open_graph(file, threads=1), waves)
     part = max(scores, key=lambda name: scores[name].units)
     return f"{part} ({100 * scores[part].units:.1f} % alone)"

@@ -1,4 +1,4 @@
-"""Word and character error rates of recognisers on speakers that they did not hear."""
+"""Word and character error rates of recognisers on unseen speakers."""
 
 from __future__ import annotations
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
+from pretrain.interop.graph_export import open_graph
 from pretrain.nn.numerics import pad_audio
 
 
@@ -23,16 +21,10 @@ def open_graph_encoder(folder: Path, name: str = "") -> FrozenEncoder:
     Raises:
         ConfigError: the folder is not such an export.
     """
-    from onnxruntime import InferenceSession
-
     try:
         described = json.loads((folder / "features.json").read_bytes())
         rate_hz, least = float(described["output"]["frames_per_second"]), int(described["input"]["least_samples"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder}: not a folder of `auricle export --to onnx` (features.json: {error})") from None
-    session = InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-
-    def encode(wave_T: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"wave": pad_audio(wave_T[None], least).numpy()})[0])
-
-    return FrozenEncoder(name or folder.name, encode, rate_hz)
+    run = open_graph(folder / "model.onnx")
+    return FrozenEncoder(name or folder.name, lambda wave_T: run(pad_audio(wave_T[None], least)), rate_hz)

@@ -43,7 +43,7 @@ class Streamed:
 def stream(recogniser: StreamingRecogniser, wave_T: torch.Tensor, push: int, found: Streamed) -> None:
     """Streams one utterance in pushes of `push` samples and adds the result to `found`.
 
-    A word's emission delay is the audio that had been heard beyond its end (by Viterbi alignment) when the stable text
+    A word's emission delay is the audio that had arrived after its end (by Viterbi alignment) when the stable text
     first had the word entire; it does not include the time of computing.
     """
     words: list[Word] = []

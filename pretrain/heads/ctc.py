@@ -37,7 +37,7 @@ class CTC(Head):
         super().__init__(config)
         self.config, self.tokens = config, config.tokens
         self.symbols = () if config.tokens else tuple(config.symbols)
-        """What each symbol writes; symbol i is class i + 1. Empty where the run's tokens are written."""
+        """Text of each symbol; symbol i is class i + 1. Empty for a head on tokens."""
         self.linear = nn.Linear(shape.dim, config.n_classes)
 
     def name_tokens(self, symbols: tuple[str, ...]) -> None:

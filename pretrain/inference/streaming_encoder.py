@@ -32,7 +32,7 @@ class Chunking(NamedTuple):
 
 
 class StreamedModel:
-    """A model that computes streams. Has no state of its own; the weights may be shared by any number of streams.
+    """A model that computes streams; keeps no state, so that any number of streams can share it.
 
     Args:
         model: front end and encoder; put into evaluation mode.
@@ -77,7 +77,7 @@ class StreamedModel:
         return (self.window.samples(self.chunking.chunk) - self.window.before) / SAMPLE_RATE
 
     def start(self, rows: int = 1) -> StreamState:
-        """Returns the state of so many streams before their first sample."""
+        """Returns the state of `rows` streams before their first sample."""
         chunk, left = self.chunking
         with torch.inference_mode():
             return StreamState(
@@ -102,7 +102,7 @@ class StreamedModel:
             `output.final` is the last layer.
 
         Raises:
-            ValueError: another number of rows than the state has, or values that are not finite numbers.
+            ValueError: another number of rows than the state has, or values that are not finite.
             ConfigError: a stream is longer than `max_minutes`, and the left context is unlimited.
         """
         rows = [samples] if isinstance(samples, Tensor) else list(samples)
@@ -115,7 +115,7 @@ class StreamedModel:
                 )
         state = state._replace(
             pending=tuple(torch.cat([kept, row.float().cpu()]) for kept, row in zip(state.pending, rows, strict=True)),
-            samples=tuple(heard + len(row) for heard, row in zip(state.samples, rows, strict=True)),
+            samples=tuple(before + len(row) for before, row in zip(state.samples, rows, strict=True)),
         )
         needed = self.window.samples(self.chunking.chunk)
         made = _Made(state.rows)
@@ -128,7 +128,7 @@ class StreamedModel:
         """Ends all streams of the state and computes their last frames.
 
         Returns:
-            The state after the last frame, for its counts only, and the remaining frames as `push` returns them.
+            The state after the last frame, of which only the counts are valid, and the remaining frames as from `push`.
         """
         totals = self.model.frontend.frame_lengths(torch.tensor(state.samples, dtype=torch.int64)).tolist()
         made = _Made(state.rows)
@@ -137,7 +137,7 @@ class StreamedModel:
         return state, made.output(self)
 
     def step(self, state: StreamState) -> tuple[StreamState, EncoderOutput]:
-        """Computes one chunk of every stream of the state; samples that are missing at the end are zeros."""
+        """Computes one chunk of every stream of the state, padded with zeros at the end of a stream."""
         chunk, left = self.chunking
         needed = self.window.samples(chunk)
         if self.max_frames is not None and max(state.frames) + chunk > self.max_frames:

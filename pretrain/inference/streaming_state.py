@@ -1,7 +1,7 @@
-"""State of streams of audio as named tuples, and how states of several streams are joined and separated.
+"""State of streams of audio as named tuples; joins and separates the states of several streams.
 
-A state has one row per stream. Joined states compute together in one batch, wherever each stream is; every row has the
-same result as alone.
+A state has one row per stream. Joined states compute in one batch, whatever the position of each stream, with the same
+result for each row as alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class StreamState(NamedTuple):
 
     frontend, encoder: states of the parts of the model, with B rows.
     pending: per stream, the samples that the next chunk starts with, (T_b,), on the host.
-    samples: samples heard, per stream.
+    samples: samples received, per stream.
     frames: frames encoded, per stream.
     """
 

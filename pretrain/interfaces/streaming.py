@@ -1,8 +1,8 @@
-"""Interfaces of front ends and encoders that compute a stream chunk by chunk, and the state that they carry along.
+"""Interfaces of front ends and encoders that compute a stream chunk by chunk, and their state.
 
-A state goes in and a new one comes out; no module keeps anything between two calls. All tensors of a state have one row
-per stream, and streams of a batch may be at different places. A stream computed so equals the same model over the whole
-recording with the attention pattern `Pattern(chunk, left_chunks)`.
+Each call takes a state and returns a new one; modules keep nothing between two calls. All tensors of a state have one
+row per stream, and the streams of a batch may be at different positions. The result equals that of the same model over
+the whole recording with the attention pattern `Pattern(chunk, left_chunks)`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SampleWindow(NamedTuple):
     after: int
 
     def samples(self, frames: int) -> int:
-        """Returns the samples that so many adjacent frames depend on."""
+        """Returns the number of samples that `frames` adjacent frames depend on."""
         return (frames - 1) * self.hop + self.before + self.after
 
 
@@ -67,11 +67,11 @@ class StreamingFrontend(abc.ABC):
 
     @abc.abstractmethod
     def sample_window(self) -> SampleWindow:
-        """Returns the samples that a frame depends on, apart from what the state carries."""
+        """Returns the samples that a frame depends on, beside the state."""
 
     @abc.abstractmethod
     def start(self, rows: int) -> FrontendState:
-        """Returns the state of so many streams before their first sample."""
+        """Returns the state of `rows` streams before their first sample."""
 
     @abc.abstractmethod
     def step(
@@ -80,8 +80,8 @@ class StreamingFrontend(abc.ABC):
         """Computes the next frames of each stream.
 
         Args:
-            wave_BT: (B, T) samples from `before` samples ahead of the next frame, with T = `SampleWindow.samples(n)`
-                for n frames; zero before the stream's start and after its end.
+            wave_BT: (B, T) samples that begin `before` samples ahead of the next frame, with
+                T = `SampleWindow.samples(n)` for n frames; zero before the stream's start and after its end.
             samples_B: samples of each row up to the stream's end, counted from the row's start, at most T; int64.
             frames_B: frames that each stream had before, int64.
             state: from `start` or the previous step.
@@ -104,7 +104,7 @@ class StreamingEncoder(abc.ABC):
 
     @abc.abstractmethod
     def start(self, rows: int, chunk: int, left_chunks: int) -> EncoderState:
-        """Returns the state of so many streams before their first frame.
+        """Returns the state of `rows` streams before their first frame.
 
         Args:
             rows: streams.

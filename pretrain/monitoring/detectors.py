@@ -27,7 +27,7 @@ class Finding:
     seen: str
     helps: str
     pooled: int = 0
-    """Steps before a check over which this was measured: the problem may have begun so much earlier."""
+    """Steps before a check over which this was measured: the problem may have begun that much earlier."""
 
     def sentence(self, since: int) -> str:
         """Returns the message: the measurement, the step since which it holds, and the usual remedy."""

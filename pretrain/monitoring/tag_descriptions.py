@@ -36,7 +36,7 @@ DESCRIPTIONS = {
     "data/skipped_segments": "Segments left out because their shard is bad.",
     "data/silent_segments": "Segments of the update that are silent or constant.",
     "hist/codes": "How often each code occurred in the update; neighbouring codes share a bar where there are many.",
-    "audio/heard": "The first utterance of the micro-batch, as the model hears it.",
+    "audio/heard": "The first utterance of the micro-batch, as the model receives it.",
     "audio/masked_parts_silent": "The same with its masked frames silenced.",
     "units/spectrogram": "Log-mel of that utterance; masked frames are lighter, and the rows below have their target "
     "and predicted units, one colour per unit.",

@@ -1,6 +1,6 @@
 """Distillation: predict layers of a frozen teacher (DPHuBERT, arXiv 2305.17651; DistilHuBERT, arXiv 2110.01900).
 
-The teacher hears the audio unmasked. Each of its layers is predicted from the student's layer at the same share of the
+The teacher's input is not masked. Each of its layers is predicted from the student's layer at the same share of the
 depth, by a linear layer that the teacher layers of a group share. With `sparsity`, heads and inner channels are pruned
 at the same time (pretrain/nn/gates.py).
 """

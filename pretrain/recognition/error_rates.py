@@ -15,7 +15,7 @@ from pretrain.recognition.recogniser import Recogniser
 
 @dataclass(frozen=True)
 class Errors:
-    """Error rates of one decoder over so many utterances: edits per word, and per character."""
+    """Error rates of one decoder: edits per word and per character, and the number of utterances."""
 
     decoder: str
     wer: float
@@ -55,7 +55,7 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
     Args:
         recogniser: computes each recording at once.
         waves: (T,) audio at 16 kHz.
-        decoders: which are run.
+        decoders: the decoders to run.
     """
     outputs, joint = [], []
     for wave in waves:

@@ -1,4 +1,4 @@
-"""Recognises streams: audio in parts of any size to partial text, and words with times where a segment ends."""
+"""Recognises streams: returns partial text for audio in parts of any size, and words with times when a segment ends."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class RecognitionState(NamedTuple):
 class Update(NamedTuple):
     """Result of a push for one stream.
 
-    words: of the segments that ended; they do not change any more.
-    text: of the current segment so far.  stable: its beginning that later audio cannot change.
+    words: of the segments that ended; final.
+    text: of the current segment so far.  stable: the beginning of `text` that later audio cannot change.
     seconds: audio that the text covers, from the stream's start.
     ended: whether a segment ended.
     """
@@ -43,7 +43,7 @@ class Update(NamedTuple):
 
 
 class StreamingRecogniser:
-    """Recognises streams with a trained model; has no state of its own.
+    """Recognises streams with a trained model; keeps no state.
 
     Args:
         recogniser: model and head.
@@ -54,7 +54,7 @@ class StreamingRecogniser:
         max_minutes: longest stream with an unlimited left context.
 
     Raises:
-        ConfigError: the model cannot stream so; names the fields and the remedy.
+        ConfigError: the model cannot stream with these settings; names the fields and the remedy.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StreamingRecogniser:
         self.decoder = StreamingDecoder(self.model.rate_hz, recogniser.silent, search, end_points or EndPoints())
 
     def start(self, rows: int = 1) -> RecognitionState:
-        """Returns the state of so many streams before their first sample."""
+        """Returns the state of `rows` streams before their first sample."""
         return RecognitionState(self.model.start(rows), tuple(self.decoder.start() for _ in range(rows)))
 
     def push(self, state: RecognitionState, samples: Sequence[Tensor]) -> tuple[RecognitionState, list[Update]]:
@@ -82,7 +82,7 @@ class StreamingRecogniser:
         return self._decoded(stream, state.decoders, output, last=False)
 
     def finish(self, state: RecognitionState) -> tuple[RecognitionState, list[Update]]:
-        """Ends the streams; their last words are in the updates."""
+        """Ends the streams; the updates have their last words."""
         stream, output = self.model.finish(state.stream)
         return self._decoded(stream, state.decoders, output, last=True)
 

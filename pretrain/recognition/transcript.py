@@ -17,7 +17,7 @@ CUE_CHARACTERS = 84
 """Two lines of 42 characters, as subtitles usually have."""
 CUE_SECONDS = 7.0
 CUE_PAUSE = 0.8
-"""A pause of so many seconds begins a new subtitle."""
+"""Shortest pause, in seconds, that begins a new subtitle."""
 
 
 class Word(NamedTuple):
@@ -31,7 +31,7 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True)
 class Transcript:
-    """The text of a recording of so many seconds."""
+    """The text of a recording.  seconds: its duration."""
 
     name: str
     seconds: float
@@ -45,7 +45,7 @@ class Transcript:
 
 @dataclass
 class WordBuilder:
-    """Joins aligned symbols to words; a symbol's text may hold a space, or several words."""
+    """Joins aligned symbols to words; the text of a symbol may contain spaces."""
 
     rate_hz: float
     words: list[Word] = field(default_factory=list)
@@ -56,7 +56,7 @@ class WordBuilder:
         """Appends a symbol.
 
         Args:
-            text: what it writes.
+            text: its text.
             aligned: its frames, counted from `offset`.
             offset: the first frame of the piece.
         """

@@ -17,7 +17,7 @@ import torch
 from data_pipeline.text.tokenizer import write_tokens
 from launch.main import main
 from pretrain.checkpointing.weights import load_checkpoint
-from pretrain.compression import edge_run
+from pretrain.interop import stream_program
 from pretrain.nn.attention_patterns import Pattern
 from pretrain.nn.block_stack import BlockStack
 from tests.support.tiny_shards import sounds, write_shards
@@ -107,7 +107,7 @@ def test_the_head_that_is_named_gives_the_symbols(tmp_path: Path, capsys: pytest
 
 
 def test_the_program_is_short_and_needs_two_packages_only() -> None:
-    source = Path(edge_run.__file__).read_text(encoding="utf-8")
+    source = Path(stream_program.__file__).read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 150
     tree = ast.walk(ast.parse(source))
     named = {(n.names[0].name if isinstance(n, ast.Import) else str(n.module)).partition(".")[0]
@@ -116,7 +116,7 @@ def test_the_program_is_short_and_needs_two_packages_only() -> None:
 
 
 def test_ctc_text_collapses_repeats_across_chunks() -> None:
-    text = edge_run.Text(list("abc"))
+    text = stream_program.Text(list("abc"))
     eye = np.eye(4)
     assert text.add(eye[[1, 1, 0, 1]]) == "aa"
     assert text.add(eye[[1, 2, 2, 0]]) == "aab"

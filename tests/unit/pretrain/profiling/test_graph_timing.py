@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline.core.schema import ConfigError
 from launch.main import main
-from pretrain.compression.timing import measure, median_and_p95, noise
+from pretrain.profiling.graph_timing import measure, median_and_p95, noise
 from tests.support.training import save
 
 onnx = pytest.importorskip("onnx")

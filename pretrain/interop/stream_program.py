@@ -1,4 +1,6 @@
-"""Runs an edge package on a device: needs Python, numpy and onnxruntime.
+"""Runs the streaming graph beside it on a device: needs Python, numpy and onnxruntime.
+
+`auricle export` writes this file as run.py into folders of `--to edge` and `--to onnx_stream`.
 
     python run.py recording.wav                                            # 16 kHz mono, 16 bits
     arecord -f S16_LE -r 16000 -c 1 -t raw | python run.py --stdin
@@ -17,12 +19,24 @@ from typing import Any
 
 import numpy as np
 
+GRAPHS = {"edge.json": "model.onnx", "stream.json": "stream.onnx"}
+"""Description -> graph."""
+
+
+def open_session(file: Path, threads: int) -> Any:
+    """Returns an onnxruntime session on the CPU with this number of intra-op threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
 
 class Stream:
-    """One stream of an edge package.
+    """One stream of an exported graph.
 
     Args:
-        folder: the package, with edge.json.
+        folder: with the graph and its description, edge.json or stream.json.
         threads: intra-op threads.
 
     Raises:
@@ -30,17 +44,13 @@ class Stream:
     """
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
-        import onnxruntime
-
-        self.about: dict[str, Any] = json.loads((folder / "edge.json").read_text(encoding="utf-8"))
-        for name, expected in self.about["sha256"].items():
+        description = next(name for name in GRAPHS if (folder / name).is_file())
+        self.about: dict[str, Any] = json.loads((folder / description).read_text(encoding="utf-8"))
+        for name, expected in self.about.get("sha256", {}).items():
             found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
             if found != expected:
-                sys.exit(f"{folder / name}: sha256 is {found[:12]}…, edge.json has {expected[:12]}…: copy it again")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        providers = ["CPUExecutionProvider"]
-        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
+                sys.exit(f"{folder / name}: sha256 is {found[:12]}…, {description} has {expected[:12]}…: copy it again")
+        self.session = open_session(folder / GRAPHS[description], threads)
         self.used = {given.name for given in self.session.get_inputs()}
         self.made = [output.name for output in self.session.get_outputs()]
         self.reset()
@@ -96,22 +106,17 @@ class Text:
 
 def blocks(source: str) -> Iterator[Any]:
     """Yields float32 samples of standard input ("-") or of a WAV file, 100 ms at a time."""
-    if source == "-":
-        rest = b""
-        while data := sys.stdin.buffer.read(3200):
-            data, rest = rest + data, b""
-            if len(data) % 2:
-                data, rest = data[:-1], data[-1:]
-            yield np.frombuffer(data, "<i2").astype(np.float32) / 32768
-        return
-    with wave.open(source) as file:
-        form = (file.getframerate(), file.getnchannels(), file.getsampwidth())
+    file: Any
+    with sys.stdin.buffer if source == "-" else wave.open(source) as file:
+        form = (16_000, 1, 2) if source == "-" else (file.getframerate(), file.getnchannels(), file.getsampwidth())
         if form != (16_000, 1, 2):
-            sys.exit(
-                f"{source}: {form[0]} Hz, {form[1]} channels, {8 * form[2]} bits; needs 16000 Hz, 1 channel, 16 bits"
-            )
-        while data := file.readframes(1600):
-            yield np.frombuffer(data, "<i2").astype(np.float32) / 32768
+            sys.exit(f"{source}: needs 16000 Hz, 1 channel, 16 bits; has {form[0]}, {form[1]}, {8 * form[2]}")
+        rest = b""
+        while data := file.read(3200) if source == "-" else file.readframes(1600):
+            data = rest + data
+            whole = len(data) // 2 * 2
+            rest = data[whole:]
+            yield np.frombuffer(data[:whole], "<i2").astype(np.float32) / 32768
 
 
 def main() -> None:

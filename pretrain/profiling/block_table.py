@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.core.onnx_session import open_session
 from data_pipeline.core.schema import ConfigError
 from pretrain import registry
-from pretrain.compression.timing import median_and_p95, noise
 from pretrain.interfaces.frames import Frames
 from pretrain.nn.block_stack import BlockStack, StackConfig
+from pretrain.profiling.graph_timing import median_and_p95, noise
 
 
 class OneBlock(nn.Module):
@@ -61,14 +62,10 @@ def block_table(
     Raises:
         ConfigError: a width is below 1, or the encoder has half-rate blocks, whose latency depends on their place.
     """
-    from onnxruntime import InferenceSession, SessionOptions
-
     if min([*heads, *ffn_dims], default=0) < 1:
         raise ConfigError(f"--heads {list(heads)} --ffn {list(ffn_dims)}: give one or more widths, each 1 or more")
     if encoder.half_rate_blocks:
         raise ConfigError(f"encoder.half_rate_blocks={encoder.half_rate_blocks}: latency depends on a block's place")
-    options = SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     x_BFD = torch.randn(1, max(8, round(seconds * rate_hz)), encoder.dim)
     widths = [(h, f) for h in heads for f in ffn_dims]
     sessions = []
@@ -77,7 +74,7 @@ def block_table(
             file = Path(folder) / f"{number}.onnx"
             one = dataclasses.replace(encoder, layers=1, widths=(width,), layer_drop=0.0)
             _write(OneBlock(_stack(one).eval(), rate_hz), x_BFD, file)
-            sessions.append(InferenceSession(str(file), options, providers=["CPUExecutionProvider"]))
+            sessions.append(open_session(file, threads))
     taken: list[list[float]] = [[] for _ in widths]
     for repeat in range(runs + 2):
         for session, times in zip(sessions, taken, strict=True):

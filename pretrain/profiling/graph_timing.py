@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.schema import ConfigError
+from pretrain.interop.stream_program import GRAPHS
 
-FILES = {"features.json": "model.onnx", "stream.json": "stream.onnx", "edge.json": "model.onnx"}
+FILES = {"features.json": "model.onnx"} | GRAPHS
 """Description -> graph, for each kind of folder that `auricle export` writes."""
 SPREAD = 1.5
 """Ratio of the 95th percentile to the median above which timings are noisy."""
@@ -109,9 +110,8 @@ class _Worker:
         self.folder, self.seconds = folder, seconds
         self.answers: list[dict[str, Any]] = []
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        script = str(Path(__file__).with_name("timed_graph.py"))
         self.process = subprocess.Popen(
-            [sys.executable, script, str(folder), str(seconds), str(threads)],
+            [sys.executable, "-m", "pretrain.profiling.timed_graph", str(folder), str(seconds), str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment,
         )  # fmt: skip
 
@@ -143,15 +143,15 @@ class _Worker:
         last = self.answers[-1]
         graph = next(self.folder / graph for name, graph in FILES.items() if (self.folder / name).is_file())
         return GraphTiming(
-            self.folder.name,
-            rtf_p50,
-            rtf_p95,
-            statistics.median(answer["cpu_s"] / self.seconds for answer in self.answers),
-            statistics.median(answer["first_ms"] for answer in self.answers),
-            last["load_ms"],
-            last["peak_mb"],
-            last["bare_mb"],
-            graph.stat().st_size / 1e6,
+            name=self.folder.name,
+            rtf_p50=rtf_p50,
+            rtf_p95=rtf_p95,
+            cpu_rtf=statistics.median(answer["cpu_s"] / self.seconds for answer in self.answers),
+            first_output_ms=statistics.median(answer["first_ms"] for answer in self.answers),
+            load_ms=last["load_ms"],
+            peak_rss_mb=last["peak_mb"],
+            bare_rss_mb=last["bare_mb"],
+            file_mb=graph.stat().st_size / 1e6,
         )
 
     def close(self) -> None:

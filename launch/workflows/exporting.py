@@ -1,0 +1,87 @@
+"""auricle export: chooses the exporter of a format, and the head that goes with the encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.core.schema import ConfigError
+from launch.runs.summary import find_run
+from launch.workflows.edge_export import export_edge
+from launch.workflows.quantized_export import Int8Options, export_int8
+from pretrain.checkpointing.weights import LoadedCheckpoint
+from pretrain.heads.ctc import CTC
+from pretrain.interop import gate, graph_export, hf_export, stream_export
+from pretrain.recognition.recogniser import recognising_head
+
+WITH_HEAD = ("hugging_face", "onnx_stream", "edge")
+"""Formats that hold a CTC head too."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of an export.
+
+    layer: of torchscript and onnx; -1: the last.  chunk, left: of onnx_stream and edge; None: the first trained.
+    head: name of the CTC head to export too.  int8: how to quantise onnx and edge; None: fp32.
+
+    Raises:
+        ConfigError: options do not fit together.
+    """
+
+    to: Literal["hugging_face", "torchscript", "onnx", "onnx_stream", "edge"] = "hugging_face"
+    layer: int = -1
+    chunk: int | None = None
+    left: int | None = None
+    head: str = ""
+    int8: Int8Options | None = None
+
+    def __post_init__(self) -> None:
+        if self.head and self.to not in WITH_HEAD:
+            raise ConfigError(f"--head {self.head}: needs --to {', '.join(WITH_HEAD)}; --to {self.to} has no head")
+        if self.int8 is None:
+            return
+        if self.to not in ("onnx", "edge"):
+            raise ConfigError(f"--int8 {self.int8.mode}: needs --to onnx or edge, not --to {self.to}")
+        if self.to == "edge" and (self.int8.mode == "static" or self.int8.manifest is not None):
+            raise ConfigError("--to edge: takes --int8 dynamic without --manifest; its comparison is on --shards")
+
+
+def export_run(run: str, out: Path, options: ExportOptions) -> str:
+    """Exports a run, after comparing the features of the loaded copy with the run's.
+
+    Args:
+        run: a run folder, a checkpoint, or a run's name below runs/.
+        out: folder to write; must not exist.
+        options: the format and its settings.
+
+    Returns:
+        One phrase on the difference.
+
+    Raises:
+        ConfigError: the run cannot be exported in this format; nothing is written then.
+    """
+    path = Path(run).expanduser()
+    found = hf_export.load_run(path if (path / "state.json").is_file() else find_run(run))
+    if options.to == "edge":
+        head = _head(run, found, options)
+        return export_edge(found, out, chunk=options.chunk, left=options.left, int8=options.int8, head=head)
+    if options.int8 is not None:
+        return export_int8(found, out, options.layer, options.int8)
+    config, module = found.config, found.module
+    if options.to == "hugging_face":
+        error = hf_export.export(config, module, out, options.head)
+    elif options.to == "onnx_stream":
+        head = _head(run, found, options)
+        error = stream_export.export_stream(config, module.model, out, options.chunk, options.left, head)
+    else:
+        error = graph_export.export_graph(config, module.model, out, options.to, options.layer)
+    return f"features of the loaded copy differ by {error:.1e} (allowed: {gate.TOLERANCE[options.to]:.0e})"
+
+
+def _head(run: str, found: LoadedCheckpoint, options: ExportOptions) -> CTC | None:
+    """Returns the CTC head of a streaming export; None for a run without one."""
+    if not options.head and not any(isinstance(head, CTC) for head in found.module.heads.values()):
+        return None
+    return recognising_head(run, found.module, found.config, options.head)
