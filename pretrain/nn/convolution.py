@@ -1,9 +1,12 @@
 """Convolution over the time axis of (B, F, D) frames, with a kernel that is correct in the current precision.
 
-oneDNN computes 16-bit convolutions with an even kernel and at most 12 input channels per group wrongly on CPUs with AMX
-(relative error 1.0, no message; torch 2.13; depthwise and odd kernels are correct). `default_route` avoids such shapes
-on every CPU. pretrain/profiling/operation_check.py checks the shapes of a model at start-up and overrides the route of
-any other shape that is wrong.
+oneDNN 3.12 (torch 2.13) has two faults in 16 bits, without a message. On CPUs with AMX, convolutions of few input
+channels per group have a relative error of 1.0: where the channels are even and fewer than 16, and channels times taps
+is a multiple of 32 above 32. And a depthwise convolution of at most 16 channels, 15 or more taps and more than 30
+frames never returns, since its code generator runs out of registers and loops: bf16 in channels-last layout on CPUs
+with AVX512-BF16, fp16 on CPUs with AVX512-FP16. `default_route` avoids all even kernels of so few channels and all such
+depthwise ones, on every CPU. pretrain/profiling/operation_check.py checks the shapes of a model at start-up and
+overrides the route of any other shape that is wrong.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from torch import Tensor, nn
 
 REDUCED = (torch.bfloat16, torch.float16)
 """16-bit floating-point types."""
-FEW_CHANNELS = 12
+FEW_CHANNELS = 15
 """Input channels per group up to which oneDNN's even 16-bit kernels are not trusted."""
+HANGING_CHANNELS, HANGING_TAPS = 16, 15
+"""Most channels and fewest taps of a 16-bit depthwise convolution in which oneDNN can hang."""
 Route = Literal["direct", "odd_kernel", "fp32"]
 """How a convolution is computed: directly; with a zero tap appended to its kernel, which is exact; or in fp32."""
 
@@ -37,12 +42,13 @@ _OVERRIDES: dict[tuple[str, torch.dtype, ConvShape], Route] = {}
 
 
 def default_route(device_type: str, dtype: torch.dtype, shape: ConvShape) -> Route:
-    """Returns the route that avoids the known fault of oneDNN, without any measurement."""
-    depthwise = shape.groups > 1 and shape.in_dim == shape.groups
-    few = shape.in_dim // shape.groups <= FEW_CHANNELS and not depthwise
-    if device_type == "cpu" and dtype in REDUCED and shape.kernel % 2 == 0 and few:
-        return "odd_kernel"
-    return "direct"
+    """Returns the route that avoids the known faults of oneDNN, without any measurement."""
+    if device_type != "cpu" or dtype not in REDUCED:
+        return "direct"
+    if shape.groups > 1 and shape.in_dim == shape.groups:
+        return "fp32" if shape.in_dim <= HANGING_CHANNELS and shape.kernel >= HANGING_TAPS else "direct"
+    few = shape.in_dim // shape.groups <= FEW_CHANNELS
+    return "odd_kernel" if few and shape.kernel % 2 == 0 else "direct"
 
 
 def override_route(device_type: str, dtype: torch.dtype, shape: ConvShape, route: Route | None) -> None:
