@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.core.schema import ConfigError
+from launch.runs.model_card import write_card
 from launch.runs.summary import find_run
 from launch.workflows.edge_export import export_edge
 from launch.workflows.quantized_export import Int8Options, export_int8
@@ -49,7 +50,7 @@ class ExportOptions:
 
 
 def export_run(run: str, out: Path, options: ExportOptions) -> str:
-    """Exports a run, after comparing the features of the loaded copy with the run's.
+    """Exports a run with a model card, after comparing the features of the loaded copy with the run's.
 
     Args:
         run: a run folder, a checkpoint, or a run's name below runs/.
@@ -62,6 +63,12 @@ def export_run(run: str, out: Path, options: ExportOptions) -> str:
     Raises:
         ConfigError: the run cannot be exported in this format; nothing is written then.
     """
+    said = _export(run, out, options)
+    write_card(out, run, options.to)
+    return said
+
+
+def _export(run: str, out: Path, options: ExportOptions) -> str:
     path = Path(run).expanduser()
     found = hf_export.load_run(path if (path / "state.json").is_file() else find_run(run))
     if options.to == "edge":

@@ -79,7 +79,7 @@ def test_the_program_writes_the_text_of_the_stream(tmp_path: Path) -> None:
     checkpoint = str(find_checkpoint(str(tmp_path / "run")))
     given = ["export", checkpoint, str(tmp_path / "out"), "--to", "onnx_stream", "--chunk", "4"]
     assert main(given) == ExitCode.DONE
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"stream.onnx", "stream.json", "run.py"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"stream.onnx", "stream.json", "run.py", "README.md"}
     wave_T = (speech_like(1.7, 3) * 20_000).round().clamp(-32_768, 32_767) / 32_768
     pcm = (wave_T.numpy() * 32_768).astype("<i2").tobytes()
     with wave.open(str(tmp_path / "speech.wav"), "wb") as file:

@@ -51,7 +51,7 @@ def test_a_package_streams_the_features_of_the_model(tmp_path: Path, capsys: pyt
     about = json.loads((edge / "edge.json").read_text())
     assert about["precision"] == "int8"
     assert about["int8"]["products"] == 2 * 4 + 1
-    assert {file.name for file in edge.iterdir()} == {"model.onnx", "edge.json", "run.py"}
+    assert {file.name for file in edge.iterdir()} == {"model.onnx", "edge.json", "run.py", "README.md"}
 
     rng = np.random.default_rng(0)
     pcm = (3000 * rng.standard_normal(23_456)).clip(-30_000, 30_000).astype("<i2")

@@ -1,0 +1,157 @@
+"""The model card of an export, README.md in the folder: what the run's files record about it, and no other value."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.core.atomic_files import write_atomically
+from data_pipeline.core.schema import ABSENT, load
+from data_pipeline.core.text import visible
+from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.shards.records import DoneRecord, done_records
+from launch.runs.summary import audio_hours, find_run, number, rows
+from pretrain.checkpointing.checkpoint import read_state
+from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.config import Config
+from pretrain.monitoring.config_pages import NOT_COMPARED, differences
+from pretrain.recognition.recogniser import RESULTS
+
+UNKNOWN = "not recorded"
+CARD = "README.md"
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|&~#])")
+LOADING = {
+    "hugging_face": "`AutoModel.from_pretrained(FOLDER)`; of a recogniser `AutoModelForCTC`",
+    "onnx": "onnxruntime, with the sizes and the normalisation in `features.json`",
+    "torchscript": "`torch.jit.load`, with the sizes and the normalisation in `features.json`",
+    "onnx_stream": "`run.py`, chunk by chunk, with numpy and onnxruntime",
+    "edge": "`run.py`, with numpy and onnxruntime",
+}
+"""How to load each format."""
+
+
+def write_card(folder: Path, given: str, form: str) -> None:
+    """Writes the model card of an export.
+
+    Args:
+        folder: the exported folder.
+        given: the run: its folder, a checkpoint, or its name below runs/.
+        form: format of the export, a key of LOADING.
+    """
+    path = Path(given).expanduser()
+    checkpoint = find_checkpoint(str(path if path.exists() else find_run(given)))
+    state = read_state(checkpoint)
+    text = card(checkpoint.parent.parent, load(Config, state["config"]), int(state["step"]), form)
+    write_atomically(folder / CARD, text)
+
+
+def card(run: Path, config: Config, step: int, form: str) -> str:
+    """Returns the text of the model card in Markdown, with the header that the Hugging Face Hub reads."""
+    records = _records(config.data.shards)
+    flow = [row for record in records for row in record.flow]
+    corpora, languages = (sorted({str(row[column]) for row in flow if row[column]}) for column in (0, 1))
+    size = sum(record.samples for record in records) / SAMPLE_RATE / 3600
+    logged = [row for row in rows(run) if number(row, "step", 0.0) <= step]
+    environment = _environment(run)
+    commit = environment.get("git_sha") or UNKNOWN
+    facts = [
+        ("recipe", f"objective {config.objective.name}, front end {config.frontend.name}, encoder {_sizes(config)}"),
+        ("data", f"{size:,.2f} h" if size else UNKNOWN),
+        ("corpora", _plain(", ".join(corpora)) or UNKNOWN),
+        ("languages", _plain(", ".join(languages)) or UNKNOWN),
+        ("training", f"{step:,} updates, {audio_hours(logged)[-1]:,.2f} h of audio" if logged else f"{step:,} updates"),
+        ("start", _plain(Path(config.init).name) if config.init else "random weights"),
+        ("seed", str(config.seed)),
+        ("precision", config.engine.precision),
+        ("code", f"auricle {_plain(environment.get('version') or UNKNOWN)}, commit {_plain(commit)}"),
+        ("started", _plain(environment.get("started") or UNKNOWN)),
+        ("licence", f"{UNKNOWN}; that of the weights depends on that of the data"),
+        ("loading", LOADING[form]),
+    ]
+    header = ["---", "license: unknown", "tags:", "- speech", "- self-supervised"]
+    header += ["language:", *(f"- {json.dumps(language)}" for language in languages)] if languages else []
+    header += ["library_name: transformers"] if form == "hugging_face" else []
+    changed = [
+        (_plain(path), _plain(json.dumps(value, ensure_ascii=False)))
+        for path, _, value in differences(config)
+        if value is not ABSENT and not path.startswith(NOT_COMPARED)
+    ]
+    return "\n".join(
+        [
+            *header,
+            "---",
+            "",
+            f"# {_plain(config.name)}",
+            "",
+            "A speech encoder for audio at 16 kHz, trained with auricle.",
+            "",
+            *_table(("", ""), facts),
+            "",
+            "## Figures",
+            "",
+            *_figures(run, step, logged),
+            "",
+            "## Settings that differ from the defaults",
+            "",
+            *(_table(("field", "value"), changed) if changed else ["None."]),
+            "",
+        ]
+    )
+
+
+def _sizes(config: Config) -> str:
+    return f"{config.encoder.name} of {config.encoder.layers} blocks with {config.encoder.dim} channels"
+
+
+def _records(shards: Sequence[str]) -> list[DoneRecord]:
+    """Returns the records of the shards; [] if they are not there."""
+    try:
+        return done_records(shards)
+    except (ValueError, OSError):
+        return []
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((run / "environment.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _figures(run: Path, step: int, logged: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns a table of the evaluations of this checkpoint, its error rates, and its last losses."""
+    found = []
+    for row in rows(run, "evaluations.jsonl"):
+        if row.get("step") == step:
+            between = f" ({row['low']:.4g} to {row['high']:.4g})" if number(row, "low") == number(row, "low") else ""
+            value = f"{number(row, 'value'):.4g}{between}"
+            named = ", ".join(_plain(row.get(part, "")) for part in ("task", "measure", "who"))
+            found.append((named, value))
+    try:
+        errors = json.loads((run / RESULTS).read_bytes())["errors"]
+        for row in errors:
+            rates = f"WER {row['wer']:.2%}, CER {row['cer']:.2%} on {row['utterances']} utterances"
+            found.append((f"recognition, {_plain(row['decoder'])}", rates))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    last = logged[-1] if logged else {}
+    for name, tag in (("loss", "loss/total"), ("held-out loss", "valid/loss/total"), ("accuracy", "metric/accuracy")):
+        having = [row for row in logged if tag in row]
+        if having:
+            at = "" if having[-1] is last else f" at update {having[-1].get('step')}"
+            found.append((f"{name}, last logged{at}", f"{number(having[-1], tag):.4f}"))
+    return _table(("measure", "value"), found) if found else [f"{UNKNOWN[0].upper()}{UNKNOWN[1:]}."]
+
+
+def _plain(text: object) -> str:
+    """Returns text from outside so that Markdown shows it as it is."""
+    return _SPECIAL.sub(r"\\\1", visible(str(text)))
+
+
+def _table(head: tuple[str, str], lines: Sequence[tuple[str, str]]) -> list[str]:
+    body = [f"| {name} | {value} |" for name, value in lines]
+    return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *body]
