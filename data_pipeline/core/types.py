@@ -87,7 +87,8 @@ class Cursor:
 class Batch:
     """One micro-batch.
 
-    wave_BT: float32 in [-1, 1], zero after each sample's length.  lengths_B: int64 samples.
+    wave_BT: float32 in [-1, 1], zero after each sample's length.  lengths_B: int64 samples, always on the host: they
+    decide about shapes, and reading them from a GPU would make the host wait for it.
     micro_batch: its number in the global step, 0 … V-1; with (seed, step) it keys draws that belong to no single
     sample (dropout), so that they do not depend on the number of ranks.
     targets: frame labels by name, (B, F) int64, padded with -1.  labels: per-sample metadata by name.
@@ -101,17 +102,13 @@ class Batch:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     """Tokens of texts by their name in `data.tokens`, (B, N) int64, padded with -1; a row without text, or with only a
-    part of its segment, is all -1."""
+    part of its segment, is all -1. Always on the host."""
 
     def to(self, device: str) -> Batch:
-        """Returns the batch with its tensors on `device`."""
-        targets, tokens = (
-            {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-            for tensors in (self.targets, self.tokens)
-        )
+        """Returns the batch with its tensors on `device`, except lengths and tokens, which are read on the host."""
+        targets = {name: tensor.to(device, non_blocking=True) for name, tensor in self.targets.items()}
         wave_BT = self.wave_BT.to(device, non_blocking=True)
-        lengths_B = self.lengths_B.to(device, non_blocking=True)
-        return Batch(wave_BT, lengths_B, self.keys, self.micro_batch, targets, self.labels, tokens)
+        return Batch(wave_BT, self.lengths_B, self.keys, self.micro_batch, targets, self.labels, self.tokens)
 
     def label_values(self, name: str) -> tuple[str, ...]:
         """Returns the label of each sample; "" for samples, or a whole batch, without it."""

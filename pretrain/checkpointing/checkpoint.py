@@ -306,6 +306,7 @@ def _load(folder: Path, engine: Engine, config: Config) -> TrainState:
         raise ValueError(f"{folder}: damaged or of another model ({error}); {remedy(folder.parent)}") from error
     if wrong := damage(folder):  # on every rank, so that all end for the same reason
         raise ValueError(f"{folder}: damaged ({wrong}); {remedy(folder.parent)}")
+    engine.module.forget()
     engine.scale.load(values.get("loss_scale", {}))
     return TrainState(values["step"], cursor, values.get("health", {}), found, note)
 

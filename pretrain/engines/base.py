@@ -116,7 +116,7 @@ class Engine(abc.ABC):
         # count: the loss of every micro-batch is divided by the targets of the whole global step
         self.on_phase("sum of counts")
         counts_K = torch.stack([plan.counts_K for plan in plans]).sum(0)
-        counts_K = self.world.sum(counts_K.to(self.world.device)).cpu()
+        counts_K = self.world.sum_on_host(counts_K)
 
         while True:
             # forward and backward: gradients add up over this rank's micro-batches
@@ -166,7 +166,7 @@ class Engine(abc.ABC):
                 batches = [batch.to(self.world.device) for batch in batches]
                 plans = [self.module.prepare(batch, ctx) for batch in batches]
                 counts_K = torch.stack([plan.counts_K * (n < counted) for n, plan in enumerate(plans)]).sum(0)
-                counts_K = self.world.sum(counts_K.to(self.world.device)).cpu()
+                counts_K = self.world.sum_on_host(counts_K)
                 loss, totals = torch.zeros((), dtype=torch.float64, device=self.world.device), dict[str, list[Tensor]]()
                 for number, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
                     share = float(number < counted)

@@ -32,6 +32,10 @@ class DistributedContext:
             dist.all_reduce(values)
         return values
 
+    def sum_on_host(self, values: Tensor) -> Tensor:
+        """Sums a host tensor over all ranks and returns it on the host."""
+        return self.sum(values.to(self.device)).cpu() if self.size > 1 else values
+
     def agree(self, text: str, what: str) -> None:
         """Raises RuntimeError on every rank unless `text` is the same on all ranks; `what` names it in the message."""
         if self.size == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -60,16 +61,17 @@ class TorchEngine(Engine):
                 grad.copy_(summed.view_as(grad))
         if self.scale.value != 1.0:
             torch._foreach_mul_(grads, 1.0 / self.scale.value)
-        norm = torch.nn.utils.get_total_norm(grads)
-        if torch.isfinite(norm):
+        total_norm = torch.nn.utils.get_total_norm(grads)
+        norm = float(total_norm)
+        if math.isfinite(norm):
             if self.optimizer_config.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(trained, self.optimizer_config.clip_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(trained, self.optimizer_config.clip_norm, total_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.norm, self.optimizer.limit = lambda: float(norm), skip_above
+            self.optimizer.norm, self.optimizer.limit = lambda: norm, skip_above
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import ConfigError
-from pretrain.interfaces.frames import EncoderOutput
+from pretrain.interfaces.frames import EncoderOutput, valid_frames
 from pretrain.interfaces.models import ModelShape, shortest_input
 from pretrain.interop import hf_folder
 
@@ -47,11 +47,12 @@ class HuggingFaceModel(nn.Module):
 
     def forward(self, wave_BT: Tensor, lengths_B: Tensor, dropped_BF: Tensor | None = None) -> EncoderOutput:
         """Encodes (B, T) audio to (B, F, D) per layer; features at `dropped_BF` are set to 0."""
-        valid_BT = torch.arange(wave_BT.shape[1], device=wave_BT.device)[None] < lengths_B[:, None]
+        valid_BT = valid_frames(lengths_B, wave_BT.shape[1], wave_BT.device)
         if self.normalize:
-            mean_B1 = wave_BT.sum(1, keepdim=True) / lengths_B[:, None]
+            samples_B1 = lengths_B.to(wave_BT.device)[:, None]
+            mean_B1 = wave_BT.sum(1, keepdim=True) / samples_B1
             centred_BT = (wave_BT - mean_B1) * valid_BT
-            wave_BT = centred_BT / torch.sqrt(centred_BT.square().sum(1, keepdim=True) / lengths_B[:, None] + 1e-7)
+            wave_BT = centred_BT / torch.sqrt(centred_BT.square().sum(1, keepdim=True) / samples_B1 + 1e-7)
         padded = bool((lengths_B < wave_BT.shape[1]).any())
         with self._without(dropped_BF):
             found = self.net(wave_BT, attention_mask=valid_BT.long() if padded else None, output_hidden_states=True)

@@ -105,7 +105,7 @@ class Classifier(Head):
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
         self._require_same_classes()
         known_B = torch.tensor([value in self.ids for value in batch.label_values(self.config.label)])
-        rows_B = known_B & (model.frontend.frame_lengths(batch.lengths_B).cpu() > 0)
+        rows_B = known_B & (model.frontend.frame_lengths(batch.lengths_B) > 0)
         return HeadPlan(rows_B.sum().double(), rows_B)
 
     def _require_same_classes(self) -> None:
@@ -158,7 +158,7 @@ class Classifier(Head):
 def pooled(frames: Frames) -> Tensor:
     """Returns mean and deviation over the valid frames of each row, (B, 2·D) fp32."""
     valid_BF1 = frames.valid_BF()[:, :, None]
-    count_B1 = frames.lengths_B.clamp(min=1)[:, None]
+    count_B1 = frames.lengths_B.to(frames.x_BFD.device, non_blocking=True).clamp(min=1)[:, None]
     x_BFD = frames.x_BFD.float().masked_fill(~valid_BF1, 0.0)
     mean_BD = x_BFD.sum(1) / count_B1
     variance_BD = (x_BFD - mean_BD[:, None]).masked_fill(~valid_BF1, 0.0).square().sum(1) / count_B1

@@ -64,7 +64,7 @@ class CTC(Head):
         device = log_probs_BFV.device
         targets, usable = text_targets(self.config, batch), plan.rows_B.tolist()
         kept = [target if fits else [] for target, fits in zip(targets, usable, strict=True)]
-        lengths_B = torch.tensor([len(target) for target in kept], device=device)
+        lengths_B = torch.tensor([len(target) for target in kept])
         flat_L = torch.tensor([symbol for target in kept for symbol in target], device=device, dtype=torch.int64)
         with full_precision(device):
             losses_B = F.ctc_loss(
@@ -76,7 +76,7 @@ class CTC(Head):
                 reduction="none",
                 zero_infinity=True,
             )
-        total = losses_B.masked_fill(lengths_B == 0, 0.0).sum()
+        total = losses_B.masked_fill((lengths_B == 0).to(device), 0.0).sum()
         labelled = sum(map(bool, targets))
         one = functools.partial(torch.tensor, dtype=torch.float64, device=device)
         metrics = {INFEASIBLE: (one(labelled - sum(usable)), one(labelled))}

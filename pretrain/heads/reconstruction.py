@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data_pipeline.core.schema import ConfigError, about, config, refuse
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig
-from pretrain.interfaces.frames import EncoderOutput, StepContext
+from pretrain.interfaces.frames import EncoderOutput, StepContext, valid_frames
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
 from pretrain.nn.numerics import full_precision, pad_audio, rate_ratio, stack_frames
@@ -53,9 +53,8 @@ class Reconstruction(Head):
         if masked_BF is None:
             raise ConfigError("frames=masked of the head reconstruction: the objective masks no frame; set frames=all")
         frames_B = self._frames(model.frontend.frame_lengths(batch.lengths_B), batch)
-        places_F = torch.arange(masked_BF.shape[1], device=masked_BF.device)
-        counted_BF = masked_BF & (places_F < frames_B.to(masked_BF.device)[:, None])
-        return HeadPlan(counted_BF.sum().double() * self.linear.out_features, counted_BF.any(1), counted_BF)
+        counted_BF = masked_BF & valid_frames(frames_B, masked_BF.shape[1], masked_BF.device)
+        return HeadPlan(counted_BF.sum().double() * self.linear.out_features, counted_BF.any(1).cpu(), counted_BF)
 
     def _frames(self, lengths_B: Tensor, batch: Batch) -> Tensor:
         """Returns the number of frames of each row that have a whole target, (B,)."""
@@ -67,8 +66,7 @@ class Reconstruction(Head):
         wave_BT = pad_audio(batch.wave_BT, self.mel.window)
         targets_BFV = _to_frames(stack_frames(self.mel(wave_BT, batch.lengths_B), self.ratio).x_BFD, frames)
         if plan.counted_BF is None:
-            lengths_B1 = self._frames(encoded.lengths_B, batch)[:, None] * plan.rows_B.to(device)[:, None]
-            counted_BF = torch.arange(frames, device=device) < lengths_B1
+            counted_BF = valid_frames(self._frames(encoded.lengths_B, batch) * plan.rows_B, frames, device)
         else:
             counted_BF = _to_frames(plan.counted_BF.to(device)[:, :, None], frames)[:, :, 0]
         with full_precision(device):

@@ -98,8 +98,9 @@ class Sequence(Head):
         return HeadMonitoringRecord(infeasible=INFEASIBLE)
 
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
-        read_BN, targets_BN = self._shifted(batch, plan)
         memories = self.memories(encoded)
+        device = encoded.layers[-1].device
+        read_BN, targets_BN = (ids_BN.to(device, non_blocking=True) for ids_BN in self._shifted(batch, plan))
         if self.training and len(memories) > 1:
             memories = self._without_some(memories, batch, ctx)
         logits_BNV = self.decoder(read_BN, memories)
@@ -115,7 +116,7 @@ class Sequence(Head):
         count = counted_BN.sum()
         hits = ((logits_BNV.argmax(-1) == targets_BN) & counted_BN).sum()
         labelled_B = (self._tokens(batch) >= 0).any(1)
-        infeasible = (labelled_B & ~plan.rows_B.to(labelled_B.device)).sum()
+        infeasible = (labelled_B & ~plan.rows_B.cpu()).sum()
         return LossOutput(total, count, {"accuracy": (hits, count), INFEASIBLE: (infeasible, labelled_B.sum())})
 
     def _tokens(self, batch: Batch) -> Tensor:
@@ -125,8 +126,8 @@ class Sequence(Head):
         return batch.lengths_B.new_full((len(batch.keys), 0), -1)
 
     def _shifted(self, batch: Batch, plan: HeadPlan) -> tuple[Tensor, Tensor]:
-        """Returns what the decoder reads and should predict, (B, N) each; targets of rows that do not count are -1."""
-        rows_B1 = plan.rows_B.to(batch.lengths_B.device)[:, None]
+        """Returns what the decoder reads and should predict, (B, N) each, on the host; without a target -1."""
+        rows_B1 = plan.rows_B.cpu()[:, None]
         ids_BN = self._tokens(batch).masked_fill(~rows_B1, -1)
         lengths_B1 = (ids_BN >= 0).sum(1, keepdim=True)
         ids_BN = ids_BN[:, : int(lengths_B1.max()) if len(ids_BN) else 0]
@@ -140,7 +141,7 @@ class Sequence(Head):
         """Leaves out whole memories of rows at random, keyed by the segment; one at least stays."""
         draws = [keyed_rng(ctx.seed, ctx.step, key, "memories").random(len(memories)) for key in batch.keys]
         kept = torch.tensor([[value >= self.config.memory_drop for value in row] for row in draws])
-        kept_BK = kept.reshape(len(batch.keys), len(memories)).to(batch.lengths_B.device)
+        kept_BK = kept.reshape(len(batch.keys), len(memories))
         kept_BK = kept_BK | ~kept_BK.any(1, keepdim=True)
         return [memory._replace(lengths_B=memory.lengths_B * kept_BK[:, k]) for k, memory in enumerate(memories)]
 

@@ -99,6 +99,7 @@ def transducer_loss(blank_BFN: Tensor, token_BFN: Tensor, frames_B: Tensor, toke
     cumulative sum c of the tokens' ln p this is c + logcumsumexp(α' − c): one operation for all n.
     """
     B, n_frames, _ = blank_BFN.shape
+    frames_B, tokens_B = frames_B.to(blank_BFN.device), tokens_B.to(blank_BFN.device)
     sum_BFN = F.pad(token_BFN.cumsum(2), (1, 0))
     ends_B1 = tokens_B[:, None]
     last_B = blank_BFN.new_zeros(B)

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 
+def valid_frames(lengths_B: Tensor, width: int, device: torch.device) -> Tensor:
+    """Returns (B, width) bool on `device`, False beyond each length."""
+    return torch.arange(width, device=device)[None] < lengths_B.to(device, non_blocking=True)[:, None]
+
+
 class Frames(NamedTuple):
-    """x_BFD: features; lengths_B: valid frames of each row, int64; rate_hz: frames per second.
+    """x_BFD: features; lengths_B: valid frames of each row, int64, on the host; rate_hz: frames per second.
 
     raw_BFD: the features before a learned last normalisation, where there is one; feature penalties act on it.
     """
@@ -24,7 +29,7 @@ class Frames(NamedTuple):
 
     def valid_BF(self) -> Tensor:
         """Returns (B, F) bool, False for padding."""
-        return torch.arange(self.x_BFD.shape[1], device=self.lengths_B.device)[None] < self.lengths_B[:, None]
+        return valid_frames(self.lengths_B, self.x_BFD.shape[1], self.x_BFD.device)
 
 
 class EncoderOutput(NamedTuple):

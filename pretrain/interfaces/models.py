@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
+from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext, valid_frames
 
 
 def shortest_input(lengths_of: Callable[[Tensor], Tensor], frames: int = 1) -> int:
@@ -172,7 +172,7 @@ class Memory(NamedTuple):
 
     def valid_BM(self) -> Tensor:
         """Returns (B, M) bool, False for padding."""
-        return torch.arange(self.x_BMD.shape[1], device=self.lengths_B.device)[None] < self.lengths_B[:, None]
+        return valid_frames(self.lengths_B, self.x_BMD.shape[1], self.x_BMD.device)
 
 
 class DecoderState(NamedTuple):

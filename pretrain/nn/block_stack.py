@@ -14,7 +14,7 @@ from data_pipeline.core.integers import divisors
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import about, config, refuse
 from pretrain.interfaces.configs import EncoderConfig
-from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
+from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext, valid_frames
 from pretrain.interfaces.models import Encoder
 from pretrain.nn.activation_checkpointing import run_checkpointed
 from pretrain.nn.attention_patterns import AttentionContext, Pattern, flex_mask
@@ -219,7 +219,7 @@ class BlockStack(Encoder):
         if not self.packed:
             return self.encode(frames, ctx, None, gates)
         B, F, _ = frames.x_BFD.shape
-        packing = Packing.of(frames.lengths_B, F, frames.places_BF)
+        packing = Packing.of(frames.lengths_B, F, frames.x_BFD.device, frames.places_BF)
         places_BF = torch.arange(F, device=frames.x_BFD.device).expand(B, F)
         places_1N = packing.pack(places_BF if frames.places_BF is None else frames.places_BF)
         row = Frames(packing.pack(frames.x_BFD), packing.total_1, frames.rate_hz, places_BF=places_1N)
@@ -256,7 +256,7 @@ class BlockStack(Encoder):
             All layers; the last one is not normalised (see `norm_last`).
         """
         level = Level(frames.lengths_B, frames.places_BF, packing.lengths if packing else ())
-        level = self.with_contexts(level, x_BFD.shape[1], self.chunk_pattern(ctx), bias_HFF)
+        level = self.with_contexts(level, x_BFD.shape[1], x_BFD.device, self.chunk_pattern(ctx), bias_HFF)
         branches_LKB = self.kept_branches(ctx, len(level.documents) or x_BFD.shape[0], x_BFD)
         draws = Draws(self.kept_blocks(ctx), branches_LKB, gates)
         layers = [x_BFD]
@@ -293,7 +293,7 @@ class BlockStack(Encoder):
         first = self.run_some(numbers[: middle.start], x_BFD, level, draws)
         fine_BFD = first.x_BFD[:, L:]
         grid = TimeGrid.spaced(level.documents, 0, x_BFD.device, multiple=2) if level.documents else None
-        half = self.half_level(level, grid, fine_BFD.shape[1], ctx)
+        half = self.half_level(level, grid, fine_BFD, ctx)
         joined_BFD = self.half_rate.down(zero_padding(fine_BFD, level.lengths_B), grid)
         inner = self.run_some(
             numbers[middle.start : middle.stop], torch.cat([first.x_BFD[:, :L], joined_BFD], dim=1), half, draws
@@ -306,7 +306,7 @@ class BlockStack(Encoder):
         last = self.run_some(numbers[middle.stop :], torch.cat([inner.x_BFD[:, :L], fine_BFD], dim=1), level, draws)
         return Ran(last.x_BFD, layers + last.layers, ffn_layers + last.ffn_layers)
 
-    def half_level(self, level: Level, grid: TimeGrid | None, n_frames: int, ctx: StepContext | None) -> Level:
+    def half_level(self, level: Level, grid: TimeGrid | None, fine_BFD: Tensor, ctx: StepContext | None) -> Level:
         """Returns the level at half the frame rate; the time index of a pair is that of its first frame."""
         places_BF = level.places_BF
         if grid is not None:
@@ -318,20 +318,23 @@ class BlockStack(Encoder):
         half = Level(lengths_B, places_BF, documents)
         pattern = self.chunk_pattern(ctx)
         pattern = pattern._replace(chunk=pattern.chunk // 2)
-        return self.with_contexts(half, sum(documents) or (n_frames + 1) // 2, pattern, None)
+        n_frames = sum(documents) or (fine_BFD.shape[1] + 1) // 2
+        return self.with_contexts(half, n_frames, fine_BFD.device, pattern, None)
 
-    def with_contexts(self, level: Level, n_frames: int, pattern: Pattern, bias_HFF: Tensor | None) -> Level:
+    def with_contexts(
+        self, level: Level, n_frames: int, device: torch.device, pattern: Pattern, bias_HFF: Tensor | None
+    ) -> Level:
         """Returns `level` with the attention contexts of full and local blocks, computed once for all blocks."""
-        config, device, documents = self.stack_config, level.lengths_B.device, level.documents
+        config, documents = self.stack_config, level.documents
         leading = self.n_registers * max(1, len(documents))
         multiple = max(1, pattern.chunk) if self.chunk_convolution else 1
         valid_BF = None
         if not documents:
             # a row without frames attends to its first padding frame: an empty softmax has no finite gradient
-            valid_BF = torch.arange(n_frames, device=device) < level.lengths_B.clamp(min=1)[:, None]
+            attended_B = level.lengths_B.clamp(min=1)
             # an exported graph takes audio without padding and cannot branch on its values
-            unpadded = torch.compiler.is_exporting() or bool(valid_BF.all())
-            valid_BF = None if unpadded else nn.functional.pad(valid_BF, (leading, 0), value=True)
+            if not torch.compiler.is_exporting() and bool((attended_B < n_frames).any()):
+                valid_BF = nn.functional.pad(valid_frames(attended_B, n_frames, device), (leading, 0), value=True)
         places = torch.arange(n_frames, device=device) if level.places_BF is None else level.places_BF
         full = AttentionContext(
             valid_BF,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.interfaces.frames import Frames
+from pretrain.interfaces.frames import Frames, valid_frames
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -79,8 +79,18 @@ def pad_audio(wave_BT: Tensor, samples: int) -> Tensor:
 
 def zero_padding(x_BFD: Tensor, lengths_B: Tensor) -> Tensor:
     """Returns `x_BFD` with zeros beyond each length."""
-    valid_BF = torch.arange(x_BFD.shape[1], device=x_BFD.device)[None] < lengths_B[:, None]
+    valid_BF = valid_frames(lengths_B, x_BFD.shape[1], x_BFD.device)
     return x_BFD.masked_fill(~valid_BF[:, :, None], 0.0)
+
+
+@torch.no_grad()
+def histogram(index_N: Tensor, n: int) -> Tensor:
+    """Counts 0 … n - 1 in `index_N`, (n,) fp32; negative values are not counted.
+
+    Unlike torch.bincount it does not synchronise with the GPU.
+    """
+    counts_V = torch.zeros(n, device=index_N.device)
+    return counts_V.index_add_(0, index_N.clamp(min=0), (index_N >= 0).float())
 
 
 @torch.no_grad()

@@ -26,17 +26,17 @@ class Packing(NamedTuple):
     index_N: Tensor
 
     @classmethod
-    def of(cls, lengths_B: Tensor, width: int, places_BF: Tensor | None = None) -> Packing:
-        """Builds the packing of rows of `width` frames. Synchronises with the device, since lengths give shapes."""
+    def of(cls, lengths_B: Tensor, width: int, device: torch.device, places_BF: Tensor | None = None) -> Packing:
+        """Builds the packing of rows of `width` frames on `device`; waits for it only where frames were removed."""
         lengths = tuple(lengths_B.tolist())
         spans = lengths if places_BF is None else tuple((places_BF.amax(1) + 1).tolist())
         starts = [row * width for row in range(len(lengths))]
-        return cls(lengths, spans, width, _runs(starts, lengths).to(lengths_B.device))
+        return cls(lengths, spans, width, _runs(starts, lengths).to(device))
 
     @property
     def total_1(self) -> Tensor:
         """Length of the packed row, as `Frames.lengths_B`."""
-        return torch.tensor([sum(self.lengths)], device=self.index_N.device)
+        return torch.tensor([sum(self.lengths)])
 
     def pack(self, x_BFD: Tensor) -> Tensor:
         """Returns (B, F, …) as one row, (1, N, …)."""

@@ -172,7 +172,7 @@ def delta(x_BFD: Tensor, lengths_B: Tensor, reach: int = 2, starts_B: Tensor | N
         starts_B: first frame of each row, which is repeated before; None: 0.
     """
     first = torch.zeros_like(lengths_B)[:, None] if starts_B is None else starts_B[:, None]
-    last = torch.maximum(lengths_B[:, None] - 1, first)
+    first, last = (bound.to(x_BFD.device) for bound in (first, torch.maximum(lengths_B[:, None] - 1, first)))
     at = torch.arange(x_BFD.shape[1], device=x_BFD.device)[None]
     slope = torch.zeros_like(x_BFD)
     for step in range(1, reach + 1):
@@ -184,7 +184,7 @@ def delta(x_BFD: Tensor, lengths_B: Tensor, reach: int = 2, starts_B: Tensor | N
 
 def normalize_frames(x_BFD: Tensor, lengths_B: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalises each channel of each utterance to mean 0 and deviation 1 over its valid frames; zero beyond them."""
-    n_B11 = lengths_B.clamp(min=1)[:, None, None]
+    n_B11 = lengths_B.to(x_BFD.device, non_blocking=True).clamp(min=1)[:, None, None]
     centred = zero_padding(x_BFD - zero_padding(x_BFD, lengths_B).sum(1, keepdim=True) / n_B11, lengths_B)
     return centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / n_B11 + eps)
 

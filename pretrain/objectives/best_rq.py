@@ -18,7 +18,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
 from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
-from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
+from pretrain.nn.numerics import full_precision, histogram, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel
 from pretrain.self_supervision.deferred_fit import FittedOnce
 from pretrain.self_supervision.kmeans import from_first_rank, kmeans
@@ -80,7 +80,7 @@ class BestRQ(Objective):
             return block_mask(length, self.config.mask_share, self.config.mask_block, rng)
 
         mask = draw_frame_mask(model.frontend, batch, ctx, draw)
-        lengths = model.frontend.feature_lengths(batch.lengths_B.cpu()).tolist()
+        lengths = model.frontend.feature_lengths(batch.lengths_B).tolist()
         width = int(model.frontend.feature_lengths(torch.tensor([batch.wave_BT.shape[1]])))
         noise_BFD = np.zeros((len(lengths), width, self.feature_dim), dtype=np.float32)
         for row, (length, key) in enumerate(zip(lengths, batch.keys, strict=True)):
@@ -122,20 +122,19 @@ class BestRQ(Objective):
         masked_ND = encoded.final.x_BFD.flatten(0, 1)[plan.mask.flat_N]
         total = masked_ND.new_zeros((), dtype=torch.float32)
         hits = torch.zeros_like(total)
-        histogram_C = torch.zeros(self.config.n_codes * self.config.codebooks, device=total.device)
+        code_counts = []
         inputs_ND = self.target_features(batch, plan.mask)
-        for book, (classify, quantizer) in enumerate(zip(self.classifiers, self.quantizers, strict=True)):
+        for classify, quantizer in zip(self.classifiers, self.quantizers, strict=True):
             logits_NC, labels_N = classify(masked_ND), quantizer(inputs_ND)
             with full_precision(total.device):
                 total = total + F.cross_entropy(logits_NC.float(), labels_N, reduction="sum")
             hits = hits + (logits_NC.argmax(-1) == labels_N).sum()
-            start = book * self.config.n_codes
-            histogram_C[start : start + self.config.n_codes] = torch.bincount(labels_N, minlength=self.config.n_codes)
+            code_counts.append(histogram(labels_N, self.config.n_codes))
         count = plan.count.to(total.device)
         metrics = {
             "metric/accuracy": (hits, count),
             "metric/masked_share": (plan.mask.count.to(total.device), encoded.lengths_B.sum()),
-            CODE_COUNTS: (histogram_C, count),
+            CODE_COUNTS: (torch.cat(code_counts), count),
         }
         self.record(lambda: MicroBatchRecord(plan.mask.mask_BF, labels_N, logits_NC.argmax(-1), None, None, inputs_ND))
         return LossOutput(total, count, metrics), encoded

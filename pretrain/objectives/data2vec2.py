@@ -110,7 +110,7 @@ class Data2Vec2(Objective):
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> CopiesPlan:
         config, width = self.config, frame_width(model.frontend, batch)
-        lengths = model.frontend.frame_lengths(batch.lengths_B.cpu()).tolist()
+        lengths = model.frontend.frame_lengths(batch.lengths_B).tolist()
         rows = len(lengths) * config.masks
         mask_RF = np.zeros((rows, width), dtype=bool)
         noise_RFD = np.zeros((rows, width, self.dim), dtype=np.float32)
@@ -132,7 +132,7 @@ class Data2Vec2(Objective):
         return CopiesPlan(
             mask_RF=torch.from_numpy(mask_RF).to(device),
             kept_RK=torch.from_numpy(kept_RK).to(device),
-            kept_lengths_R=torch.tensor([len(found) for found in kept], device=device),
+            kept_lengths_R=torch.tensor([len(found) for found in kept]),
             noise_RFD=torch.from_numpy(noise_RFD * config.mask_noise).to(device),
             count=torch.tensor(float(mask_RF.sum()), dtype=torch.float64),
         )

@@ -17,6 +17,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import CODE_COUNTS, CodeBook, MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
+from pretrain.nn.numerics import histogram
 from pretrain.nn.spectral import normalize_frames
 from pretrain.self_supervision.masking import FrameMask, MaskedPlan, draw_span_mask
 from pretrain.self_supervision.quantizers import nearest_codes
@@ -95,7 +96,7 @@ class DinoSR(Objective):
             logits_NV = classify(masked_ND).float()
             total = total + F.cross_entropy(logits_NV, labels_LN[layer], reduction="sum")
             hits = hits + (logits_NV.argmax(1) == labels_LN[layer]).sum()
-            use_V = torch.bincount(labels_LN[layer], minlength=self.config.n_codes).float()
+            use_V = histogram(labels_LN[layer], self.config.n_codes)
             metrics[self.book_metric(layer)] = (use_V, use_V.sum())
         metrics["metric/accuracy"] = (hits, count)
         self.record(lambda: MicroBatchRecord(plan.mask.mask_BF, labels_LN[-1], logits_NV.argmax(1)))
@@ -116,7 +117,7 @@ class DinoSR(Objective):
             labels.append(nearest_codes(x_ND, codes_LVD[layer]))
             if self.training:
                 self.new_sums_LVD[layer].index_add_(0, labels[-1], x_ND)
-                self.new_sizes_LV[layer] += torch.bincount(labels[-1], minlength=self.config.n_codes)
+                self.new_sizes_LV[layer] += histogram(labels[-1], self.config.n_codes)
         return torch.stack(labels)
 
     def book_metric(self, layer: int) -> str:

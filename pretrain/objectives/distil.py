@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import ObjectiveConfig
-from pretrain.interfaces.frames import EncoderOutput, StepContext
+from pretrain.interfaces.frames import EncoderOutput, StepContext, valid_frames
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective, Pruning
@@ -153,8 +153,8 @@ class Distil(Objective):
         width, teacher = mask.mask_BF.shape[1], self._teacher(device)
         lengths_B = torch.minimum(*(part.frame_lengths(batch.lengths_B) for part in (frontend, teacher.frontend)))
         # a row of one frame has no context to learn from, and no mask
-        targets_BF = (torch.arange(width, device=device) < lengths_B[:, None]) & (lengths_B > 1)[:, None]
-        flat_N = targets_BF.flatten().nonzero()[:, 0]
+        targets_BF = valid_frames(lengths_B, width, lengths_B.device) & (lengths_B > 1)[:, None]
+        flat_N = targets_BF.flatten().nonzero()[:, 0].to(device, non_blocking=True)
         return DistilPlan(mask, flat_N, torch.tensor(float(len(flat_N)), dtype=torch.float64))
 
     def forward(

@@ -27,7 +27,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
 from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
-from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
+from pretrain.nn.numerics import full_precision, histogram, rate_ratio, stack_frames
 from pretrain.nn.spectral import TorchaudioMfcc
 from pretrain.self_supervision.contrastive import (
     chance_levels,
@@ -109,8 +109,8 @@ class TimeContrastive(Objective):
         mask = draw_span_mask(model.frontend, views, ctx, self.config.mask_prob, self.config.mask_span, least=2)
         negatives_RMK = draw_negatives(mask, views.keys, ctx, self.config.negatives)
         lengths_R = model.frontend.frame_lengths(views.lengths_B)
-        speed_B = torch.tensor(speeds, device=lengths_R.device)
-        partner_RF = partners(lengths_R, speed_B, mask.mask_BF.shape[1])
+        partner_RF = partners(lengths_R, torch.tensor(speeds), mask.mask_BF.shape[1])
+        partner_RF = partner_RF.to(batch.wave_BT.device, non_blocking=True)
         return ViewsPlan(views, mask, negatives_RMK, partner_RF, mask.count)
 
     def forward(
@@ -155,7 +155,7 @@ class TimeContrastive(Objective):
             "metric/masked_share": (count, encoded.lengths_B.sum()),
             "health/target_std": (deviation(targets_ND) * count, count),
             "health/prediction_std": (deviation(predictions_ND) * count, count),
-            CODE_COUNTS: (torch.bincount(cluster_N, minlength=config.clusters).float(), count),
+            CODE_COUNTS: (histogram(cluster_N, config.clusters), count),
         }
 
         def originals() -> MicroBatchRecord:

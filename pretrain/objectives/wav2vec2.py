@@ -16,7 +16,7 @@ from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.dropout import Dropout
-from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
+from pretrain.nn.numerics import full_precision, histogram, rate_ratio, stack_frames
 from pretrain.self_supervision.contrastive import (
     chance_levels,
     contrast_logits,
@@ -121,9 +121,8 @@ class Wav2Vec2(Objective):
             diversity = (n_codes - code_perplexity) / n_codes * len(unmasked_ND)
             penalty = feature_penalty(features, mask)
             total = contrastive + self.config.diversity_weight * diversity + self.config.penalty_weight * penalty
-        histogram = torch.zeros(n_codes, device=total.device)
         offsets_G = torch.arange(self.config.groups, device=total.device) * self.config.n_codes
-        histogram += torch.bincount((quantized.index_NG + offsets_G).flatten(), minlength=n_codes)
+        code_counts = histogram((quantized.index_NG + offsets_G).flatten(), n_codes)
         metrics = {
             "loss/contrastive": (contrastive, count),
             "loss/diversity": (diversity, count),
@@ -135,7 +134,7 @@ class Wav2Vec2(Objective):
             "metric/soft_perplexity": (code_perplexity * count, count),
             "health/target_std": (deviation(targets_ND) * count, count),
             "health/prediction_std": (deviation(predictions_ND) * count, count),
-            CODE_COUNTS: (histogram, count * self.config.groups),
+            CODE_COUNTS: (code_counts, count * self.config.groups),
         }
         self.record(
             lambda: MicroBatchRecord(

@@ -23,15 +23,25 @@ class FittedOnce(nn.Module):
         self.done: Tensor
         self.rows: dict[int, Tensor] = {}
         """(N, D) rows by micro-batch; empty between updates."""
+        self._fitted: bool | None = None
+        """Value of `done` on the host; None: to be read."""
 
     @property
     def due(self) -> bool:
         """Whether this forward pass must add its rows."""
-        return self.training and not self.done
+        return self.training and not self.fitted
+
+    @property
+    def fitted(self) -> bool:
+        """Value of `done`, read from the device once per update."""
+        if self._fitted is None:
+            self._fitted = bool(self.done)
+        return self._fitted
 
     def forget(self) -> None:
-        """Discards the rows."""
+        """Discards the rows; runs after a checkpoint is loaded, too."""
         self.rows.clear()
+        self._fitted = None
 
     def take(self) -> Tensor | None:
         """Returns the rows of all ranks, (N, D), once; None if none were due or too few exist. A collective."""
@@ -42,4 +52,5 @@ class FittedOnce(nn.Module):
         if len(rows_ND) < self.LEAST:
             return None
         self.done.fill_(True)
+        self._fitted = True
         return rows_ND

@@ -17,7 +17,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, ModelShape, SpeechModel, shortest_input
 from pretrain.interfaces.monitoring import CODE_COUNTS, MicroBatchRecord, MonitoringRecord, books_of
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
-from pretrain.nn.numerics import full_precision, rate_ratio, stack_frames
+from pretrain.nn.numerics import full_precision, histogram, rate_ratio, stack_frames
 from pretrain.nn.spectral import LogMel, TorchaudioMfcc
 from pretrain.self_supervision.deferred_fit import FittedOnce
 from pretrain.self_supervision.kmeans import from_first_rank, kmeans
@@ -201,13 +201,12 @@ class MaskedUnits(Objective):
         hits = (logits_NK.argmax(1) == labels_N).sum()
         count = plan.count.to(x_BFD.device)
         penalty = feature_penalty(features, plan.mask)
-        known_N = labels_N[labels_N >= 0]
         metrics = {
             "loss/prediction": (prediction, count),
             "loss/feature_penalty": (penalty, count),
             "metric/accuracy": (hits, count),
             "metric/masked_share": (plan.mask.count.to(x_BFD.device), encoded.lengths_B.sum()),
-            CODE_COUNTS: (torch.bincount(known_N, minlength=units).float(), count),
+            CODE_COUNTS: (histogram(labels_N, units), count),
         }
         self.record(
             lambda: MicroBatchRecord(plan.mask.mask_BF, labels_N, logits_NK.argmax(1), target_inputs_XD=found.inputs_ND)
@@ -232,7 +231,7 @@ class MaskedUnits(Objective):
     @property
     def relabelled(self) -> bool:
         """Whether the current units come from a layer of the model."""
-        return self.teacher is not None and bool(self.layer_fit.done)
+        return self.teacher is not None and self.layer_fit.fitted
 
     def forget(self) -> None:
         if not self.units_config.labels:
@@ -305,5 +304,6 @@ def feature_penalty(features: Frames, mask: FrameMask) -> Tensor:
     if features.raw_BFD is None:
         return features.x_BFD.new_zeros((), dtype=torch.float32)
     raw_BFD = features.raw_BFD.float()
-    square_B = (raw_BFD.square().mean(2) * features.valid_BF()).sum(1) / features.lengths_B.clamp(min=1)
+    sum_B = (raw_BFD.square().mean(2) * features.valid_BF()).sum(1)
+    square_B = sum_B / features.lengths_B.to(raw_BFD.device, non_blocking=True).clamp(min=1)
     return (square_B * mask.counts_B).sum()

@@ -186,7 +186,7 @@ def draw_frame_mask(
             keyed by (seed, step, segment key, purpose).
         purpose: key of the draw, for objectives with several.
     """
-    lengths = frontend.frame_lengths(batch.lengths_B.cpu()).tolist()
+    lengths = frontend.frame_lengths(batch.lengths_B).tolist()
     masks = [
         draw(length, keyed_rng(ctx.seed, ctx.step, key, purpose))
         for length, key in zip(lengths, batch.keys, strict=True)

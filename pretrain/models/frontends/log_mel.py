@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
 from pretrain.interfaces.configs import FrontendConfig
-from pretrain.interfaces.frames import Frames
+from pretrain.interfaces.frames import Frames, valid_frames
 from pretrain.interfaces.models import Frontend
 from pretrain.interfaces.streaming import FrontendState, Obstacle, SampleWindow, StreamingFrontend
 from pretrain.nn.convolution import TimeConv
@@ -67,15 +67,18 @@ class LogMelFrontend(Frontend, StreamingFrontend):
         kept = features.x_BFD.shape[1] // self.subsampling * self.subsampling
         valid_B, x_BFD = lengths_B * self.subsampling, first_frames(features.x_BFD, kept)
         if not self.packed:
-            inside_BF = torch.arange(kept, device=x_BFD.device) < valid_B[:, None]
+            inside_BF = valid_frames(valid_B, kept, x_BFD.device)
             x_BFD = self.dropout(self.linear(self.norm(self.convolve(x_BFD, inside_BF[:, :, None]))))
             return Frames(zero_padding(x_BFD, lengths_B), lengths_B, self.rate_hz)
-        fine, coarse = Packing.of(valid_B, kept), Packing.of(lengths_B, kept // self.subsampling)
+        fine, coarse = (
+            Packing.of(lengths, width, x_BFD.device)
+            for lengths, width in ((valid_B, kept), (lengths_B, kept // self.subsampling))
+        )
         # a whole stride of zeros, so that convolutions in a row keep one between utterances
         grid = TimeGrid.spaced(fine.lengths, self.subsampling, x_BFD.device, multiple=self.subsampling)
         assert grid.inside_RW1 is not None
         row_1WD = self.convolve(grid.spread(fine.pack(x_BFD)), grid.inside_RW1)
-        row_1ND = row_1WD[:, grid.inside_RW1[0, :: self.subsampling, 0]]
+        row_1ND = row_1WD.index_select(1, TimeGrid.spaced(coarse.lengths, 1, x_BFD.device).index_M)
         return Frames(coarse.unpack(self.dropout(self.linear(self.norm(row_1ND)))), lengths_B, self.rate_hz)
 
     def convolve(self, x_BFD: Tensor, inside_BF1: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class Multiscale(Frontend, StreamingFrontend):
         around = F.pad(wave_BT, (self.reach, self.reach))
         mfcc: Frames = self.mfcc(around, lengths_B + 2 * self.reach)
         if self.packed:
-            packing = Packing.of(mel.lengths_B, n_frames)
+            packing = Packing.of(mel.lengths_B, n_frames, wave_BT.device)
             row_1ND = packed_strided(self.wave, wave_BT, lengths_B, packing.lengths, self.mel.hop)
             wave_BFD = packing.unpack(row_1ND)
         else:

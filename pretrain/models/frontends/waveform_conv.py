@@ -146,7 +146,7 @@ class WaveformConv(Frontend, StreamingFrontend):
         frame_lengths_B = self.feature_lengths(lengths_B)
         if self.packed:
             width = int(self.feature_lengths(torch.tensor(wave_BT.shape[1])))
-            packing = Packing.of(frame_lengths_B, width)
+            packing = Packing.of(frame_lengths_B, width, wave_BT.device)
             row_1ND = packed_strided(self.convolve, wave_BT, lengths_B, packing.lengths, self.hop)
             raw_BFD, normed_BFD = packing.unpack(row_1ND), packing.unpack(self.norm(row_1ND))
         else:
