@@ -6,18 +6,21 @@ from launch.cli import request
 from launch.config import PretrainJob
 from launch.exit_codes import ExitCode
 
-USAGE = """auricle plan-run [the overrides of `auricle pretrain`] cluster=NODESxGPUSxKIND [mfu=0.09-0.11]
+USAGE = """auricle plan-run [the overrides of `auricle pretrain`] cluster=NODESxGPUSxKIND
+                  [mfu=0.09-0.11 | measured=FILE.json]
 
 Memory per GPU for each ZeRO stage, operations, communication, and days to the
 end on 1 to 1,024 GPUs. mfu is the share of the GPU's peak that is reached, one
 figure or LOW-HIGH; published speech pretraining reaches 9 to 11 % on an H100,
-and perf/mfu of a run on your GPUs is the better figure."""
+and perf/mfu of a run on your GPUs is the better figure. measured=FILE.json
+takes it from the recipe's row in the output of benchmarks/gpu.sh or
+benchmarks/train_step.py --out on such a GPU."""
 
 
 def run(arguments: list[str]) -> int:
     """Prints the estimate; returns 0."""
     pairs = [line.partition("=") for line in arguments]
-    own = {name: value for name, _, value in pairs if name in ("cluster", "mfu")}
+    own = {name: value for name, _, value in pairs if name in ("cluster", "mfu", "measured")}
     rest = [line for line in arguments if line.partition("=")[0] not in own]
     if "--help" in rest or "-h" in rest:
         print(USAGE)

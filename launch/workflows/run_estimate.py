@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.table import Table
 from rich.text import Text
 
@@ -19,27 +21,33 @@ PUBLISHED = "0.09-0.11"
 LARGEST = 1024
 
 
-def show(config: PretrainJob, cluster: str = "1x8xH100", mfu: str = PUBLISHED) -> None:
+def show(config: PretrainJob, cluster: str = "1x8xH100", mfu: str = "", measured: str = "") -> None:
     """Prints the estimate.
 
     Args:
         config: the run.
         cluster: NODESxGPUSxKIND.
-        mfu: share of the peak that is reached, or LOW-HIGH.
+        mfu: share of the peak that is reached, or LOW-HIGH; empty: `PUBLISHED`.
+        measured: JSON file of benchmarks/gpu.sh or benchmarks/train_step.py, instead of `mfu`.
 
     Raises:
-        ConfigError: cluster or mfu is malformed.
+        ConfigError: cluster or mfu is malformed, mfu and measured are both given, or the file has no such row.
     """
-    where, shares = cost_model.parse_cluster(cluster), _shares(mfu)
-    measured = cost_model.measure(config)
+    if mfu and measured:
+        raise ConfigError("mfu= and measured=: give one of them")
+    where, shares = cost_model.parse_cluster(cluster), _shares(mfu or PUBLISHED)
+    model = cost_model.measure(config)
+    if measured:
+        rate = cost_model.measured_rate(Path(measured), config)
+        shares = (cost_model.utilisation(model, config, where, rate),) * 2
     out = console()
-    flops = measured.flops.of(config.data.max_seconds) / config.data.max_seconds / 1e9
+    flops = model.flops.of(config.data.max_seconds) / config.data.max_seconds / 1e9
     summary = (
-        f": {measured.parameters / 1e6:.1f} M parameters; forward pass {flops:.1f} GFLOP per second of audio; "
+        f": {model.parameters / 1e6:.1f} M parameters; forward pass {flops:.1f} GFLOP per second of audio; "
         f"{_updates(config):,} updates of {config.data.batch_seconds / 60:.0f} min of audio{_iterations(config)}\n"
     )
     out.print(Text.assemble((visible(config.name), "bold"), summary))
-    out.print(_memory(config, where, measured), _scaling(config, where, measured, shares), sep="\n\n")
+    out.print(_memory(config, where, model), _scaling(config, where, model, shares), sep="\n\n")
     out.print(Text(f"\n{LEGEND}"))
     out.print(Text("\nassumed", style="bold"))
     for name, text in cost_model.assumptions(config, where, shares).items():

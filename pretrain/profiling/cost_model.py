@@ -11,8 +11,10 @@ and dropped at once.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,8 @@ class Measured:
     trained: int
     flops: Cost
     activations: Cost
+    differentiated: Cost
+    """The part of `flops` that a backward pass follows: all but a teacher's."""
     kept_once: float = 0.0
     """Bytes independent of the number of segments, such as weights cast to 16 bits."""
 
@@ -123,6 +127,7 @@ def measure(config: Config, lengths: tuple[float, float] = (2.0, 4.0)) -> Measur
         sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         _fit(lengths, (shorter[0], longer[0])),
         _fit(lengths, (shorter[1] - once, longer[1] - once)),
+        _fit(lengths, (shorter[2], longer[2])),
         once,
     )
 
@@ -148,7 +153,7 @@ def _fit(lengths: tuple[float, float], values: tuple[float, float]) -> Cost:
     return Cost(v / t - quadratic * t, quadratic)
 
 
-def _forward(module: TrainModule, config: Config, seconds: float, segments: int = 1) -> tuple[float, float]:
+def _forward(module: TrainModule, config: Config, seconds: float, segments: int = 1) -> tuple[float, float, float]:
     """Returns the operations of a forward pass over segments of noise, and the bytes saved for the backward pass."""
     samples = int(seconds * SAMPLE_RATE)
     keys = tuple(f"noise {number}" for number in range(segments))
@@ -177,7 +182,9 @@ def _forward(module: TrainModule, config: Config, seconds: float, segments: int 
             module(batch, plan, plan.counts_K, context)
     finally:
         torch.set_autocast_cache_enabled(cached)
-    return float(counted.get_total_flops()), float(sum(n_bytes for _, n_bytes in saved.values()))
+    n_bytes = float(sum(n_bytes for _, n_bytes in saved.values()))
+    total = float(counted.get_total_flops())
+    return total, n_bytes, total - counted.without_gradient
 
 
 def state_bytes(measured: Measured, stage: int, ranks: int) -> float:
@@ -231,16 +238,60 @@ def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mf
     # the busiest rank's audio: the last round of a step may be empty on other ranks; more ranks need more micro-batches
     micro_batches = max(config.data.micro_batches, gpus)
     seconds_each = config.data.batch_seconds * accumulation(micro_batches, gpus) / micro_batches
-    flops = seconds_each / longest * measured.flops.of(longest) * (1.0 + BACKWARD + recompute)
+    backward = BACKWARD * measured.differentiated.of(longest)
+    forward = measured.flops.of(longest) + recompute * measured.differentiated.of(longest)
+    flops = seconds_each / longest * (forward + backward)
     compute = flops / (peak * 1e12 * mfu)
     # ring: reduce-scatter and all-gather of fp32 gradients; ZeRO-3 gathers the weights for each pass as well
     passes = 3.0 if config.engine.zero_stage == 3 else 2.0
     sent = passes * 4.0 * measured.trained * (gpus - 1) / gpus
     link = gpu.inside if gpus <= cluster.gpus else gpu.between
     communication = sent / (link * 1e9)
-    hidden = compute * BACKWARD / (1.0 + BACKWARD + recompute)
+    hidden = compute * backward / (forward + backward)
     exposed = max(0.0, communication - hidden)
     return Forecast(gpus, seconds_each, compute, communication, exposed, sent)
+
+
+def measured_rate(path: Path, config: Config) -> float:
+    """Returns the seconds of audio per second that a recipe reached on one device.
+
+    Args:
+        path: JSON file that benchmarks/gpu.sh or benchmarks/train_step.py wrote.
+        config: the recipe; its name and precision choose the row.
+
+    Raises:
+        ConfigError: the file has no such row.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = found.get("recipes", found)["rows"]
+        rates = {(row["model"], row["precision"]): float(row["audio_s_per_s"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"measured={path}: not the output of benchmarks/gpu.sh ({error})") from error
+    for model in (f"ours {config.name}, whole run", f"ours {config.name}"):
+        if rate := rates.get((model, config.engine.precision)):
+            return rate
+    known = ", ".join(f"{model.removeprefix('ours ')} {precision}" for model, precision in rates if "ours" in model)
+    raise ConfigError(f"measured={path}: no row for {config.name} in {config.engine.precision}; it has {known}")
+
+
+def step_flops(measured: Measured, seconds: float) -> float:
+    """Returns the operations of forward and backward pass over one segment of `seconds`, without recomputation."""
+    return measured.flops.of(seconds) + BACKWARD * measured.differentiated.of(seconds)
+
+
+def utilisation(measured: Measured, config: Config, cluster: Cluster, rate: float) -> float:
+    """Returns the share of a GPU's peak at `rate` seconds of audio per second, as `forecast` counts operations.
+
+    Raises:
+        ConfigError: more than the peak, so that the rate is that of another device.
+    """
+    longest = config.data.max_seconds
+    peak = hardware.peak_tflops(GPUS[cluster.kind], config.engine.precision, config.engine.tf32) * 1e12
+    share = rate * step_flops(measured, longest) / longest / peak
+    if share > 1:
+        raise ConfigError(f"measured: {rate:,.0f} s of audio per second is more than a {cluster.kind} can reach")
+    return share
 
 
 def counts(largest: int) -> list[int]:

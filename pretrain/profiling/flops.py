@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.interfaces.models import SpeechModel
@@ -14,13 +22,41 @@ CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def counter() -> FlopCounterMode:
-    """Returns a context that counts matrix products, convolutions and attention; a multiply-add is two operations.
+class Counter(FlopCounterMode):
+    """A context that counts matrix products, convolutions and attention; a multiply-add is two operations.
 
-    torch's counter lacks the fused attention of CPUs.
+    torch's counter lacks the fused attention of CPUs, and takes the backward pass of a grouped convolution for that of
+    a dense one.
     """
-    mapping = {CPU_ATTENTION: _attention_flops, CPU_ATTENTION_BACKWARD: _attention_backward_flops}
-    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+    without_gradient: int
+    """Operations that ran with gradients disabled, such as those of a teacher."""
+
+    def __init__(self) -> None:
+        ours = {
+            CPU_ATTENTION: _attention_flops,
+            CPU_ATTENTION_BACKWARD: _attention_backward_flops,
+            torch.ops.aten.convolution_backward: _convolution_backward_flops,
+        }
+        self.without_gradient = 0
+        by_shape = {operation: shape_wrapper(count) for operation, count in ours.items()}  # type: ignore[no-untyped-call]
+        counts = {operation: self._noted(count) for operation, count in (flop_registry | by_shape).items()}
+        super().__init__(display=False, custom_mapping=counts)  # type: ignore[no-untyped-call]
+
+    def _noted(self, count: Callable[..., int]) -> Callable[..., int]:
+        def noted(*tensors: Any, **named: Any) -> int:
+            operations = count(*tensors, **named)
+            if not torch.is_grad_enabled():
+                self.without_gradient += operations
+            return operations
+
+        noted._get_raw = True  # type: ignore[attr-defined]  # torch's mark of a function of tensors, not of shapes
+        return noted
+
+
+def counter() -> Counter:
+    """Returns a new `Counter`."""
+    return Counter()
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *rest: Any, **named: Any) -> int:
@@ -35,6 +71,25 @@ def _attention_backward_flops(
     """Operations of the backward pass of attention between tensors of these shapes."""
     count: int = sdpa_backward_flop_count(grad_out, q, k, v)  # type: ignore[no-untyped-call]
     return count
+
+
+def _convolution_backward_flops(
+    grad_out: torch.Size,
+    x: torch.Size,
+    weight: torch.Size,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    output_mask: Sequence[bool],
+    **named: Any,
+) -> int:
+    """Returns the operations of a convolution's gradients: those of the forward pass for the input, and the weight."""
+    places = math.prod((x if transposed else grad_out)[2:])
+    return 2 * x[0] * places * math.prod(weight) * (output_mask[0] + output_mask[1])
 
 
 @torch.no_grad()

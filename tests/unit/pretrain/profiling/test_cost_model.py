@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import psutil
 import pytest
 import torch
@@ -48,7 +51,8 @@ def test_optimizer_state_sizes_equal_those_of_a_real_optimizer() -> None:
 
 
 def test_forecast_speedup_never_exceeds_the_number_of_gpus() -> None:
-    measured = cost_model.Measured(95_000_000, 95_000_000, cost_model.Cost(15e9, 1e7), cost_model.Cost(1e8, 0.0))
+    flops = cost_model.Cost(15e9, 1e7)
+    measured = cost_model.Measured(95_000_000, 95_000_000, flops, cost_model.Cost(1e8, 0.0), flops)
     base, cluster = config("+experiment=wav2vec2_base"), cost_model.Cluster(128, 8, "H100")
     steps = [cost_model.forecast(measured, base, cluster, gpus, 0.3).step for gpus in cost_model.counts(1024)]
     assert steps == sorted(steps, reverse=True)
@@ -58,7 +62,8 @@ def test_forecast_speedup_never_exceeds_the_number_of_gpus() -> None:
 
 
 def test_fp16_is_as_fast_as_bf16_and_both_are_faster_than_tf32() -> None:
-    measured = cost_model.Measured(95_000_000, 95_000_000, cost_model.Cost(15e9, 1e7), cost_model.Cost(1e8, 0.0))
+    flops = cost_model.Cost(15e9, 1e7)
+    measured = cost_model.Measured(95_000_000, 95_000_000, flops, cost_model.Cost(1e8, 0.0), flops)
     cluster = cost_model.Cluster(1, 8, "H100")
     times = {}
     for precision in ("fp32", "bf16", "fp16"):
@@ -133,3 +138,31 @@ def test_planning_holds_no_weights_in_memory() -> None:
     assert not any(bool(weight.detach().any()) for weight in module.parameters())
     weights = sum(weight.numel() * weight.element_size() for weight in module.parameters())
     assert psutil.Process().memory_info().rss - before < 0.5 * weights
+
+
+def test_a_measured_rate_gives_its_own_utilisation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the measured rate, the forecast for one GPU is that rate: audio hours per GPU hour."""
+    rows = [{"model": "ours hubert_base", "precision": "bf16", "audio_s_per_s": 123.0}]
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"recipes": {"rows": rows}}))
+    small = ("encoder.layers=1", "encoder.dim=32", "encoder.ffn_dim=64", "encoder.heads=2", "engine.precision=bf16")
+    run = ["plan-run", "+experiment=hubert_base", "~chain", *small, "cluster=1x1xH100"]
+    assert main.main([*run, f"measured={path}"]) == 0
+    said = capsys.readouterr().out
+    row = next(line.split() for line in said.splitlines() if line.split()[:1] == ["1"] and len(line.split()) > 6)
+    assert float(row[5]) == pytest.approx(123, abs=1)
+    for wrong, words in (
+        (rows[0] | {"model": "ours wavlm_base"}, ["hubert_base", "wavlm_base bf16"]),
+        (rows[0] | {"audio_s_per_s": 1e12}, ["more than a H100"]),
+    ):
+        path.write_text(json.dumps({"rows": [wrong]}))
+        assert main.main([*run, f"measured={path}"]) == ExitCode.USAGE
+        said = capsys.readouterr().err
+        assert all(word in said for word in words)
+
+
+def test_the_backward_pass_of_a_teacher_is_not_counted() -> None:
+    with_teacher = cost_model.measure(config("+experiment=data2vec_base", "encoder.layers=2"), (1.0, 2.0))
+    assert with_teacher.differentiated.of(2.0) < 0.7 * with_teacher.flops.of(2.0)
+    without = cost_model.measure(config("+experiment=best_rq_tiny"), (1.0, 2.0))
+    assert without.differentiated.of(2.0) > 0.95 * without.flops.of(2.0), "only targets are computed without gradients"
