@@ -41,7 +41,7 @@ class Counter(FlopCounterMode):
         self.without_gradient = 0
         by_shape = {operation: shape_wrapper(count) for operation, count in ours.items()}  # type: ignore[no-untyped-call]
         counts = {operation: self._noted(count) for operation, count in (flop_registry | by_shape).items()}
-        super().__init__(display=False, custom_mapping=counts)  # type: ignore[no-untyped-call]
+        super().__init__(display=False, custom_mapping=counts)
 
     def _noted(self, count: Callable[..., int]) -> Callable[..., int]:
         def noted(*tensors: Any, **named: Any) -> int:
