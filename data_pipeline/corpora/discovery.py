@@ -133,7 +133,8 @@ def _from_layout(corpus: CorpusConfig, found: Discovered) -> None:
     for entry in entries:
         about = layout.describe(entry.file_id)
         if about is None and not entry.is_folder:
-            found.skipped[entry.ending] += 1
+            if not layout.tables.fullmatch(entry.file_id):
+                found.skipped[entry.ending] += 1
             continue
         about = about or layouts.About()
         file = AudioFile(

@@ -44,6 +44,9 @@ class About:
     spans: tuple[Span, ...] = ()
 
 
+NO_TABLE: Final = re.compile(r"(?!)")
+
+
 @dataclass(frozen=True)
 class Layout:
     """The content of a corpus's tables."""
@@ -52,6 +55,8 @@ class Layout:
     """Returns the metadata of a path below the corpus; None for a file that is not a recording."""
     rejects: list[Reject] = field(default_factory=list)
     """Rows of tables without a usable file or segment."""
+    tables: re.Pattern[str] = NO_TABLE
+    """Matches the paths of the tables below the corpus, which are read but are no recordings."""
 
 
 def librispeech(corpus: LibriSpeechCorpus, names: Set[str]) -> Layout:
@@ -73,7 +78,7 @@ def librispeech(corpus: LibriSpeechCorpus, names: Set[str]) -> Layout:
         found = re.search(r"(?:^|/)([^/]+)/([^/]+)/[^/]+/[^/]+\.flac$", path)
         return About(found[2], corpus.language, words.get(path, ""), found[1]) if found else None
 
-    return Layout(describe, rejects)
+    return Layout(describe, rejects, re.compile(r".*\.trans\.txt"))
 
 
 def mls(corpus: MlsCorpus, names: Set[str]) -> Layout:
@@ -100,7 +105,7 @@ def mls(corpus: MlsCorpus, names: Set[str]) -> Layout:
         found = pattern.fullmatch(path)
         return About(found[2], language, texts.get((found[1], found[3]), ""), found[1]) if found else None
 
-    return Layout(describe, rejects)
+    return Layout(describe, rejects, re.compile(r"[^/]+/transcripts\.txt"))
 
 
 def common_voice(corpus: CommonVoiceCorpus, names: Set[str]) -> Layout:
@@ -134,7 +139,7 @@ def common_voice(corpus: CommonVoiceCorpus, names: Set[str]) -> Layout:
                 rejects.append(reject_file(file, "discover", "listed_twice", problem, row=number))
             else:
                 clips[name] = About(row.get("client_id", ""), language, row.get("sentence", ""), split)
-    return Layout(clips.get, rejects)
+    return Layout(clips.get, rejects, re.compile(r"[^/]+\.tsv"))
 
 
 def voxpopuli(corpus: VoxPopuliCorpus, names: Set[str]) -> Layout:
@@ -169,7 +174,7 @@ def voxpopuli(corpus: VoxPopuliCorpus, names: Set[str]) -> Layout:
             return None
         return known.get((found[1], found[2]), About(language=found[1]))
 
-    return Layout(describe, rejects)
+    return Layout(describe, rejects, re.compile(r"[^/]+/[^/]+\.tsv"))
 
 
 def gigaspeech(corpus: GigaSpeechCorpus, names: Set[str]) -> Layout:
@@ -206,7 +211,7 @@ def gigaspeech(corpus: GigaSpeechCorpus, names: Set[str]) -> Layout:
             listed = [*subsets, *(span.split for span in spans)]
             split = next((subset for subset in listed if subset in corpus.splits), subsets[0] if subsets else "")
             known[name] = About("", language, "", split, seconds, sorted_spans(spans))
-    return Layout(known.get, rejects)
+    return Layout(known.get, rejects, re.compile(r"GigaSpeech\.json"))
 
 
 def _in_subsets(segment: Any, splits: tuple[str, ...]) -> bool:
@@ -279,6 +284,9 @@ def _lines(content: bytes) -> Iterator[tuple[int, str]]:
 def _table(store: FileStore, name: str, names: Set[str]) -> Iterator[tuple[int, dict[str, str], str]]:
     """Yields (number, values, problem) of each row of a TSV table."""
     if name not in names:
-        raise ConfigError(f"corpus.path={store.root}: holds no {name}; check the path and corpus.splits")
+        ending = name.rpartition(".")[2]
+        there = sorted(other.removesuffix(f".{ending}") for other in names if re.fullmatch(rf"[^/]+\.{ending}", other))
+        instead = f"the tables there are corpus.splits=[{','.join(there)}]" if there else "check the path"
+        raise ConfigError(f"corpus.path={store.root}: holds no {name}; {instead}")
     for row in rows_of(store.read(name), "quoted_tsv"):
         yield row.number, {key: str(value) for key, value in row.values.items()}, row.problem

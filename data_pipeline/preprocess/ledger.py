@@ -68,9 +68,14 @@ def balance(
     planned = {key for key, unit in plan.newest.items() if unit in finished}
     for drop in plan.dropped:
         _add_listed(ledger, reject_file(drop.file, "dedup", drop.reason, samples=drop.samples))
+    seen: set[tuple[RecordingId, str, int]] = set()
     for reject in found:
+        row = (reject.recording_id, reject.reason, reject.row)
+        if row in seen:  # two jobs have read the same table, with other settings of its columns
+            continue
+        seen.add(row)
         ledger.quarantine.append(reject)
-        if reject.recording and reject.recording_id not in plan.newest:
+        if reject.recording and reject.recording_id not in plan.newest and reject.recording_id not in planned:
             planned.add(reject.recording_id)
             _add_listed(ledger, reject)
         else:

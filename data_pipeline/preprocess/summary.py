@@ -100,7 +100,7 @@ class Summary:
             rows.append(("done before", f"{self.units_before:,} units of work; all other figures are of the whole set"))
         rows.append(("report", self.report))
         speed = 3600 * self.new_hours / self.seconds if self.seconds else 0.0
-        rows.append(("time", f"{self.seconds:,.1f} s, {speed:,.0f} × real time"))
+        rows.append(("time", f"{self.seconds:,.1f} s" + (f", {speed:,.0f} × real time" if speed >= 0.5 else "")))
         return [(name, visible(value)) for name, value in rows]
 
     def _new(self, figure: str) -> str:

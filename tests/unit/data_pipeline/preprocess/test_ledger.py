@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -186,6 +187,19 @@ def test_a_later_unit_replaces_the_failure_of_an_earlier_one() -> None:
     duplicate = balance(plan_of(("u", ["a", "b"]), dropped=["b"]), [earlier], [("u", broken)], [])
     assert (duplicate.total("in"), duplicate.total("dedup", "exact")) == ((2, 2 * HOUR), (1, HOUR))
     assert duplicate.imbalances == []
+
+
+def test_a_row_that_two_jobs_reject_counts_once() -> None:
+    """A table may be read again with other settings of its columns, and may name a missing recording twice."""
+    plan, made = plan_of(("u", ["a", "b"])), [made_record("u", flow_of(2, HOUR), 2)]
+    gone = Reject("gone", "gone", "c", "", "discover", "vanished", recording=True, row=3)
+    again = dataclasses.replace(gone, language="en")
+    once, twice = balance(plan, made, [], [gone]), balance(plan, made, [], [gone, again])
+    assert (twice.imbalances, twice.quarantine, twice.counts) == ([], [gone], once.counts)
+    elsewhere = balance(plan, made, [], [gone, dataclasses.replace(gone, row=7)])
+    assert elsewhere.imbalances == []
+    assert elsewhere.total("in")[0] == once.total("in")[0] == 3
+    assert [reject.row for reject in elsewhere.quarantine] == [3, 7]
 
 
 @pytest.mark.usefixtures("local_ray")
