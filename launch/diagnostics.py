@@ -151,6 +151,10 @@ def _compilers() -> Iterator[Finding]:
 
 def _deepspeed_ops() -> Finding:
     """Lists the compiled operators of DeepSpeed that can be built here."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on the terminal that it found no GPU
     try:
         from deepspeed.ops.op_builder.all_ops import ALL_OPS
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from launch.cli.command_table import COMMANDS, CONTINUE, FIRST_WORDS
@@ -14,6 +17,14 @@ SHOWS_ONLY = frozenset({"-h", "--help", "--cfg", "--prepare"})
 """Arguments with which a command prints something for other programs or readers, and starts no work."""
 
 
+NOTES = (
+    "`auricle COMMAND --help` lists every field of that command with its meaning, default and limits; "
+    "`auricle COMMAND ... --cfg` prints the composed config and does nothing else.",
+    "Every command takes plugins=FOLDER and recipes=FOLDER, with plug-ins and experiments of your own.",
+    "Exit codes: 0 done, 1 the work failed, 2 the command or config is wrong, 3 the run is unhealthy, "
+    "4 a newer start of the run took over, 130 stopped with Ctrl-C.",
+)
+"""What the list of commands ends with."""
 DISTRIBUTIONS = {"flashlight": "flashlight-text", "sklearn": "scikit-learn"}
 """Module that some commands import -> the package with it, where they have different names."""
 
@@ -33,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["help"]:  # `auricle help runs` is `auricle runs --help`
         given = [given[1], "--help"] if len(given) > 1 and not given[1].startswith("-") else ["--help"]
     if not given or given[0] in ("-h", "--help"):
-        print(_overview())
+        with contextlib.suppress(BrokenPipeError):  # `auricle | head`
+            print(_overview(), flush=True)
         return ExitCode.DONE if given else ExitCode.USAGE
     if given[0] in ("-V", "--version"):
         from importlib.metadata import version
@@ -109,21 +121,25 @@ def _fail(message: str, code: int) -> int:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {command:<{width}}  {summary}" for command, (_, summary) in COMMANDS.items()]
+    """Returns the list of commands, wrapped to the terminal."""
+    columns = min(100, shutil.get_terminal_size((100, 24)).columns)
+    indent = 4 + max(map(len, COMMANDS))
+
+    def wrapped(text: str, first: str = "", rest: str = "") -> str:
+        return textwrap.fill(text, columns, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+    listed = [
+        wrapped(summary, f"  {command:<{indent - 2}}", " " * indent) for command, (_, summary) in COMMANDS.items()
+    ]
     return "\n".join(
         [
             "auricle: raw speech -> shards -> a self-supervised checkpoint",
             "",
             "usage: auricle COMMAND [field=value | group=choice] ...",
             "",
-            *lines,
+            *listed,
             "",
-            "`auricle COMMAND --help` lists every field of that command with its meaning, default and limits;",
-            "`auricle COMMAND ... --cfg` prints the composed config and does nothing else.",
-            "Every command takes plugins=FOLDER and recipes=FOLDER, with plug-ins and experiments of your own.",
-            "Exit codes: 0 done, 1 the work failed, 2 the command or config is wrong, 3 the run is unhealthy,",
-            "4 a newer start of the run took over, 130 stopped with Ctrl-C.",
+            *map(wrapped, NOTES),
         ]
     )
 

@@ -322,7 +322,7 @@ def _limits(hint: Any, metadata: tuple[Any, ...]) -> str:
                 if isinstance(limit, limit_type):
                     found.append(f"{sign} {getattr(limit, limit_type.__name__.lower()):g}")
             if isinstance(limit, annotated_types.MinLen):
-                found.append(f"at least {limit.min_length} long")
+                found.append("not empty" if limit.min_length == 1 else f"at least {limit.min_length} long")
     return ", ".join(found)
 
 

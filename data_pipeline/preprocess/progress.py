@@ -33,7 +33,7 @@ def live_progress(
     hours = 0.0
     # the bar advances by expected seconds of audio, which are more even than units
     with Progress(*columns, console=console or Console(stderr=True), disable=not show, transient=False) as bar:
-        task = bar.add_task("", total=round(sum(weights.values())), state="starting")
+        task = bar.add_task("", total=round(sum(weights.values())), state="starting Ray")
 
         def advance(result: UnitResult) -> None:
             nonlocal files, rejects, hours
@@ -41,8 +41,8 @@ def live_progress(
             files += record.files
             rejects += sum(record.rejects.values())
             hours += sum(row[5] for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
-            rate = hours / max(time.monotonic() - began, 1e-9)
-            state = f"{files:,} files · {hours:,.2f} h · {rate:.3f} h/s · {rejects:,} rejected · ETA"
+            speed = 3600 * hours / max(time.monotonic() - began, 1e-9)
+            state = f"{files:,} files · {hours:,.2f} h · {speed:,.0f} × real time · {rejects:,} rejected · ETA"
             bar.update(task, advance=weights.get(record.unit, 0.0), state=state)
 
         yield advance

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.core.text import visible
 
+UNBROKEN = 40
+"""Cells of the first column of up to this length stay on one line."""
 PIPED_WIDTH = 200
 """Width if the output is not a terminal, regardless of COLUMNS."""
 
@@ -48,10 +50,13 @@ def table(
         bold: indices of emphasised rows; -1 is the last.
         fold: wrap all columns instead of truncating them.
     """
+    listed = list(rows)
+    longest = max((len(str(row[0])) for row in listed if row), default=0)
     made = Table(title=cell(title) if title else None, title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(cell(column), overflow="fold" if fold or number == 0 else "ellipsis", no_wrap=False)
-    listed = list(rows)
+        whole = min(longest, UNBROKEN) if number == 0 else None
+        overflow: OverflowMethod = "fold" if fold or number == 0 else "ellipsis"
+        made.add_column(cell(column), overflow=overflow, no_wrap=False, min_width=whole)
     emphasised = {number % len(listed) for number in bold} if listed else set()
     for number, row in enumerate(listed):
         cells = [value if isinstance(value, Text) else cell(value) for value in row]

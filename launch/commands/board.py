@@ -34,7 +34,8 @@ def run(arguments: list[str]) -> int:
     _require_free(port)
     with _ends_by_signal(), tempfile.TemporaryDirectory(prefix="auricle-board-") as home:
         link(folders, Path(home))
-        print(f"{len(folders)} runs at http://localhost:{port}/ (only from this machine; Ctrl-C ends it)", flush=True)
+        count = f"{len(folders)} run{'' if len(folders) == 1 else 's'}"
+        print(f"{count} at http://localhost:{port}/ (only from this machine; Ctrl-C ends it)", flush=True)
         return _serve(command(Path(home), port))
 
 

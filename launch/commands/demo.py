@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from data_pipeline.core.jsonl import read_rows
-from data_pipeline.core.schema import ConfigError, load
-from launch.cli.compose import compose
+from data_pipeline.core.schema import ConfigError
+from launch.cli import request
 from launch.cli.tables import show_rows
 from launch.config import PretrainJob
 from launch.demo_corpus import Corpus, find_corpus
@@ -25,6 +25,8 @@ Takes speech from the given folder, else from the folder named by the environmen
 Debian's voice packages, else generates speech-like sounds. Writes shards with Ray, pretrains BEST-RQ on two ranks and
 prints a table of the result. All files are written below demo/."""
 WORK = Path("demo")
+FIELDS = ("+experiment=best_rq_tiny", "name=demo", "launcher.processes=2")
+"""Fields of the training; those of the command line come after them."""
 
 
 def run(arguments: list[str]) -> int:
@@ -34,6 +36,7 @@ def run(arguments: list[str]) -> int:
         return ExitCode.DONE
     given = [argument.partition("=")[2] for argument in arguments if argument.startswith("corpus=")]
     overrides = [argument for argument in arguments if not argument.startswith("corpus=")]
+    _require_training(overrides)
     corpus = find_corpus(given[-1] if given else "", WORK)
     print(f"speech: {corpus.origin}")
     folder_of_corpus = WORK / corpus.name
@@ -54,9 +57,16 @@ def run(arguments: list[str]) -> int:
     return code
 
 
+def _require_training(overrides: list[str]) -> None:
+    """Raises ConfigError, before anything is written, for a switch or a wrong field of the training."""
+    known = request.read("pretrain", PretrainJob, [*FIELDS, "data.shards=none", *overrides])
+    if known is None:
+        raise ConfigError("--cfg: the demo has no config of its own; give it to `auricle pretrain`")
+
+
 def _job(shards: Path, folder: Path, overrides: list[str]) -> PretrainJob:
-    fixed = ["+experiment=best_rq_tiny", f"data.shards={shards}", f"runs={folder / 'runs'}", "name=demo"]
-    return load(PretrainJob, compose("pretrain", [*fixed, "launcher.processes=2", *overrides]))
+    places = [f"data.shards={shards}", f"runs={folder / 'runs'}"]
+    return request.config_of("pretrain", PretrainJob, [*FIELDS, *places, *overrides])
 
 
 def _table(corpus: Corpus, shards: Path, folder: Path, job: PretrainJob, ranks: int) -> list[tuple[str, str]]:

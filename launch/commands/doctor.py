@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
         mark = cell("needed", "red") if needed else cell(*MARKS[finding.verdict])
         rows.append((mark, finding.topic, finding.found, remedy))
         lacking += [finding.topic] if needed else []
-    show(table(("", "", "found", "how to get it"), rows))
+    show(table(("", "", "found", "how to get it"), rows, fold=True))
     if lacking:
         print(f"not ready: {', '.join(lacking)}")
         return ExitCode.FAILED

@@ -69,7 +69,8 @@ def _row(folder: Path) -> tuple[str, ...]:
     step = f"{number(row or {}, 'step', 0.0):.0f}" if total_steps(folder) else "–"
     handle = record.handle.partition(":")[0]
     steps = str(total_steps(folder) or "–")
-    return folder.name, record.command, record.launcher, handle, shown_state(folder), step, steps, record.submitted
+    submitted = record.submitted[:16].replace("T", " ")  # to the minute
+    return folder.name, record.command, record.launcher, handle, shown_state(folder), step, steps, submitted
 
 
 def _status(folder: Path) -> int:

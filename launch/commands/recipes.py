@@ -8,23 +8,13 @@ from launch.cli.groups import CONF
 from launch.cli.parser import Parser
 from launch.exit_codes import ExitCode
 
-COLUMNS = (
-    "recipe",
-    "parameters",
-    "published",
-    "frames/s",
-    "min/update",
-    "published",
-    "updates",
-    "GFLOP/s of audio",
-    "published",
-    "source",
-)
-LEGEND = (
-    "parameters: trained ones only. GFLOP/s of audio: one forward pass of front end and encoder on crops of 15 s, "
-    "counted and derived; training takes about three times that, times the objective's passes (teachers, several masks "
-    "or views)"
-)
+COLUMNS = ("recipe", "M weights", "Hz", "min/update", "updates", "GFLOP")
+LEGEND = """In brackets: the published figure.
+M weights: millions of trained weights; Hz: frames per second of audio;
+min/update: minutes of audio per update; GFLOP: one forward pass of front end
+and encoder per second of audio, on crops of 15 s, counted and derived. Training
+takes about three times that, times the objective's passes (teachers, several
+masks or views)."""
 
 
 def run(arguments: list[str]) -> int:
@@ -34,16 +24,25 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", choices=[[], *known], help="only these (default: all)")
     names = parser.parse_args(arguments).names or known
 
+    from data_pipeline.core.progress import stages
     from data_pipeline.core.schema import load
     from launch.cli.compose import compose
     from launch.cli.tables import show, table
     from launch.config import PretrainJob
     from launch.runs.metadata import run_config
-    from pretrain.profiling.recipe_table import summarize
+    from pretrain.profiling.recipe_table import OURS, summarize
 
-    configs = (compose("pretrain", [f"experiment={name}", "data.shards=none"]) for name in names)
-    show(table(COLUMNS, [_cells(summarize(run_config(load(PretrainJob, values)))) for values in configs]))
+    rows = []
+    with stages() as begin:
+        advance = begin("building models", len(names))
+        for name in names:
+            values = compose("pretrain", [f"experiment={name}", "data.shards=none"])
+            rows.append(summarize(run_config(load(PretrainJob, values))))
+            advance(name)
+    show(table(COLUMNS, map(_cells, rows)))
     print(LEGEND)
+    if sources := [(row.name, row.published.source) for row in rows if not row.published.source.startswith(OURS)]:
+        show(table(("", "published by"), sources, fold=True))
     return ExitCode.DONE
 
 
@@ -51,13 +50,13 @@ def _cells(row: Any) -> tuple[str, ...]:
     published = row.published
     return (
         row.name,
-        f"{row.parameters / 1e6:.2f} M",
-        f"{published.millions:.1f} M" if published.millions else "none",
+        _figure(row.parameters / 1e6, published.millions),
         f"{row.frames_hz:g}",
-        f"{row.minutes_per_update:.1f}",
-        f"{published.minutes:.1f}" if published.minutes else "none",
+        _figure(row.minutes_per_update, published.minutes),
         f"{row.updates:,}",
-        f"{row.gflop_per_audio_second:.1f}",
-        f"{published.gflop:.1f}" if published.gflop else "",
-        published.source,
+        _figure(row.gflop_per_audio_second, published.gflop),
     )
+
+
+def _figure(own: float, published: float | None) -> str:
+    return f"{own:.1f} ({'none' if published is None else f'{published:.1f}'})"

@@ -9,8 +9,9 @@ from launch.exit_codes import ExitCode
 
 COLUMNS = ("run", "objective", "state", "step", "loss", "accuracy", "hours", "× real time", "alarms", "evaluated")
 
-LEGEND = """loss, accuracy: mean of the last rows; hours: audio trained on; × real time: audio-seconds per second,
-median of the last rows; evaluated: the newest result of auricle evaluate follow=true"""
+LEGEND = """loss, accuracy: mean of the last rows; hours: audio trained on;
+× real time: audio-seconds per second, median of the last rows;
+evaluated: the newest result of auricle evaluate follow=true"""
 
 
 def run(arguments: list[str]) -> int:
@@ -33,6 +34,10 @@ def run(arguments: list[str]) -> int:
             continue
         figures = (f"{s.step}/{s.steps}", f"{s.loss:.4f}", f"{s.accuracy:.3f}", f"{s.hours:.1f}", f"{s.speed:.0f}")
         listed.append((s.name, s.objective, shown_state(folder), *figures, str(s.alarms), s.evaluation))
-    show(table(COLUMNS, listed))
+    empty = {
+        number for number, name in enumerate(COLUMNS) if name == "evaluated" and not any(r[number] for r in listed)
+    }
+    shown = [[value for number, value in enumerate(row) if number not in empty] for row in (COLUMNS, *listed)]
+    show(table(shown[0], shown[1:]))
     warn(LEGEND)
     return ExitCode.DONE

@@ -25,7 +25,7 @@ from launch.cli.parser import Parser
 from launch.cli.tables import show, table
 from launch.exit_codes import ExitCode
 
-QUANTILES = (0, 5, 50, 95, 100)
+QUANTILES = {0: "shortest", 5: "5 % below", 50: "median", 95: "95 % below", 100: "longest"}
 
 
 def run(arguments: list[str]) -> int:
@@ -95,8 +95,8 @@ def _stats(root: str, records: list[DoneRecord]) -> int:
     rows = [(group[0], group[1] or "–", f"{segments[group]:,}", f"{hours[group]:.2f}") for group in sorted(hours)]
     rows.append(("all", "", f"{sum(segments.values()):,}", f"{sum(hours.values()):.2f}"))
     show(table(("corpus", "language", "segments", "hours"), rows, bold=[-1]))
-    seconds = np.percentile(np.concatenate(lengths) / SAMPLE_RATE, QUANTILES)
-    shown = ", ".join(f"{quantile} %: {value:.1f} s" for quantile, value in zip(QUANTILES, seconds, strict=True))
+    seconds = np.percentile(np.concatenate(lengths) / SAMPLE_RATE, list(QUANTILES))
+    shown = ", ".join(f"{name} {value:.1f} s" for name, value in zip(QUANTILES.values(), seconds, strict=True))
     size = sum(record.bytes for record in records)
     print(f"lengths  {shown}\n{len(records)} shards, {size / 1e6:,.1f} MB")
     rejects: Counter[str] = Counter()

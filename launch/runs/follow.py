@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data_pipeline.core.jsonl import Tail, read_rows
 from launch.runs.summary import audio_hours, number
@@ -26,6 +26,8 @@ PLAIN_EVERY = 15.0
 BARS = "▁▂▃▄▅▆▇█"
 SPARKS = 16
 """Width of the loss curve in characters."""
+NARROW, NARROW_SPARKS = 100, 4
+"""Columns below which a terminal shows no bar and no elapsed time, and the width of its curve."""
 RECENT = 50
 """Number of rows from which the remaining time is estimated."""
 LAST_ROWS = 20
@@ -63,20 +65,18 @@ def follow(folder: Path, steps: int, running: Callable[[], bool], console: Conso
 
 
 def _bar(follower: Follower, folder: Path, steps: int, running: Callable[[], bool], console: Console) -> None:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
+    narrow = console.width < NARROW
+    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
+    columns += [] if narrow else [BarColumn()]
+    columns += [TextColumn("{task.completed}/{task.total}")]
+    columns += [] if narrow else [TimeElapsedColumn()]
+    columns += [TextColumn("{task.fields[left]}")]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(first_update(folder), total=steps, left="")
         while running():
             row = follower.read()
             if row:
-                said = f"{describe(row)}  {sparkline(losses(follower.rows))}"
+                said = f"{describe(row)}  {sparkline(losses(follower.rows), NARROW_SPARKS if narrow else SPARKS)}"
                 bar.update(
                     task,
                     completed=int(number(row, "step", 0.0)),
@@ -172,7 +172,8 @@ def time_left(rows: Sequence[dict[str, Any]], steps: int) -> str:
     if not each:
         return ""
     seconds = min(max(0.0, statistics.median(each) * (steps - recent[-1][0])), LONGEST_SECONDS)
-    return f"{datetime.timedelta(seconds=round(seconds))} left"
+    days, rest = divmod(round(seconds), 86_400)
+    return f"{days} d {rest // 3600} h left" if days else f"{datetime.timedelta(seconds=rest)} left"
 
 
 def ending(folder: Path, newest: Path) -> list[tuple[str, str]]:

@@ -20,15 +20,26 @@ pick_python() {
 
 pinned() { sed -n "s/^$1==//p" constraints.txt; }
 
+quietly() { # runs pip; on a terminal one line shows the package that it is at, elsewhere nothing but errors
+  if [ -t 1 ]; then
+    "$@" | while IFS= read -r line; do
+      case "$line" in Collecting* | *Downloading* | Building* | Installing*) printf '\r\033[K%.78s' "$line" ;; esac
+    done
+    printf '\r\033[K'
+  else
+    "$@" > /dev/null
+  fi
+}
+
 install_torchaudio() {
   # PyPI's torchaudio is linked to CUDA; beside a CPU build of torch its Python part works without those libraries.
   local version folder
   version=$(pinned torchaudio)
   if .venv/bin/python -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
-    .venv/bin/pip install -qq --no-deps "torchaudio==$version"
+    quietly .venv/bin/pip install --no-deps "torchaudio==$version"
   elif ! .venv/bin/pip list --format=freeze 2>/dev/null | grep -qx "torchaudio==$version+cpu"; then
     folder=$(mktemp -d)
-    .venv/bin/pip download -qq --no-deps --dest "$folder" "torchaudio==$version"
+    quietly .venv/bin/pip download --no-deps --dest "$folder" "torchaudio==$version"
     .venv/bin/python launch/setup/repack_torchaudio.py "$folder"/torchaudio-*.whl "$folder/cpu" > /dev/null
     .venv/bin/pip install -qq --no-deps "$folder"/cpu/*.whl
     rm -r "$folder"
@@ -46,10 +57,14 @@ main() {
   echo "setting up .venv with $("$python" --version); the first time takes some minutes"
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   export PIP_DISABLE_PIP_VERSION_CHECK=1
-  .venv/bin/pip install -qq "pip==$(pinned pip)" "setuptools==$(pinned setuptools)"
-  .venv/bin/pip install -qq --constraint constraints.txt "torch==$(pinned torch)"
+  echo "1/4 pip and setuptools"
+  quietly .venv/bin/pip install "pip==$(pinned pip)" "setuptools==$(pinned setuptools)"
+  echo "2/4 torch $(pinned torch), the largest package"
+  quietly .venv/bin/pip install --constraint constraints.txt "torch==$(pinned torch)"
+  echo "3/4 torchaudio $(pinned torchaudio)"
   install_torchaudio
-  .venv/bin/pip install -qq --constraint constraints.txt --editable '.[dev]'
+  echo "4/4 auricle and $(grep -c == constraints.txt) pinned packages"
+  quietly .venv/bin/pip install --constraint constraints.txt --editable '.[dev]'
   rm -f .venv/.installed-*
   touch "$stamp"
   echo "ready: .venv/bin/auricle --help"

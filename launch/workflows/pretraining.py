@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import SAMPLE_RATE
 from launch.cli import request
 from launch.cli.request import MULTIRUN
 from launch.config import PretrainJob
@@ -15,6 +16,10 @@ from launch.runs.job_record import write_record
 from launch.workflows import iterations, submit, sweep
 from launch.workflows.attended_run import attend
 from launch.workflows.submit import DRY_RUN, PREPARE, SWITCHES, report_queued
+from pretrain.checkpointing.locate import steps_done
+
+PLANNED_HOURS = 1000.0
+"""Corpora of up to this size are planned before the ranks are started, which takes about a second."""
 
 
 def run(arguments: list[str]) -> int:
@@ -52,6 +57,7 @@ def start(config: PretrainJob, switches: frozenset[str] = frozenset()) -> int:
         require_ended(metadata.folder_of(config))
     if isinstance(submitter, ChildProcesses):
         _require_shards(config)
+        _require_start(config)
     folder = metadata.prepare(config)
     if PREPARE in switches:
         print(folder)
@@ -76,6 +82,28 @@ def _require_shards(config: PretrainJob) -> None:
         shard_urls(config.data.shards)
         return
     try:
-        done_records(config.data.shards)
+        records = done_records(config.data.shards)
     except ValueError as error:
         raise ConfigError(f"data.shards={', '.join(config.data.shards)}: {error}") from None
+    if sum(record.samples for record in records) <= PLANNED_HOURS * 3600 * SAMPLE_RATE:
+        _require_plan(config)
+
+
+def _require_plan(config: PretrainJob) -> None:
+    """Raises ConfigError if the steps cannot be planned; bad shards are left to the ranks, which may skip them."""
+    from data_pipeline.loader.reader import open_reader
+
+    try:
+        open_reader(config.data, config.seed, rank=0, world=1).close()
+    except ConfigError:
+        raise
+    except (ValueError, OSError):
+        return
+
+
+def _require_start(config: PretrainJob) -> None:
+    """Raises ConfigError if the weights of `init` are of another architecture and the run has no checkpoint yet."""
+    if config.init and not steps_done(metadata.folder_of(config)):
+        from pretrain.interop.init_weights import require_same_architecture
+
+        require_same_architecture(config)

@@ -137,8 +137,9 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
     if obstacles or not isinstance(frontend, waveform_conv.Config) or not isinstance(encoder, transformer.Config):
         raise ConfigError(
             f"{', '.join(obstacles)}: Hugging Face has no such model; only a waveform_conv front end with a "
-            "transformer of convolutional positions and full attention can be exported. `auricle export --to onnx` or "
-            "`--to torchscript` writes one self-contained file instead"
+            "transformer of convolutional positions and full attention can be exported (frontend=waveform_conv "
+            "encoder.positions=conv of a new run). `auricle export --to onnx` or `--to torchscript` writes one "
+            "self-contained file instead"
         )
     stack = encoder.positions == "conv_stack"
     if stack and (encoder.relative_bias or encoder.norm == "pre" or frontend.norm == "group"):

@@ -11,7 +11,9 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.core.schema import ConfigError, dump
+from data_pipeline.core.schema import ConfigError, dump, load
+from pretrain.checkpointing.checkpoint import read_state
+from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.config import Config
 from pretrain.interop import hf_folder
 from pretrain.interop.hf_export import load_run
@@ -70,11 +72,30 @@ def load_initial(config: Config, module: TrainModule, say: Callable[[str], None]
         ValueError: the checkpoint of the run is damaged.
     """
     folder = Path(config.init).expanduser()
-    from_run = (folder / "checkpoints").is_dir() or (folder / "state.json").is_file()
-    taken = _from_run(config, module, folder) if from_run else _from_hugging_face(config, module, folder)
+    taken = _from_run(config, module, folder) if _is_run(folder) else _from_hugging_face(config, module, folder)
     for line in taken.lines(config.init):
         say(line)
     return taken
+
+
+def require_same_architecture(config: Config) -> None:
+    """Compares the architecture of `config.init` with the config's, from their configs alone.
+
+    Raises:
+        ConfigError: they differ, or `config.init` cannot be read.
+    """
+    folder = Path(config.init).expanduser()
+    if not _is_run(folder):
+        theirs = hf_folder.read_config(folder)
+        _refuse_differences(config, hugging_face_architecture(theirs, hf_folder.read_processor(folder), str(folder)))
+        return
+    checkpoint = find_checkpoint(config.init)
+    if (checkpoint / "state.json").is_file():
+        _refuse_differences(config, architecture(load(Config, read_state(checkpoint)["config"])))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir() or (folder / "state.json").is_file()
 
 
 def _from_run(config: Config, module: TrainModule, folder: Path) -> Taken:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.core.schema import ConfigError, document, dump, load
 from launch import main
-from launch.cli.command_table import FIRST_WORDS
+from launch.cli.command_table import COMMANDS, FIRST_WORDS
 from launch.cli.compose import _override, compose, to_yaml
 from launch.cli.groups import CONF, groups
 from launch.config import PretrainJob
@@ -40,6 +40,7 @@ def test_help_is_fast_and_names_every_command() -> None:
     assert time.monotonic() - start < 3.0
     assert done.returncode == 0
     assert all(command in done.stdout for command in main.COMMANDS)
+    assert max(map(len, done.stdout.splitlines())) <= 100
     heavy = "import launch.main, sys; launch.main.main(['--help']); print({'torch', 'ray', 'hydra'} & set(sys.modules))"
     loaded = subprocess.run(
         [sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60, check=True
@@ -221,6 +222,54 @@ def test_settings_without_effect_are_noted_when_the_config_is_read(
     assert capsys.readouterr().err.count("note: schedule.warmup_steps=30") == 1, "once for all runs of an array"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--no-such-switch"], ["no switch --no-such-switch", "--help"]),
+        (["--dry-runn"], ["no switch --dry-runn"]),
+        (["train.stepps=3"], ["did you mean train.steps?"]),
+        (["--cfg"], ["auricle pretrain"]),
+    ],
+)
+def test_the_demo_refuses_wrong_arguments_before_it_writes_anything(
+    arguments: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["demo", *arguments]) == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert all(word in said for word in words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_says_how_to_continue(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.main.importlib.import_module", interrupted)
+    assert main.main([command]) == ExitCode.INTERRUPTED
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"auricle {command}: stopped; ")
+    assert "same command" in said or "command again" in said
+
+
+def test_a_missing_package_is_named_as_pip_knows_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(arguments: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.cluster")
+
+    monkeypatch.setattr("launch.commands.doctor.run", lacking)
+    assert main.main(["doctor"]) == ExitCode.FAILED
+    assert "auricle doctor: needs the package scikit-learn: pip install scikit-learn" in capsys.readouterr().err
+
+
 TEXT = st.text(string.printable + "äéß語", min_size=1).filter(lambda text: text.strip() == text and "${" not in text)
 
 
@@ -300,6 +349,10 @@ def test_a_command_says_at_once_what_it_does(command: str, capsys: pytest.Captur
     assert said.startswith(f"auricle {command}: {FIRST_WORDS[command]}\n")
     assert main.main([command, "--help"]) == 0
     assert FIRST_WORDS[command] not in capsys.readouterr().err
+
+
+def test_every_command_that_may_be_slow_says_at_once_what_it_does() -> None:
+    assert set(COMMANDS) - set(FIRST_WORDS) == {"runs", "jobs", "completion"}, "these print their result at once"
 
 
 def test_the_first_words_need_no_slow_import() -> None:

@@ -22,5 +22,5 @@ def test_progress_shows_files_hours_speed_and_rejects() -> None:
     with live_progress(todo, True, console) as advance:
         advance(UnitResult(record, 1.0))
     text = said.getvalue()
-    for shown in ("50%", "1 files", "1.00 h", "h/s", "2 rejected", "ETA"):
+    for shown in ("50%", "1 files", "1.00 h", "× real time", "2 rejected", "ETA"):
         assert shown in text

@@ -20,6 +20,10 @@ def test_an_unpublished_figure_is_shown_as_none(
         return recipe_table.Recipe(config.name, 1_000_000, 1_000_000, 50.0, 1.0, 1, 1.0, published)
 
     monkeypatch.setattr(recipe_table, "summarize", counted)
+    monkeypatch.setattr("launch.cli.tables.PIPED_WIDTH", 80)
     assert recipes.run([name]) == 0
-    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
-    assert row.split()[1:4] == ["1.00", "M", "none"]
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    row, source = (line for line in said.splitlines() if line.startswith(name))
+    assert row.split()[1:4] == ["1.0", "(none)", "50"]
+    assert published.source in " ".join(source.split())

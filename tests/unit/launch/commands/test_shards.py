@@ -24,7 +24,7 @@ def test_stats_count_shards_segments_and_hours(root: Path, capsys: pytest.Captur
     assert "first" in said
     assert "40" in said
     assert "0.04" in said, "hours"
-    assert "50 %: 4.0 s" in said
+    assert "median 4.0 s" in said
 
 
 def test_inspect_shows_a_segment_by_key(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

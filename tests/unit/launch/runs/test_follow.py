@@ -49,6 +49,18 @@ def test_a_terminal_shows_progress_time_and_curve(tmp_path: Path) -> None:
         assert part in shown
 
 
+def test_nothing_is_cut_on_a_terminal_of_80_columns(tmp_path: Path) -> None:
+    lines = [json.dumps(row(10_000 + i, 10.0 * i, 5.0 - i / 10)) for i in range(1, 30)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    polls = iter([True, True, True, False])
+    follow(tmp_path, 400_000, lambda: next(polls), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "10029/400000" in shown
+    assert "45 d 3 h left" in shown
+    assert "…" not in shown
+
+
 def test_a_resumed_run_is_read_from_the_start(tmp_path: Path) -> None:
     path, follower = tmp_path / "metrics.jsonl", Follower(tmp_path)
     path.write_text(json.dumps(row(1, 0.0, 5.0)) + "\n" + '{"step": 2')

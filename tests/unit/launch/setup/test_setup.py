@@ -12,6 +12,8 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 from launch.setup.repack_torchaudio import repack
 from tests.support.paths import ROOT
 
@@ -53,15 +55,44 @@ def test_every_dependency_is_pinned_and_within_its_range() -> None:
     assert metadata.version("torch").split("+")[0] == normal["torch"]
 
 
-def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
+def set_up(tmp_path: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """Runs setup.sh in a copy, with a program in place of Python."""
     copy = tmp_path / "copy"
     (copy / "launch" / "setup").mkdir(parents=True)
     for file in ("pyproject.toml", "constraints.txt", "launch/setup/setup.sh", "launch/setup/repack_torchaudio.py"):
         (copy / file).write_bytes((ROOT / file).read_bytes())
-    old = tmp_path / "python3.9"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
+    program = tmp_path / "python3.9"
+    program.write_text(python)
+    program.chmod(0o755)
     command = ["bash", str(copy / "launch" / "setup" / "setup.sh")]
-    done = subprocess.run(command, env=os.environ | {"PYTHON": str(old)}, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"PYTHON": str(program)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+FAKE = """#!/bin/sh
+[ "$1" = --version ] && echo "Python 3.11.0"
+[ "$2" = venv ] || exit 0
+mkdir -p .venv/bin
+printf '#!/bin/sh\\nexit 0\\n' > .venv/bin/python
+printf '#!/bin/sh\\necho "Collecting all"\\n[ -z "$PIP_FAILS" ]\\n' > .venv/bin/pip
+chmod +x .venv/bin/python .venv/bin/pip
+"""
+
+
+def test_setup_says_which_step_it_is_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = set_up(tmp_path, FAKE)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert [line[:3] for line in said[1:-1]] == ["1/4", "2/4", "3/4", "4/4"]
+    assert said[-1] == "ready: .venv/bin/auricle --help"
+    monkeypatch.setenv("PIP_FAILS", "1")
+    failed = set_up(tmp_path / "again", FAKE)
+    assert failed.returncode != 0
+    assert "ready" not in failed.stdout
+
+
+def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
+    done = set_up(tmp_path, "#!/bin/sh\nexit 1\n")
+    old = tmp_path / "python3.9"
     assert done.returncode == 1
     assert "needs Python 3.11 or newer; tried: " + str(old) in done.stderr

@@ -1,0 +1,34 @@
+"""Tables on the terminal: a fixed width in pipes, and names that can be copied."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+
+from launch.cli.tables import PIPED_WIDTH, console, table
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+ROWS = [("a-run-with-a-name-of-more-than-forty-characters", "x" * 60, "y" * 60)]
+
+
+@pytest.mark.parametrize("columns", ["40", "500"])
+def test_piped_output_has_a_fixed_width(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert console(io.StringIO()).width == PIPED_WIDTH
+    assert console(Terminal()).width == int(columns)
+
+
+def test_the_first_column_is_never_cut_and_no_line_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = Terminal()
+    console(shown).print(table(("run", "state", "loss"), ROWS))
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert "".join(line[: lines[0].index("state")].strip() for line in lines[1:]) == ROWS[0][0]

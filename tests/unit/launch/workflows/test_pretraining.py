@@ -1,0 +1,56 @@
+"""What a training lacks is found before its ranks are started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.core.schema import load
+from launch import main
+from launch.cli.compose import compose
+from launch.config import PretrainJob
+from launch.exit_codes import ExitCode
+from launch.runs.metadata import run_config
+from launch.workflows import pretraining
+from pretrain.train_module import build_model
+from tests.support.checkpoint_states import write_run
+from tests.support.tiny_shards import sounds, write_shards
+
+SMALL = ["+experiment=best_rq_tiny", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32", "objective.n_codes=8"]
+
+
+def start(*overrides: str) -> int:
+    return main.main(["pretrain", *SMALL, *overrides])
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "shards", [sounds([0.4, 0.5, 1.2])])
+
+
+def test_a_batch_that_the_corpus_cannot_feed_is_found_before_ranks_start(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    assert start(f"data.shards={shards}", f"runs={runs}", "data.batch_seconds=100") == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert "hold 1.2 s of audio" in said
+    assert "lower data.batch_seconds" in said
+    assert not runs.exists()
+
+
+def test_initial_weights_of_another_architecture_are_found_before_ranks_start(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config(load(PretrainJob, compose("pretrain", [*SMALL, "data.shards=none", "encoder.layers=1"])))
+    write_run(tmp_path / "old", config, build_model(config))
+    places = [f"data.shards={shards}", f"runs={tmp_path / 'runs'}", "data.batch_seconds=32"]
+    assert start(*places, f"init={tmp_path / 'old'}") == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert "encoder.layers=4 here and 1 there" in said
+    assert not (tmp_path / "runs").exists()
+    assert start(*places, f"init={tmp_path / 'nowhere'}") == ExitCode.USAGE
+    assert "nowhere" in capsys.readouterr().err
+    same = load(PretrainJob, compose("pretrain", [*SMALL, *places, "encoder.layers=1", f"init={tmp_path / 'old'}"]))
+    pretraining._require_start(same)
