@@ -12,6 +12,8 @@ from rich.text import Text
 
 from data_pipeline.core.text import visible
 
+NARROW = 100
+"""Width below which columns are one space apart instead of two."""
 UNBROKEN = 40
 """Cells of the first column of up to this length stay on one line."""
 PIPED_WIDTH = 200
@@ -53,6 +55,7 @@ def table(
     listed = list(rows)
     longest = max((len(str(row[0])) for row in listed if row), default=0)
     made = Table(title=cell(title) if title else None, title_justify="left", box=None, pad_edge=False)
+    made.collapse_padding = console().width < NARROW
     for number, column in enumerate(columns):
         whole = min(longest, UNBROKEN) if number == 0 else None
         overflow: OverflowMethod = "fold" if fold or number == 0 else "ellipsis"

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from launch.cli.tables import PIPED_WIDTH, console, table
+from launch.cli.tables import PIPED_WIDTH, console, show, table
 
 
 class Terminal(io.StringIO):
@@ -32,3 +32,18 @@ def test_the_first_column_is_never_cut_and_no_line_is_too_long(monkeypatch: pyte
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()).splitlines()
     assert max(map(len, lines)) <= 60
     assert "".join(line[: lines[0].index("state")].strip() for line in lines[1:]) == ROWS[0][0]
+
+
+def test_a_list_of_jobs_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("launch.cli.tables.PIPED_WIDTH", 80)
+    columns = ("run", "command", "where", "job", "state", "step", "of", "submitted")
+    show(
+        table(
+            columns,
+            [("preprocess_my_corpus", "preprocess", "slurm", "1234567", "running", "–", "–", "2026-01-01 10:00")],
+        )
+    )
+    said = capsys.readouterr().out
+    assert "2026-01-01 10:00" in said
+    assert "…" not in said
+    assert len(said.splitlines()) == 2
