@@ -15,13 +15,14 @@ test: setup ## the test suite without the slow proofs; AURICLE_SPEECH=FOLDER add
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 # what computes in 16 bits; `-k` leaves out the fp32 tests of two large files
-AMX_UNIT := $(addprefix tests/unit/pretrain/,nn profiling engines test_pitfalls.py) tests/parity
+AMX_UNIT := $(addprefix tests/unit/pretrain/,nn profiling engines compression interop test_pitfalls.py) tests/parity
 AMX_16BIT := tests/contract/test_objectives.py tests/contract/test_heads.py tests/distributed/test_engines.py
 
 test-amx: setup ## tests of 16-bit computation on an emulated CPU with AMX; needs gcc, binutils and avx512_bf16
 	$(BIN)/python -m tests.support.amx -- -m pytest -m "not slow" $(AMX_UNIT)
 	$(BIN)/python -m tests.support.amx -- -m pytest -m "not slow" -k bf16 $(AMX_16BIT)
 	$(BIN)/python -m tests.support.amx -- -m tests.support.amx.table
+	$(BIN)/python -m tests.support.amx -- -m tests.support.amx.random_shapes 0 60
 
 check: setup ## format, lint, types, import layers, spelling
 	$(BIN)/ruff format --check .

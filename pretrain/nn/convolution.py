@@ -1,12 +1,13 @@
 """Convolution over the time axis of (B, F, D) frames, with a kernel that is correct in the current precision.
 
-oneDNN 3.12 (torch 2.13) has two faults in 16 bits, without a message. On CPUs with AMX, convolutions of few input
+oneDNN 3.12 (torch 2.13) has three faults in 16 bits, without a message. On CPUs with AMX, convolutions of few input
 channels per group have a relative error of 1.0: where the channels are even and fewer than 16, and channels times taps
 is a multiple of 32 above 32. And a depthwise convolution of at most 16 channels, 15 or more taps and more than 30
 frames never returns, since its code generator runs out of registers and loops: bf16 in channels-last layout on CPUs
 with AVX512-BF16, fp16 on CPUs with AVX512-FP16. `default_route` avoids all even kernels of so few channels and all such
-depthwise ones, on every CPU. pretrain/profiling/operation_check.py checks the shapes of a model at start-up and
-overrides the route of any other shape that is wrong.
+depthwise ones, on every CPU. Last, gradients of taps that meet only padding are left uninitialised in convolutions with
+a stride; `time_conv` computes those of so few frames in fp32. pretrain/profiling/operation_check.py checks the shapes
+of a model at start-up and overrides the route of any other shape that is wrong.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def time_conv(
         return _convolve(x_BFD, weight_EDK, bias_E, stride, padding, groups)
     shape = ConvShape(x_BFD.shape[2], weight_EDK.shape[0], weight_EDK.shape[2], stride, padding, groups)
     route = _OVERRIDES.get((device, dtype, shape)) or default_route(device, dtype, shape)
-    if route == "fp32":
+    only_padding = padding > 0 and stride > 1 and x_BFD.shape[1] < shape.kernel + stride
+    if route == "fp32" or (only_padding and device == "cpu"):
         with torch.autocast(device, enabled=False):
             bias = None if bias_E is None else bias_E.float()
             return _convolve(x_BFD.float(), weight_EDK.float(), bias, stride, padding, groups).to(dtype)

@@ -18,6 +18,7 @@
 #include <immintrin.h>
 #include <link.h>
 #include <limits.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -464,6 +465,8 @@ long syscall(long number, ...) {
     return result;
 }
 
+static void forget_counts(void) { memset(counts, 0, sizeof counts); }
+
 __attribute__((constructor)) static void start(void) {
     const char *sites = getenv("AMX_SITES");
     FILE *file = sites ? fopen(sites, "r") : NULL;
@@ -485,6 +488,7 @@ __attribute__((constructor)) static void start(void) {
     fclose(file);
     unsigned a, c, d;
     for (int i = 2; i < 8; i++) __cpuid_count(0xD, i, a, component_offset[i], c, d);
+    pthread_atfork(NULL, NULL, forget_counts); /* a child counts its own */
     dl_iterate_phdr(patch_library, NULL);
 }
 

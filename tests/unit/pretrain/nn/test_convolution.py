@@ -129,3 +129,17 @@ def test_small_depthwise_convolutions_in_which_onednn_hangs_run_in_fp32(
     expected = time_conv(x_BFD.float(), weight_EDK.float(), None, 1, taps // 2, channels)
     assert found.dtype == dtype
     assert torch.equal(found, expected.to(dtype))
+
+
+def test_the_gradient_of_a_tap_that_meets_only_padding_is_zero() -> None:
+    """oneDNN left it uninitialised, so that the memory it reuses is filled with NaN before."""
+    generator = torch.Generator().manual_seed(0)
+    x_BFD = torch.randn(2, 1, 32, generator=generator).bfloat16()
+    weight_EDK = torch.randn(32, 8, 3, generator=generator).bfloat16().requires_grad_()
+    out = time_conv(x_BFD, weight_EDK, None, 2, 1, 4)
+    for _ in range(20):
+        freed = [torch.full((size,), torch.nan) for size in (384, 768, 4096, 20_000)]
+        del freed
+        (found,) = torch.autograd.grad(out.sum(), weight_EDK, retain_graph=True)
+        assert found[..., 1].abs().max() > 0
+        assert torch.equal(found[..., ::2], torch.zeros(32, 8, 2).bfloat16())
