@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from typing import Annotated, Literal
 
 from data_pipeline.core.ray_tasks import refuse_foreign_address, refuse_foreign_dashboard
-from data_pipeline.core.schema import PluginChoice, PluginConfig, about, config, refuse
+from data_pipeline.core.schema import PluginChoice, PluginConfig, about, base_part, config, dump, refuse
 from data_pipeline.labels.kmeans import TargetsConfig
 from data_pipeline.preprocess.config import PreprocessConfig
 from pretrain.adaptation.config import FinetuneConfig
@@ -189,7 +191,10 @@ def _launcher_type(name: str) -> type[LauncherConfig]:
 
 Launcher = Annotated[LauncherConfig, PluginChoice("launcher", _launcher_names, _launcher_type)]
 RUNS = "folder that holds the run folders"
-TASK_NAME = "name of the run folder; empty: the command and the last part of the path of its output"
+TASK_NAME = (
+    "name of the run folder; empty: the command and the last part of the path of its output (evaluate: of the "
+    "checkpoint, and a hash of the settings)"
+)
 
 
 @config
@@ -204,6 +209,11 @@ class ProgramJob:
     def main_path(self) -> str:
         """The path whose last part names the run folder if `name` is empty."""
         raise NotImplementedError
+
+    @property
+    def distinction(self) -> str:
+        """What the folder's name needs besides, where jobs of different configs share the main path."""
+        return ""
 
 
 @config
@@ -234,6 +244,12 @@ class EvaluateJob(ProgramJob, EvaluateConfig):
     def main_path(self) -> str:
         """The checkpoint: results need no folder."""
         return self.checkpoint
+
+    @property
+    def distinction(self) -> str:
+        """A hash of the evaluation, so that two evaluations of a checkpoint have a folder each."""
+        text = json.dumps(dump(base_part(EvaluateConfig, self)), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 @config

@@ -38,12 +38,11 @@ from launch.cli.compose import compose  # noqa: E402
 from launch.config import PretrainJob  # noqa: E402
 from launch.runs.metadata import run_config  # noqa: E402
 from pretrain.checkpointing.initial import write_initial  # noqa: E402
-from pretrain.evaluate.config import EvaluateConfig, ProbeConfig  # noqa: E402
-from pretrain.evaluate.evaluator import TaskEvaluation  # noqa: E402
+from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, log_mel_with_context, open_encoder  # noqa: E402
 from pretrain.evaluate.graph_encoder import open_graph_encoder  # noqa: E402
-from pretrain.evaluate.manifest import read_manifest  # noqa: E402
 from pretrain.evaluate.metrics import Tally, accuracy, bootstrap  # noqa: E402
+from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
 from pretrain.profiling.graph_timing import GraphTiming, measure  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
 
@@ -152,7 +151,7 @@ def exported(models: list[Model], out: Path, shards: Path) -> tuple[dict[str, Pa
 
 def tallies(task: TaskEvaluation, encoder: FrozenEncoder) -> list[Tally]:
     """Returns hits and trials by speaker, for each seed."""
-    return task.probe(lambda seed: encoder, same=True)[MEASURE]
+    return task.scores(lambda seed: encoder, same=True)[MEASURE]
 
 
 def torch_speeds(teacher: Path, seconds: float, runs: int) -> dict[str, float]:
@@ -234,9 +233,9 @@ def main() -> int:
     folders, notes = exported(models, given.work / "exported", shards)
     settings = EvaluateConfig(
         checkpoint="graphs", task="phones", manifest=str(manifest), seeds=given.seeds, ask=given.ask,
-        max_utterances=given.max_utterances, probe=ProbeConfig(epochs=4, batch=1024),
+        max_utterances=given.max_utterances,
     )  # fmt: skip
-    task = TaskEvaluation(settings, "phones", read_manifest(manifest), lambda line: None)
+    task = TaskEvaluation(settings, "phones", lambda line: None)
     found = {name: tallies(task, open_graph_encoder(folder, name)) for name, folder in folders.items()}
     log_mel = tallies(task, log_mel_with_context())
     timings = measure(list(folders.values()), 10.0, given.runs, 1)

@@ -31,10 +31,11 @@ sys.path.insert(0, str(ROOT))
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from launch.runs.summary import audio_hours  # noqa: E402
-from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig  # noqa: E402
-from pretrain.evaluate.evaluator import Row, evaluate, plain  # noqa: E402
+from pretrain.evaluate.config import EvaluateConfig, SupervisedConfig  # noqa: E402
+from pretrain.evaluate.evaluator import evaluate  # noqa: E402
 from pretrain.evaluate.frozen_encoders import open_encoder  # noqa: E402
 from pretrain.evaluate.report import markdown  # noqa: E402
+from pretrain.evaluate.rows import Row, plain  # noqa: E402
 from pretrain.profiling import flops  # noqa: E402
 
 MEASURE = "non-silence frames"
@@ -68,8 +69,7 @@ def pretrain(experiment: str, shards: Path, runs: Path, minutes: float) -> Path:
 
 def settings(checkpoint: Path, manifest: Path, **more: Any) -> EvaluateConfig:
     """Returns the settings of the probe."""
-    probe = ProbeConfig(epochs=4, batch=1024)
-    return EvaluateConfig(checkpoint=str(checkpoint), task="phones", manifest=str(manifest), probe=probe, **more)
+    return EvaluateConfig(checkpoint=str(checkpoint), task="phones", manifest=str(manifest), **more)
 
 
 def curve(run: Path, manifest: Path, last: float) -> list[tuple[float, float, float]]:

@@ -37,12 +37,12 @@ from launch.cli.compose import compose  # noqa: E402
 from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.config import Config  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, ProbeConfig  # noqa: E402
-from pretrain.evaluate.evaluator import TaskEvaluation  # noqa: E402
-from pretrain.evaluate.features import SILENCE, Labelled, phone_frames  # noqa: E402
+from pretrain.evaluate.features import Labelled, phone_frames  # noqa: E402
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context, open_encoder  # noqa: E402
-from pretrain.evaluate.manifest import Interval, Utterance, read_manifest  # noqa: E402
+from pretrain.evaluate.manifest import Interval, Utterance  # noqa: E402
 from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.probe import fit_probe  # noqa: E402
+from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.profiling import flops  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
@@ -70,7 +70,7 @@ class Found:
     tallies: Mapping[float, list[Tally]]
 
     def accuracy(self, speed: float) -> float:
-        """Returns the accuracy on non-silence frames, mean over seeds and speakers."""
+        """Returns the accuracy on non-silence frames, over all speakers."""
         return bootstrap(self.tallies[speed], 100).value
 
     def lost(self, speed: float) -> float:
@@ -126,7 +126,7 @@ class Speeds:
 
     def __init__(self, manifest: Path, most: int) -> None:
         config = EvaluateConfig(checkpoint="none", manifest=str(manifest), max_utterances=most)
-        self.task = TaskEvaluation(config, "phones", read_manifest(manifest), print)
+        self.task = TaskEvaluation(config, "phones", print)
 
     def features(self, encoder: FrozenEncoder, part: Sequence[Utterance], speed: float) -> Labelled:
         """Returns the labelled frames of `part` at a speed."""
@@ -142,12 +142,11 @@ class Speeds:
 
         return phone_frames(encoder, part, phones, self.task.classes, waves)  # type: ignore[arg-type]
 
-    def probe(self, who: str, encoder: FrozenEncoder, seeds: int) -> Found:
+    def probe(self, who: str, encoder: FrozenEncoder) -> Found:
         """Fits at speed 1 on train, selects on valid, evaluates on test at every speed."""
         train, valid = (self.features(encoder, part, 1.0) for part in self.task.parts[:2])
-        settings = ProbeConfig(epochs=4, batch=1024)
-        probes = [fit_probe(train, valid, len(self.task.classes), settings, seed) for seed in range(seeds)]
-        silent = torch.tensor([self.task.classes[phone] for phone in SILENCE if phone in self.task.classes])
+        probes = [fit_probe(train, valid, len(self.task.classes), ProbeConfig())]
+        silent = torch.tensor([self.task.classes[phone] for phone in self.task.silence if phone in self.task.classes])
         tallies: dict[float, list[Tally]] = {}
         for speed in SPEEDS:
             test = self.features(encoder, self.task.parts[2], speed)
@@ -183,7 +182,6 @@ def main() -> int:
     """Returns exit code 0 where the criterion is met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=12.0, help="of pretraining, both objectives together")
-    parser.add_argument("--seeds", type=int, default=3, help="probes per model")
     parser.add_argument("--max-utterances", type=int, default=0, help="per split of the probe; 0 takes all")
     parser.add_argument("--shards", type=Path, help="shards of AURICLE_SPEECH; written where not given")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "time_contrastive")
@@ -216,10 +214,10 @@ def main() -> int:
     encoders = {objective: open_encoder(str(run)) for objective, run in runs.items()}
     fresh = encoders[PLAIN].fresh
     assert fresh is not None
-    found = {objective: speeds.probe(objective, encoder, given.seeds) for objective, encoder in encoders.items()}
+    found = {objective: speeds.probe(objective, encoder) for objective, encoder in encoders.items()}
     others = [
-        speeds.probe("random weights", freeze(fresh(0), "random weights"), given.seeds),
-        speeds.probe("log-mel ±10 frames", log_mel_with_context(), given.seeds),
+        speeds.probe("random weights", freeze(fresh(0), "random weights")),
+        speeds.probe("log-mel ±10 frames", log_mel_with_context()),
     ]
     lines, met = verdicts(found[PLAIN], found[TIMED])
     report(given, [*found.values(), *others], spent, steps, lines, time.monotonic() - begun)
@@ -241,7 +239,7 @@ def report(
     text = [
         "# Time-contrastive objective and wav2vec 2.0 at equal operations", "",
         f"{platform.machine()}, {os.cpu_count()} cores, {took / 60:.0f} minutes in all; {steps} updates each, 4 × 256 "
-        f"transformer on log-mel at 50 Hz, {given.seeds} probes. Accuracy of phones, non-silence frames, unseen "
+        f"transformer on log-mel at 50 Hz. Accuracy of phones, non-silence frames, unseen "
         "speakers, in %.",
         "", "| model | distinct audio, training operations | 1× | 0.8× | 1.2× | lost at 0.8× | lost at 1.2× |",
         "|---|---|---|---|---|---|---|", *rows, "",

@@ -140,12 +140,13 @@ def decode(source: str | bytes, rate: int, channel: int | None = None) -> Iterat
             raise AudioError("no_samples", "contains no samples")
 
 
-def read_mono(path: str, rate: int = SAMPLE_RATE) -> Wave:
+def read_mono(path: str, rate: int = SAMPLE_RATE, channel: int | None = None) -> Wave:
     """Returns all of a recording as one array.
 
     Args:
         path: Local path or fsspec URL.
         rate: Output rate in Hz.
+        channel: Channel to take instead of the mix, counted from 0.
 
     Returns:
         (T,) float32 in [-1, 1], mixed to mono as in `decode`.
@@ -155,7 +156,7 @@ def read_mono(path: str, rate: int = SAMPLE_RATE) -> Wave:
     """
     try:
         with local_copy(path) as local:
-            return np.concatenate(list(decode(local, rate)))
+            return np.concatenate(list(decode(local, rate, channel)))
     except AudioError as error:
         raise AudioError(error.reason, f"{path}: {error}") from None
 

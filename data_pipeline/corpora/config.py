@@ -38,7 +38,8 @@ class PathCorpus(CorpusConfig):
     pattern: Annotated[
         str,
         about(
-            "regular expression searched in the path below the folder; its groups give speaker, language, text, split"
+            "regular expression searched in the path below the folder; its groups give speaker, language, text, split, "
+            "and labels under any other name"
         ),
     ] = ""
     extensions: Annotated[

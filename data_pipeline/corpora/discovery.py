@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from pathlib import PurePosixPath
+from typing import Final
 
 from data_pipeline.audio import codecs
 from data_pipeline.core.schema import ConfigError
@@ -27,6 +28,9 @@ from data_pipeline.corpora.listing import Entry, list_files
 from data_pipeline.corpora.manifest import read_manifest
 from data_pipeline.corpora.records import Discovered, RecordingId, recording_id, reject_file
 from data_pipeline.corpora.tarred import read_tarred
+
+FIELDS: Final = ("speaker", "language", "text", "split")
+"""Groups of `corpus.pattern` that are fields of a recording; all other ones are labels."""
 
 
 def fingerprint(corpus: CorpusConfig) -> str:
@@ -105,6 +109,7 @@ def _from_path(corpus: PathCorpus, found: Discovered) -> None:
                 language=groups.get("language", "") or corpus.language,
                 text=groups.get("text", ""),
                 split=groups.get("split", ""),
+                labels={name: value for name, value in groups.items() if name not in FIELDS and value},
             )
         )
     if pattern and unmatched:

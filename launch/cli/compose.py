@@ -21,13 +21,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.core.schema import ConfigError, hint
-from launch.cli.groups import CONF, EXPERIMENT, KINDS, groups, outside, without_yaml
+from launch.cli.groups import CONF, DEFINITIONS, EXPERIMENT, KINDS, groups, outside, without_yaml
 from launch.cli.outside import recipe_folders
 
 READABLE_VARIABLES = ("HOME", "USER", "LOGNAME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "PROJECT", "DATA")
 READABLE_PREFIXES = ("AURICLE_", "SLURM_")
 """Environment variables that `${oc.env:NAME}` may read: configs are saved in run folders, and other variables may
 contain credentials."""
+
+
+SUFFIX = "__"
+"""Appended to fields with the name of a folder of conf/, such as `task`, which Hydra would take for a config group."""
 
 
 def _variable(name: str, *default: str) -> str:
@@ -66,7 +70,7 @@ def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[st
             _search_path(outside()) as further,
         ):
             composed = hydra.compose(root, lines + further)
-        plain = OmegaConf.to_container(composed, resolve=True)
+        plain = _renamed_back(OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         own = re.search(r"ConfigError raised while resolving interpolation: (.*)\n\s*full_key: (\S+)", str(error))
         if own:  # of _variable
@@ -147,6 +151,8 @@ def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str])
     if not equals or not name:
         parts = ", ".join(sorted(in_defaults))
         raise ConfigError(f"{line!r} is not an override: write field=value, or group=choice for {parts}")
+    if name in DEFINITIONS:
+        name = f"{name}{SUFFIX}"
     if name in chosen:
         return _group_choice(name, value, chosen[name], name in in_defaults)
     try:
@@ -155,6 +161,10 @@ def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str])
         plain = False
     plain = plain and "\\" not in value  # Hydra would drop some
     return f"++{name}={value}" if plain else f"++{name}={_quoted(value)}"
+
+
+def _renamed_back(plain: Any) -> Any:
+    return {name.removesuffix(SUFFIX): value for name, value in plain.items()} if isinstance(plain, dict) else plain
 
 
 def _quoted(value: str) -> str:

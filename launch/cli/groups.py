@@ -11,6 +11,8 @@ from launch.cli.outside import recipe_folders
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENT = "experiment"
+DEFINITIONS = ("task", "label_set")
+"""Folders of conf/ that `auricle evaluate` reads itself; they are no config groups."""
 KINDS = {"objectives": "objective", "encoders": "encoder", "frontends": "frontend"}
 """Kinds of plug-ins that a config has one of, and their config groups."""
 
@@ -56,5 +58,5 @@ def _groups_of(folder: Path) -> Iterator[tuple[str, list[Path]]]:
         yield EXPERIMENT, sorted(folder.glob("*.yaml"))
         return
     for group in sorted(folder.iterdir()):
-        if group.is_dir() and not group.name.startswith(("_", ".")):
+        if group.is_dir() and not group.name.startswith(("_", ".")) and group.name not in DEFINITIONS:
             yield group.name, sorted(group.glob("*.yaml"))

@@ -39,11 +39,12 @@ PATIENCE = 120.0
 
 
 def folder_of(command: str, job: ProgramJob) -> Path:
-    """Returns RUNS/NAME; the default name is the command and the last part of the path of its output."""
+    """Returns RUNS/NAME; the default name is the command, the last part of its main path, and its distinction."""
     if job.name:
         return metadata.folder_of(job)
     last = job.main_path.rstrip("/").rpartition("/")[2]
-    return Path(job.runs) / f"{command}_{re.sub(r'[^0-9A-Za-z_-]+', '_', last)}"
+    name = "_".join(part for part in (command, re.sub(r"[^0-9A-Za-z_-]+", "_", last), job.distinction) if part)
+    return Path(job.runs) / name
 
 
 def prepare(command: str, job: ProgramJob) -> Path:

@@ -185,9 +185,9 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
 def _require_inputs(job: PretrainJob | ProgramJob) -> None:
     """Raises ConfigError for a missing input that is not the output of an earlier step."""
     if isinstance(job, EvaluateJob):
-        from pretrain.evaluate.manifest import find_manifest
+        from pretrain.evaluate.task_data import inputs
 
-        find_manifest(job.manifest)
+        inputs(job)
 
 
 def why_pretraining(run: PretrainJob) -> str:

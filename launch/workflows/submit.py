@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+from data_pipeline.corpora.local_speech import speech_manifest
 from launch.cli import request
 from launch.config import JOB_TYPES, EvaluateJob, ProgramJob
 from launch.exit_codes import ExitCode
@@ -15,7 +16,7 @@ from launch.launchers.status import require_ended
 from launch.runs.job_record import write_record
 from launch.workers import task
 from launch.workers.programs import program
-from pretrain.evaluate.config import layer_numbers, task_names
+from pretrain.evaluate.config import layer_numbers
 
 DRY_RUN, PREPARE = "--dry-run", "--prepare"
 SWITCHES = (DRY_RUN, PREPARE)
@@ -79,10 +80,10 @@ def _with_inputs(config: ProgramJob) -> ProgramJob:
     Raises ConfigError for invalid names of tasks and layers, before the job is queued.
     """
     if isinstance(config, EvaluateJob):
-        task_names(config)
         layer_numbers(config)
-    if isinstance(config, EvaluateJob) and not config.manifest:
-        from pretrain.evaluate.manifest import find_manifest
+        from pretrain.evaluate.task_data import inputs
 
-        return replace(config, manifest=str(find_manifest("").absolute()))
+        given = inputs(config)
+        if not config.manifest and (manifest := speech_manifest()) and str(manifest) in given.values():
+            return replace(config, manifest=str(manifest.absolute()))
     return config

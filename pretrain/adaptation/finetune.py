@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from data_pipeline.audio.codecs import read_mono
 from data_pipeline.core.atomic_files import write_atomically, write_json
 from data_pipeline.core.schema import ConfigError, dump
 from data_pipeline.core.storage import FileStore
@@ -30,7 +29,14 @@ from data_pipeline.shards.records import done_records, read_index
 from pretrain.adaptation.config import FinetuneConfig
 from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.locate import find_checkpoint
-from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest, require_disjoint
+from pretrain.evaluate.manifest import (
+    Utterance,
+    find_manifest,
+    read_audio,
+    read_manifest,
+    require_disjoint,
+    span_columns,
+)
 from pretrain.interop import hf_folder
 from pretrain.interop.init_weights import hugging_face_architecture
 from pretrain.recognition.error_rates import Decoders, Errors, errors, fit_ngram, recognise, written
@@ -81,7 +87,7 @@ def write_shards(utterances: Sequence[Utterance], symbols: str, folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     manifest, out = folder / "train.jsonl", folder / "shards"
     rows = [
-        {"path": str(u.path.absolute()), "speaker": u.speaker, "text": written(u.text, symbols), "corpus": u.corpus}
+        {"path": u.path, "speaker": u.speaker, "text": written(u.text, symbols), "corpus": u.corpus} | span_columns(u)
         for u in utterances
     ]
     write_atomically(manifest, "".join(json.dumps(row) + "\n" for row in rows))
@@ -163,7 +169,7 @@ def measure(settings: FinetuneConfig, corpus: Corpus) -> list[Errors]:
 
     def waves() -> Iterator[np.ndarray]:
         for utterance in track(corpus.test, "recognising", transient=True):
-            yield read_mono(str(utterance.path))
+            yield read_audio(utterance)
 
     ngram = fit_ngram((u.text for u in corpus.train), settings.ngram, symbols)
     decoded = recognise(recogniser, waves(), Decoders(settings.beam, ngram, settings.ngram_weight))

@@ -2,22 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Final, Literal
 
 from data_pipeline.core.schema import ConfigError, about, config, hint, refuse
+from pretrain.evaluate import definitions
 
-TASKS: Final = ("phones", "keywords", "digits", "speaker", "language", "abx", "pnmi", "rankme", "asr", "streaming")
+MEASURES: Final = ("abx", "pnmi", "rankme")
+"""Measures without fitting, on the frame labels of a task."""
+RECOGNITION: Final = ("asr", "streaming")
+"""Tasks of recognisers, which have a head; all other tasks are of encoders."""
+
+
+def known_tasks() -> tuple[str, ...]:
+    """Returns the names of all tasks: definitions (conf/task), measures, and those of recognisers."""
+    return (*definitions.names("task"), *MEASURES, *RECOGNITION)
 
 
 @config
 class ProbeConfig:
-    """A linear classifier on frozen features, with learned weights of the layers."""
+    """A logistic regression on standardised frozen features, fitted to convergence by L-BFGS."""
 
-    epochs: Annotated[int, about("passes over the training split", ge=1)] = 8
-    min_updates: Annotated[int, about("least number of updates; small training splits get more passes", ge=1)] = 600
-    lr: Annotated[float, about("Adam's peak learning rate, with a cosine to 0", gt=0)] = 2e-3
-    batch: Annotated[int, about("frames (or utterances) per update", ge=1)] = 512
-    weight_decay: Annotated[float, about("decoupled weight decay", ge=0)] = 1e-4
+    l2: Annotated[
+        tuple[float, ...],
+        about(
+            "strengths of the penalty on the weights of standardised features, of which the best is chosen",
+            min_length=1,
+        ),
+    ] = (1e-2, 1e-3, 1e-4, 1e-5)
+    iterations: Annotated[int, about("the most iterations of L-BFGS", ge=1)] = 200
+    choice_vectors: Annotated[
+        int, about("most vectors of the training split that are used to choose layers and penalty", ge=1)
+    ] = 20_000
+    least_speakers: Annotated[
+        int, about("with fewer validation speakers, layers and penalty are chosen by cross-validation", ge=1)
+    ] = 5
+    folds: Annotated[int, about("folds of speakers in that cross-validation", ge=2)] = 5
+
+    def __post_init__(self) -> None:
+        if min(self.l2) < 0:
+            refuse("l2", self.l2, "must not be negative")
+
+
+@config
+class TextProbeConfig:
+    """Tasks of kind text: a linear layer on frozen features, by CTC."""
+
+    epochs: Annotated[int, about("most passes over the training split", ge=1)] = 60
+    patience: Annotated[
+        int, about("epochs without fewer character errors on the validation speakers before it ends", ge=1)
+    ] = 6
+    lr: Annotated[float, about("Adam's learning rate", gt=0)] = 3e-3
+    batch: Annotated[int, about("utterances per update", ge=1)] = 16
 
 
 @config
@@ -63,18 +99,35 @@ class EvaluateConfig:
     checkpoint: Annotated[
         str, about("checkpoint folder, run folder or Hugging Face folder; several with commas", min_length=1)
     ]
-    task: Annotated[str, about(f"{', '.join(TASKS)}; several with commas", min_length=1)] = "phones"
+    task: Annotated[
+        str,
+        about(
+            f"definitions of conf/task or YAML files of your own, measures ({', '.join(MEASURES)}), or tasks of "
+            f"recognisers ({', '.join(RECOGNITION)}); several with commas",
+            min_length=1,
+        ),
+    ] = "phones"
     manifest: Annotated[
         str,
         about(
-            "tab-separated list of the audio: path, speaker, text, label, language, corpus, split; empty: manifest.tsv "
-            "of the folder that the environment variable AURICLE_SPEECH names"
+            "list of the audio (TSV, CSV, JSON lines): path, speaker, text, label, language, corpus, split; empty: "
+            "manifest.tsv of the folder that the environment variable AURICLE_SPEECH names"
         ),
     ] = ""
+    data: Annotated[
+        dict[str, str],
+        about("task -> its manifest, folder of audio or folder of shards, where it is not `manifest`"),
+    ] = dataclasses.field(default_factory=dict)
     phones: Annotated[
-        str, about("tab-separated alignment: path, start_s, end_s, phone; relative to the manifest's folder")
-    ] = "phones/auto_pocketsphinx.tsv"
-    corpora: Annotated[str, about("use only these corpora, with commas; empty: the task's default corpora")] = ""
+        str,
+        about("frame labels, instead of the task's: a table, CTM, folder of TextGrids, or ending such as .TextGrid"),
+    ] = ""
+    frames: Annotated[
+        str, about(f"task of kind frames whose labels {', '.join(MEASURES)} are measured with", min_length=1)
+    ] = "phones"
+    corpora: Annotated[
+        str, about("use only these corpora, with commas; empty: the task's, where the data has them")
+    ] = ""
     ask: Annotated[
         Literal["test", "valid"],
         about("split that is evaluated: valid while settings are chosen, test for final figures"),
@@ -98,7 +151,11 @@ class EvaluateConfig:
     ] = 60.0
     every: Annotated[int, about("follow: evaluate only checkpoints at multiples of this step", ge=1)] = 1
     device: Annotated[str, about("cpu or cuda", min_length=1)] = "cpu"
+    threads: Annotated[
+        int, about("most threads of the CPU; single utterances and small probes gain nothing from many", ge=1)
+    ] = 2
     probe: ProbeConfig = ProbeConfig()
+    text: TextProbeConfig = TextProbeConfig()
     supervised: SupervisedConfig = SupervisedConfig()
     asr: AsrConfig = AsrConfig()
     streaming: StreamingConfig = StreamingConfig()
@@ -112,9 +169,12 @@ def items(text: str) -> list[str]:
 def task_names(config: EvaluateConfig) -> list[str]:
     """Returns the tasks of a config. Raises ConfigError for an unknown task, or if there is none."""
     names = items(config.task)
+    known = known_tasks()
     for name in names or [config.task]:
-        if name not in TASKS:
-            raise ConfigError(f"task={name}: there is no such task{hint(name, TASKS)}; there are: {', '.join(TASKS)}")
+        if name.endswith((".yaml", ".yml")):
+            definitions.find("task", name)
+        elif name not in known:
+            raise ConfigError(f"task={name}: there is no such task{hint(name, known)}; there are: {', '.join(known)}")
     return names
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.audio.codecs import read_mono
+from data_pipeline.audio.codecs import AudioError
+from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
-from pretrain.evaluate.manifest import Interval, Utterance, grid_labels
+from pretrain.evaluate.manifest import Interval, Utterance, grid_labels, read_audio
 
 GRID_HZ = 50.0
 """Rate at which frames are labelled and counted, so that encoders of any rate are evaluated on the same labels."""
-SILENCE = ("SIL", "sil", "", "spn", "SPN", "sp", "<sil>", "+SPN+")
+MOST_BYTES = 4 << 30
+"""Decoded audio that is kept; further recordings are decoded again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +44,33 @@ class Labelled:
 
 
 class Waves:
-    """Cache of decoded audio, shared by all encoders."""
+    """Cache of decoded audio, shared by all encoders and tasks."""
 
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._kept: dict[tuple[object, ...], Tensor] = {}
+        self._left = most_bytes
 
     def __call__(self, utterance: Utterance) -> Tensor:
-        """Returns the audio of an utterance, (T,) float32 at 16 kHz."""
-        if utterance.name not in self._kept:
-            self._kept[utterance.name] = torch.from_numpy(read_mono(str(utterance.path)))
-        return self._kept[utterance.name]
+        """Returns the audio of an utterance, (T,) float32 at 16 kHz. Raises AudioError if it is unusable."""
+        key = utterance.path, utterance.start, utterance.stop, utterance.channel
+        if key in self._kept:
+            return self._kept[key]
+        wave_T = torch.from_numpy(read_audio(utterance))
+        if self._left >= 4 * len(wave_T):
+            self._left -= 4 * len(wave_T)
+            self._kept[key] = wave_T
+        return wave_T
+
+    def usable(self, utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[str], float]:
+        """Decodes utterances; returns those that can be used, a line for each other one, and seconds of audio."""
+        kept, problems, samples = [], [], 0
+        for utterance in utterances:
+            try:
+                samples += len(self(utterance))
+                kept.append(utterance)
+            except AudioError as error:
+                problems.append(f"{utterance.name}: {error.reason} ({error})")
+        return kept, problems, samples / SAMPLE_RATE
 
 
 def grid_frames(rate_hz: float, n_frames: int, cells: int) -> Tensor:
@@ -87,7 +107,7 @@ def phone_frames(
     speakers = tuple(sorted({u.speaker for u in utterances}))
     for utterance in utterances:
         wave_T = waves(utterance)
-        labels = grid_labels(phones[utterance.name], len(wave_T) / 16_000, GRID_HZ)
+        labels = grid_labels(phones[utterance.name], len(wave_T) / SAMPLE_RATE, GRID_HZ)
         known = torch.tensor([i for i, phone in enumerate(labels) if phone in classes], dtype=torch.long)
         if not len(known):
             continue
@@ -102,7 +122,7 @@ def phone_frames(
 def pooled(
     encoder: FrozenEncoder,
     utterances: Sequence[Utterance],
-    target: Callable[[Utterance], str],
+    target: Mapping[str, str],
     classes: Mapping[str, int],
     waves: Waves,
     pool: Callable[[Tensor], Tensor],
@@ -113,7 +133,7 @@ def pooled(
     Args:
         encoder: computes the features.
         utterances: the utterances.
-        target: returns the class name of an utterance.
+        target: class of each utterance, by name.
         classes: index of each class.
         waves: decoded audio.
         pool: maps (L, F, D) features to (L, D').
@@ -121,7 +141,7 @@ def pooled(
     """
     speakers = tuple(sorted({u.speaker for u in utterances}))
     x_NLD = torch.stack([pool(_chosen(encoder.encode(waves(u)), layers)).half() for u in utterances])
-    y_N = torch.tensor([classes[target(u)] for u in utterances])
+    y_N = torch.tensor([classes[target[u.name]] for u in utterances])
     return Labelled(x_NLD, y_N, np.array([speakers.index(u.speaker) for u in utterances]), speakers)
 
 
@@ -134,6 +154,10 @@ def quarters(x_LFD: Tensor) -> Tensor:
 def mean_and_deviation(x_LFD: Tensor) -> Tensor:
     """Concatenates mean and standard deviation over time, (L, F, D) to (L, 2 · D)."""
     return torch.cat([x_LFD.mean(1), x_LFD.std(1, unbiased=False)], dim=-1)
+
+
+POOLS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"quarters": quarters, "mean_and_deviation": mean_and_deviation}
+"""How the frames of an utterance become one vector: (L, F, D) to (L, D')."""
 
 
 def _chosen(x_LFD: Tensor, layers: Sequence[int] | None) -> Tensor:

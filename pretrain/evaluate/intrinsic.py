@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from pretrain.evaluate import abx as phone_abx
-from pretrain.evaluate.features import SILENCE, Waves, phone_frames
+from pretrain.evaluate.features import Waves, phone_frames
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
 from pretrain.evaluate.manifest import Interval, Utterance
-from pretrain.evaluate.metrics import Interval95, equal_error_rate, phone_normalized_mutual_information
+from pretrain.evaluate.metrics import Interval95, phone_normalized_mutual_information
 from pretrain.monitoring.detectors import rank_me
 
 Found = list[tuple[str, Interval95]]
@@ -21,8 +21,9 @@ PER_PHONE, RESAMPLINGS, UNITS, MAX_FRAMES = 3, 500, 100, 20_000
 
 
 def abx(
-    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
-) -> Found:
+    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves,
+    silence: Collection[str],
+) -> Found:  # fmt: skip
     """Measures the phone ABX error of each layer within and across speakers, with intervals over speakers.
 
     Args:
@@ -31,6 +32,7 @@ def abx(
         phones: alignment of each utterance, by name.
         classes: index of each phone.
         waves: decoded audio.
+        silence: labels that are not phones.
 
     Raises:
         ValueError: the utterances give no triple.
@@ -41,7 +43,7 @@ def abx(
         for interval in phones[utterance.name]:
             first, last = (round(edge * encoder.rate_hz) for edge in (interval.start, interval.end))
             last = min(last, x_LFD.shape[1])
-            if interval.phone not in SILENCE and 2 <= last - first <= 30:
+            if interval.phone not in silence and 2 <= last - first <= 30:
                 tokens.append((interval.phone, utterance.speaker, x_LFD[:, first:last]))
     tokens = phone_abx.thinned(tokens, PER_PHONE)
     if not tokens:
@@ -56,8 +58,9 @@ def abx(
 
 
 def pnmi(
-    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
-) -> Found:
+    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves,
+    silence: Collection[str],
+) -> Found:  # fmt: skip
     """Computes PNMI and purities of k-means units of each layer with the phones, without frames of silence.
 
     See `abx` for the arguments.
@@ -65,7 +68,7 @@ def pnmi(
     from sklearn.cluster import MiniBatchKMeans
 
     frames = phone_frames(encoder, part, phones, classes, waves)
-    spoken_N = torch.isin(frames.y_N, torch.tensor([classes[p] for p in SILENCE if p in classes]), invert=True)
+    spoken_N = torch.isin(frames.y_N, torch.tensor([classes[p] for p in silence if p in classes]), invert=True)
     (chosen_N,) = spoken_N.nonzero(as_tuple=True)
     chosen_N = chosen_N[:: max(1, len(chosen_N) // MAX_FRAMES)]
     kept, labels = frames.x_NLD[chosen_N], frames.y_N[chosen_N].numpy()
@@ -80,8 +83,9 @@ def pnmi(
 
 
 def rankme(
-    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves
-) -> Found:
+    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves,
+    silence: Collection[str],
+) -> Found:  # fmt: skip
     """Measures the effective rank of each layer (RankMe, arXiv 2210.02885). See `abx` for the arguments."""
     frames = phone_frames(encoder, part, phones, classes, waves)
     kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // 4096)].float().numpy()
@@ -91,25 +95,6 @@ def rankme(
 def point(value: float) -> Interval95:
     """Returns a value without an interval."""
     return Interval95(value, float("nan"), float("nan"))
-
-
-def verification(encoder: FrozenEncoder, valid: Sequence[Utterance], test: Sequence[Utterance], waves: Waves) -> float:
-    """Returns the equal error rate of speaker verification by the cosine of mean frames; `valid` selects the layer."""
-    by_layer = [_errors(encoder, part, waves) for part in (valid, test)]
-    return by_layer[1][int(np.argmin(by_layer[0]))]
-
-
-def _errors(encoder: FrozenEncoder, part: Sequence[Utterance], waves: Waves) -> list[float]:
-    x_NLD = np.stack([encoder.encode(waves(u)).float().mean(1).numpy() for u in part])
-    same_NN = np.array([[a.speaker == b.speaker for b in part] for a in part])
-    above_NN = np.triu(np.ones(same_NN.shape, dtype=bool), 1)
-    errors = []
-    for layer in range(x_NLD.shape[1]):
-        x_ND = x_NLD[:, layer] - x_NLD[:, layer].mean(0)
-        x_ND /= np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-9)
-        cosine_NN = x_ND @ x_ND.T
-        errors.append(equal_error_rate(cosine_NN[same_NN & above_NN], cosine_NN[~same_NN & above_NN]))
-    return errors
 
 
 MEASURES: dict[str, Callable[..., Found]] = {"abx": abx, "pnmi": pnmi, "rankme": rankme}

@@ -1,38 +1,76 @@
-"""Reads labelled utterances from a manifest, and phone alignments. Speakers of test must not occur in train."""
+"""Labelled utterances from manifests, read as `auricle preprocess` reads them, and frame labels with times."""
 
 from __future__ import annotations
 
-import csv
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
+from data_pipeline.audio.codecs import AudioError, Wave, read_mono
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import SAMPLE_RATE, AudioFile
+from data_pipeline.corpora.config import ManifestCorpus
 from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_manifest
+from data_pipeline.corpora.manifest import ManifestReader
+from data_pipeline.corpora.records import Discovered, Reject
+from data_pipeline.corpora.tables import as_text, read_table
 
 SPLITS = ("train", "valid", "test")
+FIELDS: Final = ("speaker", "text", "language", "corpus", "split")
+"""Fields of an utterance that may be used as its label; every other column is in `labels`."""
+TIMES: Final = {
+    "path": ("path", "audio", "audio_filepath", "file", "utterance", "id"),
+    "start": ("start_s", "begin_s", "start", "begin", "start_time", "begin_time"),
+    "end": ("end_s", "stop_s", "end", "stop", "end_time", "stop_time"),
+    "label": ("phone", "label", "symbol", "text", "phoneme"),
+}
+"""Names of the columns of a table of frame labels; times are in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One line of the manifest."""
+    """A recording, or a part of one, with its labels.
 
-    path: Path
+    path: local path or fsspec URL.  name: unique in a task, the path below the manifest's folder.  labels: further
+    columns by name.  start, stop: first sample and the one after the last, at 16 kHz; None: to the end.  channel: the
+    one to take, from 0; None: the mix.
+    """
+
+    path: str
     name: str
-    speaker: str
-    text: str
-    label: str
-    language: str
-    corpus: str
-    split: str
+    speaker: str = ""
+    text: str = ""
+    language: str = ""
+    corpus: str = ""
+    split: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    file: str = ""
+    start: int = 0
+    stop: int | None = None
+    channel: int | None = None
+
+    def value(self, column: str) -> str:
+        """Returns the value of a column; "" if the utterance has none."""
+        found: str = getattr(self, column) if column in FIELDS else self.labels.get(column, "")
+        return found
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The utterances of a manifest or corpus, the columns that have values, and what cannot be used."""
+
+    utterances: list[Utterance]
+    columns: tuple[str, ...]
+    rejects: list[Reject]
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A phone from `start` to `end`, in seconds."""
+    """A phone, or another frame label, from `start` to `end`, in seconds."""
 
     start: float
     end: float
@@ -59,31 +97,119 @@ def find_manifest(given: str) -> Path:
 
 
 def read_manifest(manifest: Path) -> list[Utterance]:
-    """Reads all rows. Raises ConfigError if the file does not exist, ValueError if a column is missing."""
+    """Returns the usable rows of a manifest, in its order; see `read_listing`."""
+    return read_listing(manifest).utterances
+
+
+def read_listing(manifest: Path, columns: Mapping[str, str] | None = None) -> Listing:
+    """Reads a manifest (TSV, CSV, JSON lines) by the code of `auricle preprocess`: synonyms, spans, channels, rejects.
+
+    Args:
+        manifest: the table; relative paths begin at its folder.
+        columns: names of the columns path, speaker, text … where they differ.
+
+    Raises:
+        ConfigError: the table cannot be read or has no column of paths; names the columns that it has.
+    """
     if not manifest.is_file():
         raise ConfigError(
-            f"manifest={manifest}: there is no such file; it lists path, speaker, corpus, split and labels"
+            f"manifest={manifest}: there is no such file; it lists path, speaker, split and labels of audio"
         )
-    with manifest.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    missing = {"path", "speaker", "corpus", "split"} - set(rows[0] if rows else ())
-    if missing:
-        raise ValueError(f"manifest={manifest}: lacks the columns {', '.join(sorted(missing))}")
-    texts = ("speaker", "text", "label", "language", "corpus", "split")
-    return [
-        Utterance(manifest.parent / row["path"], row["path"], *(row.get(name) or "" for name in texts)) for row in rows
-    ]
+    found = Discovered()
+    corpus = ManifestCorpus(path=str(manifest), columns=dict(columns or {}), allow_outside=True)
+    reader = ManifestReader(corpus, found)
+    for row in read_table(corpus.path, "manifest"):
+        reader.add(row)
+    reader.finish()
+    return Listing(utterances_of(found.files), tuple(reader.seen), found.rejects)
+
+
+def utterances_of(files: Iterable[AudioFile], prefix: str = "") -> list[Utterance]:
+    """Returns an utterance for each recording without marked parts, and for each part of the other ones."""
+    return [utterance for file in files for utterance in _parts(file, prefix + file.file_id)]
+
+
+def _parts(file: AudioFile, name: str) -> Iterable[Utterance]:
+    if not file.spans:
+        yield Utterance(
+            file.path, name, file.speaker, file.text, file.language, file.corpus, file.split, file.labels, name
+        )
+    for span in file.spans:
+        yield Utterance(
+            path=file.path,
+            name=f"{name}:{span.start}-{span.stop or ''}{'' if span.channel is None else f'-{span.channel}'}",
+            speaker=span.speaker or file.speaker,
+            text=span.text,
+            language=span.language or file.language,
+            corpus=file.corpus,
+            split=span.split or file.split,
+            labels=span.labels or file.labels,
+            file=name,
+            start=span.start,
+            stop=span.stop,
+            channel=span.channel,
+        )
+
+
+def span_columns(utterance: Utterance) -> dict[str, float]:
+    """Returns the columns of a manifest that select the utterance's part of its recording; none for a whole one."""
+    if utterance.start == 0 and utterance.stop is None and utterance.channel is None:
+        return {}
+    columns: dict[str, float] = {"begin": utterance.start / SAMPLE_RATE}
+    columns |= {} if utterance.stop is None else {"end": utterance.stop / SAMPLE_RATE}
+    return columns | ({} if utterance.channel is None else {"channel": utterance.channel})
+
+
+def read_audio(utterance: Utterance) -> Wave:
+    """Decodes an utterance as `auricle preprocess` does: (T,) float32 at 16 kHz.
+
+    Raises:
+        AudioError: the recording is unusable, or the utterance has no sample.
+    """
+    wave_T = read_mono(utterance.path, channel=utterance.channel)[utterance.start : utterance.stop]
+    if not len(wave_T):
+        raise AudioError("no_samples", f"{utterance.name}: begins after the end of the recording")
+    return wave_T
 
 
 def read_phones(alignment: Path) -> dict[str, list[Interval]]:
-    """Reads an alignment: path as in the manifest -> phones in order. Raises ConfigError if the file does not exist."""
+    """Reads a table of frame labels (TSV, CSV, JSON lines): path as in the manifest to labels in order.
+
+    Raises:
+        ConfigError: there is no such file, or a column is missing; names those that exist.
+    """
     if not alignment.is_file():
         raise ConfigError(f"phones={alignment}: there is no such file; phone tasks need an alignment")
-    found: dict[str, list[Interval]] = defaultdict(list)
-    with alignment.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            found[row["path"]].append(Interval(float(row["start_s"]), float(row["end_s"]), row["phone"]))
-    return dict(found)
+    found: dict[str, list[Interval]] = {}
+    for row in read_table(str(alignment), "phones"):
+        picked = {
+            field: next((row.values[name] for name in names if name in row.values), None)
+            for field, names in TIMES.items()
+        }
+        if row.number == 1 and not row.problem and any(picked[name] is None for name in ("path", "start", "end")):
+            lacking = [
+                f"{name} ({', '.join(TIMES[name])})" for name in ("path", "start", "end") if picked[name] is None
+            ]
+            raise ConfigError(
+                f"phones={alignment}: lacks the columns {'; '.join(lacking)}; its columns are: {', '.join(row.values)}"
+            )
+        try:
+            start, end = float(picked["start"] or 0.0), float(picked["end"] or 0.0)
+        except (TypeError, ValueError):
+            raise ConfigError(f"phones={alignment}: row {row.number}: a time is not a number of seconds") from None
+        interval = Interval(start, end, as_text(picked["label"] or ""))
+        found.setdefault(as_text(picked["path"] or ""), []).append(interval)
+    return found
+
+
+def intervals_of(utterance: Utterance, phones: Mapping[str, Sequence[Interval]]) -> list[Interval]:
+    """Returns the labels of an utterance, in seconds from its start; those of its file if it has none of its own."""
+    if utterance.name in phones:
+        return list(phones[utterance.name])
+    begin = utterance.start / SAMPLE_RATE
+    end = float("inf") if utterance.stop is None else utterance.stop / SAMPLE_RATE
+    inside = (i for i in phones.get(utterance.file, ()) if i.end > begin and i.start < end)
+    return [Interval(max(i.start, begin) - begin, min(i.end, end) - begin, i.phone) for i in inside]
 
 
 def grid_labels(intervals: Sequence[Interval], seconds: float, rate_hz: float) -> list[str]:
@@ -103,10 +229,19 @@ def grid_labels(intervals: Sequence[Interval], seconds: float, rate_hz: float) -
     return labels
 
 
-def require_disjoint(train: Iterable[Utterance], test: Iterable[Utterance]) -> None:
-    """Raises ValueError naming the speakers that are in both splits."""
-    both = {u.speaker for u in train} & {u.speaker for u in test}
-    if both:
-        raise ValueError(
-            f"these speakers are in both train and test, so the result would be meaningless: {sorted(both)[:5]}"
-        )
+def require_disjoint(*parts: Iterable[Utterance]) -> None:
+    """Raises ValueError naming the speakers that are in two of the splits train, valid and test."""
+    found = [{u.speaker for u in part} for part in parts]
+    names = SPLITS if len(parts) == len(SPLITS) else ("train", "test")
+    for i, one in enumerate(found):
+        for j, other in enumerate(found[:i]):
+            if both := sorted(one & other):
+                raise ValueError(
+                    f"these speakers are in both {names[j]} and {names[i]}, so the result would be meaningless: "
+                    f"{', '.join(name or 'unknown' for name in both[:5])}"
+                )
+
+
+def reasons(rejects: Iterable[Reject]) -> str:
+    """Returns the number of rejects by reason, such as "vanished 3, bad_span 1"."""
+    return ", ".join(f"{reason} {count}" for reason, count in Counter(one.reason for one in rejects).most_common())

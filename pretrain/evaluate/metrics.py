@@ -60,12 +60,8 @@ def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float:
         same: scores of same-speaker pairs.
         different: scores of different-speaker pairs.
     """
-    scores = np.concatenate([same, different])
-    truth = np.concatenate([np.ones(len(same)), np.zeros(len(different))])[np.argsort(scores, kind="stable")]
-    missed = np.cumsum(truth) / max(1, len(same))
-    accepted = 1.0 - np.cumsum(1.0 - truth) / max(1, len(different))
-    where = int(np.argmin(np.abs(missed - accepted)))
-    return float((missed[where] + accepted[where]) / 2)
+    truth = np.concatenate([np.ones(len(same), bool), np.zeros(len(different), bool)])
+    return weighted_equal_error_rate(np.concatenate([same, different]), truth, np.ones(len(truth)))
 
 
 def phone_normalized_mutual_information(phones: np.ndarray, units: np.ndarray) -> tuple[float, float, float]:
@@ -80,3 +76,25 @@ def phone_normalized_mutual_information(phones: np.ndarray, units: np.ndarray) -
     information = float((joint[mask] * np.log(joint[mask] / np.outer(by_phone, by_unit)[mask])).sum())
     phone_entropy = float(-(by_phone * np.log(by_phone)).sum())
     return information / max(phone_entropy, 1e-12), float(joint.max(0).sum()), float(joint.max(1).sum())
+
+
+def weighted_equal_error_rate(scores: np.ndarray, same: np.ndarray, weights: np.ndarray) -> float:
+    """Returns the equal error rate of weighted pairs.
+
+    Args:
+        scores: (P,) similarity of each pair.
+        same: (P,) whether the pair is of one speaker.
+        weights: (P,) how often the pair counts.
+    """
+    order = np.argsort(scores, kind="stable")
+    truth, weight = same[order], weights[order]
+    missed = np.cumsum(weight * truth) / max(1e-12, float(weight[truth].sum()))
+    accepted = 1.0 - np.cumsum(weight * ~truth) / max(1e-12, float(weight[~truth].sum()))
+    where = int(np.argmin(np.abs(missed - accepted)))
+    return float((missed[where] + accepted[where]) / 2)
+
+
+def average_precision(ranked: np.ndarray) -> float:
+    """Returns the mean precision at the ranks of the relevant items.  ranked: (N,) relevance, best first."""
+    (at,) = np.nonzero(ranked)
+    return float(np.mean((np.arange(len(at)) + 1) / (at + 1))) if len(at) else 0.0

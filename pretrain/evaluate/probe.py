@@ -1,87 +1,74 @@
-"""Linear probes on one scaled layer or a weighted sum of all layers."""
+"""Linear probes: logistic regression on standardised features of one layer or of a weighted sum, to convergence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from data_pipeline.core.rng import keyed_seed
+from data_pipeline.core.rng import keyed_rng
 from pretrain.evaluate.config import ProbeConfig
 from pretrain.evaluate.features import Labelled
 
-SHRINKAGE = 1e-4
-"""Share of the mean variance that is added to each direction's; 1e-4 to 0.1 gave equal results (docs/findings.md)."""
+SCALED_VECTORS = 20_000
+"""Vectors from which mean, deviation and whitening are computed."""
+SHRINKAGE = 1e-6
+"""Share of the mean variance that is added to each direction's before coordinates are whitened."""
 
 
 class View(NamedTuple):
-    """The input of a probe.  whiten: see `Scaling`.  layers: one, or several with learned weights."""
+    """The input of a probe.  layers: one, or several with learned weights.  l2: strength of the penalty."""
 
-    whiten: bool
     layers: tuple[int, ...]
+    l2: float
 
 
-class Scaling(nn.Module):
-    """Scales the features of every layer by the statistics of the training split.
+class Scaling:
+    """Standardises features by the training vectors, and gives the coordinates in which a probe is fitted.
 
-    whiten: scale all directions to equal variance. The widest of 256 directions of trained features may hold half of
-    the variance, and a probe of some hundred updates would fit little else.
+    Trained features may have half of their variance in one direction (docs/findings.md). In whitened coordinates
+    L-BFGS needs fewer iterations; the minimum is that of the standardised features, since the penalty is theirs. With
+    fewer vectors than dimensions the coordinates span the vectors: a penalised minimum has no part outside.
     """
 
-    def __init__(self, x_NLD: Tensor, whiten: bool) -> None:
-        super().__init__()
-        self.whiten = whiten
-        some = x_NLD[:: max(1, len(x_NLD) // 40_000)].float()
-        self.register_buffer("mean_LD", some.mean(0))
-        self.mean_LD: Tensor
-        if not whiten:
-            self.register_buffer("scale", 1.0 / (some.std(0) + 1e-4))
-        else:
-            centred_LND = (some - self.mean_LD).transpose(0, 1).double()
-            values_LD, vectors_LDD = torch.linalg.eigh(centred_LND.transpose(1, 2) @ centred_LND / len(some))
-            values_LD = values_LD.clamp(min=0) + SHRINKAGE * values_LD.mean(1, keepdim=True)
-            # rotated back (ZCA), so that layers of one residual stream can still be summed
-            whitening_LDD = (vectors_LDD * values_LD[:, None].rsqrt()) @ vectors_LDD.transpose(1, 2)
-            self.register_buffer("scale", whitening_LDD.float())
-        self.scale: Tensor
+    def __init__(self, x_NLD: Tensor) -> None:
+        some_NLD = x_NLD[:: max(1, len(x_NLD) // SCALED_VECTORS)].float()
+        self.mean_LD, self.deviation_LD = some_NLD.mean(0), some_NLD.std(0, unbiased=False) + 1e-5
+        mixed_ND = ((some_NLD - self.mean_LD) / self.deviation_LD).mean(1)
+        count, dim = mixed_ND.shape
+        wide = count < dim
+        square = (mixed_ND @ mixed_ND.T if wide else mixed_ND.T @ mixed_ND).double() / count
+        values_R, vectors_R = torch.linalg.eigh(square)
+        values_R = values_R.clamp(min=0)
+        if wide:
+            kept_R = values_R > SHRINKAGE * values_R.mean()
+            values_R, vectors_R = values_R[kept_R], vectors_R[:, kept_R]
+            vectors_R = mixed_ND.double().T @ vectors_R / (count * values_R).sqrt()
+        self.whitening_DR = (vectors_R * (values_R + SHRINKAGE * values_R.mean() + 1e-12).rsqrt()).float()
 
-    @torch.no_grad()
-    def forward(self, x_NLD: Tensor) -> Tensor:
-        """Returns the scaled (N, L, D) features in float16."""
-        centred = (part.float() - self.mean_LD for part in torch.split(x_NLD, 8192))
-        if not self.whiten:
-            return torch.cat([(part * self.scale).half() for part in centred])
-        return torch.cat([torch.einsum("nld,lde->nle", part, self.scale).half() for part in centred])
+    def __call__(self, x_NLD: Tensor) -> Tensor:
+        """Returns the whitened (L, N, R) coordinates of (N, L, D) features in float32."""
+        parts = [((part.float() - self.mean_LD) / self.deviation_LD) for part in torch.split(x_NLD, 8192)]
+        return torch.cat([(part @ self.whitening_DR).transpose(0, 1) for part in parts], dim=1)
 
 
-class Linears(nn.Module):
-    """V linear probes that are fitted together, each on a selection of layers: (N, L, D) to (V, N, classes)."""
+@dataclass(frozen=True)
+class Weights:
+    """Parameters of a probe in whitened coordinates.  mix_L: weights of the layers before their softmax."""
 
-    def __init__(self, selections: Sequence[tuple[int, ...]], n_layers: int, dim: int, classes: int) -> None:
-        super().__init__()
-        drawn = nn.Linear(dim, classes)
-        self.weight_VCD = nn.Parameter(drawn.weight.detach().repeat(len(selections), 1, 1))
-        self.bias_VC = nn.Parameter(drawn.bias.detach().repeat(len(selections), 1))
-        self.layer_weights_VL = nn.Parameter(torch.zeros(len(selections), n_layers))
-        outside = [[0.0 if layer in chosen else float("-inf") for layer in range(n_layers)] for chosen in selections]
-        self.register_buffer("outside_VL", torch.tensor(outside))
-        self.outside_VL: Tensor
+    weight_RC: Tensor
+    bias_C: Tensor
+    mix_L: Tensor
 
-    def forward(self, x_NLD: Tensor) -> Tensor:
-        mix_VL = (self.layer_weights_VL + self.outside_VL).softmax(1)
-        x_VND = torch.einsum("nld,vl->vnd", x_NLD.float(), mix_VL)
-        return torch.baddbmm(self.bias_VC[:, None], x_VND, self.weight_VCD.transpose(1, 2))
-
-    @torch.inference_mode()
-    def predict(self, x_NLD: Tensor) -> np.ndarray:
-        """Returns the predicted classes of (N, L, D) features, (V, N)."""
-        classes_VN: np.ndarray = torch.cat([self(part).argmax(2) for part in torch.split(x_NLD, 8192)], dim=1).numpy()
-        return classes_VN
+    def logits(self, z_LND: Tensor) -> Tensor:
+        """Returns (N, C) scores of (L, N, D) coordinates."""
+        z_ND = z_LND[0] if len(z_LND) == 1 else torch.einsum("l,lnd->nd", self.mix_L.softmax(0), z_LND)
+        return torch.addmm(self.bias_C, z_ND, self.weight_RC)
 
 
 @dataclass(frozen=True)
@@ -90,84 +77,152 @@ class Probe:
 
     layers: tuple[int, ...]
     scaling: Scaling
-    linear: Linears
+    weights: Weights
 
+    @torch.inference_mode()
     def predict(self, x_NLD: Tensor) -> np.ndarray:
         """Returns the predicted classes, (N,), of (N, L, D) features."""
-        guesses_N: np.ndarray = self.linear.predict(self.scaling(x_NLD[:, list(self.layers)]))[0]
-        return guesses_N
+        chosen = list(self.layers)
+        parts = [self.weights.logits(self.scaling(part[:, chosen])).argmax(1) for part in torch.split(x_NLD, 8192)]
+        classes_N: np.ndarray = torch.cat(parts).numpy()
+        return classes_N
 
 
-def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int) -> View:
-    """Chooses scaling and layers of the probe by the accuracy on `valid`, with probes fitted to every third vector.
+def minimise(
+    z_LND: Tensor, y_N: Tensor, whitening_DR: Tensor, classes: int, l2: float, iterations: int, start: Weights | None
+) -> Weights:
+    """Minimises mean cross-entropy + l2 / 2 · |W|² by L-BFGS, where W applies to the standardised features.
 
     Args:
-        train: (N, L, D) features and labels to fit.
-        valid: those of the validation speakers.
-        classes: number of classes.
-        config: settings of the optimiser.
-        seed: seed of the initial weights and of the order of vectors.
+        z_LND: whitened coordinates of the training vectors.
+        y_N: their classes.
+        whitening_DR: from standardised features to these coordinates.
+        classes: number of classes, C.
+        l2: strength of the penalty; scikit-learn's `C` is 1 / (l2 · N).
+        iterations: the most iterations.
+        start: initial weights; None: all 0.
     """
-    some = Labelled(train.x_NLD[::3], train.y_N[::3], train.speaker_N[::3], train.speakers)
-    everything = tuple(range(train.x_NLD.shape[1]))
-    selections = [everything, *((layer,) for layer in everything)] if len(everything) > 1 else [everything]
-    # a covariance needs several vectors per dimension
-    scalings = (False, True) if len(some.y_N) >= 4 * train.x_NLD.shape[2] else (False,)
-    scores = np.stack([_fit(whiten, selections, some, valid, classes, config, seed)[2] for whiten in scalings])
-    best = int(scores.argmax())
-    return View(scalings[best // len(selections)], selections[best % len(selections)])
+    start = start or Weights(torch.zeros(z_LND.shape[2], classes), torch.zeros(classes), torch.zeros(len(z_LND)))
+    found = Weights(*(one.clone().requires_grad_() for one in (start.weight_RC, start.bias_C, start.mix_L)))
+    parameters = [found.weight_RC, found.bias_C, *([found.mix_L] if len(z_LND) > 1 else [])]
+    solver = torch.optim.LBFGS(
+        parameters, max_iter=iterations, history_size=20, tolerance_grad=1e-5, tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.cross_entropy(found.logits(z_LND), y_N)
+        value = value + 0.5 * l2 * (whitening_DR @ found.weight_RC).square().sum()
+        torch.autograd.backward(value)
+        return value
+
+    solver.step(loss)  # type: ignore[no-untyped-call]
+    return Weights(*(one.detach() for one in (found.weight_RC, found.bias_C, found.mix_L)))
+
+
+def fit(train: Labelled, classes: int, view: View, config: ProbeConfig, start: Probe | None = None) -> Probe:
+    """Fits the probe of one view to convergence; nothing is drawn.
+
+    Args:
+        train: (N, L, D) features and labels.
+        classes: number of classes.
+        view: layers and penalty.
+        config: limit of the iterations.
+        start: a probe of the same layers and vectors, from which the fit goes on.
+    """
+    scaling = start.scaling if start else Scaling(train.x_NLD[:, list(view.layers)])
+    z_LND = scaling(train.x_NLD[:, list(view.layers)])
+    weights = minimise(
+        z_LND, train.y_N, scaling.whitening_DR, classes, view.l2, config.iterations, start.weights if start else None
+    )
+    return Probe(view.layers, scaling, weights)
 
 
 def fit_probe(
-    train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, seed: int, view: View | None = None
-) -> Probe:
-    """Fits a probe; view and epoch are chosen by the accuracy on `valid`.
-
-    Args:
-        train: (N, L, D) features and labels to fit.
-        valid: those of the validation speakers.
-        classes: number of classes.
-        config: settings of the optimiser.
-        seed: seed of the initial weights and of the order of vectors.
-        view: scaling and layers; None: see `choose_view`.
-    """
-    view = view or choose_view(train, valid, classes, config, seed)
-    train, valid = (replace(part, x_NLD=part.x_NLD[:, list(view.layers)]) for part in (train, valid))
-    scaling, linear, _ = _fit(view.whiten, [tuple(range(len(view.layers)))], train, valid, classes, config, seed)
-    return Probe(view.layers, scaling, linear)
-
-
-def _fit(
-    whiten: bool,
-    selections: Sequence[tuple[int, ...]],
     train: Labelled,
     valid: Labelled,
     classes: int,
     config: ProbeConfig,
-    seed: int,
-) -> tuple[Scaling, Linears, np.ndarray]:
-    """Returns the probes of the epoch with the best mean accuracy on `valid`, and the best accuracy of each."""
-    torch.manual_seed(keyed_seed(seed, "probe"))
-    scaling = Scaling(train.x_NLD, whiten)
-    x_NLD, valid_NLD = scaling(train.x_NLD), scaling(valid.x_NLD)
-    probes = Linears(selections, x_NLD.shape[1], x_NLD.shape[2], classes)
-    optimizer = torch.optim.AdamW(probes.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    per_epoch = -(-len(train.y_N) // config.batch)
-    epochs = max(config.epochs, -(-config.min_updates // per_epoch))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
-    best, best_V, best_state = -1.0, np.zeros(len(selections)), probes.state_dict()
-    for _ in range(epochs):
-        for pick in torch.split(torch.randperm(len(train.y_N)), config.batch):
-            logits_VNC, y_N = probes(x_NLD[pick]), train.y_N[pick]
-            # the sum of the probes' mean losses, so that probes do not influence each other
-            loss = len(selections) * F.cross_entropy(logits_VNC.flatten(0, 1), y_N.repeat(len(selections)))
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            schedule.step()
-        score_V = (probes.predict(valid_NLD) == valid.y_N.numpy()).mean(1)
-        if score_V.mean() > best:
-            best, best_state = score_V.mean(), {name: value.clone() for name, value in probes.state_dict().items()}
-        best_V = np.maximum(best_V, score_V)
-    probes.load_state_dict(best_state)
-    return scaling, probes, best_V
+    view: View | None = None,
+    disjoint: bool = True,
+) -> Probe:
+    """Fits a probe to `train`; see `choose_view` for the arguments. view: layers and penalty; None: chosen."""
+    return fit(train, classes, view or choose_view(train, valid, classes, config, disjoint), config)
+
+
+def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, disjoint: bool = True) -> View:
+    """Chooses the layers, then the penalty, by the accuracy on speakers that the probes were not fitted to.
+
+    Those are the validation speakers. Where they are fewer than `config.least_speakers`, the speakers of `train` and
+    `valid` are divided into folds, and each fold is judged by probes of the other ones.
+
+    Args:
+        train: (N, L, D) features and labels to fit.
+        valid: those of the validation speakers.
+        classes: number of classes.
+        config: penalties, folds, and number of vectors.
+        disjoint: whether classes can be told on unseen speakers, so that speakers may be divided into folds.
+    """
+    everything = tuple(range(train.x_NLD.shape[1]))
+    selections = [everything, *((layer,) for layer in everything)] if len(everything) > 1 else [everything]
+    penalties = sorted(config.l2, reverse=True)
+    middle = penalties[len(penalties) // 2]
+    parts = list(folds(train, valid, config, disjoint))
+    layers = selections[0]
+    if len(selections) > 1:
+        scores = [accuracies(parts, classes, layers, [middle], config)[0] for layers in selections]
+        layers = selections[int(np.argmax(scores))]
+    if len(penalties) == 1:
+        return View(layers, middle)
+    return View(layers, penalties[int(np.argmax(accuracies(parts, classes, layers, penalties, config)))])
+
+
+def accuracies(
+    parts: Sequence[tuple[Labelled, Labelled]],
+    classes: int,
+    layers: tuple[int, ...],
+    penalties: Sequence[float],
+    config: ProbeConfig,
+) -> list[float]:
+    """Returns the accuracy with each penalty over all parts, (vectors to fit, vectors to judge by)."""
+    hits, trials = np.zeros(len(penalties)), sum(len(judge.y_N) for _, judge in parts)
+    for some, judge in parts:
+        probe: Probe | None = None
+        for number, l2 in enumerate(penalties):  # from the strongest, each a start for the next
+            probe = fit(some, classes, View(layers, l2), config, probe)
+            hits[number] += (probe.predict(judge.x_NLD) == judge.y_N.numpy()).sum()
+    return [float(share) for share in hits / max(1, trials)]
+
+
+def folds(train: Labelled, valid: Labelled, config: ProbeConfig, disjoint: bool) -> Iterator[tuple[Labelled, Labelled]]:
+    """Yields (vectors to fit, vectors to judge by); the first are thinned to `config.choice_vectors`."""
+    several = len(np.unique(train.speaker_N)) > 1
+    if not disjoint or not several or len(np.unique(valid.speaker_N)) >= config.least_speakers:
+        yield thinned(train, config.choice_vectors), valid
+        return
+    both = joined(train, valid)
+    speakers = keyed_rng(0, "folds").permutation(len(both.speakers))
+    count = min(config.folds, len(speakers))
+    for fold in range(count):
+        judged_N = np.isin(both.speaker_N, speakers[fold::count])
+        yield thinned(taken(both, ~judged_N), config.choice_vectors), taken(both, judged_N)
+
+
+def joined(one: Labelled, other: Labelled) -> Labelled:
+    """Returns the vectors of both parts."""
+    names = tuple(dict.fromkeys((*one.speakers, *other.speakers)))
+    owners = [np.array([names.index(s) for s in part.speakers])[part.speaker_N] for part in (one, other)]
+    x_NLD, y_N = torch.cat([one.x_NLD, other.x_NLD]), torch.cat([one.y_N, other.y_N])
+    return Labelled(x_NLD, y_N, np.concatenate(owners), names)
+
+
+def taken(part: Labelled, chosen_N: np.ndarray) -> Labelled:
+    """Returns the chosen vectors, by mask or index."""
+    at = torch.from_numpy(np.asarray(chosen_N))
+    return replace(part, x_NLD=part.x_NLD[at], y_N=part.y_N[at], speaker_N=part.speaker_N[chosen_N])
+
+
+def thinned(part: Labelled, most: int) -> Labelled:
+    """Returns every n-th vector, at most about `most`."""
+    return taken(part, np.arange(0, len(part.y_N), max(1, len(part.y_N) // most)))

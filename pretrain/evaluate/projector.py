@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data_pipeline.audio.codecs import read_mono
-from pretrain.evaluate.config import EvaluateConfig, items, task_names
-from pretrain.evaluate.features import SILENCE
+from data_pipeline.core.types import SAMPLE_RATE
+from pretrain.evaluate import alignments, label_sets
+from pretrain.evaluate.config import MEASURES, RECOGNITION, EvaluateConfig, task_names
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
-from pretrain.evaluate.manifest import Utterance, find_manifest, grid_labels, read_manifest, read_phones
-from pretrain.evaluate.tasks import PROBES, splits
+from pretrain.evaluate.manifest import Interval, Utterance, grid_labels
+from pretrain.evaluate.task_evaluation import TaskEvaluation
+from pretrain.evaluate.tasks import open_task
 
 UTTERANCES, FRAMES = 24, 1_000
 HEADER = ["phone", "speaker", "language", "utterance", "second"]
@@ -24,27 +27,36 @@ def labelled_frames(config: EvaluateConfig, encoder: FrozenEncoder) -> tuple[Ten
     The speech is that of the first probing task of `config`; with an alignment, frames of silence are skipped. Raises
     the same errors as the task.
     """
-    tasks = [PROBES[name] for name in task_names(config) if name in PROBES]
-    manifest = find_manifest(config.manifest)
-    alignment = manifest.parent / config.phones
-    phones = read_phones(alignment) if alignment.is_file() else {}
-    utterances = read_manifest(manifest)
-    if not tasks or tasks[0].target is None:
-        utterances = [u for u in utterances if u.name in phones]
-    corpora = items(config.corpora)
-    chosen = splits(tasks[0] if tasks else PROBES["phones"], utterances, corpora, UTTERANCES)[1]
+    names = [name for name in task_names(config) if name not in (*MEASURES, *RECOGNITION)]
+    few = dataclasses.replace(config, max_utterances=UTTERANCES)
+    task = TaskEvaluation(few, names[0] if names else config.frames, lambda line: None)
+    chosen = task.parts[1]
+    phones, silence = (task.phones, task.silence) if task.phones else _phones(config, task.root, chosen)
     frames, rows = [], []
     for utterance in chosen:
-        wave_T = torch.from_numpy(read_mono(str(utterance.path)))
+        wave_T = task.waves(utterance)
         x_FD = encoder.encode(wave_T)[-1].float()
-        spoken = grid_labels(phones.get(utterance.name, ()), len(wave_T) / 16_000, encoder.rate_hz)
+        spoken = grid_labels(phones.get(utterance.name, ()), len(wave_T) / SAMPLE_RATE, encoder.rate_hz)
         spoken += [""] * (len(x_FD) - len(spoken))
         for frame in range(len(x_FD)):
-            if spoken[frame] not in SILENCE or utterance.name not in phones:
+            if spoken[frame] not in {*silence, ""} or utterance.name not in phones:
                 frames.append(x_FD[frame])
                 rows.append(_row(utterance, spoken[frame], frame, encoder))
     every = -(-len(frames) // FRAMES) or 1
     return torch.stack(frames[::every]), rows[::every]
+
+
+def _phones(
+    config: EvaluateConfig, root: Path, utterances: Sequence[Utterance]
+) -> tuple[dict[str, list[Interval]], frozenset[str]]:
+    """Returns the frame labels of the task `config.frames` and its silence; none without an alignment."""
+    frames = open_task(config.frames).config
+    given = config.phones or frames.alignment
+    if not given or not (given.startswith(".") or (root / given).exists()):
+        return {}, frozenset()
+    symbols = label_sets.read(frames.label_set)
+    found = alignments.read_alignment(given, root, utterances, frames.tier)
+    return {name: symbols.intervals(some) for name, some in found.items()}, symbols.silence
 
 
 def _row(utterance: Utterance, phone: str, frame: int, encoder: FrozenEncoder) -> list[str]:

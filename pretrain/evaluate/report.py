@@ -15,7 +15,7 @@ from data_pipeline.core.atomic_files import write_json
 from data_pipeline.core.jsonl import append_row
 from data_pipeline.core.text import markdown_text, visible
 from pretrain.evaluate import projector
-from pretrain.evaluate.evaluator import Row, plain
+from pretrain.evaluate.rows import Row, plain
 from pretrain.monitoring.figures import add_frames
 
 HEAD = ("task", "measure", "features", "value", "95 %", "− log-mel", "− random", "retained")
@@ -29,7 +29,19 @@ encoder reaches."""
 def cells(row: Row) -> tuple[str, ...]:
     """Formats a row in the order of HEAD. Rates are in percent, differences in percentage points."""
     share = row.measure.startswith(
-        ("accuracy", "non-silence", "all frames", "ABX", "PNMI", "phone", "cluster", "EER", "word", "character")
+        (
+            "accuracy",
+            "non-silence",
+            "all frames",
+            "ABX",
+            "PNMI",
+            "phone",
+            "cluster",
+            "EER",
+            "word",
+            "character",
+            "mean average",
+        )
     )
     value = f"{row.value:.1%}" if share else f"{row.value:.1f}"
     interval = f"{row.low:.1%} … {row.high:.1%}" if row.low == row.low else ""

@@ -1,91 +1,133 @@
-"""The probing tasks: corpora, labels, pooling and splits."""
+"""Tasks as data: what is read, which labels it has, how speakers are divided, and what is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+import re
+from typing import Annotated, Literal
 
-from torch import Tensor
+from data_pipeline.core.schema import about, config, refuse
+from pretrain.evaluate import definitions
 
-from data_pipeline.core.schema import ConfigError, did_you_mean, suggest
-from pretrain.evaluate.features import mean_and_deviation, quarters
-from pretrain.evaluate.manifest import Utterance
+Layouts = Literal[
+    "auto", "librispeech", "mls", "common_voice", "voxpopuli", "gigaspeech", "webdataset", "lhotse", "lhotse_shar"
+]
 
 
-@dataclass(frozen=True)
+@config
+class TaskConfig:
+    """A task of `auricle evaluate`: a file of conf/task or of the user."""
+
+    kind: Annotated[
+        Literal["frames", "utterances", "pairs", "text", "ranking"],
+        about(
+            "frames: a label with times for each frame; utterances: one label each; pairs: same speaker or not (equal "
+            "error rate); text: CTC on frozen features (error rates); ranking: utterances of the same label first "
+            "(mean average precision)"
+        ),
+    ]
+    data: Annotated[
+        str,
+        about(
+            "manifest (TSV, CSV, JSON lines), folder of audio or folder of shards; empty: evaluate's data or manifest"
+        ),
+    ] = ""
+    layout: Annotated[Layouts, about("a known corpus's layout; auto: manifest, shards or files below a folder")] = (
+        "auto"
+    )
+    each_folder: Annotated[
+        bool, about("each folder below data has that layout, such as the locales of Common Voice")
+    ] = False
+    pattern: Annotated[
+        str,
+        about(
+            "regular expression searched in the paths below a folder; its groups (speaker, split, label …) become "
+            "columns, and files that it does not match are not used"
+        ),
+    ] = ""
+    exclude: Annotated[str, about("regular expression of paths that are not used")] = ""
+    tables: Annotated[
+        dict[str, str], about("split -> manifest below data, whose paths begin at data; * is expanded")
+    ] = dataclasses.field(default_factory=dict)
+    columns: Annotated[dict[str, str], about("names of the columns path, speaker, text … where they differ")] = (
+        dataclasses.field(default_factory=dict)
+    )
+    label: Annotated[tuple[str, ...], about("columns that make up the label", min_length=1)] = ("label",)
+    label_files: Annotated[str, about("files below data with labels of recordings; * is expanded")] = ""
+    label_pattern: Annotated[
+        str, about("regular expression of a line of label_files; groups: name (a file's, without ending) and columns")
+    ] = ""
+    fold: Annotated[
+        dict[str, str], about("label -> the one it counts as; empty: such utterances are not used; * for all others")
+    ] = dataclasses.field(default_factory=dict)
+    corpora: Annotated[tuple[str, ...], about("use these corpora, where the data has them")] = ()
+    splits: Annotated[
+        dict[str, tuple[str, ...]], about("train, valid, test -> values of the column split; empty: those names")
+    ] = dataclasses.field(default_factory=dict)
+    split_lists: Annotated[
+        dict[str, str], about("split -> file below data with a path per line; recordings in none are for train")
+    ] = dataclasses.field(default_factory=dict)
+    split_by: Annotated[
+        Literal["speakers", "takes"],
+        about(
+            "speakers: no speaker is in two splits; takes: every fifth utterance of a class is for test, for classes "
+            "that only their speakers have"
+        ),
+    ] = "speakers"
+    pool: Annotated[Literal["quarters", "mean_and_deviation"], about("how frames become one vector per utterance")] = (
+        "quarters"
+    )
+    alignment: Annotated[
+        str,
+        about(
+            "frames: a table (path, start, end, label) or CTM, a folder of TextGrids, or the ending of a file beside "
+            "each recording, such as .PHN; evaluate's phones comes first"
+        ),
+    ] = ""
+    tier: Annotated[str, about("tier of TextGrids")] = "phones"
+    label_set: Annotated[str, about("frames: silence and folding, a file of conf/label_set")] = "any"
+    trials: Annotated[
+        str, about("pairs: file below data with lines `1 PATH PATH` (same) or `0 PATH PATH`; empty: all pairs")
+    ] = ""
+    caveat: Annotated[str, about("what the figure does not show")] = ""
+
+    def __post_init__(self) -> None:
+        for name in ("pattern", "exclude", "label_pattern"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                refuse(name, getattr(self, name), f"is not a regular expression ({error})")
+        for name in ("tables", "splits", "split_lists"):
+            if wrong := sorted(set(getattr(self, name)) - {"train", "valid", "test"}):
+                refuse(name, wrong[0], "must be train, valid or test")
+        if bool(self.label_files) != bool(self.label_pattern):
+            refuse("label_pattern", self.label_pattern, "and label_files must be set together")
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
-    """A probing task.
-
-    corpora: default corpora.  target: returns the class of an utterance; None: frames are classified by phone.
-    pool: maps (L, F, D) features to one vector, (L, D').
-    hold_out: n, if classes cannot be evaluated on the manifest's speaker-disjoint splits: every n-th utterance of a
-    class is for test, and the one after it for validation. 0: use the manifest's splits.
-    """
+    """A task and its name in tables."""
 
     name: str
-    corpora: tuple[str, ...]
-    target: Callable[[Utterance], str] | None
-    pool: Callable[[Tensor], Tensor]
-    hold_out: int = 0
-    caveat: str = ""
+    config: TaskConfig
+
+    @property
+    def disjoint(self) -> bool:
+        """Whether no speaker is in two splits."""
+        return self.config.split_by == "speakers"
 
 
-PROBES = {
-    "phones": Task("phones", ("speechocean762",), None, quarters),
-    "keywords": Task("keywords", ("speech_commands_v1",), lambda u: u.label, quarters),
-    "digits": Task("digits", ("arabic_speech_commands",), lambda u: u.label, quarters),
-    "speaker": Task("speaker", ("speechocean762",), lambda u: u.speaker, mean_and_deviation, hold_out=5),
-    "language": Task(
-        "language",
-        ("asterisk-core-sounds",),
-        lambda u: u.language,
-        mean_and_deviation,
-        hold_out=5,
-        caveat="one voice per language, except for en and es: the probe may recognise voices instead of languages",
-    ),
-}
-MEASURES = ("abx", "pnmi", "rankme")
-RECOGNITION = ("asr", "streaming")
-"""Tasks of recognisers, which have a head; all other tasks are of encoders."""
-
-
-def splits(
-    task: Task, utterances: Sequence[Utterance], corpora: Sequence[str], most: int, ask: str = "test"
-) -> list[list[Utterance]]:
-    """Returns the splits train, valid and test.
+def open_task(name: str) -> Task:
+    """Reads a task.
 
     Args:
-        task: the task.
-        utterances: all utterances of the manifest.
-        corpora: corpora to use; empty: the task's default.
-        most: maximum number of utterances per split; 0: all.
-        ask: split that is evaluated. "valid": the manifest's valid becomes test, and a few speakers of train valid.
+        name: a definition of conf/task or of a plug-in folder, or a YAML file.
 
     Raises:
-        ConfigError: a split is empty.
+        ConfigError: there is no such task, or a field of it is wrong.
     """
-    chosen = [u for u in utterances if u.corpus in (corpora or task.corpora)]
-    if task.hold_out and task.target:
-        parts: list[list[Utterance]] = [[], [], []]
-        seen: dict[str, int] = {}
-        for u in chosen:
-            turn = seen[task.target(u)] = seen.get(task.target(u), -1) + 1
-            parts[2 if turn % task.hold_out == 0 else 1 if turn % task.hold_out == 1 else 0].append(u)
-    else:
-        parts = [[u for u in chosen if u.split == split] for split in ("train", "valid", "test")]
-    if not all(parts):
-        names = sorted({u.corpus for u in utterances})
-        near = [found for name in corpora if name not in names and (found := suggest(name, names))]
-        hint = did_you_mean(f"corpora={','.join(near)}" if near else "")
-        raise ConfigError(
-            f"task={task.name}: needs utterances of {', '.join(corpora or task.corpora)} in the splits train, valid "
-            f"and test of the manifest, which has the corpora {', '.join(names)}{hint}"
-        )
-    if ask == "valid" and task.hold_out:
-        parts = [parts[0], parts[2], parts[1]]
-    elif ask == "valid":
-        kept = sorted({u.speaker for u in parts[0]})[::6]
-        inner = [u for u in parts[0] if u.speaker in kept]
-        parts = [[u for u in parts[0] if u.speaker not in kept], inner, parts[1]]
-    # every n-th, so that few utterances still have many speakers
-    return [part[:: -(-len(part) // most)] if most else part for part in parts]
+    made = definitions.read("task", name, TaskConfig)
+    file = definitions.find("task", name)
+    if made.data and not made.data.startswith(("/", "~")) and "://" not in made.data:
+        made = dataclasses.replace(made, data=str(file.parent / made.data))
+    return Task(file.stem, made)

@@ -18,14 +18,15 @@ from pretrain.evaluate.evaluator import evaluate
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.hf_encoder import HuggingFaceModel
 from pretrain.evaluate.manifest import Utterance
-from pretrain.evaluate.tasks import PROBES, splits
+from pretrain.evaluate.task_data import divide
+from pretrain.evaluate.tasks import open_task
 from tests.support.tones import PITCHES
 from tests.support.training import save
 
 
 def settings(corpus: Path, given: Path, task: str, **more: object) -> EvaluateConfig:
     values: dict[str, object] = {"corpora": "tones", "phones": "phones.tsv", "seeds": 2, "bootstrap": 100} | more
-    probe = ProbeConfig(epochs=4, lr=1e-2, batch=128, min_updates=60)
+    probe = ProbeConfig(iterations=30)
     supervised = SupervisedConfig(epochs=2, batch_seconds=6)
     return EvaluateConfig(
         checkpoint=str(given), task=task, manifest=str(corpus / "manifest.tsv"), probe=probe, supervised=supervised,
@@ -54,7 +55,7 @@ def test_the_command_prints_and_writes_results(
     corpus: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["corpora=tones", "seeds=1", "bootstrap=100", "supervised.epochs=0", f"manifest={corpus}/manifest.tsv"]
-    options += ["phones=phones.tsv", "probe.min_updates=20", f"out={tmp_path / 'out'}"]
+    options += ["phones=phones.tsv", "probe.iterations=20", f"out={tmp_path / 'out'}"]
     assert main(["evaluate", f"checkpoint={saved}", "task=keywords,rankme,abx,pnmi", *options]) == 0
     assert "random weights" in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -71,7 +72,7 @@ def test_speakers_are_evaluated_by_probe_and_by_verification(corpus: Path, saved
 
 def test_following_a_run_writes_to_its_tensorboard(corpus: Path, saved: Path) -> None:
     (saved / "config.json").write_text("{}")
-    options = ["corpora=tones", "seeds=1", "bootstrap=100", f"manifest={corpus}/manifest.tsv", "probe.min_updates=20"]
+    options = ["corpora=tones", "seeds=1", "bootstrap=100", f"manifest={corpus}/manifest.tsv", "probe.iterations=20"]
     options += ["phones=phones.tsv"]
     assert main(["evaluate", f"checkpoint={saved}", "task=keywords", "follow=true", *options]) == 0
     (saved / "config.json").unlink()
@@ -91,7 +92,7 @@ def test_following_a_run_writes_to_its_tensorboard(corpus: Path, saved: Path) ->
 def follow(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Returns a function that follows tmp_path/run and returns the steps in its evaluations.jsonl."""
     monkeypatch.setattr("launch.workers.programs.following.POLL_SECONDS", 0.05)
-    options = ["task=keywords", "follow=true", "corpora=tones", "seeds=1", "bootstrap=100", "probe.min_updates=2"]
+    options = ["task=keywords", "follow=true", "corpora=tones", "seeds=1", "bootstrap=100", "probe.iterations=2"]
     options += [f"manifest={corpus}/manifest.tsv", "phones=phones.tsv", f"checkpoint={tmp_path / 'run'}"]
 
     def follow(*more: str) -> list[int]:
@@ -248,12 +249,12 @@ def test_invalid_tasks_checkpoints_and_corpora_are_reported(corpus: Path, saved:
 def test_validation_splits_exclude_the_test_speakers() -> None:
     """With ask=valid, no test utterance is used for fitting or evaluation, and no speaker is in two splits."""
     everyone = [
-        Utterance(Path(), f"{split}-{speaker}-{take}", f"{split}-{speaker}", "", "", "", "speechocean762", split)
+        Utterance("", f"{split}-{speaker}-{take}", f"{split}-{speaker}", corpus="speechocean762", split=split)
         for split, speakers in (("train", 12), ("valid", 2), ("test", 2))
         for speaker in range(speakers)
         for take in range(3)
     ]
-    parts = splits(PROBES["phones"], everyone, (), 0, ask="valid")
+    parts, _ = divide(open_task("phones"), everyone, 0, "valid")
     speakers = [{u.speaker for u in part} for part in parts]
     assert [len(found) for found in speakers] == [10, 2, 2]
     assert set().union(*speakers) == {u.speaker for u in everyone if u.split != "test"}

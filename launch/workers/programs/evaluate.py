@@ -30,14 +30,14 @@ def work(config: EvaluateConfig) -> None:
 
 
 def made_from(config: EvaluateConfig) -> dict[str, str]:
-    """Returns fingerprints of the checkpoints' weights and of the audio manifest."""
+    """Returns fingerprints of the checkpoints' weights and of the tasks' data."""
     if config.follow:  # may start before the first checkpoint
         return {}
-    from pretrain.evaluate.manifest import find_manifest
+    from pretrain.evaluate.task_data import fingerprint, inputs
     from pretrain.interop.fingerprint import checkpoint_fingerprint
 
-    listed = hashlib.sha256(find_manifest(config.manifest).read_bytes()).hexdigest()
-    return {"manifest": listed, **checkpoint_fingerprint(config.checkpoint)}
+    data = {f"data of {name}": fingerprint(Path(given).expanduser()) for name, given in inputs(config).items()}
+    return {**data, **checkpoint_fingerprint(config.checkpoint)}
 
 
 def made(config: EvaluateConfig) -> dict[str, str]:

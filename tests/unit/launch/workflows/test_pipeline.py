@@ -169,7 +169,8 @@ def test_the_run_folder_of_a_task_documents_it_and_contains_no_secrets(
     monkeypatch.setattr("sys.argv", ["auricle", "evaluate", "api_key=hush-hush"])
     job = EvaluateJob(checkpoint="runs/mine", runs=str(tmp_path))
     folder = task.prepare("evaluate", job)
-    assert folder == tmp_path / "evaluate_mine"
+    assert folder.parent == tmp_path
+    assert folder.name.startswith("evaluate_mine_")
     assert json.loads((folder / "task.json").read_text())["config"]["checkpoint"] == "runs/mine"
     assert {"task.json", "environment.json", "git.diff"} <= {path.name for path in folder.iterdir()}
     assert not [path for path in folder.rglob("*") if path.is_file() and "hush-hush" in path.read_text()]
