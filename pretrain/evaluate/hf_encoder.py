@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.interfaces.frames import EncoderOutput, valid_frames
 from pretrain.interfaces.models import ModelShape, shortest_input
 from pretrain.interop import hf_folder
 
-UNUSED = ("masked_spec_embed",)
-"""Weights of a base model that are used in its pretraining only."""
+UNUSED = ("masked_spec_embed", "decoder.")
+"""Beginnings of the names of weights that the encoder does not need: of pretraining, and of Whisper's decoder."""
+WHISPER, W2V_BERT = "whisper", "wav2vec2-bert"
+"""Model types whose input is log-mel or filter bank features instead of the waveform."""
+HOP = 320
+"""Samples per frame of these models: two spectral frames of 10 ms."""
 
 
 class HuggingFaceModel(nn.Module):
@@ -74,6 +80,83 @@ class HuggingFaceModel(nn.Module):
             handle.remove()
 
 
+class SpectralModel(HuggingFaceModel):
+    """An encoder of transformers on spectral features: Whisper's, or w2v-BERT 2.0.
+
+    transformers computes the features. Whisper sees windows of a fixed length (30 s), padded with silence; longer audio
+    is encoded window by window.
+    """
+
+    def __init__(self, net: Any, kind: str) -> None:
+        nn.Module.__init__(self)
+        from transformers import SeamlessM4TFeatureExtractor, WhisperFeatureExtractor
+
+        self.normalize, self.kind, settings = False, kind, net.config
+        self.net = net.encoder if kind == WHISPER else net
+        rate_hz = SAMPLE_RATE / HOP
+        if kind == WHISPER:
+            dim, layers, mels = settings.d_model, settings.encoder_layers, settings.num_mel_bins
+            self.extractor = WhisperFeatureExtractor(feature_size=mels)
+            self.window = settings.max_source_positions * HOP
+            settings.encoder_layerdrop = 0.0
+        else:
+            dim, layers, mels = settings.hidden_size, settings.num_hidden_layers, settings.feature_projection_input_dim
+            self.extractor = SeamlessM4TFeatureExtractor(feature_size=mels // 2, num_mel_bins=mels // 2)
+            self.window = 0
+            settings.apply_spec_augment, settings.layerdrop = False, 0.0
+        self.shape = ModelShape(dim, layers, mels, rate_hz, rate_hz)
+
+    def feature_lengths(self, lengths_B: Tensor) -> Tensor:
+        """Returns the number of frames for each number of samples, (B,)."""
+        if self.kind == WHISPER:
+            return torch.div(lengths_B + HOP - 1, HOP, rounding_mode="floor")
+        spectra_B = torch.div(lengths_B - 400, 160, rounding_mode="floor") + 1  # Kaldi's windows of 25 ms
+        return torch.div(spectra_B, 2, rounding_mode="floor").clamp(min=0)
+
+    def forward(self, wave_BT: Tensor, lengths_B: Tensor, dropped_BF: Tensor | None = None) -> EncoderOutput:
+        """Encodes (B, T) audio to (B, F, D) per layer. Raises ValueError for `dropped_BF`, which is not supported."""
+        if dropped_BF is not None:
+            raise ValueError(f"features of a model of type {self.kind} cannot be dropped")
+        frames_B = self.feature_lengths(lengths_B)
+        rows = [
+            self._whisper(row[:n]) if self.window else self._bert(row[:n])
+            for row, n in zip(wave_BT, lengths_B, strict=True)
+        ]
+        most = int(frames_B.max())
+        layers = [
+            torch.stack([F.pad(row[at][:most], (0, 0, 0, most - min(most, len(row[at])))) for row in rows])
+            for at in range(len(rows[0]))
+        ]
+        return EncoderOutput(tuple(layers), frames_B, self.shape.rate_hz)
+
+    def _whisper(self, wave_T: Tensor) -> list[Tensor]:
+        """Returns the (F, D) frames of each layer."""
+        windows = []
+        for start in range(0, len(wave_T), self.window):
+            part_T = wave_T[start : start + self.window]
+            padded = F.pad(part_T, (0, self.window - len(part_T))).cpu().numpy()
+            features = self.extractor(
+                padded, sampling_rate=SAMPLE_RATE, padding=False, truncation=False, return_tensors="pt"
+            ).input_features.to(wave_T.device)
+            states = self.net(features, output_hidden_states=True).hidden_states
+            windows.append([state[0, : -(-len(part_T) // HOP)] for state in states])
+        return [torch.cat([window[at] for window in windows]) for at in range(len(windows[0]))]
+
+    def _bert(self, wave_T: Tensor) -> list[Tensor]:
+        features = self.extractor(
+            wave_T.cpu().numpy(), sampling_rate=SAMPLE_RATE, padding=False, pad_to_multiple_of=None, return_tensors="pt"
+        ).input_features.to(wave_T.device)
+        return [state[0] for state in self.net(features, output_hidden_states=True).hidden_states]
+
+
+def wrap(net: Any, folder: Path) -> HuggingFaceModel:
+    """Returns a model of transformers with the interface of this module, in fp32."""
+    kind = net.config.model_type
+    if kind in (WHISPER, W2V_BERT):
+        return SpectralModel(net.float(), kind)
+    return HuggingFaceModel(net.float(), _normalized(folder))
+
+
 def load(folder: Path) -> HuggingFaceModel:
     """Loads a folder with config.json and safetensors weights; no code in it is executed.
 
@@ -96,11 +179,11 @@ def load(folder: Path) -> HuggingFaceModel:
             )
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # of incompatible sizes
         raise ConfigError(f"{folder / hf_folder.CONFIG}: transformers cannot build this model ({error})") from None
-    missing = {name: "is missing" for name in report["missing_keys"] if name not in UNUSED}
+    missing = {name: "is missing" for name in report["missing_keys"] if not name.startswith(UNUSED)}
     for name, theirs, ours in report["mismatched_keys"]:
         missing[name] = f"has shape {tuple(theirs)}, but its config.json requires {tuple(ours)}"
     hf_folder.require_weights(missing, folder)
-    return HuggingFaceModel(net.float(), _normalized(folder))  # weights may be saved in 16 bits
+    return wrap(net, folder)  # weights may be saved in 16 bits
 
 
 def fresh(folder: Path, seed: int) -> HuggingFaceModel:
@@ -108,8 +191,7 @@ def fresh(folder: Path, seed: int) -> HuggingFaceModel:
     transformers, settings = _transformers(folder), _settings(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "fresh"))
-        net = transformers.MODEL_MAPPING[type(settings)](settings)
-        return HuggingFaceModel(net.float(), _normalized(folder))
+        return wrap(transformers.MODEL_MAPPING[type(settings)](settings), folder)
 
 
 def _transformers(folder: Path) -> Any:
@@ -131,9 +213,12 @@ def _settings(folder: Path) -> Any:
             f"{folder / hf_folder.CONFIG}: transformers has no model_type={kind}; code in a checkpoint is never "
             "run, so use a checkpoint of a model that is part of transformers"
         )
-    strides = values.get("conv_stride")
+    strides = [1] if kind in (WHISPER, W2V_BERT) else values.get("conv_stride")
     if strides is None:
-        raise ConfigError(f"{folder}: model_type={kind} has no waveform stem (conv_stride); not supported")
+        raise ConfigError(
+            f"{folder}: model_type={kind} has no waveform stem (conv_stride), and is neither {WHISPER} nor {W2V_BERT}; "
+            "not supported"
+        )
     if not isinstance(strides, list) or not all(isinstance(stride, int) and stride > 0 for stride in strides):
         raise ConfigError(f"{folder / hf_folder.CONFIG}: conv_stride must be a list of whole numbers above 0")
     values = {name: value for name, value in values.items() if name not in ("auto_map", "custom_pipelines")}
