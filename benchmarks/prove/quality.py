@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from launch.runs.summary import audio_hours  # noqa: E402
-from pretrain.evaluate.config import EvaluateConfig, SupervisedConfig  # noqa: E402
+from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
 from pretrain.evaluate.frozen_encoders import open_encoder  # noqa: E402
 from pretrain.evaluate.report import markdown  # noqa: E402
@@ -148,7 +148,8 @@ def main() -> int:
     parser.add_argument("--experiments", nargs="+", default=["quality_hubert"])
     parser.add_argument("--minutes", type=float, default=6.0, help="of pretraining, over all experiments")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--supervised-epochs", type=int, default=2)
+    parser.add_argument("--supervised-epochs", type=int, default=2, help="60: to convergence, in hours")
+    parser.add_argument("--neural-epochs", type=int, default=0, help="of a network on log-mel, as large as the encoder")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
@@ -163,12 +164,12 @@ def main() -> int:
         "preprocess", "corpus=manifest", f"corpus.path={manifest}", "corpus.splits=[pretrain,train]", f"out={shards}"
     )
     auricle("targets", f"shards={shards}", f"out={shards.parent / 'mfcc'}", "rounds=8")
-    supervised = SupervisedConfig(epochs=given.supervised_epochs)
+    supervised, neural = SupervisedConfig(epochs=given.supervised_epochs), NeuralConfig(epochs=given.neural_epochs)
     passed = False
     for experiment in given.experiments:
         begun = time.monotonic()
         run = pretrain(experiment, shards, given.work / "runs", given.minutes / len(given.experiments))
-        rows = evaluate(settings(run, manifest, seeds=given.seeds, supervised=supervised))
+        rows = evaluate(settings(run, manifest, seeds=given.seeds, supervised=supervised, neural=neural))
         ours = pick(rows, MEASURE)[-1]
         passed |= gate(ours)
         found[experiment] = {

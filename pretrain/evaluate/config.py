@@ -60,9 +60,25 @@ class TextProbeConfig:
 class SupervisedConfig:
     """Baseline: the same encoder, trained from scratch on the probe's labels only."""
 
-    epochs: Annotated[int, about("passes over the training split; 0: without this baseline", ge=0)] = 10
-    lr: Annotated[float, about("Adam's peak learning rate", gt=0)] = 1e-3
+    epochs: Annotated[int, about("most passes over the training split; 0: without this baseline", ge=0)] = 60
+    patience: Annotated[
+        int, about("passes without a better accuracy on the validation speakers before it ends", ge=1)
+    ] = 6
+    lr: Annotated[
+        float, about("Adam's peak learning rate; halved after a third of the patience without progress", gt=0)
+    ] = 1e-3
     batch_seconds: Annotated[float, about("audio per update", gt=0)] = 40.0
+
+
+@config
+class NeuralConfig:
+    """Baseline: a network with as many weights as the encoder, on log-mel with context."""
+
+    epochs: Annotated[int, about("most passes over the training split; 0: without this baseline", ge=0)] = 20
+    patience: Annotated[int, about("passes without a better accuracy on the validation speakers", ge=1)] = 3
+    lr: Annotated[float, about("Adam's learning rate", gt=0)] = 5e-4
+    batch: Annotated[int, about("vectors per update", ge=1)] = 256
+    dropout: Annotated[float, about("dropout of the hidden layers", ge=0, lt=1)] = 0.2
 
 
 @config
@@ -136,12 +152,10 @@ class EvaluateConfig:
     seeds: Annotated[
         int, about("number of probes, random encoders and supervised runs, each with its own seed", ge=1)
     ] = 3
-    baselines: Annotated[bool, about("also evaluate log-mel with context, random weights and supervised training")] = (
-        True
-    )
+    baselines: Annotated[bool, about("also evaluate log-mel, random weights and supervised training")] = True
     bootstrap: Annotated[int, about("bootstrap resamplings of the test speakers for the intervals", ge=100)] = 2_000
     max_utterances: Annotated[int, about("maximum number of utterances per split; 0: all", ge=0)] = 0
-    out: Annotated[str, about("folder for results.json and the table; empty: print only")] = ""
+    out: Annotated[str, about("folder for results.json, the table and report.html; empty: print only")] = ""
     follow: Annotated[
         bool, about("follow a training run: evaluate each new checkpoint, write results to its TensorBoard")
     ] = False
@@ -157,6 +171,7 @@ class EvaluateConfig:
     probe: ProbeConfig = ProbeConfig()
     text: TextProbeConfig = TextProbeConfig()
     supervised: SupervisedConfig = SupervisedConfig()
+    neural: NeuralConfig = NeuralConfig()
     asr: AsrConfig = AsrConfig()
     streaming: StreamingConfig = StreamingConfig()
 

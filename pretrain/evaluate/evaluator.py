@@ -13,20 +13,26 @@ from pretrain.evaluate.config import MEASURES, RECOGNITION, EvaluateConfig, item
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest
-from pretrain.evaluate.rows import Row
+from pretrain.evaluate.rows import Detail, Row
 from pretrain.evaluate.task_evaluation import TaskEvaluation
 from pretrain.recognition.recogniser import open_recogniser
 
 Say = Callable[[str], None]
 
 
-def evaluate(config: EvaluateConfig, say: Say = print, encoders: Sequence[FrozenEncoder] = ()) -> list[Row]:
+def evaluate(
+    config: EvaluateConfig,
+    say: Say = print,
+    encoders: Sequence[FrozenEncoder] = (),
+    details: list[Detail] | None = None,
+) -> list[Row]:
     """Evaluates all checkpoints on all tasks.
 
     Args:
         config: checkpoints, tasks, data and settings of the probes.
         say: receives progress messages, one line each.
         encoders: the checkpoints, if they are already loaded.
+        details: gets accuracies of layers and confusions of each probe.
 
     Returns:
         One row per task, measure and encoder, including baselines.
@@ -42,7 +48,7 @@ def evaluate(config: EvaluateConfig, say: Say = print, encoders: Sequence[Frozen
     if probing and not encoders:
         encoders = [open_encoder(given, config.device) for given in items(config.checkpoint)]
     with few_threads(config.threads):
-        return _evaluate(config, names, encoders, say)
+        return _evaluate(config, names, encoders, say, details)
 
 
 @contextlib.contextmanager
@@ -59,7 +65,13 @@ def few_threads(most: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _evaluate(config: EvaluateConfig, names: Sequence[str], encoders: Sequence[FrozenEncoder], say: Say) -> list[Row]:
+def _evaluate(
+    config: EvaluateConfig,
+    names: Sequence[str],
+    encoders: Sequence[FrozenEncoder],
+    say: Say,
+    details: list[Detail] | None,
+) -> list[Row]:
     waves, rows = Waves(), list[Row]()
     probing = [name for name in names if name not in RECOGNITION]
     tasks = {name: TaskEvaluation(config, name, say, waves) for name in probing}  # every task is read before one starts
@@ -68,6 +80,8 @@ def _evaluate(config: EvaluateConfig, names: Sequence[str], encoders: Sequence[F
             rows += _recognition(config, name, read_manifest(find_manifest(config.manifest)), waves, say)
         else:
             rows += tasks[name].measures(encoders) if name in MEASURES else tasks[name].rows(encoders)
+            if details is not None:
+                details += tasks[name].details
     return rows
 
 

@@ -22,10 +22,15 @@ SHRINKAGE = 1e-6
 
 
 class View(NamedTuple):
-    """The input of a probe.  layers: one, or several with learned weights.  l2: strength of the penalty."""
+    """The input of a probe.
+
+    layers: one, or several with learned weights.  l2: strength of the penalty.  by_layer: accuracy of each layer alone,
+    by which they were chosen; empty if there was no choice.
+    """
 
     layers: tuple[int, ...]
     l2: float
+    by_layer: tuple[float, ...] = ()
 
 
 class Scaling:
@@ -169,13 +174,14 @@ def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeCon
     penalties = sorted(config.l2, reverse=True)
     middle = penalties[len(penalties) // 2]
     parts = list(folds(train, valid, config, disjoint))
-    layers = selections[0]
+    layers, by_layer = selections[0], tuple[float, ...]()
     if len(selections) > 1:
         scores = [accuracies(parts, classes, layers, [middle], config)[0] for layers in selections]
-        layers = selections[int(np.argmax(scores))]
+        layers, by_layer = selections[int(np.argmax(scores))], tuple(scores[1:])
     if len(penalties) == 1:
-        return View(layers, middle)
-    return View(layers, penalties[int(np.argmax(accuracies(parts, classes, layers, penalties, config)))])
+        return View(layers, middle, by_layer)
+    best = int(np.argmax(accuracies(parts, classes, layers, penalties, config)))
+    return View(layers, penalties[best], by_layer)
 
 
 def accuracies(

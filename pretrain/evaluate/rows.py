@@ -1,10 +1,12 @@
-"""The rows of an evaluation's table."""
+"""The rows of an evaluation's table, and what probes show beyond them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,21 @@ class Row:
     over_random: tuple[float, float, float] | None = None
     retained: float | None = None
     """(value − log-mel) / (supervised − log-mel)."""
+
+
+@dataclass(frozen=True)
+class Detail:
+    """What a fitted probe of one encoder showed beyond its row.
+
+    by_layer: accuracy of single layers on the speakers by which the layer was chosen.  confusion_CC: counts of (true,
+    predicted) over the counted vectors of the test split.  classes: names of its rows and columns.
+    """
+
+    task: str
+    who: str
+    by_layer: tuple[float, ...] = ()
+    confusion_CC: np.ndarray | None = field(default=None, repr=False)
+    classes: tuple[str, ...] = ()
 
 
 def plain(rows: Sequence[Row]) -> list[dict[str, Any]]:

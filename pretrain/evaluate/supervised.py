@@ -37,7 +37,7 @@ def fit_supervised(
     per_frame: bool,
     device: str = "cpu",
 ) -> Callable[[Sequence[Example]], list[np.ndarray]]:
-    """Trains a model from scratch on labels.
+    """Trains a model from scratch on labels until the accuracy on the validation speakers no longer rises.
 
     Args:
         model: an encoder with random weights, modified in place.
@@ -58,10 +58,8 @@ def fit_supervised(
     rng = np.random.default_rng(seed)
     batches = _batches(train, config.batch_seconds)
     warmup = max(1, min(100, len(batches)))
-    updates = config.epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min((done + 1) / warmup, max(0.02, 1 - done / max(1, updates)))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min((done + 1) / warmup, 1.0))
+    share = max(1, config.patience // 3)
 
     def logits(examples: Sequence[Example]) -> list[Tensor]:
         lengths_B = torch.tensor([len(wave) for wave, _, _ in examples], device=device)
@@ -79,7 +77,7 @@ def fit_supervised(
         net.eval()
         return [row.argmax(1).cpu().numpy() for example in examples for row in logits([example])]
 
-    best, best_state = -1.0, net.state_dict()
+    best, best_state, waited = -1.0, net.state_dict(), 0
     for _ in range(config.epochs):
         net.train()
         for number in rng.permutation(len(batches)):
@@ -93,7 +91,14 @@ def fit_supervised(
         guesses = np.concatenate(predict(valid))
         score = float((guesses == torch.cat([labels for _, _, labels in valid]).numpy()).mean())
         if score > best:
-            best, best_state = score, {name: value.clone() for name, value in net.state_dict().items()}
+            best, waited = score, 0
+            best_state = {name: value.clone() for name, value in net.state_dict().items()}
+        else:
+            waited += 1
+        if waited >= config.patience:
+            break
+        if waited and waited % share == 0:
+            schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]
     net.load_state_dict(best_state)
     return predict
 

@@ -17,8 +17,9 @@ from pretrain.evaluate.features import GRID_HZ, POOLS, Labelled, Waves, grid_fra
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context
 from pretrain.evaluate.manifest import SPLITS, Interval, Utterance, grid_labels, reasons
 from pretrain.evaluate.metrics import Tally, bootstrap
+from pretrain.evaluate.neural_probe import fit_neural
 from pretrain.evaluate.probe import View, choose_view, fit_probe
-from pretrain.evaluate.rows import Row
+from pretrain.evaluate.rows import Detail, Row
 from pretrain.evaluate.supervised import Example, fit_supervised
 from pretrain.evaluate.task_data import (
     chosen_corpora,
@@ -53,6 +54,7 @@ class TaskEvaluation:
 
     def __init__(self, config: EvaluateConfig, name: str, say: Say, waves: Waves | None = None) -> None:
         self.config, self.say, self.waves = config, say, waves or Waves()
+        self.details: list[Detail] = []
         self.name = name if name in MEASURES else Path(name).stem
         self.task: Task = open_task(config.frames if name in MEASURES else name)
         self.layers = layer_numbers(config)
@@ -201,10 +203,34 @@ class TaskEvaluation:
             classes, settings, disjoint = len(self.classes), self.config.probe, self.task.disjoint
             view = view or choose_view(train, valid, classes, settings, disjoint)
             probe = fit_probe(train, valid, classes, settings, view, disjoint)
-            hits = (probe.predict(test.x_NLD) == test.y_N.numpy()).astype(float)
-            for measure, counts in self.counted(test).items():
-                tallies.setdefault(measure, []).append(test.tally(hits, counts))
+            guesses_N = probe.predict(test.x_NLD)
+            self._tally(tallies, test, guesses_N)
+            if seed == 0:
+                self.details.append(self._detail(encoder.name, view, test, guesses_N))
             del train, valid, test  # before the features of the next seed are computed
+        return tallies
+
+    def _tally(self, tallies: Tallies, test: Labelled, guesses_N: np.ndarray) -> None:
+        hits = (guesses_N == test.y_N.numpy()).astype(float)
+        for measure, counts in self.counted(test).items():
+            tallies.setdefault(measure, []).append(test.tally(hits, counts))
+
+    def _detail(self, who: str, view: View, test: Labelled, guesses_N: np.ndarray) -> Detail:
+        size, (counts_N, *_) = len(self.classes), self.counted(test).values()
+        chosen = counts_N > 0
+        pairs = test.y_N.numpy()[chosen] * size + guesses_N[chosen]
+        confusion_CC = np.bincount(pairs, minlength=size * size).reshape(size, size)
+        return Detail(self.name, who, view.by_layer, confusion_CC, tuple(self.classes))
+
+    def neural(self, encoder: FrozenEncoder) -> Tallies:
+        """Trains a network with as many weights as the encoder on log-mel with context; returns tallies by measure."""
+        assert encoder.fresh is not None
+        weights = sum(weight.numel() for weight in encoder.fresh(0).parameters())
+        train, valid, test = (self.features(log_mel_with_context(), part) for part in self.parts)
+        tallies: Tallies = {}
+        for seed in range(self.config.seeds):
+            net = fit_neural(train, valid, len(self.classes), weights, self.config.neural, seed)
+            self._tally(tallies, test, net.predict(test.x_NLD[:, 0]))
         return tallies
 
     def _texts(self, make: Callable[[int], FrozenEncoder], same: bool) -> Tallies:
@@ -247,9 +273,7 @@ class TaskEvaluation:
                 self.kind == "frames",
                 self.config.device,
             )
-            hits = (np.concatenate(predict(examples[2])) == truth.numpy()).astype(float)
-            for measure, counts in self.counted(test).items():
-                tallies.setdefault(measure, []).append(test.tally(hits, counts))
+            self._tally(tallies, test, np.concatenate(predict(examples[2])))
         return tallies
 
     def _example(self, utterance: Utterance, rate_hz: float) -> Example:
@@ -283,7 +307,11 @@ class TaskEvaluation:
                 made = partial(self.random, encoder)
                 random = self._report(name, self.scores(made, same=False))
                 rows += self._rows(name, random, log_mel, {}, {})
-                if self.config.supervised.epochs and self.kind in ("frames", "utterances"):
+                fitted = self.kind in ("frames", "utterances")
+                if self.config.neural.epochs and fitted:
+                    name = f"{log_mel_with_context().name}, network as large as {encoder.name}"
+                    rows += self._rows(name, self._report(name, self.neural(encoder)), log_mel, {}, {})
+                if self.config.supervised.epochs and fitted:
                     name = f"supervised from scratch ({encoder.name})"
                     supervised = self._report(name, self.supervised(encoder))
                     rows += self._rows(name, supervised, log_mel, random, {})

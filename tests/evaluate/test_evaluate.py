@@ -13,7 +13,7 @@ import torch
 
 from launch.main import main
 from pretrain.checkpointing.locate import find_checkpoint
-from pretrain.evaluate.config import EvaluateConfig, ProbeConfig, SupervisedConfig
+from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, ProbeConfig, SupervisedConfig
 from pretrain.evaluate.evaluator import evaluate
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.hf_encoder import HuggingFaceModel
@@ -28,9 +28,10 @@ def settings(corpus: Path, given: Path, task: str, **more: object) -> EvaluateCo
     values: dict[str, object] = {"corpora": "tones", "phones": "phones.tsv", "seeds": 2, "bootstrap": 100} | more
     probe = ProbeConfig(iterations=30)
     supervised = SupervisedConfig(epochs=2, batch_seconds=6)
+    neural = NeuralConfig(epochs=2, batch=64)
     return EvaluateConfig(
         checkpoint=str(given), task=task, manifest=str(corpus / "manifest.tsv"), probe=probe, supervised=supervised,
-        **values,
+        neural=neural, **values,
     )  # fmt: skip
 
 
@@ -38,7 +39,8 @@ def test_phone_classification_reports_all_baselines(corpus: Path, saved: Path) -
     torch.set_num_threads(1)
     rows = evaluate(settings(corpus, saved, "phones"), say=lambda line: None)
     by = {(row.measure, row.who.split(" (")[0]): row for row in rows}
-    for who in ("log-mel ±10 frames", "random weights", "supervised from scratch"):
+    network = "log-mel ±10 frames, network as large as run"
+    for who in ("log-mel ±10 frames", network, "random weights", "supervised from scratch"):
         assert ("non-silence frames", who) in by
     assert by["non-silence frames", "log-mel ±10 frames"].value > 0.9
     ours = by["non-silence frames", "run"]
@@ -54,7 +56,14 @@ def test_phone_classification_reports_all_baselines(corpus: Path, saved: Path) -
 def test_the_command_prints_and_writes_results(
     corpus: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["corpora=tones", "seeds=1", "bootstrap=100", "supervised.epochs=0", f"manifest={corpus}/manifest.tsv"]
+    options = [
+        "corpora=tones",
+        "seeds=1",
+        "bootstrap=100",
+        "supervised.epochs=0",
+        "neural.epochs=0",
+        f"manifest={corpus}/manifest.tsv",
+    ]
     options += ["phones=phones.tsv", "probe.iterations=20", f"out={tmp_path / 'out'}"]
     assert main(["evaluate", f"checkpoint={saved}", "task=keywords,rankme,abx,pnmi", *options]) == 0
     assert "random weights" in capsys.readouterr().out
@@ -198,7 +207,8 @@ def test_a_hugging_face_folder_is_evaluated_like_a_run(corpus: Path, tmp_path: P
     assert encoder.rate_hz == 50.0
     assert encoder.encode(torch.randn(16000)).shape == (3, 49, 32)
     rows = evaluate(settings(corpus, tmp_path / "hub", "keywords", seeds=1), say=lambda line: None)
-    beside = ["log-mel ±10 frames", "random weights (hub)", "supervised from scratch (hub)", "hub (step 0)"]
+    network = "log-mel ±10 frames, network as large as hub"
+    beside = ["log-mel ±10 frames", "random weights (hub)", network, "supervised from scratch (hub)", "hub (step 0)"]
     assert [row.who for row in rows] == beside
     assert encoder.fresh is not None
     first, again, other = (

@@ -18,15 +18,21 @@ def work(config: EvaluateConfig) -> None:
         follow(config)
         return
     from launch.cli.tables import show
-    from pretrain.evaluate import report
+    from pretrain.evaluate import page, report
+    from pretrain.evaluate.config import items
     from pretrain.evaluate.evaluator import evaluate
+    from pretrain.evaluate.rows import Detail
 
-    measured = evaluate(config)
+    details: list[Detail] = []
+    measured = evaluate(config, details=details)
     show(report.table(measured))
     if config.baselines:
         print(report.LEGEND)
     if config.out:
-        report.write(measured, Path(config.out).expanduser())
+        out = Path(config.out).expanduser()
+        report.write(measured, out)
+        curves = [curve for given in items(config.checkpoint) for curve in page.read_curves(Path(given).expanduser())]
+        page.write_page(measured, details, curves, out / "report.html")
 
 
 def made_from(config: EvaluateConfig) -> dict[str, str]:
