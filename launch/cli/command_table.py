@@ -18,6 +18,7 @@ COMMANDS = {
     "transcribe": ("transcribe", "recordings -> text with word times, as text, JSON, subtitles or TSV"),
     "board": ("board", "TensorBoard of runs, listed by name"),
     "compare": ("compare", "compare two or more runs in a table and a plot"),
+    "bands": ("bands", "a recipe with several seeds -> mean, deviation and 95 % band of its curves"),
     "runs": ("runs", "list runs with their key figures"),
     "replay": ("replay", "repeat a failed update on its saved batch"),
     "recipes": ("recipes", "size and cost of each shipped experiment, with published figures"),

@@ -27,7 +27,7 @@ ROOTS = {
     "pipeline": ("launch.workflows.pipeline", "PipelineConfig"),
 }
 """Config class of each command with a composed config."""
-SAME_FIELDS = {"plan-run": "pretrain", "demo": "pretrain"}
+SAME_FIELDS = {"plan-run": "pretrain", "demo": "pretrain", "bands": "pretrain"}
 """Commands that take the fields of another one."""
 PLUGINS = {
     "frontends": "pretrain.models.frontends",

@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> int:
     parser = Parser("auricle board", description="TensorBoard of runs, listed by name")
     parser.add_argument("runs", type=Path, nargs="*", default=[Path("runs")], help="run folders, or folders of runs")
     parser.add_argument("--port", type=int, default=6006, help="on localhost; 0 takes a free one (default: 6006)")
+    parser.add_argument("--bands", type=Path, help="file of `auricle bands`: shown behind each run's curves")
     given = parser.parse_args(arguments)
 
     from launch.runs.summary import find_runs
@@ -34,6 +35,8 @@ def run(arguments: list[str]) -> int:
     _require_free(port)
     with _ends_by_signal(), tempfile.TemporaryDirectory(prefix="auricle-board-") as home:
         link(folders, Path(home))
+        if given.bands is not None:
+            print(f"{add_bands(folders, Path(home), given.bands)} charts with bands, under Custom Scalars", flush=True)
         count = f"{len(folders)} run{'' if len(folders) == 1 else 's'}"
         print(f"{count} at http://localhost:{port}/ (only from this machine; Ctrl-C ends it)", flush=True)
         return _serve(command(Path(home), port))
@@ -88,6 +91,16 @@ def link(folders: list[Path], home: Path) -> None:
     every = sorted({folder.resolve() for folder in folders})
     for folder, name in zip(every, unique_names(every), strict=True):
         (home / name).symlink_to(folder / "tb", target_is_directory=True)
+
+
+def add_bands(folders: list[Path], home: Path, file: Path) -> int:
+    """Adds a run NAME_band for each run, with its curves and their bands; returns the number of charts."""
+    from launch.runs.band_board import write_charts
+    from launch.runs.bands import read
+
+    bands, every = read(file), sorted({folder.resolve() for folder in folders})
+    named = zip(every, unique_names(every), strict=True)
+    return sum(write_charts(bands, folder, home / f"{name}_band") for folder, name in named)
 
 
 def unique_names(folders: list[Path]) -> Iterator[str]:

@@ -36,6 +36,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--plot", type=Path, default=Path("compare.png"), help="file of the plot (default: compare.png)"
     )
+    parser.add_argument(
+        "--bands", type=Path, help="file of `auricle bands`: whether differences are larger than seeds'"
+    )
     given = parser.parse_args(arguments)
 
     from data_pipeline.core.schema import ConfigError
@@ -45,6 +48,8 @@ def run(arguments: list[str]) -> int:
     if len(folders) < 2:
         raise ConfigError("auricle compare needs two run folders or more")
     print_differences(folders, [summarise(folder) for folder in folders])
+    if given.bands is not None:
+        print_verdicts(folders, given.bands)
     plot(folders, given.plot)
     print(f"plotted in {given.plot}")
     return ExitCode.DONE
@@ -66,6 +71,20 @@ def print_differences(folders: Sequence[Path], summaries: Sequence[RunSummary]) 
         for path in sorted(changed)
     ]
     show(table(("config", *names), shown))
+
+
+def print_verdicts(folders: Sequence[Path], file: Path) -> None:
+    """Prints whether each further run differs from the first by more than the seeds of a recipe do."""
+    from launch.cli.tables import show, table
+    from launch.runs.bands import larger_than_seeds, read
+
+    bands, (first, *others) = read(file), folders
+    lines = []
+    for name in bands.curves:
+        verdicts = [larger_than_seeds(bands, name, (first, other)) for other in others]
+        if any(verdicts):
+            lines.append((name, *verdicts))
+    show(table((f"difference to {first.name}", *(other.name for other in others)), lines))
 
 
 def plot(folders: Sequence[Path], path: Path) -> None:
