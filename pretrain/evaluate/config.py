@@ -141,6 +141,10 @@ class EvaluateConfig:
     frames: Annotated[
         str, about(f"task of kind frames whose labels {', '.join(MEASURES)} are measured with", min_length=1)
     ] = "phones"
+    abx: Annotated[
+        Literal["own", "fastabx"],
+        about("ABX by this project or by the package fastabx (Python 3.12), which give the same cells"),
+    ] = "own"
     corpora: Annotated[
         str, about("use only these corpora, with commas; empty: the task's, where the data has them")
     ] = ""

@@ -54,12 +54,15 @@ def evaluate(
 @contextlib.contextmanager
 def few_threads(most: int) -> Iterator[None]:
     """Limits the threads of torch, NumPy and scikit-learn in the block; the environment's own limit stays."""
-    from threadpoolctl import threadpool_limits
-
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, most))
+    limits: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    with contextlib.suppress(ImportError):  # comes with scikit-learn
+        from threadpoolctl import threadpool_limits
+
+        limits = threadpool_limits(min(before, most))
     try:
-        with threadpool_limits(min(before, most)):
+        with limits:
             yield
     finally:
         torch.set_num_threads(before)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pretrain.evaluate import abx as phone_abx
+from pretrain.evaluate import fastabx_cells
 from pretrain.evaluate.features import Waves, phone_frames
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
 from pretrain.evaluate.manifest import Interval, Utterance
@@ -22,7 +23,7 @@ PER_PHONE, RESAMPLINGS, UNITS, MAX_FRAMES = 3, 500, 100, 20_000
 
 def abx(
     encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves,
-    silence: Collection[str],
+    silence: Collection[str], library: str = "own",
 ) -> Found:  # fmt: skip
     """Measures the phone ABX error of each layer within and across speakers, with intervals over speakers.
 
@@ -33,6 +34,7 @@ def abx(
         classes: index of each phone.
         waves: decoded audio.
         silence: labels that are not phones.
+        library: own or fastabx.
 
     Raises:
         ValueError: the utterances give no triple.
@@ -46,6 +48,7 @@ def abx(
             if interval.phone not in silence and 2 <= last - first <= 30:
                 tokens.append((interval.phone, utterance.speaker, x_LFD[:, first:last]))
     tokens = phone_abx.thinned(tokens, PER_PHONE)
+    cells = fastabx_cells.cells if library == "fastabx" else phone_abx.cells
     if not tokens:
         raise ValueError("abx: no phone of these utterances is 2 to 30 frames long")
     found: Found = []
@@ -53,7 +56,7 @@ def abx(
         single = [(phone, speaker, x_LFD[layer]) for phone, speaker, x_LFD in tokens]
         for across in (False, True):
             name = f"ABX error {'across' if across else 'within'} speakers, layer {layer}"
-            found.append((name, phone_abx.error(phone_abx.cells(single, across), RESAMPLINGS)))
+            found.append((name, phone_abx.error(cells(single, across), RESAMPLINGS)))
     return found
 
 

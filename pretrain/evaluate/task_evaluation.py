@@ -398,9 +398,11 @@ class TaskEvaluation:
     def measures(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
         """Applies a label-free measure or ABX to every layer on the test split, for checkpoints and baselines."""
 
+        more = {"library": self.config.abx} if self.name == "abx" else {}
+
         def measure(encoder: FrozenEncoder) -> intrinsic.Found:
             return intrinsic.MEASURES[self.name](
-                encoder, self.parts[2], self.phones, self.classes, self.waves, self.silence
+                encoder, self.parts[2], self.phones, self.classes, self.waves, self.silence, **more
             )
 
         return self.unfitted(encoders, measure, context=0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pretrain.evaluate import abx
+from data_pipeline.core.schema import ConfigError
+from pretrain.evaluate import abx, fastabx_cells
 
 CELLS = Path(__file__).resolve().parent / "fastabx" / "cells.json"
 RNG = np.random.default_rng(0)
@@ -20,10 +22,13 @@ def reference() -> tuple[list[abx.Token], dict[str, list[dict[str, object]]]]:
     return tokens, values
 
 
+@pytest.mark.parametrize("library", ["own", "fastabx"])
 @pytest.mark.parametrize("name", ["within", "across"])
-def test_every_cell_equals_that_of_fastabx(name: str) -> None:
+def test_every_cell_equals_that_of_fastabx(name: str, library: str) -> None:
     tokens, theirs = reference()
-    ours = abx.cells(tokens, name == "across", others=2)
+    if library == "fastabx":
+        pytest.importorskip("fastabx")
+    ours = (abx.cells if library == "own" else fastabx_cells.cells)(tokens, name == "across", others=2)
     expected = {
         (cell["phone"], cell["phone_b"], cell["speaker"], cell.get("speaker_x", cell["speaker"])): cell["score"]
         for cell in theirs[name]
@@ -69,3 +74,10 @@ def test_thinning_limits_the_tokens_per_phone_and_speaker() -> None:
 def test_speech_without_a_triple_is_refused() -> None:
     with pytest.raises(ValueError, match="no triple"):
         abx.cells([("a", "s", np.ones((2, 2)))], across=False)
+
+
+def test_fastabx_is_optional_and_named_where_it_is_missing() -> None:
+    if importlib.util.find_spec("fastabx"):
+        pytest.skip("fastabx is installed")
+    with pytest.raises(ConfigError, match=r"abx=fastabx: needs the package fastabx, on Python 3.12.*abx=own"):
+        fastabx_cells.cells([("a", "s", np.ones((2, 2)))], across=False)
