@@ -145,12 +145,12 @@ def at(band: Band, step: int) -> tuple[float, float, float, float]:
     return mean, deviation, low, high
 
 
-def outside(bands: Bands, run: Path) -> list[str]:
-    """Returns a line for each curve of a run whose last point is outside of its band."""
+def outside(bands: Bands, run: Path, names: Sequence[str] = ()) -> list[str]:
+    """Returns a line for each curve of a run whose last point is outside of its band; names: only these curves."""
     found = []
     for name, one in bands.curves.items():
         values = curve(run, name)
-        if not values:
+        if not values or (names and name not in names):
             continue
         step = max(values)
         mean, _, low, high = at(one, step)

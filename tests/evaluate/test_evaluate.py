@@ -26,7 +26,7 @@ from tests.support.training import save
 
 def settings(corpus: Path, given: Path, task: str, **more: object) -> EvaluateConfig:
     values: dict[str, object] = {"corpora": "tones", "phones": "phones.tsv", "seeds": 2, "bootstrap": 100} | more
-    probe = ProbeConfig(iterations=30)
+    probe = ProbeConfig(iterations=30, l2=(1e-3,), least_speakers=1)
     supervised = SupervisedConfig(epochs=2, batch_seconds=6)
     neural = NeuralConfig(epochs=2, batch=64)
     return EvaluateConfig(
