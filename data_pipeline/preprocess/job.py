@@ -254,6 +254,7 @@ def _finish(
         units_done=len(new),
         units_before=len(before),
         changed_files=len(plan.changed_files),
+        relabelled=plan.relabelled,
         seconds=seconds,
         skipped=dict(found.skipped),
         warnings=tuple(found.warnings),

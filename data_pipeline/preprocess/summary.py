@@ -40,6 +40,8 @@ class Summary:
     """Reasons by unit that could not be finished."""
     changed_files: int = 0
     """Recordings that changed after they were written; the shards have their earlier audio."""
+    relabelled: int = 0
+    """Recordings with another speaker, language or text than when they were written; the shards have the earlier."""
     seconds: float = 0.0
     """Duration of the job."""
     new_hours: float = 0.0
@@ -96,6 +98,11 @@ class Summary:
         rows += _skipped_rows(self.skipped, self.warnings)
         if self.changed_files:
             rows.append(("changed since", f"{self.changed_files:,} recordings; the shards hold their earlier audio"))
+        if self.relabelled:
+            kept = "the shards hold their earlier speakers, languages and texts"
+            rows.append(
+                ("relabelled since", f"{self.relabelled:,} recordings; {kept}; another out= takes the new ones")
+            )
         if self.units_before:
             rows.append(("done before", f"{self.units_before:,} units of work; all other figures are of the whole set"))
         rows.append(("report", self.report))

@@ -48,6 +48,8 @@ class WorkPlan:
     dropped: list[Dropped] = field(default_factory=list)
     changed_files: list[AudioFile] = field(default_factory=list)
     """Recordings that have changed on disk since they were written to a shard, which is kept."""
+    relabelled: int = 0
+    """Recordings whose speaker, language or text in the corpus differs from what was written to a shard."""
     again: set[str] = field(default_factory=set)
     """Units without a readable recording; this job processes them again."""
     newest: dict[RecordingId, str] = field(default_factory=dict)
@@ -215,9 +217,15 @@ def _fresh_files(plan: WorkPlan, files: Iterable[AudioFile], failures: Mapping[R
         retried = failure is not None and (changed or failure.reason in RETRIED)
         if retried or (changed and key in duplicates and key not in known):
             fresh.append(file)
-        elif changed and failure is None:
-            plan.changed_files.append(file)
+        elif failure is None:
+            if changed:
+                plan.changed_files.append(file)
+            plan.relabelled += _labels(before) != _labels(file)
     return fresh
+
+
+def _labels(file: AudioFile) -> tuple[object, ...]:
+    return file.speaker, file.language, file.text, dict(file.labels)
 
 
 def _normal(path: str) -> str:

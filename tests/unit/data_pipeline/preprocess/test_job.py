@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -87,6 +88,18 @@ def test_a_file_changed_later_is_counted_and_not_processed_twice(tmp_path: Path)
     write_corpus(corpus, {"speaker0/clip000.flac": 9.0})
     later = preprocess(config, progress=False)
     assert (later.changed_files, later.segments) == (1, 4)
+
+
+def test_a_speaker_named_later_is_counted_and_the_shards_stay(tmp_path: Path) -> None:
+    config = path_config(write_corpus(tmp_path / "corpus", many(4)), tmp_path / "out")
+    assert preprocess(config, progress=False).relabelled == 0
+    first = contents(tmp_path / "out")
+    named = dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, language="en"))
+    later = preprocess(named, progress=False)
+    assert (later.relabelled, later.units_done) == (4, 0)
+    assert any(name == "relabelled since" and value.startswith("4 ") for name, value in later.rows())
+    assert preprocess(config, progress=False).relabelled == 0
+    assert {name for name in first if name.endswith(".tar")} <= contents(tmp_path / "out").keys()
 
 
 def test_a_lost_shard_is_made_again(tmp_path: Path) -> None:
