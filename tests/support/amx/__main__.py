@@ -47,7 +47,8 @@ def missing() -> str | None:
 def build() -> Path:
     """Compiles emulator.c unless it is built already, and returns the shared library."""
     source = HERE / "emulator.c"
-    key = hashlib.sha256(source.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    code = b"".join(file.read_bytes() for file in sorted(HERE.glob("*.[ch]")))
+    key = hashlib.sha256(code + " ".join(FLAGS).encode()).hexdigest()[:16]
     library = BUILD / f"emulator-{key}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,9 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include "fp16.h"
+#include "state.h"
+
 enum { TILES = 8, ROWS = 16, ROW_BYTES = 64 };
 enum { MOST_SITES = 4096, MOST_LIBRARIES = 16 };
 
@@ -58,93 +61,6 @@ static Library *libraries;
 static int library_count;
 static struct sigaction next_action; /* what the program itself wants to happen on SIGILL */
 static int installed;
-
-enum { CPUID, XGETBV, TILECFG, LOAD, STORE, ZERO, BF16, INT8, FP16_CONVERSION, KINDS };
-static const char *const NAMES[KINDS] = {"cpuid",    "xgetbv",    "tilecfg",  "tileload",       "tilestored",
-                                         "tilezero", "tdpbf16ps", "tdpb*d", "fp16_conversion"};
-static unsigned long counts[KINDS];
-
-static void count(int kind) { __atomic_fetch_add(&counts[kind], 1, __ATOMIC_RELAXED); }
-
-/* ---- registers of the interrupted program ---- */
-
-static const int GENERAL[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
-                                REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
-
-static uint64_t general(ucontext_t *context, int number) { return context->uc_mcontext.gregs[GENERAL[number]]; }
-
-static unsigned component_offset[8]; /* of the parts of an XSAVE area: 2: AVX  5: opmask  6 and 7: halves of ZMM */
-
-static uint8_t *component(ucontext_t *context, int number) {
-    return (uint8_t *)context->uc_mcontext.fpregs + component_offset[number];
-}
-
-static void read_vector(ucontext_t *context, int number, uint8_t out[64]) {
-    uint8_t *area = (uint8_t *)context->uc_mcontext.fpregs;
-    if (number >= 16) {
-        memcpy(out, component(context, 7) + 64 * (number - 16), 64);
-        return;
-    }
-    memcpy(out, area + 160 + 16 * number, 16);
-    memcpy(out + 16, component(context, 2) + 16 * number, 16);
-    memcpy(out + 32, component(context, 6) + 32 * number, 32);
-}
-
-static void write_vector(ucontext_t *context, int number, const uint8_t in[64]) {
-    uint8_t *area = (uint8_t *)context->uc_mcontext.fpregs;
-    *(uint64_t *)(area + 512) |= 0xE6; /* SSE, AVX, opmask, both halves of ZMM: in use */
-    if (number >= 16) {
-        memcpy(component(context, 7) + 64 * (number - 16), in, 64);
-        return;
-    }
-    memcpy(area + 160 + 16 * number, in, 16);
-    memcpy(component(context, 2) + 16 * number, in + 16, 16);
-    memcpy(component(context, 6) + 32 * number, in + 32, 32);
-}
-
-static uint16_t read_mask(ucontext_t *context, int number) {
-    return number ? *(uint16_t *)(component(context, 5) + 8 * number) : 0xFFFF;
-}
-
-/* ---- operands ---- */
-
-typedef struct {
-    int reg, rm;        /* 0 to 15, without EVEX's fifth bit */
-    int memory;         /* whether rm is a memory operand */
-    uint64_t address;   /* of the memory operand, without the index for a tile */
-    uint64_t index;     /* scaled index register: the stride of a tile */
-    int length;         /* bytes from ModRM to the end of the instruction */
-} Operands;
-
-/* Decodes ModRM, SIB and displacement. r, x, b: extension bits; unit: factor of an 8-bit displacement (EVEX). */
-static Operands decode(ucontext_t *context, const uint8_t *modrm, int r, int x, int b, int unit) {
-    Operands found = {0};
-    int mod = modrm[0] >> 6, rm = modrm[0] & 7, at = 1;
-    found.reg = (modrm[0] >> 3 & 7) | r << 3;
-    found.rm = rm | b << 3;
-    found.memory = mod != 3;
-    if (found.memory) {
-        int base = found.rm, no_base = 0;
-        if (rm == 4) {
-            uint8_t sib = modrm[at++];
-            int index = (sib >> 3 & 7) | x << 3;
-            base = (sib & 7) | b << 3;
-            no_base = (sib & 7) == 5 && mod == 0;
-            if (index != 4) found.index = general(context, index) << (sib >> 6);
-        }
-        int relative = rm == 5 && mod == 0;
-        if (!no_base && !relative) found.address = general(context, base);
-        if (mod == 1) found.address += (int64_t)(int8_t)modrm[at] * unit, at += 1;
-        if (mod == 2 || no_base || relative) {
-            int32_t displacement;
-            memcpy(&displacement, modrm + at, 4);
-            found.address += (int64_t)displacement, at += 4;
-        }
-        if (relative) found.address += (uint64_t)modrm + at;
-    }
-    found.length = at;
-    return found;
-}
 
 /* ---- tile instructions ---- */
 
@@ -257,76 +173,6 @@ static int tile_instruction(ucontext_t *context, const uint8_t *at) {
     }
     if (done) count(kind);
     return done ? 4 + o.length : 0;
-}
-
-/* ---- AVX512-FP16: the conversions that oneDNN uses ---- */
-
-/* Writes the first `lanes` lanes of a vector register under a mask, and zeros after them. */
-static void write_lanes(ucontext_t *context, int number, const uint8_t *in, int lanes, int bytes, int mask, int zero) {
-    uint8_t value[64] = {0}, old[64];
-    read_vector(context, number, old);
-    for (int i = 0; i < lanes; i++) {
-        int chosen = read_mask(context, mask) >> i & 1;
-        if (chosen || !zero) memcpy(value + bytes * i, (chosen ? in : old) + bytes * i, bytes);
-    }
-    write_vector(context, number, value);
-}
-
-/* Emulates VMOVW, VCVTPS2PHX and VCVTPH2PSX of a repeated operand; rewrites other VCVTPH2PSX in place as VCVTPH2PS.
- * Returns the length, 0 if it is none of them, or −1 where the same address must be executed again. */
-static int fp16_instruction(ucontext_t *context, uint8_t *at) {
-    if (at[0] != 0x62 || at[1] & 8) return 0;
-    int map = at[1] & 7, prefix = at[2] & 3, opcode = at[4];
-    int zero = at[3] >> 7, size = at[3] >> 5 & 3, repeated = at[3] >> 4 & 1, mask = at[3] & 7;
-    int r = ~at[1] >> 7 & 1, x = ~at[1] >> 6 & 1, b = ~at[1] >> 5 & 1, high_r = ~at[1] >> 4 & 1;
-    if (prefix != 1 || at[2] & 0x80) return 0;
-    _Alignas(64) uint8_t value[64] = {0};
-    if (map == 6 && opcode == 0x13 && repeated && at[5] < 0xC0) { /* VCVTPH2PSX v, m16{1to4, 8, 16} */
-        Operands o = decode(context, at + 5, r, x, b, 2);
-        __m256i halves = _mm256_set1_epi16(*(short *)(o.address + o.index));
-        _mm512_store_ps(value, _mm512_cvtph_ps(halves));
-        write_lanes(context, o.reg | high_r << 4, value, 4 << size, 4, mask, zero);
-        count(FP16_CONVERSION);
-        return 5 + o.length;
-    }
-    if (map == 6 && opcode == 0x13) { /* VCVTPH2PSX v, v/m */
-        uintptr_t page = (uintptr_t)(at + 1) & ~(uintptr_t)4095;
-        if (mprotect((void *)page, 4096, PROT_READ | PROT_WRITE | PROT_EXEC)) return 0;
-        at[1] = (at[1] & ~7) | 2;
-        count(FP16_CONVERSION);
-        return -1;
-    }
-    if (map == 5 && opcode == 0x6E) { /* VMOVW x, r/m16 */
-        Operands o = decode(context, at + 5, r, x, b, 2);
-        uint64_t word = o.memory ? *(uint16_t *)(o.address + o.index) : general(context, o.rm);
-        memcpy(value, &word, 2);
-        write_vector(context, o.reg | high_r << 4, value);
-        count(FP16_CONVERSION);
-        return 5 + o.length;
-    }
-    if (map == 5 && opcode == 0x7E) { /* VMOVW r/m16, x */
-        Operands o = decode(context, at + 5, r, x, b, 2);
-        read_vector(context, o.reg | high_r << 4, value);
-        if (o.memory)
-            memcpy((void *)(o.address + o.index), value, 2);
-        else
-            context->uc_mcontext.gregs[GENERAL[o.rm]] = *(uint16_t *)value;
-        count(FP16_CONVERSION);
-        return 5 + o.length;
-    }
-    if (map == 5 && opcode == 0x1D) { /* VCVTPS2PHX v, v/m, m32{1to4, 8, 16} */
-        int in_register = at[5] >= 0xC0, lanes = in_register && repeated ? 16 : 4 << size;
-        Operands o = decode(context, at + 5, r, x, b, repeated ? 4 : 4 * lanes);
-        if (in_register) read_vector(context, o.rm | x << 4, value);
-        for (int i = 0; i < lanes && !in_register; i++) /* masked lanes are not read */
-            if (read_mask(context, mask) >> i & 1)
-                memcpy(value + 4 * i, (void *)(o.address + o.index + (repeated ? 0 : 4 * i)), 4);
-        __m256i halves = _mm512_cvtps_ph(_mm512_load_ps(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        write_lanes(context, o.reg | high_r << 4, (uint8_t *)&halves, lanes, 2, mask, zero);
-        count(FP16_CONVERSION);
-        return 5 + o.length;
-    }
-    return 0;
 }
 
 /* ---- cpuid and xgetbv ---- */
