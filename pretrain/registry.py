@@ -3,8 +3,8 @@
 Further plug-ins are `objectives/NAME.py`, `heads/NAME.py` … of the places in data_pipeline.core.plugins.
 
 A plug-in module defines `Config`, a `@config` dataclass with a field `name: Literal["<module>"]`, and `build`:
-frontends `build(config, dim) -> Frontend`; encoders `build(config) -> Encoder`; objectives and heads
-`build(config, shape) -> Objective | Head`.
+frontends `build(config, dim) -> Frontend`; embeddings `build(config, dim) -> Embedding`; encoders
+`build(config) -> Encoder`; objectives and heads `build(config, shape) -> Objective | Head`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,19 @@ from data_pipeline.core.definitions import definition
 from data_pipeline.core.schema import ConfigError, PluginChoice, PluginConfig, hint
 
 if TYPE_CHECKING:  # the interfaces import torch
-    from pretrain.interfaces.configs import EncoderConfig, FrontendConfig, HeadConfig, ObjectiveConfig
-    from pretrain.interfaces.models import Encoder, Frontend, ModelShape
+    from pretrain.interfaces.configs import (
+        EmbeddingConfig,
+        EncoderConfig,
+        FrontendConfig,
+        HeadConfig,
+        ObjectiveConfig,
+    )
+    from pretrain.interfaces.models import Embedding, Encoder, Frontend, ModelShape
     from pretrain.interfaces.objectives import Head, Objective
 
 PACKAGES = {
     "frontends": "pretrain.models.frontends",
+    "embeddings": "pretrain.models.embeddings",
     "encoders": "pretrain.models.encoders",
     "objectives": "pretrain.objectives",
     "heads": "pretrain.heads",
@@ -164,6 +171,12 @@ def build_frontend(config: FrontendConfig, dim: int) -> Frontend:
     return built
 
 
+def build_embedding(config: EmbeddingConfig, dim: int) -> Embedding:
+    """Returns the embedding of a config, with `dim` output channels; 0: with channels of its own choice."""
+    built: Embedding = module("embeddings", config.name).build(config, dim)
+    return built
+
+
 def build_encoder(config: EncoderConfig) -> Encoder:
     """Returns the encoder of a config."""
     built: Encoder = module("encoders", config.name).build(config)
@@ -182,11 +195,12 @@ def build_head(config: HeadConfig, shape: ModelShape) -> Head:
     return built
 
 
-def choice(kind: str) -> PluginChoice:
-    """Returns the annotation of a config field that holds a plug-in of this kind."""
+def choice(kind: str, optional: bool = False) -> PluginChoice:
+    """Returns the annotation of a config field that holds a plug-in of this kind, or null where it is optional."""
     return PluginChoice(
         kind[:-1],
         functools.partial(names, kind),
         functools.partial(config_type, kind),
         functools.partial(documented_type, kind),
+        optional,
     )

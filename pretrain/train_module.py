@@ -140,6 +140,8 @@ class TrainModule(nn.Module):
     def forget(self) -> None:
         """Discards what forward passes collected; runs before the first one of each attempt at an update."""
         self.objective.forget()
+        for head in self._heads().values():
+            head.forget()
 
     def after_step(self, ctx: StepContext, sums: Mapping[str, tuple[np.ndarray, float]] | None = None) -> None:
         """Runs once after each optimizer step that was not skipped.
@@ -150,6 +152,8 @@ class TrainModule(nn.Module):
                 None: the balance stays as it is.
         """
         self.objective.after_step(self.model, ctx)
+        for head in self._heads().values():
+            head.after_step(ctx)
         if sums is None:
             return
         losses = [sums[f"loss/{name}"] for name in self.tasks]

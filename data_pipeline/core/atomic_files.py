@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` atomically: after a crash, and for readers, it has either the old text or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces `path` atomically: after a crash, and for readers, it has either the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

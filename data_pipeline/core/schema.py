@@ -107,13 +107,15 @@ class PluginChoice:
     config_type: Callable[[str], type[PluginConfig]]
     documented_type: Callable[[str], type[PluginConfig]] | None = None
     """Returns a class with the same fields for help texts, where importing that of `config_type` takes seconds."""
+    optional: bool = False
+    """Whether null is allowed."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.read)
 
     def read(self, value: Any) -> Any:
         """Returns the plug-in's own config for a mapping with `name`."""
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) or (self.optional and value is None):
             return value
         known = self.names()
         if not isinstance(value, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # preprocessing workers start faster without torch
     from torch import Tensor
@@ -31,6 +31,8 @@ class Span:
     """The channel to use, from 0; None: the mean of all."""
     row: int = 0
     """Row of the table that names it, from 1; 0 without a table."""
+    image: str = ""
+    """Path or URL of an image of it; "" without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ class AudioFile:
     """Time of the last change, from the file system (an ETag on object stores)."""
     spans: tuple[Span, ...] = ()
     """The parts to use, sorted by start, possibly overlapping. Empty: the whole recording."""
+    image: str = ""
+    """Path or URL of an image of it; "" without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,17 @@ class Cursor:
     step: int
 
 
+class Images(NamedTuple):
+    """One image per sample.  pixels_BCHW: uint8.  present_B: bool, False for samples without one; theirs is black."""
+
+    pixels_BCHW: Tensor
+    present_B: Tensor
+
+
+IMAGE = "image"
+"""Name in `Batch.images` of the images that shards hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One micro-batch.
@@ -103,12 +118,15 @@ class Batch:
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     """Tokens of texts by their name in `data.tokens`, (B, N) int64, padded with -1; a row without text, or with only a
     part of its segment, is all -1. Always on the host."""
+    images: Mapping[str, Images] = field(default_factory=dict)
+    """Images by name. Always on the host."""
 
     def to(self, device: str) -> Batch:
-        """Returns the batch with its tensors on `device`, except lengths and tokens, which are read on the host."""
+        """Returns the batch with audio and targets on `device`; lengths, tokens and images are read on the host."""
         targets = {name: tensor.to(device, non_blocking=True) for name, tensor in self.targets.items()}
         wave_BT = self.wave_BT.to(device, non_blocking=True)
-        return Batch(wave_BT, self.lengths_B, self.keys, self.micro_batch, targets, self.labels, self.tokens)
+        rest = (self.labels, self.tokens, self.images)
+        return Batch(wave_BT, self.lengths_B, self.keys, self.micro_batch, targets, *rest)
 
     def label_values(self, name: str) -> tuple[str, ...]:
         """Returns the label of each sample; "" for samples, or a whole batch, without it."""
@@ -133,6 +151,12 @@ class Batch:
             micro_batch=micro_batch,
             targets={name: target.new_full((1, 0), -1) for name, target in self.targets.items()},
             tokens={name: ids.new_full((1, 0), -1) for name, ids in self.tokens.items()},
+            images={
+                name: Images(
+                    images.pixels_BCHW.new_zeros(1, *images.pixels_BCHW.shape[1:]), images.present_B.new_zeros(1)
+                )
+                for name, images in self.images.items()
+            },
             labels=dict.fromkeys(self.labels, ("",)),
         )
 

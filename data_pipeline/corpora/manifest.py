@@ -37,10 +37,11 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "seconds": ("seconds", "duration_s", "duration"),
     "begin": ("begin_s", "begin_time", "begin", "start_s", "start_time", "start", "offset_s", "offset"),
     "end": ("end_s", "end_time", "end", "stop_s", "stop_time", "stop"),
+    "image": ("image", "image_path", "image_filepath"),
     "channel": ("channel", "channel_id", "channel_selector"),
 }
 """Names of a manifest's columns, looked up row by row; every other column becomes a label. Begin (in seconds), end or
-duration of a row select a part of its file, and channel a channel."""
+duration of a row select a part of its file, and channel a channel. Image names a picture of what is said."""
 LONGEST_SECONDS: Final = 1e7
 """Longest plausible time in seconds; larger values must be in another unit."""
 
@@ -135,6 +136,7 @@ class ManifestReader:
                 seconds=_duration(values.get("seconds")),
                 size=at.size,
                 mtime=at.mtime,
+                image=self._image(text.get("image", "")),
             )
             entry = _Entry(file, _span(values, file, row.number), row.number)
         except RowError as error:
@@ -198,6 +200,19 @@ class ManifestReader:
         except ValueError as error:
             raise RowError("no_path", f"is not a path ({error})") from None
 
+    def _image(self, given: str) -> str:
+        """Returns the path of an image; whether it can be read is found out when it is. Raises RowError."""
+        if not given:
+            return ""
+        if "\0" in given:
+            raise RowError("no_path", "its image is not a path")
+        path, _ = _place(self.root, given)
+        if not self.corpus.allow_outside and _is_outside(self.root, path):
+            raise RowError(
+                "outside_root", "its image is outside of corpus.root; set corpus.allow_outside=true to accept it"
+            )
+        return path
+
     def _joined(self, entries: Sequence[_Entry]) -> AudioFile:
         """Joins all rows of a recording; repeated rows are rejected."""
         only = entries[0].span is None and all(entry.span is None for entry in entries)
@@ -233,6 +248,7 @@ def _with_spans(files: Sequence[AudioFile], spans: Sequence[Span]) -> AudioFile:
         split=split,
         text="",
         labels={},
+        image="",
         seconds=0.0,
         spans=sorted_spans(marked),
     )
@@ -244,7 +260,9 @@ def _span(values: Mapping[str, Any], file: AudioFile, row: int) -> Span | None:
     times = {field: _seconds(field, values[field]) for field in ("begin", "end") if field in values}
     if not times:
         return (
-            None if channel is None else Span(0, None, file.speaker, file.text, file.labels, channel=channel, row=row)
+            None
+            if channel is None
+            else Span(0, None, file.speaker, file.text, file.labels, channel=channel, row=row, image=file.image)
         )
     begin, end = times.get("begin", 0.0), times.get("end")
     if end == -1:  # Kaldi's notation for the end of the recording
@@ -256,13 +274,13 @@ def _span(values: Mapping[str, Any], file: AudioFile, row: int) -> Span | None:
     start, stop = round(begin * SAMPLE_RATE), None if end is None else round(end * SAMPLE_RATE)
     if stop is not None and stop <= start:
         raise RowError("bad_span", f"begins at {begin:g} s and ends at {end:g} s: that holds no sample")
-    return Span(start, stop, file.speaker, file.text, file.labels, channel=channel, row=row)
+    return Span(start, stop, file.speaker, file.text, file.labels, channel=channel, row=row, image=file.image)
 
 
 def _whole_as_span(entry: _Entry) -> Span:
     """Returns the span of a row without times among rows with times: from 0 (an omitted offset) to its duration."""
     stop = round(entry.file.seconds * SAMPLE_RATE) or None
-    return Span(0, stop, entry.file.speaker, entry.file.text, entry.file.labels, row=entry.row)
+    return Span(0, stop, entry.file.speaker, entry.file.text, entry.file.labels, row=entry.row, image=entry.file.image)
 
 
 def _seconds(field: str, value: Any) -> float:

@@ -26,7 +26,7 @@ class Reject:
     corpus: str
     language: str
     stage: str
-    """discover, decode, vad, cut, filter or unit."""
+    """discover, decode, vad, cut, filter, image or unit; only the image is left out in the stage image."""
     reason: str
     """Short code, counted in reports."""
     error: str = ""

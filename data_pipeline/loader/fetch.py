@@ -22,6 +22,7 @@ from data_pipeline.audio.transforms import change_speed
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError, hint
 from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.images.decoding import ENDINGS
 from data_pipeline.labels.store import FrameLabels
 from data_pipeline.loader.open_shards import open_files
 from data_pipeline.loader.texts import SegmentTexts
@@ -31,7 +32,7 @@ from data_pipeline.shards.records import done_records
 
 TAR_BLOCK = 512
 WAV_HEADER = 44
-SEARCHED_SHARDS, SEARCHED_SAMPLES = 8, 8
+SEARCHED_SHARDS, SEARCHED_SAMPLES, SEARCHED_IMAGES = 8, 8, 64
 """Number of shards, and of samples of each, in which an unknown label is searched."""
 TEXTS_READ_TOGETHER = 256
 SAMPLE_FIELDS = ("corpus", "language", "speaker", "text", "file_id", "start", "split")
@@ -78,6 +79,8 @@ class Fetched:
     labels: Mapping[str, str] = field(default_factory=dict)
     targets: Mapping[str, Array] = field(default_factory=dict)
     tokens: Mapping[str, Array] = field(default_factory=dict)
+    image: bytes = b""
+    """An image file; b"" if there is none, or it is not read."""
 
     def decode(self, out: Wave) -> None:
         """Writes the audio to `out`, (length,), in [-1, 1]. Raises ShardError."""
@@ -123,6 +126,7 @@ class Fetcher:
         self.files, self.augmenter = files, augmenter
         self.texts = SegmentTexts(config)
         self.labels = self.texts.labels
+        self.reads_images = config.images.size > 0
         self.targets = {name: FrameLabels(root, files.shards.keep) for name, root in config.targets.items()}
         self.grid = math.lcm(*(labels.set.hop for labels in self.targets.values()))  # crops start at a label
         if self.targets and config.augment.speeds:
@@ -152,7 +156,7 @@ class Fetcher:
             start = int(keyed_rng(*row.key_of_draw(key, "crop")).integers(0, n_samples - source + 1))
             start -= start % self.grid
         extent, inside, raw = Extent(row.shard, payload, size), slice(None), False
-        if _needs_json(index, self.labels):
+        if self.reads_images or _needs_json(index, self.labels):
             offset, whole = (int(index.table.column(name)[row.row].as_py()) for name in ("offset", "size"))
             extent, inside = Extent(row.shard, offset, whole), slice(payload - offset, payload - offset + size)
         elif index.wav[row.row] and size == WAV_HEADER + 2 * n_samples:
@@ -177,7 +181,9 @@ class Fetcher:
         row = found.row
         try:
             index = self.files.index(row.shard)
-            labels = self.texts.of_crop(labels_of(index, row.row, data, self.labels), found.source == found.n_samples)
+            is_whole = found.source == found.n_samples
+            labels = self.texts.of_crop(labels_of(index, row.row, data, self.labels), is_whole)
+            image = image_of(data) if self.reads_images and is_whole else b""
             targets = {
                 name: targets.of(found.shard, index, row.row, found.start, found.length)
                 for name, targets in self.targets.items()
@@ -186,7 +192,7 @@ class Fetcher:
             return error
         except (tarfile.TarError, ValueError) as error:
             return ShardError(found.shard, f"the JSON of sample {found.key} cannot be used: {error}")
-        return replace(found, data=data, labels=labels, targets=targets, tokens=self.texts.encode(labels))
+        return replace(found, data=data, labels=labels, targets=targets, tokens=self.texts.encode(labels), image=image)
 
 
 def _needs_json(index: ShardIndex, labels: Sequence[str]) -> bool:
@@ -330,6 +336,38 @@ def _label_names(files: ShardFiles, number: int) -> set[str]:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
+
+
+def image_of(data: bytes) -> bytes:
+    """Returns the first image member of one sample's part of a tar; b"" without one. Raises tarfile.TarError."""
+    with tarfile.open(fileobj=io.BytesIO(data + bytes(2 * TAR_BLOCK)), mode="r:") as members:
+        for member in members:
+            ending = member.name.rpartition(".")[2].lower()
+            if ending in ENDINGS and member.isreg() and (file := members.extractfile(member)) is not None:
+                return file.read()
+    return b""
+
+
+def check_images(files: ShardFiles, size: int) -> None:
+    """Raises ConfigError if images are to be read (size > 0) and none of some samples has one."""
+    good = [number for number in range(len(files.records)) if number not in files.bad]
+    if not size or not good:
+        return
+    seen = 0
+    for number in good[:: -(-len(good) // SEARCHED_SHARDS)]:
+        with contextlib.suppress(ShardError, tarfile.TarError):
+            index = files.index(number)
+            columns = [index.table.column(name) for name in ("offset", "size")]
+            rows = range(0, len(index.keys), -(-len(index.keys) // SEARCHED_IMAGES) or 1)
+            for data in files.read([Extent(number, *(int(column[row].as_py()) for column in columns)) for row in rows]):
+                seen += 1
+                if isinstance(data, bytes) and image_of(data):
+                    return
+    if seen:
+        raise ConfigError(
+            f"data.images.size={size}: none of {seen} segments has an image; name images in the column image of the "
+            "manifest that is preprocessed, or set data.images.size=0"
+        )
 
 
 def json_of(data: bytes) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import StorageError
 from data_pipeline.core.types import Cursor, Step
 from data_pipeline.labels.store import LabelSet
-from data_pipeline.loader.fetch import check_labels, check_tokens
+from data_pipeline.loader.fetch import check_images, check_labels, check_tokens
 from data_pipeline.loader.open_shards import open_files
 from data_pipeline.loader.shared_buffers import SharedBuffers
 from data_pipeline.loader.texts import SegmentTexts
@@ -74,6 +74,7 @@ class PlanReader:
         texts = SegmentTexts(config)
         check_labels(self._files, [label for label in texts.labels if label not in config.labels])
         check_tokens(self._files, texts, log.warning)
+        check_images(self._files, config.images.size)
         self.plan_hash = texts.extend_hash(_with_targets(self.plan.hash, config))
         self._files.follow(PlanSchedule(self.plan))
         audio_per_step_check(self.plan, world, self.slots)
@@ -245,6 +246,8 @@ class _Running:
             raise part.error
         for shard, reason in part.skipped:
             log.warning("left out a segment: %s: %s", shard, reason)
+        for shard, reason in part.bad_images:
+            log.warning("left out an image: %s: %s", shard, reason)
         return part
 
     def close(self) -> None:

@@ -142,7 +142,11 @@ class StreamReader:
         least_samples: int = 0,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        for name, wanted in (("targets", not config.targets), ("mix_alpha", config.mix_alpha == 1)):
+        for name, wanted in (
+            ("targets", not config.targets),
+            ("mix_alpha", config.mix_alpha == 1),
+            ("images.size", not config.images.size),
+        ):
             if not wanted:
                 raise ConfigError(
                     f"data.{name} needs an index of the shards, which data.reader=webdataset does without; run "

@@ -20,7 +20,8 @@ from data_pipeline.audio.augmentation import Augmenter
 from data_pipeline.audio.codecs import Wave
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.storage import StorageError
-from data_pipeline.core.types import Batch
+from data_pipeline.core.types import IMAGE, Batch, Images
+from data_pipeline.images import decoding
 from data_pipeline.labels.store import pad
 from data_pipeline.loader.fetch import Fetched, Fetcher, Row
 from data_pipeline.loader.shared_buffers import SharedBuffers
@@ -35,7 +36,8 @@ Request = tuple[int, int, int]
 class Loaded:
     """A micro-batch from a worker. The audio is in the shared buffer `place`, or in `wave` without one.
 
-    samples, padded_samples: of the whole global step.  skipped: (shard, reason) of each skipped segment.
+    samples, padded_samples: of the whole global step.  skipped: (shard, reason) of each skipped segment, and bad_images
+    of each image that cannot be used, without which its segment is read.
     error: set if there is no batch.
     """
 
@@ -48,9 +50,11 @@ class Loaded:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     targets: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     tokens: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    images: Mapping[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]] = field(default_factory=dict)
     samples: int = 0
     padded_samples: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
+    bad_images: tuple[tuple[str, str], ...] = ()
     error: ShardError | StorageError | None = None
 
     def batch(self, buffers: SharedBuffers | None, pin: bool) -> Batch:
@@ -67,7 +71,9 @@ class Loaded:
             wave_BT = torch.from_numpy(wave)
         targets = {name: torch.from_numpy(target) for name, target in self.targets.items()}
         tokens = {name: torch.from_numpy(ids) for name, ids in self.tokens.items()}
-        return Batch(wave_BT, torch.tensor(self.lengths), self.keys, self.micro_batch, targets, self.labels, tokens)
+        images = {name: Images(*map(torch.from_numpy, parts)) for name, parts in self.images.items()}
+        lengths_B = torch.tensor(self.lengths)
+        return Batch(wave_BT, lengths_B, self.keys, self.micro_batch, targets, self.labels, tokens, images)
 
 
 class MicroBatches:
@@ -97,6 +103,7 @@ class MicroBatches:
             kept.append(got)
         if self.augmenter.changes_waves:
             self._augment(wave, kept)
+        images, bad_images = self._images(kept)
         return Loaded(
             j,
             keys=tuple(got.key for got in kept),
@@ -107,8 +114,26 @@ class MicroBatches:
             labels={name: tuple(got.labels[name] for got in kept) for name in self.config.labels},
             targets={name: pad([got.targets[name] for got in kept]) for name in self.config.targets},
             tokens={name: pad([got.tokens[name] for got in kept]) for name in self.config.tokens},
+            images=images,
             skipped=tuple(skipped),
+            bad_images=tuple(bad_images),
         )
+
+    def _images(self, kept: list[Fetched]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+        """Returns pixels (B, C, S, S) and presence (B,) of the images, and (shard, reason) of each unusable one."""
+        size, channels = self.config.images.size, self.config.images.channels
+        if not size:
+            return {}, []
+        pixels = np.zeros((len(kept), channels, size, size), np.uint8)
+        present, bad = np.zeros(len(kept), np.bool_), []
+        for row, got in enumerate(kept):
+            if got.image:
+                try:
+                    pixels[row] = decoding.pixels(decoding.decode(got.image), size, channels)
+                    present[row] = True
+                except decoding.ImageError as error:
+                    bad.append((got.shard, f"the image of sample {got.key} {error}"))
+        return {IMAGE: (pixels, present)}, bad
 
     def _augment(self, wave: Wave, kept: list[Fetched]) -> None:
         clean = [line[: got.length].copy() for line, got in zip(wave, kept, strict=False)]

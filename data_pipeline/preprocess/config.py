@@ -59,6 +59,9 @@ class PreprocessConfig:
         float | None,
         about("scale each segment to this RMS level without clipping; null keeps levels", lt=0),
     ] = None
+    image_side: Annotated[
+        int, about("longest side in pixels of the images that shards keep; larger ones are reduced", ge=8, le=4096)
+    ] = 256
     dedup: DedupConfig = dataclasses.field(default_factory=DedupConfig)
     split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
     weights: Annotated[
@@ -74,5 +77,5 @@ def content_settings(config: PreprocessConfig) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     return {
         name: plain[name]
-        for name in ("codec", "copy_flac", "cut", "vad", "filters", "loudness_dbfs", "split", "weights")
+        for name in ("codec", "copy_flac", "cut", "vad", "filters", "loudness_dbfs", "image_side", "split", "weights")
     }

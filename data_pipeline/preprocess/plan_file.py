@@ -33,9 +33,10 @@ PLAN_SCHEMA: Final = pa.schema(
         ("share", pa.float64()),
         ("offset", pa.float64()),
         ("samples", pa.int64()),
+        ("image", pa.binary()),
     ]
 )
-"""Columns; those from `dropped` on are set for duplicates. Earlier versions lack the last three."""
+"""Columns; dropped, same_as, share, offset and samples are set for duplicates. Earlier versions lack the last four."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def _row(file: AudioFile) -> dict[str, Any]:
         "size": file.size,
         "mtime": file.mtime,
         "spans": spans_json(file),
+        "image": os.fsencode(file.image),
     }
 
 
@@ -148,4 +150,5 @@ def _file(row: Mapping[str, Any]) -> AudioFile:
         size=row["size"],
         mtime=row["mtime"],
         spans=tuple(Span(**span) for span in json.loads(row.get("spans") or "[]")),
+        image=os.fsdecode(row.get("image") or b""),
     )

@@ -18,7 +18,8 @@ from data_pipeline.audio.segmentation import cut, marked
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.storage import FileStore, StorageReadError, is_url
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Segment, Span
-from data_pipeline.corpora.records import Reject, reject_file, stat
+from data_pipeline.corpora.records import Reject, printable, reject_file, stat
+from data_pipeline.images import decoding
 from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.plan_file import WorkUnit
 from data_pipeline.preprocess.work_plan import set_root
@@ -165,8 +166,8 @@ class _Recording:
         self.tally = Tally()
         self.length = 0
         self._longest = round(config.cut.max_seconds * SAMPLE_RATE)
-        # words and phones of a recording do not apply to a single piece of it
-        self._wordless = dataclasses.replace(file, text="", labels=_without_words(file.labels))
+        # words, phones and image of a recording do not apply to a single piece of it
+        self._wordless = dataclasses.replace(file, text="", image="", labels=_without_words(file.labels))
         self._taken: list[tuple[int, int]] = []
         self._starts: Counter[tuple[int, int | None]] = Counter()
         self._kept = 0
@@ -266,6 +267,7 @@ class _Recording:
             split=span.split or self.file.split,
             text=span.text if whole else "",
             labels=labels if whole else _without_words(labels),
+            image=span.image if whole else "",
         )
 
     def _write(self, piece: _Piece) -> None:
@@ -300,9 +302,21 @@ class _Recording:
         weight = config.weights.get(file.corpus, 1.0) * config.weights.get(file.language, 1.0)
         if weight != 1.0:
             extra["weight"] = weight
-        self.writer.add(segment, config.codec, self._encoded(wave, piece.source), len(wave), **extra)
+        audio = self._encoded(wave, piece.source)
+        self.writer.add(segment, config.codec, audio, len(wave), self._image(file, start), **extra)
         self.tally.add((file.corpus, file.language, "out", ""), len(wave))
         self._kept += 1
+
+    def _image(self, file: AudioFile, start: int) -> bytes:
+        """Returns the image of a segment as PNG; b"" without one, or for one that cannot be used, which is listed."""
+        if not file.image:
+            return b""
+        try:
+            return decoding.stored(decoding.decode(decoding.read_image(file.image)), self.config.image_side)
+        except decoding.ImageError as error:
+            where = f"image {printable(file.image)}: {error}"
+            self.tally.reject(reject_file(file, "image", error.reason, where, start=start))
+            return b""
 
     def _encoded(self, wave: codecs.Wave, source: str) -> bytes:
         """Returns the segment's encoded audio. `source`: path of the recording, if the segment is all of it."""

@@ -16,6 +16,7 @@ from data_pipeline.core.integrity import CHECKSUMS, REPORT, altered_files, is_se
 from data_pipeline.core.progress import Begin, silent
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
+from data_pipeline.images import decoding
 from data_pipeline.preprocess.fingerprints import scan_is_altered
 from data_pipeline.preprocess.plan_file import SPLITS
 from data_pipeline.preprocess.work_plan import read_plan
@@ -197,6 +198,9 @@ def _problem_of(tar: tarfile.TarFile, info: tarfile.TarInfo, row: Mapping[str, A
     if content is None:
         return f"member {info.name} is not a regular file"
     key, _, suffix = info.name.partition(".")
+    if row is None and suffix == "png":
+        decoding.decode(content.read())
+        return ""
     if row is None:
         json.loads(content.read())
         return ""

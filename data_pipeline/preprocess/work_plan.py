@@ -191,7 +191,11 @@ def _claim(store: FileStore, generation: int, content: bytes) -> bool:
 
 
 def _unit(files: Sequence[AudioFile], split: str, settings: str) -> WorkUnit:
-    sources = [f"{file.corpus}\x1f{file.file_id}\x1f{file.size}\x1f{file.mtime}{spans_json(file)}" for file in files]
+    sources = [
+        f"{file.corpus}\x1f{file.file_id}\x1f{file.size}\x1f{file.mtime}{spans_json(file)}"
+        + (f"\x1f{file.image}" if file.image else "")  # names of units without images are older
+        for file in files
+    ]
     return WorkUnit(_hash(str(WRITER_VERSION), settings, *sources), tuple(files), split)
 
 

@@ -10,6 +10,21 @@ from data_pipeline.core.schema import Places, about, config, one_or_several, ref
 
 
 @config
+class ImagesConfig:
+    """Images that shards hold beside their audio."""
+
+    size: Annotated[
+        int,
+        about(
+            "side in pixels of the square that a segment's image is scaled and cropped to; 0: images are not read",
+            ge=0,
+            le=4096,
+        ),
+    ] = 0
+    channels: Annotated[Literal[1, 3], about("1: grey, 3: RGB")] = 3
+
+
+@config
 class DataConfig:
     """The shards of a run, and how they are read as global steps."""
 
@@ -95,6 +110,9 @@ class DataConfig:
         dict[str, str],
         about("folders of tokens.json, by the name that heads use; a cropped segment has no tokens", resume="data"),
     ] = dataclasses.field(default_factory=dict)
+    images: Annotated[ImagesConfig, about("images of segments; a cropped segment has none")] = dataclasses.field(
+        default_factory=ImagesConfig
+    )
     labels: Annotated[
         tuple[str, ...], about("per-segment metadata to pass to the model: speaker, language, corpus, text ...")
     ] = ()

@@ -42,14 +42,17 @@ class ShardWriter:
         self._rows: list[dict[str, Any]] = []
         self._keys: set[str] = set()
 
-    def add(self, segment: Segment, suffix: str, audio: bytes, n_samples: int, **extra: Any) -> None:
-        """Adds one sample: `<key>.<suffix>`, then `<key>.json`.
+    def add(
+        self, segment: Segment, suffix: str, audio: bytes, n_samples: int, image: bytes = b"", **extra: Any
+    ) -> None:
+        """Adds one sample: `<key>.<suffix>`, `<key>.png` if it has an image, then `<key>.json`.
 
         Args:
             segment: key, labels and position in the source.
             suffix: codec of `audio`: flac, wav or opus.
             audio: encoded 16 kHz mono audio.
             n_samples: its length in samples.
+            image: a PNG, or b"".
             extra: further fields of the JSON, such as level_dbfs, snr_db and weight.
 
         Raises:
@@ -63,6 +66,8 @@ class ShardWriter:
         self._keys.add(segment.key)
         offset = self._offset
         payload_offset = self._member(f"{segment.key}.{suffix}", audio)
+        if image:
+            self._member(f"{segment.key}.png", image)
         self._member(f"{segment.key}.json", sample_json(segment, n_samples, extra))
         row = {
             "key": segment.key,

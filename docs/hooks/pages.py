@@ -20,6 +20,7 @@ from launch.serving.config import ServeConfig  # noqa: E402
 from launch.workflows.pipeline import PipelineConfig  # noqa: E402
 from pretrain import registry  # noqa: E402
 from pretrain.recognition.config import TranscribeConfig  # noqa: E402
+from pretrain.retrieval.config import EmbedConfig, SearchConfig  # noqa: E402
 
 COMMANDS = {
     "preprocess": PreprocessJob,
@@ -29,10 +30,18 @@ COMMANDS = {
     "evaluate": EvaluateJob,
     "finetune": FinetuneJob,
     "transcribe": TranscribeConfig,
+    "embed": EmbedConfig,
+    "search": SearchConfig,
     "serve": ServeConfig,
     "pipeline": PipelineConfig,
 }
-PLUGINS = {"frontend": "frontends", "encoder": "encoders", "objective": "objectives", "heads.NAME": "heads"}
+PLUGINS = {
+    "frontend": "frontends",
+    "encoder": "encoders",
+    "objective": "objectives",
+    "heads.NAME": "heads",
+    "heads.NAME.towers.KIND.embedding": "embeddings",
+}
 """Config group -> plug-in kind."""
 ROOT_PAGES = re.compile(r"\((ARCHITECTURE|CONTRIBUTING|CHANGELOG)\.md")
 """Links to files at the root that are pages of the site, in lower case there."""

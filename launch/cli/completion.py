@@ -23,6 +23,8 @@ ROOTS = {
     "evaluate": ("launch.config", "EvaluateJob"),
     "finetune": ("launch.config", "FinetuneJob"),
     "transcribe": ("pretrain.recognition.config", "TranscribeConfig"),
+    "embed": ("pretrain.retrieval.config", "EmbedConfig"),
+    "search": ("pretrain.retrieval.config", "SearchConfig"),
     "serve": ("launch.serving.config", "ServeConfig"),
     "pipeline": ("launch.workflows.pipeline", "PipelineConfig"),
 }

@@ -45,8 +45,10 @@ def require_fitting_labels(config: Config) -> None:
                 f"data.crop_to_shortest=true: leaves hardly a segment with its text, which heads.{name} needs; set "
                 "data.crop_to_shortest=false"
             )
-        for tokens in head.needed_tokens:
-            _require_tokens(config, f"heads.{name}", tokens, head.vocabulary_size)
+        for tokens, size in head.needed_tokens.items():
+            _require_tokens(config, f"heads.{name}", tokens, size)
+        for side, channels in head.image_shapes:
+            _require_images(config, name, side, channels)
     wanted = config.objective.frame_labels
     if wanted is None:
         return
@@ -82,6 +84,17 @@ def _require_tokens(config: Config, field: str, name: str, size: int) -> None:
     if found != size:
         raise ConfigError(
             f"{field}.vocabulary={size}: {config.data.tokens[name]} has {found} tokens; set {field}.vocabulary={found}"
+        )
+
+
+def _require_images(config: Config, head: str, side: int, channels: int) -> None:
+    """Raises ConfigError if the images that a head needs are not read, or in another size."""
+    images = config.data.images
+    if (images.size, images.channels) != (side, channels):
+        raise ConfigError(
+            f"data.images.size={images.size}, data.images.channels={images.channels}: heads.{head} needs images of "
+            f"{side} × {side} pixels and {channels} channels; set data.images.size={side} "
+            f"data.images.channels={channels}"
         )
 
 

@@ -48,14 +48,9 @@ class Config(HeadConfig):
             refuse("memory_layers", list(self.memory_layers), "must be numbers from 0 on")
 
     @property
-    def needed_tokens(self) -> tuple[str, ...]:
+    def needed_tokens(self) -> dict[str, int]:
         """The text's."""
-        return (self.tokens,)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """`vocabulary`."""
-        return self.vocabulary
+        return {self.tokens: self.vocabulary}
 
 
 class Sequence(Head):

@@ -28,6 +28,21 @@ class EncoderConfig(PluginConfig):
     layers: Annotated[int, about("blocks", ge=1)] = 12
 
 
+@config
+class EmbeddingConfig(PluginConfig):
+    """The config of an embedding, the input of a tower for something other than audio."""
+
+    @property
+    def needed_tokens(self) -> dict[str, int]:
+        """The token sets that it reads, among `data.tokens`, and the number of tokens that it is built for."""
+        return {}
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Side in pixels and channels of the images that it reads, `data.images`; 0, 0: it reads none."""
+        return 0, 0
+
+
 class FrameLabels(NamedTuple):
     """Frame labels that an objective reads from the data."""
 
@@ -113,14 +128,14 @@ class HeadConfig(PluginConfig):
         return ()
 
     @property
-    def needed_tokens(self) -> tuple[str, ...]:
-        """The token sets that the head needs, among `data.tokens`."""
-        return ()
+    def needed_tokens(self) -> dict[str, int]:
+        """The token sets that the head needs, among `data.tokens`, and the number of tokens that it is built for."""
+        return {}
 
     @property
-    def vocabulary_size(self) -> int:
-        """Number of tokens in each of `needed_tokens` that the head is built for."""
-        return 0
+    def image_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Sides in pixels and channels of the images that the head reads, `data.images`; empty: it reads none."""
+        return ()
 
     @property
     def signed(self) -> bool:
@@ -160,14 +175,9 @@ class TextHeadConfig(HeadConfig):
         return () if self.tokens else (self.label,)
 
     @property
-    def needed_tokens(self) -> tuple[str, ...]:
+    def needed_tokens(self) -> dict[str, int]:
         """`tokens`."""
-        return (self.tokens,) if self.tokens else ()
-
-    @property
-    def vocabulary_size(self) -> int:
-        """`vocabulary`."""
-        return self.vocabulary
+        return {self.tokens: self.vocabulary} if self.tokens else {}
 
     @property
     def symbol_classes(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext, valid_frames
 
 
@@ -77,6 +78,32 @@ class Frontend(nn.Module, abc.ABC):
     def least_samples(self, frames: int = 1) -> int:
         """Returns the shortest audio, in samples, that gives at least `frames` encoder frames."""
         return shortest_input(self.frame_lengths, frames)
+
+
+class Embedding(nn.Module, abc.ABC):
+    """Converts a text or an image of each sample to frames for an encoder. Constructed as `Embedding(config, dim)`.
+
+    Samples without one give any finite frames; `present` says which they are. What it says of samples is on the host.
+    """
+
+    dim: int
+    """Channels of its frames."""
+
+    @abc.abstractmethod
+    def present(self, batch: Batch) -> Tensor:
+        """Returns which samples have what it embeds, (B,) bool."""
+
+    def given(self, batch: Batch) -> Tensor:
+        """Returns which samples have one that is usable or not, such as a text that is too long, (B,) bool."""
+        return self.present(batch)
+
+    @abc.abstractmethod
+    def identity(self, batch: Batch) -> Tensor:
+        """Returns a number for each sample, (B,) int64, equal for equal inputs; 0 for samples without one."""
+
+    @abc.abstractmethod
+    def forward(self, batch: Batch) -> Frames:
+        """Returns (B, F, dim) frames with F of at least 1; of `lengths_B`, those of absent samples are 0."""
 
 
 class Encoder(nn.Module, abc.ABC):

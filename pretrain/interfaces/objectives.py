@@ -244,6 +244,12 @@ class Head(nn.Module, abc.ABC):
         """Returns the monitoring record; by default of a head that uses every labelled row."""
         return HeadMonitoringRecord()
 
+    def forget(self) -> None:
+        """Discards the data that forward passes collect for `after_step`, as in `Objective.forget`."""
+
+    def after_step(self, ctx: StepContext) -> None:
+        """Called after each optimizer update that was not skipped; all ranks must end with the same state."""
+
     @abc.abstractmethod
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
         """Computes the loss of one micro-batch, summed over its targets.

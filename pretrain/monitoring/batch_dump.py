@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.core.atomic_files import remove, write_json
-from data_pipeline.core.types import Batch
+from data_pipeline.core.types import Batch, Images
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.interfaces.frames import StepContext
@@ -52,6 +52,8 @@ def save_batches(
         tensors |= {f"{i}/wave_BT": batch.wave_BT, f"{i}/lengths_B": batch.lengths_B}
         tensors |= {f"{i}/targets/{name}": target for name, target in batch.targets.items()}
         tensors |= {f"{i}/tokens/{name}": ids for name, ids in batch.tokens.items()}
+        tensors |= {f"{i}/pixels/{name}": images.pixels_BCHW for name, images in batch.images.items()}
+        tensors |= {f"{i}/present/{name}": images.present_B for name, images in batch.images.items()}
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     described = [{"keys": b.keys, "micro_batch": b.micro_batch, "labels": dict(b.labels)} for b in batches]
     try:
@@ -76,7 +78,9 @@ def load_batches(folder: Path) -> tuple[StepContext, list[Batch], str]:
             labels = {name: tuple(texts) for name, texts in described["labels"].items()}
             keys, number = tuple(described["keys"]), int(described["micro_batch"])
             wave_BT, lengths_B = tensors[f"{i}/wave_BT"], tensors[f"{i}/lengths_B"]
-            batches.append(Batch(wave_BT, lengths_B, keys, number, targets, labels, tokens))
+            pixels, present = (_below(f"{i}/{kind}/", tensors) for kind in ("pixels", "present"))
+            images = {name: Images(pixels[name], present[name]) for name in pixels}
+            batches.append(Batch(wave_BT, lengths_B, keys, number, targets, labels, tokens, images))
     if not batches:
         raise ValueError(f"{folder} holds no kept batches")
     batches.sort(key=lambda batch: batch.micro_batch)

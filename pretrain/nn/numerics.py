@@ -112,3 +112,22 @@ def rate_ratio(feature_rate_hz: float, rate_hz: float) -> int:
     if ratio < 1 or abs(feature_rate_hz - ratio * rate_hz) > 1e-6:
         raise ValueError(f"features at {feature_rate_hz} Hz do not divide into frames at {rate_hz} Hz")
     return ratio
+
+
+def row_numbers(values_BN: Tensor) -> Tensor:
+    """Returns a number for each row of whole numbers, (B, N) to (B,) int64, that is equal for equal rows.
+
+    Trailing zeros do not change it, so it does not depend on padding. Rows that differ have equal numbers with a
+    probability of about 2^-63; a row of zeros has 0.
+    """
+    columns_N = torch.arange(1, values_BN.shape[1] + 1, device=values_BN.device)
+    mixed_BN = values_BN.long() * _mixed(columns_N)
+    return mixed_BN.sum(1)
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Returns pseudo-random int64 of whole numbers (SplitMix64's finaliser; products overflow on purpose)."""
+    z = numbers * -7046029254386353131
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.types import Batch
+from data_pipeline.core.types import Batch, Images
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Head, Sum
 from pretrain.train_module import TrainModule
@@ -59,6 +59,7 @@ def first_row(data: Batch) -> Batch:
         keys=data.keys[:1],
         labels={name: values[:1] for name, values in data.labels.items()},
         tokens={name: ids[:1] for name, ids in data.tokens.items()},
+        images={name: Images(*(part[:1] for part in images)) for name, images in data.images.items()},
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.contract_cases import CASES, ENCODERS, FRONTENDS, small
+from tests.support.contract_cases import CASES, ENCODERS, FRONTENDS, HEADS, small
 from tests.support.engine_runs import run
 
 pytestmark = pytest.mark.timeout(600)  # the fixtures start all cases of this file
@@ -53,6 +53,13 @@ def multitask(engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
     return made
 
 
+def joint(engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
+    """Returns a case with a joint embedding, whose queue gets the micro-batches of both ranks."""
+    made = case("best_rq", engine, stage, labelled=[0, 1, 3], **more)
+    made["config"]["heads"] = {"joint": HEADS["joint_embedding, softmax, queue"] | {"input": "whole"}}
+    return made
+
+
 def case(objective: str, engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
     config = {
         "data": {"shards": "synthetic", "micro_batches": 4},
@@ -71,6 +78,7 @@ MAKERS = dict.fromkeys(CASES, case) | dict.fromkeys(ENCODERS, optional) | {PRUNE
 ALSO_UNDER_ZERO_1 = ("best_rq", "wav2vec2", "efficient, relabelled", PRUNED)
 """Of the other cases ZeRO 1 is a slow test: they differ in the objective alone, which ZeRO 3 asks more of."""
 QUICK = [(name, 3) for name in MAKERS] + [(name, 1) for name in ALSO_UNDER_ZERO_1]
+HEADED = [("multitask", 1), ("multitask", 3), ("joint", 3)]
 SLOW = [name for name in MAKERS if name not in ALSO_UNDER_ZERO_1]
 
 
@@ -79,18 +87,20 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tmp = tmp_path_factory.mktemp("objectives")
     one = {name: make(name, "torch") for name, make in MAKERS.items()}
     two = {f"{name}, zero {stage}": MAKERS[name](name, "deepspeed", stage) for name, stage in QUICK}
-    one["multitask"] = multitask("torch")
-    for stage in (1, 3):
-        folder = str(tmp / f"multitask{stage}")
-        two[f"multitask, zero {stage}"] = multitask("deepspeed", stage)
-        two[f"multitask first, zero {stage}"] = multitask("deepspeed", stage, save=folder) | {"steps": 2}
-        two[f"multitask after, zero {stage}"] = multitask("deepspeed", stage, load=folder)
+    one["multitask"], one["joint"] = multitask("torch"), joint("torch")
+    for name, stage in HEADED:
+        make = {"multitask": multitask, "joint": joint}[name]
+        folder = str(tmp / f"{name}{stage}")
+        two[f"{name}, zero {stage}"] = make("deepspeed", stage)
+        two[f"{name} first, zero {stage}"] = make("deepspeed", stage, save=folder) | {"steps": 2}
+        two[f"{name} after, zero {stage}"] = make("deepspeed", stage, load=folder)
     one["multitask after"] = multitask("torch", load=str(tmp / "multitask3"))
+    one["joint after"] = joint("torch", load=str(tmp / "joint3"))
     found = run(tmp, "two", 2, two)  # saves what a case of one rank loads
     return found | run(tmp, "one", 1, one)
 
 
-@pytest.mark.parametrize(("name", "stage"), [*QUICK, ("multitask", 1), ("multitask", 3)])
+@pytest.mark.parametrize(("name", "stage"), [*QUICK, *HEADED])
 def test_losses_equal_those_of_one_rank(measured: dict[str, Any], name: str, stage: int) -> None:
     same(measured[f"{name}, zero {stage}"], measured[name])
 
@@ -107,14 +117,14 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(("name", "stage"), HEADED)
 def test_heads_with_labels_on_one_rank_resume_with_the_same_bits_and_on_another_number_of_ranks(
-    measured: dict[str, Any], stage: int
+    measured: dict[str, Any], name: str, stage: int
 ) -> None:
-    whole, resumed = measured[f"multitask, zero {stage}"], measured[f"multitask after, zero {stage}"]
+    whole, resumed = measured[f"{name}, zero {stage}"], measured[f"{name} after, zero {stage}"]
     assert resumed["losses"] == whole["losses"][2:]
     assert resumed["digest"] == whole["digest"]
-    assert measured["multitask after"]["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
+    assert measured[f"{name} after"]["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
 
 
 @pytest.fixture(scope="module")

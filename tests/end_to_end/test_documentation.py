@@ -27,6 +27,7 @@ from launch.main import main
 from launch.serving.config import ServeConfig
 from launch.workflows import pipeline
 from pretrain.recognition.config import TranscribeConfig
+from pretrain.retrieval.config import EmbedConfig, SearchConfig
 from tests.support.documents import PAGES, commands, listing
 from tests.support.paths import ROOT
 
@@ -38,6 +39,8 @@ CONFIGS = {
     "evaluate": EvaluateJob,
     "finetune": FinetuneJob,
     "transcribe": TranscribeConfig,
+    "embed": EmbedConfig,
+    "search": SearchConfig,
     "serve": ServeConfig,
 }
 """Commands with a composed configuration."""

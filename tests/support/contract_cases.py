@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_pipeline.core.schema import load
-from data_pipeline.core.types import Batch
+from data_pipeline.core.types import IMAGE, Batch, Images
 from pretrain import registry
 from pretrain.config import Config
 from pretrain.train_module import TrainModule, build_model
@@ -77,6 +77,23 @@ HEADS: dict[str, dict[str, Any]] = {name: small("heads", name, layers=[]) for na
     "transducer, tokens": {"name": "transducer", "tokens": "text", "vocabulary": 27, "joint_dim": 16},
     "classifier": {"name": "classifier", "classes": ["ann", "bob", "eve"], "embedding_dim": 16},
     "classifier, softmax": {"name": "classifier", "classes": ["ann", "bob"], "loss": "softmax", "embedding_dim": 16},
+}
+TOWER = {
+    "name": "transformer", "dim": 16, "layers": 1, "heads": 2, "ffn_dim": 32, "positions": "none",
+    "dropout": 0.0, "attention_dropout": 0.0, "layer_drop": 0.0,
+}  # fmt: skip
+HEADS["joint_embedding"] = {
+    "name": "joint_embedding",
+    "embedding_dim": 16,
+    "towers": {
+        "text": {"embedding": {"name": "tokens", "vocabulary": 27}, "encoder": TOWER},
+        "image": {"embedding": {"name": "patches", "size": 8, "channels": 1, "patch": 4}, "encoder": TOWER},
+    },
+}
+HEADS["joint_embedding, softmax, queue"] = HEADS["joint_embedding"] | {
+    "loss": "softmax",
+    "queue": 6,
+    "pairs": ["speech-text", "text-image"],
 }
 """Every head, and further settings of some."""
 SELF_SUPERVISED = frozenset({"reconstruction"})
@@ -147,4 +164,13 @@ def labelled(batch: Batch, texts: tuple[str, ...] = TEXTS) -> Batch:
     ]
     ids_BN = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
     speakers = tuple(SPEAKERS.get(text, "") for text in texts)
-    return dataclasses.replace(batch, labels={"text": texts, "speaker": speakers}, tokens={"text": ids_BN})
+    labels = {"text": texts, "speaker": speakers}
+    return dataclasses.replace(batch, labels=labels, tokens={"text": ids_BN}, images={IMAGE: pictures(texts)})
+
+
+def pictures(texts: tuple[str, ...], side: int = 8) -> Images:
+    """Returns a grey image for each text, that of equal texts the same; none for ""."""
+    drawn = [np.random.default_rng([len(text), *map(ord, text)]).integers(0, 256, (1, side, side)) for text in texts]
+    present_B = torch.tensor([bool(text) for text in texts])
+    pixels_BCHW = torch.from_numpy(np.stack(drawn)).to(torch.uint8)
+    return Images(pixels_BCHW * present_B[:, None, None, None], present_B)

@@ -42,21 +42,19 @@ def run(tmp: Path, name: str, ranks: int, cases: dict[str, Any]) -> dict[str, An
     base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     base |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "tests.support.engine_cases", str(tmp / f"{name}.json"), str(out)]
-    started = [
-        subprocess.Popen(
-            command,
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    logs = [tmp / f"{name}.{rank}.log" for rank in range(ranks)]  # a pipe that is not read would stop a rank
+    started = []
+    for rank, log in enumerate(logs):
+        with log.open("wb") as file:
+            own = base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT))
     try:
-        outputs = [process.communicate(timeout=540)[0] for process in started]
+        for process in started:
+            process.wait(timeout=540)
     finally:
         for process in started:
             process.kill()
+    outputs = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)[-4000:]
     return dict(json.loads(out.read_text()))
 

@@ -1,0 +1,455 @@
+"""Retrieval across speech, images and texts, on real data of unseen speakers and unseen images.
+
+    AURICLE_SPEECH=FOLDER python benchmarks/prove/joint_embedding.py        # about 20 minutes on one core
+
+Digits: spoken in English (fsdd) and Arabic (arabic_speech_commands) by speakers that training does not hear,
+handwritten (scikit-learn's digits, images that training does not see), and their English words. Three arms:
+
+    all pairs   every sample has speech, an image and a word
+    emergent    a sample has speech and a word, or an image and a word: speech and images never meet in training
+    untrained   the same towers with their initial weights
+
+A query ranks ten candidates of another kind, one of each digit, drawn at random: chance is 10 %.
+
+Sentences: spoken sentences of speechocean762 and their texts, speakers unseen; a query ranks all of them.
+
+Writes benchmarks/results/joint_embedding.md and .json. Exit code 1 unless the goals for digits are reached: 85 % in all
+six directions, and 70 % between speech and images that never met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from data_pipeline.audio.codecs import read_mono  # noqa: E402
+from data_pipeline.audio.transforms import change_speed  # noqa: E402
+from data_pipeline.core.schema import load  # noqa: E402
+from data_pipeline.core.types import IMAGE, SAMPLE_RATE, Batch, Images  # noqa: E402
+from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
+from pretrain.config import Config  # noqa: E402
+from pretrain.engines import make_engine  # noqa: E402
+from pretrain.engines.base import Engine  # noqa: E402
+from pretrain.engines.distributed import DistributedContext  # noqa: E402
+from pretrain.evaluate.manifest import Utterance, read_manifest  # noqa: E402
+from pretrain.heads.joint_embedding import JointEmbedding  # noqa: E402
+from pretrain.interfaces.frames import StepContext  # noqa: E402
+from pretrain.lr_schedule import learning_rate  # noqa: E402
+from pretrain.train_module import build_model  # noqa: E402
+
+ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ARABIC = "arabic_speech_commands"
+DIGITS = ("fsdd", ARABIC)
+FURTHER = "asterisk-core-sounds"
+"""Telephone prompts, of which one English voice says each digit once; for training."""
+SIDE = 8
+"""Pixels of scikit-learn's digits."""
+GALLERIES = 50
+"""Draws of ten candidates for each query."""
+SENTENCES = "speechocean762"
+
+LONGEST = 1_000_000
+"""More updates than any arm has time for."""
+
+Matrix = np.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample; an absent part is None or ""."""
+
+    key: str
+    wave: Matrix | None = None
+    pixels: Matrix | None = None
+    text: str = ""
+
+
+def main() -> int:
+    """Runs all arms; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--digit-minutes", type=float, default=4.0, help="training time of an arm (default: 4)")
+    parser.add_argument("--sentence-minutes", type=float, default=9.0, help="training time (default: 9)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the table")
+    given = parser.parse_args()
+    manifest = speech_manifest()
+    if manifest is None:
+        print("set AURICLE_SPEECH to a folder with manifest.tsv", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    began, listed = time.monotonic(), read_manifest(manifest)
+    results: dict[str, Any] = {"digits": digits(listed, given)}
+    print(json.dumps(results, ensure_ascii=False), flush=True)
+    results["sentences"] = sentences(listed, given)
+    results["seconds"] = round(time.monotonic() - began)
+    return report(results, given)
+
+
+def digits(listed: Sequence[Utterance], given: argparse.Namespace) -> dict[str, Any]:
+    """Trains and measures the arms of the digits."""
+    spoken = [u for u in listed if (u.corpus in DIGITS or u.corpus == FURTHER) and word_of(u) in WORDS]
+    spoken = [u for u in spoken if u.corpus != FURTHER or u.language == "en"]
+    waves = {u.name: read_mono(str(u.path)).astype(np.float32) for u in spoken}
+    heard = [u for u in spoken if u.split != "test"]
+    unheard = [u for u in spoken if u.split == "test"]
+    voices: dict[bool, dict[str, list[Utterance]]] = {True: {}, False: {}}
+    for u in heard:
+        voices[u.corpus == ARABIC].setdefault(u.speaker, []).append(u)
+    seen, unseen = handwritten()
+    found: dict[str, Any] = {
+        "training": {"utterances": len(heard), "speakers": len({u.speaker for u in heard}), "images": len(seen)},
+        "test": {"utterances": len(unheard), "speakers": len({u.speaker for u in unheard}), "images": len(unseen)},
+    }
+
+    def drawn(rng: np.random.Generator, both: bool) -> list[Sample]:
+        samples = []
+        for number in range(32):
+            speakers = list(voices[number % 2 == 0].values())  # both languages, and their speakers, as often
+            own = speakers[rng.integers(len(speakers))]
+            u = own[rng.integers(len(own))]
+            wave = augmented(waves[u.name], rng)
+            digit = WORDS.index(word_of(u)) if both else int(rng.integers(10))
+            pixels = shifted(seen_by_digit[digit][rng.integers(len(seen_by_digit[digit]))], rng)
+            if both:
+                samples.append(Sample(f"{number}", wave, pixels, word_of(u)))
+            else:
+                samples.append(Sample(f"s{number}", wave, None, word_of(u)))
+                samples.append(Sample(f"i{number}", None, pixels, WORDS[digit]))
+        return samples
+
+    seen_by_digit = [[pixels for pixels, digit in seen if digit == wanted] for wanted in range(10)]
+    for arm in ("untrained", "all pairs", "emergent"):
+        emergent = arm == "emergent"
+        pairs = ["speech-text", "image-text"] if emergent else []
+        settings = digit_config(pairs, given.seed)
+        engine, steps = model(settings), 0
+        if arm != "untrained":
+            draw = functools.partial(drawn, both=not emergent)
+            steps = train(engine, settings, draw, given.digit_minutes)
+        speech = embedded(engine, "speech", [Sample(u.name, waves[u.name]) for u in unheard])
+        image = embedded(engine, "image", [Sample(str(n), None, pixels) for n, (pixels, _) in enumerate(unseen)])
+        text = embedded(engine, "text", [Sample(word, None, None, word) for word in WORDS])
+        classes = {
+            "speech": np.array([WORDS.index(word_of(u)) for u in unheard]),
+            "image": np.array([digit for _, digit in unseen]),
+            "text": np.arange(10),
+        }
+        vectors = {"speech": speech, "image": image, "text": text}
+        found[arm] = {"updates": steps, "recall": directions(vectors, classes)}
+        for corpus in DIGITS:
+            rows = np.array([u.corpus == corpus for u in unheard])
+            part, part_classes = vectors | {"speech": speech[rows]}, classes | {"speech": classes["speech"][rows]}
+            found[arm][corpus] = directions(part, part_classes)
+        print(f"{arm}: {steps} updates, " + shown(found[arm]["recall"]), flush=True)
+    return found
+
+
+def word_of(utterance: Utterance) -> str:
+    """Returns the English word of a spoken digit; Arabic ones have it as their label, prompts a number."""
+    if utterance.corpus == FURTHER:
+        number = utterance.label.removeprefix("digits_")
+        return WORDS[int(number)] if number.isdecimal() and int(number) < 10 else ""
+    return utterance.text or utterance.label
+
+
+def handwritten() -> tuple[list[tuple[Matrix, int]], list[tuple[Matrix, int]]]:
+    """Returns (1, 8, 8) uint8 images of scikit-learn's digits with their digit: two thirds to train, a third to test.
+
+    The set is sorted by writers, so that the test part has writers of its own.
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = [
+        (np.minimum(image * 16, 255).astype(np.uint8)[None], int(digit))
+        for image, digit in zip(data.images, data.target, strict=True)
+    ]
+    cut = 2 * len(images) // 3
+    return images[:cut], images[cut:]
+
+
+def sentences(listed: Sequence[Utterance], given: argparse.Namespace) -> dict[str, Any]:
+    """Trains and measures the retrieval of sentences."""
+    spoken = [u for u in listed if u.corpus == SENTENCES and u.text]
+    waves = {u.name: read_mono(str(u.path)).astype(np.float32)[: 8 * SAMPLE_RATE] for u in spoken}
+    heard = [u for u in spoken if u.split != "test"]
+    unheard: dict[str, Utterance] = {}
+    for u in spoken:
+        if u.split == "test":
+            unheard.setdefault(written(u.text), u)  # one utterance of each sentence
+    test = list(unheard.values())
+    lengths = np.array([len(waves[u.name]) for u in heard])
+    by_length = np.argsort(lengths, kind="stable")
+
+    def drawn(rng: np.random.Generator) -> list[Sample]:
+        first = int(rng.integers(len(heard) - 96))  # of similar length, so that little is padded
+        chosen = [heard[k] for k in rng.permutation(by_length[first : first + 96])[:32]]
+        return [Sample(u.name, augmented(waves[u.name], rng), None, written(u.text)) for u in chosen]
+
+    known = {written(u.text) for u in heard}
+    found: dict[str, Any] = {
+        "training": {"utterances": len(heard), "hours": round(float(lengths.sum()) / SAMPLE_RATE / 3600, 2)},
+        "test": {
+            "utterances": len(test),
+            "speakers": len({u.speaker for u in test}),
+            "sentences also in training": sum(written(u.text) in known for u in test),
+        },
+    }
+    settings = sentence_config(given.seed)
+    engine = model(settings)
+    for arm in ("untrained", "trained"):
+        steps = train(engine, settings, drawn, given.sentence_minutes) if arm == "trained" else 0
+        speech = embedded(engine, "speech", [Sample(u.name, waves[u.name]) for u in test])
+        text = embedded(engine, "text", [Sample(u.name, None, None, written(u.text)) for u in test])
+        new = np.array([written(u.text) not in known for u in test])
+        found[arm] = {
+            "updates": steps,
+            "speech → text": ranks(speech @ text.T),
+            "text → speech": ranks(text @ speech.T),
+            "speech → text, sentences not in training": ranks((speech @ text.T)[new], np.flatnonzero(new)),
+        }
+        print(f"sentences, {arm}: {steps} updates, {found[arm]}", flush=True)
+    return found
+
+
+def tower(kind: str, dim: int, layers: int) -> dict[str, Any]:
+    """Returns the config of a tower for text or images."""
+    encoder = {
+        "name": "transformer", "dim": dim, "layers": layers, "heads": 4, "ffn_dim": 2 * dim, "norm": "pre",
+        "positions": "none", "dropout": 0.1, "attention_dropout": 0.0, "layer_drop": 0.0,
+    }  # fmt: skip
+    embedding = {
+        "text": {"name": "tokens", "vocabulary": len(ALPHABET)},
+        "image": {"name": "patches", "size": SIDE, "channels": 1, "patch": 2},
+    }[kind]
+    return {"embedding": embedding, "encoder": encoder}
+
+
+def config(dim: int, layers: int, heads: Mapping[str, Any], seed: int, lr: float) -> Config:
+    """Returns the config of a run; data are drawn here."""
+    return load(
+        Config,
+        {
+            "data": {"shards": "none", "micro_batches": 1},
+            "frontend": {"name": "log_mel", "n_mels": 64},
+            "encoder": {
+                "name": "conformer", "dim": dim, "layers": layers, "heads": 4, "ffn_dim": 2 * dim, "kernel": 15,
+                "attention_dropout": 0.0, "layer_drop": 0.0,
+            },
+            "objective": {"name": "none", "mask_time": 0.1, "mask_time_span": 8, "mask_channels": 0.1},
+            "heads": dict(heads),
+            "optimizer": {"lr": lr, "weight_decay": 0.05, "clip_norm": 1.0},
+            "schedule": {"name": "cosine", "warmup_steps": 100},
+            "engine": {"name": "torch"},
+            "seed": seed,
+        },
+    )  # fmt: skip
+
+
+def digit_config(pairs: Sequence[str], seed: int) -> Config:
+    """Returns the config of the digits' model."""
+    head = {
+        "name": "joint_embedding", "embedding_dim": 64, "loss": "softmax", "pairs": list(pairs),
+        "towers": {"text": tower("text", 64, 1), "image": tower("image", 64, 2)},
+    }  # fmt: skip
+    return config(96, 3, {"joint": head}, seed, 1e-3)
+
+
+def sentence_config(seed: int) -> Config:
+    """Returns the config of the sentences' model, which also learns their characters by CTC."""
+    head = {
+        "name": "joint_embedding", "embedding_dim": 192, "loss": "softmax", "queue": 256,
+        "towers": {"text": tower("text", 128, 2)},
+    }  # fmt: skip
+    text = {"name": "ctc", "tokens": "text", "vocabulary": len(ALPHABET), "weight": 0.5}
+    return config(128, 4, {"joint": head, "text": text}, seed, 1.5e-3)
+
+
+def model(settings: Config) -> Engine:
+    """Returns an engine with initial weights on this process's CPU."""
+    return make_engine(settings, build_model(settings), DistributedContext())
+
+
+def train(
+    engine: Engine, settings: Config, drawn: Callable[[np.random.Generator], list[Sample]], minutes: float
+) -> int:
+    """Trains for some minutes; returns the number of updates, which the median time of the first ones determines."""
+    steps, step = LONGEST, 0
+    seconds: list[float] = []
+    while step < steps:
+        began = time.monotonic()
+        samples = drawn(np.random.default_rng([settings.seed, step]))
+        if step == 12:
+            steps = max(20, int(60 * minutes / float(np.median(seconds[2:]))))
+        lr = learning_rate(settings.optimizer, settings.schedule, steps, step)
+        result = engine.step([batch(samples)], StepContext(settings.seed, step), lr)
+        seconds.append(time.monotonic() - began)
+        step += 1
+        if step % 200 == 0:
+            print(f"  update {step} of {steps}: loss {result.loss:.3f}", flush=True)
+    return steps
+
+
+def batch(samples: Sequence[Sample]) -> Batch:
+    """Returns samples as a micro-batch; a sample without audio has zero samples of it."""
+    waves = [sample.wave if sample.wave is not None else np.zeros(0, np.float32) for sample in samples]
+    wave_BT = torch.zeros(len(waves), max(SAMPLE_RATE // 4, *map(len, waves)))
+    for row, wave in zip(wave_BT, waves, strict=True):
+        row[: len(wave)] = torch.from_numpy(wave)
+    ids = [torch.tensor([ALPHABET.index(c) for c in sample.text], dtype=torch.int64) for sample in samples]
+    images = [np.zeros((1, SIDE, SIDE), np.uint8) if sample.pixels is None else sample.pixels for sample in samples]
+    present_B = torch.tensor([sample.pixels is not None for sample in samples])
+    return Batch(
+        wave_BT,
+        torch.tensor(list(map(len, waves))),
+        tuple(sample.key for sample in samples),
+        0,
+        tokens={"text": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)},
+        images={IMAGE: Images(torch.from_numpy(np.stack(images)), present_B)},
+    )
+
+
+@torch.no_grad()
+def embedded(engine: Engine, kind: str, samples: Sequence[Sample]) -> Matrix:
+    """Returns the unit vectors of samples, (N, E)."""
+    module = engine.module.eval()
+    head = module.heads["joint"]
+    assert isinstance(head, JointEmbedding)
+    parts = []
+    for first in range(0, len(samples), 32):
+        data = batch(samples[first : first + 32])
+        encoded = module.model(data.wave_BT, data.lengths_B) if kind == "speech" else None
+        parts.append(head.embed_speech(encoded) if encoded else head.embed(kind, data))
+    module.train()
+    return torch.cat(parts).numpy()
+
+
+def augmented(wave: Matrix, rng: np.random.Generator) -> Matrix:
+    """Returns the audio at another speed and level, later, and with noise."""
+    factor = float(rng.uniform(0.8, 1.25))
+    wave = change_speed(wave, factor, round(len(wave) / factor))
+    wave = np.pad(wave, (int(rng.integers(0, SAMPLE_RATE // 10)), int(rng.integers(0, SAMPLE_RATE // 10))))
+    level = float(np.sqrt(np.mean(wave**2))) + 1e-6
+    noise = rng.standard_normal(len(wave)).astype(np.float32)
+    tilted = noise if rng.random() < 0.5 else np.convolve(noise, np.ones(8, np.float32) / 3, "same")
+    return (wave + tilted * level * 10 ** (-float(rng.uniform(5, 30)) / 20)).astype(np.float32)
+
+
+def shifted(pixels: Matrix, rng: np.random.Generator) -> Matrix:
+    """Returns the image with a little noise, and sometimes moved by a pixel."""
+    moved = np.roll(pixels, int(rng.integers(-1, 2)), axis=2) if rng.random() < 0.3 else pixels
+    return np.clip(moved + rng.normal(0, 12, moved.shape), 0, 255).astype(np.uint8)
+
+
+def directions(vectors: Mapping[str, Matrix], classes: Mapping[str, Matrix]) -> dict[str, float]:
+    """Returns recall@1 among ten candidates, one of each digit, from each kind to each other one."""
+    found = {}
+    for query in vectors:
+        for key in vectors:
+            if query != key:
+                rng = np.random.default_rng(0)
+                similar = vectors[query] @ vectors[key].T
+                members = [np.flatnonzero(classes[key] == digit) for digit in range(10)]
+                hits = []
+                for _ in range(GALLERIES if key != "text" else 1):
+                    chosen = np.stack([rng.choice(rows, len(similar)) for rows in members], axis=1)
+                    best = np.take_along_axis(similar, chosen, axis=1).argmax(1)
+                    hits.append(float((best == classes[query]).mean()))
+                found[f"{query} → {key}"] = float(np.mean(hits))
+    return found
+
+
+def ranks(similar: Matrix, right: Matrix | None = None) -> dict[str, float]:
+    """Returns recall@1, 5 and 10 and the median rank. similar: (Q, N); right: the right column of each row."""
+    right = np.arange(len(similar)) if right is None else right
+    of_right = similar[np.arange(len(similar)), right]
+    rank = 1 + (similar > of_right[:, None]).sum(1)
+    return {f"@{k}": float((rank <= k).mean()) for k in (1, 5, 10)} | {
+        "median rank": float(np.median(rank)),
+        "candidates": similar.shape[1],
+        "queries": len(similar),
+    }
+
+
+def written(text: str) -> str:
+    """Returns a text in the alphabet's characters."""
+    return " ".join("".join(c for c in text.lower() if c in ALPHABET).split())
+
+
+def shown(recall: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1%}" for name, value in recall.items())
+
+
+def report(results: dict[str, Any], given: argparse.Namespace) -> int:
+    """Writes the tables and their numbers; returns the exit code."""
+    found, spoken = results["digits"], results["sentences"]
+    command = ("python benchmarks/prove/joint_embedding.py " + " ".join(sys.argv[1:])).strip()
+    trained, emergent = found["all pairs"]["recall"], found["emergent"]["recall"]
+    goals = {
+        "all six directions ≥ 85 %": min(trained.values()) >= 0.85,
+        "speech ↔ image, never paired, ≥ 70 %": min(emergent["speech → image"], emergent["image → speech"]) >= 0.7,
+    }
+    arms = ("untrained", "all pairs", "emergent")
+    lines = [
+        "# Joint embedding: retrieval across speech, images and texts", "",
+        f"`{command}`, {results['seconds'] / 60:.0f} minutes on one core ({platform.machine()}), seed "
+        f"{given.seed}.", "",
+        f"Digits: {found['test']['utterances']} spoken digits of {found['test']['speakers']} unseen speakers and "
+        f"{found['test']['images']} unseen images; training: {found['training']['utterances']} utterances of "
+        f"{found['training']['speakers']} speakers, {found['training']['images']} images. Recall@1 among ten "
+        "candidates, chance 10 %:", "",
+        "| direction | " + " | ".join(f"{arm} ({found[arm]['updates']} updates)" for arm in arms) + " |",
+        "|---|" + "---|" * len(arms),
+    ]  # fmt: skip
+    lines += [
+        f"| {name} | " + " | ".join(f"{found[arm]['recall'][name]:.1%}" for arm in arms) + " |" for name in trained
+    ]
+    lines += [
+        "",
+        "By language (English: fsdd, 1 unseen speaker; Arabic: 2):",
+        "",
+        "| direction | corpus | all pairs | emergent |",
+    ]
+    lines += ["|---|---|---|---|"]
+    for name in trained:
+        if "speech" in name:
+            for corpus in DIGITS:
+                values = " | ".join(f"{found[arm][corpus][name]:.1%}" for arm in arms[1:])
+                lines.append(f"| {name} | {corpus} | {values} |")
+    lines += ["", *(f"Goal, {goal}: {'reached' if reached else '**missed**'}." for goal, reached in goals.items()), ""]
+    lines += [
+        f"Sentences: {spoken['test']['utterances']} utterances of {spoken['test']['speakers']} unseen speakers, as "
+        f"many candidates; {spoken['test']['sentences also in training']} of the sentences were also read by training "
+        f"speakers ({spoken['training']['utterances']} utterances, {spoken['training']['hours']} h).", "",
+        "| direction | arm | queries | @1 | @5 | @10 | median rank |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for arm in ("untrained", "trained"):
+        for name, values in spoken[arm].items():
+            if name != "updates":
+                at = " | ".join(f"{values[f'@{k}']:.1%}" for k in (1, 5, 10))
+                lines.append(f"| {name} | {arm} | {values['queries']} | {at} | {values['median rank']:.0f} |")
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "joint_embedding.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = json.dumps({"command": command, **results, "goals": goals}, indent=1, ensure_ascii=False)
+    (given.out / "joint_embedding.json").write_text(text + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    return 0 if all(goals.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
