@@ -174,8 +174,9 @@ class _Log:
     ) -> None:
         """Writes scalars and histograms of update `number`, and prints a line; `measured`: of held-out audio."""
         if self._writer:
-            record = self._engine.module.objective.monitoring()
-            scalars = step_scalars(result, step, lr, seconds, self._engine.world.size, record)
+            module, world = self._engine.module, self._engine.world.size
+            record = module.objective.monitoring()
+            scalars = step_scalars(result, step, lr, seconds, world, record, module.infeasible_metrics())
             scalars |= monitor.report() | dict(measured)
             self._writer.log(number, scalars, histograms(result.metrics, record))
             self._say(_line(number, self._steps, scalars))

@@ -110,7 +110,7 @@ class TrainModule(nn.Module):
             with taps.objective():
                 objective, encoded = self.objective(self.model, batch, plan.plan, ctx)
             outputs = {"objective": (1.0, objective)}
-            whole = self._whole(batch, ctx)
+            whole = self._whole(batch, plan, ctx)
             for name, head in self._heads().items():
                 if whole is not None and head.input == "whole":
                     read = taps.head(name, whole)
@@ -168,13 +168,22 @@ class TrainModule(nn.Module):
         named = {name: head.monitoring().infeasible for name, head in self._heads().items()}
         return {name: head_metric(name, key) for name, key in named.items() if key is not None}
 
-    def _whole(self, batch: Batch, ctx: StepContext) -> EncoderOutput | None:
-        """Returns the encoder's output without a mask where a head asks for it."""
-        if all(head.input == "objective" for head in self._heads().values()):
+    def _whole(self, batch: Batch, plan: TrainPlan, ctx: StepContext) -> EncoderOutput | None:
+        """Returns the encoder's output without a mask where a head asks for it, (B, F, D) per layer.
+
+        Rows that no such head has a target in are not computed: they are zeros of length 0. One row always is, so that
+        every rank uses the same weights.
+        """
+        rows = [plan.heads[name].rows_B for name, head in self._heads().items() if head.input == "whole"]
+        if not rows:
             return None
-        frames = self.model.project(self.model.extract(batch.wave_BT, batch.lengths_B))
+        wanted_B = torch.stack([rows_B.to(batch.lengths_B.device) for rows_B in rows]).any(0)
+        wanted_B[0] |= ~wanted_B.any()
+        wanted_N = wanted_B.nonzero()[:, 0]
+        lengths_N = batch.lengths_B[wanted_N]
+        frames = self.model.project(self.model.extract(batch.wave_BT[wanted_N], lengths_N))
         encoded: EncoderOutput = self.model.encoder(frames, ctx)
-        return encoded
+        return encoded if bool(wanted_B.all()) else spread_rows(encoded, wanted_N, len(wanted_B))
 
     def _heads(self) -> dict[str, Head]:
         return {name: head for name, head in self.heads.items() if isinstance(head, Head)}
@@ -194,6 +203,22 @@ def padded_to(batch: Batch, samples: int) -> Batch:
     """Returns the batch padded with silence to at least `samples` samples."""
     missing = samples - batch.wave_BT.shape[1]
     return replace(batch, wave_BT=F.pad(batch.wave_BT, (0, missing))) if missing > 0 else batch
+
+
+def spread_rows(encoded: EncoderOutput, numbers_N: Tensor, rows: int) -> EncoderOutput:
+    """Returns the output of some rows of a batch as that of the batch; the other rows are zeros of length 0.
+
+    Args:
+        encoded: the encoder's output, (N, F, D) per layer.
+        numbers_N: the rows' numbers in the batch.
+        rows: of the batch.
+    """
+
+    def spread(x_N: Tensor) -> Tensor:
+        return x_N.new_zeros(rows, *x_N.shape[1:]).index_copy(0, numbers_N, x_N)
+
+    layers, ffn_layers = (tuple(map(spread, given)) for given in (encoded.layers, encoded.ffn_layers))
+    return EncoderOutput(layers, spread(encoded.lengths_B), encoded.rate_hz, ffn_layers)
 
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

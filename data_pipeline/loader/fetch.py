@@ -293,13 +293,8 @@ def check_tokens(files: ShardFiles, texts: SegmentTexts, say: Callable[[str], No
     Raises:
         ConfigError: no text has a token: the tokens are of another alphabet or language.
     """
-    good = [number for number in range(len(files.records)) if number not in files.bad]
     for name, tokenizer in texts.tokenizers.items():
-        found = [
-            text
-            for number in good[:: -(-len(good) // SEARCHED_SHARDS)]
-            for text in _some_texts(files, number, tokenizer.label)
-        ]
+        found = some_texts(files, tokenizer.label)
         size = sum(len(text.split() if tokenizer.kind == "phones" else text) for text in found)
         foreign = sum(tokenizer.foreign(text) for text in found)
         if found and not any(tokenizer.encode(text) for text in found):
@@ -311,7 +306,13 @@ def check_tokens(files: ShardFiles, texts: SegmentTexts, say: Callable[[str], No
             say(f"data.tokens.{name}: {foreign / size:.1%} of the symbols of {len(found)} texts have no token")
 
 
-def _some_texts(files: ShardFiles, number: int, label: str) -> list[str]:
+def some_texts(files: ShardFiles, label: str) -> list[str]:
+    """Returns a label of some segments of several shards, where they have it."""
+    good = [number for number in range(len(files.records)) if number not in files.bad]
+    return [text for number in good[:: -(-len(good) // SEARCHED_SHARDS)] for text in _texts_of(files, number, label)]
+
+
+def _texts_of(files: ShardFiles, number: int, label: str) -> list[str]:
     with contextlib.suppress(ShardError):
         return [text for text in itertools.islice(_texts_of_shard(files, number, label), SEARCHED_SAMPLES) if text]
     return []

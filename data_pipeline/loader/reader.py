@@ -28,7 +28,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import StorageError
 from data_pipeline.core.types import Cursor, Step
 from data_pipeline.labels.store import LabelSet
-from data_pipeline.loader.fetch import check_images, check_labels, check_tokens
+from data_pipeline.loader.fetch import check_images, check_labels, check_tokens, some_texts
 from data_pipeline.loader.open_shards import open_files
 from data_pipeline.loader.shared_buffers import SharedBuffers
 from data_pipeline.loader.texts import SegmentTexts
@@ -138,6 +138,10 @@ class PlanReader:
             if not batch.is_empty
         ]
         append_rows(folder / f"rank_{self.rank}.jsonl", rows)
+
+    def some_texts(self, label: str) -> list[str]:
+        """Returns this label of some segments that have it, from several shards."""
+        return some_texts(self._files, label)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position after the last yielded step, for a resume on any number of ranks and workers."""

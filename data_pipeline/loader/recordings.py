@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import string
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ BLOCK_BYTES: Final = 1 << 17
 LIVE_BYTES: Final = 4_096
 HEADER_BYTES: Final = 64
 """Enough of a sound file to know its format."""
+PRINTABLE: Final = frozenset(string.printable.encode())
 HEURISTIC: Final = ("", "mpeg", "adts", "mpeg-ts", "gsm")
 """Formats that `sniff` guesses from repetitions, which raw PCM may have by chance."""
 
@@ -154,6 +156,7 @@ def _from_stdin(stdin: IO[bytes] | None, pcm_rate: int) -> Iterator[Wave]:
     if not head:
         raise AudioError("empty", "standard input is empty")
     if sniff(ByteSource(head)) in HEURISTIC and not head.startswith(b"ID3"):
+        _refuse_text(head)
         yield from _pcm(stream, head, pcm_rate)
         return
     with tempfile.NamedTemporaryFile(prefix="auricle-") as copy:  # decoders seek
@@ -183,10 +186,17 @@ def live_pcm(stream: IO[bytes], rate: int) -> Iterator[Wave]:
         raise AudioError("empty", "standard input is empty")
     if len(head) >= HEADER_BYTES and (found := sniff(ByteSource(head))) not in HEURISTIC:
         raise AudioError("not_pcm", f"begins like a sound file ({found}); a stream must be raw 16-bit PCM")
+    _refuse_text(head)
     yield pcm.push(head)
     while block := read(LIVE_BYTES):
         yield pcm.push(block)
     yield pcm.finish()
+
+
+def _refuse_text(head: bytes) -> None:
+    """Raises AudioError if the first bytes are all printable ASCII, which samples of audio are not."""
+    if all(byte in PRINTABLE for byte in head[:HEADER_BYTES]):
+        raise AudioError("not_pcm", "standard input is text; give a sound file, or raw 16-bit mono PCM")
 
 
 def _pcm(stream: IO[bytes], block: bytes, rate: int) -> Iterator[Wave]:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.core.schema import ConfigError, hint
-from launch.cli.groups import CONF, DEFINITIONS, EXPERIMENT, KINDS, groups, outside, without_yaml
+from launch.cli.groups import CONF, DEFINITIONS, EXPERIMENT, HEAD, KINDS, groups, outside, without_yaml
 from launch.cli.outside import recipe_folders
 
 READABLE_VARIABLES = ("HOME", "USER", "LOGNAME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "PROJECT", "DATA")
@@ -153,6 +153,11 @@ def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str])
         raise ConfigError(f"{line!r} is not an override: write field=value, or group=choice for {parts}")
     if name in DEFINITIONS:
         name = f"{name}{SUFFIX}"
+    group, at, place = name.partition("@")
+    if at and group == HEAD and place:  # several heads may be chosen, each at its own place
+        return _group_choice(name, value, chosen.get(HEAD, []), in_defaults=False)
+    if name == HEAD:
+        raise ConfigError(f"{line}: heads have names of your choice; write {HEAD}@heads.NAME={value}")
     if name in chosen:
         return _group_choice(name, value, chosen[name], name in in_defaults)
     try:
@@ -175,10 +180,11 @@ def _quoted(value: str) -> str:
 
 def _group_choice(name: str, value: str, choices: list[str], in_defaults: bool) -> str:
     if value not in choices:
+        group = name.partition("@")[0]
         near, listed = hint(value, choices), ", ".join(choices) or "none"
-        own = "plugins=FOLDER" if name in KINDS.values() else "recipes=FOLDER" if name == EXPERIMENT else ""
+        own = "plugins=FOLDER" if group in KINDS.values() else "recipes=FOLDER" if group == EXPERIMENT else ""
         own = f"; one of your own needs {own}" if own else ""
-        raise ConfigError(f"{name}={value}: not a choice of {name}{near}; there are: {listed}{own}")
+        raise ConfigError(f"{name}={value}: not a choice of {group}{near}; there are: {listed}{own}")
     return f"{name}={value}" if in_defaults else f"+{name}={value}"
 
 

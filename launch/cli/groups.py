@@ -10,11 +10,11 @@ from data_pipeline.core.schema import ConfigError
 from launch.cli.outside import recipe_folders
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-EXPERIMENT = "experiment"
+EXPERIMENT, HEAD = "experiment", "add_head"
 DEFINITIONS = ("task", "label_set")
 """Folders of conf/ that `auricle evaluate` reads itself; they are no config groups."""
-KINDS = {"objectives": "objective", "encoders": "encoder", "frontends": "frontend"}
-"""Kinds of plug-ins that a config has one of, and their config groups."""
+KINDS = {"objectives": "objective", "encoders": "encoder", "frontends": "frontend", "heads": HEAD}
+"""Kinds of plug-ins and their config groups. A config has one of each, and any heads: `add_head@heads.NAME=CHOICE`."""
 
 
 def groups(folder: Path = CONF) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from data_pipeline.core.schema import REQUIRED, ConfigError, FieldDoc, document, hint, load
 from launch.cli.compose import compose, is_sweep, to_yaml
-from launch.cli.groups import groups
+from launch.cli.groups import EXPERIMENT, HEAD, groups
 from pretrain.config import Config
 
 T = TypeVar("T")
@@ -113,8 +113,10 @@ def show_help(command: str, kind: type[Any], values: dict[str, Any], switches: t
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
     console.print(Text.assemble((f"auricle {command}", "bold"), " [field=value | group=choice] ..."), "\n")
     for name, choices in groups().items():
-        if choices and (name in values or (name == "experiment" and command == "pretrain")):
-            sign = "+" if name == "experiment" else ""
+        if name == HEAD and "heads" in values:
+            console.print(Text.assemble("  ", (f"{HEAD}@heads.NAME=", "cyan"), " | ".join(choices)))
+        elif choices and name != HEAD and (name in values or (name == EXPERIMENT and command == "pretrain")):
+            sign = "+" if name == EXPERIMENT else ""
             console.print(Text.assemble("  ", (f"{sign}{name}=", "cyan"), " | ".join(choices)))
     console.print("  switches: " + ", ".join(("--cfg", *switches)), "\n")
     section = None

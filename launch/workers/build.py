@@ -10,6 +10,7 @@ from data_pipeline.core.types import SAMPLE_RATE, StepReader
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.held_out import HeldOut
 from data_pipeline.loader.streaming import StreamReader
+from data_pipeline.loader.texts import TEXT
 from data_pipeline.text.tokenizer import load_tokenizer
 from pretrain.checkpointing.locate import latest_checkpoint
 from pretrain.checkpointing.run_folder import RunFolder
@@ -18,6 +19,7 @@ from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
+from pretrain.interfaces.configs import TextHeadConfig
 from pretrain.interop.init_weights import load_initial
 from pretrain.profiling.operation_check import check_operations
 from pretrain.train_module import build_model, least_samples, open_run_reader, read_run_held_out
@@ -40,7 +42,13 @@ def require_fitting_labels(config: Config) -> None:
                 f"data.labels={list(config.data.labels)}: heads.{name} needs {missing[0]!r}, which is not read; "
                 f"set data.labels={[*config.data.labels, *missing]}"
             )
-        if config.data.crop_to_shortest and "text" in head.segment_labels:
+        if isinstance(head, TextHeadConfig) and not head.tokens and head.label != TEXT:
+            raise ConfigError(
+                f"heads.{name}.label={head.label}: characters are those of the label {TEXT!r}, since a crop must lose "
+                f"its text; make tokens with `auricle tokens label={head.label}`, and set "
+                f"data.tokens.{head.label}=FOLDER heads.{name}.tokens={head.label}"
+            )
+        if config.data.crop_to_shortest and TEXT in head.segment_labels:
             raise ConfigError(
                 f"data.crop_to_shortest=true: leaves hardly a segment with its text, which heads.{name} needs; set "
                 "data.crop_to_shortest=false"
@@ -98,6 +106,35 @@ def _require_images(config: Config, head: str, side: int, channels: int) -> None
         )
 
 
+def require_symbols_of_texts(config: Config, texts: Callable[[str], list[str]], say: Callable[[str], None]) -> None:
+    """Compares some texts with the symbols of the heads that write them.
+
+    Args:
+        config: the run's config.
+        texts: returns a label of some segments.
+        say: receives a line where more than a hundredth of the characters is not among a head's symbols.
+
+    Raises:
+        ConfigError: a head can write no character of any text.
+    """
+    for name, head in config.heads.items():
+        if not isinstance(head, TextHeadConfig) or head.tokens:
+            continue
+        found = texts(head.label)
+        written = [symbol for text in found for symbol in text.lower() if not symbol.isspace()]
+        foreign = sum(symbol not in head.symbol_classes for symbol in written)
+        if written and foreign == len(written):
+            raise ConfigError(
+                f"heads.{name}.symbols={head.symbols!r}: has no character of {len(found)} texts, such as "
+                f"{found[0][:60]!r}; set it to their alphabet, or make tokens with `auricle tokens`"
+            )
+        if foreign > 0.01 * len(written):
+            say(
+                f"note: heads.{name}.symbols lacks {foreign / len(written):.1%} of the characters of {len(found)} "
+                "texts; they are left out"
+            )
+
+
 def _require_labels_of_held_out(config: Config, name: str, root: str) -> None:
     """Raises ConfigError where the held-out audio has no frame labels, or others than the training audio."""
     remedy = f"make them with `auricle targets shards={config.data.valid[0]} kmeans={root} out=FOLDER`"
@@ -116,6 +153,11 @@ def _open_reader(config: Config, world: DistributedContext, say: Callable[[str],
         least = least_samples(config)
         return StreamReader(config.data, config.seed, world.rank, world.size, least_samples=least, say=say)
     reader = open_run_reader(config, world.rank, world.size)
+    try:
+        require_symbols_of_texts(config, reader.some_texts, say)
+    except ConfigError:
+        reader.close()
+        raise
     if reader.plan.too_short:
         seconds = reader.plan.constraints.shortest / SAMPLE_RATE
         say(

@@ -15,6 +15,7 @@ from launch.runs.metadata import write_surroundings
 from launch.runs.summary import find_run
 from pretrain.checkpointing.initial import write_initial
 from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.token_sets import saved_tokens
 from pretrain.checkpointing.weights import MODEL, LoadedCheckpoint, load_checkpoint
 from pretrain.compression import cut
 
@@ -61,7 +62,7 @@ def compress(run: str, out: Path, blocks: int | None = None, widths: Path | None
         write_surroundings(folder, {})
         origin = {"checkpoint": str(checkpoint), "sha256": sha256_of(checkpoint / MODEL), "step": found.step}
         write_json(folder / "compressed.json", {"from": origin, "weights": [before, after], "new": made.made})
-        write_initial(folder, made.module, config)
+        write_initial(folder, made.module, config, saved_tokens(checkpoint))
     changed = diff(dump(found.config.encoder), dump(config.encoder))
     overrides = " ".join(f"encoder.{path}={json.dumps(value, separators=(',', ':'))}" for path, _, value in changed)
     return Compressed(before, after, overrides, tuple(made.made))

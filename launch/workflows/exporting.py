@@ -11,7 +11,8 @@ from launch.runs.model_card import write_card
 from launch.runs.summary import find_run
 from launch.workflows.edge_export import export_edge
 from launch.workflows.quantized_export import Int8Options, export_int8
-from pretrain.checkpointing.weights import LoadedCheckpoint
+from pretrain.checkpointing.token_sets import require_same_tokens
+from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
 from pretrain.heads.ctc import CTC
 from pretrain.interop import gate, graph_export, hf_export, stream_export
 from pretrain.recognition.recogniser import recognising_head
@@ -70,9 +71,10 @@ def export_run(run: str, out: Path, options: ExportOptions) -> str:
 
 def _export(run: str, out: Path, options: ExportOptions) -> str:
     path = Path(run).expanduser()
-    found = hf_export.load_run(path if (path / "state.json").is_file() else find_run(run))
+    checkpoint = hf_export.run_checkpoint(path if (path / "state.json").is_file() else find_run(run))
+    found = load_checkpoint(checkpoint)
     if options.to == "edge":
-        head = _head(run, found, options)
+        head = _head(run, checkpoint, found, options)
         return export_edge(found, out, chunk=options.chunk, left=options.left, int8=options.int8, head=head)
     if options.int8 is not None:
         return export_int8(found, out, options.layer, options.int8)
@@ -80,15 +82,18 @@ def _export(run: str, out: Path, options: ExportOptions) -> str:
     if options.to == "hugging_face":
         error = hf_export.export(config, module, out, options.head)
     elif options.to == "onnx_stream":
-        head = _head(run, found, options)
+        head = _head(run, checkpoint, found, options)
         error = stream_export.export_stream(config, module.model, out, options.chunk, options.left, head)
     else:
         error = graph_export.export_graph(config, module.model, out, options.to, options.layer)
     return f"features of the loaded copy differ by {error:.1e} (allowed: {gate.TOLERANCE[options.to]:.0e})"
 
 
-def _head(run: str, found: LoadedCheckpoint, options: ExportOptions) -> CTC | None:
+def _head(run: str, checkpoint: Path, found: LoadedCheckpoint, options: ExportOptions) -> CTC | None:
     """Returns the CTC head of a streaming export; None for a run without one."""
     if not options.head and not any(isinstance(head, CTC) for head in found.module.heads.values()):
         return None
-    return recognising_head(run, found.module, found.config, options.head)
+    head = recognising_head(run, found.module, found.config, options.head)
+    if head.tokens:
+        require_same_tokens(checkpoint, found.config, head.tokens)
+    return head

@@ -3,6 +3,7 @@
     checkpoints/step_00000100/model.safetensors      weights and buffers of the TrainModule, fp32
                               optimizer.safetensors  exp_avg/NAME, exp_avg_sq/NAME
                               state.json             step, reader cursor, health state, loss scale, config, sha256
+                                                     of these files and of the tokens
     checkpoints/latest                               the name of the newest complete checkpoint
 
 Nothing in it is executed on loading (no pickle).
@@ -27,6 +28,7 @@ from torch import Tensor
 from data_pipeline.core.atomic_files import remove, sha256_of, sync, write_json
 from data_pipeline.core.schema import dump
 from data_pipeline.core.types import Cursor
+from data_pipeline.text.tokenizer import load_tokenizer
 from pretrain.checkpointing.locate import POINTER, latest_checkpoint, latest_name, point_latest, remedy, saved_steps
 from pretrain.checkpointing.resume import is_prolongation, prolongation, prolongation_notice, require_same_config
 from pretrain.checkpointing.run_folder import RunFolder
@@ -86,6 +88,7 @@ class Saver:
         self, run: RunFolder, engine: Engine, config: Config, say: Callable[[str], None] = lambda line: None
     ) -> None:
         self._run, self._engine, self._config, self._say = run, engine, config, say
+        self._tokens = {name: load_tokenizer(root).sha256 for name, root in config.data.tokens.items()}
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
 
@@ -120,7 +123,7 @@ class Saver:
         self.wait()
         self._run.require_current()
         files, scale = _gather(self._engine), self._engine.scale.state()
-        save = functools.partial(write, self._run, folder, files, state, self._config, scale)
+        save = functools.partial(write, self._run, folder, files, state, self._config, scale, self._tokens)
         self._pending = _Pending(folder, save, self._pool.submit(save))
         if not self._config.train.save_behind:
             self.wait()
@@ -188,6 +191,7 @@ def write(
     state: TrainState,
     config: Config,
     scale: Mapping[str, Any],
+    tokens: Mapping[str, str],
 ) -> None:
     """Writes a checkpoint: a temporary folder, moved into place; points `latest` to it, then removes old checkpoints.
 
@@ -209,6 +213,7 @@ def write(
         cursor = dataclasses.asdict(state.cursor) if state.cursor else None
         values = {"format": FORMAT, "step": state.step, "cursor": cursor, "health": state.health}
         values |= {"config": dump(config), "sha256": digests, "loss_scale": dict(scale)}
+        values["tokens"] = dict(tokens)
         values["prolonged"] = dataclasses.asdict(state.prolonged) if state.prolonged else None
         write_json(temporary / "state.json", values)
         run.require_current()
@@ -377,6 +382,7 @@ _STATE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("sha256", f"an object with the checksums of {' and '.join(FILES)}", _is_digests),
     ("health", "an object", _is_optional_object),
     ("loss_scale", "an object", _is_optional_object),
+    ("tokens", "an object", _is_optional_object),
     ("prolonged", "null, or an object with step and rate", is_prolongation),
 )
 """Fields of state.json: name, description of the valid form, check."""

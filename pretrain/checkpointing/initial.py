@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -13,13 +15,16 @@ from pretrain.engines.optimizer import MOMENTS
 from pretrain.train_module import TrainModule
 
 
-def write_initial(folder: Path, module: TrainModule, config: Config) -> None:
+def write_initial(
+    folder: Path, module: TrainModule, config: Config, tokens: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Writes the checkpoint of step 0: the module's weights, and zeros as the optimizer's moments.
 
     Args:
         folder: the run folder; created if it does not exist.
         module: model, objective and heads.
         config: the config of the run.
+        tokens: sha256 of the tokens that its heads were trained with, by their name in data.tokens.
 
     Raises:
         OSError: the folder cannot be written.
@@ -29,4 +34,5 @@ def write_initial(folder: Path, module: TrainModule, config: Config) -> None:
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
     trained = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
     moments = {f"{moment}/{name}": torch.zeros_like(weight.data) for moment in MOMENTS for name, weight in trained}
-    write(run, run.checkpoints / f"step_{0:08d}", {"model": weights, "optimizer": moments}, TrainState(), config, {})
+    files = {"model": weights, "optimizer": moments}
+    write(run, run.checkpoints / f"step_{0:08d}", files, TrainState(), config, {}, tokens)

@@ -31,12 +31,19 @@ CONTEXT = 2
 class Config(TextHeadConfig):
     name: Literal["transducer"] = "transducer"
     joint_dim: Annotated[int, about("channels in which frames and tokens are joined", ge=1)] = 256
+    max_tokens: Annotated[
+        int,
+        about(
+            "segments with more tokens are left out: memory grows with frames · tokens · classes of the longest", ge=1
+        ),
+    ] = 400
 
 
 class Transducer(Head):
     """−ln of the summed probability of all ways to emit the text along the frames; count: tokens of the texts.
 
-    Classes are the blank, 0, then the tokens. A segment without text or without a frame does not count.
+    Classes are the blank, 0, then the tokens. A segment without text, without a frame or with more than `max_tokens`
+    tokens does not count.
     """
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
@@ -50,7 +57,10 @@ class Transducer(Head):
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
         frames = model.frontend.frame_lengths(batch.lengths_B).tolist()
         targets = text_targets(self.config, batch)
-        sizes = [len(target) if limit else 0 for target, limit in zip(targets, frames, strict=True)]
+        most = self.config.max_tokens
+        sizes = [
+            len(target) if limit and len(target) <= most else 0 for target, limit in zip(targets, frames, strict=True)
+        ]
         return HeadPlan(torch.tensor(float(sum(sizes)), dtype=torch.float64), torch.tensor(sizes) > 0)
 
     def monitoring(self) -> HeadMonitoringRecord:

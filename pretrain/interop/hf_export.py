@@ -230,9 +230,19 @@ def load_run(given: Path) -> LoadedCheckpoint:
         ConfigError: the folder has no checkpoint.
         ValueError: the checkpoint is damaged.
     """
+    return load_checkpoint(run_checkpoint(given))
+
+
+def run_checkpoint(given: Path) -> Path:
+    """Returns the newest checkpoint of a run folder, or the given checkpoint.
+
+    Raises:
+        ConfigError: the folder has no checkpoint.
+        ValueError: the pointer to the newest one is damaged.
+    """
     if (given / "state.json").is_file():
-        return load_checkpoint(given)
+        return given
     newest = latest_checkpoint(given / "checkpoints")
     if newest is None:
         raise ConfigError(f"{given}: not a run folder with a checkpoint (checkpoints/latest is missing){near(given)}")
-    return load_checkpoint(newest)
+    return newest

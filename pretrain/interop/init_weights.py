@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.core.schema import ConfigError, dump, load
+from data_pipeline.text.tokenizer import load_tokenizer
 from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.token_sets import saved_tokens
 from pretrain.config import Config
 from pretrain.interop import hf_folder
-from pretrain.interop.hf_export import load_run
+from pretrain.interop.hf_export import load_run, run_checkpoint
 from pretrain.interop.hf_names import from_hugging_face, objective_from_hugging_face
 from pretrain.train_module import TrainModule
 
@@ -114,7 +116,7 @@ def _from_run(config: Config, module: TrainModule, folder: Path) -> Taken:
         )
     module.model.load_state_dict(theirs)
     objective, own = source.objective.state_dict(), list(module.objective.state_dict())
-    heads = _load_heads(config, module, their_config, source)
+    heads = _load_heads(config, module, their_config, source, other_tokens(config, run_checkpoint(folder)))
     if dump(config.objective) == dump(their_config.objective):
         module.objective.load_state_dict(objective)
         return Taken(list(ours), own, heads.left, heads.made, heads.taken)
@@ -129,13 +131,22 @@ class _Heads(NamedTuple):
     made: list[str]
 
 
-def _load_heads(config: Config, module: TrainModule, their_config: Config, source: TrainModule) -> _Heads:
-    """Loads the heads whose names, shapes and configs (but for weight, warm-up and input) agree in both runs."""
+def _load_heads(
+    config: Config, module: TrainModule, their_config: Config, source: TrainModule, other: Container[str]
+) -> _Heads:
+    """Loads the heads whose names, shapes, tokens and configs (but for weight, warm-up and input) agree in both runs.
+
+    Args:
+        config, module: the new run.
+        their_config, source: the run that it starts from.
+        other: names of tokens that differ in both runs.
+    """
     found = _Heads([], [], [])
     for name, head in module.heads.items():
         ours = head.state_dict()
         theirs = source.heads[name].state_dict() if name in source.heads else {}
         same = name in source.heads and _task(config, name) == _task(their_config, name)
+        same = same and not any(tokens in other for tokens in config.heads[name].needed_tokens)
         same = same and ours.keys() == theirs.keys() and all(ours[key].shape == theirs[key].shape for key in ours)
         if same:
             head.load_state_dict(theirs)
@@ -143,6 +154,16 @@ def _load_heads(config: Config, module: TrainModule, their_config: Config, sourc
     taken = set(found.taken)
     found.left.extend(key for key in (f"heads.{name}" for name in source.heads.state_dict()) if key not in taken)
     return found
+
+
+def other_tokens(config: Config, checkpoint: Path) -> set[str]:
+    """Returns the names in data.tokens of which a checkpoint was trained with other tokens."""
+    trained = saved_tokens(checkpoint)
+    return {
+        name
+        for name, root in config.data.tokens.items()
+        if trained and trained.get(name) != load_tokenizer(root).sha256
+    }
 
 
 def _task(config: Config, name: str) -> dict[str, Any]:

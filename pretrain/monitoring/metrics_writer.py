@@ -37,6 +37,17 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "codes in use": ["Multiline", ["metric/perplexity.*", "metric/soft_perplexity"]],
         "quality (filled by: auricle evaluate checkpoint=RUN follow=true)": ["Multiline", ["evaluate/.*"]],
     },
+    "tasks": {
+        "loss of each task": ["Multiline", ["loss/(?!total).*"]],
+        "share of each task in the gradient": ["Multiline", ["balance/share/.*"]],
+        "factor of each loss": ["Multiline", ["balance/factor/.*"]],
+        "accuracy of heads": ["Multiline", ["metric/.+/accuracy"]],
+        "segments with a usable label": ["Multiline", ["data/usable_segments/.*"]],
+        "share of labels that cannot be used": [
+            "Multiline",
+            ["metric/.+/(infeasible|foreign_symbols|unknown_classes)"],
+        ],
+    },
     "health": {
         "deviation of each stage": ["Multiline", ["health/std/.*"]],
         "RankMe of each layer": ["Multiline", ["health/rank/.*"]],

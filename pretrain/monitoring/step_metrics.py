@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -19,7 +20,13 @@ RANKS_SHOWN = 64
 
 
 def step_scalars(
-    result: StepResult, step: Step, lr: float, seconds: float, world: int, record: MonitoringRecord
+    result: StepResult,
+    step: Step,
+    lr: float,
+    seconds: float,
+    world: int,
+    record: MonitoringRecord,
+    infeasible: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Returns the logged scalars of one optimizer step.
 
@@ -30,11 +37,15 @@ def step_scalars(
         seconds: wall time of the step.
         world: number of ranks.
         record: the objective's monitoring record, for the metrics that count codes.
+        infeasible: by head, the metric that counts labelled segments that it cannot use.
     """
     scalars = {"loss/total": result.loss, "opt/lr": lr, "opt/grad_norm": result.grad_norm}
     squares = {name: float(total[0]) for name, (total, _) in result.metrics.items() if name.startswith(GRADIENT)}
     measured = {name: sums for name, sums in result.metrics.items() if name not in squares}
     scalars |= means(measured, record) | gradient_shares(squares)
+    for head, name in infeasible.items():
+        unusable, labelled = result.metrics[name]
+        scalars[f"data/usable_segments/{head}"] = labelled - float(np.ravel(unusable)[0])
     scalars |= {
         "perf/step_seconds": seconds,
         "perf/audio_seconds_per_second": result.samples / SAMPLE_RATE / seconds,

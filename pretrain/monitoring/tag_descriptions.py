@@ -22,6 +22,9 @@ DESCRIPTIONS = {
     "health/prediction_std": "Standard deviation of the predicted vectors over frames.",
     "health/alarms": "Alarms of the health detectors since this start; RUN/health.jsonl has their text.",
     "health/skipped": "Updates left out as outliers since the last row.",
+    "balance/share/": "Share of a task in the gradient at the encoder's output, weight and factor included.",
+    "balance/factor/": "Factor of a task's loss, beside its weight (balance.name).",
+    "data/usable_segments/": "Segments of the update that a head learns from.",
     "opt/lr": "Learning rate of the update.",
     "opt/grad_norm": "Global gradient norm before clipping.",
     "perf/audio_seconds_per_second": "Seconds of audio trained on per second, over all ranks (× real time).",
@@ -43,9 +46,18 @@ DESCRIPTIONS = {
     "frames/": "Frames of the last layer on their first two principal axes, coloured by a label.",
 }
 """By tag, or by the beginning of tags; the longest match counts."""
+OF_HEADS = {
+    "/accuracy": "Share of a head's targets that it predicts, from 0 to 1.",
+    "/infeasible": "Share of the labelled segments that a head cannot use, such as texts longer than the frames.",
+    "/foreign_symbols": "Share of the characters of the texts that are not among a head's symbols.",
+    "/unknown_classes": "Share of the labelled segments whose label is not among a head's classes.",
+}
+"""By the end of the tags metric/HEAD/…"""
 
 
 def description(tag: str) -> str:
     """Returns the meaning of a tag; "" where none is known."""
     found = [start for start in DESCRIPTIONS if tag.startswith(start)]
-    return DESCRIPTIONS[max(found, key=len)] if found else ""
+    if found:
+        return DESCRIPTIONS[max(found, key=len)]
+    return next((text for end, text in OF_HEADS.items() if tag.startswith("metric/") and tag.endswith(end)), "")

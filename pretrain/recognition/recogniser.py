@@ -19,6 +19,7 @@ from data_pipeline.core.schema import load as load_config
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.text.tokenizer import load_tokenizer
 from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import fill, load_checkpoint
 from pretrain.config import Config
 from pretrain.heads import ctc, sequence
@@ -194,7 +195,7 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
         device: torch device for the model.
 
     Raises:
-        ConfigError: there is no such checkpoint or head, or the run has none that recognises.
+        ConfigError: there is no such checkpoint or head, the run has none that recognises, or its tokens changed.
         ValueError: the checkpoint is damaged; names the file and the remedy.
     """
     path = Path(given).expanduser()
@@ -208,6 +209,8 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
         )
     module, config, step = load_checkpoint(folder)
     chosen = recognising_head(given, module, config, head)
+    if chosen.tokens:
+        require_same_tokens(folder, config, chosen.tokens)
     made = _opened(module.model, chosen, config.name, device, step)
     beside = [found for found in module.heads.values() if isinstance(found, sequence.Sequence)]
     fitting = [found for found in beside if found.config.tokens == chosen.tokens]

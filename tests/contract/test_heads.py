@@ -174,6 +174,13 @@ def test_the_loss_in_bf16_is_close_to_that_in_fp32(head: str) -> None:
 
 
 @HEAD
+def test_the_state_of_a_head_gives_another_module_the_same_loss(head: str) -> None:
+    one, other = (make("none", heads={"task": HEADS[head]}, seed=seed).eval() for seed in (0, 1))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(run(one, labelled(batch()))[0], run(other, labelled(batch()))[0])
+
+
+@HEAD
 def test_packed_rows_give_the_same_loss(head: str) -> None:
     module = module_of(head, "waveform_conv").eval()
     plain = run(module, labelled(batch()))[0]
@@ -195,6 +202,24 @@ def test_every_objective_trains_beside_a_head_with_an_unchanged_loss(head: str, 
     assert torch.isfinite(loss)
 
 
+@pytest.mark.parametrize("head", [name for name in HEADS if name not in SELF_SUPERVISED])
+def test_the_whole_pass_computes_rows_with_a_target_alone(head: str) -> None:
+    module = make("best_rq", heads={"task": HEADS[head] | {"input": "whole"}, "other": HEADS["ctc"]}).eval()
+    computed: list[int] = []
+    module.model.encoder.register_forward_hook(lambda _, given, out: computed.append(len(out.lengths_B)))
+    data = labelled(batch((0.6, 1.0, 0.7)), ("", TEXTS[0], ""))
+    beside = run(module, data)[1]["loss/task"]
+    assert computed == [3, 1]
+    alone = run(module, first_row(labelled(batch((1.0,), first_seed=1), TEXTS[:1])))[1]["loss/task"]
+    torch.testing.assert_close(beside[0], alone[0], rtol=2e-5, atol=1e-6)
+    assert beside[1] == alone[1] > 0
+    computed.clear()
+    loss, _ = run(module.train(), labelled(batch(), ("", "")))
+    loss.backward()
+    assert computed == [2, 1], "one row keeps the ranks alike"
+    assert all(weight.grad is not None for weight in module.heads.parameters())
+
+
 def test_the_weight_of_a_head_rises_during_its_warm_up() -> None:
     module = make("none", heads={"task": HEADS["ctc"] | {"weight": 0.5, "warmup": [10, 20]}})
     head = module.heads["task"]
@@ -211,6 +236,15 @@ def test_a_text_that_does_not_fit_its_frames_is_no_target_and_is_counted() -> No
     metrics = run(module, data)[1]
     assert tuple(map(float, metrics["metric/task/infeasible"])) == (1.0, 2.0)
     assert int(module.prepare(labelled(batch(), ("go on", fitting)), CTX).counts_K[1]) == len("go on") + len(fitting)
+
+
+def test_a_transducer_leaves_out_texts_whose_lattice_would_be_too_large() -> None:
+    made = make("none", heads={"task": HEADS["transducer"] | {"max_tokens": 5}}).eval()
+    data = labelled(batch(), ("go on", "a longer text"))
+    assert int(made.prepare(data, CTX).counts_K[1]) == len("go on")
+    metrics = run(made, data)[1]
+    assert tuple(map(float, metrics["metric/task/infeasible"])) == (1.0, 2.0)
+    assert float(metrics["loss/task"][1]) == len("go on")
 
 
 @pytest.mark.parametrize("head", ["ctc", "transducer"])

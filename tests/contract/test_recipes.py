@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.core.schema import load
+from data_pipeline.core.schema import ConfigError, load
 from launch.cli.compose import compose
 from launch.cli.groups import CONF
 from launch.config import PretrainJob
 from launch.runs.metadata import run_config
 from pretrain import registry
 from pretrain.config import Config
-from pretrain.interop.hf_export import TOLERANCE, export
+from pretrain.interop.gate import TOLERANCE
+from pretrain.interop.hf_export import export
 from pretrain.nn.attention_patterns import Pattern
 from pretrain.profiling.flops import forward_gflop
 from pretrain.train_module import build_model
@@ -48,6 +49,31 @@ def test_every_objective_has_a_yaml_file(name: str) -> None:
 def test_every_front_end_and_encoder_has_a_yaml_file(group: str, name: str) -> None:
     with torch.device("meta"):
         build_model(composed(f"{group}={name}"))
+
+
+NEEDED = {"sequence": ["heads.task.vocabulary=20"], "classifier": ["heads.task.classes=[ann,bob]"]}
+
+
+@pytest.mark.parametrize("name", registry.names("heads"))
+def test_every_head_has_a_yaml_file(name: str) -> None:
+    config = composed(
+        "experiment=best_rq_tiny", f"add_head@heads.task={name}", "heads.task.weight=0.5", *NEEDED.get(name, [])
+    )
+    assert (config.heads["task"].name, config.heads["task"].weight) == (name, 0.5)
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in build_model(config).heads.parameters()) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("add_head=ctc", "write add_head@heads.NAME=ctc"),
+        ("add_head@heads.text=ctcc", r"not a choice of add_head \(did you mean ctc\?\)"),
+    ],
+)
+def test_a_wrong_choice_of_a_head_is_named(given: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        composed(given)
 
 
 @pytest.mark.parametrize("name", ["data2vec_base", "data2vec2_base", "dinosr_base"])
@@ -100,7 +126,7 @@ def test_the_efficient_default_streams_or_uses_full_context(experiment: str) -> 
 def test_a_small_recipe_of_each_family_exports_to_hugging_face(experiment: str, tmp_path: Path) -> None:
     small = ["encoder.layers=2", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32", "frontend.channels=16"]
     config = composed(f"experiment={experiment}", *small)
-    assert export(config, build_model(config), tmp_path / "exported") <= TOLERANCE
+    assert export(config, build_model(config), tmp_path / "exported") <= TOLERANCE["hugging_face"]
 
 
 def benchmarked() -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.core.jsonl import read_rows
 from launch.cli.request import config_of
 from launch.config import FinetuneJob
 from launch.exit_codes import ExitCode
@@ -60,6 +61,22 @@ def test_fine_tuning_learns_to_transcribe_tones(
     words = [word for row in rows for word in row["words"]]
     assert words
     assert all(0.0 <= word["start"] < word["end"] <= 0.6 for word in words)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_under_deepspeed_fine_tune_as_plain_torch_does(corpus: Path, saved: Path, tmp_path: Path) -> None:
+    given = ["finetune", f"checkpoint={saved}", *QUICK, "frozen_steps=3", "steps=6", "beam=0", "ngram=0", "lr=3e-3"]
+    given += [f"manifest={corpus}/manifest.tsv", "data.workers=0", "data.micro_batches=2", "train.media_every=0"]
+    losses = {}
+    for name, engine, ranks in (("one", "torch", 1), ("zero2", "deepspeed", 2), ("zero3", "deepspeed", 2)):
+        more = [f"engine.name={engine}", f"launcher.processes={ranks}", f"engine.zero_stage={name[-1]}"]
+        assert main([*given, f"out={tmp_path / name}", *more[: 3 if ranks > 1 else 2]]) == ExitCode.DONE
+        losses[name] = [row["loss/text"] for row in read_rows(tmp_path / name / "metrics.jsonl")]
+        assert "errors" in json.loads((tmp_path / name / "results.json").read_text())
+    assert len(losses["one"]) == 6
+    for name in ("zero2", "zero3"):
+        assert losses[name] == pytest.approx(losses["one"], rel=1e-4)
 
 
 def test_a_hugging_face_model_can_be_fine_tuned(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A pipeline with two HuBERT iterations on a real SLURM cluster: six jobs, each depends on the previous one."""
+"""A pipeline with two HuBERT iterations on a real SLURM cluster, six jobs in a row, and a fine-tuning on two nodes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import pytest
 from launch import main
 from launch.launchers import slurm
 from launch.runs.job_record import read_record
+from pretrain.recognition.recogniser import open_recogniser
 from tests.support.faults import whole_chain
 from tests.support.faults.mini_slurm import require_slurm, wait_for
 from tests.support.faults.site import ON_SLURM, Site, site_at
+from tests.support.tones import write_tones
+from tests.support.training import save
 
 
 @pytest.fixture
@@ -41,6 +44,20 @@ def test_a_full_pipeline_with_afterok_dependencies(site: Site, capsys: pytest.Ca
         wait_for(partial(has_ended, site, run), 600, f"the end of {name}", partial(site.log, run))
         assert site.state(run) == "COMPLETED", site.log(run)
     whole_chain.require_whole(site.base, turns, command, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_fine_tuning_on_two_nodes(site: Site) -> None:
+    save(site.base / "tiny", 4)
+    manifest = write_tones(site.base / "tones") / "manifest.tsv"
+    given = [f"checkpoint={site.base / 'tiny'}", f"manifest={manifest}", f"out={site.base / 'tuned'}", "corpora=tones"]
+    small = ["batch_seconds=6", "steps=6", "frozen_steps=2", "engine.name=torch", "data.micro_batches=2"]
+    assert main.main(["finetune", *given, *small, *ON_SLURM]) == 0
+    site.handles["tuned"] = read_record(site.base / "tuned").handle
+    site.finish("tuned", 300)
+    assert site.step("tuned") == 6
+    assert open_recogniser(str(site.base / "tuned")).step == 6
 
 
 def has_ended(site: Site, run: str) -> bool:

@@ -32,8 +32,10 @@ def write_state(run: Path, step: int, **fields: Any) -> Path:
     return folder
 
 
-def write_run(run: Path, config: Config, module: TrainModule, step: int = 1) -> Path:
-    """Writes a run folder with a checkpoint of `module`, without optimizer states; returns the checkpoint."""
+def write_run(run: Path, config: Config, module: TrainModule, step: int = 1, **fields: Any) -> Path:
+    """Writes a run folder with a checkpoint of `module`, without optimizer states; returns the checkpoint.
+
+    `fields` are further ones of its state.json."""
     folder = run / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
     tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -41,4 +43,4 @@ def write_run(run: Path, config: Config, module: TrainModule, step: int = 1) -> 
     save_file({}, folder / FILES[1])
     sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
     (run / "config.json").write_text(json.dumps(dump(config)))
-    return write_state(run, step, config=dump(config), sha256=sums)
+    return write_state(run, step, config=dump(config), sha256=sums, **fields)

@@ -80,7 +80,9 @@ def test_a_sound_file_of_standard_input(streamed: bool) -> None:
     assert read(recording) == pytest.approx(noise(1.0), abs=1e-4)
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"\0" * 999, "not_pcm")])
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "empty"), (b"\0" * 999, "not_pcm"), (b"one two\n" * 50, "not_pcm")]
+)
 def test_standard_input_that_is_no_audio(content: bytes, reason: str) -> None:
     [source] = sources(["-"], 16_000, io.BytesIO(content))
     [recording] = source.recordings()

@@ -17,6 +17,8 @@ from data_pipeline.loader.streaming import StreamReader
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.text.tokenizer import load_tokenizer
 from launch.main import main
+from launch.workers.build import require_symbols_of_texts
+from pretrain.config import Config
 from tests.support.tiny_shards import sounds, write_shards
 
 LENGTHS = np.random.default_rng(0).uniform(0.5, 2.0, 120).tolist()
@@ -90,6 +92,22 @@ def test_tokens_of_another_alphabet_are_refused(corpus: Path, tmp_path: Path) ->
     assert main(["tokens", f"shards={corpus}/shards", f"out={tmp_path}/greek", "symbols=αβγ"]) == 0
     with pytest.raises(ConfigError, match=r"data\.tokens\.text: none of"):
         open_reader(config(corpus, tokens={"text": f"{tmp_path}/greek"}), 0, 0, 1)
+
+
+def test_symbols_of_another_alphabet_are_refused_and_foreign_ones_noted(corpus: Path) -> None:
+    def run_of(symbols: str) -> Config:
+        head = {"name": "ctc", "symbols": symbols}
+        values = {"objective": {"name": "best_rq"}, "frontend": {"name": "log_mel"}, "heads": {"task": head}}
+        return load(Config, {"data": {"shards": "none"}, "encoder": {"name": "transformer"}, **values})
+
+    reader, said = open_reader(config(corpus), 0, 0, 1), list[str]()
+    require_symbols_of_texts(run_of(" abcdefghijklmnopqrstuvwxyz0123456789-_/"), reader.some_texts, said.append)
+    assert said == []
+    require_symbols_of_texts(run_of("words"), reader.some_texts, said.append)
+    assert "heads.task.symbols lacks" in said[0]
+    with pytest.raises(ConfigError, match=r"heads\.task\.symbols='αβγ': has no character of \d+ texts, such as 'words"):
+        require_symbols_of_texts(run_of("αβγ"), reader.some_texts, said.append)
+    reader.close()
 
 
 def test_crops_of_every_segment_are_refused_beside_tokens(corpus: Path) -> None:

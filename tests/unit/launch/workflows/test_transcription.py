@@ -187,6 +187,27 @@ def test_joint_decoding_of_long_recordings(hybrid: Recogniser, speech: Path) -> 
     assert cut.seconds == 9.0
 
 
+def test_other_tokens_than_those_of_the_training_are_refused(
+    hybrid: Recogniser, tmp_path: Path, speech: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = {"kind": "characters", "label": "text", "case": "lower"}
+    write_tokens(str(tmp_path / "tokens"), tokens | {"symbols": [" ", "a", "b"]})
+    data = {"shards": "synthetic", "micro_batches": 4, "tokens": {"text": str(tmp_path / "tokens")}}
+    heads = {"ctc": {"name": "ctc", "tokens": "text", "vocabulary": 3}}
+    save(tmp_path / "run", 4, heads=heads, data=data, **LOCAL)
+    given = ["transcribe", f"checkpoint={tmp_path / 'run'}", f"files={speech / 'a.wav'}"]
+    assert main(given) == ExitCode.DONE
+    capsys.readouterr()
+    (tmp_path / "tokens" / "tokens.json").unlink()
+    write_tokens(str(tmp_path / "tokens"), tokens | {"symbols": ["b", "a", " "]})
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000004"
+    export = ["export", str(checkpoint), str(tmp_path / "edge"), "--to", "edge"]
+    for command in (given, export):
+        assert main(command) == ExitCode.USAGE
+        assert "data.tokens.text=" in (said := capsys.readouterr().err)
+        assert "was trained with" in " ".join(said.split())
+
+
 def test_joint_decoding_without_an_attention_decoder_is_refused(
     runs: Path, speech: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,5 +270,6 @@ def test_ctrl_c_ends_with_one_line(runs: Path) -> None:
     process.send_signal(signal.SIGINT)
     said = process.stderr.read().decode()
     assert process.wait(30) == ExitCode.INTERRUPTED
-    assert said.splitlines()[-1] == "stopped; the same `auricle transcribe` command continues or restarts it"
+    ending = "auricle transcribe: stopped; texts that were written stay; the same command starts over"
+    assert said.splitlines()[-1] == ending
     assert "Traceback" not in said

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_pipeline.core.schema import ConfigError, dump, load
+from data_pipeline.text.tokenizer import load_tokenizer, write_tokens
 from launch.commands.replay import model_at
 from pretrain.config import Config
 from pretrain.interop.init_weights import load_initial
@@ -81,6 +82,22 @@ def test_a_head_is_loaded_where_name_and_task_agree(tmp_path: Path, there: dict[
     weight = "heads.text.linear.weight"
     assert torch.equal(module.state_dict()[weight], source.state_dict()[weight]) == taken
     assert (weight in report.heads, weight in report.made, weight in report.left) == (taken, not taken, not taken)
+
+
+@pytest.mark.parametrize(("symbols", "taken"), [("ab", True), ("ba", False)])
+def test_a_head_of_other_tokens_starts_anew(tmp_path: Path, symbols: str, taken: bool) -> None:
+    def with_tokens(symbols: str) -> Config:
+        made = {"kind": "characters", "label": "text", "case": "lower", "symbols": list(symbols)}
+        write_tokens(str(tmp_path / symbols), made)
+        data = {"shards": "none", "tokens": {"text": str(tmp_path / symbols)}}
+        heads = {"text": {"name": "ctc", "tokens": "text", "vocabulary": 2}}
+        return load(Config, dump(config()) | {"data": data, "heads": heads})
+
+    theirs = with_tokens("ab")
+    write_run(tmp_path, theirs, build_model(theirs), tokens={"text": load_tokenizer(str(tmp_path / "ab")).sha256})
+    described = dataclasses.replace(with_tokens(symbols), init=str(tmp_path), seed=1)
+    report = load_initial(described, build_model(described))
+    assert ("heads.text.linear.weight" in report.heads) == taken
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch, Cursor, Step
 from data_pipeline.sampling.plan import make_plan
@@ -22,6 +23,7 @@ from pretrain.monitoring.detection import Silence, explained
 from pretrain.monitoring.detectors import Finding
 from pretrain.monitoring.health_monitor import UnhealthyError
 from pretrain.monitoring.observation import silent_segments
+from pretrain.monitoring.tag_descriptions import description
 from pretrain.train_module import build_model, least_samples, open_run_reader
 from tests.support.catalogs import catalogue_of, reader_config
 from tests.support.planted_failures import BEST_RQ, DATA2VEC, WAV2VEC2, config, events, run
@@ -29,6 +31,7 @@ from tests.support.synthetic_reader import SyntheticReader
 from tests.support.tiny_shards import sounds, write_shards
 
 HUBERT: dict[str, Any] = {"name": "hubert", "units": 8, "projection_dim": 16}
+DATA = {"shards": "x", "micro_batches": 4}
 CTC = {"text": {"name": "ctc", "label": "text"}}
 
 
@@ -112,6 +115,10 @@ def test_a_head_without_a_target_stops_the_run(tmp_path: Path, text: str) -> Non
 def test_a_head_with_some_targets_keeps_training(tmp_path: Path) -> None:
     run(tmp_path, config(12, heads=CTC, health={"window": 2}), reader=HalfText)
     assert not any("without targets" in event["detector"] for event in events(tmp_path))
+    used = [row["data/usable_segments/text"] for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert used == [0.0, 8.0] * 6
+    for tag in ("data/usable_segments/text", "metric/text/infeasible", "metric/text/foreign_symbols"):
+        assert description(tag)
 
 
 def test_a_head_without_a_target_may_be_a_mere_warning(tmp_path: Path) -> None:
@@ -241,6 +248,10 @@ def test_the_reader_of_a_run_leaves_out_segments_too_short_for_its_model(tmp_pat
         (
             {"heads": CTC, "data": {"shards": "x", "micro_batches": 4, "labels": ["txt"]}},
             r"data\.labels=\['txt'\].*set data\.labels=\['txt', 'text'\]",
+        ),
+        (
+            {"heads": {"text": {"name": "ctc", "label": "words"}}, "data": DATA | {"labels": ["words"]}},
+            r"heads\.text\.label=words: .*auricle tokens label=words",
         ),
         ({"objective": HUBERT | {"labels": "kmeans"}}, r"objective\.labels=kmeans.*data\.targets"),
     ],
