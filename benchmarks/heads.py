@@ -65,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def audio(size: int, seconds: float, labelled: float) -> Batch:
     """Returns noise; a share of the rows has a text, tokens and a speaker."""
     wave_BT = 0.1 * torch.randn(size, int(seconds * 16_000), generator=torch.Generator().manual_seed(0))
-    has = [row < round(labelled * size) for row in range(size)]
+    has = [row < max(1, round(labelled * size)) for row in range(size)]
     ids_BN = torch.full((size, 20), -1)
     ids_BN[: sum(has)] = torch.arange(20)
     labels = {"text": tuple(TEXT * one for one in has), "speaker": tuple(SPEAKERS[0] * one for one in has)}
