@@ -51,7 +51,14 @@ def test_every_front_end_and_encoder_has_a_yaml_file(group: str, name: str) -> N
         build_model(composed(f"{group}={name}"))
 
 
-NEEDED = {"sequence": ["heads.task.vocabulary=20"], "classifier": ["heads.task.classes=[ann,bob]"]}
+NEEDED = {
+    "sequence": ["heads.task.vocabulary=20"],
+    "classifier": ["heads.task.classes=[ann,bob]"],
+    "joint_embedding": [
+        "heads.task.towers.text.embedding.name=tokens",
+        "heads.task.towers.text.embedding.vocabulary=20",
+    ],
+}
 
 
 @pytest.mark.parametrize("name", registry.names("heads"))
