@@ -16,7 +16,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the backg
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 
 
-pytest_plugins = ("tests.support.parity_table",)
+pytest_plugins = ("tests.support.parity_table", "tests.support.streams")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from data_pipeline.core.schema import ConfigError, load
 from launch.exit_codes import ExitCode
@@ -14,23 +13,10 @@ from launch.main import main
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.streaming import Streamed, settings, stream
 from pretrain.interfaces.streaming import StreamingEncoder
-from pretrain.recognition.recogniser import Recogniser, open_recogniser
+from pretrain.recognition.recogniser import Recogniser
 from pretrain.recognition.streaming_recogniser import StreamingRecogniser
 from tests.support.contract_cases import speech_like
 from tests.support.training import STREAMING_RECOGNISER, save
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("runs") / "streams"
-    save(folder, 4, **STREAMING_RECOGNISER)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recogniser(run: Path) -> Recogniser:
-    return open_recogniser(str(run))
 
 
 def evaluate_config(**fields: object) -> EvaluateConfig:
@@ -64,7 +50,7 @@ def test_settings_are_those_trained_or_asked_for(recogniser: Recogniser) -> None
 
 
 def test_the_command_reports_each_setting(
-    corpus: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Path, streaming_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     head, *lines = (line.split("\t") for line in (corpus / "manifest.tsv").read_text(encoding="utf-8").splitlines())
     rows = [["ab ba" if name == "text" else cell for name, cell in zip(head, line, strict=True)] for line in lines]
@@ -72,7 +58,7 @@ def test_the_command_reports_each_setting(
     (corpus / "texts.tsv").write_text(texts, encoding="utf-8")
     given = ["task=streaming", "corpora=tones", f"manifest={corpus}/texts.tsv", f"runs={tmp_path}", "name=s"]
     given += ["max_utterances=3", "streaming.chunks=4", "streaming.left=2", f"out={tmp_path / 'out'}"]
-    assert main(["evaluate", f"checkpoint={run}", *given]) == ExitCode.DONE
+    assert main(["evaluate", f"checkpoint={streaming_run}", *given]) == ExitCode.DONE
     measured = {row["measure"]: row for row in json.loads((tmp_path / "out" / "results.json").read_bytes())}
     assert measured["algorithmic delay, ms, chunk 4, left 2"]["value"] == pytest.approx(175)
     assert (

@@ -22,26 +22,12 @@ from launch.exit_codes import ExitCode
 from launch.main import main
 from launch.serving.config import ServeConfig
 from launch.serving.server import MESSAGE_BYTES, Server, read_token
-from pretrain.recognition.recogniser import Recogniser, open_recogniser
+from pretrain.recognition.recogniser import Recogniser
 from pretrain.recognition.streaming_recogniser import StreamingRecogniser
-from tests.support.contract_cases import speech_like
 from tests.support.paths import ROOT
-from tests.support.training import STREAMING_RECOGNISER, save
+from tests.support.streams import pcm
 
 Test = Callable[[TestClient[Any, Any], Server], Awaitable[None]]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("runs") / "streams"
-    save(folder, 4, **STREAMING_RECOGNISER)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recogniser(run: Path) -> Recogniser:
-    return open_recogniser(str(run))
 
 
 def perform(recogniser: Recogniser, test: Test, token: str = "", left: int = 2, **fields: Any) -> None:
@@ -55,10 +41,6 @@ def perform(recogniser: Recogniser, test: Test, token: str = "", left: int = 2, 
             await asyncio.wait_for(test(client, server), 60)
 
     asyncio.run(go())
-
-
-def pcm(seconds: float, seed: int) -> bytes:
-    return (speech_like(seconds, seed) * 20_000).clamp(-32_768, 32_767).numpy().astype("<i2").tobytes()
 
 
 def expected(recogniser: Recogniser, content: bytes) -> list[str]:
@@ -265,8 +247,16 @@ def test_other_addresses_need_a_usable_token(tmp_path: Path, capsys: pytest.Capt
         read_token(load(ServeConfig, {"checkpoint": "none", "token_file": str(tmp_path / "none")}))
 
 
-def test_the_command_serves_until_it_is_told_to_end(run: Path) -> None:
-    command = [sys.executable, str(ROOT / "auricle.py"), "serve", f"checkpoint={run}", "port=0", "chunk=4", "left=2"]
+def test_the_command_serves_until_it_is_told_to_end(streaming_run: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "auricle.py"),
+        "serve",
+        f"checkpoint={streaming_run}",
+        "port=0",
+        "chunk=4",
+        "left=2",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().split()[0]

@@ -22,7 +22,7 @@ from pretrain.inference.streaming_ctc import EndPoints
 from pretrain.nn.attention_patterns import Pattern
 from pretrain.nn.block_stack import BlockStack
 from pretrain.recognition.config import DecodingConfig
-from pretrain.recognition.recogniser import Recogniser, open_recogniser
+from pretrain.recognition.recogniser import Recogniser
 from pretrain.recognition.streaming_recogniser import (
     StreamingRecogniser,
     Update,
@@ -32,24 +32,7 @@ from pretrain.recognition.streaming_recogniser import (
 from pretrain.recognition.transcript import Word
 from tests.support.contract_cases import speech_like
 from tests.support.paths import ROOT
-from tests.support.training import STREAMING_RECOGNISER, save
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("runs") / "streams"
-    save(folder, 4, **STREAMING_RECOGNISER)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recogniser(run: Path) -> Recogniser:
-    return open_recogniser(str(run))
-
-
-def pcm(seconds: float, seed: int) -> bytes:
-    return (speech_like(seconds, seed) * 20_000).clamp(-32_768, 32_767).numpy().astype("<i2").tobytes()
+from tests.support.streams import pcm
 
 
 def updates_of(streams: StreamingRecogniser, wave_T: torch.Tensor, size: int) -> list[Update]:
@@ -124,9 +107,16 @@ def test_streams_in_a_batch_have_the_words_they_have_alone(recogniser: Recognise
     assert_equal(found[1], words_of(updates_of(streams, waves[1][:32_000], 1_600))[: len(found[1])])
 
 
-def test_raw_audio_from_a_pipe_is_transcribed_while_it_arrives(run: Path) -> None:
+def test_raw_audio_from_a_pipe_is_transcribed_while_it_arrives(streaming_run: Path) -> None:
     """The first words come before the pipe is closed."""
-    command = [sys.executable, str(ROOT / "auricle.py"), "transcribe", f"checkpoint={run}", "files=-", "stream=true"]
+    command = [
+        sys.executable,
+        str(ROOT / "auricle.py"),
+        "transcribe",
+        f"checkpoint={streaming_run}",
+        "files=-",
+        "stream=true",
+    ]
     command += ["chunk=4", "left=2", "partial=true", "format=json"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -145,10 +135,18 @@ def test_raw_audio_from_a_pipe_is_transcribed_while_it_arrives(run: Path) -> Non
     assert b"3.0 s of audio" in said
 
 
-def test_files_are_streamed_too(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_streamed_too(streaming_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     soundfile.write(tmp_path / "a.wav", speech_like(2.0, 3).numpy(), 16_000)
     (tmp_path / "b.wav").write_bytes(b"RIFF\x10\0\0\0WAVEnothing")
-    given = ["transcribe", f"checkpoint={run}", f"files={tmp_path}", "stream=true", "chunk=8", "left=2", "format=tsv"]
+    given = [
+        "transcribe",
+        f"checkpoint={streaming_run}",
+        f"files={tmp_path}",
+        "stream=true",
+        "chunk=8",
+        "left=2",
+        "format=tsv",
+    ]
     assert main(given) == ExitCode.FAILED
     shown = capsys.readouterr()
     assert shown.out.startswith("start\tend\tword\tconfidence\n")
@@ -156,11 +154,18 @@ def test_files_are_streamed_too(run: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_file_called_stdin_is_not_taken_for_the_pipe(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    streaming_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soundfile.write(tmp_path / "stdin", speech_like(2.0, 3).numpy(), 16_000, format="WAV")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(pcm(1.0, 4))))
-    given = ["transcribe", f"checkpoint={run}", f"files=[{tmp_path / 'stdin'},-]", "stream=true", "chunk=8", "left=2"]
+    given = [
+        "transcribe",
+        f"checkpoint={streaming_run}",
+        f"files=[{tmp_path / 'stdin'},-]",
+        "stream=true",
+        "chunk=8",
+        "left=2",
+    ]
     assert main(given) == ExitCode.DONE
     said = capsys.readouterr().err
     assert said.index("stdin: 2.0 s of audio") < said.index("stdin: 1.0 s of audio")
@@ -191,8 +196,8 @@ def test_live_audio() -> None:
     ],
 )
 def test_wrong_fields_are_usage_errors(
-    run: Path, given: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+    streaming_run: Path, given: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fields = {"checkpoint": str(run), "files": "-", "stream": "true"} | given
+    fields = {"checkpoint": str(streaming_run), "files": "-", "stream": "true"} | given
     assert main(["transcribe", *(f"{name}={value}" for name, value in fields.items())]) == ExitCode.USAGE
     assert said in " ".join(capsys.readouterr().err.split())
