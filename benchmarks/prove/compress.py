@@ -14,7 +14,6 @@ and a learned row is above plain truncation at equal latency (paired interval ab
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -31,9 +30,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.prove.common import markdown_table, parser_of, real_speech  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
-from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from launch.cli.compose import compose  # noqa: E402
 from launch.config import PretrainJob  # noqa: E402
 from launch.runs.metadata import run_config  # noqa: E402
@@ -198,7 +197,7 @@ def base_width(work: Path, shards: Path, runs: int) -> dict[str, Any]:
 
 def main() -> int:
     """Returns exit code 0 where both gates are passed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, "compress")
     parser.add_argument("--teacher", type=Path, help="a finished run of quality_hubert; default: train one")
     parser.add_argument("--minutes", type=float, default=6.0, help="of the teacher's training")
     parser.add_argument("--student-minutes", type=float, default=2.5, help="of each student's training")
@@ -207,12 +206,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=30, help="timed runs of each graph")
     parser.add_argument("--base-only", action="store_true", help="only INT8 at BASE width, with random weights")
     parser.add_argument("--ask", choices=("test", "valid"), default="test")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "compress")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
-    manifest = speech_manifest()
+    manifest = real_speech()
     if manifest is None:
-        print("skipped: needs real speech; set AURICLE_SPEECH to a folder with manifest.tsv")
         return 0
     begun, shards = time.monotonic(), given.work / "shards"
     require(
@@ -279,8 +275,18 @@ def table(
             interval, timing = bootstrap(found[name], 2_000), timings[name]
             kept = (interval.value - accuracy(log_mel)) / gain
             speed = timings["teacher, fp32"].rtf_p50 / timing.rtf_p50
-            figures = (interval.value, interval.low, interval.high, kept, speed, timing.file_mb)
-            rows.append(Figures(name, model.learned, *figures))
+            rows.append(
+                Figures(
+                    name=name,
+                    learned=model.learned,
+                    accuracy=interval.value,
+                    low=interval.low,
+                    high=interval.high,
+                    kept=kept,
+                    speed=speed,
+                    megabytes=timing.file_mb,
+                )
+            )
     return rows
 
 
@@ -312,11 +318,15 @@ def write_page(result: dict[str, Any], rows: list[Figures], file: Path) -> bool:
     lines = [
         "# Small models: accuracy kept, and speed", "",
         f"{result['when']}, {result['machine']}, {result['minutes']} minutes: `{result['command']}`", "",
-        "| model | phones, non-silence frames | gain kept | speed | MB | |", "|---|---|---|---|---|---|",
-        *(
-            f"| {r.name} | {100 * r.accuracy:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f}) | {100 * r.kept:.0f} % "
-            f"| {r.speed:.2f} | {r.megabytes:.1f} | {r.note} |"
-            for r in rows
+        *markdown_table(
+            ("model", "phones, non-silence frames", "gain kept", "speed", "MB", ""),
+            [
+                (
+                    r.name, f"{100 * r.accuracy:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})",
+                    f"{100 * r.kept:.0f} %", f"{r.speed:.2f}", f"{r.megabytes:.1f}", r.note,
+                )
+                for r in rows
+            ],
         ),
         "", "Speed: against the teacher in fp32 in onnxruntime, one thread, 10 s of audio, in turn"
         + (f"; noisy: {result['noisy']}." if result["noisy"] else "."),

@@ -9,7 +9,6 @@ Writes benchmarks/results/detectors.md. Exit code 1 where a failure is missed or
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -30,12 +29,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.prove.common import parser_of, real_speech  # noqa: E402
 from data_pipeline.audio.codecs import read_mono  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from data_pipeline.core.types import SAMPLE_RATE, Batch, Cursor, Step  # noqa: E402
-from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from pretrain.checkpointing.run_folder import RunFolder  # noqa: E402
 from pretrain.config import Config, HealthConfig  # noqa: E402
 from pretrain.engines.base import (  # noqa: E402
@@ -277,18 +276,16 @@ def replay(folder: Path) -> list[str]:
 
 def main() -> int:
     """Returns exit code 0 where every failure is reported and no healthy run raises an alarm."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--replay", type=Path, nargs="+", help="run folders: print the alarms of the current detectors")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
     if given.replay:
         for folder in given.replay:
             print(f"{folder}: {', '.join(replay(folder)) or 'no alarm'}", flush=True)
         return 0
-    manifest = speech_manifest()
+    manifest = real_speech()
     if manifest is None:
-        print("skipped: needs real speech; set AURICLE_SPEECH to a folder with manifest.tsv")
         return 0
     begun, waves = time.monotonic(), speech(manifest)
     seen, calm = [], []

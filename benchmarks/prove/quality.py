@@ -13,11 +13,9 @@ unseen speakers, three seeds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,8 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.prove.common import auricle, parser_of, real_speech  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
-from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
@@ -42,11 +40,6 @@ MEASURE = "non-silence frames"
 OVER_RANDOM, OVER_LOG_MEL = 0.05, 0.03
 TIMED_STEPS = 40
 CHECKPOINTS = 4
-
-
-def auricle(*arguments: str) -> None:
-    """Runs the command; raises CalledProcessError when it fails."""
-    subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=True, cwd=ROOT)
 
 
 def pretrain(experiment: str, shards: Path, runs: Path, minutes: float) -> Path:
@@ -144,18 +137,15 @@ def alarms(run: Path) -> list[str]:
 
 def main() -> int:
     """Returns exit code 0 where at least one experiment passes the gate."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, "quality")
     parser.add_argument("--experiments", nargs="+", default=["quality_hubert"])
     parser.add_argument("--minutes", type=float, default=6.0, help="of pretraining, over all experiments")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--supervised-epochs", type=int, default=2, help="60: to convergence, in hours")
     parser.add_argument("--neural-epochs", type=int, default=0, help="of a network on log-mel, as large as the encoder")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
-    manifest = speech_manifest()
+    manifest = real_speech()
     if manifest is None:
-        print("skipped: needs real speech; set AURICLE_SPEECH to a folder with manifest.tsv")
         return 0
     results = given.out / "quality.json"
     found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}

@@ -11,11 +11,9 @@ benchmarks/results/time_contrastive.md and .json. Exit code 1 where the criterio
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,11 +26,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.prove.common import auricle, markdown_table, parser_of, real_speech  # noqa: E402
 from data_pipeline.audio.transforms import change_speed  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from data_pipeline.core.types import Batch  # noqa: E402
-from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from launch.cli.compose import compose  # noqa: E402
 from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.config import Config  # noqa: E402
@@ -97,11 +95,6 @@ def forward_flops(objective: str) -> float:
             module(batch, plan, plan.counts_K, ctx)
         total += counted.get_total_flops() / (4 * seconds)
     return total / 8
-
-
-def auricle(*arguments: str) -> None:
-    """Runs the command; raises CalledProcessError when it fails."""
-    subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=True, cwd=ROOT)
 
 
 def pretrain(objective: str, shards: Path, runs: Path, batch_seconds: float, steps: int, name: str) -> Path:
@@ -180,16 +173,13 @@ def verdicts(plain: Found, timed: Found) -> tuple[list[str], bool]:
 
 def main() -> int:
     """Returns exit code 0 where the criterion is met."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, "time_contrastive")
     parser.add_argument("--minutes", type=float, default=12.0, help="of pretraining, both objectives together")
     parser.add_argument("--max-utterances", type=int, default=0, help="per split of the probe; 0 takes all")
     parser.add_argument("--shards", type=Path, help="shards of AURICLE_SPEECH; written where not given")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "time_contrastive")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
-    manifest = speech_manifest()
+    manifest = real_speech()
     if manifest is None:
-        print("skipped: needs real speech; set AURICLE_SPEECH to a folder with manifest.tsv")
         return 0
     begun = time.monotonic()
     shards = given.shards or given.work / "shards"
@@ -225,6 +215,9 @@ def main() -> int:
     return 0 if met else 1
 
 
+COLUMNS = ("model", "distinct audio, training operations", "1×", "0.8×", "1.2×", "lost at 0.8×", "lost at 1.2×")
+
+
 def report(
     given: Any, found: list[Found], spent: Mapping[str, tuple[float, float]], steps: int, lines: list[str], took: float
 ) -> None:
@@ -234,15 +227,14 @@ def report(
         values = [f"{100 * one.accuracy(speed):.1f}" for speed in SPEEDS] + [
             f"{100 * one.lost(s):.1f}" for s in SPEEDS[1:]
         ]
-        heard = f"{spent[one.who][0]:.1f} h, {spent[one.who][1]:.2e} FLOP" if one.who in spent else "–"
-        rows.append(f"| {one.who} | {heard} | " + " | ".join(values) + " |")
+        audio = f"{spent[one.who][0]:.1f} h, {spent[one.who][1]:.2e} FLOP" if one.who in spent else "–"
+        rows.append([one.who, audio, *values])
     text = [
         "# Time-contrastive objective and wav2vec 2.0 at equal operations", "",
         f"{platform.machine()}, {os.cpu_count()} cores, {took / 60:.0f} minutes in all; {steps} updates each, 4 × 256 "
         f"transformer on log-mel at 50 Hz. Accuracy of phones, non-silence frames, unseen "
         "speakers, in %.",
-        "", "| model | distinct audio, training operations | 1× | 0.8× | 1.2× | lost at 0.8× | lost at 1.2× |",
-        "|---|---|---|---|---|---|---|", *rows, "",
+        "", *markdown_table(COLUMNS, rows), "",
         "Criterion: higher accuracy at 1×, and at most half of the loss at 0.8× and 1.2×.", "", *lines, "",
     ]  # fmt: skip
     given.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,47 @@
+"""Parts that the proofs share: the command line, real speech, commands of auricle, tables."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parser_of(description: str | None, work: str = "") -> argparse.ArgumentParser:
+    """Returns a parser with `--out`, and `--work` for proofs that write runs.
+
+    Args:
+        description: the program's docstring, of which the first line is shown.
+        work: name of the folder below runs/ for shards and runs; empty: the proof writes none.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for tables and figures")
+    if work:
+        parser.add_argument("--work", type=Path, default=ROOT / "runs" / work, help="folder for shards and runs")
+    return parser
+
+
+def real_speech() -> Path | None:
+    """Returns the manifest of real speech; None, after a message, where there is none."""
+    manifest = speech_manifest()
+    if manifest is None:
+        print(f"skipped: needs real speech; set {SPEECH_VARIABLE} to a folder with {MANIFEST_NAME}")
+    return manifest
+
+
+def auricle(*arguments: str) -> None:
+    """Runs a command of auricle; raises CalledProcessError when it fails."""
+    subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=True, cwd=ROOT)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
