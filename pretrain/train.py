@@ -66,7 +66,7 @@ def train(
     world.agree(reader.plan_hash, "the step plan (do all nodes see the same shards?)")
     state = checkpoint.load_latest(run, engine, config)
     monitor = HealthMonitor(config, engine, run, state.health, say)
-    valid_every = settings.valid_every or max(1, settings.steps // 10)
+    validation = _Validation(config, engine, heartbeat, held_out)
     engine.on_phase = heartbeat.part
     clock, steps, stopping = time.monotonic(), reader.steps(state.cursor), False
     with checkpoint.Saver(run, engine, config, say) as saver, _Log(config, engine, run, state, say) as log:
@@ -105,11 +105,7 @@ def train(
             stopping = result.signals.stop_requested
 
             # validate: the loss of held-out audio, without any effect on training
-            measured: dict[str, float] = {}
-            if held_out is not None and _is_due(state.step, valid_every, settings.steps):
-                heartbeat.beat(state.step, "validating")
-                found = engine.measure(held_out.batches, held_out.counted, StepContext(HELD_OUT_SEED, 0))
-                measured = held_out_scalars(found, engine.module.objective.monitoring())
+            if measured := validation.measure(state.step):
                 clock = time.monotonic()
 
             # log: scalars and histograms, on rank 0
@@ -129,6 +125,24 @@ def train(
 
 def _is_due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
+
+
+class _Validation:
+    """Measures the loss of held-out audio when it is due; never where there is none."""
+
+    def __init__(self, config: Config, engine: Engine, heartbeat: Heartbeat, held_out: HeldOut | None) -> None:
+        self._engine, self._heartbeat, self._held_out = engine, heartbeat, held_out
+        self._steps = config.train.steps
+        self._every = config.train.valid_every or max(1, self._steps // 10)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Returns the scalars after update number `step`; empty if none are due. A collective operation."""
+        if self._held_out is None or not _is_due(step, self._every, self._steps):
+            return {}
+        self._heartbeat.beat(step, "validating")
+        ctx = StepContext(HELD_OUT_SEED, 0)
+        found = self._engine.measure(self._held_out.batches, self._held_out.counted, ctx)
+        return held_out_scalars(found, self._engine.module.objective.monitoring())
 
 
 class _Log:

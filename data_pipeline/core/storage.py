@@ -324,7 +324,7 @@ class FileStore:
             if parent is not None:
                 parent.mkdir(parents=True, exist_ok=True)
             pid = os.getpid()
-            process = f"{_machine()}+{pid}+{_started(pid)}+{_process_id(pid)}"
+            process = f"{machine_id()}+{pid}+{_started(pid)}+{process_id(pid)}"
             made = Path(tempfile.mkdtemp(prefix=f"{prefix}{process}+", dir=parent))
         done = threading.Event()
         threading.Thread(target=_renew, args=(made, done), name="auricle-lease", daemon=True).start()
@@ -372,7 +372,7 @@ class FileStore:
 
 
 @functools.cache
-def _machine() -> str:
+def machine_id() -> str:
     """Returns an id of this kernel and process namespace, which containers with the same host name do not share."""
     parts = [os.uname().nodename]
     try:
@@ -391,20 +391,20 @@ def _started(pid: int) -> int:
 
 
 @functools.cache
-def _process_id(pid: int) -> str:
+def process_id(pid: int) -> str:
     """Returns the random id of this process, whose number is `pid`; forked children have their own."""
     return secrets.token_hex(8)
 
 
 def _is_abandoned(folder: Path, now: float) -> bool:
-    _, is_here, rest = folder.name.rpartition(f"{_machine()}+")
-    pid, started, process_id = (*rest.split("+"), "", "", "")[:3]
+    _, is_here, rest = folder.name.rpartition(f"{machine_id()}+")
+    pid, started, random_id = (*rest.split("+"), "", "", "")[:3]
     if is_here and pid.isdecimal() and started.isdecimal() and int(started):
         # the boot time that start times are computed from is rounded
         is_running = abs(_started(int(pid)) - int(started)) <= 2
         if int(pid) != os.getpid() or not is_running:
             return not is_running
-        if process_id == _process_id(os.getpid()):
+        if random_id == process_id(os.getpid()):
             return False
     try:
         return now - folder.stat().st_mtime > LEASE

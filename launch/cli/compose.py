@@ -63,7 +63,7 @@ def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[st
     """
     chosen = groups(folder)
     in_defaults = _groups_in_defaults(folder / f"{root}.yaml")
-    lines = [_override(line, chosen, in_defaults) for line in overrides]
+    lines = [to_hydra(line, chosen, in_defaults) for line in overrides]
     try:
         with (
             hydra.initialize_config_dir(str(folder.resolve()), version_base="1.3"),
@@ -140,7 +140,7 @@ def _groups_in_defaults(file: Path) -> set[str]:
     return {next(iter(entry)) for entry in defaults if isinstance(entry, dict)}
 
 
-def _override(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str]) -> str:
+def to_hydra(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str]) -> str:
     """Converts an override to Hydra's syntax."""
     name, equals, value = line.partition("=")
     name = name.lstrip("+~")

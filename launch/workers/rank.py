@@ -61,9 +61,24 @@ def main(run_folder: str) -> ExitCode:
             folder.unhealthy.unlink(missing_ok=True)
         folder.incarnation = _broadcast_from_rank_0(folder.incarnation, world.size)
         limit = config.engine.timeout_minutes * 60
-        patience, warning = limit + HANG_SLACK_SECONDS, HANG_WARNING_SHARE * limit
-        with Heartbeat(path, world.rank, patience, warning, folder.incarnation, folder.superseded) as heartbeat:
-            ending = train(config, run.engine, reader, folder, heartbeat, stop, _print, run.held_out)
+        with Heartbeat(
+            path,
+            world.rank,
+            patience_seconds=limit + HANG_SLACK_SECONDS,
+            warn_seconds=HANG_WARNING_SHARE * limit,
+            start=folder.incarnation,
+            superseded=folder.superseded,
+        ) as heartbeat:
+            ending = train(
+                config=config,
+                engine=run.engine,
+                reader=reader,
+                run=folder,
+                heartbeat=heartbeat,
+                stop_requested=stop,
+                say=_print,
+                held_out=run.held_out,
+            )
         return ExitCode.STOPPED if ending is Ending.STOPPED else ExitCode.DONE
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         return _report_failure(error, folder)

@@ -11,7 +11,11 @@ from typing import Any
 import deepspeed
 import pytest
 
-from pretrain.engines.deepspeed import _require_nvme
+from data_pipeline.core.schema import ConfigError, load
+from pretrain.config import Config
+from pretrain.engines import make_engine
+from pretrain.engines.distributed import DistributedContext
+from pretrain.train_module import build_model
 from tests.support.engine_runs import case, furthest, run
 
 ON_DISK = 4
@@ -24,8 +28,9 @@ NINJA = Path(sys.executable).parent / "ninja"
 
 def test_missing_requirements_of_nvme_offload_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_, **__: False)
-    with pytest.raises(ValueError, match="install libaio-dev"):
-        _require_nvme()
+    config = load(Config, case("deepspeed", 3, {"offload": "nvme", "offload_folder": "/nowhere"})["config"])
+    with pytest.raises(ConfigError, match="install libaio-dev"):
+        make_engine(config, build_model(config), DistributedContext())
 
 
 def built() -> str:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from data_pipeline.core.schema import load
-from data_pipeline.core.types import StepReader
+from data_pipeline.core.types import Batch, StepReader
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines import make_engine
-from pretrain.engines.base import Engine
+from pretrain.engines.base import Engine, StepResult
 from pretrain.engines.distributed import DistributedContext
 from pretrain.monitoring.heartbeat import Heartbeat
 from pretrain.train import train
@@ -142,19 +143,19 @@ def shrink_rank(engine: Engine) -> None:
 
 def skip_last_micro_batch(engine: Engine) -> None:
     """Makes the engine skip the last micro-batch of each update."""
-    plain = engine._accumulate
+    plain = engine.step
 
-    def fewer(batches: Any, plans: Any, counts_K: Any, ctx: Any) -> Any:
-        return plain(batches[:-1], plans[:-1], counts_K, ctx)
+    def fewer(batches: Sequence[Batch], *more: Any) -> StepResult:
+        return plain(batches[:-1], *more)
 
-    engine._accumulate = fewer  # type: ignore[method-assign]
+    engine.step = fewer  # type: ignore[assignment, method-assign]
 
 
 def scale_loss(engine: Engine, steps: tuple[int, ...]) -> None:
     """Multiplies the loss of these updates by a thousand."""
-    plain = engine._forward_backward
 
-    def loud(batch: Any, plan: Any, counts_K: Any, ctx: Any) -> Any:
-        return plain(batch, plan, counts_K / 1000 if ctx.step in steps else counts_K, ctx)
+    def loud(_: nn.Module, given: tuple[Any, ...], made: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        loss, metrics = made
+        return (1000 * loss if given[-1].step in steps else loss), metrics
 
-    engine._forward_backward = loud  # type: ignore[method-assign]
+    engine.module.register_forward_hook(loud)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from data_pipeline.core.schema import ConfigError, document, dump, load
 from launch import main
 from launch.cli.command_table import COMMANDS, FIRST_WORDS
-from launch.cli.compose import _override, compose, to_yaml
+from launch.cli.compose import compose, to_hydra, to_yaml
 from launch.cli.groups import CONF, groups
 from launch.config import PretrainJob
 from launch.exit_codes import ExitCode
@@ -276,7 +276,7 @@ TEXT = st.text(string.printable + "äéß語", min_size=1).filter(lambda text: t
 @settings(max_examples=300, deadline=None)
 @given(TEXT.map(lambda text: f"/data/{text}"))
 def test_any_path_survives_quoting(path: str) -> None:
-    read = OverridesParser.create().parse_override(_override(f"data.shards={path}", {}, set())).value()
+    read = OverridesParser.create().parse_override(to_hydra(f"data.shards={path}", {}, set())).value()
     assert (read.text if isinstance(read, QuotedString) else read) == path
 
 

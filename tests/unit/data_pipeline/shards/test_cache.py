@@ -70,10 +70,16 @@ def test_a_copy_is_verified_like_the_original(remote: str, tmp_path: Path, alter
 
 @pytest.mark.parametrize("dangling", [False, True])
 def test_a_symbolic_link_in_place_of_a_lock_is_refused(remote: str, tmp_path: Path, dangling: bool) -> None:
-    shards, target = opened(remote, tmp_path / "cache"), tmp_path / "important"
+    target = tmp_path / "important"
+    read(remote, tmp_path / "cache")
+    copy = the_copy(tmp_path / "cache")
+    copy.unlink()
+    lock = copy.with_suffix(".lock")
+    lock.unlink(missing_ok=True)
+    shards = opened(remote, tmp_path / "cache")
     if not dangling:
         target.write_text("kept")
-    (shards.folder / shards._copy(0).with_suffix(".lock").name).symlink_to(target)
+    lock.symlink_to(target)
     with pytest.raises(StorageWriteError, match=r"\.lock: is a symbolic link.*remove it"):
         shards.read([EXTENT])
     assert not shards.bad, "the shard must not be marked as bad"

@@ -253,7 +253,7 @@ def test_twins_with_equal_host_process_number_and_start_time_keep_their_folders(
     """Two containers on machines that were cloned: only the random id and its lease tell the processes apart."""
     store = FileStore(str(tmp_path))
     with store.scratch() as first:
-        monkeypatch.setattr(storage, "_process_id", lambda pid: "f" * 16)
+        monkeypatch.setattr(storage, "process_id", lambda pid: "f" * 16)
         with store.scratch() as second:
             assert first.name.split("+")[:3] == second.name.split("+")[:3]
             assert store.sweep() == 0
@@ -269,9 +269,13 @@ def test_twins_with_equal_host_process_number_and_start_time_keep_their_folders(
 def test_without_an_identity_of_the_machine_leases_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a sandbox that hides the kernel's identity, equal host names must not make two machines one."""
     monkeypatch.setattr(storage, "BOOT_ID", tmp_path / "hidden")
-    ours, theirs = storage._machine.__wrapped__(), storage._machine.__wrapped__()
+    storage.machine_id.cache_clear()
+    ours = storage.machine_id()
+    storage.machine_id.cache_clear()
+    theirs = storage.machine_id()
+    storage.machine_id.cache_clear()
     assert ours != theirs
-    monkeypatch.setattr(storage, "_machine", lambda: ours)
+    monkeypatch.setattr(storage, "machine_id", lambda: ours)
     folder = tmp_path / ".tmp" / f"{theirs}+4000000+12345+{'0' * 16}+abc"
     folder.mkdir(parents=True)
     assert FileStore(str(tmp_path)).sweep() == 0
@@ -280,7 +284,7 @@ def test_without_an_identity_of_the_machine_leases_decide(tmp_path: Path, monkey
 
 
 def test_a_forked_process_has_its_own_id() -> None:
-    assert storage._process_id(1) == storage._process_id(1) != storage._process_id(2)
+    assert storage.process_id(1) == storage.process_id(1) != storage.process_id(2)
 
 
 def test_index_offsets_increase(root: Path) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.schema import ConfigError, load
 from pretrain.checkpointing.locate import find_checkpoint
-from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
+from pretrain.checkpointing.weights import MODEL, LoadedCheckpoint, load_checkpoint
 from pretrain.compression.cut import cut_pruned
 from pretrain.compression.distillation import load_teacher
 from pretrain.config import Config
@@ -160,7 +161,7 @@ def student(teacher: Path | str, **objective: Any) -> Config:
 def test_a_teacher_is_loaded_from_its_run_and_never_saved(tmp_path: Path) -> None:
     save(tmp_path / "teacher", 2, seed=5)
     config = student(tmp_path / "teacher", layers=[[0], [2]])
-    module = build_model(config)
+    module = build_model(config).eval()
     with pytest.raises(ConfigError, match="was not loaded"):
         module.prepare(batch(), CTX)
     load_teacher(config, module.objective)
@@ -170,9 +171,11 @@ def test_a_teacher_is_loaded_from_its_run_and_never_saved(tmp_path: Path) -> Non
     assert float(loss) > 0.5
     names = list(module.state_dict())
     assert [name for name in names if "teacher" in name] == ["objective.teacher_sha256"]
-    theirs = load_checkpoint(find_checkpoint(str(tmp_path / "teacher"))).module.model.state_dict()
-    given = module.objective._given[0]  # type: ignore[index]
-    assert all(torch.equal(theirs[name], weight) for name, weight in given.state_dict().items())  # type: ignore[union-attr]
+    checkpoint = find_checkpoint(str(tmp_path / "teacher"))
+    same = build_model(config).eval()
+    same.objective.take_teacher(load_checkpoint(checkpoint).module.model, sha256_of(checkpoint / MODEL))
+    assert torch.equal(same(batch(), plan, plan.counts_K, CTX)[0], loss)
+    assert torch.equal(same.get_buffer("objective.teacher_sha256"), module.get_buffer("objective.teacher_sha256"))
     save(tmp_path / "other", 2, seed=6)
     load_teacher(
         student(tmp_path / "other", layers=[[0], [2]]),

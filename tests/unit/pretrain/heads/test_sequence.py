@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.core.types import Batch
@@ -16,7 +17,7 @@ from launch.workers.build import require_fitting_labels
 from pretrain.config import Config
 from pretrain.heads import ctc, sequence
 from pretrain.interfaces.frames import EncoderOutput, StepContext
-from pretrain.interfaces.models import ModelShape
+from pretrain.interfaces.models import Memory, ModelShape
 from pretrain.interfaces.objectives import HeadPlan
 from pretrain.interop.hf_ctc import ctc_head
 from tests.support.contract_cases import make
@@ -48,23 +49,31 @@ def plan(rows: list[bool]) -> HeadPlan:
     return HeadPlan(torch.tensor(0.0), torch.tensor(rows))
 
 
-def test_the_decoder_reads_the_start_and_predicts_the_end() -> None:
-    made, data = head(), batch([[3, 1, -1], [2, 2, 4], [-1, -1, -1]])
-    read_BN, targets_BN = made._shifted(data, plan([True, True, False]))
+def inputs_of_decoder(made: sequence.Sequence, data: Batch, rows: list[bool]) -> tuple[Tensor, list[Memory]]:
+    """Returns the tokens and the memories that the decoder is given in a forward pass."""
+    seen: list[tuple[Tensor, list[Memory]]] = []
+    hook = made.decoder.register_forward_pre_hook(lambda _, given: seen.append(given))
+    made(encoded(len(rows)), data, plan(rows), CTX)
+    hook.remove()
+    return seen[0]
+
+
+def test_the_decoder_reads_the_start_before_the_tokens() -> None:
+    data = batch([[3, 1, -1], [2, 2, 4], [-1, -1, -1]])
+    read_BN, _ = inputs_of_decoder(head(), data, [True, True, False])
     assert read_BN.tolist() == [[6, 3, 1, 5], [6, 2, 2, 4], [6, 5, 5, 5]]
-    assert targets_BN.tolist() == [[3, 1, 5, -1], [2, 2, 4, 5], [-1, -1, -1, -1]]
 
 
-def test_the_loss_is_smoothed_cross_entropy_summed_over_tokens() -> None:
-    made, data = head().eval(), batch([[3, 1, -1], [2, 2, 4]])
-    found = made(encoded(2), data, plan([True, True]), CTX)
-    read_BN, targets_BN = made._shifted(data, plan([True, True]))
-    log_p_BNV = made.decoder(read_BN, made.memories(encoded(2))).log_softmax(-1)
+def test_the_loss_is_smoothed_cross_entropy_summed_over_tokens_and_end() -> None:
+    made, data = head().eval(), batch([[3, 1, -1], [2, 2, 4], [-1, -1, -1]])
+    rows = [True, True, False]
+    found = made(encoded(3), data, plan(rows), CTX)
+    read_BN, memories = inputs_of_decoder(made, data, rows)
+    log_p_BNV = made.decoder(read_BN, memories).log_softmax(-1)
     expected = torch.zeros(())
-    for row in range(2):
-        for place, target in enumerate(targets_BN[row].tolist()):
-            if target >= 0:
-                expected -= 0.9 * log_p_BNV[row, place, target] + 0.1 * log_p_BNV[row, place].mean()
+    for row, targets in enumerate([[3, 1, 5], [2, 2, 4, 5], []]):
+        for place, target in enumerate(targets):
+            expected -= 0.9 * log_p_BNV[row, place, target] + 0.1 * log_p_BNV[row, place].mean()
     torch.testing.assert_close(found.total, expected)
     assert int(found.count) == 7
 
@@ -72,12 +81,11 @@ def test_the_loss_is_smoothed_cross_entropy_summed_over_tokens() -> None:
 def test_memories_are_left_out_by_segment_and_never_all() -> None:
     made = head(memory_layers=[1, 2], memory_drop=0.6)
     data = batch([[1]] * 200)
-    memories = made.memories(encoded(200))
-    kept_KB = torch.stack([memory.lengths_B > 0 for memory in made._without_some(memories, data, CTX)])
+    kept_KB = torch.stack([memory.lengths_B > 0 for memory in inputs_of_decoder(made, data, [True] * 200)[1]])
     assert bool(kept_KB.any(0).all())
     assert 0.2 < float(kept_KB.float().mean()) < 0.8
     later = batch([[1]] * 100, keys=100)
-    half = torch.stack([m.lengths_B > 0 for m in made._without_some(made.memories(encoded(100)), later, CTX)])
+    half = torch.stack([memory.lengths_B > 0 for memory in inputs_of_decoder(made, later, [True] * 100)[1]])
     assert torch.equal(half, kept_KB[:, 100:])
 
 
