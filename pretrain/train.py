@@ -110,7 +110,7 @@ def train(
 
             # log: scalars and histograms, on rank 0
             if measured or _is_due(state.step, settings.log_every, settings.steps):
-                log.write(state.step, result, step, lr, seconds, monitor, measured)
+                log.write(state.step, result, step, lr, seconds, monitor=monitor, measured=measured)
 
             # save: all ranks gather, rank 0 writes
             saver.poll()

@@ -127,10 +127,9 @@ def students(teacher: Path, minutes: float, runs: Path, shards: Path) -> list[Mo
         found.append(Model("pruned, 4 blocks", final, learned=True))
     units = runs / "units"
     require("targets", f"shards={shards}", f"out={units}", f"features={teacher}", "layer=2", "rounds=8")
-    dice = train(
-        "units", minutes, runs, shards, "+experiment=quality_hubert", f"init={cut}", *widths_of(cut),
-        "objective.labels=units", "objective.label_rate_hz=50", f"data.targets={{units: {units}}}",
-    )  # fmt: skip
+    labels = ["objective.labels=units", "objective.label_rate_hz=50", f"data.targets={{units: {units}}}"]
+    overrides = ["+experiment=quality_hubert", f"init={cut}", *widths_of(cut), *labels]
+    dice = train("units", minutes, runs, shards, *overrides)
     return [*found, Model("teacher's units, 2 blocks", dice, learned=True)]
 
 

@@ -76,4 +76,12 @@ def _table(given: argparse.Namespace) -> dict[str, Any]:
     if not isinstance(encoder, StackConfig):
         raise ConfigError(f"encoder.name={encoder.name}: only stacks of blocks have a table")
     rate_hz = found.module.model.shape.rate_hz
-    return block_table(encoder, rate_hz, given.heads, given.ffn, given.seconds, given.runs, given.threads)
+    return block_table(
+        encoder,
+        rate_hz,
+        heads=given.heads,
+        ffn_dims=given.ffn,
+        seconds=given.seconds,
+        runs=given.runs,
+        threads=given.threads,
+    )
