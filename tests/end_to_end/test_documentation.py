@@ -1,7 +1,7 @@
 """Commands of the documentation, without running them.
 
 Of a command with a configuration, the overrides are composed and validated; of any other, the subcommand and options
-must be in its help text. test_readme.py runs the README's first run and the Python examples.
+must be in its help text. test_readme.py runs the README's first run, the Python examples and the quick commands.
 """
 
 from __future__ import annotations

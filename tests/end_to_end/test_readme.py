@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from launch.demo_corpus import synthesise
 from launch.main import main
-from tests.support.documents import cells, commands, programs
+from tests.support.documents import PAGES, cells, commands, programs
 from tests.support.paths import ROOT
 
 README = ROOT / "README.md"
@@ -138,6 +140,34 @@ def test_the_notebook_runs(home: Path, shards: Path, run_folder: Path) -> None:
     done = subprocess.run(line, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "frames per second" in done.stdout
+
+
+QUICK = (
+    "compare runs/a runs/b",
+    "completion bash",
+    "data plan",
+    "export runs/NAME model_folder --to torchscript",
+    "jobs list",
+    "jobs status NAME",
+    "recipes",
+    "runs",
+    "shards inspect",
+    "shards stats",
+    "shards verify",
+)
+"""Beginnings of documented commands of all pages that take a few seconds at most on the run and shards made here."""
+
+
+@pytest.mark.parametrize("beginning", QUICK)
+def test_a_quick_documented_command_succeeds(
+    beginning: str, home: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = (shlex.join(line) for page in PAGES for line in commands(page))
+    line = next(line for line in shown if f"{line} ".startswith(f"{beginning} "))
+    line = re.sub(r"\bruns/(a|b|NAME)\b", f"runs/{run_folder.name}", line)
+    monkeypatch.chdir(home)
+    assert main(shlex.split(re.sub(r"\bNAME\b", run_folder.name, line))) == 0
+    assert capsys.readouterr().out.strip()
 
 
 def test_cfg_prints_the_composed_config(capsys: pytest.CaptureFixture[str]) -> None:
