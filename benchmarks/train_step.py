@@ -296,7 +296,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             add(f"ours {recipe}", precision, our_step(module, batch), step_flops(module, batch))
             if recipe in FIRST_PHASE:
                 assert isinstance(module.objective, MaskedUnits)
-                module.objective.layer_fit.done.fill_(True)  # what the units are does not matter here
+                module.objective.layer_fit.done.fill_(True)  # the units have no effect on the time
                 name = f"ours {recipe}, relabelled"
                 add(name, precision, our_step(module, batch), step_flops(module, batch))
                 rows.append(whole_run(rows[-2:], FIRST_PHASE[recipe]))

@@ -107,7 +107,7 @@ def _lines(follower: Follower, folder: Path, steps: int, running: Callable[[], b
 
 
 def first_update(folder: Path) -> str:
-    """Returns what a run does before its first row of metrics, from the heartbeats of its newest start."""
+    """Returns the activity of a run before its first row of metrics, from the heartbeats of its newest start."""
     notes = []
     for path in (folder / "heartbeats").glob("rank_*.json"):
         with contextlib.suppress(OSError, ValueError):  # replaced while it is read

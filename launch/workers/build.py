@@ -82,7 +82,7 @@ def require_fitting_labels(config: Config) -> None:
 
 
 def _require_tokens(config: Config, field: str, name: str, size: int) -> None:
-    """Raises ConfigError if a head's tokens are not read, or are not as many as it is built for."""
+    """Raises ConfigError if a head's tokens are not read, or differ in number from its classes."""
     if name not in config.data.tokens:
         raise ConfigError(
             f"{field}.tokens={name}: data.tokens has no tokens of this name, only {sorted(config.data.tokens)}; make "

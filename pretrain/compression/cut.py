@@ -62,7 +62,7 @@ def cut_widths(found: LoadedCheckpoint, widths: Sequence[Sequence[int]]) -> CutM
         widths: heads and inner channels of each block.
 
     Raises:
-        ConfigError: another number of blocks, or a width above what the block has.
+        ConfigError: another number of blocks, or a width above the block's.
     """
     stack = _stack(found)
     if len(widths) != stack.layers:

@@ -121,7 +121,7 @@ class Sequence(Head):
         return batch.lengths_B.new_full((len(batch.keys), 0), -1)
 
     def _shifted(self, batch: Batch, plan: HeadPlan) -> tuple[Tensor, Tensor]:
-        """Returns what the decoder reads and should predict, (B, N) each, on the host; without a target -1."""
+        """Returns inputs and targets of the decoder, (B, N) each, on the host; rows without a usable text have -1."""
         rows_B1 = plan.rows_B.cpu()[:, None]
         ids_BN = self._tokens(batch).masked_fill(~rows_B1, -1)
         lengths_B1 = (ids_BN >= 0).sum(1, keepdim=True)

@@ -28,7 +28,7 @@ class NGram:
     """N-gram model of symbols, interpolated with shorter contexts (Witten & Bell 1991).
 
     Args:
-        sequences: what the model is fitted on: symbols 0 … size − 1.
+        sequences: training texts, as symbols 0 … size − 1.
         order: symbols of a context plus one.
         size: number of symbols.
     """

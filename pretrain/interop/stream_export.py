@@ -144,7 +144,7 @@ def export_stream(
 
 
 def described(config: Config, step: StreamStep) -> dict[str, Any]:
-    """Returns the content of stream.json: what a client needs to know."""
+    """Returns the content of stream.json, the description of the graph for clients."""
     streamed, state = step.streamed, step.streamed.start()
     shapes = dict(zip(state_names(state), (list(tensor.shape[1:]) for tensor in flat(state)), strict=True))
     return {

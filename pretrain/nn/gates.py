@@ -19,7 +19,7 @@ from pretrain.interfaces.frames import BlockGates
 from pretrain.nn.block_stack import BlockStack
 
 FASTER = 100.0
-"""How much faster gates and multipliers learn than weights."""
+"""Ratio of the learning rate of gates and multipliers to that of weights."""
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """β, γ and ζ of the paper: temperature, and the interval that is clipped to [0, 1]."""
 _MARGIN = 1e-6

@@ -1,6 +1,6 @@
 """No self-supervised loss: the heads alone learn, in supervised training and fine-tuning.
 
-Stretches of features are set to 0 (SpecAugment, arXiv 1904.08779), and at first the model itself is kept as it is, as
+Stretches of features are set to 0 (SpecAugment, arXiv 1904.08779), and the model itself is frozen at first, as
 in wav2vec 2.0's fine-tuning (arXiv 2006.11477, §4.3: 10,000 updates of the output layer alone).
 """
 

@@ -39,9 +39,10 @@ def built() -> str:
 
     for name in ("pin_memory", "async_io"):
         found = list(Path(get_default_build_root()).glob(f"*/{name}/build.ninja"))
-        asked = [subprocess.run([NINJA, "-n", "-C", file.parent], capture_output=True, text=True) for file in found]
+        answers = [subprocess.run([NINJA, "-n", "-C", file.parent], capture_output=True, text=True) for file in found]
         here = str(Path(deepspeed.__file__).parent)
-        ready = [here in file.read_text() and "no work" in told.stdout for file, told in zip(found, asked, strict=True)]
+        pairs = zip(found, answers, strict=True)
+        ready = [here in file.read_text() and "no work" in answer.stdout for file, answer in pairs]
         if not any(ready):
             return f"DeepSpeed's {name} is not built in this environment; the first start with offload=nvme does that"
     return ""

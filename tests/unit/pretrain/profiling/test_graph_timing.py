@@ -35,7 +35,7 @@ def graph(nodes: list[Any], inputs: dict[str, Any], outputs: dict[str, Any], con
 
 
 def whole(folder: Path, repeats: int, size: int = 256) -> Path:
-    """Writes a graph that computes a product of the audio in frames of 160 samples, so many times."""
+    """Writes a graph that multiplies frames of 160 samples by a matrix `repeats` times."""
     names = ["x0", *(f"x{number + 1}" for number in range(repeats))]
     nodes = [node("Reshape", ["wave", "shape"], ["frames"]), node("MatMul", ["frames", "first"], ["x0"])]
     nodes += [node("MatMul", [one, "w"], [two]) for one, two in itertools.pairwise(names)]
