@@ -32,7 +32,7 @@ def export_edge(
     int8: Int8Options | None,
     head: CTC | None,
 ) -> str:
-    """Writes model.onnx, edge.json and run.py; returns one sentence on what is lost.
+    """Writes model.onnx, edge.json and run.py; returns one sentence on the loss of accuracy.
 
     Args:
         found: the run.

@@ -1,4 +1,4 @@
-"""Fine-tunes a checkpoint: shards of the labelled audio, a training run, error rates of unheard speakers."""
+"""Fine-tunes a checkpoint: shards of the labelled audio, a training run, error rates on unseen speakers."""
 
 from __future__ import annotations
 

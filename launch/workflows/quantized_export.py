@@ -31,7 +31,7 @@ POINTS_LOST = 0.01
 class Int8Options(NamedTuple):
     """Settings of quantisation.
 
-    manifest: also compares probes of phones; None: not.  reduce_range: 7 bits for weights.
+    manifest: also compare probes of phones on it; None: do not.  reduce_range: 7 bits for weights.
     """
 
     mode: Mode
@@ -41,7 +41,7 @@ class Int8Options(NamedTuple):
 
 
 def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Options) -> str:
-    """Writes model.onnx and features.json; returns one sentence on what is lost.
+    """Writes model.onnx and features.json; returns one sentence on the loss of accuracy.
 
     Raises:
         ConfigError: `out` exists, the shards hold too little audio, the run cannot be exported, or the INT8 graph is

@@ -29,7 +29,7 @@ def run(config: TranscribeConfig) -> ExitCode:
         DONE, or FAILED where a recording was left out.
 
     Raises:
-        ConfigError: a file, the checkpoint or the head does not exist, or the model cannot stream so.
+        ConfigError: a file, the checkpoint or the head does not exist, or the model cannot stream with these settings.
         ValueError: the checkpoint or shards are damaged.
     """
     found = sources(config.files, config.pcm_rate)
@@ -88,7 +88,7 @@ class _Printer:
             self._line("start\tend\tword\tconfidence")
 
     def show(self, update: Update) -> None:
-        """Prints what a push brought."""
+        """Prints the result of a push."""
         if update.words:
             self._words(update.words)
         if self.config.partial and update.text != self.last:

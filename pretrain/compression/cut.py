@@ -1,7 +1,7 @@
 """Cuts a trained model to fewer blocks, heads and inner channels; the result is the model of an ordinary run.
 
-Three ways to choose what stays: the first blocks (equal to the layers before the cut), the widths that the user asks
-for (the heads and channels with the largest weights stay), or the gates that structured pruning has closed (equal to
+Three ways to choose the parts that are kept: the first blocks (equal to the layers before the cut), given widths (the
+heads and channels with the largest weights), or the gates that structured pruning has closed (equal to
 the gated model; soft gates become part of the weights).
 """
 

@@ -24,7 +24,7 @@ class WordBeamSearch:
 
     Args:
         lm: an n-gram model of words, in ARPA format or KenLM's binary one.
-        symbols: what each symbol of the recogniser writes; one of them is a space.
+        symbols: the text of each symbol of the recogniser; one of them is a space.
         beam: hypotheses that are kept.
         weight: of the model.
         bonus: per word.

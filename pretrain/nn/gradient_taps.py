@@ -1,6 +1,6 @@
-"""Measures the gradient that each task sends into the encoder's output, in the backward pass that is run anyway.
+"""Measures the gradient of each task at the encoder's output, in the ordinary backward pass.
 
-No parameter is touched, so that it works where weights are partitioned (ZeRO-3).
+It accesses no parameter, so that it works where weights are partitioned (ZeRO-3).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class NoTaps:
         return contextlib.nullcontext()
 
     def head(self, name: str, encoded: EncoderOutput, shared: bool = False) -> EncoderOutput:
-        """Returns what head `name` reads, and measures the gradient that it sends back.
+        """Returns the input of head `name`, and measures the head's gradient at it.
 
         Args:
             name: the head's.
             encoded: the encoder's output, (B, F, D) per layer.
-            shared: whether it is of the objective's own pass.
+            shared: whether `encoded` is of the objective's own pass.
         """
         return encoded
 
