@@ -37,9 +37,9 @@ def build(config, world, folder):
     reader = types.SimpleNamespace(close=lambda: None)
     return types.SimpleNamespace(engine=None, reader=reader, held_out=None)
 
-def train(config, engine, reader, folder, *rest):
+def train(run, **more):
     if sys.argv[2] == "superseded" and os.environ["RANK"] == "0":
-        RunFolder(folder.path).claim()
+        RunFolder(run.path).claim()
     dist.barrier()
     raise UnhealthyError("it does not learn")
 
