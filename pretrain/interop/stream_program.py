@@ -40,16 +40,16 @@ class Stream:
         threads: intra-op threads.
 
     Raises:
-        SystemExit: the graph is not the one that edge.json describes.
+        SystemExit: there is no description, or the graph is not the described one.
     """
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
-        description = next(name for name in GRAPHS if (folder / name).is_file())
+        found = [name for name in GRAPHS if (folder / name).is_file()]
+        description = found[0] if found else sys.exit(f"{folder}: has neither {' nor '.join(GRAPHS)}")
         self.about: dict[str, Any] = json.loads((folder / description).read_text(encoding="utf-8"))
         for name, expected in self.about.get("sha256", {}).items():
-            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            if found != expected:
-                sys.exit(f"{folder / name}: sha256 is {found[:12]}…, {description} has {expected[:12]}…: copy it again")
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+                sys.exit(f"{folder / name}: differs from its sha256 in {description}; copy it again")
         self.session = open_session(folder / GRAPHS[description], threads)
         self.used = {given.name for given in self.session.get_inputs()}
         self.made = [output.name for output in self.session.get_outputs()]

@@ -79,7 +79,7 @@ def test_a_package_streams_the_features_of_the_model(tmp_path: Path, capsys: pyt
     (edge / "model.onnx").write_bytes(content)
     changed = output(edge, "--stdin")
     assert changed.returncode == 1
-    assert b"edge.json has" in changed.stderr
+    assert b"differs from its sha256 in edge.json" in changed.stderr
 
 
 def test_the_head_that_is_named_gives_the_symbols(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +113,11 @@ def test_the_program_is_short_and_needs_two_packages_only() -> None:
     named = {(n.names[0].name if isinstance(n, ast.Import) else str(n.module)).partition(".")[0]
              for n in tree if isinstance(n, ast.Import | ast.ImportFrom)}  # fmt: skip
     assert named - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+
+
+def test_a_folder_without_a_description_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"has neither edge\.json nor stream\.json"):
+        stream_program.Stream(tmp_path)
 
 
 def test_ctc_text_collapses_repeats_across_chunks() -> None:
