@@ -212,7 +212,7 @@ class ProgramJob:
 
     @property
     def distinction(self) -> str:
-        """What the folder's name needs besides, where jobs of different configs share the main path."""
+        """Addition to the folder's name where jobs of different configs share the main path."""
         return ""
 
 

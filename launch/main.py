@@ -24,7 +24,7 @@ NOTES = (
     "Exit codes: 0 done, 1 the work failed, 2 the command or config is wrong, 3 the run is unhealthy, "
     "4 a newer start of the run took over, 130 stopped with Ctrl-C.",
 )
-"""What the list of commands ends with."""
+"""Last lines of the list of commands."""
 DISTRIBUTIONS = {"flashlight": "flashlight-text", "sklearn": "scikit-learn"}
 """Module that some commands import -> the package with it, where they have different names."""
 

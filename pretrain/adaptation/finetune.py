@@ -32,10 +32,11 @@ from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.evaluate.manifest import (
     Utterance,
     find_manifest,
+    labelled_parts,
     read_audio,
     read_manifest,
-    require_disjoint,
     span_columns,
+    thinned,
 )
 from pretrain.interop import hf_folder
 from pretrain.interop.init_weights import hugging_face_architecture
@@ -62,20 +63,12 @@ def find_corpus(settings: FinetuneConfig) -> Corpus:
         ValueError: a speaker is in both splits.
     """
     corpora = [c.strip() for c in settings.corpora.split(",") if c.strip()]
-    chosen = [
-        u
-        for u in read_manifest(find_manifest(settings.manifest))
-        if written(u.text, settings.symbols) and (not corpora or u.corpus in corpora)
-    ]
-    train, test = ([u for u in chosen if u.split == split] for split in ("train", "test"))
+    listed = read_manifest(find_manifest(settings.manifest))
+    train, test = labelled_parts(listed, corpora, "test", lambda u: bool(written(u.text, settings.symbols)))
     if not train or not test:
         named = f"corpora={settings.corpora}" if corpora else "any corpus"
         raise ConfigError(f"manifest={settings.manifest}: no text in the splits train and test of {named}")
-    require_disjoint(train, test)
-    most = settings.max_utterances
-    if most:
-        train, test = (part[:: -(-len(part) // most)] for part in (train, test))
-    return Corpus(train, test)
+    return Corpus(thinned(train, settings.max_utterances), thinned(test, settings.max_utterances))
 
 
 def write_shards(utterances: Sequence[Utterance], symbols: str, folder: Path) -> tuple[Path, int]:

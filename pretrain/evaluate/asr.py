@@ -9,7 +9,7 @@ import numpy as np
 from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate.config import EvaluateConfig, items
 from pretrain.evaluate.features import Waves
-from pretrain.evaluate.manifest import Utterance, require_disjoint
+from pretrain.evaluate.manifest import Utterance, labelled_parts, thinned
 from pretrain.evaluate.metrics import Interval95, Tally, bootstrap
 from pretrain.inference.word_lm import WordBeamSearch
 from pretrain.recognition.error_rates import Decoders, edits, fit_ngram, recognise, written
@@ -27,13 +27,10 @@ def parts(config: EvaluateConfig, utterances: Sequence[Utterance]) -> tuple[list
         ValueError: a speaker is in both.
     """
     corpora = items(config.corpora) or CORPORA
-    chosen = [u for u in utterances if u.text.strip() and u.corpus in corpora]
-    train, asked = ([u for u in chosen if u.split == split] for split in ("train", config.ask))
+    train, asked = labelled_parts(utterances, corpora, config.ask, lambda u: bool(u.text.strip()))
     if not asked:
         raise ConfigError(f"task=asr: no text in split {config.ask} of the manifest's {', '.join(corpora)}")
-    require_disjoint(train, asked)
-    most = config.max_utterances
-    return train, asked[:: -(-len(asked) // most)] if most else asked
+    return train, thinned(asked, config.max_utterances)
 
 
 def error_rates(

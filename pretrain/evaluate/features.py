@@ -157,7 +157,7 @@ def mean_and_deviation(x_LFD: Tensor) -> Tensor:
 
 
 POOLS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"quarters": quarters, "mean_and_deviation": mean_and_deviation}
-"""How the frames of an utterance become one vector: (L, F, D) to (L, D')."""
+"""Functions that reduce the frames of an utterance to one vector: (L, F, D) to (L, D')."""
 
 
 def _chosen(x_LFD: Tensor, layers: Sequence[int] | None) -> Tensor:

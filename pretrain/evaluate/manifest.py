@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -132,7 +132,15 @@ def utterances_of(files: Iterable[AudioFile], prefix: str = "") -> list[Utteranc
 def _parts(file: AudioFile, name: str) -> Iterable[Utterance]:
     if not file.spans:
         yield Utterance(
-            file.path, name, file.speaker, file.text, file.language, file.corpus, file.split, file.labels, name
+            path=file.path,
+            name=name,
+            speaker=file.speaker,
+            text=file.text,
+            language=file.language,
+            corpus=file.corpus,
+            split=file.split,
+            labels=file.labels,
+            file=name,
         )
     for span in file.spans:
         yield Utterance(
@@ -227,6 +235,31 @@ def grid_labels(intervals: Sequence[Interval], seconds: float, rate_hz: float) -
         for cell in range(max(0, first), min(last, len(labels))):
             labels[cell] = interval.phone
     return labels
+
+
+def labelled_parts(
+    utterances: Iterable[Utterance], corpora: Sequence[str], split: str, is_labelled: Callable[[Utterance], bool]
+) -> tuple[list[Utterance], list[Utterance]]:
+    """Returns the labelled utterances of split train, and those of another split; no speaker is in both.
+
+    Args:
+        utterances: the manifest.
+        corpora: names of the corpora to use; empty: all.
+        split: the other split.
+        is_labelled: whether an utterance has the label.
+
+    Raises:
+        ValueError: a speaker is in both splits.
+    """
+    chosen = [u for u in utterances if (not corpora or u.corpus in corpora) and is_labelled(u)]
+    train, other = ([u for u in chosen if u.split == name] for name in ("train", split))
+    require_disjoint(train, other)
+    return train, other
+
+
+def thinned(part: Sequence[Utterance], most: int) -> list[Utterance]:
+    """Returns at most `most` utterances, every n-th, so that few of them still have many speakers; all for 0."""
+    return list(part[:: -(-len(part) // most)] if most and part else part)
 
 
 def require_disjoint(*parts: Iterable[Utterance]) -> None:

@@ -139,7 +139,13 @@ def fit(train: Labelled, classes: int, view: View, config: ProbeConfig, start: P
     scaling = start.scaling if start else Scaling(train.x_NLD[:, list(view.layers)])
     z_LND = scaling(train.x_NLD[:, list(view.layers)])
     weights = minimise(
-        z_LND, train.y_N, scaling.whitening_DR, classes, view.l2, config.iterations, start.weights if start else None
+        z_LND,
+        train.y_N,
+        scaling.whitening_DR,
+        classes=classes,
+        l2=view.l2,
+        iterations=config.iterations,
+        start=start.weights if start else None,
     )
     return Probe(view.layers, scaling, weights)
 

@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Detail:
-    """What a fitted probe of one encoder showed beyond its row.
+    """Further results of a fitted probe of one encoder.
 
     by_layer: accuracy of single layers on the speakers by which the layer was chosen.  confusion_CC: counts of (true,
     predicted) over the counted vectors of the test split.  classes: names of its rows and columns.

@@ -27,6 +27,7 @@ from pretrain.evaluate.manifest import (
     find_manifest,
     read_listing,
     require_disjoint,
+    thinned,
     utterances_of,
 )
 from pretrain.evaluate.tasks import Task, TaskConfig, open_task
@@ -259,8 +260,7 @@ def divide(
             f"speakers, splits {', '.join(sorted({u.split or 'none' for u in utterances})) or 'none'}; give data of "
             "three or more speakers, or set the task's splits to the values of the column split"
         )
-    # every n-th, so that few utterances still have many speakers
-    return [part[:: -(-len(part) // most)] if most else part for part in parts], note
+    return [thinned(part, most) for part in parts], note
 
 
 def _takes(utterances: Sequence[Utterance], classes: Sequence[str]) -> list[list[Utterance]]:

@@ -172,7 +172,7 @@ class TaskEvaluation:
         if self.kind == "frames":
             return phone_frames(encoder, part, self.phones, self.classes, self.waves, self.layers)
         pool = POOLS[self.task.config.pool]
-        return pooled(encoder, part, self.label, self.classes, self.waves, pool, self.layers)
+        return pooled(encoder, part, self.label, self.classes, self.waves, pool=pool, layers=self.layers)
 
     def counted(self, test: Labelled) -> dict[str, np.ndarray]:
         """Returns the weight (0 or 1) of each vector, (N,), by the name of the measure."""
@@ -265,13 +265,13 @@ class TaskEvaluation:
         for seed in range(self.config.seeds):
             predict = fit_supervised(
                 encoder.fresh(seed),
-                examples[0],
-                examples[1],
-                len(self.classes),
-                self.config.supervised,
-                seed,
-                self.kind == "frames",
-                self.config.device,
+                train=examples[0],
+                valid=examples[1],
+                classes=len(self.classes),
+                config=self.config.supervised,
+                seed=seed,
+                per_frame=self.kind == "frames",
+                device=self.config.device,
             )
             self._tally(tallies, test, np.concatenate(predict(examples[2])))
         return tallies
@@ -392,7 +392,19 @@ class TaskEvaluation:
             if measure in supervised and measure in log_mel:
                 base, reference = bootstrap(log_mel[measure], 100).value, bootstrap(supervised[measure], 100).value
                 retained = (own.value - base) / (reference - base) if reference > base else None
-            rows.append(Row(self.name, measure, who, own.value, own.low, own.high, over[0], over[1], retained))
+            rows.append(
+                Row(
+                    task=self.name,
+                    measure=measure,
+                    who=who,
+                    value=own.value,
+                    low=own.low,
+                    high=own.high,
+                    over_log_mel=over[0],
+                    over_random=over[1],
+                    retained=retained,
+                )
+            )
         return rows
 
     def measures(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:

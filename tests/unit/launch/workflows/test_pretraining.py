@@ -1,4 +1,4 @@
-"""What a training lacks is found before its ranks are started."""
+"""Missing inputs of a training are found before its ranks are started."""
 
 from __future__ import annotations
 
