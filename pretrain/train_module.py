@@ -202,7 +202,10 @@ def head_metric(head: str, metric: str) -> str:
 def padded_to(batch: Batch, samples: int) -> Batch:
     """Returns the batch padded with silence to at least `samples` samples."""
     missing = samples - batch.wave_BT.shape[1]
-    return replace(batch, wave_BT=F.pad(batch.wave_BT, (0, missing))) if missing > 0 else batch
+    if missing <= 0:
+        return batch
+    sources_BST = None if batch.sources_BST is None else F.pad(batch.sources_BST, (0, missing))
+    return replace(batch, wave_BT=F.pad(batch.wave_BT, (0, missing)), sources_BST=sources_BST)
 
 
 def spread_rows(encoded: EncoderOutput, numbers_N: Tensor, rows: int) -> EncoderOutput:

@@ -1,6 +1,6 @@
 """Augmentation of utterances in the loader, on NumPy arrays; every draw is keyed by the segment.
 
-Order: speed (while decoding), reverberation, another utterance, noise, gain. Lengths never change, so that
+Order: speed (while decoding), reverberation, other utterances, noise, gain. Lengths never change, so that
 planned shapes hold.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 
-from data_pipeline.audio.transforms import add_noise, draw_stretch, mix_in, repeat_to_length, reverberate
+from data_pipeline.audio.transforms import add_noise, draw_stretch, repeat_to_length, reverberate, scaled_stretch
 from data_pipeline.core.schema import ConfigError, about, config
 
 if TYPE_CHECKING:  # a training config must load without codec libraries
@@ -39,6 +39,7 @@ class AugmentConfig:
         5.0,
     )
     mix_share: Annotated[float, about("longest mixed part as a share of the utterance", gt=0, le=1)] = 0.5
+    mix_least_share: Annotated[float, about("shortest mixed part, likewise", ge=0, le=1)] = 0.0
     noise: Annotated[str, about("folder of noise recordings", resume="path")] = ""
     noise_prob: Annotated[float, about("probability of noise", ge=0, le=1)] = 0.0
     noise_snr_db: Annotated[tuple[float, float], about("level of the utterance over the noise, from and to")] = (
@@ -48,15 +49,27 @@ class AugmentConfig:
     gain_db: Annotated[tuple[float, float], about("gain, from and to")] = (0.0, 0.0)
 
 
+class Mixture(NamedTuple):
+    """An augmented utterance, wave (T,), and its clean parts, sources (S, T), as they are in it; noise is no part."""
+
+    wave: Wave
+    sources: Wave
+
+
 class Augmenter:
     """Applies an AugmentConfig.
+
+    Args:
+        config: what is done, and how often.
+        sources: utterances in a mixture (`data.sources`), whose clean parts are kept; 0: one other utterance is mixed
+            in, and no part is kept.
 
     Raises:
         ConfigError: a required folder is missing or empty, or a range is reversed or out of bounds.
     """
 
-    def __init__(self, config: AugmentConfig) -> None:
-        self.config = config
+    def __init__(self, config: AugmentConfig, sources: int = 0) -> None:
+        self.config, self.sources = config, sources
         self.noises = _recordings("noise", config.noise, config.noise_prob)
         self.responses = _recordings("rir", config.rir, config.rir_prob)
         if any(speed < 0.5 or speed > 2 for speed in config.speeds):
@@ -65,6 +78,11 @@ class Augmenter:
         for name, (low, high) in ranges.items():
             if low > high:
                 raise ConfigError(f"data.augment.{name}=[{low:g}, {high:g}]: the first must not be the larger one")
+        if config.mix_least_share > config.mix_share:
+            raise ConfigError(
+                f"data.augment.mix_least_share={config.mix_least_share:g}: must be at most "
+                f"data.augment.mix_share={config.mix_share:g}"
+            )
 
     @property
     def changes_waves(self) -> bool:
@@ -76,42 +94,66 @@ class Augmenter:
         """Draws the speed factor of a segment; 1 if none are configured."""
         return float(rng.choice(self.config.speeds)) if self.config.speeds else 1.0
 
-    def apply(self, wave: Wave, others: Sequence[Wave], rng: np.random.Generator) -> Wave:
+    def apply(self, wave: Wave, others: Sequence[Wave], rng: np.random.Generator) -> Mixture:
         """Returns an augmented copy of an utterance, in [-1, 1].
 
         Every draw is made whether or not it is used, so that one setting does not shift the draws of the next.
 
         Args:
             wave: (T,) samples at 16 kHz.
-            others: clean utterances of its micro-batch, including `wave` itself.
+            others: clean utterances of its micro-batch that may be mixed in. Without sources that includes `wave`
+                itself; with sources they are of other segments, and each is used once at most.
             rng: keyed by (seed, epoch, key).
+
+        Returns:
+            The utterance and, with sources, its parts. They are all silent where too few others were there.
         """
         c, out = self.config, wave
         chances = rng.random(3)
         seeds = rng.integers(0, 2**63, 4)
         if chances[0] < c.rir_prob:
             out = reverberate(out, _read(_pick(self.responses, seeds[0])))
-        if chances[1] < c.mix_prob and others:
-            draw = np.random.default_rng(seeds[1])
-            other = others[int(draw.integers(len(others)))]
-            out = mix(out, other, draw.uniform(*c.mix_snr_db), c.mix_share, draw)
+        parts = np.zeros((self.sources, len(wave)), np.float32)
+        if self.sources:
+            parts[0] = out
+        if chances[1] < c.mix_prob:
+            draw, left = np.random.default_rng(seeds[1]), list(others)
+            main, wanted = out, max(self.sources - 1, 1)
+            if self.sources and len(left) < wanted:
+                parts[:], wanted = 0, 0
+            for place in range(1, 1 + min(wanted, len(left))):
+                other = left.pop(int(draw.integers(len(left))))
+                part = mixed_part(main, other, draw.uniform(*c.mix_snr_db), (c.mix_least_share, c.mix_share), draw)
+                out = out + part
+                if self.sources:
+                    parts[place] = part
         if chances[2] < c.noise_prob:
             draw = np.random.default_rng(seeds[2])
             noise = repeat_to_length(_read(_pick(self.noises, seeds[2])), len(out), draw)
             out = add_noise(out, noise, draw.uniform(*c.noise_snr_db))
         if c.gain_db != (0.0, 0.0):
-            gain = np.random.default_rng(seeds[3]).uniform(*c.gain_db)
-            out = out * np.float32(10 ** (gain / 20))
-        return np.clip(out, -1, 1).astype(np.float32)
+            gain = np.float32(10 ** (np.random.default_rng(seeds[3]).uniform(*c.gain_db) / 20))
+            out, parts = out * gain, parts * gain
+        return Mixture(np.clip(out, -1, 1).astype(np.float32), parts)
 
 
-def mix(wave: Wave, other: Wave, snr_db: float, share: float, rng: np.random.Generator) -> Wave:
-    """Returns `wave` with a stretch of `other` added, at most `share` of the wave long, at any position."""
+def mixed_part(wave: Wave, other: Wave, snr_db: float, shares: tuple[float, float], rng: np.random.Generator) -> Wave:
+    """Returns what is added to `wave`, (T,): a stretch of `other` at any position, zeros around it.
+
+    Args:
+        wave: (T,) samples.
+        other: another utterance.
+        snr_db: level of `wave` over it.
+        shares: shortest and longest stretch as a share of `wave`.
+        rng: draws length and positions.
+    """
     import torch
 
-    stretch = draw_stretch(rng, len(wave), len(other), longest=max(1, int(share * len(wave))))
-    out = wave.copy()
-    mix_in(torch.from_numpy(out), torch.from_numpy(other), stretch, snr_db)
+    shortest, longest = (int(share * len(wave)) for share in shares)
+    stretch = draw_stretch(rng, len(wave), len(other), longest=max(1, longest), shortest=shortest)
+    out = np.zeros_like(wave)
+    added = scaled_stretch(torch.from_numpy(wave), torch.from_numpy(other), stretch, snr_db)
+    out[stretch.at : stretch.at + stretch.length] = added.numpy()
     return out
 
 

@@ -78,18 +78,25 @@ def reverberate(wave: Wave, response: Wave) -> Wave:
     return scaled
 
 
-def draw_stretch(rng: np.random.Generator, wave_length: int, other_length: int, longest: int) -> Stretch:
+def draw_stretch(
+    rng: np.random.Generator, wave_length: int, other_length: int, longest: int, shortest: int = 0
+) -> Stretch:
     """Draws which part of another utterance is mixed in, and where (WavLM, arXiv 2110.13900, algorithm 1).
 
-    Its length is uniform on 0 … `longest` and at most `other_length`; both positions are uniform.
+    Its length is uniform on `shortest` … `longest` and at most `other_length`; both positions are uniform.
     """
-    length = min(int(rng.integers(longest + 1)), other_length)
+    length = min(int(rng.integers(shortest, longest + 1)), other_length)
     begin = int(rng.integers(other_length - length + 1))
     return Stretch(length, begin, int(rng.integers(wave_length - length + 1)))
 
 
 def mix_in(wave_T: Tensor, other_T: Tensor, stretch: Stretch, snr_db: float) -> None:
-    """Adds a stretch of `other_T` to `wave_T` in place; adds nothing where `other_T` is silent.
+    """Adds a stretch of `other_T` to `wave_T` in place; adds nothing where `other_T` is silent."""
+    wave_T[stretch.at : stretch.at + stretch.length] += scaled_stretch(wave_T, other_T, stretch, snr_db)
+
+
+def scaled_stretch(wave_T: Tensor, other_T: Tensor, stretch: Stretch, snr_db: float) -> Tensor:
+    """Returns a stretch of `other_T` at the level at which it is mixed into `wave_T`; zeros where `other_T` is silent.
 
     As the released `mixing_collated_audios` of WavLM: `snr_db` is the ratio of the powers of the whole signals, not of
     the stretch.
@@ -99,8 +106,7 @@ def mix_in(wave_T: Tensor, other_T: Tensor, stretch: Stretch, snr_db: float) -> 
     other_power = other_T.square().mean()
     gain = (wave_T.square().mean() / (10 ** (snr_db / 10) * other_power)).sqrt()
     # torch.where instead of a branch: no wait for the device
-    added_T = torch.where(other_power > 0, gain, 0.0) * other_T[stretch.begin : stretch.begin + stretch.length]
-    wave_T[stretch.at : stretch.at + stretch.length] += added_T
+    return torch.where(other_power > 0, gain, 0.0) * other_T[stretch.begin : stretch.begin + stretch.length]
 
 
 def add_noise(wave: Wave, noise: Wave, snr_db: float) -> Wave:

@@ -120,12 +120,16 @@ class Batch:
     part of its segment, is all -1. Always on the host."""
     images: Mapping[str, Images] = field(default_factory=dict)
     """Images by name. Always on the host."""
+    sources_BST: Tensor | None = None
+    """Clean parts of each row of `wave_BT`, where `data.sources` keeps them. A part that is not there is silent; all
+    are where a row was to be mixed and no partner was found."""
 
     def to(self, device: str) -> Batch:
         """Returns the batch with audio and targets on `device`; lengths, tokens and images are read on the host."""
         targets = {name: tensor.to(device, non_blocking=True) for name, tensor in self.targets.items()}
         wave_BT = self.wave_BT.to(device, non_blocking=True)
-        rest = (self.labels, self.tokens, self.images)
+        sources_BST = None if self.sources_BST is None else self.sources_BST.to(device, non_blocking=True)
+        rest = (self.labels, self.tokens, self.images, sources_BST)
         return Batch(wave_BT, self.lengths_B, self.keys, self.micro_batch, targets, *rest)
 
     def label_values(self, name: str) -> tuple[str, ...]:
@@ -158,6 +162,9 @@ class Batch:
                 for name, images in self.images.items()
             },
             labels=dict.fromkeys(self.labels, ("",)),
+            sources_BST=None
+            if self.sources_BST is None
+            else self.sources_BST.new_zeros(1, self.sources_BST.shape[1], 0),
         )
 
 

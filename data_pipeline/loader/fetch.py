@@ -182,7 +182,7 @@ class Fetcher:
         try:
             index = self.files.index(row.shard)
             is_whole = found.source == found.n_samples
-            labels = self.texts.of_crop(labels_of(index, row.row, data, self.labels), is_whole)
+            labels = self.texts.of_crop(labels_of(index, row.row, data, self.labels), found.key, is_whole)
             image = image_of(data) if self.reads_images and is_whole else b""
             targets = {
                 name: targets.of(found.shard, index, row.row, found.start, found.length)

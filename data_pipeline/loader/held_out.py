@@ -50,14 +50,19 @@ def read_held_out(config: DataConfig, rank: int, world: int, least_samples: int 
         least_samples: Shortest segment, in samples at 16 kHz, that the model can use.
 
     Returns:
-        Micro-batches of (B, T) audio, without augmentation.
+        Micro-batches of (B, T) audio, without augmentation, except for the mixtures of `config.sources`.
 
     Raises:
         ConfigError: There is no held-out audio of usable length.
         ValueError: Shards are damaged.
     """
     held_out = dataclasses.replace(
-        config, shards=config.valid, valid=(), targets=config.valid_targets, augment=AugmentConfig()
+        config,
+        shards=config.valid,
+        valid=(),
+        targets=config.valid_targets,
+        augment=_augmentation(config),
+        labelled_share=1.0,
     )
     files = open_files(held_out, done_records(config.valid))
     try:
@@ -81,6 +86,14 @@ def read_held_out(config: DataConfig, rank: int, world: int, least_samples: int 
     rows = [row for group in groups for row in group]
     seconds = sum(row.length for row in rows) / SAMPLE_RATE
     return HeldOut(tuple(batches), len(mine), len(rows), seconds)
+
+
+def _augmentation(config: DataConfig) -> AugmentConfig:
+    """Returns what is done to held-out audio: nothing, or the mixtures that a head learns to separate."""
+    if not config.sources:
+        return AugmentConfig()
+    mixing = {field.name for field in dataclasses.fields(AugmentConfig) if field.name.startswith("mix_")}
+    return AugmentConfig(**{name: getattr(config.augment, name) for name in mixing})
 
 
 def _choose(catalogue: Catalogue, config: DataConfig, least_samples: int) -> list[Row]:

@@ -184,7 +184,7 @@ class _Running:
         if not workers:
             return DataLoader(PlannedBatches(self._plan, files, self._config, None), sampler=requests, batch_size=None)
         ahead = max(2, -(-self._config.prefetch * self._slots // workers))
-        self._buffers = SharedBuffers(workers, ahead, self._plan.largest_micro_batch())
+        self._buffers = SharedBuffers(workers, ahead, self._plan.largest_micro_batch() * (1 + self._config.sources))
         batches = PlannedBatches(self._plan, files, self._config, self._buffers)
         begin = functools.partial(become_worker, os.getpid(), self._closing)
         return DataLoader(

@@ -146,6 +146,7 @@ class StreamReader:
             ("targets", not config.targets),
             ("mix_alpha", config.mix_alpha == 1),
             ("images.size", not config.images.size),
+            ("sources", not config.sources),
         ):
             if not wanted:
                 raise ConfigError(
@@ -377,11 +378,11 @@ class _Stream:
     def _batch(self, clips: Sequence[Clip]) -> StreamBatch:
         most = min(len(clip.wave) for clip in clips) if self.constraints.crop else self.constraints.longest
         waves = [clip.wave[:most] for clip in clips]
-        labels = [self.texts.of_crop(clip.labels, clip.whole and len(clip.wave) <= most) for clip in clips]
+        labels = [self.texts.of_crop(clip.labels, clip.key, clip.whole and len(clip.wave) <= most) for clip in clips]
         tokens = [self.texts.encode(of_clip) for of_clip in labels]
         if self.augmenter.changes_waves:
             rngs = [keyed_rng(self.seed, self._pass, clip.key, "augment") for clip in clips]
-            waves = [self.augmenter.apply(wave, waves, rng) for wave, rng in zip(waves, rngs, strict=True)]
+            waves = [self.augmenter.apply(wave, waves, rng).wave for wave, rng in zip(waves, rngs, strict=True)]
         padded = np.zeros((len(waves), max(map(len, waves))), np.float32)
         for line, wave in zip(padded, waves, strict=True):
             line[: len(wave)] = wave

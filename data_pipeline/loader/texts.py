@@ -9,11 +9,21 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.core.rng import keyed_seed
 from data_pipeline.preprocess.unit_worker import TIMED_LABELS
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT: Final = "text"
+
+
+def keeps_text(key: str, share: float) -> bool:
+    """Returns whether a segment is one of the `share` that keep their text.
+
+    It depends on the key alone: runs with other seeds have the same segments with text, and those of a smaller share
+    are among those of a larger one.
+    """
+    return keyed_seed("labelled", key) < share * 2**63
 
 
 class SegmentTexts:
@@ -32,16 +42,19 @@ class SegmentTexts:
         self.labels = tuple(dict.fromkeys([*config.labels, *sources]))
         """Labels to read: those of `data.labels`, and those that hold texts to encode."""
         self._of_whole_segments = {TEXT, *TIMED_LABELS, *sources}
+        self._share = config.labelled_share
 
-    def of_crop(self, labels: Mapping[str, str], whole: bool) -> dict[str, str]:
-        """Returns the labels that hold for the audio that is read.
+    def of_crop(self, labels: Mapping[str, str], key: str, whole: bool) -> dict[str, str]:
+        """Returns the labels that hold for the audio that is read; texts and times may become "".
 
         Args:
             labels: of the segment.
-            whole: whether all of the segment is read; otherwise texts and times become "", because they also describe
-                audio outside of the crop.
+            key: of the segment, which decides whether it is one of those that keep their text.
+            whole: whether all of the segment is read; texts and times otherwise also describe audio outside of the
+                crop.
         """
-        return {name: "" if name in self._of_whole_segments and not whole else text for name, text in labels.items()}
+        kept = whole and keeps_text(key, self._share)
+        return {name: "" if name in self._of_whole_segments and not kept else text for name, text in labels.items()}
 
     def encode(self, labels: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
         """Returns the tokens of one segment by their name in `data.tokens`, (N,) int64; empty without text."""

@@ -36,6 +36,7 @@ Request = tuple[int, int, int]
 class Loaded:
     """A micro-batch from a worker. The audio is in the shared buffer `place`, or in `wave` without one.
 
+    shape: rows and samples of that audio: a row for each key, then the parts of each, where `data.sources` keeps them.
     samples, padded_samples: of the whole global step.  skipped: (shard, reason) of each skipped segment, and bad_images
     of each image that cannot be used, without which its segment is read.
     error: set if there is no batch.
@@ -65,15 +66,19 @@ class Loaded:
             assert self.place is not None
             wave = buffers.get(self.place, self.shape)
             assert wave is not None
-            wave_BT = torch.empty(self.shape, pin_memory=pin)
-            np.copyto(wave_BT.numpy(), wave)  # one thread; torch would use all of them
+            audio_RT = torch.empty(self.shape, pin_memory=pin)
+            np.copyto(audio_RT.numpy(), wave)  # one thread; torch would use all of them
         else:
-            wave_BT = torch.from_numpy(wave)
+            audio_RT = torch.from_numpy(wave)
+        rows = len(self.keys)
+        wave_BT, sources_BST = audio_RT[:rows], None
+        if len(audio_RT) > rows:
+            sources_BST = audio_RT[rows:].reshape(rows, -1, audio_RT.shape[1])
         targets = {name: torch.from_numpy(target) for name, target in self.targets.items()}
         tokens = {name: torch.from_numpy(ids) for name, ids in self.tokens.items()}
         images = {name: Images(*map(torch.from_numpy, parts)) for name, parts in self.images.items()}
         lengths_B = torch.tensor(self.lengths)
-        return Batch(wave_BT, lengths_B, self.keys, self.micro_batch, targets, self.labels, tokens, images)
+        return Batch(wave_BT, lengths_B, self.keys, self.micro_batch, targets, self.labels, tokens, images, sources_BST)
 
 
 class MicroBatches:
@@ -81,7 +86,7 @@ class MicroBatches:
 
     def __init__(self, files: ShardFiles, config: DataConfig, buffers: SharedBuffers | None = None) -> None:
         self.files, self.config, self.buffers = files, config, buffers
-        self.augmenter = Augmenter(config.augment)
+        self.augmenter = Augmenter(config.augment, config.sources)
         self.fetcher = Fetcher(files, config, self.augmenter)
         self._turn = -1
 
@@ -90,7 +95,9 @@ class MicroBatches:
         fetched = self.fetcher.fetch(rows)
         skipped = [self._bad(got) for got in fetched if isinstance(got, ShardError)]
         good = [got for got in fetched if isinstance(got, Fetched)]
-        place, wave = self._buffer((len(good), max((got.length for got in good), default=0)))
+        n_sources = self.config.sources
+        place, audio = self._buffer((len(good) * (1 + n_sources), max((got.length for got in good), default=0)))
+        wave = audio[: len(good)]
         kept: list[Fetched] = []
         for got in good:
             line = wave[len(kept)]  # the next segment overwrites an undecodable one
@@ -101,16 +108,17 @@ class MicroBatches:
                 continue
             line[got.length :] = 0
             kept.append(got)
+        audio = audio[: len(kept) * (1 + n_sources)]
         if self.augmenter.changes_waves:
-            self._augment(wave, kept)
+            self._augment(audio, kept)
         images, bad_images = self._images(kept)
         return Loaded(
             j,
             keys=tuple(got.key for got in kept),
             lengths=tuple(got.length for got in kept),
-            shape=(len(kept), wave.shape[1]),
+            shape=(len(audio), audio.shape[1]),
             place=place,
-            wave=None if place else wave[: len(kept)],
+            wave=None if place else audio,
             labels={name: tuple(got.labels[name] for got in kept) for name in self.config.labels},
             targets={name: pad([got.targets[name] for got in kept]) for name in self.config.targets},
             tokens={name: pad([got.tokens[name] for got in kept]) for name in self.config.tokens},
@@ -135,11 +143,18 @@ class MicroBatches:
                     bad.append((got.shard, f"the image of sample {got.key} {error}"))
         return {IMAGE: (pixels, present)}, bad
 
-    def _augment(self, wave: Wave, kept: list[Fetched]) -> None:
-        clean = [line[: got.length].copy() for line, got in zip(wave, kept, strict=False)]
-        for line, own, got in zip(wave, clean, kept, strict=False):
+    def _augment(self, audio: Wave, kept: list[Fetched]) -> None:
+        """Augments the first rows of `audio`, one for each segment, and writes their parts to the following rows."""
+        wave, parts = audio[: len(kept)], audio[len(kept) :]
+        sources = parts.reshape(len(kept), self.config.sources, audio.shape[1])
+        clean = [line[: got.length].copy() for line, got in zip(wave, kept, strict=True)]
+        for row, got in enumerate(kept):
             rng = keyed_rng(*got.row.key_of_draw(got.key, "augment"))
-            line[: got.length] = self.augmenter.apply(own, clean, rng)
+            others = clean
+            if self.config.sources:
+                others = [heard for heard, other in zip(clean, kept, strict=True) if differ(got, other)]
+            wave[row, : got.length], sources[row, :, : got.length] = self.augmenter.apply(clean[row], others, rng)
+            sources[row, :, got.length :] = 0
 
     def _buffer(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, Wave]:
         info = get_worker_info()
@@ -154,6 +169,12 @@ class MicroBatches:
         if self.config.on_bad_shard == "error":
             raise error
         return error.shard, error.reason
+
+
+def differ(one: Fetched, other: Fetched) -> bool:
+    """Returns whether two segments can be parts of one mixture: they differ, as do their speakers where known."""
+    speakers = one.labels.get("speaker"), other.labels.get("speaker")
+    return one.key != other.key and (not all(speakers) or speakers[0] != speakers[1])
 
 
 class PlannedBatches(MicroBatches, Dataset[Loaded]):

@@ -103,6 +103,13 @@ class DataConfig:
     augment: Annotated[AugmentConfig, about("augmentation of the audio")] = dataclasses.field(
         default_factory=AugmentConfig
     )
+    sources: Annotated[
+        Literal[0, 2, 3],
+        about(
+            "utterances in each mixture that augment.mix_prob makes, whose clean parts are kept for a head that "
+            "separates them; they are of other segments and, if data.labels has speaker, of other speakers"
+        ),
+    ] = 0
     targets: Annotated[
         dict[str, str], about("folders of frame labels, by the name in the objective's config", resume="data")
     ] = dataclasses.field(default_factory=dict)
@@ -113,6 +120,15 @@ class DataConfig:
     images: Annotated[ImagesConfig, about("images of segments; a cropped segment has none")] = dataclasses.field(
         default_factory=ImagesConfig
     )
+    labelled_share: Annotated[
+        float,
+        about(
+            "share of the segments that keep their text, chosen by their keys; the others count as segments without "
+            "text, such as for a curve over the amount of labels",
+            ge=0,
+            le=1,
+        ),
+    ] = 1.0
     labels: Annotated[
         tuple[str, ...], about("per-segment metadata to pass to the model: speaker, language, corpus, text ...")
     ] = ()
@@ -156,7 +172,12 @@ class DataConfig:
     ] = "error"
 
     def __post_init__(self) -> None:
-        """Refuses crops beside tokens, which a cropped segment lacks, and held-out audio that is trained on."""
+        """Refuses crops beside tokens, which a cropped segment lacks, and held-out audio that is trained on.
+
+        Refuses sources where nothing is mixed.
+        """
+        if self.sources and not self.augment.mix_prob:
+            refuse("sources", self.sources, "needs mixtures; set augment.mix_prob, such as 1.0")
         if self.tokens and self.crop_to_shortest:
             remedy = "leaves hardly a segment with its text, and heads need it (data.tokens); set it to false"
             refuse("crop_to_shortest", self.crop_to_shortest, remedy)

@@ -127,7 +127,7 @@ def _host_bytes(plan: Plan, config: DataConfig, world: int) -> int:
     if not config.workers:
         return step
     ahead = max(2, -(-config.prefetch * slots // config.workers)) + 2
-    return 4 * plan.largest_micro_batch() * ahead * config.workers + 3 * step
+    return 4 * plan.largest_micro_batch() * (1 + config.sources) * ahead * config.workers + 3 * step
 
 
 def to_text(report: PlanReport) -> str:

@@ -61,6 +61,19 @@ class Tokenizer(abc.ABC):
     def foreign(self, text: str) -> int:
         """Returns how many symbols of the text (for phones: words) have no token."""
 
+    def in_library(self) -> Any | None:
+        """Returns a tokenizer of the package `tokenizers` with the same ids; None where it has no such tokens.
+
+        It has no rule for the case `upper`, and keeps symbols without a token as nothing.
+        """
+        return None
+
+    def _normalised(self, made: Any) -> Any:
+        """Adds the normalisation of texts to a tokenizer of the package."""
+        steps = byte_pair_library().normalizers
+        made.normalizer = steps.Sequence([steps.NFKC(), *([steps.Lowercase()] if self.case == "lower" else [])])
+        return made
+
 
 class _Characters(Tokenizer):
     def encode(self, text: str) -> list[int]:
@@ -71,6 +84,12 @@ class _Characters(Tokenizer):
 
     def foreign(self, text: str) -> int:
         return sum(symbol not in self._ids for symbol in normalise(text, self.case))
+
+    def in_library(self) -> Any:
+        library = byte_pair_library()
+        made = library.Tokenizer(library.models.BPE(vocab=dict(self._ids), merges=[]))
+        made.decoder = library.decoders.Fuse()
+        return self._normalised(made)
 
 
 class _BytePairs(Tokenizer):
@@ -92,6 +111,9 @@ class _BytePairs(Tokenizer):
 
     def foreign(self, text: str) -> int:
         return sum(symbol != " " and symbol not in self._ids for symbol in normalise(text, self.case))
+
+    def in_library(self) -> Any:
+        return self._normalised(byte_pair_library().Tokenizer.from_str(self._model.to_str()))
 
 
 class _Phones(Tokenizer):

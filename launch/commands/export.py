@@ -39,7 +39,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--head",
         default="",
-        help="hugging_face, onnx_stream, edge: the CTC head to export too (the only one of a recogniser)",
+        help="the head to export too (the only one of a recogniser): hugging_face, onnx_stream, edge: CTC; "
+        "hugging_face: also an attention decoder",
     )
     parser.add_argument(
         "--int8",

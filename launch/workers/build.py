@@ -53,6 +53,11 @@ def require_fitting_labels(config: Config) -> None:
                 f"data.crop_to_shortest=true: leaves hardly a segment with its text, which heads.{name} needs; set "
                 "data.crop_to_shortest=false"
             )
+        if head.needed_sources and not 0 < config.data.sources <= head.needed_sources:
+            raise ConfigError(
+                f"data.sources={config.data.sources}: heads.{name} separates {head.needed_sources} sources; set "
+                f"data.sources={head.needed_sources} and data.augment.mix_prob"
+            )
         for tokens, size in head.needed_tokens.items():
             _require_tokens(config, f"heads.{name}", tokens, size)
         for side, channels in head.image_shapes:

@@ -10,13 +10,13 @@ from pretrain.evaluate import definitions
 
 MEASURES: Final = ("abx", "pnmi", "rankme")
 """Measures without fitting, on the frame labels of a task."""
-RECOGNITION: Final = ("asr", "streaming")
-"""Tasks of recognisers, which have a head; all other tasks are of encoders."""
+OF_HEADS: Final = ("asr", "streaming", "separation")
+"""Tasks of runs with a head; all other tasks are of encoders."""
 
 
 def known_tasks() -> tuple[str, ...]:
-    """Returns the names of all tasks: definitions (conf/task), measures, and those of recognisers."""
-    return (*definitions.names("task"), *MEASURES, *RECOGNITION)
+    """Returns the names of all tasks: definitions (conf/task), measures, and those of heads."""
+    return (*definitions.names("task"), *MEASURES, *OF_HEADS)
 
 
 @config
@@ -109,6 +109,23 @@ class StreamingConfig:
 
 
 @config
+class SeparationConfig:
+    """Task separation: mixtures of several speakers of the split, the same for every checkpoint."""
+
+    head: Annotated[str, about("name of the head that separates; empty: the only one that can")] = ""
+    mixtures: Annotated[int, about("number of mixtures", ge=1)] = 100
+    seconds: Annotated[float, about("length of each", gt=0, le=60)] = 4.0
+    snr_db: Annotated[tuple[float, float], about("level of the first speaker over each other one, from and to")] = (
+        -5.0,
+        5.0,
+    )
+
+    def __post_init__(self) -> None:
+        if self.snr_db[0] > self.snr_db[1]:
+            refuse("snr_db", list(self.snr_db), "the first must not be the larger one")
+
+
+@config
 class EvaluateConfig:
     """One evaluation: checkpoints and baselines × tasks."""
 
@@ -119,7 +136,7 @@ class EvaluateConfig:
         str,
         about(
             f"definitions of conf/task or YAML files of your own, measures ({', '.join(MEASURES)}), or tasks of "
-            f"recognisers ({', '.join(RECOGNITION)}); several with commas",
+            f"runs with a head ({', '.join(OF_HEADS)}); several with commas",
             min_length=1,
         ),
     ] = "phones"
@@ -178,6 +195,7 @@ class EvaluateConfig:
     neural: NeuralConfig = NeuralConfig()
     asr: AsrConfig = AsrConfig()
     streaming: StreamingConfig = StreamingConfig()
+    separation: SeparationConfig = SeparationConfig()
 
 
 def items(text: str) -> list[str]:

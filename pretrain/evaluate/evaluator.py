@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.evaluate import asr, streaming
-from pretrain.evaluate.config import MEASURES, RECOGNITION, EvaluateConfig, items, layer_numbers, task_names
+from pretrain.evaluate import asr, separation, streaming
+from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, items, layer_numbers, task_names
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest
@@ -44,7 +44,7 @@ def evaluate(
     names, _ = task_names(config), layer_numbers(config)
     if not encoders and not items(config.checkpoint):
         raise ConfigError(f"checkpoint={config.checkpoint}: names no checkpoint")
-    probing = [name for name in names if name not in RECOGNITION]
+    probing = [name for name in names if name not in OF_HEADS]
     if probing and not encoders:
         encoders = [open_encoder(given, config.device) for given in items(config.checkpoint)]
     with few_threads(config.threads):
@@ -76,11 +76,11 @@ def _evaluate(
     details: list[Detail] | None,
 ) -> list[Row]:
     waves, rows = Waves(), list[Row]()
-    probing = [name for name in names if name not in RECOGNITION]
+    probing = [name for name in names if name not in OF_HEADS]
     tasks = {name: TaskEvaluation(config, name, say, waves) for name in probing}  # every task is read before one starts
     for name in names:
-        if name in RECOGNITION:
-            rows += _recognition(config, name, read_manifest(find_manifest(config.manifest)), waves, say)
+        if name in OF_HEADS:
+            rows += _of_heads(config, name, read_manifest(find_manifest(config.manifest)), waves, say)
         else:
             rows += tasks[name].measures(encoders) if name in MEASURES else tasks[name].rows(encoders)
             if details is not None:
@@ -88,12 +88,16 @@ def _evaluate(
     return rows
 
 
-def _recognition(
-    config: EvaluateConfig, task: str, utterances: Sequence[Utterance], waves: Waves, say: Say
-) -> list[Row]:
-    """Measures the error rates of the checkpoints, which must be recognisers, or their streams."""
+def _of_heads(config: EvaluateConfig, task: str, utterances: Sequence[Utterance], waves: Waves, say: Say) -> list[Row]:
+    """Measures what a head of the checkpoints does: error rates of recognisers or of their streams, or separation."""
     rows = []
     for given in items(config.checkpoint):
+        if task == "separation":
+            separator = separation.open_separator(given, config.separation.head, config.device)
+            who = f"{separator.name} (step {separator.step})"
+            gains = separation.report(config, separator, utterances, waves, say)
+            rows += [Row(task, measure, who, gain.value, gain.low, gain.high) for measure, gain in gains]
+            continue
         recogniser = open_recogniser(given, config.asr.head, config.device)
         who = f"{recogniser.name} (step {recogniser.step})"
         if task == "streaming":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.evaluate import alignments, label_sets
-from pretrain.evaluate.config import MEASURES, RECOGNITION, EvaluateConfig, task_names
+from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, task_names
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
 from pretrain.evaluate.manifest import Interval, Utterance, grid_labels
 from pretrain.evaluate.task_evaluation import TaskEvaluation
@@ -27,7 +27,7 @@ def labelled_frames(config: EvaluateConfig, encoder: FrozenEncoder) -> tuple[Ten
     The speech is that of the first probing task of `config`; with an alignment, frames of silence are skipped. Raises
     the same errors as the task.
     """
-    names = [name for name in task_names(config) if name not in (*MEASURES, *RECOGNITION)]
+    names = [name for name in task_names(config) if name not in (*MEASURES, *OF_HEADS)]
     few = dataclasses.replace(config, max_utterances=UTTERANCES)
     task = TaskEvaluation(few, names[0] if names else config.frames, lambda line: None)
     chosen = task.parts[1]

@@ -44,7 +44,9 @@ def cells(row: Row) -> tuple[str, ...]:
         )
     )
     value = f"{row.value:.1%}" if share else f"{row.value:.1f}"
-    interval = f"{row.low:.1%} … {row.high:.1%}" if row.low == row.low else ""
+    interval = ""
+    if row.low == row.low:
+        interval = f"{row.low:.1%} … {row.high:.1%}" if share else f"{row.low:.1f} … {row.high:.1f}"
     gaps = [
         f"{100 * gap[0]:+.1f} ({100 * gap[1]:+.1f} … {100 * gap[2]:+.1f})" if gap else ""
         for gap in (row.over_log_mel, row.over_random)

@@ -17,7 +17,7 @@ from data_pipeline.corpora.discovery import discover
 from data_pipeline.corpora.manifest import ManifestReader
 from data_pipeline.corpora.records import Discovered
 from data_pipeline.corpora.tables import Row, read_table
-from pretrain.evaluate.config import MEASURES, RECOGNITION, EvaluateConfig, task_names
+from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, task_names
 from pretrain.evaluate.label_sets import REST
 from pretrain.evaluate.manifest import (
     FIELDS,
@@ -314,7 +314,7 @@ def inputs(config: EvaluateConfig) -> dict[str, str]:
     """Returns the data of each task of an evaluation, by its name. Raises ConfigError for a task without data."""
     found = {}
     for name in task_names(config):
-        if name in RECOGNITION:
+        if name in OF_HEADS:
             found[name] = str(find_manifest(config.manifest))
         else:
             task = open_task(config.frames if name in MEASURES else name)

@@ -199,6 +199,8 @@ class Head(nn.Module, abc.ABC):
     """Contract tests that cannot hold by design: "padding", "batch" (the loss depends on the batch's other rows)."""
     weight: float
     """Weight of its loss relative to the objective's, after the warm-up."""
+    _recording: bool = False
+    _audio: Mapping[str, Tensor] = {}
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -215,6 +217,22 @@ class Head(nn.Module, abc.ABC):
         """Returns the weight of its loss in the update after `step` updates: 0 until `warmup[0]`, then rising."""
         first, last = self.warmup
         return self.weight * (float(step >= last) if last <= first else min(max((step - first) / (last - first), 0), 1))
+
+    def record_audio(self) -> None:
+        """Makes the head keep audio of the next forward pass in evaluation mode for `take_audio`, if it makes any."""
+        self._recording, self._audio = True, {}
+
+    def take_audio(self) -> Mapping[str, Tensor]:
+        """Returns what was kept since `record_audio`, by name: (T,) samples at 16 kHz. It is kept once."""
+        audio, self._audio = self._audio, {}
+        return audio
+
+    def keep_audio(self, make: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Called by `forward`: keeps the audio that `make` returns if it was requested; free of cost otherwise."""
+        if self._recording and not self.training:
+            with torch.no_grad():
+                self._audio = {name: wave_T.detach().float().cpu() for name, wave_T in make().items()}
+            self._recording = not self._audio
 
     @abc.abstractmethod
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:

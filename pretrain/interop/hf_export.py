@@ -3,7 +3,7 @@
 Nothing is written unless `from_pretrained` on the folder reproduces the features to 1e-5. A model trained with wav2vec
 2.0 is written as Wav2Vec2ForPreTraining, with its quantiser and projections, for `init=` or further pretraining
 elsewhere; transformers has no such class for other objectives, so their weights stay in the run's checkpoint. A run
-with a CTC head is written as …ForCTC with its vocabulary.
+with a CTC head is written as …ForCTC with its vocabulary, one with an attention decoder as SpeechEncoderDecoderModel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
 from pretrain.config import Config
 from pretrain.heads.ctc import CTC
+from pretrain.heads.sequence import Sequence
 from pretrain.interfaces.models import SpeechModel
+from pretrain.interop import hf_decoder
 from pretrain.interop.gate import require_close
 from pretrain.interop.hf_ctc import ctc_head, ctc_weights, describe_ctc, vocabulary
 from pretrain.interop.hf_names import MASK_EMBEDDING, objective_to_hugging_face, to_hugging_face
@@ -41,18 +43,21 @@ def export(config: Config, module: TrainModule, folder: Path, head: str = "") ->
         config: the config that `module` was trained with.
         module: front end, encoder and objective.
         folder: must not exist; is created complete or not at all.
-        head: the CTC head to export; empty: the only one of a run without a self-supervised loss, see `ctc_head`.
+        head: the CTC head or attention decoder to export; empty: the only one of a run without a self-supervised loss,
+            see `ctc_head` and `sequence_head`.
 
     Returns:
-        The largest difference between the last layer of `module`, or ln p of its CTC head, and that of the loaded copy,
-        in double precision.
+        The largest difference between the last layer of `module`, or ln p of its head, and that of the loaded copy, in
+        double precision.
 
     Raises:
         ConfigError: the architecture has no counterpart in transformers, `folder` exists, or the loaded copy differs by
             more than TOLERANCE.
         OSError: the folder cannot be written; nothing is left behind.
     """
-    recogniser = ctc_head(config, module, head)
+    recogniser: CTC | Sequence | None = hf_decoder.sequence_head(config, module, head)
+    if recogniser is None:
+        recogniser = ctc_head(config, module, head)
     described = describe(config, module.objective.exports_as)
     weights = to_hugging_face(module.model.state_dict())
     objective = module.objective.state_dict()
@@ -65,6 +70,12 @@ def export(config: Config, module: TrainModule, folder: Path, head: str = "") ->
     if recogniser is not None:
         described["mask_time_prob"] = 0.0
         weights.pop("masked_spec_embed", None)
+    if isinstance(recogniser, Sequence):
+        files = hf_decoder.vocabulary(config, recogniser)
+        described = hf_decoder.describe(recogniser, described)
+        name_of = {found: name for name, found in module.heads.items()}
+        weights = hf_decoder.weights(recogniser, weights, name_of[recogniser])
+    elif recogniser is not None:
         described |= describe_ctc(recogniser, described)
         weights, files = ctc_weights(recogniser, weights, described["model_type"]), vocabulary(recogniser.symbols)
     elif isinstance(config.objective, wav2vec2.Config) and described["model_type"] == "wav2vec2":
@@ -184,7 +195,11 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def gate(
-    model: SpeechModel, normalized: bool, folder: Path, for_pretraining: bool = False, head: CTC | None = None
+    model: SpeechModel,
+    normalized: bool,
+    folder: Path,
+    for_pretraining: bool = False,
+    head: CTC | Sequence | None = None,
 ) -> float:
     """Returns the largest difference of the last layer, or of ln p, between `model` and what transformers loads.
 
@@ -195,7 +210,7 @@ def gate(
         normalized: whether the front end normalises each utterance.
         folder: the exported model.
         for_pretraining: whether it includes the objective's weights.
-        head: the CTC head that it includes.
+        head: the CTC head or attention decoder that it includes.
 
     Raises:
         ConfigError: transformers is not installed, or reports missing or unexpected weights.
@@ -205,7 +220,8 @@ def gate(
     except ImportError:
         raise ConfigError("the check before an export needs transformers: pip install transformers") from None
     kind = transformers.AutoModelForPreTraining if for_pretraining else transformers.AutoModel
-    kind = kind if head is None else transformers.AutoModelForCTC
+    if head is not None:
+        kind = transformers.AutoModelForCTC if isinstance(head, CTC) else transformers.SpeechEncoderDecoderModel
     theirs, report = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if wrong:
@@ -216,6 +232,8 @@ def gate(
     if normalized:
         extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         wave_BT = extractor(list(wave_BT.numpy()), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values
+    if isinstance(head, Sequence):
+        return hf_decoder.difference(head, theirs.double().eval(), wave_BT.double(), encoded)
     if head is not None:
         log_probs_BFV = copy.deepcopy(head).cpu().double().eval().log_probs(encoded)
         return float((theirs.double().eval()(wave_BT.double()).logits.log_softmax(-1) - log_probs_BFV).abs().max())

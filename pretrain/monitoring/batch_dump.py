@@ -54,6 +54,8 @@ def save_batches(
         tensors |= {f"{i}/tokens/{name}": ids for name, ids in batch.tokens.items()}
         tensors |= {f"{i}/pixels/{name}": images.pixels_BCHW for name, images in batch.images.items()}
         tensors |= {f"{i}/present/{name}": images.present_B for name, images in batch.images.items()}
+        if batch.sources_BST is not None:
+            tensors[f"{i}/sources_BST"] = batch.sources_BST
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     described = [{"keys": b.keys, "micro_batch": b.micro_batch, "labels": dict(b.labels)} for b in batches]
     try:
@@ -78,9 +80,10 @@ def load_batches(folder: Path) -> tuple[StepContext, list[Batch], str]:
             labels = {name: tuple(texts) for name, texts in described["labels"].items()}
             keys, number = tuple(described["keys"]), int(described["micro_batch"])
             wave_BT, lengths_B = tensors[f"{i}/wave_BT"], tensors[f"{i}/lengths_B"]
+            sources_BST = tensors.get(f"{i}/sources_BST")
             pixels, present = (_below(f"{i}/{kind}/", tensors) for kind in ("pixels", "present"))
             images = {name: Images(pixels[name], present[name]) for name in pixels}
-            batches.append(Batch(wave_BT, lengths_B, keys, number, targets, labels, tokens, images))
+            batches.append(Batch(wave_BT, lengths_B, keys, number, targets, labels, tokens, images, sources_BST))
     if not batches:
         raise ValueError(f"{folder} holds no kept batches")
     batches.sort(key=lambda batch: batch.micro_batch)

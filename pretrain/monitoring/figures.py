@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,12 @@ def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
     if len(frames_ND) > 1:
         add_frames(board, frames_ND, metadata, header, "frames", step)
         board.add_figure("frames/principal_axes", scatter(frames_ND, header, metadata), step)
+
+
+def add_audio(board: SummaryWriter, head: str, waves: Mapping[str, Tensor], step: int) -> None:
+    """Adds what a head made of held-out audio, (T,) samples by name."""
+    for name, wave_T in waves.items():
+        board.add_audio(f"audio/{head}/{name}", wave_T[None].clamp(-1, 1), step, SAMPLE_RATE)
 
 
 def add_frames(

@@ -17,10 +17,11 @@ from data_pipeline.core.text import markdown_block
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines.distributed import DistributedContext
+from pretrain.interfaces.objectives import Head
 from pretrain.monitoring.append_log import AppendLog, drop_rows_after
 from pretrain.monitoring.board import Board, add_counts
 from pretrain.monitoring.config_pages import compared_fields, config_page
-from pretrain.monitoring.figures import add_snapshot
+from pretrain.monitoring.figures import add_audio, add_snapshot
 from pretrain.monitoring.snapshot import SnapshotHook
 from pretrain.profiling import mfu
 from pretrain.train_module import TrainModule
@@ -87,6 +88,10 @@ class MetricsWriter:
         self._media_every = max(MEDIA_APART, config.train.steps // 10) if every is None else every
         self._media_at_first = every is None
         self._snapshot = SnapshotHook(module.objective) if self._media_every else None
+        heads = module.heads.items() if self._media_every else ()
+        self._heads = {name: head for name, head in heads if isinstance(head, Head)}
+        for head in self._heads.values():
+            head.record_audio()
         self._rows = AppendLog(run, run.metrics, say)
         self._histograms_due = True
         self._open(resumed_at)
@@ -152,6 +157,10 @@ class MetricsWriter:
             self._histograms_due = False
         if self._snapshot is not None and (snapshot := self._snapshot.take()):
             self._board.write(lambda board: add_snapshot(board, snapshot, step))
+        for name, head in self._heads.items():
+            if audio := head.take_audio():  # of held-out audio, which has just been measured
+                self._board.write(lambda board, name=name, audio=audio: add_audio(board, name, audio, step))  # type: ignore[misc]
+                head.record_audio()
 
     def _is_due(self, step: int, every: int) -> bool:
         """Returns whether `step` is the first logged step of its interval."""

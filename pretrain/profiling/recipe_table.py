@@ -39,6 +39,7 @@ PUBLISHED = {
     "dinosr_base": Published(None, 63.0, 15.3, "arXiv 2305.10005"),
     "best_rq_base": Published(None, 120.0, None, "arXiv 2202.01855; SpeechBrain's LibriSpeech recipe"),
     "efficient_base": Published(None, None, 4.8, f"{OURS} combination (recipes of Fast-HuBERT and BEST-RQ)"),
+    "multitask_base": Published(None, 120.0, None, f"{OURS} combination; compare best_rq_base"),
     "conformer_aed_base": Published(
         116.15,
         291.7,

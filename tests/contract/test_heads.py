@@ -60,6 +60,7 @@ def first_row(data: Batch) -> Batch:
         labels={name: values[:1] for name, values in data.labels.items()},
         tokens={name: ids[:1] for name, ids in data.tokens.items()},
         images={name: Images(*(part[:1] for part in images)) for name, images in data.images.items()},
+        sources_BST=None if data.sources_BST is None else data.sources_BST[:1, :, :length],
     )
 
 

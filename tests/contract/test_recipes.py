@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.text.tokenizer import write_tokens
 from launch.cli.compose import compose
 from launch.cli.groups import CONF
 from launch.config import PretrainJob
@@ -134,6 +135,15 @@ def test_a_small_recipe_of_each_family_exports_to_hugging_face(experiment: str, 
     small = ["encoder.layers=2", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32", "frontend.channels=16"]
     config = composed(f"experiment={experiment}", *small)
     assert export(config, build_model(config), tmp_path / "exported") <= TOLERANCE["hugging_face"]
+
+
+def test_the_recipe_with_an_attention_decoder_exports_to_hugging_face(tmp_path: Path) -> None:
+    write_tokens(str(tmp_path / "tokens"), {"kind": "characters", "label": "text", "case": "lower", "symbols": ["a"]})
+    small = ["encoder.layers=2", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32", "frontend.channels=16"]
+    tokens = [f"data.tokens.text={tmp_path}/tokens", "heads.text.vocabulary=1", "heads.ctc.vocabulary=1"]
+    config = composed("experiment=wav2vec2_aed_base", *small, *tokens)
+    assert export(config, build_model(config), tmp_path / "exported", "text") <= TOLERANCE["hugging_face"]
+    assert "SpeechEncoderDecoderModel" in (tmp_path / "exported" / "config.json").read_text()
 
 
 def benchmarked() -> list[str]:

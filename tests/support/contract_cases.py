@@ -65,6 +65,9 @@ CASES = {name: small("objectives", name) for name in OBJECTIVES} | {"efficient, 
 """Every objective, and further settings of one that take another path through the code."""
 
 DECODER = {"layers": 1, "heads": 2, "ffn_dim": 32, "max_tokens": 24}
+SEPARATION = {
+    "name": "separation", "window": 512, "hop": 256, "hidden": 16, "recurrent_layers": 1, "embedding_dim": 4,
+}  # fmt: skip
 HEADS: dict[str, dict[str, Any]] = {name: small("heads", name, layers=[]) for name in registry.names("heads")} | {
     "ctc": {"name": "ctc"},
     "ctc, mixed layers": {"name": "ctc", "layers": [0, 1, 2]},
@@ -76,6 +79,9 @@ HEADS: dict[str, dict[str, Any]] = {name: small("heads", name, layers=[]) for na
     "transducer": {"name": "transducer", "joint_dim": 16},
     "transducer, tokens": {"name": "transducer", "tokens": "text", "vocabulary": 27, "joint_dim": 16},
     "classifier": {"name": "classifier", "classes": ["ann", "bob", "eve"], "embedding_dim": 16},
+    "separation": SEPARATION,
+    "separation, waveforms of three": SEPARATION
+    | {"sources": 3, "layers": [1, 2], "clustering": 0.0, "waveform_from": 0},
     "classifier, softmax": {"name": "classifier", "classes": ["ann", "bob"], "loss": "softmax", "embedding_dim": 16},
 }
 TOWER = {
@@ -165,7 +171,17 @@ def labelled(batch: Batch, texts: tuple[str, ...] = TEXTS) -> Batch:
     ids_BN = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
     speakers = tuple(SPEAKERS.get(text, "") for text in texts)
     labels = {"text": texts, "speaker": speakers}
-    return dataclasses.replace(batch, labels=labels, tokens={"text": ids_BN}, images={IMAGE: pictures(texts)})
+    # two parts whose sum is the row, each loud where the other one is not
+    share_T = 0.5 + 0.5 * torch.sin(torch.arange(batch.wave_BT.shape[1]) * (2 * torch.pi * 3 / 16_000))
+    known_B1 = torch.tensor([bool(text) for text in texts])[:, None]
+    parts = [batch.wave_BT * share * known_B1 for share in (share_T, 1 - share_T)]
+    return dataclasses.replace(
+        batch,
+        labels=labels,
+        tokens={"text": ids_BN},
+        images={IMAGE: pictures(texts)},
+        sources_BST=torch.stack(parts, dim=1),
+    )
 
 
 def pictures(texts: tuple[str, ...], side: int = 8) -> Images:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 Parity = Callable[[str, float, float], None]
-PEERS = ("torch", "torchaudio", "transformers", "scikit-learn", "numpy")
+PEERS = ("torch", "torchaudio", "torchmetrics", "transformers", "scikit-learn", "numpy")
 HEADER = """# Parity
 
 Comparisons with an independent implementation, or of two ways through auricle: tolerance, and the largest error of all

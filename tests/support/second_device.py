@@ -191,6 +191,14 @@ def register() -> Library:
         (target.raw if isinstance(target, DeviceTensor) else target).copy_(raw)
         return target
 
+    def lstm_cell(igates: Tensor, hgates: Tensor, cx: Tensor, *biases: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The cell of nn.LSTM, which torch computes in one kernel on every device but the CPU."""
+        gates = igates + hgates + sum(bias for bias in biases if bias is not None)
+        enter, keep, value, leave = gates.chunk(4, dim=1)
+        cy = keep.sigmoid() * cx + enter.sigmoid() * value.tanh()
+        return leave.sigmoid() * cy.tanh(), cy, gates
+
+    library.impl("_thnn_fused_lstm_cell", lstm_cell, "AutogradPrivateUse1")
     library.impl("_copy_from", copy_from, "PrivateUse1")
     library.impl("empty_strided", empty_strided, "PrivateUse1")
     library.impl("empty.memory_format", empty, "PrivateUse1")

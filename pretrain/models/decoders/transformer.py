@@ -34,6 +34,9 @@ class DecoderConfig:
     max_tokens: Annotated[int, about("longest text with its end mark; longer ones do not count", ge=2, le=65_536)] = 448
     dropout: Annotated[float, about("dropout of embeddings and residual sums", ge=0, lt=1)] = 0.1
     attention_dropout: Annotated[float, about("dropout of attention weights", ge=0, lt=1)] = 0.0
+    output_bias: Annotated[
+        bool, about("whether the output layer has a bias; transformers' decoders have none, see `auricle export`")
+    ] = True
 
 
 class Attention(nn.Module):
@@ -133,7 +136,7 @@ class TransformerDecoder(Decoder):
                 nn.init.normal_(table.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(config, dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, classes)
+        self.out = nn.Linear(dim, classes, bias=config.output_bias)
         self.drop = Dropout(config.dropout)
 
     def forward(self, tokens_BN: Tensor, memories: Sequence[Memory]) -> Tensor:

@@ -10,12 +10,13 @@ import pytest
 import soundfile
 import torch
 
-from data_pipeline.audio.augmentation import AugmentConfig, Augmenter, mix
+from data_pipeline.audio.augmentation import AugmentConfig, Augmenter, mixed_part
 from data_pipeline.audio.transforms import add_noise, change_speed, repeat_to_length, reverberate
-from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.types import SAMPLE_RATE, Step
+from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.core.types import SAMPLE_RATE, Batch, Step
 from data_pipeline.labels.store import LabelSet, write_labels
 from data_pipeline.loader.reader import open_reader
+from data_pipeline.loader.streaming import StreamReader
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import ShardError
 from tests.support.tiny_shards import sounds, write_shards
@@ -105,8 +106,79 @@ def test_mixing_changes_at_most_the_configured_share() -> None:
     rng = np.random.default_rng(0)
     wave, other = rng.standard_normal(8000).astype(np.float32), rng.standard_normal(9000).astype(np.float32)
     for _ in range(20):
-        changed = np.flatnonzero(mix(wave, other, 0.0, 0.5, rng) != wave)
-        assert len(changed) <= 4000
+        assert len(np.flatnonzero(mixed_part(wave, other, 0.0, (0.0, 0.5), rng))) <= 4000
+        assert len(np.flatnonzero(mixed_part(wave, other, 0.0, (0.25, 0.5), rng))) >= 2000
+
+
+MIXED = {"augment": AugmentConfig(mix_prob=1.0, mix_share=1.0, mix_least_share=0.5, gain_db=(-3.0, 3.0))}
+
+
+@pytest.mark.parametrize("sources", [2, 3])
+def test_mixtures_are_the_sum_of_their_parts_on_any_number_of_ranks(corpus: Path, sources: int) -> None:
+    alone = read(corpus, 2, sources=sources, batch_seconds=24.0, **MIXED)
+    ranks = [read(corpus, 2, rank, 2, sources=sources, batch_seconds=24.0, workers=2, **MIXED) for rank in range(2)]
+    mixed = 0
+    for g, step in enumerate(alone):
+        for j, batch in enumerate(step.batches):
+            parts_BST = batch.sources_BST
+            assert parts_BST is not None
+            assert parts_BST.shape == (len(batch.keys), sources, batch.wave_BT.shape[1])
+            found = ranks[j % 2][g].batches[j // 2].sources_BST
+            assert found is not None
+            assert torch.equal(parts_BST, found)
+            for wave_T, parts_ST, length in zip(batch.wave_BT, parts_BST, batch.lengths_B.tolist(), strict=True):
+                assert not parts_ST[:, length:].any()
+                if parts_ST.any():
+                    torch.testing.assert_close(parts_ST.sum(0).clamp(-1, 1), wave_T, rtol=0, atol=1e-6)
+                    assert parts_ST.any(1).all()
+                    mixed += 1
+    assert mixed > 8
+
+
+def test_a_mixture_without_a_partner_has_silent_parts_and_stays_as_it_is() -> None:
+    config = AugmentConfig(mix_prob=1.0)
+    wave = np.random.default_rng(0).standard_normal(4000).astype(np.float32) * 0.1
+    found = Augmenter(config, sources=3).apply(wave, [wave[:3000]], np.random.default_rng(1))
+    assert np.array_equal(found.wave, wave)
+    assert not found.sources.any()
+    seldom = Augmenter(AugmentConfig(mix_prob=1e-9), sources=2).apply(wave, [], np.random.default_rng(1))
+    assert np.array_equal(seldom.sources[0], wave)
+    assert not seldom.sources[1].any()
+
+
+def test_parts_of_a_mixture_are_of_other_segments_and_other_speakers(tmp_path: Path) -> None:
+    content = sounds([1.0] * 12, speaker="ann") + sounds([1.0] * 3, corpus="b", speaker="bob")
+    write_shards(tmp_path, [content])
+    whole = {"micro_batches": 1, "batch_seconds": 15.0}
+    clean = dict(by_key(read(tmp_path, 1, **whole)[0].batches[0]))
+    speaker = {sound.key: sound.speaker for sound in content}
+    mixed = 0
+    [batch] = read(tmp_path, 1, sources=2, labels=("speaker",), **whole, **MIXED)[0].batches
+    assert batch.sources_BST is not None
+    for key, (_, other_T) in zip(batch.keys, batch.sources_BST, strict=True):
+        heard = [name for name, wave_T in clean.items() if contains(wave_T, other_T)]
+        assert {speaker[name] for name in heard} == {"bob" if speaker[key] == "ann" else "ann"}
+        mixed += 1
+    assert mixed >= 12
+
+
+def by_key(batch: Batch) -> list[tuple[str, torch.Tensor]]:
+    return list(zip(batch.keys, batch.wave_BT, strict=True))
+
+
+def contains(wave_T: torch.Tensor, part_T: torch.Tensor) -> bool:
+    """Returns whether a part is a stretch of the wave, at any level and position."""
+    size = 1 << (2 * len(wave_T)).bit_length()
+    products = torch.fft.irfft(torch.fft.rfft(wave_T, size) * torch.fft.rfft(part_T, size).conj(), size)
+    return bool(products.abs().max() > 0.5 * wave_T.norm() * part_T.norm())
+
+
+def test_sources_without_mixtures_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"sources=2: needs mixtures; set augment\.mix_prob"):
+        load(DataConfig, {"shards": "x", "sources": 2})
+    streamed = load(DataConfig, {"shards": "x", "sources": 2, "augment": {"mix_prob": 1.0}, "reader": "webdataset"})
+    with pytest.raises(ConfigError, match=r"data\.sources needs an index of the shards"):
+        StreamReader(streamed, 0, 0, 1)
 
 
 def test_invalid_augmentation_configs_are_rejected(tmp_path: Path) -> None:
@@ -116,6 +188,8 @@ def test_invalid_augmentation_configs_are_rejected(tmp_path: Path) -> None:
         Augmenter(AugmentConfig(speeds=(3.0,)))
     with pytest.raises(ConfigError, match="gain_db"):
         Augmenter(AugmentConfig(gain_db=(3.0, 1.0)))
+    with pytest.raises(ConfigError, match=r"mix_least_share=0\.7: must be at most data\.augment\.mix_share=0\.5"):
+        Augmenter(AugmentConfig(mix_least_share=0.7))
 
 
 def write_units(root: Path, corpus: Path, artefact: str = "k1") -> LabelSet:

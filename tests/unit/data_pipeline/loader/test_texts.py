@@ -12,6 +12,7 @@ import torch
 
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.core.types import Batch
+from data_pipeline.loader.held_out import read_held_out
 from data_pipeline.loader.reader import open_reader
 from data_pipeline.loader.streaming import StreamReader
 from data_pipeline.sampling.config import DataConfig
@@ -118,3 +119,26 @@ def test_crops_of_every_segment_are_refused_beside_tokens(corpus: Path) -> None:
 def test_a_missing_label_is_named(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tokens", f"shards={corpus}/shards", f"out={tmp_path}/t", "label=transcript"]) == 2
     assert "label=transcript" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reader", ["plan", "webdataset"])
+def test_a_share_of_the_segments_keeps_its_text(corpus: Path, reader: str) -> None:
+    kept: dict[float, set[str]] = {}
+    for share in (0.0, 0.2, 0.6, 1.0):
+        found = batches(config(corpus, reader=reader, max_seconds=2.0, labelled_share=share), steps=15)
+        rows = [(batch, row) for batch in found for row in range(len(batch.keys))]
+        kept[share] = {batch.keys[row] for batch, row in rows if batch.labels["text"][row]}
+        assert kept[share] == {batch.keys[row] for batch, row in rows if (batch.tokens["text"][row] >= 0).any()}
+        assert {batch.labels["speaker"][row] for batch, row in rows} == {"s"}
+    assert len(kept[0.0]) == 0
+    assert len(kept[1.0]) > len(LENGTHS) / 2
+    assert kept[0.2] < kept[0.6] < kept[1.0]
+    for share in (0.2, 0.6):
+        assert len(kept[share]) / len(kept[1.0]) == pytest.approx(share, abs=0.12)
+
+
+def test_held_out_audio_keeps_all_texts(corpus: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path, [sounds([1.0] * 6, corpus="b")])
+    data = config(corpus, valid=str(tmp_path), labelled_share=0.01)
+    held_out = read_held_out(data, 0, 1)
+    assert all(text for batch in held_out.batches for text in batch.labels["text"])

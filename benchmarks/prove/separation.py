@@ -1,0 +1,127 @@
+"""Separates mixtures of two speakers that were never heard, beside ideal masks.
+
+    python benchmarks/prove/separation.py --minutes 30           # of one core
+
+Trains a `separation` head with the encoder on mixtures of real speech (AURICLE_SPEECH), two different speakers at 0 ± 5
+dB, and measures the improvement of the SI-SNR on mixtures of the 16 speakers of split test of speechocean762. Writes
+benchmarks/results/separation.md and .json. Exit code 1 where the improvement is below 3 dB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from data_pipeline.core.jsonl import read_rows  # noqa: E402
+from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
+from pretrain.evaluate.manifest import read_manifest  # noqa: E402
+
+GOAL_DB = 3.0
+CORPORA = ("librispeech", "librispeech-26", "speechocean762")
+"""Corpora of whole sentences; the speakers of speechocean762's split test are in none of the training splits."""
+RUN = (
+    "objective=none", "frontend=log_mel", "frontend.subsampling=4", "encoder=transformer_tiny", "encoder.layers=2",
+    "heads.apart.name=separation", "heads.apart.embedding_dim=12", "data.sources=2", "data.labels=[speaker]",
+    "data.augment.mix_prob=1.0", "data.augment.mix_least_share=1.0", "data.augment.mix_share=1.0",
+    "data.min_seconds=1.0", "data.max_seconds=2.0",
+    "data.batch_seconds=16", "data.micro_batches=1", "data.workers=1", "data.bucket_ratio=1.3", "engine.name=torch",
+    "optimizer.lr=1e-3", "optimizer.clip_norm=5", "schedule.name=tri_stage", "schedule.hold_fraction=0.5",
+    "schedule.final_scale=0.05", "train.media_every=0", "health.on_collapse=warn", "health.on_chance=warn",
+)  # fmt: skip
+
+
+def main() -> int:
+    """Trains and measures; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30, help="training time (default: 30)")
+    parser.add_argument("--updates", type=int, default=0, help="train for so many updates instead of a time")
+    parser.add_argument(
+        "--magnitudes", type=float, default=0.7, help="share of the updates before the waveform loss (default: 0.7)"
+    )
+    parser.add_argument("--work", type=Path, default=Path("prove/separation"), help="folder for data and the run")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the table")
+    parser.add_argument("overrides", nargs="*", help="further fields of the run, such as heads.apart.hidden=128")
+    given = parser.parse_args()
+    manifest = speech_manifest()
+    if manifest is None:
+        print("set AURICLE_SPEECH to a folder with manifest.tsv", file=sys.stderr)
+        return 2
+    shutil.rmtree(given.work / "runs", ignore_errors=True)
+    shards = preprocess(manifest, given.work)
+    run = [*RUN, *given.overrides, f"data.shards={shards}", f"runs={given.work / 'runs'}"]
+    steps = given.updates or affordable(run, given.work, given.minutes)
+    began = time.monotonic()
+    length = [f"train.steps={steps}", f"schedule.warmup_steps={min(100, steps // 10)}"]
+    length += [f"heads.apart.waveform_from={int(given.magnitudes * steps)}"]
+    auricle("pretrain", *run, "name=two_speakers", *length, f"train.checkpoint_every={max(1, steps // 10)}")
+    seconds = time.monotonic() - began
+    checkpoint = f"checkpoint={given.work / 'runs' / 'two_speakers'}"
+    found = given.work / "found"
+    auricle("evaluate", checkpoint, "task=separation", f"manifest={manifest}", f"out={found}")
+    results = json.loads((found / "results.json").read_text(encoding="utf-8"))
+    return report(given, results, steps, seconds)
+
+
+def affordable(run: list[str], work: Path, minutes: float) -> int:
+    """Returns the updates that fit in the time, by the median step of a short run."""
+    auricle("pretrain", *run, "name=timing", "train.steps=12", "schedule.warmup_steps=4")
+    rows = read_rows(work / "runs" / "timing" / "metrics.jsonl")[3:]
+    return int(60 * minutes / float(np.median([row["perf/step_seconds"] for row in rows])))
+
+
+def preprocess(manifest: Path, work: Path) -> Path:
+    """Writes shards of the training speakers; returns their folder."""
+    heard = [u for u in read_manifest(manifest) if u.corpus in CORPORA and u.split in ("pretrain", "train")]
+    work.mkdir(parents=True, exist_ok=True)  # finished shards are used again
+    rows = [json.dumps({"path": str(u.path), "speaker": u.speaker, "corpus": u.corpus}) for u in heard]
+    (work / "list.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    corpus = ["corpus=manifest", f"corpus.path={work / 'list.jsonl'}", "corpus.allow_outside=true"]
+    auricle("preprocess", *corpus, f"out={work / 'shards'}", f"runs={work}", "min_shards=4")
+    return work / "shards"
+
+
+def auricle(*arguments: str) -> None:
+    """Runs a command of auricle; ends with its output where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.main", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+    )
+    if done.returncode:
+        print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
+        raise SystemExit(f"auricle {' '.join(arguments)} ended with exit code {done.returncode}")
+
+
+def report(given: argparse.Namespace, results: list[dict[str, object]], steps: int, seconds: float) -> int:
+    """Writes the table and its numbers; returns the exit code."""
+    command = " ".join(["python benchmarks/prove/separation.py", *sys.argv[1:]])
+    lines = [
+        "# Separation of two unseen speakers",
+        "",
+        f"`{command}`: {steps} updates in {seconds / 60:.0f} minutes on {platform.machine()}; goal {GOAL_DB:g} dB.",
+        "",
+        "| measure | dB | 95 % over speakers |",
+        "|---|---|---|",
+        *(f"| {row['measure']} | {row['value']:.2f} | {row['low']:.2f} … {row['high']:.2f} |" for row in results),
+    ]
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "separation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    values = {"command": command, "steps": steps, "seconds": seconds, "results": results}
+    (given.out / "separation.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    gain = results[0]["value"]
+    assert isinstance(gain, float)
+    return 0 if gain >= GOAL_DB else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
