@@ -146,8 +146,7 @@ class Separation(Head):
         rows_B = model.frontend.frame_lengths(batch.lengths_B) > 0
         if batch.sources_BST is None:
             return HeadPlan(torch.zeros((), dtype=torch.float64), torch.zeros_like(rows_B))
-        heard_B = batch.sources_BST.flatten(1).any(1)
-        rows_B = rows_B.to(heard_B.device, non_blocking=True) & heard_B
+        rows_B = rows_B & batch.sources_BST.flatten(1).any(1).cpu()
         return HeadPlan(rows_B.sum().double() * self.config.sources, rows_B)
 
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:

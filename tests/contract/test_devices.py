@@ -40,6 +40,7 @@ RARE_WAITS = {
     "data_pipeline/labels/seeding.py: aten::_local_scalar_dense": "k-means, once per run",
     "pretrain/heads/classifier.py: tolist": "comparison of the classes with the checkpoint's, once per run",
     "pretrain/heads/reconstruction.py: copy to the host": "rows with masked frames, before the first kernel of a step",
+    "pretrain/heads/separation.py: copy to the host": "rows with parts, before the first kernel of a step",
     "pretrain/train_module.py: copy to the host": "targets of masked frames, before the first kernel of a step",
     "pretrain/self_supervision/masking.py: tolist": "numbers of masked frames, before the first kernel of a step",
     "pretrain/models/encoders/transformer.py: aten::_local_scalar_dense": "data2vec 2.0: span of the visible frames",
