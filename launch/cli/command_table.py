@@ -73,6 +73,7 @@ FIRST_WORDS = {
     "search": "loading the run and the index",
     "board": "looking for runs",
     "compare": "reading the metrics of the runs",
+    "bands": "reading the config, then starting or reading a run for each seed",
     "replay": "loading the run and its saved batch",
     "recipes": "building the model of each experiment",
     "compress": "loading the run, then cutting and comparing it",
@@ -95,6 +96,8 @@ CONTINUE = {
     "transcribe": "texts that were written stay; the same command starts over",
     "compress": "nothing is written before the comparison; the same command starts over",
     "export": "nothing is written before the comparison; the same command starts over",
+    "bands": "finished runs stay; the same command continues with the others",
+    "embed": "the same command starts over",
     "bench": "the same command starts over",
 }
 """Command -> what Ctrl-C leaves, and how to continue; other commands only show something and are given again."""

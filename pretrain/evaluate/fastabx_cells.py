@@ -23,7 +23,7 @@ def cells(tokens: Sequence[Token], across: bool, others: int = 1) -> list[Cell]:
         from fastabx import Dataset, InMemoryAccessor, Score, Subsampler, Task
     except ImportError as error:
         raise ConfigError(
-            f"abx=fastabx: needs the package fastabx, on Python 3.12 or later ({error}): pip install 'auricle[abx]'; "
+            f"abx=fastabx: needs the package fastabx, on Python 3.12 or later ({error}): pip install fastabx; "
             "abx=own gives the same cells"
         ) from None
     ends = np.cumsum([len(x_FD) for _, _, x_FD in tokens])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from data_pipeline.core.rng import keyed_seed
@@ -40,6 +43,31 @@ class FrozenEncoder:
     rate_hz: float
     step: int = 0
     fresh: Callable[[int], Model] | None = field(default=None, repr=False)
+
+
+@contextlib.contextmanager
+def followed(encoder: FrozenEncoder, utterances: int, console: Console | None = None) -> Iterator[FrozenEncoder]:
+    """Shows on a terminal how many utterances the encoder has encoded while the block runs.
+
+    Args:
+        encoder: encoder.
+        utterances: number of utterances that it will encode.
+        console: terminal; None: standard error.
+
+    Yields:
+        The encoder, counted.
+    """
+    console = console or Console(stderr=True)
+    columns = (TextColumn("utterances"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=utterances)
+
+        def encode(wave_T: Tensor) -> Tensor:
+            layers_LFD = encoder.encode(wave_T)
+            bar.advance(task)
+            return layers_LFD
+
+        yield dataclasses.replace(encoder, encode=encode)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate import alignments, intrinsic, label_sets, retrieval, text_probe, verification
 from pretrain.evaluate.config import MEASURES, EvaluateConfig, items, layer_numbers
 from pretrain.evaluate.features import GRID_HZ, POOLS, Labelled, Waves, grid_frames, phone_frames, pooled
-from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_with_context
+from pretrain.evaluate.frozen_encoders import FrozenEncoder, followed, freeze, log_mel_with_context
 from pretrain.evaluate.manifest import SPLITS, Interval, Utterance, grid_labels, reasons
 from pretrain.evaluate.metrics import Tally, bootstrap
 from pretrain.evaluate.neural_probe import fit_neural
@@ -169,10 +169,11 @@ class TaskEvaluation:
     def features(self, encoder: FrozenEncoder, part: Sequence[Utterance]) -> Labelled:
         """Returns the labelled feature vectors of one split."""
         self.say(f"{self.name}: {encoder.name} encodes {len(part)} utterances")
-        if self.kind == "frames":
-            return phone_frames(encoder, part, self.phones, self.classes, self.waves, self.layers)
-        pool = POOLS[self.task.config.pool]
-        return pooled(encoder, part, self.label, self.classes, self.waves, pool=pool, layers=self.layers)
+        with followed(encoder, len(part)) as counted:
+            if self.kind == "frames":
+                return phone_frames(counted, part, self.phones, self.classes, self.waves, self.layers)
+            pool = POOLS[self.task.config.pool]
+            return pooled(counted, part, self.label, self.classes, self.waves, pool=pool, layers=self.layers)
 
     def counted(self, test: Labelled) -> dict[str, np.ndarray]:
         """Returns the weight (0 or 1) of each vector, (N,), by the name of the measure."""
@@ -201,6 +202,7 @@ class TaskEvaluation:
                 tallies.setdefault("mean average precision", []).append(found)
                 continue
             classes, settings, disjoint = len(self.classes), self.config.probe, self.task.disjoint
+            self.say(f"{self.name}: fits a probe to the features of {encoder.name}")
             view = view or choose_view(train, valid, classes, settings, disjoint)
             probe = fit_probe(train, valid, classes, settings, view, disjoint)
             guesses_N = probe.predict(test.x_NLD)
@@ -229,6 +231,7 @@ class TaskEvaluation:
         train, valid, test = (self.features(log_mel_with_context(), part) for part in self.parts)
         tallies: Tallies = {}
         for seed in range(self.config.seeds):
+            self.say(f"{self.name}: trains a network on log-mel, run {seed + 1} of {self.config.seeds}")
             net = fit_neural(train, valid, len(self.classes), weights, self.config.neural, seed)
             self._tally(tallies, test, net.predict(test.x_NLD[:, 0]))
         return tallies
@@ -263,6 +266,7 @@ class TaskEvaluation:
         truth = torch.cat([labels for _, _, labels in examples[2]])
         test = Labelled(torch.zeros(0), truth, owners, speakers)
         for seed in range(self.config.seeds):
+            self.say(f"{self.name}: trains {encoder.name} from scratch, run {seed + 1} of {self.config.seeds}")
             predict = fit_supervised(
                 encoder.fresh(seed),
                 train=examples[0],
