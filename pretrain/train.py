@@ -105,7 +105,7 @@ def train(
             stopping = result.signals.stop_requested
 
             # validate: the loss of held-out audio, without any effect on training
-            if measured := validation.measure(state.step):
+            if measured := validation.measure(state.step, log.expect_held_out):
                 clock = time.monotonic()
 
             # log: scalars and histograms, on rank 0
@@ -135,11 +135,15 @@ class _Validation:
         self._steps = config.train.steps
         self._every = config.train.valid_every or max(1, self._steps // 10)
 
-    def measure(self, step: int) -> dict[str, float]:
-        """Returns the scalars after update number `step`; empty if none are due. A collective operation."""
+    def measure(self, step: int, announce: Callable[[], None]) -> dict[str, float]:
+        """Returns the scalars after update number `step`; empty if none are due. A collective operation.
+
+        `announce` is called before a measurement.
+        """
         if self._held_out is None or not _is_due(step, self._every, self._steps):
             return {}
         self._heartbeat.beat(step, "validating")
+        announce()
         ctx = StepContext(HELD_OUT_SEED, 0)
         found = self._engine.measure(self._held_out.batches, self._held_out.counted, ctx)
         return held_out_scalars(found, self._engine.module.objective.monitoring())
@@ -170,6 +174,11 @@ class _Log:
         """Requests a snapshot of update number `step`, if one is due."""
         if self._writer:
             self._writer.expect(step)
+
+    def expect_held_out(self) -> None:
+        """Requests what heads show of held-out audio."""
+        if self._writer:
+            self._writer.expect_held_out()
 
     def go_back(self, step: int) -> None:
         """Removes rows after `step`, to which the run has rolled back."""

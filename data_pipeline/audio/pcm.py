@@ -24,6 +24,11 @@ def from_pcm16(content: bytes | memoryview, out: Wave | None = None) -> Wave:
     return wave
 
 
+def to_pcm16(wave: Wave) -> bytes:
+    """Returns audio as 16-bit samples, those outside of [-1, 1) cut off."""
+    return np.clip(np.round(wave / SCALE), -32_768, 32_767).astype("<i2").tobytes()
+
+
 class PcmStream:
     """Converts a stream of PCM part by part; the parts may have any number of bytes.
 

@@ -55,7 +55,12 @@ class TargetsConfig:
     shards: Annotated[Places, about("data set of shards, or several as [a,b]", min_length=1)]
     out: Annotated[str, about("folder for the labels", min_length=1)]
     features: Annotated[
-        str, about("mfcc, or a checkpoint (run folder or Hugging Face folder) of which a layer is used", min_length=1)
+        str,
+        about(
+            "mfcc; pitch, which needs no k-means; or a checkpoint (run folder or Hugging Face folder) of which a layer "
+            "is used",
+            min_length=1,
+        ),
     ] = "mfcc"
     layer: Annotated[int, about("layer of the checkpoint; 0 is the first block's input")] = 6
     classes: Annotated[int, about("number of labels", ge=2, le=65_535)] = 100
@@ -117,8 +122,8 @@ def make_targets(
     records = done_records(config.shards)
     store = FileStore(config.out)
     with cluster(config.ray):
-        settings = _settings(config, records, weights)
-        _same_settings(store, settings)
+        settings = settings_of(config, records, weights)
+        require_same_settings(store, settings)
         centres, inertia = (_given(config), ()) if config.kmeans else _fit(config, records, extractor, store, begin)
         content = save_tensors({"centres": centres}, metadata={"settings": json.dumps(settings, sort_keys=True)})
         if config.kmeans:
@@ -150,10 +155,10 @@ def all_labelled(config: TargetsConfig, weights: str = "") -> bool:
     records, store = done_records(config.shards), FileStore(config.out)
     if not store.exists("targets.json") or not store.exists("labels.json"):
         return False
-    _same_settings(store, _settings(config, records, weights))
+    require_same_settings(store, settings_of(config, records, weights))
     artefact = LabelSet.read(config.out).artefact
     return all(
-        store.exists(file_name(record.shard)) and _artefact_of(store, record.shard) == artefact for record in records
+        store.exists(file_name(record.shard)) and artefact_of(store, record.shard) == artefact for record in records
     )
 
 
@@ -177,7 +182,7 @@ def label_shard(
 ) -> None:
     """Writes the labels of one shard if they do not exist."""
     store = FileStore(config.out)
-    if store.exists(file_name(record.shard)) and _artefact_of(store, record.shard) == labels.artefact:
+    if store.exists(file_name(record.shard)) and artefact_of(store, record.shard) == labels.artefact:
         return
     keys, rows = [], []
     for key, features in shard_features(record, extractor):
@@ -187,12 +192,19 @@ def label_shard(
 
 
 def shard_features(record: DoneRecord, extractor: Callable[[], Extractor]) -> Iterator[tuple[str, Matrix]]:
-    """Yields (key, features) of each sample of a shard, in the order of its index.
+    """Yields (key, features) of each sample of a shard, in the order of its index. Raises as `shard_waves`."""
+    compute = _cached(extractor).compute
+    for key, wave in shard_waves(record):
+        yield key, compute(wave)
+
+
+def shard_waves(record: DoneRecord) -> Iterator[tuple[str, Wave]]:
+    """Yields (key, audio) of each sample of a shard, in the order of its index.
 
     Raises:
         ValueError: a sample cannot be decoded, or is longer than `LONGEST_SECONDS`, regardless of its header.
     """
-    store, compute = FileStore(record.tar_root), _cached(extractor).compute
+    store = FileStore(record.tar_root)
     with store.fs.open(store.path(record.shard), "rb") as file:
         for row in read_index(record.root, record).to_pylist():
             if not 0 < row["n_samples"] <= LONGEST_SECONDS * SAMPLE_RATE:
@@ -201,7 +213,7 @@ def shard_features(record: DoneRecord, extractor: Callable[[], Extractor]) -> It
                     f"are made for up to {LONGEST_SECONDS} s: cut it shorter with cut.max_seconds"
                 )
             file.seek(row["payload_offset"])
-            yield row["key"], compute(_read_wave(file.read(row["payload_size"]), row, record.shard))
+            yield row["key"], _read_wave(file.read(row["payload_size"]), row, record.shard)
 
 
 def _read_wave(content: bytes, row: Mapping[str, Any], shard: str) -> Wave:
@@ -354,7 +366,7 @@ def _read_centres(config: TargetsConfig) -> bytes:
         raise ConfigError(f"kmeans={config.kmeans}: holds no {KMEANS}") from None
 
 
-def _settings(config: TargetsConfig, records: list[DoneRecord], weights: str) -> dict[str, Any]:
+def settings_of(config: TargetsConfig, records: list[DoneRecord], weights: str) -> dict[str, Any]:
     """Returns all settings that determine the labels."""
     names = ("features", "layer", "classes", "fraction", "seed", "kmeans")
     shards = hashlib.sha256("".join(record.sha256 for record in records).encode()).hexdigest()
@@ -363,7 +375,8 @@ def _settings(config: TargetsConfig, records: list[DoneRecord], weights: str) ->
     return {**{name: getattr(config, name) for name in names}, "shards": shards, **given}
 
 
-def _same_settings(store: FileStore, settings: dict[str, Any]) -> None:
+def require_same_settings(store: FileStore, settings: dict[str, Any]) -> None:
+    """Records the settings of a label folder. Raises ConfigError if it has labels of other ones."""
     text = json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n"
     if store.create("targets.json", text):
         return
@@ -377,7 +390,8 @@ def _same_settings(store: FileStore, settings: dict[str, Any]) -> None:
         )
 
 
-def _artefact_of(store: FileStore, shard: str) -> str:
+def artefact_of(store: FileStore, shard: str) -> str:
+    """Returns the artefact that the labels of a shard are of."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_schema(io.BytesIO(store.read(file_name(shard)))).metadata or {}

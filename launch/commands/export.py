@@ -13,7 +13,7 @@ from launch.exit_codes import ExitCode
 if TYPE_CHECKING:
     from launch.workflows.quantized_export import Int8Options
 
-FORMATS = ("hugging_face", "torchscript", "onnx", "onnx_stream", "edge")
+FORMATS = ("hugging_face", "torchscript", "onnx", "onnx_stream", "onnx_synthesis", "edge")
 
 
 def run(arguments: list[str]) -> int:
@@ -26,7 +26,8 @@ def run(arguments: list[str]) -> int:
         choices=FORMATS,
         default="hugging_face",
         help="hugging_face: for from_pretrained, if transformers has the architecture; torchscript, onnx: one file for "
-        "most architectures; onnx_stream: one chunk of a stream, with its states as inputs and outputs; edge: such a "
+        "most architectures; onnx_stream: one chunk of a stream, with its states as inputs and outputs; "
+        "onnx_synthesis: a synthesis head, from tokens to audio; edge: such a "
         "graph with a program that runs it (default: hugging_face)",
     )
     parser.add_argument(
@@ -40,7 +41,7 @@ def run(arguments: list[str]) -> int:
         "--head",
         default="",
         help="the head to export too (the only one of a recogniser): hugging_face, onnx_stream, edge: CTC; "
-        "hugging_face: also an attention decoder",
+        "hugging_face: also an attention decoder; onnx_synthesis: a synthesis head",
     )
     parser.add_argument(
         "--int8",

@@ -19,7 +19,7 @@ from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
-from pretrain.interfaces.configs import TextHeadConfig
+from pretrain.interfaces.configs import FrameLabels, TextHeadConfig
 from pretrain.interop.init_weights import load_initial
 from pretrain.profiling.operation_check import check_operations
 from pretrain.train_module import build_model, least_samples, open_run_reader, read_run_held_out
@@ -62,6 +62,8 @@ def require_fitting_labels(config: Config) -> None:
             _require_tokens(config, f"heads.{name}", tokens, size)
         for side, channels in head.image_shapes:
             _require_images(config, name, side, channels)
+        for frames in head.frame_labels:
+            _require_frame_labels(config, f"heads.{name}", frames)
     wanted = config.objective.frame_labels
     if wanted is None:
         return
@@ -83,6 +85,25 @@ def require_fitting_labels(config: Config) -> None:
         raise ConfigError(
             f"objective.units={wanted.classes}: the labels in {root} have {labels.classes} classes; "
             f"set objective.units={labels.classes}"
+        )
+
+
+def _require_frame_labels(config: Config, field: str, wanted: FrameLabels) -> None:
+    """Raises ConfigError if frame labels that a head needs are not read, or have another rate."""
+    if wanted.name not in config.data.targets:
+        raise ConfigError(
+            f"{field}: needs frame labels {wanted.name}, and data.targets has only {sorted(config.data.targets)}; make "
+            f"them with `auricle targets` and set data.targets.{wanted.name}=FOLDER"
+        )
+    root = config.data.targets[wanted.name]
+    found = LabelSet.read(root)
+    if found.rate_hz != wanted.rate_hz:
+        raise ConfigError(
+            f"{field}: needs frame labels at {wanted.rate_hz:g} Hz; those in {root} have {found.rate_hz} Hz"
+        )
+    if wanted.classes and found.classes > wanted.classes:
+        raise ConfigError(
+            f"{field}: needs frame labels of at most {wanted.classes} classes; those in {root} have {found.classes}"
         )
 
 

@@ -13,12 +13,13 @@ from launch.workflows.edge_export import export_edge
 from launch.workflows.quantized_export import Int8Options, export_int8
 from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
+from pretrain.generation.voice import voice_of
 from pretrain.heads.ctc import CTC
-from pretrain.interop import gate, graph_export, hf_export, stream_export
+from pretrain.interop import gate, graph_export, hf_export, stream_export, synthesis_export
 from pretrain.recognition.recogniser import recognising_head
 
-WITH_HEAD = ("hugging_face", "onnx_stream", "edge")
-"""Formats that hold a CTC head too."""
+WITH_HEAD = ("hugging_face", "onnx_stream", "onnx_synthesis", "edge")
+"""Formats that hold a head too, or nothing else."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class ExportOptions:
     """Options of an export.
 
     layer: of torchscript and onnx; -1: the last.  chunk, left: of onnx_stream and edge; None: the first trained.
-    head: name of the CTC head to export too.  int8: how to quantise onnx and edge; None: fp32.
+    head: name of the head to export.  int8: how to quantise onnx and edge; None: fp32.
 
     Raises:
         ConfigError: options do not fit together.
     """
 
-    to: Literal["hugging_face", "torchscript", "onnx", "onnx_stream", "edge"] = "hugging_face"
+    to: Literal["hugging_face", "torchscript", "onnx", "onnx_stream", "onnx_synthesis", "edge"] = "hugging_face"
     layer: int = -1
     chunk: int | None = None
     left: int | None = None
@@ -79,14 +80,18 @@ def _export(run: str, out: Path, options: ExportOptions) -> str:
     if options.int8 is not None:
         return export_int8(found, out, options.layer, options.int8)
     config, module = found.config, found.module
-    if options.to == "hugging_face":
+    if options.to == "onnx_synthesis":
+        voice = voice_of(run, module, config, options.head)
+        error = synthesis_export.export_synthesis(voice.head, voice.tokenizer, out, config.name)
+    elif options.to == "hugging_face":
         error = hf_export.export(config, module, out, options.head)
     elif options.to == "onnx_stream":
         head = _head(run, checkpoint, found, options)
         error = stream_export.export_stream(config, module.model, out, options.chunk, options.left, head)
     else:
         error = graph_export.export_graph(config, module.model, out, options.to, options.layer)
-    return f"features of the loaded copy differ by {error:.1e} (allowed: {gate.TOLERANCE[options.to]:.0e})"
+    what = "audio" if options.to == "onnx_synthesis" else "features"
+    return f"{what} of the loaded copy differ by {error:.1e} (allowed: {gate.TOLERANCE[options.to]:.0e})"
 
 
 def _head(run: str, checkpoint: Path, found: LoadedCheckpoint, options: ExportOptions) -> CTC | None:

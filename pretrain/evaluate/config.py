@@ -10,7 +10,7 @@ from pretrain.evaluate import definitions
 
 MEASURES: Final = ("abx", "pnmi", "rankme")
 """Measures without fitting, on the frame labels of a task."""
-OF_HEADS: Final = ("asr", "streaming", "separation")
+OF_HEADS: Final = ("asr", "streaming", "separation", "synthesis")
 """Tasks of runs with a head; all other tasks are of encoders."""
 
 
@@ -126,6 +126,19 @@ class SeparationConfig:
 
 
 @config
+class SynthesisConfig:
+    """Task synthesis: which voice is measured, and who listens beside PocketSphinx."""
+
+    head: Annotated[str, about("name of the head that speaks; empty: the only one")] = ""
+    listener: Annotated[
+        Literal["language_model", "words"],
+        about("PocketSphinx with its language model of English, or any sequence of the words of the texts"),
+    ] = "language_model"
+    recogniser: Annotated[str, about("run or checkpoint of a recogniser that listens too; empty: none")] = ""
+    language: Annotated[Literal["en", "zh", "none"], about("as in `auricle speak`")] = "none"
+
+
+@config
 class EvaluateConfig:
     """One evaluation: checkpoints and baselines × tasks."""
 
@@ -196,6 +209,7 @@ class EvaluateConfig:
     asr: AsrConfig = AsrConfig()
     streaming: StreamingConfig = StreamingConfig()
     separation: SeparationConfig = SeparationConfig()
+    synthesis: SynthesisConfig = SynthesisConfig()
 
 
 def items(text: str) -> list[str]:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.evaluate import asr, separation, streaming
+from pretrain.evaluate import asr, separation, streaming, synthesis
 from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, items, layer_numbers, task_names
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest
 from pretrain.evaluate.rows import Detail, Row
 from pretrain.evaluate.task_evaluation import TaskEvaluation
+from pretrain.generation.voice import open_voice
 from pretrain.recognition.recogniser import open_recogniser
 
 Say = Callable[[str], None]
@@ -97,6 +98,11 @@ def _of_heads(config: EvaluateConfig, task: str, utterances: Sequence[Utterance]
             who = f"{separator.name} (step {separator.step})"
             gains = separation.report(config, separator, utterances, waves, say)
             rows += [Row(task, measure, who, gain.value, gain.low, gain.high) for measure, gain in gains]
+            continue
+        if task == "synthesis":
+            voice = open_voice(given, config.synthesis.head, config.device)
+            measured = synthesis.figures(config, voice, utterances, waves, say)
+            rows += [Row(task, measure, voice.name, rate.value, rate.low, rate.high) for measure, rate in measured]
             continue
         recogniser = open_recogniser(given, config.asr.head, config.device)
         who = f"{recogniser.name} (step {recogniser.step})"

@@ -138,6 +138,11 @@ class HeadConfig(PluginConfig):
         return ()
 
     @property
+    def frame_labels(self) -> tuple[FrameLabels, ...]:
+        """The frame labels that the head needs, among `data.targets`; of any number of classes where that is 0."""
+        return ()
+
+    @property
     def signed(self) -> bool:
         """Whether its loss may be negative."""
         return False

@@ -7,6 +7,7 @@ hits, losses) are metrics of `LossOutput`; the records name those metrics.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,16 @@ class CodeBook(NamedTuple):
     size: int
     title: str
     """For messages, such as "the targets of code book 2 of 4"."""
+
+
+class HeadMedia(NamedTuple):
+    """What a head shows of one utterance.
+
+    images: by name, each (rows, columns) of any range; rows from below.  audio: by name, (T,) samples at 16 kHz.
+    """
+
+    images: Mapping[str, Tensor]
+    audio: Mapping[str, Tensor]
 
 
 class MicroBatchRecord(NamedTuple):

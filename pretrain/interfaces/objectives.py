@@ -18,7 +18,7 @@ from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig
 from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, SpeechModel
-from pretrain.interfaces.monitoring import HeadMonitoringRecord, MicroBatchRecord, MonitoringRecord
+from pretrain.interfaces.monitoring import HeadMedia, HeadMonitoringRecord, MicroBatchRecord, MonitoringRecord
 
 
 class Pruning(NamedTuple):
@@ -267,6 +267,16 @@ class Head(nn.Module, abc.ABC):
 
     def after_step(self, ctx: StepContext) -> None:
         """Called after each optimizer update that was not skipped; all ranks must end with the same state."""
+
+    def record_next(self) -> None:
+        """Makes the next forward pass keep what `take_media` returns. Does nothing by default.
+
+        It is called on rank 0 alone: a recording pass must run the same modules as any other.
+        """
+
+    def take_media(self) -> HeadMedia | None:
+        """Returns, once, what was kept since `record_next`; None if nothing was."""
+        return None
 
     @abc.abstractmethod
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:

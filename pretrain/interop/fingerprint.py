@@ -5,10 +5,13 @@ from __future__ import annotations
 from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.labels.kmeans import TargetsConfig
 
+COMPUTED = ("mfcc", "pitch")
+"""Features that need no checkpoint."""
+
 
 def weights_of(config: TargetsConfig) -> str:
-    """Returns the checksums of the weight files from which `config.features` are computed; "" for MFCC."""
-    return "" if config.features == "mfcc" else " ".join(checkpoint_fingerprint(config.features).values())
+    """Returns the checksums of the weight files from which `config.features` are computed; "" for MFCC and pitch."""
+    return "" if config.features in COMPUTED else " ".join(checkpoint_fingerprint(config.features).values())
 
 
 def checkpoint_fingerprint(checkpoints: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.core.text import table_cell, visible
 from data_pipeline.core.types import SAMPLE_RATE
+from pretrain.interfaces.monitoring import HeadMedia
 from pretrain.monitoring.snapshot import Snapshot
 from pretrain.nn.spectral import LogMel
 
@@ -44,6 +45,18 @@ def add_audio(board: SummaryWriter, head: str, waves: Mapping[str, Tensor], step
     """Adds what a head made of held-out audio, (T,) samples by name."""
     for name, wave_T in waves.items():
         board.add_audio(f"audio/{head}/{name}", wave_T[None].clamp(-1, 1), step, SAMPLE_RATE)
+
+
+def add_media(board: SummaryWriter, head: str, media: HeadMedia, step: int) -> None:
+    """Adds what a head shows of one utterance, as HEAD/NAME."""
+    for name, wave_T in media.audio.items():
+        board.add_audio(f"{head}/{name}", wave_T[None].clamp(-1, 1), step, SAMPLE_RATE)
+    for name, image_YX in media.images.items():
+        figure = Figure(figsize=(8, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(image_YX.numpy(), origin="lower", aspect="auto", interpolation="nearest")
+        axes.set_xlabel("frame")
+        board.add_figure(f"{head}/{name}", figure, step)
 
 
 def add_frames(

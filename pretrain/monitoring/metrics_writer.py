@@ -21,7 +21,7 @@ from pretrain.interfaces.objectives import Head
 from pretrain.monitoring.append_log import AppendLog, drop_rows_after
 from pretrain.monitoring.board import Board, add_counts
 from pretrain.monitoring.config_pages import compared_fields, config_page
-from pretrain.monitoring.figures import add_audio, add_snapshot
+from pretrain.monitoring.figures import add_audio, add_media, add_snapshot
 from pretrain.monitoring.snapshot import SnapshotHook
 from pretrain.profiling import mfu
 from pretrain.train_module import TrainModule
@@ -130,6 +130,16 @@ class MetricsWriter:
         is_first = self._media_at_first and step == self._config.train.log_every
         if is_first or self._is_due(step, self._media_every):
             self._snapshot.arm()
+            self._arm_heads()
+
+    def expect_held_out(self) -> None:
+        """Requests what heads show of held-out audio, from the measurement that follows."""
+        if self._media_every:
+            self._arm_heads()
+
+    def _arm_heads(self) -> None:
+        for head in self._heads.values():
+            head.record_next()
 
     def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
         """Writes the scalars of one step, and to TensorBoard also counts per code and snapshots, when due.
@@ -161,6 +171,8 @@ class MetricsWriter:
             if audio := head.take_audio():  # of held-out audio, which has just been measured
                 self._board.write(lambda board, name=name, audio=audio: add_audio(board, name, audio, step))  # type: ignore[misc]
                 head.record_audio()
+            if media := head.take_media():
+                self._board.write(lambda board, n=name, m=media: add_media(board, n, m, step))  # type: ignore[misc]
 
     def _is_due(self, step: int, every: int) -> bool:
         """Returns whether `step` is the first logged step of its interval."""

@@ -79,6 +79,17 @@ class LogMel(nn.Module):
         """Returns the number of frames for each number of samples, (B,)."""
         return ((lengths_B - self.window) // self.hop + 1).clamp(min=0)
 
+    def log_power(self, wave_BT: Tensor) -> Tensor:
+        """Returns the features before their normalisation, (B, F, n_mels) fp32, with a gradient; call without autocast.
+
+        Args:
+            wave_BT: (B, T) samples at 16 kHz, at least one window.
+        """
+        frames_BFW = wave_BT.float().unfold(1, self.window, self.hop)
+        spectrum = torch.fft.rfft(frames_BFW * self.hann, n=self.n_fft)
+        power = spectrum.real.square() + spectrum.imag.square()
+        return torch.log(power @ self.filters + self.FLOOR)
+
     @torch.no_grad()
     def forward(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
         """Returns features, zero beyond each utterance's length.
@@ -93,10 +104,7 @@ class LogMel(nn.Module):
         if wave_BT.shape[1] < self.window:
             raise ValueError(f"audio of {wave_BT.shape[1]} samples is shorter than one window of {self.window}")
         with torch.autocast(wave_BT.device.type, enabled=False):
-            frames_BFW = wave_BT.float().unfold(1, self.window, self.hop)
-            spectrum = torch.fft.rfft(frames_BFW * self.hann, n=self.n_fft)
-            power = spectrum.real.square() + spectrum.imag.square()
-            mel_BFD = torch.log(power @ self.filters + self.FLOOR)
+            mel_BFD = self.log_power(wave_BT)
             lengths_B = self.lengths(lengths_B)
             if self.normalize == "fixed":
                 return Frames(zero_padding((mel_BFD - self.MEAN) / self.STD, lengths_B), lengths_B, self.rate_hz)

@@ -26,6 +26,7 @@ from launch.config import EvaluateJob, FinetuneJob, PreprocessJob, PretrainJob, 
 from launch.main import main
 from launch.serving.config import ServeConfig
 from launch.workflows import pipeline
+from pretrain.generation.config import SpeakConfig
 from pretrain.recognition.config import TranscribeConfig
 from pretrain.retrieval.config import EmbedConfig, SearchConfig
 from tests.support.documents import PAGES, commands, listing
@@ -38,6 +39,7 @@ CONFIGS = {
     "pretrain": PretrainJob,
     "evaluate": EvaluateJob,
     "finetune": FinetuneJob,
+    "speak": SpeakConfig,
     "transcribe": TranscribeConfig,
     "embed": EmbedConfig,
     "search": SearchConfig,

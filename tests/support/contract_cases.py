@@ -68,6 +68,17 @@ DECODER = {"layers": 1, "heads": 2, "ffn_dim": 32, "max_tokens": 24}
 SEPARATION = {
     "name": "separation", "window": 512, "hop": 256, "hidden": 16, "recurrent_layers": 1, "embedding_dim": 4,
 }  # fmt: skip
+SYNTHESIZER = {
+    "dim": 16,
+    "layers": 1,
+    "decoder_layers": 1,
+    "ffn_dim": 32,
+    "kernel": 3,
+    "predictor_dim": 16,
+    "aligner_dim": 16,
+    "vocoder": {"dim": 16, "layers": 1, "inner": 32},
+}
+SYNTHESIS = small("heads", "synthesis", layers=[], n_mels=20, vocoder_frames=16, synthesizer=SYNTHESIZER)
 HEADS: dict[str, dict[str, Any]] = {name: small("heads", name, layers=[]) for name in registry.names("heads")} | {
     "ctc": {"name": "ctc"},
     "ctc, mixed layers": {"name": "ctc", "layers": [0, 1, 2]},
@@ -76,6 +87,7 @@ HEADS: dict[str, dict[str, Any]] = {name: small("heads", name, layers=[]) for na
     "sequence, two memories": small(
         "heads", "sequence", layers=[], memory_layers=[1, 2], decoder=DECODER | {"dim": 16}
     ),
+    "synthesis": SYNTHESIS,
     "transducer": {"name": "transducer", "joint_dim": 16},
     "transducer, tokens": {"name": "transducer", "tokens": "text", "vocabulary": 27, "joint_dim": 16},
     "classifier": {"name": "classifier", "classes": ["ann", "bob", "eve"], "embedding_dim": 16},

@@ -1,0 +1,306 @@
+"""Trains a voice for strings of digits and lets an independent recogniser listen to it.
+
+    python benchmarks/prove/synthesis.py                  # about 25 minutes of one core
+
+On real speech (AURICLE_SPEECH): one speaker of the Free Spoken Digit Dataset (8 kHz, 250 recordings, two minutes).
+Recordings of 20 takes of each digit are joined to strings of 3 to 5 digits, and `synthesis_tiny` is trained on them.
+PocketSphinx, which accepts any string of digits, then listens to
+
+    recording     strings joined from the other 5 takes of each digit
+    vocoder       the same, taken apart into mel frames and put together by the trained vocoder, or by Griffin-Lim
+    text          the same strings from their text, by the trained vocoder, or by Griffin-Lim
+    untrained     from text before training
+
+Then the time of one core for a second of speech, and text to mel frames beside transformers' FastSpeech2ConformerModel
+of the same size. Writes benchmarks/results/synthesis.md, .json and .png. Exit code 1 unless the digit error of the
+text is at most twice that of the recordings through the vocoder, and the real-time factor at most 0.2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from data_pipeline.audio.codecs import read_mono  # noqa: E402
+from data_pipeline.core.jsonl import read_rows  # noqa: E402
+from data_pipeline.core.rng import keyed_rng  # noqa: E402
+from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
+from pretrain.evaluate.manifest import read_manifest  # noqa: E402
+from pretrain.evaluate.metrics import bootstrap  # noqa: E402
+from pretrain.evaluate.synthesis import copied, mel_cepstral_distortion, pitch_error, pocketsphinx  # noqa: E402
+from pretrain.generation.voice import Voice, open_voice  # noqa: E402
+from pretrain.models.synthesis.synthesizer import AS_LEARNED  # noqa: E402
+from pretrain.recognition.error_rates import edits  # noqa: E402
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LETTERS = 'symbols=" \'abcdefghijklmnopqrstuvwxyz"'
+TEST_TAKES = 5
+"""Of each digit, never heard in training."""
+PAUSE = 1_600
+"""Samples of silence between digits, and at both ends."""
+
+
+@dataclass(frozen=True)
+class String:
+    """A string of digits with its audio at 16 kHz."""
+
+    text: str
+    wave_T: np.ndarray
+
+
+def main() -> int:
+    """Trains, listens and measures; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speaker", default="fsdd-jackson")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of training (default: 15)")
+    parser.add_argument("--train", type=int, default=300, help="strings for training (default: 300)")
+    parser.add_argument("--test", type=int, default=60, help="strings to listen to (default: 60)")
+    parser.add_argument("--work", type=Path, default=Path("prove/synthesis"), help="folder for data and runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
+    given = parser.parse_args()
+    manifest = speech_manifest()
+    if manifest is None:
+        print("set AURICLE_SPEECH to a folder with manifest.tsv", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    shutil.rmtree(given.work, ignore_errors=True)
+    began = time.monotonic()
+    takes = read_takes(manifest, given.speaker)
+    train_takes = {digit: waves[:-TEST_TAKES] for digit, waves in takes.items()}
+    test_takes = {digit: waves[-TEST_TAKES:] for digit, waves in takes.items()}
+    data = prepare(strings(train_takes, given.train, "train"), given.work)
+    test = strings(test_takes, given.test, "test")
+    steps, untrained = affordable(data, given.work, given.minutes)
+    train(data, given.work, "voice", steps)
+    voice = open_voice(str(given.work / "runs" / "voice"))
+    rates = listen(voice, open_voice(str(untrained)), test)
+    quality, picture = compare(voice, test)
+    speed = {"text to audio": real_time_factor(voice, test), **beside_transformers(voice)}
+    values = {
+        "command": "python benchmarks/prove/synthesis.py " + " ".join(sys.argv[1:]),
+        "speaker": given.speaker, "updates": steps, "seconds": round(time.monotonic() - began),
+        "digit_error": rates, "quality": quality, "speed": speed, "machine": platform.machine(),
+    }  # fmt: skip
+    report(given.out, values)
+    picture.savefig(given.out / "synthesis.png", dpi=80)
+    kept = rates["text, trained vocoder"][0] <= 2 * rates["recording, trained vocoder"][0]
+    fast = speed["text to audio"] <= 0.2
+    print(f"error at most twice that of recordings: {kept}; real-time factor at most 0.2: {fast}")
+    return 0 if kept and fast else 1
+
+
+def read_takes(manifest: Path, speaker: str) -> dict[str, list[np.ndarray]]:
+    """Returns the recordings of each digit, (T,) at 16 kHz each."""
+    found: dict[str, list[np.ndarray]] = {digit: [] for digit in DIGITS}
+    for utterance in read_manifest(manifest):
+        if utterance.speaker == speaker and utterance.text in found:
+            found[utterance.text].append(read_mono(str(utterance.path)))
+    if not all(len(waves) > TEST_TAKES for waves in found.values()):
+        raise SystemExit(f"--speaker={speaker}: there are too few recordings of each digit")
+    return found
+
+
+def strings(takes: dict[str, list[np.ndarray]], count: int, purpose: str) -> list[String]:
+    """Joins recordings to strings of 3 to 5 digits, all digits equally often, with silence around them."""
+    rng = keyed_rng(0, purpose)
+    silence, made = np.zeros(PAUSE, np.float32), []
+    for _ in range(count):
+        digits = [DIGITS[number] for number in rng.integers(len(DIGITS), size=rng.integers(3, 6))]
+        parts = [silence]
+        for digit in digits:
+            wave_T = takes[digit][rng.integers(len(takes[digit]))]
+            parts += [0.1 * wave_T / max(float(np.std(wave_T)), 1e-4), silence]
+        wave_T = np.concatenate(parts)
+        noise_T = 1e-4 * rng.standard_normal(len(wave_T))
+        made.append(String(" ".join(digits), np.clip(wave_T + noise_T, -1, 1).astype(np.float32)))
+    return made
+
+
+def prepare(train: Sequence[String], work: Path) -> list[str]:
+    """Writes shards, tokens and pitch labels; returns the settings of a run that name them."""
+    (work / "audio").mkdir(parents=True)
+    lines = []
+    for number, string in enumerate(train):
+        path = (work / "audio" / f"{number:04d}.flac").resolve()
+        soundfile.write(path, string.wave_T, 16_000)
+        lines.append(json.dumps({"path": str(path), "speaker": "one", "text": string.text, "corpus": "digits"}))
+    (work / "list.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shards, tokens, labels = (str(work / name) for name in ("shards", "tokens", "pitch"))
+    corpus = ["corpus=manifest", f"corpus.path={work / 'list.jsonl'}", "corpus.allow_outside=true"]
+    auricle("preprocess", *corpus, f"out={shards}", f"runs={work}", "min_shards=2")
+    auricle("tokens", f"shards={shards}", f"out={tokens}", LETTERS)
+    auricle("targets", f"shards={shards}", f"out={labels}", "features=pitch", f"runs={work}")
+    return [f"data.shards={shards}", f"data.tokens.text={tokens}", f"data.targets.pitch={labels}"]
+
+
+def train(data: Sequence[str], work: Path, name: str, steps: int, log_every: int = 10) -> Path:
+    """Trains `synthesis_tiny` for so many updates; returns the run folder."""
+    length = [f"train.steps={steps}", f"schedule.warmup_steps={max(1, steps // 20)}", f"train.checkpoint_every={steps}"]
+    more = ["engine.name=torch", "data.workers=0", f"train.log_every={log_every}", "train.media_every=0"]
+    auricle("pretrain", "+experiment=synthesis_tiny", *data, *length, *more, f"runs={work / 'runs'}", f"name={name}")
+    return work / "runs" / name
+
+
+def affordable(data: Sequence[str], work: Path, minutes: float) -> tuple[int, Path]:
+    """Returns the updates in a time, from the median of a short run, and a run that has hardly begun to learn."""
+    run = train(data, work, "untrained", 8, log_every=1)
+    seconds = [row["perf/step_seconds"] for row in read_rows(run / "metrics.jsonl")[2:]]
+    return max(20, int(60 * minutes / float(np.median(seconds)))), run
+
+
+def speaker_of(voice: Voice, vocoder: str = "istft") -> Callable[[String], np.ndarray]:
+    """Returns what speaks the text of a string."""
+    return lambda string: voice.speak(voice.tokenizer.encode(string.text), AS_LEARNED, vocoder)
+
+
+def listen(voice: Voice, untrained: Voice, test: Sequence[String]) -> dict[str, list[float]]:
+    """Returns the digit error of each kind of audio, with its 95 % interval over strings."""
+    recogniser = pocketsphinx(DIGITS)
+    kinds: dict[str, Callable[[String], np.ndarray]] = {
+        "recording": lambda string: string.wave_T,
+        "recording, trained vocoder": lambda string: copied(voice, string.wave_T),
+        "recording, Griffin-Lim": lambda string: copied(voice, string.wave_T, "griffin_lim"),
+        "text, trained vocoder": speaker_of(voice),
+        "text, Griffin-Lim": speaker_of(voice, "griffin_lim"),
+        "text, untrained": speaker_of(untrained),
+    }
+    rates = {}
+    for kind, make in kinds.items():
+        texts = [recogniser(make(string)) for string in test]
+        counts = edits([string.text for string in test], texts, by_words=True)
+        tally = {str(number): (float(wrong), float(count)) for number, (wrong, count) in enumerate(counts)}
+        rate = bootstrap([tally], 2_000)
+        rates[kind] = [rate.value, rate.low, rate.high]
+        print(f"{kind}: digit error {rate.value:.1%} ({rate.low:.1%} … {rate.high:.1%})", flush=True)
+    return rates
+
+
+def compare(voice: Voice, test: Sequence[String]) -> tuple[dict[str, float], Any]:
+    """Returns distances from recordings of the same texts, and a picture of one string."""
+    from matplotlib.figure import Figure
+
+    say, some = speaker_of(voice), test[:20]
+    sums = np.zeros(4)
+    for string in some:
+        spoken = say(string)
+        sums += (*mel_cepstral_distortion(string.wave_T, spoken), *pitch_error(string.wave_T, spoken))
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    for axes, (title, wave_T) in zip(
+        figure.subplots(2, 1), (("recording", test[0].wave_T), ("from text", say(test[0]))), strict=True
+    ):
+        mel = voice.head.mel(torch.from_numpy(wave_T)[None], torch.tensor([len(wave_T)]))
+        axes.imshow(mel.x_BFD[0].T.numpy(), origin="lower", aspect="auto", vmin=-2.5, vmax=2)
+        axes.set_title(f"{title}: {test[0].text}")
+    return {"mel-cepstral distortion, dB": sums[0] / sums[1], "F0 error, semitones": sums[2] / max(sums[3], 1)}, figure
+
+
+def real_time_factor(voice: Voice, test: Sequence[String]) -> float:
+    """Returns the seconds of one core for a second of speech from text."""
+    say = speaker_of(voice)
+    say(test[0])
+    began = time.perf_counter()
+    spoken = sum(len(say(string)) for string in test[:30])
+    return (time.perf_counter() - began) / (spoken / 16_000)
+
+
+def beside_transformers(voice: Voice) -> dict[str, float]:
+    """Returns milliseconds of text to mel frames, here and by transformers' model of the same size, for equal frames.
+
+    All durations are made 8 frames by the bias of the predictors. The encoder of transformers' model has Conformer
+    blocks without their convolution module here, since ours has none.
+    """
+    from transformers import FastSpeech2ConformerConfig, FastSpeech2ConformerModel
+
+    ours, sizes = voice.head.synthesizer, voice.head.config.synthesizer
+    config = FastSpeech2ConformerConfig(
+        hidden_size=sizes.dim, vocab_size=voice.head.config.vocabulary + 2, num_mel_bins=voice.head.mel.dim,
+        encoder_layers=sizes.layers, encoder_num_attention_heads=sizes.heads, encoder_linear_units=sizes.ffn_dim,
+        decoder_layers=sizes.decoder_layers, decoder_num_attention_heads=sizes.heads,
+        decoder_linear_units=sizes.ffn_dim, positionwise_conv_kernel_size=sizes.kernel,
+        duration_predictor_channels=sizes.predictor_dim, energy_predictor_channels=sizes.predictor_dim,
+        pitch_predictor_channels=sizes.predictor_dim, pitch_predictor_layers=2, speech_decoder_postnet_layers=1,
+        use_cnn_in_conformer=False, use_macaron_style_in_conformer=False,
+    )  # fmt: skip
+    theirs = FastSpeech2ConformerModel(config).eval()
+    kept = {name: tensor.clone() for name, tensor in ours.duration.out.state_dict().items()}
+    for linear in (ours.duration.out, theirs.duration_predictor.linear):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.constant_(linear.bias, float(np.log(9)))
+    tokens_1N = torch.randint(1, voice.head.config.vocabulary, (1, 60))
+    style_1D = torch.zeros(1, sizes.dim)
+    found = {"text to mel frames, ms": [], "FastSpeech2ConformerModel, ms": []}
+    with torch.inference_mode():
+        for _ in range(12):
+            for name, call in (
+                ("text to mel frames, ms", lambda: ours.speak(tokens_1N, torch.tensor([60]), style_1D, AS_LEARNED)),
+                ("FastSpeech2ConformerModel, ms", lambda: theirs(tokens_1N)),
+            ):
+                began = time.perf_counter()
+                out = call()
+                found[name].append(1_000 * (time.perf_counter() - began))
+                frames = out.x_BFD.shape[1] if hasattr(out, "x_BFD") else out.spectrogram.shape[1]
+                assert frames == 480, (name, frames)
+    ours.duration.out.load_state_dict(kept)
+    medians = {name: float(np.median(values[2:])) for name, values in found.items()}
+    weights = {"weights": ours, "FastSpeech2ConformerModel, weights": theirs}
+    counts = {name: float(sum(p.numel() for p in module.parameters())) for name, module in weights.items()}
+    counts["weights"] -= sum(p.numel() for part in (ours.vocoder, ours.aligner) if part for p in part.parameters())
+    return medians | counts
+
+
+def auricle(*arguments: str) -> None:
+    """Runs a command of auricle; its output is shown where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.main", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+    )
+    if done.returncode:
+        print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
+        raise SystemExit(f"auricle {' '.join(arguments)} ended with exit code {done.returncode}")
+
+
+def report(out: Path, values: dict[str, Any]) -> None:
+    """Writes the tables and their numbers."""
+    lines = [
+        "# Synthesis: a voice for strings of digits",
+        "",
+        f"`{values['command'].strip()}`, {values['seconds'] / 60:.0f} minutes on one core ({values['machine']}); "
+        f"{values['speaker']}, {values['updates']} updates of `synthesis_tiny`. PocketSphinx listens, any string of "
+        "digits. Digits of one speaker at 8 kHz are no dictation.",
+        "",
+        "| audio | digit error | 95 % over strings |",
+        "|---|---|---|",
+        *(
+            f"| {kind} | {rate:.1%} | {low:.1%} … {high:.1%} |"
+            for kind, (rate, low, high) in values["digit_error"].items()
+        ),
+        "",
+        "| figure | value |",
+        "|---|---|",
+        *(f"| {name} | {value:.3g} |" for name, value in values["quality"].items()),
+        f"| real-time factor, text to audio, one core | {values['speed']['text to audio']:.3g} |",
+        *(f"| {name} | {value:,.3g} |" for name, value in values["speed"].items() if name != "text to audio"),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "synthesis.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "synthesis.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

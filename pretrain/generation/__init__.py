@@ -1,0 +1,1 @@
+"""Speech from text by a trained synthesis head."""

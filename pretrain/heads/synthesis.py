@@ -1,0 +1,344 @@
+"""Speech synthesis from the tokens of each segment's text, in a voice that the encoder's frames describe.
+
+FastSpeech 2 (arXiv 2006.04558) with durations learned inside (arXiv 2108.10447) and, as in FastSpeech 2s, straight on
+to the waveform, by an iSTFT vocoder (Vocos, arXiv 2306.00814). There is no adversarial loss: it would need a second
+optimizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.schema import ConfigError, about, config
+from data_pipeline.core.types import Batch
+from data_pipeline.labels.pitch import LOWEST_HZ, STEPS_PER_OCTAVE
+from pretrain.interfaces.configs import FrameLabels, HeadConfig
+from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
+from pretrain.interfaces.models import ModelShape, SpeechModel
+from pretrain.interfaces.monitoring import INFEASIBLE, HeadMedia, HeadMonitoringRecord
+from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
+from pretrain.models.synthesis.aligner import forward_sum, off_path
+from pretrain.models.synthesis.spectral_loss import SpectralLoss
+from pretrain.models.synthesis.synthesizer import (
+    Controls,
+    Recorded,
+    Spoken,
+    Synthesizer,
+    SynthesizerConfig,
+    TokenValues,
+)
+from pretrain.nn.numerics import full_precision, pad_audio, zero_padding
+from pretrain.nn.spectral import LogMel
+
+
+@config
+class Config(HeadConfig):
+    name: Literal["synthesis"] = "synthesis"
+    tokens: Annotated[str, about("name in data.tokens of the tokens to speak", min_length=1)] = "text"
+    vocabulary: Annotated[int, about("number of these tokens, as `auricle tokens` prints it", ge=1)]
+    max_tokens: Annotated[int, about("longest text; longer ones do not count", ge=1, le=65_536)] = 1_000
+    pitch: Annotated[
+        str,
+        about("name in data.targets of the labels of `auricle targets features=pitch`; empty: pitch is not predicted"),
+    ] = ""
+    n_mels: Annotated[int, about("mel bands", ge=8, le=256)] = 80
+    style_dim: Annotated[int, about("channels of the voice that is taken from the encoder", ge=1)] = 16
+    style_drop: Annotated[
+        float,
+        about("share of the segments whose voice is hidden in training, so that none is needed later", ge=0, lt=1),
+    ] = 0.2
+    binarize_from: Annotated[int, about("updates after which the soft alignment is pulled to its best path", ge=0)] = (
+        500
+    )
+    vocoder_frames: Annotated[int, about("mel frames of each segment that the vocoder learns from", ge=8)] = 64
+    synthesizer: Annotated[SynthesizerConfig, about("sizes")] = dataclasses.field(default_factory=SynthesizerConfig)
+
+    @property
+    def needed_tokens(self) -> dict[str, int]:
+        """The text's."""
+        return {self.tokens: self.vocabulary}
+
+    @property
+    def frame_labels(self) -> tuple[FrameLabels, ...]:
+        """The pitch, if it is predicted."""
+        return (FrameLabels(self.pitch, 100.0, 0),) if self.pitch else ()
+
+
+LEAST_FRAMES = 8
+"""Frames that the vocoder is compared over at least: the longest window of the spectral distance."""
+BINARIZATION = 0.1
+"""Weight of the pull to the best path."""
+
+
+class Style(nn.Module):
+    """One vector for each row's voice: a learned one, plus what the encoder's mean frame adds through few channels."""
+
+    def __init__(self, dim: int, style_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Linear(dim, style_dim), nn.Linear(style_dim, out_dim)
+
+    def forward(self, frames: Frames, heard_B: Tensor) -> Tensor:
+        """Returns (B, out_dim); rows where `heard_B` is False get the learned voice alone."""
+        count_B1 = frames.lengths_B.clamp(min=1)[:, None]
+        mean_BD = zero_padding(frames.x_BFD, frames.lengths_B).sum(1) / count_B1
+        style_BS = torch.tanh(self.reduce(mean_BD)) * heard_B[:, None]
+        out: Tensor = self.expand(style_BS)
+        return out
+
+
+class Synthesis(Head):
+    """Predicts each segment's mel frames from its text, and audio from mel frames.
+
+    Loss per row, times its mel frames: L1 of the mel frames; squared errors of ln(1 + duration), pitch in octaves and
+    energy, means over tokens; −ln of all monotonic alignments; the spectral distance of a short part of the audio. Half
+    of that audio is made from predicted mel frames, so that text leads to the waveform in one pass, and half from the
+    recording's, so that the vocoder also copies recordings.
+
+    A row without tokens, or with fewer mel frames than tokens and two marks, does not count.
+    """
+
+    def __init__(self, config: Config, shape: ModelShape) -> None:
+        super().__init__(config)
+        self.config = config
+        self.mel = LogMel(config.n_mels, normalize="fixed")
+        self.first, self.last = config.vocabulary, config.vocabulary + 1
+        self.style = Style(shape.dim, config.style_dim, config.synthesizer.dim)
+        self.synthesizer = Synthesizer(config.synthesizer, config.vocabulary + 2, self.mel, bool(config.pitch))
+        self.distance = SpectralLoss(self.mel)
+        digest = hashlib.sha256(mel_convention(self.mel).encode()).digest()
+        self._sha256 = digest
+        self.register_buffer("mel_sha256", torch.tensor(list(digest), dtype=torch.uint8))
+        self.mel_sha256: Tensor
+        self._compared = False
+        self._recording = False
+        self._media: HeadMedia | None = None
+
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
+        self.require_same_mel()
+        tokens_B = (self._tokens(batch) >= 0).sum(1)
+        frames_B = self.mel.lengths(batch.lengths_B)
+        fits_B = (tokens_B > 0) & (tokens_B <= self.config.max_tokens) & (tokens_B + 2 <= frames_B)
+        rows_B = fits_B & (model.frontend.frame_lengths(batch.lengths_B) > 0)
+        return HeadPlan((frames_B * rows_B).sum().double(), rows_B)
+
+    def monitoring(self) -> HeadMonitoringRecord:
+        return HeadMonitoringRecord(infeasible=INFEASIBLE)
+
+    def require_same_mel(self) -> None:
+        """Compares the definition of the mel frames with that of the checkpoint that was loaded, once.
+
+        Raises:
+            ConfigError: they differ.
+        """
+        if not self._compared and bytes(self.mel_sha256.tolist()) != self._sha256:
+            raise ConfigError(
+                f"n_mels={self.config.n_mels}: this version defines mel frames as {mel_convention(self.mel)}, and the "
+                "checkpoint was trained with others; use the version that trained it, or train again"
+            )
+        self._compared = True
+
+    def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
+        device = batch.wave_BT.device
+        rows_B = plan.rows_B.to(device)
+        tokens_BN, tokens_B = self.with_marks(self._tokens(batch), rows_B)
+        wave_BT = pad_audio(batch.wave_BT, self.mel.window)
+        mel = self.mel(wave_BT, batch.lengths_B * rows_B)
+        draws = [EVALUATED] * len(batch.keys)
+        if self.training:
+            draws = _draw(batch, ctx, mel.lengths_B.tolist(), self.config)
+        heard_B = torch.tensor([draw.heard for draw in draws], device=device)
+        style_BD = self.style(self.frames(encoded), heard_B)
+        spoken: Spoken = self.synthesizer(tokens_BN, tokens_B, style_BD, self._recorded(batch, mel))
+        with full_precision(device):
+            losses, metrics = self._losses(spoken, mel, tokens_B, ctx)
+        made_BT = None
+        if self.synthesizer.vocoder is not None:
+            losses["waveform"], made_BT = self._waveform(wave_BT, mel, spoken.mel_BFD, draws)
+        frames_B = mel.lengths_B.clamp(min=1)
+        summed = {name: loss_B.masked_fill(~rows_B, 0.0) for name, loss_B in losses.items()}
+        count = mel.lengths_B.sum()
+        metrics |= {name: ((loss_B * frames_B).sum(), count) for name, loss_B in summed.items()}
+        labelled_B = (self._tokens(batch) >= 0).any(1)
+        metrics[INFEASIBLE] = ((labelled_B & ~rows_B).sum(), labelled_B.sum())
+        if self._recording and bool(rows_B.any()):
+            self._recording, self._media = False, _media(wave_BT, mel, self.mel.hop, spoken, tokens_B, made_BT)
+        total = torch.stack([metrics[name][0] for name in summed]).sum()
+        return LossOutput(total, count, metrics)
+
+    def record_next(self) -> None:
+        self._recording, self._media = True, None
+
+    def take_media(self) -> HeadMedia | None:
+        self._recording, media, self._media = False, self._media, None
+        return media
+
+    def with_marks(self, ids_BN: Tensor, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns tokens between a first and a last mark, (B, N + 2), and their number (B,); 0 where not `rows_B`.
+
+        Args:
+            ids_BN: ids of each row, padded with -1.
+            rows_B: bool.
+        """
+        counts_B = (ids_BN >= 0).sum(1) * rows_B
+        ids_BN = ids_BN[:, : int(counts_B.max()) if len(ids_BN) else 0]
+        mark_B1 = torch.full_like(counts_B, self.last)[:, None]
+        read_BN = torch.cat(
+            [torch.full_like(mark_B1, self.first), ids_BN.masked_fill(ids_BN < 0, self.last), mark_B1], 1
+        )
+        return read_BN, (counts_B + 2) * rows_B
+
+    def speak(self, tokens_BN: Tensor, voice: EncoderOutput | None, controls: Controls) -> Frames:
+        """Returns normalised log-mel frames of texts, zero beyond each row's.
+
+        Args:
+            tokens_BN: ids of each row, padded with -1; each row has at least one.
+            voice: the encoder's output for one recording of the wanted voice; None: the learned voice.
+            controls: changes of speed, pitch and energy.
+        """
+        rows_B = torch.ones(len(tokens_BN), dtype=torch.bool, device=tokens_BN.device)
+        return self.synthesizer.speak(*self.with_marks(tokens_BN, rows_B), self.style_of(voice), controls)
+
+    def style_of(self, voice: EncoderOutput | None) -> Tensor:
+        """Returns the vector (1, dim) of a recording's voice; None: of the learned voice."""
+        device = self.mel_sha256.device
+        if voice is not None:
+            frames = self.frames(voice)
+        else:
+            nothing = torch.zeros(1, 1, self.style.reduce.in_features, device=device)
+            frames = Frames(nothing, torch.zeros(1, dtype=torch.int64, device=device), 1.0)
+        style_1D: Tensor = self.style(frames, torch.full((1,), voice is not None, device=device))
+        return style_1D
+
+    def _tokens(self, batch: Batch) -> Tensor:
+        """Returns the tokens of each row, (B, N), padded with -1."""
+        if self.config.tokens in batch.tokens:
+            return batch.tokens[self.config.tokens]
+        return batch.lengths_B.new_full((len(batch.keys), 0), -1)
+
+    def _recorded(self, batch: Batch, mel: Frames) -> Recorded:
+        if not self.config.pitch:
+            return Recorded(mel)
+        labels_BF = batch.targets.get(self.config.pitch, batch.lengths_B.new_full((len(batch.keys), 0), -1))
+        width = mel.x_BFD.shape[1]
+        labels_BF = nn.functional.pad(labels_BF, (0, max(width - labels_BF.shape[1], 0)), value=-1)[:, :width]
+        return Recorded(mel, octaves(labels_BF), labels_BF > 0)
+
+    def _losses(
+        self, spoken: Spoken, mel: Frames, tokens_B: Tensor, ctx: StepContext
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Returns the losses of each row, per frame, and further metrics."""
+        frames_B, least_B = mel.lengths_B, mel.lengths_B.clamp(min=1)
+        off_B = off_path(spoken.alignment_BFN, spoken.durations_BN, frames_B) / least_B
+        losses = {
+            "mel": (spoken.mel_BFD - mel.x_BFD).abs().mean(2).sum(1) / least_B,
+            "alignment": forward_sum(spoken.alignment_BFN, tokens_B.clamp(min=1), least_B) / least_B,
+            "duration": _squared(spoken.duration),
+            "energy": _squared(spoken.energy),
+        }
+        if spoken.pitch is not None:
+            losses["pitch"] = _squared(spoken.pitch)
+        if ctx.step >= self.config.binarize_from:
+            losses["alignment"] = losses["alignment"] + BINARIZATION * off_B
+        return losses, {"off_path": ((off_B * frames_B).sum(), frames_B.sum())}
+
+    def _waveform(
+        self, wave_BT: Tensor, mel: Frames, predicted_BFD: Tensor, draws: list[Draws]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the distance of the vocoder's audio from the recording, (B,), and the audio (B, T).
+
+        In training it is a drawn part of each row, else the whole of it, made from predicted mel frames.
+        """
+        assert self.synthesizer.vocoder is not None
+        hop, device = self.mel.hop, wave_BT.device
+        width = self.config.vocoder_frames if self.training else max(mel.x_BFD.shape[1], LEAST_FRAMES)
+        first_B = torch.tensor([draw.first for draw in draws], device=device)
+        copied_B = torch.tensor([draw.copied for draw in draws], device=device)
+        source_BFD = torch.where(copied_B[:, None, None], mel.x_BFD, predicted_BFD)
+        frames_B = (mel.lengths_B - first_B).clamp(max=width)
+        part_BFD = _cut(source_BFD, first_B, width)
+        made_BT = self.synthesizer.vocoder(part_BFD, frames_B)
+        samples = hop * (width - 1) + self.mel.window
+        wanted_BT = _cut(wave_BT[:, :, None], first_B * hop, samples)[:, :, 0]
+        # samples whose every vocoder window lies within the part
+        valid_B = ((frames_B - 1) * hop + self.mel.window).clamp(min=0) * (frames_B > 0)
+        wanted_BT = wanted_BT * (torch.arange(samples, device=device) < valid_B[:, None])
+        with full_precision(device):
+            distance_B: Tensor = self.distance(made_BT, wanted_BT, valid_B)
+        return distance_B, made_BT
+
+
+class Draws(NamedTuple):
+    """Of one row: whether its voice is heard, whether the vocoder reads the recording's mel, its first frame."""
+
+    heard: bool
+    copied: bool
+    first: int
+
+
+EVALUATED = Draws(heard=True, copied=False, first=0)
+"""Outside of training."""
+
+
+def _draw(batch: Batch, ctx: StepContext, frames: list[int], config: Config) -> list[Draws]:
+    found = []
+    for key, length in zip(batch.keys, frames, strict=True):
+        rng = keyed_rng(ctx.seed, ctx.step, key, "synthesis")
+        heard, copied, place = rng.random(3)
+        first = int(place * (max(length - config.vocoder_frames, 0) + 1))
+        found.append(Draws(bool(heard >= config.style_drop), bool(copied < 0.5), first))
+    return found
+
+
+def _cut(x_BFD: Tensor, first_B: Tensor, width: int) -> Tensor:
+    """Returns `width` positions of each row from `first_B` on, (B, width, D), zero beyond the end."""
+    padded_BFD = nn.functional.pad(x_BFD, (0, 0, 0, width))
+    index_BF = first_B[:, None] + torch.arange(width, device=first_B.device)
+    return padded_BFD.gather(1, index_BF[:, :, None].expand(-1, -1, x_BFD.shape[2]))
+
+
+def _squared(values: TokenValues) -> Tensor:
+    """Returns the mean squared error over each row's tokens with a target, (B,)."""
+    errors_BN = (values.predicted_BN - values.target_BN).square().masked_fill(~values.known_BN, 0.0)
+    return errors_BN.sum(1) / values.known_BN.sum(1).clamp(min=1)
+
+
+def _media(
+    wave_BT: Tensor, mel: Frames, mel_hop: int, spoken: Spoken, tokens_B: Tensor, made_BT: Tensor | None
+) -> HeadMedia:
+    """Shows the first row that counts."""
+    row = int((mel.lengths_B > 0).int().argmax())
+    frames, tokens = int(mel.lengths_B[row]), int(tokens_B[row])
+    shown = {
+        "alignment": spoken.alignment_BFN[row, :frames, :tokens].exp().T,
+        "mel_recorded": mel.x_BFD[row, :frames].T,
+        "mel_predicted": spoken.mel_BFD[row, :frames].T,
+    }
+    audio = {"recorded": wave_BT[row, : frames * mel_hop]}
+    if made_BT is not None:
+        audio["spoken"] = made_BT[row, : frames * mel_hop]
+    detach = {name: image.detach().float().cpu() for name, image in shown.items()}
+    return HeadMedia(detach, {name: wave.detach().float().cpu() for name, wave in audio.items()})
+
+
+def octaves(labels_BF: Tensor) -> Tensor:
+    """Returns pitch labels as octaves above 100 Hz, fp32; 0 where there is no voice or no label."""
+    offset = torch.log2(torch.tensor(LOWEST_HZ / 100.0)).item()
+    return ((labels_BF - 1) / STEPS_PER_OCTAVE + offset).float().masked_fill(labels_BF <= 0, 0.0)
+
+
+def mel_convention(mel: LogMel) -> str:
+    """Returns the definition of mel frames, which a checkpoint keeps as a checksum."""
+    return (
+        f"{mel.dim} bands on HTK's scale, power, ln(x + {mel.FLOOR:g}), Hann window of {mel.window} and hop of "
+        f"{mel.hop} samples at 16 kHz without padding, FFT of {mel.n_fft}, (x - {mel.MEAN:g}) / {mel.STD:g}"
+    )
+
+
+def build(config: Config, shape: ModelShape) -> Synthesis:
+    return Synthesis(config, shape)

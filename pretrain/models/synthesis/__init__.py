@@ -1,0 +1,1 @@
+"""Speech synthesis without recursion: text tower, predictors, alignment, mel decoder and vocoder."""

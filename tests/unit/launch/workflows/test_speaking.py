@@ -1,0 +1,138 @@
+"""`auricle speak` with an untrained run, which speaks noise of a fixed length."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from data_pipeline.text.tokenizer import load_tokenizer, write_tokens
+from launch.exit_codes import ExitCode
+from launch.main import main
+from pretrain.generation.text import TextError, sentences
+from pretrain.generation.voice import open_voice
+from tests.support.contract_cases import SYNTHESIZER
+from tests.support.paths import ROOT
+from tests.support.training import save
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
+    symbols = [*" ',abcdefghijklmnopqrstuvwxyz"]
+    write_tokens(str(folder / "tokens"), {"kind": "characters", "label": "text", "case": "lower", "symbols": symbols})
+    data = {"shards": "synthetic", "micro_batches": 4, "tokens": {"text": str(folder / "tokens")}}
+    head = {"name": "synthesis", "vocabulary": len(symbols), "n_mels": 20, "synthesizer": SYNTHESIZER}
+    save(folder / "speaks", 4, data=data, heads={"voice": head})
+    save(folder / "mel", 4, data=data, heads={"voice": head | {"synthesizer": SYNTHESIZER | {"vocoder": None}}})
+    save(folder / "plain", 4)
+    return folder
+
+
+def speak(runs: Path, **given: object) -> int:
+    fields = {"checkpoint": runs / "speaks", "language": "none"} | given
+    return main(["speak", *(f"{name}={value}" for name, value in fields.items())])
+
+
+def test_a_text_becomes_a_sound_file(runs: Path, tmp_path: Path) -> None:
+    assert speak(runs, text="'go on'", out=tmp_path / "new" / "a.wav") == ExitCode.DONE
+    wave_T, rate = soundfile.read(tmp_path / "new" / "a.wav", dtype="float32")
+    voice = open_voice(str(runs / "speaks"))
+    np.testing.assert_allclose(wave_T, voice.speak(voice.tokenizer.encode("go on")), atol=1e-4)
+    assert rate == 16_000
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.wav"]
+
+
+def test_speed_changes_the_length_and_a_voice_the_sound(runs: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "prompt.wav", 0.1 * rng.standard_normal(20_000), 16_000)
+    long = "'" + "go on and on " * 3 + "'"
+    for name, more in {"a": {}, "slow": {"speed": 0.5}, "voice": {"voice": tmp_path / "prompt.wav"}}.items():
+        assert speak(runs, text=long, out=tmp_path / f"{name}.flac", **more) == ExitCode.DONE
+    waves = {name: soundfile.read(tmp_path / f"{name}.flac")[0] for name in ("a", "slow", "voice")}
+    assert len(waves["slow"]) > 1.3 * len(waves["a"])
+    assert len(waves["voice"]) != len(waves["a"]) or not np.array_equal(waves["voice"], waves["a"])
+
+
+def test_each_line_of_a_file_becomes_a_file_and_others_are_listed(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lines.txt").write_text("one\n\nnaïve\nfour. five\n", encoding="utf-8")
+    assert speak(runs, file=tmp_path / "lines.txt", out=tmp_path / "out") == ExitCode.FAILED
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0001.wav", "0004.wav", "rejects.jsonl"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rows] == [2, 3]
+    assert "'ï'" in rows[1]["error"] or "ï" in rows[1]["error"]
+    assert "2 texts" in capsys.readouterr().err
+
+
+def test_standard_output_gets_raw_audio_sentence_by_sentence(runs: Path) -> None:
+    fields = [f"checkpoint={runs / 'speaks'}", "text='go on. a tool'", "out=-", "language=none", "pause=0.1"]
+    done = subprocess.run([sys.executable, str(ROOT / "auricle.py"), "speak", *fields], capture_output=True, check=True)
+    voice = open_voice(str(runs / "speaks"))
+    parts = [voice.speak(voice.tokenizer.encode(text)) for text in ("go on", "a tool")]
+    expected = np.concatenate([parts[0], np.zeros(1_600), parts[1]])
+    found = np.frombuffer(done.stdout, "<i2") / 32_768
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"text": "''"}, "has no word to speak"),
+        ({"text": "'?!'"}, "has no word to speak"),
+        ({"text": "naïve"}, "does not know the symbols ï; write them in another way"),
+        ({"text": "'" + "go " * 10_000 + "'"}, "has 10,000 words, and at most max_words=5,000 are spoken; split it"),
+        ({"checkpoint": "plain"}, "the run has no head that speaks; it has no heads; train one with"),
+        ({"checkpoint": "speak"}, "did you mean"),
+        ({"head": "voices"}, "head=voices: must be one of voice (did you mean voice?)"),
+        ({"out": "a.mp3"}, "must end in .wav, .flac, .ogg"),
+        ({"speed": "0"}, "speed"),
+        ({"pitch": "3"}, "pitch=3: the head was trained without pitch"),
+        ({"checkpoint": "mel"}, "vocoder=istft: the head was trained without one; set vocoder=griffin_lim"),
+        ({"voice": "short.wav"}, "voice: has 0.50 s, and a second or more is needed"),
+        ({"voice": "silent.wav"}, "voice: is silent"),
+        ({"voice": "missing.wav"}, "there is no such file"),
+        ({"file": "lines.txt"}, "give text=… or file=…, one of them"),
+    ],
+)
+def test_wrong_fields_are_usage_errors_and_leave_nothing(
+    runs: Path, tmp_path: Path, given: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "short.wav", np.full(8_000, 0.1), 16_000)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(32_000), 16_000)
+    fields = {"checkpoint": "speaks", "text": "'go on'", "out": "a.wav"} | given
+    fields["checkpoint"], fields["out"] = str(runs / fields["checkpoint"]), str(tmp_path / "new" / fields["out"])
+    if "voice" in fields:
+        fields["voice"] = str(tmp_path / fields["voice"])
+    assert speak(runs, **fields) == ExitCode.USAGE
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_without_a_line_of_text_is_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content, said in ((b" \n\n", "has no line with text"), (b"\xff\xfe\xfa", "cannot be read as text in UTF-8")):
+        (tmp_path / "lines.txt").write_bytes(content)
+        assert speak(runs, file=tmp_path / "lines.txt", out=tmp_path / "out") == ExitCode.USAGE
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_are_written_out_and_long_texts_cut_into_sentences(runs: Path) -> None:
+    pytest.importorskip("wetext")
+    tokenizer = load_tokenizer(str(runs / "tokens"))
+    found = sentences("I have 3 dogs. Really?", tokenizer, "en", 100)
+    assert [tokenizer.decode(ids) for ids in found] == ["i have three dogs", "really"]
+    parts = sentences("go " * 100, tokenizer, "none", 100)
+    assert [len(tokenizer.decode(ids).split()) for ids in parts] == [40, 40, 20]
+    with pytest.raises(TextError, match="at most max_words=99"):
+        sentences("go " * 100, tokenizer, "none", 99)
