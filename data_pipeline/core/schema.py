@@ -274,12 +274,18 @@ def document(kind: type[Any], prefix: str = "", chosen: Mapping[str, Any] | None
             if isinstance(name, str) and name in choice.names():
                 rows = document((choice.documented_type or choice.config_type)(name), f"{path}.", inner)
                 yield from (row for row in rows if row.path != f"{path}.name")
-        elif dataclasses.is_dataclass(hint):
-            yield from document(typing.cast("type[Any]", hint), f"{path}.", inner)
+        elif (below := _section(hint)) and value is not None:
+            yield from document(below, f"{path}.", inner)
         else:
             yield FieldDoc(
                 path, _type_name(hint), _default(field, value), _limits(hint, metadata), _description(metadata)
             )
+
+
+def _section(hint: Any) -> type[Any] | None:
+    """Returns the config class of a field that holds one, or one or null."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind) and isinstance(kind, type)), None)
 
 
 def _unwrap(hint: Any) -> tuple[Any, tuple[Any, ...]]:

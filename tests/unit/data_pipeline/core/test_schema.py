@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from data_pipeline.core.schema import ABSENT, diff, flatten, hint, suggest
+import dataclasses
+from typing import Annotated
+
+from data_pipeline.core.schema import ABSENT, about, config, diff, document, flatten, hint, suggest
 
 
 def test_flatten_gives_dotted_paths() -> None:
@@ -21,3 +24,19 @@ def test_suggest_returns_the_nearest_name_or_nothing() -> None:
     assert suggest("xyz", ["wavlm", "hubert"]) == ""
     assert hint("hubrt", ["wavlm", "hubert"]) == " (did you mean hubert?)"
     assert hint("xyz", ["wavlm", "hubert"]) == ""
+
+
+@config
+class Part:
+    size: Annotated[int, about("its size")] = 3
+
+
+@config
+class Whole:
+    part: Annotated[Part | None, about("a part, or none")] = dataclasses.field(default_factory=Part)
+
+
+def test_a_section_that_may_be_null_is_documented_by_its_fields_or_as_null() -> None:
+    assert [(row.path, row.default) for row in document(Whole)] == [("part.size", "3")]
+    assert [(row.path, row.default) for row in document(Whole, "", {"part": {"size": 5}})] == [("part.size", "5")]
+    assert [(row.path, row.default) for row in document(Whole, "", {"part": None})] == [("part", "null")]
