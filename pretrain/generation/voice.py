@@ -12,6 +12,7 @@ from data_pipeline.core.schema import ConfigError, hint
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import load_checkpoint
 from pretrain.config import Config
 from pretrain.heads.synthesis import Synthesis
@@ -111,6 +112,7 @@ def open_voice(given: str, head: str = "", device: str = "cpu") -> Voice:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     module, config, _ = load_checkpoint(folder)
     found = voice_of(given, module, config, head)
+    require_same_tokens(folder, config, found.head.config.tokens)
     return replace(found, model=found.model.to(device), head=found.head.to(device))
 
 

@@ -16,13 +16,12 @@ from pretrain.models.synthesis.variance import token_of_frame
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.numerics import full_precision
 
-BLANK_LOGIT = -1e3
-"""Of CTC's blank, which no frame gets: with the paper's -1, most frames are blanks where the prior is low, and wrong
-durations have the lower loss."""
+BLANK_LOGIT = -1.0
+"""Of CTC's blank, beside log probabilities of tokens, as in the paper's implementation."""
 OUTSIDE = -1e4
 """Log probability of tokens beyond a row's last one."""
-TEMPERATURE = 0.1
-"""Factor of the squared distances; the paper's 0.0005 needs some thousand updates before distances matter."""
+TEMPERATURE = 0.0005
+"""Factor of the squared distances, that of the paper's implementation."""
 
 
 class Aligner(nn.Module):
