@@ -16,9 +16,9 @@ from pretrain.evaluate.config import ProbeConfig
 from pretrain.evaluate.features import Labelled
 
 SCALED_VECTORS = 20_000
-"""Vectors from which mean, deviation and whitening are computed."""
+"""Vectors from which mean, deviation and covariance are computed."""
 SHRINKAGE = 1e-6
-"""Share of the mean variance that is added to each direction's before coordinates are whitened."""
+"""Share of the mean variance that is added to each direction's; directions with less are left out."""
 
 
 class View(NamedTuple):
@@ -36,9 +36,10 @@ class View(NamedTuple):
 class Scaling:
     """Standardises features by the training vectors, and gives the coordinates in which a probe is fitted.
 
-    Trained features may have half of their variance in one direction (docs/findings.md). In whitened coordinates
-    L-BFGS needs fewer iterations; the minimum is that of the standardised features, since the penalty is theirs. With
-    fewer vectors than dimensions the coordinates span the vectors: a penalised minimum has no part outside.
+    Trained features may have half of their variance in one direction (docs/findings.md). In the eigenvectors of the
+    covariance, scaled by the curvature of cross-entropy and penalty, L-BFGS needs fewer iterations; the minimum is that
+    of the standardised features. With fewer vectors than dimensions the coordinates span the vectors: a penalised
+    minimum has no part outside.
     """
 
     def __init__(self, x_NLD: Tensor) -> None:
@@ -54,26 +55,43 @@ class Scaling:
             kept_R = values_R > SHRINKAGE * values_R.mean()
             values_R, vectors_R = values_R[kept_R], vectors_R[:, kept_R]
             vectors_R = mixed_ND.double().T @ vectors_R / (count * values_R).sqrt()
-        self.whitening_DR = (vectors_R * (values_R + SHRINKAGE * values_R.mean() + 1e-12).rsqrt()).float()
+        self.values_R: Tensor = (values_R + SHRINKAGE * values_R.mean()).float()
+        self.vectors_DR: Tensor = vectors_R.float()
+
+    def curvature(self, y_N: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
+        """Returns about the second derivatives by weights along each eigenvector, (R, C), and by biases, (C,).
+
+        They are those of a probe that knows the frequencies of the classes only.
+        """
+        share_C = torch.bincount(y_N, minlength=classes) / len(y_N)
+        bias_C = (share_C * (1 - share_C)).clamp(min=1e-5)
+        return self.values_R[:, None] * bias_C + l2 + 1e-12, bias_C
 
     def __call__(self, x_NLD: Tensor) -> Tensor:
-        """Returns the whitened (L, N, R) coordinates of (N, L, D) features in float32."""
-        parts = [((part.float() - self.mean_LD) / self.deviation_LD) for part in torch.split(x_NLD, 8192)]
-        return torch.cat([(part @ self.whitening_DR).transpose(0, 1) for part in parts], dim=1)
+        """Returns the standardised (L, N, D) features of (N, L, D) features in float32."""
+        parts = [(part.float() - self.mean_LD) / self.deviation_LD for part in torch.split(x_NLD, 8192)]
+        return torch.cat(parts).transpose(0, 1)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of a probe in whitened coordinates.  mix_L: weights of the layers before their softmax."""
+    """Parameters of a probe on standardised features.
 
-    weight_RC: Tensor
+    weight_DC: of the features.  mix_L: weights of the layers before their softmax.
+    """
+
+    weight_DC: Tensor
     bias_C: Tensor
     mix_L: Tensor
 
-    def logits(self, z_LND: Tensor) -> Tensor:
-        """Returns (N, C) scores of (L, N, D) coordinates."""
-        z_ND = z_LND[0] if len(z_LND) == 1 else torch.einsum("l,lnd->nd", self.mix_L.softmax(0), z_LND)
-        return torch.addmm(self.bias_C, z_ND, self.weight_RC)
+    def logits(self, x_LND: Tensor) -> Tensor:
+        """Returns (N, C) scores of (L, N, D) standardised features."""
+        return torch.addmm(self.bias_C, mixed(x_LND, self.mix_L), self.weight_DC)
+
+
+def mixed(x_LND: Tensor, mix_L: Tensor) -> Tensor:
+    """Returns the weighted sum of the layers, (N, D)."""
+    return x_LND[0] if len(x_LND) == 1 else torch.einsum("l,lnd->nd", mix_L.softmax(0), x_LND)
 
 
 @dataclass(frozen=True)
@@ -94,60 +112,65 @@ class Probe:
 
 
 def minimise(
-    z_LND: Tensor, y_N: Tensor, whitening_DR: Tensor, classes: int, l2: float, iterations: int, start: Weights | None
+    x_LND: Tensor, y_N: Tensor, scaling: Scaling, classes: int, l2: float, config: ProbeConfig, start: Weights | None
 ) -> Weights:
     """Minimises mean cross-entropy + l2 / 2 · |W|² by L-BFGS, where W applies to the standardised features.
 
     Args:
-        z_LND: whitened coordinates of the training vectors.
+        x_LND: standardised training vectors.
         y_N: their classes.
-        whitening_DR: from standardised features to these coordinates.
+        scaling: coordinates in which it is done.
         classes: number of classes, C.
         l2: strength of the penalty; scikit-learn's `C` is 1 / (l2 · N).
-        iterations: the most iterations.
+        config: when it ends.
         start: initial weights; None: all 0.
     """
-    start = start or Weights(torch.zeros(z_LND.shape[2], classes), torch.zeros(classes), torch.zeros(len(z_LND)))
-    found = Weights(*(one.clone().requires_grad_() for one in (start.weight_RC, start.bias_C, start.mix_L)))
-    parameters = [found.weight_RC, found.bias_C, *([found.mix_L] if len(z_LND) > 1 else [])]
+    by_weight_RC, by_bias_C = (curvature.sqrt() for curvature in scaling.curvature(y_N, classes, l2))
+    inner_RC = by_weight_RC * (scaling.vectors_DR.T @ start.weight_DC) if start else torch.zeros_like(by_weight_RC)
+    inner_C = by_bias_C * start.bias_C if start else torch.zeros(classes)
+    mix_L = start.mix_L.clone() if start else torch.zeros(len(x_LND))
+    fitted = (inner_RC, inner_C, mix_L) if len(x_LND) > 1 else (inner_RC, inner_C)
+    parameters = [one.requires_grad_() for one in fitted]
     solver = torch.optim.LBFGS(
-        parameters, max_iter=iterations, history_size=20, tolerance_grad=1e-5, tolerance_change=1e-7,
-        line_search_fn="strong_wolfe",
+        parameters, max_iter=config.iterations, history_size=20, tolerance_grad=1e-6,
+        tolerance_change=config.tolerance, line_search_fn="strong_wolfe",
     )  # fmt: skip
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value = F.cross_entropy(found.logits(z_LND), y_N)
-        value = value + 0.5 * l2 * (whitening_DR @ found.weight_RC).square().sum()
+        weight_DC = scaling.vectors_DR @ (inner_RC / by_weight_RC)
+        value = F.cross_entropy(torch.addmm(inner_C / by_bias_C, mixed(x_LND, mix_L), weight_DC), y_N)
+        value = value + 0.5 * l2 * weight_DC.square().sum()
         torch.autograd.backward(value)
         return value
 
     solver.step(loss)  # type: ignore[no-untyped-call]
-    return Weights(*(one.detach() for one in (found.weight_RC, found.bias_C, found.mix_L)))
+    inner_RC, inner_C, mix_L = (one.detach() for one in (inner_RC, inner_C, mix_L))
+    return Weights(scaling.vectors_DR @ (inner_RC / by_weight_RC), inner_C / by_bias_C, mix_L)
 
 
-def fit(train: Labelled, classes: int, view: View, config: ProbeConfig, start: Probe | None = None) -> Probe:
+def fit(train: Labelled, classes: int, view: View, config: ProbeConfig) -> Probe:
     """Fits the probe of one view to convergence; nothing is drawn.
 
     Args:
         train: (N, L, D) features and labels.
         classes: number of classes.
         view: layers and penalty.
-        config: limit of the iterations.
-        start: a probe of the same layers and vectors, from which the fit goes on.
+        config: when the fit ends.
     """
-    scaling = start.scaling if start else Scaling(train.x_NLD[:, list(view.layers)])
-    z_LND = scaling(train.x_NLD[:, list(view.layers)])
-    weights = minimise(
-        z_LND,
-        train.y_N,
-        scaling.whitening_DR,
-        classes=classes,
-        l2=view.l2,
-        iterations=config.iterations,
-        start=start.weights if start else None,
-    )
-    return Probe(view.layers, scaling, weights)
+    return next(fits(train, classes, view.layers, [view.l2], config))
+
+
+def fits(
+    train: Labelled, classes: int, layers: tuple[int, ...], penalties: Sequence[float], config: ProbeConfig
+) -> Iterator[Probe]:
+    """Yields the probe of each penalty; each fit goes on from the one before."""
+    x_NLD = train.x_NLD[:, list(layers)]
+    scaling = Scaling(x_NLD)
+    x_LND, weights = scaling(x_NLD), None
+    for l2 in penalties:
+        weights = minimise(x_LND, train.y_N, scaling, classes, l2, config, weights)
+        yield Probe(layers, scaling, weights)
 
 
 def fit_probe(
@@ -157,12 +180,20 @@ def fit_probe(
     config: ProbeConfig,
     view: View | None = None,
     disjoint: bool = True,
+    silent: Sequence[int] = (),
 ) -> Probe:
     """Fits a probe to `train`; see `choose_view` for the arguments. view: layers and penalty; None: chosen."""
-    return fit(train, classes, view or choose_view(train, valid, classes, config, disjoint), config)
+    return fit(train, classes, view or choose_view(train, valid, classes, config, disjoint, silent), config)
 
 
-def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeConfig, disjoint: bool = True) -> View:
+def choose_view(
+    train: Labelled,
+    valid: Labelled,
+    classes: int,
+    config: ProbeConfig,
+    disjoint: bool = True,
+    silent: Sequence[int] = (),
+) -> View:
     """Chooses the layers, then the penalty, by the accuracy on speakers that the probes were not fitted to.
 
     Those are the validation speakers. Where they are fewer than `config.least_speakers`, the speakers of `train` and
@@ -174,12 +205,17 @@ def choose_view(train: Labelled, valid: Labelled, classes: int, config: ProbeCon
         classes: number of classes.
         config: penalties, folds, and number of vectors.
         disjoint: whether classes can be told on unseen speakers, so that speakers may be divided into folds.
+        silent: classes that do not count in the accuracy; with silence, a strong penalty looks best, under which rare
+            phones are never predicted.
     """
     everything = tuple(range(train.x_NLD.shape[1]))
     selections = [everything, *((layer,) for layer in everything)] if len(everything) > 1 else [everything]
     penalties = sorted(config.l2, reverse=True)
-    middle = penalties[len(penalties) // 2]
-    parts = list(folds(train, valid, config, disjoint))
+    middle = penalties[(len(penalties) - 1) // 2]
+    parts = [
+        (some, taken(judge, ~np.isin(judge.y_N.numpy(), list(silent))))
+        for some, judge in folds(train, valid, config, disjoint)
+    ]
     layers, by_layer = selections[0], tuple[float, ...]()
     if len(selections) > 1:
         scores = [accuracies(parts, classes, layers, [middle], config)[0] for layers in selections]
@@ -197,14 +233,23 @@ def accuracies(
     penalties: Sequence[float],
     config: ProbeConfig,
 ) -> list[float]:
-    """Returns the accuracy with each penalty over all parts, (vectors to fit, vectors to judge by)."""
-    hits, trials = np.zeros(len(penalties)), sum(len(judge.y_N) for _, judge in parts)
-    for some, judge in parts:
-        probe: Probe | None = None
-        for number, l2 in enumerate(penalties):  # from the strongest, each a start for the next
-            probe = fit(some, classes, View(layers, l2), config, probe)
-            hits[number] += (probe.predict(judge.x_NLD) == judge.y_N.numpy()).sum()
-    return [float(share) for share in hits / max(1, trials)]
+    """Returns the accuracy with each penalty over all parts, (vectors to fit, vectors to judge by).
+
+    Penalties are from strong to weak, each fit a start for the next; it ends where the accuracy falls.
+    """
+    short = replace(config, iterations=max(1, config.iterations // 4))
+    trials = max(1, sum(len(judge.y_N) for _, judge in parts))
+    running = [fits(some, classes, layers, penalties, short) for some, _ in parts]
+    found: list[float] = []
+    for probes in zip(*running, strict=True):
+        hits = [
+            int((probe.predict(judge.x_NLD) == judge.y_N.numpy()).sum())
+            for probe, (_, judge) in zip(probes, parts, strict=True)
+        ]
+        found.append(sum(hits) / trials)
+        if found[-1] < max(found):
+            break
+    return found
 
 
 def folds(train: Labelled, valid: Labelled, config: ProbeConfig, disjoint: bool) -> Iterator[tuple[Labelled, Labelled]]:

@@ -18,7 +18,7 @@ from pretrain.evaluate.frozen_encoders import FrozenEncoder, followed, freeze, l
 from pretrain.evaluate.manifest import SPLITS, Interval, Utterance, grid_labels, reasons
 from pretrain.evaluate.metrics import Tally, bootstrap
 from pretrain.evaluate.neural_probe import fit_neural
-from pretrain.evaluate.probe import View, choose_view, fit_probe
+from pretrain.evaluate.probe import View, choose_view, fit
 from pretrain.evaluate.rows import Detail, Row
 from pretrain.evaluate.supervised import Example, fit_supervised
 from pretrain.evaluate.task_data import (
@@ -77,6 +77,8 @@ class TaskEvaluation:
                 raise ConfigError(
                     f"task={self.name}: no utterance has a text; the columns are: {', '.join(listing.columns)}"
                 )
+        elif self.kind == "pairs":
+            self.label = {u.name: u.speaker for u in utterances}
         else:
             found = labelled(self.task, listing, utterances)
             utterances, self.label = [u for u, _ in found], {u.name: label for u, label in found}
@@ -180,8 +182,12 @@ class TaskEvaluation:
         everything = np.ones(len(test.y_N))
         if self.kind != "frames":
             return {"accuracy": everything}
-        silent = [self.classes[phone] for phone in self.silence if phone in self.classes]
-        return {"non-silence frames": 1.0 - np.isin(test.y_N.numpy(), silent), "all frames": everything}
+        return {"non-silence frames": 1.0 - np.isin(test.y_N.numpy(), self.silent), "all frames": everything}
+
+    @property
+    def silent(self) -> list[int]:
+        """The classes of silence."""
+        return [self.classes[phone] for phone in sorted(self.silence) if phone in self.classes]
 
     def scores(self, make: Callable[[int], FrozenEncoder], same: bool) -> Tallies:
         """Returns the tallies of encoders by measure, for each seed.
@@ -203,8 +209,8 @@ class TaskEvaluation:
                 continue
             classes, settings, disjoint = len(self.classes), self.config.probe, self.task.disjoint
             self.say(f"{self.name}: fits a probe to the features of {encoder.name}")
-            view = view or choose_view(train, valid, classes, settings, disjoint)
-            probe = fit_probe(train, valid, classes, settings, view, disjoint)
+            view = view or choose_view(train, valid, classes, settings, disjoint, self.silent)
+            probe = fit(train, classes, view, settings)
             guesses_N = probe.predict(test.x_NLD)
             self._tally(tallies, test, guesses_N)
             if seed == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -171,6 +172,8 @@ def test_the_run_folder_of_a_task_documents_it_and_contains_no_secrets(
     folder = task.prepare("evaluate", job)
     assert folder.parent == tmp_path
     assert folder.name.startswith("evaluate_mine_")
+    assert task.folder_of("evaluate", dataclasses.replace(job, launcher=job.launcher)) == folder
+    assert task.folder_of("evaluate", dataclasses.replace(job, task="keywords")) != folder
     assert json.loads((folder / "task.json").read_text())["config"]["checkpoint"] == "runs/mine"
     assert {"task.json", "environment.json", "git.diff"} <= {path.name for path in folder.iterdir()}
     assert not [path for path in folder.rglob("*") if path.is_file() and "hush-hush" in path.read_text()]

@@ -8,10 +8,10 @@ import torch
 
 from pretrain.evaluate.config import ProbeConfig
 from pretrain.evaluate.features import Labelled
-from pretrain.evaluate.probe import Scaling, View, fit, fit_probe, folds
+from pretrain.evaluate.probe import Scaling, View, fit, fit_probe, fits, folds
 
 RNG = np.random.default_rng(0)
-CONFIG = ProbeConfig(iterations=100)
+CONFIG = ProbeConfig(iterations=100, tolerance=1e-7)
 
 
 def labelled(x_NLD: torch.Tensor, y_N: torch.Tensor, speakers: int = 1) -> Labelled:
@@ -34,7 +34,7 @@ def test_the_minimum_is_that_of_scikit_learn() -> None:
     standard_ND = (x_ND - x_ND.mean(0)) / x_ND.std(0)
     theirs = linear_model.LogisticRegression(C=1 / (1e-3 * 600), tol=1e-8, max_iter=5_000).fit(standard_ND, y_N)
     part = labelled(torch.from_numpy(x_ND)[:, None].float(), torch.from_numpy(y_N))
-    probe = fit(part, 3, View((0,), 1e-3), ProbeConfig(iterations=500))
+    probe = fit(part, 3, View((0,), 1e-3), ProbeConfig(iterations=500, tolerance=1e-9))
     ours_NC = probe.weights.logits(probe.scaling(part.x_NLD)).softmax(1)
     assert np.abs(ours_NC.numpy() - theirs.predict_proba(standard_ND)).max() < 2e-3
     assert (probe.predict(part.x_NLD) == theirs.predict(standard_ND)).mean() > 0.995
@@ -57,10 +57,10 @@ def test_the_informative_layer_is_chosen_and_shuffled_labels_score_chance() -> N
 def test_a_probe_depends_on_no_draw_and_a_warm_start_reaches_the_same_minimum() -> None:
     train = informative(300, 1, 0)
     once, again = (fit(train, 4, View((0,), 1e-4), CONFIG) for _ in range(2))
-    assert torch.equal(once.weights.weight_RC, again.weights.weight_RC)
-    warm = fit(train, 4, View((0,), 1e-4), CONFIG, fit(train, 4, View((0,), 1e-2), CONFIG))
-    z_LND = once.scaling(train.x_NLD)
-    assert torch.allclose(once.weights.logits(z_LND).softmax(1), warm.weights.logits(z_LND).softmax(1), atol=0.02)
+    assert torch.equal(once.weights.weight_DC, again.weights.weight_DC)
+    *_, warm = fits(train, 4, (0,), [1e-2, 1e-4], CONFIG)
+    x_LND = once.scaling(train.x_NLD)
+    assert torch.allclose(once.weights.logits(x_LND).softmax(1), warm.weights.logits(x_LND).softmax(1), atol=0.02)
 
 
 def test_classes_in_directions_of_low_variance_are_found() -> None:
@@ -74,10 +74,14 @@ def test_classes_in_directions_of_low_variance_are_found() -> None:
     assert (probe.predict(parts[2].x_NLD) == parts[2].y_N.numpy()).mean() > 0.9
 
 
-def test_coordinates_are_white() -> None:
+def test_coordinates_are_the_eigenvectors_of_the_covariance() -> None:
     part = informative(2_000, 1, 0)
-    z_ND = Scaling(part.x_NLD)(part.x_NLD)[0].double()
-    assert torch.allclose(z_ND.T @ z_ND / len(z_ND), torch.eye(8, dtype=torch.double), atol=0.01)
+    scaling = Scaling(part.x_NLD)
+    x_ND = scaling(part.x_NLD)[0]
+    rotated_NR = x_ND @ scaling.vectors_DR
+    covariance_RR = rotated_NR.T @ rotated_NR / len(x_ND)
+    assert torch.allclose(covariance_RR, torch.diag(scaling.values_R), atol=1e-3)
+    assert torch.allclose(x_ND.std(0, unbiased=False), torch.ones(8), atol=1e-2)
 
 
 def test_few_validation_speakers_are_replaced_by_folds_of_training_speakers() -> None:
@@ -104,8 +108,8 @@ def test_fewer_vectors_than_dimensions_reach_the_same_minimum() -> None:
     standard_ND = (x_ND - x_ND.mean(0)) / x_ND.std(0)
     theirs = linear_model.LogisticRegression(C=1 / (1e-2 * 60), tol=1e-8, max_iter=5_000).fit(standard_ND, y_N)
     part = labelled(torch.from_numpy(x_ND)[:, None].float(), torch.from_numpy(y_N))
-    probe = fit(part, 3, View((0,), 1e-2), ProbeConfig(iterations=500))
+    probe = fit(part, 3, View((0,), 1e-2), ProbeConfig(iterations=500, tolerance=1e-9))
     others_ND = RNG.normal(0, 1, (50, 200))
-    z_LND = probe.scaling(torch.from_numpy(others_ND)[:, None].float())
+    x_LND = probe.scaling(torch.from_numpy(others_ND)[:, None].float())
     expected_NC = theirs.predict_proba((others_ND - x_ND.mean(0)) / x_ND.std(0))
-    assert np.abs(probe.weights.logits(z_LND).softmax(1).numpy() - expected_NC).max() < 5e-3
+    assert np.abs(probe.weights.logits(x_LND).softmax(1).numpy() - expected_NC).max() < 5e-3

@@ -1,0 +1,54 @@
+"""Every kind of task, from its definition to rows: pairs, ranking and texts beside frames and utterances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.evaluate.config import EvaluateConfig, TextProbeConfig
+from pretrain.evaluate.evaluator import evaluate, few_threads
+from pretrain.evaluate.frozen_encoders import log_mel_with_context
+from pretrain.evaluate.rows import Detail
+
+
+@pytest.mark.parametrize("kind", ["pairs", "ranking", "text", "utterances", "frames"])
+def test_a_task_of_every_kind_is_evaluated(kind: str, corpus: Path, tmp_path: Path) -> None:
+    lines = [f"kind: {kind}", f"data: {corpus / 'manifest.tsv'}", "alignment: phones.tsv"]
+    (tmp_path / "mine.yaml").write_text("\n".join(lines))
+    config = EvaluateConfig(
+        checkpoint="given", task=str(tmp_path / "mine.yaml"), seeds=2, bootstrap=100, baselines=False,
+        text=TextProbeConfig(epochs=30, lr=0.05, batch=4, patience=30),
+    )  # fmt: skip
+    said: list[str] = []
+    details: list[Detail] = []
+    rows = evaluate(config, said.append, [log_mel_with_context(2)], details)
+    values = {row.measure: row.value for row in rows}
+    assert {row.task for row in rows} == {"mine"}
+    assert said[0].startswith("mine: 0.01 h; utterances: train 27 of 3 speakers, valid 9 of 1 speakers, test 18 of 2")
+    if kind == "pairs":
+        assert 0 <= values["EER of verification"] <= 1
+    elif kind == "ranking":
+        assert values["mean average precision"] > 0.9  # the pitches are far apart
+    elif kind == "text":
+        assert values["character error rate"] < 0.9  # a frame of a tone does not show which letter it is at
+        assert set(values) == {"word error rate", "character error rate"}
+    elif kind == "utterances":
+        assert values["accuracy"] > 0.9
+        assert "3 classes: high low middle" in said[0]
+        [detail] = details
+        assert detail.classes == ("high", "low", "middle")
+        assert detail.confusion_CC is not None
+        assert detail.confusion_CC.sum() == 18
+    else:
+        assert values["non-silence frames"] > 0.8
+        assert details[0].confusion_CC is not None
+        assert details[0].confusion_CC[details[0].classes.index("SIL")].sum() == 0
+
+
+def test_threads_are_limited_in_an_evaluation_only() -> None:
+    before = torch.get_num_threads()
+    with few_threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
