@@ -118,7 +118,7 @@ def digits(listed: Sequence[Utterance], given: argparse.Namespace) -> dict[str, 
 
     def drawn(rng: np.random.Generator, both: bool) -> list[Sample]:
         samples = []
-        for number in range(32):
+        for number in range(48 if both else 32):
             speakers = list(voices[number % 2 == 0].values())  # both languages, and their speakers, as often
             own = speakers[rng.integers(len(speakers))]
             u = own[rng.integers(len(own))]
@@ -162,9 +162,9 @@ def digits(listed: Sequence[Utterance], given: argparse.Namespace) -> dict[str, 
 def word_of(utterance: Utterance) -> str:
     """Returns the English word of a spoken digit; Arabic ones have it as their label, prompts a number."""
     if utterance.corpus == FURTHER:
-        number = utterance.label.removeprefix("digits_")
+        number = utterance.value("label").removeprefix("digits_")
         return WORDS[int(number)] if number.isdecimal() and int(number) < 10 else ""
-    return utterance.text or utterance.label
+    return utterance.text or utterance.value("label")
 
 
 def handwritten() -> tuple[list[tuple[Matrix, int]], list[tuple[Matrix, int]]]:
@@ -231,7 +231,7 @@ def tower(kind: str, dim: int, layers: int) -> dict[str, Any]:
     """Returns the config of a tower for text or images."""
     encoder = {
         "name": "transformer", "dim": dim, "layers": layers, "heads": 4, "ffn_dim": 2 * dim, "norm": "pre",
-        "positions": "none", "dropout": 0.1, "attention_dropout": 0.0, "layer_drop": 0.0,
+        "positions": "none", "dropout": 0.0, "attention_dropout": 0.0, "layer_drop": 0.0,
     }  # fmt: skip
     embedding = {
         "text": {"name": "tokens", "vocabulary": len(ALPHABET)},
@@ -246,15 +246,15 @@ def config(dim: int, layers: int, heads: Mapping[str, Any], seed: int, lr: float
         Config,
         {
             "data": {"shards": "none", "micro_batches": 1},
-            "frontend": {"name": "log_mel", "n_mels": 64},
+            "frontend": {"name": "log_mel", "n_mels": 40, "dropout": 0.0},
             "encoder": {
                 "name": "conformer", "dim": dim, "layers": layers, "heads": 4, "ffn_dim": 2 * dim, "kernel": 15,
-                "attention_dropout": 0.0, "layer_drop": 0.0,
+                "dropout": 0.05, "attention_dropout": 0.0, "layer_drop": 0.0,
             },
-            "objective": {"name": "none", "mask_time": 0.1, "mask_time_span": 8, "mask_channels": 0.1},
+            "objective": {"name": "none", "mask_time": 0.05, "mask_time_span": 8, "mask_channels": 0.05},
             "heads": dict(heads),
-            "optimizer": {"lr": lr, "weight_decay": 0.05, "clip_norm": 1.0},
-            "schedule": {"name": "cosine", "warmup_steps": 100},
+            "optimizer": {"lr": lr, "weight_decay": 0.01, "clip_norm": 1.0},
+            "schedule": {"name": "cosine", "warmup_steps": 20},
             "engine": {"name": "torch"},
             "seed": seed,
         },
@@ -267,17 +267,17 @@ def digit_config(pairs: Sequence[str], seed: int) -> Config:
         "name": "joint_embedding", "embedding_dim": 64, "loss": "softmax", "pairs": list(pairs),
         "towers": {"text": tower("text", 64, 1), "image": tower("image", 64, 2)},
     }  # fmt: skip
-    return config(96, 3, {"joint": head}, seed, 1e-3)
+    return config(96, 2, {"joint": head}, seed, 2e-3)
 
 
 def sentence_config(seed: int) -> Config:
     """Returns the config of the sentences' model, which also learns their characters by CTC."""
     head = {
         "name": "joint_embedding", "embedding_dim": 192, "loss": "softmax", "queue": 256,
-        "towers": {"text": tower("text", 128, 2)},
+        "towers": {"text": tower("text", 96, 2)},
     }  # fmt: skip
     text = {"name": "ctc", "tokens": "text", "vocabulary": len(ALPHABET), "weight": 0.5}
-    return config(128, 4, {"joint": head, "text": text}, seed, 1.5e-3)
+    return config(96, 3, {"joint": head, "text": text}, seed, 2e-3)
 
 
 def model(settings: Config) -> Engine:
