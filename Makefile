@@ -14,13 +14,11 @@ demo: setup ## speech -> shards -> a pretrained checkpoint, in minutes; CORPUS=F
 test: setup ## the test suite without the slow proofs; AURICLE_SPEECH=FOLDER adds the tests on real speech
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-# what computes in 16 bits; `-k` leaves out the fp32 tests of two large files
-AMX_UNIT := $(addprefix tests/unit/pretrain/,nn profiling engines compression interop test_pitfalls.py) tests/parity
-AMX_16BIT := tests/contract/test_objectives.py tests/contract/test_heads.py tests/distributed/test_engines.py
+AMX_UNIT := $(addprefix tests/unit/pretrain/,nn/test_amx.py nn/test_convolution.py profiling/test_operation_check.py)
 
 test-amx: setup ## tests of 16-bit computation on an emulated CPU with AMX; needs gcc, binutils and avx512_bf16
-	$(BIN)/python -m tests.support.amx -- -m pytest -m "not slow" $(AMX_UNIT)
-	$(BIN)/python -m tests.support.amx -- -m pytest -m "not slow" -k bf16 $(AMX_16BIT)
+	$(BIN)/python -m tests.support.amx -- -m pytest $(AMX_UNIT)
+	$(BIN)/python -m tests.support.amx -- -m pytest -k bf16 tests/contract/test_objectives.py tests/contract/test_heads.py
 	$(BIN)/python -m tests.support.amx -- -m tests.support.amx.table
 	$(BIN)/python -m tests.support.amx -- -m tests.support.amx.random_shapes 0 60
 
