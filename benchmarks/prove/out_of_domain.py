@@ -1,4 +1,4 @@
-"""Measures what pretraining gains on a corpus that it never heard, and from how many hours of distinct speech.
+"""Measures what pretraining gains on an unseen corpus, and from how many hours of distinct speech.
 
     python benchmarks/prove/out_of_domain.py                              # leave-one-corpus-out, in both directions
     python benchmarks/prove/out_of_domain.py --hours 0.3 0.6 1.2          # equal updates on so much distinct speech
@@ -25,9 +25,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.prove.common import parser_of, real_speech  # noqa: E402
 from benchmarks.prove.quality import MEASURE, OVER_LOG_MEL, OVER_RANDOM, auricle, pick, pretrain  # noqa: E402
 from data_pipeline.core.rng import keyed_seed  # noqa: E402
-from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from data_pipeline.corpora.tables import read_table  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
@@ -89,7 +89,7 @@ def passed(rows: Sequence[Row], log_mel: bool) -> bool:
 
 def main() -> int:
     """Returns exit code 0 where every line passes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, "out_of_domain")
     parser.add_argument("--experiment", default="quality_hubert")
     parser.add_argument("--minutes", type=float, default=6.0, help="of each pretraining")
     parser.add_argument("--seeds", type=int, default=3)
@@ -98,12 +98,9 @@ def main() -> int:
     parser.add_argument(
         "--hours", type=float, nargs="*", default=[], help="instead: phones after so much distinct speech"
     )
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "out_of_domain")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
-    manifest = speech_manifest()
+    manifest = real_speech()
     if manifest is None:
-        print("skipped: needs real speech; set AURICLE_SPEECH to a folder with manifest.tsv")
         return 0
     begun, lines = time.monotonic(), list[dict[str, Any]]()
     other: Callable[[str], bool] = lambda corpus: corpus != LEFT_OUT  # noqa: E731

@@ -31,18 +31,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.audio.codecs import read_mono  # noqa: E402
+from benchmarks.prove.common import parser_of, real_speech  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
-from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from launch.cli.compose import compose  # noqa: E402
 from pretrain.config import Config  # noqa: E402
 from pretrain.engines import make_engine  # noqa: E402
 from pretrain.engines.distributed import DistributedContext  # noqa: E402
 from pretrain.evaluate.asr import by_speaker  # noqa: E402
-from pretrain.evaluate.config import EvaluateConfig, ProbeConfig  # noqa: E402
-from pretrain.evaluate.evaluator import Row, evaluate, plain  # noqa: E402
-from pretrain.evaluate.manifest import Utterance, read_manifest  # noqa: E402
+from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
+from pretrain.evaluate.evaluator import evaluate  # noqa: E402
+from pretrain.evaluate.manifest import Utterance, read_audio, read_manifest, span_columns  # noqa: E402
 from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
+from pretrain.evaluate.rows import Row, plain  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.recognition.error_rates import Decoders, edits, recognise, written  # noqa: E402
 from pretrain.recognition.recogniser import open_recogniser  # noqa: E402
@@ -81,19 +81,16 @@ UNLABELLED = ("pretrained", "joint", "plain")
 
 def main() -> int:
     """Runs all arms; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "recognition")
     parser.add_argument("--minutes", type=float, default=0.5, help="processor time of an arm and seed (default: 0.5)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--corpora", nargs="+", default=["speech_commands_v1", "fsdd"], help="of the labelled audio")
     parser.add_argument("--utterances", type=int, default=0, help="labelled utterances for training; 0: all")
     parser.add_argument("--test", type=int, default=0, help="utterances of the test split; 0: all")
-    parser.add_argument("--work", type=Path, default=Path("prove/recognition"), help="folder for data and runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the table")
     given = parser.parse_args()
-    manifest = speech_manifest()
+    manifest = real_speech()
     if manifest is None:
-        print("set AURICLE_SPEECH to a folder with manifest.tsv", file=sys.stderr)
-        return 2
+        return 0
     shutil.rmtree(given.work, ignore_errors=True)
     began, listed = time.monotonic(), read_manifest(manifest)
     shards = {name: preprocess(listed, given, name) for name in ("labelled", "all")}
@@ -126,7 +123,8 @@ def preprocess(listed: Sequence[Utterance], given: argparse.Namespace, name: str
     folder.mkdir(parents=True)
     rows = [(u, written(u.text, " 'abcdefghijklmnopqrstuvwxyz")) for u in labelled] + [(u, "") for u in rest]
     lines = [
-        json.dumps({"path": str(u.path), "speaker": u.speaker, "text": text, "corpus": u.corpus}) for u, text in rows
+        json.dumps({"path": u.path, "speaker": u.speaker, "text": text, "corpus": u.corpus} | span_columns(u))
+        for u, text in rows
     ]
     (folder / "list.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     corpus = ["corpus=manifest", f"corpus.path={folder / 'list.jsonl'}", "corpus.allow_outside=true"]
@@ -173,7 +171,7 @@ def character_errors(run: Path, test: Sequence[Utterance]) -> Tally:
     """Returns character edits and characters of each test speaker, greedily decoded."""
     recogniser = open_recogniser(str(run))
     references = [written(u.text, recogniser.head.symbols) for u in test]
-    [(_, texts)] = recognise(recogniser, (read_mono(str(u.path)) for u in test), Decoders())
+    [(_, texts)] = recognise(recogniser, (read_audio(u) for u in test), Decoders())
     return by_speaker(test, edits(references, texts, by_words=False))
 
 
@@ -181,8 +179,8 @@ def probe(runs: Path, names: Sequence[str], manifest: Path) -> list[Row]:
     """Returns the accuracy of phones on non-silence frames, read by a linear probe from each run's frozen encoder."""
     checkpoint = ",".join(str(runs / name) for name in names)
     settings = EvaluateConfig(
-        checkpoint=checkpoint, task="phones", manifest=str(manifest), probe=ProbeConfig(epochs=4, batch=1024), seeds=1,
-        baselines=False, max_utterances=PROBED,
+        checkpoint=checkpoint, task="phones", manifest=str(manifest), seeds=1, baselines=False,
+        max_utterances=PROBED,
     )  # fmt: skip
     return [row for row in evaluate(settings) if row.measure == "non-silence frames"]
 
