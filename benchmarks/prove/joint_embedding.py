@@ -2,7 +2,7 @@
 
     AURICLE_SPEECH=FOLDER python benchmarks/prove/joint_embedding.py        # about 20 minutes on one core
 
-Digits: spoken in English (fsdd) and Arabic (arabic_speech_commands) by speakers that training does not hear,
+Digits: spoken in English (fsdd) and Arabic (arabic_speech_commands) by unseen speakers,
 handwritten (scikit-learn's digits, images that training does not see), and their English words. Three arms:
 
     all pairs   every sample has speech, an image and a word

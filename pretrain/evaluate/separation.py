@@ -1,4 +1,4 @@
-"""Separation of mixtures of speakers that were not heard: improvement of the SI-SNR beside an ideal mask."""
+"""Separation of mixtures of unseen speakers: improvement of the SI-SNR beside an ideal mask."""
 
 from __future__ import annotations
 

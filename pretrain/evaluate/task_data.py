@@ -225,7 +225,7 @@ def divide(
 ) -> tuple[list[list[Utterance]], str]:
     """Divides utterances into train, valid and test.
 
-    Splits of the data are used as far as it has them. Without test or train, all speakers are divided anew; without
+    Splits of the data are used as far as it has them. Without test or train, all speakers are divided again; without
     valid, speakers of train are taken. Which speaker goes where depends on the names of the speakers alone.
 
     Args:

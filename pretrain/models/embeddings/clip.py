@@ -51,7 +51,7 @@ class Config(EmbeddingConfig):
 
 
 class Described(NamedTuple):
-    """What config.json says of the image encoder."""
+    """Fields of config.json on the image encoder."""
 
     model: str
     dim: int
