@@ -163,6 +163,6 @@ def test_a_measured_rate_gives_its_own_utilisation(tmp_path: Path, capsys: pytes
 
 def test_the_backward_pass_of_a_teacher_is_not_counted() -> None:
     with_teacher = cost_model.measure(config("+experiment=data2vec_base", "encoder.layers=2"), (1.0, 2.0))
-    assert with_teacher.differentiated.of(2.0) < 0.7 * with_teacher.flops.of(2.0)
+    assert with_teacher.differentiated.of(2.0) < 0.85 * with_teacher.flops.of(2.0)
     without = cost_model.measure(config("+experiment=best_rq_tiny"), (1.0, 2.0))
     assert without.differentiated.of(2.0) > 0.95 * without.flops.of(2.0), "only targets are computed without gradients"
