@@ -119,7 +119,7 @@ def test_an_update_waits_for_the_device_at_known_places_only(name: str, results:
     assert all(found[place] <= steps for place in STEP_WAITS)
 
 
-@pytest.mark.parametrize("name", set(CASE_CONFIGS) - {"data2vec2"})
+@pytest.mark.parametrize("name", [name for name in CASE_CONFIGS if name != "data2vec2"])
 def test_passes_over_a_fitted_model_never_wait(name: str, results: dict[str, Any]) -> None:
     """Forward and backward passes run ahead of the device; the rows of k-means are collected once per run."""
     found = waits(results[name]["found"], "forward pass", "backward pass")
