@@ -85,7 +85,7 @@ class Style(nn.Module):
 
     def forward(self, frames: Frames, heard_B: Tensor) -> Tensor:
         """Returns (B, out_dim); rows where `heard_B` is False get the learned voice alone."""
-        count_B1 = frames.lengths_B.clamp(min=1)[:, None]
+        count_B1 = frames.lengths_B.to(frames.x_BFD.device).clamp(min=1)[:, None]
         mean_BD = zero_padding(frames.x_BFD, frames.lengths_B).sum(1) / count_B1
         style_BS = torch.tanh(self.reduce(mean_BD)) * heard_B[:, None]
         out: Tensor = self.expand(style_BS)
@@ -145,13 +145,15 @@ class Synthesis(Head):
 
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
         device = batch.wave_BT.device
-        rows_B = plan.rows_B.to(device)
-        tokens_BN, tokens_B = self.with_marks(self._tokens(batch), rows_B)
+        labelled_B = (self._tokens(batch) >= 0).any(1)
+        infeasible = (labelled_B & ~plan.rows_B).sum()
+        tokens_BN, tokens_B = (ids.to(device) for ids in self.with_marks(self._tokens(batch), plan.rows_B))
         wave_BT = pad_audio(batch.wave_BT, self.mel.window)
-        mel = self.mel(wave_BT, batch.lengths_B * rows_B)
+        mel = self.mel(wave_BT, batch.lengths_B * plan.rows_B)
         draws = [EVALUATED] * len(batch.keys)
         if self.training:
             draws = _draw(batch, ctx, mel.lengths_B.tolist(), self.config)
+        mel, rows_B = mel._replace(lengths_B=mel.lengths_B.to(device)), plan.rows_B.to(device)
         heard_B = torch.tensor([draw.heard for draw in draws], device=device)
         style_BD = self.style(self.frames(encoded), heard_B)
         spoken: Spoken = self.synthesizer(tokens_BN, tokens_B, style_BD, self._recorded(batch, mel))
@@ -164,9 +166,8 @@ class Synthesis(Head):
         summed = {name: loss_B.masked_fill(~rows_B, 0.0) for name, loss_B in losses.items()}
         count = mel.lengths_B.sum()
         metrics |= {name: ((loss_B * frames_B).sum(), count) for name, loss_B in summed.items()}
-        labelled_B = (self._tokens(batch) >= 0).any(1)
-        metrics[INFEASIBLE] = ((labelled_B & ~rows_B).sum(), labelled_B.sum())
-        if self._recording and bool(rows_B.any()):
+        metrics[INFEASIBLE] = (infeasible, labelled_B.sum())
+        if self._recording and bool(plan.rows_B.any()):
             self._recording, self._media = False, _media(wave_BT, mel, self.mel.hop, spoken, tokens_B, made_BT)
         total = torch.stack([metrics[name][0] for name in summed]).sum()
         return LossOutput(total, count, metrics)
@@ -224,7 +225,8 @@ class Synthesis(Head):
     def _recorded(self, batch: Batch, mel: Frames) -> Recorded:
         if not self.config.pitch:
             return Recorded(mel)
-        labels_BF = batch.targets.get(self.config.pitch, batch.lengths_B.new_full((len(batch.keys), 0), -1))
+        none_BF = torch.full((len(batch.keys), 0), -1, device=mel.x_BFD.device)
+        labels_BF = batch.targets.get(self.config.pitch, none_BF)
         width = mel.x_BFD.shape[1]
         labels_BF = nn.functional.pad(labels_BF, (0, max(width - labels_BF.shape[1], 0)), value=-1)[:, :width]
         return Recorded(mel, octaves(labels_BF), labels_BF > 0)

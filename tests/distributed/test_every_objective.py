@@ -75,10 +75,11 @@ def case(objective: str, engine: str, stage: int = 1, **more: Any) -> dict[str, 
 
 
 MAKERS = dict.fromkeys(CASES, case) | dict.fromkeys(ENCODERS, optional) | {PRUNED: pruned}
-ALSO_UNDER_ZERO_1 = ("best_rq", "wav2vec2", "efficient, relabelled", PRUNED)
+ALSO_UNDER_ZERO_1 = ("best_rq", PRUNED)
 """Of the other cases ZeRO 1 is a slow test: they differ in the objective alone, which ZeRO 3 asks more of."""
 QUICK = [(name, 3) for name in MAKERS] + [(name, 1) for name in ALSO_UNDER_ZERO_1]
-HEADED = [("multitask", 1), ("multitask", 3), ("joint", 3)]
+HEADED = [("multitask", 3), ("joint", 3)]
+"""All heads under every stage: tests/distributed/test_every_head.py."""
 SLOW = [name for name in MAKERS if name not in ALSO_UNDER_ZERO_1]
 
 
@@ -127,41 +128,35 @@ def test_heads_with_labels_on_one_rank_resume_with_the_same_bits_and_on_another_
     assert measured[f"{name} after"]["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def relabelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 3], ids=["zero 1", "zero 3"])
+def relabelled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Runs the efficient default over update 1, after which its units come from one of its own layers."""
-    tmp, name = tmp_path_factory.mktemp("relabelled"), "efficient, relabelled"
-    cases = {}
-    for stage in (1, 3):
-        cases[f"whole, zero {stage}"] = case(name, "deepspeed", stage)
-        for done in (1, 2):  # resumed directly before and after that update
-            folder = str(tmp / f"zero{stage}-{done}")
-            cases[f"first {done}, zero {stage}"] = case(name, "deepspeed", stage, save=folder) | {"steps": done}
-            cases[f"after {done}, zero {stage}"] = case(name, "deepspeed", stage, load=folder)
-        # the update is skipped, and the checkpoint saved directly after it
-        folder, lost = str(tmp / f"zero{stage}-lost"), {"skip_at": 1}
-        cases[f"whole without 1, zero {stage}"] = case(name, "deepspeed", stage, **lost)
-        cases[f"first without 1, zero {stage}"] = case(name, "deepspeed", stage, save=folder, **lost) | {"steps": 2}
-        cases[f"after without 1, zero {stage}"] = case(name, "deepspeed", stage, load=folder)
-    one = {"whole without 1": case(name, "torch", skip_at=1)}
+    tmp, name, stage = tmp_path_factory.mktemp("relabelled"), "efficient, relabelled", request.param
+    cases = {"whole": case(name, "deepspeed", stage)}
+    for done in (1, 2):  # resumed directly before and after that update
+        folder = str(tmp / f"{done}")
+        cases[f"first {done}"] = case(name, "deepspeed", stage, save=folder) | {"steps": done}
+        cases[f"after {done}"] = case(name, "deepspeed", stage, load=folder)
+    # the update is skipped, and the checkpoint saved directly after it
+    folder, lost = str(tmp / "lost"), {"skip_at": 1}
+    cases["whole without 1"] = case(name, "deepspeed", stage, **lost)
+    cases["first without 1"] = case(name, "deepspeed", stage, save=folder, **lost) | {"steps": 2}
+    cases["after without 1"] = case(name, "deepspeed", stage, load=folder)
+    one = {"one rank without 1": case(name, "torch", skip_at=1)}
     return run(tmp, "one", 1, one) | run(tmp, "two", 2, cases)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(("part", "done"), [("1", 1), ("2", 2), ("without 1", 2)])
-def test_a_resume_around_the_relabelling_is_bit_identical(
-    relabelled: dict[str, Any], part: str, done: int, stage: int
-) -> None:
-    whole = relabelled[f"whole without 1, zero {stage}" if part == "without 1" else f"whole, zero {stage}"]
-    resumed = relabelled[f"after {part}, zero {stage}"]
+def test_a_resume_around_the_relabelling_is_bit_identical(relabelled: dict[str, Any], part: str, done: int) -> None:
+    whole = relabelled["whole without 1" if part == "without 1" else "whole"]
+    resumed = relabelled[f"after {part}"]
     assert resumed["losses"] == whole["losses"][done:]
     assert resumed["digest"] == whole["digest"]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_skipped_relabelling_is_done_at_the_next_update_on_all_ranks(relabelled: dict[str, Any], stage: int) -> None:
-    found, expected = relabelled[f"whole without 1, zero {stage}"], relabelled["whole without 1"]
+def test_a_skipped_relabelling_is_done_at_the_next_update_on_all_ranks(relabelled: dict[str, Any]) -> None:
+    found, expected = relabelled["whole without 1"], relabelled["one rank without 1"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    whole = relabelled[f"whole, zero {stage}"]["losses"]
+    whole = relabelled["whole"]["losses"]
     assert found["losses"][:2] == whole[:2]
     assert abs(found["losses"][2] - whole[2]) > 0.1, "without the relabelling the units are still the first ones"

@@ -67,6 +67,7 @@ def test_kills_of_workers_raylet_and_driver_do_not_change_the_shards(small: Sett
     assert killed["driver"] == 1
 
 
+@pytest.mark.slow
 def test_concurrent_jobs_with_different_numbers_of_workers_give_the_same_shards(small: Setting) -> None:
     with (
         kills.running(small.config("twice", num_cpus=1), small.folder / "job-a") as first,

@@ -74,7 +74,7 @@ def test_a_run_continues_on_fewer_ranks_after_a_lost_node_with_the_same_losses(
     engine = f"engine.name={engine}"
     hurt = pretrain(tmp_path, "hurt", engine, "launcher=ray", f"launcher.address={cluster.address}")
     folder = tmp_path / "hurt"
-    wait_for(lambda: steps_done(folder) >= 10, 90, "a checkpoint", lambda: said(folder))
+    wait_for(lambda: steps_done(folder) >= 10, 240, "a checkpoint", lambda: said(folder))
     power_off(cluster, node)
     assert hurt.wait(timeout=240) == 0, said(folder)
     driver = (folder / "logs" / "launcher.log").read_text()

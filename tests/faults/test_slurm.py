@@ -107,6 +107,7 @@ def same_bits(site: Site, name: str, undisturbed: str = "calm") -> None:
         assert (other / end).read_bytes() == (calm / end).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_run_at_its_time_limit_saves_is_requeued_and_resumes(runs: Site) -> None:
     runs.finish("calm")

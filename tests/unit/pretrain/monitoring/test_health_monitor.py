@@ -52,7 +52,10 @@ class Repeating(SyntheticReader):
             yield dataclasses.replace(first, after=Cursor(self.plan_hash, 0, number))
 
 
-@pytest.mark.parametrize("objective", [BEST_RQ, WAV2VEC2], ids=["best_rq", "wav2vec2"])
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(BEST_RQ, id="best_rq"), pytest.param(WAV2VEC2, id="wav2vec2", marks=pytest.mark.slow)],
+)
 def test_a_healthy_run_raises_no_alarm(tmp_path: Path, objective: dict[str, Any]) -> None:
     encoder = {"name": "transformer", "layers": 2, "dim": 64, "heads": 2, "ffn_dim": 128, "norm": "pre", "dropout": 0.0}
     health = {"grace_steps": 70, "window": 20}
