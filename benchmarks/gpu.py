@@ -115,7 +115,7 @@ def measure_tests(args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cpu":
         raise Skipped("the tests in tests/gpu need a GPU")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=240, check=False)
     return {"failed": run.returncode != 0, "output": run.stdout[-3000:]}
 
 

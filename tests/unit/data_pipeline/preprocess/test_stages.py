@@ -71,7 +71,7 @@ def test_a_missing_vad_package_is_reported_before_the_job_starts(
 ) -> None:
     monkeypatch.setattr(vad.importlib.util, "find_spec", lambda name: None)
     config = path_config(tmp_path, tmp_path / "out", vad={"enabled": True})
-    with pytest.raises(ConfigError, match=r"auricle\[vad\]"):
+    with pytest.raises(ConfigError, match="pip install onnxruntime silero-vad"):
         preprocess(config)
 
 
