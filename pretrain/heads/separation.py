@@ -19,7 +19,7 @@ from data_pipeline.core.types import SAMPLE_RATE, Batch
 from pretrain.interfaces.configs import HeadConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext, valid_frames
 from pretrain.interfaces.models import ModelShape, SpeechModel
-from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
+from pretrain.interfaces.monitoring import INFEASIBLE, HeadMedia, HeadMonitoringRecord
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput, Sum
 from pretrain.nn.numerics import full_precision, zero_padding
 from pretrain.nn.separation import EPS, Spectra, best_assignment, clustering_loss, negative_snr, si_snr
@@ -177,7 +177,8 @@ class Separation(Head):
                     loss_B = loss_B + self.config.clustering * clustered_B
         total, count = loss_B.masked_fill(~rows_B, 0.0).sum(), rows_B.sum() * self.config.sources
         arranged_BST = best.arranged(estimates_BST.detach())
-        self.keep_audio(lambda: first_mixture(batch, targets_BST, arranged_BST, rows_B))
+        if not self.training:
+            self.keep_media(lambda: first_mixture(batch, targets_BST, arranged_BST, rows_B))
         improvement = self._improvement(arranged_BST, targets_BST, batch, rows_B)
         mixed = torch.full_like(rows_B, batch.sources_BST is not None).sum()
         return LossOutput(total, count, {"si_snr_improvement": improvement, INFEASIBLE: (mixed - rows_B.sum(), mixed)})
@@ -248,16 +249,16 @@ class Separation(Head):
         return gained_BS.masked_fill(~counted_BS, 0.0).sum(), counted_BS.sum()
 
 
-def first_mixture(batch: Batch, parts_BST: Tensor, estimates_BST: Tensor, rows_B: Tensor) -> dict[str, Tensor]:
-    """Returns the first mixture of a batch, its parts and their estimates, (T,) each; nothing where there is none."""
+def first_mixture(batch: Batch, parts_BST: Tensor, estimates_BST: Tensor, rows_B: Tensor) -> HeadMedia | None:
+    """Returns audio of the first mixture of a batch, its parts and their estimates; None where there is none."""
     if not bool(rows_B.any()):
-        return {}
+        return None
     row = int(rows_B.int().argmax())
     length = int(batch.lengths_B[row])
     named = {"mixture": batch.wave_BT[row, :length]}
     for name, waves_ST in (("part", parts_BST[row]), ("estimate", estimates_BST[row])):
         named |= {f"{name}_{number}": wave_T[:length] for number, wave_T in enumerate(waves_ST, start=1)}
-    return named
+    return HeadMedia({}, named)
 
 
 def magnitude_costs(masks_BSKC: Tensor, mixture_BKC: Tensor, sources_BSKC: Tensor) -> Tensor:

@@ -116,8 +116,6 @@ class Synthesis(Head):
         self.register_buffer("mel_sha256", torch.tensor(list(digest), dtype=torch.uint8))
         self.mel_sha256: Tensor
         self._compared = False
-        self._recording = False
-        self._media: HeadMedia | None = None
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
         self.require_same_mel()
@@ -167,17 +165,9 @@ class Synthesis(Head):
         count = mel.lengths_B.sum()
         metrics |= {name: ((loss_B * frames_B).sum(), count) for name, loss_B in summed.items()}
         metrics[INFEASIBLE] = (infeasible, labelled_B.sum())
-        if self._recording and bool(plan.rows_B.any()):
-            self._recording, self._media = False, _media(wave_BT, mel, self.mel.hop, spoken, tokens_B, made_BT)
+        self.keep_media(lambda: _media(wave_BT, mel, self.mel.hop, spoken, tokens_B, made_BT))
         total = torch.stack([metrics[name][0] for name in summed]).sum()
         return LossOutput(total, count, metrics)
-
-    def record_next(self) -> None:
-        self._recording, self._media = True, None
-
-    def take_media(self) -> HeadMedia | None:
-        self._recording, media, self._media = False, self._media, None
-        return media
 
     def with_marks(self, ids_BN: Tensor, rows_B: Tensor) -> tuple[Tensor, Tensor]:
         """Returns tokens between a first and a last mark, (B, N + 2), and their number (B,); 0 where not `rows_B`.
@@ -312,8 +302,10 @@ def _squared(values: TokenValues) -> Tensor:
 
 def _media(
     wave_BT: Tensor, mel: Frames, mel_hop: int, spoken: Spoken, tokens_B: Tensor, made_BT: Tensor | None
-) -> HeadMedia:
-    """Shows the first row that counts."""
+) -> HeadMedia | None:
+    """Shows the first row that counts; None where no row does."""
+    if not bool((mel.lengths_B > 0).any()):
+        return None
     row = int((mel.lengths_B > 0).int().argmax())
     frames, tokens = int(mel.lengths_B[row]), int(tokens_B[row])
     shown = {
@@ -324,8 +316,7 @@ def _media(
     audio = {"recorded": wave_BT[row, : frames * mel_hop]}
     if made_BT is not None:
         audio["spoken"] = made_BT[row, : frames * mel_hop]
-    detach = {name: image.detach().float().cpu() for name, image in shown.items()}
-    return HeadMedia(detach, {name: wave.detach().float().cpu() for name, wave in audio.items()})
+    return HeadMedia(shown, audio)
 
 
 def octaves(labels_BF: Tensor) -> Tensor:

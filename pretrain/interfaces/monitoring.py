@@ -30,13 +30,17 @@ class CodeBook(NamedTuple):
 
 
 class HeadMedia(NamedTuple):
-    """What a head shows of one utterance.
+    """Holds pictures and audio of one utterance that a head makes for TensorBoard.
 
     images: by name, each (rows, columns) of any range; rows from below.  audio: by name, (T,) samples at 16 kHz.
     """
 
     images: Mapping[str, Tensor]
     audio: Mapping[str, Tensor]
+
+    def on_host(self) -> HeadMedia:
+        """Returns the same in fp32 on the CPU, without gradients."""
+        return HeadMedia(*({name: values.detach().float().cpu() for name, values in kind.items()} for kind in self))
 
 
 class MicroBatchRecord(NamedTuple):

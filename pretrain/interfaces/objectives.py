@@ -200,7 +200,7 @@ class Head(nn.Module, abc.ABC):
     weight: float
     """Weight of its loss relative to the objective's, after the warm-up."""
     _recording: bool = False
-    _audio: Mapping[str, Tensor] = {}
+    _media: HeadMedia | None = None
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -217,22 +217,6 @@ class Head(nn.Module, abc.ABC):
         """Returns the weight of its loss in the update after `step` updates: 0 until `warmup[0]`, then rising."""
         first, last = self.warmup
         return self.weight * (float(step >= last) if last <= first else min(max((step - first) / (last - first), 0), 1))
-
-    def record_audio(self) -> None:
-        """Makes the head keep audio of the next forward pass in evaluation mode for `take_audio`, if it makes any."""
-        self._recording, self._audio = True, {}
-
-    def take_audio(self) -> Mapping[str, Tensor]:
-        """Returns what was kept since `record_audio`, by name: (T,) samples at 16 kHz. It is kept once."""
-        audio, self._audio = self._audio, {}
-        return audio
-
-    def keep_audio(self, make: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Called by `forward`: keeps the audio that `make` returns if it was requested; free of cost otherwise."""
-        if self._recording and not self.training:
-            with torch.no_grad():
-                self._audio = {name: wave_T.detach().float().cpu() for name, wave_T in make().items()}
-            self._recording = not self._audio
 
     @abc.abstractmethod
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
@@ -269,14 +253,27 @@ class Head(nn.Module, abc.ABC):
         """Called after each optimizer update that was not skipped; all ranks must end with the same state."""
 
     def record_next(self) -> None:
-        """Makes the next forward pass keep what `take_media` returns. Does nothing by default.
+        """Makes the next forward pass with something to show keep what `take_media` returns.
 
         It is called on rank 0 alone: a recording pass must run the same modules as any other.
         """
+        self._recording, self._media = True, None
 
     def take_media(self) -> HeadMedia | None:
-        """Returns, once, what was kept since `record_next`; None if nothing was."""
-        return None
+        """Returns, once, what was kept since `record_next`, None if nothing was, and ends the recording."""
+        self._recording, media, self._media = False, self._media, None
+        return media
+
+    def keep_media(self, make: Callable[[], HeadMedia | None]) -> None:
+        """Called by `forward`: keeps what `make` returns if it was requested; free of cost otherwise.
+
+        After None, for a micro-batch with nothing to show, the next forward pass is asked.
+        """
+        if self._recording:
+            with torch.no_grad():
+                media = make()
+            self._media = None if media is None else media.on_host()
+            self._recording = media is None
 
     @abc.abstractmethod
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:

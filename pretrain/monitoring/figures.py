@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +40,16 @@ def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
         board.add_figure("frames/principal_axes", scatter(frames_ND, header, metadata), step)
 
 
-def add_audio(board: SummaryWriter, head: str, waves: Mapping[str, Tensor], step: int) -> None:
-    """Adds what a head made of held-out audio, (T,) samples by name."""
-    for name, wave_T in waves.items():
-        board.add_audio(f"audio/{head}/{name}", wave_T[None].clamp(-1, 1), step, SAMPLE_RATE)
-
-
 def add_media(board: SummaryWriter, head: str, media: HeadMedia, step: int) -> None:
-    """Adds what a head shows of one utterance, as HEAD/NAME."""
+    """Adds what a head shows of one utterance, as media/HEAD/NAME."""
     for name, wave_T in media.audio.items():
-        board.add_audio(f"{head}/{name}", wave_T[None].clamp(-1, 1), step, SAMPLE_RATE)
+        board.add_audio(f"media/{head}/{name}", wave_T[None].clamp(-1, 1), step, SAMPLE_RATE)
     for name, image_YX in media.images.items():
         figure = Figure(figsize=(8, 3), layout="constrained")
         axes = figure.subplots()
         axes.imshow(image_YX.numpy(), origin="lower", aspect="auto", interpolation="nearest")
         axes.set_xlabel("frame")
-        board.add_figure(f"{head}/{name}", figure, step)
+        board.add_figure(f"media/{head}/{name}", figure, step)
 
 
 def add_frames(

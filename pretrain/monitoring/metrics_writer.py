@@ -21,7 +21,7 @@ from pretrain.interfaces.objectives import Head
 from pretrain.monitoring.append_log import AppendLog, drop_rows_after
 from pretrain.monitoring.board import Board, add_counts
 from pretrain.monitoring.config_pages import compared_fields, config_page
-from pretrain.monitoring.figures import add_audio, add_media, add_snapshot
+from pretrain.monitoring.figures import add_media, add_snapshot
 from pretrain.monitoring.snapshot import SnapshotHook
 from pretrain.profiling import mfu
 from pretrain.train_module import TrainModule
@@ -90,8 +90,6 @@ class MetricsWriter:
         self._snapshot = SnapshotHook(module.objective) if self._media_every else None
         heads = module.heads.items() if self._media_every else ()
         self._heads = {name: head for name, head in heads if isinstance(head, Head)}
-        for head in self._heads.values():
-            head.record_audio()
         self._rows = AppendLog(run, run.metrics, say)
         self._histograms_due = True
         self._open(resumed_at)
@@ -168,9 +166,6 @@ class MetricsWriter:
         if self._snapshot is not None and (snapshot := self._snapshot.take()):
             self._board.write(lambda board: add_snapshot(board, snapshot, step))
         for name, head in self._heads.items():
-            if audio := head.take_audio():  # of held-out audio, which has just been measured
-                self._board.write(lambda board, name=name, audio=audio: add_audio(board, name, audio, step))  # type: ignore[misc]
-                head.record_audio()
             if media := head.take_media():
                 self._board.write(lambda board, n=name, m=media: add_media(board, n, m, step))  # type: ignore[misc]
 

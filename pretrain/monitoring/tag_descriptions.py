@@ -41,7 +41,8 @@ DESCRIPTIONS = {
     "hist/codes": "How often each code occurred in the update; neighbouring codes share a bar where there are many.",
     "audio/heard": "The first utterance of the micro-batch, as the model receives it.",
     "audio/masked_parts_silent": "The same with its masked frames silenced.",
-    "audio/": "Audio that a head made of the first mixture of the held-out audio (data.valid), with its true parts.",
+    "media/": "What a head made of one utterance, beside its targets: of held-out audio (data.valid) after each "
+    "measurement, else of a training batch.",
     "units/spectrogram": "Log-mel of that utterance; masked frames are lighter, and the rows below have their target "
     "and predicted units, one colour per unit.",
     "frames/": "Frames of the last layer on their first two principal axes, coloured by a label.",

@@ -31,6 +31,12 @@ def module_of(**fields: Any) -> TrainModule:
     return make("none", heads={"apart": SEPARATION | fields}).eval()
 
 
+def head_of(module: TrainModule) -> Separation:
+    head = module.heads["apart"]
+    assert isinstance(head, Separation)
+    return head
+
+
 def measured(module: TrainModule, data: Batch, step: int = 5) -> dict[str, tuple[float, float]]:
     ctx = dataclasses.replace(CTX, step=step)
     plan = module.prepare(data, ctx)
@@ -61,14 +67,12 @@ def test_the_loss_changes_to_waveforms_at_its_update() -> None:
     assert early == measured(module_of(), data)["loss/apart"][0]
     assert late == pytest.approx(measured(module_of(waveform_from=0), data)["loss/apart"][0])
     assert early != late
-    (head,) = module._heads().values()
-    assert head.signed
+    assert module.heads["apart"].signed
 
 
 def test_the_separated_parts_of_a_row_do_not_depend_on_the_batch() -> None:
     module = module_of()
-    (head,) = module._heads().values()
-    assert isinstance(head, Separation)
+    head = head_of(module)
     both, alone = batch(), batch((0.7,), first_seed=1)
     with torch.no_grad():
         found, expected = (
@@ -82,15 +86,17 @@ def test_the_separated_parts_of_a_row_do_not_depend_on_the_batch() -> None:
 
 def test_the_first_mixture_of_an_evaluation_can_be_heard() -> None:
     module, data = module_of(), labelled(batch(), ("", "a tool"))
-    (head,) = module._heads().values()
+    head = head_of(module)
     measured(module, data)
-    assert head.take_audio() == {}
-    head.record_audio()
+    assert head.take_media() is None
+    head.record_next()
     measured(module.train(), data)
-    assert head.take_audio() == {}
     measured(module.eval(), data)
     measured(module, labelled(batch((0.5, 0.5))))
-    found = head.take_audio()
+    media = head.take_media()
+    assert media is not None
+    assert media.images == {}
+    found = media.audio
     assert list(found) == ["mixture", "part_1", "part_2", "estimate_1", "estimate_2"]
     length = int(data.lengths_B[1])
     assert {len(wave_T) for wave_T in found.values()} == {length}
@@ -103,7 +109,7 @@ def test_tensorboard_has_the_parts_of_a_held_out_mixture(tmp_path: Path) -> None
     settings = config(heads={"apart": SEPARATION}, train=length, health={"on_collapse": "warn"})
     run(tmp_path, settings, held_out=HeldOut((labelled(batch()),), 1, 2, 1.7))
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"audio": 0}).Reload()
-    assert [event.step for event in events.Audio("audio/apart/estimate_2")] == [2, 3]
+    assert [event.step for event in events.Audio("media/apart/estimate_2")] == [2, 3]
     assert len(events.Tags()["audio"]) == 5
     rows = {row["step"]: row for row in read_rows(tmp_path / "metrics.jsonl")}
     assert [step for step, row in rows.items() if "valid/metric/apart/si_snr_improvement" in row] == [2, 3]

@@ -12,11 +12,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
+from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.heads.synthesis import Synthesis, octaves
 from pretrain.interfaces.frames import StepContext
 from pretrain.monitoring.figures import add_media
+from pretrain.monitoring.metrics_writer import MetricsWriter
 from pretrain.train_module import TrainModule
 from tests.support.contract_cases import SYNTHESIS, TEXTS, batch, labelled, make
+from tests.support.training import config
 
 
 def module_of(**more: object) -> TrainModule:
@@ -100,8 +103,22 @@ def test_recorded_media_show_the_first_row_that_counts(tmp_path: Path) -> None:
         add_media(board, "voice", media, 3)
     events = EventAccumulator(str(tmp_path), {"images": 0, "audio": 0})
     events.Reload()
-    assert events.Tags()["images"] == ["voice/alignment", "voice/mel_recorded", "voice/mel_predicted"]
-    assert events.Tags()["audio"] == ["voice/recorded", "voice/spoken"]
+    assert events.Tags()["images"] == [f"media/voice/{name}" for name in media.images]
+    assert events.Tags()["audio"] == ["media/voice/recorded", "media/voice/spoken"]
+
+
+def test_training_batches_are_shown_at_the_updates_of_media_every_alone(tmp_path: Path) -> None:
+    module, folder = module_of(), RunFolder(tmp_path)
+    folder.claim()
+    settings = config(train={"steps": 200, "log_every": 10, "media_every": 100})
+    with MetricsWriter(folder, settings, module, resumed_at=0) as writer:
+        for step in (10, 100, 110):
+            writer.expect(step)
+            run(module, labelled(batch()), step)
+            writer.log(step, {}, {})
+    events = EventAccumulator(str(folder.tensorboard), {"images": 0, "audio": 0}).Reload()
+    assert [event.step for event in events.Images("media/voice/alignment")] == [100]
+    assert [event.step for event in events.Audio("media/voice/spoken")] == [100]
 
 
 def test_weights_trained_with_other_mel_frames_are_refused() -> None:
