@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.core.rng import keyed_rng
-from data_pipeline.core.schema import ConfigError, hint
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
-from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.head_choice import checkpoint_with_heads, chosen_device, chosen_head
 from pretrain.checkpointing.weights import load_checkpoint
 from pretrain.evaluate.config import EvaluateConfig, items
 from pretrain.evaluate.features import Waves
@@ -62,28 +61,17 @@ def open_separator(given: str, head: str = "", device: str = "cpu") -> Separator
     Args:
         given: run folder (its newest checkpoint) or checkpoint.
         head: name of the head; empty: the only one that separates.
-        device: torch device for the model.
+        device: torch device for the model, or "auto".
 
     Raises:
         ConfigError: there is no such checkpoint or head.
         ValueError: the checkpoint is damaged.
     """
-    folder = find_checkpoint(given)
-    if not Path(folder, "state.json").is_file():
-        raise ConfigError(f"checkpoint={given}: a Hugging Face folder without a head of ours; name a run")
-    module, config, step = load_checkpoint(folder)
-    heads = {name: found for name, found in module.heads.items() if isinstance(found, Separation)}
-    has = ", ".join(f"{name} ({kind.name})" for name, kind in config.heads.items()) or "no heads"
-    if not heads:
-        raise ConfigError(
-            f"checkpoint={given}: the run has no head that separates speech; it has {has}; train one with "
-            "heads.NAME.name=separation in `auricle pretrain`"
-        )
-    if head not in heads and (head or len(heads) > 1):
-        raise ConfigError(
-            f"separation.head={head}: must be one of {', '.join(heads)}{hint(head, heads)}; the run has {has}"
-        )
-    chosen = heads[head or next(iter(heads))]
+    device = chosen_device(device)
+    module, config, step = load_checkpoint(checkpoint_with_heads(given))
+    remedy = "train one with heads.NAME.name=separation in `auricle pretrain`"
+    described, field = "that separates speech", "separation.head"
+    _, chosen = chosen_head(given, module, config, Separation, head, described, remedy, field)
     return Separator(module.model.eval().to(device), chosen.eval().to(device), config.name, step)
 
 

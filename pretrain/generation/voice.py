@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from data_pipeline.core.schema import ConfigError, hint
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
-from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.head_choice import checkpoint_with_heads, chosen_device, chosen_head
 from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import load_checkpoint
 from pretrain.config import Config
@@ -103,13 +103,7 @@ def open_voice(given: str, head: str = "", device: str = "cpu") -> Voice:
         ConfigError: there is no such checkpoint or head, or the tokens or mel frames are not those of training.
         ValueError: the checkpoint is damaged; names the file and the remedy.
     """
-    folder = find_checkpoint(given)
-    if not (folder / "state.json").is_file():
-        raise ConfigError(f"checkpoint={given}: a Hugging Face folder without a head of ours")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: this machine has no CUDA device; leave it out")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, folder = chosen_device(device), checkpoint_with_heads(given)
     module, config, _ = load_checkpoint(folder)
     found = voice_of(given, module, config, head)
     require_same_tokens(folder, config, found.head.config.tokens)
@@ -117,12 +111,18 @@ def open_voice(given: str, head: str = "", device: str = "cpu") -> Voice:
 
 
 def voice_of(given: str, module: TrainModule, config: Config, head: str = "") -> Voice:
-    """Returns the voice of a loaded run, in evaluation mode; arguments as of `speaking_head`.
+    """Returns the voice of a loaded run, in evaluation mode.
+
+    Args:
+        given: the run, for messages.
+        module, config: the loaded run.
+        head: name of the head; empty: the only one that speaks.
 
     Raises:
         ConfigError: there is no such head, or the tokens or mel frames are not those of training.
     """
-    name, chosen = speaking_head(given, module, config, head)
+    remedy = "train one with heads.NAME.name=synthesis in `auricle pretrain`"
+    name, chosen = chosen_head(given, module, config, Synthesis, head, "that speaks", remedy)
     chosen.require_same_mel()
     tokens = config.data.tokens[chosen.config.tokens]
     tokenizer = load_tokenizer(tokens)
@@ -132,29 +132,3 @@ def voice_of(given: str, module: TrainModule, config: Config, head: str = "") ->
             "the checkpoint was trained with; restore it"
         )
     return Voice(module.model.eval(), chosen.eval(), tokenizer, config.name)
-
-
-def speaking_head(given: str, module: TrainModule, config: Config, head: str = "") -> tuple[str, Synthesis]:
-    """Returns the synthesis head of a run, with its name.
-
-    Args:
-        given: the run, for messages.
-        module, config: the loaded run.
-        head: name of the head; empty: the only one.
-
-    Raises:
-        ConfigError: there is no such head, or several to choose from.
-    """
-    heads = {name: found for name, found in module.heads.items() if isinstance(found, Synthesis)}
-    has = ", ".join(f"{name} ({kind.name})" for name, kind in config.heads.items()) or "no heads"
-    if not heads:
-        raise ConfigError(
-            f"checkpoint={given}: the run has no head that speaks; it has {has}; train one with "
-            "heads.NAME.name=synthesis in `auricle pretrain`"
-        )
-    if head not in heads and (head or len(heads) > 1):
-        raise ConfigError(
-            f"head={head or chr(39) * 2}: must be one of {', '.join(heads)}{hint(head, heads)}; the run has {has}"
-        )
-    chosen = head or next(iter(heads))
-    return chosen, heads[chosen]

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data_pipeline.core.schema import ConfigError, hint
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.schema import load as load_config
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.text.tokenizer import load_tokenizer
-from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.head_choice import checkpoint_with_heads, chosen_device, chosen_head
 from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import fill, load_checkpoint
 from pretrain.config import Config
@@ -201,12 +201,7 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
     path = Path(given).expanduser()
     if (path / RESULTS).is_file() and (path / MODEL).is_file():
         return _opened(*_earlier_finetune(path), path.name, device)
-    folder = find_checkpoint(given)
-    if not (folder / "state.json").is_file():
-        raise ConfigError(
-            f"checkpoint={given}: a Hugging Face folder without a head of ours; `auricle finetune checkpoint={given}` "
-            "trains one"
-        )
+    folder = checkpoint_with_heads(given, f"`auricle finetune checkpoint={given}` trains one")
     module, config, step = load_checkpoint(folder)
     chosen = recognising_head(given, module, config, head)
     if chosen.tokens:
@@ -228,20 +223,10 @@ def recognising_head(given: str, module: TrainModule, config: Config, head: str 
     Raises:
         ConfigError: there is no such head, or several to choose from.
     """
-    heads = {name: found for name, found in module.heads.items() if isinstance(found, ctc.CTC)}
-    has = ", ".join(f"{name} ({kind.name})" for name, kind in config.heads.items()) or "no heads"
-    if not heads:
-        raise ConfigError(
-            f"checkpoint={given}: the run has no head that recognises speech; it has {has}; train one with `auricle "
-            f"finetune checkpoint={given}`, or with heads.NAME.name=ctc in `auricle pretrain`"
-        )
-    if head not in heads and (head or len(heads) > 1):
-        raise ConfigError(
-            f"head={head or chr(39) * 2}: must be one of {', '.join(heads)}{hint(head, heads)}; the run has {has}"
-        )
-    chosen = head or next(iter(heads))
-    _name_tokens(config, chosen, heads[chosen])
-    return heads[chosen]
+    remedy = f"train one with `auricle finetune checkpoint={given}`, or with heads.NAME.name=ctc in `auricle pretrain`"
+    name, chosen = chosen_head(given, module, config, ctc.CTC, head, "that recognises speech", remedy)
+    _name_tokens(config, name, chosen)
+    return chosen
 
 
 def _name_tokens(config: Config, name: str, head: ctc.CTC) -> None:
@@ -257,10 +242,7 @@ def _name_tokens(config: Config, name: str, head: ctc.CTC) -> None:
 
 
 def _opened(model: SpeechModel, head: ctc.CTC, name: str, device: str, step: int = 0) -> Recogniser:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: this machine has no CUDA device; leave it out")
+    device = chosen_device(device)
     return Recogniser(model.eval().to(device), head.eval().to(device), name, step)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.core.schema import ConfigError, hint
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import IMAGE, Batch, Images
 from data_pipeline.images import decoding
 from data_pipeline.labels.store import pad
@@ -17,7 +17,7 @@ from data_pipeline.loader.pieces import Piece
 from data_pipeline.loader.recordings import Unusable
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpointing.checkpoint import read_state
-from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.head_choice import checkpoint_with_heads, chosen_device, chosen_head
 from pretrain.checkpointing.weights import MODEL, load_checkpoint
 from pretrain.config import Config
 from pretrain.heads.joint_embedding import SPEECH, JointEmbedding
@@ -166,33 +166,20 @@ def open_embedder(given: str, head: str = "", device: str = "cpu") -> Embedder:
     Args:
         given: run folder (its newest checkpoint) or checkpoint.
         head: name of the head; empty: the only one of its kind.
-        device: torch device for the model.
+        device: torch device for the model, or "auto".
 
     Raises:
         ConfigError: there is no such checkpoint, or it has no such head.
         ValueError: the checkpoint is damaged; names the file and the remedy.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: this machine has no CUDA device; leave it out")
-    folder = find_checkpoint(given)
-    if not (folder / "state.json").is_file():
-        raise ConfigError(f"checkpoint={given}: a Hugging Face folder without a head of ours; give a run")
+    device, folder = chosen_device(device), checkpoint_with_heads(given)
     module, config, _ = load_checkpoint(folder)
-    heads = {name: found for name, found in module.heads.items() if isinstance(found, JointEmbedding)}
-    has = ", ".join(f"{name} ({kind.name})" for name, kind in config.heads.items()) or "no heads"
-    if not heads:
-        raise ConfigError(
-            f"checkpoint={given}: the run has no head joint_embedding; it has {has}. Train one, for example with "
-            "`auricle pretrain +experiment=joint_embedding_tiny`"
-        )
-    if head not in heads and (head or len(heads) > 1):
-        raise ConfigError(f"head={head or chr(39) * 2}: must be one of {', '.join(heads)}{hint(head, heads)}")
-    name = head or next(iter(heads))
+    remedy = "train one, for example with `auricle pretrain +experiment=joint_embedding_tiny`"
+    name, chosen = chosen_head(given, module, config, JointEmbedding, head, "joint_embedding", remedy)
     weights: str = read_state(folder)["sha256"][MODEL]
-    chosen = heads[name].eval().to(device)
-    return Embedder(module.model.eval().to(device), chosen, _towers(config, chosen.config), f"{weights} {name}")
+    return Embedder(
+        module.model.eval().to(device), chosen.eval().to(device), _towers(config, chosen.config), f"{weights} {name}"
+    )
 
 
 def _towers(config: Config, head: HeadConfig) -> dict[str, Tower]:
