@@ -67,11 +67,6 @@ def labels_of(f0_F: npt.NDArray[Any], voiced_F: npt.NDArray[Any]) -> Labels:
     return np.where(voiced_F, 1 + np.clip(steps_F, 0, CLASSES - 2), 0).astype(np.uint16)
 
 
-def hertz_of(labels_F: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Returns the F0 of labels in Hz, (F,); 0 where there is no voice."""
-    return np.where(labels_F > 0, LOWEST_HZ * 2.0 ** ((labels_F.astype(float) - 1) / STEPS_PER_OCTAVE), 0.0)
-
-
 @functools.cache
 def _detector() -> Any:
     from swift_f0 import SwiftF0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import base64
-import struct
-import zlib
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from PIL import Image
 
 from data_pipeline.audio.codecs import encode, to_int16
 from data_pipeline.audio.samples import open_sample
@@ -312,13 +312,7 @@ def _spectrogram(wave: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def _png(grey: npt.NDArray[np.uint8]) -> bytes:
-    """Returns an 8-bit greyscale PNG (ISO 15948)."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    height, width = grey.shape
-    lines = b"".join(b"\0" + row.tobytes() for row in grey)
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines, 9)), chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    """Returns an 8-bit greyscale PNG."""
+    target = io.BytesIO()
+    Image.fromarray(grey).save(target, "PNG", optimize=True)
+    return target.getvalue()

@@ -67,11 +67,6 @@ class StreamedModel:
         self.device = next(model.parameters()).device
 
     @property
-    def chunk_seconds(self) -> float:
-        """Duration of a chunk."""
-        return self.chunking.chunk / self.rate_hz
-
-    @property
     def delay_seconds(self) -> float:
         """Algorithmic delay: from the start of a chunk's audio to the last sample that its frames need."""
         return (self.window.samples(self.chunking.chunk) - self.window.before) / SAMPLE_RATE

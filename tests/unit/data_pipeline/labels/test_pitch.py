@@ -22,8 +22,6 @@ def test_labels_are_steps_of_a_24th_octave() -> None:
     labels = pitch.labels_of(hertz, np.array([True] * 6))
     assert labels.tolist() == [1, 25, 49, 25, 1, pitch.CLASSES - 1]
     assert pitch.labels_of(hertz, np.zeros(6, bool)).tolist() == [0] * 6
-    np.testing.assert_allclose(pitch.hertz_of(labels[:3]), hertz[:3])
-    assert pitch.hertz_of(np.array([0])).tolist() == [0.0]
 
 
 def test_tones_have_their_pitch_and_silence_none() -> None:
@@ -33,8 +31,8 @@ def test_tones_have_their_pitch_and_silence_none() -> None:
     wave = np.concatenate([0.2 * tone, np.zeros(8_000)]).astype(np.float32)
     labels = pitch.pitch_labels()(wave[:-7])
     assert len(labels) == 150
-    heard = pitch.hertz_of(labels[10:90])
-    assert np.abs(heard / 150 - 1).max() < 0.04
+    wanted = int(pitch.labels_of(np.array([150.0]), np.array([True]))[0])
+    assert np.abs(labels[10:90].astype(int) - wanted).max() <= 1
     assert (labels[110:] == 0).all()
     assert len(pitch.pitch_labels()(np.zeros(0, np.float32))) == 0
 
