@@ -281,7 +281,7 @@ def report(out: Path, values: dict[str, Any]) -> None:
         "",
         f"`{values['command'].strip()}`, {values['seconds'] / 60:.0f} minutes on one core ({values['machine']}); "
         f"{values['speaker']}, {values['updates']} updates of `synthesis_tiny`. PocketSphinx listens, any string of "
-        "digits. Digits of one speaker at 8 kHz are no dictation.",
+        "digits. Results for digits of one speaker at 8 kHz do not extend to dictation.",
         "",
         "| audio | digit error | 95 % over strings |",
         "|---|---|---|",

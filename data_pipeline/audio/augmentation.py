@@ -50,7 +50,7 @@ class AugmentConfig:
 
 
 class Mixture(NamedTuple):
-    """An augmented utterance, wave (T,), and its clean parts, sources (S, T), as they are in it; noise is no part."""
+    """An augmented utterance, wave (T,), and its clean parts, sources (S, T), as they are in it, without noise."""
 
     wave: Wave
     sources: Wave

@@ -56,7 +56,7 @@ class Layout:
     rejects: list[Reject] = field(default_factory=list)
     """Rows of tables without a usable file or segment."""
     tables: re.Pattern[str] = NO_TABLE
-    """Matches the paths of the tables below the corpus, which are read but are no recordings."""
+    """Matches the paths of the tables below the corpus, which are read but do not count as recordings."""
 
 
 def librispeech(corpus: LibriSpeechCorpus, names: Set[str]) -> Layout:

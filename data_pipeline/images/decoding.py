@@ -58,7 +58,7 @@ def decode(content: bytes) -> Image.Image:
     """Returns a whole image, upright, as L (grey) or RGB; transparent parts are white; of an animation the first frame.
 
     Raises:
-        ImageError: it is no image of `FORMATS` (`not_image`), has too many pixels (`too_large`), or is truncated or
+        ImageError: its format is not in `FORMATS` (`not_image`), has too many pixels (`too_large`), or is truncated or
             damaged (`corrupt`).
     """
     with warnings.catch_warnings():
@@ -83,7 +83,7 @@ def decode(content: bytes) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
-    with contextlib.suppress(Exception):  # a damaged orientation is no reason to leave out the picture
+    with contextlib.suppress(Exception):  # a picture with a damaged orientation is kept as it is
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return _from_numbers(np.asarray(image))

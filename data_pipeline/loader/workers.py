@@ -78,7 +78,17 @@ class Loaded:
         tokens = {name: torch.from_numpy(ids) for name, ids in self.tokens.items()}
         images = {name: Images(*map(torch.from_numpy, parts)) for name, parts in self.images.items()}
         lengths_B = torch.tensor(self.lengths)
-        return Batch(wave_BT, lengths_B, self.keys, self.micro_batch, targets, self.labels, tokens, images, sources_BST)
+        return Batch(
+            wave_BT,
+            lengths_B,
+            self.keys,
+            self.micro_batch,
+            targets=targets,
+            labels=self.labels,
+            tokens=tokens,
+            images=images,
+            sources_BST=sources_BST,
+        )
 
 
 class MicroBatches:

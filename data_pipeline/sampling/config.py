@@ -123,7 +123,7 @@ class DataConfig:
     labelled_share: Annotated[
         float,
         about(
-            "share of the segments that keep their text, chosen by their keys; the others count as segments without "
+            "share of the segments that keep their text, chosen by their keys; other segments count as ones without "
             "text, such as for a curve over the amount of labels",
             ge=0,
             le=1,

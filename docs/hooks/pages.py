@@ -19,6 +19,7 @@ from launch.config import LAUNCHERS, EvaluateJob, FinetuneJob, PreprocessJob, Pr
 from launch.serving.config import ServeConfig  # noqa: E402
 from launch.workflows.pipeline import PipelineConfig  # noqa: E402
 from pretrain import registry  # noqa: E402
+from pretrain.generation.config import SpeakConfig  # noqa: E402
 from pretrain.recognition.config import TranscribeConfig  # noqa: E402
 from pretrain.retrieval.config import EmbedConfig, SearchConfig  # noqa: E402
 
@@ -29,6 +30,7 @@ COMMANDS = {
     "pretrain": PretrainJob,
     "evaluate": EvaluateJob,
     "finetune": FinetuneJob,
+    "speak": SpeakConfig,
     "transcribe": TranscribeConfig,
     "embed": EmbedConfig,
     "search": SearchConfig,

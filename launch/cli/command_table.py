@@ -86,11 +86,11 @@ FIRST_WORDS = {
 """Command that may take seconds to start -> what it prints on stderr at once."""
 
 CONTINUE = {
-    "preprocess": "finished shards stay; the same command continues with the others",
-    "targets": "the labels of finished shards stay; the same command continues with the others",
+    "preprocess": "finished shards stay; the same command continues with the remaining ones",
+    "targets": "the labels of finished shards stay; the same command continues with the remaining ones",
     "tokens": "nothing is written before the end; the same command starts over",
     "pretrain": "the same command continues from the newest checkpoint",
-    "pipeline": "finished steps stay; the same command continues with the others",
+    "pipeline": "finished steps stay; the same command continues with the remaining ones",
     "demo": "finished steps stay; the same command continues from them",
     "shards": "nothing was changed but indexes, which stay; the same command starts over",
     "evaluate": "no result is written before the end; the same command starts over",
@@ -99,7 +99,7 @@ CONTINUE = {
     "transcribe": "texts that were written stay; the same command starts over",
     "compress": "nothing is written before the comparison; the same command starts over",
     "export": "nothing is written before the comparison; the same command starts over",
-    "bands": "finished runs stay; the same command continues with the others",
+    "bands": "finished runs stay; the same command continues with the remaining ones",
     "embed": "the same command starts over",
     "bench": "the same command starts over",
 }

@@ -12,7 +12,7 @@ from launch.cli.outside import recipe_folders
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENT, HEAD = "experiment", "add_head"
 DEFINITIONS = ("task", "label_set")
-"""Folders of conf/ that `auricle evaluate` reads itself; they are no config groups."""
+"""Folders of conf/ that `auricle evaluate` reads itself, and which are not config groups."""
 KINDS = {"objectives": "objective", "encoders": "encoder", "frontends": "frontend", "heads": HEAD}
 """Kinds of plug-ins and their config groups. A config has one of each, and any heads: `add_head@heads.NAME=CHOICE`."""
 

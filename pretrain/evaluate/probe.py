@@ -164,7 +164,7 @@ def fit(train: Labelled, classes: int, view: View, config: ProbeConfig) -> Probe
 def fits(
     train: Labelled, classes: int, layers: tuple[int, ...], penalties: Sequence[float], config: ProbeConfig
 ) -> Iterator[Probe]:
-    """Yields the probe of each penalty; each fit goes on from the one before."""
+    """Yields the probe of each penalty; each fit starts from the weights of the one before."""
     x_NLD = train.x_NLD[:, list(layers)]
     scaling = Scaling(x_NLD)
     x_LND, weights = scaling(x_NLD), None
@@ -204,7 +204,7 @@ def choose_view(
         valid: those of the validation speakers.
         classes: number of classes.
         config: penalties, folds, and number of vectors.
-        disjoint: whether classes can be told on unseen speakers, so that speakers may be divided into folds.
+        disjoint: whether classes can be predicted for unseen speakers, so that speakers may be divided into folds.
         silent: classes that do not count in the accuracy; with silence, a strong penalty looks best, under which rare
             phones are never predicted.
     """

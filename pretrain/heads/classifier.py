@@ -85,8 +85,8 @@ def _require_classes(classes: tuple[str, ...], field: str) -> None:
 class Classifier(Head):
     """Predicts a label of the whole segment; segments without it, or with a value outside the classes, do not count.
 
-    Loss per segment: cross-entropy of s·cos(θ + m) for its class and s·cos θ for the others, where θ is the angle
-    between embedding and class weight (ArcFace, arXiv 1801.07698, eq. 3), or of a plain linear layer. Beyond
+    Loss per segment: cross-entropy of s·cos(θ + m) for its class and s·cos θ for all other classes, where θ is the
+    angle between embedding and class weight (ArcFace, arXiv 1801.07698, eq. 3), or of a plain linear layer. Beyond
     θ = π − m, where cos(θ + m) would rise again, cos θ − m·sin m takes its place, as in the paper's code.
     """
 

@@ -257,7 +257,7 @@ class Synthesis(Head):
         made_BT = self.synthesizer.vocoder(part_BFD, frames_B)
         samples = hop * (width - 1) + self.mel.window
         wanted_BT = _cut(wave_BT[:, :, None], first_B * hop, samples)[:, :, 0]
-        # samples whose every vocoder window lies within the part
+        # samples with all of their vocoder windows within the part
         valid_B = ((frames_B - 1) * hop + self.mel.window).clamp(min=0) * (frames_B > 0)
         wanted_BT = wanted_BT * (torch.arange(samples, device=device) < valid_B[:, None])
         with full_precision(device):

@@ -83,7 +83,19 @@ def load_batches(folder: Path) -> tuple[StepContext, list[Batch], str]:
             sources_BST = tensors.get(f"{i}/sources_BST")
             pixels, present = (_below(f"{i}/{kind}/", tensors) for kind in ("pixels", "present"))
             images = {name: Images(pixels[name], present[name]) for name in pixels}
-            batches.append(Batch(wave_BT, lengths_B, keys, number, targets, labels, tokens, images, sources_BST))
+            batches.append(
+                Batch(
+                    wave_BT,
+                    lengths_B,
+                    keys,
+                    number,
+                    targets=targets,
+                    labels=labels,
+                    tokens=tokens,
+                    images=images,
+                    sources_BST=sources_BST,
+                )
+            )
     if not batches:
         raise ValueError(f"{folder} holds no kept batches")
     batches.sort(key=lambda batch: batch.micro_batch)

@@ -43,7 +43,7 @@ def negative_snr(estimates_T: Tensor, targets_T: Tensor, mixture_T: Tensor, limi
     limit (Wisdom et al. 2021, arXiv 2011.00803, eq. 2).
 
     Args:
-        estimates_T: (…, T) samples, 0 beyond each length, like the others.
+        estimates_T: (…, T) samples, 0 beyond each length, like targets and mixture.
         targets_T: (…, T) samples.
         mixture_T: (…, T) samples of the signal that was separated.
         limit_db: ratio beyond which an estimate hardly gains.

@@ -94,7 +94,7 @@ def read_vectors(path: Path) -> VectorTable:
     """Reads a table that `VectorTable.write` made.
 
     Raises:
-        ConfigError: the file is no such table; NPY files have no names.
+        ConfigError: the file is not such a table; NPY files have no names.
     """
     try:
         table = pq.ParquetFile(path).read(use_threads=False)

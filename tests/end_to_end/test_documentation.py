@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import re
+import runpy
 import shlex
 import textwrap
 import tomllib
@@ -64,6 +65,11 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipe = page.partition("    # @package _global_\n")[2].partition("\n\n")[0]
     (tmp_path / "recipes" / "louder.yaml").write_text("# @package _global_\n" + textwrap.dedent(recipe))
     return tmp_path
+
+
+def test_the_configuration_reference_has_every_command() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "hooks" / "pages.py"))
+    assert page["COMMANDS"] == CONFIGS | {"pipeline": pipeline.PipelineConfig}
 
 
 @pytest.mark.parametrize("shown", SHOWN)

@@ -1,4 +1,4 @@
-"""Tiny trainings whose curves have committed bands: `python -m tests.support.learning` writes them anew."""
+"""Tiny trainings whose curves have committed bands: `python -m tests.support.learning` rewrites them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tests/unit mirrors the packages: folders have the names of packages, and a test of a module lies beside it."""
+"""tests/unit mirrors the packages: folders have the names of packages, and hold the tests of their modules."""
 
 from __future__ import annotations
 

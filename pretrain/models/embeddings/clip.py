@@ -1,7 +1,7 @@
 """Frozen image encoder of a local CLIP or SigLIP folder of transformers, as in SpeechCLIP (arXiv 2210.00705).
 
-Its weights are read from safetensors, are no part of the run's checkpoints, and never change; the checkpoint has their
-sha256.
+Its weights are read from safetensors, are not in the run's checkpoints, and never change; the checkpoint has
+their sha256.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Clip(Embedding):
         self.dim = self.described.dim
         self.register_buffer("sha256", torch.zeros(32, dtype=torch.uint8))
         self.sha256: Tensor
-        self._loaded: list[nn.Module] = []  # in a list, so that it is no part of this module
+        self._loaded: list[nn.Module] = []  # in a list, so that it is not a submodule
         self._mean_std: tuple[Tensor, Tensor] = _mean_std(config.folder, self.described.model)
 
     def present(self, batch: Batch) -> Tensor:

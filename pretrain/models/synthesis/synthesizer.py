@@ -47,7 +47,7 @@ class SynthesizerConfig:
 
 
 class Recorded(NamedTuple):
-    """What is known of a recording in training.
+    """Holds the targets that training takes from a recording.
 
     mel: normalised log-mel frames.  pitch_BF: octaves above a fixed frequency, 0 without a voice; voiced_BF: bool.
     """

@@ -60,7 +60,7 @@ def test_common_voice(tmp_path: Path) -> None:
     (root / "dev.tsv").write_text("client_id\tpath\tsentence\tlocale\nx2\tb.wav\tnein\tde\nx1\ta.wav\t-\tde\n")
     corpus = CommonVoiceCorpus(path=str(root), splits=("train", "dev"))
     assert found(corpus) == [("a.wav", "x1", "de", 'sie sagt "ja', "train"), ("b.wav", "x2", "de", "nein", "dev")]
-    assert discover(corpus).skipped == {".wav": 1}, "tables are no files that were left out"
+    assert discover(corpus).skipped == {".wav": 1}, "tables do not count as skipped files"
     with pytest.raises(ConfigError, match=r"holds no other\.tsv; the tables there are corpus\.splits=\[dev,train\]"):
         discover(CommonVoiceCorpus(path=str(root), splits=("other",)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data_pipeline.corpora.config import PathCorpus
 from data_pipeline.corpora.records import Reject
@@ -46,7 +49,10 @@ def test_the_report_is_complete_and_loads_no_other_resource(page: Path) -> None:
     ):
         assert said in text
     assert text.count("<audio") == 8
-    assert text.count("data:image/png;base64") == 8
+    images = re.findall(r"data:image/png;base64,([\w+/=]+)", text)
+    assert len(images) == 8
+    spectrogram = Image.open(io.BytesIO(base64.b64decode(images[0])))
+    assert (spectrogram.mode, spectrogram.height) == ("L", 128)
 
 
 def test_the_report_renders_in_a_browser(page: Path, tmp_path: Path) -> None:

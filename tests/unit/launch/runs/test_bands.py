@@ -1,4 +1,4 @@
-"""Bands of seeds: their arithmetic, what lies outside, and the files of tiny recipes as thresholds."""
+"""Bands of seeds: their arithmetic, values outside of them, and the files of tiny recipes as thresholds."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Given(Waves):
 
 
 def voices(informed: float, speakers: int = 6, takes: int = 4) -> tuple[list[Utterance], Given, FrozenEncoder]:
-    """Makes utterances whose second layer tells speakers apart, and whose first is noise."""
+    """Makes utterances whose second layer separates speakers, and whose first is noise."""
     utterances = [
         Utterance("", f"{s}-{t}", f"s{s}", file=f"{s}/{t}.wav") for s in range(speakers) for t in range(takes)
     ]

@@ -1,4 +1,4 @@
-"""The page of a run's config: fields without a default are no obstacle."""
+"""The page of a run's config: fields without a default are shown as well."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_frozen_weights_keep_their_bits_and_learn_afterwards(frozen: int) -> Non
 
 
 def test_only_a_head_without_targets_is_reported(tmp_path: Path) -> None:
-    """The synthetic audio has no text; the objective never has a target, which is no fault."""
+    """The synthetic audio has no text; the objective never has a target, which is not reported."""
     with pytest.raises(UnhealthyError, match="the task 'text' had no target"):
         run(tmp_path, settings(8))
 
