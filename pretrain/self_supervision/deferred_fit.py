@@ -25,7 +25,7 @@ class FittedOnce(nn.Module):
         """(N, D) rows by micro-batch; empty between updates."""
         self._fitted: bool | None = None
         """Value of `done` on the host; None: to be read."""
-        self.register_load_state_dict_post_hook(lambda module, keys: module.forget())
+        self.register_load_state_dict_post_hook(lambda module, keys: module.forget())  # type: ignore[no-untyped-call]
 
     @property
     def due(self) -> bool:
