@@ -26,6 +26,11 @@ class LauncherConfig(PluginConfig):
         """Whether jobs are handed over to a queue; a later job names them in `launcher.after` to wait for them."""
         return False
 
+    @property
+    def sees_inputs(self) -> bool:
+        """Whether the inputs of a job exist when it is submitted, at the same paths as on this machine."""
+        return True
+
 
 @config
 class LocalConfig(LauncherConfig):
@@ -114,6 +119,15 @@ class SlurmConfig(LauncherConfig):
         return True
 
     @property
+    def sees_inputs(self) -> bool:
+        """Whether the job waits for no other one and runs without a container."""
+        return not self.after and self.container == "none"
+
+    def with_cores(self, workers: int) -> SlurmConfig:
+        """Returns this config with cores per rank: as given, or one for the rank and one per decoding process."""
+        return dataclasses.replace(self, cpus_per_task=self.cpus_per_task or workers + 1)
+
+    @property
     def ranks_per_node(self) -> int:
         """Tasks of a pretraining run on each node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
@@ -167,6 +181,11 @@ class RayConfig(LauncherConfig):
     def queued(self) -> bool:
         """Whether runs are Ray Jobs, with a dashboard; otherwise they are driven from this process."""
         return bool(self.dashboard)
+
+    @property
+    def sees_inputs(self) -> bool:
+        """Whether the job waits for no other one."""
+        return not self.after
 
     def __post_init__(self) -> None:
         """Refuses addresses for which Ray would import a module, and malformed Ray Job ids."""

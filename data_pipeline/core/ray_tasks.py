@@ -20,6 +20,8 @@ from data_pipeline.core.schema import ConfigError, about, config, refuse
 _HOST_PORT = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z](?:[0-9A-Za-z._-]*[0-9A-Za-z])?):[0-9]{1,5}"
 _ADDRESS = re.compile(rf"auto|local|(?:ray://)?{_HOST_PORT}")
 _DASHBOARD = re.compile(rf"https?://(?:{_HOST_PORT}|[0-9A-Za-z](?:[0-9A-Za-z._-]*[0-9A-Za-z])?)(?:/[0-9A-Za-z._/-]*)?")
+ADDRESS = "ray.address"
+"""Field of the cluster's address, where the launcher does not set it."""
 
 
 def refuse_foreign_address(field: str, value: str) -> None:
@@ -37,8 +39,8 @@ def refuse_foreign_dashboard(field: str, value: str) -> None:
         refuse(field, value, "http://HOST:PORT or https://HOST:PORT")
 
 
-def require_answer(address: str, seconds: float) -> None:
-    """Raises ConfigError if no Ray cluster answers at an address in time; Ray itself would try for 40 s or more."""
+def require_answer(address: str, seconds: float, field: str = ADDRESS) -> None:
+    """Raises ConfigError, which names `field`, if no Ray cluster answers in time; Ray would try for 40 s or more."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if host:
@@ -60,7 +62,7 @@ def require_answer(address: str, seconds: float) -> None:
     else:
         return
     raise ConfigError(
-        f"ray.address={address}: no Ray cluster answers there ({reason}); check the address, and `ray status`"
+        f"{field}={address}: no Ray cluster answers there ({reason}); check the address, and `ray status`"
     )
 
 
@@ -80,10 +82,10 @@ class RayConfig:
 
 
 @contextlib.contextmanager
-def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
+def cluster(config: RayConfig, show: bool = False, field: str = ADDRESS) -> Iterator[Any]:
     """Provides Ray in the block: the connected cluster, the one at `address`, or a local one that is then stopped.
 
-    With `show`, prints the address of its dashboard, if it has one.
+    With `show`, prints the address of its dashboard, if it has one. `field` is the field of `address` in errors.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -94,13 +96,13 @@ def cluster(config: RayConfig, show: bool = False) -> Iterator[Any]:
         yield ray
         return
     if config.address and config.address != "local":
-        require_answer(config.address, config.answer_seconds)
+        require_answer(config.address, config.answer_seconds, field)
         try:
             context = ray.init(
                 address=config.address, runtime_env=_passed_on(), log_to_driver=False, logging_level="ERROR"
             )
         except (ConnectionError, RuntimeError) as error:
-            raise ConfigError(f"ray.address={config.address}: no Ray cluster answers there ({error})") from None
+            raise ConfigError(f"{field}={config.address}: no Ray cluster answers there ({error})") from None
     else:
         with _on_loopback(), _start_failures_as_os_errors():
             context = ray.init(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.sampling.plan import accumulation
 from launch.config import LAUNCHERS, LauncherConfig, LocalConfig, PretrainJob, RayConfig, SlurmConfig
@@ -17,12 +15,14 @@ from launch.runs.job_record import JobRecord
 
 def for_job(job: PretrainJob) -> Submitter:
     """Returns the submitter of a run. Raises ConfigError if there are more ranks than micro-batches."""
-    launcher = job.launcher
-    if isinstance(launcher, SlurmConfig) and not launcher.cpus_per_task:  # one core for the rank, one per decoder
-        launcher = dataclasses.replace(launcher, cpus_per_task=job.data.workers + 1)
-    submitter = make(launcher, "pretrain", job.engine.name, job.device)
+    submitter = make(launcher_of(job), "pretrain", job.engine.name, job.device)
     accumulation(job.data.micro_batches, submitter.processes)
     return submitter
+
+
+def launcher_of(job: PretrainJob) -> LauncherConfig:
+    """Returns the launcher of a run with the number of cores that its ranks need."""
+    return job.launcher.with_cores(job.data.workers) if isinstance(job.launcher, SlurmConfig) else job.launcher
 
 
 def for_record(note: JobRecord) -> Submitter:

@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     request = Request(**given, fixed=not address)
     try:
         # a Ray started here listens on the loopback only
-        with cluster(RayConfig(address=address, answer_seconds=answer_seconds)):
+        with cluster(RayConfig(address=address, answer_seconds=answer_seconds), field="launcher.address"):
             for number in (signal.SIGTERM, signal.SIGHUP):  # ending this process at once would kill the ranks
                 signal.signal(number, lambda *_: request_stop(request.folder, os.environ[START_ID]))
             return drive(request)

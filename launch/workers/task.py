@@ -104,15 +104,19 @@ def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
         OSError: the job failed on the cluster; the message names its log.
     """
     command, config = read(folder)
-    if isinstance(config, USES_RAY) or not launcher.address:
-        perform(folder, launcher.address)
+    if not launcher.address:
+        perform(folder)
         return
     import ray
 
     from data_pipeline.core.ray_tasks import RayConfig as Cluster
     from data_pipeline.core.ray_tasks import cluster
 
-    with cluster(Cluster(address=launcher.address, answer_seconds=launcher.answer_seconds)):
+    there = Cluster(address=launcher.address, answer_seconds=launcher.answer_seconds)
+    with cluster(there, field="launcher.address"):
+        if isinstance(config, USES_RAY):
+            perform(folder, launcher.address)
+            return
         _wait_for_a_place(launcher)
         task = ray.remote(_start).options(
             num_cpus=launcher.cpus_per_worker, num_gpus=launcher.gpus_per_worker, max_retries=launcher.retries

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 from data_pipeline.core.schema import ConfigError, about, config, hint
+from data_pipeline.labels.pitch_targets import PITCH
 from launch.cli import request
 from launch.config import (
     JOB_TYPES,
-    EvaluateJob,
     Launcher,
     LocalConfig,
     PreprocessJob,
@@ -25,7 +25,7 @@ from launch.launchers.status import require_ended
 from launch.runs import metadata
 from launch.runs.job_record import read_record
 from launch.workers import task
-from launch.workflows import iterations, pretraining, submit
+from launch.workflows import inputs, iterations, pretraining, submit
 from launch.workflows.iterations import LABELS, MFCC_HZ
 from launch.workflows.submit import DRY_RUN
 from pretrain.checkpointing.locate import remedy, steps_done
@@ -97,6 +97,7 @@ def run(arguments: list[str]) -> int:
     if parsed is None:
         return ExitCode.DONE
     chain = steps(parsed.config, given, [line for line in launcher if not line.startswith("-")])
+    require_inputs(chain)
     queued, dry_run = parsed.config.launcher.queued, DRY_RUN in parsed.switches
     if not dry_run:
         for step in chain:  # before the first step starts
@@ -141,10 +142,10 @@ def split(arguments: list[str]) -> tuple[list[str], dict[str, list[str]], list[s
 
 
 def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: list[str]) -> list[Step]:
-    """Returns the steps in order, after checking the config and the inputs of each.
+    """Returns the steps in order, after checking the config of each.
 
     Raises:
-        ConfigError: a step does not exist, a field of any step is wrong, or an input of any step is missing.
+        ConfigError: a step does not exist, or a field of any step is wrong.
     """
     if wrong := [name for name in settings.steps if name not in COMMANDS]:
         near, listed = hint(wrong[0], COMMANDS), ", ".join(COMMANDS)
@@ -163,31 +164,42 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
     targets = step("targets", f"shards={shards}", f"out={labels}")
     pretrain = step("pretrain", *data)
     run_config = request.config_of("pretrain", PretrainJob, pretrain.arguments)
+    labelling = [targets]
     training, wants_labels = [pretrain], "targets" in settings.steps and run_config.objective.accepts_frame_labels
     if run_config.chain:
         links = iterations.links(run_config, list(pretrain.arguments))
         training, wants_labels = [Step(link.command, link.arguments) for link in links], False
     elif wants_labels:
         made = request.config_of("targets", TargetsJob, targets.arguments)
-        wiring = [f"objective.labels={LABELS}", f"data.targets.{LABELS}={labels}", f"objective.units={made.classes}"]
+        wiring = [f"objective.labels={LABELS}", f"data.targets.{LABELS}={made.out}", f"objective.units={made.classes}"]
         wiring += [f"objective.label_rate_hz={MFCC_HZ}"] if made.features == "mfcc" else []
+        if split.valid and not run_config.data.valid:
+            held_out = root / "labels-valid"
+            centres = [f"kmeans={made.out}"] if made.features != PITCH else []
+            own = ["name=targets-valid", f"shards={valid}", f"out={held_out}", *centres]
+            labelling.append(Step("targets", (*targets.arguments, *own)))
+            wiring += [f"data.valid={valid}", f"data.valid_targets.{LABELS}={held_out}"]
         training = [step("pretrain", *data, *wiring)]
     elif split.valid and not run_config.objective.frame_labels:
         training = [step("pretrain", *data, f"data.valid={valid}")]
+    if split.valid and not request.config_of("pretrain", PretrainJob, training[-1].arguments).data.valid:
+        print(
+            f"note: {valid} is not read: the run needs pretrain.data.valid, and frame labels in "
+            "pretrain.data.valid_targets.NAME, which `auricle targets shards=… kmeans=… out=…` writes with the same "
+            "centres"
+        )
     evaluate = step("evaluate", f"checkpoint={training[-1].folder()}", f"out={root / 'evaluation'}")
-    found = [preprocess, *([targets] if wants_labels else []), *training, evaluate]
-    chosen = [one for one in found if one.command in settings.steps]
-    for one in chosen:
-        _require_inputs(one.job())
-    return chosen
+    found = [preprocess, *(labelling if wants_labels else []), *training, evaluate]
+    return [one for one in found if one.command in settings.steps]
 
 
-def _require_inputs(job: PretrainJob | ProgramJob) -> None:
-    """Raises ConfigError for a missing input that is not the output of an earlier step."""
-    if isinstance(job, EvaluateJob):
-        from pretrain.evaluate.task_data import inputs
-
-        inputs(job)
+def require_inputs(chain: list[Step]) -> None:
+    """Raises ConfigError if an input of a step is missing and no earlier step writes it."""
+    written: list[Path] = []
+    for one in chain:
+        job = one.job()
+        inputs.require_inputs(one.command, job, written)
+        written += [Path(job.out)] if isinstance(job, PreprocessJob | TargetsJob) else [one.folder()]
 
 
 def why_pretraining(run: PretrainJob) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.types import SAMPLE_RATE
 from launch.cli import request
 from launch.cli.request import MULTIRUN
 from launch.config import PretrainJob
@@ -13,13 +12,9 @@ from launch.launchers.processes import ChildProcesses
 from launch.launchers.status import require_ended
 from launch.runs import metadata
 from launch.runs.job_record import write_record
-from launch.workflows import iterations, submit, sweep
+from launch.workflows import inputs, iterations, submit, sweep
 from launch.workflows.attended_run import attend
 from launch.workflows.submit import DRY_RUN, PREPARE, SWITCHES, report_queued
-from pretrain.checkpointing.locate import steps_done
-
-PLANNED_HOURS = 1000.0
-"""Corpora of up to this size are planned before the ranks are started, which takes about a second."""
 
 
 def run(arguments: list[str]) -> int:
@@ -55,9 +50,7 @@ def start(config: PretrainJob, switches: frozenset[str] = frozenset()) -> int:
         return ExitCode.DONE
     if PREPARE not in switches:
         require_ended(metadata.folder_of(config))
-    if isinstance(submitter, ChildProcesses):
-        _require_shards(config)
-        _require_start(config)
+    inputs.require_startable(config, attended=isinstance(submitter, ChildProcesses))
     folder = metadata.prepare(config)
     if PREPARE in switches:
         print(folder)
@@ -65,45 +58,6 @@ def start(config: PretrainJob, switches: frozenset[str] = frozenset()) -> int:
     if isinstance(submitter, ChildProcesses):
         return attend(submitter, folder, config.train.steps, config.launcher)
     handle = submitter.submit(folder)
-    write_record(folder, handle, config.launcher)
+    write_record(folder, handle, factory.launcher_of(config))
     report_queued(handle, folder, config.launcher.name)
     return ExitCode.DONE
-
-
-def _require_shards(config: PretrainJob) -> None:
-    """Raises ConfigError, before any rank is started, if there are no shards or batches cannot be filled."""
-    from data_pipeline.sampling.constraints import BatchConstraints
-    from data_pipeline.shards.records import done_records
-
-    BatchConstraints.of(config.data)
-    if config.data.reader == "webdataset":
-        from data_pipeline.loader.streaming import shard_urls
-
-        shard_urls(config.data.shards)
-        return
-    try:
-        records = done_records(config.data.shards)
-    except ValueError as error:
-        raise ConfigError(f"data.shards={', '.join(config.data.shards)}: {error}") from None
-    if sum(record.samples for record in records) <= PLANNED_HOURS * 3600 * SAMPLE_RATE:
-        _require_plan(config)
-
-
-def _require_plan(config: PretrainJob) -> None:
-    """Raises ConfigError if the steps cannot be planned; bad shards are left to the ranks, which may skip them."""
-    from data_pipeline.loader.reader import open_reader
-
-    try:
-        open_reader(config.data, config.seed, rank=0, world=1).close()
-    except ConfigError:
-        raise
-    except (ValueError, OSError):
-        return
-
-
-def _require_start(config: PretrainJob) -> None:
-    """Raises ConfigError if the weights of `init` are of another architecture and the run has no checkpoint yet."""
-    if config.init and not steps_done(metadata.folder_of(config)):
-        from pretrain.interop.init_weights import require_same_architecture
-
-        require_same_architecture(config)

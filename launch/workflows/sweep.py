@@ -22,6 +22,7 @@ from launch.launchers.slurm import SlurmSubmitter
 from launch.launchers.status import require_ended
 from launch.runs import metadata
 from launch.runs.job_record import write_record
+from launch.workflows import inputs
 from launch.workflows.submit import DRY_RUN, PREPARE, SWITCHES
 
 
@@ -83,12 +84,15 @@ def _array(first: PretrainJob, launcher: SlurmConfig, lines: list[list[str]], dr
     request.print_cautions(*jobs)
     base = metadata.folder_of(first)
     folders = [metadata.folder_of(job) for job in jobs]
+    launcher = launcher.with_cores(max(job.data.workers for job in jobs))
     submitter = SlurmSubmitter(launcher)
     if dry_run:
         print(submitter.plan(base, folders))
         return ExitCode.DONE
     for folder in folders:
         require_ended(folder)
+    for job in jobs:
+        inputs.require_startable(job, attended=False)
     for job in jobs:
         metadata.prepare(job)
     handle = submitter.submit(base, folders)

@@ -212,8 +212,8 @@ def test_a_queued_or_running_job_is_not_submitted_again(
         require_ended(folder)
     best_rq = ("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "launcher=slurm")
     assert main.main(["pretrain", *best_rq, "name=mine", f"runs={folder.parent}"]) == ExitCode.USAGE
-    chain = ["pipeline", "preprocess.corpus=path", "preprocess.corpus.path=c", "launcher=slurm", f"folder={folder}"]
-    chain.append("steps=[preprocess,pretrain]")
+    chain = ["pipeline", "preprocess.corpus=path", f"preprocess.corpus.path={folder}", "launcher=slurm"]
+    chain += [f"folder={folder}", "steps=[preprocess,pretrain]"]
     (folder / "runs" / "run").mkdir(parents=True)
     write_record(folder / "runs" / "run", "17", SlurmConfig())
     assert main.main([*chain, *[f"pretrain.{line}" for line in best_rq[:3]]]) == ExitCode.USAGE

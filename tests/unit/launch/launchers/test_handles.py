@@ -15,10 +15,13 @@ import pytest
 from data_pipeline.core.ray_tasks import RayConfig as Cluster
 from data_pipeline.core.ray_tasks import keep_token_private, require_answer
 from data_pipeline.core.schema import ConfigError, load
-from launch.config import RayConfig, SlurmConfig
-from launch.launchers import slurm
+from launch.config import RayConfig, SlurmConfig, TargetsJob
+from launch.exit_codes import ExitCode
+from launch.launchers import ray_driver, slurm
 from launch.launchers.ray import RayJobs
 from launch.launchers.slurm import SlurmError, SlurmSubmitter
+from launch.workers import task
+from launch.workers.stop_request import START_ID
 
 HOSTILE = [
     "--user=root",
@@ -140,6 +143,21 @@ def test_an_address_without_ray_is_reported_within_the_timeout(address_without_r
     with pytest.raises(ConfigError, match="no Ray dashboard answers there"):
         RayJobs(RayConfig(dashboard=f"http://{address_without_ray}", answer_seconds=1.0)).status("raysubmit_1")
     assert time.monotonic() - begin < 10
+
+
+def test_a_dead_address_is_reported_by_the_field_that_the_user_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a run, whose driver is a process, and for a program that uses Ray itself."""
+    monkeypatch.setenv(START_ID, "1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    assert ray_driver.main([str(tmp_path), f"--address={address}", "--answer-seconds=2"]) == ExitCode.USAGE
+    assert f"launcher.address={address}: no Ray cluster" in capsys.readouterr().err
+    job = TargetsJob(shards=("s",), out="o", runs=str(tmp_path))
+    with pytest.raises(ConfigError, match=f"launcher\\.address={address}: no Ray cluster"):
+        task.perform_on_cluster(task.prepare("targets", job), RayConfig(address=address, answer_seconds=2.0))
 
 
 @pytest.mark.parametrize("before", ["absent", "folder", "token", "link"])

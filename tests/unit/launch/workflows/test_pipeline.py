@@ -22,13 +22,13 @@ from launch.launchers.slurm import SlurmSubmitter
 from launch.runs.job_record import read_record
 from launch.workers import task
 from launch.workers.build import require_fitting_labels
-from launch.workflows.pipeline import PipelineConfig, Step, split, steps, why_pretraining
+from launch.workflows.pipeline import PipelineConfig, Step, require_inputs, split, steps, why_pretraining
 from pretrain.checkpointing.tensor_files import save_tensors
 from tests.support.checkpoint_states import write_state
 from tests.support.corpora import preprocess_here
 from tests.support.sounds import many, write_corpus
 
-CORPUS = "preprocess.corpus.path=/data/speech"
+CORPUS = f"preprocess.corpus.path={Path(__file__).parent}"
 HOSTILE = "x$(touch pwned);`id`&|'\" #SBATCH --nodes=9"
 
 
@@ -70,6 +70,63 @@ def test_held_out_speakers_are_measured_during_training() -> None:
     own = chain(held_out, "pretrain.objective=best_rq", "pretrain.data.valid=mine")[1].job()
     assert isinstance(own, PretrainJob)
     assert own.data.valid == ("mine",)
+
+
+def test_held_out_speakers_are_labelled_with_the_same_centres() -> None:
+    given = ("preprocess.split.valid=0.1", "pretrain.objective=hubert", "targets.classes=50")
+    _, targets, held_out, pretrain, _ = chain(*given)
+    first, second, run = targets.job(), held_out.job(), pretrain.job()
+    assert isinstance(first, TargetsJob)
+    assert isinstance(second, TargetsJob)
+    assert isinstance(run, PretrainJob)
+    assert (second.shards, second.kmeans, second.classes) == (("work/shards/valid",), first.out, 50)
+    assert targets.folder() != held_out.folder()
+    assert (run.data.valid, run.data.valid_targets) == (("work/shards/valid",), {"units": second.out})
+    assert len(chain(*given, "pretrain.data.valid=[work/shards/valid]")) == 4
+
+
+def test_unread_held_out_speakers_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = ("pretrain.data.targets.units=work/shards/labels", "pretrain.objective.labels=units")
+    given = ["preprocess.split.valid=0.1", CORPUS, "pretrain.objective=hubert", *labels]
+    _, overrides, launcher = split(given)
+    steps(PipelineConfig(folder="work", steps=("preprocess", "pretrain")), overrides, launcher)
+    said = capsys.readouterr().out
+    assert "pretrain.data.valid_targets" in said
+    assert "auricle targets" in said
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+@pytest.mark.parametrize(
+    ("field", "override"),
+    [
+        ("preprocess.corpus.path=nowhere", "preprocess.corpus.path=nowhere"),
+        ("targets.features=nowhere", "targets.features=nowhere"),
+        ("targets.kmeans=nowhere", "targets.kmeans=nowhere"),
+        ("pretrain.init=nowhere", "pretrain.init=nowhere"),
+        ("pretrain.data.tokens.text=nowhere", "pretrain.data.tokens.text=nowhere"),
+        ("pretrain.data.valid=nowhere", "pretrain.data.valid=nowhere"),
+        ("evaluate.data.keywords=nowhere", "evaluate.data={keywords: nowhere}"),
+    ],
+)
+def test_a_missing_input_of_any_step_is_reported_by_its_field(
+    field: str, override: str, launcher: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [f"folder={tmp_path / 'work'}", CORPUS, "pretrain.objective=hubert", "evaluate.task=keywords"]
+    assert main.main(["pipeline", *arguments, override, f"launcher={launcher}", "--dry-run"]) == ExitCode.USAGE
+    assert f"{field}: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_at_urls_of_earlier_jobs_and_in_containers_are_left_to_the_job() -> None:
+    container = ("launcher=slurm", "launcher.container=apptainer", "launcher.image=image.sif")
+    for given in (
+        ("preprocess.corpus.path=s3://bucket/speech",),
+        ("preprocess.corpus.path=nowhere", "preprocess.launcher.after=17", "launcher=slurm"),
+        ("preprocess.corpus.path=nowhere", *container),
+    ):
+        require_inputs(chain("pretrain.objective=best_rq", *given))
+    with pytest.raises(ConfigError, match=r"preprocess\.corpus\.path=nowhere: there is no such file"):
+        require_inputs(chain("pretrain.objective=best_rq", "preprocess.corpus.path=nowhere", "launcher=slurm"))
 
 
 def test_a_missing_input_of_the_last_step_is_reported_before_the_first_step(

@@ -11,8 +11,9 @@ from launch import main
 from launch.cli.compose import compose
 from launch.config import PretrainJob
 from launch.exit_codes import ExitCode
+from launch.runs.job_record import read_record
 from launch.runs.metadata import run_config
-from launch.workflows import pretraining
+from launch.workflows.inputs import require_startable
 from pretrain.train_module import build_model
 from tests.support.checkpoint_states import write_run
 from tests.support.tiny_shards import sounds, write_shards
@@ -53,4 +54,46 @@ def test_initial_weights_of_another_architecture_are_found_before_ranks_start(
     assert start(*places, f"init={tmp_path / 'nowhere'}") == ExitCode.USAGE
     assert "nowhere" in capsys.readouterr().err
     same = load(PretrainJob, compose("pretrain", [*SMALL, *places, "encoder.layers=1", f"init={tmp_path / 'old'}"]))
-    pretraining._require_start(same)
+    require_startable(same, attended=True)
+
+
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Puts an sbatch on the PATH that accepts every job; returns the file with its arguments, which it creates."""
+    given, folder = tmp_path / "sbatch.txt", tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {given}\necho 17\n')
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return given
+
+
+@pytest.mark.parametrize("several", [(), ("seed=1,2", "--multirun")])
+def test_a_queued_run_is_checked_where_its_shards_can_be_read(
+    several: tuple[str, ...],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given, runs = queue(tmp_path, monkeypatch), tmp_path / "runs"
+    large = (f"runs={runs}", "data.batch_seconds=100", "launcher=slurm", *several)
+    assert start(f"data.shards={shards}", *large) == ExitCode.USAGE
+    assert "lower data.batch_seconds" in capsys.readouterr().err
+    assert not given.exists()
+    assert not runs.exists()
+    assert start(f"data.shards={tmp_path / 'elsewhere'}", *large) == ExitCode.DONE
+    assert start(f"data.shards={shards}", "name=later", *large, "launcher.after=16") == ExitCode.DONE
+
+
+@pytest.mark.parametrize("several", [(), ("data.workers=3,5", "--multirun")])
+def test_the_record_of_a_slurm_job_has_the_cores_that_were_requested(
+    several: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A requeue reads them from the record; the runs of an array share the largest number."""
+    given = queue(tmp_path, monkeypatch)
+    plain = (f"data.shards={tmp_path / 'elsewhere'}", f"runs={tmp_path / 'runs'}", "name=mine", "launcher=slurm")
+    assert start(*plain, *(several or ("data.workers=5",))) == ExitCode.DONE
+    assert "--cpus-per-task=6" in given.read_text()
+    folders = list((tmp_path / "runs").iterdir())
+    assert [read_record(folder).config["cpus_per_task"] for folder in folders] == [6] * len(folders)
+    assert len(folders) == (2 if several else 1)
