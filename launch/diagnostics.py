@@ -34,7 +34,11 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def install(package: str) -> str:
     """Returns the command that installs a package: `make setup` in a checkout, pip otherwise."""
-    return "make setup" if (CHECKOUT / "launch/setup/setup.sh").is_file() else f"pip install {package}"
+    return "make setup" if _in_checkout() else f"pip install {package}"
+
+
+def _in_checkout() -> bool:
+    return (CHECKOUT / "launch/setup/setup.sh").is_file()
 
 
 def examine(folder: Path) -> Iterator[Finding]:
@@ -57,8 +61,10 @@ def examine(folder: Path) -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:
-            remedy = f"see the message; `{install('--force-reinstall auricle')}` installs it again"
-            yield Finding(topic, "broken", f"{type(error).__name__}: {error}", remedy)
+            again = (
+                "`make setup` installs auricle again" if _in_checkout() else "install it again from where you got it"
+            )
+            yield Finding(topic, "broken", f"{type(error).__name__}: {error}", f"see the message; {again}")
 
 
 def _python() -> Iterator[Finding]:

@@ -241,6 +241,6 @@ def _line(step: int, steps: int, scalars: dict[str, float]) -> str:
     held_out = f"  held-out loss {scalars['valid/loss/total']:.4f}" if "valid/loss/total" in scalars else ""
     return (
         f"step {step}/{steps}  loss {scalars['loss/total']:.4f}  grad {scalars['opt/grad_norm']:.3g}  "
-        f"lr {scalars['opt/lr']:.2e}  {scalars['perf/audio_seconds_per_second']:.0f} audio-s/s  "
+        f"lr {scalars['opt/lr']:.2e}  {scalars['perf/audio_seconds_per_second']:.0f} × real time  "
         f"waited {scalars['perf/data_wait_share']:.0%}{held_out}"
     )

@@ -28,7 +28,7 @@ GALLERY = 8
 LONGEST = 12
 """Speakers in the table."""
 LISTED = 500
-"""Number of rows of the quarantine list on the page; the file has all."""
+"""Number of rows of the list of rejected files on the page; the file has all."""
 CLIP_SECONDS = 5
 GALLERY_LEGEND = (
     f"Spectrograms: time to the right, at most {CLIP_SECONDS} s; frequency upwards, 0 to 8 kHz; lighter is louder, "
@@ -89,7 +89,7 @@ def build_report(page: Page) -> str:
         "</div><h2>Speakers</h2>" + _speakers(table, hours),
         f"<h2>Examples</h2><p>{GALLERY_LEGEND}</p><div class=charts>" + "".join(_gallery(page.sets)) + "</div>",
         _duplicates(page.duplicates),
-        f"<h2>Quarantine ({len(quarantine):,} files)</h2>" + _quarantine(quarantine),
+        f"<h2>Rejected files ({len(quarantine):,})</h2>" + _quarantine(quarantine),
         "<h2>This job</h2>" + _table(("", ""), page.facts, numbers=()),
     ]
     return (

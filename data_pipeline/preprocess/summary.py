@@ -94,7 +94,7 @@ class Summary:
             for reason, (count, hours) in self.rejects.items()
         ]
         if self.quarantined:
-            rows.append(("quarantined files", f"{self.quarantined:,} recordings or rows, listed in {self.quarantine}"))
+            rows.append(("rejected files", f"{self.quarantined:,} recordings or rows, listed in {self.quarantine}"))
         rows += _skipped_rows(self.skipped, self.warnings)
         if self.changed_files:
             rows.append(("changed since", f"{self.changed_files:,} recordings; the shards hold their earlier audio"))

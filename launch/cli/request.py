@@ -107,10 +107,11 @@ def _keep_texts(kind: type[Any], values: dict[str, Any], overrides: list[str]) -
 
 def show_help(command: str, kind: type[Any], values: dict[str, Any], switches: tuple[str, ...]) -> None:
     """Prints every field of `kind`, grouped by section, with meaning, default and limits."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    from launch.cli import tables
+
+    console = tables.console()
     console.print(Text.assemble((f"auricle {command}", "bold"), " [field=value | group=choice] ..."), "\n")
     for name, choices in groups().items():
         if name == HEAD and "heads" in values:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import TextIO
 
 from rich.console import Console, OverflowMethod
@@ -42,6 +42,7 @@ def table(
     title: str = "",
     bold: Iterable[int] = (),
     fold: bool = False,
+    keep: Container[int] = (),
 ) -> Table:
     """Returns a table of any values.
 
@@ -51,6 +52,7 @@ def table(
         title: line above the table.
         bold: indices of emphasised rows; -1 is the last.
         fold: wrap all columns instead of truncating them.
+        keep: indices of further columns that users copy from, which are wrapped as the first.
     """
     listed = list(rows)
     longest = max((len(str(row[0])) for row in listed if row), default=0)
@@ -58,7 +60,7 @@ def table(
     made.collapse_padding = console().width < NARROW
     for number, column in enumerate(columns):
         whole = min(longest, UNBROKEN) if number == 0 else None
-        overflow: OverflowMethod = "fold" if fold or number == 0 else "ellipsis"
+        overflow: OverflowMethod = "fold" if fold or number == 0 or number in keep else "ellipsis"
         made.add_column(cell(column), overflow=overflow, no_wrap=False, min_width=whole)
     emphasised = {number % len(listed) for number in bold} if listed else set()
     for number, row in enumerate(listed):

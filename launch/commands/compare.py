@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,13 @@ def run(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
 
     from data_pipeline.core.schema import ConfigError
+    from launch.launchers.status import shown_state
     from launch.runs.summary import find_runs, summarise
 
     folders = [folder for path in given.runs for folder in find_runs([path])[:1]]
     if len(folders) < 2:
         raise ConfigError("auricle compare needs two run folders or more")
-    print_differences(folders, [summarise(folder) for folder in folders])
+    print_differences(folders, [replace(summarise(folder), state=shown_state(folder)) for folder in folders])
     if given.bands is not None:
         print_verdicts(folders, given.bands)
     plot(folders, given.plot)
@@ -62,7 +64,8 @@ def print_differences(folders: Sequence[Path], summaries: Sequence[RunSummary]) 
     from pretrain.checkpointing.run_folder import read_config
 
     names = [summary.name for summary in summaries]
-    show(table(("", *names), [(title, *(pattern.format(s) for s in summaries)) for title, pattern in FIGURES]))
+    figures = [(title, *(pattern.format(s) for s in summaries)) for title, pattern in FIGURES]
+    show(table(("", *names), figures, fold=True))
     configs = [read_config(folder) for folder in folders]
     changed = {path for one, other in itertools.combinations(configs, 2) for path, _, _ in diff(one, other)}
     flat = [flatten(config) for config in configs]
@@ -70,7 +73,7 @@ def print_differences(folders: Sequence[Path], summaries: Sequence[RunSummary]) 
         (path, *(json.dumps(values[path], ensure_ascii=False) if path in values else "–" for values in flat))
         for path in sorted(changed)
     ]
-    show(table(("config", *names), shown))
+    show(table(("config", *names), shown, fold=True))
 
 
 def print_verdicts(folders: Sequence[Path], file: Path) -> None:
@@ -84,7 +87,7 @@ def print_verdicts(folders: Sequence[Path], file: Path) -> None:
         verdicts = [larger_than_seeds(bands, name, (first, other)) for other in others]
         if any(verdicts):
             lines.append((name, *verdicts))
-    show(table((f"difference to {first.name}", *(other.name for other in others)), lines))
+    show(table((f"difference to {first.name}", *(other.name for other in others)), lines, fold=True))
 
 
 def plot(folders: Sequence[Path], path: Path) -> None:

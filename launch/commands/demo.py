@@ -89,7 +89,7 @@ def _table(corpus: Corpus, shards: Path, folder: Path, job: PretrainJob, ranks: 
     return [
         ("speech", corpus.origin),
         ("hours", f"{hours_in:.2f} in, {hours_out:.2f} in {sum(1 for record in records if record.shard)} shards"),
-        ("training", f"{rows[-1]['step']} steps on {ranks} ranks, {speed:.0f} audio-seconds per second"),
+        ("training", f"{rows[-1]['step']} steps on {ranks} ranks, {speed:.0f} × real time"),
         ("loss", f"{rows[0]['loss/total']:.3f} → {last:.3f} (mean of the last {len(tail)} steps)"),
         ("checkpoint", str(folder / "checkpoints" / f"step_{job.train.steps:08d}")),
         ("curves", shlex.join([str(shown), "--logdir", str(folder / "tb")])),

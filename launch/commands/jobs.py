@@ -60,7 +60,7 @@ def _list(runs: Path) -> int:
         except (ValueError, KeyError) as error:  # one unreadable run must not hide the rest
             listed.append((folder.name, *"–––", "unreadable", *"–––"))
             warn(f"{folder}: {error}")
-    show(table(("run", "command", "where", "job", "state", "step", "of", "submitted"), listed))
+    show(table(("run", "command", "where", "job", "state", "step", "of", "submitted"), listed, keep={3}))
     return ExitCode.DONE
 
 

@@ -85,16 +85,26 @@ def _value(text: str) -> Any:
 
 def _stats(root: str, records: list[DoneRecord]) -> int:
     hours, segments, lengths = Counter[tuple[str, str]](), Counter[tuple[str, str]](), []
+    speakers: set[tuple[str, str, str]] = set()
+    """Corpus, language and speaker; the same name in two corpora is two speakers."""
     for record in records:
         index = read_index(root, record)
         lengths.append(index["n_samples"].to_numpy())
-        groups = zip(index["corpus"].to_pylist(), index["language"].to_pylist(), strict=True)
+        groups = list(zip(index["corpus"].to_pylist(), index["language"].to_pylist(), strict=True))
+        speakers.update(
+            (*group, name) for group, name in zip(groups, index["speaker"].to_pylist(), strict=True) if name
+        )
         for group, samples in zip(groups, lengths[-1].tolist(), strict=True):
             hours[group] += samples / SAMPLE_RATE / 3600
             segments[group] += 1
-    rows = [(group[0], group[1] or "–", f"{segments[group]:,}", f"{hours[group]:.2f}") for group in sorted(hours)]
-    rows.append(("all", "", f"{sum(segments.values()):,}", f"{sum(hours.values()):.2f}"))
-    show(table(("corpus", "language", "segments", "hours"), rows, bold=[-1]))
+    of_group = Counter((corpus, language) for corpus, language, _ in speakers)
+    rows = [
+        (group[0], group[1] or "–", f"{of_group[group]:,}", f"{segments[group]:,}", f"{hours[group]:.2f}")
+        for group in sorted(hours)
+    ]
+    different = len({(corpus, name) for corpus, _, name in speakers})
+    rows.append(("all", "", f"{different:,}", f"{sum(segments.values()):,}", f"{sum(hours.values()):.2f}"))
+    show(table(("corpus", "language", "speakers", "segments", "hours"), rows, bold=[-1]))
     seconds = np.percentile(np.concatenate(lengths) / SAMPLE_RATE, list(QUANTILES))
     shown = ", ".join(f"{name} {value:.1f} s" for name, value in zip(QUANTILES.values(), seconds, strict=True))
     size = sum(record.bytes for record in records)

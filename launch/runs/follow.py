@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data_pipeline.core.jsonl import Tail, read_rows
+from data_pipeline.core.schema import ConfigError, load
 from launch.runs.summary import audio_hours, number
 from pretrain.checkpointing.run_folder import read_config
 
@@ -32,6 +33,14 @@ RECENT = 50
 """Number of rows from which the remaining time is estimated."""
 LAST_ROWS = 20
 """Rows, at most a tenth of all, whose mean is the last value of a figure."""
+FIGURES = (
+    ("held-out loss", "valid/loss/total"),
+    ("held-out accuracy", "valid/metric/accuracy"),
+    ("held-out code usage", "valid/metric/code_usage"),
+    ("held-out perplexity", "valid/metric/perplexity"),
+    ("training accuracy", "metric/accuracy"),
+)
+"""Rows of the table of a finished run besides the loss, each shown where the run has it."""
 LONGEST_SECONDS = 1e9
 """Upper limit of the estimate."""
 
@@ -186,9 +195,10 @@ def ending(folder: Path, newest: Path) -> list[tuple[str, str]]:
     rows, place = Follower(folder), shlex.quote(str(folder))
     last = rows.read() or {}
     found = [("loss", _first_to_last(rows.rows, "loss/total"))]
-    for name, tag in (("held-out loss", "valid/loss/total"), ("accuracy", "metric/accuracy")):
-        if any(tag in row for row in rows.rows):
-            found.append((name, _first_to_last(rows.rows, tag)))
+    known = dict.fromkeys(itertools.chain.from_iterable(rows.rows))
+    for name, tag in FIGURES:  # of several code books, the main one or each
+        tags = [tag] if tag in known else [one for one in known if one.startswith(tag)]
+        found += [(name + one.removeprefix(tag), _first_to_last(rows.rows, one)) for one in tags]
     before, seconds = 0.0, 0.0
     for row in rows.rows:
         step = number(row, "step", before)
@@ -205,9 +215,31 @@ def ending(folder: Path, newest: Path) -> list[tuple[str, str]]:
     return [
         *found,
         ("checkpoint", str(newest)),
-        ("next", f"auricle evaluate checkpoint={place} task=phones manifest=MANIFEST"),
-        ("", f"auricle export {place} OUT"),
-        ("", f"auricle board {place}"),
+        *zip(("next", "", "", ""), _next_commands(newest, place), strict=False),
+    ]
+
+
+def _next_commands(newest: Path, place: str) -> list[str]:
+    """Returns the commands that fit the run: of a recogniser those of recognition, and a format that can export it."""
+    from pretrain.checkpointing.checkpoint import read_state  # imports torch
+    from pretrain.config import Config
+    from pretrain.heads import ctc
+    from pretrain.interop import hf_export
+
+    recogniser, form = False, ""
+    with contextlib.suppress(ValueError, OSError, KeyError):  # of a checkpoint that cannot be read
+        config = load(Config, read_state(newest)["config"])
+        recogniser = not config.objective.has_loss and any(isinstance(h, ctc.Config) for h in config.heads.values())
+        try:
+            hf_export.describe(config, "")
+        except ConfigError:
+            form = " --to onnx"
+    task = "asr" if recogniser else "phones"
+    return [
+        f"auricle evaluate checkpoint={place} task={task} manifest=MANIFEST",
+        *([f"auricle transcribe checkpoint={place} files=AUDIO"] if recogniser else []),
+        f"auricle export {place} OUT{form}",
+        f"auricle board {place}",
     ]
 
 

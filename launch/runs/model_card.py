@@ -28,6 +28,7 @@ LOADING = {
     "onnx": "onnxruntime, with the sizes and the normalisation in `features.json`",
     "torchscript": "`torch.jit.load`, with the sizes and the normalisation in `features.json`",
     "onnx_stream": "`run.py`, chunk by chunk, with numpy and onnxruntime",
+    "onnx_synthesis": "onnxruntime, `text.onnx` and then `audio.onnx`; `synthesis.json` describes them",
     "edge": "`run.py`, with numpy and onnxruntime",
 }
 """How to load each format."""

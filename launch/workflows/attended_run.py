@@ -96,7 +96,7 @@ def _verdict(code: int, folder: Path, steps: int) -> int:
     if code == ExitCode.DONE and done >= steps:
         print(f"done: {newest}")
         for name, value in follow.ending(folder, newest):  # unwrapped: paths and commands are copied from it
-            print(visible(f"{name:<15}{value}"))
+            print(visible(f"{name:<21}{value}"))
         return ExitCode.DONE
     print(local.failure_report(folder), file=sys.stderr)
     ending = f"ended with {_meaning(code)}" if code else f"ended after step {done} of {steps}"

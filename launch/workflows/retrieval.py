@@ -72,7 +72,8 @@ def search(config: SearchConfig) -> ExitCode:
         ]
         print(json.dumps(listed, ensure_ascii=False, indent=1))
     else:
-        show(table(("rank", "cosine", "kind", "name"), [(r, f"{s:.3f}", k, n) for r, s, k, n in rows]))
+        listed_rows = [(r, f"{s:.3f}", k, n) for r, s, k, n in rows]
+        show(table(("rank", "cosine", "kind", "name"), listed_rows, keep={3}))
     if config.gallery:
         results = [
             gallery.Result(rank, score, kind, name, find_piece(kind, name, index.places[row]))  # type: ignore[arg-type]

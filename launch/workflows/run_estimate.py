@@ -91,7 +91,7 @@ def _memory(config: Config, cluster: Cluster, measured: Measured) -> Table:
 
 def _scaling(config: PretrainJob, cluster: Cluster, measured: Measured, mfu: tuple[float, float]) -> Table:
     """Returns the table of the forecast, at most 80 columns wide; a range is from the highest to the lowest MFU."""
-    columns = ("GPUs", "audio s", "step s", "sent GB", "waits s", "h/GPU-h", "days", "")
+    columns = ("GPUs", "audio s", "step s", "sent GB", "waits s", "speed", "days", "")
     table = Table(*columns, title=f"with engine.zero_stage={config.engine.zero_stage}", title_justify="left", box=None)
     for gpus in sorted({*cost_model.counts(LARGEST), cluster.size}):
         low, high = (cost_model.forecast(measured, config, cluster, gpus, share) for share in mfu)
@@ -109,7 +109,7 @@ def _scaling(config: PretrainJob, cluster: Cluster, measured: Measured, mfu: tup
 
 LEGEND = """audio s: audio per update of the busiest GPU; step s: one update;
 sent GB, waits s: gradients sent per GPU and update, and the part of that time
-which the backward pass does not hide; h/GPU-h: hours of audio per GPU-hour;
+which the backward pass does not hide; speed: × real time of each GPU;
 days: to the last update
 *  does not divide data.micro_batches: some GPUs idle in the last round
 †  less than one segment for each GPU: raise data.batch_seconds"""

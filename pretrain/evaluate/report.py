@@ -57,7 +57,9 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def table(rows: Sequence[Row]) -> Table:
     """Returns the table for a terminal."""
-    made = Table(*HEAD, box=None, pad_edge=False)
+    made = Table(box=None, pad_edge=False)
+    for name in HEAD:
+        made.add_column(name, overflow="fold" if name == "features" else "ellipsis")  # runs' names are copied from it
     for row in rows:
         made.add_row(*(Text(visible(text)) for text in cells(row)))
     return made

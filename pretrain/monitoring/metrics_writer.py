@@ -56,7 +56,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "alarms and skipped updates": ["Multiline", ["health/alarms", "health/skipped"]],
     },
     "speed": {
-        "audio-seconds per second": ["Multiline", ["perf/audio_seconds_per_second"]],
+        "× real time": ["Multiline", ["perf/audio_seconds_per_second"]],
         "waiting and padding": ["Multiline", ["perf/data_wait_share", "data/padding_share"]],
         "model FLOP utilisation": ["Multiline", ["perf/mfu"]],
         "memory, GiB": ["Multiline", ["perf/memory_gib"]],

@@ -54,7 +54,7 @@ def shards(home: Path) -> Path:
     """Runs the README's preprocess command and returns the folder of its shards."""
     done = auricle(home, *command("preprocess"), "ray.num_cpus=2")
     assert done.returncode == 0, done.stderr
-    assert "quarantined files" in done.stdout
+    assert "rejected files" in done.stdout
     return home / "shards"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
@@ -63,3 +64,17 @@ def test_a_check_that_raises_is_reported_as_a_finding(tmp_path: Path, monkeypatc
     last = list(diagnostics.examine(tmp_path))[-1]
     assert last.verdict == "broken"
     assert "no /proc here" in last.found
+
+
+def test_outside_the_checkout_no_remedy_names_a_distribution_that_no_index_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no /proc here")
+
+    monkeypatch.setattr(diagnostics, "_operations", broken)
+    monkeypatch.setattr(diagnostics, "CHECKOUT", tmp_path)
+    found = list(diagnostics.examine(tmp_path))
+    [remedy] = [finding.remedy for finding in found if "no /proc here" in finding.found]
+    assert "install it again from where you got it" in remedy
+    assert not [finding for finding in found if re.search(r"pip install .*\bauricle\b", finding.remedy)]

@@ -39,7 +39,7 @@ def test_the_report_is_complete_and_loads_no_other_resource(page: Path) -> None:
     for said in (
         "too_short",
         "unreadable",
-        "Quarantine (2 files)",
+        "Rejected files (2)",
         "duration, s",
         "speaker0",
         "Height: number of segments",

@@ -7,7 +7,11 @@ import resource
 import subprocess
 import sys
 
+import pytest
+
+from launch import main
 from launch.cli.command_table import COMMANDS
+from launch.cli.tables import PIPED_WIDTH
 from pretrain import registry
 from tests.support.paths import ROOT
 
@@ -74,3 +78,13 @@ def test_help_of_a_command_groups_its_own_fields() -> None:
     lines = help_of("evaluate").stdout.splitlines()
     assert any(line == "launcher" for line in lines), "a title for each group of fields"
     assert not any(line.strip().startswith(("optimizer.", "encoder.", "data.")) for line in lines)
+
+
+def test_piped_help_has_a_fixed_width(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for columns in ("40", "300"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main.main(["bands", "--help"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert 80 < max(map(len, shown[0].splitlines())) <= PIPED_WIDTH

@@ -8,6 +8,8 @@ import re
 import pytest
 
 from launch.cli.tables import PIPED_WIDTH, console, show, table
+from pretrain.evaluate import report
+from pretrain.evaluate.rows import Row
 
 
 class Terminal(io.StringIO):
@@ -47,3 +49,19 @@ def test_a_list_of_jobs_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "2026-01-01 10:00" in said
     assert "…" not in said
     assert len(said.splitlines()) == 2
+
+
+def test_columns_that_users_copy_from_are_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = Terminal()
+    console(shown).print(table(("run", "state", "path"), [("a", "s" * 60, "p" * 60)], keep={2}))
+    said = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())
+    assert said.count("p") == 60 + 1, "and one in the heading"
+    assert "…" in said, "of the other column"
+
+
+def test_results_of_an_evaluation_keep_the_names_of_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = Terminal()
+    console(shown).print(report.table([Row(task="phones", measure="accuracy", who="Q" * 70, value=0.5)]))
+    assert shown.getvalue().count("Q") == 70

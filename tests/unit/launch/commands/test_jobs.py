@@ -13,11 +13,13 @@ import pytest
 
 from data_pipeline.core.schema import ConfigError
 from launch import main
+from launch.commands import compare
 from launch.config import LocalConfig, RayConfig, SlurmConfig
 from launch.exit_codes import ExitCode
 from launch.launchers.slurm import SlurmError, SlurmSubmitter
 from launch.launchers.status import mark_stopped, require_ended, state_of
 from launch.runs.job_record import read_record, write_record
+from launch.runs.summary import summarise
 
 
 @pytest.fixture
@@ -259,3 +261,32 @@ def test_cancelling_an_ended_job_reports_that_it_had_ended(folder: Path, capsys:
     write_record(folder, "1:1.0", LocalConfig())
     assert main.main(["jobs", "cancel", "mine"]) == 0
     assert "had ended before (failed)" in capsys.readouterr().out
+
+
+def test_every_list_shows_the_same_state_of_a_killed_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_record(folder, "1:1.0", LocalConfig())  # of a process that ended
+    assert summarise(folder).state == "running", "its last row is recent"
+    monkeypatch.setattr(compare, "plot", lambda *_: None)
+    for command in (["jobs", "list"], ["runs"], ["compare", str(folder), str(folder)]):
+        assert main.main(command) == 0
+        said = capsys.readouterr().out
+        assert "failed" in said, command
+        assert "running" not in said, command
+
+
+def test_ids_and_names_are_shown_whole(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.cli.tables.PIPED_WIDTH", 80)
+    monkeypatch.setattr(compare, "plot", lambda *_: None)
+    long = str(folder.rename(folder.parent / ("Z" * 70)))
+    write_record(Path(long), "Q" * 70, LocalConfig())
+    assert main.main(["jobs", "list"]) == 0
+    said = capsys.readouterr().out
+    assert (said.count("Q"), said.count("Z"), "…" in said) == (70, 70, False)
+    assert main.main(["compare", long, long]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Z") == 2 * 2 * 70, "two runs in the headings of two tables"
+    assert "…" not in said

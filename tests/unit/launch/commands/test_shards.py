@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,14 @@ def test_plan_of_a_config(root: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "2 shards" in said
     assert main.main(["data", "plan", *overrides, "data.batch_seconds=1e6"]) == ExitCode.USAGE
     assert "less than a fiftieth" in capsys.readouterr().err
+
+
+def test_stats_count_the_speakers_that_have_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = [(name, "first") for name in ("ann", "bob")] + [("ann", "second"), ("", "second")]
+    content = [sounds([2.0] * 3, corpus=corpus, speaker=name) for name, corpus in named]
+    for number, segments in enumerate(content):
+        content[number] = [replace(one, key=f"{number}-{one.key}") for one in segments]
+    assert main.main(["shards", "stats", str(write_shards(tmp_path / "shards", content))]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["corpus", "language", "speakers", "segments", "hours"]
+    assert [row[-3:-1] for row in rows[1:4]] == [["2", "6"], ["1", "6"], ["3", "12"]]

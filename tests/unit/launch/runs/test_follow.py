@@ -6,10 +6,15 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 
+from data_pipeline.core.schema import dump, load
 from launch.runs.follow import Follower, ending, first_update, follow, losses, sparkline, time_left
+from pretrain.config import Config
+from tests.support.checkpoint_states import write_state
 
 
 def row(step: int, time: float, loss: float) -> dict[str, float]:
@@ -98,17 +103,70 @@ def test_the_first_update_says_which_micro_batch_it_is_at(tmp_path: Path) -> Non
 
 
 def test_a_finished_run_ends_with_figures_and_the_next_commands(tmp_path: Path) -> None:
+    def held_out(step: int) -> dict[str, float]:
+        codes = {"metric/perplexity": step / 2, "metric/code_usage": step / 80}
+        return {"loss/total": 5.5 - step / 20, "metric/accuracy": step / 200, **codes}
+
     rows = [
         row(step, 10.0 * step, 5.0 - step / 20)
         | {"perf/step_seconds": 2.0, "data/audio_hours": step / 100, "metric/accuracy": step / 100}
-        | ({"valid/loss/total": 5.5 - step / 20} if step % 20 == 0 else {})
+        | ({f"valid/{tag}": value for tag, value in held_out(step).items()} if step % 20 == 0 else {})
         for step in range(1, 41)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     table = dict(ending(tmp_path, tmp_path / "checkpoints" / "step_00000040"))
     assert table["loss"] == "4.95 → 3.075"
     assert table["held-out loss"] == "4.5 → 3.5"
+    assert table["held-out accuracy"] == "0.1 → 0.2"
+    assert table["held-out code usage"] == "0.25 → 0.5"
+    assert table["held-out perplexity"] == "10 → 20"
+    assert table["training accuracy"].startswith("0.01 → ")
     assert table["time"] == "0:01:20 in 40 updates"
     assert table["audio"] == "0.40 h, 18 × real time"
     assert table["next"].startswith(f"auricle evaluate checkpoint={tmp_path}")
     assert "alarms" not in table
+
+
+ENCODER = {"name": "transformer", "dim": 16, "layers": 1, "heads": 2, "ffn_dim": 16}
+WAVEFORM = {"frontend": {"name": "waveform_conv", "channels": 8}, "objective": {"name": "wav2vec2"}}
+ROTARY = {"frontend": {"name": "log_mel"}, "objective": {"name": "best_rq", "n_codes": 8}}
+RECOGNISER = WAVEFORM | {"objective": {"name": "none"}, "heads": {"text": {"name": "ctc"}}}
+
+
+@pytest.mark.parametrize(
+    ("values", "positions", "shown"),
+    [
+        (WAVEFORM, "conv", ["evaluate checkpoint=RUN task=phones manifest=MANIFEST", "export RUN OUT", "board RUN"]),
+        (
+            ROTARY,
+            "rope",
+            ["evaluate checkpoint=RUN task=phones manifest=MANIFEST", "export RUN OUT --to onnx", "board RUN"],
+        ),
+        (
+            RECOGNISER,
+            "conv",
+            [
+                "evaluate checkpoint=RUN task=asr manifest=MANIFEST",
+                "transcribe checkpoint=RUN files=AUDIO",
+                "export RUN OUT",
+                "board RUN",
+            ],
+        ),
+    ],
+)
+def test_the_next_commands_fit_the_run(
+    values: dict[str, Any], positions: str, shown: list[str], tmp_path: Path
+) -> None:
+    config = load(
+        Config,
+        values
+        | {
+            "encoder": ENCODER | {"positions": positions},
+            "data": {"shards": "s", "labels": ["text"] if "heads" in values else []},
+        },
+    )
+    newest = write_state(tmp_path, 40, config=dump(config))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row(40, 1.0, 2.0)) + "\n")
+    table = ending(tmp_path, newest)
+    said = [value for _, value in table[[name for name, _ in table].index("next") :]]
+    assert said == [f"auricle {line.replace('RUN', str(tmp_path))}" for line in shown]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from data_pipeline.core.schema import load
-from launch.runs.model_card import LOADING, write_card
+from launch.commands.export import FORMATS
+from launch.runs.model_card import write_card
 from pretrain.config import Config
 from pretrain.train_module import build_model
 from tests.support.checkpoint_states import write_run
@@ -49,7 +50,7 @@ def test_what_is_unknown_is_said_to_be_not_recorded(run: Path, tmp_path: Path) -
     assert "# a\\|b\n" in card
 
 
-@pytest.mark.parametrize("form", LOADING)
+@pytest.mark.parametrize("form", FORMATS)
 def test_the_card_has_the_figures_of_the_exported_checkpoint(run: Path, tmp_path: Path, form: str) -> None:
     environment = {"version": "1.2.3", "git_sha": "abc", "started": "2026-01-01T00:00:00+00:00"}
     (run / "environment.json").write_text(json.dumps(environment))

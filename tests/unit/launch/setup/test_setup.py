@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import os
 import re
 import subprocess
+import sys
 import tomllib
 import zipfile
 from importlib import metadata
@@ -16,6 +18,8 @@ import pytest
 
 from launch.setup.repack_torchaudio import repack
 from tests.support.paths import ROOT
+
+PACKAGES = ("data_pipeline", "launch", "pretrain")
 
 
 def test_repack_drops_the_libraries_and_stays_a_valid_wheel(tmp_path: Path) -> None:
@@ -53,6 +57,37 @@ def test_every_dependency_is_pinned_and_within_its_range() -> None:
         assert re.sub("[-_.]+", "-", name[0]).lower() in normal, f"{requirement} has no pin"
     assert not [pin for pin in pins.values() if "+" in pin], "local versions exist on this machine only"
     assert metadata.version("torch").split("+")[0] == normal["torch"]
+
+
+PART_OF = {
+    "annotated_types": "pydantic",
+    "google": "tensorboard",
+    "omegaconf": "hydra-core",
+    "pydantic_core": "pydantic",
+}
+"""Modules that a dependency brings, by that dependency."""
+OPTIONAL = {("launch/serving/server.py", "aiohttp")}
+"""Modules of an extra, which commands import late."""
+
+
+def test_what_the_shipped_packages_import_is_installed_with_them() -> None:
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    required = {re.split(r"[^\w.-]", line)[0].lower() for line in lines}
+    owners, lacking = metadata.packages_distributions(), set()
+    for file in [ROOT / "auricle.py", *(f for name in PACKAGES for f in (ROOT / name).rglob("*.py"))]:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for module in {module.partition(".")[0] for module in modules} - {
+                *PACKAGES,
+                "conf",
+                *sys.stdlib_module_names,
+            }:
+                named = {PART_OF[module]} if module in PART_OF else {name.lower() for name in owners.get(module, ())}
+                if not named & required:
+                    lacking.add((str(file.relative_to(ROOT)), module))
+    assert lacking == OPTIONAL
+    assert "torchaudio" in required
 
 
 def set_up(tmp_path: Path, python: str) -> subprocess.CompletedProcess[str]:
