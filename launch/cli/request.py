@@ -105,6 +105,10 @@ def _keep_texts(kind: type[Any], values: dict[str, Any], overrides: list[str]) -
             section[name] = given[path]
 
 
+HELP_WIDTH = 100
+"""Columns of help, at most; also where its output is piped."""
+
+
 def show_help(command: str, kind: type[Any], values: dict[str, Any], switches: tuple[str, ...]) -> None:
     """Prints every field of `kind`, grouped by section, with meaning, default and limits."""
     from rich.text import Text
@@ -112,6 +116,7 @@ def show_help(command: str, kind: type[Any], values: dict[str, Any], switches: t
     from launch.cli import tables
 
     console = tables.console()
+    console.width = min(console.width, HELP_WIDTH)
     console.print(Text.assemble((f"auricle {command}", "bold"), " [field=value | group=choice] ..."), "\n")
     for name, choices in groups().items():
         if name == HEAD and "heads" in values:
