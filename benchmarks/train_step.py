@@ -233,7 +233,7 @@ def seconds_per_step(step: Callable[[int], float], steps: int, warm_up: int, dev
 def step_flops(module: TrainModule, batch: Batch) -> int:
     """Operations of matrix products, convolutions and attention, forward and backward; a teacher has no backward."""
     plan = module.prepare(batch, CTX)
-    with flops.counter() as counted:
+    with flops.Counter() as counted:
         module(batch, plan, plan.counts_K, CTX)[0].backward()
     module.zero_grad()
     return int(counted.get_total_flops())

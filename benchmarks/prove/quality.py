@@ -85,7 +85,7 @@ def curve(run: Path, manifest: Path, last: float) -> list[tuple[float, float, fl
 def forward_flops_per_second(run: Path) -> float:
     """Returns the counted FLOP of one forward pass per second of audio."""
     encoder = open_encoder(str(run))
-    with flops.counter() as counted:
+    with flops.Counter() as counted:
         encoder.encode(torch.randn(8 * 16_000))
     return counted.get_total_flops() / 8
 

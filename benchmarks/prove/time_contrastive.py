@@ -91,7 +91,7 @@ def forward_flops(objective: str) -> float:
         batch = Batch(wave_BT, torch.full((4,), wave_BT.shape[1]), tuple("abcd"), 0)
         ctx = StepContext(0, step + 1)
         plan = module.prepare(batch, ctx)
-        with flops.counter() as counted, torch.no_grad():
+        with flops.Counter() as counted, torch.no_grad():
             module(batch, plan, plan.counts_K, ctx)
         total += counted.get_total_flops() / (4 * seconds)
     return total / 8

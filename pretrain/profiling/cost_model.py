@@ -28,7 +28,7 @@ from data_pipeline.sampling.plan import accumulation
 from pretrain.config import Config
 from pretrain.interfaces.frames import StepContext
 from pretrain.profiling import hardware
-from pretrain.profiling.flops import counter
+from pretrain.profiling.flops import Counter
 from pretrain.profiling.hardware import GPUS
 from pretrain.train_module import TrainModule, build_model
 
@@ -177,7 +177,7 @@ def _forward(module: TrainModule, config: Config, seconds: float, segments: int 
     context, cached = StepContext(0, 0), torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # it would keep a 16-bit copy of every weight
     try:
-        with counter() as counted, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with Counter() as counted, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             plan = module.prepare(batch, context)
             module(batch, plan, plan.counts_K, context)
     finally:

@@ -54,11 +54,6 @@ class Counter(FlopCounterMode):
         return noted
 
 
-def counter() -> Counter:
-    """Returns a new `Counter`."""
-    return Counter()
-
-
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *rest: Any, **named: Any) -> int:
     """Returns the operations of attention between tensors of these shapes."""
     count: int = sdpa_flop_count(q, k, v)  # type: ignore[no-untyped-call]
@@ -96,7 +91,7 @@ def _convolution_backward_flops(
 def forward_flops(model: SpeechModel, samples: int) -> float:
     """Counts one forward pass of front end and encoder over one segment of `samples` samples."""
     device = next(model.parameters()).device
-    with counter() as counted:
+    with Counter() as counted:
         model.eval()(torch.zeros(1, samples, device=device), torch.tensor([samples], device=device))
     return float(counted.get_total_flops())
 
