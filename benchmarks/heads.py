@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.train_step import our_step
 from data_pipeline.core.schema import load
 from data_pipeline.core.types import Batch
 from pretrain.config import Config
-from pretrain.interfaces.frames import StepContext
 from pretrain.train_module import build_model
 
 LIMIT = 1.25
@@ -73,26 +73,14 @@ def audio(size: int, seconds: float, labelled: float) -> Batch:
     return Batch(wave_BT, torch.full((size,), wave_BT.shape[1]), keys, 0, labels=labels, tokens={"text": ids_BN})
 
 
-def stepper(model: Mapping[str, Any], heads: Mapping[str, Any], batch: Batch) -> Callable[[int], None]:
+def stepper(model: Mapping[str, Any], heads: Mapping[str, Any], batch: Batch) -> Callable[[int], float]:
     """Returns a function that makes one update."""
-    module = build_model(load(Config, dict(model) | {"data": {"shards": "none"}, "heads": dict(heads)}))
-    optimizer = torch.optim.AdamW([weight for weight in module.parameters() if weight.requires_grad], fused=True)
-
-    def step(number: int) -> None:
-        ctx = StepContext(0, number)
-        plan = module.prepare(batch, ctx)
-        loss, _ = module(batch, plan, plan.counts_K, ctx)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        module.after_step(ctx)
-
-    return step
+    return our_step(build_model(load(Config, dict(model) | {"data": {"shards": "none"}, "heads": dict(heads)})), batch)
 
 
 def measure(model: str, names: list[str], given: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns a row per variant: median seconds of a step, elapsed and of the processor, and their ratios."""
-    cases: dict[str, Callable[[int], None]] = {}
+    cases: dict[str, Callable[[int], float]] = {}
     for name in names:
         shares = (1.0, given.labelled) if "whole" in name else (1.0,)
         for share in shares:
