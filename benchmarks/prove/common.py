@@ -41,6 +41,15 @@ def auricle(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=True, cwd=ROOT)
 
 
+def quiet_auricle(*arguments: str) -> None:
+    """Runs a command of auricle; ends the program with the command's output when it fails."""
+    command = [sys.executable, "-m", "launch.main", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode:
+        print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
+        raise SystemExit(f"auricle {' '.join(arguments)} ended with exit code {done.returncode}")
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Returns the lines of a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]

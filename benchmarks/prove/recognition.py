@@ -1,18 +1,20 @@
-"""Compares recognisers that had equal time: from scratch, fine-tuned from self-supervision, and both at once.
+"""Compares recognisers with few labels: from scratch, fine-tuned from self-supervision, and both at once.
 
-    python benchmarks/prove/recognition.py                # about 30 minutes of processor time on one core
+    python benchmarks/prove/recognition.py                # about 25 minutes of processor time on one core
 
 On real speech (AURICLE_SPEECH), three seeds each, with the same labelled utterances of `--corpora`:
 
     scratch     CTC alone
     fine-tuned  BEST-RQ on the unlabelled splits pretrain and train for a share of the time, then CTC
-    joint       BEST-RQ and CTC together, labels where the data have them
+    given       CTC from a checkpoint of BEST-RQ that was trained once, as for users who have one: its time
+                (`--pretraining`) is not counted, and CTC gets what it has in `fine-tuned`
+    joint       BEST-RQ and CTC together; half of the audio of each update has a text
     plain       BEST-RQ alone, for the probe
 
-Every arm gets the same processor time, measured by its updates; the character error rate is that of unseen speakers
-(split test), greedy, with intervals over speakers. A linear probe reads phones from the frozen encoders of `joint` and
-`plain`, the first seed's. Writes benchmarks/results/recognition.md and .json. Exit code 1 unless fine-tuned or joint is
-better than scratch by more than the 95 % interval of the difference.
+All arms but `given` have the same processor time, measured by their updates; the character error rate is that of
+unseen speakers (split test), greedy, with intervals over speakers. A linear probe reads phones from the frozen encoders
+of `joint` and `plain`, the first seed's. Writes benchmarks/results/recognition.md and .json. Exit code 1 unless
+fine-tuned or joint is better than scratch by more than the 95 % interval of the difference.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import argparse
 import json
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.prove.common import parser_of, real_speech  # noqa: E402
+from benchmarks.prove.common import parser_of, quiet_auricle, real_speech  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from launch.cli.compose import compose  # noqa: E402
 from pretrain.config import Config  # noqa: E402
@@ -48,7 +49,7 @@ from pretrain.recognition.error_rates import Decoders, edits, recognise, written
 from pretrain.recognition.recogniser import open_recogniser  # noqa: E402
 from pretrain.train_module import build_model, open_run_reader  # noqa: E402
 
-PRETRAINING_SHARE = 0.5
+PRETRAINING_SHARE = 0.6
 """Of the time of the fine-tuned arm."""
 WARM_UP, TIMED = 2, 8
 """Updates before the timed ones, and timed ones."""
@@ -57,7 +58,7 @@ PROBED = 200
 MODEL = (
     "frontend=log_mel", "encoder=transformer_tiny", "encoder.dim=144", "encoder.ffn_dim=576", "engine.name=torch",
     "encoder.positions=conv_stack", "encoder.conv_positions_depth=2", "encoder.conv_positions_kernel=19",
-    "data.micro_batches=1", "data.min_seconds=0.2", "data.max_seconds=8", "data.bucket_ratio=1.3",
+    "data.micro_batches=1", "data.min_seconds=0.2", "data.max_seconds=4", "data.bucket_ratio=1.3",
     "data.batch_seconds=8", "data.workers=0", "train.media_every=0", "train.histograms_every=0",
     "optimizer.lr=2e-3", "optimizer.weight_decay=0.0", "optimizer.clip_norm=1", "schedule.name=tri_stage",
     "schedule.hold_fraction=0.4", "schedule.final_scale=0.05", "health.on_collapse=warn", "launcher.processes=1",
@@ -71,22 +72,27 @@ BEST_RQ = (
 ARMS: dict[str, tuple[str, ...]] = {
     "scratch": ("objective=none", "objective.mask_time=0.1", *CTC),
     "pretrained": BEST_RQ,
+    "given checkpoint": BEST_RQ,
     "fine-tuned": ("objective=none", "objective.mask_time=0.1", *CTC),
-    "joint": (*BEST_RQ, *CTC, "heads.text.input=whole"),
+    "given": ("objective=none", "objective.mask_time=0.1", *CTC),
+    "joint": (*BEST_RQ, *CTC, "heads.text.input=whole", "data.micro_batches=2", "data.text_share=0.5"),
     "plain": BEST_RQ,
 }
-UNLABELLED = ("pretrained", "joint", "plain")
+STARTS = {"fine-tuned": "pretrained", "given": "given checkpoint"}
+"""Arms that start from the encoder of another."""
+UNLABELLED = ("pretrained", "given checkpoint", "joint", "plain")
 """Arms that read all speech; the other ones read the labelled utterances alone."""
 
 
 def main() -> int:
     """Runs all arms; returns the exit code."""
     parser = parser_of(__doc__, "recognition")
-    parser.add_argument("--minutes", type=float, default=0.5, help="processor time of an arm and seed (default: 0.5)")
+    parser.add_argument("--minutes", type=float, default=1.5, help="processor time of an arm and seed (default: 1.5)")
+    parser.add_argument("--pretraining", type=float, default=5.0, help="minutes of the given checkpoint (default: 5)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--corpora", nargs="+", default=["speech_commands_v1", "fsdd"], help="of the labelled audio")
-    parser.add_argument("--utterances", type=int, default=0, help="labelled utterances for training; 0: all")
-    parser.add_argument("--test", type=int, default=0, help="utterances of the test split; 0: all")
+    parser.add_argument("--utterances", type=int, default=120, help="labelled ones for training (default: 120; 0: all)")
+    parser.add_argument("--test", type=int, default=10, help="most utterances of a test speaker (default: 10)")
     given = parser.parse_args()
     manifest = real_speech()
     if manifest is None:
@@ -94,10 +100,11 @@ def main() -> int:
     shutil.rmtree(given.work, ignore_errors=True)
     began, listed = time.monotonic(), read_manifest(manifest)
     shards = {name: preprocess(listed, given, name) for name in ("labelled", "all")}
-    test = [u for u in listed if u.corpus in given.corpora and u.split == "test" and u.text]
-    test = test[:: -(-len(test) // given.test)] if given.test else test
-    steps = {arm: affordable(arm, shards, given.work, given.minutes) for arm in ARMS}
-    tallies: dict[str, list[Tally]] = {"scratch": [], "fine-tuned": [], "joint": []}
+    test = few_of_each_speaker([u for u in listed if u.corpus in given.corpora and u.split == "test"], given.test)
+    shares = {"pretrained": PRETRAINING_SHARE, "fine-tuned": 1 - PRETRAINING_SHARE, "given": 1 - PRETRAINING_SHARE}
+    minutes = {arm: shares.get(arm, 1.0) * given.minutes for arm in ARMS} | {"given checkpoint": given.pretraining}
+    steps = {arm: affordable(arm, shards, given.work, minutes[arm]) for arm in ARMS}
+    tallies: dict[str, list[Tally]] = {"scratch": [], "fine-tuned": [], "given": [], "joint": []}
     for seed in range(given.seeds):
         for arm, found in tallies.items():
             run = train(arm, shards, given.work, seed, steps)
@@ -106,11 +113,20 @@ def main() -> int:
     train("plain", shards, given.work, 0, steps)
     phones = probe(given.work / "runs", ("plain_0", "joint_0"), manifest)
     rates = {arm: bootstrap(found, 2_000) for arm, found in tallies.items()}
-    gains = {arm: bootstrap(tallies["scratch"], 2_000, minus=tallies[arm]) for arm in ("fine-tuned", "joint")}
-    better = [arm for arm, gain in gains.items() if gain.low > 0]
+    gains = {arm: bootstrap(tallies["scratch"], 2_000, minus=tallies[arm]) for arm in list(tallies)[1:]}
+    better = [arm for arm in ("fine-tuned", "joint") if gains[arm].low > 0]
     report(given, rates, gains, steps, phones, time.monotonic() - began)
     print(f"better than from scratch: {', '.join(better) or 'none'}")
     return 0 if better else 1
+
+
+def few_of_each_speaker(utterances: Sequence[Utterance], most: int) -> list[Utterance]:
+    """Returns at most `most` utterances with a text of each speaker."""
+    of: dict[str, list[Utterance]] = {}
+    for utterance in utterances:
+        if utterance.text:
+            of.setdefault(utterance.speaker, []).append(utterance)
+    return [utterance for some in of.values() for utterance in some[:: -(-len(some) // most)]]
 
 
 def preprocess(listed: Sequence[Utterance], given: argparse.Namespace, name: str) -> str:
@@ -128,7 +144,7 @@ def preprocess(listed: Sequence[Utterance], given: argparse.Namespace, name: str
     ]
     (folder / "list.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     corpus = ["corpus=manifest", f"corpus.path={folder / 'list.jsonl'}", "corpus.allow_outside=true"]
-    auricle("preprocess", *corpus, f"out={folder / 'shards'}", f"runs={folder}", "min_shards=4")
+    quiet_auricle("preprocess", *corpus, f"out={folder / 'shards'}", f"runs={folder}", "min_shards=4")
     return str(folder / "shards")
 
 
@@ -151,19 +167,19 @@ def affordable(arm: str, shards: dict[str, str], work: Path, minutes: float) -> 
         engine.step(next(steps).batches, StepContext(0, number), 1e-3)
     seconds = (time.process_time() - began) / TIMED
     reader.close()
-    share = {"pretrained": PRETRAINING_SHARE, "fine-tuned": 1 - PRETRAINING_SHARE}.get(arm, 1.0)
-    return max(10, int(60 * minutes * share / seconds))
+    return max(10, int(60 * minutes / seconds))
 
 
 def train(arm: str, shards: dict[str, str], work: Path, seed: int, steps: dict[str, int]) -> Path:
     """Trains an arm with a seed; returns the run folder of its recogniser."""
     more: list[str] = []
-    if arm == "fine-tuned":
-        auricle("pretrain", *overrides("pretrained", shards, work, f"pretrained_{seed}", steps["pretrained"], seed))
-        frozen = steps[arm] // 20
-        more = [f"init={work / 'runs' / f'pretrained_{seed}'}", f"objective.frozen_steps={frozen}"]
+    if start := STARTS.get(arm):
+        name = "given_checkpoint" if arm == "given" else f"{start}_{seed}"
+        if not (work / "runs" / name).exists():
+            quiet_auricle("pretrain", *overrides(start, shards, work, name, steps[start], seed))
+        more = [f"init={work / 'runs' / name}", f"objective.frozen_steps={steps[arm] // 20}"]
     name = f"{arm}_{seed}"
-    auricle("pretrain", *overrides(arm, shards, work, name, steps[arm], seed), *more)
+    quiet_auricle("pretrain", *overrides(arm, shards, work, name, steps[arm], seed), *more)
     return work / "runs" / name
 
 
@@ -185,16 +201,6 @@ def probe(runs: Path, names: Sequence[str], manifest: Path) -> list[Row]:
     return [row for row in evaluate(settings) if row.measure == "non-silence frames"]
 
 
-def auricle(*arguments: str) -> None:
-    """Runs a command of auricle; its output is shown where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.main", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
-    )
-    if done.returncode:
-        print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
-        raise SystemExit(f"auricle {' '.join(arguments)} ended with exit code {done.returncode}")
-
-
 def report(
     given: argparse.Namespace, rates: Any, gains: Any, steps: dict[str, int], phones: list[Row], seconds: float
 ) -> None:
@@ -204,8 +210,9 @@ def report(
         "# Recognition: from scratch, fine-tuned, joint",
         "",
         f"`{command.strip()}`, {seconds / 60:.0f} minutes on {platform.machine()}; {given.seeds} seeds, "
-        f"{given.minutes:g} minutes of processor time for each training, {given.utterances or 'all'} labelled "
-        f"utterances, unseen speakers of {' and '.join(given.corpora)}.",
+        f"{given.minutes:g} minutes of processor time for each training, pretraining included, and "
+        f"{given.pretraining:g} minutes for the checkpoint of `given`, which are not counted; "
+        f"{given.utterances or 'all'} labelled utterances, unseen speakers of {' and '.join(given.corpora)}.",
         "",
         "| arm | updates | character error rate | 95 % | better than scratch by | 95 % |",
         "|---|---|---|---|---|---|",
@@ -213,7 +220,7 @@ def report(
     for arm, rate in rates.items():
         gain = gains.get(arm)
         shown = f"{100 * gain.value:+.1f} points | {100 * gain.low:+.1f} … {100 * gain.high:+.1f}" if gain else " | "
-        updates = f"{steps['pretrained']} + {steps[arm]}" if arm == "fine-tuned" else str(steps[arm])
+        updates = f"{steps[STARTS[arm]]} + {steps[arm]}" if arm in STARTS else str(steps[arm])
         lines.append(f"| {arm} | {updates} | {rate.value:.1%} | {rate.low:.1%} … {rate.high:.1%} | {shown} |")
     lines += ["", "| encoder | phones, non-silence frames | 95 % |", "|---|---|---|"]
     lines += [f"| {row.who} | {row.value:.1%} | {row.low:.1%} … {row.high:.1%} |" for row in phones]

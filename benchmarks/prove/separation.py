@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.prove.common import parser_of, real_speech  # noqa: E402
+from benchmarks.prove.common import parser_of, quiet_auricle, real_speech  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from pretrain.evaluate.manifest import read_manifest  # noqa: E402
 
@@ -61,18 +60,18 @@ def main() -> int:
     began = time.monotonic()
     length = [f"train.steps={steps}", f"schedule.warmup_steps={min(100, steps // 10)}"]
     length += [f"heads.apart.waveform_from={int(given.magnitudes * steps)}"]
-    auricle("pretrain", *run, "name=two_speakers", *length, f"train.checkpoint_every={max(1, steps // 10)}")
+    quiet_auricle("pretrain", *run, "name=two_speakers", *length, f"train.checkpoint_every={max(1, steps // 10)}")
     seconds = time.monotonic() - began
     checkpoint = f"checkpoint={given.work / 'runs' / 'two_speakers'}"
     found = given.work / "found"
-    auricle("evaluate", checkpoint, "task=separation", f"manifest={manifest}", f"out={found}")
+    quiet_auricle("evaluate", checkpoint, "task=separation", f"manifest={manifest}", f"out={found}")
     results = json.loads((found / "results.json").read_text(encoding="utf-8"))
     return report(given, results, steps, seconds)
 
 
 def affordable(run: list[str], work: Path, minutes: float) -> int:
     """Returns the updates that fit in the time, by the median step of a short run."""
-    auricle("pretrain", *run, "name=timing", "train.steps=12", "schedule.warmup_steps=4")
+    quiet_auricle("pretrain", *run, "name=timing", "train.steps=12", "schedule.warmup_steps=4")
     rows = read_rows(work / "runs" / "timing" / "metrics.jsonl")[3:]
     return int(60 * minutes / float(np.median([row["perf/step_seconds"] for row in rows])))
 
@@ -84,18 +83,8 @@ def preprocess(manifest: Path, work: Path) -> Path:
     rows = [json.dumps({"path": str(u.path), "speaker": u.speaker, "corpus": u.corpus}) for u in heard]
     (work / "list.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     corpus = ["corpus=manifest", f"corpus.path={work / 'list.jsonl'}", "corpus.allow_outside=true"]
-    auricle("preprocess", *corpus, f"out={work / 'shards'}", f"runs={work}", "min_shards=4")
+    quiet_auricle("preprocess", *corpus, f"out={work / 'shards'}", f"runs={work}", "min_shards=4")
     return work / "shards"
-
-
-def auricle(*arguments: str) -> None:
-    """Runs a command of auricle; ends with its output where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.main", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
-    )
-    if done.returncode:
-        print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
-        raise SystemExit(f"auricle {' '.join(arguments)} ended with exit code {done.returncode}")
 
 
 def report(given: argparse.Namespace, results: list[dict[str, object]], steps: int, seconds: float) -> int:

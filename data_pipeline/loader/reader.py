@@ -31,7 +31,7 @@ from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.fetch import check_images, check_labels, check_tokens, some_texts
 from data_pipeline.loader.open_shards import open_files
 from data_pipeline.loader.shared_buffers import SharedBuffers
-from data_pipeline.loader.texts import SegmentTexts
+from data_pipeline.loader.texts import SegmentsWithText, SegmentTexts
 from data_pipeline.loader.workers import Loaded, PlannedBatches, Request, become_worker
 from data_pipeline.sampling.catalog import load_catalogue
 from data_pipeline.sampling.config import DataConfig
@@ -68,10 +68,11 @@ class PlanReader:
         self._files = open_files(config, records)
         self.remote = self._files.shards.remote
         self._report(self._files.check())
-        catalogue = load_catalogue(self._files, config.cache, skip_bad=config.on_bad_shard == "skip")
+        texts = SegmentTexts(config)
+        search = SegmentsWithText(config, texts.sources) if config.text_share else None
+        catalogue = load_catalogue(self._files, config.cache, config.on_bad_shard == "skip", search)
         check_labels(self._files, config.labels)
         self.plan = make_plan(catalogue, config, seed, least_samples)
-        texts = SegmentTexts(config)
         check_labels(self._files, [label for label in texts.labels if label not in config.labels])
         check_tokens(self._files, texts, log.warning)
         check_images(self._files, config.images.size)

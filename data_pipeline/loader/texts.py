@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from data_pipeline.core.rng import keyed_seed
+from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.preprocess.unit_worker import TIMED_LABELS
 from data_pipeline.sampling.config import DataConfig
+from data_pipeline.shards.local import LABELS_IN_COLUMNS
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT: Final = "text"
+TEXT_LENGTH: Final = "text_length"
+"""Column of an index: characters of the label `text`."""
 
 
 def keeps_text(key: str, share: float) -> bool:
@@ -41,6 +48,8 @@ class SegmentTexts:
         sources = [tokenizer.label for tokenizer in self.tokenizers.values()]
         self.labels = tuple(dict.fromkeys([*config.labels, *sources]))
         """Labels to read: those of `data.labels`, and those that hold texts to encode."""
+        self.sources = tuple(dict.fromkeys(sources)) or (TEXT,)
+        """Labels that heads read texts from."""
         self._of_whole_segments = {TEXT, *TIMED_LABELS, *sources}
         self._share = config.labelled_share
 
@@ -69,3 +78,51 @@ class SegmentTexts:
             return plan_hash
         hashes = sorted((name, tokenizer.sha256) for name, tokenizer in self.tokenizers.items())
         return hashlib.sha256(f"{plan_hash} tokens {hashes}".encode()).hexdigest()[:16]
+
+
+class SegmentsWithText:
+    """Finds the segments of a shard with a text that a run will read: a `sampling.catalog.TextSearch`.
+
+    A segment longer than `data.max_seconds` is always cropped, so it counts as one without.
+
+    Args:
+        config: the run's `data`.
+        labels: those that hold texts.
+    """
+
+    def __init__(self, config: DataConfig, labels: Sequence[str]) -> None:
+        self.labels, self._share, self._longest = tuple(labels), config.labelled_share, config.max_seconds
+        self.columns = ("key", TEXT_LENGTH, *self.labels)
+        self.identity = repr((self.labels, self._share, self._longest))
+
+    def found(self, table: pa.Table) -> npt.NDArray[Any]:
+        """Returns whether each segment has a text, (n,).
+
+        Args:
+            table: `columns` of the index and n_samples, as far as they are there.
+
+        Raises:
+            ConfigError: the index does not show which segments have these labels.
+        """
+        text_n = np.any([_filled(table, name) for name in self.labels], axis=0)
+        text_n &= table.column("n_samples").to_numpy() <= round(self._longest * SAMPLE_RATE)
+        if self._share < 1:
+            keys = table.column("key").to_pylist()
+            text_n &= np.fromiter((keeps_text(key, self._share) for key in keys), bool, len(keys))
+        return np.asarray(text_n)
+
+
+def _filled(table: pa.Table, label: str) -> npt.NDArray[Any]:
+    """Returns whether each segment has this label, (n,), by a column of the index. Raises ConfigError without one."""
+    if label in table.column_names:
+        lengths = pc.utf8_length(table.column(label).cast(pa.string()))
+    elif label == TEXT and TEXT_LENGTH in table.column_names:
+        lengths = table.column(TEXT_LENGTH)
+    elif LABELS_IN_COLUMNS in (table.schema.metadata or {}):  # no segment of this shard has it
+        return np.zeros(table.num_rows, bool)
+    else:
+        raise ConfigError(
+            f"data.text_share: the index of the shards does not show which segments have a {label}; index them anew "
+            "with `auricle shards index SHARDS index_out=FOLDER` and train on FOLDER, or set data.text_share=0"
+        )
+    return np.asarray(lengths.fill_null(0).to_numpy() > 0)

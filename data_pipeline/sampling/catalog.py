@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,32 @@ LARGE = 5_000_000
 """Number of segments above which the arrays are stored in files and memory-mapped."""
 
 
+class Group(NamedTuple):
+    """What segments have in common.  text: whether they have a text; False where texts were not looked for."""
+
+    corpus: str
+    language: str
+    text: bool = False
+
+
+class TextSearch(Protocol):
+    """Finds the segments with a text in the index of a shard."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the index that it reads."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Names all that decides which segments have a text, besides the shards."""
+        ...
+
+    def found(self, table: pa.Table) -> Array:
+        """Returns whether each segment has a text, (n,). Raises ConfigError where the index does not show it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """N segments in S shards, of G groups. A segment is identified by its shard and its row in that shard."""
@@ -35,10 +61,14 @@ class Catalogue:
     """(N,) uint32 samples."""
     group_N: Array
     """(N,) uint16, an index into groups."""
-    groups: tuple[tuple[str, str], ...]
-    """(corpus, language)."""
+    groups: tuple[Group, ...]
     fingerprint: str
     """Hash of the shards' contents, from their `_done` records."""
+
+    @property
+    def text_G(self) -> Array:
+        """(G,) whether the segments of each group have a text."""
+        return np.array([group.text for group in self.groups], bool)
 
     def blocks(self, size: int = 4_000_000) -> Iterator[tuple[int, int]]:
         """Yields ranges of shards [a, b) with about `size` segments each."""
@@ -50,7 +80,9 @@ class Catalogue:
             a = b
 
 
-def load_catalogue(files: ShardFiles, cache: str = "", skip_bad: bool = False) -> Catalogue:
+def load_catalogue(
+    files: ShardFiles, cache: str = "", skip_bad: bool = False, texts: TextSearch | None = None
+) -> Catalogue:
     """Returns the catalogue of the shards of `files`.
 
     Bad shards are included, since they are part of the plan; those without a usable index count as empty.
@@ -59,15 +91,17 @@ def load_catalogue(files: ShardFiles, cache: str = "", skip_bad: bool = False) -
         files: the shards; `files.bad` are the known bad ones.
         cache: folder for the arrays of a large catalogue; empty: a private temporary one.
         skip_bad: count shards without a usable index as empty instead of raising.
+        texts: divides groups into segments with and without a text; None: they are not divided.
 
     Raises:
+        ConfigError: an index does not show which segments have a text.
         ShardError: the index of a shard cannot be used.
         StorageReadError: the storage does not answer.
     """
     lost = {number for number in list(files.bad) if not _has_lengths(files, number)}
     segments = [0 if number in lost else record.segments for number, record in enumerate(files.records)]
     starts_S = np.concatenate([[0], np.cumsum(segments)]).astype(np.int64)
-    reading = _Reading(files, starts_S, lost, skip_bad)
+    reading = _Reading(files, starts_S, lost, skip_bad, texts)
     if starts_S[-1] <= LARGE:
         length_N, group_N = np.zeros(starts_S[-1], np.uint32), np.zeros(starts_S[-1], np.uint16)
         groups = reading.fill(length_N, group_N)
@@ -95,6 +129,7 @@ class _Reading:
     lost: set[int]
     """Shards that count as empty."""
     skip_bad: bool
+    texts: TextSearch | None
 
     def fingerprint(self) -> str:
         """Returns the hash of the shards' contents, in which shards without a usable index are empty."""
@@ -104,14 +139,21 @@ class _Reading:
             digest.update(f"{record.shard}\0{record.sha256}\0{segments}\n".encode())
         return digest.hexdigest()
 
-    def fill(self, length_N: Array, group_N: Array) -> tuple[tuple[str, str], ...]:
+    @property
+    def folder(self) -> str:
+        """Name of the folder for the arrays of a large catalogue."""
+        divided = f"-{hashlib.sha256(self.texts.identity.encode()).hexdigest()[:8]}" if self.texts else ""
+        return f"catalogue-{self.fingerprint()[:16]}{divided}"
+
+    def fill(self, length_N: Array, group_N: Array) -> tuple[Group, ...]:
         """Fills the zero-initialised arrays and returns the groups."""
-        numbers: dict[tuple[str, str], int] = {}
+        numbers: dict[Group, int] = {}
+        more = self.texts.columns if self.texts else ()
         for s in range(len(self.files.records)):
             if s in self.lost:
                 continue
             try:
-                table = self.files.read_lengths(s)
+                table = self.files.read_lengths(s, more)
             except ShardError:
                 if not self.skip_bad:
                     raise
@@ -120,9 +162,11 @@ class _Reading:
             a, b = int(self.starts_S[s]), int(self.starts_S[s + 1])
             length_N[a:b] = table.column("n_samples").to_numpy()
             corpus, language = (_encoded(table.column(name)) for name in ("corpus", "language"))
-            pairs, inverse = np.unique(corpus[0] * len(language[1]) + language[0], return_inverse=True)
+            text = self.texts.found(table) if self.texts else np.zeros(b - a, bool)
             width = len(language[1])
-            names = [(corpus[1][pair // width], language[1][pair % width]) for pair in pairs.tolist()]
+            codes, inverse = np.unique(2 * (corpus[0] * width + language[0]) + text, return_inverse=True)
+            pairs = [(*divmod(code // 2, width), bool(code % 2)) for code in codes.tolist()]
+            names = [Group(corpus[1][one], language[1][other], has_text) for one, other, has_text in pairs]
             group_N[a:b] = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.uint16)[inverse]
         return tuple(numbers)
 
@@ -135,10 +179,10 @@ def _encoded(column: pa.ChunkedArray) -> tuple[Array, list[str]]:
     return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
 
 
-def _mapped(reading: _Reading, cache: str) -> tuple[Array, Array, tuple[tuple[str, str], ...]]:
+def _mapped(reading: _Reading, cache: str) -> tuple[Array, Array, tuple[Group, ...]]:
     """Returns the arrays memory-mapped from files, which are written once."""
     count = int(reading.starts_S[-1])
-    folder = Path(cache or private_folder()).expanduser() / f"catalogue-{reading.fingerprint()[:16]}"
+    folder = Path(cache or private_folder()).expanduser() / reading.folder
     if not (folder / "groups.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as made:
@@ -154,7 +198,7 @@ def _mapped(reading: _Reading, cache: str) -> tuple[Array, Array, tuple[tuple[st
             write_json(folder / "lost.json", sorted(reading.lost - before))
             write_json(folder / "groups.json", groups)  # written last, to mark the folder as complete
     try:
-        groups = tuple((corpus, language) for corpus, language in json.loads((folder / "groups.json").read_bytes()))
+        groups = tuple(Group(*values) for values in json.loads((folder / "groups.json").read_bytes()))
         lost = folder / "lost.json"
         reading.lost |= set(json.loads(lost.read_bytes())) if lost.exists() else set()
         length_N = np.memmap(folder / "length.u32", np.uint32, "r")

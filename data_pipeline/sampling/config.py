@@ -129,6 +129,15 @@ class DataConfig:
             le=1,
         ),
     ] = 1.0
+    text_share: Annotated[
+        float,
+        about(
+            "share of the audio of every update that has a text: segments with a text, or without, are repeated to "
+            "reach it, and every update has both; 0: as the data are, at random",
+            ge=0,
+            lt=1,
+        ),
+    ] = 0.0
     labels: Annotated[
         tuple[str, ...], about("per-segment metadata to pass to the model: speaker, language, corpus, text ...")
     ] = ()
@@ -181,7 +190,22 @@ class DataConfig:
         if self.tokens and self.crop_to_shortest:
             remedy = "leaves hardly a segment with its text, and heads need it (data.tokens); set it to false"
             refuse("crop_to_shortest", self.crop_to_shortest, remedy)
+        if self.text_share:
+            self._check_text_share()
         for name in ("shards", "valid"):  # a config made in Python may name one path as text
             object.__setattr__(self, name, one_or_several(getattr(self, name)))
         if both := set(self.valid) & set(self.shards):
             refuse("valid", min(both), "is one of data.shards; held-out audio must not be trained on")
+
+    def _check_text_share(self) -> None:
+        """Refuses settings under which an update cannot have this share of texts."""
+        if self.reader != "plan":
+            refuse("text_share", self.text_share, "needs data.reader=plan, whose index has the texts")
+        if self.micro_batches < 2:
+            refuse("text_share", self.text_share, "needs micro-batches with and without texts; set micro_batches to 2")
+        if self.crop_to_shortest:
+            refuse(
+                "text_share", self.text_share, "needs texts, which cropped segments lack; set crop_to_shortest=false"
+            )
+        if not self.tokens and "text" not in self.labels:
+            refuse("text_share", self.text_share, "needs texts that are read; add text to labels, or set tokens")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -34,6 +34,7 @@ class BatchConstraints:
     alpha: float
     cap: float
     quadratic: float
+    text_share: float = field(default=0.0, repr=False)  # not in `identity`, which must not change
 
     @staticmethod
     def of(config: DataConfig) -> BatchConstraints:
@@ -49,6 +50,7 @@ class BatchConstraints:
             alpha=config.mix_alpha,
             cap=config.cap_seconds * SAMPLE_RATE,
             quadratic=config.cap_quadratic / SAMPLE_RATE,
+            text_share=config.text_share,
         )
         if made.longest < made.shortest:
             raise ConfigError(
@@ -69,6 +71,11 @@ class BatchConstraints:
     def identity(self) -> str:
         """All values as text, for the plan's hash, which checkpoints contain, so that the format must not change."""
         return repr(self).replace("BatchConstraints", "Rules", 1)
+
+    @property
+    def unevenness(self) -> int:
+        """The largest mean size of micro-batches with, or without, texts, in means of all micro-batches."""
+        return 2 if self.text_share else 1
 
     def ordinary_limit(self, mean: float) -> float:
         """Returns the most padded samples of a micro-batch inside one bucket, for `mean` samples per micro-batch."""
@@ -117,13 +124,13 @@ class BatchConstraints:
         worst = self.worst_step(total)
 
         def over(micro_batches: int) -> bool:
-            return self.cost(self.ordinary_limit(worst / micro_batches)) > self.cap
+            return self.cost(self.ordinary_limit(self.unevenness * worst / micro_batches)) > self.cap
 
         if not self.cap or not over(self.micro_batches):
             return
         most = self.batch // self.longest
         fits = next((v for v in range(self.micro_batches, most + 1) if not over(v)), 0)
-        seconds = self.cost(self.ordinary_limit(worst / self.micro_batches)) / SAMPLE_RATE
+        seconds = self.cost(self.ordinary_limit(self.unevenness * worst / self.micro_batches)) / SAMPLE_RATE
         raise ConfigError(
             f"data.cap_seconds={self.cap / SAMPLE_RATE:g} is less than the {seconds:.4g} s that a micro-batch can "
             f"reach with data.batch_seconds={self.batch / SAMPLE_RATE:g} over data.micro_batches="

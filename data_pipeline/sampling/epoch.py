@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.core.rng import keyed_hash, keyed_seed
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.sampling.catalog import Catalogue
 from data_pipeline.sampling.constraints import MIN_STEPS, SHARE, Array, BatchConstraints
 from data_pipeline.sampling.window import Rows, Window, build_window
@@ -104,6 +105,7 @@ class EpochLayout:
         if (self.inputs.repeats_G != SHARE).any():
             group = np.asarray(catalogue.group_N[span])
             take &= self._times(s, turn=turn, level=level, group=group, usable=take, rank=rank) > level
+        text = catalogue.text_G[np.asarray(catalogue.group_N[span])] if catalogue.text_G.any() else np.zeros_like(take)
         rows = np.flatnonzero(take)
         return Rows(
             shard_R=np.full(len(rows), s, np.int64),
@@ -111,6 +113,7 @@ class EpochLayout:
             length_R=used[rows].astype(np.int64),
             repeat_R=np.full(len(rows), turn * self.levels + level, np.int64),
             rank_R=rank[rows],
+            text_R=text[rows],
         )
 
     def _times(self, s: int, *, turn: int, level: int, group: Array, usable: Array, rank: Array) -> Array:
@@ -155,6 +158,25 @@ def repeats_of(entries: Entries, n_groups: int, alpha: float) -> Array:
         for g in np.flatnonzero(samples_G):
             repeats[g] = round(float(samples_G.max() / samples_G[g]) ** (1 - alpha) * SHARE)
     return repeats
+
+
+def with_text_share(repeats_G: Array, entries: Entries, text_G: Array, share: float) -> Array:
+    """Returns the repeats with which `share` of the audio has a text; no segment is repeated less often than before.
+
+    Raises:
+        ConfigError: no usable segment has a text, or each one has.
+    """
+    audio_G = np.bincount(entries.group_E, entries.samples_E, len(repeats_G)) * repeats_G
+    texts, others = float(audio_G[text_G].sum()), float(audio_G[~text_G].sum())
+    if not texts or not others:
+        found = "no segment with a text" if not texts else "a text of each segment"
+        raise ConfigError(
+            f"data.text_share={share:g}: the shards have {found}, among segments of data.min_seconds to "
+            "data.max_seconds; set data.text_share=0"
+        )
+    factor = share / (1 - share) * others / texts
+    raised_G = text_G if factor >= 1 else ~text_G
+    return np.where(raised_G, np.rint(repeats_G * max(factor, 1 / factor)).astype(np.int64), repeats_G)
 
 
 def lay_out(inputs: PlanInputs, epoch: int) -> EpochLayout:
@@ -204,7 +226,8 @@ def _one_pass(inputs: PlanInputs, epoch: int, turn: int) -> _Pass:
     partial = np.flatnonzero(part_E)
     if len(partial):
         extra_E[partial] = _extra(inputs, partial, keyed_seed(seed, epoch, turn, "extra"))
-    columns: list[tuple[Array, Array, Array, Array]] = []
+    text_E = inputs.catalogue.text_G[entries.group_E]
+    columns: list[tuple[Array, ...]] = []
     for level in range(int(whole_E.max()) + 1):
         count_E = np.where(whole_E > level, entries.count_E, np.where(whole_E == level, extra_E, 0))
         at = np.flatnonzero(count_E)
@@ -214,11 +237,29 @@ def _one_pass(inputs: PlanInputs, epoch: int, turn: int) -> _Pass:
         samples = np.where(count_E[at] == entries.count_E[at], entries.samples_E[at], samples)
         shards, begins = np.unique(entries.shard_E[at], return_index=True)
         count_U, samples_U = np.add.reduceat(count_E[at], begins), np.add.reduceat(samples, begins)
-        columns.append((shards, np.full(len(shards), level), count_U, samples_U))
-    shard_U, level_U, count_U, samples_U = (np.concatenate(column) for column in zip(*columns, strict=True))
+        text_U = np.add.reduceat(np.where(text_E[at], samples, 0), begins)
+        columns.append((shards, np.full(len(shards), level), count_U, samples_U, text_U))
+    shard_U, level_U, count_U, samples_U, text_U = (np.concatenate(column) for column in zip(*columns, strict=True))
     names = level_U * (int(entries.shard_E.max()) + 1) + shard_U
     order = np.argsort(keyed_hash(keyed_seed(seed, epoch, turn, "units"), names), kind="stable")
+    if inputs.constraints.text_share:
+        order = _evenly(order, text_U, samples_U)
     return _Pass(shard_U[order], level_U[order], count_U[order], samples_U[order], extra_E)
+
+
+def _evenly(order: Array, text_U: Array, samples_U: Array) -> Array:
+    """Returns the units of `order` so that any first part of them has nearly the same share of audio with texts."""
+    total, text = int(samples_U.sum()), int(text_U.sum())
+    rich_U = text_U / samples_U > text / total
+    rich, poor = order[rich_U[order]].tolist()[::-1], order[~rich_U[order]].tolist()[::-1]
+    made: list[int] = []
+    heard, with_text = 0, 0
+    while rich or poor:
+        lacks = with_text * total <= text * heard  # Python integers: products may exceed 2**63
+        unit = (rich if rich and (lacks or not poor) else poor).pop()
+        made.append(unit)
+        heard, with_text = heard + int(samples_U[unit]), with_text + int(text_U[unit])
+    return np.array(made, dtype=np.int64)
 
 
 def _extra(inputs: PlanInputs, at: Array, key: int) -> Array:

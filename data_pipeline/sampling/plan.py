@@ -15,6 +15,8 @@ Guarantees, for every number of ranks, since the plan does not depend on it:
   micro-batch spans buckets (fewer per window than there are buckets); its segments are mostly sorted by length, and
   cropped only if it would exceed the limit of an ordinary one. With `crop_to_shortest` nothing is padded.
 - Every segment appears exactly as often as its corpus and language is repeated: once, if `mix_alpha` is 1.
+- With `text_share` every step of a window has as much audio with texts, to within a segment or two, and windows have
+  that share to within a unit. Segments with a text, or without, are repeated for it. Micro-batches are of one kind.
 
 Only integers and exactly rounded float operations decide, so that all machines agree.
 """
@@ -34,7 +36,7 @@ from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.sampling.catalog import Catalogue
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.constraints import Array, BatchConstraints
-from data_pipeline.sampling.epoch import EpochLayout, PlanInputs, lay_out, repeats_of, summarize
+from data_pipeline.sampling.epoch import EpochLayout, PlanInputs, lay_out, repeats_of, summarize, with_text_share
 from data_pipeline.sampling.window import MicroBatch, Window
 
 VERSION: Final = "plan-1"
@@ -81,13 +83,16 @@ class Plan:
         It does not depend on the location of the shards or on how they are read; equal hashes mean equal batches.
         """
         seed, repeats = self.seed, self.repeats_G.tobytes().hex()
-        parts = (VERSION, self.catalogue.fingerprint, self.constraints.identity, seed, repeats)
+        parts = [VERSION, self.catalogue.fingerprint, self.constraints.identity, seed, repeats]
+        if self.constraints.text_share:
+            text_N = self.catalogue.text_G[np.asarray(self.catalogue.group_N)]
+            parts += [self.constraints.text_share, hashlib.sha256(np.packbits(text_N).tobytes()).hexdigest()]
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
     def largest_micro_batch(self) -> int:
         """Returns an upper bound of the padded samples of a micro-batch."""
         constraints = self.constraints
-        mean = constraints.worst_step(self._inputs.entries.samples) / constraints.micro_batches
+        mean = constraints.worst_step(self._inputs.entries.samples) / constraints.micro_batches * constraints.unevenness
         return int(max(constraints.ordinary_limit(mean), constraints.cap)) + constraints.longest
 
     def layout(self, epoch: int) -> EpochLayout:
@@ -139,7 +144,7 @@ def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples
     if too_short:
         constraints = constraints.with_shortest(least_samples)
         raised = f" ({too_short} segments of less than {least_samples / SAMPLE_RATE:g} s are too short for the model)"
-    entries = summarize(catalogue, constraints, grouped=config.mix_alpha != 1)
+    entries = summarize(catalogue, constraints, grouped=config.mix_alpha != 1 or config.text_share > 0)
     total = entries.samples
     if total * 50 < constraints.batch:
         raise ConfigError(
@@ -150,6 +155,8 @@ def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples
         )
     constraints.check_cap(total)
     repeats_G = repeats_of(entries, max(1, len(catalogue.groups)), config.mix_alpha)
+    if config.text_share:
+        repeats_G = with_text_share(repeats_G, entries, catalogue.text_G, config.text_share)
     plan = Plan(PlanInputs(catalogue, constraints, seed, entries, repeats_G))
     plan.too_short = too_short
     return plan

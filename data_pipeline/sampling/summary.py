@@ -20,10 +20,14 @@ SAMPLED_WINDOWS = 40
 
 @dataclass(frozen=True)
 class Group:
-    """Hours of one corpus and language: in the shards (usable), and in one epoch with its repeats."""
+    """Hours of one corpus and language: in the shards (usable), and in one epoch with its repeats.
+
+    text: whether its segments have a text; False where `data.text_share` does not divide them.
+    """
 
     corpus: str
     language: str
+    text: bool
     segments: int
     hours: float
     epoch_hours: float
@@ -66,6 +70,8 @@ def describe(plan: Plan, config: DataConfig, world: int = 1) -> PlanReport:
     catalogue, constraints, layout = plan.catalogue, plan.constraints, plan.layout(0)
     entries = summarize(catalogue, constraints, grouped=True)
     repeats = repeats_of(entries, max(1, len(catalogue.groups)), constraints.alpha)
+    if constraints.text_share:
+        repeats = plan.repeats_G
     passes = layout.turns
     count_G = np.bincount(entries.group_E, entries.count_E, len(repeats))
     samples_G = np.bincount(entries.group_E, entries.samples_E, len(repeats))
@@ -150,7 +156,8 @@ def to_text(report: PlanReport) -> str:
         f"{'corpus':20} {'language':10} {'segments':>12} {'hours':>12} {'per epoch':>12}",
     ]
     lines += [
-        f"{group.corpus:20} {group.language:10} {group.segments:12,} {group.hours:12,.2f} {group.epoch_hours:12,.2f}"
+        f"{group.corpus + ' (text)' * group.text:20} {group.language:10} {group.segments:12,} {group.hours:12,.2f} "
+        f"{group.epoch_hours:12,.2f}"
         for group in report.groups
     ]
     lines += ["", "micro-batches, a tenth each: length of the longest segment, rows"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,18 +16,22 @@ POPULOUS = 4
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows of a window: shard number, row in the shard, usable samples, number of the repeat, random rank."""
+    """R rows of a window: shard number, row in the shard, usable samples, number of the repeat, random rank.
+
+    text_R: whether the segment has a text; False where texts do not matter to the plan.
+    """
 
     shard_R: Array
     row_R: Array
     length_R: Array
     repeat_R: Array
     rank_R: Array
+    text_R: Array
 
     @property
-    def columns(self) -> tuple[Array, Array, Array, Array, Array]:
+    def columns(self) -> tuple[Array, ...]:
         """Returns all columns in the order of the fields."""
-        return self.shard_R, self.row_R, self.length_R, self.repeat_R, self.rank_R
+        return self.shard_R, self.row_R, self.length_R, self.repeat_R, self.rank_R, self.text_R
 
     def take(self, order: Array) -> Rows:
         """Returns the rows `order`."""
@@ -89,13 +94,70 @@ class Window:
 def build_window(rows: Rows, *, constraints: BatchConstraints, steps: int, key: tuple[int, int, int]) -> Window:
     """Orders the rows of a window by bucket and cuts them into `steps` x V micro-batches.
 
+    Where some rows have a text and others have none, micro-batches have rows of one kind, and every step has as many
+    micro-batches of each.
+
     Args:
         rows: all rows of the window, in any order that is the same on every rank.
         constraints: bucket edges, V, and the limits of a micro-batch.
         steps: number of global steps.
         key: (seed, epoch, window number); keys the order of the steps.
     """
-    n_micro, total = steps * constraints.micro_batches, int(rows.length_R.sum())
+    made, orders, first = list[_Cut](), list[Array](), 0
+    for part, micro_batches in _kinds(rows, constraints.micro_batches, steps):
+        n_micro = steps * micro_batches
+        made.append(_cut(part, constraints, n_micro, begin=sum(len(one.rows.row_R) for one in made)))
+        orders.append(first + np.arange(n_micro).reshape(steps, micro_batches))
+        first += n_micro
+    length_R, first_K, samples_K, padded_K, spanning_K = (
+        np.concatenate(columns)
+        for columns in zip(
+            *((one.length_R, one.first_K, one.samples_K, one.padded_K, one.spanning_K) for one in made), strict=True
+        )
+    )
+    ordered = Rows(*(np.concatenate(column) for column in zip(*(one.rows.columns for one in made), strict=True)))
+    return Window(
+        shard_R=ordered.shard_R,
+        row_R=ordered.row_R,
+        length_R=length_R,
+        repeat_R=ordered.repeat_R,
+        first_K1=np.append(first_K, len(length_R)),
+        order_GV=_steps(padded_K, np.concatenate(orders, axis=1), key),
+        samples_K=samples_K,
+        padded_K=padded_K,
+        spanning_K=spanning_K,
+        cropped=int(rows.length_R.sum() - length_R.sum()),
+    )
+
+
+def _kinds(rows: Rows, micro_batches: int, steps: int) -> list[tuple[Rows, int]]:
+    """Returns the rows with a text and those without, and how many micro-batches of a step each kind has.
+
+    They are one kind where only one is there, or where one has fewer rows than there are steps.
+    """
+    kinds = [rows.take(np.flatnonzero(rows.text_R)), rows.take(np.flatnonzero(~rows.text_R))]
+    counts = [len(kind.row_R) // steps for kind in kinds]  # each micro-batch needs a row
+    if not all(counts) or sum(counts) < micro_batches:
+        return [(rows, micro_batches)]
+    share = int(kinds[0].length_R.sum()) / int(rows.length_R.sum())
+    texts = min(max(round(micro_batches * share), micro_batches - counts[1], 1), micro_batches - 1, counts[0])
+    return list(zip(kinds, (texts, micro_batches - texts), strict=True))
+
+
+class _Cut(NamedTuple):
+    """Rows in micro-batches, with the number of each one's first row in the window."""
+
+    rows: Rows
+    length_R: Array
+    first_K: Array
+    samples_K: Array
+    padded_K: Array
+    spanning_K: Array
+
+
+def _cut(rows: Rows, constraints: BatchConstraints, n_micro: int, begin: int) -> _Cut:
+    """Orders rows by bucket and cuts them into `n_micro` micro-batches; `begin` rows are before them in the window."""
+    total = int(rows.length_R.sum())
     edges = constraints.edges
     bucket_R = np.searchsorted(edges, rows.length_R, side="right") - 1
     audio_B = np.bincount(bucket_R, rows.length_R, len(edges))
@@ -114,18 +176,7 @@ def build_window(rows: Rows, *, constraints: BatchConstraints, steps: int, key: 
 
     samples_K = np.add.reduceat(length_R, begins)
     padded_K = np.maximum.reduceat(length_R, begins) * sizes
-    return Window(
-        shard_R=rows.shard_R,
-        row_R=rows.row_R,
-        length_R=length_R,
-        repeat_R=rows.repeat_R,
-        first_K1=first_K1,
-        order_GV=_steps(padded_K, steps, key),
-        samples_K=samples_K,
-        padded_K=padded_K,
-        spanning_K=spanning_K,
-        cropped=total - int(length_R.sum()),
-    )
+    return _Cut(rows, length_R, begin + begins, samples_K, padded_K, spanning_K)
 
 
 def cut_evenly(length_R: Array, n_micro: int) -> Array:
@@ -142,13 +193,12 @@ def cut_evenly(length_R: Array, n_micro: int) -> Array:
     return np.concatenate([[0], nearest, [len(length_R)]]).astype(np.int64)
 
 
-def _steps(padded_K: Array, steps: int, key: tuple[int, int, int]) -> Array:
-    """Groups neighbouring micro-batches into steps and shuffles the steps.
+def _steps(padded_K: Array, order_GV: Array, key: tuple[int, int, int]) -> Array:
+    """Shuffles the steps, each of which has the micro-batches of one row of `order_GV`.
 
     Within a step micro-batches are sorted by decreasing size, so that for every number of ranks the load of the ranks
     is nearly equal in each accumulation step.
     """
-    order_GV = np.arange(len(padded_K)).reshape(steps, -1)
-    within = np.argsort(-padded_K.reshape(steps, -1), axis=1, kind="stable")
+    within = np.argsort(-padded_K[order_GV], axis=1, kind="stable")
     order_GV = np.take_along_axis(order_GV, within, axis=1)
-    return order_GV[np.argsort(keyed_hash(keyed_seed(*key, "steps"), np.arange(steps)), kind="stable")]
+    return order_GV[np.argsort(keyed_hash(keyed_seed(*key, "steps"), np.arange(len(order_GV))), kind="stable")]

@@ -164,10 +164,15 @@ class ShardFiles:
         """Closes all files."""
         self._files.clear()
 
-    def read_lengths(self, number: int) -> pa.Table:
-        """Returns the columns n_samples, corpus and language of a shard's index. Raises ShardError."""
+    def read_lengths(self, number: int, more: Sequence[str] = ()) -> pa.Table:
+        """Returns the columns n_samples, corpus and language of a shard's index. Raises ShardError.
+
+        Args:
+            number: of the shard.
+            more: further columns, which may be missing.
+        """
         try:
-            table = self._read_table(number, ["n_samples", "corpus", "language"])
+            table = self._read_table(number, ["n_samples", "corpus", "language", *more])
             validate_lengths(table)
         except StorageError:
             raise

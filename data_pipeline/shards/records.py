@@ -50,6 +50,7 @@ INDEX_SCHEMA: Final = pa.schema(
         ("level_dbfs", pa.float32()),
         ("snr_db", pa.float32()),
         ("weight", pa.float32()),
+        ("text_length", pa.int32()),
     ]
 )
 

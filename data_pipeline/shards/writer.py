@@ -85,6 +85,7 @@ class ShardWriter:
             "level_dbfs": extra.get("level_dbfs"),
             "snr_db": extra.get("snr_db"),
             "weight": extra.get("weight", 1.0),
+            "text_length": len(segment.text),
         }
         self._rows.append(row)
 

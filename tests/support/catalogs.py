@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.sampling.catalog import Catalogue
+from data_pipeline.sampling.catalog import Catalogue, Group
 from data_pipeline.sampling.config import DataConfig
 
 SECOND = SAMPLE_RATE
@@ -17,7 +19,14 @@ def catalogue_of(shards: list[list[float]], groups: list[list[int]] | None = Non
     lengths = np.array([round(s * SECOND) for shard in shards for s in shard], np.uint32)
     numbers = np.array([g for shard in groups or [] for g in shard] or np.zeros(len(lengths)), np.uint16)
     names = tuple(f"{i}.tar" for i in range(len(shards)))
-    return Catalogue(names, starts, lengths, numbers, tuple((f"c{g}", "en") for g in range(n_groups)), "x")
+    return Catalogue(names, starts, lengths, numbers, tuple(Group(f"c{g}", "en") for g in range(n_groups)), "x")
+
+
+def with_texts(catalogue: Catalogue, text_N: np.ndarray) -> Catalogue:
+    """Returns the catalogue with its segments divided into those with a text and those without."""
+    numbers = 2 * catalogue.group_N + text_N
+    groups = tuple(group._replace(text=text) for group in catalogue.groups for text in (False, True))
+    return replace(catalogue, group_N=numbers.astype(np.uint16), groups=groups)
 
 
 def random_shards(seed: int, n_shards: int, per_shard: int, low: float = 0.5, high: float = 20.0) -> list[list[float]]:

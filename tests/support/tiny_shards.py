@@ -72,7 +72,7 @@ def _write_shard(root: Path, name: str, content: list[Sound], codec: str) -> Non
                 "key": sound.key, "offset": offset, "size": out.offset - offset, "payload_offset": offset + 512,
                 "payload_size": len(buffer.getvalue()), "suffix": codec, "n_samples": sound.length,
                 "corpus": sound.corpus, "language": sound.language, "speaker": sound.speaker,
-                "file_id": sound.key, "start": 0,
+                "file_id": sound.key, "start": 0, "text_length": len(str(meta["text"])),
             })  # fmt: skip
         end = out.offset
     np.array([row["offset"] for row in rows] + [end], "<u8").tofile(f"{tar}.idx")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -142,3 +143,44 @@ def test_held_out_audio_keeps_all_texts(corpus: Path, tmp_path: Path) -> None:
     data = config(corpus, valid=str(tmp_path), labelled_share=0.01)
     held_out = read_held_out(data, 0, 1)
     assert all(text for batch in held_out.batches for text in batch.labels["text"])
+
+
+@pytest.mark.parametrize("labels", [["text"], []])
+def test_every_update_has_the_same_share_of_texts(corpus: Path, labels: list[str]) -> None:
+    data = config(corpus, text_share=0.5, labelled_share=0.3, batch_seconds=16.0, labels=labels)
+    found = batches(data)
+    shares = []
+    for step in (found[n : n + 4] for n in range(0, len(found), 4)):
+        rows = [
+            (batch.lengths_B[row], bool((batch.tokens["text"][row] >= 0).any()))
+            for batch in step
+            for row in range(len(batch.keys))
+        ]
+        shares.append(float(sum(length for length, text in rows if text) / sum(length for length, _ in rows)))
+    assert shares == pytest.approx([0.5] * len(shares), abs=0.2)
+    assert sum(shares) / len(shares) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("values", "remedy"),
+    [
+        ({"micro_batches": 1}, "set micro_batches to 2"),
+        ({"reader": "webdataset"}, "needs data.reader=plan"),
+        ({"labels": [], "tokens": {}}, "add text to labels"),
+        ({"crop_to_shortest": True, "tokens": {}}, "set crop_to_shortest=false"),
+    ],
+)
+def test_settings_without_a_share_of_texts_are_refused(corpus: Path, values: dict[str, object], remedy: str) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        config(corpus, text_share=0.5, **values)
+
+
+def test_an_index_without_texts_is_refused(tmp_path: Path) -> None:
+    """Of a shard of an earlier version."""
+    write_shards(tmp_path / "shards", [sounds([1.0] * 30)])
+    for index in (tmp_path / "shards").glob("*.parquet"):
+        pq.write_table(pq.read_table(index).drop_columns(["text_length"]), index)
+    with pytest.raises(
+        ConfigError, match=r"data\.text_share: the index of the shards does not show .* a text; index them"
+    ):
+        open_reader(config(tmp_path, tokens={}, text_share=0.5), 0, 0, 1)

@@ -16,7 +16,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.constraints import SHARE
 from data_pipeline.sampling.plan import Plan, accumulation, audio_per_step_check, make_plan, useful_worlds
-from tests.support.catalogs import SECOND, catalogue_of, random_shards, reader_config
+from tests.support.catalogs import SECOND, catalogue_of, random_shards, reader_config, with_texts
 
 
 def epoch_rows(plan: Plan, epoch: int = 0) -> Counter[tuple[int, int]]:
@@ -263,3 +263,61 @@ def test_plans_of_earlier_versions_are_unchanged(values: dict[str, Any], plan_ha
     groups = [list(np.random.default_rng(i).integers(0, 3, 70)) for i in range(9)]
     plan = make_plan(catalogue_of(shards, groups, 3), reader_config(**values), 11)
     assert (plan.hash, digest(plan)) == (plan_hash, steps)
+
+
+@pytest.mark.parametrize("window", [3, 32])
+@pytest.mark.parametrize("micro_batches", [2, 5])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+def test_every_step_has_the_share_of_texts(share: float, micro_batches: int, window: int) -> None:
+    catalogue = catalogue_of(random_shards(2, 12, 90, low=1, high=8))
+    # short segments have texts, and each third shard has none
+    shard_N = np.repeat(np.arange(12), 90)
+    text_N = (catalogue.length_N < 4 * SECOND) & (shard_N % 3 > 0)
+    config = reader_config(
+        batch_seconds=200.0, micro_batches=micro_batches, max_seconds=8.0, min_seconds=1.0, bucket_ratio=1.2,
+        shuffle_window=window, labels=("text",), text_share=share,
+    )  # fmt: skip
+    plan = make_plan(with_texts(catalogue, text_N), config, 3)
+    found = []
+    for g in range(plan.layout(0).steps):
+        texts = total = 0
+        for micro in plan.step(0, g):
+            text_n = text_N[catalogue.starts_S[micro.shard_n] + micro.row_n]
+            assert text_n.all() or not text_n.any()
+            assert micro.padded_samples <= plan.largest_micro_batch()
+            texts, total = texts + int(micro.length_n[text_n].sum()), total + micro.samples
+        found.append(texts / total)
+    assert np.mean(found) == pytest.approx(share, abs=0.02)
+    if window == 32:
+        assert found == pytest.approx([share] * len(found), abs=0.06)  # 4 s of 100 s, twice
+    else:
+        assert 0.3 * share < min(found) < max(found) < share + 0.25
+    times = epoch_rows(plan)
+    assert set(times) == {(s, r) for s in range(12) for r in range(90)}
+    for kind in (text_N, ~text_N):
+        counts = [times[int(n) // 90, int(n) % 90] for n in np.flatnonzero(kind)]
+        assert max(counts) - min(counts) <= plan.layout(0).turns
+
+
+def test_the_hash_covers_which_segments_have_a_text() -> None:
+    catalogue = catalogue_of(random_shards(2, 4, 60))
+    some = np.arange(240) % 3 == 0
+    hashes = {make_plan(with_texts(catalogue, some), reader_config(), 0).hash}
+    for share, text_N in ((0.5, some), (0.4, some), (0.5, np.roll(some, 1))):
+        hashes.add(make_plan(with_texts(catalogue, text_N), reader_config(labels=("text",), text_share=share), 0).hash)
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize(("text", "message"), [(False, "no segment with a text"), (True, "a text of each segment")])
+def test_a_share_of_texts_that_cannot_be_reached_is_refused(text: bool, message: str) -> None:
+    catalogue = with_texts(catalogue_of(random_shards(2, 2, 60)), np.full(120, text))
+    with pytest.raises(ConfigError, match=f"data.text_share=0.5: the shards have {message}"):
+        make_plan(catalogue, reader_config(labels=("text",), text_share=0.5), 0)
+
+
+def test_few_texts_are_in_any_micro_batch() -> None:
+    """Where a window has fewer texts than steps."""
+    catalogue, config = catalogue_of(random_shards(2, 4, 60)), reader_config(labels=("text",), text_share=0.01)
+    n = int(np.argmax(catalogue.length_N > 10 * SECOND))
+    plan = make_plan(with_texts(catalogue, np.arange(240) == n), config, 0)
+    assert epoch_rows(plan)[n // 60, n % 60] >= 1
