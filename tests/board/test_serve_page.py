@@ -17,7 +17,6 @@ import soundfile
 import torch
 
 from tests.support.contract_cases import speech_like
-from tests.support.paths import ROOT
 from tests.support.training import STREAMING_RECOGNISER, save
 
 
@@ -26,7 +25,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("runs") / "streams"
     save(run, 4, **STREAMING_RECOGNISER)
-    command = [sys.executable, str(ROOT / "auricle.py"), "serve", f"checkpoint={run}", "port=0", "chunk=4", "left=2"]
+    command = [sys.executable, "-m", "auricle", "serve", f"checkpoint={run}", "port=0", "chunk=4", "left=2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

@@ -12,12 +12,11 @@ import soundfile
 
 from data_pipeline.core.jsonl import read_rows
 from tests.support.contract_cases import speech_like
-from tests.support.paths import ROOT
 
 
 def auricle(folder: Path, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "auricle.py"), *arguments], cwd=folder, capture_output=True, encoding="utf-8"
+        [sys.executable, "-m", "auricle", *arguments], cwd=folder, capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, (arguments, done.stdout[-1500:], done.stderr[-3000:])
 

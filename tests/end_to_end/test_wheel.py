@@ -18,8 +18,8 @@ import pytest
 from launch.demo_corpus import synthesise
 from tests.support.paths import ROOT
 
-SOURCES = ("conf", "data_pipeline", "launch", "pretrain", "slurm")
-FILES = ("auricle.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("auricle", "conf", "data_pipeline", "launch", "pretrain", "slurm")
+FILES = ("pyproject.toml", "README.md", "LICENSE")
 SMALL = (
     *("launcher.processes=1", "train.steps=3", "train.checkpoint_every=3", "data.batch_seconds=64"),
     *("encoder.layers=1", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=64", "health.on_collapse=warn"),
@@ -88,7 +88,7 @@ def test_the_wheel_contains_everything_that_commands_read(wheel: Path) -> None:
     tracked = subprocess.run(["git", "ls-files", *SOURCES], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = {name for name in tracked.stdout.split() if not name.startswith("launch/setup/")}
     assert listed - names == set()
-    assert {f"{package}/py.typed" for package in ("data_pipeline", "launch", "pretrain")} <= names
+    assert {f"{package}/py.typed" for package in ("auricle", "data_pipeline", "launch", "pretrain")} <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs"))]
 
 
@@ -128,7 +128,7 @@ def test_a_batch_job_runs_the_installed_package(command: Path, outside: Path) ->
 
 def test_no_message_installs_this_package_from_an_index() -> None:
     """No index has a distribution of this name, so `pip install auricle` would install something else."""
-    for package in ("data_pipeline", "launch", "pretrain"):
+    for package in ("auricle", "data_pipeline", "launch", "pretrain"):
         for file in (ROOT / package).rglob("*.py"):
             text = file.read_text(encoding="utf-8")
             assert not re.search(r"auricle\[|pip install [^\n]*\bauricle\b", text), file

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.paths import ROOT
 
 UNIT = ROOT / "tests" / "unit"
-PACKAGES = ("data_pipeline", "pretrain", "launch", "benchmarks")
+PACKAGES = ("auricle", "data_pipeline", "pretrain", "launch", "benchmarks")
 TESTS = sorted(path.relative_to(UNIT) for path in UNIT.rglob("test_*.py") if path.parent != UNIT)
 MODULES = {path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
 NAMES = {module.stem for module in MODULES}

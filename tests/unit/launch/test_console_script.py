@@ -55,4 +55,11 @@ def test_folders_that_hide_nothing_are_accepted(tmp_path: Path) -> None:
 def test_the_installed_command_is_this_script() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert settings["project"]["scripts"] == {"auricle": "auricle:main"}
-    assert settings["tool"]["setuptools"]["py-modules"] == ["auricle"]
+    assert "auricle*" in settings["tool"]["setuptools"]["packages"]["find"]["include"]
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    command = [sys.executable, "-m", "auricle", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == auricle(ROOT).stdout
+    assert done.returncode == 0

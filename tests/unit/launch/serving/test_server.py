@@ -24,7 +24,6 @@ from launch.serving.config import ServeConfig
 from launch.serving.server import MESSAGE_BYTES, Server, read_token
 from pretrain.recognition.recogniser import Recogniser
 from pretrain.recognition.streaming_recogniser import StreamingRecogniser
-from tests.support.paths import ROOT
 from tests.support.streams import pcm
 
 Test = Callable[[TestClient[Any, Any], Server], Awaitable[None]]
@@ -250,7 +249,8 @@ def test_other_addresses_need_a_usable_token(tmp_path: Path, capsys: pytest.Capt
 def test_the_command_serves_until_it_is_told_to_end(streaming_run: Path) -> None:
     command = [
         sys.executable,
-        str(ROOT / "auricle.py"),
+        "-m",
+        "auricle",
         "serve",
         f"checkpoint={streaming_run}",
         "port=0",
@@ -264,7 +264,7 @@ def test_the_command_serves_until_it_is_told_to_end(streaming_run: Path) -> None
         with urllib.request.urlopen(address, timeout=10) as page:
             assert b"streaming recognition" in page.read()
         port = address.split(":")[2].strip("/")
-        second = [*command[:4], f"port={port}"]
+        second = [*command[:5], f"port={port}"]
         taken = subprocess.run(second, capture_output=True, text=True, timeout=60, check=False)
         assert taken.returncode == ExitCode.USAGE
         assert f"port={port}: " in taken.stderr

@@ -19,7 +19,7 @@ import pytest
 from launch.setup.repack_torchaudio import repack
 from tests.support.paths import ROOT
 
-PACKAGES = ("data_pipeline", "launch", "pretrain")
+PACKAGES = ("auricle", "data_pipeline", "launch", "pretrain")
 
 
 def test_repack_drops_the_libraries_and_stays_a_valid_wheel(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_what_the_shipped_packages_import_is_installed_with_them() -> None:
     lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     required = {re.split(r"[^\w.-]", line)[0].lower() for line in lines}
     owners, lacking = metadata.packages_distributions(), set()
-    for file in [ROOT / "auricle.py", *(f for name in PACKAGES for f in (ROOT / name).rglob("*.py"))]:
+    for file in [f for name in PACKAGES for f in (ROOT / name).rglob("*.py")]:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []

@@ -18,7 +18,6 @@ from launch.main import main
 from pretrain.generation.text import TextError, sentences
 from pretrain.generation.voice import open_voice
 from tests.support.contract_cases import SYNTHESIZER
-from tests.support.paths import ROOT
 from tests.support.training import save
 
 
@@ -75,7 +74,7 @@ def test_each_line_of_a_file_becomes_a_file_and_others_are_listed(
 
 def test_standard_output_gets_raw_audio_sentence_by_sentence(runs: Path) -> None:
     fields = [f"checkpoint={runs / 'speaks'}", "text='go on. a tool'", "out=-", "language=none", "pause=0.1"]
-    done = subprocess.run([sys.executable, str(ROOT / "auricle.py"), "speak", *fields], capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "auricle", "speak", *fields], capture_output=True, check=True)
     voice = open_voice(str(runs / "speaks"))
     parts = [voice.speak(voice.tokenizer.encode(text)) for text in ("go on", "a tool")]
     expected = np.concatenate([parts[0], np.zeros(1_600), parts[1]])

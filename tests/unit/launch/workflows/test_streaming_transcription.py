@@ -31,7 +31,6 @@ from pretrain.recognition.streaming_recogniser import (
 )
 from pretrain.recognition.transcript import Word
 from tests.support.contract_cases import speech_like
-from tests.support.paths import ROOT
 from tests.support.streams import pcm
 
 
@@ -111,7 +110,8 @@ def test_raw_audio_from_a_pipe_is_transcribed_while_it_arrives(streaming_run: Pa
     """The first words come before the pipe is closed."""
     command = [
         sys.executable,
-        str(ROOT / "auricle.py"),
+        "-m",
+        "auricle",
         "transcribe",
         f"checkpoint={streaming_run}",
         "files=-",

@@ -1,16 +1,16 @@
 """auricle in Python: `load_encoder`, `load_run`, `open_dataset`; and the `auricle` console script.
 
 Both check that Python finds auricle's own packages. `import auricle` is light: torch is imported by the first call.
-A folder on PYTHONPATH comes before installed packages, and ROS 2, among others, has a package called `launch`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from auricle.packages import PACKAGES, explain, foreign
 
 if TYPE_CHECKING:
     from data_pipeline.loader.reader import PlanReader
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from pretrain.evaluate.frozen_encoders import FrozenEncoder
 
 __all__ = ["load_encoder", "load_run", "open_dataset"]
-
-HOME = Path(__file__).resolve().parent
-"""Folder of auricle's packages: the checkout, or site-packages."""
-PACKAGES = ("data_pipeline", "launch", "pretrain")
 
 
 def load_encoder(run_or_folder: str | Path, device: str = "cpu", plugins: Sequence[str | Path] = ()) -> FrozenEncoder:
@@ -65,11 +61,11 @@ def load_run(run: str | Path, plugins: Sequence[str | Path] = ()) -> LoadedCheck
     return load(Path(run).expanduser())
 
 
-def open_dataset(shards: str | Path, seed: int = 0, **settings: Any) -> PlanReader:
+def open_dataset(shards: str | Path | Sequence[str | Path], seed: int = 0, **settings: Any) -> PlanReader:
     """Opens shards for reading in the batches and the order of a training.
 
     Args:
-        shards: a folder of shards.
+        shards: a folder of shards, several, or a pattern such as "shards/*".
         seed: seed of the order.
         settings: other fields of the `data` section, such as `batch_seconds=60`, `micro_batches=1`, `labels=["text"]`.
 
@@ -85,14 +81,15 @@ def open_dataset(shards: str | Path, seed: int = 0, **settings: Any) -> PlanRead
     from data_pipeline.loader.reader import open_reader
     from data_pipeline.sampling.config import DataConfig
 
-    return open_reader(load(DataConfig, {"shards": str(shards), **settings}), seed, rank=0, world=1)
+    places = [str(place) for place in ([shards] if isinstance(shards, (str, Path)) else shards)]
+    return open_reader(load(DataConfig, {"shards": places, **settings}), seed, rank=0, world=1)
 
 
 def _prepare(plugins: Sequence[str | Path] = ()) -> None:
     """Makes plug-ins available. Raises ImportError where other packages hide those of auricle."""
     for name in PACKAGES:
         if found := foreign(name):
-            raise ImportError(_explain(name, found))
+            raise ImportError(explain(name, found))
     if plugins:
         from pretrain import registry
 
@@ -103,32 +100,8 @@ def main() -> int:
     """Runs the command line of this process; returns its exit code, 1 where other packages hide those of auricle."""
     for name in PACKAGES:
         if found := foreign(name):
-            print(_explain(name, found), file=sys.stderr)
+            print(explain(name, found), file=sys.stderr)
             return 1
     from launch.main import main as run
 
     return run()
-
-
-def foreign(name: str) -> Path | None:
-    """Returns the folder of the package `name` that Python finds, where it is not auricle's; otherwise None."""
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        return None  # the import reports it
-    found = [Path(place).resolve() for place in spec.submodule_search_locations or [spec.origin or name]]
-    return None if HOME / name in found[:1] else found[0]
-
-
-def _explain(name: str, found: Path) -> str:
-    message = (
-        f"auricle: Python finds another package called `{name}`, {found}, before that of auricle, {HOME / name} "
-        "(ROS 2 has a package `launch`). "
-    )
-    if any(place and Path(place).resolve() == found.parent for place in sys.path):
-        message += f"Take {found.parent} out of PYTHONPATH (`env -u PYTHONPATH auricle …`), or use a terminal "
-        return message + "in which the other software's setup script was not sourced"
-    return message + "Install auricle into a separate environment, without the other package"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
