@@ -106,7 +106,8 @@ class Batch:
     decide about shapes, and reading them from a GPU would make the host wait for it.
     micro_batch: its number in the global step, 0 … V-1; with (seed, step) it keys draws that belong to no single
     sample (dropout), so that they do not depend on the number of ranks.
-    targets: frame labels by name, (B, F) int64, padded with -1.  labels: per-sample metadata by name.
+    targets: frame labels by name, (B, F) int64, padded with -1.  labels: per-sample metadata by name: `data.labels` in
+    their order, then speaker, language and corpus where the shards' index has them.
     """
 
     wave_BT: Tensor

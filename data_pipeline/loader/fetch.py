@@ -10,7 +10,7 @@ import math
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -37,6 +37,8 @@ SEARCHED_SHARDS, SEARCHED_SAMPLES, SEARCHED_IMAGES = 8, 8, 64
 TEXTS_READ_TOGETHER = 256
 SAMPLE_FIELDS = ("corpus", "language", "speaker", "text", "file_id", "start", "split")
 """Labels that any data set may have; samples omit empty ones."""
+ORIGIN: Final = ("speaker", "language", "corpus")
+"""Columns of the index that every batch has as labels, for monitoring; reading them costs nothing."""
 NOT_LABELS = {"key", "offset", "size", "payload_offset", "payload_size", "labels"}
 """Columns and fields about the shard, not the sample."""
 
@@ -77,6 +79,8 @@ class Fetched:
     """Whether the bytes are just the int16 samples of the crop."""
     data: bytes = b""
     labels: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """Labels by their names in `ORIGIN`, "" where they are unknown."""
     targets: Mapping[str, Array] = field(default_factory=dict)
     tokens: Mapping[str, Array] = field(default_factory=dict)
     image: bytes = b""
@@ -192,7 +196,16 @@ class Fetcher:
             return error
         except (tarfile.TarError, ValueError) as error:
             return ShardError(found.shard, f"the JSON of sample {found.key} cannot be used: {error}")
-        return replace(found, data=data, labels=labels, targets=targets, tokens=self.texts.encode(labels), image=image)
+        columns = index.table.column_names
+        return replace(
+            found,
+            data=data,
+            labels=labels,
+            origin={name: index.text(name, row.row) if name in columns else "" for name in ORIGIN},
+            targets=targets,
+            tokens=self.texts.encode(labels),
+            image=image,
+        )
 
 
 def _needs_json(index: ShardIndex, labels: Sequence[str]) -> bool:

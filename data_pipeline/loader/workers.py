@@ -23,7 +23,7 @@ from data_pipeline.core.storage import StorageError
 from data_pipeline.core.types import IMAGE, Batch, Images
 from data_pipeline.images import decoding
 from data_pipeline.labels.store import pad
-from data_pipeline.loader.fetch import Fetched, Fetcher, Row
+from data_pipeline.loader.fetch import ORIGIN, Fetched, Fetcher, Row
 from data_pipeline.loader.shared_buffers import SharedBuffers
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.plan import Plan
@@ -129,13 +129,19 @@ class MicroBatches:
             shape=(len(audio), audio.shape[1]),
             place=place,
             wave=None if place else audio,
-            labels={name: tuple(got.labels[name] for got in kept) for name in self.config.labels},
+            labels=self._labels(kept),
             targets={name: pad([got.targets[name] for got in kept]) for name in self.config.targets},
             tokens={name: pad([got.tokens[name] for got in kept]) for name in self.config.tokens},
             images=images,
             skipped=tuple(skipped),
             bad_images=tuple(bad_images),
         )
+
+    def _labels(self, kept: list[Fetched]) -> dict[str, tuple[str, ...]]:
+        """Returns the labels of `data.labels` in their order, then those of the origin that any segment has."""
+        labels = {name: tuple(got.labels[name] for got in kept) for name in self.config.labels}
+        origin = {name: tuple(got.origin[name] for got in kept) for name in ORIGIN if name not in labels}
+        return labels | {name: values for name, values in origin.items() if any(values)}
 
     def _images(self, kept: list[Fetched]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         """Returns pixels (B, C, S, S) and presence (B,) of the images, and (shard, reason) of each unusable one."""

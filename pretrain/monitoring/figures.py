@@ -73,13 +73,13 @@ def add_frames(
 
 
 def coloured_by(header: list[str], rows: list[list[str]]) -> int:
-    """Returns the column that frames are coloured by: the first label with several values, or the unit.
+    """Returns the column that frames are coloured by: the first label with several known values, or the unit.
 
     Columns of no use for that (segment, second) are left out.
     """
     places = [number for number, name in enumerate(header) if name not in ("segment", "second", "utterance")]
     places.sort(key=lambda number: header[number] in ("unit", "masked"))  # labels first
-    return next((number for number in places if len({row[number] for row in rows}) > 1), places[0])
+    return next((number for number in places if len({row[number] for row in rows} - {""}) > 1), places[0])
 
 
 def colours(values: list[str]) -> np.ndarray:
@@ -175,10 +175,10 @@ def spectrogram(snapshot: Snapshot) -> Figure:
 def projected(snapshot: Snapshot) -> tuple[Tensor, list[str], list[list[str]]]:
     """Returns up to MAX_PROJECTED frames of the last layer, (N, D), a header, and a row of values for each frame.
 
-    The values are segment, time, whether it is masked, unit, and labels of the segment (data.labels: speaker, language
-    …) and of the frame (data.targets).
+    The values are segment, time, whether it is masked, unit, and labels of the segment (`Batch.labels`: those of
+    data.labels, speaker, language, corpus) and of the frame (data.targets).
     """
-    names, sets = sorted(snapshot.batch.labels), sorted(snapshot.batch.targets)
+    names, sets = list(snapshot.batch.labels), sorted(snapshot.batch.targets)
     header = ["segment", "second", "masked", "unit", *names, *sets]
     position = torch.full(snapshot.frames_BFD.shape[:2], -1)
     if snapshot.targets_N is not None:

@@ -138,6 +138,7 @@ def test_frames_are_coloured_by_a_label_with_a_legend() -> None:
     header = ["segment", "second", "masked", "unit", "speaker"]
     rows = [["s", "0.1", "no", str(n), f"speaker{n % 2}"] for n in range(6)]
     assert header[coloured_by(header, rows)] == "speaker"
+    assert header[coloured_by(header, [[*row[:4], "ann" * (n % 2)] for n, row in enumerate(rows)])] == "unit"
     assert header[coloured_by(header[:4], [row[:4] for row in rows])] == "unit"
     assert len(np.unique(colours([row[4] for row in rows]), axis=0)) == 2
     figure = scatter(torch.randn(6, 4), header, rows)

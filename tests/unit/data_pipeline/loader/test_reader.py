@@ -184,6 +184,15 @@ def test_labels_come_from_index_and_json(corpus: Path) -> None:
     assert len(batch.labels["speaker"]) == len(batch.keys)
 
 
+def test_batches_have_speaker_and_corpus_without_labels_in_the_config(corpus: Path) -> None:
+    plain = take(reader_of(corpus), 1)[0].batches[0]
+    asked = take(reader_of(corpus, labels=("text", "corpus", "speaker", "language")), 1)[0].batches[0]
+    assert list(asked.labels) == ["text", "corpus", "speaker", "language"], "in the order of data.labels"
+    known = {name: asked.labels[name] for name in ("speaker", "language", "corpus") if any(asked.labels[name])}
+    assert "speaker" in known
+    assert dict(plain.labels) == known
+
+
 def test_an_unknown_label_is_rejected_with_the_nearest_name(corpus: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.labels=speakers: .*did you mean speaker\?"):
         reader_of(corpus, labels=("speakers",))

@@ -72,7 +72,7 @@ def test_a_cropped_segment_has_neither_text_nor_tokens(corpus: Path, reader: str
 
 def test_tokens_need_no_label_of_the_batch(corpus: Path) -> None:
     batch = batches(config(corpus, labels=[], max_seconds=2.0), steps=1)[0]
-    assert batch.labels == {}
+    assert "text" not in batch.labels
     assert int((batch.tokens["text"] >= 0).sum()) > 0
 
 
