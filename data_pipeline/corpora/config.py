@@ -25,6 +25,9 @@ class CorpusConfig(PluginConfig):
     path: Annotated[str, about("folder or fsspec URL", min_length=1)]
     language: Annotated[str, about("language of recordings without one in the corpus")] = ""
     splits: Annotated[tuple[str, ...], about("keep recordings of these splits only; empty keeps all")] = ()
+    licence: Annotated[
+        str, about("licence of the recordings, such as CC-BY-4.0; kept beside the shards, for model cards of exports")
+    ] = ""
 
 
 @config

@@ -34,9 +34,10 @@ FIELDS: Final = ("speaker", "language", "text", "split")
 
 
 def fingerprint(corpus: CorpusConfig) -> str:
-    """Returns a short hash of a corpus config."""
-    text = json.dumps(dataclasses.asdict(corpus), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """Returns a short hash of the fields of a corpus config that determine its recordings."""
+    fields = dataclasses.asdict(corpus)
+    del fields["licence"]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def discover(corpus: CorpusConfig) -> Discovered:

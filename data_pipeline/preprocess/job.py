@@ -34,6 +34,7 @@ from data_pipeline.preprocess.work_plan import (
     set_root,
     set_roots,
 )
+from data_pipeline.shards.licences import record_licence
 from data_pipeline.shards.records import DoneRecord, finished_units, rejects_name
 
 SCANNED = 200
@@ -247,6 +248,9 @@ def _finish(
         store.replace(DUPLICATES, b"".join(json.dumps(row, sort_keys=True).encode() + b"\n" for row in rows))
         sums.append(DUPLICATES)
     write_checksums(store, sums)
+    if config.corpus.licence:
+        for root in {record.root for record in records}:
+            record_licence(root, {file.corpus for file in found.files}, config.corpus.licence)
     new = [record for record in records if record.unit not in before]
     summary = dataclasses.replace(
         _summary(config, ledger, records, new),

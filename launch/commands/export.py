@@ -56,12 +56,15 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--reduce-range", action="store_true", help="int8: 7 bits for weights, for x86 devices without VNNI"
     )
+    parser.add_argument(
+        "--licence", default="", help="licence of the weights for the model card, such as cc-by-nc-4.0 (not recorded)"
+    )
     given = parser.parse_args(arguments)
 
     from launch.workflows.exporting import ExportOptions, export_run
 
     int8 = _int8_options(given)
-    options = ExportOptions(given.to, given.layer, given.chunk, given.left, given.head, int8)
+    options = ExportOptions(given.to, given.layer, given.chunk, given.left, given.head, int8, given.licence.strip())
     print(f"{given.out}: {export_run(given.run, given.out, options)}")
     return ExitCode.DONE
 

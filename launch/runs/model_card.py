@@ -12,6 +12,7 @@ from data_pipeline.core.atomic_files import write_atomically
 from data_pipeline.core.schema import ABSENT, load
 from data_pipeline.core.text import visible
 from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.shards.licences import read_licences
 from data_pipeline.shards.records import DoneRecord, done_records
 from launch.runs.summary import audio_hours, find_run, number, rows
 from pretrain.checkpointing.checkpoint import read_state
@@ -22,6 +23,12 @@ from pretrain.recognition.recogniser import RESULTS
 
 UNKNOWN = "not recorded"
 CARD = "README.md"
+HUB_LICENCES = re.compile(
+    r"apache-2\.0|mit|isc|zlib|unlicense|bsd|bsd-[23]-clause|mpl-2\.0|agpl-3\.0|gpl-[23]\.0|lgpl-(2\.1|3\.0)|openrail|"
+    r"cc0-1\.0|cc-by(-sa|-nd|-nc|-nc-sa|-nc-nd)?-4\.0|cc-by(-sa|-nc|-nc-sa|-nc-nd)?-3\.0|odbl|odc-by|pddl|"
+    r"cdla-permissive-[12]\.0|cdla-sharing-1\.0"
+)
+"""Identifiers of licences on the Hugging Face Hub, which shows other licences by their name."""
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|&~#])")
 LOADING = {
     "hugging_face": "`AutoModel.from_pretrained(FOLDER)`; of a recogniser `AutoModelForCTC`",
@@ -34,22 +41,23 @@ LOADING = {
 """How to load each format."""
 
 
-def write_card(folder: Path, given: str, form: str) -> None:
+def write_card(folder: Path, given: str, form: str, licence: str = "") -> None:
     """Writes the model card of an export.
 
     Args:
         folder: the exported folder.
         given: the run: its folder, a checkpoint, or its name below runs/.
         form: format of the export, a key of LOADING.
+        licence: licence of the weights; "": not stated.
     """
     path = Path(given).expanduser()
     checkpoint = find_checkpoint(str(path if path.exists() else find_run(given)))
     state = read_state(checkpoint)
-    text = card(checkpoint.parent.parent, load(Config, state["config"]), int(state["step"]), form)
+    text = card(checkpoint.parent.parent, load(Config, state["config"]), int(state["step"]), form, licence)
     write_atomically(folder / CARD, text)
 
 
-def card(run: Path, config: Config, step: int, form: str) -> str:
+def card(run: Path, config: Config, step: int, form: str, licence: str) -> str:
     """Returns the text of the model card in Markdown, with the header that the Hugging Face Hub reads."""
     records = _records(config.data.shards)
     flow = [row for record in records for row in record.flow]
@@ -69,10 +77,11 @@ def card(run: Path, config: Config, step: int, form: str) -> str:
         ("precision", config.engine.precision),
         ("code", f"auricle {_plain(environment.get('version') or UNKNOWN)}, commit {_plain(commit)}"),
         ("started", _plain(environment.get("started") or UNKNOWN)),
-        ("licence", f"{UNKNOWN}; that of the weights depends on that of the data"),
+        ("licence", _plain(licence) or f"{UNKNOWN}; that of the weights depends on that of the data"),
+        ("licence of the data", _licence_of_data(records)),
         ("loading", LOADING[form]),
     ]
-    header = ["---", "license: unknown", "tags:", "- speech", "- self-supervised"]
+    header = ["---", *_licence_lines(licence), "tags:", "- speech", "- self-supervised"]
     header += ["language:", *(f"- {json.dumps(language)}" for language in languages)] if languages else []
     header += ["library_name: transformers"] if form == "hugging_face" else []
     changed = [
@@ -101,6 +110,29 @@ def card(run: Path, config: Config, step: int, form: str) -> str:
             "",
         ]
     )
+
+
+def _licence_lines(licence: str) -> list[str]:
+    """Returns the lines of the header that name a licence as the Hugging Face Hub does."""
+    if not licence:
+        return ["license: unknown"]
+    if HUB_LICENCES.fullmatch(licence.lower()):
+        return [f"license: {licence.lower()}"]
+    return ["license: other", f"license_name: {json.dumps(licence)}"]
+
+
+def _licence_of_data(records: Sequence[DoneRecord]) -> str:
+    """Returns the recorded licences with their corpora: "CC-BY-4.0 (a, b); not recorded (c)"."""
+    by_licence: dict[str, set[str]] = {}
+    for root in dict.fromkeys(record.root for record in records):
+        known = read_licences(root)
+        for corpus in {str(row[0]) for record in records if record.root == root for row in record.flow if row[0]}:
+            by_licence.setdefault(known.get(corpus, UNKNOWN), set()).add(corpus)
+    named = [
+        f"{_plain(name)} ({_plain(', '.join(sorted(corpora)))})"
+        for name, corpora in sorted(by_licence.items(), key=lambda item: (item[0] == UNKNOWN, item[0]))
+    ]
+    return "; ".join(named) if set(by_licence) - {UNKNOWN} else UNKNOWN
 
 
 def _sizes(config: Config) -> str:

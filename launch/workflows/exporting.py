@@ -28,6 +28,7 @@ class ExportOptions:
 
     layer: of torchscript and onnx; -1: the last.  chunk, left: of onnx_stream and edge; None: the first trained.
     head: name of the head to export.  int8: how to quantise onnx and edge; None: fp32.
+    licence: of the weights, for the model card; "": not stated.
 
     Raises:
         ConfigError: options do not fit together.
@@ -39,6 +40,7 @@ class ExportOptions:
     left: int | None = None
     head: str = ""
     int8: Int8Options | None = None
+    licence: str = ""
 
     def __post_init__(self) -> None:
         if self.head and self.to not in WITH_HEAD:
@@ -66,7 +68,7 @@ def export_run(run: str, out: Path, options: ExportOptions) -> str:
         ConfigError: the run cannot be exported in this format; nothing is written then.
     """
     said = _export(run, out, options)
-    write_card(out, run, options.to)
+    write_card(out, run, options.to, options.licence)
     return said
 
 

@@ -15,6 +15,7 @@ import webdataset
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.preprocess.job import plan_units, preprocess
+from data_pipeline.shards.licences import read_licences
 from data_pipeline.shards.records import done_records, read_index
 from tests.support.sounds import contents, many, path_config, sound, write_corpus
 
@@ -62,6 +63,11 @@ def test_a_repeat_does_nothing_and_another_output_folder_gets_the_same_bytes(tmp
     assert contents(tmp_path / "out") == first
     preprocess(path_config(corpus, tmp_path / "twin"), progress=False)
     assert contents(tmp_path / "twin") == first
+    licensed = dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, licence="CC-BY-4.0"))
+    assert preprocess(licensed, progress=False).units_done == 0, "a licence added later changes no shard"
+    assert read_licences(str(tmp_path / "out")) == {"corpus": "CC-BY-4.0"}
+    kept = {name: content for name, content in contents(tmp_path / "out").items() if "_licences" not in name}
+    assert kept == first
 
 
 def test_new_files_do_not_change_finished_shards(tmp_path: Path) -> None:

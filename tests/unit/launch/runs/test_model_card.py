@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from data_pipeline.core.schema import load
+from data_pipeline.shards.licences import record_licence
+from data_pipeline.shards.records import done_records
 from launch.commands.export import FORMATS
 from launch.runs.model_card import write_card
 from pretrain.config import Config
@@ -48,6 +51,21 @@ def test_what_is_unknown_is_said_to_be_not_recorded(run: Path, tmp_path: Path) -
     assert found["training"] == "20 updates"
     assert "\nNot recorded.\n" in card
     assert "# a\\|b\n" in card
+
+
+def test_the_card_names_the_licences_of_weights_and_data(run: Path, tmp_path: Path) -> None:
+    write_card(tmp_path, str(run), "onnx", "CC-BY-NC-4.0")
+    assert (tmp_path / "README.md").read_text().startswith("---\nlicense: cc-by-nc-4.0\n")
+    assert cells(tmp_path / "README.md")["licence of the data"] == "not recorded"
+    [record] = done_records(str(tmp_path / "shards"))
+    flow = tuple((corpus, "en", "in", "", 5, 16_000) for corpus in ("a", "b", "c"))
+    record_file = tmp_path / "shards" / "_done" / f"{record.unit}.json"
+    record_file.write_bytes(dataclasses.replace(record, flow=flow).to_json())
+    record_licence(str(tmp_path / "shards"), ["a", "b", "another"], "CC0|1.0")
+    write_card(tmp_path, str(run), "onnx", 'my "own"')
+    text, found = (tmp_path / "README.md").read_text(), cells(tmp_path / "README.md")
+    assert text.startswith('---\nlicense: other\nlicense_name: "my \\"own\\""\n')
+    assert (found["licence"], found["licence of the data"]) == ('my "own"', "CC0\\|1.0 (a, b); not recorded (c)")
 
 
 @pytest.mark.parametrize("form", FORMATS)
