@@ -8,13 +8,14 @@ from launch.cli.groups import CONF
 from launch.cli.parser import Parser
 from launch.exit_codes import ExitCode
 
-COLUMNS = ("recipe", "M weights", "Hz", "min/update", "updates", "GFLOP")
+COLUMNS = ("recipe", "M weights", "Hz", "min/update", "updates", "GFLOP", "HF")
 LEGEND = """In brackets: the published figure.
 M weights: millions of trained weights; Hz: frames per second of audio;
 min/update: minutes of audio per update; GFLOP: one forward pass of front end
 and encoder per second of audio, on crops of 15 s, counted and derived. Training
 takes about three times that, times the objective's passes (teachers, several
-masks or views)."""
+masks or views). HF: exports to Hugging Face; transformers has no class for the
+other models, which export to ONNX and TorchScript."""
 
 
 def run(arguments: list[str]) -> int:
@@ -55,6 +56,7 @@ def _cells(row: Any) -> tuple[str, ...]:
         _figure(row.minutes_per_update, published.minutes),
         f"{row.updates:,}",
         _figure(row.gflop_per_audio_second, published.gflop),
+        "yes" if row.hugging_face else "no",
     )
 
 

@@ -35,6 +35,27 @@ from pretrain.nn.block_stack import StackConfig
 from pretrain.objectives import wav2vec2
 from pretrain.train_module import TrainModule
 
+SMALL_RECIPES = {
+    "best_rq": "best_rq_conv_tiny",
+    "data2vec": "data2vec_tiny",
+    "data2vec2": "data2vec2_tiny",
+    "dinosr": "dinosr_tiny",
+    "hubert": "hubert_conv_tiny",
+    "time_contrastive": "time_contrastive_tiny",
+    "wav2vec2": "wav2vec2_conv_tiny",
+    "wavlm": "wavlm_tiny",
+}
+"""Objective -> the recipe for two CPU cores in a form that can be exported."""
+
+
+def exports(config: Config) -> bool:
+    """Returns whether transformers has front end and encoder of `config`."""
+    try:
+        describe(config, "Wav2Vec2")
+    except ConfigError:
+        return False
+    return True
+
 
 def export(config: Config, module: TrainModule, folder: Path, head: str = "") -> float:
     """Writes config.json, preprocessor_config.json and model.safetensors, of a recogniser its vocabulary as well.
@@ -146,11 +167,13 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
     if isinstance(encoder, StackConfig) and any(pair != (encoder.heads, encoder.ffn_dim) for pair in encoder.widths):
         obstacles.append(f"encoder.widths={[list(pair) for pair in encoder.widths]}")
     if obstacles or not isinstance(frontend, waveform_conv.Config) or not isinstance(encoder, transformer.Config):
+        small = SMALL_RECIPES.get(config.objective.name)
+        remedy = f", as in +experiment={small}" if small else ""
         raise ConfigError(
             f"{', '.join(obstacles)}: Hugging Face has no such model; only a waveform_conv front end with a "
             "transformer of convolutional positions and full attention can be exported (frontend=waveform_conv "
-            "encoder.positions=conv of a new run). `auricle export --to onnx` or `--to torchscript` writes one "
-            "self-contained file instead"
+            f"encoder.positions=conv of a new run{remedy}). `auricle export --to onnx` or `--to torchscript` writes "
+            "one self-contained file instead"
         )
     stack = encoder.positions == "conv_stack"
     if stack and (encoder.relative_bias or encoder.norm == "pre" or frontend.norm == "group"):

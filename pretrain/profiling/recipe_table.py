@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pretrain.config import Config
+from pretrain.interop.hf_export import exports
 from pretrain.profiling.flops import forward_gflop
 from pretrain.train_module import build_model
 
@@ -64,6 +65,8 @@ class Recipe:
     updates: int
     gflop_per_audio_second: float
     published: Published
+    hugging_face: bool
+    """Whether it exports to Hugging Face."""
 
 
 def summarize(config: Config) -> Recipe:
@@ -78,4 +81,5 @@ def summarize(config: Config) -> Recipe:
         updates=config.train.steps,
         gflop_per_audio_second=forward_gflop(module.model, CROP_SECONDS),
         published=PUBLISHED.get(config.name, Published(None, None, None, OURS)),
+        hugging_face=exports(config),
     )

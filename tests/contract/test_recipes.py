@@ -16,7 +16,7 @@ from launch.runs.metadata import run_config
 from pretrain import registry
 from pretrain.config import Config
 from pretrain.interop.gate import TOLERANCE
-from pretrain.interop.hf_export import export
+from pretrain.interop.hf_export import SMALL_RECIPES, describe, export, exports
 from pretrain.nn.attention_patterns import Pattern
 from pretrain.profiling.flops import forward_gflop
 from pretrain.train_module import build_model
@@ -129,13 +129,20 @@ def test_the_efficient_default_streams_or_uses_full_context(experiment: str) -> 
         assert (float((whole - first).abs().max()) <= 1e-5) == streams
 
 
-@pytest.mark.parametrize(
-    "experiment", ["wav2vec2_conv_tiny", "best_rq_conv_tiny", "hubert_conv_tiny", "wavlm_tiny", "data2vec_tiny"]
-)
+@pytest.mark.parametrize("experiment", SMALL_RECIPES.values())
 def test_a_small_recipe_of_each_family_exports_to_hugging_face(experiment: str, tmp_path: Path) -> None:
     small = ["encoder.layers=2", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32", "frontend.channels=16"]
     config = composed(f"experiment={experiment}", *small)
     assert export(config, build_model(config), tmp_path / "exported") <= TOLERANCE["hugging_face"]
+
+
+@pytest.mark.parametrize("name", ["best_rq_tiny", "wav2vec2_tiny", "hubert_tiny"])
+def test_the_refusal_of_rotary_positions_names_the_recipe_to_take(name: str) -> None:
+    config = composed(f"experiment={name}")
+    assert not exports(config)
+    assert exports(composed(f"experiment={SMALL_RECIPES[config.objective.name]}"))
+    with pytest.raises(ConfigError, match=rf"positions=rope.*\+experiment={name.replace('_tiny', '_conv_tiny')}\)"):
+        describe(config, "Wav2Vec2")
 
 
 def test_the_recipe_with_an_attention_decoder_exports_to_hugging_face(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def test_an_unpublished_figure_is_shown_as_none(
     assert published.millions is None
 
     def counted(config: Config) -> recipe_table.Recipe:
-        return recipe_table.Recipe(config.name, 1_000_000, 1_000_000, 50.0, 1.0, 1, 1.0, published)
+        return recipe_table.Recipe(config.name, 1_000_000, 1_000_000, 50.0, 1.0, 1, 1.0, published, True)
 
     monkeypatch.setattr(recipe_table, "summarize", counted)
     monkeypatch.setattr("launch.cli.tables.PIPED_WIDTH", 80)
@@ -26,4 +26,5 @@ def test_an_unpublished_figure_is_shown_as_none(
     assert max(map(len, said.splitlines())) <= 80
     row, source = (line for line in said.splitlines() if line.startswith(name))
     assert row.split()[1:4] == ["1.0", "(none)", "50"]
+    assert row.split()[-1] == "yes"
     assert published.source in " ".join(source.split())
