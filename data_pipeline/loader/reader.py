@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.plan import Plan, accumulation, audio_per_step_check, make_plan
 from data_pipeline.sampling.prefetch_order import PlanSchedule
 from data_pipeline.shards.local import ShardError, ShardFiles
-from data_pipeline.shards.records import done_records
+from data_pipeline.shards.records import DoneRecord, done_records
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class PlanReader:
         rank: this rank's number.
         world: number of ranks, at most `config.micro_batches`.
         least_samples: shortest segment that the model can use; the plan skips shorter ones.
+        records: the shards to read; None: all of `config.shards`.
 
     Raises:
         ConfigError: too little audio, settings that exclude each other, or more ranks than micro-batches.
@@ -59,12 +60,20 @@ class PlanReader:
         StorageReadError: the storage does not answer.
     """
 
-    def __init__(self, config: DataConfig, seed: int, rank: int, world: int, least_samples: int = 0) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        rank: int,
+        world: int,
+        least_samples: int = 0,
+        records: Sequence[DoneRecord] | None = None,
+    ) -> None:
         self.slots = accumulation(config.micro_batches, world)
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} is not one of {world} ranks")
         self.config, self.rank, self.world = config, rank, world
-        records = done_records(config.shards)
+        records = done_records(config.shards) if records is None else records
         self._files = open_files(config, records)
         self.remote = self._files.shards.remote
         self._report(self._files.check())
@@ -296,7 +305,14 @@ def _close(reader: weakref.ref[PlanReader]) -> None:
         alive.close()
 
 
-def open_reader(config: DataConfig, seed: int, rank: int, world: int, least_samples: int = 0) -> PlanReader:
+def open_reader(
+    config: DataConfig,
+    seed: int,
+    rank: int,
+    world: int,
+    least_samples: int = 0,
+    records: Sequence[DoneRecord] | None = None,
+) -> PlanReader:
     """Opens the indexed shards of a run for one rank and plans their steps.
 
     Args:
@@ -305,6 +321,7 @@ def open_reader(config: DataConfig, seed: int, rank: int, world: int, least_samp
         rank: this rank, from 0.
         world: number of ranks, at most `micro_batches`.
         least_samples: shortest segment, in samples at 16 kHz, that the model can use.
+        records: the shards to read; None: all of `config.shards`.
 
     Returns:
         The reader, at the start of the plan; `steps` yields micro-batches of (B, T) audio.
@@ -315,4 +332,4 @@ def open_reader(config: DataConfig, seed: int, rank: int, world: int, least_samp
     """
     if config.reader != "plan":
         raise ConfigError(f"data.reader={config.reader}: there is no plan without an index; set data.reader=plan")
-    return PlanReader(config, seed, rank, world, least_samples)
+    return PlanReader(config, seed, rank, world, least_samples, records)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data_pipeline.core.schema import load
+from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.loader.reader import PlanReader, open_reader
+from data_pipeline.shards.records import DoneRecord
 from launch import main
 from launch.cli.compose import compose
 from launch.config import PretrainJob
 from launch.exit_codes import ExitCode
 from launch.runs.job_record import read_record
 from launch.runs.metadata import run_config
+from launch.workflows import inputs
 from launch.workflows.inputs import require_startable
 from pretrain.train_module import build_model
 from tests.support.checkpoint_states import write_run
@@ -39,6 +45,26 @@ def test_a_batch_that_the_corpus_cannot_feed_is_found_before_ranks_start(
     assert "hold 1.2 s of audio" in said
     assert "lower data.batch_seconds" in said
     assert not runs.exists()
+
+
+@pytest.mark.parametrize(("seconds", "readings"), [(8, [2]), (20, [2, 4]), (100, [2, 4])])
+def test_a_part_of_a_large_corpus_is_planned_and_all_of_it_where_the_part_is_too_small(
+    seconds: int, readings: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_shards(tmp_path / "shards", [sounds([2.0] * 4, corpus=name) for name in "abcd"])
+    monkeypatch.setattr(inputs, "PLANNED_HOURS", 17 / 3600)
+    read: list[int] = []
+
+    def counted(*arguments: Any, records: Sequence[DoneRecord], **others: Any) -> PlanReader:
+        read.append(len(records))
+        return open_reader(*arguments, records=records, **others)
+
+    monkeypatch.setattr("data_pipeline.loader.reader.open_reader", counted)
+    given = [*SMALL, f"data.shards={shards}", f"data.batch_seconds={seconds}", "data.micro_batches=1"]
+    config = load(PretrainJob, compose("pretrain", given))
+    with contextlib.nullcontext() if seconds < 100 else pytest.raises(ConfigError, match=r"hold 32\.0 s of audio"):
+        require_startable(config, attended=True)
+    assert read == readings
 
 
 def test_initial_weights_of_another_architecture_are_found_before_ranks_start(
