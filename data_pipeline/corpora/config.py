@@ -26,7 +26,11 @@ class CorpusConfig(PluginConfig):
     language: Annotated[str, about("language of recordings without one in the corpus")] = ""
     splits: Annotated[tuple[str, ...], about("keep recordings of these splits only; empty keeps all")] = ()
     licence: Annotated[
-        str, about("licence of the recordings, such as CC-BY-4.0; kept beside the shards, for model cards of exports")
+        str,
+        about(
+            "licence of recordings without one in the corpus, such as CC-BY-4.0; kept beside the shards, for model "
+            "cards of exports"
+        ),
     ] = ""
 
 

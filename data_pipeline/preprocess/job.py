@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from data_pipeline.audio import vad
 from data_pipeline.core import jsonl
@@ -34,7 +34,7 @@ from data_pipeline.preprocess.work_plan import (
     set_root,
     set_roots,
 )
-from data_pipeline.shards.licences import record_licence
+from data_pipeline.shards.licences import record_licences
 from data_pipeline.shards.records import DoneRecord, finished_units, rejects_name
 
 SCANNED = 200
@@ -248,9 +248,9 @@ def _finish(
         store.replace(DUPLICATES, b"".join(json.dumps(row, sort_keys=True).encode() + b"\n" for row in rows))
         sums.append(DUPLICATES)
     write_checksums(store, sums)
-    if config.corpus.licence:
+    if licences := _licences(found.files, config.corpus.licence):
         for root in {record.root for record in records}:
-            record_licence(root, {file.corpus for file in found.files}, config.corpus.licence)
+            record_licences(root, licences)
     new = [record for record in records if record.unit not in before]
     summary = dataclasses.replace(
         _summary(config, ledger, records, new),
@@ -273,6 +273,16 @@ def _finish(
         )
         store.replace(REPORT, sealed(build_report(page)))
     return summary
+
+
+def _licences(files: Iterable[AudioFile], default: str) -> dict[str, str]:
+    """Returns the licences of each corpus, joined by commas: those of a column `licence`, or else `default`."""
+    found: dict[str, set[str]] = {}
+    for file in files:
+        for labels in [span.labels for span in file.spans] or [file.labels]:
+            if name := labels.get("licence") or labels.get("license") or default:
+                found.setdefault(file.corpus, set()).add(name)
+    return {corpus: ", ".join(sorted(names)) for corpus, names in found.items()}
 
 
 def _summary(

@@ -1,25 +1,24 @@
-"""Licences of the recordings in a data set: `_licences/HASH.json` for each corpus, from `corpus.licence`."""
+"""Licences of the recordings in a data set: `_licences/HASH.json` for each corpus."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from data_pipeline.core.storage import FileStore, StorageError
 
 FOLDER = "_licences"
 
 
-def record_licence(root: str, corpora: Iterable[str], licence: str) -> None:
-    """Writes the licence of corpora beside their shards, in place of an earlier one.
+def record_licences(root: str, licences: Mapping[str, str]) -> None:
+    """Writes the licences of corpora beside their shards, in place of earlier ones.
 
     Args:
         root: folder or URL of the data set.
-        corpora: names of the corpora, as in the shards.
-        licence: the licence's name.
+        licences: name of the licence by corpus.
     """
-    for corpus in corpora:
+    for corpus, licence in licences.items():
         name = hashlib.sha256(corpus.encode()).hexdigest()[:16]
         text = json.dumps({"corpus": corpus, "licence": licence}, sort_keys=True)
         FileStore(root).replace(f"{FOLDER}/{name}.json", text.encode() + b"\n")

@@ -13,7 +13,8 @@ import pytest
 import soundfile
 import webdataset
 
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.job import plan_units, preprocess
 from data_pipeline.shards.licences import read_licences
 from data_pipeline.shards.records import done_records, read_index
@@ -68,6 +69,15 @@ def test_a_repeat_does_nothing_and_another_output_folder_gets_the_same_bytes(tmp
     assert read_licences(str(tmp_path / "out")) == {"corpus": "CC-BY-4.0"}
     kept = {name: content for name, content in contents(tmp_path / "out").items() if "_licences" not in name}
     assert kept == first
+
+
+def test_licences_of_a_manifest_are_kept_by_corpus(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", {f"{name}.wav": 2.0 for name in "abcd"})
+    rows = ["a.wav\tone\tCC0-1.0", "b.wav\tone\tCC-BY-4.0", "c.wav\tone\tCC0-1.0", "d.wav\ttwo\t"]
+    (tmp_path / "corpus" / "list.tsv").write_text("\n".join(["path\tcorpus\tlicence", *rows]) + "\n")
+    corpus = {"name": "manifest", "path": str(tmp_path / "corpus" / "list.tsv"), "licence": "MIT"}
+    preprocess(load(PreprocessConfig, {"out": str(tmp_path / "out"), "corpus": corpus}), progress=False)
+    assert read_licences(str(tmp_path / "out")) == {"one": "CC-BY-4.0, CC0-1.0", "two": "MIT"}
 
 
 def test_new_files_do_not_change_finished_shards(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.core.schema import load
-from data_pipeline.shards.licences import record_licence
+from data_pipeline.shards.licences import record_licences
 from data_pipeline.shards.records import done_records
 from launch.commands.export import FORMATS
 from launch.runs.model_card import write_card
@@ -61,7 +61,7 @@ def test_the_card_names_the_licences_of_weights_and_data(run: Path, tmp_path: Pa
     flow = tuple((corpus, "en", "in", "", 5, 16_000) for corpus in ("a", "b", "c"))
     record_file = tmp_path / "shards" / "_done" / f"{record.unit}.json"
     record_file.write_bytes(dataclasses.replace(record, flow=flow).to_json())
-    record_licence(str(tmp_path / "shards"), ["a", "b", "another"], "CC0|1.0")
+    record_licences(str(tmp_path / "shards"), dict.fromkeys(("a", "b", "another"), "CC0|1.0"))
     write_card(tmp_path, str(run), "onnx", 'my "own"')
     text, found = (tmp_path / "README.md").read_text(), cells(tmp_path / "README.md")
     assert text.startswith('---\nlicense: other\nlicense_name: "my \\"own\\""\n')
