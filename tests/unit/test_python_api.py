@@ -38,7 +38,7 @@ def test_a_data_set_yields_every_segment_once(tmp_path: Path) -> None:
 
 
 def test_several_folders_are_one_data_set(tmp_path: Path) -> None:
-    shards = [write_shards(tmp_path / name, [sounds([1.5] * 2)]) for name in ("a", "b")]
+    shards = [write_shards(tmp_path / name, [sounds([1.5] * 2, corpus=name)]) for name in ("a", "b")]
     reader = auricle.open_dataset(shards, batch_seconds=6, micro_batches=1, min_seconds=1.0, max_seconds=2.0, workers=0)
     assert sum(len(batch.keys) for batch in next(reader.steps()).batches) == 4
     reader.close()
