@@ -34,7 +34,7 @@ docs: setup ## the documentation site, in site/; needs no network
 	@echo "open site/index.html"
 
 bench: setup ## comparisons with other implementations; each prints ratios
-	@set -e; for file in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in $(filter-out benchmarks/__init__.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 prove: setup ## quality of pretraining against three baselines, half an hour: benchmarks/results/quality.md
 	$(BIN)/python benchmarks/prove/quality.py
