@@ -31,7 +31,8 @@ CORPORA = ("librispeech", "librispeech-26", "speechocean762")
 """Corpora of whole sentences; the speakers of speechocean762's split test are in none of the training splits."""
 RUN = (
     "objective=none", "frontend=log_mel", "frontend.subsampling=4", "encoder=transformer_tiny", "encoder.layers=2",
-    "heads.apart.name=separation", "heads.apart.embedding_dim=12", "data.sources=2", "data.labels=[speaker]",
+    "encoder.dim=128", "encoder.ffn_dim=512", "heads.apart.name=separation", "heads.apart.clustering=0.0",
+    "data.sources=2", "data.labels=[speaker]",
     "data.augment.mix_prob=1.0", "data.augment.mix_least_share=1.0", "data.augment.mix_share=1.0",
     "data.min_seconds=1.0", "data.max_seconds=2.0",
     "data.batch_seconds=16", "data.micro_batches=1", "data.workers=1", "data.bucket_ratio=1.3", "engine.name=torch",
@@ -46,7 +47,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30, help="training time (default: 30)")
     parser.add_argument("--updates", type=int, default=0, help="updates, instead of a time")
     parser.add_argument(
-        "--magnitudes", type=float, default=0.7, help="share of the updates before the waveform loss (default: 0.7)"
+        "--magnitudes", type=float, default=0.0, help="share of the updates before the waveform loss (default: 0)"
     )
     parser.add_argument("overrides", nargs="*", help="further fields of the run, such as heads.apart.hidden=128")
     given = parser.parse_args()
