@@ -36,10 +36,15 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
     return scaled
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Disables autocast; the meta device, on which operations are only counted, has none."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Disables autocast and TF32: code look-ups and losses need full fp32."""
-    with torch.autocast(device.type, enabled=False):
+    with without_autocast(device):
         if device.type != "cuda":
             yield
             return

@@ -20,7 +20,7 @@ from torchaudio.functional import create_dct
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.interfaces.frames import Frames
 from pretrain.interfaces.streaming import Obstacle
-from pretrain.nn.numerics import zero_padding
+from pretrain.nn.numerics import without_autocast, zero_padding
 
 Normalize = Literal["utterance", "fixed"]
 
@@ -103,7 +103,7 @@ class LogMel(nn.Module):
         """
         if wave_BT.shape[1] < self.window:
             raise ValueError(f"audio of {wave_BT.shape[1]} samples is shorter than one window of {self.window}")
-        with torch.autocast(wave_BT.device.type, enabled=False):
+        with without_autocast(wave_BT.device):
             mel_BFD = self.log_power(wave_BT)
             lengths_B = self.lengths(lengths_B)
             if self.normalize == "fixed":
@@ -159,7 +159,7 @@ class TorchaudioMfcc(nn.Module):
             first_B: the first frame that counts; the slopes of those around it use no earlier one.
             lengths_B: frames up to the last one that counts.
         """
-        with torch.autocast(wave_BT.device.type, enabled=False):
+        with without_autocast(wave_BT.device):
             mel: Frames = self.mel(wave_BT, torch.full_like(lengths_B, wave_BT.shape[1]))
             cepstra_BFC = mel.x_BFD @ self.dct_MC
             first_BFC = delta(cepstra_BFC, lengths_B, starts_B=first_B)

@@ -89,10 +89,13 @@ def _convolution_backward_flops(
 
 @torch.no_grad()
 def forward_flops(model: SpeechModel, samples: int) -> float:
-    """Counts one forward pass of front end and encoder over one segment of `samples` samples."""
+    """Counts one forward pass of front end and encoder over one segment of `samples` samples.
+
+    A model on the meta device is counted without computing anything.
+    """
     device = next(model.parameters()).device
     with Counter() as counted:
-        model.eval()(torch.zeros(1, samples, device=device), torch.tensor([samples], device=device))
+        model.eval()(torch.zeros(1, samples, device=device), torch.tensor([samples]))
     return float(counted.get_total_flops())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from pretrain.config import Config
 from pretrain.interop.hf_export import exports
 from pretrain.profiling.flops import forward_gflop
@@ -70,8 +72,9 @@ class Recipe:
 
 
 def summarize(config: Config) -> Recipe:
-    """Builds the model of `config` with random weights and counts parameters and operations."""
-    module = build_model(config)
+    """Builds the model of `config` without memory and counts parameters and operations."""
+    with torch.device("meta"):
+        module = build_model(config)
     return Recipe(
         name=config.name,
         parameters=sum(weight.numel() for weight in module.parameters() if weight.requires_grad),

@@ -17,7 +17,7 @@ from pretrain.interfaces.models import Frontend
 from pretrain.interfaces.streaming import FrontendState, Obstacle, SampleWindow, StreamingFrontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
-from pretrain.nn.numerics import masked_deviation, pad_audio, scale_gradient, zero_padding
+from pretrain.nn.numerics import masked_deviation, pad_audio, scale_gradient, without_autocast, zero_padding
 from pretrain.nn.packing import Packing, packed_strided
 from pretrain.nn.spectral import normalize_wave
 
@@ -73,7 +73,7 @@ class NormedConv(nn.Module):
 
     def forward(self, wave_BT1: Tensor) -> Tensor:
         windows_BFK = wave_BT1[:, :, 0].unfold(1, self.kernel, self.stride)
-        with torch.autocast(wave_BT1.device.type, enabled=False):
+        with without_autocast(wave_BT1.device):
             exact_BFK, weight_KD = windows_BFK.double(), self.weight[:, 0].T.double()
             mean_B1K = exact_BFK.mean(1, keepdim=True)
             centred_BFK = exact_BFK - mean_B1K
