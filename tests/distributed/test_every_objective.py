@@ -11,7 +11,7 @@ from tests.support.contract_cases import CASES, ENCODERS, FRONTENDS, HEADS, smal
 from tests.support.engine_runs import run
 
 pytestmark = pytest.mark.timeout(600)  # the fixtures start all cases of this file
-STEPS = 4
+STEPS = 3
 OPTIONS = {
     "layers": 4,
     "half_rate_blocks": 2,
@@ -43,7 +43,7 @@ PRUNED = "distil, pruned"
 
 def multitask(engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
     """Returns a case with three heads under GradNorm; texts and speakers are in micro-batch 0 alone, of rank 0."""
-    made = case("best_rq", engine, stage, labelled=[0], **more)
+    made = case("best_rq", engine, stage, micro_batches=4, labelled=[0], **more)
     made["config"]["heads"] = {
         "text": {"name": "ctc", "weight": 0.5},
         "who": {"name": "classifier", "classes": ["ann", "bob"], "input": "whole"},
@@ -55,14 +55,14 @@ def multitask(engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
 
 def joint(engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
     """Returns a case with a joint embedding, whose queue gets the micro-batches of both ranks."""
-    made = case("best_rq", engine, stage, labelled=[0, 1, 3], **more)
+    made = case("best_rq", engine, stage, micro_batches=4, labelled=[0, 1, 3], **more)
     made["config"]["heads"] = {"joint": HEADS["joint_embedding, softmax, queue"] | {"input": "whole"}}
     return made
 
 
-def case(objective: str, engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
+def case(objective: str, engine: str, stage: int = 1, micro_batches: int = 2, **more: Any) -> dict[str, Any]:
     config = {
-        "data": {"shards": "synthetic", "micro_batches": 4},
+        "data": {"shards": "synthetic", "micro_batches": micro_batches},
         "frontend": FRONTENDS["log_mel"],
         "encoder": small("encoders", "transformer", layer_drop=0.3),
         "objective": CASES[objective],
@@ -128,20 +128,27 @@ def test_heads_with_labels_on_one_rank_resume_with_the_same_bits_and_on_another_
     assert measured[f"{name} after"]["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 3], ids=["zero 1", "zero 3"])
+ENGINES = (
+    pytest.param(("torch", 1), id="torch"),
+    pytest.param(("deepspeed", 1), id="zero 1", marks=pytest.mark.slow),
+    pytest.param(("deepspeed", 3), id="zero 3", marks=pytest.mark.slow),
+)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
 def relabelled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Runs the efficient default over update 1, after which its units come from one of its own layers."""
-    tmp, name, stage = tmp_path_factory.mktemp("relabelled"), "efficient, relabelled", request.param
-    cases = {"whole": case(name, "deepspeed", stage)}
+    tmp, name, engine = tmp_path_factory.mktemp("relabelled"), "efficient, relabelled", request.param
+    cases = {"whole": case(name, *engine)}
     for done in (1, 2):  # resumed directly before and after that update
         folder = str(tmp / f"{done}")
-        cases[f"first {done}"] = case(name, "deepspeed", stage, save=folder) | {"steps": done}
-        cases[f"after {done}"] = case(name, "deepspeed", stage, load=folder)
+        cases[f"first {done}"] = case(name, *engine, save=folder) | {"steps": done}
+        cases[f"after {done}"] = case(name, *engine, load=folder)
     # the update is skipped, and the checkpoint saved directly after it
     folder, lost = str(tmp / "lost"), {"skip_at": 1}
-    cases["whole without 1"] = case(name, "deepspeed", stage, **lost)
-    cases["first without 1"] = case(name, "deepspeed", stage, save=folder, **lost) | {"steps": 2}
-    cases["after without 1"] = case(name, "deepspeed", stage, load=folder)
+    cases["whole without 1"] = case(name, *engine, **lost)
+    cases["first without 1"] = case(name, *engine, save=folder, **lost) | {"steps": 2}
+    cases["after without 1"] = case(name, *engine, load=folder)
     one = {"one rank without 1": case(name, "torch", skip_at=1)}
     return run(tmp, "one", 1, one) | run(tmp, "two", 2, cases)
 

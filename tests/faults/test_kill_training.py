@@ -38,12 +38,13 @@ def test_a_killed_run_started_again_is_bit_identical_to_an_undisturbed_one(tmp_p
     rng = random.Random(0)
     shards = write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(40)])])
     whole = prepare(tmp_path, "whole", shards)
-    assert start(whole).wait(timeout=120) == 0
+    undisturbed = start(whole)
     killed = prepare(tmp_path, "killed", shards)
     for step in (2, 7):
         kill_after(killed, start(killed), step, rng.uniform(0, 0.2))
     last = start(killed)
     assert last.wait(timeout=120) == 0
+    assert undisturbed.wait(timeout=120) == 0
 
     def learned(folder: Path) -> list[tuple[int, float, float]]:
         return [(row["step"], row["loss/total"], row["opt/grad_norm"]) for row in read_rows(folder / "metrics.jsonl")]

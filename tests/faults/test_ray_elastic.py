@@ -73,6 +73,8 @@ def test_a_run_continues_on_fewer_ranks_after_a_lost_node_with_the_same_losses(
     node = cluster.add_node(num_cpus=1)
     engine = f"engine.name={engine}"
     hurt = pretrain(tmp_path, "hurt", engine, "launcher=ray", f"launcher.address={cluster.address}")
+    here = ("launcher.processes=1", "launcher.threads=1")  # the number of threads that Ray gives a rank
+    calm = pretrain(tmp_path, "calm", engine, *here)
     folder = tmp_path / "hurt"
     wait_for(lambda: steps_done(folder) >= 10, 240, "a checkpoint", lambda: said(folder))
     power_off(cluster, node)
@@ -80,9 +82,6 @@ def test_a_run_continues_on_fewer_ranks_after_a_lost_node_with_the_same_losses(
     driver = (folder / "logs" / "launcher.log").read_text()
     assert "2 ranks, from step 0" in driver
     assert "1 ranks, from step" in driver
-
-    here = ("launcher.processes=1", "launcher.threads=1")  # the number of threads that Ray gives a rank
-    calm = pretrain(tmp_path, "calm", engine, *here)
     assert calm.wait(timeout=240) == 0, said(tmp_path / "calm")
     ours, theirs = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("hurt", "calm"))
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))

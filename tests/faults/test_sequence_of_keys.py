@@ -48,12 +48,13 @@ def soak(tmp_path: Path, engine: dict[str, Any], kills: int, seed: int, worlds: 
     rng, steps = random.Random(seed), 3 * kills + 6
     shards = write_shards(tmp_path / "shards", [sounds([rng.uniform(0.6, 2.5) for _ in range(60)])])
     whole = prepare(tmp_path, "whole", shards, engine, steps)
-    finish(start(whole, worlds[0]))
+    undisturbed = start(whole, worlds[0])
     killed = prepare(tmp_path, "killed", shards, engine, steps)
     for number in range(kills):
         target = rng.randint(3 * number + 1, 3 * number + 3)
         kill_at(killed, start(killed, worlds[number % len(worlds)]), target, rng.uniform(0, 0.5))
     finish(start(killed, worlds[kills % len(worlds)]))
+    finish(undisturbed)
 
     assert handed_over(killed) == handed_over(whole)
     losses = [{row["step"]: row["loss/total"] for row in read_rows(run / "metrics.jsonl")} for run in (whole, killed)]

@@ -304,6 +304,7 @@ def test_a_dead_stem_is_rolled_back_once(tmp_path: Path) -> None:
     assert all(event["step"] <= PLANTED + 8 for event in events(tmp_path) if event["kind"] == "collapse")
 
 
+@pytest.mark.slow
 def test_a_failure_found_over_a_window_is_rolled_back_to_before_its_start(tmp_path: Path) -> None:
     # statistics over 10 updates show the collapse late: checkpoints from step 24 on were saved after it
     settings = config(
