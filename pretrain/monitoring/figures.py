@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from google.protobuf import text_format  # type: ignore[import-untyped]
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from tensorboard.plugins.projector import ProjectorConfig  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -19,6 +18,9 @@ from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.interfaces.monitoring import HeadMedia
 from pretrain.monitoring.snapshot import Snapshot
 from pretrain.nn.spectral import LogMel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_PROJECTED = 500
 SQUARE = 8
@@ -42,6 +44,8 @@ def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
 
 def add_media(board: SummaryWriter, head: str, media: HeadMedia, step: int) -> None:
     """Adds what a head shows of one utterance, as media/HEAD/NAME."""
+    from matplotlib.figure import Figure  # here: ranks without figures need not import it
+
     for name, wave_T in media.audio.items():
         board.add_audio(f"media/{head}/{name}", wave_T[None].clamp(-1, 1), step, SAMPLE_RATE)
     for name, image_YX in media.images.items():
@@ -84,6 +88,8 @@ def coloured_by(header: list[str], rows: list[list[str]]) -> int:
 
 def colours(values: list[str]) -> np.ndarray:
     """Returns an RGB colour in [0, 1] for each value, (N, 3); the most frequent values have the most distinct ones."""
+    from matplotlib import colormaps
+
     order = [value for value, _ in Counter(values).most_common()]
     palette = np.asarray(colormaps["tab20"].colors)  # type: ignore[attr-defined]
     return np.stack([palette[order.index(value) * 2 % 20 + order.index(value) // 10 % 2] for value in values])
@@ -91,6 +97,8 @@ def colours(values: list[str]) -> np.ndarray:
 
 def scatter(frames_ND: Tensor, header: list[str], rows: list[list[str]]) -> Figure:
     """Draws frames on their first two principal axes, coloured by a label, with a legend of its values."""
+    from matplotlib.figure import Figure
+
     column = coloured_by(header, rows)
     values = [row[column] or "none" for row in rows]
     centred_ND = frames_ND.double() - frames_ND.double().mean(0)
@@ -135,6 +143,8 @@ def masked_audio(snapshot: Snapshot) -> Tensor:
 
 def spectrogram(snapshot: Snapshot) -> Figure:
     """Draws the log-mel of the first utterance, and target and predicted unit of each masked frame in its colour."""
+    from matplotlib.figure import Figure
+
     length = int(snapshot.batch.lengths_B[0])
     mel_FD = LogMel(80)(snapshot.batch.wave_BT[:1, :length].float(), torch.tensor([length])).x_BFD[0]
     seconds, n_frames = length / SAMPLE_RATE, int(snapshot.frame_lengths_B[0])
