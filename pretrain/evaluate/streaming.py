@@ -58,7 +58,7 @@ def stream(recogniser: StreamingRecogniser, wave_T: torch.Tensor, push: int, fou
         entire = len(words) + len(update.stable.split()) - (not update.stable.endswith(" ") and bool(update.stable))
         ends += [heard] * (entire - before)
         before = max(before, entire)
-    found.state_bytes = max(found.state_bytes, state.stream.bytes)
+    found.state_bytes = max(found.state_bytes, state.bytes)
     began = time.perf_counter()
     _, [update] = recogniser.finish(state)
     found.pushes.append(time.perf_counter() - began)

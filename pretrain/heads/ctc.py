@@ -17,7 +17,7 @@ from pretrain.interfaces.configs import TextHeadConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
-from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
+from pretrain.interfaces.objectives import HeadPlan, LossOutput, TextHead
 from pretrain.nn.numerics import full_precision
 from pretrain.nn.text_targets import BLANK, foreign_symbols, text_targets
 
@@ -27,7 +27,7 @@ class Config(TextHeadConfig):
     name: Literal["ctc"] = "ctc"
 
 
-class CTC(Head):
+class CTC(TextHead):
     """Connectionist temporal classification of characters (Graves et al. 2006); segments without text do not count.
 
     A segment with fewer frames than its text has characters, and blanks between equal ones, does not count either.
@@ -35,14 +35,8 @@ class CTC(Head):
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__(config)
-        self.config, self.tokens = config, config.tokens
-        self.symbols = () if config.tokens else tuple(config.symbols)
-        """Text of each symbol; symbol i is class i + 1. Empty for a head on tokens."""
+        self.config = config
         self.linear = nn.Linear(shape.dim, config.n_classes)
-
-    def name_tokens(self, symbols: tuple[str, ...]) -> None:
-        """Sets what the tokens of the run write, in the order of their ids."""
-        self.symbols = symbols
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
         targets = text_targets(self.config, batch)
@@ -55,6 +49,10 @@ class CTC(Head):
         """Returns ln p of blank and symbols, (B, F, V), at least fp32, for decoding."""
         logits_BFV: Tensor = self.linear(self.frames(encoded).x_BFD)
         return logits_BFV.to(torch.promote_types(logits_BFV.dtype, torch.float32)).log_softmax(-1)
+
+    def decoder_frames(self, encoded: EncoderOutput) -> Tensor:
+        """Returns ln p of blank and symbols, (B, F, V)."""
+        return self.log_probs(encoded)
 
     def monitoring(self) -> HeadMonitoringRecord:
         return HeadMonitoringRecord(infeasible=INFEASIBLE)

@@ -67,6 +67,8 @@ class Sequence(Head):
         self.end, self.start = config.vocabulary, config.vocabulary + 1
         dim = config.decoder.dim or shape.dim
         memories = max(len(config.memory_layers), 1)
+        self.memory_dims = (dim,) * memories
+        """Channels of each of `memories`."""
         # the last layer is normalised already
         inner = [layer < shape.n_layers for layer in config.memory_layers or config.layers or (shape.n_layers,)]
         normalised = inner if config.memory_layers else [any(inner)]

@@ -19,12 +19,12 @@ from pretrain.interfaces.configs import TextHeadConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
-from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
+from pretrain.interfaces.objectives import HeadPlan, LossOutput, TextHead
 from pretrain.nn.numerics import full_precision
 from pretrain.nn.text_targets import BLANK, foreign_symbols, text_targets
 
 CONTEXT = 2
-"""Tokens that the predictor reads."""
+"""Tokens that the predictor reads; the blank takes the place of those before the first one."""
 
 
 @config
@@ -39,7 +39,7 @@ class Config(TextHeadConfig):
     ] = 400
 
 
-class Transducer(Head):
+class Transducer(TextHead):
     """−ln of the summed probability of all ways to emit the text along the frames; count: tokens of the texts.
 
     Classes are the blank, 0, then the tokens. A segment without text, without a frame or with more than `max_tokens`
@@ -54,6 +54,26 @@ class Transducer(Head):
         self.predictor = nn.Linear(CONTEXT * config.joint_dim, config.joint_dim)
         self.output = nn.Linear(config.joint_dim, config.n_classes)
 
+    @property
+    def context(self) -> int:
+        """Tokens that the predictor reads."""
+        return CONTEXT
+
+    def decoder_frames(self, encoded: EncoderOutput) -> Tensor:
+        """Returns the frames as `join` reads them, (B, F, J)."""
+        frame_BFJ: Tensor = self.frame(self.frames(encoded).x_BFD)
+        return frame_BFJ
+
+    def predict(self, classes_NC: Tensor) -> Tensor:
+        """Returns what `join` reads of the last tokens' classes, (…, C) to (…, J)."""
+        token_NJ: Tensor = self.predictor(self.embedding(classes_NC).flatten(-2).tanh())
+        return token_NJ
+
+    def join(self, frame_NJ: Tensor, token_NJ: Tensor) -> Tensor:
+        """Returns the logits of the next class, (…, V), of frames and last tokens, (…, J) each."""
+        logits_NV: Tensor = self.output(torch.tanh(frame_NJ + token_NJ))
+        return logits_NV
+
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
         frames = model.frontend.frame_lengths(batch.lengths_B).tolist()
         targets = text_targets(self.config, batch)
@@ -67,18 +87,16 @@ class Transducer(Head):
         return HeadMonitoringRecord(infeasible=INFEASIBLE)
 
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
-        frame_BFJ: Tensor = self.frame(self.frames(encoded).x_BFD)
+        frame_BFJ = self.decoder_frames(encoded)
         device, targets = frame_BFJ.device, text_targets(self.config, batch)
         kept = [target if fits else [] for target, fits in zip(targets, plan.rows_B.tolist(), strict=True)]
         lengths_B = torch.tensor([len(target) for target in kept], device=device)
         longest = max((len(target) for target in kept), default=0)
         ids_BN = torch.tensor([target + [BLANK] * (longest - len(target)) for target in kept], device=device)
         ids_BN = ids_BN.reshape(len(kept), longest).long()
-        # the blank takes the place of tokens before the first one
-        context_BNC = F.pad(ids_BN, (CONTEXT, 0), value=BLANK).unfold(1, CONTEXT, 1)
-        token_BNJ: Tensor = self.predictor(self.embedding(context_BNC).flatten(2).tanh())
+        token_BNJ = self.predict(F.pad(ids_BN, (CONTEXT, 0), value=BLANK).unfold(1, CONTEXT, 1))
         # (B, F, N + 1, V) is the memory of this loss; blank and the next token are all that is kept
-        logits_BFNV: Tensor = self.output(torch.tanh(frame_BFJ[:, :, None] + token_BNJ[:, None]))
+        logits_BFNV = self.join(frame_BFJ[:, :, None], token_BNJ[:, None])
         with full_precision(device):
             logits_BFNV = logits_BFNV.to(torch.promote_types(logits_BFNV.dtype, torch.float32))
             total_BFN = logits_BFNV.logsumexp(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,6 +62,21 @@ class NGram:
 Prefix = tuple[int, ...]
 
 
+class Candidate(NamedTuple):
+    """Symbols that speech may have, and ln p of all their paths that a search has kept."""
+
+    symbols: Prefix
+    log_prob: float
+
+
+def common_beginning(prefixes: Iterable[Prefix]) -> Prefix:
+    """Returns the longest beginning that all prefixes share."""
+    prefixes = list(prefixes)
+    first, last = min(prefixes), max(prefixes)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]
+
+
 class Beams(NamedTuple):
     """The prefixes that a prefix beam search keeps after some frames.
 
@@ -77,19 +92,25 @@ class Beams(NamedTuple):
         """Returns the search before the first frame: the empty prefix."""
         return cls({(): (0.0, -math.inf)}, {(): 0.0})
 
+    def log_prob(self, prefix: Prefix) -> float:
+        """Returns ln p of all paths that spell a prefix, with `extra`."""
+        return _add(*self.paths[prefix]) + self.extra[prefix]
+
     @property
     def best(self) -> Prefix:
         """The most probable prefix."""
-        return max(self.paths, key=lambda prefix: _add(*self.paths[prefix]) + self.extra[prefix])
+        return max(self.paths, key=self.log_prob)
+
+    @property
+    def ranked(self) -> list[Candidate]:
+        """All prefixes, the most probable first."""
+        found = [Candidate(prefix, self.log_prob(prefix)) for prefix in self.paths]
+        return sorted(found, key=lambda candidate: -candidate.log_prob)
 
     @property
     def common(self) -> Prefix:
         """The longest beginning that all prefixes share; later frames cannot change it."""
-        first, last = min(self.paths), max(self.paths)
-        length = next(
-            (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, (first, last)))
-        )
-        return first[:length]
+        return common_beginning(self.paths)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,4 @@
-"""Decodes CTC output of a stream frame by frame: symbols so far, their stable part, and segments that end at pauses.
-
-State in, state out, like the encoder's. Everything depends on the frames alone, never on how they arrive. The state is
-bounded: a segment is ended after `EndPoints.longest_seconds`.
-"""
+"""Decodes CTC output of a stream frame by frame, greedily or by prefix beam search."""
 
 from __future__ import annotations
 
@@ -12,25 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.inference.ctc_decoding import Beams, BeamSearch, Prefix
+from pretrain.inference.ctc_alignment import AlignedSymbol, align
+from pretrain.inference.ctc_decoding import Beams, BeamSearch, Candidate, Prefix
+from pretrain.inference.streaming_decoder import DEFAULT_END_POINTS, EndPoints, Segment, StreamingDecoder
 from pretrain.inference.windows import longest_pause
 from pretrain.nn.text_targets import BLANK
 
 
-@dataclass(frozen=True)
-class EndPoints:
-    """When a segment ends, in seconds (the rules and values of sherpa-onnx's recogniser).
-
-    silence_seconds: nothing but silence.  after_words_seconds: silence after symbols.  longest_seconds: at the latest,
-    in the longest pause of the segment's second half.
-    """
-
-    silence_seconds: float = 2.4
-    after_words_seconds: float = 1.2
-    longest_seconds: float = 20.0
-
-
-class DecoderState(NamedTuple):
+class CTCState(NamedTuple):
     """State of one stream's decoder.
 
     first: the first frame of the current segment, counted from the stream's start.
@@ -48,6 +33,11 @@ class DecoderState(NamedTuple):
     beams: Beams | None = None
 
     @property
+    def n_frames(self) -> int:
+        """Number of the segment's frames so far."""
+        return len(self.frames)
+
+    @property
     def symbols(self) -> Prefix:
         """The symbols of the segment so far."""
         return self.greedy if self.beams is None else self.beams.best
@@ -57,18 +47,37 @@ class DecoderState(NamedTuple):
         """The beginning of `symbols` that later frames cannot change."""
         return self.greedy if self.beams is None else self.beams.common
 
+    @property
+    def bytes(self) -> int:
+        """Size of the frames in bytes."""
+        return sum(frame_V.nbytes for frame_V in self.frames)
 
-class Segment(NamedTuple):
-    """Symbols of a part of a stream that has ended, and ln p of its frames, (F, V), from frame `first` on."""
+
+class CTCSegment(NamedTuple):
+    """A part of a stream that has ended: ln p of its frames, (F, V), from frame `first` on, and what it may say."""
 
     first: int
     log_probs_FV: np.ndarray
-    symbols: Prefix
+    candidates: list[Candidate]
+
+    @property
+    def n_frames(self) -> int:
+        """Number of its frames."""
+        return len(self.log_probs_FV)
+
+    @property
+    def symbols(self) -> Prefix:
+        """The most probable symbols."""
+        return self.candidates[0].symbols
+
+    def align(self, symbols: Prefix) -> list[AlignedSymbol]:
+        """Returns the frames of each symbol by Viterbi alignment."""
+        return align(self.log_probs_FV, symbols)
 
 
 @dataclass(frozen=True)
-class StreamingDecoder:
-    """Decodes CTC output of streams.
+class CTCDecoder(StreamingDecoder[CTCState]):
+    """Decodes CTC output of streams: frames of ln p, (V,).
 
     Args:
         rate_hz: frames per second.
@@ -80,53 +89,34 @@ class StreamingDecoder:
     rate_hz: float
     silent: Callable[[np.ndarray], np.ndarray]
     search: BeamSearch | None = None
-    end_points: EndPoints = EndPoints()
+    end_points: EndPoints = DEFAULT_END_POINTS
 
-    def start(self, first: int = 0) -> DecoderState:
-        """Returns the state before a segment that begins at frame `first`."""
-        return DecoderState(first, beams=None if self.search is None else Beams.start())
+    def start(self, first: int = 0) -> CTCState:
+        return CTCState(first, beams=None if self.search is None else Beams.start())
 
-    def push(self, state: DecoderState, log_probs_FV: np.ndarray) -> tuple[DecoderState, list[Segment]]:
-        """Decodes further frames, (F, V); returns the new state and the segments with symbols that have ended."""
-        ended: list[Segment] = []
-        for log_probs_V, silent in zip(log_probs_FV, self.silent(log_probs_FV), strict=True):
-            state = self._step(state, log_probs_V, bool(silent))
-            if len(state.frames) >= self.end_points.longest_seconds * self.rate_hz:
-                state, segment = self._cut(state)
-                ended += segment
-            elif self._paused(state):
-                ended += self.finish(state)
-                state = self.start(state.first + len(state.frames))
-        return state, ended
+    def finish(self, state: CTCState) -> list[Segment]:
+        if not state.symbols:
+            return []
+        frames_FV = np.stack(state.frames)
+        path = Candidate(state.greedy, float(frames_FV.max(1).sum()))
+        return [CTCSegment(state.first, frames_FV, [path] if state.beams is None else state.beams.ranked)]
 
-    def finish(self, state: DecoderState) -> list[Segment]:
-        """Returns the segment of a state, if it has symbols."""
-        return [Segment(state.first, np.stack(state.frames), state.symbols)] if state.symbols else []
-
-    def _step(self, state: DecoderState, log_probs_V: np.ndarray, silent: bool) -> DecoderState:
-        best = int(log_probs_V.argmax())
+    def step(self, state: CTCState, frame: np.ndarray) -> CTCState:
+        best = int(frame.argmax())
         new = best not in (BLANK, state.last)
         return state._replace(
-            frames=(*state.frames, log_probs_V),
-            silent=state.silent + 1 if silent else 0,
+            frames=(*state.frames, frame),
+            silent=state.silent + 1 if self.silent(frame[None])[0] else 0,
             greedy=(*state.greedy, best - 1) if new else state.greedy,
             last=best,
-            beams=None if self.search is None or state.beams is None else self.search.step(state.beams, log_probs_V),
+            beams=None if self.search is None or state.beams is None else self.search.step(state.beams, frame),
         )
 
-    def _paused(self, state: DecoderState) -> bool:
-        rules = self.end_points
-        seconds = rules.after_words_seconds if state.symbols else rules.silence_seconds
-        return state.silent >= seconds * self.rate_hz
-
-    def _cut(self, state: DecoderState) -> tuple[DecoderState, list[Segment]]:
-        """Ends a segment in its longest pause; the frames after it begin the next one."""
-        frames_FV = np.stack(state.frames)
-        silent_F = self.silent(frames_FV)
-        cut = longest_pause(silent_F)
+    def cut(self, state: CTCState) -> tuple[CTCState, list[Segment]]:
+        cut = longest_pause(self.silent(np.stack(state.frames)))
         before, after = self.start(state.first), self.start(state.first + cut)
-        for log_probs_V, silent in zip(frames_FV[:cut], silent_F[:cut], strict=True):
-            before = self._step(before, log_probs_V, bool(silent))
-        for log_probs_V, silent in zip(frames_FV[cut:], silent_F[cut:], strict=True):
-            after = self._step(after, log_probs_V, bool(silent))
+        for frame in state.frames[:cut]:
+            before = self.step(before, frame)
+        for frame in state.frames[cut:]:
+            after = self.step(after, frame)
         return after, self.finish(before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -249,3 +249,17 @@ class Decoder(nn.Module, abc.ABC):
     @abc.abstractmethod
     def step(self, state: DecoderState, tokens_B: Tensor) -> tuple[Tensor, DecoderState]:
         """Reads one token of each row, (B,) int64; returns the logits (B, V) of the next one and the state after it."""
+
+
+class Joiner(Protocol):
+    """Predicts the next class of a transducer from a frame and the last tokens. The blank is class 0."""
+
+    @property
+    def context(self) -> int:
+        """Number of last tokens that it reads; the blank takes the place of those before the first one."""
+
+    def predict(self, classes_NC: Tensor) -> Tensor:
+        """Returns what `join` reads of the classes of the last tokens, int64 (…, C), as (…, J)."""
+
+    def join(self, frame_NJ: Tensor, token_NJ: Tensor) -> Tensor:
+        """Returns logits of the next class, (…, V), of frames and of last tokens, (…, J) each."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.types import Batch
-from pretrain.interfaces.configs import HeadConfig
+from pretrain.interfaces.configs import HeadConfig, TextHeadConfig
 from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, SpeechModel
 from pretrain.interfaces.monitoring import HeadMedia, HeadMonitoringRecord, MicroBatchRecord, MonitoringRecord
@@ -290,3 +290,22 @@ class Head(nn.Module, abc.ABC):
             Sum and count; metrics by names of the head's own, logged as `metric/HEAD/NAME`. Every micro-batch has the
             same metrics.
         """
+
+
+class TextHead(Head):
+    """A head that writes text frame by frame as symbols and a blank: the blank is class 0, symbol i class i + 1."""
+
+    def __init__(self, config: TextHeadConfig) -> None:
+        super().__init__(config)
+        self.tokens = config.tokens
+        """Name of the token set that it writes; empty: characters."""
+        self.symbols = () if config.tokens else tuple(config.symbols)
+        """Text of each symbol. Empty for a head on tokens until they are named."""
+
+    def name_tokens(self, symbols: tuple[str, ...]) -> None:
+        """Sets what the tokens of the run write, in the order of their ids."""
+        self.symbols = symbols
+
+    @abc.abstractmethod
+    def decoder_frames(self, encoded: EncoderOutput) -> Tensor:
+        """Returns what its decoder reads of each frame, (B, F, …)."""

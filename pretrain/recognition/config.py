@@ -22,10 +22,13 @@ class DecodingConfig:
     """Decoder of a recogniser's output, and its settings."""
 
     decoder: Annotated[
-        Literal["greedy", "beam", "joint"],
-        about("the most probable path, prefix beam search, or beam search of an attention decoder with CTC"),
+        Literal["greedy", "beam", "joint", "rescoring"],
+        about(
+            "the most probable path; beam search of CTC or the transducer; beam search of an attention decoder with "
+            "CTC; or beam search whose results an attention decoder ranks"
+        ),
     ] = "greedy"
-    beam: Annotated[int, about("decoder=beam and joint: prefixes that are kept", ge=1, le=1_000)] = 16
+    beam: Annotated[int, about("decoder=beam, joint and rescoring: prefixes that are kept", ge=1, le=1_000)] = 16
     lm: Annotated[
         str,
         about("decoder=beam: n-gram model of words in ARPA or KenLM's binary format; only its words are written then"),
@@ -33,7 +36,9 @@ class DecodingConfig:
     words: Annotated[str, about("lm: file with the words, one per line; empty: those of the ARPA file")] = ""
     lm_weight: Annotated[float, about("lm: weight of its log10 p beside the acoustics' ln p", ge=0)] = 2.0
     word_bonus: Annotated[float, about("lm: added per word")] = 0.0
-    ctc_weight: Annotated[float, about("decoder=joint: weight of CTC beside attention", ge=0, lt=1)] = 0.3
+    ctc_weight: Annotated[
+        float, about("decoder=joint and rescoring: weight of CTC, or the transducer, beside attention", ge=0, lt=1)
+    ] = 0.3
     window_seconds: Annotated[
         float, about("longer recordings are computed in overlapping windows of this length", ge=2, le=600)
     ] = 30.0
@@ -85,7 +90,9 @@ class TranscribeConfig(DecodingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stream and self.decoder == "joint":
-            refuse("decoder", self.decoder, "needs the whole of a segment; take greedy or beam with stream=true")
+            refuse(
+                "decoder", self.decoder, "needs the whole of a segment; take greedy, beam or rescoring with stream=true"
+            )
         if self.stream and self.lm:
             refuse("lm", self.lm, "with stream=true there is no word model; leave it out")
         if self.stream and self.format in ("srt", "vtt"):

@@ -10,6 +10,7 @@ import numpy as np
 from pretrain.inference.ctc_decoding import NGram, beam_search, greedy
 from pretrain.inference.joint_decoding import JointConfig
 from pretrain.inference.word_lm import WordBeamSearch
+from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.recogniser import Recogniser
 
 
@@ -57,9 +58,11 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
         waves: (T,) audio at 16 kHz.
         decoders: the decoders to run.
     """
+    if recogniser.is_transducer:
+        return _of_transducer(recogniser, waves, decoders.beam)
     outputs, joint = [], []
     for wave in waves:
-        outputs.append(recogniser.log_probs(wave))
+        outputs.append(recogniser.frames(wave))
         if recogniser.attention is not None and decoders.beam:
             joint.append(recogniser.joint(wave, JointConfig(beam=decoders.beam))[1])
 
@@ -79,6 +82,17 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
             decoded = [spelled(beam_search(o, decoders.beam, model, weight, bonus=weight)) for o in outputs]
             found.append((f"{name} + {model.order}-gram", decoded))
     return found
+
+
+def _of_transducer(recogniser: Recogniser, waves: Iterable[np.ndarray], beam: int) -> list[tuple[str, list[str]]]:
+    configs = {"greedy": DecodingConfig()}
+    if beam:
+        configs[f"beam {beam}"] = DecodingConfig(decoder="beam", beam=beam)
+    found: dict[str, list[str]] = {name: [] for name in configs}
+    for wave in waves:
+        for name, decoding in configs.items():
+            found[name].append(recogniser.transcribe("", [wave], decoding).text)
+    return list(found.items())
 
 
 def edits(references: Sequence[str], texts: Sequence[str], by_words: bool) -> list[tuple[int, int]]:

@@ -1,9 +1,10 @@
-"""Recognisers: a trained encoder with a CTC head, from a run or from a model of `auricle finetune`."""
+"""Recognisers: a trained encoder with a CTC head or a transducer, from a run or a model of `auricle finetune`."""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.schema import load as load_config
@@ -22,19 +23,21 @@ from pretrain.checkpointing.head_choice import checkpoint_with_heads, chosen_dev
 from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import fill, load_checkpoint
 from pretrain.config import Config
-from pretrain.heads import ctc, sequence
+from pretrain.heads import ctc, sequence, transducer
 from pretrain.inference import joint_decoding
 from pretrain.inference.ctc_alignment import align
 from pretrain.inference.ctc_decoding import beam_search, greedy
 from pretrain.inference.joint_decoding import JointConfig
+from pretrain.inference.streaming_decoder import EndPoints
 from pretrain.inference.windows import Windows, cut_at_pauses, join_windows
 from pretrain.inference.word_lm import WordBeamSearch
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.models import SpeechModel
+from pretrain.interfaces.objectives import TextHead
 from pretrain.nn.numerics import pad_audio
-from pretrain.nn.text_targets import BLANK
 from pretrain.recognition.config import DecodingConfig
-from pretrain.recognition.transcript import Transcript, WordBuilder
+from pretrain.recognition.text_decoder import TextDecoder, silent_frames
+from pretrain.recognition.transcript import Transcript, Word, WordBuilder
 from pretrain.train_module import TrainModule, build_speech_model
 
 WORD_BEGIN = "▁"
@@ -48,7 +51,7 @@ class Recogniser:
     """A model in evaluation mode, and the head that gives its symbols."""
 
     model: SpeechModel
-    head: ctc.CTC
+    head: TextHead
     name: str
     step: int = 0
     """Updates of its run."""
@@ -60,14 +63,18 @@ class Recogniser:
         """Device of the weights."""
         return next(self.head.parameters()).device
 
-    def silent(self, log_probs_FV: np.ndarray) -> np.ndarray:
-        """Returns which frames most probably hold a blank or a space, (F,) bool."""
-        spaces = [number + 1 for number, symbol in enumerate(self.head.symbols) if symbol == " "]
-        return np.isin(log_probs_FV.argmax(1), [BLANK, *spaces])
+    @property
+    def is_transducer(self) -> bool:
+        """Whether the head is a transducer; it is a CTC head otherwise."""
+        return isinstance(self.head, transducer.Transducer)
 
-    def log_probs(self, wave_T: np.ndarray) -> np.ndarray:
-        """Returns ln p of blank and symbols, (F, V) float32, for (T,) audio at 16 kHz; F is 0 for too short audio."""
-        return self._encoded(wave_T)[0]
+    def frames(self, wave_T: np.ndarray) -> np.ndarray:
+        """Returns what the head's decoder reads, (F, …) float32, of (T,) audio at 16 kHz: ln p of blank and symbols of
+        CTC. F is 0 for too short audio."""
+        encoded, n_frames = self._encoded(wave_T)
+        with torch.inference_mode():
+            frames: np.ndarray = self.head.decoder_frames(encoded)[0, :n_frames].cpu().numpy()
+        return frames
 
     def joint(self, wave_T: np.ndarray, decoding: JointConfig) -> tuple[np.ndarray, list[int]]:
         """Decodes audio with the attention decoder and CTC.
@@ -77,7 +84,7 @@ class Recogniser:
             decoding: beam and weights.
 
         Returns:
-            CTC's ln p as in `log_probs`, and the symbols found.
+            CTC's ln p as in `frames`, and the symbols found.
 
         Raises:
             ConfigError: the run has no attention decoder for these symbols.
@@ -86,7 +93,9 @@ class Recogniser:
             raise ConfigError(
                 "decoder=joint: the run has no head `sequence` over the tokens of its CTC head; take greedy or beam"
             )
-        log_probs_FV, encoded = self._encoded(wave_T)
+        encoded, n_frames = self._encoded(wave_T)
+        with torch.inference_mode():
+            log_probs_FV: np.ndarray = self.head.decoder_frames(encoded)[0, :n_frames].cpu().numpy()
         if not len(log_probs_FV):
             return log_probs_FV, []
         with torch.inference_mode():
@@ -102,14 +111,13 @@ class Recogniser:
         return log_probs_FV, found.tokens
 
     @torch.inference_mode()
-    def _encoded(self, wave_T: np.ndarray) -> tuple[np.ndarray, EncoderOutput]:
+    def _encoded(self, wave_T: np.ndarray) -> tuple[EncoderOutput, int]:
+        """Returns the encoder's output of one recording, and its number of frames."""
         wave_1T = torch.from_numpy(np.ascontiguousarray(wave_T, np.float32))[None].to(self.device)
         length_1 = torch.tensor([wave_1T.shape[1]], device=self.device)
         frames = int(self.model.frontend.frame_lengths(length_1))
-        padded_1T = pad_audio(wave_1T, self.model.frontend.least_samples())
-        encoded: EncoderOutput = self.model(padded_1T, length_1)
-        log_probs_BFV: Tensor = self.head.log_probs(encoded)
-        return log_probs_BFV[0, :frames].cpu().numpy(), encoded
+        encoded: EncoderOutput = self.model(pad_audio(wave_1T, self.model.frontend.least_samples()), length_1)
+        return encoded, frames
 
     def transcribe(
         self, name: str, blocks: Iterable[np.ndarray], decoding: DecodingConfig, decode: Decode | None = None
@@ -121,7 +129,12 @@ class Recogniser:
             blocks: (T,) audio at 16 kHz in [-1, 1], block by block.
             decoding: decoder and windows.
             decode: the decoder, if it was made before: a language model takes long to load.
+
+        Raises:
+            ConfigError: the run has no head for the decoder.
         """
+        if self.is_transducer or decoding.decoder == "rescoring":
+            return self._by_segments(name, blocks, decoding)
         decode = decode or decoder(decoding, self.head.symbols)
         rate_hz, symbols = self.model.shape.rate_hz, self.head.symbols
         windows = Windows.of(rate_hz, SAMPLE_RATE, decoding.window_seconds, decoding.overlap_seconds)
@@ -129,8 +142,9 @@ class Recogniser:
         counted = _Counted(blocks, keep=joint is not None)
         beyond = self.model.frontend.least_samples()
         words, offset = WordBuilder(rate_hz), 0
-        parts = join_windows(counted, self.log_probs, windows)
-        for piece_FV in cut_at_pauses(parts, windows.window // windows.hop, self.silent):
+        parts = join_windows(counted, self.frames, windows)
+        silent = functools.partial(silent_frames, symbols)
+        for piece_FV in cut_at_pauses(parts, windows.window // windows.hop, silent):
             length = len(piece_FV)
             if joint is None:
                 found = decode(piece_FV)
@@ -143,6 +157,34 @@ class Recogniser:
                 words.end_word()
         words.end_word()
         return Transcript(name, counted.samples / SAMPLE_RATE, tuple(words.words))
+
+    def text_decoder(self, decoding: DecodingConfig, end_points: EndPoints) -> TextDecoder:
+        """Returns a decoder of the head's frames, segment by segment.
+
+        Raises:
+            ConfigError: the run has no head for it.
+        """
+        if self.is_transducer and (decoding.lm or decoding.decoder == "joint"):
+            field = f"lm={decoding.lm}" if decoding.lm else "decoder=joint"
+            raise ConfigError(f"{field}: needs a CTC head, and the head that writes is a transducer; leave it out")
+        return TextDecoder(self.head, self.attention, self.model.shape.rate_hz, decoding, end_points)
+
+    def _by_segments(self, name: str, blocks: Iterable[np.ndarray], decoding: DecodingConfig) -> Transcript:
+        """Decodes a recording like a stream that is cut only where a segment is longer than a window."""
+        rate_hz, never = self.model.shape.rate_hz, math.inf
+        windows = Windows.of(rate_hz, SAMPLE_RATE, decoding.window_seconds, decoding.overlap_seconds)
+        text_decoder = self.text_decoder(decoding, EndPoints(never, never, decoding.window_seconds))
+
+        def compute(wave_T: np.ndarray) -> np.ndarray:
+            encoded, n_frames = self._encoded(wave_T)
+            return text_decoder.read(encoded)[0, :n_frames]
+
+        counted, state, words = _Counted(blocks), text_decoder.start(), list[Word]()
+        for part_FX in join_windows(counted, compute, windows):
+            state, found, _ = text_decoder.push(state, part_FX)
+            words += found
+        words += text_decoder.finish(state)[1]
+        return Transcript(name, counted.samples / SAMPLE_RATE, tuple(words))
 
 
 class _Counted:
@@ -187,11 +229,11 @@ def decoder(decoding: DecodingConfig, symbols: Sequence[str]) -> Decode:
 
 
 def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recogniser:
-    """Loads a run with a CTC head, or a model that `auricle finetune` wrote.
+    """Loads a run with a CTC head or a transducer, or a model that `auricle finetune` wrote.
 
     Args:
         given: run folder (its newest checkpoint), checkpoint, or the folder of a fine-tuned model.
-        head: name of the head; empty: the only one of the run that recognises.
+        head: name of the head; empty: the only CTC head of the run, or else its only transducer.
         device: torch device for the model.
 
     Raises:
@@ -203,7 +245,7 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
         return _opened(*_earlier_finetune(path), path.name, device)
     folder = checkpoint_with_heads(given, f"`auricle finetune checkpoint={given}` trains one")
     module, config, step = load_checkpoint(folder)
-    chosen = recognising_head(given, module, config, head)
+    chosen = _writing_head(given, module, config, head)
     if chosen.tokens:
         require_same_tokens(folder, config, chosen.tokens)
     made = _opened(module.model, chosen, config.name, device, step)
@@ -229,7 +271,18 @@ def recognising_head(given: str, module: TrainModule, config: Config, head: str 
     return chosen
 
 
-def _name_tokens(config: Config, name: str, head: ctc.CTC) -> None:
+def _writing_head(given: str, module: TrainModule, config: Config, head: str) -> TextHead:
+    """Returns the head of that name; where it is empty, the only CTC head, or else the only transducer."""
+    found = dict(module.heads.items())
+    kinds = [type(found[head])] if head in found else [type(kept) for kept in found.values()]
+    if transducer.Transducer not in kinds or ctc.CTC in kinds:
+        return recognising_head(given, module, config, head)
+    name, chosen = chosen_head(given, module, config, transducer.Transducer, head, "that recognises speech", "")
+    _name_tokens(config, name, chosen)
+    return chosen
+
+
+def _name_tokens(config: Config, name: str, head: TextHead) -> None:
     """Names the tokens of a head that writes tokens of the run. Raises ConfigError for phones, which make no words."""
     if not head.tokens:
         return
@@ -241,7 +294,7 @@ def _name_tokens(config: Config, name: str, head: ctc.CTC) -> None:
     head.name_tokens(tuple(symbol.replace(WORD_BEGIN, " ") for symbol in tokenizer.symbols))
 
 
-def _opened(model: SpeechModel, head: ctc.CTC, name: str, device: str, step: int = 0) -> Recogniser:
+def _opened(model: SpeechModel, head: TextHead, name: str, device: str, step: int = 0) -> Recogniser:
     device = chosen_device(device)
     return Recogniser(model.eval().to(device), head.eval().to(device), name, step)
 

@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from pretrain.inference.ctc_alignment import align
-from pretrain.inference.ctc_decoding import BeamSearch, Prefix
-from pretrain.inference.streaming_ctc import DecoderState, EndPoints, Segment, StreamingDecoder
+from pretrain.inference.streaming_decoder import EndPoints
 from pretrain.inference.streaming_encoder import MAX_MINUTES, StreamedModel
 from pretrain.inference.streaming_state import StreamState, join, split
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.recogniser import Recogniser
-from pretrain.recognition.transcript import Word, WordBuilder
+from pretrain.recognition.text_decoder import TextState
+from pretrain.recognition.transcript import Word
 
 
 class RecognitionState(NamedTuple):
     """State of B streams of recognition: the model's, and each stream's decoder."""
 
     stream: StreamState
-    decoders: tuple[DecoderState, ...]
+    texts: tuple[TextState, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all numbers in bytes."""
+        return self.stream.bytes + sum(text.bytes for text in self.texts)
 
 
 class Update(NamedTuple):
@@ -66,11 +69,8 @@ class StreamingRecogniser:
         end_points: EndPoints | None = None,
         max_minutes: float = MAX_MINUTES,
     ) -> None:
-        decoding = decoding or DecodingConfig()
         self.model = StreamedModel(recogniser.model, chunk, left_chunks, max_minutes)
-        self.head, self.symbols = recogniser.head, recogniser.head.symbols
-        search = None if decoding.decoder == "greedy" else BeamSearch(decoding.beam)
-        self.decoder = StreamingDecoder(self.model.rate_hz, recogniser.silent, search, end_points or EndPoints())
+        self.decoder = recogniser.text_decoder(decoding or DecodingConfig(), end_points or EndPoints())
 
     def start(self, rows: int = 1) -> RecognitionState:
         """Returns the state of `rows` streams before their first sample."""
@@ -79,52 +79,37 @@ class StreamingRecogniser:
     def push(self, state: RecognitionState, samples: Sequence[Tensor]) -> tuple[RecognitionState, list[Update]]:
         """Appends 16 kHz audio in [-1, 1] to each stream, (T_b,); returns the new state and an update per stream."""
         stream, output = self.model.push(state.stream, samples)
-        return self._decoded(stream, state.decoders, output, last=False)
+        return self._decoded(stream, state.texts, output, last=False)
 
     def finish(self, state: RecognitionState) -> tuple[RecognitionState, list[Update]]:
         """Ends the streams; the updates have their last words."""
         stream, output = self.model.finish(state.stream)
-        return self._decoded(stream, state.decoders, output, last=True)
+        return self._decoded(stream, state.texts, output, last=True)
 
     def _decoded(
-        self, stream: StreamState, decoders: Sequence[DecoderState], output: EncoderOutput, last: bool
+        self, stream: StreamState, texts: Sequence[TextState], output: EncoderOutput, last: bool
     ) -> tuple[RecognitionState, list[Update]]:
-        updates, states = [], []
-        with torch.inference_mode():
-            log_probs_BFV = self.head.log_probs(output).cpu().numpy()
-        for row, (decoder, length) in enumerate(zip(decoders, output.lengths_B.tolist(), strict=True)):
-            decoder, ended = self.decoder.push(decoder, log_probs_BFV[row, :length])
+        updates, states, frames_BFX = [], [], self.decoder.read(output)
+        for row, (state, length) in enumerate(zip(texts, output.lengths_B.tolist(), strict=True)):
+            state, words, ended = self.decoder.push(state, frames_BFX[row, :length])
             if last:
-                ended += self.decoder.finish(decoder)
-                decoder = self.decoder.start(decoder.first + len(decoder.frames))
-            words = tuple(word for segment in ended for word in self.words(segment))
-            text, stable = self._text(decoder.symbols), self._text(decoder.stable)
+                state, further, end = self.decoder.finish(state)
+                words, ended = [*words, *further], ended or end
+            text, stable = self.decoder.text(state.decoder.symbols), self.decoder.text(state.decoder.stable)
             shared = next((i for i, (a, b) in enumerate(zip(text, stable, strict=False)) if a != b), len(stable))
             seconds = stream.frames[row] / self.model.rate_hz
-            updates.append(Update(words, text, text[:shared], seconds, bool(ended)))
-            states.append(decoder)
+            updates.append(Update(tuple(words), text, text[:shared], seconds, ended))
+            states.append(state)
         return RecognitionState(stream, tuple(states)), updates
-
-    def words(self, segment: Segment) -> list[Word]:
-        """Returns the words of a segment with times from the stream's start, by Viterbi alignment."""
-        words = WordBuilder(self.model.rate_hz)
-        aligned = align(segment.log_probs_FV, segment.symbols)
-        for symbol, place in zip(segment.symbols, aligned, strict=True):
-            words.add(self.symbols[symbol], place, segment.first)
-        words.end_word()
-        return words.words
-
-    def _text(self, symbols: Prefix) -> str:
-        return "".join(self.symbols[symbol] for symbol in symbols)
 
 
 def join_recognitions(states: Sequence[RecognitionState]) -> RecognitionState:
     """Returns one state with the streams of all, in order."""
     stream = join([state.stream for state in states])
-    return RecognitionState(stream, tuple(decoder for state in states for decoder in state.decoders))
+    return RecognitionState(stream, tuple(text for state in states for text in state.texts))
 
 
 def split_recognitions(state: RecognitionState) -> list[RecognitionState]:
     """Returns the state of each stream alone."""
-    pairs = zip(split(state.stream), state.decoders, strict=True)
-    return [RecognitionState(stream, (decoder,)) for stream, decoder in pairs]
+    pairs = zip(split(state.stream), state.texts, strict=True)
+    return [RecognitionState(stream, (text,)) for stream, text in pairs]

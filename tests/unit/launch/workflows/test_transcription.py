@@ -226,7 +226,7 @@ def test_a_model_of_an_earlier_fine_tuning_is_read(runs: Path, tmp_path: Path, s
     (tmp_path / "results.json").write_text(json.dumps(described))
     one, other = (open_recogniser(str(path)) for path in (tmp_path, runs / "reads"))
     wave = audio(speech / "a.wav")
-    assert np.array_equal(one.log_probs(wave), other.log_probs(wave))
+    assert np.array_equal(one.frames(wave), other.frames(wave))
     assert one.head.symbols == (" ", "a", "b")
 
 

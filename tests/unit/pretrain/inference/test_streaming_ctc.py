@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.inference.ctc_decoding import Beams, BeamSearch, beam_search, greedy
-from pretrain.inference.streaming_ctc import DecoderState, EndPoints, Segment, StreamingDecoder
+from pretrain.inference.streaming_ctc import CTCDecoder, CTCSegment, CTCState
+from pretrain.inference.streaming_decoder import EndPoints
 from pretrain.nn.text_targets import BLANK
 
 RATE = 25.0
@@ -28,7 +29,7 @@ def output(classes: list[int], seed: int = 0, sharp: float = 6.0) -> np.ndarray:
     return found
 
 
-def decode(decoder: StreamingDecoder, frames_FV: np.ndarray, sizes: list[int]) -> tuple[list[Segment], DecoderState]:
+def decode(decoder: CTCDecoder, frames_FV: np.ndarray, sizes: list[int]) -> tuple[list[CTCSegment], CTCState]:
     state, ended, at, turn = decoder.start(), [], 0, 0
     while at < len(frames_FV):
         state, new = decoder.push(state, frames_FV[at : at + sizes[turn % len(sizes)]])
@@ -45,7 +46,7 @@ classes_of = st.lists(st.integers(0, 4), min_size=1, max_size=60)
 def test_symbols_equal_those_of_all_frames_at_once(classes: list[int], sizes: list[int], sharp: float) -> None:
     frames_FV = output(classes, len(classes), sharp)
     for search in (None, BeamSearch(4)):
-        decoder = StreamingDecoder(RATE, silent, search, NEVER)
+        decoder = CTCDecoder(RATE, silent, search, NEVER)
         _, state = decode(decoder, frames_FV, sizes)
         assert list(state.symbols) == (greedy(frames_FV) if search is None else beam_search(frames_FV, 4))
 
@@ -53,7 +54,7 @@ def test_symbols_equal_those_of_all_frames_at_once(classes: list[int], sizes: li
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(classes=classes_of, seed=st.integers(0, 99), search=st.sampled_from([None, BeamSearch(3)]))
 def test_the_stable_part_never_changes(classes: list[int], seed: int, search: BeamSearch | None) -> None:
-    decoder = StreamingDecoder(RATE, silent, search, NEVER)
+    decoder = CTCDecoder(RATE, silent, search, NEVER)
     state, before = decoder.start(), ()
     for log_probs_V in output(classes, seed, sharp=0.3):
         state, _ = decoder.push(state, log_probs_V[None])
@@ -75,7 +76,7 @@ PAUSE = [0] * round(1.2 * RATE)
 @pytest.mark.parametrize("search", [None, BeamSearch(4)])
 @pytest.mark.parametrize("sizes", [[1], [7], [10_000]])
 def test_a_segment_ends_after_a_pause(search: BeamSearch | None, sizes: list[int]) -> None:
-    decoder = StreamingDecoder(RATE, silent, search)
+    decoder = CTCDecoder(RATE, silent, search)
     classes = [*WORDS, *PAUSE, *[0] * 200, *WORDS, *[0] * 20, *WORDS]
     segments, _ = decode(decoder, output(classes), sizes)
     assert [segment.symbols for segment in segments] == [(1, 2, 3), (1, 2, 3, 1, 2, 3)]
@@ -87,7 +88,7 @@ def test_a_segment_ends_after_a_pause(search: BeamSearch | None, sizes: list[int
 
 
 def test_silence_keeps_the_state_small() -> None:
-    decoder = StreamingDecoder(RATE, silent)
+    decoder = CTCDecoder(RATE, silent)
     state, ended = decoder.push(decoder.start(), output([0] * 10_000))
     assert not ended
     assert len(state.frames) < 2.4 * RATE
@@ -96,7 +97,7 @@ def test_silence_keeps_the_state_small() -> None:
 
 @pytest.mark.parametrize("search", [None, BeamSearch(2)])
 def test_a_long_segment_is_cut_in_its_longest_pause(search: BeamSearch | None) -> None:
-    decoder = StreamingDecoder(RATE, silent, search, EndPoints(longest_seconds=4.0))
+    decoder = CTCDecoder(RATE, silent, search, EndPoints(longest_seconds=4.0))
     classes = [*[2, 0, 3] * 20, *[0] * 12, *[4, 0] * 30]
     segments, _ = decode(decoder, output(classes), [3])
     assert [segment.symbols for segment in segments] == [(1, 2) * 20, (3,) * 30]
@@ -105,7 +106,7 @@ def test_a_long_segment_is_cut_in_its_longest_pause(search: BeamSearch | None) -
 
 
 def test_without_any_pause_a_segment_is_cut_at_the_limit() -> None:
-    decoder = StreamingDecoder(RATE, silent, None, EndPoints(longest_seconds=2.0))
+    decoder = CTCDecoder(RATE, silent, None, EndPoints(longest_seconds=2.0))
     segments, _ = decode(decoder, output([2, 3] * 60), [11])
     assert [len(segment.log_probs_FV) for segment in segments] == [50, 50, 20]
     assert sum((segment.symbols for segment in segments), ()) == (1, 2) * 60
