@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import string
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from data_pipeline.audio.byte_source import ByteSource
 from data_pipeline.audio.codecs import Wave
 from data_pipeline.audio.containers import sniff
 from data_pipeline.audio.errors import AudioError
-from data_pipeline.audio.pcm import PcmStream
+from data_pipeline.audio.pcm import GUESSED, HEADER_BYTES, PcmStream, refuse_other_than_pcm, refuse_text
 from data_pipeline.core.schema import ConfigError, did_you_mean, suggest
 from data_pipeline.core.storage import FileStore, is_url
 from data_pipeline.core.types import SAMPLE_RATE
@@ -31,11 +30,6 @@ from data_pipeline.shards.records import DoneRecord, done_records
 STDIN: Final = "-"
 BLOCK_BYTES: Final = 1 << 17
 LIVE_BYTES: Final = 4_096
-HEADER_BYTES: Final = 64
-"""Enough of a sound file to know its format."""
-PRINTABLE: Final = frozenset(string.printable.encode())
-HEURISTIC: Final = ("", "mpeg", "adts", "mpeg-ts", "gsm")
-"""Formats that `sniff` guesses from repetitions, which raw PCM may have by chance."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +149,8 @@ def _from_stdin(stdin: IO[bytes] | None, pcm_rate: int) -> Iterator[Wave]:
     head = _read(stream, BLOCK_BYTES)
     if not head:
         raise AudioError("empty", "standard input is empty")
-    if sniff(ByteSource(head)) in HEURISTIC and not head.startswith(b"ID3"):
-        _refuse_text(head)
+    if sniff(ByteSource(head)) in GUESSED and not head.startswith(b"ID3"):
+        refuse_text(head, "standard input")
         yield from _pcm(stream, head, pcm_rate)
         return
     with tempfile.NamedTemporaryFile(prefix="auricle-") as copy:  # decoders seek
@@ -184,19 +178,11 @@ def live_pcm(stream: IO[bytes], rate: int) -> Iterator[Wave]:
         head += block
     if len(head) < 2:
         raise AudioError("empty", "standard input is empty")
-    if len(head) >= HEADER_BYTES and (found := sniff(ByteSource(head))) not in HEURISTIC:
-        raise AudioError("not_pcm", f"begins like a sound file ({found}); a stream must be raw 16-bit PCM")
-    _refuse_text(head)
+    refuse_other_than_pcm(head, "standard input")
     yield pcm.push(head)
     while block := read(LIVE_BYTES):
         yield pcm.push(block)
     yield pcm.finish()
-
-
-def _refuse_text(head: bytes) -> None:
-    """Raises AudioError if the first bytes are all printable ASCII, which samples of audio are not."""
-    if all(byte in PRINTABLE for byte in head[:HEADER_BYTES]):
-        raise AudioError("not_pcm", "standard input is text; give a sound file, or raw 16-bit mono PCM")
 
 
 def _pcm(stream: IO[bytes], block: bytes, rate: int) -> Iterator[Wave]:

@@ -18,7 +18,8 @@ from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from data_pipeline.audio.pcm import PcmStream
+from data_pipeline.audio.errors import AudioError
+from data_pipeline.audio.pcm import HEADER_BYTES, PcmStream, refuse_other_than_pcm
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from launch.serving.config import ServeConfig, is_loopback
@@ -120,13 +121,20 @@ class Server:
         Returns:
             None after a regular end, an empty text where the client has disconnected, else the error in its messages.
         """
-        pcm = PcmStream(rate)
+        pcm, head = PcmStream(rate), b""
         while True:
             try:
                 message = await socket.receive(timeout=self.config.idle_seconds)
             except TimeoutError:
                 return f"nothing arrived for {self.config.idle_seconds:g} seconds"
             if message.type == WSMsgType.BINARY:
+                if len(head) < HEADER_BYTES:
+                    head += message.data
+                    if len(head) >= HEADER_BYTES:
+                        try:
+                            refuse_other_than_pcm(head, "the stream")
+                        except AudioError as error:
+                            return str(error)
                 await self.engine.add(stream, pcm.push(message.data))
             elif message.type == WSMsgType.TEXT:
                 if not _is_finish(message.data):

@@ -109,6 +109,9 @@ class StreamingConfig:
     chunks: Annotated[str, about("frames per chunk, with commas, among those trained; empty: all of them")] = ""
     left: Annotated[str, about("earlier chunks attended to, likewise; -1: all")] = ""
     push_ms: Annotated[float, about("audio per push", ge=10, le=10_000)] = 100.0
+    decoder: Annotated[
+        Literal["greedy", "beam", "rescoring"], about("as in `auricle transcribe`, with asr.beam prefixes")
+    ] = "greedy"
 
 
 @config

@@ -93,20 +93,21 @@ def report(
         waves: decoded audio.
         say: receives a line per setting.
     """
-    StreamingRecogniser(recogniser)  # refuses a model that cannot stream before anything is computed
+    decoding = DecodingConfig(decoder=config.streaming.decoder, beam=max(config.asr.beam, 1))
+    StreamingRecogniser(recogniser, decoding)  # refuses a model that cannot stream before anything is computed
     symbols = recogniser.head.symbols
     asked = [u for u in parts(config, utterances)[1] if written(u.text, symbols)]
     if not asked:
         raise ConfigError(f"task=streaming: no text has a symbol of the recogniser, {''.join(symbols)!r}")
     references, nothing = [written(u.text, symbols) for u in asked], float("nan")
     assert isinstance(recogniser.model.encoder, StreamingEncoder)
-    whole = [recogniser.transcribe(u.name, [waves(u).numpy()], DecodingConfig()).text for u in asked]
+    whole = [recogniser.transcribe(u.name, [waves(u).numpy()], decoding).text for u in asked]
     yield (
         "word error rate, whole recordings",
         bootstrap([by_speaker(asked, edits(references, whole, True))], config.bootstrap),
     )
     for chunk, left in settings(config, recogniser.model.encoder):
-        model = StreamingRecogniser(recogniser, None, chunk, left)
+        model = StreamingRecogniser(recogniser, decoding, chunk, left)
         found, push = Streamed(), round(config.streaming.push_ms * SAMPLE_RATE / 1_000)
         for utterance in asked:
             stream(model, waves(utterance), push, found)
@@ -123,6 +124,7 @@ def report(
             "state, kB": found.state_bytes / 1e3,
             "algorithmic delay, ms": 1e3 * model.model.delay_seconds,
             "emission after the end of a word, ms, p50": float(np.median(emission)),
+            "emission after the end of a word, ms, p95": float(np.quantile(emission, 0.95)),
         }
         for measure, value in values.items():
             yield f"{measure}, {name}", Interval95(value, nothing, nothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from aiohttp import ClientWebSocketResponse, WSMsgType, WSServerHandshakeError
 from aiohttp.test_utils import TestClient, TestServer
@@ -24,6 +26,7 @@ from launch.serving.config import ServeConfig
 from launch.serving.server import MESSAGE_BYTES, Server, read_token
 from pretrain.recognition.recogniser import Recogniser
 from pretrain.recognition.streaming_recogniser import StreamingRecogniser
+from tests.support.contract_cases import speech_like
 from tests.support.streams import pcm
 
 Test = Callable[[TestClient[Any, Any], Server], Awaitable[None]]
@@ -110,6 +113,10 @@ BAD: dict[str, tuple[Callable[[ClientWebSocketResponse], Awaitable[None]], str]]
 
 
 def test_garbage_ends_one_stream_and_no_other(recogniser: Recogniser) -> None:
+    sound = io.BytesIO()
+    soundfile.write(sound, speech_like(0.1, 1).numpy(), 16_000, format="WAV")
+    wav = sound.getvalue()[:400]
+
     async def test(client: TestClient[Any, Any], server: Server) -> None:
         content = pcm(2.5, 1)
 
@@ -129,7 +136,15 @@ def test_garbage_ends_one_stream_and_no_other(recogniser: Recogniser) -> None:
             if said:
                 assert said in [message["error"] for message in messages if "error" in message][-1], messages
 
-        await asyncio.gather(good(), *(bad(*case) for case in BAD.values()))
+        async def file(content: bytes, said: str) -> None:
+            async with client.ws_connect("/stream") as socket:
+                for at in range(0, len(content), 40):
+                    await socket.send_bytes(content[at : at + 40])
+                messages = await everything(socket)
+            assert said in messages[-1]["error"], messages
+
+        files = [file(wav, "begins like a sound file (wav)"), file(b"hello " * 20, "the stream is text")]
+        await asyncio.gather(good(), *files, *(bad(*case) for case in BAD.values()))
         assert not server.engine.streams
 
     perform(recogniser, test, idle_seconds=1.0)
