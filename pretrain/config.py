@@ -50,13 +50,78 @@ class ScheduleConfig:
 
 
 @config
+class FederatedConfig:
+    """Rounds of a federated run (`engine.name=federated`): who takes part, and what devices send."""
+
+    rule: Annotated[
+        Literal["gradient", "fedavg", "fedprox", "fedadam"],
+        about(
+            "gradient: devices send sums of gradients, an update is that of all their audio (FedSGD); the others: "
+            "devices take local steps and send the change of the weights; fedadam updates with it by AdamW"
+        ),
+    ] = "gradient"
+    per_round: Annotated[int, about("devices asked in a round, drawn among the connected ones", ge=1)] = 8
+    min_devices: Annotated[int, about("least number of devices that are connected and answer", ge=1)] = 2
+    attempts: Annotated[int, about("draws of devices in a round in which too few answer", ge=1)] = 3
+    answer_seconds: Annotated[float, about("time in which a device must answer", gt=0)] = 120.0
+    wait_seconds: Annotated[float, about("time to wait until min_devices are connected", gt=0)] = 600.0
+    noise: Annotated[
+        float,
+        about(
+            "differential privacy of devices: deviation of the noise in the sum of their updates, as a multiple of "
+            "clip; 0: none. Updates then have equal weights and are divided by per_round",
+            ge=0,
+        ),
+    ] = 0.0
+    clip: Annotated[float, about("with noise: largest norm of a device's update", gt=0)] = 1.0
+    devices: Annotated[int, about("with noise: number of devices of which a round samples per_round", ge=0)] = 0
+    epsilon: Annotated[float, about("with noise: budget; the run ends before it is spent", gt=0)] = 8.0
+    delta: Annotated[float, about("with noise: δ of the budget, below 1 / devices", gt=0, lt=1)] = 1e-5
+    server: Annotated[str, about("HOST:PORT on which the server listens for devices")] = "127.0.0.1:9092"
+    tls: Annotated[
+        tuple[str, ...],
+        about("files of CA, certificate and key of the server, needed beyond the loopback; devices then have keys"),
+    ] = ()
+    local_steps: Annotated[
+        int, about("steps of gradient descent on a device, each on data.batch_seconds / per_round of audio", ge=1)
+    ] = 1
+    device_lr: Annotated[float, about("learning rate of these steps", gt=0)] = 0.1
+    proximal: Annotated[float, about("fedprox: μ, the pull of local weights to the server's", ge=0)] = 0.01
+    max_norm: Annotated[
+        float,
+        about(
+            "answers with a larger norm are left out: of the gradient per target, or of the change of the weights",
+            gt=0,
+        ),
+    ] = 1e6
+
+    def __post_init__(self) -> None:
+        if self.min_devices > self.per_round:
+            refuse("min_devices", self.min_devices, f"must be at most per_round={self.per_round}")
+        if self.noise and self.devices < self.per_round:
+            limit = (
+                f"noise needs the number of devices that a sample is drawn from, at least per_round={self.per_round}"
+            )
+            refuse("devices", self.devices, limit)
+        if self.noise and self.delta * self.devices >= 1:
+            refuse("delta", self.delta, f"must be below 1 / devices = {1 / self.devices:g}")
+        if len(self.tls) not in (0, 3):
+            refuse("tls", list(self.tls), "three files: CA, certificate, key")
+        if self.rule == "gradient" and self.local_steps > 1:
+            refuse("local_steps", self.local_steps, "rule=gradient takes no local steps; choose fedavg or fedadam")
+
+
+@config
 class EngineConfig:
     """Engine, precision and memory options of an optimizer step."""
 
     name: Annotated[
-        Literal["deepspeed", "torch"],
+        Literal["deepspeed", "torch", "federated"],
         BeforeValidator(lambda value: "torch" if value == "local" else value),
-        about("deepspeed, or plain torch (torch) with the same losses; local is the former name of torch"),
+        about(
+            "deepspeed, or plain torch (torch) with the same losses; federated: devices compute on audio that never "
+            "leaves them; local is the former name of torch"
+        ),
     ] = "deepspeed"
     zero_stage: Annotated[int, about("DeepSpeed ZeRO stage (deepspeed only)", ge=0, le=3)] = 1
     precision: Annotated[
@@ -94,8 +159,15 @@ class EngineConfig:
         about("peak of one device in this precision, for perf/mfu; 0: built-in figures of common GPUs", ge=0),
     ] = 0.0
     timeout_minutes: Annotated[float, about("time limit of a collective operation", gt=0, le=525_600)] = 30.0
+    federated: Annotated[FederatedConfig, about("rounds of engine.name=federated")] = dataclasses.field(
+        default_factory=FederatedConfig
+    )
 
     def __post_init__(self) -> None:
+        if self.name == "federated" and self.precision == "fp16":
+            refuse(
+                "precision", self.precision, "repeats updates that overflow; engine.name=federated takes fp32 or bf16"
+            )
         if self.offload != "none" and self.name != "deepspeed":
             refuse(
                 "offload", self.offload, "needs engine.name=deepspeed; the plain torch engine keeps its states in place"
@@ -233,6 +305,13 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        if self.engine.name == "federated" and self.engine.federated.noise and self.heads:
+            remedy = "updates of several tasks have no norm per target; leave out heads, or the noise"
+            if self.engine.federated.rule == "gradient":
+                refuse("engine.federated.noise", self.engine.federated.noise, remedy)
+        if self.engine.name == "federated" and self.objective.teacher_run:
+            remedy = "its weights are on the server alone; cut or distil before or after (engine.name=torch)"
+            refuse("objective.teacher", self.objective.teacher_run, remedy)
         if self.engine.packed and not self.frontend.packable:
             remedy = "needs a front end without a group norm, which runs over the whole row; set frontend.norm=layer"
             refuse("engine.packed", self.engine.packed, remedy)
@@ -271,5 +350,11 @@ class Config:
             found.append(
                 "engine.compile=true: the first update of each batch shape waits for the compiler, together 1 to 5 "
                 "minutes; compiled code is kept for later starts (TORCHINDUCTOR_CACHE_DIR)"
+            )
+        averaged = self.engine.name == "federated" and self.engine.federated.rule in ("fedavg", "fedprox")
+        if averaged and self.optimizer.lr < 0.1:
+            found.append(
+                f"optimizer.lr={self.optimizer.lr:g} is the server's step under "
+                f"engine.federated.rule={self.engine.federated.rule}: 1 takes the mean of the devices' weights"
             )
         return found + self.objective.cautions(self.train.steps)

@@ -19,6 +19,7 @@ from launch.config import LAUNCHERS, EvaluateJob, FinetuneJob, PreprocessJob, Pr
 from launch.serving.config import ServeConfig  # noqa: E402
 from launch.workflows.pipeline import PipelineConfig  # noqa: E402
 from pretrain import registry  # noqa: E402
+from pretrain.federated.config import DeviceConfig  # noqa: E402
 from pretrain.generation.config import SpeakConfig  # noqa: E402
 from pretrain.recognition.config import TranscribeConfig  # noqa: E402
 from pretrain.retrieval.config import EmbedConfig, SearchConfig  # noqa: E402
@@ -30,6 +31,7 @@ COMMANDS = {
     "pretrain": PretrainJob,
     "evaluate": EvaluateJob,
     "finetune": FinetuneJob,
+    "device": DeviceConfig,
     "speak": SpeakConfig,
     "transcribe": TranscribeConfig,
     "embed": EmbedConfig,

@@ -25,6 +25,7 @@ ROOTS = {
     "transcribe": ("pretrain.recognition.config", "TranscribeConfig"),
     "embed": ("pretrain.retrieval.config", "EmbedConfig"),
     "search": ("pretrain.retrieval.config", "SearchConfig"),
+    "device": ("pretrain.federated.config", "DeviceConfig"),
     "speak": ("pretrain.generation.config", "SpeakConfig"),
     "serve": ("launch.serving.config", "ServeConfig"),
     "pipeline": ("launch.workflows.pipeline", "PipelineConfig"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.jsonl import append_row
+from data_pipeline.core.schema import ConfigError, dump
 from data_pipeline.core.types import SAMPLE_RATE, StepReader
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.held_out import HeldOut
 from data_pipeline.loader.streaming import StreamReader
 from data_pipeline.loader.texts import TEXT
 from data_pipeline.text.tokenizer import load_tokenizer
+from launch.federation.flower import FlowerDevices
 from pretrain.checkpointing.locate import latest_checkpoint
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.compression.distillation import load_teacher
@@ -19,10 +23,15 @@ from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
+from pretrain.federated.rounds import RoundReader
+from pretrain.federated.server import FederatedEngine
 from pretrain.interfaces.configs import FrameLabels, TextHeadConfig
 from pretrain.interop.init_weights import load_initial
 from pretrain.profiling.operation_check import check_operations
-from pretrain.train_module import build_model, least_samples, open_run_reader, read_run_held_out
+from pretrain.train_module import TrainModule, build_model, least_samples, open_run_reader, read_run_held_out
+
+LEFT_OUT = "left_out.jsonl"
+"""List of the answers of devices that were left out, in the run folder of a federated run."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +202,35 @@ def _open_reader(config: Config, world: DistributedContext, say: Callable[[str],
     return reader
 
 
+def _listen(config: Config, world: DistributedContext, folder: RunFolder, say: Callable[[str], None]) -> FlowerDevices:
+    """Starts to listen for the devices of a federated run."""
+    if world.size > 1:
+        raise ConfigError(f"engine.name=federated: the server is one process, and there are {world.size} ranks")
+    settings = config.engine.federated
+    tls = (settings.tls[0], settings.tls[1], settings.tls[2]) if settings.tls else None
+    devices = FlowerDevices(settings.server, folder.path / "flower", dump(config), tls, say)
+    say(f"devices connect by: auricle device server={settings.server} shards=FOLDER")
+    return devices
+
+
+def _server(
+    config: Config, module: TrainModule, world: DistributedContext, folder: RunFolder, devices: FlowerDevices
+) -> Engine:
+    def note(step: int, device: str, reason: str) -> None:
+        append_row(folder.path / LEFT_OUT, {"round": step, "device": device, "reason": reason})
+
+    return FederatedEngine(module, config, world, devices, secrets.token_hex(8), _secret(folder), note)
+
+
+def _secret(folder: RunFolder) -> str:
+    """Returns the secret that keys noise and samples of a run, made at its first start; only its owner reads it."""
+    path = folder.path / "privacy.secret"
+    if not path.exists():
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+            out.write(secrets.token_hex(32))
+    return path.read_text(encoding="utf-8")
+
+
 def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     """Builds engine and reader for one rank of the run in `folder`.
 
@@ -209,9 +247,11 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
         ValueError: shards, labels or initial weights are damaged.
         OSError: shards, labels or initial weights cannot be read.
     """
-    require_fitting_labels(config)
     say = print if world.rank == 0 else lambda line: None
-    reader = _open_reader(config, world, say)
+    federated = config.engine.name == "federated"
+    if not federated:
+        require_fitting_labels(config)
+    reader: StepReader | None = None if federated else _open_reader(config, world, say)
     try:
         module = build_model(config)
     except ValueError as error:  # the model depends on the config alone
@@ -220,7 +260,11 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     check_operations(module, world.device, module.autocast, say)
     if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume loads its own weights
         load_initial(config, module, say)
-    engine = make_engine(config, module, world)
+    if reader is None:
+        devices = _listen(config, world, folder, say)
+        reader, engine = RoundReader(devices), _server(config, module, world, folder, devices)
+    else:
+        engine = make_engine(config, module, world)
     held_out = read_run_held_out(config, world.rank, world.size)
     if held_out is not None:
         where = ", ".join(config.data.valid)

@@ -58,7 +58,9 @@ def require_startable(config: PretrainJob, attended: bool) -> None:
     Raises:
         ConfigError: there are no shards, batches cannot be filled, or `init` is of another architecture.
     """
-    if attended or _sees_shards(config):
+    if config.engine.name == "federated":
+        _require_start(config)
+    elif attended or _sees_shards(config):
         _require_shards(config)
         _require_start(config)
 
@@ -80,7 +82,8 @@ def _inputs(job: PretrainJob | ProgramJob) -> Iterator[tuple[str, str]]:
 
         yield from ((f"data.{task}", path) for task, path in inputs(job).items())
     elif isinstance(job, PretrainJob):
-        yield from (("data.shards", path) for path in job.data.shards if job.data.reader == "plan")
+        if job.engine.name != "federated":  # the audio is on the devices
+            yield from (("data.shards", path) for path in job.data.shards if job.data.reader == "plan")
         yield from (("data.valid", path) for path in job.data.valid)
         if job.init and not steps_done(metadata.folder_of(job)):
             yield "init", job.init

@@ -3,7 +3,7 @@
     checkpoints/step_00000100/model.safetensors      weights and buffers of the TrainModule, fp32
                               optimizer.safetensors  exp_avg/NAME, exp_avg_sq/NAME
                               state.json             step, reader cursor, health state, loss scale, config, sha256
-                                                     of these files and of the tokens
+                                                     of these files and of the tokens, what the engine remembers
     checkpoints/latest                               the name of the newest complete checkpoint
 
 Nothing in it is executed on loading (no pickle).
@@ -122,8 +122,9 @@ class Saver:
             return
         self.wait()
         self._run.require_current()
-        files, scale = _gather(self._engine), self._engine.scale.state()
-        save = functools.partial(write, self._run, folder, files, state, self._config, scale, self._tokens)
+        files, extra = _gather(self._engine), {"loss_scale": self._engine.scale.state()}
+        extra |= {"tokens": self._tokens, "engine": self._engine.memory()}
+        save = functools.partial(write, self._run, folder, files, state, self._config, extra)
         self._pending = _Pending(folder, save, self._pool.submit(save))
         if not self._config.train.save_behind:
             self.wait()
@@ -190,10 +191,11 @@ def write(
     files: Mapping[str, dict[str, Tensor]],
     state: TrainState,
     config: Config,
-    scale: Mapping[str, Any],
-    tokens: Mapping[str, str],
+    extra: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Writes a checkpoint: a temporary folder, moved into place; points `latest` to it, then removes old checkpoints.
+
+    `extra` are further fields of state.json: the loss scale, checksums of tokens, and what the engine remembers.
 
     Whenever the process is killed, `latest` names a complete checkpoint: one that is rewritten (after a
     rollback, with another cursor) has a stand-in until the new one is in place.
@@ -212,8 +214,7 @@ def write(
             digests[path.name] = sha256_of(path)
         cursor = dataclasses.asdict(state.cursor) if state.cursor else None
         values = {"format": FORMAT, "step": state.step, "cursor": cursor, "health": state.health}
-        values |= {"config": dump(config), "sha256": digests, "loss_scale": dict(scale)}
-        values["tokens"] = dict(tokens)
+        values |= {"config": dump(config), "sha256": digests, **extra}
         values["prolonged"] = dataclasses.asdict(state.prolonged) if state.prolonged else None
         write_json(temporary / "state.json", values)
         run.require_current()
@@ -313,6 +314,7 @@ def _load(folder: Path, engine: Engine, config: Config) -> TrainState:
         raise ValueError(f"{folder}: damaged ({wrong}); {remedy(folder.parent)}")
     engine.module.forget()
     engine.scale.load(values.get("loss_scale", {}))
+    engine.remember(values.get("engine") or {})
     return TrainState(values["step"], cursor, values.get("health", {}), found, note)
 
 
@@ -383,6 +385,7 @@ _STATE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("health", "an object", _is_optional_object),
     ("loss_scale", "an object", _is_optional_object),
     ("tokens", "an object", _is_optional_object),
+    ("engine", "an object", _is_optional_object),
     ("prolonged", "null, or an object with step and rate", is_prolongation),
 )
 """Fields of state.json: name, description of the valid form, check."""

@@ -6,6 +6,7 @@ import abc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from pretrain.engines.signals import RankSignals
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Sum
 from pretrain.nn.dropout import seed_dropout
-from pretrain.train_module import TrainModule
+from pretrain.train_module import TrainModule, TrainPlan
 
 NumpySum = tuple[np.ndarray, float]
 
@@ -108,15 +109,9 @@ class Engine(abc.ABC):
         self.module.train()
         signals = signals or RankSignals(wait_seconds=(0.0,) * self.world.size)
 
-        # prepare: masks and the number of targets of each micro-batch, without a forward pass
+        # prepare and count: the loss of every micro-batch is divided by the targets of the whole global step
         batches = [batch.to(self.world.device) for batch in batches]
-        self.on_phase("targets")
-        plans = [self.module.prepare(batch, ctx) for batch in batches]
-
-        # count: the loss of every micro-batch is divided by the targets of the whole global step
-        self.on_phase("sum of counts")
-        counts_K = torch.stack([plan.counts_K for plan in plans]).sum(0)
-        counts_K = self.world.sum_on_host(counts_K)
+        plans, counts_K = self._prepare(batches, ctx)
 
         while True:
             # forward and backward: gradients add up over this rank's micro-batches
@@ -178,6 +173,13 @@ class Engine(abc.ABC):
                 self.module.train()
         return HeldOutResult(total_loss, sums)
 
+    def _prepare(self, batches: Sequence[Batch], ctx: StepContext) -> tuple[list[TrainPlan], Tensor]:
+        """Draws masks and counts targets, without a forward pass; returns plans and the targets over all ranks."""
+        self.on_phase("targets")
+        plans = [self.module.prepare(batch, ctx) for batch in batches]
+        self.on_phase("sum of counts")
+        return plans, self.world.sum_on_host(torch.stack([plan.counts_K for plan in plans]).sum(0))
+
     def _accumulate(
         self, batches: Sequence[Batch], plans: Sequence[object], counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
@@ -211,6 +213,17 @@ class Engine(abc.ABC):
             metrics[name] = (sums[:size], float(sums[size]))
             sums = sums[size + 1 :]
         return float(flat[0]), metrics, received
+
+    def memory(self) -> dict[str, Any]:
+        """Returns what a resume needs beside tensors and the loss scale, as plain JSON; nothing by default."""
+        return {}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:  # noqa: B027  # most engines have nothing
+        """Takes back what `memory` returned; a checkpoint of another engine has nothing for this one.
+
+        Raises:
+            ValueError: it has another form.
+        """
 
     @abc.abstractmethod
     def _forward(

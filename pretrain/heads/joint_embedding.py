@@ -164,7 +164,7 @@ class JointEmbedding(Head):
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__(config)
-        self.config, self.kinds = config, config.kinds
+        self.config, self.kinds, self.gathers = config, config.kinds, config.queue > 0
         self.pairs = [(self.kinds.index(one), self.kinds.index(other)) for one, other in config.all_pairs]
         self.speech = Pool(shape.dim, config.embedding_dim)
         self.towers = nn.ModuleDict({name: Tower(config.towers[name], config.embedding_dim) for name in self.kinds[1:]})

@@ -68,6 +68,8 @@ class Objective(nn.Module, abc.ABC):
 
     couples: frozenset[str] = frozenset()
     """Contract tests that cannot hold by design: "padding", "batch" (the loss depends on the batch's other rows)."""
+    gathers: bool = False
+    """Whether `after_step` needs frames, or sums of them, that forward passes of all ranks collected in this update."""
     least_frames: int = 2
     """Fewest encoder frames with which an utterance can have a target: one masked, one visible."""
     exports_as: str = "Wav2Vec2"
@@ -197,6 +199,8 @@ class Head(nn.Module, abc.ABC):
 
     couples: frozenset[str] = frozenset()
     """Contract tests that cannot hold by design: "padding", "batch" (the loss depends on the batch's other rows)."""
+    gathers: bool = False
+    """Whether it needs vectors of all ranks' samples, as in `Objective.gathers`."""
     weight: float
     """Weight of its loss relative to the objective's, after the warm-up."""
     _recording: bool = False

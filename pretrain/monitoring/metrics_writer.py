@@ -1,6 +1,6 @@
 """Writes every logged number to metrics.jsonl and TensorBoard.
 
-Prefixes of names: loss/ metric/ valid/ health/ opt/ perf/ data/ hist/.
+Prefixes of names: loss/ metric/ valid/ health/ opt/ perf/ data/ federated/ hist/.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "RankMe of each layer": ["Multiline", ["health/rank/.*"]],
         "gradient norm": ["Multiline", ["opt/grad_norm"]],
         "alarms and skipped updates": ["Multiline", ["health/alarms", "health/skipped"]],
+    },
+    "devices of a federated run": {
+        "asked, answered, left out": ["Multiline", ["federated/(asked|devices|left_out)"]],
+        "bytes of a round": ["Multiline", ["federated/bytes_.*"]],
+        "seconds of a round": ["Multiline", ["federated/round_seconds"]],
     },
     "speed": {
         "× real time": ["Multiline", ["perf/audio_seconds_per_second"]],

@@ -50,6 +50,8 @@ class DinoSR(Objective):
     Each of these layers has a codebook and a classifier.
     """
 
+    gathers = True
+
     def __init__(self, config: Config, shape: ModelShape) -> None:
         super().__init__()
         self.config = config

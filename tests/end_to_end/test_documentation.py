@@ -27,6 +27,7 @@ from launch.config import EvaluateJob, FinetuneJob, PreprocessJob, PretrainJob, 
 from launch.main import main
 from launch.serving.config import ServeConfig
 from launch.workflows import pipeline
+from pretrain.federated.config import DeviceConfig
 from pretrain.generation.config import SpeakConfig
 from pretrain.recognition.config import TranscribeConfig
 from pretrain.retrieval.config import EmbedConfig, SearchConfig
@@ -40,6 +41,7 @@ CONFIGS = {
     "pretrain": PretrainJob,
     "evaluate": EvaluateJob,
     "finetune": FinetuneJob,
+    "device": DeviceConfig,
     "speak": SpeakConfig,
     "transcribe": TranscribeConfig,
     "embed": EmbedConfig,

@@ -1,0 +1,241 @@
+"""Flower's SuperLink and SuperNodes as the transport of a federated run, through a relay process."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_pipeline.core.schema import ConfigError
+from launch.federation.relay import read_frame, write_frame
+from pretrain.federated.transport import Reply
+
+ENVIRONMENT = "AURICLE_FLOWER"
+"""Variable that names the folder of an environment with Flower, where this one has none."""
+VERSION = "1.42.0"
+HINT = (
+    f"python -m venv FOLDER && FOLDER/bin/pip install flwr=={VERSION} && export {ENVIRONMENT}=FOLDER; or `pip install "
+    "auricle[federated]` into an environment of its own"
+)
+HELLO_SECONDS = 120.0
+"""Time in which a new device builds the run's model."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def find_flower() -> str:
+    """Returns the Python interpreter of an environment with Flower.
+
+    Raises:
+        ConfigError: there is none; the message says how to make one.
+    """
+    if folder := os.environ.get(ENVIRONMENT, ""):
+        python = Path(folder).expanduser() / "bin" / "python"
+        if not (python.parent / "flower-superlink").exists():
+            raise ConfigError(f"{ENVIRONMENT}={folder}: there is no Flower in it; {HINT}")
+        return str(python)
+    if importlib.util.find_spec("flwr") is None:
+        raise ConfigError(f"engine.name=federated needs Flower (flwr) between server and devices: {HINT}")
+    return sys.executable
+
+
+class Relay:
+    """The relay process of a server or device; it ends with this one.
+
+    Args:
+        arguments: of `relay.py`.
+        folder: for logs and keys.
+
+    Raises:
+        ConfigError: there is no Flower.
+        RuntimeError: SuperLink or SuperNode do not start.
+    """
+
+    def __init__(self, arguments: Sequence[str], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        script = Path(__file__).with_name("relay.py")
+        variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        with (folder / "relay.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [find_flower(), str(script), *arguments, "--folder", str(folder)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables,
+            )  # fmt: skip
+        self._log = folder / "relay.log"
+        self.receive()
+
+    def send(self, head: dict[str, Any], body: bytes = b"") -> None:
+        """Writes a frame to the relay. Raises RuntimeError if it has ended."""
+        try:
+            write_frame(self._stream(self._process.stdin), head, body)
+        except OSError as error:
+            raise RuntimeError(f"the relay to Flower ended: {self._tail()}") from error
+
+    def receive(self) -> tuple[dict[str, Any], bytes]:
+        """Returns the next frame of the relay. Raises RuntimeError if it failed or has ended."""
+        frame = read_frame(self._stream(self._process.stdout))
+        if frame is None or "failed" in frame[0]:
+            raise RuntimeError(f"the relay to Flower ended: {frame[0]['failed'] if frame else self._tail()}")
+        return frame
+
+    def close(self) -> None:
+        """Ends the relay, and with it SuperLink or SuperNode."""
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                self._stream(stream).close()
+        try:
+            self._process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    @staticmethod
+    def _stream(stream: Any) -> BinaryIO:
+        assert stream is not None
+        found: BinaryIO = stream
+        return found
+
+    def _tail(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()[-3:]
+        return f"{' '.join(lines)[-500:]} (see {self._log.parent})"
+
+
+class FlowerDevices:
+    """The devices of a run behind a SuperLink, by the names that they give themselves.
+
+    A node is asked for its name when it is new; it gets the run's config and builds the model. Of two nodes with one
+    name the newer one counts, since a device that was killed comes back as another node.
+
+    Args:
+        address: HOST:PORT to listen on.
+        folder: for logs.
+        config: the run's config as plain values, sent to each new device.
+        tls: files of CA, certificate and key; needed beyond the loopback.
+        say: receives a line for each device that comes, or cannot take part.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        folder: Path,
+        config: dict[str, Any],
+        tls: tuple[str, str, str] | None = None,
+        say: Any = print,
+    ) -> None:
+        host, port = split_address(address)
+        if host not in LOOPBACK and tls is None:
+            raise ConfigError(
+                f"engine.federated.server={address}: beyond the loopback, give engine.federated.tls the files of CA, "
+                "certificate and key; devices then need keys as well"
+            )
+        self._hello, self._say = {"hello": True}, say
+        self._config = json.dumps(config).encode()
+        certificates = ["--ca", tls[0], "--certificate", tls[1], "--key", tls[2]] if tls else []
+        self._relay = Relay(["server", "--host", host, "--port", str(port), *certificates], folder)
+        self._names: dict[str, str] = {}
+        """Node -> name; "" for one that cannot take part."""
+
+    def present(self) -> Sequence[str]:
+        """Returns the names of the devices that are connected now, and introduces the run to new ones."""
+        self._relay.send({"do": "nodes"})
+        nodes = self._relay.receive()[0]["nodes"]
+        self._names = {node: name for node, name in self._names.items() if node in nodes}
+        if unknown := [node for node in nodes if node not in self._names]:
+            self._introduce(unknown)
+        return sorted({name for name in self._names.values() if name})
+
+    def ask(self, names: Sequence[str], request: bytes, seconds: float) -> Iterator[Reply]:
+        """Sends a request to devices; yields what arrives within `seconds`."""
+        wanted = [node for node, name in self._names.items() if name in names]
+        for node, head, body in self._exchange(wanted, {"hello": False}, request, seconds):
+            yield Reply(self._names[node], body, str(head.get("error", "")))
+
+    def close(self) -> None:
+        """Ends the SuperLink."""
+        self._relay.close()
+
+    def _introduce(self, nodes: list[str]) -> None:
+        for node, head, _ in self._exchange(nodes, self._hello, self._config, HELLO_SECONDS):
+            name, error = head.get("name"), head.get("error")
+            if error or not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
+                self._say(f"device of node {node} cannot take part: {str(error or 'it gives no name')[:300]}")
+                self._names[node] = ""
+                continue
+            for older in [other for other, taken in self._names.items() if taken == name]:
+                del self._names[older]
+            self._names[node] = name
+            self._say(f"device {name} is connected")
+
+    def _exchange(
+        self, nodes: list[str], head: dict[str, Any], body: bytes, seconds: float
+    ) -> Iterator[tuple[str, dict[str, Any], bytes]]:
+        self._relay.send({"do": "ask", "nodes": nodes, "seconds": seconds, "head": head}, body)
+        while True:
+            found, data = self._relay.receive()
+            if found.get("end"):
+                return
+            known = found.get("head", {})
+            answer = {
+                **(known if isinstance(known, dict) else {}),
+                **({"error": found["error"]} if "error" in found else {}),
+            }
+            yield str(found["node"]), answer, data
+
+
+class DeviceRelay:
+    """The connection of one device to its server, through a SuperNode.
+
+    Args:
+        server: HOST:PORT of the server.
+        ca: file of the server's CA; "" only on the loopback.
+        key: this device's private key, known to the server.
+    """
+
+    def __init__(self, server: str, ca: str = "", key: str = "") -> None:
+        host, _ = split_address(server)
+        if host not in LOOPBACK and not (ca and key):
+            raise ConfigError(f"server={server}: beyond the loopback a device needs ca=FILE and key=FILE")
+        self._folder = Path(tempfile.mkdtemp(prefix="auricle-device-"))
+        certificates = ["--ca", ca, "--key", key] if ca else []
+        try:
+            self.relay = Relay(["device", "--server", server, "--port", str(free_port()), *certificates], self._folder)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def requests(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Yields requests; each must be answered through `answer` before the next."""
+        while True:
+            head, body = self.relay.receive()
+            yield head.get("head", head), body
+
+    def answer(self, head: dict[str, Any], body: bytes = b"") -> None:
+        """Sends the answer to the last request."""
+        self.relay.send(head, body)
+
+    def close(self) -> None:
+        """Ends the SuperNode."""
+        self.relay.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Returns host and port of HOST:PORT. Raises ConfigError for other forms."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:9092")
+    return host.strip("[]"), int(port)
+
+
+def free_port() -> int:
+    """Returns a port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

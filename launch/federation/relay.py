@@ -1,0 +1,326 @@
+"""A relay between this package and Flower: `FLOWER_PYTHON relay.py server|device …`, which imports flwr and no torch.
+
+Flower's pins differ from those of training, so that it may live in an environment of its own. The relay is a child of
+the server's engine, or of `auricle device`, and talks to it in frames over its standard input and output. It starts
+Flower's SuperLink or SuperNode and takes the place of their executor: a message is handed to the resident process, and
+no app is installed or run, whatever the other side ships. Telemetry is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import secrets
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+HEADER = struct.Struct(">IQ")
+MAX_BYTES = 2**34
+"""Largest frame that is read."""
+POLL_SECONDS = 0.2
+READY_SECONDS = 60.0
+PR_SET_PDEATHSIG = 1
+APP = b"""[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "auricle"
+version = "0.0.0"
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "auricle"
+[tool.flwr.app.components]
+serverapp = "nothing:app"
+clientapp = "nothing:app"
+"""
+"""Flower wants an app for each run; this one is empty and never run."""
+
+
+def write_frame(stream: BinaryIO, head: dict[str, Any], body: bytes = b"") -> None:
+    """Writes a frame: lengths, a head as JSON, a body."""
+    text = json.dumps(head).encode()
+    stream.write(HEADER.pack(len(text), len(body)) + text)
+    stream.write(body)
+    stream.flush()
+
+
+def read_frame(stream: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
+    """Returns the next frame; None where the other side has ended.
+
+    Raises:
+        ValueError: it is larger than MAX_BYTES.
+    """
+    lengths = stream.read(HEADER.size)
+    if len(lengths) < HEADER.size:
+        return None
+    head, body = HEADER.unpack(lengths)
+    if head + body > MAX_BYTES:
+        raise ValueError(f"a frame of {head + body} bytes")
+    text, data = stream.read(head), stream.read(body)
+    return None if len(text) < head or len(data) < body else (json.loads(text), data)
+
+
+def start(name: str, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a program of Flower that ends with this process, however it ends."""
+
+    program = Path(sys.executable).parent / name
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [str(program), *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=end_with_parent
+        )
+
+
+def end_with_parent() -> None:
+    """Makes the system kill this process when its parent ends, however it ends; Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def secret_file(folder: Path) -> Path:
+    """Returns a new file with a secret by which the relay alone may take tasks."""
+    path = folder / "relay.secret"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        out.write(secrets.token_hex(32))
+    return path
+
+
+class Runtime:
+    """Takes tasks of one kind from the SuperLink or SuperNode on this machine."""
+
+    def __init__(self, address: str, kind: str, secret: Path, tls: list[str]) -> None:
+        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+        from flwr.supercore.retry import make_simple_http_retry_invoker
+        from flwr.supercore.runtime import RuntimeHttpClient
+
+        self.address, self._kind = address, kind
+        self.certificates = Path(tls[0]).read_bytes() if tls else None
+        self._client = RuntimeHttpClient.from_server_address(
+            server_address=address,
+            insecure=not tls,
+            root_certificates=self.certificates,
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+                SuperExecAuthHttpInterceptor(
+                    master_secret=secret.read_text().strip().encode(),
+                    protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"}),
+                ),
+            ],
+            retry_invoker=make_simple_http_retry_invoker(),
+        )
+
+    def tokens(self) -> Iterator[str]:
+        """Yields the token of each task as it comes."""
+        from flwr.proto.runtime_pb2 import AcquireTaskRequest
+
+        while True:
+            found = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self._kind]))
+            if found.HasField("task") and found.token:
+                yield found.token
+            time.sleep(POLL_SECONDS)
+
+
+def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -> None:
+    """Starts a SuperLink and carries messages between the engine and the SuperNodes."""
+    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.cli.build import build_fab_from_files
+    from flwr.common.serde import fab_to_proto, run_from_proto
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.proto.runtime_pb2 import PullTaskInputRequest
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supercore.fab import Fab
+    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supercore.task_identity import TaskIdentity
+    from flwr.superlink.grid import HttpGrid
+
+    folder = Path(arguments.folder)
+    secret = secret_file(folder)
+    flags = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+    flags += ["--host", arguments.host, "--port", str(arguments.port), "--disable-runtime-dependency-installation"]
+    flags += tls_flags(arguments)
+    process = start("flower-superlink", flags, folder / "superlink.log")
+    host = "127.0.0.1" if arguments.host in ("0.0.0.0", "::") else arguments.host
+    address = f"{host}:{arguments.port}"
+    wait_for_port(host, arguments.port, process, folder / "superlink.log")
+    tls = [arguments.ca] if arguments.ca else []
+
+    content, _ = build_fab_from_files({"pyproject.toml": APP, "nothing.py": b"app = None\n"})
+    control = ControlHttpClient.from_server_address(
+        server_address=address,
+        insecure=not tls,
+        root_certificates=Path(tls[0]).read_bytes() if tls else None,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+    )
+    fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
+    control.StartRun(StartRunRequest(fab=fab_to_proto(fab)))
+    runtime = Runtime(address, "flwr-serverapp", secret, tls)
+    token = next(runtime.tokens())
+    grid = HttpGrid(runtime_api_address=address, insecure=not tls, root_certificates=runtime.certificates, token=token)
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
+    heartbeat.start()
+    given = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+    run = run_from_proto(given.run)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, run.run_id, given.context.node_id
+    grid.set_run(run)
+    write_frame(answers, {"ready": address})
+
+    while (frame := read_frame(commands)) is not None:
+        head, body = frame
+        if process.poll() is not None:
+            raise RuntimeError(f"the SuperLink ended with {process.returncode}; see {folder / 'superlink.log'}")
+        if head["do"] == "nodes":
+            write_frame(answers, {"nodes": [str(number) for number in grid.get_node_ids()]})
+            continue
+        content_record = RecordDict({"request": ConfigRecord({"head": json.dumps(head["head"]), "body": body})})
+        messages = [
+            Message(content_record, dst_node_id=int(node), message_type="train", ttl=head["seconds"] + 60.0)
+            for node in head["nodes"]
+        ]
+        sent = dict(zip(grid.push_messages(messages), head["nodes"], strict=True))
+        sent.pop(None, None)
+        deadline = time.monotonic() + head["seconds"]
+        while sent and time.monotonic() < deadline:
+            for reply in grid.pull_messages(list(sent)):
+                node = sent.pop(reply.metadata.reply_to_message_id, "")
+                if reply.has_error():
+                    write_frame(answers, {"node": node, "error": f"{reply.error.code}: {reply.error.reason}"})
+                    continue
+                record = reply.content.config_records.get("answer", {})
+                text = record.get("head", "{}")
+                data = record.get("body", b"")
+                known = json.loads(text) if isinstance(text, str) and len(text) < 2**16 else {}
+                write_frame(answers, {"node": node, "head": known}, data if isinstance(data, bytes) else b"")
+            time.sleep(POLL_SECONDS)
+        write_frame(answers, {"end": True})
+
+
+def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -> None:
+    """Starts a SuperNode and carries messages between it and the resident device."""
+    from flwr.app import ConfigRecord, Error, Message, RecordDict
+    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+    from flwr.supercore.retry import make_simple_http_retry_invoker
+    from flwr.supercore.runtime import RuntimeHttpClient
+    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+    folder = Path(arguments.folder)
+    secret = secret_file(folder)
+    flags = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+    flags += ["--superlink", arguments.server, "--host", "127.0.0.1", "--port", str(arguments.port)]
+    flags += ["--root-certificates", arguments.ca] if arguments.ca else ["--insecure"]
+    flags += ["--auth-supernode-private-key", arguments.key] if arguments.key else []
+    process = start("flower-supernode", flags, folder / "supernode.log")
+    wait_for_port("127.0.0.1", arguments.port, process, folder / "supernode.log")
+    runtime = Runtime(f"127.0.0.1:{arguments.port}", "flwr-clientapp", secret, [])
+    write_frame(answers, {"ready": arguments.server})
+    watch(process, folder / "supernode.log")
+
+    for token in runtime.tokens():
+        client = RuntimeHttpClient.from_server_address(
+            server_address=runtime.address,
+            insecure=True,
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+                RuntimeTokenHttpInterceptor(token),
+            ],
+            retry_invoker=make_simple_http_retry_invoker(),
+        )
+        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat.start()
+        message, context, _, _ = pull_task_input(client)
+        record = message.content.config_records.get("request", {})
+        write_frame(answers, {"head": json.loads(record["head"])}, record["body"])
+        frame = read_frame(commands)
+        if frame is None:
+            return
+        head, body = frame
+        if "error" in head:
+            reply = Message(Error(code=0, reason=head["error"]), reply_to=message)
+        else:
+            content = RecordDict({"answer": ConfigRecord({"head": json.dumps(head), "body": body})})
+            reply = Message(content, reply_to=message)
+        push_message(client, reply, context)
+        push_task_output(client, context, "completed", "")
+        heartbeat.stop()
+        client.close()
+
+
+def tls_flags(arguments: argparse.Namespace) -> list[str]:
+    """Returns the SuperLink's options: TLS with node keys where certificates are given."""
+    if not arguments.ca:
+        return ["--insecure"]
+    files = ["--ssl-ca-certfile", arguments.ca, "--ssl-certfile", arguments.certificate, "--ssl-keyfile", arguments.key]
+    return [*files, "--enable-supernode-auth"]
+
+
+def wait_for_port(host: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits until a program listens.
+
+    Raises:
+        RuntimeError: it ended, or does not listen in time.
+    """
+    import socket
+
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(OSError), socket.create_connection((host, port), 1.0):
+            return
+        time.sleep(POLL_SECONDS)
+    tail = log.read_text(errors="replace")[-500:] if log.exists() else ""
+    raise RuntimeError(f"{log.stem} does not listen on {host}:{port}; {log} ends with: {tail}")
+
+
+def watch(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Ends this process when a program of Flower does."""
+
+    def wait() -> None:
+        code = process.wait()
+        print(f"the SuperNode ended with {code}; see {log}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> int:
+    """Runs the relay until its parent closes the standard input."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("role", choices=("server", "device"))
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--server", default="")
+    parser.add_argument("--ca", default="")
+    parser.add_argument("--certificate", default="")
+    parser.add_argument("--key", default="")
+    arguments = parser.parse_args()
+    end_with_parent()
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": arguments.folder}
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what Flower prints must not mix with frames
+    try:
+        (serve if arguments.role == "server" else work)(arguments, sys.stdin.buffer, answers)
+    except (RuntimeError, OSError, ValueError) as error:
+        with contextlib.suppress(OSError):
+            write_frame(answers, {"failed": f"{type(error).__name__}: {error}"})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    os._exit(code)  # heartbeats of Flower run in threads

@@ -1,0 +1,34 @@
+"""The interface between the server's engine and the devices, wherever they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+
+class Reply(NamedTuple):
+    """A message that a device sent: the bytes of an `Answer`, or the error that it reports."""
+
+    device: str
+    """Name that the transport knows the sender by."""
+    message: bytes
+    error: str = ""
+
+
+class Devices(Protocol):
+    """Devices that can be asked; they come and go."""
+
+    def present(self) -> Sequence[str]:
+        """Returns the names of the devices that are connected now."""
+        ...
+
+    def ask(self, names: Sequence[str], request: bytes, seconds: float) -> Iterable[Reply]:
+        """Sends a request to devices and returns what arrives within `seconds`, in any order.
+
+        Replies may be missing, late (to an earlier request) or doubled; the caller checks them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Disconnects."""
+        ...

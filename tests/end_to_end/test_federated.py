@@ -1,0 +1,139 @@
+"""A server and its devices as real processes over Flower: killed at any time, the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipeline.core.jsonl import read_rows
+from data_pipeline.core.schema import ConfigError, dump, load
+from launch.federation.flower import find_flower, free_port
+from pretrain.config import Config
+from pretrain.federated.config import DeviceConfig
+from pretrain.federated.device import Device
+from pretrain.federated.transport import Reply
+from pretrain.interfaces.frames import StepContext
+from pretrain.lr_schedule import learning_rate
+from tests.support.federation import server
+from tests.support.paths import ROOT
+from tests.support.tiny_shards import sounds, write_shards
+
+NAMES = ("ann", "bob", "eve")
+STEPS = 6
+
+try:
+    find_flower()
+    MISSING = ""
+except ConfigError as error:
+    MISSING = str(error)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.timeout(400)]
+
+
+class Site:
+    """Server and devices in processes, in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        for name in NAMES:
+            write_shards(folder / name, [sounds([1.0] * 12, corpus=name)])
+
+    def start(self, name: str) -> None:
+        address = f"127.0.0.1:{self.port}"
+        words = ["device", f"server={address}", f"shards={self.folder / name}"]
+        if name == "server":
+            words = [
+                "pretrain", "+experiment=federated_tiny", "device=cpu", "name=run", f"runs={self.folder}",
+                "data.batch_seconds=12", "data.min_seconds=0.5", "data.max_seconds=2", "data.micro_batches=3",
+                "encoder.layers=1", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32",
+                "engine.federated.per_round=3", "engine.federated.min_devices=3", "engine.federated.attempts=50",
+                "engine.federated.answer_seconds=8", "engine.federated.wait_seconds=120",
+                f"engine.federated.server={address}", f"train.steps={STEPS}", "train.checkpoint_every=1",
+                "train.media_every=0", "launcher.processes=1", "health.on_collapse=warn",
+            ]  # fmt: skip
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [sys.executable, "-m", "launch.main", *words],
+                cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def kill(self, name: str) -> None:
+        """Kills a process and its group at once; what it started elsewhere must end by itself."""
+        os.killpg(self.running[name].pid, signal.SIGKILL)
+        self.running.pop(name).wait()
+
+    def rounds(self) -> list[dict[str, float]]:
+        path = self.folder / "run" / "metrics.jsonl"
+        return read_rows(path) if path.exists() else []
+
+    def wait(self, rounds: int, seconds: float = 150.0) -> None:
+        deadline = time.monotonic() + seconds
+        while len(self.rounds()) < rounds:
+            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()[-3000:]
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(tmp_path)
+    yield made
+    for name in list(made.running):
+        with contextlib.suppress(ProcessLookupError):
+            made.kill(name)
+
+
+def in_this_process(site: Site) -> dict[str, torch.Tensor]:
+    """Returns the weights after the same rounds of the same devices, without Flower."""
+    config = load(Config, json.loads((site.folder / "run" / "config.json").read_text()))
+    devices = {name: Device(dump(config), DeviceConfig(server="x:1", shards=str(site.folder / name))) for name in NAMES}
+
+    class Direct:
+        def present(self) -> list[str]:
+            return list(NAMES)
+
+        def ask(self, names: list[str], request: bytes, seconds: float) -> list[Reply]:
+            return [Reply(name, devices[name].answer(request)) for name in names]
+
+    engine = server(config, Direct())  # type: ignore[arg-type]
+    for step in range(STEPS):
+        lr = learning_rate(config.optimizer, config.schedule, config.train.steps, step)
+        engine.step([], StepContext(config.seed, step), lr)
+    for device in devices.values():
+        device.close()
+    return {name.removeprefix("model/"): t for name, t in engine.tensors() if name.startswith("model/")}
+
+
+def test_killed_server_and_devices_come_back_to_the_same_bits(site: Site) -> None:
+    for name in ("server", *NAMES):
+        site.start(name)
+    site.wait(2)
+    site.kill("bob")
+    time.sleep(1.0)
+    site.start("bob")
+    site.wait(3)
+    site.kill("server")
+    time.sleep(1.0)
+    site.start("server")
+    site.wait(STEPS)
+    assert site.running.pop("server").wait(60) == 0, (site.folder / "server.log").read_text()[-3000:]
+    found = load_file(site.folder / "run" / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors")
+    expected = in_this_process(site)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    rows = site.rounds()
+    assert [row["federated/devices"] for row in rows] == [3] * STEPS
+    assert rows[-1]["federated/bytes_received"] > 0
+    left = {row["device"] for row in read_rows(site.folder / "run" / "left_out.jsonl")}
+    assert "bob" in left
+    print("seconds of rounds:", [round(row["federated/round_seconds"], 1) for row in rows])

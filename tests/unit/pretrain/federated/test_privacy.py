@@ -1,0 +1,112 @@
+"""Differential privacy: clipping, noise, samples, and the ledger against an independent accountant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.core.schema import ConfigError
+from pretrain.checkpointing.checkpoint import read_state
+from pretrain.config import FederatedConfig
+from pretrain.federated.privacy import Privacy, ledger
+from pretrain.interfaces.frames import StepContext
+from tests.support.federation import InProcessDevices, run, server, settings
+
+pytest.importorskip("opacus")
+PRIVATE = {"noise": 1.0, "devices": 367, "per_round": 16, "delta": 2.7e-4, "epsilon": 8.0, "clip": 0.5}
+
+
+def privacy(**values: Any) -> Privacy:
+    return Privacy(FederatedConfig(**{**PRIVATE, **values}), "secret")
+
+
+DP_ACCOUNTING = {(1.0, 16, 367, 100, 2.7e-4): 2.6948, (0.6, 8, 1000, 50, 1e-5): 3.9531}
+"""ε of the Rényi accountant of dp-accounting 0.6: noise, per round, devices, rounds, δ."""
+
+
+@pytest.mark.parametrize("case", DP_ACCOUNTING)
+def test_the_ledger_is_that_of_dp_accounting(case: tuple[float, int, int, int, float]) -> None:
+    noise, per_round, devices, rounds, delta = case
+    made = privacy(noise=noise, per_round=per_round, devices=devices, delta=delta)
+    spent = made.with_rounds(made.with_rounds((), rounds // 2), rounds - rounds // 2)
+    assert spent == ((noise, per_round / devices, rounds),)
+    assert made.epsilon(spent) == pytest.approx(DP_ACCOUNTING[case], rel=0.01)
+
+
+def test_clipping_noise_and_sampling_have_their_sizes() -> None:
+    made = privacy()
+    update = {"a": torch.full((3,), 2.0), "b": torch.full((2, 2), -1.0)}
+    clipped = made.clipped(update, 1.0)
+    assert sum(float(t.square().sum()) for t in clipped.values()) == pytest.approx(0.5**2)
+    assert torch.equal(made.clipped({"a": torch.full((4,), 0.1)}, 1.0)["a"], torch.full((4,), 0.1))
+    noise = made.noise("a", torch.Size([100_000]), 0)
+    assert float(noise.std()) == pytest.approx(0.5, rel=0.02)
+    assert float(noise.mean()) == pytest.approx(0.0, abs=0.01)
+    assert not torch.equal(noise, made.noise("a", torch.Size([100_000]), 1))
+    assert not torch.equal(noise, Privacy(made.settings, "another").noise("a", torch.Size([100_000]), 0))
+    names = [f"d{number}" for number in range(367)]
+    sizes = [len(made.sample(names, step, 0)) for step in range(200)]
+    assert np.mean(sizes) == pytest.approx(16, abs=1.0)
+    assert np.std(sizes) == pytest.approx(np.sqrt(16 * (1 - 16 / 367)), rel=0.2)
+
+
+def test_one_device_moves_the_sum_by_at_most_the_clip_norm() -> None:
+    rounds = {
+        "noise": 1e-3,
+        "clip": 0.01,
+        "devices": 4,
+        "per_round": 4,
+        "delta": 0.1,
+        "epsilon": 1e9,
+        "min_devices": 1,
+    }
+    config = settings(rounds, optimizer={"lr": 1e-3})
+    gradients = []
+    for count in (3, 4):
+        devices = InProcessDevices(config, 4)
+        devices.names = devices.names[:count]
+        engine = server(config, devices)
+        ctx = StepContext(config.seed, 0)
+        engine._accumulate([], [], torch.zeros(1), ctx)
+        gradients.append({name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None})
+    moved = sum(float((gradients[1][name] - gradients[0][name]).square().sum()) for name in gradients[0]) ** 0.5
+    assert moved == pytest.approx(0.01 / 4, rel=0.01)
+
+
+def test_the_ledger_is_in_the_checkpoint_and_a_run_ends_before_the_budget_is_spent(tmp_path: Path) -> None:
+    rounds = {"noise": 1.0, "devices": 100, "per_round": 4, "delta": 1e-3, "epsilon": 1.5, "attempts": 100}
+    tiny = {"steps": 4, "checkpoint_every": 2, "media_every": 0}
+    config = settings(rounds, train=tiny, health={"on_collapse": "warn"})
+    engine = run(tmp_path / "run", config, InProcessDevices(config, 40))
+    state = read_state(tmp_path / "run" / "checkpoints" / "step_00000004")
+    assert state["engine"] == {"privacy": [[1.0, 0.04, 4]]} == engine.memory()
+    longer = settings(rounds, train=tiny | {"steps": 2000}, health={"on_collapse": "warn"})
+    with pytest.raises(
+        ConfigError, match=r"epsilon=1\.5: 1996 further rounds.*of which 0\.\d+ are spent; set train\."
+    ) as e:
+        run(tmp_path / "run", longer, InProcessDevices(longer, 40))
+    allowed = int(str(e.value).partition("train.steps=")[2].partition(",")[0])
+    made = Privacy(longer.engine.federated, "")
+    assert made.epsilon(((1.0, 0.04, allowed),)) <= 1.5 < made.epsilon(((1.0, 0.04, allowed + 1),))
+
+
+@pytest.mark.parametrize("values", [{"a": 1}, [[1.0, 0.1]], [[1.0, "x", 3]], [[1.0, 0.1, -3]], [3]])
+def test_a_ledger_of_another_form_is_refused(values: Any) -> None:
+    with pytest.raises(ValueError, match="ledger"):
+        ledger(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"devices": 3}, r"(?s)devices.*at least per_round=16"),
+        ({"delta": 0.01}, r"(?s)delta.*below 1 / devices = 0\.0027"),
+    ],
+)
+def test_budgets_that_do_not_fit_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, ValueError), match=message):
+        privacy(**values)
