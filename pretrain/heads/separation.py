@@ -45,6 +45,9 @@ class Config(HeadConfig):
     waveform_from: Annotated[
         int, about("update from which the loss is the negative SNR of the waveforms; -1: never", ge=-1)
     ] = -1
+    unmixed: Annotated[bool, about("whether segments that are not mixed count, with silence as their other parts")] = (
+        True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +126,8 @@ def _at(x_BFD: Tensor, places_BK: Tensor) -> Tensor:
 class Separation(Head):
     """Estimates the clean parts of a mixture; a part that is not there should be silent. Targets are parts.
 
-    A row with no part does not count: it was to be mixed, and its micro-batch had no partner for it.
+    A row with no part does not count: it was to be mixed, and its micro-batch had no partner for it. A row that was not
+    mixed has one part and counts with `unmixed`.
     """
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
@@ -146,7 +150,8 @@ class Separation(Head):
         rows_B = model.frontend.frame_lengths(batch.lengths_B) > 0
         if batch.sources_BST is None:
             return HeadPlan(torch.zeros((), dtype=torch.float64), torch.zeros_like(rows_B))
-        rows_B = rows_B & batch.sources_BST.flatten(1).any(1).cpu()
+        parts_B = batch.sources_BST.any(2).sum(1).cpu()
+        rows_B = rows_B & (parts_B >= (1 if self.config.unmixed else 2))
         return HeadPlan(rows_B.sum().double() * self.config.sources, rows_B)
 
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
@@ -180,8 +185,10 @@ class Separation(Head):
         if not self.training:
             self.keep_media(lambda: first_mixture(batch, targets_BST, arranged_BST, rows_B))
         improvement = self._improvement(arranged_BST, targets_BST, batch, rows_B)
-        mixed = torch.full_like(rows_B, batch.sources_BST is not None).sum()
-        return LossOutput(total, count, {"si_snr_improvement": improvement, INFEASIBLE: (mixed - rows_B.sum(), mixed)})
+        read_B = torch.full_like(rows_B, batch.sources_BST is not None)
+        alone_B = read_B & ~targets_BST.flatten(1).any(1)
+        metrics = {"si_snr_improvement": improvement, INFEASIBLE: (alone_B.sum(), read_B.sum())}
+        return LossOutput(total, count, metrics)
 
     def separate(self, encoded: EncoderOutput, wave_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Returns estimates of the parts of mixtures, (B, S, T), in no particular order.
@@ -265,7 +272,9 @@ def magnitude_costs(masks_BSKC: Tensor, mixture_BKC: Tensor, sources_BSKC: Tenso
     """Returns the costs of each estimate for each source, (B, S, S), by phase-sensitive magnitudes.
 
     The target is the part of a source's spectrum in phase with the mixture, at least 0 and at most the mixture's
-    magnitude; the cost is the sum of absolute errors relative to the sum of the mixture's magnitudes.
+    magnitude; the cost is the sum of squared errors relative to the mixture's power (Kolbæk et al. 2017).
+    Absolute errors have their minimum at the median: masks that know no speaker then become 1 and 0 everywhere, where
+    sigmoids have no gradient.
     """
     magnitude_BKC = mixture_BKC.abs()
     products_BSKC = sources_BSKC.real * mixture_BKC.real[:, None] + sources_BSKC.imag * mixture_BKC.imag[:, None]
@@ -273,8 +282,8 @@ def magnitude_costs(masks_BSKC: Tensor, mixture_BKC: Tensor, sources_BSKC: Tenso
     targets_BSKC = torch.minimum(in_phase_BSKC.clamp(min=0), magnitude_BKC[:, None])
     estimates_BSKC = masks_BSKC * magnitude_BKC[:, None]
     # pair by pair: all of them at once would be S² spectrograms in memory
-    pairs = [(estimates_BSKC - targets_BSKC[:, s, None]).abs().sum((2, 3)) for s in range(targets_BSKC.shape[1])]
-    return torch.stack(pairs, dim=2) / (magnitude_BKC.sum((1, 2)) + EPS)[:, None, None]
+    pairs = [(estimates_BSKC - targets_BSKC[:, s, None]).square().sum((2, 3)) for s in range(targets_BSKC.shape[1])]
+    return torch.stack(pairs, dim=2) / (magnitude_BKC.square().sum((1, 2)) + EPS)[:, None, None]
 
 
 def magnitude_clustering(embedding_BKE: Tensor, mixture_BKC: Tensor, sources_BSKC: Tensor) -> Tensor:

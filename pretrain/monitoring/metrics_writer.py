@@ -43,6 +43,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "share of each task in the gradient": ["Multiline", ["balance/share/.*"]],
         "factor of each loss": ["Multiline", ["balance/factor/.*"]],
         "accuracy of heads": ["Multiline", ["metric/.+/accuracy"]],
+        "improvement by separation, dB": ["Multiline", [".*metric/.+/si_snr_improvement"]],
         "segments with a usable label": ["Multiline", ["data/usable_segments/.*"]],
         "share of labels that cannot be used": [
             "Multiline",

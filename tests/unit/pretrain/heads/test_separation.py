@@ -17,7 +17,7 @@ from data_pipeline.loader.held_out import HeldOut
 from launch.workers.build import require_fitting_labels
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
-from pretrain.heads.separation import Bands, Separation
+from pretrain.heads.separation import Bands, Separation, magnitude_costs
 from pretrain.interfaces.frames import StepContext
 from pretrain.monitoring.batch_dump import load_batches, save_batches
 from pretrain.train_module import TrainModule
@@ -59,6 +59,32 @@ def test_a_silent_part_is_a_target_and_its_improvement_is_not_counted() -> None:
         assert found["loss/apart"][1] == 4
         assert found["metric/apart/si_snr_improvement"][1] == 2
         assert all(total == total for total, _ in found.values())
+
+
+def test_rows_that_are_not_mixed_can_be_left_out() -> None:
+    data = labelled(batch())
+    assert data.sources_BST is not None
+    alone = dataclasses.replace(data, sources_BST=data.sources_BST.clone())
+    alone.sources_BST[1, 0], alone.sources_BST[1, 1] = data.wave_BT[1], 0
+    module = module_of(unmixed=False)
+    found = measured(module, alone)
+    assert found["loss/apart"][1] == 2
+    assert found["metric/apart/infeasible"] == (0, 2)
+    assert found["loss/apart"] == measured(module, labelled(batch(), ("go on", "")))["loss/apart"]
+
+
+def test_masks_that_know_no_speaker_cost_least_at_the_mean_share() -> None:
+    """Absolute errors would cost least at the median: one mask of 1 and one of 0."""
+    mixture_BKC = torch.ones(1, 10, 1, dtype=torch.complex64)
+    first_K = (torch.arange(10) < 6).to(torch.complex64)
+    sources_BSKC = torch.stack([first_K, 1 - first_K])[None, :, :, None]
+
+    def cost(first: float) -> float:
+        masks_BSKC = torch.tensor([first, 1 - first])[None, :, None, None].expand(1, 2, 10, 1)
+        return float(magnitude_costs(masks_BSKC, mixture_BKC, sources_BSKC)[0].trace())
+
+    assert cost(0.6) == pytest.approx(2 * 0.24)
+    assert cost(1.0) == pytest.approx(2 * 0.4)
 
 
 def test_the_loss_changes_to_waveforms_at_its_update() -> None:
