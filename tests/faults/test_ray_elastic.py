@@ -24,7 +24,7 @@ from tests.support.paths import ROOT
 from tests.support.sounds import many, write_corpus
 from tests.support.tiny_shards import sounds, write_shards
 
-STEPS = 60
+STEPS = 30
 TINY = (
     *("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "engine.name=torch"),
     *("objective.n_codes=64", "encoder.dim=64", "encoder.layers=2", "encoder.ffn_dim=128", "encoder.heads=2"),

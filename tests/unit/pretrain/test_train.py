@@ -144,7 +144,12 @@ STATEFUL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+QUICK = ("best_rq", "dinosr")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STATEFUL]
+)
 def test_held_out_audio_changes_no_bit_of_training(tmp_path: Path, name: str) -> None:
     """Whatever an objective fits, follows or draws; the loss is reported every n steps and at the end."""
     length = {"steps": 5, "checkpoint_every": 5, "valid_every": 2}
