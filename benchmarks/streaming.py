@@ -1,9 +1,10 @@
-"""Streams on one core: beside transformers' streaming encoder, many streams at once, and an hour through one stream.
+"""Streams on one core: beside other libraries, many streams at once, and an hour through one stream.
 
-    OMP_NUM_THREADS=1 python benchmarks/streaming.py [--json benchmarks/results/streaming_cpu.json]
+    OMP_NUM_THREADS=1 python benchmarks/streaming.py [--json benchmarks/results/streaming_cpu.json] [--parts push,hour]
 
 Encoders of 6 layers and 256 channels with random weights, pushes of 320 ms. Ours compute features from samples; the
-time of transformers' encoder is without its features.
+time of transformers' encoder is without its features. `runtimes` compares one recogniser in PyTorch, in the exported
+graph's program, and in sherpa-onnx's runtime where that is installed (pip install sherpa-onnx).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.sherpa_stream import RATE, SherpaStream, write_graph
 from data_pipeline.core.schema import load
+from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.config import Config
+from pretrain.heads import ctc
 from pretrain.inference.streaming_encoder import StreamedModel
 from pretrain.inference.streaming_state import join, split
+from pretrain.interop import stream_program
+from pretrain.interop.stream_export import export_stream
+from pretrain.recognition.recogniser import Recogniser
+from pretrain.recognition.streaming_recogniser import StreamingRecogniser
 from pretrain.train_module import build_speech_model
 
 PUSH = 5_120
@@ -34,16 +44,20 @@ CONFORMER = {"name": "conformer", "causal": True, "kernel": 9}
 TRANSFORMER = {"name": "transformer", "positions": "rope", "norm": "pre"}
 
 
-def streamed(encoder: dict[str, Any], subsampling: int) -> StreamedModel:
-    """Returns a model with chunks of 320 ms and 5.8 s of left context."""
-    chunk = 32 // subsampling
+def config(encoder: dict[str, Any], subsampling: int, chunk: int) -> Config:
+    """Returns the config of a model with 18 chunks of left context."""
     values = {
         "data": {"shards": "none"},
         "frontend": {"name": "log_mel", "normalize": "fixed", "subsampling": subsampling},
         "encoder": SIZES | encoder | {"chunk_frames": [chunk], "left_chunks": [18]},
         "objective": {"name": "best_rq"},
     }
-    return StreamedModel(build_speech_model(load(Config, values)))
+    return load(Config, values)
+
+
+def streamed(encoder: dict[str, Any], subsampling: int) -> StreamedModel:
+    """Returns a model with chunks of 320 ms and 5.8 s of left context."""
+    return StreamedModel(build_speech_model(config(encoder, subsampling, 32 // subsampling)))
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
@@ -111,6 +125,53 @@ def side_by_side(rounds: int) -> dict[str, Any]:
     return rows
 
 
+def runtimes(encoder: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Returns the time of pushes of 300 ms of one recogniser at 50 Hz, greedy decoding included, in turn in one run."""
+    settings = config(encoder, subsampling=2, chunk=15)
+    model = build_speech_model(settings)
+    head = ctc.build(load(ctc.Config, {"name": "ctc"}), model.shape).eval()
+    recogniser = StreamingRecogniser(Recogniser(model, head, "random"))
+    state = recogniser.start()
+
+    def ours(wave_T: np.ndarray) -> None:
+        nonlocal state
+        state, _ = recogniser.push(state, [torch.from_numpy(wave_T)])
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        export_stream(settings, model, folder / "graph", head=head)
+        stream, text = stream_program.Stream(folder / "graph"), stream_program.Text(list(head.symbols))
+
+        def program(wave_T: np.ndarray) -> None:
+            for found in stream.push(wave_T):
+                text.add(found["log_probs"])
+
+        who: dict[str, tuple[int, Callable[[np.ndarray], None]]] = {
+            "auricle, PyTorch": (SAMPLE_RATE, ours),
+            "auricle's onnx_stream, its run.py": (SAMPLE_RATE, program),
+        }
+        try:
+            write_graph(recogniser.model, head, folder)
+            who["the same model in sherpa-onnx"] = RATE, SherpaStream(folder).push
+        except ImportError:
+            print("sherpa-onnx is not installed: left out")
+        times: dict[str, list[float]] = {name: [] for name in who}
+        rng = np.random.default_rng(0)
+        for turn in range(rounds + 25):
+            for name, (rate, push) in who.items():
+                wave_T = (0.1 * rng.standard_normal(rate * 3 // 10)).astype(np.float32)
+                began = time.perf_counter()
+                push(wave_T)
+                if turn >= 25:
+                    times[name].append(time.perf_counter() - began)
+    ours_p50 = float(np.median(times["auricle, PyTorch"]))
+    return {
+        name: {"rtf": float(np.median(found)) / 0.3, "over_pytorch": float(np.median(found)) / ours_p50}
+        | quantiles(found)
+        for name, found in times.items()
+    }
+
+
 def at_once(model: StreamedModel, n_streams: int, ticks: int) -> dict[str, float]:
     """Pushes 320 ms of each stream every tick; the latency of a push is that of the batch that it is part of."""
     states, seconds = [model.start() for _ in range(n_streams)], []
@@ -144,31 +205,49 @@ def an_hour(model: StreamedModel, minutes: int) -> dict[str, float]:
     } | quantiles(seconds)
 
 
+PARTS = ("push", "runtimes", "at_once", "hour")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="results; parts that are not measured stay as they are in the file")
     parser.add_argument("--minutes", type=int, default=60, help="of audio through one stream")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"parts to measure (default: {','.join(PARTS)})")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found: dict[str, Any] = {"push": side_by_side(150)}
-    for name, row in found["push"].items():
+    parts = given.parts.split(",")
+    found: dict[str, Any] = json.loads(given.json.read_bytes()) if given.json and given.json.is_file() else {}
+    if "push" in parts:
+        found["push"] = side_by_side(150)
+        for name, row in found["push"].items():
+            print(
+                f"{name:52} {row['p50_ms']:6.1f} ms a push, p95 {row['p95_ms']:6.1f}, real-time factor "
+                f"{row['rtf']:.3f}, transformers / this {row['transformers_over_this']:.2f}, "
+                f"{row['parameters'] / 1e6:.1f} M weights"
+            )
+    if "runtimes" in parts:
+        found["runtimes"] = {"conformer": runtimes(CONFORMER, 100), "transformer": runtimes(TRANSFORMER, 100)}
+        for encoder, rows in found["runtimes"].items():
+            for name, row in rows.items():
+                print(
+                    f"{encoder:12} {name:36} {row['p50_ms']:6.1f} ms a push of 300 ms, p95 {row['p95_ms']:6.1f}, "
+                    f"real-time factor {row['rtf']:.3f}, {row['over_pytorch']:.2f} of PyTorch's time"
+                )
+    if "at_once" in parts:
+        found["at_once"] = [at_once(streamed(CONFORMER, 4), n, 40) for n in (1, 10, 20, 40)]
+        for row in found["at_once"]:
+            print(
+                f"{row['streams']:3} streams, conformer 25 Hz: {row['share_of_real_time']:.2f} of real time, "
+                f"push p50 {row['p50_ms']:.0f} ms, p95 {row['p95_ms']:.0f} ms, max {row['max_ms']:.0f} ms"
+            )
+    if "hour" in parts:
+        found["hour"] = an_hour(streamed(CONFORMER, 4), given.minutes)
         print(
-            f"{name:52} {row['p50_ms']:6.1f} ms a push, p95 {row['p95_ms']:6.1f}, real-time factor {row['rtf']:.3f}, "
-            f"transformers / this {row['transformers_over_this']:.2f}, {row['parameters'] / 1e6:.1f} M weights"
+            f"{given.minutes} minutes through one stream: memory grew by {found['hour']['rss_growth_mb']:.1f} MB after "
+            f"the fifth minute, the state has {found['hour']['state_bytes_at_the_end']:,} bytes, real-time factor "
+            f"{found['hour']['rtf']:.3f}"
         )
-    found["at_once"] = [at_once(streamed(CONFORMER, 4), n, 40) for n in (1, 10, 20, 40)]
-    for row in found["at_once"]:
-        print(
-            f"{row['streams']:3} streams, conformer 25 Hz: {row['share_of_real_time']:.2f} of real time, "
-            f"push p50 {row['p50_ms']:.0f} ms, p95 {row['p95_ms']:.0f} ms, max {row['max_ms']:.0f} ms"
-        )
-    found["hour"] = an_hour(streamed(CONFORMER, 4), given.minutes)
-    print(
-        f"{given.minutes} minutes through one stream: memory grew by {found['hour']['rss_growth_mb']:.1f} MB after the "
-        f"fifth minute, the state has {found['hour']['state_bytes_at_the_end']:,} bytes, real-time factor "
-        f"{found['hour']['rtf']:.3f}"
-    )
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -162,11 +162,14 @@ class Recogniser:
         """Returns a decoder of the head's frames, segment by segment.
 
         Raises:
-            ConfigError: the run has no head for it.
+            ConfigError: the run has no head for it, or it decodes neither streams nor transducers.
         """
-        if self.is_transducer and (decoding.lm or decoding.decoder == "joint"):
+        if decoding.lm or decoding.decoder == "joint":
             field = f"lm={decoding.lm}" if decoding.lm else "decoder=joint"
-            raise ConfigError(f"{field}: needs a CTC head, and the head that writes is a transducer; leave it out")
+            raise ConfigError(
+                f"{field}: decodes whole recordings by a CTC head alone; for streams and transducers take greedy, beam "
+                "or rescoring, without lm"
+            )
         return TextDecoder(self.head, self.attention, self.model.shape.rate_hz, decoding, end_points)
 
     def _by_segments(self, name: str, blocks: Iterable[np.ndarray], decoding: DecodingConfig) -> Transcript:

@@ -149,9 +149,12 @@ def test_a_run_opens_its_ctc_head_unless_the_transducer_is_named(run: Path, tmp_
 def test_decoders_that_a_run_lacks_are_refused(recognisers: dict[str, Recogniser]) -> None:
     alone = replace(recognisers["rnnt"], attention=None)
     wave = np.zeros(16_000, np.float32)
-    for decoder, said in (("rescoring", "no head `sequence`"), ("joint", "decoder=joint: needs a CTC head")):
+    for decoder, said in (("rescoring", "no head `sequence`"), ("joint", "decoder=joint: decodes whole recordings")):
         decoding: Any = DecodingConfig(decoder=decoder)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=said):
             alone.transcribe("a", [wave], decoding)
     with pytest.raises(ConfigError, match="no head `sequence`"):
         StreamingRecogniser(alone, DecodingConfig(decoder="rescoring"), 4, 2)
+    for decoding in (DecodingConfig(decoder="joint"), DecodingConfig(decoder="beam", lm="words.arpa")):
+        with pytest.raises(ConfigError, match="take greedy, beam or rescoring"):
+            StreamingRecogniser(recognisers["ctc"], decoding, 4, 2)
