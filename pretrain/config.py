@@ -10,7 +10,14 @@ from pydantic import BeforeValidator
 from data_pipeline.core.schema import about, config, refuse
 from data_pipeline.sampling.config import DataConfig
 from pretrain import registry
-from pretrain.interfaces.configs import BalanceConfig, EncoderConfig, FrontendConfig, HeadConfig, ObjectiveConfig
+from pretrain.interfaces.configs import (
+    BalanceConfig,
+    EncoderConfig,
+    FrontendConfig,
+    HeadConfig,
+    ObjectiveConfig,
+    TuneConfig,
+)
 
 
 @config
@@ -291,6 +298,9 @@ class Config:
     ] = dataclasses.field(default_factory=dict)
     balance: Annotated[BalanceConfig, about("factors of the objective's and the heads' losses")] = dataclasses.field(
         default_factory=BalanceConfig
+    )
+    tune: Annotated[TuneConfig, about("the weights of front end and encoder that learn")] = dataclasses.field(
+        default_factory=TuneConfig
     )
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)

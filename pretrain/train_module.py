@@ -26,6 +26,7 @@ from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput, MicroBatc
 from pretrain.nn.balance import FACTOR, GRADIENT, Balance
 from pretrain.nn.gradient_taps import GradientTaps, NoTaps
 from pretrain.nn.numerics import masked_deviation
+from pretrain.nn.tuning import apply_tuning
 
 if TYPE_CHECKING:
     from data_pipeline.loader.held_out import HeldOut
@@ -246,13 +247,17 @@ def build_speech_model(config: Config) -> SpeechModel:
         (B, F, D) at `rate_hz`; in training mode, on torch's default device.
 
     Raises:
-        ValueError: fields of a plug-in's config contradict each other.
+        ValueError: fields of a plug-in's config contradict each other, or `tune` does not fit the encoder.
     """
     encoder = registry.build_encoder(config.encoder)
     encoder.activation_checkpointing = config.engine.activation_checkpointing
     frontend = registry.build_frontend(config.frontend, encoder.dim)
     encoder.packed = frontend.packed = config.engine.packed
-    return SpeechModel(frontend, encoder)
+    model = SpeechModel(frontend, encoder)
+    with torch.random.fork_rng(devices=[]):  # further weights move no draw of the others
+        torch.manual_seed(keyed_seed(config.seed, "tune"))
+        apply_tuning(model, config.tune)
+    return model
 
 
 def least_samples(config: Config) -> int:

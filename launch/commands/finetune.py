@@ -1,4 +1,4 @@
-"""auricle finetune: fine-tunes a checkpoint for speech recognition."""
+"""auricle finetune: fine-tunes a checkpoint for speech recognition or classes, whole or by a few weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.config import Config
 
 def run(arguments: list[str]) -> int:
     """Trains and evaluates; returns the exit code of the training run, 0 where it is done or queued."""
-    own, training = _split(arguments)
+    own, training = split(arguments)
     given = request.read("finetune", FinetuneJob, own, switches=SWITCHES)
     if given is None:
         return ExitCode.DONE
@@ -23,12 +23,13 @@ def run(arguments: list[str]) -> int:
     return finetuning.run(given.config, training, given.switches)
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns a command line's own arguments, and those that are fields of the training run."""
     own = {field.name for field in dataclasses.fields(FinetuneJob)}
-    training = {field.name for field in dataclasses.fields(Config)} - own
+    training = {field.name for field in dataclasses.fields(Config)}
 
     def is_training(argument: str) -> bool:
-        return argument.lstrip("+").partition("=")[0].partition(".")[0] in training
+        name, dot, _ = argument.lstrip("+").partition("=")[0].partition(".")
+        return name in training and (name not in own or (bool(dot) and name != "launcher"))
 
     return [a for a in arguments if not is_training(a)], [a for a in arguments if is_training(a)]

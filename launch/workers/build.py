@@ -27,6 +27,7 @@ from pretrain.federated.rounds import RoundReader
 from pretrain.federated.server import FederatedEngine
 from pretrain.interfaces.configs import FrameLabels, TextHeadConfig
 from pretrain.interop.init_weights import load_initial
+from pretrain.nn.tuning import learned_share
 from pretrain.profiling.operation_check import check_operations
 from pretrain.train_module import TrainModule, build_model, least_samples, open_run_reader, read_run_held_out
 
@@ -231,6 +232,16 @@ def _secret(folder: RunFolder) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def learned_weights(tune: str, module: TrainModule) -> str:
+    """Returns a line on the share of the weights that learn."""
+    learned, total = learned_share(module.model)
+    further = learned_share(module)[0] - learned
+    return (
+        f"tune={tune}: {learned:,} of {total:,} weights of front end and encoder learn ({learned / total:.2%}), and "
+        f"{further:,} of heads and objective"
+    )
+
+
 def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     """Builds engine and reader for one rank of the run in `folder`.
 
@@ -256,6 +267,8 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
         module = build_model(config)
     except ValueError as error:  # the model depends on the config alone
         raise ConfigError(str(error)) from error
+    if config.tune.name != "full":
+        say(learned_weights(config.tune.name, module))
     load_teacher(config, module.objective)
     check_operations(module, world.device, module.autocast, say)
     if config.init and latest_checkpoint(folder.checkpoints) is None:  # a resume loads its own weights

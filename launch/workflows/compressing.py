@@ -16,7 +16,7 @@ from launch.runs.summary import find_run
 from pretrain.checkpointing.initial import write_initial
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.token_sets import saved_tokens
-from pretrain.checkpointing.weights import MODEL, LoadedCheckpoint, load_checkpoint
+from pretrain.checkpointing.weights import MODEL, LoadedCheckpoint, load_checkpoint, merged
 from pretrain.compression import cut
 
 
@@ -52,7 +52,11 @@ def compress(run: str, out: Path, blocks: int | None = None, widths: Path | None
         checkpoint = find_checkpoint(str(path if path.exists() else find_run(run)))
         if not (checkpoint / "state.json").is_file():
             raise ConfigError(f"{checkpoint}: only runs of auricle can be cut; start one with init={checkpoint}")
-        found = load_checkpoint(checkpoint)
+        found = merged(load_checkpoint(checkpoint))
+        if found.config.tune.name in ("prompt", "adapter"):
+            raise ConfigError(
+                f"tune.name={found.config.tune.name}: such a run cannot be cut; cut its base, then tune it"
+            )
         made = _cut(found, blocks, widths)
         config = cut.renamed(made.config, out.name, str(out.parent))
         before, after = (sum(w.numel() for w in m.model.parameters()) for m in (found.module, made.module))

@@ -12,7 +12,7 @@ from launch.runs.summary import find_run
 from launch.workflows.edge_export import export_edge
 from launch.workflows.quantized_export import Int8Options, export_int8
 from pretrain.checkpointing.token_sets import require_same_tokens
-from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
+from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint, merged
 from pretrain.generation.voice import voice_of
 from pretrain.heads.ctc import CTC
 from pretrain.interop import gate, graph_export, hf_export, stream_export, synthesis_export
@@ -75,7 +75,7 @@ def export_run(run: str, out: Path, options: ExportOptions) -> str:
 def _export(run: str, out: Path, options: ExportOptions) -> str:
     path = Path(run).expanduser()
     checkpoint = hf_export.run_checkpoint(path if (path / "state.json").is_file() else find_run(run))
-    found = load_checkpoint(checkpoint)
+    found = merged(load_checkpoint(checkpoint))
     if options.to == "edge":
         head = _head(run, checkpoint, found, options)
         return export_edge(found, out, chunk=options.chunk, left=options.left, int8=options.int8, head=head)

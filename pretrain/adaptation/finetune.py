@@ -1,6 +1,6 @@
-"""Fine-tuning of a checkpoint to a speech recogniser: the config of its run, its data, and its error rates.
+"""Fine-tuning of a checkpoint to recognition or classes: the config of its run, its data, and what is measured.
 
-The run itself is one of `pretrain.train`: objective `none` and a CTC head, from the weights of the checkpoint.
+The run itself is one of `pretrain.train`: objective `none` and heads, from the weights of the checkpoint.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from data_pipeline.preprocess.unit_worker import process_unit
 from data_pipeline.preprocess.work_plan import freeze_plan
 from data_pipeline.shards.records import done_records, read_index
 from pretrain.adaptation.config import FinetuneConfig
+from pretrain.adaptation.tasks import open_tasks
 from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.evaluate.manifest import (
@@ -45,6 +47,10 @@ from pretrain.recognition.recogniser import RESULTS, open_recogniser
 
 LONGEST_SECONDS = 600.0
 """Recordings are not cut: the text of a part is not known."""
+CLASSES = "classes"
+"""Name of the head of task=classify."""
+CTC_WEIGHT = 0.3
+"""Of CTC beside an attention decoder, as in ESPnet's recipes."""
 
 
 @dataclass(frozen=True)
@@ -56,31 +62,51 @@ class Corpus:
 
 
 def find_corpus(settings: FinetuneConfig) -> Corpus:
-    """Returns the manifest's splits train and test, as far as they have text in the recogniser's symbols.
+    """Returns the manifest's splits train and test, as far as they have text in the recogniser's symbols, or a class.
 
     Raises:
-        ConfigError: there is no manifest, or a split has no text.
+        ConfigError: there is no manifest, or a split has no text or class.
         ValueError: a speaker is in both splits.
     """
-    corpora = [c.strip() for c in settings.corpora.split(",") if c.strip()]
     listed = read_manifest(find_manifest(settings.manifest))
-    train, test = labelled_parts(listed, corpora, "test", lambda u: bool(written(u.text, settings.symbols)))
+    train, test = labelled_parts(listed, settings.chosen_corpora, "test", lambda u: bool(_label(u, settings)))
     if not train or not test:
-        named = f"corpora={settings.corpora}" if corpora else "any corpus"
-        raise ConfigError(f"manifest={settings.manifest}: no text in the splits train and test of {named}")
+        named = f"corpora={','.join(settings.chosen_corpora)}" if settings.chosen_corpora else "any corpus"
+        what = f"value in the column {settings.label!r}" if settings.task == "classify" else "text"
+        raise ConfigError(f"manifest={settings.manifest}: no {what} in the splits train and test of {named}")
     return Corpus(thinned(train, settings.max_utterances), thinned(test, settings.max_utterances))
 
 
-def write_shards(utterances: Sequence[Utterance], symbols: str, folder: Path) -> tuple[Path, int]:
-    """Writes utterances with their texts to FOLDER/shards, one segment each; existing shards stay.
+def _label(utterance: Utterance, settings: FinetuneConfig) -> str:
+    if settings.task == "classify":
+        value = utterance.value(settings.label)
+        return value if not settings.classes or value in settings.classes else ""
+    return written(utterance.text, settings.symbols)
+
+
+def classes_of(settings: FinetuneConfig, train: Sequence[Utterance]) -> tuple[str, ...]:
+    """Returns the classes: those given, or the values in the training data.
+
+    Raises:
+        ConfigError: there are fewer than two.
+    """
+    found = settings.classes or tuple(sorted({_label(u, settings) for u in train}))
+    if len(found) < 2:
+        raise ConfigError(f"label={settings.label}: classes {list(found)} in the training data; two or more are needed")
+    return found
+
+
+def write_shards(utterances: Sequence[Utterance], settings: FinetuneConfig, folder: Path) -> tuple[Path, int]:
+    """Writes utterances with their texts or classes to FOLDER/shards, one segment each; existing shards stay.
 
     Returns:
         The folder of the shards, and the number of recordings that cannot be used; they are listed there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest, out = folder / "train.jsonl", folder / "shards"
+    column = settings.label if settings.task == "classify" else "text"
     rows = [
-        {"path": u.path, "speaker": u.speaker, "text": written(u.text, symbols), "corpus": u.corpus} | span_columns(u)
+        {"path": u.path, "speaker": u.speaker, "corpus": u.corpus} | {column: _label(u, settings)} | span_columns(u)
         for u in utterances
     ]
     write_atomically(manifest, "".join(json.dumps(row) + "\n" for row in rows))
@@ -132,6 +158,7 @@ def recipe(settings: FinetuneConfig, shards: str, longest: float, overrides: Seq
         overrides: the user's, which come last.
     """
     folder = settings.folder
+    frozen_steps = settings.frozen_steps if settings.tune == "full" and not settings.random_weights else 0
     return [
         "experiment=finetune_ctc",
         f"runs={folder.parent}",
@@ -142,13 +169,57 @@ def recipe(settings: FinetuneConfig, shards: str, longest: float, overrides: Seq
         f"data.shards={shards}",
         f"data.batch_seconds={settings.batch_seconds}",
         f"data.max_seconds={longest}",
-        f"objective.frozen_steps={0 if settings.random_weights else settings.frozen_steps}",
+        f"objective.frozen_steps={frozen_steps}",
         f"objective.mask_time={settings.mask_time}",
-        f"optimizer.lr={settings.lr}",
+        f"optimizer.lr={settings.peak_lr}",
+        f"tune.name={settings.tune}",
+        f"data.labels=[{','.join(map(json.dumps, settings.labels))}]",
         f"schedule.warmup_steps={settings.steps // 10}",
         f"train.steps={settings.steps}",
         *overrides,
     ]
+
+
+def heads(settings: FinetuneConfig, classes: Sequence[str], tokens: int) -> dict[str, dict[str, Any]]:
+    """Returns the configs of the new heads, as plain values.
+
+    Args:
+        settings: of the fine-tuning.
+        classes: of task=classify.
+        tokens: number of tokens of the text, of task=sequence.
+    """
+    if settings.task == "ctc":
+        return {"text": {"name": "ctc", "symbols": settings.symbols}}
+    if settings.task == "classify":
+        return {CLASSES: {"name": "classifier", "label": settings.label, "classes": list(classes), "loss": "softmax"}}
+    decoder = {"layers": 2, "heads": 4, "ffn_dim": 1024}
+    return {
+        "ctc": {"name": "ctc", "tokens": "text", "vocabulary": tokens, "weight": CTC_WEIGHT},
+        "text": {
+            "name": "sequence", "tokens": "text", "vocabulary": tokens, "weight": 1 - CTC_WEIGHT, "decoder": decoder,
+        },
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of the test utterances whose class is found, and that of the most frequent class."""
+
+    accuracy: float
+    chance: float
+    utterances: int
+
+
+def measure_classes(settings: FinetuneConfig, corpus: Corpus) -> Accuracy:
+    """Finds the classes of the test utterances with the finished run, and writes results.json into its folder."""
+    model = open_tasks({settings.label: str(settings.folder)}, settings.device)
+    truth = [_label(u, settings) for u in corpus.test]
+    found = [model.classify([read_audio(u)], [settings.label])[0] for u in track(corpus.test, "test", transient=True)]
+    hits = sum(one == other.label for one, other in zip(truth, found, strict=True))
+    most = Counter(truth).most_common(1)[0][1]
+    result = Accuracy(hits / len(truth), most / len(truth), len(truth))
+    write_json(settings.folder / RESULTS, {"classes": dataclasses.asdict(result), "finetune": dump(settings)})
+    return result
 
 
 def measure(settings: FinetuneConfig, corpus: Corpus) -> list[Errors]:

@@ -326,7 +326,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
     Returns:
         Its fields, each of the right form: format, step (updates), cursor, health, loss_scale, prolonged, config
-        (nested plain values) and sha256 (by file name).
+        (nested plain values) and sha256 (by file name); base (of tuned weights) may be missing.
 
     Raises:
         ValueError: the file is missing, has another format version, or a value in it has the wrong form; the message
@@ -350,6 +350,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
     for name, wanted, is_right in _STATE:
         if not is_right(values.get(name)):
             raise ValueError(f"{file}: {name} must be {wanted}, and is {json.dumps(values.get(name))[:40]}")
+    if values.get("base") is None and any(name not in values["sha256"] for name in FILES):
+        raise ValueError(f"{file}: sha256 must have the checksums of {' and '.join(FILES)}")
     return values
 
 
@@ -370,7 +372,15 @@ def _is_cursor(value: Any) -> bool:
 
 
 def _is_digests(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in FILES)
+    return isinstance(value, dict) and FILES[0] in value and all(isinstance(digest, str) for digest in value.values())
+
+
+def _is_base(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() == {"checkpoint", "sha256"}
+        and all(isinstance(part, str) for part in value.values())
+    )
 
 
 def _is_optional_object(value: Any) -> bool:
@@ -386,6 +396,7 @@ _STATE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("loss_scale", "an object", _is_optional_object),
     ("tokens", "an object", _is_optional_object),
     ("engine", "an object", _is_optional_object),
+    ("base", "null, or an object with checkpoint and sha256", _is_base),
     ("prolonged", "null, or an object with step and rate", is_prolongation),
 )
 """Fields of state.json: name, description of the valid form, check."""

@@ -6,6 +6,7 @@ Checksums are compared before a tensor is used, and names and shapes must match 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from data_pipeline.core.schema import load as load_config
 from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.locate import remedy
 from pretrain.config import Config
+from pretrain.interfaces.configs import TuneConfig
+from pretrain.nn.tuning import merge
 from pretrain.train_module import TrainModule, build_model
 
 MODEL = "model.safetensors"
@@ -55,12 +58,50 @@ def load_checkpoint(folder: Path) -> LoadedCheckpoint:
     return LoadedCheckpoint(module, config, state["step"])
 
 
+def merged(found: LoadedCheckpoint) -> LoadedCheckpoint:
+    """Returns a loaded run whose LoRA is part of its matrices, with the same outputs; other runs as they are.
+
+    The module of `found` is changed.
+    """
+    if found.config.tune.name != "lora":
+        return found
+    merge(found.module.model)
+    return found._replace(config=dataclasses.replace(found.config, tune=TuneConfig()))
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads model.safetensors of a checkpoint: name in the TrainModule -> fp32 tensor.
+    """Reads the weights of a checkpoint: name in the TrainModule -> fp32 tensor.
+
+    Those that a folder of tuned weights does not hold (pretrain.checkpointing.tuned) are its base's.
 
     Raises:
-        ValueError: the file is missing or cannot be read, or its checksum differs from that in state.json.
+        ValueError: the file is missing or cannot be read, its checksum differs from that in state.json, or the base is
+            missing or another one.
     """
+    base = read_state(folder).get("base")
+    own = _read_file(folder)
+    if base is None:
+        return own
+    theirs = _read_base(folder, base)
+    return {name: tensor for name, tensor in theirs.items() if name.startswith("model.")} | own
+
+
+def _read_base(folder: Path, base: Mapping[str, str]) -> dict[str, Tensor]:
+    """Reads the weights of the base of tuned weights, after comparing checksums."""
+    place, remedy = Path(base["checkpoint"]), f"write the base's place into {folder / 'state.json'} (base.checkpoint)"
+    try:
+        state = read_state(place)
+    except ValueError as error:
+        raise ValueError(f"{folder}: its base cannot be read; {remedy}: {error}") from error
+    found = state["sha256"][MODEL]
+    if found != base["sha256"] or state.get("base"):
+        raise ValueError(
+            f"{folder}: was tuned on a base with sha256 {base['sha256'][:12]}…, and {place} has {found[:12]}…; {remedy}"
+        )
+    return _read_file(place)
+
+
+def _read_file(folder: Path) -> dict[str, Tensor]:
     file, expected = folder / MODEL, read_state(folder)["sha256"][MODEL]
     try:
         content = file.read_bytes()

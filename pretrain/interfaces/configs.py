@@ -196,6 +196,26 @@ class TextHeadConfig(HeadConfig):
 
 
 @config
+class TuneConfig:
+    """Which weights of front end and encoder learn; heads and the objective always do."""
+
+    name: Annotated[
+        Literal["full", "head", "bias", "prompt", "lora", "adapter"],
+        about(
+            "full: all; head: none; bias: the biases (BitFit); prompt: learned frames before each block; lora: "
+            "low-rank updates of matrices; adapter: a bottleneck after each feed-forward part"
+        ),
+    ] = "full"
+    prompts: Annotated[int, about("prompt: learned frames before each block", ge=1, le=1024)] = 8
+    rank: Annotated[int, about("lora: rank of each update; at most the smaller side of its matrix", ge=1)] = 4
+    alpha: Annotated[float, about("lora: an update counts alpha / rank times", gt=0)] = 8.0
+    modules: Annotated[
+        tuple[str, ...], about("lora: linear layers of a block that get an update, by their names or the ends of these")
+    ] = ("attention.qkv", "attention.out")
+    bottleneck: Annotated[int, about("adapter: inner channels", ge=1)] = 16
+
+
+@config
 class BalanceConfig:
     """Factors of the tasks' losses beside their weights."""
 

@@ -121,6 +121,18 @@ class Encoder(nn.Module, abc.ABC):
     stop_after: int | None = None
     """Number of blocks to run; the output then ends with that layer. None: all."""
 
+    def add_prompts(self, count: int) -> None:
+        """Gives each block `count` learned frames that its frames attend to.
+
+        Raises:
+            ValueError: the encoder has no place for them, the default.
+        """
+        raise ValueError(f"tune.name=prompt: {type(self).__name__} has no place for prompts; take lora, bias or head")
+
+    def feed_forward_outputs(self) -> list[str]:
+        """Returns the names of the linear layers that end the last feed-forward part of each block; default: none."""
+        return []
+
     @abc.abstractmethod
     def forward(
         self, frames: Frames, ctx: StepContext | None = None, gates: tuple[BlockGates, ...] = ()

@@ -153,7 +153,7 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
         ConfigError: some fields have values without a counterpart in transformers; the message names them.
     """
     frontend, encoder = config.frontend, config.encoder
-    obstacles = []
+    obstacles = [f"tune.name={config.tune.name}"] if config.tune.name in ("prompt", "adapter", "lora") else []
     if not isinstance(frontend, waveform_conv.Config):
         obstacles.append(f"frontend.name={frontend.name}")
     if not isinstance(encoder, transformer.Config):

@@ -16,10 +16,12 @@ from data_pipeline.text.tokenizer import load_tokenizer
 from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.token_sets import saved_tokens
+from pretrain.checkpointing.weights import LoadedCheckpoint, merged
 from pretrain.config import Config
 from pretrain.interop import hf_folder
 from pretrain.interop.hf_export import load_run, run_checkpoint
 from pretrain.interop.hf_names import from_hugging_face, objective_from_hugging_face
+from pretrain.nn.tuning import is_added
 from pretrain.train_module import TrainModule
 
 FREE = {
@@ -101,28 +103,38 @@ def _is_run(folder: Path) -> bool:
 
 
 def _from_run(config: Config, module: TrainModule, folder: Path) -> Taken:
-    source, their_config, _ = load_run(folder)
+    source, their_config, step = load_run(folder)
+    if dump(their_config.tune) != dump(config.tune):
+        source, their_config, _ = merged(LoadedCheckpoint(source, their_config, step))
     theirs, ours = source.model.state_dict(), module.model.state_dict()
     _refuse_differences(config, architecture(their_config))
-    wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
+    added = [name for name in ours if name not in theirs and is_added(name)]
+    wrong = [
+        name for name in ours if name not in added and (name not in theirs or theirs[name].shape != ours[name].shape)
+    ]
     if wrong:
         raise ConfigError(
             f"init={config.init}: {wrong[0]} and {len(wrong) - 1} more weights are missing or have another shape"
         )
     left = [name for name in theirs if name not in ours]
+    if any(map(is_added, left)):
+        raise ConfigError(
+            f"init={config.init}: has weights of tune.name={their_config.tune.name} ({left[0]}); take the run that it "
+            "was tuned from, or the same fields of tune"
+        )
     if left:
         raise ConfigError(
             f"init={config.init}: {left[0]} and {len(left) - 1} more of its weights are not in this model"
         )
-    module.model.load_state_dict(theirs)
+    module.model.load_state_dict(theirs, strict=False)  # but for `added`, names are equal
     objective, own = source.objective.state_dict(), list(module.objective.state_dict())
     heads = _load_heads(config, module, their_config, source, other_tokens(config, run_checkpoint(folder)))
     if dump(config.objective) == dump(their_config.objective):
         module.objective.load_state_dict(objective)
-        return Taken(list(ours), own, heads.left, heads.made, heads.taken)
+        return Taken(list(theirs), own, heads.left, [*added, *heads.made], heads.taken)
     module.objective.attach(module.model)
     left, made = [f"objective.{name}" for name in objective], _new(own, ())
-    return Taken(list(ours), [], [*left, *heads.left], [*made, *heads.made], heads.taken)
+    return Taken(list(theirs), [], [*left, *heads.left], [*added, *made, *heads.made], heads.taken)
 
 
 class _Heads(NamedTuple):
@@ -175,18 +187,19 @@ def _task(config: Config, name: str) -> dict[str, Any]:
 def _from_hugging_face(config: Config, module: TrainModule, folder: Path) -> Taken:
     theirs, state = hf_folder.read_config(folder), hf_folder.read_weights(folder)
     _refuse_differences(config, hugging_face_architecture(theirs, hf_folder.read_processor(folder), str(folder)))
-    ours = module.model.state_dict()
+    ours = {name: weight for name, weight in module.model.state_dict().items() if not is_added(name)}
     try:
         found = from_hugging_face(state, ours)
     except ValueError as error:
         raise ConfigError(f"init={folder}: {error}") from None
-    module.model.load_state_dict(found.weights)
+    module.model.load_state_dict(found.weights, strict=False)  # all but added ones, as `from_hugging_face` checks
     own = module.objective.state_dict()
     objective = objective_from_hugging_face(state, own)
     module.objective.load_state_dict(objective.weights, strict=False)
     module.objective.attach(module.model)
     used = found.sources | objective.sources
-    made = [*_new(own, objective.weights), *(f"heads.{name}" for name in module.heads.state_dict())]
+    made = [name for name in module.model.state_dict() if is_added(name)]
+    made += [*_new(own, objective.weights), *(f"heads.{name}" for name in module.heads.state_dict())]
     return Taken(list(ours), list(objective.weights), [name for name in state if name not in used], made)
 
 

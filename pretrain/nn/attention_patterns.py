@@ -125,7 +125,7 @@ def _utterances(
         return attend(q, k, v, bias.to(q.dtype), p)
     if pattern.reach is not None:
         return local_attention(q, k, v, context, p)
-    if 0 < pattern.chunk < n_frames:
+    if 0 < pattern.chunk < n_frames - context.n_registers:
         return chunked_attention(q, k, v, context, p)
     return attend(q, k, v, None if context.valid_BF is None else context.valid_BF[:, None, None], p)
 
@@ -166,17 +166,25 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, 
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, p: float = 0.0) -> Tensor:
-    """Returns attention of (B, H, F, C) to a frame's own chunk and those before it, computed chunk by chunk."""
-    _, chunk, left = context.pattern
+    """Returns attention of (B, H, R + F, C) to a frame's own chunk, those before it and R registers, chunk by chunk.
+
+    Registers attend to all frames.
+    """
+    (_, chunk, left), R, valid_BF = context.pattern, context.n_registers, context.valid_BF
     n_frames, parts = q.shape[2], []
-    for start in range(0, n_frames, chunk):
-        first, end = max(0, start - left * chunk) if left >= 0 else 0, min(start + chunk, n_frames)
+    if R:
+        parts.append(attend(q[:, :, :R], k, v, None if valid_BF is None else valid_BF[:, None, None], p))
+    for start in range(R, n_frames, chunk):
+        first, end = max(R, start - left * chunk) if left >= 0 else R, min(start + chunk, n_frames)
         mask = None
-        if context.valid_BF is not None:  # padding attends to itself, so that its softmax is finite
+        if valid_BF is not None:  # padding attends to itself, so that its softmax is finite
             own = torch.ones(end - start, end - first, dtype=torch.bool, device=q.device)
             own = own.triu(start - first).tril(start - first)
-            mask = context.valid_BF[:, None, None, first:end] | own
-        parts.append(attend(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask, p))
+            mask = F.pad(valid_BF[:, None, None, first:end] | own, (R, 0), value=True)
+        keys, values = (
+            torch.cat([x[:, :, :R], x[:, :, first:end]], dim=2) if R else x[:, :, first:end] for x in (k, v)
+        )
+        parts.append(attend(q[:, :, start:end], keys, values, mask, p))
     return torch.cat(parts, dim=2)
 
 

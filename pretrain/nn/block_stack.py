@@ -140,13 +140,17 @@ class StackConfig(EncoderConfig):
 
 
 class Level(NamedTuple):
-    """Frame lengths and attention contexts at one frame rate.  documents: frames of each packed utterance, or empty."""
+    """Frame lengths and attention contexts at one frame rate.  documents: frames of each packed utterance, or empty.
+
+    prompts_LUPD: learned frames of each block and utterance, if any.
+    """
 
     lengths_B: Tensor
     places_BF: Tensor | None
     documents: tuple[int, ...]
     full: AttentionContext = AttentionContext()
     local: AttentionContext = AttentionContext()
+    prompts_LUPD: Tensor | None = None
 
 
 class Draws(NamedTuple):
@@ -199,12 +203,24 @@ class BlockStack(Encoder):
         self.rotary = rotary
         self.n_registers = config.registers if config.attention == "local_global" else 0
         self.registers_RD = nn.Parameter(0.02 * torch.randn(self.n_registers, config.dim)) if self.n_registers else None
+        self.prompts_LPD: nn.Parameter | None = None
         self.half_rate = HalfRate(config.dim) if config.half_rate_blocks else None
         first = (config.layers - config.half_rate_blocks) // 2
         self.at_half_rate = range(first, first + config.half_rate_blocks)
 
+    def add_prompts(self, count: int) -> None:
+        """Gives each block `count` learned frames, which lead each row, after registers, and end with the block."""
+        self.prompts_LPD = nn.Parameter(0.02 * torch.randn(self.n_layers, count, self.dim))
+
+    def feed_forward_outputs(self) -> list[str]:
+        return [f"blocks.{number}.{self.feed_forwards[-1][1]}" for number in range(self.n_layers)]
+
     def forward(
-        self, frames: Frames, ctx: StepContext | None = None, gates: tuple[BlockGates, ...] = ()
+        self,
+        frames: Frames,
+        ctx: StepContext | None = None,
+        gates: tuple[BlockGates, ...] = (),
+        prompts_BLPD: Tensor | None = None,
     ) -> EncoderOutput:
         """Encodes frames, packed into one row if `packed` is set.
 
@@ -212,24 +228,33 @@ class BlockStack(Encoder):
             frames: (B, F, D) input frames, zero beyond each length.
             ctx: seed and step for the draws of a training step; None outside of training.
             gates: factors of heads and inner channels of each block; empty: all are 1.
+            prompts_BLPD: P frames for each row and block (Lester et al. 2021, in each block as Li and Liang 2021);
+                None: those of `add_prompts` in all rows.
 
         Returns:
             The input of the first block and the output of each block, (B, F, D), zero beyond each length if packed.
         """
+        if prompts_BLPD is None and self.prompts_LPD is not None:
+            prompts_BLPD = self.prompts_LPD.expand(frames.x_BFD.shape[0], -1, -1, -1)
         if not self.packed:
-            return self.encode(frames, ctx, None, gates)
+            return self.encode(frames, ctx, None, gates, prompts_BLPD)
         B, F, _ = frames.x_BFD.shape
         packing = Packing.of(frames.lengths_B, F, frames.x_BFD.device, frames.places_BF)
         places_BF = torch.arange(F, device=frames.x_BFD.device).expand(B, F)
         places_1N = packing.pack(places_BF if frames.places_BF is None else frames.places_BF)
         row = Frames(packing.pack(frames.x_BFD), packing.total_1, frames.rate_hz, places_BF=places_1N)
-        output = self.encode(row, ctx, packing, gates)
+        output = self.encode(row, ctx, packing, gates, prompts_BLPD)
         layers, ffn_layers = (tuple(map(packing.unpack, part)) for part in (output.layers, output.ffn_layers))
         return EncoderOutput(layers, frames.lengths_B, frames.rate_hz, ffn_layers)
 
     @abc.abstractmethod
     def encode(
-        self, frames: Frames, ctx: StepContext | None, packing: Packing | None, gates: tuple[BlockGates, ...]
+        self,
+        frames: Frames,
+        ctx: StepContext | None,
+        packing: Packing | None,
+        gates: tuple[BlockGates, ...],
+        prompts_BLPD: Tensor | None,
     ) -> EncoderOutput:
         """Returns all layers in the layout of `frames`: a row per utterance, or the single row of `packing`."""
 
@@ -241,6 +266,7 @@ class BlockStack(Encoder):
         packing: Packing | None = None,
         bias_HFF: Tensor | None = None,
         gates: tuple[BlockGates, ...] = (),
+        prompts_BLPD: Tensor | None = None,
     ) -> EncoderOutput:
         """Runs all blocks.
 
@@ -251,11 +277,13 @@ class BlockStack(Encoder):
             packing: the packing of a single row; None for padded rows.
             bias_HFF: relative position bias, if any.
             gates: factors of heads and inner channels of each block; empty: all are 1.
+            prompts_BLPD: learned frames of each utterance and block, if any.
 
         Returns:
             All layers; the last one is not normalised (see `norm_last`).
         """
-        level = Level(frames.lengths_B, frames.places_BF, packing.lengths if packing else ())
+        prompts_LUPD = None if prompts_BLPD is None else prompts_BLPD.transpose(0, 1).to(x_BFD.dtype)
+        level = Level(frames.lengths_B, frames.places_BF, packing.lengths if packing else (), prompts_LUPD=prompts_LUPD)
         level = self.with_contexts(level, x_BFD.shape[1], x_BFD.device, self.chunk_pattern(ctx), bias_HFF)
         branches_LKB = self.kept_branches(ctx, len(level.documents) or x_BFD.shape[0], x_BFD)
         draws = Draws(self.kept_blocks(ctx), branches_LKB, gates)
@@ -263,6 +291,8 @@ class BlockStack(Encoder):
         if self.registers_RD is not None:
             registers_RD = self.registers_RD.to(x_BFD.dtype).repeat(max(1, len(level.documents)), 1)
             x_BFD = torch.cat([registers_RD.expand(x_BFD.shape[0], -1, -1), x_BFD], dim=1)
+        if prompts_LUPD is not None:
+            x_BFD = self.with_prompts(x_BFD, prompts_LUPD[0], self.n_registers, level)
         run = self.run_u_shape if self.half_rate is not None else self.run_some
         ran = run(range(self.n_layers)[: self.stop_after], x_BFD, level, draws, ctx)
         return EncoderOutput((*layers, *ran.layers), frames.lengths_B, frames.rate_hz, tuple(ran.ffn_layers))
@@ -280,11 +310,27 @@ class BlockStack(Encoder):
                     context = context._replace(residual_KBF1=factors_KBF1)
                 if draws.gates:
                     context = context._replace(gates=draws.gates[number])
+                if level.prompts_LUPD is not None:
+                    x_BFD = self.with_prompts(x_BFD, level.prompts_LUPD[number], context.n_registers, level)
                 x_BFD, ffn_BFD = run_checkpointed(self.activation_checkpointing, self.blocks[number], x_BFD, context)
                 if self.keep_ffn:
                     ffn_layers.append(ffn_BFD[:, L:])
             layers.append(x_BFD[:, L:])
         return Ran(x_BFD, layers, ffn_layers)
+
+    def with_prompts(self, x_BFD: Tensor, prompts_UPD: Tensor, n_leading: int, level: Level) -> Tensor:
+        """Returns registers, these prompts of each utterance, and frames.
+
+        Args:
+            x_BFD: leading frames of all utterances of a row, then its frames.
+            prompts_UPD: prompts of each utterance, of all rows.
+            n_leading: leading frames per utterance in `x_BFD`: registers, and the prompts of the block before.
+            level: has the utterances of each row.
+        """
+        utterances, (B, _, D) = max(1, len(level.documents)), x_BFD.shape
+        leading_URD = x_BFD[:, : n_leading * utterances].reshape(B * utterances, n_leading, D)[:, : self.n_registers]
+        leading_BLD = torch.cat([leading_URD, prompts_UPD], dim=1).reshape(B, -1, D)
+        return torch.cat([leading_BLD, x_BFD[:, n_leading * utterances :]], dim=1)
 
     def run_u_shape(self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None) -> Ran:
         """Runs the blocks with the middle ones at half the frame rate; the frames of their outputs are repeated."""
@@ -315,7 +361,7 @@ class BlockStack(Encoder):
         places_BF = None if places_BF is None else places_BF[:, ::2] / 2
         documents = tuple((n + 1) // 2 for n in level.documents)
         lengths_B = (level.lengths_B + 1) // 2 if grid is None else level.lengths_B.new_tensor([sum(documents)])
-        half = Level(lengths_B, places_BF, documents)
+        half = Level(lengths_B, places_BF, documents, prompts_LUPD=level.prompts_LUPD)
         pattern = self.chunk_pattern(ctx)
         pattern = pattern._replace(chunk=pattern.chunk // 2)
         n_frames = sum(documents) or (fine_BFD.shape[1] + 1) // 2
@@ -326,7 +372,8 @@ class BlockStack(Encoder):
     ) -> Level:
         """Returns `level` with the attention contexts of full and local blocks, computed once for all blocks."""
         config, documents = self.stack_config, level.documents
-        leading = self.n_registers * max(1, len(documents))
+        n_leading = self.n_registers + (0 if level.prompts_LUPD is None else level.prompts_LUPD.shape[2])
+        leading = n_leading * max(1, len(documents))
         multiple = max(1, pattern.chunk) if self.chunk_convolution else 1
         valid_BF = None
         if not documents:
@@ -340,8 +387,8 @@ class BlockStack(Encoder):
             valid_BF,
             pattern,
             rotary_angles(places, self.head_dim, skip=leading) if self.rotary else None,
-            bias_HFF,
-            self.n_registers,
+            bias_HFF if bias_HFF is None else nn.functional.pad(bias_HFF, (n_leading, 0, n_leading, 0)),
+            n_leading,
             documents,
             TimeGrid.spaced(documents, self.gap, device, multiple) if documents and self.gap else None,
         )

@@ -36,6 +36,8 @@ class StreamingStack(BlockStack, StreamingEncoder):
         elif not self.trained_chunks()[0]:
             reason = "no chunk length was trained; train with lengths such as [0, 8, 16, 32]"
             found.append(Obstacle("encoder.chunk_frames", list(config.chunk_frames), reason))
+        if self.prompts_LPD is not None:
+            found.append(Obstacle("tune.name", "prompt", "a stream has no place for prompts; take tune=lora"))
         return found
 
     def trained_chunks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

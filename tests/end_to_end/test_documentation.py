@@ -23,6 +23,7 @@ from data_pipeline.text.artefact import TokensConfig
 from launch.cli.command_table import SUBCOMMANDS
 from launch.cli.outside import RECIPES, take_outside
 from launch.cli.request import read
+from launch.commands import finetune
 from launch.config import EvaluateJob, FinetuneJob, PreprocessJob, PretrainJob, TargetsJob
 from launch.main import main
 from launch.serving.config import ServeConfig
@@ -86,6 +87,9 @@ def test_a_documented_command_is_valid(shown: str, own: Path, tmp_path: Path) ->
     if command in CONFIGS and "--help" not in given:
         if "--multirun" in given:
             overrides = [line.partition(",")[0] for line in overrides]
+        if command == "finetune":
+            overrides, training = finetune.split(overrides)
+            assert read("pretrain", PretrainJob, [*training, "data.shards=none"]) is not None
         assert read(command, CONFIGS[command], overrides) is not None
     elif command == "pipeline":
         mine, steps, launcher = pipeline.split(overrides)
@@ -143,15 +147,13 @@ def test_the_layers_of_architecture_are_those_that_are_checked() -> None:
         "contracts"
     ]
     layers = next(contract["layers"] for contract in contracts if contract["name"] == "layers")
-    block = re.search(
-        r"\n\n    (launch\.main →.*?)\n\n", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    block = re.search(r"\n\n    (auricle →.*?)\n\n", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.DOTALL)
     assert block is not None
     shown, package = [], ""
     for group in block[1].split("→"):
         names = [name.strip() for name in group.split("|")]
         package = names[0].partition(".")[0] if "." in names[0] else package
-        shown.append({name if "." in name else f"{package}.{name}" for name in names})
+        shown.append({f"{package}.{name}" if package and "." not in name else name for name in names})
     assert shown == [{name.strip() for name in layer.split("|")} for layer in layers]
 
 

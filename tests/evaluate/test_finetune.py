@@ -13,7 +13,7 @@ from launch.config import FinetuneJob
 from launch.exit_codes import ExitCode
 from launch.main import main
 from launch.runs.metadata import run_config
-from launch.workflows.finetuning import training_job
+from launch.workflows.finetuning import Made, training_job
 from pretrain.evaluate.manifest import read_manifest
 from pretrain.interop.init_weights import load_initial
 from pretrain.models.encoders import transformer
@@ -87,7 +87,7 @@ def test_a_hugging_face_model_can_be_fine_tuned(tmp_path: Path) -> None:
     )  # fmt: skip
     transformers.Wav2Vec2Model(tiny).save_pretrained(tmp_path / "hub")
     given = [f"checkpoint={tmp_path / 'hub'}", *QUICK, f"out={tmp_path / 'out'}"]
-    job = training_job(config_of("finetune", FinetuneJob, given), 6.0, ["encoder.layer_drop=0.25"])
+    job = training_job(config_of("finetune", FinetuneJob, given), Made("", 6.0), ["encoder.layer_drop=0.25"])
     assert (job.frontend.name, job.encoder.dim, job.heads["text"].name) == ("waveform_conv", 32, "ctc")
     assert isinstance(job.encoder, transformer.Config)
     assert job.encoder.layer_drop == 0.25

@@ -18,7 +18,7 @@ PAGES = (
 def commands(page: Path) -> list[list[str]]:
     """Returns the arguments of every `auricle …` line of an indented block, continuation lines joined."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line[4:].split("  #")[0] for line in text.splitlines() if line.startswith("    auricle ")]
+    lines = [line[4:].split("  #")[0] for line in text.splitlines() if re.match(r"    auricle [^→]", line)]
     return [shlex.split(line)[1:] for line in lines]
 
 

@@ -165,9 +165,15 @@ class Conformer(StreamingStack):
         self.chunk_convolution = config.chunk_convolution
 
     def encode(
-        self, frames: Frames, ctx: StepContext | None, packing: Packing | None, gates: tuple[BlockGates, ...]
+        self,
+        frames: Frames,
+        ctx: StepContext | None,
+        packing: Packing | None,
+        gates: tuple[BlockGates, ...],
+        prompts_BLPD: Tensor | None,
     ) -> EncoderOutput:
-        return self.run_blocks(self.dropout(frames.x_BFD), frames, ctx, packing, gates=gates)
+        x_BFD = self.dropout(frames.x_BFD)
+        return self.run_blocks(x_BFD, frames, ctx, packing, gates=gates, prompts_BLPD=prompts_BLPD)
 
     def obstacles(self) -> list[Obstacle]:
         found = super().obstacles()

@@ -145,7 +145,12 @@ class Transformer(StreamingStack):
         )
 
     def encode(
-        self, frames: Frames, ctx: StepContext | None, packing: Packing | None, gates: tuple[BlockGates, ...]
+        self,
+        frames: Frames,
+        ctx: StepContext | None,
+        packing: Packing | None,
+        gates: tuple[BlockGates, ...],
+        prompts_BLPD: Tensor | None,
     ) -> EncoderOutput:
         x_BFD = frames.x_BFD
         if self.positions is not None:
@@ -155,7 +160,7 @@ class Transformer(StreamingStack):
         bias_HFF = None
         if self.relative_bias is not None:
             bias_HFF = self.relative_bias(max(packing.lengths) if packing else x_BFD.shape[1])
-        output = self.run_blocks(self.dropout(x_BFD), frames, ctx, packing, bias_HFF, gates)
+        output = self.run_blocks(self.dropout(x_BFD), frames, ctx, packing, bias_HFF, gates, prompts_BLPD)
         return self.norm_last(output, self.norm) if self.pre else output
 
     def obstacles(self) -> list[Obstacle]:
