@@ -5,13 +5,14 @@ from __future__ import annotations
 from data_pipeline.core.schema import ConfigError
 from launch.exit_codes import ExitCode
 
-USAGE = """auricle bands +experiment=NAME data.shards=SHARDS [seeds=0,1,2,3,4] [out=FILE] [evaluate.FIELD=VALUE ...]
-    [field=value of `auricle pretrain`] ...
+USAGE = """auricle bands +experiment=NAME data.shards=SHARDS [seeds=0,1,2,3,4] [out=FILE]
+              [evaluate.FIELD=VALUE ...] [field=value of `auricle pretrain`] ...
 
-Trains the recipe once per seed (runs NAME_seed_N) and writes mean, standard deviation and the 95 % band of a further
-seed for loss, accuracy and use of codes at each step, and, with evaluate.task=…, for the probes of every checkpoint.
-`auricle compare --bands FILE` says whether runs differ by more than seeds do, `auricle board --bands FILE` shows the
-band behind each run's curve."""
+Trains the recipe once per seed (runs NAME_seed_N) and writes mean, standard
+deviation and the 95 % band of a further seed for loss, accuracy and use of
+codes at each step, and, with evaluate.task=…, for the probes of every
+checkpoint. `auricle compare --bands FILE` says whether runs differ by more than
+seeds do, `auricle board --bands FILE` shows the band behind each run's curve."""
 DEFAULT_SEEDS = (0, 1, 2, 3, 4)
 
 

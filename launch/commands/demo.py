@@ -21,9 +21,10 @@ from launch.workflows.attended_run import attend
 
 USAGE = """auricle demo [corpus=FOLDER] [field=value of `auricle pretrain`] ...
 
-Takes speech from the given folder, else from the folder named by the environment variable AURICLE_SPEECH, else from
-Debian's voice packages, else generates speech-like sounds. Writes shards with Ray, pretrains BEST-RQ on two ranks and
-prints a table of the result. All files are written below demo/."""
+Takes speech from the given folder, else from the folder named by the
+environment variable AURICLE_SPEECH, else from Debian's voice packages, else
+generates speech-like sounds. Writes shards with Ray, pretrains BEST-RQ on two
+ranks and prints a table of the result. All files are written below demo/."""
 WORK = Path("demo")
 FIELDS = ("+experiment=best_rq_tiny", "name=demo", "launcher.processes=2")
 """Fields of the training; those of the command line come after them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_pipeline.core.schema import ConfigError, hint
 from launch.cli.groups import CONF
 from launch.cli.parser import Parser
 from launch.exit_codes import ExitCode
@@ -19,11 +20,14 @@ other models, which export to ONNX and TorchScript."""
 
 
 def run(arguments: list[str]) -> int:
-    """Prints the table; returns 0."""
+    """Prints the table; returns 0. Raises ConfigError for an unknown name."""
     parser = Parser("auricle recipes", description="size and cost of each shipped experiment")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these (default: all)")
     known = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
-    parser.add_argument("names", nargs="*", choices=[[], *known], help="only these (default: all)")
     names = parser.parse_args(arguments).names or known
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"there is no recipe {name!r}{hint(name, known)}; there are: {', '.join(known)}")
 
     from data_pipeline.core.progress import stages
     from data_pipeline.core.schema import load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from launch.cli.parser import Parser
@@ -10,7 +11,8 @@ from launch.exit_codes import ExitCode
 COLUMNS = ("run", "objective", "state", "step", "loss", "accuracy", "hours", "× real time", "alarms", "evaluated")
 
 LEGEND = """loss, accuracy: mean of the last rows; hours: audio trained on;
-× real time: audio-seconds per second, median of the last rows;
+× real time: audio-seconds per second, median of the last rows"""
+EVALUATED = """;
 evaluated: the newest result of auricle evaluate follow=true"""
 
 
@@ -32,12 +34,17 @@ def run(arguments: list[str]) -> int:
             listed.append((folder.name, "–", "unreadable", *"–––––––"))
             warn(str(error))
             continue
-        figures = (f"{s.step}/{s.steps}", f"{s.loss:.4f}", f"{s.accuracy:.3f}", f"{s.hours:.1f}", f"{s.speed:.0f}")
+        measured = [_figure(s.loss, 4), _figure(s.accuracy, 3), _figure(s.hours, 1), _figure(s.speed, 0)]
+        figures = (f"{s.step}/{s.steps}", *measured)
         listed.append((s.name, s.objective, shown_state(folder), *figures, str(s.alarms), s.evaluation))
     empty = {
         number for number, name in enumerate(COLUMNS) if name == "evaluated" and not any(r[number] for r in listed)
     }
     shown = [[value for number, value in enumerate(row) if number not in empty] for row in (COLUMNS, *listed)]
     show(table(shown[0], shown[1:]))
-    warn(LEGEND)
+    warn(LEGEND if empty else LEGEND + EVALUATED)
     return ExitCode.DONE
+
+
+def _figure(value: float, digits: int) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data_pipeline.core.text import table_cell, visible
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.interfaces.monitoring import HeadMedia
-from pretrain.monitoring.snapshot import Snapshot
+from pretrain.monitoring.snapshot import LabelledFrames, Snapshot
 from pretrain.nn.spectral import LogMel
 
 if TYPE_CHECKING:
@@ -186,30 +186,42 @@ def projected(snapshot: Snapshot) -> tuple[Tensor, list[str], list[list[str]]]:
     """Returns up to MAX_PROJECTED frames of the last layer, (N, D), a header, and a row of values for each frame.
 
     The values are segment, time, whether it is masked, unit, and labels of the segment (`Batch.labels`: those of
-    data.labels, speaker, language, corpus) and of the frame (data.targets).
+    data.labels, speaker, language, corpus) and of the frame (data.targets). Frames of further micro-batches, whose
+    masks and units are not known, are added where they can be coloured by a label.
     """
-    names, sets = list(snapshot.batch.labels), sorted(snapshot.batch.targets)
+    batch = snapshot.batch
+    first = LabelledFrames(
+        batch.keys, batch.lengths_B, batch.labels, batch.targets, snapshot.frames_BFD, snapshot.frame_lengths_B
+    )
+    parts = [first, *snapshot.others]
+    names = list(dict.fromkeys(name for part in parts for name in part.labels))
+    sets = sorted(batch.targets)
     header = ["segment", "second", "masked", "unit", *names, *sets]
     position = torch.full(snapshot.frames_BFD.shape[:2], -1)
     if snapshot.targets_N is not None:
         position[snapshot.mask_BF] = snapshot.targets_N
-    frames, metadata = [], []
-    every = max(1, int(snapshot.frame_lengths_B.sum()) // MAX_PROJECTED)
-    for row, key in enumerate(snapshot.batch.keys):
-        for frame in range(0, int(snapshot.frame_lengths_B[row]), every):
-            masked = bool(snapshot.mask_BF[row, frame])
-            frames.append(snapshot.frames_BFD[row, frame])
-            labels = [snapshot.batch.labels[name][row] for name in names]
-            labels += [frame_label(snapshot, name, row, frame) for name in sets]
-            time = f"{frame / snapshot.rate_hz:.2f}"
-            metadata.append([key, time, "yes" if masked else "no", str(int(position[row, frame])), *labels])
+    frames, metadata, of_first = [], [], 0
+    every = max(1, sum(int(part.frame_lengths_B.sum()) for part in parts) // MAX_PROJECTED)
+    for part in parts:
+        for row, key in enumerate(part.keys):
+            segment = [part.labels[name][row] if name in part.labels else "" for name in names]
+            for frame in range(0, int(part.frame_lengths_B[row]), every):
+                time = frame / snapshot.rate_hz
+                known = ["", ""]
+                if part is first:
+                    known = ["yes" if snapshot.mask_BF[row, frame] else "no", str(int(position[row, frame]))]
+                labels = [*segment, *(frame_label(part, name, row, time + 0.5 / snapshot.rate_hz) for name in sets)]
+                frames.append(part.frames_BFD[row, frame])
+                metadata.append([key, f"{time:.2f}", *known, *labels])
+        of_first = of_first or len(frames)
+    if header[coloured_by(header, metadata)] in ("masked", "unit"):
+        frames, metadata = frames[:of_first], metadata[:of_first]
     return torch.stack(frames), header, metadata
 
 
-def frame_label(snapshot: Snapshot, name: str, row: int, frame: int) -> str:
-    """Returns the label of the set `name` at the centre of a frame; a row's labels are evenly spaced in its audio."""
-    labels_F = snapshot.batch.targets[name][row]
+def frame_label(part: LabelledFrames, name: str, row: int, second: float) -> str:
+    """Returns the label of the set `name` at a time of a segment; a row's labels are evenly spaced in its audio."""
+    labels_F = part.targets[name][row]
     count = int((labels_F >= 0).sum())
-    seconds = int(snapshot.batch.lengths_B[row]) / SAMPLE_RATE
-    place = int((frame + 0.5) / snapshot.rate_hz / seconds * count)
+    place = int(second / (int(part.lengths_B[row]) / SAMPLE_RATE) * count)
     return str(int(labels_F[min(place, count - 1)])) if count else ""

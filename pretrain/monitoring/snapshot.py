@@ -1,10 +1,12 @@
 """Snapshots: one micro-batch with mask, targets, predictions and frames, for figures and audio. No extra compute.
 
 A forward hook on the objective obtains batch and encoder output; targets and predictions are in the objective's record.
+Frames of the micro-batches that follow it in the update are kept as well, so that several speakers are among them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,28 @@ from torch import Tensor
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.objectives import LossOutput, Objective
+
+MICRO_BATCHES = 4
+"""Micro-batches of one rank whose frames are kept."""
+
+
+@dataclass(frozen=True)
+class LabelledFrames:
+    """Frames (B, F, D) of the last layer of one micro-batch, on the CPU, and its labels as in `Batch`."""
+
+    keys: tuple[str, ...]
+    lengths_B: Tensor
+    labels: Mapping[str, tuple[str, ...]]
+    targets: Mapping[str, Tensor]
+    frames_BFD: Tensor
+    frame_lengths_B: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, encoded: EncoderOutput) -> LabelledFrames:
+        """Copies them from the device."""
+        targets = {name: target.cpu() for name, target in batch.targets.items()}
+        frames_BFD, frame_lengths_B = encoded.final.x_BFD.detach().float().cpu(), encoded.lengths_B.cpu()
+        return cls(batch.keys, batch.lengths_B, batch.labels, targets, frames_BFD, frame_lengths_B)
 
 
 @dataclass(frozen=True)
@@ -26,28 +50,30 @@ class Snapshot:
     frames_BFD: Tensor
     frame_lengths_B: Tensor
     rate_hz: float
+    others: tuple[LabelledFrames, ...] = ()
+    """Frames of further micro-batches."""
 
 
 class SnapshotHook:
-    """Takes a Snapshot of the first micro-batch after `arm`."""
+    """Takes a Snapshot of the first micro-batch after `arm`, with the frames of some that follow."""
 
     def __init__(self, objective: Objective) -> None:
         self._objective, self._armed = objective, False
-        self._batch: Batch | None = None
-        self._encoded: EncoderOutput | None = None
+        self._passes: list[tuple[Batch, EncoderOutput]] = []
         objective.register_forward_hook(self._seen)
 
     def arm(self) -> None:
-        """Requests a snapshot of the next forward pass."""
-        self._armed, self._batch, self._encoded = True, None, None
+        """Requests a snapshot of the next forward passes."""
+        self._armed, self._passes = True, []
         self._objective.record_next()
 
     def take(self) -> Snapshot | None:
         """Returns the snapshot taken since `arm`; None if no forward pass has run."""
-        batch, encoded, last = self._batch, self._encoded, self._objective.monitoring().last
-        self._armed, self._batch, self._encoded = False, None, None
-        if batch is None or encoded is None or last is None:
+        passes, last = self._passes, self._objective.monitoring().last
+        self._armed, self._passes = False, []
+        if not passes or last is None:
             return None
+        (batch, encoded), *others = passes
         targets, predictions = (
             None if units is None else units.cpu() for units in (last.target_units_N, last.predicted_units_N)
         )
@@ -60,13 +86,14 @@ class SnapshotHook:
             frames_BFD=frames.x_BFD.detach().float().cpu(),
             frame_lengths_B=frames.lengths_B.cpu(),
             rate_hz=encoded.rate_hz,
+            others=tuple(LabelledFrames.of(*further) for further in others),
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _seen(
         self, objective: Objective, arguments: tuple[object, Batch], output: tuple[LossOutput, EncoderOutput]
     ) -> None:
-        if self._armed and self._batch is None:
+        if self._armed and len(self._passes) < MICRO_BATCHES and not arguments[1].is_empty:
             encoded = output[1]
             detached = tuple(layer.detach() for layer in encoded.layers[-1:])
-            self._batch, self._encoded = arguments[1], encoded._replace(layers=detached, ffn_layers=())
+            self._passes.append((arguments[1], encoded._replace(layers=detached, ffn_layers=())))

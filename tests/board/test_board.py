@@ -112,6 +112,25 @@ def test_a_snapshot_has_targets_predictions_and_labels_of_each_frame(objective: 
     assert all(abs(int(row[5]) - 100 * float(row[1])) <= 2 for row in first)
 
 
+def test_frames_of_several_micro_batches_are_coloured_by_speaker() -> None:
+    """A micro-batch of one speaker has no other label to be coloured by; the units of further ones are not known."""
+    module = build_model(config(objective=BEST_RQ)).train()
+    camera, ctx = SnapshotHook(module.objective), StepContext(0, 3)
+    for speakers, column, micro_batches in ((("ann", "bob"), "speaker", 2), (("ann", "ann"), "unit", 1)):
+        camera.arm()
+        batches = [dataclasses.replace(synthetic_batch(0, j), labels={"speaker": (speakers[j],) * 2}) for j in (0, 1)]
+        for batch in batches:
+            plan = module.prepare(batch, ctx)
+            module(batch, plan, plan.counts_K, ctx)
+        snapshot = camera.take()
+        assert snapshot is not None
+        frames_ND, header, rows = projected(snapshot)
+        assert header[coloured_by(header, rows)] == column
+        assert len(frames_ND) == len(rows)
+        assert {row[0] for row in rows} == {key for batch in batches[:micro_batches] for key in batch.keys}
+        assert {row[3] == "" for row in rows if row[0] in batches[1].keys} == ({True} if micro_batches == 2 else set())
+
+
 def test_media_come_at_the_first_update_and_every_tenth_of_a_run(tmp_path: Path) -> None:
     train = {"steps": 32, "checkpoint_every": 32, "media_every": None}
     run(tmp_path, config(objective=BEST_RQ, train=train))
