@@ -79,7 +79,8 @@ def add_frames(
 def coloured_by(header: list[str], rows: list[list[str]]) -> int:
     """Returns the column that frames are coloured by: the first label with several known values, or the unit.
 
-    Without units, as for objectives that predict vectors, it is whether they were masked. Columns of no use for that (segment, second) are left out.
+    Without units, as for objectives that predict vectors, it is whether they were masked. Columns of no use for that
+    (segment, second) are left out.
     """
     places = [number for number, name in enumerate(header) if name not in ("segment", "second", "utterance")]
     places.sort(key=lambda number: {"unit": 1, "masked": 2}.get(header[number], 0))  # labels first
