@@ -232,6 +232,7 @@ def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -
         client = RuntimeHttpClient.from_server_address(
             server_address=runtime.address,
             insecure=True,
+            root_certificates=None,
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
                 RuntimeTokenHttpInterceptor(token),
