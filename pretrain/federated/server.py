@@ -333,7 +333,7 @@ def require_private(module: TrainModule) -> None:
         raise ConfigError(
             f"engine.name=federated: {unfitted[0]} is fitted to frames of the first update, which must not leave the "
             "devices; start from a run in which it is fitted (init=RUN), or choose targets that need no fit, such as "
-            "objective=best_rq with refine=false projection=xavier"
+            "objective=best_rq with refine=false projection=random"
         )
     parts: Mapping[str, torch.nn.Module] = {"objective": module.objective, **dict(module.heads.items())}
     for name, part in parts.items():

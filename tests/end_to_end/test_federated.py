@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -69,9 +69,14 @@ class Site:
             )  # fmt: skip
 
     def kill(self, name: str) -> None:
-        """Kills a process and its group at once; what it started elsewhere must end by itself."""
-        os.killpg(self.running[name].pid, signal.SIGKILL)
-        self.running.pop(name).wait()
+        """Kills a process and all that it started, at once."""
+        process = self.running.pop(name)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(process.pid)
+            for member in [*family.children(recursive=True), family]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+        process.wait()
 
     def rounds(self) -> list[dict[str, float]]:
         path = self.folder / "run" / "metrics.jsonl"
@@ -89,8 +94,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     made = Site(tmp_path)
     yield made
     for name in list(made.running):
-        with contextlib.suppress(ProcessLookupError):
-            made.kill(name)
+        made.kill(name)
 
 
 def in_this_process(site: Site) -> dict[str, torch.Tensor]:
