@@ -48,6 +48,29 @@ class ProbeConfig:
 
 
 @config
+class FewShotConfig:
+    """Tasks of kind few_shot: episodes of a few classes, each with a few examples, on frozen features."""
+
+    ways: Annotated[int, about("classes in an episode", ge=2)] = 5
+    shots: Annotated[tuple[int, ...], about("examples of each class; several: a measure each", min_length=1)] = (1, 5)
+    queries: Annotated[int, about("most recordings of each class that are classified in an episode", ge=1)] = 5
+    episodes: Annotated[int, about("episodes of the test speakers", ge=1)] = 600
+    choice_episodes: Annotated[
+        int, about("episodes of the validation speakers, by which layer, rate and steps are chosen", ge=1)
+    ] = 100
+    steps: Annotated[int, about("most steps of fine-tuning on the examples", ge=1)] = 5
+    rates: Annotated[
+        tuple[float, ...], about("learning rates of fine-tuning, of which the best is taken", min_length=1)
+    ] = (0.1, 1.0, 10.0, 100.0)
+
+    def __post_init__(self) -> None:
+        if min(self.shots) < 1:
+            refuse("shots", list(self.shots), "each must be 1 or more")
+        if min(self.rates) <= 0:
+            refuse("rates", list(self.rates), "each must be above 0")
+
+
+@config
 class TextProbeConfig:
     """Tasks of kind text: a linear layer on frozen features, by CTC."""
 
@@ -210,6 +233,7 @@ class EvaluateConfig:
     ] = 2
     probe: ProbeConfig = ProbeConfig()
     text: TextProbeConfig = TextProbeConfig()
+    few_shot: FewShotConfig = FewShotConfig()
     supervised: SupervisedConfig = SupervisedConfig()
     neural: NeuralConfig = NeuralConfig()
     asr: AsrConfig = AsrConfig()

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.evaluate import alignments, intrinsic, label_sets, retrieval, text_probe, verification
+from pretrain.evaluate import alignments, few_shot, intrinsic, label_sets, retrieval, text_probe, verification
 from pretrain.evaluate.config import MEASURES, EvaluateConfig, items, layer_numbers
 from pretrain.evaluate.features import GRID_HZ, POOLS, Labelled, Waves, grid_frames, phone_frames, pooled
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, followed, freeze, log_mel_with_context
 from pretrain.evaluate.manifest import SPLITS, Interval, Utterance, grid_labels, reasons
 from pretrain.evaluate.metrics import Tally, bootstrap
 from pretrain.evaluate.neural_probe import fit_neural
-from pretrain.evaluate.probe import View, choose_view, fit
+from pretrain.evaluate.probe import View, choose_view, fit, joined
 from pretrain.evaluate.rows import Detail, Row
 from pretrain.evaluate.supervised import Example, fit_supervised
 from pretrain.evaluate.task_data import (
@@ -206,6 +206,10 @@ class TaskEvaluation:
             if self.kind == "ranking":
                 found = retrieval.ranking(test, retrieval.best_layer(valid))
                 tallies.setdefault("mean average precision", []).append(found)
+                continue
+            if self.kind == "few_shot":
+                for measure, tally in few_shot.tallies(valid, joined(train, test), self.config.few_shot, seed).items():
+                    tallies.setdefault(measure, []).append(tally)
                 continue
             classes, settings, disjoint = len(self.classes), self.config.probe, self.task.disjoint
             self.say(f"{self.name}: fits a probe to the features of {encoder.name}")

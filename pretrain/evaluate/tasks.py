@@ -19,11 +19,11 @@ class TaskConfig:
     """A task of `auricle evaluate`: a file of conf/task or of the user."""
 
     kind: Annotated[
-        Literal["frames", "utterances", "pairs", "text", "ranking"],
+        Literal["frames", "utterances", "pairs", "text", "ranking", "few_shot"],
         about(
             "frames: a label with times for each frame; utterances: one label each; pairs: same speaker or not (equal "
             "error rate); text: CTC on frozen features (error rates); ranking: utterances of the same label first "
-            "(mean average precision)"
+            "(mean average precision); few_shot: one label each, of which a few classes are learned from a few examples"
         ),
     ]
     data: Annotated[

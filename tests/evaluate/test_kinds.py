@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.evaluate.config import EvaluateConfig, TextProbeConfig
+from pretrain.evaluate.config import EvaluateConfig, FewShotConfig, TextProbeConfig
 from pretrain.evaluate.evaluator import evaluate, few_threads
 from pretrain.evaluate.frozen_encoders import log_mel_with_context
 from pretrain.evaluate.rows import Detail
 
 
-@pytest.mark.parametrize("kind", ["pairs", "ranking", "text", "utterances", "frames"])
+@pytest.mark.parametrize("kind", ["pairs", "ranking", "text", "utterances", "frames", "few_shot"])
 def test_a_task_of_every_kind_is_evaluated(kind: str, corpus: Path, tmp_path: Path) -> None:
     lines = [f"kind: {kind}", f"data: {corpus / 'manifest.tsv'}", "alignment: phones.tsv"]
     (tmp_path / "mine.yaml").write_text("\n".join(lines))
     config = EvaluateConfig(
         checkpoint="given", task=str(tmp_path / "mine.yaml"), seeds=2, bootstrap=100, baselines=False,
         text=TextProbeConfig(epochs=30, lr=0.05, batch=4, patience=30),
+        few_shot=FewShotConfig(ways=3, shots=(1, 3), episodes=20, choice_episodes=5),
     )  # fmt: skip
     said: list[str] = []
     details: list[Detail] = []
@@ -31,6 +32,10 @@ def test_a_task_of_every_kind_is_evaluated(kind: str, corpus: Path, tmp_path: Pa
         assert 0 <= values["EER of verification"] <= 1
     elif kind == "ranking":
         assert values["mean average precision"] > 0.9  # the pitches are far apart
+    elif kind == "few_shot":
+        ways = ("prototypes", "fine-tuned")
+        assert set(values) == {f"{way}, 3-way {shots}-shot" for way in ways for shots in (1, 3)}
+        assert min(values.values()) > 0.9
     elif kind == "text":
         assert values["character error rate"] < 0.9  # a frame of a tone does not show which letter it is at
         assert set(values) == {"word error rate", "character error rate"}

@@ -21,6 +21,8 @@ def test_lora_equals_peft(parity: Parity) -> None:
         "data": {"shards": "none"},
         "frontend": {"name": "log_mel"},
         "encoder": {"name": "conformer", "kernel": 5, "dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64},
+        "objective": {"name": "none"},
+        "heads": {"text": {"name": "ctc"}},
     }
     base = build_model(load(Config, values)).model.double().eval()
     ours = build_model(load(Config, values | {"tune": {"name": "lora", "rank": 4, "alpha": 8}})).model.double().eval()
