@@ -84,11 +84,9 @@ class FederatedConfig:
     devices: Annotated[int, about("with noise: number of devices of which a round samples per_round", ge=0)] = 0
     epsilon: Annotated[float, about("with noise: budget; the run ends before it is spent", gt=0)] = 8.0
     delta: Annotated[float, about("with noise: δ of the budget, below 1 / devices", gt=0, lt=1)] = 1e-5
-    server: Annotated[str, about("HOST:PORT on which the server listens for devices")] = "127.0.0.1:9092"
-    tls: Annotated[
-        tuple[str, ...],
-        about("files of CA, certificate and key of the server, needed beyond the loopback; devices then have keys"),
-    ] = ()
+    server: Annotated[
+        str, about("HOST:PORT of the loopback on which the server listens; other machines reach it by an SSH tunnel")
+    ] = "127.0.0.1:9092"
     local_steps: Annotated[
         int, about("steps of gradient descent on a device, each on data.batch_seconds / per_round of audio", ge=1)
     ] = 1
@@ -112,8 +110,6 @@ class FederatedConfig:
             refuse("devices", self.devices, limit)
         if self.noise and self.delta * self.devices >= 1:
             refuse("delta", self.delta, f"must be below 1 / devices = {1 / self.devices:g}")
-        if len(self.tls) not in (0, 3):
-            refuse("tls", list(self.tls), "three files: CA, certificate, key")
         if self.rule == "gradient" and self.local_steps > 1:
             refuse("local_steps", self.local_steps, "rule=gradient takes no local steps; choose fedavg or fedadam")
 

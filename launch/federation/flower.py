@@ -117,7 +117,6 @@ class FlowerDevices:
         address: HOST:PORT to listen on.
         folder: for logs.
         config: the run's config as plain values, sent to each new device.
-        tls: files of CA, certificate and key; needed beyond the loopback.
         say: receives a line for each device that comes, or cannot take part.
     """
 
@@ -126,19 +125,12 @@ class FlowerDevices:
         address: str,
         folder: Path,
         config: dict[str, Any],
-        tls: tuple[str, str, str] | None = None,
         say: Any = print,
     ) -> None:
-        host, port = split_address(address)
-        if host not in LOOPBACK and tls is None:
-            raise ConfigError(
-                f"engine.federated.server={address}: beyond the loopback, give engine.federated.tls the files of CA, "
-                "certificate and key; devices then need keys as well"
-            )
+        host, port = loopback_address(address)
         self._hello, self._say = {"hello": True}, say
         self._config = json.dumps(config).encode()
-        certificates = ["--ca", tls[0], "--certificate", tls[1], "--key", tls[2]] if tls else []
-        self._relay = Relay(["server", "--host", host, "--port", str(port), *certificates], folder)
+        self._relay = Relay(["server", "--host", host, "--port", str(port)], folder)
         self._names: dict[str, str] = {}
         """Node -> name; "" for one that cannot take part."""
 
@@ -193,19 +185,14 @@ class DeviceRelay:
     """The connection of one device to its server, through a SuperNode.
 
     Args:
-        server: HOST:PORT of the server.
-        ca: file of the server's CA; "" only on the loopback.
-        key: this device's private key, known to the server.
+        server: HOST:PORT of the server on the loopback.
     """
 
-    def __init__(self, server: str, ca: str = "", key: str = "") -> None:
-        host, _ = split_address(server)
-        if host not in LOOPBACK and not (ca and key):
-            raise ConfigError(f"server={server}: beyond the loopback a device needs ca=FILE and key=FILE")
+    def __init__(self, server: str) -> None:
+        loopback_address(server)
         self._folder = Path(tempfile.mkdtemp(prefix="auricle-device-"))
-        certificates = ["--ca", ca, "--key", key] if ca else []
         try:
-            self.relay = Relay(["device", "--server", server, "--port", str(free_port()), *certificates], self._folder)
+            self.relay = Relay(["device", "--server", server, "--port", str(free_port())], self._folder)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -226,11 +213,20 @@ class DeviceRelay:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Returns host and port of HOST:PORT. Raises ConfigError for other forms."""
+def loopback_address(address: str) -> tuple[str, int]:
+    """Returns host and port of an address on the loopback.
+
+    Raises:
+        ConfigError: it is another address, or not HOST:PORT.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:9092")
+        raise ConfigError(f"server={address}: write HOST:PORT, such as 127.0.0.1:9092")
+    if host.strip("[]") not in LOOPBACK:
+        raise ConfigError(
+            f"server={address}: messages are neither encrypted nor signed, so that only the loopback is used; on the "
+            f"device run `ssh -N -L {port}:127.0.0.1:{port} SERVER` and give server=127.0.0.1:{port}"
+        )
     return host.strip("[]"), int(port)
 
 

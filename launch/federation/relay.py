@@ -100,17 +100,16 @@ def secret_file(folder: Path) -> Path:
 class Runtime:
     """Takes tasks of one kind from the SuperLink or SuperNode on this machine."""
 
-    def __init__(self, address: str, kind: str, secret: Path, tls: list[str]) -> None:
+    def __init__(self, address: str, kind: str, secret: Path) -> None:
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
         from flwr.supercore.retry import make_simple_http_retry_invoker
         from flwr.supercore.runtime import RuntimeHttpClient
 
         self.address, self._kind = address, kind
-        self.certificates = Path(tls[0]).read_bytes() if tls else None
         self._client = RuntimeHttpClient.from_server_address(
             server_address=address,
-            insecure=not tls,
-            root_certificates=self.certificates,
+            insecure=True,
+            root_certificates=None,
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperExec"),
                 SuperExecAuthHttpInterceptor(
@@ -150,25 +149,23 @@ def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) 
     secret = secret_file(folder)
     flags = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
     flags += ["--host", arguments.host, "--port", str(arguments.port), "--disable-runtime-dependency-installation"]
-    flags += tls_flags(arguments)
+    flags += ["--insecure"]  # on the loopback alone, see flower.py
     process = start("flower-superlink", flags, folder / "superlink.log")
-    host = "127.0.0.1" if arguments.host in ("0.0.0.0", "::") else arguments.host
-    address = f"{host}:{arguments.port}"
-    wait_for_port(host, arguments.port, process, folder / "superlink.log")
-    tls = [arguments.ca] if arguments.ca else []
+    address = f"{arguments.host}:{arguments.port}"
+    wait_for_port(arguments.host, arguments.port, process, folder / "superlink.log")
 
     content, _ = build_fab_from_files({"pyproject.toml": APP, "nothing.py": b"app = None\n"})
     control = ControlHttpClient.from_server_address(
         server_address=address,
-        insecure=not tls,
-        root_certificates=Path(tls[0]).read_bytes() if tls else None,
+        insecure=True,
+        root_certificates=None,
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
     )
     fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
     control.StartRun(StartRunRequest(fab=fab_to_proto(fab)))
-    runtime = Runtime(address, "flwr-serverapp", secret, tls)
+    runtime = Runtime(address, "flwr-serverapp", secret)
     token = next(runtime.tokens())
-    grid = HttpGrid(runtime_api_address=address, insecure=not tls, root_certificates=runtime.certificates, token=token)
+    grid = HttpGrid(runtime_api_address=address, insecure=True, token=token)
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
     heartbeat.start()
     given = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
@@ -220,11 +217,10 @@ def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -
     secret = secret_file(folder)
     flags = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
     flags += ["--superlink", arguments.server, "--host", "127.0.0.1", "--port", str(arguments.port)]
-    flags += ["--root-certificates", arguments.ca] if arguments.ca else ["--insecure"]
-    flags += ["--auth-supernode-private-key", arguments.key] if arguments.key else []
+    flags += ["--insecure"]
     process = start("flower-supernode", flags, folder / "supernode.log")
     wait_for_port("127.0.0.1", arguments.port, process, folder / "supernode.log")
-    runtime = Runtime(f"127.0.0.1:{arguments.port}", "flwr-clientapp", secret, [])
+    runtime = Runtime(f"127.0.0.1:{arguments.port}", "flwr-clientapp", secret)
     write_frame(answers, {"ready": arguments.server})
     watch(process, folder / "supernode.log")
 
@@ -257,14 +253,6 @@ def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -
         push_task_output(client, context, "completed", "")
         heartbeat.stop()
         client.close()
-
-
-def tls_flags(arguments: argparse.Namespace) -> list[str]:
-    """Returns the SuperLink's options: TLS with node keys where certificates are given."""
-    if not arguments.ca:
-        return ["--insecure"]
-    files = ["--ssl-ca-certfile", arguments.ca, "--ssl-certfile", arguments.certificate, "--ssl-keyfile", arguments.key]
-    return [*files, "--enable-supernode-auth"]
 
 
 def wait_for_port(host: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -305,9 +293,6 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--server", default="")
-    parser.add_argument("--ca", default="")
-    parser.add_argument("--certificate", default="")
-    parser.add_argument("--key", default="")
     arguments = parser.parse_args()
     end_with_parent()
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": arguments.folder}

@@ -208,8 +208,7 @@ def _listen(config: Config, world: DistributedContext, folder: RunFolder, say: C
     if world.size > 1:
         raise ConfigError(f"engine.name=federated: the server is one process, and there are {world.size} ranks")
     settings = config.engine.federated
-    tls = (settings.tls[0], settings.tls[1], settings.tls[2]) if settings.tls else None
-    devices = FlowerDevices(settings.server, folder.path / "flower", dump(config), tls, say)
+    devices = FlowerDevices(settings.server, folder.path / "flower", dump(config), say)
     say(f"devices connect by: auricle device server={settings.server} shards=FOLDER")
     return devices
 

@@ -26,7 +26,7 @@ def run(own: DeviceConfig) -> NoReturn:
     Only answers leave this machine: counts, sums of gradients or changes of weights, and sums of metrics.
 
     Raises:
-        ConfigError: there are no shards, no Flower, or no keys where they are needed.
+        ConfigError: there are no shards, no Flower, or the server is not on the loopback.
     """
     if not Path(own.shards).expanduser().exists():
         raise ConfigError(f"shards={own.shards}: there is no such folder; write it by `auricle preprocess`")
@@ -55,7 +55,7 @@ class _Resident:
 
     def serve(self) -> None:
         """Answers requests over one connection. Raises RuntimeError when it is lost."""
-        connection = DeviceRelay(self._own.server, self._own.ca, self._own.key)
+        connection = DeviceRelay(self._own.server)
         try:
             for head, body in connection.requests():
                 try:

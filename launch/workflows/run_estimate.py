@@ -12,6 +12,7 @@ from data_pipeline.core.text import visible
 from launch.cli.tables import console
 from launch.config import PretrainJob
 from pretrain.config import Config
+from pretrain.federated import estimate
 from pretrain.profiling import cost_model
 from pretrain.profiling.cost_model import GIB, Cluster, Measured
 from pretrain.profiling.hardware import GPUS
@@ -19,6 +20,41 @@ from pretrain.profiling.hardware import GPUS
 PUBLISHED = "0.09-0.11"
 """MFU of published speech pretraining on an H100 (docs/findings.md)."""
 LARGEST = 1024
+
+
+def show_federated(config: PretrainJob, devices: str = "") -> None:
+    """Prints rounds and bytes of a federated run.
+
+    Args:
+        config: the run.
+        devices: number of devices; empty: some examples.
+
+    Raises:
+        ConfigError: `devices` is not a number above 0.
+    """
+    if devices and not (devices.isdigit() and int(devices)):
+        raise ConfigError(f"devices={devices}: the number of devices, 1 or more")
+    settings, one = config.engine.federated, estimate.exchange(config)
+    out = console()
+    asked = min(settings.per_round, int(devices or settings.per_round))
+    out.print(
+        Text.assemble((visible(config.name), "bold")),
+        f": {_updates(config):,} rounds of {settings.per_round} devices; a round sends each of them "
+        f"{one.sent / 1e6:.1f} MB and receives {one.received / 1e6:.1f} MB: "
+        f"{asked * (one.sent + one.received) / 1e6:,.0f} MB at the server, and "
+        f"{_updates(config) * asked * (one.sent + one.received) / 1e9:,.1f} GB in the run\n",
+        sep="",
+    )
+    columns = ("devices", "rounds of one", "its audio, minutes", "sent to it, MB", "received, MB")
+    table = Table(*columns, title="of each device, where all answer", title_justify="left", box=None)
+    for number in [int(devices)] if devices else (100, 1_000, 10_000):
+        part = estimate.share(config, one, number)
+        table.add_row(
+            f"{number:,}",
+            *(f"{part.rounds:,.1f}", f"{part.seconds / 60:,.1f}"),
+            *(f"{part.exchange.sent / 1e6:,.1f}", f"{part.exchange.received / 1e6:,.1f}"),
+        )
+    out.print(table)
 
 
 def show(config: PretrainJob, cluster: str = "1x8xH100", mfu: str = "", measured: str = "") -> None:

@@ -12,7 +12,9 @@ from data_pipeline.core.schema import about, config
 class DeviceConfig:
     """A device of a federated run: where its server is, and its own audio."""
 
-    server: Annotated[str, about("HOST:PORT of the run's server", min_length=1)]
+    server: Annotated[
+        str, about("HOST:PORT of the run's server on the loopback, or of an SSH tunnel to it", min_length=1)
+    ]
     shards: Annotated[str, about("folder of this device's shards; its audio stays here", min_length=1)]
     name: Annotated[str, about("name of this device, the same at every start; empty: that of the folder")] = ""
     targets: Annotated[dict[str, str], about("folders of frame labels of these shards, by name")] = dataclasses.field(
@@ -20,5 +22,3 @@ class DeviceConfig:
     )
     workers: Annotated[int, about("processes that decode audio; 0: in this process", ge=0)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
-    ca: Annotated[str, about("file of the CA of the server's certificate; needed beyond the loopback")] = ""
-    key: Annotated[str, about("file of this device's private key, which the server knows; likewise")] = ""

@@ -50,7 +50,7 @@ CONFIGS = {
     "serve": ServeConfig,
 }
 """Commands with a composed configuration."""
-LIKE_PRETRAIN = {"plan-run": ("cluster", "mfu"), "data": (), "bands": ("seeds", "out")}
+LIKE_PRETRAIN = {"plan-run": ("cluster", "mfu", "devices"), "data": (), "bands": ("seeds", "out")}
 """Commands that take the overrides of `pretrain` beside fields of their own."""
 SHOWN = {shlex.join(line): line for page in PAGES for line in commands(page)}
 

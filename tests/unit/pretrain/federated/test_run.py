@@ -61,7 +61,6 @@ def test_a_real_device_answers_from_its_shards_whatever_was_asked_before(tmp_pat
     [
         ({"federated": {"min_devices": 9, "per_round": 8}}, r"min_devices.*9.*per_round=8"),
         ({"federated": {"local_steps": 3}}, r"local_steps.*3.*fedavg"),
-        ({"federated": {"tls": ["ca.pem"]}}, r"tls.*three files"),
         ({"precision": "fp16"}, r"precision.*fp16.*fp32 or bf16"),
     ],
 )

@@ -1,0 +1,53 @@
+"""The way to Flower: what is refused before anything starts, and the frames of the relay."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.core.schema import ConfigError
+from launch.exit_codes import ExitCode
+from launch.federation.flower import ENVIRONMENT, find_flower, loopback_address
+from launch.federation.relay import HEADER, read_frame, write_frame
+from launch.main import main
+
+
+def test_frames_arrive_as_they_were_sent_and_end_with_the_stream() -> None:
+    stream = io.BytesIO()
+    write_frame(stream, {"do": "ask", "nodes": ["1", "ü"]}, b"\x00" * 1000)
+    write_frame(stream, {"end": True})
+    whole = stream.getvalue()
+    stream.seek(0)
+    assert read_frame(stream) == ({"do": "ask", "nodes": ["1", "ü"]}, b"\x00" * 1000)
+    assert read_frame(stream) == ({"end": True}, b"")
+    assert read_frame(stream) is None
+    assert read_frame(io.BytesIO(whole[:500])) is None
+    with pytest.raises(ValueError, match="a frame of"):
+        read_frame(io.BytesIO(HEADER.pack(10, 2**40)))
+
+
+def test_addresses_of_the_loopback_are_used_and_others_need_a_tunnel() -> None:
+    assert loopback_address("127.0.0.1:9092") == ("127.0.0.1", 9092)
+    assert loopback_address("[::1]:1") == ("::1", 1)
+    with pytest.raises(ConfigError, match=r"server=0\.0\.0\.0:9092.*ssh -N -L 9092:127\.0\.0\.1:9092"):
+        loopback_address("0.0.0.0:9092")
+    for wrong in ("127.0.0.1", "localhost:", ":9092", "localhost:70000"):
+        with pytest.raises(ConfigError, match="write HOST:PORT"):
+            loopback_address(wrong)
+
+
+def test_a_missing_flower_is_named_with_the_way_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no Flower in it; python -m venv .* flwr=="):
+        find_flower()
+
+
+def test_a_device_without_shards_or_server_ends_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["device", "server=127.0.0.1:9092", f"shards={tmp_path / 'none'}"]) == ExitCode.USAGE
+    assert "there is no such folder; write it by `auricle preprocess`" in capsys.readouterr().err
+    assert main(["device", "server=example.org:9092", f"shards={tmp_path}"]) == ExitCode.USAGE
+    assert "ssh -N -L" in capsys.readouterr().err
