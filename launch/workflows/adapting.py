@@ -20,6 +20,8 @@ from pretrain.adaptation.tasks import Class, open_tasks
 from pretrain.evaluate.manifest import Utterance, read_audio, utterances_of
 
 LABEL = "class"
+RATES = {"full": 3e-3, "adapter": 3e-3}
+"""Peak learning rates of tens of updates, the best ones of benchmarks/prove/prompts.py --pilot; of other ways 1e-2."""
 MOST_SECONDS = 40.0
 """Audio per update, at most; fewer clips are all in each update."""
 
@@ -75,6 +77,7 @@ def adapt(folder: Path, checkpoint: str, out: Path, tune: Tune, steps: int, seed
     values = {
         "checkpoint": checkpoint, "task": "classify", "tune": tune, "label": LABEL, "steps": steps, "frozen_steps": 0,
         "batch_seconds": min(MOST_SECONDS, seconds), "seed": seed, "out": str(out), "launcher": {"name": "local"},
+        "lr": RATES.get(tune, 1e-2),
     }  # fmt: skip
     overrides = ["data.workers=0", "data.bucket_ratio=4", f"train.checkpoint_every={steps}"]
     return finetuning.run(load(FinetuneJob, values), overrides, corpus=Corpus(clips, ()))
