@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pretrain.inference.joint_decoding import JointConfig, joint_search
 from pretrain.interfaces.models import Memory
 from pretrain.models.decoders.transformer import DecoderConfig, TransformerDecoder
+from pretrain.profiling.processor import model_name
 
 DIM, VOCABULARY, FRAMES, TOKENS, BEAM, ROUNDS = 512, 5000, 375, 60, 8, 5
 END, START = VOCABULARY, VOCABULARY + 1
@@ -137,7 +137,7 @@ def main() -> None:
 
     found = {
         "command": "OMP_NUM_THREADS=1 python benchmarks/decoding.py",
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread",
+        "machine": f"{model_name()}, {torch.get_num_threads()} thread",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "model": f"6 blocks of {DIM}, {VOCABULARY} tokens, {FRAMES} frames of memory",
         "rows": rows,

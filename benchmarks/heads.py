@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from benchmarks.train_step import our_step
 from data_pipeline.core.schema import load
 from data_pipeline.core.types import Batch
 from pretrain.config import Config
+from pretrain.profiling.processor import model_name
 from pretrain.train_module import build_model
 
 LIMIT = 1.25
@@ -127,7 +127,7 @@ def main() -> int:
     if given.out:
         values = {
             "command": " ".join(["python benchmarks/heads.py", *sys.argv[1:]]),
-            "machine": f"{platform.machine()}, {given.threads} threads of {os.cpu_count()}",
+            "machine": f"{model_name()}, {given.threads} threads of {os.cpu_count()}",
             "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
             "torch": torch.__version__,
             "audio": f"{given.batch} × {given.seconds:g} s",

@@ -62,7 +62,15 @@ def write_shard(root: Path, number: int) -> DoneRecord:
     pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), root / f"{name}.parquet", compression="zstd")
     with (root / f"{name}.tar").open("wb") as tar:
         tar.truncate(int(offset[-1]) + 1024)
-    return DoneRecord(name, f"{name}.tar", "0" * 64, int(offset[-1]) + 1024, "0" * 64, PER_SHARD, int(n.sum()))
+    return DoneRecord(
+        name,
+        f"{name}.tar",
+        sha256="0" * 64,
+        bytes=int(offset[-1]) + 1024,
+        index_sha256="0" * 64,
+        segments=PER_SHARD,
+        samples=int(n.sum()),
+    )
 
 
 def write_corpus(root: Path, segments: int) -> None:

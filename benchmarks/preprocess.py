@@ -17,7 +17,6 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data_pipeline.corpora.local_speech import speech_folder  # noqa: E402
+from pretrain.profiling.processor import model_name  # noqa: E402
 
 RATE = 16_000
 
@@ -238,7 +238,7 @@ def main() -> None:
             f"of which {memory['before_mb']:.0f} MB before it was opened"
         )
     if given.json:
-        host = {"machine": platform.processor() or platform.machine(), "cores": given.cores, "load": os.getloadavg()}
+        host = {"machine": model_name(), "cores": given.cores, "load": os.getloadavg()}
         result = {
             "hours": seconds / 3600,
             "walls": walls,

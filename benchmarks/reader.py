@@ -16,7 +16,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.records import DoneRecord
 from data_pipeline.shards.writer import ShardWriter, commit
 from launch.demo_corpus import synthesise
+from pretrain.profiling.processor import model_name
 
 BATCH_SECONDS = 100.0
 MICRO_BATCHES = 8
@@ -101,8 +101,17 @@ def write_ours(root: Path, sounds: list[Sound], shards: int) -> None:
         with tempfile.TemporaryDirectory(dir=root) as scratch:
             writer = ShardWriter(Path(scratch))
             for key, data, n in sounds[number::shards]:
-                writer.add(Segment(key, key, 0, n, SAMPLE_RATE, "bench", language="en"), "flac", data, n)
-            commit(store, writer, DoneRecord(f"unit{number:04d}", "", "", 0, "", 0, 0))
+                writer.add(
+                    Segment(key, key, 0, length=n, sample_rate=SAMPLE_RATE, corpus="bench", language="en"),
+                    "flac",
+                    data,
+                    n,
+                )
+            commit(
+                store,
+                writer,
+                DoneRecord(f"unit{number:04d}", "", sha256="", bytes=0, index_sha256="", segments=0, samples=0),
+            )
 
 
 def bare_loop(root: Path, workers: int, seconds: float) -> tuple[int, int, float, float]:
@@ -178,10 +187,6 @@ def delivered(batch: tuple[torch.Tensor, torch.Tensor]) -> Delivered:
 
 def _decode_flac(key: str, data: bytes) -> np.ndarray | None:
     return decode(data) if key.endswith("flac") else None
-
-
-def _pad_sample(sample: tuple[list[np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
-    return pad(list(sample[0]))
 
 
 def webdataset_stock(root: Path, workers: int, batch_size: int) -> Iterator[Delivered]:
@@ -325,7 +330,7 @@ def main() -> None:
     sounds = speech(arguments.audio, arguments.copies)
     hours = sum(n for _, _, n in sounds) / SAMPLE_RATE / 3600
     about = (
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} x {_cpu_name()}, load {os.getloadavg()[0]:.1f} at the start, "
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} x {model_name()}, load {os.getloadavg()[0]:.1f} at the start, "
         f"torch {torch.__version__}; {len(sounds)} segments, {hours:.1f} h in {arguments.shards} shards, "
         f"{arguments.workers} workers, micro-batches of {BATCH_SECONDS:g} s, {arguments.rounds} rounds of "
         f"{arguments.seconds:g} s"
@@ -370,7 +375,7 @@ def note(result: Result, total: Delivered, wall: float, cpu: float) -> None:
 
 
 def print_table(results: dict[str, Result]) -> None:
-    """Medians; ratios to the bare loop of the same round."""
+    """Prints medians, and ratios to the bare loop of the same round."""
     bare = results["bare loop"]
     print(
         f"{'reader':34}{'audio-s/s':>11}{'of bare':>9}{'segments/s':>12}{'audio-s/CPU-s':>15}{'of bare':>9}"
@@ -390,11 +395,6 @@ def print_table(results: dict[str, Result]) -> None:
 
 def _ratio(mine: list[float], base: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(mine, base, strict=True))
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import ModelShape
 from pretrain.interfaces.objectives import HeadPlan
 from pretrain.nn.separation import best_assignment, si_snr
+from pretrain.profiling.processor import model_name
 
 ROWS, SECONDS, DIM, RATE_HZ, ROUNDS = 4, 2.0, 256, 25.0, 3
 CTX = StepContext(0, 0)
@@ -93,7 +93,7 @@ def main() -> None:
     for name, row in figures.items():
         print(f"{name:32} {row['weights'] / 1e6:5.1f} M  {row['seconds']:6.2f} s  {row['times']:5.2f} x Conv-TasNet")
     if given.json:
-        values = {"command": "OMP_NUM_THREADS=1 python benchmarks/separation.py", "machine": platform.machine()}
+        values = {"command": "OMP_NUM_THREADS=1 python benchmarks/separation.py", "machine": model_name()}
         values |= {"torch": torch.__version__, "audio_seconds": ROWS * SECONDS, "steps": figures}
         given.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 

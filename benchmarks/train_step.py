@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ from pretrain.config import Config
 from pretrain.interfaces.frames import StepContext
 from pretrain.objectives.wav2vec2 import ContrastivePlan
 from pretrain.profiling import flops, hardware
+from pretrain.profiling.processor import model_name
 from pretrain.self_supervision.masked_prediction import MaskedUnits
 from pretrain.train_module import TrainModule, build_model
 
@@ -242,10 +242,7 @@ def step_flops(module: TrainModule, batch: Batch) -> int:
 def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model_name()}, {torch.get_num_threads()} threads"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

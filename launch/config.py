@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from data_pipeline.core.ray_tasks import refuse_foreign_address, refuse_foreign_dashboard
 from data_pipeline.core.schema import PluginChoice, PluginConfig, about, base_part, config, dump, refuse
-from data_pipeline.labels.kmeans import TargetsConfig
+from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.preprocess.config import PreprocessConfig
 from pretrain.adaptation.config import FinetuneConfig
 from pretrain.config import Config
@@ -115,7 +115,7 @@ class SlurmConfig(LauncherConfig):
 
     @property
     def queued(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     @property

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from pretrain.profiling.processor import instruction_sets
+
 GIB = 1 << 30
 Verdict = Literal["ok", "missing", "broken"]
 
@@ -114,17 +116,10 @@ def _torch() -> Iterator[Finding]:
 
 
 def _cpu_features() -> str:
-    try:
-        flags = set(
-            Path("/proc/cpuinfo")
-            .read_text(encoding="utf-8", errors="replace")
-            .partition("flags")[2]
-            .splitlines()[0]
-            .split()
-        )
-    except (OSError, IndexError):
+    known = instruction_sets()
+    if not known:
         return "CPU features unknown"
-    return ", ".join(name for name in ("avx2", "avx512f", "amx_bf16") if name in flags) or "no AVX"
+    return ", ".join(name for name in ("avx2", "avx512f", "amx_bf16") if name in known) or "no AVX"
 
 
 def _operations() -> Iterator[Finding]:

@@ -86,14 +86,16 @@ def train(
             # update: count targets, forward and backward, reduce, apply (Engine.step)
             try:
                 check = monitor.check_targets if state.step == 0 else None
-                result = engine.step(step.batches, ctx, lr, signals, monitor.skip_above, check)
+                result = engine.step(step.batches, ctx, lr, signals=signals, skip_above=monitor.skip_above, check=check)
                 back_to = monitor.apply_decision(result)
             except FloatingPointError as error:
                 back_to = monitor.handle_divergence(error, ctx, step.batches)
 
             # roll back: an older state, but with the data after this step
             if back_to is not None:
-                state = _roll_back(run, engine, config, saver, monitor, TrainState(back_to, step.after))
+                state = _roll_back(
+                    run, engine, config, saver=saver, monitor=monitor, wanted=TrainState(back_to, step.after)
+                )
                 log.go_back(state.step)
                 clock = time.monotonic()
                 continue
@@ -110,7 +112,7 @@ def train(
 
             # log: scalars and histograms, on rank 0
             if measured or _is_due(state.step, settings.log_every, settings.steps):
-                log.write(state.step, result, step, lr, seconds, monitor=monitor, measured=measured)
+                log.write(state.step, result, step, lr=lr, seconds=seconds, monitor=monitor, measured=measured)
 
             # save: all ranks gather, rank 0 writes
             saver.poll()
@@ -158,7 +160,7 @@ class _Log:
         self._engine, self._say, self._steps = engine, say, config.train.steps
         self._writer: MetricsWriter | None = None
         if engine.world.rank == 0:
-            self._writer = MetricsWriter(run, config, engine.module, state.step, engine.world, say)
+            self._writer = MetricsWriter(run, config, engine.module, resumed_at=state.step, world=engine.world, say=say)
             say(_greeting(config, state, engine.world.size))
             if state.note:
                 say(state.note)
@@ -197,11 +199,10 @@ class _Log:
     ) -> None:
         """Writes scalars and histograms of update `number`, and prints a line; `measured`: of held-out audio."""
         if self._writer:
-            module, world = self._engine.module, self._engine.world.size
-            record = module.objective.monitoring()
-            scalars = step_scalars(result, step, lr, seconds, world, record, module.infeasible_metrics())
+            module = self._engine.module
+            scalars = step_scalars(result, step, lr=lr, seconds=seconds, world=self._engine.world.size, module=module)
             scalars |= monitor.report() | dict(measured)
-            self._writer.log(number, scalars, histograms(result.metrics, record))
+            self._writer.log(number, scalars, histograms(result.metrics, module.objective.monitoring()))
             self._say(_line(number, self._steps, scalars))
 
 

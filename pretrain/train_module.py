@@ -23,7 +23,7 @@ from pretrain.interfaces.configs import BalanceConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput, MicroBatchPlan, Objective, Sum
-from pretrain.nn.balance import FACTOR, GRADIENT, Balance
+from pretrain.nn.balance import FACTOR, TASK_GRADIENTS, Balance, gradient_shares
 from pretrain.nn.gradient_taps import GradientTaps, NoTaps
 from pretrain.nn.numerics import masked_deviation
 from pretrain.nn.tuning import apply_tuning
@@ -65,7 +65,7 @@ class TrainModule(nn.Module):
         self.tasks: tuple[str, ...] = ("objective", *self.heads)
         balance = balance or BalanceConfig()
         self.balance = Balance(balance, [False, *(head.signed for head in self._heads().values())])
-        self._taps = GradientTaps(model.encoder) if balance.measures and self.heads else None
+        self._taps = GradientTaps(model.encoder, self.tasks) if balance.measures and self.heads else None
 
     @functools.cached_property
     def least_samples(self) -> int:
@@ -134,8 +134,9 @@ class TrainModule(nn.Module):
         metrics |= {name: (value.detach().float(), one) for name, value in watched.items()}
         if self.balance.adaptive:
             metrics |= {f"{FACTOR}{name}": (self.balance.factors_K[k], one) for k, name in enumerate(self.tasks)}
-        # filled by the backward pass that follows
-        metrics |= {f"{GRADIENT}{name}": (square, one) for name, square in taps.squares(self.tasks, loss).items()}
+        squares_K = taps.squares(loss)
+        if squares_K is not None:  # filled by the backward pass that follows
+            metrics[TASK_GRADIENTS] = (squares_K, one)
         return loss, metrics
 
     def forget(self) -> None:
@@ -158,11 +159,22 @@ class TrainModule(nn.Module):
         if sums is None:
             return
         losses = [sums[f"loss/{name}"] for name in self.tasks]
-        squares = [sums[f"{GRADIENT}{name}"][0][0] if f"{GRADIENT}{name}" in sums else 0.0 for name in self.tasks]
+        squares_K, _ = sums.get(TASK_GRADIENTS, (np.zeros(len(self.tasks)), 0.0))
         make = functools.partial(torch.tensor, dtype=torch.float64)
         self.balance.update(
-            make([total[0] for total, _ in losses]), make([count for _, count in losses]), make(squares)
+            make([total[0] for total, _ in losses]), make([count for _, count in losses]), make(squares_K)
         )
+
+    def gradient_shares(self, sums: Mapping[str, tuple[np.ndarray, float]]) -> dict[str, float]:
+        """Returns each task's share of the gradient at the encoder's output, from metrics as in `after_step`.
+
+        Returns:
+            Shares by task; empty where they are not measured, or no task has a gradient.
+        """
+        if TASK_GRADIENTS not in sums:
+            return {}
+        shares_K = gradient_shares(sums[TASK_GRADIENTS][0])
+        return dict(zip(self.tasks, shares_K.tolist(), strict=True)) if shares_K.any() else {}
 
     def infeasible_metrics(self) -> dict[str, str]:
         """Returns, by head, the metric of `forward` that counts labelled rows that the head cannot use."""

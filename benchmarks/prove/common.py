@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data_pipeline.core.jsonl import read_rows
 from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +50,16 @@ def quiet_auricle(*arguments: str) -> None:
     if done.returncode:
         print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
         raise SystemExit(f"auricle {' '.join(arguments)} ended with exit code {done.returncode}")
+
+
+def succeeds(*arguments: str) -> bool:
+    """Runs a command of auricle; returns whether it succeeded."""
+    return subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=False, cwd=ROOT).returncode == 0
+
+
+def step_seconds(run: Path, skip: int = 0) -> float:
+    """Returns the median duration of a run's logged steps, without the first `skip` rows."""
+    return statistics.median(row["perf/step_seconds"] for row in read_rows(run / "metrics.jsonl")[skip:])
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

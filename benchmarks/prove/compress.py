@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -30,8 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.prove.common import markdown_table, parser_of, real_speech  # noqa: E402
-from data_pipeline.core.jsonl import read_rows  # noqa: E402
+from benchmarks.prove.common import auricle, markdown_table, parser_of, real_speech, step_seconds, succeeds  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from launch.cli.compose import compose  # noqa: E402
 from launch.config import PretrainJob  # noqa: E402
@@ -43,6 +40,7 @@ from pretrain.evaluate.graph_encoder import open_graph_encoder  # noqa: E402
 from pretrain.evaluate.metrics import Tally, accuracy, bootstrap  # noqa: E402
 from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
 from pretrain.profiling.graph_timing import GraphTiming, measure  # noqa: E402
+from pretrain.profiling.processor import model_name  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
 
 MEASURE = "non-silence frames"
@@ -76,31 +74,19 @@ class Figures:
     note: str = ""
 
 
-def auricle(*arguments: str) -> bool:
-    """Runs the command; returns whether it succeeded."""
-    return subprocess.run([sys.executable, "-m", "launch.main", *arguments], check=False, cwd=ROOT).returncode == 0
-
-
-def require(*arguments: str) -> None:
-    """Runs the command; raises RuntimeError when it fails."""
-    if not auricle(*arguments):
-        raise RuntimeError(f"auricle {' '.join(arguments)} failed")
-
-
 def train(name: str, minutes: float, runs: Path, shards: Path, *overrides: str) -> Path:
     """Trains for about `minutes`, at the speed of a few timed steps; returns the run folder."""
     common = [*overrides, f"data.shards={shards}", f"runs={runs}", "launcher.processes=2", "health.on_collapse=warn"]
     timing = f"{name}_timing"
-    require("pretrain", *common, f"name={timing}", f"train.steps={TIMED_STEPS}", "schedule.warmup_steps=1")
-    seconds = statistics.median(row["perf/step_seconds"] for row in read_rows(runs / timing / "metrics.jsonl"))
-    steps = max(TIMED_STEPS, int(minutes * 60 / seconds))
+    auricle("pretrain", *common, f"name={timing}", f"train.steps={TIMED_STEPS}", "schedule.warmup_steps=1")
+    steps = max(TIMED_STEPS, int(minutes * 60 / step_seconds(runs / timing)))
     more = [f"objective.sparsity_steps={max(1, steps // 10)}"] if any("prune" in line for line in overrides) else []
     lengths = [
         f"train.steps={steps}",
         f"train.checkpoint_every={steps}",
         f"schedule.warmup_steps={max(1, steps // 20)}",
     ]
-    require("pretrain", *common, *more, *lengths, f"name={name}", "train.media_every=0")
+    auricle("pretrain", *common, *more, *lengths, f"name={name}", "train.media_every=0")
     return runs / name
 
 
@@ -115,18 +101,18 @@ def widths_of(run: Path) -> list[str]:
 def students(teacher: Path, minutes: float, runs: Path, shards: Path) -> list[Model]:
     """Trains the learned models; each takes about `minutes`."""
     cut = runs / "truncated"
-    require("compress", str(teacher), str(cut), "--blocks", str(STUDENT_BLOCKS))
+    auricle("compress", str(teacher), str(cut), "--blocks", str(STUDENT_BLOCKS))
     overrides = [f"objective.teacher={teacher}", f"init={cut}", *widths_of(cut)]
     distilled = train("distilled", minutes, runs, shards, "+experiment=distil_tiny", *overrides)
     overrides = [f"objective.teacher={teacher}", f"init={teacher}"]
     pruned = train("pruning", 0.6 * minutes, runs, shards, "+experiment=prune_tiny", *overrides)
     found = [Model("distilled, 2 blocks", distilled, learned=True)]
-    if auricle("compress", str(pruned), str(runs / "pruned_cut")):
+    if succeeds("compress", str(pruned), str(runs / "pruned_cut")):
         overrides = [f"objective.teacher={teacher}", f"init={runs / 'pruned_cut'}", *widths_of(runs / "pruned_cut")]
         final = train("pruned", 0.4 * minutes, runs, shards, "+experiment=distil_tiny", *overrides)
         found.append(Model("pruned, 4 blocks", final, learned=True))
     units = runs / "units"
-    require("targets", f"shards={shards}", f"out={units}", f"features={teacher}", "layer=2", "rounds=8")
+    auricle("targets", f"shards={shards}", f"out={units}", f"features={teacher}", "layer=2", "rounds=8")
     labels = ["objective.labels=units", "objective.label_rate_hz=50", f"data.targets={{units: {units}}}"]
     overrides = ["+experiment=quality_hubert", f"init={cut}", *widths_of(cut), *labels]
     dice = train("units", minutes, runs, shards, *overrides)
@@ -140,7 +126,7 @@ def exported(models: list[Model], out: Path, shards: Path) -> tuple[dict[str, Pa
         for kind, options in (("fp32", []), ("INT8", ["--int8", "dynamic", "--shards", str(shards)])):
             folder = out / f"{number}_{kind.lower()}"
             line = ["export", str(model.run), str(folder), "--to", "onnx", "--layer", str(model.layer), *options]
-            if auricle(*line):
+            if succeeds(*line):
                 folders[f"{model.name}, {kind}"] = folder
             else:
                 notes[f"{model.name}, {kind}"] = "not exported: see the message of auricle export"
@@ -179,7 +165,7 @@ def base_width(work: Path, shards: Path, runs: int) -> dict[str, Any]:
         folders.append(work / f"base_width_{kind}")
         if not folders[-1].exists():
             checkpoint = run / "checkpoints" / "step_00000000"
-            require("export", str(checkpoint), str(folders[-1]), "--to", "onnx", *options)
+            auricle("export", str(checkpoint), str(folders[-1]), "--to", "onnx", *options)
     timings = measure(folders, 10.0, runs, 1)
     exact, small = timings.graphs
     int8 = json.loads((folders[1] / "features.json").read_text(encoding="utf-8"))["int8"]
@@ -210,7 +196,7 @@ def main() -> int:
     if manifest is None:
         return 0
     begun, shards = time.monotonic(), given.work / "shards"
-    require(
+    auricle(
         "preprocess", "corpus=manifest", f"corpus.path={manifest}", "corpus.splits=[pretrain,train]", f"out={shards}"
     )
     base = base_width(given.work, shards, given.runs)
@@ -219,7 +205,7 @@ def main() -> int:
         return 0
     teacher = given.teacher
     if teacher is None:
-        require("targets", f"shards={shards}", f"out={given.work / 'mfcc'}", "rounds=8")
+        auricle("targets", f"shards={shards}", f"out={given.work / 'mfcc'}", "rounds=8")
         labels = f"data.targets={{mfcc: {given.work / 'mfcc'}}}"
         teacher = train("teacher", given.minutes, given.work, shards, "+experiment=quality_hubert", labels)
     models = [Model("teacher", teacher)]
@@ -240,7 +226,7 @@ def main() -> int:
     result = {
         "when": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", "benchmarks/prove/compress.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{model_name()}, {os.cpu_count()} cores",
         "minutes": round((time.monotonic() - begun) / 60, 1),
         "log_mel": accuracy(log_mel),
         "rows": [asdict(row) for row in rows],

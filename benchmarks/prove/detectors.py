@@ -217,7 +217,15 @@ def planted(waves: list[np.ndarray], case: Case, folder: Path) -> tuple[str, boo
     stopped = ""
     try:
         settings = config(case.objective, steps, **case.top)
-        planted_failures.run(folder, settings, case.plant, case.once, case.scaled, lambda: reader, case.planted)
+        planted_failures.run(
+            folder,
+            settings,
+            plant=case.plant,
+            once=case.once,
+            scaled=case.scaled,
+            reader=lambda: reader,
+            planted=case.planted,
+        )
     except UnhealthyError as error:
         stopped = str(error)
     found = planted_failures.events(folder)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,13 +24,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.prove.common import parser_of, real_speech  # noqa: E402
-from benchmarks.prove.quality import MEASURE, OVER_LOG_MEL, OVER_RANDOM, auricle, pick, pretrain  # noqa: E402
+from benchmarks.prove.common import auricle, parser_of, real_speech  # noqa: E402
+from benchmarks.prove.quality import MEASURE, OVER_LOG_MEL, OVER_RANDOM, pick, pretrain  # noqa: E402
 from data_pipeline.core.rng import keyed_seed  # noqa: E402
 from data_pipeline.corpora.tables import read_table  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
 from pretrain.evaluate.rows import Row, plain  # noqa: E402
+from pretrain.profiling.processor import model_name  # noqa: E402
 
 LEFT_OUT = "speechocean762"
 WORDS = ("keywords", "digits")
@@ -122,7 +122,7 @@ def main() -> int:
     result = {
         "when": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", "benchmarks/prove/out_of_domain.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{model_name()}, {os.cpu_count()} cores",
         "minutes": round((time.monotonic() - begun) / 60, 1),
         "lines": lines,
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.prove.common import auricle, parser_of, real_speech  # noqa: E402
+from benchmarks.prove.common import auricle, parser_of, real_speech, step_seconds  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from launch.runs.summary import audio_hours  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedConfig  # noqa: E402
@@ -35,6 +34,7 @@ from pretrain.evaluate.frozen_encoders import open_encoder  # noqa: E402
 from pretrain.evaluate.report import markdown  # noqa: E402
 from pretrain.evaluate.rows import Row, plain  # noqa: E402
 from pretrain.profiling import flops  # noqa: E402
+from pretrain.profiling.processor import model_name  # noqa: E402
 
 MEASURE = "non-silence frames"
 OVER_RANDOM, OVER_LOG_MEL = 0.05, 0.03
@@ -48,8 +48,7 @@ def pretrain(experiment: str, shards: Path, runs: Path, minutes: float) -> Path:
     common += [f"data.targets={{mfcc: {shards.parent / 'mfcc'}}}"]
     timing = f"{experiment}_timing"
     auricle("pretrain", *common, f"name={timing}", f"train.steps={TIMED_STEPS}", "health.on_collapse=warn")
-    seconds = sorted(row["perf/step_seconds"] for row in read_rows(runs / timing / "metrics.jsonl"))
-    steps = max(TIMED_STEPS, int(minutes * 60 / seconds[len(seconds) // 2]))
+    steps = max(TIMED_STEPS, int(minutes * 60 / step_seconds(runs / timing)))
     every = -(-steps // CHECKPOINTS)
     if experiment == "quality_efficient":
         common.append(f"objective.relabel_step={2 * steps // 3}")
@@ -164,7 +163,7 @@ def main() -> int:
         passed |= gate(ours)
         found[experiment] = {
             "when": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "machine": f"{model_name()}, {os.cpu_count()} cores",
             "seeds": given.seeds,
             "supervised_epochs": given.supervised_epochs,
             "rows": plain(rows),

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import sys
 import time
@@ -45,6 +44,7 @@ from pretrain.evaluate.manifest import Utterance, read_audio, read_manifest, spa
 from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.rows import Row, plain  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
+from pretrain.profiling.processor import model_name  # noqa: E402
 from pretrain.recognition.error_rates import Decoders, edits, recognise, written  # noqa: E402
 from pretrain.recognition.recogniser import open_recogniser  # noqa: E402
 from pretrain.train_module import build_model, open_run_reader  # noqa: E402
@@ -115,7 +115,7 @@ def main() -> int:
     rates = {arm: bootstrap(found, 2_000) for arm, found in tallies.items()}
     gains = {arm: bootstrap(tallies["scratch"], 2_000, minus=tallies[arm]) for arm in list(tallies)[1:]}
     better = [arm for arm in ("fine-tuned", "joint") if gains[arm].low > 0]
-    report(given, rates, gains, steps, phones, time.monotonic() - began)
+    report(given, rates=rates, gains=gains, steps=steps, phones=phones, seconds=time.monotonic() - began)
     print(f"better than from scratch: {', '.join(better) or 'none'}")
     return 0 if better else 1
 
@@ -157,7 +157,7 @@ def overrides(arm: str, shards: dict[str, str], work: Path, name: str, steps: in
 
 def affordable(arm: str, shards: dict[str, str], work: Path, minutes: float) -> int:
     """Returns the updates of an arm in its processor time, from the mean of a few updates, data included."""
-    values = compose("pretrain", overrides(arm, shards, work, "timing", 100, 0))
+    values = compose("pretrain", overrides(arm, shards, work=work, name="timing", steps=100, seed=0))
     values.pop("launcher")
     config = load(Config, values)
     reader, engine = open_run_reader(config), make_engine(config, build_model(config), DistributedContext())
@@ -176,10 +176,10 @@ def train(arm: str, shards: dict[str, str], work: Path, seed: int, steps: dict[s
     if start := STARTS.get(arm):
         name = "given_checkpoint" if arm == "given" else f"{start}_{seed}"
         if not (work / "runs" / name).exists():
-            quiet_auricle("pretrain", *overrides(start, shards, work, name, steps[start], seed))
+            quiet_auricle("pretrain", *overrides(start, shards, work=work, name=name, steps=steps[start], seed=seed))
         more = [f"init={work / 'runs' / name}", f"objective.frozen_steps={steps[arm] // 20}"]
     name = f"{arm}_{seed}"
-    quiet_auricle("pretrain", *overrides(arm, shards, work, name, steps[arm], seed), *more)
+    quiet_auricle("pretrain", *overrides(arm, shards, work=work, name=name, steps=steps[arm], seed=seed), *more)
     return work / "runs" / name
 
 
@@ -209,7 +209,7 @@ def report(
     lines = [
         "# Recognition: from scratch, fine-tuned, joint",
         "",
-        f"`{command.strip()}`, {seconds / 60:.0f} minutes on {platform.machine()}; {given.seeds} seeds, "
+        f"`{command.strip()}`, {seconds / 60:.0f} minutes on {model_name()}; {given.seeds} seeds, "
         f"{given.minutes:g} minutes of processor time for each training, pretraining included, and "
         f"{given.pretraining:g} minutes for the checkpoint of `given`, which are not counted; "
         f"{given.utterances or 'all'} labelled utterances, unseen speakers of {' and '.join(given.corpora)}.",

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.prove.common import parser_of, quiet_auricle, real_speech  # noqa: E402
-from data_pipeline.core.jsonl import read_rows  # noqa: E402
+from benchmarks.prove.common import parser_of, quiet_auricle, real_speech, step_seconds  # noqa: E402
 from pretrain.evaluate.manifest import read_manifest  # noqa: E402
+from pretrain.profiling.processor import model_name  # noqa: E402
 
 GOAL_DB = 3.0
 CORPORA = ("librispeech", "librispeech-26", "speechocean762")
@@ -73,8 +70,7 @@ def main() -> int:
 def affordable(run: list[str], work: Path, minutes: float) -> int:
     """Returns the updates that fit in the time, by the median step of a short run."""
     quiet_auricle("pretrain", *run, "name=timing", "train.steps=12", "schedule.warmup_steps=4")
-    rows = read_rows(work / "runs" / "timing" / "metrics.jsonl")[3:]
-    return int(60 * minutes / float(np.median([row["perf/step_seconds"] for row in rows])))
+    return int(60 * minutes / step_seconds(work / "runs" / "timing", skip=3))
 
 
 def preprocess(manifest: Path, work: Path) -> Path:
@@ -94,7 +90,7 @@ def report(given: argparse.Namespace, results: list[dict[str, object]], steps: i
     lines = [
         "# Separation of two unseen speakers",
         "",
-        f"`{command}`: {steps} updates in {seconds / 60:.0f} minutes on {platform.machine()}; goal {GOAL_DB:g} dB.",
+        f"`{command}`: {steps} updates in {seconds / 60:.0f} minutes on {model_name()}; goal {GOAL_DB:g} dB.",
         "",
         "| measure | dB | 95 % over speakers |",
         "|---|---|---|",

@@ -18,11 +18,8 @@ text is at most twice that of the recordings through the vocoder, and the real-t
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,15 +34,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.prove.common import parser_of, quiet_auricle, real_speech, step_seconds  # noqa: E402
 from data_pipeline.audio.codecs import read_mono  # noqa: E402
-from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
-from data_pipeline.corpora.local_speech import speech_manifest  # noqa: E402
 from pretrain.evaluate.manifest import read_manifest  # noqa: E402
 from pretrain.evaluate.metrics import bootstrap  # noqa: E402
 from pretrain.evaluate.synthesis import copied, mel_cepstral_distortion, pitch_error, pocketsphinx  # noqa: E402
 from pretrain.generation.voice import Voice, open_voice  # noqa: E402
 from pretrain.models.synthesis.synthesizer import AS_LEARNED  # noqa: E402
+from pretrain.profiling.processor import model_name  # noqa: E402
 from pretrain.recognition.error_rates import edits  # noqa: E402
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -66,18 +63,15 @@ class String:
 
 def main() -> int:
     """Trains, listens and measures; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "synthesis")
     parser.add_argument("--speaker", default="fsdd-jackson")
     parser.add_argument("--minutes", type=float, default=15.0, help="of training (default: 15)")
     parser.add_argument("--train", type=int, default=300, help="strings for training (default: 300)")
     parser.add_argument("--test", type=int, default=60, help="strings to listen to (default: 60)")
-    parser.add_argument("--work", type=Path, default=Path("prove/synthesis"), help="folder for data and runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
     given = parser.parse_args()
-    manifest = speech_manifest()
+    manifest = real_speech()
     if manifest is None:
-        print("set AURICLE_SPEECH to a folder with manifest.tsv", file=sys.stderr)
-        return 2
+        return 0
     torch.set_num_threads(1)
     shutil.rmtree(given.work, ignore_errors=True)
     began = time.monotonic()
@@ -95,7 +89,7 @@ def main() -> int:
     values = {
         "command": "python benchmarks/prove/synthesis.py " + " ".join(sys.argv[1:]),
         "speaker": given.speaker, "updates": steps, "seconds": round(time.monotonic() - began),
-        "digit_error": rates, "quality": quality, "speed": speed, "machine": platform.machine(),
+        "digit_error": rates, "quality": quality, "speed": speed, "machine": model_name(),
     }  # fmt: skip
     report(given.out, values)
     picture.savefig(given.out / "synthesis.png", dpi=80)
@@ -143,9 +137,9 @@ def prepare(train: Sequence[String], work: Path) -> list[str]:
     (work / "list.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     shards, tokens, labels = (str(work / name) for name in ("shards", "tokens", "pitch"))
     corpus = ["corpus=manifest", f"corpus.path={work / 'list.jsonl'}", "corpus.allow_outside=true"]
-    auricle("preprocess", *corpus, f"out={shards}", f"runs={work}", "min_shards=2")
-    auricle("tokens", f"shards={shards}", f"out={tokens}", LETTERS)
-    auricle("targets", f"shards={shards}", f"out={labels}", "features=pitch", f"runs={work}")
+    quiet_auricle("preprocess", *corpus, f"out={shards}", f"runs={work}", "min_shards=2")
+    quiet_auricle("tokens", f"shards={shards}", f"out={tokens}", LETTERS)
+    quiet_auricle("targets", f"shards={shards}", f"out={labels}", "features=pitch", f"runs={work}")
     return [f"data.shards={shards}", f"data.tokens.text={tokens}", f"data.targets.pitch={labels}"]
 
 
@@ -153,15 +147,16 @@ def train(data: Sequence[str], work: Path, name: str, steps: int, log_every: int
     """Trains `synthesis_tiny` for so many updates; returns the run folder."""
     length = [f"train.steps={steps}", f"schedule.warmup_steps={max(1, steps // 20)}", f"train.checkpoint_every={steps}"]
     more = ["engine.name=torch", "data.workers=0", f"train.log_every={log_every}", "train.media_every=0"]
-    auricle("pretrain", "+experiment=synthesis_tiny", *data, *length, *more, f"runs={work / 'runs'}", f"name={name}")
+    quiet_auricle(
+        "pretrain", "+experiment=synthesis_tiny", *data, *length, *more, f"runs={work / 'runs'}", f"name={name}"
+    )
     return work / "runs" / name
 
 
 def affordable(data: Sequence[str], work: Path, minutes: float) -> tuple[int, Path]:
     """Returns the updates in a time, from the median of a short run, and a run that has hardly begun to learn."""
     run = train(data, work, "untrained", 8, log_every=1)
-    seconds = [row["perf/step_seconds"] for row in read_rows(run / "metrics.jsonl")[2:]]
-    return max(20, int(60 * minutes / float(np.median(seconds)))), run
+    return max(20, int(60 * minutes / step_seconds(run, skip=2))), run
 
 
 def speaker_of(voice: Voice, vocoder: str = "istft") -> Callable[[String], np.ndarray]:
@@ -262,16 +257,6 @@ def beside_transformers(voice: Voice) -> dict[str, float]:
     counts = {name: float(sum(p.numel() for p in module.parameters())) for name, module in weights.items()}
     counts["weights"] -= sum(p.numel() for part in (ours.vocoder, ours.aligner) if part for p in part.parameters())
     return medians | counts
-
-
-def auricle(*arguments: str) -> None:
-    """Runs a command of auricle; its output is shown where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.main", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
-    )
-    if done.returncode:
-        print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
-        raise SystemExit(f"auricle {' '.join(arguments)} ended with exit code {done.returncode}")
 
 
 def report(out: Path, values: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.prove.common import auricle, markdown_table, parser_of, real_speech  # noqa: E402
+from benchmarks.prove.common import auricle, markdown_table, parser_of, real_speech, step_seconds  # noqa: E402
 from data_pipeline.audio.transforms import change_speed  # noqa: E402
 from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
@@ -40,9 +39,10 @@ from pretrain.evaluate.frozen_encoders import FrozenEncoder, freeze, log_mel_wit
 from pretrain.evaluate.manifest import Interval, Utterance  # noqa: E402
 from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.probe import fit_probe  # noqa: E402
-from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
+from pretrain.evaluate.task_inputs import TaskInputs  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.profiling import flops  # noqa: E402
+from pretrain.profiling.processor import model_name  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
 
 PLAIN, TIMED = "wav2vec2", "time_contrastive"
@@ -108,9 +108,10 @@ def steps_in(minutes: float, shards: Path, runs: Path, seconds_of: Mapping[str, 
     """Returns updates of each objective that fit into `minutes` of both together, at the speed of a few timed ones."""
     taken = 0.0
     for objective, batch_seconds in seconds_of.items():
-        run = pretrain(objective, shards, runs, batch_seconds, TIMED_STEPS, f"{objective}_timing")
-        seconds = sorted(row["perf/step_seconds"] for row in read_rows(run / "metrics.jsonl"))
-        taken += seconds[len(seconds) // 2]
+        run = pretrain(
+            objective, shards, runs, batch_seconds=batch_seconds, steps=TIMED_STEPS, name=f"{objective}_timing"
+        )
+        taken += step_seconds(run)
     return max(TIMED_STEPS, int(minutes * 60 / taken))
 
 
@@ -119,7 +120,7 @@ class Speeds:
 
     def __init__(self, manifest: Path, most: int) -> None:
         config = EvaluateConfig(checkpoint="none", manifest=str(manifest), max_utterances=most)
-        self.task = TaskEvaluation(config, "phones", print)
+        self.task = TaskInputs(config, "phones", print)
 
     def features(self, encoder: FrozenEncoder, part: Sequence[Utterance], speed: float) -> Labelled:
         """Returns the labelled frames of `part` at a speed."""
@@ -194,7 +195,10 @@ def main() -> int:
     flops = {objective: forward_flops(objective) for objective in (PLAIN, TIMED)}
     seconds_of = {PLAIN: BATCH_SECONDS, TIMED: BATCH_SECONDS * flops[PLAIN] / flops[TIMED]}
     steps = steps_in(given.minutes, shards, given.work, seconds_of)
-    runs = {o: pretrain(o, shards, given.work, seconds_of[o], steps, f"{o}_{steps}") for o in (PLAIN, TIMED)}
+    runs = {
+        o: pretrain(o, shards, given.work, batch_seconds=seconds_of[o], steps=steps, name=f"{o}_{steps}")
+        for o in (PLAIN, TIMED)
+    }
     spent: dict[str, tuple[float, float]] = {}
     for objective, run in runs.items():
         hours = audio_hours(read_rows(run / "metrics.jsonl"))[-1]
@@ -210,7 +214,9 @@ def main() -> int:
         speeds.probe("log-mel ±10 frames", log_mel_with_context()),
     ]
     lines, met = verdicts(found[PLAIN], found[TIMED])
-    report(given, [*found.values(), *others], spent, steps, lines, time.monotonic() - begun)
+    report(
+        given, found=[*found.values(), *others], spent=spent, steps=steps, lines=lines, took=time.monotonic() - begun
+    )
     print("\n".join(lines))
     return 0 if met else 1
 
@@ -231,7 +237,7 @@ def report(
         rows.append([one.who, audio, *values])
     text = [
         "# Time-contrastive objective and wav2vec 2.0 at equal operations", "",
-        f"{platform.machine()}, {os.cpu_count()} cores, {took / 60:.0f} minutes in all; {steps} updates each, 4 × 256 "
+        f"{model_name()}, {os.cpu_count()} cores, {took / 60:.0f} minutes in all; {steps} updates each, 4 × 256 "
         f"transformer on log-mel at 50 Hz. Accuracy of phones, non-silence frames, unseen "
         "speakers, in %.",
         "", *markdown_table(COLUMNS, rows), "",

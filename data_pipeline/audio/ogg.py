@@ -99,7 +99,15 @@ def _links(source: ByteSource, begin: int, end: int) -> list[_Link]:
         if flags & FIRST and not grouped:
             links.append(_Link(at))
         if links:
-            _note(links[-1], flags, granule, serial, sequence, page[27 + len(lacing) :], at)
+            _note(
+                links[-1],
+                flags,
+                granule=granule,
+                serial=serial,
+                sequence=sequence,
+                body=page[27 + len(lacing) :],
+                at=at,
+            )
             links[-1].end = at + size
         grouped = bool(flags & FIRST)
         at += size

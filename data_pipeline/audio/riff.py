@@ -80,7 +80,7 @@ def chunked_parts(source: ByteSource, begin: int, end: int, kind: str) -> tuple[
     before: list[Chunk] = []
     for chunk in _chunks(source, first, end, dialect):
         if chunk.name == dialect.data:
-            return _around_data(source, begin, end, kind, dialect, before, chunk)
+            return _around_data(source, begin, end, kind=kind, dialect=dialect, before=before, data=chunk)
         before.append(chunk)
     return [Part(_whole(source, begin, end))], end
 
@@ -98,7 +98,9 @@ def _around_data(
     if not unknown and size > there:
         raise AudioError("truncated", f"its header states {size - there:,} bytes more than the file has")
     if unknown:
-        return [Part(_rewritten(source, begin, kind, dialect, before, data, [(data.at, end)]))], end
+        slices = [(data.at, end)]
+        whole = _rewritten(source, begin, kind=kind, dialect=dialect, before=before, data=data, slices=slices)
+        return [Part(whole)], end
     slices, last = [(data.at, data.at + size)], data.at + size
     for chunk in _chunks(source, _aligned(last, begin, dialect), end, dialect):
         if not _is_name(chunk.name, dialect) or chunk.size > end - chunk.at:
@@ -108,7 +110,8 @@ def _around_data(
         last = chunk.at + chunk.size
     last = min(_aligned(last, begin, dialect), end)
     if len(slices) > 1:
-        return [Part(_rewritten(source, begin, kind, dialect, before, data, slices))], last
+        whole = _rewritten(source, begin, kind=kind, dialect=dialect, before=before, data=data, slices=slices)
+        return [Part(whole)], last
     return [Part(_whole(source, begin, last if last < end else end))], last
 
 

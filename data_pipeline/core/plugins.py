@@ -43,7 +43,7 @@ def allow(folders: Iterable[str | Path]) -> None:
     Raises:
         ConfigError: a folder does not exist.
     """
-    found = allowed()
+    found = folders_in(VARIABLE)
     for folder in folders:
         path = Path(folder).expanduser().resolve()
         if not path.is_dir():
@@ -56,14 +56,14 @@ def allow(folders: Iterable[str | Path]) -> None:
         os.environ[VARIABLE] = os.pathsep.join(map(str, found))
 
 
-def allowed() -> list[Path]:
-    """Returns the folders in AURICLE_PLUGINS."""
-    return [Path(part).expanduser().resolve() for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+def folders_in(variable: str) -> list[Path]:
+    """Returns the folders in an environment variable, which a colon separates."""
+    return [Path(part).expanduser().resolve() for part in os.environ.get(variable, "").split(os.pathsep) if part]
 
 
 def sources() -> tuple[Source, ...]:
     """Returns the folders in AURICLE_PLUGINS, then the packages of the installed entry points; imports no plug-in."""
-    return (*(_of_folder(folder) for folder in allowed()), *installed())
+    return (*(_of_folder(folder) for folder in folders_in(VARIABLE)), *installed())
 
 
 def _of_folder(folder: Path) -> Source:

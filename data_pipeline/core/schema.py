@@ -81,9 +81,9 @@ def refuse(field: str, value: Any, reason: str) -> NoReturn:
 
 
 def one_or_several(value: Any) -> Any:
-    """Returns a path or a list of paths as a tuple."""
-    if isinstance(value, str):
-        return (value,) if value else ()
+    """Returns a single value or a list as a tuple, as strict validation requires; "" as an empty one."""
+    if isinstance(value, str | int):
+        return () if value == "" else (value,)
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -219,19 +219,25 @@ def _too_large(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
                 yield f"{path}={json.dumps(number)[:40]}: is too large; at most {limit:g}"
 
 
-def load(kind: type[T], values: Mapping[str, Any]) -> T:
+def load(kind: type[T], values: Mapping[str, Any], source: str = "") -> T:
     """Reads nested JSON-like values as a config.
+
+    Args:
+        kind: class of the config.
+        values: its fields.
+        source: begins the message of an error, such as the file that the values are from.
 
     Raises:
         ConfigError: fields are wrong; the message has a line for each.
     """
+    begin = f"{source}: " if source else ""
     if large := list(_too_large(values)):
-        raise ConfigError("\n".join(large))
+        raise ConfigError(begin + "\n".join(large))
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values))
     except ValidationError as error:
         lines = [_explain(kind, problem, values) for problem in error.errors(include_url=False)]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        raise ConfigError(begin + "\n".join(dict.fromkeys(lines))) from None
 
 
 def dump(value: Any) -> dict[str, Any]:

@@ -137,6 +137,11 @@ class Batch:
         """Returns the label of each sample; "" for samples, or a whole batch, without it."""
         return self.labels.get(name, ("",) * len(self.keys))
 
+    def token_rows(self, name: str) -> Tensor:
+        """Returns the tokens of each sample, (B, N) int64, padded with -1; N is 0 for a whole batch without them."""
+        found = self.tokens.get(name)
+        return self.lengths_B.new_full((len(self.keys), 0), -1) if found is None else found
+
     @property
     def is_empty(self) -> bool:
         """Whether it is one of `emptied`."""

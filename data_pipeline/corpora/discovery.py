@@ -135,7 +135,7 @@ def _from_layout(corpus: CorpusConfig, found: Discovered) -> None:
     if isinstance(corpus, LibriSpeechCorpus) and corpus.download:
         layouts.download(corpus)
     entries = list(list_files(corpus.path))
-    layout = layouts.READERS[corpus.name](corpus, {entry.file_id for entry in entries if not entry.is_folder})
+    layout = layouts.read_layout(corpus, {entry.file_id for entry in entries if not entry.is_folder})
     for entry in entries:
         about = layout.describe(entry.file_id)
         if about is None and not entry.is_folder:

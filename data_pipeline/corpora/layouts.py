@@ -20,6 +20,7 @@ from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Span
 from data_pipeline.corpora.config import (
     SOUND_ENDINGS,
     CommonVoiceCorpus,
+    CorpusConfig,
     GigaSpeechCorpus,
     LibriSpeechCorpus,
     MlsCorpus,
@@ -210,7 +211,9 @@ def gigaspeech(corpus: GigaSpeechCorpus, names: Set[str]) -> Layout:
         if spans or not segments:
             listed = [*subsets, *(span.split for span in spans)]
             split = next((subset for subset in listed if subset in corpus.splits), subsets[0] if subsets else "")
-            known[name] = About("", language, "", split, seconds, sorted_spans(spans))
+            known[name] = About(
+                speaker="", language=language, text="", split=split, seconds=seconds, spans=sorted_spans(spans)
+            )
     return Layout(known.get, rejects, re.compile(r"GigaSpeech\.json"))
 
 
@@ -240,14 +243,29 @@ def _giga_span(row: Any, file: AudioFile, audio: int, splits: tuple[str, ...]) -
     return Span(start, stop, "" if speaker is None else str(speaker), text, split=split, row=audio)
 
 
-READERS: Final[dict[str, Callable[[Any, Set[str]], Layout]]] = {
-    "librispeech": librispeech,
-    "mls": mls,
-    "common_voice": common_voice,
-    "voxpopuli": voxpopuli,
-    "gigaspeech": gigaspeech,
-}
-"""Returns the layout of a corpus from its config and the paths of all files below it."""
+def read_layout(corpus: CorpusConfig, names: Set[str]) -> Layout:
+    """Reads the tables of a known corpus.
+
+    Args:
+        corpus: its config.
+        names: paths of all files below it.
+
+    Raises:
+        ConfigError: a table is missing or cannot be read.
+        TypeError: the corpus has no layout of this module.
+    """
+    match corpus:
+        case LibriSpeechCorpus():
+            return librispeech(corpus, names)
+        case MlsCorpus():
+            return mls(corpus, names)
+        case CommonVoiceCorpus():
+            return common_voice(corpus, names)
+        case VoxPopuliCorpus():
+            return voxpopuli(corpus, names)
+        case GigaSpeechCorpus():
+            return gigaspeech(corpus, names)
+    raise TypeError(f"corpus={corpus.name} has no known layout")
 
 
 def download(corpus: LibriSpeechCorpus) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import fsspec
 
+from data_pipeline.core.retries import StorageReadError, describe
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import StorageReadError, describe, is_url
+from data_pipeline.core.storage import is_url
 from data_pipeline.corpora.records import printable, remote_stat
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from data_pipeline.core.retries import StorageReadError
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import StorageReadError, is_url
+from data_pipeline.core.storage import is_url
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Span
 from data_pipeline.corpora.config import ManifestCorpus
 from data_pipeline.corpora.records import (

@@ -10,7 +10,8 @@ from typing import Any
 
 import fsspec
 
-from data_pipeline.core.storage import StorageReadError, describe, is_url
+from data_pipeline.core.retries import StorageReadError, describe
+from data_pipeline.core.storage import is_url
 from data_pipeline.core.types import AudioFile, Span
 
 RecordingId = tuple[str, str]
@@ -69,7 +70,16 @@ def sorted_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
 def reject_file(file: AudioFile, stage: str, reason: str, error: str = "", **more: Any) -> Reject:
     """Returns the reject of a recording or of a part of it. `more`: further fields of `Reject`."""
     path = file.path if is_url(file.path) else printable(file.path)
-    return Reject(path, file.file_id, file.corpus, file.language, stage, reason, error, **more)
+    return Reject(
+        path=path,
+        file_id=file.file_id,
+        corpus=file.corpus,
+        language=file.language,
+        stage=stage,
+        reason=reason,
+        error=error,
+        **more,
+    )
 
 
 def reject_from_json(values: Mapping[str, Any]) -> Reject:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from data_pipeline.core.storage import describe, is_url
+from data_pipeline.core.retries import describe
+from data_pipeline.core.storage import is_url
 
 ENDINGS: Final = ("png", "jpg", "jpeg", "webp")
 """Endings of image members in tars; ours are png."""

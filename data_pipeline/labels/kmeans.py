@@ -8,14 +8,13 @@ continues after them. The result is one file, whose sha256 is stored in all labe
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +25,12 @@ from data_pipeline.audio.codecs import AudioError, Wave
 from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.integrity import write_checksums
 from data_pipeline.core.progress import Advance, Begin, silent
-from data_pipeline.core.ray_tasks import RayConfig, cluster, run_tasks
+from data_pipeline.core.ray_tasks import cluster, run_tasks
 from data_pipeline.core.rng import keyed_rng
-from data_pipeline.core.schema import ConfigError, Places, about, config, one_or_several
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.labels.features import Extractor, Matrix, kaldi_mfcc
 from data_pipeline.labels.store import LabelSet, file_name, write_labels
 from data_pipeline.shards.records import DoneRecord, done_records, read_index
@@ -46,35 +46,6 @@ LONGEST_SECONDS = 3_600
 """Longest sample, since whole samples are held in memory."""
 ROWS = 8_192
 """Number of frames compared with the centres at a time."""
-
-
-@config
-class TargetsConfig:
-    """Configuration of frame labels for shards."""
-
-    shards: Annotated[Places, about("data set of shards, or several as [a,b]", min_length=1)]
-    out: Annotated[str, about("folder for the labels", min_length=1)]
-    features: Annotated[
-        str,
-        about(
-            "mfcc; pitch, which needs no k-means; or a checkpoint (run folder or Hugging Face folder) of which a layer "
-            "is used",
-            min_length=1,
-        ),
-    ] = "mfcc"
-    layer: Annotated[int, about("layer of the checkpoint; 0 is the first block's input")] = 6
-    classes: Annotated[int, about("number of labels", ge=2, le=65_535)] = 100
-    rounds: Annotated[int, about("maximum number of rounds of Lloyd's algorithm", ge=1)] = 30
-    tolerance: Annotated[float, about("stop when a round lowers the inertia by a smaller share", ge=0)] = 1e-4
-    fraction: Annotated[float, about("share of the shards to which the centres are fitted", gt=0, le=1)] = 1.0
-    seed: Annotated[int, about("seed of the first centres", ge=0)] = 0
-    kmeans: Annotated[
-        str, about("label folder whose centres are used instead of fitting, e.g. for a validation set")
-    ] = ""
-    ray: RayConfig = dataclasses.field(default_factory=RayConfig)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shards", one_or_several(self.shards))  # a config made in Python may name one as text
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ HOP: Final = SAMPLE_RATE // RATE_HZ
 LOWEST_HZ: Final = 50.0
 STEPS_PER_OCTAVE: Final = 24
 CLASSES: Final = 130
-"""No voice, and 129 steps: up to 2 kHz."""
+"""One for frames without a voice, and 129 steps, up to 2 kHz."""
 CONFIDENCE: Final = 0.5
-"""From which a frame has a voice, as the package's own default."""
+"""Least confidence of a voiced frame, the package's own default."""
 Labels = npt.NDArray[np.uint16]
 
 
 def artefact() -> str:
-    """Returns what determines the labels: definition and version of the package, as a sha256.
+    """Returns a sha256 of what determines the labels: their definition, and the version of the package.
 
     Raises:
         ConfigError: the package is missing.

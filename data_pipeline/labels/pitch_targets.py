@@ -10,18 +10,13 @@ from data_pipeline.core.progress import Begin, silent
 from data_pipeline.core.ray_tasks import cluster, run_tasks
 from data_pipeline.core.storage import FileStore
 from data_pipeline.labels import pitch
-from data_pipeline.labels.kmeans import (
-    TargetsConfig,
-    artefact_of,
-    require_same_settings,
-    settings_of,
-    shard_waves,
-)
+from data_pipeline.labels.config import TargetsConfig
+from data_pipeline.labels.kmeans import artefact_of, require_same_settings, settings_of, shard_waves
 from data_pipeline.labels.store import LabelSet, file_name, write_labels
 from data_pipeline.shards.records import DoneRecord, done_records
 
 PITCH: Final = "pitch"
-"""As `features` of a `TargetsConfig`."""
+"""Value of `TargetsConfig.features` for pitch labels."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,18 @@ def file_name(shard: str) -> str:
 
 
 def write_labels(root: str, shard: str, labels: LabelSet, keys: Sequence[str], rows: Sequence[Array]) -> None:
-    """Writes the labels of one shard, in the order of its index. Raises ValueError for labels out of range."""
+    """Writes the labels of one shard.
+
+    Args:
+        root: folder or fsspec URL of the labels.
+        shard: name of the shard, X.tar.
+        labels: artefact, rate and number of classes.
+        keys: keys of the segments, in the order of the shard's index.
+        rows: labels of each segment, (F,), 0 to classes - 1.
+
+    Raises:
+        ValueError: a label is out of range.
+    """
     flat = np.concatenate(rows) if rows else np.zeros(0, np.uint16)
     if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < labels.classes:
         raise ValueError(f"labels of {shard} must be 0 to {labels.classes - 1}, got {flat.min()} to {flat.max()}")

@@ -289,7 +289,7 @@ def _texts_of_shard(files: ShardFiles, number: int, label: str) -> Iterator[str]
 
 
 def _json_extent(index: ShardIndex, number: int, row: int) -> Extent:
-    """The part of a sample after its audio, where our shards have the JSON; tar members begin at multiples of 512."""
+    """Returns the part of a sample after its audio, the JSON in our shards; members begin at multiples of 512."""
     end = int(index.payload_offset[row]) + int(index.payload_size[row])
     first, size = -(-end // TAR_BLOCK) * TAR_BLOCK, int(index.table.column("size")[row].as_py())
     return Extent(number, first, int(index.table.column("offset")[row].as_py()) + size - first)

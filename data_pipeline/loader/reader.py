@@ -24,8 +24,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from data_pipeline.core.jsonl import append_rows
+from data_pipeline.core.retries import StorageError
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import StorageError
 from data_pipeline.core.types import Cursor, Step
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.fetch import check_images, check_labels, check_tokens, some_texts

@@ -18,10 +18,8 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import Synchronized
-from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
-import fsspec
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -29,12 +27,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data_pipeline.audio.augmentation import Augmenter
 from data_pipeline.audio.codecs import AudioError, Wave
 from data_pipeline.audio.samples import open_sample
+from data_pipeline.core.retries import StorageReadError, describe, retry
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import FileStore, StorageReadError, describe, is_url, retry
 from data_pipeline.core.tar_samples import UnusableError, member_labels
 from data_pipeline.core.types import SAMPLE_RATE, Batch, Cursor, Step
 from data_pipeline.labels.store import pad
+from data_pipeline.loader.tar_urls import open_tar, shard_urls
 from data_pipeline.loader.texts import SegmentTexts
 from data_pipeline.loader.workers import become_worker
 from data_pipeline.sampling.config import DataConfig
@@ -44,8 +43,6 @@ from data_pipeline.sampling.window import cut_evenly
 from data_pipeline.shards.local import Array, ShardError
 
 log = logging.getLogger(__name__)
-PROTOCOLS: Final = ("file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "hf", "memory")
-"""Protocols of shard URLs. webdataset's own opener, which runs commands (`pipe:`, curl, gsutil), is not used."""
 AUDIO: Final = ("flac", "wav", "opus", "ogg", "mp3")
 MOST_IN_VAIN: Final = 10_000
 """Number of successive unusable or too short samples after which the run ends."""
@@ -77,41 +74,6 @@ class StreamBatch:
     tokens: dict[str, Array] = field(default_factory=dict)
     skipped: int = 0
     error: ShardError | StorageReadError | None = None
-
-
-def shard_urls(shards: Sequence[str]) -> list[str]:
-    """Returns the tars that `data.shards` names.
-
-    Args:
-        shards: folders or URLs of tars, or paths and URLs of tars with braces (`part-{000..127}.tar`), separated by
-            spaces.
-
-    Raises:
-        ConfigError: there are no tars, or a URL has a refused protocol, such as `pipe:`.
-    """
-    return [url for place in shards for url in _tars_of(place)]
-
-
-def _tars_of(place: str) -> list[str]:
-    from braceexpand import braceexpand
-
-    try:
-        urls = [url for part in place.split() for url in braceexpand(part)]
-    except ValueError as error:
-        raise ConfigError(f"data.shards={place}: {error}") from None
-    for url in urls:
-        protocol, colon, _ = url.partition("://" if "://" in url else ":")
-        if "::" in url or "|" in url or (colon and protocol not in PROTOCOLS):
-            raise ConfigError(
-                f"data.shards={url}: shards are read from paths and {', '.join(PROTOCOLS)} URLs; commands (pipe:) and "
-                "chained URLs are refused"
-            )
-    if len(urls) == 1 and not urls[0].endswith(".tar"):
-        store = FileStore(urls[0])
-        urls = [f"{store.root}/{name}" for name in store.names("", ".tar")]
-    if not urls:
-        raise ConfigError(f"data.shards={place}: names no .tar files")
-    return urls
 
 
 class StreamReader:
@@ -285,7 +247,7 @@ class _Stream:
             if self._pass and not self._read:
                 raise ShardError(url, "neither it nor any other shard holds samples")
             try:
-                stream = retry(functools.partial(_open, url), url, self.config.retry_seconds)
+                stream = retry(functools.partial(open_tar, url), url, self.config.retry_seconds)
             except FileNotFoundError:
                 self._bad(url, "is missing")
                 continue
@@ -402,9 +364,3 @@ class _Stream:
             raise ShardError(url, reason)
         self._skipped += 1
         log.warning("left out: %s: %s", url, reason)
-
-
-def _open(url: str) -> IO[bytes]:
-    path = url if is_url(url) else str(Path(url.removeprefix("file://")).expanduser())
-    file: IO[bytes] = fsspec.open(path, "rb").open()
-    return file

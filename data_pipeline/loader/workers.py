@@ -18,8 +18,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from data_pipeline.audio.augmentation import Augmenter
 from data_pipeline.audio.codecs import Wave
+from data_pipeline.core.retries import StorageError
 from data_pipeline.core.rng import keyed_rng
-from data_pipeline.core.storage import StorageError
 from data_pipeline.core.types import IMAGE, Batch, Images
 from data_pipeline.images import decoding
 from data_pipeline.labels.store import pad

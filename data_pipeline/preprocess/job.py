@@ -13,7 +13,8 @@ from data_pipeline.audio import vad
 from data_pipeline.core import jsonl
 from data_pipeline.core.integrity import REPORT, sealed, write_checksums
 from data_pipeline.core.ray_tasks import cluster, run_tasks
-from data_pipeline.core.storage import FileStore, StorageReadError
+from data_pipeline.core.retries import StorageReadError
+from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
 from data_pipeline.corpora.discovery import discover, fingerprint
 from data_pipeline.corpora.records import Discovered, RecordingId, Reject, recording_id, reject_from_json
@@ -240,7 +241,10 @@ def _finish(
     discovered = [reject for name in listed for reject in _read_rejects(store, name)]
     ledger = balance(plan, records, _unit_rejects(config, records), discovered)
     quarantine = ledger.quarantine
-    quarantine += [Reject("", unit, "", "", "unit", "worker_died", why) for unit, why in sorted(failed.items())]
+    quarantine += [
+        Reject(path="", file_id=unit, corpus="", language="", stage="unit", reason="worker_died", error=why)
+        for unit, why in sorted(failed.items())
+    ]
     store.replace(QUARANTINE, rejects_jsonl(quarantine))
     sums = [QUARANTINE, *(f"_rejects/{name}" for name in listed)]
     if plan.dropped:

@@ -15,8 +15,9 @@ from typing import Final
 from data_pipeline.audio import codecs, vad
 from data_pipeline.audio.quality import measure, normalised, reject_reason
 from data_pipeline.audio.segmentation import cut, marked
+from data_pipeline.core.retries import StorageReadError
 from data_pipeline.core.rng import keyed_seed
-from data_pipeline.core.storage import FileStore, StorageReadError, is_url
+from data_pipeline.core.storage import FileStore, is_url
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Segment, Span
 from data_pipeline.corpora.records import Reject, printable, reject_file, stat
 from data_pipeline.images import decoding

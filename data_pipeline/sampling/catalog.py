@@ -108,7 +108,14 @@ def load_catalogue(
     else:
         length_N, group_N, groups = _mapped(reading, cache)
     names = tuple(record.shard for record in files.records)
-    return Catalogue(names, starts_S, length_N, group_N, groups, reading.fingerprint())
+    return Catalogue(
+        shards=names,
+        starts_S=starts_S,
+        length_N=length_N,
+        group_N=group_N,
+        groups=groups,
+        fingerprint=reading.fingerprint(),
+    )
 
 
 def _has_lengths(files: ShardFiles, number: int) -> bool:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.core.atomic_files import sha256_of
+from data_pipeline.core.retries import StorageWriteError, retry, write_errors
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import StorageWriteError, retry, write_errors
 from data_pipeline.shards.local import CHUNK, Array, Extent, ReadSchedule, ShardError, ShardSet
 from data_pipeline.shards.remote import RemoteShards
 

@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 
 from data_pipeline.audio.errors import AudioError
 from data_pipeline.audio.samples import open_sample
+from data_pipeline.core.retries import retry
 from data_pipeline.core.schema import ConfigError, about, config
-from data_pipeline.core.storage import FileStore, is_plain_name, retry
+from data_pipeline.core.storage import FileStore, is_plain_name
 from data_pipeline.core.tar_samples import MOST_LABEL_BYTES, UnusableError, member_labels
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.shards.index_rows import MOST_SAMPLES, validate_index

@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from data_pipeline.core.storage import FileStore, StorageError
+from data_pipeline.core.retries import StorageError
+from data_pipeline.core.storage import FileStore
 
 FOLDER = "_licences"
 

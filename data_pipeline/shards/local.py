@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.lru import LruCache
+from data_pipeline.core.retries import PATIENCE, StorageError, describe
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import PATIENCE, FileStore, StorageError, describe, is_url
+from data_pipeline.core.storage import FileStore, is_url
 from data_pipeline.shards.index_rows import INDEX_ERRORS, numbers, validate_index, validate_lengths
 from data_pipeline.shards.records import DoneRecord, index_name
 

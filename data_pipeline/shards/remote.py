@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline.core.storage import Backoff, StorageReadError, describe, is_transient, retry
+from data_pipeline.core.retries import Backoff, StorageReadError, describe, is_transient, retry
 from data_pipeline.shards.local import Extent, ShardError, ShardFiles
 
 

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.core.atomic_files import write_synced
-from data_pipeline.core.storage import FileStore, write_errors
+from data_pipeline.core.retries import write_errors
+from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import Segment
 from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, index_name, rejects_name
 

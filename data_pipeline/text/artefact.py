@@ -53,7 +53,7 @@ class TokensSummary:
     foreign: int
 
     def rows(self) -> list[tuple[str, str]]:
-        """For a table in the terminal."""
+        """Returns the rows of a table for the terminal."""
         unit = "words" if self.kind == "phones" else "characters"
         return [
             ("tokens", f"{self.size:,} ({self.kind})"),
@@ -96,7 +96,15 @@ def make_tokens(config: TokensConfig, texts: Iterable[str]) -> TokensSummary:
         foreign += seen.characters()[" "]
     counted = sum(len(phone_words(word, config.case)) * n for word, n in seen.words.items())
     symbols = counted if config.kind == "phones" else seen.characters().total()
-    return TokensSummary(config.kind, tokenizer.size, tokenizer.sha256, seen.texts, seen.without_text, symbols, foreign)
+    return TokensSummary(
+        config.kind,
+        tokenizer.size,
+        sha256=tokenizer.sha256,
+        texts=seen.texts,
+        without_text=seen.without_text,
+        symbols=symbols,
+        foreign=foreign,
+    )
 
 
 class _Seen:
@@ -153,7 +161,7 @@ def _phones(path: Path | str, case: Case) -> dict[str, Any]:
 
 
 def _packaged_dictionary() -> Path:
-    """The English dictionary of the package pocketsphinx, which is not imported. Raises ConfigError."""
+    """Returns the English dictionary of the package pocketsphinx, which is not imported. Raises ConfigError."""
     found = importlib.util.find_spec("pocketsphinx")
     path = Path(found.origin).parent / DICTIONARY if found is not None and found.origin else None
     if path is None or not path.is_file():

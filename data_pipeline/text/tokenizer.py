@@ -46,7 +46,7 @@ class Tokenizer(abc.ABC):
         self.symbols: tuple[str, ...] = tuple(values["symbols"])
         self.size: int = len(self.symbols)
         self.sha256: str = values["check"]
-        """Of the content of `tokens.json`."""
+        """Checksum of the content of `tokens.json`."""
         self._ids = {symbol: number for number, symbol in enumerate(self.symbols)}
 
     @abc.abstractmethod

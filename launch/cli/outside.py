@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.core.plugins import folders_in
 from data_pipeline.core.schema import ConfigError
 
 RECIPES = "AURICLE_RECIPES"
@@ -44,7 +45,7 @@ def take_outside(arguments: Sequence[str]) -> list[str]:
 
 def recipe_folders() -> list[Path]:
     """Returns the folders in AURICLE_RECIPES."""
-    return [Path(part).expanduser().resolve() for part in os.environ.get(RECIPES, "").split(os.pathsep) if part]
+    return folders_in(RECIPES)
 
 
 def _allow_recipes(folders: Sequence[str]) -> None:

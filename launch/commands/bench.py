@@ -68,7 +68,7 @@ def _table(given: argparse.Namespace) -> dict[str, Any]:
     """Measures single blocks of a run's encoder."""
     from pretrain.checkpointing.locate import find_checkpoint
     from pretrain.checkpointing.weights import load_checkpoint
-    from pretrain.nn.block_stack import StackConfig
+    from pretrain.nn.stack_config import StackConfig
     from pretrain.profiling.block_table import block_table
 
     found = load_checkpoint(find_checkpoint(given.table))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from launch.cli.parser import Parser
+from launch.cli.signals import raised_signals
 
 GRACE_SECONDS = 5.0
 """Seconds that TensorBoard may take to end."""
@@ -33,31 +32,13 @@ def run(arguments: list[str]) -> int:
     folders = find_runs(given.runs)
     port = given.port or free_port()
     _require_free(port)
-    with _ends_by_signal(), tempfile.TemporaryDirectory(prefix="auricle-board-") as home:
+    with raised_signals(), tempfile.TemporaryDirectory(prefix="auricle-board-") as home:
         link(folders, Path(home))
         if given.bands is not None:
             print(f"{add_bands(folders, Path(home), given.bands)} charts with bands, under Custom Scalars", flush=True)
         count = f"{len(folders)} run{'' if len(folders) == 1 else 's'}"
         print(f"{count} at http://localhost:{port}/ (only from this machine; Ctrl-C ends it)", flush=True)
         return _serve(command(Path(home), port))
-
-
-@contextlib.contextmanager
-def _ends_by_signal() -> Iterator[None]:
-    """Raises KeyboardInterrupt in the block at SIGTERM and SIGHUP, so that TensorBoard and its folder are removed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            before[number] = signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _serve(line: list[str]) -> int:

@@ -64,7 +64,15 @@ def run(arguments: list[str]) -> int:
     from launch.workflows.exporting import ExportOptions, export_run
 
     int8 = _int8_options(given)
-    options = ExportOptions(given.to, given.layer, given.chunk, given.left, given.head, int8, given.licence.strip())
+    options = ExportOptions(
+        given.to,
+        layer=given.layer,
+        chunk=given.chunk,
+        left=given.left,
+        head=given.head,
+        int8=int8,
+        licence=given.licence.strip(),
+    )
     print(f"{given.out}: {export_run(given.run, given.out, options)}")
     return ExitCode.DONE
 

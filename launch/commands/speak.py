@@ -8,7 +8,7 @@ from pretrain.generation.config import SpeakConfig
 
 
 def run(arguments: list[str]) -> int:
-    """Speaks; returns 0, or 1 if a line of a file could not be spoken."""
+    """Speaks texts; returns 0, or 1 if a line of a file could not be spoken."""
     given = request.read("speak", SpeakConfig, arguments)
     if given is None:
         return ExitCode.DONE

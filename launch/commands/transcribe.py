@@ -8,7 +8,7 @@ from pretrain.recognition.config import TranscribeConfig
 
 
 def run(arguments: list[str]) -> int:
-    """Transcribes; returns 0, or 1 if a recording could not be read."""
+    """Transcribes recordings; returns 0, or 1 if a recording could not be read."""
     given = request.read("transcribe", TranscribeConfig, arguments)
     if given is None:
         return ExitCode.DONE

@@ -137,10 +137,6 @@ class SlurmSubmitter:
         """Ends the job; its ranks get SIGTERM, and the cluster's KillWait to save a checkpoint."""
         ask("scancel", "--", checked(handle))
 
-    def requeue(self, handle: str) -> None:
-        """Starts a running or ended job again; it continues from its newest checkpoint."""
-        ask("scontrol", "requeue", checked(handle))
-
 
 def checked(handle: str) -> str:
     """Returns `handle` if it is the id of a SLURM job. Raises SlurmError otherwise.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
 from data_pipeline.core.atomic_files import write_json
+from data_pipeline.core.json_object import read_object
 from data_pipeline.core.schema import ConfigError, about, config, dump, load
 from launch.runs.summary import number, rows
 
@@ -118,15 +118,10 @@ def write(bands: Bands, file: Path) -> None:
 def read(file: Path) -> Bands:
     """Reads a bands file. Raises ConfigError if it is none."""
     try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_object(file)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: not a file of `auricle bands` ({error})") from None
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{file}: not a file of `auricle bands`")
-    try:
-        return load(Bands, values)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: not a file of `auricle bands`: {error}") from None
+    return load(Bands, values, f"{file}: not a file of `auricle bands`")
 
 
 def at(band: Band, step: int) -> tuple[float, float, float, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
-import json
 import math
 import shlex
 import statistics
@@ -21,6 +20,7 @@ from data_pipeline.core.jsonl import Tail, read_rows
 from data_pipeline.core.schema import ConfigError, load
 from launch.runs.summary import audio_hours, number
 from pretrain.checkpointing.run_folder import read_config
+from pretrain.monitoring.heartbeat import read_notes
 
 PLAIN_EVERY = 15.0
 """Seconds between lines if the output is not a terminal."""
@@ -117,11 +117,7 @@ def _lines(follower: Follower, folder: Path, steps: int, running: Callable[[], b
 
 def first_update(folder: Path) -> str:
     """Returns the activity of a run before its first row of metrics, from the heartbeats of its newest start."""
-    notes = []
-    for path in (folder / "heartbeats").glob("rank_*.json"):
-        with contextlib.suppress(OSError, ValueError):  # replaced while it is read
-            notes.append(json.loads(path.read_text(encoding="utf-8")))
-    notes = [note for note in notes if isinstance(note, dict)]
+    notes = read_notes(folder)
     newest = max((number(note, "start", 0.0) for note in notes), default=0.0)
     notes = [note for note in notes if number(note, "start", 0.0) == newest]
     if not notes:
@@ -221,7 +217,7 @@ def ending(folder: Path, newest: Path) -> list[tuple[str, str]]:
 
 def _next_commands(newest: Path, place: str) -> list[str]:
     """Returns the commands that fit the run: of a recogniser those of recognition, and a format that can export it."""
-    from pretrain.checkpointing.checkpoint import read_state  # imports torch
+    from pretrain.checkpointing.stored import read_state  # imports torch
     from pretrain.config import Config
     from pretrain.heads import ctc
     from pretrain.interop import hf_export

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.atomic_files import write_json
+from data_pipeline.core.json_object import read_object
 from launch.config import LAUNCHERS, LauncherConfig
 
 FILE_NAME = "job.json"
@@ -44,7 +44,14 @@ def write_record(folder: Path, handle: str, config: LauncherConfig, command: str
         command: the command of the job.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = JobRecord(config.name, handle, os.uname().nodename, now, dataclasses.asdict(config), command)
+    record = JobRecord(
+        config.name,
+        handle=handle,
+        host=os.uname().nodename,
+        submitted=now,
+        config=dataclasses.asdict(config),
+        command=command,
+    )
     write_json(folder / FILE_NAME, dataclasses.asdict(record))
 
 
@@ -56,16 +63,16 @@ def read_record(folder: Path) -> JobRecord:
     """
     file = folder / FILE_NAME
     try:
-        values = json.loads(file.read_bytes())
+        values = read_object(file)
     except FileNotFoundError:
         raise ValueError(f"{folder}: no run was submitted from here ({FILE_NAME} is missing)") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); start the run again, it continues") from None
-    if isinstance(values, dict) and "verb" in values:  # its name in earlier versions
+    if "verb" in values:  # its name in earlier versions
         values["command"] = values.pop("verb")
     fields = {field.name: dict if field.name == "config" else str for field in dataclasses.fields(JobRecord)}
-    problem = "must be an object" if not isinstance(values, dict) else ""
-    if not problem and (unknown := values.keys() - fields.keys()):
+    problem = ""
+    if unknown := values.keys() - fields.keys():
         problem = f"has the unknown field {min(map(str, unknown))}"
     for name, kind in fields.items() if not problem else ():
         if not problem and not isinstance(values.get(name, "pretrain" if name == "command" else None), kind):

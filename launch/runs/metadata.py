@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.core.atomic_files import sha256_of, write_atomically, write_json
+from data_pipeline.core.json_object import read_object
 from data_pipeline.core.schema import ConfigError, base_part, dump
 from launch.cli.compose import to_yaml
 from launch.config import PretrainJob
@@ -96,9 +96,9 @@ def require_plugins(folder: Path) -> None:
         ConfigError: one is missing; the message names its folder. It is not imported because the run names it.
     """
     try:
-        listed = json.loads((folder / "environment.json").read_bytes())["plugins"]
+        listed = read_object(folder / "environment.json")["plugins"]
         needed = [(Path(row["file"]), str(row["kind"]), str(row["name"])) for row in listed]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return  # of an earlier version, or damaged; the ranks report the missing fields
     for file, kind, name in needed:
         if kind in registry.PACKAGES and name not in registry.names(kind):
@@ -116,10 +116,9 @@ def submitted_from(folder: Path) -> Path | None:
     """
     file = folder / "environment.json"
     try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        directory = read_object(file).get("directory")
+    except (OSError, ValueError):
         return None
-    directory = values.get("directory") if isinstance(values, dict) else None
     if not isinstance(directory, str):
         return None
     if not Path(directory).is_dir():
@@ -137,9 +136,9 @@ def _require_same_run(folder: Path, config: Config) -> None:
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
         return
-    from pretrain.checkpointing import checkpoint, resume  # imports torch and the engines
+    from pretrain.checkpointing import resume, stored  # imports torch
 
-    state = checkpoint.read_state(newest)
+    state = stored.read_state(newest)
     resume.require_same_config(state["config"], config, newest)
     resume.require_same_data(state, config, newest)
     found = resume.prolongation(state["config"], config, state["step"], state.get("prolonged"))

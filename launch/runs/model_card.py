@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.atomic_files import write_atomically
+from data_pipeline.core.json_object import read_object
 from data_pipeline.core.schema import ABSENT, load
 from data_pipeline.core.text import visible
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.shards.licences import read_licences
 from data_pipeline.shards.records import DoneRecord, done_records
 from launch.runs.summary import audio_hours, find_run, number, rows
-from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.stored import read_state
 from pretrain.config import Config
 from pretrain.monitoring.config_pages import NOT_COMPARED, differences
 from pretrain.recognition.recogniser import RESULTS
@@ -149,10 +150,9 @@ def _records(shards: Sequence[str]) -> list[DoneRecord]:
 
 def _environment(run: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run / "environment.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_object(run / "environment.json")
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _figures(run: Path, step: int, logged: Sequence[dict[str, Any]]) -> list[str]:
@@ -165,11 +165,11 @@ def _figures(run: Path, step: int, logged: Sequence[dict[str, Any]]) -> list[str
             named = ", ".join(_plain(row.get(part, "")) for part in ("task", "measure", "who"))
             found.append((named, value))
     try:
-        errors = json.loads((run / RESULTS).read_bytes())["errors"]
+        errors = read_object(run / RESULTS)["errors"]
         for row in errors:
             rates = f"WER {row['wer']:.2%}, CER {row['cer']:.2%} on {row['utterances']} utterances"
             found.append((f"recognition, {_plain(row['decoder'])}", rates))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     last = logged[-1] if logged else {}
     for name, tag in (("loss", "loss/total"), ("held-out loss", "valid/loss/total"), ("accuracy", "metric/accuracy")):

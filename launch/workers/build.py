@@ -74,47 +74,52 @@ def require_fitting_labels(config: Config) -> None:
             _require_images(config, name, side, channels)
         for frames in head.frame_labels:
             _require_frame_labels(config, f"heads.{name}", frames)
-    wanted = config.objective.frame_labels
-    if wanted is None:
-        return
-    if wanted.name not in config.data.targets:
-        raise ConfigError(
-            f"objective.labels={wanted.name}: data.targets has no frame labels of this name, only "
-            f"{sorted(config.data.targets)}; set data.targets.{wanted.name}=FOLDER"
-        )
-    root = config.data.targets[wanted.name]
-    labels = LabelSet.read(root)
-    if labels.rate_hz != wanted.rate_hz:
-        raise ConfigError(
-            f"objective.label_rate_hz={wanted.rate_hz:g}: the labels in {root} have {labels.rate_hz} Hz; "
-            f"set objective.label_rate_hz={labels.rate_hz}"
-        )
-    if config.data.valid:
-        _require_labels_of_held_out(config, wanted.name, root)
-    if labels.classes > wanted.classes:
-        raise ConfigError(
-            f"objective.units={wanted.classes}: the labels in {root} have {labels.classes} classes; "
-            f"set objective.units={labels.classes}"
-        )
+    if config.objective.frame_labels is not None:
+        _require_frame_labels(config, "objective", config.objective.frame_labels)
+        if config.data.valid:
+            _require_labels_of_held_out(config, config.objective.frame_labels.name)
 
 
-def _require_frame_labels(config: Config, field: str, wanted: FrameLabels) -> None:
-    """Raises ConfigError if frame labels that a head needs are not read, or have another rate."""
+def _require_frame_labels(config: Config, part: str, wanted: FrameLabels) -> None:
+    """Raises ConfigError if frame labels are not read, or have another rate or more classes than their user expects.
+
+    part: the field of the config that holds their user, "objective" or "heads.NAME".
+    """
     if wanted.name not in config.data.targets:
         raise ConfigError(
-            f"{field}: needs frame labels {wanted.name}, and data.targets has only {sorted(config.data.targets)}; make "
-            f"them with `auricle targets` and set data.targets.{wanted.name}=FOLDER"
+            f"{part}.{wanted.name_field}={wanted.name}: data.targets has no frame labels of this name, only "
+            f"{sorted(config.data.targets)}; make them with `auricle targets` and set data.targets.{wanted.name}=FOLDER"
         )
     root = config.data.targets[wanted.name]
     found = LabelSet.read(root)
     if found.rate_hz != wanted.rate_hz:
-        raise ConfigError(
-            f"{field}: needs frame labels at {wanted.rate_hz:g} Hz; those in {root} have {found.rate_hz} Hz"
+        raise _mismatch(
+            part,
+            wanted,
+            field=wanted.rate_field,
+            needed=f"{wanted.rate_hz:g} Hz",
+            found=f"{found.rate_hz} Hz",
+            root=root,
         )
     if wanted.classes and found.classes > wanted.classes:
-        raise ConfigError(
-            f"{field}: needs frame labels of at most {wanted.classes} classes; those in {root} have {found.classes}"
+        here, there = f"{wanted.classes} classes", f"{found.classes} classes"
+        raise _mismatch(part, wanted, field=wanted.classes_field, needed=here, found=there, root=root)
+
+
+def _mismatch(part: str, wanted: FrameLabels, field: str, needed: str, found: str, root: str) -> ConfigError:
+    """Returns the error for frame labels of another rate or number of classes; field: the one that chooses it, if any.
+
+    needed, found: a number and its unit.
+    """
+    if field:
+        value = found.split()[0]
+        return ConfigError(
+            f"{part}.{field}={needed.split()[0]}: the labels in {root} have {found}; set {part}.{field}={value}"
         )
+    return ConfigError(
+        f"{part}.{wanted.name_field}={wanted.name}: needs {needed}, and the labels in {root} have {found}; make others "
+        f"with `auricle targets` and set data.targets.{wanted.name}=FOLDER"
+    )
 
 
 def _require_tokens(config: Config, field: str, name: str, size: int) -> None:
@@ -171,8 +176,9 @@ def require_symbols_of_texts(config: Config, texts: Callable[[str], list[str]], 
             )
 
 
-def _require_labels_of_held_out(config: Config, name: str, root: str) -> None:
+def _require_labels_of_held_out(config: Config, name: str) -> None:
     """Raises ConfigError where the held-out audio has no frame labels, or others than the training audio."""
+    root = config.data.targets[name]
     remedy = f"make them with `auricle targets shards={config.data.valid[0]} kmeans={root} out=FOLDER`"
     if name not in config.data.valid_targets:
         raise ConfigError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 import os
 import re
 import subprocess
@@ -20,8 +19,9 @@ import time
 from pathlib import Path
 
 from data_pipeline.core.atomic_files import write_json
+from data_pipeline.core.json_object import read_object
 from data_pipeline.core.schema import ConfigError, base_part, dump, load
-from data_pipeline.labels.kmeans import TargetsConfig
+from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.preprocess.config import PreprocessConfig
 from launch.config import ProgramConfig, ProgramJob, RayConfig
 from launch.exit_codes import ExitCode
@@ -67,10 +67,10 @@ def read(folder: Path) -> tuple[str, ProgramConfig]:
     """
     file = folder / TASK
     try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_object(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: not the run folder of a job: {TASK} cannot be read ({error})") from None
-    command = values.get("command", values.get("verb")) if isinstance(values, dict) else None  # "verb" until format 1
+    command = values.get("command", values.get("verb"))  # "verb" until format 1
     if not isinstance(command, str) or command not in NAMES or not isinstance(values.get("config"), dict):
         raise ValueError(
             f"{file}: must have a command, one of {', '.join(NAMES)}, and its config; give the command again"
@@ -161,9 +161,9 @@ def why_outdated(command: str, job: ProgramJob) -> str:
     module = program(command)
     config = base_part(module.CONFIG, job)
     try:
-        result = json.loads((folder / RESULT).read_bytes())
+        result = read_object(folder / RESULT)
         before, came_from, made_before = (result[name] for name in ("config", "made_from", "made"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError) as error:
         return f"has an unreadable {RESULT} ({type(error).__name__})"
     if before != dump(config):
         return "was finished with another config"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from data_pipeline.core.text import visible
+from launch.cli.signals import SignalledError, raised_signals
 from launch.config import LauncherConfig
 from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.launchers import local
@@ -37,7 +35,7 @@ def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: Launch
         launcher: the launcher's config, saved in job.json.
     """
     mark_stopped(folder, False)
-    with _ends_by_signal():
+    with raised_signals():
         handle = submitter.submit(folder)
         deadline, waiting = math.inf, ""
 
@@ -55,35 +53,13 @@ def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: Launch
                 follow.follow(folder, steps, running)
             except KeyboardInterrupt as signalled:
                 submitter.request_stop(handle)
-                if isinstance(signalled, _Signalled):
+                if isinstance(signalled, SignalledError):
                     deadline = time.monotonic() + submitter.grace(handle)
                 print("\nsaving a checkpoint; a second Ctrl-C or signal stops at once", file=sys.stderr)
                 follow.follow(folder, steps, running)
         finally:
             submitter.cancel(handle)
     return _verdict(submitter.exit_code(handle) or 0, folder, steps)
-
-
-class _Signalled(KeyboardInterrupt):
-    """Raised on SIGTERM or SIGHUP."""
-
-
-@contextlib.contextmanager
-def _ends_by_signal() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP raise _Signalled in the block; process 1 of a container would ignore them otherwise."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _Signalled
-
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            before[number] = signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _verdict(code: int, folder: Path, steps: int) -> int:

@@ -48,7 +48,9 @@ def export_edge(
     with new_folder(out) as package, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         waves = read_waves(int8.shards, 2 * SECONDS) if int8 else []
         streaming = Path(scratch) / "stream"
-        error = stream_export.export_stream(found.config, found.module.model, streaming, chunk, left, head)
+        error = stream_export.export_stream(
+            found.config, found.module.model, streaming, chunk=chunk, left_chunks=left, head=head
+        )
         described = json.loads((streaming / stream_export.DESCRIPTION).read_text(encoding="utf-8"))
         graph, lost = streaming / stream_export.GRAPH, f"features of the loaded graph differ by {error:.1e}"
         if int8 is None:
@@ -73,7 +75,7 @@ def _quantize(source: Path, target: Path, found: LoadedCheckpoint, int8: Int8Opt
 
     nodes = quantization.linear_products(onnx.load(source), found.module.model)
     reduce_range = int8.reduce_range or not quantization.has_vnni()
-    quantization.quantize(source, target, nodes, "dynamic", [], reduce_range)
+    quantization.quantize(source, target, nodes=nodes, mode="dynamic", waves=[], reduce_range=reduce_range)
     return {"mode": "dynamic", "reduce_range": reduce_range, "products": len(nodes)}
 
 

@@ -89,7 +89,9 @@ def _export(run: str, out: Path, options: ExportOptions) -> str:
         error = hf_export.export(config, module, out, options.head)
     elif options.to == "onnx_stream":
         head = _head(run, checkpoint, found, options)
-        error = stream_export.export_stream(config, module.model, out, options.chunk, options.left, head)
+        error = stream_export.export_stream(
+            config, module.model, out, chunk=options.chunk, left_chunks=options.left, head=head
+        )
     else:
         error = graph_export.export_graph(config, module.model, out, options.to, options.layer)
     what = "audio" if options.to == "onnx_synthesis" else "features"

@@ -144,7 +144,7 @@ def _require_shards(config: PretrainJob) -> None:
 
     BatchConstraints.of(config.data)
     if config.data.reader == "webdataset":
-        from data_pipeline.loader.streaming import shard_urls
+        from data_pipeline.loader.tar_urls import shard_urls
 
         shard_urls(config.data.shards)
         return

@@ -208,7 +208,7 @@ def why_pretraining(run: PretrainJob) -> str:
     Raises:
         ConfigError: the checkpoint of the last step is damaged; training would not write it again.
     """
-    from pretrain.checkpointing import checkpoint, resume
+    from pretrain.checkpointing import resume, stored
     from pretrain.train_module import open_run_reader
 
     folder = metadata.folder_of(run)
@@ -216,9 +216,9 @@ def why_pretraining(run: PretrainJob) -> str:
     if done < run.train.steps:
         return f"is at step {done} of {run.train.steps}"
     newest = folder / "checkpoints" / f"step_{done:08d}"
-    if damaged := checkpoint.damage(newest):
+    if damaged := stored.damage(newest):
         raise ConfigError(f"{damaged}; {remedy(newest.parent)}")
-    state = checkpoint.read_state(newest)
+    state = stored.read_state(newest)
     resume.require_same_config(state["config"], metadata.run_config(run), newest)
     reader = open_run_reader(run)
     try:

@@ -43,6 +43,12 @@ class Int8Options(NamedTuple):
 def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Options) -> str:
     """Writes model.onnx and features.json; returns one sentence on the loss of accuracy.
 
+    Args:
+        found: the run.
+        out: folder to write; must not exist.
+        layer: layer of the graph's features; -1: the last.
+        options: settings of quantisation.
+
     Raises:
         ConfigError: `out` exists, the shards hold too little audio, the run cannot be exported, or the INT8 graph is
             less accurate than allowed; nothing is written then.
@@ -58,7 +64,9 @@ def export_int8(found: LoadedCheckpoint, out: Path, layer: int, options: Int8Opt
         graph = onnx.load(files[0])
         nodes = quantization.linear_products(graph, found.module.model)
         reduce_range = options.reduce_range or not quantization.has_vnni()
-        quantization.quantize(files[0], files[1], nodes, options.mode, calibration, reduce_range)
+        quantization.quantize(
+            files[0], files[1], nodes=nodes, mode=options.mode, waves=calibration, reduce_range=reduce_range
+        )
         opened = [open_graph(file, threads=1) for file in files]
         lost = quantization.lost(opened[0], opened[1], compared)
         quantization.require_accurate(

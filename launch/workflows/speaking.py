@@ -54,7 +54,7 @@ def run(config: SpeakConfig) -> ExitCode:
     if config.pitch and not voice.head.config.pitch:
         raise ConfigError(f"pitch={config.pitch:g}: the head was trained without pitch; leave it out")
     if prompt is not None:
-        voice = replace(voice, prompt=voice.listen(prompt))
+        voice = replace(voice, prompt=voice.encode(prompt))
     speaking = _Speaking(config, voice)
     return speaking.lines(lines) if config.file else speaking.text(config.text)
 
@@ -69,7 +69,7 @@ class _Speaking:
         """Speaks one text into a file, or to standard output."""
         found = sentences(text, self.voice.tokenizer, self.config.language, self.config.max_words)
         if self.config.out == STDOUT:
-            with contextlib.suppress(BrokenPipeError):  # the listener has heard enough
+            with contextlib.suppress(BrokenPipeError):  # the reader of the pipe has closed it
                 for part_T in self._parts(found):
                     sys.stdout.buffer.write(to_pcm16(part_T))
                     sys.stdout.buffer.flush()

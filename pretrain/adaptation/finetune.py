@@ -29,8 +29,8 @@ from data_pipeline.preprocess.work_plan import freeze_plan
 from data_pipeline.shards.records import done_records, read_index
 from pretrain.adaptation.config import FinetuneConfig
 from pretrain.adaptation.tasks import open_tasks
-from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.stored import read_state
 from pretrain.evaluate.manifest import (
     Utterance,
     find_manifest,

@@ -35,4 +35,6 @@ def write_initial(
     trained = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
     moments = {f"{moment}/{name}": torch.zeros_like(weight.data) for moment in MOMENTS for name, weight in trained}
     files = {"model": weights, "optimizer": moments}
-    write(run, run.checkpoints / f"step_{0:08d}", files, TrainState(), config, {"tokens": dict(tokens)})
+    write(
+        run, run.checkpoints / f"step_{0:08d}", files, state=TrainState(), config=config, extra={"tokens": dict(tokens)}
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.text.tokenizer import load_tokenizer
-from pretrain.checkpointing.checkpoint import read_state
+from pretrain.checkpointing.stored import read_state
 from pretrain.config import Config
 
 

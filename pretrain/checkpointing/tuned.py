@@ -15,8 +15,8 @@ import torch
 from data_pipeline.core.atomic_files import sha256_of, write_json
 from data_pipeline.core.new_folder import new_folder
 from data_pipeline.core.schema import ConfigError, dump
-from pretrain.checkpointing.checkpoint import FORMAT, read_state
 from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.stored import FORMAT, read_state
 from pretrain.checkpointing.tensor_files import save_tensors
 from pretrain.checkpointing.token_sets import saved_tokens
 from pretrain.checkpointing.weights import MODEL, load_checkpoint, read_weights

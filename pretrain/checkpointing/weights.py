@@ -18,8 +18,8 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from data_pipeline.core.schema import load as load_config
-from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.locate import remedy
+from pretrain.checkpointing.stored import read_state
 from pretrain.config import Config
 from pretrain.interfaces.configs import TuneConfig
 from pretrain.nn.tuning import merge

@@ -19,7 +19,8 @@ from pretrain.checkpointing.weights import LoadedCheckpoint
 from pretrain.config import Config
 from pretrain.interfaces.frames import BlockGates
 from pretrain.interfaces.objectives import Pruning
-from pretrain.nn.block_stack import BlockStack, StackConfig
+from pretrain.nn.block_stack import BlockStack
+from pretrain.nn.stack_config import StackConfig
 from pretrain.train_module import TrainModule, build_model
 
 MOST_OFF = 0.02

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.stored import read_state
 from pretrain.checkpointing.weights import MODEL, load_checkpoint
 from pretrain.config import Config
 from pretrain.interfaces.objectives import Objective

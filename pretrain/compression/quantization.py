@@ -22,6 +22,7 @@ from data_pipeline.core.atomic_files import write_synced
 from data_pipeline.core.schema import ConfigError
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interop.graph_export import Run, open_graph
+from pretrain.profiling.processor import instruction_sets
 from pretrain.self_supervision.kmeans import kmeans
 from pretrain.self_supervision.quantizers import nearest_codes
 
@@ -63,11 +64,7 @@ def linear_products(graph: Any, model: SpeechModel) -> list[str]:
 
 def has_vnni() -> bool:
     """Returns whether this processor multiplies 8-bit integers without saturation (VNNI, or any ARM)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "vnni" in flags or "asimddp" in flags
+    return any("vnni" in name or name == "asimddp" for name in instruction_sets())
 
 
 def quantize(

@@ -34,9 +34,12 @@ def parts(config: EvaluateConfig, utterances: Sequence[Utterance]) -> tuple[list
 
 
 def error_rates(
-    config: EvaluateConfig, recogniser: Recogniser, utterances: Sequence[Utterance], waves: Waves,
+    config: EvaluateConfig,
+    recogniser: Recogniser,
+    utterances: Sequence[Utterance],
+    waves: Waves,
     say: Callable[[str], None],
-) -> Iterator[tuple[str, str, Interval95]]:  # fmt: skip
+) -> Iterator[tuple[str, str, Interval95]]:
     """Yields (measure, decoder, rate over all utterances with its 95 % interval over speakers).
 
     Args:
@@ -56,7 +59,9 @@ def error_rates(
     wanted = config.asr
     words = None
     if wanted.lm:
-        words = WordBeamSearch(wanted.lm, symbols, wanted.beam, wanted.lm_weight, wanted.word_bonus, wanted.words)
+        words = WordBeamSearch(
+            wanted.lm, symbols, beam=wanted.beam, weight=wanted.lm_weight, bonus=wanted.word_bonus, words=wanted.words
+        )
     decoders = Decoders(wanted.beam, ngram, wanted.ngram_weight, words)
     audio = (waves(u).numpy() for u in asked)
     for decoder, texts in recognise(recogniser, audio, decoders):

@@ -156,14 +156,14 @@ class SeparationConfig:
 
 @config
 class SynthesisConfig:
-    """Task synthesis: which voice is measured, and who listens beside PocketSphinx."""
+    """Task synthesis: which voice is measured, and the recognisers that transcribe it."""
 
     head: Annotated[str, about("name of the head that speaks; empty: the only one")] = ""
     listener: Annotated[
         Literal["language_model", "words"],
         about("PocketSphinx with its language model of English, or any sequence of the words of the texts"),
     ] = "language_model"
-    recogniser: Annotated[str, about("run or checkpoint of a recogniser that listens too; empty: none")] = ""
+    recogniser: Annotated[str, about("run or checkpoint of a further recogniser; empty: none")] = ""
     language: Annotated[Literal["en", "zh", "none"], about("as in `auricle speak`")] = "none"
 
 

@@ -54,10 +54,7 @@ def read(kind: str, name: str, schema: type[T]) -> T:
         raise ConfigError(f"{file}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must have fields, as in `kind: utterances`")
-    try:
-        return load(schema, values)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    return load(schema, values, str(file))
 
 
 def _folders(kind: str) -> list[Path]:

@@ -97,12 +97,15 @@ def _of_heads(config: EvaluateConfig, task: str, utterances: Sequence[Utterance]
             separator = separation.open_separator(given, config.separation.head, config.device)
             who = f"{separator.name} (step {separator.step})"
             gains = separation.report(config, separator, utterances, waves, say)
-            rows += [Row(task, measure, who, gain.value, gain.low, gain.high) for measure, gain in gains]
+            rows += [Row(task, measure, who, value=gain.value, low=gain.low, high=gain.high) for measure, gain in gains]
             continue
         if task == "synthesis":
             voice = open_voice(given, config.synthesis.head, config.device)
             measured = synthesis.figures(config, voice, utterances, waves, say)
-            rows += [Row(task, measure, voice.name, rate.value, rate.low, rate.high) for measure, rate in measured]
+            rows += [
+                Row(task, measure, voice.name, value=rate.value, low=rate.low, high=rate.high)
+                for measure, rate in measured
+            ]
             continue
         recogniser = open_recogniser(given, config.asr.head, config.device)
         who = f"{recogniser.name} (step {recogniser.step})"
@@ -111,5 +114,5 @@ def _of_heads(config: EvaluateConfig, task: str, utterances: Sequence[Utterance]
         else:
             rates = asr.error_rates(config, recogniser, utterances, waves, say)
             found = ((f"{measure}, {decoder}", rate) for measure, decoder, rate in rates)
-        rows += [Row(task, measure, who, rate.value, rate.low, rate.high) for measure, rate in found]
+        rows += [Row(task, measure, who, value=rate.value, low=rate.low, high=rate.high) for measure, rate in found]
     return rows

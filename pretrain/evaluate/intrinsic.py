@@ -22,9 +22,14 @@ PER_PHONE, RESAMPLINGS, UNITS, MAX_FRAMES = 3, 500, 100, 20_000
 
 
 def abx(
-    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves,
-    silence: Collection[str], library: str = "own",
-) -> Found:  # fmt: skip
+    encoder: FrozenEncoder,
+    part: Sequence[Utterance],
+    phones: Phones,
+    classes: Mapping[str, int],
+    waves: Waves,
+    silence: Collection[str],
+    library: str = "own",
+) -> Found:
     """Measures the phone ABX error of each layer within and across speakers, with intervals over speakers.
 
     Args:
@@ -61,9 +66,13 @@ def abx(
 
 
 def pnmi(
-    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves,
+    encoder: FrozenEncoder,
+    part: Sequence[Utterance],
+    phones: Phones,
+    classes: Mapping[str, int],
+    waves: Waves,
     silence: Collection[str],
-) -> Found:  # fmt: skip
+) -> Found:
     """Computes PNMI and purities of k-means units of each layer with the phones, without frames of silence.
 
     See `abx` for the arguments.
@@ -86,9 +95,13 @@ def pnmi(
 
 
 def rankme(
-    encoder: FrozenEncoder, part: Sequence[Utterance], phones: Phones, classes: Mapping[str, int], waves: Waves,
+    encoder: FrozenEncoder,
+    part: Sequence[Utterance],
+    phones: Phones,
+    classes: Mapping[str, int],
+    waves: Waves,
     silence: Collection[str],
-) -> Found:  # fmt: skip
+) -> Found:
     """Measures the effective rank of each layer (RankMe, arXiv 2210.02885). See `abx` for the arguments."""
     frames = phone_frames(encoder, part, phones, classes, waves)
     kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // 4096)].float().numpy()

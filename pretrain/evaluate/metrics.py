@@ -53,17 +53,6 @@ def bootstrap(tallies: Sequence[Tally], times: int, minus: Sequence[Tally] | Non
     return Interval95(value, float(low), float(high))
 
 
-def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float:
-    """Returns the rate at the threshold where misses and false accepts are equal.
-
-    Args:
-        same: scores of same-speaker pairs.
-        different: scores of different-speaker pairs.
-    """
-    truth = np.concatenate([np.ones(len(same), bool), np.zeros(len(different), bool)])
-    return weighted_equal_error_rate(np.concatenate([same, different]), truth, np.ones(len(truth)))
-
-
 def phone_normalized_mutual_information(phones: np.ndarray, units: np.ndarray) -> tuple[float, float, float]:
     """Returns PNMI, phone purity and cluster purity of units against phones (HuBERT, arXiv 2106.07447, §IV.A)."""
     _, p = np.unique(phones, return_inverse=True)
@@ -78,16 +67,16 @@ def phone_normalized_mutual_information(phones: np.ndarray, units: np.ndarray) -
     return information / max(phone_entropy, 1e-12), float(joint.max(0).sum()), float(joint.max(1).sum())
 
 
-def weighted_equal_error_rate(scores: np.ndarray, same: np.ndarray, weights: np.ndarray) -> float:
-    """Returns the equal error rate of weighted pairs.
+def equal_error_rate(scores: np.ndarray, same: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Returns the rate at the threshold where misses and false accepts are equal.
 
     Args:
         scores: (P,) similarity of each pair.
         same: (P,) whether the pair is of one speaker.
-        weights: (P,) how often the pair counts.
+        weights: (P,) how often the pair counts; None: once.
     """
     order = np.argsort(scores, kind="stable")
-    truth, weight = same[order], weights[order]
+    truth, weight = same[order], np.ones(len(scores)) if weights is None else weights[order]
     missed = np.cumsum(weight * truth) / max(1e-12, float(weight[truth].sum()))
     accepted = 1.0 - np.cumsum(weight * ~truth) / max(1e-12, float(weight[~truth].sum()))
     where = int(np.argmin(np.abs(missed - accepted)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from pretrain.evaluate.config import NeuralConfig
+from pretrain.evaluate.early_stopping import EarlyStopping
 from pretrain.evaluate.features import Labelled
 
 
@@ -62,7 +63,7 @@ def fit_neural(
     x_ND, valid_ND = train.x_NLD[:, 0], valid.x_NLD[:, 0]
     net = NeuralProbe(x_ND[:40_000].float(), width_for(weights, x_ND.shape[1], classes), classes, config.dropout)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr)
-    best, best_state, waited = -1.0, net.state_dict(), 0
+    stopping = EarlyStopping(net, config.patience)
     for epoch in range(config.epochs):
         net.train()
         order = torch.from_numpy(keyed_rng(seed, epoch, "neural probe").permutation(len(x_ND)))
@@ -70,13 +71,7 @@ def fit_neural(
             optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(net(x_ND[pick]), train.y_N[pick]))
             optimizer.step()
-        score = float((net.predict(valid_ND) == valid.y_N.numpy()).mean())
-        if score > best:
-            best, waited = score, 0
-            best_state = {name: value.clone() for name, value in net.state_dict().items()}
-        else:
-            waited += 1
-        if waited >= config.patience:
+        if stopping.ends_after(float((net.predict(valid_ND) == valid.y_N.numpy()).mean())):
             break
-    net.load_state_dict(best_state)
+    stopping.restore_best()
     return net

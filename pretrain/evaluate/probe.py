@@ -169,7 +169,7 @@ def fits(
     scaling = Scaling(x_NLD)
     x_LND, weights = scaling(x_NLD), None
     for l2 in penalties:
-        weights = minimise(x_LND, train.y_N, scaling, classes, l2, config, weights)
+        weights = minimise(x_LND, train.y_N, scaling=scaling, classes=classes, l2=l2, config=config, start=weights)
         yield Probe(layers, scaling, weights)
 
 
@@ -183,7 +183,12 @@ def fit_probe(
     silent: Sequence[int] = (),
 ) -> Probe:
     """Fits a probe to `train`; see `choose_view` for the arguments. view: layers and penalty; None: chosen."""
-    return fit(train, classes, view or choose_view(train, valid, classes, config, disjoint, silent), config)
+    return fit(
+        train,
+        classes,
+        view or choose_view(train, valid, classes, config=config, disjoint=disjoint, silent=silent),
+        config,
+    )
 
 
 def choose_view(

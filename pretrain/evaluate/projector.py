@@ -14,7 +14,7 @@ from pretrain.evaluate import alignments, label_sets
 from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, task_names
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
 from pretrain.evaluate.manifest import Interval, Utterance, grid_labels
-from pretrain.evaluate.task_evaluation import TaskEvaluation
+from pretrain.evaluate.task_inputs import TaskInputs
 from pretrain.evaluate.tasks import open_task
 
 UTTERANCES, FRAMES = 24, 1_000
@@ -29,7 +29,7 @@ def labelled_frames(config: EvaluateConfig, encoder: FrozenEncoder) -> tuple[Ten
     """
     names = [name for name in task_names(config) if name not in (*MEASURES, *OF_HEADS)]
     few = dataclasses.replace(config, max_utterances=UTTERANCES)
-    task = TaskEvaluation(few, names[0] if names else config.frames, lambda line: None)
+    task = TaskInputs(few, names[0] if names else config.frames, lambda line: None)
     chosen = task.parts[1]
     phones, silence = (task.phones, task.silence) if task.phones else _phones(config, task.root, chosen)
     frames, rows = [], []

@@ -71,7 +71,9 @@ def open_separator(given: str, head: str = "", device: str = "cpu") -> Separator
     module, config, step = load_checkpoint(checkpoint_with_heads(given))
     remedy = "train one with heads.NAME.name=separation in `auricle pretrain`"
     described, field = "that separates speech", "separation.head"
-    _, chosen = chosen_head(given, module, config, Separation, head, described, remedy, field)
+    _, chosen = chosen_head(
+        given, module, config, kind=Separation, head=head, described=described, remedy=remedy, field=field
+    )
     return Separator(module.model.eval().to(device), chosen.eval().to(device), config.name, step)
 
 
@@ -136,9 +138,12 @@ def ideal_masks(parts_ST: Tensor, spectra: Spectra) -> Tensor:
 
 
 def report(
-    config: EvaluateConfig, separator: Separator, utterances: Sequence[Utterance], waves: Waves,
+    config: EvaluateConfig,
+    separator: Separator,
+    utterances: Sequence[Utterance],
+    waves: Waves,
     say: Callable[[str], None],
-) -> Iterator[tuple[str, Interval95]]:  # fmt: skip
+) -> Iterator[tuple[str, Interval95]]:
     """Yields (measure, mean over mixtures with its 95 % interval over the first speakers): model, then ideal masks.
 
     Args:

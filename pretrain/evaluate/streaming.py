@@ -81,9 +81,12 @@ def settings(config: EvaluateConfig, encoder: StreamingEncoder) -> list[tuple[in
 
 
 def report(
-    config: EvaluateConfig, recogniser: Recogniser, utterances: Sequence[Utterance], waves: Waves,
+    config: EvaluateConfig,
+    recogniser: Recogniser,
+    utterances: Sequence[Utterance],
+    waves: Waves,
     say: Callable[[str], None],
-) -> Iterator[tuple[str, Interval95]]:  # fmt: skip
+) -> Iterator[tuple[str, Interval95]]:
     """Yields (measure, value) of whole recordings, then of streams with each chunk length and left context.
 
     Args:

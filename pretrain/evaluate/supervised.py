@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_seed
 from pretrain.evaluate.config import SupervisedConfig
+from pretrain.evaluate.early_stopping import EarlyStopping
 from pretrain.evaluate.frozen_encoders import Model
 
 
@@ -77,7 +78,7 @@ def fit_supervised(
         net.eval()
         return [row.argmax(1).cpu().numpy() for example in examples for row in logits([example])]
 
-    best, best_state, waited = -1.0, net.state_dict(), 0
+    stopping = EarlyStopping(net, config.patience)
     for _ in range(config.epochs):
         net.train()
         for number in rng.permutation(len(batches)):
@@ -89,17 +90,11 @@ def fit_supervised(
             optimizer.step()
             schedule.step()
         guesses = np.concatenate(predict(valid))
-        score = float((guesses == torch.cat([labels for _, _, labels in valid]).numpy()).mean())
-        if score > best:
-            best, waited = score, 0
-            best_state = {name: value.clone() for name, value in net.state_dict().items()}
-        else:
-            waited += 1
-        if waited >= config.patience:
+        if stopping.ends_after(float((guesses == torch.cat([labels for _, _, labels in valid]).numpy()).mean())):
             break
-        if waited and waited % share == 0:
+        if stopping.passes_without_gain and stopping.passes_without_gain % share == 0:
             schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]
-    net.load_state_dict(best_state)
+    stopping.restore_best()
     return predict
 
 

@@ -27,9 +27,9 @@ from pretrain.recognition.error_rates import Decoders, edits, recognise, written
 from pretrain.recognition.recogniser import open_recogniser
 
 CEPSTRA = 13
-"""Of mel-cepstral distortion, without the first one, which is the loudness."""
+"""Cepstra of the mel-cepstral distortion; the first one, which is the loudness, is left out."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz' "
-Listen = Callable[[npt.NDArray[np.float32]], str]
+Transcribe = Callable[[npt.NDArray[np.float32]], str]
 
 
 def figures(
@@ -38,8 +38,8 @@ def figures(
     """Yields measures of a voice on texts with a recording, with 95 % intervals over utterances.
 
     Args:
-        config: corpora, split and listeners.
-        voice: speaks.
+        config: corpora, split and recognisers.
+        voice: synthesises the texts.
         utterances: the manifest.
         waves: decoded audio.
         say: receives a line for each measure.
@@ -75,10 +75,10 @@ def figures(
         return name, found
 
     references = [written(utterance.text, LETTERS) for utterance in asked]
-    for listener, listen in _listeners(config, references):
-        for kind, heard in kinds.items():
-            texts = [written(listen(wave), LETTERS) for wave in heard]
-            yield measured(f"word error rate of {kind}, {listener}", edits(references, texts, by_words=True))
+    for recogniser, transcribe in _recognisers(config, references):
+        for kind, audio in kinds.items():
+            texts = [written(transcribe(wave), LETTERS) for wave in audio]
+            yield measured(f"word error rate of {kind}, {recogniser}", edits(references, texts, by_words=True))
     pairs = list(zip(recorded, spoken, strict=True))
     yield measured("mel-cepstral distortion, dB", [mel_cepstral_distortion(*pair) for pair in pairs])
     yield measured("F0 error, semitones", [pitch_error(*pair) for pair in pairs])
@@ -86,7 +86,7 @@ def figures(
 
 
 def copied(voice: Voice, wave_T: npt.NDArray[np.float32], vocoder: str = "istft") -> npt.NDArray[np.float32]:
-    """Returns a recording (T,) that was taken apart into mel frames and put together again by a vocoder."""
+    """Returns a recording (T,) converted to mel frames and back by a vocoder."""
     mel: Frames = voice.head.mel(torch.from_numpy(wave_T)[None], torch.tensor([len(wave_T)]))
     return voice.wave(mel, vocoder)
 
@@ -102,7 +102,7 @@ def _asked(config: EvaluateConfig, utterances: Sequence[Utterance]) -> list[Utte
     return chosen[:: -(-len(chosen) // most)] if most else chosen
 
 
-def _listeners(config: EvaluateConfig, references: Sequence[str]) -> Iterator[tuple[str, Listen]]:
+def _recognisers(config: EvaluateConfig, references: Sequence[str]) -> Iterator[tuple[str, Transcribe]]:
     words = sorted({word for text in references for word in text.split()})
     if config.synthesis.listener == "words":
         yield "PocketSphinx with these words", pocketsphinx(words)
@@ -111,14 +111,14 @@ def _listeners(config: EvaluateConfig, references: Sequence[str]) -> Iterator[tu
     if config.synthesis.recogniser:
         own = open_recogniser(config.synthesis.recogniser, config.asr.head, config.device)
 
-        def listen(wave_T: npt.NDArray[np.float32]) -> str:
+        def transcribe(wave_T: npt.NDArray[np.float32]) -> str:
             [(_, [text])] = recognise(own, [wave_T], Decoders())
             return text
 
-        yield own.name, listen
+        yield own.name, transcribe
 
 
-def pocketsphinx(words: Sequence[str] = ()) -> Listen:
+def pocketsphinx(words: Sequence[str] = ()) -> Transcribe:
     """Returns PocketSphinx with its packaged American English model.
 
     Args:
@@ -140,14 +140,14 @@ def pocketsphinx(words: Sequence[str] = ()) -> Listen:
         decoder.add_jsgf_string("words", f"#JSGF V1.0; grammar words; public <words> = ({' | '.join(words)})+ ;")
         decoder.activate_search("words")
 
-    def listen(wave_T: npt.NDArray[np.float32]) -> str:
+    def transcribe(wave_T: npt.NDArray[np.float32]) -> str:
         decoder.start_utt()
         decoder.process_raw(to_pcm16(wave_T), full_utt=True)
         decoder.end_utt()
         found = decoder.hyp()
         return "" if found is None else str(found.hypstr)
 
-    return listen
+    return transcribe
 
 
 def cepstra(wave_T: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

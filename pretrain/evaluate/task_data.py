@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError, did_you_mean, suggest
-from data_pipeline.corpora.config import ManifestCorpus, PathCorpus, WebDatasetCorpus, corpus_type
+from data_pipeline.corpora.config import CorpusConfig, ManifestCorpus, PathCorpus, WebDatasetCorpus, corpus_type
 from data_pipeline.corpora.discovery import discover
 from data_pipeline.corpora.manifest import ManifestReader
 from data_pipeline.corpora.records import Discovered
@@ -89,14 +89,14 @@ def _listed(settings: TaskConfig, path: Path) -> Listing:
     return listing
 
 
-def _corpus(layout: str, folder: Path) -> Any:
+def _corpus(layout: str, folder: Path) -> CorpusConfig:
     values: dict[str, Any] = {"path": str(folder)}
     if layout == "common_voice":
         values |= {"language": folder.name}
     return corpus_type(layout)(**values)
 
 
-def _discovered(corpora: Sequence[tuple[Any, str]], prefixed: bool) -> Listing:
+def _discovered(corpora: Sequence[tuple[CorpusConfig, str]], prefixed: bool) -> Listing:
     utterances, rejects = [], []
     for corpus, name in corpora:
         found = discover(corpus)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from pretrain.evaluate.config import TextProbeConfig
+from pretrain.evaluate.early_stopping import EarlyStopping
 from pretrain.recognition.error_rates import edits
 
 BLANK = 0
@@ -65,7 +66,7 @@ def fit_text(train: Sequence[Spoken], valid: Sequence[Spoken], config: TextProbe
     torch.manual_seed(keyed_seed(seed, "text probe"))
     probe = TextProbe(train[0].x_LFD, symbols)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=config.lr)
-    best, best_state, waited = float("inf"), probe.state_dict(), 0
+    stopping = EarlyStopping(probe, config.patience)
     for epoch in range(config.epochs):
         order = keyed_rng(seed, epoch, "text probe").permutation(len(train))
         for start in range(0, len(order), config.batch):
@@ -73,15 +74,9 @@ def fit_text(train: Sequence[Spoken], valid: Sequence[Spoken], config: TextProbe
             torch.autograd.backward(_loss(probe, [train[i] for i in order[start : start + config.batch]]))
             nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
             optimizer.step()
-        now = error_rate(probe, valid)
-        if now < best:
-            best, waited = now, 0
-            best_state = {name: value.clone() for name, value in probe.state_dict().items()}
-        else:
-            waited += 1
-        if waited >= config.patience:
+        if stopping.ends_after(-error_rate(probe, valid)):
             break
-    probe.load_state_dict(best_state)
+    stopping.restore_best()
     return probe
 
 

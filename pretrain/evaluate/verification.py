@@ -12,7 +12,7 @@ from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder
 from pretrain.evaluate.manifest import Utterance
-from pretrain.evaluate.metrics import Interval95, weighted_equal_error_rate
+from pretrain.evaluate.metrics import Interval95, equal_error_rate
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def error_rates(
                 for at in range(0, len(trials.same_P), 65_536)
             ]
         )
-        value = weighted_equal_error_rate(score_P, trials.same_P, np.ones(len(score_P)))
+        value = equal_error_rate(score_P, trials.same_P)
         rates = []
         for weight_S in drawn:
             weight_P = (weight_S[owner_N[trials.first_P]] * weight_S[owner_N[trials.second_P]]).astype(float)
             if weight_P[trials.same_P].any() and weight_P[~trials.same_P].any():
-                rates.append(weighted_equal_error_rate(score_P, trials.same_P, weight_P))
+                rates.append(equal_error_rate(score_P, trials.same_P, weight_P))
         low, high = np.percentile(rates, [2.5, 97.5]) if rates else (float("nan"), float("nan"))
         found.append(Interval95(value, float(low), float(high)))
     return found
@@ -145,4 +145,4 @@ def verification(
         best = int(np.argmin([rate.value for rate in error_rates(encoder, valid, pairs, waves)]))
     else:
         best = len(encoder.encode(waves(test[0]))) - 1
-    return error_rates(encoder, test, trials, waves, times, best)[0]
+    return error_rates(encoder, test, trials=trials, waves=waves, times=times, layer=best)[0]

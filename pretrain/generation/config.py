@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from data_pipeline.core.schema import about, config, refuse
 
 STDOUT = "-"
-"""As `out`: standard output."""
+"""Value of `out` for standard output."""
 
 
 @config

@@ -77,7 +77,7 @@ def _encoded(sentence: str, tokenizer: Tokenizer, language: str) -> list[int]:
 
 
 def _is_needless(symbol: str, tokenizer: Tokenizer) -> bool:
-    """Whether a symbol is punctuation without a token."""
+    """Returns whether a symbol is punctuation without a token."""
     return unicodedata.category(symbol)[0] == "P" and bool(tokenizer.kind != "phones" and tokenizer.foreign(symbol))
 
 

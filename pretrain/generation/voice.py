@@ -24,7 +24,7 @@ from pretrain.nn.numerics import pad_audio
 from pretrain.train_module import TrainModule
 
 SILENT = 1e-4
-"""Largest sample of a recording without a voice."""
+"""Largest sample of a recording that counts as silent."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Voice:
         return self.head.mel_sha256.device
 
     @torch.inference_mode()
-    def listen(self, wave_T: np.ndarray) -> EncoderOutput:
-        """Returns what the encoder hears in a recording of the wanted voice, (T,) at 16 kHz.
+    def encode(self, wave_T: np.ndarray) -> EncoderOutput:
+        """Returns the encoder's output for a recording of the wanted voice, (T,) at 16 kHz.
 
         Raises:
             ConfigError: it is shorter than a second, or silent.
@@ -58,8 +58,8 @@ class Voice:
             raise ConfigError("voice: is silent; give a recording of speech")
         wave_1T = torch.from_numpy(np.ascontiguousarray(wave_T, np.float32))[None].to(self.device)
         length_1 = torch.tensor([wave_1T.shape[1]], device=self.device)
-        heard: EncoderOutput = self.model(pad_audio(wave_1T, self.model.frontend.least_samples()), length_1)
-        return heard
+        encoded: EncoderOutput = self.model(pad_audio(wave_1T, self.model.frontend.least_samples()), length_1)
+        return encoded
 
     @torch.inference_mode()
     def mel(self, ids: Sequence[int], controls: Controls = AS_LEARNED) -> Frames:
@@ -122,7 +122,7 @@ def voice_of(given: str, module: TrainModule, config: Config, head: str = "") ->
         ConfigError: there is no such head, or the tokens or mel frames are not those of training.
     """
     remedy = "train one with heads.NAME.name=synthesis in `auricle pretrain`"
-    name, chosen = chosen_head(given, module, config, Synthesis, head, "that speaks", remedy)
+    name, chosen = chosen_head(given, module, config, kind=Synthesis, head=head, described="that speaks", remedy=remedy)
     chosen.require_same_mel()
     tokens = config.data.tokens[chosen.config.tokens]
     tokenizer = load_tokenizer(tokens)

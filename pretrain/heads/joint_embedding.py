@@ -31,7 +31,7 @@ from pretrain.nn.pair_losses import sigmoid_loss, softmax_loss
 
 SPEECH = "speech"
 LARGEST_SCALE = 100.0
-"""Of the cosines, as in CLIP."""
+"""Largest factor of the cosines, as in CLIP."""
 
 
 @config
@@ -40,7 +40,7 @@ class TowerConfig:
 
     embedding: Annotated[EmbeddingConfig, registry.choice("embeddings")]
     encoder: Annotated[EncoderConfig | None, registry.choice("encoders", optional=True)] = None
-    """None: the frames of the embedding are pooled as they are."""
+    """None: the frames of the embedding are pooled without an encoder."""
 
 
 @config
@@ -89,17 +89,17 @@ class Config(HeadConfig):
 
     @property
     def needed_tokens(self) -> dict[str, int]:
-        """Those of the towers."""
+        """The token sets of the towers."""
         return {name: size for tower in self.towers.values() for name, size in tower.embedding.needed_tokens.items()}
 
     @property
     def image_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Those of the towers."""
+        """The images of the towers."""
         return tuple(tower.embedding.image_shape for tower in self.towers.values() if any(tower.embedding.image_shape))
 
 
 class Pool(nn.Module):
-    """Mean over the valid frames, a linear layer, and length 1."""
+    """Pools frames: mean over the valid ones, a linear layer, normalisation to length 1."""
 
     def __init__(self, dim: int, embedding_dim: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Vectors(NamedTuple):
 
 
 class Cosines(NamedTuple):
-    """Of a pair of kinds x and y: within the micro-batch, and of each with the other one's queue."""
+    """Cosines of two kinds x and y: within the micro-batch, and of each kind with the queue of the other."""
 
     here_BB: Tensor
     past_xy_BN: Tensor
@@ -262,7 +262,7 @@ class JointEmbedding(Head):
         self._pending = []
 
     def _numbers(self, batch: Batch) -> Tensor:
-        """Returns numbers of each sample's recording, and of what its towers see, (B, I) int64 on the host."""
+        """Returns numbers of each sample's recording, and of the inputs of its towers, (B, I) int64 on the host."""
         keys_B = torch.tensor([_key_number(key) for key in batch.keys])
         return torch.stack([keys_B, *(tower.embedding.identity(batch) for tower in self._towers())], dim=1)
 

@@ -65,7 +65,7 @@ class Config(HeadConfig):
 
     @property
     def needed_sources(self) -> int:
-        """`sources`."""
+        """The number of sources."""
         return self.sources
 
 

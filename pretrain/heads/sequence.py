@@ -49,7 +49,7 @@ class Config(HeadConfig):
 
     @property
     def needed_tokens(self) -> dict[str, int]:
-        """The text's."""
+        """The token set of the text."""
         return {self.tokens: self.vocabulary}
 
 
@@ -86,7 +86,7 @@ class Sequence(Head):
         return [Memory(projection(norm(x_BFD)), encoded.lengths_B) for x_BFD, norm, projection in parts]
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
-        lengths_B = (self._tokens(batch) >= 0).sum(1) + 1  # with the end mark
+        lengths_B = (batch.token_rows(self.config.tokens) >= 0).sum(1) + 1  # with the end mark
         frames_B = model.frontend.frame_lengths(batch.lengths_B)
         rows_B = (lengths_B > 1) & (lengths_B <= self.decoder.max_tokens) & (frames_B > 0)
         return HeadPlan((lengths_B * rows_B).sum().double(), rows_B)
@@ -112,20 +112,14 @@ class Sequence(Head):
         total = losses_N.masked_fill(~counted_BN.flatten(), 0.0).sum()
         count = counted_BN.sum()
         hits = ((logits_BNV.argmax(-1) == targets_BN) & counted_BN).sum()
-        labelled_B = (self._tokens(batch) >= 0).any(1)
+        labelled_B = (batch.token_rows(self.config.tokens) >= 0).any(1)
         infeasible = (labelled_B & ~plan.rows_B.cpu()).sum()
         return LossOutput(total, count, {"accuracy": (hits, count), INFEASIBLE: (infeasible, labelled_B.sum())})
-
-    def _tokens(self, batch: Batch) -> Tensor:
-        """Returns the tokens of each row, (B, N), padded with -1."""
-        if self.config.tokens in batch.tokens:
-            return batch.tokens[self.config.tokens]
-        return batch.lengths_B.new_full((len(batch.keys), 0), -1)
 
     def _shifted(self, batch: Batch, plan: HeadPlan) -> tuple[Tensor, Tensor]:
         """Returns inputs and targets of the decoder, (B, N) each, on the host; rows without a usable text have -1."""
         rows_B1 = plan.rows_B.cpu()[:, None]
-        ids_BN = self._tokens(batch).masked_fill(~rows_B1, -1)
+        ids_BN = batch.token_rows(self.config.tokens).masked_fill(~rows_B1, -1)
         lengths_B1 = (ids_BN >= 0).sum(1, keepdim=True)
         ids_BN = ids_BN[:, : int(lengths_B1.max()) if len(ids_BN) else 0]
         begin_B1 = torch.full_like(lengths_B1, self.start)

@@ -61,19 +61,19 @@ class Config(HeadConfig):
 
     @property
     def needed_tokens(self) -> dict[str, int]:
-        """The text's."""
+        """The token set of the text."""
         return {self.tokens: self.vocabulary}
 
     @property
     def frame_labels(self) -> tuple[FrameLabels, ...]:
-        """The pitch, if it is predicted."""
-        return (FrameLabels(self.pitch, 100.0, 0),) if self.pitch else ()
+        """The pitch labels, if pitch is predicted."""
+        return (FrameLabels(self.pitch, 100.0, 0, "pitch"),) if self.pitch else ()
 
 
 LEAST_FRAMES = 8
-"""Frames that the vocoder is compared over at least: the longest window of the spectral distance."""
+"""Fewest frames over which the vocoder is compared: the longest window of the spectral distance."""
 BINARIZATION = 0.1
-"""Weight of the pull to the best path."""
+"""Weight of the binarisation loss."""
 
 
 class Style(nn.Module):
@@ -83,11 +83,11 @@ class Style(nn.Module):
         super().__init__()
         self.reduce, self.expand = nn.Linear(dim, style_dim), nn.Linear(style_dim, out_dim)
 
-    def forward(self, frames: Frames, heard_B: Tensor) -> Tensor:
-        """Returns (B, out_dim); rows where `heard_B` is False get the learned voice alone."""
+    def forward(self, frames: Frames, styled_B: Tensor) -> Tensor:
+        """Returns (B, out_dim); rows where `styled_B` is False get the learned voice alone."""
         count_B1 = frames.lengths_B.to(frames.x_BFD.device).clamp(min=1)[:, None]
         mean_BD = zero_padding(frames.x_BFD, frames.lengths_B).sum(1) / count_B1
-        style_BS = torch.tanh(self.reduce(mean_BD)) * heard_B[:, None]
+        style_BS = torch.tanh(self.reduce(mean_BD)) * styled_B[:, None]
         out: Tensor = self.expand(style_BS)
         return out
 
@@ -119,7 +119,7 @@ class Synthesis(Head):
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
         self.require_same_mel()
-        tokens_B = (self._tokens(batch) >= 0).sum(1)
+        tokens_B = (batch.token_rows(self.config.tokens) >= 0).sum(1)
         frames_B = self.mel.lengths(batch.lengths_B)
         fits_B = (tokens_B > 0) & (tokens_B <= self.config.max_tokens) & (tokens_B + 2 <= frames_B)
         rows_B = fits_B & (model.frontend.frame_lengths(batch.lengths_B) > 0)
@@ -143,17 +143,18 @@ class Synthesis(Head):
 
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
         device = batch.wave_BT.device
-        labelled_B = (self._tokens(batch) >= 0).any(1)
+        rows_BN = batch.token_rows(self.config.tokens)
+        labelled_B = (rows_BN >= 0).any(1)
         infeasible = (labelled_B & ~plan.rows_B).sum()
-        tokens_BN, tokens_B = (ids.to(device) for ids in self.with_marks(self._tokens(batch), plan.rows_B))
+        tokens_BN, tokens_B = (ids.to(device) for ids in self.with_marks(rows_BN, plan.rows_B))
         wave_BT = pad_audio(batch.wave_BT, self.mel.window)
         mel = self.mel(wave_BT, batch.lengths_B * plan.rows_B)
         draws = [EVALUATED] * len(batch.keys)
         if self.training:
             draws = _draw(batch, ctx, mel.lengths_B.tolist(), self.config)
         mel, rows_B = mel._replace(lengths_B=mel.lengths_B.to(device)), plan.rows_B.to(device)
-        heard_B = torch.tensor([draw.heard for draw in draws], device=device)
-        style_BD = self.style(self.frames(encoded), heard_B)
+        styled_B = torch.tensor([draw.styled for draw in draws], device=device)
+        style_BD = self.style(self.frames(encoded), styled_B)
         spoken: Spoken = self.synthesizer(tokens_BN, tokens_B, style_BD, self._recorded(batch, mel))
         with full_precision(device):
             losses, metrics = self._losses(spoken, mel, tokens_B, ctx)
@@ -165,7 +166,9 @@ class Synthesis(Head):
         count = mel.lengths_B.sum()
         metrics |= {name: ((loss_B * frames_B).sum(), count) for name, loss_B in summed.items()}
         metrics[INFEASIBLE] = (infeasible, labelled_B.sum())
-        self.keep_media(lambda: _media(wave_BT, mel, self.mel.hop, spoken, tokens_B, made_BT))
+        self.keep_media(
+            lambda: _media(wave_BT, mel=mel, mel_hop=self.mel.hop, spoken=spoken, tokens_B=tokens_B, made_BT=made_BT)
+        )
         total = torch.stack([metrics[name][0] for name in summed]).sum()
         return LossOutput(total, count, metrics)
 
@@ -205,12 +208,6 @@ class Synthesis(Head):
             frames = Frames(nothing, torch.zeros(1, dtype=torch.int64, device=device), 1.0)
         style_1D: Tensor = self.style(frames, torch.full((1,), voice is not None, device=device))
         return style_1D
-
-    def _tokens(self, batch: Batch) -> Tensor:
-        """Returns the tokens of each row, (B, N), padded with -1."""
-        if self.config.tokens in batch.tokens:
-            return batch.tokens[self.config.tokens]
-        return batch.lengths_B.new_full((len(batch.keys), 0), -1)
 
     def _recorded(self, batch: Batch, mel: Frames) -> Recorded:
         if not self.config.pitch:
@@ -266,24 +263,24 @@ class Synthesis(Head):
 
 
 class Draws(NamedTuple):
-    """Of one row: whether its voice is heard, whether the vocoder reads the recording's mel, its first frame."""
+    """One row: whether its voice is used, whether the vocoder reads the recording's mel, its first frame."""
 
-    heard: bool
+    styled: bool
     copied: bool
     first: int
 
 
-EVALUATED = Draws(heard=True, copied=False, first=0)
-"""Outside of training."""
+EVALUATED = Draws(styled=True, copied=False, first=0)
+"""Values outside of training."""
 
 
 def _draw(batch: Batch, ctx: StepContext, frames: list[int], config: Config) -> list[Draws]:
     found = []
     for key, length in zip(batch.keys, frames, strict=True):
         rng = keyed_rng(ctx.seed, ctx.step, key, "synthesis")
-        heard, copied, place = rng.random(3)
+        styled, copied, place = rng.random(3)
         first = int(place * (max(length - config.vocoder_frames, 0) + 1))
-        found.append(Draws(bool(heard >= config.style_drop), bool(copied < 0.5), first))
+        found.append(Draws(bool(styled >= config.style_drop), bool(copied < 0.5), first))
     return found
 
 

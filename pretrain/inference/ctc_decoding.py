@@ -159,9 +159,13 @@ class BeamSearch:
 
 
 def beam_search(
-    log_probs_FV: np.ndarray, beam: int, model: NGram | None = None, weight: float = 0.5, bonus: float = 0.0,
+    log_probs_FV: np.ndarray,
+    beam: int,
+    model: NGram | None = None,
+    weight: float = 0.5,
+    bonus: float = 0.0,
     pruned_below: float = -8.0,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Returns the symbols with the largest ln p over all their paths + weight · ln p(symbols) + bonus · their number.
 
     Args:

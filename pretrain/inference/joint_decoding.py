@@ -1,7 +1,7 @@
 """Beam search with an attention decoder and CTC together (Watanabe et al. 2017, arXiv 1609.06773; Hori et al. 2017).
 
 A hypothesis h scores (1 − λ) ln p_att(h) + λ ln p_ctc(h …) + bonus · |h|, where p_ctc(h …) is the probability that the
-text begins with h. A prefix that the audio does not hold has a small p_ctc, which ends loops of the decoder.
+text begins with h. A prefix that the audio does not contain has a small p_ctc, which ends loops of the decoder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class JointConfig:
 
 
 class Decoded(NamedTuple):
-    """tokens: ids without marks.  score: of the hypothesis.  by: joint, attention, or ctc where a loop was found."""
+    """Decoded text.  tokens: ids without marks.  by: decoder, joint or attention, or ctc where a loop was found."""
 
     tokens: list[int]
     score: float
@@ -108,9 +108,14 @@ class _Beams(NamedTuple):
 
 
 def joint_search(
-    decoder: Decoder, memories: Sequence[Memory], log_probs_FV: Tensor | None, *, vocabulary: int, seconds: float,
+    decoder: Decoder,
+    memories: Sequence[Memory],
+    log_probs_FV: Tensor | None,
+    *,
+    vocabulary: int,
+    seconds: float,
     config: JointConfig,
-) -> Decoded:  # fmt: skip
+) -> Decoded:
     """Returns the best text of one utterance.
 
     Args:
@@ -149,9 +154,15 @@ def joint_search(
 
 
 def decode(
-    decoder: Decoder, memories: Sequence[Memory], log_probs_FV: Tensor | None, *, vocabulary: int, seconds: float,
-    config: JointConfig, text_of: Callable[[list[int]], str],
-) -> Decoded:  # fmt: skip
+    decoder: Decoder,
+    memories: Sequence[Memory],
+    log_probs_FV: Tensor | None,
+    *,
+    vocabulary: int,
+    seconds: float,
+    config: JointConfig,
+    text_of: Callable[[list[int]], str],
+) -> Decoded:
     """Returns the best text of one utterance; where it is a loop, that of CTC alone.
 
     Args:

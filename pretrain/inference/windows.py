@@ -22,7 +22,13 @@ class Windows:
 
     @staticmethod
     def of(rate_hz: float, sample_rate: int, window_seconds: float, overlap_seconds: float) -> Windows:
-        """Returns windows of about these durations for frames at `rate_hz`.
+        """Returns windows of about these durations.
+
+        Args:
+            rate_hz: frames per second.
+            sample_rate: samples per second.
+            window_seconds: duration of a window.
+            overlap_seconds: duration that neighbouring windows share.
 
         Raises:
             ValueError: frames are not a whole number of samples apart.

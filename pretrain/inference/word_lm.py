@@ -74,7 +74,7 @@ class WordBeamSearch:
 
         if not len(log_probs_FV):
             return []
-        # a word of the list ends with a space, which nobody speaks at the end
+        # a word of the list ends with a space, which is not spoken at the end
         end_V = np.full(log_probs_FV.shape[1], IMPOSSIBLE, np.float32)
         end_V[self._space + 1] = 0.0
         emission_BFV = torch.from_numpy(np.concatenate([log_probs_FV, end_V[None]]).astype(np.float32))[None]

@@ -44,12 +44,18 @@ class EmbeddingConfig(PluginConfig):
 
 
 class FrameLabels(NamedTuple):
-    """Frame labels that an objective reads from the data."""
+    """Frame labels that an objective or a head reads from the data, and the fields of its config that choose them."""
 
     name: str
     """Key in `data.targets`."""
     rate_hz: float
     classes: int
+    """Largest number of classes; 0 for any number."""
+    name_field: str
+    rate_field: str = ""
+    """Empty where the rate cannot be chosen."""
+    classes_field: str = ""
+    """Empty where the number of classes cannot be chosen."""
 
 
 @config
@@ -139,7 +145,7 @@ class HeadConfig(PluginConfig):
 
     @property
     def frame_labels(self) -> tuple[FrameLabels, ...]:
-        """The frame labels that the head needs, among `data.targets`; of any number of classes where that is 0."""
+        """The frame labels that the head needs, among `data.targets`."""
         return ()
 
     @property

@@ -83,7 +83,8 @@ class Frontend(nn.Module, abc.ABC):
 class Embedding(nn.Module, abc.ABC):
     """Converts a text or an image of each sample to frames for an encoder. Constructed as `Embedding(config, dim)`.
 
-    Samples without one give any finite frames; `present` says which they are. What it says of samples is on the host.
+    Frames of samples without one are finite and have no meaning; `present` returns which samples have one. Results per
+    sample are on the host.
     """
 
     dim: int

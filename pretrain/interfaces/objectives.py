@@ -78,7 +78,7 @@ class Objective(nn.Module, abc.ABC):
     _last: MicroBatchRecord | None = None
 
     def attach(self, model: SpeechModel) -> None:
-        """Called once with the new model, so that an EMA teacher can copy its weights. Does nothing by default."""
+        """Copies what an EMA teacher needs of the new model's weights; called once. Does nothing by default."""
 
     def least_samples(self, frontend: Frontend) -> int:
         """Returns the shortest utterance, in samples, that can have a target with this front end."""
@@ -136,7 +136,7 @@ class Objective(nn.Module, abc.ABC):
         """
 
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
-        """Called after each optimizer update that was not skipped, to update EMA teachers and code books."""
+        """Updates EMA teachers and code books; called after each optimizer update that was not skipped."""
 
     @abc.abstractmethod
     def monitoring(self) -> MonitoringRecord:
@@ -147,7 +147,7 @@ class Objective(nn.Module, abc.ABC):
         self._recording, self._last = True, None
 
     def record(self, make: Callable[[], MicroBatchRecord]) -> None:
-        """Called by `forward`: keeps the record that `make` returns if one was requested; free of cost otherwise."""
+        """Keeps the record that `make` returns if one was requested; called by `forward`, free of cost otherwise."""
         if self._recording:
             self._recording = False
             with torch.no_grad():
@@ -254,7 +254,7 @@ class Head(nn.Module, abc.ABC):
         """Discards the data that forward passes collect for `after_step`, as in `Objective.forget`."""
 
     def after_step(self, ctx: StepContext) -> None:
-        """Called after each optimizer update that was not skipped; all ranks must end with the same state."""
+        """Updates the head's state, equally on all ranks; called after each optimizer update that was not skipped."""
 
     def record_next(self) -> None:
         """Makes the next forward pass with something to show keep what `take_media` returns.
@@ -269,7 +269,7 @@ class Head(nn.Module, abc.ABC):
         return media
 
     def keep_media(self, make: Callable[[], HeadMedia | None]) -> None:
-        """Called by `forward`: keeps what `make` returns if it was requested; free of cost otherwise.
+        """Keeps what `make` returns if it was requested; called by `forward`, free of cost otherwise.
 
         After None, for a micro-batch with nothing to show, the next forward pass is asked.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_pipeline.core.atomic_files import sha256_of
-from data_pipeline.labels.kmeans import TargetsConfig
+from data_pipeline.labels.config import TargetsConfig
 
 COMPUTED = ("mfcc", "pitch")
 """Features that need no checkpoint."""

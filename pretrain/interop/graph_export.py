@@ -27,7 +27,7 @@ from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.config import Config
 from pretrain.interfaces.models import Encoder, SpeechModel
 from pretrain.interop.gate import require_close
-from pretrain.nn.block_stack import StackConfig
+from pretrain.nn.stack_config import StackConfig
 
 GraphFormat = Literal["torchscript", "onnx"]
 FILES: dict[GraphFormat, str] = {"torchscript": "model.ts", "onnx": "model.onnx"}

@@ -20,7 +20,8 @@ from pretrain.config import Config
 from pretrain.heads import sequence
 from pretrain.heads.sequence import Sequence
 from pretrain.interfaces.frames import EncoderOutput
-from pretrain.models.decoders.transformer import TransformerDecoder, sinusoids
+from pretrain.models.decoders.transformer import TransformerDecoder
+from pretrain.nn.positions import sinusoids
 from pretrain.train_module import TrainModule
 
 END, START = "</s>", "<s>"

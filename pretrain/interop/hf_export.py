@@ -31,7 +31,7 @@ from pretrain.interop.hf_ctc import ctc_head, ctc_weights, describe_ctc, vocabul
 from pretrain.interop.hf_names import MASK_EMBEDDING, objective_to_hugging_face, to_hugging_face
 from pretrain.models.encoders import transformer
 from pretrain.models.frontends import waveform_conv
-from pretrain.nn.block_stack import StackConfig
+from pretrain.nn.stack_config import StackConfig
 from pretrain.objectives import wav2vec2
 from pretrain.train_module import TrainModule
 
@@ -104,7 +104,8 @@ def export(config: Config, module: TrainModule, folder: Path, head: str = "") ->
         described |= describe_objective(config.objective)
         weights = {f"wav2vec2.{name}": weight for name, weight in weights.items()}
         weights |= objective_to_hugging_face(objective)
-    frontend: Any = config.frontend  # a waveform_conv, as `describe` requires
+    frontend = config.frontend
+    assert isinstance(frontend, waveform_conv.Config)  # `describe` requires it
     processor = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "feature_size": 1,

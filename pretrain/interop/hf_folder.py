@@ -5,7 +5,6 @@ Nothing in a folder is executed: pickles are never opened, and `auto_map`, which
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipeline.core.json_object import read_object
 from data_pipeline.core.schema import ConfigError
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -114,11 +114,8 @@ def require_weights(missing: Mapping[str, str], folder: Path) -> None:
 def _object(file: Path) -> dict[str, Any] | None:
     """Returns the object in a JSON file; None if the file is missing."""
     try:
-        values = json.loads(file.read_bytes())
+        return read_object(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read as JSON ({error}); {DOWNLOAD}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must contain a JSON object, not {str(values)[:40]}; {DOWNLOAD}")
-    return values

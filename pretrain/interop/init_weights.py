@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from data_pipeline.core.schema import ConfigError, dump, load
 from data_pipeline.text.tokenizer import load_tokenizer
-from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.stored import read_state
 from pretrain.checkpointing.token_sets import saved_tokens
 from pretrain.checkpointing.weights import LoadedCheckpoint, merged
 from pretrain.config import Config

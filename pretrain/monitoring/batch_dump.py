@@ -140,7 +140,17 @@ def replay(module: TrainModule, ctx: StepContext, batches: Sequence[Batch]) -> l
         largest = tuple(sorted(norms.items(), key=lambda item: -item[1] if item[1] == item[1] else float("-inf"))[:5])
         first = "the audio itself" if not bool(torch.isfinite(batch.wave_BT).all()) else next(iter(broken), "")
         seconds, peak = float(batch.lengths_B.sum()) / 16_000, float(batch.wave_BT.abs().max())
-        results.append(Replayed(batch.keys, seconds, peak, float(loss.detach()), total, largest, first))
+        results.append(
+            Replayed(
+                batch.keys,
+                seconds=seconds,
+                peak=peak,
+                loss=float(loss.detach()),
+                grad_norm=total,
+                largest=largest,
+                first_not_finite=first,
+            )
+        )
     return results
 
 

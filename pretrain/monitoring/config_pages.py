@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.core.schema import ABSENT, ConfigError, diff, dump, flatten, load
+from data_pipeline.core.json_object import read_object
+from data_pipeline.core.schema import ABSENT, diff, dump, flatten, load
 from data_pipeline.core.text import markdown_block, markdown_text, visible
 from pretrain import registry
 from pretrain.config import Config
@@ -52,8 +53,8 @@ def compared_fields(config: Config, run_folder: Path) -> dict[str, bool | int | 
     found = sorted(run_folder.parent.glob("*/config.json"), key=lambda file: -file.stat().st_mtime)
     for file in [file for file in found if file.parent != run_folder][:MOST_SIBLINGS]:
         try:
-            other = dump(load(Config, json.loads(file.read_bytes())))
-        except (OSError, ValueError, ConfigError):  # not a run of this version
+            other = dump(load(Config, read_object(file)))
+        except (OSError, ValueError):  # not a run of this version
             continue
         chosen |= {path for path, _, _ in diff(other, dump(config))}
     chosen = {path for path in chosen if path in values and not path.startswith(NOT_COMPARED)}

@@ -43,14 +43,6 @@ def entropy(counts: np.ndarray) -> float:
     return float(-(share * np.log(share)).sum()) + (len(share) - 1) / (2.0 * total)
 
 
-def not_finite(name: str, value: float) -> Finding | None:
-    """Reports a loss or a gradient norm that is not finite."""
-    if math.isfinite(value):
-        return None
-    helps = "a lower optimizer.lr, a longer warm-up, optimizer.clip_norm=1, or fp32; `auricle replay RUN` shows where"
-    return Finding("not finite", "nan", f"the {name} is {value}", helps)
-
-
 def gradient_limit(norms: Sequence[float], factor: float, floor: float = 0.0, at_least: int = 20) -> float:
     """Returns the gradient norm above which an update is an outlier: `factor` × the running median.
 

@@ -38,7 +38,7 @@ def add_snapshot(board: SummaryWriter, snapshot: Snapshot, step: int) -> None:
     board.add_figure("units/spectrogram", spectrogram(snapshot), step)
     frames_ND, header, metadata = projected(snapshot)
     if len(frames_ND) > 1:
-        add_frames(board, frames_ND, metadata, header, "frames", step)
+        add_frames(board, frames_ND, rows=metadata, header=header, tag="frames", step=step)
         board.add_figure("frames/principal_axes", scatter(frames_ND, header, metadata), step)
 
 

@@ -70,7 +70,7 @@ class HealthMonitor:
         self._objective = engine.module.objective
         self.policy = Policy(config.health, remembered.get("rollbacks", 0))
         self.alarms: list[Alarm] = []
-        """Those of this start."""
+        """Alarms of this start."""
         self.stats = ActivationStats(engine.module) if self._world.rank == 0 else None
         self._log = AppendLog(run, run.path / "health.jsonl", say)
         self._outdated: tuple[int, int] = tuple(remembered.get("outdated", (0, 0)))

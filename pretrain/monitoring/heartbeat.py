@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.core.json_object import read_object
+
 PHASES = ("reading", "computing", "validating", "saving")
 """Phases of an update, in order; ranks wait for a rank in an earlier phase or update."""
 STDERR = 2
@@ -124,6 +126,15 @@ class Heartbeat:
                 os.close(handle)
 
 
+def read_notes(run_folder: Path) -> list[dict[str, Any]]:
+    """Returns the newest record of each rank; without those that are being replaced."""
+    notes = []
+    for path in sorted((run_folder / "heartbeats").glob("rank_*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            notes.append(read_object(path))
+    return notes
+
+
 def slowest(run_folder: Path, start: int, now: float | None = None) -> str:
     """Returns a sentence naming the rank or ranks that are furthest behind, among the ranks of one start.
 
@@ -135,13 +146,7 @@ def slowest(run_folder: Path, start: int, now: float | None = None) -> str:
     Returns:
         Empty if there are no records.
     """
-    notes = []
-    for path in sorted((run_folder / "heartbeats").glob("rank_*.json")):
-        try:
-            notes.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            continue
-    notes = [note for note in notes if isinstance(note, dict) and note.get("start") == start]
+    notes = [note for note in read_notes(run_folder) if note.get("start") == start]
     if not notes:
         return ""
     least = min(map(_progress, notes))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -13,7 +12,8 @@ import torch
 from data_pipeline.core.types import SAMPLE_RATE, Step
 from pretrain.engines.base import HeldOutResult, NumpySum, StepResult
 from pretrain.interfaces.monitoring import CODE_COUNTS, MonitoringRecord
-from pretrain.nn.balance import GRADIENT, gradient_shares
+from pretrain.nn.balance import TASK_GRADIENTS
+from pretrain.train_module import TrainModule
 
 RANKS_SHOWN = 64
 """Ranks up to which each has a curve of data waits; with more, only the slowest has."""
@@ -25,8 +25,7 @@ def step_scalars(
     lr: float,
     seconds: float,
     world: int,
-    record: MonitoringRecord,
-    infeasible: Mapping[str, str] = MappingProxyType({}),
+    module: TrainModule,
 ) -> dict[str, float]:
     """Returns the logged scalars of one optimizer step.
 
@@ -36,14 +35,13 @@ def step_scalars(
         lr: learning rate.
         seconds: wall time of the step.
         world: number of ranks.
-        record: the objective's monitoring record, for the metrics that count codes.
-        infeasible: by head, the metric that counts labelled segments that it cannot use.
+        module: the module in training, for the meaning of its metrics.
     """
     scalars = {"loss/total": result.loss, "opt/lr": lr, "opt/grad_norm": result.grad_norm}
-    squares = {name: float(total[0]) for name, (total, _) in result.metrics.items() if name.startswith(GRADIENT)}
-    measured = {name: sums for name, sums in result.metrics.items() if name not in squares}
-    scalars |= means(measured, record) | gradient_shares(squares)
-    for head, name in infeasible.items():
+    scalars |= means(result.metrics, module.objective.monitoring())
+    shares = module.gradient_shares(result.metrics)
+    scalars |= {f"balance/share/{task}": share for task, share in shares.items()}
+    for head, name in module.infeasible_metrics().items():
         unusable, labelled = result.metrics[name]
         scalars[f"data/usable_segments/{head}"] = labelled - float(np.ravel(unusable)[0])
     scalars |= {
@@ -74,7 +72,7 @@ def means(metrics: Mapping[str, NumpySum], record: MonitoringRecord) -> dict[str
     for name, (total, count) in metrics.items():
         if name in record.count_metrics:
             scalars.update(code_use(name, total))
-        elif count > 0:
+        elif count > 0 and name != TASK_GRADIENTS:
             scalars[name] = float(total[0]) / count
     return scalars
 

@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         p = self.dropout if self.training else 0.0
         gate_BHF1 = None if self.gate is None else self._gate(x_BFD)
-        y_BHFC = pattern_attention(q, k, v, context, p, gate_BHF1)
+        y_BHFC = pattern_attention(q, k, v, context, p=p, gate_BHF1=gate_BHF1)
         if context.gates is not None:
             y_BHFC = y_BHFC * context.gates.heads_H[:, None, None].to(y_BHFC.dtype)
         out: Tensor = self.out(y_BHFC.transpose(1, 2).flatten(2))

@@ -86,19 +86,25 @@ def pattern_attention(
 ) -> Tensor:
     """Returns the attention output, (B, H, F, C), with the context's pattern.
 
-    Packed utterances attend within themselves only. `gate_BHF1` scales the relative position bias (see SelfAttention).
+    Packed utterances attend within themselves only.
+
+    Args:
+        q, k, v: (B, H, R + F, C) queries, keys and values of R registers and F frames.
+        context: pattern, padding, packing and relative position bias.
+        p: dropout of the attention weights.
+        gate_BHF1: scales the relative position bias (see SelfAttention); None: 1.
     """
     if context.flex is not None and p == 0 and gate_BHF1 is None:
         found: Tensor = _flex(q.device.type)(q, k, v, block_mask=context.flex)
         return found
     if not context.documents:
-        return _utterances(q, k, v, context, p, gate_BHF1)
+        return _utterances(q, k, v, context, p=p, gate_BHF1=gate_BHF1)
     R, sizes = context.n_registers, list(context.documents)
     alone = context._replace(documents=())
     queries, keys, values = (_documents(x, R, sizes) for x in (q, k, v))
     gates = [None] * len(sizes) if gate_BHF1 is None else _documents(gate_BHF1, R, sizes)
     each = zip(queries, keys, values, gates, strict=True)
-    y_BHFC = [_utterances(query, key, value, alone, p, gate) for query, key, value, gate in each]
+    y_BHFC = [_utterances(query, key, value, alone, p=p, gate_BHF1=gate) for query, key, value, gate in each]
     return torch.cat([y[:, :, :R] for y in y_BHFC] + [y[:, :, R:] for y in y_BHFC] if R else y_BHFC, dim=2)
 
 
@@ -134,7 +140,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, 
     """Returns local attention of (B, H, R + F, C): frames attend up to distance `reach` and to the R registers.
 
     Registers attend to all frames. Frames are cut into blocks of `reach`; each block attends to itself and its two
-    neighbours, so that time and memory are linear in F.
+    neighbours, so that time and memory are linear in F. Arguments as of `pattern_attention`.
     """
     reach, R, valid_BF = context.pattern.reach, context.n_registers, context.valid_BF
     assert reach is not None

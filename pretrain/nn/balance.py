@@ -11,15 +11,16 @@ another number of ranks continue with the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pretrain.interfaces.configs import BalanceConfig
 
-GRADIENT = "balance/gradient/"
-"""Prefix of metrics: sum over frames of the squared gradient of a task's loss, in an arbitrary unit common to all."""
+TASK_GRADIENTS = "balance/task_gradients"
+"""Metric: sum over frames of the squared gradient of each task's loss, (K,), in an arbitrary unit common to all."""
 FACTOR = "balance/factor/"
 
 
@@ -112,12 +113,12 @@ class Balance(nn.Module):
         return self.factors_K[number].float() if self.adaptive else 1.0
 
 
-def gradient_shares(squares: Mapping[str, float]) -> dict[str, float]:
-    """Returns each task's share of the sum of gradient norms, `balance/share/NAME`.
+def gradient_shares(squares_K: np.ndarray) -> np.ndarray:
+    """Returns each task's share of the sum of gradient norms, (K,); zeros where all are 0.
 
     Args:
-        squares: metrics `balance/gradient/NAME`, summed over micro-batches and ranks.
+        squares_K: metric `TASK_GRADIENTS`, summed over micro-batches and ranks.
     """
-    norms = {name.removeprefix(GRADIENT): max(value, 0.0) ** 0.5 for name, value in squares.items()}
-    total = sum(norms.values())
-    return {f"balance/share/{name}": norm / total for name, norm in norms.items()} if total > 0 else {}
+    norms_K = np.sqrt(squares_K.clip(min=0.0))
+    shares_K: np.ndarray = norms_K / max(float(norms_K.sum()), 1e-300)
+    return shares_K

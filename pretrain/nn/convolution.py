@@ -80,18 +80,21 @@ def time_conv(
     under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if under_autocast else x_BFD.dtype
     if dtype not in REDUCED:
-        return _convolve(x_BFD, weight_EDK, bias_E, stride, padding, groups)
-    shape = ConvShape(x_BFD.shape[2], weight_EDK.shape[0], weight_EDK.shape[2], stride, padding, groups)
+        return _convolve(x_BFD, weight_EDK, bias_E, stride=stride, padding=padding, groups=groups)
+    shape = ConvShape(
+        x_BFD.shape[2], weight_EDK.shape[0], weight_EDK.shape[2], stride=stride, padding=padding, groups=groups
+    )
     route = _OVERRIDES.get((device, dtype, shape)) or default_route(device, dtype, shape)
     only_padding = padding > 0 and stride > 1 and x_BFD.shape[1] < shape.kernel + stride
     if route == "fp32" or (only_padding and device == "cpu"):
         with torch.autocast(device, enabled=False):
             bias = None if bias_E is None else bias_E.float()
-            return _convolve(x_BFD.float(), weight_EDK.float(), bias, stride, padding, groups).to(dtype)
+            exact = _convolve(x_BFD.float(), weight_EDK.float(), bias, stride=stride, padding=padding, groups=groups)
+            return exact.to(dtype)
     if route == "odd_kernel":
         # the appended frame is multiplied by the zero tap only; the number of output frames stays the same
         x_BFD, weight_EDK = F.pad(x_BFD, (0, 0, 0, 1)), F.pad(weight_EDK, (0, 1))
-    return _convolve(x_BFD, weight_EDK, bias_E, stride, padding, groups)
+    return _convolve(x_BFD, weight_EDK, bias_E, stride=stride, padding=padding, groups=groups)
 
 
 def _convolve(
@@ -118,8 +121,8 @@ class TimeConv(nn.Conv1d):
         self, in_dim: int, dim: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True
     ) -> None:
         super().__init__(in_dim, dim, kernel, stride, padding, groups=groups, bias=bias)
-        self.shape = ConvShape(in_dim, dim, kernel, stride, padding, groups)
+        self.shape = ConvShape(in_dim, dim, kernel, stride=stride, padding=padding, groups=groups)
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         _, _, _, stride, padding, groups = self.shape
-        return time_conv(x_BFD, self.weight, self.bias, stride, padding, groups)
+        return time_conv(x_BFD, self.weight, self.bias, stride=stride, padding=padding, groups=groups)

@@ -33,9 +33,9 @@ class NoTaps:
         """
         return encoded
 
-    def squares(self, tasks: Sequence[str], loss: Tensor) -> dict[str, Tensor]:
-        """Returns for each task a scalar that holds ‖∂L/∂h‖² after the backward pass of `loss`."""
-        return {}
+    def squares(self, loss: Tensor) -> Tensor | None:
+        """Returns a tensor (K,) that holds ‖∂L/∂h‖² of each task after the backward pass of `loss`, float64."""
+        return None
 
 
 class GradientTaps(NoTaps):
@@ -46,17 +46,19 @@ class GradientTaps(NoTaps):
 
     Args:
         encoder: the model's encoder, whose output all tasks use.
+        tasks: names of the K tasks, the objective's "objective" and those of the heads.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
-        self._squares: dict[str, Tensor] = {}
+    def __init__(self, encoder: nn.Module, tasks: Sequence[str]) -> None:
+        self._tasks = list(tasks)
+        self._squares_K: Tensor | None = None
         self._shared: list[Tensor] = []
         self._listening = False
         encoder.register_forward_hook(self._at_output)
 
     @contextlib.contextmanager
     def objective(self) -> Iterator[None]:
-        self._squares, self._shared, self._listening = {}, [], True
+        self._squares_K, self._shared, self._listening = None, [], True
         try:
             yield
         finally:
@@ -66,7 +68,7 @@ class GradientTaps(NoTaps):
         last = encoded.layers[-1]
         if not self._listening or not last.requires_grad:
             return
-        square, shared = self._square("objective", last), self._shared
+        square, shared = self.squares(last)[self._tasks.index("objective")], self._shared
 
         def measure(grad: Tensor) -> None:
             total = grad.detach().double()
@@ -85,7 +87,8 @@ class GradientTaps(NoTaps):
         layers = [layer.view_as(layer) for layer in encoded.layers]
         for number, layer in enumerate(layers):
             if layer.requires_grad:
-                self._tap(layer, self._square(name, layer), shared and number == len(layers) - 1)
+                square = self.squares(layer)[self._tasks.index(name)]
+                self._tap(layer, square, shared and number == len(layers) - 1)
         return encoded._replace(layers=tuple(layers))
 
     def _tap(self, layer: Tensor, square: Tensor, kept: bool) -> None:
@@ -98,10 +101,7 @@ class GradientTaps(NoTaps):
 
         layer.register_hook(measure)  # type: ignore[no-untyped-call]
 
-    def _square(self, name: str, like: Tensor) -> Tensor:
-        if name not in self._squares:
-            self._squares[name] = torch.zeros((), dtype=torch.float64, device=like.device)
-        return self._squares[name]
-
-    def squares(self, tasks: Sequence[str], loss: Tensor) -> dict[str, Tensor]:
-        return {name: self._square(name, loss) for name in tasks}
+    def squares(self, loss: Tensor) -> Tensor:
+        if self._squares_K is None:
+            self._squares_K = torch.zeros(len(self._tasks), dtype=torch.float64, device=loss.device)
+        return self._squares_K

@@ -1,4 +1,4 @@
-"""Position encodings: convolutional (relative) and rotary."""
+"""Position encodings: convolutional (relative), rotary, and sinusoidal."""
 
 from __future__ import annotations
 
@@ -87,3 +87,20 @@ def rotate(x_BHFC: Tensor, cos_FC: Tensor, sin_FC: Tensor) -> Tensor:
     first, second = x_BHFC.float().chunk(2, dim=-1)
     turned = torch.cat([first * cos_FC - second * sin_FC, second * cos_FC + first * sin_FC], dim=-1)
     return turned.type_as(x_BHFC)
+
+
+def sinusoids(places_N: Tensor, dim: int, interleaved: bool = False) -> Tensor:
+    """Returns sinusoidal position vectors, (N, dim) (arXiv 1706.03762, section 3.5).
+
+    Args:
+        places_N: positions.
+        dim: channels.
+        interleaved: sines and cosines alternate, as in the paper; otherwise the sines come first, as in fairseq and
+            transformers, and the longest wavelength is 10,000 · 2π exactly.
+    """
+    half, device = dim // 2, places_N.device
+    if interleaved:
+        angles = places_N[:, None] * torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10_000) / dim))
+        return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :dim]
+    angles = places_N[:, None] * torch.exp(-math.log(10_000) / max(half - 1, 1) * torch.arange(half, device=device))
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim - 2 * half))

@@ -123,7 +123,7 @@ class TorchaudioMfcc(nn.Module):
     MEANS = (3.5, 2.0, *[0.0] * 11)
     STDS = (4.7, 2.0, 1.2, 1.1, 0.9, 0.8, 0.6, 0.6, 0.5, 0.5, 0.4, 0.4, 0.35)
     SLOPE_STDS = (0.16, 0.06)
-    """For normalize=fixed: of the cepstra, and of Δ and ΔΔ relative to them (156 recordings, 40 mels)."""
+    """normalize=fixed: means and deviations of the cepstra, and of Δ and ΔΔ relative to them (156 recordings)."""
 
     def __init__(self, n_mels: int = 23, window: int = 400, normalize: Normalize = "utterance") -> None:
         super().__init__()

@@ -16,8 +16,7 @@ def text_targets(config: TextHeadConfig, batch: Batch) -> list[list[int]]:
         batch: one micro-batch with its labels and tokens.
     """
     if config.tokens:
-        rows = batch.tokens[config.tokens].tolist() if config.tokens in batch.tokens else [[] for _ in batch.keys]
-        return [[number + 1 for number in row if number >= 0] for row in rows]
+        return [[number + 1 for number in row if number >= 0] for row in batch.token_rows(config.tokens).tolist()]
     classes = config.symbol_classes
     texts = batch.label_values(config.label)
     return [[classes[symbol] for symbol in text.lower() if symbol in classes] for text in texts]

@@ -136,7 +136,16 @@ class BestRQ(Objective):
             "metric/masked_share": (plan.mask.count.to(total.device), encoded.lengths_B.sum()),
             CODE_COUNTS: (torch.cat(code_counts), count),
         }
-        self.record(lambda: MicroBatchRecord(plan.mask.mask_BF, labels_N, logits_NC.argmax(-1), None, None, inputs_ND))
+        self.record(
+            lambda: MicroBatchRecord(
+                plan.mask.mask_BF,
+                target_units_N=labels_N,
+                predicted_units_N=logits_NC.argmax(-1),
+                targets_ND=None,
+                predictions_ND=None,
+                target_inputs_XD=inputs_ND,
+            )
+        )
         return LossOutput(total, count, metrics), encoded
 
     def monitoring(self) -> MonitoringRecord:
@@ -145,7 +154,7 @@ class BestRQ(Objective):
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
-        """After the first update, fits principal axes and codes to its masked frames."""
+        """Fits principal axes and codes to the masked frames of the first update."""
         rows_ND = self.fit.take() if self.fit is not None else None
         if rows_ND is None:
             return

@@ -48,7 +48,7 @@ class Config(ObjectiveConfig):
 
     @property
     def gives_all_layers(self) -> bool:
-        """Never: the encoder computes visible frames only, and only its last layer is put back in place."""
+        """Always False: the encoder computes visible frames only, and only its last layer is put back in place."""
         return False
 
 
@@ -119,7 +119,12 @@ class Data2Vec2(Objective):
             length, key = lengths[row // config.masks], batch.keys[row // config.masks]
             rng = keyed_rng(ctx.seed, ctx.step, key, "mask", row % config.masks)
             mask = adjusted_block_mask(
-                length, config.mask_prob, config.mask_adjust, config.mask_block, rng, config.mask_inverse
+                length,
+                config.mask_prob,
+                adjust=config.mask_adjust,
+                block=config.mask_block,
+                rng=rng,
+                inverse=config.mask_inverse,
             )
             mask_RF[row, :length] = mask
             noise_RFD[row, :length] = rng.standard_normal((length, self.dim), dtype=np.float32)

@@ -36,12 +36,12 @@ class Config(ObjectiveConfig):
 
     @property
     def has_loss(self) -> bool:
-        """Never."""
+        """Always False."""
         return False
 
     @property
     def freezes(self) -> bool:
-        """At first, if `frozen_steps` is set."""
+        """Whether `frozen_steps` is set."""
         return self.frozen_steps > 0
 
     def cautions(self, total_steps: int) -> list[str]:
@@ -74,10 +74,17 @@ class NoObjective(Objective):
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> FeaturePlan:
         settings, zero = self.config, torch.zeros((), dtype=torch.float64)
         lengths = model.frontend.feature_lengths(batch.lengths_B).tolist()
-        hidden_BF = _hidden(batch, ctx, "hidden frames", lengths, settings.mask_time, settings.mask_time_span)
+        hidden_BF = _hidden(
+            batch, ctx, "hidden frames", lengths=lengths, share=settings.mask_time, span=settings.mask_time_span
+        )
         channels = [self.channels] * len(lengths)
         hidden_BC = _hidden(
-            batch, ctx, "hidden channels", channels, settings.mask_channels, settings.mask_channels_span
+            batch,
+            ctx,
+            "hidden channels",
+            lengths=channels,
+            share=settings.mask_channels,
+            span=settings.mask_channels_span,
         )
         return FeaturePlan(zero, hidden_BF, hidden_BC)
 

@@ -112,7 +112,12 @@ class Wav2Vec2(Objective):
         count, codes_N = plan.count.to(x_BFD.device), self.joint_codes(quantized.index_NG)
         with full_precision(x_BFD.device):
             logits_BMK = contrast_logits(
-                predictions_ND, targets_ND, codes_N, mask, plan.negatives_BMK, self.config.logit_temperature
+                predictions_ND,
+                targets_ND,
+                codes_N,
+                mask=mask,
+                negatives_BMK=plan.negatives_BMK,
+                temperature=self.config.logit_temperature,
             )
             chance_loss, chance_accuracy = chance_levels(logits_BMK, plan.negatives_BMK, mask.valid_BM)
             contrastive, hits = contrastive_loss(logits_BMK, mask.valid_BM)

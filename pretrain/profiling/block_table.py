@@ -18,7 +18,8 @@ from data_pipeline.core.onnx_session import open_session
 from data_pipeline.core.schema import ConfigError
 from pretrain import registry
 from pretrain.interfaces.frames import Frames
-from pretrain.nn.block_stack import BlockStack, StackConfig
+from pretrain.nn.block_stack import BlockStack
+from pretrain.nn.stack_config import StackConfig
 from pretrain.profiling.graph_timing import median_and_p95, noise
 
 

@@ -123,12 +123,12 @@ def measure(config: Config, lengths: tuple[float, float] = (2.0, 4.0)) -> Measur
     once = max(0.0, 2 * shorter[1] - _forward(module, config, lengths[0], segments=2)[1])
     parameters = list(module.parameters())
     return Measured(
-        sum(parameter.numel() for parameter in parameters),
-        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        _fit(lengths, (shorter[0], longer[0])),
-        _fit(lengths, (shorter[1] - once, longer[1] - once)),
-        _fit(lengths, (shorter[2], longer[2])),
-        once,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        flops=_fit(lengths, (shorter[0], longer[0])),
+        activations=_fit(lengths, (shorter[1] - once, longer[1] - once)),
+        differentiated=_fit(lengths, (shorter[2], longer[2])),
+        kept_once=once,
     )
 
 
@@ -249,7 +249,9 @@ def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mf
     communication = sent / (link * 1e9)
     hidden = compute * backward / (forward + backward)
     exposed = max(0.0, communication - hidden)
-    return Forecast(gpus, seconds_each, compute, communication, exposed, sent)
+    return Forecast(
+        gpus, seconds_each=seconds_each, compute=compute, communication=communication, exposed=exposed, sent=sent
+    )
 
 
 def measured_rate(path: Path, config: Config) -> float:

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_pipeline.core.json_object import read_object
 from data_pipeline.core.schema import ConfigError
 from pretrain.models.frontends.waveform_conv import NormedConv
 from pretrain.nn.attention import SelfAttention
 from pretrain.nn.attention_patterns import attend
 from pretrain.nn.convolution import REDUCED, ConvShape, Route, TimeConv, default_route, override_route, time_conv
 from pretrain.nn.positions import ConvPositions
+from pretrain.profiling import processor
 
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01}
 """Largest allowed ‖16-bit − fp32‖ / ‖fp32‖; rounding of the results alone gives about 0.003 and 0.0004."""
@@ -59,7 +60,7 @@ class Convolution:
     def compute(self, x_BFD: Tensor, weight_EDK: Tensor) -> Tensor:
         """Runs the operation in the current precision."""
         s = self.shape
-        return time_conv(x_BFD, weight_EDK, None, s.stride, s.padding, s.groups)
+        return time_conv(x_BFD, weight_EDK, None, stride=s.stride, padding=s.padding, groups=s.groups)
 
 
 @dataclass(frozen=True)
@@ -296,19 +297,8 @@ def fingerprint(device: str) -> str:
         part = f"{torch.cuda.get_device_name(device)} {torch.version.cuda} {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
     else:
         limits = " ".join(f"{name}={os.environ.get(name, '')}" for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
-        part = f"{_cpu()} {limits}"
+        part = f"{processor.model_name()} {' '.join(sorted(processor.instruction_sets()))} {limits}"
     return hashlib.sha256(f"{torch.__version__} {part}".encode()).hexdigest()[:16]
-
-
-@functools.cache
-def _cpu() -> str:
-    """Returns model and instruction sets of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = {name: line for line in lines for name in ("model name", "flags", "Features") if line.startswith(name)}
-    return " ".join(wanted.values())
 
 
 def cache_file() -> Path | None:
@@ -329,10 +319,9 @@ def cache_file() -> Path | None:
 def _read(file: Path) -> dict[str, object]:
     """Returns the results of earlier processes; {} if the file is missing or damaged."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _parsed(operation: Operation, value: object) -> CheckResult | None:
@@ -358,10 +347,10 @@ SAMPLE: tuple[Operation, ...] = (
     Convolution(ConvShape(1, 512, 10, 5)),
     Convolution(ConvShape(512, 512, 3, 2)),
     Convolution(ConvShape(512, 512, 2, 2)),
-    Convolution(ConvShape(32, 32, 128, 1, 64, 4)),
-    Convolution(ConvShape(96, 96, 32, 1, 16, 16)),
-    Convolution(ConvShape(24, 24, 8, 1, 4, 4)),
-    Convolution(ConvShape(256, 256, 31, 1, 0, 256)),
+    Convolution(ConvShape(32, 32, 128, stride=1, padding=64, groups=4)),
+    Convolution(ConvShape(96, 96, 32, stride=1, padding=16, groups=16)),
+    Convolution(ConvShape(24, 24, 8, stride=1, padding=4, groups=4)),
+    Convolution(ConvShape(256, 256, 31, stride=1, padding=0, groups=256)),
     Convolution(ConvShape(80, 256, 3, 2, 1)),
     Product(256, 1024),
     BatchedProduct(10, 512),

@@ -57,11 +57,10 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table. parameters: trained ones; model_parameters: those of front end and encoder."""
+    """One row of the table. parameters: trained ones."""
 
     name: str
     parameters: int
-    model_parameters: int
     frames_hz: float
     minutes_per_update: float
     updates: int
@@ -78,7 +77,6 @@ def summarize(config: Config) -> Recipe:
     return Recipe(
         name=config.name,
         parameters=sum(weight.numel() for weight in module.parameters() if weight.requires_grad),
-        model_parameters=sum(weight.numel() for weight in module.model.parameters()),
         frames_hz=module.model.frontend.rate_hz,
         minutes_per_update=config.data.batch_seconds / 60,
         updates=config.train.steps,

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
-
-from data_pipeline.core.schema import about, config, refuse
-
-
-def _listed(value: object) -> object:
-    """Converts a single text to a tuple of one."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
+from data_pipeline.core.schema import Places, about, config, refuse
 
 Format = Literal["text", "json", "srt", "vtt", "tsv"]
 
@@ -60,8 +52,7 @@ class TranscribeConfig(DecodingConfig):
 
     checkpoint: Annotated[str, about("run or checkpoint with a recognising head, or a fine-tuned model", min_length=1)]
     files: Annotated[
-        tuple[str, ...],
-        BeforeValidator(_listed),
+        Places,
         about(
             "recordings, folders, shards (folders or URLs), and - for standard input (a sound file, or raw 16-bit "
             "little-endian mono PCM); one, or [a,b,c]",

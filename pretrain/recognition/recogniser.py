@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from data_pipeline.core.json_object import read_object
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.schema import load as load_config
 from data_pipeline.core.types import SAMPLE_RATE
@@ -41,7 +41,7 @@ from pretrain.recognition.transcript import Transcript, Word, WordBuilder
 from pretrain.train_module import TrainModule, build_speech_model
 
 WORD_BEGIN = "▁"
-"""Of byte-pair units, as SentencePiece writes it."""
+"""Mark of byte-pair units that begin a word, as SentencePiece writes it."""
 RESULTS, MODEL = "results.json", "model.safetensors"
 """Files of a model that `auricle finetune` wrote before it wrote runs."""
 
@@ -226,7 +226,12 @@ def decoder(decoding: DecodingConfig, symbols: Sequence[str]) -> Decode:
         return greedy
     if decoding.lm:  # not with the attention decoder, see DecodingConfig
         return WordBeamSearch(
-            decoding.lm, symbols, decoding.beam, decoding.lm_weight, decoding.word_bonus, decoding.words
+            decoding.lm,
+            symbols,
+            beam=decoding.beam,
+            weight=decoding.lm_weight,
+            bonus=decoding.word_bonus,
+            words=decoding.words,
         )
     return functools.partial(beam_search, beam=decoding.beam)
 
@@ -269,7 +274,9 @@ def recognising_head(given: str, module: TrainModule, config: Config, head: str 
         ConfigError: there is no such head, or several to choose from.
     """
     remedy = f"train one with `auricle finetune checkpoint={given}`, or with heads.NAME.name=ctc in `auricle pretrain`"
-    name, chosen = chosen_head(given, module, config, ctc.CTC, head, "that recognises speech", remedy)
+    name, chosen = chosen_head(
+        given, module, config, kind=ctc.CTC, head=head, described="that recognises speech", remedy=remedy
+    )
     _name_tokens(config, name, chosen)
     return chosen
 
@@ -280,7 +287,9 @@ def _writing_head(given: str, module: TrainModule, config: Config, head: str) ->
     kinds = [type(found[head])] if head in found else [type(kept) for kept in found.values()]
     if transducer.Transducer not in kinds or ctc.CTC in kinds:
         return recognising_head(given, module, config, head)
-    name, chosen = chosen_head(given, module, config, transducer.Transducer, head, "that recognises speech", "")
+    name, chosen = chosen_head(
+        given, module, config, kind=transducer.Transducer, head=head, described="that recognises speech", remedy=""
+    )
     _name_tokens(config, name, chosen)
     return chosen
 
@@ -313,9 +322,9 @@ class _EarlierModel(nn.Module):
 def _earlier_finetune(folder: Path) -> tuple[SpeechModel, ctc.CTC]:
     """Loads the model of an earlier `auricle finetune`: results.json with its config, and model.safetensors."""
     try:
-        values = json.loads((folder / RESULTS).read_bytes())
+        values = read_object(folder / RESULTS)
         settings, symbols = values["pretrained"], values["finetune"]["symbols"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / RESULTS}: not the results of a fine-tuning ({error})") from None
     if "model_type" in settings:
         raise ConfigError(f"{folder}: fine-tuned from a Hugging Face model by an earlier version; fine-tune it again")

@@ -16,8 +16,8 @@ from data_pipeline.labels.store import pad
 from data_pipeline.loader.pieces import Piece
 from data_pipeline.loader.recordings import Unusable
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
-from pretrain.checkpointing.checkpoint import read_state
 from pretrain.checkpointing.head_choice import checkpoint_with_heads, chosen_device, chosen_head
+from pretrain.checkpointing.stored import read_state
 from pretrain.checkpointing.weights import MODEL, load_checkpoint
 from pretrain.config import Config
 from pretrain.heads.joint_embedding import SPEECH, JointEmbedding
@@ -175,7 +175,9 @@ def open_embedder(given: str, head: str = "", device: str = "cpu") -> Embedder:
     device, folder = chosen_device(device), checkpoint_with_heads(given)
     module, config, _ = load_checkpoint(folder)
     remedy = "train one, for example with `auricle pretrain +experiment=joint_embedding_tiny`"
-    name, chosen = chosen_head(given, module, config, JointEmbedding, head, "joint_embedding", remedy)
+    name, chosen = chosen_head(
+        given, module, config, kind=JointEmbedding, head=head, described="joint_embedding", remedy=remedy
+    )
     weights: str = read_state(folder)["sha256"][MODEL]
     return Embedder(
         module.model.eval().to(device), chosen.eval().to(device), _towers(config, chosen.config), f"{weights} {name}"

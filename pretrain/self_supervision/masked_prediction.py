@@ -65,7 +65,16 @@ class MaskedUnitsConfig(ObjectiveConfig):
     @property
     def frame_labels(self) -> FrameLabels | None:
         """The frame labels named by `labels`, if any."""
-        return FrameLabels(self.labels, self.label_rate_hz, self.units) if self.labels else None
+        if not self.labels:
+            return None
+        return FrameLabels(
+            self.labels,
+            self.label_rate_hz,
+            self.units,
+            name_field="labels",
+            rate_field="label_rate_hz",
+            classes_field="units",
+        )
 
     @property
     def accepts_frame_labels(self) -> bool:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_pipeline.labels.kmeans import TargetsConfig, all_labelled
+from data_pipeline.labels.config import TargetsConfig
+from data_pipeline.labels.kmeans import all_labelled
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.reader import open_reader
 from data_pipeline.sampling.config import DataConfig

@@ -31,11 +31,11 @@ def test_accuracy_counts_trials_and_averages_seeds() -> None:
 
 
 def test_equal_error_rate() -> None:
-    assert metrics.equal_error_rate(np.array([3.0, 4.0, 5.0]), np.array([0.0, 1.0, 2.0])) == 0.0
-    shift = metrics.equal_error_rate(RNG.normal(2, 1, 20_000), RNG.normal(0, 1, 20_000))
+    same = np.arange(40_000) < 20_000
+    assert metrics.equal_error_rate(np.array([3.0, 4.0, 5.0, 0.0, 1.0, 2.0]), np.arange(6) < 3) == 0.0
+    shift = metrics.equal_error_rate(RNG.normal(0, 1, 40_000) + 2 * same, same)
     assert shift == pytest.approx(0.1587, abs=0.01)  # Φ(−1)
-    same = RNG.normal(0, 1, 20_000)
-    assert metrics.equal_error_rate(same, RNG.normal(0, 1, 20_000)) == pytest.approx(0.5, abs=0.02)
+    assert metrics.equal_error_rate(RNG.normal(0, 1, 40_000), same) == pytest.approx(0.5, abs=0.02)
 
 
 def test_pnmi_of_the_same_and_of_independent_labels() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data_pipeline.core.jsonl import read_rows
 from tests.support.faults.kill_runs import STEPS, prepare
+from tests.support.faults.site import learned
 from tests.support.tiny_shards import sounds, write_shards
 
 
@@ -45,9 +46,6 @@ def test_a_killed_run_started_again_is_bit_identical_to_an_undisturbed_one(tmp_p
     last = start(killed)
     assert last.wait(timeout=120) == 0
     assert undisturbed.wait(timeout=120) == 0
-
-    def learned(folder: Path) -> list[tuple[int, float, float]]:
-        return [(row["step"], row["loss/total"], row["opt/grad_norm"]) for row in read_rows(folder / "metrics.jsonl")]
 
     assert learned(killed) == learned(whole)
     assert [step for step, _, _ in learned(killed)] == list(range(1, STEPS + 1))

@@ -19,7 +19,14 @@ def catalogue_of(shards: list[list[float]], groups: list[list[int]] | None = Non
     lengths = np.array([round(s * SECOND) for shard in shards for s in shard], np.uint32)
     numbers = np.array([g for shard in groups or [] for g in shard] or np.zeros(len(lengths)), np.uint16)
     names = tuple(f"{i}.tar" for i in range(len(shards)))
-    return Catalogue(names, starts, lengths, numbers, tuple(Group(f"c{g}", "en") for g in range(n_groups)), "x")
+    return Catalogue(
+        shards=names,
+        starts_S=starts,
+        length_N=lengths,
+        group_N=numbers,
+        groups=tuple(Group(f"c{g}", "en") for g in range(n_groups)),
+        fingerprint="x",
+    )
 
 
 def with_texts(catalogue: Catalogue, text_N: np.ndarray) -> Catalogue:

@@ -12,6 +12,7 @@ import soundfile
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import load
 from data_pipeline.preprocess.config import PreprocessConfig
+from data_pipeline.shards.records import done_records, read_index
 
 
 def sound(name: str, seconds: float, rate: int = 16_000, level: float = 0.1) -> np.ndarray:
@@ -53,3 +54,8 @@ def contents(root: Path) -> dict[str, bytes]:
     files = (path for path in root.rglob("*") if path.is_file() and ".tmp" not in path.parts)
     files = (path for path in files if path.name != "report.html")
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def index_rows(root: Path) -> list[dict[str, Any]]:
+    """Returns the index rows of all finished shards of a data set."""
+    return [row for record in done_records(str(root)) for row in read_index(str(root), record).to_pylist()]

@@ -89,7 +89,7 @@ def checkpoints(run_folder: Path) -> list[Saved]:
 
 def read(folder: Path) -> Saved:
     """Reads a checkpoint; the result has 0 `steps` if it was removed in the meantime."""
-    from pretrain.checkpointing.checkpoint import read_state
+    from pretrain.checkpointing.stored import read_state
 
     try:
         state = read_state(folder)

@@ -7,7 +7,8 @@ import hashlib
 
 from data_pipeline.core.progress import stages
 from data_pipeline.core.storage import FileStore
-from data_pipeline.labels.kmeans import KMEANS, TargetsConfig, make_targets
+from data_pipeline.labels.config import TargetsConfig
+from data_pipeline.labels.kmeans import KMEANS, make_targets
 from data_pipeline.labels.pitch_targets import PITCH, make_pitch_targets
 from data_pipeline.labels.store import file_name
 from data_pipeline.shards.records import done_records

@@ -6,7 +6,6 @@ memories joined in time, each frame with a learned vector of its memory's kind.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from data_pipeline.core.schema import about, config
 from pretrain.interfaces.models import Decoder, DecoderState, Memory
 from pretrain.nn.dropout import Dropout
+from pretrain.nn.positions import sinusoids
 
 
 @config
@@ -185,11 +185,3 @@ class TransformerDecoder(Decoder):
         nothing_B1 = ~visible_BM.any(dim=1, keepdim=True)
         first_M = torch.arange(visible_BM.shape[1], device=visible_BM.device) == 0
         return torch.cat(parts, dim=1), visible_BM | (nothing_B1 & first_M)
-
-
-def sinusoids(places_N: Tensor, dim: int) -> Tensor:
-    """Returns position vectors (N, dim) of sines and then cosines, wavelengths 2π to 10,000 · 2π (arXiv 1706.03762)."""
-    half = dim // 2
-    rates = torch.exp(-math.log(10_000) / max(half - 1, 1) * torch.arange(half, device=places_N.device))
-    angles = places_N[:, None] * rates
-    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim - 2 * half))

@@ -6,7 +6,6 @@ their sha256.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.atomic_files import sha256_of
+from data_pipeline.core.json_object import read_object
 from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import EmbeddingConfig
@@ -32,7 +32,7 @@ MODELS = {
 }
 """model_type of config.json -> transformers' class of the image encoder, and the field with the size of its output."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Where preprocessor_config.json does not say."""
+"""Mean and deviation of pixels by default, where preprocessor_config.json has none."""
 
 
 @config
@@ -46,7 +46,7 @@ class Config(EmbeddingConfig):
 
     @property
     def image_shape(self) -> tuple[int, int]:
-        """`size`, in colour."""
+        """`size` pixels and 3 colour channels."""
         return self.size, 3
 
 
@@ -118,7 +118,7 @@ def describe(folder: str) -> Described:
     """
     path = Path(folder).expanduser()
     try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        values = read_object(path / "config.json")
         kind = values["model_type"]
         model, size = MODELS[kind]
         vision = values.get("vision_config", values)
@@ -159,7 +159,7 @@ def _mean_std(folder: str, model: str) -> tuple[Tensor, Tensor]:
     """Returns mean and deviation that pixels are normalised with, (C, 1, 1) each."""
     default = (CLIP_MEAN, CLIP_STD) if model.startswith("CLIP") else ((0.5,) * 3, (0.5,) * 3)
     try:
-        values = json.loads((Path(folder).expanduser() / "preprocessor_config.json").read_text(encoding="utf-8"))
+        values = read_object(Path(folder).expanduser() / "preprocessor_config.json")
         default = values["image_mean"], values["image_std"]
     except (OSError, ValueError, KeyError, TypeError):
         pass

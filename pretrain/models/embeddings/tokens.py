@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -15,6 +14,7 @@ from pretrain.interfaces.configs import EmbeddingConfig
 from pretrain.interfaces.frames import Frames, valid_frames
 from pretrain.interfaces.models import Embedding
 from pretrain.nn.numerics import row_numbers
+from pretrain.nn.positions import sinusoids
 
 
 @config
@@ -29,7 +29,7 @@ class Config(EmbeddingConfig):
 
     @property
     def needed_tokens(self) -> dict[str, int]:
-        """The text's."""
+        """The token set of the text."""
         return {self.tokens: self.vocabulary}
 
 
@@ -43,17 +43,17 @@ class Tokens(Embedding):
         self.positions = nn.Embedding(config.max_tokens, dim) if config.positions == "learned" else None
 
     def present(self, batch: Batch) -> Tensor:
-        length_B = (self._ids(batch) >= 0).sum(1)
+        length_B = (batch.token_rows(self.config.tokens) >= 0).sum(1)
         return (length_B > 0) & (length_B <= self.config.max_tokens)
 
     def given(self, batch: Batch) -> Tensor:
-        return (self._ids(batch) >= 0).any(1)
+        return (batch.token_rows(self.config.tokens) >= 0).any(1)
 
     def identity(self, batch: Batch) -> Tensor:
-        return row_numbers(self._ids(batch) + 1) * self.present(batch)
+        return row_numbers(batch.token_rows(self.config.tokens) + 1) * self.present(batch)
 
     def forward(self, batch: Batch) -> Frames:
-        ids_BN = self._ids(batch)[:, : self.config.max_tokens]
+        ids_BN = batch.token_rows(self.config.tokens)[:, : self.config.max_tokens]
         if not ids_BN.shape[1]:
             ids_BN = F.pad(ids_BN, (0, 1), value=-1)
         lengths_B, device = (ids_BN >= 0).sum(1) * self.present(batch), self.vectors.weight.device
@@ -62,22 +62,9 @@ class Tokens(Embedding):
         if self.positions is not None:
             x_BND = x_BND + self.positions(places_N)
         elif self.config.positions == "sinusoidal":
-            x_BND = x_BND + sinusoids(places_N, self.dim).to(x_BND.dtype)
+            x_BND = x_BND + sinusoids(places_N, self.dim, interleaved=True).to(x_BND.dtype)
         inside_BN = valid_frames(lengths_B, ids_BN.shape[1], device)
         return Frames(x_BND.masked_fill(~inside_BN[:, :, None], 0.0), lengths_B, 1.0)
-
-    def _ids(self, batch: Batch) -> Tensor:
-        """Returns the tokens of each sample, (B, N), padded with -1."""
-        if self.config.tokens in batch.tokens:
-            return batch.tokens[self.config.tokens]
-        return batch.lengths_B.new_full((len(batch.keys), 1), -1)
-
-
-def sinusoids(places_N: Tensor, dim: int) -> Tensor:
-    """Returns sines and cosines of positions, (N, dim) (Vaswani et al. 2017, section 3.5)."""
-    rates_C = torch.exp(torch.arange(0, dim, 2, device=places_N.device) * (-math.log(10_000.0) / dim))
-    angles_NC = places_N[:, None] * rates_C
-    return torch.stack([angles_NC.sin(), angles_NC.cos()], dim=2).flatten(1)[:, :dim]
 
 
 def build(config: Config, dim: int) -> Tokens:

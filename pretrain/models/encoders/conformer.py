@@ -13,10 +13,11 @@ from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepCo
 from pretrain.interfaces.streaming import BlockMemory, EncoderState, Obstacle
 from pretrain.nn.attention import SelfAttention
 from pretrain.nn.attention_patterns import AttentionContext
-from pretrain.nn.block_stack import Residual, StackConfig, Width, over_time
+from pretrain.nn.block_stack import Residual, over_time
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.packing import Packing
+from pretrain.nn.stack_config import StackConfig, Width
 from pretrain.nn.streaming_stack import StreamingStack
 
 

@@ -14,11 +14,12 @@ from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepCo
 from pretrain.interfaces.streaming import BlockMemory, EncoderState, Obstacle
 from pretrain.nn.attention import RelativeBias, SelfAttention
 from pretrain.nn.attention_patterns import AttentionContext
-from pretrain.nn.block_stack import Residual, StackConfig, Width
+from pretrain.nn.block_stack import Residual
 from pretrain.nn.dropout import Dropout
 from pretrain.nn.numerics import zero_padding
 from pretrain.nn.packing import Packing, TimeGrid
 from pretrain.nn.positions import ConvPositions, ConvPositionsStack
+from pretrain.nn.stack_config import StackConfig, Width
 from pretrain.nn.streaming_stack import StreamingStack
 
 
@@ -65,12 +66,12 @@ class Config(StackConfig):
 
     @property
     def heads_may_differ(self) -> bool:
-        """Not with a relative position bias, which all blocks share."""
+        """False with a relative position bias, which all blocks share."""
         return not self.relative_bias
 
     @property
     def without_last_blocks(self) -> dict[str, object]:
-        """A pre-norm encoder normalises its last layer only, so the layers before it end without a norm."""
+        """`final_norm` of a pre-norm encoder, which normalises its last layer only."""
         return {"final_norm": False} if self.norm == "pre" else {}
 
 

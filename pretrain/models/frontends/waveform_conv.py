@@ -122,7 +122,11 @@ class WaveformConv(Frontend, StreamingFrontend):
                 self.convs.append(NormedConv(config.channels, kernel, stride, config.bias))
                 continue
             in_dim = config.channels if layer else 1
-            self.convs.append(ConvLayer(in_dim, config.channels, kernel, stride, config.bias, config.norm == "layer"))
+            self.convs.append(
+                ConvLayer(
+                    in_dim, config.channels, kernel=kernel, stride=stride, bias=config.bias, norm=config.norm == "layer"
+                )
+            )
         self.norm = nn.LayerNorm(config.channels)
         self.linear = nn.Linear(config.channels, dim)
         nn.init.uniform_(self.linear.weight, -(config.channels**-0.5), config.channels**-0.5)

@@ -17,11 +17,11 @@ from pretrain.nn.convolution import TimeConv
 from pretrain.nn.numerics import full_precision
 
 BLANK_LOGIT = -1.0
-"""Of CTC's blank, beside log probabilities of tokens, as in the paper's implementation."""
+"""Log probability of CTC's blank, as in the paper's implementation."""
 OUTSIDE = -1e4
 """Log probability of tokens beyond a row's last one."""
 TEMPERATURE = 0.0005
-"""Factor of the squared distances, that of the paper's implementation."""
+"""Factor of the squared distances, as in the paper's implementation."""
 
 
 class Aligner(nn.Module):

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.decoders.transformer import Attention, sinusoids
+from pretrain.models.decoders.transformer import Attention
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
+from pretrain.nn.positions import sinusoids
 
 
 def masked(x_BND: Tensor, valid_BN: Tensor) -> Tensor:

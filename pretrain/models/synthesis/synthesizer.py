@@ -119,7 +119,14 @@ class Synthesizer(nn.Module):
         dim = config.dim
 
         def tower(blocks: int) -> FeedForwardTransformer:
-            return FeedForwardTransformer(blocks, dim, config.heads, config.ffn_dim, config.kernel, config.dropout)
+            return FeedForwardTransformer(
+                blocks,
+                dim=dim,
+                heads=config.heads,
+                ffn_dim=config.ffn_dim,
+                kernel=config.kernel,
+                dropout=config.dropout,
+            )
 
         def predictor() -> VariancePredictor:
             return VariancePredictor(dim, config.predictor_dim, 3, config.predictor_dropout)
@@ -162,7 +169,12 @@ class Synthesizer(nn.Module):
         x_BND = self._with_values(x_BND, valid_BN, energy_BN, pitch_BN)
         frames_BFD = self.decoder(regulate(x_BND, durations_BN, mel_BFD.shape[1]), valid_BF)
         return Spoken(
-            masked(self.out(frames_BFD).float(), valid_BF), alignment_BFN, durations_BN, duration, pitch, energy
+            masked(self.out(frames_BFD).float(), valid_BF),
+            alignment_BFN=alignment_BFN,
+            durations_BN=durations_BN,
+            duration=duration,
+            pitch=pitch,
+            energy=energy,
         )
 
     def speak(self, tokens_BN: Tensor, tokens_B: Tensor, style_BD: Tensor, controls: Controls) -> Frames:

@@ -46,7 +46,7 @@ def token_of_frame(durations_BN: Tensor, frames: int) -> Tensor:
         frames: number of frames of the result.
     """
     places_F1 = torch.arange(frames, device=durations_BN.device)[:, None]
-    return (durations_BN.cumsum(1)[:, None] <= places_F1).sum(2)  # searchsorted, which ONNX has not
+    return (durations_BN.cumsum(1)[:, None] <= places_F1).sum(2)  # searchsorted, which ONNX lacks
 
 
 def regulate(x_BND: Tensor, durations_BN: Tensor, frames: int) -> Tensor:

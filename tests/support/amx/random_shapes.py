@@ -47,7 +47,7 @@ def convolution(draw: random.Random, small: bool) -> Case:
     name = (
         f"convolution {channels}→{outputs} × {groups}, taps {taps}, stride {stride}, padding {padding}, {frames} frames"
     )
-    return name, operands, lambda x, w: time_conv(x, w, None, stride, padding, groups)
+    return name, operands, lambda x, w: time_conv(x, w, None, stride=stride, padding=padding, groups=groups)
 
 
 def linear(draw: random.Random, small: bool) -> Case:

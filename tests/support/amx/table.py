@@ -30,7 +30,7 @@ def conv1d(x_BFD: Tensor, weight_EDK: Tensor, padding: int, groups: int) -> Tens
 
 def project(x_BFD: Tensor, weight_EDK: Tensor, padding: int, groups: int) -> Tensor:
     """Convolves by `time_conv`."""
-    return time_conv(x_BFD, weight_EDK, None, 1, padding, groups)
+    return time_conv(x_BFD, weight_EDK, None, stride=1, padding=padding, groups=groups)
 
 
 def error(convolve: Callable[[Tensor, Tensor, int, int], Tensor], kernel: int, channels: int, groups: int) -> float:

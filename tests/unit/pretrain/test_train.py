@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.loader.held_out import HeldOut
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing import checkpoint, stored
 from pretrain.checkpointing.locate import steps_done
 from pretrain.checkpointing.run_folder import RunFolder, StaleIncarnationError
 from pretrain.engines import make_engine
@@ -234,7 +234,7 @@ def test_a_save_that_fails_once_is_retried_immediately(
     assert [line.split()[0] for line in reported] == ["warning:", "checkpoint", "checkpoint", "checkpoint"]
     assert "step_00000002 cannot be saved (no space left for a moment); trying again" in reported[0]
     assert all(Path(line.removeprefix("checkpoint ")).is_dir() for line in reported[1:])
-    assert checkpoint.damage(tmp_path / "checkpoints" / "step_00000002") == ""
+    assert stored.damage(tmp_path / "checkpoints" / "step_00000002") == ""
 
 
 def test_a_save_that_keeps_failing_is_never_reported_as_a_checkpoint(
@@ -347,7 +347,7 @@ def test_latest_points_to_a_complete_checkpoint_wherever_a_rollback_is_interrupt
     monkeypatch.undo()
     assert moves == cut_off_at, "the rollback was interrupted at this move"
     named = folder.checkpoints / (folder.checkpoints / "latest").read_text().strip()
-    assert checkpoint.damage(named) == ""
+    assert stored.damage(named) == ""
     assert steps_done(tmp_path) == 4
     assert checkpoint.load_latest(folder, engine, settings).step == 4
 

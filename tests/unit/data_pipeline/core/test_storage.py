@@ -11,16 +11,10 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from data_pipeline.core import storage
+from data_pipeline.core.retries import StorageReadError, StorageWriteError, is_transient, retry
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import (
-    FileStore,
-    StorageReadError,
-    StorageWriteError,
-    is_plain_name,
-    is_transient,
-    retry,
-)
+from data_pipeline.core.storage import FileStore, is_plain_name
+from tests.support.clock import skip_pauses
 
 
 def http(status: int) -> aiohttp.ClientResponseError:
@@ -66,9 +60,7 @@ def failing(times: int, error: Exception) -> Callable[[], str]:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(storage.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    skip_pauses(monkeypatch)
 
 
 def test_transient_errors_are_retried_until_the_time_limit() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.labels import kmeans
+from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.labels.features import kaldi_mfcc
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.shards.records import done_records, read_index
@@ -30,9 +31,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     return root / "out"
 
 
-def settings(shards: Path, out: Path, **values: object) -> kmeans.TargetsConfig:
+def settings(shards: Path, out: Path, **values: object) -> TargetsConfig:
     given = {"shards": str(shards), "out": str(out), "classes": 8, "rounds": 6, "tolerance": 0.0, **values}
-    return load(kmeans.TargetsConfig, given)
+    return load(TargetsConfig, given)
 
 
 def all_features(shards: Path) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.core.ray_tasks import RayConfig
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.labels import pitch
-from data_pipeline.labels.kmeans import TargetsConfig
+from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.labels.pitch_targets import label_pitch
 from data_pipeline.labels.store import LabelSet, file_name
 from data_pipeline.shards.records import done_records

@@ -12,7 +12,8 @@ import pytest
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Cursor, Step, StepReader
 from data_pipeline.loader.reader import open_reader
-from data_pipeline.loader.streaming import StreamReader, shard_urls
+from data_pipeline.loader.streaming import StreamReader
+from data_pipeline.loader.tar_urls import shard_urls
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import ShardError
 from tests.support.foreign_tars import encoded, wave, write_foreign, write_tar

@@ -17,14 +17,9 @@ from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.job import plan_units, preprocess
 from data_pipeline.shards.licences import read_licences
-from data_pipeline.shards.records import done_records, read_index
-from tests.support.sounds import contents, many, path_config, sound, write_corpus
+from tests.support.sounds import contents, index_rows, many, path_config, sound, write_corpus
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-
-def rows(out: Path) -> list[dict[str, object]]:
-    return [row for record in done_records(str(out)) for row in read_index(str(out), record).to_pylist()]
 
 
 def test_good_files_become_shards_and_a_broken_one_is_listed(tmp_path: Path) -> None:
@@ -46,11 +41,13 @@ def test_good_files_become_shards_and_a_broken_one_is_listed(tmp_path: Path) -> 
         ("speaker9/hush.wav", "filter", "silence"),
         ("speaker9/short.wav", "cut", "too_short"),
     ]
-    pieces = sorted((row["start"], row["n_samples"]) for row in rows(tmp_path / "out") if "long" in str(row["key"]))
+    pieces = sorted(
+        (row["start"], row["n_samples"]) for row in index_rows(tmp_path / "out") if "long" in str(row["key"])
+    )
     assert pieces == [(0, 480_000), (480_000, 320_000), (800_000, 320_000)]
     tars = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
     seen = [sample["__key__"] for sample in webdataset.WebDataset(tars, shardshuffle=False)]
-    assert sorted(seen) == sorted(str(row["key"]) for row in rows(tmp_path / "out"))
+    assert sorted(seen) == sorted(str(row["key"]) for row in index_rows(tmp_path / "out"))
     assert len(set(seen)) == len(seen) == 14
 
 
@@ -94,7 +91,7 @@ def test_new_files_do_not_change_finished_shards(tmp_path: Path) -> None:
     assert (later.new_segments, round(later.new_hours * 3600, 2)) == (1, 3.0)
     changed = {name for name in first if second[name] != first[name]}
     assert not changed
-    assert sum("new" in str(row["key"]) for row in rows(tmp_path / "out")) == 1
+    assert sum("new" in str(row["key"]) for row in index_rows(tmp_path / "out")) == 1
 
 
 def test_a_file_changed_later_is_counted_and_not_processed_twice(tmp_path: Path) -> None:

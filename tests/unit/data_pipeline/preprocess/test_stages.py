@@ -16,11 +16,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.job import preprocess
 from data_pipeline.shards.records import done_records, read_index
-from tests.support.sounds import many, path_config, sound, write_corpus
-
-
-def rows(root: Path) -> list[dict[str, object]]:
-    return [row for record in done_records(str(root)) for row in read_index(str(root), record).to_pylist()]
+from tests.support.sounds import index_rows, many, path_config, sound, write_corpus
 
 
 @pytest.fixture
@@ -131,7 +127,8 @@ def test_each_speaker_is_in_one_split_only(tmp_path: Path) -> None:
     summary = preprocess(config, progress=False)
     assert summary.segments == 60
     speakers = {
-        name: {str(row["speaker"]) for row in rows(tmp_path / "out" / name)} for name in ("train", "valid", "test")
+        name: {str(row["speaker"]) for row in index_rows(tmp_path / "out" / name)}
+        for name in ("train", "valid", "test")
     }
     assert all(speakers.values())
     assert sum(map(len, speakers.values())) == len(set.union(*speakers.values())) == 20
@@ -146,7 +143,7 @@ def test_weights_and_loudness_reach_the_index(tmp_path: Path) -> None:
     values = {"loudness_dbfs": -26.0, "weights": {"corpus": 2.5}, "codec": "wav"}
     config: PreprocessConfig = path_config(corpus, tmp_path / "out", **values)
     preprocess(config, progress=False)
-    assert {row["weight"] for row in rows(tmp_path / "out")} == {2.5}
+    assert {row["weight"] for row in index_rows(tmp_path / "out")} == {2.5}
     record = done_records(str(tmp_path / "out"))[0]
     row = read_index(str(tmp_path / "out"), record).to_pylist()[0]
     tar = (tmp_path / "out" / record.shard).read_bytes()

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.core.schema import load
-from data_pipeline.labels.kmeans import TargetsConfig, make_targets
+from data_pipeline.labels.config import TargetsConfig
+from data_pipeline.labels.kmeans import make_targets
 from data_pipeline.preprocess.job import preprocess
 from data_pipeline.preprocess.verify import verify
 from tests.support.corrupt_shards import overwrite_member, replace_audio, silent_flac

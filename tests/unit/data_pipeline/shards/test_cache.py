@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data_pipeline.core.storage import StorageWriteError
+from data_pipeline.core.retries import StorageWriteError
 from data_pipeline.shards import cache
 from data_pipeline.shards.cache import CachedShards
 from data_pipeline.shards.local import Extent, ShardSet

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.core import storage
+from data_pipeline.core.retries import StorageWriteError
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import FileStore, StorageWriteError, private_folder
+from data_pipeline.core.storage import FileStore, private_folder
 from data_pipeline.loader.reader import open_reader
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import ShardError

@@ -12,12 +12,12 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data_pipeline.core import storage
+from data_pipeline.core.retries import StorageReadError
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import StorageReadError
 from data_pipeline.core.types import Step
 from data_pipeline.loader.reader import open_reader
 from data_pipeline.sampling.config import DataConfig
+from tests.support.clock import skip_pauses
 from tests.support.tiny_shards import sounds, write_shards
 
 BATCH: dict[str, Any] = {"batch_seconds": 6.0, "micro_batches": 2, "min_seconds": 0.1, "max_seconds": 1.0}
@@ -35,9 +35,7 @@ def url(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(storage.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    skip_pauses(monkeypatch)
 
 
 def steps(url: str, **values: Any) -> list[Step]:

@@ -52,7 +52,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("handle", HOSTILE)
 def test_malformed_slurm_job_ids_are_refused(handle: str, sent: list[tuple[str, ...]]) -> None:
     submitter = SlurmSubmitter(SlurmConfig())
-    for use in (submitter.cancel, submitter.status, submitter.requeue):
+    for use in (submitter.cancel, submitter.status):
         with pytest.raises(SlurmError, match="must be the id of a SLURM job"):
             use(handle)
     assert not sent
@@ -63,7 +63,6 @@ def test_slurm_job_and_array_task_ids_are_accepted(handle: str, sent: list[tuple
     submitter = SlurmSubmitter(SlurmConfig())
     submitter.cancel(handle)
     submitter.status(handle)
-    submitter.requeue(handle)
     assert sent[0] == ("scancel", "--", handle)
     assert all(handle in command[-1] or f"--jobs={handle}" in command for command in sent)
 

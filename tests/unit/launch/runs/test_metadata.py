@@ -96,17 +96,6 @@ def test_urls_and_paths_without_secrets_are_kept() -> None:
         "pwd=hunter2",
         'db_pwd: "hunter2"',
         "Server=db;Uid=me;Pwd=hunter2;",
-    ],
-)
-def test_secrets_are_recognised_by_their_format(secret: str) -> None:
-    assert redaction.without_secrets([f"+ x = '{secret}'", "+ y = 1"]) == ["+ y = 1"]
-    with pytest.raises(ConfigError, match="shards"):
-        redaction.refuse_secrets({"data": {"shards": secret}})
-
-
-@pytest.mark.parametrize(
-    "secret",
-    [
         "s3://me:a/b@bucket/x",
         "postgresql://me:p/w:d@db.example/x",
         "mysql://root:hunter2/@db",
@@ -132,7 +121,7 @@ def test_secrets_are_recognised_by_their_format(secret: str) -> None:
         "nv" + "api-0123456789abcdefghijklmnopqrstuvwxyz",
     ],
 )
-def test_credentials_of_many_issuers_are_recognised(secret: str) -> None:
+def test_secrets_are_recognised_by_their_format(secret: str) -> None:
     assert redaction.without_secrets([f"+ x = '{secret}'", "+ y = 1"]) == ["+ y = 1"]
     with pytest.raises(ConfigError, match="shards"):
         redaction.refuse_secrets({"data": {"shards": secret}})

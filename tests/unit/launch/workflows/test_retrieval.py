@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from PIL import Image
 
 from data_pipeline.core.schema import load
 from data_pipeline.loader.pieces import Piece, find_piece, pieces
@@ -19,12 +18,10 @@ from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.text.tokenizer import write_tokens
 from launch.exit_codes import ExitCode
 from launch.main import main
-from pretrain.retrieval import gallery
 from pretrain.retrieval.embedder import Embedder, open_embedder
 from pretrain.retrieval.vectors import VectorTable, read_vectors
 from tests.support.contract_cases import ALPHABET, HEADS
 from tests.support.corpora import preprocess_here
-from tests.support.pictures import colours
 from tests.support.pictures import save as save_picture
 from tests.support.sounds import sound
 from tests.support.training import save
@@ -96,18 +93,6 @@ def test_segments_of_shards_give_speech_text_and_image_equal_to_those_of_files(e
             again = find_piece(kind, shards.names[row], shards.places[row])  # type: ignore[arg-type]
             assert isinstance(again, Piece)
             assert again.kind == kind
-
-
-def test_the_nearest_vectors_are_found_with_faiss_and_without(embedder: Embedder, place: Path) -> None:
-    table = table_of(embedder, place, "files")
-    cosines = table.vectors_NE @ table.vectors_NE[2]
-    order = np.argsort(-cosines, kind="stable")
-    found = table.search(table.vectors_NE[2], 4)
-    assert [row for row, _ in found] == order[:4].tolist()
-    np.testing.assert_allclose([cosine for _, cosine in found], cosines[order[:4]], atol=1e-6)
-    assert {table.kinds[row] for row, _ in table.search(table.vectors_NE[2], 99, ["text"])} == {"text"}
-    assert len(table.search(table.vectors_NE[2], 99)) == len(table)
-    assert table.search(table.vectors_NE[2], 5, ["video"]) == []
 
 
 def test_embed_writes_parquet_and_npy_and_lists_what_is_left_out(
@@ -183,21 +168,3 @@ def test_what_cannot_be_searched_is_an_error_with_its_reason(
     index = [] if any("index=" in argument for argument in arguments) else ["index=files"]
     assert main(["search", *arguments, *index]) == ExitCode.USAGE
     assert re.search(message, capsys.readouterr().err)
-
-
-def test_names_and_texts_in_a_gallery_are_escaped() -> None:
-    hostile = '<script>alert(1)</script>"\x1b[31m'
-    piece = Piece("text", hostile, text=hostile)
-    page = gallery.page(piece, [gallery.Result(1, 0.5, "text", hostile, piece)])
-    assert "<script" not in page
-    assert "\x1b" not in page
-    assert page.count("&lt;script&gt;") >= 3
-    assert "default-src 'none'" in page
-
-
-def test_a_picture_is_reduced_in_a_gallery(tmp_path: Path) -> None:
-    Image.fromarray(np.tile(colours("large"), (100, 100, 1))).save(tmp_path / "large.png")
-    [piece] = pieces([str(tmp_path / "large.png")])
-    assert isinstance(piece, Piece)
-    page = gallery.page(piece, [])
-    assert len(page) < 300_000

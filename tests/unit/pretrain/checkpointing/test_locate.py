@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpointing.checkpoint import damage, read_state
 from pretrain.checkpointing.locate import find_checkpoint, latest_checkpoint, steps_done
+from pretrain.checkpointing.stored import damage, read_state
 from tests.support.checkpoint_states import state
 
 STATE = state(4, cursor={"plan_hash": "x", "epoch": 0, "step": 4})

@@ -17,7 +17,7 @@ from pretrain.evaluate import definitions
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.manifest import Listing, Utterance, read_audio, read_listing
 from pretrain.evaluate.task_data import divide, list_task
-from pretrain.evaluate.task_evaluation import TaskEvaluation
+from pretrain.evaluate.task_inputs import TaskInputs
 from pretrain.evaluate.tasks import Task, TaskConfig, open_task
 from tests.support.corpora import preprocess_here
 
@@ -123,7 +123,7 @@ def test_known_layouts_give_classes_and_splits(name: str, tmp_path: Path) -> Non
     make, classes, speakers = LAYOUTS[name]
     make(tmp_path)
     said: list[str] = []
-    task = TaskEvaluation(EvaluateConfig(checkpoint="x", data={name: str(tmp_path)}), name, said.append)
+    task = TaskInputs(EvaluateConfig(checkpoint="x", data={name: str(tmp_path)}), name, said.append)
     used = {task.label[u.name] for part in task.parts for u in part} if task.kind == "pairs" else set(task.classes)
     assert used <= set(classes)
     assert task.kind == "pairs" or sorted(task.classes) == classes
@@ -155,7 +155,7 @@ def test_a_task_is_read_from_shards_with_labels_in_their_json(tmp_path: Path) ->
     preprocess_here(PreprocessConfig(out=str(tmp_path / "shards"), corpus=corpus, cut=CutConfig(min_seconds=0.0)))
     write(tmp_path / "mood.yaml", "kind: utterances", "data: shards", "label: [mood]")
     said: list[str] = []
-    task = TaskEvaluation(EvaluateConfig(checkpoint="x"), str(tmp_path / "mood.yaml"), said.append)
+    task = TaskInputs(EvaluateConfig(checkpoint="x"), str(tmp_path / "mood.yaml"), said.append)
     assert task.classes == {"glad": 0, "sad": 1}
     assert sorted({u.speaker for part in task.parts for u in part}) == [f"s{n}" for n in range(6)]
     assert "speakers were divided: 4 train, 1 valid, 1 test" in said[0]
@@ -169,9 +169,9 @@ def manifest(folder: Path, header: str, *rows: str) -> Path:
     return folder / "list.csv"
 
 
-def opened(file: Path, task: str = "keywords", **fields: object) -> TaskEvaluation:
+def opened(file: Path, task: str = "keywords", **fields: object) -> TaskInputs:
     config = EvaluateConfig(checkpoint="x", manifest=str(file), **fields)  # type: ignore[arg-type]
-    return TaskEvaluation(config, task, lambda line: None)
+    return TaskInputs(config, task, lambda line: None)
 
 
 def test_a_class_column_of_another_name_is_refused_with_the_columns_that_exist(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_unusable_rows_and_recordings_are_counted_and_named(tmp_path: Path) -> N
     (tmp_path / "e.wav").write_bytes(b"RIFF no audio")
     said: list[str] = []
     config = EvaluateConfig(checkpoint="x", manifest=str(file))
-    task = TaskEvaluation(config, "keywords", said.append)
+    task = TaskInputs(config, "keywords", said.append)
     assert [u.name for u in task.parts[0]] == ["a.wav", "d.wav"]
     assert any(line.startswith("keywords: rejected") and "gone.wav: vanished" in line for line in said)
     assert any(line.startswith("keywords: rejected e.wav") for line in said)

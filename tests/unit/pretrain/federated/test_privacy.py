@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.checkpointing.checkpoint import read_state
+from pretrain.checkpointing.stored import read_state
 from pretrain.config import FederatedConfig
 from pretrain.federated.privacy import Privacy, ledger
 from pretrain.interfaces.frames import StepContext

@@ -17,7 +17,7 @@ from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
 from pretrain.interfaces.configs import BalanceConfig
 from pretrain.interfaces.frames import StepContext
-from pretrain.nn.balance import Balance, gradient_shares
+from pretrain.nn.balance import TASK_GRADIENTS, Balance
 from pretrain.train_module import build_model
 from tests.support.contract_cases import FRONTENDS, batch, labelled, small
 
@@ -137,17 +137,19 @@ def test_gradients_of_tasks_are_those_that_autograd_finds_alone() -> None:
     plan = module.prepare(data, ctx)
     loss, metrics = module(data, plan, plan.counts_K, ctx)
     loss.backward()
-    measured = {name: float(metrics[f"balance/gradient/{name}"][0]) for name in module.tasks}
-    for number, name in enumerate(module.tasks):
+    measured_K = metrics[TASK_GRADIENTS][0].numpy()
+    for number in range(len(module.tasks)):
         outputs.clear()
         alone = plan.counts_K.clone()
         alone[[k for k in range(4) if k != number]] = 0
         part, _ = module(data, plan, alone, ctx)
         grads = torch.autograd.grad(part, outputs, allow_unused=True)
         expected = sum(float(grad.double().square().sum()) for grad in grads if grad is not None)
-        assert measured[name] == pytest.approx(expected, rel=1e-4)
+        assert measured_K[number] == pytest.approx(expected, rel=1e-4)
         assert expected > 0
-    shares = gradient_shares({f"balance/gradient/{name}": square for name, square in measured.items()})
+    shares = module.gradient_shares({TASK_GRADIENTS: (measured_K, 1.0)})
+    assert shares["objective"] == pytest.approx(measured_K[0] ** 0.5 / (measured_K**0.5).sum())
+    assert list(shares) == list(module.tasks)
     assert sum(shares.values()) == pytest.approx(1)
 
 
