@@ -19,13 +19,13 @@ PLANNED_HOURS = 1000.0
 """Audio that is planned before the ranks are started, in about a second; all of it, where this part fills no batch."""
 
 
-def require_inputs(command: str, job: PretrainJob | ProgramJob, made: Sequence[Path] = ()) -> None:
+def require_inputs(job: PretrainJob | ProgramJob, made: Sequence[Path] = (), prefix: str = "") -> None:
     """Checks that the local files and folders that a job reads exist; URLs are left to the job.
 
     Args:
-        command: the command, for messages.
-        job: its config. One that waits for another job, or has other paths in a container, is not checked.
+        job: the config. One that waits for another job, or has other paths in a container, is not checked.
         made: files and folders that earlier jobs will write.
+        prefix: is put before the names of fields in messages, such as "evaluate.".
 
     Raises:
         ConfigError: an input is missing; the message names its field.
@@ -35,14 +35,14 @@ def require_inputs(command: str, job: PretrainJob | ProgramJob, made: Sequence[P
         return
     for field, path in found:
         if _is_local(path) and not _is_below(path, made):
-            _require_path(f"{command}.{field}", path)
+            _require_path(f"{prefix}{field}", path)
     for field, path in _checkpoints(job):
         if not _is_below(path, made):
             try:
                 find_checkpoint(path)
             except ValueError as error:
                 reason = str(error).removeprefix(f"checkpoint={path}: ")
-                raise ConfigError(f"{command}.{field}={path}: {reason}") from None
+                raise ConfigError(f"{prefix}{field}={path}: {reason}") from None
     if isinstance(job, PretrainJob) and not _is_below(job.init, made):
         _require_start(job)
 

@@ -198,7 +198,7 @@ def require_inputs(chain: list[Step]) -> None:
     written: list[Path] = []
     for one in chain:
         job = one.job()
-        inputs.require_inputs(one.command, job, written)
+        inputs.require_inputs(job, written, f"{one.command}.")
         written += [Path(job.out)] if isinstance(job, PreprocessJob | TargetsJob) else [one.folder()]
 
 

@@ -16,6 +16,7 @@ from launch.launchers.status import require_ended
 from launch.runs.job_record import write_record
 from launch.workers import task
 from launch.workers.programs import program
+from launch.workflows.inputs import require_inputs
 from pretrain.evaluate.config import layer_numbers
 
 DRY_RUN, PREPARE = "--dry-run", "--prepare"
@@ -57,9 +58,14 @@ def plan(command: str, config: ProgramJob) -> str:
 
 
 def start(command: str, config: ProgramJob) -> str:
-    """Starts a job; returns its handle, or "" if it ran in this process and is done."""
+    """Starts a job; returns its handle, or "" if it ran in this process and is done.
+
+    Raises:
+        ConfigError: an input is missing; there is no run folder then.
+    """
     submitter = factory.make(config.launcher, command)
     require_ended(task.folder_of(command, config))
+    require_inputs(config)
     folder = task.prepare(command, config)
     handle = submitter.submit(folder)
     write_record(folder, handle, config.launcher, command)

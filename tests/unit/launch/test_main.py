@@ -374,3 +374,14 @@ def test_a_file_is_not_called_a_missing_folder(tmp_path: Path, capsys: pytest.Ca
         said = capsys.readouterr().err
         assert all(word in said for word in words)
         assert "no such folder" not in said
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+def test_a_missing_input_is_found_before_there_is_a_job(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command, given in (("preprocess", "corpus.path=nowhere"), ("targets", "shards=nowhere")):
+        assert main.main([command, given, "out=made", f"launcher={launcher}"]) == ExitCode.USAGE
+        assert f"{given}: there is no such file or folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
