@@ -381,7 +381,7 @@ def test_a_missing_input_is_found_before_there_is_a_job(
     launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for command, given in (("preprocess", "corpus.path=nowhere"), ("targets", "shards=nowhere")):
-        assert main.main([command, given, "out=made", f"launcher={launcher}"]) == ExitCode.USAGE
-        assert f"{given}: there is no such file or folder" in capsys.readouterr().err
+    for command, missing in (("preprocess", "corpus.path=nowhere"), ("targets", "shards=nowhere")):
+        assert main.main([command, missing, "out=made", f"launcher={launcher}"]) == ExitCode.USAGE
+        assert f"{missing}: there is no such file or folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
