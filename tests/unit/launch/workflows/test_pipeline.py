@@ -239,11 +239,12 @@ def test_the_run_folder_of_a_task_documents_it_and_contains_no_secrets(
 
 def test_a_failed_job_is_not_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main.main(["preprocess", "corpus.path=nowhere", "out=shards"]) == ExitCode.USAGE
+    (tmp_path / "empty").mkdir()
+    assert main.main(["preprocess", "corpus.path=empty", "out=shards"]) == ExitCode.USAGE
     folder = tmp_path / "runs" / "preprocess_shards"
     assert read_record(folder).command == "preprocess"
     assert not (folder / "result.json").exists()
-    assert task.why_outdated("preprocess", Step("preprocess", ("corpus.path=nowhere", "out=shards")).job())
+    assert task.why_outdated("preprocess", Step("preprocess", ("corpus.path=empty", "out=shards")).job())
     assert task.main([str(folder)]) == 2
     assert isinstance(PreprocessJob, type)
 
