@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.core.jsonl import read_rows
+from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError, dump, load
 from launch.federation.flower import find_flower, free_port
 from pretrain.config import Config
@@ -30,21 +31,20 @@ from tests.support.paths import ROOT
 from tests.support.tiny_shards import sounds, write_shards
 
 NAMES = ("ann", "bob", "eve")
-STEPS = 6
 
 try:
     find_flower()
     MISSING = ""
 except ConfigError as error:
     MISSING = str(error)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.timeout(1200)]
 
 
 class Site:
     """Server and devices in processes, in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port, self.steps = folder, free_port(), 0
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         for name in NAMES:
             write_shards(folder / name, [sounds([1.0] * 12, corpus=name)])
@@ -59,7 +59,7 @@ class Site:
                 "encoder.layers=1", "encoder.dim=32", "encoder.heads=2", "encoder.ffn_dim=32",
                 "engine.federated.per_round=3", "engine.federated.min_devices=3", "engine.federated.attempts=50",
                 "engine.federated.answer_seconds=8", "engine.federated.wait_seconds=120",
-                f"engine.federated.server={address}", f"train.steps={STEPS}", "train.checkpoint_every=1",
+                f"engine.federated.server={address}", f"train.steps={self.steps}", "train.checkpoint_every=1",
                 "train.media_every=0", "launcher.processes=1", "health.on_collapse=warn",
             ]  # fmt: skip
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -110,7 +110,7 @@ def in_this_process(site: Site) -> dict[str, torch.Tensor]:
             return [Reply(name, devices[name].answer(request)) for name in names]
 
     engine = server(config, Direct())  # type: ignore[arg-type]
-    for step in range(STEPS):
+    for step in range(site.steps):
         lr = learning_rate(config.optimizer, config.schedule, config.train.steps, step)
         engine.step([], StepContext(config.seed, step), lr)
     for device in devices.values():
@@ -118,26 +118,29 @@ def in_this_process(site: Site) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model/"): t for name, t in engine.tensors() if name.startswith("model/")}
 
 
-def test_killed_server_and_devices_come_back_to_the_same_bits(site: Site) -> None:
+def random_victims(count: int) -> list[str]:
+    return [str(name) for name in keyed_rng(0, "victims").choice(["server", *NAMES], count)]
+
+
+@pytest.mark.parametrize("victims", [["bob", "server"], random_victims(10)], ids=["one of each", "ten random"])
+def test_killed_server_and_devices_come_back_to_the_same_bits(site: Site, victims: list[str]) -> None:
+    """After each round one process is killed, at a random moment of the next round, and started again."""
+    site.steps = len(victims) + 3
     for name in ("server", *NAMES):
         site.start(name)
-    site.wait(2)
-    site.kill("bob")
-    time.sleep(1.0)
-    site.start("bob")
-    site.wait(3)
-    site.kill("server")
-    time.sleep(1.0)
-    site.start("server")
-    site.wait(STEPS)
+    for number, name in enumerate(victims):
+        site.wait(number + 1)
+        time.sleep(float(keyed_rng(number, "moment").uniform(0, 4)))
+        site.kill(name)
+        site.start(name)
+    site.wait(site.steps)
     assert site.running.pop("server").wait(60) == 0, (site.folder / "server.log").read_text()[-3000:]
-    found = load_file(site.folder / "run" / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors")
+    found = load_file(site.folder / "run" / "checkpoints" / f"step_{site.steps:08d}" / "model.safetensors")
     expected = in_this_process(site)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
     rows = site.rounds()
-    assert [row["federated/devices"] for row in rows] == [3] * STEPS
+    assert [row["federated/devices"] for row in rows] == [3] * site.steps
     assert rows[-1]["federated/bytes_received"] > 0
-    left = {row["device"] for row in read_rows(site.folder / "run" / "left_out.jsonl")}
-    assert "bob" in left
-    print("seconds of rounds:", [round(row["federated/round_seconds"], 1) for row in rows])
+    print(f"{len(victims)} kills of {', '.join(victims)}; seconds of rounds:")
+    print([round(row["federated/round_seconds"], 1) for row in rows])
