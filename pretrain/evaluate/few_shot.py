@@ -23,7 +23,7 @@ from pretrain.evaluate.config import FewShotConfig
 from pretrain.evaluate.features import Labelled
 from pretrain.evaluate.metrics import Tally
 
-PROTOTYPES, TUNED = "prototypes", "fine-tuned"
+PROTOTYPES, TUNED = "accuracy of prototypes", "accuracy, fine-tuned"
 TRIES = 20
 """Draws of the speakers of an episode, until enough classes have support and queries."""
 

@@ -33,7 +33,7 @@ def test_a_task_of_every_kind_is_evaluated(kind: str, corpus: Path, tmp_path: Pa
     elif kind == "ranking":
         assert values["mean average precision"] > 0.9  # the pitches are far apart
     elif kind == "few_shot":
-        ways = ("prototypes", "fine-tuned")
+        ways = ("accuracy of prototypes", "accuracy, fine-tuned")
         assert set(values) == {f"{way}, 3-way {shots}-shot" for way in ways for shots in (1, 3)}
         assert min(values.values()) > 0.9
     elif kind == "text":

@@ -9,7 +9,7 @@ import torch
 from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate.config import FewShotConfig
 from pretrain.evaluate.features import Labelled
-from pretrain.evaluate.few_shot import Episode, classify, draw, most_shots, tallies
+from pretrain.evaluate.few_shot import PROTOTYPES, TUNED, Episode, classify, draw, most_shots, tallies
 from pretrain.evaluate.metrics import accuracy
 
 WORDS, SPEAKERS, TAKES = 6, 4, 3
@@ -66,9 +66,9 @@ def test_prototypes_are_nearest_means_and_steps_those_of_autograd() -> None:
 
 def test_words_of_unseen_speakers_are_found_by_the_layer_that_has_them() -> None:
     found = {name: accuracy([tally]) for name, tally in tallies(spoken(0), spoken(1), SETTINGS).items()}
-    assert set(found) == {f"{way}, 3-way {shots}-shot" for way in ("prototypes", "fine-tuned") for shots in (1, 4)}
-    assert found["prototypes, 3-way 4-shot"] > found["prototypes, 3-way 1-shot"] > 0.5
-    assert found["fine-tuned, 3-way 4-shot"] > 0.7
+    assert set(found) == {f"{way}, 3-way {shots}-shot" for way in (PROTOTYPES, TUNED) for shots in (1, 4)}
+    assert found[f"{PROTOTYPES}, 3-way 4-shot"] > found[f"{PROTOTYPES}, 3-way 1-shot"] > 0.5
+    assert found[f"{TUNED}, 3-way 4-shot"] > 0.7
     noise = spoken(1)
     noise.x_NLD[:, 1] = noise.x_NLD[:, 0]
     guessed = tallies(spoken(0), noise, SETTINGS)
