@@ -130,11 +130,12 @@ class ISTFTVocoder(nn.Module):
 def envelope(mel: LogMel) -> Tensor:
     """Returns weights (n_mels, FFT // 2 + 1) that interpolate log-mel bands to the bins of the vocoder's spectra."""
     filters_KM = mel.filters
-    at_K = torch.linspace(0, filters_KM.shape[0] - 1, FFT // 2 + 1).round().long()
+    device = filters_KM.device
+    at_K = torch.linspace(0, filters_KM.shape[0] - 1, FFT // 2 + 1, device=device).round().long()
     peak_M = filters_KM.argmax(0)  # the bin of each band's peak
     closest_K1 = (at_K[:, None] - peak_M[None]).abs().argmin(1, keepdim=True)
     outside_K1 = filters_KM[at_K].sum(1, keepdim=True) == 0
-    is_closest_KM = closest_K1 == torch.arange(filters_KM.shape[1])
+    is_closest_KM = closest_K1 == torch.arange(filters_KM.shape[1], device=device)
     weights_KM = filters_KM[at_K] + 1e-6 + (outside_K1 & is_closest_KM).float()
     return (weights_KM / weights_KM.sum(1, keepdim=True)).T.contiguous()
 

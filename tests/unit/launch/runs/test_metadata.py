@@ -119,6 +119,40 @@ def test_urls_and_paths_without_secrets_are_kept() -> None:
         "S" + "G.0123456789abcdefghij.0123456789abcdefghij",
         "A" + "C0123456789abcdef0123456789abcdef",
         "nv" + "api-0123456789abcdefghijklmnopqrstuvwxyz",
+        "xa" + "pp-1-A0123456789-0123456789012-0123456789abcdef",
+        "da" + "pi" + "0123456789abcdef" * 2,
+        "gl" + "sa_0123456789abcdef0123456789abcdef_abcdef01",
+        "ts" + "key-auth-k123456CNTRL-0123456789abcdef",
+        "AbCdEfGhIjKlMn." + "atlasv1." + "0123456789abcdef" * 4,
+        "NR" + "AK-ABCDEFGHIJKLMNOPQRSTUVWXYZ0",
+        "sb" + "p_" + "0123456789abcdef" * 2 + "01234567",
+        "dp." + "pt." + "0123456789abcdef" * 2,
+        "fo" + "1_" + "0123456789abcdef" * 3,
+        "pscale" + "_pw_" + "0123456789abcdef" * 3,
+        "pat" + "AbCdEfGhIjKlMn." + "0123456789abcdef" * 4,
+        "nt" + "n_" + "A1b2C3d4" * 5,
+        "xa" + "i-" + "0123456789abcdef" * 5,
+        "pp" + "lx-" + "0123456789abcdef" * 3,
+        "GOC" + "SPX-abcdefghijklmnopqrstuvwxyz01",
+        "1/" + "/0" + "abcdefghij-KLMNOPQRST" * 3,
+        "dckr" + "_oat_0123456789abcdef0123456789abcdef",
+        "HR" + "KU-AA" + "0123456789abcdef" * 3,
+        "EA" + "ACEdEose0cBA" + "0123456789abcdef" * 2,
+        "wandb" + "_v1_" + "0123456789abcdef" * 4,
+        "api" + "_org_" + "A" * 34,
+        "s" + ".AbCdEfGhIjKlMnOpQrStUvWx",
+        "AT" + "ATT3xFfGF0" + "0123456789abcdef" * 4,
+        "AGE-SECRET-" + "KEY-1" + "QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L" * 2,
+        "curl -ume:hunter2 host",
+        "mysql -u root -phunter2 db",
+        "sshpass -p hunter2 ssh host",
+        "X-Api-Key: 0123456789abcdef",
+        "db.example:5432:db:me:hunter2",
+        "https://mattermost.example/" + "hooks/abcdefghijklmnopqrstuvwxyz",
+        "postgresql://me:12345/9@host/db",
+        "https://me:8080/x@host/y",
+        "https://0123456789abcdef0123@host/x",
+        "s3://me:hunter 2@bucket",
     ],
 )
 def test_secrets_are_recognised_by_their_format(secret: str) -> None:
@@ -132,6 +166,7 @@ def test_secrets_are_recognised_by_their_format(secret: str) -> None:
     [
         *("AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS", "MYSQL_PWD", "PGPASSWORD"),
         *("SENTRY_DSN", "REDISCLI_AUTH", "DATABASE_URL", "GITLAB_PAT", "WANDB_API_KEY", "SLACK_WEBHOOK_URL"),
+        *("MYSQL_PASS", "SMTP_PASS", "CI_JOB_JWT"),
     ],
 )
 def test_values_of_secret_environment_variables_are_redacted_everywhere(
@@ -147,6 +182,13 @@ def test_values_of_secret_environment_variables_are_redacted_everywhere(
     [
         *("http://127.0.0.1:8265/x@y", "ray://head:10001", "runs/basic training", "Basic objects", "s3://bucket/a:b/c"),
         *("npm_config", "pypi-server", "/data/sk_live/x", "data.shards=/x/sigma?list", "0" * 64, "a@b.example:/srv/x"),
+        *(
+            "http://minio.example:9000/bucket@v1/x",
+            "http://localhost:9000/bucket@v1/x",
+            "ssh://git@host:22/x",
+            "mysql -p",
+        ),
+        *("images/EAA.png", "x.startswith('s.')", "1//00", "-u user", "python -u train.py a:b", "12:30:00:a:b"),
     ],
 )
 def test_harmless_text_that_resembles_a_credential_is_kept(harmless: str) -> None:
