@@ -99,19 +99,16 @@ def _bar(follower: Follower, folder: Path, steps: int, running: Callable[[], boo
 
 
 def _lines(follower: Follower, folder: Path, steps: int, running: Callable[[], bool], console: Console) -> None:
-    last = time.monotonic()
+    last, said = time.monotonic(), ""
     while running():
         time.sleep(0.25)
         if time.monotonic() - last >= PLAIN_EVERY:
             last, row = time.monotonic(), follower.read()
-            left = time_left(follower.rows, steps)
-            console.print(
-                f"step {number(row, 'step', 0.0):.0f}/{steps}  {describe(row)}  {left}"
-                if row
-                else first_update(folder),
-                highlight=False,
-                soft_wrap=True,
-            )
+            place = f"step {number(row, 'step', 0.0):.0f}/{steps}  {describe(row)}" if row else first_update(folder)
+            if place != said:
+                left = f"  {time_left(follower.rows, steps)}" if row else ""
+                console.print(place + left, highlight=False, soft_wrap=True)
+            said = place
     follower.read()
 
 

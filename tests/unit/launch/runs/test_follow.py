@@ -54,6 +54,23 @@ def test_a_terminal_shows_progress_time_and_curve(tmp_path: Path) -> None:
         assert part in shown
 
 
+def test_a_piped_output_has_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.runs.follow.PLAIN_EVERY", 0.0)
+    metrics, polls = tmp_path / "metrics.jsonl", iter(range(7))
+
+    def running() -> bool:
+        poll = next(polls)
+        if poll in (2, 4):
+            with metrics.open("a") as file:
+                file.write(json.dumps(row(poll, 10.0 * poll, 5.0 - poll)) + "\n")
+        return poll < 6
+
+    console = Console(file=io.StringIO(), width=200)
+    follow(tmp_path, 63, running, console)
+    shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split("  ")[0] for line in shown[1:]] == ["step 2/63", "step 4/63"]
+
+
 def test_nothing_is_cut_on_a_terminal_of_80_columns(tmp_path: Path) -> None:
     lines = [json.dumps(row(10_000 + i, 10.0 * i, 5.0 - i / 10)) for i in range(1, 30)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
