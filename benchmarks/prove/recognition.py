@@ -152,7 +152,7 @@ def overrides(arm: str, shards: dict[str, str], work: Path, name: str, steps: in
     """Returns the command line of a training run."""
     data = shards["all" if arm in UNLABELLED else "labelled"]
     length = [f"train.steps={steps}", f"schedule.warmup_steps={max(1, steps // 10)}", f"train.checkpoint_every={steps}"]
-    return [*ARMS[arm], *MODEL, *length, f"data.shards={data}", f"runs={work / 'runs'}", f"name={name}", f"seed={seed}"]
+    return [*MODEL, *ARMS[arm], *length, f"data.shards={data}", f"runs={work / 'runs'}", f"name={name}", f"seed={seed}"]
 
 
 def affordable(arm: str, shards: dict[str, str], work: Path, minutes: float) -> int:
