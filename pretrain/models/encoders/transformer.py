@@ -161,7 +161,9 @@ class Transformer(StreamingStack):
         bias_HFF = None
         if self.relative_bias is not None:
             bias_HFF = self.relative_bias(max(packing.lengths) if packing else x_BFD.shape[1])
-        output = self.run_blocks(self.dropout(x_BFD), frames, ctx, packing, bias_HFF, gates, prompts_BLPD)
+        output = self.run_blocks(
+            self.dropout(x_BFD), frames, ctx, packing=packing, bias_HFF=bias_HFF, gates=gates, prompts_BLPD=prompts_BLPD
+        )
         return self.norm_last(output, self.norm) if self.pre else output
 
     def obstacles(self) -> list[Obstacle]:

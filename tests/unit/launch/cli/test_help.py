@@ -84,7 +84,7 @@ def test_piped_help_has_a_fixed_width(monkeypatch: pytest.MonkeyPatch, capsys: p
     shown = []
     for columns in ("40", "300"):
         monkeypatch.setenv("COLUMNS", columns)
-        assert main.main(["bands", "--help"]) == 0
+        assert main.main(["tokens", "--help"]) == 0
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert 80 < max(map(len, shown[0].splitlines())) <= PIPED_WIDTH
