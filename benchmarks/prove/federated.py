@@ -1,0 +1,216 @@
+"""Measures what federated pretraining keeps of the gain of a central run on the same audio.
+
+    python benchmarks/prove/federated.py                      # ≤ 20 minutes on two cores
+    python benchmarks/prove/federated.py --minutes 0.3 --seeds 1 --max-speakers 12
+
+Speech: manifest.tsv of the folder that AURICLE_SPEECH names; every speaker of speechocean762's split train is a device.
+BEST-RQ by sums of gradients, eight devices a round, as a central run on all shards; once all devices answer, once 30 %
+of them never do, with more rounds for the same amount of audio. Devices are objects of this process: messages, checks
+and sums are those of a real run, without Flower. Measure: phone accuracy on non-silence frames of unseen speakers over
+random weights. Writes benchmarks/results/federated.json and .md. Exit code 1 unless 95 % of the central run's gain is
+kept where all devices answer, and 90 % where 30 % never do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.prove.common import markdown_table, parser_of, real_speech  # noqa: E402
+from data_pipeline.core.jsonl import append_rows  # noqa: E402
+from data_pipeline.core.rng import keyed_rng  # noqa: E402
+from data_pipeline.core.schema import dump, load  # noqa: E402
+from data_pipeline.core.storage import FileStore  # noqa: E402
+from data_pipeline.corpora.config import ManifestCorpus  # noqa: E402
+from data_pipeline.corpora.discovery import discover  # noqa: E402
+from data_pipeline.preprocess.config import PreprocessConfig  # noqa: E402
+from data_pipeline.preprocess.unit_worker import process_unit  # noqa: E402
+from data_pipeline.preprocess.work_plan import freeze_plan  # noqa: E402
+from launch.cli.compose import compose  # noqa: E402
+from launch.config import PretrainJob  # noqa: E402
+from launch.runs.metadata import run_config  # noqa: E402
+from pretrain.checkpointing.run_folder import RunFolder  # noqa: E402
+from pretrain.config import Config  # noqa: E402
+from pretrain.engines import make_engine  # noqa: E402
+from pretrain.engines.distributed import DistributedContext  # noqa: E402
+from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedConfig  # noqa: E402
+from pretrain.evaluate.evaluator import evaluate  # noqa: E402
+from pretrain.evaluate.manifest import Utterance, read_manifest  # noqa: E402
+from pretrain.evaluate.rows import Row  # noqa: E402
+from pretrain.federated.config import DeviceConfig  # noqa: E402
+from pretrain.federated.device import Device  # noqa: E402
+from pretrain.federated.rounds import RoundReader  # noqa: E402
+from pretrain.federated.server import FederatedEngine  # noqa: E402
+from pretrain.federated.transport import Reply  # noqa: E402
+from pretrain.monitoring.heartbeat import Heartbeat  # noqa: E402
+from pretrain.train import train  # noqa: E402
+from pretrain.train_module import build_model, open_run_reader  # noqa: E402
+
+MEASURE = "non-silence frames"
+PER_ROUND, ABSENT = 8, 0.3
+KEPT_ALL, KEPT_SOME = 0.95, 0.90
+TIMED_STEPS = 10
+WORLD = DistributedContext()
+
+
+def shards_of(speaker: str, utterances: Sequence[Utterance], folder: Path) -> Path:
+    """Writes the audio of one speaker as shards; existing ones stay."""
+    out, manifest = folder / speaker, folder / f"{speaker}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not manifest.exists():
+        append_rows(manifest, [{"path": u.path, "speaker": u.speaker, "corpus": u.corpus} for u in utterances])
+    job = PreprocessConfig(out=str(out), corpus=ManifestCorpus(path=str(manifest), allow_outside=True))
+    for unit in freeze_plan(FileStore(job.out), discover(job.corpus).files, job).units:
+        process_unit(unit, job)
+    return out
+
+
+class InProcess:
+    """Devices of this process; some never answer."""
+
+    def __init__(self, config: Config, shards: Sequence[Path], absent: set[str]) -> None:
+        self.absent = absent
+        self.devices: dict[str, Device] = {}
+        for folder in shards:
+            device = Device(dump(config), DeviceConfig(server="127.0.0.1:1", shards=str(folder), device="cpu"))
+            first = next(iter(self.devices.values()), device)
+            device.engine = first.engine  # each request brings the weights
+            self.devices[device.name] = device
+
+    def present(self) -> list[str]:
+        return sorted(self.devices)
+
+    def ask(self, names: Sequence[str], request: bytes, seconds: float) -> list[Reply]:
+        return [Reply(name, self.devices[name].answer(request)) for name in names if name not in self.absent]
+
+    def close(self) -> None:
+        for device in self.devices.values():
+            device.close()
+
+
+def settings(name: str, shards: Sequence[Path], runs: Path, seed: int, steps: int, *overrides: str) -> Config:
+    """Returns the config of a run: the recipe's, with the same optimizer and audio per update for all."""
+    places = ",".join(str(folder) for folder in shards)
+    lines = [
+        "+experiment=quality_best_rq", f"name={name}", f"runs={runs}", f"data.shards=[{places}]", f"seed={seed}",
+        "data.batch_seconds=64", "objective.projection=random", "objective.refine=false",
+        f"data.micro_batches={PER_ROUND}", "data.workers=0", "device=cpu",
+        f"train.steps={steps}", f"train.checkpoint_every={steps}", "train.media_every=0",
+        f"schedule.warmup_steps={max(1, steps // 20)}", "health.on_collapse=warn", "health.on_spike=warn", *overrides,
+    ]  # fmt: skip
+    return run_config(load(PretrainJob, compose("pretrain", lines)))
+
+
+def train_one(config: Config, devices: InProcess | None) -> Path:
+    """Trains a run in this process, centrally or on devices; returns its folder."""
+    folder = RunFolder(Path(config.runs) / config.name)
+    folder.claim()
+    (folder.path / "config.json").write_text(json.dumps(dump(config)), encoding="utf-8")
+    module = build_model(config)
+    engine: Any = (
+        make_engine(config, module, WORLD)
+        if devices is None
+        else FederatedEngine(module, config, WORLD, devices, "run")
+    )
+    reader: Any = open_run_reader(config) if devices is None else RoundReader(devices)
+    train(config, engine, reader, folder, Heartbeat(folder.path, 0, 3600), lambda: False, say=lambda line: None)
+    reader.close()
+    return folder.path
+
+
+def main() -> int:
+    """Returns exit code 0 where both gates are passed."""
+    parser = parser_of(__doc__, "federated")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of each of three trainings, over all seeds")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--max-speakers", type=int, default=0)
+    given = parser.parse_args()
+    manifest = real_speech()
+    if manifest is None:
+        return 0
+    torch.set_num_threads(1)
+    begun = time.monotonic()
+    listed = [u for u in read_manifest(manifest) if u.corpus == "speechocean762" and u.split == "train"]
+    speakers = sorted({u.speaker for u in listed})[: given.max_speakers or None]
+    shards = [shards_of(s, [u for u in listed if u.speaker == s], given.work / "speakers") for s in speakers]
+    runs = given.work / "runs"
+    tick = time.monotonic()
+    train_one(settings("timing", shards, runs, 0, TIMED_STEPS, "engine.name=torch"), None)
+    steps = max(TIMED_STEPS, int(given.minutes * 60 / given.seeds / ((time.monotonic() - tick) / TIMED_STEPS)))
+    federated = [
+        "engine.name=federated", f"engine.federated.per_round={PER_ROUND}", "engine.federated.min_devices=1",
+    ]  # fmt: skip
+    gains: dict[str, list[float]] = {"central": [], "all answer": [], "30 % never answer": []}
+    for seed in range(given.seeds):
+        absent = {s for s in speakers if keyed_rng(seed, s, "absent").random() < ABSENT}
+        more = round(steps * len(speakers) / (len(speakers) - len(absent)))
+        kinds = {
+            "central": (steps, ["engine.name=torch"], None),
+            "all answer": (steps, federated, set[str]()),
+            "30 % never answer": (more, federated, absent),
+        }
+        for kind, (rounds, overrides, silent) in kinds.items():
+            name = f"run_{kind.split()[0]}_{seed}"
+            config = settings(name, shards, runs, seed, rounds, *overrides)
+            run = train_one(config, None if silent is None else InProcess(config, shards, silent))
+            probe = EvaluateConfig(
+                checkpoint=str(run),
+                task="phones",
+                manifest=str(manifest),
+                seeds=1,
+                bootstrap=100,
+                supervised=SupervisedConfig(epochs=0),
+                neural=NeuralConfig(epochs=0),
+            )
+            rows: list[Row] = [row for row in evaluate(probe, say=lambda line: None) if row.measure == MEASURE]
+            assert rows[-1].over_random is not None
+            gains[kind].append(rows[-1].over_random[0])
+            print(
+                f"seed {seed}, {kind}: {100 * rows[-1].value:.1f} %, {100 * gains[kind][-1]:+.1f} over random weights"
+            )
+    mean = {kind: sum(values) / len(values) for kind, values in gains.items()}
+    kept = {kind: value / mean["central"] for kind, value in mean.items()}
+    passed = kept["all answer"] >= KEPT_ALL and kept["30 % never answer"] >= KEPT_SOME
+    figures = {
+        "when": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "speakers": len(speakers), "rounds": steps, "seeds": given.seeds, "gains": gains, "kept": kept,
+        "passed": passed, "minutes": round((time.monotonic() - begun) / 60),
+    }  # fmt: skip
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "federated.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    rows_of = [
+        (
+            kind,
+            f"{100 * mean[kind]:+.1f}",
+            ", ".join(f"{100 * v:+.1f}" for v in gains[kind]),
+            f"{100 * kept[kind]:.0f} %",
+        )
+        for kind in gains
+    ]
+    page = [
+        "# Federated pretraining: gain over random weights, phones of unseen speakers", "",
+        f"BEST-RQ, {len(speakers)} devices of one speaker each, {PER_ROUND} asked a round, {steps} updates of 64 s, "
+        f"{given.seeds} seeds, {figures['minutes']} minutes ({figures['when']}, {figures['machine']}). With absent "
+        "devices, more rounds give the same amount of audio.", "",
+        *markdown_table(("run", "points over random weights", "by seed", "share of the central gain"), rows_of), "",
+        f"The gates (95 % where all answer, 90 % where 30 % never do) are {'passed' if passed else 'missed'}.",
+        "Made by `python benchmarks/prove/federated.py`.", "",
+    ]  # fmt: skip
+    (given.out / "federated.md").write_text("\n".join(page), encoding="utf-8")
+    print("\n".join(page))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
