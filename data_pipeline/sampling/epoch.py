@@ -190,7 +190,10 @@ def lay_out(inputs: PlanInputs, epoch: int) -> EpochLayout:
     samples_U = np.concatenate([one.samples_U for one in passes])
     turn_U = np.repeat(np.arange(turns), [len(one.shard_U) for one in passes])
     enough = max(constraints.batch, min(MIN_STEPS * constraints.batch, total))
-    ends = _window_ends(turn_U, count_U, samples_U, constraints, enough)
+    window = constraints.window
+    if constraints.text_share:  # repeats are of the same shards; a window has as many first readings as without them
+        window *= -(-len(first.level_U) // max(1, int((first.level_U == 0).sum())))
+    ends = _window_ends(turn_U, count_U, samples_U, constraints, enough, window)
     samples_W = _sums(samples_U)[ends]
     # Rounding the running total, not each window, keeps the epoch's mean exact.
     steps_W = np.diff((2 * samples_W + constraints.batch) // (2 * constraints.batch))
@@ -278,12 +281,14 @@ def _extra(inputs: PlanInputs, at: Array, key: int) -> Array:
     return extra
 
 
-def _window_ends(turn_U: Array, count_U: Array, samples_U: Array, constraints: BatchConstraints, enough: int) -> Array:
-    """Returns the ends of windows: after every `constraints.window` units of a pass, with at least `enough` audio."""
+def _window_ends(
+    turn_U: Array, count_U: Array, samples_U: Array, constraints: BatchConstraints, enough: int, window: int
+) -> Array:
+    """Returns the ends of windows: after every `window` units of a pass, with at least `enough` audio."""
     candidates: list[int] = []
     for turn in range(int(turn_U[-1]) + 1):
         a, b = (int(x) for x in np.searchsorted(turn_U, [turn, turn + 1]))
-        pieces = -(-(b - a) // constraints.window)
+        pieces = -(-(b - a) // window)
         candidates += [a + (b - a) * (i + 1) // pieces for i in range(pieces)]
     samples, counts = _sums(samples_U), _sums(count_U)
     ends = [0]

@@ -299,6 +299,18 @@ def test_every_step_has_the_share_of_texts(share: float, micro_batches: int, win
         assert max(counts) - min(counts) <= plan.layout(0).turns
 
 
+def test_many_repeats_of_few_texts_are_in_every_step() -> None:
+    catalogue = catalogue_of(random_shards(2, 5, 200, low=1, high=4))
+    text_N = np.arange(1000) % 100 == 0
+    config = reader_config(
+        batch_seconds=16.0, micro_batches=2, max_seconds=4.0, min_seconds=1.0, labels=("text",), text_share=0.5
+    )
+    plan = make_plan(with_texts(catalogue, text_N), config, 0)
+    for g in range(0, plan.layout(0).steps, 7):
+        texts = [text_N[catalogue.starts_S[m.shard_n] + m.row_n].all() for m in plan.step(0, g)]
+        assert sorted(texts) == [False, True]
+
+
 def test_the_hash_covers_which_segments_have_a_text() -> None:
     catalogue = catalogue_of(random_shards(2, 4, 60))
     some = np.arange(240) % 3 == 0
