@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config, refuse
@@ -39,7 +40,8 @@ class Patches(Embedding):
         super().__init__()
         self.config, self.dim = config, dim
         self.frames = (config.size // config.patch) ** 2
-        self.project = nn.Conv2d(config.channels, dim, config.patch, config.patch)
+        # not Conv2d, whose 16-bit kernels are wrong on some CPUs for even kernels of few channels
+        self.project = nn.Linear(config.channels * config.patch**2, dim)
         self.positions_FD = nn.Parameter(torch.randn(self.frames, dim) * 0.02)
 
     def present(self, batch: Batch) -> Tensor:
@@ -51,7 +53,8 @@ class Patches(Embedding):
     def forward(self, batch: Batch) -> Frames:
         pixels_BCHW = pixels_of(batch, self.config.size, self.config.channels)
         pixels_BCHW = pixels_BCHW.to(self.positions_FD.device, non_blocking=True).to(self.positions_FD.dtype)
-        x_BFD = self.project(pixels_BCHW / 127.5 - 1).flatten(2).transpose(1, 2) + self.positions_FD
+        patches_BFK = F.unfold(pixels_BCHW / 127.5 - 1, self.config.patch, stride=self.config.patch).transpose(1, 2)
+        x_BFD = self.project(patches_BFK) + self.positions_FD
         present_B = self.present(batch)
         return Frames(x_BFD * present_B.to(x_BFD.device)[:, None, None], present_B * self.frames, 1.0)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,7 @@ from launch.config import PretrainJob
 from launch.exit_codes import ExitCode
 from pretrain.config import Config
 from pretrain.profiling import cost_model
+from tests.support.paths import ROOT
 
 
 def config(*overrides: str) -> Config:
@@ -138,6 +141,17 @@ def test_planning_holds_no_weights_in_memory() -> None:
     assert not any(bool(weight.detach().any()) for weight in module.parameters())
     weights = sum(weight.numel() * weight.element_size() for weight in module.parameters())
     assert psutil.Process().memory_info().rss - before < 0.5 * weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["wav2vec2_large", "multitask_base", "whisper_like_small", "data2vec2_base"])
+def test_planning_a_run_fits_a_login_node(experiment: str) -> None:
+    """The whole command uses at most 1 GiB of memory."""
+    command = [sys.executable, "-m", "launch.main", "plan-run", f"+experiment={experiment}", "data.shards=none"]
+    measured = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)"
+    measured += "; print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", measured, *command], cwd=ROOT, capture_output=True, check=True)
+    assert int(done.stdout) <= 1024**2, "KiB"
 
 
 def test_a_measured_rate_gives_its_own_utilisation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
