@@ -72,10 +72,18 @@ class ManifestCorpus(CorpusConfig):
     columns: Annotated[
         dict[str, str],
         about(
-            "names of the columns path, speaker, language, text, corpus, split, seconds, begin, end, channel if they "
-            "differ; channels count from 0"
+            "names of the columns path, speaker, language, text, corpus, split, seconds, begin, end, channel, image if "
+            "they differ from the usual ones; an empty name leaves a column out; channels count from 0"
         ),
     ] = dataclasses.field(default_factory=dict)
+    units_per_second: Annotated[
+        float,
+        about(
+            "unit of times whose column has none in its name (start_ms has one): 1 for seconds, 1000 for "
+            "milliseconds, 16000 for samples at 16 kHz, 1e7 for HTK's times",
+            gt=0,
+        ),
+    ] = 1.0
     labels: Annotated[
         str, about("a second table with a column path; its other columns, such as phones, become labels of the samples")
     ] = ""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -17,6 +18,7 @@ from data_pipeline.core.retries import StorageReadError
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import is_url
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Span
+from data_pipeline.corpora.columns import COLUMNS, ColumnNames
 from data_pipeline.corpora.config import ManifestCorpus
 from data_pipeline.corpora.records import (
     Discovered,
@@ -28,23 +30,13 @@ from data_pipeline.corpora.records import (
 )
 from data_pipeline.corpora.tables import Row, as_text, read_table
 
-COLUMNS: Final[dict[str, tuple[str, ...]]] = {
-    "path": ("path", "audio_filepath", "audio", "audio_path", "file", "filename", "wav"),
-    "speaker": ("speaker", "speaker_id", "spk", "client_id"),
-    "language": ("language", "lang", "locale"),
-    "text": ("text", "transcript", "sentence", "transcription"),
-    "corpus": ("corpus", "dataset", "source"),
-    "split": ("split", "subset"),
-    "seconds": ("seconds", "duration_s", "duration"),
-    "begin": ("begin_s", "begin_time", "begin", "start_s", "start_time", "start", "offset_s", "offset"),
-    "end": ("end_s", "end_time", "end", "stop_s", "stop_time", "stop"),
-    "image": ("image", "image_path", "image_filepath"),
-    "channel": ("channel", "channel_id", "channel_selector"),
-}
-"""Names of a manifest's columns, looked up row by row; every other column becomes a label. Begin (in seconds), end or
-duration of a row select a part of its file, and channel a channel. Image names a picture of what is said."""
 LONGEST_SECONDS: Final = 1e7
 """Longest plausible time in seconds; larger values must be in another unit."""
+
+CHANNELS: Final[dict[str, int | None]] = {
+    "a": 0, "b": 1, "left": 0, "right": 1, "l": 0, "r": 1, "average": None, "mean": None, "mix": None, "all": None,
+}  # fmt: skip
+"""Names of channels; None: the mean of all of them."""
 
 
 class RowError(ValueError):
@@ -103,10 +95,10 @@ class ManifestReader:
         root = corpus.root or corpus.path.rpartition("/")[0] or "."
         self.root = root.rstrip("/") if is_url(root) else str(Path(root).expanduser().absolute())
         self.named = corpus.corpus or PurePosixPath(corpus.path).stem
-        self.names = {
-            field: (corpus.columns[field],) if field in corpus.columns else COLUMNS[field] for field in COLUMNS
-        }
+        self.names = ColumnNames(corpus.columns, corpus.units_per_second)
         self.seen: dict[str, None] = {}
+        self.has_path = self.has_part = False
+        self.unread: dict[str, None] = {}
         self.extra = _labels_beside(corpus)
         self.located: dict[str, _Located | RowError] = {}
         self.entries: dict[RecordingId, list[_Entry]] = {}
@@ -114,7 +106,8 @@ class ManifestReader:
     def add(self, row: Row) -> None:
         """Adds or rejects one row."""
         self.seen |= dict.fromkeys(row.values)
-        columns = self._columns(row)
+        columns = self.names.of(row.values)
+        self.has_path |= "path" in columns
         values = {field: row.values[column] for field, column in columns.items()}
         text = {field: as_text(value) for field, value in values.items() if not _is_nan(value)}
         if self.corpus.splits and not row.problem and text.get("split", "") not in self.corpus.splits:
@@ -124,7 +117,9 @@ class ManifestReader:
         try:
             if row.problem:
                 raise RowError("bad_row", row.problem)
+            self._require_known_times(row, columns)
             at = self._locate(given)
+            times = self._times(columns, values)
             file = AudioFile(
                 path=at.path,
                 file_id=at.file_id,
@@ -134,12 +129,12 @@ class ManifestReader:
                 text=text.get("text", ""),
                 split=text.get("split", ""),
                 labels=self._labels(row, columns, given, at.file_id),
-                seconds=_duration(values.get("seconds")),
+                seconds=self._length(columns, values),
                 size=at.size,
                 mtime=at.mtime,
                 image=self._image(text.get("image", "")),
             )
-            entry = _Entry(file, _span(values, file, row.number), row.number)
+            entry = _Entry(file, _span(times, values, file, row.number), row.number)
         except RowError as error:
             path, file_id = _place(self.root, given)
             if error.reason in ("outside_root", "no_path", "bad_row"):
@@ -152,22 +147,50 @@ class ManifestReader:
 
     def finish(self) -> None:
         """Joins the rows of each recording. Raises ConfigError if a column is in no row."""
-        lost = [
-            f"corpus.columns.{field}={name}" for field, name in self.corpus.columns.items() if name not in self.seen
-        ]
-        no_path = not any(name in self.seen for name in self.names["path"])
-        if self.seen and (lost or no_path):
-            problem = ", ".join(lost) or "no column of paths: set corpus.columns.path"
+        chosen = self.corpus.columns.items()
+        lost = [f"corpus.columns.{field}={name}" for field, name in chosen if name and name not in self.seen]
+        problem = ", ".join(lost)
+        if not self.has_path and not lost:
+            problem = f"no column of paths, such as {', '.join(COLUMNS['path'][:4])}: set corpus.columns={{path: NAME}}"
+        elif self.unread and not self.has_part and not lost:
+            problem = _unread(self.unread)
+        if self.seen and problem:
             raise ConfigError(f"corpus.path={self.corpus.path}: {problem}; its columns are: {', '.join(self.seen)}")
         for entries in self.entries.values():
             self.found.files.append(self._joined(entries))
 
-    def _columns(self, row: Row) -> dict[str, str]:
-        """Returns the column of each field for which the row has a value."""
-        found = (
-            (field, next((name for name in names if name in row.values), "")) for field, names in self.names.items()
-        )
-        return {field: name for field, name in found if name}
+    def _require_known_times(self, row: Row, columns: Mapping[str, str]) -> None:
+        """Raises RowError for a row whose begin or end is in a column that no field reads."""
+        if unread := self.names.unread_times(row.values, columns):
+            self.unread |= dict.fromkeys(unread)
+            raise RowError("unread_times", _unread(unread))
+
+    def _times(self, columns: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, float]:
+        """Returns begin and end of a row in seconds, as far as it has them. Raises RowError."""
+        times = {field: self._seconds(field, columns, values) for field in ("begin", "end") if field in values}
+        if (
+            "begin" in times
+            and "end" not in times
+            and "seconds" in values
+            and not self.names.is_whole(columns["seconds"])
+        ):
+            length = self._seconds("seconds", columns, values)
+            times["end"] = times["begin"] + length
+            if length == -1:  # like the end, as some tools write for the rest of the recording
+                times["end"] = -1
+        self.has_part |= "end" in times
+        return times
+
+    def _seconds(self, field: str, columns: Mapping[str, str], values: Mapping[str, Any]) -> float:
+        number = self.names.seconds(columns[field], values[field])
+        if not math.isfinite(number):
+            raise RowError("bad_span", f"{columns[field]}={as_text(values[field])} is not a number or a clock time")
+        return number
+
+    def _length(self, columns: Mapping[str, str], values: Mapping[str, Any]) -> float:
+        """Returns the stated length of a recording in seconds; 0 if it is unknown."""
+        seconds = self.names.seconds(columns["seconds"], values["seconds"]) if "seconds" in values else 0.0
+        return seconds if 0 < seconds < LONGEST_SECONDS else 0.0
 
     def _labels(self, row: Row, columns: Mapping[str, str], given: str, file_id: str) -> dict[str, str]:
         used = set(columns.values())
@@ -255,10 +278,9 @@ def _with_spans(files: Sequence[AudioFile], spans: Sequence[Span]) -> AudioFile:
     )
 
 
-def _span(values: Mapping[str, Any], file: AudioFile, row: int) -> Span | None:
+def _span(times: Mapping[str, float], values: Mapping[str, Any], file: AudioFile, row: int) -> Span | None:
     """Returns the span of a row; None if the row selects the whole file. Raises RowError for an invalid span."""
     channel = _channel(values["channel"]) if "channel" in values else None
-    times = {field: _seconds(field, values[field]) for field in ("begin", "end") if field in values}
     if not times:
         return (
             None
@@ -268,8 +290,6 @@ def _span(values: Mapping[str, Any], file: AudioFile, row: int) -> Span | None:
     begin, end = times.get("begin", 0.0), times.get("end")
     if end == -1:  # Kaldi's notation for the end of the recording
         end = None
-    elif end is None and "seconds" in values:
-        end = begin + _seconds("duration", values["seconds"])
     if not 0 <= begin < LONGEST_SECONDS or (end is not None and not begin < end < LONGEST_SECONDS):
         raise RowError("bad_span", f"begins at {begin:g} s and ends at {'the end' if end is None else f'{end:g} s'}")
     start, stop = round(begin * SAMPLE_RATE), None if end is None else round(end * SAMPLE_RATE)
@@ -284,37 +304,29 @@ def _whole_as_span(entry: _Entry) -> Span:
     return Span(0, stop, entry.file.speaker, entry.file.text, entry.file.labels, row=entry.row, image=entry.file.image)
 
 
-def _seconds(field: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RowError("bad_span", f"{field}={as_text(value)} is not a number of seconds")
-    return number
+def _unread(columns: Iterable[str]) -> str:
+    """Returns the problem of times in unknown columns, with its remedy."""
+    names = ", ".join(columns)
+    return (
+        f"the times in {names} are in no known column: set corpus.columns={{begin: NAME, end: NAME}} or {{begin: NAME, "
+        'seconds: NAME}, for samples or frames also corpus.units_per_second; {begin: ""} takes whole files and '
+        '{end: ""} takes all from the begin on'
+    )
 
 
-def _duration(value: Any) -> float:
-    """Returns the stated length of a recording in seconds; 0 if it is unknown."""
-    try:
-        seconds = _seconds("seconds", value)
-    except RowError:
-        return 0.0
-    return seconds if 0 < seconds < LONGEST_SECONDS else 0.0
-
-
-def _channel(value: Any) -> int:
-    """Returns a channel number from 0; A and B are 0 and 1."""
-    text = as_text(value).upper()
-    if text in ("A", "B"):
-        return "AB".index(text)
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if number < 0 or number != int(min(number, 1e6)):
-        raise RowError("bad_channel", f"channel={as_text(value)} is not a channel number from 0, A or B")
-    return int(number)
+def _channel(value: Any) -> int | None:
+    """Returns a channel number from 0, where A, B, left and right are 0 and 1; None for the mean of all channels."""
+    one = value[0] if isinstance(value, list) and len(value) == 1 else value
+    text = as_text(one).lower().removeprefix("[").removesuffix("]").strip()
+    if text in CHANNELS:
+        return CHANNELS[text]
+    if not re.fullmatch(r"\d{1,6}(?:\.0*)?", text, re.ASCII):
+        raise RowError(
+            "bad_channel",
+            f"channel={as_text(value)} is not a channel number from 0, A, B, left, right or average; "
+            'corpus.columns={channel: ""} leaves the column out',
+        )
+    return int(float(text))
 
 
 def _is_nan(value: Any) -> bool:
