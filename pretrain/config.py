@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
+from data_pipeline.core.loopback import is_loopback, split_address
 from data_pipeline.core.schema import about, config, refuse
 from data_pipeline.sampling.config import DataConfig
 from pretrain import registry
@@ -56,6 +57,20 @@ class ScheduleConfig:
     ] = "as_planned"
 
 
+def require_loopback(server: str) -> None:
+    """Raises an error at the field `server` unless it is HOST:PORT of the loopback."""
+    try:
+        host, port = split_address(server)
+    except ValueError as error:
+        refuse("server", server, str(error))
+    if not is_loopback(host):
+        remedy = (
+            f"run `ssh -N -L {port}:127.0.0.1:{port} SERVER` on the device and give server=127.0.0.1:{port}, since "
+            "messages are neither encrypted nor signed"
+        )
+        refuse("server", server, remedy)
+
+
 @config
 class FederatedConfig:
     """Rounds of a federated run (`engine.name=federated`): who takes part, and what devices send."""
@@ -64,10 +79,13 @@ class FederatedConfig:
         Literal["gradient", "fedavg", "fedprox", "fedadam"],
         about(
             "gradient: devices send sums of gradients, an update is that of all their audio (FedSGD); the others: "
-            "devices take local steps and send the change of the weights; fedadam updates with it by AdamW"
+            "devices take local steps and send the change of the weights; fedadam updates with it by AdamW",
+            resume="fixed",
         ),
     ] = "gradient"
-    per_round: Annotated[int, about("devices asked in a round, drawn among the connected ones", ge=1)] = 8
+    per_round: Annotated[
+        int, about("devices asked in a round, drawn among the connected ones", resume="fixed", ge=1)
+    ] = 8
     min_devices: Annotated[int, about("least number of devices that are connected and answer", ge=1)] = 2
     attempts: Annotated[int, about("draws of devices in a round in which too few answer", ge=1)] = 3
     answer_seconds: Annotated[float, about("time in which a device must answer", gt=0)] = 120.0
@@ -77,21 +95,31 @@ class FederatedConfig:
         about(
             "differential privacy of devices: deviation of the noise in the sum of their updates, as a multiple of "
             "clip; 0: none. Updates then have equal weights and are divided by per_round",
+            resume="fixed",
             ge=0,
         ),
     ] = 0.0
-    clip: Annotated[float, about("with noise: largest norm of a device's update", gt=0)] = 1.0
-    devices: Annotated[int, about("with noise: number of devices of which a round samples per_round", ge=0)] = 0
+    clip: Annotated[float, about("with noise: largest norm of a device's update", resume="fixed", gt=0)] = 1.0
+    devices: Annotated[
+        int, about("with noise: number of devices of which a round samples per_round", resume="fixed", ge=0)
+    ] = 0
     epsilon: Annotated[float, about("with noise: budget; the run ends before it is spent", gt=0)] = 8.0
-    delta: Annotated[float, about("with noise: δ of the budget, below 1 / devices", gt=0, lt=1)] = 1e-5
+    delta: Annotated[float, about("with noise: δ of the budget, below 1 / devices", resume="fixed", gt=0, lt=1)] = 1e-5
     server: Annotated[
         str, about("HOST:PORT of the loopback on which the server listens; other machines reach it by an SSH tunnel")
     ] = "127.0.0.1:9092"
     local_steps: Annotated[
-        int, about("steps of gradient descent on a device, each on data.batch_seconds / per_round of audio", ge=1)
+        int,
+        about(
+            "steps of gradient descent on a device, each on data.batch_seconds / per_round of audio",
+            resume="fixed",
+            ge=1,
+        ),
     ] = 1
-    device_lr: Annotated[float, about("learning rate of these steps", gt=0)] = 0.1
-    proximal: Annotated[float, about("fedprox: μ, the pull of local weights to the server's", ge=0)] = 0.01
+    device_lr: Annotated[float, about("learning rate of these steps", resume="fixed", gt=0)] = 0.1
+    proximal: Annotated[float, about("fedprox: μ, the pull of local weights to the server's", resume="fixed", ge=0)] = (
+        0.01
+    )
     max_norm: Annotated[
         float,
         about(
@@ -101,6 +129,7 @@ class FederatedConfig:
     ] = 1e6
 
     def __post_init__(self) -> None:
+        require_loopback(self.server)
         if self.min_devices > self.per_round:
             refuse("min_devices", self.min_devices, f"must be at most per_round={self.per_round}")
         if self.noise and self.devices < self.per_round:

@@ -44,12 +44,13 @@ Resume = Literal["fixed", "free", "path", "data"]
 data set, whose content the hash of the plan proves to be the same."""
 
 
-def about(description: str, *, resume: Resume = "fixed", aliases: tuple[str, ...] = (), **limits: Any) -> Any:
+def about(description: str, *, resume: Resume | None = None, aliases: tuple[str, ...] = (), **limits: Any) -> Any:
     """Returns the annotation of a config field.
 
     Args:
         description: meaning of the field, one phrase for `--help`.
-        resume: change that a resumed run may make; for a section, it applies to all fields below it.
+        resume: change that a resumed run may make; None: as for the section around the field, outside of all sections
+            "fixed". For a section, it applies to the fields below it that have no rule of their own.
         aliases: other names that configs may use for the field.
         limits: pydantic's `gt`, `ge`, `lt`, `le`, `min_length` …
     """
@@ -59,18 +60,23 @@ def about(description: str, *, resume: Resume = "fixed", aliases: tuple[str, ...
 
 
 def resume_rules(kind: type[Any], prefix: str = "") -> dict[str, Resume]:
-    """Returns the fields and sections below `kind` that are not "fixed", by dotted path, each with its rule."""
+    """Returns the fields and sections below `kind` whose rule differs from that around them, by dotted path."""
+    return _resume_rules(kind, prefix, "fixed")
+
+
+def _resume_rules(kind: type[Any], prefix: str, around: Resume) -> dict[str, Resume]:
     found: dict[str, Resume] = {}
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint, metadata = _unwrap(hints[field.name])
         path = f"{prefix}{field.name}"
         extras = [info.json_schema_extra for info in metadata if isinstance(info, FieldInfo)]
-        rule = next((extra["resume"] for extra in extras if isinstance(extra, dict) and "resume" in extra), "fixed")
-        if rule != "fixed":
-            found[path] = typing.cast("Resume", rule)
-        elif dataclasses.is_dataclass(hint):
-            found |= resume_rules(typing.cast("type[Any]", hint), f"{path}.")
+        given = next((extra["resume"] for extra in extras if isinstance(extra, dict) and extra.get("resume")), around)
+        rule = typing.cast("Resume", given)
+        if rule != around:
+            found[path] = rule
+        if dataclasses.is_dataclass(hint):
+            found |= _resume_rules(typing.cast("type[Any]", hint), f"{path}.", rule)
     return found
 
 

@@ -26,8 +26,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--bands", type=Path, help="file of `auricle bands`: shown behind each run's curves")
     given = parser.parse_args(arguments)
 
+    from data_pipeline.core.loopback import free_port
     from launch.runs.summary import find_runs
-    from launch.workers.environment import free_port
 
     folders = find_runs(given.runs)
     port = given.port or free_port()

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_pipeline.core.loopback import free_port, split_address
 from data_pipeline.core.schema import ConfigError
 from launch.federation.relay import read_frame, write_frame
 from pretrain.federated.transport import Reply
@@ -28,7 +28,6 @@ HINT = (
 )
 HELLO_SECONDS = 120.0
 """Time in which a new device builds the run's model."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def find_flower() -> str:
@@ -127,7 +126,7 @@ class FlowerDevices:
         config: dict[str, Any],
         say: Any = print,
     ) -> None:
-        host, port = loopback_address(address)
+        host, port = split_address(address)
         self._hello, self._say = {"hello": True}, say
         self._config = json.dumps(config).encode()
         self._relay = Relay(["server", "--host", host, "--port", str(port)], folder)
@@ -189,7 +188,6 @@ class DeviceRelay:
     """
 
     def __init__(self, server: str) -> None:
-        loopback_address(server)
         self._folder = Path(tempfile.mkdtemp(prefix="auricle-device-"))
         try:
             self.relay = Relay(["device", "--server", server, "--port", str(free_port())], self._folder)
@@ -211,27 +209,3 @@ class DeviceRelay:
         """Ends the SuperNode."""
         self.relay.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def loopback_address(address: str) -> tuple[str, int]:
-    """Returns host and port of an address on the loopback.
-
-    Raises:
-        ConfigError: it is another address, or not HOST:PORT.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"server={address}: write HOST:PORT, such as 127.0.0.1:9092")
-    if host.strip("[]") not in LOOPBACK:
-        raise ConfigError(
-            f"server={address}: messages are neither encrypted nor signed, so that only the loopback is used; on the "
-            f"device run `ssh -N -L {port}:127.0.0.1:{port} SERVER` and give server=127.0.0.1:{port}"
-        )
-    return host.strip("[]"), int(port)
-
-
-def free_port() -> int:
-    """Returns a port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -14,8 +14,17 @@ from launch.runs.job_record import JobRecord
 
 
 def for_job(job: PretrainJob) -> Submitter:
-    """Returns the submitter of a run. Raises ConfigError if there are more ranks than micro-batches."""
+    """Returns the submitter of a run.
+
+    Raises:
+        ConfigError: there are more ranks than micro-batches, or several for the server of a federated run.
+    """
     submitter = make(launcher_of(job), "pretrain", job.engine.name, job.device)
+    if job.engine.name == "federated" and submitter.processes > 1:
+        raise ConfigError(
+            f"engine.name=federated: the server is one process, and launcher={job.launcher.name} starts "
+            f"{submitter.processes}; ask for one node and one rank"
+        )
     accumulation(job.data.micro_batches, submitter.processes)
     return submitter
 

@@ -29,7 +29,7 @@ class LocalSubmitter(ChildProcesses):
         gpus = 0 if device == "cpu" else gpu_count()
         if device == "cuda" and not gpus:
             raise ConfigError("device=cuda: torch sees no GPU here; see `auricle doctor`, or take device=cpu")
-        processes = config.processes or max(1, gpus)
+        processes = config.processes or (1 if engine == "federated" else max(1, gpus))
         named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         if gpus and (engine == "deepspeed" or processes > 1) and not all(name.isdigit() for name in named):
             raise ConfigError(

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import psutil
 
+from data_pipeline.core.loopback import free_port
 from launch.launchers import process_guard
 from launch.launchers.base import State
 from launch.launchers.waiting import report_waiting
-from launch.workers.environment import free_port
 from launch.workers.stop_request import START_ID, STOP_FILE, request_stop
 
 _HANDLE = re.compile(r"([1-9][0-9]{0,9}):([0-9]{1,12}\.[0-9]{1,9})")

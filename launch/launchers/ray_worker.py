@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core import plugins
+from data_pipeline.core.loopback import free_port
 from launch.exit_codes import ExitCode
 from launch.launchers import process_guard
-from launch.workers.environment import RANK_LOGS, free_port
+from launch.workers.environment import RANK_LOGS
 from launch.workers.stop_request import START_ID
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 from typing import Annotated, Literal
 
+from data_pipeline.core.loopback import is_loopback
 from data_pipeline.core.schema import about, config, refuse
 from pretrain.recognition.config import DecodingConfig
 
@@ -40,13 +40,3 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not self.token_file and not is_loopback(self.host):
             refuse("host", self.host, "others can reach it: set token_file=FILE with a token, or host=127.0.0.1")
-
-
-def is_loopback(host: str) -> bool:
-    """Returns whether an address is reachable from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

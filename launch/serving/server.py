@@ -20,9 +20,10 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from data_pipeline.audio.errors import AudioError
 from data_pipeline.audio.pcm import HEADER_BYTES, PcmStream, refuse_other_than_pcm
+from data_pipeline.core.loopback import is_loopback
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
-from launch.serving.config import ServeConfig, is_loopback
+from launch.serving.config import ServeConfig
 from launch.serving.engine import Engine, Result, Stream
 from pretrain.recognition.recogniser import open_recogniser
 from pretrain.recognition.streaming_recogniser import StreamingRecogniser

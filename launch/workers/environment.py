@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
 RANK_LOGS = "AURICLE_RANK_LOGS"
 """Set by the launchers: each rank then writes to RUN/logs/rank_N.log instead of the terminal."""
-
-
-def free_port() -> int:
-    """Returns a port of this machine that is currently free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def adopt_slurm_ranks() -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from data_pipeline.core.schema import ConfigError
-from launch.federation.flower import DeviceRelay, loopback_address
+from launch.federation.flower import DeviceRelay
 from pretrain.federated.config import DeviceConfig
 from pretrain.federated.device import Device
 
@@ -30,7 +30,6 @@ def run(own: DeviceConfig) -> NoReturn:
     """
     if not Path(own.shards).expanduser().exists():
         raise ConfigError(f"shards={own.shards}: there is no such folder; write it by `auricle preprocess`")
-    loopback_address(own.server)
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     resident = _Resident(own)

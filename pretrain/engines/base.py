@@ -72,6 +72,7 @@ class Engine(abc.ABC):
     ) -> None:
         self.module, self.config, self.optimizer_config, self.world = module, config, optimizer, world
         self.scale = LossScale(config.precision)
+        self._memory: dict[str, Any] = {}
         self.on_phase: Callable[[str], None] = lambda phase: None
         """Called with the name of each phase of a step when it starts, to tell a hanging rank from waiting ones."""
         if config.compile:
@@ -215,15 +216,19 @@ class Engine(abc.ABC):
         return float(flat[0]), metrics, received
 
     def memory(self) -> dict[str, Any]:
-        """Returns what a resume needs beside tensors and the loss scale, as plain JSON; nothing by default."""
-        return {}
+        """Returns what a resume needs beside tensors and the loss scale, as plain JSON.
 
-    def remember(self, memory: Mapping[str, Any]) -> None:  # noqa: B027  # most engines have nothing
-        """Takes back what `memory` returned; a checkpoint of another engine has nothing for this one.
+        Engines without a memory of their own keep that of the checkpoint, such as the spent budget of a federated run.
+        """
+        return dict(self._memory)
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Takes back what `memory` returned, also that of another engine.
 
         Raises:
             ValueError: it has another form.
         """
+        self._memory = dict(memory)
 
     @abc.abstractmethod
     def _forward(

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from data_pipeline.core.schema import about, config
+from pretrain.config import require_loopback
 
 
 @config
@@ -22,3 +23,6 @@ class DeviceConfig:
     )
     workers: Annotated[int, about("processes that decode audio; 0: in this process", ge=0)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
+
+    def __post_init__(self) -> None:
+        require_loopback(self.server)

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.core.jsonl import read_rows
+from data_pipeline.core.loopback import free_port
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError, dump, load
-from launch.federation.flower import find_flower, free_port
+from launch.federation.flower import find_flower
 from pretrain.config import Config
 from pretrain.federated.config import DeviceConfig
 from pretrain.federated.device import Device

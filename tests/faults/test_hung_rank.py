@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.workers.environment import free_port
+from data_pipeline.core.loopback import free_port
 from tests.support.faults.kill_runs import prepare
 from tests.support.paths import ROOT
 from tests.support.tiny_shards import sounds, write_shards

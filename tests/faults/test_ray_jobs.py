@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
+from data_pipeline.core.loopback import free_port
 from launch import main
 from launch.config import RayConfig
 from launch.launchers.ray import RayJobs
 from launch.launchers.ray_wait import succeeded
 from launch.runs.job_record import read_record
-from launch.workers.environment import free_port
 from pretrain.checkpointing.locate import steps_done
 from tests.support.faults import whole_chain
 from tests.support.faults.mini_slurm import wait_for

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.schema import ConfigError, load
 from launch.exit_codes import ExitCode
-from launch.federation.flower import ENVIRONMENT, find_flower, loopback_address
+from launch.federation.flower import ENVIRONMENT, find_flower
 from launch.federation.relay import HEADER, read_frame, write_frame
 from launch.main import main
+from pretrain.config import FederatedConfig
+from pretrain.federated.config import DeviceConfig
 
 
 def test_frames_arrive_as_they_were_sent_and_end_with_the_stream() -> None:
@@ -29,13 +31,23 @@ def test_frames_arrive_as_they_were_sent_and_end_with_the_stream() -> None:
 
 
 def test_addresses_of_the_loopback_are_used_and_others_need_a_tunnel() -> None:
-    assert loopback_address("127.0.0.1:9092") == ("127.0.0.1", 9092)
-    assert loopback_address("[::1]:1") == ("::1", 1)
-    with pytest.raises(ConfigError, match=r"server=0\.0\.0\.0:9092.*ssh -N -L 9092:127\.0\.0\.1:9092"):
-        loopback_address("0.0.0.0:9092")
+    for right in ("127.0.0.1:9092", "[::1]:1", "localhost:80", "127.0.0.2:9092"):
+        load(DeviceConfig, {"server": right, "shards": "shards"})
+        load(FederatedConfig, {"server": right})
+    with pytest.raises(ConfigError, match=r"server=.*0\.0\.0\.0:9092.*ssh -N -L 9092:127\.0\.0\.1:9092"):
+        load(DeviceConfig, {"server": "0.0.0.0:9092", "shards": "shards"})
     for wrong in ("127.0.0.1", "localhost:", ":9092", "localhost:70000"):
         with pytest.raises(ConfigError, match="write HOST:PORT"):
-            loopback_address(wrong)
+            load(FederatedConfig, {"server": wrong})
+
+
+def test_a_server_of_several_processes_is_refused_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["pretrain", "+experiment=federated_tiny", f"runs={tmp_path}", "device=cpu", "launcher.processes=2"]
+    assert main(run) == ExitCode.USAGE
+    assert "the server is one process" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_flower_is_named_with_the_way_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_pipeline.core.loopback import free_port
 from data_pipeline.core.schema import ConfigError
 from launch.config import LocalConfig
 from launch.exit_codes import ExitCode
 from launch.launchers.local import LocalSubmitter, failure_report
 from launch.launchers.process_guard import LEAST_GRACE, grace_seconds
 from launch.launchers.processes import find_process
-from launch.workers.environment import free_port
 from launch.workflows.attended_run import attend
 from pretrain.checkpointing.locate import steps_done
 from tests.support.paths import ROOT

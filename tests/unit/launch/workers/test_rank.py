@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.core.loopback import free_port
 from data_pipeline.core.schema import ConfigError, dump
 from data_pipeline.shards.local import ShardError
 from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.workers import rank
 from launch.workers.build import build
-from launch.workers.environment import free_port
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.engines.distributed import DistributedContext
 from pretrain.monitoring.health_monitor import UnhealthyError

@@ -145,6 +145,9 @@ def test_all_fields_in_the_rules_exist() -> None:
     assert {"engine", "train", "health", "data.cache", "data.shards"} <= rules.keys()
     assert rules["data.shards"] == rules["data.targets"] == "data"
     assert "seed" not in rules
+    assert "engine.zero_stage" not in rules, "as the section engine"
+    assert rules["engine.federated.noise"] == rules["engine.federated.rule"] == "fixed"
+    assert "engine.federated.answer_seconds" not in rules
 
 
 def prolonged(before: int, after: int, done: int, **schedule: Any) -> tuple[Config, Prolongation | None, str]:

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.schema import ConfigError, dump
+from pretrain.checkpointing.resume import require_same_config
 from pretrain.checkpointing.stored import read_state
 from pretrain.config import FederatedConfig
+from pretrain.engines import make_engine
+from pretrain.engines.distributed import DistributedContext
 from pretrain.federated.privacy import Privacy, ledger
 from pretrain.interfaces.frames import StepContext
+from pretrain.train_module import build_model
 from tests.support.federation import InProcessDevices, run, server, settings
+from tests.support.training import config
 
 pytest.importorskip("opacus")
 PRIVATE = {"noise": 1.0, "devices": 367, "per_round": 16, "delta": 2.7e-4, "epsilon": 8.0, "clip": 0.5}
@@ -110,3 +115,18 @@ def test_a_ledger_of_another_form_is_refused(values: Any) -> None:
 def test_budgets_that_do_not_fit_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, ValueError), match=message):
         privacy(**values)
+
+
+def test_a_resume_can_neither_drop_the_noise_nor_forget_what_is_spent() -> None:
+    private = {"noise": 1.0, "devices": 5, "per_round": 3, "delta": 0.1}
+    saved = dump(settings(private))
+    for change in ({"noise": 0.0}, {"clip": 2.0}, {"rule": "fedavg"}):
+        with pytest.raises(ConfigError, match=f"engine.federated.{next(iter(change))}"):
+            require_same_config(saved, settings(private | change), Path("step_00000002"))
+    require_same_config(saved, settings(private | {"answer_seconds": 5.0}), Path("step_00000002"))
+
+    central = config(4)
+    engine = make_engine(central, build_model(central), DistributedContext())
+    spent = {"privacy": [[1.0, 0.6, 3]]}
+    engine.remember(spent)
+    assert engine.memory() == spent, "rounds after updates on central data spend the rest of the budget"
