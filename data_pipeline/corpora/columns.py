@@ -16,7 +16,7 @@ from data_pipeline.corpora.tables import as_text
 COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "path": (
         "path", "audio_filepath", "audio", "audio_path", "file", "filename", "wav", "filepath", "audio_file",
-        "audio_filename", "wav_path", "wav_filename", "wav_filepath", "clip", "clip_path", "begin_path",
+        "audio_filename", "wav_path", "wav_filename", "wav_filepath", "clip", "clip_path", "begin_path", "begin_file",
     ),
     "speaker": ("speaker", "speaker_id", "spk", "client_id", "spk_id", "speaker_name", "speaker_label"),
     "language": ("language", "lang", "locale", "language_code", "lang_code"),
@@ -174,7 +174,9 @@ class ColumnNames:
         return list(dict.fromkeys([*usual, *timed, *counted]))
 
     def _holds(self, field: str, name: str, value: Any) -> bool:
-        """Returns whether a column has the field's value: `from` and `to` may hold names of places."""
+        """Returns whether a column has the field's value: `from` may name a place, and `source` a page."""
+        if field == "corpus" and field not in self.chosen and _key(name) == "source":
+            return "/" not in as_text(value)
         weak = field in ("begin", "end") and field not in self.chosen and _is_weak(name)
         return not weak or any(letter.isdigit() for letter in as_text(value))
 

@@ -5,11 +5,10 @@ Each row becomes a recording, a span of one, or a reject with its row number.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -20,16 +19,21 @@ from data_pipeline.core.storage import is_url
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Span
 from data_pipeline.corpora.columns import COLUMNS, ColumnNames
 from data_pipeline.corpora.config import ManifestCorpus
+from data_pipeline.corpora.recording_rows import RecordingRow, join_rows
 from data_pipeline.corpora.records import (
     Discovered,
     RecordingId,
     printable,
     reject_file,
-    sorted_spans,
     stat,
 )
 from data_pipeline.corpora.tables import Row, as_text, read_table
 
+REMEDY: Final = (
+    "set corpus.columns={begin: NAME, end: NAME} or {begin: NAME, seconds: NAME}, for samples or frames also "
+    'corpus.units_per_second; {begin: ""} takes whole files and {end: ""} takes all from the begin on'
+)
+"""What to do about times in unknown columns."""
 LONGEST_SECONDS: Final = 1e7
 """Longest plausible time in seconds; larger values must be in another unit."""
 
@@ -56,15 +60,6 @@ class _Located:
     """Its normalised path below the root."""
     size: int = 0
     mtime: str = ""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A usable row: its file, with the row's metadata, and the part that it selects."""
-
-    file: AudioFile
-    span: Span | None
-    row: int
 
 
 def read_manifest(corpus: ManifestCorpus, found: Discovered) -> None:
@@ -101,7 +96,7 @@ class ManifestReader:
         self.unread: dict[str, None] = {}
         self.extra = _labels_beside(corpus)
         self.located: dict[str, _Located | RowError] = {}
-        self.entries: dict[RecordingId, list[_Entry]] = {}
+        self.entries: dict[RecordingId, list[RecordingRow]] = {}
 
     def add(self, row: Row) -> None:
         """Adds or rejects one row."""
@@ -134,7 +129,7 @@ class ManifestReader:
                 mtime=at.mtime,
                 image=self._image(text.get("image", "")),
             )
-            entry = _Entry(file, _span(times, values, file, row.number), row.number)
+            entry = RecordingRow(file, _span(times, values, file, row.number), row.number, bool(times))
         except RowError as error:
             path, file_id = _place(self.root, given)
             if error.reason in ("outside_root", "no_path", "bad_row"):
@@ -146,24 +141,41 @@ class ManifestReader:
         self.entries.setdefault((name, at.file_id), []).append(entry)
 
     def finish(self) -> None:
-        """Joins the rows of each recording. Raises ConfigError if a column is in no row."""
+        """Joins the rows of each recording.
+
+        Raises:
+            ConfigError: a column is in no row, times are in unknown columns, or parts begin but none has an end.
+        """
         chosen = self.corpus.columns.items()
         lost = [f"corpus.columns.{field}={name}" for field, name in chosen if name and name not in self.seen]
         problem = ", ".join(lost)
         if not self.has_path and not lost:
             problem = f"no column of paths, such as {', '.join(COLUMNS['path'][:4])}: set corpus.columns={{path: NAME}}"
         elif self.unread and not self.has_part and not lost:
-            problem = _unread(self.unread)
+            problem = f"the times in {', '.join(self.unread)} are in no known column: {REMEDY}"
+        elif not self.has_part and not lost and self.corpus.columns.get("end") != "":
+            problem = self._endless()
         if self.seen and problem:
             raise ConfigError(f"corpus.path={self.corpus.path}: {problem}; its columns are: {', '.join(self.seen)}")
         for entries in self.entries.values():
-            self.found.files.append(self._joined(entries))
+            file, rejects = join_rows(entries)
+            self.found.files.append(file)
+            self.found.rejects += rejects
+
+    def _endless(self) -> str:
+        """Returns the problem of a table without any end that has several beginnings in one file; "" for others."""
+        for entries in self.entries.values():
+            begins: dict[int, int] = {e.span.start: e.number for e in entries if e.span and e.has_times}
+            if len(begins) > 1:
+                numbers = " and ".join(str(number) for number in list(begins.values())[:2])
+                return f"no row has an end, and rows {numbers} of {entries[0].file.file_id} would overlap: {REMEDY}"
+        return ""
 
     def _require_known_times(self, row: Row, columns: Mapping[str, str]) -> None:
         """Raises RowError for a row whose begin or end is in a column that no field reads."""
         if unread := self.names.unread_times(row.values, columns):
             self.unread |= dict.fromkeys(unread)
-            raise RowError("unread_times", _unread(unread))
+            raise RowError("unread_times", f"the times in {', '.join(unread)} are in no known column: {REMEDY}")
 
     def _times(self, columns: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, float]:
         """Returns begin and end of a row in seconds, as far as it has them. Raises RowError."""
@@ -237,46 +249,6 @@ class ManifestReader:
             )
         return path
 
-    def _joined(self, entries: Sequence[_Entry]) -> AudioFile:
-        """Joins all rows of a recording; repeated rows are rejected."""
-        only = entries[0].span is None and all(entry.span is None for entry in entries)
-        kept: dict[object, tuple[_Entry, Span | None]] = {}
-        for entry in entries:
-            span = None if only else entry.span or _whole_as_span(entry)
-            key = span and (span.start, span.stop, span.channel, entry.file.speaker, entry.file.text)
-            if key in kept:
-                error = f"row {entry.row}: means the same as row {kept[key][0].row}"
-                self.found.rejects.append(reject_file(entry.file, "discover", "listed_twice", error, row=entry.row))
-            else:
-                kept[key] = entry, span
-        files = [entry.file for entry, _ in kept.values()]
-        if only:
-            return files[0]
-        return _with_spans(files, [span for _, span in kept.values() if span])
-
-
-def _with_spans(files: Sequence[AudioFile], spans: Sequence[Span]) -> AudioFile:
-    """Returns a recording with its spans; its speaker, language and split are those common to all its rows."""
-    first = files[0]
-    speaker = first.speaker if all(file.speaker == first.speaker for file in files) else ""
-    language = first.language if all(file.language == first.language for file in files) else ""
-    split = first.split if all(file.split == first.split for file in files) else ""
-    marked = [
-        dataclasses.replace(span, language="" if language else file.language, split="" if split else file.split)
-        for file, span in zip(files, spans, strict=True)
-    ]
-    return dataclasses.replace(
-        first,
-        speaker=speaker,
-        language=language,
-        split=split,
-        text="",
-        labels={},
-        image="",
-        seconds=0.0,
-        spans=sorted_spans(marked),
-    )
-
 
 def _span(times: Mapping[str, float], values: Mapping[str, Any], file: AudioFile, row: int) -> Span | None:
     """Returns the span of a row; None if the row selects the whole file. Raises RowError for an invalid span."""
@@ -296,22 +268,6 @@ def _span(times: Mapping[str, float], values: Mapping[str, Any], file: AudioFile
     if stop is not None and stop <= start:
         raise RowError("bad_span", f"begins at {begin:g} s and ends at {end:g} s: that holds no sample")
     return Span(start, stop, file.speaker, file.text, file.labels, channel=channel, row=row, image=file.image)
-
-
-def _whole_as_span(entry: _Entry) -> Span:
-    """Returns the span of a row without times among rows with times: from 0 (an omitted offset) to its duration."""
-    stop = round(entry.file.seconds * SAMPLE_RATE) or None
-    return Span(0, stop, entry.file.speaker, entry.file.text, entry.file.labels, row=entry.row, image=entry.file.image)
-
-
-def _unread(columns: Iterable[str]) -> str:
-    """Returns the problem of times in unknown columns, with its remedy."""
-    names = ", ".join(columns)
-    return (
-        f"the times in {names} are in no known column: set corpus.columns={{begin: NAME, end: NAME}} or {{begin: NAME, "
-        'seconds: NAME}, for samples or frames also corpus.units_per_second; {begin: ""} takes whole files and '
-        '{end: ""} takes all from the begin on'
-    )
 
 
 def _channel(value: Any) -> int | None:

@@ -164,7 +164,7 @@ def span_columns(utterance: Utterance) -> dict[str, float]:
     if utterance.start == 0 and utterance.stop is None and utterance.channel is None:
         return {}
     columns: dict[str, float] = {"begin": utterance.start / SAMPLE_RATE}
-    columns |= {} if utterance.stop is None else {"end": utterance.stop / SAMPLE_RATE}
+    columns["end"] = -1 if utterance.stop is None else utterance.stop / SAMPLE_RATE  # -1: the end of the file
     return columns | ({} if utterance.channel is None else {"channel": utterance.channel})
 
 

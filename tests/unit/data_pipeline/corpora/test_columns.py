@@ -149,6 +149,17 @@ def test_pairs_of_times_are_refused_by_name(tmp_path: Path) -> None:
         read_rows(path)
 
 
+@pytest.mark.parametrize("end", ["fin", "d", "bis", "extent"])
+def test_parts_without_any_end_are_refused_if_they_overlap(tmp_path: Path, end: str) -> None:
+    path = one_recording(tmp_path, rows_of("start", end), 0.1)
+    with pytest.raises(ConfigError, match=rf"rows 1 and 2 of long\.flac would overlap.*columns are: .*{end}"):
+        read_rows(path)
+    assert parts_of(path, columns={"end": end}) == PARTS
+    assert parts_of(path, columns={"end": ""}) == [(0.0, None, "one"), (5.0, None, "two")]
+    single = jsonl(tmp_path / "single.jsonl", [{"path": "long.flac", "start": 5.0, "text": "to the end"}])
+    assert parts_of(single) == [(5.0, None, "to the end")]
+
+
 def test_one_row_with_times_in_unknown_columns_is_a_reject(tmp_path: Path) -> None:
     rows = [*rows_of("start", "end"), {"start": 6.0, "n_samples": 4000, "text": "lost"}]
     found = read_rows(one_recording(tmp_path, rows, 0.1))
@@ -233,3 +244,9 @@ def test_an_exact_name_takes_precedence(tmp_path: Path) -> None:
 def test_an_unknown_column_of_paths_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"corpus\.columns=\{path: NAME\}.*its columns are: where"):
         read_rows(jsonl(tmp_path / "set.jsonl", [{"where": "a.wav"}]))
+
+
+def test_a_source_that_is_a_url_is_a_label(tmp_path: Path) -> None:
+    rows = [{"source": "https://example.org/a", "text": "one"}]
+    [file] = read_rows(one_recording(tmp_path, rows, 0.1), corpus="calls").files
+    assert (file.corpus, dict(file.labels)) == ("calls", {"source": "https://example.org/a"})

@@ -184,6 +184,92 @@ def test_a_duplicate_row_is_a_reject(tmp_path: Path) -> None:
     assert [span.text for span in found.files[0].spans] == ["same", "another reading"]
 
 
+def test_rows_that_say_different_things_of_a_file_give_it_neither(tmp_path: Path) -> None:
+    write_corpus(tmp_path, {"a.wav": 0.2, "b.wav": 0.2})
+    rows = [
+        {"path": "a.wav", "text": "one", "speaker": "ann", "mood": "calm", "take": 1},
+        {"path": "b.wav", "text": "other"},
+        {"path": "a.wav", "text": "two", "speaker": "ann", "mood": "calm", "take": 2},
+        {"path": "a.wav", "text": "one", "speaker": "ann", "mood": "calm", "take": 1},
+    ]
+    found = read_rows(jsonl(tmp_path / "set.jsonl", rows))
+    assert [(file.text, file.speaker, dict(file.labels)) for file in found.files] == [
+        ("", "ann", {"mood": "calm"}),
+        ("other", "", {}),
+    ]
+    assert reasons(found) == [(row, "rows_differ") for row in (1, 3, 4)]
+    assert all("rows 1, 3, 4" in reject.error and "text, take" in reject.error for reject in found.rejects)
+    assert not any(reject.recording for reject in found.rejects), "the recording is usable"
+
+
+@pytest.mark.parametrize("field", ["speaker", "language", "split", "mood"])
+def test_a_field_that_differs_is_unknown(tmp_path: Path, field: str) -> None:
+    write_corpus(tmp_path, {"a.wav": 0.2})
+    rows = [{"path": "a.wav", "text": "same", field: value} for value in ("x", "y")]
+    found = read_rows(jsonl(tmp_path / "set.jsonl", rows))
+    [file] = found.files
+    assert (file.text, file.speaker, file.language, file.split, dict(file.labels)) == ("same", "", "", "", {})
+    assert reasons(found) == [(1, "rows_differ"), (2, "rows_differ")]
+
+
+def test_rows_that_complete_each_other_are_joined(tmp_path: Path) -> None:
+    write_corpus(tmp_path, {"a.wav": 0.2})
+    rows = [{"path": "a.wav", "text": "one"}, {"path": "a.wav", "speaker": "ann", "mood": "calm"}]
+    found = read_rows(jsonl(tmp_path / "set.jsonl", rows))
+    assert [(file.text, file.speaker, dict(file.labels)) for file in found.files] == [("one", "ann", {"mood": "calm"})]
+    assert reasons(found) == [(2, "listed_twice")]
+
+
+def test_a_label_may_have_the_name_of_a_field(tmp_path: Path) -> None:
+    rows = [{"words": "same", "text": value, "begin": 1.0, "end": 2.0} for value in ("x", "y")]
+    found = read_rows(one_recording(tmp_path, rows, 4.0), columns={"text": "words"})
+    assert [(span.text, dict(span.labels)) for span in found.files[0].spans] == [("same", {})]
+    assert reasons(found) == [(1, "rows_differ"), (2, "rows_differ")]
+    assert "begin: NAME" not in found.rejects[0].error
+
+
+def test_rows_without_times_that_differ_beside_parts_of_the_file(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "all"},
+        {"begin": 1.0, "end": 2.0, "text": "part"},
+        {"text": "all of it"},
+        {"channel": 0, "text": "left"},
+        {"channel": "left", "text": "something else"},
+        {"channel": 1, "text": "right"},
+    ]
+    path = one_recording(tmp_path, rows, 4.0)
+    [file] = read_rows(path).files
+    assert sorted((s.start, s.stop or 0, -1 if s.channel is None else s.channel, s.text) for s in file.spans) == [
+        (0, 0, -1, ""),
+        (0, 0, 0, ""),
+        (0, 0, 1, "right"),
+        (16_000, 32_000, -1, "part"),
+    ]
+    assert reasons(read_rows(path)) == [(row, "rows_differ") for row in (1, 3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("value", "channel"),
+    [("left", 0), ("Right", 1), ("L", 0), ("a", 0), ([0], 0), ("[1]", 1), ([1.0], 1), ("1.0", 1), ("2", 2)],
+)
+def test_names_of_channels(tmp_path: Path, value: Any, channel: int) -> None:
+    [file] = read_rows(one_recording(tmp_path, [{"channel": value, "text": "one"}], 0.1)).files
+    assert [(span.channel, span.text) for span in file.spans] == [(channel, "one")]
+
+
+@pytest.mark.parametrize("value", ["average", "mean", "mix"])
+def test_the_average_of_the_channels_is_the_whole_recording(tmp_path: Path, value: str) -> None:
+    [file] = read_rows(one_recording(tmp_path, [{"channel_selector": value, "text": "one"}], 0.1)).files
+    assert (file.spans, file.text) == ((), "one")
+
+
+@pytest.mark.parametrize("value", ["1_0", "٣", [0, 1], "[0, 1]", [], "news", True, "1e3", {"index": 0}])
+def test_what_is_no_channel_is_a_reject_with_the_remedy(tmp_path: Path, value: Any) -> None:
+    found = read_rows(one_recording(tmp_path, [{"channel": value, "text": "one"}], 0.1))
+    assert (found.files, reasons(found)) == ([], [(1, "bad_channel")])
+    assert 'corpus.columns={channel: ""}' in found.rejects[0].error
+
+
 @pytest.mark.parametrize("value", [0, False, 0.0, "0"])
 def test_falsy_values_other_than_null_are_kept(tmp_path: Path, value: Any) -> None:
     write_corpus(tmp_path, {"a.wav": 0.2})
