@@ -8,7 +8,7 @@ also be several files joined together.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from data_pipeline.audio.byte_source import ByteSource
@@ -18,6 +18,8 @@ from data_pipeline.audio.parts import Part
 CHUNK: Final = 1 << 20
 LARGEST: Final = 2_881
 """Bytes of the largest frame: MPEG-1 layer II at 384 kb/s and 32 kHz, plus padding."""
+RESYNC: Final = 1_000
+"""Bytes between frames beyond which libmpg123 gives up."""
 CLAIM: Final = 64
 """More than the ratio of the largest bit rate (448 kb/s) to the smallest (8 kb/s)."""
 _RATES: Final = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
@@ -65,6 +67,8 @@ class _Stream:
     silence: float
     """Seconds of audio missing before it."""
     frames: int = 0
+    sizes: set[int] = field(default_factory=set)
+    """Sizes of its frames in bytes."""
 
     @property
     def rate(self) -> int:
@@ -121,8 +125,8 @@ def mpeg_parts(source: ByteSource, begin: int, end: int) -> list[Part]:
     """Returns the parts of an MPEG audio file: one for each joined file and for each change of rate or channels.
 
     Raises:
-        AudioError: `truncated` if there are fewer frames than a Xing/Info frame states, `corrupt` if more bytes in the
-            middle than the largest frame has are not audio.
+        AudioError: `truncated` if there are fewer frames than a Xing/Info frame states, `corrupt` if bytes in the
+            middle are not audio and the length of the audio that they replace is not known.
     """
     if samples := _counted_and_sized(source, begin, end):
         return [Part(tolerance=samples)]
@@ -184,19 +188,37 @@ def _streams(source: ByteSource, begin: int, end: int) -> Iterator[_Stream]:
                 silence = 0.0
             inside += size
             stream.frames += 1
+            stream.sizes.add(size)
         at += inside
         if stream is not None:
             stream.end = max(stream.end, at)
         if inside <= last:
             resumed = _resume(source, at, end)
-            if stream is not None and after_tags(source, at, end) < resumed < end:
-                if resumed - at > LARGEST:
-                    raise AudioError("corrupt", f"{resumed - at:,} bytes in the middle, at byte {at:,}, are not audio")
-                yield stream
-                silence, stream = stream.samples / stream.rate, None
+            if stream is not None and resumed < end:
+                lost = _lost_frames(source, stream, at, resumed)
+                if lost or resumed - at > RESYNC:
+                    yield stream
+                    silence, stream = lost * stream.samples / stream.rate, None
             at = resumed
     if stream is not None:
         yield stream
+
+
+def _lost_frames(source: ByteSource, stream: _Stream, at: int, resumed: int) -> int:
+    """Returns how many frames the bytes between `at`, where `stream` breaks off, and `resumed` replace.
+
+    0 for tags, for a few zeros, and where another file begins. Raises AudioError (`corrupt`) if the number is not known
+    to two frames, as in variable bit rate, or if the hole is larger than `LARGEST`.
+    """
+    hole, mean = resumed - at, (at - stream.begin) / max(stream.frames, 1)
+    if any(source.read(at, min(hole, CHUNK))):
+        if after_tags(source, at, end=resumed) == resumed:
+            return 0
+    elif hole < mean / 2 or 0 in _header_frames(source.read(resumed, 200)):
+        return 0
+    if hole > LARGEST or hole / min(stream.sizes) - hole / max(stream.sizes) > 2:
+        raise AudioError("corrupt", f"{hole:,} bytes in the middle, at byte {at:,}, are not audio")
+    return max(round(hole / mean), 1)
 
 
 def _header_frames(chunk: bytes) -> dict[int, int | None]:

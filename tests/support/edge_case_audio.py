@@ -72,6 +72,26 @@ def mp3(seconds: float, rate: int = 16_000, kbps: int = 64, header: bool = True,
     return encoded([(0, tone(seconds, hertz, rate))], "mp3", "libmp3lame", rate, 1_000 * kbps, options)
 
 
+def mp3_without_header(wave: np.ndarray, rate: int = 16_000, kbps: int = 64) -> bytes:
+    """Returns MP3 frames of constant bit rate, without a Xing/Info frame and tags."""
+    options = {"write_xing": "0", "id3v2_version": "0"}
+    return encoded([(0, wave)], "mp3", "libmp3lame", rate, 1_000 * kbps, options)
+
+
+def with_hole(content: bytes, begin: int, size: int, fill: int = 0) -> bytes:
+    """Returns the content with `size` bytes from `begin` on overwritten by one value."""
+    return content[:begin] + bytes([fill]) * size + content[begin + size :]
+
+
+def onset(wave: np.ndarray, hertz: float, rate: int = 16_000) -> float:
+    """Returns the second at which a tone of amplitude 0.3 begins, to 10 ms; infinity without one."""
+    window, step = rate // 40, rate // 100
+    for start in range(0, len(wave) - window, step):
+        if tone_level(wave[start : start + window], hertz, rate) > 0.15:
+            return start / rate
+    return float("inf")
+
+
 def wav_with_size(wave: np.ndarray, size: int, riff_size: int | None = None) -> bytes:
     """Returns a WAV file whose data chunk states `size` bytes, like that of a program that cannot seek back."""
     good = bytearray(written(wave))

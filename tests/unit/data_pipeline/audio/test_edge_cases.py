@@ -108,6 +108,50 @@ def test_missing_data_within_a_file_is_corrupt_and_never_shifts_later_audio(tmp_
         assert reason(content, tmp_path) == "corrupt"
 
 
+TWO_TONES = np.concatenate([edge.tone(3, 300), edge.tone(2, 900)])
+
+
+@pytest.mark.parametrize(
+    ("kbps", "begin", "size", "fill"),
+    [
+        (64, 2_880, 2_592, 0),  # 9 whole frames of 288 bytes
+        (64, 5_760, 288, 0),
+        (64, 5_800, 1_000, 0),
+        (64, 5_760, 2_592, 0x55),
+        (64, 5_760, 300, 0xFF),
+        (16, 2_890, 2_736, 0x55),  # 38 frames of 72 bytes
+        (16, 2_880, 2_880, 0),
+        (8, 1_440, 1_440, 0),
+    ],
+)
+def test_a_hole_in_an_mp3_never_shifts_later_audio(kbps: int, begin: int, size: int, fill: int, tmp_path: Path) -> None:
+    whole = edge.mp3_without_header(TWO_TONES, kbps=kbps)
+    expected = edge.onset(decoded(whole, tmp_path), 900)
+    assert expected == pytest.approx(3, abs=0.12)
+    found = decoded(edge.with_hole(whole, begin, size, fill), tmp_path)
+    assert edge.onset(found, 900) == pytest.approx(expected, abs=0.15)
+
+
+def test_a_large_hole_in_an_mp3_is_corrupt(tmp_path: Path) -> None:
+    for begin, size in ((5_760, 17_280), (5_900, 4_000)):
+        assert reason(edge.with_hole(edge.mp3_without_header(TWO_TONES), begin, size), tmp_path) == "corrupt"
+
+
+def test_a_hole_in_an_mp3_of_variable_bit_rate_is_corrupt(tmp_path: Path) -> None:
+    mixed = edge.mp3_without_header(edge.tone(1, 300), kbps=160) + edge.mp3_without_header(edge.tone(4, 900), kbps=8)
+    assert reason(edge.with_hole(mixed, len(mixed) - 2_000, 1_000), tmp_path) == "corrupt"
+
+
+def test_zeros_and_tags_between_joined_mp3_files_are_no_hole(tmp_path: Path) -> None:
+    tag = b"TAG" + bytes(125)
+    for between in (bytes(500) + tag, tag + bytes(500), bytes(40)):
+        joined = edge.mp3(2, header=False) + between + edge.mp3(2, header=False, hertz=900)
+        assert seconds(joined, tmp_path) == pytest.approx(4.1, abs=0.15)
+    assert seconds(edge.mp3(2, header=False) + bytes(9_000) + edge.mp3(2, hertz=900), tmp_path) == pytest.approx(
+        4.1, abs=0.15
+    )
+
+
 def test_timestamp_gaps_become_silence(tmp_path: Path) -> None:
     first, second = edge.tone(2, 500), edge.tone(2, 900)
     for container, codec in (("matroska", "flac"), ("webm", "libopus"), ("mpegts", "aac"), ("matroska", "pcm_s16le")):
