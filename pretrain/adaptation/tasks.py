@@ -22,7 +22,6 @@ from pretrain.heads.classifier import Classifier
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.objectives import Head
-from pretrain.nn.block_stack import BlockStack
 from pretrain.nn.numerics import pad_audio
 
 
@@ -112,8 +111,7 @@ class Tasks:
         wave_BT = pad_audio(pad_sequence(rows, batch_first=True), model.frontend.least_samples()).to(device)
         frames = model.project(model.extract(wave_BT, lengths_B))
         found = [prompts for name in tasks if (prompts := self.tasks[name].prompts_LPD) is not None]
-        given = {"prompts_BLPD": torch.stack(found)} if count else {}  # other encoders take no prompts
-        encoded: EncoderOutput = model.encoder(frames, **given)
+        encoded: EncoderOutput = model.encoder(frames, prompts_BLPD=torch.stack(found) if count else None)
         return encoded
 
 
@@ -134,9 +132,8 @@ def open_tasks(runs: Mapping[str, str], device: str = "auto") -> Tasks:
     tasks: dict[str, Task] = {}
     for name, given in runs.items():
         module, config, _ = load_checkpoint(checkpoint_with_heads(given))
-        model, prompts_LPD = module.model.eval().to(place), None
-        if isinstance(model.encoder, BlockStack) and model.encoder.prompts_LPD is not None:
-            prompts_LPD, model.encoder.prompts_LPD = model.encoder.prompts_LPD.detach(), None
+        model = module.model.eval().to(place)
+        prompts_LPD = model.encoder.take_prompts()
         kind = {part: dump(getattr(config, part)) for part in ("frontend", "encoder", "engine")}
         same = (n for n, other in enumerate(models) if kinds[n] == kind and _equal(model, other))
         number = next(same, len(models))

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import config
 from data_pipeline.core.types import Batch
+from pretrain.inference.ctc_decoding import BeamSearch
+from pretrain.inference.streaming_ctc import CTCDecoder, silent_frames
 from pretrain.interfaces.configs import TextHeadConfig
+from pretrain.interfaces.decoding import EndPoints
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
@@ -53,6 +56,14 @@ class CTC(TextHead):
     def decoder_frames(self, encoded: EncoderOutput) -> Tensor:
         """Returns ln p of blank and symbols, (B, F, V)."""
         return self.log_probs(encoded)
+
+    @property
+    def gives_log_probs(self) -> bool:
+        return True
+
+    def streaming_decoder(self, rate_hz: float, beam: int, end_points: EndPoints) -> CTCDecoder:
+        silent = functools.partial(silent_frames, self.symbols)
+        return CTCDecoder(rate_hz, silent, BeamSearch(beam) if beam else None, end_points)
 
     def monitoring(self) -> HeadMonitoringRecord:
         return HeadMonitoringRecord(infeasible=INFEASIBLE)

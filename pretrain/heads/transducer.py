@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
+from pretrain.inference.streaming_transducer import TransducerDecoder
 from pretrain.interfaces.configs import TextHeadConfig
+from pretrain.interfaces.decoding import EndPoints
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
@@ -63,6 +65,10 @@ class Transducer(TextHead):
         """Returns the frames as `join` reads them, (B, F, J)."""
         frame_BFJ: Tensor = self.frame(self.frames(encoded).x_BFD)
         return frame_BFJ
+
+    def streaming_decoder(self, rate_hz: float, beam: int, end_points: EndPoints) -> TransducerDecoder:
+        spaces = frozenset(number for number, symbol in enumerate(self.symbols) if symbol == " ")
+        return TransducerDecoder(rate_hz, self, self.output.weight.device, spaces, beam, end_points)
 
     def predict(self, classes_NC: Tensor) -> Tensor:
         """Returns what `join` reads of the last tokens' classes, (…, C) to (…, J)."""

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from pretrain.interfaces.decoding import AlignedSymbol
 from pretrain.nn.text_targets import BLANK
-
-
-class AlignedSymbol(NamedTuple):
-    """Frames of one symbol on the best path: `start` … `stop` − 1. log_prob: mean ln p of the symbol over them."""
-
-    start: int
-    stop: int
-    log_prob: float
 
 
 def align(log_probs_FV: np.ndarray, symbols: Sequence[int]) -> list[AlignedSymbol]:

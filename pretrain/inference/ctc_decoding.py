@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pretrain.interfaces.decoding import Candidate, Prefix
 from pretrain.nn.text_targets import BLANK
 
 
@@ -57,16 +58,6 @@ class NGram:
                 total, kinds = sum(counts.values()), len(counts)
                 probability = (counts[symbol] + kinds * probability) / (total + kinds)
         return math.log(probability)
-
-
-Prefix = tuple[int, ...]
-
-
-class Candidate(NamedTuple):
-    """Symbols that speech may have, and ln p of all their paths that a search has kept."""
-
-    symbols: Prefix
-    log_prob: float
 
 
 def common_beginning(prefixes: Iterable[Prefix]) -> Prefix:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pretrain.inference.ctc_decoding import Candidate, Prefix
+from pretrain.interfaces.decoding import Candidate, Prefix
 from pretrain.interfaces.models import Decoder, Memory
 
 

@@ -8,11 +8,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.inference.ctc_alignment import AlignedSymbol, align
-from pretrain.inference.ctc_decoding import Beams, BeamSearch, Candidate, Prefix
-from pretrain.inference.streaming_decoder import DEFAULT_END_POINTS, EndPoints, Segment, StreamingDecoder
+from pretrain.inference.ctc_alignment import align
+from pretrain.inference.ctc_decoding import Beams, BeamSearch
 from pretrain.inference.windows import longest_pause
+from pretrain.interfaces.decoding import (
+    DEFAULT_END_POINTS,
+    AlignedSymbol,
+    Candidate,
+    EndPoints,
+    Prefix,
+    Segment,
+    StreamingDecoder,
+)
 from pretrain.nn.text_targets import BLANK
+
+
+def silent_frames(symbols: tuple[str, ...], log_probs_FV: np.ndarray) -> np.ndarray:
+    """Returns which frames of CTC output most probably hold a blank or a space, (F,) bool."""
+    classes = [BLANK, *(number + 1 for number, symbol in enumerate(symbols) if symbol == " ")]
+    return np.isin(log_probs_FV.argmax(1), classes)
 
 
 class CTCState(NamedTuple):

@@ -15,10 +15,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pretrain.inference.ctc_alignment import AlignedSymbol
-from pretrain.inference.ctc_decoding import Candidate, Prefix, common_beginning
-from pretrain.inference.streaming_decoder import DEFAULT_END_POINTS, EndPoints, Segment, StreamingDecoder
+from pretrain.inference.ctc_decoding import common_beginning
 from pretrain.inference.windows import longest_pause
+from pretrain.interfaces.decoding import (
+    DEFAULT_END_POINTS,
+    AlignedSymbol,
+    Candidate,
+    EndPoints,
+    Prefix,
+    Segment,
+    StreamingDecoder,
+)
 from pretrain.interfaces.models import Joiner
 from pretrain.nn.text_targets import BLANK
 

@@ -130,13 +130,21 @@ class Encoder(nn.Module, abc.ABC):
         """
         raise ValueError(f"tune.name=prompt: {type(self).__name__} has no place for prompts; take lora, bias or head")
 
+    def take_prompts(self) -> Tensor | None:
+        """Removes the frames of `add_prompts` and returns them, (L, P, D), without a gradient; None: it has none."""
+        return None
+
     def feed_forward_outputs(self) -> list[str]:
         """Returns the names of the linear layers that end the last feed-forward part of each block; default: none."""
         return []
 
     @abc.abstractmethod
     def forward(
-        self, frames: Frames, ctx: StepContext | None = None, gates: tuple[BlockGates, ...] = ()
+        self,
+        frames: Frames,
+        ctx: StepContext | None = None,
+        gates: tuple[BlockGates, ...] = (),
+        prompts_BLPD: Tensor | None = None,
     ) -> EncoderOutput:
         """Encodes frames.
 
@@ -144,6 +152,8 @@ class Encoder(nn.Module, abc.ABC):
             frames: (B, F, dim); the first `lengths_B` frames of each row are valid (0 is allowed).
             ctx: seed and step that key layer drop in training; None disables it.
             gates: factors of heads and inner channels of each block (structured pruning); empty: all are 1.
+            prompts_BLPD: P learned frames for each row and block; None: those of `add_prompts`, if any, in all rows.
+                Encoders that have no place for prompts ignore it.
 
         Returns:
             Outputs of all layers, (B, F, dim) each.

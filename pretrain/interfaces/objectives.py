@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig, TextHeadConfig
+from pretrain.interfaces.decoding import EndPoints, StreamingDecoder
 from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, SpeechModel
 from pretrain.interfaces.monitoring import HeadMedia, HeadMonitoringRecord, MicroBatchRecord, MonitoringRecord
@@ -310,6 +311,21 @@ class TextHead(Head):
         """Sets what the tokens of the run write, in the order of their ids."""
         self.symbols = symbols
 
+    @property
+    def gives_log_probs(self) -> bool:
+        """Whether `decoder_frames` are ln p of blank and symbols, (B, F, V), which CTC's decoders read."""
+        return False
+
     @abc.abstractmethod
     def decoder_frames(self, encoded: EncoderOutput) -> Tensor:
-        """Returns what its decoder reads of each frame, (B, F, …)."""
+        """Returns the frames that its decoder reads, (B, F, …)."""
+
+    @abc.abstractmethod
+    def streaming_decoder(self, rate_hz: float, beam: int, end_points: EndPoints) -> StreamingDecoder[Any]:
+        """Returns the decoder of its frames, which also decodes whole recordings.
+
+        Args:
+            rate_hz: frames per second.
+            beam: prefixes that the search keeps; 0: greedy.
+            end_points: when segments end.
+        """

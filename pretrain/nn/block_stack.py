@@ -95,6 +95,10 @@ class BlockStack(Encoder):
         """Gives each block `count` learned frames, which lead each row, after registers, and end with the block."""
         self.prompts_LPD = nn.Parameter(0.02 * torch.randn(self.n_layers, count, self.dim))
 
+    def take_prompts(self) -> Tensor | None:
+        taken, self.prompts_LPD = self.prompts_LPD, None
+        return None if taken is None else taken.detach()
+
     def feed_forward_outputs(self) -> list[str]:
         return [f"blocks.{number}.{self.feed_forwards[-1][1]}" for number in range(self.n_layers)]
 

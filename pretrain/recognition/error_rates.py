@@ -58,8 +58,8 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
         waves: (T,) audio at 16 kHz.
         decoders: the decoders to run.
     """
-    if recogniser.is_transducer:
-        return _of_transducer(recogniser, waves, decoders.beam)
+    if not recogniser.head.gives_log_probs:
+        return _by_segments(recogniser, waves, decoders.beam)
     outputs, joint = [], []
     for wave in waves:
         outputs.append(recogniser.frames(wave))
@@ -84,7 +84,7 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
     return found
 
 
-def _of_transducer(recogniser: Recogniser, waves: Iterable[np.ndarray], beam: int) -> list[tuple[str, list[str]]]:
+def _by_segments(recogniser: Recogniser, waves: Iterable[np.ndarray], beam: int) -> list[tuple[str, list[str]]]:
     configs = {"greedy": DecodingConfig()}
     if beam:
         configs[f"beam {beam}"] = DecodingConfig(decoder="beam", beam=beam)

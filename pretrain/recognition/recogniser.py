@@ -23,20 +23,21 @@ from pretrain.checkpointing.head_choice import checkpoint_with_heads, chosen_dev
 from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import fill, load_checkpoint
 from pretrain.config import Config
-from pretrain.heads import ctc, sequence, transducer
+from pretrain.heads import ctc, sequence
 from pretrain.inference import joint_decoding
 from pretrain.inference.ctc_alignment import align
 from pretrain.inference.ctc_decoding import beam_search, greedy
 from pretrain.inference.joint_decoding import JointConfig
-from pretrain.inference.streaming_decoder import EndPoints
+from pretrain.inference.streaming_ctc import silent_frames
 from pretrain.inference.windows import Windows, cut_at_pauses, join_windows
 from pretrain.inference.word_lm import WordBeamSearch
+from pretrain.interfaces.decoding import EndPoints
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.objectives import TextHead
 from pretrain.nn.numerics import pad_audio
 from pretrain.recognition.config import DecodingConfig
-from pretrain.recognition.text_decoder import TextDecoder, silent_frames
+from pretrain.recognition.text_decoder import TextDecoder
 from pretrain.recognition.transcript import Transcript, Word, WordBuilder
 from pretrain.train_module import TrainModule, build_speech_model
 
@@ -62,11 +63,6 @@ class Recogniser:
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.head.parameters()).device
-
-    @property
-    def is_transducer(self) -> bool:
-        """Whether the head is a transducer; it is a CTC head otherwise."""
-        return isinstance(self.head, transducer.Transducer)
 
     def frames(self, wave_T: np.ndarray) -> np.ndarray:
         """Returns what the head's decoder reads, (F, …) float32, of (T,) audio at 16 kHz: ln p of blank and symbols of
@@ -133,7 +129,7 @@ class Recogniser:
         Raises:
             ConfigError: the run has no head for the decoder.
         """
-        if self.is_transducer or decoding.decoder == "rescoring":
+        if not self.head.gives_log_probs or decoding.decoder == "rescoring":
             return self._by_segments(name, blocks, decoding)
         decode = decode or decoder(decoding, self.head.symbols)
         rate_hz, symbols = self.model.shape.rate_hz, self.head.symbols
@@ -282,13 +278,15 @@ def recognising_head(given: str, module: TrainModule, config: Config, head: str 
 
 
 def _writing_head(given: str, module: TrainModule, config: Config, head: str) -> TextHead:
-    """Returns the head of that name; where it is empty, the only CTC head, or else the only transducer."""
+    """Returns the head of that name; where it is empty, the only CTC head, or else the only other head of text."""
     found = dict(module.heads.items())
-    kinds = [type(found[head])] if head in found else [type(kept) for kept in found.values()]
-    if transducer.Transducer not in kinds or ctc.CTC in kinds:
+    eligible = [found[head]] if head in found else list(found.values())
+    writing = [kept for kept in eligible if isinstance(kept, TextHead)]
+    if not writing or any(isinstance(kept, ctc.CTC) for kept in writing):
         return recognising_head(given, module, config, head)
+    kind: type[TextHead] = TextHead  # type: ignore[type-abstract]
     name, chosen = chosen_head(
-        given, module, config, kind=transducer.Transducer, head=head, described="that recognises speech", remedy=""
+        given, module, config, kind=kind, head=head, described="that recognises speech", remedy=""
     )
     _name_tokens(config, name, chosen)
     return chosen

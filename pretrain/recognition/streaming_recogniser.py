@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pretrain.inference.streaming_decoder import EndPoints
 from pretrain.inference.streaming_encoder import MAX_MINUTES, StreamedModel
 from pretrain.inference.streaming_state import StreamState, join, split
+from pretrain.interfaces.decoding import EndPoints
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.recogniser import Recogniser

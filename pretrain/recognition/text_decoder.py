@@ -5,26 +5,18 @@ State in, state out. Streams and whole recordings use it alike.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.heads.ctc import CTC
 from pretrain.heads.sequence import Sequence
-from pretrain.heads.transducer import Transducer
 from pretrain.inference import rescoring
-from pretrain.inference.ctc_decoding import BeamSearch, Prefix
-from pretrain.inference.streaming_ctc import CTCDecoder
-from pretrain.inference.streaming_decoder import DecoderState, EndPoints, Segment, StreamingDecoder
-from pretrain.inference.streaming_transducer import TransducerDecoder
+from pretrain.interfaces.decoding import DecoderState, EndPoints, Prefix, Segment
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.models import Memory
 from pretrain.interfaces.objectives import TextHead
-from pretrain.nn.text_targets import BLANK
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.transcript import Word, WordBuilder
 
@@ -48,7 +40,7 @@ class TextDecoder:
     """Decodes the frames of a head, segment by segment; keeps no state.
 
     Args:
-        head: CTC or transducer, with the names of its symbols; in evaluation mode.
+        head: with the names of its symbols; in evaluation mode.
         attention: attention decoder of the same tokens, for decoder=rescoring.
         rate_hz: encoder frames per second.
         decoding: decoder and beam.
@@ -70,7 +62,7 @@ class TextDecoder:
                 "greedy or beam"
             )
         beam = 0 if decoding.decoder == "greedy" else decoding.beam
-        self.decoder = streaming_decoder(head, rate_hz, beam, end_points)
+        self.decoder = head.streaming_decoder(rate_hz, beam, end_points)
 
     def start(self) -> TextState:
         """Returns the state before the first frame of a stream."""
@@ -136,24 +128,3 @@ class TextDecoder:
         length_1 = torch.tensor([len(memory_FM)], device=device)
         parts = np.split(memory_FM, np.cumsum(self.attention.memory_dims)[:-1], axis=1)
         return [Memory(torch.from_numpy(part_FD).to(device)[None], length_1) for part_FD in parts]
-
-
-def streaming_decoder(head: TextHead, rate_hz: float, beam: int, end_points: EndPoints) -> StreamingDecoder[Any]:
-    """Returns the decoder of a head; beam: prefixes that are kept, 0: greedy."""
-    if isinstance(head, Transducer):
-        spaces = frozenset(number for number, symbol in enumerate(head.symbols) if symbol == " ")
-        return TransducerDecoder(rate_hz, head, _device(head), spaces, beam, end_points)
-    assert isinstance(head, CTC)
-    silent = functools.partial(silent_frames, head.symbols)
-    return CTCDecoder(rate_hz, silent, BeamSearch(beam) if beam else None, end_points)
-
-
-def silent_frames(symbols: tuple[str, ...], log_probs_FV: np.ndarray) -> np.ndarray:
-    """Returns which frames of CTC output most probably hold a blank or a space, (F,) bool."""
-    classes = [BLANK, *(number + 1 for number, symbol in enumerate(symbols) if symbol == " ")]
-    return np.isin(log_probs_FV.argmax(1), classes)
-
-
-def _device(head: TextHead) -> torch.device:
-    first: Tensor = next(head.parameters())
-    return first.device

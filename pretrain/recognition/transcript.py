@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from data_pipeline.core.text import table_cell, visible
-from pretrain.inference.ctc_alignment import AlignedSymbol
+from pretrain.interfaces.decoding import AlignedSymbol
 from pretrain.recognition.config import Format
 
 ENDINGS: dict[Format, str] = {"text": "txt", "json": "json", "srt": "srt", "vtt": "vtt", "tsv": "tsv"}

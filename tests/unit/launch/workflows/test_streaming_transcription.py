@@ -18,7 +18,7 @@ from data_pipeline.audio.errors import AudioError
 from data_pipeline.loader.recordings import live_pcm
 from launch.exit_codes import ExitCode
 from launch.main import main
-from pretrain.inference.streaming_decoder import EndPoints
+from pretrain.interfaces.decoding import EndPoints
 from pretrain.nn.attention_patterns import Pattern
 from pretrain.nn.block_stack import BlockStack
 from pretrain.recognition.config import DecodingConfig

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from pretrain.inference.ctc_decoding import Candidate
 from pretrain.inference.rescoring import attention_log_probs, best
+from pretrain.interfaces.decoding import Candidate
 from pretrain.interfaces.models import Memory
 from pretrain.models.decoders.transformer import DecoderConfig, TransformerDecoder
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pretrain.inference.ctc_decoding import Beams, BeamSearch, beam_search, greedy
 from pretrain.inference.streaming_ctc import CTCDecoder, CTCSegment, CTCState
-from pretrain.inference.streaming_decoder import EndPoints
+from pretrain.interfaces.decoding import EndPoints
 from pretrain.nn.text_targets import BLANK
 
 RATE = 25.0

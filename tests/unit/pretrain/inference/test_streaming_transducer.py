@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data_pipeline.core.schema import load
 from pretrain.heads.transducer import Config, Transducer, build, transducer_loss
-from pretrain.inference.streaming_decoder import EndPoints, Segment
 from pretrain.inference.streaming_transducer import TransducerDecoder, TransducerState
+from pretrain.interfaces.decoding import EndPoints, Segment
 from pretrain.interfaces.models import ModelShape
 from pretrain.nn.text_targets import BLANK
 

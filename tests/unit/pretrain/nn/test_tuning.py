@@ -135,12 +135,16 @@ def test_each_row_may_have_its_own_prompts() -> None:
     prompts_BLPD = torch.randn(3, 4, 3, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         frames = model.project(model.extract(wave_BT, lengths_B))
-        mixed = model.encoder(frames, None, (), prompts_BLPD).final
+        mixed = model.encoder(frames, prompts_BLPD=prompts_BLPD).final
         for row in range(3):
             model.encoder.prompts_LPD = nn.Parameter(prompts_BLPD[row])
             valid = int(mixed.lengths_B[row])
             alone = final(model, wave_BT, lengths_B)
             assert torch.allclose(alone[row, :valid], mixed.x_BFD[row, :valid], atol=1e-5)
+    taken_LPD = model.encoder.take_prompts()
+    assert taken_LPD is not None
+    assert torch.equal(taken_LPD, prompts_BLPD[2])
+    assert model.encoder.take_prompts() is None
 
 
 @pytest.mark.parametrize(

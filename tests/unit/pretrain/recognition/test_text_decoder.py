@@ -12,8 +12,14 @@ import pytest
 import torch
 
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.types import Batch
 from data_pipeline.text.tokenizer import write_tokens
-from pretrain.inference.streaming_decoder import EndPoints
+from pretrain.heads.ctc import CTC
+from pretrain.heads.transducer import Transducer
+from pretrain.interfaces.decoding import EndPoints, StreamingDecoder
+from pretrain.interfaces.frames import EncoderOutput, StepContext
+from pretrain.interfaces.models import SpeechModel
+from pretrain.interfaces.objectives import HeadPlan, LossOutput, TextHead
 from pretrain.nn.attention_patterns import Pattern
 from pretrain.nn.block_stack import BlockStack
 from pretrain.recognition.config import DecodingConfig
@@ -110,6 +116,40 @@ def test_segments_do_not_depend_on_the_size_of_pushes(
     assert_equal(words_of(streams, wave_T, 777), expected)
 
 
+class PlugIn(TextHead):
+    """A head that no module of the package knows; its outputs are those of a CTC head."""
+
+    def __init__(self, inner: CTC) -> None:
+        super().__init__(inner.config)
+        self.inner = inner
+        self.name_tokens(inner.symbols)
+
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
+        return self.inner.prepare(model, batch, ctx)
+
+    def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
+        return self.inner.forward(encoded, batch, plan, ctx)
+
+    def decoder_frames(self, encoded: EncoderOutput) -> torch.Tensor:
+        return self.inner.decoder_frames(encoded)
+
+    def streaming_decoder(self, rate_hz: float, beam: int, end_points: EndPoints) -> StreamingDecoder[Any]:
+        return self.inner.streaming_decoder(rate_hz, beam, end_points)
+
+
+def test_a_plug_in_head_brings_its_decoder(recognisers: dict[str, Recogniser]) -> None:
+    head = recognisers["ctc"].head
+    assert isinstance(head, CTC)
+    plugged, wave_T = replace(recognisers["ctc"], head=PlugIn(head).eval()), speech_like(3.0, 8)
+    expected = whole(recognisers["ctc"], wave_T, DecodingConfig())
+    assert expected.words
+    assert_equal(whole(plugged, wave_T, DecodingConfig()).words, expected.words)
+    streams = StreamingRecogniser(plugged, DecodingConfig(), 4, 2, NEVER)
+    assert_equal(words_of(streams, wave_T, 1_000), expected.words)
+    found = recognise(plugged, [wave_T.numpy()], Decoders(beam=3))
+    assert found[0][1] == [plugged.transcribe("a", [wave_T.numpy()], DecodingConfig()).text]
+
+
 def test_rescoring_can_choose_another_text(recognisers: dict[str, Recogniser]) -> None:
     wave_T, texts = speech_like(3.0, 8), set()
     for weight in (0.0, 0.99):
@@ -139,9 +179,9 @@ def test_error_rates_decode_transducers(recognisers: dict[str, Recogniser]) -> N
 
 
 def test_a_run_opens_its_ctc_head_unless_the_transducer_is_named(run: Path, tmp_path: Path) -> None:
-    assert not open_recogniser(str(run)).is_transducer
+    assert open_recogniser(str(run)).head.gives_log_probs
     save(tmp_path / "alone", 4, heads={"text": {"name": "transducer", "symbols": " ab"}})
-    assert open_recogniser(str(tmp_path / "alone")).is_transducer
+    assert isinstance(open_recogniser(str(tmp_path / "alone")).head, Transducer)
     with pytest.raises(ConfigError, match=r"head=other: must be one of text"):
         open_recogniser(str(tmp_path / "alone"), "other")
 

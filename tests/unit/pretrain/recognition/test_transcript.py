@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from pretrain.inference.ctc_alignment import AlignedSymbol
+from pretrain.interfaces.decoding import AlignedSymbol
 from pretrain.recognition.transcript import Transcript, Word, WordBuilder, cues, write
 
 

@@ -1,4 +1,4 @@
-"""Decodes frames of a stream as they arrive: symbols so far, their stable part, and segments that end at pauses.
+"""Interface of decoders of streams: symbols so far, their stable part, and segments that end at pauses.
 
 State in, state out, like the encoder's. Everything depends on the frames alone, never on how they arrive. The state is
 bounded: a segment is ended after `EndPoints.longest_seconds`.
@@ -8,12 +8,27 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from pretrain.inference.ctc_alignment import AlignedSymbol
-from pretrain.inference.ctc_decoding import Candidate, Prefix
+Prefix = tuple[int, ...]
+"""Symbols from the start of a segment on."""
+
+
+class Candidate(NamedTuple):
+    """Symbols that speech may have, and ln p of all their paths that a search has kept."""
+
+    symbols: Prefix
+    log_prob: float
+
+
+class AlignedSymbol(NamedTuple):
+    """Frames of one symbol on the best path: `start` … `stop` − 1. log_prob: mean ln p of the symbol over them."""
+
+    start: int
+    stop: int
+    log_prob: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Segment(Protocol):
 
     @property
     def candidates(self) -> list[Candidate]:
-        """What it may say, the most probable first."""
+        """Candidate texts, the most probable first."""
 
     def align(self, symbols: Prefix) -> list[AlignedSymbol]:
         """Returns the frames of each symbol of a candidate, counted from `first`."""
