@@ -22,10 +22,7 @@ from pretrain.federated.transport import Reply
 ENVIRONMENT = "AURICLE_FLOWER"
 """Variable that names the folder of an environment with Flower, where this one has none."""
 VERSION = "1.42.0"
-HINT = (
-    f"python -m venv FOLDER && FOLDER/bin/pip install flwr=={VERSION} && export {ENVIRONMENT}=FOLDER; or `pip install "
-    "auricle[federated]` into an environment of its own"
-)
+HINT = f"python -m venv FOLDER && FOLDER/bin/pip install flwr=={VERSION} && export {ENVIRONMENT}=FOLDER"
 HELLO_SECONDS = 120.0
 """Time in which a new device builds the run's model."""
 
@@ -102,7 +99,7 @@ class Relay:
         return found
 
     def _tail(self) -> str:
-        lines = self._log.read_text(errors="replace").splitlines()[-3:]
+        lines = self._log.read_text("utf-8", errors="replace").splitlines()[-3:]
         return f"{' '.join(lines)[-500:]} (see {self._log.parent})"
 
 

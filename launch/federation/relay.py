@@ -92,7 +92,7 @@ def secret_file(folder: Path) -> Path:
     """Returns a new file with a secret by which the relay alone may take tasks."""
     path = folder / "relay.secret"
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as out:
         out.write(secrets.token_hex(32))
     return path
 
@@ -113,7 +113,7 @@ class Runtime:
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperExec"),
                 SuperExecAuthHttpInterceptor(
-                    master_secret=secret.read_text().strip().encode(),
+                    master_secret=secret.read_text("ascii").strip().encode(),
                     protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"}),
                 ),
             ],
@@ -270,7 +270,7 @@ def wait_for_port(host: str, port: int, process: subprocess.Popen[bytes], log: P
         with contextlib.suppress(OSError), socket.create_connection((host, port), 1.0):
             return
         time.sleep(POLL_SECONDS)
-    tail = log.read_text(errors="replace")[-500:] if log.exists() else ""
+    tail = log.read_text("utf-8", errors="replace")[-500:] if log.exists() else ""
     raise RuntimeError(f"{log.stem} does not listen on {host}:{port}; {log} ends with: {tail}")
 
 

@@ -232,7 +232,7 @@ def _secret(folder: RunFolder) -> str:
     """Returns the secret that keys noise and samples of a run, made at its first start; only its owner reads it."""
     path = folder.path / "privacy.secret"
     if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
             out.write(secrets.token_hex(32))
     return path.read_text(encoding="utf-8")
 

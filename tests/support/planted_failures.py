@@ -145,8 +145,8 @@ def skip_last_micro_batch(engine: Engine) -> None:
     """Makes the engine skip the last micro-batch of each update."""
     plain = engine.step
 
-    def fewer(batches: Sequence[Batch], *more: Any) -> StepResult:
-        return plain(batches[:-1], *more)
+    def fewer(batches: Sequence[Batch], *more: Any, **named: Any) -> StepResult:
+        return plain(batches[:-1], *more, **named)
 
     engine.step = fewer  # type: ignore[assignment, method-assign]
 

@@ -46,7 +46,11 @@ def test_a_gradient_round_is_the_local_engines_step(count: int, top: dict[str, A
         for name, (total, n) in expected.metrics.items():
             assert found.metrics[name][1] == pytest.approx(n), name
             assert found.metrics[name][0] == pytest.approx(total, rel=1e-5, abs=1e-5), name
-    parity("… weights and moments after two of them", 1e-6, distance(federated, local))
+    parity(
+        "a federated gradient round = a step of the torch engine: weights and moments after two",
+        1e-6,
+        distance(federated, local),
+    )
     assert found.metrics["federated/devices"][0] == count
 
 

@@ -24,8 +24,6 @@ def test_the_gradient_limit_follows_the_median_once_enough_updates_are_seen() ->
 @pytest.mark.parametrize(
     ("planted", "healthy"),
     [
-        (detectors.not_finite("loss", math.nan), detectors.not_finite("loss", 3.2)),
-        (detectors.not_finite("gradient norm", math.inf), detectors.not_finite("gradient norm", 0.0)),
         (detectors.gradient_spike(11.0, 10.0), detectors.gradient_spike(9.0, 10.0)),
         (detectors.at_chance(4.61, math.log(101), 0.01), detectors.at_chance(4.3, math.log(101), 0.01)),
         (detectors.accuracy_at_chance(0.0101, 1 / 101), detectors.accuracy_at_chance(0.02, 1 / 101)),

@@ -6,15 +6,15 @@ import signal
 
 import pytest
 
-from launch.commands import board
+from launch.cli.signals import SignalledError, raised_signals
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with board._ends_by_signal():
+        with raised_signals():
             signal.raise_signal(signal.SIGHUP)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SignalledError):
                 signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
