@@ -66,7 +66,7 @@ class Privacy:
             from opacus.accountants import RDPAccountant
         except ImportError as error:
             raise ConfigError(
-                f"engine.federated.noise={self.settings.noise:g}: needs opacus; pip install auricle[privacy]"
+                f"engine.federated.noise={self.settings.noise:g}: needs opacus: pip install opacus"
             ) from error
         accountant = RDPAccountant()
         accountant.history = list(spent)
