@@ -1,4 +1,4 @@
-"""Downmix to mono: the mean of the channels, except where they cancel each other."""
+"""Downmix to mono: the mean of the channels, of which some are inverted where they would cancel others."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 Wave = npt.NDArray[np.float32]
-LEAST: Final = 0.1
-"""Channels cancel where their mean has less than this share of the power that uncorrelated channels would give it."""
-ENOUGH: Final = 0.2
-"""Share above which they no longer cancel. One speaker per channel gives 1, the same signal in two channels 2."""
-SUSPECT: Final = 0.9
-"""Stretches below this share are examined in `FINE` steps."""
+CANCELS: Final = -0.9
+"""Correlation of two channels below which one of them is inverted: their mean has a tenth of the power of uncorrelated
+channels."""
+DIFFERS: Final = -0.5
+"""Correlation above which it no longer is."""
+SAME: Final = 0.5
+"""Correlation above which two channels have one polarity."""
+SPEECH_BAND: Final = (200.0, 4_000.0)
+"""Hz: what decides, because hum may be louder than speech and have the other polarity."""
+BESIDE: Final = 0.01
+"""Weight of the amplitudes beside the speech band, which decide where it is empty."""
 SILENT: Final = 1e-9
-"""Mean square below which a stretch is too quiet to decide."""
+"""Mean square below which a channel is too quiet to decide."""
 COARSE, FINE, FADE = 0.25, 0.02, 0.005
 """Seconds: length of a stretch, step in which the decision may change, and length of the cross-fade."""
 
@@ -24,9 +29,10 @@ COARSE, FINE, FADE = 0.25, 0.02, 0.005
 class Downmix:
     """Mixes the channels of a recording, given in consecutive blocks of any size.
 
-    Two microphones that record one signal with opposite polarity cancel in the mean; there the stronger channel is
-    taken. The decision is made every 20 ms, so that neither a jingle nor a hum at the start determines the rest, and
-    does not depend on how the recording is split into blocks.
+    Two microphones that record one signal with opposite polarity cancel in the mean; there one is inverted, so that
+    what only one of them records is kept. The decision is made every 20 ms by the correlations of the channels in the
+    speech band. Neither a jingle nor a hum determines the rest, and the result does not depend on how the recording is
+    split into blocks.
     """
 
     def __init__(self, rate: int, channels: int) -> None:
@@ -34,9 +40,12 @@ class Downmix:
         self._fine = max(round(FINE * rate), 1)
         self._window = self._fine * round(COARSE / FINE)
         self._held = np.zeros((0, channels), np.float32)
-        self._mean_share: float | None = None
-        """1 where the mean is taken, 0 where one channel is; None at the start."""
-        self._channel = 0
+        self._signs = np.ones(channels, np.float32)
+        self._decided = False
+        frequency = np.fft.rfftfreq(self._fine, 1 / rate)
+        inside = (frequency >= SPEECH_BAND[0]) & (frequency <= SPEECH_BAND[1])
+        self._weight = np.where(inside, 1.0, BESIDE).astype(np.float32)[:, None]
+        self._taper = np.hanning(self._fine + 2)[1:-1, None].astype(np.float32)
 
     def push(self, block: Wave) -> Iterator[Wave]:
         """Yields mono audio for (frames, channels); holds back up to a quarter of a second."""
@@ -56,53 +65,67 @@ class Downmix:
             self._held = self._held[:0]
 
     def _mixed(self, block: Wave) -> Wave:
-        mixed: Wave = block.mean(axis=1, dtype=np.float32)
-        for start in range(0, len(block), self._window):
-            wave, mean = block[start : start + self._window], mixed[start : start + self._window]
-            flat = wave.reshape(-1)
-            total = float(np.dot(flat, flat))
-            if total <= SILENT * flat.size:
-                if self._mean_share == 0:
-                    mean[:] = wave[:, self._channel]
-            elif self._mean_share == 0 or self.channels**2 * float(np.dot(mean, mean)) < SUSPECT * total:
-                self._decide(wave, mean)
-            elif self._mean_share is None:
-                self._mean_share = 1.0
+        before, decided = self._signs, self._decided
+        signs = self._polarities(block)
+        before = before if decided else signs[0]
+        if (signs == 1).all() and (before == 1).all():
+            mean: Wave = block.mean(axis=1, dtype=np.float32)
+            return mean
+        inverted = block.copy()
+        for channel in np.flatnonzero((signs != 1).any(axis=0) | (before != 1)).tolist():
+            weight = np.repeat(signs[:, channel], self._fine)[: len(block)]
+            inverted[:, channel] *= _faded(weight, float(before[channel]), max(round(FADE * self.rate), 1))
+        mixed: Wave = inverted.mean(axis=1, dtype=np.float32)
         return mixed
 
-    def _decide(self, wave: Wave, mean: Wave) -> None:
-        """Writes the mix of a stretch that may cancel into `mean`, which holds the mean of the channels."""
-        starts = list(range(0, len(wave), self._fine))
-        power = np.add.reduceat(np.square(wave), starts, axis=0)
-        mixed = np.add.reduceat(np.square(mean), starts)
-        total = power.sum(axis=1)
-        counts = np.diff(np.array([*starts, len(wave)]))
-        share, choice = self._mean_share, np.empty(len(starts), np.float32)
-        for step in range(len(starts)):
-            if total[step] > SILENT * counts[step] * self.channels:
-                kept = self.channels**2 * mixed[step] / total[step]
-                if kept < LEAST:
-                    share = 0.0
-                elif kept > ENOUGH or share is None:
-                    share = 1.0
-            choice[step] = 1.0 if share is None else share
-        if (choice == 1).all() and self._mean_share != 0:
-            self._mean_share = share
-            return
-        if (choice == 0).any() and self._mean_share != 0:
-            self._channel = _strongest(power[choice == 0].sum(axis=0))
-        weight = np.repeat(choice, counts)
-        before = choice[0] if self._mean_share is None else self._mean_share
-        self._mean_share = share
-        ramp = _faded(weight, float(before), max(round(FADE * self.rate), 1))
-        mean *= ramp
-        mean += (1 - ramp) * wave[:, self._channel]
+    def _polarities(self, block: Wave) -> Wave:
+        """Returns the sign of each channel (steps, channels) and keeps the last ones."""
+        correlation, audible = self._correlations(block)
+        signs = np.empty(audible.shape, np.float32)
+        for step in range(len(signs)):
+            if not self._decided or (correlation[step] < DIFFERS).any() or (self._signs != 1).any():
+                self._signs = self._after(correlation[step], audible[step])
+                if not self._decided and audible[step].any():
+                    self._decided = True
+                    signs[:step] = self._signs  # no fade after silence at the start
+            signs[step] = self._signs
+        return signs
 
+    def _after(self, correlation: Wave, audible: npt.NDArray[np.bool_]) -> Wave:
+        """Returns the signs of the channels from their correlations (channels, channels) in one step.
 
-def _strongest(power: Wave) -> int:
-    """Returns the strongest channel; the first one unless another has more than twice its power."""
-    best = int(power.argmax())
-    return best if power[best] > 2 * power[0] else 0
+        Each channel follows the one before it with which it correlates most.
+        """
+        signs = self._signs.copy()
+        for channel in range(1, self.channels):
+            if not audible[channel]:
+                continue
+            other = int(np.abs(correlation[channel, :channel]).argmax())
+            found = correlation[channel, other]
+            if found < CANCELS:
+                signs[channel] = -signs[other]
+            elif found > SAME:
+                signs[channel] = signs[other]
+            elif found > DIFFERS and audible[:channel].any():
+                signs[channel] = 1
+        return signs
+
+    def _correlations(self, block: Wave) -> tuple[Wave, npt.NDArray[np.bool_]]:
+        """Returns the correlations (steps, channels, channels), and which channels are not silent (steps, channels)."""
+        steps = -(-len(block) // self._fine)
+        padded = block
+        if len(block) < steps * self._fine:
+            padded = np.zeros((steps * self._fine, self.channels), np.float32)
+            padded[: len(block)] = block
+        framed = padded.reshape(steps, self._fine, self.channels)
+        audible = np.square(framed).mean(axis=1) > SILENT
+        spectrum = np.fft.rfft(framed * self._taper, axis=1) * self._weight
+        parts = np.concatenate([spectrum.real, spectrum.imag], axis=1).astype(np.float32)
+        products = parts.transpose(0, 2, 1) @ parts
+        power = np.diagonal(products, axis1=1, axis2=2)
+        scale = np.sqrt(power[:, :, None] * power[:, None, :])
+        both = audible[:, :, None] & audible[:, None, :] & (scale > 0)
+        return np.where(both, products / np.where(both, scale, 1), 0).astype(np.float32), audible
 
 
 def _faded(weight: Wave, before: float, length: int) -> Wave:
