@@ -78,7 +78,7 @@ class FederatedConfig:
     rule: Annotated[
         Literal["gradient", "fedavg", "fedprox", "fedadam"],
         about(
-            "gradient: devices send sums of gradients, an update is that of all their audio (FedSGD); the others: "
+            "gradient: devices send sums of gradients, an update is that of all their audio (FedSGD); other rules: "
             "devices take local steps and send the change of the weights; fedadam updates with it by AdamW",
             resume="fixed",
         ),

@@ -266,7 +266,7 @@ def build_speech_model(config: Config) -> SpeechModel:
     frontend = registry.build_frontend(config.frontend, encoder.dim)
     encoder.packed = frontend.packed = config.engine.packed
     model = SpeechModel(frontend, encoder)
-    with torch.random.fork_rng(devices=[]):  # further weights move no draw of the others
+    with torch.random.fork_rng(devices=[]):  # added weights must not change the initial values of any weight
         torch.manual_seed(keyed_seed(config.seed, "tune"))
         apply_tuning(model, config.tune)
     return model

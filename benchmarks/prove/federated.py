@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,11 @@ from pretrain.evaluate.manifest import Utterance, read_manifest  # noqa: E402
 from pretrain.evaluate.rows import Row  # noqa: E402
 from pretrain.federated.config import DeviceConfig  # noqa: E402
 from pretrain.federated.device import Device  # noqa: E402
-from pretrain.federated.rounds import RoundReader  # noqa: E402
-from pretrain.federated.server import FederatedEngine  # noqa: E402
-from pretrain.federated.transport import Reply  # noqa: E402
+from pretrain.federated.server import FederatedEngine, RoundReader  # noqa: E402
 from pretrain.monitoring.heartbeat import Heartbeat  # noqa: E402
 from pretrain.train import train  # noqa: E402
 from pretrain.train_module import build_model, open_run_reader  # noqa: E402
+from tests.support.federation import InProcessDevices  # noqa: E402
 
 MEASURE = "non-silence frames"
 PER_ROUND, ABSENT = 8, 0.3
@@ -76,27 +75,23 @@ def shards_of(speaker: str, utterances: Sequence[Utterance], folder: Path) -> Pa
     return out
 
 
-class InProcess:
-    """Devices of this process; some never answer."""
+def devices_of(config: Config, shards: Sequence[Path], absent: set[str]) -> InProcessDevices:
+    """Returns devices of this process with one model; those in `absent` never answer."""
+    made = [
+        Device(dump(config), DeviceConfig(server="127.0.0.1:1", shards=str(folder), device="cpu")) for folder in shards
+    ]
+    for device in made[1:]:
+        device.engine = made[0].engine  # each request brings the weights
 
-    def __init__(self, config: Config, shards: Sequence[Path], absent: set[str]) -> None:
-        self.absent = absent
-        self.devices: dict[str, Device] = {}
-        for folder in shards:
-            device = Device(dump(config), DeviceConfig(server="127.0.0.1:1", shards=str(folder), device="cpu"))
-            first = next(iter(self.devices.values()), device)
-            device.engine = first.engine  # each request brings the weights
-            self.devices[device.name] = device
+    def answers(device: Device) -> Callable[[bytes], list[bytes]]:
+        return lambda request: [] if device.name in absent else [device.answer(request)]
 
-    def present(self) -> list[str]:
-        return sorted(self.devices)
-
-    def ask(self, names: Sequence[str], request: bytes, seconds: float) -> list[Reply]:
-        return [Reply(name, self.devices[name].answer(request)) for name in names if name not in self.absent]
-
-    def close(self) -> None:
-        for device in self.devices.values():
+    def close() -> None:
+        for device in made:
             device.close()
+
+    named = {device.name: answers(device) for device in sorted(made, key=lambda each: each.name)}
+    return InProcessDevices(named, close)
 
 
 def settings(name: str, shards: Sequence[Path], runs: Path, seed: int, steps: int, *overrides: str) -> Config:
@@ -112,7 +107,7 @@ def settings(name: str, shards: Sequence[Path], runs: Path, seed: int, steps: in
     return run_config(load(PretrainJob, compose("pretrain", lines)))
 
 
-def train_one(config: Config, devices: InProcess | None) -> Path:
+def train_one(config: Config, devices: InProcessDevices | None) -> Path:
     """Trains a run in this process, centrally or on devices; returns its folder."""
     folder = RunFolder(Path(config.runs) / config.name)
     folder.claim()
@@ -121,7 +116,7 @@ def train_one(config: Config, devices: InProcess | None) -> Path:
     engine: Any = (
         make_engine(config, module, WORLD)
         if devices is None
-        else FederatedEngine(module, config, WORLD, devices, "run")
+        else FederatedEngine(module, config, WORLD, devices, run="run")
     )
     reader: Any = open_run_reader(config) if devices is None else RoundReader(devices)
     train(config, engine, reader, folder, Heartbeat(folder.path, 0, 3600), lambda: False, say=lambda line: None)
@@ -163,7 +158,7 @@ def main() -> int:
         for kind, (rounds, overrides, silent) in kinds.items():
             name = f"run_{kind.split()[0]}_{seed}"
             config = settings(name, shards, runs, seed, rounds, *overrides)
-            run = train_one(config, None if silent is None else InProcess(config, shards, silent))
+            run = train_one(config, None if silent is None else devices_of(config, shards, silent))
             probe = EvaluateConfig(
                 checkpoint=str(run),
                 task="phones",

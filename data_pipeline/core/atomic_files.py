@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Writes `values` as indented JSON, atomically."""
     write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_secret(path: Path) -> None:
+    """Writes 256 random bits, in hexadecimal, to a new file that only its owner reads. Raises FileExistsError."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
+        out.write(secrets.token_hex(32))
 
 
 def remove(path: Path) -> None:

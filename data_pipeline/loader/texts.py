@@ -122,7 +122,7 @@ def _filled(table: pa.Table, label: str) -> npt.NDArray[Any]:
         return np.zeros(table.num_rows, bool)
     else:
         raise ConfigError(
-            f"data.text_share: the index of the shards does not show which segments have a {label}; index them anew "
+            f"data.text_share: the index of the shards does not show which segments have a {label}; index them again "
             "with `auricle shards index SHARDS index_out=FOLDER` and train on FOLDER, or set data.text_share=0"
         )
     return np.asarray(lengths.fill_null(0).to_numpy() > 0)

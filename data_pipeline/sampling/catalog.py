@@ -24,7 +24,7 @@ LARGE = 5_000_000
 
 
 class Group(NamedTuple):
-    """What segments have in common.  text: whether they have a text; False where texts were not looked for."""
+    """Properties that segments share.  text: whether they have a text; False where texts were not looked for."""
 
     corpus: str
     language: str

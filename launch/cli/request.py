@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ def print_cautions(*configs: Config) -> None:
     """Prints the warnings of configs about valid but probably unintended values to stderr, each once."""
     for caution in dict.fromkeys(caution for config in configs for caution in config.cautions()):
         print(f"note: {caution}", file=sys.stderr, flush=True)
+
+
+def shell_line(command: str, arguments: Sequence[str]) -> str:
+    """Returns a command line of `auricle`, quoted for a shell."""
+    return shlex.join(["auricle", command, *arguments])
 
 
 def config_of(command: str, kind: type[T], arguments: Sequence[str]) -> T:

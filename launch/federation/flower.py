@@ -10,9 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from data_pipeline.core.loopback import free_port, split_address
 from data_pipeline.core.schema import ConfigError
@@ -93,10 +93,9 @@ class Relay:
             self._process.wait()
 
     @staticmethod
-    def _stream(stream: Any) -> BinaryIO:
-        assert stream is not None
-        found: BinaryIO = stream
-        return found
+    def _stream(stream: IO[bytes] | None) -> IO[bytes]:
+        assert stream is not None  # both are pipes
+        return stream
 
     def _tail(self) -> str:
         lines = self._log.read_text("utf-8", errors="replace").splitlines()[-3:]
@@ -121,7 +120,7 @@ class FlowerDevices:
         address: str,
         folder: Path,
         config: dict[str, Any],
-        say: Any = print,
+        say: Callable[[str], None] = print,
     ) -> None:
         host, port = split_address(address)
         self._hello, self._say = {"hello": True}, say

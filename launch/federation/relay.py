@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 HEADER = struct.Struct(">IQ")
 MAX_BYTES = 2**34
@@ -48,7 +48,7 @@ clientapp = "nothing:app"
 """Flower wants an app for each run; this one is empty and never run."""
 
 
-def write_frame(stream: BinaryIO, head: dict[str, Any], body: bytes = b"") -> None:
+def write_frame(stream: IO[bytes], head: dict[str, Any], body: bytes = b"") -> None:
     """Writes a frame: lengths, a head as JSON, a body."""
     text = json.dumps(head).encode()
     stream.write(HEADER.pack(len(text), len(body)) + text)
@@ -56,7 +56,7 @@ def write_frame(stream: BinaryIO, head: dict[str, Any], body: bytes = b"") -> No
     stream.flush()
 
 
-def read_frame(stream: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
+def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
     """Returns the next frame; None where the other side has ended.
 
     Raises:
@@ -91,6 +91,7 @@ def end_with_parent() -> None:
 def secret_file(folder: Path) -> Path:
     """Returns a new file with a secret by which the relay alone may take tasks."""
     path = folder / "relay.secret"
+    # as `data_pipeline.core.atomic_files.write_secret`, which this script cannot import: its environment has no auricle
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as out:
         out.write(secrets.token_hex(32))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from data_pipeline.core.atomic_files import write_secret
 from data_pipeline.core.jsonl import append_row
 from data_pipeline.core.schema import ConfigError, dump
 from data_pipeline.core.types import SAMPLE_RATE, StepReader
@@ -23,8 +23,7 @@ from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
-from pretrain.federated.rounds import RoundReader
-from pretrain.federated.server import FederatedEngine
+from pretrain.federated.server import FederatedEngine, RoundReader
 from pretrain.interfaces.configs import FrameLabels, TextHeadConfig
 from pretrain.interop.init_weights import load_initial
 from pretrain.nn.tuning import learned_share
@@ -225,15 +224,22 @@ def _server(
     def note(step: int, device: str, reason: str) -> None:
         append_row(folder.path / LEFT_OUT, {"round": step, "device": device, "reason": reason})
 
-    return FederatedEngine(module, config, world, devices, secrets.token_hex(8), _secret(folder), note)
+    return FederatedEngine(
+        module,
+        config,
+        world,
+        devices,
+        run=secrets.token_hex(8),
+        secret=_secret(folder),
+        note=note,
+    )
 
 
 def _secret(folder: RunFolder) -> str:
     """Returns the secret that keys noise and samples of a run, made at its first start; only its owner reads it."""
     path = folder.path / "privacy.secret"
     if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
-            out.write(secrets.token_hex(32))
+        write_secret(path)
     return path.read_text(encoding="utf-8")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 
 from data_pipeline.core.schema import ConfigError
+from launch.cli.signals import raised_signals
 from launch.federation.flower import DeviceRelay
 from pretrain.federated.config import DeviceConfig
 from pretrain.federated.device import Device
@@ -31,18 +32,15 @@ def run(own: DeviceConfig) -> NoReturn:
     if not Path(own.shards).expanduser().exists():
         raise ConfigError(f"shards={own.shards}: there is no such folder; write it by `auricle preprocess`")
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     resident = _Resident(own)
-    _say(f"takes part in rounds of {own.server}; Ctrl-C ends this device")
-    try:
+    with raised_signals(), contextlib.closing(resident):
+        _say(f"takes part in rounds of {own.server}; Ctrl-C ends this device")
         while True:
             try:
                 resident.serve()
             except RuntimeError as error:
                 _say(f"{error}; connecting again")
                 time.sleep(AGAIN_SECONDS)
-    finally:
-        resident.close()
 
 
 class _Resident:

@@ -6,7 +6,6 @@ continued after a kill like any other. The files on disk determine which links a
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +42,6 @@ class Link:
     """Its run folder."""
     needs: str = ""
     """Name of the link whose result it uses; "" for none."""
-
-    def line(self) -> str:
-        """Returns the command line, quoted for a shell."""
-        return shlex.join(["auricle", self.command, *self.arguments])
 
     def finished(self) -> bool:
         """Returns whether the link is finished. Raises ConfigError if it was finished with another config."""
@@ -85,7 +80,7 @@ def run(config: PretrainJob, arguments: Sequence[str], commands: Mapping[str, Co
     if switches and not config.link:
         if switches != ["--dry-run"]:
             raise ConfigError(f"{switches[0]} is for one link of a chain: {', '.join(f'link={x.name}' for x in every)}")
-        print("\n".join(link.line() for link in every))
+        print("\n".join(request.shell_line(link.command, link.arguments) for link in every))
         return ExitCode.DONE
     for link in every:
         if config.link in ("", link.name) and not switches and not link.finished():
@@ -101,7 +96,7 @@ def run(config: PretrainJob, arguments: Sequence[str], commands: Mapping[str, Co
                 raise ConfigError(
                     f"link={link.name} needs {link.needs}: run link={link.needs} first, or leave link out"
                 )
-            print(f"{link.name}: {link.line()}", flush=True)
+            print(f"{link.name}: {request.shell_line(link.command, link.arguments)}", flush=True)
             dependency = [f"launcher.after={after}"] if after else []
             if code := commands[link.command]([*link.arguments, *dependency, *switches]):
                 return code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +54,6 @@ class Step:
 
     command: str
     arguments: tuple[str, ...]
-
-    def line(self) -> str:
-        """Returns the command line, quoted for a shell."""
-        return shlex.join(["auricle", self.command, *self.arguments])
 
     def job(self) -> PretrainJob | ProgramJob:
         """Returns the step's config. Raises ConfigError."""
@@ -116,7 +111,7 @@ def _run_steps(chain: list[Step], queued: bool, dry_run: bool) -> int:
             continue
         before = name
         dependency = [f"launcher.after={after}"] if after else []
-        print(step.line(), flush=True)
+        print(request.shell_line(step.command, step.arguments), flush=True)
         if code := step.run([*dependency, *[DRY_RUN] * dry_run]):
             return code
         if queued:

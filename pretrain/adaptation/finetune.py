@@ -87,6 +87,13 @@ def _label(utterance: Utterance, settings: FinetuneConfig) -> str:
 def classes_of(settings: FinetuneConfig, train: Sequence[Utterance]) -> tuple[str, ...]:
     """Returns the classes: those given, or the values in the training data.
 
+    Args:
+        settings: with the classes, if they are given, and the column of the labels.
+        train: utterances to learn from.
+
+    Returns:
+        Labels, sorted unless they are given.
+
     Raises:
         ConfigError: there are fewer than two.
     """
@@ -98,6 +105,11 @@ def classes_of(settings: FinetuneConfig, train: Sequence[Utterance]) -> tuple[st
 
 def write_shards(utterances: Sequence[Utterance], settings: FinetuneConfig, folder: Path) -> tuple[Path, int]:
     """Writes utterances with their texts or classes to FOLDER/shards, one segment each; existing shards stay.
+
+    Args:
+        utterances: recordings, or spans of them.
+        settings: the task, and the column of the labels.
+        folder: a manifest and the shards are written into it.
 
     Returns:
         The folder of the shards, and the number of recordings that cannot be used; they are listed there.
@@ -224,6 +236,10 @@ def measure_classes(settings: FinetuneConfig, corpus: Corpus) -> Accuracy:
 
 def measure(settings: FinetuneConfig, corpus: Corpus) -> list[Errors]:
     """Decodes the test utterances with the finished run, and writes results.json into its folder.
+
+    Args:
+        settings: of the run, with its folder and the decoders.
+        corpus: texts to learn the n-gram from, and test utterances.
 
     Returns:
         Error rates of each decoder.

@@ -74,7 +74,7 @@ class Engine(abc.ABC):
         self.scale = LossScale(config.precision)
         self._memory: dict[str, Any] = {}
         self.on_phase: Callable[[str], None] = lambda phase: None
-        """Called with the name of each phase of a step when it starts, to tell a hanging rank from waiting ones."""
+        """Called with the name of each phase of a step when it starts; shows which rank hangs and which ones wait."""
         if config.compile:
             module.model.encoder.compile(dynamic=True)
         if world.device.startswith("cuda"):
@@ -168,7 +168,7 @@ class Engine(abc.ABC):
                     share = float(number < counted)
                     micro_loss, metrics = self._forward(batch, plan, counts_K, ctx)
                     loss += micro_loss.double() * share
-                    _add(totals, {name: (total * share, count * share) for name, (total, count) in metrics.items()})
+                    add_sums(totals, {name: (total * share, count * share) for name, (total, count) in metrics.items()})
                 total_loss, sums, _ = self._reduce(loss, totals, RankSignals())
             finally:
                 self.module.train()
@@ -195,8 +195,8 @@ class Engine(abc.ABC):
             loss += micro_loss.detach().double()
             if batch.is_empty:
                 continue
-            _add(totals, metrics)
-            _add(totals, {SAMPLES: (batch.lengths_B.sum(), torch.ones((), device=batch.lengths_B.device))})
+            add_sums(totals, metrics)
+            add_sums(totals, {SAMPLES: (batch.lengths_B.sum(), torch.ones((), device=batch.lengths_B.device))})
         return loss, totals
 
     def _reduce(
@@ -278,7 +278,8 @@ class Engine(abc.ABC):
         """
 
 
-def _add(totals: dict[str, list[Tensor]], metrics: Mapping[str, Sum]) -> None:
+def add_sums(totals: dict[str, list[Tensor]], metrics: Mapping[str, Sequence[Tensor]]) -> None:
+    """Adds the sum and the count of each metric to those in `totals`, in place, in fp64."""
     for name, parts in metrics.items():
         if name in totals:
             totals[name] = [old + new.double() for old, new in zip(totals[name], parts, strict=True)]

@@ -40,8 +40,18 @@ class Episode:
 def draw(part: Labelled, config: FewShotConfig, shots: int, number: int, seed: int) -> Episode:
     """Draws one episode, keyed by (seed, number).
 
-    Half of the speakers, drawn anew for each episode, are asked; the others give the support. With one speaker, or
+    Half of the speakers, drawn for each episode, give the queries, and the other half the support. With one speaker, or
     none named, queries are other recordings than the support.
+
+    Args:
+        part: labelled recordings.
+        config: number of classes and of queries.
+        shots: recordings of each class in the support.
+        number: of the episode.
+        seed: keys the draw.
+
+    Returns:
+        Rows of support and queries in `part`.
 
     Raises:
         ConfigError: fewer classes than `ways` have enough recordings; the message has how many.
@@ -84,6 +94,11 @@ def _examples(
 
 def most_shots(part: Labelled, config: FewShotConfig, shots: int) -> int:
     """Returns the largest number of examples, at most `shots`, with which episodes of `part` can be drawn.
+
+    Args:
+        part: labelled recordings.
+        config: number of classes and of queries.
+        shots: examples of each class that are wanted.
 
     Raises:
         ConfigError: not even one example.
@@ -130,7 +145,15 @@ def standardised(part: Labelled, layer: int) -> Tensor:
 def hits(
     part: Labelled, layer: int, episodes: Sequence[Episode], steps: int, rate: float
 ) -> dict[str, tuple[float, float]]:
-    """Returns hits and queries of each speaker over episodes."""
+    """Returns hits and queries of each speaker over episodes.
+
+    Args:
+        part: labelled recordings with their features.
+        layer: layer of the features to classify.
+        episodes: from `draw` of `part`.
+        steps: steps of gradient descent, see `classify`.
+        rate: their learning rate.
+    """
     x_ND = standardised(part, layer)
     right_N, asked_N = np.zeros(len(part.y_N)), np.zeros(len(part.y_N))
     for episode in episodes:

@@ -20,7 +20,7 @@ from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import load
 from data_pipeline.core.types import Batch, Cursor, Step, StepReader
 from pretrain.config import Config
-from pretrain.engines.base import fitting
+from pretrain.engines.base import add_sums, fitting
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.plain_torch import TorchEngine
 from pretrain.federated.config import DeviceConfig
@@ -97,7 +97,7 @@ class DeviceEngine(TorchEngine):
 
     def _counts(self, request: Request, device: str, audio: DeviceAudio) -> Answer:
         counts_K = self._plans(request, audio, request.step)[2]
-        return Answer(request.run, request.kind, request.step, request.attempt, device, counts_K)
+        return request.answer(device, counts_K)
 
     def _gradient(self, request: Request, device: str, audio: DeviceAudio) -> Answer:
         """Sums the gradients of this device's micro-batches of the round (FedSGD, arXiv 1602.05629, §2)."""
@@ -106,9 +106,7 @@ class DeviceEngine(TorchEngine):
         loss, totals = self._accumulate(batches, plans, request.counts_K, _context(request, request.step))
         update = {name: _gradient_of(parameter) for name, parameter in self._trained()}
         self.optimizer.zero_grad()
-        return Answer(
-            request.run, request.kind, request.step, request.attempt, device, counts_K, float(loss), update, totals
-        )  # fmt: skip
+        return request.answer(device, counts_K, loss=float(loss), update=update, totals=totals)
 
     def _delta(self, request: Request, device: str, audio: DeviceAudio) -> Answer:
         """Takes local steps of gradient descent and returns the change of the weights.
@@ -124,12 +122,10 @@ class DeviceEngine(TorchEngine):
             batches, plans, local_K = self._plans(request, audio, number)
             local, found = self._accumulate(batches, plans, local_K, _context(request, number))
             loss, counts_K = loss + float(local) / request.local_steps, counts_K + local_K
-            for name, parts in found.items():
-                old = totals.get(name)
-                totals[name] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
+            add_sums(totals, found)
             self._descend(request, before)
         update = {name: parameter.detach() - before[name] for name, parameter in self._trained()}
-        return Answer(request.run, request.kind, request.step, request.attempt, device, counts_K, loss, update, totals)
+        return request.answer(device, counts_K, loss=loss, update=update, totals=totals)
 
     @torch.no_grad()
     def _descend(self, request: Request, before: dict[str, Tensor]) -> None:

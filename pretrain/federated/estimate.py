@@ -18,7 +18,7 @@ class Exchange(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one of several devices does in a whole run, on average.
+    """Average work of one of several devices in a whole run.
 
     rounds: in which it takes part.  seconds: of audio that it computes on.  exchange: its bytes.
     """
@@ -38,7 +38,13 @@ def exchange(config: Config) -> Exchange:
 
 
 def share(config: Config, one: Exchange, devices: int) -> Share:
-    """Returns the average share of one of `devices` devices in a run in which all answer."""
+    """Returns the average share of one of several devices in a run in which all answer.
+
+    Args:
+        config: the run's config.
+        one: bytes of one round for one device, from `exchange`.
+        devices: number of devices, all with the same probability of being drawn.
+    """
     settings = config.engine.federated
     rounds = config.train.steps * min(1.0, settings.per_round / devices)
     seconds = rounds * settings.local_steps * config.data.batch_seconds / settings.per_round

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 Kind = Literal["counts", "gradient", "delta"]
-"""What a request asks for: targets of each task, sums of gradients, or the change of the weights by local steps."""
+"""Kind of request and answer: targets of each task, sums of gradients, or changes of the weights by local steps."""
 UPDATE, SUM, COUNT, MODEL = "update/", "sum/", "count/", "model/"
 """Beginnings of the names of tensors."""
 MAX_METRICS, MAX_METRIC_VALUES = 1_000, 70_000
@@ -29,9 +29,9 @@ class RefusedError(ValueError):
     """A message that does not fit; the text is the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the server asks of every device that takes part in a round."""
+    """A request of the server to every device that takes part in a round."""
 
     run: str
     """Identifies the run and its start."""
@@ -49,6 +49,28 @@ class Request:
     proximal: float = 0.0
     """delta: FedProx's μ."""
 
+    def answer(
+        self,
+        device: str,
+        counts_K: Tensor,
+        *,
+        loss: float = 0.0,
+        update: Mapping[str, Tensor] | None = None,
+        totals: Mapping[str, list[Tensor]] | None = None,
+    ) -> Answer:
+        """Returns a device's answer to this request; arguments are fields of `Answer`."""
+        return Answer(
+            run=self.run,
+            kind=self.kind,
+            step=self.step,
+            attempt=self.attempt,
+            device=device,
+            counts_K=counts_K,
+            loss=loss,
+            update=update or {},
+            totals=totals or {},
+        )
+
     def encoded(self) -> bytes:
         """Returns the message."""
         tensors = dict(self.tensors)
@@ -61,9 +83,9 @@ class Request:
         return encode(tensors, fields)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a device sends back. Losses and metrics are sums and counts."""
+    """Answer of a device. Losses and metrics are sums and counts."""
 
     run: str
     kind: Kind
@@ -142,7 +164,7 @@ def read_request(message: bytes) -> Request:
 
 @dataclass(frozen=True)
 class Schema:
-    """What an answer must look like."""
+    """Names, shapes and limits by which answers are checked."""
 
     shapes: Mapping[str, torch.Size]
     """Of the trained parameters."""
@@ -183,11 +205,9 @@ class Schema:
         update = self._update(tensors, request.kind)
         totals = _totals(tensors)
         if unknown := sorted(tensors):
-            raise RefusedError(f"has a tensor {unknown[0][:60]!r} that nobody asked for")
+            raise RefusedError(f"has a tensor {unknown[0][:60]!r} that is not part of an answer")
         self._limit(update, counts_K, request)
-        return Answer(
-            request.run, request.kind, request.step, request.attempt, sender, counts_K, loss, update, totals
-        )  # fmt: skip
+        return request.answer(sender, counts_K, loss=loss, update=update, totals=totals)
 
     def _counts(self, tensors: dict[str, Tensor]) -> Tensor:
         counts_K = _take(tensors, "counts_K", torch.Size([self.tasks]), torch.float64)

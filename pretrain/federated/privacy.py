@@ -24,7 +24,7 @@ Spent = tuple[tuple[float, float, int], ...]
 
 @dataclass(frozen=True)
 class Privacy:
-    """What a run spends.
+    """Clips, adds noise and counts what a run spends.
 
     settings: clip norm, noise and budget.
     secret: keys noise and samples; devices must not know it, since they see the weights.

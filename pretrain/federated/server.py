@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.types import Batch
+from data_pipeline.core.types import Batch, Cursor, Step
 from pretrain.config import Config, FederatedConfig
+from pretrain.engines.base import add_sums
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.plain_torch import TorchEngine
 from pretrain.federated.messages import MODEL, Answer, Kind, RefusedError, Request, Schema
@@ -54,6 +55,7 @@ class FederatedEngine(TorchEngine):
         config: Config,
         world: DistributedContext,
         devices: Devices,
+        *,
         run: str,
         secret: str = "",
         note: Callable[[int, str, str], None] = lambda step, device, reason: None,
@@ -72,7 +74,7 @@ class FederatedEngine(TorchEngine):
             self._privacy.epsilon(self._privacy.with_rounds((), 1))  # refuses at once where there is no accountant
 
     def memory(self) -> dict[str, Any]:
-        """The ledger of privacy: noise multiplier, sampling rate and number of rounds."""
+        """Returns the ledger of privacy: noise multiplier, sampling rate and number of rounds."""
         return {"privacy": [list(row) for row in self._spent]} if self._spent else {}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
@@ -80,7 +82,7 @@ class FederatedEngine(TorchEngine):
 
     @property
     def kind(self) -> Kind:
-        """What devices are asked for."""
+        """The kind of answer that devices are asked for."""
         return "gradient" if self.settings.rule == "gradient" else "delta"
 
     def _prepare(self, batches: Sequence[Batch], ctx: StepContext) -> tuple[list[TrainPlan], Tensor]:
@@ -195,13 +197,13 @@ class FederatedEngine(TorchEngine):
         self.on_phase("devices")
         settings = self.settings
         request = Request(
-            self._run,
-            kind,
-            ctx.step,
-            attempt,
-            ctx.seed,
-            {} if kind == "counts" else {MODEL + name: value for name, value in self.module.state_dict().items()},
-            counts_K if kind == "gradient" else None,
+            run=self._run,
+            kind=kind,
+            step=ctx.step,
+            attempt=attempt,
+            seed=ctx.seed,
+            tensors={} if kind == "counts" else {MODEL + key: value for key, value in self.module.state_dict().items()},
+            counts_K=counts_K if kind == "gradient" else None,
             local_steps=settings.local_steps,
             device_lr=settings.device_lr,
             proximal=settings.proximal if settings.rule == "fedprox" else 0.0,
@@ -222,7 +224,7 @@ class FederatedEngine(TorchEngine):
                 self._note(ctx.step, reply.device, "answered twice; its first answer counts")
                 continue
             found[reply.device] = answer
-        self._require_equal_metrics(found, refused)
+        self._refuse_other_metrics(found, refused)
         for name in sorted({*names, *refused} - set(found)):
             exchange.left_out += 1
             self._note(ctx.step, name, refused.get(name, ABSENT))
@@ -235,7 +237,7 @@ class FederatedEngine(TorchEngine):
             raise RefusedError(f"it failed: {error[:200]}")
         return self._schema.read(message, device, request)
 
-    def _require_equal_metrics(self, found: dict[str, Answer], refused: dict[str, str]) -> None:
+    def _refuse_other_metrics(self, found: dict[str, Answer], refused: dict[str, str]) -> None:
         """Moves answers to `refused` whose metrics differ in name or size from those of most devices."""
         layouts = {
             name: tuple((metric, parts[0].numel()) for metric, parts in sorted(answer.totals.items()))
@@ -265,9 +267,7 @@ class FederatedEngine(TorchEngine):
             )
         totals: dict[str, list[Tensor]] = {}
         for answer in answers:
-            for name, parts in answer.totals.items():
-                old = totals.get(name)
-                totals[name] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
+            add_sums(totals, answer.totals)
         if self.kind == "delta":
             loss = sum(count * answer.loss for count, answer in zip(targets, answers, strict=True)) / total
         else:
@@ -320,6 +320,30 @@ class _Exchange:
 
     def __init__(self) -> None:
         self.asked = self.left_out = self.attempts = self.sent = self.received = 0
+
+
+class RoundReader:
+    """A StepReader whose steps are rounds: without micro-batches, since the audio is on the devices.
+
+    Args:
+        devices: disconnected at the end.
+    """
+
+    plan_hash = "rounds"
+
+    def __init__(self, devices: Devices) -> None:
+        self._devices = devices
+
+    def steps(self, cursor: Cursor | None = None) -> Iterator[Step]:
+        """Yields rounds without end, from `cursor` on."""
+        number = cursor.step if cursor else 0
+        while True:
+            number += 1
+            yield Step((), samples=1, padded_samples=1, after=Cursor(self.plan_hash, 0, number))
+
+    def close(self) -> None:
+        """Disconnects the devices."""
+        self._devices.close()
 
 
 def require_private(module: TrainModule) -> None:

@@ -191,7 +191,15 @@ class SpeechModel(nn.Module):
         return ModelShape(e.dim, e.n_layers, f.feature_dim, f.feature_rate_hz, f.rate_hz)
 
     def extract(self, wave_BT: Tensor, lengths_B: Tensor) -> Frames:
-        """Returns the front end's features of (B, T) audio, (B, F', feature_dim)."""
+        """Computes the front end's features, which `project` reads.
+
+        Args:
+            wave_BT: (B, T) samples in [-1, 1] at 16 kHz, zero beyond each length.
+            lengths_B: valid samples of each row, int64.
+
+        Returns:
+            (B, F', feature_dim) at `feature_rate_hz`, zero beyond each length.
+        """
         features: Frames = self.features(self.frontend.extract(wave_BT, lengths_B))
         return features
 

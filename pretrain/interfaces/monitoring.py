@@ -93,6 +93,16 @@ class MonitoringRecord:
     last: MicroBatchRecord | None = None
     """The first micro-batch after `Objective.record_next`; None before."""
 
+    @classmethod
+    def of_regression(cls, last: MicroBatchRecord | None) -> MonitoringRecord:
+        """Returns the record of a regression to vectors with the metrics health/target_std and health/prediction_std.
+
+        Args:
+            last: as the field.
+        """
+        deviations = ("health/target_std", "health/prediction_std")
+        return cls("loss/objective", target_deviation=deviations[0], prediction_deviation=deviations[1], last=last)
+
     @property
     def count_metrics(self) -> frozenset[str]:
         """The metrics that are vectors: how often each code of the books occurred."""

@@ -137,7 +137,14 @@ class Objective(nn.Module, abc.ABC):
         """
 
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:
-        """Updates EMA teachers and code books; called after each optimizer update that was not skipped."""
+        """Updates EMA teachers and code books; called after each optimizer update that was not skipped.
+
+        It must give the same state on all ranks.
+
+        Args:
+            model: front end and encoder after the update.
+            ctx: seed, and the number of updates before this one.
+        """
 
     @abc.abstractmethod
     def monitoring(self) -> MonitoringRecord:

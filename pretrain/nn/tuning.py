@@ -88,6 +88,10 @@ def is_added(name: str) -> bool:
 def apply_tuning(model: SpeechModel, tune: TuneConfig) -> None:
     """Adds the weights of `tune` to front end and encoder and freezes what does not learn, in place.
 
+    Args:
+        model: with the weights of the base, or before they are loaded: names and shapes of the base's weights stay.
+        tune: the kind of tuning, with its sizes.
+
     Raises:
         ValueError: the encoder has no such place, or the rank is larger than a matrix.
     """

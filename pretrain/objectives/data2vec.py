@@ -95,12 +95,7 @@ class Data2Vec(Objective):
         return averaged_layers(output, self.top_layers)
 
     def monitoring(self) -> MonitoringRecord:
-        return MonitoringRecord(
-            "loss/objective",
-            target_deviation="health/target_std",
-            prediction_deviation="health/prediction_std",
-            last=self._last,
-        )
+        return MonitoringRecord.of_regression(self._last)
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:

@@ -183,12 +183,7 @@ class Data2Vec2(Objective):
         return LossOutput(total, count, metrics), EncoderOutput((first_BFD,), frames.lengths_B, frames.rate_hz)
 
     def monitoring(self) -> MonitoringRecord:
-        return MonitoringRecord(
-            "loss/objective",
-            target_deviation="health/target_std",
-            prediction_deviation="health/prediction_std",
-            last=self._last,
-        )
+        return MonitoringRecord.of_regression(self._last)
 
     @torch.no_grad()
     def after_step(self, model: SpeechModel, ctx: StepContext) -> None:

@@ -229,12 +229,7 @@ class Distil(Objective):
         return Pruning(self.gates.by_block(gates_N), self.config.sparsity, self.gates.removed(gates_N))
 
     def monitoring(self) -> MonitoringRecord:
-        return MonitoringRecord(
-            "loss/objective",
-            target_deviation="health/target_std",
-            prediction_deviation="health/prediction_std",
-            last=self._last,
-        )
+        return MonitoringRecord.of_regression(self._last)
 
 
 def build(config: Config, shape: ModelShape) -> Distil:

@@ -157,6 +157,10 @@ class Recogniser:
     def text_decoder(self, decoding: DecodingConfig, end_points: EndPoints) -> TextDecoder:
         """Returns a decoder of the head's frames, segment by segment.
 
+        Args:
+            decoding: decoder and beam.
+            end_points: when segments end.
+
         Raises:
             ConfigError: the run has no head for it, or it decodes neither streams nor transducers.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines.distributed import DistributedContext
 from pretrain.federated.device import DeviceAudio, DeviceEngine
-from pretrain.federated.rounds import RoundReader
-from pretrain.federated.server import FederatedEngine
+from pretrain.federated.server import FederatedEngine, RoundReader
 from pretrain.federated.transport import Reply
 from pretrain.monitoring.heartbeat import Heartbeat
 from pretrain.train import train
@@ -24,7 +23,7 @@ from tests.support.training import config
 
 WORLD = DistributedContext()
 Spoil = Callable[[bytes], list[bytes]]
-"""What arrives in place of an answer."""
+"""Returns the messages that arrive in place of an answer."""
 
 
 def settings(engine: dict[str, Any] | None = None, **top: Any) -> Config:
@@ -39,39 +38,49 @@ def settings(engine: dict[str, Any] | None = None, **top: Any) -> Config:
 
 
 class InProcessDevices:
-    """Devices `d0` … that share the micro-batches of the synthetic reader.
+    """Devices of this process, as a transport.
 
     Args:
-        config: the run's config.
-        count: number of devices.
-        spoil: by device, what becomes of its answers; without an entry they arrive as they are.
+        answers: by device, the messages that arrive after a request; none where the device does not answer.
+        close: called at the end.
     """
 
-    def __init__(self, config: Config, count: int, spoil: dict[str, Spoil] | None = None) -> None:
-        self.names = [f"d{number}" for number in range(count)]
-        self.spoil = spoil or {}
+    def __init__(
+        self, answers: Mapping[str, Callable[[bytes], list[bytes]]], close: Callable[[], None] = lambda: None
+    ) -> None:
+        self.names = list(answers)
         self.asked: list[list[str]] = []
-        self._engine = DeviceEngine(build_model(config), config.engine, config.optimizer, WORLD)
-        self._audio = {
-            name: DeviceAudio(
-                SyntheticReader(number % 4, min(count, 4)), lambda step: Cursor("synthetic", step // 10, step % 10)
-            )
-            for number, name in enumerate(self.names)
-        }
+        self._answers, self._close = answers, close
 
     def present(self) -> Sequence[str]:
         return self.names
 
     def ask(self, names: Sequence[str], request: bytes, seconds: float) -> list[Reply]:
         self.asked.append(list(names))
-        replies = []
-        for name in reversed(names):  # any order
-            answer = self._engine.answer(request, name, self._audio[name])
-            replies += [Reply(name, message) for message in self.spoil.get(name, lambda message: [message])(answer)]
-        return replies
+        order = list(reversed(names))  # any order
+        return [Reply(name, message) for name in order for message in self._answers[name](request)]
 
     def close(self) -> None:
-        """Does nothing."""
+        self._close()
+
+
+def synthetic_devices(config: Config, count: int, spoil: dict[str, Spoil] | None = None) -> InProcessDevices:
+    """Returns devices `d0` … that share the micro-batches of the synthetic reader.
+
+    Args:
+        config: the run's config.
+        count: number of devices.
+        spoil: by device, the messages that arrive in place of its answer.
+    """
+    engine = DeviceEngine(build_model(config), config.engine, config.optimizer, WORLD)
+
+    def device(number: int) -> Callable[[bytes], list[bytes]]:
+        name, reader = f"d{number}", SyntheticReader(number % 4, min(count, 4))
+        audio = DeviceAudio(reader, lambda step: Cursor("synthetic", step // 10, step % 10))
+        spoilt = (spoil or {}).get(name, lambda message: [message])
+        return lambda request: spoilt(engine.answer(request, name, audio))
+
+    return InProcessDevices({f"d{number}": device(number) for number in range(count)})
 
 
 def server(
@@ -84,9 +93,9 @@ def server(
         config,
         WORLD,
         devices,
-        "run",
-        "secret",
-        lambda step, device, reason: kept.append((step, device, reason)),
+        run="run",
+        secret="secret",
+        note=lambda step, device, reason: kept.append((step, device, reason)),
     )
 
 

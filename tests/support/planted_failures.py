@@ -87,8 +87,8 @@ def run(
         polled += 1
         return False
 
-    with Heartbeat(folder, 0, 600) as heart:
-        train(settings, engine, reader(), run_folder, heart, poll, say=lambda line: None)
+    with Heartbeat(folder, 0, 600) as beats:
+        train(settings, engine, reader(), run_folder, beats, poll, say=lambda line: None)
     return engine
 
 

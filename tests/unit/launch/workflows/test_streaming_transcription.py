@@ -6,13 +6,11 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from data_pipeline.audio.errors import AudioError
 from data_pipeline.loader.recordings import live_pcm
@@ -25,30 +23,13 @@ from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.recogniser import Recogniser
 from pretrain.recognition.streaming_recogniser import (
     StreamingRecogniser,
-    Update,
     join_recognitions,
     split_recognitions,
 )
 from pretrain.recognition.transcript import Word
 from tests.support.contract_cases import speech_like
+from tests.support.recognition import assert_same_words, updates_of, words_of
 from tests.support.streams import pcm
-
-
-def updates_of(streams: StreamingRecogniser, wave_T: torch.Tensor, size: int) -> list[Update]:
-    state, found = streams.start(), []
-    for at in range(0, len(wave_T), size):
-        state, [update] = streams.push(state, [wave_T[at : at + size]])
-        found.append(update)
-    return [*found, *streams.finish(state)[1]]
-
-
-def words_of(updates: list[Update]) -> list[Word]:
-    return [word for update in updates for word in update.words]
-
-
-def assert_equal(found: Sequence[Word], expected: Sequence[Word]) -> None:
-    assert [word.text for word in found] == [word.text for word in expected]
-    assert np.allclose([word[1:] for word in found], [word[1:] for word in expected], atol=1e-4)
 
 
 @pytest.mark.parametrize("decoder", ["greedy", "beam"])
@@ -60,7 +41,7 @@ def test_words_do_not_depend_on_the_size_of_pushes(recogniser: Recogniser, decod
     expected = words_of(updates_of(streams, wave_T, 80_000))
     assert len(expected) > 3
     for size in (333, 7_000):
-        assert_equal(words_of(updates_of(streams, wave_T, size)), expected)
+        assert_same_words(words_of(updates_of(streams, wave_T, size)), expected)
     assert all(0 <= word.start < word.end <= 5.0 for word in expected)
 
 
@@ -75,7 +56,7 @@ def test_a_stream_has_the_text_of_the_whole_recording(recogniser: Recogniser) ->
     finally:
         encoder.stream = None
     assert len(expected.words) > 2
-    assert_equal(words_of(updates_of(streams, wave_T, 1_000)), expected.words)
+    assert_same_words(words_of(updates_of(streams, wave_T, 1_000)), expected.words)
 
 
 def test_the_stable_part_begins_the_text_and_is_kept(recogniser: Recogniser) -> None:
@@ -101,9 +82,9 @@ def test_streams_in_a_batch_have_the_words_they_have_alone(recogniser: Recognise
             states[row] = state
             found[row] += update.words
     found[0] += streams.finish(states[0])[1][0].words
-    assert_equal(found[0], words_of(updates_of(streams, waves[0], 1_600)))
+    assert_same_words(found[0], words_of(updates_of(streams, waves[0], 1_600)))
     assert len(found[1]) > 0
-    assert_equal(found[1], words_of(updates_of(streams, waves[1][:32_000], 1_600))[: len(found[1])])
+    assert_same_words(found[1], words_of(updates_of(streams, waves[1][:32_000], 1_600))[: len(found[1])])
 
 
 def test_raw_audio_from_a_pipe_is_transcribed_while_it_arrives(streaming_run: Path) -> None:

@@ -8,13 +8,13 @@ from launch.exit_codes import ExitCode
 from launch.main import main
 from pretrain.federated.estimate import exchange, share
 from pretrain.interfaces.frames import StepContext
-from tests.support.federation import InProcessDevices, server, settings
+from tests.support.federation import server, settings, synthetic_devices
 
 
 def test_bytes_of_a_round_are_those_of_its_messages() -> None:
     config = settings({"per_round": 2})
     one = exchange(config)
-    found = server(config, InProcessDevices(config, 2)).step([], StepContext(config.seed, 0), 1e-3).metrics
+    found = server(config, synthetic_devices(config, 2)).step([], StepContext(config.seed, 0), 1e-3).metrics
     names = 20_000  # of tensors, and the metrics
     assert 0 <= found["federated/bytes_sent"][0][0] / 2 - one.sent < names
     assert 0 <= found["federated/bytes_received"][0][0] / 2 - one.received < names

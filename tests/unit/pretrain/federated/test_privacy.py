@@ -18,7 +18,7 @@ from pretrain.engines.distributed import DistributedContext
 from pretrain.federated.privacy import Privacy, ledger
 from pretrain.interfaces.frames import StepContext
 from pretrain.train_module import build_model
-from tests.support.federation import InProcessDevices, run, server, settings
+from tests.support.federation import run, server, settings, synthetic_devices
 from tests.support.training import config
 
 pytest.importorskip("opacus")
@@ -72,7 +72,7 @@ def test_one_device_moves_the_sum_by_at_most_the_clip_norm() -> None:
     config = settings(rounds, optimizer={"lr": 1e-3})
     gradients = []
     for count in (3, 4):
-        devices = InProcessDevices(config, 4)
+        devices = synthetic_devices(config, 4)
         devices.names = devices.names[:count]
         engine = server(config, devices)
         ctx = StepContext(config.seed, 0)
@@ -86,14 +86,14 @@ def test_the_ledger_is_in_the_checkpoint_and_a_run_ends_before_the_budget_is_spe
     rounds = {"noise": 1.0, "devices": 100, "per_round": 4, "delta": 1e-3, "epsilon": 1.5, "attempts": 100}
     tiny = {"steps": 4, "checkpoint_every": 2, "media_every": 0}
     config = settings(rounds, train=tiny, health={"on_collapse": "warn"})
-    engine = run(tmp_path / "run", config, InProcessDevices(config, 40))
+    engine = run(tmp_path / "run", config, synthetic_devices(config, 40))
     state = read_state(tmp_path / "run" / "checkpoints" / "step_00000004")
     assert state["engine"] == {"privacy": [[1.0, 0.04, 4]]} == engine.memory()
     longer = settings(rounds, train=tiny | {"steps": 2000}, health={"on_collapse": "warn"})
     with pytest.raises(
         ConfigError, match=r"epsilon=1\.5: 1996 further rounds.*of which 0\.\d+ are spent; set train\."
     ) as e:
-        run(tmp_path / "run", longer, InProcessDevices(longer, 40))
+        run(tmp_path / "run", longer, synthetic_devices(longer, 40))
     allowed = int(str(e.value).partition("train.steps=")[2].partition(",")[0])
     made = Privacy(longer.engine.federated, "")
     assert made.epsilon(((1.0, 0.04, allowed),)) <= 1.5 < made.epsilon(((1.0, 0.04, allowed + 1),))

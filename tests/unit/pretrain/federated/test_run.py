@@ -15,16 +15,16 @@ from pretrain.federated.config import DeviceConfig
 from pretrain.federated.device import Device
 from pretrain.federated.messages import MODEL, Request, decode
 from pretrain.train_module import build_model
-from tests.support.federation import InProcessDevices, run, settings
+from tests.support.federation import run, settings, synthetic_devices
 from tests.support.tiny_shards import sounds, write_shards
 
 
 @pytest.mark.parametrize("rule", ["gradient", "fedadam"])
 def test_a_resumed_server_has_the_same_bits(rule: str, tmp_path: Path) -> None:
     config = settings({"rule": rule, "per_round": 3}, train={"steps": 5, "checkpoint_every": 2, "media_every": 0})
-    whole = run(tmp_path / "whole", config, InProcessDevices(config, 5))
+    whole = run(tmp_path / "whole", config, synthetic_devices(config, 5))
     for stop_after in (1, 2, None):  # each start has new processes of server and devices
-        parts = run(tmp_path / "parts", config, InProcessDevices(config, 5), stop_after)
+        parts = run(tmp_path / "parts", config, synthetic_devices(config, 5), stop_after)
     for (name, mine), (_, other) in zip(parts.tensors(), whole.tensors(), strict=True):
         assert torch.equal(mine, other), name
     rows = read_rows(tmp_path / "parts" / "metrics.jsonl")
@@ -41,7 +41,9 @@ def test_a_real_device_answers_from_its_shards_whatever_was_asked_before(tmp_pat
     state = {MODEL + name: tensor for name, tensor in build_model(config).state_dict().items()}
 
     def ask(step: int) -> bytes:
-        return Request("run", "gradient", step, 0, 0, state, torch.ones(1, dtype=torch.float64)).encoded()
+        counts_K = torch.ones(1, dtype=torch.float64)
+        request = Request(run="run", kind="gradient", step=step, attempt=0, seed=0, tensors=state, counts_K=counts_K)
+        return request.encoded()
 
     own = DeviceConfig(server="127.0.0.1:9092", shards=str(tmp_path / "phone"))
     first, second = Device(dump(config), own), Device(dump(config), own)

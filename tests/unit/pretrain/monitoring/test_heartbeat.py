@@ -12,9 +12,9 @@ HUNG = """
 import sys, time
 from pathlib import Path
 from pretrain.monitoring.heartbeat import Heartbeat
-with Heartbeat(Path(sys.argv[1]), 3, patience_seconds=1.0) as heart:
-    heart.beat(41, "computing")
-    heart.beat(41, "reading")
+with Heartbeat(Path(sys.argv[1]), 3, patience_seconds=1.0) as running:
+    running.beat(41, "computing")
+    running.beat(41, "reading")
     def a_disk_that_never_answers():
         time.sleep(60)
     a_disk_that_never_answers()
@@ -32,7 +32,7 @@ def test_a_hung_rank_dumps_its_stacks_and_exits(tmp_path: Path) -> None:
 
 def test_a_rank_that_makes_progress_is_not_killed(tmp_path: Path) -> None:
     moving = HUNG.replace(
-        "def a_disk", "for step in range(8):\n        time.sleep(0.2); heart.beat(step, 'computing')\n    def a_disk"
+        "def a_disk", "for step in range(8):\n        time.sleep(0.2); running.beat(step, 'computing')\n    def a_disk"
     )
     moving = moving.replace("    a_disk_that_never_answers()\n", "")
     assert subprocess.run([sys.executable, "-c", moving, str(tmp_path)], timeout=30).returncode == 0
@@ -41,11 +41,11 @@ def test_a_rank_that_makes_progress_is_not_killed(tmp_path: Path) -> None:
 
 
 def test_the_watchdog_survives_a_transient_disk_failure(tmp_path: Path) -> None:
-    with heartbeat.Heartbeat(tmp_path, 0, 600, warn_seconds=0.5) as heart:
+    with heartbeat.Heartbeat(tmp_path, 0, 600, warn_seconds=0.5) as running:
         (tmp_path / "heartbeats").rename(tmp_path / "gone")
         time.sleep(0.3)
         (tmp_path / "gone").rename(tmp_path / "heartbeats")
-        heart.beat(7, "computing")
+        running.beat(7, "computing")
     assert json.loads((tmp_path / "heartbeats" / "rank_0.start_0.json").read_text())["step"] == 7
 
 
@@ -65,8 +65,8 @@ def test_ranks_of_an_earlier_start_are_not_named(tmp_path: Path) -> None:
     """A run on four ranks continues on two: the files of ranks 2 and 3 remain, several steps behind."""
     for start, world, step in ((1, 4, 9), (2, 2, 12)):
         for rank in range(world):
-            with heartbeat.Heartbeat(tmp_path, rank, 600, start=start) as heart:
-                heart.beat(step + (rank == 0), "computing")
+            with heartbeat.Heartbeat(tmp_path, rank, 600, start=start) as running:
+                running.beat(step + (rank == 0), "computing")
     assert "of 2 ranks is rank 1: computing at step 12" in heartbeat.slowest(tmp_path, 2)
     assert heartbeat.slowest(tmp_path, 3) == ""
 
@@ -102,8 +102,8 @@ path = Path(sys.argv[1])
 log_to(path / "logs" / "rank_0.log")
 run = RunFolder(path)
 run.claim()
-with Heartbeat(path, 0, 600, warn_seconds=0.5, start=run.incarnation, superseded=run.superseded) as heart:
-    heart.beat(1, "computing")
+with Heartbeat(path, 0, 600, warn_seconds=0.5, start=run.incarnation, superseded=run.superseded) as running:
+    running.beat(1, "computing")
     time.sleep(0.3)
     print("first", flush=True)
     RunFolder(path).claim()
@@ -112,7 +112,7 @@ with Heartbeat(path, 0, 600, warn_seconds=0.5, start=run.incarnation, superseded
         newer.beat(7, "computing")
         time.sleep(0.5)
         print("late", flush=True)
-        heart.beat(2, "computing")
+        running.beat(2, "computing")
         time.sleep(0.3)
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)

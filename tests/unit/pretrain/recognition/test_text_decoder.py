@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from pretrain.nn.block_stack import BlockStack
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.error_rates import Decoders, recognise
 from pretrain.recognition.recogniser import Recogniser, open_recogniser
-from pretrain.recognition.streaming_recogniser import StreamingRecogniser, Update
-from pretrain.recognition.transcript import Transcript, Word
+from pretrain.recognition.streaming_recogniser import StreamingRecogniser
+from pretrain.recognition.transcript import Transcript
 from tests.support.contract_cases import speech_like
+from tests.support.recognition import assert_same_words, updates_of, words_of
 from tests.support.training import STREAMING_RECOGNISER, save
 
 NEVER = EndPoints(1e9, 1e9, 1e9)
@@ -65,15 +65,6 @@ def recognisers(run: Path) -> dict[str, Recogniser]:
     return made
 
 
-def words_of(streams: StreamingRecogniser, wave_T: torch.Tensor, size: int) -> list[Word]:
-    state, updates = streams.start(), list[Update]()
-    for at in range(0, len(wave_T), size):
-        state, [update] = streams.push(state, [wave_T[at : at + size]])
-        assert update.text.startswith(update.stable)
-        updates.append(update)
-    return [word for update in [*updates, *streams.finish(state)[1]] for word in update.words]
-
-
 def whole(recogniser: Recogniser, wave_T: torch.Tensor, decoding: DecodingConfig) -> Transcript:
     """Transcribes a recording at once, with the attention pattern of the streams."""
     encoder = recogniser.model.encoder
@@ -83,11 +74,6 @@ def whole(recogniser: Recogniser, wave_T: torch.Tensor, decoding: DecodingConfig
         return recogniser.transcribe("a", [wave_T.numpy()], decoding)
     finally:
         encoder.stream = None
-
-
-def assert_equal(found: Sequence[Word], expected: Sequence[Word]) -> None:
-    assert [word.text for word in found] == [word.text for word in expected]
-    assert np.allclose([word[1:] for word in found], [word[1:] for word in expected], atol=1e-4)
 
 
 @pytest.mark.parametrize(("head", "decoder"), CASES)
@@ -100,7 +86,7 @@ def test_a_stream_has_the_text_of_the_whole_recording(
     assert len(expected.words) > 2
     streams = StreamingRecogniser(recogniser, decoding, 4, 2, NEVER)
     for size in (1_000, 9_999):
-        assert_equal(words_of(streams, wave_T, size), expected.words)
+        assert_same_words(words_of(updates_of(streams, wave_T, size)), expected.words)
 
 
 @pytest.mark.parametrize(("head", "decoder"), CASES)
@@ -110,10 +96,10 @@ def test_segments_do_not_depend_on_the_size_of_pushes(
     decoding = DecodingConfig(decoder=decoder, beam=3, ctc_weight=0.95)  # the untrained decoder prefers no text
     streams = StreamingRecogniser(recognisers[head], decoding, 4, 2, EndPoints(longest_seconds=0.9))
     wave_T = speech_like(3.0, 7)
-    expected = words_of(streams, wave_T, 48_000)
+    expected = words_of(updates_of(streams, wave_T, 48_000))
     assert len(expected) > 3
     assert all(0 <= word.start < word.end <= 3.0 for word in expected)
-    assert_equal(words_of(streams, wave_T, 777), expected)
+    assert_same_words(words_of(updates_of(streams, wave_T, 777)), expected)
 
 
 class PlugIn(TextHead):
@@ -143,9 +129,9 @@ def test_a_plug_in_head_brings_its_decoder(recognisers: dict[str, Recogniser]) -
     plugged, wave_T = replace(recognisers["ctc"], head=PlugIn(head).eval()), speech_like(3.0, 8)
     expected = whole(recognisers["ctc"], wave_T, DecodingConfig())
     assert expected.words
-    assert_equal(whole(plugged, wave_T, DecodingConfig()).words, expected.words)
+    assert_same_words(whole(plugged, wave_T, DecodingConfig()).words, expected.words)
     streams = StreamingRecogniser(plugged, DecodingConfig(), 4, 2, NEVER)
-    assert_equal(words_of(streams, wave_T, 1_000), expected.words)
+    assert_same_words(words_of(updates_of(streams, wave_T, 1_000)), expected.words)
     found = recognise(plugged, [wave_T.numpy()], Decoders(beam=3))
     assert found[0][1] == [plugged.transcribe("a", [wave_T.numpy()], DecodingConfig()).text]
 

@@ -14,7 +14,7 @@ from pretrain.federated.server import FederatedEngine, TooFewDevicesError
 from pretrain.interfaces.frames import StepContext
 from pretrain.nn.dropout import seed_dropout
 from pretrain.train_module import build_model
-from tests.support.federation import WORLD, InProcessDevices, Spoil, server, settings
+from tests.support.federation import WORLD, Spoil, server, settings, synthetic_devices
 from tests.support.parity_table import Parity
 from tests.support.synthetic_reader import synthetic_batch
 
@@ -36,7 +36,7 @@ def distance(one: TorchEngine, other: TorchEngine) -> float:
 def test_a_gradient_round_is_the_local_engines_step(count: int, top: dict[str, Any], parity: Parity) -> None:
     # AdamW divides by gradients near 0 where eps is small, and their rounding with them
     config = settings({"per_round": 4}, optimizer={"lr": 1e-3, "eps": 1e-4}, **top)
-    federated = server(config, InProcessDevices(config, count))
+    federated = server(config, synthetic_devices(config, count))
     local = TorchEngine(build_model(config), config.engine, config.optimizer, WORLD)
     for step in range(2):
         ctx = StepContext(config.seed, step)
@@ -86,7 +86,7 @@ def test_changes_of_weights_are_combined_as_by_a_twin_in_numpy(
     monkeypatch.setattr("pretrain.federated.device.keyed_seed", lambda seed, *parts: seed)  # draws of the twin
     rounds = {"rule": rule, "local_steps": 2, "device_lr": 0.05, "proximal": 3.0}
     config = settings(rounds, optimizer={"lr": 1.0, "weight_decay": 0.0, "eps": 1e-2})
-    federated = server(config, InProcessDevices(config, 2))
+    federated = server(config, synthetic_devices(config, 2))
     lr, (b1, b2), eps = 0.2, config.optimizer.betas, config.optimizer.eps
     expected = {name: p.detach().double().numpy().copy() for name, p in federated.module.named_parameters()}
     moments = {name: (np.zeros_like(w), np.zeros_like(w)) for name, w in expected.items()}
@@ -159,10 +159,10 @@ def test_a_wrong_answer_is_named_and_left_out(fault: str) -> None:
     spoil, reason = WRONG[fault]
     config = settings()
     notes: list[tuple[int, str, str]] = []
-    devices = InProcessDevices(config, 4, {"d1": spoil})
+    devices = synthetic_devices(config, 4, {"d1": spoil})
     spoiled = server(config, devices, notes)
     result = spoiled.step([], StepContext(config.seed, 0), 1e-3)
-    without = InProcessDevices(config, 4)
+    without = synthetic_devices(config, 4)
     without.names.remove("d1")
     expected = server(config, without)
     expected.step([], StepContext(config.seed, 0), 1e-3)
@@ -175,8 +175,8 @@ def test_a_wrong_answer_is_named_and_left_out(fault: str) -> None:
 def test_a_second_answer_counts_for_nothing() -> None:
     config = settings()
     notes: list[tuple[int, str, str]] = []
-    doubled = server(config, InProcessDevices(config, 2, {"d0": lambda message: [message, message]}), notes)
-    once = server(config, InProcessDevices(config, 2))
+    doubled = server(config, synthetic_devices(config, 2, {"d0": lambda message: [message, message]}), notes)
+    once = server(config, synthetic_devices(config, 2))
     for engine in (doubled, once):
         engine.step([], StepContext(config.seed, 0), 1e-3)
     assert distance(doubled, once) == 0.0
@@ -191,8 +191,8 @@ def test_a_device_that_counted_and_then_is_silent_takes_no_part() -> None:
         answers.append(message)
         return [message] if len(answers) == 1 else []
 
-    silent = server(config, InProcessDevices(config, 4, {"d2": once}))
-    without = InProcessDevices(config, 4)
+    silent = server(config, synthetic_devices(config, 4, {"d2": once}))
+    without = synthetic_devices(config, 4)
     without.names.remove("d2")
     expected = server(config, without)
     for engine in (silent, expected):
@@ -204,7 +204,7 @@ def test_devices_are_drawn_by_seed_and_round() -> None:
     config = settings({"per_round": 3})
     draws = []
     for _ in range(2):
-        devices = InProcessDevices(config, 6)
+        devices = synthetic_devices(config, 6)
         engine = server(config, devices)
         for step in range(4):
             engine.step([], StepContext(config.seed, step), 1e-4)
@@ -217,14 +217,14 @@ def test_devices_are_drawn_by_seed_and_round() -> None:
 def test_too_few_answers_end_the_run_with_names() -> None:
     config = settings({"min_devices": 3, "attempts": 2})
     silent: dict[str, Spoil] = {name: lambda message: [] for name in ("d0", "d1")}
-    engine = server(config, InProcessDevices(config, 4, silent))
+    engine = server(config, synthetic_devices(config, 4, silent))
     with pytest.raises(TooFewDevicesError, match=r"min_devices=3.*2 attempts.*d0, d1, d2, d3.*answer_seconds"):
         engine.step([], StepContext(config.seed, 0), 1e-3)
 
 
 def test_too_few_connected_devices_end_the_run_with_names() -> None:
     config = settings({"min_devices": 3})
-    devices = InProcessDevices(config, 3)
+    devices = synthetic_devices(config, 3)
     engine = server(config, devices)
     engine.step([], StepContext(config.seed, 0), 1e-3)
     devices.names.remove("d1")
@@ -238,6 +238,6 @@ def test_too_few_connected_devices_end_the_run_with_names() -> None:
 )
 def test_objectives_that_gather_frames_are_refused(objective: dict[str, Any]) -> None:
     config = settings(objective=objective)
-    engine: FederatedEngine = server(config, InProcessDevices(config, 1))
+    engine: FederatedEngine = server(config, synthetic_devices(config, 1))
     with pytest.raises(ConfigError, match="must not leave the devices"):
         engine.step([], StepContext(config.seed, 0), 1e-3)
