@@ -83,7 +83,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding(package, "missing", "not installed", install(package))
     optional = (
         ("transformers", "transformers", "export and parity tests"),
-        ("scikit-learn", "sklearn", "probes of `auricle evaluate`"),
+        ("scikit-learn", "sklearn", "phone-normalised mutual information of units in `auricle evaluate`"),
         ("onnxruntime", "onnxruntime", "ONNX graphs, and voice activity detection with silero-vad"),
         ("s3fs", "s3fs", "shards in S3"),
     )

@@ -48,7 +48,6 @@ def utterances(real_speech: Path) -> list[Path]:
 FIRST = (
     "test_slurm",
     "test_every_objective",
-    "test_ray_elastic",
     "test_health_monitor",
     "test_preprocess_kills",
     "test_engines",

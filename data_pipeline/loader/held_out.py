@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.audio.augmentation import AugmentConfig
 from data_pipeline.core.rng import keyed_hash
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, Batch
 from data_pipeline.loader.fetch import Row, check_labels
 from data_pipeline.loader.open_shards import open_files
@@ -18,7 +20,7 @@ from data_pipeline.loader.workers import MicroBatches
 from data_pipeline.sampling.catalog import Catalogue, load_catalogue
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.constraints import BatchConstraints
-from data_pipeline.shards.records import done_records
+from data_pipeline.shards.records import done_records, shard_folders
 
 SEED = 0
 """Keys choice and crops, whatever the run's seed: the losses of several runs are then of the same audio."""
@@ -53,9 +55,11 @@ def read_held_out(config: DataConfig, rank: int, world: int, least_samples: int 
         Micro-batches of (B, T) audio, without augmentation, except for the mixtures of `config.sources`.
 
     Raises:
-        ConfigError: There is no held-out audio of usable length.
+        ConfigError: There is no held-out audio of usable length, or a folder of it is also trained on.
         ValueError: Shards are damaged.
     """
+    if config.reader == "plan":
+        _require_apart(config)
     held_out = dataclasses.replace(
         config,
         shards=config.valid,
@@ -86,6 +90,22 @@ def read_held_out(config: DataConfig, rank: int, world: int, least_samples: int 
     rows = [row for group in groups for row in group]
     seconds = sum(row.length for row in rows) / SAMPLE_RATE
     return HeldOut(tuple(batches), len(mine), len(rows), seconds)
+
+
+def _require_apart(config: DataConfig) -> None:
+    """Raises ConfigError if `valid` and `shards` name the same folder, however they are written."""
+    trained = {_location(folder): part for part in config.shards for folder in shard_folders(part)}
+    for folder in shard_folders(config.valid):
+        if (found := trained.get(_location(folder))) is not None:
+            raise ConfigError(
+                f"data.valid={folder}: is also trained on, by data.shards={found}; held-out audio must not be: name "
+                "the folders of data.shards one by one"
+            )
+
+
+def _location(folder: str) -> str:
+    store = FileStore(folder)
+    return str(Path(store.root).resolve()) if store.local else store.root.rstrip("/")
 
 
 def _augmentation(config: DataConfig) -> AugmentConfig:

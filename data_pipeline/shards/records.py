@@ -173,9 +173,8 @@ def done_records(shards: str | Sequence[str]) -> list[DoneRecord]:
         ValueError: A record is damaged, or two records of a folder name one shard.
         StorageReadError: The storage does not answer.
     """
-    roots = [root for part in ([shards] if isinstance(shards, str) else shards) for root in _matching(part)]
     records = sorted(
-        (record for root in dict.fromkeys(roots) for record in _records_of(root)),
+        (record for root in shard_folders(shards) for record in _records_of(root)),
         key=lambda record: (record.shard, record.sha256),
     )
     for one, other in itertools.pairwise(records):
@@ -185,6 +184,16 @@ def done_records(shards: str | Sequence[str]) -> list[DoneRecord]:
                 "leave one of them out"
             )
     return records
+
+
+def shard_folders(shards: str | Sequence[str]) -> list[str]:
+    """Returns the folders and URLs that `shards` names, without patterns and repetitions.
+
+    Raises:
+        ConfigError: A pattern matches no folder with finished shards.
+    """
+    named = [shards] if isinstance(shards, str) else shards
+    return list(dict.fromkeys(root for part in named for root in _matching(part)))
 
 
 def _matching(root: str) -> list[str]:

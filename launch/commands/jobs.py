@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.core.schema import load
+from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.core.text import visible
 from launch.cli.command_table import SUBCOMMANDS
 from launch.cli.parser import Parser
@@ -52,6 +52,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _list(runs: Path) -> int:
+    if not runs.is_dir():
+        raise ConfigError(f"--runs {runs}: there is no such folder")
     listed: list[tuple[str, ...]] = []
     for file in sorted(runs.glob(f"*/{FILE_NAME}")):
         folder = file.parent

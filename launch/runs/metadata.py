@@ -177,7 +177,12 @@ def _is_installed(package: str) -> bool:
 
 
 def _git(*arguments: str) -> str:
-    """Returns the output of git in the checkout of this code; "" if there is none."""
+    """Returns the output of git in the checkout of this code; "" if there is none.
+
+    Installed packages may be below the user's own repository, whose commit and changes are not those of this code.
+    """
+    if not (ROOT / ".git").exists():
+        return ""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

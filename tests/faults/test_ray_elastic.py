@@ -63,8 +63,9 @@ def said(folder: Path) -> str:
     return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(560)
-@pytest.mark.parametrize("engine", ["torch", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
 def test_a_run_continues_on_fewer_ranks_after_a_lost_node_with_the_same_losses(
     tmp_path: Path, cluster: Any, engine: str
 ) -> None:

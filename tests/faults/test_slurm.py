@@ -72,7 +72,6 @@ def runs_with_lost_nodes(runs: Site) -> Site:
     lost = runs.nodes("bereft")[1]
     runs.cluster.power_off(lost)
     dead, pids = runs.lose_slurmd("orphaned")
-    submit_others(runs)  # SLURM needs some time to notice the lost nodes
     runs.continue_run("orphaned", pids)
     for name in ("bereft", "orphaned"):
         runs.finish(name)
@@ -81,8 +80,10 @@ def runs_with_lost_nodes(runs: Site) -> Site:
     return runs
 
 
-def submit_others(site: Site) -> None:
+@pytest.fixture(scope="module")
+def others(runs: Site) -> Site:
     """Submits a sweep, a diverging run, one with hostile names, and one that depends on a failing job."""
+    site = runs
     plain = (*ON_SLURM, f"runs={site.base}", f"data.shards={site.base / 'shards'}", "launcher.nodes=1")
     assert main.main(["pretrain", *TOY, *plain, "name=swept", "train.steps=3", "seed=1,2", "--multirun"]) == 0
     for number in (0, 1):
@@ -91,6 +92,7 @@ def submit_others(site: Site) -> None:
     site.submit(HOSTILE, f"data.shards={HOSTILE_SHARDS}", "launcher.nodes=1")
     site.submit("broken", "data.shards=/nowhere", "launcher.nodes=1")
     site.submit("never", f"launcher.after={site.handles['broken']}", "launcher.nodes=1")
+    return site
 
 
 def same_bits(site: Site, name: str, undisturbed: str = "calm") -> None:
@@ -130,6 +132,7 @@ def test_a_run_with_a_killed_rank_is_retried(runs: Site) -> None:
     assert starts(runs.base / "struck") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", ["bereft", "orphaned"])
 def test_a_run_that_loses_a_node_or_slurmd_is_requeued(runs_with_lost_nodes: Site, name: str) -> None:
@@ -164,29 +167,26 @@ def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(
 
 
 @pytest.mark.timeout(400)
-def test_a_sweep_is_a_job_array(runs_with_lost_nodes: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_is_a_job_array(others: Site, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (0, 1):
-        assert runs_with_lost_nodes.handles[f"swept_{number}"].partition("_")[2] == str(number)
-        runs_with_lost_nodes.finish(f"swept_{number}")
-    assert learned(runs_with_lost_nodes.base / "swept_0") != learned(runs_with_lost_nodes.base / "swept_1")
-    assert main.main(["jobs", "status", str(runs_with_lost_nodes.base / "swept_1")]) == 0
+        assert others.handles[f"swept_{number}"].partition("_")[2] == str(number)
+        others.finish(f"swept_{number}")
+    assert learned(others.base / "swept_0") != learned(others.base / "swept_1")
+    assert main.main(["jobs", "status", str(others.base / "swept_1")]) == 0
     assert "done, step 3/3" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(400)
-def test_an_unhealthy_run_is_not_retried(runs_with_lost_nodes: Site) -> None:
+def test_an_unhealthy_run_is_not_retried(others: Site) -> None:
     """The learning rate is so large that the loss soon becomes NaN."""
     wait_for(
-        lambda: runs_with_lost_nodes.state("ill") == "FAILED",
+        lambda: others.state("ill") == "FAILED",
         120,
         "the end of the job",
-        lambda: runs_with_lost_nodes.log("ill"),
+        lambda: others.log("ill"),
     )
-    assert (
-        "the run is unhealthy: not tried again"
-        in (runs_with_lost_nodes.base / "ill" / "logs" / "slurm.log").read_text()
-    )
-    assert starts(runs_with_lost_nodes.base / "ill") == 1
+    assert "the run is unhealthy: not tried again" in (others.base / "ill" / "logs" / "slurm.log").read_text()
+    assert starts(others.base / "ill") == 1
 
 
 def test_scancel_ends_the_run_and_keeps_its_checkpoints(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,8 +204,8 @@ def test_scancel_ends_the_run_and_keeps_its_checkpoints(site: Site, capsys: pyte
 
 
 @pytest.mark.timeout(400)
-def test_a_chain_stops_at_its_first_failure(runs_with_lost_nodes: Site) -> None:
-    site, folder = runs_with_lost_nodes, runs_with_lost_nodes.base / "broken"
+def test_a_chain_stops_at_its_first_failure(others: Site) -> None:
+    site, folder = others, others.base / "broken"
     wait_for(lambda: site.state("never") == "CANCELLED", 90, "the end of the chain", lambda: site.log("broken"))
     assert site.state("broken") == "FAILED"
     assert "not tried again" in (folder / "logs" / "slurm.log").read_text()
@@ -285,15 +285,15 @@ def test_deepspeed_with_two_ranks_on_a_node_of_gpus(runs: Site) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_hostile_names_execute_nothing(runs_with_lost_nodes: Site) -> None:
+def test_hostile_names_execute_nothing(others: Site) -> None:
     wait_for(
-        lambda: runs_with_lost_nodes.state(HOSTILE) == "FAILED",
+        lambda: others.state(HOSTILE) == "FAILED",
         60,
         "the end of the job",
-        lambda: runs_with_lost_nodes.log(HOSTILE),
+        lambda: others.log(HOSTILE),
     )
-    assert not list(runs_with_lost_nodes.base.rglob("pwned"))
-    log = (runs_with_lost_nodes.base / HOSTILE / "logs" / "rank_0.log").read_text()
+    assert not list(others.base.rglob("pwned"))
+    log = (others.base / HOSTILE / "logs" / "rank_0.log").read_text()
     assert f"there is no shard folder {HOSTILE_SHARDS}" in log
 
 

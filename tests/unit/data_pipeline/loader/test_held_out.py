@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +68,15 @@ def test_unusable_held_out_audio_is_a_wrong_config(tmp_path: Path) -> None:
         read_held_out(DataConfig(shards="a", valid=str(tmp_path / "nowhere")), 0, 1)
     with pytest.raises(ValueError, match=r"is one of data\.shards"):
         DataConfig(shards="a", valid="a")
+
+
+@pytest.mark.parametrize("valid", ["valid/", "../{}/valid", "./valid"])
+def test_held_out_audio_is_not_trained_on_however_it_is_written(
+    valid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = settings(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    named = valid.format(tmp_path.name).replace("valid", Path(whole.valid[0]).name)
+    for shards in (f"{tmp_path}/*", whole.valid[0]):
+        with pytest.raises(ConfigError, match=r"data\.valid=.* is also trained on, by data\.shards="):
+            read_held_out(dataclasses.replace(whole, shards=(shards,), valid=(named,)), 0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -197,8 +198,6 @@ def test_harmless_text_that_resembles_a_credential_is_kept(harmless: str) -> Non
 
 def test_a_git_diff_that_is_not_utf8_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The diff has a line in Latin-1 and a form feed, which does not end a line."""
-    import subprocess
-
     repository = tmp_path / "code"
     repository.mkdir()
     git = ["git", "-C", str(repository), "-c", "user.name=x", "-c", "user.email=x@y"]
@@ -210,6 +209,19 @@ def test_a_git_diff_that_is_not_utf8_does_not_stop_a_run(tmp_path: Path, monkeyp
     monkeypatch.setattr(metadata, "ROOT", repository)
     folder = metadata.prepare(job(tmp_path))
     assert "+caf\\xe9 \x0c two\u2028three" in (folder / "git.diff").read_text(encoding="utf-8").split("\n")
+
+
+def test_the_repository_around_an_installed_package_is_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x", "--allow-empty"], check=True)
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(metadata, "ROOT", tmp_path / "site-packages")
+    folder = metadata.prepare(job(tmp_path))
+    assert json.loads((folder / "environment.json").read_text())["git_sha"] == ""
+    assert not (folder / "git.diff").read_text().strip()
 
 
 def test_no_line_of_a_private_key_is_kept() -> None:
