@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
-from data_pipeline.audio import flac, mpeg, ogg, riff
+from data_pipeline.audio import extents, flac, mpeg, ogg, riff
 from data_pipeline.audio.byte_source import ByteSource
 from data_pipeline.audio.errors import AudioError
+from data_pipeline.audio.extents import GSM_BYTES, SIZES, TS_BYTES, Sizes
 from data_pipeline.audio.parts import Part
+from data_pipeline.audio.signatures import ASF_HEADER, EBML, W64_RIFF
 
-GSM_BYTES: Final = 33
-"""One frame of GSM 06.10 full rate: 160 samples at 8 kHz."""
 _CHUNKED: Final = ("wav", "rf64", "w64", "aiff", "caf")
+_FRAMED: Final = ("adts", "ac3", "gsm")
+"""Formats without a header of their own: frames that continue after zeros belong to the same file."""
+_TIMED: Final = ("mpeg-ts", "mpeg-ps")
+"""Formats whose time stamps show what is missing and where another file of the format follows."""
+_RESYNCED: Final = (*_TIMED, "flv", "asf", "ape", "matroska", "mp4", "avi")
+"""Formats whose decoder continues after unknown data."""
 _FORMS: Final = {b"WAVE": "wav", b"AVI ": "avi"}
 _MAGIC: Final = (
     (b"fLaC", "flac"),
     (b"OggS", "ogg"),
-    (riff.W64_RIFF, "w64"),
+    (W64_RIFF, "w64"),
     (b"caff\x00\x01", "caf"),
     (b".snd", "au"),
     (b"NIST_1A\n", "nist"),
     (b"Creative Voice File\x1a", "voc"),
-    (b"\x1aE\xdf\xa3", "matroska"),
+    (EBML, "matroska"),
     (b"#!AMR", "amr"),
-    (bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), "asf"),
+    (ASF_HEADER, "asf"),
     (b"FLV\x01", "flv"),
     (b"MAC ", "ape"),
     (b"wvpk", "wavpack"),
     (b"TTA1", "tta"),
-    (b"\x0bw", "ac3"),
     (b"\x00\x00\x01\xba", "mpeg-ps"),
 )
 
@@ -50,15 +56,15 @@ def sniff(source: ByteSource, begin: int = 0) -> str:
     if head[:3] == b"ID3":
         behind = mpeg.after_tags(source, begin, end)
         return sniff(source, behind) if behind > begin else ""
-    if mpeg.is_mpeg_audio(source, begin, end):
-        return "mpeg"
-    if _repeats(source, begin, 7, lambda at: _adts_size(source.read(at, 7))):
+    if mpeg.is_mpeg_audio(source, mpeg.after_tags(source, 0, end) if begin == 0 else begin, end):
+        return "mpeg"  # zeros before it are padding, or audio that is lost
+    if _repeats(source, begin, SIZES["adts"]):
         return "adts"
-    if _repeats(source, begin, 188, lambda at: 188 * (source.read(at, 1) == b"\x47")):
+    if _repeats(source, begin, SIZES["ac3"]):
+        return "ac3"
+    if _repeats(source, begin, lambda source, at: TS_BYTES * (source.read(at, 1) == b"\x47")):
         return "mpeg-ts"
-    if (end - begin) >= GSM_BYTES and _repeats(
-        source, begin, GSM_BYTES, lambda at: GSM_BYTES * (source.read(at, 1)[0] >> 4 == 13), count=16
-    ):
+    if (end - begin) >= GSM_BYTES and _repeats(source, begin, SIZES["gsm"], count=16):
         return "gsm"
     return ""
 
@@ -83,6 +89,9 @@ def examine(source: ByteSource) -> list[Part]:
         if end <= begin:
             break
         begin = end if end < source.size and sniff(source, end) else mpeg.after_tags(source, end, source.size)
+        overwritten = end < begin < source.size and source.read(end, 1) == b"\0"
+        if kind in _FRAMED and overwritten and sniff(source, begin) in ("", kind):
+            raise AudioError("corrupt", f"{begin - end:,} bytes in the middle, at byte {end:,}, are not audio")
     return parts or [Part()]
 
 
@@ -96,25 +105,39 @@ def _parts(source: ByteSource, begin: int, kind: str) -> tuple[list[Part], int]:
     if kind == "nist":
         return riff.nist_parts(source, begin, end)
     if kind == "flac":
-        return flac.flac_parts(source, begin, end, mpeg.after_tags(source, begin, end)), end
+        return flac.flac_parts(
+            source, begin, end, mpeg.after_tags(source, begin, end), functools.partial(_behind_tags, source)
+        )
     if kind == "ogg":
         return ogg.ogg_parts(source, begin, end)
     if kind == "mpeg":
-        return mpeg.mpeg_parts(source, begin, end), end
+        return mpeg.mpeg_parts(source, begin, end, functools.partial(sniff, source))
     if kind == "mp4":
         return _boxed(source, begin, end)
     if kind == "matroska":
         return _matroska(source, begin, end)
-    if kind == "amr":
-        return _split_at(source, begin, end, source.read(begin, 15).split(b"\n")[0] + b"\n"), end
-    if kind == "gsm":
-        whole = (end - begin) // GSM_BYTES
-        return [Part(((begin, begin + whole * GSM_BYTES),), whole * 160, 160, format="gsm")], end
     if kind == "avi":
-        promised = begin + 8 + int.from_bytes(source.read(begin + 4, 4), "little")
-        if promised > end + 1 and not riff.is_placeholder(promised - begin - 8):
-            raise AudioError("truncated", f"its header states {promised - end:,} bytes more than the file has")
-    return [Part(() if begin == 0 else ((begin, end),))], end
+        stop = riff.avi_end(source, begin, end)
+    else:
+        tagged = source.read(begin, 3) == b"ID3"
+        stop = extents.file_end(source, mpeg.after_tags(source, begin, end) if tagged else begin, end, kind)
+    if kind == "gsm":
+        whole = (stop - begin) // GSM_BYTES
+        return [Part(((begin, begin + whole * GSM_BYTES),), whole * 160, 160, format="gsm")], stop
+    return _bounded(source, begin, stop, kind)
+
+
+def _bounded(source: ByteSource, begin: int, stop: int, kind: str) -> tuple[list[Part], int]:
+    """Returns the part from `begin` to `stop`, or to the file's end where its decoder reads what follows."""
+    behind = _behind_tags(source, stop)
+    if stop <= begin or (not behind and kind in _RESYNCED) or (behind == kind and kind in _TIMED):
+        stop = source.size
+    return [Part(() if (begin, stop) == (0, source.size) else ((begin, stop),))], stop
+
+
+def _behind_tags(source: ByteSource, at: int) -> str:
+    """Returns the format of the data at byte `at`, or behind the tags there."""
+    return sniff(source, at) or sniff(source, mpeg.after_tags(source, at, source.size))
 
 
 def _require_ignorable(source: ByteSource, begin: int) -> None:
@@ -148,57 +171,27 @@ def _boxed(source: ByteSource, begin: int, end: int) -> tuple[list[Part], int]:
 
 def _matroska(source: ByteSource, begin: int, end: int) -> tuple[list[Part], int]:
     """Parses Matroska and WebM (RFC 9559): an EBML header and segments; a live stream's segment has no size."""
-    header, at = _ebml_size(source, begin + 4)
+    header, at = extents.ebml_size(source, begin + 4)
     at += header or 0
     if source.read(at, 4) != b"\x18S\x80g":
         return [Part(() if begin == 0 else ((begin, end),))], end
-    size, content = _ebml_size(source, at + 4)
+    size, content = extents.ebml_size(source, at + 4)
     if size is None:
-        stop, from_ = end, content
-        while (found := source.find(b"\x1aE\xdf\xa3", from_, end)) >= 0:
-            if b"webm" in source.read(found, 64) or b"matroska" in source.read(found, 64):
-                stop = found
-                break
-            from_ = found + 4
-    else:
-        stop = content + size
+        return _bounded(source, begin, extents.cluster_end(source, content, end), "matroska")
+    stop = content + size
     if stop > end:
         raise AudioError("truncated", f"its segment lacks {stop - end:,} bytes")
     return [Part(() if (begin, stop) == (0, end) else ((begin, stop),))], stop
 
 
-def _ebml_size(source: ByteSource, at: int) -> tuple[int | None, int]:
-    """Returns a variable-length size, None if it is unknown, and the position after it."""
-    raw = source.read(at, 8)
-    width = 9 - raw[0].bit_length() if raw and raw[0] else 8
-    value = int.from_bytes(raw[:width], "big") & (1 << 7 * width) - 1
-    return (None if value == (1 << 7 * width) - 1 else value), at + width
-
-
-def _split_at(source: ByteSource, begin: int, end: int, magic: bytes) -> list[Part]:
-    starts = [begin]
-    while (found := source.find(magic, starts[-1] + len(magic), end)) >= 0:
-        starts.append(found)
-    if starts == [0]:
-        return [Part()]
-    return [Part(((start, stop),)) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
-
-
-def _repeats(source, begin, least, size_at, count=4) -> bool:  # type: ignore[no-untyped-def]
+def _repeats(source: ByteSource, begin: int, size_at: Sizes, count: int = 4) -> bool:
     """Returns whether `count` records follow each other, or fewer up to the file's end."""
     at = begin
     for _ in range(count):
-        size = size_at(at) if at < source.size else 0
-        if size < least:
+        size = size_at(source, at) if at < source.size else 0
+        if not size:
             return False
         at += size
         if at == source.size:
             return True
     return True
-
-
-def _adts_size(head: bytes) -> int:
-    """Returns the size of an ADTS frame in bytes (ISO 13818-7); 0 for other data."""
-    if len(head) < 7 or head[0] != 0xFF or head[1] & 0xF6 != 0xF0 or head[2] >> 2 & 15 > 12:
-        return 0
-    return (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5

@@ -7,7 +7,7 @@ also be several files joined together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -99,38 +99,70 @@ def is_mpeg_audio(source: ByteSource, begin: int, end: int) -> bool:
 
 def after_tags(source: ByteSource, begin: int, end: int) -> int:
     """Returns the position behind ID3v2, ID3v1, APE and Lyrics3 tags and zero bytes at `begin`."""
+    return _after_tags(source, begin, end)[0]
+
+
+def _after_tags(source: ByteSource, begin: int, end: int) -> tuple[int, int]:
+    """Returns the position behind tags and zero bytes, and how many zeros outside of tags are directly before it."""
+    zeros = 0
     while begin < end:
-        head = source.read(begin, 32)
-        if head[:3] == b"ID3" and len(head) > 9:
-            sizes = head[6:10]
-            begin += 10 + (sizes[0] << 21 | sizes[1] << 14 | sizes[2] << 7 | sizes[3]) + 10 * (head[5] >> 4 & 1)
-        elif head[:3] == b"TAG":
-            begin += 128
-        elif head[:8] == b"APETAGEX":
-            begin += 32 + (int.from_bytes(head[12:16], "little") if head[23] & 0x20 else 0)
-        elif head[:11] == b"LYRICSBEGIN":
-            found = source.find(b"LYRICS200", begin, min(begin + 100_000, end))
-            begin = found + 9 if found >= 0 else begin + 11
-        elif not any(head):
-            begin += len(head) or 1
-        else:
-            zeros = len(head) - len(head.lstrip(b"\0"))
-            if not zeros:
-                break
-            begin += zeros
-    return min(begin, end)
+        if (behind := _after_tag(source, begin, end)) > begin:
+            begin, zeros = behind, 0
+            continue
+        data = source.read(begin, 1)
+        if data == b"\0":
+            data = source.read(begin, CHUNK)
+        found = len(data) - len(data.lstrip(b"\0"))
+        if not found:
+            break
+        begin, zeros = begin + found, zeros + found
+        if source.read(begin + 1, 4) == b"ftyp" or source.read(begin, 2) == b"\x01\xba":  # MP4, MPEG program stream
+            return begin - min(zeros, 3 if source.read(begin + 1, 4) == b"ftyp" else 2), 0
+    return min(begin, end), zeros
 
 
-def mpeg_parts(source: ByteSource, begin: int, end: int) -> list[Part]:
-    """Returns the parts of an MPEG audio file: one for each joined file and for each change of rate or channels.
+def _after_tag(source: ByteSource, begin: int, end: int) -> int:
+    head = source.read(begin, 32)
+    if head[:3] == b"ID3" and len(head) > 9:
+        sizes = head[6:10]
+        return begin + 10 + (sizes[0] << 21 | sizes[1] << 14 | sizes[2] << 7 | sizes[3]) + 10 * (head[5] >> 4 & 1)
+    if head[:3] == b"TAG":
+        return begin + 128
+    if head[:8] == b"APETAGEX" and len(head) == 32:
+        return begin + 32 + (int.from_bytes(head[12:16], "little") if head[23] & 0x20 else 0)
+    if head[:11] == b"LYRICSBEGIN":
+        found = source.find(b"LYRICS200", begin, min(begin + 100_000, end))
+        return found + 9 if found >= 0 else begin + 11
+    return begin
+
+
+def _borrowed(frame: bytes) -> int:
+    """Returns by how many bytes the audio of a layer III frame begins before it (ISO 11172-3, main_data_begin)."""
+    word = frame[1] << 8 | frame[2]
+    if word >> 9 & 3 != 1 or len(frame) < 8:
+        return 0
+    side = frame[4 if word >> 8 & 1 else 6 :]
+    return side[0] << 1 | side[1] >> 7 if word >> 11 & 3 == 3 else side[0]
+
+
+def mpeg_parts(source: ByteSource, begin: int, end: int, begins: Callable[[int], str]) -> tuple[list[Part], int]:
+    """Returns the parts of an MPEG audio file, and where a file of another format follows; `end` if none does.
+
+    There is one part for each joined file and for each change of rate or channels. `begins` returns the format of the
+    data at a position.
 
     Raises:
         AudioError: `truncated` if there are fewer frames than a Xing/Info frame states, `corrupt` if bytes in the
             middle are not audio and the length of the audio that they replace is not known.
     """
-    if samples := _counted_and_sized(source, begin, end):
-        return [Part(tolerance=samples)]
-    streams = [stream for stream in _streams(source, begin, end) if stream.frames]
+    first, zeros = _after_tags(source, begin, end)
+    if zeros and _borrowed(source.read(first, 8)):
+        raise AudioError("corrupt", f"its audio before byte {first:,} was overwritten by {zeros:,} zeros")
+    if samples := _counted_and_sized(source, begin, end, begins):
+        return [Part(tolerance=samples)], end
+    found = list(_streams(source, begin, end, begins))
+    stop = found[-1].end if found and _is_other(source, found[-1].end, end, begins) else end
+    streams = [stream for stream in found if stream.frames]
     if len(streams) > 1 and streams[-1].frames <= 2 and streams[-1].counted is None:
         streams.pop()  # the count is one too low; no second file was joined
     for stream in streams:
@@ -138,10 +170,10 @@ def mpeg_parts(source: ByteSource, begin: int, end: int) -> list[Part]:
             raise AudioError(
                 "truncated", f"contains {stream.frames:,} of the {stream.counted:,} frames stated in its header"
             )
-    if len(streams) == 1 and begin == 0 and (only := streams[0]):
+    if len(streams) == 1 and begin == 0 and stop == end and (only := streams[0]):
         if only.counted is not None:
-            return [Part(tolerance=only.samples)]
-        return [Part(frames=only.frames * only.samples, tolerance=3 * only.samples, read_to_end=True)]
+            return [Part(tolerance=only.samples)], end
+        return [Part(frames=only.frames * only.samples, tolerance=3 * only.samples, read_to_end=True)], end
     parts = []
     for stream in streams:
         if stream.counted is None:
@@ -150,10 +182,15 @@ def mpeg_parts(source: ByteSource, begin: int, end: int) -> list[Part]:
         else:
             part = Part(((stream.begin, stream.end),), None, stream.samples, silence=stream.silence)
         parts.append(part)
-    return parts
+    return parts, stop
 
 
-def _counted_and_sized(source: ByteSource, begin: int, end: int) -> int:
+def _is_other(source: ByteSource, at: int, end: int, begins: Callable[[int], str]) -> bool:
+    """Returns whether a file of another format begins at `at`, or behind the tags there."""
+    return (begins(at) or begins(after_tags(source, at, end))) not in ("", "mpeg")
+
+
+def _counted_and_sized(source: ByteSource, begin: int, end: int, begins: Callable[[int], str]) -> int:
     """Returns the samples per frame of a file whose Xing/Info frame has the frame count and true size; else 0."""
     at = after_tags(source, begin, end)
     head = source.read(at, 200)
@@ -162,10 +199,11 @@ def _counted_and_sized(source: ByteSource, begin: int, end: int) -> int:
         return 0
     count, size = (int.from_bytes(head[at : at + 4], "big") for at in (12 + side, 16 + side))
     stream = _Stream(at, at, 0, head[1] << 8 | head[2], count, 0.0)
-    return stream.samples if count and abs(end - at - size) <= LARGEST + 128 else 0
+    fits = count and abs(end - at - size) <= LARGEST + 128 and not _is_other(source, at + size, end, begins)
+    return stream.samples if fits else 0
 
 
-def _streams(source: ByteSource, begin: int, end: int) -> Iterator[_Stream]:
+def _streams(source: ByteSource, begin: int, end: int, begins: Callable[[int], str]) -> Iterator[_Stream]:
     at = after_tags(source, begin, end)
     stream: _Stream | None = None
     silence = 0.0
@@ -193,6 +231,8 @@ def _streams(source: ByteSource, begin: int, end: int) -> Iterator[_Stream]:
         if stream is not None:
             stream.end = max(stream.end, at)
         if inside <= last:
+            if _is_other(source, at, end, begins):
+                break
             resumed = _resume(source, at, end)
             if stream is not None and resumed < end:
                 lost = _lost_frames(source, stream, at, resumed)

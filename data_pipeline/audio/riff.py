@@ -14,12 +14,16 @@ from typing import Final, Literal
 from data_pipeline.audio.byte_source import ByteSource, Piece
 from data_pipeline.audio.errors import AudioError
 from data_pipeline.audio.parts import Part
+from data_pipeline.audio.signatures import W64_RIFF, next_file
 
-W64_RIFF: Final = bytes.fromhex("726966662e91cf11a5d628db04c10000")
 W64_DATA: Final = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
 LARGEST_HEADER: Final = 1 << 24
 IGNORED_BYTES: Final = 4_096
 """Bytes after the audio that may belong to no chunk (padding, leftovers); more may be audio that the header omits."""
+_FILES: Final = (
+    *(b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff", b"fLaC", b"OggS", b"TTA1", b"wvpk", b"MAC ", b".snd"),
+    *(b"NIST", b"Crea", b"#!AM"),
+)
 _PCM_AIFC: Final = {b"NONE": 0, b"sowt": 0, b"twos": 0, b"raw ": 0, b"in24": 3, b"in32": 4, b"fl32": 4, b"FL32": 4,
                     b"fl64": 8, b"FL64": 8, b"ulaw": 1, b"ULAW": 1, b"alaw": 1, b"ALAW": 1}  # fmt: skip
 
@@ -98,6 +102,7 @@ def _around_data(
     if not unknown and size > there:
         raise AudioError("truncated", f"its header states {size - there:,} bytes more than the file has")
     if unknown:
+        end = next_file(source, data.at, end)
         slices = [(data.at, end)]
         whole = _rewritten(source, begin, kind=kind, dialect=dialect, before=before, data=data, slices=slices)
         return [Part(whole)], end
@@ -139,8 +144,8 @@ def _aligned(at: int, begin: int, dialect: Dialect) -> int:
 
 
 def _is_name(name: bytes, dialect: Dialect) -> bool:
-    """Returns whether this is a valid chunk name; a container's own name begins another file."""
-    if name[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff") or name == W64_RIFF:
+    """Returns whether this is a valid chunk name; the first bytes of a file begin another one."""
+    if name[:4] in _FILES or name == W64_RIFF:
         return False
     return all(32 <= letter < 127 for letter in name[:4])
 
@@ -212,6 +217,7 @@ def au_parts(source: ByteSource, begin: int, end: int) -> tuple[list[Part], int]
     offset, size = struct.unpack(">II", head[4:12].ljust(8, b"\0"))
     start = begin + offset
     if is_placeholder(size):
+        end = next_file(source, start, end)
         pieces: tuple[Piece, ...] = _whole(source, begin, end)
         if start < end:
             header = source.read(begin, min(offset, LARGEST_HEADER))
@@ -236,9 +242,11 @@ def nist_parts(source: ByteSource, begin: int, end: int) -> tuple[list[Part], in
     counts = [fields.get(name, b"") for name in (b"sample_count", b"channel_count", b"sample_n_bytes")]
     count, channels, width = (int(value) if value.isdigit() else 0 for value in counts)
     if b"embedded" in fields.get(b"sample_coding", b"") or not channels * width:
+        end = next_file(source, begin + length, end)
         return [Part(_whole(source, begin, end))], end
     promised = begin + length + count * channels * width
     if is_placeholder(count) or is_placeholder(count * channels * width):
+        end = next_file(source, begin + length, end)
         frames = (end - begin - length) // (channels * width)
         lines = [line for line in header.split(b"end_head")[0].split(b"\n") if not line.startswith(b"sample_count")]
         changed = b"\n".join([*lines[:-1], b"sample_count -i %d" % frames, b"end_head\n"])
@@ -246,3 +254,20 @@ def nist_parts(source: ByteSource, begin: int, end: int) -> tuple[list[Part], in
     if promised > end:
         raise AudioError("truncated", f"its header states {promised - end:,} bytes more than the file has")
     return [Part(_whole(source, begin, promised))], promised
+
+
+def avi_end(source: ByteSource, begin: int, end: int) -> int:
+    """Returns the end of an AVI file: of its RIFF chunk and of the AVIX chunks that continue it.
+
+    Raises:
+        AudioError: `truncated` if the first one states more bytes than the file has.
+    """
+    at = begin
+    while source.read(at, 4) == b"RIFF" and (at == begin or source.read(at + 8, 4) == b"AVIX"):
+        size = _number(source, at + 4, 4, "little")
+        if is_placeholder(size):
+            return next_file(source, at + 12, end)
+        if at == begin and at + 8 + size > end + 1:
+            raise AudioError("truncated", f"its header states {at + 8 + size - end:,} bytes more than the file has")
+        at += 8 + size + size % 2
+    return min(at, end)

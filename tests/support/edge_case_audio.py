@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 from fractions import Fraction
@@ -70,6 +71,42 @@ def mp3(seconds: float, rate: int = 16_000, kbps: int = 64, header: bool = True,
     """Returns an MP3 file, with or without a Xing/Info frame."""
     options = {"write_xing": str(int(header)), "id3v2_version": "0"}
     return encoded([(0, tone(seconds, hertz, rate))], "mp3", "libmp3lame", rate, 1_000 * kbps, options)
+
+
+_BY_LIBSNDFILE = {"wav": "WAV", "flac": "FLAC", "aiff": "AIFF", "w64": "W64", "au": "AU", "caf": "CAF", "nist": "NIST",
+                  "rf64": "RF64"}  # fmt: skip
+_BY_FFMPEG = {
+    "tta": ("tta", "tta", 16_000, 0),
+    "voc": ("voc", "pcm_u8", 16_000, 0),
+    "wavpack": ("wv", "wavpack", 16_000, 0),
+    "avi": ("avi", "pcm_s16le", 16_000, 0),
+    "flv": ("flv", "aac", 44_100, 0),
+    "adts": ("adts", "aac", 16_000, 0),
+    "ac3": ("ac3", "ac3", 48_000, 96_000),
+    "mp4": ("mp4", "aac", 16_000, 0),
+    "matroska": ("matroska", "flac", 16_000, 0),
+    "mpeg-ts": ("mpegts", "aac", 16_000, 0),
+    "mpeg-ps": ("mpeg", "mp2", 48_000, 0),
+    "asf": ("asf", "wmav2", 44_100, 64_000),
+    "amr": ("amr", "libopencore_amrnb", 8_000, 12_200),
+}
+FORMATS = (*_BY_LIBSNDFILE, *_BY_FFMPEG, "ogg", "opus", "gsm", "mp3", "bare mp3")
+"""Formats that `in_format` writes."""
+
+
+@functools.cache
+def in_format(name: str, seconds: float, hertz: float) -> bytes:
+    """Returns a file of one format with a tone of amplitude 0.3."""
+    if name in _BY_LIBSNDFILE:
+        return written(tone(seconds, hertz), form=_BY_LIBSNDFILE[name])
+    if name in ("ogg", "opus"):
+        return written(tone(seconds, hertz), form="OGG", subtype="VORBIS" if name == "ogg" else "OPUS")
+    if name == "gsm":
+        return written(tone(seconds, hertz, 8_000), 8_000, "RAW", "GSM610")
+    if name.endswith("mp3"):
+        return mp3(seconds, header=name == "mp3", hertz=hertz)
+    container, codec, rate, bit_rate = _BY_FFMPEG[name]
+    return encoded([(0, tone(seconds, hertz, rate))], container, codec, rate, bit_rate)
 
 
 def mp3_without_header(wave: np.ndarray, rate: int = 16_000, kbps: int = 64) -> bytes:

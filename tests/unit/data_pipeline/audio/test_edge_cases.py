@@ -132,6 +132,14 @@ def test_a_hole_in_an_mp3_never_shifts_later_audio(kbps: int, begin: int, size: 
     assert edge.onset(found, 900) == pytest.approx(expected, abs=0.15)
 
 
+def test_zeros_over_the_start_of_an_mp3_are_corrupt_and_padding_is_not(tmp_path: Path) -> None:
+    whole, tag = edge.mp3_without_header(TWO_TONES), b"ID3\x04\x00\x00\x00\x00\x00\x0a" + bytes(10)
+    lost = edge.with_hole(whole, 0, 20 * 288)
+    assert [reason(content, tmp_path) for content in (lost, tag + lost)] == ["corrupt"] * 2
+    for padded in (bytes(500) + whole, tag + bytes(500) + whole):
+        assert edge.onset(decoded(padded, tmp_path), 900) == pytest.approx(3, abs=0.12)
+
+
 def test_a_large_hole_in_an_mp3_is_corrupt(tmp_path: Path) -> None:
     for begin, size in ((5_760, 17_280), (5_900, 4_000)):
         assert reason(edge.with_hole(edge.mp3_without_header(TWO_TONES), begin, size), tmp_path) == "corrupt"
