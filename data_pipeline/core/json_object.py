@@ -1,10 +1,14 @@
-"""Reads a file that holds one JSON object."""
+"""Reads files that hold one JSON object."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+
+class DamagedFileError(ValueError):
+    """Raised for a file whose content is damaged, unlike one with a wrong value: copy or write it again, then retry."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -14,8 +18,13 @@ def read_object(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read; FileNotFoundError if it is missing.
         ValueError: it is not UTF-8 or JSON, is nested too deeply, or is not an object.
     """
+    return parse_object(path.read_bytes())
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """Returns the object in the content of a JSON file. Raises ValueError as in `read_object`."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(content)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(values, dict):

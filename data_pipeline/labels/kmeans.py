@@ -24,6 +24,7 @@ from safetensors.numpy import save as save_tensors
 from data_pipeline.audio.codecs import AudioError, Wave
 from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.integrity import write_checksums
+from data_pipeline.core.json_object import DamagedFileError, parse_object
 from data_pipeline.core.progress import Advance, Begin, silent
 from data_pipeline.core.ray_tasks import cluster, run_tasks
 from data_pipeline.core.rng import keyed_rng
@@ -347,11 +348,21 @@ def settings_of(config: TargetsConfig, records: list[DoneRecord], weights: str) 
 
 
 def require_same_settings(store: FileStore, settings: dict[str, Any]) -> None:
-    """Records the settings of a label folder. Raises ConfigError if it has labels of other ones."""
+    """Records the settings of a label folder.
+
+    Raises:
+        ConfigError: it has labels of other ones.
+        DamagedFileError: their record is damaged.
+    """
     text = json.dumps(settings, sort_keys=True, indent=1).encode() + b"\n"
     if store.create("targets.json", text):
         return
-    before = json.loads(store.read("targets.json"))
+    try:
+        before = parse_object(store.read("targets.json"))
+    except ValueError as error:
+        raise DamagedFileError(
+            f"{store.root}/targets.json: cannot be read as JSON ({error}); remove it and give the command again"
+        ) from None
     different = [
         f"{key}={new!r} here, {before.get(key)!r} there" for key, new in settings.items() if new != before.get(key)
     ]

@@ -10,17 +10,24 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.core.json_object import DamagedFileError, parse_object
 from data_pipeline.core.lru import LruCache
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
+from data_pipeline.shards.index_rows import INDEX_ERRORS
 from data_pipeline.shards.local import Array, ShardError, ShardIndex
+
+AGAIN: Final = "remove it and run `auricle targets` again"
+MOST_CLASSES: Final = 1 << 16
+"""Largest number of classes; labels are stored in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +45,29 @@ class LabelSet:
 
     @staticmethod
     def read(root: str) -> LabelSet:
-        """Reads labels.json of a label folder. Raises ConfigError if there is none."""
+        """Reads labels.json of a label folder.
+
+        Raises:
+            ConfigError: there is none, or one of its fields is missing or wrong.
+            DamagedFileError: it is not a JSON object.
+        """
+        name = f"{root}/labels.json"
         try:
-            found = LabelSet(**json.loads(FileStore(root).read("labels.json")))
+            values = parse_object(FileStore(root).read("labels.json"))
         except FileNotFoundError:
             raise ConfigError(f"{root} has no frame labels (labels.json is missing); run `auricle targets`") from None
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{root}/labels.json cannot be used: {error}") from None
-        if found.rate_hz <= 0 or SAMPLE_RATE % found.rate_hz:
-            raise ConfigError(f"{root}/labels.json: rate_hz={found.rate_hz} does not divide {SAMPLE_RATE}")
+        except ValueError as error:
+            raise DamagedFileError(f"{name}: cannot be read as JSON ({error}); {AGAIN}") from None
+        known = [field.name for field in fields(LabelSet)]
+        if unknown := values.keys() - set(known):
+            raise ConfigError(f"{name}: unknown field {min(unknown)!r}; the fields are {', '.join(known)}")
+        found = LabelSet(**{field: values.get(field) for field in known})
+        if not isinstance(found.artefact, str) or not found.artefact:
+            raise ConfigError(f"{name}: artefact={found.artefact!r} must be a text; {AGAIN}")
+        if type(found.rate_hz) is not int or found.rate_hz <= 0 or SAMPLE_RATE % found.rate_hz:
+            raise ConfigError(f"{name}: rate_hz={found.rate_hz!r} must be a whole number dividing {SAMPLE_RATE}")
+        if type(found.classes) is not int or not 1 <= found.classes <= MOST_CLASSES:
+            raise ConfigError(f"{name}: classes={found.classes!r} must be a whole number, 1 to {MOST_CLASSES}")
         return found
 
     def write(self, root: str) -> None:
@@ -104,17 +125,35 @@ class FrameLabels:
         name = file_name(shard)
         try:
             table = pq.ParquetFile(io.BytesIO(FileStore(self.root).read(name))).read(use_threads=False)
-        except (OSError, ValueError) as error:
+            artefact = (table.schema.metadata or {}).get(b"artefact", b"").decode()
+            keys = table.column("key").cast(pa.string())
+            flat, offsets = _flattened(table.column("labels"), self.set.classes)
+        except INDEX_ERRORS as error:
             raise ShardError(shard, f"its labels {self.root}/{name} cannot be read ({error})") from None
-        artefact = (table.schema.metadata or {}).get(b"artefact", b"").decode()
         if artefact != self.set.artefact:
             raise ShardError(
                 shard, f"its labels are of artefact {artefact!r}, but {self.root} is {self.set.artefact!r}"
             )
-        if not table.column("key").cast(pa.string()).equals(index.table.column("key").cast(pa.string())):
+        if not keys.equals(index.table.column("key").cast(pa.string())):
             raise ShardError(shard, f"its labels in {self.root} are of other segments; run `auricle targets` again")
-        column = table.column("labels").combine_chunks()
-        return column.values.to_numpy(), column.offsets.to_numpy()
+        return flat, offsets
+
+
+def _flattened(column: pa.ChunkedArray, classes: int) -> tuple[Array, Array]:
+    """Returns all labels of a column and the position of each row's first one, and the end of the last.
+
+    Raises:
+        ValueError: it is not a column of lists of labels below `classes`.
+    """
+    rows = column.combine_chunks()
+    if not pa.types.is_list(rows.type) or not pa.types.is_integer(rows.type.value_type):
+        raise ValueError(f"labels are {rows.type}, not lists of whole numbers")
+    if rows.null_count or rows.values.null_count:
+        raise ValueError("labels are null")
+    flat = rows.values.to_numpy()
+    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < classes:
+        raise ValueError(f"labels are {flat.min()} to {flat.max()}; labels.json has {classes} classes")
+    return flat, rows.offsets.to_numpy()
 
 
 def pad(rows: Sequence[Array]) -> Array:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
 
-from data_pipeline.core.retries import StorageError
+from data_pipeline.core.json_object import parse_object
 from data_pipeline.core.storage import FileStore
 
 FOLDER = "_licences"
@@ -28,11 +29,9 @@ def record_licences(root: str, licences: Mapping[str, str]) -> None:
 def read_licences(root: str) -> dict[str, str]:
     """Returns the recorded licence of each corpus of a data set; files that cannot be read are left out."""
     store, found = FileStore(root), {}
-    try:
+    with contextlib.suppress(OSError):
         for name in store.names(FOLDER, ".json"):
-            row = json.loads(store.read(f"{FOLDER}/{name}"))
-            if isinstance(row, dict):
+            with contextlib.suppress(OSError, ValueError):
+                row = parse_object(store.read(f"{FOLDER}/{name}"))
                 found[str(row.get("corpus", ""))] = str(row.get("licence", ""))
-    except (OSError, StorageError, ValueError, RecursionError):
-        pass
     return {corpus: licence for corpus, licence in found.items() if licence}

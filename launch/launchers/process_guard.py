@@ -104,7 +104,9 @@ def grace_seconds(run: Path, configured: float) -> float:
                 longest = max(longest, (row["time"] - before["time"]) / (row["step"] - before["step"]))
             before = row
     if not longest:
-        starts = [file.stat().st_mtime for file in (run / "incarnations").glob("*")]
+        starts = []
+        with contextlib.suppress(OSError):
+            starts = [file.stat().st_mtime for file in (run / "incarnations").glob("[0-9]*")]
         longest = min(max(time.time() - max(starts), 0.0), LONGEST_GUESS) if starts else 0.0
     return LEAST_GRACE + UPDATES_OF_GRACE * longest
 

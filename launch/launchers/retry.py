@@ -23,6 +23,7 @@ from pathlib import Path
 
 from launch.exit_codes import ExitCode
 from pretrain.checkpointing.locate import steps_done
+from pretrain.checkpointing.run_folder import start_files
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,11 @@ class Progress:
     @staticmethod
     def of(folder: Path) -> Progress:
         """Reads the progress from a run folder."""
-        incarnations = folder / "incarnations"
         try:
             checkpoint = steps_done(folder)
         except (ValueError, OSError):
             checkpoint = 0  # damaged: the ranks will end with that error and without a new checkpoint
-        return Progress(checkpoint, len(list(incarnations.iterdir())) if incarnations.is_dir() else 0)
+        return Progress(checkpoint, len(start_files(folder)) if (folder / "incarnations").is_dir() else 0)
 
     @staticmethod
     def parse(text: str) -> Progress:

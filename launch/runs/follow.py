@@ -115,15 +115,15 @@ def _lines(follower: Follower, folder: Path, steps: int, running: Callable[[], b
 def first_update(folder: Path) -> str:
     """Returns the activity of a run before its first row of metrics, from the heartbeats of its newest start."""
     notes = read_notes(folder)
-    newest = max((number(note, "start", 0.0) for note in notes), default=0.0)
-    notes = [note for note in notes if number(note, "start", 0.0) == newest]
+    newest = max((note.start for note in notes), default=0)
+    notes = [note for note in notes if note.start == newest]
     if not notes:
         return "starting the ranks: model, shards and plan"
-    begun, size = sum(int(number(note, "micro_batches", 0.0)) for note in notes), _micro_batches(folder)
+    begun, size = sum(note.micro_batches for note in notes), _micro_batches(folder)
     if not begun:
         return (
             "first update: reading audio"
-            if any(note.get("phase") == "reading" for note in notes)
+            if any(note.phase == "reading" for note in notes)
             else ("first update: drawing masks and counting targets")
         )
     return f"first update: {min(begun, size) if size else begun} of {size or 'its'} micro-batches"

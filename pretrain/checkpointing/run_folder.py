@@ -62,7 +62,19 @@ class RunFolder:
             return False
 
     def _newest(self) -> int:
-        return max((int(entry.name) for entry in self._incarnations.iterdir()), default=0)
+        return max((int(file.name) for file in start_files(self.path)), default=0)
+
+
+def start_files(folder: Path) -> list[Path]:
+    """Returns the files of the starts of a run folder, each named by its number.
+
+    Other names, such as .nfs0000a1 or .DS_Store, which file systems and tools leave there, are ignored.
+
+    Raises:
+        OSError: the run has none yet, or they cannot be listed.
+    """
+    found = (folder / "incarnations").iterdir()
+    return [file for file in found if file.name.isascii() and file.name.isdecimal()]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

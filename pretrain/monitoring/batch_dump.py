@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.core.atomic_files import remove, write_json
+from data_pipeline.core.json_object import DamagedFileError, read_object
 from data_pipeline.core.types import Batch, Images
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.checkpointing.tensor_files import save_tensors
@@ -69,37 +70,42 @@ def save_batches(
 
 
 def load_batches(folder: Path) -> tuple[StepContext, list[Batch], str]:
-    """Returns the batches of all ranks, in order, and the reason. Raises ValueError if there are none."""
+    """Returns the batches of all ranks, in order, and the reason.
+
+    Raises:
+        ValueError: there are none.
+        DamagedFileError: a file is damaged.
+    """
     batches: list[Batch] = []
-    values: dict[str, Any] = {}
+    found = (StepContext(0, 0), "")
     for path in sorted(folder.glob("rank_*.json")):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load_file(path.with_suffix(".safetensors"))
-        for i, described in enumerate(values["batches"]):
-            targets, tokens = (_below(f"{i}/{kind}/", tensors) for kind in ("targets", "tokens"))
-            labels = {name: tuple(texts) for name, texts in described["labels"].items()}
-            keys, number = tuple(described["keys"]), int(described["micro_batch"])
-            wave_BT, lengths_B = tensors[f"{i}/wave_BT"], tensors[f"{i}/lengths_B"]
-            sources_BST = tensors.get(f"{i}/sources_BST")
-            pixels, present = (_below(f"{i}/{kind}/", tensors) for kind in ("pixels", "present"))
-            images = {name: Images(pixels[name], present[name]) for name in pixels}
-            batches.append(
-                Batch(
-                    wave_BT,
-                    lengths_B,
-                    keys,
-                    number,
-                    targets=targets,
-                    labels=labels,
-                    tokens=tokens,
-                    images=images,
-                    sources_BST=sources_BST,
-                )
-            )
+        try:
+            values, tensors = read_object(path), load_file(path.with_suffix(".safetensors"))
+            found = (StepContext(int(values["seed"]), int(values["step"])), str(values["why"]))
+            batches += [_batch(f"{i}/", described, tensors) for i, described in enumerate(values["batches"])]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise DamagedFileError(
+                f"{path}: it or its .safetensors is damaged ({error}); replay the kept batches of another step"
+            ) from None
     if not batches:
         raise ValueError(f"{folder} holds no kept batches")
     batches.sort(key=lambda batch: batch.micro_batch)
-    return StepContext(values["seed"], values["step"]), batches, values["why"]
+    return found[0], batches, found[1]
+
+
+def _batch(prefix: str, described: dict[str, Any], tensors: dict[str, Tensor]) -> Batch:
+    pixels, present = (_below(f"{prefix}{kind}/", tensors) for kind in ("pixels", "present"))
+    return Batch(
+        tensors[f"{prefix}wave_BT"],
+        tensors[f"{prefix}lengths_B"],
+        tuple(described["keys"]),
+        int(described["micro_batch"]),
+        targets=_below(f"{prefix}targets/", tensors),
+        labels={name: tuple(texts) for name, texts in described["labels"].items()},
+        tokens=_below(f"{prefix}tokens/", tensors),
+        images={name: Images(pixels[name], present[name]) for name in pixels},
+        sources_BST=tensors.get(f"{prefix}sources_BST"),
+    )
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

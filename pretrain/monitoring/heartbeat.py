@@ -8,6 +8,7 @@ If Python itself is stuck, a C timer writes the stacks and ends the rank after t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import math
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ class Heartbeat:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         for path in self._path.parent.glob(f"rank_{self._rank}.*"):  # of earlier starts
             number = path.name.removeprefix(f"rank_{self._rank}.").removesuffix(".json").removeprefix("start_")
-            if number == "json" or (number.isdigit() and int(number) < self._start):
+            if number == "json" or (number.isascii() and number.isdecimal() and int(number) < self._start):
                 path.unlink(missing_ok=True)
         self._thread.start()
         return self
@@ -126,13 +128,51 @@ class Heartbeat:
                 os.close(handle)
 
 
-def read_notes(run_folder: Path) -> list[dict[str, Any]]:
-    """Returns the newest record of each rank; without those that are being replaced."""
+@dataclass(frozen=True)
+class Note:
+    """The record of one rank, as in its file.
+
+    start, rank: of the process.  step, phase: current update and its phase, since the time `since` (s since 1970).
+    parts: begun parts of the phase; `part` is the last one.  micro_batches: begun ones of the update.
+    """
+
+    start: int
+    rank: int
+    step: int
+    phase: str
+    since: float
+    parts: int = 0
+    part: str = ""
+    micro_batches: int = 0
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """Orders the records of one start: less is further behind."""
+        return self.step, PHASES.index(self.phase), self.parts
+
+
+def read_notes(run_folder: Path) -> list[Note]:
+    """Returns the newest record of each rank; without those that are being replaced or are damaged."""
     notes = []
     for path in sorted((run_folder / "heartbeats").glob("rank_*.json")):
         with contextlib.suppress(OSError, ValueError):
-            notes.append(read_object(path))
+            notes.append(_note(read_object(path)))
     return notes
+
+
+def _note(values: dict[str, Any]) -> Note:
+    """Returns a record; raises ValueError naming a field that is missing or has the wrong form."""
+    note = Note(**{field.name: values.get(field.name, field.default) for field in dataclasses.fields(Note)})
+    for name in ("start", "rank", "step", "parts", "micro_batches"):
+        if type(getattr(note, name)) is not int or not 0 <= getattr(note, name) < 1 << 63:
+            raise ValueError(f"{name} must be a whole number, 0 or more")
+    if note.phase not in PHASES:
+        raise ValueError(f"phase must be one of {', '.join(PHASES)}")
+    if type(note.since) not in (int, float) or not 0 <= note.since < 1e12:
+        raise ValueError("since must be a time in seconds")
+    if not isinstance(note.part, str) or not note.part.isprintable():
+        raise ValueError("part must be a text")
+    return note
 
 
 def slowest(run_folder: Path, start: int, now: float | None = None) -> str:
@@ -146,20 +186,16 @@ def slowest(run_folder: Path, start: int, now: float | None = None) -> str:
     Returns:
         Empty if there are no records.
     """
-    notes = [note for note in read_notes(run_folder) if note.get("start") == start]
+    notes = [note for note in read_notes(run_folder) if note.start == start]
     if not notes:
         return ""
-    least = min(map(_progress, notes))
-    behind = [note for note in notes if _progress(note) == least]
+    least = min(note.progress for note in notes)
+    behind = [note for note in notes if note.progress == least]
     first = behind[0]
-    who = f"rank {first['rank']}" if len(behind) == 1 else f"one of {', '.join(str(note['rank']) for note in behind)}"
-    doing = f"{first['phase']} ({first['part']})" if first.get("part") else first["phase"]
-    seconds = (now or time.time()) - first["since"]
+    who = f"rank {first.rank}" if len(behind) == 1 else f"one of {', '.join(str(note.rank) for note in behind)}"
+    doing = f"{first.phase} ({first.part})" if first.part else first.phase
+    seconds = (now or time.time()) - first.since
     return (
-        f"the slowest of {len(notes)} ranks is {who}: {doing} at step {first['step']} for {seconds:.0f} s; "
+        f"the slowest of {len(notes)} ranks is {who}: {doing} at step {first.step} for {seconds:.0f} s; "
         "its log has its stacks if it hung"
     )
-
-
-def _progress(note: dict[str, Any]) -> tuple[int, int, int]:
-    return note["step"], PHASES.index(note["phase"]), note.get("parts", 0)

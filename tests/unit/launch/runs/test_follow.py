@@ -104,7 +104,7 @@ def test_the_first_update_says_which_micro_batch_it_is_at(tmp_path: Path) -> Non
     (tmp_path / "heartbeats").mkdir()
 
     def beat(rank: int, start: int, phase: str, micro_batches: int) -> None:
-        note = {"start": start, "rank": rank, "step": 0, "phase": phase, "micro_batches": micro_batches}
+        note = {"start": start, "rank": rank, "step": 0, "phase": phase, "micro_batches": micro_batches, "since": 1.0}
         (tmp_path / "heartbeats" / f"rank_{rank}.start_{start}.json").write_text(json.dumps(note))
 
     beat(0, 1, "computing", 4)

@@ -5,6 +5,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pretrain.monitoring import heartbeat
 
@@ -136,3 +139,49 @@ def test_only_older_heartbeats_of_the_same_rank_are_removed(tmp_path: Path) -> N
         "rank_10.json",
         "rank_2.start_1.json",
     ]
+
+
+GOOD = {"start": 1, "rank": 0, "step": 4, "phase": "computing", "since": 1000.0}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"start": 1},
+        GOOD | {"phase": "x"},
+        GOOD | {"phase": ["reading"]},
+        GOOD | {"rank": "1"},
+        GOOD | {"step": None},
+        GOOD | {"step": -1},
+        GOOD | {"step": True},
+        GOOD | {"step": 10**400},
+        GOOD | {"since": "now"},
+        GOOD | {"since": float("nan")},
+        GOOD | {"parts": {}},
+        GOOD | {"micro_batches": 2.5},
+        GOOD | {"part": "\x1b]0;title"},
+        [],
+        None,
+    ],
+    ids=str,
+)
+def test_a_damaged_heartbeat_is_left_out_and_the_others_are_compared(tmp_path: Path, damaged: Any) -> None:
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+    (folder / "rank_1.start_1.json").write_text(json.dumps(GOOD | {"rank": 1, "step": 9}))
+    (folder / "rank_2.start_1.json").write_text(json.dumps(damaged))
+    (folder / "rank_3.start_1.json").write_bytes(b"\xff\xfe{")
+    (folder / "rank_4.start_1.json").mkdir()
+    assert "the slowest of 1 ranks is rank 1: computing at step 9" in heartbeat.slowest(tmp_path, 1, now=1090.0)
+    assert [note.rank for note in heartbeat.read_notes(tmp_path)] == [1]
+
+
+def test_odd_names_beside_the_heartbeats_do_not_end_the_next_start(tmp_path: Path) -> None:
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+    odd = {"rank_0.start_\u00b2.json", "rank_0.nfs0001", "rank_0.start_.json", ".DS_Store"}
+    for name in odd:
+        (folder / name).touch()
+    with heartbeat.Heartbeat(tmp_path, 0, 600, start=3):
+        pass
+    assert {path.name for path in folder.iterdir()} == odd | {"rank_0.start_3.json"}
