@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import numpy as np
 
 from data_pipeline.audio.transforms import add_noise, draw_stretch, repeat_to_length, reverberate, scaled_stretch
+from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError, about, config
 
 if TYPE_CHECKING:  # a training config must load without codec libraries
@@ -184,4 +185,4 @@ def _read(path: Path) -> Wave:
     try:
         return read_mono(str(path))
     except AudioError as error:
-        raise ConfigError(f"data.augment: {error}; remove the file or repair it") from None
+        raise DamagedFileError(f"data.augment: {error}; remove the file or repair it") from None

@@ -7,13 +7,13 @@ the merges (Sennrich et al. 2016), for phones the table of words. There are no s
 from __future__ import annotations
 
 import abc
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 from data_pipeline.core.integrity import with_check
+from data_pipeline.core.json_object import DamagedFileError, parse_object
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 
@@ -176,7 +176,8 @@ def load_tokenizer(folder: str) -> Tokenizer:
         folder: folder or fsspec URL with `tokens.json`.
 
     Raises:
-        ConfigError: there is no `tokens.json`, or it was altered.
+        ConfigError: there is no `tokens.json`, or one of its fields is missing or wrong.
+        DamagedFileError: it is no JSON object, or was altered.
     """
     try:
         content = FileStore(folder).read(TOKENS)
@@ -186,15 +187,19 @@ def load_tokenizer(folder: str) -> Tokenizer:
 
 
 def parse_tokenizer(content: bytes, name: str = TOKENS) -> Tokenizer:
-    """Returns the tokenizer of the content of a `tokens.json`; `name` is for messages. Raises ConfigError."""
+    """Returns the tokenizer of the content of a `tokens.json`; `name` is for messages. Raises as `load_tokenizer`."""
+    again = "restore it from a copy, or remove it and give the same `auricle tokens` command"
     try:
-        values = json.loads(content)
-        if with_check(values) != content:
-            raise ValueError("its checksum differs; make it again")
+        values = parse_object(content)
+    except ValueError as error:
+        raise DamagedFileError(f"{name}: cannot be read as JSON ({error}); {again}") from None
+    if with_check(values) != content:
+        raise DamagedFileError(f"{name}: its checksum differs; {again}")
+    try:
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']}; this version reads {FORMAT}")
         return _KINDS[values["kind"]](values)
     except ConfigError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{name} cannot be used: {error}") from None

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_pipeline.core.progress import stages
-from data_pipeline.core.schema import ConfigError, document, load
+from data_pipeline.core.schema import document, load
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.text import visible
 from data_pipeline.core.types import SAMPLE_RATE
@@ -47,10 +47,7 @@ def run(arguments: list[str]) -> int:
         return _index(given.folder, given.settings)
     if given.subcommand == "verify":
         return _verify(given.folder)
-    try:
-        records = done_records(given.folder)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    records = done_records(given.folder)
     if given.subcommand == "stats":
         return _stats(given.folder, records)
     return _inspect(given.folder, records, given.key, given.n)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_pipeline.core.atomic_files import write_secret
+from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.jsonl import append_row
 from data_pipeline.core.schema import ConfigError, dump
 from data_pipeline.core.types import SAMPLE_RATE, StepReader
@@ -276,7 +277,9 @@ def build(config: Config, world: DistributedContext, folder: RunFolder) -> Run:
     reader: StepReader | None = None if federated else _open_reader(config, world, say)
     try:
         module = build_model(config)
-    except ValueError as error:  # the model depends on the config alone
+    except DamagedFileError:
+        raise
+    except ValueError as error:  # else the model depends on the config alone
         raise ConfigError(str(error)) from error
     if config.tune.name != "full":
         say(learned_weights(config.tune.name, module))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data_pipeline.core.atomic_files import remove
+from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError, base_part, load
 from data_pipeline.text.artefact import TokensConfig
 from launch.cli.compose import compose
@@ -123,6 +124,8 @@ def require_buildable(config: Config) -> None:
     try:
         with torch.device("meta"):
             build_model(config)
+    except DamagedFileError:
+        raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -29,6 +29,7 @@ def require_inputs(job: PretrainJob | ProgramJob, made: Sequence[Path] = (), pre
 
     Raises:
         ConfigError: an input is missing; the message names its field.
+        DamagedFileError: the pointer to the newest checkpoint of a run is damaged.
     """
     found = list(_inputs(job))
     if not job.launcher.sees_inputs:
@@ -40,7 +41,7 @@ def require_inputs(job: PretrainJob | ProgramJob, made: Sequence[Path] = (), pre
         if not _is_below(path, made):
             try:
                 find_checkpoint(path)
-            except ValueError as error:
+            except ConfigError as error:
                 reason = str(error).removeprefix(f"checkpoint={path}: ")
                 raise ConfigError(f"{prefix}{field}={path}: {reason}") from None
     if isinstance(job, PretrainJob) and not _is_below(job.init, made):
@@ -139,7 +140,7 @@ def _sees_shards(config: PretrainJob) -> bool:
 
 
 def _require_shards(config: PretrainJob) -> None:
-    """Raises ConfigError if there are no shards or batches cannot be filled."""
+    """Raises ConfigError if there are no shards or batches cannot be filled, ValueError if a record is damaged."""
     from data_pipeline.sampling.constraints import BatchConstraints
 
     BatchConstraints.of(config.data)
@@ -150,7 +151,7 @@ def _require_shards(config: PretrainJob) -> None:
         return
     try:
         records = done_records(config.data.shards)
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"data.shards={', '.join(config.data.shards)}: {error}") from None
     some = _part(records)
     try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError, about, config, hint
 from data_pipeline.labels.pitch_targets import PITCH
 from launch.cli import request
@@ -201,7 +202,7 @@ def why_pretraining(run: PretrainJob) -> str:
     """Returns the reason why a pretraining must run (again); "" if its last checkpoint is intact and of this config.
 
     Raises:
-        ConfigError: the checkpoint of the last step is damaged; training would not write it again.
+        DamagedFileError: the checkpoint of the last step is damaged; training would not write it again.
     """
     from pretrain.checkpointing import resume, stored
     from pretrain.train_module import open_run_reader
@@ -212,7 +213,7 @@ def why_pretraining(run: PretrainJob) -> str:
         return f"is at step {done} of {run.train.steps}"
     newest = folder / "checkpoints" / f"step_{done:08d}"
     if damaged := stored.damage(newest):
-        raise ConfigError(f"{damaged}; {remedy(newest.parent)}")
+        raise DamagedFileError(f"{damaged}; {remedy(newest.parent)}")
     state = stored.read_state(newest)
     resume.require_same_config(state["config"], metadata.run_config(run), newest)
     reader = open_run_reader(run)

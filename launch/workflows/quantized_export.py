@@ -111,10 +111,11 @@ def read_waves(shards: str, seconds: float) -> list[Tensor]:
 
     Raises:
         ConfigError: the folder has no shards, or fewer than two segments.
+        ValueError: a record is damaged.
     """
     try:
         records = done_records(shards)
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"--shards {shards}: {error}") from None
     found: list[Tensor] = []
     total = 0

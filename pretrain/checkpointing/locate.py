@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from data_pipeline.core.atomic_files import sync, write_atomically
+from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError, did_you_mean, suggest
 
 POINTER = "latest"
@@ -22,7 +23,7 @@ def latest_name(checkpoints: Path) -> str:
         checkpoints: The checkpoints folder of a run.
 
     Raises:
-        ValueError: The file does not contain the name of a checkpoint.
+        DamagedFileError: The file does not contain the name of a checkpoint.
         OSError: The file cannot be read.
     """
     pointer = checkpoints / POINTER
@@ -33,7 +34,7 @@ def latest_name(checkpoints: Path) -> str:
         return ""
     name = content.decode("utf-8", errors="backslashreplace")
     if not _NAME.fullmatch(name):
-        raise ValueError(
+        raise DamagedFileError(
             f"{pointer}: must hold the name of a checkpoint, such as step_00000100, not {name[:40]!r}; "
             f"{remedy(checkpoints)}"
         )
@@ -44,13 +45,13 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     """Returns the folder of the newest complete checkpoint; None if none was saved yet.
 
     Raises:
-        ValueError: CHECKPOINTS/latest does not name an existing checkpoint.
+        DamagedFileError: CHECKPOINTS/latest does not name an existing checkpoint.
     """
     name = latest_name(checkpoints)
     if not name:
         return None
     if not (checkpoints / name).is_dir():
-        raise ValueError(f"{checkpoints / POINTER}: names {name}, which does not exist; {remedy(checkpoints)}")
+        raise DamagedFileError(f"{checkpoints / POINTER}: names {name}, which does not exist; {remedy(checkpoints)}")
     return checkpoints / name
 
 
@@ -64,7 +65,7 @@ def steps_done(run: Path) -> int:
     """Returns the step of the newest checkpoint of a run folder; 0 without one.
 
     Raises:
-        ValueError: checkpoints/latest does not contain the name of a checkpoint.
+        DamagedFileError: checkpoints/latest does not contain the name of a checkpoint.
     """
     found = _NAME.fullmatch(latest_name(run / "checkpoints"))
     return int(found[1]) if found else 0
@@ -93,7 +94,7 @@ def find_checkpoint(given: str) -> Path:
 
     Raises:
         ConfigError: the path is none of these.
-        ValueError: `latest` of the run does not name a checkpoint that exists.
+        DamagedFileError: `latest` of the run does not name a checkpoint that exists.
     """
     path = Path(given).expanduser()
     for folder in (path / "checkpoints", path):

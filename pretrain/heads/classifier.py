@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError, about, config, refuse
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import HeadConfig
@@ -55,6 +56,7 @@ class Config(HeadConfig):
 
         Raises:
             ConfigError: there are none, or the file cannot be read.
+            DamagedFileError: the file is no UTF-8 text.
             ValidationError: the file has fewer than two classes or one of them twice.
         """
         if self.classes:
@@ -65,7 +67,11 @@ class Config(HeadConfig):
             )
         try:
             lines = Path(self.classes_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise DamagedFileError(
+                f"classes_file={self.classes_file}: is no UTF-8 text ({error}); write it again"
+            ) from None
+        except OSError as error:
             raise ConfigError(
                 f"classes_file={self.classes_file}: cannot be read as text with one class per line: {error}"
             ) from None

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.core.json_object import read_object
+from data_pipeline.core.json_object import DamagedFileError, read_object
 from data_pipeline.core.schema import ConfigError
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -29,7 +29,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads config.json, the architecture.
 
     Raises:
-        ConfigError: the file is missing or not a JSON object, or its model_type is not a string.
+        ConfigError: the file is missing, or its model_type is not a string.
+        DamagedFileError: it is not a JSON object.
     """
     values = _object(folder / CONFIG)
     if values is None:
@@ -46,7 +47,8 @@ def read_processor(folder: Path) -> dict[str, Any]:
     """Reads preprocessor_config.json; returns {} if there is none.
 
     Raises:
-        ConfigError: the file is not a JSON object, or its do_normalize is neither true nor false.
+        ConfigError: its do_normalize is neither true nor false.
+        DamagedFileError: the file is not a JSON object.
     """
     values = _object(folder / PROCESSOR) or {}
     if not isinstance(values.get("do_normalize", False), bool):
@@ -58,8 +60,8 @@ def weight_files(folder: Path) -> list[Path]:
     """Returns the safetensors files of a model's weights, one or several.
 
     Raises:
-        ConfigError: there are no safetensors files, or the index is damaged or names a file that is missing or outside
-            of `folder`.
+        ConfigError: there are no safetensors files, or the index names a file that is missing or outside of `folder`.
+        DamagedFileError: the index is not a JSON object.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -89,14 +91,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Reads all weights of a folder: name -> tensor.
 
     Raises:
-        ConfigError: as in `weight_files`, or a file is damaged, or two files contain the same weight.
+        ConfigError: as in `weight_files`, or two files contain the same weight.
+        DamagedFileError: as in `weight_files`, or a file is damaged.
     """
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder):
         try:
             found = load_file(file)
         except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{file}: cannot be read ({error}); {DOWNLOAD}") from None
+            raise DamagedFileError(f"{file}: cannot be read ({error}); {DOWNLOAD}") from None
         if twice := sorted(weights.keys() & found.keys()):
             raise ConfigError(f"{file}: contains {twice[0]}, which another file of {folder} contains too; {DOWNLOAD}")
         weights |= found
@@ -112,10 +115,10 @@ def require_weights(missing: Mapping[str, str], folder: Path) -> None:
 
 
 def _object(file: Path) -> dict[str, Any] | None:
-    """Returns the object in a JSON file; None if the file is missing."""
+    """Returns the object in a JSON file; None if the file is missing. Raises DamagedFileError."""
     try:
         return read_object(file)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON ({error}); {DOWNLOAD}") from None
+        raise DamagedFileError(f"{file}: cannot be read as JSON ({error}); {DOWNLOAD}") from None

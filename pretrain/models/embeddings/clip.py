@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data_pipeline.core.atomic_files import sha256_of
-from data_pipeline.core.json_object import read_object
+from data_pipeline.core.json_object import DamagedFileError, read_object
 from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import EmbeddingConfig
@@ -115,16 +116,17 @@ def describe(folder: str) -> Described:
 
     Raises:
         ConfigError: there is no CLIP or SigLIP with safetensors.
+        DamagedFileError: config.json is not a JSON object.
     """
     path = Path(folder).expanduser()
+    values = _object(path / "config.json") or {}
     try:
-        values = read_object(path / "config.json")
         kind = values["model_type"]
         model, size = MODELS[kind]
         vision = values.get("vision_config", values)
         dim = values.get(size, vision.get(size)) if size == "projection_dim" else vision[size]
         described = Described(model, int(dim), int(vision["image_size"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"embedding.folder={folder}: not a folder with config.json of one of {', '.join(MODELS)} "
             f"({type(error).__name__}: {error})"
@@ -150,21 +152,39 @@ def _load(folder: str, model: str, dim: int) -> nn.Module:
         loaded: nn.Module = getattr(transformers, model).from_pretrained(
             path, config=vision, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"embedding.folder={folder}: cannot be loaded ({error})") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # `describe` has judged its config
+        raise DamagedFileError(
+            f"embedding.folder={folder}: cannot be loaded ({error}); download the whole model again"
+        ) from None
     return loaded
 
 
 def _mean_std(folder: str, model: str) -> tuple[Tensor, Tensor]:
-    """Returns mean and deviation that pixels are normalised with, (C, 1, 1) each."""
+    """Returns mean and deviation that pixels are normalised with, (C, 1, 1) each.
+
+    Raises:
+        ConfigError: the folder has others than numbers.
+        DamagedFileError: preprocessor_config.json is not a JSON object.
+    """
     default = (CLIP_MEAN, CLIP_STD) if model.startswith("CLIP") else ((0.5,) * 3, (0.5,) * 3)
+    file = Path(folder).expanduser() / "preprocessor_config.json"
+    values = _object(file) or {}
+    given = (values.get("image_mean", default[0]), values.get("image_std", default[1]))
     try:
-        values = read_object(Path(folder).expanduser() / "preprocessor_config.json")
-        default = values["image_mean"], values["image_std"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    mean, std = (torch.tensor([float(value) for value in row], device="cpu")[:, None, None] for row in default)
+        mean, std = (torch.tensor([float(value) for value in row], device="cpu")[:, None, None] for row in given)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: image_mean and image_std must be lists of numbers ({error})") from None
     return mean, std
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    """Returns the object in a JSON file; None if the file is missing. Raises DamagedFileError."""
+    try:
+        return read_object(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(f"{file}: cannot be read as JSON ({error}); download the whole model again") from None
 
 
 def build(config: Config, dim: int) -> Clip:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.core.integrity import with_check
+from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.text.artefact import TokensConfig, TokensSummary, make_tokens
 from data_pipeline.text.tokenizer import load_tokenizer, normalise, parse_tokenizer
@@ -95,7 +96,7 @@ def test_altered_or_missing_tokens_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "tokens.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**values, "symbols": values["symbols"][::-1]}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="checksum"):
+    with pytest.raises(DamagedFileError, match="checksum"):
         load_tokenizer(str(tmp_path))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.labels.store import LabelSet
 from launch import main
@@ -257,7 +258,7 @@ def test_a_damaged_run_ends_a_pipeline_and_names_the_remedy(tmp_path: Path) -> N
     folder.mkdir(parents=True)
     save_tensors({"weight": torch.ones(3)}, folder / "model.safetensors")
     write_state(tmp_path / "mine", 5)
-    with pytest.raises(ConfigError, match=r"checksum mismatch.*model.safetensors.*latest"):
+    with pytest.raises(DamagedFileError, match=r"checksum mismatch.*model.safetensors.*latest"):
         why_pretraining(request.config)
 
 

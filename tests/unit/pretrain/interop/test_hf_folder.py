@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate.frozen_encoders import open_pretrained
 from pretrain.interop import hf_folder
@@ -130,7 +131,7 @@ def test_a_damaged_file_is_named(name: str, content: bytes, words: str, folder: 
     if "index" in name:
         (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=f"{name}: {words}"):
+    with pytest.raises(DamagedFileError, match=f"{name}: {words}"):
         open_pretrained(str(folder))
 
 
@@ -161,5 +162,5 @@ def test_an_invalid_config_field_is_named(file: str, fields: dict[str, Any], wor
 def test_damaged_weights_are_named(damage: Any, folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ConfigError, match=r"model.safetensors: cannot be read"):
+    with pytest.raises(DamagedFileError, match=r"model.safetensors: cannot be read"):
         open_pretrained(str(folder))
