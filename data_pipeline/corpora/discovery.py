@@ -28,6 +28,7 @@ from data_pipeline.corpora.listing import Entry, list_files
 from data_pipeline.corpora.manifest import read_manifest
 from data_pipeline.corpora.records import Discovered, RecordingId, recording_id, reject_file
 from data_pipeline.corpora.tarred import read_tarred
+from data_pipeline.shards.index_rows import MOST_NAMES
 
 FIELDS: Final = ("speaker", "language", "text", "split")
 """Groups of `corpus.pattern` that are fields of a recording; all other ones are labels."""
@@ -76,9 +77,21 @@ def discover(corpus: CorpusConfig) -> Discovered:
             f"corpus.path={corpus.path}: holds no sound files{splits}; check the path, corpus.extensions and "
             f"corpus.splits{f' (files not taken: {others})' if others else ''}"
         )
+    _require_few(found, corpus)
     found.files.sort(key=lambda file: file.file_id)
     _mark_recordings(found)
     return found
+
+
+def _require_few(found: Discovered, corpus: CorpusConfig) -> None:
+    """Raises ConfigError for more corpora or languages than a shard may have."""
+    for field, names in (("corpus", {f.corpus for f in found.files}), ("language", {f.language for f in found.files})):
+        if len(names) > MOST_NAMES:
+            raise ConfigError(
+                f"corpus.path={corpus.path}: its recordings have {len(names):,} values of {field}, such as "
+                f"{visible(min(names))!r}; at most {MOST_NAMES:,} are possible, since each is sampled separately. Name "
+                f"the right column with corpus.columns.{field}=COLUMN, or rename this one so that it becomes a label"
+            )
 
 
 def _from_path(corpus: PathCorpus, found: Discovered) -> None:

@@ -22,6 +22,9 @@ Array = npt.NDArray[Any]
 LARGE = 5_000_000
 """Number of segments above which the arrays are stored in files and memory-mapped."""
 
+MOST_GROUPS = 1 << 16
+"""Largest number of groups of a data set; their numbers are stored in 16 bits."""
+
 
 class Group(NamedTuple):
     """Properties that segments share.  text: whether they have a text; False where texts were not looked for."""
@@ -161,6 +164,10 @@ class _Reading:
                 continue
             try:
                 table = self.files.read_lengths(s, more)
+                names, inverse = self._grouped(table)
+                if len(numbers.keys() | set(names)) > MOST_GROUPS:
+                    reason = f"with its {len(names):,} corpora and languages the data set has more than {MOST_GROUPS:,}"
+                    raise self.files.mark_bad(s, f"{reason}; leave it out of data.shards, or name fewer corpora")
             except ShardError:
                 if not self.skip_bad:
                     raise
@@ -168,14 +175,17 @@ class _Reading:
                 continue
             a, b = int(self.starts_S[s]), int(self.starts_S[s + 1])
             length_N[a:b] = table.column("n_samples").to_numpy()
-            corpus, language = (_encoded(table.column(name)) for name in ("corpus", "language"))
-            text = self.texts.found(table) if self.texts else np.zeros(b - a, bool)
-            width = len(language[1])
-            codes, inverse = np.unique(2 * (corpus[0] * width + language[0]) + text, return_inverse=True)
-            pairs = [(*divmod(code // 2, width), bool(code % 2)) for code in codes.tolist()]
-            names = [Group(corpus[1][one], language[1][other], has_text) for one, other, has_text in pairs]
             group_N[a:b] = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.uint16)[inverse]
         return tuple(numbers)
+
+    def _grouped(self, table: pa.Table) -> tuple[list[Group], Array]:
+        """Returns the groups of the segments of a shard, and the position of each segment's group among them."""
+        corpus, language = (_encoded(table.column(name)) for name in ("corpus", "language"))
+        text = self.texts.found(table) if self.texts else np.zeros(table.num_rows, bool)
+        width = len(language[1])
+        codes, inverse = np.unique(2 * (corpus[0] * width + language[0]) + text, return_inverse=True)
+        pairs = [(*divmod(code // 2, width), bool(code % 2)) for code in codes.tolist()]
+        return [Group(corpus[1][one], language[1][other], has_text) for one, other, has_text in pairs], inverse
 
 
 def _encoded(column: pa.ChunkedArray) -> tuple[Array, list[str]]:

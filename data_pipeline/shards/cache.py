@@ -170,12 +170,12 @@ class CachedShards(RemoteShards):
         try:
             size, sha256 = retry(fetch, f"{record.tar_root}/{record.shard}", self.shards.patience)
             if size != record.bytes:
-                raise self._mark(number, f"has {size} bytes; its record says {record.bytes}")
+                raise self.mark_bad(number, f"has {size} bytes; its record says {record.bytes}")
             if sha256 != record.sha256:
-                raise self._mark(number, "checksum mismatch: its sha256 is not the recorded one")
+                raise self.mark_bad(number, "checksum mismatch: its sha256 is not the recorded one")
             part.replace(copy)
         except FileNotFoundError:
-            raise self._mark(number, "is missing") from None
+            raise self.mark_bad(number, "is missing") from None
         finally:
             part.unlink(missing_ok=True)
 

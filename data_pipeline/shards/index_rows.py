@@ -13,6 +13,8 @@ BLOCK: Final = 512
 MOST_SAMPLES: Final = 1 << 31
 """Upper bound of the audio samples of a segment (37 hours), since lengths are stored in 32 bits."""
 NUMBERS: Final = ("offset", "size", "payload_offset", "payload_size", "n_samples")
+MOST_NAMES: Final = 1 << 12
+"""Largest number of corpora, and of languages, in one shard: they name data sets, and each is sampled separately."""
 TEXTS: Final = ("key", "suffix", "corpus", "language")
 INDEX_ERRORS: Final = (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError, pa.ArrowException)
 """Exceptions that pyarrow raises for a damaged Parquet file."""
@@ -29,11 +31,15 @@ def numbers(table: pa.Table, column: str) -> Any:
 
 
 def validate_lengths(table: pa.Table) -> None:
-    """Raises ValueError unless lengths and groups are valid for planning: 0 < n_samples < 2**31, groups are texts."""
+    """Raises ValueError unless lengths and groups are valid for planning.
+
+    0 < n_samples < 2**31; corpora and languages are texts, at most MOST_NAMES.
+    """
     n_samples = numbers(table, "n_samples")
     _require(n_samples, (n_samples > 0) & (n_samples < MOST_SAMPLES), "n_samples", f"1 to {MOST_SAMPLES - 1}")
     for name in ("corpus", "language"):
         _text(table, name)
+        _few(table.column(name), name)
 
 
 def validate_index(table: pa.Table, size: int) -> None:
@@ -66,6 +72,16 @@ def _text(table: pa.Table, column: str) -> None:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise ValueError(f"column {column} has type {kind}, not text")
+
+
+def _few(values: pa.ChunkedArray, column: str) -> None:
+    if pa.types.is_dictionary(values.type):
+        chunks = values.unify_dictionaries().chunks
+        count = len(chunks[0].dictionary) if chunks else 0
+    else:
+        count = len(values.unique())
+    if count > MOST_NAMES:
+        raise ValueError(f"column {column} has {count:,} names, more than {MOST_NAMES:,}; it must name data sets")
 
 
 def _column(table: pa.Table, column: str) -> pa.ChunkedArray:

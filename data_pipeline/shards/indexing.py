@@ -31,7 +31,7 @@ from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.storage import FileStore, is_plain_name
 from data_pipeline.core.tar_samples import MOST_LABEL_BYTES, UnusableError, member_labels
 from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.shards.index_rows import MOST_SAMPLES, validate_index
+from data_pipeline.shards.index_rows import MOST_NAMES, MOST_SAMPLES, validate_index
 from data_pipeline.shards.local import LABELS_IN_COLUMNS
 from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, index_name, rejects_name
 
@@ -246,6 +246,21 @@ class _Scan:
             except tarfile.TarError as error:
                 self._reject("", UnusableError("damaged_tar", f"ends at byte {stream.size:,}: {error}"))
             self.sha256, self.size = stream.drain(), stream.size
+        self._require_few("corpus", "many_corpora")
+        self._require_few("language", "many_languages")
+
+    def _require_few(self, column: str, reason: str) -> None:
+        """Rejects all rows where a field of the samples' JSON has another value for nearly each of them."""
+        count = len({row[column] for row in self.rows})
+        if count > MOST_NAMES:
+            error = UnusableError(
+                reason,
+                f"the tar has {count:,} values of {column}, more than {MOST_NAMES:,}; it must name data sets: rename "
+                "the field in the samples' JSON",
+            )
+            for row in self.rows:
+                self._reject(f"{row['key']}.{row['suffix']}", error, row["n_samples"])
+            self.rows, self.labels = [], []
 
     def _read(self, tar: tarfile.TarFile) -> None:
         from webdataset.tariterators import base_plus_ext

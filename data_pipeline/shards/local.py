@@ -133,11 +133,11 @@ class ShardFiles:
         present = {root: set(self._store(root).names("", ".parquet")) for root in roots}
         for number, (record, size) in enumerate(zip(self.records, self._sizes(), strict=True)):
             if size is None:
-                self._mark(number, "is missing")
+                self.mark_bad(number, "is missing")
             elif size != record.bytes:
-                self._mark(number, f"has {size} bytes; its record says {record.bytes}")
+                self.mark_bad(number, f"has {size} bytes; its record says {record.bytes}")
             elif index_name(record.shard) not in present[record.root]:
-                self._mark(number, f"its index {index_name(record.shard)} is missing")
+                self.mark_bad(number, f"its index {index_name(record.shard)} is missing")
         return list(self.bad.values())
 
     def index(self, number: int) -> ShardIndex:
@@ -178,7 +178,7 @@ class ShardFiles:
         except StorageError:
             raise
         except INDEX_ERRORS as error:
-            raise self._mark(number, f"its index cannot be used ({describe(error)})") from None
+            raise self.mark_bad(number, f"its index cannot be used ({describe(error)})") from None
         return table
 
     def _sizes(self) -> list[int | None]:
@@ -213,7 +213,7 @@ class ShardFiles:
         except StorageError:
             raise
         except OSError as error:
-            return self._mark(number, f"cannot be read ({describe(error)})")
+            return self.mark_bad(number, f"cannot be read ({describe(error)})")
         except ShardError as error:
             return error
         return self._whole(extent, data)
@@ -221,7 +221,7 @@ class ShardFiles:
     def _whole(self, extent: Extent, data: bytes) -> bytes | ShardError:
         if len(data) == extent.size:
             return data
-        return self._mark(extent.shard, f"ends inside the sample at byte {extent.offset}: it was truncated")
+        return self.mark_bad(extent.shard, f"ends inside the sample at byte {extent.offset}: it was truncated")
 
     def _file(self, number: int) -> int:
         return self._files.get(number, lambda: self._open(number))
@@ -229,11 +229,11 @@ class ShardFiles:
     def _open(self, number: int) -> int:
         path = self._local_path(number)
         if self.shards.verify and sha256_of(path) != self.records[number].sha256:
-            raise self._mark(number, "checksum mismatch: its sha256 is not the recorded one")
+            raise self.mark_bad(number, "checksum mismatch: its sha256 is not the recorded one")
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def _mark(self, number: int, reason: str) -> ShardError:
-        """Records that a shard is bad."""
+    def mark_bad(self, number: int, reason: str) -> ShardError:
+        """Records that a shard is bad; returns the error."""
         self.bad[number] = ShardError(self.records[number].shard, reason)
         return self.bad[number]
 
@@ -253,7 +253,7 @@ class ShardFiles:
         except StorageError:
             raise
         except INDEX_ERRORS as error:
-            raise self._mark(number, f"its index cannot be used ({describe(error)})") from None
+            raise self.mark_bad(number, f"its index cannot be used ({describe(error)})") from None
         return ShardIndex(
             table=table,
             keys=table.column("key").to_pylist(),

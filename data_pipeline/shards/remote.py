@@ -46,7 +46,7 @@ class RemoteShards(ShardFiles):
 
     def _bytes_or_error(self, extent: Extent, got: Any) -> bytes | ShardError:
         if isinstance(got, BaseException):
-            return self._mark(extent.shard, f"cannot be read ({type(got).__name__}: {got})")
+            return self.mark_bad(extent.shard, f"cannot be read ({type(got).__name__}: {got})")
         return self._whole(extent, got)
 
     def _given_up(self, failed: Mapping[Extent, BaseException]) -> StorageReadError:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.corpora import discovery
 from data_pipeline.corpora.config import ManifestCorpus, PathCorpus
 from data_pipeline.corpora.discovery import discover
 from data_pipeline.corpora.records import Discovered
@@ -98,6 +99,21 @@ def test_links_that_point_outside_the_root_are_rejected(tmp_path: Path) -> None:
     assert reasons(discover(ManifestCorpus(path=str(path)))) == {"sneaky.wav": "outside_root"}
     allowed = discover(ManifestCorpus(path=str(path), allow_outside=True))
     assert [file.file_id for file in allowed.files] == ["sneaky.wav"]
+
+
+@pytest.mark.parametrize("field", ["corpus", "language"])
+def test_a_manifest_that_names_a_corpus_for_each_row_is_refused(
+    tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "MOST_NAMES", 2)
+    for name in "abc":
+        (tmp_path / f"{name}.wav").touch()
+    table = tmp_path / "set.tsv"
+    table.write_text(f"path\t{field}\na.wav\tx\nb.wav\ty\nc.wav\tx\n")
+    assert len(discover(ManifestCorpus(path=str(table))).files) == 3
+    table.write_text(f"path\t{field}\na.wav\tx\nb.wav\ty\nc.wav\tz\n")
+    with pytest.raises(ConfigError, match=rf"3 values of {field}, such as 'x'; at most 2 .*columns\.{field}=COLUMN"):
+        discover(ManifestCorpus(path=str(table)))
 
 
 def test_splits_and_custom_column_names_are_read(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ from data_pipeline.core.retries import StorageWriteError
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore, private_folder
 from data_pipeline.loader.reader import open_reader
+from data_pipeline.sampling import catalog
 from data_pipeline.sampling.config import DataConfig
+from data_pipeline.shards.index_rows import MOST_NAMES
 from data_pipeline.shards.local import ShardError
 from data_pipeline.shards.records import DoneRecord, done_records, read_index
 from tests.support.tiny_shards import sounds, write_shards
@@ -110,6 +112,41 @@ def test_invalid_index_rows_affect_their_shard_only(root: Path, name: str) -> No
     if not name.startswith("rows"):
         with pytest.raises(ValueError, match=BAD):
             read_index(str(root), record)
+
+
+@pytest.mark.parametrize(
+    "names", [{"corpus": "http://host/{}.mp3"}, {"language": "l{}"}, {"corpus": "c{}", "language": "l{}"}]
+)
+@pytest.mark.parametrize("rows", [MOST_NAMES + 1, 70_000])
+def test_too_many_corpora_or_languages_affect_their_shard_only(root: Path, names: dict[str, str], rows: int) -> None:
+    """As after indexing tars whose samples name a URL each as their corpus."""
+    columns: dict[str, Any] = {name: ["x"] * rows for name in ("speaker", "file_id", "corpus", "language")}
+    columns |= {name: [text.format(row) for row in range(rows)] for name, text in names.items()}
+    columns |= {"key": [f"k{row}" for row in range(rows)], "suffix": ["flac"] * rows, "n_samples": [8000] * rows}
+    columns |= {"offset": np.arange(rows) * 1024, "payload_offset": np.arange(rows) * 1024 + 512}
+    columns |= {"size": [1024] * rows, "payload_size": [100] * rows, "start": [0] * rows}
+    os.truncate(root / f"{BAD}.tar", rows * 1024)
+    change_index(root, lambda table: pa.table(columns))
+    change_record(root, bytes=rows * 1024, segments=rows, samples=8000 * rows)
+    with pytest.raises(ShardError, match=rf"{BAD}\.tar: .*column {min(names)} has {rows:,} names, more than 4,096"):
+        keys_of(root)
+    assert len(keys_of(root, on_bad_shard="skip")[0]) == 40
+
+
+def test_the_shard_that_brings_too_many_groups_in_all_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "MOST_GROUPS", 3)
+    change_index(root, column("corpus", ["b", "c", "d", "e"]))
+    with pytest.raises(ShardError, match=rf"{BAD}\.tar: with its 5 corpora and languages the data set has more than 3"):
+        keys_of(root)
+    assert len(keys_of(root, on_bad_shard="skip")[0]) == 40
+    change_index(root, column("corpus", ["b", "c", "b", "c"]))
+    assert len(keys_of(root)[0]) == 60
+    for kind in (pa.null(), pa.string(), pa.large_string()):
+        nulls = pa.nulls(20, kind)
+        change_index(
+            root, lambda table, nulls=nulls: table.set_column(table.column_names.index("corpus"), "corpus", nulls)
+        )
+        assert len(keys_of(root)[0]) == 60
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"[]"])

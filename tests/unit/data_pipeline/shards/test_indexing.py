@@ -19,6 +19,7 @@ from data_pipeline.core.types import Step
 from data_pipeline.loader.reader import open_reader
 from data_pipeline.preprocess.verify import verify
 from data_pipeline.sampling.config import DataConfig
+from data_pipeline.shards import indexing
 from data_pipeline.shards.indexing import IndexConfig, IndexSummary, index_tars
 from data_pipeline.shards.records import done_records, read_index
 from launch.main import main
@@ -184,3 +185,26 @@ def test_the_command_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 tars (0 indexed before), 5 segments" in capsys.readouterr().out
     assert main(["shards", "index", str(root), "indexout=x"]) == 2
     assert "did you mean index_out?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["dataset", "language"])
+def test_samples_that_name_a_corpus_each_are_counted_rejects(
+    tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "MOST_NAMES", 2)
+    for name, values in (("a", "xyz"), ("b", "xyx")):
+        write_tar(tmp_path / f"{name}.tar", [
+            member
+            for number, value in enumerate(values)
+            for member in (
+                (f"{number}.flac", encoded(wave(number))),
+                (f"{number}.json", json.dumps({field: value}).encode()),
+            )
+        ])  # fmt: skip
+    summary = index(tmp_path)
+    reason = {"dataset": "many_corpora", "language": "many_languages"}[field]
+    assert summary.rejects == {f"index/{reason}": 3}
+    assert [record.unit for record in done_records(str(tmp_path))] == ["b"]
+    rows = [json.loads(line) for line in (tmp_path / "_rejects" / "a.jsonl").read_text().splitlines()]
+    assert [row["file_id"] for row in rows] == ["0.flac", "1.flac", "2.flac"]
+    assert "rename the field" in rows[0]["error"]
