@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ import pytest
 from data_pipeline.corpora.local_speech import MANIFEST_NAME, SPEECH_VARIABLE, speech_folder
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="auricle-tests-")  # the list of indexed folders of tars
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, which children inherit
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 

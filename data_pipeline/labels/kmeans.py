@@ -176,9 +176,9 @@ def shard_waves(record: DoneRecord) -> Iterator[tuple[str, Wave]]:
     Raises:
         ValueError: a sample cannot be decoded, or is longer than `LONGEST_SECONDS`, regardless of its header.
     """
-    store = FileStore(record.tar_root)
+    rows, store = read_index(record.root, record).to_pylist(), FileStore(record.tar_root)
     with store.fs.open(store.path(record.shard), "rb") as file:
-        for row in read_index(record.root, record).to_pylist():
+        for row in rows:
             if not 0 < row["n_samples"] <= LONGEST_SECONDS * SAMPLE_RATE:
                 raise ValueError(
                     f"{record.shard}: sample {row['key']} has {row['n_samples']:,} samples by its index; frame labels "

@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +61,8 @@ class LabelSet:
         known = [field.name for field in fields(LabelSet)]
         if unknown := values.keys() - set(known):
             raise ConfigError(f"{name}: unknown field {min(unknown)!r}; the fields are {', '.join(known)}")
-        found = LabelSet(**{field: values.get(field) for field in known})
+        given: dict[str, Any] = {field: values.get(field) for field in known}
+        found = LabelSet(**given)
         if not isinstance(found.artefact, str) or not found.artefact:
             raise ConfigError(f"{name}: artefact={found.artefact!r} must be a text; {AGAIN}")
         if type(found.rate_hz) is not int or found.rate_hz <= 0 or SAMPLE_RATE % found.rate_hz:

@@ -68,7 +68,7 @@ def read_held_out(config: DataConfig, rank: int, world: int, least_samples: int 
         augment=_augmentation(config),
         labelled_share=1.0,
     )
-    files = open_files(held_out, done_records(config.valid))
+    files = open_files(held_out, done_records(config.valid, config.tars))
     try:
         if (bad := files.check()) and config.on_bad_shard == "error":
             raise ValueError(

@@ -73,7 +73,7 @@ class PlanReader:
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} is not one of {world} ranks")
         self.config, self.rank, self.world = config, rank, world
-        records = done_records(config.shards) if records is None else records
+        records = done_records(config.shards, config.tars) if records is None else records
         self._files = open_files(config, records)
         self.remote = self._files.shards.remote
         self._report(self._files.check())

@@ -21,7 +21,7 @@ from data_pipeline.preprocess.fingerprints import scan_is_altered
 from data_pipeline.preprocess.plan_file import SPLITS
 from data_pipeline.preprocess.work_plan import read_plan
 from data_pipeline.shards.local import LABELS_IN_COLUMNS
-from data_pipeline.shards.records import AUDIO_SUFFIXES, DoneRecord, read_index, refuse_code, rejects_name
+from data_pipeline.shards.records import AUDIO_SUFFIXES, DoneRecord, placed, read_index, refuse_code, rejects_name
 
 NO_ROW: Final = dict.fromkeys(("key", "payload_offset", "payload_size", "n_samples"))
 OPUS_PACKET: Final = 960
@@ -104,7 +104,7 @@ def _verify_record(
     store: FileStore, name: str, keys: dict[str, str], claimed: set[str], decode: bool
 ) -> Iterator[Fault]:
     content = store.read(f"_done/{name}")
-    record = DoneRecord.from_json(content, name)
+    record = placed(DoneRecord.from_json(content, name), store.root)
     # other writers need not add a checksum
     if (b'"check"' in content or store.exists("_plan")) and record.to_json() != content:
         yield f"_done/{name}", "checksum mismatch, or another version of auricle wrote it: preprocess again"
@@ -130,6 +130,8 @@ def _verify_unit(store: FileStore, record: DoneRecord, keys: dict[str, str], dec
         yield record.shard, str(error)
     else:
         yield from _verify_index(store, record, rows, keys, foreign=foreign)
+    if record.refused:
+        return
     tars = FileStore(record.location) if record.location else store
     if tars.exists(record.shard):
         with tars.fs.open(tars.path(record.shard), "rb") as file:

@@ -37,6 +37,14 @@ class DataConfig:
             min_length=1,
         ),
     ]
+    tars: Annotated[
+        Places,
+        about(
+            "folders or URLs of tars that an index in shards or valid may name (`auricle shards index index_out=`), "
+            "beside those that this user indexed",
+            resume="free",
+        ),
+    ] = ()
     valid: Annotated[
         Places,
         about(

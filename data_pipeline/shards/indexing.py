@@ -33,6 +33,7 @@ from data_pipeline.core.tar_samples import MOST_LABEL_BYTES, UnusableError, memb
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.shards.index_rows import MOST_NAMES, MOST_SAMPLES, validate_index
 from data_pipeline.shards.local import LABELS_IN_COLUMNS
+from data_pipeline.shards.places import remember
 from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, index_name, rejects_name
 
 READABLE: Final = ("flac", "wav", "opus", "ogg", "mp3")
@@ -94,6 +95,8 @@ def index_tars(config: IndexConfig, advance: Callable[[], None] = lambda: None) 
     names = source.names("", ".tar")
     if not names:
         raise ConfigError(f"{config.tars}: holds no .tar files; give the folder that holds them")
+    if location := _location(config):
+        remember(location)
     summary, todo = IndexSummary(), []
     for name in names:
         record = _finished(config, source, name)

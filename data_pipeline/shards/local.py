@@ -132,7 +132,9 @@ class ShardFiles:
         roots = {record.root for record in self.records}
         present = {root: set(self._store(root).names("", ".parquet")) for root in roots}
         for number, (record, size) in enumerate(zip(self.records, self._sizes(), strict=True)):
-            if size is None:
+            if record.refused:
+                self.mark_bad(number, record.refused)
+            elif size is None:
                 self.mark_bad(number, "is missing")
             elif size != record.bytes:
                 self.mark_bad(number, f"has {size} bytes; its record says {record.bytes}")
@@ -188,8 +190,11 @@ class ShardFiles:
 
     def _sizes_in(self, root: str) -> Mapping[str, int]:
         """Returns the size of each file in a folder, in bytes."""
-        with os.scandir(self._store(root).root) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        try:
+            with os.scandir(self._store(root).root) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
 
     def _local_path(self, number: int) -> Path:
         """Returns the path of shard `number`, fetched if necessary. Raises OSError or ShardError."""

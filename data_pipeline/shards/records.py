@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore, is_plain_name
 from data_pipeline.shards.index_rows import INDEX_ERRORS, validate_index
+from data_pipeline.shards.places import refusal
 
 REFUSED_SUFFIXES: Final = ("pyd", "pickle", "pkl", "pth", "pt")
 """Suffixes of members that other readers would unpickle; shards with such members are refused."""
@@ -79,11 +80,13 @@ class DoneRecord:
     """Folder or URL of the tar where it is not beside its index."""
     root: str = field(default="", compare=False)
     """Folder or URL in which the record was found; not stored."""
+    refused: str = field(default="", compare=False)
+    """Why `location` must not be read; "" if it may; not stored."""
 
     @property
     def tar_root(self) -> str:
         """Folder or URL of the tar."""
-        return self.location or self.root
+        return self.root if self.refused else self.location or self.root
 
     def to_json(self) -> builtins.bytes:
         """Returns JSON with sorted keys, so that equal records have equal bytes, and `check`, their sha256."""
@@ -96,7 +99,7 @@ class DoneRecord:
 
     def _values(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        del values["root"]
+        del values["root"], values["refused"]
         if not self.location:  # as records were before there was this field
             del values["location"]
         return values
@@ -114,7 +117,7 @@ class DoneRecord:
         """
         try:
             values = json.loads(text)
-            known = {f.name for f in dataclasses.fields(DoneRecord)} - {"root"}
+            known = {f.name for f in dataclasses.fields(DoneRecord)} - {"root", "refused"}
             values = {key: value for key, value in values.items() if key in known}
             values["flow"] = tuple(tuple(row) for row in values.get("flow", ()))
             record = DoneRecord(**values)
@@ -154,19 +157,36 @@ def rejects_name(unit: str) -> str:
     return f"_rejects/{unit}.jsonl"
 
 
-def finished_units(root: str) -> list[DoneRecord]:
-    """Returns all finished units, including those without a shard, sorted by unit; [] if there are none."""
+def placed(record: DoneRecord, root: str, tars: Sequence[str] = ()) -> DoneRecord:
+    """Returns a record with the folder in which it was found, and whether its tar may be read from another one.
+
+    Args:
+        record: as it was read.
+        root: folder or URL of the data set.
+        tars: folders or URLs that `location` may name, beside those that this user indexed.
+    """
+    return dataclasses.replace(record, root=root, refused=refusal(record.location, tars))
+
+
+def finished_units(root: str, tars: Sequence[str] = ()) -> list[DoneRecord]:
+    """Returns all finished units, including those without a shard, sorted by unit; [] if there are none.
+
+    Args:
+        root: folder or URL of the data set.
+        tars: see `placed`.
+    """
     store = FileStore(root)
     names = store.names("_done", ".json")
     found = [DoneRecord.from_json(store.read(f"_done/{name}"), f"{root}/_done/{name}") for name in names]
-    return [dataclasses.replace(record, root=root) for record in found]
+    return [placed(record, root, tars) for record in found]
 
 
-def done_records(shards: str | Sequence[str]) -> list[DoneRecord]:
+def done_records(shards: str | Sequence[str], tars: Sequence[str] = ()) -> list[DoneRecord]:
     """Returns the finished shards of a data set, sorted by shard name, wherever they are.
 
     Args:
         shards: Folder or fsspec URL of the data set, or several; `*`, `?` and `[…]` stand for all folders that match.
+        tars: Folders or URLs of tars that an index may name, beside those that this user indexed.
 
     Raises:
         ConfigError: One of them has none, or two hold the same shard.
@@ -174,7 +194,7 @@ def done_records(shards: str | Sequence[str]) -> list[DoneRecord]:
         StorageReadError: The storage does not answer.
     """
     records = sorted(
-        (record for root in shard_folders(shards) for record in _records_of(root)),
+        (record for root in shard_folders(shards) for record in _records_of(root, tars)),
         key=lambda record: (record.shard, record.sha256),
     )
     for one, other in itertools.pairwise(records):
@@ -206,7 +226,7 @@ def _matching(root: str) -> list[str]:
     return found
 
 
-def _records_of(root: str) -> list[DoneRecord]:
+def _records_of(root: str, tars: Sequence[str]) -> list[DoneRecord]:
     """Returns the finished shards in one folder, sorted by name; see `done_records`."""
     store = FileStore(root)
     if not store.exists():
@@ -216,11 +236,13 @@ def _records_of(root: str) -> list[DoneRecord]:
         )
     if store.is_file():
         raise ConfigError(f"{root}: is a file; give the folder of the shards, with _done/ in it")
-    records = sorted((record for record in finished_units(root) if record.shard), key=lambda record: record.shard)
+    records = sorted((record for record in finished_units(root, tars) if record.shard), key=lambda one: one.shard)
     if not records:
-        tars = len(store.names("", ".tar"))
+        count = len(store.names("", ".tar"))
         parts = [name for name in ("train", "valid", "test") if store.names(f"{name}/_done", ".json")]
-        why = f"it holds {tars} tars but no _done/*.json, by which finished shards are known" if tars else "it is empty"
+        why = (
+            f"it holds {count} tars but no _done/*.json, by which finished shards are known" if count else "it is empty"
+        )
         why = f"its shards are in {', '.join(f'{root}/{part}' for part in parts)}" if parts else why
         raise ConfigError(f"{root} holds no finished shards: {why}; run `auricle preprocess … out={root}` to its end")
     for one, other in itertools.pairwise(records):
@@ -243,8 +265,11 @@ def read_index(root: str, record: DoneRecord) -> pa.Table:
         A table with the columns of `INDEX_SCHEMA`.
 
     Raises:
-        ValueError: index or tar is missing, truncated or altered, or a row of the index is invalid.
+        ValueError: index or tar is missing, truncated or altered, or a row of the index is invalid; or the record
+            places the tar in a folder that is not allowed.
     """
+    if record.refused:
+        raise ValueError(f"{root}/{record.shard}: {record.refused}")
     store = FileStore(root)
     tars = FileStore(record.location) if record.location else store
     name = index_name(record.shard)

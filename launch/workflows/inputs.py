@@ -134,7 +134,7 @@ def _sees_shards(config: PretrainJob) -> bool:
     if not config.launcher.sees_inputs or config.data.reader != "plan" or not all(map(_is_local, config.data.shards)):
         return False
     try:
-        return bool(done_records(config.data.shards))
+        return bool(done_records(config.data.shards, config.data.tars))
     except (ValueError, OSError):
         return False
 
@@ -150,7 +150,7 @@ def _require_shards(config: PretrainJob) -> None:
         shard_urls(config.data.shards)
         return
     try:
-        records = done_records(config.data.shards)
+        records = done_records(config.data.shards, config.data.tars)
     except ConfigError as error:
         raise ConfigError(f"data.shards={', '.join(config.data.shards)}: {error}") from None
     some = _part(records)

@@ -22,9 +22,13 @@ from data_pipeline.core import storage
 from data_pipeline.core.retries import StorageWriteError
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore, private_folder
+from data_pipeline.labels.kmeans import shard_waves
 from data_pipeline.loader.reader import open_reader
+from data_pipeline.preprocess import verify as verifying
+from data_pipeline.preprocess.verify import verify
 from data_pipeline.sampling import catalog
 from data_pipeline.sampling.config import DataConfig
+from data_pipeline.shards import local, places, records
 from data_pipeline.shards.index_rows import MOST_NAMES
 from data_pipeline.shards.local import ShardError
 from data_pipeline.shards.records import DoneRecord, done_records, read_index
@@ -245,6 +249,71 @@ def test_a_record_without_a_location_keeps_the_checksum_of_earlier_versions(root
     assert "location" not in json.loads(record.to_json())
     moved = DoneRecord.from_json(record.to_json(), f"{record.unit}.json")
     assert moved == record
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        *("http://127.0.0.1:9/x", "s3://nobody/x", "sftp://host/x", "simplecache::http://127.0.0.1:9/x", "evilmod://x"),
+        *(
+            "/etc",
+            "../../..",
+            "/nonexistent/x",
+            "~",
+            " ",
+            "file:///etc",
+            "memory://x",
+            "\0",
+            "/etc\x1b]0;title",
+            "x" * 9999,
+        ),
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_a_record_reads_no_other_place_by_itself(root: Path, location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    class Spied(FileStore):
+        def __init__(self, folder: str, *more: Any) -> None:
+            opened.append(folder)
+            super().__init__(folder, *more)
+
+    for module in (local, records, verifying):
+        monkeypatch.setattr(module, "FileStore", Spied)
+    change_record(root, location=location)
+    with pytest.raises(ValueError, match=rf"{BAD}\.tar: its record places its tar in .*set data\.tars") as refused:
+        keys_of(root)
+    assert str(refused.value).isprintable()
+    assert len(keys_of(root, on_bad_shard="skip")[0]) == 40
+    record = next(record for record in done_records(str(root)) if record.unit == BAD)
+    assert (record.tar_root, record.location) == (str(root), location)
+    for read in (lambda: read_index(str(root), record), lambda: list(shard_waves(record))):
+        with pytest.raises(ValueError, match=rf"{BAD}\.tar: its record places"):
+            read()
+    assert any(BAD in name and "its record places" in fault for name, fault in verify(str(root)))
+    assert opened
+    assert all(folder.startswith(str(root)) for folder in opened)
+
+
+def test_a_place_that_the_config_or_this_user_allows_is_read(root: Path, tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    (root / f"{BAD}.tar").rename(tars / f"{BAD}.tar")
+    change_record(root, location=str(tars))
+    assert len(keys_of(root, on_bad_shard="skip")[0]) == 40
+    assert len(keys_of(root, tars=(str(tars),))[0]) == 60
+    assert len(keys_of(root, tars=(f"{tars}/",))[0]) == 60
+    tars.rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match=rf"{BAD}\.tar: is missing"):
+        keys_of(root, tars=(str(tars),))
+    assert len(keys_of(root, tars=(str(tars),), on_bad_shard="skip")[0]) == 40
+    (tmp_path / "gone").rename(tars)
+    listed = Path(os.environ["XDG_STATE_HOME"]) / "auricle" / "indexed_tars.jsonl"
+    listed.parent.mkdir(exist_ok=True)
+    with listed.open("ab") as file:
+        file.write(b'[1]\n\xff\n"torn')
+    places.remember(str(tars))
+    assert len(keys_of(root)[0]) == 60
 
 
 def test_the_temporary_cache_is_private_to_this_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
