@@ -55,14 +55,16 @@ def error_rates(
     references = [written(u.text, symbols) for u in asked]
     if not asked:
         raise ConfigError(f"task=asr: no text has a symbol of the recogniser, {''.join(symbols)!r}")
-    ngram = fit_ngram((u.text for u in train), config.asr.ngram, symbols) if train else None
     wanted = config.asr
+    if wanted.lm and not recogniser.head.gives_log_probs:
+        raise ConfigError(f"asr.lm={wanted.lm}: decodes by a CTC head, and the run has none; leave it out")
+    ngram = fit_ngram((u.text for u in train), wanted.ngram, symbols) if train else None
     words = None
     if wanted.lm:
         words = WordBeamSearch(
             wanted.lm, symbols, beam=wanted.beam, weight=wanted.lm_weight, bonus=wanted.word_bonus, words=wanted.words
         )
-    decoders = Decoders(wanted.beam, ngram, wanted.ngram_weight, words)
+    decoders = Decoders(wanted.beam, ngram, wanted.ngram_weight, words, wanted.token_bonus)
     audio = (waves(u).numpy() for u in asked)
     for decoder, texts in recognise(recogniser, audio, decoders):
         for measure, by_words in (("word error rate", True), ("character error rate", False)):

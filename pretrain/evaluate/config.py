@@ -113,6 +113,7 @@ class AsrConfig:
 
     head: Annotated[str, about("name of the head that writes the text; empty: the only one that can")] = ""
     beam: Annotated[int, about("prefixes kept in beam search; 0: greedy only", ge=0)] = 16
+    token_bonus: Annotated[float, about("added per token where an attention decoder takes part")] = 0.0
     ngram: Annotated[int, about("order of the n-gram of symbols of split train; 0: none", ge=0, le=10)] = 5
     ngram_weight: Annotated[float, about("its weight beside the acoustics", ge=0)] = 0.5
     lm: Annotated[str, about("also with an n-gram model of words, in ARPA or KenLM's binary format")] = ""

@@ -20,7 +20,7 @@ from pretrain.interfaces.configs import HeadConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import Memory, ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
-from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
+from pretrain.interfaces.objectives import HeadPlan, LossOutput, WritingHead
 from pretrain.models.decoders.transformer import DecoderConfig, TransformerDecoder
 from pretrain.nn.numerics import full_precision
 
@@ -48,19 +48,24 @@ class Config(HeadConfig):
             refuse("memory_layers", list(self.memory_layers), "must be numbers from 0 on")
 
     @property
+    def layer_fields(self) -> dict[str, tuple[int, ...]]:
+        """Also `memory_layers`."""
+        return super().layer_fields | {"memory_layers": self.memory_layers}
+
+    @property
     def needed_tokens(self) -> dict[str, int]:
         """The token set of the text."""
         return {self.tokens: self.vocabulary}
 
 
-class Sequence(Head):
+class Sequence(WritingHead):
     """Transformer decoder over encoder layers. Tokens are 0 … vocabulary − 1, then the end and the start mark.
 
     A text that is longer than the decoder's longest, or without a frame of audio, does not count.
     """
 
     def __init__(self, config: Config, shape: ModelShape) -> None:
-        super().__init__(config)
+        super().__init__(config, config.tokens)
         if any(layer > shape.n_layers for layer in config.memory_layers):
             raise ValueError(f"memory_layers={list(config.memory_layers)}: each must be at most {shape.n_layers}")
         self.config = config

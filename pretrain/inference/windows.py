@@ -103,6 +103,36 @@ def cut_at_pauses(
         yield np.concatenate(waiting)
 
 
+def cut_at_quiet(blocks: Iterable[np.ndarray], longest: int, searched: int, quiet: int) -> Iterator[np.ndarray]:
+    """Yields the same audio in pieces of at most `longest` samples, cut where it is quietest.
+
+    Args:
+        blocks: (T,) audio, block by block.
+        longest: samples of a piece; audio that is not longer stays in one piece.
+        searched: the cut is in the last `searched` samples of a piece, at most `longest`.
+        quiet: samples over which the power is averaged; the cut is in their middle.
+
+    Yields:
+        (T,) audio.
+    """
+    waiting: list[np.ndarray] = []
+    held = 0
+    for block in blocks:
+        waiting.append(block)
+        held += len(block)
+        if held <= longest:
+            continue
+        audio_T = np.concatenate(waiting)
+        while len(audio_T) > longest:
+            sums = np.cumsum(np.square(audio_T[longest - searched : longest], dtype=np.float64))
+            cut = longest - searched + int((sums[quiet:] - sums[:-quiet]).argmin()) + quiet // 2 + 1
+            yield audio_T[:cut]
+            audio_T = audio_T[cut:]
+        waiting, held = [audio_T.copy()], len(audio_T)
+    if held:
+        yield np.concatenate(waiting)
+
+
 def longest_pause(silent_F: np.ndarray) -> int:
     """Returns the middle of the longest run of silent frames in the second half; its end without one."""
     first = len(silent_F) // 2

@@ -88,6 +88,11 @@ class ObjectiveConfig(PluginConfig):
         return True
 
     @property
+    def gives_own_output(self) -> bool:
+        """Whether heads get the encoder's output as it is, so that the gradients of both can be separated."""
+        return True
+
+    @property
     def teacher_run(self) -> str:
         """Run or checkpoint whose frozen model teaches this one; "" for none."""
         return ""
@@ -127,6 +132,11 @@ class HeadConfig(PluginConfig):
             )
         if any(number < 0 for number in self.layers) or len(set(self.layers)) < len(self.layers):
             refuse("layers", list(self.layers), "must be different numbers from 0 on")
+
+    @property
+    def layer_fields(self) -> dict[str, tuple[int, ...]]:
+        """The fields that name encoder layers, with their values."""
+        return {"layers": self.layers}
 
     @property
     def segment_labels(self) -> tuple[str, ...]:

@@ -304,14 +304,20 @@ class Head(nn.Module, abc.ABC):
         """
 
 
-class TextHead(Head):
-    """A head that writes text frame by frame as symbols and a blank: the blank is class 0, symbol i class i + 1."""
+class WritingHead(Head):
+    """A head that writes text.
 
-    def __init__(self, config: TextHeadConfig) -> None:
+    Args:
+        config: of the head.
+        tokens: name of the token set that it writes; empty: characters.
+        symbols: the characters.
+    """
+
+    def __init__(self, config: HeadConfig, tokens: str, symbols: tuple[str, ...] = ()) -> None:
         super().__init__(config)
-        self.tokens = config.tokens
+        self.tokens = tokens
         """Name of the token set that it writes; empty: characters."""
-        self.symbols = () if config.tokens else tuple(config.symbols)
+        self.symbols = symbols
         """Text of each symbol. Empty for a head on tokens until they are named."""
 
     def name_tokens(self, symbols: tuple[str, ...]) -> None:
@@ -320,8 +326,15 @@ class TextHead(Head):
 
     @property
     def gives_log_probs(self) -> bool:
-        """Whether `decoder_frames` are ln p of blank and symbols, (B, F, V), which CTC's decoders read."""
+        """Whether it is a `TextHead` with `decoder_frames` of ln p of blank and symbols, (B, F, V), for CTC's decoders."""
         return False
+
+
+class TextHead(WritingHead):
+    """A head that writes text frame by frame as symbols and a blank: the blank is class 0, symbol i class i + 1."""
+
+    def __init__(self, config: TextHeadConfig) -> None:
+        super().__init__(config, config.tokens, () if config.tokens else tuple(config.symbols))
 
     @abc.abstractmethod
     def decoder_frames(self, encoded: EncoderOutput) -> Tensor:

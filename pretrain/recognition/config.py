@@ -14,13 +14,14 @@ class DecodingConfig:
     """Decoder of a recogniser's output, and its settings."""
 
     decoder: Annotated[
-        Literal["greedy", "beam", "joint", "rescoring"],
+        Literal["greedy", "beam", "joint", "rescoring", "attention"],
         about(
-            "the most probable path; beam search of CTC or the transducer; beam search of an attention decoder with "
-            "CTC; or beam search whose results an attention decoder ranks"
+            "the most probable path; beam search; beam search of an attention decoder with CTC; beam search whose "
+            "results an attention decoder ranks; or of an attention decoder alone, as greedy and beam are in a run "
+            "that has no other head"
         ),
     ] = "greedy"
-    beam: Annotated[int, about("decoder=beam, joint and rescoring: prefixes that are kept", ge=1, le=1_000)] = 16
+    beam: Annotated[int, about("all decoders but greedy: prefixes that are kept", ge=1, le=1_000)] = 16
     lm: Annotated[
         str,
         about("decoder=beam: n-gram model of words in ARPA or KenLM's binary format; only its words are written then"),
@@ -31,6 +32,9 @@ class DecodingConfig:
     ctc_weight: Annotated[
         float, about("decoder=joint and rescoring: weight of CTC, or the transducer, beside attention", ge=0, lt=1)
     ] = 0.3
+    token_bonus: Annotated[
+        float, about("decoder=joint and attention: added per token, against the preference of short texts")
+    ] = 0.0
     window_seconds: Annotated[
         float, about("longer recordings are computed in overlapping windows of this length", ge=2, le=600)
     ] = 30.0
@@ -80,7 +84,7 @@ class TranscribeConfig(DecodingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stream and self.decoder == "joint":
+        if self.stream and self.decoder in ("joint", "attention"):
             refuse(
                 "decoder", self.decoder, "needs the whole of a segment; take greedy, beam or rescoring with stream=true"
             )

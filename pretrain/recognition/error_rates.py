@@ -34,6 +34,8 @@ class Decoders:
     weight: float = 0.5
     words: WordBeamSearch | None = None
     """With a word language model."""
+    token_bonus: float = 0.0
+    """Added per token where an attention decoder takes part."""
 
 
 def written(text: str, symbols: Iterable[str]) -> str:
@@ -59,12 +61,13 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
         decoders: the decoders to run.
     """
     if not recogniser.head.gives_log_probs:
-        return _by_segments(recogniser, waves, decoders.beam)
+        return _without_ctc(recogniser, waves, decoders)
     outputs, joint = [], []
     for wave in waves:
         outputs.append(recogniser.frames(wave))
         if recogniser.attention is not None and decoders.beam:
-            joint.append(recogniser.joint(wave, JointConfig(beam=decoders.beam))[1])
+            search = JointConfig(beam=decoders.beam, bonus=decoders.token_bonus)
+            joint.append(recogniser.joint(wave, search)[1].tokens)
 
     def spelled(symbols: Sequence[int]) -> str:
         return " ".join("".join(recogniser.head.symbols[number] for number in symbols).split())
@@ -75,8 +78,8 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
         found.append((name, [spelled(beam_search(output, decoders.beam)) for output in outputs]))
         if joint:
             found.append((f"{name}, attention and CTC", [spelled(symbols) for symbols in joint]))
-        if search := decoders.words:
-            found.append((f"{name} + word model", [spelled(search(output)) for output in outputs]))
+        if words := decoders.words:
+            found.append((f"{name} + word model", [spelled(words(output)) for output in outputs]))
         if model := decoders.ngram:
             weight = decoders.weight
             decoded = [spelled(beam_search(o, decoders.beam, model, weight, bonus=weight)) for o in outputs]
@@ -84,10 +87,14 @@ def recognise(recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Dec
     return found
 
 
-def _by_segments(recogniser: Recogniser, waves: Iterable[np.ndarray], beam: int) -> list[tuple[str, list[str]]]:
-    configs = {"greedy": DecodingConfig()}
-    if beam:
-        configs[f"beam {beam}"] = DecodingConfig(decoder="beam", beam=beam)
+def _without_ctc(
+    recogniser: Recogniser, waves: Iterable[np.ndarray], decoders: Decoders
+) -> list[tuple[str, list[str]]]:
+    """Returns the texts of a transducer, or of an attention decoder alone."""
+    bonus = decoders.token_bonus
+    configs = {"greedy": DecodingConfig(token_bonus=bonus)}
+    if decoders.beam:
+        configs[f"beam {decoders.beam}"] = DecodingConfig(decoder="beam", beam=decoders.beam, token_bonus=bonus)
     found: dict[str, list[str]] = {name: [] for name in configs}
     for wave in waves:
         for name, decoding in configs.items():

@@ -1,4 +1,4 @@
-"""Recognisers: a trained encoder with a CTC head or a transducer, from a run or a model of `auricle finetune`."""
+"""Recognisers: a trained encoder with CTC, a transducer or an attention decoder, from a run or `auricle finetune`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from data_pipeline.core.json_object import read_object
 from data_pipeline.core.schema import ConfigError
@@ -27,20 +27,22 @@ from pretrain.heads import ctc, sequence
 from pretrain.inference import joint_decoding
 from pretrain.inference.ctc_alignment import align
 from pretrain.inference.ctc_decoding import beam_search, greedy
-from pretrain.inference.joint_decoding import JointConfig
+from pretrain.inference.joint_decoding import Decoded, JointConfig
 from pretrain.inference.streaming_ctc import silent_frames
-from pretrain.inference.windows import Windows, cut_at_pauses, join_windows
+from pretrain.inference.windows import Windows, cut_at_pauses, cut_at_quiet, join_windows
 from pretrain.inference.word_lm import WordBeamSearch
-from pretrain.interfaces.decoding import EndPoints
+from pretrain.interfaces.decoding import AlignedSymbol, EndPoints
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.models import SpeechModel
-from pretrain.interfaces.objectives import TextHead
+from pretrain.interfaces.objectives import TextHead, WritingHead
 from pretrain.nn.numerics import pad_audio
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.text_decoder import TextDecoder
-from pretrain.recognition.transcript import Transcript, Word, WordBuilder
+from pretrain.recognition.transcript import DecodedPart, Transcript, Word, WordBuilder
 from pretrain.train_module import TrainModule, build_speech_model
 
+QUIET_SECONDS = 0.1
+"""Audio over which power is averaged to find a place to cut."""
 WORD_BEGIN = "▁"
 """Mark of byte-pair units that begin a word, as SentencePiece writes it."""
 RESULTS, MODEL = "results.json", "model.safetensors"
@@ -52,7 +54,7 @@ class Recogniser:
     """A model in evaluation mode, and the head that gives its symbols."""
 
     model: SpeechModel
-    head: TextHead
+    head: WritingHead
     name: str
     step: int = 0
     """Updates of its run."""
@@ -66,13 +68,16 @@ class Recogniser:
 
     def frames(self, wave_T: np.ndarray) -> np.ndarray:
         """Returns what the head's decoder reads, (F, …) float32, of (T,) audio at 16 kHz: ln p of blank and symbols of
-        CTC. F is 0 for too short audio."""
-        encoded, n_frames = self._encoded(wave_T)
-        with torch.inference_mode():
-            frames: np.ndarray = self.head.decoder_frames(encoded)[0, :n_frames].cpu().numpy()
+        CTC. F is 0 for too short audio. Not for an attention decoder alone, which reads no frames one by one."""
+        return self._head_frames(*self._encoded(wave_T))
+
+    @torch.inference_mode()
+    def _head_frames(self, encoded: EncoderOutput, n_frames: int) -> np.ndarray:
+        assert isinstance(self.head, TextHead)
+        frames: np.ndarray = self.head.decoder_frames(encoded)[0, :n_frames].cpu().numpy()
         return frames
 
-    def joint(self, wave_T: np.ndarray, decoding: JointConfig) -> tuple[np.ndarray, list[int]]:
+    def joint(self, wave_T: np.ndarray, decoding: JointConfig) -> tuple[np.ndarray, Decoded]:
         """Decodes audio with the attention decoder and CTC.
 
         Args:
@@ -80,31 +85,49 @@ class Recogniser:
             decoding: beam and weights.
 
         Returns:
-            CTC's ln p as in `frames`, and the symbols found.
+            CTC's ln p as in `frames`, and the symbols found, with what decoded them.
 
         Raises:
             ConfigError: the run has no attention decoder for these symbols.
         """
+        encoded, n_frames = self._encoded(wave_T)
+        log_probs_FV = self._head_frames(encoded, n_frames)
+        found = self._searched(encoded, n_frames, torch.from_numpy(log_probs_FV), len(wave_T), decoding)
+        return log_probs_FV, found
+
+    def attend(self, wave_T: np.ndarray, decoding: JointConfig) -> Decoded:
+        """Decodes audio with the attention decoder alone.
+
+        Args:
+            wave_T: (T,) audio at 16 kHz.
+            decoding: beam and bonus.
+
+        Raises:
+            ConfigError: the run has no attention decoder for these symbols.
+        """
+        encoded, n_frames = self._encoded(wave_T)
+        return self._searched(encoded, n_frames, None, len(wave_T), decoding)
+
+    @torch.inference_mode()
+    def _searched(
+        self, encoded: EncoderOutput, n_frames: int, log_probs_FV: Tensor | None, samples: int, decoding: JointConfig
+    ) -> Decoded:
         if self.attention is None:
             raise ConfigError(
-                "decoder=joint: the run has no head `sequence` over the tokens of its CTC head; take greedy or beam"
+                "decoder=joint or attention: the run has no head `sequence` over the tokens of the head that "
+                "recognises; take greedy or beam"
             )
-        encoded, n_frames = self._encoded(wave_T)
-        with torch.inference_mode():
-            log_probs_FV: np.ndarray = self.head.decoder_frames(encoded)[0, :n_frames].cpu().numpy()
-        if not len(log_probs_FV):
-            return log_probs_FV, []
-        with torch.inference_mode():
-            found = joint_decoding.decode(
-                self.attention.decoder,
-                self.attention.memories(encoded),
-                torch.from_numpy(log_probs_FV),
-                vocabulary=len(self.head.symbols),
-                seconds=len(wave_T) / SAMPLE_RATE,
-                config=decoding,
-                text_of=lambda tokens: "".join(self.head.symbols[token] for token in tokens),
-            )
-        return log_probs_FV, found.tokens
+        if n_frames < 1:
+            return Decoded([], 0.0, "attention")
+        return joint_decoding.decode(
+            self.attention.decoder,
+            self.attention.memories(encoded),
+            log_probs_FV,
+            vocabulary=len(self.head.symbols),
+            seconds=samples / SAMPLE_RATE,
+            config=decoding,
+            text_of=lambda tokens: "".join(self.head.symbols[token] for token in tokens),
+        )
 
     @torch.inference_mode()
     def _encoded(self, wave_T: np.ndarray) -> tuple[EncoderOutput, int]:
@@ -129,30 +152,57 @@ class Recogniser:
         Raises:
             ConfigError: the run has no head for the decoder.
         """
+        by_attention = decoding.decoder == "attention"
+        if not isinstance(self.head, TextHead) or (by_attention and not self.head.gives_log_probs):
+            return self._by_attention(name, blocks, decoding)
         if not self.head.gives_log_probs or decoding.decoder == "rescoring":
             return self._by_segments(name, blocks, decoding)
         decode = decode or decoder(decoding, self.head.symbols)
         rate_hz, symbols = self.model.shape.rate_hz, self.head.symbols
         windows = Windows.of(rate_hz, SAMPLE_RATE, decoding.window_seconds, decoding.overlap_seconds)
-        joint = JointConfig(beam=decoding.beam, ctc_weight=decoding.ctc_weight) if decoding.decoder == "joint" else None
+        joint = attention_search(decoding) if by_attention or decoding.decoder == "joint" else None
         counted = _Counted(blocks, keep=joint is not None)
         beyond = self.model.frontend.least_samples()
-        words, offset = WordBuilder(rate_hz), 0
+        words, decoded_parts, offset = WordBuilder(rate_hz), list[DecodedPart](), 0
         parts = join_windows(counted, self.frames, windows)
         silent = functools.partial(silent_frames, symbols)
         for piece_FV in cut_at_pauses(parts, windows.window // windows.hop, silent):
             length = len(piece_FV)
             if joint is None:
-                found = decode(piece_FV)
+                aligned_symbols = align(piece_FV, found := decode(piece_FV))
             else:
-                piece_FV, found = self.joint(counted.take(length * windows.hop, beyond), joint)
-            for symbol, aligned in zip(found, align(piece_FV, found), strict=True):
+                piece_FV, decoded = self.joint(counted.take(length * windows.hop, beyond), joint)
+                found = decoded.tokens
+                fits = ctc.frames_needed(found) <= len(piece_FV)  # attention alone may write more than CTC could
+                aligned_symbols = align(piece_FV, found) if fits else _spread(decoded, length, joint)
+                decoded_parts.append(DecodedPart(offset / rate_hz, (offset + length) / rate_hz, decoded.by))
+            for symbol, aligned in zip(found, aligned_symbols, strict=True):
                 words.add(symbols[symbol], aligned, offset)
             offset += length
             if decoding.lm:  # whole words, without a space after the last one
                 words.end_word()
         words.end_word()
-        return Transcript(name, counted.samples / SAMPLE_RATE, tuple(words.words))
+        return Transcript(name, counted.samples / SAMPLE_RATE, tuple(words.words), tuple(decoded_parts))
+
+    def _by_attention(self, name: str, blocks: Iterable[np.ndarray], decoding: DecodingConfig) -> Transcript:
+        """Decodes a recording with the attention decoder alone, in pieces of at most a window that are cut where it is
+        quiet. The symbols of a piece share its time equally, since nothing aligns them."""
+        if decoding.lm or decoding.decoder in ("joint", "rescoring"):
+            field = f"lm={decoding.lm}" if decoding.lm else f"decoder={decoding.decoder}"
+            raise ConfigError(
+                f"{field}: the run has an attention decoder alone, without CTC or a transducer; take greedy, beam or "
+                "attention, without lm"
+            )
+        longest, searched = (round(s * SAMPLE_RATE) for s in (decoding.window_seconds, decoding.overlap_seconds))
+        words, parts, offset, search = WordBuilder(SAMPLE_RATE), list[DecodedPart](), 0, attention_search(decoding)
+        for piece_T in cut_at_quiet(blocks, longest, searched, round(QUIET_SECONDS * SAMPLE_RATE)):
+            found, length = self.attend(piece_T, search), len(piece_T)
+            for symbol, aligned in zip(found.tokens, _spread(found, length, search), strict=True):
+                words.add(self.head.symbols[symbol], aligned, offset)
+            words.end_word()
+            parts.append(DecodedPart(offset / SAMPLE_RATE, (offset + length) / SAMPLE_RATE, found.by))
+            offset += length
+        return Transcript(name, offset / SAMPLE_RATE, tuple(words.words), tuple(parts))
 
     def text_decoder(self, decoding: DecodingConfig, end_points: EndPoints) -> TextDecoder:
         """Returns a decoder of the head's frames, segment by segment.
@@ -164,8 +214,13 @@ class Recogniser:
         Raises:
             ConfigError: the run has no head for it, or it decodes neither streams nor transducers.
         """
-        if decoding.lm or decoding.decoder == "joint":
-            field = f"lm={decoding.lm}" if decoding.lm else "decoder=joint"
+        if not isinstance(self.head, TextHead):
+            raise ConfigError(
+                f"head `sequence` of {self.name}: an attention decoder alone needs the whole of a segment and decodes "
+                "no streams; train a CTC head or a transducer beside it"
+            )
+        if decoding.lm or decoding.decoder in ("joint", "attention"):
+            field = f"lm={decoding.lm}" if decoding.lm else f"decoder={decoding.decoder}"
             raise ConfigError(
                 f"{field}: decodes whole recordings by a CTC head alone; for streams and transducers take greedy, beam "
                 "or rescoring, without lm"
@@ -188,6 +243,15 @@ class Recogniser:
             words += found
         words += text_decoder.finish(state)[1]
         return Transcript(name, counted.samples / SAMPLE_RATE, tuple(words))
+
+
+def _spread(found: Decoded, length: int, search: JointConfig) -> list[AlignedSymbol]:
+    """Returns equal parts of `length` for the symbols that attention alone found; log_prob: the mean of all."""
+    n = len(found.tokens)
+    log_prob = (found.score - search.bonus * n) / (n + 1)
+    starts = [number * length // n for number in range(n)]
+    stops = [(number + 1) * length // n for number in range(n)]
+    return [AlignedSymbol(start, max(stop, start + 1), log_prob) for start, stop in zip(starts, stops, strict=True)]
 
 
 class _Counted:
@@ -236,12 +300,22 @@ def decoder(decoding: DecodingConfig, symbols: Sequence[str]) -> Decode:
     return functools.partial(beam_search, beam=decoding.beam)
 
 
+def attention_search(decoding: DecodingConfig) -> JointConfig:
+    """Returns the search of an attention decoder: with CTC for decoder=joint, else without; greedy keeps one text."""
+    return JointConfig(
+        beam=1 if decoding.decoder == "greedy" else decoding.beam,
+        ctc_weight=decoding.ctc_weight if decoding.decoder == "joint" else 0.0,
+        bonus=decoding.token_bonus,
+    )
+
+
 def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recogniser:
-    """Loads a run with a CTC head or a transducer, or a model that `auricle finetune` wrote.
+    """Loads a run with a head that writes text, or a model that `auricle finetune` wrote.
 
     Args:
         given: run folder (its newest checkpoint), checkpoint, or the folder of a fine-tuned model.
-        head: name of the head; empty: the only CTC head of the run, or else its only transducer.
+        head: name of the head; empty: the only CTC head of the run, or else its only transducer, or else its only
+            attention decoder.
         device: torch device for the model.
 
     Raises:
@@ -257,6 +331,8 @@ def open_recogniser(given: str, head: str = "", device: str = "cpu") -> Recognis
     if chosen.tokens:
         require_same_tokens(folder, config, chosen.tokens)
     made = _opened(module.model, chosen, config.name, device, step)
+    if isinstance(chosen, sequence.Sequence):
+        return replace(made, attention=chosen)
     beside = [found for found in module.heads.values() if isinstance(found, sequence.Sequence)]
     fitting = [found for found in beside if found.config.tokens == chosen.tokens]
     return replace(made, attention=fitting[0].eval().to(made.device)) if fitting else made
@@ -281,14 +357,15 @@ def recognising_head(given: str, module: TrainModule, config: Config, head: str 
     return chosen
 
 
-def _writing_head(given: str, module: TrainModule, config: Config, head: str) -> TextHead:
-    """Returns the head of that name; where it is empty, the only CTC head, or else the only other head of text."""
+def _writing_head(given: str, module: TrainModule, config: Config, head: str) -> WritingHead:
+    """Returns the head of that name; where it is empty, the only CTC head, the only other head that writes frame by
+    frame, or the only attention decoder: the first of these kinds that the run has."""
     found = dict(module.heads.items())
     eligible = [found[head]] if head in found else list(found.values())
-    writing = [kept for kept in eligible if isinstance(kept, TextHead)]
-    if not writing or any(isinstance(kept, ctc.CTC) for kept in writing):
+    kinds: tuple[type[WritingHead], ...] = (TextHead, sequence.Sequence)
+    kind = next((kind for kind in kinds if any(isinstance(kept, kind) for kept in eligible)), None)
+    if kind is None or any(isinstance(kept, ctc.CTC) for kept in eligible):
         return recognising_head(given, module, config, head)
-    kind: type[TextHead] = TextHead  # type: ignore[type-abstract]
     name, chosen = chosen_head(
         given, module, config, kind=kind, head=head, described="that recognises speech", remedy=""
     )
@@ -296,7 +373,7 @@ def _writing_head(given: str, module: TrainModule, config: Config, head: str) ->
     return chosen
 
 
-def _name_tokens(config: Config, name: str, head: TextHead) -> None:
+def _name_tokens(config: Config, name: str, head: WritingHead) -> None:
     """Names the tokens of a head that writes tokens of the run. Raises ConfigError for phones, which make no words."""
     if not head.tokens:
         return
@@ -308,7 +385,7 @@ def _name_tokens(config: Config, name: str, head: TextHead) -> None:
     head.name_tokens(tuple(symbol.replace(WORD_BEGIN, " ") for symbol in tokenizer.symbols))
 
 
-def _opened(model: SpeechModel, head: TextHead, name: str, device: str, step: int = 0) -> Recogniser:
+def _opened(model: SpeechModel, head: WritingHead, name: str, device: str, step: int = 0) -> Recogniser:
     device = chosen_device(device)
     return Recogniser(model.eval().to(device), head.eval().to(device), name, step)
 

@@ -29,13 +29,25 @@ class Word(NamedTuple):
     confidence: float
 
 
+class DecodedPart(NamedTuple):
+    """Audio from `start` to `end` seconds.  by: what decoded it, joint or attention, or ctc where a loop was found."""
+
+    start: float
+    end: float
+    by: str
+
+
 @dataclass(frozen=True)
 class Transcript:
-    """The text of a recording.  seconds: its duration."""
+    """The text of a recording.
+
+    seconds: its duration.  parts: those that were decoded one by one, where an attention decoder takes part.
+    """
 
     name: str
     seconds: float
     words: tuple[Word, ...] = ()
+    parts: tuple[DecodedPart, ...] = ()
 
     @property
     def text(self) -> str:
@@ -94,7 +106,12 @@ def _text(transcript: Transcript) -> Iterator[str]:
 
 def _json(transcript: Transcript) -> Iterator[str]:
     words = [word_values(word) for word in transcript.words]
-    whole = {"file": transcript.name, "seconds": round(transcript.seconds, 3), "text": transcript.text, "words": words}
+    whole: dict[str, Any] = {"file": transcript.name, "seconds": round(transcript.seconds, 3)}
+    whole |= {"text": transcript.text, "words": words}
+    if transcript.parts:
+        whole["parts"] = [
+            {"start": round(part.start, 3), "end": round(part.end, 3), "by": part.by} for part in transcript.parts
+        ]
     yield json.dumps(whole, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

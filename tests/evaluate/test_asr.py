@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jiwer
 import pytest
 
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.text.tokenizer import write_tokens
 from launch.exit_codes import ExitCode
 from launch.main import main
 from pretrain.evaluate.asr import by_speaker, parts
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.manifest import read_manifest
 from pretrain.recognition.error_rates import edits, errors, written
+from tests.support.training import save
 
 REFERENCES = ["the cat sat", "on the mat", "a", "one two three four"]
 TEXTS = ["the hat sat down", "", "a", "one three four five"]
@@ -41,6 +44,25 @@ def test_speakers_and_splits(corpus: Path) -> None:
     assert tally.keys() == {"speaker4", "speaker5"}
     with pytest.raises(ConfigError, match="no text in split test of the manifest's speechocean762"):
         parts(EvaluateConfig(checkpoint="x"), utterances)
+
+
+def test_error_rates_of_an_attention_decoder_alone(corpus: Path, tmp_path: Path) -> None:
+    tokens = {"kind": "characters", "label": "text", "case": "lower", "symbols": list(" abcdefghijklmnopqrstuvwxyz")}
+    write_tokens(str(tmp_path / "tokens"), tokens)
+    data = {"shards": "synthetic", "micro_batches": 4, "tokens": {"text": str(tmp_path / "tokens")}}
+    decoder = {"layers": 1, "heads": 2, "ffn_dim": 32, "max_tokens": 12}
+    heads = {"text": {"name": "sequence", "vocabulary": 27, "decoder": decoder}}
+    save(tmp_path / "run", 4, heads=heads, data=data)
+    given = ["task=asr", "corpora=tones", f"manifest={corpus}/manifest.tsv", f"out={tmp_path}/rates"]
+    assert (
+        main(["evaluate", f"checkpoint={tmp_path / 'run'}", *given, "max_utterances=2", "asr.beam=2"]) == ExitCode.DONE
+    )
+    rows = json.loads((tmp_path / "rates" / "results.json").read_text())
+    measures = [f"{unit} error rate, {decoder}" for decoder in ("greedy", "beam 2") for unit in ("word", "character")]
+    assert [row["measure"] for row in rows] == measures
+    assert all(row["value"] > 0 for row in rows)
+    refused = ["max_utterances=2", f"asr.lm={tmp_path}/words.arpa"]
+    assert main(["evaluate", f"checkpoint={tmp_path / 'run'}", *given, *refused]) == ExitCode.USAGE
 
 
 def test_a_run_without_a_head_is_refused(corpus: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +18,18 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.core.schema import dump
+from data_pipeline.core.schema import ConfigError, dump
 from data_pipeline.text.tokenizer import write_tokens
 from launch.exit_codes import ExitCode
 from launch.main import main
 from pretrain.checkpointing.weights import load_checkpoint
+from pretrain.heads.ctc import frames_needed
 from pretrain.inference.joint_decoding import JointConfig
+from pretrain.interfaces.decoding import EndPoints
 from pretrain.recognition.config import DecodingConfig
+from pretrain.recognition.error_rates import Decoders, recognise
 from pretrain.recognition.recogniser import Recogniser, open_recogniser
+from pretrain.recognition.transcript import DecodedPart, write
 from tests.support.paths import ROOT
 from tests.support.tiny_shards import sounds, write_shards
 from tests.support.training import save
@@ -159,26 +165,106 @@ def test_a_word_model_writes_its_words_with_times(
     assert starts[-1] > 6.0
 
 
+DECODER = {"layers": 1, "heads": 2, "ffn_dim": 32}
+
+
+def tokens_data(folder: Path, symbols: str = " ab") -> dict[str, Any]:
+    """Writes tokens of three characters; returns the `data` of a run that has them."""
+    tokens = {"kind": "characters", "label": "text", "case": "lower", "symbols": list(symbols)}
+    write_tokens(str(folder / "tokens"), tokens)
+    return {"shards": "synthetic", "micro_batches": 4, "tokens": {"text": str(folder / "tokens")}}
+
+
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Recogniser:
     """A run with CTC and an attention decoder over the same three characters."""
     folder = tmp_path_factory.mktemp("hybrid")
-    tokens = {"kind": "characters", "label": "text", "case": "lower", "symbols": [" ", "a", "b"]}
-    write_tokens(str(folder / "tokens"), tokens)
     over = {"tokens": "text", "vocabulary": 3}
-    data = {"shards": "synthetic", "micro_batches": 4, "tokens": {"text": str(folder / "tokens")}}
-    decoder = {"layers": 1, "heads": 2, "ffn_dim": 32}
-    heads = {"ctc": {"name": "ctc"} | over, "aed": {"name": "sequence", "decoder": decoder} | over}
-    save(folder / "run", 4, heads=heads, data=data, **LOCAL)
+    heads = {"ctc": {"name": "ctc"} | over, "aed": {"name": "sequence", "decoder": DECODER} | over}
+    save(folder / "run", 4, heads=heads, data=tokens_data(folder), **LOCAL)
     return open_recogniser(str(folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def attending(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose only head is an attention decoder, as `whisper_like_small` trains it."""
+    folder = tmp_path_factory.mktemp("attending")
+    heads = {"aed": {"name": "sequence", "decoder": DECODER, "tokens": "text", "vocabulary": 3}}
+    save(folder / "run", 4, heads=heads, data=tokens_data(folder, "ab "), **LOCAL)
+    return folder / "run"
+
+
+def test_a_run_with_an_attention_decoder_alone_is_transcribed(
+    attending: Path, speech: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default, and in pieces of a window; the symbols of a piece share its time."""
+    recogniser, wave = open_recogniser(str(attending)), audio(speech / "b.wav")
+    assert recogniser.attention is recogniser.head
+    given = ["transcribe", f"checkpoint={attending}", f"files={speech / 'b.wav'}", "format=json"]
+    for fields, search in (
+        ([], JointConfig(beam=1)),
+        (["decoder=attention", "beam=3", "token_bonus=2"], JointConfig(beam=3, bonus=2.0)),
+    ):
+        assert main([*given, *fields]) == ExitCode.DONE
+        found = json.loads(capsys.readouterr().out)
+        expected = recogniser.attend(wave, search)
+        assert expected.by == "attention"
+        text = "".join(recogniser.head.symbols[token] for token in expected.tokens)
+        assert found["text"] == " ".join(text.split())
+        assert found["parts"] == [{"start": 0.0, "end": 9.0, "by": "attention"}]
+        assert [word["start"] for word in found["words"]] == pytest.approx(
+            [9.0 * at / len(text) for at, symbol in enumerate(text) if symbol != " " and text[:at][-1:] in ("", " ")],
+            abs=1e-3,
+        )
+    assert found["text"]  # the bonus prefers long texts
+    cut = DecodingConfig(decoder="beam", beam=2, token_bonus=2.0, window_seconds=3.0, overlap_seconds=1.0)
+    parts = recogniser.transcribe("b", np.array_split(wave, 17), cut).parts
+    assert len(parts) > 3
+    assert [part.end for part in parts] == [*(part.start for part in parts[1:]), 9.0]
+    assert all(2.0 <= part.end - part.start <= 3.0 for part in parts[:-1])
+    assert recogniser.transcribe("none", [wave[:200]], cut).words == ()
+
+
+@pytest.mark.parametrize("field", ["decoder=joint", "decoder=rescoring"])
+def test_what_an_attention_decoder_alone_cannot_do_is_refused(
+    attending: Path, speech: Path, field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["transcribe", f"checkpoint={attending}", f"files={speech / 'a.wav'}", field]
+    assert main(given) == ExitCode.USAGE
+    assert f"{field}: the run has an attention decoder alone" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ConfigError, match="decodes no streams; train a CTC head or a transducer"):
+        open_recogniser(str(attending)).text_decoder(DecodingConfig(), EndPoints())
+
+
+def test_the_transcript_shows_where_a_loop_was_decoded_by_ctc(hybrid: Recogniser, speech: Path) -> None:
+    """A large bonus makes the untrained decoder repeat itself up to its longest text."""
+    wave = audio(speech / "b.wav")
+    loop = DecodingConfig(decoder="attention", beam=2, token_bonus=20.0)
+    for decoding, by in ((loop, "ctc"), (replace(loop, token_bonus=-20.0), "attention")):
+        found = hybrid.transcribe("b", [wave], decoding)
+        assert [part.by for part in found.parts] == [by]
+        assert json.loads(write(found, "json"))["parts"] == [{"start": 0.0, "end": 8.96, "by": by}]
+    frames_FV, most = hybrid.joint(wave[:4_800], JointConfig(beam=2, ctc_weight=0.0, bonus=20.0))
+    assert frames_needed(most.tokens) > len(frames_FV), "more symbols than CTC could align"
+    assert [part.by for part in hybrid.transcribe("b", [wave[:4_800]], loop).parts] == ["attention"]
+    assert "parts" not in json.loads(write(hybrid.transcribe("b", [wave], DecodingConfig()), "json"))
+
+
+def test_error_rates_of_an_attention_decoder_alone(attending: Path, speech: Path) -> None:
+    recogniser, wave = open_recogniser(str(attending)), audio(speech / "a.wav")
+    found = dict(recognise(recogniser, [wave], Decoders(beam=2, token_bonus=2.0)))
+    assert list(found) == ["greedy", "beam 2"]
+    tokens = recogniser.attend(wave, JointConfig(beam=2, bonus=2.0)).tokens
+    assert found["beam 2"][0].split() == "".join(recogniser.head.symbols[token] for token in tokens).split()
 
 
 def test_joint_decoding_of_long_recordings(hybrid: Recogniser, speech: Path) -> None:
     """A recording of one window is decoded at once; pieces of a longer one have the times of the whole recording."""
     wave = audio(speech / "b.wav")
     whole = hybrid.transcribe("b", [wave], DecodingConfig(decoder="joint", beam=3))
-    _, symbols = hybrid.joint(wave, JointConfig(beam=3))
-    assert whole.text == " ".join("".join(hybrid.head.symbols[number] for number in symbols).split())
+    _, found = hybrid.joint(wave, JointConfig(beam=3))
+    assert whole.text == " ".join("".join(hybrid.head.symbols[number] for number in found.tokens).split())
+    assert whole.parts == (DecodedPart(0.0, len(hybrid.frames(wave)) / hybrid.model.shape.rate_hz, found.by),)
     short = DecodingConfig(decoder="joint", beam=3, window_seconds=3.0, overlap_seconds=1.0)
     cut = hybrid.transcribe("b", np.array_split(wave, 17), short)
     starts = [word.start for word in cut.words]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.inference.windows import Windows, cut_at_pauses, join_windows
+from pretrain.inference.windows import Windows, cut_at_pauses, cut_at_quiet, join_windows
 
 HOP = 4
 
@@ -63,6 +63,16 @@ def test_memory_does_not_grow_with_the_recording() -> None:
 def test_frames_that_do_not_divide_the_audio_are_refused() -> None:
     with pytest.raises(ValueError, match="whole number of samples"):
         Windows.of(30.0, 16_000, 30, 4)
+
+
+def test_audio_is_cut_where_it_is_quietest() -> None:
+    wave = np.ones(1_000, np.float32)
+    wave[70:80] = wave[85:87] = wave[40:60] = wave[160:170] = 0.0
+    pieces = list(cut_at_quiet(np.array_split(wave, 23), longest=100, searched=40, quiet=10))
+    assert (np.concatenate(pieces) == wave).all()
+    assert [len(piece) for piece in pieces[:2]] == [75, 90]
+    assert max(map(len, pieces)) <= 100
+    assert [len(piece) for piece in cut_at_quiet([wave[:60], wave[60:100]], 100, 40, 10)] == [100]
 
 
 def test_pieces_are_cut_in_the_longest_pause_of_their_second_half() -> None:
