@@ -366,12 +366,22 @@ class Config:
                 refuse("balance.name", self.balance.name, remedy)
             if not name.isidentifier() or name == "objective":
                 refuse("heads", name, "the name of a head is a word of letters, digits and _, other than objective")
-            field = f"heads.{name}.layers"
-            if any(layer > self.encoder.layers for layer in head.layers):
-                refuse(field, list(head.layers), f"must be at most encoder.layers={self.encoder.layers}")
-            if head.layers and head.input == "objective" and not self.objective.gives_all_layers:
-                remedy = f"{self.objective.name} has its last layer alone; set heads.{name}.input=whole"
-                refuse(field, list(head.layers), remedy)
+            of_objective = head.input == "objective"
+            for field, layers in head.layer_fields.items():
+                if any(layer > self.encoder.layers for layer in layers):
+                    limit = f"must be at most encoder.layers={self.encoder.layers}"
+                    refuse(f"heads.{name}.{field}", list(layers), limit)
+                if layers and of_objective and not self.objective.gives_all_layers:
+                    remedy = f"{self.objective.name} has its last layer alone; set heads.{name}.input=whole"
+                    refuse(f"heads.{name}.{field}", list(layers), remedy)
+            if of_objective and self.balance.measures and not self.objective.gives_own_output:
+                remedy = (
+                    f"cannot separate the gradient of {self.objective.name} from that of heads.{name}, which reads its "
+                    f"pass; set heads.{name}.input=whole, or balance.name=fixed and balance.measure=false"
+                )
+                if self.balance.name == "gradnorm":
+                    refuse("balance.name", self.balance.name, remedy)
+                refuse("balance.measure", self.balance.measure, remedy)
 
     def cautions(self) -> list[str]:
         """Returns warnings about settings that are valid but probably not intended, one sentence each."""

@@ -295,19 +295,19 @@ def _json_extent(index: ShardIndex, number: int, row: int) -> Extent:
     return Extent(number, first, int(index.table.column("offset")[row].as_py()) + size - first)
 
 
-def check_tokens(files: ShardFiles, texts: SegmentTexts, say: Callable[[str], None]) -> None:
+def check_tokens(texts: SegmentTexts, some: Callable[[str], list[str]], say: Callable[[str], None]) -> None:
     """Compares the texts of some segments with the tokens.
 
     Args:
-        files: the shards.
         texts: tokenizers of the run.
+        some: returns a label of some segments.
         say: is called with a warning if more than a hundredth of the symbols has no token.
 
     Raises:
         ConfigError: no text has a token: the tokens are of another alphabet or language.
     """
     for name, tokenizer in texts.tokenizers.items():
-        found = some_texts(files, tokenizer.label)
+        found = some(tokenizer.label)
         size = sum(len(text.split() if tokenizer.kind == "phones" else text) for text in found)
         foreign = sum(tokenizer.foreign(text) for text in found)
         if found and not any(tokenizer.encode(text) for text in found):

@@ -83,7 +83,7 @@ class PlanReader:
         check_labels(self._files, config.labels)
         self.plan = make_plan(catalogue, config, seed, least_samples)
         check_labels(self._files, [label for label in texts.labels if label not in config.labels])
-        check_tokens(self._files, texts, log.warning)
+        check_tokens(texts, self.some_texts, log.warning)
         check_images(self._files, config.images.size)
         self.plan_hash = texts.extend_hash(_with_targets(self.plan.hash, config))
         self._files.follow(PlanSchedule(self.plan))

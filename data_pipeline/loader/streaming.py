@@ -7,6 +7,7 @@ numbers of ranks and workers, and a resume starts a new pass instead of continui
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -15,7 +16,7 @@ import multiprocessing
 import os
 import random
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any, Final
@@ -33,6 +34,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.tar_samples import UnusableError, member_labels
 from data_pipeline.core.types import SAMPLE_RATE, Batch, Cursor, Step
 from data_pipeline.labels.store import pad
+from data_pipeline.loader.fetch import SEARCHED_SAMPLES, SEARCHED_SHARDS, check_tokens
 from data_pipeline.loader.tar_urls import open_tar, shard_urls
 from data_pipeline.loader.texts import SegmentTexts
 from data_pipeline.loader.workers import become_worker
@@ -91,7 +93,7 @@ class StreamReader:
         say: prints a line; called when a resume starts a new pass.
 
     Raises:
-        ConfigError: no shards, or settings that need an index.
+        ConfigError: no shards, settings that need an index, or tokens of another alphabet.
     """
 
     def __init__(
@@ -129,7 +131,9 @@ class StreamReader:
         names = [url.rpartition("/")[2] for url in self.urls]
         identity = f"{names}\n{self.constraints.identity}\n{seed}"
         plan_hash = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        self.plan_hash = PREFIX + SegmentTexts(config).extend_hash(plan_hash)
+        texts = SegmentTexts(config)
+        check_tokens(texts, self.some_texts, log.warning)
+        self.plan_hash = PREFIX + texts.extend_hash(plan_hash)
         self._closing: Synchronized[int] = multiprocessing.Value("b", 0)
         self._batches: Iterator[StreamBatch] = iter(())
 
@@ -164,6 +168,30 @@ class StreamReader:
         self._closing = multiprocessing.Value("b", 0)
         self._batches = iter(self._loader(cursor.step))
         return self._steps(cursor)
+
+    def some_texts(self, label: str) -> list[str]:
+        """Returns this label of the first segments that have it, from several tars; those that cannot be read are left
+        to `steps`."""
+        searched = self.urls[:: -(-len(self.urls) // SEARCHED_SHARDS)]
+        return [text for url in searched for text in self._texts_of(url, label)]
+
+    def _texts_of(self, url: str, label: str) -> list[str]:
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        found: list[str] = []
+        try:
+            with retry(functools.partial(open_tar, url), url, self.config.retry_seconds) as stream:
+                samples = group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
+                for sample in itertools.islice(samples, SEARCHED_SAMPLES):
+                    documents = documents_of(sample)
+                    with contextlib.suppress(UnusableError):
+                        found += [
+                            member_labels(documents, sample["__key__"], stem).get(label, "")
+                            for stem, _ in audio_members(sample)
+                        ]
+        except (tarfile.TarError, ValueError, OSError) as error:
+            log.warning("%s: no texts were compared (%s)", url, describe(error))
+        return [text for text in found if text]
 
     def close(self) -> None:
         """Stops the workers."""
@@ -216,6 +244,18 @@ class StreamReader:
             pipeline, batch_size=None, num_workers=workers, prefetch_factor=max(2, self.config.prefetch * self.slots),
             multiprocessing_context="fork", worker_init_fn=begin, timeout=self.config.timeout_seconds,
         )  # fmt: skip
+
+
+def documents_of(sample: Mapping[str, Any]) -> dict[str, bytes]:
+    """Returns the JSON and text members of a sample of webdataset by name."""
+    key = sample["__key__"]
+    return {f"{key}.{ending}": data for ending, data in sample.items() if ending.endswith(("json", "txt"))}
+
+
+def audio_members(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns (name without the last ending, part of the name after the key) of each audio member of a sample."""
+    endings = [ending for ending in sample if ending.rpartition(".")[2] in AUDIO]
+    return [(f"{sample['__key__']}.{ending}".rpartition(".")[0], ending) for ending in endings]
 
 
 class _Passes(IterableDataset[dict[str, Any]]):
@@ -285,9 +325,8 @@ class _Stream:
         """Decodes and crops every audio member."""
         for sample in samples:
             key, url = sample["__key__"], sample["__url__"]
-            documents = {f"{key}.{ending}": data for ending, data in sample.items() if ending.endswith(("json", "txt"))}
-            for ending in [ending for ending in sample if ending.rpartition(".")[2] in AUDIO]:
-                stem = f"{key}.{ending}".rpartition(".")[0]
+            documents = documents_of(sample)
+            for stem, ending in audio_members(sample):
                 try:
                     labels = member_labels(documents, key, stem) if self.texts.labels else {}
                     wave, whole = self._decoded(stem, sample[ending])

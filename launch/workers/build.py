@@ -13,6 +13,7 @@ from data_pipeline.core.schema import ConfigError, dump
 from data_pipeline.core.types import SAMPLE_RATE, StepReader
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.loader.held_out import HeldOut
+from data_pipeline.loader.reader import PlanReader
 from data_pipeline.loader.streaming import StreamReader
 from data_pipeline.loader.texts import TEXT
 from data_pipeline.text.tokenizer import load_tokenizer
@@ -191,16 +192,18 @@ def _require_labels_of_held_out(config: Config, name: str) -> None:
 
 
 def _open_reader(config: Config, world: DistributedContext, say: Callable[[str], None]) -> StepReader:
+    reader: StreamReader | PlanReader
     if config.data.reader == "webdataset":
         least = least_samples(config)
-        return StreamReader(config.data, config.seed, world.rank, world.size, least_samples=least, say=say)
-    reader = open_run_reader(config, world.rank, world.size)
+        reader = StreamReader(config.data, config.seed, world.rank, world.size, least_samples=least, say=say)
+    else:
+        reader = open_run_reader(config, world.rank, world.size)
     try:
         require_symbols_of_texts(config, reader.some_texts, say)
     except ConfigError:
         reader.close()
         raise
-    if reader.plan.too_short:
+    if isinstance(reader, PlanReader) and reader.plan.too_short:
         seconds = reader.plan.constraints.shortest / SAMPLE_RATE
         say(
             f"note: {reader.plan.too_short} segments are left out: with this front end and these masks, a segment of "

@@ -51,6 +51,11 @@ class Config(ObjectiveConfig):
         """Always False: the encoder computes visible frames only, and only its last layer is put back in place."""
         return False
 
+    @property
+    def gives_own_output(self) -> bool:
+        """Always False: heads get the first copy, with its visible frames put back in place."""
+        return False
+
 
 @dataclass
 class CopiesPlan(MicroBatchPlan):

@@ -62,6 +62,11 @@ class Config(ObjectiveConfig):
     temporal_weight: Annotated[float, about("weight of the loss between the views", ge=0)] = 1.0
     penalty_weight: Annotated[float, about("weight of the mean square of a stem's output", ge=0)] = 10.0
 
+    @property
+    def gives_own_output(self) -> bool:
+        """Always False: heads get the original audio, without the other view."""
+        return False
+
 
 @dataclass
 class ViewsPlan(MicroBatchPlan):

@@ -16,6 +16,7 @@ from data_pipeline.loader.streaming import StreamReader
 from data_pipeline.loader.tar_urls import shard_urls
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import ShardError
+from data_pipeline.text.tokenizer import write_tokens
 from tests.support.foreign_tars import encoded, wave, write_foreign, write_tar
 from tests.support.processes import live_workers
 
@@ -109,6 +110,22 @@ def test_settings_that_need_an_index_are_rejected(root: Path) -> None:
             reader_of(root, **values)
     with pytest.raises(ConfigError, match=r"set data\.reader=plan"):
         open_reader(DataConfig(shards=str(root), **BATCH), 3, 0, 1)
+
+
+def test_texts_are_compared_with_tokens_and_symbols_before_the_first_step(root: Path, tmp_path: Path) -> None:
+    reader = reader_of(root)
+    assert isinstance(reader, StreamReader)
+    assert set(reader.some_texts("text")) <= {f"words {n}" for n in range(60)}
+    assert len({int(text.split()[1]) // 15 for text in reader.some_texts("text")}) == 4, "of all tars"
+    assert reader.some_texts("missing") == []
+    tokens = {"kind": "characters", "label": "text", "case": "lower"}
+    write_tokens(str(tmp_path / "greek"), tokens | {"symbols": ["α", "β"]})
+    with pytest.raises(ConfigError, match=r"data\.tokens\.text: none of \d+ texts has a token, such as 'words"):
+        reader_of(root, tokens={"text": str(tmp_path / "greek")})
+    (tmp_path / "broken.tar").write_bytes(b"nothing")
+    assert len(StreamReader(reader.config, 0, 0, 1).some_texts("text")) == len(reader.some_texts("text"))
+    broken = StreamReader(DataConfig(shards=str(tmp_path / "broken.tar"), workers=0, **BATCH), 0, 0, 1)
+    assert broken.some_texts("text") == []
 
 
 def test_bad_shards_and_members_end_the_run_or_are_counted(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ import pytest
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.labels.store import LabelSet
 from data_pipeline.text.artefact import TokensConfig, make_tokens
-from launch.workers.build import require_fitting_labels
+from launch.workers.build import build, require_fitting_labels
+from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
+from pretrain.engines.distributed import DistributedContext
+from tests.support.foreign_tars import write_foreign
 
 
 def with_pitch(folder: Path, **targets: str) -> Config:
@@ -45,3 +48,30 @@ def test_frame_labels_of_a_head_must_have_its_rate_and_any_number_of_classes(
         return
     with pytest.raises(ConfigError, match=said):
         require_fitting_labels(config)
+
+
+def characters(symbols: str, **data: Any) -> Config:
+    """Returns the config of a run whose CTC head writes characters."""
+    values: dict[str, Any] = {
+        "data": {"shards": "none", "labels": ["text"]} | data,
+        "frontend": {"name": "log_mel"},
+        "encoder": {"name": "transformer"},
+        "objective": {"name": "none"},
+        "heads": {"task": {"name": "ctc", "symbols": symbols}},
+    }
+    return load(Config, values)
+
+
+def test_crops_of_every_segment_are_refused_beside_a_head_on_characters() -> None:
+    require_fitting_labels(characters("ab"))
+    with pytest.raises(
+        ConfigError, match=r"data\.crop_to_shortest=true: .*heads\.task.*set data\.crop_to_shortest=false"
+    ):
+        require_fitting_labels(characters("ab", crop_to_shortest=True))
+
+
+def test_symbols_of_another_alphabet_are_refused_for_tars_without_an_index(tmp_path: Path) -> None:
+    shards = str(write_foreign(tmp_path / "tars", tars=1, per_tar=6))
+    config = characters("αβγ", shards=shards, reader="webdataset", workers=0, micro_batches=1)
+    with pytest.raises(ConfigError, match=r"heads\.task\.symbols='αβγ': has no character of \d+ texts, such as 'words"):
+        build(config, DistributedContext(0, 1, 0, "cpu"), RunFolder(str(tmp_path / "run")))

@@ -20,7 +20,7 @@ from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import Memory, ModelShape
 from pretrain.interfaces.objectives import HeadPlan
 from pretrain.interop.hf_ctc import ctc_head
-from tests.support.contract_cases import make
+from tests.support.contract_cases import CASES, make
 
 SHAPE = ModelShape(dim=16, n_layers=2, feature_dim=80, feature_rate_hz=100.0, rate_hz=25.0)
 CTX = StepContext(seed=0, step=4)
@@ -143,3 +143,29 @@ def test_a_ctc_head_on_tokens_is_not_exported_with_an_empty_vocabulary() -> None
 def test_ctc_needs_the_number_of_its_tokens() -> None:
     with pytest.raises(ConfigError, match="vocabulary"):
         load(ctc.Config, {"tokens": "text"})
+
+
+@pytest.mark.parametrize(
+    ("objective", "field", "said"),
+    [
+        (
+            "best_rq",
+            {"memory_layers": [1, 3]},
+            r"heads\.task\.memory_layers=\[1, 3\]: must be at most encoder\.layers=2",
+        ),
+        (
+            "data2vec2",
+            {"memory_layers": [1, 2]},
+            r"heads\.task\.memory_layers=\[1, 2\]: .*set heads\.task\.input=whole",
+        ),
+        ("data2vec2", {"layers": [1]}, r"heads\.task\.layers=\[1\]: .*set heads\.task\.input=whole"),
+    ],
+)
+def test_layers_that_the_objective_does_not_give_are_refused(objective: str, field: dict[str, Any], said: str) -> None:
+    values = {"data": {"shards": "none"}, "objective": CASES[objective], "frontend": {"name": "log_mel"}}
+    values |= {"encoder": {"name": "transformer", "layers": 2}}
+    task = {"name": "sequence", "vocabulary": 5} | field
+    with pytest.raises(ConfigError, match=said):
+        load(Config, values | {"heads": {"task": task}})
+    if objective == "data2vec2":
+        load(Config, values | {"heads": {"task": task | {"input": "whole"}}})

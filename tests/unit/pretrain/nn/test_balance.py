@@ -19,7 +19,7 @@ from pretrain.interfaces.configs import BalanceConfig
 from pretrain.interfaces.frames import StepContext
 from pretrain.nn.balance import TASK_GRADIENTS, Balance
 from pretrain.train_module import build_model
-from tests.support.contract_cases import FRONTENDS, batch, labelled, small
+from tests.support.contract_cases import CASES, FRONTENDS, batch, labelled, small
 
 ADAPTIVE = ("uncertainty", "dwa", "gradnorm")
 
@@ -156,3 +156,25 @@ def test_gradients_of_tasks_are_those_that_autograd_finds_alone() -> None:
 def test_a_balance_of_a_single_loss_is_refused() -> None:
     with pytest.raises(ConfigError, match="two losses"):
         load(Config, values(name="dwa") | {"heads": {}})
+
+
+@pytest.mark.parametrize("objective", ["data2vec2", "time_contrastive"])
+@pytest.mark.parametrize(
+    ("balance", "said"),
+    [
+        ({"name": "gradnorm"}, r'balance\.name="gradnorm": .*heads\.text'),
+        ({"measure": True}, r"balance\.measure=true: .*heads\.text"),
+    ],
+)
+def test_gradients_that_cannot_be_separated_are_refused_before_the_run(
+    objective: str, balance: dict[str, Any], said: str
+) -> None:
+    """The encoder computes other rows or frames than those that heads get."""
+    described = values(**balance) | {"objective": CASES[objective]}
+    described["heads"] = {"text": {"name": "ctc", "input": "objective"}}
+    with pytest.raises(ConfigError, match=said + r".*set heads\.text\.input=whole"):
+        load(Config, described)
+    load(Config, described | {"balance": {"name": "uncertainty"}})
+    described["heads"]["text"]["input"] = "whole"
+    running = make_engine(config := load(Config, described), build_model(config), DistributedContext(0, 1, 0, "cpu"))
+    assert running.step(batches(0), StepContext(0, 0), 1e-3).loss > 0
