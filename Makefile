@@ -43,6 +43,7 @@ prove-slow: setup ## the slow proofs that `make test` leaves out
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/prove/detectors.py
 	$(BIN)/python benchmarks/prove/time_contrastive.py
+	$(BIN)/python benchmarks/prove/separation.py
 	$(BIN)/python benchmarks/prove/recognition.py
 
 parity-table: setup ## agreement with other implementations and with itself: benchmarks/results/parity.md

@@ -326,7 +326,7 @@ class WritingHead(Head):
 
     @property
     def gives_log_probs(self) -> bool:
-        """Whether it is a `TextHead` with `decoder_frames` of ln p of blank and symbols, (B, F, V), for CTC's decoders."""
+        """Whether it has `decoder_frames`, and they are ln p of blank and symbols, (B, F, V), for CTC's decoders."""
         return False
 
 

@@ -42,8 +42,11 @@ PRUNED = "distil, pruned"
 
 
 def multitask(engine: str, stage: int = 1, **more: Any) -> dict[str, Any]:
-    """Returns a case with three heads under GradNorm; texts and speakers are in micro-batch 0 alone, of rank 0."""
-    made = case("best_rq", engine, stage, micro_batches=4, labelled=[0], **more)
+    """Returns a case with three heads under GradNorm.
+
+    Texts and speakers are in micro-batch 0 alone, of rank 0, and nowhere in the second update.
+    """
+    made = case("best_rq", engine, stage, micro_batches=4, labelled=[0], unlabelled_at=1, **more)
     made["config"]["heads"] = {
         "text": {"name": "ctc", "weight": 0.5},
         "who": {"name": "classifier", "classes": ["ann", "bob"], "input": "whole"},

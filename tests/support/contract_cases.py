@@ -23,6 +23,7 @@ FRONTENDS: dict[str, dict[str, Any]] = {
     "log_mel": {"name": "log_mel", "n_mels": 40},
     "waveform_conv": {"name": "waveform_conv", "channels": 32, "norm": "layer"},
 }
+MULTISCALE = {"name": "multiscale", "n_mels": 20, "wave_channels": 8}
 SMALL = {
     "dim": 32,
     "layers": 2,
@@ -52,6 +53,7 @@ def small(kind: str, name: str, **values: Any) -> dict[str, Any]:
     return {"name": name} | {field: value for field, value in SMALL.items() if field in fields} | values
 
 
+U_SHAPE = small("encoders", "transformer", layers=3, half_rate_blocks=1)
 RELABELLED = small(
     "objectives",
     "efficient",
@@ -127,13 +129,16 @@ def make(
     heads: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TrainModule:
-    """Returns a tiny TrainModule. `objective` is one of CASES; `heads` by name; `options` are further fields of it."""
+    """Returns a tiny TrainModule. `objective` is one of CASES; `heads` by name; `options` are further fields of it.
+
+    `frontend` may also be "multiscale", and `encoder` "u_shape", a transformer with a block at half the rate.
+    """
     values = {
         "data": {"shards": "none"},
         "objective": CASES.get(objective, {"name": objective}) | options,
         "heads": dict(heads or {}),
-        "frontend": FRONTENDS[frontend],
-        "encoder": small("encoders", encoder),
+        "frontend": (FRONTENDS | {"multiscale": MULTISCALE})[frontend],
+        "encoder": U_SHAPE if encoder == "u_shape" else small("encoders", encoder),
         "engine": {"precision": precision},
         "seed": seed,
     }

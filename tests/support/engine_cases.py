@@ -61,8 +61,9 @@ def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
         lr = learning_rate(config.optimizer, config.schedule, config.train.steps, step)
         batches, skip_above = [synthetic_batch(step, j) for j in mine], 0.0 if step == case.get("skip_at") else math.inf
         if "labelled" in case:
+            with_text = [] if step == case.get("unlabelled_at") else case["labelled"]
             batches = [
-                labelled(batch, texts_of(batch) if batch.micro_batch in case["labelled"] else ("",) * len(batch.keys))
+                labelled(batch, texts_of(batch) if batch.micro_batch in with_text else ("",) * len(batch.keys))
                 for batch in batches
             ]
         if len(batches) * world.size < config.data.micro_batches:

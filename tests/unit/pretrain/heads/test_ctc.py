@@ -16,6 +16,7 @@ from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import ModelShape
 from pretrain.interfaces.objectives import Head, HeadPlan
 from tests.support.contract_cases import make
+from tests.support.parity_table import Parity, difference
 
 SHAPE = ModelShape(dim=8, n_layers=1, feature_dim=80, feature_rate_hz=100.0, rate_hz=25.0)
 CTX = StepContext(seed=0, step=0)
@@ -56,6 +57,22 @@ def test_the_loss_is_that_of_all_paths_of_the_usable_rows() -> None:
     torch.testing.assert_close(found.total, expected)
     assert int(found.count) == 2 + 2 + 1
     assert tuple(map(float, found.metrics[made.monitoring().infeasible or ""])) == (1.0, 4.0)
+
+
+def test_the_loss_in_fp64_is_the_sum_over_all_paths(parity: Parity) -> None:
+    """Loss and gradients of the layer, for texts with and without a repeated symbol."""
+    made = head().double()
+    layer_BFD = torch.randn(3, FRAMES, SHAPE.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    out = EncoderOutput((layer_BFD, layer_BFD), torch.full((3,), FRAMES), 25.0)
+    found = made(out, batch("ab", "aa", "bab"), HeadPlan(torch.tensor(0.0), torch.ones(3, dtype=torch.bool)), CTX).total
+    log_probs_BFV = made.log_probs(out)
+    paths = [summed_over_paths(log_probs_BFV[row], text) for row, text in enumerate([(1, 2), (1, 1), (2, 1, 2)])]
+    expected = -torch.stack(paths).sum()
+    assert found.dtype == torch.float64
+    parity("CTC loss against the sum over all paths, fp64", 1e-12, difference(found, expected))
+    gradients = (torch.autograd.grad(loss, list(made.parameters())) for loss in (found, expected))
+    worst = max(difference(one, other) for one, other in zip(*gradients, strict=True))
+    parity("CTC loss against the sum over all paths, fp64: gradients", 1e-12, worst)
 
 
 @pytest.mark.parametrize("target", [(), (1,), (1, 2), (1, 1), (2, 2, 2), (1, 2, 2, 1)])
