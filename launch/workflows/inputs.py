@@ -14,7 +14,10 @@ from data_pipeline.shards.records import WILDCARDS, DoneRecord, done_records
 from launch.config import EvaluateJob, PreprocessJob, PretrainJob, ProgramJob, TargetsJob
 from launch.runs import metadata
 from pretrain.checkpointing.locate import find_checkpoint, steps_done
+from pretrain.evaluate.manifest import ALIGNMENT_REMEDY
 
+PHONES = "phones"
+EXISTING = "give one that exists here, also for a job on a cluster, or a URL"
 PLANNED_HOURS = 1000.0
 """Audio that is planned before the ranks are started, in about a second; all of it, where this part fills no batch."""
 
@@ -36,7 +39,7 @@ def require_inputs(job: PretrainJob | ProgramJob, made: Sequence[Path] = (), pre
         return
     for field, path in found:
         if _is_local(path) and not _is_below(path, made):
-            _require_path(f"{prefix}{field}", path)
+            _require_path(f"{prefix}{field}", path, ALIGNMENT_REMEDY if field == PHONES else EXISTING)
     for field, path in _checkpoints(job):
         if not _is_below(path, made):
             try:
@@ -79,12 +82,20 @@ def _inputs(job: PretrainJob | ProgramJob) -> Iterator[tuple[str, str]]:
         if job.kmeans:
             yield "kmeans", job.kmeans
     elif isinstance(job, EvaluateJob):
-        from pretrain.evaluate.task_data import inputs
+        from pretrain.evaluate.config import task_names
+        from pretrain.evaluate.task_data import alignments, inputs
 
         yield from ((f"data.{task}", path) for task, path in inputs(job).items())
+        yield from ((PHONES, path) for path in alignments(job))
+        if "asr" in task_names(job):
+            yield from ((f"asr.{name}", path) for name, path in (("lm", job.asr.lm), ("words", job.asr.words)) if path)
     elif isinstance(job, PretrainJob):
         if job.engine.name != "federated":  # the audio is on the devices
             yield from (("data.shards", path) for path in job.data.shards if job.data.reader == "plan")
+            augment = job.data.augment
+            for name, path in (("noise", augment.noise), ("rir", augment.rir)):
+                if path:
+                    yield f"data.augment.{name}", path
         yield from (("data.valid", path) for path in job.data.valid)
         if job.init and not steps_done(metadata.folder_of(job)):
             yield "init", job.init
@@ -95,6 +106,8 @@ def _inputs(job: PretrainJob | ProgramJob) -> Iterator[tuple[str, str]]:
             ("tokens", data.tokens),
         ):
             yield from ((f"data.{field}.{name}", path) for name, path in folders.items())
+        for name, head in job.heads.items():
+            yield from ((f"heads.{name}.{field}", path) for field, path in head.input_files.items())
 
 
 def _checkpoints(job: PretrainJob | ProgramJob) -> Iterator[tuple[str, str]]:
@@ -108,16 +121,15 @@ def _checkpoints(job: PretrainJob | ProgramJob) -> Iterator[tuple[str, str]]:
         from pretrain.evaluate.config import items
 
         yield from (("checkpoint", path) for path in items(job.checkpoint))
+    elif isinstance(job, PretrainJob) and job.objective.teacher_run:
+        yield "objective.teacher", job.objective.teacher_run
 
 
-def _require_path(field: str, path: str) -> None:
+def _require_path(field: str, path: str, remedy: str) -> None:
     """Raises ConfigError if no file or folder is at a local path or matches it as a pattern."""
     place = Path(path).expanduser()
     if not place.exists() and not (WILDCARDS & set(path) and FileStore(path.rstrip("/")).matching_folders("_done")):
-        raise ConfigError(
-            f"{field}={path}: there is no such file or folder; give one that exists here, also for a job on a cluster, "
-            "or a URL"
-        )
+        raise ConfigError(f"{field}={path}: there is no such file or folder; {remedy}")
 
 
 def _is_local(path: str) -> bool:

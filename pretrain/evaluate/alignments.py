@@ -28,9 +28,8 @@ def read_alignment(given: str, root: Path, utterances: Iterable[Utterance], tier
     Raises:
         ConfigError: the file or folder does not exist or cannot be read.
     """
-    path = Path(given).expanduser()
-    path = path if path.is_absolute() else root / path
-    if given.startswith(".") and "/" not in given:
+    path = alignment_path(given, root)
+    if is_ending(given):
         found = {u.name: _beside(u, given, tier) for u in utterances}
     elif path.is_dir():
         found = _from_folder(path, utterances, tier)
@@ -42,6 +41,16 @@ def read_alignment(given: str, root: Path, utterances: Iterable[Utterance], tier
             named = by_stem.get(PurePosixPath(u.file).stem)
             found[u.name] = intervals_of(u, table if named is None else {u.file: table[named]})
     return {name: labels for name, labels in found.items() if labels}
+
+
+def is_ending(given: str) -> bool:
+    """Returns whether an alignment is the ending of a file beside each recording, such as .PHN."""
+    return given.startswith(".") and "/" not in given
+
+
+def alignment_path(given: str, root: Path) -> Path:
+    """Returns the place of an alignment; relative paths begin at `root`, the folder of the task's data."""
+    return root / Path(given).expanduser()
 
 
 def read_ctm(file: Path) -> dict[str, list[Interval]]:

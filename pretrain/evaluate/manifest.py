@@ -29,6 +29,10 @@ TIMES: Final = {
     "label": ("phone", "label", "symbol", "text", "phoneme"),
 }
 """Names of the columns of a table of frame labels; times are in seconds."""
+ALIGNMENT_REMEDY: Final = (
+    "tasks of kind frames read the phones of each recording from a table with the columns path (as in the manifest), "
+    "start_s, end_s (seconds) and phone; set phones=TABLE, or name it as the task's alignment"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +191,7 @@ def read_phones(alignment: Path) -> dict[str, list[Interval]]:
         ConfigError: there is no such file, or a column is missing; names those that exist.
     """
     if not alignment.is_file():
-        raise ConfigError(f"phones={alignment}: there is no such file; phone tasks need an alignment")
+        raise ConfigError(f"phones={alignment}: there is no such file; {ALIGNMENT_REMEDY}")
     found: dict[str, list[Interval]] = {}
     for row in read_table(str(alignment), "phones"):
         picked = {

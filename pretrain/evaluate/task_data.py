@@ -17,6 +17,7 @@ from data_pipeline.corpora.discovery import discover
 from data_pipeline.corpora.manifest import ManifestReader
 from data_pipeline.corpora.records import Discovered
 from data_pipeline.corpora.tables import Row, read_table
+from pretrain.evaluate.alignments import alignment_path, is_ending
 from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, task_names
 from pretrain.evaluate.label_sets import REST
 from pretrain.evaluate.manifest import (
@@ -53,7 +54,7 @@ def list_task(task: Task, given: str) -> tuple[Listing, Path]:
     settings, path = task.config, Path(given).expanduser()
     if not path.exists():
         raise ConfigError(f"task={task.name}: its data {given}: there is no such file or folder")
-    root = path.parent if path.is_file() else path
+    root = _root(path)
     listing = _listed(settings, path)
     kept = listing.utterances
     if settings.exclude:
@@ -320,6 +321,22 @@ def inputs(config: EvaluateConfig) -> dict[str, str]:
             task = open_task(config.frames if name in MEASURES else name)
             found[task.name] = data_of(config, task)
     return found
+
+
+def alignments(config: EvaluateConfig) -> Iterator[str]:
+    """Yields the table or folder of frame labels of each task of an evaluation that needs one."""
+    for name in task_names(config):
+        if name in OF_HEADS:
+            continue
+        task = open_task(config.frames if name in MEASURES else name)
+        given = config.phones or task.config.alignment
+        if task.config.kind == "frames" and given and not is_ending(given):
+            yield str(alignment_path(given, _root(Path(data_of(config, task)).expanduser())))
+
+
+def _root(data: Path) -> Path:
+    """Returns the folder at which relative paths of a task's data begin."""
+    return data.parent if data.is_file() else data
 
 
 def fingerprint(path: Path) -> str:

@@ -47,6 +47,11 @@ class Config(HeadConfig):
             _require_classes(self.classes, "classes")
 
     @property
+    def input_files(self) -> dict[str, str]:
+        """The list of classes."""
+        return {"classes_file": self.classes_file} if self.classes_file else {}
+
+    @property
     def segment_labels(self) -> tuple[str, ...]:
         """The label that is the class."""
         return (self.label,)

@@ -139,6 +139,11 @@ class HeadConfig(PluginConfig):
         return {"layers": self.layers}
 
     @property
+    def input_files(self) -> dict[str, str]:
+        """The files that the head is built from, by the name of their field."""
+        return {}
+
+    @property
     def segment_labels(self) -> tuple[str, ...]:
         """The segment labels that the head needs, among `data.labels`."""
         return ()

@@ -38,6 +38,8 @@ def speech(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     """Sets AURICLE_SPEECH to a folder with a manifest of labelled audio for the evaluation step."""
     folder = tmp_path_factory.mktemp("speech")
     (folder / "manifest.tsv").write_text("path\tspeaker\tcorpus\tsplit\n")
+    (folder / "phones").mkdir()
+    (folder / "phones" / "auto_pocketsphinx.tsv").write_text("path\tstart_s\tend_s\tphone\n")
     monkeypatch.setenv("AURICLE_SPEECH", str(folder))
     return folder
 
@@ -105,14 +107,22 @@ def test_unread_held_out_speakers_are_reported(capsys: pytest.CaptureFixture[str
         ("pretrain.init=nowhere", "pretrain.init=nowhere"),
         ("pretrain.data.tokens.text=nowhere", "pretrain.data.tokens.text=nowhere"),
         ("pretrain.data.valid=nowhere", "pretrain.data.valid=nowhere"),
+        ("pretrain.data.augment.noise=nowhere", "pretrain.data.augment.noise=nowhere"),
+        ("pretrain.data.augment.rir=nowhere", "pretrain.data.augment.rir=nowhere"),
+        ("pretrain.heads.who.classes_file=nowhere", "pretrain.heads.who={name: classifier, classes_file: nowhere}"),
         ("evaluate.data.keywords=nowhere", "evaluate.data={keywords: nowhere}"),
+        ("evaluate.phones=/nowhere", "evaluate.task=phones evaluate.phones=/nowhere"),
+        ("evaluate.asr.lm=nowhere", "evaluate.task=asr evaluate.asr.lm=nowhere"),
+        ("evaluate.asr.words=nowhere", "evaluate.task=asr evaluate.asr.lm=. evaluate.asr.words=nowhere"),
+        ("pretrain.objective.teacher=nowhere", "pretrain.objective=distil pretrain.objective.teacher=nowhere"),
     ],
 )
 def test_a_missing_input_of_any_step_is_reported_by_its_field(
     field: str, override: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = [f"folder={tmp_path / 'work'}", CORPUS, "pretrain.objective=hubert", "evaluate.task=keywords"]
-    assert main.main(["pipeline", *arguments, override, "launcher=slurm", "--dry-run"]) == ExitCode.USAGE
+    given = [override] if "{" in override else override.split()
+    assert main.main(["pipeline", *arguments, *given, "launcher=slurm", "--dry-run"]) == ExitCode.USAGE
     assert f"{field}: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -127,6 +137,20 @@ def test_inputs_at_urls_of_earlier_jobs_and_in_containers_are_left_to_the_job() 
         require_inputs(chain("pretrain.objective=best_rq", *given))
     with pytest.raises(ConfigError, match=r"preprocess\.corpus\.path=nowhere: there is no such file"):
         require_inputs(chain("pretrain.objective=best_rq", "preprocess.corpus.path=nowhere", "launcher=slurm"))
+
+
+def test_a_missing_table_of_phones_is_reported_before_the_first_step(
+    speech: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (speech / "phones" / "auto_pocketsphinx.tsv").unlink()
+    for switches in ([], ["--dry-run"]):
+        arguments = ["pipeline", f"folder={tmp_path / 'work'}", CORPUS, "pretrain.objective=best_rq", *switches]
+        assert main.main(arguments) == ExitCode.USAGE
+        said = capsys.readouterr().err
+        assert f"evaluate.phones={speech}/phones/auto_pocketsphinx.tsv: there is no such file" in said
+        assert "start_s, end_s" in said
+        assert "set phones=TABLE" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_input_of_the_last_step_is_reported_before_the_first_step(
