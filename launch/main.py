@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
 
 from launch.cli.command_table import COMMANDS, CONTINUE, FIRST_WORDS
+from launch.cli.width import columns
 from launch.exit_codes import ExitCode
 
 SHOWS_ONLY = frozenset({"-h", "--help", "--cfg", "--prepare"})
@@ -121,12 +121,12 @@ def _fail(message: str, code: int) -> int:
 
 
 def _overview() -> str:
-    """Returns the list of commands, wrapped to the terminal."""
-    columns = min(100, shutil.get_terminal_size((100, 24)).columns)
+    """Returns the list of commands, wrapped to the width of help."""
+    width = columns()
     indent = 4 + max(map(len, COMMANDS))
 
     def wrapped(text: str, first: str = "", rest: str = "") -> str:
-        return textwrap.fill(text, columns, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+        return textwrap.fill(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
     listed = [
         wrapped(summary, f"  {command:<{indent - 2}}", " " * indent) for command, (_, summary) in COMMANDS.items()

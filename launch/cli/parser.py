@@ -8,10 +8,21 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from data_pipeline.core.schema import ConfigError, hint
+from launch.cli.width import columns
+
+
+class Help(argparse.HelpFormatter):
+    """Wraps help as the overview of all commands is wrapped, whatever COLUMNS is where the output is piped."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=columns() - 2)
 
 
 class Parser(argparse.ArgumentParser):
     """Parses the arguments of commands without a composed config."""
+
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        return Help(self.prog)
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with the nearest name of a wrong subcommand or option."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import subprocess
@@ -88,3 +89,17 @@ def test_piped_help_has_a_fixed_width(monkeypatch: pytest.MonkeyPatch, capsys: p
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert 80 < max(map(len, shown[0].splitlines())) <= PIPED_WIDTH
+
+
+@pytest.mark.parametrize("asked", [["--help"], ["export", "--help"]])
+def test_piped_help_has_the_same_lines_whatever_columns_says(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = set()
+    for number in ("40", "300"):
+        monkeypatch.setenv("COLUMNS", number)
+        with contextlib.suppress(SystemExit):
+            main.main(asked)
+        found.add(capsys.readouterr().out)
+    (text,) = found
+    assert 80 < max(map(len, text.splitlines())) <= 100
