@@ -86,7 +86,8 @@ def require_ended(folder: Path) -> None:
         silent = f"; if it died there, wait until it has been silent for {ALIVE_SECONDS:.0f} s" if where else ""
         raise ConfigError(
             f"{folder}: {note.launcher} job {note.handle} is {state}{where}; "
-            f"`auricle jobs cancel {shlex.quote(str(folder))}`{where} ends it{silent}"
+            f"`auricle jobs cancel {shlex.quote(str(folder))}`{where} ends it{silent}; "
+            "name=NAME gives another job its own run folder"
         )
 
 
