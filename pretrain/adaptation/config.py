@@ -12,7 +12,6 @@ LEARNING_RATES: dict[str, float] = {
     "full": 3e-4, "head": 3e-3, "bias": 3e-3, "prompt": 3e-3, "lora": 3e-3, "adapter": 3e-3,
 }  # fmt: skip
 """Peak learning rate of each way to tune: new weights learn faster than trained ones."""
-TEXT_CORPORA = "speechocean762"
 
 
 @config
@@ -44,10 +43,7 @@ class FinetuneConfig:
             "that the environment variable AURICLE_SPEECH names"
         ),
     ] = ""
-    corpora: Annotated[
-        str | None,
-        about(f"take only these corpora, with commas; empty: all; null: {TEXT_CORPORA} for texts, all for classes"),
-    ] = None
+    corpora: Annotated[str, about("take only these corpora, with commas; empty: all")] = ""
     shards: Annotated[
         str,
         about("train on the labels of these shards instead of the manifest's split train; nothing is measured"),
@@ -93,8 +89,7 @@ class FinetuneConfig:
     @property
     def chosen_corpora(self) -> list[str]:
         """Names of the corpora to use; empty: all."""
-        given = self.corpora if self.corpora is not None else "" if self.task == "classify" else TEXT_CORPORA
-        return [name.strip() for name in given.split(",") if name.strip()]
+        return [name.strip() for name in self.corpora.split(",") if name.strip()]
 
     @property
     def peak_lr(self) -> float:

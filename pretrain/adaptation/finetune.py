@@ -33,6 +33,7 @@ from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.stored import read_state
 from pretrain.evaluate.manifest import (
     Utterance,
+    corpora_in_words,
     find_manifest,
     labelled_parts,
     read_audio,
@@ -42,7 +43,7 @@ from pretrain.evaluate.manifest import (
 )
 from pretrain.interop import hf_folder
 from pretrain.interop.init_weights import hugging_face_architecture
-from pretrain.recognition.error_rates import Decoders, Errors, errors, fit_ngram, recognise, written
+from pretrain.recognition.error_rates import Decoders, Errors, errors, fit_ngram, recognise, require_jiwer, written
 from pretrain.recognition.recogniser import RESULTS, open_recogniser
 
 LONGEST_SECONDS = 600.0
@@ -65,15 +66,19 @@ def find_corpus(settings: FinetuneConfig) -> Corpus:
     """Returns the manifest's splits train and test, as far as they have text in the recogniser's symbols, or a class.
 
     Raises:
-        ConfigError: there is no manifest, or a split has no text or class.
+        ConfigError: there is no manifest, a split has no text or class, or jiwer is not installed.
         ValueError: a speaker is in both splits.
     """
+    if settings.task != "classify":
+        require_jiwer()  # which measures the finished run
     listed = read_manifest(find_manifest(settings.manifest))
     train, test = labelled_parts(listed, settings.chosen_corpora, "test", lambda u: bool(_label(u, settings)))
     if not train or not test:
-        named = f"corpora={','.join(settings.chosen_corpora)}" if settings.chosen_corpora else "any corpus"
         what = f"value in the column {settings.label!r}" if settings.task == "classify" else "text"
-        raise ConfigError(f"manifest={settings.manifest}: no {what} in the splits train and test of {named}")
+        raise ConfigError(
+            f"manifest={settings.manifest}: no {what} in the splits train and test of "
+            f"{corpora_in_words(settings.chosen_corpora, listed)}"
+        )
     return Corpus(thinned(train, settings.max_utterances), thinned(test, settings.max_utterances))
 
 

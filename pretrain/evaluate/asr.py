@@ -9,14 +9,11 @@ import numpy as np
 from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate.config import EvaluateConfig, items
 from pretrain.evaluate.features import Waves
-from pretrain.evaluate.manifest import Utterance, labelled_parts, thinned
+from pretrain.evaluate.manifest import Utterance, corpora_in_words, labelled_parts, thinned
 from pretrain.evaluate.metrics import Interval95, Tally, bootstrap
 from pretrain.inference.word_lm import WordBeamSearch
 from pretrain.recognition.error_rates import Decoders, edits, fit_ngram, recognise, written
 from pretrain.recognition.recogniser import Recogniser
-
-CORPORA = ("speechocean762",)
-"""Corpora by default, as in fine-tuning."""
 
 
 def parts(config: EvaluateConfig, utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[Utterance]]:
@@ -26,10 +23,10 @@ def parts(config: EvaluateConfig, utterances: Sequence[Utterance]) -> tuple[list
         ConfigError: there is none to evaluate.
         ValueError: a speaker is in both.
     """
-    corpora = items(config.corpora) or CORPORA
+    corpora = items(config.corpora)
     train, asked = labelled_parts(utterances, corpora, config.ask, lambda u: bool(u.text.strip()))
     if not asked:
-        raise ConfigError(f"task=asr: no text in split {config.ask} of the manifest's {', '.join(corpora)}")
+        raise ConfigError(f"task=asr: no text in split ask={config.ask} of {corpora_in_words(corpora, utterances)}")
     return train, thinned(asked, config.max_utterances)
 
 

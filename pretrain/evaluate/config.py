@@ -10,6 +10,8 @@ from pretrain.evaluate import definitions
 
 MEASURES: Final = ("abx", "pnmi", "rankme")
 """Measures without fitting, on the frame labels of a task."""
+WITH_TEXTS: Final = ("asr", "streaming", "synthesis")
+"""Tasks of runs with a head whose measures are error rates of texts."""
 OF_HEADS: Final = ("asr", "streaming", "separation", "synthesis")
 """Tasks of runs with a head; all other tasks are of encoders."""
 

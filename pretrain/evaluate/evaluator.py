@@ -9,13 +9,14 @@ import torch
 
 from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate import asr, separation, streaming, synthesis
-from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, items, layer_numbers, task_names
+from pretrain.evaluate.config import MEASURES, OF_HEADS, WITH_TEXTS, EvaluateConfig, items, layer_numbers, task_names
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest
 from pretrain.evaluate.rows import Detail, Row
 from pretrain.evaluate.task_evaluation import TaskEvaluation
 from pretrain.generation.voice import open_voice
+from pretrain.recognition.error_rates import require_jiwer
 from pretrain.recognition.recogniser import open_recogniser
 
 Say = Callable[[str], None]
@@ -76,6 +77,8 @@ def _evaluate(
     say: Say,
     details: list[Detail] | None,
 ) -> list[Row]:
+    if set(names) & set(WITH_TEXTS):
+        require_jiwer()
     waves, rows = Waves(), list[Row]()
     probing = [name for name in names if name not in OF_HEADS]
     tasks = {name: TaskEvaluation(config, name, say, waves) for name in probing}  # every task is read before one starts

@@ -261,6 +261,12 @@ def labelled_parts(
     return train, other
 
 
+def corpora_in_words(chosen: Sequence[str], utterances: Iterable[Utterance]) -> str:
+    """Returns the field `corpora`, what it chooses, and the corpora that there are, for a message."""
+    there = ", ".join(sorted({u.corpus or "(unnamed)" for u in utterances})) or "none"
+    return f"corpora={','.join(chosen)}{'' if chosen else '(all)'}; the manifest has the corpora: {there}"
+
+
 def thinned(part: Sequence[Utterance], most: int) -> list[Utterance]:
     """Returns at most `most` utterances, every n-th, so that few of them still have many speakers; all for 0."""
     return list(part[:: -(-len(part) // most)] if most and part else part)

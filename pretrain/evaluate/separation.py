@@ -16,15 +16,12 @@ from pretrain.checkpointing.head_choice import checkpoint_with_heads, chosen_dev
 from pretrain.checkpointing.weights import load_checkpoint
 from pretrain.evaluate.config import EvaluateConfig, items
 from pretrain.evaluate.features import Waves
-from pretrain.evaluate.manifest import Utterance
+from pretrain.evaluate.manifest import Utterance, corpora_in_words
 from pretrain.evaluate.metrics import Interval95, Tally, bootstrap
 from pretrain.heads.separation import Separation
 from pretrain.interfaces.models import SpeechModel
 from pretrain.nn.numerics import pad_audio
 from pretrain.nn.separation import EPS, Spectra, best_assignment, si_snr
-
-CORPORA = ("speechocean762",)
-"""Corpora by default: several utterances of many speakers, split by speaker."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +90,14 @@ def draw_examples(
     """
     asked = config.separation
     by_speaker: dict[str, list[Utterance]] = {}
+    corpora = items(config.corpora)
     for utterance in utterances:
-        if utterance.split == config.ask and utterance.corpus in (items(config.corpora) or CORPORA):
+        if utterance.split == config.ask and (not corpora or utterance.corpus in corpora):
             by_speaker.setdefault(utterance.speaker, []).append(utterance)
     if len(by_speaker) < speakers:
         raise ConfigError(
-            f"task=separation: split {config.ask} of the manifest's {', '.join(items(config.corpora) or CORPORA)} has "
-            f"{len(by_speaker)} speakers, and a mixture needs {speakers}; set corpora"
+            f"task=separation: a mixture needs {speakers} speakers, and there are {len(by_speaker)} in split "
+            f"ask={config.ask} of {corpora_in_words(corpora, utterances)}"
         )
     names, made = sorted(by_speaker), []
     for number in range(asked.mixtures):

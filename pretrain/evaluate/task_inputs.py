@@ -23,6 +23,7 @@ from pretrain.evaluate.task_data import (
     require_classes,
 )
 from pretrain.evaluate.tasks import Task, open_task
+from pretrain.recognition.error_rates import require_jiwer
 
 Say = Callable[[str], None]
 SHOWN = 12
@@ -39,7 +40,8 @@ class TaskInputs:
         waves: decoded audio, shared by tasks.
 
     Raises:
-        ConfigError: the task's data cannot be read, a column is missing, labels are empty, or it has one class.
+        ConfigError: the task's data cannot be read, a column is missing, labels are empty, it has one class, or a
+            package that it needs is missing.
         ValueError: a speaker is in two splits.
     """
 
@@ -62,6 +64,7 @@ class TaskInputs:
         if self.kind == "frames":
             utterances = self._aligned(utterances)
         elif self.kind == "text":
+            require_jiwer()
             utterances = [u for u in utterances if u.text.strip()]
             if not utterances:
                 raise ConfigError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.core.schema import ConfigError
 from pretrain.inference.ctc_decoding import NGram, beam_search, greedy
 from pretrain.inference.joint_decoding import JointConfig
 from pretrain.inference.word_lm import WordBeamSearch
@@ -102,16 +104,21 @@ def _without_ctc(
     return list(found.items())
 
 
+def require_jiwer() -> None:
+    """Raises ConfigError if jiwer, which counts the errors, is not installed."""
+    if importlib.util.find_spec("jiwer") is None:
+        raise ConfigError("word and character error rates need the package jiwer: pip install jiwer")
+
+
 def edits(references: Sequence[str], texts: Sequence[str], by_words: bool) -> list[tuple[int, int]]:
     """Returns (substitutions, deletions and insertions; words or characters of the reference) of each text, by jiwer.
 
     Raises:
-        ValueError: jiwer is not installed.
+        ConfigError: jiwer is not installed.
     """
-    try:
-        import jiwer
-    except ImportError as error:
-        raise ValueError(f"error rates need jiwer: pip install jiwer ({error})") from error
+    require_jiwer()
+    import jiwer
+
     process = jiwer.process_words if by_words else jiwer.process_characters
     found = []
     for reference, text in zip(references, texts, strict=True):
@@ -125,7 +132,8 @@ def errors(decoder: str, references: Sequence[str], texts: Sequence[str]) -> Err
     """Returns word and character error rates by jiwer.
 
     Raises:
-        ValueError: jiwer is not installed, or no reference has any text.
+        ConfigError: jiwer is not installed.
+        ValueError: no reference has any text.
     """
     if not any(reference.strip() for reference in references):
         raise ValueError("error rates: none of the references has any text")

@@ -15,6 +15,7 @@ from launch.main import main
 from pretrain.evaluate.asr import by_speaker, parts
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.manifest import read_manifest
+from pretrain.recognition import error_rates
 from pretrain.recognition.error_rates import edits, errors, written
 from tests.support.training import save
 
@@ -42,8 +43,10 @@ def test_speakers_and_splits(corpus: Path) -> None:
     tally = by_speaker(asked, [(1, 4)] * 9)
     assert sum(trials for _, trials in tally.values()) == 36
     assert tally.keys() == {"speaker4", "speaker5"}
-    with pytest.raises(ConfigError, match="no text in split test of the manifest's speechocean762"):
-        parts(EvaluateConfig(checkpoint="x"), utterances)
+    everything = EvaluateConfig(checkpoint="x", max_utterances=9)
+    assert parts(everything, utterances) == (train, asked)  # of all corpora
+    with pytest.raises(ConfigError, match="no text in split ask=test of corpora=other; the manifest has the corpora: "):
+        parts(EvaluateConfig(checkpoint="x", corpora="other"), utterances)
 
 
 def test_error_rates_of_an_attention_decoder_alone(corpus: Path, tmp_path: Path) -> None:
@@ -69,3 +72,18 @@ def test_a_run_without_a_head_is_refused(corpus: Path, saved: Path, capsys: pyte
     given = ["task=asr", "corpora=tones", f"manifest={corpus}/manifest.tsv", f"runs={saved.parent}", "name=asr"]
     assert main(["evaluate", f"checkpoint={saved}", *given]) == ExitCode.USAGE
     assert "the run has no head that recognises speech" in capsys.readouterr().err
+
+
+def test_a_missing_jiwer_is_reported_before_anything_is_computed(
+    corpus: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(error_rates.importlib.util, "find_spec", lambda name: None)
+    given = [f"manifest={corpus}/manifest.tsv", f"checkpoint={saved}"]
+    for command in (
+        ["evaluate", "task=asr"],
+        ["evaluate", "task=transcripts"],
+        ["finetune", f"out={corpus.parent / 'unused'}"],
+    ):
+        assert main([*command, *given]) == ExitCode.USAGE
+        assert "pip install jiwer" in capsys.readouterr().err
+    assert not (corpus.parent / "unused").exists()

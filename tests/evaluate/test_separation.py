@@ -31,7 +31,7 @@ def test_mixtures_are_of_different_speakers_and_always_the_same(corpus: Path) ->
         power_S = example.parts_ST.square().mean(1)
         assert abs(float(10 * torch.log10(power_S[0] / power_S[1]))) <= 3.01
     assert [example.speakers[0] for example in examples] == ["speaker4", "speaker5"] * 3
-    with pytest.raises(ConfigError, match="has 2 speakers, and a mixture needs 3"):
+    with pytest.raises(ConfigError, match=r"needs 3 speakers, and there are 2 in split ask=test of corpora=tones"):
         draw_examples(config, utterances, Waves(), 3)
 
 
