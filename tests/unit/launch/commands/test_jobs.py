@@ -210,7 +210,7 @@ def test_a_queued_or_running_job_is_not_submitted_again(
     write_record(folder, "17", SlurmConfig())
     queued = folder / "queued"
     commands(folder, monkeypatch, scontrol=f"echo JobId=17 JobState={state}", sbatch=f"touch {queued}; echo 18")
-    with pytest.raises(ConfigError, match=f"slurm job 17 is {word}; `auricle jobs cancel"):
+    with pytest.raises(ConfigError, match=f"slurm job 17 is {word}; `auricle jobs cancel .* ends it; name=NAME gives"):
         require_ended(folder)
     best_rq = ("objective=best_rq", "frontend=log_mel", "encoder=transformer_tiny", "data.shards=s", "launcher=slurm")
     assert main.main(["pretrain", *best_rq, "name=mine", f"runs={folder.parent}"]) == ExitCode.USAGE
