@@ -39,7 +39,7 @@ def require_inputs(job: PretrainJob | ProgramJob, made: Sequence[Path] = (), pre
         return
     for field, path in found:
         if _is_local(path) and not _is_below(path, made):
-            _require_path(f"{prefix}{field}", path, ALIGNMENT_REMEDY if field == PHONES else EXISTING)
+            _require_path(f"{prefix}{field}", path, EXISTING)
     for field, path in _checkpoints(job):
         if not _is_below(path, made):
             try:
@@ -47,6 +47,9 @@ def require_inputs(job: PretrainJob | ProgramJob, made: Sequence[Path] = (), pre
             except ConfigError as error:
                 reason = str(error).removeprefix(f"checkpoint={path}: ")
                 raise ConfigError(f"{prefix}{field}={path}: {reason}") from None
+    for path in _alignments(job):
+        if _is_local(path) and not _is_below(path, made):
+            _require_path(f"{prefix}{PHONES}", path, ALIGNMENT_REMEDY)
     if isinstance(job, PretrainJob) and not _is_below(job.init, made):
         _require_start(job)
 
@@ -83,10 +86,9 @@ def _inputs(job: PretrainJob | ProgramJob) -> Iterator[tuple[str, str]]:
             yield "kmeans", job.kmeans
     elif isinstance(job, EvaluateJob):
         from pretrain.evaluate.config import task_names
-        from pretrain.evaluate.task_data import alignments, inputs
+        from pretrain.evaluate.task_data import inputs
 
         yield from ((f"data.{task}", path) for task, path in inputs(job).items())
-        yield from ((PHONES, path) for path in alignments(job))
         if "asr" in task_names(job):
             yield from ((f"asr.{name}", path) for name, path in (("lm", job.asr.lm), ("words", job.asr.words)) if path)
     elif isinstance(job, PretrainJob):
@@ -108,6 +110,14 @@ def _inputs(job: PretrainJob | ProgramJob) -> Iterator[tuple[str, str]]:
             yield from ((f"data.{field}.{name}", path) for name, path in folders.items())
         for name, head in job.heads.items():
             yield from ((f"heads.{name}.{field}", path) for field, path in head.input_files.items())
+
+
+def _alignments(job: PretrainJob | ProgramJob) -> Iterator[str]:
+    """Yields the tables of frame labels that an evaluation reads."""
+    if isinstance(job, EvaluateJob):
+        from pretrain.evaluate.task_data import alignments
+
+        yield from alignments(job)
 
 
 def _checkpoints(job: PretrainJob | ProgramJob) -> Iterator[tuple[str, str]]:

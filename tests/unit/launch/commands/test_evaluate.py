@@ -14,6 +14,8 @@ from launch.exit_codes import ExitCode
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "manifest.tsv").write_text("path\tspeaker\tcorpus\tsplit\na.wav\ts\ttones\ttrain\n")
+    (tmp_path / "phones").mkdir()
+    (tmp_path / "phones" / "auto_pocketsphinx.tsv").write_text("path\tstart_s\tend_s\tphone\n")
     (tmp_path / "runs" / "hubert").mkdir(parents=True)
 
 
