@@ -21,6 +21,20 @@ def read_object(path: Path) -> dict[str, Any]:
     return parse_object(path.read_bytes())
 
 
+def read_optional(path: Path, remedy: str) -> dict[str, Any] | None:
+    """Reads a JSON file whose content is an object; None if the file is missing.
+
+    Raises:
+        DamagedFileError: it cannot be read, or is not a JSON object; the message ends with `remedy`.
+    """
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(f"{path}: cannot be read as JSON ({error}); {remedy}") from None
+
+
 def parse_object(content: bytes) -> dict[str, Any]:
     """Returns the object in the content of a JSON file. Raises ValueError as in `read_object`."""
     try:

@@ -86,21 +86,7 @@ def cut_at_pauses(
     Yields:
         (F, V) frames.
     """
-    waiting: list[np.ndarray] = []
-    held = 0
-    for part in parts:
-        waiting.append(part)
-        held += len(part)
-        if held <= longest:
-            continue
-        frames_FV = np.concatenate(waiting)
-        while len(frames_FV) > longest:
-            cut = longest_pause(silent(frames_FV[:longest]))
-            yield frames_FV[:cut]
-            frames_FV = frames_FV[cut:]
-        waiting, held = [frames_FV.copy()], len(frames_FV)
-    if held:
-        yield np.concatenate(waiting)
+    return _cut(parts, longest, lambda frames_FV: longest_pause(silent(frames_FV)))
 
 
 def cut_at_quiet(blocks: Iterable[np.ndarray], longest: int, searched: int, quiet: int) -> Iterator[np.ndarray]:
@@ -115,20 +101,29 @@ def cut_at_quiet(blocks: Iterable[np.ndarray], longest: int, searched: int, quie
     Yields:
         (T,) audio.
     """
+
+    def place(audio_T: np.ndarray) -> int:
+        sums = np.cumsum(np.square(audio_T[longest - searched :], dtype=np.float64))
+        return longest - searched + int((sums[quiet:] - sums[:-quiet]).argmin()) + quiet // 2 + 1
+
+    return _cut(blocks, longest, place)
+
+
+def _cut(parts: Iterable[np.ndarray], longest: int, place: Callable[[np.ndarray], int]) -> Iterator[np.ndarray]:
+    """Yields the same rows in pieces of at most `longest`; `place` gives the length of a piece from so many rows."""
     waiting: list[np.ndarray] = []
     held = 0
-    for block in blocks:
-        waiting.append(block)
-        held += len(block)
+    for part in parts:
+        waiting.append(part)
+        held += len(part)
         if held <= longest:
             continue
-        audio_T = np.concatenate(waiting)
-        while len(audio_T) > longest:
-            sums = np.cumsum(np.square(audio_T[longest - searched : longest], dtype=np.float64))
-            cut = longest - searched + int((sums[quiet:] - sums[:-quiet]).argmin()) + quiet // 2 + 1
-            yield audio_T[:cut]
-            audio_T = audio_T[cut:]
-        waiting, held = [audio_T.copy()], len(audio_T)
+        rows = np.concatenate(waiting)
+        while len(rows) > longest:
+            cut = place(rows[:longest])
+            yield rows[:cut]
+            rows = rows[cut:]
+        waiting, held = [rows.copy()], len(rows)
     if held:
         yield np.concatenate(waiting)
 

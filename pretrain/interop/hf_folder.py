@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.core.json_object import DamagedFileError, read_object
+from data_pipeline.core.json_object import DamagedFileError, read_optional
 from data_pipeline.core.schema import ConfigError
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -32,7 +32,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConfigError: the file is missing, or its model_type is not a string.
         DamagedFileError: it is not a JSON object.
     """
-    values = _object(folder / CONFIG)
+    values = read_optional(folder / CONFIG, DOWNLOAD)
     if values is None:
         raise ConfigError(f"{folder / CONFIG}, which describes the architecture, is missing; {DOWNLOAD}")
     if not isinstance(values.get("model_type"), str):
@@ -50,7 +50,7 @@ def read_processor(folder: Path) -> dict[str, Any]:
         ConfigError: its do_normalize is neither true nor false.
         DamagedFileError: the file is not a JSON object.
     """
-    values = _object(folder / PROCESSOR) or {}
+    values = read_optional(folder / PROCESSOR, DOWNLOAD) or {}
     if not isinstance(values.get("do_normalize", False), bool):
         raise ConfigError(f"{folder / PROCESSOR}: do_normalize must be true or false, not {values['do_normalize']!r}")
     return values
@@ -65,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    index = _object(folder / INDEX)
+    index = read_optional(folder / INDEX, DOWNLOAD)
     if index is None and (folder / "pytorch_model.bin").is_file():
         raise ConfigError(
             f"{folder} has no {WEIGHTS}, and a pickle is never opened; if you trust it, convert it: "
@@ -112,13 +112,3 @@ def require_weights(missing: Mapping[str, str], folder: Path) -> None:
         name, problem = next(iter(sorted(missing.items())))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConfigError(f"{folder}: the encoder's weight {name} {problem}{more}; {DOWNLOAD}")
-
-
-def _object(file: Path) -> dict[str, Any] | None:
-    """Returns the object in a JSON file; None if the file is missing. Raises DamagedFileError."""
-    try:
-        return read_object(file)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DamagedFileError(f"{file}: cannot be read as JSON ({error}); {DOWNLOAD}") from None

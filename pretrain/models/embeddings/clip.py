@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data_pipeline.core.atomic_files import sha256_of
-from data_pipeline.core.json_object import DamagedFileError, read_object
+from data_pipeline.core.json_object import DamagedFileError, read_optional
 from data_pipeline.core.schema import ConfigError, about, config
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import EmbeddingConfig
@@ -119,7 +119,7 @@ def describe(folder: str) -> Described:
         DamagedFileError: config.json is not a JSON object.
     """
     path = Path(folder).expanduser()
-    values = _object(path / "config.json") or {}
+    values = read_optional(path / "config.json", "download the whole model again") or {}
     try:
         kind = values["model_type"]
         model, size = MODELS[kind]
@@ -168,23 +168,13 @@ def _mean_std(folder: str, model: str) -> tuple[Tensor, Tensor]:
     """
     default = (CLIP_MEAN, CLIP_STD) if model.startswith("CLIP") else ((0.5,) * 3, (0.5,) * 3)
     file = Path(folder).expanduser() / "preprocessor_config.json"
-    values = _object(file) or {}
+    values = read_optional(file, "download the whole model again") or {}
     given = (values.get("image_mean", default[0]), values.get("image_std", default[1]))
     try:
         mean, std = (torch.tensor([float(value) for value in row], device="cpu")[:, None, None] for row in given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{file}: image_mean and image_std must be lists of numbers ({error})") from None
     return mean, std
-
-
-def _object(file: Path) -> dict[str, Any] | None:
-    """Returns the object in a JSON file; None if the file is missing. Raises DamagedFileError."""
-    try:
-        return read_object(file)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DamagedFileError(f"{file}: cannot be read as JSON ({error}); download the whole model again") from None
 
 
 def build(config: Config, dim: int) -> Clip:

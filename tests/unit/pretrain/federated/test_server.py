@@ -127,7 +127,7 @@ def earlier(message: bytes) -> list[bytes]:
     return [message.replace(b'"step":"0"', b'"step":"9"')]
 
 
-def stranger(message: bytes) -> list[bytes]:
+def of_another_device(message: bytes) -> list[bytes]:
     return [message.replace(b'"device":"d1"', b'"device":"d0"')]
 
 
@@ -144,7 +144,7 @@ WRONG: dict[str, tuple[Spoil, str]] = {
     "not finite": (nan, "not finite"),
     "huge": (huge, "max_norm"),
     "late": (earlier, "late"),
-    "of another device": (stranger, "device is 'd0'"),
+    "of another device": (of_another_device, "device is 'd0'"),
     "another shape": (misshapen, "has shape [16, 64]"),
     "garbage": (lambda message: [b"\xff" * 100], "not a message"),
     "cut off": (lambda message: [message[:-100]], "not a message"),
