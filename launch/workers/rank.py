@@ -59,7 +59,7 @@ def main(run_folder: str) -> ExitCode:
         if world.rank == 0:
             folder.claim()
             folder.unhealthy.unlink(missing_ok=True)
-        folder.incarnation = _broadcast_from_rank_0(folder.incarnation, world.size)
+        folder.incarnation = int(world.from_first(str(folder.incarnation)))
         limit = config.engine.timeout_minutes * 60
         with Heartbeat(
             path,
@@ -109,16 +109,6 @@ def _report_failure(error: Exception, folder: RunFolder) -> ExitCode:
             folder.unhealthy.write_text(f"{error}\n", encoding="utf-8")
         return ExitCode.UNHEALTHY
     return ExitCode.USAGE if isinstance(error, ConfigError) else ExitCode.FAILED
-
-
-def _broadcast_from_rank_0(number: int, size: int) -> int:
-    """Returns rank 0's number on every rank; a collective operation."""
-    from torch import distributed as dist
-
-    numbers = [number]
-    if size > 1:
-        dist.broadcast_object_list(numbers)
-    return numbers[0]
 
 
 def _print(line: str) -> None:

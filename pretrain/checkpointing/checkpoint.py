@@ -254,6 +254,8 @@ def _link(source: str, target: str) -> None:
 def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
     """Loads the newest checkpoint of a run into `engine`; a collective operation.
 
+    The newest is the one that rank 0 sees: a shared file system may show it to other nodes later.
+
     Args:
         run: the run folder.
         engine: receives weights, buffers, moments and loss scale.
@@ -266,8 +268,9 @@ def load_latest(run: RunFolder, engine: Engine, config: Config) -> TrainState:
         ConfigError: `config` changes a field that a resumed run must keep (see pretrain.checkpointing.resume).
         ValueError: the checkpoint is damaged; the message has the remedy.
     """
-    newest = latest_checkpoint(run.checkpoints)
-    return _load(newest, engine, config) if newest else TrainState()
+    newest = latest_checkpoint(run.checkpoints)  # on every rank, so that all end for the same reason
+    name = engine.world.from_first(newest.name if newest else "")
+    return _load(run.checkpoints / name, engine, config) if name else TrainState()
 
 
 class NothingToGoBackToError(ValueError):
@@ -300,8 +303,8 @@ def roll_back(run: RunFolder, engine: Engine, config: Config, before: int) -> Tr
             f"there is no checkpoint of step {before} or earlier to go back to (there are: {kept}; "
             f"train.checkpoint_every={config.train.checkpoint_every}, train.keep_last={config.train.keep_last})"
         )
-    state = _load(found[healthy], engine, config)
     engine.world.agree(str(healthy), "the checkpoint to go back to")
+    state = _load(found[healthy], engine, config)
     if engine.world.rank == 0:
         run.require_current()
         point_latest(run.checkpoints, found[healthy].name)  # first, so that it never names a renamed checkpoint

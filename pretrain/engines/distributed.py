@@ -36,6 +36,13 @@ class DistributedContext:
         """Sums a host tensor over all ranks and returns it on the host."""
         return self.sum(values.to(self.device)).cpu() if self.size > 1 else values
 
+    def from_first(self, text: str) -> str:
+        """Returns rank 0's text on every rank; a collective operation."""
+        texts = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(texts, device=torch.device(self.device))
+        return texts[0]
+
     def agree(self, text: str, what: str) -> None:
         """Raises RuntimeError on every rank unless `text` is the same on all ranks; `what` names it in the message."""
         if self.size == 1:

@@ -147,6 +147,7 @@ def relabelled(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
         folder = str(tmp / f"{done}")
         cases[f"first {done}"] = case(name, *engine, save=folder) | {"steps": done}
         cases[f"after {done}"] = case(name, *engine, load=folder)
+    cases["first 1"]["save_seconds"] = 2.0  # rank 1 looks for the checkpoint before it exists
     # the update is skipped, and the checkpoint saved directly after it
     folder, lost = str(tmp / "lost"), {"skip_at": 1}
     cases["whole without 1"] = case(name, *engine, **lost)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def run_case(case: dict[str, Any], world: DistributedContext) -> dict[str, Any]:
         folder = RunFolder(case["save"])
         if world.rank == 0:
             folder.claim()
+            time.sleep(case.get("save_seconds", 0.0))
         with checkpoint.Saver(folder, engine, config) as saver:
             saver.save(TrainState(case["steps"], Cursor("toy", 0, case["steps"])))
     digest = hashlib.sha256()

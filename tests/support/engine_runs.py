@@ -54,8 +54,11 @@ def run(tmp: Path, name: str, ranks: int, cases: dict[str, Any]) -> dict[str, An
     finally:
         for process in started:
             process.kill()
-    outputs = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
-    assert all(process.returncode == 0 for process in started), "\n".join(outputs)[-4000:]
+    codes = [process.returncode for process in started]
+    ends = [
+        f"rank {rank}: {log.read_text(encoding='utf-8', errors='replace')[-3000:]}" for rank, log in enumerate(logs)
+    ]
+    assert not any(codes), "\n".join([*ends, f"exit codes by rank: {codes}"])
     return dict(json.loads(out.read_text()))
 
 
