@@ -29,7 +29,7 @@ Wave = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Corpus:
+class DemoCorpus:
     """Speech for the demo: a short name for its folder below demo/, the corpus to preprocess, and its origin.
 
     `overrides` are fields of `auricle preprocess`.
@@ -40,7 +40,7 @@ class Corpus:
     origin: str
 
 
-def find_corpus(given: str, work: Path, say: Callable[[str], None] = print) -> Corpus:
+def find_corpus(given: str, work: Path, say: Callable[[str], None] = print) -> DemoCorpus:
     """Returns the first source that is available.
 
     The order is `given`, the folder that AURICLE_SPEECH names, Debian's voice packages, synthetic speech. A folder of
@@ -58,20 +58,20 @@ def find_corpus(given: str, work: Path, say: Callable[[str], None] = print) -> C
         folder = Path(given).expanduser()
         if not folder.is_dir():
             raise ConfigError(f"corpus={given}: not a folder; give a folder of audio files")
-        return Corpus(_short_name(folder), _below(folder), f"your folder {folder}")
+        return DemoCorpus(_short_name(folder), _below(folder), f"your folder {folder}")
     speech = speech_folder()
     if speech:
         manifest = speech / MANIFEST_NAME
         listed = ("corpus=manifest", f"corpus.path={manifest}", "corpus.splits=[pretrain,train]")
         overrides = listed if manifest.is_file() else _below(speech)
-        return Corpus(_short_name(speech), overrides, f"{SPEECH_VARIABLE}={speech}")
+        return DemoCorpus(_short_name(speech), overrides, f"{SPEECH_VARIABLE}={speech}")
     target = work / "debian"
     if (target / "whole").exists() or _from_debian(target, say):
         origin = f"recorded voices of Debian's {', '.join(PACKAGES)}"
-        return Corpus("debian", _below(target / "audio"), origin)
+        return DemoCorpus("debian", _below(target / "audio"), origin)
     synthesise(work / "synthetic" / "audio")
     origin = "speech-like sounds made by auricle itself, not speech"
-    return Corpus("synthetic", _below(work / "synthetic" / "audio"), origin)
+    return DemoCorpus("synthetic", _below(work / "synthetic" / "audio"), origin)
 
 
 def _short_name(folder: Path) -> str:

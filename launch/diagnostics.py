@@ -20,7 +20,7 @@ Verdict = Literal["ok", "missing", "broken"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One line of the report."""
 
     topic: str
@@ -43,13 +43,13 @@ def _in_checkout() -> bool:
     return (CHECKOUT / "launch/setup/setup.sh").is_file()
 
 
-def examine(folder: Path) -> Iterator[Finding]:
+def diagnose(folder: Path) -> Iterator[Diagnosis]:
     """Runs all checks and yields their findings; an exception in a check becomes a finding.
 
     Args:
         folder: Where runs would be written.
     """
-    checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+    checks: tuple[tuple[str, Callable[[], Iterator[Diagnosis]]], ...] = (
         ("python", _python),
         ("packages", _packages),
         ("torch", _torch),
@@ -66,21 +66,21 @@ def examine(folder: Path) -> Iterator[Finding]:
             again = (
                 "`make setup` installs auricle again" if _in_checkout() else "install it again from where you got it"
             )
-            yield Finding(topic, "broken", f"{type(error).__name__}: {error}", f"see the message; {again}")
+            yield Diagnosis(topic, "broken", f"{type(error).__name__}: {error}", f"see the message; {again}")
 
 
-def _python() -> Iterator[Finding]:
+def _python() -> Iterator[Diagnosis]:
     version = sys.version.split()[0]
     good = sys.version_info >= (3, 11)
-    yield Finding("Python", "ok" if good else "broken", f"{version} at {sys.executable}", "3.11 or newer is needed")
+    yield Diagnosis("Python", "ok" if good else "broken", f"{version} at {sys.executable}", "3.11 or newer is needed")
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[Diagnosis]:
     for package in ("deepspeed", "ray", "webdataset", "hydra-core", "tensorboard", "soundfile", "torchaudio"):
         try:
-            yield Finding(package, "ok", metadata.version(package))
+            yield Diagnosis(package, "ok", metadata.version(package))
         except metadata.PackageNotFoundError:
-            yield Finding(package, "missing", "not installed", install(package))
+            yield Diagnosis(package, "missing", "not installed", install(package))
     optional = (
         ("transformers", "transformers", "export and parity tests"),
         ("scikit-learn", "sklearn", "phone-normalised mutual information of units in `auricle evaluate`"),
@@ -90,29 +90,29 @@ def _packages() -> Iterator[Finding]:
     for package, module, use in optional:
         known = importlib.util.find_spec(module) is not None
         found = metadata.version(package) if known else "not installed"
-        yield Finding(package, "ok" if known else "missing", found, f"for {use}: pip install {package}", needed=False)
+        yield Diagnosis(package, "ok" if known else "missing", found, f"for {use}: pip install {package}", needed=False)
 
 
-def _torch() -> Iterator[Finding]:
+def _torch() -> Iterator[Diagnosis]:
     import torch
 
-    yield Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {_cpu_features()}")
+    yield Diagnosis("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {_cpu_features()}")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(number)
             bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-            yield Finding(
+            yield Diagnosis(
                 f"GPU {number}", "ok", f"{device.name}, {device.total_memory / GIB:.0f} GiB, {bf16}", needed=False
             )
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
         driver = "with a driver" if shutil.which("nvidia-smi") else "no NVIDIA driver here"
         remedy = "training runs on the CPU; a GPU needs its driver and a CUDA build of torch"
-        yield Finding("GPU", "missing", f"{built}, {driver}", remedy, needed=False)
+        yield Diagnosis("GPU", "missing", f"{built}, {driver}", remedy, needed=False)
     sources = {"gloo": "comes with torch", "nccl": "comes with a CUDA build of torch"}
     for backend, use in (("gloo", "ranks on CPUs"), ("nccl", "ranks on GPUs")):
         there = torch.distributed.is_available() and torch.distributed.is_backend_available(backend)
-        yield Finding(backend, "ok" if there else "missing", use, sources[backend], needed=backend == "gloo")
+        yield Diagnosis(backend, "ok" if there else "missing", use, sources[backend], needed=backend == "gloo")
 
 
 def _cpu_features() -> str:
@@ -122,7 +122,7 @@ def _cpu_features() -> str:
     return ", ".join(name for name in ("avx2", "avx512f", "amx_bf16") if name in known) or "no AVX"
 
 
-def _operations() -> Iterator[Finding]:
+def _operations() -> Iterator[Diagnosis]:
     """Compares 16-bit operations of the shipped recipes with fp32 on each kind of device."""
     import torch
 
@@ -137,20 +137,20 @@ def _operations() -> Iterator[Finding]:
             shown += [f"{v.operation}: error {v.direct:.2g} as it is, {v.error:.2g} by {v.route}" for v in odd]
             remedy = f"do not train with engine.precision={name} on {device}; a newer torch may be right"
             verdict: Verdict = "broken" if wrong else "ok"
-            yield Finding(f"{name} on {device}", verdict, "; ".join(shown), remedy, needed=False)
+            yield Diagnosis(f"{name} on {device}", verdict, "; ".join(shown), remedy, needed=False)
 
 
-def _compilers() -> Iterator[Finding]:
+def _compilers() -> Iterator[Diagnosis]:
     remedy = (
         "pretraining does not need it; DeepSpeed compiles some options with it (CPU Adam for offload, fused Adam): {}"
     )
     for tool, package in (("g++", "apt-get install g++"), ("ninja", "pip install ninja")):
         path = shutil.which(tool, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-        yield Finding(tool, "ok" if path else "missing", path or "not found", remedy.format(package), needed=False)
+        yield Diagnosis(tool, "ok" if path else "missing", path or "not found", remedy.format(package), needed=False)
     yield _deepspeed_ops()
 
 
-def _deepspeed_ops() -> Finding:
+def _deepspeed_ops() -> Diagnosis:
     """Lists the compiled operators of DeepSpeed that can be built here."""
     import torch
 
@@ -161,22 +161,24 @@ def _deepspeed_ops() -> Finding:
 
         fit = sorted(name for name, builder in ALL_OPS.items() if builder.is_compatible(verbose=False))
     except Exception as error:  # an operator's own probe may fail in any way
-        return Finding("DeepSpeed ops", "missing", f"{type(error).__name__}: {error}", "not needed", needed=False)
-    return Finding("DeepSpeed ops", "ok", ", ".join(fit) or "none can be built", "built when first used", needed=False)
+        return Diagnosis("DeepSpeed ops", "missing", f"{type(error).__name__}: {error}", "not needed", needed=False)
+    return Diagnosis(
+        "DeepSpeed ops", "ok", ", ".join(fit) or "none can be built", "built when first used", needed=False
+    )
 
 
-def _codecs() -> Iterator[Finding]:
+def _codecs() -> Iterator[Diagnosis]:
     import soundfile
 
     formats = ", ".join(name for name in ("WAV", "FLAC", "OGG", "MP3") if name in soundfile.available_formats())
-    yield Finding("libsndfile", "ok", f"{soundfile.__libsndfile_version__}: {formats}")
+    yield Diagnosis("libsndfile", "ok", f"{soundfile.__libsndfile_version__}: {formats}")
     known = importlib.util.find_spec("av") is not None
     found = f"PyAV {metadata.version('av')}" if known else "not installed"
     remedy = "decodes what libsndfile cannot (m4a, webm, wma, g722 …): pip install av"
-    yield Finding("FFmpeg", "ok" if known else "missing", found, remedy, needed=False)
+    yield Diagnosis("FFmpeg", "ok" if known else "missing", found, remedy, needed=False)
 
 
-def _slurm() -> Iterator[Finding]:
+def _slurm() -> Iterator[Diagnosis]:
     path = shutil.which("sbatch")
     if path:
         done = subprocess.run(
@@ -187,32 +189,34 @@ def _slurm() -> Iterator[Finding]:
             timeout=10,
         )
         if done.returncode == 0:
-            yield Finding("SLURM", "ok", "; ".join(done.stdout.split("\n")).strip("; "), needed=False)
+            yield Diagnosis("SLURM", "ok", "; ".join(done.stdout.split("\n")).strip("; "), needed=False)
         else:
             remedy = "is this machine part of a cluster? SLURM_CONF names its configuration"
-            yield Finding("SLURM", "missing", f"{path} exists, but no cluster answers", remedy, needed=False)
+            yield Diagnosis("SLURM", "missing", f"{path} exists, but no cluster answers", remedy, needed=False)
     else:
-        yield Finding(
+        yield Diagnosis(
             "SLURM", "missing", "no sbatch", "only for a cluster: run auricle on its login node", needed=False
         )
 
 
-def _resources(folder: Path) -> Iterator[Finding]:
+def _resources(folder: Path) -> Iterator[Diagnosis]:
     import psutil
 
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     enough = memory.available > 4 * GIB
     found = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}, {cores} cores"
-    yield Finding("memory", "ok" if enough else "missing", found, "the demo needs 4 GiB", needed=False)
+    yield Diagnosis("memory", "ok" if enough else "missing", found, "the demo needs 4 GiB", needed=False)
     shared = Path("/dev/shm")
     if shared.exists():
         free = shutil.disk_usage(shared).free
         remedy = "Ray keeps blocks there and falls back to disk: mount a larger one (docker: --shm-size=4g)"
-        yield Finding("/dev/shm", "ok" if free > GIB else "missing", f"{free / GIB:.1f} GiB free", remedy, needed=False)
+        yield Diagnosis(
+            "/dev/shm", "ok" if free > GIB else "missing", f"{free / GIB:.1f} GiB free", remedy, needed=False
+        )
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     writable = os.access(there, os.W_OK)
     found = f"{free / GIB:.0f} GiB free at {there}{'' if writable else ', not writable'}"
     good = writable and free > 5 * GIB
-    yield Finding("disk", "ok" if good else "missing", found, "a run needs some GiB: set runs= to another disk")
+    yield Diagnosis("disk", "ok" if good else "missing", found, "a run needs some GiB: set runs= to another disk")

@@ -39,7 +39,7 @@ from pretrain.evaluate.frozen_encoders import FrozenEncoder, log_mel_with_contex
 from pretrain.evaluate.graph_encoder import open_graph_encoder  # noqa: E402
 from pretrain.evaluate.metrics import Tally, accuracy, bootstrap  # noqa: E402
 from pretrain.evaluate.task_evaluation import TaskEvaluation  # noqa: E402
-from pretrain.profiling.graph_timing import GraphTiming, measure  # noqa: E402
+from pretrain.profiling.graph_timing import GraphTiming, measure_graphs  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
 from pretrain.train_module import build_model  # noqa: E402
 
@@ -166,7 +166,7 @@ def base_width(work: Path, shards: Path, runs: int) -> dict[str, Any]:
         if not folders[-1].exists():
             checkpoint = run / "checkpoints" / "step_00000000"
             auricle("export", str(checkpoint), str(folders[-1]), "--to", "onnx", *options)
-    timings = measure(folders, 10.0, runs, 1)
+    timings = measure_graphs(folders, 10.0, runs, 1)
     exact, small = timings.graphs
     int8 = json.loads((folders[1] / "features.json").read_text(encoding="utf-8"))["int8"]
     return {
@@ -219,7 +219,7 @@ def main() -> int:
     task = TaskEvaluation(settings, "phones", lambda line: None)
     found = {name: tallies(task, open_graph_encoder(folder, name)) for name, folder in folders.items()}
     log_mel = tallies(task, log_mel_with_context())
-    timings = measure(list(folders.values()), 10.0, given.runs, 1)
+    timings = measure_graphs(list(folders.values()), 10.0, given.runs, 1)
     by_name = dict(zip(folders, timings.graphs, strict=True))
     rows = table(models, found, log_mel, by_name, notes)
     against = {kind: rtf / by_name["teacher, fp32"].rtf_p50 for kind, rtf in torch_speeds(teacher, 10.0, 10).items()}

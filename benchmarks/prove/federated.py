@@ -47,7 +47,7 @@ from pretrain.engines.distributed import DistributedContext  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
 from pretrain.evaluate.manifest import Utterance, read_manifest  # noqa: E402
-from pretrain.evaluate.rows import Row  # noqa: E402
+from pretrain.evaluate.rows import ResultRow  # noqa: E402
 from pretrain.federated.config import DeviceConfig  # noqa: E402
 from pretrain.federated.device import Device  # noqa: E402
 from pretrain.federated.server import FederatedEngine, RoundReader  # noqa: E402
@@ -168,7 +168,7 @@ def main() -> int:
                 supervised=SupervisedConfig(epochs=0),
                 neural=NeuralConfig(epochs=0),
             )
-            rows: list[Row] = [row for row in evaluate(probe, say=lambda line: None) if row.measure == MEASURE]
+            rows: list[ResultRow] = [row for row in evaluate(probe, say=lambda line: None) if row.measure == MEASURE]
             assert rows[-1].over_random is not None
             gains[kind].append(rows[-1].over_random[0])
             print(

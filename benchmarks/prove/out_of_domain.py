@@ -30,7 +30,7 @@ from data_pipeline.core.rng import keyed_seed  # noqa: E402
 from data_pipeline.corpora.tables import read_table  # noqa: E402
 from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedConfig  # noqa: E402
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
-from pretrain.evaluate.rows import Row, plain  # noqa: E402
+from pretrain.evaluate.rows import ResultRow, plain  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
 
 LEFT_OUT = "speechocean762"
@@ -70,7 +70,7 @@ def trained(experiment: str, manifest: Path, listed: Path, work: Path, minutes: 
     return pretrain(experiment, shards, work / "runs", minutes)
 
 
-def measured(run: Path, manifest: Path, task: str, given: argparse.Namespace) -> list[Row]:
+def measured(run: Path, manifest: Path, task: str, given: argparse.Namespace) -> list[ResultRow]:
     """Returns the rows of a task, without the baselines that are trained on labels."""
     config = EvaluateConfig(
         checkpoint=str(run), task=task, manifest=str(manifest), seeds=given.seeds, max_utterances=given.max_utterances,
@@ -79,7 +79,7 @@ def measured(run: Path, manifest: Path, task: str, given: argparse.Namespace) ->
     return evaluate(config)
 
 
-def passed(rows: Sequence[Row], log_mel: bool) -> bool:
+def passed(rows: Sequence[ResultRow], log_mel: bool) -> bool:
     """Returns whether the checkpoint, the last row, gains enough."""
     last = rows[-1]
     assert last.over_random is not None

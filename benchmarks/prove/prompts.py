@@ -35,7 +35,7 @@ from benchmarks.prove.common import auricle, markdown_table, parser_of, real_spe
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from data_pipeline.core.types import Batch  # noqa: E402
-from pretrain.adaptation.finetune import architecture  # noqa: E402
+from pretrain.adaptation.finetune import checkpoint_architecture  # noqa: E402
 from pretrain.config import Config  # noqa: E402
 from pretrain.engines import make_engine  # noqa: E402
 from pretrain.engines.distributed import DistributedContext  # noqa: E402
@@ -121,7 +121,8 @@ def tuned(base: Path, way: str, train: list[Clip], classes: list[str], lr: float
     """Tunes the base on clips in one way, by the engine of `auricle pretrain`."""
     head = {"name": "classifier", "label": "label", "classes": classes, "loss": "softmax"}
     values = {
-        **architecture(str(base)), "data": {"shards": "clips", "micro_batches": 1}, "init": str(base), "seed": seed,
+        **checkpoint_architecture(str(base)), "init": str(base), "seed": seed,
+        "data": {"shards": "clips", "micro_batches": 1},
         "objective": {"name": "none"}, "heads": {"digit": head}, "tune": {"name": way},
         "engine": {"name": "torch", "precision": "bf16"},
         "optimizer": {"lr": lr, "weight_decay": 0.0, "clip_norm": 1.0}, "train": {"steps": steps},

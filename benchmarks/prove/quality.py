@@ -32,7 +32,7 @@ from pretrain.evaluate.config import EvaluateConfig, NeuralConfig, SupervisedCon
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
 from pretrain.evaluate.frozen_encoders import open_encoder  # noqa: E402
 from pretrain.evaluate.report import markdown  # noqa: E402
-from pretrain.evaluate.rows import Row, plain  # noqa: E402
+from pretrain.evaluate.rows import ResultRow, plain  # noqa: E402
 from pretrain.profiling import flops  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
 
@@ -89,12 +89,12 @@ def forward_flops_per_second(run: Path) -> float:
     return counted.get_total_flops() / 8
 
 
-def pick(rows: list[Row], measure: str) -> list[Row]:
+def pick(rows: list[ResultRow], measure: str) -> list[ResultRow]:
     """Returns the rows of one measure."""
     return [row for row in rows if row.measure == measure]
 
 
-def gate(row: Row) -> bool:
+def gate(row: ResultRow) -> bool:
     """Returns whether a checkpoint is far enough above both baselines."""
     assert row.over_random is not None
     assert row.over_log_mel is not None
@@ -179,7 +179,7 @@ def main() -> int:
 
 def write_page(found: dict[str, Any], out: Path) -> None:
     """Writes quality.md and quality.png with the newest result of every experiment in quality.json."""
-    rows = {name: [Row(**row) for row in one["rows"]] for name, one in found.items()}
+    rows = {name: [ResultRow(**row) for row in one["rows"]] for name, one in found.items()}
     heard = [
         f"- {name}: {one['curve'][-1][0]:.1f} h of audio processed, {one['minutes']} minutes in all "
         f"({one['when']}, {one['machine']}, {one['seeds']} seeds, "

@@ -42,7 +42,7 @@ from pretrain.evaluate.config import EvaluateConfig  # noqa: E402
 from pretrain.evaluate.evaluator import evaluate  # noqa: E402
 from pretrain.evaluate.manifest import Utterance, read_audio, read_manifest, span_columns  # noqa: E402
 from pretrain.evaluate.metrics import Tally, bootstrap  # noqa: E402
-from pretrain.evaluate.rows import Row, plain  # noqa: E402
+from pretrain.evaluate.rows import ResultRow, plain  # noqa: E402
 from pretrain.interfaces.frames import StepContext  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
 from pretrain.recognition.error_rates import Decoders, edits, recognise, written  # noqa: E402
@@ -191,7 +191,7 @@ def character_errors(run: Path, test: Sequence[Utterance]) -> Tally:
     return by_speaker(test, edits(references, texts, by_words=False))
 
 
-def probe(runs: Path, names: Sequence[str], manifest: Path) -> list[Row]:
+def probe(runs: Path, names: Sequence[str], manifest: Path) -> list[ResultRow]:
     """Returns the accuracy of phones on non-silence frames, read by a linear probe from each run's frozen encoder."""
     checkpoint = ",".join(str(runs / name) for name in names)
     settings = EvaluateConfig(
@@ -202,7 +202,7 @@ def probe(runs: Path, names: Sequence[str], manifest: Path) -> list[Row]:
 
 
 def report(
-    given: argparse.Namespace, rates: Any, gains: Any, steps: dict[str, int], phones: list[Row], seconds: float
+    given: argparse.Namespace, rates: Any, gains: Any, steps: dict[str, int], phones: list[ResultRow], seconds: float
 ) -> None:
     """Writes the table and its numbers."""
     command = "python benchmarks/prove/recognition.py " + " ".join(sys.argv[1:])

@@ -39,7 +39,7 @@ from data_pipeline.audio.codecs import read_mono  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from pretrain.evaluate.manifest import read_manifest  # noqa: E402
 from pretrain.evaluate.metrics import bootstrap  # noqa: E402
-from pretrain.evaluate.synthesis import copied, mel_cepstral_distortion, pitch_error, pocketsphinx  # noqa: E402
+from pretrain.evaluate.synthesis import copy_synthesis, mel_cepstral_distortion, pitch_error, pocketsphinx  # noqa: E402
 from pretrain.generation.voice import Voice, open_voice  # noqa: E402
 from pretrain.models.synthesis.synthesizer import AS_LEARNED  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
@@ -169,8 +169,8 @@ def listen(voice: Voice, untrained: Voice, test: Sequence[String]) -> dict[str, 
     recogniser = pocketsphinx(DIGITS)
     kinds: dict[str, Callable[[String], np.ndarray]] = {
         "recording": lambda string: string.wave_T,
-        "recording, trained vocoder": lambda string: copied(voice, string.wave_T),
-        "recording, Griffin-Lim": lambda string: copied(voice, string.wave_T, "griffin_lim"),
+        "recording, trained vocoder": lambda string: copy_synthesis(voice, string.wave_T),
+        "recording, Griffin-Lim": lambda string: copy_synthesis(voice, string.wave_T, "griffin_lim"),
         "text, trained vocoder": speaker_of(voice),
         "text, Griffin-Lim": speaker_of(voice, "griffin_lim"),
         "text, untrained": speaker_of(untrained),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from data_pipeline.audio.byte_source import ByteSource, PieceFile
 from data_pipeline.audio.errors import AudioError
-from data_pipeline.audio.libsndfile import AudioInfo, checked
+from data_pipeline.audio.libsndfile import AudioInfo, require_plausible
 from data_pipeline.audio.parts import Part
 
 Block = npt.NDArray[np.float32]
@@ -65,14 +65,14 @@ def opened(av: Any, source: ByteSource, part: Part) -> Iterator[Any]:
 
 
 def info_of(container: Any) -> AudioInfo:
-    """Returns the checked description of the first audio stream. Raises AudioError."""
+    """Returns the description of the first audio stream. Raises AudioError."""
     stream = container.streams.audio[0]
     codec = stream.codec_context
     rate = int(codec.sample_rate or 0) if codec is not None else 0
     if not rate:
         raise AudioError("unreadable", "neither libsndfile nor FFmpeg finds audio in it")
     seconds = float(stream.duration * stream.time_base) if stream.duration and stream.duration > 0 else 0.0
-    return checked(AudioInfo(rate, int(codec.channels or 0), round(seconds * rate), str(codec.name)))
+    return require_plausible(AudioInfo(rate, int(codec.channels or 0), round(seconds * rate), str(codec.name)))
 
 
 def stored_seconds(container: Any) -> float:
@@ -97,7 +97,7 @@ def read_blocks(container: Any, md5: Any = None) -> Iterator[tuple[int, Block, b
     rate, held, clock = 0, 0, _Clock(set(container.format.name.split(",")))
     for frame in container.decode(audio=0):
         samples = _floats(frame, md5)
-        checked(AudioInfo(int(frame.sample_rate), samples.shape[1], 0, ""))
+        require_plausible(AudioInfo(int(frame.sample_rate), samples.shape[1], 0, ""))
         gap = clock.gap(frame)
         if waiting and (gap or held >= BATCH or frame.sample_rate != rate or samples.shape[1] != waiting[0].shape[1]):
             yield rate, np.concatenate(waiting), True

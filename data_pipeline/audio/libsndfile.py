@@ -61,13 +61,13 @@ def open_part(source: ByteSource, part: Part) -> soundfile.SoundFile:
 
 
 def info_of(sound: soundfile.SoundFile) -> AudioInfo:
-    """Returns the checked description of an open file. Raises AudioError."""
+    """Returns the description of an open file. Raises AudioError."""
     # libsndfile reports 2^63-1 frames for an unknown length
     frames = sound.frames if 0 <= sound.frames < 1 << 48 else 0
-    return checked(AudioInfo(sound.samplerate, sound.channels, frames, f"{sound.format}/{sound.subtype}"))
+    return require_plausible(AudioInfo(sound.samplerate, sound.channels, frames, f"{sound.format}/{sound.subtype}"))
 
 
-def checked(info: AudioInfo) -> AudioInfo:
+def require_plausible(info: AudioInfo) -> AudioInfo:
     """Returns `info`. Raises AudioError if its rate or channel count is implausible."""
     if not MIN_RATE <= info.sample_rate <= MAX_RATE:
         raise AudioError("sample_rate", f"{info.sample_rate:,} Hz; allowed are {MIN_RATE:,} to {MAX_RATE:,}")

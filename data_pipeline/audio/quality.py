@@ -37,7 +37,7 @@ class Measures:
     clipped: float
 
 
-def measure(wave: Wave, rate: int) -> Measures:
+def measure_quality(wave: Wave, rate: int) -> Measures:
     """Returns the measures of one segment.
 
     Args:

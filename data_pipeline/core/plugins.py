@@ -27,7 +27,7 @@ ENTRY_POINTS = "auricle.plugins"
 """Group of entry points whose values are packages with plug-ins."""
 
 
-class Source(NamedTuple):
+class PluginSource(NamedTuple):
     """A place with plug-ins."""
 
     title: str
@@ -61,12 +61,12 @@ def folders_in(variable: str) -> list[Path]:
     return [Path(part).expanduser().resolve() for part in os.environ.get(variable, "").split(os.pathsep) if part]
 
 
-def sources() -> tuple[Source, ...]:
+def sources() -> tuple[PluginSource, ...]:
     """Returns the folders in AURICLE_PLUGINS, then the packages of the installed entry points; imports no plug-in."""
     return (*(_of_folder(folder) for folder in folders_in(VARIABLE)), *installed())
 
 
-def _of_folder(folder: Path) -> Source:
+def _of_folder(folder: Path) -> PluginSource:
     """Makes a Python package of a folder, so that its modules can import each other and be pickled."""
     digest = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     name = f"auricle_plugins_{re.sub(r'[^0-9A-Za-z]+', '_', folder.name)}_{digest}"
@@ -74,17 +74,17 @@ def _of_folder(folder: Path) -> Source:
         package = ModuleType(name, f"The plug-ins in {folder}.")
         package.__path__ = [str(folder)]
         sys.modules[name] = package
-    return Source(str(folder), name, folder)
+    return PluginSource(str(folder), name, folder)
 
 
 @functools.cache
-def installed() -> tuple[Source, ...]:
+def installed() -> tuple[PluginSource, ...]:
     """Returns the packages that entry points of the group name; imports none of their plug-ins."""
     found = []
     for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
         spec = importlib.util.find_spec(point.value)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
-            found.append(Source(f"entry point {point.name} = {point.value}", point.value, Path(folder)))
+            found.append(PluginSource(f"entry point {point.name} = {point.value}", point.value, Path(folder)))
     return tuple(found)
 
 

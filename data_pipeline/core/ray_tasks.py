@@ -67,7 +67,7 @@ def require_answer(address: str, seconds: float, field: str = ADDRESS) -> None:
 
 
 @config
-class RayConfig:
+class RayClusterConfig:
     """Ray cluster that runs the work, and its attempts."""
 
     address: Annotated[str, about("address of a running Ray cluster, or auto; empty: start Ray on this machine")] = ""
@@ -82,7 +82,7 @@ class RayConfig:
 
 
 @contextlib.contextmanager
-def cluster(config: RayConfig, show: bool = False, field: str = ADDRESS) -> Iterator[Any]:
+def cluster(config: RayClusterConfig, show: bool = False, field: str = ADDRESS) -> Iterator[Any]:
     """Provides Ray in the block: the connected cluster, the one at `address`, or a local one that is then stopped.
 
     With `show`, prints the address of its dashboard, if it has one. `field` is the field of `address` in errors.
@@ -134,7 +134,7 @@ def _passed_on() -> dict[str, Any] | None:
     return {"env_vars": {plugins.VARIABLE: folders}}
 
 
-def places(cpus: int, gpus: int) -> int:
+def process_capacity(cpus: int, gpus: int) -> int:
     """Returns the number of processes with these cores and GPUs that the live nodes can hold, ignoring their load."""
     import ray
 
@@ -193,7 +193,7 @@ def _on_loopback() -> Iterator[None]:
 def run_tasks(
     function: Callable[..., Any],
     arguments: Mapping[str, tuple[Any, ...]],
-    config: RayConfig,
+    config: RayClusterConfig,
     advance: Callable[[Any], None],
 ) -> dict[str, str]:
     """Calls `function` for each name as a Ray task, a limited number at a time. Tasks whose worker dies are retried.

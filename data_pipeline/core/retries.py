@@ -50,10 +50,10 @@ def write_errors(path: str) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        raise StorageWriteError(path, f"cannot be written ({describe(error)})") from error
+        raise StorageWriteError(path, f"cannot be written ({error_text(error)})") from error
 
 
-def describe(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Describes an error in a short text: the system's message, or type and message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -121,4 +121,4 @@ def retry(action: Callable[[], T], path: str, patience: float = PATIENCE) -> T:
                 raise
             if not transient or not backoff.wait():
                 tried = f" for {patience:g} s" if transient else ""
-                raise StorageReadError(path, f"cannot be read{tried} ({describe(error)})") from error
+                raise StorageReadError(path, f"cannot be read{tried} ({error_text(error)})") from error

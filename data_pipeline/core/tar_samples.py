@@ -40,7 +40,7 @@ def member_labels(documents: Mapping[str, bytes], key: str, stem: str) -> dict[s
     labels: dict[str, str] = {}
     for name in (f"{key}.json", f"{stem}.json"):
         if name in documents:
-            labels |= _flat(parse_object(name, documents[name]))
+            labels |= _flat(parse_member(name, documents[name]))
     for name in (f"{key}.txt", f"{stem}.txt"):
         if name in documents:
             try:
@@ -54,7 +54,7 @@ def member_labels(documents: Mapping[str, bytes], key: str, stem: str) -> dict[s
     return labels
 
 
-def parse_object(name: str, content: bytes) -> dict[str, Any]:
+def parse_member(name: str, content: bytes) -> dict[str, Any]:
     """Returns the JSON object in a member or line called `name`. Raises UnusableError."""
     try:
         document = json.loads(content)

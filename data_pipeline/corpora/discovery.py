@@ -25,7 +25,7 @@ from data_pipeline.corpora.config import (
 )
 from data_pipeline.corpora.lhotse_manifests import read_lhotse
 from data_pipeline.corpora.listing import Entry, list_files
-from data_pipeline.corpora.manifest import read_manifest
+from data_pipeline.corpora.manifest import discover_manifest
 from data_pipeline.corpora.records import Discovered, RecordingId, recording_id, reject_file
 from data_pipeline.corpora.tarred import read_tarred
 from data_pipeline.shards.index_rows import MOST_NAMES
@@ -34,7 +34,7 @@ FIELDS: Final = ("speaker", "language", "text", "split")
 """Groups of `corpus.pattern` that are fields of a recording; all other ones are labels."""
 
 
-def fingerprint(corpus: CorpusConfig) -> str:
+def corpus_fingerprint(corpus: CorpusConfig) -> str:
     """Returns a short hash of the fields of a corpus config that determine its recordings."""
     fields = dataclasses.asdict(corpus)
     del fields["licence"]
@@ -60,7 +60,7 @@ def discover(corpus: CorpusConfig) -> Discovered:
     if isinstance(corpus, PathCorpus):
         _from_path(corpus, found)
     elif isinstance(corpus, ManifestCorpus):
-        read_manifest(corpus, found)
+        discover_manifest(corpus, found)
     elif isinstance(corpus, LhotseCorpus):
         read_lhotse(corpus, found)
     elif isinstance(corpus, TarredCorpus):

@@ -18,7 +18,7 @@ from data_pipeline.core.schema import ConfigError, hint
 from data_pipeline.corpora.config import LhotseCorpus, ManifestCorpus
 from data_pipeline.corpora.manifest import ManifestReader
 from data_pipeline.corpora.records import Discovered
-from data_pipeline.corpora.tables import Row
+from data_pipeline.corpora.tables import TableRow
 
 KINDS: Final = ("recordings", "supervisions", "cuts")
 WHOLE_SECONDS: Final = 0.05
@@ -51,7 +51,7 @@ def read_lhotse(corpus: LhotseCorpus, found: Discovered) -> None:
     for split, part in parts:
         for values, problem in _rows(part):
             number += 1
-            reader.add(Row(number, {} if problem else {"split": split, **values}, problem))
+            reader.add(TableRow(number, {} if problem else {"split": split, **values}, problem))
     reader.finish()
 
 

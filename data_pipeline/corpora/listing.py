@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fsspec
 
-from data_pipeline.core.retries import StorageReadError, describe
+from data_pipeline.core.retries import StorageReadError, error_text
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import is_url
 from data_pipeline.corpora.records import printable, remote_stat
@@ -119,7 +119,7 @@ def _list_url(url: str) -> Iterator[Entry]:
     except (ImportError, ValueError) as error:  # no package for this kind of address, or no such kind
         raise ConfigError(f"corpus.path={url}: cannot be used: {error}") from None
     except Exception as error:  # every protocol of fsspec has its own exceptions
-        raise StorageReadError(url, f"cannot be listed: {describe(error)}") from None
+        raise StorageReadError(url, f"cannot be listed: {error_text(error)}") from None
     if not there:
         raise ConfigError(f"corpus.path={url}: there is no such folder")
     for path, info in found:

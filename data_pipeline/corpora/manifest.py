@@ -27,7 +27,7 @@ from data_pipeline.corpora.records import (
     reject_file,
     stat,
 )
-from data_pipeline.corpora.tables import Row, as_text, read_table
+from data_pipeline.corpora.tables import TableRow, as_text, read_table
 
 REMEDY: Final = (
     "set corpus.columns={begin: NAME, end: NAME} or {begin: NAME, seconds: NAME}, for samples or frames also "
@@ -62,7 +62,7 @@ class _Located:
     mtime: str = ""
 
 
-def read_manifest(corpus: ManifestCorpus, found: Discovered) -> None:
+def discover_manifest(corpus: ManifestCorpus, found: Discovered) -> None:
     """Adds the recordings and rejects of a manifest to `found`.
 
     Raises:
@@ -98,7 +98,7 @@ class ManifestReader:
         self.located: dict[str, _Located | RowError] = {}
         self.entries: dict[RecordingId, list[RecordingRow]] = {}
 
-    def add(self, row: Row) -> None:
+    def add(self, row: TableRow) -> None:
         """Adds or rejects one row."""
         self.seen |= dict.fromkeys(row.values)
         columns = self.names.of(row.values)
@@ -171,7 +171,7 @@ class ManifestReader:
                 return f"no row has an end, and rows {numbers} of {entries[0].file.file_id} would overlap: {REMEDY}"
         return ""
 
-    def _require_known_times(self, row: Row, columns: Mapping[str, str]) -> None:
+    def _require_known_times(self, row: TableRow, columns: Mapping[str, str]) -> None:
         """Raises RowError for a row whose begin or end is in a column that no field reads."""
         if unread := self.names.unread_times(row.values, columns):
             self.unread |= dict.fromkeys(unread)
@@ -204,7 +204,7 @@ class ManifestReader:
         seconds = self.names.seconds(columns["seconds"], values["seconds"]) if "seconds" in values else 0.0
         return seconds if 0 < seconds < LONGEST_SECONDS else 0.0
 
-    def _labels(self, row: Row, columns: Mapping[str, str], given: str, file_id: str) -> dict[str, str]:
+    def _labels(self, row: TableRow, columns: Mapping[str, str], given: str, file_id: str) -> dict[str, str]:
         used = set(columns.values())
         own = {key: as_text(value) for key, value in row.values.items() if key and key not in used and value != ""}
         return own | (self.extra.get(file_id) or self.extra.get(given) or {})

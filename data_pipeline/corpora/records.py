@@ -10,7 +10,7 @@ from typing import Any
 
 import fsspec
 
-from data_pipeline.core.retries import StorageReadError, describe
+from data_pipeline.core.retries import StorageReadError, error_text
 from data_pipeline.core.storage import is_url
 from data_pipeline.core.types import AudioFile, Span
 
@@ -119,7 +119,7 @@ def stat(path: str) -> tuple[int, str]:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StorageReadError(path, f"cannot be read: {describe(error)}") from None
+            raise StorageReadError(path, f"cannot be read: {error_text(error)}") from None
         return info.st_size, str(info.st_mtime_ns)
     try:
         fs, remote = fsspec.core.url_to_fs(path)
@@ -128,4 +128,4 @@ def stat(path: str) -> tuple[int, str]:
     except FileNotFoundError:
         raise
     except Exception as error:  # every protocol of fsspec has its own exceptions
-        raise StorageReadError(path, f"cannot be read: {describe(error)}") from None
+        raise StorageReadError(path, f"cannot be read: {error_text(error)}") from None

@@ -24,7 +24,7 @@ csv.field_size_limit(1 << 30)
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row of a table."""
 
     number: int
@@ -35,7 +35,7 @@ class Row:
     """Reason why the row cannot be used; "" if it can."""
 
 
-def read_table(path: str, config_field: str) -> Iterator[Row]:
+def read_table(path: str, config_field: str) -> Iterator[TableRow]:
     """Reads a table by its ending: .tsv, .csv (first line names the columns), .jsonl or .json (one object per line).
 
     Args:
@@ -63,14 +63,14 @@ def read_table(path: str, config_field: str) -> Iterator[Row]:
         raise ConfigError(f"{config_field}={path}: no row can be used; {first}")
 
 
-def rows_of(content: bytes, kind: str) -> Iterator[Row]:
+def rows_of(content: bytes, kind: str) -> Iterator[TableRow]:
     """Parses the bytes of a table. kind: tsv, csv, jsonl or json; `quoted_tsv` also removes CSV's quotes from cells."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     parse = _json_rows if kind in ("jsonl", "json") else _csv_rows if kind == "csv" else _tsv_rows(kind)
     for number, (values, problem) in enumerate(parse(lines), start=1):
         if not problem and not _encodable(values):
             problem = "holds characters that cannot be written as UTF-8"
-        yield Row(number, {} if problem else values, problem)
+        yield TableRow(number, {} if problem else values, problem)
 
 
 def as_text(value: Any) -> str:

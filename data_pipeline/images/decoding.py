@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from data_pipeline.core.retries import describe
+from data_pipeline.core.retries import error_text
 from data_pipeline.core.storage import is_url
 
 ENDINGS: Final = ("png", "jpg", "jpeg", "webp")
@@ -49,7 +49,7 @@ def read_image(path: str) -> bytes:
     except FileNotFoundError:
         raise ImageError("missing", f"{path}: there is no such file") from None
     except Exception as error:  # every protocol of fsspec has its own exceptions
-        raise ImageError("read_error", f"{path}: cannot be read: {describe(error)}") from None
+        raise ImageError("read_error", f"{path}: cannot be read: {error_text(error)}") from None
     if len(content) > MOST_BYTES:
         raise ImageError("too_large", f"{path}: has more than {MOST_BYTES >> 20} MiB")
     return content
@@ -69,7 +69,7 @@ def decode(content: bytes) -> Image.Image:
         except Image.DecompressionBombError:
             raise ImageError("too_large", f"has more than {MOST_PIXELS:,} pixels") from None
         except Exception as error:  # Pillow's readers raise many types for damaged headers
-            raise ImageError("not_image", f"is none of {', '.join(FORMATS)} ({describe(error)})") from None
+            raise ImageError("not_image", f"is none of {', '.join(FORMATS)} ({error_text(error)})") from None
         with found:
             if found.width * found.height > MOST_PIXELS:
                 size = f"{found.width:,} × {found.height:,}"
@@ -79,7 +79,7 @@ def decode(content: bytes) -> Image.Image:
             except ImageError:
                 raise
             except Exception as error:  # as above
-                raise ImageError("corrupt", f"cannot be decoded ({describe(error)})") from None
+                raise ImageError("corrupt", f"cannot be decoded ({error_text(error)})") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:

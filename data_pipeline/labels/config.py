@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from data_pipeline.core.ray_tasks import RayConfig
+from data_pipeline.core.ray_tasks import RayClusterConfig
 from data_pipeline.core.schema import Places, about, config, one_or_several
 
 
@@ -32,7 +32,7 @@ class TargetsConfig:
     kmeans: Annotated[
         str, about("label folder whose centres are used instead of fitting, e.g. for a validation set")
     ] = ""
-    ray: RayConfig = dataclasses.field(default_factory=RayConfig)
+    ray: RayClusterConfig = dataclasses.field(default_factory=RayClusterConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", one_or_several(self.shards))  # a config made in Python may name one as text

@@ -33,7 +33,7 @@ from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.labels.features import Extractor, Matrix, kaldi_mfcc
-from data_pipeline.labels.store import LabelSet, file_name, write_labels
+from data_pipeline.labels.store import LabelMetadata, file_name, write_labels
 from data_pipeline.shards.records import DoneRecord, done_records, read_index
 
 KMEANS = "kmeans.safetensors"
@@ -102,7 +102,7 @@ def make_targets(
             content = _read_centres(config)
         artefact = hashlib.sha256(content).hexdigest()
         store.replace(KMEANS, content)
-        labels = LabelSet(artefact, _cached(extractor).rate_hz, len(centres))
+        labels = LabelMetadata(artefact, _cached(extractor).rate_hz, len(centres))
         labels.write(config.out)
         arguments = {record.shard: (config, record, extractor, centres, labels) for record in records}
         failed = run_tasks(label_shard, arguments, config.ray, begin("labelling shards", len(records)))
@@ -128,7 +128,7 @@ def all_labelled(config: TargetsConfig, weights: str = "") -> bool:
     if not store.exists("targets.json") or not store.exists("labels.json"):
         return False
     require_same_settings(store, settings_of(config, records, weights))
-    artefact = LabelSet.read(config.out).artefact
+    artefact = LabelMetadata.read(config.out).artefact
     return all(
         store.exists(file_name(record.shard)) and artefact_of(store, record.shard) == artefact for record in records
     )
@@ -150,7 +150,11 @@ def accumulate(
 
 
 def label_shard(
-    config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix, labels: LabelSet
+    config: TargetsConfig,
+    record: DoneRecord,
+    extractor: Callable[[], Extractor],
+    centres: Matrix,
+    labels: LabelMetadata,
 ) -> None:
     """Writes the labels of one shard if they do not exist."""
     store = FileStore(config.out)

@@ -56,12 +56,12 @@ def pitch_labels() -> Callable[[Wave], Labels]:
         found = detector.detect(wave, SAMPLE_RATE, fmin=LOWEST_HZ, fmax=2_000.0)
         centres = (np.arange(frames) + 0.5) / RATE_HZ
         nearest = np.abs(centres[:, None] - np.asarray(found.timestamps)[None]).argmin(1)
-        return labels_of(np.asarray(found.pitch_hz)[nearest], np.asarray(found.confidence)[nearest] >= CONFIDENCE)
+        return labels_from_f0(np.asarray(found.pitch_hz)[nearest], np.asarray(found.confidence)[nearest] >= CONFIDENCE)
 
     return compute
 
 
-def labels_of(f0_F: npt.NDArray[Any], voiced_F: npt.NDArray[Any]) -> Labels:
+def labels_from_f0(f0_F: npt.NDArray[Any], voiced_F: npt.NDArray[Any]) -> Labels:
     """Returns the labels of F0 in Hz, (F,); 0 where there is no voice."""
     steps_F = np.round(STEPS_PER_OCTAVE * np.log2(np.maximum(f0_F, LOWEST_HZ) / LOWEST_HZ))
     return np.where(voiced_F, 1 + np.clip(steps_F, 0, CLASSES - 2), 0).astype(np.uint16)

@@ -12,7 +12,7 @@ from data_pipeline.core.storage import FileStore
 from data_pipeline.labels import pitch
 from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.labels.kmeans import artefact_of, require_same_settings, settings_of, shard_waves
-from data_pipeline.labels.store import LabelSet, file_name, write_labels
+from data_pipeline.labels.store import LabelMetadata, file_name, write_labels
 from data_pipeline.shards.records import DoneRecord, done_records
 
 PITCH: Final = "pitch"
@@ -50,7 +50,7 @@ def make_pitch_targets(config: TargetsConfig, begin: Begin = silent) -> PitchSum
         OSError: a shard cannot be read or the output cannot be written.
     """
     records, store = done_records(config.shards), FileStore(config.out)
-    labels = LabelSet(pitch.artefact(), pitch.RATE_HZ, pitch.CLASSES)
+    labels = LabelMetadata(pitch.artefact(), pitch.RATE_HZ, pitch.CLASSES)
     counted: list[tuple[int, int]] = []
     with cluster(config.ray):
         require_same_settings(store, settings_of(config, records, labels.artefact))
@@ -70,7 +70,7 @@ def make_pitch_targets(config: TargetsConfig, begin: Begin = silent) -> PitchSum
     return PitchSummary(labels.artefact, len(records), frames, voiced / max(frames, 1))
 
 
-def label_pitch(config: TargetsConfig, record: DoneRecord, labels: LabelSet) -> tuple[int, int]:
+def label_pitch(config: TargetsConfig, record: DoneRecord, labels: LabelMetadata) -> tuple[int, int]:
     """Writes the pitch labels of one shard if they do not exist; returns its new frames, and those with a voice."""
     store = FileStore(config.out)
     if store.exists(file_name(record.shard)) and artefact_of(store, record.shard) == labels.artefact:

@@ -31,7 +31,7 @@ MOST_CLASSES: Final = 1 << 16
 
 
 @dataclass(frozen=True)
-class LabelSet:
+class LabelMetadata:
     """`labels.json`. rate_hz divides the sample rate; labels are 0 … classes - 1."""
 
     artefact: str
@@ -44,7 +44,7 @@ class LabelSet:
         return SAMPLE_RATE // self.rate_hz
 
     @staticmethod
-    def read(root: str) -> LabelSet:
+    def read(root: str) -> LabelMetadata:
         """Reads labels.json of a label folder.
 
         Raises:
@@ -58,11 +58,11 @@ class LabelSet:
             raise ConfigError(f"{root} has no frame labels (labels.json is missing); run `auricle targets`") from None
         except ValueError as error:
             raise DamagedFileError(f"{name}: cannot be read as JSON ({error}); {AGAIN}") from None
-        known = [field.name for field in fields(LabelSet)]
+        known = [field.name for field in fields(LabelMetadata)]
         if unknown := values.keys() - set(known):
             raise ConfigError(f"{name}: unknown field {min(unknown)!r}; the fields are {', '.join(known)}")
         given: dict[str, Any] = {field: values.get(field) for field in known}
-        found = LabelSet(**given)
+        found = LabelMetadata(**given)
         if not isinstance(found.artefact, str) or not found.artefact:
             raise ConfigError(f"{name}: artefact={found.artefact!r} must be a text; {AGAIN}")
         if type(found.rate_hz) is not int or found.rate_hz <= 0 or SAMPLE_RATE % found.rate_hz:
@@ -81,7 +81,7 @@ def file_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".labels.parquet"
 
 
-def write_labels(root: str, shard: str, labels: LabelSet, keys: Sequence[str], rows: Sequence[Array]) -> None:
+def write_labels(root: str, shard: str, labels: LabelMetadata, keys: Sequence[str], rows: Sequence[Array]) -> None:
     """Writes the labels of one shard.
 
     Args:
@@ -105,11 +105,11 @@ def write_labels(root: str, shard: str, labels: LabelSet, keys: Sequence[str], r
     FileStore(root).replace(file_name(shard), buffer.getvalue())
 
 
-class FrameLabels:
+class LabelReader:
     """Reads labels by row; the label files of the last `keep` shards are cached. Each process opens its own."""
 
     def __init__(self, root: str, keep: int) -> None:
-        self.root, self.set = root, LabelSet.read(root)
+        self.root, self.set = root, LabelMetadata.read(root)
         self._shards = LruCache[str, tuple[Array, Array]](keep)
 
     def of(self, shard: str, index: ShardIndex, row: int, start: int, length: int) -> Array:

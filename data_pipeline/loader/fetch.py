@@ -23,7 +23,7 @@ from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError, hint
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.images.decoding import ENDINGS
-from data_pipeline.labels.store import FrameLabels
+from data_pipeline.labels.store import LabelReader
 from data_pipeline.loader.open_shards import open_files
 from data_pipeline.loader.texts import SegmentTexts
 from data_pipeline.sampling.config import DataConfig
@@ -44,7 +44,7 @@ NOT_LABELS = {"key", "offset", "size", "payload_offset", "payload_size", "labels
 
 
 @dataclass(frozen=True)
-class Row:
+class SegmentRead:
     """A segment to read: `length` samples of row `row` in shard `shard`, for the `repeat`-th time in `epoch`."""
 
     shard: int
@@ -63,7 +63,7 @@ class Row:
 class Fetched:
     """A segment to decode: `source` samples from `start` on, of its n_samples, become `length` samples."""
 
-    row: Row
+    row: SegmentRead
     key: str
     shard: str
     extent: Extent
@@ -131,12 +131,12 @@ class Fetcher:
         self.texts = SegmentTexts(config)
         self.labels = self.texts.labels
         self.reads_images = config.images.size > 0
-        self.targets = {name: FrameLabels(root, files.shards.keep) for name, root in config.targets.items()}
+        self.targets = {name: LabelReader(root, files.shards.keep) for name, root in config.targets.items()}
         self.grid = math.lcm(*(labels.set.hop for labels in self.targets.values()))  # crops start at a label
         if self.targets and config.augment.speeds:
             raise ConfigError("data.augment.speeds would move the audio away from the frame labels of data.targets")
 
-    def fetch(self, rows: Sequence[Row]) -> list[Fetched | ShardError]:
+    def fetch(self, rows: Sequence[SegmentRead]) -> list[Fetched | ShardError]:
         """Returns the segment of each row, or the error of its shard. All reads are one call, so that they can overlap.
 
         Raises:
@@ -146,7 +146,7 @@ class Fetcher:
         data = iter(self.files.read([found.extent for found in located if isinstance(found, Fetched)]))
         return [self._complete(found, next(data)) if isinstance(found, Fetched) else found for found in located]
 
-    def _locate(self, row: Row) -> Fetched | ShardError:
+    def _locate(self, row: SegmentRead) -> Fetched | ShardError:
         try:
             index = self.files.index(row.shard)
         except ShardError as error:

@@ -14,7 +14,7 @@ from data_pipeline.core.rng import keyed_hash
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, Batch
-from data_pipeline.loader.fetch import Row, check_labels
+from data_pipeline.loader.fetch import SegmentRead, check_labels
 from data_pipeline.loader.open_shards import open_files
 from data_pipeline.loader.workers import MicroBatches
 from data_pipeline.sampling.catalog import Catalogue, load_catalogue
@@ -116,7 +116,7 @@ def _augmentation(config: DataConfig) -> AugmentConfig:
     return AugmentConfig(**{name: getattr(config.augment, name) for name in mixing})
 
 
-def _choose(catalogue: Catalogue, config: DataConfig, least_samples: int) -> list[Row]:
+def _choose(catalogue: Catalogue, config: DataConfig, least_samples: int) -> list[SegmentRead]:
     """Returns the chosen segments, longest first."""
     constraints = BatchConstraints.of(config)
     if least_samples > constraints.shortest:
@@ -130,13 +130,15 @@ def _choose(catalogue: Catalogue, config: DataConfig, least_samples: int) -> lis
     shards = np.searchsorted(catalogue.starts_S, chosen, side="right") - 1
     inside = chosen - catalogue.starts_S[shards]
     columns = (shards.tolist(), inside.tolist(), length_N[chosen].tolist())
-    return [Row(shard=s, row=r, length=n, repeat=0, epoch=0, seed=SEED) for s, r, n in zip(*columns, strict=True)]
+    return [
+        SegmentRead(shard=s, row=r, length=n, repeat=0, epoch=0, seed=SEED) for s, r, n in zip(*columns, strict=True)
+    ]
 
 
-def _micro_batches(rows: list[Row], config: DataConfig) -> list[list[Row]]:
+def _micro_batches(rows: list[SegmentRead], config: DataConfig) -> list[list[SegmentRead]]:
     """Packs rows, longest first, into micro-batches whose padded audio is at most training's mean."""
     most = config.batch_seconds / config.micro_batches * SAMPLE_RATE
-    groups: list[list[Row]] = []
+    groups: list[list[SegmentRead]] = []
     for row in rows:
         if groups and (len(groups[-1]) + 1) * groups[-1][0].length <= most:
             groups[-1].append(row)

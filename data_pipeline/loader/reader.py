@@ -27,12 +27,12 @@ from data_pipeline.core.jsonl import append_rows
 from data_pipeline.core.retries import StorageError
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Cursor, Step
-from data_pipeline.labels.store import LabelSet
+from data_pipeline.labels.store import LabelMetadata
 from data_pipeline.loader.fetch import check_images, check_labels, check_tokens, some_texts
 from data_pipeline.loader.open_shards import open_files
 from data_pipeline.loader.shared_buffers import SharedBuffers
 from data_pipeline.loader.texts import SegmentsWithText, SegmentTexts
-from data_pipeline.loader.workers import Loaded, PlannedBatches, Request, become_worker
+from data_pipeline.loader.workers import BatchRequest, Loaded, PlannedBatches, become_worker
 from data_pipeline.sampling.catalog import load_catalogue
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.plan import Plan, accumulation, audio_per_step_check, make_plan
@@ -277,13 +277,13 @@ class _Running:
         self._loaded = iter(())  # the loader's iterator ends its workers when nothing refers to it
 
 
-class _Requests(Sampler[Request]):
+class _Requests(Sampler[BatchRequest]):
     """Yields the requests of rank `rank` of `world` from a cursor on, without end."""
 
     def __init__(self, plan: Plan, cursor: Cursor, rank: int, world: int) -> None:
         self.plan, self.cursor, self.rank, self.world = plan, cursor, rank, world
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[BatchRequest]:
         epoch, step = self.cursor.epoch, self.cursor.step
         while True:
             for g in range(step, self.plan.layout(epoch).steps):
@@ -296,7 +296,7 @@ def _with_targets(plan_hash: str, config: DataConfig) -> str:
     """Returns a hash that includes the frame labels, since a run must not continue with different ones."""
     if not config.targets:
         return plan_hash
-    artefacts = sorted((name, LabelSet.read(root).artefact) for name, root in config.targets.items())
+    artefacts = sorted((name, LabelMetadata.read(root).artefact) for name, root in config.targets.items())
     return hashlib.sha256(f"{plan_hash} {artefacts}".encode()).hexdigest()[:16]
 
 

@@ -56,14 +56,14 @@ class Unusable:
 
 
 @dataclass(frozen=True)
-class Source:
+class RecordingSource:
     """Recordings of one of the given places, and how many they are, unusable ones included."""
 
     count: int
     recordings: Callable[[], Iterator[Recording | Unusable]]
 
 
-def sources(given: Sequence[str], pcm_rate: int = SAMPLE_RATE, stdin: IO[bytes] | None = None) -> list[Source]:
+def sources(given: Sequence[str], pcm_rate: int = SAMPLE_RATE, stdin: IO[bytes] | None = None) -> list[RecordingSource]:
     """Finds recordings; nothing is decoded yet.
 
     Args:
@@ -80,17 +80,19 @@ def sources(given: Sequence[str], pcm_rate: int = SAMPLE_RATE, stdin: IO[bytes] 
     return [_source(place, pcm_rate, stdin) for place in given]
 
 
-def _source(place: str, pcm_rate: int, stdin: IO[bytes] | None) -> Source:
+def _source(place: str, pcm_rate: int, stdin: IO[bytes] | None) -> RecordingSource:
     if place == STDIN:
-        return Source(1, lambda: iter([Recording("stdin", lambda: _from_stdin(stdin, pcm_rate), is_stdin=True)]))
+        return RecordingSource(
+            1, lambda: iter([Recording("stdin", lambda: _from_stdin(stdin, pcm_rate), is_stdin=True)])
+        )
     if FileStore(place).names("_done", ".json"):
         records = done_records(place)
-        return Source(sum(record.segments for record in records), lambda: _from_shards(place, records))
+        return RecordingSource(sum(record.segments for record in records), lambda: _from_shards(place, records))
     path = Path(place).expanduser()
     if is_url(place) or path.is_file():
         name = place.rpartition("/")[2] if is_url(place) else printable(path.name)
         where = place if is_url(place) else str(path)
-        return Source(1, lambda: iter([Recording(name, lambda: _from_file(where))]))
+        return RecordingSource(1, lambda: iter([Recording(name, lambda: _from_file(where))]))
     if path.is_dir():
         return _folder(str(path))
     near = suggest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
@@ -99,7 +101,7 @@ def _source(place: str, pcm_rate: int, stdin: IO[bytes] | None) -> Source:
     )
 
 
-def _folder(path: str) -> Source:
+def _folder(path: str) -> RecordingSource:
     try:
         found = discover(PathCorpus(path=path))
     except ConfigError as error:
@@ -111,7 +113,7 @@ def _folder(path: str) -> Source:
         for file in found.files:
             yield Recording(file.file_id, lambda where=file.path: _from_file(where))  # type: ignore[misc]
 
-    return Source(len(found.files) + len(found.rejects), recordings)
+    return RecordingSource(len(found.files) + len(found.rejects), recordings)
 
 
 def _from_file(path: str) -> Iterator[Wave]:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data_pipeline.audio.augmentation import Augmenter
 from data_pipeline.audio.codecs import AudioError, Wave
 from data_pipeline.audio.samples import open_sample
-from data_pipeline.core.retries import StorageReadError, describe, retry
+from data_pipeline.core.retries import StorageReadError, error_text, retry
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.tar_samples import UnusableError, member_labels
@@ -55,7 +55,7 @@ PREFIX: Final = "webdataset-"
 
 
 @dataclass(frozen=True)
-class Clip:
+class CroppedSegment:
     """One decoded and cropped segment."""
 
     key: str
@@ -190,7 +190,7 @@ class StreamReader:
                             for stem, _ in audio_members(sample)
                         ]
         except (tarfile.TarError, ValueError, OSError) as error:
-            log.warning("%s: no texts were compared (%s)", url, describe(error))
+            log.warning("%s: no texts were compared (%s)", url, error_text(error))
         return [text for text in found if text]
 
     def close(self) -> None:
@@ -305,11 +305,11 @@ class _Stream:
                     self._read += 1
                     yield sample
             except tarfile.TarError as error:
-                self._bad(url, f"is not a whole tar ({describe(error)})")
+                self._bad(url, f"is not a whole tar ({error_text(error)})")
             except ValueError as error:
                 self._bad(url, str(error.args[0]) if error.args else "cannot be read")
             except OSError as error:
-                raise StorageReadError(url, f"cannot be read ({describe(error)})") from error
+                raise StorageReadError(url, f"cannot be read ({error_text(error)})") from error
             if self._read == before:
                 log.warning("%s: holds no samples", url)
 
@@ -321,7 +321,7 @@ class _Stream:
         rng = random.Random(keyed_seed(self.key, "buffer", worker.id if worker else 0))
         yield from shuffle(size, initial=max(1, size // 4), rng=rng)(samples) if size else samples
 
-    def clips(self, samples: Iterable[dict[str, Any]]) -> Iterator[Clip]:
+    def clips(self, samples: Iterable[dict[str, Any]]) -> Iterator[CroppedSegment]:
         """Decodes and crops every audio member."""
         for sample in samples:
             key, url = sample["__key__"], sample["__url__"]
@@ -337,7 +337,7 @@ class _Stream:
                 if self._in_vain >= MOST_IN_VAIN:
                     raise ShardError(url, f"none of {MOST_IN_VAIN:,} samples in a row can be used")
                 if len(wave):
-                    yield Clip(stem, wave, {name: labels.get(name, "") for name in self.texts.labels}, whole)
+                    yield CroppedSegment(stem, wave, {name: labels.get(name, "") for name in self.texts.labels}, whole)
 
     def _decoded(self, key: str, data: bytes) -> tuple[Wave, bool]:
         """Decodes and crops a member; returns an empty array if it is shorter than `data.min_seconds`."""
@@ -355,10 +355,10 @@ class _Stream:
             wave = sample.read(start, min(frames, longest))
         return wave if len(wave) >= self.constraints.shortest else wave[:0], frames <= longest
 
-    def batches(self, clips: Iterable[Clip]) -> Iterator[StreamBatch]:
+    def batches(self, clips: Iterable[CroppedSegment]) -> Iterator[StreamBatch]:
         """Sorts pools of clips by length and cuts them into micro-batches of equal seconds."""
         budget = self.constraints.batch / self.constraints.micro_batches
-        pool: list[Clip] = []
+        pool: list[CroppedSegment] = []
         try:
             for clip in clips:
                 pool.append(clip)
@@ -368,7 +368,7 @@ class _Stream:
         except (ShardError, StorageReadError) as error:
             yield StreamBatch(error=error)
 
-    def _cut(self, pool: list[Clip], budget: float) -> Iterator[StreamBatch]:
+    def _cut(self, pool: list[CroppedSegment], budget: float) -> Iterator[StreamBatch]:
         pool.sort(key=lambda clip: len(clip.wave))
         lengths = np.array([len(clip.wave) for clip in pool])
         first = cut_evenly(lengths, max(1, min(len(pool), round(float(lengths.sum()) / budget))))
@@ -376,7 +376,7 @@ class _Stream:
         for k in order:
             yield self._batch(pool[first[k] : first[k + 1]])
 
-    def _batch(self, clips: Sequence[Clip]) -> StreamBatch:
+    def _batch(self, clips: Sequence[CroppedSegment]) -> StreamBatch:
         most = min(len(clip.wave) for clip in clips) if self.constraints.crop else self.constraints.longest
         waves = [clip.wave[:most] for clip in clips]
         labels = [self.texts.of_crop(clip.labels, clip.key, clip.whole and len(clip.wave) <= most) for clip in clips]

@@ -23,13 +23,13 @@ from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.types import IMAGE, Batch, Images
 from data_pipeline.images import decoding
 from data_pipeline.labels.store import pad
-from data_pipeline.loader.fetch import ORIGIN, Fetched, Fetcher, Row
+from data_pipeline.loader.fetch import ORIGIN, Fetched, Fetcher, SegmentRead
 from data_pipeline.loader.shared_buffers import SharedBuffers
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.plan import Plan
 from data_pipeline.shards.local import ShardError, ShardFiles
 
-Request = tuple[int, int, int]
+BatchRequest = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class MicroBatches:
         self.fetcher = Fetcher(files, config, self.augmenter)
         self._turn = -1
 
-    def assemble(self, rows: list[Row], j: int) -> Loaded:
+    def assemble(self, rows: list[SegmentRead], j: int) -> Loaded:
         """Returns micro-batch number `j` of the rows that can be read."""
         fetched = self.fetcher.fetch(rows)
         skipped = [self._bad(got) for got in fetched if isinstance(got, ShardError)]
@@ -200,7 +200,7 @@ class PlannedBatches(MicroBatches, Dataset[Loaded]):
         super().__init__(files, config, buffers)
         self.plan = plan
 
-    def __getitem__(self, request: Request) -> Loaded:
+    def __getitem__(self, request: BatchRequest) -> Loaded:
         self._turn += 1
         try:
             self.files.look_ahead(request[0], request[1])
@@ -213,7 +213,7 @@ class PlannedBatches(MicroBatches, Dataset[Loaded]):
         rows = window.micro_batch(inside, j)
         columns = (rows.shard_n.tolist(), rows.row_n.tolist(), rows.length_n.tolist(), rows.repeat_n.tolist())
         wanted = [
-            Row(shard=s, row=r, length=n, repeat=k, epoch=epoch, seed=self.plan.seed)
+            SegmentRead(shard=s, row=r, length=n, repeat=k, epoch=epoch, seed=self.plan.seed)
             for s, r, n, k in zip(*columns, strict=True)
         ]
         loaded = self.assemble(wanted, j)
@@ -221,7 +221,7 @@ class PlannedBatches(MicroBatches, Dataset[Loaded]):
             loaded = replace(self.assemble([self._substitute(wanted[0])], j), skipped=loaded.skipped)
         return replace(loaded, samples=window.samples(inside), padded_samples=window.padded_samples(inside))
 
-    def _substitute(self, row: Row) -> Row:
+    def _substitute(self, row: SegmentRead) -> SegmentRead:
         """Returns the first readable segment of a following shard, so that no rank lacks a micro-batch."""
         n_shards = len(self.plan.catalogue.shards)
         for distance in range(1, n_shards + 1):

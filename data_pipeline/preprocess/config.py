@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from data_pipeline.audio.quality import FilterConfig
 from data_pipeline.audio.vad import VadConfig
-from data_pipeline.core.ray_tasks import RayConfig
+from data_pipeline.core.ray_tasks import RayClusterConfig
 from data_pipeline.core.schema import PluginChoice, about, config
 from data_pipeline.corpora.config import CorpusConfig, corpus_names, corpus_type
 from data_pipeline.preprocess.duplicate_search import DedupConfig
@@ -69,7 +69,7 @@ class PreprocessConfig:
         about("sampling weight of segments by corpus or language, for the reader; 1 for all others"),
     ] = dataclasses.field(default_factory=dict)
     report: Annotated[bool, about("write report.html into the folder at the end")] = True
-    ray: RayConfig = dataclasses.field(default_factory=RayConfig)
+    ray: RayClusterConfig = dataclasses.field(default_factory=RayClusterConfig)
 
 
 def content_settings(config: PreprocessConfig) -> dict[str, Any]:

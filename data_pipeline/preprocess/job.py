@@ -16,7 +16,7 @@ from data_pipeline.core.ray_tasks import cluster, run_tasks
 from data_pipeline.core.retries import StorageReadError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
-from data_pipeline.corpora.discovery import discover, fingerprint
+from data_pipeline.corpora.discovery import corpus_fingerprint, discover
 from data_pipeline.corpora.records import Discovered, RecordingId, Reject, recording_id, reject_from_json
 from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.fingerprints import find_duplicates, scan
@@ -24,7 +24,7 @@ from data_pipeline.preprocess.html_report import Page, build_report
 from data_pipeline.preprocess.ledger import NOT_LEFT_OUT, Ledger, as_rows, balance
 from data_pipeline.preprocess.plan_file import Dropped, WorkUnit
 from data_pipeline.preprocess.progress import live_progress
-from data_pipeline.preprocess.summary import Forecast, Summary
+from data_pipeline.preprocess.summary import JobForecast, Summary
 from data_pipeline.preprocess.unit_worker import UnitResult, process_unit, rejects_jsonl
 from data_pipeline.preprocess.work_plan import (
     BYTES_PER_SECOND,
@@ -46,7 +46,7 @@ DUPLICATES = "duplicates.jsonl"
 """File in the data set: each duplicate, the recording that is kept, and their common part."""
 
 
-def plan_units(config: PreprocessConfig) -> Forecast:
+def plan_units(config: PreprocessConfig) -> JobForecast:
     """Returns a forecast of `preprocess` without writing anything or starting Ray.
 
     Raises:
@@ -60,7 +60,7 @@ def plan_units(config: PreprocessConfig) -> Forecast:
     done = {record.unit for record in records} - plan.again
     todo = WorkPlan([unit for unit in plan.units if unit.name not in done])
     seconds = todo.expected_seconds()
-    return Forecast(
+    return JobForecast(
         units=len(plan.units),
         units_done=len(plan.units) - len(todo.units),
         files=sum(len(unit.files) for unit in todo.units),
@@ -218,7 +218,7 @@ def _run_units(
 
 def _store_rejects(store: FileStore, config: PreprocessConfig, found: Discovered) -> None:
     """Writes the rejects of discovery, one file for each corpus of the data set."""
-    corpus = f"{config.corpus.name}-{fingerprint(config.corpus)}"
+    corpus = f"{config.corpus.name}-{corpus_fingerprint(config.corpus)}"
     if found.rejects:
         store.replace(rejects_name(f"discover-{corpus}"), rejects_jsonl(found.rejects))
     else:

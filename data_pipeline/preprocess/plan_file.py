@@ -66,7 +66,7 @@ class Dropped:
     """Its length at the output rate; 0 if it is unknown."""
 
 
-def write_table(units: Iterable[WorkUnit], dropped: Iterable[Dropped]) -> bytes:
+def write_unit_table(units: Iterable[WorkUnit], dropped: Iterable[Dropped]) -> bytes:
     """Returns the Parquet bytes of one generation."""
     rows = [{**_row(file), "unit": unit.name, "folder": unit.split} for unit in units for file in unit.files]
     rows += [
@@ -85,7 +85,7 @@ def write_table(units: Iterable[WorkUnit], dropped: Iterable[Dropped]) -> bytes:
     return buffer.getvalue()
 
 
-def read_table(content: bytes) -> tuple[list[WorkUnit], list[Dropped]]:
+def read_unit_table(content: bytes) -> tuple[list[WorkUnit], list[Dropped]]:
     """Reads one generation. Raises ValueError if it is damaged or contains a name that is not plain."""
     units: dict[tuple[str, str], list[AudioFile]] = {}
     dropped = []

@@ -116,7 +116,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class JobForecast:
     """Forecast of a job."""
 
     units: int

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from data_pipeline.audio import codecs, vad
-from data_pipeline.audio.quality import measure, normalised, reject_reason
+from data_pipeline.audio.quality import measure_quality, normalised, reject_reason
 from data_pipeline.audio.segmentation import cut, marked
 from data_pipeline.core.retries import StorageReadError
 from data_pipeline.core.rng import keyed_seed
@@ -277,7 +277,7 @@ class _Recording:
         if len(wave) < config.cut.min_seconds * SAMPLE_RATE:
             self.tally.reject(reject_file(file, "cut", "too_short", start=start, samples=len(wave)))
             return
-        measures = measure(wave, SAMPLE_RATE)
+        measures = measure_quality(wave, SAMPLE_RATE)
         if reason := reject_reason(measures, config.filters):
             self.tally.reject(reject_file(file, "filter", reason, start=start, samples=len(wave)))
             return

@@ -24,7 +24,7 @@ from data_pipeline.core.types import SAMPLE_RATE, AudioFile
 from data_pipeline.corpora.config import PathCorpus
 from data_pipeline.corpora.records import RecordingId, Reject, recording_id
 from data_pipeline.preprocess.config import PreprocessConfig, content_settings
-from data_pipeline.preprocess.plan_file import SPLITS, Dropped, WorkUnit, read_table, spans_json, write_table
+from data_pipeline.preprocess.plan_file import SPLITS, Dropped, WorkUnit, read_unit_table, spans_json, write_unit_table
 
 WRITER_VERSION: Final = 1
 """Part of every unit's name; increase it when the bytes for the same input change."""
@@ -118,7 +118,7 @@ def freeze_plan(
         units = [unit for unit in units if unit.name not in known]
         if not units and not dropped:
             return plan
-        if dry or _claim(store, generations, write_table(units, dropped)):
+        if dry or _claim(store, generations, write_unit_table(units, dropped)):
             plan.add(units, dropped)
             plan.units.sort(key=lambda unit: unit.name)
             return plan
@@ -135,7 +135,7 @@ def read_plan(store: FileStore) -> tuple[WorkPlan, int]:
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError(f"{store.root}/_plan/{sha256[:16]}.parquet: checksum mismatch; restore it from a copy")
         try:
-            plan.add(*read_table(content))
+            plan.add(*read_unit_table(content))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{store.root}/_plan/{sha256[:16]}.parquet: not a plan ({error!r})") from None
     plan.units.sort(key=lambda unit: unit.name)

@@ -19,7 +19,7 @@ SAMPLED_WINDOWS = 40
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupHours:
     """Hours of one corpus and language: in the shards (usable), and in one epoch with its repeats.
 
     text: whether its segments have a text; False where `data.text_share` does not divide them.
@@ -41,7 +41,7 @@ class PlanReport:
     shards: int
     segments: int
     left_out_segments: int
-    groups: Sequence[Group]
+    groups: Sequence[GroupHours]
     steps: int
     passes: int
     hours: float
@@ -65,7 +65,7 @@ class PlanReport:
     worlds: Sequence[int]
 
 
-def describe(plan: Plan, config: DataConfig, world: int = 1) -> PlanReport:
+def describe_plan(plan: Plan, config: DataConfig, world: int = 1) -> PlanReport:
     """Returns the figures of the first epoch of `plan`, read by `world` ranks."""
     catalogue, constraints, layout = plan.catalogue, plan.constraints, plan.layout(0)
     entries = summarize(catalogue, constraints, grouped=True)
@@ -76,7 +76,7 @@ def describe(plan: Plan, config: DataConfig, world: int = 1) -> PlanReport:
     count_G = np.bincount(entries.group_E, entries.count_E, len(repeats))
     samples_G = np.bincount(entries.group_E, entries.samples_E, len(repeats))
     groups = [
-        Group(*name, int(count_G[g]), samples_G[g] / HOUR, samples_G[g] / HOUR * repeats[g] / SHARE * passes)
+        GroupHours(*name, int(count_G[g]), samples_G[g] / HOUR, samples_G[g] / HOUR * repeats[g] / SHARE * passes)
         for g, name in enumerate(catalogue.groups)
     ]
     n_windows = layout.windows

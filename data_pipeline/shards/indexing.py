@@ -300,7 +300,7 @@ class _Scan:
         content = tar.extractfile(info)
         data = content.read() if content is not None else b""
         if suffix in READABLE:
-            n_samples, suffix = examine(data, suffix, self._config.decode)
+            n_samples, suffix = examine_member(data, suffix, self._config.decode)
             sample.audio.append(_Member(info.name, info.offset_data, info.size, suffix, n_samples))
         else:
             sample.documents[info.name] = data
@@ -354,7 +354,7 @@ class _Scan:
         })  # fmt: skip
 
 
-def examine(data: bytes, suffix: str, decode: bool = True) -> tuple[int, str]:
+def examine_member(data: bytes, suffix: str, decode: bool = True) -> tuple[int, str]:
     """Returns the number of samples of encoded audio, and the suffix for the index.
 
     Args:

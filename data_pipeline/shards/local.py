@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline.core.atomic_files import sha256_of
 from data_pipeline.core.lru import LruCache
-from data_pipeline.core.retries import PATIENCE, StorageError, describe
+from data_pipeline.core.retries import PATIENCE, StorageError, error_text
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore, is_url
 from data_pipeline.shards.index_rows import INDEX_ERRORS, numbers, validate_index, validate_lengths
@@ -180,7 +180,7 @@ class ShardFiles:
         except StorageError:
             raise
         except INDEX_ERRORS as error:
-            raise self.mark_bad(number, f"its index cannot be used ({describe(error)})") from None
+            raise self.mark_bad(number, f"its index cannot be used ({error_text(error)})") from None
         return table
 
     def _sizes(self) -> list[int | None]:
@@ -218,7 +218,7 @@ class ShardFiles:
         except StorageError:
             raise
         except OSError as error:
-            return self.mark_bad(number, f"cannot be read ({describe(error)})")
+            return self.mark_bad(number, f"cannot be read ({error_text(error)})")
         except ShardError as error:
             return error
         return self._whole(extent, data)
@@ -258,7 +258,7 @@ class ShardFiles:
         except StorageError:
             raise
         except INDEX_ERRORS as error:
-            raise self.mark_bad(number, f"its index cannot be used ({describe(error)})") from None
+            raise self.mark_bad(number, f"its index cannot be used ({error_text(error)})") from None
         return ShardIndex(
             table=table,
             keys=table.column("key").to_pylist(),

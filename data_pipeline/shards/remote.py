@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline.core.retries import Backoff, StorageReadError, describe, is_transient, retry
+from data_pipeline.core.retries import Backoff, StorageReadError, error_text, is_transient, retry
 from data_pipeline.shards.local import Extent, ShardError, ShardFiles
 
 
@@ -53,7 +53,7 @@ class RemoteShards(ShardFiles):
         extent, error = next(iter(failed.items()))
         return StorageReadError(
             f"{self.records[extent.shard].tar_root}/{self.records[extent.shard].shard}",
-            f"cannot be read for data.retry_seconds={self.shards.patience:g} ({describe(error)}); "
+            f"cannot be read for data.retry_seconds={self.shards.patience:g} ({error_text(error)}); "
             "the run can be started again when the storage answers",
         )
 

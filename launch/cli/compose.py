@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.core.schema import ConfigError, hint
-from launch.cli.groups import CONF, DEFINITIONS, EXPERIMENT, HEAD, KINDS, groups, outside, without_yaml
+from launch.cli.groups import CONF, DEFINITIONS, EXPERIMENT, HEAD, KINDS, groups, outside_folders, without_yaml
 from launch.cli.outside import recipe_folders
 
 READABLE_VARIABLES = ("HOME", "USER", "LOGNAME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "PROJECT", "DATA")
@@ -67,7 +67,7 @@ def compose(root: str, overrides: Iterable[str], folder: Path = CONF) -> dict[st
     try:
         with (
             hydra.initialize_config_dir(str(folder.resolve()), version_base="1.3"),
-            _search_path(outside()) as further,
+            _search_path(outside_folders()) as further,
         ):
             composed = hydra.compose(root, lines + further)
         plain = _renamed_back(OmegaConf.to_container(composed, resolve=True))

@@ -24,7 +24,7 @@ def groups(folder: Path = CONF) -> dict[str, list[str]]:
         ConfigError: a choice of the user's has the name of another one.
     """
     found: dict[str, dict[str, Path]] = {}
-    for source in (folder, *outside()):
+    for source in (folder, *outside_folders()):
         for group, files in _groups_of(source):
             for file in files:
                 other = found.setdefault(group, {}).setdefault(file.stem, file)
@@ -46,7 +46,7 @@ def without_yaml() -> list[tuple[str, str]]:
     return found
 
 
-def outside() -> list[Path]:
+def outside_folders() -> list[Path]:
     """Returns the folders with config groups from outside: conf/ of plug-in folders, and `recipes=` folders."""
     folders = [source.folder / "conf" for source in plugins.sources()]
     return [folder for folder in folders if folder.is_dir()] + recipe_folders()

@@ -19,7 +19,7 @@ MULTIRUN = "--multirun"
 
 
 @dataclass(frozen=True)
-class Request(Generic[T]):
+class ParsedCommand(Generic[T]):
     """A parsed command line."""
 
     config: T
@@ -28,7 +28,7 @@ class Request(Generic[T]):
     switches: frozenset[str]
 
 
-def read(command: str, kind: type[T], arguments: list[str], switches: tuple[str, ...] = ()) -> Request[T] | None:
+def read(command: str, kind: type[T], arguments: list[str], switches: tuple[str, ...] = ()) -> ParsedCommand[T] | None:
     """Composes conf/COMMAND.yaml and the overrides to a config.
 
     Args:
@@ -58,7 +58,7 @@ def read(command: str, kind: type[T], arguments: list[str], switches: tuple[str,
         print(to_yaml(values), end="")
         return None
     try:
-        return Request(load(kind, values), values, frozenset(given))
+        return ParsedCommand(load(kind, values), values, frozenset(given))
     except ConfigError as error:
         listed = [
             line for line in overrides if is_sweep(line) and f"{line.partition('=')[0].lstrip('+')}=" in str(error)

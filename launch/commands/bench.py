@@ -38,9 +38,9 @@ def run(arguments: list[str]) -> int:
         return ExitCode.DONE
 
     from launch.cli.tables import show, table
-    from pretrain.profiling.graph_timing import measure
+    from pretrain.profiling.graph_timing import measure_graphs
 
-    found = measure(given.folders, given.seconds, given.runs, given.threads)
+    found = measure_graphs(given.folders, given.seconds, given.runs, given.threads)
     if given.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return ExitCode.DONE

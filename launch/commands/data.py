@@ -34,13 +34,13 @@ def plan(arguments: list[str]) -> int:
     given = request.read("pretrain", PretrainJob, arguments)
     if given is None:
         return ExitCode.DONE
-    from data_pipeline.sampling.summary import describe, to_text
+    from data_pipeline.sampling.summary import describe_plan, to_text
     from pretrain.train_module import open_run_reader
 
     config = given.config
     reader = open_run_reader(config)
     try:
-        report = describe(reader.plan, config.data)
+        report = describe_plan(reader.plan, config.data)
     finally:
         reader.close()
     print(to_text(report))

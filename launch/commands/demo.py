@@ -11,13 +11,13 @@ from data_pipeline.core.schema import ConfigError
 from launch.cli import request
 from launch.cli.tables import show_rows
 from launch.config import PretrainJob
-from launch.demo_corpus import Corpus, find_corpus
+from launch.demo_corpus import DemoCorpus, find_corpus
 from launch.exit_codes import ExitCode
 from launch.launchers import factory
 from launch.launchers.processes import ChildProcesses
 from launch.runs import metadata
 from launch.workflows import submit
-from launch.workflows.attended_run import attend
+from launch.workflows.attended_run import run_attended
 
 USAGE = """auricle demo [corpus=FOLDER] [field=value of `auricle pretrain`] ...
 
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
     if not isinstance(submitter, ChildProcesses):
         raise ConfigError(f"launcher={job.launcher.name}: the demo runs on this machine")
     folder = metadata.prepare(job)
-    code = attend(submitter, folder, job.train.steps, job.launcher)
+    code = run_attended(submitter, folder, job.train.steps, job.launcher)
     if code == ExitCode.DONE:
         print()
         show_rows(_table(corpus, shards, folder, job, submitter.processes))
@@ -70,7 +70,7 @@ def _job(shards: Path, folder: Path, overrides: list[str]) -> PretrainJob:
     return request.config_of("pretrain", PretrainJob, [*FIELDS, *places, *overrides])
 
 
-def _table(corpus: Corpus, shards: Path, folder: Path, job: PretrainJob, ranks: int) -> list[tuple[str, str]]:
+def _table(corpus: DemoCorpus, shards: Path, folder: Path, job: PretrainJob, ranks: int) -> list[tuple[str, str]]:
     from data_pipeline.core.types import SAMPLE_RATE
     from data_pipeline.shards.records import finished_units
 

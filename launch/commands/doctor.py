@@ -17,10 +17,10 @@ def run(arguments: list[str]) -> int:
     folder: Path = parser.parse_args(arguments).runs
 
     from launch.cli.tables import cell, show, table
-    from launch.diagnostics import examine
+    from launch.diagnostics import diagnose
 
     rows, lacking = [], []
-    for finding in examine(folder):
+    for finding in diagnose(folder):
         remedy = "" if finding.verdict == "ok" else finding.remedy
         needed = finding.needed and finding.verdict != "ok"
         mark = cell("needed", "red") if needed else cell(*MARKS[finding.verdict])

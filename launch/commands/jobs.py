@@ -19,7 +19,7 @@ from launch.launchers.in_process import InProcess
 from launch.launchers.processes import ChildProcesses
 from launch.launchers.status import is_elsewhere, require_ended, shown_state, state_of, total_steps
 from launch.launchers.waiting import waiting_for
-from launch.runs.follow import Follower, describe
+from launch.runs.follow import Follower, progress_line
 from launch.runs.job_record import FILE_NAME, read_record, write_record
 from launch.runs.metadata import require_plugins, submitted_from
 from launch.runs.summary import find_run, number
@@ -80,7 +80,11 @@ def _status(folder: Path) -> int:
     if not total_steps(folder):
         print(f"{visible(str(folder))}: {read_record(folder).command} {state}")
         return 1 if state in ("failed", "cancelled", "unhealthy") else 0
-    done = f"step {number(row, 'step', 0.0):.0f}/{total_steps(folder)}, {describe(row)}" if row else "no step done yet"
+    done = (
+        f"step {number(row, 'step', 0.0):.0f}/{total_steps(folder)}, {progress_line(row)}"
+        if row
+        else "no step done yet"
+    )
     print(f"{visible(str(folder))}: {state}, {done}, newest checkpoint at step {steps_done(folder)}")
     if state in ("waiting", "running") and (reason := waiting_for(folder)):
         print(f"waiting: {visible(reason)}")

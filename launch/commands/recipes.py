@@ -35,14 +35,14 @@ def run(arguments: list[str]) -> int:
     from launch.cli.tables import show, table
     from launch.config import PretrainJob
     from launch.runs.metadata import run_config
-    from pretrain.profiling.recipe_table import OURS, summarize
+    from pretrain.profiling.recipe_table import OURS, recipe_row
 
     rows = []
     with stages() as begin:
         advance = begin("building models", len(names))
         for name in names:
             values = compose("pretrain", [f"experiment={name}", "data.shards=none"])
-            rows.append(summarize(run_config(load(PretrainJob, values))))
+            rows.append(recipe_row(run_config(load(PretrainJob, values))))
             advance(name)
     show(table(COLUMNS, map(_cells, rows)))
     print(LEGEND)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core import plugins
-from data_pipeline.core.ray_tasks import RayConfig, cluster, cluster_contents, places
+from data_pipeline.core.ray_tasks import RayClusterConfig, cluster, cluster_contents, process_capacity
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.sampling.plan import useful_worlds
 from launch.exit_codes import NEVER_RETRY, ExitCode
@@ -46,7 +46,7 @@ class ImpossibleRequestError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Request:
+class ClusterRequest:
     """Resources that a run requests from a cluster, and its retry policy."""
 
     folder: Path
@@ -82,10 +82,10 @@ def main(arguments: list[str]) -> int:
     given = vars(parser.parse_args(arguments))
     address, answer_seconds = given.pop("address"), given.pop("answer_seconds")
     os.environ.setdefault(START_ID, secrets.token_hex(8))  # set by launchers, not in a Ray Job
-    request = Request(**given, fixed=not address)
+    request = ClusterRequest(**given, fixed=not address)
     try:
         # a Ray started here listens on the loopback only
-        with cluster(RayConfig(address=address, answer_seconds=answer_seconds), field="launcher.address"):
+        with cluster(RayClusterConfig(address=address, answer_seconds=answer_seconds), field="launcher.address"):
             for number in (signal.SIGTERM, signal.SIGHUP):  # ending this process at once would kill the ranks
                 signal.signal(number, lambda *_: request_stop(request.folder, os.environ[START_ID]))
             return drive(request)
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
         return ExitCode.FAILED
 
 
-def drive(request: Request) -> int:
+def drive(request: ClusterRequest) -> int:
     """Starts attempts until the run is done, cannot work, or fails too often without a new checkpoint.
 
     Returns:
@@ -153,7 +153,7 @@ def choose_world(micro_batches: int, places: int, largest: int) -> int:
     return max((world for world in useful_worlds(micro_batches) if world <= limit), default=0)
 
 
-def wait_for_places(micro_batches: int, request: Request, since: float) -> int:
+def wait_for_places(micro_batches: int, request: ClusterRequest, since: float) -> int:
     """Waits for a cluster that can hold at least `min_workers` ranks.
 
     Args:
@@ -169,7 +169,7 @@ def wait_for_places(micro_batches: int, request: Request, since: float) -> int:
             `wait_minutes`.
     """
     while not stop_requested(request.folder):
-        world = choose_world(micro_batches, places(request.cpus, request.gpus), request.workers)
+        world = choose_world(micro_batches, process_capacity(request.cpus, request.gpus), request.workers)
         if world >= request.min_workers and time.monotonic() - since < 60 * request.wait_minutes:
             return world
         needs = f"{request.cpus} cores" + f" and {request.gpus} GPU" * bool(request.gpus)
@@ -185,7 +185,7 @@ def wait_for_places(micro_batches: int, request: Request, since: float) -> int:
     return 0
 
 
-def run_attempt(request: Request, world: int) -> int:
+def run_attempt(request: ClusterRequest, world: int) -> int:
     """Runs `world` ranks until all have ended or one was lost.
 
     Returns:

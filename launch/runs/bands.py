@@ -140,7 +140,7 @@ def at(band: Band, step: int) -> tuple[float, float, float, float]:
     return mean, deviation, low, high
 
 
-def outside(bands: Bands, run: Path, names: Sequence[str] = ()) -> list[str]:
+def curves_outside(bands: Bands, run: Path, names: Sequence[str] = ()) -> list[str]:
     """Returns a line for each curve of a run whose last point is outside of its band; names: only these curves."""
     found = []
     for name, one in bands.curves.items():

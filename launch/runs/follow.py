@@ -85,7 +85,7 @@ def _bar(follower: Follower, folder: Path, steps: int, running: Callable[[], boo
         while running():
             row = follower.read()
             if row:
-                said = f"{describe(row)}  {sparkline(losses(follower.rows), NARROW_SPARKS if narrow else SPARKS)}"
+                said = f"{progress_line(row)}  {sparkline(losses(follower.rows), NARROW_SPARKS if narrow else SPARKS)}"
                 bar.update(
                     task,
                     completed=int(number(row, "step", 0.0)),
@@ -104,7 +104,9 @@ def _lines(follower: Follower, folder: Path, steps: int, running: Callable[[], b
         time.sleep(0.25)
         if time.monotonic() - last >= PLAIN_EVERY:
             last, row = time.monotonic(), follower.read()
-            place = f"step {number(row, 'step', 0.0):.0f}/{steps}  {describe(row)}" if row else first_update(folder)
+            place = (
+                f"step {number(row, 'step', 0.0):.0f}/{steps}  {progress_line(row)}" if row else first_update(folder)
+            )
             if place != said:
                 left = f"  {time_left(follower.rows, steps)}" if row else ""
                 console.print(place + left, highlight=False, soft_wrap=True)
@@ -136,7 +138,7 @@ def _micro_batches(folder: Path) -> int:
         return 0
 
 
-def describe(row: dict[str, Any]) -> str:
+def progress_line(row: dict[str, Any]) -> str:
     """Returns loss, learning rate and speed of one row."""
     loss, rate = number(row, "loss/total"), number(row, "opt/lr")
     return f"loss {loss:.4f}  lr {rate:.2e}  {number(row, 'perf/audio_seconds_per_second', 0.0):.0f} × real time"

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Result:
+class StreamResult:
     """An update of one stream, and the seconds from the arrival of its last sample to the result."""
 
     update: Update
@@ -36,7 +36,7 @@ class Result:
 
 
 @dataclass(eq=False)
-class Stream:
+class ClientStream:
     """One client's stream.
 
     waiting: audio that has arrived and not been computed, with the time of arrival of each part.
@@ -49,7 +49,7 @@ class Stream:
     samples: int = 0
     ended: bool = False
     failure: str = ""
-    results: asyncio.Queue[Result] = field(default_factory=asyncio.Queue)
+    results: asyncio.Queue[StreamResult] = field(default_factory=asyncio.Queue)
     has_space: asyncio.Event = field(default_factory=asyncio.Event)
 
     def take(self, most: int) -> tuple[np.ndarray, float]:
@@ -68,7 +68,7 @@ class Stream:
         return np.concatenate(parts) if parts else np.zeros(0, np.float32), arrived
 
 
-class Engine:
+class StreamingEngine:
     """Computes all streams that have audio, in turns of at most one chunk of each.
 
     The audio of a client that sends faster than real time waits in its own queue and delays no other client.
@@ -83,21 +83,21 @@ class Engine:
         self.recogniser, self.queue_results = recogniser, queue_results
         self.limit = round(queue_seconds * SAMPLE_RATE)
         self.most = recogniser.model.window.hop * recogniser.model.chunking.chunk
-        self.streams: set[Stream] = set()
+        self.streams: set[ClientStream] = set()
         self._wake = asyncio.Event()
         self._pool = ThreadPoolExecutor(1, "streams")
 
-    def open_stream(self) -> Stream:
+    def open_stream(self) -> ClientStream:
         """Begins a stream."""
-        stream = Stream(self.recogniser.start(), self.limit)
+        stream = ClientStream(self.recogniser.start(), self.limit)
         self.streams.add(stream)
         return stream
 
-    def close(self, stream: Stream) -> None:
+    def close(self, stream: ClientStream) -> None:
         """Removes a stream; its remaining audio is not computed."""
         self.streams.discard(stream)
 
-    async def add(self, stream: Stream, wave_T: np.ndarray) -> None:
+    async def add(self, stream: ClientStream, wave_T: np.ndarray) -> None:
         """Appends audio; waits while the stream's queue is full."""
         while stream.samples >= stream.limit and not stream.failure:
             stream.has_space.clear()
@@ -106,7 +106,7 @@ class Engine:
         stream.samples += len(wave_T)
         self._wake.set()
 
-    def end(self, stream: Stream) -> None:
+    def end(self, stream: ClientStream) -> None:
         """Marks the end of a stream's audio; its last result follows."""
         stream.ended = True
         self._wake.set()
@@ -131,22 +131,22 @@ class Engine:
                     if isinstance(found, str):
                         stream.failure = found
                         stream.has_space.set()
-                        stream.results.put_nowait(Result(_nothing(), 0.0, last=True))
+                        stream.results.put_nowait(StreamResult(_nothing(), 0.0, last=True))
                         continue
                     stream.state, updates = found
                     for update in updates:
-                        stream.results.put_nowait(Result(update, time.monotonic() - arrived))
+                        stream.results.put_nowait(StreamResult(update, time.monotonic() - arrived))
                     if last:
                         self.close(stream)
-                        stream.results.put_nowait(Result(_nothing(), 0.0, last=True))
+                        stream.results.put_nowait(StreamResult(_nothing(), 0.0, last=True))
         finally:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ready(self, stream: Stream) -> bool:
+    def _ready(self, stream: ClientStream) -> bool:
         accepts = not stream.failure and stream.results.qsize() < self.queue_results
         return accepts and (stream.samples >= self.most or stream.ended)
 
-    async def results(self, stream: Stream) -> list[Result]:
+    async def results(self, stream: ClientStream) -> list[StreamResult]:
         """Waits for results of a stream and takes all that there are."""
         found = [await stream.results.get()]
         while not stream.results.empty():

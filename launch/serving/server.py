@@ -24,7 +24,7 @@ from data_pipeline.core.loopback import is_loopback
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from launch.serving.config import ServeConfig
-from launch.serving.engine import Engine, Result, Stream
+from launch.serving.engine import ClientStream, StreamingEngine, StreamResult
 from pretrain.recognition.recogniser import open_recogniser
 from pretrain.recognition.streaming_recogniser import StreamingRecogniser
 from pretrain.recognition.transcript import word_values
@@ -49,7 +49,7 @@ class Server:
 
     def __init__(self, config: ServeConfig, recogniser: StreamingRecogniser, token: str = "") -> None:
         self.config, self.recogniser, self.token = config, recogniser, token
-        self.engine = Engine(recogniser, config.queue_seconds, config.queue_results)
+        self.engine = StreamingEngine(recogniser, config.queue_seconds, config.queue_results)
         self.app = web.Application(middlewares=[self._guard])
         for path in FILES:
             self.app.router.add_get(path, self._page)
@@ -96,7 +96,7 @@ class Server:
             self.engine.close(stream)
         return socket
 
-    async def _talk(self, socket: web.WebSocketResponse, stream: Stream, rate: int) -> None:
+    async def _talk(self, socket: web.WebSocketResponse, stream: ClientStream, rate: int) -> None:
         model = self.recogniser.model
         ready = {"chunk": model.chunking.chunk, "left": model.chunking.left_chunks}
         await send(socket, {"type": "ready", "delay_ms": round(1e3 * model.delay_seconds)} | ready)
@@ -116,7 +116,7 @@ class Server:
             await asyncio.gather(sending, reading, return_exceptions=True)
             await socket.close()
 
-    async def _listen(self, socket: web.WebSocketResponse, stream: Stream, rate: int) -> str | None:
+    async def _listen(self, socket: web.WebSocketResponse, stream: ClientStream, rate: int) -> str | None:
         """Passes audio on until the client ends.
 
         Returns:
@@ -146,7 +146,7 @@ class Server:
             else:
                 return ""
 
-    async def _answer(self, socket: web.WebSocketResponse, stream: Stream) -> None:
+    async def _answer(self, socket: web.WebSocketResponse, stream: ClientStream) -> None:
         """Sends results; of several that wait, the newest partial text only."""
         while True:
             results = await self.engine.results(stream)
@@ -162,7 +162,7 @@ class Server:
                 return
 
 
-def messages_of(result: Result) -> list[dict[str, Any]]:
+def messages_of(result: StreamResult) -> list[dict[str, Any]]:
     """Returns the messages to a client for a result."""
     update, made = result.update, []
     if result.last:

@@ -11,7 +11,7 @@ from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.jsonl import append_row
 from data_pipeline.core.schema import ConfigError, dump
 from data_pipeline.core.types import SAMPLE_RATE, StepReader
-from data_pipeline.labels.store import LabelSet
+from data_pipeline.labels.store import LabelMetadata
 from data_pipeline.loader.held_out import HeldOut
 from data_pipeline.loader.reader import PlanReader
 from data_pipeline.loader.streaming import StreamReader
@@ -92,7 +92,7 @@ def _require_frame_labels(config: Config, part: str, wanted: FrameLabels) -> Non
             f"{sorted(config.data.targets)}; make them with `auricle targets` and set data.targets.{wanted.name}=FOLDER"
         )
     root = config.data.targets[wanted.name]
-    found = LabelSet.read(root)
+    found = LabelMetadata.read(root)
     if found.rate_hz != wanted.rate_hz:
         raise _mismatch(
             part,
@@ -187,7 +187,7 @@ def _require_labels_of_held_out(config: Config, name: str) -> None:
             f"data.valid_targets.{name}=FOLDER"
         )
     theirs = config.data.valid_targets[name]
-    if LabelSet.read(theirs).artefact != LabelSet.read(root).artefact:
+    if LabelMetadata.read(theirs).artefact != LabelMetadata.read(root).artefact:
         raise ConfigError(f"data.valid_targets.{name}={theirs}: its labels are of other centres than {root}; {remedy}")
 
 

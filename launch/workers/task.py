@@ -109,10 +109,9 @@ def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
         return
     import ray
 
-    from data_pipeline.core.ray_tasks import RayConfig as Cluster
-    from data_pipeline.core.ray_tasks import cluster
+    from data_pipeline.core.ray_tasks import RayClusterConfig, cluster
 
-    there = Cluster(address=launcher.address, answer_seconds=launcher.answer_seconds)
+    there = RayClusterConfig(address=launcher.address, answer_seconds=launcher.answer_seconds)
     with cluster(there, field="launcher.address"):
         if isinstance(config, USES_RAY):
             perform(folder, launcher.address)
@@ -128,10 +127,10 @@ def perform_on_cluster(folder: Path, launcher: RayConfig) -> None:
 
 def _wait_for_a_place(launcher: RayConfig) -> None:
     """Waits until the cluster can hold the task. Raises OSError after launcher.wait_minutes; Ray would wait forever."""
-    from data_pipeline.core.ray_tasks import cluster_contents, places
+    from data_pipeline.core.ray_tasks import cluster_contents, process_capacity
 
     deadline, reported = time.monotonic() + 60 * launcher.wait_minutes, ""
-    while not places(launcher.cpus_per_worker, launcher.gpus_per_worker):
+    while not process_capacity(launcher.cpus_per_worker, launcher.gpus_per_worker):
         reason = (
             f"no node of the cluster has launcher.cpus_per_worker={launcher.cpus_per_worker} cores and "
             f"launcher.gpus_per_worker={launcher.gpus_per_worker} GPUs; {cluster_contents()}"

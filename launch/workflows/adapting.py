@@ -15,7 +15,7 @@ from launch.cli.tables import warn
 from launch.config import FinetuneJob
 from launch.workflows import finetuning
 from pretrain.adaptation.config import Tune
-from pretrain.adaptation.finetune import Corpus
+from pretrain.adaptation.finetune import LabelledSplits
 from pretrain.adaptation.tasks import Class, open_tasks
 from pretrain.evaluate.manifest import Utterance, read_audio, utterances_of
 
@@ -80,7 +80,7 @@ def adapt(folder: Path, checkpoint: str, out: Path, tune: Tune, steps: int, seed
         "lr": RATES.get(tune, 1e-2),
     }  # fmt: skip
     overrides = ["data.workers=0", "data.bucket_ratio=4", f"train.checkpoint_every={steps}"]
-    return finetuning.run(load(FinetuneJob, values), overrides, corpus=Corpus(clips, ()))
+    return finetuning.run(load(FinetuneJob, values), overrides, corpus=LabelledSplits(clips, ()))
 
 
 def classify(run: Path, files: Sequence[str]) -> Iterator[tuple[str, Class]]:

@@ -22,7 +22,7 @@ from launch.runs.job_record import write_record
 from pretrain.checkpointing.locate import steps_done
 
 
-def attend(submitter: ChildProcesses, folder: Path, steps: int, launcher: LauncherConfig) -> int:
+def run_attended(submitter: ChildProcesses, folder: Path, steps: int, launcher: LauncherConfig) -> int:
     """Starts a run, shows its progress, and returns its exit code.
 
     Ctrl-C, SIGTERM and SIGHUP request a checkpoint from the ranks and wait for it; a second signal ends them at once.

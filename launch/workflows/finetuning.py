@@ -23,7 +23,7 @@ from launch.workflows import pretraining, tokens
 from launch.workflows.submit import DRY_RUN, PREPARE
 from pretrain.adaptation import finetune
 from pretrain.adaptation.config import FinetuneConfig
-from pretrain.adaptation.finetune import Corpus
+from pretrain.adaptation.finetune import LabelledSplits
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.tuned import write_tuned
 from pretrain.config import Config
@@ -34,7 +34,7 @@ def run(
     job: FinetuneJob,
     overrides: Sequence[str] = (),
     switches: frozenset[str] = frozenset(),
-    corpus: Corpus | None = None,
+    corpus: LabelledSplits | None = None,
 ) -> int:
     """Runs one fine-tuning; the same call continues an interrupted one.
 
@@ -54,7 +54,7 @@ def run(
     """
     settings = base_part(FinetuneConfig, job)
     if corpus is None and not settings.shards:
-        corpus = finetune.find_corpus(settings)
+        corpus = finetune.find_splits(settings)
     classes = settings.classes
     if settings.task == "classify" and corpus is not None:
         classes = finetune.classes_of(settings, corpus.train)
@@ -69,7 +69,7 @@ def run(
     if made.shards:
         made = replace(made, longest=finetune.longest_seconds(made.shards, settings.batch_seconds))
         if settings.task == "sequence" and DRY_RUN not in switches:
-            make_tokens(settings, made.shards)
+            make_symbols(settings, made.shards)
     training = training_job(job, made, overrides)
     code = pretraining.start(training, switches)
     here = isinstance(factory.for_job(training), ChildProcesses)
@@ -90,12 +90,12 @@ class Made:
     classes: tuple[str, ...] = ()
 
 
-def make_tokens(settings: FinetuneConfig, shards: str) -> None:
+def make_symbols(settings: FinetuneConfig, shards: str) -> None:
     """Makes the tokens of an attention decoder: the symbols, in FOLDER/tokens."""
     tokens.make(TokensConfig(shards=shards, out=str(settings.folder / "tokens"), symbols=settings.symbols))
 
 
-def show_results(settings: FinetuneConfig, corpus: Corpus) -> None:
+def show_results(settings: FinetuneConfig, corpus: LabelledSplits) -> None:
     """Measures the finished run on the test utterances and prints a table."""
     if settings.task == "classify":
         found = finetune.measure_classes(settings, corpus)
@@ -158,6 +158,6 @@ def training_job(job: FinetuneJob, made: Made, overrides: Sequence[str] = ()) ->
             if not equals or not field or "." in field:
                 raise ConfigError(f"{line}: front end and encoder are those of the checkpoint; set one of their fields")
             given[part][field] = values[part][field]
-    for part, architecture in finetune.architecture(settings.checkpoint).items():
+    for part, architecture in finetune.checkpoint_architecture(settings.checkpoint).items():
         values[part] = architecture | given[part]
     return replace(load(PretrainJob, values), launcher=job.launcher)

@@ -50,7 +50,7 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True)
-class Step:
+class PipelineStep:
     """One command line of a pipeline."""
 
     command: str
@@ -93,7 +93,7 @@ def run(arguments: list[str]) -> int:
     if parsed is None:
         return ExitCode.DONE
     chain = steps(parsed.config, given, [line for line in launcher if not line.startswith("-")])
-    require_inputs(chain)
+    require_step_inputs(chain)
     queued, dry_run = parsed.config.launcher.queued, DRY_RUN in parsed.switches
     if not dry_run:
         for step in chain:  # before the first step starts
@@ -101,7 +101,7 @@ def run(arguments: list[str]) -> int:
     return _run_steps(chain, queued, dry_run)
 
 
-def _run_steps(chain: list[Step], queued: bool, dry_run: bool) -> int:
+def _run_steps(chain: list[PipelineStep], queued: bool, dry_run: bool) -> int:
     """Runs, queues or shows each step that is not up to date. A queued step waits until the previous one succeeded."""
     after = before = ""
     for step in chain:
@@ -137,7 +137,7 @@ def split(arguments: list[str]) -> tuple[list[str], dict[str, list[str]], list[s
     return own, given, launcher
 
 
-def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: list[str]) -> list[Step]:
+def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: list[str]) -> list[PipelineStep]:
     """Returns the steps in order, after checking the config of each.
 
     Raises:
@@ -149,9 +149,9 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
     root = Path(settings.folder)
     shards, labels, runs = root / "shards", root / "labels", root / "runs"
 
-    def step(command: str, *wiring: str) -> Step:
+    def step(command: str, *wiring: str) -> PipelineStep:
         name = [] if command == "pretrain" else [f"name={command}"]
-        return Step(command, (f"runs={runs}", *name, *launcher, *wiring, *given[command]))
+        return PipelineStep(command, (f"runs={runs}", *name, *launcher, *wiring, *given[command]))
 
     preprocess = step("preprocess", f"out={shards}")
     split = request.config_of("preprocess", PreprocessJob, preprocess.arguments).split
@@ -164,7 +164,7 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
     training, wants_labels = [pretrain], "targets" in settings.steps and run_config.objective.accepts_frame_labels
     if run_config.chain:
         links = iterations.links(run_config, list(pretrain.arguments))
-        training, wants_labels = [Step(link.command, link.arguments) for link in links], False
+        training, wants_labels = [PipelineStep(link.command, link.arguments) for link in links], False
     elif wants_labels:
         made = request.config_of("targets", TargetsJob, targets.arguments)
         wiring = [f"objective.labels={LABELS}", f"data.targets.{LABELS}={made.out}", f"objective.units={made.classes}"]
@@ -173,7 +173,7 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
             held_out = root / "labels-valid"
             centres = [f"kmeans={made.out}"] if made.features != PITCH else []
             own = ["name=targets-valid", f"shards={valid}", f"out={held_out}", *centres]
-            labelling.append(Step("targets", (*targets.arguments, *own)))
+            labelling.append(PipelineStep("targets", (*targets.arguments, *own)))
             wiring += [f"data.valid={valid}", f"data.valid_targets.{LABELS}={held_out}"]
         training = [step("pretrain", *data, *wiring)]
     elif split.valid and not run_config.objective.frame_labels:
@@ -189,7 +189,7 @@ def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: li
     return [one for one in found if one.command in settings.steps]
 
 
-def require_inputs(chain: list[Step]) -> None:
+def require_step_inputs(chain: list[PipelineStep]) -> None:
     """Raises ConfigError if an input of a step is missing and no earlier step writes it."""
     written: list[Path] = []
     for one in chain:

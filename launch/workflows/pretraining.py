@@ -13,7 +13,7 @@ from launch.launchers.status import require_ended
 from launch.runs import metadata
 from launch.runs.job_record import write_record
 from launch.workflows import inputs, iterations, submit, sweep
-from launch.workflows.attended_run import attend
+from launch.workflows.attended_run import run_attended
 from launch.workflows.submit import DRY_RUN, PREPARE, SWITCHES, report_queued
 
 
@@ -56,7 +56,7 @@ def start(config: PretrainJob, switches: frozenset[str] = frozenset()) -> int:
         print(folder)
         return ExitCode.DONE
     if isinstance(submitter, ChildProcesses):
-        return attend(submitter, folder, config.train.steps, config.launcher)
+        return run_attended(submitter, folder, config.train.steps, config.launcher)
     handle = submitter.submit(folder)
     write_record(folder, handle, factory.launcher_of(config))
     report_queued(handle, folder, config.launcher.name)

@@ -76,7 +76,7 @@ def search(config: SearchConfig) -> ExitCode:
         show(table(("rank", "cosine", "kind", "name"), listed_rows, keep={3}))
     if config.gallery:
         results = [
-            gallery.Result(rank, score, kind, name, find_piece(kind, name, index.places[row]))  # type: ignore[arg-type]
+            gallery.SearchResult(rank, score, kind, name, find_piece(kind, name, index.places[row]))  # type: ignore[arg-type]
             for (rank, score, kind, name), (row, _) in zip(rows, found, strict=True)
         ]
         path = Path(config.gallery).expanduser()

@@ -17,13 +17,13 @@ from data_pipeline.core.atomic_files import write_atomically
 from data_pipeline.core.jsonl import append_row
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.text import visible
-from data_pipeline.loader.recordings import Recording, Source, Unusable, sources
+from data_pipeline.loader.recordings import Recording, RecordingSource, Unusable, sources
 from launch.cli.tables import warn
 from launch.exit_codes import ExitCode
 from launch.workflows import streaming_transcription
 from pretrain.recognition.config import TranscribeConfig
 from pretrain.recognition.recogniser import Recogniser, decoder, open_recogniser
-from pretrain.recognition.transcript import ENDINGS, Transcript, write
+from pretrain.recognition.transcript import ENDINGS, Transcript, format_transcript
 
 REJECTS = "rejects.jsonl"
 """List of the recordings that could not be read, in the folder `out`."""
@@ -61,7 +61,7 @@ class _Transcription:
         self.done, self.seconds = 0, 0.0
         self._used: set[str] = set()
 
-    def perform(self, found: list[Source]) -> ExitCode:
+    def perform(self, found: list[RecordingSource]) -> ExitCode:
         """Transcribes, then prints the totals to standard error."""
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ class _Transcription:
         self._write(made)
 
     def _write(self, made: Transcript) -> None:
-        content = write(made, self.config.format)
+        content = format_transcript(made, self.config.format)
         if self.folder:
             target = self.folder / self._file_name(made.name)
             target.parent.mkdir(parents=True, exist_ok=True)

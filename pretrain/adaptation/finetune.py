@@ -55,14 +55,14 @@ CTC_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
-class Corpus:
+class LabelledSplits:
     """Utterances with text; no speaker is in both parts."""
 
     train: Sequence[Utterance]
     test: Sequence[Utterance]
 
 
-def find_corpus(settings: FinetuneConfig) -> Corpus:
+def find_splits(settings: FinetuneConfig) -> LabelledSplits:
     """Returns the manifest's splits train and test, as far as they have text in the recogniser's symbols, or a class.
 
     Raises:
@@ -79,7 +79,7 @@ def find_corpus(settings: FinetuneConfig) -> Corpus:
             f"manifest={settings.manifest}: no {what} in the splits train and test of "
             f"{corpora_in_words(settings.chosen_corpora, listed)}"
         )
-    return Corpus(thinned(train, settings.max_utterances), thinned(test, settings.max_utterances))
+    return LabelledSplits(thinned(train, settings.max_utterances), thinned(test, settings.max_utterances))
 
 
 def _label(utterance: Utterance, settings: FinetuneConfig) -> str:
@@ -147,7 +147,7 @@ def longest_seconds(shards: str, most: float) -> float:
     return min(most, math.ceil(100 * samples / SAMPLE_RATE) / 100)
 
 
-def architecture(checkpoint: str) -> dict[str, dict[str, Any]]:
+def checkpoint_architecture(checkpoint: str) -> dict[str, dict[str, Any]]:
     """Returns the config of front end and encoder of a checkpoint, as plain values.
 
     Raises:
@@ -227,7 +227,7 @@ class Accuracy:
     utterances: int
 
 
-def measure_classes(settings: FinetuneConfig, corpus: Corpus) -> Accuracy:
+def measure_classes(settings: FinetuneConfig, corpus: LabelledSplits) -> Accuracy:
     """Finds the classes of the test utterances with the finished run, and writes results.json into its folder."""
     model = open_tasks({settings.label: str(settings.folder)}, settings.device)
     truth = [_label(u, settings) for u in corpus.test]
@@ -239,7 +239,7 @@ def measure_classes(settings: FinetuneConfig, corpus: Corpus) -> Accuracy:
     return result
 
 
-def measure(settings: FinetuneConfig, corpus: Corpus) -> list[Errors]:
+def measure(settings: FinetuneConfig, corpus: LabelledSplits) -> list[Errors]:
     """Decodes the test utterances with the finished run, and writes results.json into its folder.
 
     Args:

@@ -33,7 +33,7 @@ class Class(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class TunedTask:
     """Heads of a tuned run, the number of its model, and its prompts, (L, P, D), if it has any."""
 
     heads: Mapping[str, Head]
@@ -49,7 +49,7 @@ class Tasks:
         tasks: by a name of the user's.
     """
 
-    def __init__(self, models: Sequence[SpeechModel], tasks: Mapping[str, Task]) -> None:
+    def __init__(self, models: Sequence[SpeechModel], tasks: Mapping[str, TunedTask]) -> None:
         self.models, self.tasks = models, tasks
 
     @torch.inference_mode()
@@ -98,7 +98,7 @@ class Tasks:
             found.append(Class(list(head.ids)[best], float(probabilities_C[best])))
         return found
 
-    def _task(self, name: str) -> Task:
+    def _task(self, name: str) -> TunedTask:
         if name not in self.tasks:
             raise ConfigError(f"task={name}: must be one of {', '.join(self.tasks)}{hint(name, self.tasks)}")
         return self.tasks[name]
@@ -129,7 +129,7 @@ def open_tasks(runs: Mapping[str, str], device: str = "auto") -> Tasks:
     place = chosen_device(device)
     models: list[SpeechModel] = []
     kinds: list[dict[str, Any]] = []
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, TunedTask] = {}
     for name, given in runs.items():
         module, config, _ = load_checkpoint(checkpoint_with_heads(given))
         model = module.model.eval().to(place)
@@ -141,7 +141,7 @@ def open_tasks(runs: Mapping[str, str], device: str = "auto") -> Tasks:
             models.append(model)
             kinds.append(kind)
         heads = {key: head.eval().to(place) for key, head in module.heads.items() if isinstance(head, Head)}
-        tasks[name] = Task(heads, number, prompts_LPD)
+        tasks[name] = TunedTask(heads, number, prompts_LPD)
     return Tasks(models, tasks)
 
 

@@ -120,7 +120,7 @@ class Saver:
         self._run.require_current()
         files, extra = _gather(self._engine), {"loss_scale": self._engine.scale.state()}
         extra |= {"tokens": self._tokens, "engine": self._engine.memory()}
-        save = functools.partial(write, self._run, folder, files, state, self._config, extra)
+        save = functools.partial(write_checkpoint, self._run, folder, files, state, self._config, extra)
         self._pending = _Pending(folder, save, self._pool.submit(save))
         if not self._config.train.save_behind:
             self.wait()
@@ -181,7 +181,7 @@ def _gather(engine: Engine) -> dict[str, dict[str, Tensor]]:
     return files
 
 
-def write(
+def write_checkpoint(
     run: RunFolder,
     folder: Path,
     files: Mapping[str, dict[str, Tensor]],

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import torch
 
-from pretrain.checkpointing.checkpoint import TrainState, write
+from pretrain.checkpointing.checkpoint import TrainState, write_checkpoint
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines.optimizer import MOMENTS
@@ -35,6 +35,6 @@ def write_initial(
     trained = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
     moments = {f"{moment}/{name}": torch.zeros_like(weight.data) for moment in MOMENTS for name, weight in trained}
     files = {"model": weights, "optimizer": moments}
-    write(
+    write_checkpoint(
         run, run.checkpoints / f"step_{0:08d}", files, state=TrainState(), config=config, extra={"tokens": dict(tokens)}
     )

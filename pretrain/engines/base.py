@@ -312,9 +312,9 @@ def buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     persistent = set(module.state_dict(keep_vars=True))
     for name, buffer in module.named_buffers():
         if name in persistent:
-            yield f"model/{name}", copied(buffer)
+            yield f"model/{name}", host_copy(buffer)
 
 
-def copied(value: Tensor) -> Tensor:
+def host_copy(value: Tensor) -> Tensor:
     """Returns a copy on the CPU that shares no memory with `value`."""
     return value.detach().to("cpu", copy=True).contiguous()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.base import Engine, buffers, copied, copy_buffers, fitting
+from pretrain.engines.base import Engine, buffers, copy_buffers, fitting, host_copy
 from pretrain.engines.distributed import DistributedContext, limit_groups
 from pretrain.engines.optimizer import MOMENTS, first_state, make_optimizer
 from pretrain.interfaces.frames import StepContext
@@ -178,14 +178,14 @@ class DeepSpeedEngine(Engine):
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
         if self.config.zero_stage and parameter.requires_grad:
-            return copied(safe_get_full_fp32_param(parameter))
+            return host_copy(safe_get_full_fp32_param(parameter))
         with _whole(parameter):
-            return copied(parameter)
+            return host_copy(parameter)
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         if self.config.zero_stage == 0:
-            return copied(self.optimizer.state[parameter][moment])
-        return copied(safe_get_full_optimizer_state(parameter, moment))
+            return host_copy(self.optimizer.state[parameter][moment])
+        return host_copy(safe_get_full_optimizer_state(parameter, moment))
 
     def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
         copy_buffers(self.module, tensors)

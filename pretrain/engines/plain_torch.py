@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engines.base import Engine, buffers, copied, copy_buffers, fitting
+from pretrain.engines.base import Engine, buffers, copy_buffers, fitting, host_copy
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.optimizer import MOMENTS, first_state, make_optimizer
 from pretrain.interfaces.frames import StepContext
@@ -75,10 +75,10 @@ class TorchEngine(Engine):
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
-            yield f"model/{name}", copied(parameter)
+            yield f"model/{name}", host_copy(parameter)
             for moment in MOMENTS if parameter.requires_grad else ():
                 state = self.optimizer.state.get(parameter, {})
-                yield f"{moment}/{name}", copied(state.get(moment, torch.zeros_like(parameter)))
+                yield f"{moment}/{name}", host_copy(state.get(moment, torch.zeros_like(parameter)))
         yield from buffers(self.module)
 
     def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:

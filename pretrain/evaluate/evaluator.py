@@ -13,7 +13,7 @@ from pretrain.evaluate.config import MEASURES, OF_HEADS, WITH_TEXTS, EvaluateCon
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest
-from pretrain.evaluate.rows import Detail, Row
+from pretrain.evaluate.rows import Detail, ResultRow
 from pretrain.evaluate.task_evaluation import TaskEvaluation
 from pretrain.generation.voice import open_voice
 from pretrain.recognition.error_rates import require_jiwer
@@ -27,7 +27,7 @@ def evaluate(
     say: Say = print,
     encoders: Sequence[FrozenEncoder] = (),
     details: list[Detail] | None = None,
-) -> list[Row]:
+) -> list[ResultRow]:
     """Evaluates all checkpoints on all tasks.
 
     Args:
@@ -76,10 +76,10 @@ def _evaluate(
     encoders: Sequence[FrozenEncoder],
     say: Say,
     details: list[Detail] | None,
-) -> list[Row]:
+) -> list[ResultRow]:
     if set(names) & set(WITH_TEXTS):
         require_jiwer()
-    waves, rows = Waves(), list[Row]()
+    waves, rows = Waves(), list[ResultRow]()
     probing = [name for name in names if name not in OF_HEADS]
     tasks = {name: TaskEvaluation(config, name, say, waves) for name in probing}  # every task is read before one starts
     for name in names:
@@ -92,7 +92,9 @@ def _evaluate(
     return rows
 
 
-def _of_heads(config: EvaluateConfig, task: str, utterances: Sequence[Utterance], waves: Waves, say: Say) -> list[Row]:
+def _of_heads(
+    config: EvaluateConfig, task: str, utterances: Sequence[Utterance], waves: Waves, say: Say
+) -> list[ResultRow]:
     """Measures what a head of the checkpoints does: error rates of recognisers or of their streams, or separation."""
     rows = []
     for given in items(config.checkpoint):
@@ -100,13 +102,15 @@ def _of_heads(config: EvaluateConfig, task: str, utterances: Sequence[Utterance]
             separator = separation.open_separator(given, config.separation.head, config.device)
             who = f"{separator.name} (step {separator.step})"
             gains = separation.report(config, separator, utterances, waves, say)
-            rows += [Row(task, measure, who, value=gain.value, low=gain.low, high=gain.high) for measure, gain in gains]
+            rows += [
+                ResultRow(task, measure, who, value=gain.value, low=gain.low, high=gain.high) for measure, gain in gains
+            ]
             continue
         if task == "synthesis":
             voice = open_voice(given, config.synthesis.head, config.device)
             measured = synthesis.figures(config, voice, utterances, waves, say)
             rows += [
-                Row(task, measure, voice.name, value=rate.value, low=rate.low, high=rate.high)
+                ResultRow(task, measure, voice.name, value=rate.value, low=rate.low, high=rate.high)
                 for measure, rate in measured
             ]
             continue
@@ -117,5 +121,7 @@ def _of_heads(config: EvaluateConfig, task: str, utterances: Sequence[Utterance]
         else:
             rates = asr.error_rates(config, recogniser, utterances, waves, say)
             found = ((f"{measure}, {decoder}", rate) for measure, decoder, rate in rates)
-        rows += [Row(task, measure, who, value=rate.value, low=rate.low, high=rate.high) for measure, rate in found]
+        rows += [
+            ResultRow(task, measure, who, value=rate.value, low=rate.low, high=rate.high) for measure, rate in found
+        ]
     return rows

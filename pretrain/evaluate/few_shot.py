@@ -111,7 +111,7 @@ def most_shots(part: Labelled, config: FewShotConfig, shots: int) -> int:
     return 1
 
 
-def classify(x_ND: Tensor, episode: Episode, steps: int, rate: float) -> np.ndarray:
+def classify_queries(x_ND: Tensor, episode: Episode, steps: int, rate: float) -> np.ndarray:
     """Returns the classes found for the queries, (Q,).
 
     Args:
@@ -151,13 +151,13 @@ def hits(
         part: labelled recordings with their features.
         layer: layer of the features to classify.
         episodes: from `draw` of `part`.
-        steps: steps of gradient descent, see `classify`.
+        steps: steps of gradient descent, see `classify_queries`.
         rate: their learning rate.
     """
     x_ND = standardised(part, layer)
     right_N, asked_N = np.zeros(len(part.y_N)), np.zeros(len(part.y_N))
     for episode in episodes:
-        np.add.at(right_N, episode.queries_Q, classify(x_ND, episode, steps, rate) == episode.classes_Q)
+        np.add.at(right_N, episode.queries_Q, classify_queries(x_ND, episode, steps, rate) == episode.classes_Q)
         np.add.at(asked_N, episode.queries_Q, 1.0)
     n = len(part.speakers)
     sums = (np.bincount(part.speaker_N, weights=weights, minlength=n) for weights in (right_N, asked_N))

@@ -16,7 +16,7 @@ from data_pipeline.core.atomic_files import write_atomically
 from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.text import visible
 from pretrain.evaluate.report import HEAD, LEGEND, cells
-from pretrain.evaluate.rows import Detail, Row
+from pretrain.evaluate.rows import Detail, ResultRow
 
 STYLE: Final = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.25rem .7rem;text-align:left;
@@ -48,7 +48,7 @@ def read_curves(run: Path) -> list[Curve]:
     return [Curve(name, run.resolve().name, tuple(sorted(points))) for name, points in found.items()]
 
 
-def write_page(rows: Sequence[Row], details: Sequence[Detail], curves: Sequence[Curve], file: Path) -> None:
+def write_page(rows: Sequence[ResultRow], details: Sequence[Detail], curves: Sequence[Curve], file: Path) -> None:
     """Writes the page; it refers to no other file."""
     parts = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"]
     parts += ["<title>Evaluation</title>", f"<style>{STYLE}</style>", "<h1>Evaluation</h1>", _table(rows)]
@@ -69,7 +69,7 @@ def write_page(rows: Sequence[Row], details: Sequence[Detail], curves: Sequence[
     write_atomically(file, "\n".join(parts) + "\n")
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[ResultRow]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in HEAD)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(visible(cell))}</td>" for cell in cells(row)) + "</tr>" for row in rows

@@ -15,7 +15,7 @@ from data_pipeline.core.atomic_files import write_json
 from data_pipeline.core.jsonl import append_row
 from data_pipeline.core.text import markdown_text, visible
 from pretrain.evaluate import projector
-from pretrain.evaluate.rows import Row, plain
+from pretrain.evaluate.rows import ResultRow, plain
 from pretrain.monitoring.figures import add_frames
 
 HEAD = ("task", "measure", "features", "value", "95 %", "− log-mel", "− random", "retained")
@@ -26,7 +26,7 @@ from log-mel to the architecture trained from scratch on the labels (100 %) that
 encoder reaches."""
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: ResultRow) -> tuple[str, ...]:
     """Formats a row in the order of HEAD. Rates are in percent, differences in percentage points."""
     share = row.measure.startswith(
         (
@@ -55,7 +55,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (row.task, row.measure, row.who, value, interval, *gaps, retained)
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[ResultRow]) -> Table:
     """Returns the table for a terminal."""
     made = Table(box=None, pad_edge=False)
     for name in HEAD:
@@ -65,7 +65,7 @@ def table(rows: Sequence[Row]) -> Table:
     return made
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[ResultRow]) -> str:
     """Returns the table in Markdown."""
     lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
     return (
@@ -74,7 +74,7 @@ def markdown(rows: Sequence[Row]) -> str:
     )
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
+def write(rows: Sequence[ResultRow], folder: Path) -> None:
     """Writes results.json and results.md into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", plain(rows))
@@ -82,7 +82,11 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 
 
 def into_run(
-    rows: Sequence[Row], run: Path, step: int, frames: tuple[Tensor, list[list[str]]] | None = None, weights: str = ""
+    rows: Sequence[ResultRow],
+    run: Path,
+    step: int,
+    frames: tuple[Tensor, list[list[str]]] | None = None,
+    weights: str = "",
 ) -> None:
     """Appends the rows to RUN/evaluations.jsonl and to its TensorBoard under evaluate/.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One row of the table. Intervals are 95 % over test speakers; differences are paired by speaker.
 
     For measures without fitting, value and interval of random weights are means over the seeds.
@@ -43,6 +43,6 @@ class Detail:
     classes: tuple[str, ...] = ()
 
 
-def plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def plain(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
     """Returns the rows as plain values for JSON."""
     return [asdict(row) for row in rows]

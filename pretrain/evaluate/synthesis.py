@@ -63,7 +63,7 @@ def figures(
     recorded = [waves(utterance).numpy() for utterance in asked]
     kinds = {
         "recording": recorded,
-        "recording through the vocoder": [copied(voice, w) for w in recorded],
+        "recording through the vocoder": [copy_synthesis(voice, w) for w in recorded],
         "text": spoken,
     }
     names = [utterance.name for utterance in asked]
@@ -85,7 +85,7 @@ def figures(
     yield measured("real-time factor", seconds)
 
 
-def copied(voice: Voice, wave_T: npt.NDArray[np.float32], vocoder: str = "istft") -> npt.NDArray[np.float32]:
+def copy_synthesis(voice: Voice, wave_T: npt.NDArray[np.float32], vocoder: str = "istft") -> npt.NDArray[np.float32]:
     """Returns a recording (T,) converted to mel frames and back by a vocoder."""
     mel: Frames = voice.head.mel(torch.from_numpy(wave_T)[None], torch.tensor([len(wave_T)]))
     return voice.wave(mel, vocoder)

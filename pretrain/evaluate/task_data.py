@@ -16,7 +16,7 @@ from data_pipeline.corpora.config import CorpusConfig, ManifestCorpus, PathCorpu
 from data_pipeline.corpora.discovery import discover
 from data_pipeline.corpora.manifest import ManifestReader
 from data_pipeline.corpora.records import Discovered
-from data_pipeline.corpora.tables import Row, read_table
+from data_pipeline.corpora.tables import TableRow, read_table
 from pretrain.evaluate.alignments import alignment_path, is_ending
 from pretrain.evaluate.config import MEASURES, OF_HEADS, EvaluateConfig, task_names
 from pretrain.evaluate.label_sets import REST
@@ -118,7 +118,7 @@ def _from_tables(settings: TaskConfig, root: Path) -> Listing:
             corpus = ManifestCorpus(path=str(file), root=str(root), columns=settings.columns, allow_outside=True)
             reader = ManifestReader(corpus, found)
             for row in read_table(corpus.path, f"tables.{split}"):
-                reader.add(Row(row.number, row.values | {"split": split}, row.problem))
+                reader.add(TableRow(row.number, row.values | {"split": split}, row.problem))
             reader.finish()
             seen |= reader.seen
             utterances += utterances_of(found.files)
@@ -339,7 +339,7 @@ def _root(data: Path) -> Path:
     return data.parent if data.is_file() else data
 
 
-def fingerprint(path: Path) -> str:
+def data_fingerprint(path: Path) -> str:
     """Returns a hash of a manifest's content, or of the names and sizes of all files below a folder."""
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()

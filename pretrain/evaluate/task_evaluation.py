@@ -16,7 +16,7 @@ from pretrain.evaluate.manifest import Utterance, grid_labels
 from pretrain.evaluate.metrics import Tally, bootstrap
 from pretrain.evaluate.neural_probe import fit_neural
 from pretrain.evaluate.probe import View, choose_view, fit, joined
-from pretrain.evaluate.rows import Detail, Row
+from pretrain.evaluate.rows import Detail, ResultRow
 from pretrain.evaluate.supervised import Example, fit_supervised
 from pretrain.evaluate.task_inputs import Say, TaskInputs
 
@@ -106,7 +106,7 @@ class TaskEvaluation:
 
     def _texts(self, make: Callable[[int], FrozenEncoder], same: bool) -> Tallies:
         tallies: Tallies = {}
-        spoken: list[list[text_probe.Spoken]] = []
+        spoken: list[list[text_probe.UtteranceFeatures]] = []
         for seed in range(self.config.seeds):
             if not (same and spoken):
                 encoder = make(seed)
@@ -117,11 +117,11 @@ class TaskEvaluation:
                 tallies.setdefault(measure, []).append(text_probe.counted(probe, spoken[2], by_words))
         return tallies
 
-    def _spoken(self, encoder: FrozenEncoder, utterance: Utterance) -> text_probe.Spoken:
+    def _spoken(self, encoder: FrozenEncoder, utterance: Utterance) -> text_probe.UtteranceFeatures:
         inputs = self.inputs
         x_LFD = encoder.encode(inputs.waves(utterance))
         chosen = x_LFD[inputs.layers] if inputs.layers and len(x_LFD) > 1 else x_LFD
-        return text_probe.Spoken(chosen.half(), " ".join(utterance.text.lower().split()), utterance.speaker)
+        return text_probe.UtteranceFeatures(chosen.half(), " ".join(utterance.text.lower().split()), utterance.speaker)
 
     def supervised(self, encoder: FrozenEncoder) -> Tallies:
         """Trains the encoder's architecture from scratch on the training split; returns tallies by measure."""
@@ -164,17 +164,17 @@ class TaskEvaluation:
         frames = grid_frames(rate_hz, 10**9, len(labels))[known]
         return wave_T, frames, torch.tensor([inputs.classes[labels[cell]] for cell in known], dtype=torch.long)
 
-    def rows(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
+    def rows(self, encoders: Sequence[FrozenEncoder]) -> list[ResultRow]:
         """Scores the checkpoints, and the baselines of each architecture."""
         inputs = self.inputs
         if inputs.task.config.caveat:
             self.say(f"{self.name}: {inputs.task.config.caveat}")
         return self.verification(encoders) if inputs.kind == "pairs" else self.probes(encoders)
 
-    def probes(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
+    def probes(self, encoders: Sequence[FrozenEncoder]) -> list[ResultRow]:
         """Probes the checkpoints, and the baselines of each architecture."""
         inputs = self.inputs
-        rows: list[Row] = []
+        rows: list[ResultRow] = []
         log_mel: Tallies = {}
         if self.config.baselines:
             baseline = log_mel_with_context()
@@ -201,7 +201,7 @@ class TaskEvaluation:
         by_speaker = inputs.kind == "utterances" and inputs.task.config.label == ("speaker",)
         return rows + (self.verification(encoders) if by_speaker else [])
 
-    def verification(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
+    def verification(self, encoders: Sequence[FrozenEncoder]) -> list[ResultRow]:
         """Measures equal error rates: of the task's pairs, or on speakers of the data's splits valid and test."""
         inputs = self.inputs
         _, valid, test = inputs.parts
@@ -231,9 +231,9 @@ class TaskEvaluation:
 
     def unfitted(
         self, encoders: Sequence[FrozenEncoder], measure: Callable[[FrozenEncoder], intrinsic.Found], context: int
-    ) -> list[Row]:
+    ) -> list[ResultRow]:
         """Applies a measure without fitting to log-mel, random weights (mean over seeds) and the checkpoints."""
-        rows: list[Row] = []
+        rows: list[ResultRow] = []
         if self.config.baselines:
             baseline = log_mel_with_context(context)
             rows += self._found(baseline.name, [measure(baseline)])
@@ -245,12 +245,12 @@ class TaskEvaluation:
             rows += self._found(f"{encoder.name} (step {encoder.step})", [measure(encoder)])
         return rows
 
-    def _found(self, who: str, by_seed: Sequence[intrinsic.Found]) -> list[Row]:
+    def _found(self, who: str, by_seed: Sequence[intrinsic.Found]) -> list[ResultRow]:
         self.say(f"{self.name}: {who} measured")
         rows = []
         for same in zip(*by_seed, strict=True):
             means = np.mean([(i.value, i.low, i.high) for _, i in same], axis=0).tolist()
-            rows.append(Row(self.name, same[0][0], who, *means))
+            rows.append(ResultRow(self.name, same[0][0], who, *means))
         return rows
 
     def _report(self, who: str, tallies: Tallies) -> Tallies:
@@ -266,7 +266,7 @@ class TaskEvaluation:
         log_mel: Tallies,
         random: Tallies,
         supervised: Tallies,
-    ) -> list[Row]:
+    ) -> list[ResultRow]:
         rows = []
         for measure, by_seed in tallies.items():
             times = self.config.bootstrap
@@ -280,7 +280,7 @@ class TaskEvaluation:
                 base, reference = bootstrap(log_mel[measure], 100).value, bootstrap(supervised[measure], 100).value
                 retained = (own.value - base) / (reference - base) if reference > base else None
             rows.append(
-                Row(
+                ResultRow(
                     task=self.name,
                     measure=measure,
                     who=who,
@@ -294,7 +294,7 @@ class TaskEvaluation:
             )
         return rows
 
-    def measures(self, encoders: Sequence[FrozenEncoder]) -> list[Row]:
+    def measures(self, encoders: Sequence[FrozenEncoder]) -> list[ResultRow]:
         """Applies a label-free measure or ABX to every layer on the test split, for checkpoints and baselines."""
         inputs = self.inputs
 

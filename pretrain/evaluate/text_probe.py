@@ -18,7 +18,7 @@ from pretrain.recognition.error_rates import edits
 BLANK = 0
 
 
-class Spoken(NamedTuple):
+class UtteranceFeatures(NamedTuple):
     """Features and text of one utterance.  x_LFD: float16 features of every layer."""
 
     x_LFD: Tensor
@@ -53,7 +53,9 @@ class TextProbe(nn.Module):
         return "".join(self.symbols[at - 1] for at in kept_F.tolist() if at != BLANK)
 
 
-def fit_text(train: Sequence[Spoken], valid: Sequence[Spoken], config: TextProbeConfig, seed: int) -> TextProbe:
+def fit_text(
+    train: Sequence[UtteranceFeatures], valid: Sequence[UtteranceFeatures], config: TextProbeConfig, seed: int
+) -> TextProbe:
     """Fits a probe until the character errors of the validation speakers no longer fall.
 
     Args:
@@ -80,7 +82,7 @@ def fit_text(train: Sequence[Spoken], valid: Sequence[Spoken], config: TextProbe
     return probe
 
 
-def _loss(probe: TextProbe, batch: Sequence[Spoken]) -> Tensor:
+def _loss(probe: TextProbe, batch: Sequence[UtteranceFeatures]) -> Tensor:
     """Returns the mean CTC loss per symbol; texts longer than their frames count as 0."""
     total, symbols = torch.zeros(()), 0
     for spoken in batch:
@@ -93,13 +95,13 @@ def _loss(probe: TextProbe, batch: Sequence[Spoken]) -> Tensor:
     return total / max(1, symbols)
 
 
-def error_rate(probe: TextProbe, part: Sequence[Spoken]) -> float:
+def error_rate(probe: TextProbe, part: Sequence[UtteranceFeatures]) -> float:
     """Returns character errors / characters."""
     counts = np.array(edits([s.text for s in part], [probe.read(s.x_LFD) for s in part], by_words=False))
     return float(counts[:, 0].sum() / max(1, counts[:, 1].sum()))
 
 
-def counted(probe: TextProbe, part: Sequence[Spoken], by_words: bool) -> dict[str, tuple[float, float]]:
+def counted(probe: TextProbe, part: Sequence[UtteranceFeatures], by_words: bool) -> dict[str, tuple[float, float]]:
     """Returns errors and reference units of each speaker."""
     counts = edits([s.text for s in part], [probe.read(s.x_LFD) for s in part], by_words)
     sums: dict[str, np.ndarray] = {}

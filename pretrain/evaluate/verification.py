@@ -80,7 +80,7 @@ def pooled_cosines(encoder: FrozenEncoder, part: Sequence[Utterance], waves: Wav
     return unit_NLD
 
 
-def error_rates(
+def equal_error_rates(
     encoder: FrozenEncoder, part: Sequence[Utterance], trials: Trials, waves: Waves, times: int = 0, layer: int = -1
 ) -> list[Interval95]:
     """Returns the equal error rate of each layer with its interval over speakers.
@@ -142,7 +142,7 @@ def verification(
         raise ValueError("verification needs pairs of the same speaker and pairs of two; give more utterances of each")
     pairs = all_pairs(valid)
     if pairs.same_P.any() and not pairs.same_P.all():
-        best = int(np.argmin([rate.value for rate in error_rates(encoder, valid, pairs, waves)]))
+        best = int(np.argmin([rate.value for rate in equal_error_rates(encoder, valid, pairs, waves)]))
     else:
         best = len(encoder.encode(waves(test[0]))) - 1
-    return error_rates(encoder, test, trials=trials, waves=waves, times=times, layer=best)[0]
+    return equal_error_rates(encoder, test, trials=trials, waves=waves, times=times, layer=best)[0]

@@ -24,7 +24,7 @@ from pretrain.engines.base import add_sums, fitting
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.plain_torch import TorchEngine
 from pretrain.federated.config import DeviceConfig
-from pretrain.federated.messages import MODEL, Answer, Request, read_request
+from pretrain.federated.messages import MODEL, Answer, RoundRequest, read_request
 from pretrain.interfaces.frames import StepContext
 from pretrain.train_module import TrainPlan, build_model, open_run_reader
 
@@ -63,7 +63,7 @@ class DeviceEngine(TorchEngine):
         """Answers one request of the server.
 
         Args:
-            message: an encoded `Request`.
+            message: an encoded `RoundRequest`.
             device: this device's name.
             audio: its audio.
 
@@ -81,7 +81,7 @@ class DeviceEngine(TorchEngine):
         return make(request, device, audio).encoded()
 
     @torch.no_grad()
-    def _load(self, request: Request) -> None:
+    def _load(self, request: RoundRequest) -> None:
         """Copies the server's weights and buffers into the model; a request for counts has none."""
         if not request.tensors:
             return
@@ -90,16 +90,18 @@ class DeviceEngine(TorchEngine):
             tensor.data.copy_(fitting(request.tensors, MODEL + name, tensor.shape))
         self.module.forget()  # what a fit remembers of earlier weights
 
-    def _plans(self, request: Request, audio: DeviceAudio, number: int) -> tuple[list[Batch], list[TrainPlan], Tensor]:
+    def _plans(
+        self, request: RoundRequest, audio: DeviceAudio, number: int
+    ) -> tuple[list[Batch], list[TrainPlan], Tensor]:
         batches = [batch.to(self.world.device) for batch in audio.step(number)]
         plans = [self.module.prepare(batch, _context(request, number)) for batch in batches]
         return batches, plans, torch.stack([plan.counts_K for plan in plans]).sum(0)
 
-    def _counts(self, request: Request, device: str, audio: DeviceAudio) -> Answer:
+    def _counts(self, request: RoundRequest, device: str, audio: DeviceAudio) -> Answer:
         counts_K = self._plans(request, audio, request.step)[2]
         return request.answer(device, counts_K)
 
-    def _gradient(self, request: Request, device: str, audio: DeviceAudio) -> Answer:
+    def _gradient(self, request: RoundRequest, device: str, audio: DeviceAudio) -> Answer:
         """Sums the gradients of this device's micro-batches of the round (FedSGD, arXiv 1602.05629, §2)."""
         assert request.counts_K is not None
         batches, plans, counts_K = self._plans(request, audio, request.step)
@@ -108,7 +110,7 @@ class DeviceEngine(TorchEngine):
         self.optimizer.zero_grad()
         return request.answer(device, counts_K, loss=float(loss), update=update, totals=totals)
 
-    def _delta(self, request: Request, device: str, audio: DeviceAudio) -> Answer:
+    def _delta(self, request: RoundRequest, device: str, audio: DeviceAudio) -> Answer:
         """Takes local steps of gradient descent and returns the change of the weights.
 
         FedAvg (arXiv 1602.05629, algorithm 1), with FedProx's proximal term (arXiv 1812.06127, eq. 2) where
@@ -128,7 +130,7 @@ class DeviceEngine(TorchEngine):
         return request.answer(device, counts_K, loss=loss, update=update, totals=totals)
 
     @torch.no_grad()
-    def _descend(self, request: Request, before: dict[str, Tensor]) -> None:
+    def _descend(self, request: RoundRequest, before: dict[str, Tensor]) -> None:
         """Takes one step of gradient descent; clips the gradient as the run does."""
         pairs = [(name, parameter, _gradient_of(parameter)) for name, parameter in self._trained()]
         gradients = [gradient for _, _, gradient in pairs]
@@ -144,7 +146,7 @@ class DeviceEngine(TorchEngine):
         return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
 
-def _context(request: Request, number: int) -> StepContext:
+def _context(request: RoundRequest, number: int) -> StepContext:
     """Returns the keys of the draws: those of the round, and others in each further local step."""
     local = number - request.step * request.local_steps if request.kind == "delta" else 0
     return StepContext(keyed_seed(request.seed, local, "local step") if local else request.seed, request.step)

@@ -30,7 +30,7 @@ class RefusedError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class RoundRequest:
     """A request of the server to every device that takes part in a round."""
 
     run: str
@@ -135,7 +135,7 @@ def decode(message: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, fields
 
 
-def read_request(message: bytes) -> Request:
+def read_request(message: bytes) -> RoundRequest:
     """Decodes a request.
 
     Raises:
@@ -146,7 +146,7 @@ def read_request(message: bytes) -> Request:
         kind = fields["kind"]
         if kind not in ("counts", "gradient", "delta"):
             raise RefusedError(f"asks for {kind[:40]!r}, which is not known")
-        return Request(
+        return RoundRequest(
             run=fields["run"],
             kind=kind,  # type: ignore[arg-type]
             step=int(fields["step"]),
@@ -178,7 +178,7 @@ class Schema:
         values = sum(shape.numel() for shape in self.shapes.values())
         return 2 * 4 * values + 2**23
 
-    def read(self, message: bytes, sender: str, request: Request) -> Answer:
+    def read(self, message: bytes, sender: str, request: RoundRequest) -> Answer:
         """Decodes and checks an answer.
 
         Args:
@@ -222,7 +222,7 @@ class Schema:
         shapes = {} if kind == "counts" else self.shapes
         return {name: _take(tensors, UPDATE + name, shape, torch.float32) for name, shape in shapes.items()}
 
-    def _limit(self, update: Mapping[str, Tensor], counts_K: Tensor, request: Request) -> None:
+    def _limit(self, update: Mapping[str, Tensor], counts_K: Tensor, request: RoundRequest) -> None:
         norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in update.values()))
         if request.kind == "gradient" and request.counts_K is not None:
             norm *= float(request.counts_K.sum()) / max(1.0, float(counts_K.sum()))

@@ -17,7 +17,7 @@ from pretrain.config import Config, FederatedConfig
 from pretrain.engines.base import add_sums
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.plain_torch import TorchEngine
-from pretrain.federated.messages import MODEL, Answer, Kind, RefusedError, Request, Schema
+from pretrain.federated.messages import MODEL, Answer, Kind, RefusedError, RoundRequest, Schema
 from pretrain.federated.privacy import Privacy, Spent, ledger
 from pretrain.federated.transport import Devices
 from pretrain.interfaces.frames import StepContext
@@ -196,7 +196,7 @@ class FederatedEngine(TorchEngine):
         """Sends a request to devices and returns the answers that fit, in the order of their names."""
         self.on_phase("devices")
         settings = self.settings
-        request = Request(
+        request = RoundRequest(
             run=self._run,
             kind=kind,
             step=ctx.step,
@@ -230,7 +230,7 @@ class FederatedEngine(TorchEngine):
             self._note(ctx.step, name, refused.get(name, ABSENT))
         return [found[name] for name in sorted(found)]
 
-    def _read(self, device: str, message: bytes, error: str, names: Sequence[str], request: Request) -> Answer:
+    def _read(self, device: str, message: bytes, error: str, names: Sequence[str], request: RoundRequest) -> Answer:
         if device not in names:
             raise RefusedError("was not asked")
         if error:

@@ -69,7 +69,7 @@ class Config(HeadConfig):
         return self.sources
 
 
-class Bands(nn.Module):
+class BandMagnitudes(nn.Module):
     """Joins the bins of a spectrogram above a frequency, where voices have no separate harmonics, to bands of 500 Hz.
 
     Args:
@@ -134,7 +134,7 @@ class Separation(Head):
         super().__init__(config)
         self.config = config
         self.spectra = Spectra(config.window, config.hop)
-        self.bands = Bands(config.window, config.fine_hz)
+        self.bands = BandMagnitudes(config.window, config.fine_hz)
         bands, width = self.bands.number, 2 * config.hidden
         self.spectrum_in, self.frames_in = nn.Linear(bands, config.hidden), nn.Linear(shape.dim, config.hidden)
         self.norm = nn.LayerNorm(config.hidden)

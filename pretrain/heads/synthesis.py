@@ -28,7 +28,7 @@ from pretrain.models.synthesis.spectral_loss import SpectralLoss
 from pretrain.models.synthesis.synthesizer import (
     Controls,
     Recorded,
-    Spoken,
+    SynthesisOutput,
     Synthesizer,
     SynthesizerConfig,
     TokenValues,
@@ -155,7 +155,7 @@ class Synthesis(Head):
         mel, rows_B = mel._replace(lengths_B=mel.lengths_B.to(device)), plan.rows_B.to(device)
         styled_B = torch.tensor([draw.styled for draw in draws], device=device)
         style_BD = self.style(self.frames(encoded), styled_B)
-        spoken: Spoken = self.synthesizer(tokens_BN, tokens_B, style_BD, self._recorded(batch, mel))
+        spoken: SynthesisOutput = self.synthesizer(tokens_BN, tokens_B, style_BD, self._recorded(batch, mel))
         with full_precision(device):
             losses, metrics = self._losses(spoken, mel, tokens_B, ctx)
         made_BT = None
@@ -219,7 +219,7 @@ class Synthesis(Head):
         return Recorded(mel, octaves(labels_BF), labels_BF > 0)
 
     def _losses(
-        self, spoken: Spoken, mel: Frames, tokens_B: Tensor, ctx: StepContext
+        self, spoken: SynthesisOutput, mel: Frames, tokens_B: Tensor, ctx: StepContext
     ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Returns the losses of each row, per frame, and further metrics."""
         frames_B, least_B = mel.lengths_B, mel.lengths_B.clamp(min=1)
@@ -237,7 +237,7 @@ class Synthesis(Head):
         return losses, {"off_path": ((off_B * frames_B).sum(), frames_B.sum())}
 
     def _waveform(
-        self, wave_BT: Tensor, mel: Frames, predicted_BFD: Tensor, draws: list[Draws]
+        self, wave_BT: Tensor, mel: Frames, predicted_BFD: Tensor, draws: list[RowDraws]
     ) -> tuple[Tensor, Tensor]:
         """Returns the distance of the vocoder's audio from the recording, (B,), and the audio (B, T).
 
@@ -262,7 +262,7 @@ class Synthesis(Head):
         return distance_B, made_BT
 
 
-class Draws(NamedTuple):
+class RowDraws(NamedTuple):
     """One row: whether its voice is used, whether the vocoder reads the recording's mel, its first frame."""
 
     styled: bool
@@ -270,17 +270,17 @@ class Draws(NamedTuple):
     first: int
 
 
-EVALUATED = Draws(styled=True, copied=False, first=0)
+EVALUATED = RowDraws(styled=True, copied=False, first=0)
 """Values outside of training."""
 
 
-def _draw(batch: Batch, ctx: StepContext, frames: list[int], config: Config) -> list[Draws]:
+def _draw(batch: Batch, ctx: StepContext, frames: list[int], config: Config) -> list[RowDraws]:
     found = []
     for key, length in zip(batch.keys, frames, strict=True):
         rng = keyed_rng(ctx.seed, ctx.step, key, "synthesis")
         styled, copied, place = rng.random(3)
         first = int(place * (max(length - config.vocoder_frames, 0) + 1))
-        found.append(Draws(bool(styled >= config.style_drop), bool(copied < 0.5), first))
+        found.append(RowDraws(bool(styled >= config.style_drop), bool(copied < 0.5), first))
     return found
 
 
@@ -298,7 +298,7 @@ def _squared(values: TokenValues) -> Tensor:
 
 
 def _media(
-    wave_BT: Tensor, mel: Frames, mel_hop: int, spoken: Spoken, tokens_B: Tensor, made_BT: Tensor | None
+    wave_BT: Tensor, mel: Frames, mel_hop: int, spoken: SynthesisOutput, tokens_B: Tensor, made_BT: Tensor | None
 ) -> HeadMedia | None:
     """Shows the first row that counts; None where no row does."""
     if not bool((mel.lengths_B > 0).any()):

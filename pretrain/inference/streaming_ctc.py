@@ -15,9 +15,9 @@ from pretrain.interfaces.decoding import (
     DEFAULT_END_POINTS,
     AlignedSymbol,
     Candidate,
+    DecodedSegment,
     EndPoints,
     Prefix,
-    Segment,
     StreamingDecoder,
 )
 from pretrain.nn.text_targets import BLANK
@@ -108,7 +108,7 @@ class CTCDecoder(StreamingDecoder[CTCState]):
     def start(self, first: int = 0) -> CTCState:
         return CTCState(first, beams=None if self.search is None else Beams.start())
 
-    def finish(self, state: CTCState) -> list[Segment]:
+    def finish(self, state: CTCState) -> list[DecodedSegment]:
         if not state.symbols:
             return []
         frames_FV = np.stack(state.frames)
@@ -126,7 +126,7 @@ class CTCDecoder(StreamingDecoder[CTCState]):
             beams=None if self.search is None or state.beams is None else self.search.step(state.beams, frame),
         )
 
-    def cut(self, state: CTCState) -> tuple[CTCState, list[Segment]]:
+    def cut(self, state: CTCState) -> tuple[CTCState, list[DecodedSegment]]:
         cut = longest_pause(self.silent(np.stack(state.frames)))
         before, after = self.start(state.first), self.start(state.first + cut)
         for frame in state.frames[:cut]:

@@ -21,9 +21,9 @@ from pretrain.interfaces.decoding import (
     DEFAULT_END_POINTS,
     AlignedSymbol,
     Candidate,
+    DecodedSegment,
     EndPoints,
     Prefix,
-    Segment,
     StreamingDecoder,
 )
 from pretrain.interfaces.models import Joiner
@@ -135,7 +135,7 @@ class TransducerDecoder(StreamingDecoder[TransducerState]):
     def start(self, first: int = 0) -> TransducerState:
         return TransducerState(first)
 
-    def finish(self, state: TransducerState) -> list[Segment]:
+    def finish(self, state: TransducerState) -> list[DecodedSegment]:
         return [TransducerSegment(state.first, state.n_frames, state.hypotheses)] if state.symbols else []
 
     def step(self, state: TransducerState, frame: np.ndarray) -> TransducerState:
@@ -145,7 +145,7 @@ class TransducerDecoder(StreamingDecoder[TransducerState]):
         silent = n_frames - 1 - spoken[-1] if spoken else n_frames
         return state._replace(n_frames=n_frames, silent=silent, hypotheses=tuple(found))
 
-    def cut(self, state: TransducerState) -> tuple[TransducerState, list[Segment]]:
+    def cut(self, state: TransducerState) -> tuple[TransducerState, list[DecodedSegment]]:
         """Ends a segment in the longest pause of its best hypothesis, which alone goes on."""
         best = state.hypotheses[0]
         silent_F = np.ones(state.n_frames, bool)

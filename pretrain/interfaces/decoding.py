@@ -47,7 +47,7 @@ class EndPoints:
 DEFAULT_END_POINTS = EndPoints()
 
 
-class Segment(Protocol):
+class DecodedSegment(Protocol):
     """A part of a stream that has ended."""
 
     @property
@@ -66,7 +66,7 @@ class Segment(Protocol):
         """Returns the frames of each symbol of a candidate, counted from `first`."""
 
 
-class DecoderState(Protocol):
+class StreamDecoderState(Protocol):
     """State of one stream's decoder: the current segment."""
 
     @property
@@ -94,7 +94,7 @@ class DecoderState(Protocol):
         """Size of its numbers in bytes."""
 
 
-State = TypeVar("State", bound=DecoderState)
+State = TypeVar("State", bound=StreamDecoderState)
 
 
 class StreamingDecoder(abc.ABC, Generic[State]):
@@ -111,7 +111,7 @@ class StreamingDecoder(abc.ABC, Generic[State]):
         """Returns the state before a segment that begins at frame `first`."""
 
     @abc.abstractmethod
-    def finish(self, state: State) -> list[Segment]:
+    def finish(self, state: State) -> list[DecodedSegment]:
         """Returns the segment of a state, if it has symbols."""
 
     @abc.abstractmethod
@@ -119,12 +119,12 @@ class StreamingDecoder(abc.ABC, Generic[State]):
         """Decodes one more frame of the segment."""
 
     @abc.abstractmethod
-    def cut(self, state: State) -> tuple[State, list[Segment]]:
+    def cut(self, state: State) -> tuple[State, list[DecodedSegment]]:
         """Ends a segment in its longest pause; returns the state of the next one, which has the frames after it."""
 
-    def push(self, state: State, frames: np.ndarray) -> tuple[State, list[Segment]]:
+    def push(self, state: State, frames: np.ndarray) -> tuple[State, list[DecodedSegment]]:
         """Decodes further frames, (F, …); returns the new state and the segments with symbols that have ended."""
-        ended: list[Segment] = []
+        ended: list[DecodedSegment] = []
         for frame in frames:
             state = self.step(state, frame)
             if state.n_frames >= self.end_points.longest_seconds * self.rate_hz:

@@ -99,7 +99,7 @@ def export_graph(config: Config, model: SpeechModel, folder: Path, kind: GraphFo
     with new_folder(folder) as made:
         run = _made(features, made / FILES[kind], kind, config)
         error = gate(features, run)
-        require_close(error, kind, architecture(config))
+        require_close(error, kind, architecture_label(config))
         (made / "features.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return error
 
@@ -148,7 +148,7 @@ def _made(features: Features, file: Path, kind: GraphFormat, config: Config) -> 
         raise
     except Exception as error:  # exporters raise any type for what they cannot trace
         raise ConfigError(
-            f"{architecture(config)} cannot be exported as {kind}: {first_line(error)}. The run's checkpoint is "
+            f"{architecture_label(config)} cannot be exported as {kind}: {first_line(error)}. The run's checkpoint is "
             "unchanged"
         ) from None
 
@@ -211,7 +211,7 @@ def require(*packages: str) -> None:
         raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def architecture(config: Config) -> str:
+def architecture_label(config: Config) -> str:
     """Returns the fields that name a run's architecture, for messages."""
     encoder = config.encoder
     attention = f", encoder.attention={encoder.attention}" if isinstance(encoder, StackConfig) else ""

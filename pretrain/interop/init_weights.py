@@ -95,7 +95,7 @@ def require_same_architecture(config: Config) -> None:
         return
     checkpoint = find_checkpoint(config.init)
     if (checkpoint / "state.json").is_file():
-        _refuse_differences(config, architecture(load(Config, read_state(checkpoint)["config"])))
+        _refuse_differences(config, architecture_fields(load(Config, read_state(checkpoint)["config"])))
 
 
 def _is_run(folder: Path) -> bool:
@@ -107,7 +107,7 @@ def _from_run(config: Config, module: TrainModule, folder: Path) -> Taken:
     if dump(their_config.tune) != dump(config.tune):
         source, their_config, _ = merged(LoadedCheckpoint(source, their_config, step))
     theirs, ours = source.model.state_dict(), module.model.state_dict()
-    _refuse_differences(config, architecture(their_config))
+    _refuse_differences(config, architecture_fields(their_config))
     added = [name for name in ours if name not in theirs and is_added(name)]
     wrong = [
         name for name in ours if name not in added and (name not in theirs or theirs[name].shape != ours[name].shape)
@@ -212,7 +212,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def architecture(config: Config) -> dict[str, Any]:
+def architecture_fields(config: Config) -> dict[str, Any]:
     """Returns the fields of front end and encoder that must agree, by the names of their overrides."""
     return {
         f"{part}.{field}": value
@@ -223,7 +223,7 @@ def architecture(config: Config) -> dict[str, Any]:
 
 
 def hugging_face_architecture(theirs: Mapping[str, Any], processor: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns the fields of `architecture` from a Hugging Face config.json.
+    """Returns the fields of `architecture_fields` from a Hugging Face config.json.
 
     Fields that it leaves out have transformers' defaults, which are those of the released BASE models.
 
@@ -275,7 +275,7 @@ def hugging_face_architecture(theirs: Mapping[str, Any], processor: Mapping[str,
 
 
 def _refuse_differences(config: Config, theirs: Mapping[str, Any]) -> None:
-    ours = architecture(config)
+    ours = architecture_fields(config)
     # a front end or encoder of another type has other fields: report its name only
     kinds = {name.partition(".")[0] for name in ("frontend.name", "encoder.name") if ours[name] != theirs[name]}
     differing = [

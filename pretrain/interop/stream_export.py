@@ -30,7 +30,7 @@ from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.streaming import BlockMemory, EncoderState
 from pretrain.interop import stream_program
 from pretrain.interop.gate import require_close
-from pretrain.interop.graph_export import architecture, first_line, require
+from pretrain.interop.graph_export import architecture_label, first_line, require
 
 GRAPH, DESCRIPTION, PROGRAM = "stream.onnx", "stream.json", "run.py"
 CHECKED_STREAMS = 3
@@ -132,12 +132,12 @@ def export_stream(
             raise
         except Exception as error:  # the exporter raises any type for what it cannot trace
             raise ConfigError(
-                f"{architecture(config)} cannot be exported as onnx_stream: {first_line(error)}. The run's checkpoint "
-                "is unchanged"
+                f"{architecture_label(config)} cannot be exported as onnx_stream: {first_line(error)}. The run's "
+                "checkpoint is unchanged"
             ) from None
         description = described(config, step)
         difference = gate(step, made / GRAPH)
-        require_close(difference, "onnx_stream", architecture(config))
+        require_close(difference, "onnx_stream", architecture_label(config))
         (made / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         shutil.copy(stream_program.__file__, made / PROGRAM)
     return difference

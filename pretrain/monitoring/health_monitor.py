@@ -28,9 +28,9 @@ from pretrain.monitoring.batch_dump import MAX_KEPT, save_batches
 from pretrain.monitoring.detection import Check, Deviation, Silence
 from pretrain.monitoring.detectors import Finding
 from pretrain.monitoring.observation import (
-    Memory,
+    MonitoringState,
     UpdateObservation,
-    books_of,
+    code_counts,
     deviation_of,
     observe,
     pool,
@@ -78,7 +78,7 @@ class HealthMonitor:
 
     def _resume(self, healthy: Mapping[str, Any]) -> None:
         """Restores the state that a checkpoint contains."""
-        self._memory = Memory.load(healthy)
+        self._memory = MonitoringState.load(healthy)
         self._record = self._objective.monitoring()
         self._recent: deque[UpdateObservation] = deque(maxlen=self.settings.window)
         self._report: dict[str, float] = {}
@@ -143,7 +143,7 @@ class HealthMonitor:
             UnhealthyError: on every rank, if rank 0's policy refuses the targets.
         """
         if self._world.rank == 0:
-            books = books_of(self._record, metrics) if self._record.fixed_targets else ()
+            books = code_counts(self._record, metrics) if self._record.fixed_targets else ()
             inputs = self.stats.target_inputs() if self.stats else None
             silence = self._silence_of(signals)
             self._decide(0, detection.before_first_update(books, inputs, silence, self.settings))

@@ -36,7 +36,7 @@ def deviation_of(metrics: Mapping[str, NumpySum], name: str | None) -> float | N
     return float(total[0]) / count if count > 0 else None
 
 
-def books_of(record: MonitoringRecord, metrics: Mapping[str, NumpySum]) -> tuple[np.ndarray, ...]:
+def code_counts(record: MonitoringRecord, metrics: Mapping[str, NumpySum]) -> tuple[np.ndarray, ...]:
     """Returns the counts per code of each of the objective's books that was counted."""
     counted = [book for book in record.books if book.metric in metrics]
     return tuple(metrics[book.metric][0][book.first : book.first + book.size] for book in counted)
@@ -46,7 +46,7 @@ def chance_accuracy(record: MonitoringRecord, metrics: Mapping[str, NumpySum]) -
     """Returns the accuracy of guessing among each target's candidates, or else the share of the most frequent code."""
     if record.chance_accuracy is not None:
         return mean_of(metrics, record.chance_accuracy)
-    shares = [float(counts.max() / counts.sum()) for counts in books_of(record, metrics) if counts.sum() > 0]
+    shares = [float(counts.max() / counts.sum()) for counts in code_counts(record, metrics) if counts.sum() > 0]
     return float(np.mean(shares)) if shares else math.nan
 
 
@@ -96,7 +96,7 @@ def observe(
         accuracy=mean_of(result.metrics, record.accuracy),
         chance_loss=mean_of(result.metrics, record.chance_loss),
         chance_accuracy=mean_of(result.metrics, record.chance_accuracy),
-        books=books_of(record, result.metrics),
+        books=code_counts(record, result.metrics),
         samples=result.samples,
         seconds=seconds,
         waits=np.array(result.signals.wait_seconds),
@@ -164,7 +164,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 @dataclass
-class Memory:
+class MonitoringState:
     """Measurements that a resumed run needs; saved in the checkpoint as plain JSON."""
 
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=NORMS))
@@ -181,7 +181,7 @@ class Memory:
     """Updates in a row without a target, by task; the same on all ranks."""
 
     @classmethod
-    def load(cls, values: Mapping[str, Any]) -> Memory:
+    def load(cls, values: Mapping[str, Any]) -> MonitoringState:
         """Returns the memory of a checkpoint; fields that earlier versions did not save are empty."""
         return cls(
             deque(values.get("norms", []), NORMS),

@@ -43,11 +43,9 @@ class Config(ObjectiveConfig):
 
 
 @dataclass
-class MaskPlan(MaskedPlan):
-    mask: FrameMask
+class NoisePlan(MaskedPlan):
     noise_BFD: Tensor
     """Noise that replaces masked feature frames, (B, feature frames, feature_dim)."""
-    count: Tensor
 
 
 class BestRQ(Objective):
@@ -75,7 +73,7 @@ class BestRQ(Objective):
     def least_samples(self, frontend: Frontend) -> int:
         return max(super().least_samples(frontend), shortest_input(self.mel.lengths))
 
-    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> NoisePlan:
         def draw(length: int, rng: np.random.Generator) -> np.ndarray:
             return block_mask(length, self.config.mask_share, self.config.mask_block, rng)
 
@@ -87,7 +85,7 @@ class BestRQ(Objective):
             rng = keyed_rng(ctx.seed, ctx.step, key, "noise")
             noise_BFD[row, :length] = rng.standard_normal((length, self.feature_dim), dtype=np.float32)
         noise = torch.from_numpy(noise_BFD).to(batch.wave_BT.device, non_blocking=True)
-        return MaskPlan(mask, noise * self.config.noise_std, mask.count * self.config.codebooks)
+        return NoisePlan(mask, mask.count * self.config.codebooks, noise * self.config.noise_std)
 
     def forget(self) -> None:
         if self.fit is not None:
@@ -106,7 +104,7 @@ class BestRQ(Objective):
             self.fit.rows[batch.micro_batch] = masked_ND
         return masked_ND
 
-    def masked_features(self, features: Frames, plan: MaskPlan) -> Frames:
+    def masked_features(self, features: Frames, plan: NoisePlan) -> Frames:
         """Returns (B, F', feature_dim) features in which the frames of masked encoder frames are noise."""
         masked_BF = plan.mask.mask_BF.repeat_interleave(self.ratio, dim=1)
         masked_BF = F.pad(masked_BF, (0, features.x_BFD.shape[1] - masked_BF.shape[1]))
@@ -116,7 +114,7 @@ class BestRQ(Objective):
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
-        assert isinstance(plan, MaskPlan)
+        assert isinstance(plan, NoisePlan)
         features = model.extract(batch.wave_BT, batch.lengths_B)
         encoded: EncoderOutput = model.encoder(model.project(self.masked_features(features, plan)), ctx)
         masked_ND = encoded.final.x_BFD.flatten(0, 1)[plan.mask.flat_N]

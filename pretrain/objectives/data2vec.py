@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -16,7 +15,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
-from pretrain.self_supervision.masking import FrameMask, MaskedPlan, draw_span_mask
+from pretrain.self_supervision.masking import MaskedPlan, draw_span_mask
 from pretrain.self_supervision.teacher import (
     Teacher,
     all_but_positions,
@@ -36,12 +35,6 @@ class Config(ObjectiveConfig):
     ema_start: Annotated[float, about("EMA decay at the first update", ge=0, le=1)] = 0.999
     ema_end: Annotated[float, about("EMA decay after ema_steps updates", ge=0, le=1)] = 0.9999
     ema_steps: Annotated[int, about("updates over which the decay rises linearly", ge=1)] = 30_000
-
-
-@dataclass
-class MaskPlan(MaskedPlan):
-    mask: FrameMask
-    count: Tensor
 
 
 class Data2Vec(Objective):
@@ -64,14 +57,14 @@ class Data2Vec(Objective):
     def attach(self, model: SpeechModel) -> None:
         self.teacher = layer_teacher(model)
 
-    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskedPlan:
         mask = draw_span_mask(model.frontend, batch, ctx, self.config.mask_prob, self.config.mask_span)
-        return MaskPlan(mask, mask.count)
+        return MaskedPlan(mask, mask.count)
 
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
-        assert isinstance(plan, MaskPlan)
+        assert isinstance(plan, MaskedPlan)
         frames = model.project(model.extract(batch.wave_BT, batch.lengths_B))
         targets_ND = self.targets(frames).flatten(0, 1)[plan.mask.flat_N]
         x_BFD = torch.where(plan.mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)

@@ -69,7 +69,7 @@ class CopiesPlan(MicroBatchPlan):
     count: Tensor
 
 
-class Decoder(nn.Module):
+class ConvDecoder(nn.Module):
     """Decoder of §3.1: convolutions over all frames, each with a layer norm without weights and GELU.
 
     Residual connections from the second convolution on. Input and output are (B, F, dim).
@@ -107,7 +107,7 @@ class Data2Vec2(Objective):
         self.config, self.dim = config, shape.dim
         self.top_layers = min(config.top_layers, shape.n_layers)
         self.decoder_dropout = Dropout(config.decoder_dropout)
-        self.decoder = Decoder(shape.dim, config)
+        self.decoder = ConvDecoder(shape.dim, config)
         self.teacher: Teacher | None = None
 
     def attach(self, model: SpeechModel) -> None:

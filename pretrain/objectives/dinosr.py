@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -38,12 +37,6 @@ class Config(ObjectiveConfig):
     freeze_step: Annotated[int, about("the teacher is frozen from this update on; 0: never", ge=0)] = 200_000
 
 
-@dataclass
-class MaskPlan(MaskedPlan):
-    mask: FrameMask
-    count: Tensor
-
-
 class DinoSR(Objective):
     """Predicts the codes of several teacher layers from the student's last layer (eq. 3–6).
 
@@ -77,14 +70,14 @@ class DinoSR(Objective):
         self.new_sums_LVD.zero_()
         self.new_sizes_LV.zero_()
 
-    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskPlan:
+    def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MaskedPlan:
         mask = draw_span_mask(model.frontend, batch, ctx, self.config.mask_prob, self.config.mask_span)
-        return MaskPlan(mask, mask.count * self.top_layers)
+        return MaskedPlan(mask, mask.count * self.top_layers)
 
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
     ) -> tuple[LossOutput, EncoderOutput]:
-        assert isinstance(plan, MaskPlan)
+        assert isinstance(plan, MaskedPlan)
         frames = model.project(model.extract(batch.wave_BT, batch.lengths_B))
         labels_LN = self.labels(frames, plan.mask)
         x_BFD = torch.where(plan.mask.mask_BF[:, :, None], self.mask_embedding.to(frames.x_BFD.dtype), frames.x_BFD)

@@ -25,7 +25,7 @@ from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective
 from pretrain.nn.block_stack import BlockStack
 from pretrain.nn.gates import FASTER, Gated, HardConcreteGates
 from pretrain.nn.numerics import full_precision
-from pretrain.self_supervision.masking import FrameMask, MaskedPlan, draw_frame_mask, draw_span_mask
+from pretrain.self_supervision.masking import MaskedPlan, draw_frame_mask, draw_span_mask
 from pretrain.self_supervision.teacher import Teacher, deviation
 
 
@@ -68,11 +68,8 @@ class Config(ObjectiveConfig):
 
 @dataclass
 class DistilPlan(MaskedPlan):
-    """mask: frames hidden from the student.  flat_N: frames with a target, as indices into B·F."""
-
-    mask: FrameMask
     flat_N: Tensor
-    count: Tensor
+    """Frames with a target, as indices into B·F."""
 
 
 class Distil(Objective):
@@ -155,7 +152,7 @@ class Distil(Objective):
         # a row of one frame has no context to learn from, and no mask
         targets_BF = valid_frames(lengths_B, width, lengths_B.device) & (lengths_B > 1)[:, None]
         flat_N = targets_BF.flatten().nonzero()[:, 0].to(device, non_blocking=True)
-        return DistilPlan(mask, flat_N, torch.tensor(float(len(flat_N)), dtype=torch.float64))
+        return DistilPlan(mask, torch.tensor(float(len(flat_N)), dtype=torch.float64), flat_N)
 
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext

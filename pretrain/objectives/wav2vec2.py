@@ -25,7 +25,7 @@ from pretrain.self_supervision.contrastive import (
     nearest_units,
 )
 from pretrain.self_supervision.masked_prediction import feature_penalty
-from pretrain.self_supervision.masking import FrameMask, MaskedPlan, draw_negatives, draw_span_mask
+from pretrain.self_supervision.masking import MaskedPlan, draw_negatives, draw_span_mask
 from pretrain.self_supervision.quantizers import GumbelQuantizer, Quantized, perplexity
 from pretrain.self_supervision.teacher import deviation
 
@@ -53,10 +53,8 @@ class Config(ObjectiveConfig):
 
 @dataclass
 class ContrastivePlan(MaskedPlan):
-    mask: FrameMask
     negatives_BMK: Tensor
     """Negatives of each masked frame, as positions within M."""
-    count: Tensor
 
 
 class Wav2Vec2(Objective):
@@ -86,7 +84,7 @@ class Wav2Vec2(Objective):
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> ContrastivePlan:
         mask = draw_span_mask(model.frontend, batch, ctx, self.config.mask_prob, self.config.mask_span, least=2)
-        return ContrastivePlan(mask, draw_negatives(mask, batch.keys, ctx, self.config.negatives), mask.count)
+        return ContrastivePlan(mask, mask.count, draw_negatives(mask, batch.keys, ctx, self.config.negatives))
 
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext

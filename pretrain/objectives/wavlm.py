@@ -52,7 +52,7 @@ class WavLM(MaskedUnits):
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> MixturePlan:
         units = super().prepare(model, batch, ctx)
-        return MixturePlan(units.mask, units.labels_N, units.count, self.mix(batch, ctx))
+        return MixturePlan(units.mask, units.count, units.labels_N, self.mix(batch, ctx))
 
     def audio(self, batch: Batch, plan: MicroBatchPlan) -> Tensor:
         assert isinstance(plan, MixturePlan)

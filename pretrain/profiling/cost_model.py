@@ -84,7 +84,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class StepForecast:
     """One optimizer step on n GPUs. Bytes and seconds are per GPU and step."""
 
     gpus: int
@@ -222,7 +222,7 @@ def activation_bytes(measured: Measured, config: Config) -> float:
     return measured.kept_once + measured.activations.of(longest) * per_micro_batch / longest
 
 
-def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mfu: float) -> Forecast:
+def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mfu: float) -> StepForecast:
     """Forecasts a step. The audio per step is that of the recipe, for any number of GPUs.
 
     Args:
@@ -249,7 +249,7 @@ def forecast(measured: Measured, config: Config, cluster: Cluster, gpus: int, mf
     communication = sent / (link * 1e9)
     hidden = compute * backward / (forward + backward)
     exposed = max(0.0, communication - hidden)
-    return Forecast(
+    return StepForecast(
         gpus, seconds_each=seconds_each, compute=compute, communication=communication, exposed=exposed, sent=sent
     )
 

@@ -52,7 +52,7 @@ class Timings:
     noisy: str
 
 
-def measure(folders: Sequence[Path], seconds: float = 10.0, runs: int = 30, threads: int = 1) -> Timings:
+def measure_graphs(folders: Sequence[Path], seconds: float = 10.0, runs: int = 30, threads: int = 1) -> Timings:
     """Measures exported graphs, one run of each in turn.
 
     Args:

@@ -38,11 +38,11 @@ def measure(config: Config, device: str, devices: int) -> Utilisation | None:
     None if the peak is unknown: `engine.peak_tflops` sets that of a CPU or of a GPU that hardware.GPUS lacks.
     """
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    peak = peak_tflops(config.engine, name) * 1e12 * devices
+    peak = device_peak_tflops(config.engine, name) * 1e12 * devices
     return Utilisation(3 * forward_flop(config), peak) if peak else None
 
 
-def peak_tflops(engine: EngineConfig, device_name: str) -> float:
+def device_peak_tflops(engine: EngineConfig, device_name: str) -> float:
     """Returns the peak of one device in the engine's precision, in TFLOP/s; 0 if it is unknown."""
     if engine.peak_tflops:
         return engine.peak_tflops

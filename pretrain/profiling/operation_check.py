@@ -39,7 +39,7 @@ FRAMES = 16
 
 
 @dataclass(frozen=True)
-class Convolution:
+class TimeConvolution:
     """A convolution over time, computed by `time_conv`."""
 
     shape: ConvShape
@@ -103,7 +103,7 @@ class BatchedProduct:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionProduct:
     """Softmax attention without a mask."""
 
     heads: int
@@ -124,7 +124,7 @@ class Attention:
         return attend(0.25 * q_BHFC, k_BHFC, v_BHFC, None)  # small logits: a peaked softmax amplifies rounding
 
 
-Operation = Convolution | Product | BatchedProduct | Attention
+Operation = TimeConvolution | Product | BatchedProduct | AttentionProduct
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,13 @@ def operations(module: nn.Module) -> list[Operation]:
     found: dict[Operation, None] = {}
     for part in module.modules():
         if isinstance(part, TimeConv | ConvPositions):
-            found[Convolution(part.shape)] = None
+            found[TimeConvolution(part.shape)] = None
         elif isinstance(part, nn.Linear):
             found[Product(part.in_features, part.out_features)] = None
         elif isinstance(part, NormedConv):
             found[BatchedProduct(part.kernel, part.weight.shape[0])] = None
         elif isinstance(part, SelfAttention):
-            found[Attention(part.heads, part.head_dim)] = None
+            found[AttentionProduct(part.heads, part.head_dim)] = None
     return list(found)
 
 
@@ -198,19 +198,19 @@ def check_each(
         known: the cache file; default: `cache_file()`. Wrong operations are measured again each time.
     """
     known = cache_file() if known is None else known
-    prefix = f"{fingerprint(device)}/{_name(dtype)}/"
+    prefix = f"{device_fingerprint(device)}/{_name(dtype)}/"
     saved = dict(_read(known)) if known else {}
     results, fresh = [], {}
     for operation in found:
         key = f"{prefix}{operation}"
         result = _PROCESS.get(key) or _parsed(operation, saved.get(key))
         if result is None:
-            result = measure(operation, device, dtype)
+            result = check_operation(operation, device, dtype)
         if result.right and key not in saved:
             fresh[key] = [result.route, result.error, result.direct]
         if result.right:
             _PROCESS[key] = result
-        if isinstance(operation, Convolution):
+        if isinstance(operation, TimeConvolution):
             override_route(torch.device(device).type, dtype, operation.shape, result.route)
         results.append(result)
     if known and fresh:
@@ -221,9 +221,9 @@ def check_each(
 _PROCESS: dict[str, CheckResult] = {}
 
 
-def measure(operation: Operation, device: str, dtype: torch.dtype) -> CheckResult:
+def check_operation(operation: Operation, device: str, dtype: torch.dtype) -> CheckResult:
     """Compares an operation with fp32; tries the routes of a convolution in order until one is right."""
-    if not isinstance(operation, Convolution):
+    if not isinstance(operation, TimeConvolution):
         error = relative_error(operation, device, dtype)
         return CheckResult(operation, "direct", error, error, error <= TOLERANCE[dtype])
     kind, shape = torch.device(device).type, operation.shape
@@ -291,7 +291,7 @@ def noise(size: tuple[int, ...], start: int = 0) -> Tensor:
     return _pool().repeat(repeats)[start : start + n].view(size)
 
 
-def fingerprint(device: str) -> str:
+def device_fingerprint(device: str) -> str:
     """Returns a hash of torch's version, its kernels and the processor, for which results are valid."""
     if device.startswith("cuda"):
         part = f"{torch.cuda.get_device_name(device)} {torch.version.cuda} {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
@@ -344,17 +344,17 @@ def _write(file: Path, values: dict[str, object]) -> None:
 
 
 SAMPLE: tuple[Operation, ...] = (
-    Convolution(ConvShape(1, 512, 10, 5)),
-    Convolution(ConvShape(512, 512, 3, 2)),
-    Convolution(ConvShape(512, 512, 2, 2)),
-    Convolution(ConvShape(32, 32, 128, stride=1, padding=64, groups=4)),
-    Convolution(ConvShape(96, 96, 32, stride=1, padding=16, groups=16)),
-    Convolution(ConvShape(24, 24, 8, stride=1, padding=4, groups=4)),
-    Convolution(ConvShape(256, 256, 31, stride=1, padding=0, groups=256)),
-    Convolution(ConvShape(80, 256, 3, 2, 1)),
+    TimeConvolution(ConvShape(1, 512, 10, 5)),
+    TimeConvolution(ConvShape(512, 512, 3, 2)),
+    TimeConvolution(ConvShape(512, 512, 2, 2)),
+    TimeConvolution(ConvShape(32, 32, 128, stride=1, padding=64, groups=4)),
+    TimeConvolution(ConvShape(96, 96, 32, stride=1, padding=16, groups=16)),
+    TimeConvolution(ConvShape(24, 24, 8, stride=1, padding=4, groups=4)),
+    TimeConvolution(ConvShape(256, 256, 31, stride=1, padding=0, groups=256)),
+    TimeConvolution(ConvShape(80, 256, 3, 2, 1)),
     Product(256, 1024),
     BatchedProduct(10, 512),
-    Attention(8, 64),
+    AttentionProduct(8, 64),
 )
 """Operations of the shipped recipes, including small ones, that `auricle doctor` checks."""
 

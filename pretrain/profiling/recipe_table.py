@@ -70,7 +70,7 @@ class Recipe:
     """Whether it exports to Hugging Face."""
 
 
-def summarize(config: Config) -> Recipe:
+def recipe_row(config: Config) -> Recipe:
     """Builds the model of `config` without memory and counts parameters and operations."""
     with torch.device("meta"):
         module = build_model(config)

@@ -13,7 +13,7 @@ import torch
 from data_pipeline.core.schema import ConfigError
 from pretrain.heads.sequence import Sequence
 from pretrain.inference import rescoring
-from pretrain.interfaces.decoding import DecoderState, EndPoints, Prefix, Segment
+from pretrain.interfaces.decoding import DecodedSegment, EndPoints, Prefix, StreamDecoderState
 from pretrain.interfaces.frames import EncoderOutput
 from pretrain.interfaces.models import Memory
 from pretrain.interfaces.objectives import TextHead
@@ -27,7 +27,7 @@ class TextState(NamedTuple):
     decoder: the current segment.  memory_FM: its frames for the attention decoder, of all memories side by side.
     """
 
-    decoder: DecoderState
+    decoder: StreamDecoderState
     memory_FM: np.ndarray
 
     @property
@@ -109,7 +109,7 @@ class TextDecoder:
     def _memory_width(self) -> int:
         return sum(self.attention.memory_dims) if self.attention is not None else 0
 
-    def _words(self, segment: Segment, memory_FM: np.ndarray) -> list[Word]:
+    def _words(self, segment: DecodedSegment, memory_FM: np.ndarray) -> list[Word]:
         """Returns the words of a segment with times from the stream's start. memory_FM: from its first frame on."""
         symbols = segment.candidates[0].symbols
         if self.attention is not None:

@@ -95,7 +95,7 @@ def word_values(word: Word) -> dict[str, Any]:
     return {"word": word.text, "start": start, "end": end, "confidence": confidence}
 
 
-def write(transcript: Transcript, form: Format) -> str:
+def format_transcript(transcript: Transcript, form: Format) -> str:
     """Returns a transcript as the content of a file. Control characters in text and names are escaped."""
     return "".join(f"{line}\n" for line in _WRITERS[form](transcript))
 

@@ -28,7 +28,7 @@ from pretrain.retrieval.vectors import Vectors, VectorTable
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerInput:
     """A tower of the head, and what prepares its input. tokenizer: of a tower for texts.  image: side and channels."""
 
     name: str
@@ -43,7 +43,7 @@ class Embedder:
 
     model: SpeechModel
     head: JointEmbedding
-    towers: dict[str, Tower]
+    towers: dict[str, TowerInput]
     name: str
     """sha256 of the weights and name of the head."""
 
@@ -125,7 +125,7 @@ class Embedder:
     def _kinds(self) -> str:
         return ", ".join([SPEECH, *self.towers])
 
-    def _present(self, tower: Tower, value: object) -> bool:
+    def _present(self, tower: TowerInput, value: object) -> bool:
         data = self._batch_of(tower, [value])
         column = self.head.kinds.index(tower.name)
         return bool(self.head.present(data, data.lengths_B)[:, column].all())
@@ -146,7 +146,7 @@ class Embedder:
         wave_BT = pad_audio(wave_BT.to(self.device), self.model.frontend.least_samples())
         return self.head.embed_speech(self.model(wave_BT, lengths_B))
 
-    def _batch_of(self, tower: Tower, values: Sequence[object]) -> Batch:
+    def _batch_of(self, tower: TowerInput, values: Sequence[object]) -> Batch:
         """Returns tokens (N,) or pixels (C, H, W) as a batch without audio."""
         rows = len(values)
         data = Batch(torch.zeros(rows, 0), torch.zeros(rows, dtype=torch.int64), ("",) * rows, 0)
@@ -184,14 +184,14 @@ def open_embedder(given: str, head: str = "", device: str = "cpu") -> Embedder:
     )
 
 
-def _towers(config: Config, head: HeadConfig) -> dict[str, Tower]:
+def _towers(config: Config, head: HeadConfig) -> dict[str, TowerInput]:
     """Returns the towers for texts and images by the kind of piece; the first one of each."""
-    found: dict[str, Tower] = {}
+    found: dict[str, TowerInput] = {}
     for name, tower in sorted(head.towers.items()):
         for tokens in tower.embedding.needed_tokens:
             if tokens not in config.data.tokens:
                 raise ConfigError(f"data.tokens.{tokens}: the run's config names no folder, so texts have no tokens")
-            found.setdefault("text", Tower(name, load_tokenizer(config.data.tokens[tokens]), tokens))
+            found.setdefault("text", TowerInput(name, load_tokenizer(config.data.tokens[tokens]), tokens))
         if any(tower.embedding.image_shape):
-            found.setdefault("image", Tower(name, image=tower.embedding.image_shape))
+            found.setdefault("image", TowerInput(name, image=tower.embedding.image_shape))
     return found

@@ -21,7 +21,7 @@ POLICY: Final = "default-src 'none'; img-src data:; media-src data:; style-src '
 
 
 @dataclass(frozen=True)
-class Result:
+class SearchResult:
     """One result. piece: its content, or why it cannot be shown."""
 
     rank: int
@@ -31,7 +31,7 @@ class Result:
     piece: Piece | Unusable
 
 
-def page(query: Piece, results: Sequence[Result]) -> str:
+def page(query: Piece, results: Sequence[SearchResult]) -> str:
     """Returns the HTML of a query and its results. Names and texts are escaped."""
     cards = "\n".join(_card(result) for result in results)
     return (
@@ -43,7 +43,7 @@ def page(query: Piece, results: Sequence[Result]) -> str:
     )
 
 
-def _card(result: Result) -> str:
+def _card(result: SearchResult) -> str:
     share = max(0.0, min(1.0, result.score))
     return (
         f'<li class="{html_text(result.kind)}"><p class="head"><b>{result.rank}</b> {html_text(result.kind)} '

@@ -90,10 +90,8 @@ class MaskedUnitsConfig(ObjectiveConfig):
 
 @dataclass
 class UnitsPlan(MaskedPlan):
-    mask: FrameMask
     labels_N: Tensor | None
     """Units of the masked frames, −1 without a label; None: computed in the forward pass."""
-    count: Tensor
 
 
 class FoundUnits(NamedTuple):
@@ -177,7 +175,7 @@ class MaskedUnits(Objective):
         mask = draw_span_mask(model.frontend, batch, ctx, self.units_config.mask_prob, self.units_config.mask_span)
         name = self.units_config.labels
         if not name:
-            return UnitsPlan(mask, None, mask.count)
+            return UnitsPlan(mask, mask.count, None)
         if name not in batch.targets:
             raise ConfigError(
                 f"objective.labels={name!r}: the data has no such frame labels, only {sorted(batch.targets)}"
@@ -185,7 +183,7 @@ class MaskedUnits(Objective):
         ratio = rate_ratio(self.units_config.label_rate_hz, self.shape.rate_hz)
         labels_BF = pad_labels(batch.targets[name][:, ::ratio], frame_width(model.frontend, batch))
         labels_N = labels_BF.flatten()[mask.flat_N]
-        return UnitsPlan(mask, labels_N, (labels_N >= 0).sum().double())
+        return UnitsPlan(mask, (labels_N >= 0).sum().double(), labels_N)
 
     def audio(self, batch: Batch, plan: MicroBatchPlan) -> Tensor:
         """Returns the student's input, (B, T)."""

@@ -41,10 +41,12 @@ class FrameMask:
         return torch.tensor(float(len(self.flat_N)), dtype=torch.float64)
 
 
+@dataclass
 class MaskedPlan(MicroBatchPlan):
     """The draws of an objective that masks frames of each row once."""
 
     mask: FrameMask
+    count: Tensor
 
     @property
     def masked_BF(self) -> Tensor:

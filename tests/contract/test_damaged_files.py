@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from data_pipeline.core.schema import dump, load
 from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.labels.store import LabelSet, write_labels
+from data_pipeline.labels.store import LabelMetadata, write_labels
 from data_pipeline.sampling import catalog
 from data_pipeline.shards.local import ShardFiles, ShardSet
 from data_pipeline.shards.records import done_records
@@ -67,7 +67,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """Writes all inputs and trains one update on them."""
     folder = tmp_path_factory.mktemp("inputs")
     shards = write_shards(folder / "shards", [sounds([0.5 + i % 5 / 10 for i in range(30)])])
-    files, labels = ShardFiles(ShardSet(done_records(str(shards)))), LabelSet("k1", 50, 4)
+    files, labels = ShardFiles(ShardSet(done_records(str(shards)))), LabelMetadata("k1", 50, 4)
     labels.write(str(folder / "labels"))
     rows = [np.zeros(length // labels.hop, np.uint16) for length in files.index(0).n_samples]
     write_labels(str(folder / "labels"), files.records[0].shard, labels, files.index(0).keys, rows)

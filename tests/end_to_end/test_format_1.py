@@ -18,7 +18,7 @@ import soundfile
 
 from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.labels.kmeans import all_labelled
-from data_pipeline.labels.store import LabelSet
+from data_pipeline.labels.store import LabelMetadata
 from data_pipeline.loader.reader import open_reader
 from data_pipeline.sampling.config import DataConfig
 from launch import main
@@ -64,7 +64,7 @@ def test_shards_are_read(home: Path) -> None:
 
 
 def test_labels_are_read(home: Path) -> None:
-    labels = LabelSet.read("labels")
+    labels = LabelMetadata.read("labels")
     assert (labels.rate_hz, labels.classes) == (100, 4)
     assert all_labelled(TargetsConfig(shards="shards", out="labels", classes=4, fraction=1.0), "")
 

@@ -15,7 +15,7 @@ from launch.demo_corpus import synthesise
 from launch.exit_codes import ExitCode
 from launch.launchers import slurm
 from launch.runs.job_record import read_record
-from launch.workflows.pipeline import Step
+from launch.workflows.pipeline import PipelineStep
 from pretrain.checkpointing.locate import steps_done
 from tests.support.corpora import preprocess_here
 from tests.support.faults import mini_slurm
@@ -153,7 +153,7 @@ def test_preprocessing_on_ray_inside_an_allocation_then_pretraining(
     assert runs.state("chain/runs/preprocess") == "COMPLETED"
     assert "Ray on n" in (folder / "runs" / "preprocess" / "logs" / "slurm.log").read_text()
     by_hand = ("corpus=path", f"corpus.path={runs.base / 'speech'}", "min_shards=4", f"out={runs.base / 'by_hand'}")
-    preprocess_here(Step("preprocess", by_hand).job())
+    preprocess_here(PipelineStep("preprocess", by_hand).job())
     tars = [
         {tar.name: tar.read_bytes() for tar in out.glob("*.tar")} for out in (folder / "shards", runs.base / "by_hand")
     ]

@@ -160,9 +160,9 @@ def test_data2vec2(parity: Parity) -> None:
 def test_data2vec2_decoder_has_the_released_shape() -> None:
     """Four grouped convolutions of 7 taps, 384 channels and 16 groups, between layers of the encoder's 768 channels."""
     from pretrain.objectives.data2vec2 import Config as Shape
-    from pretrain.objectives.data2vec2 import Decoder
+    from pretrain.objectives.data2vec2 import ConvDecoder
 
-    shapes = [tuple(weight.shape) for weight in Decoder(768, Shape()).parameters() if weight.ndim > 1]
+    shapes = [tuple(weight.shape) for weight in ConvDecoder(768, Shape()).parameters() if weight.ndim > 1]
     assert shapes == [(384, 48, 7), *[(384, 24, 7)] * 3, (768, 384)]
 
 

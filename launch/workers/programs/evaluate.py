@@ -13,9 +13,9 @@ CONFIG = EvaluateConfig
 def work(config: EvaluateConfig) -> None:
     """Evaluates, prints the table, and writes it to `config.out` if that is set."""
     if config.follow:
-        from launch.workers.programs.following import follow
+        from launch.workers.programs.following import follow_checkpoints
 
-        follow(config)
+        follow_checkpoints(config)
         return
     from launch.cli.tables import show
     from pretrain.evaluate import page, report
@@ -39,10 +39,10 @@ def made_from(config: EvaluateConfig) -> dict[str, str]:
     """Returns fingerprints of the checkpoints' weights and of the tasks' data."""
     if config.follow:  # may start before the first checkpoint
         return {}
-    from pretrain.evaluate.task_data import fingerprint, inputs
+    from pretrain.evaluate.task_data import data_fingerprint, inputs
     from pretrain.interop.fingerprint import checkpoint_fingerprint
 
-    data = {f"data of {name}": fingerprint(Path(given).expanduser()) for name, given in inputs(config).items()}
+    data = {f"data of {name}": data_fingerprint(Path(given).expanduser()) for name, given in inputs(config).items()}
     return {**data, **checkpoint_fingerprint(config.checkpoint)}
 
 

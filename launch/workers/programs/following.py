@@ -30,7 +30,7 @@ class Saved(NamedTuple):
     folder: Path
 
 
-def follow(config: EvaluateConfig) -> None:
+def follow_checkpoints(config: EvaluateConfig) -> None:
     """Evaluates each checkpoint of a run, without baselines, until its last step or until the run ends.
 
     Checkpoints with results in RUN/evaluations.jsonl are not evaluated again.

@@ -67,7 +67,7 @@ class Clip(Embedding):
         if dim:
             raise ConfigError("an embedding clip encodes images itself; leave out the encoder of its tower")
         self.config = config
-        self.described = describe(config.folder)
+        self.described = read_description(config.folder)
         self.dim = self.described.dim
         self.register_buffer("sha256", torch.zeros(32, dtype=torch.uint8))
         self.sha256: Tensor
@@ -111,7 +111,7 @@ class Clip(Embedding):
         return self._loaded[0].to(device)
 
 
-def describe(folder: str) -> Described:
+def read_description(folder: str) -> Described:
     """Reads config.json of a folder; loads nothing.
 
     Raises:
@@ -152,7 +152,7 @@ def _load(folder: str, model: str, dim: int) -> nn.Module:
         loaded: nn.Module = getattr(transformers, model).from_pretrained(
             path, config=vision, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # `describe` has judged its config
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # `read_description` has judged its config
         raise DamagedFileError(
             f"embedding.folder={folder}: cannot be loaded ({error}); download the whole model again"
         ) from None

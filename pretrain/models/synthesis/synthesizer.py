@@ -65,7 +65,7 @@ class TokenValues(NamedTuple):
     known_BN: Tensor
 
 
-class Spoken(NamedTuple):
+class SynthesisOutput(NamedTuple):
     """Result of training's pass.
 
     mel_BFD: predicted frames, on the recording's time.  alignment_BFN: ln p(token | frame).  durations_BN: frames of
@@ -141,7 +141,7 @@ class Synthesizer(nn.Module):
         self.out = nn.Linear(dim, mel.dim)
         self.vocoder = ISTFTVocoder(config.vocoder, mel) if config.vocoder is not None else None
 
-    def forward(self, tokens_BN: Tensor, tokens_B: Tensor, style_BD: Tensor, recorded: Recorded) -> Spoken:
+    def forward(self, tokens_BN: Tensor, tokens_B: Tensor, style_BD: Tensor, recorded: Recorded) -> SynthesisOutput:
         """Predicts the mel frames of recordings, on their time, from tokens and the recordings' pitch and energy.
 
         Args:
@@ -168,7 +168,7 @@ class Synthesizer(nn.Module):
             pitch = TokenValues(self.pitch(x_BND, valid_BN), pitch_BN, voiced_BN & valid_BN)
         x_BND = self._with_values(x_BND, valid_BN, energy_BN, pitch_BN)
         frames_BFD = self.decoder(regulate(x_BND, durations_BN, mel_BFD.shape[1]), valid_BF)
-        return Spoken(
+        return SynthesisOutput(
             masked(self.out(frames_BFD).float(), valid_BF),
             alignment_BFN=alignment_BFN,
             durations_BN=durations_BN,

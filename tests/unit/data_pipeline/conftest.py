@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_pipeline.core.ray_tasks import RayConfig, cluster
+from data_pipeline.core.ray_tasks import RayClusterConfig, cluster
 
 
 @pytest.fixture(scope="package")
 def local_ray() -> Iterator[None]:
     """Starts a local Ray with two workers; `preprocess` uses it instead of starting its own."""
-    with cluster(RayConfig(num_cpus=2)):
+    with cluster(RayClusterConfig(num_cpus=2)):
         yield

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launch import diagnostics, main
-from launch.diagnostics import Finding
+from launch.diagnostics import Diagnosis
 from launch.exit_codes import ExitCode
 
 
@@ -36,7 +36,7 @@ def test_each_missing_requirement_is_reported_with_a_remedy(tmp_path: Path, monk
     monkeypatch.setattr(metadata, "version", gone)
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    findings = list(diagnostics.examine(tmp_path / "runs"))
+    findings = list(diagnostics.diagnose(tmp_path / "runs"))
     lacking = {finding.topic for finding in findings if finding.verdict != "ok"}
     assert {"deepspeed", "ray", "FFmpeg", "SLURM", "g++", "ninja", "transformers"} <= lacking
     assert all(finding.remedy for finding in findings if finding.verdict != "ok")
@@ -45,11 +45,11 @@ def test_each_missing_requirement_is_reported_with_a_remedy(tmp_path: Path, monk
 def test_a_missing_required_package_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def examine(folder: Path) -> Iterator[Finding]:
-        yield Finding("deepspeed", "missing", "not installed", "make setup")
-        yield Finding("GPU", "missing", "none", "buy one", needed=False)
+    def diagnose(folder: Path) -> Iterator[Diagnosis]:
+        yield Diagnosis("deepspeed", "missing", "not installed", "make setup")
+        yield Diagnosis("GPU", "missing", "none", "buy one", needed=False)
 
-    monkeypatch.setattr("launch.diagnostics.examine", examine)
+    monkeypatch.setattr("launch.diagnostics.diagnose", diagnose)
     assert main.main(["doctor"]) == ExitCode.FAILED
     said = capsys.readouterr().out
     assert "not ready: deepspeed\n" in said
@@ -61,7 +61,7 @@ def test_a_check_that_raises_is_reported_as_a_finding(tmp_path: Path, monkeypatc
         raise RuntimeError("no /proc here")
 
     monkeypatch.setattr(diagnostics, "_resources", broken)
-    last = list(diagnostics.examine(tmp_path))[-1]
+    last = list(diagnostics.diagnose(tmp_path))[-1]
     assert last.verdict == "broken"
     assert "no /proc here" in last.found
 
@@ -74,7 +74,7 @@ def test_outside_the_checkout_no_remedy_names_a_distribution_that_no_index_has(
 
     monkeypatch.setattr(diagnostics, "_operations", broken)
     monkeypatch.setattr(diagnostics, "CHECKOUT", tmp_path)
-    found = list(diagnostics.examine(tmp_path))
+    found = list(diagnostics.diagnose(tmp_path))
     [remedy] = [finding.remedy for finding in found if "no /proc here" in finding.found]
     assert "install it again from where you got it" in remedy
     assert not [finding for finding in found if re.search(r"pip install .*\bauricle\b", finding.remedy)]

@@ -14,7 +14,7 @@ from data_pipeline.audio.augmentation import AugmentConfig, Augmenter, mixed_par
 from data_pipeline.audio.transforms import add_noise, change_speed, repeat_to_length, reverberate
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.core.types import SAMPLE_RATE, Batch, Step
-from data_pipeline.labels.store import LabelSet, write_labels
+from data_pipeline.labels.store import LabelMetadata, write_labels
 from data_pipeline.loader.reader import open_reader
 from data_pipeline.loader.streaming import StreamReader
 from data_pipeline.sampling.config import DataConfig
@@ -192,11 +192,11 @@ def test_invalid_augmentation_configs_are_rejected(tmp_path: Path) -> None:
         Augmenter(AugmentConfig(mix_least_share=0.7))
 
 
-def write_units(root: Path, corpus: Path, artefact: str = "k1") -> LabelSet:
+def write_units(root: Path, corpus: Path, artefact: str = "k1") -> LabelMetadata:
     """Writes labels that equal the index of their frame in the segment."""
     import pyarrow.parquet as pq
 
-    labels = LabelSet(artefact, 50, 200)
+    labels = LabelMetadata(artefact, 50, 200)
     labels.write(str(root))
     for index in sorted(corpus.glob("*.parquet")):
         table = pq.read_table(index)

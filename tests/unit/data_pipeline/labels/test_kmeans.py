@@ -13,7 +13,7 @@ from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.labels import kmeans
 from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.labels.features import kaldi_mfcc
-from data_pipeline.labels.store import LabelSet
+from data_pipeline.labels.store import LabelMetadata
 from data_pipeline.shards.records import done_records, read_index
 from pretrain.interop.fingerprint import checkpoint_fingerprint
 from tests.support.corpora import preprocess_here
@@ -59,7 +59,7 @@ def test_inertia_matches_scikit_learn_and_a_resume_gives_the_same_centres(shards
     mine = kmeans.assign(frames, centres)[1].mean()
     assert mine <= 1.01 * theirs.inertia_ / len(frames)
     assert all(a >= b for a, b in zip(summary.inertia, summary.inertia[1:], strict=False))
-    assert LabelSet.read(str(tmp_path / "labels")).classes == 8
+    assert LabelMetadata.read(str(tmp_path / "labels")).classes == 8
     keys = [row for record in done_records(str(shards)) for row in read_index(str(shards), record)["key"].to_pylist()]
     labels = labels_of(tmp_path / "labels")
     assert sorted(labels) == sorted(keys)

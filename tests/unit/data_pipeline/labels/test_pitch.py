@@ -7,21 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.core.ray_tasks import RayConfig
+from data_pipeline.core.ray_tasks import RayClusterConfig
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.labels import pitch
 from data_pipeline.labels.config import TargetsConfig
 from data_pipeline.labels.pitch_targets import label_pitch
-from data_pipeline.labels.store import LabelSet, file_name
+from data_pipeline.labels.store import LabelMetadata, file_name
 from data_pipeline.shards.records import done_records
 from tests.support.tiny_shards import sounds, write_shards
 
 
 def test_labels_are_steps_of_a_24th_octave() -> None:
     hertz = np.array([50.0, 100.0, 200.0, 101.0, 30.0, 9_000.0])
-    labels = pitch.labels_of(hertz, np.array([True] * 6))
+    labels = pitch.labels_from_f0(hertz, np.array([True] * 6))
     assert labels.tolist() == [1, 25, 49, 25, 1, pitch.CLASSES - 1]
-    assert pitch.labels_of(hertz, np.zeros(6, bool)).tolist() == [0] * 6
+    assert pitch.labels_from_f0(hertz, np.zeros(6, bool)).tolist() == [0] * 6
 
 
 def test_tones_have_their_pitch_and_silence_none() -> None:
@@ -31,7 +31,7 @@ def test_tones_have_their_pitch_and_silence_none() -> None:
     wave = np.concatenate([0.2 * tone, np.zeros(8_000)]).astype(np.float32)
     labels = pitch.pitch_labels()(wave[:-7])
     assert len(labels) == 150
-    wanted = int(pitch.labels_of(np.array([150.0]), np.array([True]))[0])
+    wanted = int(pitch.labels_from_f0(np.array([150.0]), np.array([True]))[0])
     assert np.abs(labels[10:90].astype(int) - wanted).max() <= 1
     assert (labels[110:] == 0).all()
     assert len(pitch.pitch_labels()(np.zeros(0, np.float32))) == 0
@@ -41,9 +41,9 @@ def test_a_shard_is_labelled_once(tmp_path: Path) -> None:
     pytest.importorskip("swift_f0")
     write_shards(tmp_path / "shards", [sounds([0.5, 0.3])])
     config = TargetsConfig(
-        shards=str(tmp_path / "shards"), out=str(tmp_path / "out"), features="pitch", ray=RayConfig()
+        shards=str(tmp_path / "shards"), out=str(tmp_path / "out"), features="pitch", ray=RayClusterConfig()
     )
-    labels = LabelSet(pitch.artefact(), pitch.RATE_HZ, pitch.CLASSES)
+    labels = LabelMetadata(pitch.artefact(), pitch.RATE_HZ, pitch.CLASSES)
     (tmp_path / "out").mkdir()
     (record, *_) = done_records(config.shards)
     frames, voiced = label_pitch(config, record, labels)

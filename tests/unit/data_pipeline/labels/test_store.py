@@ -16,7 +16,7 @@ from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.labels.kmeans import require_same_settings
-from data_pipeline.labels.store import FrameLabels, LabelSet, file_name, write_labels
+from data_pipeline.labels.store import LabelMetadata, LabelReader, file_name, write_labels
 from data_pipeline.shards.local import ShardError, ShardFiles, ShardSet
 from data_pipeline.shards.records import done_records
 from tests.support.tiny_shards import sounds, write_shards
@@ -30,7 +30,7 @@ def test_damaged_json_of_a_label_folder_is_no_config_error(tmp_path: Path, conte
     (tmp_path / "labels.json").write_bytes(content)
     (tmp_path / "targets.json").write_bytes(content)
     with pytest.raises(DamagedFileError, match=rf"{tmp_path}/labels\.json: .*run `auricle targets` again"):
-        LabelSet.read(str(tmp_path))
+        LabelMetadata.read(str(tmp_path))
     with pytest.raises(DamagedFileError, match=rf"{tmp_path}/targets\.json: .*give the command again"):
         require_same_settings(FileStore(str(tmp_path)), {"classes": 3})
 
@@ -58,15 +58,15 @@ def test_a_wrong_field_of_labels_json_is_a_config_error_that_names_it(
 ) -> None:
     (tmp_path / "labels.json").write_text(json.dumps(GOOD | change))
     with pytest.raises(ConfigError, match=rf"labels\.json: {named}"):
-        LabelSet.read(str(tmp_path))
+        LabelMetadata.read(str(tmp_path))
 
 
 def test_a_missing_file_or_field_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run `auricle targets`"):
-        LabelSet.read(str(tmp_path))
+        LabelMetadata.read(str(tmp_path))
     (tmp_path / "labels.json").write_text(json.dumps({"artefact": "k1", "rate_hz": 50}))
     with pytest.raises(ConfigError, match="classes=None must be"):
-        LabelSet.read(str(tmp_path))
+        LabelMetadata.read(str(tmp_path))
 
 
 def _parquet(keys: Any, labels: Any, artefact: bytes = b"k1") -> bytes:
@@ -80,9 +80,9 @@ def test_damaged_labels_of_a_shard_name_the_shard(tmp_path: Path) -> None:
     root, out = write_shards(tmp_path / "set", [sounds([0.5, 0.5])]), tmp_path / "labels"
     files = ShardFiles(ShardSet(done_records(str(root))))
     shard, index = files.records[0].shard, files.index(0)
-    LabelSet(**GOOD).write(str(out))
-    write_labels(str(out), shard, LabelSet(**GOOD), index.keys, [np.full(25, 2)] * 2)
-    assert FrameLabels(str(out), 1).of(shard, index, 1, 0, 8000).tolist() == [2] * 25
+    LabelMetadata(**GOOD).write(str(out))
+    write_labels(str(out), shard, LabelMetadata(**GOOD), index.keys, [np.full(25, 2)] * 2)
+    assert LabelReader(str(out), 1).of(shard, index, 1, 0, 8000).tolist() == [2] * 25
     good = pa.array([[0, 1], [2]], pa.list_(pa.uint16()))
     for content in (
         b"PAR1",
@@ -99,5 +99,5 @@ def test_damaged_labels_of_a_shard_name_the_shard(tmp_path: Path) -> None:
     ):
         (out / file_name(shard)).write_bytes(content)
         with pytest.raises(ShardError, match=f"{shard}: its labels"):
-            FrameLabels(str(out), 1).of(shard, index, 0, 0, 8000)
+            LabelReader(str(out), 1).of(shard, index, 0, 0, 8000)
     files.close()

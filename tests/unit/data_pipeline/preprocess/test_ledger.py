@@ -21,7 +21,7 @@ from data_pipeline.corpora.records import Reject
 from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.job import preprocess
 from data_pipeline.preprocess.ledger import balance
-from data_pipeline.preprocess.plan_file import Dropped, WorkUnit, write_table
+from data_pipeline.preprocess.plan_file import Dropped, WorkUnit, write_unit_table
 from data_pipeline.preprocess.summary import Summary
 from data_pipeline.preprocess.verify import verify
 from data_pipeline.preprocess.work_plan import WorkPlan, read_plan
@@ -232,7 +232,7 @@ def test_names_in_records_and_plans_cannot_escape_the_data_set(tmp_path: Path) -
 def test_a_plan_cannot_refer_to_other_folders(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path))
     for unit, folder in (("0" * 16, "../x"), ("../x", ""), ("0" * 15, ""), ("0" * 16, "/etc")):
-        content = write_table([WorkUnit(unit, (AudioFile("a", "a", "c"),), folder)], [])
+        content = write_unit_table([WorkUnit(unit, (AudioFile("a", "a", "c"),), folder)], [])
         sha256 = hashlib.sha256(content).hexdigest()
         store.replace(f"_plan/{sha256[:16]}.parquet", content)
         store.replace("_plan/0000.sha256", sha256.encode())

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from data_pipeline.audio import codecs, vad
-from data_pipeline.audio.quality import FilterConfig, measure, normalised, reject_reason
+from data_pipeline.audio.quality import FilterConfig, measure_quality, normalised, reject_reason
 from data_pipeline.audio.vad import VadConfig
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.preprocess.config import PreprocessConfig
@@ -81,15 +81,15 @@ def test_each_filter_reports_its_reason() -> None:
         "clipped": np.clip(good * 20, -1, 1),
         "low_snr": noise,
     }
-    assert {reason: reject_reason(measure(wave, 16_000), config) for reason, wave in named.items()} == {
+    assert {reason: reject_reason(measure_quality(wave, 16_000), config) for reason, wave in named.items()} == {
         reason: reason for reason in named
     }
-    assert reject_reason(measure(np.zeros(32_000, np.float32), 16_000), config) == "silence"
+    assert reject_reason(measure_quality(np.zeros(32_000, np.float32), 16_000), config) == "silence"
 
 
 def test_estimated_snr_increases_with_the_true_snr() -> None:
     signal, noise = sound("signal", 4.0), np.random.default_rng(1).standard_normal(64_000).astype(np.float32)
-    estimates = [measure(signal + scale * noise, 16_000).snr_db for scale in (0.1, 0.03, 0.01, 0.003)]
+    estimates = [measure_quality(signal + scale * noise, 16_000).snr_db for scale in (0.1, 0.03, 0.01, 0.003)]
     assert estimates == sorted(estimates)
     true = 10 * np.log10(np.square(signal[:6000]).mean() / 0.01**2)
     assert estimates[2] == pytest.approx(true, abs=3)
@@ -97,11 +97,11 @@ def test_estimated_snr_increases_with_the_true_snr() -> None:
 
 def test_loudness_reaches_the_target_but_never_clips() -> None:
     quiet = 0.01 * sound("quiet", 2.0)
-    wave, gain = normalised(quiet, measure(quiet, 16_000), -26.0)
-    assert measure(wave, 16_000).level_dbfs == pytest.approx(-26.0, abs=0.1)
+    wave, gain = normalised(quiet, measure_quality(quiet, 16_000), -26.0)
+    assert measure_quality(wave, 16_000).level_dbfs == pytest.approx(-26.0, abs=0.1)
     assert gain > 0
     quiet[5] = 0.9
-    wave, gain = normalised(quiet, measure(quiet, 16_000), -3.0)
+    wave, gain = normalised(quiet, measure_quality(quiet, 16_000), -3.0)
     assert np.abs(wave).max() == pytest.approx(0.99, abs=1e-3)
 
 
@@ -148,4 +148,4 @@ def test_weights_and_loudness_reach_the_index(tmp_path: Path) -> None:
     row = read_index(str(tmp_path / "out"), record).to_pylist()[0]
     tar = (tmp_path / "out" / record.shard).read_bytes()
     wave, _ = soundfile.read(io.BytesIO(tar[row["payload_offset"] :][: row["payload_size"]]), dtype="float32")
-    assert measure(wave, 16_000).level_dbfs == pytest.approx(-26.0, abs=0.1)
+    assert measure_quality(wave, 16_000).level_dbfs == pytest.approx(-26.0, abs=0.1)

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.sampling.plan import make_plan
-from data_pipeline.sampling.summary import describe, to_text
+from data_pipeline.sampling.summary import describe_plan, to_text
 from pretrain.profiling.memory_caps import find_caps, most_rows
 from tests.support.catalogs import catalogue_of, random_shards, reader_config
 
@@ -15,7 +15,7 @@ def test_description_agrees_with_the_steps() -> None:
     groups = [[i % 2 for i in range(80)] for _ in range(6)]
     config = reader_config(min_seconds=1.0, max_seconds=12.0)
     plan = make_plan(catalogue_of(random_shards(1, 6, 80), groups, 2), config, 0)
-    report = describe(plan, config, world=2)
+    report = describe_plan(plan, config, world=2)
     steps = [plan.step(0, g) for g in range(plan.layout(0).steps)]
     samples = sum(micro.samples for step in steps for micro in step)
     padded = sum(micro.padded_samples for step in steps for micro in step)
@@ -35,7 +35,7 @@ def test_mixed_hours_equal_those_of_the_epoch() -> None:
     groups = [[int(i >= 72) for i in range(80)] for _ in range(6)]
     config = reader_config(mix_alpha=0.5)
     plan = make_plan(catalogue_of(random_shards(1, 6, 80, low=4, high=15), groups, 2), config, 0)
-    report = describe(plan, config)
+    report = describe_plan(plan, config)
     large, small = report.groups
     assert large.epoch_hours == pytest.approx(large.hours)
     assert small.epoch_hours / large.epoch_hours == pytest.approx((small.hours / large.hours) ** 0.5, rel=0.01)

@@ -9,7 +9,7 @@ import pytest
 
 from launch.cli.tables import PIPED_WIDTH, console, show, table
 from pretrain.evaluate import report
-from pretrain.evaluate.rows import Row
+from pretrain.evaluate.rows import ResultRow
 
 
 class Terminal(io.StringIO):
@@ -63,5 +63,5 @@ def test_columns_that_users_copy_from_are_wrapped(monkeypatch: pytest.MonkeyPatc
 def test_results_of_an_evaluation_keep_the_names_of_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     shown = Terminal()
-    console(shown).print(report.table([Row(task="phones", measure="accuracy", who="Q" * 70, value=0.5)]))
+    console(shown).print(report.table([ResultRow(task="phones", measure="accuracy", who="Q" * 70, value=0.5)]))
     assert shown.getvalue().count("Q") == 70

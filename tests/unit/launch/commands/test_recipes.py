@@ -19,7 +19,7 @@ def test_an_unpublished_figure_is_shown_as_none(
     def counted(config: Config) -> recipe_table.Recipe:
         return recipe_table.Recipe(config.name, 1_000_000, 50.0, 1.0, 1, 1.0, published, True)
 
-    monkeypatch.setattr(recipe_table, "summarize", counted)
+    monkeypatch.setattr(recipe_table, "recipe_row", counted)
     monkeypatch.setattr("launch.cli.tables.PIPED_WIDTH", 80)
     assert recipes.run([name]) == 0
     said = capsys.readouterr().out

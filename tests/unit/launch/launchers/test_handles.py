@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.core.ray_tasks import RayConfig as Cluster
-from data_pipeline.core.ray_tasks import keep_token_private, require_answer
+from data_pipeline.core.ray_tasks import RayClusterConfig, keep_token_private, require_answer
 from data_pipeline.core.schema import ConfigError, load
 from launch.config import RayConfig, SlurmConfig, TargetsJob
 from launch.exit_codes import ExitCode
@@ -88,7 +87,7 @@ def test_a_dependency_must_be_a_job_id(kind: type[Any], after: str) -> None:
     ["evilmod://x", "evilmod://h:1", "os", "ray://", "ray://evil://h:1", "file:///x", "h:1/x", "ray:h:1", " auto"],
 )
 def test_addresses_that_make_ray_import_a_module_are_refused(address: str) -> None:
-    for kind, field in ((Cluster, "address"), (RayConfig, "address"), (RayConfig, "dashboard")):
+    for kind, field in ((RayClusterConfig, "address"), (RayConfig, "address"), (RayConfig, "dashboard")):
         with pytest.raises(ConfigError, match=field):
             load(kind, {field: address})
     for dashboard in ("ftp://h:1", "http://", "http://h:1?x=y", "http://u:p@h:1"):
@@ -98,7 +97,11 @@ def test_addresses_that_make_ray_import_a_module_are_refused(address: str) -> No
 
 def test_cluster_addresses_are_accepted() -> None:
     for address in ("", "auto", "local", "10.0.0.1:6379", "head-1.cluster:6379", "[fe80::1]:6379", "ray://head:10001"):
-        assert load(Cluster, {"address": address}).address == load(RayConfig, {"address": address}).address == address
+        assert (
+            load(RayClusterConfig, {"address": address}).address
+            == load(RayConfig, {"address": address}).address
+            == address
+        )
     for dashboard in ("", "http://127.0.0.1:8265", "https://ray.example.org", "http://head:8265/", "https://h/ray/x"):
         assert load(RayConfig, {"dashboard": dashboard}).dashboard == dashboard
 

@@ -21,7 +21,7 @@ from launch.exit_codes import ExitCode
 from launch.launchers.local import LocalSubmitter, failure_report
 from launch.launchers.process_guard import LEAST_GRACE, grace_seconds
 from launch.launchers.processes import find_process
-from launch.workflows.attended_run import attend
+from launch.workflows.attended_run import run_attended
 from pretrain.checkpointing.locate import steps_done
 from tests.support.paths import ROOT
 
@@ -53,7 +53,7 @@ def alive(pid_file: Path) -> bool:
 
 
 def test_two_ranks_under_deepspeed(tmp_path: Path, submit: Callable[..., LocalSubmitter]) -> None:
-    assert attend(submit("finish"), tmp_path, 5, LocalConfig(processes=2)) == 0
+    assert run_attended(submit("finish"), tmp_path, 5, LocalConfig(processes=2)) == 0
     logs = [(tmp_path / "logs" / f"rank_{rank}.log").read_text().split() for rank in (0, 1)]
     assert [log[:4] for log in logs] == [["rank", "0", "of", "2"], ["rank", "1", "of", "2"]]
     assert logs[0][-1] == logs[1][-1] != "port", "both ranks use one rendezvous port"
@@ -62,21 +62,21 @@ def test_two_ranks_under_deepspeed(tmp_path: Path, submit: Callable[..., LocalSu
 def test_a_single_process_runs_without_the_deepspeed_launcher(
     tmp_path: Path, submit: Callable[..., LocalSubmitter]
 ) -> None:
-    assert attend(submit("finish", processes=1, engine="local"), tmp_path, 5, LocalConfig(processes=2)) == 0
+    assert run_attended(submit("finish", processes=1, engine="local"), tmp_path, 5, LocalConfig(processes=2)) == 0
     assert "rank 0 of 1 at no port" in (tmp_path / "logs" / "rank_0.log").read_text()
 
 
 def test_a_run_that_ends_before_its_last_step_is_a_failure(
     tmp_path: Path, submit: Callable[..., LocalSubmitter], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert attend(submit("finish", processes=1, engine="local"), tmp_path, 6, LocalConfig(processes=2)) == 1
+    assert run_attended(submit("finish", processes=1, engine="local"), tmp_path, 6, LocalConfig(processes=2)) == 1
     assert "ended after step 5 of 6" in capsys.readouterr().err
 
 
 def test_a_failed_rank_ends_all_ranks_and_its_log_is_quoted(
     tmp_path: Path, submit: Callable[..., LocalSubmitter], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert attend(submit("fail"), tmp_path, 5, LocalConfig(processes=2)) == 1
+    assert run_attended(submit("fail"), tmp_path, 5, LocalConfig(processes=2)) == 1
     said = capsys.readouterr().err
     assert "rank 1 cannot read its data" in said
     assert "rank_1.log" in said
@@ -131,7 +131,7 @@ def test_ctrl_c_asks_for_a_checkpoint(
         wait_for(lambda: not running())
 
     monkeypatch.setattr("launch.runs.follow.follow", follow)
-    assert attend(submitter, tmp_path, 5, LocalConfig(processes=2)) == 130
+    assert run_attended(submitter, tmp_path, 5, LocalConfig(processes=2)) == 130
     assert "stopped after step 3" in capsys.readouterr().out
 
 
@@ -140,9 +140,9 @@ import sys
 from pathlib import Path
 from launch.config import LocalConfig
 from launch.launchers.local import LocalSubmitter
-from launch.workflows.attended_run import attend
+from launch.workflows.attended_run import run_attended
 config = LocalConfig(processes=1)
-sys.exit(attend(LocalSubmitter(config, "torch", "cpu", module="{STAND_IN}"), Path(sys.argv[1]), 5, config))
+sys.exit(run_attended(LocalSubmitter(config, "torch", "cpu", module="{STAND_IN}"), Path(sys.argv[1]), 5, config))
 """
 AS_PROCESS_1 = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 

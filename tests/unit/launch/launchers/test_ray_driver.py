@@ -11,21 +11,21 @@ import pytest
 
 from launch.exit_codes import ExitCode
 from launch.launchers import ray_driver
-from launch.launchers.ray_driver import NO_PLACE, Request, choose_world, drive
+from launch.launchers.ray_driver import NO_PLACE, ClusterRequest, choose_world, drive
 from launch.launchers.ray_worker import RankEndedError
 from launch.launchers.waiting import waiting_for
 from launch.workers.stop_request import START_ID, request_stop
 
 
 @pytest.fixture
-def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterRequest:
     """A request for a run that has not begun, on a cluster with four slots."""
     monkeypatch.setattr(ray_driver, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: 4)
+    monkeypatch.setattr(ray_driver, "process_capacity", lambda cpus, gpus: 4)
     monkeypatch.setattr(ray_driver, "cluster_contents", lambda: "it has 1 nodes")
     monkeypatch.setenv(START_ID, "this")
     (tmp_path / "config.json").write_text(json.dumps({"data": {"micro_batches": 4}, "train": {"steps": 9}}))
-    return Request(
+    return ClusterRequest(
         folder=tmp_path, workers=0, min_workers=1, gpus=0, cpus=1, retries=3, wait_minutes=1.0, grace=0.0, fixed=False
     )
 
@@ -34,7 +34,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch, codes: Iterable[int]) -> list[int]
     """Makes attempts end with these codes; returns the list to which each attempt adds its number of ranks."""
     ended, worlds = iter(codes), list[int]()
 
-    def attempt(request: Request, world: int) -> int:
+    def attempt(request: ClusterRequest, world: int) -> int:
         worlds.append(world)
         return next(ended)
 
@@ -43,14 +43,16 @@ def attempts(monkeypatch: pytest.MonkeyPatch, codes: Iterable[int]) -> list[int]
 
 
 @pytest.mark.parametrize("final", [ExitCode.SUPERSEDED, ExitCode.USAGE, ExitCode.UNHEALTHY, ExitCode.DONE])
-def test_final_exit_codes_are_not_retried(request_: Request, monkeypatch: pytest.MonkeyPatch, final: ExitCode) -> None:
+def test_final_exit_codes_are_not_retried(
+    request_: ClusterRequest, monkeypatch: pytest.MonkeyPatch, final: ExitCode
+) -> None:
     worlds = attempts(monkeypatch, [1, ExitCode.LOST, final])
     assert drive(request_) == final
     assert worlds == [4, 4, 4]
 
 
 def test_consecutive_failures_without_a_checkpoint_end_the_run(
-    request_: Request, monkeypatch: pytest.MonkeyPatch
+    request_: ClusterRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(attempts(monkeypatch, [1] * 9)) == 0
     worlds = attempts(monkeypatch, [1] * 9)
@@ -59,11 +61,11 @@ def test_consecutive_failures_without_a_checkpoint_end_the_run(
 
 
 def test_waits_for_a_busy_cluster_and_continues_on_a_smaller_one(
-    request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    request_: ClusterRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ten attempts find no free slots and are not failures; then a node is lost and half the ranks start."""
     sizes = iter([4] * 10 + [2])
-    monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: next(sizes))
+    monkeypatch.setattr(ray_driver, "process_capacity", lambda cpus, gpus: next(sizes))
     worlds = attempts(monkeypatch, [NO_PLACE] * 10 + [ExitCode.DONE])
     assert drive(request_) == ExitCode.DONE
     assert worlds == [4] * 10 + [2]
@@ -79,13 +81,13 @@ def test_waits_for_a_busy_cluster_and_continues_on_a_smaller_one(
 )
 @pytest.mark.parametrize("fixed", [True, False])
 def test_an_impossible_request_is_refused_or_ends_within_the_wait_limit(
-    request_: Request,
+    request_: ClusterRequest,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     wish: dict[str, int],
     fixed: bool,
 ) -> None:
-    monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: 0 if gpus or cpus > 4 else 4)
+    monkeypatch.setattr(ray_driver, "process_capacity", lambda cpus, gpus: 0 if gpus or cpus > 4 else 4)
     reported: list[str] = []
     monkeypatch.setattr(ray_driver, "report_waiting", lambda folder, reason: reported.append(reason))
     worlds = attempts(monkeypatch, [])
@@ -99,18 +101,20 @@ def test_an_impossible_request_is_refused_or_ends_within_the_wait_limit(
 
 
 def test_a_cluster_that_stays_busy_ends_the_run_after_the_wait_limit(
-    request_: Request, monkeypatch: pytest.MonkeyPatch
+    request_: ClusterRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts(monkeypatch, iter(lambda: NO_PLACE, None))
     assert drive(dataclasses.replace(request_, wait_minutes=0.001)) == ExitCode.FAILED
 
 
-def test_a_stop_request_ends_the_wait(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_driver, "places", lambda cpus, gpus: request_stop(request_.folder, "this") or 0)
+def test_a_stop_request_ends_the_wait(request_: ClusterRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_driver, "process_capacity", lambda cpus, gpus: request_stop(request_.folder, "this") or 0)
     assert drive(request_) == ExitCode.STOPPED
 
 
-def test_a_stop_request_for_an_earlier_start_is_ignored(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_request_for_an_earlier_start_is_ignored(
+    request_: ClusterRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request_stop(request_.folder, "earlier")
     attempts(monkeypatch, [ExitCode.STOPPED, ExitCode.DONE])
     assert drive(request_) == ExitCode.DONE, "a rank that stops without a request was on a lost node"

@@ -69,8 +69,8 @@ def test_runs_are_compared_with_the_spread_of_seeds(tmp_path: Path) -> None:
     assert len(found.curves["loss/total"].step) == 50
     near = write_run(tmp_path / "near", (base + 0.03).tolist())
     far = write_run(tmp_path / "far", (base + 0.5).tolist())
-    assert bands.outside(found, near) == []
-    [line] = bands.outside(found, far)
+    assert bands.curves_outside(found, near) == []
+    [line] = bands.curves_outside(found, far)
     assert line.startswith("loss/total at step 100")
     assert "within ±" in bands.larger_than_seeds(found, "loss/total", (runs[0], near))
     assert "+0.52 at step 100, larger than ±" in bands.larger_than_seeds(found, "loss/total", (runs[0], far))
@@ -119,9 +119,9 @@ def test_objectives_still_learn(objective: str, tmp_path: Path) -> None:
     """Loss and accuracy of a seed that is not in the committed band end within it."""
     known = bands.read(BANDS / f"{objective}.json")
     assert 7 not in known.seeds
-    assert bands.outside(known, learn(objective, tmp_path / "run", seed=7), LEARNING) == []
+    assert bands.curves_outside(known, learn(objective, tmp_path / "run", seed=7), LEARNING) == []
 
 
 def test_a_run_that_does_not_learn_is_outside_of_the_band(tmp_path: Path) -> None:
     still = learn("best_rq", tmp_path / "run", seed=7, lr=1e-9)
-    assert bands.outside(bands.read(BANDS / "best_rq.json"), still, LEARNING)
+    assert bands.curves_outside(bands.read(BANDS / "best_rq.json"), still, LEARNING)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.core.schema import ConfigError, load
-from data_pipeline.labels.store import LabelSet
+from data_pipeline.labels.store import LabelMetadata
 from data_pipeline.text.artefact import TokensConfig, make_tokens
 from launch.workers.build import build, require_fitting_labels
 from pretrain.checkpointing.run_folder import RunFolder
@@ -41,7 +41,7 @@ def test_frame_labels_of_a_head_must_be_read(tmp_path: Path) -> None:
 def test_frame_labels_of_a_head_must_have_its_rate_and_any_number_of_classes(
     rate_hz: int, said: str, tmp_path: Path
 ) -> None:
-    LabelSet("f0", rate_hz, 5_000).write(str(tmp_path / "labels"))
+    LabelMetadata("f0", rate_hz, 5_000).write(str(tmp_path / "labels"))
     config = with_pitch(tmp_path, f0=str(tmp_path / "labels"))
     if not said:
         require_fitting_labels(config)

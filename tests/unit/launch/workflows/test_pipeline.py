@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.core.json_object import DamagedFileError
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.labels.store import LabelSet
+from data_pipeline.labels.store import LabelMetadata
 from launch import main
 from launch.cli import request as job
 from launch.cli.compose import sweep
@@ -23,7 +23,7 @@ from launch.launchers.slurm import SlurmSubmitter
 from launch.runs.job_record import read_record
 from launch.workers import task
 from launch.workers.build import require_fitting_labels
-from launch.workflows.pipeline import PipelineConfig, Step, require_inputs, split, steps, why_pretraining
+from launch.workflows.pipeline import PipelineConfig, PipelineStep, require_step_inputs, split, steps, why_pretraining
 from pretrain.checkpointing.tensor_files import save_tensors
 from tests.support.checkpoint_states import write_state
 from tests.support.corpora import preprocess_here
@@ -44,7 +44,7 @@ def speech(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     return folder
 
 
-def chain(*arguments: str) -> list[Step]:
+def chain(*arguments: str) -> list[PipelineStep]:
     _, given, launcher = split([CORPUS, *arguments])
     return steps(PipelineConfig(folder="work"), given, launcher)
 
@@ -134,9 +134,9 @@ def test_inputs_at_urls_of_earlier_jobs_and_in_containers_are_left_to_the_job() 
         ("preprocess.corpus.path=nowhere", "preprocess.launcher.after=17", "launcher=slurm"),
         ("preprocess.corpus.path=nowhere", *container),
     ):
-        require_inputs(chain("pretrain.objective=best_rq", *given))
+        require_step_inputs(chain("pretrain.objective=best_rq", *given))
     with pytest.raises(ConfigError, match=r"preprocess\.corpus\.path=nowhere: there is no such file"):
-        require_inputs(chain("pretrain.objective=best_rq", "preprocess.corpus.path=nowhere", "launcher=slurm"))
+        require_step_inputs(chain("pretrain.objective=best_rq", "preprocess.corpus.path=nowhere", "launcher=slurm"))
 
 
 def test_a_missing_table_of_phones_is_reported_before_the_first_step(
@@ -206,13 +206,13 @@ def test_a_dry_run_shows_every_script_and_submits_nothing(
 def test_a_result_is_up_to_date_until_any_byte_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "corpus", many(4, 0.6))
-    step = Step("preprocess", ("corpus.path=corpus", "out=shards", "min_shards=2"))
+    step = PipelineStep("preprocess", ("corpus.path=corpus", "out=shards", "min_shards=2"))
     assert step.why() == "was not finished before"
     monkeypatch.setattr("launch.workers.programs.preprocess.work", preprocess_here)
     folder = task.prepare("preprocess", step.job())
     task.perform(folder)
     assert step.why() == ""
-    assert Step("preprocess", (*step.arguments, "codec=wav")).why() == "was finished with another config"
+    assert PipelineStep("preprocess", (*step.arguments, "codec=wav")).why() == "was finished with another config"
     write_corpus(tmp_path / "corpus", many(5, 0.6))
     assert step.why() == "has output that changed since", "new recordings make the result outdated"
     task.perform(folder)
@@ -269,7 +269,7 @@ def test_a_failed_job_is_not_up_to_date(tmp_path: Path, monkeypatch: pytest.Monk
     folder = tmp_path / "runs" / "preprocess_shards"
     assert read_record(folder).command == "preprocess"
     assert not (folder / "result.json").exists()
-    assert task.why_outdated("preprocess", Step("preprocess", ("corpus.path=empty", "out=shards")).job())
+    assert task.why_outdated("preprocess", PipelineStep("preprocess", ("corpus.path=empty", "out=shards")).job())
     assert task.main([str(folder)]) == 2
     assert isinstance(PreprocessJob, type)
 
@@ -289,12 +289,12 @@ def test_a_damaged_run_ends_a_pipeline_and_names_the_remedy(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (LabelSet("k1", 100, 100), r"objective.label_rate_hz=50: .* have 100 Hz; set objective.label_rate_hz=100"),
-        (LabelSet("k1", 50, 500), r"objective.units=100: .* have 500 classes; set objective.units=500"),
-        (LabelSet("k1", 50, 100), ""),
+        (LabelMetadata("k1", 100, 100), r"objective.label_rate_hz=50: .* have 100 Hz; set objective.label_rate_hz=100"),
+        (LabelMetadata("k1", 50, 500), r"objective.units=100: .* have 500 classes; set objective.units=500"),
+        (LabelMetadata("k1", 50, 100), ""),
     ],
 )
-def test_labels_incompatible_with_the_objective_are_refused(labels: LabelSet, said: str, tmp_path: Path) -> None:
+def test_labels_incompatible_with_the_objective_are_refused(labels: LabelMetadata, said: str, tmp_path: Path) -> None:
     labels.write(str(tmp_path / "labels"))
     wanted = ["objective=hubert", "objective.labels=units", "objective.units=100", "data.shards=none"]
     request = job.read("pretrain", PretrainJob, [*wanted, f"data.targets.units={tmp_path / 'labels'}"])

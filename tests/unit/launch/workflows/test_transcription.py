@@ -29,7 +29,7 @@ from pretrain.interfaces.decoding import EndPoints
 from pretrain.recognition.config import DecodingConfig
 from pretrain.recognition.error_rates import Decoders, recognise
 from pretrain.recognition.recogniser import Recogniser, open_recogniser
-from pretrain.recognition.transcript import DecodedPart, write
+from pretrain.recognition.transcript import DecodedPart, format_transcript
 from tests.support.paths import ROOT
 from tests.support.tiny_shards import sounds, write_shards
 from tests.support.training import save
@@ -243,11 +243,11 @@ def test_the_transcript_shows_where_a_loop_was_decoded_by_ctc(hybrid: Recogniser
     for decoding, by in ((loop, "ctc"), (replace(loop, token_bonus=-20.0), "attention")):
         found = hybrid.transcribe("b", [wave], decoding)
         assert [part.by for part in found.parts] == [by]
-        assert json.loads(write(found, "json"))["parts"] == [{"start": 0.0, "end": 8.96, "by": by}]
+        assert json.loads(format_transcript(found, "json"))["parts"] == [{"start": 0.0, "end": 8.96, "by": by}]
     frames_FV, most = hybrid.joint(wave[:4_800], JointConfig(beam=2, ctc_weight=0.0, bonus=20.0))
     assert frames_needed(most.tokens) > len(frames_FV), "more symbols than CTC could align"
     assert [part.by for part in hybrid.transcribe("b", [wave[:4_800]], loop).parts] == ["attention"]
-    assert "parts" not in json.loads(write(hybrid.transcribe("b", [wave], DecodingConfig()), "json"))
+    assert "parts" not in json.loads(format_transcript(hybrid.transcribe("b", [wave], DecodingConfig()), "json"))
 
 
 def test_error_rates_of_an_attention_decoder_alone(attending: Path, speech: Path) -> None:

@@ -11,7 +11,7 @@ import soundfile
 from data_pipeline.core.schema import ConfigError, load
 from data_pipeline.shards.records import done_records
 from pretrain.adaptation.config import FinetuneConfig
-from pretrain.adaptation.finetune import find_corpus, longest_seconds, recipe, write_shards
+from pretrain.adaptation.finetune import find_splits, longest_seconds, recipe, write_shards
 from pretrain.evaluate.manifest import Utterance
 from tests.support.sounds import index_rows, sound
 from tests.support.tiny_shards import sounds
@@ -36,7 +36,7 @@ def test_only_texts_in_the_symbols_of_the_recogniser_are_used(tmp_path: Path) ->
     manifest(
         tmp_path, "a.wav\tA\tone\tc\ttrain", "b.wav\tB\t七\tc\ttrain", "c.wav\tC\ttwo\tc\ttest", "d.wav\tD\tx\te\ttest"
     )
-    found = find_corpus(settings(tmp_path))
+    found = find_splits(settings(tmp_path))
     assert [u.speaker for u in found.train] == ["A"]
     assert [u.speaker for u in found.test] == ["C"]
 
@@ -53,7 +53,7 @@ def test_a_speaker_in_both_splits_and_a_split_without_text_are_refused(
 ) -> None:
     manifest(tmp_path, "a.wav\tA\tone\tc\ttrain", row)
     with pytest.raises(error, match=said):
-        find_corpus(settings(tmp_path))
+        find_splits(settings(tmp_path))
 
 
 def test_each_utterance_becomes_one_segment_with_its_text_and_bad_ones_are_counted(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from data_pipeline.core.schema import ConfigError
 from pretrain.evaluate.config import FewShotConfig
 from pretrain.evaluate.features import Labelled
-from pretrain.evaluate.few_shot import PROTOTYPES, TUNED, Episode, classify, draw, most_shots, tallies
+from pretrain.evaluate.few_shot import PROTOTYPES, TUNED, Episode, classify_queries, draw, most_shots, tallies
 from pretrain.evaluate.metrics import accuracy
 
 WORDS, SPEAKERS, TAKES = 6, 4, 3
@@ -48,7 +48,7 @@ def test_prototypes_are_nearest_means_and_steps_those_of_autograd() -> None:
     x_ND = torch.randn(40, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     episode = Episode(np.arange(12).reshape(4, 3), np.arange(12, 40), np.zeros(28))
     means_WD = x_ND[:12].view(4, 3, 7).mean(1)
-    assert classify(x_ND, episode, 0, 0.0).tolist() == torch.cdist(x_ND[12:], means_WD).argmin(1).tolist()
+    assert classify_queries(x_ND, episode, 0, 0.0).tolist() == torch.cdist(x_ND[12:], means_WD).argmin(1).tolist()
     weight_WD, bias_W = (2 * means_WD).requires_grad_(), (-means_WD.square().sum(1)).requires_grad_()
     for _ in range(4):
         loss = torch.nn.functional.cross_entropy(
@@ -60,8 +60,8 @@ def test_prototypes_are_nearest_means_and_steps_those_of_autograd() -> None:
             (w - 2.0 * 7 * g).detach().requires_grad_() for w, g in zip((weight_WD, bias_W), gradients, strict=True)
         )
     expected = (x_ND[12:] @ weight_WD.T + bias_W).argmax(1)
-    assert classify(x_ND, episode, 4, 2.0).tolist() == expected.tolist()
-    assert classify(x_ND, episode, 4, 2.0).tolist() != classify(x_ND, episode, 0, 0.0).tolist()
+    assert classify_queries(x_ND, episode, 4, 2.0).tolist() == expected.tolist()
+    assert classify_queries(x_ND, episode, 4, 2.0).tolist() != classify_queries(x_ND, episode, 0, 0.0).tolist()
 
 
 def test_words_of_unseen_speakers_are_found_by_the_layer_that_has_them() -> None:

@@ -107,13 +107,13 @@ def test_ranking_counts_other_speakers_only() -> None:
     assert sum(count for _, count in retrieval.ranking(part, 1).values()) == 40
 
 
-def spoken(text: str, speaker: str, informed: bool) -> text_probe.Spoken:
+def spoken(text: str, speaker: str, informed: bool) -> text_probe.UtteranceFeatures:
     """Frames whose second layer shows the symbol, three frames each, with a pause after it."""
     at = [symbol for letter in text for symbol in [" abc".index(letter) + 1] * 3 + [0]]
     x_LFD = RNG.normal(0, 0.3, (2, len(at), 8))
     if informed:
         x_LFD[1, np.arange(len(at)), at] += 3
-    return text_probe.Spoken(torch.from_numpy(x_LFD).half(), text, speaker)
+    return text_probe.UtteranceFeatures(torch.from_numpy(x_LFD).half(), text, speaker)
 
 
 @pytest.mark.parametrize("informed", [True, False])

@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.evaluate.neural_probe import width_for
 from pretrain.evaluate.page import read_curves, write_page
-from pretrain.evaluate.rows import Detail, Row
+from pretrain.evaluate.rows import Detail, ResultRow
 
 HOSTILE = "<script>alert(1)</script>$x_$"
 
@@ -42,7 +42,7 @@ def example(folder: Path) -> Path:
         Detail("phones", HOSTILE, (0.3, 0.4, 0.35), confusion_CC, ("AA", "$b_", "never")),
         Detail("keywords", "log-mel", (), np.eye(3, dtype=int), ("x", "y", "z")),
     ]
-    rows_ = [Row("phones", "non-silence frames", HOSTILE, 0.35, 0.3, 0.4, (0.05, 0.01, 0.09), None, 0.5)]
+    rows_ = [ResultRow("phones", "non-silence frames", HOSTILE, 0.35, 0.3, 0.4, (0.05, 0.01, 0.09), None, 0.5)]
     write_page(rows_, details, read_curves(run), folder / "report.html")
     return folder / "report.html"
 

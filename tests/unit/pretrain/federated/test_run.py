@@ -13,7 +13,7 @@ from data_pipeline.core.schema import ConfigError, dump, load
 from pretrain.config import Config
 from pretrain.federated.config import DeviceConfig
 from pretrain.federated.device import Device
-from pretrain.federated.messages import MODEL, Request, decode
+from pretrain.federated.messages import MODEL, RoundRequest, decode
 from pretrain.train_module import build_model
 from tests.support.federation import run, settings, synthetic_devices
 from tests.support.tiny_shards import sounds, write_shards
@@ -42,7 +42,9 @@ def test_a_real_device_answers_from_its_shards_whatever_was_asked_before(tmp_pat
 
     def ask(step: int) -> bytes:
         counts_K = torch.ones(1, dtype=torch.float64)
-        request = Request(run="run", kind="gradient", step=step, attempt=0, seed=0, tensors=state, counts_K=counts_K)
+        request = RoundRequest(
+            run="run", kind="gradient", step=step, attempt=0, seed=0, tensors=state, counts_K=counts_K
+        )
         return request.encoded()
 
     own = DeviceConfig(server="127.0.0.1:9092", shards=str(tmp_path / "phone"))

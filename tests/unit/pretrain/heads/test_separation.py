@@ -17,7 +17,7 @@ from data_pipeline.loader.held_out import HeldOut
 from launch.workers.build import require_fitting_labels
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
-from pretrain.heads.separation import Bands, Separation, magnitude_costs
+from pretrain.heads.separation import BandMagnitudes, Separation, magnitude_costs
 from pretrain.interfaces.frames import StepContext
 from pretrain.monitoring.batch_dump import load_batches, save_batches
 from pretrain.train_module import TrainModule
@@ -142,7 +142,7 @@ def test_tensorboard_has_the_parts_of_a_held_out_mixture(tmp_path: Path) -> None
 
 
 def test_bands_are_single_bins_below_and_500_hz_wide_above() -> None:
-    bands = Bands(512, 4000.0)
+    bands = BandMagnitudes(512, 4000.0)
     of_bin = bands.band_of_bin_C.tolist()
     assert of_bin[:128] == list(range(128))
     assert [of_bin.count(band) for band in range(128, bands.number)] == [16] * 8 + [1]

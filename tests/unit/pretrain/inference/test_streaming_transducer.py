@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.core.schema import load
 from pretrain.heads.transducer import Config, Transducer, build, transducer_loss
 from pretrain.inference.streaming_transducer import TransducerDecoder, TransducerState
-from pretrain.interfaces.decoding import EndPoints, Segment
+from pretrain.interfaces.decoding import DecodedSegment, EndPoints
 from pretrain.interfaces.models import ModelShape
 from pretrain.nn.text_targets import BLANK
 
@@ -126,8 +126,8 @@ def output(classes: list[int], seed: int = 0, sharp: float = 8.0) -> np.ndarray:
 
 def decode(
     decoder: TransducerDecoder, frames_FJ: np.ndarray, sizes: list[int]
-) -> tuple[list[Segment], TransducerState]:
-    state, ended, at, turn = decoder.start(), list[Segment](), 0, 0
+) -> tuple[list[DecodedSegment], TransducerState]:
+    state, ended, at, turn = decoder.start(), list[DecodedSegment](), 0, 0
     while at < len(frames_FJ):
         state, new = decoder.push(state, frames_FJ[at : at + sizes[turn % len(sizes)]])
         ended += new
@@ -135,7 +135,7 @@ def decode(
     return ended + decoder.finish(state), state
 
 
-def texts(segments: list[Segment]) -> list[tuple[int, ...]]:
+def texts(segments: list[DecodedSegment]) -> list[tuple[int, ...]]:
     return [segment.candidates[0].symbols for segment in segments]
 
 

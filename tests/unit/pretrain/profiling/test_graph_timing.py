@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline.core.schema import ConfigError
 from launch.main import main
-from pretrain.profiling.graph_timing import measure, median_and_p95, noise
+from pretrain.profiling.graph_timing import measure_graphs, median_and_p95, noise
 from tests.support.training import save
 
 onnx = pytest.importorskip("onnx")
@@ -120,9 +120,9 @@ def test_percentiles() -> None:
 
 def test_a_folder_without_a_graph_and_a_graph_that_does_not_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a folder of `auricle export"):
-        measure([tmp_path])
+        measure_graphs([tmp_path])
     folder = whole(tmp_path / "broken", 1)
     (folder / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(ConfigError, match=r"broken: the graph does not run: .*Protobuf|broken: the graph does not run"):
-        measure([folder], 1.0, 1)
+        measure_graphs([folder], 1.0, 1)
     assert main(["bench", str(folder), "--runs", "0"]) == 2

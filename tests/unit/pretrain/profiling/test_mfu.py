@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.core.jsonl import read_rows
 from data_pipeline.core.schema import load
 from pretrain.config import EngineConfig
-from pretrain.profiling.mfu import Utilisation, forward_flop, measure, peak_tflops
+from pretrain.profiling.mfu import Utilisation, device_peak_tflops, forward_flop, measure
 from tests.support.training import config, run
 
 
@@ -43,7 +43,7 @@ def test_transformer_flops_equal_those_of_its_matrix_products() -> None:
     ],
 )
 def test_the_peak_rate_depends_on_the_device(name: str, engine: dict[str, Any], tflops: float) -> None:
-    assert peak_tflops(load(EngineConfig, engine), name) == tflops
+    assert device_peak_tflops(load(EngineConfig, engine), name) == tflops
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices() -> None:

@@ -17,7 +17,14 @@ from pretrain.nn import convolution
 from pretrain.nn.convolution import ConvShape, TimeConv, override_route
 from pretrain.nn.positions import ConvPositions
 from pretrain.profiling import operation_check
-from pretrain.profiling.operation_check import Convolution, Product, check_each, check_operations, operations, survey
+from pretrain.profiling.operation_check import (
+    Product,
+    TimeConvolution,
+    check_each,
+    check_operations,
+    operations,
+    survey,
+)
 from tests.support.contract_cases import make
 
 BF16 = torch.bfloat16
@@ -104,8 +111,8 @@ def test_each_operation_of_a_model_is_checked_once() -> None:
     found = operations(make("best_rq", "waveform_conv", "conformer"))
     assert len(found) == len(set(found))
     kinds = {type(operation).__name__ for operation in found}
-    assert kinds == {"Convolution", "Product", "Attention"}
-    assert operations(ConvPositions(8, 4, 2)) == [Convolution(ConvShape(8, 8, 4, 1, 2, 2))]
+    assert kinds == {"TimeConvolution", "Product", "AttentionProduct"}
+    assert operations(ConvPositions(8, 4, 2)) == [TimeConvolution(ConvShape(8, 8, 4, 1, 2, 2))]
     verdicts = check_each(found, "cpu", BF16)
     assert all(verdict.right for verdict in verdicts)
 
@@ -118,13 +125,13 @@ def test_results_are_cached_for_the_next_process(tmp_path: Path, monkeypatch: py
     shape = ConvShape(16, 8, 4, 2, 1)
     with monkeypatch.context() as faulty:
         plant(faulty, lambda x, weight: reduced(x) and weight.shape[-1] % 2 == 0)
-        check_each([Convolution(shape)], "cpu", BF16)
+        check_each([TimeConvolution(shape)], "cpu", BF16)
     file = tmp_path / "auricle" / "operations.json"
     assert file.parent.stat().st_mode & 0o077 == 0
     monkeypatch.setattr(operation_check, "_PROCESS", {})
     override_route("cpu", BF16, shape, None)
-    monkeypatch.setattr(operation_check, "measure", lambda *arguments: pytest.fail("measured again"))
-    (verdict,) = check_each([Convolution(shape)], "cpu", BF16)
+    monkeypatch.setattr(operation_check, "check_operation", lambda *arguments: pytest.fail("measured again"))
+    (verdict,) = check_each([TimeConvolution(shape)], "cpu", BF16)
     assert verdict.route == "odd_kernel"
     assert convolution._OVERRIDES["cpu", BF16, shape] == "odd_kernel"
 
@@ -149,9 +156,9 @@ def test_a_cache_folder_writable_by_other_users_is_not_used(tmp_path: Path) -> N
 
 
 def test_the_cache_key_depends_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = operation_check.fingerprint("cpu")
+    here = operation_check.device_fingerprint("cpu")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert operation_check.fingerprint("cpu") != here
+    assert operation_check.device_fingerprint("cpu") != here
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

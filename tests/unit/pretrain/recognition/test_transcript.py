@@ -10,7 +10,7 @@ import math
 import pytest
 
 from pretrain.interfaces.decoding import AlignedSymbol
-from pretrain.recognition.transcript import Transcript, Word, WordBuilder, cues, write
+from pretrain.recognition.transcript import Transcript, Word, WordBuilder, cues, format_transcript
 
 
 def built(symbols: list[str], rate_hz: float = 10.0) -> list[Word]:
@@ -45,12 +45,12 @@ def made() -> Transcript:
 
 
 def test_json_and_tsv_are_read_back(made: Transcript) -> None:
-    found = json.loads(write(made, "json"))
+    found = json.loads(format_transcript(made, "json"))
     assert found["file"] == "x.wav"
     assert found["seconds"] == 3700.0
     assert found["text"] == made.text
     assert found["words"][1] == {"word": "a" * 8, "start": 0.9, "end": 1.4, "confidence": 0.5}
-    rows = list(csv.DictReader(io.StringIO(write(made, "tsv")), delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = list(csv.DictReader(io.StringIO(format_transcript(made, "tsv")), delimiter="\t", quoting=csv.QUOTE_NONE))
     assert len(rows) == 21
     assert rows[-1]["word"] == "<b>\\x1b=1"
     assert rows[2]["start"] == "1.800"
@@ -58,17 +58,17 @@ def test_json_and_tsv_are_read_back(made: Transcript) -> None:
 
 @pytest.mark.parametrize("form", ["text", "srt", "vtt", "tsv", "json"])
 def test_no_control_character_of_a_vocabulary_is_printed(made: Transcript, form: str) -> None:
-    assert "\x1b" not in write(made, form)  # type: ignore[arg-type]
+    assert "\x1b" not in format_transcript(made, form)  # type: ignore[arg-type]
 
 
 def test_subtitles_are_numbered_and_timed(made: Transcript) -> None:
-    blocks = write(made, "srt").split("\n\n")
+    blocks = format_transcript(made, "srt").split("\n\n")
     assert blocks[0].splitlines()[:2] == ["1", "00:00:00,000 --> 00:00:06,800"]
     assert "01:01:01,000 --> 01:01:01,500" in blocks[-2]
-    vtt = write(made, "vtt")
+    vtt = format_transcript(made, "vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:06.800\n")
     assert "&lt;b&gt;" in vtt
-    assert write(Transcript("x", 1.0), "srt") == ""
+    assert format_transcript(Transcript("x", 1.0), "srt") == ""
 
 
 def test_cues_have_every_word_and_end_at_pauses(made: Transcript) -> None:

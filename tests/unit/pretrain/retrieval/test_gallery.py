@@ -17,7 +17,7 @@ from tests.support.sounds import sound
 def test_names_and_texts_are_escaped() -> None:
     hostile = '<script>alert(1)</script>"\x1b[31m'
     piece = Piece("text", hostile, text=hostile)
-    page = gallery.page(piece, [gallery.Result(1, 0.5, "text", hostile, piece)])
+    page = gallery.page(piece, [gallery.SearchResult(1, 0.5, "text", hostile, piece)])
     assert "<script" not in page
     assert "\x1b" not in page
     assert page.count("&lt;script&gt;") >= 3
@@ -36,7 +36,7 @@ def test_the_page_holds_all_that_it_shows() -> None:
     heard = Piece("speech", "a.wav", wave=sound("a", 0.3))
     lost = Unusable("b.wav", "vanished", "is <gone>")
     page = gallery.page(
-        heard, [gallery.Result(1, 1.5, "speech", "a.wav", heard), gallery.Result(2, -1, "x", "b", lost)]
+        heard, [gallery.SearchResult(1, 1.5, "speech", "a.wav", heard), gallery.SearchResult(2, -1, "x", "b", lost)]
     )
     assert page.count('src="data:audio/flac;base64,') == 2
     assert page.count("src=") == 2
