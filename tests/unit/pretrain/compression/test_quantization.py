@@ -171,10 +171,10 @@ def test_options_that_do_not_fit_are_refused(
 
 
 def test_a_probe_that_loses_points_refuses_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pretrain.evaluate.evaluator import Row
+    from pretrain.evaluate.rows import ResultRow
 
-    def rows(config: Any, say: Any, encoders: Any) -> list[Row]:
-        return [Row("phones", "non-silence frames", who, value) for who, value in (("fp32", 0.5), ("int8", 0.48))]
+    def rows(config: Any, say: Any, encoders: Any) -> list[ResultRow]:
+        return [ResultRow("phones", "non-silence frames", who, value) for who, value in (("fp32", 0.5), ("int8", 0.48))]
 
     monkeypatch.setattr("pretrain.evaluate.evaluator.evaluate", rows)
     monkeypatch.setattr("pretrain.evaluate.graph_encoder.open_graph_encoder", lambda folder: None)

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.checkpointing.run_folder import RunFolder
-from pretrain.evaluate.evaluator import Row
 from pretrain.evaluate.report import markdown, table
+from pretrain.evaluate.rows import ResultRow
 from pretrain.monitoring.figures import add_frames, spectrogram
 from pretrain.monitoring.metrics_writer import MetricsWriter
 from pretrain.monitoring.snapshot import Snapshot
@@ -65,7 +65,7 @@ def test_a_segment_with_any_name_is_drawn(key: str, tmp_path: Path) -> None:
 def test_names_in_tables_of_results_are_escaped(tmp_path: Path) -> None:
     from launch.cli.tables import console
 
-    rows = [Row("phones", "accuracy", "[/b] a|b <i>\x1b[31m", 0.5)]
+    rows = [ResultRow("phones", "accuracy", "[/b] a|b <i>\x1b[31m", 0.5)]
     assert r"| \[/b\] a\|b \<i\>\\x1b\[31m |" in markdown(rows)
     with (tmp_path / "shown").open("w+", encoding="utf-8") as file:
         console(file).print(table(rows))
