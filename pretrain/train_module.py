@@ -45,7 +45,12 @@ class TrainPlan:
 class TrainModule(nn.Module):
     """Computes this micro-batch's share of the loss of the whole global step.
 
-    autocast: dtype of the forward pass's matrix products, or None for fp32. Weights are fp32 in both cases.
+    Args:
+        model: front end and encoder.
+        objective: the self-supervised loss.
+        heads: supervised tasks on the encoder's output, by name.
+        autocast: dtype of the forward pass's matrix products; None: fp32. Weights are fp32 in both cases.
+        balance: weights of the tasks' losses; None: all 1.
     """
 
     def __init__(

@@ -47,7 +47,15 @@ def file_end(source: ByteSource, begin: int, end: int, kind: str) -> int:
 
 
 def walk(source: ByteSource, at: int, end: int, size_at: Sizes, cut: bool = False) -> int:
-    """Returns where frames that follow each other end; `cut`: one that the file's end cuts is counted, too."""
+    """Returns where frames that follow each other end.
+
+    Args:
+        source: the file.
+        at: position of the first frame.
+        end: position at which the search ends.
+        size_at: returns the size in bytes of the frame at a position, 0 where there is none.
+        cut: whether a frame that the file's end cuts counts as well.
+    """
     while at < end and (size := size_at(source, at)):
         if size > end - at:
             return end if cut else at
@@ -192,7 +200,13 @@ def _asf_end(source: ByteSource, begin: int, end: int) -> int:
 
 
 def cluster_end(source: ByteSource, at: int, end: int) -> int:
-    """Returns where the elements of a Matroska segment of unknown size end."""
+    """Returns where the elements of a Matroska segment of unknown size end.
+
+    Args:
+        source: the file.
+        at: position of the segment's first element.
+        end: end of the file.
+    """
 
     def size_at(source: ByteSource, at: int) -> int:
         raw = source.read(at, 4)

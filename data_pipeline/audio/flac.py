@@ -26,10 +26,14 @@ def flac_parts(
 ) -> tuple[list[Part], int]:
     """Returns a part for each FLAC stream of a file, and where a file of another format follows; `end` if none does.
 
-    `mark` is the position of the first "fLaC"; `begins` returns the format of the data at a position, behind tags.
-
     A large local file is not searched: its only part has `may_continue` set, and `later_parts` finds the streams after
     the position at which its decoder stops.
+
+    Args:
+        source: the file.
+        begin, end: positions between which its audio can be.
+        mark: position of the first "fLaC".
+        begins: returns the format of the data at a position, behind tags; empty where none is known.
     """
     searched = not source.path or begin > 0 or end - begin <= 4 * LAST_BYTES
     starts = [mark, *_marks(source, mark + 42 if searched else max(mark + 42, end - LAST_BYTES), end)]

@@ -68,6 +68,11 @@ def with_serial(ogg: bytes, serial: int) -> bytes:
 def ogg_parts(source: ByteSource, begin: int, end: int) -> tuple[list[Part], int]:
     """Returns a part for each chain link of an Ogg file, and where its last page ends.
 
+    Args:
+        source: the file.
+        begin: position of the first page.
+        end: end of the file.
+
     Raises:
         AudioError: `truncated` where the last page is cut, `corrupt` where a page in the middle is damaged or missing.
     """

@@ -71,6 +71,12 @@ def is_placeholder(size: int, width: int = 4) -> bool:
 def chunked_parts(source: ByteSource, begin: int, end: int, kind: str) -> tuple[list[Part], int]:
     """Returns the parts of a chunked container, and where it ends.
 
+    Args:
+        source: the file.
+        begin: position of the container's header.
+        end: end of the file.
+        kind: the container, as `signatures` names it.
+
     Raises:
         AudioError: `truncated` if the data chunk states more bytes than the file has.
     """

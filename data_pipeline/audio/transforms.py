@@ -84,6 +84,12 @@ def draw_stretch(
     """Draws which part of another utterance is mixed in, and where (WavLM, arXiv 2110.13900, algorithm 1).
 
     Its length is uniform on `shortest` … `longest` and at most `other_length`; both positions are uniform.
+
+    Args:
+        rng: generator of the draws.
+        wave_length: samples of the utterance that is mixed into.
+        other_length: samples of the other one.
+        longest, shortest: limits of the stretch, in samples.
     """
     length = min(int(rng.integers(shortest, longest + 1)), other_length)
     begin = int(rng.integers(other_length - length + 1))
@@ -100,6 +106,12 @@ def scaled_stretch(wave_T: Tensor, other_T: Tensor, stretch: Stretch, snr_db: fl
 
     As the released `mixing_collated_audios` of WavLM: `snr_db` is the ratio of the powers of the whole signals, not of
     the stretch.
+
+    Args:
+        wave_T: the utterance that is mixed into, (T,).
+        other_T: the other one.
+        stretch: which part of it, and where in `wave_T`.
+        snr_db: ratio of the powers of both, in dB.
     """
     import torch
 

@@ -68,7 +68,15 @@ def sorted_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
 
 
 def reject_file(file: AudioFile, stage: str, reason: str, error: str = "", **more: Any) -> Reject:
-    """Returns the reject of a recording or of a part of it. `more`: further fields of `Reject`."""
+    """Returns the reject of a recording or of a part of it.
+
+    Args:
+        file: the recording.
+        stage: where it is rejected, such as discover or decode.
+        reason: short name of the reason, by which rejects are counted.
+        error: the message.
+        **more: further fields of `Reject`.
+    """
     path = file.path if is_url(file.path) else printable(file.path)
     return Reject(
         path=path,

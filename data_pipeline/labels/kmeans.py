@@ -135,10 +135,15 @@ def all_labelled(config: TargetsConfig, weights: str = "") -> bool:
 
 
 def accumulate(
-    config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix
+    record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], float]:
     """Returns one shard's part of a round: (K, D) sums and (K,) counts of the frames nearest to each centre, and the
     sum of their squared distances.
+
+    Args:
+        record: the shard.
+        extractor: makes the feature extractor, only where audio has to be encoded.
+        centres: (K, D) centres of the round before.
     """
     sums, counts, inertia = np.zeros(centres.shape), np.zeros(len(centres), np.int64), 0.0
     for _, features in shard_features(record, extractor):
@@ -156,7 +161,15 @@ def label_shard(
     centres: Matrix,
     labels: LabelMetadata,
 ) -> None:
-    """Writes the labels of one shard if they do not exist."""
+    """Writes the labels of one shard if they do not exist.
+
+    Args:
+        config: has the folder of the labels.
+        record: the shard.
+        extractor: makes the feature extractor.
+        centres: (K, D) centres.
+        labels: artefact, rate and number of classes.
+    """
     store = FileStore(config.out)
     if store.exists(file_name(record.shard)) and artefact_of(store, record.shard) == labels.artefact:
         return
@@ -246,7 +259,7 @@ def _fit(
             parts.append(part)
             advance(part)
 
-        arguments = {record.shard: (config, record, extractor, centres) for record in chosen}
+        arguments = {record.shard: (record, extractor, centres) for record in chosen}
         failed = run_tasks(_accumulate_named, arguments, config.ray, add)
         if failed:
             raise OSError(f"{len(failed)} shards could not be read: {next(iter(failed.items()))}")
@@ -261,10 +274,8 @@ def _fit(
     return centres, tuple(history)
 
 
-def _accumulate_named(
-    config: TargetsConfig, record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix
-) -> tuple[str, Any]:
-    return record.shard, accumulate(config, record, extractor, centres)
+def _accumulate_named(record: DoneRecord, extractor: Callable[[], Extractor], centres: Matrix) -> tuple[str, Any]:
+    return record.shard, accumulate(record, extractor, centres)
 
 
 def _first_centres(

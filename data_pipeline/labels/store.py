@@ -116,6 +116,13 @@ class LabelReader:
         """Returns the int64 labels of the frames that begin in samples start … start + length - 1, the first at start.
 
         Raises ShardError if the labels are missing, of another artefact or of other segments.
+
+        Args:
+            shard: name of the shard, X.tar.
+            index: its index; the labels must be of the same segments.
+            row: the segment's row in it.
+            start: first sample, from the segment's start.
+            length: number of samples.
         """
         flat, offsets = self._shards.get(shard, lambda: self._load(shard, index))
         first = int(offsets[row]) + start // self.set.hop

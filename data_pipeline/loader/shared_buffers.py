@@ -14,6 +14,11 @@ class SharedBuffers:
 
     New shared memory for each batch, as in DataLoader, costs a third of the decoding time in page faults. The memory is
     mapped anonymously before the fork, so that it needs no file descriptors and no space in /dev/shm.
+
+    Args:
+        workers: number of worker processes.
+        ahead: micro-batches that a worker may be ahead of the training process.
+        floats: float32 values per buffer; larger batches are sent by DataLoader.
     """
 
     def __init__(self, workers: int, ahead: int, floats: int) -> None:

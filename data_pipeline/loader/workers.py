@@ -92,7 +92,13 @@ class Loaded:
 
 
 class MicroBatches:
-    """Assembles micro-batches from the rows of shards, decoded, augmented and padded."""
+    """Assembles micro-batches from the rows of shards, decoded, augmented and padded.
+
+    Args:
+        files: the shards.
+        config: crops, augmentation, labels and targets of the samples.
+        buffers: shared memory for the audio; None: it is returned in new arrays.
+    """
 
     def __init__(self, files: ShardFiles, config: DataConfig, buffers: SharedBuffers | None = None) -> None:
         self.files, self.config, self.buffers = files, config, buffers
@@ -194,7 +200,14 @@ def differ(one: Fetched, other: Fetched) -> bool:
 
 
 class PlannedBatches(MicroBatches, Dataset[Loaded]):
-    """Micro-batches by request; used in the worker processes, or in the trainer where there are none."""
+    """Micro-batches by request; used in the worker processes, or in the trainer where there are none.
+
+    Args:
+        plan: gives the segments of each micro-batch.
+        files: the shards.
+        config: crops, augmentation, labels and targets of the samples.
+        buffers: shared memory for the audio; None where there are no worker processes.
+    """
 
     def __init__(self, plan: Plan, files: ShardFiles, config: DataConfig, buffers: SharedBuffers | None) -> None:
         super().__init__(files, config, buffers)

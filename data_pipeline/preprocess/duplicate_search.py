@@ -64,7 +64,14 @@ class Match:
 
 
 class Spread:
-    """Rows of one dtype in `files` files; equal hashes meet in one file."""
+    """Rows of one dtype in `files` files; equal hashes meet in one file.
+
+    Args:
+        folder: for the files.
+        name: beginning of their names.
+        dtype: of a row.
+        files: number of files.
+    """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], files: int) -> None:
         self.paths = [folder / f"{name}{number}" for number in range(files)]

@@ -131,7 +131,10 @@ class EpochLayout:
 def summarize(catalogue: Catalogue, constraints: BatchConstraints, grouped: bool) -> Entries:
     """Counts usable segments and samples in one pass over all lengths, block by block.
 
-    Without `grouped`, all segments count as group 0.
+    Args:
+        catalogue: groups and lengths of all segments.
+        constraints: which lengths are usable.
+        grouped: whether to count by group; otherwise all segments count as group 0.
     """
     n_groups = len(catalogue.groups) if grouped else 1
     found: list[tuple[Array, Array, Array]] = []
@@ -162,6 +165,12 @@ def repeats_of(entries: Entries, n_groups: int, alpha: float) -> Array:
 
 def with_text_share(repeats_G: Array, entries: Entries, text_G: Array, share: float) -> Array:
     """Returns the repeats with which `share` of the audio has a text; no segment is repeated less often than before.
+
+    Args:
+        repeats_G: repeats of each group per pass, in 1/SHARE.
+        entries: usable samples by shard and group.
+        text_G: whether the segments of a group have a text.
+        share: of the audio of an epoch.
 
     Raises:
         ConfigError: no usable segment has a text, or each one has.

@@ -116,7 +116,14 @@ HELP_WIDTH = 100
 
 
 def show_help(command: str, kind: type[Any], values: dict[str, Any], switches: tuple[str, ...]) -> None:
-    """Prints every field of `kind`, grouped by section, with meaning, default and limits."""
+    """Prints every field of `kind`, grouped by section, with meaning, default and limits.
+
+    Args:
+        command: its name.
+        kind: its config.
+        values: the composed values, shown as defaults.
+        switches: those of the command beside --help and --cfg.
+    """
     from rich.text import Text
 
     from launch.cli import tables

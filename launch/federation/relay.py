@@ -259,6 +259,11 @@ def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -
 def wait_for_port(host: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     """Waits until a program listens.
 
+    Args:
+        host, port: address on which it will listen.
+        process: the program.
+        log: its log, quoted in the message.
+
     Raises:
         RuntimeError: it ended, or does not listen in time.
     """

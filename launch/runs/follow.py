@@ -63,7 +63,14 @@ class Follower:
 
 
 def follow(folder: Path, steps: int, running: Callable[[], bool], console: Console | None = None) -> Follower:
-    """Shows progress until `running` returns False; returns the rows read."""
+    """Shows progress until `running` returns False; returns the rows read.
+
+    Args:
+        folder: the run folder.
+        steps: updates of the whole run.
+        running: returns whether the run still runs.
+        console: for the progress; None: standard error.
+    """
     console = console or Console(stderr=True)
     follower = Follower(folder)
     if console.is_terminal:

@@ -59,7 +59,15 @@ def write_card(folder: Path, given: str, form: str, licence: str = "") -> None:
 
 
 def card(run: Path, config: Config, step: int, form: str, licence: str) -> str:
-    """Returns the text of the model card in Markdown, with the header that the Hugging Face Hub reads."""
+    """Returns the text of the model card in Markdown, with the header that the Hugging Face Hub reads.
+
+    Args:
+        run: the run folder.
+        config: config of the run.
+        step: updates of the exported checkpoint.
+        form: the export's format, as of `auricle export --to`.
+        licence: of the weights, as the user gave it.
+    """
     records = _records(config.data.shards)
     flow = [row for record in records for row in record.flow]
     corpora, languages = (sorted({str(row[column]) for row in flow if row[column]}) for column in (0, 1))

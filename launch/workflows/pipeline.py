@@ -140,6 +140,11 @@ def split(arguments: list[str]) -> tuple[list[str], dict[str, list[str]], list[s
 def steps(settings: PipelineConfig, given: Mapping[str, list[str]], launcher: list[str]) -> list[PipelineStep]:
     """Returns the steps in order, after checking the config of each.
 
+    Args:
+        settings: folder, steps and recipe of the pipeline.
+        given: overrides of each step, by command.
+        launcher: overrides of the launcher, for all steps.
+
     Raises:
         ConfigError: a step does not exist, or a field of any step is wrong.
     """

@@ -125,7 +125,14 @@ def prolongation(
 
 
 def prolongation_notice(saved: Mapping[str, Any], config: Config, step: int, found: Prolongation | None) -> str:
-    """Returns a message on a learning rate that changes because `train.steps` did; "" if it does not change."""
+    """Returns a message on a learning rate that changes because `train.steps` did; "" if it does not change.
+
+    Args:
+        saved: the config in the checkpoint.
+        config: the config of the resumed run.
+        step: updates done.
+        found: the prolongation in force, if any.
+    """
     then = _loaded(saved)
     if then is None or found is None or then.train.steps == config.train.steps or step >= config.train.steps:
         return ""

@@ -174,7 +174,15 @@ def require_accurate(found: Lost, worst: Callable[[], str]) -> None:
 
 
 def worst_block(source: Path, graph: Any, nodes: Sequence[str], mode: Mode, waves: Sequence[Tensor]) -> str:
-    """Returns the part of the model that loses most frames where it alone is quantised."""
+    """Returns the part of the model that loses most frames where it alone is quantised.
+
+    Args:
+        source: the fp32 graph.
+        graph: the same, as an ONNX model.
+        nodes: names of the nodes that are quantised.
+        mode: dynamic or static ranges.
+        waves: (T,) audio at 16 kHz by which frames are compared.
+    """
     parts: dict[str, list[str]] = {}
     for node in graph.graph.node:
         if node.name in nodes:

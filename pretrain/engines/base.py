@@ -63,6 +63,12 @@ class Engine(abc.ABC):
 
     The loss is Σ sums / Σ counts over the whole global step, so it does not depend on how the step's micro-batches
     are distributed over ranks and accumulation slots.
+
+    Args:
+        module: the model, on this rank's device; all ranks hold equal weights.
+        config: precision, gradients and checks of the engine.
+        optimizer: AdamW's settings and the limit of the gradient norm.
+        world: this process's rank, the number of ranks and the device.
     """
 
     module: TrainModule

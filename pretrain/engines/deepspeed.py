@@ -34,10 +34,17 @@ from pretrain.train_module import TrainModule, TrainPlan
 def deepspeed_config(
     config: EngineConfig, optimizer: OptimizerConfig, slots: int, world: DistributedContext, module: nn.Module
 ) -> dict[str, Any]:
-    """Returns DeepSpeed's own config for a run; `slots` is the number of micro-batches of each rank in a step.
+    """Returns DeepSpeed's own config for a run.
 
     Precision is not set here: TrainModule enters autocast itself, the same way under every engine, and weights,
     gradients and their sums stay fp32.
+
+    Args:
+        config: the engine's settings, ZeRO stage and offload among them.
+        optimizer: the limit of the gradient norm.
+        slots: micro-batches of each rank in a step.
+        world: number of ranks and device.
+        module: its number of weights bounds ZeRO's buckets.
     """
     bucket = min(sum(parameter.numel() for parameter in module.parameters()), 50_000_000)
     bucket += bucket % 2  # DeepSpeed's alignment

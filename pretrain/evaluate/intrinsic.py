@@ -75,7 +75,13 @@ def pnmi(
 ) -> Found:
     """Computes PNMI and purities of k-means units of each layer with the phones, without frames of silence.
 
-    See `abx` for the arguments.
+    Args:
+        encoder: computes the features.
+        part: utterances of the evaluated split.
+        phones: intervals of each utterance's phones, in seconds.
+        classes: number of each phone.
+        waves: reads the audio of an utterance.
+        silence: phones that do not count as speech.
     """
     from sklearn.cluster import MiniBatchKMeans
 
@@ -102,7 +108,16 @@ def rankme(
     waves: Waves,
     silence: Collection[str],
 ) -> Found:
-    """Measures the effective rank of each layer (RankMe, arXiv 2210.02885). See `abx` for the arguments."""
+    """Measures the effective rank of each layer (RankMe, arXiv 2210.02885).
+
+    Args:
+        encoder: computes the features.
+        part: utterances of the evaluated split.
+        phones: intervals of each utterance's phones, in seconds.
+        classes: number of each phone.
+        waves: reads the audio of an utterance.
+        silence: phones that do not count as speech.
+    """
     frames = phone_frames(encoder, part, phones, classes, waves)
     kept = frames.x_NLD[:: max(1, len(frames.x_NLD) // 4096)].float().numpy()
     return [(f"RankMe, layer {layer}", point(rank_me(kept[:, layer]))) for layer in range(kept.shape[1])]

@@ -22,7 +22,14 @@ def width_for(weights: int, dim: int, classes: int) -> int:
 
 
 class NeuralProbe(nn.Module):
-    """Standardised features, two hidden layers, classes."""
+    """Standardised features, two hidden layers, classes.
+
+    Args:
+        x_ND: features by which inputs are standardised.
+        width: units of each hidden layer.
+        classes: number of classes.
+        dropout: after each hidden layer.
+    """
 
     def __init__(self, x_ND: Tensor, width: int, classes: int, dropout: float) -> None:
         super().__init__()

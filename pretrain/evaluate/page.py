@@ -49,7 +49,14 @@ def read_curves(run: Path) -> list[Curve]:
 
 
 def write_page(rows: Sequence[ResultRow], details: Sequence[Detail], curves: Sequence[Curve], file: Path) -> None:
-    """Writes the page; it refers to no other file."""
+    """Writes the page; it refers to no other file.
+
+    Args:
+        rows: the results.
+        details: accuracies of single layers, and confusions.
+        curves: scores of a followed run over hours of training audio.
+        file: the page.
+    """
     parts = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"]
     parts += ["<title>Evaluation</title>", f"<style>{STYLE}</style>", "<h1>Evaluation</h1>", _table(rows)]
     parts.append(f"<p class=note>{escape(LEGEND)}</p>")

@@ -164,7 +164,15 @@ def fit(train: Labelled, classes: int, view: View, config: ProbeConfig) -> Probe
 def fits(
     train: Labelled, classes: int, layers: tuple[int, ...], penalties: Sequence[float], config: ProbeConfig
 ) -> Iterator[Probe]:
-    """Yields the probe of each penalty; each fit starts from the weights of the one before."""
+    """Yields the probe of each penalty; each fit starts from the weights of the one before.
+
+    Args:
+        train: (N, L, D) features and labels to fit.
+        classes: number of classes.
+        layers: layers of the features that the probe reads.
+        penalties: weights of the L2 penalty, from strong to weak.
+        config: iterations of the minimiser.
+    """
     x_NLD = train.x_NLD[:, list(layers)]
     scaling = Scaling(x_NLD)
     x_LND, weights = scaling(x_NLD), None
@@ -182,7 +190,17 @@ def fit_probe(
     disjoint: bool = True,
     silent: Sequence[int] = (),
 ) -> Probe:
-    """Fits a probe to `train`; see `choose_view` for the arguments. view: layers and penalty; None: chosen."""
+    """Fits a probe.
+
+    Args:
+        train: (N, L, D) features and labels to fit.
+        valid: those of the validation speakers.
+        classes: number of classes.
+        config: penalties, folds, and number of vectors.
+        view: layers and penalty; None: chosen by `choose_view`.
+        disjoint: whether classes can be predicted for unseen speakers.
+        silent: classes that do not count in the accuracy.
+    """
     return fit(
         train,
         classes,
@@ -241,6 +259,13 @@ def accuracies(
     """Returns the accuracy with each penalty over all parts, (vectors to fit, vectors to judge by).
 
     Penalties are from strong to weak, each fit a start for the next; it ends where the accuracy falls.
+
+    Args:
+        parts: pairs of vectors to fit and vectors to judge by.
+        classes: number of classes.
+        layers: layers of the features that the probes read.
+        penalties: weights of the L2 penalty, from strong to weak.
+        config: iterations of the minimiser.
     """
     short = replace(config, iterations=max(1, config.iterations // 4))
     trials = max(1, sum(len(judge.y_N) for _, judge in parts))
@@ -258,7 +283,14 @@ def accuracies(
 
 
 def folds(train: Labelled, valid: Labelled, config: ProbeConfig, disjoint: bool) -> Iterator[tuple[Labelled, Labelled]]:
-    """Yields (vectors to fit, vectors to judge by); the first are thinned to `config.choice_vectors`."""
+    """Yields (vectors to fit, vectors to judge by); the first are thinned to `config.choice_vectors`.
+
+    Args:
+        train: (N, L, D) features and labels to fit.
+        valid: those of the validation speakers.
+        config: number of folds and vectors.
+        disjoint: whether speakers may be divided into folds; otherwise `valid` judges.
+    """
     several = len(np.unique(train.speaker_N)) > 1
     if not disjoint or not several or len(np.unique(valid.speaker_N)) >= config.least_speakers:
         yield thinned(train, config.choice_vectors), valid

@@ -45,6 +45,12 @@ def stream(recogniser: StreamingRecogniser, wave_T: torch.Tensor, push: int, fou
 
     A word's emission delay is the audio that had arrived after its end (by Viterbi alignment) when the stable text
     first had the word entire; it does not include the time of computing.
+
+    Args:
+        recogniser: decodes the stream.
+        wave_T: (T,) audio at 16 kHz.
+        push: samples per push.
+        found: results of all utterances.
     """
     words: list[Word] = []
     ends: list[float] = []

@@ -232,7 +232,13 @@ class TaskEvaluation:
     def unfitted(
         self, encoders: Sequence[FrozenEncoder], measure: Callable[[FrozenEncoder], intrinsic.Found], context: int
     ) -> list[ResultRow]:
-        """Applies a measure without fitting to log-mel, random weights (mean over seeds) and the checkpoints."""
+        """Applies a measure without fitting to log-mel, random weights (mean over seeds) and the checkpoints.
+
+        Args:
+            encoders: the checkpoints.
+            measure: returns the results of one encoder by layer.
+            context: frames on either side that log-mel gets.
+        """
         rows: list[ResultRow] = []
         if self.config.baselines:
             baseline = log_mel_with_context(context)

@@ -58,7 +58,15 @@ class RoundRequest:
         update: Mapping[str, Tensor] | None = None,
         totals: Mapping[str, list[Tensor]] | None = None,
     ) -> Answer:
-        """Returns a device's answer to this request; arguments are fields of `Answer`."""
+        """Returns a device's answer to this request.
+
+        Args:
+            device: its name.
+            counts_K: targets of each task.
+            loss: sum of the losses over the targets.
+            update: gradient or change of each trained parameter, fp32.
+            totals: sum and count of each metric.
+        """
         return Answer(
             run=self.run,
             kind=self.kind,

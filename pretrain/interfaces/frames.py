@@ -10,7 +10,13 @@ from torch import Tensor
 
 
 def valid_frames(lengths_B: Tensor, width: int, device: torch.device) -> Tensor:
-    """Returns (B, width) bool on `device`, False beyond each length."""
+    """Returns (B, width) bool on `device`, False beyond each length.
+
+    Args:
+        lengths_B: frames of each row.
+        width: number of frames of a padded row.
+        device: of the result.
+    """
     return torch.arange(width, device=device)[None] < lengths_B.to(device, non_blocking=True)[:, None]
 
 

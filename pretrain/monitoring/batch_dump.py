@@ -126,7 +126,13 @@ class Replayed:
 
 
 def replay(module: TrainModule, ctx: StepContext, batches: Sequence[Batch]) -> list[Replayed]:
-    """Computes loss and gradients of each micro-batch separately, with the random draws of the failed update."""
+    """Computes loss and gradients of each micro-batch separately, with the random draws of the failed update.
+
+    Args:
+        module: the model before the update.
+        ctx: seed and step of the update.
+        batches: its micro-batches.
+    """
     module.train()
     results = []
     for batch in batches:

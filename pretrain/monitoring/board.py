@@ -52,6 +52,12 @@ class Board:
 
     A failure (a full disk, a quota, an unavailable file system) is reported once; a new event file is tried after
     `retry_seconds`. Errors of TensorBoard's own thread are raised by its next call.
+
+    Args:
+        folder: for the event files.
+        purge_step: events from this step on, of an earlier start, are hidden.
+        say: prints a warning.
+        retry_seconds: time between attempts after a failure.
     """
 
     def __init__(

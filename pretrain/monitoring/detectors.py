@@ -94,7 +94,14 @@ def accuracy_at_chance(accuracy: float, chance: float, margin: float = 0.1) -> F
 
 
 def too_good(loss: float, chance: float, perplexity: float, best_perplexity: float) -> Finding | None:
-    """Reports a contrastive loss near zero with falling code use: the task has become trivial."""
+    """Reports a contrastive loss near zero with falling code use: the task has become trivial.
+
+    Args:
+        loss: mean contrastive loss per target.
+        chance: loss of guessing.
+        perplexity: of the codes now.
+        best_perplexity: the highest one so far.
+    """
     if not (chance > 0 and loss < 0.05 * chance and perplexity < 0.5 * best_perplexity):
         return None
     return Finding(

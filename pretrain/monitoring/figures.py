@@ -62,6 +62,14 @@ def add_frames(
     """Adds (N, D) frames and a row of values for each to the projector; frames of earlier writers are kept.
 
     Values are escaped as cells of a TSV file, so names cannot add rows or columns.
+
+    Args:
+        board: TensorBoard's writer.
+        frames_ND: (N, D) frames.
+        rows: values of each frame.
+        header: names of the values.
+        tag: name in the projector.
+        step: updates done.
     """
     config = Path(board.log_dir) / "projector_config.pbtxt"
     if config.is_file() and not hasattr(board, "_projector_config"):

@@ -76,6 +76,14 @@ class MetricsWriter:
 
     Write errors never end training. Raises StaleIncarnationError if a newer start of the run exists, before anything is
     removed or written.
+
+    Args:
+        run: the run folder.
+        config: config of the run.
+        module: its objective and heads name their metrics.
+        resumed_at: updates done when this start began; rows of later ones are removed.
+        world: number of ranks and device, for the utilisation; None: one rank on a CPU.
+        say: prints warnings.
     """
 
     def __init__(

@@ -71,6 +71,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0)
 
     Uses PyTorch's fused kernels, except on a CPU with dropout or in bf16: there plain matrix products take half the
     time (docs/findings.md), as long as the F × F weights are small.
+
+    Args:
+        q, k, v: queries (B, H, F, C), keys and values (B, H, K, C).
+        mask: bool, True where a query sees a key, or additive, of a shape that broadcasts to (B, H, F, K); None: all
+            are seen.
+        p: probability of dropping an attention weight.
     """
     plain = q.device.type == "cpu" and (p > 0 or q.dtype == torch.bfloat16) and k.shape[-2] <= 2048
     if not plain:
@@ -140,7 +146,12 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, 
     """Returns local attention of (B, H, R + F, C): frames attend up to distance `reach` and to the R registers.
 
     Registers attend to all frames. Frames are cut into blocks of `reach`; each block attends to itself and its two
-    neighbours, so that time and memory are linear in F. Arguments as of `pattern_attention`.
+    neighbours, so that time and memory are linear in F.
+
+    Args:
+        q, k, v: queries, keys and values, (B, H, R + F, C).
+        context: pattern, registers, packed utterances and valid frames.
+        p: probability of dropping an attention weight.
     """
     reach, R, valid_BF = context.pattern.reach, context.n_registers, context.valid_BF
     assert reach is not None
@@ -175,6 +186,11 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext
     """Returns attention of (B, H, R + F, C) to a frame's own chunk, those before it and R registers, chunk by chunk.
 
     Registers attend to all frames.
+
+    Args:
+        q, k, v: queries, keys and values, (B, H, R + F, C).
+        context: pattern, registers, packed utterances and valid frames.
+        p: probability of dropping an attention weight.
     """
     (_, chunk, left), R, valid_BF = context.pattern, context.n_registers, context.valid_BF
     n_frames, parts = q.shape[2], []
@@ -265,7 +281,14 @@ def _range(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_mask(context: AttentionContext, rows: int, n_frames: int, device: torch.device) -> Tensor:
-    """Returns the pattern as a (B, F, F) bool tensor; True attends."""
+    """Returns the pattern as a (B, F, F) bool tensor; True attends.
+
+    Args:
+        context: pattern, packed utterances and valid frames.
+        rows: B.
+        n_frames: F, leading frames included.
+        device: of the result.
+    """
     at = torch.arange(n_frames, device=device)
     row = torch.arange(rows, device=device)
     allowed = _Visible.of(context, rows, n_frames, device).function()
@@ -276,6 +299,12 @@ def flex_mask(context: AttentionContext, rows: int, n_frames: int, device: torch
     """Returns the pattern for FlexAttention; None if frames attend to their whole row, which has faster kernels.
 
     PyTorch's `create_block_mask` would build a dense mask first.
+
+    Args:
+        context: pattern, packed utterances and valid frames.
+        rows: B.
+        n_frames: F, leading frames included.
+        device: of the result.
     """
     if context.pattern == Pattern() and len(context.documents) < 2:
         return None

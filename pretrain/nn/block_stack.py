@@ -143,7 +143,15 @@ class BlockStack(Encoder):
         gates: tuple[BlockGates, ...],
         prompts_BLPD: Tensor | None,
     ) -> EncoderOutput:
-        """Returns all layers in the layout of `frames`: a row per utterance, or the single row of `packing`."""
+        """Returns all layers in the layout of `frames`: a row per utterance, or the single row of `packing`.
+
+        Args:
+            frames: (B, F, D) input, or the packed row (1, N, D).
+            ctx: seed and step for the draws of a training step; None outside of training.
+            packing: layout of the packed row; None for padded rows.
+            gates: factors of heads and inner channels of each block; empty: all are 1.
+            prompts_BLPD: P learned frames for each utterance and block, if any.
+        """
 
     def run_blocks(
         self,
@@ -187,7 +195,15 @@ class BlockStack(Encoder):
     def run_some(
         self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None = None
     ) -> Ran:
-        """Runs the blocks with these indices."""
+        """Runs the blocks with these indices.
+
+        Args:
+            numbers: indices of the blocks.
+            x_BFD: leading frames (registers, prompts) and frames.
+            level: lengths and attention contexts at this frame rate.
+            draws: blocks to leave out, factors of branches, and gates.
+            ctx: unused; the same arguments as of `run_u_shape`.
+        """
         layers, ffn_layers, L = [], [], level.full.n_leading
         for number in numbers:
             if draws.blocks[number]:
@@ -220,7 +236,15 @@ class BlockStack(Encoder):
         return torch.cat([leading_BLD, x_BFD[:, n_leading * utterances :]], dim=1)
 
     def run_u_shape(self, numbers: range, x_BFD: Tensor, level: Level, draws: Draws, ctx: StepContext | None) -> Ran:
-        """Runs the blocks with the middle ones at half the frame rate; the frames of their outputs are repeated."""
+        """Runs the blocks with the middle ones at half the frame rate; the frames of their outputs are repeated.
+
+        Args:
+            numbers: indices of the blocks.
+            x_BFD: leading frames (registers, prompts) and frames at the full rate.
+            level: lengths and attention contexts at the full rate.
+            draws: blocks to leave out, factors of branches, and gates.
+            ctx: for the chunk of a chunked attention; None outside of training.
+        """
         assert self.half_rate is not None
         L, middle = level.full.n_leading, self.at_half_rate
         first = self.run_some(numbers[: middle.start], x_BFD, level, draws)
@@ -240,7 +264,14 @@ class BlockStack(Encoder):
         return Ran(last.x_BFD, layers + last.layers, ffn_layers + last.ffn_layers)
 
     def half_level(self, level: Level, grid: TimeGrid | None, fine_BFD: Tensor, ctx: StepContext | None) -> Level:
-        """Returns the level at half the frame rate; the time index of a pair is that of its first frame."""
+        """Returns the level at half the frame rate; the time index of a pair is that of its first frame.
+
+        Args:
+            level: the one at the full frame rate.
+            grid: layout in which packed utterances start at even frames; None for padded rows.
+            fine_BFD: frames at the full rate.
+            ctx: for the chunk of a chunked attention; None outside of training.
+        """
         places_BF = level.places_BF
         if grid is not None:
             assert places_BF is not None
@@ -257,7 +288,15 @@ class BlockStack(Encoder):
     def with_contexts(
         self, level: Level, n_frames: int, device: torch.device, pattern: Pattern, bias_HFF: Tensor | None
     ) -> Level:
-        """Returns `level` with the attention contexts of full and local blocks, computed once for all blocks."""
+        """Returns `level` with the attention contexts of full and local blocks, computed once for all blocks.
+
+        Args:
+            level: lengths, packed utterances and prompts.
+            n_frames: frames of a row, without leading ones.
+            device: of the masks.
+            pattern: chunk and left context of a chunked attention.
+            bias_HFF: position bias of the attention logits, if any.
+        """
         config, documents = self.stack_config, level.documents
         n_leading = self.n_registers + (0 if level.prompts_LUPD is None else level.prompts_LUPD.shape[2])
         leading = n_leading * max(1, len(documents))

@@ -53,7 +53,14 @@ def default_route(device_type: str, dtype: torch.dtype, shape: ConvShape) -> Rou
 
 
 def override_route(device_type: str, dtype: torch.dtype, shape: ConvShape, route: Route | None) -> None:
-    """Sets the route of a shape for the rest of the process; None restores the default."""
+    """Sets the route of a shape for the rest of the process; None restores the default.
+
+    Args:
+        device_type: such as "cpu".
+        dtype: of the product.
+        shape: of the convolution.
+        route: how it is computed; None: `default_route`.
+    """
     if route is None:
         _OVERRIDES.pop((device_type, dtype, shape), None)
     else:

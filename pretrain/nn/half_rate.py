@@ -37,7 +37,13 @@ class HalfRate(nn.Module):
         return joined
 
     def up(self, x_BFD: Tensor, fine_BFD: Tensor, grid: TimeGrid | None) -> Tensor:
-        """Restores the frame rate: splits (B, ⌈F / 2⌉, D) and adds the result to the F frames of `fine_BFD`."""
+        """Restores the frame rate: splits (B, ⌈F / 2⌉, D) and adds the result to the F frames of `fine_BFD`.
+
+        Args:
+            x_BFD: (B, ⌈F / 2⌉, D) pairs.
+            fine_BFD: (B, F, D) frames before the join.
+            grid: as in `down`.
+        """
         return fine_BFD + fit(self.part(x_BFD).reshape(x_BFD.shape[0], -1, x_BFD.shape[2]), fine_BFD, grid)
 
 

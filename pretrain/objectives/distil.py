@@ -180,7 +180,14 @@ class Distil(Objective):
     def recorded(
         self, plan: DistilPlan, width: int, rows: int, targets_ND: Tensor, found_ND: Tensor
     ) -> MicroBatchRecord:
-        """Returns targets and predictions of the masked frames, or of all frames where none is masked."""
+        """Returns targets and predictions of the masked frames, or of all frames where none is masked.
+
+        Args:
+            plan: mask and frames with a target.
+            width: F of the padded batch.
+            rows: B.
+            targets_ND, found_ND: the teacher's and the student's vectors at the frames with a target.
+        """
         chosen_BF = torch.zeros(rows * width, dtype=torch.bool, device=plan.flat_N.device)
         chosen_BF[plan.flat_N] = True
         if self.mask_embedding is not None:
@@ -199,7 +206,13 @@ class Distil(Objective):
     def compare(
         self, encoded: EncoderOutput, targets: tuple[Tensor, ...], flat_N: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Returns the loss summed over frames, and target and prediction (N, D) of the last layer compared."""
+        """Returns the loss summed over frames, and target and prediction (N, D) of the last layer compared.
+
+        Args:
+            encoded: the student's layers.
+            targets: (B, F, D) of each layer of the teacher.
+            flat_N: frames with a target, as indices into B·F.
+        """
         n_student, n_teacher = len(encoded.layers) - 1, len(targets) - 1
         numbers = {-2: n_teacher // 2, -1: n_teacher}
         total = encoded.layers[0].new_zeros((), dtype=torch.float32)

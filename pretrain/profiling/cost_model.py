@@ -285,6 +285,12 @@ def step_flops(measured: Measured, seconds: float) -> float:
 def utilisation(measured: Measured, config: Config, cluster: Cluster, rate: float) -> float:
     """Returns the share of a GPU's peak at `rate` seconds of audio per second, as `forecast` counts operations.
 
+    Args:
+        measured: operations of the model.
+        config: the run; its `data.max_seconds` is the length of a segment.
+        cluster: kind of GPU.
+        rate: seconds of audio per second of one GPU.
+
     Raises:
         ConfigError: more than the peak, so that the rate is that of another device.
     """

@@ -102,7 +102,14 @@ class FoundUnits(NamedTuple):
 
 
 class UnitClassifier(nn.Module):
-    """Computes logits over units: cosine to learned embeddings / temperature (HuBERT, eq. 3), or a linear layer."""
+    """Computes logits over units: cosine to learned embeddings / temperature (HuBERT, eq. 3), or a linear layer.
+
+    Args:
+        dim: channels of a frame.
+        units: number of units.
+        projection_dim: channels of the learned embeddings; 0: a linear layer.
+        temperature: of the cosines.
+    """
 
     def __init__(self, dim: int, units: int, projection_dim: int, temperature: float) -> None:
         super().__init__()

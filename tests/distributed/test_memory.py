@@ -25,7 +25,7 @@ def test_memory_of_each_zero_stage_equals_the_forecast(tmp_path: Path) -> None:
         made["config"]["encoder"] |= {"dim": 192, "heads": 4, "ffn_dim": 768, "layers": 4}
     found = run(tmp_path, "memory", 2, cases)
     parameters = found["0"]["parameters"]
-    model = Measured(parameters, parameters, Cost(0, 0), Cost(0, 0))
+    model = Measured(parameters, parameters, Cost(0, 0), Cost(0, 0), differentiated=Cost(0, 0))
     activations = found["0"]["held"] - state_bytes(model, 0, 2)
     assert 0 < activations < 0.2 * found["0"]["held"]
     for stage in (1, 2, 3):

@@ -57,7 +57,14 @@ class Attention(nn.Module):
     def attend(
         self, x_BND: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """Returns the attention output (B, N, D) of queries from `x_BND`; mask: True where a key is visible."""
+        """Returns the attention output (B, N, D) of queries from `x_BND`.
+
+        Args:
+            x_BND: normalised frames that the queries are computed from.
+            key, value: (B, H, M, C), as `keys` returns them.
+            mask: True where a key is visible; None: everywhere.
+            causal: whether a position sees no later one.
+        """
         query = self.query(x_BND).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         p = self.dropout if self.training else 0.0
         y_BHNC = F.scaled_dot_product_attention(query, key, value, mask, p, is_causal=causal)
@@ -90,7 +97,14 @@ class Block(nn.Module):
         memory: tuple[Tensor, Tensor],
         visible_BM: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Returns the output for the next position, (B, 1, D), and keys and values of all positions so far."""
+        """Returns the output for the next position, (B, 1, D), and keys and values of all positions so far.
+
+        Args:
+            x_B1D: the next position.
+            past: keys and values of the positions before, (B, H, N, C); None at the start.
+            memory: keys and values of the memories, (B, H, M, C).
+            visible_BM: frames of the memories that may be attended to; None: all.
+        """
         normed = self.attention_norm(x_B1D)
         key, value = self.attention.keys(normed)
         if past is not None:

@@ -109,7 +109,13 @@ class Block(nn.Module):
         return self.after_attention(x_BFD, attended_BFD, context)[0], memory
 
     def after_attention(self, x_BFD: Tensor, attended_BFD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """Returns the block's output, and its feed-forward part before the residual sum."""
+        """Returns the block's output, and its feed-forward part before the residual sum.
+
+        Args:
+            x_BFD: the block's input.
+            attended_BFD: the attention's output.
+            context: valid frames, factors of the residual branches and gates.
+        """
         x_BFD = x_BFD + self.residual(attended_BFD, context, 0)
         if self.pre:
             ffn_BFD = self.feed_forward(self.ffn_norm(x_BFD), context)

@@ -87,7 +87,14 @@ class NormedConv(nn.Module):
 
 
 class ConvLayer(nn.Module):
-    """Convolution → layer norm, or none → GELU, on (B, T, D)."""
+    """Convolution → layer norm, or none → GELU, on (B, T, D).
+
+    Args:
+        in_dim, dim: channels of input and output.
+        kernel, stride: in frames of the layer before.
+        bias: whether the convolution has one.
+        norm: whether a layer norm over channels follows.
+    """
 
     def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, bias: bool, norm: bool) -> None:
         super().__init__()

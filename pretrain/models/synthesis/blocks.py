@@ -47,7 +47,16 @@ class Block(nn.Module):
 
 
 class FeedForwardTransformer(nn.Module):
-    """Blocks after position vectors (sines and cosines), with a last layer norm. (B, N, dim) to (B, N, dim)."""
+    """Blocks after position vectors (sines and cosines), with a last layer norm. (B, N, dim) to (B, N, dim).
+
+    Args:
+        blocks: number of blocks.
+        dim: channels of a frame.
+        heads: of the attention.
+        ffn_dim: inner channels of the convolutions.
+        kernel: their frames.
+        dropout: after each part of a block.
+    """
 
     def __init__(self, blocks: int, dim: int, heads: int, ffn_dim: int, kernel: int, dropout: float) -> None:
         super().__init__()

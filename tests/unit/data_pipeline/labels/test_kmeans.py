@@ -80,8 +80,7 @@ def test_one_round_equals_a_lloyd_iteration(shards: Path) -> None:
 
     frames = all_features(shards)
     centres = frames[:: len(frames) // 8][:8]
-    config = settings(shards, shards / "unused")
-    parts = [kmeans.accumulate(config, record, kaldi_mfcc, centres) for record in done_records(str(shards))]
+    parts = [kmeans.accumulate(record, kaldi_mfcc, centres) for record in done_records(str(shards))]
     mine = sum(part[0] for part in parts) / sum(part[1] for part in parts)[:, None]
     theirs = KMeans(8, init=centres, n_init=1, max_iter=1).fit(frames).cluster_centers_
     np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=5e-3)
