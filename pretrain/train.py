@@ -14,6 +14,7 @@ from pretrain.checkpointing.checkpoint import TrainState
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines.base import Engine, StepResult
+from pretrain.engines.signals import RankSignals
 from pretrain.interfaces.frames import StepContext
 from pretrain.lr_schedule import learning_rate
 from pretrain.monitoring.health_monitor import HealthMonitor, UnhealthyError
@@ -83,19 +84,13 @@ def train(
             signals = monitor.begin(ctx, step, waited, stop_requested())
             log.expect(state.step + 1)
 
-            # update: count targets, forward and backward, reduce, apply (Engine.step)
-            try:
-                check = monitor.check_targets if state.step == 0 else None
-                result = engine.step(step.batches, ctx, lr, signals=signals, skip_above=monitor.skip_above, check=check)
-                back_to = monitor.apply_decision(result)
-            except FloatingPointError as error:
-                back_to = monitor.handle_divergence(error, ctx, step.batches)
+            # update: count targets, forward and backward, reduce, apply
+            result = _update(engine, monitor, step, ctx, lr=lr, signals=signals)
 
             # roll back: an older state, but with the data after this step
-            if back_to is not None:
-                state = _roll_back(
-                    run, engine, config, saver=saver, monitor=monitor, wanted=TrainState(back_to, step.after)
-                )
+            if isinstance(result, int):
+                wanted = TrainState(result, step.after)
+                state = _roll_back(run, engine, config, saver=saver, monitor=monitor, wanted=wanted)
                 log.go_back(state.step)
                 clock = time.monotonic()
                 continue
@@ -123,6 +118,19 @@ def train(
     # wait for rank 0, which may still be writing: a launcher ends all ranks soon after the first one exits
     world.agree(str(state.step), "the step after which they left the loop")
     return Ending.STOPPED if stopping and state.step < settings.steps else Ending.FINISHED
+
+
+def _update(
+    engine: Engine, monitor: HealthMonitor, step: Step, ctx: StepContext, lr: float, signals: RankSignals
+) -> StepResult | int:
+    """Performs one update; returns its result, or the step before which the run must roll back."""
+    try:
+        check = monitor.check_targets if ctx.step == 0 else None
+        result = engine.step(step.batches, ctx, lr, signals=signals, skip_above=monitor.skip_above, check=check)
+        back_to = monitor.apply_decision(result)
+    except FloatingPointError as error:
+        return monitor.handle_divergence(error, ctx, step.batches)
+    return result if back_to is None else back_to
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -18,7 +18,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,13 @@ from pretrain.train_module import build_model, open_run_reader  # noqa: E402
 from tests.support.federation import InProcessDevices  # noqa: E402
 
 MEASURE = "non-silence frames"
+CENTRAL, ALL, SOME = "central", "all answer", "30 % never answer"
 PER_ROUND, ABSENT = 8, 0.3
 KEPT_ALL, KEPT_SOME = 0.95, 0.90
 TIMED_STEPS = 10
 WORLD = DistributedContext()
+Gains = dict[str, float]
+"""Points over random weights of each kind of run."""
 
 
 def shards_of(speaker: str, utterances: Sequence[Utterance], folder: Path) -> Path:
@@ -124,67 +128,54 @@ def train_one(config: Config, devices: InProcessDevices | None) -> Path:
     return folder.path
 
 
-def main() -> int:
-    """Returns exit code 0 where both gates are passed."""
-    parser = parser_of(__doc__, "federated")
-    parser.add_argument("--minutes", type=float, default=4.0, help="of each of three trainings, over all seeds")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-speakers", type=int, default=0)
-    given = parser.parse_args()
-    manifest = real_speech()
-    if manifest is None:
-        return 0
-    torch.set_num_threads(1)
-    begun = time.monotonic()
-    listed = [u for u in read_manifest(manifest) if u.corpus == "speechocean762" and u.split == "train"]
-    speakers = sorted({u.speaker for u in listed})[: given.max_speakers or None]
-    shards = [shards_of(s, [u for u in listed if u.speaker == s], given.work / "speakers") for s in speakers]
-    runs = given.work / "runs"
-    tick = time.monotonic()
-    train_one(settings("timing", shards, runs, 0, TIMED_STEPS, "engine.name=torch"), None)
-    steps = max(TIMED_STEPS, int(given.minutes * 60 / given.seeds / ((time.monotonic() - tick) / TIMED_STEPS)))
+def gain(config: Config, devices: InProcessDevices | None, manifest: Path) -> float:
+    """Trains a run; returns the accuracy of its phone probe on unseen speakers, less that of random weights."""
+    probe = EvaluateConfig(
+        checkpoint=str(train_one(config, devices)),
+        task="phones",
+        manifest=str(manifest),
+        seeds=1,
+        bootstrap=100,
+        supervised=SupervisedConfig(epochs=0),
+        neural=NeuralConfig(epochs=0),
+    )
+    rows: list[ResultRow] = [row for row in evaluate(probe, say=lambda line: None) if row.measure == MEASURE]
+    assert rows[-1].over_random is not None
+    over_random = rows[-1].over_random[0]
+    print(f"{config.name}: {100 * rows[-1].value:.1f} %, {100 * over_random:+.1f} over random weights")
+    return over_random
+
+
+def gains_of(seed: int, speakers: Sequence[str], shards: Sequence[Path], steps: int, given: Namespace) -> Gains:
+    """Returns the gain of each kind of run with one seed. steps: updates of the central run."""
     federated = [
         "engine.name=federated", f"engine.federated.per_round={PER_ROUND}", "engine.federated.min_devices=1",
     ]  # fmt: skip
-    gains: dict[str, list[float]] = {"central": [], "all answer": [], "30 % never answer": []}
-    for seed in range(given.seeds):
-        absent = {s for s in speakers if keyed_rng(seed, s, "absent").random() < ABSENT}
-        more = round(steps * len(speakers) / (len(speakers) - len(absent)))
-        kinds = {
-            "central": (steps, ["engine.name=torch"], None),
-            "all answer": (steps, federated, set[str]()),
-            "30 % never answer": (more, federated, absent),
-        }
-        for kind, (rounds, overrides, silent) in kinds.items():
-            name = f"run_{kind.split()[0]}_{seed}"
-            config = settings(name, shards, runs, seed, rounds, *overrides)
-            run = train_one(config, None if silent is None else devices_of(config, shards, silent))
-            probe = EvaluateConfig(
-                checkpoint=str(run),
-                task="phones",
-                manifest=str(manifest),
-                seeds=1,
-                bootstrap=100,
-                supervised=SupervisedConfig(epochs=0),
-                neural=NeuralConfig(epochs=0),
-            )
-            rows: list[ResultRow] = [row for row in evaluate(probe, say=lambda line: None) if row.measure == MEASURE]
-            assert rows[-1].over_random is not None
-            gains[kind].append(rows[-1].over_random[0])
-            print(
-                f"seed {seed}, {kind}: {100 * rows[-1].value:.1f} %, {100 * gains[kind][-1]:+.1f} over random weights"
-            )
+    absent = {s for s in speakers if keyed_rng(seed, s, "absent").random() < ABSENT}
+    more = round(steps * len(speakers) / (len(speakers) - len(absent)))
+    kinds = {
+        CENTRAL: (steps, ["engine.name=torch"], None),
+        ALL: (steps, federated, set[str]()),
+        SOME: (more, federated, absent),
+    }
+    found = {}
+    for kind, (rounds, overrides, silent) in kinds.items():
+        config = settings(f"run_{kind.split()[0]}_{seed}", shards, given.work / "runs", seed, rounds, *overrides)
+        devices = None if silent is None else devices_of(config, shards, silent)
+        found[kind] = gain(config, devices, given.manifest)
+    return found
+
+
+def report(given: Namespace, gains: Mapping[str, list[float]], figures: dict[str, Any]) -> bool:
+    """Writes federated.json and federated.md; returns whether both gates are passed."""
     mean = {kind: sum(values) / len(values) for kind, values in gains.items()}
-    kept = {kind: value / mean["central"] for kind, value in mean.items()}
-    passed = kept["all answer"] >= KEPT_ALL and kept["30 % never answer"] >= KEPT_SOME
-    figures = {
-        "when": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "speakers": len(speakers), "rounds": steps, "seeds": given.seeds, "gains": gains, "kept": kept,
-        "passed": passed, "minutes": round((time.monotonic() - begun) / 60),
-    }  # fmt: skip
+    kept = {kind: value / mean[CENTRAL] for kind, value in mean.items()}
+    passed = kept[ALL] >= KEPT_ALL and kept[SOME] >= KEPT_SOME
+    when, machine = time.strftime("%Y-%m-%d"), f"{platform.machine()}, {os.cpu_count()} cores"
+    figures = {"when": when, "machine": machine, **figures, "gains": gains, "kept": kept, "passed": passed}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "federated.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    rows_of = [
+    rows = [
         (
             kind,
             f"{100 * mean[kind]:+.1f}",
@@ -195,15 +186,40 @@ def main() -> int:
     ]
     page = [
         "# Federated pretraining: gain over random weights, phones of unseen speakers", "",
-        f"BEST-RQ, {len(speakers)} devices of one speaker each, {PER_ROUND} asked a round, {steps} updates of 64 s, "
-        f"{given.seeds} seeds, {figures['minutes']} minutes ({figures['when']}, {figures['machine']}). With absent "
+        f"BEST-RQ, {figures['speakers']} devices of one speaker each, {PER_ROUND} asked a round, {figures['rounds']} "
+        f"updates of 64 s, {given.seeds} seeds, {figures['minutes']} minutes ({when}, {machine}). With absent "
         "devices, more rounds give the same amount of audio.", "",
-        *markdown_table(("run", "points over random weights", "by seed", "share of the central gain"), rows_of), "",
+        *markdown_table(("run", "points over random weights", "by seed", "share of the central gain"), rows), "",
         f"The gates (95 % where all answer, 90 % where 30 % never do) are {'passed' if passed else 'missed'}.",
         "Made by `python benchmarks/prove/federated.py`.", "",
     ]  # fmt: skip
     (given.out / "federated.md").write_text("\n".join(page), encoding="utf-8")
     print("\n".join(page))
+    return passed
+
+
+def main() -> int:
+    """Returns exit code 0 where both gates are passed."""
+    parser = parser_of(__doc__, "federated")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of each of three trainings, over all seeds")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--max-speakers", type=int, default=0)
+    given = parser.parse_args()
+    given.manifest = real_speech()
+    if given.manifest is None:
+        return 0
+    torch.set_num_threads(1)
+    begun = time.monotonic()
+    listed = [u for u in read_manifest(given.manifest) if u.corpus == "speechocean762" and u.split == "train"]
+    speakers = sorted({u.speaker for u in listed})[: given.max_speakers or None]
+    shards = [shards_of(s, [u for u in listed if u.speaker == s], given.work / "speakers") for s in speakers]
+    tick = time.monotonic()
+    train_one(settings("timing", shards, given.work / "runs", 0, TIMED_STEPS, "engine.name=torch"), None)
+    steps = max(TIMED_STEPS, int(given.minutes * 60 / given.seeds / ((time.monotonic() - tick) / TIMED_STEPS)))
+    found = [gains_of(seed, speakers, shards, steps=steps, given=given) for seed in range(given.seeds)]
+    minutes = round((time.monotonic() - begun) / 60)
+    figures = {"speakers": len(speakers), "rounds": steps, "seeds": given.seeds, "minutes": minutes}
+    passed = report(given, {kind: [gains[kind] for gains in found] for kind in found[0]}, figures)
     return 0 if passed else 1
 
 

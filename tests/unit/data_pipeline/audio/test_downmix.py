@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data_pipeline.audio.downmix import Downmix
-from tests.support.edge_case_audio import speech_like, tone, tone_level
+from tests.support.decoded_audio import decoded
+from tests.support.edge_case_audio import encoded, speech_like, tone, tone_level, written
 
 RATE = 16_000
 SECONDS = 10
@@ -72,3 +75,49 @@ def test_the_mix_does_not_depend_on_the_blocks() -> None:
 def test_independent_channels_are_averaged_exactly() -> None:
     channels = np.stack([speech_like(5, name) for name in ("one", "two", "three")])
     np.testing.assert_array_equal(mixed(channels), channels.T.mean(axis=1, dtype=np.float32))
+
+
+# files
+
+
+def stereo(left: np.ndarray, right: np.ndarray, rate: int = 16_000) -> bytes:
+    return written(np.stack([left, right], axis=1), rate, "FLAC")
+
+
+def test_hum_in_anti_phase_does_not_cancel_speech(tmp_path: Path) -> None:
+    hum, quiet = tone(10, 50), np.zeros(160_000, np.float32)
+    left = np.concatenate([hum, tone(10, 500), quiet])
+    right = np.concatenate([-hum, quiet, tone(10, 900)])
+    found = decoded(stereo(left, right), tmp_path)
+    assert tone_level(found[20_000:150_000], 50) == pytest.approx(0.3, abs=0.01)
+    assert tone_level(found[170_000:310_000], 500) == pytest.approx(0.15, abs=0.01)
+    assert tone_level(found[330_000:470_000], 900) == pytest.approx(0.15, abs=0.01)
+
+
+def test_speech_in_anti_phase_after_a_jingle_is_kept(tmp_path: Path) -> None:
+    jingle, speech = tone(9, 700), speech_like(20)
+    found = decoded(stereo(np.concatenate([jingle, speech]), np.concatenate([jingle, -speech])), tmp_path)
+    np.testing.assert_allclose(found[150_000:], speech[6_000:], atol=1e-3)
+    np.testing.assert_allclose(found[:140_000], jingle[:140_000], atol=1e-3)
+
+
+def test_intermittent_anti_phase_is_handled_by_every_decoder(tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="needs the extra media")
+    parts = [tone(3.1, 400 + 100 * number) for number in range(6)]
+    left = np.concatenate(parts)
+    right = np.concatenate([part * (-1) ** number for number, part in enumerate(parts)])
+    for content in (stereo(left, right), encoded([(0, np.stack([left, right], 1))], "matroska", "flac")):
+        found = decoded(content, tmp_path)
+        for number in range(6):
+            middle = found[round((3.1 * number + 0.5) * 16_000) : round((3.1 * number + 2.6) * 16_000)]
+            assert tone_level(middle, 400 + 100 * number) == pytest.approx(0.3, abs=0.02)
+        assert np.abs(np.diff(found)).max() < 0.2, "a click"
+
+
+def test_channels_of_unequal_level_and_silent_channels_are_averaged(tmp_path: Path) -> None:
+    speech = tone(6, 500)
+    assert tone_level(decoded(stereo(speech, -0.8 * speech), tmp_path)[8_000:88_000], 500) > 0.2
+    assert tone_level(decoded(stereo(0 * speech, speech), tmp_path)[8_000:88_000], 500) == pytest.approx(0.15, abs=0.01)
+    six = np.zeros((96_000, 6), np.float32)
+    six[:, 2] = speech
+    assert tone_level(decoded(written(six), tmp_path)[8_000:88_000], 500) == pytest.approx(0.05, abs=0.01)

@@ -7,21 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.audio import codecs
 from data_pipeline.audio.byte_source import ByteSource
 from data_pipeline.audio.codecs import AudioError
 from data_pipeline.audio.containers import examine
 from tests.support import edge_case_audio as edge
+from tests.support.decoded_audio import decoded
 
 pytest.importorskip("av", reason="needs the extra media")
 
 FOLLOWERS = ("wav", "flac", "ogg", "mp3", "bare mp3", "tta", "adts", "mp4", "same")
 
 
-def decoded(content: bytes, tmp_path: Path) -> np.ndarray:
-    path = tmp_path / "a.bin"
-    path.write_bytes(content)
-    return np.concatenate(list(codecs.decode(str(path), 16_000)))
+VORBIS = edge.written(edge.tone(5, 300), form="OGG", subtype="VORBIS")
+OPUS = edge.written(edge.tone(5, 300), form="OGG", subtype="OPUS")
 
 
 def wrong(found: np.ndarray, first: float = 1.0, second: float = 1.0) -> str:
@@ -92,3 +90,92 @@ def test_the_sections_of_monkeys_audio_give_its_end() -> None:
     content = content.ljust(sum(sizes), b"\x55") + edge.in_format("wav", 1, 900)
     with ByteSource(content) as source:
         assert [part.pieces for part in examine(source)] == [((0, 5_138),), ((5_138, len(content)),)]
+
+
+def test_every_stream_of_a_chained_ogg_is_decoded(tmp_path: Path) -> None:
+    for subtype in ("VORBIS", "OPUS"):
+        links = [
+            edge.written(edge.tone(length, hertz), form="OGG", subtype=subtype)
+            for length, hertz in ((5, 400), (7, 900))
+        ]
+        found = decoded(b"".join(links), tmp_path)
+        assert len(found) / 16_000 == pytest.approx(12, abs=0.1)
+        assert edge.tone_level(found[-48_000:-16_000], 900) == pytest.approx(0.3, abs=0.05)
+
+
+def test_chained_streams_of_different_rates_codecs_and_channels_are_decoded(tmp_path: Path) -> None:
+    stereo = np.stack([edge.tone(3, 900, 44_100)] * 2, axis=1)
+    mixed = VORBIS + edge.written(stereo, 44_100, "OGG", "VORBIS") + OPUS
+    found = decoded(mixed, tmp_path)
+    assert len(found) / 16_000 == pytest.approx(13, abs=0.1)
+    assert edge.tone_level(found[90_000:120_000], 900) == pytest.approx(0.3, abs=0.05)
+    assert edge.tone_level(found[-60_000:-20_000], 300) == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("headers", [(True, True), (True, False), (False, True)])
+def test_concatenated_mp3_is_decoded_to_its_end(headers: tuple[bool, bool], tmp_path: Path) -> None:
+    joined = edge.mp3(5, header=headers[0]) + edge.mp3(7, header=headers[1], hertz=900)
+    found = decoded(joined, tmp_path)
+    assert len(found) / 16_000 == pytest.approx(12.1, abs=0.15)
+    assert edge.tone_level(found[-48_000:-16_000], 900) == pytest.approx(0.3, abs=0.05)
+
+
+def test_concatenated_mp3_with_different_rates_and_tags_between_is_decoded(tmp_path: Path) -> None:
+    tag = b"TAG" + bytes(125)
+    id3 = b"ID3\x04\x00\x00\x00\x00\x07\x76" + b"\xff\xfb" * 507
+    found = decoded(
+        edge.mp3(3) + tag + id3 + edge.mp3(3, 44_100, 128) + edge.mp3(3, 22_050, header=False, hertz=900), tmp_path
+    )
+    assert len(found) / 16_000 == pytest.approx(9.1, abs=0.15)
+    assert edge.tone_level(found[-40_000:-8_000], 900) == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype"),
+    [
+        ("FLAC", "PCM_16"),
+        ("WAV", "PCM_16"),
+        ("AIFF", "PCM_16"),
+        ("W64", "FLOAT"),
+        ("AU", "PCM_16"),
+        ("CAF", "PCM_16"),
+        ("NIST", "PCM_16"),
+    ],
+)
+def test_concatenated_files_are_decoded_to_the_end(form: str, subtype: str, tmp_path: Path) -> None:
+    joined = edge.written(edge.tone(2, 300), form=form, subtype=subtype) + edge.written(
+        edge.tone(3, 900, 22_050), 22_050, form, subtype
+    )
+    found = decoded(joined, tmp_path)
+    assert len(found) / 16_000 == pytest.approx(5, abs=0.01)
+    assert edge.tone_level(found[-40_000:-8_000], 900) == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [
+        ("mp4", "aac"),
+        ("matroska", "flac"),
+        ("webm", "libopus"),
+        ("adts", "aac"),
+        ("amr", "libopencore_amrnb"),
+        ("mpegts", "aac"),
+    ],
+)
+def test_concatenated_media_files_are_decoded_to_the_end(container: str, codec: str, tmp_path: Path) -> None:
+    rate = {"libopus": 48_000, "libopencore_amrnb": 8_000}.get(codec, 16_000)
+    parts = [
+        edge.encoded([(0, edge.tone(length, hertz, rate))], container, codec, rate, 12_200 if rate == 8_000 else 0)
+        for length, hertz in ((2, 300), (3, 900))
+    ]
+    found = decoded(b"".join(parts), tmp_path)
+    assert len(found) / 16_000 == pytest.approx(5, abs=0.35)
+    assert edge.tone_level(found[-36_000:-12_000], 900) == pytest.approx(0.3, abs=0.08)
+
+
+def test_a_sample_rate_change_within_a_stream_is_handled(tmp_path: Path) -> None:
+    parts = [edge.encoded([(0, edge.tone(3, 900, rate))], "adts", "aac", rate) for rate in (16_000, 44_100, 22_050)]
+    found = decoded(b"".join(parts), tmp_path)
+    assert len(found) / 16_000 == pytest.approx(9, abs=0.4)
+    for start in (8_000, 60_000, 110_000):
+        assert edge.tone_level(found[start : start + 24_000], 900) == pytest.approx(0.3, abs=0.05)
