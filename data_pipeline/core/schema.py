@@ -83,10 +83,7 @@ def _resume_rules(kind: type[Any], prefix: str, around: Resume) -> dict[str, Res
 def refuse(field: str, value: Any, reason: str) -> NoReturn:
     """Raises an error at `field`, for `__post_init__` of a config whose fields contradict each other.
 
-    Args:
-        field: name of a field of the config.
-        value: its value.
-        reason: the limit or the remedy, for the message.
+    `reason` is the limit or the remedy.
     """
     problem = PydanticCustomError("do_not_fit", "{reason}", {"reason": reason})
     raise ValidationError.from_exception_data(field, [InitErrorDetails(type=problem, loc=(field,), input=value)])

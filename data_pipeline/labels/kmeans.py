@@ -161,15 +161,7 @@ def label_shard(
     centres: Matrix,
     labels: LabelMetadata,
 ) -> None:
-    """Writes the labels of one shard if they do not exist.
-
-    Args:
-        config: has the folder of the labels.
-        record: the shard.
-        extractor: makes the feature extractor.
-        centres: (K, D) centres.
-        labels: artefact, rate and number of classes.
-    """
+    """Writes the labels of one shard, by (K, D) centres, if they do not exist."""
     store = FileStore(config.out)
     if store.exists(file_name(record.shard)) and artefact_of(store, record.shard) == labels.artefact:
         return

@@ -109,7 +109,7 @@ class LabelReader:
     """Reads labels by row; the label files of the last `keep` shards are cached. Each process opens its own."""
 
     def __init__(self, root: str, keep: int) -> None:
-        self.root, self.set = root, LabelMetadata.read(root)
+        self.root, self.metadata = root, LabelMetadata.read(root)
         self._shards = LruCache[str, tuple[Array, Array]](keep)
 
     def of(self, shard: str, index: ShardIndex, row: int, start: int, length: int) -> Array:
@@ -125,8 +125,8 @@ class LabelReader:
             length: number of samples.
         """
         flat, offsets = self._shards.get(shard, lambda: self._load(shard, index))
-        first = int(offsets[row]) + start // self.set.hop
-        last = min(int(offsets[row + 1]), first + -(-length // self.set.hop))
+        first = int(offsets[row]) + start // self.metadata.hop
+        last = min(int(offsets[row + 1]), first + -(-length // self.metadata.hop))
         return flat[first:last].astype(np.int64)
 
     def _load(self, shard: str, index: ShardIndex) -> tuple[Array, Array]:
@@ -135,12 +135,12 @@ class LabelReader:
             table = pq.ParquetFile(io.BytesIO(FileStore(self.root).read(name))).read(use_threads=False)
             artefact = (table.schema.metadata or {}).get(b"artefact", b"").decode()
             keys = table.column("key").cast(pa.string())
-            flat, offsets = _flattened(table.column("labels"), self.set.classes)
+            flat, offsets = _flattened(table.column("labels"), self.metadata.classes)
         except INDEX_ERRORS as error:
             raise ShardError(shard, f"its labels {self.root}/{name} cannot be read ({error})") from None
-        if artefact != self.set.artefact:
+        if artefact != self.metadata.artefact:
             raise ShardError(
-                shard, f"its labels are of artefact {artefact!r}, but {self.root} is {self.set.artefact!r}"
+                shard, f"its labels are of artefact {artefact!r}, but {self.root} is {self.metadata.artefact!r}"
             )
         if not keys.equals(index.table.column("key").cast(pa.string())):
             raise ShardError(shard, f"its labels in {self.root} are of other segments; run `auricle targets` again")

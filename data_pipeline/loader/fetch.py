@@ -63,7 +63,7 @@ class SegmentRead:
 class Fetched:
     """A segment to decode: `source` samples from `start` on, of its n_samples, become `length` samples."""
 
-    row: SegmentRead
+    wanted: SegmentRead
     key: str
     shard: str
     extent: Extent
@@ -132,43 +132,44 @@ class Fetcher:
         self.labels = self.texts.labels
         self.reads_images = config.images.size > 0
         self.targets = {name: LabelReader(root, files.shards.keep) for name, root in config.targets.items()}
-        self.grid = math.lcm(*(labels.set.hop for labels in self.targets.values()))  # crops start at a label
+        self.grid = math.lcm(*(labels.metadata.hop for labels in self.targets.values()))  # crops start at a label
         if self.targets and config.augment.speeds:
             raise ConfigError("data.augment.speeds would move the audio away from the frame labels of data.targets")
 
-    def fetch(self, rows: Sequence[SegmentRead]) -> list[Fetched | ShardError]:
-        """Returns the segment of each row, or the error of its shard. All reads are one call, so that they can overlap.
+    def fetch(self, wanted: Sequence[SegmentRead]) -> list[Fetched | ShardError]:
+        """Returns each segment, or the error of its shard. All reads are one call, so that they can overlap.
 
         Raises:
             StorageReadError: the storage does not answer.
         """
-        located = [self._locate(row) for row in rows]
+        located = [self._locate(each) for each in wanted]
         data = iter(self.files.read([found.extent for found in located if isinstance(found, Fetched)]))
         return [self._complete(found, next(data)) if isinstance(found, Fetched) else found for found in located]
 
-    def _locate(self, row: SegmentRead) -> Fetched | ShardError:
+    def _locate(self, wanted: SegmentRead) -> Fetched | ShardError:
         try:
-            index = self.files.index(row.shard)
+            index = self.files.index(wanted.shard)
         except ShardError as error:
             return error
-        key, n_samples = index.keys[row.row], int(index.n_samples[row.row])
-        payload, size = int(index.payload_offset[row.row]), int(index.payload_size[row.row])
-        speed = self.augmenter.speed(keyed_rng(*row.key_of_draw(key, "speed"))) if self.augmenter.config.speeds else 1.0
-        source = min(n_samples, round(row.length * speed))
-        length, start = min(row.length, round(source / speed)), 0
+        key, n_samples = index.keys[wanted.row], int(index.n_samples[wanted.row])
+        payload, size = int(index.payload_offset[wanted.row]), int(index.payload_size[wanted.row])
+        speeds = self.augmenter.config.speeds
+        speed = self.augmenter.speed(keyed_rng(*wanted.key_of_draw(key, "speed"))) if speeds else 1.0
+        source = min(n_samples, round(wanted.length * speed))
+        length, start = min(wanted.length, round(source / speed)), 0
         if source < n_samples:
-            start = int(keyed_rng(*row.key_of_draw(key, "crop")).integers(0, n_samples - source + 1))
+            start = int(keyed_rng(*wanted.key_of_draw(key, "crop")).integers(0, n_samples - source + 1))
             start -= start % self.grid
-        extent, inside, raw = Extent(row.shard, payload, size), slice(None), False
+        extent, inside, raw = Extent(wanted.shard, payload, size), slice(None), False
         if self.reads_images or _needs_json(index, self.labels):
-            offset, whole = (int(index.table.column(name)[row.row].as_py()) for name in ("offset", "size"))
-            extent, inside = Extent(row.shard, offset, whole), slice(payload - offset, payload - offset + size)
-        elif index.wav[row.row] and size == WAV_HEADER + 2 * n_samples:
-            extent, raw = Extent(row.shard, payload + WAV_HEADER + 2 * start, 2 * source), True
+            offset, whole = (int(index.table.column(name)[wanted.row].as_py()) for name in ("offset", "size"))
+            extent, inside = Extent(wanted.shard, offset, whole), slice(payload - offset, payload - offset + size)
+        elif index.wav[wanted.row] and size == WAV_HEADER + 2 * n_samples:
+            extent, raw = Extent(wanted.shard, payload + WAV_HEADER + 2 * start, 2 * source), True
         return Fetched(
-            row=row,
+            wanted=wanted,
             key=key,
-            shard=self.files.records[row.shard].shard,
+            shard=self.files.records[wanted.shard].shard,
             extent=extent,
             payload=inside,
             start=start,
@@ -182,14 +183,14 @@ class Fetcher:
     def _complete(self, found: Fetched, data: bytes | ShardError) -> Fetched | ShardError:
         if isinstance(data, ShardError):
             return data
-        row = found.row
+        wanted = found.wanted
         try:
-            index = self.files.index(row.shard)
+            index = self.files.index(wanted.shard)
             is_whole = found.source == found.n_samples
-            labels = self.texts.of_crop(labels_of(index, row.row, data, self.labels), found.key, is_whole)
+            labels = self.texts.of_crop(labels_of(index, wanted.row, data, self.labels), found.key, is_whole)
             image = image_of(data) if self.reads_images and is_whole else b""
             targets = {
-                name: targets.of(found.shard, index, row.row, found.start, found.length)
+                name: targets.of(found.shard, index, wanted.row, found.start, found.length)
                 for name, targets in self.targets.items()
             }
         except ShardError as error:
@@ -201,7 +202,7 @@ class Fetcher:
             found,
             data=data,
             labels=labels,
-            origin={name: index.text(name, row.row) if name in columns else "" for name in ORIGIN},
+            origin={name: index.text(name, wanted.row) if name in columns else "" for name in ORIGIN},
             targets=targets,
             tokens=self.texts.encode(labels),
             image=image,

@@ -89,7 +89,7 @@ class PlanReader:
         self._files.follow(PlanSchedule(self.plan))
         audio_per_step_check(self.plan, world, self.slots)
         self._cursor = Cursor(self.plan_hash, 0, 0)
-        self._running: _Running | None = None
+        self._iterator: _StepIterator | None = None
         atexit.register(_close, weakref.ref(self))
 
     def _report(self, bad: list[ShardError]) -> None:
@@ -123,11 +123,11 @@ class PlanReader:
                 f"the checkpoint was made with data plan {cursor.plan_hash}, and this run's is {self.plan_hash}: the "
                 "shards, the seed, or a data.* field that shapes batches changed; restore it, or start a new run"
             )
-        self._running = _Running(self, cursor)
-        return self._follow(self._running)
+        self._iterator = _StepIterator(self, cursor)
+        return self._observed(self._iterator)
 
-    def _follow(self, running: _Running) -> Iterator[Step]:
-        for step in running:
+    def _observed(self, iterator: _StepIterator) -> Iterator[Step]:
+        for step in iterator:
             if self.config.keys_log:
                 self._note_keys(step)
             self._cursor = step.after
@@ -163,19 +163,20 @@ class PlanReader:
 
     def close(self) -> None:
         """Stops the workers."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
         self._files.close()
 
 
-class _Running:
-    """A running iteration: workers, and a thread that combines their micro-batches to steps ahead of training."""
+class _StepIterator:
+    """Iterates over steps: workers load micro-batches, and a thread combines them to steps ahead of training."""
 
     def __init__(self, reader: PlanReader, cursor: Cursor) -> None:
         self._plan, self._slots, self._config, self._rank = reader.plan, reader.slots, reader.config, reader.rank
-        self._filled = len(range(reader.rank, reader.config.micro_batches, reader.world))
-        self._where = cursor
+        # micro-batches of this rank in each step; its last slot is empty where ranks do not divide them
+        self._own = len(range(reader.rank, reader.config.micro_batches, reader.world))
+        self._cursor = cursor
         self._closing: Synchronized[int] = multiprocessing.Value("b", 0)
         self._pin = torch.cuda.is_available()
         self._buffers: SharedBuffers | None = None
@@ -186,7 +187,7 @@ class _Running:
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=1)
         self._thread: threading.Thread | None = None
         if reader.config.workers:
-            self._thread = threading.Thread(target=self._work, name="auricle-reader", daemon=True)
+            self._thread = threading.Thread(target=self._fill_queue, name="auricle-reader", daemon=True)
             self._thread.start()
 
     def _loader(self, requests: _Requests, files: ShardFiles) -> DataLoader[Loaded]:
@@ -226,7 +227,7 @@ class _Running:
         except queue.Empty:
             raise RuntimeError(f"no data for data.timeout_seconds={self._config.timeout_seconds:g}") from None
 
-    def _work(self) -> None:
+    def _fill_queue(self) -> None:
         got: Step | BaseException | None = None
         while not self._closing.value and not isinstance(got, BaseException):
             try:
@@ -242,19 +243,19 @@ class _Running:
 
     def _next_step(self) -> Step:
         parts, batches = [], []
-        for _ in range(self._filled):
-            part = self._next()
+        for _ in range(self._own):
+            part = self._next_micro_batch()
             parts.append(part)
             batches.append(part.batch(self._buffers, self._pin))
-        if self._filled < self._slots:
+        if self._own < self._slots:
             batches.append(batches[0].emptied(self._config.micro_batches + self._rank))
-        where = self._where
-        last = where.step + 1 == self._plan.layout(where.epoch).steps
-        self._where = Cursor(where.plan_hash, where.epoch + last, 0 if last else where.step + 1)
+        now = self._cursor
+        last = now.step + 1 == self._plan.layout(now.epoch).steps
+        self._cursor = Cursor(now.plan_hash, now.epoch + last, 0 if last else now.step + 1)
         skipped = sum(len(part.skipped) for part in parts)
-        return Step(tuple(batches), parts[0].samples, parts[0].padded_samples, self._where, skipped)
+        return Step(tuple(batches), parts[0].samples, parts[0].padded_samples, self._cursor, skipped)
 
-    def _next(self) -> Loaded:
+    def _next_micro_batch(self) -> Loaded:
         part = next(self._loaded)
         if part.error:
             raise part.error
@@ -284,12 +285,12 @@ class _Requests(Sampler[BatchRequest]):
         self.plan, self.cursor, self.rank, self.world = plan, cursor, rank, world
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        epoch, step = self.cursor.epoch, self.cursor.step
+        epoch, first = self.cursor.epoch, self.cursor.step
         while True:
-            for g in range(step, self.plan.layout(epoch).steps):
-                for j in range(self.rank, self.plan.constraints.micro_batches, self.world):
-                    yield epoch, g, j
-            epoch, step = epoch + 1, 0
+            for step in range(first, self.plan.layout(epoch).steps):
+                for micro_batch in range(self.rank, self.plan.constraints.micro_batches, self.world):
+                    yield BatchRequest(epoch, step, micro_batch)
+            epoch, first = epoch + 1, 0
 
 
 def _with_targets(plan_hash: str, config: DataConfig) -> str:

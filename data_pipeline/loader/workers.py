@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.sharedctypes import Synchronized
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,18 @@ from data_pipeline.sampling.config import DataConfig
 from data_pipeline.sampling.plan import Plan
 from data_pipeline.shards.local import ShardError, ShardFiles
 
-BatchRequest = tuple[int, int, int]
+
+class BatchRequest(NamedTuple):
+    """A micro-batch of the plan: `step` is its global step within `epoch`."""
+
+    epoch: int
+    step: int
+    micro_batch: int
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A micro-batch from a worker. The audio is in the shared buffer `place`, or in `wave` without one.
+    """A micro-batch from a worker. The audio is in the shared buffer `place` (worker, turn), or in `wave` without one.
 
     shape: rows and samples of that audio: a row for each key, then the parts of each, where `data.sources` keeps them.
     samples, padded_samples: of the whole global step.  skipped: (shard, reason) of each skipped segment, and bad_images
@@ -106,9 +112,9 @@ class MicroBatches:
         self.fetcher = Fetcher(files, config, self.augmenter)
         self._turn = -1
 
-    def assemble(self, rows: list[SegmentRead], j: int) -> Loaded:
-        """Returns micro-batch number `j` of the rows that can be read."""
-        fetched = self.fetcher.fetch(rows)
+    def assemble(self, wanted: list[SegmentRead], micro_batch: int) -> Loaded:
+        """Returns the segments that can be read as a micro-batch with this number."""
+        fetched = self.fetcher.fetch(wanted)
         skipped = [self._bad(got) for got in fetched if isinstance(got, ShardError)]
         good = [got for got in fetched if isinstance(got, Fetched)]
         n_sources = self.config.sources
@@ -129,7 +135,7 @@ class MicroBatches:
             self._augment(audio, kept)
         images, bad_images = self._images(kept)
         return Loaded(
-            j,
+            micro_batch,
             keys=tuple(got.key for got in kept),
             lengths=tuple(got.length for got in kept),
             shape=(len(audio), audio.shape[1]),
@@ -171,7 +177,7 @@ class MicroBatches:
         sources = parts.reshape(len(kept), self.config.sources, audio.shape[1])
         clean = [line[: got.length].copy() for line, got in zip(wave, kept, strict=True)]
         for row, got in enumerate(kept):
-            rng = keyed_rng(*got.row.key_of_draw(got.key, "augment"))
+            rng = keyed_rng(*got.wanted.key_of_draw(got.key, "augment"))
             others = clean
             if self.config.sources:
                 others = [heard for heard, other in zip(clean, kept, strict=True) if differ(got, other)]
@@ -216,35 +222,38 @@ class PlannedBatches(MicroBatches, Dataset[Loaded]):
     def __getitem__(self, request: BatchRequest) -> Loaded:
         self._turn += 1
         try:
-            self.files.look_ahead(request[0], request[1])
-            return self._load(*request)
+            self.files.look_ahead(request.epoch, request.step)
+            return self._load(request)
         except (ShardError, StorageError) as error:
-            return Loaded(request[2], error=error)
+            return Loaded(request.micro_batch, error=error)
 
-    def _load(self, epoch: int, step: int, j: int) -> Loaded:
-        window, inside = self.plan.place(epoch, step)
-        rows = window.micro_batch(inside, j)
+    def _load(self, request: BatchRequest) -> Loaded:
+        window, inside = self.plan.place(request.epoch, request.step)
+        rows = window.micro_batch(inside, request.micro_batch)
         columns = (rows.shard_n.tolist(), rows.row_n.tolist(), rows.length_n.tolist(), rows.repeat_n.tolist())
         wanted = [
-            SegmentRead(shard=s, row=r, length=n, repeat=k, epoch=epoch, seed=self.plan.seed)
+            SegmentRead(shard=s, row=r, length=n, repeat=k, epoch=request.epoch, seed=self.plan.seed)
             for s, r, n, k in zip(*columns, strict=True)
         ]
-        loaded = self.assemble(wanted, j)
+        loaded = self.assemble(wanted, request.micro_batch)
         if not loaded.keys:
-            loaded = replace(self.assemble([self._substitute(wanted[0])], j), skipped=loaded.skipped)
+            substitute = self._substitute(wanted[0])
+            loaded = replace(self.assemble([substitute], request.micro_batch), skipped=loaded.skipped)
         return replace(loaded, samples=window.samples(inside), padded_samples=window.padded_samples(inside))
 
-    def _substitute(self, row: SegmentRead) -> SegmentRead:
+    def _substitute(self, unreadable: SegmentRead) -> SegmentRead:
         """Returns the first readable segment of a following shard, so that no rank lacks a micro-batch."""
         n_shards = len(self.plan.catalogue.shards)
         for distance in range(1, n_shards + 1):
-            shard = (row.shard + distance) % n_shards
+            shard = (unreadable.shard + distance) % n_shards
             lengths = self.plan.catalogue.length_N[slice(*self.plan.catalogue.starts_S[shard : shard + 2])]
             for other in np.flatnonzero(self.plan.constraints.usable(np.asarray(lengths)))[:3]:
-                found = replace(row, shard=shard, row=int(other), length=min(row.length, int(lengths[other])))
+                found = replace(
+                    unreadable, shard=shard, row=int(other), length=min(unreadable.length, int(lengths[other]))
+                )
                 if self.assemble([found], 0).keys:
                     return found
-        raise ShardError(self.plan.catalogue.shards[row.shard], "cannot be read, nor can any other shard")
+        raise ShardError(self.plan.catalogue.shards[unreadable.shard], "cannot be read, nor can any other shard")
 
 
 def become_worker(parent: int, closing: Synchronized[int], _: int) -> None:

@@ -141,7 +141,7 @@ class TransducerDecoder(StreamingDecoder[TransducerState]):
     def step(self, state: TransducerState, frame: np.ndarray) -> TransducerState:
         search = self._searched if self.beam else self._greedy
         found, n_frames = search(state, frame), state.n_frames + 1
-        spoken = [place for token, place in self._places(found[0]) if token not in self.spaces]
+        spoken = self._spoken(found[0])
         silent = n_frames - 1 - spoken[-1] if spoken else n_frames
         return state._replace(n_frames=n_frames, silent=silent, hypotheses=tuple(found))
 
@@ -149,7 +149,7 @@ class TransducerDecoder(StreamingDecoder[TransducerState]):
         """Ends a segment in the longest pause of its best hypothesis, which alone goes on."""
         best = state.hypotheses[0]
         silent_F = np.ones(state.n_frames, bool)
-        silent_F[[place for token, place in self._places(best) if token not in self.spaces]] = False
+        silent_F[self._spoken(best)] = False
         cut = longest_pause(silent_F)
         n = sum(place < cut for place in best.places)
         ended = best._replace(tokens=best.tokens[:n], places=best.places[:n], scores=best.scores[:n])
@@ -160,9 +160,10 @@ class TransducerDecoder(StreamingDecoder[TransducerState]):
         after = TransducerState(state.first + cut, n_frames, 0, before, (rest,))
         return after, [TransducerSegment(state.first, cut, (ended,))] if ended.tokens else []
 
-    @staticmethod
-    def _places(hypothesis: Hypothesis) -> list[tuple[int, int]]:
-        return list(zip(hypothesis.tokens, hypothesis.places, strict=True))
+    def _spoken(self, hypothesis: Hypothesis) -> list[int]:
+        """Returns the frames of its tokens, without spaces."""
+        pairs = zip(hypothesis.tokens, hypothesis.places, strict=True)
+        return [place for token, place in pairs if token not in self.spaces]
 
     def _log_probs(self, state: TransducerState, frame: np.ndarray, prefixes: Sequence[Prefix]) -> np.ndarray:
         """Returns ln p of the next class after each prefix, (N, V) fp64."""

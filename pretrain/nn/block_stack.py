@@ -266,11 +266,7 @@ class BlockStack(Encoder):
     def half_level(self, level: Level, grid: TimeGrid | None, fine_BFD: Tensor, ctx: StepContext | None) -> Level:
         """Returns the level at half the frame rate; the time index of a pair is that of its first frame.
 
-        Args:
-            level: the one at the full frame rate.
-            grid: layout in which packed utterances start at even frames; None for padded rows.
-            fine_BFD: frames at the full rate.
-            ctx: for the chunk of a chunked attention; None outside of training.
+        `grid` is that of packed utterances (None for padded rows), `fine_BFD` the frames at the full rate.
         """
         places_BF = level.places_BF
         if grid is not None:
@@ -290,12 +286,7 @@ class BlockStack(Encoder):
     ) -> Level:
         """Returns `level` with the attention contexts of full and local blocks, computed once for all blocks.
 
-        Args:
-            level: lengths, packed utterances and prompts.
-            n_frames: frames of a row, without leading ones.
-            device: of the masks.
-            pattern: chunk and left context of a chunked attention.
-            bias_HFF: position bias of the attention logits, if any.
+        `n_frames` are those of a row without leading ones; `bias_HFF` is a position bias of the attention logits.
         """
         config, documents = self.stack_config, level.documents
         n_leading = self.n_registers + (0 if level.prompts_LUPD is None else level.prompts_LUPD.shape[2])

@@ -1,12 +1,14 @@
 """Commands of the documentation, without running them.
 
 Of a command with a configuration, the overrides are composed and validated; of any other, the subcommand and options
-must be in its help text. test_readme.py runs the README's first run, the Python examples and the quick commands.
+must be in its help text. test_readme.py runs the README's first run, the Python examples and the quick commands,
+test_documented_commands.py those that take seconds; tests/support/documented_commands.py names the rest with a reason.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
 import io
 import re
@@ -32,6 +34,7 @@ from pretrain.federated.config import DeviceConfig
 from pretrain.generation.config import SpeakConfig
 from pretrain.recognition.config import TranscribeConfig
 from pretrain.retrieval.config import EmbedConfig, SearchConfig
+from tests.support.documented_commands import COMPOSED, RUNS, Run, run_of
 from tests.support.documents import PAGES, commands, listing
 from tests.support.paths import ROOT
 
@@ -113,6 +116,17 @@ def usage(*words: str) -> str:
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         assert main([*words, "--help"]) == 0
     return printed.getvalue()
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_a_documented_command_is_run_or_named_with_a_reason(shown: str) -> None:
+    run_of(shown)
+
+
+def test_no_pattern_of_documented_commands_is_left_over() -> None:
+    used = {run.pattern for run in map(run_of, SHOWN) if run is not None}
+    assert [run.pattern for run in RUNS if isinstance(run, Run) and run.pattern not in used] == []
+    assert [p for p in COMPOSED if not any(fnmatch.fnmatchcase(shown, p) for shown in SHOWN)] == []
 
 
 def test_the_documentation_shows_commands_of_every_kind() -> None:

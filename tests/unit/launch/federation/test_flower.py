@@ -1,8 +1,7 @@
-"""The way to Flower: what is refused before anything starts, and the frames of the relay."""
+"""The way to Flower: what is refused before anything starts."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
@@ -10,24 +9,9 @@ import pytest
 from data_pipeline.core.schema import ConfigError, load
 from launch.exit_codes import ExitCode
 from launch.federation.flower import ENVIRONMENT, find_flower
-from launch.federation.relay import HEADER, read_frame, write_frame
 from launch.main import main
 from pretrain.config import FederatedConfig
 from pretrain.federated.config import DeviceConfig
-
-
-def test_frames_arrive_as_they_were_sent_and_end_with_the_stream() -> None:
-    stream = io.BytesIO()
-    write_frame(stream, {"do": "ask", "nodes": ["1", "ü"]}, b"\x00" * 1000)
-    write_frame(stream, {"end": True})
-    whole = stream.getvalue()
-    stream.seek(0)
-    assert read_frame(stream) == ({"do": "ask", "nodes": ["1", "ü"]}, b"\x00" * 1000)
-    assert read_frame(stream) == ({"end": True}, b"")
-    assert read_frame(stream) is None
-    assert read_frame(io.BytesIO(whole[:500])) is None
-    with pytest.raises(ValueError, match="a frame of"):
-        read_frame(io.BytesIO(HEADER.pack(10, 2**40)))
 
 
 def test_addresses_of_the_loopback_are_used_and_others_need_a_tunnel() -> None:

@@ -69,15 +69,16 @@ def test_one_device_moves_the_sum_by_at_most_the_clip_norm() -> None:
         "epsilon": 1e9,
         "min_devices": 1,
     }
-    config = settings(rounds, optimizer={"lr": 1e-3})
+    config = settings(rounds, optimizer={"lr": 1e-3, "clip_norm": 1e9})
     gradients = []
     for count in (3, 4):
         devices = synthetic_devices(config, 4)
         devices.names = devices.names[:count]
         engine = server(config, devices)
-        ctx = StepContext(config.seed, 0)
-        engine._accumulate([], [], torch.zeros(1), ctx)
-        gradients.append({name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None})
+        engine.step([], StepContext(config.seed, 0), 1e-3)
+        # the first moment after one update: 1 − β1 of the gradient
+        moments = ((name, tensor) for name, tensor in engine.tensors() if name.startswith("exp_avg/"))
+        gradients.append({name: tensor / (1 - config.optimizer.betas[0]) for name, tensor in moments})
     moved = sum(float((gradients[1][name] - gradients[0][name]).square().sum()) for name in gradients[0]) ** 0.5
     assert moved == pytest.approx(0.01 / 4, rel=0.01)
 

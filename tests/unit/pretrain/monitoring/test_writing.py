@@ -147,10 +147,9 @@ def test_event_writing_resumes_once_the_disk_has_space(tmp_path: Path) -> None:
 def test_an_error_in_the_event_writer_thread_drops_events_only(tmp_path: Path) -> None:
     said: list[str] = []
     board = Board(tmp_path, 1, said.append, retry_seconds=0.0)
-    board.write(lambda writer: writer.add_scalar("loss", 1.0, 1))
-    writer = board._writer
-    assert writer is not None
-    record = writer._get_file_writer().event_writer._async_writer._writer  # type: ignore[no-untyped-call]
+    writers: list[SummaryWriter] = []
+    board.write(writers.append)
+    record = writers[0]._get_file_writer().event_writer._async_writer._writer  # type: ignore[no-untyped-call]
 
     def full(data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

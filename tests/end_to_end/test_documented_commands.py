@@ -1,0 +1,57 @@
+"""Runs the documented commands that take seconds, in one folder, in the order in which they need each other."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launch.main import main
+from tests.support.documented_commands import RUNS, Run, run_of, write_home
+from tests.support.documents import PAGES, commands
+
+SHOWN = {shlex.join(line): line for page in PAGES for line in commands(page)}
+
+
+def arguments(line: list[str], run: Run, home: Path) -> list[str]:
+    """Returns the words of a documented command for the folder `home`."""
+    names = {
+        **run.names,
+        "MANIFEST": str(home / "speech" / "manifest.tsv"),
+        "/data/": f"{home}/data/",
+        "shards/train": "split/train",
+        "shards/valid": "split/valid",
+    }
+    words = []
+    for word in (*line, *run.more):
+        for name, found in names.items():
+            word = word.replace(name, found)
+        words.append(word)
+    return [word for word in words if word]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_documented_commands_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("av", "onnxruntime", "PIL", "swift_f0", "tokenizers"):
+        pytest.importorskip(package)
+    home = Path(os.environ.get("AURICLE_COMMANDS_HOME", tmp_path / "home"))
+    if not home.exists():
+        write_home(home)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(home)
+    failed = []
+    for run in RUNS:
+        wanted = [line for shown, line in SHOWN.items() if run_of(shown) is run] if isinstance(run, Run) else [run]
+        for line in wanted:
+            words = arguments(list(line), run, home) if isinstance(run, Run) else list(line)
+            code = main(words)
+            said = capsys.readouterr()
+            if code:
+                failed.append(f"{code}: auricle {shlex.join(words)}\n{said.out[-500:]}{said.err[-1500:]}")
+    assert not failed, "\n\n".join(failed)
