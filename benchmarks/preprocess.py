@@ -91,7 +91,7 @@ def ours(corpus: Path, out: Path, cores: int, copy_flac: bool = True) -> None:
     values["copy_flac"] = copy_flac
     code = (
         "import json, sys\n"
-        "from data_pipeline.sampling.config import PreprocessConfig\n"
+        "from data_pipeline.preprocess.config import PreprocessConfig\n"
         "from data_pipeline.preprocess.job import preprocess\n"
         "from data_pipeline.core.schema import load\n"
         "sys.exit(preprocess(load(PreprocessConfig, json.loads(sys.argv[1])), progress=False).exit_code)\n"
@@ -162,7 +162,7 @@ def long_file(hours: float, folder: Path) -> dict[str, float]:
     code = (
         "import re, sys, json\n"
         "from pathlib import Path\n"
-        "from data_pipeline.sampling.config import PreprocessConfig\n"
+        "from data_pipeline.preprocess.config import PreprocessConfig\n"
         "from data_pipeline.corpora.discovery import discover\n"
         "from data_pipeline.preprocess.unit_worker import process_unit\n"
         "from data_pipeline.core.schema import load\n"

@@ -112,8 +112,8 @@ def test_the_dashboard_is_on_the_loopback_and_requires_the_token(head: str) -> N
 
 
 PREPROCESSING = """
-from data_pipeline.core.ray_tasks import RayConfig, cluster
-with cluster(RayConfig(num_cpus=1)):
+from data_pipeline.core.ray_tasks import RayClusterConfig, cluster
+with cluster(RayClusterConfig(num_cpus=1)):
     look()
 """
 DRIVER = """

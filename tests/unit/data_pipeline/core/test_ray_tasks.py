@@ -15,11 +15,11 @@ import os
 import sys
 from ray.cluster_utils import Cluster
 from data_pipeline.core import plugins
-from data_pipeline.core.ray_tasks import RayConfig, cluster
+from data_pipeline.core.ray_tasks import RayClusterConfig, cluster
 os.environ.pop(plugins.VARIABLE, None)
 started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 os.environ[plugins.VARIABLE] = sys.argv[1]
-with cluster(RayConfig(address=started.address)) as ray:
+with cluster(RayClusterConfig(address=started.address)) as ray:
     given = ray.remote(lambda: os.environ.get(plugins.VARIABLE)).remote()
     print("given:", ray.get(given, timeout=120))
 started.shutdown()
