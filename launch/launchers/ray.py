@@ -30,7 +30,7 @@ STATES: dict[str, State] = {
 }
 
 
-def checked(handle: str) -> str:
+def require_job_id(handle: str) -> str:
     """Returns `handle` if it is the submission id of a Ray Job. Raises ValueError otherwise."""
     if not JOB_ID.fullmatch(handle):
         raise ValueError(f"handle={handle!r}: must be the submission id of a Ray Job, such as raysubmit_1a2b3c")
@@ -131,7 +131,7 @@ class RayJobs:
 
         Raises ConfigError if no dashboard answers.
         """
-        job = checked(handle)
+        job = require_job_id(handle)
         client = self._client()
         try:
             return STATES.get(str(client.get_job_status(job)), "failed")
@@ -142,13 +142,13 @@ class RayJobs:
 
     def logs(self, handle: str) -> str:
         """Returns the driver's output."""
-        job = checked(handle)
+        job = require_job_id(handle)
         text: str = self._client().get_job_logs(job)
         return text
 
     def cancel(self, handle: str) -> None:
         """Sends SIGTERM to the driver, which asks the ranks for a checkpoint."""
-        job = checked(handle)
+        job = require_job_id(handle)
         self._client().stop_job(job)
 
     def _client(self) -> Any:

@@ -127,7 +127,7 @@ class SlurmSubmitter:
         """
         if "\\" in str(folder.absolute()):
             raise ConfigError(f"{folder.absolute()}: SLURM cannot write into folders with a backslash in their path")
-        return checked(ask(*self.command(folder, runs)).strip().split(";")[0])
+        return require_job_id(ask(*self.command(folder, runs)).strip().split(";")[0])
 
     def status(self, handle: str) -> State:
         """Returns the state of a job, `failed` also for one that SLURM no longer knows. Raises SlurmError."""
@@ -135,10 +135,10 @@ class SlurmSubmitter:
 
     def cancel(self, handle: str) -> None:
         """Ends the job; its ranks get SIGTERM, and the cluster's KillWait to save a checkpoint."""
-        ask("scancel", "--", checked(handle))
+        ask("scancel", "--", require_job_id(handle))
 
 
-def checked(handle: str) -> str:
+def require_job_id(handle: str) -> str:
     """Returns `handle` if it is the id of a SLURM job. Raises SlurmError otherwise.
 
     An option of scancel, such as --user=root, or a list of ids would end other jobs.
@@ -150,7 +150,7 @@ def checked(handle: str) -> str:
 
 def job_state(job: str) -> str:
     """Returns SLURM's state of a job, "" for one that it no longer knows. Raises SlurmError without an answer."""
-    checked(job)
+    require_job_id(job)
     state = _job_fields(job).get("JobState", "")
     if not state:
         for source in ((), ("-c",)):  # accounting database, or job completion file

@@ -15,7 +15,7 @@ from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint, merged
 from pretrain.generation.voice import voice_of
 from pretrain.heads.ctc import CTC
-from pretrain.interop import gate, graph_export, hf_export, stream_export, synthesis_export
+from pretrain.interop import export_tolerance, graph_export, hf_export, stream_export, synthesis_export
 from pretrain.recognition.recogniser import recognising_head
 
 WITH_HEAD = ("hugging_face", "onnx_stream", "onnx_synthesis", "edge")
@@ -95,7 +95,7 @@ def _export(run: str, out: Path, options: ExportOptions) -> str:
     else:
         error = graph_export.export_graph(config, module.model, out, options.to, options.layer)
     what = "audio" if options.to == "onnx_synthesis" else "features"
-    return f"{what} of the loaded copy differ by {error:.1e} (allowed: {gate.TOLERANCE[options.to]:.0e})"
+    return f"{what} of the loaded copy differ by {error:.1e} (allowed: {export_tolerance.TOLERANCE[options.to]:.0e})"
 
 
 def _head(run: str, checkpoint: Path, found: LoadedCheckpoint, options: ExportOptions) -> CTC | None:

@@ -131,7 +131,7 @@ class Classifier(Head):
 
     def logits(self, encoded: EncoderOutput) -> Tensor:
         """Returns the scores of each segment's classes, (B, C) fp32: cosines (aam), or logits (softmax)."""
-        pooled_BP = mean_and_deviation(self.frames(encoded))
+        pooled_BP = statistics_pooling(self.frames(encoded))
         embedding_BE: Tensor = self.project(pooled_BP)
         with full_precision(embedding_BE.device):
             embedding_BE = embedding_BE.float()
@@ -166,7 +166,7 @@ class Classifier(Head):
         return LossOutput(losses_B.masked_fill(~rows_B, 0.0).sum(), count, metrics)
 
 
-def mean_and_deviation(frames: Frames) -> Tensor:
+def statistics_pooling(frames: Frames) -> Tensor:
     """Returns mean and deviation over the valid frames of each row, (B, 2·D) fp32."""
     valid_BF1 = frames.valid_BF()[:, :, None]
     count_B1 = frames.lengths_B.to(frames.x_BFD.device, non_blocking=True).clamp(min=1)[:, None]

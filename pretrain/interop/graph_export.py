@@ -26,7 +26,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.config import Config
 from pretrain.interfaces.models import Encoder, SpeechModel
-from pretrain.interop.gate import require_close
+from pretrain.interop.export_tolerance import require_close
 from pretrain.nn.stack_config import StackConfig
 
 GraphFormat = Literal["torchscript", "onnx"]
@@ -98,14 +98,14 @@ def export_graph(config: Config, model: SpeechModel, folder: Path, kind: GraphFo
         described["input"]["least_samples"] = features.least_samples
     with new_folder(folder) as made:
         run = _made(features, made / FILES[kind], kind, config)
-        error = gate(features, run)
+        error = largest_difference(features, run)
         require_close(error, kind, architecture_label(config))
         (made / "features.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return error
 
 
 @torch.no_grad()
-def gate(features: Features, run: Run) -> float:
+def largest_difference(features: Features, run: Run) -> float:
     """Compares an exported graph with the original on all CHECKED shapes.
 
     Args:
@@ -140,7 +140,7 @@ def _made(features: Features, file: Path, kind: GraphFormat, config: Config) -> 
         require("onnx", "onnxscript", "onnxruntime")
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracing warnings; `gate` compares the results
+            warnings.simplefilter("ignore")  # tracing warnings; `largest_difference` compares the results
             if kind == "torchscript":
                 return _torchscript(features, file)
             return _onnx(features, file)

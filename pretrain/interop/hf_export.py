@@ -26,7 +26,7 @@ from pretrain.heads.ctc import CTC
 from pretrain.heads.sequence import Sequence
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interop import hf_decoder
-from pretrain.interop.gate import require_close
+from pretrain.interop.export_tolerance import require_close
 from pretrain.interop.hf_ctc import ctc_head, ctc_weights, describe_ctc, vocabulary
 from pretrain.interop.hf_names import MASK_EMBEDDING, objective_to_hugging_face, to_hugging_face
 from pretrain.models.encoders import transformer
@@ -120,7 +120,7 @@ def export(config: Config, module: TrainModule, folder: Path, head: str = "") ->
             (made / file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         contiguous = {key: weight.detach().cpu().float().contiguous().clone() for key, weight in weights.items()}
         save_tensors(contiguous, made / "model.safetensors")
-        error = gate(module.model, frontend.normalize, made, for_pretraining, recogniser)
+        error = largest_difference(module.model, frontend.normalize, made, for_pretraining, recogniser)
         require_close(error, "hugging_face", described["architectures"][0])
     return error
 
@@ -218,7 +218,7 @@ def describe(config: Config, plain: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def gate(
+def largest_difference(
     model: SpeechModel,
     normalized: bool,
     folder: Path,

@@ -29,7 +29,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.streaming import BlockMemory, EncoderState
 from pretrain.interop import stream_program
-from pretrain.interop.gate import require_close
+from pretrain.interop.export_tolerance import require_close
 from pretrain.interop.graph_export import architecture_label, first_line, require
 
 GRAPH, DESCRIPTION, PROGRAM = "stream.onnx", "stream.json", "run.py"
@@ -126,7 +126,7 @@ def export_stream(
     with new_folder(folder) as made:
         try:
             with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # tracing warnings; `gate` compares the results
+                warnings.simplefilter("ignore")  # tracing warnings; `largest_difference` compares the results
                 _write_graph(step, made / GRAPH)
         except (ConfigError, OSError):
             raise
@@ -136,7 +136,7 @@ def export_stream(
                 "checkpoint is unchanged"
             ) from None
         description = described(config, step)
-        difference = gate(step, made / GRAPH)
+        difference = largest_difference(step, made / GRAPH)
         require_close(difference, "onnx_stream", architecture_label(config))
         (made / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         shutil.copy(stream_program.__file__, made / PROGRAM)
@@ -204,7 +204,7 @@ def _write_graph(step: StreamStep, file: Path) -> None:
 
 
 @torch.no_grad()
-def gate(step: StreamStep, file: Path) -> float:
+def largest_difference(step: StreamStep, file: Path) -> float:
     """Runs streams of different length through the graph and through the model.
 
     Returns:

@@ -23,7 +23,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.text.tokenizer import Tokenizer
 from pretrain.heads.synthesis import Synthesis
-from pretrain.interop.gate import require_close
+from pretrain.interop.export_tolerance import require_close
 from pretrain.interop.graph_export import first_line, require
 from pretrain.models.synthesis.synthesizer import Planned
 

@@ -11,7 +11,7 @@ import yaml
 
 from data_pipeline.core.schema import ConfigError, load
 from pretrain.config import Config
-from pretrain.interop.graph_export import Features, export_graph, gate, program
+from pretrain.interop.graph_export import Features, export_graph, largest_difference, program
 from pretrain.train_module import build_model
 from tests.support.contract_cases import ENCODERS, small
 
@@ -48,7 +48,7 @@ def check(frontend: str, encoder: dict[str, Any]) -> None:
     features = Features(model, model.shape.n_layers)
     with torch.no_grad():
         graph = program(features).module()
-    assert gate(features, graph) <= 1e-5
+    assert largest_difference(features, graph) <= 1e-5
 
 
 @pytest.mark.parametrize(("frontend", "encoder"), QUICK)

@@ -15,7 +15,7 @@ from launch.config import PretrainJob
 from launch.runs.metadata import run_config
 from pretrain import registry
 from pretrain.config import Config
-from pretrain.interop.gate import TOLERANCE
+from pretrain.interop.export_tolerance import TOLERANCE
 from pretrain.interop.hf_export import SMALL_RECIPES, describe, export, exports
 from pretrain.nn.attention_patterns import Pattern
 from pretrain.profiling.flops import forward_gflop

@@ -220,7 +220,7 @@ def test_models_without_a_hugging_face_equivalent_are_refused(
 
 def test_an_export_whose_features_differ_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described = config("wav2vec2", {}, {})
-    monkeypatch.setattr("pretrain.interop.hf_export.gate", lambda *_: 1.0)
+    monkeypatch.setattr("pretrain.interop.hf_export.largest_difference", lambda *_: 1.0)
     with pytest.raises(ConfigError, match="differ by"):
         export(described, build_model(described), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from data_pipeline.core.schema import ConfigError, load
 from pretrain.config import Config as RunConfig
-from pretrain.heads.classifier import Config, mean_and_deviation, with_margin
+from pretrain.heads.classifier import Config, statistics_pooling, with_margin
 from pretrain.interfaces.frames import Frames, StepContext
 from pretrain.monitoring.config_pages import differences
 from tests.support.contract_cases import batch, make
@@ -37,7 +37,7 @@ def test_the_margin_is_added_to_the_angle_of_the_target() -> None:
 
 def test_pooling_is_mean_and_deviation_over_valid_frames() -> None:
     x_BFD = torch.randn(3, 7, 4)
-    found = mean_and_deviation(Frames(x_BFD, torch.tensor([7, 3, 0]), 25.0)).numpy()
+    found = statistics_pooling(Frames(x_BFD, torch.tensor([7, 3, 0]), 25.0)).numpy()
     for row, length in enumerate((7, 3)):
         valid = x_BFD[row, :length].numpy()
         np.testing.assert_allclose(found[row], np.concatenate([valid.mean(0), valid.std(0)]), rtol=1e-4, atol=1e-5)

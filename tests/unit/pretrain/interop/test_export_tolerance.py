@@ -7,7 +7,7 @@ import math
 import pytest
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.interop.gate import TOLERANCE, Format, require_close
+from pretrain.interop.export_tolerance import TOLERANCE, Format, require_close
 
 
 @pytest.mark.parametrize("kind", TOLERANCE)
