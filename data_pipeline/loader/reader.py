@@ -183,7 +183,9 @@ class _StepIterator:
         self._retries = reader.config.retry_seconds if reader.remote else 0.0
         requests = _Requests(reader.plan, cursor, reader.rank, reader.world)
         # Workers are forked here and not in the thread, since they end with the thread that forks them.
+        others = multiprocessing.active_children()
         self._loaded: Iterator[Loaded] = iter(self._loader(requests, reader._files))
+        self._workers = [child for child in multiprocessing.active_children() if child not in others]
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=1)
         self._thread: threading.Thread | None = None
         if reader.config.workers:
@@ -271,7 +273,7 @@ class _StepIterator:
         if self._thread is not None:
             self._thread.join(timeout=1)
             if self._thread.is_alive():  # it waits for a worker that is dead or stuck
-                for worker in getattr(self._loaded, "_workers", ()):
+                for worker in self._workers:
                     worker.terminate()
                 self._thread.join(timeout=20)
             self._thread = None
