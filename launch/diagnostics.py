@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from launch.launchers.slurm import NO_CLUSTER
 from pretrain.profiling.processor import instruction_sets
 
 GIB = 1 << 30
@@ -191,8 +192,8 @@ def _slurm() -> Iterator[Diagnosis]:
         if done.returncode == 0:
             yield Diagnosis("SLURM", "ok", "; ".join(done.stdout.split("\n")).strip("; "), needed=False)
         else:
-            remedy = "is this machine part of a cluster? SLURM_CONF names its configuration"
-            yield Diagnosis("SLURM", "missing", f"{path} exists, but no cluster answers", remedy, needed=False)
+            found = f"{path} exists, but no cluster answers"
+            yield Diagnosis("SLURM", "missing", found, NO_CLUSTER, needed=False)
     else:
         yield Diagnosis(
             "SLURM", "missing", "no sbatch", "only for a cluster: run auricle on its login node", needed=False

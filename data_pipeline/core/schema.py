@@ -15,7 +15,7 @@ import enum
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar, dataclass_transform
 
 import annotated_types
@@ -392,14 +392,23 @@ def _explain(kind: type[Any], problem: Any, values: Mapping[str, Any]) -> str:
     allowed = f" (allowed: {', '.join(filter(None, (doc.type, doc.limits)))})" if doc else ""
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("dataclass_type", "dict_type"):
-        rows = [row.path for row in document(kind, "", values) if row.path.startswith(f"{path}.")]
-        message = f"is a group of fields: {', '.join(rows)}" if rows else "is a mapping of names to values"
+        rows = [row for row in document(kind, "", values) if row.path.startswith(f"{path}.")]
+        message = _group_message(path, problem["input"], rows) if rows else "is a mapping of names to values"
     near = ""
     if problem["type"] in ("tuple_type", "list_type") and isinstance(problem["input"], str | int | float):
         return f"{path}={shown}: is a list; write {path}=[{problem['input']}]{allowed}"
     if problem["type"] == "literal_error" and doc and isinstance(problem["input"], str):
         near = suggest(problem["input"], doc.limits.removeprefix("one of ").split(", "))
     return f"{path}={shown}: {message}{allowed}{did_you_mean(near)}"
+
+
+def _group_message(path: str, given: Any, rows: Sequence[FieldDoc]) -> str:
+    """Returns the message about a value in the place of a group: the field that may be meant, else the group's own."""
+    names = next((row.limits.removeprefix("one of ").split(", ") for row in rows if row.path == f"{path}.name"), [])
+    if isinstance(given, str) and (near := suggest(given, names)):
+        return f"is a group of fields; write {path}.name={near}"
+    own = dict.fromkeys(".".join(row.path.split(".")[: path.count(".") + 2]) for row in rows)
+    return f"is a group of fields: {', '.join(own)}"
 
 
 def _leaf(path: str, value: Any, shown: str) -> tuple[str, str]:

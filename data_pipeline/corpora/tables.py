@@ -47,7 +47,7 @@ def read_table(path: str, config_field: str) -> Iterator[TableRow]:
     """
     ending = path.rsplit(".", 1)[-1].lower()
     if ending not in ENDINGS:
-        raise ConfigError(f"{config_field}={path}: a manifest ends in .tsv, .csv, .jsonl or .json")
+        raise ConfigError(f"{config_field}={path}: a manifest ends in .tsv, .csv, .jsonl or .json{_tables_in(path)}")
     try:
         with fsspec.open(path if is_url(path) else str(Path(path).expanduser()), "rb") as file:
             content = file.read()
@@ -61,6 +61,14 @@ def read_table(path: str, config_field: str) -> Iterator[TableRow]:
         yield row
     if first and not usable:
         raise ConfigError(f"{config_field}={path}: no row can be used; {first}")
+
+
+def _tables_in(folder: str) -> str:
+    """Returns the end of a message that names tables in a local folder; "" for other paths."""
+    if is_url(folder) or not Path(folder).expanduser().is_dir():
+        return ""
+    found = sorted(file.name for file in Path(folder).expanduser().iterdir() if file.suffix[1:].lower() in ENDINGS)
+    return f", and this is a folder; in it: {', '.join(found[:5]) or 'no table'}"
 
 
 def rows_of(content: bytes, kind: str) -> Iterator[TableRow]:
@@ -108,7 +116,7 @@ def _csv_rows(lines: Sequence[bytes]) -> Parsed:
     def rows() -> Iterator[list[str] | str]:
         # bytes that are not UTF-8 become surrogates, which `rows_of` refuses row by row
         texts = (line.decode("utf-8", "surrogateescape").rstrip("\r") + "\n" for line in lines)
-        reader = csv.reader(texts, skipinitialspace=True)
+        reader = csv.reader(texts, delimiter=_delimiter(lines), skipinitialspace=True)
         while True:
             try:
                 row = next(reader)
@@ -121,6 +129,12 @@ def _csv_rows(lines: Sequence[bytes]) -> Parsed:
                 yield row
 
     return _with_header(rows())
+
+
+def _delimiter(lines: Sequence[bytes]) -> str:
+    """Returns what divides the cells: some programs write semicolons or tabs, and then no comma in the first line."""
+    header = next((line for line in lines if line.strip()), b"")
+    return "," if b"," in header else ";" if b";" in header else "\t" if b"\t" in header else ","
 
 
 def _with_header(rows: Iterator[list[str] | str]) -> Parsed:

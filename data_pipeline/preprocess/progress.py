@@ -14,6 +14,9 @@ from data_pipeline.preprocess.plan_file import WorkUnit
 from data_pipeline.preprocess.unit_worker import UnitResult
 from data_pipeline.preprocess.work_plan import expected_seconds
 
+WIDE = 100
+"""Columns of a terminal that has space for a bar beside the figures."""
+
 
 @contextlib.contextmanager
 def live_progress(
@@ -21,18 +24,19 @@ def live_progress(
 ) -> Iterator[Callable[[UnitResult], None]]:
     """Shows a progress bar in the block and provides the function that advances it; nothing is drawn unless `show`."""
     weights = {unit.name: sum(expected_seconds(file) for file in unit.files) or 1.0 for unit in todo}
+    console = console or Console(stderr=True)
     columns = (
-        TextColumn("preprocess"),
-        BarColumn(),
+        *([BarColumn(20)] if console.width >= WIDE else []),
         TaskProgressColumn(),
-        TextColumn("{task.fields[state]}"),
+        TextColumn("ETA"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
     )
     began = time.monotonic()
     files = rejects = 0
     hours = 0.0
     # the bar advances by expected seconds of audio, which are more even than units
-    with Progress(*columns, console=console or Console(stderr=True), disable=not show, transient=False) as bar:
+    with Progress(*columns, console=console, disable=not show, transient=False) as bar:
         task = bar.add_task("", total=round(sum(weights.values())), state="starting Ray")
 
         def advance(result: UnitResult) -> None:
@@ -42,7 +46,8 @@ def live_progress(
             rejects += sum(record.rejects.values())
             hours += sum(row[5] for row in record.flow if row[2] == "in") / SAMPLE_RATE / 3600
             speed = 3600 * hours / max(time.monotonic() - began, 1e-9)
-            state = f"{files:,} files · {hours:,.2f} h · {speed:,.0f} × real time · {rejects:,} rejected · ETA"
+            shown = f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}"
+            state = f"{files:,} files · {shown} h · {speed:,.0f} × real time · {rejects:,} rejected"
             bar.update(task, advance=weights.get(record.unit, 0.0), state=state)
 
         yield advance

@@ -250,7 +250,7 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
     # a field that did not exist when the data set was written had its default
     before = flatten(_default_settings()) | flatten(settings)
     different = [
-        f"{path}={new!r} here, {old!r} there"
+        f"{path}={_shown(new)} here, {_shown(old)} there"
         for path, old, new in diff(before, wanted)
         if [old, new] not in ([None, ABSENT], [ABSENT, None])  # a removed field that was not in use
     ]
@@ -262,6 +262,10 @@ def _check_settings(store: FileStore, config: PreprocessConfig, dry: bool) -> No
             "them: leave them as they are there, or write this corpus to another out= and read both with "
             "data.shards=[ONE,OTHER]"
         )
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else repr(value)
 
 
 def _default_settings() -> Any:

@@ -80,11 +80,13 @@ FIRST_WORDS = {
     "board": "looking for runs",
     "compare": "reading the metrics of the runs",
     "bands": "reading the config, then starting or reading a run for each seed",
+    "runs": "reading the run folders and asking SLURM or Ray about queued ones",
     "replay": "loading the run and its saved batch",
     "recipes": "building the model of each experiment",
     "compress": "loading the run, then cutting and comparing it",
     "export": "loading the run, then converting and comparing it",
     "bench": "loading the graphs, then timing them",
+    "jobs": "reading the run folders and asking SLURM or Ray about queued ones",
     "doctor": "looking at this machine",
 }
 """Command that may take seconds to start -> what it prints on stderr at once."""

@@ -150,6 +150,7 @@ def to_hydra(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str]) 
         return line
     if not equals or not name:
         parts = ", ".join(sorted(in_defaults))
+        parts += "; --help lists the fields" if line == "help" else ""
         raise ConfigError(f"{line!r} is not an override: write field=value, or group=choice for {parts}")
     if name in DEFINITIONS:
         name = f"{name}{SUFFIX}"

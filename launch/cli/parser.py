@@ -36,6 +36,8 @@ def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Yields the options and subcommands of a parser and of the parsers below it."""
     for action in parser._actions:
         yield from action.option_strings
+        if action.option_strings and action.choices:
+            yield from map(str, action.choices)
         if isinstance(action, argparse._SubParsersAction):
             yield from action.choices
             for below in action.choices.values():

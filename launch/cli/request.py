@@ -28,7 +28,9 @@ class ParsedCommand(Generic[T]):
     switches: frozenset[str]
 
 
-def read(command: str, kind: type[T], arguments: list[str], switches: tuple[str, ...] = ()) -> ParsedCommand[T] | None:
+def read(
+    command: str, kind: type[T], arguments: list[str], switches: tuple[str, ...] = (), usage: str = ""
+) -> ParsedCommand[T] | None:
     """Composes conf/COMMAND.yaml and the overrides to a config.
 
     Args:
@@ -36,6 +38,7 @@ def read(command: str, kind: type[T], arguments: list[str], switches: tuple[str,
         kind: the config's class.
         arguments: overrides (field=value, group=choice) and switches.
         switches: switches of this command besides --help and --cfg.
+        usage: first lines of the help of another command that takes the fields of `command`.
 
     Returns:
         The request; None after --help or --cfg, whose output has been printed.
@@ -50,7 +53,7 @@ def read(command: str, kind: type[T], arguments: list[str], switches: tuple[str,
         if switch not in known:
             raise ConfigError(_unknown_switch(switch, arguments, known, kind))
     if "--help" in given or "-h" in given:
-        show_help(command, kind, compose(command, overrides), switches)
+        show_help(command, kind, compose(command, overrides), switches, usage)
         return None
     values = compose(command, overrides)
     _keep_texts(kind, values, overrides)
@@ -115,7 +118,9 @@ HELP_WIDTH = 100
 """Columns of help, at most; also where its output is piped."""
 
 
-def show_help(command: str, kind: type[Any], values: dict[str, Any], switches: tuple[str, ...]) -> None:
+def show_help(
+    command: str, kind: type[Any], values: dict[str, Any], switches: tuple[str, ...], usage: str = ""
+) -> None:
     """Prints every field of `kind`, grouped by section, with meaning, default and limits.
 
     Args:
@@ -123,6 +128,7 @@ def show_help(command: str, kind: type[Any], values: dict[str, Any], switches: t
         kind: its config.
         values: the composed values, shown as defaults.
         switches: those of the command beside --help and --cfg.
+        usage: first lines, of another command that takes these fields; "": a title.
     """
     from rich.text import Text
 
@@ -130,14 +136,15 @@ def show_help(command: str, kind: type[Any], values: dict[str, Any], switches: t
 
     console = tables.console()
     console.width = min(console.width, HELP_WIDTH)
-    console.print(Text.assemble((f"auricle {command}", "bold"), " [field=value | group=choice] ..."), "\n")
+    title = Text.assemble((f"auricle {command}", "bold"), " [field=value | group=choice] ...")
+    console.print(Text(f"{usage}\n\nFields and choices of `auricle {command}`:") if usage else title, "\n")
     for name, choices in groups().items():
         if name == HEAD and "heads" in values:
             console.print(Text.assemble("  ", (f"{HEAD}@heads.NAME=", "cyan"), " | ".join(choices)))
         elif choices and name != HEAD and (name in values or (name == EXPERIMENT and command == "pretrain")):
             sign = "+" if name == EXPERIMENT else ""
             console.print(Text.assemble("  ", (f"{sign}{name}=", "cyan"), " | ".join(choices)))
-    console.print("  switches: " + ", ".join(("--cfg", *switches)), "\n")
+    console.print("" if usage else "  switches: " + ", ".join(("--cfg", *switches)) + " \n")
     section = None
     for row in document(kind, "", values):
         parent = row.path.rpartition(".")[0]

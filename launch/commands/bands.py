@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from data_pipeline.core.schema import ConfigError
+from launch.cli import request
+from launch.config import PretrainJob
 from launch.exit_codes import ExitCode
 
 USAGE = """auricle bands +experiment=NAME data.shards=SHARDS [seeds=0,1,2,3,4] [out=FILE]
@@ -18,11 +20,6 @@ DEFAULT_SEEDS = (0, 1, 2, 3, 4)
 
 def run(arguments: list[str]) -> int:
     """Runs the command; returns the exit code of the first run that fails, or 0. Raises ConfigError."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return ExitCode.DONE
-    from launch.workflows import bands
-
     own = {"seeds": "", "out": ""}
     overrides, evaluation = [], []
     for argument in arguments:
@@ -33,6 +30,11 @@ def run(arguments: list[str]) -> int:
             evaluation.append(argument.removeprefix("evaluate."))
         else:
             overrides.append(argument)
+    if {"-h", "--help"} & set(overrides):
+        request.read("pretrain", PretrainJob, overrides, usage=USAGE)
+        return ExitCode.DONE
+    from launch.workflows import bands
+
     parts = [part.strip() for part in own["seeds"].strip("[]").split(",") if part.strip()]
     if not all(part.isdecimal() for part in parts):
         raise ConfigError(f"seeds={own['seeds']}: must be numbers with commas between them, such as seeds=0,1,2")

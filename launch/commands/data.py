@@ -12,7 +12,7 @@ USAGE = "\n".join(
     [
         *(f"auricle data {name:<9}  {text}" for name, text in SUBCOMMANDS["data"].items()),
         "",
-        "both take the same overrides as `auricle pretrain`",
+        "Both take the fields of `auricle pretrain`.",
     ]
 )
 
@@ -25,13 +25,16 @@ def run(arguments: list[str]) -> int:
     if arguments and arguments[0] not in ("--help", "-h"):
         near, listed = hint(arguments[0], subcommands), ", ".join(subcommands)
         raise ConfigError(f"there is no subcommand {arguments[0]!r}{near}; there are: {listed}")
-    print(USAGE)
-    return ExitCode.DONE if arguments else ExitCode.USAGE
+    if not arguments:
+        print(USAGE)
+        return ExitCode.USAGE
+    request.read("pretrain", PretrainJob, arguments, usage=USAGE)
+    return ExitCode.DONE
 
 
 def plan(arguments: list[str]) -> int:
     """Prints the plan of one epoch."""
-    given = request.read("pretrain", PretrainJob, arguments)
+    given = request.read("pretrain", PretrainJob, arguments, usage=USAGE)
     if given is None:
         return ExitCode.DONE
     from data_pipeline.sampling.summary import describe_plan, to_text
@@ -56,7 +59,7 @@ def find_caps(arguments: list[str]) -> int:
         memory_gb = float(limits[-1]) if limits else 0.0
     except ValueError:
         raise ConfigError(f"--memory={limits[-1]}: must be a number of gigabytes, such as --memory=70") from None
-    given = request.read("pretrain", PretrainJob, rest)
+    given = request.read("pretrain", PretrainJob, rest, usage=USAGE)
     if given is None:
         return ExitCode.DONE
     from pretrain.engines import distributed as ranks

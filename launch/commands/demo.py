@@ -32,11 +32,11 @@ FIELDS = ("+experiment=best_rq_tiny", "name=demo", "launcher.processes=2")
 
 def run(arguments: list[str]) -> int:
     """Runs the demo; returns the exit code of the first step that fails, or 0."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return ExitCode.DONE
     given = [argument.partition("=")[2] for argument in arguments if argument.startswith("corpus=")]
     overrides = [argument for argument in arguments if not argument.startswith("corpus=")]
+    if {"-h", "--help"} & set(overrides):
+        request.read("pretrain", PretrainJob, [*FIELDS, *overrides], usage=USAGE)
+        return ExitCode.DONE
     _require_training(overrides)
     corpus = find_corpus(given[-1] if given else "", WORK)
     print(f"speech: {corpus.origin}")

@@ -32,7 +32,7 @@ ENDED = ("done", "failed", "cancelled")
 def run(arguments: list[str]) -> int:
     """Runs a subcommand; returns 0, or 1 for the `status` of a run that failed or was cancelled."""
     parser = Parser("auricle jobs", description="runs on this machine, SLURM or Ray")
-    subcommands = parser.add_subparsers(dest="subcommand", required=True)
+    subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="|".join(SUBCOMMANDS["jobs"]))
     for name, text in SUBCOMMANDS["jobs"].items():
         subcommand = subcommands.add_parser(name, help=text)
         if name == "list":

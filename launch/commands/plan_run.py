@@ -27,12 +27,9 @@ def run(arguments: list[str]) -> int:
     pairs = [line.partition("=") for line in arguments]
     own = {name: value for name, _, value in pairs if name in ("cluster", "mfu", "measured", "devices")}
     rest = [line for line in arguments if line.partition("=")[0] not in own]
-    if "--help" in rest or "-h" in rest:
-        print(USAGE)
-        return ExitCode.DONE
     if not any(line.startswith("data.shards=") for line in rest):
         rest.append("data.shards=none")  # nothing is read
-    given = request.read("pretrain", PretrainJob, rest)
+    given = request.read("pretrain", PretrainJob, rest, usage=USAGE)
     if given is None:
         return ExitCode.DONE
     from launch.workflows import run_estimate

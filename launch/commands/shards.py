@@ -22,16 +22,18 @@ from data_pipeline.shards.indexing import IndexConfig, index_tars
 from data_pipeline.shards.records import DoneRecord, done_records, finished_units, read_index
 from launch.cli.command_table import SUBCOMMANDS
 from launch.cli.parser import Parser
-from launch.cli.tables import show, table
+from launch.cli.tables import cell, console, show, show_rows, table
 from launch.exit_codes import ExitCode
 
 QUANTILES = {0: "shortest", 5: "5 % below", 50: "median", 95: "95 % below", 100: "longest"}
+WIDE = 140
+"""Columns of a terminal in which a sample has space on one line."""
 
 
 def run(arguments: list[str]) -> int:
     """Runs a subcommand; returns 0, or 1 if `verify` finds a fault."""
     parser = Parser("auricle shards", description="content and integrity of a shard folder")
-    subcommands = parser.add_subparsers(dest="subcommand", required=True)
+    subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="|".join(SUBCOMMANDS["shards"]))
     for name, text in SUBCOMMANDS["shards"].items():
         subcommand = subcommands.add_parser(name, help=text)
         if name == "index":
@@ -105,12 +107,14 @@ def _stats(root: str, records: list[DoneRecord]) -> int:
     seconds = np.percentile(np.concatenate(lengths) / SAMPLE_RATE, list(QUANTILES))
     shown = ", ".join(f"{name} {value:.1f} s" for name, value in zip(QUANTILES.values(), seconds, strict=True))
     size = sum(record.bytes for record in records)
-    print(f"lengths  {shown}\n{len(records)} shards, {size / 1e6:,.1f} MB")
+    console().print(cell(f"lengths  {shown}"))
+    print(f"{len(records)} shards, {size / 1e6:,.1f} MB")
     rejects: Counter[str] = Counter()
     for record in finished_units(root):
         rejects.update(record.rejects)
     if rejects:
-        print("rejected " + ", ".join(f"{reason}: {count:,}" for reason, count in rejects.most_common()))
+        listed = ", ".join(f"{reason}: {count:,}" for reason, count in rejects.most_common())
+        console().print(cell(f"rejected {listed}"))
     return ExitCode.DONE
 
 
@@ -123,7 +127,13 @@ def _inspect(root: str, records: list[DoneRecord], key: str, limit: int) -> int:
             found.append((row["key"], f"{length:.2f}", *place))
             if len(found) == limit:
                 break
-    show(table(("key", "seconds", "from", "at", "speaker", "language", "shard"), found, fold=True))
+    names = ("key", "seconds", "from", "at", "speaker", "language", "shard")
+    if console().width >= WIDE:
+        show(table(names, found, fold=True))
+        return ExitCode.DONE
+    for values in found:  # columns would be cut
+        show_rows([(name, value) for name, value in zip(names, values, strict=True) if value])
+        print()
     return ExitCode.DONE
 
 

@@ -35,6 +35,10 @@ STATES: dict[str, State] = {
 """SLURM's job states; all others (FAILED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY …) are failures."""
 
 
+NO_CLUSTER = "is this machine part of a cluster? SLURM_CONF names its configuration"
+"""Remedy where the commands of SLURM find no configuration."""
+
+
 class SlurmError(RuntimeError):
     """A SLURM command failed; the message is SLURM's own."""
 
@@ -191,7 +195,9 @@ def ask(*command: str) -> str:
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} did not answer within a minute") from None
     if done.returncode:
-        raise SlurmError(f"{_shown(command)}: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
+        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        remedy = f"; {NO_CLUSTER}" if "configuration source" in reason else ""
+        raise SlurmError(f"{_shown(command)}: {reason}{remedy}")
     return done.stdout
 
 

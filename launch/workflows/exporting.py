@@ -20,6 +20,8 @@ from pretrain.recognition.recogniser import recognising_head
 
 WITH_HEAD = ("hugging_face", "onnx_stream", "onnx_synthesis", "edge")
 """Formats that hold a head too, or nothing else."""
+ON_ONNX = ("onnx", "onnx_stream", "onnx_synthesis", "edge")
+"""Formats that are written and compared with the packages of ONNX."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def export_run(run: str, out: Path, options: ExportOptions) -> str:
 
 
 def _export(run: str, out: Path, options: ExportOptions) -> str:
+    if options.to in ON_ONNX:
+        graph_export.require("onnx", "onnxscript", "onnxruntime")  # before seconds of loading
     path = Path(run).expanduser()
     checkpoint = hf_export.run_checkpoint(path if (path / "state.json").is_file() else find_run(run))
     found = merged(load_checkpoint(checkpoint))

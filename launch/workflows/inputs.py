@@ -50,6 +50,8 @@ def require_inputs(job: PretrainJob | ProgramJob, made: Sequence[Path] = (), pre
     for path in _alignments(job):
         if _is_local(path) and not _is_below(path, made):
             _require_path(f"{prefix}{PHONES}", path, ALIGNMENT_REMEDY)
+    if isinstance(job, PreprocessJob) and _is_local(job.out):
+        _require_folder(f"{prefix}out", job.out)
     if isinstance(job, PretrainJob) and not _is_below(job.init, made):
         _require_start(job)
 
@@ -142,6 +144,14 @@ def _require_path(field: str, path: str, remedy: str) -> None:
         raise ConfigError(f"{field}={path}: there is no such file or folder; {remedy}")
 
 
+def _require_folder(field: str, path: str) -> None:
+    """Raises ConfigError where a file is at a path that a folder must have, or at one above it."""
+    place = Path(path).expanduser().absolute()
+    for part in (place, *place.parents):
+        if part.is_file():
+            raise ConfigError(f"{field}={path}: {part} is a file; name a new folder, or one of earlier shards")
+
+
 def _is_local(path: str) -> bool:
     return "://" not in path
 
@@ -205,6 +215,8 @@ def _require_plan(config: PretrainJob, records: Sequence[DoneRecord]) -> None:
 def _require_start(config: PretrainJob) -> None:
     """Raises ConfigError if the weights of `init` are missing or of another architecture, before the first step."""
     if config.init and not steps_done(metadata.folder_of(config)):
+        if _is_local(config.init):
+            _require_path("init", config.init, "give a run folder, a checkpoint or a Hugging Face folder")
         from pretrain.interop.init_weights import require_same_architecture
 
         require_same_architecture(config)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.corpora.local_speech import speech_manifest
 from launch.cli import request
 from launch.config import JOB_TYPES, EvaluateJob, ProgramJob
@@ -66,12 +68,18 @@ def start(command: str, config: ProgramJob) -> str:
     submitter = factory.make(config.launcher, command)
     require_ended(task.folder_of(command, config))
     require_inputs(config)
+    is_new = not task.folder_of(command, config).exists()
     folder = task.prepare(command, config)
     handle = submitter.submit(folder)
     write_record(folder, handle, config.launcher, command)
     if not isinstance(submitter, InProcess):
         return handle
-    submitter.perform(folder)
+    try:
+        submitter.perform(folder)
+    except ConfigError:
+        if is_new:  # nothing was done, so there is no job to list as failed
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return ""
 
 

@@ -83,6 +83,9 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
         ([*TINY, "objective.name=hubrt"], ['objective.name="hubrt"', "no such objective", "did you mean hubert?"]),
         ([*TINY, "date.workers=3"], ["date.workers=3", "did you mean data.workers?"]),
         ([*TINY, "optimizer=3"], ["optimizer=3", "optimizer.lr"]),
+        ([*TINY, "engine=deepspeed"], ["engine=", "group of fields; write engine.name=deepspeed"]),
+        ([*TINY, "engine=3"], ["engine=3", "engine.name, ", "engine.federated\n"]),
+        (["help"], ["'help' is not an override", "--help lists the fields"]),
         ([*TINY, "optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "too few values"]),
         ([*TINY, "optimizer.betas=[0.9,1.2]"], ["optimizer.betas", "1.2", "< 1"]),
         ([*TINY, "encoder.heads=3"], ["encoder.heads=3", "256"]),
@@ -352,7 +355,7 @@ def test_a_command_says_at_once_what_it_does(command: str, capsys: pytest.Captur
 
 
 def test_every_command_that_may_be_slow_says_at_once_what_it_does() -> None:
-    assert set(COMMANDS) - set(FIRST_WORDS) == {"runs", "jobs", "completion"}, "these print their result at once"
+    assert set(COMMANDS) - set(FIRST_WORDS) == {"completion"}, "the shell reads its output"
 
 
 def test_the_first_words_need_no_slow_import() -> None:
@@ -361,19 +364,25 @@ def test_the_first_words_need_no_slow_import() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_a_file_is_not_called_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_not_called_a_missing_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     (tmp_path / "a.tsv").write_text("path\n")
     out = f"out={tmp_path / 'out'}"
     for arguments, words in (
         (["preprocess", f"corpus.path={tmp_path / 'a.wav'}", out], ["is a file", str(tmp_path)]),
         (["preprocess", f"corpus.path={tmp_path / 'a.tsv'}", out], ["is a file", "corpus=manifest"]),
+        (["preprocess", f"corpus.path={tmp_path}", f"out={tmp_path / 'a.tsv' / 'x'}"], ["out=", "a.tsv is a file"]),
+        (["preprocess", "corpus=manifest", f"corpus.path={tmp_path}", out], ["is a folder", "in it: a.tsv"]),
         (["shards", "stats", str(tmp_path / "a.wav")], ["is a file", "_done"]),
     ):
         assert main.main(arguments) == ExitCode.USAGE
         said = capsys.readouterr().err
         assert all(word in said for word in words)
         assert "no such folder" not in said
+    assert not list(tmp_path.glob("runs/*")), "a refused job is no failed job"
 
 
 @pytest.mark.parametrize("launcher", ["local", "slurm"])

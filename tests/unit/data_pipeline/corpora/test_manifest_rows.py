@@ -309,6 +309,8 @@ def test_the_schema_is_inferred_from_all_rows(tmp_path: Path) -> None:
     [
         ("set.csv", 'path, text, speaker \na.wav, "hello, world", ann\n'),
         ("set.csv", '\ufeffpath ,text,speaker\r\na.wav,"hello, world",ann\r\n'),
+        ("set.csv", "path;text;speaker\na.wav;hello, world;ann\n"),
+        ("set.csv", "path\ttext\tspeaker\na.wav\thello, world\tann\n"),
         ("set.tsv", " path\ttext \tspeaker\t\na.wav\thello, world\tann\t\n"),
         ("set.csv", 'path,text,speaker\na.wav,"hello, world",ann\n\n\n'),
     ],

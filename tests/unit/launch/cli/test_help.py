@@ -46,6 +46,13 @@ def test_help_of_every_command_is_printed_without_torch() -> None:
         assert first.startswith((f"auricle {command}", f"usage: auricle {command}")), command
 
 
+def test_help_of_commands_that_train_lists_the_fields_of_training() -> None:
+    for text in help_of("plan-run", "data", "demo", "bands").stdout.split("== ")[1:]:
+        assert "Fields and choices of `auricle pretrain`" in text
+        assert "objective=" in text
+        assert "  optimizer.lr  = " in text
+
+
 def test_the_longest_help_takes_about_a_second() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert help_of("pretrain").returncode == 0

@@ -56,6 +56,12 @@ def test_a_running_job_is_listed_followed_and_cancelled(folder: Path, capsys: py
     assert "hello from rank 0" in capsys.readouterr().out
 
 
+def test_a_missing_subcommand_is_answered_with_all(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, first in (("jobs", "list|status|"), ("shards", "stats|inspect|")):
+        assert main.main([command]) == ExitCode.USAGE
+        assert f"required: {first}" in capsys.readouterr().err
+
+
 def test_runs_and_jobs_show_one_state(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"train": {"steps": 5}, "objective": {"name": "hubert"}}
     (folder / "config.json").write_text(json.dumps(config))

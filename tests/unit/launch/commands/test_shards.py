@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import main
+from launch.cli import tables
 from launch.exit_codes import ExitCode
 from tests.support.tiny_shards import sounds, write_shards
 
@@ -34,6 +35,18 @@ def test_inspect_shows_a_segment_by_key(root: Path, capsys: pytest.CaptureFixtur
     assert "second-0002" in said
     assert "4.00" in said
     assert "first" not in said
+
+
+def test_samples_are_shown_whole_on_a_narrow_terminal(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables, "PIPED_WIDTH", 80)
+    assert main.main(["shards", "inspect", str(root), "-n", "1"]) == 0
+    said = capsys.readouterr().out
+    names = ["key", "seconds", "from", "at", "speaker", "language", "shard"]
+    assert [line.split()[0] for line in said.splitlines() if line] == names
+    assert main.main(["shards", "stats", str(root)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_verify_finds_a_changed_byte_and_a_missing_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,7 @@ def test_initial_weights_of_another_architecture_are_found_before_ranks_start(
     assert "encoder.layers=4 here and 1 there" in said
     assert not (tmp_path / "runs").exists()
     assert start(*places, f"init={tmp_path / 'nowhere'}") == ExitCode.USAGE
-    assert "nowhere" in capsys.readouterr().err
+    assert "nowhere: there is no such file or folder; give a run folder" in capsys.readouterr().err
     same = load(PretrainJob, compose("pretrain", [*SMALL, *places, "encoder.layers=1", f"init={tmp_path / 'old'}"]))
     require_startable(same, attended=True)
 
