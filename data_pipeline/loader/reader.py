@@ -92,6 +92,11 @@ class PlanReader:
         self._iterator: _StepIterator | None = None
         atexit.register(_close, weakref.ref(self))
 
+    @property
+    def records(self) -> Sequence[DoneRecord]:
+        """The records of the shards that are read."""
+        return self._files.records
+
     def _report(self, bad: list[ShardError]) -> None:
         if not bad:
             return

@@ -12,9 +12,8 @@ from data_pipeline.core.atomic_files import write_atomically
 from data_pipeline.core.json_object import read_object
 from data_pipeline.core.schema import ABSENT, load
 from data_pipeline.core.text import visible
-from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.shards.licences import read_licences
-from data_pipeline.shards.records import DoneRecord, done_records
+from launch.runs import data_record
+from launch.runs.data_record import DataRecord
 from launch.runs.summary import audio_hours, find_run, number, rows
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.stored import read_state
@@ -68,18 +67,15 @@ def card(run: Path, config: Config, step: int, form: str, licence: str) -> str:
         form: the export's format, as of `auricle export --to`.
         licence: of the weights, as the user gave it.
     """
-    records = _records(config.data.shards)
-    flow = [row for record in records for row in record.flow]
-    corpora, languages = (sorted({str(row[column]) for row in flow if row[column]}) for column in (0, 1))
-    size = sum(record.samples for record in records) / SAMPLE_RATE / 3600
+    data = data_record.read(run, config.data.shards)
     logged = [row for row in rows(run) if number(row, "step", 0.0) <= step]
     environment = _environment(run)
     commit = environment.get("git_sha") or UNKNOWN
     facts = [
         ("recipe", f"objective {config.objective.name}, front end {config.frontend.name}, encoder {_sizes(config)}"),
-        ("data", f"{size:,.2f} h" if size else UNKNOWN),
-        ("corpora", _plain(", ".join(corpora)) or UNKNOWN),
-        ("languages", _plain(", ".join(languages)) or UNKNOWN),
+        ("data", f"{data.hours:,.2f} h" if data.hours else UNKNOWN),
+        ("corpora", _plain(", ".join(data.corpora)) or UNKNOWN),
+        ("languages", _plain(", ".join(data.languages)) or UNKNOWN),
         ("training", f"{step:,} updates, {audio_hours(logged)[-1]:,.2f} h of audio" if logged else f"{step:,} updates"),
         ("start", _plain(Path(config.init).name) if config.init else "random weights"),
         ("seed", str(config.seed)),
@@ -87,11 +83,11 @@ def card(run: Path, config: Config, step: int, form: str, licence: str) -> str:
         ("code", f"auricle {_plain(environment.get('version') or UNKNOWN)}, commit {_plain(commit)}"),
         ("started", _plain(environment.get("started") or UNKNOWN)),
         ("licence", _plain(licence) or f"{UNKNOWN}; that of the weights depends on that of the data"),
-        ("licence of the data", _licence_of_data(records)),
+        ("licence of the data", _licence_of_data(data)),
         ("loading", LOADING[form]),
     ]
     header = ["---", *_licence_lines(licence), "tags:", "- speech", "- self-supervised"]
-    header += ["language:", *(f"- {json.dumps(language)}" for language in languages)] if languages else []
+    header += ["language:", *(f"- {json.dumps(language)}" for language in data.languages)] if data.languages else []
     header += ["library_name: transformers"] if form == "hugging_face" else []
     changed = [
         (_plain(path), _plain(json.dumps(value, ensure_ascii=False)))
@@ -130,30 +126,17 @@ def _licence_lines(licence: str) -> list[str]:
     return ["license: other", f"license_name: {json.dumps(licence)}"]
 
 
-def _licence_of_data(records: Sequence[DoneRecord]) -> str:
+def _licence_of_data(data: DataRecord) -> str:
     """Returns the recorded licences with their corpora: "CC-BY-4.0 (a, b); not recorded (c)"."""
-    by_licence: dict[str, set[str]] = {}
-    for root in dict.fromkeys(record.root for record in records):
-        known = read_licences(root)
-        for corpus in {str(row[0]) for record in records if record.root == root for row in record.flow if row[0]}:
-            by_licence.setdefault(known.get(corpus, UNKNOWN), set()).add(corpus)
     named = [
-        f"{_plain(name)} ({_plain(', '.join(sorted(corpora)))})"
-        for name, corpora in sorted(by_licence.items(), key=lambda item: (item[0] == UNKNOWN, item[0]))
+        f"{_plain(name or UNKNOWN)} ({_plain(', '.join(corpora))})"
+        for name, corpora in sorted(data.licences.items(), key=lambda item: (not item[0], item[0]))
     ]
-    return "; ".join(named) if set(by_licence) - {UNKNOWN} else UNKNOWN
+    return "; ".join(named) if any(data.licences) else UNKNOWN
 
 
 def _sizes(config: Config) -> str:
     return f"{config.encoder.name} of {config.encoder.layers} blocks with {config.encoder.dim} channels"
-
-
-def _records(shards: Sequence[str]) -> list[DoneRecord]:
-    """Returns the records of the shards; [] if they are not there."""
-    try:
-        return done_records(shards)
-    except (ValueError, OSError):
-        return []
 
 
 def _environment(run: Path) -> dict[str, Any]:

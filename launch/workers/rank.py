@@ -43,6 +43,8 @@ def main(run_folder: str) -> ExitCode:
     log_to_folder(path)
     faulthandler.enable()
     from data_pipeline.core.schema import load
+    from data_pipeline.loader.reader import PlanReader
+    from launch.runs import data_record
     from launch.workers.build import build
     from pretrain.checkpointing.run_folder import RunFolder, read_config
     from pretrain.config import Config
@@ -59,6 +61,8 @@ def main(run_folder: str) -> ExitCode:
         if world.rank == 0:
             folder.claim()
             folder.unhealthy.unlink(missing_ok=True)
+            if isinstance(reader, PlanReader):
+                data_record.write(path, reader.records)
         folder.incarnation = int(world.from_first(str(folder.incarnation)))
         limit = config.engine.timeout_minutes * 60
         with Heartbeat(

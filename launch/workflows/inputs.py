@@ -34,7 +34,10 @@ def require_inputs(job: PretrainJob | ProgramJob, made: Sequence[Path] = (), pre
         ConfigError: an input is missing; the message names its field.
         DamagedFileError: the pointer to the newest checkpoint of a run is damaged.
     """
-    found = list(_inputs(job))
+    try:
+        found = list(_inputs(job))
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
     if not job.launcher.sees_inputs:
         return
     for field, path in found:

@@ -31,7 +31,8 @@ TIMES: Final = {
 """Names of the columns of a table of frame labels; times are in seconds."""
 ALIGNMENT_REMEDY: Final = (
     "tasks of kind frames read the phones of each recording from a table with the columns path (as in the manifest), "
-    "start_s, end_s (seconds) and phone; set phones=TABLE, or name it as the task's alignment"
+    "start_s, end_s (seconds) and phone; set phones=TABLE, or name it as the task's alignment; task=speaker and others "
+    "read the manifest alone"
 )
 
 

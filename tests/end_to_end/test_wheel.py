@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -11,12 +12,15 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from launch.demo_corpus import synthesise
 from tests.support.paths import ROOT
+from tests.support.requirements import closure, extras, requirements, top_level
 
 SOURCES = ("auricle", "conf", "data_pipeline", "launch", "pretrain", "slurm")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
@@ -44,12 +48,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(wheel: Path) -> Path:
-    """Installs the wheel alone into a new environment, which finds the other packages where this one has them."""
+    """Installs the wheel into a new environment with links to the packages that it requires, and to no others."""
     home = wheel.parent / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=60)
     [packages] = home.glob("lib/python*/site-packages")
-    # a folder in a .pth file is searched, but its own .pth files, as that of an editable auricle, are not read
-    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    here = Path(sysconfig.get_path("purelib"))
+    for name in top_level(closure(requirements())):
+        if (here / name).exists():
+            (packages / name).symlink_to(here / name)
     install = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "-qq", "--no-deps"]
     subprocess.run([*install, "--no-index", "--ignore-installed", wheel], check=True, timeout=60)
     return home / "bin" / "auricle"
@@ -110,11 +116,12 @@ def test_the_whole_chain_runs_outside_the_checkout(command: Path, outside: Path)
                "corpora=made", "baselines=false")  # fmt: skip
     assert "accuracy" in said
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    for form in ("hugging_face", "torchscript"):
-        run(command, outside, "export", made, form, "--to", form)
-        card = (outside / form / "README.md").read_text()
-        assert f"auricle {version}, commit not recorded" in card, "there is no repository here"
-        assert "not recorded" in card
+    run(command, outside, "export", made, "torchscript", "--to", "torchscript")
+    card = (outside / "torchscript" / "README.md").read_text()
+    assert f"auricle {version}, commit not recorded" in card, "there is no repository here"
+    for form, package in (("hugging_face", "transformers"), ("onnx", "onnx onnxscript onnxruntime")):
+        assert f"pip install {package}" in run(command, outside, "export", made, form, "--to", form, code=2)
+        assert not (outside / form).exists()
     assert json.loads((outside / made / "environment.json").read_text())["version"] == version
 
 
@@ -124,6 +131,36 @@ def test_a_batch_job_runs_the_installed_package(command: Path, outside: Path) ->
     said = run(command, outside, "pretrain", "+experiment=wav2vec2_tiny", "data.shards=shards", *dry)
     assert str(command.parent) in said
     assert str(ROOT) not in said
+
+
+BROUGHT = {
+    "annotated_types": "pydantic", "braceexpand": "webdataset", "faiss": "faiss-cpu", "google": "tensorboard",
+    "omegaconf": "hydra-core", "polars": "fastabx", "pydantic_core": "pydantic",
+}  # fmt: skip
+"""Module that is imported -> the package that brings it."""
+ELSEWHERE = {"flwr"}
+"""Modules of environments of their own: Flower's pins exclude the tested packages."""
+
+
+def test_every_imported_package_is_declared() -> None:
+    """By the project or by an extra; that the required ones are enough is tested by the chain above."""
+    own = {"auricle", "conf", "data_pipeline", "launch", "pretrain"}
+    imported = set[str]()
+    for package in own - {"conf"}:
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                imported.update(name.partition(".")[0] for name in names)
+    packages, declared = metadata.packages_distributions(), {canonicalize_name(r.name) for r in requirements(*extras())}
+    for module in imported - own - sys.stdlib_module_names - ELSEWHERE:
+        of_module = {canonicalize_name(name) for name in packages.get(module, [module])}
+        assert of_module & declared or BROUGHT.get(module) in declared, module
+
+
+def test_every_extra_is_in_the_documents() -> None:
+    listed = (ROOT / "docs" / "getting_started.md").read_text()
+    assert [name for name in [*extras(), "dev"] if f"`{name}`" not in listed] == []
 
 
 def test_no_message_installs_this_package_from_an_index() -> None:

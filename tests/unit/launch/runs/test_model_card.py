@@ -13,6 +13,7 @@ from data_pipeline.core.schema import load
 from data_pipeline.shards.licences import record_licences
 from data_pipeline.shards.records import done_records
 from launch.commands.export import FORMATS
+from launch.runs import data_record
 from launch.runs.model_card import write_card
 from pretrain.config import Config
 from pretrain.train_module import build_model
@@ -51,6 +52,21 @@ def test_what_is_unknown_is_said_to_be_not_recorded(run: Path, tmp_path: Path) -
     assert found["training"] == "20 updates"
     assert "\nNot recorded.\n" in card
     assert "# a\\|b\n" in card
+
+
+def test_the_card_keeps_what_the_run_recorded_of_shards_that_have_moved(run: Path, tmp_path: Path) -> None:
+    record_licences(str(tmp_path / "shards"), {"a": "CC0-1.0"})
+    [record] = done_records(str(tmp_path / "shards"))
+    flow = (("a", "en", "in", "", 5, 16_000), ("b", "de", "in", "", 5, 16_000))
+    data_record.write(run, [dataclasses.replace(record, flow=flow)])
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    write_card(tmp_path, str(run), "onnx")
+    found = cells(tmp_path / "README.md")
+    named = [found[name] for name in ("data", "corpora", "languages", "licence of the data")]
+    assert named == ["0.05 h", "a, b", "de, en", "CC0-1.0 (a); not recorded (b)"]
+    (run / "data.json").write_text('{"hours": []}')
+    write_card(tmp_path, str(run), "onnx")
+    assert cells(tmp_path / "README.md")["data"] == "not recorded"
 
 
 def test_the_card_names_the_licences_of_weights_and_data(run: Path, tmp_path: Path) -> None:
