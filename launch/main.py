@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 
 from launch.cli.command_table import COMMANDS, CONTINUE, FIRST_WORDS
+from launch.cli.signals import kept_interrupts
 from launch.cli.width import columns
 from launch.exit_codes import ExitCode
 
@@ -87,8 +88,9 @@ def _guarded(command: str, arguments: list[str]) -> int:
             from launch.cli.outside import take_outside
 
             arguments = take_outside(arguments)
-        module = importlib.import_module(f"launch.commands.{COMMANDS[command][0]}")
-        code: int = module.run(arguments)
+        with kept_interrupts():
+            module = importlib.import_module(f"launch.commands.{COMMANDS[command][0]}")
+            code: int = module.run(arguments)
         return code
     except KeyboardInterrupt:
         left = CONTINUE.get(command, "give the command again")

@@ -56,12 +56,14 @@ def cells(row: ResultRow) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[ResultRow]) -> Table:
-    """Returns the table for a terminal."""
+    """Returns the table for a terminal, without columns that are empty in all rows; nothing in it is cut."""
+    shown = [cells(row) for row in rows]
+    used = [number for number, name in enumerate(HEAD) if name == "value" or any(row[number] for row in shown)]
     made = Table(box=None, pad_edge=False)
-    for name in HEAD:
-        made.add_column(name, overflow="fold" if name == "features" else "ellipsis")  # runs' names are copied from it
-    for row in rows:
-        made.add_row(*(Text(visible(text)) for text in cells(row)))
+    for number in used:
+        made.add_column(HEAD[number], overflow="fold")
+    for row in shown:
+        made.add_row(*(Text(visible(row[number])) for number in used))
     return made
 
 

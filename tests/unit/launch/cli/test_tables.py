@@ -63,5 +63,12 @@ def test_columns_that_users_copy_from_are_wrapped(monkeypatch: pytest.MonkeyPatc
 def test_results_of_an_evaluation_keep_the_names_of_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     shown = Terminal()
-    console(shown).print(report.table([ResultRow(task="phones", measure="accuracy", who="Q" * 70, value=0.5)]))
-    assert shown.getvalue().count("Q") == 70
+    measure = "EER of verification"
+    console(shown).print(
+        report.table([ResultRow(task="phones", measure=measure, who="Q" * 70, value=0.5, low=0.25, high=0.75)])
+    )
+    text = shown.getvalue()
+    assert text.count("Q") == 70
+    assert all(word in text for word in (*measure.split(), "50.0%", "25.0%", "75.0%"))
+    assert "log-mel" not in text, "a column without values"
+    assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines())) <= 80
