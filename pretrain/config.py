@@ -347,6 +347,8 @@ class Config:
         if self.engine.name == "federated" and self.objective.teacher_run:
             remedy = "its weights are on the server alone; cut or distil before or after (engine.name=torch)"
             refuse("objective.teacher", self.objective.teacher_run, remedy)
+        if self.objective.supernet:
+            self._refuse_supernet()
         if self.engine.packed and not self.frontend.packable:
             remedy = "needs a front end without a group norm, which runs over the whole row; set frontend.norm=layer"
             refuse("engine.packed", self.engine.packed, remedy)
@@ -382,6 +384,17 @@ class Config:
                 if self.balance.name == "gradnorm":
                     refuse("balance.name", self.balance.name, remedy)
                 refuse("balance.measure", self.balance.measure, remedy)
+
+    def _refuse_supernet(self) -> None:
+        """Refuses engines and data with which the subnets of objective.elastic cannot be trained."""
+        if self.data.micro_batches < 3:
+            remedy = "objective.elastic needs 3 or more: for the largest subnet, the smallest and a drawn one"
+            refuse("data.micro_batches", self.data.micro_batches, remedy)
+        if self.objective.varies_depth and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
+            remedy = "needs the same blocks on all ranks, and objective.elastic.blocks differ; take 2 or less"
+            refuse("engine.zero_stage", 3, remedy)
+        if self.tune.name != "full":
+            refuse("tune.name", self.tune.name, "leaves weights as they are; a supernet (objective.elastic) needs full")
 
     def cautions(self) -> list[str]:
         """Returns warnings about settings that are valid but probably not intended, one sentence each."""

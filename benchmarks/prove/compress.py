@@ -76,7 +76,8 @@ class Figures:
 
 def train(name: str, minutes: float, runs: Path, shards: Path, *overrides: str) -> Path:
     """Trains for about `minutes`, at the speed of a few timed steps; returns the run folder."""
-    common = [*overrides, f"data.shards={shards}", f"runs={runs}", "launcher.processes=2", "health.on_collapse=warn"]
+    processes = f"launcher.processes={min(2, torch.get_num_threads())}"  # OMP_NUM_THREADS=1: on one core
+    common = [*overrides, f"data.shards={shards}", f"runs={runs}", processes, "health.on_collapse=warn"]
     timing = f"{name}_timing"
     auricle("pretrain", *common, f"name={timing}", f"train.steps={TIMED_STEPS}", "schedule.warmup_steps=1")
     steps = max(TIMED_STEPS, int(minutes * 60 / step_seconds(runs / timing)))

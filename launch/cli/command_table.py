@@ -29,6 +29,7 @@ COMMANDS = {
     "recipes": ("recipes", "size and cost of each shipped experiment, with published figures"),
     "compress": ("compress", "a run -> a smaller run with fewer blocks, heads and inner channels"),
     "export": ("export", "a run -> a Hugging Face folder, TorchScript or ONNX, verified before it is written"),
+    "search-architecture": ("search_architecture", "a supernet -> its best subnets for a device, as runs"),
     "bench": ("bench", "speed, memory and size of exported graphs on this machine"),
     "jobs": ("jobs", "list, follow, cancel and requeue runs of any launcher"),
     "doctor": ("doctor", "check this machine; shows how to install missing packages"),
@@ -85,6 +86,7 @@ FIRST_WORDS = {
     "recipes": "building the model of each experiment",
     "compress": "loading the run, then cutting and comparing it",
     "export": "loading the run, then converting and comparing it",
+    "search-architecture": "loading the supernet and the table, then scoring subnets",
     "bench": "loading the graphs, then timing them",
     "jobs": "reading the run folders and asking SLURM or Ray about queued ones",
     "doctor": "looking at this machine",
@@ -109,6 +111,7 @@ CONTINUE = {
     "export": "nothing is written before the comparison; the same command starts over",
     "bands": "finished runs stay; the same command continues with the remaining ones",
     "embed": "the same command starts over",
+    "search-architecture": "scores that were computed stay; the same command continues the search",
     "bench": "the same command starts over",
 }
 """Command -> what Ctrl-C leaves, and how to continue; other commands only show something and are given again."""

@@ -22,6 +22,12 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--table", metavar="RUN", help="instead: latency of single blocks of a run's encoder, as JSON")
     parser.add_argument("--heads", type=_widths, help="table: numbers of heads, with commas")
     parser.add_argument("--ffn", type=_widths, help="table: numbers of inner channels, with commas")
+    parser.add_argument(
+        "--subnets",
+        type=int,
+        default=0,
+        help="table: also measure this many whole subnets of a supernet, such as 40, for auricle search-architecture",
+    )
     parser.add_argument("--threads", type=int, default=1, help="intra-op threads (default: 1)")
     parser.add_argument("--seconds", type=float, default=10.0, help="audio of one run (default: 10)")
     parser.add_argument("--runs", type=int, default=30, help="runs of each graph (default: 30)")
@@ -31,8 +37,10 @@ def run(arguments: list[str]) -> int:
         if not getattr(given, name) >= least:
             parser.error(f"--{name} {getattr(given, name)}: must be at least {least:g}")
 
-    if bool(given.table) == bool(given.folders) or bool(given.table) != bool(given.heads and given.ffn):
-        parser.error("give folders, or --table RUN with --heads and --ffn")
+    if bool(given.table) == bool(given.folders) or (given.table and bool(given.heads) != bool(given.ffn)):
+        parser.error("give folders, or --table RUN, with --heads and --ffn where it is no supernet")
+    if given.folders and (given.heads or given.ffn or given.subnets):
+        parser.error("--heads, --ffn and --subnets belong to --table")
     if given.table:
         print(json.dumps(_table(given), indent=2))
         return ExitCode.DONE
@@ -65,9 +73,10 @@ def _widths(text: str) -> list[int]:
 
 
 def _table(given: argparse.Namespace) -> dict[str, Any]:
-    """Measures single blocks of a run's encoder."""
+    """Measures single blocks of a run's encoder, by default of a supernet's widths, and whole subnets if asked."""
     from pretrain.checkpointing.locate import find_checkpoint
     from pretrain.checkpointing.weights import load_checkpoint
+    from pretrain.compression.latency import measured_subnets, subnet_timings
     from pretrain.nn.stack_config import StackConfig
     from pretrain.profiling.block_table import block_table
 
@@ -75,13 +84,17 @@ def _table(given: argparse.Namespace) -> dict[str, Any]:
     encoder = found.config.encoder
     if not isinstance(encoder, StackConfig):
         raise ConfigError(f"encoder.name={encoder.name}: only stacks of blocks have a table")
-    rate_hz = found.module.model.shape.rate_hz
-    return block_table(
+    space = found.module.objective.space()
+    if space is None and (given.subnets or not given.heads):
+        raise ConfigError(f"--table {given.table}: is no supernet (objective.elastic); give --heads and --ffn alone")
+    options = {"seconds": given.seconds, "runs": given.runs, "threads": given.threads}
+    made = block_table(
         encoder,
-        rate_hz,
-        heads=given.heads,
-        ffn_dims=given.ffn,
-        seconds=given.seconds,
-        runs=given.runs,
-        threads=given.threads,
+        found.module.model.shape.rate_hz,
+        heads=given.heads or (space.heads if space else ()),
+        ffn_dims=given.ffn or (space.ffn if space else ()),
+        **options,
     )
+    if space is not None and given.subnets:
+        made |= subnet_timings(found, measured_subnets(space, given.subnets), **options)
+    return made

@@ -85,6 +85,8 @@ def _cut(found: LoadedCheckpoint, blocks: int | None, widths: Path | None) -> cu
         raise ConfigError(f"--widths {widths}: cannot be read as JSON ({error})") from None
     if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
         raise ConfigError(f"--widths {widths}: must hold [[heads, ffn_dim], …], two whole numbers for each block")
+    if found.module.objective.space() is not None:
+        return cut.cut_subnet(found, tuple((heads, ffn_dim) for heads, ffn_dim in pairs))
     return cut.cut_widths(found, pairs)
 
 

@@ -1,8 +1,8 @@
 """Cuts a trained model to fewer blocks, heads and inner channels; the result is the model of an ordinary run.
 
-Three ways to choose the parts that are kept: the first blocks (equal to the layers before the cut), given widths (the
-heads and channels with the largest weights), or the gates that structured pruning has closed (equal to
-the gated model; soft gates become part of the weights).
+Four ways to choose the parts that are kept: the first blocks (equal to the layers before the cut), given widths (the
+heads and channels with the largest weights), a subnet of a supernet (equal to the supernet set to it), or the gates
+that structured pruning has closed (equal to the gated model; soft gates become part of the weights).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pretrain.checkpointing.weights import LoadedCheckpoint
 from pretrain.config import Config
 from pretrain.interfaces.frames import BlockGates
 from pretrain.interfaces.objectives import Pruning
+from pretrain.interfaces.subnets import Subnet
 from pretrain.nn.block_stack import BlockStack
+from pretrain.nn.importance import importance
 from pretrain.nn.stack_config import StackConfig
 from pretrain.train_module import TrainModule, build_model
 
@@ -72,12 +74,34 @@ def cut_widths(found: LoadedCheckpoint, widths: Sequence[Sequence[int]]) -> CutM
         if len(pair) != 2 or not 1 <= pair[0] <= has.heads or not 1 <= pair[1] <= has.ffn_dim:
             limits = f"1 to {has.heads} heads and 1 to {has.ffn_dim} inner channels"
             raise ConfigError(f"--widths: block {number} has {limits} to keep, not {list(pair)}")
-    scores = importance(found.module)
+    encoder = found.module.model.encoder
+    assert isinstance(encoder, BlockStack)
+    scores = importance(encoder)
     gates = tuple(
         BlockGates(_largest(score.heads_H, heads), tuple(_largest(part, ffn_dim) for part in score.channels))
         for score, (heads, ffn_dim) in zip(scores, widths, strict=True)
     )
     return cut_gates(found, gates)
+
+
+def cut_subnet(found: LoadedCheckpoint, subnet: Subnet) -> CutModel:
+    """Cuts a supernet to one of its subnets: the first blocks, and the first heads and inner channels of each.
+
+    Raises:
+        ConfigError: the run is no supernet, or the subnet is not among those that it trains.
+    """
+    space = found.module.objective.space()
+    if space is None:
+        raise ConfigError(f"objective.name={found.config.objective.name}: this run is no supernet (objective.elastic)")
+    if not space.holds(subnet):
+        raise ConfigError(
+            f"--widths {[list(pair) for pair in subnet]}: this supernet trains {list(space.blocks)} blocks, each with "
+            f"{list(space.heads)} heads and {list(space.ffn)} inner channels"
+        )
+    if len(subnet) < space.layers:
+        made = cut_blocks(found, len(subnet))
+        found = LoadedCheckpoint(made.module, made.config, found.step)
+    return cut_gates(found, space.gates(subnet, torch.device("cpu")))
 
 
 def cut_pruned(found: LoadedCheckpoint) -> CutModel:
@@ -126,27 +150,6 @@ def cut_gates(found: LoadedCheckpoint, gates: tuple[BlockGates, ...]) -> CutMode
     return _rebuilt(found, {"widths": widths}, state)
 
 
-@torch.no_grad()
-def importance(module: TrainModule) -> tuple[BlockGates, ...]:
-    """Returns a score of each head and inner channel: norm of the weights into it times norm of those out of it.
-
-    For a head, summed over its channels, with the values' weights; the magnitude criterion of structured pruning.
-    """
-    encoder = module.model.encoder
-    assert isinstance(encoder, BlockStack)
-    state, found = encoder.state_dict(), []
-    for number, width in enumerate(encoder.stack_config.block_widths):
-        prefix = f"blocks.{number}."
-        values_HC = state[f"{prefix}attention.qkv.weight"].chunk(3)[2].norm(dim=1).view(width.heads, -1)
-        out_HC = state[f"{prefix}attention.out.weight"].norm(dim=0).view(width.heads, -1)
-        channels = tuple(
-            state[f"{prefix}{inner}.weight"].norm(dim=1) * state[f"{prefix}{outer}.weight"].norm(dim=0)
-            for inner, outer in encoder.feed_forwards
-        )
-        found.append(BlockGates((values_HC * out_HC).sum(1), channels))
-    return tuple(found)
-
-
 def _stack(found: LoadedCheckpoint) -> StackConfig:
     if not isinstance(found.config.encoder, StackConfig):
         raise ConfigError(f"encoder.name={found.config.encoder.name}: only stacks of blocks can be cut")
@@ -190,8 +193,10 @@ def _rebuilt(found: LoadedCheckpoint, fields: Mapping[str, object], state: Mappi
     """Builds the smaller model; objective and heads keep their weights where all fit, and are new otherwise."""
     values = dump(found.config)
     values["encoder"] |= fields
-    if "sparsity" in values["objective"]:  # the gates are part of the weights now
-        values["objective"]["sparsity"] = 0.0
+    closed: dict[str, object] = {"sparsity": 0.0, "elastic": {}}  # the gates are part of the weights now
+    if "elastic" in values["objective"] and not found.config.objective.teacher_run:
+        closed["layers"] = []  # those of a teacher with the blocks of this model
+    values["objective"] |= {name: value for name, value in closed.items() if name in values["objective"]}
     config = load(Config, values)
     try:
         module = build_model(config)

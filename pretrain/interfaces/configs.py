@@ -93,6 +93,16 @@ class ObjectiveConfig(PluginConfig):
         return True
 
     @property
+    def supernet(self) -> bool:
+        """Whether micro-batches of an update train different subnets of the model."""
+        return False
+
+    @property
+    def varies_depth(self) -> bool:
+        """Whether these subnets have different numbers of blocks."""
+        return False
+
+    @property
     def teacher_run(self) -> str:
         """Run or checkpoint whose frozen model teaches this one; "" for none."""
         return ""

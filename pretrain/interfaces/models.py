@@ -151,7 +151,8 @@ class Encoder(nn.Module, abc.ABC):
         Args:
             frames: (B, F, dim); the first `lengths_B` frames of each row are valid (0 is allowed).
             ctx: seed and step that key layer drop in training; None disables it.
-            gates: factors of heads and inner channels of each block (structured pruning); empty: all are 1.
+            gates: factors of heads and inner channels of each block (pruning, supernets); empty: all are 1. With fewer
+                gates than blocks, the first blocks alone run.
             prompts_BLPD: P learned frames for each row and block; None: those of `add_prompts`, if any, in all rows.
                 Encoders that have no place for prompts ignore it.
 

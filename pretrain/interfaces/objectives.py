@@ -20,6 +20,7 @@ from pretrain.interfaces.decoding import EndPoints, StreamingDecoder
 from pretrain.interfaces.frames import BlockGates, EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import Frontend, SpeechModel
 from pretrain.interfaces.monitoring import HeadMedia, HeadMonitoringRecord, MicroBatchRecord, MonitoringRecord
+from pretrain.interfaces.subnets import Space
 
 
 class Pruning(NamedTuple):
@@ -128,6 +129,10 @@ class Objective(nn.Module, abc.ABC):
 
     def pruning(self) -> Pruning | None:
         """Returns the gates of structured pruning as they are after training; None for other objectives."""
+        return None
+
+    def space(self) -> Space | None:
+        """Returns the subnets that a supernet trains; None for other objectives."""
         return None
 
     def forget(self) -> None:

@@ -104,6 +104,20 @@ def export_graph(config: Config, model: SpeechModel, folder: Path, kind: GraphFo
     return error
 
 
+def write_graph(config: Config, model: SpeechModel, file: Path) -> None:
+    """Writes the ONNX graph of the last layer without a comparison, to measure its speed.
+
+    Args:
+        config: the config that `model` was trained with.
+        model: front end and encoder; not modified.
+        file: the file to write.
+
+    Raises:
+        ConfigError: the architecture cannot be exported, or a package is missing.
+    """
+    _made(Features(copy.deepcopy(model).cpu().float().eval(), model.shape.n_layers), file, "onnx", config)
+
+
 @torch.no_grad()
 def largest_difference(features: Features, run: Run) -> float:
     """Compares an exported graph with the original on all CHECKED shapes.

@@ -114,7 +114,8 @@ class BlockStack(Encoder):
         Args:
             frames: (B, F, D) input frames, zero beyond each length.
             ctx: seed and step for the draws of a training step; None outside of training.
-            gates: factors of heads and inner channels of each block; empty: all are 1.
+            gates: factors of heads and inner channels of each block; empty: all are 1. With fewer gates than blocks,
+                the first blocks alone run, as with `stop_after`.
             prompts_BLPD: P frames for each row and block (Lester et al. 2021, in each block as Li and Liang 2021);
                 None: those of `add_prompts` in all rows.
 
@@ -189,7 +190,8 @@ class BlockStack(Encoder):
         if prompts_LUPD is not None:
             x_BFD = self.with_prompts(x_BFD, prompts_LUPD[0], self.n_registers, level)
         run = self.run_u_shape if self.half_rate is not None else self.run_some
-        ran = run(range(self.n_layers)[: self.stop_after], x_BFD, level, draws, ctx)
+        numbers = range(self.n_layers)[: self.stop_after]
+        ran = run(numbers[: len(gates)] if gates else numbers, x_BFD, level, draws, ctx)
         return EncoderOutput((*layers, *ran.layers), frames.lengths_B, frames.rate_hz, tuple(ran.ffn_layers))
 
     def run_some(
@@ -359,7 +361,7 @@ class BlockStack(Encoder):
 
     def norm_last(self, output: EncoderOutput, norm: nn.Module) -> EncoderOutput:
         """Normalises the last layer (pre-norm encoders), unless the stack stopped early."""
-        if self.stop_after is not None:
+        if self.stop_after is not None or len(output.layers) <= self.n_layers:
             return output
         return output._replace(layers=(*output.layers[:-1], norm(output.layers[-1])))
 

@@ -2,12 +2,14 @@
 
 The teacher's input is not masked. Each of its layers is predicted from the student's layer at the same share of the
 depth, by a linear layer that the teacher layers of a group share. With `sparsity`, heads and inner channels are pruned
-at the same time (pretrain/nn/gates.py).
+at the same time (pretrain/nn/gates.py). With `elastic`, the student is a supernet (OFA, arXiv 1908.09791; LightHuBERT,
+arXiv 2203.15610): of each update, micro-batch 0 trains its largest subnet, 1 the smallest, and others a drawn one (the
+sandwich rule of BigNAS, arXiv 2003.11142).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
@@ -15,15 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.core.schema import ConfigError, about, config
+from data_pipeline.core.rng import keyed_rng
+from data_pipeline.core.schema import ConfigError, about, config, refuse
 from data_pipeline.core.types import Batch
 from pretrain.interfaces.configs import ObjectiveConfig
 from pretrain.interfaces.frames import EncoderOutput, StepContext, valid_frames
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import MicroBatchRecord, MonitoringRecord
 from pretrain.interfaces.objectives import LossOutput, MicroBatchPlan, Objective, Pruning
+from pretrain.interfaces.subnets import ElasticConfig, Space, Subnet
 from pretrain.nn.block_stack import BlockStack
 from pretrain.nn.gates import FASTER, Gated, HardConcreteGates
+from pretrain.nn.importance import sort_by_importance
 from pretrain.nn.numerics import full_precision
 from pretrain.self_supervision.masking import MaskedPlan, draw_frame_mask, draw_span_mask
 from pretrain.self_supervision.teacher import Teacher, deviation
@@ -50,6 +55,28 @@ class Config(ObjectiveConfig):
         float, about("share of the weights of heads and inner channels to prune; 0: none", ge=0, lt=1)
     ] = 0.0
     sparsity_steps: Annotated[int, about("updates over which the share rises from 0 to sparsity", ge=1)] = 5_000
+    elastic: Annotated[ElasticConfig, about("sizes of the subnets of a supernet")] = field(
+        default_factory=ElasticConfig
+    )
+
+    def __post_init__(self) -> None:
+        if self.sparsity and self.elastic.given:
+            refuse("sparsity", self.sparsity, "prunes one model, and objective.elastic trains many; leave out one")
+
+    @property
+    def supernet(self) -> bool:
+        """Whether `elastic` is given."""
+        return self.elastic.given
+
+    @property
+    def varies_depth(self) -> bool:
+        """True for a supernet whose subnets differ in their number of blocks."""
+        return len(self.elastic.blocks) > 1
+
+    @property
+    def gives_all_layers(self) -> bool:
+        """False where subnets differ in their number of blocks."""
+        return not self.varies_depth
 
     @property
     def teacher_run(self) -> str:
@@ -70,6 +97,8 @@ class Config(ObjectiveConfig):
 class DistilPlan(MaskedPlan):
     flat_N: Tensor
     """Frames with a target, as indices into B·F."""
+    subnet: Subnet | None = None
+    """What is trained of a supernet; None: the whole student."""
 
 
 class Distil(Objective):
@@ -84,6 +113,7 @@ class Distil(Objective):
         self.mask_embedding = nn.Parameter(torch.rand(shape.dim)) if config.mask_prob else None
         self.teacher: Teacher | None = None
         self.gates: HardConcreteGates | None = None
+        self._space: Space | None = None
         self._given: list[SpeechModel] = []
         self._given_sha256 = b""
         if config.teacher:
@@ -103,6 +133,25 @@ class Distil(Objective):
                     f"objective.sparsity={self.config.sparsity}: encoder.relative_bias=true is shared by all heads, "
                     "which cannot be pruned"
                 )
+        if self.config.elastic.given:
+            self._make_elastic(model.encoder)
+
+    def _make_elastic(self, encoder: nn.Module) -> None:
+        """Sorts heads and channels, the most important first, so that subnets keep the first ones."""
+        elastic = self.config.elastic
+        if not isinstance(encoder, BlockStack):
+            raise ConfigError("objective.elastic: only stacks of blocks can be a supernet")
+        stack = encoder.stack_config
+        if stack.widths:
+            raise ConfigError(f"objective.elastic: encoder.widths={[*map(list, stack.widths)]} must be empty")
+        if len(elastic.blocks) > 1 and stack.half_rate_blocks:
+            limit = f"encoder.half_rate_blocks={stack.half_rate_blocks} need all blocks"
+            raise ConfigError(f"objective.elastic.blocks={list(elastic.blocks)}: {limit}; leave it empty")
+        if len(elastic.heads) > 1 and not stack.heads_may_differ:
+            limit = "encoder.relative_bias=true is shared by all heads"
+            raise ConfigError(f"objective.elastic.heads={list(elastic.heads)}: {limit}; leave it empty")
+        self._space = Space(elastic, stack.layers, stack.heads, stack.ffn_dim, len(encoder.feed_forwards))
+        sort_by_importance(encoder)
 
     def take_teacher(self, model: SpeechModel, sha256: str) -> None:
         where = f"objective.teacher={self.config.teacher}"
@@ -152,7 +201,16 @@ class Distil(Objective):
         # a row of one frame has no context to learn from, and no mask
         targets_BF = valid_frames(lengths_B, width, lengths_B.device) & (lengths_B > 1)[:, None]
         flat_N = targets_BF.flatten().nonzero()[:, 0].to(device, non_blocking=True)
-        return DistilPlan(mask, torch.tensor(float(len(flat_N)), dtype=torch.float64), flat_N)
+        count = torch.tensor(float(len(flat_N)), dtype=torch.float64)
+        return DistilPlan(mask, count, flat_N, self.subnet_of(batch.micro_batch, ctx))
+
+    def subnet_of(self, micro_batch: int, ctx: StepContext) -> Subnet | None:
+        """Returns what a micro-batch trains, the same on any number of ranks; None: the whole student."""
+        if self._space is None or not self.training or not micro_batch or ctx.step < self.config.elastic.warmup_steps:
+            return None
+        if micro_batch == 1:
+            return self._space.smallest
+        return self._space.draw(keyed_rng(ctx.seed, ctx.step, micro_batch, "subnet"))
 
     def forward(
         self, model: SpeechModel, batch: Batch, plan: MicroBatchPlan, ctx: StepContext
@@ -163,7 +221,10 @@ class Distil(Objective):
             embedding_D = self.mask_embedding.to(frames.x_BFD.dtype)
             frames = frames._replace(x_BFD=torch.where(plan.mask.mask_BF[:, :, None], embedding_D, frames.x_BFD))
         gated: Gated | None = None if self.gates is None else self.gates(self.target_sparsity(ctx.step))
-        encoded: EncoderOutput = model.encoder(frames, ctx, () if gated is None else gated.gates)
+        gates = () if gated is None else gated.gates
+        if self._space is not None and plan.subnet is not None:
+            gates = self._space.gates(plan.subnet, frames.x_BFD.device)
+        encoded: EncoderOutput = model.encoder(frames, ctx, gates)
         count = plan.count.to(frames.x_BFD.device)
         total, pairs = self.compare(encoded, self.targets(batch, frames.x_BFD.shape[1]), plan.flat_N)
         targets_ND, predictions_ND = pairs
@@ -174,6 +235,10 @@ class Distil(Objective):
         if gated is not None:
             total = total + gated.penalty * count.float()  # the sum of counts divides it: once per update
             metrics["metric/sparsity"] = (gated.sparsity.detach() * count, count)
+        if self._space is not None:
+            shares = {"largest": plan.subnet is None, "smallest": plan.subnet == self._space.smallest}
+            for name, own in shares.items():
+                metrics[f"metric/loss_{name}"] = (total.detach() * own, count * own)
         self.record(lambda: self.recorded(plan, frames.x_BFD.shape[1], len(batch.keys), targets_ND, predictions_ND))
         return LossOutput(total, count, metrics), encoded
 
@@ -237,6 +302,9 @@ class Distil(Objective):
             return None
         gates_N = self.gates.closed(FASTER * self.gates.theta_N)
         return Pruning(self.gates.by_block(gates_N), self.config.sparsity, self.gates.removed(gates_N))
+
+    def space(self) -> Space | None:
+        return self._space
 
     def monitoring(self) -> MonitoringRecord:
         return MonitoringRecord.of_regression(self._last)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,8 @@ from pretrain import registry
 from pretrain.interfaces.frames import Frames
 from pretrain.nn.block_stack import BlockStack
 from pretrain.nn.stack_config import StackConfig
-from pretrain.profiling.graph_timing import median_and_p95, noise
+from pretrain.profiling.call_timing import time_in_turn
+from pretrain.profiling.graph_timing import noise
 
 
 class OneBlock(nn.Module):
@@ -57,8 +58,8 @@ def block_table(
         threads: intra-op threads.
 
     Returns:
-        Plain values for JSON: machine, threads, seconds, dim, noisy, and rows of heads, ffn_dim, and median and 95th
-        percentile in milliseconds.
+        Plain values for JSON: machine, threads, seconds, dim, noisy, and rows of heads, ffn_dim, and a CallTiming in
+        milliseconds.
 
     Raises:
         ConfigError: a width is below 1, or the encoder has half-rate blocks, whose latency depends on their place.
@@ -76,21 +77,15 @@ def block_table(
             one = dataclasses.replace(encoder, layers=1, widths=(width,), layer_drop=0.0)
             _write(OneBlock(_stack(one).eval(), rate_hz), x_BFD, file)
             sessions.append(open_session(file, threads))
-    taken: list[list[float]] = [[] for _ in widths]
-    for repeat in range(runs + 2):
-        for session, times in zip(sessions, taken, strict=True):
-            begun = time.perf_counter()
-            session.run(None, {"x": x_BFD.numpy()})
-            if repeat >= 2:
-                times.append(1e3 * (time.perf_counter() - begun))
-    figures = [median_and_p95(times) for times in taken]
+    given = {"x": x_BFD.numpy()}
+    figures = time_in_turn([functools.partial(session.run, None, given) for session in sessions], runs)
     return {
         "machine": f"{platform.node()}, {platform.machine()}",
         "threads": threads,
         "seconds": seconds,
         "dim": encoder.dim,
         "rows": [[h, f, *figure] for (h, f), figure in zip(widths, figures, strict=True)],
-        "noisy": noise({f"{h} × {f}": figure for (h, f), figure in zip(widths, figures, strict=True)}),
+        "noisy": noise({f"{h} × {f}": figure[:2] for (h, f), figure in zip(widths, figures, strict=True)}),
     }
 
 

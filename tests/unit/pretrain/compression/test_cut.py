@@ -15,13 +15,15 @@ from data_pipeline.core.schema import ConfigError, load
 from launch.main import main
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
-from pretrain.compression.cut import cut_blocks, cut_gates, cut_widths, importance, require_closed
+from pretrain.compression.cut import cut_blocks, cut_gates, cut_widths, require_closed
 from pretrain.config import Config
 from pretrain.evaluate.frozen_encoders import open_encoder
 from pretrain.interfaces.frames import BlockGates
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.objectives import Pruning
 from pretrain.interop.graph_export import export_graph
+from pretrain.nn.block_stack import BlockStack
+from pretrain.nn.importance import importance
 from pretrain.train import Ending
 from pretrain.train_module import build_model
 from tests.support.contract_cases import small
@@ -117,7 +119,9 @@ def test_widths_keep_the_heads_and_channels_with_the_largest_weights(encoder: st
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     same = cut_widths(found, [[2, 64]] * 3)
     assert torch.equal(layers(same.module.model)[-1], layers(found.module.model)[-1])
-    assert [len(score.heads_H) for score in importance(cut.module)] == [1, 2, 1]
+    narrow = cut.module.model.encoder
+    assert isinstance(narrow, BlockStack)
+    assert [len(score.heads_H) for score in importance(narrow)] == [1, 2, 1]
 
 
 def test_a_cut_run_trains_on_exports_and_is_evaluated(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""auricle search-architecture: the best subnets of a supernet under limits of latency and size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.cli.parser import Parser
+from launch.exit_codes import ExitCode
+
+COLUMNS = ("run", "heads × inner channels of each block", "score", "RTF", "measured", "MB")
+
+
+def run(arguments: list[str]) -> int:
+    """Searches, and prints the finalists; returns 0. Raises ConfigError for a run that cannot be searched."""
+    parser = Parser(
+        "auricle search-architecture",
+        description="searches the subnets of a supernet (objective.elastic) for the best scores at low latency by "
+        "NSGA-II, and cuts finalists into runs; the same command continues an interrupted search",
+    )
+    parser.add_argument("run", help="run folder of a supernet, or its name below runs/")
+    parser.add_argument("out", type=Path, help="folder for scores, front and runs")
+    parser.add_argument(
+        "--table", type=Path, required=True, help="JSON of auricle bench --table RUN --subnets 40, made on the device"
+    )
+    parser.add_argument("--rtf", type=float, help="largest seconds of computing per second of audio")
+    parser.add_argument("--mb", type=float, help="largest size of the weights in fp32, in MB")
+    parser.add_argument("--trials", type=int, default=200, help="different subnets to score (default: 200)")
+    parser.add_argument("--population", type=int, default=20, help="subnets of a generation (default: 20)")
+    parser.add_argument("--finalists", type=int, default=3, help="subnets that become runs (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="keys every draw (default: 0)")
+    parser.add_argument("--task", default="phones", help="task of the probe, as of auricle evaluate (default: phones)")
+    parser.add_argument("--manifest", default="", help="its manifest, as of auricle evaluate")
+    parser.add_argument("--max-utterances", type=int, default=0, help="its utterances per split; 0: all (default: 0)")
+    given = parser.parse_args(arguments)
+    for name, least in (("trials", 1), ("population", 2), ("finalists", 1), ("seed", 0), ("max_utterances", 0)):
+        if vars(given)[name] < least:
+            parser.error(f"--{name.replace('_', '-')} {vars(given)[name]}: must be at least {least}")
+    for name in ("rtf", "mb"):
+        if vars(given)[name] is not None and not vars(given)[name] > 0:
+            parser.error(f"--{name} {vars(given)[name]}: must be above 0")
+
+    from launch.cli.tables import show, table
+    from launch.workflows.searching_architecture import SearchOptions, search_architecture
+    from pretrain.compression.architecture_search import Budget, subnet_label
+
+    options = SearchOptions(
+        table=given.table,
+        budget=Budget(given.rtf, given.mb),
+        trials=given.trials,
+        population=given.population,
+        seed=given.seed,
+        task=given.task,
+        manifest=given.manifest,
+        max_utterances=given.max_utterances,
+        finalists=given.finalists,
+    )
+    result = search_architecture(given.run, given.out, options)
+    rows = [
+        [
+            final.run.name, subnet_label(final.candidate.subnet), f"{final.candidate.score:.1%}",
+            f"{final.candidate.cost.rtf:.5f}", f"{final.measured_rtf:.5f}", f"{final.candidate.cost.megabytes:.1f}",
+        ]
+        for final in result.finals
+    ]  # fmt: skip
+    show(table(COLUMNS, rows))
+    print(f"{result.scored} subnets scored; error of the predicted latency on left-out subnets {result.error:.1%}")
+    for final in result.finals:
+        print(f"to train on: init={final.run} {final.overrides}")
+    return ExitCode.DONE

@@ -1,0 +1,98 @@
+"""auricle search-architecture from a tiny supernet: front, cut runs, a second call, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.core.schema import ConfigError
+from launch.main import main
+from launch.workflows import searching_architecture as searching
+from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.weights import load_checkpoint
+from pretrain.compression.latency import measured_subnets
+from pretrain.interfaces.subnets import ElasticConfig, Space, Subnet
+from tests.support.training import save
+
+ELASTIC: dict[str, Any] = {"blocks": [1, 2], "heads": [1, 2], "ffn": [16, 64]}
+SPACE = Space(ElasticConfig(**{name: tuple(sizes) for name, sizes in ELASTIC.items()}), 2, 2, 64, 1)
+
+
+def milliseconds(subnet: Subnet) -> float:
+    return 5.0 + sum(1.0 + heads + ffn / 16 for heads, ffn in subnet)
+
+
+def table() -> dict[str, Any]:
+    rows = [[h, f, 9.0, 9.0, 1.0 + h + f / 16] for h in SPACE.heads for f in SPACE.ffn]
+    subnets = measured_subnets(SPACE, 12)
+    timed = [[[list(pair) for pair in subnet], 9.0, 9.0, milliseconds(subnet)] for subnet in subnets]
+    return {"threads": 1, "seconds": 10.0, "rows": rows, "subnets": timed}
+
+
+@pytest.fixture
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Returns a command line; probe and timing are made up, and scores are counted in `scored`."""
+    save(tmp_path / "super", 2, objective={"name": "distil", "elastic": ELASTIC})
+    (tmp_path / "latency.json").write_text(json.dumps(table()))
+    monkeypatch.setattr(searching, "_probe", lambda checkpoint, options: None)
+    monkeypatch.setattr(searching, "subnet_score", lambda task, found, subnet: sum(f for _, f in subnet) / 200)
+    monkeypatch.setattr(
+        searching,
+        "subnet_timings",
+        lambda found, subnets, **options: {"subnets": [[s, 0.0, 0.0, milliseconds(s)] for s in subnets]},
+    )
+    run = str(find_checkpoint(str(tmp_path / "super")))
+    given = ["--table", str(tmp_path / "latency.json"), "--trials", "12", "--population", "4"]
+    return ["search-architecture", run, str(tmp_path / "found"), *given]
+
+
+def test_finalists_become_runs_and_a_second_call_adds_no_score(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    limits = ["--rtf", f"{milliseconds(((1, 64), (1, 16))) / 10_000 + 1e-5:.6f}", "--finalists", "2"]
+    assert main([*line, *limits]) == 0
+    printed = capsys.readouterr().out
+    assert "to train on: init=" in printed
+    found = json.loads((tmp_path / "found" / "front.json").read_text())
+    assert found["latency_error"] < 0.01
+    best = found["finalists"][-1]
+    assert best["widths"] == [[1, 64]] or sum(f for _, f in best["widths"]) == 80
+    cut = load_checkpoint(find_checkpoint(str(tmp_path / "found" / best["run"])))
+    assert [list(pair) for pair in cut.config.encoder.widths] == best["widths"]  # type: ignore[attr-defined]
+    assert best["measured_rtf"] == pytest.approx(best["rtf"], rel=0.01)
+    assert (tmp_path / "found" / "front.png").stat().st_size > 5_000
+    scores = (tmp_path / "found" / "scores.jsonl").read_bytes()
+    assert main([*line, *limits]) == 0
+    assert (tmp_path / "found" / "scores.jsonl").read_bytes() == scores
+    assert json.loads((tmp_path / "found" / "front.json").read_text()) == found
+    assert main([*line, *limits, "--seed", "1"]) == 2
+    assert "holds a search with another seed; give a new folder" in capsys.readouterr().err
+
+
+def test_what_cannot_be_searched_is_refused(line: list[str], tmp_path: Path) -> None:
+    save(tmp_path / "plain", 2)
+    with pytest.raises(ConfigError, match=r"is no supernet; train one with \+experiment=supernet_tiny"):
+        searching.open_supernet(str(tmp_path / "plain"))
+    assert main([*line, "--rtf", "0"]) == 2
+    assert main([*line, "--rtf", "0.0001"]) == 2
+    assert [path.name for path in (tmp_path / "found").iterdir()] == ["search.json"]
+    (tmp_path / "latency.json").write_text("{}")
+    assert main(line) == 2
+    assert main(["bench", "--table", line[1], "--subnets", "2", "--heads", "1"]) == 2
+    assert main(["bench", str(tmp_path), "--subnets", "2"]) == 2
+
+
+@pytest.mark.slow
+def test_a_table_of_a_supernet_has_blocks_and_whole_subnets(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--table", line[1], "--subnets", "3", "--runs", "3", "--seconds", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row[:2] for row in found["rows"]] == [[1, 16], [1, 64], [2, 16], [2, 64]]
+    largest, smallest, _ = found["subnets"]
+    assert (largest[0], smallest[0]) == ([[2, 64], [2, 64]], [[1, 16]])
+    assert largest[3] > 0 < smallest[3]
