@@ -13,7 +13,7 @@ from launch.exit_codes import ExitCode
 if TYPE_CHECKING:
     from launch.workflows.quantized_export import Int8Options
 
-FORMATS = ("hugging_face", "torchscript", "onnx", "onnx_stream", "onnx_synthesis", "edge")
+FORMATS = ("hugging_face", "torchscript", "onnx", "onnx_stream", "onnx_synthesis", "edge", "wenet")
 
 
 def run(arguments: list[str]) -> int:
@@ -28,19 +28,21 @@ def run(arguments: list[str]) -> int:
         help="hugging_face: for from_pretrained, if transformers has the architecture; torchscript, onnx: one file for "
         "most architectures; onnx_stream: one chunk of a stream, with its states as inputs and outputs; "
         "onnx_synthesis: a synthesis head, from tokens to audio; edge: such a "
-        "graph with a program that runs it (default: hugging_face)",
+        "graph with a program that runs it; wenet: a streaming CTC recogniser for sherpa-onnx (default: hugging_face)",
     )
     parser.add_argument(
         "--layer", type=int, default=-1, help="torchscript, onnx: the layer that is returned (-1: the last)"
     )
-    parser.add_argument("--chunk", type=int, help="onnx_stream, edge: frames per chunk (the first trained length)")
     parser.add_argument(
-        "--left", type=int, help="onnx_stream, edge: earlier chunks attended to (the first trained number)"
+        "--chunk", type=int, help="onnx_stream, edge, wenet: frames per chunk (the first trained length)"
+    )
+    parser.add_argument(
+        "--left", type=int, help="onnx_stream, edge, wenet: earlier chunks attended to (the first trained number)"
     )
     parser.add_argument(
         "--head",
         default="",
-        help="the head to export too (the only one of a recogniser): hugging_face, onnx_stream, edge: CTC; "
+        help="the head to export too (the only one of a recogniser): hugging_face, onnx_stream, edge, wenet: CTC; "
         "hugging_face: also an attention decoder; onnx_synthesis: a synthesis head",
     )
     parser.add_argument(

@@ -15,10 +15,17 @@ from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint, merged
 from pretrain.generation.voice import voice_of
 from pretrain.heads.ctc import CTC
-from pretrain.interop import export_tolerance, graph_export, hf_export, stream_export, synthesis_export
+from pretrain.interop import (
+    export_tolerance,
+    graph_export,
+    hf_export,
+    stream_export,
+    synthesis_export,
+    wenet_export,
+)
 from pretrain.recognition.recogniser import recognising_head
 
-WITH_HEAD = ("hugging_face", "onnx_stream", "onnx_synthesis", "edge")
+WITH_HEAD = ("hugging_face", "onnx_stream", "onnx_synthesis", "edge", "wenet")
 """Formats that hold a head too, or nothing else."""
 ON_ONNX = ("onnx", "onnx_stream", "onnx_synthesis", "edge")
 """Formats that are written and compared with the packages of ONNX."""
@@ -28,7 +35,7 @@ ON_ONNX = ("onnx", "onnx_stream", "onnx_synthesis", "edge")
 class ExportOptions:
     """Options of an export.
 
-    layer: of torchscript and onnx; -1: the last.  chunk, left: of onnx_stream and edge; None: the first trained.
+    layer: of torchscript and onnx; -1: the last.  chunk, left: of onnx_stream, edge and wenet; None: the first trained.
     head: name of the head to export.  int8: how to quantise onnx and edge; None: fp32.
     licence: of the weights, for the model card; "": not stated.
 
@@ -36,7 +43,9 @@ class ExportOptions:
         ConfigError: options do not fit together.
     """
 
-    to: Literal["hugging_face", "torchscript", "onnx", "onnx_stream", "onnx_synthesis", "edge"] = "hugging_face"
+    to: Literal["hugging_face", "torchscript", "onnx", "onnx_stream", "onnx_synthesis", "edge", "wenet"] = (
+        "hugging_face"
+    )
     layer: int = -1
     chunk: int | None = None
     left: int | None = None
@@ -89,6 +98,11 @@ def _export(run: str, out: Path, options: ExportOptions) -> str:
     if options.to == "onnx_synthesis":
         voice = voice_of(run, module, config, options.head)
         error = synthesis_export.export_synthesis(voice.head, voice.tokenizer, out, config.name)
+    elif options.to == "wenet":
+        head = _head(run, checkpoint, found, options)
+        error = wenet_export.export_wenet(
+            config, module.model, out, chunk=options.chunk, left_chunks=options.left, head=head
+        )
     elif options.to == "hugging_face":
         error = hf_export.export(config, module, out, options.head)
     elif options.to == "onnx_stream":
@@ -98,7 +112,7 @@ def _export(run: str, out: Path, options: ExportOptions) -> str:
         )
     else:
         error = graph_export.export_graph(config, module.model, out, options.to, options.layer)
-    what = "audio" if options.to == "onnx_synthesis" else "features"
+    what = {"onnx_synthesis": "audio", "wenet": "ln p"}.get(options.to, "features")
     return f"{what} of the loaded copy differ by {error:.1e} (allowed: {export_tolerance.TOLERANCE[options.to]:.0e})"
 
 

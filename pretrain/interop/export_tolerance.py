@@ -6,13 +6,14 @@ from typing import Literal
 
 from data_pipeline.core.schema import ConfigError
 
-Format = Literal["hugging_face", "torchscript", "onnx", "onnx_stream", "onnx_synthesis"]
+Format = Literal["hugging_face", "torchscript", "onnx", "onnx_stream", "onnx_synthesis", "wenet"]
 TOLERANCE: dict[Format, float] = {
     "hugging_face": 1e-5,
     "torchscript": 1e-5,
     "onnx": 1e-4,
     "onnx_stream": 1e-4,
     "onnx_synthesis": 1e-4,
+    "wenet": 1e-4,
 }
 """Allowed difference: of Hugging Face models absolute, in double precision; of graphs relative to the largest value,
 in fp32, where ONNX runtimes sum in another order than torch."""

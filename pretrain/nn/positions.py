@@ -79,6 +79,8 @@ def rotary_angles(places: Tensor, head_dim: int, skip: int = 0, base: float = 10
     angles = places[..., None] * rates
     if places.ndim == 2:
         angles = angles[:, None]
+    if torch.compiler.is_exporting():  # onnxruntime of devices has no cosine of doubles
+        angles = (angles - (angles / math.tau).long() * math.tau).float()
     return angles.cos().float(), angles.sin().float()
 
 

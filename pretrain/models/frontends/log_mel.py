@@ -15,6 +15,7 @@ from pretrain.interfaces.models import Frontend
 from pretrain.interfaces.streaming import FrontendState, Obstacle, SampleWindow, StreamingFrontend
 from pretrain.nn.convolution import TimeConv
 from pretrain.nn.dropout import Dropout
+from pretrain.nn.kaldi_mel import KaldiMel
 from pretrain.nn.numerics import first_frames, pad_audio, zero_padding
 from pretrain.nn.packing import Packing, TimeGrid
 from pretrain.nn.spectral import LogMel, Normalize, utterance_statistics
@@ -26,6 +27,10 @@ class Config(FrontendConfig):
     n_mels: Annotated[int, about("mel bands", ge=1, le=256)] = 80
     window: Annotated[int, about("samples per analysis window at 16 kHz", ge=64)] = 400
     hop: Annotated[int, about("samples between windows", ge=16)] = 160
+    mel: Annotated[
+        Literal["plain", "kaldi"],
+        about("plain: HTK's mel scale and a Hann window; kaldi: as devices compute it (auricle export --to wenet)"),
+    ] = "plain"
     normalize: Annotated[Normalize, about("statistics of each utterance, or fixed ones (needed to stream)")] = (
         "utterance"
     )
@@ -38,7 +43,8 @@ class LogMelFrontend(Frontend, StreamingFrontend):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        self.mel = LogMel(config.n_mels, config.window, config.hop, config.normalize)
+        kind = KaldiMel if config.mel == "kaldi" else LogMel
+        self.mel = kind(config.n_mels, config.window, config.hop, config.normalize)
         self.subsampling = config.subsampling
         self.feature_dim = config.n_mels
         self.feature_rate_hz = self.mel.rate_hz
@@ -104,13 +110,26 @@ class LogMelFrontend(Frontend, StreamingFrontend):
     def step(
         self, wave_BT: Tensor, samples_B: Tensor, frames_B: Tensor, state: FrontendState
     ) -> tuple[Frames, FrontendState]:
-        x_BFD, tails = self.mel(wave_BT, samples_B).x_BFD, []
+        return self.step_features(self.mel(wave_BT, samples_B).x_BFD, self.frame_lengths(samples_B), state)
+
+    def step_features(self, x_BFD: Tensor, lengths_B: Tensor, state: FrontendState) -> tuple[Frames, FrontendState]:
+        """Computes the next frames of each stream from its features.
+
+        Args:
+            x_BFD: (B, n · subsampling, n_mels) features of n frames, normalised.
+            lengths_B: valid frames of each row, at most n, int64.
+            state: from `start` or the previous step.
+
+        Returns:
+            (B, n, dim) frames, and the new state.
+        """
+        tails = []
         for conv, tail_B1D in zip(self.convs, state, strict=True):
             tails.append(x_BFD[:, -1:])
             joined_BFD = torch.cat([tail_B1D, x_BFD], dim=1)
             # a zero frame in front shifts the stride, so that the first output (dropped) does not use the chunk
             x_BFD = F.gelu(conv(F.pad(joined_BFD, (0, 0, 1, 0))))[:, 1:]
-        x_BFD, lengths_B = self.linear(self.norm(x_BFD)), self.frame_lengths(samples_B)
+        x_BFD = self.linear(self.norm(x_BFD))
         return Frames(zero_padding(x_BFD, lengths_B), lengths_B, self.rate_hz), tuple(tails)
 
 
