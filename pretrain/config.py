@@ -390,6 +390,10 @@ class Config:
         if self.data.micro_batches < 3:
             remedy = "objective.elastic needs 3 or more: for the largest subnet, the smallest and a drawn one"
             refuse("data.micro_batches", self.data.micro_batches, remedy)
+        if self.engine.name == "federated":
+            refuse(
+                "engine.name", "federated", "devices know no micro-batches of an update, which objective.elastic needs"
+            )
         if self.objective.varies_depth and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
             remedy = "needs the same blocks on all ranks, and objective.elastic.blocks differ; take 2 or less"
             refuse("engine.zero_stage", 3, remedy)

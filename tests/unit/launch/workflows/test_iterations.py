@@ -36,6 +36,15 @@ def test_each_link_uses_the_results_of_the_previous_one() -> None:
     assert not alone.chain, "a link is an ordinary run without a chain"
 
 
+def test_a_student_of_a_teachers_units_is_a_chain_of_two_links() -> None:
+    arguments = ["+experiment=dice_hubert_tiny", "chain.units.features=runs/T", "data.shards=shards"]
+    labels, training = iterations.links(load(PretrainJob, compose("pretrain", arguments)), arguments)
+    assert {"features=runs/T", "layer=2", "classes=100"} <= {*labels.arguments}
+    assert {"objective.units=100", "objective.label_rate_hz=50.0"} <= {*training.arguments}
+    student = load(PretrainJob, compose("pretrain", list(training.arguments)))
+    assert (student.encoder.layers, student.train.steps) == (2, 1000)
+
+
 class Commands:
     """Stands in for the commands: records each call, and writes a job record if jobs are queued."""
 

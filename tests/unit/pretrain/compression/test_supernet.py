@@ -181,6 +181,7 @@ def test_a_supernet_trains_resumes_and_is_cut(tmp_path: Path) -> None:
     [
         ({"data": {"shards": "none", "micro_batches": 2}}, "data.micro_batches=2: .*needs 3 or more"),
         ({"engine": {"name": "deepspeed", "zero_stage": 3}}, "engine.zero_stage=3: .*take 2 or less"),
+        ({"engine": {"name": "federated"}}, "engine.name=.*federated.*objective.elastic needs"),
         ({"tune": {"name": "lora"}}, "tune.name=.*lora.*a supernet"),
         ({"objective": {"name": "distil", "sparsity": 0.5, "elastic": ELASTIC}}, "leave out one"),
         ({"heads": {"text": {"name": "ctc", "layers": [1]}}}, "distil has its last layer alone"),
