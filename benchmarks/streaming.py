@@ -1,15 +1,18 @@
 """Streams on one core: beside other libraries, many streams at once, and an hour through one stream.
 
     OMP_NUM_THREADS=1 python benchmarks/streaming.py [--json benchmarks/results/streaming_cpu.json] [--parts push,hour]
+    OMP_NUM_THREADS=1 python benchmarks/streaming.py --parts recogniser --checkpoint runs/streaming/runs/recogniser
 
 Encoders of 6 layers and 256 channels with random weights, pushes of 320 ms. Ours compute features from samples; the
 time of transformers' encoder is without its features. `runtimes` compares one recogniser in PyTorch, in the exported
-graph's program, and in sherpa-onnx's runtime where that is installed (pip install sherpa-onnx).
+graph's program, and in sherpa-onnx's runtime where that is installed (pip install sherpa-onnx). `recogniser` sends an
+hour of real speech (AURICLE_SPEECH) through one stream of a trained recogniser, text included.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -28,12 +31,14 @@ from benchmarks.sherpa_stream import RATE, SherpaStream, write_graph
 from data_pipeline.core.schema import load
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.config import Config
+from pretrain.evaluate.manifest import find_manifest, read_audio, read_manifest
 from pretrain.heads import ctc
 from pretrain.inference.streaming_encoder import StreamedModel
 from pretrain.inference.streaming_state import join, split
 from pretrain.interop import stream_program
 from pretrain.interop.stream_export import export_stream
-from pretrain.recognition.recogniser import Recogniser
+from pretrain.recognition.config import DecodingConfig
+from pretrain.recognition.recogniser import Recogniser, open_recogniser
 from pretrain.recognition.streaming_recogniser import StreamingRecogniser
 from pretrain.train_module import build_speech_model
 
@@ -208,18 +213,45 @@ def an_hour(model: StreamedModel, minutes: int) -> dict[str, float]:
     } | quantiles(seconds)
 
 
-PARTS = ("push", "runtimes", "at_once", "hour")
+def an_hour_of_text(checkpoint: str, minutes: int) -> dict[str, Any]:
+    """Streams transcribed speech through a recogniser with rescored beams; returns memory after each 5 minutes."""
+    recogniser = StreamingRecogniser(open_recogniser(checkpoint, "ctc"), DecodingConfig(decoder="rescoring", beam=4))
+    spoken = [u for u in read_manifest(find_manifest("")) if u.text and u.split == "test"]
+    process, state, seconds, words, segments = psutil.Process(), recogniser.start(), 0.0, 0, 0
+    memory: list[dict[str, float]] = []
+    largest, busy = 0, 0.0
+    for utterance in itertools.cycle(spoken):
+        for part_T in torch.from_numpy(read_audio(utterance)).split(PUSH):
+            began = time.perf_counter()
+            state, [update] = recogniser.push(state, [part_T])
+            busy, seconds = busy + time.perf_counter() - began, seconds + len(part_T) / SAMPLE_RATE
+            words, segments, largest = words + len(update.words), segments + update.ended, max(largest, state.bytes)
+        if seconds >= 300 * (len(memory) + 1):
+            memory.append(
+                {"minutes": seconds / 60, "rss_mb": process.memory_info().rss / 2**20, "state_bytes": largest}
+            )
+            largest = 0
+        if seconds >= 60 * minutes:
+            break
+    return {
+        "decoder": "rescoring, beam 4", "words": words, "segments": segments, "rtf": busy / seconds,
+        "rss_growth_mb": memory[-1]["rss_mb"] - memory[0]["rss_mb"], "every_5_minutes": memory,
+    }  # fmt: skip
+
+
+PARTS = ("push", "runtimes", "at_once", "hour", "recogniser")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="results; parts that are not measured stay as they are in the file")
+    parser.add_argument("--checkpoint", default="", help="trained recogniser for the part `recogniser`")
     parser.add_argument("--minutes", type=int, default=60, help="of audio through one stream")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"parts to measure (default: {','.join(PARTS)})")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    parts = given.parts.split(",")
+    parts = [part for part in given.parts.split(",") if part != "recogniser" or given.checkpoint]
     found: dict[str, Any] = json.loads(given.json.read_bytes()) if given.json and given.json.is_file() else {}
     if "push" in parts:
         found["push"] = side_by_side(150)
@@ -250,6 +282,13 @@ def main() -> None:
             f"{given.minutes} minutes through one stream: memory grew by {found['hour']['rss_growth_mb']:.1f} MB after "
             f"the fifth minute, the state has {found['hour']['state_bytes_at_the_end']:,} bytes, real-time factor "
             f"{found['hour']['rtf']:.3f}"
+        )
+    if "recogniser" in parts:
+        found["recogniser"] = row = an_hour_of_text(given.checkpoint, given.minutes)
+        print(
+            f"{given.minutes} minutes through one recogniser ({row['decoder']}): {row['words']:,} words in "
+            f"{row['segments']:,} segments, memory grew by {row['rss_growth_mb']:.1f} MB after the fifth minute, "
+            f"real-time factor {row['rtf']:.3f}"
         )
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

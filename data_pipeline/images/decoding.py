@@ -10,7 +10,7 @@ from typing import Any, Final
 import fsspec
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipeline.core.retries import error_text
 from data_pipeline.core.storage import is_url
@@ -69,7 +69,9 @@ def decode(content: bytes) -> Image.Image:
         except Image.DecompressionBombError:
             raise ImageError("too_large", f"has more than {MOST_PIXELS:,} pixels") from None
         except Exception as error:  # Pillow's readers raise many types for damaged headers
-            raise ImageError("not_image", f"is none of {', '.join(FORMATS)} ({error_text(error)})") from None
+            # the text of UnidentifiedImageError is an address in memory
+            detail = "" if isinstance(error, UnidentifiedImageError) else f" ({error_text(error)})"
+            raise ImageError("not_image", f"is none of {', '.join(FORMATS)}{detail}") from None
         with found:
             if found.width * found.height > MOST_PIXELS:
                 size = f"{found.width:,} × {found.height:,}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -14,13 +15,13 @@ from data_pipeline.audio import codecs
 from data_pipeline.audio.codecs import Wave
 from data_pipeline.audio.errors import AudioError
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import FileStore
+from data_pipeline.core.storage import FileStore, is_url
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.corpora.records import printable
 from data_pipeline.images.decoding import ENDINGS, ImageError, read_image
 from data_pipeline.loader.fetch import image_of, labels_of
 from data_pipeline.loader.open_shards import open_files
-from data_pipeline.loader.recordings import Recording, Unusable, sources
+from data_pipeline.loader.recordings import Recording, RecordingSource, Unusable, sources
 from data_pipeline.sampling.config import DataConfig
 from data_pipeline.shards.local import Extent, ShardError, ShardFiles
 from data_pipeline.shards.records import DoneRecord, done_records
@@ -28,7 +29,7 @@ from data_pipeline.shards.records import DoneRecord, done_records
 Kind = Literal["speech", "text", "image"]
 LONGEST_SECONDS: Final = 120
 """Longest recording that is one piece."""
-IMAGE_FILES: Final = (*ENDINGS, "gif", "bmp", "tif", "tiff")
+IMAGE_FILES: Final = (*ENDINGS, "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def pieces(places: Sequence[str], texts: Sequence[str] = ()) -> Iterator[Piece |
         texts: further texts.
 
     Raises:
-        ConfigError: a place does not exist or holds nothing of use.
+        ConfigError: a place does not exist or holds nothing of use; before anything is read.
         ValueError: shards are damaged.
     """
-    for place in places:
-        yield from _of_place(place)
+    read = [_opened(place) for place in places]
+    yield from itertools.chain.from_iterable(one() for one in read)
     yield from (Piece("text", text, text=text) for text in texts)
 
 
@@ -86,29 +87,41 @@ def find_piece(kind: Kind, name: str, place: str) -> Piece | Unusable:
         finally:
             files.close()
         return _gone(name)
-    return next(iter(_of_place(place)), _gone(name))
+    try:
+        return next(_opened(place)(), _gone(name))
+    except ConfigError:
+        return _gone(name)
 
 
 def _gone(name: str) -> Unusable:
     return Unusable(name, "vanished", "is no longer there")
 
 
-def _of_place(place: str) -> Iterator[Piece | Unusable]:
+def _opened(place: str) -> Callable[[], Iterator[Piece | Unusable]]:
+    """Finds a place; returns what reads its pieces."""
     if FileStore(place).names("_done", ".json"):
-        yield from _of_shards(place, done_records(place))
-        return
+        records = done_records(place)
+        return lambda: _of_shards(place, records)
     path = Path(place).expanduser()
     if is_image_file(place):
-        yield _image(place, printable(place.rpartition("/")[2]))
-        return
+        if not is_url(place) and not path.is_file():
+            raise ConfigError(f"files={place}: there is no such file")
+        return lambda: iter([_image(place, printable(place.rpartition("/")[2]))])
     pictures = sorted(one for one in path.rglob("*") if is_image_file(one.name)) if path.is_dir() else []
-    yield from (_image(str(one), printable(str(one.relative_to(path)))) for one in pictures)
+    found: list[RecordingSource] = []
     try:
         found = sources([place])
-    except ConfigError:
+    except ConfigError as error:
         if not pictures:
-            raise
-        return
+            raise ConfigError(str(error).replace("holds no sound files", "holds no sound or image files")) from None
+    return lambda: _of_files(place, path, pictures, found)
+
+
+def _of_files(
+    place: str, path: Path, pictures: Sequence[Path], found: Sequence[RecordingSource]
+) -> Iterator[Piece | Unusable]:
+    """Yields the pictures and recordings of a folder, or one recording."""
+    yield from (_image(str(one), printable(str(one.relative_to(path)))) for one in pictures)
     for source in found:
         for recording in source.recordings():
             yield _recording(recording, str(path / recording.name) if path.is_dir() else place)

@@ -72,11 +72,14 @@ def sources(given: Sequence[str], pcm_rate: int = SAMPLE_RATE, stdin: IO[bytes] 
         stdin: what "-" reads; by default this process's standard input.
 
     Raises:
-        ConfigError: A place does not exist or holds no sound; the message has the nearest name.
+        ConfigError: A place does not exist or holds no sound; the message has the nearest name. Standard input is
+            closed.
         ValueError: Shards are damaged.
     """
     if list(given).count(STDIN) > 1:
         raise ConfigError("files=-: standard input can be read once only")
+    if STDIN in given and stdin is None and sys.stdin is None:  # Python has no object for a closed one
+        raise ConfigError("files=-: standard input is closed; give it audio by a pipe or < FILE")
     return [_source(place, pcm_rate, stdin) for place in given]
 
 

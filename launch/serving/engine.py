@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class StreamingEngine:
     def __init__(self, recogniser: StreamingRecogniser, queue_seconds: float, queue_results: int) -> None:
         self.recogniser, self.queue_results = recogniser, queue_results
         self.limit = round(queue_seconds * SAMPLE_RATE)
-        self.most = recogniser.model.window.hop * recogniser.model.chunking.chunk
+        self.most = recogniser.chunk_samples
         self.streams: set[ClientStream] = set()
         self._wake = asyncio.Event()
         self._pool = ThreadPoolExecutor(1, "streams")
@@ -99,6 +100,8 @@ class StreamingEngine:
 
     async def add(self, stream: ClientStream, wave_T: np.ndarray) -> None:
         """Appends audio; waits while the stream's queue is full."""
+        if not len(wave_T):
+            return  # empty messages must not fill the queue, whose limit is a number of samples
         while stream.samples >= stream.limit and not stream.failure:
             stream.has_space.clear()
             await stream.has_space.wait()
@@ -128,16 +131,12 @@ class StreamingEngine:
                     self._pool, self._turn, [stream.state for stream in ready], parts, finishing
                 )
                 for stream, found, arrived, last in zip(ready, made, arrivals, finishing, strict=True):
-                    if isinstance(found, str):
-                        stream.failure = found
-                        stream.has_space.set()
-                        stream.results.put_nowait(StreamResult(_nothing(), 0.0, last=True))
-                        continue
-                    stream.state, updates = found
-                    for update in updates:
+                    stream.state, stream.failure = found.state, found.failure
+                    for update in found.updates:
                         stream.results.put_nowait(StreamResult(update, time.monotonic() - arrived))
-                    if last:
+                    if last or found.failure:
                         self.close(stream)
+                        stream.has_space.set()
                         stream.results.put_nowait(StreamResult(_nothing(), 0.0, last=True))
         finally:
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -156,30 +155,39 @@ class StreamingEngine:
 
     def _turn(
         self, states: Sequence[RecognitionState], parts: Sequence[np.ndarray], finishing: Sequence[bool]
-    ) -> list[tuple[RecognitionState, list[Update]] | str]:
+    ) -> list[_Turned]:
         """Computes all streams together; where that fails, each alone, so that one stream cannot stop another."""
         try:
-            return list(self._computed(states, parts, finishing))
+            return self._computed(states, parts, finishing)
         except Exception as error:
             if len(states) == 1:
-                if not isinstance(error, ConfigError):
-                    logger.exception("a stream failed")
-                return [str(error) if isinstance(error, ConfigError) else "internal error; the server's log has it"]
+                if isinstance(error, ConfigError):
+                    return [_Turned(states[0], self.recogniser.break_off(states[0]), str(error))]
+                logger.exception("a stream failed")
+                return [_Turned(states[0], [], "internal error; the server's log has it")]
         alone = zip(states, parts, finishing, strict=True)
         return [self._turn([state], [part], [last])[0] for state, part, last in alone]
 
     def _computed(
         self, states: Sequence[RecognitionState], parts: Sequence[np.ndarray], finishing: Sequence[bool]
-    ) -> list[tuple[RecognitionState, list[Update]]]:
+    ) -> list[_Turned]:
         waves = [torch.from_numpy(part) for part in parts]
         joint, updates = self.recogniser.push(join_recognitions(states), waves)
-        made = [(state, [update]) for state, update in zip(split_recognitions(joint), updates, strict=True)]
+        made = [_Turned(state, [update]) for state, update in zip(split_recognitions(joint), updates, strict=True)]
         ends = [row for row, last in enumerate(finishing) if last]
         if ends:
-            joint, updates = self.recogniser.finish(join_recognitions([made[row][0] for row in ends]))
+            joint, updates = self.recogniser.finish(join_recognitions([made[row].state for row in ends]))
             for row, state, update in zip(ends, split_recognitions(joint), updates, strict=True):
-                made[row] = state, [*made[row][1], update]
+                made[row] = _Turned(state, [*made[row].updates, update])
         return made
+
+
+class _Turned(NamedTuple):
+    """A stream after a turn. failure: the reason why it cannot continue; empty: it can."""
+
+    state: RecognitionState
+    updates: list[Update]
+    failure: str = ""
 
 
 def _nothing() -> Update:

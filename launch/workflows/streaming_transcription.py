@@ -11,6 +11,7 @@ import torch
 
 from data_pipeline.audio.codecs import Wave
 from data_pipeline.audio.errors import AudioError
+from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.text import table_cell, visible
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.loader.recordings import Recording, Unusable, live_pcm, sources
@@ -23,10 +24,10 @@ from pretrain.recognition.transcript import Word, word_values
 
 
 def run(config: TranscribeConfig) -> ExitCode:
-    """Transcribes each recording as a stream; one that cannot be read is named and left out.
+    """Transcribes each recording as a stream; one that cannot be read, or gets too long, is named.
 
     Returns:
-        DONE, or FAILED where a recording was left out.
+        DONE, or FAILED where a recording was left out or ended early.
 
     Raises:
         ConfigError: a file, the checkpoint or the head does not exist, or the model cannot stream with these settings.
@@ -43,12 +44,12 @@ def run(config: TranscribeConfig) -> ExitCode:
     chunk, left = recogniser.model.chunking
     delay_ms = 1_000 * recogniser.model.delay_seconds
     warn(f"chunk={chunk} left={left}: text {delay_ms:.0f} ms after the beginning of its chunk, plus computing")
-    printer, failed = _Printer(config), False
+    printer, failed = _Printer(config, several=sum(source.count for source in found) > 1), False
     for recording in (recording for source in found for recording in source.recordings()):
         try:
             if isinstance(recording, Unusable):
                 raise AudioError(recording.reason, recording.error)
-            _transcribe(recogniser, recording.name, _blocks(recording, config), printer)
+            failed |= not _transcribe(recogniser, recording.name, _blocks(recording, config), printer)
         except AudioError as error:
             warn(f"left out {recording.name}: {error}")
             failed = True
@@ -61,31 +62,55 @@ def _blocks(recording: Recording, config: TranscribeConfig) -> Iterator[Wave]:
     return recording.blocks()
 
 
-def _transcribe(recogniser: StreamingRecogniser, name: str, blocks: Iterator[Wave], printer: _Printer) -> None:
-    state, seconds, busy = recogniser.start(), 0.0, 0.0
+def _transcribe(recogniser: StreamingRecogniser, name: str, blocks: Iterator[Wave], printer: _Printer) -> bool:
+    """Streams one recording; what was heard until Ctrl-C or `max_minutes` is written before that ends it.
+
+    Returns:
+        Whether the whole recording was streamed.
+    """
+    state, seconds, busy, problem = recogniser.start(), 0.0, 0.0, ""
     printer.begin(name)
-    for block in blocks:
-        started = time.monotonic()
-        state, [update] = recogniser.push(state, [torch.from_numpy(block)])
-        busy, seconds = busy + time.monotonic() - started, seconds + len(block) / SAMPLE_RATE
-        printer.show(update)
-    _, [update] = recogniser.finish(state)
+    try:
+        for part in _parts(blocks, recogniser.chunk_samples):
+            started = time.monotonic()
+            state, [update] = recogniser.push(state, [torch.from_numpy(part)])
+            busy, seconds = busy + time.monotonic() - started, seconds + len(part) / SAMPLE_RATE
+            printer.show(update)
+    except KeyboardInterrupt:  # the usual end of a microphone's stream
+        printer.show(recogniser.finish(state)[1][0])
+        raise
+    except ConfigError as error:
+        problem = str(error)
+    [update] = recogniser.break_off(state) if problem else recogniser.finish(state)[1]
     printer.show(update)
-    if seconds:
+    if problem:
+        warn(f"{visible(name)}: ended after {seconds:.1f} s: {problem}")
+    elif seconds:
         warn(f"{visible(name)}: {seconds:.1f} s of audio, {busy / seconds:.3f} s of computing per second")
+    return not problem
+
+
+def _parts(blocks: Iterator[Wave], most: int) -> Iterator[Wave]:
+    """Yields blocks in parts of at most `most` samples."""
+    for block in blocks:
+        for first in range(0, len(block), most):
+            yield block[first : first + most]
 
 
 class _Printer:
-    """Prints updates: the words of segments that ended to standard output, partial text as the format has it."""
+    """Prints updates: the words of segments that ended to standard output, partial text as the format has it.
 
-    def __init__(self, config: TranscribeConfig) -> None:
-        self.config, self.name, self.last = config, "", ""
+    several: of several recordings, each line of text and tsv begins with the recording's name.
+    """
+
+    def __init__(self, config: TranscribeConfig, several: bool) -> None:
+        self.config, self.several, self.name, self.last = config, several, "", ""
+        if config.format == "tsv":
+            self._line(("file\t" if several else "") + "start\tend\tword\tconfidence")
 
     def begin(self, name: str) -> None:
         """Begins a recording."""
         self.name, self.last = name, ""
-        if self.config.format == "tsv":
-            self._line("start\tend\tword\tconfidence")
 
     def show(self, update: Update) -> None:
         """Prints the result of a push."""
@@ -106,11 +131,13 @@ class _Printer:
         if self.config.partial and self.config.format != "json" and sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         text = " ".join(word.text for word in words)
+        name = f"{visible(self.name)}\t" if self.several else ""
         if self.config.format == "text":
-            self._line(visible(text))
+            self._line(name + visible(text))
         elif self.config.format == "tsv":
             for word in words:
-                self._line(f"{word.start:.3f}\t{word.end:.3f}\t{table_cell(word.text)}\t{word.confidence:.4f}")
+                cells = f"{word.start:.3f}\t{word.end:.3f}\t{table_cell(word.text)}\t{word.confidence:.4f}"
+                self._line(name + cells)
         else:
             listed = [word_values(word) for word in words]
             values = {"type": "final", "start": listed[0]["start"], "end": listed[-1]["end"], "text": text}

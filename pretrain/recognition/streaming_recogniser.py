@@ -72,6 +72,11 @@ class StreamingRecogniser:
         self.model = StreamedModel(recogniser.model, chunk, left_chunks, max_minutes)
         self.decoder = recogniser.text_decoder(decoding or DecodingConfig(), end_points or EndPoints())
 
+    @property
+    def chunk_samples(self) -> int:
+        """Samples by which a stream advances with each chunk."""
+        return self.model.window.hop * self.model.chunking.chunk
+
     def start(self, rows: int = 1) -> RecognitionState:
         """Returns the state of `rows` streams before their first sample."""
         return RecognitionState(self.model.start(rows), tuple(self.decoder.start() for _ in range(rows)))
@@ -85,6 +90,14 @@ class StreamingRecogniser:
         """Ends the streams; the updates have their last words."""
         stream, output = self.model.finish(state.stream)
         return self._decoded(stream, state.texts, output, last=True)
+
+    def break_off(self, state: RecognitionState) -> list[Update]:
+        """Returns the last words of streams that cannot go on, from the frames that were computed."""
+        updates = []
+        for frames, text in zip(state.stream.frames, state.texts, strict=True):
+            _, words, ended = self.decoder.finish(text)
+            updates.append(Update(tuple(words), "", "", frames / self.model.rate_hz, ended))
+        return updates
 
     def _decoded(
         self, stream: StreamState, texts: Sequence[TextState], output: EncoderOutput, last: bool

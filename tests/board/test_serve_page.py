@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
@@ -58,7 +59,7 @@ def test_the_page_shows_text_latency_and_spectrogram(address: str, tmp_path: Pat
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto(address)
-        for begin in (lambda: page.click("#microphone"), lambda: page.set_input_files("#file", speech)):
+        for begin in (lambda: page.click("#microphone"), lambda: drop(page, speech)):
             begin()
             wait(page, lambda: len(page.inner_text("#stable") + page.inner_text("#finals")) > 3)
             wait(page, lambda: page.inner_text("#seconds") > "0:02.00")
@@ -77,6 +78,16 @@ def test_the_page_shows_text_latency_and_spectrogram(address: str, tmp_path: Pat
         assert "no.wav is not an audio file" in page.inner_text("#status")
         assert problems == []
         browser.close()
+
+
+def drop(page: Any, file: Path) -> None:
+    """Drops a sound file on the page."""
+    data = page.evaluate_handle(
+        "(text) => { const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));"
+        "const data = new DataTransfer(); data.items.add(new File([bytes], 'dropped.wav')); return data; }",
+        base64.b64encode(file.read_bytes()).decode(),
+    )
+    page.dispatch_event("#drop", "drop", {"dataTransfer": data})
 
 
 def wait(page: Any, found: Callable[[], bool]) -> None:

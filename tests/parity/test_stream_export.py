@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import wave
@@ -26,9 +27,11 @@ from pretrain.recognition.recogniser import open_recogniser
 from pretrain.train_module import TrainModule, build_model
 from tests.support.contract_cases import small, speech_like
 from tests.support.parity_table import Parity
+from tests.support.paths import ROOT
 from tests.support.training import STREAMING_RECOGNISER, save
 
 pytest.importorskip("onnxscript")
+CLIENT = ROOT / "docs" / "onnx_stream_client.py"
 LOG_MEL = {"name": "log_mel", "n_mels": 20, "normalize": "fixed"}
 CHUNKED = {"attention": "chunked", "chunk_frames": [0, 4], "left_chunks": [-1, 2]}
 CAUSAL = small("encoders", "conformer", causal=True, kernel=5, **CHUNKED)
@@ -98,6 +101,16 @@ def test_the_program_writes_the_text_of_the_stream(tmp_path: Path) -> None:
         command = [sys.executable, program, *options]
         done = subprocess.run(command, input=content, capture_output=True, timeout=60, check=True)
         assert json.loads(done.stdout.splitlines()[-1])["text"] == expected
+    command = [sys.executable, "-I", str(CLIENT), str(tmp_path / "out")]
+    done = subprocess.run(command, input=pcm + b"x", capture_output=True, timeout=60, check=True)
+    assert done.stdout.decode() == expected
+
+
+def test_the_client_in_the_documentation_has_60_lines() -> None:
+    source = CLIENT.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 60
+    imported = {match[1] for match in re.finditer(r"^(?:import|from) (\w+)", source, re.MULTILINE)}
+    assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
 
 
 def test_an_unlimited_left_context_is_refused(tmp_path: Path) -> None:

@@ -179,6 +179,22 @@ def test_a_flood_waits_in_its_own_queue(recogniser: Recogniser) -> None:
     perform(recogniser, test, queue_seconds=2.0)
 
 
+def test_empty_messages_take_no_memory(recogniser: Recogniser) -> None:
+    async def test(client: TestClient[Any, Any], server: Server) -> None:
+        async with client.ws_connect("/stream") as socket:
+            await socket.send_bytes(pcm(0.05, 1))
+            for _ in range(1_000):
+                await socket.send_bytes(b"")
+            await socket.send_bytes(pcm(0.05, 2))
+            [stream] = server.engine.streams
+            while stream.samples < 1_600:
+                await asyncio.sleep(0.01)
+            assert len(stream.waiting) == 2
+            assert (await finish(socket))[-1] == {"type": "done"}
+
+    perform(recogniser, test)
+
+
 def test_a_client_that_disappears_leaves_nothing(recogniser: Recogniser) -> None:
     async def test(client: TestClient[Any, Any], server: Server) -> None:
         for _ in range(3):
@@ -206,6 +222,7 @@ def test_a_stream_that_cannot_go_on_ends_alone(recogniser: Recogniser) -> None:
 
         long, short = await asyncio.gather(one(1.9), one(0.9))
         assert "max_minutes=0.02" in long[-1]["error"]
+        assert words(long), "what was heard until then is final"
         assert short[-1] == {"type": "done"}
 
     perform(recogniser, test, left=-1, max_minutes=0.02)

@@ -158,6 +158,7 @@ def test_an_index_of_another_model_is_refused(place: Path, tmp_path: Path, capsy
         (["checkpoint=run", "query=broken/b.png"], "query=.*b.png"),
         (["checkpoint=run", "query=nowhere.wav", "query_kind=speech"], "no such file"),
         (["checkpoint=run", "query=one", "index=nowhere"], "no such file"),
+        (["checkpoint=run", "query=one", "index=[broken,nowhere.png]"], "index=nowhere.png: there is no such file"),
         (["checkpoint=run", "query=one", "gallery=page.pdf"], "must end in .html"),
     ],
 )
@@ -167,4 +168,6 @@ def test_what_cannot_be_searched_is_an_error_with_its_reason(
     monkeypatch.chdir(place)
     index = [] if any("index=" in argument for argument in arguments) else ["index=files"]
     assert main(["search", *arguments, *index]) == ExitCode.USAGE
-    assert re.search(message, capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert "left out" not in said, "places are checked before any is read"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,46 @@ def test_raw_audio_from_a_pipe_is_transcribed_while_it_arrives(streaming_run: Pa
     assert b"3.0 s of audio" in said
 
 
+def test_ctrl_c_writes_what_was_heard(
+    streaming_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is how a stream from a microphone ends."""
+
+    class Microphone(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if not (block := super().read(size)):
+                raise KeyboardInterrupt
+            return block
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Microphone(pcm(2.0, 3))))
+    assert main(["transcribe", f"checkpoint={streaming_run}", "files=-", "stream=true"]) == ExitCode.INTERRUPTED
+    heard = capsys.readouterr().out
+    assert heard.strip()
+    assert set(heard) <= set("ab \n")
+
+
+def test_a_stream_that_gets_too_long_ends_alone(
+    streaming_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seconds in (("long", 3.0), ("short", 1.0)):
+        soundfile.write(tmp_path / f"{name}.wav", speech_like(seconds, 3).numpy(), 16_000)
+    fields = [f"checkpoint={streaming_run}", f"files={tmp_path}", "stream=true", "chunk=8", "left=-1"]
+    assert main(["transcribe", *fields, "max_minutes=0.03"]) == ExitCode.FAILED
+    shown = capsys.readouterr()
+    assert [line.partition("\t")[0] for line in shown.out.splitlines()] == ["long.wav", "short.wav"]
+    assert re.search(r"long\.wav: ended after 1\.\d s: left=-1: .* longer than max_minutes=0\.03", shown.err)
+
+
+def test_a_closed_standard_input_is_named(
+    streaming_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    for stream in ("true", "false"):
+        given = ["transcribe", f"checkpoint={streaming_run}", "files=-", f"stream={stream}"]
+        assert main(given) == ExitCode.USAGE
+        assert "files=-: standard input is closed" in capsys.readouterr().err
+
+
 def test_files_are_streamed_too(streaming_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     soundfile.write(tmp_path / "a.wav", speech_like(2.0, 3).numpy(), 16_000)
     (tmp_path / "b.wav").write_bytes(b"RIFF\x10\0\0\0WAVEnothing")
@@ -130,7 +171,7 @@ def test_files_are_streamed_too(streaming_run: Path, tmp_path: Path, capsys: pyt
     ]
     assert main(given) == ExitCode.FAILED
     shown = capsys.readouterr()
-    assert shown.out.startswith("start\tend\tword\tconfidence\n")
+    assert shown.out.startswith("file\tstart\tend\tword\tconfidence\na.wav\t")
     assert "left out b.wav" in shown.err
 
 
