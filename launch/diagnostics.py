@@ -84,6 +84,7 @@ def _packages() -> Iterator[Diagnosis]:
             yield Diagnosis(package, "missing", "not installed", install(package))
     optional = (
         ("transformers", "transformers", "export and parity tests"),
+        ("jiwer", "jiwer", "word error rates of `auricle finetune` and `auricle evaluate`"),
         ("scikit-learn", "sklearn", "phone-normalised mutual information of units in `auricle evaluate`"),
         ("onnxruntime", "onnxruntime", "ONNX graphs, and voice activity detection with silero-vad"),
         ("s3fs", "s3fs", "shards in S3"),

@@ -97,7 +97,7 @@ CONTINUE = {
     "preprocess": "finished shards stay; the same command continues with the remaining ones",
     "targets": "the labels of finished shards stay; the same command continues with the remaining ones",
     "tokens": "nothing is written before the end; the same command starts over",
-    "pretrain": "the same command continues from the newest checkpoint",
+    "pretrain": "the same command continues from the newest checkpoint, or begins where there is none",
     "pipeline": "finished steps stay; the same command continues with the remaining ones",
     "demo": "finished steps stay; the same command continues from them",
     "shards": "nothing was changed but indexes, which stay; the same command starts over",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 
 from data_pipeline.preprocess.config import PreprocessConfig
 from launch.cli.tables import show_rows
@@ -17,8 +18,18 @@ def work(config: PreprocessConfig) -> None:
 
     summary = preprocess(config)
     show_rows(summary.rows())
+    for line in next_commands(config):  # never wrapped, since users copy them
+        print(f"next  {line}")
     if summary.problem:
         raise OSError(summary.problem)
+
+
+def next_commands(config: PreprocessConfig) -> list[str]:
+    """Returns commands that go on with the shards, or with those for training of a split."""
+    from data_pipeline.preprocess.work_plan import set_roots
+
+    shards = shlex.quote(set_roots(config)[0])
+    return [f"auricle shards stats {shards}", f"auricle pretrain +experiment=best_rq_tiny data.shards={shards}"]
 
 
 def made_from(config: PreprocessConfig) -> dict[str, str]:
