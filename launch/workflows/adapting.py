@@ -34,7 +34,8 @@ def read_clips(folder: Path) -> tuple[list[Utterance], float]:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no such folder; it holds a subfolder of clips for each class")
-    found = discover(PathCorpus(path=str(folder), pattern=rf"^(?P<{LABEL}>[^/]+)/"))
+    # absolute, since the clips are listed in a file of the run folder
+    found = discover(PathCorpus(path=str(folder.absolute()), pattern=rf"^(?P<{LABEL}>[^/]+)/"))
     unusable = [f"{reject.file_id} ({reject.reason})" for reject in found.rejects]
     clips, samples = [], 0
     for utterance in utterances_of(found.files):

@@ -18,12 +18,14 @@ def clip(file: Path, seconds: float = 0.5) -> None:
 
 
 def test_clips_have_the_class_of_their_folder_and_unusable_ones_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path.parent)
     for name in ("yes/a.wav", "yes/deeper/b.wav", "no/c.wav", "alone.wav"):
         clip(tmp_path / name)
     (tmp_path / "no" / "broken.wav").write_bytes(b"RIFF, but no more than that")
-    clips, seconds = read_clips(tmp_path)
+    clips, seconds = read_clips(Path(tmp_path.name))
+    assert all(Path(each.path).is_absolute() for each in clips)
     assert sorted((Path(each.path).name, each.value("class")) for each in clips) == [
         ("a.wav", "yes"),
         ("b.wav", "yes"),
