@@ -45,6 +45,7 @@ prove-slow: setup ## the slow proofs that `make test` leaves out
 	$(BIN)/python benchmarks/prove/time_contrastive.py
 	$(BIN)/python benchmarks/prove/separation.py
 	$(BIN)/python benchmarks/prove/recognition.py
+	$(BIN)/python -m benchmarks.faults.soak
 
 parity-table: setup ## agreement with other implementations and with itself: benchmarks/results/parity.md
 	$(BIN)/python -m pytest --parity-table benchmarks/results/parity.md

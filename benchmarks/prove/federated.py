@@ -74,7 +74,7 @@ def shards_of(speaker: str, utterances: Sequence[Utterance], folder: Path) -> Pa
     if not manifest.exists():
         append_rows(manifest, [{"path": u.path, "speaker": u.speaker, "corpus": u.corpus} for u in utterances])
     job = PreprocessConfig(out=str(out), corpus=ManifestCorpus(path=str(manifest), allow_outside=True))
-    for unit in freeze_plan(FileStore(job.out), discover(job.corpus).files, job).units:
+    for unit in freeze_plan(FileStore(job.out), discover(job.corpus).recordings, job).work_units():
         process_unit(unit, job)
     return out
 

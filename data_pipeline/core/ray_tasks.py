@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -192,7 +193,7 @@ def _on_loopback() -> Iterator[None]:
 
 def run_tasks(
     function: Callable[..., Any],
-    arguments: Mapping[str, tuple[Any, ...]],
+    arguments: Iterable[tuple[str, tuple[Any, ...]]],
     config: RayClusterConfig,
     advance: Callable[[Any], None],
 ) -> dict[str, str]:
@@ -200,7 +201,7 @@ def run_tasks(
 
     Args:
         function: the function.
-        arguments: its arguments, by name of the task.
+        arguments: (name, arguments of the function) of each task; they are made when the task can begin.
         config: number of attempts.
         advance: called with each result.
 
@@ -215,13 +216,14 @@ def run_tasks(
     task = ray.remote(_at).options(name=function.__name__, num_cpus=1, max_retries=config.attempts - 1)
     limit = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
     directory = str(Path.cwd())
-    waiting, failed = list(arguments)[::-1], dict[str, str]()
+    waiting, failed = iter(arguments), dict[str, str]()
     running: dict[Any, str] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < limit:
-                name = waiting.pop()
-                running[task.remote(directory, function, *arguments[name])] = name
+        while True:
+            for name, given in itertools.islice(waiting, limit - len(running)):
+                running[task.remote(directory, function, *given)] = name
+            if not running:
+                break
             ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
                 name = running.pop(reference)

@@ -10,9 +10,9 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import IO, Any, Final, TypeVar, cast
 
 import fsspec
 import psutil
@@ -32,6 +32,16 @@ BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 """Random number of this start of the kernel."""
 PID_NAMESPACE: Final = Path("/proc/self/ns/pid")
 """Its inode number identifies the container in which process numbers are valid."""
+
+
+Stamp = tuple[int, str]
+"""Size in bytes, and modification time or version, of a file."""
+
+
+def stamp_of(info: Mapping[str, Any]) -> Stamp:
+    """Returns the stamp of a file from fsspec's information on it."""
+    stamp = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
+    return int(info.get("size") or 0), str(stamp).strip('"')
 
 
 def is_url(path: str) -> bool:
@@ -120,6 +130,10 @@ class FileStore:
         """Returns the content of a file."""
         return self._reading(name, lambda: bytes(self.fs.cat_file(self.path(name))))
 
+    def open(self, name: str) -> IO[bytes]:
+        """Opens a file to read parts of it."""
+        return cast("IO[bytes]", self._reading(name, lambda: self.fs.open(self.path(name), "rb")))
+
     def is_file(self) -> bool:
         """Returns whether the root is a file instead of a folder; False where nothing is there."""
         try:
@@ -151,12 +165,43 @@ class FileStore:
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in found)
         return sorted(name for name in names if name and name.endswith(suffix) and name.startswith(prefix))
 
+    def stamps(self, folder: str = "", suffix: str = "") -> dict[str, Stamp]:
+        """Returns the stamp of each file in `folder` with this suffix, sorted by name; {} if there is no folder."""
+        self.fs.invalidate_cache()
+        try:
+            found = self._reading(folder, lambda: list(self.fs.ls(self.path(folder), detail=True)))
+        except FileNotFoundError:
+            return {}
+        except StorageReadError as error:
+            if isinstance(error.__cause__, NotADirectoryError):
+                return {}
+            raise
+        named = {info["name"].rstrip("/").rsplit("/", 1)[-1]: info for info in found if info["type"] == "file"}
+        return {name: stamp_of(named[name]) for name in sorted(named) if name.endswith(suffix)}
+
+    def read_several(self, names: Sequence[str]) -> list[bytes]:
+        """Returns the contents of some files; those of remote storage are requested concurrently."""
+        if self.local:
+            return [self.read(name) for name in names]
+        paths = [self.path(name) for name in names]
+        found = self._reading(names[0] if names else "", lambda: self.fs.cat(paths)) if paths else {}
+        return [bytes(found[path]) for path in paths]
+
     def free_bytes(self) -> int:
         """Returns the free space on the disk of a local root, which need not exist yet."""
+        return shutil.disk_usage(self._existing()).free
+
+    def temporary_place(self) -> Path | None:
+        """Returns a folder for files without a name, on the disk of a local root; None: that for temporary files."""
+        folder = self._existing() if self.local else None
+        return folder if folder and folder.is_dir() and os.access(folder, os.W_OK) else None
+
+    def _existing(self) -> Path:
+        """Returns the path of a local root, or the folder in which it would be created."""
         folder = Path(self.base)
         while not folder.exists():
             folder = folder.parent
-        return shutil.disk_usage(folder).free
+        return folder
 
     def put(self, source: Path, name: str) -> None:
         """Moves a complete local file to `name` atomically; replaces a file of that name."""

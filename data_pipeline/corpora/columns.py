@@ -6,6 +6,7 @@ end of a name is used: `start_ms`, `Begin Time (s)`, `duration[ms]`.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -75,6 +76,7 @@ _TIME_WORDS: Final = (
     *_BEGIN_WORDS, "end", "stop", "finish", "until", "to", "xmax", "tmax", "dur", "length", "len", "time", "ts",
     "sec", "second", "ms", "msec", "sample", "frame", "interval", "span",
 )  # fmt: skip
+_PAIR_WORDS: Final = (*_TIME_WORDS, "segment")
 _EXACT_WORDS: Final = ("beg", "to", "ts", "ms", "len", "end", "sec", "from")
 """Words that are too short to be searched at the start of longer ones."""
 _OTHER_WORDS: Final = frozenset(
@@ -99,12 +101,23 @@ class ColumnNames:
     def __init__(self, chosen: Mapping[str, str], units_per_second: float = 1.0) -> None:
         self.chosen, self.rate = chosen, units_per_second
         self._known: dict[tuple[str, ...], dict[str, list[str]]] = {}
+        self._rates: dict[str, float] = {}
+        self._fixed: dict[tuple[str, ...], dict[str, str]] = {}
+        """Columns of the shapes of rows for which they do not depend on values."""
 
     def of(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Returns the column of each field for which the row has a value."""
         names = tuple(row)
+        if names in self._fixed:
+            return self._fixed[names]
         if names not in self._known:
             self._known[names] = {field: self._candidates(field, names) for field in COLUMNS}
+        found = self._found(row, names)
+        if not any(self._depends(field, name) for field, chosen in self._known[names].items() for name in chosen):
+            self._fixed[names] = found
+        return found
+
+    def _found(self, row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, str]:
         found = {
             field: next((name for name in candidates if self._holds(field, name, row[name])), "")
             for field, candidates in self._known[names].items()
@@ -131,9 +144,10 @@ class ColumnNames:
         elif "begin" in columns and "end" not in columns and self.chosen.get("end") != "":
             words = () if "seconds" in columns and not self.is_whole(columns["seconds"]) else _TIME_WORDS
             used -= {columns["seconds"]} if words and "seconds" in columns else set()
-        return (
-            [name for name, value in row.items() if name not in used and _is_time(name, value, words)] if words else []
-        )
+        if not words:
+            return []
+        named = [name for name in row if name not in used and _is_named(name, (*words, *_PAIR_WORDS))]
+        return [name for name in named if _is_time(name, row[name], words)]
 
     def is_whole(self, column: str) -> bool:
         """Returns whether a column of lengths is of whole files by its name, such as audio_duration."""
@@ -146,7 +160,9 @@ class ColumnNames:
             hours, minutes, seconds = (float((part or "0").replace(",", ".")) for part in clock.groups())
             return 3600 * hours + 60 * minutes + seconds if seconds < 60 else math.nan
         number = _number(value)
-        return number if number == -1 else number / self._rate(column)
+        if column not in self._rates:
+            self._rates[column] = self._rate(column)
+        return number if number == -1 else number / self._rates[column]
 
     def _rate(self, column: str) -> float:
         unit = next((found["unit"] for found in _matches(_key(column)) if found["unit"]), "")
@@ -175,10 +191,16 @@ class ColumnNames:
 
     def _holds(self, field: str, name: str, value: Any) -> bool:
         """Returns whether a column has the field's value: `from` may name a place, and `source` a page."""
-        if field == "corpus" and field not in self.chosen and _key(name) == "source":
-            return "/" not in as_text(value)
-        weak = field in ("begin", "end") and field not in self.chosen and _is_weak(name)
-        return not weak or any(letter.isdigit() for letter in as_text(value))
+        if not self._depends(field, name):
+            return True
+        text = as_text(value)
+        return "/" not in text if field == "corpus" else any(letter.isdigit() for letter in text)
+
+    def _depends(self, field: str, name: str) -> bool:
+        """Returns whether it depends on the value whether a column has the field."""
+        if field in self.chosen:
+            return False
+        return _key(name) == "source" if field == "corpus" else field in ("begin", "end") and _is_weak(name)
 
 
 def _number(value: Any) -> float:
@@ -213,15 +235,12 @@ def _is_weak(column: str) -> bool:
 def _is_time(name: str, value: Any, words: tuple[str, ...]) -> bool:
     """Returns whether a column has times, by its name and value: a number, a clock time or a pair of numbers."""
     if isinstance(value, list):
-        return (
-            len(value) == 2
-            and not any(math.isnan(_number(one)) for one in value)
-            and _is_named(name, (*_TIME_WORDS, "segment"))
-        )
+        return len(value) == 2 and not any(math.isnan(_number(one)) for one in value) and _is_named(name, _PAIR_WORDS)
     is_number = not math.isnan(_number(value)) or (isinstance(value, str) and bool(_CLOCK.fullmatch(value.strip())))
     return is_number and _is_named(name, words)
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_named(name: str, words: tuple[str, ...]) -> bool:
     given = _words(name)
     if _OTHER_WORDS.intersection(given):

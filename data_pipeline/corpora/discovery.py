@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from data_pipeline.audio import codecs
@@ -26,7 +26,8 @@ from data_pipeline.corpora.config import (
 from data_pipeline.corpora.lhotse_manifests import read_lhotse
 from data_pipeline.corpora.listing import Entry, list_files
 from data_pipeline.corpora.manifest import discover_manifest
-from data_pipeline.corpora.records import Discovered, RecordingId, recording_id, reject_file
+from data_pipeline.corpora.recordings import Recordings, licences_of
+from data_pipeline.corpora.records import Discovered, RecordingId, reject_file
 from data_pipeline.corpora.tarred import read_tarred
 from data_pipeline.shards.index_rows import MOST_NAMES
 
@@ -41,22 +42,24 @@ def corpus_fingerprint(corpus: CorpusConfig) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def discover(corpus: CorpusConfig) -> Discovered:
+def discover(corpus: CorpusConfig, scratch: Path | None = None) -> Discovered:
     """Finds the recordings of a corpus; nothing is decoded, except by `corpus.probe`.
 
-    Each file, and each row of a table, becomes a recording, a span of one, a reject, or is counted as skipped.
+    Each file, and each row of a table, becomes a recording, a span of one, a reject, or is counted as skipped. The
+    recordings of folders and manifests are not in memory together.
 
     Args:
         corpus: a config of one of the classes of `corpora.config`.
+        scratch: folder for temporary files of large corpora; None: that of the system.
 
     Returns:
-        Recordings sorted by `file_id`, rejects with reasons, counts of skipped files by ending, and warnings.
+        Recordings, rejects with reasons, counts of skipped files by ending, licences, and warnings.
 
     Raises:
         ConfigError: the corpus does not exist or is empty, or its table or pattern is invalid.
         StorageReadError: the storage cannot list it now.
     """
-    found = Discovered()
+    found = Discovered(Recordings(scratch))
     if isinstance(corpus, PathCorpus):
         _from_path(corpus, found)
     elif isinstance(corpus, ManifestCorpus):
@@ -67,8 +70,7 @@ def discover(corpus: CorpusConfig) -> Discovered:
         read_tarred(corpus, found, SOUND_ENDINGS)
     else:
         _from_layout(corpus, found)
-    _reject_repeated(found)
-    if not found.files and not found.rejects:
+    if not found.recordings and not found.rejects:
         splits = f" in the splits {', '.join(corpus.splits)}" if corpus.splits else ""
         others = ", ".join(
             f"{count:,} of {visible(name) or 'no ending'}" for name, count in found.skipped.most_common(5)
@@ -77,21 +79,39 @@ def discover(corpus: CorpusConfig) -> Discovered:
             f"corpus.path={corpus.path}: holds no sound files{splits}; check the path, corpus.extensions and "
             f"corpus.splits{f' (files not taken: {others})' if others else ''}"
         )
-    _require_few(found, corpus)
-    found.files.sort(key=lambda file: file.file_id)
-    _mark_recordings(found)
+    _survey(found, corpus)
     return found
 
 
-def _require_few(found: Discovered, corpus: CorpusConfig) -> None:
-    """Raises ConfigError for more corpora or languages than a shard may have."""
-    for field, names in (("corpus", {f.corpus for f in found.files}), ("language", {f.language for f in found.files})):
-        if len(names) > MOST_NAMES:
-            raise ConfigError(
-                f"corpus.path={corpus.path}: its recordings have {len(names):,} values of {field}, such as "
-                f"{visible(min(names))!r}; at most {MOST_NAMES:,} are possible, since each is sampled separately. Name "
-                f"the right column with corpus.columns.{field}=COLUMN, or rename this one so that it becomes a label"
-            )
+def _survey(found: Discovered, corpus: CorpusConfig) -> None:
+    """Collects licences, rejects repeated recordings, and marks one reject of each recording without a usable part.
+
+    Raises:
+        ConfigError: there are more corpora or languages than a shard may have.
+    """
+    corpora, languages = set[str](), set[str]()
+    lost = {reject.recording_id for reject in found.rejects}
+    count = 0
+    for row in found.recordings:
+        count += 1
+        corpora.add(row.corpus)
+        languages.add(row.language)
+        lost.discard((row.corpus, row.file_id))
+        if names := licences_of(row, corpus.licence):
+            found.licences.setdefault(row.corpus, set()).update(names)
+        for field, names in (("corpus", corpora), ("language", languages)):
+            if len(names) > MOST_NAMES:
+                raise ConfigError(
+                    f"corpus.path={corpus.path}: its recordings have more than {MOST_NAMES:,} values of {field}, such "
+                    f"as {visible(min(names))!r}, and each is sampled separately. Name the right column with "
+                    f"corpus.columns.{field}=COLUMN, or rename this one so that it becomes a label"
+                )
+    _mark_recordings(found, lost)
+    if count < found.recordings.added:
+        found.rejects += [
+            reject_file(file, "discover", "listed_twice", "another file has the same printable name")
+            for file in found.recordings.repeated()
+        ]
 
 
 def _from_path(corpus: PathCorpus, found: Discovered) -> None:
@@ -116,7 +136,7 @@ def _from_path(corpus: PathCorpus, found: Discovered) -> None:
             unmatched, example = unmatched + 1, example or entry.file_id
         if corpus.splits and groups.get("split", "") not in corpus.splits:
             continue
-        found.files.append(
+        found.recordings.append(
             dataclasses.replace(
                 file,
                 speaker=groups.get("speaker", ""),
@@ -172,7 +192,7 @@ def _from_layout(corpus: CorpusConfig, found: Discovered) -> None:
         if entry.problem:
             found.rejects.append(reject_file(file, "discover", entry.problem, entry.error))
         elif not corpus.splits or about.split in corpus.splits:
-            found.files.append(file)
+            found.recordings.append(file)
     found.rejects += layout.rejects
 
 
@@ -183,26 +203,10 @@ def _compiled(pattern: str) -> re.Pattern[str] | None:
         raise ConfigError(f"corpus.pattern={pattern!r}: is not a regular expression ({error})") from None
 
 
-def _reject_repeated(found: Discovered) -> None:
-    """Rejects further files with the same id, whose samples would have the same keys."""
-    seen: set[RecordingId] = set()
-    kept = []
-    for file in found.files:
-        if recording_id(file) in seen:
-            found.rejects.append(
-                reject_file(file, "discover", "listed_twice", "another file has the same printable name")
-            )
-        else:
-            seen.add(recording_id(file))
-            kept.append(file)
-    found.files = kept
-
-
-def _mark_recordings(found: Discovered) -> None:
-    """Marks one reject of each recording without a usable part, so that recordings in and out can be balanced."""
-    known = {recording_id(file) for file in found.files}
+def _mark_recordings(found: Discovered, lost: set[RecordingId]) -> None:
+    """Marks the first reject of each lost recording, so that recordings in and out can be balanced."""
     for number, reject in enumerate(found.rejects):
         is_recording = bool(reject.file_id) and not reject.error.startswith("folder:")
-        if is_recording and reject.recording_id not in known:
-            known.add(reject.recording_id)
+        if is_recording and reject.recording_id in lost:
+            lost.discard(reject.recording_id)
             found.rejects[number] = dataclasses.replace(reject, recording=True)

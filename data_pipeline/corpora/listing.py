@@ -13,8 +13,8 @@ import fsspec
 
 from data_pipeline.core.retries import StorageReadError, error_text
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.core.storage import is_url
-from data_pipeline.corpora.records import printable, remote_stat
+from data_pipeline.core.storage import is_url, stamp_of
+from data_pipeline.corpora.records import printable
 
 
 @dataclass(frozen=True)
@@ -123,5 +123,5 @@ def _list_url(url: str) -> Iterator[Entry]:
     if not there:
         raise ConfigError(f"corpus.path={url}: there is no such folder")
     for path, info in found:
-        size, version = remote_stat(info)
+        size, version = stamp_of(info)
         yield Entry(fs.unstrip_protocol(path), path[len(base) :].lstrip("/"), size, version)

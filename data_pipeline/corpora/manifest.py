@@ -5,28 +5,28 @@ Each row becomes a recording, a span of one, or a reject with its row number.
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from data_pipeline.core.external_sort import ExternalSort
+from data_pipeline.core.lru import LruCache
 from data_pipeline.core.retries import StorageReadError
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import is_url
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Span
 from data_pipeline.corpora.columns import COLUMNS, ColumnNames
 from data_pipeline.corpora.config import ManifestCorpus
-from data_pipeline.corpora.recording_rows import RecordingRow, join_rows
-from data_pipeline.corpora.records import (
-    Discovered,
-    RecordingId,
-    printable,
-    reject_file,
-    stat,
-)
+from data_pipeline.corpora.manifest_paths import PathRule
+from data_pipeline.corpora.recording_rows import PlainEntry, RecordingRow, join_rows, whole_row
+from data_pipeline.corpora.recordings import Order, order_of, row_of
+from data_pipeline.corpora.records import Discovered, Reject, printable, reject_file, stat
 from data_pipeline.corpora.tables import TableRow, as_text, read_table
 
 REMEDY: Final = (
@@ -34,6 +34,8 @@ REMEDY: Final = (
     'corpus.units_per_second; {begin: ""} takes whole files and {end: ""} takes all from the begin on'
 )
 """What to do about times in unknown columns."""
+MOST_LOCATED: Final = 10_000
+"""Files whose place is remembered, since rows of one recording are mostly neighbours."""
 LONGEST_SECONDS: Final = 1e7
 """Longest plausible time in seconds; larger values must be in another unit."""
 
@@ -92,15 +94,20 @@ class ManifestReader:
         self.named = corpus.corpus or PurePosixPath(corpus.path).stem
         self.names = ColumnNames(corpus.columns, corpus.units_per_second)
         self.seen: dict[str, None] = {}
-        self.has_path = self.has_part = False
+        self._shapes: set[tuple[str, ...]] = set()
+        self.has_path = self.has_begin = self.has_part = False
         self.unread: dict[str, None] = {}
         self.extra = _labels_beside(corpus)
-        self.located: dict[str, _Located | RowError] = {}
-        self.entries: dict[RecordingId, list[RecordingRow]] = {}
+        self._located: LruCache[str, _Located | RowError] = LruCache(MOST_LOCATED)
+        self._paths = PathRule(self.root, outside=corpus.allow_outside)
+        self._entries = ExternalSort(found.recordings.folder)
 
     def add(self, row: TableRow) -> None:
         """Adds or rejects one row."""
-        self.seen |= dict.fromkeys(row.values)
+        shape = tuple(row.values)
+        if shape not in self._shapes:
+            self._shapes.add(shape)
+            self.seen |= dict.fromkeys(shape)
         columns = self.names.of(row.values)
         self.has_path |= "path" in columns
         values = {field: row.values[column] for field, column in columns.items()}
@@ -131,14 +138,14 @@ class ManifestReader:
             )
             entry = RecordingRow(file, _span(times, values, file, row.number), row.number, bool(times))
         except RowError as error:
-            path, file_id = _place(self.root, given)
+            path, file_id = self._paths.place(given)
             if error.reason in ("outside_root", "no_path", "bad_row"):
                 file_id = given
             file = AudioFile(path, printable(file_id), name, language=language)
             problem = f"row {row.number}: {error}"
             self.found.rejects.append(reject_file(file, "discover", error.reason, problem, row=row.number))
             return
-        self.entries.setdefault((name, at.file_id), []).append(entry)
+        self._entries.add(order_of(name, at.file_id), entry.plain())
 
     def finish(self) -> None:
         """Joins the rows of each recording.
@@ -157,19 +164,35 @@ class ManifestReader:
             problem = self._endless()
         if self.seen and problem:
             raise ConfigError(f"corpus.path={self.corpus.path}: {problem}; its columns are: {', '.join(self.seen)}")
-        for entries in self.entries.values():
-            file, rejects = join_rows(entries)
-            self.found.files.append(file)
-            self.found.rejects += rejects
+        repeated: list[tuple[int, list[Reject]]] = []
+        for order, entries in self._joined():
+            if len(entries) == 1 and (plain := whole_row(entries[0])):
+                self.found.recordings.add(plain, entries[0][0], order)
+                continue
+            file, rejects = join_rows([RecordingRow.from_plain(entry) for entry in entries])
+            self.found.recordings.add(row_of(file), entries[0][0], order)
+            repeated += [(entries[0][0], rejects)] if rejects else []
+        repeated.sort(key=lambda found: found[0])
+        self.found.rejects += [reject for _, rejects in repeated for reject in rejects]
+
+    def _joined(self) -> Iterator[tuple[Order, list[PlainEntry]]]:
+        """Yields the rows of each recording."""
+        for order, same in itertools.groupby(self._entries, key=operator.itemgetter(0)):
+            yield order, [entry for _, entry in same]
 
     def _endless(self) -> str:
         """Returns the problem of a table without any end that has several beginnings in one file; "" for others."""
-        for entries in self.entries.values():
+        found: tuple[int, str] | None = None
+        if not self.has_begin:
+            return ""
+        for _, plain in self._joined():
+            entries = [RecordingRow.from_plain(entry) for entry in plain]
             begins: dict[int, int] = {e.span.start: e.number for e in entries if e.span and e.has_times}
-            if len(begins) > 1:
+            if len(begins) > 1 and (found is None or entries[0].number < found[0]):
                 numbers = " and ".join(str(number) for number in list(begins.values())[:2])
-                return f"no row has an end, and rows {numbers} of {entries[0].file.file_id} would overlap: {REMEDY}"
-        return ""
+                where = f"rows {numbers} of {entries[0].file.file_id}"
+                found = entries[0].number, f"no row has an end, and {where} would overlap: {REMEDY}"
+        return found[1] if found else ""
 
     def _require_known_times(self, row: TableRow, columns: Mapping[str, str]) -> None:
         """Raises RowError for a row whose begin or end is in a column that no field reads."""
@@ -190,6 +213,7 @@ class ManifestReader:
             times["end"] = times["begin"] + length
             if length == -1:  # like the end, as some tools write for the rest of the recording
                 times["end"] = -1
+        self.has_begin |= "begin" in times
         self.has_part |= "end" in times
         return times
 
@@ -211,30 +235,25 @@ class ManifestReader:
 
     def _locate(self, given: str) -> _Located:
         """Returns the file that a row names. Raises RowError if it does not exist or must not be read."""
-        if given not in self.located:
-            try:
-                self.located[given] = self._look_up(given)
-            except RowError as error:
-                self.located[given] = error
-        known = self.located[given]
+        known = self._located.get(given, lambda: self._look_up(given))
         if isinstance(known, RowError):
             raise known
         return known
 
-    def _look_up(self, given: str) -> _Located:
+    def _look_up(self, given: str) -> _Located | RowError:
         if not given or "\0" in given:
-            raise RowError("no_path", "names no file")
-        path, file_id = _place(self.root, given)
-        if not self.corpus.allow_outside and _is_outside(self.root, path):
-            raise RowError("outside_root", "is outside of corpus.root; set corpus.allow_outside=true to accept it")
+            return RowError("no_path", "names no file")
+        path, file_id = self._paths.place(given)
+        if self._paths.refuses(path):
+            return RowError("outside_root", "is outside of corpus.root; set corpus.allow_outside=true to accept it")
         try:
             return _Located(path, printable(file_id), *stat(path))
         except FileNotFoundError:
-            raise RowError("vanished", "there is no such file") from None
+            return RowError("vanished", "there is no such file")
         except StorageReadError as error:
-            raise RowError("read_error", error.reason) from None
+            return RowError("read_error", error.reason)
         except ValueError as error:
-            raise RowError("no_path", f"is not a path ({error})") from None
+            return RowError("no_path", f"is not a path ({error})")
 
     def _image(self, given: str) -> str:
         """Returns the path of an image; whether it can be read is found out when it is. Raises RowError."""
@@ -242,8 +261,8 @@ class ManifestReader:
             return ""
         if "\0" in given:
             raise RowError("no_path", "its image is not a path")
-        path, _ = _place(self.root, given)
-        if not self.corpus.allow_outside and _is_outside(self.root, path):
+        path, _ = self._paths.place(given)
+        if self._paths.refuses(path):
             raise RowError(
                 "outside_root", "its image is outside of corpus.root; set corpus.allow_outside=true to accept it"
             )
@@ -300,33 +319,3 @@ def _labels_beside(corpus: ManifestCorpus) -> dict[str, dict[str, str]]:
     if corpus.labels and not any(path != "." and columns for path, columns in joined.items()):
         raise ConfigError(f"corpus.labels={corpus.labels}: needs a column path and at least one other")
     return {path: {name: " ".join(values) for name, values in columns.items()} for path, columns in joined.items()}
-
-
-def _place(root: str, given: str) -> tuple[str, str]:
-    """Returns (absolute path or URL, path relative to the root), both normalised."""
-    if is_url(root) or is_url(given):
-        path = _normal_url(given if is_url(given) else f"{root}/{given}")
-        below = path.removeprefix(f"{root}/")
-        return path, below
-    path = os.path.normpath(Path(root, given.removeprefix("file://")))
-    return path, os.path.relpath(path, root) if given and "\0" not in given else given
-
-
-def _normal_url(url: str) -> str:
-    """Returns a URL without `.` and `..` segments in its path."""
-    scheme, _, rest = url.partition("://")
-    rest, mark, query = rest.partition("?")
-    host, *segments = rest.split("/")
-    kept: list[str] = []
-    for segment in segments:
-        if segment == "..":
-            kept[-1:] = []
-        elif segment != ".":
-            kept.append(segment)
-    return f"{scheme}://{'/'.join([host, *kept])}{mark}{query}"
-
-
-def _is_outside(root: str, path: str) -> bool:
-    if is_url(path):
-        return not path.startswith(root + "/")
-    return not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/")

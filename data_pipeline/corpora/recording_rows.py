@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Span
+from data_pipeline.corpora.recordings import FileRow, file_of, row_of
 from data_pipeline.corpora.records import Reject, reject_file, sorted_spans
 
 SAID: Final = ("speaker", "language", "text", "split", "image")
 """Fields of `AudioFile` that a row gives beside its labels."""
 MOST_NUMBERS: Final = 5
+
+
+PlainEntry = tuple[int, tuple[Any, ...], tuple[int, int | None, int | None] | None, bool]
+"""Number of a row, its file, start, end and channel of the part that it selects, and whether it has times."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,28 @@ class RecordingRow:
     number: int
     has_times: bool
     """Whether the row itself limits the part."""
+
+    def plain(self) -> PlainEntry:
+        """Returns the row as plain values."""
+        part = None if self.span is None else (self.span.start, self.span.stop, self.span.channel)
+        return self.number, tuple(row_of(self.file)), part, self.has_times
+
+    @staticmethod
+    def from_plain(plain: PlainEntry) -> RecordingRow:
+        """Returns the row of plain values."""
+        number, row, part, has_times = plain
+        file = file_of(FileRow(*row))
+        if part is None:
+            return RecordingRow(file, None, number, has_times)
+        start, stop, channel = part
+        said = (file.speaker, file.text, file.labels)
+        span = Span(start, stop, *said, channel=channel, row=number, image=file.image)
+        return RecordingRow(file, span, number, has_times)
+
+
+def whole_row(plain: PlainEntry) -> FileRow | None:
+    """Returns the recording of a row that is of a whole file; None for a row of a part."""
+    return FileRow(*plain[1]) if plain[2] is None else None
 
 
 def join_rows(rows: Sequence[RecordingRow]) -> tuple[AudioFile, list[Reject]]:

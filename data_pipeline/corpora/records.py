@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from data_pipeline.core.retries import StorageReadError, error_text
-from data_pipeline.core.storage import is_url
+from data_pipeline.core.storage import is_url, stamp_of
 from data_pipeline.core.types import AudioFile, Span
+from data_pipeline.corpora.recordings import Recordings
 
 RecordingId = tuple[str, str]
 """(corpus, file_id), which identifies a recording in a data set."""
@@ -48,13 +49,20 @@ class Reject:
 
 @dataclass
 class Discovered:
-    """The usable recordings of a corpus, sorted by `file_id`, and its unusable inputs."""
+    """The usable recordings of a corpus, which may be more than fit into memory, and its unusable inputs."""
 
-    files: list[AudioFile] = field(default_factory=list)
+    recordings: Recordings = field(default_factory=Recordings)
     rejects: list[Reject] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     """Number of files that are not recordings, by ending (".txt"; "" for none)."""
     warnings: list[str] = field(default_factory=list)
+    licences: dict[str, set[str]] = field(default_factory=dict)
+    """Licences by corpus, from columns `licence` and `license`."""
+
+    @property
+    def files(self) -> list[AudioFile]:
+        """The recordings in memory, sorted by `file_id`; for small corpora."""
+        return sorted(self.recordings.in_place(), key=lambda file: file.file_id)
 
 
 def recording_id(file: AudioFile) -> RecordingId:
@@ -107,12 +115,6 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def remote_stat(info: Mapping[str, Any]) -> tuple[int, str]:
-    """Returns (size, version) from fsspec's information on a file."""
-    stamp = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(key)), "")
-    return int(info.get("size") or 0), str(stamp).strip('"')
-
-
 def stat(path: str) -> tuple[int, str]:
     """Returns (size, modification time or version) of a local file or URL.
 
@@ -123,7 +125,7 @@ def stat(path: str) -> tuple[int, str]:
     """
     if not is_url(path):
         try:
-            info = Path(path).stat()
+            info = os.stat(path)  # noqa: PTH116 (a Path costs more than the call, and corpora have millions of files)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -132,7 +134,7 @@ def stat(path: str) -> tuple[int, str]:
     try:
         fs, remote = fsspec.core.url_to_fs(path)
         fs.invalidate_cache()
-        return remote_stat(fs.info(remote))
+        return stamp_of(fs.info(remote))
     except FileNotFoundError:
         raise
     except Exception as error:  # every protocol of fsspec has its own exceptions

@@ -7,8 +7,9 @@ with a problem and does not affect other rows.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import is_url
 
 ENDINGS: Final = ("tsv", "csv", "jsonl", "json")
+BOM: Final = b"\xef\xbb\xbf"
 csv.field_size_limit(1 << 30)
 
 
@@ -48,14 +50,9 @@ def read_table(path: str, config_field: str) -> Iterator[TableRow]:
     ending = path.rsplit(".", 1)[-1].lower()
     if ending not in ENDINGS:
         raise ConfigError(f"{config_field}={path}: a manifest ends in .tsv, .csv, .jsonl or .json{_tables_in(path)}")
-    try:
-        with fsspec.open(path if is_url(path) else str(Path(path).expanduser()), "rb") as file:
-            content = file.read()
-    except Exception as error:  # every protocol of fsspec has its own exceptions
-        raise ConfigError(f"{config_field}={path}: cannot be read as a manifest ({error})") from None
     first = ""
     usable = False
-    for row in rows_of(content, ending):
+    for row in _rows(_lines(path, config_field), ending):
         usable |= not row.problem
         first = first or (row.problem and f"row {row.number} {row.problem}")
         yield row
@@ -73,10 +70,24 @@ def _tables_in(folder: str) -> str:
 
 def rows_of(content: bytes, kind: str) -> Iterator[TableRow]:
     """Parses the bytes of a table. kind: tsv, csv, jsonl or json; `quoted_tsv` also removes CSV's quotes from cells."""
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return _rows(content.removeprefix(BOM).split(b"\n"), kind)
+
+
+def _lines(path: str, config_field: str) -> Iterator[bytes]:
+    """Yields the lines of a file without their newlines; the file need not fit into memory."""
+    try:
+        with fsspec.open(path if is_url(path) else str(Path(path).expanduser()), "rb") as file:
+            for number, line in enumerate(file):
+                yield (line if number else line.removeprefix(BOM)).removesuffix(b"\n")
+    except Exception as error:  # every protocol of fsspec has its own exceptions
+        raise ConfigError(f"{config_field}={path}: cannot be read as a manifest ({error})") from None
+
+
+def _rows(lines: Iterable[bytes], kind: str) -> Iterator[TableRow]:
     parse = _json_rows if kind in ("jsonl", "json") else _csv_rows if kind == "csv" else _tsv_rows(kind)
+    is_utf8 = kind in ("tsv", "quoted_tsv")  # its lines were decoded strictly
     for number, (values, problem) in enumerate(parse(lines), start=1):
-        if not problem and not _encodable(values):
+        if not problem and not is_utf8 and not _encodable(values):
             problem = "holds characters that cannot be written as UTF-8"
         yield TableRow(number, {} if problem else values, problem)
 
@@ -92,14 +103,14 @@ Parsed = Iterator[tuple[dict[str, Any], str]]
 """(values, problem) of each row."""
 
 
-def _json_rows(lines: Sequence[bytes]) -> Parsed:
+def _json_rows(lines: Iterable[bytes]) -> Parsed:
     for line in each_line(lines):
         row = line.row or {}
         yield {key.strip(): value for key, value in row.items() if value is not None}, line.problem
 
 
-def _tsv_rows(kind: str) -> Callable[[Sequence[bytes]], Parsed]:
-    def parse(lines: Sequence[bytes]) -> Parsed:
+def _tsv_rows(kind: str) -> Callable[[Iterable[bytes]], Parsed]:
+    def parse(lines: Iterable[bytes]) -> Parsed:
         return _with_header(cells(line) for line in lines if line.strip(b"\r"))
 
     def cells(line: bytes) -> list[str] | str:
@@ -112,11 +123,16 @@ def _tsv_rows(kind: str) -> Callable[[Sequence[bytes]], Parsed]:
     return parse
 
 
-def _csv_rows(lines: Sequence[bytes]) -> Parsed:
+def _csv_rows(lines: Iterable[bytes]) -> Parsed:
+    rest = iter(lines)
+    header = next((line for line in rest if line.strip()), b"")
+
     def rows() -> Iterator[list[str] | str]:
         # bytes that are not UTF-8 become surrogates, which `rows_of` refuses row by row
-        texts = (line.decode("utf-8", "surrogateescape").rstrip("\r") + "\n" for line in lines)
-        reader = csv.reader(texts, delimiter=_delimiter(lines), skipinitialspace=True)
+        texts = (
+            line.decode("utf-8", "surrogateescape").rstrip("\r") + "\n" for line in itertools.chain([header], rest)
+        )
+        reader = csv.reader(texts, delimiter=_delimiter(header), skipinitialspace=True)
         while True:
             try:
                 row = next(reader)
@@ -131,9 +147,8 @@ def _csv_rows(lines: Sequence[bytes]) -> Parsed:
     return _with_header(rows())
 
 
-def _delimiter(lines: Sequence[bytes]) -> str:
+def _delimiter(header: bytes) -> str:
     """Returns what divides the cells: some programs write semicolons or tabs, and then no comma in the first line."""
-    header = next((line for line in lines if line.strip()), b"")
     return "," if b"," in header else ";" if b";" in header else "\t" if b"\t" in header else ","
 
 

@@ -166,7 +166,7 @@ class _Reading:
                 split=labels.pop("split", ""),
             )
             if not self.corpus.splits or file.split in self.corpus.splits:
-                self.found.files.append(dataclasses.replace(file, labels=labels))
+                self.found.recordings.append(dataclasses.replace(file, labels=labels))
 
     def _add_cut(self, entry: Entry, member: TarMember, number: int, line: Line) -> None:
         try:
@@ -189,7 +189,7 @@ class _Reading:
                 file, speaker=only.speaker, text=only.text, language=only.language or file.language
             )
             spans = []
-        self.found.files.append(dataclasses.replace(file, seconds=seconds, spans=sorted_spans(spans)))
+        self.found.recordings.append(dataclasses.replace(file, seconds=seconds, spans=sorted_spans(spans)))
 
     def _add_rows(self, entry: Entry, member: TarMember, rows: list[tuple[int, dict[str, Any]]]) -> None:
         file = self._file(entry, member)
@@ -213,7 +213,7 @@ class _Reading:
                 continue
             spans.append(Span(start, start + stop, speaker, text, language=language, row=number))
         if spans or (len(rows) == 1 and not rows[0][1].get("offset")):
-            self.found.files.append(dataclasses.replace(file, spans=sorted_spans(spans)))
+            self.found.recordings.append(dataclasses.replace(file, spans=sorted_spans(spans)))
 
     def _file(self, entry: Entry, member: TarMember) -> AudioFile:
         return AudioFile(

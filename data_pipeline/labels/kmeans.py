@@ -105,7 +105,7 @@ def make_targets(
         labels = LabelMetadata(artefact, _cached(extractor).rate_hz, len(centres))
         labels.write(config.out)
         arguments = {record.shard: (config, record, extractor, centres, labels) for record in records}
-        failed = run_tasks(label_shard, arguments, config.ray, begin("labelling shards", len(records)))
+        failed = run_tasks(label_shard, arguments.items(), config.ray, begin("labelling shards", len(records)))
     if failed:
         raise OSError(f"{len(failed)} of {len(records)} shards could not be labelled: {next(iter(failed.items()))}")
     rounds = [f"_fit/{name}" for name in store.names("_fit", ".safetensors")]
@@ -252,7 +252,7 @@ def _fit(
             advance(part)
 
         arguments = {record.shard: (record, extractor, centres) for record in chosen}
-        failed = run_tasks(_accumulate_named, arguments, config.ray, add)
+        failed = run_tasks(_accumulate_named, arguments.items(), config.ray, add)
         if failed:
             raise OSError(f"{len(failed)} shards could not be read: {next(iter(failed.items()))}")
         ordered = [part for _, part in sorted(parts, key=lambda part: part[0])]
@@ -283,7 +283,7 @@ def _first_centres(
         sampled.update([part])
         advance(part)
 
-    failed = run_tasks(_sample, arguments, config.ray, add)
+    failed = run_tasks(_sample, arguments.items(), config.ray, add)
     if failed:
         raise OSError(f"{len(failed)} shards could not be read: {next(iter(failed.items()))}")
     frames = np.concatenate([sampled[record.shard] for record in records])

@@ -62,7 +62,7 @@ def make_pitch_targets(config: TargetsConfig, begin: Begin = silent) -> PitchSum
             advance(part)
 
         arguments = {record.shard: (config, record, labels) for record in records}
-        failed = run_tasks(label_pitch, arguments, config.ray, add)
+        failed = run_tasks(label_pitch, arguments.items(), config.ray, add)
     if failed:
         raise OSError(f"{len(failed)} of {len(records)} shards could not be labelled: {next(iter(failed.items()))}")
     write_checksums(store, ["labels.json", "targets.json", *(file_name(record.shard) for record in records)])

@@ -109,14 +109,15 @@ def _folder(path: str) -> RecordingSource:
         found = discover(PathCorpus(path=path))
     except ConfigError as error:
         raise ConfigError(str(error).replace("corpus.path=", "files=").replace("corpus.extensions and ", "")) from None
+    files = found.files
 
     def recordings() -> Iterator[Recording | Unusable]:
         for reject in found.rejects:
             yield Unusable(reject.file_id, reject.reason, reject.error)
-        for file in found.files:
+        for file in files:
             yield Recording(file.file_id, lambda where=file.path: _from_file(where))  # type: ignore[misc]
 
-    return RecordingSource(len(found.files) + len(found.rejects), recordings)
+    return RecordingSource(len(files) + len(found.rejects), recordings)
 
 
 def _from_file(path: str) -> Iterator[Wave]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,11 @@ import soxr
 from data_pipeline.audio import codecs
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
+from data_pipeline.corpora.recordings import Recordings, file_of
 from data_pipeline.corpora.records import RecordingId
-from data_pipeline.preprocess.duplicate_search import DedupConfig, Table, equal_hashes, shared_prints
+from data_pipeline.preprocess.duplicate_search import DedupConfig, equal_hashes, shared_prints
 from data_pipeline.preprocess.plan_file import Dropped
+from data_pipeline.preprocess.scans import rank, short_hash
 
 Keys = npt.NDArray[np.uint64]
 Frames = npt.NDArray[np.uint32]
@@ -131,7 +133,7 @@ def scan(files: Sequence[AudioFile], near: bool, out: str) -> str:
         rows.append({**row, "pcm": digest.hexdigest(), "samples": samples, "prints": values, "frames": frames})
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCAN_SCHEMA), buffer, compression="zstd")
-    whole = f"{name}-{_short(buffer.getvalue())}.parquet"
+    whole = f"{name}-{short_hash(buffer.getvalue())}.parquet"
     store.create(f"_scan/{whole}", buffer.getvalue())
     return whole
 
@@ -143,21 +145,11 @@ def scan_name(files: Iterable[AudioFile], near: bool) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def scan_is_altered(name: str, content: bytes) -> bool:
-    """Returns whether the content of a scan does not match the hash in its name."""
-    return _short(content) != name.removesuffix(".parquet").rpartition("-")[2]
-
-
-def _short(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def find_duplicates(
-    out: str, config: DedupConfig, fresh: Sequence[AudioFile], older: set[RecordingId]
-) -> list[Dropped]:
+def find_duplicates(out: str, config: DedupConfig, fresh: Recordings, older: Iterable[RecordingId]) -> list[Dropped]:
     """Finds the duplicates among new recordings. Of each group an older recording or else the first by name is kept.
 
-    Fingerprints and hashes are sorted on disk; only names of recordings and found duplicates are in memory.
+    Names, fingerprints and hashes are sorted on disk; found duplicates, and a few numbers of each recording, are in
+    memory.
 
     Args:
         out: the data set, with the fingerprints of all recordings in `_scan`.
@@ -171,34 +163,33 @@ def find_duplicates(
     Raises:
         OSError: a scan is damaged.
     """
-    new = {(file.corpus, file.file_id): file for file in fresh}
-    ranked = [*sorted(older), *sorted(new.keys() - older)]
-    place = {name: number for number, name in enumerate(ranked)}
     store, found = FileStore(out), dict[int, _Duplicate]()
+    scans = rank(store, fresh, older)
     with store.scratch() as folder:
         if config.exact:
-            hashes = _tables(store, place, new, ["pcm"])
-            for other, one in equal_hashes(hashes, len(ranked), folder):
+            for other, one in equal_hashes(scans.tables(["pcm"]), scans.recordings, folder):
                 found[other] = _Duplicate("exact", one)
         if config.near:
-            prints = _tables(store, place, new, ["prints", "frames"])
-            matches = shared_prints(prints, len(ranked), config, folder)
+            matches = shared_prints(scans.tables(["prints", "frames"]), scans.recordings, config, folder)
             for match in sorted(matches, key=lambda match: (match.one, match.other)):
                 if match.other not in found and match.one not in found:
                     offset = -match.shift * HOP / RATE
                     found[match.other] = _Duplicate("near", match.one, match.share, offset)
-    lengths = _lengths(store, place, new) if found else {}
+    names = scans.names({*found, *(duplicate.kept for duplicate in found.values())})
+    lengths = scans.lengths(found.keys())
+    wanted = {names[number] for number in found}
+    files = {key: file_of(row) for row in fresh if (key := (row.corpus, row.file_id)) in wanted}
     return [
         Dropped(
-            file=new[ranked[number]],
+            file=files[names[number]],
             reason=duplicate.reason,
-            same_as="/".join(ranked[duplicate.kept]),
+            same_as="/".join(names[duplicate.kept]),
             share=duplicate.share,
             offset_seconds=duplicate.offset_seconds,
             samples=lengths.get(number, 0),
         )
         for number, duplicate in sorted(found.items())
-        if ranked[number] in new
+        if names[number] in files
     ]
 
 
@@ -209,39 +200,3 @@ class _Duplicate:
     """Number of the recording that is kept."""
     share: float = 1.0
     offset_seconds: float = 0.0
-
-
-def _lengths(
-    store: FileStore, place: Mapping[RecordingId, int], new: Mapping[RecordingId, AudioFile]
-) -> dict[int, int]:
-    """Returns the length in samples of each recording; scans of earlier versions lack it."""
-    lengths: dict[int, int] = {}
-    for owners, (column,) in _tables(store, place, new, ["samples"]):
-        lengths |= zip(owners.tolist(), column.fill_null(0).to_pylist(), strict=True)
-    return lengths
-
-
-def _tables(
-    store: FileStore, place: Mapping[RecordingId, int], new: Mapping[RecordingId, AudioFile], columns: list[str]
-) -> Iterator[Table]:
-    """Yields the owners of the rows of each scan and some columns; each owner once."""
-    seen = np.zeros(len(place), bool)
-    for name in store.names("_scan", ".parquet"):
-        content = store.read(f"_scan/{name}")
-        if scan_is_altered(name, content):
-            raise OSError(f"{store.root}/_scan/{name}: checksum mismatch; remove it and run the same command again")
-        table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
-        rows, owners = [], []
-        stamps = zip(*(table[key].to_pylist() for key in ("corpus", "file_id", "size", "mtime")), strict=True)
-        for row, (corpus, file_id, size, mtime) in enumerate(stamps):
-            owner, file = place.get((corpus, file_id)), new.get((corpus, file_id))
-            # scans of earlier jobs may contain recordings that are in no unit or have changed
-            if owner is None or seen[owner] or (file and (file.size, file.mtime) != (size, mtime)):
-                continue
-            seen[owner] = True
-            rows.append(row)
-            owners.append(owner)
-        kept: Any = table.take(rows)
-        empty = pa.nulls(len(rows), pa.int64())
-        found = [kept[name].combine_chunks() if name in kept.column_names else empty for name in columns]
-        yield np.array(owners, np.uint32), found

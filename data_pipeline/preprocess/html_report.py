@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from PIL import Image
 
 from data_pipeline.audio.codecs import encode, to_int16
@@ -21,9 +20,9 @@ from data_pipeline.core.text import html_text
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.corpora.records import Reject
 from data_pipeline.preprocess.ledger import Ledger
-from data_pipeline.shards.records import INDEX_SCHEMA, DoneRecord, read_index
+from data_pipeline.shards.records import DoneRecord, read_index
+from data_pipeline.shards.statistics import SegmentAmount, SegmentStatistics, statistics_of
 
-COLUMNS = ["n_samples", "snr_db", "level_dbfs", "speaker", "corpus", "language"]
 GALLERY = 8
 LONGEST = 12
 """Speakers in the table."""
@@ -72,21 +71,18 @@ class Page:
 def build_report(page: Page) -> str:
     """Returns the report as self-contained HTML."""
     records = [record for _, found in page.sets for record in found]
-    table = pa.concat_tables(
-        [_columns(root, record) for root, found in page.sets for record in found if record.shard] or [_no_rows()]
-    )
-    hours = table["n_samples"].to_numpy() / SAMPLE_RATE / 3600
+    found = statistics_of(page.sets)
     quarantine, title = page.ledger.quarantine, html_text(page.title)
     body = [
         f"<h1>{title}</h1><p>report of preprocessing</p>",
-        _cards(table, hours, records, page.ledger),
-        "<h2>Corpora</h2>" + _corpora(table, hours),
+        _cards(found, records, page.ledger),
+        "<h2>Corpora</h2>" + _corpora(found),
         "<h2>Hours in and out</h2>" + FLOW_LEGEND + _flow(page.ledger),
         "<h2>Segments</h2><p>Height: number of segments. The line marks the median.</p><div class=charts>",
-        _histogram("duration", "s", table["n_samples"].to_numpy() / SAMPLE_RATE),
-        _histogram("signal-to-noise ratio (estimate)", "dB", table["snr_db"].to_numpy(zero_copy_only=False)),
-        _histogram("level", "dB of full scale", table["level_dbfs"].to_numpy(zero_copy_only=False)),
-        "</div><h2>Speakers</h2>" + _speakers(table, hours),
+        _histogram("duration", "s", found.values("n_samples") / SAMPLE_RATE),
+        _histogram("signal-to-noise ratio (estimate)", "dB", found.values("snr_db")),
+        _histogram("level", "dB of full scale", found.values("level_dbfs")),
+        "</div><h2>Speakers</h2>" + _speakers(found),
         f"<h2>Examples</h2><p>{GALLERY_LEGEND}</p><div class=charts>" + "".join(_gallery(page.sets)) + "</div>",
         _duplicates(page.duplicates),
         f"<h2>Rejected files ({len(quarantine):,})</h2>" + _quarantine(quarantine),
@@ -98,67 +94,47 @@ def build_report(page: Page) -> str:
     )
 
 
-def _columns(root: str, record: DoneRecord) -> Any:
-    return read_index(root, record).select(COLUMNS)
+def _hours(amount: SegmentAmount) -> float:
+    return amount.samples / SAMPLE_RATE / 3600
 
 
-def _no_rows() -> Any:
-    return INDEX_SCHEMA.empty_table().select(COLUMNS)
+def _all(found: SegmentStatistics) -> SegmentAmount:
+    return found.total().get((), SegmentAmount())
 
 
-def _cards(table: Any, hours: npt.NDArray[np.float64], records: Sequence[DoneRecord], ledger: Ledger) -> str:
+def _unnamed(found: SegmentStatistics) -> SegmentAmount:
+    """Returns the segments whose corpus names no speaker."""
+    return found.total("name").get(("",), SegmentAmount())
+
+
+def _cards(found: SegmentStatistics, records: Sequence[DoneRecord], ledger: Ledger) -> str:
     recordings, read = ledger.total("in")
-    known, unknown = _by_speaker(table, hours)
+    unnamed = _unnamed(found)
     facts = [
         (f"{read / SAMPLE_RATE / 3600:,.2f} h", "in"),
-        (f"{hours.sum():,.2f} h", "out"),
-        (f"{table.num_rows:,}", "segments"),
+        (f"{_hours(_all(found)):,.2f} h", "out"),
+        (f"{_all(found).segments:,}", "segments"),
         (f"{recordings:,}", "recordings"),
-        (f"{len(known):,}", "speakers"),
-        *([(f"{unknown.hours:,.2f} h", "of unknown speakers")] if unknown.segments else []),
+        (f"{found.named().get((), 0):,}", "speakers"),
+        *([(f"{_hours(unnamed):,.2f} h", "of unknown speakers")] if unnamed.segments else []),
         (f"{sum(1 for record in records if record.shard):,}", "shards"),
     ]
     return "<div class=cards>" + "".join(f"<div class=card><b>{b}</b>{t}</div>" for b, t in facts) + "</div>"
 
 
-@dataclass
-class _Amount:
-    """Segments and hours of one speaker or corpus."""
-
-    segments: int = 0
-    hours: float = 0.0
-
-    def add(self, hours: float) -> None:
-        """Adds a segment."""
-        self.segments += 1
-        self.hours += hours
-
-
-def _by_speaker(table: Any, hours: npt.NDArray[np.float64]) -> tuple[dict[tuple[str, str], _Amount], _Amount]:
-    """Returns the amounts by (corpus, speaker), and that of segments whose corpus names no speaker."""
-    known: dict[tuple[str, str], _Amount] = {}
-    unknown = _Amount()
-    columns = (table["corpus"].to_pylist(), table["speaker"].to_pylist(), hours.tolist())
-    for corpus, speaker, length in zip(*columns, strict=True):
-        (known.setdefault((corpus, speaker), _Amount()) if speaker else unknown).add(length)
-    return known, unknown
-
-
-def _corpora(table: Any, hours: npt.NDArray[np.float64]) -> str:
-    amounts: dict[tuple[str, str], _Amount] = {}
-    speakers: dict[tuple[str, str], set[str]] = {}
-    columns = (table[name].to_pylist() for name in ("corpus", "language", "speaker"))
-    for corpus, language, speaker, length in zip(*columns, hours.tolist(), strict=True):
-        amounts.setdefault((corpus, language), _Amount()).add(length)
-        speakers.setdefault((corpus, language), set()).add(speaker)
-    total = max(float(hours.sum()), 1e-12)
+def _corpora(found: SegmentStatistics) -> str:
+    everything, speakers = _all(found), found.named("corpus", "language")
+    total = max(_hours(everything), 1e-12)
     rows = [
-        (corpus, language or "–", f"{len(speakers[corpus, language] - {''}):,}", f"{amount.segments:,}",
-         f"{amount.hours:,.3f}", f"{amount.hours / total:.1%}")
-        for (corpus, language), amount in sorted(amounts.items(), key=lambda item: -item[1].hours)
+        (corpus, language or "–", f"{speakers[corpus, language]:,}", f"{amount.segments:,}",
+         f"{_hours(amount):,.3f}", f"{_hours(amount) / total:.1%}")
+        for (corpus, language), amount in sorted(
+            found.total("corpus", "language").items(), key=lambda item: -item[1].samples
+        )
     ]  # fmt: skip
-    known, _ = _by_speaker(table, hours)
-    rows.append(("all", "", f"{len(known):,}", f"{table.num_rows:,}", f"{hours.sum():,.3f}", "100.0%"))
+    rows.append(
+        ("all", "", f"{found.named().get((), 0):,}", f"{everything.segments:,}", f"{_hours(everything):,.3f}", "100.0%")
+    )
     head = ("corpus", "language", "speakers", "segments", "hours", "share")
     return _table(head, rows, numbers=(2, 3, 4, 5), bold=-1)
 
@@ -214,19 +190,21 @@ def _histogram(title: str, unit: str, values: npt.NDArray[Any]) -> str:
     )
 
 
-def _speakers(table: Any, hours: npt.NDArray[np.float64]) -> str:
-    known, unknown = _by_speaker(table, hours)
-    longest = sorted(known.items(), key=lambda item: -item[1].hours)[:LONGEST]
-    rows = [(corpus, speaker, f"{amount.segments:,}", f"{amount.hours:,.3f}") for (corpus, speaker), amount in longest]
-    rest = list(known.values())
-    if len(rest) > len(longest):
-        segments = sum(amount.segments for amount in rest) - sum(amount.segments for _, amount in longest)
-        left = sum(amount.hours for amount in rest) - sum(amount.hours for _, amount in longest)
-        rows.append(("", f"{len(rest) - len(longest):,} other speakers", f"{segments:,}", f"{left:,.3f}"))
-    if unknown.segments:
-        rows.append(("", "no speaker named", f"{unknown.segments:,}", f"{unknown.hours:,.3f}"))
-    rows.append(("all", "", f"{table.num_rows:,}", f"{hours.sum():,.3f}"))
-    more = f"<p>{len(known):,} speakers; the {len(longest)} with the most hours</p>" if known else ""
+def _speakers(found: SegmentStatistics) -> str:
+    named = [(key, amount) for key, amount in found.total("corpus", "name").items() if key[1]]
+    ordered = sorted(named, key=lambda item: -item[1].samples)
+    shown, others = ordered[:LONGEST], SegmentAmount()
+    rows = [(*key, f"{amount.segments:,}", f"{_hours(amount):,.3f}") for key, amount in shown]
+    for _, amount in ordered[LONGEST:]:
+        others.add(amount)
+    for text, amount in (
+        (f"{len(named) - len(shown):,} other speakers", others),
+        ("no speaker named", _unnamed(found)),
+    ):
+        if amount.segments:
+            rows.append(("", text, f"{amount.segments:,}", f"{_hours(amount):,.3f}"))
+    rows.append(("all", "", f"{_all(found).segments:,}", f"{_hours(_all(found)):,.3f}"))
+    more = f"<p>{len(named):,} speakers; the {len(shown)} with the most hours</p>" if named else ""
     return more + _table(("corpus", "speaker", "segments", "hours"), rows, numbers=(2, 3), bold=-1)
 
 

@@ -5,27 +5,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from data_pipeline.audio import vad
 from data_pipeline.core import jsonl
 from data_pipeline.core.integrity import REPORT, sealed, write_checksums
+from data_pipeline.core.packed_files import read_folder, write_pack
 from data_pipeline.core.ray_tasks import cluster, run_tasks
 from data_pipeline.core.retries import StorageReadError
 from data_pipeline.core.storage import FileStore
-from data_pipeline.core.types import SAMPLE_RATE, AudioFile
+from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.corpora.discovery import corpus_fingerprint, discover
-from data_pipeline.corpora.records import Discovered, RecordingId, Reject, recording_id, reject_from_json
+from data_pipeline.corpora.recordings import Recordings, file_of
+from data_pipeline.corpora.records import Discovered, RecordingId, Reject, reject_from_json
 from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.fingerprints import find_duplicates, scan
 from data_pipeline.preprocess.html_report import Page, build_report
 from data_pipeline.preprocess.ledger import NOT_LEFT_OUT, Ledger, as_rows, balance
-from data_pipeline.preprocess.plan_file import Dropped, WorkUnit
+from data_pipeline.preprocess.plan_file import Dropped, PlannedUnit
 from data_pipeline.preprocess.progress import live_progress
 from data_pipeline.preprocess.summary import JobForecast, Summary
-from data_pipeline.preprocess.unit_worker import UnitResult, process_unit, rejects_jsonl
+from data_pipeline.preprocess.unit_worker import UnitResult, process_planned, rejects_jsonl
 from data_pipeline.preprocess.work_plan import (
     BYTES_PER_SECOND,
     FindDuplicates,
@@ -37,6 +40,7 @@ from data_pipeline.preprocess.work_plan import (
 )
 from data_pipeline.shards.licences import record_licences
 from data_pipeline.shards.records import DoneRecord, finished_units, rejects_name
+from data_pipeline.shards.statistics import write_columns
 
 SCANNED = 200
 """Number of recordings that one task of the duplicate search reads."""
@@ -53,17 +57,17 @@ def plan_units(config: PreprocessConfig) -> JobForecast:
         ConfigError: see `preprocess`.
     """
     store = FileStore(config.out)
-    found = discover(config.corpus)
+    found = discover(config.corpus, store.temporary_place())
     records = intact_records(config)
-    failures = _failures(config, read_plan(store)[0], records)
-    plan = freeze_plan(store, found.files, config, failures=failures, dry=True)
+    failures = _failures(config, records)
+    plan = freeze_plan(store, found.recordings, config, failures=failures, dry=True)
     done = {record.unit for record in records} - plan.again
-    todo = WorkPlan([unit for unit in plan.units if unit.name not in done])
-    seconds = todo.expected_seconds()
+    todo = [unit for unit in plan.units if unit.name not in done]
+    seconds = sum(unit.seconds for unit in todo)
     return JobForecast(
         units=len(plan.units),
-        units_done=len(plan.units) - len(todo.units),
-        files=sum(len(unit.files) for unit in todo.units),
+        units_done=len(plan.units) - len(todo),
+        files=sum(unit.files for unit in todo),
         hours=seconds / 3600,
         megabytes=seconds * BYTES_PER_SECOND[config.codec] / 1e6,
         free_megabytes=store.free_bytes() / 1e6 if store.local else None,
@@ -98,14 +102,14 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
     store = FileStore(config.out)
     for root in {config.out, *set_roots(config)}:
         FileStore(root).sweep()
-    found = discover(config.corpus)
+    found = discover(config.corpus, store.temporary_place())
     failed: dict[str, str] = {}
     records = intact_records(config, repair=True)
-    failures = _failures(config, read_plan(store)[0], records)
+    failures = _failures(config, records)
     with contextlib.ExitStack() as stack:
         wanted = config.dedup.exact or config.dedup.near
         finder = _duplicates_finder(config, stack, progress, set(failures)) if wanted else None
-        plan = freeze_plan(store, found.files, config, failures=failures, find_duplicates=finder)
+        plan = freeze_plan(store, found.recordings, config, failures=failures, find_duplicates=finder)
         _store_rejects(store, config, found)
         for unit in (unit for unit in plan.units if unit.name in plan.again):
             FileStore(set_root(config, unit)).remove(f"_done/{unit.name}.json")
@@ -128,42 +132,38 @@ def intact_records(config: PreprocessConfig, repair: bool = False) -> list[DoneR
     """
     good = []
     for store in map(FileStore, set_roots(config)):
+        tars = store.stamps("", ".tar")
         for record in finished_units(store.root):
-            try:
-                whole = not record.shard or store.size(record.shard) == record.bytes
-            except FileNotFoundError:
-                whole = False
-            if whole:
+            if not record.shard or tars.get(record.shard, (None, ""))[0] == record.bytes:
                 good.append(record)
             elif repair:
                 store.remove(f"_done/{record.unit}.json")
     return good
 
 
-def _failures(config: PreprocessConfig, plan: WorkPlan, records: Sequence[DoneRecord]) -> dict[RecordingId, Reject]:
+def _failures(config: PreprocessConfig, records: Sequence[DoneRecord]) -> dict[RecordingId, Reject]:
     """Returns the rejects of recordings that the last unit with them could not read."""
     broken = [record for record in records if any(reason.startswith("decode/") for reason in record.rejects)]
-    rows = _unit_rejects(config, broken)
-    return {
-        reject.recording_id: reject
-        for unit, reject in rows
-        if reject.stage == "decode" and plan.newest.get(reject.recording_id, unit) == unit
-    }
+    rows = [(unit, reject) for unit, reject in _unit_rejects(config, broken) if reject.stage == "decode"]
+    if not rows:
+        return {}
+    newest = read_plan(FileStore(config.out)).newest({reject.recording_id for _, reject in rows})
+    return {reject.recording_id: reject for unit, reject in rows if newest.get(reject.recording_id, unit) == unit}
 
 
 def _unit_rejects(config: PreprocessConfig, records: Sequence[DoneRecord]) -> Iterator[tuple[str, Reject]]:
     """Yields (unit, reject) of finished units."""
     finished = {record.unit for record in records if record.rejects_sha256}
     for store in map(FileStore, set_roots(config)):
-        for name in store.names("_rejects", ".jsonl"):
+        for name, content in read_folder(store, "_rejects", ".jsonl") if finished else ():
             unit = name.removesuffix(".jsonl")
             if unit in finished:
-                yield from ((unit, reject) for reject in _read_rejects(store, name))
+                yield from ((unit, reject) for reject in _parsed_rejects(store, name, content))
 
 
-def _read_rejects(store: FileStore, name: str) -> list[Reject]:
-    """Reads a rejects file. Raises ValueError if a line is damaged."""
-    found = jsonl.parse(store.read(f"_rejects/{name}"))
+def _parsed_rejects(store: FileStore, name: str, content: bytes) -> list[Reject]:
+    """Parses a rejects file. Raises ValueError if a line is damaged."""
+    found = jsonl.parse(content)
     try:
         if found.bad_lines:
             raise ValueError(f"line {found.bad_lines[0]} is not JSON")
@@ -180,28 +180,37 @@ def _duplicates_finder(
 ) -> FindDuplicates:
     """Returns the function that finds duplicates among new recordings, which it reads on Ray."""
 
-    def find(fresh: Sequence[AudioFile], plan: WorkPlan) -> Sequence[Dropped]:
-        older = {recording_id(file) for unit in plan.units for file in unit.files} - retried
-        parts = {str(start): fresh[start : start + SCANNED] for start in range(0, len(fresh), SCANNED)}
+    def find(fresh: Recordings, plan: WorkPlan) -> Sequence[Dropped]:
         stack.enter_context(cluster(config.ray, show))
-        arguments = {name: (part, config.dedup.near, config.out) for name, part in parts.items()}
+        rows = iter(fresh)
+        parts = iter(lambda: [file_of(row) for row in itertools.islice(rows, SCANNED)], [])
+        arguments = ((f"{part[0].file_id} …", (part, config.dedup.near, config.out)) for part in parts)
         failed = run_tasks(scan, arguments, config.ray, lambda _: None)
         if failed:
             raise OSError(f"the search for duplicates did not finish: {next(iter(failed.values()))}")
-        return find_duplicates(config.out, config.dedup, fresh, older)
+        return find_duplicates(config.out, config.dedup, fresh, _older(plan, retried))
 
     return find
 
 
+def _older(plan: WorkPlan, retried: set[RecordingId]) -> Iterator[RecordingId]:
+    """Yields the recordings in units of a plan, except those that are retried; those of several units repeatedly."""
+    for table in plan.tables:
+        for batch in table.batches(["corpus", "file_id", "unit"]):
+            for corpus, file_id, unit in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                if unit and (corpus, file_id) not in retried:
+                    yield corpus, file_id
+
+
 def _run_units(
-    todo: Sequence[WorkUnit], config: PreprocessConfig, advance: Callable[[UnitResult], None]
+    todo: Sequence[PlannedUnit], config: PreprocessConfig, advance: Callable[[UnitResult], None]
 ) -> dict[str, str]:
     """Processes units; returns the reasons of failed ones. Raises OSError if a worker cannot write."""
     import ray
 
     shared = ray.put(config)
     try:
-        failed = run_tasks(process_unit, {unit.name: (unit, shared) for unit in todo}, config.ray, advance)
+        failed = run_tasks(process_planned, ((unit.name, (unit, shared)) for unit in todo), config.ray, advance)
     except StorageReadError:
         raise
     except OSError as error:
@@ -212,7 +221,7 @@ def _run_units(
             f"out={config.out}: cannot be written ({error}); finished shards are kept, and the same command "
             f"continues {remedy}",
         ) from None
-    first_files = {unit.name: unit.files[0].file_id for unit in todo}
+    first_files = {unit.name: unit.first_id for unit in todo}
     return {name: f"{why}; its files begin with {first_files[name]}" for name, why in failed.items()}
 
 
@@ -236,9 +245,16 @@ def _finish(
 ) -> Summary:
     """Summarises the data set, and writes its lists and report."""
     store = FileStore(config.out)
-    records = [record for root in set_roots(config) for record in finished_units(root)]
+    for part in map(FileStore, set_roots(config)):
+        write_pack(part, "_done", ".json")
+        write_pack(part, "_rejects", ".jsonl")
+    sets = [(root, finished_units(root)) for root in set_roots(config)]
+    for place, finished in sets:
+        write_columns(place, finished)
+    records = [record for _, found_there in sets for record in found_there]
     listed = [name for name in store.names("_rejects", ".jsonl") if name.startswith("discover-")]
-    discovered = [reject for name in listed for reject in _read_rejects(store, name)]
+    contents = [(name, store.read(f"_rejects/{name}")) for name in listed]
+    discovered = [reject for name, content in contents for reject in _parsed_rejects(store, name, content)]
     ledger = balance(plan, records, _unit_rejects(config, records), discovered)
     quarantine = ledger.quarantine
     quarantine += [
@@ -247,12 +263,12 @@ def _finish(
     ]
     store.replace(QUARANTINE, rejects_jsonl(quarantine))
     sums = [QUARANTINE, *(f"_rejects/{name}" for name in listed)]
-    if plan.dropped:
-        rows = as_rows(plan.dropped)
-        store.replace(DUPLICATES, b"".join(json.dumps(row, sort_keys=True).encode() + b"\n" for row in rows))
+    duplicates = as_rows(plan.dropped())
+    if duplicates:
+        store.replace(DUPLICATES, b"".join(json.dumps(row, sort_keys=True).encode() + b"\n" for row in duplicates))
         sums.append(DUPLICATES)
     write_checksums(store, sums)
-    if licences := _licences(found.files, config.corpus.licence):
+    if licences := {corpus: ", ".join(sorted(names)) for corpus, names in found.licences.items()}:
         for root in {record.root for record in records}:
             record_licences(root, licences)
     new = [record for record in records if record.unit not in before]
@@ -261,7 +277,7 @@ def _finish(
         failed_units=failed,
         units_done=len(new),
         units_before=len(before),
-        changed_files=len(plan.changed_files),
+        changed_files=plan.changed_files,
         relabelled=plan.relabelled,
         seconds=seconds,
         skipped=dict(found.skipped),
@@ -270,23 +286,13 @@ def _finish(
     if config.report:
         page = Page(
             title=config.out,
-            sets=[(root, finished_units(root)) for root in set_roots(config)],
+            sets=sets,
             ledger=ledger,
-            duplicates=as_rows(plan.dropped),
+            duplicates=duplicates,
             facts=summary.rows(),
         )
         store.replace(REPORT, sealed(build_report(page)))
     return summary
-
-
-def _licences(files: Iterable[AudioFile], default: str) -> dict[str, str]:
-    """Returns the licences of each corpus, joined by commas: those of a column `licence`, or else `default`."""
-    found: dict[str, set[str]] = {}
-    for file in files:
-        for labels in [span.labels for span in file.spans] or [file.labels]:
-            if name := labels.get("licence") or labels.get("license") or default:
-                found.setdefault(file.corpus, set()).add(name)
-    return {corpus: ", ".join(sorted(names)) for corpus, names in found.items()}
 
 
 def _summary(

@@ -57,16 +57,17 @@ def balance(
             ledger._add((key[0], key[1], key[2], key[3]), count, samples)
         ledger.imbalances += _imbalances_of(record)
     finished = {record.unit for record in records} | {""}
-    for unit, reject in rejects:
-        if not reject.recording and reject.stage != "decode":
-            continue
-        newest = plan.newest.get(reject.recording_id, unit)
-        if newest != unit and newest in finished:
+    listed = [(unit, reject) for unit, reject in rejects if reject.recording or reject.stage == "decode"]
+    found = list(found)
+    newest = plan.newest({reject.recording_id for reject in [*found, *(reject for _, reject in listed)]})
+    for unit, reject in listed:
+        last = newest.get(reject.recording_id, unit)
+        if last != unit and last in finished:
             _take_back(ledger, reject)
         else:
             ledger.quarantine.append(reject)
-    planned = {key for key, unit in plan.newest.items() if unit in finished}
-    for drop in plan.dropped:
+    expected = plan.planned(finished)
+    for drop in plan.dropped():
         _add_listed(ledger, reject_file(drop.file, "dedup", drop.reason, samples=drop.samples))
     seen: set[tuple[RecordingId, str, int]] = set()
     for reject in found:
@@ -75,13 +76,14 @@ def balance(
             continue
         seen.add(row)
         ledger.quarantine.append(reject)
-        if reject.recording and reject.recording_id not in plan.newest and reject.recording_id not in planned:
-            planned.add(reject.recording_id)
+        if reject.recording and reject.recording_id not in newest:
+            newest[reject.recording_id] = ""
+            expected[reject.corpus] += 1
             _add_listed(ledger, reject)
         else:
             ledger._add((reject.corpus, reject.language, "discover", reject.reason), 1, 0)
     if all(_has_outcomes(record) for record in records):
-        ledger.imbalances += _imbalances_of_all(ledger, planned, plan.dropped)
+        ledger.imbalances += _imbalances_of_all(ledger, expected)
     ledger.quarantine.sort(key=lambda reject: (reject.stage != "discover", reject.corpus, reject.file_id, reject.row))
     return ledger
 
@@ -127,8 +129,8 @@ def _imbalances_of(record: DoneRecord) -> list[str]:
     return found
 
 
-def _imbalances_of_all(ledger: Ledger, planned: set[RecordingId], dropped: Iterable[Dropped]) -> list[str]:
-    expected = Counter(corpus for corpus, _ in planned | {recording_id(drop.file) for drop in dropped})
+def _imbalances_of_all(ledger: Ledger, expected: Counter[str]) -> list[str]:
+    """Compares the recordings by corpus that a ledger counts with those that are planned or listed."""
     came = Counter(dict.fromkeys(expected, 0))
     listed: Counter[str] = Counter()
     for (corpus, _, stage, reason), count in ledger.counts.items():

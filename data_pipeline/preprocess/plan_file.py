@@ -1,23 +1,27 @@
-"""Tables of planned recordings on disk: `_plan/<sha256>.parquet`, one per generation of a plan."""
+"""Tables of planned recordings on disk: `_plan/<sha256>.parquet`, one per generation of a plan.
+
+A table is written and read in parts, since it may have more rows than fit into memory. The rows of a unit are
+neighbours.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.core.types import AudioFile, Span
+from data_pipeline.core.atomic_files import sha256_of
+from data_pipeline.core.storage import FileStore
+from data_pipeline.core.types import AudioFile
+from data_pipeline.corpora.recordings import FileRow, file_of, row_of
 
 SPLITS: Final = ("train", "valid", "test")
-TEXTS: Final = ("file_id", "corpus", "speaker", "language", "text", "split")
 PLAN_SCHEMA: Final = pa.schema(
     [
         ("unit", pa.string()),
@@ -25,7 +29,7 @@ PLAN_SCHEMA: Final = pa.schema(
         ("dropped", pa.string()),
         ("same_as", pa.string()),
         ("path", pa.binary()),
-        *((name, pa.string()) for name in (*TEXTS, "labels")),
+        *((name, pa.string()) for name in FileRow._fields[1:8]),
         ("seconds", pa.float64()),
         ("size", pa.int64()),
         ("mtime", pa.string()),
@@ -37,6 +41,14 @@ PLAN_SCHEMA: Final = pa.schema(
     ]
 )
 """Columns; dropped, same_as, share, offset and samples are set for duplicates. Earlier versions lack the last four."""
+ROW_GROUP: Final = 32_768
+"""Rows that are written and read at a time."""
+SECONDS_PER_BYTE: Final = {
+    **dict.fromkeys(("wav", "aif", "aiff", "caf", "au", "sph", "w64", "rf64"), 1 / 32_000),
+    "flac": 1 / 18_000,
+    **dict.fromkeys(("mp3", "m4a", "aac", "wma"), 1 / 8_000),
+    **dict.fromkeys(("opus", "ogg", "webm", "amr"), 1 / 4_000),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,24 @@ class WorkUnit:
     files: tuple[AudioFile, ...]
     split: str = ""
     """Folder of the shard below `out`: train, valid, test, or "" for `out` itself."""
+
+
+@dataclass(frozen=True)
+class PlannedUnit:
+    """A unit without its recordings, which are rows of a table."""
+
+    name: str
+    split: str
+    table: str
+    """Name of the table; "" in a dry run, which writes none."""
+    first: int
+    """Number of its first row."""
+    files: int
+    """Number of recordings, one per row."""
+    seconds: float
+    """Expected duration of all its recordings."""
+    first_id: str
+    """`file_id` of its first recording."""
 
 
 @dataclass(frozen=True)
@@ -66,89 +96,170 @@ class Dropped:
     """Its length at the output rate; 0 if it is unknown."""
 
 
-def write_unit_table(units: Iterable[WorkUnit], dropped: Iterable[Dropped]) -> bytes:
-    """Returns the Parquet bytes of one generation."""
-    rows = [{**_row(file), "unit": unit.name, "folder": unit.split} for unit in units for file in unit.files]
-    rows += [
-        {
-            **_row(drop.file),
-            "dropped": drop.reason,
-            "same_as": drop.same_as,
-            "share": drop.share,
-            "offset": drop.offset_seconds,
-            "samples": drop.samples,
-        }
-        for drop in dropped
-    ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA), buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def read_unit_table(content: bytes) -> tuple[list[WorkUnit], list[Dropped]]:
-    """Reads one generation. Raises ValueError if it is damaged or contains a name that is not plain."""
-    units: dict[tuple[str, str], list[AudioFile]] = {}
-    dropped = []
-    for row in pq.ParquetFile(io.BytesIO(content)).read(use_threads=False).to_pylist():
-        file = _file(row)
-        if row["dropped"]:
-            more = {"share": row.get("share"), "offset_seconds": row.get("offset"), "samples": row.get("samples")}
-            known = {name: value for name, value in more.items() if value is not None}
-            dropped.append(Dropped(file, row["dropped"], row["same_as"], **known))
-        else:
-            units.setdefault((row["unit"], row["folder"]), []).append(file)
-    for name, folder in units:
-        if not re.fullmatch(r"[0-9a-f]{16}", name) or folder not in ("", *SPLITS):
-            raise ValueError(f"unit {name!r} of folder {folder!r}: not a name that a plan gives")
-    return [WorkUnit(name, tuple(files), folder) for (name, folder), files in units.items()], dropped
-
-
-def spans_json(file: AudioFile) -> str:
-    """Returns the spans of a recording as JSON, "" without any; fields with their default value are omitted."""
-    return json.dumps([_span_values(span) for span in file.spans], sort_keys=True) if file.spans else ""
-
-
-def _span_values(span: Span) -> dict[str, Any]:
-    # the first five fields are always written, since names of units depend on them
-    always = ("start", "stop", "speaker", "text", "labels")
-    values = dataclasses.asdict(span)
-    return {
-        field.name: values[field.name]
-        for field in dataclasses.fields(span)
-        if field.name in always or values[field.name] != field.default
-    }
-
-
-def _row(file: AudioFile) -> dict[str, Any]:
-    return {
-        "unit": "",
-        "folder": "",
-        "dropped": "",
-        "same_as": "",
-        "path": os.fsencode(file.path),
-        "file_id": file.file_id,
-        "corpus": file.corpus,
-        "speaker": file.speaker,
-        "language": file.language,
-        "text": file.text,
-        "split": file.split,
-        "labels": json.dumps(dict(file.labels), sort_keys=True),
-        "seconds": file.seconds,
-        "size": file.size,
-        "mtime": file.mtime,
-        "spans": spans_json(file),
-        "image": os.fsencode(file.image),
-    }
-
-
-def _file(row: Mapping[str, Any]) -> AudioFile:
-    return AudioFile(
-        path=os.fsdecode(row["path"]),
-        **{name: row[name] for name in TEXTS},
-        labels=json.loads(row["labels"]),
-        seconds=row["seconds"],
-        size=row["size"],
-        mtime=row["mtime"],
-        spans=tuple(Span(**span) for span in json.loads(row.get("spans") or "[]")),
-        image=os.fsdecode(row.get("image") or b""),
+def expected_seconds(path: bytes, seconds: float, size: int) -> float:
+    """Returns the approximate duration of a recording in seconds, from the corpus or else from its size in bytes."""
+    return seconds or size * SECONDS_PER_BYTE.get(
+        path.rpartition(b".")[2].decode("utf-8", "replace").lower(), 1 / 16_000
     )
+
+
+class TableWriter:
+    """Writes one generation to a local file.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer = pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd")
+        self._rows: list[tuple[Any, ...]] = []
+
+    def add_unit(self, name: str, split: str, rows: Iterable[FileRow]) -> None:
+        """Adds the recordings of a unit."""
+        self._rows += [(name, split, "", "", *row[:-1], None, None, None, row[-1]) for row in rows]
+        while len(self._rows) >= ROW_GROUP:
+            self._write()
+
+    def add_dropped(self, drop: Dropped) -> None:
+        """Adds a duplicate, after all units."""
+        row = row_of(drop.file)
+        more = (drop.share, drop.offset_seconds, drop.samples)
+        self._rows.append(("", "", drop.reason, drop.same_as, *row[:-1], *more, row[-1]))
+        if len(self._rows) >= ROW_GROUP:
+            self._write()
+
+    def close(self) -> str:
+        """Completes the file and returns its sha256."""
+        if self._rows:
+            self._write()
+        self._writer.close()
+        return sha256_of(self.path)
+
+    def _write(self) -> None:
+        now, self._rows = self._rows[:ROW_GROUP], self._rows[ROW_GROUP:]
+        columns = [
+            pa.array(column, kind.type) for column, kind in zip(zip(*now, strict=True), PLAN_SCHEMA, strict=True)
+        ]
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=PLAN_SCHEMA))
+
+
+class PlanTable:
+    """One generation on disk.
+
+    Args:
+        store: the data set.
+        name: name of the table in `_plan`, without its ending.
+    """
+
+    def __init__(self, store: FileStore, name: str) -> None:
+        self.store, self.name = store, name
+
+    def __str__(self) -> str:
+        return f"{self.store.root}/_plan/{self.name}.parquet"
+
+    def sha256(self) -> str:
+        """Returns the sha256 of the table."""
+        with self.store.open(f"_plan/{self.name}.parquet") as file:
+            return sha256_of(file)
+
+    def batches(self, columns: Sequence[str], first: int = 0, count: int | None = None) -> Iterator[pa.RecordBatch]:
+        """Yields some columns in parts; columns that earlier versions lack are empty.
+
+        Args:
+            columns: names of columns of `PLAN_SCHEMA`.
+            first: number of the first row.
+            count: number of rows; None: all that follow.
+        """
+        with self.store.open(f"_plan/{self.name}.parquet") as file:
+            table = pq.ParquetFile(file)
+            there = [name for name in columns if name in table.schema_arrow.names]
+            begin, end = 0, table.metadata.num_rows if count is None else first + count
+            for group in range(table.num_row_groups):
+                begin, start = begin + table.metadata.row_group(group).num_rows, begin
+                if begin <= first or start >= end:
+                    continue
+                for batch in table.iter_batches(ROW_GROUP, [group], columns=there, use_threads=False):
+                    kept = batch.slice(max(first - start, 0), max(end - max(start, first), 0))
+                    start += batch.num_rows
+                    if kept.num_rows:
+                        yield _with_all(kept, columns)
+
+    def rows(self, first: int = 0, count: int | None = None) -> Iterator[FileRow]:
+        """Yields recordings; see `batches`."""
+        for batch in self.batches(FileRow._fields, first, count):
+            columns = (column.to_pylist() for column in batch.columns)
+            yield from (FileRow(*row) for row in zip(*columns, strict=True))
+
+    def unit(self, planned: PlannedUnit) -> WorkUnit:
+        """Returns a unit with its recordings."""
+        files = tuple(file_of(row) for row in self.rows(planned.first, planned.files))
+        return WorkUnit(planned.name, files, planned.split)
+
+    def units(self) -> Iterator[PlannedUnit]:
+        """Yields the units of this generation. Raises ValueError for a name that a plan does not give."""
+        number, open_unit = 0, None
+        for batch in self.batches(["unit", "folder", "dropped", "path", "seconds", "size", "file_id"]):
+            for start, end in _runs(batch):
+                name, folder, dropped = (batch[key][start].as_py() for key in ("unit", "folder", "dropped"))
+                if dropped:
+                    continue
+                if not re.fullmatch(r"[0-9a-f]{16}", name) or folder not in ("", *SPLITS):
+                    raise ValueError(f"unit {name!r} of folder {folder!r}: not a name that a plan gives")
+                seconds = float(_seconds(batch.slice(start, end - start)).sum())
+                if open_unit and (open_unit.name, open_unit.split) == (name, folder):
+                    first, files, first_id = open_unit.first, open_unit.files, open_unit.first_id
+                    seconds += open_unit.seconds
+                else:
+                    if open_unit:
+                        yield open_unit
+                    first, files, first_id = number + start, 0, batch["file_id"][start].as_py()
+                open_unit = PlannedUnit(name, folder, self.name, first, files + end - start, seconds, first_id)
+            number += batch.num_rows
+        if open_unit:
+            yield open_unit
+
+    def dropped(self) -> Iterator[Dropped]:
+        """Yields the duplicates of this generation."""
+        more = ("dropped", "same_as", "share", "offset", "samples")
+        for batch in self.batches([*FileRow._fields, *more]):
+            for row in batch.filter(pa.compute.not_equal(batch["dropped"], "")).to_pylist():
+                reason, same_as, *measures = (row.pop(name) for name in more)
+                names = ("share", "offset_seconds", "samples")
+                known = {name: value for name, value in zip(names, measures, strict=True) if value is not None}
+                yield Dropped(file_of(FileRow(**row)), reason, same_as, **known)
+
+
+def _with_all(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+    """Returns a batch with these columns; texts that are not there are empty, and numbers null."""
+    kinds = [PLAN_SCHEMA.field(name).type for name in columns]
+    empty: dict[Any, Any] = {pa.string(): "", pa.binary(): b""}
+    made = [
+        batch[name] if name in batch.schema.names else pa.repeat(pa.scalar(empty.get(kind), kind), batch.num_rows)
+        for name, kind in zip(columns, kinds, strict=True)
+    ]
+    filled = [
+        column.fill_null(empty[kind]) if kind in empty and column.null_count else column
+        for column, kind in zip(made, kinds, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(filled, names=list(columns))
+
+
+def _runs(batch: pa.RecordBatch) -> Iterator[tuple[int, int]]:
+    """Yields (first, end) of the rows of each unit."""
+    new = np.zeros(batch.num_rows, bool)
+    new[0] = True
+    for name in ("unit", "folder", "dropped"):
+        codes = batch[name].dictionary_encode().indices.to_numpy()
+        new[1:] |= codes[1:] != codes[:-1]
+    starts = np.flatnonzero(new).tolist()
+    yield from zip(starts, [*starts[1:], batch.num_rows], strict=True)
+
+
+def _seconds(batch: pa.RecordBatch) -> Any:
+    """Returns the expected seconds of the recordings as an array."""
+    seconds = np.array(batch["seconds"], np.float64)
+    unknown = np.flatnonzero(seconds == 0)
+    paths, sizes = batch["path"].take(pa.array(unknown)).to_pylist(), np.array(batch["size"])[unknown].tolist()
+    seconds[unknown] = [expected_seconds(path, 0.0, size) for path, size in zip(paths, sizes, strict=True)]
+    return seconds

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from data_pipeline.core.types import SAMPLE_RATE
-from data_pipeline.preprocess.plan_file import WorkUnit
+from data_pipeline.preprocess.plan_file import PlannedUnit
 from data_pipeline.preprocess.unit_worker import UnitResult
-from data_pipeline.preprocess.work_plan import expected_seconds
 
 WIDE = 100
 """Columns of a terminal that has space for a bar beside the figures."""
@@ -20,10 +19,10 @@ WIDE = 100
 
 @contextlib.contextmanager
 def live_progress(
-    todo: Sequence[WorkUnit], show: bool, console: Console | None = None
+    todo: Sequence[PlannedUnit], show: bool, console: Console | None = None
 ) -> Iterator[Callable[[UnitResult], None]]:
     """Shows a progress bar in the block and provides the function that advances it; nothing is drawn unless `show`."""
-    weights = {unit.name: sum(expected_seconds(file) for file in unit.files) or 1.0 for unit in todo}
+    weights = {unit.name: unit.seconds or 1.0 for unit in todo}
     console = console or Console(stderr=True)
     columns = (
         *([BarColumn(20)] if console.width >= WIDE else []),

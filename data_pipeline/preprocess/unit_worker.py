@@ -22,7 +22,7 @@ from data_pipeline.core.types import SAMPLE_RATE, AudioFile, Segment, Span
 from data_pipeline.corpora.records import Reject, printable, reject_file, stat
 from data_pipeline.images import decoding
 from data_pipeline.preprocess.config import PreprocessConfig
-from data_pipeline.preprocess.plan_file import WorkUnit
+from data_pipeline.preprocess.plan_file import PlannedUnit, PlanTable, WorkUnit
 from data_pipeline.preprocess.work_plan import set_root
 from data_pipeline.shards.records import DoneRecord
 from data_pipeline.shards.writer import ShardWriter, commit
@@ -76,6 +76,11 @@ class UnitResult:
     record: DoneRecord
     seconds: float
     """Duration of the unit's processing."""
+
+
+def process_planned(planned: PlannedUnit, config: PreprocessConfig) -> UnitResult:
+    """Processes a unit of the plan of `config.out`, from which it reads its recordings; see `process_unit`."""
+    return process_unit(PlanTable(FileStore(config.out), planned.table).unit(planned), config)
 
 
 def process_unit(unit: WorkUnit, config: PreprocessConfig) -> UnitResult:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import operator
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Final
@@ -12,13 +14,15 @@ import numpy as np
 
 from data_pipeline.audio.samples import open_sample
 from data_pipeline.core.atomic_files import sha256_of
+from data_pipeline.core.external_sort import ExternalSort
 from data_pipeline.core.integrity import CHECKSUMS, REPORT, altered_files, is_sealed, with_check
+from data_pipeline.core.packed_files import pack_name, read_files, read_folder
 from data_pipeline.core.progress import Begin, silent
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
 from data_pipeline.images import decoding
-from data_pipeline.preprocess.fingerprints import scan_is_altered
 from data_pipeline.preprocess.plan_file import SPLITS
+from data_pipeline.preprocess.scans import scan_is_altered
 from data_pipeline.preprocess.work_plan import read_plan
 from data_pipeline.shards.local import LABELS_IN_COLUMNS
 from data_pipeline.shards.records import AUDIO_SUFFIXES, DoneRecord, placed, read_index, refuse_code, rejects_name
@@ -57,10 +61,13 @@ def verify(root: str, decode: bool = True, begin: Begin = silent) -> Iterator[Fa
         raise ConfigError(
             f"{root} holds no finished shards (no _done/*.json); write some with `auricle preprocess out={root}`"
         )
-    keys: dict[str, str] = {}
+    keys = ExternalSort()
     for part in sets:
         for name, problem in _verify_set(FileStore(f"{store.root}/{part}".rstrip("/")), keys, decode, begin):
             yield f"{part}/{name}".lstrip("/"), problem
+    for key, rows in itertools.groupby(keys, key=operator.itemgetter(0)):
+        first, *others = (shard for _, shard in rows)
+        yield from ((shard, f"the key {key} is in {first} too") for shard in others)
     begin("comparing plan and checksums", 1)
     yield from _guarded("_plan", _verify_plan(store, sets))
     yield from _guarded(CHECKSUMS, altered_files(store))
@@ -88,21 +95,29 @@ def _verify_scan(store: FileStore, name: str) -> Iterator[Fault]:
         yield f"_scan/{name}", "checksum mismatch"
 
 
-def _verify_set(store: FileStore, keys: dict[str, str], decode: bool, begin: Begin) -> Iterator[Fault]:
+def _verify_set(store: FileStore, keys: ExternalSort, decode: bool, begin: Begin) -> Iterator[Fault]:
     claimed: set[str] = set()
     names = store.names("_done", ".json")
     advance = begin(f"{'reading and decoding' if decode else 'reading'} shards", len(names))
     for name in names:
         yield from _guarded(f"_done/{name}", _verify_record(store, name, keys, claimed, decode))
         advance(name)
+    for folder, suffix in (("_done", ".json"), ("_rejects", ".jsonl")):
+        yield from _guarded(pack_name(folder), _verify_pack(store, folder, suffix))
     for tar in store.names("", ".tar"):
         if tar not in claimed:
             yield tar, "belongs to no finished unit, but readers that list the folder would read it"
 
 
-def _verify_record(
-    store: FileStore, name: str, keys: dict[str, str], claimed: set[str], decode: bool
-) -> Iterator[Fault]:
+def _verify_pack(store: FileStore, folder: str, suffix: str) -> Iterator[Fault]:
+    """Compares the copies that readers use with their files."""
+    if store.exists(pack_name(folder)):
+        own = read_files(store, folder, store.names(folder, suffix))
+        if any(copy != file for copy, file in zip(read_folder(store, folder, suffix), own, strict=False)):
+            yield pack_name(folder), "does not match its files: remove it, and the next job writes it again"
+
+
+def _verify_record(store: FileStore, name: str, keys: ExternalSort, claimed: set[str], decode: bool) -> Iterator[Fault]:
     content = store.read(f"_done/{name}")
     record = placed(DoneRecord.from_json(content, name), store.root)
     # other writers need not add a checksum
@@ -112,7 +127,7 @@ def _verify_record(
     yield from _guarded(record.shard or f"_done/{name}", _verify_unit(store, record, keys, decode))
 
 
-def _verify_unit(store: FileStore, record: DoneRecord, keys: dict[str, str], decode: bool) -> Iterator[Fault]:
+def _verify_unit(store: FileStore, record: DoneRecord, keys: ExternalSort, decode: bool) -> Iterator[Fault]:
     if record.rejects_sha256:
         name = rejects_name(record.unit)
         if not store.exists(name):
@@ -143,15 +158,13 @@ def _verify_unit(store: FileStore, record: DoneRecord, keys: dict[str, str], dec
 
 
 def _verify_index(
-    store: FileStore, record: DoneRecord, rows: Sequence[Mapping[str, Any]], keys: dict[str, str], *, foreign: bool
+    store: FileStore, record: DoneRecord, rows: Sequence[Mapping[str, Any]], keys: ExternalSort, *, foreign: bool
 ) -> Iterator[Fault]:
     """Compares an index with its record; tars of other writers (`foreign`) have no list of offsets."""
     if (len(rows), sum(row["n_samples"] for row in rows)) != (record.segments, record.samples):
         yield record.shard, "its index and its record count differently"
     for row in rows:
-        if row["key"] in keys:
-            yield record.shard, f"the key {row['key']} is in {keys[row['key']]} too"
-        keys[row["key"]] = record.shard
+        keys.add(row["key"], record.shard)
     offsets = [row["offset"] for row in rows] + [rows[-1]["offset"] + rows[-1]["size"]] * bool(rows)
     name = record.shard + ".idx"
     if not foreign and (not store.exists(name) or store.read(name) != np.array(offsets, "<u8").tobytes()):
@@ -227,7 +240,7 @@ def _verify_settings(store: FileStore) -> Iterator[Fault]:
 def _verify_plan(store: FileStore, sets: Sequence[str]) -> Iterator[tuple[str, str]]:
     if store.exists("dataset.json"):
         yield from _guarded("dataset.json", _verify_settings(store))
-    planned = {unit.name for unit in read_plan(store)[0].units}
+    planned = {unit.name for unit in read_plan(store).units}
     for done in (f"{part}/_done".lstrip("/") for part in sets):
         for name in store.names(done, ".json"):
             if planned and name.removesuffix(".json") not in planned:

@@ -15,6 +15,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.core.packed_files import read_folder
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore, is_plain_name
 from data_pipeline.shards.index_rows import INDEX_ERRORS, validate_index
@@ -175,9 +176,10 @@ def finished_units(root: str, tars: Sequence[str] = ()) -> list[DoneRecord]:
         root: folder or URL of the data set.
         tars: see `placed`.
     """
-    store = FileStore(root)
-    names = store.names("_done", ".json")
-    found = [DoneRecord.from_json(store.read(f"_done/{name}"), f"{root}/_done/{name}") for name in names]
+    found = (
+        DoneRecord.from_json(content, f"{root}/_done/{name}")
+        for name, content in read_folder(FileStore(root), "_done", ".json")
+    )
     return [placed(record, root, tars) for record in found]
 
 

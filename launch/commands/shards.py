@@ -20,6 +20,7 @@ from data_pipeline.preprocess.plan_file import SPLITS
 from data_pipeline.preprocess.verify import verify
 from data_pipeline.shards.indexing import IndexConfig, index_tars
 from data_pipeline.shards.records import DoneRecord, done_records, finished_units, read_index
+from data_pipeline.shards.statistics import SegmentAmount, statistics_of
 from launch.cli.command_table import SUBCOMMANDS
 from launch.cli.parser import Parser
 from launch.cli.tables import cell, console, show, show_rows, table
@@ -83,28 +84,18 @@ def _value(text: str) -> Any:
 
 
 def _stats(root: str, records: list[DoneRecord]) -> int:
-    hours, segments, lengths = Counter[tuple[str, str]](), Counter[tuple[str, str]](), []
-    speakers: set[tuple[str, str, str]] = set()
-    """Corpus, language and speaker; the same name in two corpora is two speakers."""
-    for record in records:
-        index = read_index(root, record)
-        lengths.append(index["n_samples"].to_numpy())
-        groups = list(zip(index["corpus"].to_pylist(), index["language"].to_pylist(), strict=True))
-        speakers.update(
-            (*group, name) for group, name in zip(groups, index["speaker"].to_pylist(), strict=True) if name
-        )
-        for group, samples in zip(groups, lengths[-1].tolist(), strict=True):
-            hours[group] += samples / SAMPLE_RATE / 3600
-            segments[group] += 1
-    of_group = Counter((corpus, language) for corpus, language, _ in speakers)
-    rows = [
-        (group[0], group[1] or "–", f"{of_group[group]:,}", f"{segments[group]:,}", f"{hours[group]:.2f}")
-        for group in sorted(hours)
-    ]
-    different = len({(corpus, name) for corpus, _, name in speakers})
-    rows.append(("all", "", f"{different:,}", f"{sum(segments.values()):,}", f"{sum(hours.values()):.2f}"))
+    found = statistics_of([(root, records)])
+    speakers = found.named("corpus", "language")
+
+    def row(group: tuple[str, str], named: int, amount: SegmentAmount) -> tuple[str, ...]:
+        hours = amount.samples / SAMPLE_RATE / 3600
+        return group[0], group[1], f"{named:,}", f"{amount.segments:,}", f"{hours:.2f}"
+
+    groups = sorted(found.total("corpus", "language").items())
+    rows = [row((key[0], key[1] or "–"), speakers[key], amount) for key, amount in groups]
+    rows.append(row(("all", ""), found.named()[()], found.total()[()]))
     show(table(("corpus", "language", "speakers", "segments", "hours"), rows, bold=[-1]))
-    seconds = np.percentile(np.concatenate(lengths) / SAMPLE_RATE, list(QUANTILES))
+    seconds = np.percentile(found.values("n_samples") / SAMPLE_RATE, list(QUANTILES))
     shown = ", ".join(f"{name} {value:.1f} s" for name, value in zip(QUANTILES.values(), seconds, strict=True))
     size = sum(record.bytes for record in records)
     console().print(cell(f"lengths  {shown}"))

@@ -133,9 +133,9 @@ def write_shards(utterances: Sequence[Utterance], settings: FinetuneConfig, fold
         cut=CutConfig(max_seconds=LONGEST_SECONDS, min_seconds=0.0),
     )
     found = discover(job.corpus)
-    plan = freeze_plan(FileStore(job.out), found.files, job)
+    plan = freeze_plan(FileStore(job.out), found.recordings, job)
     rejects = len(found.rejects)
-    for unit in track(plan.units, "writing shards", transient=True):
+    for unit in track(plan.work_units(), "writing shards", total=len(plan.units), transient=True):
         rejects += sum(process_unit(unit, job).record.rejects.values())
     return out, rejects
 

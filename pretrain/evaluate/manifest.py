@@ -126,7 +126,7 @@ def read_listing(manifest: Path, columns: Mapping[str, str] | None = None) -> Li
     for row in read_table(corpus.path, "manifest"):
         reader.add(row)
     reader.finish()
-    return Listing(utterances_of(found.files), tuple(reader.seen), found.rejects)
+    return Listing(utterances_of(found.recordings.in_place()), tuple(reader.seen), found.rejects)
 
 
 def utterances_of(files: Iterable[AudioFile], prefix: str = "") -> list[Utterance]:

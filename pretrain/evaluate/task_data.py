@@ -121,7 +121,7 @@ def _from_tables(settings: TaskConfig, root: Path) -> Listing:
                 reader.add(TableRow(row.number, row.values | {"split": split}, row.problem))
             reader.finish()
             seen |= reader.seen
-            utterances += utterances_of(found.files)
+            utterances += utterances_of(found.recordings.in_place())
             rejects += found.rejects
     return Listing(utterances, tuple(seen), rejects)
 

@@ -117,7 +117,7 @@ def test_a_node_lost_during_preprocessing_does_not_change_the_shards(tmp_path: P
 def works(process: psutil.Process) -> bool:
     """Returns whether the process is a worker that processes a work unit."""
     try:
-        return "process_unit" in " ".join(process.cmdline())
+        return "process_planned" in " ".join(process.cmdline())
     except psutil.Error:
         return False
 

@@ -12,5 +12,5 @@ from data_pipeline.preprocess.work_plan import freeze_plan
 def preprocess_here(config: PreprocessConfig) -> None:
     """Runs a preprocessing job in this process, without Ray."""
     store = FileStore(config.out)
-    for unit in freeze_plan(store, discover(config.corpus).files, config).units:
+    for unit in freeze_plan(store, discover(config.corpus).recordings, config).work_units():
         process_unit(unit, config)

@@ -39,7 +39,7 @@ class Job:
         """Returns a busy worker, the raylet or the driver; None where there is none."""
         if kind == "driver":
             return psutil.Process(self.process.pid)
-        wanted = {"worker": "ray::process_unit", "raylet": "raylet"}[kind]
+        wanted = {"worker": "ray::process_planned", "raylet": "raylet"}[kind]
         for child in self.look():
             with contextlib.suppress(psutil.Error):
                 line = child.cmdline()

@@ -112,7 +112,7 @@ def test_a_manifest_that_names_a_corpus_for_each_row_is_refused(
     table.write_text(f"path\t{field}\na.wav\tx\nb.wav\ty\nc.wav\tx\n")
     assert len(discover(ManifestCorpus(path=str(table))).files) == 3
     table.write_text(f"path\t{field}\na.wav\tx\nb.wav\ty\nc.wav\tz\n")
-    with pytest.raises(ConfigError, match=rf"3 values of {field}, such as 'x'; at most 2 .*columns\.{field}=COLUMN"):
+    with pytest.raises(ConfigError, match=rf"more than 2 values of {field}, such as 'x', .*columns\.{field}=COLUMN"):
         discover(ManifestCorpus(path=str(table)))
 
 

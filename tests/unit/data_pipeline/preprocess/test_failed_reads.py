@@ -116,10 +116,10 @@ def test_transient_failures_are_retried_although_the_file_is_unchanged(tmp_path:
     corpus = write_corpus(tmp_path / "corpus", many(3))
     gone = corpus / "speaker1" / "clip001.flac"
     config = path_config(corpus, tmp_path / "out")
-    files = tuple(discover(config.corpus).files)
+    recordings = discover(config.corpus).recordings
     hidden = gone.rename(tmp_path / "hidden.flac")
     # the recording vanishes after it was planned and before it is read
-    for unit in freeze_plan(FileStore(config.out), files, config).units:
+    for unit in freeze_plan(FileStore(config.out), recordings, config).work_units():
         process_unit(unit, config)
     assert preprocess(config, progress=False).quarantined == 1
     hidden.rename(gone)

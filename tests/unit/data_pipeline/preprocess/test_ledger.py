@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import soundfile
 from data_pipeline.core.schema import load
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import AudioFile
+from data_pipeline.corpora.recordings import row_of
 from data_pipeline.corpora.records import Reject
 from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.job import preprocess
 from data_pipeline.preprocess.ledger import balance
-from data_pipeline.preprocess.plan_file import Dropped, WorkUnit, write_unit_table
+from data_pipeline.preprocess.plan_file import Dropped, TableWriter, WorkUnit
 from data_pipeline.preprocess.summary import Summary
 from data_pipeline.preprocess.verify import verify
 from data_pipeline.preprocess.work_plan import WorkPlan, read_plan
@@ -151,47 +153,64 @@ def flow_of(count: int, samples: int, outcome: str = "used") -> list[tuple[str, 
     return [("c", "", "in", "", count, samples), went, ("c", "", "recording", outcome, count, 0)]
 
 
-def plan_of(*generations: tuple[str, list[str]], dropped: list[str] | None = None) -> WorkPlan:
-    plan = WorkPlan()
+def plan_of(folder: Path, *generations: tuple[str, list[str]], dropped: list[str] | None = None) -> WorkPlan:
+    """Returns a plan with a table for each (unit, names of its recordings), and one of duplicates, in a new folder."""
+    store = FileStore(tempfile.mkdtemp(dir=folder))
+    duplicates = [Dropped(AudioFile(name, name, "c"), "exact", "c/a", samples=HOUR) for name in dropped or []]
     for unit, names in generations:
-        plan.add([WorkUnit(unit, tuple(AudioFile(name, name, "c") for name in names))], [])
-    plan.add([], [Dropped(AudioFile(name, name, "c"), "exact", "c/a", samples=HOUR) for name in dropped or []])
-    return plan
+        add_table(store, [WorkUnit(unit * 16, tuple(AudioFile(name, name, "c") for name in names))])
+    if duplicates:
+        add_table(store, [], duplicates)
+    return read_plan(store)
 
 
-def test_imbalances_are_found() -> None:
-    plan = plan_of(("u", ["a", "b"]))
-    assert balance(plan, [made_record("u", flow_of(2, HOUR), 2)], [], []).imbalances == []
+def add_table(store: FileStore, units: Sequence[WorkUnit], dropped: Sequence[Dropped] = ()) -> None:
+    """Adds a generation to the plan of a data set."""
+    with store.scratch() as folder:
+        writer = TableWriter(folder / "plan")
+        for unit in units:
+            writer.add_unit(unit.name, unit.split, [row_of(file) for file in unit.files])
+        for drop in dropped:
+            writer.add_dropped(drop)
+        sha256 = writer.close()
+        store.put(folder / "plan", f"_plan/{sha256[:16]}.parquet")
+    generation = len(store.names("_plan", ".sha256"))
+    store.create(f"_plan/{generation:04d}.sha256", sha256.encode())
+
+
+def test_imbalances_are_found(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, ("0", ["a", "b"]))
+    assert balance(plan, [made_record("0" * 16, flow_of(2, HOUR), 2)], [], []).imbalances == []
     for flow, files in (
         ([*flow_of(2, HOUR), ("c", "", "cut", "x", 1, 7)], 2),  # output samples that no input accounts for
         (flow_of(2, HOUR)[:1] + flow_of(2, HOUR)[2:], 2),  # neither output nor reject
         (flow_of(1, HOUR), 1),  # a missing recording
         ([*flow_of(2, HOUR)[:2], ("c", "", "recording", "used", 1, 0)], 2),  # a recording without an outcome
     ):
-        assert balance(plan, [made_record("u", flow, files)], [], []).imbalances
+        assert balance(plan, [made_record("0" * 16, flow, files)], [], []).imbalances
     old = [row for row in flow_of(2, HOUR) if row[2] != "recording"]
-    assert balance(plan, [made_record("u", old, 2)], [], []).imbalances == [], "written by an earlier version"
+    assert balance(plan, [made_record("0" * 16, old, 2)], [], []).imbalances == [], "written by an earlier version"
 
 
-def test_a_later_unit_replaces_the_failure_of_an_earlier_one() -> None:
-    plan = plan_of(("u", ["a", "b"]), ("v", ["b"]))
+def test_a_later_unit_replaces_the_failure_of_an_earlier_one(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, ("0", ["a", "b"]), ("1", ["b"]))
     broken = Reject("b", "b", "c", "", "decode", "truncated", samples=5, recording=True)
     first = [("c", "", "in", "", 2, HOUR + 5), ("c", "", "out", "", 1, HOUR), ("c", "", "decode", "truncated", 1, 5)]
     outcomes = [("c", "", "recording", "used", 1, 0), ("c", "", "recording", "decode/truncated", 1, 0)]
-    earlier, later = made_record("u", [*first, *outcomes], 2), made_record("v", flow_of(1, HOUR), 1)
-    waiting = balance(plan, [earlier], [("u", broken)], [])
+    earlier, later = made_record("0" * 16, [*first, *outcomes], 2), made_record("1" * 16, flow_of(1, HOUR), 1)
+    waiting = balance(plan, [earlier], [("0" * 16, broken)], [])
     assert (waiting.total("in"), waiting.quarantine) == ((2, HOUR + 5), [broken]), "the retry is not finished"
-    done = balance(plan, [earlier, later], [("u", broken)], [])
+    done = balance(plan, [earlier, later], [("0" * 16, broken)], [])
     assert (done.total("in"), done.total("out"), done.quarantine) == ((2, 2 * HOUR), (2, 2 * HOUR), [])
     assert done.imbalances == []
-    duplicate = balance(plan_of(("u", ["a", "b"]), dropped=["b"]), [earlier], [("u", broken)], [])
+    duplicate = balance(plan_of(tmp_path, ("0", ["a", "b"]), dropped=["b"]), [earlier], [("0" * 16, broken)], [])
     assert (duplicate.total("in"), duplicate.total("dedup", "exact")) == ((2, 2 * HOUR), (1, HOUR))
     assert duplicate.imbalances == []
 
 
-def test_a_row_that_two_jobs_reject_counts_once() -> None:
+def test_a_row_that_two_jobs_reject_counts_once(tmp_path: Path) -> None:
     """A table may be read again with other settings of its columns, and may name a missing recording twice."""
-    plan, made = plan_of(("u", ["a", "b"])), [made_record("u", flow_of(2, HOUR), 2)]
+    plan, made = plan_of(tmp_path, ("0", ["a", "b"])), [made_record("0" * 16, flow_of(2, HOUR), 2)]
     gone = Reject("gone", "gone", "c", "", "discover", "vanished", recording=True, row=3)
     again = dataclasses.replace(gone, language="en")
     once, twice = balance(plan, made, [], [gone]), balance(plan, made, [], [gone, again])
@@ -232,10 +251,8 @@ def test_names_in_records_and_plans_cannot_escape_the_data_set(tmp_path: Path) -
 def test_a_plan_cannot_refer_to_other_folders(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path))
     for unit, folder in (("0" * 16, "../x"), ("../x", ""), ("0" * 15, ""), ("0" * 16, "/etc")):
-        content = write_unit_table([WorkUnit(unit, (AudioFile("a", "a", "c"),), folder)], [])
-        sha256 = hashlib.sha256(content).hexdigest()
-        store.replace(f"_plan/{sha256[:16]}.parquet", content)
-        store.replace("_plan/0000.sha256", sha256.encode())
+        store.remove("_plan/0000.sha256")
+        add_table(store, [WorkUnit(unit, (AudioFile("a", "a", "c"),), folder)])
         with pytest.raises(ValueError, match="not a name that a plan gives"):
             read_plan(store)
 

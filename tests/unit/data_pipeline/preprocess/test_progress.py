@@ -8,8 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from data_pipeline.core.types import AudioFile
-from data_pipeline.preprocess.plan_file import WorkUnit
+from data_pipeline.preprocess.plan_file import PlannedUnit
 from data_pipeline.preprocess.progress import live_progress
 from data_pipeline.preprocess.unit_worker import UnitResult
 from data_pipeline.shards.records import DoneRecord
@@ -17,7 +16,7 @@ from data_pipeline.shards.records import DoneRecord
 
 @pytest.mark.parametrize(("columns", "files"), [(80, 12_345), (160, 1_234_567)])
 def test_progress_shows_files_hours_speed_and_rejects(columns: int, files: int) -> None:
-    todo = [WorkUnit(name, (AudioFile(f"{name}.wav", name, "corpus", seconds=3600.0),)) for name in ("a", "b")]
+    todo = [PlannedUnit(name, "", "table", 0, 1, seconds=3600.0, first_id=f"{name}.wav") for name in ("a", "b")]
     said = io.StringIO()
     console = Console(file=said, force_terminal=True, width=columns)
     flow = (("corpus", "en", "in", "", 1, 3600 * 16_000),)

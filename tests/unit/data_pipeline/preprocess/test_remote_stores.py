@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -10,14 +11,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.core.packed_files import FEWEST, write_pack
 from data_pipeline.core.storage import FileStore
 from data_pipeline.preprocess.verify import verify
-from data_pipeline.shards.records import done_records, read_index
+from data_pipeline.shards.records import DoneRecord, done_records, finished_units, read_index
 from tests.support.corpora import preprocess_here
 from tests.support.sounds import many, path_config, write_corpus
 
@@ -95,3 +97,23 @@ def test_preprocessing_on_s3_gives_the_shards_of_local_disks(s3: str, tmp_path: 
     # contents are equal; only the grouping of files differs, because it depends on their modification times
     local = str(tmp_path / "out")
     assert keys == {row["key"] for record in done_records(local) for row in read_index(local, record).to_pylist()}
+
+
+def test_records_on_s3_are_read_from_one_file(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore("s3://speech/many")
+    records = [DoneRecord(f"{n:016x}", "", "", 0, "", 0, 0, files=n) for n in range(FEWEST)]
+    store.fs.pipe({store.path(f"_done/{record.unit}.json"): record.to_json() for record in records})
+    assert finished_units(store.root) == records
+    write_pack(store, "_done", ".json")
+    changed = dataclasses.replace(records[7], files=1_000)
+    store.replace(f"_done/{changed.unit}.json", changed.to_json())
+    requested: list[str] = []
+    read_several = FileStore.read_several
+
+    def counted(self: FileStore, names: Sequence[str]) -> list[bytes]:
+        requested.extend(names)
+        return read_several(self, names)
+
+    monkeypatch.setattr(FileStore, "read_several", counted)
+    assert finished_units(store.root) == [*records[:7], changed, *records[8:]]
+    assert requested == [f"_done/{changed.unit}.json"]

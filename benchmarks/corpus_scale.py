@@ -1,0 +1,141 @@
+"""Measures planning for large corpora: `auricle preprocess --dry-run`, the frozen plan, and a corpus that grew by 1 %.
+
+    python benchmarks/corpus_scale.py 1e5 1e6 1e7 > benchmarks/results/corpus_scale.md
+
+The recordings are 10,000 sparse files, which links name under as many paths as there are rows; all paths are looked up.
+Each step is a process of its own; memory is its largest resident set. `--folder` is for manifests, plans and temporary
+files: about 1.5 GB per million rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+FILES: Final = 10_000
+HEAD: Final = ("rows", "step", "result", "seconds", "CPU seconds", "µs CPU per row", "peak memory, MB")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one process."""
+
+    seconds: float
+    cpu_seconds: float
+    megabytes: float
+    said: str
+
+
+def write_corpus(folder: Path, rows: int) -> Path:
+    """Writes the files that are missing and a manifest; returns its path."""
+    audio = folder / "audio"
+    if not audio.exists():
+        audio.mkdir(parents=True)
+        for number in range(FILES):
+            with (audio / f"f{number:05}.flac").open("wb") as file:
+                file.truncate(60_000 + number * 7919 % 200_000)
+    for number in range(-(-rows // FILES)):
+        link = folder / f"d{number:05}"
+        if not link.is_symlink():
+            link.symlink_to("audio")
+    manifest = folder / f"corpus_{rows}.tsv"
+    with manifest.open("w", encoding="utf-8") as out:
+        out.write("path\tspeaker\tlanguage\ttext\tduration\n")
+        for row in range(rows):
+            out.write(
+                f"d{row // FILES:05}/f{row % FILES:05}.flac\tspeaker{row % 5003}\ten\tthis is the text of recording "
+                f"number {row}\t{3 + row * 31 % 150 / 10}\n"
+            )
+    return manifest
+
+
+def measured(command: Sequence[str], temporary: Path) -> Cost:
+    """Runs a command and returns its cost. Raises RuntimeError if it fails."""
+    with tempfile.TemporaryFile("w+") as said:
+        began, pid = time.monotonic(), os.fork()
+        if not pid:
+            os.dup2(said.fileno(), 1)
+            os.execve(command[0], [*command], {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)})
+        _, status, usage = os.wait4(pid, 0)
+        seconds = time.monotonic() - began
+        said.seek(0)
+        text = said.read()
+    if status:
+        raise RuntimeError(f"{shlex.join(command)}: status {status}: {text}")
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3, text)
+
+
+def freeze(manifest: str, out: str) -> None:
+    """Freezes the plan of a manifest, as `auricle preprocess` does before it processes recordings."""
+    sys.path.insert(0, str(ROOT))
+    from data_pipeline.core.storage import FileStore
+    from data_pipeline.corpora.config import ManifestCorpus
+    from data_pipeline.corpora.discovery import discover
+    from data_pipeline.preprocess.config import PreprocessConfig
+    from data_pipeline.preprocess.work_plan import freeze_plan
+
+    config = PreprocessConfig(out=out, corpus=ManifestCorpus(path=manifest, corpus="speech"))
+    store = FileStore(out)
+    found = discover(config.corpus, store.temporary_place())
+    plan = freeze_plan(store, found.recordings, config)
+    print(f"{sum(unit.files for unit in plan.units):,} recordings in {len(plan.units):,} units")
+
+
+def main() -> None:
+    """Prints one table for the numbers of rows on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("rows", nargs="*", type=float, default=[1e5], help="numbers of rows (default: 1e5)")
+    parser.add_argument("--folder", default="", help="folder for temporary files (default: that of the system)")
+    parser.add_argument("--freeze", nargs=2, metavar=("MANIFEST", "OUT"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.freeze:
+        freeze(*given.freeze)
+        return
+    print(f"`python benchmarks/corpus_scale.py {' '.join(f'{rows:g}' for rows in given.rows)}`")
+    print(f"on {os.cpu_count()} cores ({platform.machine()}); load before: {os.getloadavg()[0]:.1f}\n")
+    print(f"| {' | '.join(HEAD)} |\n|{' --- |' * 2}{' --- |'}{' ---: |' * 4}", flush=True)
+    for rows in map(int, given.rows):
+        with tempfile.TemporaryDirectory(dir=given.folder or None) as name:
+            folder = Path(name)
+            first, grown = write_corpus(folder, rows), write_corpus(folder, rows + rows // 100)
+            for step, manifest in (
+                ("dry run", first),
+                ("frozen plan", first),
+                ("dry run", grown),
+                ("frozen plan", grown),
+            ):
+                dry = [
+                    sys.executable,
+                    "-m",
+                    "launch.main",
+                    "preprocess",
+                    "corpus=manifest",
+                    f"corpus.path={manifest}",
+                    "corpus.corpus=speech",
+                ]
+                frozen = [sys.executable, __file__, "--freeze", str(manifest), f"{folder}/out"]
+                cost = measured([*dry, f"out={folder}/out", "--dry-run"] if step == "dry run" else frozen, folder)
+                result = " ".join(cost.said.split()) if step != "dry run" else _units_of(cost.said)
+                figures = (cost.seconds, cost.cpu_seconds, 1e6 * cost.cpu_seconds / rows, cost.megabytes)
+                shown = " | ".join(f"{figure:,.0f}" for figure in figures)
+                print(f"| {rows:,}{' + 1 %' * (manifest == grown)} | {step} | {result} | {shown} |", flush=True)
+
+
+def _units_of(said: str) -> str:
+    """Returns the units and recordings that a dry run announces."""
+    lines = {line.split()[0]: line for line in said.splitlines() if line.strip()}
+    return " ".join(lines.get("units", "?").split())
+
+
+if __name__ == "__main__":
+    main()
