@@ -103,7 +103,7 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
     for root in {config.out, *set_roots(config)}:
         FileStore(root).sweep()
     found = discover(config.corpus, store.temporary_place())
-    failed: dict[str, str] = {}
+    work = _Work()
     records = intact_records(config, repair=True)
     failures = _failures(config, records)
     with contextlib.ExitStack() as stack:
@@ -114,14 +114,26 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
         for unit in (unit for unit in plan.units if unit.name in plan.again):
             FileStore(set_root(config, unit)).remove(f"_done/{unit.name}.json")
         before = {record.unit for record in records} - plan.again
-        todo = [unit for unit in plan.units if unit.name not in before]
+        # the longest first, so that no unit of a day-long recording is left over at the end
+        todo = sorted((unit for unit in plan.units if unit.name not in before), key=lambda unit: -unit.seconds)
         if todo:
             stack.enter_context(cluster(config.ray, show=progress))
             advance = stack.enter_context(live_progress(todo, progress))
-            failed = _run_units(todo, config, advance)
+            work = _run_units(todo, config, advance)
     for root in {config.out, *set_roots(config)}:
         FileStore(root).sweep()
-    return _finish(config, plan, found, before=before, failed=failed, seconds=time.monotonic() - began)
+    return _finish(config, plan, found, before=before, work=work, seconds=time.monotonic() - began)
+
+
+@dataclasses.dataclass
+class _Work:
+    """What the workers of a job did."""
+
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Reasons by unit that could not be finished."""
+    workers: int = 0
+    busy: float = 0.0
+    """Share of their time in which they processed units."""
 
 
 def intact_records(config: PreprocessConfig, repair: bool = False) -> list[DoneRecord]:
@@ -202,15 +214,18 @@ def _older(plan: WorkPlan, retried: set[RecordingId]) -> Iterator[RecordingId]:
                     yield corpus, file_id
 
 
-def _run_units(
-    todo: Sequence[PlannedUnit], config: PreprocessConfig, advance: Callable[[UnitResult], None]
-) -> dict[str, str]:
-    """Processes units; returns the reasons of failed ones. Raises OSError if a worker cannot write."""
+def _run_units(todo: Sequence[PlannedUnit], config: PreprocessConfig, advance: Callable[[UnitResult], None]) -> _Work:
+    """Processes units. Raises OSError if a worker cannot write."""
     import ray
 
-    shared = ray.put(config)
+    shared, began, worked = ray.put(config), time.monotonic(), list[float]()
+
+    def count(result: UnitResult) -> None:
+        worked.append(result.seconds)
+        advance(result)
+
     try:
-        failed = run_tasks(process_planned, ((unit.name, (unit, shared)) for unit in todo), config.ray, advance)
+        failed = run_tasks(process_planned, ((unit.name, (unit, shared)) for unit in todo), config.ray, count)
     except StorageReadError:
         raise
     except OSError as error:
@@ -222,7 +237,9 @@ def _run_units(
             f"continues {remedy}",
         ) from None
     first_files = {unit.name: unit.first_id for unit in todo}
-    return {name: f"{why}; its files begin with {first_files[name]}" for name, why in failed.items()}
+    reasons = {name: f"{why}; its files begin with {first_files[name]}" for name, why in failed.items()}
+    workers = max(int(ray.cluster_resources().get("CPU", 1)), 1)
+    return _Work(reasons, workers, min(sum(worked) / (workers * (time.monotonic() - began)), 1.0))
 
 
 def _store_rejects(store: FileStore, config: PreprocessConfig, found: Discovered) -> None:
@@ -240,7 +257,7 @@ def _finish(
     found: Discovered,
     *,
     before: set[str],
-    failed: dict[str, str],
+    work: _Work,
     seconds: float,
 ) -> Summary:
     """Summarises the data set, and writes its lists and report."""
@@ -259,7 +276,7 @@ def _finish(
     quarantine = ledger.quarantine
     quarantine += [
         Reject(path="", file_id=unit, corpus="", language="", stage="unit", reason="worker_died", error=why)
-        for unit, why in sorted(failed.items())
+        for unit, why in sorted(work.failed.items())
     ]
     store.replace(QUARANTINE, rejects_jsonl(quarantine))
     sums = [QUARANTINE, *(f"_rejects/{name}" for name in listed)]
@@ -274,7 +291,9 @@ def _finish(
     new = [record for record in records if record.unit not in before]
     summary = dataclasses.replace(
         _summary(config, ledger, records, new),
-        failed_units=failed,
+        failed_units=work.failed,
+        workers=work.workers,
+        busy=work.busy,
         units_done=len(new),
         units_before=len(before),
         changed_files=plan.changed_files,

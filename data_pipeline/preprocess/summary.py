@@ -44,6 +44,10 @@ class Summary:
     """Recordings with another speaker, language or text than when they were written; the shards have the earlier."""
     seconds: float = 0.0
     """Duration of the job."""
+    workers: int = 0
+    """Processes that this job could use at a time; 0 if it had no work."""
+    busy: float = 0.0
+    """Share of their time in which they processed units."""
     new_hours: float = 0.0
     """Hours of audio that this job read."""
     new_files: int = 0
@@ -105,6 +109,8 @@ class Summary:
             )
         if self.units_before:
             rows.append(("done before", f"{self.units_before:,} units of work; all other figures are of the whole set"))
+        if self.workers:
+            rows.append(("workers", f"{self.workers:,}, busy for {self.busy:.0%} of the time"))
         rows.append(("report", self.report))
         speed = 3600 * self.new_hours / self.seconds if self.seconds else 0.0
         rows.append(("time", f"{self.seconds:,.1f} s" + (f", {speed:,.0f} × real time" if speed >= 0.5 else "")))

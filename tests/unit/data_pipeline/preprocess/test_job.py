@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -13,9 +15,12 @@ import pytest
 import soundfile
 import webdataset
 
+from data_pipeline.core.ray_tasks import run_tasks
 from data_pipeline.core.schema import ConfigError, load
+from data_pipeline.preprocess import job
 from data_pipeline.preprocess.config import PreprocessConfig
 from data_pipeline.preprocess.job import plan_units, preprocess
+from data_pipeline.preprocess.plan_file import PlannedUnit
 from data_pipeline.shards.licences import read_licences
 from tests.support.sounds import contents, index_rows, many, path_config, sound, write_corpus
 
@@ -54,7 +59,9 @@ def test_good_files_become_shards_and_a_broken_one_is_listed(tmp_path: Path) -> 
 def test_a_repeat_does_nothing_and_another_output_folder_gets_the_same_bytes(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", many(20))
     config = path_config(corpus, tmp_path / "out")
-    preprocess(config, progress=False)
+    summary = preprocess(config, progress=False)
+    assert summary.workers >= 1
+    assert 0 < summary.busy <= 1
     first = contents(tmp_path / "out")
     again = preprocess(config, progress=False)
     assert (again.units_done, again.units_before) == (0, again.shards)
@@ -143,6 +150,22 @@ def test_a_corpus_without_usable_audio_is_a_failure(tmp_path: Path) -> None:
     assert "nothing could be used" in summary.problem
     with pytest.raises(ConfigError, match="no such folder"):
         preprocess(path_config(tmp_path / "none", tmp_path / "out"), progress=False)
+
+
+def test_the_longest_units_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = write_corpus(tmp_path / "corpus", many(5) | {"speaker9/day.wav": 70.0})
+    given: list[PlannedUnit] = []
+
+    def recorded(function: Any, arguments: Iterable[tuple[str, Any]], *rest: Any) -> dict[str, str]:
+        tasks = list(arguments)
+        given.extend(unit for _, (unit, _) in tasks)
+        return run_tasks(function, tasks, *rest)
+
+    monkeypatch.setattr(job, "run_tasks", recorded)
+    preprocess(path_config(corpus, tmp_path / "out", shard_mb=0.1), progress=False)
+    lengths = [unit.seconds for unit in given]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1]
 
 
 def test_the_forecast_writes_nothing(tmp_path: Path) -> None:
