@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from data_pipeline.core.loopback import is_loopback, split_address
-from data_pipeline.core.schema import about, config, refuse
+from data_pipeline.core.schema import about, config, dump, refuse
 from data_pipeline.sampling.config import DataConfig
 from pretrain import registry
 from pretrain.interfaces.configs import (
@@ -19,6 +18,7 @@ from pretrain.interfaces.configs import (
     ObjectiveConfig,
     TuneConfig,
 )
+from pretrain.interfaces.engine_configs import FederatedConfig, MetaConfig, require_smooth
 
 
 @config
@@ -57,102 +57,16 @@ class ScheduleConfig:
     ] = "as_planned"
 
 
-def require_loopback(server: str) -> None:
-    """Raises an error at the field `server` unless it is HOST:PORT of the loopback."""
-    try:
-        host, port = split_address(server)
-    except ValueError as error:
-        refuse("server", server, str(error))
-    if not is_loopback(host):
-        remedy = (
-            f"run `ssh -N -L {port}:127.0.0.1:{port} SERVER` on the device and give server=127.0.0.1:{port}, since "
-            "messages are neither encrypted nor signed"
-        )
-        refuse("server", server, remedy)
-
-
-@config
-class FederatedConfig:
-    """Rounds of a federated run (`engine.name=federated`): who takes part, and what devices send."""
-
-    rule: Annotated[
-        Literal["gradient", "fedavg", "fedprox", "fedadam"],
-        about(
-            "gradient: devices send sums of gradients, an update is that of all their audio (FedSGD); other rules: "
-            "devices take local steps and send the change of the weights; fedadam updates with it by AdamW",
-            resume="fixed",
-        ),
-    ] = "gradient"
-    per_round: Annotated[
-        int, about("devices asked in a round, drawn among the connected ones", resume="fixed", ge=1)
-    ] = 8
-    min_devices: Annotated[int, about("least number of devices that are connected and answer", ge=1)] = 2
-    attempts: Annotated[int, about("draws of devices in a round in which too few answer", ge=1)] = 3
-    answer_seconds: Annotated[float, about("time in which a device must answer", gt=0)] = 120.0
-    wait_seconds: Annotated[float, about("time to wait until min_devices are connected", gt=0)] = 600.0
-    noise: Annotated[
-        float,
-        about(
-            "differential privacy of devices: deviation of the noise in the sum of their updates, as a multiple of "
-            "clip; 0: none. Updates then have equal weights and are divided by per_round",
-            resume="fixed",
-            ge=0,
-        ),
-    ] = 0.0
-    clip: Annotated[float, about("with noise: largest norm of a device's update", resume="fixed", gt=0)] = 1.0
-    devices: Annotated[
-        int, about("with noise: number of devices of which a round samples per_round", resume="fixed", ge=0)
-    ] = 0
-    epsilon: Annotated[float, about("with noise: budget; the run ends before it is spent", gt=0)] = 8.0
-    delta: Annotated[float, about("with noise: δ of the budget, below 1 / devices", resume="fixed", gt=0, lt=1)] = 1e-5
-    server: Annotated[
-        str, about("HOST:PORT of the loopback on which the server listens; other machines reach it by an SSH tunnel")
-    ] = "127.0.0.1:9092"
-    local_steps: Annotated[
-        int,
-        about(
-            "steps of gradient descent on a device, each on data.batch_seconds / per_round of audio",
-            resume="fixed",
-            ge=1,
-        ),
-    ] = 1
-    device_lr: Annotated[float, about("learning rate of these steps", resume="fixed", gt=0)] = 0.1
-    proximal: Annotated[float, about("fedprox: μ, the pull of local weights to the server's", resume="fixed", ge=0)] = (
-        0.01
-    )
-    max_norm: Annotated[
-        float,
-        about(
-            "answers with a larger norm are left out: of the gradient per target, or of the change of the weights",
-            gt=0,
-        ),
-    ] = 1e6
-
-    def __post_init__(self) -> None:
-        require_loopback(self.server)
-        if self.min_devices > self.per_round:
-            refuse("min_devices", self.min_devices, f"must be at most per_round={self.per_round}")
-        if self.noise and self.devices < self.per_round:
-            limit = (
-                f"noise needs the number of devices that a sample is drawn from, at least per_round={self.per_round}"
-            )
-            refuse("devices", self.devices, limit)
-        if self.noise and self.delta * self.devices >= 1:
-            refuse("delta", self.delta, f"must be below 1 / devices = {1 / self.devices:g}")
-        if self.rule == "gradient" and self.local_steps > 1:
-            refuse("local_steps", self.local_steps, "rule=gradient takes no local steps; choose fedavg or fedadam")
-
-
 @config
 class EngineConfig:
     """Engine, precision and memory options of an optimizer step."""
 
     name: Annotated[
-        Literal["deepspeed", "torch", "federated"],
+        Literal["deepspeed", "torch", "federated", "meta"],
         BeforeValidator(lambda value: "torch" if value == "local" else value),
         about(
             "deepspeed, or plain torch (torch) with the same losses; federated: devices compute on audio that never "
-            "leaves them; local is the former name of torch"
+            "leaves them; meta: weights are adapted to episodes; local is the former name of torch"
         ),
     ] = "deepspeed"
     zero_stage: Annotated[int, about("DeepSpeed ZeRO stage (deepspeed only)", ge=0, le=3)] = 1
@@ -194,12 +108,16 @@ class EngineConfig:
     federated: Annotated[FederatedConfig, about("rounds of engine.name=federated")] = dataclasses.field(
         default_factory=FederatedConfig
     )
+    meta: Annotated[MetaConfig, about("adaptation to episodes of engine.name=meta")] = dataclasses.field(
+        default_factory=MetaConfig
+    )
 
     def __post_init__(self) -> None:
-        if self.name == "federated" and self.precision == "fp16":
-            refuse(
-                "precision", self.precision, "repeats updates that overflow; engine.name=federated takes fp32 or bf16"
-            )
+        if self.name in ("federated", "meta") and self.precision == "fp16":
+            remedy = f"repeats updates that overflow; engine.name={self.name} takes fp32 or bf16"
+            refuse("precision", self.precision, remedy)
+        if self.name == "meta":
+            self._check_meta()
         if self.offload != "none" and self.name != "deepspeed":
             refuse(
                 "offload", self.offload, "needs engine.name=deepspeed; the plain torch engine keeps its states in place"
@@ -214,6 +132,23 @@ class EngineConfig:
             refuse("activation_checkpointing", "selective", remedy)
         if self.compile and self.packed:
             refuse("packed", self.packed, "cannot run with engine.compile=true: its loops differ from batch to batch")
+
+    def _check_meta(self) -> None:
+        """Refuses what cannot run inside an adaptation, whose weights are functions of the module's."""
+        reason = "weights that are adapted to an episode are no parameters of the module"
+        wrong = {
+            "zero_stage": (self.zero_stage, self.zero_stage > 1, f"ZeRO partitions parameters, and {reason}; set 0"),
+            "compile": (self.compile, self.compile, f"compiled code holds parameters, and {reason}; set false"),
+            "packed": (self.packed, self.packed, "its attention has no second derivative; set false"),
+            "activation_checkpointing": (
+                self.activation_checkpointing,
+                self.activation_checkpointing != "none",
+                f"blocks are recomputed with their parameters, and {reason}; set none",
+            ),
+        }
+        for field, (value, is_wrong, remedy) in wrong.items():
+            if is_wrong:
+                refuse(field, value, f"cannot run with engine.name=meta: {remedy}")
 
 
 @config
@@ -340,6 +275,11 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        if self.engine.name == "meta":
+            self._check_meta()
+        elif self.data.episodes.label:
+            remedy = "makes micro-batches episodes, which engine.name=meta alone can use; set it, or leave this empty"
+            refuse("data.episodes.label", self.data.episodes.label, remedy)
         if self.engine.name == "federated" and self.engine.federated.noise and self.heads:
             remedy = "updates of several tasks have no norm per target; leave out heads, or the noise"
             if self.engine.federated.rule == "gradient":
@@ -390,15 +330,32 @@ class Config:
         if self.data.micro_batches < 3:
             remedy = "objective.elastic needs 3 or more: for the largest subnet, the smallest and a drawn one"
             refuse("data.micro_batches", self.data.micro_batches, remedy)
-        if self.engine.name == "federated":
-            refuse(
-                "engine.name", "federated", "devices know no micro-batches of an update, which objective.elastic needs"
-            )
+        if self.engine.name in ("federated", "meta"):
+            remedy = "objective.elastic needs the micro-batches of an update in one process; take torch or deepspeed"
+            refuse("engine.name", self.engine.name, remedy)
         if self.objective.varies_depth and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
             remedy = "needs the same blocks on all ranks, and objective.elastic.blocks differ; take 2 or less"
             refuse("engine.zero_stage", 3, remedy)
         if self.tune.name != "full":
             refuse("tune.name", self.tune.name, "leaves weights as they are; a supernet (objective.elastic) needs full")
+
+    def _check_meta(self) -> None:
+        """Refuses tasks that a run with engine.name=meta lacks or cannot differentiate twice, and random layers."""
+        meta, tasks = self.engine.meta, ["objective"] * self.objective.has_loss + sorted(self.heads)
+        if not self.data.episodes.label:
+            remedy = "engine.name=meta adapts to episodes; set it to the label of segments that is their class"
+            refuse("data.episodes.label", "", remedy)
+        for field, name in (("inner", meta.inner), ("outer", meta.outer_task)):
+            if name not in tasks:
+                refuse(f"engine.meta.{field}", name, f"must be one of the run's tasks: {', '.join(tasks)}")
+        if meta.second_order and meta.inner in self.heads and not self.heads[meta.inner].twice_differentiable:
+            remedy = f"the loss of {self.heads[meta.inner].name} has no second derivative; set fomaml, reptile or foblo"
+            refuse("engine.meta.method", meta.method, remedy)
+        if self.balance.name != "fixed" or self.balance.measure:
+            refuse("balance.name", self.balance.name, "engine.name=meta has one loss; set fixed and measure=false")
+        parts = {"frontend": self.frontend, "encoder": self.encoder, "objective": self.objective}
+        for part, values in {**parts, **{f"heads.{name}": head for name, head in self.heads.items()}}.items():
+            require_smooth(part, dump(values))
 
     def cautions(self) -> list[str]:
         """Returns warnings about settings that are valid but probably not intended, one sentence each."""

@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput, MicroBatchPlan, Objective, Sum
 from pretrain.nn.balance import FACTOR, TASK_GRADIENTS, Balance, gradient_shares
 from pretrain.nn.gradient_taps import GradientTaps, NoTaps
+from pretrain.nn.inner_rates import InnerRates, chosen_weights
 from pretrain.nn.numerics import masked_deviation
 from pretrain.nn.tuning import apply_tuning
 
@@ -40,6 +41,21 @@ class TrainPlan:
     plan: MicroBatchPlan
     heads: Mapping[str, HeadPlan]
     counts_K: Tensor
+
+
+class Passes(NamedTuple):
+    """What heads read of one micro-batch.  objective: its loss.  encoded: the output of its own pass.
+
+    whole: the output without a mask; None where no head asks for it.
+    """
+
+    objective: LossOutput
+    encoded: EncoderOutput
+    whole: EncoderOutput | None
+
+    def read_by(self, head: Head) -> EncoderOutput:
+        """Returns the output that a head reads."""
+        return self.whole if self.whole is not None and head.input == "whole" else self.encoded
 
 
 class TrainModule(nn.Module):
@@ -70,6 +86,8 @@ class TrainModule(nn.Module):
         self.tasks: tuple[str, ...] = ("objective", *self.heads)
         balance = balance or BalanceConfig()
         self.balance = Balance(balance, [False, *(head.signed for head in self._heads().values())])
+        self.inner_rates: InnerRates | None = None
+        """Learning rates of the inner loop of meta-learning; None in other runs."""
         self._taps = GradientTaps(model.encoder, self.tasks) if balance.measures and self.heads else None
 
     @functools.cached_property
@@ -94,8 +112,17 @@ class TrainModule(nn.Module):
         counts = [plan.count, *(head.count for head in heads.values())]
         return TrainPlan(plan, heads, torch.stack([count.detach().cpu().double() for count in counts]))
 
+    def encode(self, batch: Batch, plan: TrainPlan, ctx: StepContext) -> Passes:
+        """Makes the encoder passes of a micro-batch; arguments are those of `forward`."""
+        batch = padded_to(batch, self.least_samples)
+        with self._precision(batch.wave_BT.device):
+            objective: LossOutput
+            with (self._taps or NoTaps()).objective():
+                objective, encoded = self.objective(self.model, batch, plan.plan, ctx)
+            return Passes(objective, encoded, self._whole(batch, plan, ctx))
+
     def forward(
-        self, batch: Batch, plan: TrainPlan, global_counts_K: Tensor, ctx: StepContext
+        self, batch: Batch, plan: TrainPlan, global_counts_K: Tensor, ctx: StepContext, passes: Passes | None = None
     ) -> tuple[Tensor, dict[str, Sum]]:
         """Computes this micro-batch's share of the loss of the whole update.
 
@@ -104,6 +131,7 @@ class TrainModule(nn.Module):
             plan: the result of `prepare`.
             global_counts_K: targets of each task over all micro-batches and ranks, in the order of `tasks`.
             ctx: seed and step.
+            passes: the result of `encode`; None: it is called here.
 
         Returns:
             Σ over tasks of weight · total / global count (0 for a task without targets), and metrics as sums and
@@ -111,12 +139,9 @@ class TrainModule(nn.Module):
         """
         batch = padded_to(batch, self.least_samples)
         taps = self._taps or NoTaps()
+        objective, encoded, whole = passes or self.encode(batch, plan, ctx)
         with self._precision(batch.wave_BT.device):
-            objective: LossOutput
-            with taps.objective():
-                objective, encoded = self.objective(self.model, batch, plan.plan, ctx)
             outputs = {"objective": (1.0, objective)}
-            whole = self._whole(batch, plan, ctx)
             for name, head in self._heads().items():
                 if whole is not None and head.input == "whole":
                     read = taps.head(name, whole)
@@ -340,4 +365,12 @@ def build_model(config: Config) -> TrainModule:
         objective = registry.build_objective(config.objective, model.shape)
         objective.attach(model)
         heads = {name: registry.build_head(head, model.shape) for name, head in sorted(config.heads.items())}
-    return TrainModule(model, objective, heads, AUTOCAST[config.engine.precision], config.balance)
+    module = TrainModule(model, objective, heads, AUTOCAST[config.engine.precision], config.balance)
+    if config.engine.name == "meta":
+        meta = config.engine.meta
+        adapted = meta.adapt or ((f"heads.{meta.inner}",) if meta.method == "anil" else ())
+        names = [name for name, weight in module.named_parameters() if weight.requires_grad]
+        names = chosen_weights(names, adapted, "engine.meta.adapt") if adapted else names
+        chosen_weights(names, meta.reset, "engine.meta.reset")
+        module.inner_rates = InnerRates(names, meta.inner_steps, meta.inner_lr, meta.learn_lr)
+    return module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -97,6 +97,10 @@ class Images(NamedTuple):
 IMAGE = "image"
 """Name in `Batch.images` of the images that shards hold."""
 
+WAY, PART = "way", "part"
+"""Names in `Batch.labels` of an episode: the class of each row, "0", "1" …, and `SUPPORT` or `QUERY`."""
+SUPPORT, QUERY = "support", "query"
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -141,6 +145,23 @@ class Batch:
         """Returns the tokens of each sample, (B, N) int64, padded with -1; N is 0 for a whole batch without them."""
         found = self.tokens.get(name)
         return self.lengths_B.new_full((len(self.keys), 0), -1) if found is None else found
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Returns some rows as a batch, without the padding that they do not need."""
+        index_N = self.lengths_B.new_tensor(list(rows))
+        longest = int(self.lengths_B[index_N].max()) if len(rows) else 0
+        there_N = index_N.to(self.wave_BT.device)
+        return replace(
+            self,
+            wave_BT=self.wave_BT[there_N, :longest],
+            lengths_B=self.lengths_B[index_N],
+            keys=tuple(self.keys[row] for row in rows),
+            targets={name: target[there_N] for name, target in self.targets.items()},
+            labels={name: tuple(values[row] for row in rows) for name, values in self.labels.items()},
+            tokens={name: ids[index_N] for name, ids in self.tokens.items()},
+            images={name: Images(*(part[index_N] for part in images)) for name, images in self.images.items()},
+            sources_BST=None if self.sources_BST is None else self.sources_BST[there_N, :, :longest],
+        )
 
     @property
     def is_empty(self) -> bool:

@@ -268,12 +268,13 @@ def read_texts(shards: str, label: str) -> Iterator[str]:
         for bad in files.check():
             raise bad
         for number in range(len(files.records)):
-            yield from _texts_of_shard(files, number, label)
+            yield from texts_of_shard(files, number, label)
     finally:
         files.close()
 
 
-def _texts_of_shard(files: ShardFiles, number: int, label: str) -> Iterator[str]:
+def texts_of_shard(files: ShardFiles, number: int, label: str) -> Iterator[str]:
+    """Yields one label of every segment of a shard, "" where a segment has none. Raises ShardError."""
     index = files.index(number)
     for first in range(0, len(index.keys), TEXTS_READ_TOGETHER):
         rows = range(first, min(first + TEXTS_READ_TOGETHER, len(index.keys)))
@@ -328,7 +329,7 @@ def some_texts(files: ShardFiles, label: str) -> list[str]:
 
 def _texts_of(files: ShardFiles, number: int, label: str) -> list[str]:
     with contextlib.suppress(ShardError):
-        return [text for text in itertools.islice(_texts_of_shard(files, number, label), SEARCHED_SAMPLES) if text]
+        return [text for text in itertools.islice(texts_of_shard(files, number, label), SEARCHED_SAMPLES) if text]
     return []
 
 

@@ -28,6 +28,7 @@ from data_pipeline.core.retries import StorageError
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Cursor, Step
 from data_pipeline.labels.store import LabelMetadata
+from data_pipeline.loader.episodes import read_episode_plan
 from data_pipeline.loader.fetch import check_images, check_labels, check_tokens, some_texts
 from data_pipeline.loader.open_shards import open_files
 from data_pipeline.loader.shared_buffers import SharedBuffers
@@ -81,13 +82,17 @@ class PlanReader:
         search = SegmentsWithText(config, texts.sources) if config.text_share else None
         catalogue = load_catalogue(self._files, config.cache, config.on_bad_shard == "skip", search)
         check_labels(self._files, config.labels)
-        self.plan = make_plan(catalogue, config, seed, least_samples)
+        if config.episodes.label:
+            self.plan: Plan = read_episode_plan(self._files, catalogue, config, seed, least_samples)
+        else:
+            self.plan = make_plan(catalogue, config, seed, least_samples)
         check_labels(self._files, [label for label in texts.labels if label not in config.labels])
         check_tokens(texts, self.some_texts, log.warning)
         check_images(self._files, config.images.size)
         self.plan_hash = texts.extend_hash(_with_targets(self.plan.hash, config))
         self._files.follow(PlanSchedule(self.plan))
-        audio_per_step_check(self.plan, world, self.slots)
+        if not config.episodes.label:  # the audio of an episode follows from its rows
+            audio_per_step_check(self.plan, world, self.slots)
         self._cursor = Cursor(self.plan_hash, 0, 0)
         self._iterator: _StepIterator | None = None
         atexit.register(_close, weakref.ref(self))

@@ -228,8 +228,7 @@ class PlannedBatches(MicroBatches, Dataset[Loaded]):
             return Loaded(request.micro_batch, error=error)
 
     def _load(self, request: BatchRequest) -> Loaded:
-        window, inside = self.plan.place(request.epoch, request.step)
-        rows = window.micro_batch(inside, request.micro_batch)
+        rows = self.plan.micro_batch(request.epoch, request.step, request.micro_batch)
         columns = (rows.shard_n.tolist(), rows.row_n.tolist(), rows.length_n.tolist(), rows.repeat_n.tolist())
         wanted = [
             SegmentRead(shard=s, row=r, length=n, repeat=k, epoch=request.epoch, seed=self.plan.seed)
@@ -239,7 +238,8 @@ class PlannedBatches(MicroBatches, Dataset[Loaded]):
         if not loaded.keys:
             substitute = self._substitute(wanted[0])
             loaded = replace(self.assemble([substitute], request.micro_batch), skipped=loaded.skipped)
-        return replace(loaded, samples=window.samples(inside), padded_samples=window.padded_samples(inside))
+        samples, padded = self.plan.samples(request.epoch, request.step)
+        return replace(loaded, labels={**loaded.labels, **rows.labels}, samples=samples, padded_samples=padded)
 
     def _substitute(self, unreadable: SegmentRead) -> SegmentRead:
         """Returns the first readable segment of a following shard, so that no rank lacks a micro-batch."""

@@ -25,6 +25,33 @@ class ImagesConfig:
 
 
 @config
+class EpisodesConfig:
+    """Episodes of meta-learning: each micro-batch is a task of a few classes with a few examples each."""
+
+    label: Annotated[
+        str,
+        about(
+            "which label of a segment is its class in an episode, such as word, speaker or language; empty: "
+            "micro-batches are no episodes"
+        ),
+    ] = ""
+    ways: Annotated[int, about("classes of an episode", ge=2)] = 5
+    shots: Annotated[
+        tuple[int, ...],
+        about("examples of each class, the support; several: one is drawn for each episode", min_length=1),
+    ] = (5,)
+    queries: Annotated[
+        int, about("most further segments of each class, by other speakers, on which the adapted weights are judged")
+    ] = 5
+
+    def __post_init__(self) -> None:
+        if min(self.shots) < 1:
+            refuse("shots", list(self.shots), "each must be 1 or more")
+        if self.queries < 1:
+            refuse("queries", self.queries, "must be 1 or more")
+
+
+@config
 class DataConfig:
     """The shards of a run, and how they are read as global steps."""
 
@@ -146,6 +173,9 @@ class DataConfig:
             lt=1,
         ),
     ] = 0.0
+    episodes: Annotated[EpisodesConfig, about("micro-batches as episodes, for engine.name=meta")] = dataclasses.field(
+        default_factory=EpisodesConfig
+    )
     labels: Annotated[
         tuple[str, ...], about("per-segment metadata to pass to the model: speaker, language, corpus, text ...")
     ] = ()
@@ -200,10 +230,31 @@ class DataConfig:
             refuse("crop_to_shortest", self.crop_to_shortest, remedy)
         if self.text_share:
             self._check_text_share()
+        if self.episodes.label:
+            self._check_episodes()
         for name in ("shards", "valid"):  # a config made in Python may name one path as text
             object.__setattr__(self, name, one_or_several(getattr(self, name)))
         if both := set(self.valid) & set(self.shards):
             refuse("valid", min(both), "is one of data.shards; held-out audio must not be trained on")
+
+    def _check_episodes(self) -> None:
+        """Refuses settings that would change an episode's rows, and held-out audio, which has no episodes."""
+        wrong = {
+            "reader": (self.reader, self.reader != "plan", "set reader=plan, whose index has the labels"),
+            "on_bad_shard": (
+                self.on_bad_shard,
+                self.on_bad_shard == "skip",
+                "an episode needs all rows; set error",
+            ),
+            "text_share": (self.text_share, self.text_share > 0, "set it to 0"),
+            "mix_alpha": (self.mix_alpha, self.mix_alpha != 1, "classes are drawn equally often; set it to 1"),
+            "crop_to_shortest": (self.crop_to_shortest, self.crop_to_shortest, "set it to false"),
+            "sources": (self.sources, self.sources > 0, "set it to 0"),
+            "valid": (list(self.valid), bool(self.valid), "leave it out; auricle evaluate task=few_shot measures"),
+        }
+        for field, (value, is_wrong, remedy) in wrong.items():
+            if is_wrong:
+                refuse(field, value, f"cannot be combined with episodes.label={self.episodes.label}: {remedy}")
 
     def _check_text_share(self) -> None:
         """Refuses settings under which an update cannot have this share of texts."""

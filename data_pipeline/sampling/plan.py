@@ -120,6 +120,16 @@ class Plan:
         window, inside = self.place(epoch, step)
         return tuple(window.micro_batch(inside, j) for j in range(self.constraints.micro_batches))
 
+    def micro_batch(self, epoch: int, step: int, j: int) -> MicroBatch:
+        """Returns micro-batch `j` of a global step."""
+        window, inside = self.place(epoch, step)
+        return window.micro_batch(inside, j)
+
+    def samples(self, epoch: int, step: int) -> tuple[int, int]:
+        """Returns the audio samples of a global step, without and with padding."""
+        window, inside = self.place(epoch, step)
+        return window.samples(inside), window.padded_samples(inside)
+
 
 def make_plan(catalogue: Catalogue, config: DataConfig, seed: int, least_samples: int = 0) -> Plan:
     """Returns the plan of `catalogue` under `config`.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,8 @@ class MicroBatch:
     row_n: Array
     length_n: Array
     repeat_n: Array
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Labels that the plan gives to the rows, by name, beside those of the segments."""
 
     @property
     def samples(self) -> int:

@@ -6,6 +6,7 @@ from data_pipeline.sampling.plan import accumulation
 from pretrain.config import Config
 from pretrain.engines.base import Engine, StepResult
 from pretrain.engines.distributed import DistributedContext
+from pretrain.engines.meta import MetaEngine
 from pretrain.engines.plain_torch import TorchEngine
 from pretrain.train_module import TrainModule
 
@@ -28,6 +29,8 @@ def make_engine(config: Config, module: TrainModule, world: DistributedContext) 
     """
     if config.engine.name == "torch":
         return TorchEngine(module, config.engine, config.optimizer, world)
+    if config.engine.name == "meta":
+        return MetaEngine(module, config, world)
     from pretrain.engines.deepspeed import DeepSpeedEngine  # heavy, and absent on bare machines
 
     return DeepSpeedEngine(

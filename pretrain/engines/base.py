@@ -20,7 +20,7 @@ from pretrain.engines.signals import RankSignals
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Sum
 from pretrain.nn.dropout import seed_dropout
-from pretrain.train_module import TrainModule, TrainPlan
+from pretrain.train_module import TrainModule
 
 NumpySum = tuple[np.ndarray, float]
 
@@ -180,7 +180,7 @@ class Engine(abc.ABC):
                 self.module.train()
         return HeldOutResult(total_loss, sums)
 
-    def _prepare(self, batches: Sequence[Batch], ctx: StepContext) -> tuple[list[TrainPlan], Tensor]:
+    def _prepare(self, batches: Sequence[Batch], ctx: StepContext) -> tuple[Sequence[object], Tensor]:
         """Draws masks and counts targets, without a forward pass; returns plans and the targets over all ranks."""
         self.on_phase("targets")
         plans = [self.module.prepare(batch, ctx) for batch in batches]

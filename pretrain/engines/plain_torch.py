@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.core.types import Batch
 from pretrain.config import EngineConfig, OptimizerConfig
@@ -50,6 +50,30 @@ class TorchEngine(Engine):
         return loss, metrics
 
     def _apply(self, lr: float, skip_above: float) -> float:
+        trained, norm, total_norm = self._summed()
+        if math.isfinite(norm):
+            if self.optimizer_config.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(trained, self.optimizer_config.clip_norm, total_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.norm, self.optimizer.limit = lambda: norm, skip_above
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _add_update(self, lr: float, skip_above: float) -> float:
+        """Subtracts `lr` times the gradient from the weights, without moments and clipping; else as `_apply`."""
+        trained, norm, _ = self._summed()
+        if math.isfinite(norm) and norm <= skip_above:
+            with torch.no_grad():
+                for parameter in trained:
+                    if parameter.grad is not None:
+                        parameter.sub_(lr * parameter.grad)
+        self.optimizer.zero_grad()
+        return norm
+
+    def _summed(self) -> tuple[list[nn.Parameter], float, Tensor]:
+        """Sums gradients over ranks and divides them by `scale`; returns the trained weights and their global norm."""
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in trained:
             if parameter.grad is None:  # layer drop: zeros, as with DeepSpeed
@@ -62,16 +86,7 @@ class TorchEngine(Engine):
         if self.scale.value != 1.0:
             torch._foreach_mul_(grads, 1.0 / self.scale.value)
         total_norm = torch.nn.utils.get_total_norm(grads)
-        norm = float(total_norm)
-        if math.isfinite(norm):
-            if self.optimizer_config.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(trained, self.optimizer_config.clip_norm, total_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.norm, self.optimizer.limit = lambda: norm, skip_above
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+        return trained, float(total_norm), total_norm
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():

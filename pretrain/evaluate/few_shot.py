@@ -3,13 +3,14 @@
 An episode draws classes, their support and their queries; no speaker has both where the data has speakers. Two ways to
 classify: the nearest mean of the support (prototypes, Snell et al. 2017, arXiv 1703.05175, eq. 2), which is the linear
 classifier with weights 2·p and biases −|p|² (eq. 8); and that classifier after a few steps of gradient descent on the
-support. The former is the same classifier unadapted.
+support. The former is the same classifier unadapted. A run with engine.name=meta adds its own projection and rates.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,22 +20,16 @@ from torch import Tensor
 
 from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.sampling.episodes import Episode, LabelledRows
+from pretrain.config import Config
 from pretrain.evaluate.config import FewShotConfig
 from pretrain.evaluate.features import Labelled
 from pretrain.evaluate.metrics import Tally
+from pretrain.heads.episode import EpisodeClassifier, prototypes
+from pretrain.train_module import TrainModule
 
 PROTOTYPES, TUNED = "accuracy of prototypes", "accuracy, fine-tuned"
-TRIES = 20
-"""Draws of the speakers of an episode, until enough classes have support and queries."""
-
-
-@dataclass(frozen=True)
-class Episode:
-    """Rows of a Labelled: support_WK of each class in turn, queries_Q and their classes, 0 … W − 1."""
-
-    support_WK: np.ndarray
-    queries_Q: np.ndarray
-    classes_Q: np.ndarray
+LEARNED, UNADAPTED = "accuracy, meta-learned", "accuracy, meta-learned, unadapted"
 
 
 def draw(part: Labelled, config: FewShotConfig, shots: int, number: int, seed: int) -> Episode:
@@ -54,42 +49,11 @@ def draw(part: Labelled, config: FewShotConfig, shots: int, number: int, seed: i
         Rows of support and queries in `part`.
 
     Raises:
-        ConfigError: fewer classes than `ways` have enough recordings; the message has how many.
+        ConfigError: fewer classes than `ways` have enough recordings; the message has how many there are.
     """
     rng = keyed_rng(seed, "episode", shots, number)
-    most = 0
-    for _ in range(TRIES):
-        found = _examples(part, config, shots, rng)
-        if len(found) >= config.ways:
-            break
-        most = max(most, len(found))
-    else:
-        classes, speakers = len(np.unique(part.y_N.numpy())), len(part.speakers)
-        raise ConfigError(
-            f"few_shot.ways={config.ways}, few_shot.shots={shots}: only {most} classes have {shots} recordings and one "
-            f"more by another speaker; there are {classes} classes, {speakers} speakers and {len(part.y_N)} recordings"
-        )
-    chosen = [found[index] for index in rng.choice(len(found), config.ways, replace=False)]
-    classes_Q = np.concatenate([np.full(len(queries), way) for way, (_, queries) in enumerate(chosen)])
-    return Episode(np.stack([given for given, _ in chosen]), np.concatenate([q for _, q in chosen]), classes_Q)
-
-
-def _examples(
-    part: Labelled, config: FewShotConfig, shots: int, rng: np.random.Generator
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Draws support and queries of every class that has enough recordings."""
-    y_N, n_speakers = part.y_N.numpy(), len(part.speakers)
-    asked_N = np.isin(part.speaker_N, rng.permutation(n_speakers)[: n_speakers // 2])
-    found = []
-    for label in np.unique(y_N):
-        rows = rng.permutation(np.flatnonzero(y_N == label))
-        if n_speakers > 1:
-            given, queries = rows[~asked_N[rows]][:shots], rows[asked_N[rows]]
-        else:
-            given, queries = rows[:shots], rows[shots:]
-        if len(given) == shots and len(queries):
-            found.append((given, queries[: config.queries]))
-    return found
+    rows = LabelledRows(part.y_N.numpy(), part.speaker_N)
+    return rows.draw(config.ways, shots, config.queries, rng, "few_shot")
 
 
 def most_shots(part: Labelled, config: FewShotConfig, shots: int) -> int:
@@ -120,17 +84,29 @@ def classify_queries(x_ND: Tensor, episode: Episode, steps: int, rate: float) ->
         steps: steps of gradient descent on the support's mean cross-entropy; 0: prototypes.
         rate: their learning rate.
     """
-    support_WKD = x_ND[torch.from_numpy(episode.support_WK)]
-    prototypes_WD = support_WKD.mean(1)
-    weight_WD, bias_W = 2 * prototypes_WD, -prototypes_WD.square().sum(1)
     # scores grow with the number of channels; the mean over them keeps gradient steps comparable
-    scale = 1.0 / x_ND.shape[1]
+    channels = x_ND.shape[1]
+    return descend(x_ND / channels**0.5, episode, [rate] * steps, [rate / channels] * steps)
+
+
+def descend(x_ND: Tensor, episode: Episode, weight_rates: Sequence[float], bias_rates: Sequence[float]) -> np.ndarray:
+    """Returns the classes found for the queries, (Q,), by the linear classifier of prototypes after gradient descent.
+
+    Args:
+        x_ND: vectors of all recordings.
+        episode: rows of support and queries.
+        weight_rates: learning rate of the weights in each step.
+        bias_rates: that of the biases.
+    """
+    support_WKD = x_ND[torch.from_numpy(episode.support_WK)]
     W, K, _ = support_WKD.shape
-    x_SD, onehot_SW = support_WKD.flatten(0, 1), F.one_hot(torch.arange(W).repeat_interleave(K), W).to(x_ND.dtype)
-    for _ in range(steps):
-        error_SW = ((x_SD @ weight_WD.T + bias_W) * scale).softmax(1) - onehot_SW
-        weight_WD = weight_WD - rate * (error_SW.T @ x_SD) / len(x_SD)
-        bias_W = bias_W - rate * error_SW.mean(0)
+    x_SD, ways_S = support_WKD.flatten(0, 1), torch.arange(W).repeat_interleave(K)
+    weight_WD, bias_W = prototypes(x_SD, ways_S, W)
+    onehot_SW = F.one_hot(ways_S, W).to(x_ND.dtype)
+    for weight_rate, bias_rate in zip(weight_rates, bias_rates, strict=True):
+        error_SW = (x_SD @ weight_WD.T + bias_W).softmax(1) - onehot_SW
+        weight_WD = weight_WD - weight_rate * (error_SW.T @ x_SD) / len(x_SD)
+        bias_W = bias_W - bias_rate * error_SW.mean(0)
     logits_QW = x_ND[torch.from_numpy(episode.queries_Q)] @ weight_WD.T + bias_W
     found: np.ndarray = logits_QW.argmax(1).numpy()
     return found
@@ -143,28 +119,27 @@ def standardised(part: Labelled, layer: int) -> Tensor:
 
 
 def hits(
-    part: Labelled, layer: int, episodes: Sequence[Episode], steps: int, rate: float
+    part: Labelled, episodes: Sequence[Episode], found: Callable[[Episode], np.ndarray]
 ) -> dict[str, tuple[float, float]]:
     """Returns hits and queries of each speaker over episodes.
 
     Args:
-        part: labelled recordings with their features.
-        layer: layer of the features to classify.
+        part: labelled recordings.
         episodes: from `draw` of `part`.
-        steps: steps of gradient descent, see `classify_queries`.
-        rate: their learning rate.
+        found: returns the classes found for the queries of an episode, (Q,).
     """
-    x_ND = standardised(part, layer)
     right_N, asked_N = np.zeros(len(part.y_N)), np.zeros(len(part.y_N))
     for episode in episodes:
-        np.add.at(right_N, episode.queries_Q, classify_queries(x_ND, episode, steps, rate) == episode.classes_Q)
+        np.add.at(right_N, episode.queries_Q, found(episode) == episode.classes_Q)
         np.add.at(asked_N, episode.queries_Q, 1.0)
     n = len(part.speakers)
     sums = (np.bincount(part.speaker_N, weights=weights, minlength=n) for weights in (right_N, asked_N))
     return {name: (float(h), float(q)) for name, h, q in zip(part.speakers, *sums, strict=True)}
 
 
-def tallies(valid: Labelled, test: Labelled, config: FewShotConfig, seed: int = 0) -> dict[str, Tally]:
+def tallies(
+    valid: Labelled, test: Labelled, config: FewShotConfig, seed: int = 0, learner: EpisodeLearner | None = None
+) -> dict[str, Tally]:
     """Classifies the episodes of `test`; layer, learning rate and steps are the best ones on episodes of `valid`.
 
     Args:
@@ -172,6 +147,7 @@ def tallies(valid: Labelled, test: Labelled, config: FewShotConfig, seed: int = 
         test: recordings of other speakers.
         config: sizes of episodes.
         seed: keys the episodes.
+        learner: start and rates that meta-learning found, which choose nothing by `valid`.
 
     Returns:
         Hits and queries of each speaker, by the name of the measure.
@@ -184,14 +160,61 @@ def tallies(valid: Labelled, test: Labelled, config: FewShotConfig, seed: int = 
         fewer = most_shots(valid, config, shots)
         tuning = [draw(valid, config, fewer, number, seed) for number in range(config.choice_episodes)]
 
+        def by_layer(part: Labelled, layer: int, steps: int, rate: float) -> Callable[[Episode], np.ndarray]:
+            x_ND = standardised(part, layer)
+            return lambda episode: classify_queries(x_ND, episode, steps, rate)
+
         def score(layer: int, steps: int, rate: float, episodes: Sequence[Episode] = tuple(tuning)) -> float:
-            return sum(h for h, _ in hits(valid, layer, episodes, steps, rate).values())
+            return sum(h for h, _ in hits(valid, episodes, by_layer(valid, layer, steps, rate)).values())
 
         layer = max(range(valid.x_NLD.shape[1]), key=lambda number: score(number, 0, 0.0))
         tried = [(steps, rate) for steps in range(1, config.steps + 1) for rate in config.rates]
         steps, rate = max(tried, key=lambda pair: score(layer, *pair))
         episodes = [draw(test, config, shots, number, seed + 1) for number in range(config.episodes)]
         ending = f"{config.ways}-way {shots}-shot"
-        found[f"{PROTOTYPES}, {ending}"] = hits(test, layer, episodes, 0, 0.0)
-        found[f"{TUNED}, {ending}"] = hits(test, layer, episodes, steps, rate)
+        found[f"{PROTOTYPES}, {ending}"] = hits(test, episodes, by_layer(test, layer, 0, 0.0))
+        found[f"{TUNED}, {ending}"] = hits(test, episodes, by_layer(test, layer, steps, rate))
+        if learner is not None:
+            embedded_ND = learner.embed(test.x_NLD)
+            for name, adapted in ((LEARNED, learner.adapted), (UNADAPTED, learner.unadapted)):
+                found[f"{name}, {ending}"] = hits(test, episodes, functools.partial(adapted, embedded_ND))
     return found
+
+
+@dataclass(frozen=True)
+class EpisodeLearner:
+    """What a run with `engine.name=meta` learned for new classes.  rates: in each inner step."""
+
+    head: EpisodeClassifier
+    weight_rates: Sequence[float]
+    bias_rates: Sequence[float]
+
+    @torch.inference_mode()
+    def embed(self, x_NLD: Tensor) -> Tensor:
+        """Returns what is classified, (N, P), of the pooled frames of all layers, (N, L, P)."""
+        return self.head.embed(self.head.mix(tuple(x_NLD.float().unbind(1))))
+
+    def adapted(self, embedded_ND: Tensor, episode: Episode) -> np.ndarray:
+        """Returns the classes found for the queries, (Q,), after the inner steps at the learned rates."""
+        return descend(embedded_ND, episode, self.weight_rates, self.bias_rates)
+
+    def unadapted(self, embedded_ND: Tensor, episode: Episode) -> np.ndarray:
+        """Returns the classes found for the queries, (Q,), by the weights before the inner steps."""
+        return descend(embedded_ND, episode, (), ())
+
+
+def learner_of(module: TrainModule, config: Config) -> EpisodeLearner | None:
+    """Returns what a run learned for new classes; None unless its inner loop adapts the classes of a head `episode`.
+
+    Args:
+        module: the run's, loaded.
+        config: the run's config.
+    """
+    rates, name = module.inner_rates, config.engine.meta.inner
+    head = dict(module.heads.items()).get(name)
+    classes = [f"heads.{name}.classes.{part}" for part in ("weight", "bias")]
+    if rates is None or not isinstance(head, EpisodeClassifier) or sorted(rates.names) != sorted(classes):
+        return None
+    with torch.inference_mode():
+        by_name = rates()
+    return EpisodeLearner(head.eval(), *(by_name[part].tolist() for part in classes))

@@ -18,7 +18,7 @@ from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import dump
 from data_pipeline.core.types import SAMPLE_RATE
 from pretrain.checkpointing.locate import find_checkpoint
-from pretrain.checkpointing.weights import load_checkpoint
+from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint
 from pretrain.config import Config
 from pretrain.evaluate import hf_encoder
 from pretrain.evaluate.hf_encoder import HuggingFaceModel
@@ -43,6 +43,8 @@ class FrozenEncoder:
     rate_hz: float
     step: int = 0
     fresh: Callable[[int], Model] | None = field(default=None, repr=False)
+    run: LoadedCheckpoint | None = field(default=None, repr=False)
+    """The run that it is of, with its heads; None for others."""
 
 
 @contextlib.contextmanager
@@ -79,6 +81,7 @@ class Pretrained:
     fresh: Callable[[int], Model]
     settings: dict[str, Any]
     step: int = 0
+    run: LoadedCheckpoint | None = None
 
 
 def open_pretrained(given: str) -> Pretrained:
@@ -99,8 +102,11 @@ def open_pretrained(given: str) -> Pretrained:
         return Pretrained(
             folder.name, model, lambda seed: hf_encoder.fresh(folder, seed), model.net.config.to_diff_dict()
         )
-    module, config, step = load_checkpoint(folder)
-    return Pretrained(config.name, module.model, lambda seed: fresh_model(config, seed), dump(config), step)
+    run = load_checkpoint(folder)
+    config = run.config
+    return Pretrained(
+        config.name, run.module.model, lambda seed: fresh_model(config, seed), dump(config), run.step, run
+    )
 
 
 def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
@@ -118,7 +124,8 @@ def open_encoder(given: str, device: str = "cpu") -> FrozenEncoder:
         ConfigError: this version cannot read its config.
     """
     found = open_pretrained(given)
-    return freeze(found.model, found.name, device, found.step, found.fresh)
+    encoder = freeze(found.model, found.name, device, found.step, found.fresh)
+    return dataclasses.replace(encoder, run=found.run)
 
 
 def fresh_model(config: Config, seed: int) -> SpeechModel:

@@ -64,7 +64,9 @@ class TaskEvaluation:
                 tallies.setdefault("mean average precision", []).append(found)
                 continue
             if inputs.kind == "few_shot":
-                for measure, tally in few_shot.tallies(valid, joined(train, test), self.config.few_shot, seed).items():
+                learner = self._learner(encoder)
+                whole = joined(train, test)
+                for measure, tally in few_shot.tallies(valid, whole, self.config.few_shot, seed, learner).items():
                     tallies.setdefault(measure, []).append(tally)
                 continue
             classes, settings, disjoint = len(inputs.classes), self.config.probe, inputs.task.disjoint
@@ -77,6 +79,20 @@ class TaskEvaluation:
                 self.details.append(self._detail(encoder.name, view, test, guesses_N))
             del train, valid, test  # before the features of the next seed are computed
         return tallies
+
+    def _learner(self, encoder: FrozenEncoder) -> few_shot.EpisodeLearner | None:
+        """Returns what a run with engine.name=meta learned; None, after a message, where these features do not fit."""
+        learner = few_shot.learner_of(encoder.run.module, encoder.run.config) if encoder.run else None
+        if learner is None:
+            return None
+        pool = self.inputs.task.config.pool
+        if self.inputs.layers or learner.head.config.pool != pool:
+            self.say(
+                f"{self.name}: the head of {encoder.name} reads all layers with pool={learner.head.config.pool}; with "
+                f"layers={self.config.layers} and the task's pool={pool} what it learned is not measured"
+            )
+            return None
+        return learner
 
     def _tally(self, tallies: Tallies, test: Labelled, guesses_N: np.ndarray) -> None:
         hits = (guesses_N == test.y_N.numpy()).astype(float)

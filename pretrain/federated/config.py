@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from data_pipeline.core.schema import about, config
-from pretrain.config import require_loopback
+from pretrain.interfaces.engine_configs import require_loopback
 
 
 @config

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_pipeline.core.rng import keyed_rng, keyed_seed
 from data_pipeline.core.schema import ConfigError
-from pretrain.config import FederatedConfig
+from pretrain.interfaces.engine_configs import FederatedConfig
 
 Spent = tuple[tuple[float, float, int], ...]
 """Noise multiplier, sampling rate and number of rounds, for each stretch of rounds with the same values."""

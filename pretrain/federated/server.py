@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,13 +12,14 @@ from torch import Tensor
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch, Cursor, Step
-from pretrain.config import Config, FederatedConfig
+from pretrain.config import Config
 from pretrain.engines.base import add_sums
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.plain_torch import TorchEngine
 from pretrain.federated.messages import MODEL, Answer, Kind, RefusedError, RoundRequest, Schema
 from pretrain.federated.privacy import Privacy, Spent, ledger
 from pretrain.federated.transport import Devices
+from pretrain.interfaces.engine_configs import FederatedConfig
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Head, Objective
 from pretrain.self_supervision.deferred_fit import FittedOnce
@@ -304,15 +304,7 @@ class FederatedEngine(TorchEngine):
         """
         if self.settings.rule in ("gradient", "fedadam"):
             return super()._apply(lr, skip_above)
-        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if math.isfinite(norm) and norm <= skip_above:
-            with torch.no_grad():
-                for parameter in self._trained.values():
-                    if parameter.grad is not None:
-                        parameter.sub_(lr * parameter.grad)
-        self.optimizer.zero_grad()
-        return norm
+        return self._add_update(lr, skip_above)
 
 
 class _Exchange:

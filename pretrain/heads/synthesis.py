@@ -60,6 +60,11 @@ class Config(HeadConfig):
     synthesizer: Annotated[SynthesizerConfig, about("sizes")] = dataclasses.field(default_factory=SynthesizerConfig)
 
     @property
+    def twice_differentiable(self) -> bool:
+        """False: the aligner's sum over alignments has no second derivative."""
+        return False
+
+    @property
     def needed_tokens(self) -> dict[str, int]:
         """The token set of the text."""
         return {self.tokens: self.vocabulary}

@@ -179,6 +179,11 @@ class HeadConfig(PluginConfig):
         return False
 
     @property
+    def twice_differentiable(self) -> bool:
+        """Whether its loss has a second derivative, which adaptation by gradients of gradients needs."""
+        return True
+
+    @property
     def needed_sources(self) -> int:
         """Number of sources of a mixture that the head separates, `data.sources`; 0: it needs none."""
         return 0
@@ -204,6 +209,11 @@ class TextHeadConfig(HeadConfig):
         repeated = sorted({symbol for symbol in self.symbols if self.symbols.count(symbol) > 1})
         if repeated:
             refuse("symbols", self.symbols, f"each character once; repeated: {' '.join(map(repr, repeated))}")
+
+    @property
+    def twice_differentiable(self) -> bool:
+        """False: the sum over alignments has no second derivative, or it is not finite."""
+        return False
 
     @property
     def segment_labels(self) -> tuple[str, ...]:

@@ -214,6 +214,8 @@ class Head(nn.Module, abc.ABC):
     """Contract tests that cannot hold by design: "padding", "batch" (the loss depends on the batch's other rows)."""
     gathers: bool = False
     """Whether it needs vectors of all ranks' samples, as in `Objective.gathers`."""
+    starts_from_support: bool = False
+    """Whether `first_weights` replaces weights of its own when it learns from an episode."""
     weight: float
     """Weight of its loss relative to the objective's, after the warm-up."""
     _recording: bool = False
@@ -262,6 +264,20 @@ class Head(nn.Module, abc.ABC):
     def monitoring(self) -> HeadMonitoringRecord:
         """Returns the monitoring record; by default of a head that uses every labelled row."""
         return HeadMonitoringRecord()
+
+    def first_weights(self, encoded: EncoderOutput, batch: Batch) -> Mapping[str, Tensor]:
+        """Returns the weights, by their names in the head, with which it starts to learn from an episode's support.
+
+        Called only where `starts_from_support`.
+
+        Args:
+            encoded: the encoder's output for the support, (B, F, D) per layer.
+            batch: the support.
+
+        Returns:
+            Tensors, which may depend on other weights.
+        """
+        return {}
 
     def forget(self) -> None:
         """Discards the data that forward passes collect for `after_step`, as in `Objective.forget`."""

@@ -99,7 +99,8 @@ def at_check(check: Check, config: Config) -> list[Finding]:
             found.append(detectors.rank_fell(name, rank, check.best[name], limits.min_rank))
     if pooled.updates >= limits.window:
         seconds = pooled.samples / SAMPLE_RATE
-        found.append(detectors.wrong_audio(seconds, config.data.batch_seconds, limits.audio_tolerance))
+        if not config.data.episodes.label:  # whose audio follows from their rows
+            found.append(detectors.wrong_audio(seconds, config.data.batch_seconds, limits.audio_tolerance))
         found += [detectors.unusable_labels(head, *rows) for head, rows in pooled.unusable.items()]
         found.append(detectors.waiting_ranks(pooled.waits, pooled.seconds, limits.max_data_wait))
         if check.step >= check.targets_since + grace(config, check.targets_since):

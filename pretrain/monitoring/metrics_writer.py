@@ -1,6 +1,6 @@
 """Writes every logged number to metrics.jsonl and TensorBoard.
 
-Prefixes of names: loss/ metric/ valid/ health/ opt/ perf/ data/ federated/ hist/.
+Prefixes of names: loss/ metric/ valid/ health/ opt/ perf/ data/ federated/ meta/ hist/.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "asked, answered, left out": ["Multiline", ["federated/(asked|devices|left_out)"]],
         "bytes of a round": ["Multiline", ["federated/bytes_.*"]],
         "seconds of a round": ["Multiline", ["federated/round_seconds"]],
+    },
+    "adaptation to episodes": {
+        "loss of the support": ["Multiline", ["meta/support_loss_.*"]],
+        "loss of the queries": ["Multiline", ["meta/query_loss_.*"]],
+        "rate of inner steps": ["Multiline", ["meta/inner_rate"]],
     },
     "speed": {
         "× real time": ["Multiline", ["perf/audio_seconds_per_second"]],

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_pipeline.core.schema import load
-from data_pipeline.core.types import IMAGE, Batch, Images
+from data_pipeline.core.types import IMAGE, WAY, Batch, Images
 from pretrain import registry
 from pretrain.config import Config
 from pretrain.train_module import TrainModule, build_model
@@ -187,7 +187,8 @@ def labelled(batch: Batch, texts: tuple[str, ...] = TEXTS) -> Batch:
     ]
     ids_BN = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
     speakers = tuple(SPEAKERS.get(text, "") for text in texts)
-    labels = {"text": texts, "speaker": speakers}
+    ways = tuple(str(list(SPEAKERS).index(text)) if text in SPEAKERS else "" for text in texts)
+    labels = {"text": texts, "speaker": speakers, WAY: ways}
     # two parts whose sum is the row, each loud where the other one is not
     share_T = 0.5 + 0.5 * torch.sin(torch.arange(batch.wave_BT.shape[1]) * (2 * torch.pi * 3 / 16_000))
     known_B1 = torch.tensor([bool(text) for text in texts])[:, None]

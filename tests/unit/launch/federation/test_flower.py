@@ -10,8 +10,8 @@ from data_pipeline.core.schema import ConfigError, load
 from launch.exit_codes import ExitCode
 from launch.federation.flower import ENVIRONMENT, find_flower
 from launch.main import main
-from pretrain.config import FederatedConfig
 from pretrain.federated.config import DeviceConfig
+from pretrain.interfaces.engine_configs import FederatedConfig
 
 
 def test_addresses_of_the_loopback_are_used_and_others_need_a_tunnel() -> None:

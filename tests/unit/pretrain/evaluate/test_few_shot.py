@@ -7,10 +7,24 @@ import pytest
 import torch
 
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.sampling.episodes import Episode
+from pretrain.engines import inner_loop
 from pretrain.evaluate.config import FewShotConfig
 from pretrain.evaluate.features import Labelled
-from pretrain.evaluate.few_shot import PROTOTYPES, TUNED, Episode, classify_queries, draw, most_shots, tallies
+from pretrain.evaluate.few_shot import (
+    LEARNED,
+    PROTOTYPES,
+    TUNED,
+    classify_queries,
+    draw,
+    learner_of,
+    most_shots,
+    tallies,
+)
 from pretrain.evaluate.metrics import accuracy
+from pretrain.heads.episode import prototypes
+from pretrain.train_module import build_model
+from tests.support.episodes import settings
 
 WORDS, SPEAKERS, TAKES = 6, 4, 3
 SETTINGS = FewShotConfig(ways=3, shots=(1, 4), queries=2, episodes=30, choice_episodes=10)
@@ -81,3 +95,32 @@ def test_too_few_classes_or_examples_are_refused_with_what_there_is() -> None:
     with pytest.raises(ConfigError, match=r"few_shot\.shots=9"):
         draw(spoken(0), SETTINGS, 9, 0, 0)
     assert most_shots(spoken(0), SETTINGS, 9) == 6
+
+
+def test_a_meta_run_is_measured_with_its_own_start_and_rates() -> None:
+    """Its inner loop on pooled features finds what the head finds after the same steps."""
+    config = settings(method="anil", adapt=["heads.task.classes"], inner_lr=0.7)
+    module = build_model(config)
+    learner = learner_of(module, config)
+    assert learner is not None
+    draw_from = torch.Generator().manual_seed(0)
+    head = learner.head
+    with torch.no_grad():
+        head.project.weight.add_(0.05 * torch.randn(head.project.weight.shape, generator=draw_from))
+    x_NLD = torch.randn(20, 3, 128, generator=draw_from)
+    episode = Episode(np.arange(6).reshape(2, 3), np.arange(6, 20), np.zeros(14))
+    embedded_ND = learner.embed(x_NLD)
+    torch.testing.assert_close(embedded_ND, head.embed(x_NLD[:, -1]).detach())
+    ways_S = torch.arange(2).repeat_interleave(3)
+    weight, bias = prototypes(embedded_ND[:6].clone(), ways_S, 2)
+    path = inner_loop.descend(
+        {"weight": weight, "bias": bias},
+        lambda w, step: torch.nn.functional.cross_entropy(embedded_ND[:6].clone() @ w["weight"].T + w["bias"], ways_S),
+        lambda name, step: torch.tensor(0.7),
+        2,
+    )
+    logits = embedded_ND[6:] @ path.weights[-1]["weight"].detach().T + path.weights[-1]["bias"].detach()
+    assert learner.adapted(embedded_ND, episode).tolist() == logits.argmax(1).tolist()
+    found = tallies(spoken(0), spoken(1), SETTINGS)
+    assert not any(name.startswith(LEARNED) for name in found)
+    assert learner_of(build_model(settings(method="maml")), settings(method="maml")) is None

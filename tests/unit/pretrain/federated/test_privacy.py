@@ -12,10 +12,10 @@ import torch
 from data_pipeline.core.schema import ConfigError, dump
 from pretrain.checkpointing.resume import require_same_config
 from pretrain.checkpointing.stored import read_state
-from pretrain.config import FederatedConfig
 from pretrain.engines import make_engine
 from pretrain.engines.distributed import DistributedContext
 from pretrain.federated.privacy import Privacy, ledger
+from pretrain.interfaces.engine_configs import FederatedConfig
 from pretrain.interfaces.frames import StepContext
 from pretrain.train_module import build_model
 from tests.support.federation import run, server, settings, synthetic_devices
