@@ -156,6 +156,8 @@ COMPOSED = {
     "board *": "serves until it is stopped; tests/board",
     "device *": "needs Flower's environment; tests/end_to_end/test_federated.py",
     "pretrain *federated_tiny*": "needs Flower's environment; tests/end_to_end/test_federated.py",
+    "pretrain *maml_words_tiny*": "needs words of many speakers; tests/unit/pretrain/engines/test_meta.py trains",
+    "pretrain *engine.name=meta*": "needs words of many speakers; tests/unit/pretrain/engines/test_meta.py trains",
     "preprocess corpus=common_voice *": "needs a corpus of this layout; "
     "tests/unit/data_pipeline/corpora/test_layouts.py",
     "preprocess corpus=librispeech *": "needs a corpus of this layout; "
