@@ -24,7 +24,7 @@ from data_pipeline.sampling.config import DataConfig, EpisodesConfig
 from data_pipeline.sampling.constraints import SHARE, Array, BatchConstraints
 from data_pipeline.sampling.epoch import EpochLayout, PlanInputs, summarize
 from data_pipeline.sampling.plan import Plan
-from data_pipeline.sampling.window import MicroBatch
+from data_pipeline.sampling.window import MicroBatch, Window
 
 VERSION: Final = "episodes-1"
 """Part of the hash; increase it when the algorithm changes episodes."""
@@ -161,6 +161,13 @@ class EpisodePlan(Plan):
             window_W1=np.array([0, len(shards)]),
             step_W1=np.array([0, STEPS]),
             samples=samples * STEPS,
+        )
+
+    def window(self, epoch: int, number: int) -> Window:
+        """Raises ConfigError: episodes are not parts of a shuffled window."""
+        raise ConfigError(
+            f"data.episodes.label={self._config.label}: micro-batches are episodes, drawn singly; leave it empty to "
+            "see how segments would be planned"
         )
 
     def step(self, epoch: int, step: int) -> tuple[MicroBatch, ...]:

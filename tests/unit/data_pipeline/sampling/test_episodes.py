@@ -77,6 +77,8 @@ def test_draws_depend_on_seed_step_and_micro_batch_alone(shards: Path) -> None:
     resumed = open_reader(settings, 0, 0, 1)
     assert [batch.keys for batch in next(resumed.steps(after)).batches] == whole[4:]
     assert reader.plan.layout(0).steps == STEPS
+    with pytest.raises(ConfigError, match=r"data\.episodes\.label=language: micro-batches are episodes"):
+        reader.plan.place(0, 0)
     assert [one.row_n.tolist() for one in reader.plan.step(1, 0)] != [
         one.row_n.tolist() for one in reader.plan.step(0, 0)
     ]
