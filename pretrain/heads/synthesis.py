@@ -23,7 +23,7 @@ from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext
 from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import INFEASIBLE, HeadMedia, HeadMonitoringRecord
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
-from pretrain.models.synthesis.aligner import forward_sum, off_path
+from pretrain.models.synthesis.aligner import forward_sum
 from pretrain.models.synthesis.spectral_loss import SpectralLoss
 from pretrain.models.synthesis.synthesizer import (
     Controls,
@@ -53,9 +53,6 @@ class Config(HeadConfig):
         float,
         about("share of the segments whose voice is hidden in training, so that none is needed later", ge=0, lt=1),
     ] = 0.2
-    binarize_from: Annotated[int, about("updates after which the soft alignment is pulled to its best path", ge=0)] = (
-        500
-    )
     vocoder_frames: Annotated[int, about("mel frames of each segment that the vocoder learns from", ge=8)] = 64
     synthesizer: Annotated[SynthesizerConfig, about("sizes")] = dataclasses.field(default_factory=SynthesizerConfig)
 
@@ -77,8 +74,6 @@ class Config(HeadConfig):
 
 LEAST_FRAMES = 8
 """Fewest frames over which the vocoder is compared: the longest window of the spectral distance."""
-BINARIZATION = 0.1
-"""Weight of the binarisation loss."""
 
 
 class Style(nn.Module):
@@ -162,14 +157,14 @@ class Synthesis(Head):
         style_BD = self.style(self.frames(encoded), styled_B)
         spoken: SynthesisOutput = self.synthesizer(tokens_BN, tokens_B, style_BD, self._recorded(batch, mel))
         with full_precision(device):
-            losses, metrics = self._losses(spoken, mel, tokens_B, ctx)
+            losses = self._losses(spoken, mel, tokens_B)
         made_BT = None
         if self.synthesizer.vocoder is not None:
             losses["waveform"], made_BT = self._waveform(wave_BT, mel, spoken.mel_BFD, draws)
         frames_B = mel.lengths_B.clamp(min=1)
         summed = {name: loss_B.masked_fill(~rows_B, 0.0) for name, loss_B in losses.items()}
         count = mel.lengths_B.sum()
-        metrics |= {name: ((loss_B * frames_B).sum(), count) for name, loss_B in summed.items()}
+        metrics = {name: ((loss_B * frames_B).sum(), count) for name, loss_B in summed.items()}
         metrics[INFEASIBLE] = (infeasible, labelled_B.sum())
         self.keep_media(
             lambda: _media(wave_BT, mel=mel, mel_hop=self.mel.hop, spoken=spoken, tokens_B=tokens_B, made_BT=made_BT)
@@ -223,12 +218,9 @@ class Synthesis(Head):
         labels_BF = nn.functional.pad(labels_BF, (0, max(width - labels_BF.shape[1], 0)), value=-1)[:, :width]
         return Recorded(mel, octaves(labels_BF), labels_BF > 0)
 
-    def _losses(
-        self, spoken: SynthesisOutput, mel: Frames, tokens_B: Tensor, ctx: StepContext
-    ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-        """Returns the losses of each row, per frame, and further metrics."""
-        frames_B, least_B = mel.lengths_B, mel.lengths_B.clamp(min=1)
-        off_B = off_path(spoken.alignment_BFN, spoken.durations_BN, frames_B) / least_B
+    def _losses(self, spoken: SynthesisOutput, mel: Frames, tokens_B: Tensor) -> dict[str, Tensor]:
+        """Returns the losses of each row, per frame."""
+        least_B = mel.lengths_B.clamp(min=1)
         losses = {
             "mel": (spoken.mel_BFD - mel.x_BFD).abs().mean(2).sum(1) / least_B,
             "alignment": forward_sum(spoken.alignment_BFN, tokens_B.clamp(min=1), least_B) / least_B,
@@ -237,9 +229,7 @@ class Synthesis(Head):
         }
         if spoken.pitch is not None:
             losses["pitch"] = _squared(spoken.pitch)
-        if ctx.step >= self.config.binarize_from:
-            losses["alignment"] = losses["alignment"] + BINARIZATION * off_B
-        return losses, {"off_path": ((off_B * frames_B).sum(), frames_B.sum())}
+        return losses
 
     def _waveform(
         self, wave_BT: Tensor, mel: Frames, predicted_BFD: Tensor, draws: list[RowDraws]
@@ -311,7 +301,7 @@ def _media(
     row = int((mel.lengths_B > 0).int().argmax())
     frames, tokens = int(mel.lengths_B[row]), int(tokens_B[row])
     shown = {
-        "alignment": spoken.alignment_BFN[row, :frames, :tokens].exp().T,
+        "alignment": spoken.alignment_BFN[row, :frames, :tokens].softmax(1).T,
         "mel_recorded": mel.x_BFD[row, :frames].T,
         "mel_predicted": spoken.mel_BFD[row, :frames].T,
     }

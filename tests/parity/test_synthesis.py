@@ -70,7 +70,7 @@ def alignment() -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(3)
     tokens_B, frames_B = torch.tensor([4, 2, 1]), torch.tensor([8, 7, 3])
     log_BFN = torch.randn(3, 8, 4).mul(2).masked_fill(torch.arange(4) >= tokens_B[:, None, None], -1e4)
-    return log_BFN.log_softmax(2), tokens_B, frames_B
+    return log_BFN, tokens_B, frames_B
 
 
 def test_the_best_alignment_equals_enumeration(parity: Parity) -> None:
@@ -86,13 +86,9 @@ def test_the_best_alignment_equals_enumeration(parity: Parity) -> None:
 def test_the_sum_over_alignments_equals_enumeration(parity: Parity) -> None:
     log_BFN, tokens_B, frames_B = alignment()
     found_B = forward_sum(log_BFN, tokens_B, frames_B)
-    log = torch.nn.functional.pad(log_BFN, (1, 0), value=-1.0).log_softmax(2).double()
     for row, (tokens, frames) in enumerate(zip(tokens_B.tolist(), frames_B.tolist(), strict=True)):
-        scores = []
-        for path in itertools.product(range(tokens + 1), repeat=frames):  # 0 is the blank
-            kept = [symbol for symbol, _ in itertools.groupby(path) if symbol]
-            if kept == list(range(1, tokens + 1)):
-                scores.append(sum(log[row, f, symbol] for f, symbol in enumerate(path)))
+        log_FN = log_BFN[row].double()
+        scores = [log_FN[torch.arange(frames), torch.tensor(path)].sum() for path in paths(frames, tokens)]
         wanted = -torch.stack(scores).logsumexp(0)
         parity("sum over alignments (enumeration)", 1e-5, difference(found_B[row].double(), wanted))
 

@@ -34,7 +34,7 @@ class SynthesizerConfig:
     dropout: Annotated[float, about("dropout of embeddings and residual sums", ge=0, lt=1)] = 0.1
     predictor_dim: Annotated[int, about("channels of the predictors of duration, pitch and energy", ge=1)] = 256
     predictor_dropout: Annotated[float, about("their dropout", ge=0, lt=1)] = 0.5
-    aligner_dim: Annotated[int, about("channels in which text and mel frames are compared", ge=1)] = 80
+    aligner_dim: Annotated[int, about("inner channels of the aligner", ge=1)] = 256
     vocoder: Annotated[VocoderConfig | None, about("the iSTFT vocoder; null: mel frames alone are learned")] = (
         dataclasses.field(default_factory=VocoderConfig)
     )
@@ -68,7 +68,7 @@ class TokenValues(NamedTuple):
 class SynthesisOutput(NamedTuple):
     """Result of training's pass.
 
-    mel_BFD: predicted frames, on the recording's time.  alignment_BFN: ln p(token | frame).  durations_BN: frames of
+    mel_BFD: predicted frames, on the recording's time.  alignment_BFN: ln p(frame | token).  durations_BN: frames of
     each token on the best path.  duration, pitch, energy: of the predictors, durations as ln(1 + frames).
     """
 

@@ -63,14 +63,6 @@ def test_pitch_is_learned_from_its_labels() -> None:
     assert unlabelled["metric/voice/pitch"] == 0.0
 
 
-def test_the_alignment_is_pulled_to_its_best_path_from_the_given_update_on() -> None:
-    module = module_of(binarize_from=10).eval()
-    before, after = (run(module, labelled(batch()), step)[1] for step in (9, 10))
-    off_path = after["metric/voice/off_path"]
-    assert after["metric/voice/alignment"] == pytest.approx(before["metric/voice/alignment"] + 0.1 * off_path, rel=1e-5)
-    assert off_path > 0
-
-
 def test_the_loss_is_the_sum_of_the_logged_parts() -> None:
     found = run(module_of().eval(), labelled(batch()))[1]
     parts = ("mel", "alignment", "duration", "energy", "waveform")
