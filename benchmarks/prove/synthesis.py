@@ -1,6 +1,7 @@
 """Trains a voice for strings of digits and lets an independent recogniser listen to it.
 
     python benchmarks/prove/synthesis.py                  # about 25 minutes of one core
+    python benchmarks/prove/synthesis.py --trained        # listens to what an earlier call trained in --work
 
 On real speech (AURICLE_SPEECH): one speaker of the Free Spoken Digit Dataset (8 kHz, 250 recordings, two minutes).
 Recordings of 20 takes of each digit are joined to strings of 3 to 5 digits, and `synthesis_tiny` is trained on them.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.prove.common import parser_of, quiet_auricle, real_speech, step_seconds  # noqa: E402
 from data_pipeline.audio.codecs import read_mono  # noqa: E402
+from data_pipeline.core.jsonl import read_rows  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from pretrain.evaluate.manifest import read_manifest  # noqa: E402
 from pretrain.evaluate.metrics import bootstrap  # noqa: E402
@@ -68,27 +71,31 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=15.0, help="of training (default: 15)")
     parser.add_argument("--train", type=int, default=300, help="strings for training (default: 300)")
     parser.add_argument("--test", type=int, default=60, help="strings to listen to (default: 60)")
+    parser.add_argument("--trained", action="store_true", help="listen to the run that an earlier call left in --work")
     given = parser.parse_args()
     manifest = real_speech()
     if manifest is None:
         return 0
     torch.set_num_threads(1)
-    shutil.rmtree(given.work, ignore_errors=True)
-    began = time.monotonic()
+    if not given.trained:
+        shutil.rmtree(given.work, ignore_errors=True)
     takes = read_takes(manifest, given.speaker)
     train_takes = {digit: waves[:-TEST_TAKES] for digit, waves in takes.items()}
     test_takes = {digit: waves[-TEST_TAKES:] for digit, waves in takes.items()}
-    data = prepare(strings(train_takes, given.train, "train"), given.work)
     test = strings(test_takes, given.test, "test")
-    steps, untrained = affordable(data, given.work, given.minutes)
-    train(data, given.work, "voice", steps)
-    voice = open_voice(str(given.work / "runs" / "voice"))
-    rates = listen(voice, open_voice(str(untrained)), test)
+    if not given.trained:
+        data = prepare(strings(train_takes, given.train, "train"), given.work)
+        train(data, given.work, "voice", affordable(data, given.work, given.minutes))
+    runs = given.work / "runs"
+    voice = open_voice(str(runs / "voice"))
+    rates = listen(voice, open_voice(str(runs / "untrained")), test)
+    rows = read_rows(runs / "voice" / "metrics.jsonl")
     quality, picture = compare(voice, test)
     speed = {"text to audio": real_time_factor(voice, test), **beside_transformers(voice)}
     values = {
         "command": "python benchmarks/prove/synthesis.py " + " ".join(sys.argv[1:]),
-        "speaker": given.speaker, "updates": steps, "seconds": round(time.monotonic() - began),
+        "speaker": given.speaker, "updates": rows[-1]["step"],
+        "training_seconds": round(statistics.median(row["perf/step_seconds"] for row in rows) * rows[-1]["step"]),
         "digit_error": rates, "quality": quality, "speed": speed, "machine": model_name(),
     }  # fmt: skip
     report(given.out, values)
@@ -146,17 +153,18 @@ def prepare(train: Sequence[String], work: Path) -> list[str]:
 def train(data: Sequence[str], work: Path, name: str, steps: int, log_every: int = 10) -> Path:
     """Trains `synthesis_tiny` for so many updates; returns the run folder."""
     length = [f"train.steps={steps}", f"schedule.warmup_steps={max(1, steps // 20)}", f"train.checkpoint_every={steps}"]
-    more = ["engine.name=torch", "data.workers=0", f"train.log_every={log_every}", "train.media_every=0"]
+    one_core = ["engine.name=torch", "data.workers=0", "launcher=local", "launcher.threads=1"]
+    more = [*one_core, f"train.log_every={log_every}", "train.media_every=0"]
     quiet_auricle(
         "pretrain", "+experiment=synthesis_tiny", *data, *length, *more, f"runs={work / 'runs'}", f"name={name}"
     )
     return work / "runs" / name
 
 
-def affordable(data: Sequence[str], work: Path, minutes: float) -> tuple[int, Path]:
-    """Returns the updates in a time, from the median of a short run, and a run that has hardly begun to learn."""
+def affordable(data: Sequence[str], work: Path, minutes: float) -> int:
+    """Returns the updates in a time, from the median of a short run, which also is the untrained voice."""
     run = train(data, work, "untrained", 8, log_every=1)
-    return max(20, int(60 * minutes / step_seconds(run, skip=2))), run
+    return max(20, int(60 * minutes / step_seconds(run, skip=2)))
 
 
 def speaker_of(voice: Voice, vocoder: str = "istft") -> Callable[[String], np.ndarray]:
@@ -264,9 +272,10 @@ def report(out: Path, values: dict[str, Any]) -> None:
     lines = [
         "# Synthesis: a voice for strings of digits",
         "",
-        f"`{values['command'].strip()}`, {values['seconds'] / 60:.0f} minutes on one core ({values['machine']}); "
-        f"{values['speaker']}, {values['updates']} updates of `synthesis_tiny`. PocketSphinx listens, any string of "
-        "digits. Results for digits of one speaker at 8 kHz do not extend to dictation.",
+        f"`{values['command'].strip()}`, one core ({values['machine']}); {values['speaker']}, "
+        f"{values['updates']} updates of `synthesis_tiny` in {values['training_seconds'] / 60:.0f} minutes. "
+        "PocketSphinx listens, any string of digits. Results for digits of one speaker at 8 kHz do not extend to "
+        "dictation.",
         "",
         "| audio | digit error | 95 % over strings |",
         "|---|---|---|",

@@ -100,6 +100,7 @@ class Synthesis(Head):
     of that audio is made from predicted mel frames, so that text leads to the waveform in one pass, and half from the
     recording's, so that the vocoder also copies recordings.
 
+    Of a mixture, the segment's own part is learned (`data.sources`), in the voice of the mixture.
     A row without tokens, or with fewer mel frames than tokens and two marks, does not count.
     """
 
@@ -147,7 +148,7 @@ class Synthesis(Head):
         labelled_B = (rows_BN >= 0).any(1)
         infeasible = (labelled_B & ~plan.rows_B).sum()
         tokens_BN, tokens_B = (ids.to(device) for ids in self.with_marks(rows_BN, plan.rows_B))
-        wave_BT = pad_audio(batch.wave_BT, self.mel.window)
+        wave_BT = pad_audio(own_speech(batch), self.mel.window)
         mel = self.mel(wave_BT, batch.lengths_B * plan.rows_B)
         draws = [EVALUATED] * len(batch.keys)
         if self.training:
@@ -277,6 +278,14 @@ def _draw(batch: Batch, ctx: StepContext, frames: list[int], config: Config) -> 
         first = int(place * (max(length - config.vocoder_frames, 0) + 1))
         found.append(RowDraws(bool(styled >= config.style_drop), bool(copied < 0.5), first))
     return found
+
+
+def own_speech(batch: Batch) -> Tensor:
+    """Returns what each segment's text says, (B, T): without the utterances that were mixed into it, where known."""
+    if batch.sources_BST is None:
+        return batch.wave_BT
+    known_B = batch.sources_BST.any(2).any(1)  # all parts are silent where no partner was found
+    return torch.where(known_B[:, None], batch.sources_BST[:, 0], batch.wave_BT)
 
 
 def _cut(x_BFD: Tensor, first_B: Tensor, width: int) -> Tensor:

@@ -172,11 +172,13 @@ class HeadPlan(NamedTuple):
 
     count: number of targets, a scalar tensor.  rows_B: (B,) bool, rows with at least one usable target.
     counted_BF: (B, F) bool, encoder frames with a target, for heads that learn from some frames; None: all.
+    sizes_B: (B,) int64 on the host, a number of each row that decides about shapes and is computed from frame labels.
     """
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
     rows_B: Tensor
     counted_BF: Tensor | None = None
+    sizes_B: Tensor | None = None
 
 
 class LayerMix(nn.Module):

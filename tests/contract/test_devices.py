@@ -45,6 +45,7 @@ RARE_WAITS = {
     "pretrain/self_supervision/masking.py: tolist": "numbers of masked frames, before the first kernel of a step",
     "pretrain/heads/separation.py: copy to the host": "rows with parts, before the first kernel of a step",
     "pretrain/heads/synthesis.py: tolist": "comparison of mel frames with the checkpoint's, once per run",
+    "pretrain/heads/units.py: copy to the host": "numbers of units, before the first kernel of a step",
     ALIGNER: "the best alignment is searched on the host",
     "pretrain/models/encoders/transformer.py: aten::_local_scalar_dense": "data2vec 2.0: span of the visible frames",
     "pretrain/nn/packing.py: tolist": "data2vec 2.0: spans of the visible frames",

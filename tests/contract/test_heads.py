@@ -62,6 +62,7 @@ def first_row(data: Batch) -> Batch:
         wave_BT=data.wave_BT[:1, :length],
         lengths_B=data.lengths_B[:1],
         keys=data.keys[:1],
+        targets={name: units[:1] for name, units in data.targets.items()},
         labels={name: values[:1] for name, values in data.labels.items()},
         tokens={name: ids[:1] for name, ids in data.tokens.items()},
         images={name: Images(*(part[:1] for part in images)) for name, images in data.images.items()},

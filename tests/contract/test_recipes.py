@@ -55,6 +55,7 @@ def test_every_front_end_and_encoder_has_a_yaml_file(group: str, name: str) -> N
 NEEDED = {
     "sequence": ["heads.task.vocabulary=20"],
     "synthesis": ["heads.task.vocabulary=20"],
+    "units": ["heads.task.vocabulary=20"],
     "classifier": ["heads.task.classes=[ann,bob]"],
     "joint_embedding": [
         "heads.task.towers.text.embedding.name=tokens",

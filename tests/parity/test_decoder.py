@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.interfaces.models import Memory
-from pretrain.models.decoders.transformer import DecoderConfig, TransformerDecoder
+from pretrain.models.decoders.transformer import Block, DecoderConfig, TransformerDecoder
 from tests.support.hugging_face import randomize
 from tests.support.parity_table import Parity, difference
 
@@ -113,3 +113,37 @@ def test_the_decoder_equals_that_of_torch(activation: str, parity: Parity) -> No
     mine.norm.register_forward_hook(lambda module, given, out: kept.append(out))
     mine(read_BN, [Memory(memory_BMD, lengths_B)])
     parity("decoder against torch's TransformerDecoder", 1e-5, difference(kept[0], expected))
+
+
+def test_cross_attention_over_joined_memories_equals_that_of_speecht5(parity: Parity) -> None:
+    """Two memories of different lengths in each row are one sequence of keys with a mask for SpeechT5."""
+    modeling = pytest.importorskip("transformers.models.speecht5.modeling_speecht5")
+    theirs, generator = modeling.SpeechT5Attention(DIM, 4, is_decoder=True).eval(), torch.Generator().manual_seed(0)
+    config = DecoderConfig(layers=1, heads=4, ffn_dim=64, max_tokens=20)
+    mine = TransformerDecoder(config, dim=DIM, tokens=TOKENS, classes=TOKENS, memories=2).eval()
+    randomize(mine)
+    block = mine.blocks[0]
+    assert isinstance(block, Block)
+    named = {"q_proj": block.cross.query, "out_proj": block.cross.out}
+    for name, linear in named.items():
+        getattr(theirs, name).load_state_dict(linear.state_dict())
+    for number, name in enumerate(("k_proj", "v_proj")):
+        halves = {key: value.chunk(2)[number] for key, value in block.cross.key_value.state_dict().items()}
+        getattr(theirs, name).load_state_dict(halves)
+    parts = [torch.randn(2, width, DIM, generator=generator) for width in (7, 5)]
+    memories = [Memory(part, torch.tensor(lengths)) for part, lengths in zip(parts, ([7, 4], [2, 5]), strict=True)]
+    x_BND = torch.randn(2, 6, DIM, generator=generator)
+    state = mine.start(memories)
+    found_BND = block.cross.attend(x_BND, *state.memory[0], state.visible_BM[:, None, None])  # type: ignore[index]
+    assert mine.kinds is not None
+    seen_BMD = torch.cat(
+        [
+            (part + kind).masked_fill(~memory.valid_BM()[:, :, None], 0.0)
+            for part, kind, memory in zip(parts, mine.kinds.weight, memories, strict=True)
+        ],
+        dim=1,
+    )
+    hidden_BM = torch.cat([~memory.valid_BM() for memory in memories], dim=1)
+    mask_B1NM = torch.zeros(2, 1, 6, 12).masked_fill(hidden_BM[:, None, None], torch.finfo(torch.float32).min)
+    wanted_BND = theirs(x_BND, key_value_states=seen_BMD, attention_mask=mask_B1NM)[0]
+    parity("cross-attention over several memories (SpeechT5)", 1e-5, difference(found_BND, wanted_BND))

@@ -102,6 +102,11 @@ TOWER = {
     "name": "transformer", "dim": 16, "layers": 1, "heads": 2, "ffn_dim": 32, "positions": "none",
     "dropout": 0.0, "attention_dropout": 0.0, "layer_drop": 0.0,
 }  # fmt: skip
+UNITS = small(
+    "heads", "units", layers=[], units=12, levels=["level_0"], same="", prompt_drop=0.0, tower=TOWER, decoder=DECODER
+)
+HEADS["units"] = UNITS | {"levels": ["level_0", "level_1", "level_2"]}
+HEADS["units, to text"] = UNITS | {"direction": "units_to_text"}
 HEADS["joint_embedding"] = {
     "name": "joint_embedding",
     "embedding_dim": 16,
@@ -195,11 +200,22 @@ def labelled(batch: Batch, texts: tuple[str, ...] = TEXTS) -> Batch:
     parts = [batch.wave_BT * share * known_B1 for share in (share_T, 1 - share_T)]
     return dataclasses.replace(
         batch,
+        targets={f"level_{level}": units(texts, level) for level in range(3)},
         labels=labels,
         tokens={"text": ids_BN},
         images={IMAGE: pictures(texts)},
         sources_BST=torch.stack(parts, dim=1),
     )
+
+
+def units(texts: tuple[str, ...], level: int) -> torch.Tensor:
+    """Returns frame labels of 12 units for each text, (B, 30) int64, in runs of two to four frames; -1 for ""."""
+    labels_BF = torch.full((len(texts), 30), -1)
+    for row, text in enumerate(texts):
+        rng = np.random.default_rng([level, len(text), *map(ord, text)])
+        if text:
+            labels_BF[row, :25] = torch.from_numpy(rng.integers(0, 12, 25).repeat(rng.integers(2, 5, 25))[:25])
+    return labels_BF
 
 
 def pictures(texts: tuple[str, ...], side: int = 8) -> Images:

@@ -1,6 +1,16 @@
 """Transformer decoder: pre-norm blocks of causal self-attention, cross-attention over memories, and feed-forward.
 
-Whisper's decoder (arXiv 2212.04356) and that of torch (`norm_first`), with one difference: cross-attention sees several
+Whisper's decoder (ar        memory_BMD, visible_BM = self._join(memories)
+        valid_BN = tokens_BNL[:, :, 0] >= 0
+        x_BNLD: Tensor = self.embedding(tokens_BNL.clamp(min=0))
+        places_N = torch.arange(tokens_BNL.shape[1], device=tokens_BNL.device)
+        x_BND = self.drop(x_BNLD.sum(2) + sinusoids(places_N, x_BNLD.shape[-1]).to(x_BNLD.dtype))
+        seen_BN = valid_BN | (places_N == 0)  # a row without a valid position sees its first one
+        for block in self.blocks:
+            x_BND = block(x_BND, memory_BMD, visible_BM, seen_BN)
+        logits_BNV: Tensor = self.out(self.norm(x_BND))
+        return logits_BNV
+iv 2212.04356) and that of torch (`norm_first`), with one difference: cross-attention sees several
 memories joined in time, each frame with a learned vector of its memory's kind.
 """
 
@@ -84,10 +94,17 @@ class Block(nn.Module):
         self.relu = config.activation == "relu"
         self.drop = Dropout(config.dropout)
 
-    def forward(self, x_BND: Tensor, memory_BMD: Tensor, visible_BM: Tensor | None) -> Tensor:
-        """Returns (B, N, D) for all positions of a text at once."""
+    def forward(
+        self, x_BND: Tensor, memory_BMD: Tensor, visible_BM: Tensor | None, valid_BN: Tensor | None = None
+    ) -> Tensor:
+        """Returns (B, N, D) for all positions of a text at once.
+
+        A position sees those before it, or, given `valid_BN`, all valid ones.
+        """
         normed = self.attention_norm(x_BND)
-        x_BND = x_BND + self.drop(self.attention.attend(normed, *self.attention.keys(normed), causal=True))
+        seen_B11N = None if valid_BN is None else valid_BN[:, None, None]
+        keys = self.attention.keys(normed)
+        x_BND = x_BND + self.drop(self.attention.attend(normed, *keys, seen_B11N, causal=valid_BN is None))
         return self._rest(x_BND, self.cross.keys(memory_BMD), visible_BM)
 
     def step(
@@ -199,3 +216,38 @@ class TransformerDecoder(Decoder):
         nothing_B1 = ~visible_BM.any(dim=1, keepdim=True)
         first_M = torch.arange(visible_BM.shape[1], device=visible_BM.device) == 0
         return torch.cat(parts, dim=1), visible_BM | (nothing_B1 & first_M)
+
+
+class OnePassDecoder(TransformerDecoder):
+    """Predicts all places of a sequence at once from those of other sequences and from memories.
+
+        The further code levels of VALL-E (ar        memory_BMD, visible_BM = self._join(memories)
+            valid_BN = tokens_BNL[:, :, 0] >= 0
+            x_BNLD: Tensor = self.embedding(tokens_BNL.clamp(min=0))
+            places_N = torch.arange(tokens_BNL.shape[1], device=tokens_BNL.device)
+            x_BND = self.drop(x_BNLD.sum(2) + sinusoids(places_N, x_BNLD.shape[-1]).to(x_BNLD.dtype))
+            seen_BN = valid_BN | (places_N == 0)  # a row without a valid position sees its first one
+            for block in self.blocks:
+                x_BND = block(x_BND, memory_BMD, visible_BM, seen_BN)
+            logits_BNV: Tensor = self.out(self.norm(x_BND))
+            return logits_BNV
+    iv 2301.02111, § 4.2.2) are made so. Positions are sines and cosines.
+    """
+
+    def forward(self, tokens_BNL: Tensor, memories: Sequence[Memory]) -> Tensor:
+        """Returns logits (B, N, V).
+
+        Args:
+            tokens_BNL: ids of L sequences, whose vectors are added; negative beyond each row's end.
+            memories: as of `TransformerDecoder`.
+        """
+        memory_BMD, visible_BM = self._join(memories)
+        valid_BN = tokens_BNL[:, :, 0] >= 0
+        x_BNLD: Tensor = self.embedding(tokens_BNL.clamp(min=0))
+        places_N = torch.arange(tokens_BNL.shape[1], device=tokens_BNL.device)
+        x_BND = self.drop(x_BNLD.sum(2) + sinusoids(places_N, x_BNLD.shape[-1]).to(x_BNLD.dtype))
+        seen_BN = valid_BN | (places_N == 0)  # a row without a valid position sees its first one
+        for block in self.blocks:
+            x_BND = block(x_BND, memory_BMD, visible_BM, seen_BN)
+        logits_BNV: Tensor = self.out(self.norm(x_BND))
+        return logits_BNV

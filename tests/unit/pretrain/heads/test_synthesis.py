@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
 from pretrain.checkpointing.run_folder import RunFolder
-from pretrain.heads.synthesis import Synthesis, octaves
+from pretrain.heads.synthesis import Synthesis, octaves, own_speech
 from pretrain.interfaces.frames import StepContext
 from pretrain.monitoring.figures import add_media
 from pretrain.monitoring.metrics_writer import MetricsWriter
@@ -120,3 +120,12 @@ def test_weights_trained_with_other_mel_frames_are_refused() -> None:
     module.load_state_dict(state)
     with pytest.raises(ConfigError, match="this version defines mel frames as 20 bands on HTK's scale"):
         module.prepare(labelled(batch()), StepContext(0, 0))
+
+
+def test_of_a_mixture_the_part_that_the_text_belongs_to_is_learned() -> None:
+    data = labelled(batch())
+    assert data.sources_BST is not None
+    assert torch.equal(own_speech(data), data.sources_BST[:, 0])
+    assert own_speech(dataclasses.replace(data, sources_BST=None)) is data.wave_BT
+    without_partner = dataclasses.replace(data, sources_BST=torch.zeros_like(data.sources_BST))
+    assert torch.equal(own_speech(without_partner), data.wave_BT)
