@@ -234,6 +234,9 @@ def beside_transformers(voice: Voice) -> dict[str, float]:
     blocks without their convolution module here, since ours has none.
     """
     from transformers import FastSpeech2ConformerConfig, FastSpeech2ConformerModel
+    from transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer import (
+        FastSpeech2ConformerEncoderLayer,
+    )
 
     ours, sizes = voice.head.synthesizer, voice.head.config.synthesizer
     config = FastSpeech2ConformerConfig(
@@ -246,6 +249,9 @@ def beside_transformers(voice: Voice) -> dict[str, float]:
         use_cnn_in_conformer=False, use_macaron_style_in_conformer=False,
     )  # fmt: skip
     theirs = FastSpeech2ConformerModel(config).eval()
+    for layer in theirs.modules():
+        if isinstance(layer, FastSpeech2ConformerEncoderLayer):
+            layer.conv_module = None  # transformers 5.23 forgets it where use_cnn_in_conformer is off
     kept = {name: tensor.clone() for name, tensor in ours.duration.out.state_dict().items()}
     for linear in (ours.duration.out, theirs.duration_predictor.linear):
         torch.nn.init.zeros_(linear.weight)
