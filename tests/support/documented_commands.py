@@ -183,6 +183,7 @@ COMPOSED = {
     "export *--to wenet *": "needs a recogniser with frontend.mel=kaldi; tests/parity/test_wenet_export.py",
     "replay *": "needs the batches of a failed update; tests/end_to_end/test_replay.py",
     "targets *features=runs/hubert-it1 *": "the clusters of another layer; as features=runs/T",
+    "pretrain *units_tiny *": "its head is trained and writes in tests/unit/pretrain/heads/test_units.py",
     "pretrain *multitask*": "needs labels of seven languages; tests/end_to_end/test_recipes.py composes the recipe",
     "pretrain *best_rq_base*": "a recipe of days; tests/contract/test_recipes.py builds its model",
     "pretrain *wav2vec2_base*": "a recipe of days; tests/contract/test_recipes.py builds its model",
