@@ -71,6 +71,7 @@ def watch(command: Iterable[str], done: Callable[[], int], every: int) -> list[S
             now = done()
             if now >= every * (len(samples) + 1):
                 samples.append(sample(process, now))
+                print(samples[-1], flush=True)
             time.sleep(POLL)
         if process.returncode:
             said.seek(0)
