@@ -61,7 +61,7 @@ def write_corpus(folder: Path, rows: int) -> Path:
 
 def measured(command: Sequence[str], temporary: Path) -> Cost:
     """Runs a command and returns its cost. Raises RuntimeError if it fails."""
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         began, pid = time.monotonic(), os.fork()
         if not pid:
             os.dup2(said.fileno(), 1)

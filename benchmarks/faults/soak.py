@@ -62,7 +62,7 @@ def watch(command: Iterable[str], done: Callable[[], int], every: int) -> list[S
     Raises:
         RuntimeError: the command fails.
     """
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         process = psutil.Popen(
             [sys.executable, "-m", "launch.main", *command], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT
         )

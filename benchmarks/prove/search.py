@@ -112,7 +112,8 @@ def passed(latency: dict[str, Any]) -> bool:
 def main() -> int:
     """Returns exit code 0 where the gate is passed at all latencies."""
     parser = parser_of(__doc__, "search")
-    parser.add_argument("--teacher", type=Path, required=True, help="a finished run of quality_hubert")
+    teacher = ROOT / "runs" / "quality_hubert"
+    parser.add_argument("--teacher", type=Path, default=teacher, help="a finished run of quality_hubert")
     parser.add_argument("--minutes", type=float, default=8.0, help="of the supernet's training")
     parser.add_argument("--subnets", type=int, default=40, help="whole subnets that are measured")
     parser.add_argument("--trials", type=int, default=30, help="subnets scored at each latency, by both searches")
