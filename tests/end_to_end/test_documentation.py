@@ -14,7 +14,6 @@ import io
 import re
 import runpy
 import shlex
-import textwrap
 import tomllib
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from pretrain.generation.config import SpeakConfig
 from pretrain.recognition.config import TranscribeConfig
 from pretrain.retrieval.config import EmbedConfig, SearchConfig
 from tests.support.documented_commands import COMPOSED, RUNS, Run, run_of
-from tests.support.documents import PAGES, commands, listing
+from tests.support.documents import PAGES, commands, write_plugins
 from tests.support.paths import ROOT
 
 CONFIGS = {
@@ -63,13 +62,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Returns a folder with the documented plug-in and recipe, for the folders /my/… of the documentation."""
     for name in (plugins.VARIABLE, RECIPES):
         monkeypatch.setenv(name, "")  # restored after the test
-    for folder in ("folder/objectives", "recipes"):
-        (tmp_path / folder).mkdir(parents=True)
-    objective = listing(ROOT / "CONTRIBUTING.md", "Add an objective in six steps")
-    (tmp_path / "folder" / "objectives" / "masked_mel.py").write_text(objective)
-    page = (ROOT / "docs" / "plugins.md").read_text()
-    recipe = page.partition("    # @package _global_\n")[2].partition("\n\n")[0]
-    (tmp_path / "recipes" / "louder.yaml").write_text("# @package _global_\n" + textwrap.dedent(recipe))
+    write_plugins(tmp_path)
     return tmp_path
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.core import plugins
+from launch.cli.outside import RECIPES
 from launch.main import main
 from tests.support.documented_commands import RUNS, Run, run_of, write_home
-from tests.support.documents import PAGES, commands
+from tests.support.documents import PAGES, commands, write_plugins
+from tests.support.paths import ROOT
 
 SHOWN = {shlex.join(line): line for page in PAGES for line in commands(page)}
 
@@ -23,12 +26,10 @@ def arguments(line: list[str], run: Run, home: Path) -> list[str]:
         "/data/": f"{home}/data/",
         "shards/train": "split/train",
         "shards/valid": "split/valid",
+        "=/my/": f"={home}/my/",
     }
-    words = []
-    for word in (*line, *run.more):
-        for name, found in names.items():
-            word = word.replace(name, found)
-        words.append(word)
+    anything = re.compile("|".join(map(re.escape, names)))
+    words = [anything.sub(lambda found: names[found[0]], word) for word in (*line, *run.more)]
     return [word for word in words if word]
 
 
@@ -39,10 +40,13 @@ def test_documented_commands_succeed(
 ) -> None:
     for package in ("av", "onnxruntime", "PIL", "swift_f0", "tokenizers"):
         pytest.importorskip(package)
-    home = Path(os.environ.get("AURICLE_COMMANDS_HOME", tmp_path / "home"))
-    if not home.exists():
-        write_home(home)
+    home = tmp_path / "home"
+    write_home(home)
+    write_plugins(home / "my")
+    for name in (plugins.VARIABLE, RECIPES):
+        monkeypatch.setenv(name, "")  # restored after the test
     monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(home)
     failed = []

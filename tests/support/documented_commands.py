@@ -19,12 +19,13 @@ from tests.support.foreign_tars import write_foreign
 
 TRAINING = (
     "train.steps=2", "train.checkpoint_every=2", "train.media_every=0", "schedule.warmup_steps=1", "launcher=local",
-    "launcher.processes=1", "engine.name=torch", "device=cpu", "data.batch_seconds=8", "data.min_seconds=0.3",
-    "data.max_seconds=4", "data.workers=0", "health.on_collapse=warn",
+    "launcher.processes=1", "engine.name=torch", "device=cpu", "data.batch_seconds=8", "data.micro_batches=2",
+    "data.min_seconds=0.3", "data.max_seconds=4", "data.workers=0", "health.on_collapse=warn",
 )  # fmt: skip
 """Overrides that make a training short."""
 TUNING = ("steps=2", "batch_seconds=8", "data.workers=0", "corpora=made", "launcher.processes=1")
-MEASURING = ("corpora=made", "seeds=1", "bootstrap=20")
+MEASURING = ("corpora=made", "seeds=1", "bootstrap=100")
+PROBING = (*MEASURING, "supervised.epochs=0", "neural.epochs=0")
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,6 @@ STREAMING = (
     "data.labels=[text]", "data.shards=shards", "name=streaming", *TRAINING,
 )  # fmt: skip
 """A run that can stream, for docs/streaming.md and docs/compression.md."""
-TEACHER = (
-    "pretrain", "+experiment=quality_hubert", "data.shards=shards", "data.targets.mfcc=labels/mfcc", "name=T",
-    *TRAINING,
-)  # fmt: skip
-"""The run `T` of docs/compression.md."""
 
 RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("doctor"),
@@ -83,17 +79,15 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("targets *features=pitch"),
     Run("targets *kmeans=labels/mfcc *", ("classes=20",)),
     # training
-    TEACHER,
     STREAMING,
     Run("pretrain *launcher=local launcher.processes=2", TRAINING),
     Run("pretrain *schedule.continue=rewarm", (*TRAINING, "train.steps=3")),
     Run("pretrain *name=further *", TRAINING),
     Run("pretrain *--multirun", TRAINING),
-    Run("pretrain *mix_alpha=0.5", (*TRAINING, "name=mixed")),
+    Run("pretrain *mix_alpha=0.5", (*TRAINING, "name=mixed"), {"shards/*": "split/*"}),
     Run("pretrain *librispeech*", (*TRAINING, "data.shards=[shards,other/podcasts]", "name=several")),
     Run("pretrain *data.reader=webdataset*", (*TRAINING, "name=tars"), {"127": "002"}),
     Run("pretrain *best_rq_tiny *data.valid=*", (*TRAINING, "name=held_out")),
-    Run("pretrain *hubert_tiny *", (*TRAINING, "name=hubert_held_out", "data.targets.mfcc=labels/mfcc-valid")),
     Run("pretrain *heads.apart*", (*TRAINING, "name=apart")),
     Run("pretrain *tune.name=lora*", (*TRAINING, "name=tuned"), _named("best_rq_tiny")),
     Run("pretrain *joint_embedding_tiny*", TRAINING),
@@ -105,15 +99,7 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("jobs logs*", names={"NAME": "best_rq_tiny", "-f": ""}),
     Run("compare * runs/b", names={"runs/a": "runs/best_rq_tiny", "runs/b": "runs/further"}),
     # smaller models, exports
-    Run("targets *features=runs/T *", ("classes=20",)),
-    Run("compress runs/T * --blocks 2"),
-    Run("compress runs/T * --widths *"),
     Run("compress runs/best_rq_tiny *"),
-    Run("pretrain *distil_tiny *", TRAINING),
-    Run("pretrain *prune_tiny *", TRAINING),
-    Run("pretrain *quality_hubert *labels=units*", (*TRAINING, "name=of_units")),
-    Run("pretrain *quality_hubert *", (*TRAINING, "data.targets.mfcc=labels/mfcc")),
-    Run("export runs/T_cut onnx_folder *"),
     Run("export * --to torchscript", names=_named("best_rq_tiny")),
     Run("export * onnx_folder --to onnx", names={"onnx_folder": "onnx_best_rq"}),
     Run("export runs/NAME model_folder --to onnx", names={"NAME": "best_rq_tiny", "model_folder": "another_onnx"}),
@@ -122,7 +108,6 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("export runs/NAME edge --to edge", names=_named("streaming")),
     Run("export runs/NAME edge/ --to edge", names={"NAME": "streaming", "edge/": "another_edge/"}),
     Run("bench edge"),
-    Run("bench --table *", names={"1,2,4": "1,2", "256,512,1024": "64,128"}),
     # what runs are for
     Run("finetune *task=classify *", (*TUNING, "out=runs/classes"), _named("best_rq_tiny")),
     Run("finetune *task=sequence *", (*TUNING, "out=runs/sequence"), _named("best_rq_tiny")),
@@ -133,14 +118,11 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("transcribe *stream=true *", names=_named("streaming")),
     Run("transcribe *files=shards/ *", names={"NAME": "finetune_best_rq_tiny"}),
     Run("transcribe *", names={"NAME": "finetune_best_rq_tiny"}),
-    Run("adapt *", ("--steps", "2"), _named("best_rq_tiny")),
-    Run("evaluate *task=few_shot corpora=*", MEASURING, _named("best_rq_tiny")),
-    Run("evaluate *task=few_shot *", (*MEASURING, "few_shot.ways=3"), _named("best_rq_tiny")),
-    Run("evaluate *moods.yaml", ("seeds=1", "bootstrap=20"), _named("best_rq_tiny")),
+    Run("evaluate *moods.yaml", ("seeds=1", "bootstrap=100"), _named("best_rq_tiny")),
+    Run("evaluate *task=phones *", PROBING, _named("best_rq_tiny")),
     Run("evaluate *task=asr *", MEASURING, {"finetune_NAME": "finetune_best_rq_tiny"}),
     Run("evaluate *task=streaming *streaming.left=*", MEASURING, {"NAME": "streaming", "8,16": "8", "8,-1": "8"}),
     Run("evaluate *task=streaming *", MEASURING, _named("streaming")),
-    Run("evaluate *task=separation", (*MEASURING, "manifest=MANIFEST"), {"best_rq_tiny": "apart"}),
     Run("embed *"),
     Run("search *"),
     Run("speak *", names=_named("synthesis_tiny")),
@@ -148,6 +130,10 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
 """In the order in which they run: later commands read what earlier ones wrote. Tuples are the test's own commands."""
 
 COMPOSED = {
+    "*runs/T*": "a chain that begins with a trained teacher; tests/unit/pretrain/compression",
+    "adapt *": "sixty updates; tests/evaluate/test_tuned.py",
+    "evaluate *task=few_shot *": "needs several speakers of each class; tests/unit/pretrain/evaluate/test_few_shot.py",
+    "evaluate *task=separation": "needs a run with the head separation; tests/evaluate/test_separation.py",
     "*launcher=slurm*": "needs SLURM; tests/faults submits to a simulated one",
     "*launcher=ray*": "needs a Ray cluster; tests/faults starts one",
     "jobs cancel *": "needs a job that runs; tests/unit/launch/commands/test_jobs.py",
@@ -172,7 +158,8 @@ COMPOSED = {
     "export *--int8*": "refuses a model of two updates as inaccurate; tests/unit/pretrain/compression",
     "bench * int8_folder *": "needs an INT8 export; tests/unit/pretrain/profiling",
     "export runs/NAME hf_folder": "needs a front end with a counterpart in transformers; tests/parity/test_export.py",
-    "evaluate *task=phones*": "needs aligned phones; tests/evaluate/test_evaluate.py",
+    "evaluate *follow=true": "follows a run that trains; tests/evaluate/test_evaluate.py",
+    "evaluate checkpoint=runs/a,runs/b,hf_folder *": "compares with a Hugging Face folder; tests/parity/test_export.py",
     "evaluate *task=synthesis*": "needs a voice that speaks; tests/evaluate",
     "pretrain *supernet_tiny *": "needs longer micro-batches; tests/unit/pretrain/compression/test_supernet.py",
     "compress runs/supernet_tiny *": "needs a supernet; tests/unit/pretrain/compression/test_supernet.py",
@@ -184,6 +171,8 @@ COMPOSED = {
     "replay *": "needs the batches of a failed update; tests/end_to_end/test_replay.py",
     "targets *features=runs/hubert-it1 *": "the clusters of another layer; as features=runs/T",
     "pretrain *units_tiny *": "its head is trained and writes in tests/unit/pretrain/heads/test_units.py",
+    "pretrain *hubert_tiny *data.valid_targets*": "needs labels of both parts; "
+    "tests/unit/launch/workflows/test_pipeline.py",
     "pretrain *multitask*": "needs labels of seven languages; tests/end_to_end/test_recipes.py composes the recipe",
     "pretrain *best_rq_base*": "a recipe of days; tests/contract/test_recipes.py builds its model",
     "pretrain *wav2vec2_base*": "a recipe of days; tests/contract/test_recipes.py builds its model",
@@ -212,22 +201,29 @@ def write_home(home: Path) -> None:
     speech.mkdir(parents=True)
     rows = []
     for number in range(36):
-        speaker, text = number % 6, ("go on", "a tool", "and on", "two", "no", "one")[number // 6]
-        split = ("train", "train", "train", "train", "valid", "test")[speaker]
+        speaker, text = number % 12, ("go on", "a tool", "and on", "two", "no", "one")[number // 6]
+        split = (*("train",) * 8, "valid", "valid", "test", "test")[speaker]
         soundfile.write(speech / f"{number}.wav", speech_like(1.0 + 0.02 * number, number).numpy(), 16_000)
         pixels = np.full((16, 16, 3), 7 * number, np.uint8)
         Image.fromarray(pixels).save(speech / f"{number}.png")
         rows.append((f"{number}.wav", f"s{speaker}", text, text.split()[0], "en", "made", split, f"{number}.png"))
     columns = ("path", "speaker", "text", "label", "language", "corpus", "split", "image")
     (speech / "manifest.tsv").write_text("".join("\t".join(row) + "\n" for row in (columns, *rows)))
-    for folder in ("data/calls", "data/podcasts", "clips/yes", "clips/no", "recordings", "pictures"):
+    phones = "".join(
+        f"{row[0]}\t{0.2 * n:.1f}\t{0.2 * n + 0.2:.1f}\t{('AA', 'S', 'T', 'IY', 'SIL')[(number + n) % 5]}\n"
+        for number, row in enumerate(rows)
+        for n in range(5)
+    )
+    (speech / "phones").mkdir()
+    (speech / "phones" / "auto_pocketsphinx.tsv").write_text("path\tstart_s\tend_s\tphone\n" + phones)
+    for folder in ("data/calls", "data/podcasts", "data/speech", "clips/yes", "clips/no", "recordings", "pictures"):
         (home / folder).mkdir(parents=True)
     for number in range(4):
         content = (speech / f"{number}.wav").read_bytes()
-        for name in ("data/calls", "data/podcasts", "recordings", f"clips/{('yes', 'no')[number % 2]}"):
+        for name in ("data/calls", "data/podcasts", "data/speech", "recordings", f"clips/{('yes', 'no')[number % 2]}"):
             (home / name / f"{number}.wav").write_bytes(content)
         (home / "pictures" / f"{number}.png").write_bytes((speech / f"{number}.png").read_bytes())
-    for name in ("a.wav", "b.wav", "talk.mp3", "new1.wav", "new2.wav", "prompt.wav"):
+    for name in ("a.wav", "b.wav", "talk.mp3", "talk.wav", "new1.wav", "new2.wav", "prompt.wav"):
         form = "MP3" if name.endswith("mp3") else "WAV"
         soundfile.write(home / name, speech_like(1.5, 40).numpy(), 16_000, format=form)
     (home / "b.png").write_bytes((speech / "1.png").read_bytes())

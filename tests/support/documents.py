@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 from tests.support.paths import ROOT
@@ -38,3 +39,14 @@ def listing(page: Path, heading: str) -> str:
     section = page.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
     kept = [line[8:] for line in section.splitlines() if line.startswith(" " * 8) or not line]
     return "\n".join(kept) + "\n"
+
+
+def write_plugins(folder: Path) -> None:
+    """Writes the documented plug-in and recipe, which the documentation has in /my/folder and /my/recipes."""
+    for name in ("folder/objectives", "recipes"):
+        (folder / name).mkdir(parents=True)
+    objective = listing(ROOT / "CONTRIBUTING.md", "Add an objective in six steps")
+    (folder / "folder" / "objectives" / "masked_mel.py").write_text(objective)
+    page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    recipe = page.partition("    # @package _global_\n")[2].partition("\n\n")[0]
+    (folder / "recipes" / "louder.yaml").write_text("# @package _global_\n" + textwrap.dedent(recipe))
