@@ -39,6 +39,7 @@ RARE_WAITS = {
     "pretrain/self_supervision/kmeans.py: aten::equal": "k-means, once per run",
     "data_pipeline/labels/seeding.py: tolist": "k-means, once per run",
     "data_pipeline/labels/seeding.py: aten::_local_scalar_dense": "k-means, once per run",
+    "pretrain/heads/episode.py: aten::index.Tensor with a mask": "rows for the fit of the classes, once per run",
     "pretrain/heads/classifier.py: tolist": "comparison of the classes with the checkpoint's, once per run",
     "pretrain/heads/reconstruction.py: copy to the host": "rows with masked frames, before the first kernel of a step",
     "pretrain/train_module.py: copy to the host": "targets of masked frames, before the first kernel of a step",
