@@ -36,6 +36,7 @@ LOADING = {
     "torchscript": "`torch.jit.load`, with the sizes and the normalisation in `features.json`",
     "onnx_stream": "`run.py`, chunk by chunk, with numpy and onnxruntime",
     "onnx_synthesis": "onnxruntime, `text.onnx` and then `audio.onnx`; `synthesis.json` describes them",
+    "wenet": "sherpa-onnx, as a streaming model in WeNet's layout",
     "edge": "`run.py`, with numpy and onnxruntime",
 }
 """How to load each format."""

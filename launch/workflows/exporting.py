@@ -27,7 +27,7 @@ from pretrain.recognition.recogniser import recognising_head
 
 WITH_HEAD = ("hugging_face", "onnx_stream", "onnx_synthesis", "edge", "wenet")
 """Formats that hold a head too, or nothing else."""
-ON_ONNX = ("onnx", "onnx_stream", "onnx_synthesis", "edge")
+ON_ONNX = ("onnx", "onnx_stream", "onnx_synthesis", "edge", "wenet")
 """Formats that are written and compared with the packages of ONNX."""
 
 

@@ -84,7 +84,7 @@ def test_an_unsupported_attention_pattern_is_refused_and_nothing_is_written(tmp_
 
 
 def test_an_export_whose_features_differ_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_export, "gate", lambda *_: 1e-3)
+    monkeypatch.setattr(graph_export, "largest_difference", lambda *_: 1e-3)
     with pytest.raises(ConfigError, match=r"differ by 1\.0e-03"):
         graph_export.export_graph(*made(*CASES["efficient"]), tmp_path / "out", "torchscript")
     assert list(tmp_path.iterdir()) == []

@@ -84,7 +84,7 @@ def test_pretrain_help_explains_every_field(choice: list[str]) -> None:
         ([*TINY, "date.workers=3"], ["date.workers=3", "did you mean data.workers?"]),
         ([*TINY, "optimizer=3"], ["optimizer=3", "optimizer.lr"]),
         ([*TINY, "engine=deepspeed"], ["engine=", "group of fields; write engine.name=deepspeed"]),
-        ([*TINY, "engine=3"], ["engine=3", "engine.name, ", "engine.federated\n"]),
+        ([*TINY, "engine=3"], ["engine=3", "engine.name, ", "engine.meta\n"]),
         (["help"], ["'help' is not an override", "--help lists the fields"]),
         ([*TINY, "optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "too few values"]),
         ([*TINY, "optimizer.betas=[0.9,1.2]"], ["optimizer.betas", "1.2", "< 1"]),
