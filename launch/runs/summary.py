@@ -47,7 +47,7 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
     """Returns the run folders among `roots` and up to two levels below them, by name.
 
     Raises:
-        ConfigError: there is none; with the nearest name if a root does not exist.
+        ConfigError: there is none, or a root does not exist; with the nearest name.
     """
     found: dict[Path, None] = {}
     for root in roots:
@@ -55,10 +55,11 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
             for path in sorted(root.glob(pattern)):
                 if (path.parent / "metrics.jsonl").exists() or (path.parent / "logs").exists():
                     found[path.parent] = None
-    if not found:
-        missing = [root for root in roots if not root.exists()]
-        hint = near(missing[0]) if missing else ""
-        raise ConfigError(f"there is no run folder in {', '.join(map(str, roots))}{hint}")
+    missing = [root for root in roots if not root.exists()]
+    if missing or not found:
+        name, equals, value = str(missing[0]).partition("=") if missing else ("", "", "")
+        hint = f"; an option is written --{name} {value}" if equals else near(missing[0]) if missing else ""
+        raise ConfigError(f"there is no run folder in {', '.join(map(str, missing or roots))}{hint}")
     return list(found)
 
 
