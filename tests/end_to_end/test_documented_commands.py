@@ -36,7 +36,7 @@ def arguments(line: list[str], run: Run, home: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_documented_commands_succeed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     for package in ("av", "onnxruntime", "PIL", "swift_f0", "tokenizers"):
         pytest.importorskip(package)
@@ -55,7 +55,8 @@ def test_documented_commands_succeed(
         for line in wanted:
             words = arguments(list(line), run, home) if isinstance(run, Run) else list(line)
             code = main(words)
-            said = capsys.readouterr()
+            said = capsysbinary.readouterr()  # `speak out=-` writes samples
             if code:
-                failed.append(f"{code}: auricle {shlex.join(words)}\n{said.out[-500:]}{said.err[-1500:]}")
+                ends = (said.out[-500:] + said.err[-1500:]).decode(errors="replace")
+                failed.append(f"{code}: auricle {shlex.join(words)}\n{ends}")
     assert not failed, "\n\n".join(failed)

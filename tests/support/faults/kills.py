@@ -18,7 +18,7 @@ import psutil
 
 from tests.support.paths import ROOT
 
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 @dataclass
