@@ -79,7 +79,7 @@ def search_subnets(
     """Searches for subnets with high scores and low latency; the same call continues an interrupted search.
 
     Subnets over a limit are not scored: they compete by how far they are over it. A subnet that was drawn before is
-    drawn anew, which keeps generations diverse.
+    sampled again, which keeps generations diverse.
 
     Args:
         space: all subnets.

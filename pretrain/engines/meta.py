@@ -162,7 +162,7 @@ class MetaEngine(TorchEngine):
             after = outer.weights[-1]
         named = dict(self.module.named_parameters())
         for name, weight in after.items():
-            if start[name] is named[name] and named[name].requires_grad:  # others start anew in each episode
+            if start[name] is named[name] and named[name].requires_grad:  # the rest restarts in each episode
                 change = (before[name] - weight).detach() / episodes
                 grad = named[name].grad
                 named[name].grad = change if grad is None else grad + change

@@ -14,7 +14,7 @@ from data_pipeline.core.schema import ConfigError
 from pretrain.interfaces.models import Decoder, Memory
 
 GRAM = 4
-"""Length of the sequences of ids that are drawn anew where they occurred before."""
+"""Length of the sequences of ids that are sampled again where they occurred before."""
 REDRAWS = 4
 """Draws at a place; the last one stays, since speech does repeat itself."""
 
@@ -54,7 +54,7 @@ def sample(
 ) -> list[int]:
     """Returns the ids that the decoder writes for one row, without the marks.
 
-    An id that completes a sequence of four that was written before is drawn anew, up to four times.
+    An id that completes a sequence of four that was written before is sampled again, up to four times.
 
     Args:
         decoder: reads `start` first, and gives logits of ids, `end` among them.

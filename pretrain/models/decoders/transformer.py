@@ -1,16 +1,6 @@
 """Transformer decoder: pre-norm blocks of causal self-attention, cross-attention over memories, and feed-forward.
 
-Whisper's decoder (ar        memory_BMD, visible_BM = self._join(memories)
-        valid_BN = tokens_BNL[:, :, 0] >= 0
-        x_BNLD: Tensor = self.embedding(tokens_BNL.clamp(min=0))
-        places_N = torch.arange(tokens_BNL.shape[1], device=tokens_BNL.device)
-        x_BND = self.drop(x_BNLD.sum(2) + sinusoids(places_N, x_BNLD.shape[-1]).to(x_BNLD.dtype))
-        seen_BN = valid_BN | (places_N == 0)  # a row without a valid position sees its first one
-        for block in self.blocks:
-            x_BND = block(x_BND, memory_BMD, visible_BM, seen_BN)
-        logits_BNV: Tensor = self.out(self.norm(x_BND))
-        return logits_BNV
-iv 2212.04356) and that of torch (`norm_first`), with one difference: cross-attention sees several
+Whisper's decoder (arXiv 2212.04356) and that of torch (`norm_first`), with one difference: cross-attention sees several
 memories joined in time, each frame with a learned vector of its memory's kind.
 """
 
@@ -171,10 +161,14 @@ class TransformerDecoder(Decoder):
         self.drop = Dropout(config.dropout)
 
     def forward(self, tokens_BN: Tensor, memories: Sequence[Memory]) -> Tensor:
+        return self._decode(self._embed(tokens_BN, 0), memories)
+
+    def _decode(self, x_BND: Tensor, memories: Sequence[Memory], seen_BN: Tensor | None = None) -> Tensor:
+        """Returns logits (B, N, V) of embedded positions, which see those before them, or all of `seen_BN`."""
         memory_BMD, visible_BM = self._join(memories)
-        x_BND = self.drop(self._embed(tokens_BN, 0))
+        x_BND = self.drop(x_BND)
         for block in self.blocks:
-            x_BND = block(x_BND, memory_BMD, visible_BM)
+            x_BND = block(x_BND, memory_BMD, visible_BM, seen_BN)
         logits_BNV: Tensor = self.out(self.norm(x_BND))
         return logits_BNV
 
@@ -221,17 +215,8 @@ class TransformerDecoder(Decoder):
 class OnePassDecoder(TransformerDecoder):
     """Predicts all places of a sequence at once from those of other sequences and from memories.
 
-        The further code levels of VALL-E (ar        memory_BMD, visible_BM = self._join(memories)
-            valid_BN = tokens_BNL[:, :, 0] >= 0
-            x_BNLD: Tensor = self.embedding(tokens_BNL.clamp(min=0))
-            places_N = torch.arange(tokens_BNL.shape[1], device=tokens_BNL.device)
-            x_BND = self.drop(x_BNLD.sum(2) + sinusoids(places_N, x_BNLD.shape[-1]).to(x_BNLD.dtype))
-            seen_BN = valid_BN | (places_N == 0)  # a row without a valid position sees its first one
-            for block in self.blocks:
-                x_BND = block(x_BND, memory_BMD, visible_BM, seen_BN)
-            logits_BNV: Tensor = self.out(self.norm(x_BND))
-            return logits_BNV
-    iv 2301.02111, § 4.2.2) are made so. Positions are sines and cosines.
+    The further code levels of VALL-E (arXiv 2301.02111, § 4.2.2) are predicted this way. Positions are
+    sines and cosines.
     """
 
     def forward(self, tokens_BNL: Tensor, memories: Sequence[Memory]) -> Tensor:
@@ -241,13 +226,9 @@ class OnePassDecoder(TransformerDecoder):
             tokens_BNL: ids of L sequences, whose vectors are added; negative beyond each row's end.
             memories: as of `TransformerDecoder`.
         """
-        memory_BMD, visible_BM = self._join(memories)
         valid_BN = tokens_BNL[:, :, 0] >= 0
         x_BNLD: Tensor = self.embedding(tokens_BNL.clamp(min=0))
         places_N = torch.arange(tokens_BNL.shape[1], device=tokens_BNL.device)
-        x_BND = self.drop(x_BNLD.sum(2) + sinusoids(places_N, x_BNLD.shape[-1]).to(x_BNLD.dtype))
+        x_BND = x_BNLD.sum(2) + sinusoids(places_N, x_BNLD.shape[-1]).to(x_BNLD.dtype)
         seen_BN = valid_BN | (places_N == 0)  # a row without a valid position sees its first one
-        for block in self.blocks:
-            x_BND = block(x_BND, memory_BMD, visible_BM, seen_BN)
-        logits_BNV: Tensor = self.out(self.norm(x_BND))
-        return logits_BNV
+        return self._decode(x_BND, memories, seen_BN)
