@@ -161,12 +161,17 @@ def to_hydra(line: str, chosen: Mapping[str, list[str]], in_defaults: set[str]) 
         raise ConfigError(f"{line}: heads have names of your choice; write {HEAD}@heads.NAME={value}")
     if name in chosen:
         return _group_choice(name, value, chosen[name], name in in_defaults)
+    return f"++{name}={value}" if _is_plain(value) else f"++{name}={_quoted(value)}"
+
+
+def _is_plain(value: str) -> bool:
+    """Returns whether Hydra reads a value as it is; of texts it would drop spaces around them and some backslashes."""
     try:
-        plain = not OverridesParser.create().parse_override(f"++{name}={value}").is_sweep_override()
+        read = OverridesParser.create().parse_override(f"++field={value}")
     except HydraException:
-        plain = False
-    plain = plain and "\\" not in value  # Hydra would drop some
-    return f"++{name}={value}" if plain else f"++{name}={_quoted(value)}"
+        return False
+    bare = value.strip()
+    return not (read.is_sweep_override() or "\\" in value or (bare != value and read.value() == bare))
 
 
 def _renamed_back(plain: Any) -> Any:
@@ -175,7 +180,7 @@ def _renamed_back(plain: Any) -> Any:
 
 def _quoted(value: str) -> str:
     """Quotes a value with a comma, brackets or quotes for Hydra, where backslashes escape only before a quote."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    escaped = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"'{escaped}'"
 
 
