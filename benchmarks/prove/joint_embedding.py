@@ -12,7 +12,8 @@ handwritten (scikit-learn's digits, images that training does not see), and thei
 
 A query ranks ten candidates of another kind, one of each digit, drawn at random: chance is 10 %.
 
-Sentences: spoken sentences of speechocean762 and their texts, speakers unseen; a query ranks all of them.
+Sentences: spoken sentences of speechocean762 and their texts, speakers and sentences unseen; a query ranks all of
+them. The towers learn phrases of a few words first (`joint_embedding_sentences.py`).
 
 Writes benchmarks/results/joint_embedding.md and .json. Exit code 1 unless the goals for digits are reached: 85 % in all
 six directions, and 70 % between speech and images that never met.
@@ -26,7 +27,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,41 +39,26 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.prove.common import parser_of, real_speech  # noqa: E402
 from benchmarks.prove.joint_embedding_data import (  # noqa: E402
-    ALPHABET,
     FURTHER,
-    SIDE,
     WORDS,
     Matrix,
     Sample,
     augmented,
-    batch,
     cut_words,
     handwritten,
     shifted,
     word_of,
-    written,
 )
+from benchmarks.prove.joint_embedding_sentences import sentences  # noqa: E402
+from benchmarks.prove.joint_embedding_towers import config, embedded, model, tower, train  # noqa: E402
 from data_pipeline.audio.codecs import read_mono  # noqa: E402
-from data_pipeline.core.schema import load  # noqa: E402
-from data_pipeline.core.types import SAMPLE_RATE  # noqa: E402
 from pretrain.config import Config  # noqa: E402
-from pretrain.engines import make_engine  # noqa: E402
-from pretrain.engines.base import Engine  # noqa: E402
-from pretrain.engines.distributed import DistributedContext  # noqa: E402
 from pretrain.evaluate.manifest import Utterance, read_manifest  # noqa: E402
-from pretrain.heads.joint_embedding import JointEmbedding  # noqa: E402
-from pretrain.interfaces.frames import StepContext  # noqa: E402
-from pretrain.lr_schedule import learning_rate  # noqa: E402
-from pretrain.train_module import build_model  # noqa: E402
 
 ARABIC = "arabic_speech_commands"
 DIGITS = ("fsdd", ARABIC)
 GALLERIES = 50
 """Draws of ten candidates for each query."""
-SENTENCES = "speechocean762"
-
-LONGEST = 1_000_000
-"""More updates than any arm has time for."""
 
 
 def main() -> int:
@@ -115,7 +101,7 @@ def digits(listed: Sequence[Utterance], given: argparse.Namespace) -> dict[str, 
         "test": {"utterances": len(unheard), "speakers": len({u.speaker for u in unheard}), "images": len(unseen)},
     }
 
-    def drawn(rng: np.random.Generator, both: bool) -> list[Sample]:
+    def drawn(rng: np.random.Generator, progress: float, both: bool) -> list[Sample]:
         samples = []
         for number in range(48 if both else 32):
             # both languages, their digits, and the speakers of a digit, as often
@@ -159,84 +145,6 @@ def digits(listed: Sequence[Utterance], given: argparse.Namespace) -> dict[str, 
     return found
 
 
-def sentences(listed: Sequence[Utterance], given: argparse.Namespace) -> dict[str, Any]:
-    """Trains and measures the retrieval of sentences."""
-    spoken = [u for u in listed if u.corpus == SENTENCES and u.text]
-    waves = {u.name: read_mono(str(u.path)).astype(np.float32)[: 8 * SAMPLE_RATE] for u in spoken}
-    heard = [u for u in spoken if u.split != "test"]
-    unheard: dict[str, Utterance] = {}
-    for u in spoken:
-        if u.split == "test":
-            unheard.setdefault(written(u.text), u)  # one utterance of each sentence
-    test = list(unheard.values())
-    lengths = np.array([len(waves[u.name]) for u in heard])
-    by_length = np.argsort(lengths, kind="stable")
-
-    def drawn(rng: np.random.Generator) -> list[Sample]:
-        first = int(rng.integers(len(heard) - 96))  # of similar length, so that little is padded
-        chosen = [heard[k] for k in rng.permutation(by_length[first : first + 96])[:32]]
-        return [Sample(u.name, augmented(waves[u.name], rng), None, written(u.text)) for u in chosen]
-
-    known = {written(u.text) for u in heard}
-    found: dict[str, Any] = {
-        "training": {"utterances": len(heard), "hours": round(float(lengths.sum()) / SAMPLE_RATE / 3600, 2)},
-        "test": {
-            "utterances": len(test),
-            "speakers": len({u.speaker for u in test}),
-            "sentences also in training": sum(written(u.text) in known for u in test),
-        },
-    }
-    settings = sentence_config(given.seed)
-    engine = model(settings)
-    for arm in ("untrained", "trained"):
-        steps = train(engine, settings, drawn, given.sentence_minutes) if arm == "trained" else 0
-        speech = embedded(engine, "speech", [Sample(u.name, waves[u.name]) for u in test])
-        text = embedded(engine, "text", [Sample(u.name, None, None, written(u.text)) for u in test])
-        new = np.array([written(u.text) not in known for u in test])
-        found[arm] = {
-            "updates": steps,
-            "speech → text": ranks(speech @ text.T),
-            "text → speech": ranks(text @ speech.T),
-            "speech → text, sentences not in training": ranks((speech @ text.T)[new], np.flatnonzero(new)),
-        }
-        print(f"sentences, {arm}: {steps} updates, {found[arm]}", flush=True)
-    return found
-
-
-def tower(kind: str, dim: int, layers: int) -> dict[str, Any]:
-    """Returns the config of a tower for text or images."""
-    encoder = {
-        "name": "transformer", "dim": dim, "layers": layers, "heads": 4, "ffn_dim": 2 * dim, "norm": "pre",
-        "positions": "none", "dropout": 0.0, "attention_dropout": 0.0, "layer_drop": 0.0,
-    }  # fmt: skip
-    embedding = {
-        "text": {"name": "tokens", "vocabulary": len(ALPHABET)},
-        "image": {"name": "patches", "size": SIDE, "channels": 1, "patch": 2},
-    }[kind]
-    return {"embedding": embedding, "encoder": encoder}
-
-
-def config(dim: int, layers: int, heads: Mapping[str, Any], seed: int, lr: float) -> Config:
-    """Returns the config of a run; data are drawn here."""
-    return load(
-        Config,
-        {
-            "data": {"shards": "none", "micro_batches": 1},
-            "frontend": {"name": "log_mel", "n_mels": 40, "dropout": 0.0},
-            "encoder": {
-                "name": "conformer", "dim": dim, "layers": layers, "heads": 4, "ffn_dim": 2 * dim, "kernel": 15,
-                "dropout": 0.05, "attention_dropout": 0.0, "layer_drop": 0.0,
-            },
-            "objective": {"name": "none", "mask_time": 0.05, "mask_time_span": 8, "mask_channels": 0.05},
-            "heads": dict(heads),
-            "optimizer": {"lr": lr, "weight_decay": 0.01, "clip_norm": 1.0},
-            "schedule": {"name": "cosine", "warmup_steps": 20},
-            "engine": {"name": "torch"},
-            "seed": seed,
-        },
-    )  # fmt: skip
-
-
 def digit_config(pairs: Sequence[str], seed: int) -> Config:
     """Returns the config of the digits' model."""
     head = {
@@ -244,59 +152,6 @@ def digit_config(pairs: Sequence[str], seed: int) -> Config:
         "towers": {"text": tower("text", 64, 1), "image": tower("image", 64, 2)},
     }  # fmt: skip
     return config(96, 2, {"joint": head}, seed, 2e-3)
-
-
-def sentence_config(seed: int) -> Config:
-    """Returns the config of the sentences' model, which also learns their characters by CTC."""
-    head = {
-        "name": "joint_embedding", "embedding_dim": 192, "loss": "softmax", "queue": 256,
-        "towers": {"text": tower("text", 96, 2)},
-    }  # fmt: skip
-    text = {"name": "ctc", "tokens": "text", "vocabulary": len(ALPHABET), "weight": 0.5}
-    return config(96, 3, {"joint": head, "text": text}, seed, 2e-3)
-
-
-def model(settings: Config) -> Engine:
-    """Returns an engine with initial weights on this process's CPU."""
-    return make_engine(settings, build_model(settings), DistributedContext())
-
-
-def train(
-    engine: Engine, settings: Config, drawn: Callable[[np.random.Generator], list[Sample]], minutes: float
-) -> int:
-    """Trains for some minutes of processor time, whatever else runs; returns the number of updates.
-
-    The median time of the first updates determines it.
-    """
-    steps, step = LONGEST, 0
-    seconds: list[float] = []
-    while step < steps:
-        began = time.process_time()
-        samples = drawn(np.random.default_rng([settings.seed, step]))
-        if step == 12:
-            steps = max(20, int(60 * minutes / float(np.median(seconds[2:]))))
-        lr = learning_rate(settings.optimizer, settings.schedule, steps, step)
-        result = engine.step([batch(samples)], StepContext(settings.seed, step), lr)
-        seconds.append(time.process_time() - began)
-        step += 1
-        if step % 200 == 0:
-            print(f"  update {step} of {steps}: loss {result.loss:.3f}", flush=True)
-    return steps
-
-
-@torch.no_grad()
-def embedded(engine: Engine, kind: str, samples: Sequence[Sample]) -> Matrix:
-    """Returns the unit vectors of samples, (N, E)."""
-    module = engine.module.eval()
-    head = module.heads["joint"]
-    assert isinstance(head, JointEmbedding)
-    parts = []
-    for first in range(0, len(samples), 32):
-        data = batch(samples[first : first + 32])
-        encoded = module.model(data.wave_BT, data.lengths_B) if kind == "speech" else None
-        parts.append(head.embed_speech(encoded) if encoded else head.embed(kind, data))
-    module.train()
-    return torch.cat(parts).numpy()
 
 
 def directions(vectors: Mapping[str, Matrix], classes: Mapping[str, Matrix]) -> dict[str, float]:
@@ -315,18 +170,6 @@ def directions(vectors: Mapping[str, Matrix], classes: Mapping[str, Matrix]) -> 
                     hits.append(float((best == classes[query]).mean()))
                 found[f"{query} → {key}"] = float(np.mean(hits))
     return found
-
-
-def ranks(similar: Matrix, right: Matrix | None = None) -> dict[str, float]:
-    """Returns recall@1, 5 and 10 and the median rank. similar: (Q, N); right: the right column of each row."""
-    right = np.arange(len(similar)) if right is None else right
-    of_right = similar[np.arange(len(similar)), right]
-    rank = 1 + (similar > of_right[:, None]).sum(1)
-    return {f"@{k}": float((rank <= k).mean()) for k in (1, 5, 10)} | {
-        "median rank": float(np.median(rank)),
-        "candidates": similar.shape[1],
-        "queries": len(similar),
-    }
 
 
 def shown(recall: Mapping[str, float]) -> str:
@@ -377,7 +220,9 @@ def report(results: dict[str, Any], given: argparse.Namespace) -> int:
     lines += [
         f"Sentences: {spoken['test']['utterances']} utterances of {spoken['test']['speakers']} unseen speakers, as "
         f"many candidates; {spoken['test']['sentences also in training']} of the sentences were also read by training "
-        f"speakers ({spoken['training']['utterances']} utterances, {spoken['training']['hours']} h).", "",
+        f"speakers ({spoken['training']['utterances']} utterances, {spoken['training']['hours']} h; "
+        f"{spoken['trained']['updates']} updates). Chance: {1 / spoken['test']['utterances']:.1%} at 1, "
+        f"{10 / spoken['test']['utterances']:.1%} at 10.", "",
         "| direction | arm | queries | @1 | @5 | @10 | median rank |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for arm in ("untrained", "trained"):

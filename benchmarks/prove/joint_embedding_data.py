@@ -34,12 +34,23 @@ Matrix = np.ndarray
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample; an absent part is None or ""."""
+    """One sample; an absent part is None or "". tokens: instead of the characters of the text."""
 
     key: str
     wave: Matrix | None = None
     pixels: Matrix | None = None
     text: str = ""
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a sentence. name: that of the sentence.  start, stop: first sample and the one after the last."""
+
+    name: str
+    text: str
+    start: int
+    stop: int
 
 
 def batch(samples: Sequence[Sample]) -> Batch:
@@ -48,7 +59,8 @@ def batch(samples: Sequence[Sample]) -> Batch:
     wave_BT = torch.zeros(len(waves), max(SAMPLE_RATE // 4, *map(len, waves)))
     for row, wave in zip(wave_BT, waves, strict=True):
         row[: len(wave)] = torch.from_numpy(wave)
-    ids = [torch.tensor([ALPHABET.index(c) for c in sample.text], dtype=torch.int64) for sample in samples]
+    tokens = (sample.tokens or [ALPHABET.index(c) for c in sample.text] for sample in samples)
+    ids = [torch.tensor(numbers, dtype=torch.int64) for numbers in tokens]
     images = [np.zeros((1, SIDE, SIDE), np.uint8) if sample.pixels is None else sample.pixels for sample in samples]
     present_B = torch.tensor([sample.pixels is not None for sample in samples])
     return Batch(
@@ -67,18 +79,27 @@ def cut_words(listed: Sequence[Utterance]) -> list[Utterance]:
     Without them, English has three voices and a fourth that says each digit once.
     """
     sentences = {u.name: u for u in listed if u.split in ("train", "valid")}
-    [root] = {u.path.removesuffix(u.name) for u in sentences.values()}
     found = []
+    for name, words in aligned_words(listed).items():
+        for word in words:
+            if word.text in WORDS and name in sentences and word.stop - word.start < LONGEST_WORD * SAMPLE_RATE:
+                named = replace(sentences[name], name=f"{name}@{word.start}", text=word.text)
+                found.append(replace(named, start=word.start, stop=word.stop))
+    return found
+
+
+def aligned_words(listed: Sequence[Utterance]) -> dict[str, list[Word]]:
+    """Returns the words of each sentence with their times by forced alignment, a little longer than aligned."""
+    [root] = {u.path.removesuffix(u.name) for u in listed if u.split in ("train", "valid")}
+    found: dict[str, list[Word]] = {}
     with (Path(root) / ALIGNMENT).open(encoding="utf-8") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         for (name, word), phones in itertools.groupby(rows, lambda row: (row["path"], row["word"])):
-            if word in WORDS and name in sentences:
-                times = list(phones)
-                start, stop = float(times[0]["start_s"]) - MARGIN, float(times[-1]["end_s"]) + MARGIN
-                if stop - start < LONGEST_WORD:
-                    samples = max(0, round(start * SAMPLE_RATE)), round(stop * SAMPLE_RATE)
-                    named = replace(sentences[name], name=f"{name}@{samples[0]}", text=word)
-                    found.append(replace(named, start=samples[0], stop=samples[1]))
+            times = list(phones)
+            start, stop = float(times[0]["start_s"]) - MARGIN, float(times[-1]["end_s"]) + MARGIN
+            if not word.startswith("<"):
+                place = max(0, round(start * SAMPLE_RATE)), round(stop * SAMPLE_RATE)
+                found.setdefault(name, []).append(Word(name, word, *place))
     return found
 
 
