@@ -81,7 +81,7 @@ def train(
         result = engine.step([batch(samples)], StepContext(settings.seed, step), lr)
         seconds.append(time.process_time() - began)
         step += 1
-        if step % 100 == 0:
+        if step % 200 == 0:
             print(f"  update {step} of {steps}: loss {result.loss:.3f}", flush=True)
     return steps
 
