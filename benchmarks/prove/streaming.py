@@ -31,7 +31,7 @@ from pretrain.evaluate.manifest import Utterance, read_audio, read_manifest  # n
 from pretrain.profiling.processor import model_name  # noqa: E402
 
 CORPORA = ("fsdd", "arabic_speech_commands", "speech_commands_v1")
-SYMBOLS = "' abcdefghijklmnopqrstuvwxyz"  # a space in front would be cut from a command's field
+SYMBOLS = "' abcdefghijklmnopqrstuvwxyz"
 COPIES = 6
 """Strings of training for each word that is heard."""
 MODEL = (
