@@ -1,6 +1,7 @@
 """Measures planning for large corpora: `auricle preprocess --dry-run`, the frozen plan, and a corpus that grew by 1 %.
 
     python benchmarks/corpus_scale.py 1e5 1e6 1e7 > benchmarks/results/corpus_scale.md
+    python benchmarks/corpus_scale.py 1e7 --steps 1 2 4     # without the dry run of the corpus that grew
 
 The recordings are 10,000 sparse files, which links name under as many paths as there are rows; all paths are looked up.
 Each step is a process of its own; memory is its largest resident set. `--folder` is for manifests, plans and temporary
@@ -96,24 +97,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("rows", nargs="*", type=float, default=[1e5], help="numbers of rows (default: 1e5)")
     parser.add_argument("--folder", default="", help="folder for temporary files (default: that of the system)")
+    parser.add_argument("--steps", nargs="*", type=int, default=[1, 2, 3, 4], choices=[1, 2, 3, 4], help="which steps")
     parser.add_argument("--freeze", nargs=2, metavar=("MANIFEST", "OUT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.freeze:
         freeze(*given.freeze)
         return
-    print(f"`python benchmarks/corpus_scale.py {' '.join(f'{rows:g}' for rows in given.rows)}`")
+    chosen = f" --steps {' '.join(map(str, given.steps))}" * (len(given.steps) < 4)
+    print(f"`python benchmarks/corpus_scale.py {' '.join(f'{rows:g}' for rows in given.rows)}{chosen}`")
     print(f"on {os.cpu_count()} cores ({platform.machine()}); load before: {os.getloadavg()[0]:.1f}\n")
     print(f"| {' | '.join(HEAD)} |\n|{' --- |' * 2}{' --- |'}{' ---: |' * 4}", flush=True)
     for rows in map(int, given.rows):
         with tempfile.TemporaryDirectory(dir=given.folder or None) as name:
             folder = Path(name)
             first, grown = write_corpus(folder, rows), write_corpus(folder, rows + rows // 100)
-            for step, manifest in (
-                ("dry run", first),
-                ("frozen plan", first),
-                ("dry run", grown),
-                ("frozen plan", grown),
-            ):
+            steps = (("dry run", first), ("frozen plan", first), ("dry run", grown), ("frozen plan", grown))
+            for step, manifest in (steps[number - 1] for number in given.steps):
                 dry = [
                     sys.executable,
                     "-m",
