@@ -87,7 +87,7 @@ def freeze(manifest: str, out: str) -> None:
 
     config = PreprocessConfig(out=out, corpus=ManifestCorpus(path=manifest, corpus="speech"))
     store = FileStore(out)
-    found = discover(config.corpus, store.temporary_place())
+    found = discover(config.corpus, store.temporary_place(), in_parts=True)
     plan = freeze_plan(store, found.recordings, config)
     print(f"{sum(unit.files for unit in plan.units):,} recordings in {len(plan.units):,} units")
 

@@ -171,7 +171,7 @@ def long_file(hours: float, folder: Path) -> dict[str, float]:
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "before = peak()\n"
         "config = load(PreprocessConfig, json.loads(sys.argv[1]))\n"
-        "result = process_unit(WorkUnit('long', tuple(discover(config.corpus).files)), config)\n"
+        "result = process_unit(WorkUnit('long', tuple(discover(config.corpus, in_parts=True).files)), config)\n"
         "after = peak()\n"
         "print(json.dumps({'before_mb': before / 1024, 'peak_mb': after / 1024,\n"
         "                  'hours': result.record.samples / 16000 / 3600}))\n"

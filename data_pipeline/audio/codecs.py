@@ -36,7 +36,10 @@ from data_pipeline.audio.parts import Part
 from data_pipeline.core.storage import is_url
 from data_pipeline.core.types import SAMPLE_RATE
 
-__all__ = ["AudioError", "AudioInfo", "Wave", "decode", "encode", "local_copy", "probe", "read_mono"]
+__all__ = [
+    "AudioError", "AudioInfo", "MonoOutput", "Wave", "decode", "encode", "finite", "local_copy", "no_os_errors",
+    "part_blocks", "probe", "read_mono",
+]  # fmt: skip
 
 Wave = npt.NDArray[np.float32]
 NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -76,7 +79,7 @@ def probe(path: str) -> AudioInfo:
     Raises:
         AudioError: The file has no usable audio.
     """
-    with _no_os_errors(), ByteSource(path) as source:
+    with no_os_errors(), ByteSource(path) as source:
         part = examine(source)[0]
         try:
             with libsndfile.open_part(source, part) as sound:
@@ -94,7 +97,7 @@ def probe_content(path: str) -> AudioInfo | None:
     it gives the reason.
     """
     try:
-        with _no_os_errors(), ByteSource(path) as source:
+        with no_os_errors(), ByteSource(path) as source:
             kind = sniff(source)
             if not kind:
                 return None
@@ -125,14 +128,14 @@ def decode(source: str | bytes, rate: int, channel: int | None = None) -> Iterat
     Raises:
         AudioError: The recording is unusable. It may be raised after some blocks, which must then be discarded.
     """
-    with _no_os_errors(), ByteSource(source) as data:
-        output, frames = _Output(rate, channel), 0
+    with no_os_errors(), ByteSource(source) as data:
+        output, frames = MonoOutput(rate, channel), 0
         parts = examine(data)
         while parts:
             part = parts.pop(0)
-            for block_rate, block in _blocks(data, part):
+            for block_rate, block in part_blocks(data, part):
                 frames += len(block)
-                yield from output.push(block_rate, _finite(block))
+                yield from output.push(block_rate, finite(block))
             if part.may_continue:
                 parts += later_parts(data)
         yield from output.flush()
@@ -205,7 +208,8 @@ def to_int16(wave: Wave) -> npt.NDArray[np.int16]:
 
 
 @contextlib.contextmanager
-def _no_os_errors() -> Iterator[None]:
+def no_os_errors() -> Iterator[None]:
+    """Raises the errors of reading and decoding in the block as AudioError."""
     try:
         yield
     except FileNotFoundError:
@@ -216,7 +220,7 @@ def _no_os_errors() -> Iterator[None]:
         raise AudioError("corrupt", f"decoding fails part-way: {str(error)[:200]}") from None
 
 
-class _Output:
+class MonoOutput:
     """Downmix and resampler, replaced where a recording's rate or channels change."""
 
     def __init__(self, rate: int, channel: int | None) -> None:
@@ -263,7 +267,7 @@ class _Output:
             yield made
 
 
-def _blocks(source: ByteSource, part: Part) -> Iterator[tuple[int, Wave]]:
+def part_blocks(source: ByteSource, part: Part) -> Iterator[tuple[int, Wave]]:
     """Yields (rate, samples (frames, channels)) of a part, by libsndfile or, where that fails, by FFmpeg."""
     delivered, rate, promised = 0, 0, part.frames
     failed: AudioError | soundfile.LibsndfileError
@@ -354,7 +358,8 @@ def _silence(frames: int, rate: int, channels: int) -> Iterator[tuple[int, Wave]
         yield rate, np.zeros((min(BLOCK_SAMPLES, frames - start), channels), np.float32)
 
 
-def _finite(block: Wave) -> Wave:
+def finite(block: Wave) -> Wave:
+    """Returns a block of samples. Raises AudioError if some are not finite, or far beyond full scale."""
     power = float(np.dot(block.ravel(), block.ravel()))
     if not power <= 100.0 * block.size:
         if np.isfinite(block).all():

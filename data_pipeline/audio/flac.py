@@ -52,7 +52,12 @@ def later_parts(source: ByteSource) -> list[Part]:
     """Returns the parts after the one that a decoder has just read from the file."""
     if (position := source.position()) >= source.size:
         return []
-    starts = _marks(source, max(position - READ_AHEAD, 42), source.size)
+    return parts_behind(source, max(position - READ_AHEAD, 42))
+
+
+def parts_behind(source: ByteSource, at: int) -> list[Part]:
+    """Returns the parts that begin at or behind a position, which is searched for them."""
+    starts = _marks(source, at, source.size)
     return [_part(source, start, stop, False) for start, stop in zip(starts, [*starts[1:], source.size], strict=False)]
 
 

@@ -46,7 +46,9 @@ def cut(blocks: Iterable[Wave], longest: int) -> Iterator[tuple[int, Wave, bool]
     yield start + half, whole[half:], False
 
 
-def marked(blocks: Iterable[Wave], spans: Sequence[Span], longest: int) -> Iterator[tuple[Span, int, Wave, bool]]:
+def marked(
+    blocks: Iterable[Wave], spans: Sequence[Span], longest: int, first: int = 0
+) -> Iterator[tuple[Span, int, Wave, bool]]:
     """Cuts the spans that a corpus marks out of a recording. Spans may overlap; each gives its own pieces.
 
     Keeps the audio since the start of the oldest open span in memory, at most 2 · `longest` samples of it and one
@@ -56,6 +58,7 @@ def marked(blocks: Iterable[Wave], spans: Sequence[Span], longest: int) -> Itera
         blocks: The recording, in blocks of any size.
         spans: Spans in samples; one with `stop` None ends with the recording.
         longest: Samples of the longest piece; longer spans are cut as in `cut`.
+        first: Number of the first sample of the blocks; no span begins before it.
 
     Yields:
         (span, start, wave, whole) in the order in which the pieces are complete, independent of the block size.
@@ -65,7 +68,7 @@ def marked(blocks: Iterable[Wave], spans: Sequence[Span], longest: int) -> Itera
     at = [span.start for span in spans]
     waiting = [(_next_cut(span, span.start, longest), number) for number, span in enumerate(spans)]
     heapq.heapify(waiting)
-    held, first = np.zeros(0, np.float32), 0
+    held = np.zeros(0, np.float32)
     for block in itertools.chain(blocks, [None]):
         held = held if block is None else np.concatenate([held, block])
         end = first + len(held)

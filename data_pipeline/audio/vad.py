@@ -21,6 +21,8 @@ from data_pipeline.core.schema import ConfigError, about, config
 WINDOW: Final = 512
 CONTEXT: Final = 64
 RATE: Final = 16_000
+LEAD: Final = 128 * WINDOW
+"""Samples before a part of a recording, about four seconds, that the detector hears first."""
 HYSTERESIS: Final = 0.15
 """Speech ends below the threshold minus this."""
 
@@ -74,7 +76,9 @@ class Detector:
         return float(output[0, 0])
 
 
-def speech(blocks: Iterable[Wave], longest: int, config: VadConfig) -> Iterator[tuple[int, Wave]]:
+def speech(
+    blocks: Iterable[Wave], longest: int, config: VadConfig, lead: Wave | None = None
+) -> Iterator[tuple[int, Wave]]:
     """Yields the stretches of a recording that contain speech.
 
     A stretch longer than `longest` is cut where speech is least probable in its second half. Keeps at most `longest`
@@ -84,11 +88,15 @@ def speech(blocks: Iterable[Wave], longest: int, config: VadConfig) -> Iterator[
         blocks: The recording at 16 kHz, in blocks of any size.
         longest: Samples of the longest stretch.
         config: Threshold, pause and padding.
+        lead: (T,) audio before the first block, which gives the detector its context and is in no stretch.
 
     Yields:
         (start, wave) in the order of the recording; `start` in samples from its beginning.
     """
     detector, probabilities = Detector(), list[float]()
+    before = np.zeros(0, np.float32) if lead is None else lead
+    for at in range(0, len(before) - WINDOW + 1, WINDOW):
+        detector.probability(before[at : at + WINDOW])
     patience = max(1, round(config.min_silence_seconds * RATE / WINDOW))
     pad = round(config.pad_seconds * RATE / WINDOW)
     limit = longest // WINDOW

@@ -59,6 +59,19 @@ class AudioFile:
     """The parts to use, sorted by start, possibly overlapping. Empty: the whole recording."""
     image: str = ""
     """Path or URL of an image of it; "" without one."""
+    part: tuple[int, int | None] | None = None
+    """(begin, end) in seconds of a part of a long recording, which counts as a recording; end None: to its end."""
+
+    @property
+    def source_id(self) -> str:
+        """`file_id` of the whole recording."""
+        return self.file_id if self.part is None else self.file_id.removesuffix(part_suffix(self.part))
+
+
+def part_suffix(part: tuple[int, int | None]) -> str:
+    """Returns the end of the `file_id` of a part of a recording: a media fragment, such as #t=1800,3600."""
+    begin, end = part
+    return f"#t={begin}" if end is None else f"#t={begin},{end}"
 
 
 @dataclass(frozen=True, slots=True)

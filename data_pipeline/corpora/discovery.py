@@ -25,6 +25,7 @@ from data_pipeline.corpora.config import (
 )
 from data_pipeline.corpora.lhotse_manifests import read_lhotse
 from data_pipeline.corpora.listing import Entry, list_files
+from data_pipeline.corpora.long_recordings import parts_of
 from data_pipeline.corpora.manifest import discover_manifest
 from data_pipeline.corpora.recordings import Recordings, licences_of
 from data_pipeline.corpora.records import Discovered, RecordingId, reject_file
@@ -42,7 +43,7 @@ def corpus_fingerprint(corpus: CorpusConfig) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def discover(corpus: CorpusConfig, scratch: Path | None = None) -> Discovered:
+def discover(corpus: CorpusConfig, scratch: Path | None = None, *, in_parts: bool = False) -> Discovered:
     """Finds the recordings of a corpus; nothing is decoded, except by `corpus.probe`.
 
     Each file, and each row of a table, becomes a recording, a span of one, a reject, or is counted as skipped. The
@@ -51,6 +52,7 @@ def discover(corpus: CorpusConfig, scratch: Path | None = None) -> Discovered:
     Args:
         corpus: a config of one of the classes of `corpora.config`.
         scratch: folder for temporary files of large corpora; None: that of the system.
+        in_parts: whether a long recording becomes several; see `long_recordings`.
 
     Returns:
         Recordings, rejects with reasons, counts of skipped files by ending, licences, and warnings.
@@ -59,7 +61,7 @@ def discover(corpus: CorpusConfig, scratch: Path | None = None) -> Discovered:
         ConfigError: the corpus does not exist or is empty, or its table or pattern is invalid.
         StorageReadError: the storage cannot list it now.
     """
-    found = Discovered(Recordings(scratch))
+    found = Discovered(Recordings(scratch, parts_of if in_parts else None))
     if isinstance(corpus, PathCorpus):
         _from_path(corpus, found)
     elif isinstance(corpus, ManifestCorpus):

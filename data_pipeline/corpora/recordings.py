@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -32,6 +32,8 @@ class FileRow(NamedTuple):
     spans: str
     """JSON; "" without any."""
     image: bytes
+    part: str = ""
+    """Seconds of a part of a long recording, such as 1800,3600 or 3600, for all that follows; "" for a whole one."""
 
 
 Order = tuple[str, str, str]
@@ -45,10 +47,11 @@ class Recordings:
 
     Args:
         folder: folder for large corpora; None: that for temporary files.
+        parts_of: returns the parts of a recording, which are added instead of it.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, parts_of: Callable[[FileRow], list[FileRow]] | None = None) -> None:
+        self.folder, self._parts_of = folder, parts_of
         self._sorted = ExternalSort(folder)
 
     def append(self, file: AudioFile, place: int | None = None) -> None:
@@ -58,7 +61,9 @@ class Recordings:
     def add(self, row: FileRow, place: int | None = None, order: Order | None = None) -> None:
         """Adds the row of a recording, like `append`. order: that of `order_of`, if it is known."""
         place = len(self._sorted) if place is None else place
-        self._sorted.add(order or order_of(row.corpus, row.file_id), (place, tuple(row)))
+        for part in (row,) if self._parts_of is None else self._parts_of(row):
+            known = order if part is row else None
+            self._sorted.add(known or order_of(part.corpus, part.file_id), (place, tuple(part)))
 
     @property
     def added(self) -> int:
@@ -122,6 +127,7 @@ def row_of(file: AudioFile) -> FileRow:
         file.mtime,
         _spans_json(file.spans),
         os.fsencode(file.image),
+        "" if file.part is None else f"{file.part[0]},{'' if file.part[1] is None else file.part[1]}",
     )
 
 
@@ -141,7 +147,13 @@ def file_of(row: FileRow) -> AudioFile:
         mtime=row.mtime,
         spans=tuple(Span(**span) for span in json.loads(row.spans)) if row.spans else (),
         image=os.fsdecode(row.image),
+        part=_part_of(row.part) if row.part else None,
     )
+
+
+def _part_of(text: str) -> tuple[int, int | None]:
+    begin, _, end = text.partition(",")
+    return int(begin), int(end) if end else None
 
 
 def licences_of(row: FileRow, default: str) -> set[str]:

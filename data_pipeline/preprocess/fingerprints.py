@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import soxr
 
 from data_pipeline.audio import codecs
+from data_pipeline.audio.time_ranges import decode_part
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE, AudioFile
 from data_pipeline.corpora.recordings import Recordings, file_of
@@ -121,7 +122,7 @@ def scan(files: Sequence[AudioFile], near: bool, out: str) -> str:
         digest, prints, samples = hashlib.sha256(), Fingerprinter(), 0
         try:
             with codecs.local_copy(file.path) as path:
-                for block in codecs.decode(path, SAMPLE_RATE):
+                for block in decode_part(path, file.part):
                     digest.update(codecs.to_int16(block).data)
                     samples += len(block)
                     if near:

@@ -57,7 +57,7 @@ def plan_units(config: PreprocessConfig) -> JobForecast:
         ConfigError: see `preprocess`.
     """
     store = FileStore(config.out)
-    found = discover(config.corpus, store.temporary_place())
+    found = discover(config.corpus, store.temporary_place(), in_parts=True)
     records = intact_records(config)
     failures = _failures(config, records)
     plan = freeze_plan(store, found.recordings, config, failures=failures, dry=True)
@@ -102,7 +102,7 @@ def preprocess(config: PreprocessConfig, progress: bool = True) -> Summary:
     store = FileStore(config.out)
     for root in {config.out, *set_roots(config)}:
         FileStore(root).sweep()
-    found = discover(config.corpus, store.temporary_place())
+    found = discover(config.corpus, store.temporary_place(), in_parts=True)
     work = _Work()
     records = intact_records(config, repair=True)
     failures = _failures(config, records)

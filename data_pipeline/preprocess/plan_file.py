@@ -38,9 +38,12 @@ PLAN_SCHEMA: Final = pa.schema(
         ("offset", pa.float64()),
         ("samples", pa.int64()),
         ("image", pa.binary()),
+        ("part", pa.string()),
     ]
 )
-"""Columns; dropped, same_as, share, offset and samples are set for duplicates. Earlier versions lack the last four."""
+"""Columns; dropped, same_as, share, offset and samples are set for duplicates. Earlier versions lack the last five."""
+LATER: Final = len(FileRow._fields) - 2
+"""Fields of a recording that stand before `share` in a table; the other ones are behind `samples`."""
 ROW_GROUP: Final = 32_768
 """Rows that are written and read at a time."""
 SECONDS_PER_BYTE: Final = {
@@ -117,7 +120,7 @@ class TableWriter:
 
     def add_unit(self, name: str, split: str, rows: Iterable[FileRow]) -> None:
         """Adds the recordings of a unit."""
-        self._rows += [(name, split, "", "", *row[:-1], None, None, None, row[-1]) for row in rows]
+        self._rows += [(name, split, "", "", *row[:LATER], None, None, None, *row[LATER:]) for row in rows]
         while len(self._rows) >= ROW_GROUP:
             self._write()
 
@@ -125,7 +128,7 @@ class TableWriter:
         """Adds a duplicate, after all units."""
         row = row_of(drop.file)
         more = (drop.share, drop.offset_seconds, drop.samples)
-        self._rows.append(("", "", drop.reason, drop.same_as, *row[:-1], *more, row[-1]))
+        self._rows.append(("", "", drop.reason, drop.same_as, *row[:LATER], *more, *row[LATER:]))
         if len(self._rows) >= ROW_GROUP:
             self._write()
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from data_pipeline.audio import codecs, vad
 from data_pipeline.audio.quality import measure_quality, normalised, reject_reason
 from data_pipeline.audio.segmentation import cut, marked
+from data_pipeline.audio.time_ranges import decode_part, decode_range
 from data_pipeline.core.retries import StorageReadError
 from data_pipeline.core.rng import keyed_seed
 from data_pipeline.core.storage import FileStore, is_url
@@ -127,12 +130,12 @@ def segment_key(file: AudioFile, start: int, channel: int | None = None, repeat:
     """Returns a segment's key, which is readable, unique in the data set, ASCII, and without dots.
 
     It consists of the file's name, a hash of its id, the start in samples, the channel if the corpus names one, and a
-    number from the second segment with the same start on.
+    number from the second segment with the same start on. Segments of a part have the keys of the whole recording.
     """
-    stem = file.file_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    stem = file.source_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")[:40] or "audio"
     more = f"-c{channel}" * (channel is not None) + f"-{repeat + 1}" * bool(repeat)
-    return f"{readable}-{keyed_seed(file.corpus, file.file_id):016x}-{start:010d}{more}"
+    return f"{readable}-{keyed_seed(file.corpus, file.source_id):016x}-{start:010d}{more}"
 
 
 def _process_file(file: AudioFile, config: PreprocessConfig, writer: ShardWriter) -> Tally:
@@ -171,6 +174,9 @@ class _Recording:
         self.file, self.config, self.writer = file, config, writer
         self.tally = Tally()
         self.length = 0
+        """Samples that were read of the recording, or of the part of one."""
+        begin, end = file.part or (0, None)
+        self._begin, self._own = begin * SAMPLE_RATE, 1 << 62 if end is None else (end - begin) * SAMPLE_RATE
         self._longest = round(config.cut.max_seconds * SAMPLE_RATE)
         # words, phones and image of a recording do not apply to a single piece of it
         self._wordless = dataclasses.replace(file, text="", image="", labels=_without_words(file.labels))
@@ -183,12 +189,14 @@ class _Recording:
         if self.file.spans:
             pieces = self._marked(path)
         elif self.config.vad.enabled:
-            found = vad.speech(self._decoded(path), self._longest, self.config.vad)
-            pieces = (_Piece(self._wordless, start, wave) for start, wave in found)
+            found = vad.speech(self._decoded(path), self._longest, self.config.vad, self._lead(path))
+            pieces = (_Piece(self._wordless, self._begin + start, wave) for start, wave in found)
         else:
             found_whole = cut(self._decoded(path), self._longest)
             pieces = (
-                _Piece(self.file if whole else self._wordless, start, wave, source=path if whole else "")
+                _Piece(self.file, start, wave, source=path)
+                if whole and self.file.part is None
+                else _Piece(self._wordless, self._begin + start, wave)
                 for start, wave, whole in found_whole
             )
         for piece in pieces:
@@ -197,7 +205,8 @@ class _Recording:
 
     def finished(self) -> Tally:
         """Returns the tally of a recording that was read to its end."""
-        union = _union(self._taken)
+        # the spans of a part may end behind it, in audio that the next part counts
+        union = _union(self._taken, self._begin, self._begin + self.length)
         gap, overlap = self.length - union, sum(stop - start for start, stop in self._taken) - union
         if gap and not self._taken and not self.file.spans:
             self.tally.reject(reject_file(self.file, "vad", "no_speech", samples=gap))
@@ -231,11 +240,22 @@ class _Recording:
         self.tally.add((self.file.corpus, self.file.language, stage, reason), samples)
 
     def _decoded(self, path: str, channel: int | None = None) -> Iterator[codecs.Wave]:
-        length = 0
-        for block in codecs.decode(path, SAMPLE_RATE) if channel is None else codecs.decode(path, SAMPLE_RATE, channel):
+        """Yields the recording, or its part and what spans that begin in it need beyond its end."""
+        part, length = self.file.part, 0
+        if part and part[1] is not None and self.file.spans:
+            stops = [span.stop for span in self.file.spans if span.stop is not None]
+            last = max([*stops, part[1] * SAMPLE_RATE])
+            part = part[0], None if len(stops) < len(self.file.spans) else -(-last // SAMPLE_RATE)
+        for block in decode_part(path, part, channel):
             length += len(block)
-            self.length = max(self.length, length)
+            self.length = max(self.length, min(length, self._own))
             yield block
+
+    def _lead(self, path: str) -> codecs.Wave | None:
+        """Returns the audio before a part, which voice activity detection hears first; None at the very start."""
+        if not self._begin:
+            return None
+        return np.concatenate(list(decode_range(path, self._begin - vad.LEAD, self._begin)))
 
     def _marked(self, path: str) -> Iterator[_Piece]:
         """Yields the parts that the corpus marks, channel by channel."""
@@ -247,10 +267,10 @@ class _Recording:
             numbers = {id(span): number for number, span in enumerate(spans)}
             reason = "beyond_end"
             try:
-                for span, start, wave, whole in marked(self._decoded(path, channel), spans, self._longest):
+                for span, start, wave, whole in marked(self._decoded(path, channel), spans, self._longest, self._begin):
                     missing.pop(numbers[id(span)], None)
                     yield _Piece(self._known(span, len(wave), whole), start, wave, channel)
-                error = f"the recording ends at {self.length / SAMPLE_RATE:.2f} s"
+                error = f"the recording ends at {(self._begin + self.length) / SAMPLE_RATE:.2f} s"
             except codecs.AudioError as found:
                 if found.reason != "no_channel":
                     raise
@@ -290,7 +310,7 @@ class _Recording:
         self._starts[start, piece.channel] += 1
         segment = Segment(
             key=segment_key(file, start, piece.channel, repeat),
-            file_id=file.file_id,
+            file_id=file.source_id,
             start=start,
             length=len(wave),
             sample_rate=SAMPLE_RATE,
@@ -341,12 +361,12 @@ def _without_words(labels: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in labels.items() if name not in TIMED_LABELS}
 
 
-def _union(stretches: Iterable[tuple[int, int]]) -> int:
-    """Returns the number of samples in the union of the intervals."""
-    total = end = 0
+def _union(stretches: Iterable[tuple[int, int]], begin: int, end: int) -> int:
+    """Returns the number of samples between begin and end in the union of the intervals."""
+    total, at = 0, begin
     for start, stop in sorted(stretches):
-        total += max(0, stop - max(start, end))
-        end = max(end, stop)
+        total += max(0, min(stop, end) - max(start, at))
+        at = max(at, stop)
     return total
 
 

@@ -29,7 +29,7 @@ from data_pipeline.core.schema import ABSENT, ConfigError, diff, flatten
 from data_pipeline.core.storage import FileStore
 from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.corpora.config import PathCorpus
-from data_pipeline.corpora.recordings import FileRow, Recordings, name_hash
+from data_pipeline.corpora.recordings import FileRow, Recordings, file_of, name_hash
 from data_pipeline.corpora.records import RecordingId, Reject, recording_id
 from data_pipeline.preprocess.config import PreprocessConfig, content_settings
 from data_pipeline.preprocess.new_recordings import compare_with_plan
@@ -203,7 +203,8 @@ def split_of(file: FileRow, config: PreprocessConfig) -> str:
     """Returns the split of a recording, chosen by its speaker, so that new recordings of a speaker are in the same."""
     if not config.split.enabled:
         return ""
-    draw = keyed_seed(config.split.seed, file.corpus, file.speaker or f"file {file.file_id}", "split") / 2**63
+    whole = file_of(file).source_id if file.part else file.file_id
+    draw = keyed_seed(config.split.seed, file.corpus, file.speaker or f"file {whole}", "split") / 2**63
     if draw < config.split.valid:
         return "valid"
     return "test" if draw < config.split.valid + config.split.test else "train"

@@ -154,7 +154,7 @@ def test_tables_of_earlier_versions_are_read(tmp_path: Path) -> None:
     config, files = job(tmp_path), [dataclasses.replace(file, spans=(), image="") for file in recordings(50)]
     expected = content(frozen(config, files))
     [table] = (tmp_path / "_plan").glob("*.parquet")
-    pq.write_table(pq.read_table(table).drop_columns(["spans", "share", "offset", "samples", "image"]), table)
+    pq.write_table(pq.read_table(table).drop_columns(["spans", "share", "offset", "samples", "image", "part"]), table)
     sha256 = hashlib.sha256(table.read_bytes()).hexdigest()
     table.rename(table.with_name(f"{sha256[:16]}.parquet"))
     (tmp_path / "_plan" / "0000.sha256").write_text(sha256)
@@ -177,4 +177,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
             tracemalloc.stop()
 
     small, large = peak(1_000), peak(6_000)
-    assert large < 2 * small, "units, a few hundred bytes each, are in memory; recordings are not"
+    assert (large - small) / 5_000 < 200, (
+        "units, a few hundred bytes each, are in memory; recordings, 2 kB each, are not"
+    )
