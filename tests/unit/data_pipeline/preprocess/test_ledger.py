@@ -93,7 +93,8 @@ def test_recordings_and_hours_balance(tmp_path: Path) -> None:
 def test_recordings_without_speech_are_rejects_and_pauses_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def speech(blocks: Any, longest: int, config: object) -> Any:
+    def speech(blocks: Any, longest: int, config: object, lead: object) -> Any:
+        assert lead is None
         wave = np.concatenate(list(blocks))
         if wave.any():
             yield 0, wave[: len(wave) // 2]
