@@ -8,14 +8,13 @@ optimizer.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_rng
-from data_pipeline.core.schema import ConfigError, about, config
+from data_pipeline.core.schema import about, config
 from data_pipeline.core.types import Batch
 from data_pipeline.labels.pitch import LOWEST_HZ, STEPS_PER_OCTAVE
 from pretrain.interfaces.configs import FrameLabels, HeadConfig
@@ -24,6 +23,7 @@ from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import INFEASIBLE, HeadMedia, HeadMonitoringRecord
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
 from pretrain.models.synthesis.aligner import forward_sum
+from pretrain.models.synthesis.mel_convention import MelConvention
 from pretrain.models.synthesis.spectral_loss import SpectralLoss
 from pretrain.models.synthesis.synthesizer import (
     Controls,
@@ -33,6 +33,7 @@ from pretrain.models.synthesis.synthesizer import (
     SynthesizerConfig,
     TokenValues,
 )
+from pretrain.models.synthesis.waveform_loss import LEAST_FRAMES, own_speech, waveform_loss
 from pretrain.nn.numerics import full_precision, pad_audio, zero_padding
 from pretrain.nn.spectral import LogMel
 
@@ -72,10 +73,6 @@ class Config(HeadConfig):
         return (FrameLabels(self.pitch, 100.0, 0, "pitch"),) if self.pitch else ()
 
 
-LEAST_FRAMES = 8
-"""Fewest frames over which the vocoder is compared: the longest window of the spectral distance."""
-
-
 class Style(nn.Module):
     """One vector for each row's voice: a learned one, plus what the encoder's mean frame adds through few channels."""
 
@@ -112,11 +109,9 @@ class Synthesis(Head):
         self.style = Style(shape.dim, config.style_dim, config.synthesizer.dim)
         self.synthesizer = Synthesizer(config.synthesizer, config.vocabulary + 2, self.mel, bool(config.pitch))
         self.distance = SpectralLoss(self.mel)
-        digest = hashlib.sha256(mel_convention(self.mel).encode()).digest()
-        self._sha256 = digest
-        self.register_buffer("mel_sha256", torch.tensor(list(digest), dtype=torch.uint8))
+        self._convention = MelConvention(self.mel)
+        self.register_buffer("mel_sha256", self._convention.checksum())
         self.mel_sha256: Tensor
-        self._compared = False
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
         self.require_same_mel()
@@ -130,17 +125,8 @@ class Synthesis(Head):
         return HeadMonitoringRecord(infeasible=INFEASIBLE)
 
     def require_same_mel(self) -> None:
-        """Compares the definition of the mel frames with that of the checkpoint that was loaded, once.
-
-        Raises:
-            ConfigError: they differ.
-        """
-        if not self._compared and bytes(self.mel_sha256.tolist()) != self._sha256:
-            raise ConfigError(
-                f"n_mels={self.config.n_mels}: this version defines mel frames as {mel_convention(self.mel)}, and the "
-                "checkpoint was trained with others; use the version that trained it, or train again"
-            )
-        self._compared = True
+        """Compares the definition of the mel frames with that of the checkpoint. Raises ConfigError if they differ."""
+        self._convention.require(self.mel_sha256, self.config.n_mels)
 
     def forward(self, encoded: EncoderOutput, batch: Batch, plan: HeadPlan, ctx: StepContext) -> LossOutput:
         device = batch.wave_BT.device
@@ -240,22 +226,12 @@ class Synthesis(Head):
         In training it is a drawn part of each row, else the whole of it, made from predicted mel frames.
         """
         assert self.synthesizer.vocoder is not None
-        hop, device = self.mel.hop, wave_BT.device
+        device = wave_BT.device
         width = self.config.vocoder_frames if self.training else max(mel.x_BFD.shape[1], LEAST_FRAMES)
         first_B = torch.tensor([draw.first for draw in draws], device=device)
         copied_B = torch.tensor([draw.copied for draw in draws], device=device)
         source_BFD = torch.where(copied_B[:, None, None], mel.x_BFD, predicted_BFD)
-        frames_B = (mel.lengths_B - first_B).clamp(max=width)
-        part_BFD = _cut(source_BFD, first_B, width)
-        made_BT = self.synthesizer.vocoder(part_BFD, frames_B)
-        samples = hop * (width - 1) + self.mel.window
-        wanted_BT = _cut(wave_BT[:, :, None], first_B * hop, samples)[:, :, 0]
-        # samples with all of their vocoder windows within the part
-        valid_B = ((frames_B - 1) * hop + self.mel.window).clamp(min=0) * (frames_B > 0)
-        wanted_BT = wanted_BT * (torch.arange(samples, device=device) < valid_B[:, None])
-        with full_precision(device):
-            distance_B: Tensor = self.distance(made_BT, wanted_BT, valid_B)
-        return distance_B, made_BT
+        return waveform_loss(self.synthesizer.vocoder, self.distance, wave_BT, mel, source_BFD, first_B, width)
 
 
 class RowDraws(NamedTuple):
@@ -278,21 +254,6 @@ def _draw(batch: Batch, ctx: StepContext, frames: list[int], config: Config) -> 
         first = int(place * (max(length - config.vocoder_frames, 0) + 1))
         found.append(RowDraws(bool(styled >= config.style_drop), bool(copied < 0.5), first))
     return found
-
-
-def own_speech(batch: Batch) -> Tensor:
-    """Returns what each segment's text says, (B, T): without the utterances that were mixed into it, where known."""
-    if batch.sources_BST is None:
-        return batch.wave_BT
-    known_B = batch.sources_BST.any(2).any(1)  # all parts are silent where no partner was found
-    return torch.where(known_B[:, None], batch.sources_BST[:, 0], batch.wave_BT)
-
-
-def _cut(x_BFD: Tensor, first_B: Tensor, width: int) -> Tensor:
-    """Returns `width` positions of each row from `first_B` on, (B, width, D), zero beyond the end."""
-    padded_BFD = nn.functional.pad(x_BFD, (0, 0, 0, width))
-    index_BF = first_B[:, None] + torch.arange(width, device=first_B.device)
-    return padded_BFD.gather(1, index_BF[:, :, None].expand(-1, -1, x_BFD.shape[2]))
 
 
 def _squared(values: TokenValues) -> Tensor:
@@ -324,14 +285,6 @@ def octaves(labels_BF: Tensor) -> Tensor:
     """Returns pitch labels as octaves above 100 Hz, fp32; 0 where there is no voice or no label."""
     offset = torch.log2(torch.tensor(LOWEST_HZ / 100.0)).item()
     return ((labels_BF - 1) / STEPS_PER_OCTAVE + offset).float().masked_fill(labels_BF <= 0, 0.0)
-
-
-def mel_convention(mel: LogMel) -> str:
-    """Returns the definition of mel frames, which a checkpoint keeps as a checksum."""
-    return (
-        f"{mel.dim} bands on HTK's scale, power, ln(x + {mel.FLOOR:g}), Hann window of {mel.window} and hop of "
-        f"{mel.hop} samples at 16 kHz without padding, FFT of {mel.n_fft}, (x - {mel.MEAN:g}) / {mel.STD:g}"
-    )
 
 
 def build(config: Config, shape: ModelShape) -> Synthesis:

@@ -20,14 +20,15 @@ from data_pipeline.core.schema import about, config, refuse
 from data_pipeline.core.types import Batch
 from pretrain import registry
 from pretrain.interfaces.configs import EncoderConfig, FrameLabels, HeadConfig
-from pretrain.interfaces.frames import EncoderOutput, Frames, StepContext, valid_frames
+from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import Memory, ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import INFEASIBLE, HeadMonitoringRecord
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
 from pretrain.models.decoders.transformer import DecoderConfig, OnePassDecoder, TransformerDecoder
-from pretrain.models.synthesis.variance import VariancePredictor
+from pretrain.models.synthesis.unit_audio import UnitAudio, UnitAudioConfig
+from pretrain.models.synthesis.unit_parts import Durations, Tower
+from pretrain.models.synthesis.waveform_loss import own_speech
 from pretrain.nn.numerics import full_precision
-from pretrain.nn.positions import sinusoids
 from pretrain.nn.unit_runs import Runs, begins, frames_of_runs, runs_of
 
 
@@ -55,6 +56,9 @@ class Config(HeadConfig):
     max_read: Annotated[int, about("longest text, or sequence of units, that is read", ge=1, le=65_536)] = 1_000
     tower: Annotated[EncoderConfig, registry.choice("encoders")]
     decoder: Annotated[DecoderConfig, about("sizes of the decoder")] = dataclasses.field(default_factory=DecoderConfig)
+    audio: Annotated[
+        UnitAudioConfig | None, about("sizes of what makes audio of units, for `auricle speak`; null: units alone")
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +66,8 @@ class Config(HeadConfig):
             refuse("levels", list(self.levels), "must be one or more different names")
         if len(self.levels) > 1 and not self.speaks:
             refuse("levels", list(self.levels), "recognition reads one level; name the first one alone")
+        if self.audio is not None and not self.speaks:
+            refuse("audio", "{…}", "a head that writes text makes no audio; leave it out")
 
     @property
     def speaks(self) -> bool:
@@ -83,51 +89,6 @@ class Config(HeadConfig):
 
 SHARE_MASKED = 0.15
 """Share of the tower's tokens that BERT's loss predicts; 80 % of these are hidden, 10 % replaced, 10 % unchanged."""
-
-
-class Tower(nn.Module):
-    """Encoder of a sequence of ids. Its last input is the mark that hides a token.
-
-    Args:
-        config: the encoder.
-        vocabulary: number of different ids.
-    """
-
-    def __init__(self, config: EncoderConfig, vocabulary: int) -> None:
-        super().__init__()
-        self.vectors = nn.Embedding(vocabulary + 1, config.dim)
-        self.encoder = registry.build_encoder(config)
-        self.out = nn.Linear(config.dim, vocabulary)
-
-    def forward(self, ids_BN: Tensor, lengths_B: Tensor, ctx: StepContext | None) -> tuple[Frames, Tensor]:
-        """Returns a vector for each id, and logits of the id at each place, (B, N, vocabulary).
-
-        Args:
-            ids_BN: int64, padded with any id.
-            lengths_B: ids of each row, on the host.
-            ctx: seed and step of training; None: outside of it.
-        """
-        x_BND: Tensor = self.vectors(ids_BN)
-        places_N = torch.arange(ids_BN.shape[1], device=ids_BN.device)
-        x_BND = x_BND + sinusoids(places_N, x_BND.shape[2], interleaved=True).to(x_BND.dtype)
-        inside_BN = valid_frames(lengths_B, ids_BN.shape[1], ids_BN.device)
-        frames = Frames(x_BND.masked_fill(~inside_BN[:, :, None], 0.0), lengths_B, 1.0)
-        encoded: EncoderOutput = self.encoder(frames, ctx)
-        return encoded.final, self.out(encoded.final.x_BFD)
-
-
-class Durations(nn.Module):
-    """Predicts ln(1 + frames) of each unit from its neighbours, (B, N)."""
-
-    def __init__(self, units: int, dim: int) -> None:
-        super().__init__()
-        self.vectors = nn.Embedding(units, dim)
-        self.predict = VariancePredictor(dim, dim, 3, 0.1)
-
-    def forward(self, ids_BN: Tensor) -> Tensor:
-        """Returns (B, N) fp32, 0 where the id is negative."""
-        out_BN: Tensor = self.predict(self.vectors(ids_BN.clamp(min=0)), ids_BN >= 0)
-        return out_BN
 
 
 class Written(NamedTuple):
@@ -155,9 +116,10 @@ class Units(Head):
     """Writes units of a text, or the text of units. Ids are 0 … n − 1, then the end and the start mark.
 
     Loss per row, times the written ids with the end mark: their mean cross-entropy, that of frames at each further
-    level, squared errors of ln(1 + frames) of units and of ln(1 + written ids), and BERT's loss of the tower. Equal
-    neighbours among units are one. A prompt is cut from another segment of the micro-batch, never from the one to
-    speak, which could be copied. A row without text or units, or with too many of either, does not count.
+    level, squared errors of ln(1 + frames) of units and of ln(1 + written ids), BERT's loss of the tower, and, with
+    `audio`, L1 of mel frames and the spectral distance of audio, both from units. Equal neighbours among units are
+    one. A prompt is cut from another segment of the micro-batch, never from the one to speak, which could be copied. A
+    row without text or units, or with too many of either, does not count.
     """
 
     couples = frozenset({"batch"})
@@ -170,7 +132,7 @@ class Units(Head):
         if not config.speaks:
             reads, writes = writes, reads
         self.reads, self.end, self.start = reads, writes, writes + 1
-        self.tower = Tower(config.tower, reads)
+        self.tower = Tower(registry.build_encoder(config.tower), config.tower.dim, reads)
         self.from_tower, self.from_prompt = nn.Linear(config.tower.dim, dim), nn.Linear(shape.dim, dim)
         self.length = nn.Linear(config.tower.dim, 1)
         self.decoder = TransformerDecoder(config.decoder, dim=dim, tokens=writes + 2, classes=writes + 1, memories=2)
@@ -180,6 +142,15 @@ class Units(Head):
             OnePassDecoder(frame_level, dim=dim, tokens=level * config.units, classes=config.units, memories=2)
             for level in range(1, len(config.levels))
         )
+        self.audio = None
+        if config.audio is not None:
+            self.audio = UnitAudio(
+                config.audio,
+                levels=len(config.levels),
+                units=config.units,
+                rate_hz=config.label_rate_hz,
+                prompt_dim=shape.dim,
+            )
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
         units_B = begins(self._levels(batch)[0]).sum(1).cpu()
@@ -196,12 +167,14 @@ class Units(Head):
         found = self._sources(batch, plan)
         device = found.read_BN.device
         rngs = [keyed_rng(ctx.seed, ctx.step, key, "units") for key in batch.keys]
-        given = self.read(found.read_BN, found.read_B, self._prompt(encoded, batch, plan, rngs), ctx)
+        prompt = self._prompt(encoded, batch, plan, rngs)
+        given = self.read(found.read_BN, found.read_B, prompt, ctx)
         scores, counted_BN = self._decoded(given, found)
         losses = {"tokens": scores.loss_B, "masked": self.config.masked_weight * self._masked(found, rngs, ctx)}
         with full_precision(device):
             losses["length"] = (given.log_length_B - found.written_B.to(device).float().log1p()).square()
             losses |= self._of_units(given, found)
+        losses |= self._of_audio(prompt, found, batch, plan, ctx)
         rows_B = plan.rows_B.to(device)
         weights_B = (found.written_B.to(device) + 1) * rows_B
         count = weights_B.sum()
@@ -354,6 +327,19 @@ class Units(Head):
                 logits_BFV, target_BF, target_BF >= 0, self.config.label_smoothing
             ).loss_B
         return losses
+
+    def _of_audio(
+        self, prompt: Memory, found: Sources, batch: Batch, plan: HeadPlan, ctx: StepContext
+    ) -> dict[str, Tensor]:
+        """Returns the losses of audio, (B,) each; the vocoder learns from half recorded, half predicted mel frames."""
+        if self.audio is None:
+            return {}
+        self.audio.require_same_mel()
+        places_B2 = None
+        if self.training:
+            draws = [keyed_rng(ctx.seed, ctx.step, key, "units audio").random(2) for key in batch.keys]
+            places_B2 = torch.tensor(np.array(draws))
+        return self.audio.losses(found.levels, prompt, own_speech(batch), batch.lengths_B * plan.rows_B, places_B2)
 
     def _lower(self, levels: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
         """Returns the ids of a refiner's input, (B, F, levels), -1 beyond each row: each level has ids of its own."""

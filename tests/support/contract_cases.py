@@ -106,6 +106,12 @@ UNITS = small(
     "heads", "units", layers=[], units=12, levels=["level_0"], same="", prompt_drop=0.0, tower=TOWER, decoder=DECODER
 )
 HEADS["units"] = UNITS | {"levels": ["level_0", "level_1", "level_2"]}
+HEADS["units, audio"] = UNITS | {
+    "audio": {
+        "n_mels": 20, "dim": 16, "layers": 1, "inner": 32, "style_dim": 4, "vocoder_frames": 16,
+        "vocoder": {"dim": 16, "layers": 1, "inner": 32},
+    },
+}  # fmt: skip
 HEADS["units, to text"] = UNITS | {"direction": "units_to_text"}
 HEADS["joint_embedding"] = {
     "name": "joint_embedding",

@@ -13,8 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.types import Batch
 from pretrain.checkpointing.run_folder import RunFolder
-from pretrain.heads.synthesis import Synthesis, octaves, own_speech
+from pretrain.heads.synthesis import Synthesis, octaves
 from pretrain.interfaces.frames import StepContext
+from pretrain.models.synthesis.waveform_loss import own_speech
 from pretrain.monitoring.figures import add_media
 from pretrain.monitoring.metrics_writer import MetricsWriter
 from pretrain.train_module import TrainModule
