@@ -140,6 +140,14 @@ def strings(takes: dict[str, list[np.ndarray]], count: int, purpose: str) -> lis
 
 def prepare(train: Sequence[String], work: Path) -> list[str]:
     """Writes shards, tokens and pitch labels; returns the settings of a run that name them."""
+    shards, tokens = write_shards(train, work)
+    labels = work / "pitch"
+    quiet_auricle("targets", f"shards={shards}", f"out={labels}", "features=pitch", f"runs={work}")
+    return [f"data.shards={shards}", f"data.tokens.text={tokens}", f"data.targets.pitch={labels}"]
+
+
+def write_shards(train: Sequence[String], work: Path) -> tuple[Path, Path]:
+    """Writes strings as shards, and their letters as tokens; returns the two folders."""
     (work / "audio").mkdir(parents=True)
     lines = []
     for number, string in enumerate(train):
@@ -147,12 +155,11 @@ def prepare(train: Sequence[String], work: Path) -> list[str]:
         soundfile.write(path, string.wave_T, 16_000)
         lines.append(json.dumps({"path": str(path), "speaker": "one", "text": string.text, "corpus": "digits"}))
     (work / "list.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    shards, tokens, labels = (str(work / name) for name in ("shards", "tokens", "pitch"))
+    shards, tokens = work / "shards", work / "tokens"
     corpus = ["corpus=manifest", f"corpus.path={work / 'list.jsonl'}", "corpus.allow_outside=true"]
     quiet_auricle("preprocess", *corpus, f"out={shards}", f"runs={work}", "min_shards=2")
     quiet_auricle("tokens", f"shards={shards}", f"out={tokens}", LETTERS)
-    quiet_auricle("targets", f"shards={shards}", f"out={labels}", "features=pitch", f"runs={work}")
-    return [f"data.shards={shards}", f"data.tokens.text={tokens}", f"data.targets.pitch={labels}"]
+    return shards, tokens
 
 
 def train(data: Sequence[str], work: Path, name: str, steps: int, log_every: int = 10) -> Path:

@@ -13,8 +13,9 @@ from launch.workflows.edge_export import export_edge
 from launch.workflows.quantized_export import Int8Options, export_int8
 from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import LoadedCheckpoint, load_checkpoint, merged
-from pretrain.generation.voice import voice_of
+from pretrain.generation.voice import Voice, voice_of
 from pretrain.heads.ctc import CTC
+from pretrain.heads.synthesis import Synthesis
 from pretrain.interop import (
     export_tolerance,
     graph_export,
@@ -96,7 +97,8 @@ def _export(run: str, out: Path, options: ExportOptions) -> str:
         return export_int8(found, out, options.layer, options.int8)
     config, module = found.config, found.module
     if options.to == "onnx_synthesis":
-        voice = voice_of(run, module, config, options.head)
+        voice = voice_of(run, module, config, options.head, kinds=(Synthesis,))
+        assert isinstance(voice, Voice)
         error = synthesis_export.export_synthesis(voice.head, voice.tokenizer, out, config.name)
     elif options.to == "wenet":
         head = _head(run, checkpoint, found, options)

@@ -25,8 +25,9 @@ from launch.cli.tables import warn
 from launch.exit_codes import ExitCode
 from pretrain.generation.config import STDOUT, SpeakConfig
 from pretrain.generation.text import TextError, sentences
-from pretrain.generation.voice import Voice, open_voice
-from pretrain.models.synthesis.synthesizer import Controls
+from pretrain.generation.voice import Speaker, UnitVoice, open_speaker
+from pretrain.inference.sampling import NoEndError, Sampling
+from pretrain.models.synthesis.synthesizer import Controls, Drawing
 
 REJECTS = "rejects.jsonl"
 """List of the lines that could not be spoken, in the folder `out`."""
@@ -50,8 +51,15 @@ def run(config: SpeakConfig) -> ExitCode:
     if config.out != STDOUT and not config.file:
         _format(Path(config.out))
     prompt = _prompt(config.voice) if config.voice else None
-    voice = open_voice(config.checkpoint, config.head, config.device)
-    if config.pitch and not voice.head.config.pitch:
+    voice = open_speaker(config.checkpoint, config.head, config.device)
+    if isinstance(voice, UnitVoice):
+        voice = replace(voice, sampling=Sampling(config.temperature, config.top_p, config.seed))
+        if config.style:
+            raise ConfigError(f"style={config.style!r}: the head units takes none; give a recording as voice=")
+    else:
+        voice = voice.styled(config.style) if config.style else voice
+        voice = replace(voice, drawing=Drawing(config.steps, config.temperature, config.seed))
+    if config.pitch and not voice.has_pitch:
         raise ConfigError(f"pitch={config.pitch:g}: the head was trained without pitch; leave it out")
     if prompt is not None:
         voice = replace(voice, prompt=voice.encode(prompt))
@@ -60,7 +68,7 @@ def run(config: SpeakConfig) -> ExitCode:
 
 
 class _Speaking:
-    def __init__(self, config: SpeakConfig, voice: Voice) -> None:
+    def __init__(self, config: SpeakConfig, voice: Speaker) -> None:
         self.config, self.voice = config, voice
         self.controls = Controls(config.speed, config.pitch, config.energy)
         self.samples, self.started = 0, time.monotonic()
@@ -68,13 +76,17 @@ class _Speaking:
     def text(self, text: str) -> ExitCode:
         """Speaks one text into a file, or to standard output."""
         found = sentences(text, self.voice.tokenizer, self.config.language, self.config.max_words)
-        if self.config.out == STDOUT:
-            with contextlib.suppress(BrokenPipeError):  # the reader of the pipe has closed it
-                for part_T in self._parts(found):
-                    sys.stdout.buffer.write(to_pcm16(part_T))
-                    sys.stdout.buffer.flush()
-        else:
-            self._write(Path(self.config.out).expanduser(), np.concatenate(list(self._parts(found))))
+        try:
+            if self.config.out == STDOUT:
+                with contextlib.suppress(BrokenPipeError):  # the reader of the pipe has closed it
+                    for part_T in self._parts(found):
+                        sys.stdout.buffer.write(to_pcm16(part_T))
+                        sys.stdout.buffer.flush()
+            else:
+                self._write(Path(self.config.out).expanduser(), np.concatenate(list(self._parts(found))))
+        except NoEndError as error:
+            warn(str(error))
+            return ExitCode.FAILED
         self._report(1, 0)
         return ExitCode.DONE
 
@@ -88,12 +100,13 @@ class _Speaking:
         for number, line in enumerate(lines, start=1):
             try:
                 found = sentences(line, self.voice.tokenizer, self.config.language, self.config.max_words)
-            except TextError as error:
+                wave_T = np.concatenate(list(self._parts(found)))
+            except (TextError, NoEndError) as error:
                 warn(f"left out line {number}: {error}")
                 append_row(folder / REJECTS, {"line": number, "text": line, "error": str(error)})
                 rejected += 1
                 continue
-            self._write(folder / f"{number:0{digits}}.wav", np.concatenate(list(self._parts(found))))
+            self._write(folder / f"{number:0{digits}}.wav", wave_T)
             done += 1
         self._report(done, rejected)
         return ExitCode.FAILED if rejected else ExitCode.DONE

@@ -15,7 +15,7 @@ from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest
 from pretrain.evaluate.rows import Detail, ResultRow
 from pretrain.evaluate.task_evaluation import TaskEvaluation
-from pretrain.generation.voice import open_voice
+from pretrain.generation.voice import open_speaker
 from pretrain.recognition.error_rates import require_jiwer
 from pretrain.recognition.recogniser import open_recogniser
 
@@ -107,7 +107,7 @@ def _of_heads(
             ]
             continue
         if task == "synthesis":
-            voice = open_voice(given, config.synthesis.head, config.device)
+            voice = open_speaker(given, config.synthesis.head, config.device)
             measured = synthesis.figures(config, voice, utterances, waves, say)
             rows += [
                 ResultRow(task, measure, voice.name, value=rate.value, low=rate.low, high=rate.high)

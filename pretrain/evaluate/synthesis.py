@@ -20,7 +20,7 @@ from pretrain.evaluate.features import Waves
 from pretrain.evaluate.manifest import Utterance
 from pretrain.evaluate.metrics import Interval95, Tally, bootstrap
 from pretrain.generation.text import TextError, sentences
-from pretrain.generation.voice import Voice
+from pretrain.generation.voice import Speaker
 from pretrain.interfaces.frames import Frames
 from pretrain.nn.spectral import LogMel
 from pretrain.recognition.error_rates import Decoders, edits, recognise, written
@@ -33,7 +33,7 @@ Transcribe = Callable[[npt.NDArray[np.float32]], str]
 
 
 def figures(
-    config: EvaluateConfig, voice: Voice, utterances: Sequence[Utterance], waves: Waves, say: Callable[[str], None]
+    config: EvaluateConfig, voice: Speaker, utterances: Sequence[Utterance], waves: Waves, say: Callable[[str], None]
 ) -> Iterator[tuple[str, Interval95]]:
     """Yields measures of a voice on texts with a recording, with 95 % intervals over utterances.
 
@@ -85,9 +85,9 @@ def figures(
     yield measured("real-time factor", seconds)
 
 
-def copy_synthesis(voice: Voice, wave_T: npt.NDArray[np.float32], vocoder: str = "istft") -> npt.NDArray[np.float32]:
+def copy_synthesis(voice: Speaker, wave_T: npt.NDArray[np.float32], vocoder: str = "istft") -> npt.NDArray[np.float32]:
     """Returns a recording (T,) converted to mel frames and back by a vocoder."""
-    mel: Frames = voice.head.mel(torch.from_numpy(wave_T)[None], torch.tensor([len(wave_T)]))
+    mel: Frames = voice.log_mel(torch.from_numpy(wave_T)[None], torch.tensor([len(wave_T)]))
     return voice.wave(mel, vocoder)
 
 

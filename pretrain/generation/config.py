@@ -14,7 +14,9 @@ STDOUT = "-"
 class SpeakConfig:
     """A synthesis: the root of conf/speak.yaml."""
 
-    checkpoint: Annotated[str, about("run or checkpoint with a synthesis head", min_length=1)]
+    checkpoint: Annotated[
+        str, about("run or checkpoint with a head that speaks: synthesis, or units with audio", min_length=1)
+    ]
     text: Annotated[str, about("text to speak; or give a file")] = ""
     file: Annotated[str, about("text file, each line of which is spoken into a file of its own in the folder out")] = ""
     out: Annotated[
@@ -25,11 +27,20 @@ class SpeakConfig:
             min_length=1,
         ),
     ]
-    head: Annotated[str, about("name of the synthesis head; empty: the only one")] = ""
+    head: Annotated[str, about("name of the head; empty: the only one")] = ""
     voice: Annotated[str, about("recording of a second or more whose voice is taken; empty: the learned voice")] = ""
+    style: Annotated[
+        str, about('words such as "a child, slow and high", for a head trained with style_words; empty: none')
+    ] = ""
     speed: Annotated[float, about("rate of speech beside the learned one", ge=0.25, le=4)] = 1.0
     pitch: Annotated[float, about("semitones up or down; needs a head with pitch", ge=-24, le=24)] = 0.0
     energy: Annotated[float, about("decibels up or down", ge=-30, le=30)] = 0.0
+    temperature: Annotated[
+        float, about("of the draws of units, or of mel frames with decoder=flow; 0: the most probable", ge=0, le=10)
+    ] = 1.0
+    top_p: Annotated[float, about("probability of the most probable units among which is drawn", gt=0, le=1)] = 0.9
+    steps: Annotated[int, about("of Euler's method, with decoder=flow", ge=1, le=1_000)] = 10
+    seed: Annotated[int, about("of all draws; equal seeds speak equally", ge=0)] = 0
     vocoder: Annotated[
         Literal["istft", "griffin_lim"], about("the trained one, or Griffin-Lim's iteration for comparison")
     ] = "istft"

@@ -36,8 +36,13 @@ def write(head: Units, ids: Sequence[int], prompt: EncoderOutput | None, samplin
 
 
 @torch.inference_mode()
-def unit_frames(head: Units, ids: Sequence[int], prompt: EncoderOutput | None, sampling: Sampling) -> list[list[int]]:
+def unit_frames(
+    head: Units, ids: Sequence[int], prompt: EncoderOutput | None, sampling: Sampling, speed: float = 1.0
+) -> list[list[int]]:
     """Returns frame labels of every level for a text's tokens; arguments and errors as of `write`.
+
+    Args:
+        speed: rate of speech beside the learned one.
 
     Raises:
         ConfigError: also if the head writes text.
@@ -47,7 +52,7 @@ def unit_frames(head: Units, ids: Sequence[int], prompt: EncoderOutput | None, s
     written, memories = _write(head, ids, prompt, sampling)
     if not written:
         return [[] for _ in head.config.levels]
-    first_1F = head.frames_of(torch.tensor([written], device=memories[0].x_BMD.device))
+    first_1F = head.frames_of(torch.tensor([written], device=memories[0].x_BMD.device), speed)
     levels: list[Tensor] = head.refine(first_1F, memories)
     return [labels_1F[0].tolist() for labels_1F in levels]
 

@@ -1,7 +1,8 @@
-"""Voices: a trained synthesis head with its tokenizer, from a run."""
+"""Voices: a trained head that speaks, with its tokenizer, from a run."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,33 +16,59 @@ from pretrain.checkpointing.head_choice import checkpoint_with_heads, chosen_dev
 from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import load_checkpoint
 from pretrain.config import Config
+from pretrain.generation.units import unit_frames
 from pretrain.heads.synthesis import Synthesis
+from pretrain.heads.units import Units
+from pretrain.inference.sampling import Sampling
 from pretrain.interfaces.frames import EncoderOutput, Frames
 from pretrain.interfaces.models import SpeechModel
-from pretrain.models.synthesis.synthesizer import AS_LEARNED, Controls
-from pretrain.models.synthesis.vocoder import griffin_lim
+from pretrain.models.synthesis.style import words_of
+from pretrain.models.synthesis.synthesizer import AS_DRAWN, AS_LEARNED, DECIBEL, Controls, Drawing
+from pretrain.models.synthesis.unit_audio import UnitAudio
+from pretrain.models.synthesis.vocoder import ISTFTVocoder, griffin_lim
 from pretrain.nn.numerics import pad_audio
+from pretrain.nn.spectral import LogMel
 from pretrain.train_module import TrainModule
 
 SILENT = 1e-4
 """Largest sample of a recording that counts as silent."""
+DRAWN = Sampling()
+"""How units are drawn."""
 
 
 @dataclass(frozen=True)
-class Voice:
-    """A model in evaluation mode, its synthesis head, and the tokenizer of its texts."""
+class Speaker:
+    """A model in evaluation mode with a head that speaks, and the tokenizer of its texts."""
 
     model: SpeechModel
-    head: Synthesis
     tokenizer: Tokenizer
     name: str
     prompt: EncoderOutput | None = None
     """The encoder's output for the recording whose voice is taken; None: the learned voice."""
 
     @property
+    @abstractmethod
+    def log_mel(self) -> LogMel:
+        """Definition of the mel frames."""
+
+    @property
+    @abstractmethod
+    def vocoder(self) -> ISTFTVocoder | None:
+        """The trained vocoder, if there is one."""
+
+    @property
+    @abstractmethod
+    def has_pitch(self) -> bool:
+        """Whether `Controls.pitch` changes anything."""
+
+    @abstractmethod
+    def mel(self, ids: Sequence[int], controls: Controls = AS_LEARNED) -> Frames:
+        """Returns the normalised log-mel frames of a sentence, (1, F, n_mels)."""
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.head.mel_sha256.device
+        return self.log_mel.filters.device
 
     @torch.inference_mode()
     def encode(self, wave_T: np.ndarray) -> EncoderOutput:
@@ -62,12 +89,6 @@ class Voice:
         return encoded
 
     @torch.inference_mode()
-    def mel(self, ids: Sequence[int], controls: Controls = AS_LEARNED) -> Frames:
-        """Returns the normalised log-mel frames of a sentence, (1, F, n_mels)."""
-        tokens_1N = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
-        return self.head.speak(tokens_1N, self.prompt, controls)
-
-    @torch.inference_mode()
     def wave(self, mel: Frames, vocoder: str = "istft") -> np.ndarray:
         """Returns (T,) audio at 16 kHz of mel frames of one row.
 
@@ -79,11 +100,11 @@ class Voice:
             ConfigError: the head has no vocoder.
         """
         if vocoder == "griffin_lim":
-            made_T = griffin_lim(self.head.mel, mel.x_BFD[0])
-        elif self.head.synthesizer.vocoder is None:
+            made_T = griffin_lim(self.log_mel, mel.x_BFD[0])
+        elif self.vocoder is None:
             raise ConfigError("vocoder=istft: the head was trained without one; set vocoder=griffin_lim")
         else:
-            made_T = self.head.synthesizer.vocoder(mel.x_BFD, mel.lengths_B)[0]
+            made_T = self.vocoder(mel.x_BFD, mel.lengths_B)[0]
         return made_T.clamp(-1.0, 1.0).cpu().numpy()
 
     def speak(self, ids: Sequence[int], controls: Controls = AS_LEARNED, vocoder: str = "istft") -> np.ndarray:
@@ -91,13 +112,102 @@ class Voice:
         return self.wave(self.mel(ids, controls), vocoder)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Voice(Speaker):
+    """A voice by the head `synthesis`, without recursion."""
+
+    head: Synthesis
+    drawing: Drawing = AS_DRAWN
+    """How mel frames are drawn, with decoder=flow."""
+    words: tuple[int, ...] = ()
+    """The words of the style."""
+
+    @property
+    def log_mel(self) -> LogMel:
+        return self.head.mel
+
+    @property
+    def vocoder(self) -> ISTFTVocoder | None:
+        return self.head.synthesizer.vocoder
+
+    @property
+    def has_pitch(self) -> bool:
+        return bool(self.head.config.pitch)
+
+    def styled(self, style: str) -> Voice:
+        """Returns the voice in the style of words, such as "a child, slow and high".
+
+        Raises:
+            ConfigError: a word is not known, or the head was trained without words.
+        """
+        if self.head.words is None:
+            raise ConfigError(f"style={style!r}: the head was trained without style_words; leave it out")
+        return replace(self, words=words_of(style))
+
+    @torch.inference_mode()
+    def mel(self, ids: Sequence[int], controls: Controls = AS_LEARNED) -> Frames:
+        tokens_1N = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
+        return self.head.speak(tokens_1N, self.prompt, controls, self.drawing, self.words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitVoice(Speaker):
+    """A voice by the head `units`: units are drawn one by one."""
+
+    head: Units
+    audio: UnitAudio
+    sampling: Sampling = DRAWN
+
+    @property
+    def log_mel(self) -> LogMel:
+        return self.audio.mel
+
+    @property
+    def vocoder(self) -> ISTFTVocoder | None:
+        return self.audio.vocoder
+
+    @property
+    def has_pitch(self) -> bool:
+        return False
+
+    @torch.inference_mode()
+    def mel(self, ids: Sequence[int], controls: Controls = AS_LEARNED) -> Frames:
+        """Returns the normalised log-mel frames of a sentence, (1, F, n_mels).
+
+        Raises:
+            ConfigError: the sentence is longer than those of training.
+            NoEndError: the end of the units was not drawn.
+        """
+        made = self.mel_of(unit_frames(self.head, ids, self.prompt, self.sampling, controls.speed))
+        return made._replace(x_BFD=made.x_BFD + controls.energy * DECIBEL)
+
+    @torch.inference_mode()
+    def mel_of(self, levels: Sequence[Sequence[int]]) -> Frames:
+        """Returns the normalised log-mel frames, (1, F, n_mels), of frame labels of each level."""
+        rows = [torch.tensor([list(labels)], dtype=torch.int64, device=self.device) for labels in levels]
+        frames = max(1, round(rows[0].shape[1] * self.audio.mel.rate_hz / self.audio.rate_hz))
+        prompt = self.head.no_prompt(1) if self.prompt is None else self.head.prompt_of(self.prompt)
+        mel_1FD, _ = self.audio(rows, prompt, frames)
+        return Frames(mel_1FD, torch.tensor([frames], device=self.device), 100.0)
+
+
 def open_voice(given: str, head: str = "", device: str = "cpu") -> Voice:
-    """Loads a run with a synthesis head.
+    """Loads a run with the head `synthesis`; arguments and errors as of `open_speaker`."""
+    found = open_speaker(given, head, device, kinds=(Synthesis,))
+    assert isinstance(found, Voice)
+    return found
+
+
+def open_speaker(
+    given: str, head: str = "", device: str = "cpu", kinds: tuple[type[Synthesis | Units], ...] = (Synthesis, Units)
+) -> Voice | UnitVoice:
+    """Loads a run with a head that speaks.
 
     Args:
         given: run folder (its newest checkpoint) or checkpoint.
-        head: name of the head; empty: the only one that speaks.
+        head: name of the head; empty: the only one of the first kind that the run has.
         device: torch device, or "auto".
+        kinds: kinds of heads.
 
     Raises:
         ConfigError: there is no such checkpoint or head, or the tokens or mel frames are not those of training.
@@ -105,25 +215,42 @@ def open_voice(given: str, head: str = "", device: str = "cpu") -> Voice:
     """
     device, folder = chosen_device(device), checkpoint_with_heads(given)
     module, config, _ = load_checkpoint(folder)
-    found = voice_of(given, module, config, head)
+    found = voice_of(given, module, config, head, kinds)
     require_same_tokens(folder, config, found.head.config.tokens)
-    return replace(found, model=found.model.to(device), head=found.head.to(device))
+    found.model.to(device)
+    found.head.to(device)
+    return found
 
 
-def voice_of(given: str, module: TrainModule, config: Config, head: str = "") -> Voice:
+def voice_of(
+    given: str,
+    module: TrainModule,
+    config: Config,
+    head: str = "",
+    kinds: tuple[type[Synthesis | Units], ...] = (Synthesis, Units),
+) -> Voice | UnitVoice:
     """Returns the voice of a loaded run, in evaluation mode.
 
     Args:
         given: the run, for messages.
         module, config: the loaded run.
-        head: name of the head; empty: the only one that speaks.
+        head: name of the head; empty: the only one of the first kind that the run has.
+        kinds: kinds of heads.
 
     Raises:
         ConfigError: there is no such head, or the tokens or mel frames are not those of training.
     """
     remedy = "train one with heads.NAME.name=synthesis in `auricle pretrain`"
-    name, chosen = chosen_head(given, module, config, kind=Synthesis, head=head, described="that speaks", remedy=remedy)
-    chosen.require_same_mel()
+    found = [module.heads[head]] if head in module.heads else list(module.heads.values())
+    kind = next((kind for kind in kinds if any(isinstance(one, kind) for one in found)), kinds[0])
+    name, chosen = chosen_head(given, module, config, kind=kind, head=head, described="that speaks", remedy=remedy)
+    audio = chosen.audio if isinstance(chosen, Units) else None
+    if isinstance(chosen, Units) and audio is None:
+        reads = "" if chosen.config.speaks else ", and writes text"
+        raise ConfigError(
+            f"checkpoint={given}: head {name} makes no audio of its units{reads}; train it with "
+            f"heads.{name}.audio={{}} and direction=text_to_units"
+        )
     tokens = config.data.tokens[chosen.config.tokens]
     tokenizer = load_tokenizer(tokens)
     if tokenizer.size != chosen.config.vocabulary:
@@ -131,4 +258,10 @@ def voice_of(given: str, module: TrainModule, config: Config, head: str = "") ->
             f"heads.{name}.vocabulary={chosen.config.vocabulary}: {tokens} has {tokenizer.size} tokens and is not what "
             "the checkpoint was trained with; restore it"
         )
-    return Voice(module.model.eval(), chosen.eval(), tokenizer, config.name)
+    model = module.model.eval()
+    if isinstance(chosen, Synthesis):
+        chosen.require_same_mel()
+        return Voice(model, tokenizer, config.name, head=chosen.eval())
+    assert audio is not None
+    audio.require_same_mel()
+    return UnitVoice(model, tokenizer, config.name, head=chosen.eval(), audio=audio.eval())

@@ -8,13 +8,14 @@ optimizer.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.rng import keyed_rng
-from data_pipeline.core.schema import about, config
+from data_pipeline.core.schema import about, config, refuse
 from data_pipeline.core.types import Batch
 from data_pipeline.labels.pitch import LOWEST_HZ, STEPS_PER_OCTAVE
 from pretrain.interfaces.configs import FrameLabels, HeadConfig
@@ -23,10 +24,14 @@ from pretrain.interfaces.models import ModelShape, SpeechModel
 from pretrain.interfaces.monitoring import INFEASIBLE, HeadMedia, HeadMonitoringRecord
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput
 from pretrain.models.synthesis.aligner import forward_sum
+from pretrain.models.synthesis.flow import FlowDraws, drawn
 from pretrain.models.synthesis.mel_convention import MelConvention
 from pretrain.models.synthesis.spectral_loss import SpectralLoss
+from pretrain.models.synthesis.style import Measured, Style, StyleWords, StyleWordsConfig, described, padded
 from pretrain.models.synthesis.synthesizer import (
+    AS_DRAWN,
     Controls,
+    Drawing,
     Recorded,
     SynthesisOutput,
     Synthesizer,
@@ -34,7 +39,7 @@ from pretrain.models.synthesis.synthesizer import (
     TokenValues,
 )
 from pretrain.models.synthesis.waveform_loss import LEAST_FRAMES, own_speech, waveform_loss
-from pretrain.nn.numerics import full_precision, pad_audio, zero_padding
+from pretrain.nn.numerics import full_precision, pad_audio
 from pretrain.nn.spectral import LogMel
 
 
@@ -54,8 +59,20 @@ class Config(HeadConfig):
         float,
         about("share of the segments whose voice is hidden in training, so that none is needed later", ge=0, lt=1),
     ] = 0.2
+    style_words: Annotated[
+        StyleWordsConfig | None,
+        about(
+            "words that describe the segment, from labels of data.labels, pitch and rate; null: none. They are needed "
+            "where the voice is hidden: raise style_drop"
+        ),
+    ] = None
     vocoder_frames: Annotated[int, about("mel frames of each segment that the vocoder learns from", ge=8)] = 64
     synthesizer: Annotated[SynthesizerConfig, about("sizes")] = dataclasses.field(default_factory=SynthesizerConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.style_words is not None and not self.pitch:
+            refuse("style_words", "{…}", "are made of the measured pitch, too; set pitch=NAME")
 
     @property
     def twice_differentiable(self) -> bool:
@@ -73,29 +90,14 @@ class Config(HeadConfig):
         return (FrameLabels(self.pitch, 100.0, 0, "pitch"),) if self.pitch else ()
 
 
-class Style(nn.Module):
-    """One vector for each row's voice: a learned one, plus what the encoder's mean frame adds through few channels."""
-
-    def __init__(self, dim: int, style_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.reduce, self.expand = nn.Linear(dim, style_dim), nn.Linear(style_dim, out_dim)
-
-    def forward(self, frames: Frames, styled_B: Tensor) -> Tensor:
-        """Returns (B, out_dim); rows where `styled_B` is False get the learned voice alone."""
-        count_B1 = frames.lengths_B.to(frames.x_BFD.device).clamp(min=1)[:, None]
-        mean_BD = zero_padding(frames.x_BFD, frames.lengths_B).sum(1) / count_B1
-        style_BS = torch.tanh(self.reduce(mean_BD)) * styled_B[:, None]
-        out: Tensor = self.expand(style_BS)
-        return out
-
-
 class Synthesis(Head):
     """Predicts each segment's mel frames from its text, and audio from mel frames.
 
     Loss per row, times its mel frames: L1 of the mel frames; squared errors of ln(1 + duration), pitch in octaves and
     energy, means over tokens; −ln of all monotonic alignments; the spectral distance of a short part of the audio. Half
     of that audio is made from predicted mel frames, so that text leads to the waveform in one pass, and half from the
-    recording's, so that the vocoder also copies recordings.
+    recording's, so that the vocoder also copies recordings. With `synthesizer.decoder=flow` also the squared error of
+    the flow's velocity; its vocoder learns from recorded mel frames alone, which are as sharp as the flow's.
 
     Of a mixture, the segment's own part is learned (`data.sources`), in the voice of the mixture.
     A row without tokens, or with fewer mel frames than tokens and two marks, does not count.
@@ -107,6 +109,8 @@ class Synthesis(Head):
         self.mel = LogMel(config.n_mels, normalize="fixed")
         self.first, self.last = config.vocabulary, config.vocabulary + 1
         self.style = Style(shape.dim, config.style_dim, config.synthesizer.dim)
+        words = config.style_words
+        self.words = None if words is None else StyleWords(words.dim, config.synthesizer.dim)
         self.synthesizer = Synthesizer(config.synthesizer, config.vocabulary + 2, self.mel, bool(config.pitch))
         self.distance = SpectralLoss(self.mel)
         self._convention = MelConvention(self.mel)
@@ -139,10 +143,14 @@ class Synthesis(Head):
         draws = [EVALUATED] * len(batch.keys)
         if self.training:
             draws = _draw(batch, ctx, mel.lengths_B.tolist(), self.config)
+        if self.synthesizer.flow is not None:
+            draws = [draw._replace(copied=True) for draw in draws]
         mel, rows_B = mel._replace(lengths_B=mel.lengths_B.to(device)), plan.rows_B.to(device)
         styled_B = torch.tensor([draw.styled for draw in draws], device=device)
-        style_BD = self.style(self.frames(encoded), styled_B)
-        spoken: SynthesisOutput = self.synthesizer(tokens_BN, tokens_B, style_BD, self._recorded(batch, mel))
+        style_BD, recorded = self.style(self.frames(encoded), styled_B), self._recorded(batch, mel, ctx)
+        if self.words is not None:
+            style_BD = style_BD + self.words(self._described(batch, recorded, tokens_B, ctx).to(device))
+        spoken: SynthesisOutput = self.synthesizer(tokens_BN, tokens_B, style_BD, recorded)
         with full_precision(device):
             losses = self._losses(spoken, mel, tokens_B)
         made_BT = None
@@ -174,19 +182,29 @@ class Synthesis(Head):
         )
         return read_BN, (counts_B + 2) * rows_B
 
-    def speak(self, tokens_BN: Tensor, voice: EncoderOutput | None, controls: Controls) -> Frames:
+    def speak(
+        self,
+        tokens_BN: Tensor,
+        voice: EncoderOutput | None,
+        controls: Controls,
+        drawing: Drawing = AS_DRAWN,
+        words: Sequence[int] = (),
+    ) -> Frames:
         """Returns normalised log-mel frames of texts, zero beyond each row's.
 
         Args:
             tokens_BN: ids of each row, padded with -1; each row has at least one.
             voice: the encoder's output for one recording of the wanted voice; None: the learned voice.
             controls: changes of speed, pitch and energy.
+            drawing: for decoder=flow.
+            words: ids of the style's words; for a head with `style_words`.
         """
         rows_B = torch.ones(len(tokens_BN), dtype=torch.bool, device=tokens_BN.device)
-        return self.synthesizer.speak(*self.with_marks(tokens_BN, rows_B), self.style_of(voice), controls)
+        style_1D = self.style_of(voice, words)
+        return self.synthesizer.speak(*self.with_marks(tokens_BN, rows_B), style_1D, controls, drawing)
 
-    def style_of(self, voice: EncoderOutput | None) -> Tensor:
-        """Returns the vector (1, dim) of a recording's voice; None: of the learned voice."""
+    def style_of(self, voice: EncoderOutput | None, words: Sequence[int] = ()) -> Tensor:
+        """Returns the vector (1, dim) of a recording's voice and of words; None: of the learned voice."""
         device = self.mel_sha256.device
         if voice is not None:
             frames = self.frames(voice)
@@ -194,16 +212,41 @@ class Synthesis(Head):
             nothing = torch.zeros(1, 1, self.style.reduce.in_features, device=device)
             frames = Frames(nothing, torch.zeros(1, dtype=torch.int64, device=device), 1.0)
         style_1D: Tensor = self.style(frames, torch.full((1,), voice is not None, device=device))
+        if words:
+            assert self.words is not None
+            style_1D = style_1D + self.words(padded([words]).to(device))
         return style_1D
 
-    def _recorded(self, batch: Batch, mel: Frames) -> Recorded:
+    def _described(self, batch: Batch, recorded: Recorded, tokens_B: Tensor, ctx: StepContext) -> Tensor:
+        """Returns the words of each row, (B, W), on the host; drawn in training, all outside of it."""
+        config = self.config.style_words
+        assert config is not None
+        assert recorded.pitch_BF is not None
+        assert recorded.voiced_BF is not None
+        voiced_B = recorded.voiced_BF.sum(1)
+        octave_B = (recorded.pitch_BF * recorded.voiced_BF).sum(1) / voiced_B.clamp(min=1)
+        f0_B = (100.0 * torch.exp2(octave_B) * (voiced_B > 0)).tolist()
+        rate_B = (recorded.mel.rate_hz * tokens_B / recorded.mel.lengths_B.clamp(min=1)).tolist()
+        labels = (batch.label_values(name) if name else [""] * len(f0_B) for name in (config.sex, config.age))
+        rows = []
+        for key, values in zip(batch.keys, zip(*labels, f0_B, rate_B, strict=True), strict=True):
+            rng = keyed_rng(ctx.seed, ctx.step, key, "style words") if self.training else None
+            rows.append(described(Measured(*values), config, rng))
+        return padded(rows)
+
+    def _recorded(self, batch: Batch, mel: Frames, ctx: StepContext) -> Recorded:
+        draws = None
+        if self.synthesizer.flow is not None:
+            rngs = [keyed_rng(ctx.seed, ctx.step, key, "synthesis flow") for key in batch.keys]
+            frames = mel.lengths_B.tolist()
+            draws = FlowDraws(*(part.to(mel.x_BFD.device) for part in drawn(rngs, frames, *mel.x_BFD.shape[1:])))
         if not self.config.pitch:
-            return Recorded(mel)
+            return Recorded(mel, draws=draws)
         none_BF = torch.full((len(batch.keys), 0), -1, device=mel.x_BFD.device)
         labels_BF = batch.targets.get(self.config.pitch, none_BF)
         width = mel.x_BFD.shape[1]
         labels_BF = nn.functional.pad(labels_BF, (0, max(width - labels_BF.shape[1], 0)), value=-1)[:, :width]
-        return Recorded(mel, octaves(labels_BF), labels_BF > 0)
+        return Recorded(mel, octaves(labels_BF), labels_BF > 0, draws)
 
     def _losses(self, spoken: SynthesisOutput, mel: Frames, tokens_B: Tensor) -> dict[str, Tensor]:
         """Returns the losses of each row, per frame."""
@@ -216,6 +259,8 @@ class Synthesis(Head):
         }
         if spoken.pitch is not None:
             losses["pitch"] = _squared(spoken.pitch)
+        if spoken.flow_B is not None:
+            losses["flow"] = spoken.flow_B
         return losses
 
     def _waveform(

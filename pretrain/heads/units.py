@@ -91,6 +91,10 @@ SHARE_MASKED = 0.15
 """Share of the tower's tokens that BERT's loss predicts; 80 % of these are hidden, 10 % replaced, 10 % unchanged."""
 
 
+LONGEST = 6.0
+"""Largest ln(1 + frames) of a unit, against a duration that was predicted wrongly."""
+
+
 class Written(NamedTuple):
     """What the decoder attends to, and the predicted number of what it writes, as ln(1 + number), (B,)."""
 
@@ -213,10 +217,10 @@ class Units(Head):
             levels.append(chosen_BF.masked_fill(first_BF < 0, -1))
         return levels
 
-    def frames_of(self, ids_BN: Tensor) -> Tensor:
+    def frames_of(self, ids_BN: Tensor, speed: float = 1.0) -> Tensor:
         """Returns frame labels (B, F), padded with -1, of units (B, N), with predicted durations of a frame or more."""
         assert self.durations is not None
-        frames_BN = self.durations(ids_BN).clamp(max=6.0).expm1().round().clamp(min=1).long()
+        frames_BN = (self.durations(ids_BN).clamp(max=LONGEST).expm1() / speed).round().clamp(min=1).long()
         return frames_of_runs(ids_BN, frames_BN.masked_fill(ids_BN < 0, 0))
 
     def prompt_of(self, encoded: EncoderOutput) -> Memory:

@@ -77,12 +77,14 @@ def export_synthesis(head: Synthesis, tokenizer: Tokenizer, folder: Path, run: s
         The largest difference of the audio, relative to its largest sample.
 
     Raises:
-        ConfigError: the head has no vocoder, a package is missing, `folder` exists, a graph cannot be exported, or the
-            results differ by more than the tolerance of ONNX.
+        ConfigError: the head has no vocoder or draws noise, a package is missing, `folder` exists, a graph cannot be
+            exported, or the results differ by more than the tolerance of ONNX.
         OSError: the folder cannot be written; nothing is left behind.
     """
     if head.synthesizer.vocoder is None:
         raise ConfigError("--to onnx_synthesis: the head was trained without a vocoder; there is no audio to export")
+    if head.synthesizer.flow is not None:
+        raise ConfigError("--to onnx_synthesis: decoder=flow draws noise, which the graphs do not; train decoder=l1")
     require("onnx", "onnxscript", "onnxruntime")
     head = copy.deepcopy(head).cpu().float().eval()
     text, audio = TextGraph(head), AudioGraph(head)

@@ -90,6 +90,9 @@ HEADS: dict[str, dict[str, Any]] = {name: small("heads", name, layers=[]) for na
         "heads", "sequence", layers=[], memory_layers=[1, 2], decoder=DECODER | {"dim": 16}
     ),
     "synthesis": SYNTHESIS,
+    "synthesis, words": SYNTHESIS | {"pitch": "level_0", "style_words": {"age": "speaker", "dim": 8}},
+    "synthesis, flow": SYNTHESIS
+    | {"synthesizer": SYNTHESIZER | {"decoder": "flow", "flow": {"layers": 1, "inner": 16}}},
     "transducer": {"name": "transducer", "joint_dim": 16},
     "transducer, tokens": {"name": "transducer", "tokens": "text", "vocabulary": 27, "joint_dim": 16},
     "classifier": {"name": "classifier", "classes": ["ann", "bob", "eve"], "embedding_dim": 16},

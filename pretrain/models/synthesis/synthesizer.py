@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.core.rng import keyed_rng
 from data_pipeline.core.schema import about, config, refuse
 from pretrain.interfaces.frames import Frames
 from pretrain.models.synthesis.aligner import Aligner, best_durations
 from pretrain.models.synthesis.blocks import FeedForwardTransformer, masked
+from pretrain.models.synthesis.flow import FlowConfig, FlowDecoder, FlowDraws
 from pretrain.models.synthesis.variance import VariancePredictor, filled, regulate, token_means
 from pretrain.models.synthesis.vocoder import ISTFTVocoder, VocoderConfig
 from pretrain.nn.convolution import TimeConv
@@ -34,6 +37,11 @@ class SynthesizerConfig:
     dropout: Annotated[float, about("dropout of embeddings and residual sums", ge=0, lt=1)] = 0.1
     predictor_dim: Annotated[int, about("channels of the predictors of duration, pitch and energy", ge=1)] = 256
     predictor_dropout: Annotated[float, about("their dropout", ge=0, lt=1)] = 0.5
+    decoder: Annotated[
+        Literal["l1", "flow"],
+        about("mel frames: l1, their median, in one pass; flow, drawn by flow matching in a few steps around it"),
+    ] = "l1"
+    flow: Annotated[FlowConfig, about("sizes for decoder=flow")] = dataclasses.field(default_factory=FlowConfig)
     aligner_dim: Annotated[int, about("inner channels of the aligner", ge=1)] = 256
     vocoder: Annotated[VocoderConfig | None, about("the iSTFT vocoder; null: mel frames alone are learned")] = (
         dataclasses.field(default_factory=VocoderConfig)
@@ -44,17 +52,21 @@ class SynthesizerConfig:
             refuse("heads", self.heads, f"must divide dim={self.dim}")
         if self.kernel % 2 == 0:
             refuse("kernel", self.kernel, "must be odd")
+        if self.decoder == "flow" and self.dim % 2:
+            refuse("dim", self.dim, "must be even for decoder=flow")
 
 
 class Recorded(NamedTuple):
     """Holds the targets that training takes from a recording.
 
     mel: normalised log-mel frames.  pitch_BF: octaves above a fixed frequency, 0 without a voice; voiced_BF: bool.
+    draws: for decoder=flow.
     """
 
     mel: Frames
     pitch_BF: Tensor | None = None
     voiced_BF: Tensor | None = None
+    draws: FlowDraws | None = None
 
 
 class TokenValues(NamedTuple):
@@ -70,6 +82,7 @@ class SynthesisOutput(NamedTuple):
 
     mel_BFD: predicted frames, on the recording's time.  alignment_BFN: ln p(frame | token).  durations_BN: frames of
     each token on the best path.  duration, pitch, energy: of the predictors, durations as ln(1 + frames).
+    flow_B: loss of decoder=flow.
     """
 
     mel_BFD: Tensor
@@ -78,6 +91,7 @@ class SynthesisOutput(NamedTuple):
     duration: TokenValues
     pitch: TokenValues | None
     energy: TokenValues
+    flow_B: Tensor | None = None
 
 
 class Planned(NamedTuple):
@@ -96,6 +110,17 @@ class Controls(NamedTuple):
 
 
 AS_LEARNED = Controls()
+
+
+class Drawing(NamedTuple):
+    """How decoder=flow draws mel frames.  steps: of Euler's method.  temperature: deviation of the noise."""
+
+    steps: int = 10
+    temperature: float = 1.0
+    seed: int = 0
+
+
+AS_DRAWN = Drawing()
 
 
 DECIBEL = 0.2302585 / LogMel.STD
@@ -139,6 +164,7 @@ class Synthesizer(nn.Module):
         self.embed_energy = TimeConv(1, dim, 3, padding=1)
         self.embed_pitch = TimeConv(1, dim, 3, padding=1) if pitch else None
         self.out = nn.Linear(dim, mel.dim)
+        self.flow = FlowDecoder(config.flow, dim, mel.dim) if config.decoder == "flow" else None
         self.vocoder = ISTFTVocoder(config.vocoder, mel) if config.vocoder is not None else None
 
     def forward(self, tokens_BN: Tensor, tokens_B: Tensor, style_BD: Tensor, recorded: Recorded) -> SynthesisOutput:
@@ -167,17 +193,30 @@ class Synthesizer(nn.Module):
             pitch_BN = filled(mean_BN, voiced_BN).masked_fill(~valid_BN, 0.0)
             pitch = TokenValues(self.pitch(x_BND, valid_BN), pitch_BN, voiced_BN & valid_BN)
         x_BND = self._with_values(x_BND, valid_BN, energy_BN, pitch_BN)
-        frames_BFD = self.decoder(regulate(x_BND, durations_BN, mel_BFD.shape[1]), valid_BF)
+        text_BFD = self.decoder(regulate(x_BND, durations_BN, mel_BFD.shape[1]), valid_BF)
+        median_BFD = masked(self.out(text_BFD).float(), valid_BF)
+        flow_B = None
+        if self.flow is not None:
+            assert recorded.draws is not None
+            flow_B = self.flow.loss(recorded.draws, mel_BFD, text_BFD, median_BFD.detach(), valid_BF)
         return SynthesisOutput(
-            masked(self.out(frames_BFD).float(), valid_BF),
+            median_BFD,
             alignment_BFN=alignment_BFN,
             durations_BN=durations_BN,
             duration=duration,
             pitch=pitch,
             energy=energy,
+            flow_B=flow_B,
         )
 
-    def speak(self, tokens_BN: Tensor, tokens_B: Tensor, style_BD: Tensor, controls: Controls) -> Frames:
+    def speak(
+        self,
+        tokens_BN: Tensor,
+        tokens_B: Tensor,
+        style_BD: Tensor,
+        controls: Controls,
+        drawing: Drawing = AS_DRAWN,
+    ) -> Frames:
         """Returns normalised log-mel frames of texts, zero beyond each row's.
 
         Args:
@@ -185,9 +224,19 @@ class Synthesizer(nn.Module):
             tokens_B: tokens of each row, int64, at least 1.
             style_BD: added to each token, (B, dim).
             controls: changes of speed, pitch and energy.
+            drawing: for decoder=flow.
         """
         planned = self.plan(tokens_BN, tokens_B, style_BD, torch.tensor(controls, device=tokens_BN.device))
-        return self.render(planned, int(planned.durations_BN.sum(1).max()))
+        frames = int(planned.durations_BN.sum(1).max())
+        median = self.render(planned, frames)
+        if self.flow is None:
+            return median
+        valid_BF, rng = median.valid_BF(), keyed_rng(drawing.seed, "flow")
+        noise = rng.standard_normal((frames, median.x_BFD.shape[2]), np.float32) * drawing.temperature
+        noise_BFM = torch.from_numpy(noise).to(median.x_BFD.device).expand_as(median.x_BFD)
+        text_BFD = self._text_frames(planned, frames)
+        mel_BFM = self.flow.speak(noise_BFM, text_BFD, median.x_BFD, valid_BF, drawing.steps)
+        return median._replace(x_BFD=mel_BFM)
 
     def plan(self, tokens_BN: Tensor, tokens_B: Tensor, style_BD: Tensor, controls_3: Tensor) -> Planned:
         """Returns durations and vectors of texts' tokens; arguments as of `speak`, with `Controls` as (3,) fp32."""
@@ -201,12 +250,16 @@ class Synthesizer(nn.Module):
         return Planned(self._with_values(x_BND, valid_BN, energy_BN, pitch_BN), durations_BN)
 
     def render(self, planned: Planned, frames: int) -> Frames:
-        """Returns normalised log-mel frames, (B, frames, n_mels), of what `plan` returned."""
+        """Returns the median of normalised log-mel frames, (B, frames, n_mels), of what `plan` returned."""
         frames_B = planned.durations_BN.sum(1)
         valid_BF = _inside(frames_B, frames)
-        regulated_BFD = regulate(planned.x_BND, planned.durations_BN, frames)
-        mel_BFD = self.out(self.decoder(regulated_BFD, valid_BF)).float()
+        mel_BFD = self.out(self._text_frames(planned, frames)).float()
         return Frames(masked(mel_BFD, valid_BF), frames_B, 100.0)
+
+    def _text_frames(self, planned: Planned, frames: int) -> Tensor:
+        valid_BF = _inside(planned.durations_BN.sum(1), frames)
+        text_BFD: Tensor = self.decoder(regulate(planned.x_BND, planned.durations_BN, frames), valid_BF)
+        return text_BFD
 
     def _with_values(self, x_BND: Tensor, valid_BN: Tensor, energy_BN: Tensor, pitch_BN: Tensor | None) -> Tensor:
         x_BND = x_BND + self.embed_energy(energy_BN.masked_fill(~valid_BN, 0.0)[:, :, None])

@@ -15,9 +15,10 @@ import torch
 from data_pipeline.text.tokenizer import load_tokenizer, write_tokens
 from launch.exit_codes import ExitCode
 from launch.main import main
+from launch.workflows import speaking
 from pretrain.generation.text import TextError, sentences
-from pretrain.generation.voice import open_voice
-from tests.support.contract_cases import SYNTHESIZER
+from pretrain.generation.voice import UnitVoice, open_speaker, open_voice
+from tests.support.contract_cases import HEADS, SYNTHESIZER, UNITS
 from tests.support.training import save
 
 
@@ -32,6 +33,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "speaks", 4, data=data, heads={"voice": head})
     save(folder / "mel", 4, data=data, heads={"voice": head | {"synthesizer": SYNTHESIZER | {"vocoder": None}}})
     save(folder / "plain", 4)
+    more = {"vocabulary": len(symbols)}
+    for name, units in (("units", HEADS["units, audio"]), ("silent", UNITS), ("reads", HEADS["units, to text"])):
+        targets = {"level_0": str(folder / "labels")}
+        save(folder / name, 4, data=data | {"targets": targets}, heads={"voice": units | more})
     return folder
 
 
@@ -58,6 +63,39 @@ def test_speed_changes_the_length_and_a_voice_the_sound(runs: Path, tmp_path: Pa
     waves = {name: soundfile.read(tmp_path / f"{name}.flac")[0] for name in ("a", "slow", "voice")}
     assert len(waves["slow"]) > 1.3 * len(waves["a"])
     assert len(waves["voice"]) != len(waves["a"]) or not np.array_equal(waves["voice"], waves["a"])
+
+
+def test_drawn_units_become_audio_equal_for_equal_seeds(runs: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "prompt.wav", 0.1 * rng.standard_normal(20_000), 16_000)
+    given = {"checkpoint": runs / "units", "text": "'go on'"}
+    cases = {"a": {}, "again": {}, "other": {"seed": 5}, "voice": {"voice": tmp_path / "prompt.wav"}}
+    for name, more in cases.items():
+        for seed in range(20):  # untrained: for many seeds the end is not drawn within 3 times the predicted length
+            code = speak(runs, **given, out=tmp_path / f"{name}.wav", **{"seed": seed} | more)
+            if code == ExitCode.DONE or "seed" in more:
+                break
+    waves = {name: soundfile.read(tmp_path / f"{name}.wav")[0] for name in cases if (tmp_path / f"{name}.wav").exists()}
+    np.testing.assert_array_equal(waves["a"], waves["again"])
+    assert len(waves["a"]) >= 400
+    assert not np.array_equal(waves["a"], waves["voice"])
+
+
+def test_an_end_that_never_comes_writes_nothing(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voice = open_speaker(str(runs / "units"))
+    assert isinstance(voice, UnitVoice)
+    with torch.no_grad():
+        voice.head.decoder.out.bias[voice.head.end] = -1e4
+    monkeypatch.setattr(speaking, "open_speaker", lambda *_: voice)
+    assert speak(runs, checkpoint=runs / "units", text="'go on'", out=tmp_path / "new" / "a.wav") == ExitCode.FAILED
+    assert "no end after" in (said := capsys.readouterr().err)
+    assert "take another seed" in said
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "lines.txt").write_text("one\n", encoding="utf-8")
+    assert speak(runs, checkpoint=runs / "units", file=tmp_path / "lines.txt", out=tmp_path / "out") == ExitCode.FAILED
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rejects.jsonl"]
 
 
 def test_each_line_of_a_file_becomes_a_file_and_others_are_listed(
@@ -90,6 +128,14 @@ def test_standard_output_gets_raw_audio_sentence_by_sentence(runs: Path) -> None
         ({"text": "naïve"}, "does not know the symbols ï; write them in another way"),
         ({"text": "'" + "go " * 10_000 + "'"}, "has 10,000 words, and at most max_words=5,000 are spoken; split it"),
         ({"checkpoint": "plain"}, "the run has no head that speaks; it has no heads; train one with"),
+        ({"checkpoint": "silent"}, "head voice makes no audio of its units; train it with heads.voice.audio={}"),
+        ({"checkpoint": "reads"}, "head voice makes no audio of its units, and writes text"),
+        ({"checkpoint": "units", "pitch": "3"}, "pitch=3: the head was trained without pitch"),
+        ({"checkpoint": "units", "top_p": "0"}, "top_p"),
+        ({"checkpoint": "units", "text": "naïve"}, "does not know the symbols ï"),
+        ({"checkpoint": "units", "voice": "short.wav"}, "voice: has 0.50 s, and a second or more is needed"),
+        ({"checkpoint": "units", "voice": "silent.wav"}, "voice: is silent"),
+        ({"checkpoint": "units", "text": "'" + "go " * 10_000 + "'"}, "has 10,000 words"),
         ({"checkpoint": "speak"}, "did you mean"),
         ({"head": "voices"}, "head=voices: must be one of voice (did you mean voice?)"),
         ({"out": "a.mp3"}, "must end in .wav, .flac, .ogg"),
