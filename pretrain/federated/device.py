@@ -23,6 +23,7 @@ from pretrain.config import Config
 from pretrain.engines.base import add_sums, fitting
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.plain_torch import TorchEngine
+from pretrain.federated.base_weights import HeldBase
 from pretrain.federated.config import DeviceConfig
 from pretrain.federated.messages import MODEL, Answer, RoundRequest, read_request
 from pretrain.interfaces.frames import StepContext
@@ -76,19 +77,34 @@ class DeviceEngine(TorchEngine):
         """
         request = read_request(message)
         self.module.train()
-        self._load(request)
-        make = {"counts": self._counts, "gradient": self._gradient, "delta": self._delta}[request.kind]
+        if not self._load(request):
+            return request.lacks(device).encoded()
+        makers = {"counts": self._counts, "gradient": self._gradient, "delta": self._delta}
+        make = makers[request.kind]
         return make(request, device, audio).encoded()
 
+    @functools.cached_property
+    def _base(self) -> HeldBase:
+        return HeldBase()
+
     @torch.no_grad()
-    def _load(self, request: RoundRequest) -> None:
-        """Copies the server's weights and buffers into the model; a request for counts has none."""
+    def _load(self, request: RoundRequest) -> bool:
+        """Copies the server's weights and buffers into the model; a request for counts has none.
+
+        Returns:
+            Whether all are there; those that do not learn may be held from an earlier request.
+        """
         if not request.tensors:
-            return
+            return True
         state = self.module.state_dict(keep_vars=True)
+        learned = {name for name, _ in self._trained()}
+        tensors = self._base.complete(request.tensors, request.base, state.keys(), learned)
+        if tensors is None:
+            return False
         for name, tensor in state.items():
-            tensor.data.copy_(fitting(request.tensors, MODEL + name, tensor.shape))
+            tensor.data.copy_(fitting(tensors, MODEL + name, tensor.shape))
         self.module.forget()  # what a fit remembers of earlier weights
+        return True
 
     def _plans(
         self, request: RoundRequest, audio: DeviceAudio, number: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,10 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-Kind = Literal["counts", "gradient", "delta"]
-"""Kind of request and answer: targets of each task, sums of gradients, or changes of the weights by local steps."""
+Kind = Literal["counts", "gradient", "delta", "lacks"]
+"""Kind of request and answer: targets of each task, sums of gradients, or changes of the weights by local steps.
+
+A device that lacks the weights that do not learn answers `lacks`; they are then sent to it.
+"""
 UPDATE, SUM, COUNT, MODEL = "update/", "sum/", "count/", "model/"
 """Beginnings of the names of tensors."""
+MAX_LACKS_BYTES = 2_000
+"""Largest message that is read as one without the base."""
 MAX_METRICS, MAX_METRIC_VALUES = 1_000, 70_000
 """Limits of an answer's metrics; histograms of codes have at most 65,535 values."""
 
@@ -41,7 +46,12 @@ class RoundRequest:
     attempt: int
     seed: int
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Weights and buffers as `model/NAME`; empty where only counts are asked for."""
+    """Weights and buffers as `model/NAME`; empty where only counts are asked for.
+
+    Without those that do not learn where `base` was sent before.
+    """
+    base: str = ""
+    """Digest of the weights and buffers that do not learn."""
     counts_K: Tensor | None = None
     """gradient: targets of each task over all devices, by which the loss is divided."""
     local_steps: int = 1
@@ -79,6 +89,10 @@ class RoundRequest:
             totals=totals or {},
         )
 
+    def lacks(self, device: str) -> Answer:
+        """Returns the answer of a device that has no weights with the digest `base`."""
+        return replace(self.answer(device, torch.zeros(0, dtype=torch.float64)), kind="lacks")
+
     def encoded(self) -> bytes:
         """Returns the message."""
         tensors = dict(self.tensors)
@@ -86,7 +100,7 @@ class RoundRequest:
             tensors["counts_K"] = self.counts_K
         fields = {
             "run": self.run, "kind": self.kind, "step": self.step, "attempt": self.attempt, "seed": self.seed,
-            "local_steps": self.local_steps, "device_lr": self.device_lr, "proximal": self.proximal,
+            "base": self.base, "local_steps": self.local_steps, "device_lr": self.device_lr, "proximal": self.proximal,
         }  # fmt: skip
         return encode(tensors, fields)
 
@@ -162,6 +176,7 @@ def read_request(message: bytes) -> RoundRequest:
             seed=int(fields["seed"]),
             counts_K=tensors.pop("counts_K", None),
             tensors=tensors,
+            base=fields["base"],
             local_steps=int(fields["local_steps"]),
             device_lr=float(fields["device_lr"]),
             proximal=float(fields["proximal"]),
@@ -185,6 +200,15 @@ class Schema:
         """Largest message that is read."""
         values = sum(shape.numel() for shape in self.shapes.values())
         return 2 * 4 * values + 2**23
+
+    def lacks_base(self, message: bytes, sender: str, request: RoundRequest) -> bool:
+        """Returns whether a message says that a device lacks the weights that do not learn."""
+        if len(message) > MAX_LACKS_BYTES:
+            return False
+        try:
+            return decode(message)[1] == decode(request.lacks(sender).encoded())[1]
+        except RefusedError:
+            return False
 
     def read(self, message: bytes, sender: str, request: RoundRequest) -> Answer:
         """Decodes and checks an answer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from pretrain.config import Config
 from pretrain.engines.base import add_sums
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.plain_torch import TorchEngine
-from pretrain.federated.messages import MODEL, Answer, Kind, RefusedError, RoundRequest, Schema
+from pretrain.federated.base_weights import SentBase, digest, split
+from pretrain.federated.messages import Answer, Kind, RefusedError, RoundRequest, Schema
 from pretrain.federated.privacy import Privacy, Spent, ledger
-from pretrain.federated.transport import Devices
+from pretrain.federated.transport import Devices, Reply
 from pretrain.interfaces.engine_configs import FederatedConfig
 from pretrain.interfaces.frames import StepContext
 from pretrain.interfaces.objectives import Head, Objective
@@ -67,6 +69,7 @@ class FederatedEngine(TorchEngine):
         shapes = {name: parameter.shape for name, parameter in self._trained.items()}
         self._schema = Schema(shapes, len(module.tasks), self.settings.max_norm)
         self._seen: set[str] = set()
+        self._sent = SentBase()
         self._privacy = Privacy(self.settings, secret) if self.settings.noise else None
         self._spent: Spent = ()
         self._rounds = config.train.steps
@@ -196,25 +199,24 @@ class FederatedEngine(TorchEngine):
         """Sends a request to devices and returns the answers that fit, in the order of their names."""
         self.on_phase("devices")
         settings = self.settings
+        learned, rest = split({} if kind == "counts" else self.module.state_dict(), self._trained)
         request = RoundRequest(
             run=self._run,
             kind=kind,
             step=ctx.step,
             attempt=attempt,
             seed=ctx.seed,
-            tensors={} if kind == "counts" else {MODEL + key: value for key, value in self.module.state_dict().items()},
+            tensors={**learned, **rest},
+            base=digest(rest),
             counts_K=counts_K if kind == "gradient" else None,
             local_steps=settings.local_steps,
             device_lr=settings.device_lr,
             proximal=settings.proximal if settings.rule == "fedprox" else 0.0,
         )
-        message = request.encoded()
         exchange.asked += len(names)
-        exchange.sent += len(message) * len(names)
         found: dict[str, Answer] = {}
         refused: dict[str, str] = {}
-        for reply in self._devices.ask(names, message, settings.answer_seconds):
-            exchange.received += len(reply.message)
+        for reply in self._replies(names, request, learned, exchange):
             try:
                 answer = self._read(reply.device, reply.message, reply.error, names, request)
             except RefusedError as error:
@@ -229,6 +231,29 @@ class FederatedEngine(TorchEngine):
             exchange.left_out += 1
             self._note(ctx.step, name, refused.get(name, ABSENT))
         return [found[name] for name in sorted(found)]
+
+    def _replies(
+        self, names: Sequence[str], request: RoundRequest, learned: Mapping[str, Tensor], exchange: _Exchange
+    ) -> Iterator[Reply]:
+        """Sends a request and yields replies; weights that do not learn go only to devices that lack them."""
+        whole = request.kind == "counts" or not self._sent.held(request.base, names)
+        message = (request if whole else replace(request, tensors=learned)).encoded()
+        exchange.sent += len(message) * len(names)
+        lacking: set[str] = set()
+        for reply in self._devices.ask(names, message, self.settings.answer_seconds):
+            exchange.received += len(reply.message)
+            if not whole and reply.device in names and self._schema.lacks_base(reply.message, reply.device, request):
+                lacking.add(reply.device)
+                continue
+            yield reply
+        if request.kind != "counts":
+            self._sent.note(names)
+        if lacking:
+            message = request.encoded()
+            exchange.sent += len(message) * len(lacking)
+            for reply in self._devices.ask(sorted(lacking), message, self.settings.answer_seconds):
+                exchange.received += len(reply.message)
+                yield reply
 
     def _read(self, device: str, message: bytes, error: str, names: Sequence[str], request: RoundRequest) -> Answer:
         if device not in names:
