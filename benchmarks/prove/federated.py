@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -213,6 +214,7 @@ def main() -> int:
     listed = [u for u in read_manifest(given.manifest) if u.corpus == "speechocean762" and u.split == "train"]
     speakers = sorted({u.speaker for u in listed})[: given.max_speakers or None]
     shards = [shards_of(s, [u for u in listed if u.speaker == s], given.work / "speakers") for s in speakers]
+    shutil.rmtree(given.work / "runs" / "timing", ignore_errors=True)  # else it is resumed at its end
     tick = time.process_time()  # of one thread: other processes on the machine do not change the number of updates
     train_one(settings("timing", shards, given.work / "runs", 0, TIMED_STEPS, "engine.name=torch"), None)
     steps = max(TIMED_STEPS, int(given.minutes * 60 / given.seeds / ((time.process_time() - tick) / TIMED_STEPS)))
