@@ -28,7 +28,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()
         found.update(f"{name} {plain.dtype} {list(plain.shape)}\n".encode())
-        found.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
