@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from data_pipeline.core.jsonl import read_rows
-from tests.support.faults.kill_runs import STEPS, prepare
+from tests.support.faults.kill_runs import STEPS, kill_after, prepare, start
 from tests.support.faults.site import learned
 from tests.support.tiny_shards import sounds, write_shards
-
-
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "launch.workers.rank", str(folder)]
-    return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def kill_after(folder: Path, process: subprocess.Popen[bytes], step: int, extra: float) -> None:
-    """Sends SIGKILL `extra` seconds after the row of `step` was written."""
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in read_rows(folder / "metrics.jsonl")):
-        assert process.poll() is None, (process.stderr.read() if process.stderr else b"").decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(extra)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def test_a_killed_run_started_again_is_bit_identical_to_an_undisturbed_one(tmp_path: Path) -> None:

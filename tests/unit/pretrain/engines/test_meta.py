@@ -25,6 +25,7 @@ from pretrain.monitoring.heartbeat import Heartbeat
 from pretrain.train import train
 from pretrain.train_module import TrainModule, build_model
 from tests.support.episodes import episode, settings
+from tests.support.parity_table import Parity, difference
 
 CTX = StepContext(0, 0)
 
@@ -35,7 +36,7 @@ def engine_of(config: Config) -> Engine:
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-def test_steps_on_a_quadratic_have_the_closed_form_and_its_gradients(second_order: bool) -> None:
+def test_steps_on_a_quadratic_have_the_closed_form_and_its_gradients(second_order: bool, parity: Parity) -> None:
     """θ_S − a = Π (1 − α_i h) (θ − a), for the loss Σ h (θ − a)² / 2; first order leaves the product out of dθ."""
     draw = torch.Generator().manual_seed(0)
     h, a, b, start = (torch.rand(5, generator=draw, dtype=torch.float64) + 0.5 for _ in range(4))
@@ -46,16 +47,20 @@ def test_steps_on_a_quadratic_have_the_closed_form_and_its_gradients(second_orde
     )
     end = path.weights[-1]["w"]
     factors = torch.stack([1 - rate * h for rate in rates.detach()])
-    torch.testing.assert_close(end, a + factors.prod(0) * (start - a), rtol=1e-12, atol=1e-12)
+    order = "second order" if second_order else "first order"
+    parity("steps on a quadratic, fp64: closed form", 1e-12, difference(end, a + factors.prod(0) * (start - a)))
     ((end - b) ** 2).sum().div(2).backward()
     outer = (end - b).detach()
     expected = outer * (factors.prod(0) if second_order else 1.0)
-    torch.testing.assert_close(start.grad, expected, rtol=1e-12, atol=1e-12)
+    assert start.grad is not None
+    assert rates.grad is not None
+    parity(f"gradient by the start of steps, {order}, fp64: closed form", 1e-12, difference(start.grad, expected))
     gap = (start - a).detach()
     for step in range(3):
         before, after = factors[:step].prod(0), factors[step + 1 :].prod(0)
         by_rate = -(outer * h * before * gap * (after if second_order else 1.0)).sum()
-        torch.testing.assert_close(rates.grad[step], by_rate, rtol=1e-12, atol=1e-12)
+        error = difference(rates.grad[step], by_rate)
+        parity(f"gradient by the rates of steps, {order}, fp64: closed form", 1e-12, error)
 
 
 def written_out(module: TrainModule, config: Config, batches: list[Batch]) -> dict[str, Tensor]:
