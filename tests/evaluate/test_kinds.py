@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.exit_codes import ExitCode
+from launch.main import main
 from pretrain.evaluate.config import EvaluateConfig, FewShotConfig, TextProbeConfig
 from pretrain.evaluate.evaluator import evaluate, few_threads
 from pretrain.evaluate.frozen_encoders import log_mel_with_context
@@ -57,3 +59,26 @@ def test_threads_are_limited_in_an_evaluation_only() -> None:
     with few_threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["few_shot.ways=7"], "few_shot.ways=7, few_shot.shots=1: too few classes"),
+        (["few_shot.ways=3", "few_shot.shots=[99]"], "few_shot.ways=3, few_shot.shots=99: too few classes"),
+        (["few_shot.ways=1"], "few_shot.ways=1"),
+        (["few_shot.shots=[0]"], "few_shot.shots=[0]: each must be 1 or more"),
+        (["few_shot.rates=[0.0]"], "few_shot.rates=[0.0]: each must be above 0"),
+    ],
+)
+def test_episodes_that_cannot_be_drawn_end_with_what_there_is(
+    given: list[str], message: str, corpus: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "mine.yaml"
+    task.write_text(f"kind: few_shot\ndata: {corpus / 'manifest.tsv'}\n")
+    places = [f"checkpoint={saved}", f"task={task}", f"manifest={corpus / 'manifest.tsv'}", "baselines=false"]
+    assert main(["evaluate", *places, "seeds=1", *given]) == ExitCode.USAGE
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    if "too few" in message:
+        assert "there are 3 classes" in said

@@ -21,7 +21,7 @@ META: Final[dict[str, dict[str, Any]]] = {
         "min_seconds": 0.1,
         "episodes": {"label": "language", "ways": 3, "shots": [1, 2], "queries": 2},
     },
-    "encoder": {"dropout": 0.0},
+    "encoder": {"dropout": 0.0, "attention_dropout": 0.0, "layer_drop": 0.0},
     "frontend": {"dropout": 0.0},
     "objective": {"name": "none"},
     "heads": {"words": {"name": "episode", "ways": 3, "layers": [1, 2]}},
@@ -63,6 +63,28 @@ def test_a_killed_run_started_again_has_the_bits_of_an_undisturbed_one(shards: P
         assert (killed / end).read_bytes() == (whole / end).read_bytes()
     rates = [row["meta/inner_rate"] for row in read_rows(whole / "metrics.jsonl")]
     assert rates[-1] != rates[0]
+
+
+@pytest.mark.parametrize(
+    ("episodes", "message"),
+    [
+        ({"ways": 9}, "data.episodes.ways=9, data.episodes.shots=1: too few classes"),
+        ({"shots": [30]}, "data.episodes.ways=3, data.episodes.shots=30: too few classes"),
+        ({"label": "mood"}, "data.episodes.label=mood"),
+    ],
+)
+def test_too_few_classes_or_examples_end_with_what_there_is(
+    episodes: dict[str, Any], message: str, shards: Path, tmp_path: Path
+) -> None:
+    data = {**META["data"], "episodes": {**META["data"]["episodes"], **episodes}}
+    heads = {"words": {**META["heads"]["words"], "ways": episodes.get("ways", 3)}}
+    process = start(prepare(tmp_path, "run", shards, {**META, "data": data, "heads": heads}))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert message in said.decode()
+    assert "Traceback" not in said.decode()
+    if "too few" in message:
+        assert "there are 5 classes, 4 speakers and 60 recordings" in said.decode()
 
 
 def test_two_ranks_learn_from_the_same_episodes_with_the_same_losses(shards: Path, tmp_path: Path) -> None:
