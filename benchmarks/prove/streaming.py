@@ -32,6 +32,7 @@ from pretrain.profiling.processor import model_name  # noqa: E402
 
 CORPORA = ("fsdd", "arabic_speech_commands", "speech_commands_v1")
 SYMBOLS = "' abcdefghijklmnopqrstuvwxyz"
+SEEDS = {"train": 0, "test": 1}
 COPIES = 6
 """Strings of training for each word that is heard."""
 MODEL = (
@@ -66,29 +67,36 @@ def main() -> int:
     parser.add_argument("--chunks", default="", help="chunk lengths, with commas; empty: all that are trained")
     parser.add_argument("--left", default="", help="left contexts in chunks, likewise")
     parser.add_argument("--beam", type=int, default=8)
+    parser.add_argument("--resume", action="store_true", help="continue the run in the work folder, on its shards")
     given = parser.parse_args()
     manifest = real_speech()
     if manifest is None:
         return 0
-    shutil.rmtree(given.work, ignore_errors=True)
-    prepare(read_manifest(manifest), given)
+    listed = read_manifest(manifest)
+    if not given.resume:
+        shutil.rmtree(given.work, ignore_errors=True)
+        write_strings(listed, "train", given)
+        write_shards(given)
+    write_strings(listed, "test", given)
     training = train(given)
     found = {name: streams(name, given) for name in DECODERS}
     report(found, training, given)
     return 0
 
 
-def prepare(listed: Sequence[Utterance], given: argparse.Namespace) -> None:
-    """Writes shards and tokens of the training and the manifest of the test."""
-    spoken = [u for u in listed if u.corpus in CORPORA and word_of(u)]
-    for name, split, seed in (("train", "train", 0), ("test", "test", 1)):
-        rng, rows = np.random.default_rng(seed), []
-        for corpus in CORPORA:
-            words = [u for u in spoken if u.corpus == corpus and u.split == split]
-            count = COPIES * len(words) if name == "train" else given.strings
-            rows += [row | {"split": split} for row in strings(words, count, given.work / name, rng)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (given.work / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+def write_strings(listed: Sequence[Utterance], split: str, given: argparse.Namespace) -> None:
+    """Writes the strings of a split, and their manifest."""
+    rng, rows = np.random.default_rng(SEEDS[split]), []
+    for corpus in CORPORA:
+        words = [u for u in listed if u.corpus == corpus and u.split == split and word_of(u)]
+        count = COPIES * len(words) if split == "train" else given.strings
+        rows += [row | {"split": split} for row in strings(words, count, given.work / split, rng)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (given.work / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def write_shards(given: argparse.Namespace) -> None:
+    """Writes shards and tokens of the training."""
     corpus_fields = ["corpus=manifest", f"corpus.path={given.work / 'train.jsonl'}", f"runs={given.work}"]
     quiet_auricle("preprocess", *corpus_fields, f"out={given.work / 'shards'}", "min_shards=4")
     shards = f"shards={given.work / 'shards'}"
