@@ -47,7 +47,8 @@ MODEL = (
     "heads.text.decoder.ffn_dim=576", "heads.text.weight=0.3",
     "data.batch_seconds=40", "data.micro_batches=1", "data.min_seconds=0.2", "data.max_seconds=8",
     "data.bucket_ratio=1.3", "data.workers=0", "engine.name=torch", "optimizer.lr=2e-3", "optimizer.clip_norm=1",
-    "optimizer.weight_decay=0.0", "schedule.name=tri_stage", "schedule.hold_fraction=0.4", "schedule.final_scale=0.05",
+    "optimizer.weight_decay=0.0", "schedule.name=tri_stage", "schedule.warmup_steps=166", "schedule.hold_fraction=0.4",
+    "schedule.final_scale=0.05",
     "train.media_every=0", "train.histograms_every=0", "health.on_collapse=warn", "launcher.processes=1",
     "launcher.threads=1",
 )  # fmt: skip
@@ -126,7 +127,7 @@ def strings(words: Sequence[Utterance], count: int, folder: Path, rng: np.random
 
 def train(given: argparse.Namespace) -> dict[str, int]:
     """Trains the recogniser; returns the number of updates and strings, and seconds of processor time."""
-    length = [f"train.steps={given.steps}", f"schedule.warmup_steps={given.steps // 12}"]
+    length = [f"train.steps={given.steps}"]
     length += [f"train.checkpoint_every={max(1, given.steps // 4)}"]
     data = [f"data.shards={given.work / 'shards'}", f"data.tokens.text={given.work / 'letters'}"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
