@@ -24,7 +24,7 @@ from pretrain.evaluate.manifest import Utterance
 
 CORPUS, FURTHER = "speechocean762", "librispeech-26"
 """Corpus of the test, and one more to learn from."""
-SECONDS, MOST = 30.0, 64
+SECONDS, MOST = 36.0, 64
 """Audio and phrases of a micro-batch."""
 LONGEST_PHRASE = 8
 """Words."""
@@ -110,12 +110,12 @@ class Phrases:
 
 def sentence_config(seed: int, vocabulary: int) -> Config:
     """Returns the config of the sentences' model, which also learns their phones by CTC."""
-    text: dict[str, Any] = tower("text", 96, 1)
+    text: dict[str, Any] = tower("text", 128, 2)
     text["embedding"] |= {"vocabulary": vocabulary, "positions": "none"}
     text["encoder"] = {
-        "name": "conformer", "dim": 96, "layers": 1, "heads": 4, "ffn_dim": 192, "kernel": 5, "layer_drop": 0.0,
+        "name": "conformer", "dim": 128, "layers": 1, "heads": 4, "ffn_dim": 256, "kernel": 5, "layer_drop": 0.0,
         "dropout": 0.0, "attention_dropout": 0.0,
     }  # fmt: skip
     head = {"name": "joint_embedding", "embedding_dim": 192, "loss": "softmax", "towers": {"text": text}}
     spoken = {"name": "ctc", "tokens": "text", "vocabulary": vocabulary, "weight": 0.5}
-    return config(96, 2, {"joint": head, "text": spoken}, seed, 1e-3)
+    return config(128, 3, {"joint": head, "text": spoken}, seed, 1e-3)

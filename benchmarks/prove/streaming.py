@@ -160,7 +160,8 @@ def report(found: dict[str, dict[str, float]], training: dict[str, int], given: 
     lines = [
         "# Streams of a trained recogniser: chunk × left context", "",
         f"`{command}` on one core of {model_name()}. Training: {training['updates']:,} updates on "
-        f"{training['strings']:,} strings, {training['processor_seconds'] / 60:.0f} minutes of processor time. Test: "
+        f"{training['strings']:,} strings, {training['processor_seconds'] / 60:.0f} minutes of processor time"
+        f"{' since the run was continued' if given.resume else ''}. Test: "
         f"{lines_of(given.work / 'test.jsonl')} strings of 3 to 5 words of unseen speakers of {', '.join(CORPORA)}, "
         f"in pushes of 100 ms. Chunks are frames of 40 ms, the left context chunks (-1: all); beams of {given.beam}.",
         "", "Word error rate:", "",
