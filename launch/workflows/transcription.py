@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -21,13 +22,17 @@ from data_pipeline.loader.recordings import Recording, RecordingSource, Unusable
 from launch.cli.tables import warn
 from launch.exit_codes import ExitCode
 from launch.workflows import streaming_transcription
+from launch.workflows.unit_transcription import UnitTranscriber
+from pretrain.generation.unit_reader import open_reader, reads_units
+from pretrain.inference.sampling import NoEndError
 from pretrain.recognition.config import TranscribeConfig
-from pretrain.recognition.recogniser import Recogniser, decoder, open_recogniser
+from pretrain.recognition.recogniser import decoder, open_recogniser
 from pretrain.recognition.transcript import ENDINGS, Transcript, format_transcript
 
 REJECTS = "rejects.jsonl"
 """List of the recordings that could not be read, in the folder `out`."""
 SUBTITLES = ("srt", "vtt")
+Transcribe = Callable[[str, Iterable[np.ndarray]], Transcript]
 
 
 def run(config: TranscribeConfig) -> ExitCode:
@@ -48,14 +53,21 @@ def run(config: TranscribeConfig) -> ExitCode:
     total = sum(source.count for source in found)
     if total > 1 and config.format in SUBTITLES and not config.out:
         raise ConfigError(f"format={config.format}: subtitles of {total:,} recordings need a folder; set out=FOLDER")
+    return _Transcription(config, _transcriber(config), total).perform(found)
+
+
+def _transcriber(config: TranscribeConfig) -> Transcribe:
+    """Returns what writes the text of a recording, given its name and its audio, block by block."""
+    if reads_units(config.checkpoint, config.head):
+        return UnitTranscriber(open_reader(config.checkpoint, config.head, config.device), config).transcribe
     recogniser = open_recogniser(config.checkpoint, config.head, config.device)
-    return _Transcription(config, recogniser, total).perform(found)
+    decode = decoder(config, recogniser.head.symbols)
+    return lambda name, blocks: recogniser.transcribe(name, blocks, config, decode)
 
 
 class _Transcription:
-    def __init__(self, config: TranscribeConfig, recogniser: Recogniser, total: int) -> None:
-        self.config, self.recogniser, self.total = config, recogniser, total
-        self.decode = decoder(config, recogniser.head.symbols)
+    def __init__(self, config: TranscribeConfig, transcribe: Transcribe, total: int) -> None:
+        self.config, self.transcribe, self.total = config, transcribe, total
         self.folder = Path(config.out).expanduser() if config.out else None
         self.rejects: Counter[str] = Counter()
         self.done, self.seconds = 0, 0.0
@@ -86,9 +98,12 @@ class _Transcription:
             self._reject(recording)
             return
         try:
-            made = self.recogniser.transcribe(recording.name, recording.blocks(), self.config, self.decode)
+            made = self.transcribe(recording.name, recording.blocks())
         except AudioError as error:
             self._reject(Unusable(recording.name, error.reason, str(error)))
+            return
+        except NoEndError as error:
+            self._reject(Unusable(recording.name, "no_end", str(error)))
             return
         self.done += 1
         self.seconds += made.seconds

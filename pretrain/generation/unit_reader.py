@@ -11,9 +11,11 @@ from data_pipeline.core.schema import ConfigError
 from data_pipeline.labels.unit_labels import UnitLabeller, open_labeller
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpointing.head_choice import checkpoint_with_heads, chosen_device, chosen_head
+from pretrain.checkpointing.locate import find_checkpoint
+from pretrain.checkpointing.stored import read_state
 from pretrain.checkpointing.token_sets import require_same_tokens
 from pretrain.checkpointing.weights import load_checkpoint
-from pretrain.generation.units import write
+from pretrain.generation.units import read_units
 from pretrain.heads.units import Units
 from pretrain.inference.sampling import Sampling
 from pretrain.nn.unit_runs import runs_of
@@ -30,9 +32,8 @@ class UnitReader:
     label: UnitLabeller
     name: str
 
-    @torch.inference_mode()
-    def text(self, wave_T: np.ndarray, sampling: Sampling = MOST_PROBABLE) -> str:
-        """Returns the text of a recording.
+    def read(self, wave_T: np.ndarray, sampling: Sampling = MOST_PROBABLE) -> tuple[list[str], float]:
+        """Returns the symbols of a recording's text, and the mean of their ln p.
 
         Args:
             wave_T: (T,) samples at 16 kHz.
@@ -44,9 +45,37 @@ class UnitReader:
         """
         labels_F = self.label(wave_T)
         if not len(labels_F):
-            return ""
+            return [], 0.0
         runs = runs_of(torch.from_numpy(labels_F)[None])
-        return self.tokenizer.decode(write(self.head, runs.ids_BN[0].tolist(), None, sampling))
+        written, log_prob = read_units(self.head, runs.ids_BN[0].tolist(), sampling)
+        return [self.tokenizer.decode([number]) for number in written], log_prob
+
+    def text(self, wave_T: np.ndarray, sampling: Sampling = MOST_PROBABLE) -> str:
+        """Returns the text of a recording; arguments and errors as of `read`."""
+        return "".join(self.read(wave_T, sampling)[0])
+
+
+def reads_units(given: str, head: str = "") -> bool:
+    """Returns whether a run writes texts by a head `units`, of that name where one is given, and by no other kind.
+
+    Args:
+        given: run folder (its newest checkpoint) or checkpoint.
+        head: name of the head; empty: any.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    try:
+        folder = find_checkpoint(given)
+    except ConfigError:  # whatever opens it says so, or knows an earlier layout
+        return False
+    if not (folder / "state.json").is_file():
+        return False
+    heads = read_state(folder)["config"].get("heads") or {}
+    if head:
+        return bool(heads.get(head, {}).get("name") == "units")
+    names = {values.get("name") for values in heads.values()}
+    return "units" in names and not names & {"ctc", "transducer", "sequence"}
 
 
 def open_reader(given: str, head: str = "", device: str = "cpu") -> UnitReader:

@@ -57,6 +57,20 @@ def unit_frames(
     return [labels_1F[0].tolist() for labels_1F in levels]
 
 
+@torch.inference_mode()
+def read_units(head: Units, ids: Sequence[int], sampling: Sampling) -> tuple[list[int], float]:
+    """Returns the tokens that the head writes for units, without a prompt, and the mean of their ln p.
+
+    Arguments and errors as of `write`.
+    """
+    written, memories = _write(head, ids, None, sampling)
+    device = memories[0].x_BMD.device
+    read_1N = torch.tensor([[head.start, *written]], device=device)
+    log_1NV = head.decoder(read_1N, memories).float().log_softmax(2)
+    chosen_1N1 = torch.tensor([[*written, head.end]], device=device)[:, :, None]
+    return written, float(log_1NV.gather(2, chosen_1N1).mean())
+
+
 def _write(
     head: Units, ids: Sequence[int], prompt: EncoderOutput | None, sampling: Sampling
 ) -> tuple[list[int], tuple[Memory, Memory]]:
