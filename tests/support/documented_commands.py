@@ -171,6 +171,11 @@ COMPOSED = {
     "replay *": "needs the batches of a failed update; tests/end_to_end/test_replay.py",
     "targets *features=runs/hubert-it1 *": "the clusters of another layer; as features=runs/T",
     "pretrain *units_tiny *": "its head is trained and writes in tests/unit/pretrain/heads/test_units.py",
+    "speak *units_tiny *": "its audio is tested in tests/unit/launch/workflows/test_speaking.py",
+    "transcribe *listener *": "needs a head of units; tests/unit/launch/workflows/test_unit_transcription.py",
+    "pretrain *style_words*": "needs labels of sex and age; tests/contract/test_heads.py trains it",
+    "speak *style=*": "needs style_words; tests/unit/launch/workflows/test_speaking.py",
+    "pretrain *decoder=flow*": "another field of a recipe that is run; tests/contract/test_heads.py trains it",
     "pretrain *hubert_tiny *data.valid_targets*": "needs labels of both parts; "
     "tests/unit/launch/workflows/test_pipeline.py",
     "pretrain *multitask*": "needs labels of seven languages; tests/end_to_end/test_recipes.py composes the recipe",

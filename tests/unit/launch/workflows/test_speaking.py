@@ -34,6 +34,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "mel", 4, data=data, heads={"voice": head | {"synthesizer": SYNTHESIZER | {"vocoder": None}}})
     save(folder / "plain", 4)
     more = {"vocabulary": len(symbols)}
+    for name in ("words", "flow"):
+        made = HEADS[f"synthesis, {name}"] | more
+        targets = {"level_0": str(folder / "labels")} if name == "words" else {}
+        save(folder / name, 4, data=data | {"targets": targets}, heads={"voice": made})
     for name, units in (("units", HEADS["units, audio"]), ("silent", UNITS), ("reads", HEADS["units, to text"])):
         targets = {"level_0": str(folder / "labels")}
         save(folder / name, 4, data=data | {"targets": targets}, heads={"voice": units | more})
@@ -79,6 +83,24 @@ def test_drawn_units_become_audio_equal_for_equal_seeds(runs: Path, tmp_path: Pa
     np.testing.assert_array_equal(waves["a"], waves["again"])
     assert len(waves["a"]) >= 400
     assert not np.array_equal(waves["a"], waves["voice"])
+
+
+def spoken(runs: Path, folder: Path, **given: object) -> np.ndarray:
+    assert speak(runs, text="'go on'", out=folder / "a.wav", **given) == ExitCode.DONE
+    wave_T, _ = soundfile.read(folder / "a.wav")
+    return np.asarray(wave_T)
+
+
+def test_words_set_the_style_and_noise_the_mel_frames_of_a_flow(runs: Path, tmp_path: Path) -> None:
+    plain, high = (
+        spoken(runs, tmp_path, checkpoint=runs / "words", style=style) for style in ("''", "'a child\\, slow and high'")
+    )
+    assert len(plain) != len(high) or not np.array_equal(plain, high)
+    cases = ({"seed": 1}, {"seed": 1}, {"seed": 2}, {"seed": 1, "steps": 3}, {"temperature": 0, "seed": 1})
+    waves = [spoken(runs, tmp_path, checkpoint=runs / "flow", **case) for case in cases]
+    np.testing.assert_array_equal(waves[0], waves[1])
+    assert all(not np.array_equal(waves[0], wave) for wave in waves[2:])
+    np.testing.assert_array_equal(waves[4], spoken(runs, tmp_path, checkpoint=runs / "flow", temperature=0, seed=9))
 
 
 def test_an_end_that_never_comes_writes_nothing(
@@ -130,6 +152,9 @@ def test_standard_output_gets_raw_audio_sentence_by_sentence(runs: Path) -> None
         ({"checkpoint": "plain"}, "the run has no head that speaks; it has no heads; train one with"),
         ({"checkpoint": "silent"}, "head voice makes no audio of its units; train it with heads.voice.audio={}"),
         ({"checkpoint": "reads"}, "head voice makes no audio of its units, and writes text"),
+        ({"style": "slow"}, "style='slow': the head was trained without style_words"),
+        ({"checkpoint": "words", "style": "slwo"}, "the word 'slwo' is not known (did you mean slow?)"),
+        ({"checkpoint": "units", "style": "slow"}, "style='slow': the head units takes none"),
         ({"checkpoint": "units", "pitch": "3"}, "pitch=3: the head was trained without pitch"),
         ({"checkpoint": "units", "top_p": "0"}, "top_p"),
         ({"checkpoint": "units", "text": "naïve"}, "does not know the symbols ï"),
