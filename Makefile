@@ -45,6 +45,9 @@ prove-slow: setup ## the slow proofs that `make test` leaves out
 	$(BIN)/python benchmarks/prove/time_contrastive.py
 	$(BIN)/python benchmarks/prove/separation.py
 	$(BIN)/python benchmarks/prove/recognition.py
+	$(BIN)/python benchmarks/prove/synthesis.py
+	$(BIN)/python benchmarks/prove/units.py
+	$(BIN)/python benchmarks/prove/style.py
 	$(BIN)/python -m benchmarks.faults.soak
 
 parity-table: setup ## agreement with other implementations and with itself: benchmarks/results/parity.md
