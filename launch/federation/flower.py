@@ -144,6 +144,14 @@ class FlowerDevices:
         for node, head, body in self._exchange(wanted, {"hello": False}, request, seconds):
             yield Reply(self._names[node], body, str(head.get("error", "")))
 
+    def sum(self, names: Sequence[str], request: bytes, seconds: float, least: int) -> tuple[list[str], bytes]:
+        """Asks devices for vectors by Flower's SecAgg+; returns those in the mean, and the mean as float64."""
+        wanted = [node for node, name in self._names.items() if name in names]
+        head = {"hello": False}
+        self._relay.send({"do": "sum", "nodes": wanted, "seconds": seconds, "head": head, "least": least}, request)
+        found, mean = self._relay.receive()
+        return sorted(self._names[node] for node in found["nodes"]), mean
+
     def close(self) -> None:
         """Ends the SuperLink."""
         self._relay.close()

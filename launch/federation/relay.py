@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import secrets
@@ -98,6 +99,16 @@ def secret_file(folder: Path) -> Path:
     return path
 
 
+def beside(name: str) -> Any:
+    """Returns a module beside this script, which runs without a package, also where Python ignores its folder."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class Runtime:
     """Takes tasks of one kind from the SuperLink or SuperNode on this machine."""
 
@@ -136,7 +147,7 @@ def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) 
     """Starts a SuperLink and carries messages between the engine and the SuperNodes."""
     from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.cli.build import build_fab_from_files
-    from flwr.common.serde import fab_to_proto, run_from_proto
+    from flwr.common.serde import context_from_proto, fab_to_proto, run_from_proto
     from flwr.proto.control_pb2 import StartRunRequest
     from flwr.proto.runtime_pb2 import PullTaskInputRequest
     from flwr.supercore.control import ControlHttpClient
@@ -146,6 +157,7 @@ def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) 
     from flwr.supercore.task_identity import TaskIdentity
     from flwr.superlink.grid import HttpGrid
 
+    secure_sum = beside("secure_sum")
     folder = Path(arguments.folder)
     secret = secret_file(folder)
     flags = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
@@ -182,6 +194,11 @@ def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) 
         if head["do"] == "nodes":
             write_frame(answers, {"nodes": [str(number) for number in grid.get_node_ids()]})
             continue
+        if head["do"] == "sum":
+            asked = head["nodes"], head["head"], body, head["seconds"], head["least"]
+            included, mean = secure_sum.mean_of(grid, context_from_proto(given.context), *asked)
+            write_frame(answers, {"nodes": included}, mean)
+            continue
         content_record = RecordDict({"request": ConfigRecord({"head": json.dumps(head["head"]), "body": body})})
         messages = [
             Message(content_record, dst_node_id=int(node), message_type="train", ttl=head["seconds"] + 60.0)
@@ -214,6 +231,7 @@ def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -
     from flwr.supercore.runtime import RuntimeHttpClient
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+    secure_sum = beside("secure_sum")
     folder = Path(arguments.folder)
     secret = secret_file(folder)
     flags = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
@@ -224,6 +242,18 @@ def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -
     runtime = Runtime(f"127.0.0.1:{arguments.port}", "flwr-clientapp", secret)
     write_frame(answers, {"ready": arguments.server})
     watch(process, folder / "supernode.log")
+
+    def resident(head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        write_frame(answers, {"head": head}, body)
+        frame = read_frame(commands)
+        if frame is None:
+            raise EOFError
+        if "error" in frame[0]:
+            raise ValueError(frame[0]["error"])
+        return frame
+
+    def compute(head: dict[str, Any], body: bytes) -> bytes:
+        return resident(head, body)[1]
 
     for token in runtime.tokens():
         client = RuntimeHttpClient.from_server_address(
@@ -239,17 +269,18 @@ def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -
         heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
         heartbeat.start()
         message, context, _, _ = pull_task_input(client)
-        record = message.content.config_records.get("request", {})
-        write_frame(answers, {"head": json.loads(record["head"])}, record["body"])
-        frame = read_frame(commands)
-        if frame is None:
+        try:
+            if secure_sum.is_stage(message):
+                reply = secure_sum.answer_stage(message, context, compute)
+            else:
+                record = message.content.config_records.get("request", {})
+                text, data = resident(json.loads(record["head"]), record["body"])
+                content = RecordDict({"answer": ConfigRecord({"head": json.dumps(text), "body": data})})
+                reply = Message(content, reply_to=message)
+        except EOFError:
             return
-        head, body = frame
-        if "error" in head:
-            reply = Message(Error(code=0, reason=head["error"]), reply_to=message)
-        else:
-            content = RecordDict({"answer": ConfigRecord({"head": json.dumps(head), "body": body})})
-            reply = Message(content, reply_to=message)
+        except (ValueError, KeyError, TypeError) as error:
+            reply = Message(Error(code=0, reason=str(error)), reply_to=message)
         push_message(client, reply, context)
         push_task_output(client, context, "completed", "")
         heartbeat.stop()

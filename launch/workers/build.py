@@ -18,6 +18,7 @@ from data_pipeline.loader.streaming import StreamReader
 from data_pipeline.loader.texts import TEXT
 from data_pipeline.text.tokenizer import load_tokenizer
 from launch.federation.flower import FlowerDevices
+from launch.federation.ray_devices import RayDevices
 from pretrain.checkpointing.locate import latest_checkpoint
 from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.compression.distillation import load_teacher
@@ -25,7 +26,9 @@ from pretrain.config import Config
 from pretrain.engines import make_engine
 from pretrain.engines.base import Engine
 from pretrain.engines.distributed import DistributedContext
+from pretrain.federated.secure_server import SecureEngine
 from pretrain.federated.server import FederatedEngine, RoundReader
+from pretrain.federated.transport import Devices
 from pretrain.interfaces.configs import FrameLabels, TextHeadConfig
 from pretrain.interop.init_weights import load_initial
 from pretrain.nn.tuning import learned_share
@@ -212,23 +215,28 @@ def _open_reader(config: Config, world: DistributedContext, say: Callable[[str],
     return reader
 
 
-def _listen(config: Config, world: DistributedContext, folder: RunFolder, say: Callable[[str], None]) -> FlowerDevices:
+def _listen(config: Config, world: DistributedContext, folder: RunFolder, say: Callable[[str], None]) -> Devices:
     """Starts to listen for the devices of a federated run."""
     if world.size > 1:
         raise ConfigError(f"engine.name=federated: the server is one process, and there are {world.size} ranks")
     settings = config.engine.federated
+    if settings.transport == "ray":
+        tasks = RayDevices(dump(config), settings.ray)
+        say(f"{len(tasks.present())} devices answer as Ray tasks")
+        return tasks
     devices = FlowerDevices(settings.server, folder.path / "flower", dump(config), say)
     say(f"devices connect by: auricle device server={settings.server} shards=FOLDER")
     return devices
 
 
 def _server(
-    config: Config, module: TrainModule, world: DistributedContext, folder: RunFolder, devices: FlowerDevices
+    config: Config, module: TrainModule, world: DistributedContext, folder: RunFolder, devices: Devices
 ) -> Engine:
     def note(step: int, device: str, reason: str) -> None:
         append_row(folder.path / LEFT_OUT, {"round": step, "device": device, "reason": reason})
 
-    return FederatedEngine(
+    kind = SecureEngine if config.engine.federated.secure else FederatedEngine
+    return kind(
         module,
         config,
         world,

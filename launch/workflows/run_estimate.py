@@ -42,7 +42,8 @@ def show_federated(config: PretrainJob, devices: str = "") -> None:
         f": {_updates(config):,} rounds of {settings.per_round} devices; a round sends each of them "
         f"{one.sent / 1e6:.1f} MB and receives {one.received / 1e6:.1f} MB: "
         f"{asked * (one.sent + one.received) / 1e6:,.0f} MB at the server, and "
-        f"{_updates(config) * asked * (one.sent + one.received) / 1e9:,.1f} GB in the run\n",
+        f"{_updates(config) * asked * (one.sent + one.received) / 1e9:,.1f} GB in the run"
+        + (f"; {one.once / 1e6:.1f} MB that do not learn go to each device once\n" if one.once >= 1e5 else "\n"),
         sep="",
     )
     columns = ("devices", "rounds of one", "its audio, minutes", "sent to it, MB", "received, MB")

@@ -26,6 +26,7 @@ from pretrain.engines.plain_torch import TorchEngine
 from pretrain.federated.base_weights import HeldBase
 from pretrain.federated.config import DeviceConfig
 from pretrain.federated.messages import MODEL, Answer, RoundRequest, read_request
+from pretrain.federated.secure import packed
 from pretrain.interfaces.frames import StepContext
 from pretrain.train_module import TrainPlan, build_model, open_run_reader
 
@@ -69,7 +70,7 @@ class DeviceEngine(TorchEngine):
             audio: its audio.
 
         Returns:
-            An encoded `Answer`.
+            An encoded `Answer`, or the vector of `pretrain.federated.secure.packed` where the request has `clip`.
 
         Raises:
             RefusedError: it is not a request.
@@ -81,7 +82,8 @@ class DeviceEngine(TorchEngine):
             return request.lacks(device).encoded()
         makers = {"counts": self._counts, "gradient": self._gradient, "delta": self._delta}
         make = makers[request.kind]
-        return make(request, device, audio).encoded()
+        found = make(request, device, audio)
+        return packed(found, request.clip) if request.clip else found.encoded()
 
     @functools.cached_property
     def _base(self) -> HeldBase:
@@ -199,19 +201,36 @@ def device_config(values: Mapping[str, Any], own: DeviceConfig) -> Config:
     return replace(config, data=data, device=own.device)
 
 
+def device_engine(values: Mapping[str, Any], device: str) -> DeviceEngine:
+    """Returns the engine of a run's devices, which several devices of one process can share.
+
+    Args:
+        values: the run's config.
+        device: auto, cpu or cuda.
+
+    Raises:
+        ConfigError: it is not a config of this version.
+    """
+    config = load(Config, values)
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    world = DistributedContext(device="cuda:0" if on_gpu else "cpu")
+    return DeviceEngine(build_model(config), config.engine, config.optimizer, world)
+
+
 class Device:
     """A device of one run: model, audio and name.
 
     Args:
         values: the run's config, as the server sent it.
         own: the device's.
+        engine: of another device of the run in this process; none: its own.
 
     Raises:
         ConfigError: config and audio do not fit.
         ValueError: shards are damaged.
     """
 
-    def __init__(self, values: Mapping[str, Any], own: DeviceConfig) -> None:
+    def __init__(self, values: Mapping[str, Any], own: DeviceConfig, engine: DeviceEngine | None = None) -> None:
         config = device_config(values, own)
         self.name = own.name or Path(own.shards).name
         reader = open_run_reader(config)
@@ -225,9 +244,7 @@ class Device:
 
         first = (keyed_seed(self.name, "device") % 2**20) * config.data.micro_batches
         self.audio = DeviceAudio(reader, cursor, first)
-        on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        world = DistributedContext(device="cuda:0" if on_gpu else "cpu")
-        self.engine = DeviceEngine(build_model(config), config.engine, config.optimizer, world)
+        self.engine = engine or device_engine(values, own.device)
 
     def answer(self, message: bytes) -> bytes:
         """Answers a request, see `DeviceEngine.answer`."""

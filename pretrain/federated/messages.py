@@ -58,6 +58,8 @@ class RoundRequest:
     device_lr: float = 0.0
     proximal: float = 0.0
     """delta: FedProx's μ."""
+    clip: float = 0.0
+    """Above 0: norm to which the device clips its update, which it sends as a vector for secure aggregation."""
 
     def answer(
         self,
@@ -101,6 +103,7 @@ class RoundRequest:
         fields = {
             "run": self.run, "kind": self.kind, "step": self.step, "attempt": self.attempt, "seed": self.seed,
             "base": self.base, "local_steps": self.local_steps, "device_lr": self.device_lr, "proximal": self.proximal,
+            "clip": self.clip,
         }  # fmt: skip
         return encode(tensors, fields)
 
@@ -180,6 +183,7 @@ def read_request(message: bytes) -> RoundRequest:
             local_steps=int(fields["local_steps"]),
             device_lr=float(fields["device_lr"]),
             proximal=float(fields["proximal"]),
+            clip=float(fields["clip"]),
         )
     except (KeyError, ValueError) as error:
         raise RefusedError(f"not a request ({error})") from error

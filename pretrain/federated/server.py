@@ -20,11 +20,10 @@ from pretrain.engines.plain_torch import TorchEngine
 from pretrain.federated.base_weights import SentBase, digest, split
 from pretrain.federated.messages import Answer, Kind, RefusedError, RoundRequest, Schema
 from pretrain.federated.privacy import Privacy, Spent, ledger
+from pretrain.federated.private_objectives import require_private
 from pretrain.federated.transport import Devices, Reply
 from pretrain.interfaces.engine_configs import FederatedConfig
 from pretrain.interfaces.frames import StepContext
-from pretrain.interfaces.objectives import Head, Objective
-from pretrain.self_supervision.deferred_fit import FittedOnce
 from pretrain.train_module import TrainModule, TrainPlan
 
 ABSENT = "no answer"
@@ -99,13 +98,12 @@ class FederatedEngine(TorchEngine):
         self, batches: Sequence[Batch], plans: Sequence[object], counts_K: Tensor, ctx: StepContext
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Runs one round; leaves the gradient, or the negative change of the weights, in the parameters."""
-        start, exchange = time.monotonic(), _Exchange()
-        answers = self._round(ctx, exchange)
+        start, exchange = time.monotonic(), Exchanged()
+        devices, loss, totals = self._exchange(ctx, exchange)
         self.module.forget()
-        loss, totals = self._combine(answers, ctx)
         figures: dict[str, float] = {
             "asked": exchange.asked,
-            "devices": len(answers),
+            "devices": devices,
             "left_out": exchange.left_out,
             "attempts": exchange.attempts,
             "bytes_sent": exchange.sent,
@@ -119,6 +117,11 @@ class FederatedEngine(TorchEngine):
         totals |= {f"federated/{name}": [torch.tensor([float(v)]).double(), one] for name, v in figures.items()}
         return loss, totals
 
+    def _exchange(self, ctx: StepContext, exchange: Exchanged) -> tuple[int, Tensor, dict[str, list[Tensor]]]:
+        """Leaves the update in the gradients; returns the number of devices, the loss, and sums of metrics."""
+        answers = self._round(ctx, exchange)
+        return len(answers), *self._combine(answers, ctx)
+
     def _require_budget(self, privacy: Privacy, rounds: int) -> None:
         """Refuses rounds beyond the budget before the first of them."""
         allowed = privacy.affordable(self._spent, rounds)
@@ -131,7 +134,7 @@ class FederatedEngine(TorchEngine):
                 "engine.federated.noise or engine.federated.devices"
             )
 
-    def _round(self, ctx: StepContext, exchange: _Exchange) -> list[Answer]:
+    def _round(self, ctx: StepContext, exchange: Exchanged) -> list[Answer]:
         """Asks until enough devices answered.
 
         With several tasks the targets of each are counted first, since the loss of each is divided by its own count;
@@ -156,7 +159,10 @@ class FederatedEngine(TorchEngine):
             if enough and (not several or len(answers) == len(asked)):
                 return answers
             answers = answers if enough else []
-        raise TooFewDevicesError(
+        raise self._too_few(ctx, drawn)
+
+    def _too_few(self, ctx: StepContext, drawn: Sequence[str]) -> TooFewDevicesError:
+        return TooFewDevicesError(
             f"engine.federated.min_devices={self.settings.min_devices}: fewer devices answered round {ctx.step} in "
             f"{self.settings.attempts} attempts of {self.settings.answer_seconds:g} s; asked last: {_listed(drawn)}; "
             "start more devices (auricle device), raise engine.federated.answer_seconds, or lower min_devices"
@@ -187,17 +193,10 @@ class FederatedEngine(TorchEngine):
                 )
             time.sleep(POLL_SECONDS)
 
-    def _ask(
-        self,
-        kind: Kind,
-        ctx: StepContext,
-        attempt: int,
-        names: Sequence[str],
-        exchange: _Exchange,
-        counts_K: Tensor | None = None,
-    ) -> list[Answer]:
-        """Sends a request to devices and returns the answers that fit, in the order of their names."""
-        self.on_phase("devices")
+    def _request(
+        self, kind: Kind, ctx: StepContext, attempt: int, counts_K: Tensor | None, clip: float = 0.0
+    ) -> tuple[RoundRequest, dict[str, Tensor]]:
+        """Returns a request with all weights, and those that learn."""
         settings = self.settings
         learned, rest = split({} if kind == "counts" else self.module.state_dict(), self._trained)
         request = RoundRequest(
@@ -212,7 +211,22 @@ class FederatedEngine(TorchEngine):
             local_steps=settings.local_steps,
             device_lr=settings.device_lr,
             proximal=settings.proximal if settings.rule == "fedprox" else 0.0,
+            clip=clip,
         )
+        return request, learned
+
+    def _ask(
+        self,
+        kind: Kind,
+        ctx: StepContext,
+        attempt: int,
+        names: Sequence[str],
+        exchange: Exchanged,
+        counts_K: Tensor | None = None,
+    ) -> list[Answer]:
+        """Sends a request to devices and returns the answers that fit, in the order of their names."""
+        self.on_phase("devices")
+        request, learned = self._request(kind, ctx, attempt, counts_K)
         exchange.asked += len(names)
         found: dict[str, Answer] = {}
         refused: dict[str, str] = {}
@@ -233,7 +247,7 @@ class FederatedEngine(TorchEngine):
         return [found[name] for name in sorted(found)]
 
     def _replies(
-        self, names: Sequence[str], request: RoundRequest, learned: Mapping[str, Tensor], exchange: _Exchange
+        self, names: Sequence[str], request: RoundRequest, learned: Mapping[str, Tensor], exchange: Exchanged
     ) -> Iterator[Reply]:
         """Sends a request and yields replies; weights that do not learn go only to devices that lack them."""
         whole = request.kind == "counts" or not self._sent.held(request.base, names)
@@ -332,7 +346,7 @@ class FederatedEngine(TorchEngine):
         return self._add_update(lr, skip_above)
 
 
-class _Exchange:
+class Exchanged:
     """Counts of a round: devices asked, answers left out, attempts, bytes."""
 
     def __init__(self) -> None:
@@ -361,28 +375,6 @@ class RoundReader:
     def close(self) -> None:
         """Disconnects the devices."""
         self._devices.close()
-
-
-def require_private(module: TrainModule) -> None:
-    """Refuses modules that learn from frames of all ranks: these would leave the devices.
-
-    Raises:
-        ConfigError: the objective or a head fits something to frames that it gathers.
-    """
-    unfitted = [name for name, part in module.named_modules() if isinstance(part, FittedOnce) and not part.fitted]
-    if unfitted:
-        raise ConfigError(
-            f"engine.name=federated: {unfitted[0]} is fitted to frames of the first update, which must not leave the "
-            "devices; start from a run in which it is fitted (init=RUN), or choose targets that need no fit, such as "
-            "objective=best_rq with refine=false projection=random"
-        )
-    parts: Mapping[str, torch.nn.Module] = {"objective": module.objective, **dict(module.heads.items())}
-    for name, part in parts.items():
-        if isinstance(part, Objective | Head) and part.gathers:
-            raise ConfigError(
-                f"engine.name=federated: {name} ({type(part).__name__}) updates its state from frames or vectors of "
-                "all ranks, which must not leave the devices; choose another objective or head"
-            )
 
 
 def _listed(names: Sequence[str]) -> str:

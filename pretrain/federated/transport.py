@@ -29,6 +29,20 @@ class Devices(Protocol):
         """
         ...
 
+    def sum(self, names: Sequence[str], request: bytes, seconds: float, least: int) -> tuple[list[str], bytes]:
+        """Asks devices for vectors of which the server learns the mean alone (secure aggregation).
+
+        Args:
+            names: devices, at least two.
+            request: a request with `clip` above 0.
+            seconds: for each exchange of the protocol.
+            least: number of devices without which nothing is learned.
+
+        Returns:
+            The devices in the mean, sorted, and the mean as float64 in bytes; no devices where too few answered.
+        """
+        ...
+
     def close(self) -> None:
         """Disconnects."""
         ...

@@ -42,6 +42,24 @@ class FederatedConfig:
     attempts: Annotated[int, about("draws of devices in a round in which too few answer", ge=1)] = 3
     answer_seconds: Annotated[float, about("time in which a device must answer", gt=0)] = 120.0
     wait_seconds: Annotated[float, about("time to wait until min_devices are connected", gt=0)] = 600.0
+    transport: Annotated[
+        Literal["flower", "ray"],
+        about(
+            "flower: devices are `auricle device` on their own machines; ray: each subfolder of data.shards is a "
+            "device, and its answers are Ray tasks"
+        ),
+    ] = "flower"
+    ray: Annotated[
+        str, about("transport=ray: address of a running Ray cluster, or auto; empty: Ray is started here")
+    ] = ""
+    secure: Annotated[
+        bool,
+        about(
+            "secure aggregation by Flower's SecAgg+: devices clip their updates to the norm clip and mask them for "
+            "each other; the server learns the mean of equal weights alone, and no metrics but the loss",
+            resume="fixed",
+        ),
+    ] = False
     noise: Annotated[
         float,
         about(
@@ -51,7 +69,7 @@ class FederatedConfig:
             ge=0,
         ),
     ] = 0.0
-    clip: Annotated[float, about("with noise: largest norm of a device's update", resume="fixed", gt=0)] = 1.0
+    clip: Annotated[float, about("with noise or secure: largest norm of a device's update", resume="fixed", gt=0)] = 1.0
     devices: Annotated[
         int, about("with noise: number of devices of which a round samples per_round", resume="fixed", ge=0)
     ] = 0
@@ -84,6 +102,15 @@ class FederatedConfig:
         require_loopback(self.server)
         if self.min_devices > self.per_round:
             refuse("min_devices", self.min_devices, f"must be at most per_round={self.per_round}")
+        if self.secure and self.min_devices < 3:
+            limit = (
+                "must be 3 or more with secure=true: of two devices, each could subtract its own update from the sum"
+            )
+            refuse("min_devices", self.min_devices, limit)
+        if self.secure and self.transport == "ray":
+            refuse("transport", self.transport, "cannot be combined with secure=true: tasks have no keys of their own")
+        if self.secure and self.noise:
+            refuse("noise", self.noise, "cannot be combined with secure=true: the server clips updates that it sees")
         if self.noise and self.devices < self.per_round:
             limit = (
                 f"noise needs the number of devices that a sample is drawn from, at least per_round={self.per_round}"

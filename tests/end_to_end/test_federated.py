@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -46,6 +47,8 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port, self.steps = folder, free_port(), 0
+        self.more: list[str] = []
+        """Further fields of the server."""
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         for name in NAMES:
             write_shards(folder / name, [sounds([1.0] * 12, corpus=name)])
@@ -62,6 +65,7 @@ class Site:
                 "engine.federated.answer_seconds=8", "engine.federated.wait_seconds=120",
                 f"engine.federated.server={address}", f"train.steps={self.steps}", "train.checkpoint_every=1",
                 "train.media_every=0", "launcher.processes=1", "health.on_collapse=warn",
+                *self.more,
             ]  # fmt: skip
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
@@ -98,8 +102,11 @@ def site(tmp_path: Path) -> Iterator[Site]:
         made.kill(name)
 
 
-def in_this_process(site: Site) -> dict[str, torch.Tensor]:
-    """Returns the weights after the same rounds of the same devices, without Flower."""
+def in_this_process(site: Site, vectors: list[bytes] | None = None) -> dict[str, torch.Tensor]:
+    """Returns the weights after the same rounds of the same devices, without Flower.
+
+    `vectors` receives those of single devices under secure aggregation.
+    """
     config = load(Config, json.loads((site.folder / "run" / "config.json").read_text()))
     devices = {name: Device(dump(config), DeviceConfig(server="x:1", shards=str(site.folder / name))) for name in NAMES}
 
@@ -109,6 +116,13 @@ def in_this_process(site: Site) -> dict[str, torch.Tensor]:
 
         def ask(self, names: list[str], request: bytes, seconds: float) -> list[Reply]:
             return [Reply(name, devices[name].answer(request)) for name in names]
+
+        def sum(self, names: list[str], request: bytes, seconds: float, least: int) -> tuple[list[str], bytes]:
+            found = [devices[name].answer(request) for name in names]
+            if vectors is not None:
+                vectors.extend(found)
+            mean = np.mean([np.frombuffer(each, "<f4") for each in found], axis=0, dtype=np.float64)
+            return list(names), mean.tobytes()
 
     engine = server(config, Direct())  # type: ignore[arg-type]
     for step in range(site.steps):
@@ -145,3 +159,37 @@ def test_killed_server_and_devices_come_back_to_the_same_bits(site: Site, victim
     assert rows[-1]["federated/bytes_received"] > 0
     print(f"{len(victims)} kills of {', '.join(victims)}; seconds of rounds:")
     print([round(row["federated/round_seconds"], 1) for row in rows])
+
+
+def test_no_file_of_the_server_holds_an_update_of_one_device_under_secure_aggregation(site: Site) -> None:
+    site.steps, site.more = (
+        2,
+        [
+            "engine.federated.secure=true",
+            "engine.federated.clip=10",
+            "engine.federated.answer_seconds=60",
+            "optimizer.eps=1e-3",
+        ],
+    )
+    for name in ("server", *NAMES):
+        site.start(name)
+    site.wait(site.steps, 300.0)
+    assert site.running.pop("server").wait(60) == 0, (site.folder / "server.log").read_text()[-3000:]
+    vectors: list[bytes] = []
+    expected = in_this_process(site, vectors)
+    found = load_file(site.folder / "run" / "checkpoints" / f"step_{site.steps:08d}" / "model.safetensors")
+    furthest = max(float((found[name] - expected[name]).abs().max()) for name in found)
+    assert furthest < 1e-4  # steps of 2**-29 of the clip norm, rounded at random
+    files = [path for path in site.folder.rglob("*") if path.is_file() and path.parent.name not in NAMES]
+    assert any("superlink" in path.name for path in files)
+    kept = b"".join(path.read_bytes() for path in files)
+    assert found["objective.classifiers.0.weight"].numpy().tobytes() in kept  # what is there is found
+    for vector in vectors:
+        values = np.frombuffer(vector, "<f4")
+        for start in np.flatnonzero(values)[:: max(1, len(values) // 50)]:
+            piece = values[start : start + 4]
+            for scale in (1.0, 10.0):  # as sent, and times the clip norm
+                for kind in ("<f4", "<f8"):
+                    assert (piece * np.float32(scale)).astype(kind).tobytes() not in kept
+    rows = site.rounds()
+    print(f"seconds of rounds: {[round(row['federated/round_seconds'], 1) for row in rows]}; furthest {furthest:.1e}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_pipeline.core.types import Cursor
@@ -13,6 +14,7 @@ from pretrain.checkpointing.run_folder import RunFolder
 from pretrain.config import Config
 from pretrain.engines.distributed import DistributedContext
 from pretrain.federated.device import DeviceAudio, DeviceEngine
+from pretrain.federated.secure_server import SecureEngine
 from pretrain.federated.server import FederatedEngine, RoundReader
 from pretrain.federated.transport import Reply
 from pretrain.monitoring.heartbeat import Heartbeat
@@ -60,6 +62,13 @@ class InProcessDevices:
         order = list(reversed(names))  # any order
         return [Reply(name, message) for name in order for message in self._answers[name](request)]
 
+    def sum(self, names: Sequence[str], request: bytes, seconds: float, least: int) -> tuple[list[str], bytes]:
+        vectors = {reply.device: np.frombuffer(reply.message, "<f4") for reply in self.ask(names, request, seconds)}
+        if len(vectors) < least:
+            return [], b""
+        mean = np.mean([vectors[name] for name in sorted(vectors)], axis=0, dtype=np.float64)
+        return sorted(vectors), mean.tobytes()
+
     def close(self) -> None:
         self._close()
 
@@ -88,7 +97,8 @@ def server(
 ) -> FederatedEngine:
     """Returns the engine of a server that asks `devices`; `notes` receives what is left out."""
     kept = [] if notes is None else notes
-    return FederatedEngine(
+    kind = SecureEngine if config.engine.federated.secure else FederatedEngine
+    return kind(
         build_model(config),
         config,
         WORLD,

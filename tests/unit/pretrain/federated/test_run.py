@@ -19,9 +19,11 @@ from tests.support.federation import run, settings, synthetic_devices
 from tests.support.tiny_shards import sounds, write_shards
 
 
-@pytest.mark.parametrize("rule", ["gradient", "fedadam"])
-def test_a_resumed_server_has_the_same_bits(rule: str, tmp_path: Path) -> None:
-    config = settings({"rule": rule, "per_round": 3}, train={"steps": 5, "checkpoint_every": 2, "media_every": 0})
+@pytest.mark.parametrize(
+    "rule", [{"rule": "gradient"}, {"rule": "fedadam"}, {"secure": True, "min_devices": 3}], ids=str
+)
+def test_a_resumed_server_has_the_same_bits(rule: dict[str, Any], tmp_path: Path) -> None:
+    config = settings({"per_round": 3, **rule}, train={"steps": 5, "checkpoint_every": 2, "media_every": 0})
     whole = run(tmp_path / "whole", config, synthetic_devices(config, 5))
     for stop_after in (1, 2, None):  # each start has new processes of server and devices
         parts = run(tmp_path / "parts", config, synthetic_devices(config, 5), stop_after)
