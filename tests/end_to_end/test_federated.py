@@ -108,7 +108,9 @@ def in_this_process(site: Site, vectors: list[bytes] | None = None) -> dict[str,
     `vectors` receives those of single devices under secure aggregation.
     """
     config = load(Config, json.loads((site.folder / "run" / "config.json").read_text()))
-    devices = {name: Device(dump(config), DeviceConfig(server="x:1", shards=str(site.folder / name))) for name in NAMES}
+    devices = {
+        name: Device(dump(config), DeviceConfig(server="127.0.0.1:1", shards=str(site.folder / name))) for name in NAMES
+    }
 
     class Direct:
         def present(self) -> list[str]:
