@@ -1,7 +1,7 @@
 """Measures records, statistics, report and verification of a data set with very many shards, on a disk or on S3.
 
     python benchmarks/shard_count.py 1000 10000 100000 > benchmarks/results/shard_count.md
-    python benchmarks/shard_count.py 1000 --s3      # on a server of moto, which counts requests (pip install moto[server])
+    python benchmarks/shard_count.py 1000 --s3      # on a server of moto, which counts requests
 
 Each shard has one segment of a tenth of a second, so that what is measured is the cost of a shard, not of audio. Each
 step is a process of its own.
