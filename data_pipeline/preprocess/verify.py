@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -99,8 +100,10 @@ def _verify_set(store: FileStore, keys: ExternalSort, decode: bool, begin: Begin
     claimed: set[str] = set()
     names = store.names("_done", ".json")
     advance = begin(f"{'reading and decoding' if decode else 'reading'} shards", len(names))
+    planned = store.exists("_plan")
     for name in names:
-        yield from _guarded(f"_done/{name}", _verify_record(store, name, keys, claimed, decode))
+        found = _verify_record(store, name, keys, claimed, decode=decode, planned=planned)
+        yield from _guarded(f"_done/{name}", found)
         advance(name)
     for folder, suffix in (("_done", ".json"), ("_rejects", ".jsonl")):
         yield from _guarded(pack_name(folder), _verify_pack(store, folder, suffix))
@@ -117,11 +120,13 @@ def _verify_pack(store: FileStore, folder: str, suffix: str) -> Iterator[Fault]:
             yield pack_name(folder), "does not match its files: remove it, and the next job writes it again"
 
 
-def _verify_record(store: FileStore, name: str, keys: ExternalSort, claimed: set[str], decode: bool) -> Iterator[Fault]:
+def _verify_record(
+    store: FileStore, name: str, keys: ExternalSort, claimed: set[str], *, decode: bool, planned: bool
+) -> Iterator[Fault]:
     content = store.read(f"_done/{name}")
     record = placed(DoneRecord.from_json(content, name), store.root)
     # other writers need not add a checksum
-    if (b'"check"' in content or store.exists("_plan")) and record.to_json() != content:
+    if (b'"check"' in content or planned) and record.to_json() != content:
         yield f"_done/{name}", "checksum mismatch, or another version of auricle wrote it: preprocess again"
     claimed.add(record.shard)
     yield from _guarded(record.shard or f"_done/{name}", _verify_unit(store, record, keys, decode))
@@ -148,7 +153,7 @@ def _verify_unit(store: FileStore, record: DoneRecord, keys: ExternalSort, decod
     if record.refused:
         return
     tars = FileStore(record.location) if record.location else store
-    if tars.exists(record.shard):
+    if rows is not None or tars.exists(record.shard):  # an index is read only where its tar has the right size
         with tars.fs.open(tars.path(record.shard), "rb") as file:
             if sha256_of(file) != record.sha256:
                 yield record.shard, "checksum mismatch: its sha256 is not the recorded one"
@@ -166,8 +171,12 @@ def _verify_index(
     for row in rows:
         keys.add(row["key"], record.shard)
     offsets = [row["offset"] for row in rows] + [rows[-1]["offset"] + rows[-1]["size"]] * bool(rows)
-    name = record.shard + ".idx"
-    if not foreign and (not store.exists(name) or store.read(name) != np.array(offsets, "<u8").tobytes()):
+    if foreign:
+        return
+    name, listed = record.shard + ".idx", b""
+    with contextlib.suppress(FileNotFoundError):
+        listed = store.read(name)
+    if listed != np.array(offsets, "<u8").tobytes():
         yield name, "does not hold the offsets of the samples"
 
 
