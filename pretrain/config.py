@@ -100,6 +100,15 @@ class EngineConfig:
     compile: Annotated[
         bool, about("torch.compile the encoder: slow first steps, then faster; dropout draws differ")
     ] = False
+    fake_int8: Annotated[
+        float,
+        about(
+            "share of the updates, the last ones, in which linear layers of front end and encoder round weights and "
+            "inputs as an INT8 graph does (needs torchao); 0: none",
+            ge=0,
+            le=1,
+        ),
+    ] = 0.0
     peak_tflops: Annotated[
         float,
         about("peak of one device in this precision, for perf/mfu; 0: built-in figures of common GPUs", ge=0),
@@ -130,8 +139,20 @@ class EngineConfig:
         if self.compile and self.activation_checkpointing == "selective":
             remedy = "cannot run with engine.compile=true, which selects what to recompute; take none or full"
             refuse("activation_checkpointing", "selective", remedy)
+        if self.fake_int8:
+            self._check_fake_int8()
         if self.compile and self.packed:
             refuse("packed", self.packed, "cannot run with engine.compile=true: its loops differ from batch to batch")
+
+    def _check_fake_int8(self) -> None:
+        """Refuses what rounding to 8 bits does not work with."""
+        if self.name not in ("torch", "deepspeed"):
+            refuse("fake_int8", self.fake_int8, f"cannot run with engine.name={self.name}; take torch or deepspeed")
+        if self.name == "deepspeed" and self.zero_stage == 3:
+            refuse("fake_int8", self.fake_int8, "needs whole weights, which ZeRO 3 partitions; set zero_stage of 0 to 2")
+        for field in ("compile", "packed"):
+            if getattr(self, field):
+                refuse("fake_int8", self.fake_int8, f"cannot run with engine.{field}=true; set it to false")
 
     def _check_meta(self) -> None:
         """Refuses what cannot run inside an adaptation, whose weights are functions of the module's."""

@@ -24,6 +24,7 @@ from pretrain.interfaces.frames import EncoderOutput, StepContext
 from pretrain.interfaces.models import SpeechModel
 from pretrain.interfaces.objectives import Head, HeadPlan, LossOutput, MicroBatchPlan, Objective, Sum
 from pretrain.nn.balance import FACTOR, TASK_GRADIENTS, Balance, gradient_shares
+from pretrain.nn.fake_int8 import add_fake_int8, round_to_int8
 from pretrain.nn.gradient_taps import GradientTaps, NoTaps
 from pretrain.nn.inner_rates import InnerRates, chosen_weights
 from pretrain.nn.numerics import masked_deviation
@@ -88,6 +89,7 @@ class TrainModule(nn.Module):
         self.balance = Balance(balance, [False, *(head.signed for head in self._heads().values())])
         self.inner_rates: InnerRates | None = None
         """Learning rates of the inner loop of meta-learning; None in other runs."""
+        self._int8_from: int | None = None
         self._taps = GradientTaps(model.encoder, self.tasks) if balance.measures and self.heads else None
 
     @functools.cached_property
@@ -168,6 +170,17 @@ class TrainModule(nn.Module):
         if squares_K is not None:  # filled by the backward pass that follows
             metrics[TASK_GRADIENTS] = (squares_K, one)
         return loss, metrics
+
+    def anticipate_int8(self, share: float, steps: int) -> None:
+        """Lets the linear layers of the model round to 8 bits in the last `share` of `steps` updates."""
+        if share:
+            add_fake_int8(self.model)
+            self._int8_from = steps - max(1, round(share * steps))
+
+    def begin(self, ctx: StepContext) -> None:
+        """Runs before the first pass of an update: rounding follows from its number alone, so that resumes are exact."""
+        if self._int8_from is not None:
+            round_to_int8(self.model, ctx.step >= self._int8_from)
 
     def forget(self) -> None:
         """Discards what forward passes collected; runs before the first one of each attempt at an update."""

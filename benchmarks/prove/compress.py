@@ -187,6 +187,7 @@ def main() -> int:
     parser.add_argument("--teacher", type=Path, help="a finished run of quality_hubert; default: train one")
     parser.add_argument("--minutes", type=float, default=6.0, help="of the teacher's training")
     parser.add_argument("--student-minutes", type=float, default=2.5, help="of each student's training")
+    parser.add_argument("--shards", type=Path, help="of the splits pretrain and train; default: made here")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-utterances", type=int, default=0, help="per split of the probe; 0: all")
     parser.add_argument("--runs", type=int, default=30, help="timed runs of each graph")
@@ -196,10 +197,10 @@ def main() -> int:
     manifest = real_speech()
     if manifest is None:
         return 0
-    begun, shards = time.monotonic(), given.work / "shards"
-    auricle(
-        "preprocess", "corpus=manifest", f"corpus.path={manifest}", "corpus.splits=[pretrain,train]", f"out={shards}"
-    )
+    begun, shards = time.monotonic(), given.shards or given.work / "shards"
+    if given.shards is None:
+        splits = "corpus.splits=[pretrain,train]"
+        auricle("preprocess", "corpus=manifest", f"corpus.path={manifest}", splits, f"out={shards}")
     base = base_width(given.work, shards, given.runs)
     if given.base_only:
         print(json.dumps(base, indent=2))

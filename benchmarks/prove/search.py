@@ -117,6 +117,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="of the supernet's training")
     parser.add_argument("--subnets", type=int, default=40, help="whole subnets that are measured")
     parser.add_argument("--trials", type=int, default=30, help="subnets scored at each latency, by both searches")
+    parser.add_argument("--shards", type=Path, help="of the splits pretrain and train; default: made here")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-utterances", type=int, default=0, help="per split of the probes; 0: all")
     parser.add_argument("--runs", type=int, default=10, help="timed runs of each subnet")
@@ -124,10 +125,10 @@ def main() -> int:
     manifest = real_speech()
     if manifest is None:
         return 0
-    begun, shards = time.monotonic(), given.work / "shards"
-    auricle(
-        "preprocess", "corpus=manifest", f"corpus.path={manifest}", "corpus.splits=[pretrain,train]", f"out={shards}"
-    )
+    begun, shards = time.monotonic(), given.shards or given.work / "shards"
+    if given.shards is None:
+        splits = "corpus.splits=[pretrain,train]"
+        auricle("preprocess", "corpus=manifest", f"corpus.path={manifest}", splits, f"out={shards}")
     overrides = ["+experiment=supernet_tiny", f"objective.teacher={given.teacher}", f"init={given.teacher}"]
     run = train("supernet", given.minutes, given.work, shards, *overrides)
     _, found, space = open_supernet(str(run))

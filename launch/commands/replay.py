@@ -65,6 +65,7 @@ def model_at(config: Config, run_folder: Path, step: int) -> tuple[TrainModule, 
     from pretrain.train_module import build_model
 
     module = build_model(config)
+    module.anticipate_int8(config.engine.fake_int8, config.train.steps)
     before = [path for saved, path in saved_steps(run_folder / "checkpoints").items() if saved <= step]
     if before:
         fill(module, read_weights(before[-1]), str(before[-1] / MODEL))

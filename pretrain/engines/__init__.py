@@ -25,8 +25,9 @@ def make_engine(config: Config, module: TrainModule, world: DistributedContext) 
         An engine with fresh optimizer state.
 
     Raises:
-        ConfigError: engine.offload=nvme is not supported on this machine.
+        ConfigError: engine.offload=nvme is not supported on this machine, or engine.fake_int8 lacks torchao.
     """
+    module.anticipate_int8(config.engine.fake_int8, config.train.steps)
     if config.engine.name == "torch":
         return TorchEngine(module, config.engine, config.optimizer, world)
     if config.engine.name == "meta":

@@ -114,6 +114,7 @@ class Engine(abc.ABC):
                 checkpoint.
         """
         self.module.train()
+        self.module.begin(ctx)
         signals = signals or RankSignals(wait_seconds=(0.0,) * self.world.size)
 
         # prepare and count: the loss of every micro-batch is divided by the targets of the whole global step
