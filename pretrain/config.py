@@ -149,7 +149,9 @@ class EngineConfig:
         if self.name not in ("torch", "deepspeed"):
             refuse("fake_int8", self.fake_int8, f"cannot run with engine.name={self.name}; take torch or deepspeed")
         if self.name == "deepspeed" and self.zero_stage == 3:
-            refuse("fake_int8", self.fake_int8, "needs whole weights, which ZeRO 3 partitions; set zero_stage of 0 to 2")
+            refuse(
+                "fake_int8", self.fake_int8, "needs whole weights, which ZeRO 3 partitions; set zero_stage of 0 to 2"
+            )
         for field in ("compile", "packed"):
             if getattr(self, field):
                 refuse("fake_int8", self.fake_int8, f"cannot run with engine.{field}=true; set it to false")
