@@ -178,7 +178,7 @@ class TrainModule(nn.Module):
             self._int8_from = steps - max(1, round(share * steps))
 
     def begin(self, ctx: StepContext) -> None:
-        """Runs before the first pass of an update: rounding follows from its number alone, so that resumes are exact."""
+        """Runs before the first pass of an update. Rounding follows from its number alone, so resumes are exact."""
         if self._int8_from is not None:
             round_to_int8(self.model, ctx.step >= self._int8_from)
 
