@@ -124,8 +124,10 @@ def trained(run: Path) -> dict[str, float]:
     return {"updates": rows[-1]["step"], "seconds": round(seconds), **last}
 
 
-def listen(voice: UnitVoice, label: UnitLabeller, test: Sequence[String]) -> tuple[dict[str, list[float]], int, float]:
-    """Returns digit errors with 95 % intervals, the number of texts without an end, and the real-time factor.
+def listen(
+    voice: UnitVoice, label: UnitLabeller, test: Sequence[String]
+) -> tuple[dict[str, list[float]], int, float | None]:
+    """Returns digit errors with 95 % intervals, the texts without an end, and the real-time factor, if any ends.
 
     A text for which no end was drawn is silent, that is, all of its digits are wrong.
     """
@@ -153,7 +155,7 @@ def listen(voice: UnitVoice, label: UnitLabeller, test: Sequence[String]) -> tup
     for kind, make in kinds.items():
         rates[kind] = rate(test, [recogniser(make(string)) for string in test])
         print(f"{kind}: digit error {rates[kind]}", flush=True)
-    return rates, failures, spent / (spoken / 16_000)
+    return rates, failures, spent / (spoken / 16_000) if failures < len(test) else None
 
 
 @torch.inference_mode()
@@ -207,7 +209,7 @@ def report(out: Path, values: dict[str, Any]) -> None:
         f"Units are drawn at temperature {values['temperature']:g}, top_p 0.9. No end was drawn for "
         f"{values['texts without an end']} texts, nor written for {values['recordings without an end']} recordings; "
         f"all their digits count as wrong. Real-time factor of text to audio on one core: "
-        f"{values['real_time_factor']:.2f}. Accuracy of the next unit in training: "
+        f"{values['real_time_factor'] or float('nan'):.2f}. Accuracy of the next unit in training: "
         f"{to_units['accuracy']:.1%}, of the next letter: {to_text['accuracy']:.1%}.",
     ]
     out.mkdir(parents=True, exist_ok=True)
