@@ -68,9 +68,13 @@ def require_startable(config: PretrainJob, attended: bool) -> None:
             job, or if its shards cannot be read from here.
 
     Raises:
-        ConfigError: there are no shards, batches cannot be filled, or `init` is of another architecture.
+        ConfigError: there are no shards or devices, batches cannot be filled, or `init` is of another architecture.
     """
     if config.engine.name == "federated":
+        if config.engine.federated.transport == "ray" and config.launcher.sees_inputs:
+            from launch.federation.ray_devices import device_folders
+
+            device_folders(config.data.shards)
         _require_start(config)
     elif attended or _sees_shards(config):
         _require_shards(config)

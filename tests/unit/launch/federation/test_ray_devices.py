@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from data_pipeline.core.schema import ConfigError, dump, load
+from launch.exit_codes import ExitCode
 from launch.federation.ray_devices import RayDevices, device_folders
+from launch.main import main
 from pretrain.federated.config import DeviceConfig
 from pretrain.federated.device import Device
 from pretrain.interfaces.engine_configs import FederatedConfig
@@ -31,6 +33,16 @@ def test_each_subfolder_is_a_device(tmp_path: Path) -> None:
         device_folders([str(tmp_path / "none")])
     with pytest.raises(ConfigError, match=r"transport.*secure=true"):
         load(FederatedConfig, {"transport": "ray", "secure": True, "min_devices": 3})
+
+
+def test_a_run_without_device_folders_is_refused_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["pretrain", "+experiment=federated_tiny", f"runs={tmp_path / 'runs'}", "device=cpu", "launcher.processes=1"]
+    fields = ["engine.federated.transport=ray", f"data.shards={tmp_path / 'none'}"]
+    assert main([*run, *fields]) == ExitCode.USAGE
+    assert "each subfolder is a device's shards, and there is none" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
