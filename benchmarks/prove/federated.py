@@ -1,6 +1,6 @@
 """Measures what federated pretraining keeps of the gain of a central run on the same audio.
 
-    python benchmarks/prove/federated.py                      # ≤ 20 minutes on two cores
+    python benchmarks/prove/federated.py                      # 4 processor minutes of each training, and 9 evaluations
     python benchmarks/prove/federated.py --minutes 0.3 --seeds 1 --max-speakers 12
 
 Speech: manifest.tsv of the folder that AURICLE_SPEECH names; every speaker of speechocean762's split train is a device.
