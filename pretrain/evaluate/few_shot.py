@@ -112,9 +112,9 @@ def descend(x_ND: Tensor, episode: Episode, weight_rates: Sequence[float], bias_
     return found
 
 
-def standardised(part: Labelled, layer: int) -> Tensor:
-    """Returns the features of a layer with mean 0 and deviation 1 over the recordings, (N, D) float32."""
-    x_ND = part.x_NLD[:, layer].float()
+def standardised(x_ND: Tensor) -> Tensor:
+    """Returns features with mean 0 and deviation 1 over the recordings, (N, D) float32."""
+    x_ND = x_ND.float()
     return (x_ND - x_ND.mean(0)) / x_ND.std(0).clamp(min=1e-5)
 
 
@@ -161,7 +161,7 @@ def tallies(
         tuning = [draw(valid, config, fewer, number, seed) for number in range(config.choice_episodes)]
 
         def by_layer(part: Labelled, layer: int, steps: int, rate: float) -> Callable[[Episode], np.ndarray]:
-            x_ND = standardised(part, layer)
+            x_ND = standardised(part.x_NLD[:, layer])
             return lambda episode: classify_queries(x_ND, episode, steps, rate)
 
         def score(layer: int, steps: int, rate: float, episodes: Sequence[Episode] = tuple(tuning)) -> float:
@@ -191,8 +191,11 @@ class EpisodeLearner:
 
     @torch.inference_mode()
     def embed(self, x_NLD: Tensor) -> Tensor:
-        """Returns what is classified, (N, P), of the pooled frames of all layers, (N, L, P)."""
-        return self.head.embed(self.head.mix(tuple(x_NLD.float().unbind(1))))
+        """Returns what is classified, (N, P), of the pooled frames of all layers, (N, L, P).
+
+        Rows are standardised over these recordings, as for the other ways, instead of those of the training.
+        """
+        return self.head.embed(standardised(self.head.mix(tuple(x_NLD.float().unbind(1)))))
 
     def adapted(self, embedded_ND: Tensor, episode: Episode) -> np.ndarray:
         """Returns the classes found for the queries, (Q,), after the inner steps at the learned rates."""

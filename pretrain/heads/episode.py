@@ -1,8 +1,9 @@
 """Classes of an episode: a classifier that starts from the means of the support (Triantafillou et al. 2020, §3).
 
 The nearest mean p is the linear classifier with weights 2·p and biases −|p|² (Snell et al. 2017, arXiv 1703.05175,
-eq. 8); the steps of an episode go on from it. Episodes have a learned projection of the pooled frames in common, which
-starts as the identity, so that learning starts from prototypes of the features as they are.
+eq. 8); the steps of an episode go on from it. Episodes have a learned projection of the channels in common, which starts
+as the identity, so that learning starts from prototypes of the features as they are. It is the same for all quarters of
+an utterance: one of all their channels together fits the words of training and little else (docs/findings.md).
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Config(HeadConfig):
 class EpisodeClassifier(Head):
     """Predicts the way of each row, its class in the episode; rows without one do not count.
 
-    Pooled frames are standardised by the first update's mean and deviation, projected, divided by the root of their
-    number of channels, so that rates of inner steps do not depend on it, and classified.
+    Pooled frames, P = quarters · D channels, are standardised by the first update's mean and deviation, projected in
+    each quarter, divided by the root of P, so that rates of inner steps do not depend on it, and classified.
     """
 
     starts_from_support = True
@@ -57,10 +58,10 @@ class EpisodeClassifier(Head):
         self.register_buffer("deviation_P", torch.ones(dim))
         self.mean_P: Tensor
         self.deviation_P: Tensor
-        self.project = nn.Linear(dim, dim)
+        self.project = nn.Linear(shape.dim, shape.dim)
         self.classes = nn.Linear(dim, config.ways)
         with torch.no_grad():
-            self.project.weight.copy_(torch.eye(dim))
+            self.project.weight.copy_(torch.eye(shape.dim))
             self.project.bias.zero_()
 
     def prepare(self, model: SpeechModel, batch: Batch, ctx: StepContext) -> HeadPlan:
@@ -86,15 +87,20 @@ class EpisodeClassifier(Head):
         frames = self.frames(encoded)
         return pooled(frames, QUARTERS if self.config.pool == "quarters" else 1)
 
-    def embed(self, pooled_BP: Tensor) -> Tensor:
-        """Returns what is classified, (B, P)."""
-        embedded_BP: Tensor = self.project((pooled_BP - self.mean_P) / self.deviation_P)
-        return embedded_BP / math.sqrt(pooled_BP.shape[1])
+    def standardise(self, pooled_BP: Tensor) -> Tensor:
+        """Returns pooled frames minus the mean of the first update, divided by its deviation, (B, P)."""
+        return (pooled_BP - self.mean_P) / self.deviation_P
+
+    def embed(self, standardised_BP: Tensor) -> Tensor:
+        """Returns what is classified, (B, P), of standardised rows."""
+        rows, dim = standardised_BP.shape
+        projected_BQD: Tensor = self.project(standardised_BP.view(rows, -1, self.project.in_features))
+        return projected_BQD.flatten(1) / math.sqrt(dim)
 
     def first_weights(self, encoded: EncoderOutput, batch: Batch) -> Mapping[str, Tensor]:
         """Returns weights and biases of the classes: the nearest mean of the support."""
         with full_precision(self.mean_P.device):
-            embedded_BP = self.embed(self.pooled(encoded))
+            embedded_BP = self.embed(self.standardise(self.pooled(encoded)))
             weight_WP, bias_W = prototypes(embedded_BP, torch.tensor(_ways(batch)), self.config.ways)
         return {"classes.weight": weight_WP, "classes.bias": bias_W}
 
@@ -105,7 +111,7 @@ class EpisodeClassifier(Head):
         if self.fit.due and not batch.is_empty:
             self.fit.rows[batch.micro_batch] = pooled_BP.detach()[rows_B]
         with full_precision(device):
-            logits_BW = self.classes(self.embed(pooled_BP))
+            logits_BW = self.classes(self.embed(self.standardise(pooled_BP)))
             targets_B = torch.tensor(_ways(batch), device=device).clamp(0, self.config.ways - 1)
             losses_B = F.cross_entropy(logits_BW, targets_B, reduction="none")
         hits = ((logits_BW.argmax(1) == targets_B) & rows_B).sum()

@@ -110,7 +110,9 @@ def test_a_meta_run_is_measured_with_its_own_start_and_rates() -> None:
     x_NLD = torch.randn(20, 3, 128, generator=draw_from)
     episode = Episode(np.arange(6).reshape(2, 3), np.arange(6, 20), np.zeros(14))
     embedded_ND = learner.embed(x_NLD)
-    torch.testing.assert_close(embedded_ND, head.embed(x_NLD[:, -1]).detach())
+    last_ND = x_NLD[:, -1]
+    centred_ND = (last_ND - last_ND.mean(0)) / last_ND.std(0)
+    torch.testing.assert_close(embedded_ND, head.embed(centred_ND).detach())
     ways_S = torch.arange(2).repeat_interleave(3)
     weight, bias = prototypes(embedded_ND[:6].clone(), ways_S, 2)
     path = inner_loop.descend(
