@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("--base", type=Path, help="a finished run with the sizes of quality_hubert; default: train one")
     parser.add_argument("--base-steps", type=int, default=200, help="updates of the base")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600, help="updates of meta-learning")
+    parser.add_argument("--steps", type=int, default=300, help="updates of meta-learning")
     parser.add_argument("--episodes", type=int, default=600)
     parser.add_argument("--quick", action="store_true", help="one seed, 40 updates, 100 episodes")
     parser.add_argument("overrides", nargs="*", help="further overrides of the recipe maml_words_tiny")
