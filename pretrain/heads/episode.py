@@ -1,9 +1,10 @@
 """Classes of an episode: a classifier that starts from the means of the support (Triantafillou et al. 2020, §3).
 
 The nearest mean p is the linear classifier with weights 2·p and biases −|p|² (Snell et al. 2017, arXiv 1703.05175,
-eq. 8); the steps of an episode go on from it. Episodes have a learned projection of the channels in common, which starts
-as the identity, so that learning starts from prototypes of the features as they are. It is the same for all quarters of
-an utterance: one of all their channels together fits the words of training and little else (docs/findings.md).
+eq. 8); the steps of an episode go on from it. Episodes have a learned projection of the channels in common, which
+starts as the identity, so that learning starts from prototypes of the features as they are. It is the same for all
+quarters of an utterance: one of all their channels together fits the words of training and little else
+(docs/findings.md).
 """
 
 from __future__ import annotations
