@@ -129,12 +129,13 @@ def train_one(config: Config, devices: InProcessDevices | None) -> Path:
     return folder.path
 
 
-def gain(config: Config, devices: InProcessDevices | None, manifest: Path) -> float:
+def gain(config: Config, devices: InProcessDevices | None, given: Namespace) -> float:
     """Trains a run; returns the accuracy of its phone probe on unseen speakers, less that of random weights."""
     probe = EvaluateConfig(
         checkpoint=str(train_one(config, devices)),
         task="phones",
-        manifest=str(manifest),
+        manifest=str(given.manifest),
+        max_utterances=given.max_utterances,
         seeds=1,
         bootstrap=100,
         supervised=SupervisedConfig(epochs=0),
@@ -163,7 +164,7 @@ def gains_of(seed: int, speakers: Sequence[str], shards: Sequence[Path], steps: 
     for kind, (rounds, overrides, silent) in kinds.items():
         config = settings(f"run_{kind.split()[0]}_{seed}", shards, given.work / "runs", seed, rounds, *overrides)
         devices = None if silent is None else devices_of(config, shards, silent)
-        found[kind] = gain(config, devices, given.manifest)
+        found[kind] = gain(config, devices, given)
     return found
 
 
@@ -205,6 +206,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=4.0, help="of each of three trainings, over all seeds")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-speakers", type=int, default=0)
+    parser.add_argument("--max-utterances", type=int, default=150, help="of each split in the phone probe")
     given = parser.parse_args()
     given.manifest = real_speech()
     if given.manifest is None:
