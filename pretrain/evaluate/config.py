@@ -12,7 +12,7 @@ MEASURES: Final = ("abx", "pnmi", "rankme")
 """Measures without fitting, on the frame labels of a task."""
 WITH_TEXTS: Final = ("asr", "streaming", "synthesis")
 """Tasks of runs with a head whose measures are error rates of texts."""
-OF_HEADS: Final = ("asr", "streaming", "separation", "synthesis")
+OF_HEADS: Final = ("asr", "streaming", "separation", "synthesis", "retrieval")
 """Tasks of runs with a head; all other tasks are of encoders."""
 
 
@@ -171,6 +171,13 @@ class SynthesisConfig:
 
 
 @config
+class RetrievalConfig:
+    """Task retrieval: which joint embedding of speech, texts and images is measured."""
+
+    head: Annotated[str, about("name of the head that embeds; empty: the only one")] = ""
+
+
+@config
 class EvaluateConfig:
     """One evaluation: checkpoints and baselines × tasks."""
 
@@ -243,6 +250,7 @@ class EvaluateConfig:
     streaming: StreamingConfig = StreamingConfig()
     separation: SeparationConfig = SeparationConfig()
     synthesis: SynthesisConfig = SynthesisConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
 
 
 def items(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from data_pipeline.core.schema import ConfigError
-from pretrain.evaluate import asr, separation, streaming, synthesis
+from pretrain.evaluate import asr, joint_retrieval, separation, streaming, synthesis
 from pretrain.evaluate.config import MEASURES, OF_HEADS, WITH_TEXTS, EvaluateConfig, items, layer_numbers, task_names
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
@@ -18,6 +18,7 @@ from pretrain.evaluate.task_evaluation import TaskEvaluation
 from pretrain.generation.voice import open_speaker
 from pretrain.recognition.error_rates import require_jiwer
 from pretrain.recognition.recogniser import open_recogniser
+from pretrain.retrieval.embedder import open_embedder
 
 Say = Callable[[str], None]
 
@@ -95,7 +96,7 @@ def _evaluate(
 def _of_heads(
     config: EvaluateConfig, task: str, utterances: Sequence[Utterance], waves: Waves, say: Say
 ) -> list[ResultRow]:
-    """Measures what a head of the checkpoints does: error rates of recognisers or of their streams, or separation."""
+    """Measures what a head of the checkpoints does: it recognises (also in streams), separates, speaks or embeds."""
     rows = []
     for given in items(config.checkpoint):
         if task == "separation":
@@ -112,6 +113,14 @@ def _of_heads(
             rows += [
                 ResultRow(task, measure, voice.name, value=rate.value, low=rate.low, high=rate.high)
                 for measure, rate in measured
+            ]
+            continue
+        if task == "retrieval":
+            embedder = open_embedder(given, config.retrieval.head, config.device)
+            recalls = joint_retrieval.report(config, embedder, utterances, waves, say)
+            rows += [
+                ResultRow(task, measure, embedder.title, value=recall.value, low=recall.low, high=recall.high)
+                for measure, recall in recalls
             ]
             continue
         recogniser = open_recogniser(given, config.asr.head, config.device)

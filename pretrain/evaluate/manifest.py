@@ -42,7 +42,7 @@ class Utterance:
 
     path: local path or fsspec URL.  name: unique in a task, the path below the manifest's folder.  labels: further
     columns by name.  start, stop: first sample and the one after the last, at 16 kHz; None: to the end.  channel: the
-    one to take, from 0; None: the mix.
+    one to take, from 0; None: the mix.  image: path or URL of an image of it.
     """
 
     path: str
@@ -57,6 +57,7 @@ class Utterance:
     start: int = 0
     stop: int | None = None
     channel: int | None = None
+    image: str = ""
 
     def value(self, column: str) -> str:
         """Returns the value of a column; "" if the utterance has none."""
@@ -146,6 +147,7 @@ def _parts(file: AudioFile, name: str) -> Iterable[Utterance]:
             split=file.split,
             labels=file.labels,
             file=name,
+            image=file.image,
         )
     for span in file.spans:
         yield Utterance(
@@ -161,6 +163,7 @@ def _parts(file: AudioFile, name: str) -> Iterable[Utterance]:
             start=span.start,
             stop=span.stop,
             channel=span.channel,
+            image=span.image,
         )
 
 

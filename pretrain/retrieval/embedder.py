@@ -46,11 +46,18 @@ class Embedder:
     towers: dict[str, TowerInput]
     name: str
     """sha256 of the weights and name of the head."""
+    title: str
+    """Name of the run and its updates."""
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.head.parameters()).device
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of input that have a tower."""
+        return (SPEECH, *self.towers)
 
     def table(
         self,
@@ -110,7 +117,9 @@ class Embedder:
             return piece.wave
         tower = self.towers.get(piece.kind)
         if tower is None:
-            return Unusable(piece.name, "no_tower", f"the run has no tower for {piece.kind}, only {self._kinds}")
+            return Unusable(
+                piece.name, "no_tower", f"the run has no tower for {piece.kind}, only {', '.join(self.kinds)}"
+            )
         if tower.tokenizer is None:
             try:
                 return decoding.pixels(decoding.decode(piece.image), *tower.image)
@@ -120,10 +129,6 @@ class Embedder:
         if not self._present(tower, ids):
             return Unusable(piece.name, "no_tokens", "has no token of the run, or too many")
         return ids
-
-    @property
-    def _kinds(self) -> str:
-        return ", ".join([SPEECH, *self.towers])
 
     def _present(self, tower: TowerInput, value: object) -> bool:
         data = self._batch_of(tower, [value])
@@ -173,14 +178,18 @@ def open_embedder(given: str, head: str = "", device: str = "cpu") -> Embedder:
         ValueError: the checkpoint is damaged; names the file and the remedy.
     """
     device, folder = chosen_device(device), checkpoint_with_heads(given)
-    module, config, _ = load_checkpoint(folder)
+    module, config, step = load_checkpoint(folder)
     remedy = "train one, for example with `auricle pretrain +experiment=joint_embedding_tiny`"
     name, chosen = chosen_head(
         given, module, config, kind=JointEmbedding, head=head, described="joint_embedding", remedy=remedy
     )
     weights: str = read_state(folder)["sha256"][MODEL]
     return Embedder(
-        module.model.eval().to(device), chosen.eval().to(device), _towers(config, chosen.config), f"{weights} {name}"
+        module.model.eval().to(device),
+        chosen.eval().to(device),
+        _towers(config, chosen.config),
+        name=f"{weights} {name}",
+        title=f"{config.name} (step {step})",
     )
 
 

@@ -125,6 +125,7 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("evaluate *task=streaming *", MEASURING, _named("streaming")),
     Run("embed *"),
     Run("search *"),
+    Run("evaluate *task=retrieval *", ("corpora=made", "bootstrap=100"), {"test.tsv": "speech/manifest.tsv"}),
     Run("speak *", names=_named("synthesis_tiny")),
 )
 """In the order in which they run: later commands read what earlier ones wrote. Tuples are the test's own commands."""

@@ -171,3 +171,28 @@ def test_what_cannot_be_searched_is_an_error_with_its_reason(
     said = capsys.readouterr().err
     assert re.search(message, said)
     assert "left out" not in said, "places are checked before any is read"
+
+
+def test_the_evaluation_has_every_direction_and_counts_what_cannot_be_embedded(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = place / "files"
+    rows = [
+        {"path": f"{files}/{name}.wav", "text": name, "image": f"{files}/{name}.png", "speaker": name, "split": "test"}
+        for name in NAMES
+    ]
+    soundfile.write(tmp_path / "four.wav", sound("four", 0.6), 16_000)
+    rows += [{"path": "four.wav", "image": f"{place}/broken/b.png", "speaker": "four", "split": "test"}]
+    manifest = tmp_path / "asked.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["evaluate", "task=retrieval", f"manifest={manifest}", f"out={tmp_path}/found", f"runs={tmp_path}"]
+    assert main([*given, f"checkpoint={place}/run", "name=first"]) == ExitCode.DONE
+    found = json.loads((tmp_path / "found" / "results.json").read_text())
+    kinds = ("speech", "text", "image")
+    assert sorted(row["measure"] for row in found) == sorted(
+        f"recall@{most}, {a} → {b}" for most in (1, 5, 10) for a in kinds for b in kinds if a != b
+    )
+    assert {row["value"] for row in found if not row["measure"].startswith("recall@1,")} == {1.0}
+    assert "cannot be embedded: 1, such as" in capsys.readouterr().out
+    assert main([*given, f"checkpoint={place}/plain", "name=second"]) == ExitCode.USAGE
+    assert main([*given, f"checkpoint={place}/run", "ask=valid", "name=third"]) == ExitCode.USAGE
