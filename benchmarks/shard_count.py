@@ -112,7 +112,7 @@ def s3_server(log: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_ENDPOINT_URL=url)
-    with log.open("w") as said:
+    with log.open("w", encoding="utf-8") as said:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         server = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
     try:
@@ -163,7 +163,7 @@ def main() -> None:
             if given.s3:
                 log = folder / "requests"
                 root = stack.enter_context(s3_server(log))
-                requests = lambda log=log: log.read_text().count(" HTTP/1.1")  # noqa: E731
+                requests = lambda log=log: log.read_text(encoding="utf-8").count(" HTTP/1.1")  # noqa: E731
             measure(root, count, folder, requests, given.steps)
 
 

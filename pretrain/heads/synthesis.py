@@ -140,14 +140,15 @@ class Synthesis(Head):
         tokens_BN, tokens_B = (ids.to(device) for ids in self.with_marks(rows_BN, plan.rows_B))
         wave_BT = pad_audio(own_speech(batch), self.mel.window)
         mel = self.mel(wave_BT, batch.lengths_B * plan.rows_B)
+        frames = mel.lengths_B.tolist()  # on the host, as the lengths of the batch
         draws = [EVALUATED] * len(batch.keys)
         if self.training:
-            draws = _draw(batch, ctx, mel.lengths_B.tolist(), self.config)
+            draws = _draw(batch, ctx, frames, self.config)
         if self.synthesizer.flow is not None:
             draws = [draw._replace(copied=True) for draw in draws]
         mel, rows_B = mel._replace(lengths_B=mel.lengths_B.to(device)), plan.rows_B.to(device)
         styled_B = torch.tensor([draw.styled for draw in draws], device=device)
-        style_BD, recorded = self.style(self.frames(encoded), styled_B), self._recorded(batch, mel, ctx)
+        style_BD, recorded = self.style(self.frames(encoded), styled_B), self._recorded(batch, mel, frames, ctx)
         if self.words is not None:
             style_BD = style_BD + self.words(self._described(batch, recorded, tokens_B, ctx).to(device))
         spoken: SynthesisOutput = self.synthesizer(tokens_BN, tokens_B, style_BD, recorded)
@@ -234,11 +235,10 @@ class Synthesis(Head):
             rows.append(described(Measured(*values), config, rng))
         return padded(rows)
 
-    def _recorded(self, batch: Batch, mel: Frames, ctx: StepContext) -> Recorded:
+    def _recorded(self, batch: Batch, mel: Frames, frames: list[int], ctx: StepContext) -> Recorded:
         draws = None
         if self.synthesizer.flow is not None:
             rngs = [keyed_rng(ctx.seed, ctx.step, key, "synthesis flow") for key in batch.keys]
-            frames = mel.lengths_B.tolist()
             draws = FlowDraws(*(part.to(mel.x_BFD.device) for part in drawn(rngs, frames, *mel.x_BFD.shape[1:])))
         if not self.config.pitch:
             return Recorded(mel, draws=draws)

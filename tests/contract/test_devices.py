@@ -5,7 +5,6 @@ The device is simulated (tests/support/second_device.py). A case trains, saves, 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import registry
 from tests.support.contract_cases import CASES, ENCODERS, FRONTENDS, HEADS, small
 from tests.support.paths import ROOT
 
@@ -25,6 +23,7 @@ PACKED = {"packed": True}
 LOG_MEL, WAVEFORM = FRONTENDS["log_mel"], FRONTENDS["waveform_conv"]
 
 ALIGNER = "pretrain/models/synthesis/aligner.py: copy to the host"
+STYLE = "pretrain/heads/synthesis.py: tolist"
 STEP_WAITS = {
     "pretrain/engines/base.py: copy to the host": "loss and metrics, once per update",
     "pretrain/engines/plain_torch.py: aten::_local_scalar_dense": "gradient norm, once per update",
@@ -45,7 +44,8 @@ RARE_WAITS = {
     "pretrain/train_module.py: copy to the host": "targets of masked frames, before the first kernel of a step",
     "pretrain/self_supervision/masking.py: tolist": "numbers of masked frames, before the first kernel of a step",
     "pretrain/heads/separation.py: copy to the host": "rows with parts, before the first kernel of a step",
-    "pretrain/heads/synthesis.py: tolist": "comparison of mel frames with the checkpoint's, once per run",
+    "pretrain/models/synthesis/mel_convention.py: tolist": "comparison with the checkpoint's mel, once per run",
+    STYLE: "pitch and rate of the segments become words",
     "pretrain/heads/units.py: copy to the host": "numbers of units, before the first kernel of a step",
     ALIGNER: "the best alignment is searched on the host",
     "pretrain/models/encoders/transformer.py: aten::_local_scalar_dense": "data2vec 2.0: span of the visible frames",
@@ -54,21 +54,15 @@ RARE_WAITS = {
 """Waits of some objectives, or of few updates."""
 
 
-def without_dropout(kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a plug-in's config without dropout, whose draws differ between kinds of devices."""
-    names = {field.name for field in dataclasses.fields(registry.config_type(kind, values["name"]))}
-    return values | {name: 0.0 for name in names if "dropout" in name or name == "layer_drop"}
-
-
 def case(
     objective: str, frontend: dict[str, Any], encoder: str = "transformer", packed: bool = False, **values: Any
 ) -> dict[str, Any]:
     """Returns the config of a case."""
     return {
         "data": {"shards": "none"},
-        "objective": without_dropout("objectives", CASES[objective]),
-        "frontend": without_dropout("frontends", frontend),
-        "encoder": without_dropout("encoders", small("encoders", encoder)),
+        "objective": CASES[objective],
+        "frontend": frontend,
+        "encoder": small("encoders", encoder),
         "engine": {"packed": packed},
         **values,
     }
@@ -113,8 +107,8 @@ def test_the_second_device_gives_the_losses_of_the_cpu(name: str, results: dict[
     found, expected = results[name]["found"], results[name]["expected"]
     for part in ("losses", "norms"):
         mine, other = (torch.tensor(side[part], dtype=torch.float64) for side in (found, expected))
-        # heads keep their dropout
-        torch.testing.assert_close(mine, other, rtol=5e-2 if name == "every head" else 3e-3, atol=0)
+        # every head: errors of twenty losses add up
+        torch.testing.assert_close(mine, other, rtol=5e-3 if name == "every head" else 3e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", CASE_CONFIGS)
@@ -130,7 +124,7 @@ def test_passes_over_a_fitted_model_never_wait(name: str, results: dict[str, Any
     """Forward and backward passes run ahead of the device; the rows of k-means are collected once per run."""
     found = waits(results[name]["found"], "forward pass", "backward pass")
     once = {place for place, reason in RARE_WAITS.items() if "once per" in reason}
-    assert not found.keys() - once - {ALIGNER}
+    assert not found.keys() - once - {ALIGNER, STYLE}
 
 
 def test_planted_faults_are_named_with_file_and_line(tmp_path: Path) -> None:
