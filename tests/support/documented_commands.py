@@ -25,6 +25,14 @@ TRAINING = (
 """Overrides that make a training short."""
 TUNING = ("steps=2", "batch_seconds=8", "data.workers=0", "corpora=made", "launcher.processes=1")
 MEASURING = ("corpora=made", "seeds=1", "bootstrap=100")
+FEW_SHOT = (
+    "corpora=made",
+    "bootstrap=100",
+    "few_shot.episodes=10",
+    "few_shot.choice_episodes=3",
+    "few_shot.queries=1",
+    "few_shot.ways=2",
+)
 PROBING = (*MEASURING, "supervised.epochs=0", "neural.epochs=0")
 
 
@@ -49,6 +57,13 @@ STREAMING = (
     "data.labels=[text]", "data.shards=shards", "name=streaming", *TRAINING,
 )  # fmt: skip
 """A run that can stream, for docs/streaming.md and docs/compression.md."""
+WORDS_BASE = (
+    "pretrain", "frontend=log_mel", "frontend.subsampling=2", "encoder=transformer_tiny", "objective=best_rq",
+    "encoder.positions=conv_stack", "encoder.conv_positions_depth=2", "encoder.conv_positions_kernel=19",
+    "data.shards=shards", "name=words_base", *TRAINING,
+)  # fmt: skip
+"""A run with the sizes of the recipe maml_words_tiny, for docs/meta_learning.md."""
+EPISODES = (*TRAINING, "engine.name=meta", "data.episodes.ways=2", "data.episodes.shots=[1]", "data.episodes.queries=1")
 
 RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("doctor"),
@@ -90,6 +105,11 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("pretrain *best_rq_tiny *data.valid=*", (*TRAINING, "name=held_out")),
     Run("pretrain *heads.apart*", (*TRAINING, "name=apart")),
     Run("pretrain *tune.name=lora*", (*TRAINING, "name=tuned"), _named("best_rq_tiny")),
+    WORDS_BASE,
+    Run("pretrain *maml_words_tiny*", EPISODES, {"runs/T": "runs/words_base", "shards=words": "shards=split/train"}),
+    Run(
+        "pretrain *engine.name=meta*", EPISODES, {"shards=words": "shards=split/train", "label=language": "label=label"}
+    ),
     Run("pretrain *joint_embedding_tiny*", TRAINING),
     Run("pretrain *synthesis_tiny*", TRAINING),
     # reading runs
@@ -109,6 +129,7 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("export runs/NAME edge/ --to edge", names={"NAME": "streaming", "edge/": "another_edge/"}),
     Run("bench edge"),
     # what runs are for
+    Run("adapt *", ("--steps", "2"), _named("best_rq_tiny")),
     Run("finetune *task=classify *", (*TUNING, "out=runs/classes"), _named("best_rq_tiny")),
     Run("finetune *task=sequence *", (*TUNING, "out=runs/sequence"), _named("best_rq_tiny")),
     Run("finetune *tune=adapter *", TUNING, _named("best_rq_tiny")),
@@ -120,6 +141,11 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("transcribe *", names={"NAME": "finetune_best_rq_tiny"}),
     Run("evaluate *moods.yaml", ("seeds=1", "bootstrap=100"), _named("best_rq_tiny")),
     Run("evaluate *task=phones *", PROBING, _named("best_rq_tiny")),
+    Run(
+        "evaluate *task=few_shot *",
+        FEW_SHOT,
+        {"NAME": "best_rq_tiny", "speech_commands_v1": "made", "[1,5]": "[1]", "ways=3": "ways=2"},
+    ),
     Run("evaluate *task=asr *", MEASURING, {"finetune_NAME": "finetune_best_rq_tiny"}),
     Run("evaluate *task=streaming *streaming.left=*", MEASURING, {"NAME": "streaming", "8,16": "8", "8,-1": "8"}),
     Run("evaluate *task=streaming *", MEASURING, _named("streaming")),
@@ -132,8 +158,6 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
 
 COMPOSED = {
     "*runs/T*": "a chain that begins with a trained teacher; tests/unit/pretrain/compression",
-    "adapt *": "sixty updates; tests/evaluate/test_tuned.py",
-    "evaluate *task=few_shot *": "needs several speakers of each class; tests/unit/pretrain/evaluate/test_few_shot.py",
     "evaluate *task=separation": "needs a run with the head separation; tests/evaluate/test_separation.py",
     "*launcher=slurm*": "needs SLURM; tests/faults submits to a simulated one",
     "*launcher=ray*": "needs a Ray cluster; tests/faults starts one",
@@ -143,8 +167,6 @@ COMPOSED = {
     "board *": "serves until it is stopped; tests/board",
     "device *": "needs Flower's environment; tests/end_to_end/test_federated.py",
     "pretrain *federated_tiny*": "needs Flower's environment; tests/end_to_end/test_federated.py",
-    "pretrain *maml_words_tiny*": "needs words of many speakers; tests/unit/pretrain/engines/test_meta.py trains",
-    "pretrain *engine.name=meta*": "needs words of many speakers; tests/unit/pretrain/engines/test_meta.py trains",
     "preprocess corpus=common_voice *": "needs a corpus of this layout; "
     "tests/unit/data_pipeline/corpora/test_layouts.py",
     "preprocess corpus=librispeech *": "needs a corpus of this layout; "
