@@ -57,12 +57,6 @@ STREAMING = (
     "data.labels=[text]", "data.shards=shards", "name=streaming", *TRAINING,
 )  # fmt: skip
 """A run that can stream, for docs/streaming.md and docs/compression.md."""
-WORDS_BASE = (
-    "pretrain", "frontend=log_mel", "frontend.subsampling=2", "encoder=transformer_tiny", "objective=best_rq",
-    "encoder.positions=conv_stack", "encoder.conv_positions_depth=2", "encoder.conv_positions_kernel=19",
-    "data.shards=shards", "name=words_base", *TRAINING,
-)  # fmt: skip
-"""A run with the sizes of the recipe maml_words_tiny, for docs/meta_learning.md."""
 EPISODES = (*TRAINING, "engine.name=meta", "data.episodes.ways=2", "data.episodes.shots=[1]", "data.episodes.queries=1")
 
 RUNS: tuple[Run | tuple[str, ...], ...] = (
@@ -105,8 +99,6 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("pretrain *best_rq_tiny *data.valid=*", (*TRAINING, "name=held_out")),
     Run("pretrain *heads.apart*", (*TRAINING, "name=apart")),
     Run("pretrain *tune.name=lora*", (*TRAINING, "name=tuned"), _named("best_rq_tiny")),
-    WORDS_BASE,
-    Run("pretrain *maml_words_tiny*", EPISODES, {"runs/T": "runs/words_base", "shards=words": "shards=split/train"}),
     Run(
         "pretrain *engine.name=meta*", EPISODES, {"shards=words": "shards=split/train", "label=language": "label=label"}
     ),
