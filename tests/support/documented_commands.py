@@ -57,7 +57,6 @@ STREAMING = (
     "data.labels=[text]", "data.shards=shards", "name=streaming", *TRAINING,
 )  # fmt: skip
 """A run that can stream, for docs/streaming.md and docs/compression.md."""
-EPISODES = (*TRAINING, "engine.name=meta", "data.episodes.ways=2", "data.episodes.shots=[1]", "data.episodes.queries=1")
 
 RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("doctor"),
@@ -99,9 +98,6 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("pretrain *best_rq_tiny *data.valid=*", (*TRAINING, "name=held_out")),
     Run("pretrain *heads.apart*", (*TRAINING, "name=apart")),
     Run("pretrain *tune.name=lora*", (*TRAINING, "name=tuned"), _named("best_rq_tiny")),
-    Run(
-        "pretrain *engine.name=meta*", EPISODES, {"shards=words": "shards=split/train", "label=language": "label=label"}
-    ),
     Run("pretrain *joint_embedding_tiny*", TRAINING),
     Run("pretrain *synthesis_tiny*", TRAINING),
     # reading runs
@@ -158,6 +154,7 @@ COMPOSED = {
     "serve *": "serves until it is stopped; tests/unit/launch/serving",
     "board *": "serves until it is stopped; tests/board",
     "device *": "needs Flower's environment; tests/end_to_end/test_federated.py",
+    "pretrain *engine.name=meta*": "needs words of many speakers; tests/unit/pretrain/engines/test_meta.py trains",
     "pretrain *federated_tiny*": "needs Flower's environment; tests/end_to_end/test_federated.py",
     "preprocess corpus=common_voice *": "needs a corpus of this layout; "
     "tests/unit/data_pipeline/corpora/test_layouts.py",
