@@ -72,8 +72,8 @@ def main() -> int:
 
 def measured(run: Path, manifest: Path, out: Path) -> list[dict[str, Any]]:
     """Returns the rows of task=separation on unseen speakers: the run, then ideal masks."""
-    told = [f"checkpoint={run}", "task=separation", f"manifest={manifest}", f"corpora={TESTED}", f"out={out}"]
-    quiet_auricle("evaluate", *told)
+    fields = [f"checkpoint={run}", "task=separation", f"manifest={manifest}", f"corpora={TESTED}", f"out={out}"]
+    quiet_auricle("evaluate", *fields)
     rows: list[dict[str, Any]] = json.loads((out / "results.json").read_text(encoding="utf-8"))
     return rows
 

@@ -106,7 +106,7 @@ def _opened(place: str) -> Callable[[], Iterator[Piece | Unusable]]:
     if is_image_file(place):
         if not is_url(place) and not path.is_file():
             raise ConfigError(f"files={place}: there is no such file")
-        return lambda: iter([_image(place, printable(place.rpartition("/")[2]))])
+        return lambda: iter([image_piece(place, printable(place.rpartition("/")[2]))])
     pictures = sorted(one for one in path.rglob("*") if is_image_file(one.name)) if path.is_dir() else []
     found: list[RecordingSource] = []
     try:
@@ -121,13 +121,14 @@ def _of_files(
     place: str, path: Path, pictures: Sequence[Path], found: Sequence[RecordingSource]
 ) -> Iterator[Piece | Unusable]:
     """Yields the pictures and recordings of a folder, or one recording."""
-    yield from (_image(str(one), printable(str(one.relative_to(path)))) for one in pictures)
+    yield from (image_piece(str(one), printable(str(one.relative_to(path)))) for one in pictures)
     for source in found:
         for recording in source.recordings():
             yield _recording(recording, str(path / recording.name) if path.is_dir() else place)
 
 
-def _image(path: str, name: str) -> Piece | Unusable:
+def image_piece(path: str, name: str) -> Piece | Unusable:
+    """Returns the image of a file or URL, or why it cannot be read."""
     try:
         return Piece("image", name, path, image=read_image(path))
     except ImageError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from pretrain.evaluate.config import MEASURES, OF_HEADS, WITH_TEXTS, EvaluateCon
 from pretrain.evaluate.features import Waves
 from pretrain.evaluate.frozen_encoders import FrozenEncoder, open_encoder
 from pretrain.evaluate.manifest import Utterance, find_manifest, read_manifest
+from pretrain.evaluate.metrics import Interval95
 from pretrain.evaluate.rows import Detail, ResultRow
 from pretrain.evaluate.task_evaluation import TaskEvaluation
 from pretrain.generation.voice import open_speaker
@@ -99,38 +100,31 @@ def _of_heads(
     """Measures what a head of the checkpoints does: it recognises (also in streams), separates, speaks or embeds."""
     rows = []
     for given in items(config.checkpoint):
-        if task == "separation":
-            separator = separation.open_separator(given, config.separation.head, config.device)
-            who = f"{separator.name} (step {separator.step})"
-            gains = separation.report(config, separator, utterances, waves, say)
-            rows += [
-                ResultRow(task, measure, who, value=gain.value, low=gain.low, high=gain.high) for measure, gain in gains
-            ]
-            continue
-        if task == "synthesis":
-            voice = open_speaker(given, config.synthesis.head, config.device)
-            measured = synthesis.figures(config, voice, utterances, waves, say)
-            rows += [
-                ResultRow(task, measure, voice.name, value=rate.value, low=rate.low, high=rate.high)
-                for measure, rate in measured
-            ]
-            continue
-        if task == "retrieval":
-            embedder = open_embedder(given, config.retrieval.head, config.device)
-            recalls = joint_retrieval.report(config, embedder, utterances, waves, say)
-            rows += [
-                ResultRow(task, measure, embedder.title, value=recall.value, low=recall.low, high=recall.high)
-                for measure, recall in recalls
-            ]
-            continue
-        recogniser = open_recogniser(given, config.asr.head, config.device)
-        who = f"{recogniser.name} (step {recogniser.step})"
-        if task == "streaming":
-            found = streaming.report(config, recogniser, utterances, waves, say)
-        else:
-            rates = asr.error_rates(config, recogniser, utterances, waves, say)
-            found = ((f"{measure}, {decoder}", rate) for measure, decoder, rate in rates)
+        who, measured = _of_head(config, task, given, utterances, waves, say)
         rows += [
-            ResultRow(task, measure, who, value=rate.value, low=rate.low, high=rate.high) for measure, rate in found
+            ResultRow(task, measure, who, value=found.value, low=found.low, high=found.high)
+            for measure, found in measured
         ]
     return rows
+
+
+def _of_head(
+    config: EvaluateConfig, task: str, given: str, utterances: Sequence[Utterance], waves: Waves, say: Say
+) -> tuple[str, Iterable[tuple[str, Interval95]]]:
+    """Returns the name of a checkpoint, and its measures with their intervals."""
+    if task == "separation":
+        separator = separation.open_separator(given, config.separation.head, config.device)
+        who = f"{separator.name} (step {separator.step})"
+        return who, separation.report(config, separator, utterances, waves, say)
+    if task == "synthesis":
+        voice = open_speaker(given, config.synthesis.head, config.device)
+        return voice.name, synthesis.figures(config, voice, utterances, waves, say)
+    if task == "retrieval":
+        embedder = open_embedder(given, config.retrieval.head, config.device)
+        return embedder.title, joint_retrieval.report(config, embedder, utterances, waves, say)
+    recogniser = open_recogniser(given, config.asr.head, config.device)
+    who = f"{recogniser.name} (step {recogniser.step})"
+    if task == "streaming":
+        return who, streaming.report(config, recogniser, utterances, waves, say)
+    rates = asr.error_rates(config, recogniser, utterances, waves, say)
+    return who, ((f"{measure}, {decoder}", rate) for measure, decoder, rate in rates)

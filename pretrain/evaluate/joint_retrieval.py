@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.core.schema import ConfigError
-from data_pipeline.images.decoding import ImageError, read_image
-from data_pipeline.loader.pieces import Kind, Piece
+from data_pipeline.loader.pieces import Kind, Piece, image_piece
 from data_pipeline.loader.recordings import Unusable
 from pretrain.evaluate.config import EvaluateConfig, items
 from pretrain.evaluate.features import Waves
-from pretrain.evaluate.manifest import Utterance, corpora_in_words
+from pretrain.evaluate.manifest import Utterance, corpora_in_words, thinned
 from pretrain.evaluate.metrics import Interval95, bootstrap
 from pretrain.retrieval.embedder import Embedder
 from pretrain.retrieval.vectors import Vectors
@@ -87,9 +86,8 @@ def _asked(config: EvaluateConfig, utterances: Sequence[Utterance]) -> Asked:
         raise ConfigError(
             f"task=retrieval: no row in split ask={config.ask} of {corpora_in_words(corpora, utterances)}"
         )
-    most = config.max_utterances
     found: Asked = []
-    for u in chosen[:: -(-len(chosen) // most)] if most else chosen:
+    for u in thinned(chosen, config.max_utterances):
         keys: dict[Kind, str] = {"speech": u.name}
         if u.text.strip():
             keys["text"] = " ".join(u.text.split())
@@ -123,10 +121,7 @@ def _piece(kind: Kind, key: str, utterance: Utterance, waves: Waves) -> Piece | 
         return Piece("speech", key, wave=waves(utterance).numpy())
     if kind == "text":
         return Piece("text", key, text=key)
-    try:
-        return Piece("image", key, image=read_image(key))
-    except ImageError as error:
-        return Unusable(key, error.reason, str(error))
+    return image_piece(key, key)
 
 
 def _pairs(query: Kind, candidate: Kind, asked: Asked, vectors: dict[Kind, dict[str, Vectors]]) -> list[Pair]:
@@ -147,6 +142,7 @@ def ranks(asking: Sequence[Pair], queries: dict[str, Vectors], candidates: dict[
         candidates: likewise.
     """
     names = list(candidates)
+    places = {name: place for place, name in enumerate(names)}
     candidates_NE = np.stack([candidates[name] for name in names])
     right: dict[str, set[str]] = {}
     for query, candidate, _ in asking:
@@ -154,6 +150,7 @@ def ranks(asking: Sequence[Pair], queries: dict[str, Vectors], candidates: dict[
     found = []
     for query, _, _ in asking:
         similar_N = candidates_NE @ queries[query]
-        is_right_N = np.array([name in right[query] for name in names])
+        is_right_N = np.zeros(len(names), bool)
+        is_right_N[[places[name] for name in right[query]]] = True
         found.append(1 + int((similar_N[~is_right_N] >= similar_N[is_right_N].max()).sum()))
     return np.array(found)

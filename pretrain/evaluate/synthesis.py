@@ -17,7 +17,7 @@ from data_pipeline.core.types import SAMPLE_RATE
 from data_pipeline.labels import pitch
 from pretrain.evaluate.config import EvaluateConfig, items
 from pretrain.evaluate.features import Waves
-from pretrain.evaluate.manifest import Utterance
+from pretrain.evaluate.manifest import Utterance, thinned
 from pretrain.evaluate.metrics import Interval95, Tally, bootstrap
 from pretrain.generation.text import TextError, sentences
 from pretrain.generation.voice import Speaker
@@ -98,8 +98,7 @@ def _asked(config: EvaluateConfig, utterances: Sequence[Utterance]) -> list[Utte
     ]
     if not chosen:
         raise ConfigError(f"task=synthesis: no text in split {config.ask} of the manifest")
-    most = config.max_utterances
-    return chosen[:: -(-len(chosen) // most)] if most else chosen
+    return thinned(chosen, config.max_utterances)
 
 
 def _recognisers(config: EvaluateConfig, references: Sequence[str]) -> Iterator[tuple[str, Transcribe]]:

@@ -17,8 +17,8 @@ from pretrain.interfaces.frames import StepContext
 class SecureEngine(FederatedEngine):
     """A `FederatedEngine` whose devices mask their clipped updates for each other (Flower's SecAgg+).
 
-    Devices have equal weights. Since nothing of a single device is seen, a wrong update cannot be told from others;
-    the clip norm bounds what it does.
+    Devices have equal weights. Since nothing of a single device is seen, a wrong update cannot be distinguished from
+    others; the clip norm bounds what it does.
 
     Raises:
         ConfigError: there are several tasks.

@@ -228,13 +228,12 @@ class Synthesizer(nn.Module):
         """
         planned = self.plan(tokens_BN, tokens_B, style_BD, torch.tensor(controls, device=tokens_BN.device))
         frames = int(planned.durations_BN.sum(1).max())
-        median = self.render(planned, frames)
+        median, text_BFD = self._rendered(planned, frames)
         if self.flow is None:
             return median
         valid_BF, rng = median.valid_BF(), keyed_rng(drawing.seed, "flow")
         noise = rng.standard_normal((frames, median.x_BFD.shape[2]), np.float32) * drawing.temperature
         noise_BFM = torch.from_numpy(noise).to(median.x_BFD.device).expand_as(median.x_BFD)
-        text_BFD = self._text_frames(planned, frames)
         mel_BFM = self.flow.speak(noise_BFM, text_BFD, median.x_BFD, valid_BF, drawing.steps)
         return median._replace(x_BFD=mel_BFM)
 
@@ -251,15 +250,15 @@ class Synthesizer(nn.Module):
 
     def render(self, planned: Planned, frames: int) -> Frames:
         """Returns the median of normalised log-mel frames, (B, frames, n_mels), of what `plan` returned."""
+        return self._rendered(planned, frames)[0]
+
+    def _rendered(self, planned: Planned, frames: int) -> tuple[Frames, Tensor]:
+        """Returns the median of mel frames, and the text's frames that they are made of."""
         frames_B = planned.durations_BN.sum(1)
         valid_BF = _inside(frames_B, frames)
-        mel_BFD = self.out(self._text_frames(planned, frames)).float()
-        return Frames(masked(mel_BFD, valid_BF), frames_B, 100.0)
-
-    def _text_frames(self, planned: Planned, frames: int) -> Tensor:
-        valid_BF = _inside(planned.durations_BN.sum(1), frames)
         text_BFD: Tensor = self.decoder(regulate(planned.x_BND, planned.durations_BN, frames), valid_BF)
-        return text_BFD
+        mel_BFD = masked(self.out(text_BFD).float(), valid_BF)
+        return Frames(mel_BFD, frames_B, 100.0), text_BFD
 
     def _with_values(self, x_BND: Tensor, valid_BN: Tensor, energy_BN: Tensor, pitch_BN: Tensor | None) -> Tensor:
         x_BND = x_BND + self.embed_energy(energy_BN.masked_fill(~valid_BN, 0.0)[:, :, None])

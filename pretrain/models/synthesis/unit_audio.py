@@ -20,6 +20,7 @@ from pretrain.interfaces.models import Memory
 from pretrain.models.synthesis.blocks import masked
 from pretrain.models.synthesis.mel_convention import MelConvention
 from pretrain.models.synthesis.spectral_loss import SpectralLoss
+from pretrain.models.synthesis.style import Style
 from pretrain.models.synthesis.vocoder import ConvNeXtBlock, ISTFTVocoder, VocoderConfig
 from pretrain.models.synthesis.waveform_loss import LEAST_FRAMES, waveform_loss
 from pretrain.nn.numerics import full_precision, pad_audio
@@ -57,7 +58,7 @@ class UnitAudio(nn.Module):
         self.config, self.units, self.rate_hz = config, units, rate_hz
         self.mel = LogMel(config.n_mels, normalize="fixed")
         self.vectors = nn.Embedding(levels * units, config.dim)
-        self.reduce, self.expand = nn.Linear(prompt_dim, config.style_dim), nn.Linear(config.style_dim, config.dim)
+        self.style = Style(prompt_dim, config.style_dim, config.dim)
         self.blocks = nn.ModuleList(
             ConvNeXtBlock(config.dim, config.inner, 1 / config.layers) for _ in range(config.layers)
         )
@@ -81,10 +82,8 @@ class UnitAudio(nn.Module):
             frames: number of mel frames of the result.
         """
         vectors_BFD, known_BF = self._vectors(levels, frames)
-        inside_BM = prompt.valid_BM()
-        mean_BP = prompt.x_BMD.masked_fill(~inside_BM[:, :, None], 0.0).sum(1) / inside_BM.sum(1).clamp(min=1)[:, None]
-        style_BS = torch.tanh(self.reduce(mean_BP)) * inside_BM.any(1)[:, None]
-        x_BFD = masked(vectors_BFD + self.expand(style_BS)[:, None], known_BF)
+        style_BD = self.style(Frames(prompt.x_BMD, prompt.lengths_B, 1.0), prompt.valid_BM().any(1))
+        x_BFD = masked(vectors_BFD + style_BD[:, None], known_BF)
         for block in self.blocks:
             x_BFD = block(x_BFD, known_BF)
         return masked(self.out(self.norm(x_BFD)).float(), known_BF), known_BF
