@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.prove.common import markdown_table, parser_of, real_speech  # noqa: E402
-from data_pipeline.core.jsonl import append_rows  # noqa: E402
+from data_pipeline.core import jsonl  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from data_pipeline.core.schema import dump, load  # noqa: E402
 from data_pipeline.core.storage import FileStore  # noqa: E402
@@ -73,7 +73,7 @@ def shards_of(speaker: str, utterances: Sequence[Utterance], folder: Path) -> Pa
     out, manifest = folder / speaker, folder / f"{speaker}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     if not manifest.exists():
-        append_rows(manifest, [{"path": u.path, "speaker": u.speaker, "corpus": u.corpus} for u in utterances])
+        jsonl.append_rows(manifest, [{"path": u.path, "speaker": u.speaker, "corpus": u.corpus} for u in utterances])
     job = PreprocessConfig(out=str(out), corpus=ManifestCorpus(path=str(manifest), allow_outside=True))
     for unit in freeze_plan(FileStore(job.out), discover(job.corpus).recordings, job).work_units():
         process_unit(unit, job)
@@ -168,6 +168,20 @@ def gains_of(seed: int, speakers: Sequence[str], shards: Sequence[Path], steps: 
     return found
 
 
+def finished(given: Namespace, seed: int, steps: int) -> Gains | None:
+    """Returns the gains of a seed that an earlier call with the same number of updates finished in the work folder."""
+    rows = jsonl.read(given.work / "gains.jsonl").rows
+    return next((row["gains"] for row in rows if (row["seed"], row["updates"]) == (seed, steps)), None)
+
+
+def affordable(shards: Sequence[Path], given: Namespace) -> int:
+    """Returns the updates of a central run that fit in its share of the processor time."""
+    shutil.rmtree(given.work / "runs" / "timing", ignore_errors=True)  # else it is resumed at its end
+    tick = time.process_time()  # of one thread: other processes on the machine do not change the number of updates
+    train_one(settings("timing", shards, given.work / "runs", 0, TIMED_STEPS, "engine.name=torch"), None)
+    return max(TIMED_STEPS, int(given.minutes * 60 / given.seeds / ((time.process_time() - tick) / TIMED_STEPS)))
+
+
 def report(given: Namespace, gains: Mapping[str, list[float]], figures: dict[str, Any]) -> bool:
     """Writes federated.json and federated.md; returns whether both gates are passed."""
     mean = {kind: sum(values) / len(values) for kind, values in gains.items()}
@@ -193,7 +207,7 @@ def report(given: Namespace, gains: Mapping[str, list[float]], figures: dict[str
         f"{machine}). With absent devices, more rounds give the same amount of audio.", "",
         *markdown_table(("run", "points over random weights", "by seed", "share of the central gain"), rows), "",
         f"The gates (95 % where all answer, 90 % where 30 % never do) are {'passed' if passed else 'missed'}.",
-        "Made by `python benchmarks/prove/federated.py`.", "",
+        f"Made by `python benchmarks/prove/federated.py --updates {figures['rounds']}`.", "",
     ]  # fmt: skip
     (given.out / "federated.md").write_text("\n".join(page), encoding="utf-8")
     print("\n".join(page))
@@ -204,6 +218,7 @@ def main() -> int:
     """Returns exit code 0 where both gates are passed."""
     parser = parser_of(__doc__, "federated")
     parser.add_argument("--minutes", type=float, default=4.0, help="of each of three trainings, over all seeds")
+    parser.add_argument("--updates", type=int, default=0, help="of the central run, instead of a time")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-speakers", type=int, default=0)
     parser.add_argument("--max-utterances", type=int, default=150, help="of each split in the phone probe")
@@ -216,15 +231,16 @@ def main() -> int:
     listed = [u for u in read_manifest(given.manifest) if u.corpus == "speechocean762" and u.split == "train"]
     speakers = sorted({u.speaker for u in listed})[: given.max_speakers or None]
     shards = [shards_of(s, [u for u in listed if u.speaker == s], given.work / "speakers") for s in speakers]
-    shutil.rmtree(given.work / "runs" / "timing", ignore_errors=True)  # else it is resumed at its end
-    tick = time.process_time()  # of one thread: other processes on the machine do not change the number of updates
-    train_one(settings("timing", shards, given.work / "runs", 0, TIMED_STEPS, "engine.name=torch"), None)
-    steps = max(TIMED_STEPS, int(given.minutes * 60 / given.seeds / ((time.process_time() - tick) / TIMED_STEPS)))
+    steps = given.updates or affordable(shards, given)
     print(f"{steps} updates each, {(time.process_time() - begun) / 60:.1f} minutes so far", flush=True)
     found: list[Gains] = []
     passed = False
     for seed in range(given.seeds):  # a page after each seed: a run that is stopped leaves the seeds that it finished
-        found.append(gains_of(seed, speakers, shards, steps=steps, given=given))
+        gains = finished(given, seed, steps)
+        if gains is None:
+            gains = gains_of(seed, speakers, shards, steps=steps, given=given)
+            jsonl.append_rows(given.work / "gains.jsonl", [{"seed": seed, "updates": steps, "gains": gains}])
+        found.append(gains)
         minutes = round((time.process_time() - begun) / 60)
         figures = {"speakers": len(speakers), "rounds": steps, "seeds": len(found), "minutes": minutes}
         passed = report(given, {kind: [gains[kind] for gains in found] for kind in found[0]}, figures)
