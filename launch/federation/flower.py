@@ -1,4 +1,4 @@
-"""Flower's SuperLink and SuperNodes as the transport of a federated run, through a relay process."""
+"""Flower's SuperLink and its nodes as the transport of a federated run, through a relay process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.core.loopback import free_port, split_address
+from data_pipeline.core.loopback import split_address
 from data_pipeline.core.schema import ConfigError
 from launch.federation.relay import read_frame, write_frame
 from pretrain.federated.transport import Reply
@@ -52,7 +52,7 @@ class Relay:
 
     Raises:
         ConfigError: there is no Flower.
-        RuntimeError: SuperLink or SuperNode do not start.
+        RuntimeError: the SuperLink does not start.
     """
 
     def __init__(self, arguments: Sequence[str], folder: Path) -> None:
@@ -82,7 +82,7 @@ class Relay:
         return frame
 
     def close(self) -> None:
-        """Ends the relay, and with it SuperLink or SuperNode."""
+        """Ends the relay, and with it the SuperLink or the node."""
         for stream in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 self._stream(stream).close()
@@ -185,16 +185,17 @@ class FlowerDevices:
 
 
 class DeviceRelay:
-    """The connection of one device to its server, through a SuperNode.
+    """The connection of one device to its server, as a node of Flower.
 
     Args:
         server: HOST:PORT of the server on the loopback.
+        poll_seconds: between looks for a request.
     """
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, poll_seconds: float) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="auricle-device-"))
         try:
-            self.relay = Relay(["device", "--server", server, "--port", str(free_port())], self._folder)
+            self.relay = Relay(["device", "--server", server, "--poll-seconds", str(poll_seconds)], self._folder)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -210,6 +211,6 @@ class DeviceRelay:
         self.relay.send(head, body)
 
     def close(self) -> None:
-        """Ends the SuperNode."""
+        """Ends the node."""
         self.relay.close()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,9 +1,9 @@
 """A relay between this package and Flower: `FLOWER_PYTHON relay.py server|device …`, which imports flwr and no torch.
 
 Flower's pins differ from those of training, so that it may live in an environment of its own. The relay is a child of
-the server's engine, or of `auricle device`, and talks to it in frames over its standard input and output. It starts
-Flower's SuperLink or SuperNode and takes the place of their executor: a message is handed to the resident process, and
-no app is installed or run, whatever the other side ships. Telemetry is off.
+the server's engine, or of `auricle device`, and talks to it in frames over its standard input and output. At the
+server it starts Flower's SuperLink and takes the place of its executor; at a device it is a node of the SuperLink
+(`node.py`). A message is handed to the resident process, and no app is installed or run. Telemetry is off.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def start(name: str, arguments: list[str], log: Path) -> subprocess.Popen[bytes]
         )
 
 
-def end_with_parent() -> None:
-    """Makes the system kill this process when its parent ends, however it ends; Linux only."""
+def end_with_parent(by: int = signal.SIGKILL) -> None:
+    """Makes the system send this process a signal when its parent ends, however it ends; Linux only."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, by)
 
 
 def secret_file(folder: Path) -> Path:
@@ -110,7 +110,7 @@ def beside(name: str) -> Any:
 
 
 class Runtime:
-    """Takes tasks of one kind from the SuperLink or SuperNode on this machine."""
+    """Takes tasks of one kind from the SuperLink on this machine."""
 
     def __init__(self, address: str, kind: str, secret: Path) -> None:
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
@@ -144,7 +144,7 @@ class Runtime:
 
 
 def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -> None:
-    """Starts a SuperLink and carries messages between the engine and the SuperNodes."""
+    """Starts a SuperLink and carries messages between the engine and the nodes."""
     from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.cli.build import build_fab_from_files
     from flwr.common.serde import context_from_proto, fab_to_proto, run_from_proto
@@ -223,31 +223,16 @@ def serve(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) 
 
 
 def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -> None:
-    """Starts a SuperNode and carries messages between it and the resident device."""
+    """Connects to the SuperLink as a node and carries messages between it and the resident device."""
     from flwr.app import ConfigRecord, Error, Message, RecordDict
-    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
-    from flwr.supercore.retry import make_simple_http_retry_invoker
-    from flwr.supercore.runtime import RuntimeHttpClient
-    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-    secure_sum = beside("secure_sum")
-    folder = Path(arguments.folder)
-    secret = secret_file(folder)
-    flags = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
-    flags += ["--superlink", arguments.server, "--host", "127.0.0.1", "--port", str(arguments.port)]
-    flags += ["--insecure"]
-    process = start("flower-supernode", flags, folder / "supernode.log")
-    wait_for_port("127.0.0.1", arguments.port, process, folder / "supernode.log")
-    runtime = Runtime(f"127.0.0.1:{arguments.port}", "flwr-clientapp", secret)
-    write_frame(answers, {"ready": arguments.server})
-    watch(process, folder / "supernode.log")
+    secure_sum, node = beside("secure_sum"), beside("node")
 
     def resident(head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         write_frame(answers, {"head": head}, body)
         frame = read_frame(commands)
         if frame is None:
-            raise EOFError
+            raise EOFError("the device ended")
         if "error" in frame[0]:
             raise ValueError(frame[0]["error"])
         return frame
@@ -255,36 +240,19 @@ def work(arguments: argparse.Namespace, commands: BinaryIO, answers: BinaryIO) -
     def compute(head: dict[str, Any], body: bytes) -> bytes:
         return resident(head, body)[1]
 
-    for token in runtime.tokens():
-        client = RuntimeHttpClient.from_server_address(
-            server_address=runtime.address,
-            insecure=True,
-            root_certificates=None,
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
-                RuntimeTokenHttpInterceptor(token),
-            ],
-            retry_invoker=make_simple_http_retry_invoker(),
-        )
-        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
-        heartbeat.start()
-        message, context, _, _ = pull_task_input(client)
+    def answer(message: Any, context: Any) -> Any:
         try:
             if secure_sum.is_stage(message):
-                reply = secure_sum.answer_stage(message, context, compute)
-            else:
-                record = message.content.config_records.get("request", {})
-                text, data = resident(json.loads(record["head"]), record["body"])
-                content = RecordDict({"answer": ConfigRecord({"head": json.dumps(text), "body": data})})
-                reply = Message(content, reply_to=message)
-        except EOFError:
-            return
+                return secure_sum.answer_stage(message, context, compute)
+            record = message.content.config_records.get("request", {})
+            text, data = resident(json.loads(record["head"]), record["body"])
+            content = RecordDict({"answer": ConfigRecord({"head": json.dumps(text), "body": data})})
+            return Message(content, reply_to=message)
         except (ValueError, KeyError, TypeError) as error:
-            reply = Message(Error(code=0, reason=str(error)), reply_to=message)
-        push_message(client, reply, context)
-        push_task_output(client, context, "completed", "")
-        heartbeat.stop()
-        client.close()
+            return Message(Error(code=0, reason=str(error)), reply_to=message)
+
+    write_frame(answers, {"ready": arguments.server})
+    node.serve(arguments.server, arguments.poll_seconds, answer, commands)
 
 
 def wait_for_port(host: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -311,32 +279,26 @@ def wait_for_port(host: str, port: int, process: subprocess.Popen[bytes], log: P
     raise RuntimeError(f"{log.stem} does not listen on {host}:{port}; {log} ends with: {tail}")
 
 
-def watch(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Ends this process when a program of Flower does."""
-
-    def wait() -> None:
-        code = process.wait()
-        print(f"the SuperNode ended with {code}; see {log}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main() -> int:
     """Runs the relay until its parent closes the standard input."""
     parser = argparse.ArgumentParser()
     parser.add_argument("role", choices=("server", "device"))
     parser.add_argument("--folder", required=True)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--server", default="")
+    parser.add_argument("--poll-seconds", type=float, default=POLL_SECONDS)
     arguments = parser.parse_args()
-    end_with_parent()
+    # a node signs off before it ends
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_with_parent(signal.SIGKILL if arguments.role == "server" else signal.SIGTERM)
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": arguments.folder}
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what Flower prints must not mix with frames
     try:
         (serve if arguments.role == "server" else work)(arguments, sys.stdin.buffer, answers)
+    except KeyboardInterrupt:
+        return 1  # ended by a signal, or the SuperLink does not know this node any more, as after a restart
     except (RuntimeError, OSError, ValueError) as error:
         with contextlib.suppress(OSError):
             write_frame(answers, {"failed": f"{type(error).__name__}: {error}"})

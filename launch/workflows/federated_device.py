@@ -53,7 +53,7 @@ class _Resident:
 
     def serve(self) -> None:
         """Answers requests over one connection. Raises RuntimeError when it is lost."""
-        connection = DeviceRelay(self._own.server)
+        connection = DeviceRelay(self._own.server, self._own.poll_seconds)
         try:
             for head, body in connection.requests():
                 try:

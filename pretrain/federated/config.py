@@ -21,6 +21,9 @@ class DeviceConfig:
     targets: Annotated[dict[str, str], about("folders of frame labels of these shards, by name")] = dataclasses.field(
         default_factory=dict
     )
+    poll_seconds: Annotated[
+        float, about("seconds between looks for a request; 3 where hundreds of devices ask one server", ge=0.05, le=60)
+    ] = 0.5
     workers: Annotated[int, about("processes that decode audio; 0: in this process", ge=0)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], about("auto takes a GPU where there is one")] = "auto"
 
