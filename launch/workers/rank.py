@@ -20,6 +20,7 @@ from launch.workers.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from pretrain.checkpointing.run_folder import RunFolder
+    from pretrain.config import EngineConfig
 
 HANG_SLACK_SECONDS = 30.0
 """Seconds beyond the timeout of a collective after which a rank stuck in native code ends; the other ranks name it."""
@@ -64,7 +65,7 @@ def main(run_folder: str) -> ExitCode:
             if isinstance(reader, PlanReader):
                 data_record.write(path, reader.records)
         folder.incarnation = int(world.from_first(str(folder.incarnation)))
-        limit = config.engine.timeout_minutes * 60
+        limit = longest_phase(config.engine)
         with Heartbeat(
             path,
             world.rank,
@@ -90,6 +91,12 @@ def main(run_folder: str) -> ExitCode:
         if reader is not None:
             reader.close()
         distributed.leave()
+
+
+def longest_phase(engine: EngineConfig) -> float:
+    """Returns the seconds after which a phase of an update hangs: a collective, or a round of devices, lasts less."""
+    collective = engine.timeout_minutes * 60
+    return max(collective, engine.federated.longest_seconds) if engine.name == "federated" else collective
 
 
 def _report_failure(error: Exception, folder: RunFolder) -> ExitCode:

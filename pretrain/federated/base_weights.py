@@ -32,6 +32,29 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
+class BaseDigest:
+    """The digest of a base, computed again only where one of its tensors was changed.
+
+    PyTorch counts changes in place of a tensor, also of its detached views, but not those through `.data`; after these,
+    `forget` is called.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[str, int, int]] = []
+        self._digest = ""
+
+    def of(self, tensors: Mapping[str, Tensor]) -> str:
+        """Returns `digest(tensors)`."""
+        seen = [(name, tensor.data_ptr(), tensor._version) for name, tensor in tensors.items()]
+        if not self._digest or seen != self._seen:
+            self._seen, self._digest = seen, digest(tensors)
+        return self._digest
+
+    def forget(self) -> None:
+        """Computes the digest at the next call, whatever is counted."""
+        self._digest = ""
+
+
 class SentBase:
     """What the server sent: the digest of the newest base, and the devices that have it.
 

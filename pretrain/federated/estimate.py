@@ -36,7 +36,10 @@ class Share(NamedTuple):
 
 
 def exchange(config: Config) -> Exchange:
-    """Returns the bytes of one round, without metrics and names, about 20 kB; allocates no weights."""
+    """Returns the bytes of one round, without metrics and names, about 20 kB; allocates no weights.
+
+    Under secure aggregation all weights travel in every round, and masked values as int64.
+    """
     with torch.device("meta"):
         module = build_model(config)
     learned = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -45,6 +48,8 @@ def exchange(config: Config) -> Exchange:
         for part in split(module.state_dict(), learned)
     )
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    if config.engine.federated.secure:
+        return Exchange(sent + once, 8 * trained)
     return Exchange(sent, 4 * trained, once)
 
 

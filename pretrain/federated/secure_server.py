@@ -43,8 +43,9 @@ class SecureEngine(FederatedEngine):
             message = self._request(self.kind, ctx, attempt, ones, settings.clip)[0].encoded()
             exchange.asked += len(drawn)
             exchange.sent += len(message) * len(drawn)
+            self.on_phase("devices")
             included, mean = self._devices.sum(drawn, message, settings.answer_seconds, settings.min_devices)
-            exchange.received += len(mean) // 2 * len(included)  # masked values of 32 bits, without the shares of keys
+            exchange.received += len(mean) * len(included)  # masked values as int64, without the shares of keys
             for name in sorted(set(drawn) - set(included)):
                 exchange.left_out += 1
                 self._note(ctx.step, name, ABSENT)

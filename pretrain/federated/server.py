@@ -17,7 +17,7 @@ from pretrain.config import Config
 from pretrain.engines.base import add_sums
 from pretrain.engines.distributed import DistributedContext
 from pretrain.engines.plain_torch import TorchEngine
-from pretrain.federated.base_weights import SentBase, digest, split
+from pretrain.federated.base_weights import BaseDigest, SentBase, split
 from pretrain.federated.messages import Answer, Kind, RefusedError, RoundRequest, Schema
 from pretrain.federated.privacy import Privacy, Spent, ledger
 from pretrain.federated.private_objectives import require_private
@@ -68,7 +68,7 @@ class FederatedEngine(TorchEngine):
         shapes = {name: parameter.shape for name, parameter in self._trained.items()}
         self._schema = Schema(shapes, len(module.tasks), self.settings.max_norm)
         self._seen: set[str] = set()
-        self._sent = SentBase()
+        self._sent, self._digest = SentBase(), BaseDigest()
         self._privacy = Privacy(self.settings, secret) if self.settings.noise else None
         self._spent: Spent = ()
         self._rounds = config.train.steps
@@ -81,6 +81,10 @@ class FederatedEngine(TorchEngine):
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         self._spent = ledger(memory.get("privacy", []))
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        super().load_tensors(tensors, step)
+        self._digest.forget()
 
     @property
     def kind(self) -> Kind:
@@ -206,7 +210,7 @@ class FederatedEngine(TorchEngine):
             attempt=attempt,
             seed=ctx.seed,
             tensors={**learned, **rest},
-            base=digest(rest),
+            base=self._digest.of(rest) if rest else "",
             counts_K=counts_K if kind == "gradient" else None,
             local_steps=settings.local_steps,
             device_lr=settings.device_lr,

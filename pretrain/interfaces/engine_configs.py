@@ -98,6 +98,11 @@ class FederatedConfig:
         ),
     ] = 1e6
 
+    @property
+    def longest_seconds(self) -> float:
+        """Longest duration of a round: all attempts wait for devices, and then for the four exchanges of SecAgg+."""
+        return self.attempts * (self.wait_seconds + 4 * self.answer_seconds)
+
     def __post_init__(self) -> None:
         require_loopback(self.server)
         if self.min_devices > self.per_round:

@@ -28,7 +28,7 @@ except ConfigError as error:
 def test_a_node_waits_for_the_server_and_ends_with_its_parent() -> None:
     read, write = os.pipe()
     answered: list[object] = []
-    with open(read, "rb") as parent:
+    with os.fdopen(read, "rb") as parent:
         given = f"127.0.0.1:{free_port()}", 0.05, lambda message, context: answered.append(message), parent
         thread = threading.Thread(target=node.serve, args=given)
         thread.start()

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.loopback import free_port
-from data_pipeline.core.schema import ConfigError, dump
+from data_pipeline.core.schema import ConfigError, dump, load
 from data_pipeline.shards.local import ShardError
 from launch.exit_codes import NEVER_RETRY, ExitCode
 from launch.workers import rank
 from launch.workers.build import build
 from pretrain.checkpointing.run_folder import RunFolder
+from pretrain.config import EngineConfig
 from pretrain.engines.distributed import DistributedContext
 from pretrain.monitoring.health_monitor import UnhealthyError
 from tests.support.paths import ROOT
@@ -133,3 +134,11 @@ def test_a_rank_without_a_run_folder_exits_with_usage() -> None:
     ended = subprocess.run([sys.executable, "-m", "launch.workers.rank"], capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == ExitCode.USAGE
     assert "RUN_FOLDER" in ended.stderr
+
+
+def test_a_round_that_waits_for_devices_does_not_count_as_hung() -> None:
+    rounds = {"attempts": 3, "wait_seconds": 600, "answer_seconds": 3600}
+    federated = load(EngineConfig, {"name": "federated", "federated": rounds})
+    assert rank.longest_phase(federated) == 3 * (600 + 4 * 3600)
+    assert rank.longest_phase(load(EngineConfig, {"name": "federated", "timeout_minutes": 1000})) == 60_000
+    assert rank.longest_phase(load(EngineConfig, {"name": "torch", "federated": rounds})) == 1800

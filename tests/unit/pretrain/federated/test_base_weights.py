@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from pretrain.engines.plain_torch import TorchEngine
-from pretrain.federated.base_weights import digest, split
+from pretrain.federated import base_weights
+from pretrain.federated.base_weights import BaseDigest, digest, split
 from pretrain.federated.device import DeviceEngine
 from pretrain.federated.estimate import exchange
 from pretrain.federated.messages import RoundRequest
@@ -46,6 +48,36 @@ def test_small_weights_alone_travel_after_the_first_round(tune: dict[str, Any]) 
     assert 0 <= sent[0] - one.sent - one.once < names
     assert all(0 <= each - one.sent < names for each in sent[1:])
     assert one.once > one.sent
+
+
+def test_weights_that_do_not_learn_are_read_once_for_their_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+
+    def counted(tensors: Mapping[str, torch.Tensor]) -> str:
+        reads.append(digest(tensors))
+        return reads[-1]
+
+    monkeypatch.setattr(base_weights, "digest", counted)
+    config = settings({"per_round": 2}, tune=LORA)
+    engine = server(config, synthetic_devices(config, 2))
+    for step in range(3):
+        engine.step([], StepContext(config.seed, step), 1e-3)
+    assert len(reads) == 1
+    engine.load_tensors(dict(engine.tensors()), 3)
+    engine.step([], StepContext(config.seed, 3), 1e-3)
+    assert reads == [reads[0]] * 2
+
+
+def test_a_base_that_changed_has_another_digest() -> None:
+    seen, weights = BaseDigest(), {"a": torch.ones(3), "b": torch.ones(2)}
+    first = seen.of({name: tensor.detach() for name, tensor in weights.items()})
+    assert first == seen.of({name: tensor.detach() for name, tensor in weights.items()}) == digest(weights)
+    weights["b"].lerp_(torch.zeros(2), 0.5)  # as a teacher
+    second = seen.of({name: tensor.detach() for name, tensor in weights.items()})
+    assert first != second == digest(weights)
+    weights["b"].data.copy_(torch.zeros(2))  # as a checkpoint
+    seen.forget()
+    assert second != seen.of(weights) == digest(weights)
 
 
 def test_a_device_that_started_again_gets_the_base_again() -> None:

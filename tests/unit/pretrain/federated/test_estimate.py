@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from launch.exit_codes import ExitCode
@@ -10,14 +12,21 @@ from pretrain.federated.estimate import exchange, share
 from pretrain.interfaces.frames import StepContext
 from tests.support.federation import server, settings, synthetic_devices
 
+LORA = {"name": "lora", "rank": 2, "alpha": 4.0}
 
-def test_bytes_of_a_round_are_those_of_its_messages() -> None:
-    config = settings({"per_round": 2})
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure"])
+@pytest.mark.parametrize("tune", [{}, LORA], ids=["all weights", "lora"])
+def test_bytes_of_rounds_are_those_of_their_messages(tune: dict[str, Any], secure: bool) -> None:
+    config = settings({"per_round": 3, "min_devices": 3, "secure": secure}, **({"tune": tune} if tune else {}))
     one = exchange(config)
-    found = server(config, synthetic_devices(config, 2)).step([], StepContext(config.seed, 0), 1e-3).metrics
+    engine = server(config, synthetic_devices(config, 3))
     names = 20_000  # of tensors, and the metrics
-    assert 0 <= found["federated/bytes_sent"][0][0] / 2 - one.sent - one.once < names
-    assert 0 <= found["federated/bytes_received"][0][0] / 2 - one.received < names
+    for step, once in enumerate((one.once, 0)):
+        found = engine.step([], StepContext(config.seed, step), 1e-3).metrics
+        assert 0 <= found["federated/bytes_sent"][0][0] / 3 - one.sent - once < names
+        assert 0 <= found["federated/bytes_received"][0][0] / 3 - one.received < names
+    assert (one.once > one.sent) == (bool(tune) and not secure)
 
 
 def test_shares_of_all_devices_add_up_to_the_run() -> None:

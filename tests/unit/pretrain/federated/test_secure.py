@@ -58,11 +58,14 @@ def test_a_round_takes_the_mean_of_those_who_answered(rule: str) -> None:
     secure = server(secure_config, synthetic_devices(secure_config, 4, spoil), notes)
     config = settings(rounds, **equal)
     plain = server(config, synthetic_devices(config, 4, spoil))
+    phases: list[str] = []
+    secure.on_phase = phases.append
     ctx = StepContext(config.seed, 0)
     found, expected = secure.step([], ctx, 1e-2), plain.step([], ctx, 1e-2)
     assert found.metrics["federated/devices"][0] == 3
     assert found.samples == expected.samples
     assert notes == [(0, "d3", "no answer")]
+    assert phases == ["devices", "devices", "sum of losses", "update"]
     assert found.loss == pytest.approx(expected.loss, rel=0.05)  # devices with a few targets more count more there
     start = dict(server(config, synthetic_devices(config, 1)).module.named_parameters())
     theirs = dict(plain.module.named_parameters())
