@@ -1,0 +1,137 @@
+"""Trains, cuts and exports the models of the compression proof; what an earlier call finished in the folder stays."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.prove.common import auricle, succeeds
+
+BLOCKS, BEST, STUDENT_BLOCKS = 4, 2, 1
+"""Blocks of the teacher, its layer that teaches, blocks of the students."""
+SPARSITY = 0.5
+"""Share of heads and inner channels that the pruned student loses."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row before INT8.  layer: of the run.  learned: whether it was trained after the teacher."""
+
+    name: str
+    run: Path
+    layer: int = -1
+    learned: bool = False
+
+
+@dataclass
+class Exports:
+    """Graphs by row.  notes: why a row has none."""
+
+    folders: dict[str, Path] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Updates:
+    """Updates of each training."""
+
+    distilled: int
+    pruning: int
+    pruned: int
+    units: int
+
+    @classmethod
+    def scaled(cls, units: int) -> Updates:
+        """Returns lengths that take about as long as each other, from that of the student of the teacher's units."""
+        return cls(distilled=max(1, 2 * units // 3), pruning=max(1, units // 2), pruned=max(1, units // 4), units=units)
+
+
+def train(name: str, updates: int, runs: Path, shards: Path, *overrides: str, seed: int = 0) -> Path:
+    """Trains a run, or continues an interrupted one; one that has all updates stays. Returns its folder."""
+    run = runs / f"{name}_{updates}_{seed}"
+    if not (run / "checkpoints" / f"step_{updates:08d}").exists():
+        processes = min(2, int(os.environ.get("OMP_NUM_THREADS", "2")))  # OMP_NUM_THREADS=1: on one core
+        auricle(
+            "pretrain", *overrides, f"data.shards={shards}", f"runs={runs}", f"launcher.processes={processes}",
+            "health.on_collapse=warn", f"seed={seed}", f"train.steps={updates}", "train.checkpoint_every=100",
+            f"schedule.warmup_steps={max(1, updates // 20)}", f"name={run.name}", "train.media_every=0",
+        )  # fmt: skip
+    return run
+
+
+def cut(run: Path, out: Path, *options: str) -> bool:
+    """Cuts a run unless `out` is there; returns whether it could be cut."""
+    return out.exists() or succeeds("compress", str(run), str(out), *options)
+
+
+def widths_of(run: Path) -> list[str]:
+    """Returns the overrides of a cut run's encoder."""
+    encoder = json.loads((run / "config.json").read_text(encoding="utf-8"))["encoder"]
+    widths = json.dumps(encoder["widths"], separators=(",", ":"))
+    last = json.dumps(encoder["final_norm"])
+    return [f"encoder.layers={encoder['layers']}", f"encoder.widths={widths}", f"encoder.final_norm={last}"]
+
+
+def parts_of(teacher: Path, work: Path, shards: Path) -> tuple[Path, Path, Path]:
+    """Returns the teacher cut after layer BEST and after the students' blocks, and the units of layer BEST."""
+    best, truncated, units = work / "best", work / "truncated", work / "units"
+    cut(teacher, best, "--blocks", str(BEST))
+    cut(teacher, truncated, "--blocks", str(STUDENT_BLOCKS))
+    if not (units / "targets.json").exists():
+        auricle(
+            "targets", f"shards={shards}", f"out={units}", f"features={teacher}", f"layer={BEST}", "rounds=8",
+            "fraction=0.3",
+        )  # fmt: skip
+    return best, truncated, units
+
+
+def students(
+    teacher: Path, updates: Updates, work: Path, shards: Path, seed: int
+) -> tuple[list[Model], dict[str, str]]:
+    """Trains the learned models with one seed. Returns them, and a note on each that could not be cut.
+
+    Layer BEST of the teacher teaches, as the last layer of a run cut after it: later layers know less of phones. The
+    student's input is masked, so that it must learn to use the context.
+    """
+    best, truncated, units = parts_of(teacher, work, shards)
+    distil = ["+experiment=distil_tiny", f"objective.teacher={best}", f"objective.layers=[[{BEST}]]"]
+    masked = ["objective.mask_prob=0.65"]
+    distilled = train(
+        "distilled", updates.distilled, work, shards, *distil, *masked, f"init={truncated}", *widths_of(truncated),
+        seed=seed,
+    )  # fmt: skip
+    labels = ["objective.labels=units", "objective.label_rate_hz=50", f"data.targets={{units: {units}}}"]
+    overrides = ["+experiment=quality_hubert", f"init={truncated}", *widths_of(truncated), *labels]
+    dice = train("units_of_teacher", updates.units, work, shards, *overrides, seed=seed)
+    found = [
+        Model("distilled, 1 block", distilled, learned=True),
+        Model("teacher's units, 1 block", dice, learned=True),
+    ]
+    overrides = [
+        "+experiment=prune_tiny", f"objective.teacher={best}", f"objective.layers=[[0],[{BEST}]]", f"init={best}",
+        f"objective.sparsity={SPARSITY}", f"objective.sparsity_steps={max(1, updates.pruning // 10)}",
+        "optimizer.lr=1.0e-3",
+    ]  # fmt: skip
+    pruned = train("pruning", updates.pruning, work, shards, *overrides, *widths_of(best), seed=seed)
+    smaller = work / f"{pruned.name}_cut"
+    if not cut(pruned, smaller):
+        return found, {"pruned, 2 blocks": "not cut: its closed gates are off the target (see auricle compress)"}
+    overrides = [*distil, f"init={smaller}", *widths_of(smaller)]
+    final = train("pruned", updates.pruned, work, shards, *overrides, seed=seed)
+    return [*found, Model("pruned, 2 blocks", final, learned=True)], {}
+
+
+def exported(models: list[Model], out: Path, shards: Path) -> Exports:
+    """Exports each model in fp32 and INT8, unless it is there."""
+    found = Exports()
+    for model in models:
+        for kind, options in (("fp32", []), ("INT8", ["--int8", "dynamic", "--shards", str(shards)])):
+            row, folder = f"{model.name}, {kind}", out / f"{model.run.name}_{model.layer}_{kind.lower()}"
+            line = ["export", str(model.run), str(folder), "--to", "onnx", "--layer", str(model.layer), *options]
+            if folder.exists() or succeeds(*line):
+                found.folders[row] = folder
+            else:
+                found.notes[row] = "not exported: see the message of auricle export"
+    return found
