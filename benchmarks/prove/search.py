@@ -1,13 +1,14 @@
 """Measures what an architecture search finds beyond uniform scaling, random search and truncation.
 
     python benchmarks/prove/search.py --teacher runs/T             # ≤ 25 minutes on two cores
-    python benchmarks/prove/search.py --teacher runs/T --minutes 0.1 --subnets 8 --trials 6 --max-utterances 20
+    python benchmarks/prove/search.py --teacher runs/T --updates 20 --seeds 1 --subnets 8 --trials 4 --max-utterances 20
 
-Speech: manifest.tsv of the folder that AURICLE_SPEECH names; the teacher is a run of quality_hubert, and the supernet
-is distilled from it on the splits pretrain and train. At three latencies, from this machine's table: the best subnet
-on validation speakers of NSGA-II, of as many random draws, of uniform scaling, and plain truncation. All share the
-supernet's weights and are compared on test speakers, paired. Writes benchmarks/results/search.json and .md. Exit code 1
-unless at each latency the search is 0.5 points above uniform scaling (interval above 0) and above random search.
+Speech: manifest.tsv of the folder that AURICLE_SPEECH names; the teacher is a run of quality_hubert, and a supernet is
+distilled from it on the splits pretrain and train, anew for each seed. At the latencies of three subnets whose blocks
+are alike, from this machine's table: the best subnet on validation speakers of NSGA-II, of as many random draws, of
+uniform scaling, and plain truncation. All share the supernet's weights and are compared on test speakers, paired. The
+page is written after each seed, and the same command continues. Writes benchmarks/results/search.json and .md. Exit
+code 1 unless at each latency the search is 0.5 points above uniform scaling (interval above 0) and above random search.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.prove.common import auricle, markdown_table, parser_of, real_speech  # noqa: E402
-from benchmarks.prove.compress import MEASURE, tallies, train  # noqa: E402
+from benchmarks.prove.compress import EQUAL, MEASURE, tallies  # noqa: E402
+from benchmarks.prove.compress_students import train  # noqa: E402
+from data_pipeline.core import jsonl  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
 from data_pipeline.core.schema import load  # noqa: E402
 from launch.workflows.searching_architecture import open_supernet, subnet_score  # noqa: E402
@@ -41,72 +45,130 @@ from pretrain.interfaces.subnets import Space, Subnet  # noqa: E402
 from pretrain.profiling.processor import model_name  # noqa: E402
 
 SHARES = (0.55, 0.7, 0.85)
-"""Latencies, as shares of the supernet's."""
-TOLERANCE, ABOVE = 0.03, 0.005
+"""Latencies, about, as shares of the supernet's."""
+ABOVE = 0.005
+SEARCH, RANDOM, UNIFORM, TRUNCATION = "search", "random search", "uniform scaling", "truncation"
+Cost = Callable[[Subnet], SubnetCost]
 
 
-def rivals(
-    space: Space, scores: Scores, cost: Callable[[Subnet], SubnetCost], budget: Budget, trials: int
-) -> dict[str, Subnet]:
+def latencies(space: Space, cost: Cost) -> list[float]:
+    """Returns the latencies of the subnets with equal blocks that are nearest to SHARES of the supernet's."""
+    whole, uniform = cost(space.largest).rtf, [cost(subnet).rtf for subnet in space.uniforms()]
+    return [min(uniform, key=lambda rtf: abs(rtf - share * whole)) for share in SHARES]
+
+
+def rivals(space: Space, scores: Scores, cost: Cost, budget: Budget, trials: int, seed: int) -> dict[str, Subnet]:
     """Returns the best subnet within the budget of each way to choose one."""
-    known = scores.known()
 
     def scored(subnet: Subnet) -> float:
+        known = scores.known()
         if subnet not in known:
             known[subnet] = scores.compute(subnet)
+            jsonl.append_rows(scores.file, [{"widths": [list(pair) for pair in subnet], "score": known[subnet]}])
         return known[subnet]
 
     def within(subnets: Sequence[Subnet]) -> list[Subnet]:
         return [subnet for subnet in subnets if budget.holds(cost(subnet))]
 
-    found = search_subnets(space, scores, cost, budget, trials, population=max(4, trials // 6), say=print)
-    known |= scores.known()
-    rng, drawn = keyed_rng(0, "random search"), dict[Subnet, None]()
+    population = max(4, trials // 3)
+    found = search_subnets(space, scores, cost, budget, trials, population=population, seed=seed, say=print)
+    rng, drawn = keyed_rng(seed, "random search"), dict[Subnet, None]()
     while len(drawn) < len(found):
         drawn.update(dict.fromkeys(within([space.draw(rng)])))
     whole = [space.uniform(blocks, space.heads[-1], space.ffn[-1]) for blocks in space.blocks]
     chosen = {
-        "search": max(found, key=lambda candidate: candidate.score).subnet,
-        "random search": max(drawn, key=scored),
-        "uniform scaling": max(within(list(space.uniforms())), key=scored),
+        SEARCH: max(found, key=lambda candidate: candidate.score).subnet,
+        RANDOM: max(drawn, key=scored),
+        UNIFORM: max(within(list(space.uniforms())), key=scored),
     }
     if kept := within(whole):
-        chosen["truncation"] = kept[-1]
+        chosen[TRUNCATION] = kept[-1]
     return chosen
 
 
-def probe(manifest: Path, ask: str, seeds: int, most: int) -> TaskEvaluation:
+def probe(manifest: Path, ask: str, most: int) -> TaskEvaluation:
     """Returns the evaluation of phones on the speakers of a split."""
     values = {
-        "checkpoint": "subnets", "task": "phones", "manifest": str(manifest), "seeds": seeds, "ask": ask,
+        "checkpoint": "subnets", "task": "phones", "manifest": str(manifest), "seeds": 1, "ask": ask,
         "max_utterances": most,
     }  # fmt: skip
     return TaskEvaluation(load(EvaluateConfig, values), "phones", lambda line: None)
 
 
-def tested(task: TaskEvaluation, found: LoadedCheckpoint, subnet: Subnet) -> list[Tally]:
-    """Returns hits and trials by speaker of a subnet, for each seed."""
-    return tallies(task, freeze(cut_subnet(found, subnet).module.model, subnet_label(subnet)))
+def tested(task: TaskEvaluation, found: LoadedCheckpoint, subnet: Subnet) -> Tally:
+    """Returns hits and trials by speaker of a subnet."""
+    return tallies(task, freeze(cut_subnet(found, subnet).module.model, subnet_label(subnet)))[0]
 
 
-def compared(
-    chosen: dict[str, Subnet], test: Callable[[Subnet], list[Tally]], cost: Callable[[Subnet], SubnetCost], rtf: float
-) -> dict[str, Any]:
+def latency_table(run: Path, given: Namespace) -> dict[str, Any]:
+    """Returns this machine's latencies of the subnets' architectures, measured once."""
+    file = given.work / f"latency_{given.subnets}_{given.runs}.json"
+    if not file.exists():
+        line = [sys.executable, "-m", "launch.main", "bench", "--table", str(run), "--subnets", str(given.subnets)]
+        made = subprocess.run([*line, "--runs", str(given.runs)], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+        file.write_bytes(made.stdout)
+    table: dict[str, Any] = json.loads(file.read_bytes())
+    return table
+
+
+def seed_results(seed: int, choosing: TaskEvaluation, asking: TaskEvaluation, given: Namespace) -> dict[str, Any]:
+    """Trains a supernet, searches it at each latency and tests what was chosen; returns plain values for JSON."""
+    overrides = ["+experiment=supernet_tiny", f"objective.teacher={given.teacher}", f"init={given.teacher}"]
+    run = train("supernet", given.updates, given.work, given.shards, *overrides, seed=seed)
+    _, found, space = open_supernet(str(run))
+    table = latency_table(run, given)
+    latency = LatencyModel(table, space)
+
+    def cost(subnet: Subnet) -> SubnetCost:
+        return SubnetCost(latency.real_time_factor(subnet), megabytes(found, subnet))
+
+    def score(subnet: Subnet) -> float:
+        return subnet_score(choosing, found, subnet)
+
+    scores = Scores(given.work / f"scores_{given.updates}_{seed}_{given.max_utterances}.jsonl", score)
+    counted, rows = dict[str, Tally](), []
+    for rtf in latencies(space, cost):
+        chosen = rivals(space, scores, cost, Budget((1 + EQUAL) * rtf), given.trials, seed)
+        ways = {}
+        for way, subnet in chosen.items():
+            label = subnet_label(subnet)
+            if label not in counted:
+                counted[label] = tested(asking, found, subnet)
+            ways[way] = {"subnet": label, **cost(subnet)._asdict(), "tally": counted[label]}
+        rows.append({"rtf": rtf, "ways": ways})
+    return {
+        "latencies": rows,
+        "log_mel": accuracy(tallies(asking, log_mel_with_context())),
+        "supernet": accuracy([tested(asking, found, space.largest)]),
+        "subnets": space.size,
+        "latency_error": latency.error,
+        "noisy": table["noisy_subnets"],
+    }
+
+
+def compared(number: int, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the rows of one latency: accuracy of each way, and how far the search is above it, paired."""
-    mine, rows = test(chosen["search"]), []
-    for name, subnet in chosen.items():
-        other = test(subnet)
-        gap = bootstrap(mine, 2_000, other)
-        row = {"way": name, "subnet": subnet_label(subnet), "accuracy": accuracy(other), **cost(subnet)._asdict()}
+    parts = [seed["latencies"][number] for seed in seeds]
+
+    def tally_of(way: str) -> list[Tally]:
+        return [part["ways"][way]["tally"] for part in parts]
+
+    rows = []
+    for way in (SEARCH, RANDOM, UNIFORM, TRUNCATION):
+        if not all(way in part["ways"] for part in parts):
+            continue
+        found, gap = [part["ways"][way] for part in parts], bootstrap(tally_of(SEARCH), 2_000, tally_of(way))
+        costs = {name: sum(one[name] for one in found) / len(found) for name in ("rtf", "megabytes")}
+        row = {"way": way, "subnets": [one["subnet"] for one in found], "accuracy": accuracy(tally_of(way)), **costs}
         rows.append(row | {"search_above": gap.value, "low": gap.low, "high": gap.high})
-    return {"rtf": rtf, "rows": rows}
+    return {"rtf": parts[0]["rtf"], "rows": rows}
 
 
 def passed(latency: dict[str, Any]) -> bool:
     """Returns whether the search is far enough above uniform scaling, and above random search."""
     rows = {row["way"]: row for row in latency["rows"]}
-    uniform, random = rows["uniform scaling"], rows["random search"]
-    return uniform["search_above"] >= ABOVE and uniform["low"] > 0 and random["search_above"] > 0
+    uniform, random = rows[UNIFORM], rows[RANDOM]
+    return bool(uniform["search_above"] >= ABOVE and uniform["low"] > 0 and random["search_above"] > 0)
 
 
 def main() -> int:
@@ -114,66 +176,67 @@ def main() -> int:
     parser = parser_of(__doc__, "search")
     teacher = ROOT / "runs" / "quality_hubert"
     parser.add_argument("--teacher", type=Path, default=teacher, help="a finished run of quality_hubert")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of the supernet's training")
-    parser.add_argument("--subnets", type=int, default=40, help="whole subnets that are measured")
-    parser.add_argument("--trials", type=int, default=30, help="subnets scored at each latency, by both searches")
+    parser.add_argument("--updates", type=int, default=300, help="of each supernet")
+    parser.add_argument("--subnets", type=int, default=16, help="whole subnets that are measured")
+    parser.add_argument("--trials", type=int, default=16, help="subnets scored at each latency, by both searches")
     parser.add_argument("--shards", type=Path, help="of the splits pretrain and train; default: made here")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-utterances", type=int, default=0, help="per split of the probes; 0: all")
+    parser.add_argument("--seeds", type=int, default=3, help="supernets, each with its own searches")
+    parser.add_argument("--max-utterances", type=int, default=60, help="per split of the probe that chooses; 0: all")
+    parser.add_argument("--test-utterances", type=int, default=150, help="per split of the probe that tests; 0: all")
     parser.add_argument("--runs", type=int, default=10, help="timed runs of each subnet")
     given = parser.parse_args()
     manifest = real_speech()
     if manifest is None:
         return 0
-    begun, shards = time.monotonic(), given.shards or given.work / "shards"
+    begun = time.monotonic()
     if given.shards is None:
-        splits = "corpus.splits=[pretrain,train]"
-        auricle("preprocess", "corpus=manifest", f"corpus.path={manifest}", splits, f"out={shards}")
-    overrides = ["+experiment=supernet_tiny", f"objective.teacher={given.teacher}", f"init={given.teacher}"]
-    run = train("supernet", given.minutes, given.work, shards, *overrides)
-    _, found, space = open_supernet(str(run))
-    line = [sys.executable, "-m", "launch.main", "bench", "--table", str(run), "--subnets", str(given.subnets)]
-    made = subprocess.run([*line, "--runs", str(given.runs)], cwd=ROOT, check=True, stdout=subprocess.PIPE)
-    table = json.loads(made.stdout)
-    latency = LatencyModel(table, space)
+        given.shards, splits = given.work / "shards", "corpus.splits=[pretrain,train]"
+        auricle("preprocess", "corpus=manifest", f"corpus.path={manifest}", splits, f"out={given.shards}")
+    choosing = probe(manifest, "valid", given.max_utterances)
+    asking = probe(manifest, "test", given.test_utterances)
+    names = ("teacher", "updates", "trials", "max_utterances", "test_utterances", "subnets", "runs")
+    seeds, good = list[dict[str, Any]](), False
+    for seed in range(given.seeds):  # a page after each seed: a run that is stopped leaves the seeds that it finished
+        key = {name: str(getattr(given, name)) for name in names} | {"seed": seed}
+        rows = jsonl.read(given.work / "found.jsonl").rows
+        results = next((row["found"] for row in rows if row["key"] == key), None)
+        if results is None:
+            results = seed_results(seed, choosing, asking, given)
+            jsonl.append_rows(given.work / "found.jsonl", [{"key": key, "found": results}])
+        seeds.append(results)
+        good = report(seeds, begun, given)
+    return 0 if good else 1
 
-    def cost(subnet: Subnet) -> SubnetCost:
-        return SubnetCost(latency.real_time_factor(subnet), megabytes(found, subnet))
 
-    choosing, asking = (
-        probe(manifest, ask, n, given.max_utterances) for ask, n in (("valid", 1), ("test", given.seeds))
-    )
-    scores = Scores(given.work / "scores.jsonl", lambda subnet: subnet_score(choosing, found, subnet))
-    results = []
-    for share in SHARES:
-        rtf = share * cost(space.largest).rtf
-        chosen = rivals(space, scores, cost, Budget((1 + TOLERANCE) * rtf), given.trials)
-        results.append(compared(chosen, lambda subnet: tested(asking, found, subnet), cost, rtf))
+def report(seeds: Sequence[dict[str, Any]], begun: float, given: Namespace) -> bool:
+    """Writes search.json and search.md; returns whether the gate is passed at all latencies."""
+    found = [compared(number, seeds) for number in range(len(SHARES))]
     result = {
         "when": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", "benchmarks/prove/search.py", *sys.argv[1:]]),
         "machine": f"{model_name()}, {os.cpu_count()} cores",
         "minutes": round((time.monotonic() - begun) / 60, 1),
-        "latency_error": latency.error,
-        "noisy": table["noisy_subnets"],
+        "seeds": len(seeds),
+        "latency_error": seeds[0]["latency_error"],
+        "noisy": seeds[0]["noisy"],
         "measure": MEASURE,
-        "log_mel": accuracy(tallies(asking, log_mel_with_context())),
-        "supernet": accuracy(tested(asking, found, space.largest)),
-        "subnets": space.size,
-        "latencies": results,
+        "log_mel": seeds[0]["log_mel"],
+        "supernet": sum(seed["supernet"] for seed in seeds) / len(seeds),
+        "subnets": seeds[0]["subnets"],
+        "latencies": found,
     }
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "search.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_page(result, given.out / "search.md")
-    return 0 if all(map(passed, results)) else 1
+    return all(map(passed, found))
 
 
 def write_page(result: dict[str, Any], file: Path) -> None:
     """Writes the table and the gate."""
     rows = [
         (
-            f"{latency['rtf']:.5f}", row["way"], row["subnet"], f"{row['rtf']:.5f}", f"{row['megabytes']:.1f}",
-            f"{100 * row['accuracy']:.1f}",
+            f"{latency['rtf']:.5f}", row["way"], "; ".join(row["subnets"]), f"{row['rtf']:.5f}",
+            f"{row['megabytes']:.1f}", f"{100 * row['accuracy']:.1f}",
             f"{100 * row['search_above']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})",
         )
         for latency in result["latencies"]
@@ -185,7 +248,8 @@ def write_page(result: dict[str, Any], file: Path) -> None:
     noisy = f"; noisy: {result['noisy']}." if result["noisy"] else "."
     lines = [
         "# Architecture search against uniform scaling and random search", "",
-        f"{result['when']}, {result['machine']}, {result['minutes']} minutes: `{result['command']}`", "",
+        f"{result['when']}, {result['machine']}, {result['seeds']} seeds, {result['minutes']} minutes: "
+        f"`{result['command']}`", "",
         *markdown_table(header, rows), "",
         f"Phones: {result['measure']} of test speakers, with the supernet's weights. Log-mel "
         f"{100 * result['log_mel']:.1f}, the whole supernet {100 * result['supernet']:.1f}. "
