@@ -79,7 +79,7 @@ def parts_of(teacher: Path, work: Path, shards: Path) -> tuple[Path, Path, Path]
     best, truncated, units = work / "best", work / "truncated", work / "units"
     cut(teacher, best, "--blocks", str(BEST))
     cut(teacher, truncated, "--blocks", str(STUDENT_BLOCKS))
-    if not (units / "targets.json").exists():
+    if not (units / "checksums.json").exists():
         auricle(
             "targets", f"shards={shards}", f"out={units}", f"features={teacher}", f"layer={BEST}", "rounds=8",
             "fraction=0.3",
