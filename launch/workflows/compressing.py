@@ -18,6 +18,7 @@ from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.token_sets import saved_tokens
 from pretrain.checkpointing.weights import MODEL, LoadedCheckpoint, load_checkpoint, merged
 from pretrain.compression import cut
+from pretrain.config import Config
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,19 @@ def compress(run: str, out: Path, blocks: int | None = None, widths: Path | None
         origin = {"checkpoint": str(checkpoint), "sha256": sha256_of(checkpoint / MODEL), "step": found.step}
         write_json(folder / "compressed.json", {"from": origin, "weights": [before, after], "new": made.made})
         write_initial(folder, made.module, config, saved_tokens(checkpoint))
-    changed = diff(dump(found.config.encoder), dump(config.encoder))
-    overrides = " ".join(f"encoder.{path}={json.dumps(value, separators=(',', ':'))}" for path, _, value in changed)
-    return Compressed(before, after, overrides, tuple(made.made))
+    return Compressed(before, after, changed_fields(found.config, out), tuple(made.made))
+
+
+def changed_fields(config: Config, smaller: Path) -> str:
+    """Returns the fields of the encoder in which a smaller run differs, as overrides of `auricle pretrain`.
+
+    Args:
+        config: that of the run which was cut.
+        smaller: the folder of the smaller run.
+    """
+    encoder = json.loads((smaller / "config.json").read_text(encoding="utf-8"))["encoder"]
+    changed = diff(dump(config.encoder), encoder)
+    return " ".join(f"encoder.{path}={json.dumps(value, separators=(',', ':'))}" for path, _, value in changed)
 
 
 def _cut(found: LoadedCheckpoint, blocks: int | None, widths: Path | None) -> cut.CutModel:

@@ -14,7 +14,7 @@ from data_pipeline.core.atomic_files import sha256_of, write_json
 from data_pipeline.core.json_object import read_optional
 from data_pipeline.core.schema import ConfigError, load
 from launch.runs.summary import find_run
-from launch.workflows.compressing import compress
+from launch.workflows.compressing import changed_fields, compress
 from pretrain.checkpointing.locate import find_checkpoint
 from pretrain.checkpointing.weights import MODEL, LoadedCheckpoint, load_checkpoint
 from pretrain.compression import architecture_search
@@ -190,16 +190,11 @@ def _cut(
         name = "cut_" + "_".join(f"{heads}x{ffn}" for heads, ffn in candidate.subnet)
         widths = out / f"{name}.json"
         widths.write_text(json.dumps(candidate.subnet) + "\n", encoding="utf-8")
-        if (out / name).exists():
-            overrides = f"encoder.layers={len(candidate.subnet)} encoder.widths={_compact(candidate.subnet)}"
-        else:
-            overrides = compress(run, out / name, widths=widths).overrides
+        if not (out / name).exists():
+            compress(run, out / name, widths=widths)
+        overrides = changed_fields(found.config, out / name)
         finals.append(Finalist(out / name, candidate, row[column] / 1e3 / table["seconds"], overrides))
     return finals
-
-
-def _compact(subnet: Subnet) -> str:
-    return json.dumps(subnet, separators=(",", ":"))
 
 
 def _row(candidate: ScoredSubnet) -> dict[str, Any]:

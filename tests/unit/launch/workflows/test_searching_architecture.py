@@ -67,6 +67,9 @@ def test_finalists_become_runs_and_a_second_call_adds_no_score(
     assert (tmp_path / "found" / "front.png").stat().st_size > 5_000
     scores = (tmp_path / "found" / "scores.jsonl").read_bytes()
     assert main([*line, *limits]) == 0
+    again = capsys.readouterr().out
+    told = [[text for text in said.splitlines() if text.startswith("to train on: ")] for said in (printed, again)]
+    assert told[0] == told[1]
     assert (tmp_path / "found" / "scores.jsonl").read_bytes() == scores
     assert json.loads((tmp_path / "found" / "front.json").read_text()) == found
     assert main([*line, *limits, "--seed", "1"]) == 2
