@@ -56,7 +56,7 @@ STREAMING = (
     "encoder.attention=chunked", "encoder.chunk_frames=[8]", "encoder.left_chunks=[8]", "add_head@heads.text=ctc",
     "data.labels=[text]", "data.shards=shards", "name=streaming", *TRAINING,
 )  # fmt: skip
-"""A run that can stream, for docs/streaming.md and docs/compression.md."""
+"""A run that can stream, for docs/streaming.md and docs/export.md."""
 
 RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("doctor"),
@@ -83,7 +83,7 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("tokens * kind=bpe *", ("size=40",), {"bpe": "bpe"}),
     Run("tokens *letters *"),
     Run("tokens *characters"),
-    Run("targets *features=mfcc *", ("classes=20",)),
+    Run("targets *features=mfcc*", ("classes=20",)),
     Run("targets *features=pitch"),
     Run("targets *kmeans=labels/mfcc *", ("classes=20",)),
     # training
@@ -113,9 +113,7 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
     Run("export runs/NAME model_folder --to onnx", names={"NAME": "best_rq_tiny", "model_folder": "another_onnx"}),
     Run("export * --to onnx_synthesis", names={"NAME": "synthesis_tiny"}),
     Run("export * --to onnx_stream *", names={"NAME": "streaming", "model_folder": "stream_folder"}),
-    Run("export runs/NAME edge --to edge", names=_named("streaming")),
     Run("export runs/NAME edge/ --to edge", names={"NAME": "streaming", "edge/": "another_edge/"}),
-    Run("bench edge"),
     # what runs are for
     Run("adapt *", ("--steps", "2"), _named("best_rq_tiny")),
     Run("finetune *task=classify *", (*TUNING, "out=runs/classes"), _named("best_rq_tiny")),
@@ -147,6 +145,7 @@ RUNS: tuple[Run | tuple[str, ...], ...] = (
 COMPOSED = {
     "*runs/T*": "begins with a trained teacher; tests/end_to_end/test_small_models.py runs docs/compression.md",
     "*runs/S*": "as runs/T",
+    "preprocess corpus=manifest corpus.path=MANIFEST out=shards": "tests/end_to_end/test_small_models.py",
     "*name=[ST] *": "makes the teachers of docs/compression.md; tests/end_to_end/test_small_models.py",
     "*runs/phone *": "a student of runs/S; tests/end_to_end/test_small_models.py",
     "bench phone": "as runs/phone",
