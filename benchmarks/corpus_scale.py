@@ -2,6 +2,7 @@
 
     python benchmarks/corpus_scale.py 1e5 1e6 1e7 > benchmarks/results/corpus_scale.md
     python benchmarks/corpus_scale.py 1e7 --steps 1 2 4     # without the dry run of the corpus that grew
+    python benchmarks/corpus_scale.py 1e6 --layout mls      # a dry run of files and transcripts in a known layout
 
 The recordings are 10,000 sparse files, which links name under as many paths as there are rows; all paths are looked up.
 Each step is a process of its own; memory is its largest resident set. `--folder` is for manifests, plans and temporary
@@ -11,6 +12,7 @@ files: about 1.5 GB per million rows.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import platform
 import shlex
@@ -60,6 +62,22 @@ def write_corpus(folder: Path, rows: int) -> Path:
     return manifest
 
 
+def write_layout(folder: Path, rows: int) -> Path:
+    """Writes a corpus in the layout of Multilingual LibriSpeech, 100 recordings to a book; returns its folder."""
+    train = folder / "mls_english" / "train"
+    for book in range(-(-rows // 100)):
+        chapter = train / "audio" / str(book // 10) / str(book)
+        chapter.mkdir(parents=True)
+        for number in range(min(100, rows - 100 * book)):
+            with (chapter / f"{book // 10}_{book}_{number:06}.flac").open("wb") as file:
+                file.truncate(60_000 + number * 7919 % 200_000)
+    with (train / "transcripts.txt").open("w", encoding="utf-8") as out:
+        for row in range(rows):
+            book = row // 100
+            out.write(f"{book // 10}_{book}_{row % 100:06}\tthis is the text of recording number {row}\n")
+    return train.parent
+
+
 def measured(command: Sequence[str], temporary: Path) -> Cost:
     """Runs a command and returns its cost. Raises RuntimeError if it fails."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
@@ -98,37 +116,50 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", type=float, default=[1e5], help="numbers of rows (default: 1e5)")
     parser.add_argument("--folder", default="", help="folder for temporary files (default: that of the system)")
     parser.add_argument("--steps", nargs="*", type=int, default=[1, 2, 3, 4], choices=[1, 2, 3, 4], help="which steps")
+    parser.add_argument("--layout", default="manifest", choices=["manifest", "mls"], help="what lists the recordings")
     parser.add_argument("--freeze", nargs=2, metavar=("MANIFEST", "OUT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.freeze:
         freeze(*given.freeze)
         return
     chosen = f" --steps {' '.join(map(str, given.steps))}" * (len(given.steps) < 4)
+    chosen += " --layout mls" * (given.layout == "mls")
     print(f"`python benchmarks/corpus_scale.py {' '.join(f'{rows:g}' for rows in given.rows)}{chosen}`")
     print(f"on {os.cpu_count()} cores ({platform.machine()}); load before: {os.getloadavg()[0]:.1f}\n")
     print(f"| {' | '.join(HEAD)} |\n|{' --- |' * 2}{' --- |'}{' ---: |' * 4}", flush=True)
     for rows in map(int, given.rows):
         with tempfile.TemporaryDirectory(dir=given.folder or None) as name:
-            folder = Path(name)
-            first = write_corpus(folder, rows)
-            grown = write_corpus(folder, rows + rows // 100) if {3, 4} & set(given.steps) else Path()
-            steps = (("dry run", first), ("frozen plan", first), ("dry run", grown), ("frozen plan", grown))
-            for step, manifest in (steps[number - 1] for number in given.steps):
-                dry = [
-                    sys.executable,
-                    "-m",
-                    "launch.main",
-                    "preprocess",
-                    "corpus=manifest",
-                    f"corpus.path={manifest}",
-                    "corpus.corpus=speech",
-                ]
-                frozen = [sys.executable, __file__, "--freeze", str(manifest), f"{folder}/out"]
-                cost = measured([*dry, f"out={folder}/out", "--dry-run"] if step == "dry run" else frozen, folder)
-                result = " ".join(cost.said.split()) if step != "dry run" else _units_of(cost.said)
-                figures = (cost.seconds, cost.cpu_seconds, 1e6 * cost.cpu_seconds / rows, cost.megabytes)
-                shown = " | ".join(f"{figure:,.0f}" for figure in figures)
-                print(f"| {rows:,}{' + 1 %' * (manifest == grown)} | {step} | {result} | {shown} |", flush=True)
+            if given.layout == "mls":
+                show(rows, "dry run, mls", dry_run(Path(name), "mls", write_layout(Path(name), rows)))
+            else:
+                measure(Path(name), rows, given.steps)
+
+
+def measure(folder: Path, rows: int, chosen: Sequence[int]) -> None:
+    """Prints the chosen steps of a manifest."""
+    first = write_corpus(folder, rows)
+    grown = write_corpus(folder, rows + rows // 100) if {3, 4} & set(chosen) else Path()
+    steps = (("dry run", first), ("frozen plan", first), ("dry run", grown), ("frozen plan", grown))
+    for step, manifest in (steps[number - 1] for number in chosen):
+        if step == "dry run":
+            cost = dry_run(folder, "manifest", manifest, "corpus.corpus=speech")
+        else:
+            cost = measured([sys.executable, __file__, "--freeze", str(manifest), f"{folder}/out"], folder)
+        show(rows, step, cost, " + 1 %" * (manifest == grown))
+
+
+def dry_run(folder: Path, corpus: str, path: Path, *overrides: str) -> Cost:
+    """Measures `auricle preprocess --dry-run`."""
+    command = [sys.executable, "-m", "launch.main", "preprocess", f"corpus={corpus}", f"corpus.path={path}"]
+    cost = measured([*command, *overrides, f"out={folder}/out", "--dry-run"], folder)
+    return dataclasses.replace(cost, said=_units_of(cost.said))
+
+
+def show(rows: int, step: str, cost: Cost, more: str = "") -> None:
+    """Prints a row of the table."""
+    figures = (cost.seconds, cost.cpu_seconds, 1e6 * cost.cpu_seconds / rows, cost.megabytes)
+    shown = " | ".join(f"{figure:,.0f}" for figure in figures)
+    print(f"| {rows:,}{more} | {step} | {' '.join(cost.said.split())} | {shown} |", flush=True)
 
 
 def _units_of(said: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from scipy.ndimage import affine_transform
 from scipy.signal import butter, lfilter, sosfilt
 
+from benchmarks.prove.alignments import aligned_words
 from data_pipeline.audio.transforms import change_speed
 from data_pipeline.core.types import IMAGE, SAMPLE_RATE, Batch, Images
 from pretrain.evaluate.manifest import Utterance
@@ -22,10 +21,8 @@ ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FURTHER = "asterisk-core-sounds"
 """Telephone prompts, of which one English voice says each digit once; for training."""
-ALIGNMENT = "phones/auto_pocketsphinx.tsv"
-"""Times of phones and words in transcribed sentences, in the folder of speech."""
-MARGIN, LONGEST_WORD = 0.03, 0.9
-"""Seconds around a word, and its longest duration: more is two equal words."""
+LONGEST_WORD = 0.9
+"""Seconds of a word with its margins: more is two equal words."""
 SIDE = 8
 """Pixels of scikit-learn's digits."""
 
@@ -41,16 +38,6 @@ class Sample:
     pixels: Matrix | None = None
     text: str = ""
     tokens: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of a sentence. name: that of the sentence.  start, stop: first sample and the one after the last."""
-
-    name: str
-    text: str
-    start: int
-    stop: int
 
 
 def batch(samples: Sequence[Sample]) -> Batch:
@@ -73,6 +60,12 @@ def batch(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def speech_folder(listed: Sequence[Utterance]) -> Path:
+    """Returns the folder of speech that holds the utterances of a manifest."""
+    [root] = {u.path.removesuffix(u.name) for u in listed if u.split in ("train", "valid")}
+    return Path(root)
+
+
 def cut_words(listed: Sequence[Utterance]) -> list[Utterance]:
     """Returns the digits in transcribed English sentences, cut out by their forced alignment, but of split test.
 
@@ -80,26 +73,11 @@ def cut_words(listed: Sequence[Utterance]) -> list[Utterance]:
     """
     sentences = {u.name: u for u in listed if u.split in ("train", "valid")}
     found = []
-    for name, words in aligned_words(listed).items():
+    for name, words in aligned_words(speech_folder(listed)).items():
         for word in words:
             if word.text in WORDS and name in sentences and word.stop - word.start < LONGEST_WORD * SAMPLE_RATE:
                 named = replace(sentences[name], name=f"{name}@{word.start}", text=word.text)
                 found.append(replace(named, start=word.start, stop=word.stop))
-    return found
-
-
-def aligned_words(listed: Sequence[Utterance]) -> dict[str, list[Word]]:
-    """Returns the words of each sentence with their times by forced alignment, a little longer than aligned."""
-    [root] = {u.path.removesuffix(u.name) for u in listed if u.split in ("train", "valid")}
-    found: dict[str, list[Word]] = {}
-    with (Path(root) / ALIGNMENT).open(encoding="utf-8") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        for (name, word), phones in itertools.groupby(rows, lambda row: (row["path"], row["word"])):
-            times = list(phones)
-            start, stop = float(times[0]["start_s"]) - MARGIN, float(times[-1]["end_s"]) + MARGIN
-            if not word.startswith("<"):
-                place = max(0, round(start * SAMPLE_RATE)), round(stop * SAMPLE_RATE)
-                found.setdefault(name, []).append(Word(name, word, *place))
     return found
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.prove.joint_embedding_data import Sample, Word, aligned_words, augmented, written
+from benchmarks.prove.alignments import Word, aligned_words
+from benchmarks.prove.joint_embedding_data import Sample, augmented, speech_folder, written
 from benchmarks.prove.joint_embedding_towers import config, embedded, model, ranks, tower, train
 from data_pipeline.audio.codecs import read_mono
 from data_pipeline.core.types import SAMPLE_RATE
@@ -39,7 +40,9 @@ def sentences(listed: Sequence[Utterance], given: argparse.Namespace) -> dict[st
             unheard.setdefault(written(u.text), u)  # one utterance of each sentence
     test, known = list(unheard.values()), {written(u.text) for u in heard.values()}
     tokenizer = phones([written(u.text) for u in (*heard.values(), *test)])
-    phrases = Phrases([words for name, words in aligned_words(listed).items() if name in heard], heard, tokenizer)
+    phrases = Phrases(
+        [words for name, words in aligned_words(speech_folder(listed)).items() if name in heard], heard, tokenizer
+    )
     hours = sum(map(len, phrases.waves.values())) / SAMPLE_RATE / 3600
     found: dict[str, Any] = {
         "training": {"utterances": len(phrases.waves), "hours": round(hours, 2)},

@@ -34,6 +34,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.prove.alignments import aligned_words  # noqa: E402
 from benchmarks.prove.common import auricle, markdown_table, parser_of, real_speech  # noqa: E402
 from benchmarks.prove.prompts import pretrained  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
@@ -51,11 +52,10 @@ from pretrain.evaluate.frozen_encoders import (  # noqa: E402
 from pretrain.evaluate.manifest import Utterance, read_manifest  # noqa: E402
 from pretrain.evaluate.metrics import Interval95, Tally, bootstrap  # noqa: E402
 
-ALIGNMENT = "phones/auto_pocketsphinx.tsv"
 SENTENCES, DIGITS = "speechocean762", "arabic_speech_commands"
 LEARNED_WORDS, OTHER_WORDS = 80, 30
-MARGIN, SHORTEST, LONGEST = 0.03, 0.12, 0.9
-"""Seconds around a word, and of the words that are used."""
+SHORTEST, LONGEST = 0.12, 0.9
+"""Seconds of the words that are used, without margins."""
 LEAST = 8
 """Recordings of a word by test speakers."""
 GATES = {("English words", 1): 0.04, ("English words", 5): 0.03, ("Arabic digits", 1): 0.0, ("Arabic digits", 5): 0.0}
@@ -76,16 +76,13 @@ class Result:
 def cut_words(listed: Sequence[Utterance], folder: Path) -> list[Utterance]:
     """Returns the words of transcribed sentences, cut out by their forced alignment, with the word as text."""
     sentences = {u.name: u for u in listed if u.corpus == SENTENCES}
-    found = []
-    with (folder / ALIGNMENT).open(encoding="utf-8") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        for (name, word), phones in itertools.groupby(rows, lambda row: (row["path"], row["word"])):
-            times = list(phones)
-            start, stop = float(times[0]["start_s"]), float(times[-1]["end_s"])
-            if name in sentences and word.isalpha() and len(word) > 1 and SHORTEST <= stop - start < LONGEST:
-                a, b = max(0, round((start - MARGIN) * SAMPLE_RATE)), round((stop + MARGIN) * SAMPLE_RATE)
-                found.append(replace(sentences[name], name=f"{name}@{a}", text=word, start=a, stop=b))
-    return found
+    return [
+        replace(sentences[name], name=f"{name}@{word.start}", text=word.text, start=word.start, stop=word.stop)
+        for name, words in aligned_words(folder).items()
+        for word in words
+        if name in sentences and word.text.isalpha() and len(word.text) > 1
+        if SHORTEST <= word.aligned_seconds < LONGEST
+    ]
 
 
 def divided(words: Sequence[Utterance]) -> tuple[list[Utterance], list[Utterance], list[Utterance]]:

@@ -33,6 +33,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.prove.alignments import ALIGNMENT  # noqa: E402
 from benchmarks.prove.common import markdown_table, parser_of, real_speech  # noqa: E402
 from benchmarks.prove.prompts import pretrained  # noqa: E402
 from data_pipeline.core.rng import keyed_rng  # noqa: E402
@@ -45,7 +46,6 @@ from pretrain.evaluate.metrics import Interval95, Tally, bootstrap  # noqa: E402
 from pretrain.evaluate.probe import View, fit  # noqa: E402
 from pretrain.nn.inner_rates import InnerRates  # noqa: E402
 
-ALIGNMENT = "phones/auto_pocketsphinx.tsv"
 SENTENCES = "speechocean762"
 LAYER, PENALTY = 3, 1e-3
 FITTED = 20_000

@@ -18,7 +18,7 @@ import fsspec
 import psutil
 
 from data_pipeline.core.atomic_files import sync, write_synced
-from data_pipeline.core.retries import PATIENCE, StorageReadError, StorageWriteError, retry, write_errors
+from data_pipeline.core.retries import PATIENCE, StorageReadError, StorageWriteError, error_text, retry, write_errors
 from data_pipeline.core.schema import ConfigError
 
 fsspec.register_implementation("tarmember", "data_pipeline.core.tar_members.TarMemberFileSystem")
@@ -133,6 +133,20 @@ class FileStore:
     def open(self, name: str) -> IO[bytes]:
         """Opens a file to read parts of it."""
         return cast("IO[bytes]", self._reading(name, lambda: self.fs.open(self.path(name), "rb")))
+
+    def lines(self, name: str) -> Iterator[bytes]:
+        """Yields the lines of a file, which need not fit into memory, without their newlines.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            StorageReadError: it cannot be read.
+        """
+        with self.open(name) as file:
+            try:
+                for line in file:
+                    yield line.removesuffix(b"\n")
+            except Exception as error:  # every protocol of fsspec has its own exceptions
+                raise StorageReadError(self._shown(name), f"cannot be read: {error_text(error)}") from None
 
     def is_file(self) -> bool:
         """Returns whether the root is a file instead of a folder; False where nothing is there."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import operator
 import re
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from data_pipeline.audio import codecs
+from data_pipeline.core.external_sort import ExternalSort
 from data_pipeline.core.schema import ConfigError
+from data_pipeline.core.storage import FileStore
 from data_pipeline.core.text import visible
 from data_pipeline.core.types import AudioFile
 from data_pipeline.corpora import layouts
@@ -23,12 +27,13 @@ from data_pipeline.corpora.config import (
     PathCorpus,
     TarredCorpus,
 )
+from data_pipeline.corpora.layout import About, Row
 from data_pipeline.corpora.lhotse_manifests import read_lhotse
 from data_pipeline.corpora.listing import Entry, list_files
 from data_pipeline.corpora.long_recordings import parts_of
 from data_pipeline.corpora.manifest import discover_manifest
 from data_pipeline.corpora.recordings import Recordings, licences_of
-from data_pipeline.corpora.records import Discovered, RecordingId, reject_file
+from data_pipeline.corpora.records import Discovered, RecordingId, Reject, reject_file
 from data_pipeline.corpora.tarred import read_tarred
 from data_pipeline.shards.index_rows import MOST_NAMES
 
@@ -47,7 +52,7 @@ def discover(corpus: CorpusConfig, scratch: Path | None = None, *, in_parts: boo
     """Finds the recordings of a corpus; nothing is decoded, except by `corpus.probe`.
 
     Each file, and each row of a table, becomes a recording, a span of one, a reject, or is counted as skipped. The
-    recordings of folders and manifests are not in memory together.
+    recordings are not in memory together.
 
     Args:
         corpus: a config of one of the classes of `corpora.config`.
@@ -167,35 +172,61 @@ def _holds_audio(entry: Entry, corpus: PathCorpus) -> bool:
 
 
 def _from_layout(corpus: CorpusConfig, found: Discovered) -> None:
+    """Joins files and rows of tables, both sorted by key on disk, so that neither has to fit into memory."""
     if isinstance(corpus, LibriSpeechCorpus) and corpus.download:
         layouts.download(corpus)
-    entries = list(list_files(corpus.path))
-    layout = layouts.read_layout(corpus, {entry.file_id for entry in entries if not entry.is_folder})
-    for entry in entries:
-        about = layout.describe(entry.file_id)
-        if about is None and not entry.is_folder:
-            if not layout.tables.fullmatch(entry.file_id):
-                found.skipped[entry.ending] += 1
-            continue
-        about = about or layouts.About()
-        file = AudioFile(
-            path=entry.path,
-            file_id=entry.file_id,
-            corpus=corpus.name,
-            speaker=about.speaker,
-            language=about.language,
-            text=about.text,
-            split=about.split,
-            seconds=about.seconds,
-            size=entry.size,
-            mtime=entry.mtime,
-            spans=about.spans,
-        )
-        if entry.problem:
+    layout = layouts.layout_of(corpus, FileStore(corpus.path))
+    joined, tables, number = ExternalSort(found.recordings.folder), list[str](), 0
+    for number, entry in enumerate(list_files(corpus.path), start=1):
+        if entry.is_folder:
+            file = AudioFile(entry.path, entry.file_id, corpus.name)
             found.rejects.append(reject_file(file, "discover", entry.problem, entry.error))
-        elif not corpus.splits or about.split in corpus.splits:
-            found.recordings.append(file)
-    found.rejects += layout.rejects
+        elif layout.tables.fullmatch(entry.file_id):
+            tables.append(entry.file_id)
+        elif (key := layout.key(entry.file_id)) is None:
+            found.skipped[entry.ending] += 1
+        else:
+            joined.add(key, (number, dataclasses.astuple(entry), None))
+    of_files, of_rows = list[tuple[int, Reject]](), list[tuple[int, Reject]]()
+    for number, row in enumerate(layout.rows(sorted(tables)), start=1):
+        if isinstance(row, Reject):
+            of_rows.append((number, row))
+        else:
+            joined.add(row.key, (number, None, tuple(row)))
+    for _, same in itertools.groupby(joined, key=operator.itemgetter(0)):
+        items = [item for _, item in same]
+        entries = [(number, Entry(*entry)) for number, entry, _ in items if entry]
+        rows = {number: Row(*row) for number, _, row in items if row}
+        one = layout.join([entry.file_id for _, entry in entries], list(rows.values()))
+        of_rows += [(min(rows, default=0), reject) for reject in one.rejects]
+        for number, entry in entries:
+            about = one.known.get(entry.file_id)
+            if about is None:
+                found.skipped[entry.ending] += 1
+                continue
+            file = _described(entry, about, corpus.name)
+            if entry.problem:
+                of_files.append((number, reject_file(file, "discover", entry.problem, entry.error)))
+            elif not corpus.splits or about.split in corpus.splits:
+                found.recordings.append(file, number)
+    for rejects in (of_files, of_rows):
+        found.rejects += [reject for _, reject in sorted(rejects, key=operator.itemgetter(0))]
+
+
+def _described(entry: Entry, about: About, corpus: str) -> AudioFile:
+    return AudioFile(
+        path=entry.path,
+        file_id=entry.file_id,
+        corpus=corpus,
+        speaker=about.speaker,
+        language=about.language,
+        text=about.text,
+        split=about.split,
+        seconds=about.seconds,
+        size=entry.size,
+        mtime=entry.mtime,
+        spans=about.spans,
+    )
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:

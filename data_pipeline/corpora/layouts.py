@@ -1,4 +1,4 @@
-"""Layouts of known corpora: map the path of a recording to its speaker, language, words and split.
+"""Layouts of known corpora: find the speaker, language, words and split of a recording in its path and in tables.
 
 Tables of a corpus are authoritative: a row without a usable file is a reject.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
+
+import ijson
 
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import FileStore
@@ -26,195 +26,242 @@ from data_pipeline.corpora.config import (
     MlsCorpus,
     VoxPopuliCorpus,
 )
+from data_pipeline.corpora.layout import About, Joined, Layout, PathLayout, Row
 from data_pipeline.corpora.records import Reject, reject_file, sorted_spans
-from data_pipeline.corpora.tables import rows_of
 
 GARBAGE_TAGS: Final = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
 """Texts of GigaSpeech's segments without speech, which its own recipes exclude."""
 
 
-@dataclass(frozen=True)
-class About:
-    """Metadata of a recording from its corpus."""
+class LibriSpeech(PathLayout):
+    """LibriSpeech (Panayotov et al. 2015)."""
 
-    speaker: str = ""
-    language: str = ""
-    text: str = ""
-    split: str = ""
-    seconds: float = 0.0
-    spans: tuple[Span, ...] = ()
+    tables = re.compile(r".*\.trans\.txt")
 
+    def __init__(self, corpus: LibriSpeechCorpus, store: FileStore) -> None:
+        super().__init__(corpus.name, store)
+        self._corpus = corpus
 
-NO_TABLE: Final = re.compile(r"(?!)")
+    def key(self, path: str) -> str | None:
+        """Returns the path of a FLAC file."""
+        return path if path.endswith(".flac") else None
 
-
-@dataclass(frozen=True)
-class Layout:
-    """The content of a corpus's tables."""
-
-    describe: Callable[[str], About | None]
-    """Returns the metadata of a path below the corpus; None for a file that is not a recording."""
-    rejects: list[Reject] = field(default_factory=list)
-    """Rows of tables without a usable file or segment."""
-    tables: re.Pattern[str] = NO_TABLE
-    """Matches the paths of the tables below the corpus, which are read but do not count as recordings."""
-
-
-def librispeech(corpus: LibriSpeechCorpus, names: Set[str]) -> Layout:
-    """Reads the layout of LibriSpeech (Panayotov et al. 2015)."""
-    store, words, rejects = FileStore(corpus.path), dict[str, str](), list[Reject]()
-    for table in sorted(name for name in names if name.endswith(".trans.txt")):
-        folder = table.rpartition("/")[0]
-        subset = folder.split("/")[-3] if folder.count("/") >= 2 else ""
-        if corpus.splits and subset not in corpus.splits:
-            continue
-        for number, line in _lines(store.read(table)):
-            key, _, text = line.partition(" ")
-            words[f"{folder}/{key}.flac"] = text.strip()
-            if f"{folder}/{key}.flac" not in names:
-                file = AudioFile("", f"{folder}/{key}.flac", corpus.name, language=corpus.language)
-                rejects.append(_missing(store, file, table, number))
-
-    def describe(path: str) -> About | None:
-        found = re.search(r"(?:^|/)([^/]+)/([^/]+)/[^/]+/[^/]+\.flac$", path)
-        return About(found[2], corpus.language, words.get(path, ""), found[1]) if found else None
-
-    return Layout(describe, rejects, re.compile(r".*\.trans\.txt"))
-
-
-def mls(corpus: MlsCorpus, names: Set[str]) -> Layout:
-    """Reads the layout of Multilingual LibriSpeech (Pratap et al. 2020), as FLAC or in its Opus distribution."""
-    store = FileStore(corpus.path)
-    folder = PurePosixPath(corpus.path.rstrip("/")).name
-    language = corpus.language or folder.removeprefix("mls_").removesuffix("_opus")
-    pattern = re.compile(r"([^/]+)/audio/([^/]+)/[^/]+/([^/]+)\.(?:flac|opus|ogg|mp3|wav)")
-    matches = (pattern.fullmatch(name) for name in sorted(names))
-    recordings = {(found[1], found[3]) for found in matches if found}
-    texts, rejects = dict[tuple[str, str], str](), list[Reject]()
-    for split in corpus.splits or ("train", "dev", "test"):
-        table = f"{split}/transcripts.txt"
-        for number, line in _lines(store.read(table)) if table in names else ():
-            key, _, text = line.partition("\t")
-            texts[split, key.strip()] = text.strip()
-            if (split, key.strip()) not in recordings:
-                speaker, _, book = key.strip().rpartition("_")[0].partition("_")
-                file_id = f"{split}/audio/{speaker}/{book}/{key.strip()}"
-                file = AudioFile("", file_id, corpus.name, language=language)
-                rejects.append(_missing(store, file, table, number))
-
-    def describe(path: str) -> About | None:
-        found = pattern.fullmatch(path)
-        return About(found[2], language, texts.get((found[1], found[3]), ""), found[1]) if found else None
-
-    return Layout(describe, rejects, re.compile(r"[^/]+/transcripts\.txt"))
-
-
-def common_voice(corpus: CommonVoiceCorpus, names: Set[str]) -> Layout:
-    """Reads the layout of Common Voice (Ardila et al. 2020). Raises ConfigError if a table is missing."""
-    store, rejects = FileStore(corpus.path), list[Reject]()
-    clips: dict[str, About] = {}
-    by_stem: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(names):
-        stem, _, ending = name.rpartition(".")
-        if name.startswith("clips/") and ending.lower() in SOUND_ENDINGS:
-            by_stem[stem].append(name)
-    for split in corpus.splits:
-        table = f"{split}.tsv"
-        for number, row, problem in _table(store, table, names):
-            language = row.get("locale") or corpus.language
-            given = f"clips/{row.get('path', '')}"
-            stem, _, ending = given.rpartition(".")
-            # some releases leave .mp3 out of the table, and clips are often converted
-            stem = stem if ending.lower() in SOUND_ENDINGS else given
-            name = next((name for name in (given, f"{given}.mp3", *by_stem.get(stem, ())) if name in names), "")
-            file = AudioFile("", name or given, corpus.name, language=language)
-            if problem or not row.get("path"):
-                problem = problem or "names no clip"
-                rejects.append(
-                    reject_file(file, "discover", "bad_row", f"row {number} of {table}: {problem}", row=number)
-                )
-            elif not name:
-                rejects.append(_missing(store, file, table, number))
-            elif name in clips:
-                problem = f"row {number} of {table}: is in {clips[name].split}.tsv already"
-                rejects.append(reject_file(file, "discover", "listed_twice", problem, row=number))
-            else:
-                clips[name] = About(row.get("client_id", ""), language, row.get("sentence", ""), split)
-    return Layout(clips.get, rejects, re.compile(r"[^/]+\.tsv"))
-
-
-def voxpopuli(corpus: VoxPopuliCorpus, names: Set[str]) -> Layout:
-    """Reads the layout of VoxPopuli (Wang et al. 2021)."""
-    store, known, rejects = FileStore(corpus.path), dict[tuple[str, str], About](), list[Reject]()
-    pattern = re.compile(r"([^/]+)/[^/]+/([^/]+)\.(?:ogg|opus|wav|flac)")
-    matches = (pattern.fullmatch(name) for name in names)
-    recordings = {(found[1], found[2]) for found in matches if found}
-    for table in sorted(name for name in names if re.fullmatch(r"[^/]+/[^/]+\.tsv", name)):
-        language = table.partition("/")[0]
-        if corpus.language and language != corpus.language:
-            continue
-        for number, row, problem in _table(store, table, names):
-            key, split = row.get("id", ""), row.get("split", "")
-            if corpus.splits and not problem and split not in corpus.splits:
+    def rows(self, tables: Sequence[str]) -> Iterator[Row | Reject]:
+        """Yields the transcripts of the chapters."""
+        for table in tables:
+            folder = table.rpartition("/")[0]
+            subset = folder.split("/")[-3] if folder.count("/") >= 2 else ""
+            if self._corpus.splits and subset not in self._corpus.splits:
                 continue
-            file = AudioFile("", f"{language}/{key}", corpus.name, language=language)
-            if problem or not key:
-                problem = problem or "names no recording"
-                rejects.append(
-                    reject_file(file, "discover", "bad_row", f"row {number} of {table}: {problem}", row=number)
-                )
-            elif (language, key) not in recordings:
-                rejects.append(_missing(store, file, table, number))
+            for number, line in self.lines(table):
+                name, _, text = line.partition(" ")
+                path = f"{folder}/{name}.flac"
+                yield Row(path, table, number, path, self._corpus.language, (text.strip(),))
+
+    def about(self, path: str, row: Row | None) -> About | None:
+        """Returns speaker and subset from the path."""
+        found = re.search(r"(?:^|/)([^/]+)/([^/]+)/[^/]+/[^/]+\.flac$", path)
+        return About(found[2], self._corpus.language, row.values[0] if row else "", found[1]) if found else None
+
+
+class MultilingualLibriSpeech(PathLayout):
+    """Multilingual LibriSpeech (Pratap et al. 2020), as FLAC or in its Opus distribution."""
+
+    tables = re.compile(r"[^/]+/transcripts\.txt")
+    _PATH: Final = re.compile(r"([^/]+)/audio/([^/]+)/[^/]+/([^/]+)\.(?:flac|opus|ogg|mp3|wav)")
+
+    def __init__(self, corpus: MlsCorpus, store: FileStore) -> None:
+        super().__init__(corpus.name, store)
+        self._splits = corpus.splits or ("train", "dev", "test")
+        folder = PurePosixPath(corpus.path.rstrip("/")).name
+        self._language = corpus.language or folder.removeprefix("mls_").removesuffix("_opus")
+
+    def key(self, path: str) -> str | None:
+        """Returns split and name."""
+        found = self._PATH.fullmatch(path)
+        return f"{found[1]}/{found[3]}" if found else None
+
+    def rows(self, tables: Sequence[str]) -> Iterator[Row | Reject]:
+        """Yields the transcripts of the splits."""
+        for split in self._splits:
+            table = f"{split}/transcripts.txt"
+            for number, line in self.lines(table) if table in tables else ():
+                name, _, text = line.partition("\t")
+                name = name.strip()
+                speaker, _, book = name.rpartition("_")[0].partition("_")
+                path = f"{split}/audio/{speaker}/{book}/{name}"
+                yield Row(f"{split}/{name}", table, number, path, self._language, (text.strip(),))
+
+    def about(self, path: str, row: Row | None) -> About | None:
+        """Returns speaker and split from the path."""
+        found = self._PATH.fullmatch(path)
+        return About(found[2], self._language, row.values[0] if row else "", found[1]) if found else None
+
+
+class CommonVoice(Layout):
+    """Common Voice (Ardila et al. 2020)."""
+
+    tables = re.compile(r"[^/]+\.tsv")
+
+    def __init__(self, corpus: CommonVoiceCorpus, store: FileStore) -> None:
+        super().__init__(corpus.name, store)
+        self._corpus = corpus
+
+    def key(self, path: str) -> str | None:
+        """Returns the path without the ending of a sound file."""
+        # some releases leave .mp3 out of the table, and clips are often converted
+        stem, _, ending = path.rpartition(".")
+        return (stem if ending.lower() in SOUND_ENDINGS else path) if path.startswith("clips/") else None
+
+    def rows(self, tables: Sequence[str]) -> Iterator[Row | Reject]:
+        """Yields the clips of the splits."""
+        for split in self._corpus.splits:
+            table = f"{split}.tsv"
+            if table not in tables:
+                there = ",".join(name.removesuffix(".tsv") for name in tables)
+                instead = f"the tables there are corpus.splits=[{there}]" if there else "check the path"
+                raise ConfigError(f"corpus.path={self.store.root}: holds no {table}; {instead}")
+            for number, row, problem in self.table(table):
+                language, path = row.get("locale") or self._corpus.language, f"clips/{row.get('path', '')}"
+                if problem or not row.get("path"):
+                    yield self.bad_row(table, number, path, language, problem or "names no clip")
+                    continue
+                values = (row.get("client_id", ""), row.get("sentence", ""), split)
+                yield Row(self.key(path) or path, table, number, path, language, values)
+
+    def join(self, paths: Sequence[str], rows: Sequence[Row]) -> Joined:
+        """Gives each row the clip that it names, or else one of the same name with another ending."""
+        known, rejects = dict[str, About](), list[Reject]()
+        for row in rows:
+            named = (row.file_id, f"{row.file_id}.mp3", *paths)
+            path = next((path for path in named if path in paths), "")
+            if not path:
+                rejects.append(self.missing(row))
+            elif path in known:
+                error = f"row {row.number} of {row.table}: is in {known[path].split}.tsv already"
+                file = dataclasses.replace(self.file(row), file_id=path)
+                rejects.append(reject_file(file, "discover", "listed_twice", error, row=row.number))
             else:
-                text = row.get("normalized_text") or row.get("raw_text") or ""
-                known[language, key] = About(row.get("speaker_id", ""), language, text, split)
+                speaker, text, split = row.values
+                known[path] = About(speaker, row.language, text, split)
+        return Joined(known, rejects)
 
-    def describe(path: str) -> About | None:
-        found = pattern.fullmatch(path)
-        if not found or (corpus.language and found[1] != corpus.language):
+
+class VoxPopuli(PathLayout):
+    """VoxPopuli (Wang et al. 2021)."""
+
+    tables = re.compile(r"[^/]+/[^/]+\.tsv")
+    _PATH: Final = re.compile(r"([^/]+)/[^/]+/([^/]+)\.(?:ogg|opus|wav|flac)")
+
+    def __init__(self, corpus: VoxPopuliCorpus, store: FileStore) -> None:
+        super().__init__(corpus.name, store)
+        self._corpus = corpus
+
+    def key(self, path: str) -> str | None:
+        """Returns language and name."""
+        found = self._PATH.fullmatch(path)
+        if not found or (self._corpus.language and found[1] != self._corpus.language):
             return None
-        return known.get((found[1], found[2]), About(language=found[1]))
+        return f"{found[1]}/{found[2]}"
 
-    return Layout(describe, rejects, re.compile(r"[^/]+/[^/]+\.tsv"))
+    def rows(self, tables: Sequence[str]) -> Iterator[Row | Reject]:
+        """Yields the transcribed recordings."""
+        for table in tables:
+            language = table.partition("/")[0]
+            if self._corpus.language and language != self._corpus.language:
+                continue
+            for number, row, problem in self.table(table):
+                name, split = row.get("id", ""), row.get("split", "")
+                if self._corpus.splits and not problem and split not in self._corpus.splits:
+                    continue
+                key = f"{language}/{name}"
+                if problem or not name:
+                    yield self.bad_row(table, number, key, language, problem or "names no recording")
+                    continue
+                text = row.get("normalized_text") or row.get("raw_text") or ""
+                yield Row(key, table, number, key, language, (row.get("speaker_id", ""), text, split))
+
+    def about(self, path: str, row: Row | None) -> About | None:
+        """Returns what the row of a recording says, or its language."""
+        if row is None:
+            return About(language=path.partition("/")[0])
+        return About(row.values[0], row.language, row.values[1], row.values[2])
 
 
-def gigaspeech(corpus: GigaSpeechCorpus, names: Set[str]) -> Layout:
-    """Reads the layout of GigaSpeech (Chen et al. 2021). Samples are its segments, selected by their subsets."""
-    store = FileStore(corpus.path)
-    if "GigaSpeech.json" not in names:
-        raise ConfigError(f"corpus.path={corpus.path}: holds no GigaSpeech.json")
-    try:
-        table = json.loads(store.read("GigaSpeech.json"))
-        audios = list(table["audios"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"corpus.path={corpus.path}: GigaSpeech.json cannot be read ({error!r})") from None
-    known, rejects = dict[str, About](), list[Reject]()
-    language = str(table.get("language") or corpus.language).lower()
-    for number, audio in enumerate(audios, start=1):
+class GigaSpeech(Layout):
+    """GigaSpeech (Chen et al. 2021). Samples are its segments, selected by their subsets."""
+
+    tables = re.compile(r"GigaSpeech\.json")
+    _TABLE: Final = "GigaSpeech.json"
+
+    def __init__(self, corpus: GigaSpeechCorpus, store: FileStore) -> None:
+        super().__init__(corpus.name, store)
+        self._corpus = corpus
+
+    def key(self, path: str) -> str | None:
+        """Returns the path."""
+        return path
+
+    def rows(self, tables: Sequence[str]) -> Iterator[Row | Reject]:
+        """Yields the wanted recordings."""
+        where, splits = f"corpus.path={self._corpus.path}", self._corpus.splits
+        if self._TABLE not in tables:
+            raise ConfigError(f"{where}: holds no {self._TABLE}")
         try:
-            name, seconds = str(audio["path"]), float(audio.get("duration") or 0.0)
-            segments, subsets = list(audio.get("segments") or []), [str(s) for s in audio.get("subsets") or []]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            file = AudioFile("", "", corpus.name, language=language)
-            rejects.append(reject_file(file, "discover", "bad_row", f"audio {number}: {error!r}", row=number))
-            continue
-        file = AudioFile("", name, corpus.name, language=language)
-        wanted = [s for s in segments if not corpus.splits or _in_subsets(s, corpus.splits)]
-        if (segments and not wanted) or (not segments and corpus.splits and not set(subsets) & set(corpus.splits)):
-            continue
-        if name not in names:
-            rejects.append(_missing(store, file, "GigaSpeech.json", number))
-            continue
-        made = [_giga_span(segment, file, number, corpus.splits) for segment in wanted]
+            language = self._language()
+            for number, audio in enumerate(self._audios(), start=1):
+                try:
+                    path, seconds = str(audio["path"]), float(audio.get("duration") or 0.0)
+                    segments, subsets = list(audio.get("segments") or []), [str(s) for s in audio.get("subsets") or []]
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    file = AudioFile("", "", self.name, language=language)
+                    yield reject_file(file, "discover", "bad_row", f"audio {number}: {error!r}", row=number)
+                    continue
+                wanted = [s for s in segments if not splits or _in_subsets(s, splits)]
+                if (segments and not wanted) or (not segments and splits and not set(subsets) & set(splits)):
+                    continue
+                values = (json.dumps(wanted), json.dumps(subsets), repr(seconds))
+                yield Row(path, self._TABLE, number, path, language, values)
+        except (ValueError, ijson.JSONError) as error:
+            raise ConfigError(f"{where}: {self._TABLE} cannot be read ({error!r})") from None
+
+    def join(self, paths: Sequence[str], rows: Sequence[Row]) -> Joined:
+        """Reads the segments of a recording; the last row with a usable one counts."""
+        if not paths:
+            return Joined({}, [self.missing(row) for row in rows])
+        read = [self._read(row) for row in rows]
+        usable = [about for about, _ in read if about]
+        return Joined(dict.fromkeys(paths, usable[-1]) if usable else {}, [one for _, bad in read for one in bad])
+
+    def _read(self, row: Row) -> tuple[About | None, list[Reject]]:
+        segments, subsets, splits = json.loads(row.values[0]), json.loads(row.values[1]), self._corpus.splits
+        made = [_giga_span(segment, self.file(row), row.number, splits) for segment in segments]
         spans = [span for span in made if isinstance(span, Span)]
-        rejects += [reject for reject in made if isinstance(reject, Reject)]
-        if spans or not segments:
-            listed = [*subsets, *(span.split for span in spans)]
-            split = next((subset for subset in listed if subset in corpus.splits), subsets[0] if subsets else "")
-            known[name] = About(
-                speaker="", language=language, text="", split=split, seconds=seconds, spans=sorted_spans(spans)
-            )
-    return Layout(known.get, rejects, re.compile(r"GigaSpeech\.json"))
+        rejects = [reject for reject in made if isinstance(reject, Reject)]
+        if segments and not spans:
+            return None, rejects
+        listed = [*subsets, *(span.split for span in spans)]
+        split = next((subset for subset in listed if subset in splits), subsets[0] if subsets else "")
+        about = About("", row.language, "", split, float(row.values[2]), sorted_spans(spans))
+        return about, rejects
+
+    def _language(self) -> str:
+        """Returns the language of the table, which need not fit into memory. Raises ValueError without recordings."""
+        language = ""
+        is_listed = False
+        with self.store.open(self._TABLE) as file:
+            for prefix, event, value in ijson.parse(file):
+                language = str(value or "") if prefix == "language" and event == "string" else language
+                is_listed |= prefix == "audios" and event == "start_array"
+                if language and is_listed:
+                    break
+        if not is_listed:
+            raise ValueError("it has no list named audios")
+        return (language or self._corpus.language).lower()
+
+    def _audios(self) -> Iterator[Any]:
+        with self.store.open(self._TABLE) as file:
+            yield from ijson.items(file, "audios.item", use_float=True)
 
 
 def _in_subsets(segment: Any, splits: tuple[str, ...]) -> bool:
@@ -243,28 +290,19 @@ def _giga_span(row: Any, file: AudioFile, audio: int, splits: tuple[str, ...]) -
     return Span(start, stop, "" if speaker is None else str(speaker), text, split=split, row=audio)
 
 
-def read_layout(corpus: CorpusConfig, names: Set[str]) -> Layout:
-    """Reads the tables of a known corpus.
-
-    Args:
-        corpus: its config.
-        names: paths of all files below it.
-
-    Raises:
-        ConfigError: a table is missing or cannot be read.
-        TypeError: the corpus has no layout of this module.
-    """
+def layout_of(corpus: CorpusConfig, store: FileStore) -> Layout:
+    """Returns the layout of a known corpus. Raises TypeError for a corpus without one."""
     match corpus:
         case LibriSpeechCorpus():
-            return librispeech(corpus, names)
+            return LibriSpeech(corpus, store)
         case MlsCorpus():
-            return mls(corpus, names)
+            return MultilingualLibriSpeech(corpus, store)
         case CommonVoiceCorpus():
-            return common_voice(corpus, names)
+            return CommonVoice(corpus, store)
         case VoxPopuliCorpus():
-            return voxpopuli(corpus, names)
+            return VoxPopuli(corpus, store)
         case GigaSpeechCorpus():
-            return gigaspeech(corpus, names)
+            return GigaSpeech(corpus, store)
     raise TypeError(f"corpus={corpus.name} has no known layout")
 
 
@@ -284,27 +322,3 @@ def download(corpus: LibriSpeechCorpus) -> None:
                 f"corpus.download=true: {subset} could not be fetched ({error}); without a network, copy the corpus "
                 f"to {root} and leave corpus.download out"
             ) from None
-
-
-def _missing(store: FileStore, file: AudioFile, table: str, number: int) -> Reject:
-    error = f"row {number} of {table}: there is no such file"
-    path = store.path(file.file_id)
-    return dataclasses.replace(reject_file(file, "discover", "vanished", error, row=number), path=path)
-
-
-def _lines(content: bytes) -> Iterator[tuple[int, str]]:
-    """Yields (number, line) of a text file, split at newlines only; empty lines are skipped."""
-    text = content.decode("utf-8-sig", "replace")
-    lines = (line.rstrip("\r") for line in text.split("\n"))
-    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-
-
-def _table(store: FileStore, name: str, names: Set[str]) -> Iterator[tuple[int, dict[str, str], str]]:
-    """Yields (number, values, problem) of each row of a TSV table."""
-    if name not in names:
-        ending = name.rpartition(".")[2]
-        there = sorted(other.removesuffix(f".{ending}") for other in names if re.fullmatch(rf"[^/]+\.{ending}", other))
-        instead = f"the tables there are corpus.splits=[{','.join(there)}]" if there else "check the path"
-        raise ConfigError(f"corpus.path={store.root}: holds no {name}; {instead}")
-    for row in rows_of(store.read(name), "quoted_tsv"):
-        yield row.number, {key: str(value) for key, value in row.values.items()}, row.problem

@@ -8,11 +8,16 @@ refused.
 from __future__ import annotations
 
 import gzip
+import itertools
+import json
+import operator
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from data_pipeline.core.external_sort import ExternalSort
 from data_pipeline.core.jsonl import each_line
 from data_pipeline.core.schema import ConfigError, hint
 from data_pipeline.corpora.config import LhotseCorpus, ManifestCorpus
@@ -26,7 +31,7 @@ WHOLE_SECONDS: Final = 0.05
 LABELS: Final = ("gender", "accent", "emotion")
 """Fields of a supervision, or of its `custom`, that become labels."""
 
-Part = dict[str, list[Mapping[str, Any]]]
+Part = dict[str, Iterable[Mapping[str, Any]]]
 """The manifests of one split: recordings, supervisions and cuts, as plain values."""
 
 
@@ -49,7 +54,7 @@ def read_lhotse(corpus: LhotseCorpus, found: Discovered) -> None:
     )
     reader, number = ManifestReader(table, found), 0
     for split, part in parts:
-        for values, problem in _rows(part):
+        for values, problem in _rows(part, found.recordings.folder):
             number += 1
             reader.add(TableRow(number, {} if problem else {"split": split, **values}, problem))
     reader.finish()
@@ -82,7 +87,7 @@ def _prepared(corpus: LhotseCorpus, path: Path) -> list[tuple[str, Part]]:
 
 def _splits(made: Mapping[str, Any], name: str) -> Iterator[tuple[str, Part]]:
     """Yields the manifests of each split of what a recipe returned, which may be nested (by language, say)."""
-    kinds = {kind: list(made[kind].to_dicts()) for kind in KINDS if hasattr(made.get(kind), "to_dicts")}
+    kinds: Part = {kind: made[kind].to_dicts() for kind in KINDS if hasattr(made.get(kind), "to_dicts")}
     if kinds:
         yield name, kinds
     for key, value in made.items():
@@ -107,33 +112,52 @@ def _stored(path: Path) -> list[tuple[str, Part]]:
     if any("recordings" in kinds for kinds in found.values()):
         found = {split: {kind: kinds[kind] for kind in kinds if kind != "cuts"} for split, kinds in found.items()}
     return [
-        (split, {kind: [row for file in files for row in _objects(file)] for kind, files in kinds.items()})
+        (split, {kind: itertools.chain.from_iterable(map(_objects, files)) for kind, files in kinds.items()})
         for split, kinds in sorted(found.items())
     ]
 
 
-def _objects(file: Path) -> Iterator[Mapping[str, Any]]:
-    content = file.read_bytes()
+def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yields the rows of a manifest, which need not fit into memory."""
+    with path.open("rb") as plain:
+        is_packed = plain.read(2) == b"\x1f\x8b"
     try:
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError) as error:
-        raise ConfigError(f"corpus.path: {file} is damaged ({error})") from None
-    for line in each_line(content.split(b"\n")):
-        yield line.row if line.row is not None else {"problem": line.problem}
+        with gzip.open(path) if is_packed else path.open("rb") as file:
+            for line in each_line(file):
+                yield line.row if line.row is not None else {"problem": line.problem}
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"corpus.path: {path} is damaged ({error})") from None
 
 
-def _rows(part: Part) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields (values, problem) of each row that the manifests of one split mean."""
-    recordings = {str(recording.get("id")): recording for recording in part.get("recordings", ())}
-    supervisions: dict[str, list[Mapping[str, Any]]] = {}
-    for supervision in part.get("supervisions", ()):
-        supervisions.setdefault(str(supervision.get("recording_id")), []).append(supervision)
-    for name, recording in recordings.items():
-        yield from _spans_of(recording, supervisions.pop(name, []))
-    for name, lost in supervisions.items():
-        yield from (({}, f"supervision {one.get('id')} is of recording {name}, which is not listed") for one in lost)
+def _rows(part: Part, scratch: Path | None) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields (values, problem) of each row that the manifests of one split mean, in the order of the recordings.
+
+    Recordings and supervisions meet in an external sort by the recording's id.
+    """
+    joined, of_recordings = ExternalSort(scratch), ExternalSort(scratch)
+    for kind, key in (("recordings", "id"), ("supervisions", "recording_id")):
+        for one in part.get(kind, ()):
+            if "problem" in one:
+                yield {}, f"{kind[:-1]}: {one['problem']}"
+            else:
+                joined.add(str(one.get(key)), (len(joined), kind == "recordings", json.dumps(one)))
+    for name, same in itertools.groupby(joined, key=operator.itemgetter(0)):
+        items = [item for _, item in same]
+        place, found = next(((n, text) for n, is_recording, text in reversed(items) if is_recording), (items[0][0], ""))
+        of_recordings.add(place, (name, found, [text for _, is_recording, text in items if not is_recording]))
+    for _, (name, found, said) in of_recordings:
+        supervisions = [json.loads(text) for text in said]
+        if found:
+            yield from _spans_of(json.loads(found), supervisions)
+        else:
+            yield from (
+                ({}, f"supervision {one.get('id')} is of recording {name}, which is not listed") for one in supervisions
+            )
     for cut in part.get("cuts", ()):
-        yield from _of_cut(cut)
+        if "problem" in cut:
+            yield {}, f"cut: {cut['problem']}"
+        else:
+            yield from _of_cut(cut)
 
 
 def _of_cut(cut: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -153,8 +177,8 @@ def _spans_of(
     """Yields the rows of one recording: one for each supervision, or one for all of it."""
     sources = recording.get("sources") or [{}]
     source, seconds = sources[0], recording.get("duration")
-    problem = str(recording.get("problem", ""))
-    if source.get("type") not in ("file", "url") and not problem:
+    problem = ""
+    if source.get("type") not in ("file", "url"):
         kinds = f"of type {source.get('type')}"
         problem = f"recording {recording.get('id')} is {kinds}; only files and URLs are read, and no commands are run"
     if len(sources) > 1 and not problem:
@@ -173,7 +197,7 @@ def _spans_of(
         channel = channel[0] if isinstance(channel, list) and len(channel) == 1 else channel
         if several and isinstance(channel, int):
             row["channel"] = channel
-        yield {name: value for name, value in row.items() if value is not None}, str(one.get("problem", "")) or problem
+        yield {name: value for name, value in row.items() if value is not None}, problem
 
 
 def _covers(supervision: Mapping[str, Any], seconds: Any) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fsspec
 
+from data_pipeline.core.external_sort import ExternalSort
 from data_pipeline.core.retries import StorageReadError, error_text
 from data_pipeline.core.schema import ConfigError
 from data_pipeline.core.storage import is_url, stamp_of
@@ -70,33 +71,38 @@ def _list_folder(given: str) -> Iterator[Entry]:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
+            names = ExternalSort()  # a folder may hold millions of files
             with os.scandir(folder) as entries:
-                ordered = sorted(entries, key=lambda entry: entry.name)
+                for entry in entries:
+                    names.add(entry.name, None)
         except OSError as error:
             yield Entry(
                 folder, relative or ".", problem="unreadable", error=f"folder: {error.strerror}", is_folder=True
             )
             continue
-        for entry in ordered:
-            below = f"{relative}/{entry.name}" if relative else entry.name
-            try:
-                if entry.is_dir():
-                    waiting.append((entry.path, below))
-                else:
-                    yield _file_entry(entry, below)
-            except OSError as error:
-                yield Entry(entry.path, below, problem="broken_link", error=str(error.strerror))
+        for name, _ in names:
+            path, below = f"{folder.rstrip('/')}/{name}", f"{relative}/{name}" if relative else name
+            found = _entry(path, below)
+            if found is None:
+                waiting.append((path, below))
+            else:
+                yield found
 
 
-def _file_entry(entry: os.DirEntry[str], below: str) -> Entry:
+def _entry(path: str, below: str) -> Entry | None:
+    """Returns the entry of a file; None for a folder."""
     try:
-        info = entry.stat()
+        info = os.stat(path)  # noqa: PTH116 (a Path costs more than the call, and corpora have millions of files)
     except FileNotFoundError:
-        if entry.is_symlink():
-            return Entry(entry.path, below, problem="broken_link", error="is a link to nothing")
-        return Entry(entry.path, below, problem="vanished", error="was removed while the folder was listed")
+        if os.path.islink(path):  # noqa: PTH114
+            return Entry(path, below, problem="broken_link", error="is a link to nothing")
+        return Entry(path, below, problem="vanished", error="was removed while the folder was listed")
+    except OSError as error:
+        return Entry(path, below, problem="broken_link", error=str(error.strerror))
+    if stat.S_ISDIR(info.st_mode):
+        return None
     if stat.S_ISREG(info.st_mode):
-        return Entry(entry.path, below, info.st_size, str(info.st_mtime_ns))
+        return Entry(path, below, info.st_size, str(info.st_mtime_ns))
     kinds = {
         "a FIFO": stat.S_ISFIFO,
         "a socket": stat.S_ISSOCK,
@@ -104,9 +110,8 @@ def _file_entry(entry: os.DirEntry[str], below: str) -> Entry:
         "a block device": stat.S_ISBLK,
     }
     kind = next((name for name, test in kinds.items() if test(info.st_mode)), "a special file")
-    return Entry(
-        entry.path, below, problem="not_a_file", error=f"is {'a link to ' * entry.is_symlink()}{kind}, not a file"
-    )
+    link = "a link to " * os.path.islink(path)  # noqa: PTH114
+    return Entry(path, below, problem="not_a_file", error=f"is {link}{kind}, not a file")
 
 
 def _list_url(url: str) -> Iterator[Entry]:

@@ -52,7 +52,7 @@ def read_table(path: str, config_field: str) -> Iterator[TableRow]:
         raise ConfigError(f"{config_field}={path}: a manifest ends in .tsv, .csv, .jsonl or .json{_tables_in(path)}")
     first = ""
     usable = False
-    for row in _rows(_lines(path, config_field), ending):
+    for row in rows_of(_lines(path, config_field), ending):
         usable |= not row.problem
         first = first or (row.problem and f"row {row.number} {row.problem}")
         yield row
@@ -68,17 +68,22 @@ def _tables_in(folder: str) -> str:
     return f", and this is a folder; in it: {', '.join(found[:5]) or 'no table'}"
 
 
-def rows_of(content: bytes, kind: str) -> Iterator[TableRow]:
-    """Parses the bytes of a table. kind: tsv, csv, jsonl or json; `quoted_tsv` also removes CSV's quotes from cells."""
-    return _rows(content.removeprefix(BOM).split(b"\n"), kind)
+def rows_of(lines: Iterable[bytes], kind: str) -> Iterator[TableRow]:
+    """Parses a table.
+
+    Args:
+        lines: its lines without their newlines.
+        kind: tsv, csv, jsonl or json; `quoted_tsv` also removes CSV's quotes from cells.
+    """
+    return _rows((line if number else line.removeprefix(BOM) for number, line in enumerate(lines)), kind)
 
 
 def _lines(path: str, config_field: str) -> Iterator[bytes]:
     """Yields the lines of a file without their newlines; the file need not fit into memory."""
     try:
         with fsspec.open(path if is_url(path) else str(Path(path).expanduser()), "rb") as file:
-            for number, line in enumerate(file):
-                yield (line if number else line.removeprefix(BOM)).removesuffix(b"\n")
+            for line in file:
+                yield line.removesuffix(b"\n")
     except Exception as error:  # every protocol of fsspec has its own exceptions
         raise ConfigError(f"{config_field}={path}: cannot be read as a manifest ({error})") from None
 

@@ -85,3 +85,31 @@ def test_gigaspeech(tmp_path: Path) -> None:
     assert found(GigaSpeechCorpus(path=str(root), splits=("{M}",))) == [("p1.opus", "", "en", "", "{M}")]
     with pytest.raises(ConfigError, match=r"no GigaSpeech\.json"):
         discover(GigaSpeechCorpus(path=str(tmp_path)))
+
+
+def test_a_corpus_that_does_not_fit_into_memory_is_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"train/audio/{speaker}/2/{speaker}_2_{number}.flac" for speaker in range(5) for number in range(9)]
+    root = write_corpus(tmp_path / "mls_german", dict.fromkeys(names, 0.05))
+    keys = [Path(name).stem for name in names]
+    lines = [f"{key}\ttext {key}" for key in [*reversed(keys[3:]), "7_2_0", "0_2_99"]]
+    (root / "train" / "transcripts.txt").write_text("\n".join(lines))
+    whole = discover(MlsCorpus(path=str(root)))
+    monkeypatch.setattr("data_pipeline.core.external_sort.ROWS", 7)
+    sorted_on_disk = discover(MlsCorpus(path=str(root)), tmp_path)
+    assert sorted_on_disk.files == whole.files
+    assert sorted_on_disk.rejects == whole.rejects
+    assert [file.text for file in whole.files[:4]] == ["", "", "", "text 0_2_3"]
+    assert [(reject.file_id, reject.row) for reject in whole.rejects] == [
+        ("train/audio/7/2/7_2_0", 43),
+        ("train/audio/0/2/0_2_99", 44),
+    ]
+
+
+def test_a_table_of_gigaspeech_is_read_recording_by_recording(tmp_path: Path) -> None:
+    root = write_corpus(tmp_path / "giga", {"a.flac": 0.5, "b.flac": 0.5})
+    audios = [{"path": f"{name}.flac", "duration": 0.5, "subsets": ["{XL}"]} for name in ("b", "a")]
+    (root / "GigaSpeech.json").write_text(json.dumps({"audios": audios, "language": "DE"}))
+    assert [row[:3] for row in found(GigaSpeechCorpus(path=str(root)))] == [("a.flac", "", "de"), ("b.flac", "", "de")]
+    (root / "GigaSpeech.json").write_text(json.dumps({"audios": audios})[:-2])
+    with pytest.raises(ConfigError, match=r"GigaSpeech\.json cannot be read"):
+        discover(GigaSpeechCorpus(path=str(root)))
