@@ -248,11 +248,12 @@ class TuneConfig:
         ),
     ] = "full"
     prompts: Annotated[int, about("prompt: learned frames before each block", ge=1, le=1024)] = 8
-    rank: Annotated[int, about("lora: rank of each update; at most the smaller side of its matrix", ge=1)] = 4
+    rank: Annotated[int, about("lora: rank of each update; at most the smaller side of its matrix", ge=1)] = 2
     alpha: Annotated[float, about("lora: an update counts alpha / rank times", gt=0)] = 8.0
     modules: Annotated[
-        tuple[str, ...], about("lora: linear layers of a block that get an update, by their names or the ends of these")
-    ] = ("attention.qkv", "attention.out")
+        tuple[str, ...],
+        about("lora: linear layers that get an update, by the ends of their names; empty: all of the blocks"),
+    ] = ()
     bottleneck: Annotated[int, about("adapter: inner channels", ge=1)] = 16
 
 

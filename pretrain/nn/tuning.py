@@ -117,13 +117,13 @@ def apply_tuning(model: SpeechModel, tune: TuneConfig) -> None:
 
 
 def _chosen(encoder: nn.Module, tune: TuneConfig) -> dict[str, nn.Linear]:
-    """Returns the linear layers that `tune.modules` names.
+    """Returns the linear layers that `tune.modules` names; those of the blocks that are large enough if it is empty.
 
     Raises:
-        ValueError: a name has no layer, or the rank is larger than one of them allows.
+        ValueError: a name has no layer, or the rank is larger than one of them allows, or than all of the blocks allow.
     """
     linear = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
-    found: dict[str, nn.Linear] = {}
+    found = {name: module for name, module in linear.items() if "blocks." in name} if not tune.modules else {}
     for wanted in tune.modules:
         fitting = {name: module for name, module in linear.items() if f".{name}".endswith(f".{wanted}")}
         if not fitting:
@@ -132,12 +132,16 @@ def _chosen(encoder: nn.Module, tune: TuneConfig) -> dict[str, nn.Linear]:
                 f"tune.modules={list(tune.modules)}: there is no {wanted!r}; there are: {', '.join(known)}"
             )
         found |= fitting
-    for name, module in found.items():
-        least = min(module.in_features, module.out_features)
-        if tune.rank > least:
-            sides = f"{module.out_features} × {module.in_features}"
-            raise ValueError(f"tune.rank={tune.rank}: must be at most {least}, since encoder.{name} is {sides}")
-    return found
+    small = {name: module for name, module in found.items() if tune.rank > _least(module)}
+    if small and (tune.modules or len(small) == len(found)):
+        name, module = next(iter(small.items()))
+        sides = f"{module.out_features} × {module.in_features}"
+        raise ValueError(f"tune.rank={tune.rank}: must be at most {_least(module)}, since encoder.{name} is {sides}")
+    return {name: module for name, module in found.items() if name not in small}
+
+
+def _least(linear: nn.Linear) -> int:
+    return min(linear.in_features, linear.out_features)
 
 
 def learned_share(model: nn.Module) -> tuple[int, int]:

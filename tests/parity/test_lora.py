@@ -16,6 +16,9 @@ from tests.support.parity_table import Parity
 peft = pytest.importorskip("peft", reason="needs peft: pip install --no-deps peft accelerate")
 
 
+TUNE = {"name": "lora", "rank": 4, "alpha": 8, "modules": ["attention.qkv", "attention.out"]}
+
+
 def test_lora_equals_peft(parity: Parity) -> None:
     values = {
         "data": {"shards": "none"},
@@ -25,7 +28,7 @@ def test_lora_equals_peft(parity: Parity) -> None:
         "heads": {"text": {"name": "ctc"}},
     }
     base = build_model(load(Config, values)).model.double().eval()
-    ours = build_model(load(Config, values | {"tune": {"name": "lora", "rank": 4, "alpha": 8}})).model.double().eval()
+    ours = build_model(load(Config, values | {"tune": TUNE})).model.double().eval()
     ours.load_state_dict(base.state_dict(), strict=False)
     settings = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["qkv", "attention.out"])
     theirs = peft.inject_adapter_in_model(settings, copy.deepcopy(base)).double().eval()

@@ -62,7 +62,7 @@ def stir(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if is_added(name):
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -161,3 +161,14 @@ def test_what_does_not_fit_is_refused(tune: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match="tune") as refused:
         build_model(config(**tune))
     assert said in str(refused.value)
+
+
+def test_lora_updates_the_linear_layers_of_all_blocks_unless_some_are_named() -> None:
+    def updated(**tune: Any) -> set[str]:
+        encoder = build_model(config(name="lora", **tune)).model.encoder
+        return {
+            name.partition(".")[2].partition(".")[2] for name, m in encoder.named_modules() if isinstance(m, LoRALinear)
+        }
+
+    assert {"attention.qkv", "attention.out", "ffn_in", "ffn_out"} <= updated()
+    assert updated(modules=["attention.out"]) == {"attention.out"}
